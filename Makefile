@@ -1,0 +1,46 @@
+# Two commands: `make run` sets up and shows the household; `make test` sets up and passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+API ?= 127.0.0.1:8642
+DEVICES ?= 3
+
+.PHONY: run test lab check bench soak architectures clean
+
+run: $(VENV)/run.stamp
+	$(BIN)/peerllm demo --devices $(DEVICES) --api $(API)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+# Everything at full size: all fuzz inputs, all cuts, the namespace laboratory.
+lab: $(VENV)/dev.stamp
+	PEERLLM_FULL=1 $(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check peerllm tests benchmarks
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks
+
+architectures: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.engine.architectures --write docs/architectures.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("peerllm needs Python 3.11 or newer; make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) torch
+	$(PIP) --editable '.[test,check,bench]'
+	touch $@ $(VENV)/run.stamp

@@ -1,0 +1,66 @@
+"""Messages as JSON: closed unions of frozen dataclasses, strictly typed both ways.
+
+Used for control messages between daemons and between a daemon and its engine. Numbers are not coerced from strings,
+unknown keys and unknown types are refused, and the size is bounded before anything is parsed.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, TypeVar, get_args
+
+import cattrs
+import orjson
+from cattrs.preconf.orjson import make_converter
+from cattrs.strategies import configure_tagged_union
+
+from peerllm.errors import LinkError
+
+MAX_MESSAGE_BYTES = 16 << 20  # a manifest of a model with many thousand tensors is the largest
+
+T = TypeVar("T")
+
+
+def _strict(kind: type) -> Any:
+    def check(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            raise ValueError(f"{kind.__name__} expected, not {type(value).__name__}")
+        return value
+
+    return check
+
+
+def _number(value: Any, _: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"number expected, not {type(value).__name__}")
+    return float(value)
+
+
+@lru_cache(maxsize=32)
+def _converter(union: Any) -> cattrs.Converter:
+    converter = make_converter(forbid_extra_keys=True, detailed_validation=False)
+    for kind in (int, str, bool):
+        converter.register_structure_hook(kind, _strict(kind))
+    converter.register_structure_hook(float, _number)
+    if get_args(union):
+        configure_tagged_union(union, converter, tag_name="type")
+    return converter
+
+
+def encode(message: object, union: Any) -> bytes:
+    """`message`, one of `union`, as JSON bytes tagged with its class name."""
+    return orjson.dumps(_converter(union).unstructure(message, unstructure_as=union))
+
+
+def decode(data: bytes | str, union: Any) -> Any:
+    """The message in `data`; LinkError if it is too large, no JSON, or not exactly one of `union`."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise LinkError(f"message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    try:
+        return _converter(union).structure(orjson.loads(data), union)
+    except (ValueError, TypeError, KeyError, AttributeError, cattrs.BaseValidationError, RecursionError) as error:
+        raise LinkError(f"malformed message: {str(error)[:200] or type(error).__name__}") from error
+    except Exception as error:  # cattrs raises its own family for keys that do not belong
+        if type(error).__module__.startswith("cattrs"):
+            raise LinkError(f"malformed message: {str(error)[:200]}") from error
+        raise

@@ -1,0 +1,1 @@
+"""The room that decides and supervises: discovery, membership, coordinator, worker, weights. Never imports torch."""

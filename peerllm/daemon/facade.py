@@ -1,0 +1,104 @@
+"""The small face of the daemon that the API room sees. Everything the CLI, the page and the clients do goes through it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from peerllm.engine.messages import FinishReason
+from peerllm.types import DeploymentId, Objective, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What `peerllm run` asks for. `context` and `slots` None: chosen by the coordinator."""
+
+    model: str  # Hugging Face id, local directory or "builtin"
+    objective: Objective = "latency"
+    context: int | None = None
+    slots: int | None = None
+    dtype: str = "auto"
+    private: bool = False  # the head stays on the source
+
+
+@dataclass(frozen=True, slots=True)
+class RunProgress:
+    """One line of a deployment's way to `serving`: what is happening, and how far each device is (0 to 1)."""
+
+    state: str
+    message: str
+    devices: Mapping[str, float] = field(default_factory=dict)  # device name: share done
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A deployment whose source is this device, as the API needs it."""
+
+    deployment: DeploymentId
+    name: str  # what clients put in "model"
+    state: str
+    reason: str
+    created: int  # unix seconds
+    model_dir: Path  # tokenizer.json and the chat template lie here
+    context: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Token ids in; `client` groups requests for fairness."""
+
+    deployment: DeploymentId
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: Sampling
+    client: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New token ids; the last chunk has `finish`. `queued` is the place in the queue before the first token (0: running)."""
+
+    ids: tuple[int, ...]
+    finish: FinishReason | None = None
+    queued: int = 0
+
+
+class Household(Protocol):
+    """What the API may ask of the daemon. Errors are PeerLLMErrors with the HTTP status to answer with."""
+
+    def status(self) -> dict[str, Any]:
+        """The object of design §9, plus "version", "api" and per device "engine", "compute", "rtt_ms", "address"."""
+        ...
+
+    def changed(self) -> AsyncIterator[None]:
+        """Yields at once, then after every change of `status`, at most a few times a second."""
+        ...
+
+    def models(self) -> list[ServedModel]: ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """Closing the iterator (aclose) cancels the sequence on every device. Raises EngineError if it breaks midway."""
+        ...
+
+    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
+        """Returns when the deployment serves; raises with the reason if it will not. Asking again for a served model is fine."""
+        ...
+
+    async def stop(self, model: str) -> None: ...
+
+    async def invite(self) -> tuple[str, int]:
+        """Open the pairing door: (code, port)."""
+        ...
+
+    async def join(self, code: str, at: tuple[str, int] | None) -> str:
+        """Pair with the household behind the code; without `at` the door is found by mDNS. Returns the inviter's name."""
+        ...
+
+    async def leave(self) -> None: ...
+
+    async def remove(self, device: str) -> None:
+        """Remove a device (name or id) from the household."""
+        ...

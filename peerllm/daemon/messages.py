@@ -1,0 +1,195 @@
+"""Control messages between the daemons of a household, over one authenticated websocket per pair of devices.
+
+`Ask` wraps a request that wants exactly one `Answer` of the same number; everything else is told and forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peerllm.transport.roster import RosterEntry
+from peerllm.types import DeploymentId, DeviceId, Stage
+
+DeploymentState = Literal["planning", "loading", "serving", "waiting", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message both ways: who I am, what I lend, what I can compute."""
+
+    protocol: int
+    version: str
+    libraries: Mapping[str, str]
+    name: str
+    control_port: int
+    data_port: int
+    memory_bytes: int  # what the machine has
+    lent_bytes: int  # what its owner offers
+    gbytes_per_s: Mapping[str, float]
+    gflops: Mapping[str, float]
+    architectures: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Every HEARTBEAT_S; the other side echoes it at once, which also measures the round trip."""
+
+    number: int
+    echo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gossip:
+    """The sender's whole roster, live members and tombstones."""
+
+    entries: tuple[RosterEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentView:
+    """A deployment as its coordinator tells it to everyone, for `status` on any device. No text, no token ids."""
+
+    deployment: DeploymentId
+    model: str
+    state: DeploymentState
+    epoch: int
+    coordinator: DeviceId
+    stages: tuple[Stage, ...]
+    stage_memory_bytes: tuple[int, ...]
+    predicted: Mapping[str, float | str] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+    progress: float = 0.0  # 0 to 1 while loading
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """What a device says of itself now; `promised_bytes` is what its ledger has given out of `lent_bytes`."""
+
+    promised_bytes: int
+    resident_bytes: int
+    engine: str  # "running", "starting", "crashed: why"
+    deployments: tuple[DeploymentView, ...]  # those it coordinates
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDigest:
+    """One tensor of the manifest: which bytes a device may ask the source for, and what they must hash to."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """One stage a device shall take over, complete but for the weights, which it fetches from the source."""
+
+    stage: int
+    first_layer: int
+    last_layer: int
+    tensors: tuple[TensorDigest, ...]
+    upstream: DeviceId | None
+    downstream: DeviceId | None
+    downstream_stage: int
+
+
+# ---- what an Ask may carry, and what answers it -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Promise `nbytes` to this deployment's epoch for `lease_s`; committed by Assign, else it lapses."""
+
+    deployment: DeploymentId
+    epoch: int
+    nbytes: int
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Commit the reservation: fetch the tensors, load the stages. Answered when loaded."""
+
+    deployment: DeploymentId
+    epoch: int
+    model: str
+    config: str
+    dtype: str
+    slots: int
+    context: int
+    chunk: int
+    micro_batch: int
+    stages: int
+    work: tuple[StageWork, ...]
+    head_device: DeviceId
+
+
+@dataclass(frozen=True, slots=True)
+class Activate:
+    """All stages are loaded: dial the next stage's engine."""
+
+    deployment: DeploymentId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Let go of a deployment (all its epochs up to `epoch`)."""
+
+    deployment: DeploymentId
+    epoch: int
+
+
+Question = Reserve | Assign | Activate | Release
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    number: int
+    body: Question
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`error` is the PeerLLMError class's name, "" when all went well; `free_bytes` is what the device could still lend."""
+
+    number: int
+    error: str = ""
+    reason: str = ""
+    free_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Of an Assign, to its coordinator; phase "fetch" or "load"."""
+
+    deployment: DeploymentId
+    epoch: int
+    phase: Literal["fetch", "load"]
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """A device tells a coordinator that its part of a deployment is gone (engine died, link lost)."""
+
+    deployment: DeploymentId
+    epoch: int
+    reason: str
+
+
+Control = (
+    Hello | Heartbeat | Goodbye | Gossip | DeviceView | Ask | Answer | Progress | Trouble
+)

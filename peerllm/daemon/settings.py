@@ -1,0 +1,36 @@
+"""What the owner of a device chose, checked once at the edge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CONTROL_PORT = 8643
+DATA_PORT = 8644
+PAIRING_PORT = 8645
+API_PORT = 8642
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of `peerllm up`. Ports: data and pairing follow `port` (+1, +2); `port` 0 takes any free ones for all three."""
+
+    data_dir: Path
+    name: str
+    port: int = CONTROL_PORT
+    api_host: str = "127.0.0.1"
+    api_port: int = API_PORT
+    memory_bytes: int | None = None  # None: what the machine has free, less a reserve
+    threads: int | None = None  # None: the machine's cores
+    peers: tuple[tuple[str, int], ...] = field(default=())  # static peers' control ports
+    in_process: bool = False
+    hosts: tuple[str, ...] = ("0.0.0.0", "::")  # where control, data and pairing listen; all need pairing
+    mdns: bool = True
+
+    @property
+    def data_port(self) -> int:
+        return self.port + 1 if self.port else 0
+
+    @property
+    def pairing_port(self) -> int:
+        return self.port + 2 if self.port else 0

@@ -1,0 +1,64 @@
+"""The engine's one seam: what a compute backend offers. Torch is the first; another may stand beside it.
+
+A backend knows layers, positions and slots. It does not know what a token means beyond its id, nor what a device is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from peerllm.types import Sampling
+
+Tensor = Any  # the backend's own array type
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of one sequence's tokens in a packed row: `length` tokens from `position` on, in KV slot `slot`.
+
+    `position` 0 starts the slot afresh; a position below what the slot holds rolls it back to there.
+    """
+
+    slot: int
+    position: int
+    length: int
+    sample: bool = False  # the head picks a token after this segment's last position
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What the head needs to pick one token: how, at which position, and the answer so far (for penalties)."""
+
+    sampling: Sampling
+    position: int
+    answer: Sequence[int]
+
+
+class Shard(Protocol):
+    """Layers first..last of a model, loaded, with KV room for `slots` sequences of `context` tokens.
+
+    A shard with layer 0 takes token ids (int64 [n]); any other takes hidden states ([n, hidden]).
+    A shard without the head returns hidden states ([n, hidden]); one with the head returns logits (float32
+    [number of segments with sample, vocabulary]), in segment order.
+    """
+
+    first_layer: int
+    last_layer: int
+    hidden_size: int
+    weight_bytes: int
+    kv_bytes: int
+
+    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor: ...
+    def release(self, slot: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Sampler(Protocol):
+    """Picks tokens from logits ([k, vocabulary]), one per draw; the same draw from the same logits gives the same token."""
+
+    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]: ...
+
+
+Progress = Callable[[int, int], None]  # done bytes, total bytes

@@ -1,0 +1,251 @@
+"""What a daemon and its engine say to each other. No torch here: the daemon imports this file.
+
+Requests carry `request`, a number the daemon chose; the engine answers each with exactly one message of that number
+(`Failed` when it could not), and may send events in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peerllm.types import DeploymentId, DeviceId, ModelProfile, Sampling
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorAt:
+    """One checkpoint tensor and where its bytes lie: `path` is a safetensors file of this device, `offset` from its start."""
+
+    name: str
+    dtype: str  # as in the safetensors header: "F32", "BF16", "F16", ...
+    shape: tuple[int, ...]
+    path: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trusted:
+    """A device of the household, for the data plane's TLS."""
+
+    device: DeviceId
+    certificate_pem: str
+
+
+# ---- daemon to engine -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """First message. `port` 0 takes a free one; `hosts` are the addresses to listen on."""
+
+    request: int
+    device: DeviceId
+    certificate_path: str
+    key_path: str
+    hosts: tuple[str, ...]
+    port: int
+    threads: int
+    trusted: tuple[Trusted, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The roster changed: links of devices no longer listed are cut at once."""
+
+    trusted: tuple[Trusted, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Measure this device's arithmetic and memory."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Read config.json and the safetensors headers of a directory; no weights are read."""
+
+    request: int
+    model_dir: str
+    dtype: str  # "float32", "bfloat16", "float16", or "auto": what the files hold
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """The next stage's engine: where the link goes."""
+
+    device: DeviceId
+    hosts: tuple[str, ...]
+    port: int
+    stage: int  # index in the plan; len(stages) stands for the way back to the source
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStage:
+    """Load layers first..last as stage `stage` of a deployment's epoch and make room for `slots` × `context` tokens of KV."""
+
+    request: int
+    deployment: DeploymentId
+    epoch: int
+    stage: int
+    stages: int  # how many the plan has
+    first_layer: int
+    last_layer: int
+    config: str  # config.json's text
+    tensors: tuple[TensorAt, ...]
+    dtype: str
+    slots: int
+    context: int
+    chunk: int  # tokens of a prompt that travel in one frame, at most
+    micro_batch: int  # sequences in one frame, at most
+    upstream: DeviceId | None  # who may send to this stage; None: it is the source's first
+    downstream: Hop | None  # None: the next stage (or the return) is on this device
+    head_device: DeviceId  # who may send tokens back to the source
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Every stage is loaded: dial `downstream` for each stage of this device."""
+
+    request: int
+    deployment: DeploymentId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Free all of a deployment on this device; its running sequences end with reason "error"."""
+
+    request: int
+    deployment: DeploymentId
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """On the source: start a sequence. A slot must be free (the daemon counts them)."""
+
+    deployment: DeploymentId
+    sequence: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """On the source: end a sequence and free its slot on every stage."""
+
+    deployment: DeploymentId
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueryLoad:
+    """Ask for `EngineLoad` (tests, status)."""
+
+    request: int
+
+
+# ---- engine to daemon -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    request: int
+    port: int
+    runtime_bytes: int  # resident size of the engine with torch loaded and nothing else
+    versions: Mapping[str, str]  # library: version
+    architectures: tuple[str, ...]  # model types it can divide
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a matrix-vector and a matrix-matrix product reach, per dtype."""
+
+    request: int
+    gbytes_per_s: Mapping[str, float]
+    gflops: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    request: int
+    profile: ModelProfile
+    architecture: str
+    config: str
+    dtype: str  # the compute dtype that "auto" stands for
+    hidden_size: int
+    vocabulary: int
+    max_context: int
+    stop_ids: tuple[int, ...]
+    tensors: tuple[tuple[TensorAt, ...], ...]  # per layer, every tensor it owns (a tied one stands in both)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    deployment: DeploymentId
+    stage: int
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """`kind` is the PeerLLMError class's name."""
+
+    request: int
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New token ids of a sequence, in order; `start` counts from 0 at the answer's first token."""
+
+    deployment: DeploymentId
+    sequence: int
+    start: int
+    ids: tuple[int, ...]
+    finish: FinishReason | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    """A data link of a deployment broke (peer died, or sent what it may not)."""
+
+    deployment: DeploymentId
+    device: DeviceId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What the engine holds now: (deployment, stage, slots in use), weights and KV bytes; for status and tests."""
+
+    request: int
+    stages: tuple[tuple[DeploymentId, int, int], ...]
+    weight_bytes: int
+    kv_bytes: int
+    resident_bytes: int
+    measured: Mapping[str, float] = field(default_factory=dict)  # "<deployment>/<stage>": mean ms of a decode step
+
+
+ToEngine = (
+    Configure | Trust | Measure | Inspect | LoadStage | Connect | Unload | Submit | Cancel | QueryLoad
+)
+FromEngine = (
+    Configured | Measured | Inspected | LoadProgress | Done | Failed | Tokens | LinkLost | EngineLoad
+)

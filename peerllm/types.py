@@ -1,0 +1,176 @@
+"""What every room may name: ids, profiles, workloads, plans. Frozen, checked when built, free of I/O.
+
+Layers are counted from 0 with the embedding as layer 0 and the head (final norm, output matrix, sampler)
+as the last; ranges include both ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Objective = Literal["latency", "throughput"]
+LayerKind = str  # "embedding", "block" (or "block:<variant>" where a model mixes kinds), "head"
+DeviceId = str  # 64 hex digits: SHA-256 of the device's certificate (DER)
+DeploymentId = str  # 32 hex digits, random, made by the source
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's cost to hold and to send from. Bytes are in the dtype the layer is computed in."""
+
+    name: str
+    kind: LayerKind
+    memory_bytes: int
+    kv_bytes_per_token: int
+    output_bytes_per_token: int
+    tied_to: int | None = None  # layer whose tensors this one shares when on the same device (costs nothing there)
+    kv_window_tokens: int | None = None  # a sliding window keeps at most this many tokens
+    state_bytes_per_sequence: int = 0  # recurrent layers
+
+    def __post_init__(self) -> None:
+        if min(self.memory_bytes, self.kv_bytes_per_token, self.output_bytes_per_token) < 0:
+            raise ValueError(f"layer {self.name!r} has a negative size")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    """A model as the planner sees it: embedding, blocks, head, in order."""
+
+    name: str
+    layers: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.layers) < 3:
+            raise ValueError(f"model {self.name!r} has {len(self.layers)} layers; embedding, block and head are the least")
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights of the whole model on one device (a tied head costs nothing there)."""
+        return sum(layer.memory_bytes for layer in self.layers if layer.tied_to is None)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """What a device lends and how fast it is.
+
+    `layer_ms[kind]` is a tuple of (tokens in the batch, milliseconds for one layer), rising in tokens.
+    """
+
+    device: DeviceId
+    name: str
+    memory_bytes: int
+    layer_ms: Mapping[LayerKind, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProfile:
+    """An ordered pair of devices: a hop costs latency_ms + bytes·8/(mbps·1000) ms."""
+
+    latency_ms: float
+    mbps: float
+
+    def __post_init__(self) -> None:
+        if self.latency_ms < 0 or self.mbps <= 0:
+            raise ValueError(f"impossible link: {self.latency_ms} ms, {self.mbps} Mbps")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the deployment is expected to serve. `context` is the most tokens one slot holds."""
+
+    prompt_tokens: int = 128
+    output_tokens: int = 128
+    sequences: int = 4
+    context: int = 2048
+    objective: Objective = "latency"
+
+    def __post_init__(self) -> None:
+        if min(self.prompt_tokens, self.output_tokens, self.sequences, self.context) < 1:
+            raise ValueError(f"every number of a workload is at least 1: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Layers first..last (both included) on one device."""
+
+    device: DeviceId
+    first_layer: int
+    last_layer: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_layer <= self.last_layer:
+            raise ValueError(f"a stage's range must rise: {self.first_layer}..{self.last_layer}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the cost model says of a plan (design §6)."""
+
+    time_to_first_token_ms: float
+    step_ms: float
+    request_ms: float
+    tokens_per_second: float
+    micro_batch: int = 1
+    micro_batches: int = 1
+    bottleneck: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The stages in order, covering every layer once; neighbours on one device are merged."""
+
+    stages: tuple[Stage, ...]
+    predicted: Prediction
+    optimal: bool = False
+    bound: float = 0.0  # best value of the objective not ruled out
+
+    def __post_init__(self) -> None:
+        expected = 0
+        for stage in self.stages:
+            if stage.first_layer != expected:
+                raise ValueError(f"plan leaves a gap before layer {stage.first_layer}, expected {expected}")
+            expected = stage.last_layer + 1
+        if not self.stages or len(self.stages) > MAX_STAGES:
+            raise ValueError(f"a plan has 1 to {MAX_STAGES} stages, not {len(self.stages)}")
+
+    @property
+    def devices(self) -> tuple[DeviceId, ...]:
+        """Each device once, in the order of its first stage."""
+        return tuple(dict.fromkeys(stage.device for stage in self.stages))
+
+
+MAX_STAGES = 1024  # a plan is a control message; its size is bounded
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the head picks a token. temperature 0 is greedy. Penalties count the answer's own tokens."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # random numbers are a function of (seed, position)
+
+    def __post_init__(self) -> None:
+        for name, low, high in SAMPLING_LIMITS:
+            value = getattr(self, name)
+            if not low <= value <= high:  # NaN fails too
+                raise ValueError(f"{name} must lie in [{low}, {high}], not {value}")
+
+
+SAMPLING_LIMITS: tuple[tuple[str, float, float], ...] = (
+    ("temperature", 0.0, 100.0),
+    ("top_p", 0.0, 1.0),
+    ("top_k", 0, 2**31 - 1),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.01, 100.0),
+    ("presence_penalty", -100.0, 100.0),
+    ("frequency_penalty", -100.0, 100.0),
+    ("seed", 0, 2**63 - 1),
+)
