@@ -1,0 +1,129 @@
+"""Real devices for tests and benchmarks: `peerllm up` processes, driven through the CLI as a person would."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+READY_TIMEOUT_S = 120  # importing torch on a busy two-core machine is slow
+COMMAND_TIMEOUT_S = 240
+STOP_TIMEOUT_S = 20
+
+
+class Device:
+    """One `peerllm up` process; `prefix` puts it into a namespace or on a core."""
+
+    def __init__(self, data_dir: Path, name: str, *, memory: str = "2GB", options: Sequence[str] = (),
+                 prefix: Sequence[str] = (), api: str = "127.0.0.1:0", port: int = 0) -> None:
+        self.data_dir, self.name, self.prefix = data_dir, name, list(prefix)
+        self.argv = [*prefix, sys.executable, "-m", "peerllm", "up", "--data", str(data_dir), "--name", name,
+                     "--port", str(port), "--api", api, "--memory", memory, "--threads", "1", *options]
+        self.process: subprocess.Popen[str] | None = None
+        self.url = ""
+
+    def start(self) -> Device:
+        """Launch; `wait_ready` afterwards, so that several start at once."""
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        self.log = (self.data_dir / "log.txt").open("ab")
+        self.process = subprocess.Popen(self.argv, stdout=subprocess.PIPE, stderr=self.log, text=True,
+                                        env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        return self
+
+    def wait_ready(self) -> Device:
+        """Until it prints its `ready URL` line."""
+        assert self.process is not None
+        assert self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            deadline = time.monotonic() + READY_TIMEOUT_S
+            while selector.select(max(0.0, deadline - time.monotonic())):
+                line = self.process.stdout.readline()
+                if not line:
+                    raise AssertionError(f"{self.name} ended before it was ready:\n{self.log_tail()}")
+                if line.startswith("ready "):
+                    self.url = line.split()[1]
+                    return self
+        raise AssertionError(f"{self.name} was not ready in {READY_TIMEOUT_S} s:\n{self.log_tail()}")
+
+    def log_tail(self) -> str:
+        return (self.data_dir / "log.txt").read_text(errors="replace")[-3000:]
+
+    def cli(self, command: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """`peerllm COMMAND --data DIR ARGS` where this device lives."""
+        done = subprocess.run([*self.prefix, sys.executable, "-m", "peerllm", command, "--data", str(self.data_dir),
+                               *args], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+        if check and done.returncode:
+            raise AssertionError(f"{self.name}: {command} {args} ended with {done.returncode}: {done.stderr}\n"
+                                 f"{self.log_tail()}")
+        return done
+
+    def status(self) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads(self.cli("status", "--json").stdout)
+        return result
+
+    def token(self) -> str:
+        return (self.data_dir / "token").read_text().strip()
+
+    def post(self, path: str, body: Mapping[str, Any], timeout: float = COMMAND_TIMEOUT_S) -> Any:
+        """JSON in, JSON out, at the device's API (devices outside namespaces)."""
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), method="POST", headers={
+            "Content-Type": "application/json", "Authorization": f"Bearer {self.token()}"})
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return json.load(response)
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait(STOP_TIMEOUT_S)
+
+    def stop(self) -> int:
+        """SIGTERM, and SIGKILL if it does not heed it; the exit status."""
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self.log.close()
+        return self.process.returncode
+
+
+def pair(inviter: Device, joiner: Device, host: str = "127.0.0.1") -> None:
+    """One code: the joiner enters the inviter's household."""
+    invitation = json.loads(inviter.cli("invite", "--json").stdout)
+    joiner.cli("join", invitation["code"], "--at", f"{host}:{invitation['port']}")
+
+
+@contextlib.contextmanager
+def household(directory: Path, names: Sequence[str], *, memory: str | Mapping[str, str] = "2GB",
+              options: Sequence[str] = ("--no-mdns",), prefixes: Mapping[str, Sequence[str]] | None = None,
+              ) -> Iterator[list[Device]]:
+    """Paired devices on loopback, the first one the inviter; ended when the block is left."""
+    devices = [Device(directory / name, name, memory=memory if isinstance(memory, str) else memory[name],
+                      options=options, prefix=(prefixes or {}).get(name, ())) for name in names]
+    try:
+        for device in devices:
+            device.start()
+        for device in devices:
+            device.wait_ready()
+        for device in devices[1:]:
+            pair(devices[0], device)
+        yield devices
+    finally:
+        for device in devices:
+            device.stop()

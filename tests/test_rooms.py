@@ -1,0 +1,58 @@
+"""The walls: every import of ours runs along an arrow of docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "peerllm"
+SHARED = {"types", "errors", "codec", "__init__"}
+ALLOWED = {
+    "planner": {"planner"},
+    "transport": {"transport"},
+    "engine": {"engine", "transport"},
+    "daemon": {"daemon", "planner", "transport", "engine.messages", "builtin"},
+    "api": {"api", "daemon.facade", "web", "engine.messages"},
+    "web": {"web"},
+    "cli": {"cli", "api", "daemon", "builtin", "web"},
+    "builtin": {"builtin"},
+}
+LAZY_ENGINE = {"daemon/engine_host.py"}  # --in-process runs the engine in a thread: imported only then
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours that `path` names, without the package's own name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("peerllm"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("peerllm")}
+    return {name.removeprefix("peerllm").removeprefix(".") for name in found} - {""}
+
+
+def test_imports_follow_the_arrows() -> None:
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        relative = path.relative_to(PACKAGE)
+        room = relative.parts[0] if len(relative.parts) > 1 else ""
+        for name in imports(path):
+            top = name.split(".")[0]
+            if top in SHARED or name in {"__version__", "PROTOCOL_VERSION"}:
+                continue
+            allowed = ALLOWED.get(room, set()) if room else ({"cli"} if relative.name == "__main__.py" else set())
+            if top in allowed or any(name.startswith(one) for one in allowed if "." in one):
+                continue
+            if relative.as_posix() in LAZY_ENGINE and top == "engine":
+                continue
+            wrong.append(f"{relative} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_daemon_does_not_import_torch() -> None:
+    code = ("import sys, peerllm.cli.main, peerllm.daemon.daemon, peerllm.api.server; "
+            "print([m for m in ('torch', 'transformers') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
