@@ -1,0 +1,20 @@
+"""Where each field lies (docs/wire.md §4). Little-endian throughout."""
+
+from __future__ import annotations
+
+from struct import Struct
+
+MAGIC = b"PLFR"
+VERSION = 1
+ALIGNMENT = 8  # bytes; header and every payload end on a multiple
+
+# magic, version, kind, stage, epoch, deployment, segments, tensors, header bytes, reserved (0)
+HEADER = Struct("<4sBBHI16sHHII")
+SEGMENT = Struct("<QIIII")  # sequence, slot, position, length, flags
+TENSOR = Struct("<BBBB")  # name bytes, dtype code, rank, reserved (0); then rank sizes, then the name
+SIZE = Struct("<I")
+
+
+def padding(length: int) -> int:
+    """Zero bytes that follow `length` bytes."""
+    return -length % ALIGNMENT

@@ -1,0 +1,20 @@
+"""The engine's data plane: frames from device to device over pinned websockets, sent while the next is computed."""
+
+from peerllm.transport.dial import dial
+from peerllm.transport.links.link import Link
+from peerllm.transport.links.outbox import SEND_QUEUE_BYTES, SEND_QUEUE_FRAMES, SEND_TIMEOUT_S, Outbox
+from peerllm.transport.links.plane import DataPlane, OnLost
+from peerllm.transport.links.receiver import Deliver, Ingress
+
+__all__ = [
+    "SEND_QUEUE_BYTES",
+    "SEND_QUEUE_FRAMES",
+    "SEND_TIMEOUT_S",
+    "DataPlane",
+    "Deliver",
+    "Ingress",
+    "Link",
+    "OnLost",
+    "Outbox",
+    "dial",
+]

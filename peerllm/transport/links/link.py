@@ -1,0 +1,122 @@
+"""The sending end of a link."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+import aiohttp
+
+from peerllm.transport.dial import CLOSE_TIMEOUT_S
+from peerllm.transport.frames import Frame, encode
+from peerllm.transport.links.outbox import SEND_TIMEOUT_S, Outbox
+from peerllm.transport.links.pulse import Pulse
+from peerllm.types import DeploymentId, DeviceId
+
+MAX_REASON_BYTES = 120  # what a websocket's close frame holds, less its code
+FLUSH_TIMEOUT_S = 2.0  # what an orderly close gives the frames still queued
+MAX_ANSWER_BYTES = 1024  # nothing but beats and a close comes back on a link
+
+
+def close_reason(reason: str) -> bytes:
+    """A reason cut to what a close frame holds, between characters."""
+    return reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
+
+
+class Link:
+    """Frames to one stage of one deployment's epoch. `send` and `close` may be called from any thread."""
+
+    def __init__(
+        self,
+        websocket: aiohttp.ClientWebSocketResponse,
+        device: DeviceId,
+        deployment: DeploymentId,
+        epoch: int,
+        stage: int,
+        ended: Callable[[Link, str], None],
+    ) -> None:
+        self.device = device
+        self.deployment = deployment
+        self.epoch = epoch
+        self.stage = stage
+        self.lost = ""  # why the link broke; empty while it has not, and after an orderly end
+        self._websocket = websocket
+        self._loop = asyncio.get_running_loop()
+        self._outbox = Outbox(self._loop)
+        self._pulse = Pulse(websocket)
+        self._ended = ended
+        self._task = self._loop.create_task(self._run(), name=f"link to {device[:8]} {deployment[:8]}/{epoch}/{stage}")
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be sent."""
+        return bool(self._outbox.ended)
+
+    def send(self, frame: Frame, timeout_s: float = SEND_TIMEOUT_S) -> None:
+        """Queue a frame; its tensors are copied, so their memory may be used again at once.
+
+        Waits only where the queue is full; LinkError if it stays so for `timeout_s`, or the link has ended.
+        """
+        self._outbox.put(encode(frame), timeout_s)
+
+    def close(self) -> None:
+        """Take no more frames, let those queued go (at most FLUSH_TIMEOUT_S), then end; not reported as lost."""
+        self._outbox.end("closed")
+
+    def abort(self, reason: str) -> None:
+        """End the link now and report it lost; on the loop only."""
+        self.lost = self.lost or reason
+        self._outbox.end(reason, discard=True)
+
+    async def wait_closed(self) -> None:
+        """Until the link has ended."""
+        await asyncio.wait({self._task})
+
+    async def _run(self) -> None:
+        name = self._task.get_name()
+        writer = self._loop.create_task(self._write(), name=f"{name} writer")
+        reader = self._loop.create_task(self._read(), name=f"{name} reader")
+        beat = self._loop.create_task(self._pulse.run(self.abort), name=f"{name} beat")
+        try:
+            await self._outbox.wait_ended()
+            if not self.lost:
+                await asyncio.wait({writer}, timeout=FLUSH_TIMEOUT_S)
+        finally:
+            self._outbox.end(self.lost or "closed", discard=True)
+            for task in (writer, reader, beat):
+                task.cancel()
+            await asyncio.gather(writer, reader, beat, return_exceptions=True)
+            self._ended(self, self.lost)
+            code = aiohttp.WSCloseCode.GOING_AWAY if self.lost else aiohttp.WSCloseCode.OK
+            with suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
+                goodbye = self._websocket.close(code=code, message=close_reason(self.lost))
+                await asyncio.wait_for(goodbye, 2 * CLOSE_TIMEOUT_S)
+
+    async def _write(self) -> None:
+        try:
+            while (frame := await self._outbox.get()) is not None:
+                await self._websocket.send_bytes(frame)
+        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
+            self.abort(f"cannot send: {error}")
+
+    async def _read(self) -> None:
+        """Nothing is expected but the end."""
+        while True:
+            message = await self._websocket.receive()
+            match message.type:
+                case aiohttp.WSMsgType.CLOSE if message.data == aiohttp.WSCloseCode.OK:
+                    self._outbox.end("the other side has closed it", discard=True)
+                    return
+                case aiohttp.WSMsgType.CLOSE:
+                    self.abort(message.extra or f"closed by the other side (code {message.data})")
+                    return
+                case aiohttp.WSMsgType.CLOSED | aiohttp.WSMsgType.CLOSING:
+                    self.abort("the connection broke")
+                    return
+                case aiohttp.WSMsgType.ERROR:
+                    self.abort(f"the connection broke: {message.data}")
+                    return
+                case _:
+                    self.abort("the other side spoke out of turn")
+                    return

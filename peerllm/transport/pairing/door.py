@@ -1,0 +1,227 @@
+"""The inviting side: a port that is open for two minutes, three tries or one success, whichever is first."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from peerllm.errors import LinkError, PairingError, PeerLLMError
+from peerllm.transport.identity import Identity, canonical_pem, certificate_device, verify
+from peerllm.transport.pairing.code import door_name, make_code
+from peerllm.transport.pairing.messages import (
+    ENTRIES_PER_MESSAGE,
+    PROTOCOL_VERSION,
+    Challenge,
+    Channel,
+    Confirm,
+    Done,
+    Entries,
+    Hello,
+    Introduction,
+    Possession,
+    Refused,
+    Welcome,
+)
+from peerllm.transport.pairing.pake import Keys, Pake
+from peerllm.transport.roster import MAX_COUNTER, Roster
+from peerllm.transport.roster.entry import clean_name
+from peerllm.transport.tls import door_context, listen
+from peerllm.types import DeviceId
+
+PAIRING_WINDOW_S = 120.0
+TRIES = 3
+ATTEMPT_TIMEOUT_S = 10.0  # one attempt at a time holds the door, and no longer
+MAX_WAITING = 8  # connections, the one being served included
+REFUSE_TIMEOUT_S = 1.0  # what telling a refusal may take
+CLOSED = "the pairing window is closed; run peerllm invite again"
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """A device that has just joined; the roster holds it already."""
+
+    device: DeviceId
+    name: str
+    certificate_pem: str
+
+
+class PairingDoor:
+    """Invites one device. `roster` is asked for the household's list at the moment of success, and changed.
+
+    `on_paired` and `on_closed` (with the reason) run on the loop, the latter exactly once per `open`.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        roster: Callable[[], Roster],
+        name: str,
+        hosts: Iterable[str],
+        port: int,
+        on_paired: Callable[[Paired], None],
+        on_closed: Callable[[str], None] | None = None,
+    ) -> None:
+        self._identity = identity
+        self._roster = roster
+        self._name = clean_name(name)
+        self._hosts = tuple(hosts)
+        self._wanted_port = port
+        self._on_paired = on_paired
+        self._on_closed = on_closed or (lambda reason: None)
+        self._servers: list[asyncio.Server] = []
+        self._visits: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
+        self._expiry: asyncio.TimerHandle | None = None
+        self._code = ""
+        self._tries_left = 0
+        self._port = 0
+        self.closed_reason = CLOSED
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._code)
+
+    @property
+    def port(self) -> int:
+        """The real port while open, also where 0 was asked for."""
+        return self._port
+
+    @property
+    def door(self) -> str:
+        """The public part of the code, for the advertisement; empty while closed."""
+        return door_name(self._code) if self._code else ""
+
+    async def open(self, window_s: float | None = None) -> str:
+        """Listen, and return the code to tell the other device's owner. BadInputError if the port is in use."""
+        await self.close()
+        sockets = await listen(self._hosts, self._wanted_port, option="--pairing-port")
+        self._port = int(sockets[0].getsockname()[1])
+        context = door_context(self._identity)
+        self._code, self._tries_left, self.closed_reason = make_code(), TRIES, ""
+        code = self._code
+        for sock in sockets:
+            server = await asyncio.start_server(
+                self._visit, sock=sock, ssl=context, ssl_handshake_timeout=ATTEMPT_TIMEOUT_S
+            )
+            self._servers.append(server)
+        window_s = PAIRING_WINDOW_S if window_s is None else window_s
+        self._expiry = asyncio.get_running_loop().call_later(window_s, self._shut, CLOSED)
+        return code
+
+    async def close(self) -> None:
+        """Shut the door now, whatever the state; cuts an attempt that has not succeeded yet."""
+        self._shut("the invitation was withdrawn; run peerllm invite again")
+        visits = [visit for visit in self._visits if visit is not asyncio.current_task()]
+        for visit in visits:
+            visit.cancel()
+        await asyncio.gather(*visits, return_exceptions=True)
+
+    def _shut(self, reason: str) -> None:
+        """No more visitors; those that wait are told."""
+        if not self._code:
+            return
+        self._code, self.closed_reason = "", reason
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+        self._on_closed(reason)
+
+    async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        crowded = len(self._visits) >= MAX_WAITING
+        self._visits.add(task)
+        channel = Channel(reader, writer)
+        try:
+            if crowded:
+                await self._refuse(channel, "others are pairing right now; try again")
+                return
+            async with self._turn:
+                await self._serve(channel)
+        finally:
+            self._visits.discard(task)
+            writer.close()
+
+    async def _serve(self, channel: Channel) -> None:
+        try:
+            async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                await self._attempt(channel)
+        except TimeoutError:
+            await self._refuse(channel, f"the pairing took longer than {ATTEMPT_TIMEOUT_S:g} s; try again")
+        except PeerLLMError as error:
+            await self._refuse(channel, str(error))
+        finally:
+            if self._tries_left <= 0:
+                self._shut(f"{TRIES} tries are spent; run peerllm invite again")
+
+    async def _refuse(self, channel: Channel, reason: str) -> None:
+        with suppress(LinkError, TimeoutError):
+            await asyncio.wait_for(channel.send(Refused(reason[:200])), REFUSE_TIMEOUT_S)
+
+    async def _attempt(self, channel: Channel) -> None:
+        hello, hello_bytes = await channel.receive(Hello)
+        if not self._code:
+            raise PairingError(self.closed_reason)
+        if hello.version != PROTOCOL_VERSION:
+            raise PairingError(f"pairing version {hello.version} is not {PROTOCOL_VERSION}; update both devices")
+        joiner = certificate_device(hello.certificate_pem)
+        name = clean_name(hello.name)
+        if joiner == self._identity.device:
+            raise PairingError("a device cannot be paired with itself")
+        if not 0 <= hello.counter <= MAX_COUNTER // 2:
+            raise PairingError("the joining device's list is damaged; run peerllm leave there first")
+        pake = await asyncio.to_thread(Pake, self._code, self._identity.device, joiner, True)
+        challenge_bytes = await channel.send(Challenge(PROTOCOL_VERSION, pake.share))
+        keys = await asyncio.to_thread(pake.finish, hello.share, hello_bytes, challenge_bytes)
+        confirm, _ = await channel.receive(Confirm)
+        self._check_proof(confirm.proof, keys)
+        await channel.send(Confirm(keys.inviter_proof))
+        channel.authenticate(send_key=keys.inviter_mac, receive_key=keys.joiner_mac)
+        await self._exchange(channel, hello, name, joiner, keys)
+
+    def _check_proof(self, proof: str, keys: Keys) -> None:
+        """Spends a try, right or wrong: from here on the other side may learn which it was."""
+        if not self._code:  # shut while this attempt was on its way
+            raise PairingError(self.closed_reason)
+        self._tries_left -= 1
+        if hmac.compare_digest(proof.encode(), keys.joiner_proof.encode()):
+            return
+        if self._tries_left <= 0:
+            self._shut(f"the code was wrong {TRIES} times; run peerllm invite again")
+            raise PairingError(self.closed_reason)
+        left = f"{self._tries_left} {'try' if self._tries_left == 1 else 'tries'} left"
+        raise PairingError(f"the code is wrong; {left}")
+
+    async def _exchange(self, channel: Channel, hello: Hello, name: str, joiner: DeviceId, keys: Keys) -> None:
+        possession, _ = await channel.receive(Possession)
+        verify(hello.certificate_pem, _bytes(possession.signature), b"joiner" + keys.transcript)
+        roster = self._roster()
+        pem = canonical_pem(hello.certificate_pem)
+        entry = roster.introduce(self._identity, pem, name, above=hello.counter)
+        entries = (*(known for known in roster.vouch(self._identity) if known.device != joiner), entry)
+        signature = self._identity.sign(b"inviter" + keys.transcript).hex()
+        await channel.send(Welcome(self._name, signature, len(entries)))
+        for start in range(0, len(entries), ENTRIES_PER_MESSAGE):
+            await channel.send(Entries(entries[start : start + ENTRIES_PER_MESSAGE]))
+        introduction, _ = await channel.receive(Introduction)
+        theirs = introduction.entry
+        if (theirs.device, theirs.introducer, theirs.removed) != (self._identity.device, joiner, False):
+            raise PairingError("the joining device did not introduce this one")
+        roster.merge((entry, theirs))
+        if not roster.is_member(joiner):
+            raise PairingError("the household would not take the device in; remove it there first, then try again")
+        self._shut("paired")
+        self._on_paired(Paired(joiner, name, pem))
+        await channel.send(Done(joiner))
+
+
+def _bytes(digits: str) -> bytes:
+    try:
+        return bytes.fromhex(digits)
+    except ValueError as error:
+        raise PairingError("a signature is not hexadecimal") from error

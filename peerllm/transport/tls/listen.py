@@ -1,0 +1,101 @@
+"""Listening sockets: several addresses, IPv4 and IPv6, all on one port."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import sys
+from collections.abc import Iterable
+
+from peerllm.errors import BadInputError
+
+BACKLOG = 64  # connections that wait to be accepted
+MAX_PORT_DRAWS = 8  # how often a free port is drawn anew because another address has it taken
+NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT})
+
+
+async def listen(hosts: Iterable[str], port: int, option: str = "--port") -> list[socket.socket]:
+    """Sockets listening on every host, all on one port (0: a free one). BadInputError says which port is in use.
+
+    A wildcard address of a family this machine lacks is left out.
+    """
+    addresses = await _resolve(hosts)
+    for _ in range(MAX_PORT_DRAWS):
+        sockets: list[socket.socket] = []
+        chosen = port
+        try:
+            for family, host in addresses:
+                sock = _bind(family, host, chosen)
+                if sock is not None:
+                    sockets.append(sock)
+                    chosen = sock.getsockname()[1]
+        except OSError as error:
+            _close(sockets)
+            if error.errno == errno.EADDRINUSE and not port and sockets:
+                continue
+            raise _explained(error, chosen, addresses, option) from error
+        if sockets:
+            return sockets
+        break
+    raise BadInputError(f"none of {', '.join(host[0] for _, host in addresses)} can be listened on")
+
+
+async def _resolve(hosts: Iterable[str]) -> list[tuple[int, tuple[str, int, int, int]]]:
+    """(family, (address, 0, flow, scope)) of each host, once each."""
+    found: dict[tuple[int, tuple[str, int, int, int]], None] = {}
+    for host in hosts:
+        try:
+            infos = await asyncio.get_running_loop().getaddrinfo(
+                host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except OSError as error:
+            raise BadInputError(f"{host} is no address of this device") from error
+        for family, _, _, _, address in infos:
+            flow, scope = (int(address[2]), int(address[3])) if len(address) == 4 else (0, 0)
+            found[family, (str(address[0]), 0, flow, scope)] = None
+    if not found:
+        raise BadInputError("no address to listen on")
+    return list(found)
+
+
+def _bind(family: int, address: tuple[str, int, int, int], port: int) -> socket.socket | None:
+    host, _, flow, scope = address
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno in NO_SUCH_FAMILY:
+            return None
+        raise
+    try:
+        if sys.platform != "win32":  # there it would let two listeners share the port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((host, port, flow, scope))
+        else:
+            sock.bind((host, port))
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        if error.errno in NO_SUCH_FAMILY and host in ("::", "0.0.0.0"):
+            return None
+        raise
+    return sock
+
+
+def _explained(
+    error: OSError, port: int, addresses: list[tuple[int, tuple[str, int, int, int]]], option: str
+) -> BadInputError:
+    where = ", ".join(address[0] for _, address in addresses)
+    if error.errno == errno.EADDRINUSE:
+        return BadInputError(f"port {port} is in use on {where}; choose another with {option}")
+    if error.errno == errno.EACCES:
+        return BadInputError(f"port {port} may not be opened by this user; choose one above 1023 with {option}")
+    return BadInputError(f"cannot listen on {where}, port {port}: {error.strerror}")
+
+
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()

@@ -1,0 +1,74 @@
+"""The decoder under fire: no input crashes it, none makes it take memory beyond the plan's, every refusal is reached.
+
+PEERLLM_FUZZ_INPUTS sets how many inputs (CI and `make lab` run 20000); half are valid frames with one to three fields
+changed. PEERLLM_FUZZ_SEED=random draws other inputs each time.
+"""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+from collections import Counter
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from peerllm.transport.frames import Frame, FrameRefused, Rule, decode, encode
+from tests.transport.frames_support import LIMITS, changed_frames, frames
+
+INPUTS = int(os.environ.get("PEERLLM_FUZZ_INPUTS", "3000"))
+DERANDOMIZE = os.environ.get("PEERLLM_FUZZ_SEED") != "random"
+OBJECTS_BYTES = 8 << 10  # Python's own objects for the segments and tensors that the plan allows, and one error
+
+prefixes = st.builds(lambda frame, noise, at: encode(frame)[:at] + noise, frames(), st.binary(max_size=64), st.integers(0, 120))
+others = st.binary(max_size=LIMITS.max_bytes + 64) | prefixes | frames().map(encode)
+
+
+def test_no_input_crashes_or_takes_memory_beyond_the_plan() -> None:
+    outcomes: Counter[Rule | None] = Counter()
+    inputs = Counter[bool]()
+
+    def check(data: bytes) -> None:
+        tracemalloc.start()
+        try:
+            frame: Frame | None = decode(data, LIMITS)
+            rule = None
+        except FrameRefused as refusal:
+            frame, rule = None, refusal.rule
+            assert "\n" not in str(refusal)
+            assert len(str(refusal)) < 300
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        outcomes[rule] += 1
+        assert peak_bytes <= LIMITS.max_bytes + OBJECTS_BYTES, f"{peak_bytes} bytes for {data.hex()}"
+        if frame is not None:
+            assert encode(frame) == data, "two spellings of one frame"
+
+    # Shrinking would call `check` again on inputs nobody counted; the first failure is told as it is.
+    fuzz = settings(
+        max_examples=INPUTS // 2,
+        deadline=None,
+        database=None,
+        derandomize=DERANDOMIZE,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+    @fuzz
+    @given(changed_frames())
+    def changed(data: bytes) -> None:
+        inputs[True] += 1
+        check(data)
+
+    @fuzz
+    @given(others)
+    def anything(data: bytes) -> None:
+        inputs[False] += 1
+        check(data)
+
+    changed()
+    anything()
+    assert inputs[True] >= INPUTS // 2
+    assert inputs[False] >= INPUTS // 2
+    assert set(Rule) - set(outcomes) == set(), f"refusals never reached, of {dict(outcomes)}"
+    assert outcomes[None] > INPUTS // 20, "hardly anything was valid: the inputs do not reach deep"

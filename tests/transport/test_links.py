@@ -1,0 +1,435 @@
+"""The data plane between real sockets: order, bounds, refusals, and every way a link can end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+
+import aiohttp
+import pytest
+
+from peerllm.errors import AuthenticationError, BadInputError, FrameError, LinkError, OverloadedError
+from peerllm.transport.dial import dial
+from peerllm.transport.frames import Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit, encode
+from peerllm.transport.identity import Identity
+from peerllm.transport.links import DataPlane, Ingress, Link, Outbox
+from peerllm.transport.links import outbox as outbox_module
+from peerllm.transport.links import plane as plane_module
+from peerllm.transport.links import pulse as pulse_module
+from peerllm.transport.tls import client_context
+
+DEPLOYMENT = "ab" * 16
+WAIT_S = 10.0
+WIDTH = 256
+LIMITS = FrameLimits(
+    deployment=DEPLOYMENT,
+    epoch=3,
+    stage=1,
+    kinds=(FrameKind.ACTIVATION,),
+    max_segments=4,
+    slots=8,
+    context=1 << 20,
+    max_tokens=256,
+    tensors={"hidden": TensorLimit(("F32",), 2, last_dim=WIDTH, per_token=True, required=True)},
+)
+
+
+def activation(position: int = 0, tokens: int = 1, epoch: int = 3) -> Frame:
+    data = NamedTensor.of("hidden", "F32", (tokens, WIDTH), bytes([position % 256]) * (tokens * WIDTH * 4))
+    return Frame(FrameKind.ACTIVATION, DEPLOYMENT, epoch, 1, (FrameSegment(9, 0, position, tokens),), (data,))
+
+
+@dataclass
+class Node:
+    """A device's data plane and what it heard."""
+
+    identity: Identity
+    plane: DataPlane
+    lost: asyncio.Queue[tuple[str, str, str]] = field(default_factory=asyncio.Queue)
+    frames: asyncio.Queue[tuple[str, Frame]] = field(default_factory=asyncio.Queue)
+
+    async def next_lost(self) -> tuple[str, str]:
+        deployment, device, reason = await asyncio.wait_for(self.lost.get(), WAIT_S)
+        assert deployment == DEPLOYMENT
+        return device, reason
+
+    async def next_frame(self) -> Frame:
+        return (await asyncio.wait_for(self.frames.get(), WAIT_S))[1]
+
+
+@pytest.fixture
+async def nodes(alice: Identity, bob: Identity, carol: Identity) -> AsyncIterator[list[Node]]:
+    nodes = []
+    for identity in (alice, bob, carol):
+        heard: list[Node] = []
+
+        def lost(deployment: str, device: str, reason: str, heard: list[Node] = heard) -> None:
+            heard[0].lost.put_nowait((deployment, device, reason))
+
+        node = Node(identity, DataPlane(identity, ["127.0.0.1"], 0, lost))
+        heard.append(node)
+        await node.plane.start()
+        await node.plane.set_trusted([i.certificate_pem for i in (alice, bob, carol) if i is not identity])
+        nodes.append(node)
+    yield nodes
+    for node in nodes:
+        await node.plane.close()
+        await node.plane.close()
+    left = {task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith(("link ", "dial "))}
+    assert left == set(), "tasks were left behind"
+
+
+def expect(node: Node, sender: Node, limits: FrameLimits = LIMITS) -> None:
+    node.plane.expect(Ingress(sender.identity.device, limits), lambda device, frame: node.frames.put_nowait((device, frame)))
+
+
+async def connect(sender: Node, receiver: Node, stage: int = 1, hosts: tuple[str, ...] = ("127.0.0.1",)) -> Link:
+    who = receiver.identity
+    return await sender.plane.connect(who.device, who.certificate_pem, hosts, receiver.plane.port, DEPLOYMENT, 3, stage)
+
+
+async def test_frames_arrive_in_order_from_a_compute_thread(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    link = await connect(one, two)
+    sent = [activation(position, 1 + position % 256) for position in range(100)]
+
+    def compute() -> None:
+        for frame in sent:
+            link.send(frame)
+
+    await asyncio.to_thread(compute)
+    assert [await two.next_frame() for _ in sent] == sent
+    link.close()
+    await asyncio.wait_for(link.wait_closed(), WAIT_S)
+    assert link.closed
+    assert not link.lost
+    with pytest.raises(LinkError, match="has ended"):
+        link.send(sent[0])
+    assert one.lost.empty()
+    assert two.lost.empty()
+
+
+async def test_what_is_queued_still_goes_when_a_link_is_closed(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    link = await connect(one, two)
+    for position in range(50):
+        link.send(activation(position))
+    link.close()
+    link.close()
+    for position in range(50):
+        assert (await two.next_frame()).segments[0].position == position
+
+
+async def test_a_tensors_memory_may_be_used_again_at_once(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    link = await connect(one, two)
+    memory = bytearray(b"\1" * WIDTH * 4)
+    link.send(replace(activation(), tensors=(NamedTensor.of("hidden", "F32", (1, WIDTH), memory),)))
+    memory[:] = bytes(len(memory))
+    assert bytes((await two.next_frame()).tensors[0].data) == b"\1" * WIDTH * 4
+
+
+async def test_a_bad_frame_ends_its_link_and_nothing_else(nodes: list[Node]) -> None:
+    one, two, three = nodes
+    expect(two, one)
+    expect(two, three, replace(LIMITS, stage=2))
+    bad, good = await connect(one, two), await connect(three, two, stage=2)
+    bad.send(activation(epoch=4))
+    reason = "frame of another epoch: 4, the plan's is 3"
+    assert await two.next_lost() == (one.identity.device, reason)
+    assert await one.next_lost() == (two.identity.device, reason)
+    with pytest.raises(LinkError, match="another epoch"):
+        bad.send(activation())
+    good.send(replace(activation(), stage=2))
+    assert (await two.next_frame()).stage == 2
+
+
+async def test_only_the_planned_sender_is_let_in(nodes: list[Node]) -> None:
+    one, two, three = nodes
+    expect(two, one)
+    with pytest.raises(AuthenticationError, match="does not let this device in"):
+        await connect(three, two)
+    await connect(one, two)
+
+
+async def test_what_is_not_expected_is_404_before_the_upgrade(nodes: list[Node], session: aiohttp.ClientSession) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    who = two.identity
+    for path in (f"/data/{DEPLOYMENT}/4/1", f"/data/{'cd' * 16}/3/1", f"/data/{DEPLOYMENT}/3/2", "/data/x/3/1", "/"):
+        with pytest.raises(LinkError, match="HTTP 404"):
+            await dial(session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path)
+
+
+@pytest.mark.parametrize("claimed_bytes", [LIMITS.max_bytes + 1, 1 << 30, 2**63 - 1])
+async def test_a_message_beyond_the_plan_is_refused_before_memory_is_taken(
+    nodes: list[Node], claimed_bytes: int
+) -> None:
+    """The claim alone, of which not one byte of payload follows, ends the link."""
+    one, two, _ = nodes
+    expect(two, one)
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1",
+        two.plane.port,
+        ssl=client_context(one.identity, two.identity.certificate_pem),
+        server_hostname="x",
+    )
+    writer.write(
+        f"GET /data/{DEPLOYMENT}/3/1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n".encode()
+    )
+    assert b"101 Switching" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), WAIT_S)
+    tracemalloc.start()
+    writer.write(b"\x82\xff" + claimed_bytes.to_bytes(8, "big") + bytes(4))
+    _, reason = await two.next_lost()
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    writer.close()
+    assert f"exceeds limit {LIMITS.max_bytes + 1}" in reason
+    assert peak_bytes < 1 << 20
+
+
+async def test_the_largest_frame_passes(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    limits = replace(LIMITS, max_segments=1, max_bytes=0)
+    expect(two, one, limits)
+    assert len(encode(activation(tokens=256))) == limits.max_bytes
+    link = await connect(one, two)
+    link.send(activation(tokens=256))
+    assert (await two.next_frame()).tokens == 256
+
+
+async def test_text_and_garbage_end_the_link(nodes: list[Node], session: aiohttp.ClientSession) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    who = two.identity
+    path = f"/data/{DEPLOYMENT}/3/1"
+    sends: list[tuple[Callable[[aiohttp.ClientWebSocketResponse], object], str]] = [
+        (lambda websocket: websocket.send_str("hello"), "binary frames only"),
+        (lambda websocket: websocket.send_bytes(b"PLFR"), "shorter than its header"),
+        (lambda websocket: websocket.send_bytes(b""), "shorter than its header"),
+        (lambda websocket: websocket.send_bytes(encode(activation())[:-8]), "not as long as its tensors"),
+    ]
+    for send, reason in sends:
+        websocket = await dial(session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path)
+        await send(websocket)  # type: ignore[misc]
+        assert reason in (await two.next_lost())[1]
+        message = await websocket.receive(timeout=WAIT_S)
+        assert message.data == aiohttp.WSCloseCode.POLICY_VIOLATION
+        assert reason in (message.extra or "")
+
+
+async def test_what_deliver_raises_ends_the_link(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+
+    def deliver(device: str, frame: Frame) -> None:
+        raise OverloadedError("no room for another frame")
+
+    two.plane.expect(Ingress(one.identity.device, LIMITS), deliver)
+    link = await connect(one, two)
+    link.send(activation())
+    assert await one.next_lost() == (two.identity.device, "no room for another frame")
+    assert await two.next_lost() == (one.identity.device, "no room for another frame")
+
+
+async def test_a_stage_with_too_much_to_do_holds_its_sender_back(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, _ = nodes
+    monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
+    monkeypatch.setattr(pulse_module, "SILENCE_S", 0.3)
+    release = asyncio.Event()
+
+    async def hold() -> None:
+        await release.wait()
+
+    def deliver(device: str, frame: Frame) -> asyncio.Task[None]:
+        two.frames.put_nowait((device, frame))
+        return asyncio.create_task(hold())
+
+    two.plane.expect(Ingress(one.identity.device, LIMITS), deliver)
+    link = await connect(one, two)
+    large, count = 256, 200  # 50 MB, more than the sockets hold
+
+    def compute() -> str:
+        try:
+            for position in range(count):
+                link.send(activation(position, large), timeout_s=0.8)
+        except LinkError as error:
+            return str(error)
+        return ""
+
+    assert "none left within 0.8 s" in await asyncio.to_thread(compute)
+    assert two.frames.qsize() == 1
+    assert not link.closed, "a busy peer is not a dead one"
+    assert two.lost.empty()
+    release.set()
+    link.send(activation(1, large), timeout_s=WAIT_S) if len(link._outbox) < 64 else None
+    for _ in range(20):
+        await two.next_frame()
+
+
+async def test_removal_cuts_live_links_both_ways(nodes: list[Node]) -> None:
+    one, two, three = nodes
+    expect(two, one)
+    expect(one, two, replace(LIMITS, stage=2))
+    await connect(one, two)
+    await connect(two, one, stage=2)
+    await two.plane.set_trusted([three.identity.certificate_pem])
+    assert {await two.next_lost() for _ in range(2)} == {
+        (one.identity.device, "the device was removed from the household")
+    }
+    assert {device for device, _ in [await one.next_lost() for _ in range(2)]} == {two.identity.device}
+    with pytest.raises(LinkError):
+        await connect(one, two)
+
+
+async def test_a_vanished_sender_is_noticed(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    link = await connect(one, two)
+    link.send(activation())
+    await two.next_frame()
+    await one.plane.close()
+    assert (await two.next_lost())[0] == one.identity.device
+
+
+async def test_a_vanished_receiver_wakes_a_sender_that_waits(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    two.plane.expect(Ingress(one.identity.device, LIMITS), lambda device, frame: never)
+    link = await connect(one, two)
+    full = threading.Event()
+
+    def compute() -> str:
+        position = 0
+        try:
+            while True:
+                if len(link._outbox) >= outbox_module.SEND_QUEUE_FRAMES:
+                    full.set()
+                link.send(activation(position, 256), timeout_s=WAIT_S)
+                position += 1
+        except LinkError as error:
+            return str(error)
+
+    computing = asyncio.create_task(asyncio.to_thread(compute))
+    await asyncio.to_thread(full.wait, WAIT_S)
+    never.cancel()
+    await two.plane.close()
+    assert "the link has ended" in await asyncio.wait_for(computing, WAIT_S)
+    assert (await one.next_lost())[0] == two.identity.device
+
+
+async def test_a_frozen_peer_is_noticed_by_its_silence(
+    nodes: list[Node], session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, _ = nodes
+    monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
+    monkeypatch.setattr(pulse_module, "SILENCE_S", 0.2)
+    expect(two, one)
+    who = two.identity
+    path = f"/data/{DEPLOYMENT}/3/1"
+    # A websocket that nobody reads or beats on: the kernel still acknowledges, as it does for a stopped process.
+    websocket = await dial(session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path)
+    _, reason = await two.next_lost()
+    assert reason.startswith("nothing heard for 0.")
+    await websocket.close()
+
+
+async def test_an_idle_link_stays(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, _ = nodes
+    monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
+    monkeypatch.setattr(pulse_module, "SILENCE_S", 0.5)
+    expect(two, one)
+    link = await connect(one, two)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(one.lost.get(), 1.2)
+    assert two.lost.empty()
+    link.send(activation())
+    await two.next_frame()
+
+
+async def test_forgetting_is_no_loss(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    expect(two, one, replace(LIMITS, epoch=4))
+    link = await connect(one, two)
+    link.send(activation())
+    await two.next_frame()
+    await two.plane.forget(DEPLOYMENT, epoch=3)
+    await asyncio.wait_for(link.wait_closed(), WAIT_S)
+    with pytest.raises(LinkError, match="the other side has closed it"):
+        link.send(activation())
+    with pytest.raises(LinkError, match="HTTP 404"):
+        await connect(one, two)
+    assert one.lost.empty()
+    assert two.lost.empty()
+    who = two.identity
+    newer = await one.plane.connect(who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, DEPLOYMENT, 4, 1)
+    await one.plane.forget(DEPLOYMENT)
+    assert newer.closed
+    assert one.lost.empty()
+
+
+async def test_a_second_connection_takes_the_firsts_place(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    unused = await connect(one, two)
+    used = await connect(one, two)
+    await asyncio.wait_for(unused.wait_closed(), WAIT_S)
+    used.send(activation())
+    await two.next_frame()
+    assert two.lost.empty(), "nothing can be missing of a link that never carried a frame"
+    newest = await connect(one, two)
+    assert await two.next_lost() == (one.identity.device, "replaced by a new connection")
+    newest.send(activation(1))
+    assert (await two.next_frame()).segments[0].position == 1
+
+
+async def test_the_first_address_that_answers_is_taken(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, _ = nodes
+    monkeypatch.setattr(plane_module, "STAGGER_S", 0.01)
+    expect(two, one)
+    link = await connect(one, two, hosts=("127.0.0.3", "127.0.0.1", "127.0.0.1"))
+    link.send(activation())
+    await two.next_frame()
+    with pytest.raises(LinkError, match=r"127\.0\.0\.3.*cannot be reached"):
+        await connect(one, two, hosts=("127.0.0.3",))
+    with pytest.raises(LinkError, match="no address"):
+        await connect(one, two, hosts=())
+
+
+async def test_links_expected_are_bounded(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, _ = nodes
+    monkeypatch.setattr(plane_module, "MAX_INGRESSES", 1)
+    expect(two, one)
+    expect(two, one)
+    with pytest.raises(BadInputError, match="already expects 1"):
+        expect(two, one, replace(LIMITS, stage=2))
+
+
+async def test_the_outbox_is_bounded_in_frames_and_bytes() -> None:
+    loop = asyncio.get_running_loop()
+    box = Outbox(loop, max_frames=2, max_bytes=10)
+    box.put(b"x" * 11)
+    with pytest.raises(LinkError, match="1 frames wait"):
+        box.put(b"x", timeout_s=0.01)
+    assert await box.get() == b"x" * 11
+    box.put(b"1")
+    box.put(b"2")
+    with pytest.raises(LinkError, match="2 frames wait"):
+        await asyncio.to_thread(box.put, b"3", 0.01)
+    waiting = asyncio.create_task(asyncio.to_thread(box.put, b"3", WAIT_S))
+    assert await box.get() == b"1"
+    await asyncio.wait_for(waiting, WAIT_S)
+    box.end("over")
+    box.end("again")
+    assert box.ended == "over"
+    with pytest.raises(LinkError, match="ended: over"):
+        box.put(b"4")
+    assert [await box.get() for _ in range(3)] == [b"2", b"3", None]
+    assert issubclass(FrameError, LinkError)
