@@ -1,0 +1,138 @@
+"""EdgeShard's latency plan (eq. 3-5): any layer on any device, the least time for one request, exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from math import isfinite, prod
+
+import numpy as np
+
+from peerllm.errors import InfeasibleError
+from peerllm.planner.cost import SOURCE_LAYERS, Links, hop_ms, layer_bytes, layer_ms, merged, predict, tokens_in
+from peerllm.planner.memory import human_bytes
+from peerllm.planner.relaxation import Floats, Ints, Problem
+from peerllm.planner.search import Found, cheapest
+from peerllm.types import DeviceId, DeviceProfile, ModelProfile, Plan, Workload
+
+MAX_FILLINGS = 4096  # combinations of rare layer sizes tried when a device's room is rounded down to what can be used
+
+
+def plan_latency(
+    model: ModelProfile,
+    devices: Mapping[DeviceId, DeviceProfile],
+    links: Links,
+    source: DeviceId,
+    workload: Workload,
+    *,
+    working_bytes: Mapping[DeviceId, int] | int = 0,
+    head_on_source: bool = False,
+) -> Plan:
+    """Minimise time to first token + (output_tokens - 1) · step, both sequential and back at the source.
+
+    `working_bytes` is set aside once on every device used. InfeasibleError names the bytes missing in total, or the
+    layer that fits nowhere.
+    """
+    order = (source, *sorted(device for device in devices if device != source))
+    working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(order, working_bytes)
+    problem = _problem(model, devices, links, order, workload=workload, working=working, head_on_source=head_on_source)
+    found = cheapest(replace(problem, room=_filled(problem)))
+    if not found.homes:
+        raise _infeasible(model, devices, problem, order, found)
+    stages = merged([order[home] for home in found.homes])
+    predicted = predict(model, devices, links, stages, workload)
+    bound = predicted.request_ms if found.proven else min(found.bound, predicted.request_ms)
+    return Plan(stages, predicted, optimal=found.proven, bound=bound)
+
+
+def _problem(
+    model: ModelProfile,
+    devices: Mapping[DeviceId, DeviceProfile],
+    links: Links,
+    order: tuple[DeviceId, ...],
+    *,
+    workload: Workload,
+    working: Mapping[DeviceId, int],
+    head_on_source: bool,
+) -> Problem:
+    layers, count = len(model.layers), len(order)
+    steps = workload.output_tokens - 1
+    cost = np.empty((layers, count))
+    memory = np.empty((layers, count), dtype=np.int64)
+    hops = np.empty((layers, count, count))
+    for i, layer in enumerate(model.layers):
+        prompt = tokens_in(model, i, workload.prompt_tokens)
+        for j, device in enumerate(order):
+            cost[i, j] = layer_ms(devices[device], layer, prompt) + steps * layer_ms(devices[device], layer, 1)
+            beside = j == 0 and layer.tied_to is not None and layer.tied_to < SOURCE_LAYERS
+            memory[i, j] = layer_bytes(model, i, workload, beside)
+        if i < SOURCE_LAYERS or (head_on_source and i == layers - 1):
+            cost[i, 1:] = np.inf
+        sent = 1 if i == layers - 1 else tokens_in(model, i + 1, workload.prompt_tokens)
+        hops[i] = _hops(links, order, sent * layer.output_bytes_per_token, steps, layer.output_bytes_per_token)
+    room = np.array([max(devices[d].memory_bytes - working.get(d, 0), -1) for d in order], dtype=np.int64)
+    cost[:, room < 0] = np.inf
+    return Problem(cost, hops, hops[-1][:, 0].copy(), memory, room)
+
+
+def _filled(problem: Problem) -> Ints:
+    """Each device's room, less what no choice of layers could fill: it would only loosen the bound."""
+    rooms = []
+    for j, room in enumerate(problem.room):
+        usable = np.isfinite(problem.cost[:, j]) & (problem.memory[:, j] > 0)
+        rooms.append(fillable(Counter(problem.memory[usable, j].tolist()), int(room)))
+    return np.array(rooms, dtype=np.int64)
+
+
+def fillable(sizes: Mapping[int, int], room: int) -> int:
+    """The most bytes of `room` that layers (size: how many) can fill; `room` itself where counting is long."""
+    common, *others = sorted(sizes, key=lambda size: -sizes[size]) or [0]
+    if not common or prod(sizes[size] + 1 for size in others) > MAX_FILLINGS:
+        return room
+    best = min(room, 0)
+    for counts in product(*(range(sizes[size] + 1) for size in others)):
+        left = room - sum(size * n for size, n in zip(others, counts, strict=True))
+        if left >= 0:
+            best = max(best, room - left + min(left // common, sizes[common]) * common)
+    return best
+
+
+def _hops(links: Links, order: tuple[DeviceId, ...], first: int, steps: int, each: int) -> Floats:
+    """[from, to]: one hop of `first` bytes and `steps` hops of `each`."""
+
+    def request(a: DeviceId, b: DeviceId) -> float:
+        return hop_ms(links, a, b, first) + (steps * hop_ms(links, a, b, each) if steps else 0.0)
+
+    return np.array([[request(a, b) for b in order] for a in order])
+
+
+def _infeasible(
+    model: ModelProfile,
+    devices: Mapping[DeviceId, DeviceProfile],
+    problem: Problem,
+    order: tuple[DeviceId, ...],
+    found: Found,
+) -> InfeasibleError:
+    needed = int(problem.memory[:, 0].sum())  # with everything on the source a tied head is free: the least it can take
+    lent = int(np.maximum(problem.room, 0).sum())
+    if needed > lent:
+        sizes = f"needs {human_bytes(needed)}, the devices lend {human_bytes(lent)}"
+        text = f"{model.name} {sizes}: {human_bytes(needed - lent)} are missing"
+        return InfeasibleError(text, needed - lent)
+    for i, layer in enumerate(model.layers):
+        homes = [j for j in range(len(order)) if isfinite(problem.cost[i, j])]
+        if not any(problem.memory[i, j] <= problem.room[j] for j in homes):
+            where = "the source" if homes == [0] else "any device that may hold it"
+            return InfeasibleError(f"layer {i} ({layer.name}) of {model.name} does not fit on {where}")
+    start = int(problem.memory[:SOURCE_LAYERS, 0].sum())
+    if start > problem.room[0]:
+        short, name = start - int(problem.room[0]), devices[order[0]].name
+        return InfeasibleError(
+            f"layers 0 and 1 of {model.name} must lie on {name}, which lends {human_bytes(short)} too little"
+        )
+    stuck = min(found.reached + 1, len(model.layers) - 1)
+    which = f"layer {stuck} ({model.layers[stuck].name})"
+    doubt = "" if found.proven else "; no cut was found, though one may exist"
+    return InfeasibleError(f"{which} of {model.name} fits nowhere beside the others, or no link leads there{doubt}")

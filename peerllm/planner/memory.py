@@ -1,0 +1,44 @@
+"""Bytes beyond weights and KV: the working space of a pass, and how a prompt is cut so that it stays small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_CHUNK = 128  # tokens of a prompt in one frame
+MIN_CHUNK = 16
+MASK_BYTES = 32 << 20  # the attention mask of one chunk over a full slot; fused attention keeps no scores
+HIDDEN_COPIES = 8  # vectors of the hidden size alive at once in a block: residual, norm, queries, keys, values, output
+WIDE_COPIES = 3  # vectors of the feed-forward width: gate, up and their product
+UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a model's shape its working space depends on."""
+
+    hidden_size: int
+    vocabulary: int
+    wide: int  # feed-forward width
+    itemsize: int  # bytes of a number in the compute dtype
+
+
+def chunk_tokens(shape: Shape, context: int) -> int:
+    """Tokens of a prompt that travel in one frame: fewer where a full slot's mask would take much room."""
+    return max(MIN_CHUNK, min(MAX_CHUNK, context, MASK_BYTES // max(1, context * shape.itemsize)))
+
+
+def working_bytes(shape: Shape, context: int, slots: int) -> int:
+    """The most that one pass holds beside weights and KV: a chunk's vectors and mask, the logits of every slot."""
+    tokens = max(chunk_tokens(shape, context), slots)
+    vectors = HIDDEN_COPIES * shape.hidden_size + WIDE_COPIES * shape.wide
+    mask = chunk_tokens(shape, context) * context
+    return (tokens * vectors + mask) * shape.itemsize + slots * shape.vocabulary * 4
+
+
+def human_bytes(nbytes: float) -> str:
+    """Three significant digits and a decimal unit: what a person reads."""
+    size, unit = abs(float(nbytes)), 0
+    while size >= 999.5 and unit < len(UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    digits = 0 if unit == 0 or size >= 100 else 1 if size >= 10 else 2
+    return f"{'-' if nbytes < 0 else ''}{size:.{digits}f} {UNITS[unit]}"
