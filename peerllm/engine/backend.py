@@ -1,0 +1,46 @@
+"""What the runtime needs of a compute backend, and torch's, imported only when an engine starts."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
+
+from peerllm.engine.base import Progress, Sampler, Shard
+from peerllm.engine.messages import Inspect, Inspected, LoadStage, Measure, Measured
+
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "aiohttp")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a daemon wants to know of its engine. `runtime_bytes`: resident size with all libraries and no model."""
+
+    runtime_bytes: int
+    versions: Mapping[str, str]
+    architectures: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+class Backend(Protocol):
+    """All but `sampler` run in the loader thread or a helper's, not in the compute thread."""
+
+    sampler: Sampler
+
+    def facts(self) -> Facts: ...
+    def load(self, spec: LoadStage, progress: Progress) -> Shard: ...
+    def inspect(self, message: Inspect) -> Inspected: ...
+    def measure(self, message: Measure) -> Measured: ...
+
+
+def versions() -> dict[str, str]:
+    """Library versions by name, Python's among them."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:  # a board's own build may come without metadata
+            found[library] = "unknown"
+    return found

@@ -1,0 +1,111 @@
+"""Which waiting work this engine computes next (design §5.4). Pure: no torch, no clock, no threads.
+
+Pieces are runs of one sequence's tokens. Steps (one token of an answer) go before prompt chunks, oldest first, packed
+into batches of at most `micro_batch` sequences; a batch of chunks carries at most `chunk` tokens. So that an unbroken
+stream of steps cannot starve a prompt, a batch of chunks follows at most STEPS_PER_CHUNK batches of steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from peerllm.engine.base import Tensor
+
+STEPS_PER_CHUNK = 4  # batches of steps that may overtake a waiting prompt chunk, in a row
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """A run of one sequence's tokens at a stage: `data` is int64 [length] at layer 0, else [length, hidden]."""
+
+    sequence: int
+    slot: int
+    position: int
+    length: int
+    sample: bool  # the head picks a token after the last of them
+    data: Tensor
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """What waits for one stage, each piece with its number of arrival."""
+
+    micro_batch: int
+    chunk: int
+    steps: deque[tuple[int, Piece]] = field(default_factory=deque)
+    chunks: deque[tuple[int, Piece]] = field(default_factory=deque)
+
+
+class Scheduler(Generic[Key]):
+    """All stages of an engine share one: `next` hands out the batch to compute now."""
+
+    def __init__(self) -> None:
+        self._stages: dict[Key, _Waiting] = {}
+        self._arrivals = 0
+        self._streak = 0  # batches of steps since a chunk was last served or none was waiting
+
+    def add(self, stage: Key, micro_batch: int, chunk: int) -> None:
+        self._stages[stage] = _Waiting(micro_batch, chunk)
+
+    def remove(self, stage: Key) -> None:
+        self._stages.pop(stage, None)
+
+    def put(self, stage: Key, piece: Piece) -> None:
+        """One token to sample after is a step, unless a chunk of its own prompt waits before it."""
+        waiting = self._stages[stage]
+        self._arrivals += 1
+        step = piece.sample and piece.length == 1
+        if step and all(entry[1].sequence != piece.sequence for entry in waiting.chunks):
+            waiting.steps.append((self._arrivals, piece))
+        else:
+            waiting.chunks.append((self._arrivals, piece))
+
+    def drop(self, stage: Key, sequence: int) -> None:
+        """Forget what waits of a sequence."""
+        waiting = self._stages[stage]
+        waiting.steps = deque(entry for entry in waiting.steps if entry[1].sequence != sequence)
+        waiting.chunks = deque(entry for entry in waiting.chunks if entry[1].sequence != sequence)
+
+    def waiting(self, stage: Key) -> int:
+        """How many tokens wait for a stage."""
+        waiting = self._stages[stage]
+        return len(waiting.steps) + sum(piece.length for _, piece in waiting.chunks)
+
+    def next(self) -> tuple[Key, list[Piece]] | None:
+        """The batch to compute now: one stage, one kind, at most one piece per sequence. None: nothing waits."""
+        stepping = [(waiting.steps[0][0], key) for key, waiting in self._stages.items() if waiting.steps]
+        chunking = [(waiting.chunks[0][0], key) for key, waiting in self._stages.items() if waiting.chunks]
+        if chunking and (not stepping or self._streak >= STEPS_PER_CHUNK):
+            self._streak = 0
+            key = min(chunking, key=_arrival)[1]
+            waiting = self._stages[key]
+            return key, _pack(waiting.chunks, waiting.micro_batch, waiting.chunk)
+        if not stepping:
+            return None
+        self._streak = self._streak + 1 if chunking else 0
+        key = min(stepping, key=_arrival)[1]
+        waiting = self._stages[key]
+        return key, _pack(waiting.steps, waiting.micro_batch, waiting.micro_batch)
+
+
+def _arrival(head: tuple[int, object]) -> int:
+    return head[0]
+
+
+def _pack(queue: deque[tuple[int, Piece]], sequences: int, tokens: int) -> list[Piece]:
+    """Takes from the front while it fits; the first piece always does."""
+    batch: list[Piece] = []
+    packed, members = 0, set[int]()
+    while queue and len(batch) < sequences:
+        piece = queue[0][1]
+        if batch and (piece.sequence in members or packed + piece.length > tokens):
+            break
+        batch.append(queue.popleft()[1])
+        members.add(piece.sequence)
+        packed += piece.length
+    return batch

@@ -1,0 +1,116 @@
+"""The safetensors files of a model directory: which tensors there are and where. No weights are read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from peerllm.engine.messages import TensorAt
+from peerllm.errors import ModelError
+
+ITEMSIZE = {
+    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+MAX_JSON_BYTES = 64 << 20  # an index of some hundred thousand tensors
+MAX_DIMENSIONS = 8
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ModelError if it is missing, too large or no object."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.name} is missing from {path.parent}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path.name} holds no JSON object")
+    return value
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The directory's safetensors files: those the index names, else all there are; ModelError if there are none."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ModelError(f"{index.name} has no usable weight_map")
+        return [_inside(model_dir, name) for name in sorted(set(names.values()))]
+    single = model_dir / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if found := sorted(model_dir.glob("*.safetensors")):
+        return found
+    if any(True for pattern in PICKLES for _ in model_dir.glob(pattern)):
+        raise ModelError(
+            f"{model_dir} has no safetensors files; peerllm reads safetensors only, convert the model first"
+        )
+    raise ModelError(f"{model_dir} holds no weights (*.safetensors)")
+
+
+def _inside(model_dir: Path, name: str) -> Path:
+    """A plain file name of the directory. Its target may be a link elsewhere, as in the hub's cache."""
+    path = model_dir / name
+    if Path(name).name != name or name in ("", ".", "..") or "\\" in name or path.suffix != ".safetensors":
+        raise ModelError(f"the index names {name!r}, which is no safetensors file of the model's directory")
+    if not path.is_file():
+        raise ModelError(f"{name} is missing from {model_dir}")
+    return path
+
+
+def read_tensors(model_dir: Path) -> dict[str, TensorAt]:
+    """Every tensor of the directory by name, from the headers alone; ModelError if a file is damaged."""
+    tensors: dict[str, TensorAt] = {}
+    for path in weight_files(model_dir):
+        for tensor in read_header(path):
+            if tensor.name in tensors:
+                raise ModelError(
+                    f"tensor {tensor.name} stands in {Path(tensors[tensor.name].path).name} and {path.name}"
+                )
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def read_header(path: Path) -> list[TensorAt]:
+    """The tensors of one file; ModelError if its header lies about sizes or the file is cut short."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise ModelError(f"{path.name} is no complete safetensors file ({size} bytes)")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path.name} has no readable safetensors header: {error}") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{path.name} has no readable safetensors header")
+    start = 8 + length
+    return [_tensor(path, name, entry, start, size) for name, entry in header.items() if name != "__metadata__"]
+
+
+def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorAt:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise ModelError(f"{path.name}: the header's entry for {name} is malformed") from None
+    numbers = (*shape, begin, end)
+    if len(shape) > MAX_DIMENSIONS or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ModelError(f"{path.name}: the header's entry for {name} is malformed")
+    if dtype not in ITEMSIZE:
+        raise ModelError(f"{path.name}: tensor {name} has the unsupported dtype {dtype!r}")
+    if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
+        raise ModelError(f"{path.name}: tensor {name} claims {end - begin} bytes for shape {list(shape)} of {dtype}")
+    if start + end > size:
+        raise ModelError(
+            f"{path.name} is cut short: tensor {name} ends at byte {start + end} of {size}; fetch it again"
+        )
+    return TensorAt(name, dtype, shape, str(path.absolute()), start + begin, end - begin)

@@ -1,0 +1,230 @@
+"""The one thread that owns torch, the shards and the slots: fed by one inbox."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from peerllm.engine.base import Sampler, Shard
+from peerllm.engine.batching import Piece, Scheduler
+from peerllm.engine.deployments import Deployment, Outlet, StageKey
+from peerllm.engine.inbox import Inbox
+from peerllm.engine.messages import (
+    Cancel,
+    Done,
+    EngineLoad,
+    Failed,
+    FromEngine,
+    LoadStage,
+    QueryLoad,
+    Submit,
+    Tokens,
+    Unload,
+)
+from peerllm.engine.stages import Stage
+from peerllm.errors import FrameError, PeerLLMError
+from peerllm.transport.frames import Frame
+from peerllm.types import DeploymentId, DeviceId
+
+MAX_REASON_CHARACTERS = 300
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """A shard is ready to take over its stage."""
+
+    spec: LoadStage
+    shard: Shard
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linked:
+    """The links of a deployment stand, by the stage that sends."""
+
+    request: int
+    deployment: DeploymentId
+    epoch: int
+    outlets: Mapping[int, Outlet]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrived:
+    """A frame came in from `sender`, checked against the plan; `handled` is called when it waits no longer."""
+
+    sender: DeviceId
+    frame: Frame
+    handled: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The link to or from `device` is gone: `ingress` is the stage it fed; None: it was one we sent on."""
+
+    deployment: DeploymentId
+    epoch: int
+    device: DeviceId
+    ingress: int | None
+    reason: str
+
+
+Event = Loaded | Linked | Arrived | Lost | Unload | Submit | Cancel | QueryLoad
+
+
+def reason_of(error: BaseException) -> str:
+    """One clear line for an error of any kind."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory; give the deployment fewer slots, less context or more devices"
+    text = " ".join(str(error).split())[:MAX_REASON_CHARACTERS]
+    return text if isinstance(error, PeerLLMError) and text else f"{type(error).__name__}: {text}"
+
+
+def failed(request: int, error: BaseException) -> Failed:
+    """The answer to a request that went wrong."""
+    return Failed(request, type(error).__name__ if isinstance(error, PeerLLMError) else "EngineError", reason_of(error))
+
+
+class Compute:
+    """`run` is the body of the compute thread; everything else is called by it alone, but for `inbox.put`."""
+
+    def __init__(self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None]) -> None:
+        self.inbox: Inbox[Event] = Inbox()
+        self._threads, self._sampler, self._tell = threads, sampler, tell
+        self._schedule: Scheduler[StageKey] = Scheduler()
+        self._deployments: dict[DeploymentId, Deployment] = {}
+
+    def run(self) -> None:
+        """Until the inbox is closed."""
+        torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            batch = None
+            while (events := self.inbox.take(wait=batch is None)) is not None:
+                for event in events:
+                    self._handle(event)
+                batch = self._schedule.next()
+                if batch is not None:
+                    self._compute(*batch)
+            for deployment in self._deployments.values():
+                deployment.close("the engine is stopping")
+            self._deployments.clear()
+
+    def _compute(self, key: StageKey, batch: list[Piece]) -> None:
+        identity, index = key
+        deployment = self._deployments[identity]
+        try:
+            result = deployment.stages[index].compute(batch)
+        except Exception as error:  # whatever torch raises ends these sequences, not the engine
+            traceback.print_exc()
+            for piece in batch:
+                deployment.fail(index, piece, f"stage {index}: {reason_of(error)}")
+            return
+        deployment.computed(index, result)
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Arrived(sender, frame, handled):
+                handled()
+                self._arrived(sender, frame)
+            case Submit(identity, sequence):
+                deployment = self._deployments.get(identity)
+                if deployment is None:
+                    self._tell(Tokens(identity, sequence, 0, (), "error", "this deployment is not loaded here"))
+                else:
+                    deployment.submit(event)
+            case Cancel(identity, sequence):
+                if identity in self._deployments:
+                    self._deployments[identity].cancel(sequence)
+            case Loaded(spec, shard):
+                self._loaded(spec, shard)
+            case Linked(request, identity, epoch, outlets):
+                deployment = self._deployments.get(identity)
+                if deployment is not None and deployment.epoch == epoch:
+                    deployment.linked(outlets)
+                    self._tell(Done(request))
+                else:
+                    self._tell(Failed(request, "RefusedError", f"epoch {epoch} is not loaded here any more"))
+            case Lost(identity, epoch, device, ingress, reason):
+                deployment = self._deployments.get(identity)
+                if deployment is not None and deployment.epoch == epoch:
+                    deployment.lost(device, ingress, reason)
+            case Unload(request, identity):
+                self._unload(identity, "the deployment was stopped")
+                self._tell(Done(request))
+            case QueryLoad(request):
+                self._tell(self._load(request))
+
+    def _arrived(self, sender: DeviceId, frame: Frame) -> None:
+        deployment = self._deployments.get(frame.deployment)
+        if deployment is None or deployment.epoch != frame.epoch:
+            return  # unloaded while it waited
+        try:
+            deployment.frame(frame.stage, frame)
+        except FrameError as error:
+            deployment.lost(sender, frame.stage, str(error))
+
+    def _loaded(self, spec: LoadStage, shard: Shard) -> None:
+        deployment = self._deployments.get(spec.deployment)
+        if deployment is not None and deployment.epoch > spec.epoch:
+            shard.close()
+            self._tell(Failed(spec.request, "RefusedError", f"epoch {spec.epoch} is past"))
+            return
+        if deployment is not None and deployment.epoch < spec.epoch:
+            self._unload(spec.deployment, "another plan took over")
+            deployment = None
+        if deployment is None:
+            deployment = self._deployments[spec.deployment] = Deployment(spec, self._schedule, self._tell)
+        if spec.stage in deployment.stages:
+            shard.close()
+            self._tell(Failed(spec.request, "RefusedError", f"stage {spec.stage} is loaded already; unload it first"))
+            return
+        deployment.loaded(Stage(spec, shard, self._sampler))
+        self._tell(Done(spec.request))
+
+    def _unload(self, identity: DeploymentId, reason: str) -> None:
+        deployment = self._deployments.pop(identity, None)
+        if deployment is not None:
+            deployment.close(reason)
+            del deployment
+            return_memory()
+
+    def _load(self, request: int) -> EngineLoad:
+        stages = [(d.id, index, stage) for d in self._deployments.values() for index, stage in sorted(d.stages.items())]
+        return EngineLoad(
+            request,
+            tuple((identity, index, len(stage.slots)) for identity, index, stage in stages),
+            sum(stage.shard.weight_bytes for _, _, stage in stages),
+            sum(stage.shard.kv_bytes for _, _, stage in stages),
+            psutil.Process().memory_info().rss,
+            {f"{i}/{index}": stage.mean_step_ms for i, index, stage in stages if stage.mean_step_ms is not None},
+        )
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system, which glibc's allocator does not do by itself."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc
+        return
+
+
+def start(compute: Compute, ended: Callable[[BaseException | None], None]) -> threading.Thread:
+    """The compute thread, running; `ended` is called in it when it returns, with what it died of."""
+
+    def body() -> None:
+        try:
+            compute.run()
+        except BaseException as error:
+            ended(error)
+        else:
+            ended(None)
+
+    thread = threading.Thread(target=body, name="engine-compute", daemon=True)
+    thread.start()
+    return thread

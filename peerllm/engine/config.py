@@ -1,0 +1,102 @@
+"""config.json: from its text to a transformers configuration, and what can be said from it alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peerllm.engine.checkpoint import read_json
+from peerllm.engine.families import FAMILIES
+from peerllm.engine.messages import TensorAt
+from peerllm.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FILE_DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
+COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: what "auto" means for this model, whatever its file holds
+DEFAULT_CONTEXT = 2048  # tokens, where the architecture names no limit
+
+
+def parse_config(text: str) -> Any:
+    """The PretrainedConfig of config.json's text; ModelError if it cannot be divided. Code named in it never runs."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        values = json.loads(text, object_hook=_special_float)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"config.json is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError("config.json holds no JSON object")
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise ModelError("config.json names no model_type")
+    if kind not in CONFIG_MAPPING:
+        hint = " (it needs code of its own, which is never run)" if "auto_map" in values else ""
+        raise ModelError(f"unknown architecture {kind!r}{hint}")
+    if values.get("is_encoder_decoder"):
+        raise ModelError(f"architecture {kind!r} is an encoder-decoder, which cannot be divided")
+    if kind not in FAMILIES:
+        raise ModelError(f"architecture {kind!r} is not among those that peerllm can divide")
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
+        raise ModelError(f"the checkpoint is quantized ({method}); peerllm reads float checkpoints only")
+    for key in ("auto_map", "torch_dtype", "dtype", "_attn_implementation", "attn_implementation"):
+        values.pop(key, None)
+    try:
+        return CONFIG_MAPPING[kind].from_dict(values)
+    except Exception as error:  # configuration classes check themselves with every kind of exception
+        raise ModelError(f"config.json of {kind!r} is not usable: {_line(error)}") from error
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """transformers writes an infinite float as {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if value.get("__float__") in ("Infinity", "-Infinity", "NaN") else value
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that describes the language model."""
+    return config.get_text_config(decoder=True)
+
+
+def compute_dtype(wanted: str, config: Any, tensors: Iterable[TensorAt]) -> str:
+    """The dtype to compute in. "auto" is what config.json's own key says, else what most bytes of the files hold."""
+    if wanted == "auto":
+        wanted = getattr(config, COMPUTE_DTYPE_KEY, None) or ""
+    if not wanted:
+        held: dict[str, int] = {}
+        for tensor in tensors:
+            if tensor.dtype in FILE_DTYPES:
+                name = FILE_DTYPES[tensor.dtype]
+                held[name] = held.get(name, 0) + tensor.nbytes
+        wanted = max(held, key=lambda name: held[name], default="float32")
+    if wanted not in DTYPES:
+        raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {wanted!r}")
+    return wanted
+
+
+def max_context(config: Any) -> int:
+    """The most tokens the architecture was made for."""
+    text = text_config(config)
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return DEFAULT_CONTEXT
+
+
+def stop_ids(config: Any, model_dir: Path) -> tuple[int, ...]:
+    """End-of-sequence ids of config.json and generation_config.json."""
+    values = [getattr(text_config(config), "eos_token_id", None), getattr(config, "eos_token_id", None)]
+    if (generation := model_dir / "generation_config.json").is_file():
+        values.append(read_json(generation).get("eos_token_id"))
+    found: set[int] = set()
+    for value in values:
+        found.update(number for number in (value if isinstance(value, list) else [value]) if type(number) is int)
+    return tuple(sorted(found))

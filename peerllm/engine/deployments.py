@@ -1,0 +1,254 @@
+"""One deployment on this engine: the parcels of its sequences, moved between its stages, its links and its source.
+
+Compute thread only. What leaves the device goes to an `Outlet`, what the daemon shall hear to `tell`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from peerllm.engine.batching import Piece, Scheduler
+from peerllm.engine.messages import FinishReason, FromEngine, LinkLost, LoadStage, Submit, Tokens
+from peerllm.engine.sequences import Feed, Sequences, window_tokens
+from peerllm.engine.stages import Stage
+from peerllm.engine.wire import (
+    ALL_SEQUENCES,
+    Activation,
+    Drawn,
+    Opened,
+    Parcel,
+    Released,
+    from_frame,
+    split,
+    to_frame,
+)
+from peerllm.errors import BadInputError, FrameError, LinkError, PeerLLMError
+from peerllm.transport.frames import Frame
+from peerllm.types import DeploymentId, DeviceId
+
+StageKey = tuple[DeploymentId, int]
+
+
+class Outlet(Protocol):
+    """The way to the next stage's engine; `send` queues (LinkError if the link is gone)."""
+
+    @property
+    def device(self) -> DeviceId: ...
+    def send(self, frame: Frame) -> None: ...
+
+
+class Deployment:
+    """Stages of one epoch; `loaded` adds them one by one, `linked` opens the way to other devices."""
+
+    def __init__(self, spec: LoadStage, schedule: Scheduler[StageKey], tell: Callable[[FromEngine], None]) -> None:
+        self.id, self.epoch, self.count = spec.deployment, spec.epoch, spec.stages
+        self.stages: dict[int, Stage] = {}
+        self._most_waiting = window_tokens(spec.stages, spec.chunk) + spec.slots  # at one stage, by the source's window
+        self._schedule, self._tell = schedule, tell
+        self._outlets: dict[int, Outlet] = {}  # by the stage that sends
+        self._source: Sequences | None = None
+        self.broken = ""  # why sequences cannot run until the links are made anew
+        self._reported: set[DeviceId] = set()  # told to the daemon as lost
+
+    def loaded(self, stage: Stage) -> None:
+        spec = stage.spec
+        self.stages[spec.stage] = stage
+        self._schedule.add((self.id, spec.stage), spec.micro_batch, spec.chunk)
+        if spec.stage == 0:
+            self._source = Sequences(self.id, spec.slots, spec.context, spec.chunk, spec.stages)
+
+    def linked(self, outlets: Mapping[int, Outlet]) -> None:
+        """The links are new: whatever was under way on the old ones is gone."""
+        if self.broken:
+            self._drop_all()
+        self._outlets = dict(outlets)
+        self.broken = ""
+        self._reported.clear()
+        if self._source is not None:
+            self._source.reset()
+
+    # ---- on the source ----------------------------------------------------------------------------------------------
+
+    def submit(self, order: Submit) -> None:
+        """Starts a sequence; why it cannot start is told as its end."""
+        try:
+            if self._source is None:
+                raise BadInputError("sequences start on the device that holds the embedding; this one does not")
+            if self.broken:
+                raise LinkError(self.broken)
+            slot = self._source.submit(order)
+        except PeerLLMError as error:
+            self._tell(Tokens(self.id, order.sequence, 0, (), "error", str(error)))
+            return
+        self._arrive(0, Opened(order.sequence, slot, order.sampling))
+        self._feed_prompts()
+
+    def cancel(self, sequence: int) -> None:
+        if self._source is not None and sequence in self._source.running:
+            self._finish(self._source, sequence, "cancelled")
+
+    def _feed_prompts(self) -> None:
+        assert self._source is not None
+        for feed in self._source.feed():
+            self._feed(feed)
+
+    def _feed(self, feed: Feed) -> None:
+        ids = torch.tensor(feed.ids, dtype=torch.int64)  # [length]
+        self._take_in(0, Piece(feed.sequence, feed.slot, feed.position, len(feed.ids), feed.sample, ids))
+
+    def _finish(self, source: Sequences, sequence: int, finish: FinishReason, error: str = "") -> None:
+        slot = source.slot(sequence)
+        tokens = source.end(sequence, finish, error)
+        if tokens is not None:
+            self._tell(tokens)
+        self._arrive(0, Released(sequence, slot))
+
+    def _at_source(self, parcel: Parcel) -> None:
+        source = self._source
+        if source is None:
+            raise FrameError("tokens for a source, and this device is none")
+        match parcel:
+            case Drawn(pieces, drawn):
+                for piece, token in zip(pieces, drawn, strict=True):
+                    self._came_back(source, piece, token)
+                self._feed_prompts()
+            case Released(sequence, _, reason) if sequence == ALL_SEQUENCES:
+                self.breaks(reason or "a later stage lost its link")
+            case Released(sequence, _, reason):
+                if not reason:
+                    source.drained(sequence)
+                elif sequence in source.running:
+                    self._finish(source, sequence, "error", reason)
+                self._feed_prompts()
+            case _:
+                raise FrameError("only tokens and releases go back to the source")
+
+    def _came_back(self, source: Sequences, piece: Piece, token: int | None) -> None:
+        try:
+            feed, tokens = source.came_back(piece.sequence, piece.position, piece.length, token)
+        except FrameError as error:
+            self._finish(source, piece.sequence, "error", str(error))
+            return
+        if feed is not None:  # first of all: the next step shall not wait for anything
+            self._feed(feed)
+        if tokens is not None:
+            self._tell(tokens)
+            if tokens.finish is not None:
+                self._arrive(0, Released(piece.sequence, piece.slot))
+
+    # ---- between stages ---------------------------------------------------------------------------------------------
+
+    def frame(self, stage: int, frame: Frame) -> None:
+        """A checked frame of this epoch came in for `stage`."""
+        for parcel in from_frame(frame):
+            self._arrive(stage, parcel)
+
+    def _arrive(self, index: int, parcel: Parcel) -> None:
+        if index == self.count:
+            self._at_source(parcel)
+            return
+        stage = self.stages.get(index)
+        if stage is None:
+            raise FrameError(f"a frame for stage {index}, which is not on this device")
+        match parcel:
+            case Opened(sequence, slot, _):
+                try:
+                    stage.open(parcel)
+                except FrameError as error:
+                    self._pass_on(index, Released(sequence, slot, str(error)))
+                else:
+                    if not stage.is_head:
+                        self._pass_on(index, parcel)
+            case Activation():
+                for piece in split(parcel):
+                    self._take_in(index, piece)
+            case Released(sequence) if sequence == ALL_SEQUENCES:
+                self._drop_all(index)
+                self._pass_on(index, parcel)
+            case Released(sequence):
+                self._free(stage, index, sequence)
+                self._pass_on(index, parcel)
+            case Drawn():
+                raise FrameError("tokens go to the source only")
+
+    def _take_in(self, index: int, piece: Piece) -> None:
+        stage = self.stages[index]
+        if piece.sequence not in stage.slots:  # released meanwhile
+            return
+        try:
+            stage.slots.extend(piece.sequence, piece.slot, piece.position, piece.length)
+            if self._schedule.waiting((self.id, index)) + piece.length > self._most_waiting:
+                raise FrameError(f"more than {self._most_waiting} tokens wait")
+        except FrameError as error:
+            self.fail(index, piece, f"stage {index}: {error}")
+        else:
+            self._schedule.put((self.id, index), piece)
+
+    def computed(self, index: int, result: Activation | Drawn) -> None:
+        """A stage's result, on its way."""
+        self._pass_on(index, result)
+
+    def fail(self, index: int, piece: Piece, reason: str) -> None:
+        """A sequence cannot go on at this stage: the stages after it let go, and the source hears why."""
+        self._free(self.stages[index], index, piece.sequence)
+        self._pass_on(index, Released(piece.sequence, piece.slot, reason))
+
+    def _free(self, stage: Stage, index: int, sequence: int) -> None:
+        if stage.release(sequence):
+            self._schedule.drop((self.id, index), sequence)
+
+    def _pass_on(self, index: int, parcel: Parcel) -> None:
+        if self.stages[index].spec.downstream is None:
+            self._arrive(index + 1, parcel)
+            return
+        outlet = self._outlets.get(index)
+        if outlet is None:
+            self.breaks(f"stage {index} has no link to the next yet")
+            return
+        try:
+            outlet.send(to_frame(parcel, self.id, self.epoch, index + 1))
+        except LinkError as error:
+            self.lost(outlet.device, None, str(error))
+
+    # ---- breaking and ending ----------------------------------------------------------------------------------------
+
+    def breaks(self, reason: str) -> None:
+        """A link is gone: on the source every sequence ends; elsewhere those after the break pass the word round."""
+        if self.broken:
+            return
+        self.broken = reason
+        if self._source is not None:
+            for sequence in self._source.running:
+                self._finish(self._source, sequence, "error", reason)
+
+    def lost(self, device: DeviceId, ingress: int | None, reason: str) -> None:
+        """The link to `device` is gone; or the one from it that fed stage `ingress`: all up to the source hear it."""
+        if device not in self._reported:
+            self._reported.add(device)
+            self._tell(LinkLost(self.id, device, reason))
+        reason = f"lost the link with device {device[:8]}: {reason}"
+        if ingress is not None and ingress in self.stages:
+            self._arrive(ingress, Released(ALL_SEQUENCES, 0, reason))
+        self.breaks(reason)
+
+    def _drop_all(self, *indexes: int) -> None:
+        for index in indexes or tuple(self.stages):
+            stage = self.stages[index]
+            for sequence in stage.slots.sequences:
+                self._free(stage, index, sequence)
+
+    def close(self, reason: str) -> None:
+        """Ends all sequences and frees the shards."""
+        self.broken = self.broken or reason
+        if self._source is not None:
+            for sequence in self._source.running:
+                tokens = self._source.end(sequence, "error", reason)
+                if tokens is not None:
+                    self._tell(tokens)
+        for index, stage in self.stages.items():
+            self._schedule.remove((self.id, index))
+            stage.close()
+        self.stages.clear()

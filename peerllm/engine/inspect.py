@@ -1,0 +1,121 @@
+"""What a model directory holds, layer by layer, from config.json and the safetensors headers. No weights are read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from peerllm.engine.checkpoint import read_json, read_tensors
+from peerllm.engine.config import DTYPES, compute_dtype, max_context, parse_config, stop_ids, text_config
+from peerllm.engine.division import Division, divide
+from peerllm.engine.loader import tensor_bytes
+from peerllm.engine.messages import Inspected, TensorAt
+from peerllm.engine.names import check, recipes
+from peerllm.engine.probing import probe, shape_key
+from peerllm.engine.states import LayerState
+from peerllm.errors import ModelError
+from peerllm.types import Layer, ModelProfile
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The fields of messages.Inspected but `request`."""
+
+    profile: ModelProfile
+    architecture: str
+    config: str
+    dtype: str
+    hidden_size: int
+    vocabulary: int
+    max_context: int
+    stop_ids: tuple[int, ...]
+    tensors: tuple[tuple[TensorAt, ...], ...]
+
+    def message(self, request: int) -> Inspected:
+        """As the answer to a request."""
+        return Inspected(request, **{name: getattr(self, name) for name in Inspection.__dataclass_fields__})
+
+
+def inspect_model(model_dir: str | Path, dtype: str = "auto") -> Inspection:
+    """The layers of the model in `model_dir`, computed in `dtype`; ModelError says why it cannot be used."""
+    directory = Path(model_dir).expanduser()
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is no directory")
+    read_json(directory / "config.json")
+    text = (directory / "config.json").read_text(encoding="utf-8")
+    config = parse_config(text)
+    tensors = read_tensors(directory)
+    dtype = compute_dtype(dtype, config, tensors.values())
+    division = divide(config, DTYPES[dtype])
+    found = recipes(division, tensors)
+    check(division, found, division.sizes)
+
+    sources: dict[int, dict[str, TensorAt]] = defaultdict(dict)
+    made = {name for recipe in found for name in recipe.targets}
+    for recipe in found:
+        for layer in {number for name in recipe.targets for number in _holders(division, name, made)}:
+            sources[layer].update((tensor.name, tensor) for _, tensor in recipe.sources)
+    language = text_config(config)
+    return Inspection(
+        profile=ModelProfile(directory.resolve().name, _layers(division, made, language.hidden_size)),
+        architecture=config.model_type,
+        config=text,
+        dtype=dtype,
+        hidden_size=language.hidden_size,
+        vocabulary=language.vocab_size,
+        max_context=max_context(config),
+        stop_ids=stop_ids(config, directory),
+        tensors=tuple(tuple(sources[number].values()) for number in range(division.head + 1)),
+    )
+
+
+def _holders(division: Division, name: str, made: set[str]) -> set[int]:
+    """The layers that need the file's tensor for `name`: its own, and that of one tied to it with none of its own."""
+    root = division.tied.get(name, name)
+    tied = {alias for alias, other in division.tied.items() if root in (alias, other)} | {root}
+    return {division.layer_of(name), *(division.layer_of(alias) for alias in tied - made)}
+
+
+def _layers(division: Division, made: set[str], hidden_size: int) -> tuple[Layer, ...]:
+    sizes: dict[int, int] = defaultdict(int)
+    for name, tensor in division.sizes.items():
+        sizes[division.layer_of(name)] += tensor_bytes((tensor.dtype, tuple(tensor.shape)))
+    for number, block in enumerate(division.blocks):
+        kept = {id(tensor) for tensor in division.sizes.values()}
+        sizes[number + 1] += sum(b.numel() * b.element_size() for b in block.buffers() if id(b) not in kept)
+    tied = any(
+        {division.layer_of(a), division.layer_of(b)} == {0, division.head} and not {a, b} <= made
+        for a, b in division.tied.items()
+    )
+    states = probe(division, range(len(division.blocks)))
+    kinds = _kinds(division, states)
+    sent = hidden_size * division.dtype.itemsize
+    layers = [Layer("embedding", "embedding", sizes[0], 0, sent)]
+    for number, state in states.items():
+        layers.append(
+            Layer(
+                f"block {number}",
+                kinds[number],
+                sizes[number + 1],
+                state.token_bytes,
+                sent,
+                kv_window_tokens=state.kept_tokens,
+                state_bytes_per_sequence=state.state_bytes,
+            )
+        )
+    head = Layer("head", "head", sizes[division.head], 0, 4, tied_to=0 if tied else None)
+    return (*layers, head)
+
+
+def _kinds(division: Division, states: dict[int, LayerState]) -> list[str]:
+    """ "block" where all are alike, else one name for each way a block is built."""
+    keys = [(states[number].kind, shape_key(block)) for number, block in enumerate(division.blocks)]
+    distinct = list(dict.fromkeys(keys))
+    if len(distinct) == 1:
+        return ["block"] * len(keys)
+    names: dict[object, str] = {}
+    for kind, shape in distinct:
+        name = kind if kind not in names.values() else f"{kind}-{len(names)}"
+        names[(kind, shape)] = name
+    return [f"block:{names[key]}" for key in keys]

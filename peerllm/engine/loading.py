@@ -1,0 +1,112 @@
+"""The loader thread: what takes long and must not hold up steps (loading, inspecting, measuring), one job at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+
+from peerllm.engine.backend import Backend
+from peerllm.engine.base import Shard
+from peerllm.engine.compute import failed, return_memory
+from peerllm.engine.inbox import Inbox
+from peerllm.engine.messages import FromEngine, Inspect, LoadProgress, LoadStage, Measure
+from peerllm.errors import PeerLLMError, RefusedError
+from peerllm.types import DeploymentId
+
+MAX_JOBS = 256  # loads, inspections and measurements waiting
+PROGRESS_S = 0.1  # seconds between two LoadProgress of a stage
+ABANDONED = "the deployment was stopped while it was loading"
+
+Job = LoadStage | Inspect | Measure
+
+
+class Loader:
+    """`finished` gets each loaded shard, `tell` every other answer; both are called in the loader thread."""
+
+    def __init__(
+        self,
+        threads: int,
+        backend: Backend,
+        tell: Callable[[FromEngine], None],
+        finished: Callable[[LoadStage, Shard], None],
+    ) -> None:
+        self._jobs: Inbox[Job] = Inbox(MAX_JOBS)
+        self._threads, self._backend, self._tell, self._finished = threads, backend, tell, finished
+        self._lock = threading.Lock()
+        self._wanted: dict[int, LoadStage] = {}  # by request: loads that nobody has abandoned or taken over
+
+    def put(self, job: Job) -> None:
+        """OverloadedError if too many wait."""
+        self._jobs.put(job)
+        if isinstance(job, LoadStage):
+            with self._lock:
+                self._wanted[job.request] = job
+
+    def abandon(self, deployment: DeploymentId) -> None:
+        """Loads of a deployment that are not taken over yet fail."""
+        with self._lock:
+            self._wanted = {request: spec for request, spec in self._wanted.items() if spec.deployment != deployment}
+
+    def take_over(self, spec: LoadStage) -> None:
+        """RefusedError if the load was abandoned; from now on it cannot be."""
+        with self._lock:
+            if self._wanted.pop(spec.request, None) is None:
+                raise RefusedError(ABANDONED)
+
+    def start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="engine-loader", daemon=True)
+        thread.start()
+        return thread
+
+    def close(self) -> None:
+        """The thread ends after the job it is at."""
+        with self._lock:
+            self._wanted.clear()
+        self._jobs.close()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        while (jobs := self._jobs.take(wait=True)) is not None:
+            for job in jobs:
+                try:
+                    self._do(job)
+                except Exception as error:  # a damaged model may raise anything
+                    if not isinstance(error, PeerLLMError):
+                        traceback.print_exc()
+                    self._tell(failed(job.request, error))
+                    del error
+                    return_memory()
+
+    def _do(self, job: Job) -> None:
+        match job:
+            case LoadStage():
+                self._load(job)
+            case Inspect():
+                self._tell(self._backend.inspect(job))
+            case Measure():
+                self._tell(self._backend.measure(job))
+
+    def _load(self, spec: LoadStage) -> None:
+        last = 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            if spec.request not in self._wanted:
+                raise RefusedError(ABANDONED)
+            now = time.monotonic()
+            if now - last >= PROGRESS_S or done >= total:
+                last = now
+                self._tell(LoadProgress(spec.deployment, spec.stage, done, total))
+
+        try:
+            progress(0, max(1, sum(tensor.nbytes for tensor in spec.tensors)))
+            shard = self._backend.load(spec, progress)
+        except Exception:
+            with self._lock:
+                self._wanted.pop(spec.request, None)
+            raise
+        self._finished(spec, shard)

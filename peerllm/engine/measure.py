@@ -1,0 +1,84 @@
+"""What this device computes: matrix-vector products (decode: memory) and matrix products (prefill: arithmetic)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from peerllm.engine.families import FAMILIES
+from peerllm.engine.messages import Measured
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_BYTES = 64 << 20  # far larger than caches
+ROWS, SIDE = 256, 768  # of the matrix product: a prompt's chunk, a small model's layer
+BUDGET_S = 0.12  # per product and dtype; six of them stay below a second and a half
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The fields of messages.Measured but `request`; keys are dtype names."""
+
+    gbytes_per_s: dict[str, float]
+    gflops: dict[str, float]
+
+    def message(self, request: int) -> Measured:
+        """As the answer to a request."""
+        return Measured(request, self.gbytes_per_s, self.gflops)
+
+
+def measure() -> Measurement:
+    """Measure now, with the threads torch was given; takes about a second."""
+    speed, arithmetic = {}, {}
+    with torch.inference_mode():
+        # Zeros would be one page read again and again; one real buffer serves every dtype.
+        buffer = torch.full((WEIGHT_BYTES,), 1, dtype=torch.uint8)
+        for dtype in DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            weights = buffer.view(dtype).view(-1, 4096)
+            vector = torch.full((4096, 1), 1e-3, dtype=dtype)
+            speed[name] = WEIGHT_BYTES / best_s(lambda: torch.mm(weights, vector)) / 1e9  # noqa: B023
+            left, right = torch.full((ROWS, SIDE), 1e-2, dtype=dtype), torch.full((SIDE, SIDE), 1e-2, dtype=dtype)
+            arithmetic[name] = 2 * ROWS * SIDE * SIDE / best_s(lambda: torch.mm(left, right.t())) / 1e9  # noqa: B023
+    return Measurement(speed, arithmetic)
+
+
+def best_s(work: Callable[[], object], budget_s: float = BUDGET_S) -> float:
+    """Seconds of the fastest run within the budget (others were disturbed); at least one run, the first not alone."""
+    best, end = float("inf"), time.perf_counter() + budget_s
+    while True:
+        start = time.perf_counter()
+        work()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now >= end:
+            return best
+
+
+def runtime_bytes() -> int:
+    """Resident size of this process with all libraries that a shard needs, before any is loaded."""
+    import transformers.modeling_utils
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def anonymous_bytes() -> int:
+    """Of the resident size, what is not mapped from files: what a model's memory is counted by."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
+def architectures() -> tuple[str, ...]:
+    """Model types that this engine can divide."""
+    return tuple(sorted(FAMILIES))

@@ -1,0 +1,73 @@
+"""What each block keeps of a sequence, learnt by running it without data."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from peerllm.engine.blocks import Blocks, stand_in
+from peerllm.engine.config import text_config
+from peerllm.engine.division import Division
+from peerllm.engine.dryrun import run_without_data
+from peerllm.engine.states import LayerState, ProbeCache
+from peerllm.errors import ModelError
+
+
+def probe(division: Division, numbers: range) -> dict[int, LayerState]:
+    """What each of the blocks `numbers` (from 0) keeps of a sequence, learnt by running one block of each kind."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    kinds, arguments = get_layer_types_and_kwargs(text_config(division.model.config))
+    known: dict[object, LayerState] = {}
+    states: dict[int, LayerState] = {}
+    for number in numbers:
+        key = (kinds[number], str(arguments[number]), shape_key(division.blocks[number]))
+        if key not in known:
+            cache = ProbeCache(len(division.blocks), kinds, arguments)
+            _probe_block(division, number, cache)
+            known[key] = cache.state(number, division.dtype)
+        states[number] = known[key]
+    return states
+
+
+def _probe_block(division: Division, number: int, cache: ProbeCache) -> None:
+    block = division.blocks[number]
+    given: list[Any] = []
+    hook = block.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
+    try:
+        with stand_in(division.owner, division.attribute, Blocks([block]), number):
+            run_without_data(division.model, cache)
+    except Exception as error:
+        # Routing of experts depends on values, so it may stop here; attention has mostly run by then.
+        state = cache.state(number, division.dtype)
+        if state.token_bytes or state.state_bytes:
+            return
+        if not given:
+            raise ModelError(f"block {number} cannot be measured: {error}") from error
+    else:
+        return
+    finally:
+        hook.remove()
+    # Once more on zeros that are never written, hence take no memory.
+    real = copy.deepcopy(block).to_empty(device="cpu")
+    for tensor in (*real.parameters(), *real.buffers()):
+        tensor.data = torch.zeros_like(tensor)
+    args, kwargs = _real(given[0])
+    with torch.inference_mode():
+        real(*args, **kwargs)
+
+
+def _real(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value, device="cpu")
+    if isinstance(value, tuple | list):
+        return type(value)(_real(item) for item in value)
+    return {key: _real(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def shape_key(block: nn.Module) -> tuple[object, ...]:
+    """Equal for blocks that are built alike."""
+    return tuple((name, tuple(t.shape), t.dtype) for name, t in block.named_parameters())

@@ -1,0 +1,100 @@
+"""From logits to a token. The random number is a function of seed and position alone, so a replay draws the same token.
+
+Order as in transformers: penalties, temperature, top-k, top-p, min-p. Penalties count the answer's own tokens: the
+prompt's ids are known to the source only, and the head may lie elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peerllm.engine.base import Draw
+from peerllm.errors import EngineError
+from peerllm.types import Sampling
+
+Floats = npt.NDArray[np.float64]
+SORTED_AT_FIRST = 1024  # most draws fall among the likeliest tokens; only the rest sort the whole vocabulary
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits, the same on every device."""
+    key = seed.to_bytes(8, "little") + position.to_bytes(8, "little")
+    return (
+        float(int.from_bytes(blake2b(key, digest_size=8, person=b"peerllm-draw").digest(), "little") >> 11) * 2.0**-53
+    )
+
+
+class TorchSampler:
+    """See base.Sampler. `logits` is a tensor [k, vocabulary]; EngineError if one of them is no number."""
+
+    def __call__(self, logits: Any, draws: Sequence[Draw]) -> list[int]:
+        if len(draws) != logits.shape[0]:
+            raise EngineError(f"{logits.shape[0]} rows of logits for {len(draws)} draws")
+        rows = logits.detach().float().cpu().numpy()
+        return [pick(row, draw) for row, draw in zip(rows, draws, strict=True)]
+
+
+def pick(row: npt.NDArray[np.float32], draw: Draw) -> int:
+    """One token id from one row of logits [vocabulary]."""
+    if not np.isfinite(row).all():
+        raise EngineError("the model computed logits that are no finite numbers; try dtype float32 or bfloat16")
+    sampling = draw.sampling
+    scores = penalise(row.astype(np.float64), sampling, draw.answer)
+    if sampling.temperature == 0.0 or sampling.top_k == 1:
+        return int(scores.argmax())  # the first of equals
+    return _draw((scores - scores.max()) / sampling.temperature, sampling, uniform(sampling.seed, draw.position))
+
+
+def penalise(scores: Floats, sampling: Sampling, answer: Sequence[int]) -> Floats:
+    """Lower the scores [vocabulary] of tokens that the answer holds already."""
+    if not answer or (
+        sampling.repetition_penalty == 1.0 and sampling.presence_penalty == 0.0 and sampling.frequency_penalty == 0.0
+    ):
+        return scores
+    ids, counts = np.unique(np.asarray(answer, dtype=np.int64), return_counts=True)
+    there = (ids >= 0) & (ids < len(scores))
+    ids, counts = ids[there], counts[there]
+    old, factor = scores[ids], sampling.repetition_penalty
+    scores[ids] = np.where(old < 0, old * factor, old / factor)
+    scores[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    return scores
+
+
+def _draw(scores: Floats, sampling: Sampling, number: float) -> int:
+    """Inverse of the cumulative distribution, tokens from the likeliest down, equals by id; `scores` have maximum 0."""
+    ids = np.arange(len(scores))
+    if 0 < sampling.top_k < len(scores):
+        least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        ids = ids[scores >= least]
+    total = float(np.exp(scores[ids]).sum())
+    for sorted_ids in _prefixes(scores, ids):
+        weights = np.exp(scores[sorted_ids])
+        sums = np.cumsum(weights)
+        complete = len(sorted_ids) == len(ids)
+        kept = len(sorted_ids)
+        if sampling.top_p < 1.0:
+            kept = min(kept, int(np.searchsorted(sums, sampling.top_p * total, side="left")) + 1)
+        if sampling.min_p > 0.0:
+            kept = min(kept, max(int((weights >= sampling.min_p).sum()), 1))
+        if not complete and kept == len(sorted_ids):
+            if sampling.top_p < 1.0 or sampling.min_p > 0.0 or number * total >= sums[-1]:
+                continue
+            mass = total
+        else:
+            mass = float(sums[kept - 1]) if kept < len(ids) else total
+        return int(sorted_ids[min(int(np.searchsorted(sums[:kept], number * mass, side="right")), kept - 1)])
+    raise AssertionError("the last prefix is complete")
+
+
+def _prefixes(scores: Floats, ids: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
+    """`ids` sorted by falling score, equals by id: first only the likeliest, then all."""
+    if len(ids) > 2 * SORTED_AT_FIRST:
+        some = scores[ids]
+        likely = ids[some >= np.partition(some, -SORTED_AT_FIRST)[-SORTED_AT_FIRST]]
+        yield likely[np.argsort(-scores[likely], kind="stable")]
+    yield ids[np.argsort(-scores[ids], kind="stable")]

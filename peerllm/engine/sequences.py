@@ -1,0 +1,158 @@
+"""The source's sequences of one deployment: who holds which slot, what is fed next, when an answer ends.
+
+Pure: tokens come in, `Feed` and `Tokens` go out. Prompts are fed in chunks, round robin, with at most
+CHUNKS_PER_STAGE_IN_FLIGHT × stages chunks' worth of tokens under way, which bounds what may wait on any stage.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from peerllm.engine.messages import FinishReason, Submit, Tokens
+from peerllm.errors import BadInputError, FrameError, OverloadedError
+from peerllm.types import DeploymentId, Sampling
+
+CHUNKS_PER_STAGE_IN_FLIGHT = 2  # one being computed, one waiting
+MAX_DRAINING = 1024  # ended sequences whose RELEASE has not gone round
+
+
+def window_tokens(stages: int, chunk: int) -> int:
+    """How many prompt tokens of a deployment may be under way at once."""
+    return CHUNKS_PER_STAGE_IN_FLIGHT * stages * chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Put these ids into stage 0 now."""
+
+    sequence: int
+    slot: int
+    position: int
+    ids: tuple[int, ...]
+    sample: bool
+
+
+@dataclass(slots=True)
+class _Running:
+    slot: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stop_ids: frozenset[int]
+    sampling: Sampling
+    fed: int = 0  # tokens put into stage 0, prompt and answer
+    back: int = 0  # of those, tokens the head has seen
+    answer: int = 0  # ids of the answer so far
+    in_flight: deque[int] = field(default_factory=deque)  # lengths of the prompt chunks under way
+
+
+class Sequences:
+    """Of one deployment on its source. Slots are given lowest first; late tokens are told apart by sequence number."""
+
+    def __init__(self, deployment: DeploymentId, slots: int, context: int, chunk: int, stages: int) -> None:
+        self._deployment, self._slots, self._context, self._chunk = deployment, slots, context, chunk
+        self._window = window_tokens(stages, chunk)
+        self._running: dict[int, _Running] = {}
+        self._prompts: deque[int] = deque()  # sequences with prompt tokens still to feed, next turn first
+        self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
+        self._draining: dict[int, int] = {}  # of those, by ended sequence, until its RELEASE has gone round
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        return tuple(self._running)
+
+    def slot(self, sequence: int) -> int:
+        return self._running[sequence].slot
+
+    def submit(self, order: Submit) -> int:
+        """Takes a sequence in and returns its slot; BadInputError or OverloadedError says why it cannot."""
+        if order.sequence in self._running or order.sequence in self._draining:
+            raise BadInputError(f"sequence {order.sequence} is in use; every sequence needs a number of its own")
+        if len(self._draining) >= MAX_DRAINING:
+            raise OverloadedError(f"{MAX_DRAINING} ended sequences are still leaving the stages; ask again later")
+        if not 1 <= len(order.prompt) <= self._context:
+            raise BadInputError(f"a prompt has 1 to {self._context} tokens here, not {len(order.prompt)}")
+        if order.max_tokens < 1:
+            raise BadInputError(f"an answer has at least 1 token, not {order.max_tokens}")
+        taken = {running.slot for running in self._running.values()}
+        slot = next((slot for slot in range(self._slots) if slot not in taken), None)
+        if slot is None:
+            raise OverloadedError(f"all {self._slots} slots are taken; wait for a sequence to end")
+        self._running[order.sequence] = _Running(
+            slot, order.prompt, order.max_tokens, frozenset(order.stop_ids), order.sampling
+        )
+        self._prompts.append(order.sequence)
+        return slot
+
+    def feed(self) -> list[Feed]:
+        """The prompt chunks that may go into stage 0 now."""
+        feeds: list[Feed] = []
+        while self._prompts:
+            sequence = self._prompts[0]
+            running = self._running[sequence]
+            length = min(self._chunk, len(running.prompt) - running.fed)
+            if self._under_way + length > self._window:
+                break
+            self._prompts.popleft()
+            position, running.fed = running.fed, running.fed + length
+            running.in_flight.append(length)
+            self._under_way += length
+            last = running.fed == len(running.prompt)
+            feeds.append(
+                Feed(sequence, running.slot, position, running.prompt[position : running.fed], sample=last)
+            )
+            if not last:
+                self._prompts.append(sequence)
+        return feeds
+
+    def came_back(
+        self, sequence: int, position: int, length: int, token: int | None
+    ) -> tuple[Feed | None, Tokens | None]:
+        """A run passed the head, which drew `token` after it (None: it was not to).
+
+        Returns the step to feed at once and what to tell the daemon; both None for a sequence that has ended.
+        FrameError if the run is not the one that is due.
+        """
+        running = self._running.get(sequence)
+        if running is None:
+            return None, None
+        due = running.in_flight[0] if running.in_flight else 1
+        if position != running.back or length != due or position + length > running.fed:
+            raise FrameError(f"positions {position}+{length} came back, {running.back}+{due} were due")
+        sampled = position + length >= len(running.prompt)
+        if sampled != (token is not None):
+            raise FrameError(f"the head {'drew no' if sampled else 'drew a'} token at position {position + length}")
+        if running.in_flight:
+            self._under_way -= running.in_flight.popleft()
+        running.back += length
+        if token is None:
+            return None, None
+        start = running.answer
+        if token in running.stop_ids:
+            return None, self.end(sequence, "stop")
+        running.answer += 1
+        if running.answer >= running.max_tokens or running.fed >= self._context:
+            self.end(sequence, "length")
+            return None, Tokens(self._deployment, sequence, start, (token,), "length")
+        step = Feed(sequence, running.slot, running.fed, (token,), sample=True)
+        running.fed += 1
+        return step, Tokens(self._deployment, sequence, start, (token,))
+
+    def end(self, sequence: int, finish: FinishReason, error: str = "") -> Tokens | None:
+        """Ends a sequence and frees its slot; None if it has ended before."""
+        running = self._running.pop(sequence, None)
+        if running is None:
+            return None
+        self._draining[sequence] = sum(running.in_flight)
+        if sequence in self._prompts:
+            self._prompts.remove(sequence)
+        return Tokens(self._deployment, sequence, running.answer, (), finish, error)
+
+    def drained(self, sequence: int) -> None:
+        """An ended sequence's RELEASE has gone round: nothing of it is under way."""
+        self._under_way -= self._draining.pop(sequence, 0)
+
+    def reset(self) -> None:
+        """The links are new: nothing of what has ended is under way."""
+        for sequence in list(self._draining):
+            self.drained(sequence)

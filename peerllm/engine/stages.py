@@ -1,0 +1,91 @@
+"""A stage at work: its shard, who holds its slots, and at the head what sampling needs. Compute thread only."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from peerllm.engine.base import Draw, Sampler, Segment, Shard
+from peerllm.engine.batching import Piece
+from peerllm.engine.messages import LoadStage
+from peerllm.engine.slots import Slots
+from peerllm.engine.wire import Activation, Drawn, Opened
+from peerllm.errors import EngineError
+from peerllm.types import Sampling
+
+MEASURED_STEPS = 64  # batches of steps that the mean is taken over
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What the head keeps of a sequence."""
+
+    sampling: Sampling
+    ids: list[int] = field(default_factory=list)
+
+
+class Stage:
+    """The layers of one LoadStage, loaded."""
+
+    def __init__(self, spec: LoadStage, shard: Shard, sampler: Sampler) -> None:
+        self.spec, self.shard = spec, shard
+        self.slots = Slots(spec.slots, spec.context)
+        self.is_head = spec.stage == spec.stages - 1
+        self._sampler = sampler
+        self._answers: dict[int, _Answer] = {}
+        self._step_ms: deque[float] = deque(maxlen=MEASURED_STEPS)
+
+    @property
+    def mean_step_ms(self) -> float | None:
+        """Mean time of the last batches of steps; None before the first."""
+        return sum(self._step_ms) / len(self._step_ms) if self._step_ms else None
+
+    def open(self, opened: Opened) -> None:
+        """FrameError if the slot is not to be had."""
+        self.slots.open(opened.sequence, opened.slot)
+        if self.is_head:
+            self._answers[opened.sequence] = _Answer(opened.sampling)
+
+    def release(self, sequence: int) -> bool:
+        """Frees a sequence's slot; False if it holds none."""
+        slot = self.slots.release(sequence)
+        self._answers.pop(sequence, None)
+        if slot is None:
+            return False
+        self.shard.release(slot)
+        return True
+
+    def compute(self, batch: Sequence[Piece]) -> Activation | Drawn:
+        """Runs a batch of pieces through the layers, and at the head draws the tokens."""
+        started = time.perf_counter()
+        inputs = batch[0].data if len(batch) == 1 else torch.cat([piece.data for piece in batch])
+        segments = [Segment(piece.slot, piece.position, piece.length, piece.sample) for piece in batch]
+        output = self.shard.forward(inputs, segments)
+        result = self._draw(batch, output) if self.is_head else Activation(batch, output)
+        if all(piece.sample and piece.length == 1 for piece in batch):
+            self._step_ms.append((time.perf_counter() - started) * 1e3)
+        return result
+
+    def _draw(self, batch: Sequence[Piece], logits: torch.Tensor) -> Drawn:
+        """`logits` are float32 [pieces to sample after, vocabulary]."""
+        asked = [piece for piece in batch if piece.sample]
+        if logits.shape[0] != len(asked):
+            raise EngineError(f"the shard gave {logits.shape[0]} rows of logits for {len(asked)} tokens to draw")
+        answers = [self._answers[piece.sequence] for piece in asked]
+        draws = [
+            Draw(answer.sampling, piece.position + piece.length, answer.ids)
+            for piece, answer in zip(asked, answers, strict=True)
+        ]
+        drawn = iter(self._sampler(logits, draws) if draws else [])
+        tokens = [next(drawn) if piece.sample else None for piece in batch]
+        for answer, token in zip(answers, (token for token in tokens if token is not None), strict=True):
+            answer.ids.append(token)
+        return Drawn(batch, tokens)
+
+    def close(self) -> None:
+        self._answers.clear()
+        self.shard.close()

@@ -1,0 +1,212 @@
+"""What travels from stage to stage, as frames of the data plane and back (docs/wire.md), and what a link may carry.
+
+Within a device the same parcels are handed on as they are. A frame's stage is whom it is for; `stages` is the source.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from peerllm.engine.base import Tensor
+from peerllm.engine.batching import Piece
+from peerllm.engine.messages import LoadStage
+from peerllm.errors import FrameError
+from peerllm.transport.frames import Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, SegmentFlag, TensorLimit
+from peerllm.types import Sampling
+
+ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment
+NO_TOKEN = -1  # in a TOKEN: the run passed the head, which was not to draw
+MAX_REASON_BYTES = 512
+
+_DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A sequence begins in `slot`."""
+
+    sequence: int
+    slot: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activation:
+    """What a stage made of a batch: `hidden` is [tokens of all pieces, hidden]; the pieces' own data is stale."""
+
+    pieces: Sequence[Piece]
+    hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """Runs that passed the head and the tokens it drew after them (None: it was not to)."""
+
+    pieces: Sequence[Piece]
+    tokens: Sequence[int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A sequence gives its slot back; with a reason it failed at an earlier stage and the source must hear of it."""
+
+    sequence: int
+    slot: int
+    reason: str = ""
+
+
+Parcel = Opened | Activation | Drawn | Released
+
+
+def split(activation: Activation) -> list[Piece]:
+    """The pieces, each with its rows of `hidden`."""
+    rows = torch.split(activation.hidden, [piece.length for piece in activation.pieces])
+    return [replace(piece, data=data) for piece, data in zip(activation.pieces, rows, strict=True)]
+
+
+def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
+    """The frame that carries `parcel` to `stage`."""
+    segments: tuple[FrameSegment, ...]
+    tensors: tuple[NamedTensor, ...]
+    match parcel:
+        case Opened(sequence, slot, sampling):
+            kind, segments = FrameKind.OPEN, (FrameSegment(sequence, slot, 0, 0),)
+            tensors = _sampling_tensors(sampling)
+        case Activation(pieces, hidden):
+            kind, segments = FrameKind.ACTIVATION, _segments(pieces)
+            tensors = (_hidden_tensor(hidden),)
+        case Drawn(pieces, tokens):
+            kind, segments = FrameKind.TOKEN, _segments(pieces)
+            ids = struct.pack(f"<{len(tokens)}q", *(NO_TOKEN if token is None else token for token in tokens))
+            tensors = (NamedTensor.of("ids", "I64", (len(tokens),), ids),)
+        case Released(sequence, slot, reason):
+            kind, segments = FrameKind.RELEASE, (FrameSegment(sequence, slot, 0, 0),)
+            text = reason.encode()[:MAX_REASON_BYTES]
+            tensors = (NamedTensor.of("reason", "U8", (len(text),), text),) if text else ()
+    return Frame(kind, deployment, epoch, stage, segments, tensors)
+
+
+def from_frame(frame: Frame) -> list[Parcel]:
+    """What a checked frame carries; FrameError where its values, not its shape, are wrong."""
+    match frame.kind:
+        case FrameKind.OPEN:
+            return [
+                Opened(segment.sequence, segment.slot, _read_sampling(frame, row))
+                for row, segment in enumerate(frame.segments)
+            ]
+        case FrameKind.ACTIVATION:
+            hidden = _require(frame, "hidden")
+            data = torch.frombuffer(bytearray(hidden.data), dtype=_DTYPES[hidden.dtype]).reshape(hidden.shape)
+            return [Activation(_pieces(frame), data)]
+        case FrameKind.TOKEN:
+            ids = struct.unpack(f"<{len(frame.segments)}q", _require(frame, "ids").data)
+            if min(ids) < NO_TOKEN:
+                raise FrameError(f"{min(ids)} is no token id")
+            return [Drawn(_pieces(frame), [None if token == NO_TOKEN else token for token in ids])]
+        case FrameKind.RELEASE:
+            reason = frame.tensor("reason")
+            text = "" if reason is None else bytes(reason.data).decode(errors="replace")
+            return [Released(segment.sequence, segment.slot, text) for segment in frame.segments]
+
+
+def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
+    """What the link into `spec`'s stage may carry."""
+    known = tuple(name for name in _DTYPES if spec.dtype in ("auto", str(_DTYPES[name]).removeprefix("torch.")))
+    return FrameLimits(
+        deployment=spec.deployment,
+        epoch=spec.epoch,
+        stage=spec.stage,
+        kinds=(FrameKind.OPEN, FrameKind.ACTIVATION, FrameKind.RELEASE),
+        max_segments=spec.micro_batch,
+        slots=spec.slots,
+        context=spec.context,
+        max_tokens=max(spec.chunk, spec.micro_batch),
+        tensors={
+            "hidden": TensorLimit(
+                known, 2, hidden_size, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)
+            ),
+            "sampling": TensorLimit(("F64",), 2, 7, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
+            "seed": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
+            "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
+        },
+        flags=SegmentFlag.SAMPLE,
+    )
+
+
+def source_limits(spec: LoadStage) -> FrameLimits:
+    """What the link from the head back to the source may carry."""
+    return FrameLimits(
+        deployment=spec.deployment,
+        epoch=spec.epoch,
+        stage=spec.stages,
+        kinds=(FrameKind.TOKEN, FrameKind.RELEASE),
+        max_segments=spec.micro_batch,
+        slots=spec.slots,
+        context=spec.context,
+        max_tokens=max(spec.chunk, spec.micro_batch),
+        tensors={
+            "ids": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.TOKEN,)),
+            "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
+        },
+        flags=SegmentFlag.SAMPLE,
+    )
+
+
+def _segments(pieces: Sequence[Piece]) -> tuple[FrameSegment, ...]:
+    return tuple(
+        FrameSegment(piece.sequence, piece.slot, piece.position, piece.length, SegmentFlag.SAMPLE * piece.sample)
+        for piece in pieces
+    )
+
+
+def _pieces(frame: Frame) -> list[Piece]:
+    return [
+        Piece(at.sequence, at.slot, at.position, at.length, bool(at.flags & SegmentFlag.SAMPLE), None)
+        for at in frame.segments
+    ]
+
+
+def _hidden_tensor(hidden: torch.Tensor) -> NamedTensor:
+    data = hidden.detach().to("cpu").contiguous()
+    return NamedTensor.of("hidden", _NAMES[data.dtype], tuple(data.shape), data.view(torch.uint8).numpy().data)
+
+
+def _sampling_tensors(sampling: Sampling) -> tuple[NamedTensor, ...]:
+    numbers = _SAMPLING.pack(
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+    )
+    return (
+        NamedTensor.of("sampling", "F64", (1, 7), numbers),
+        NamedTensor.of("seed", "I64", (1,), struct.pack("<q", sampling.seed)),
+    )
+
+
+def _read_sampling(frame: Frame, row: int) -> Sampling:
+    temperature, top_p, top_k, min_p, repetition, presence, frequency = cast(
+        tuple[float, ...], _SAMPLING.unpack_from(_require(frame, "sampling").data, row * _SAMPLING.size)
+    )
+    (seed,) = struct.unpack_from("<q", _require(frame, "seed").data, row * 8)
+    try:
+        return Sampling(temperature, top_p, int(top_k), min_p, repetition, presence, frequency, seed)
+    except (ValueError, OverflowError) as error:
+        raise FrameError(f"bad sampling: {error}") from error
+
+
+def _require(frame: Frame, name: str) -> NamedTensor:
+    tensor = frame.tensor(name)
+    if tensor is None:
+        raise FrameError(f"{frame.kind.name} frame without {name!r}")
+    return tensor

@@ -1,0 +1,564 @@
+"""Tiny random models of every family, divided every way into two and three shards and compared with the whole model.
+
+`python -m tests.engine.architectures --write docs/architectures.md` runs it all and writes the table.
+Tiny random models tend to repeat one token whatever their layers do, so each has negative controls: skipping any one
+block, permuting positions and dropping the final norm must each change the tokens. The initial scale is raised until
+they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peerllm.engine.base import Segment
+from peerllm.engine.inspect import Inspection, inspect_model
+from peerllm.engine.messages import LoadStage
+from peerllm.engine.shard import TorchShard, load_shard
+
+VOCABULARY, PROMPT, ANSWER, CONTEXT = 101, 9, 8, 32
+SCALES = (1.0, 1.6, 2.5, 4.0, 6.0)
+SEEDS = (0, 1, 2, 3)
+DISTINCT = 3  # tokens that an answer must hold to be worth comparing
+TOLERANCE = 1e-4
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
+MLA: dict[str, Any] = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "num_key_value_heads": 4, "head_dim": 4,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+LINEAR: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4,
+}  # fmt: skip
+UNPLACED = "attention without positions: the control permutes the prompt instead"
+ALIBI = "no positions reach a layer: the control permutes the prompt instead"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type and the numbers that make it tiny."""
+
+    name: str
+    model_type: str
+    config: dict[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()  # of COMMON, what the configuration class does not take
+    positions: bool = True  # False: the control permutes the prompt
+    norm: bool = True  # False: there is no final norm
+    note: str = ""
+
+
+FAMILIES = [
+    Family("Llama", "llama"),
+    Family("Mistral", "mistral", {"sliding_window": 5}, note="every layer windowed"),
+    Family("Mixtral", "mixtral", EXPERTS, note="experts"),
+    Family("Ministral", "ministral", WINDOWS, note="windows"),
+    Family("Qwen2", "qwen2"),
+    Family(
+        "Qwen2-MoE",
+        "qwen2_moe",
+        {**EXPERTS, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
+        note="experts, one dense layer",
+    ),
+    Family("Qwen3", "qwen3"),
+    Family("Qwen3-MoE", "qwen3_moe", {**EXPERTS, "decoder_sparse_step": 2}, note="experts in every second layer"),
+    Family(
+        "Qwen3-Next",
+        "qwen3_next",
+        {
+            **EXPERTS,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "partial_rotary_factor": 0.5,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+        note="recurrent layers, experts",
+    ),
+    Family("Gemma", "gemma"),
+    Family("Gemma 2", "gemma2", {**WINDOWS, "query_pre_attn_scalar": 8}, note="windows, soft caps"),
+    Family("Gemma 3 (text)", "gemma3_text", {**WINDOWS, "query_pre_attn_scalar": 8}, note="windows"),
+    Family("VaultGemma", "vaultgemma", {**WINDOWS, "query_pre_attn_scalar": 8}, note="windows"),
+    Family("Phi", "phi", {"partial_rotary_factor": 0.5}),
+    Family("Phi-3", "phi3"),
+    Family("Phi-3.5-MoE", "phimoe", EXPERTS, note="experts"),
+    Family("GPT-2", "gpt2", {"n_inner": 48, "scale_attn_by_inverse_layer_idx": True}, note="attention scaled by layer"),
+    Family("OPT", "opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    Family(
+        "OPT (350m layout)",
+        "opt",
+        {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        norm=False,
+        note="projected embedding; no final norm",
+    ),
+    Family("GPT-NeoX", "gpt_neox"),
+    Family("GPT-NeoX (Japanese)", "gpt_neox_japanese", {"intermediate_multiple_size": 2}),
+    Family(
+        "GPT-Neo",
+        "gpt_neo",
+        {"num_layers": 4, "num_heads": 4, "window_size": 5, "attention_types": [[["global", "local"], 2]]},
+        note="windows by mask",
+    ),
+    Family("GPT-J", "gptj", {"rotary_dim": 4}),
+    Family("GPT-BigCode", "gpt_bigcode", {"n_inner": 48}),
+    Family("CodeGen", "codegen", {"rotary_dim": 4}),
+    Family("BLOOM", "bloom", {"n_layer": 4, "n_head": 4}, positions=False, note=ALIBI),
+    Family(
+        "MPT",
+        "mpt",
+        {"d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 64, "expansion_ratio": 2},
+        positions=False,
+        note=ALIBI,
+    ),
+    Family("Falcon", "falcon", {"multi_query": True, "new_decoder_architecture": False}, without=("head_dim",)),
+    Family(
+        "Falcon (ALiBi)",
+        "falcon",
+        {"alibi": True, "multi_query": False, "new_decoder_architecture": False},
+        without=("head_dim",),
+        positions=False,
+        note=ALIBI,
+    ),
+    Family("StableLM", "stablelm", {"partial_rotary_factor": 0.5}),
+    Family("StarCoder2", "starcoder2", {"sliding_window": 5}, note="every layer windowed"),
+    Family("Cohere", "cohere"),
+    Family("Cohere 2", "cohere2", WINDOWS, note="windows; full layers without rotation"),
+    Family("OLMo", "olmo"),
+    Family("OLMo 2", "olmo2"),
+    Family("OLMo 3", "olmo3", WINDOWS, note="windows"),
+    Family("OLMoE", "olmoe", EXPERTS, note="experts"),
+    Family("FlexOLMo", "flex_olmo", EXPERTS, note="experts"),
+    Family("Granite", "granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.8}),
+    Family("Granite-MoE", "granitemoe", EXPERTS, note="experts"),
+    Family("Granite-MoE (shared)", "granitemoeshared", {**EXPERTS, "shared_intermediate_size": 16}, note="experts"),
+    Family("GLM", "glm", {"partial_rotary_factor": 0.5}),
+    Family("GLM-4", "glm4", {"partial_rotary_factor": 0.5}),
+    Family(
+        "GLM-4-MoE",
+        "glm4_moe",
+        {**EXPERTS, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        note="experts, first layer dense",
+    ),
+    Family("SmolLM3", "smollm3", {"no_rope_layers": [1, 0, 1, 1]}, note="a layer without rotation"),
+    Family(
+        "EXAONE 4", "exaone4", {**WINDOWS, "sliding_window_pattern": 2}, note="windows; full layers without rotation"
+    ),
+    Family("ERNIE 4.5", "ernie4_5"),
+    Family(
+        "ERNIE 4.5-MoE",
+        "ernie4_5_moe",
+        {**EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+        note="experts, first layer dense",
+    ),
+    Family(
+        "DeepSeek-V2",
+        "deepseek_v2",
+        {**MLA, **EXPERTS, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        note="latent attention, experts, first layer dense",
+    ),
+    Family(
+        "DeepSeek-V3",
+        "deepseek_v3",
+        {**MLA, **EXPERTS, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+        note="latent attention, experts, first layer dense",
+    ),
+    Family(
+        "dots.llm1",
+        "dots1",
+        {**EXPERTS, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, **WINDOWS, "n_shared_experts": 1},
+        note="windows, experts, first layer dense",
+    ),
+    Family("gpt-oss", "gpt_oss", {**EXPERTS, **WINDOWS}, note="windows, sinks, experts"),
+    Family("Helium", "helium"),
+    Family("Nemotron", "nemotron", {"partial_rotary_factor": 0.5}),
+    Family(
+        "JetMoE", "jetmoe", {**EXPERTS, "kv_channels": 8, "num_key_value_heads": 2}, note="experts, also in attention"
+    ),
+    Family(
+        "DBRX",
+        "dbrx",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 4,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        },
+        note="experts",
+    ),
+    Family("Seed-OSS", "seed_oss"),
+    Family("Hunyuan (dense)", "hunyuan_v1_dense"),
+    Family("Hunyuan (MoE)", "hunyuan_v1_moe", {**EXPERTS, "moe_topk": 2}, note="experts"),
+    Family("Arcee", "arcee"),
+    Family("Apertus", "apertus"),
+    Family("BitNet", "bitnet"),
+    Family("MiniMax-M2", "minimax_m2", {**EXPERTS, "rotary_dim": 4}, note="experts"),
+    Family("Persimmon", "persimmon", {"partial_rotary_factor": 0.5}),
+    Family("XGLM", "xglm", {"d_model": 32, "ffn_dim": 48, "num_layers": 4, "attention_heads": 4}),
+    Family("BioGPT", "biogpt"),
+    Family("DiffLlama", "diffllama", note="a constant that grows with the layer's number"),
+    Family("Doge", "doge"),
+    Family(
+        "LFM2",
+        "lfm2",
+        {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 48, "conv_L_cache": 3},
+        note="convolution layers",
+    ),
+    Family("Youtu", "youtu", MLA, note="latent attention"),
+    Family("Jais 2", "jais2"),
+    Family("CWM", "cwm", WINDOWS, without=("bos_token_id",), note="windows"),
+    Family(
+        "nanochat",
+        "nanochat",
+        norm=False,
+        note="the final norm has no weights and no centring, so dropping it cannot change greedy tokens",
+    ),
+    Family("AFMoE", "afmoe", {**EXPERTS, **WINDOWS, "num_dense_layers": 1}, note="windows, experts, first layer dense"),
+    Family("Solar Open", "solar_open", {**EXPERTS, "n_group": 1, "topk_group": 1}, note="experts"),
+    Family(
+        "ModernBERT (decoder)",
+        "modernbert-decoder",
+        {
+            "global_attn_every_n_layers": 2,
+            "local_attention": 8,
+            **{f"{k}_token_id": 0 for k in ("pad", "bos", "cls", "sep")},
+        },
+        note="windows",
+    ),
+    Family("Ministral 3", "ministral3"),
+    Family("Qwen3.5 (text)", "qwen3_5_text", LINEAR, note="recurrent layers"),
+    Family(
+        "Qwen3.5-MoE (text)",
+        "qwen3_5_moe_text",
+        {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16},
+        note="recurrent layers, experts",
+    ),
+    Family("Granite (windows)", "granite_swa", WINDOWS, note="windows"),
+    Family(
+        "Granite hybrid",
+        "granitemoehybrid",
+        {**EXPERTS, **MAMBA, "shared_intermediate_size": 16, "layer_types": ["mamba", "attention"] * 2},
+        positions=False,
+        note=f"recurrent layers, experts; {UNPLACED}",
+    ),
+    Family("Bamba", "bamba", {**MAMBA, "attn_layer_indices": [1, 3]}, note="recurrent layers"),
+    Family("Falcon-H1", "falcon_h1", {**MAMBA, "mamba_d_ssm": 64}, note="attention and recurrence in every layer"),
+    Family(
+        "Nemotron-H",
+        "nemotron_h",
+        {
+            "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 4,
+        },
+        positions=False,
+        note=f"recurrent layers; {UNPLACED}",
+    ),
+    Family(
+        "LFM2-MoE",
+        "lfm2_moe",
+        {**EXPERTS, "layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "num_dense_layers": 1},
+        note="convolution layers, experts",
+    ),
+    Family(
+        "Llama 4 (text)",
+        "llama4_text",
+        {
+            **EXPERTS,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 6,
+            "no_rope_layers": [1, 1, 1, 0],
+            "interleave_moe_layer_step": 2,
+        },
+        note="attention in chunks, experts, a layer without rotation",
+    ),
+    Family("OLMo hybrid", "olmo_hybrid", LINEAR, note="recurrent layers"),
+    Family(
+        "EXAONE-MoE",
+        "exaone_moe",
+        {**EXPERTS, **WINDOWS, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        note="windows, experts, first layer dense",
+    ),
+    Family(
+        "GLM-4-MoE-lite",
+        "glm4_moe_lite",
+        {**EXPERTS, **MLA, "n_group": 1, "topk_group": 1},
+        note="latent attention, experts",
+    ),
+    Family("Cohere 2-MoE", "cohere2_moe", {**EXPERTS, **WINDOWS}, note="windows, experts"),
+    Family("Hunyuan 3", "hy_v3", EXPERTS, note="experts"),
+    Family("Mellum", "mellum", {**EXPERTS, **WINDOWS}, note="windows, experts"),
+    Family("MiMo-V2-Flash", "mimo_v2_flash", {**EXPERTS, **WINDOWS}, note="windows, experts"),
+    Family("InternLM3", "internlm3"),
+    Family("MiniCPM3", "minicpm3", MLA, note="latent attention"),
+    Family("HyperCLOVA X", "hyperclovax"),
+    Family("IQuest-Coder", "iquestcoder"),
+    Family("GPT-SW3", "gpt-sw3"),
+    Family("Laguna", "laguna", {**EXPERTS, **WINDOWS}, note="windows, experts"),
+]
+
+
+@dataclass
+class Outcome:
+    """What the test found for one family."""
+
+    family: Family
+    blocks: int = 0
+    cuts: int = 0
+    equal: int = 0
+    difference: float = 0.0
+    scale: float = 0.0
+    distinct: int = 0
+    controls: str = ""
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.error and self.cuts > 0 and self.equal == self.cuts and self.difference <= TOLERANCE
+
+
+def tiny_model(family: Family, scale: float, seed: int) -> Any:
+    """A random model whose every tensor matters: norms are not ones, biases not zeros."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {key: value for key, value in COMMON.items() if key not in family.without}
+    config = AutoConfig.for_model(family.model_type, **{**values, **family.config})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if tensor.dim() >= 2 and min(tensor.shape[-2:]) > 1:
+                fan_in = tensor.shape[-1]
+                tensor.copy_(noise * (scale if "embed" not in name and "wte" not in name else 1.0) / fan_in**0.5)
+            elif name.endswith("weight"):
+                tensor.copy_(tensor + 0.4 * noise)
+            else:
+                tensor.add_(0.1 * noise)
+    return model
+
+
+def save(model: Any, directory: Path) -> Any:
+    """Write a model's files and read it back as transformers does."""
+    from transformers import AutoModelForCausalLM
+
+    model.save_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def stage(inspection: Inspection, first: int, last: int, slots: int = 1, context: int = CONTEXT) -> LoadStage:
+    """The order to load layers first..last."""
+    tensors = tuple(tensor for layer in inspection.tensors[first : last + 1] for tensor in layer)
+    return LoadStage(
+        1, "0" * 32, 1, 0, 1, first, last, inspection.config, tensors, inspection.dtype, slots, context, 16, 4,
+        None, None, "0" * 64,
+    )  # fmt: skip
+
+
+def generate(
+    shards: list[TorchShard], prompt: torch.Tensor, chunks: tuple[int, ...]
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Greedy tokens and logits [vocabulary] of each step, hidden states passed from shard to shard."""
+    tokens: list[int] = []
+    logits: list[torch.Tensor] = []
+    position, pieces = 0, list(prompt.split(list(chunks)))
+    while len(tokens) < ANSWER:
+        carried = pieces.pop(0)
+        segment = Segment(0, position, len(carried), not pieces)
+        position += len(carried)
+        for shard in shards:
+            carried = shard.forward(carried, [segment])
+        if not pieces:
+            logits.append(carried[0])
+            tokens.append(int(carried[0].argmax()))
+            pieces.append(torch.tensor(tokens[-1:]))
+    return tokens, logits
+
+
+def reference(model: Any, prompt: torch.Tensor) -> tuple[list[int], list[torch.Tensor]]:
+    """What transformers' own generate says."""
+    out = model.generate(
+        prompt.unsqueeze(0), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), max_new_tokens=ANSWER,
+        do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return out.sequences[0, len(prompt) :].tolist(), [row[0].float() for row in out.logits]
+
+
+def controls(inspection: Inspection, prompt: torch.Tensor, tokens: list[int], family: Family) -> list[str]:
+    """The names of those controls that failed to change the tokens."""
+    last = len(inspection.profile.layers) - 1
+    whole = load_shard(stage(inspection, 0, last))
+    blind = []
+
+    def same(given: torch.Tensor = prompt) -> bool:
+        return generate([whole], given, (len(given),))[0] == tokens
+
+    def skip(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    for number, block in enumerate(whole.blocks):
+        hook = block.register_forward_hook(skip, with_kwargs=True)
+        if same():
+            blind.append(f"skip block {number}")
+        hook.remove()
+    if family.positions:
+        straight = whole.positions
+        whole.positions = lambda segment: straight(segment).flip(0)  # type: ignore[method-assign]
+        if same():
+            blind.append("permute positions")
+        whole.positions = straight  # type: ignore[method-assign]
+    elif same(torch.cat([prompt[:-1].flip(0), prompt[-1:]])):
+        blind.append("permute the prompt")
+    if family.norm:
+        for module in whole.final_norms:
+            module.forward = lambda hidden, *args, **kwargs: hidden
+        if same():
+            blind.append("drop the final norm")
+    return blind
+
+
+def examine(family: Family, directory: Path) -> Outcome:
+    """Make, save, divide and compare one family."""
+    start, outcome = time.perf_counter(), Outcome(family)
+    for number, (scale, seed) in enumerate(itertools.product(SCALES, SEEDS)):
+        place = directory / str(number)
+        model = save(tiny_model(family, scale, seed), place)
+        prompt = torch.randint(3, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(seed + 7))
+        tokens, logits = reference(model, prompt)
+        inspection = inspect_model(place)
+        blind = (
+            controls(inspection, prompt, tokens, family) if len(set(tokens)) >= DISTINCT else ["answer of one token"]
+        )
+        if not blind:
+            break
+    outcome.scale, outcome.distinct = scale, len(set(tokens))
+    if blind:
+        outcome.error = f"controls that change nothing: {', '.join(blind)}"
+        return outcome
+    count = len(inspection.profile.layers)
+    outcome.blocks = count - 2
+    skips = f"{count - 2} skips"
+    order = "positions" if family.positions else "prompt order"
+    outcome.controls = ", ".join([skips, order, *(["final norm"] if family.norm else [])])
+    ranges = [(a, b) for a in range(count) for b in range(a, count) if (a, b) != (0, count - 1)]
+    shards = {(a, b): load_shard(stage(inspection, a, b)) for a, b in ranges}
+    for pieces in (2, 3):
+        for cut in itertools.combinations(range(1, count), pieces - 1):
+            ends = [0, *cut, count]
+            chain = [shards[a, b - 1] for a, b in itertools.pairwise(ends)]
+            got, steps = generate(chain, prompt, (PROMPT,) if pieces == 2 else (4, PROMPT - 4))
+            outcome.cuts += 1
+            outcome.equal += got == tokens
+            pairs = zip(steps, logits, strict=True)
+            outcome.difference = max(outcome.difference, *(float((a - b).abs().max()) for a, b in pairs))
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The outcomes as a page of documentation."""
+    good = [outcome for outcome in outcomes if outcome.passed]
+    kinds = {outcome.family.model_type for outcome in good}
+    lines = [
+        "# Architectures",
+        "",
+        "Written by `python -m tests.engine.architectures --write docs/architectures.md`; do not edit by hand.",
+        "",
+        f"{len(good)} of {len(outcomes)} variants ({len(kinds)} model types) passed. Each is a tiny random model,",
+        "saved as safetensors, inspected, loaded shard by shard and cut at every place into two and into three shards",
+        "(embedding, blocks and head are layers alike; with three shards the prompt comes in two chunks). Greedy",
+        f"tokens ({ANSWER} after a prompt of {PROMPT}) must equal those of `generate` in float32, logits must agree",
+        f"within {TOLERANCE:g}. Controls: skipping any one block, permuting positions and dropping the final norm each",
+        f"changed the tokens, and the answer holds at least {DISTINCT} different ones; seed and initial scale were",
+        "changed until that was so.",
+        "",
+        "| family | model type | blocks | cuts | tokens equal | largest logit difference | controls passed | notes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for o in outcomes:
+        notes = "; ".join(filter(None, [o.family.note, o.error]))
+        lines.append(
+            f"| {o.family.name} | `{o.family.model_type}` | {o.blocks} | {o.cuts} | {o.equal} of {o.cuts} "
+            f"| {o.difference:.1e} | {o.controls} | {notes} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Examine every family (or those named) and print or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("names", nargs="*", help="model types; all if none")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    quiet()
+    outcomes = []
+    for family in FAMILIES:
+        if options.names and family.model_type not in options.names:
+            continue
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                outcome = examine(family, Path(directory))
+            except Exception as error:  # one family's trouble is a line of the table
+                if options.names:
+                    raise
+                outcome = Outcome(family, error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        outcomes.append(outcome)
+        print(
+            f"{family.model_type:20} {'ok' if outcome.passed else 'FAILED'} cuts {outcome.equal}/{outcome.cuts} "
+            f"difference {outcome.difference:.1e} scale {outcome.scale} distinct {outcome.distinct} "
+            f"{outcome.seconds:.1f} s {outcome.error}",
+            flush=True,
+        )
+    if options.write:
+        options.write.write_text(table(outcomes), encoding="utf-8")
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def quiet() -> None:
+    """No progress bars, no advice."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What a shard takes: its own bytes in the dtype it computes in, and little more, whatever the file holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.architectures import EXPERTS, quiet
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+LIMIT = 1.15
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of one model of about 40 million numbers, in each dtype; and one with experts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet()
+    root = tmp_path_factory.mktemp("models")
+    common = dict(
+        hidden_size=512, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=4, max_position_embeddings=64,
+        eos_token_id=None, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    tied = AutoConfig.for_model("llama", vocab_size=40000, intermediate_size=4096, tie_word_embeddings=True, **common)
+    experts = {**EXPERTS, "num_experts": 8, "num_local_experts": 8}
+    sparse = AutoConfig.for_model("mixtral", vocab_size=1000, intermediate_size=1024, **common, **experts)
+    for name, config in (("tied", tied), ("experts", sparse)):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for held, dtype in DTYPES.items():
+            if name == "tied" or held == "BF16":
+                model.to(dtype).save_pretrained(root / f"{name}-{held}")
+                model.to(torch.float32)
+    return root
+
+
+CASES = [
+    ("tied-F16", "float32", ["0-5"]),
+    ("tied-BF16", "bfloat16", ["0-2"]),
+    ("tied-F32", "bfloat16", ["1-4"]),
+    ("tied-F16", "float32", ["0-1", "5-5"]),  # the head back on the source shares the embedding's memory
+    ("experts-BF16", "float32", ["1-3"]),
+]
+
+
+@pytest.mark.parametrize(("model", "dtype", "ranges"), CASES, ids=str)
+def test_anonymous_memory_stays_within_the_shards_own_bytes(models: Path, model: str, dtype: str, ranges: list[str]):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.memory_probe", str(models / model), dtype, *ranges],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["weights"] > 40e6
+    assert told["peak"] <= LIMIT * told["weights"] + told["runtime"], told
+    assert told["after"] <= LIMIT * told["weights"] + told["runtime"], told
+
+
+def test_head_and_embedding_share_one_matrix(models: Path):
+    """Of two shards of one process, and counted once by the model's profile."""
+    from peerllm.engine.inspect import inspect_model
+    from peerllm.engine.shard import load_shard
+    from tests.engine.architectures import stage
+
+    inspection = inspect_model(models / "tied-BF16")
+    layers = inspection.profile.layers
+    assert layers[-1].tied_to == 0
+    assert layers[0].memory_bytes == 40000 * 512 * 2
+    source, back = (load_shard(stage(inspection, number, number)) for number in (0, 5))
+    embedding = source._model.get_input_embeddings().weight
+    assert back._model.get_output_embeddings().weight.data_ptr() == embedding.data_ptr()
