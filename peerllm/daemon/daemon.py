@@ -1,0 +1,326 @@
+"""One device's daemon: it owns the network, the engine, what is lent, and the deployments started here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from typing import IO, Any
+
+import psutil
+
+from peerllm import PROTOCOL_VERSION, __version__
+from peerllm.daemon import machine
+from peerllm.daemon.coordinator import Coordinator
+from peerllm.daemon.engine_host import EngineHost
+from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
+from peerllm.daemon.home import Home
+from peerllm.daemon.ledger import Ledger
+from peerllm.daemon.measuring import Compute, measured
+from peerllm.daemon.messages import Answer, Control, DeviceView, Hello, Progress, Question, Trouble
+from peerllm.daemon.network import Network
+from peerllm.daemon.pulse import Pulse
+from peerllm.daemon.settings import Settings
+from peerllm.daemon.status import deployments_of, device_entry, peer_entry, sighting_entry
+from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.store import Store
+from peerllm.daemon.worker import Worker
+from peerllm.engine.messages import Configure, Configured, FromEngine, LinkLost, LoadProgress, Tokens, Trust, Trusted
+from peerllm.errors import BadInputError, NotFoundError, UnavailableError
+from peerllm.transport.identity import Identity, load_or_create
+from peerllm.transport.roster import RosterEntry
+from peerllm.types import DeviceId
+
+VIEW_INTERVAL_S = 0.25  # between two tellings of what changed here
+CLOSE_TIMEOUT_S = 8.0  # for letting go of deployments on other devices before this one leaves
+
+log = logging.getLogger(__name__)
+
+
+class Daemon:
+    """Implements facade.Household. `start` once, `close` as often as you like."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._threads = settings.threads or machine.processors()
+        self._lock: IO[str] | None = None
+        self._configured: Configured | None = None
+        self._compute = Compute("", {}, {})
+        self._memory_bytes = 0
+        self._told: DeviceView | None = None
+        self._free: dict[DeviceId, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pulse = Pulse(VIEW_INTERVAL_S, self._beat)
+        self._started = self._closed = False
+
+    # ---- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Returns when this device can be used; raises why it cannot, with everything closed again."""
+        try:
+            await self._start()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _start(self) -> None:
+        data = self.settings.data_dir
+        await asyncio.to_thread(data.mkdir, 0o700, True, True)
+        self._lock = await asyncio.to_thread(machine.lock, data)
+        self.identity: Identity = await asyncio.to_thread(load_or_create, data)
+        self.network = Network(self.settings, self.identity, self.hello, idle=self._idle)
+        self.host = EngineHost(
+            self._configure,
+            self._heard_engine,
+            self._engine_lost,
+            self._engine_ready,
+            self.settings.in_process,
+            self._threads,
+        )
+        configured = self._configured = await self.host.start()
+        self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
+        self._memory_bytes = machine.memory_bytes()
+        self.ledger = Ledger(machine.lent_bytes(self.settings.memory_bytes, configured.runtime_bytes))
+        self.offers, self.digests = Offers(), Digests(data / "digests.json")
+        self.store = await asyncio.to_thread(Store, data / "weights", self.network.get)
+        self.home = Home(self)
+        self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
+        self.worker = Worker(
+            self.identity.device,
+            self.ledger,
+            self.host,
+            self.store,
+            own_tensors=self.coordinator.own_tensors,
+            address=self._address,
+            report=self._report,
+            changed=self.poke,
+        )
+        network = self.network
+        network.add_route("GET", ROUTE, self.offers.handle)
+        network.answer_with(self._answer)
+        network.listen(self._heard)
+        network.on_change(self._household_changed)
+        network.on_vanish(self._vanished)
+        network.on_roster(self._roster_changed)
+        self._started = True
+        await network.start()
+        await self.store.prune()
+        await self.coordinator.start()
+        self.poke()
+
+    async def close(self) -> None:
+        """Stop what was started here, say goodbye, end the engine. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._pulse.close()
+        if self._started:
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self.coordinator.close()
+                    await self.worker.close()
+            except TimeoutError:
+                log.warning("letting go of deployments took over %g s; leaving anyway", CLOSE_TIMEOUT_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "network"):
+            await self.network.close()
+        if hasattr(self, "host"):
+            await self.host.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    # ---- facade.Household -----------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """The object of design §9, and more."""
+        peers = self.network.peers()
+        me = {
+            **device_entry(self.identity.device, self.hello(), self._view()),
+            "name": self.settings.name,
+            "state": "online",
+            "rtt_ms": 0.0,
+            "mbps": None,
+            "address": f"{next(iter(self.network.addresses), '')}:{self.network.port}".lstrip(":"),
+            "problem": "",
+        }
+        return {
+            "device": {"id": self.identity.device, "name": self.settings.name},
+            "devices": [me, *(peer_entry(peer) for peer in peers.values())],
+            "deployments": deployments_of(self.coordinator.views(), peers, self.home.name),
+            "version": __version__,
+            "api": f"{self.settings.api_host}:{self.settings.api_port}",
+            "network": {"port": self.network.port, "problem": self.network.problem},
+            "nearby": [sighting_entry(sighting) for sighting in self.network.sightings()],
+        }
+
+    def changed(self) -> AsyncIterator[None]:
+        return self._pulse.watch()
+
+    def models(self) -> list[ServedModel]:
+        return self.coordinator.served()
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        return self.coordinator.generate(request)
+
+    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
+        await self.coordinator.run(options, progress)
+
+    async def stop(self, model: str) -> None:
+        await self.coordinator.stop(model)
+
+    async def invite(self) -> tuple[str, int]:
+        return await self.network.open_door()
+
+    async def join(self, code: str, at: tuple[str, int] | None) -> str:
+        return await self.network.join(code, at)
+
+    async def leave(self) -> None:
+        await self.network.leave()
+
+    async def remove(self, device: str) -> None:
+        """By name, id or the start of an id."""
+        entries = [entry for entry in self.network.roster() if entry.device != self.identity.device]
+        peers = self.network.peers()
+        found = {e.device for e in entries if device in (e.device, e.name, peers[e.device].name)}
+        found = found or {entry.device for entry in entries if len(device) >= 8 and entry.device.startswith(device)}
+        if not found:
+            raise NotFoundError(f"no device {device!r} belongs to this household; `peerllm devices` lists them")
+        if len(found) > 1:
+            raise BadInputError(f"{len(found)} devices are called {device!r}; give the id instead")
+        await self.network.remove(found.pop())
+
+    # ---- what this device says of itself -------------------------------------------------------------------------
+
+    def hello(self) -> Hello:
+        configured = self._configured
+        if configured is None:
+            raise UnavailableError("the engine has not started yet")
+        return Hello(
+            protocol=PROTOCOL_VERSION,
+            version=__version__,
+            libraries=configured.versions,
+            name=self.settings.name,
+            control_port=self.settings.port,
+            data_port=configured.port,
+            memory_bytes=self._memory_bytes,
+            lent_bytes=self.ledger.lent_bytes,
+            gbytes_per_s=self._compute.gbytes_per_s,
+            gflops=self._compute.gflops,
+            architectures=configured.architectures,
+            dtypes=configured.dtypes,
+        )
+
+    def _view(self) -> DeviceView:
+        return DeviceView(self.ledger.promised_bytes, self._resident_bytes(), self.host.state, self.coordinator.views())
+
+    def _resident_bytes(self) -> int:
+        try:
+            return int(psutil.Process(self.host.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    def poke(self) -> None:
+        """Something that `status` shows is another now."""
+        self._pulse.poke()
+
+    def _beat(self) -> None:
+        """Something changed: tell the others, if it is something that they see."""
+        view = self._view()
+        told = replace(view, resident_bytes=0)
+        if told != self._told:
+            self._told = told
+            self.network.broadcast(view)
+
+    def _idle(self) -> bool:
+        return not any(view.state == "loading" for view in self.coordinator.views()) and not self.coordinator.busy
+
+    # ---- the engine -----------------------------------------------------------------------------------------------
+
+    def _configure(self, request: int) -> Configure:
+        return Configure(
+            request=request,
+            device=self.identity.device,
+            certificate_path=str(self.identity.certificate_path),
+            key_path=str(self.identity.key_path),
+            hosts=self.settings.hosts,
+            port=self._configured.port if self._configured is not None else self.settings.data_port,
+            threads=self._threads,
+            trusted=self._trusted(self.network.roster()),
+        )
+
+    def _trusted(self, entries: tuple[RosterEntry, ...]) -> tuple[Trusted, ...]:
+        me = self.identity.device
+        return tuple(Trusted(entry.device, entry.certificate_pem) for entry in entries if entry.device != me)
+
+    def _heard_engine(self, event: FromEngine) -> None:
+        match event:
+            case Tokens():
+                self.coordinator.tokens(event)
+            case LoadProgress():
+                self.worker.progress(event)
+            case LinkLost():
+                self.worker.link_lost(event)
+
+    def _engine_lost(self, reason: str) -> None:
+        if self._started:
+            self.worker.engine_lost(reason)
+            self.poke()
+
+    def _engine_ready(self, configured: Configured) -> None:
+        self._configured = configured
+        if self._started:
+            self.network.set_hello_changed()
+            self.coordinator.stir()
+            self.poke()
+
+    # ---- the household ----------------------------------------------------------------------------------------------
+
+    async def _answer(self, device: DeviceId, question: Question) -> Answer:
+        return await self.worker.answer(device, question)
+
+    def _heard(self, device: DeviceId, message: Control) -> None:
+        if isinstance(message, Progress | Trouble):
+            self.coordinator.hear(device, message)
+
+    def _report(self, device: DeviceId, message: Progress | Trouble) -> None:
+        """To the coordinator of a deployment, which may be this device's own."""
+        if device == self.identity.device:
+            self.coordinator.hear(device, message)
+        else:
+            self.network.tell(device, message)
+
+    def _household_changed(self) -> None:
+        free = {device: one.free_bytes for device, one in self.home.candidates().items()}
+        if any(nbytes > self._free.get(device, -1) for device, nbytes in free.items()):
+            self.coordinator.stir()
+        self._free = free
+        self.poke()
+
+    def _vanished(self, device: DeviceId, reason: str) -> None:
+        self.coordinator.gone(device, reason)
+        self._spawn(self.worker.vanished(device), f"let go for {device[:8]}")
+
+    def _roster_changed(self, entries: tuple[RosterEntry, ...]) -> None:
+        self.host.tell(Trust(self._trusted(entries)))
+        self.poke()
+
+    def _address(self, device: DeviceId) -> tuple[tuple[str, ...], int]:
+        peer = self.network.peers().get(device)
+        if peer is None or not peer.hosts or not peer.data_port:
+            name = peer.name if peer is not None else device[:8]
+            raise UnavailableError(f"{self.settings.name} does not know how to reach {name}")
+        return peer.hosts, peer.data_port
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s failed", task.get_name(), exc_info=task.exception())

@@ -1,0 +1,70 @@
+"""What this machine is: memory, processors, and the lock that keeps a second daemon off the same data."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from peerllm.errors import BadInputError
+
+RESERVE_SHARE = 0.1  # of the machine's memory, kept for others where the owner said nothing ...
+RESERVE_BYTES = 512 << 20  # ... and at least this
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+LOCK_FILE = "daemon.lock"
+
+
+def memory_bytes() -> int:
+    """What the machine has, or what its cgroup may use if that is less."""
+    total = int(psutil.virtual_memory().total)
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(file.read_text(encoding="ascii")))
+    return total
+
+
+def lent_bytes(wish: int | None, runtime_bytes: int) -> int:
+    """What is offered: the owner's wish, or what is free now beside the engine's own `runtime_bytes` and a reserve."""
+    total = memory_bytes()
+    if wish is not None:
+        return min(wish, total)
+    own = psutil.Process().memory_info().rss + runtime_bytes
+    # The engine runs already: what is available leaves it out, what a cgroup allows does not.
+    free = min(int(psutil.virtual_memory().available), total - own)
+    return max(0, free - max(RESERVE_BYTES, int(total * RESERVE_SHARE)))
+
+
+def processors() -> int:
+    """How many this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def hardware() -> str:
+    """A line that changes when a measurement of this machine no longer holds."""
+    model = platform.processor()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(("model name", "Model", "Hardware")):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{platform.system()} {platform.machine()} {model} {memory_bytes() >> 20} MiB"
+
+
+def lock(data_dir: Path) -> IO[str]:
+    """Hold the data directory until the returned file is closed; BadInputError if another daemon holds it."""
+    file = (data_dir / LOCK_FILE).open("w", encoding="ascii")
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise BadInputError(f"a device is running on {data_dir} already; choose another --data") from error
+    return file

@@ -1,0 +1,380 @@
+"""Who of the household is here, whom to dial and which of two links to keep. Sans-I/O: `handle(event, now) -> actions`.
+
+Both sides of a pair may dial. A link is named by who dialled it and by the dialler's own count, so both sides see the
+same name and keep the same one of two: the one dialled by the smaller device id, then the newest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, assert_never
+
+from peerllm.types import DeviceId
+
+HEARTBEAT_S = 0.25
+DEAD_AFTER_S = 1.0  # silence after which a device counts as vanished
+STALL_S = 0.25  # a device that itself stood still this long gives the others as much time to be heard
+BACKOFF_FIRST_S = 0.25
+BACKOFF_MOST_S = 15.0
+BACKOFF_JITTER = 0.25  # share of the wait, either way
+LARGER_WAIT_S = 0.3  # the larger device id lets the smaller dial first, so that duplicates are rare
+MAX_HOSTS = 16  # addresses kept per device
+MAX_STATIC = 64  # `--peer` addresses
+STATIC_AGAIN_TRIES = 3  # failed dials of a device before the `--peer` address it once had is tried for itself
+PATIENT_TRIES = 6  # backoff for a device that said goodbye or cannot be used: it will come by itself
+
+State = Literal["connecting", "online", "offline", "left"]
+Address = tuple[str, int]
+Target = DeviceId | Address  # a device, or an address of which only TLS will say who it is
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LinkName:
+    """A control link: who dialled it, and the dialler's count."""
+
+    dialler: DeviceId
+    number: int
+
+
+# ---- events ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The roster's live devices but this one."""
+
+    devices: frozenset[DeviceId]
+
+
+@dataclass(frozen=True, slots=True)
+class Sighted:
+    """A device was heard of by mDNS or from disk; only the start of its id is known. `fresh`: it is there now."""
+
+    prefix: str
+    hosts: tuple[str, ...]
+    port: int
+    fresh: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A link stands and both Hellos have passed; `target` is what was dialled, None for an accepted link."""
+
+    link: LinkName
+    device: DeviceId
+    host: str
+    port: int
+    target: Target | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DialFailed:
+    target: Target
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The device is there but cannot be used (another protocol version)."""
+
+    device: DeviceId
+    reason: str
+    target: Target | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    link: LinkName
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    link: LinkName
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Farewell:
+    """The device said goodbye on this link."""
+
+    link: LinkName
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = Members | Sighted | Up | DialFailed | Refused | Heard | Down | Farewell | Tick
+
+# ---- actions --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    target: Target
+    hosts: tuple[str, ...]
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """From now on send to the device over this link."""
+
+    device: DeviceId
+    link: LinkName
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """Send no more over this link; close it once the other side has had time to see the better one."""
+
+    link: LinkName
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    link: LinkName
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    link: LinkName
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A device's state is another now."""
+
+    device: DeviceId
+    before: State
+    state: State
+    reason: str
+
+
+Action = Dial | Use | Retire | Cut | Beat | Changed
+
+
+@dataclass(slots=True)
+class Attempt:
+    """When to dial a target next."""
+
+    due: float = 0.0
+    tries: int = 0
+    dialling: bool = False
+
+
+@dataclass(slots=True)
+class Member:
+    """What is known of one device of the household."""
+
+    device: DeviceId
+    state: State = "offline"
+    reason: str = "not seen yet"
+    hosts: tuple[str, ...] = ()
+    port: int = 0
+    link: LinkName | None = None
+    heard: float = 0.0
+    beat: float = 0.0
+    attempt: Attempt = field(default_factory=Attempt)
+
+
+def backoff_s(me: DeviceId, target: Target, tries: int) -> float:
+    """Bounded exponential wait before try number `tries` + 1, with a jitter that only depends on the arguments."""
+    wait = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(tries, 16))
+    digest = hashlib.sha256(f"{me}|{target}|{tries}".encode()).digest()
+    share = int.from_bytes(digest[:4], "big") / 0xFFFFFFFF
+    return wait * (1.0 + BACKOFF_JITTER * (2.0 * share - 1.0))
+
+
+class Membership:
+    """The state machine of one device; `members` may be read, never written, from outside."""
+
+    def __init__(self, me: DeviceId, static: tuple[Address, ...] = ()) -> None:
+        self.me = me
+        self._members: dict[DeviceId, Member] = {}
+        self.members: Mapping[DeviceId, Member] = self._members
+        self._static: dict[Address, Attempt] = {address: Attempt() for address in static[:MAX_STATIC]}
+        self._static_device: dict[Address, DeviceId] = {}
+        self._ticked: float | None = None
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event; returns what is to be done, in order."""
+        match event:
+            case Members(devices):
+                return self._set_members(devices, now)
+            case Sighted():
+                self._sight(event, now)
+                return self._dials(now)
+            case Up():
+                return self._up(event, now)
+            case DialFailed(target, reason):
+                return self._failed(target, reason, now)
+            case Refused(device, reason, target):
+                return self._refused(device, reason, target, now)
+            case Heard(link):
+                member = self._of(link)
+                if member is not None:
+                    member.heard = now
+                return []
+            case Down(link, reason):
+                return self._down(link, "offline", reason, now)
+            case Farewell(link, reason):
+                return [*self._down(link, "left", reason, now), Cut(link, "it said goodbye")]
+            case Tick():
+                return self._tick(now)
+            case _:
+                assert_never(event)
+
+    def deadline(self) -> float | None:
+        """When a Tick is wanted next; None if only an event can change anything."""
+        times = [m.attempt.due for m in self._members.values() if self._wants_dial(m)]
+        times += [a.due for address, a in self._static.items() if self._wants_static(address, a)]
+        for member in self._members.values():
+            if member.link is not None:
+                times += [member.beat + HEARTBEAT_S, member.heard + DEAD_AFTER_S]
+        return min(times, default=None)
+
+    def _of(self, link: LinkName) -> Member | None:
+        return next((m for m in self._members.values() if m.link == link), None)
+
+    def _set_state(self, member: Member, state: State, reason: str) -> list[Action]:
+        before, member.state, member.reason = member.state, state, reason
+        return [Changed(member.device, before, state, reason)] if before != state else []
+
+    def _set_members(self, devices: frozenset[DeviceId], now: float) -> list[Action]:
+        actions: list[Action] = []
+        for device in [d for d in self._members if d not in devices]:
+            member = self._members.pop(device)
+            if member.link is not None:
+                actions.append(Cut(member.link, "it is no longer of the household"))
+            actions.append(Changed(device, member.state, "left", "removed from the household"))
+        for device in sorted(devices - self._members.keys() - {self.me}):
+            member = self._members[device] = Member(device)
+            member.attempt.due = now + (LARGER_WAIT_S if self.me > device else 0.0)
+        return [*actions, *self._dials(now)]
+
+    def _sight(self, event: Sighted, now: float) -> None:
+        for member in self._members.values():
+            if not member.device.startswith(event.prefix):
+                continue
+            # What worked before stays in the list: anyone may claim an address for a device by mDNS.
+            worked = member.hosts[:1]
+            member.hosts = tuple(dict.fromkeys((*worked, *event.hosts, *member.hosts)))[:MAX_HOSTS]
+            member.port = event.port
+            if event.fresh and member.link is None:
+                first = now + (LARGER_WAIT_S if self.me > member.device else 0.0)
+                member.attempt.tries = min(member.attempt.tries, 1)
+                member.attempt.due = min(member.attempt.due, first)
+            if member.link is None and member.reason == "not seen yet":
+                member.state, member.reason = "connecting", ""
+
+    def _up(self, event: Up, now: float) -> list[Action]:
+        if event.target is not None:
+            self._settle(event.target, event.device, now)
+        member = self._members.get(event.device)
+        if member is None:
+            return [Cut(event.link, "not of the household")]
+        if event.host:
+            member.hosts = tuple(dict.fromkeys((event.host, *member.hosts)))[:MAX_HOSTS]
+        member.port = event.port or member.port
+        if member.link is not None and not self._better(event.link, member.link):
+            return [Retire(event.link)]
+        old, member.link = member.link, event.link
+        member.heard = member.beat = now
+        member.attempt.tries = 0
+        actions: list[Action] = [Use(event.device, event.link), *self._set_state(member, "online", "")]
+        return [*actions, Retire(old)] if old is not None else actions
+
+    @staticmethod
+    def _better(new: LinkName, old: LinkName) -> bool:
+        return (new.dialler, -new.number) < (old.dialler, -old.number)
+
+    def _settle(self, target: Target, device: DeviceId | None, now: float) -> None:
+        """A dial has ended; `device` is who answered."""
+        if isinstance(target, tuple):
+            attempt = self._static.get(target)
+            if device is not None and attempt is not None:
+                self._static_device[target] = device
+        else:
+            member = self._members.get(target)
+            attempt = member.attempt if member is not None else None
+        if attempt is None:
+            return
+        attempt.dialling = False
+        if device is None or (not isinstance(target, tuple) and target != device):
+            attempt.due = now + backoff_s(self.me, target, attempt.tries)
+            attempt.tries += 1
+        else:
+            attempt.tries = 0
+
+    def _failed(self, target: Target, reason: str, now: float) -> list[Action]:
+        self._settle(target, None, now)
+        member = None if isinstance(target, tuple) else self._members.get(target)
+        if member is None or member.link is not None:
+            return []
+        return self._set_state(member, "left" if member.state == "left" else "offline", reason)
+
+    def _refused(self, device: DeviceId, reason: str, target: Target | None, now: float) -> list[Action]:
+        if target is not None:
+            self._settle(target, None, now)
+        member = self._members.get(device)
+        if member is None or member.link is not None:
+            return []
+        member.attempt.tries = max(member.attempt.tries, PATIENT_TRIES)  # it takes an update, not a retry
+        member.attempt.due = now + backoff_s(self.me, device, member.attempt.tries)
+        return self._set_state(member, "offline", reason)
+
+    def _down(self, link: LinkName, state: State, reason: str, now: float) -> list[Action]:
+        member = self._of(link)
+        if member is None:
+            return []
+        member.link = None
+        member.attempt.tries = PATIENT_TRIES if state == "left" else 0
+        wait = LARGER_WAIT_S if self.me > member.device else 0.0
+        member.attempt.due = now + backoff_s(self.me, member.device, member.attempt.tries) + wait
+        return self._set_state(member, state, reason)
+
+    def _tick(self, now: float) -> list[Action]:
+        if self._ticked is not None and now - self._ticked > HEARTBEAT_S + STALL_S:
+            for member in self._members.values():
+                member.heard = max(member.heard, now - DEAD_AFTER_S + STALL_S)
+        self._ticked = now
+        actions: list[Action] = []
+        for member in list(self._members.values()):
+            link = member.link
+            if link is None:
+                continue
+            if now - member.heard >= DEAD_AFTER_S:
+                reason = f"silent for {DEAD_AFTER_S:g} s"
+                actions += [Cut(link, reason), *self._down(link, "offline", reason, now)]
+            elif now - member.beat >= HEARTBEAT_S:
+                member.beat = now
+                actions.append(Beat(link))
+        return [*actions, *self._dials(now)]
+
+    @staticmethod
+    def _wants_dial(member: Member) -> bool:
+        return member.link is None and not member.attempt.dialling and bool(member.hosts) and member.port > 0
+
+    def _wants_static(self, address: Address, attempt: Attempt) -> bool:
+        member = self._members.get(self._static_device.get(address, ""))
+        # The device's own address list has this one; the address itself is only tried again if it may be another's now.
+        lost = member is None or (member.link is None and member.attempt.tries >= STATIC_AGAIN_TRIES)
+        return bool(self._members) and not attempt.dialling and lost
+
+    def _dials(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for member in self._members.values():
+            if self._wants_dial(member) and member.attempt.due <= now:
+                member.attempt.dialling = True
+                actions.append(Dial(member.device, member.hosts, member.port))
+        for address, attempt in self._static.items():
+            if self._wants_static(address, attempt) and attempt.due <= now:
+                attempt.dialling = True
+                actions.append(Dial(address, (address[0],), address[1]))
+        return actions

@@ -1,0 +1,83 @@
+"""The object of design §9: everything a person may want to know of the household, as this device sees it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from peerllm.daemon.messages import DeploymentView, DeviceView, Hello
+from peerllm.daemon.network import Peer, Sighting
+from peerllm.types import DeviceId
+
+Name = Callable[[DeviceId], str]
+
+
+def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None) -> dict[str, Any]:
+    """What a device says of itself."""
+    return {
+        "id": device,
+        "memory_bytes": hello.memory_bytes if hello else 0,
+        "lent_bytes": hello.lent_bytes if hello else 0,
+        "promised_bytes": view.promised_bytes if view else 0,
+        "resident_bytes": view.resident_bytes if view else 0,
+        "engine": view.engine if view else "",
+        "compute": {"gbytes_per_s": dict(hello.gbytes_per_s), "gflops": dict(hello.gflops)} if hello else {},
+        "version": hello.version if hello else "",
+    }
+
+
+def peer_entry(peer: Peer) -> dict[str, Any]:
+    """Another device, also while it is away."""
+    return {
+        **device_entry(peer.device, peer.hello, peer.view),
+        "name": peer.name,
+        "state": peer.state,
+        "rtt_ms": peer.rtt_ms,
+        "mbps": peer.mbps,
+        "address": f"{peer.hosts[0]}:{peer.control_port}" if peer.hosts else "",
+        "problem": peer.problem,
+    }
+
+
+def deployment_entry(view: DeploymentView, name: Name) -> dict[str, Any]:
+    """One deployment, devices by name."""
+    stages = [
+        {
+            "device": name(stage.device),
+            "first_layer": stage.first_layer,
+            "last_layer": stage.last_layer,
+            "memory_bytes": nbytes,
+        }
+        for stage, nbytes in zip(view.stages, view.stage_memory_bytes, strict=False)
+    ]
+    return {
+        "id": view.deployment,
+        "model": view.model,
+        "state": view.state,
+        "epoch": view.epoch,
+        "coordinator": name(view.coordinator),
+        "plan": {"stages": stages, "predicted": dict(view.predicted)},
+        "measured": dict(view.measured),
+        "reason": view.reason,
+        "progress": view.progress,
+    }
+
+
+def sighting_entry(sighting: Sighting) -> dict[str, Any]:
+    """A device nearby that is not of the household; unproven."""
+    return {
+        "short_id": sighting.short_id,
+        "name": sighting.name,
+        "addresses": list(sighting.addresses),
+        "port": sighting.port,
+        "protocol": sighting.protocol,
+        "inviting": bool(sighting.door),
+    }
+
+
+def deployments_of(
+    own: Iterable[DeploymentView], peers: Mapping[DeviceId, Peer], name: Name
+) -> Sequence[dict[str, Any]]:
+    """This device's deployments first, then those the others tell of."""
+    told = (view for peer in peers.values() if peer.view for view in peer.view.deployments)
+    return [deployment_entry(view, name) for view in (*own, *told)]

@@ -1,0 +1,334 @@
+"""This device's side of a deployment: promises memory, fetches and loads what it is assigned, lets go again.
+
+A deployment obeys the one coordinator that reserved for it, and its epochs only grow. What a vanished coordinator holds
+here is let go by itself, so nothing stays behind that nobody answers for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, assert_never
+
+from peerllm.daemon.assignments import check
+from peerllm.daemon.ledger import Ledger
+from peerllm.daemon.messages import (
+    Activate,
+    Answer,
+    Assign,
+    Progress,
+    Question,
+    Release,
+    Reserve,
+    StageWork,
+    TensorDigest,
+    Trouble,
+)
+from peerllm.engine.messages import (
+    Connect,
+    EngineLoad,
+    Hop,
+    LinkLost,
+    LoadProgress,
+    LoadStage,
+    QueryLoad,
+    TensorAt,
+    Unload,
+)
+from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError
+from peerllm.planner.memory import human_bytes
+from peerllm.types import DeploymentId, DeviceId
+
+LOAD_TIMEOUT_S = 3600.0  # one stage from disk
+CONNECT_TIMEOUT_S = 20.0
+UNLOAD_TIMEOUT_S = 30.0
+QUERY_TIMEOUT_S = 10.0
+PROGRESS_S = 0.1  # between two Progress of one deployment
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What the worker needs of the engine's host."""
+
+    def next_request(self) -> int: ...
+
+    async def ask(self, message: object, timeout_s: float) -> object: ...
+
+
+class Fetcher(Protocol):
+    """What the worker needs of the store of weights."""
+
+    async def fetch(
+        self,
+        deployment: DeploymentId,
+        source: DeviceId,
+        tensors: tuple[TensorDigest, ...],
+        progress: Callable[[int, int], None],
+    ) -> None: ...
+
+    def path(self, sha256: str) -> object: ...
+
+    def forget(self, deployment: DeploymentId) -> None: ...
+
+
+@dataclass(slots=True)
+class _Held:
+    """One deployment on this device; `task` loads it, `load` is the engine's part of that."""
+
+    epoch: int
+    coordinator: DeviceId
+    task: asyncio.Task[None] | None = None
+    load: asyncio.Task[object] | None = None
+    loaded: bool = False
+    total_bytes: int = 1
+    done: dict[int, int] = field(default_factory=dict)  # stage: bytes read
+    told: float = 0.0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Worker:
+    """`report` tells a coordinator (this device's own, too); `changed` is called when what is promised changes."""
+
+    def __init__(
+        self,
+        me: DeviceId,
+        ledger: Ledger,
+        engine: Engine,
+        store: Fetcher,
+        *,
+        own_tensors: Callable[[DeploymentId], Mapping[str, TensorAt]],
+        address: Callable[[DeviceId], tuple[tuple[str, ...], int]],
+        report: Callable[[DeviceId, Progress | Trouble], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self._me, self.ledger, self._engine, self._store = me, ledger, engine, store
+        self._own_tensors, self._address = own_tensors, address
+        self._report, self._changed = report, changed
+        self._held: dict[DeploymentId, _Held] = {}
+        self._lapsing: asyncio.TimerHandle | None = None
+
+    async def answer(self, sender: DeviceId, question: Question) -> Answer:
+        """Do what a coordinator asks; what stands against it is the answer's error, never raised."""
+        try:
+            match question:
+                case Reserve():
+                    self._reserve(sender, question)
+                case Assign():
+                    await self._assign(sender, question)
+                case Activate():
+                    await self._activate(sender, question)
+                case Release():
+                    await self._release(sender, question)
+                case _:
+                    assert_never(question)
+        except PeerLLMError as error:
+            return Answer(0, type(error).__name__, str(error), max(0, self.ledger.free_bytes))
+        return Answer(0, free_bytes=max(0, self.ledger.free_bytes))
+
+    async def vanished(self, device: DeviceId) -> None:
+        """A coordinator is gone: let go of all it holds here."""
+        theirs = [deployment for deployment, held in self._held.items() if held.coordinator == device]
+        for deployment in theirs:
+            await self._let_go(deployment, self._held[deployment].epoch)
+        for promise in self.ledger.promises():
+            if promise.coordinator == device and promise.deployment not in theirs:
+                self.ledger.release(promise.deployment, promise.epoch)
+        self._changed()
+
+    def engine_lost(self, reason: str) -> None:
+        """The engine died and its memory with it: every coordinator is told."""
+        for deployment, held in list(self._held.items()):
+            if held.task is not None:
+                held.task.cancel()
+            self._drop(deployment, held.epoch)
+            self._report(held.coordinator, Trouble(deployment, held.epoch, reason))
+
+    def link_lost(self, event: LinkLost) -> None:
+        held = self._held.get(event.deployment)
+        if held is not None:
+            self._report(held.coordinator, Trouble(event.deployment, held.epoch, event.reason))
+
+    def progress(self, event: LoadProgress) -> None:
+        held = self._held.get(event.deployment)
+        if held is not None and not held.loaded:
+            held.done[event.stage] = event.done_bytes
+            self._tell(event.deployment, held, "load", sum(held.done.values()))
+
+    async def close(self) -> None:
+        """Let go of everything; may be called twice."""
+        if self._lapsing is not None:
+            self._lapsing.cancel()
+        for deployment, held in list(self._held.items()):
+            await self._let_go(deployment, held.epoch)
+
+    # ---- the four questions ---------------------------------------------------------------------------------------
+
+    def _reserve(self, sender: DeviceId, asked: Reserve) -> None:
+        self.ledger.reserve(asked, sender, time.monotonic())
+        if self._lapsing is not None:
+            self._lapsing.cancel()
+        self._lapsing = asyncio.get_running_loop().call_later(asked.lease_s, self._lapse)
+        self._changed()
+
+    def _lapse(self) -> None:
+        now = time.monotonic()
+        if self.ledger.lapse(now):
+            self._changed()
+        due = [promise.until for promise in self.ledger.promises() if promise.until is not None]
+        if due:
+            self._lapsing = asyncio.get_running_loop().call_later(max(0.0, min(due) - now), self._lapse)
+
+    async def _assign(self, sender: DeviceId, assign: Assign) -> None:
+        held = self._held.get(assign.deployment)
+        if held is not None:
+            if held.coordinator != sender:
+                raise RefusedError("this deployment obeys another coordinator")
+            if held.epoch >= assign.epoch:
+                raise RefusedError(f"epoch {assign.epoch} of this deployment is over or loading already")
+            await self._let_go(assign.deployment, held.epoch)
+        promise = self.ledger.promise(assign.deployment, assign.epoch)
+        if promise is not None and promise.coordinator == sender:
+            check(assign, promise.nbytes, sender == self._me)
+        self.ledger.commit(assign.deployment, assign.epoch, sender, time.monotonic())
+        held = self._held[assign.deployment] = _Held(assign.epoch, sender)
+        task = held.task = asyncio.create_task(
+            self._take_over(assign, held, sender), name=f"load {assign.deployment[:8]}/{assign.epoch}"
+        )
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if task.cancelled():
+            raise RefusedError("the deployment was released while it was loading")
+        error = task.exception()
+        if error is not None:
+            await self._let_go(assign.deployment, assign.epoch)
+            if isinstance(error, PeerLLMError):
+                raise error
+            log.error("loading %s failed", assign.model, exc_info=error)
+            raise EngineError(f"loading failed: {error}") from error
+
+    async def _take_over(self, assign: Assign, held: _Held, sender: DeviceId) -> None:
+        wanted = tuple({t.name: t for work in assign.work for t in work.tensors}.values())
+        held.total_bytes = max(1, sum(t.nbytes for work in assign.work for t in work.tensors))
+        if sender == self._me:
+            own = self._own_tensors(assign.deployment)
+        else:
+            await self._fetch(assign, held, sender, wanted)
+            own = {
+                t.name: TensorAt(t.name, t.dtype, t.shape, str(self._store.path(t.sha256)), 0, t.nbytes) for t in wanted
+            }
+        for work in assign.work:
+            spec = self._spec(assign, work, own)
+            held.load = asyncio.create_task(
+                self._engine.ask(spec, LOAD_TIMEOUT_S), name=f"engine load {assign.deployment[:8]}/{work.stage}"
+            )
+            held.load.add_done_callback(_seen)
+            await asyncio.shield(held.load)
+        held.loaded = True
+        load = await self._engine.ask(QueryLoad(self._engine.next_request()), QUERY_TIMEOUT_S)
+        if isinstance(load, EngineLoad):
+            taken = load.weight_bytes + load.kv_bytes
+            if taken > self.ledger.promised_bytes:
+                promised = human_bytes(self.ledger.promised_bytes)
+                raise RefusedError(f"the shards take {human_bytes(taken)}, {promised} are promised")
+
+    async def _fetch(self, assign: Assign, held: _Held, source: DeviceId, wanted: tuple[TensorDigest, ...]) -> None:
+        def progress(done: int, total: int) -> None:
+            held.total_bytes = max(1, total)
+            self._tell(assign.deployment, held, "fetch", done)
+
+        total = held.total_bytes
+        await self._store.fetch(assign.deployment, source, wanted, progress)
+        held.total_bytes = total
+
+    def _kept(self, tensor: TensorDigest) -> TensorAt:
+        path = str(self._store.path(tensor.sha256))
+        return TensorAt(tensor.name, tensor.dtype, tensor.shape, path, 0, tensor.nbytes)
+
+    def _spec(self, assign: Assign, work: StageWork, own: Mapping[str, TensorAt]) -> LoadStage:
+        hop = None
+        if work.downstream is not None and work.downstream != self._me:
+            hosts, port = self._address(work.downstream)
+            hop = Hop(work.downstream, hosts, port, work.downstream_stage)
+        return LoadStage(
+            request=self._engine.next_request(),
+            deployment=assign.deployment,
+            epoch=assign.epoch,
+            stage=work.stage,
+            stages=assign.stages,
+            first_layer=work.first_layer,
+            last_layer=work.last_layer,
+            config=assign.config,
+            tensors=tuple(own[tensor.name] for tensor in work.tensors),
+            dtype=assign.dtype,
+            slots=assign.slots,
+            context=assign.context,
+            chunk=assign.chunk,
+            micro_batch=assign.micro_batch,
+            upstream=work.upstream,
+            downstream=hop,
+            head_device=assign.head_device,
+        )
+
+    async def _activate(self, sender: DeviceId, asked: Activate) -> None:
+        held = self._held.get(asked.deployment)
+        if held is None or held.coordinator != sender or held.epoch != asked.epoch or not held.loaded:
+            raise RefusedError("nothing is loaded here for this epoch")
+        await self._engine.ask(Connect(self._engine.next_request(), asked.deployment, asked.epoch), CONNECT_TIMEOUT_S)
+
+    async def _release(self, sender: DeviceId, asked: Release) -> None:
+        held = self._held.get(asked.deployment)
+        owners = {p.coordinator for p in self.ledger.promises() if p.deployment == asked.deployment}
+        if held is not None:
+            owners.add(held.coordinator)
+        if owners - {sender}:
+            raise RefusedError("this deployment obeys another coordinator")
+        await self._let_go(asked.deployment, asked.epoch)
+        self.ledger.release(asked.deployment, asked.epoch)
+        self._changed()
+
+    # ---- letting go -----------------------------------------------------------------------------------------------
+
+    async def _let_go(self, deployment: DeploymentId, epoch: int) -> None:
+        """Stop loading, unload, then take the promise back: memory is never promised while it is still taken."""
+        held = self._held.get(deployment)
+        if held is None or held.epoch > epoch:
+            return
+        async with held.lock:
+            if self._held.get(deployment) is not held:
+                return
+            if held.task is not None and held.task is not asyncio.current_task():
+                held.task.cancel()
+                await asyncio.wait({held.task})
+            if held.load is not None:
+                try:
+                    await self._engine.ask(Unload(self._engine.next_request(), deployment), UNLOAD_TIMEOUT_S)
+                    await asyncio.wait({held.load}, timeout=UNLOAD_TIMEOUT_S)
+                except (EngineError, LinkError, TimeoutError) as error:
+                    log.warning("unloading %s: %s", deployment[:8], error)  # a dead engine holds nothing
+                held.load.cancel()
+            self._drop(deployment, held.epoch)
+
+    def _drop(self, deployment: DeploymentId, epoch: int) -> None:
+        self._held.pop(deployment, None)
+        self._store.forget(deployment)
+        self.ledger.release(deployment, epoch)
+        self._changed()
+
+    def _tell(self, deployment: DeploymentId, held: _Held, phase: Literal["fetch", "load"], done: int) -> None:
+        now = time.monotonic()
+        if now - held.told >= PROGRESS_S or done >= held.total_bytes:
+            held.told = now
+            self._report(held.coordinator, Progress(deployment, held.epoch, phase, done, held.total_bytes))
+
+
+def _seen(task: asyncio.Task[object]) -> None:
+    """A load that fails after nobody waits for it any more is expected: it was unloaded midway."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,269 @@
+"""A household in memory: real workers, ledgers and coordinators, engines that only keep books, calls instead of links."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peerllm.daemon.coordinator import Coordinator
+from peerllm.daemon.ledger import Ledger
+from peerllm.daemon.messages import Hello
+from peerllm.daemon.profiles import Candidate
+from peerllm.daemon.worker import Worker
+from peerllm.engine.messages import (
+    Connect,
+    Done,
+    EngineLoad,
+    Inspected,
+    LoadProgress,
+    LoadStage,
+    QueryLoad,
+    TensorAt,
+    Unload,
+)
+from peerllm.errors import EngineError, LinkError, NotFoundError, RefusedError
+from peerllm.types import Layer, ModelProfile
+
+BLOCK = 1_000_000  # bytes of one block of the toy models
+CONFIG = '{"num_attention_heads": 1, "intermediate_size": 8}'
+
+
+def hello(name, lent):
+    return Hello(1, "0", {}, name, 1, 2, lent * 2, lent, {"float32": 10.0}, {"float32": 50.0}, ("llama",), ("float32",))
+
+
+def inspected(name, blocks, max_context=64):
+    """A toy model: `blocks` blocks of BLOCK bytes each, small ends, no KV to speak of."""
+    sizes = [1000, *[BLOCK] * blocks, 1000]
+    kinds = ["embedding", *["block"] * blocks, "head"]
+    layers = tuple(Layer(f"l{i}", kind, size, 1, 8) for i, (kind, size) in enumerate(zip(kinds, sizes, strict=True)))
+    tensors = tuple(
+        (TensorAt(f"{name}.{i}", "F32", (size // 4,), "/nowhere", 0, size),) for i, size in enumerate(sizes)
+    )
+    return Inspected(0, ModelProfile(name, layers), "llama", CONFIG, "float32", 8, 16, max_context, (2,), tensors)
+
+
+class FakeEngine:
+    """Takes the memory a stage says it needs when it is loaded, and gives it back when it is unloaded."""
+
+    def __init__(self, house, device):
+        self._house, self._device = house, device
+        self._numbers = itertools.count(1)
+        self.stages: dict[tuple[str, int], int] = {}
+        self.seen: list[object] = []
+        self.gate = asyncio.Event()  # loads wait for it
+        self.gate.set()
+        self.loading = asyncio.Event()
+        self.unloads = 0
+        self.fail: Exception | None = None
+
+    def next_request(self):
+        return next(self._numbers)
+
+    @property
+    def held(self):
+        return sum(self.stages.values())
+
+    async def ask(self, message, timeout_s):
+        self.seen.append(message)
+        self._house.check()
+        await asyncio.sleep(0)
+        match message:
+            case LoadStage():
+                self.loading.set()
+                before = self.unloads
+                await self.gate.wait()
+                if self.unloads != before:
+                    raise RefusedError("the deployment was stopped while it was loading")
+                if self.fail is not None:
+                    raise self.fail
+                nbytes = sum(tensor.nbytes for tensor in message.tensors)
+                self.stages[message.deployment, message.stage] = nbytes
+                self._house.check()
+                self._house.devices[self._device].worker.progress(
+                    LoadProgress(message.deployment, message.stage, nbytes, nbytes)
+                )
+            case QueryLoad():
+                return EngineLoad(message.request, (), self.held, 0, self.held)
+            case Unload():
+                self.unloads += 1
+                self.gate.set()
+                self.stages = {key: value for key, value in self.stages.items() if key[0] != message.deployment}
+            case Connect():
+                assert any(key[0] == message.deployment for key in self.stages), "connected before it was loaded"
+        return Done(message.request)
+
+
+class FakeStore:
+    """Fetches nothing and says it did."""
+
+    def __init__(self):
+        self.used = set()
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def fetch(self, deployment, source, tensors, progress):
+        self.used.add(deployment)
+        await self.gate.wait()
+        progress(1, 1)
+
+    def path(self, sha256):
+        return Path("/kept") / sha256
+
+    def forget(self, deployment):
+        self.used.discard(deployment)
+
+
+@dataclass
+class Device:
+    """One device, and what a coordinator on it reaches (negotiation.Surroundings)."""
+
+    house: House
+    me: str
+    lent: int
+    online: bool = True
+    told: list = field(default_factory=list)
+    offers: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.ledger = Ledger(self.lent)
+        self.engine = FakeEngine(self.house, self.me)
+        self.store = FakeStore()
+        self.coordinator = Coordinator(self, self.house.folder / f"{self.me[:4]}.jsonl")
+        self.worker = Worker(
+            self.me,
+            self.ledger,
+            self.engine,
+            self.store,
+            own_tensors=self.coordinator.own_tensors,
+            address=lambda device: (("127.0.0.1",), 1),
+            report=self.report,
+            changed=self.house.changed,
+        )
+
+    def report(self, coordinator, message):
+        if self.online:
+            self.house.devices[coordinator].coordinator.hear(self.me, message)
+
+    def name(self, device):
+        return f"device-{device[0]}"
+
+    def candidates(self):
+        return {
+            device: Candidate(device, hello(self.name(device), one.lent), one.ledger.free_bytes, 1.0, 1000.0)
+            for device, one in self.house.devices.items()
+            if one.online
+        }
+
+    async def ask(self, device, question, timeout_s):
+        other = self.house.devices[device]
+        await asyncio.sleep(0)
+        if not (other.online and self.online):
+            raise LinkError(f"{self.name(device)} does not answer")
+        answering = asyncio.ensure_future(other.worker.answer(self.me, question))
+        leaving = asyncio.ensure_future(self.house.departure(device).wait())
+        try:
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise LinkError(f"{self.name(device)} does not answer")
+            self.house.check()
+            return answering.result()
+        finally:
+            answering.cancel()
+            leaving.cancel()
+
+    async def resolve(self, model, progress):
+        if model not in self.house.models:
+            raise NotFoundError(f"{model}: no such directory")
+        return Path("/models") / model
+
+    async def inspect(self, model_dir, dtype):
+        return self.house.models[model_dir.name]
+
+    async def hashes(self, tensors, progress):
+        return {tensor.name: f"{abs(hash(tensor.name)):064x}"[-64:] for tensor in tensors}
+
+    def offer(self, deployment, tensors):
+        self.offers[deployment] = tensors
+
+    def withdraw(self, deployment):
+        self.offers.pop(deployment, None)
+
+    def tell_engine(self, message):
+        self.told.append(message)
+        self.house.changed()
+
+    def views(self):
+        return [v for d in self.house.devices.values() if d is not self for v in d.coordinator.views()]
+
+    def changed(self):
+        self.house.changed()
+
+
+class House:
+    """Devices "a", "b", ... lending what `lent` says; `models` by name."""
+
+    def __init__(self, folder, lent, models):
+        self.folder, self.models = folder, models
+        self.devices: dict[str, Device] = {}
+        self._departures: dict[str, asyncio.Event] = {}
+        self._changes = asyncio.Event()
+        for letter, nbytes in zip("abcdefgh", lent, strict=False):
+            device = letter * 64
+            self.devices[device] = Device(self, device, nbytes)
+
+    def __getitem__(self, letter):
+        return self.devices[letter * 64]
+
+    def departure(self, device):
+        return self._departures.setdefault(device, asyncio.Event())
+
+    def changed(self):
+        self.check()
+        self._changes.set()
+
+    def check(self):
+        """No more is promised than lent, no more is held than promised; at every instant."""
+        for device in self.devices.values():
+            assert device.ledger.promised_bytes <= device.lent
+            assert device.engine.held <= device.ledger.promised_bytes, "memory is held that nobody promised"
+
+    def empty(self):
+        return all(
+            not d.engine.stages and not d.ledger.promised_bytes and not d.store.used for d in self.devices.values()
+        )
+
+    async def until(self, condition):
+        async with asyncio.timeout(20):
+            while not condition():
+                self._changes.clear()
+                await self._changes.wait()
+
+    async def vanish(self, letter):
+        """The device's daemon dies; the others notice."""
+        gone = self[letter]
+        gone.online = False
+        self.departure(gone.me).set()
+        gone.engine.stages.clear()
+        gone.worker.engine_lost("the daemon died")
+        for device in self.devices.values():
+            if device is not gone:
+                device.coordinator.gone(gone.me, "it vanished")
+                await device.worker.vanished(gone.me)
+
+    async def come_back(self, letter):
+        self[letter].online = True
+        self._departures.pop(self[letter].me, None)
+        for device in self.devices.values():
+            device.coordinator.stir()
+
+    async def close(self):
+        for device in self.devices.values():
+            await device.coordinator.close()
+        for device in self.devices.values():
+            await device.worker.close()
+
+
+__all__ = ["BLOCK", "EngineError", "House", "hello", "inspected"]

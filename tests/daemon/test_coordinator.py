@@ -1,0 +1,278 @@
+"""Deployments over a household in memory: planned, refused, raced for, broken, brought back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from peerllm.daemon import deployment as module
+from peerllm.daemon.facade import GenerateRequest, RunOptions
+from peerllm.engine.messages import Submit, Tokens
+from peerllm.errors import BadInputError, EngineError, InfeasibleError, NotFoundError, PeerLLMError
+from peerllm.types import Sampling
+from tests.daemon.house import BLOCK, House, inspected
+
+SPARE = 100_000  # working space and ends, beside the blocks
+
+
+@pytest.fixture
+async def houses(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SETTLE_S", 0.0)
+    monkeypatch.setattr(module, "CONTENTION_S", 0.01)
+    monkeypatch.setattr(module, "RETRY_S", 5.0)
+    made = []
+
+    def make(lent, **models):
+        house = House(tmp_path, [n * BLOCK + SPARE for n in lent], {k: inspected(k, n) for k, n in models.items()})
+        made.append(house)
+        return house
+
+    yield make
+    for house in made:
+        await house.close()
+        assert house.empty()
+
+
+def quiet(_):
+    pass
+
+
+def view(device):
+    (only,) = device.coordinator.views()
+    return only
+
+
+async def test_a_model_for_three_is_served_by_three(houses):
+    house = houses([3, 3, 3], big=8)
+    told = []
+    await house["a"].coordinator.run(RunOptions("big"), told.append)
+    seen = view(house["a"])
+    assert seen.state == "serving" and seen.progress == 1.0 and seen.epoch == 1
+    assert {stage.device[0] for stage in seen.stages} == set("abc")
+    assert seen.stages[0].first_layer == 0 and seen.stages[-1].last_layer == 9
+    assert sum(seen.stage_memory_bytes) >= 8 * BLOCK
+    assert told[-1].state == "serving" and {line.state for line in told} == {"planning", "loading", "serving"}
+    assert any(line.devices == {"device-a": 1.0, "device-b": 1.0, "device-c": 1.0} for line in told)
+    assert all(d.engine.held for d in house.devices.values())
+    assert set(house["a"].offers) == {seen.deployment}
+
+
+async def test_one_device_is_enough_when_it_is(houses):
+    house = houses([9, 9], small=4)
+    await house["a"].coordinator.run(RunOptions("small"), quiet)
+    assert not house["b"].engine.seen and len(view(house["a"]).stages) == 1
+
+
+async def test_what_is_missing_is_said_and_nothing_stays(houses):
+    house = houses([3, 3], huge=20)
+    reason = r"huge needs 20\.\d MB .* the household lends 6\.20 MB: 13\.\d MB are missing"
+    with pytest.raises(InfeasibleError, match=reason):
+        await house["a"].coordinator.run(RunOptions("huge"), quiet)
+    assert house.empty() and not house["a"].coordinator.views()
+
+
+async def test_asking_again_is_fine_with_other_options_it_is_refused(houses):
+    house = houses([9], small=4)
+    run = house["a"].coordinator.run
+    await asyncio.gather(run(RunOptions("small"), quiet), run(RunOptions("small"), quiet))
+    await run(RunOptions("small"), quiet)
+    assert view(house["a"]).epoch == 1
+    with pytest.raises(BadInputError, match="peerllm stop small"):
+        await run(RunOptions("small", context=32), quiet)
+
+
+async def test_context_gives_way_before_slots_and_both_before_giving_up(houses):
+    house = houses([5], small=4)
+    house.models["small"] = inspected("small", 4, max_context=4096)
+    room = house["a"].lent
+    await house["a"].coordinator.run(RunOptions("small"), quiet)
+    (served,) = house["a"].coordinator.served()
+    assert 512 <= served.context <= 2048
+    await house["a"].coordinator.stop("small")
+    assert house.empty() and room == house["a"].ledger.free_bytes
+    with pytest.raises(BadInputError, match=r"1\.\.4096"):
+        await house["a"].coordinator.run(RunOptions("small", context=5000), quiet)
+
+
+async def test_a_device_that_refuses_is_planned_around(houses):
+    """Its view said that memory is free; meanwhile it is not."""
+    house = houses([3, 9, 9], big=8)
+    a = house["a"]
+    honest = a.candidates
+    a.candidates = lambda: {d: module.replace(c, free_bytes=c.hello.lent_bytes) for d, c in honest().items()}
+    house["b"].ledger.reserve(module_reserve(8 * BLOCK), "z" * 64, 0)
+    house["b"].ledger.commit("e" * 32, 1, "z" * 64, 0)
+    await a.coordinator.run(RunOptions("big"), quiet)
+    used = {stage.device[0]: stage for stage in view(a).stages}
+    assert "c" in used
+    assert view(a).epoch >= 2
+    house["b"].ledger.release("e" * 32, 1)
+
+
+def module_reserve(nbytes):
+    from peerllm.daemon.messages import Reserve
+
+    return Reserve("e" * 32, 1, nbytes, 60)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_two_deployments_at_once_never_lend_the_same_memory_twice(houses, seed):
+    """The house checks at every call; here: both run, or the loser says what is missing."""
+    blocks = 8 if seed % 2 else 4
+    house = houses([3, 3, 3] if seed % 2 else [5, 5, 5], first=blocks, second=blocks)
+    starts = [("a", "first"), ("b", "second")] if seed < 4 else [("c", "first"), ("a", "second")]
+    results = await asyncio.gather(
+        *(house[letter].coordinator.run(RunOptions(model), quiet) for letter, model in starts), return_exceptions=True
+    )
+    failures = [result for result in results if result is not None]
+    if blocks == 4:
+        assert not failures
+    else:
+        (failure,) = failures
+        assert isinstance(failure, PeerLLMError)
+        assert "promised to other models" in str(failure) and "missing" in str(failure)
+    serving = [v for d in house.devices.values() for v in d.coordinator.views() if v.state == "serving"]
+    assert len(serving) == 2 - len(failures)
+
+
+async def test_a_device_that_vanishes_ends_answers_honestly_and_the_rest_plan_anew(houses):
+    house = houses([3, 6, 6], big=8)
+    a = house["a"]
+    await a.coordinator.run(RunOptions("big"), quiet)
+    other = next(stage.device[0] for stage in view(a).stages if stage.device != a.me)
+    stream = a.coordinator.generate(GenerateRequest(view(a).deployment, (1, 2), 5, Sampling()))
+    answer = asyncio.ensure_future(anext(stream))
+    await house.until(lambda: a.told)
+    a.coordinator.tokens(Tokens(view(a).deployment, a.told[0].sequence, 0, (3,)))
+    assert (await answer).ids == (3,)
+    await house.vanish(other)
+    with pytest.raises(EngineError, match=f"device-{other} is gone"):
+        await anext(stream)
+    await house.until(lambda: view(a).state == "serving")
+    assert view(a).epoch > 1 and other not in {stage.device[0] for stage in view(a).stages}
+
+
+async def test_without_enough_memory_it_waits_and_says_so_until_a_device_returns(houses):
+    house = houses([3, 3, 3], big=8)
+    a = house["a"]
+    await a.coordinator.run(RunOptions("big"), quiet)
+    await house.vanish("b")
+    await house.until(lambda: view(a).state == "waiting" and "missing" in view(a).reason)
+    assert not a.engine.stages and not house["c"].ledger.promised_bytes
+    await house.come_back("b")
+    await house.until(lambda: view(a).state == "serving")
+
+
+async def test_a_vanishing_device_while_loading_does_not_hang_the_run(houses):
+    house = houses([3, 6, 6], big=8)
+    a = house["a"]
+    for letter in "bc":
+        house[letter].engine.gate.clear()
+    running = asyncio.ensure_future(a.coordinator.run(RunOptions("big"), quiet))
+    loading = [asyncio.ensure_future(house[letter].engine.loading.wait()) for letter in "bc"]
+    await asyncio.wait(loading, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+    slow = "b" if house["b"].engine.loading.is_set() else "c"
+    house["c" if slow == "b" else "b"].engine.gate.set()
+    for task in loading:
+        task.cancel()
+    await house.vanish(slow)
+    await asyncio.wait_for(running, 10)
+    assert slow not in {stage.device[0] for stage in view(a).stages}
+
+
+async def test_a_coordinator_that_vanishes_leaves_nothing_behind(houses):
+    house = houses([3, 3, 3], big=8)
+    await house["a"].coordinator.run(RunOptions("big"), quiet)
+    assert house["b"].engine.stages and house["c"].engine.stages
+    await house.vanish("a")
+    for letter in "bc":
+        assert not house[letter].engine.stages and not house[letter].ledger.promised_bytes
+    assert not house["b"].store.used
+
+
+async def test_a_crashed_engine_is_trouble_and_is_planned_again(houses):
+    house = houses([3, 3, 3], big=8)
+    a, b = house["a"], house["b"]
+    await a.coordinator.run(RunOptions("big"), quiet)
+    b.engine.stages.clear()
+    b.worker.engine_lost("the engine ran out of memory")
+    await house.until(lambda: view(a).epoch > 1 and view(a).state == "serving")
+    assert b.engine.stages
+
+
+async def test_a_failed_load_gives_its_reason_and_releases_all(houses):
+    house = houses([3, 3, 3], big=8)
+    house["b"].engine.fail = EngineError("tensor x is damaged")
+    with pytest.raises(EngineError, match="device-b: tensor x is damaged"):
+        await house["a"].coordinator.run(RunOptions("big"), quiet)
+    assert house.empty() and not house["a"].coordinator.views()
+
+
+async def test_stop_ends_a_load_midway(houses):
+    house = houses([3, 3, 3], big=8)
+    house["b"].engine.gate.clear()
+    running = asyncio.ensure_future(house["a"].coordinator.run(RunOptions("big"), quiet))
+    await asyncio.wait_for(house["b"].engine.loading.wait(), 10)
+    await house["a"].coordinator.stop("big")
+    with pytest.raises(PeerLLMError, match="was stopped"):
+        await running
+    assert house.empty()
+    with pytest.raises(NotFoundError, match="does not run"):
+        await house["a"].coordinator.stop("big")
+
+
+async def test_who_started_it_is_said_to_who_stops_it_elsewhere(houses):
+    house = houses([9, 9], small=4)
+    await house["a"].coordinator.run(RunOptions("small"), quiet)
+    with pytest.raises(BadInputError, match="started on device-a"):
+        await house["b"].coordinator.stop("small")
+
+
+async def test_what_served_is_brought_back_after_a_restart(houses):
+    house = houses([3, 3, 3], big=8)
+    await house["a"].coordinator.run(RunOptions("big", slots=2), quiet)
+    await house["a"].coordinator.close()
+    again = module_coordinator(house["a"])
+    house["c"].online = False
+    await again.start()
+    await house.until(lambda: again.views() and again.views()[0].state == "waiting")
+    house["c"].online = True
+    again.stir()
+    await house.until(lambda: again.views()[0].state == "serving")
+    assert [model.name for model in again.served()] == ["big"]
+    await again.stop("big")
+    forgotten = module_coordinator(house["a"])
+    await forgotten.start()
+    assert not forgotten.views()
+
+
+def module_coordinator(device):
+    from peerllm.daemon.coordinator import Coordinator
+
+    device.coordinator = Coordinator(device, device.house.folder / f"{device.me[:4]}.jsonl")
+    device.worker._own_tensors = device.coordinator.own_tensors
+    return device.coordinator
+
+
+async def test_an_unknown_model_is_told_and_forgotten(houses):
+    house = houses([9], small=4)
+    with pytest.raises(NotFoundError):
+        await house["a"].coordinator.run(RunOptions("nothing"), quiet)
+    assert not house["a"].coordinator.views()
+    with pytest.raises(NotFoundError):
+        house["a"].coordinator.generate(GenerateRequest("0" * 32, (1,), 1, Sampling()))
+
+
+async def test_submits_reach_the_engine_only_while_serving(houses):
+    house = houses([9], small=4)
+    a = house["a"]
+    await a.coordinator.run(RunOptions("small"), quiet)
+    stream = a.coordinator.generate(GenerateRequest(view(a).deployment, (1,), 1, Sampling()))
+    task = asyncio.ensure_future(anext(stream))
+    await house.until(lambda: a.told)
+    assert isinstance(a.told[0], Submit)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

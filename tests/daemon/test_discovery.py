@@ -1,0 +1,223 @@
+"""Adverts that lie, and real mDNS between several devices of this machine over loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import ifaddr
+import psutil
+import pytest
+import zeroconf.asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peerllm.daemon import discovery as module
+from peerllm.daemon.advert import MAX_NAME_CHARS, Advert, from_txt, printable_name, to_txt
+from peerllm.daemon.discovery import Discovery, Gone, Seen, interfaces, local_address
+
+FOUND_S = 5.0  # seconds mDNS may take on a busy machine
+LOOPBACK = ("127.0.0.1",)
+
+
+def advert(number: int, **changes: object) -> Advert:
+    base = Advert(f"{number:016x}", f"device {number}", 1, 8643 + number, 4 << 30, 12.3, 85.0, 940.0)
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def raw(txt: dict[str, str]) -> dict[bytes, bytes | None]:
+    return {key.encode(): value.encode() for key, value in txt.items()}
+
+
+def test_an_advert_survives_the_record() -> None:
+    for sent in (advert(1), advert(2, door="K7", pairing_port=8645), advert(3, name="Küche ☕")):
+        assert from_txt(raw(to_txt(sent))) == sent
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("id", b"xyz"),
+        ("id", b"0" * 64),
+        ("id", b"ABCDEF0123456789"),
+        ("name", b""),
+        ("name", b"x" * 65),
+        ("name", b"a\nb"),
+        ("name", b"\x1b[31m"),
+        ("name", b"\xff\xfe"),
+        ("port", b"0"),
+        ("port", b"65536"),
+        ("port", b"-1"),
+        ("port", b"8643 "),
+        ("port", "８６４３".encode()),
+        ("v", b"one"),
+        ("mem", b"1e9"),
+        ("mem", b"9" * 17),
+        ("gbps", b"nan"),
+        ("gflops", b"inf"),
+        ("mbps", b"-1"),
+        ("door", b"K"),
+        ("door", b"K7"),
+        ("pair", b"8645"),
+        ("pair", b"99999"),
+    ],
+)
+def test_a_wrong_value_spoils_the_advert(key: str, value: bytes) -> None:
+    record = raw(to_txt(advert(1))) | {key.encode(): value}
+    with pytest.raises(ValueError):
+        from_txt(record)
+
+
+@given(st.dictionaries(st.binary(max_size=20), st.none() | st.binary(max_size=255), max_size=40))
+def test_no_record_does_worse_than_a_value_error(record: dict[bytes, bytes | None]) -> None:
+    valid = raw(to_txt(advert(1)))
+    for candidate in (record, valid | record):
+        try:
+            seen = from_txt(candidate)
+        except ValueError:
+            continue
+        assert seen.name.isprintable() and len(seen.name) <= MAX_NAME_CHARS
+
+
+@given(st.text())
+def test_any_name_can_be_advertised(name: str) -> None:
+    sent = advert(1, name=printable_name(name))
+    assert from_txt(raw(to_txt(sent))) == sent
+
+
+def says(wanted: Advert) -> Callable[[Seen | Gone], bool]:
+    return lambda event: isinstance(event, Seen) and event.advert == wanted
+
+
+class Watcher:
+    """Collects what one Discovery reports, and waits for what is wanted."""
+
+    def __init__(self) -> None:
+        self.events: list[Seen | Gone] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, event: Seen | Gone) -> None:
+        self.events.append(event)
+        self._news.set()
+
+    async def until(self, wanted: Callable[[Seen | Gone], bool]) -> Seen | Gone:
+        async with asyncio.timeout(FOUND_S):
+            while True:
+                for event in self.events:
+                    if wanted(event):
+                        return event
+                self._news.clear()
+                await self._news.wait()
+
+
+@asynccontextmanager
+async def devices(count: int) -> AsyncIterator[list[tuple[Discovery, Watcher]]]:
+    made: list[tuple[Discovery, Watcher]] = []
+    try:
+        for number in range(1, count + 1):
+            watcher = Watcher()
+            found = Discovery(advert(number), watcher, only=LOOPBACK)
+            made.append((found, watcher))
+            await found.start()
+            assert found.problem == ""
+        yield made
+    finally:
+        for found, _ in made:
+            await found.close()
+
+
+async def test_three_devices_find_each_other_see_changes_and_departures() -> None:
+    async with devices(3) as three:
+        for number, (_, watcher) in enumerate(three, 1):
+            for other in {1, 2, 3} - {number}:
+                seen = await watcher.until(says(advert(other)))
+                assert isinstance(seen, Seen) and seen.addresses == LOOPBACK
+            assert not any(isinstance(e, Seen) and e.advert.short_id == f"{number:016x}" for e in watcher.events)
+
+        opened = advert(1, door="K7", pairing_port=8645)
+        three[0][0].update(opened)
+        for _, watcher in three[1:]:
+            await watcher.until(says(opened))
+        for _, watcher in three[1:]:
+            watcher.events.clear()
+        three[0][0].update(advert(1))
+        for _, watcher in three[1:]:
+            await watcher.until(says(advert(1)))
+
+        await three[2][0].close()
+        for _, watcher in three[:2]:
+            await watcher.until(lambda e: e == Gone(f"{3:016x}"))
+        await three[2][0].close()
+
+
+async def test_a_liar_on_the_same_network_is_ignored() -> None:
+    async with devices(1) as [(_, watcher)]:
+        liar = Discovery(advert(2), lambda event: None, only=LOOPBACK)
+        liar._advert = replace(advert(2))
+        object.__setattr__(liar._advert, "name", "a\nb")
+        honest = Discovery(advert(3), lambda event: None, only=LOOPBACK)
+        await liar.start()
+        await honest.start()
+        try:
+            await watcher.until(says(advert(3)))
+            assert not any(isinstance(e, Seen) and e.advert.short_id == f"{2:016x}" for e in watcher.events)
+        finally:
+            await liar.close()
+            await honest.close()
+
+
+async def test_without_mdns_there_is_a_warning_and_later_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    working = zeroconf.asyncio.AsyncZeroconf
+
+    def denied(**_: object) -> None:
+        raise PermissionError("netlink is denied")
+
+    monkeypatch.setattr(module, "AsyncZeroconf", denied)
+    monkeypatch.setattr(module, "INTERFACE_CHECK_S", 0.02)
+    watcher = Watcher()
+    found = Discovery(advert(1), watcher, only=LOOPBACK)
+    await found.start()
+    try:
+        assert "netlink is denied" in found.problem and "--peer" in found.problem
+        monkeypatch.setattr(module, "AsyncZeroconf", working)
+        async with devices(0), asyncio.timeout(FOUND_S):
+            other = Discovery(advert(2), lambda event: None, only=LOOPBACK)
+            await other.start()
+            await watcher.until(says(advert(2)))
+            await other.close()
+        assert found.problem == ""
+    finally:
+        await found.close()
+
+
+def adapter(name: str, index: int, *ips: object) -> SimpleNamespace:
+    return SimpleNamespace(name=name, index=index, ips=[SimpleNamespace(ip=ip) for ip in ips])
+
+
+def test_interfaces_that_are_up_and_loopback_only_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    lo = adapter("lo", 1, "127.0.0.1", ("::1", 0, 0))
+    lan = adapter("eth0", 2, "10.0.0.5", ("fe80::5", 0, 2), ("fd00::5", 0, 0))
+    down = adapter("wlan0", 3, "10.9.9.9")
+    up = SimpleNamespace(isup=True)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {"lo": up, "eth0": up, "wlan0": SimpleNamespace(isup=False)})
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda: [lo, lan, down])
+    assert interfaces().addresses == ("10.0.0.5", "fd00::5", "fe80::5")
+    assert interfaces().bind == ("10.0.0.5", 2)
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda: [lo, down])
+    assert interfaces().addresses == ("127.0.0.1", "::1")
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda: [down])
+    with pytest.raises(OSError):
+        interfaces()
+
+
+def test_where_interfaces_are_secret_a_socket_tells_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied() -> None:
+        raise PermissionError("netlink")
+
+    monkeypatch.setattr(ifaddr, "get_adapters", denied)
+    monkeypatch.setattr(module, "LOCAL_PROBE", ("127.0.0.1", 9))
+    assert local_address() == "127.0.0.1"
+    assert interfaces().bind == ("127.0.0.1",)
