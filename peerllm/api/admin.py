@@ -1,0 +1,143 @@
+"""/peerllm/v1: what the command line and the page do with the household."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
+
+from aiohttp import web
+
+from peerllm.api.errors import FieldError, json_response
+from peerllm.api.fields import Fields, read_object
+from peerllm.api.keys import HOUSEHOLD, TASKS
+from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
+from peerllm.daemon.facade import Household, RunOptions, RunProgress
+
+T = TypeVar("T")
+WAIT_S = 25.0  # seconds that GET status?wait=1 waits for a change
+INVITE_S = 120  # seconds the pairing door stays open
+MAX_TEXT_CHARS = 4096  # of a model's path, a code, a device's name
+MAX_PROGRESS = 256  # lines waiting for a client that reads slowly
+MAX_CONTEXT = 2**31 - 1
+MAX_SLOTS = 4096
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+async def status(request: web.Request) -> web.Response:
+    """The object of `peerllm status --json`; with ?wait=1 not before it changes, or after WAIT_S."""
+    household = request.app[HOUSEHOLD]
+    if request.query.get("wait") in {"1", "true"}:
+        with request.app[TASKS].stream():
+            async with aclosing(pulsed(_changes(household), WAIT_S)) as changes:
+                await anext(changes, None)  # at once
+                await anext(changes, None)
+    return json_response(household.status())
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """The status now and after every change, as SSE."""
+    household = request.app[HOUSEHOLD]
+    stream = Stream(request, "text/event-stream; charset=utf-8")
+    with request.app[TASKS].stream():
+        async with aclosing(pulsed(_changes(household), KEEP_ALIVE_S)) as changes:
+            async for changed in changes:
+                if changed:
+                    await stream.send(household.status())
+                else:
+                    await stream.comment("unchanged")
+    return await stream.end()
+
+
+async def _changes(household: Household) -> AsyncIterator[bool]:
+    """True for each change; the pulse between them stays None."""
+    async with aclosing(cast("AsyncGenerator[None]", household.changed())) as changes:
+        async for _ in changes:
+            yield True
+
+
+async def invite(request: web.Request) -> web.Response:
+    """Open the pairing door: {"code", "port", "expires_s"}."""
+    await read_object(request)
+    code, port = await _change(request, request.app[HOUSEHOLD].invite(), "invite")
+    return json_response({"code": code, "port": port, "expires_s": INVITE_S})
+
+
+async def join(request: web.Request) -> web.Response:
+    """{"code", "at": "host:port" or null} gives {"name": the inviter's}."""
+    fields = await read_object(request)
+    code = fields.text("code", MAX_TEXT_CHARS)
+    at = _address(fields)
+    return json_response({"name": await _change(request, request.app[HOUSEHOLD].join(code, at), "join")})
+
+
+async def leave(request: web.Request) -> web.Response:
+    await read_object(request)
+    await _change(request, request.app[HOUSEHOLD].leave(), "leave")
+    return json_response({"ok": True})
+
+
+async def remove(request: web.Request) -> web.Response:
+    """{"device": name or id}."""
+    device = (await read_object(request)).text("device", MAX_TEXT_CHARS)
+    await _change(request, request.app[HOUSEHOLD].remove(device), "remove")
+    return json_response({"ok": True})
+
+
+async def stop(request: web.Request) -> web.Response:
+    """{"model": name}."""
+    model = (await read_object(request)).text("model", MAX_TEXT_CHARS)
+    await _change(request, request.app[HOUSEHOLD].stop(model), "stop")
+    return json_response({"ok": True})
+
+
+async def run(request: web.Request) -> web.StreamResponse:
+    """Lines of JSON: every RunProgress, then {"ok": true} or {"error": ...}; hanging up does not stop the loading."""
+    options = _run_options(await read_object(request))
+    lines: asyncio.Queue[RunProgress | None] = asyncio.Queue()
+    tasks = request.app[TASKS]
+
+    def note(progress: RunProgress) -> None:
+        if lines.qsize() >= MAX_PROGRESS:
+            lines.get_nowait()
+        lines.put_nowait(progress)
+
+    work = tasks.start(request.app[HOUSEHOLD].run(options, note), f"api: run {options.model[:80]}")
+    work.add_done_callback(lambda _: lines.put_nowait(None))
+    stream = Stream(request, "application/x-ndjson")
+    with tasks.stream():
+        while (progress := await lines.get()) is not None:
+            shares = dict(progress.devices)
+            await stream.send({"state": progress.state, "message": progress.message, "devices": shares})
+        work.result()
+        await stream.send({"ok": True})
+    return await stream.end()
+
+
+def _run_options(fields: Fields) -> RunOptions:
+    if fields.raw("quantize") is not None:
+        raise FieldError("quantize: quantized models come later, not in this version", "quantize")
+    return RunOptions(
+        model=fields.text("model", MAX_TEXT_CHARS),
+        objective="throughput" if fields.choice("objective", ("latency", "throughput")) == "throughput" else "latency",
+        context=fields.integer("context", 1, MAX_CONTEXT),
+        slots=fields.integer("slots", 1, MAX_SLOTS),
+        dtype=fields.choice("dtype", DTYPES),
+        private=fields.flag("private"),
+    )
+
+
+def _address(fields: Fields) -> tuple[str, int] | None:
+    at = fields.text("at", MAX_TEXT_CHARS, default="")
+    if not at:
+        return None
+    host, _, port = at.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise fields.wrong("at", "HOST:PORT, as `peerllm invite` prints it")
+    return host.strip("[]"), int(port)
+
+
+async def _change(request: web.Request, work: Coroutine[Any, Any, T], name: str) -> T:
+    """Does it to the end even if the client hangs up halfway."""
+    return await asyncio.shield(request.app[TASKS].start(work, f"api: {name}"))

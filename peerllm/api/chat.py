@@ -1,0 +1,102 @@
+"""POST /v1/chat/completions, whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from aiohttp import web
+
+from peerllm.api.answer import Answer, Shape
+from peerllm.api.chat_request import parse_chat
+from peerllm.api.errors import FieldError, describe, json_response
+from peerllm.api.fields import read_object
+from peerllm.api.keys import HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.models import serving_model
+from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
+from peerllm.api.text.stops import StopScanner
+from peerllm.daemon.facade import Chunk, GenerateRequest
+from peerllm.errors import EngineError, UnavailableError
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """Errors before the first sign of life have their own status; after it they are an error event, then the end."""
+    chat = parse_chat(await read_object(request))
+    app = request.app
+    model = serving_model(app[HOUSEHOLD], chat.model)
+    text = await app[TEXTS].model(model.deployment, model.model_dir)
+    prompt = await app[TEXTS].prompt(text, chat.messages)
+    room = model.context - len(prompt)
+    if room < 1 or not prompt:
+        what = f"the prompt has {len(prompt)} tokens; a context of {model.name} holds {model.context}, answer included"
+        raise FieldError(what, "messages", "context_length_exceeded")
+    wanted = GenerateRequest(
+        deployment=model.deployment,
+        prompt=prompt,
+        max_tokens=min(chat.max_tokens or room, room),
+        sampling=chat.sampling_with(text.defaults),
+        client=f"{request.remote or ''}/{chat.user}",
+    )
+    answer = Answer(text.detokenizer(frozenset(model.stop_ids)), StopScanner(chat.stops))
+    shape = Shape(model.name, chat.return_token_ids, chat.include_usage)
+    with app[TASKS].stream():
+        chunks = app[HOUSEHOLD].generate(wanted)
+        if chat.stream:
+            return await _streamed(request, chunks, answer, shape, len(prompt))
+        return await _whole(chunks, answer, shape, len(prompt))
+
+
+async def _whole(chunks: AsyncIterator[Chunk], answer: Answer, shape: Shape, prompt: int) -> web.Response:
+    pieces: list[str] = []
+    async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
+        async for chunk in pulse:
+            if chunk is not None:
+                pieces.append(answer.feed(chunk.ids, chunk.finish))
+            if answer.finish:
+                break
+    if answer.finish is None:
+        raise EngineError("the answer broke off without a reason; ask again")
+    return json_response(shape.whole("".join(pieces), answer, prompt))
+
+
+async def _streamed(
+    request: web.Request, chunks: AsyncIterator[Chunk], answer: Answer, shape: Shape, prompt: int
+) -> web.StreamResponse:
+    stream = Stream(request, "text/event-stream; charset=utf-8")
+    try:
+        await _events(stream, chunks, answer, shape, prompt)
+    except asyncio.CancelledError:
+        if stream.started and request.app[TASKS].closing:
+            with contextlib.suppress(ConnectionError):
+                await stream.send(describe(UnavailableError("the answer broke off: this device is shutting down")))
+                await stream.end()
+        raise
+    return await stream.end()
+
+
+async def _events(stream: Stream, chunks: AsyncIterator[Chunk], answer: Answer, shape: Shape, prompt: int) -> None:
+    sent = 0  # token ids
+    spoke = False
+    async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
+        async for chunk in pulse:
+            if chunk is None or (not chunk.ids and chunk.finish is None):
+                queued = 0 if chunk is None else chunk.queued
+                await stream.comment(f"queued {queued}" if queued else "working")
+                continue
+            text = answer.feed(chunk.ids, chunk.finish)
+            if not spoke:
+                spoke = True
+                await stream.send(shape.role())
+            if text:
+                await stream.send(shape.delta(text, answer.ids[sent:]))
+                sent = len(answer.ids)
+            if answer.finish:
+                break
+    if answer.finish is None:
+        raise EngineError("the answer broke off without a reason; ask again")
+    await stream.send(shape.finish(answer.finish, answer.ids[sent:]))
+    if shape.with_usage:
+        await stream.send(shape.usage(prompt, len(answer.ids)))
+    await stream.write(b"data: [DONE]\n\n")

@@ -1,0 +1,159 @@
+"""Who may call which route. One pure decision, applied to every route by one middleware.
+
+Bound to loopback, whoever has an account on this machine may chat; what must be kept out is the web: a page of another
+origin (its Origin, Sec-Fetch-Site or missing JSON content type gives it away) and a foreign name that resolves to
+127.0.0.1 (DNS rebinding; its Host gives it away). Bound to any other address, every route needs the token, as
+`Authorization: Bearer TOKEN` or as the cookie that `/?token=TOKEN` sets. What changes the household (POST below
+/peerllm/) needs, on top of the rules above, the bearer token or the header `X-PeerLLM`, which a foreign page cannot
+add without a preflight that is never granted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from peerllm.api.errors import error_object, json_response
+
+ADMIN_PREFIX = "/peerllm/"
+PAGE_PATH = "/"
+PAGE_HEADER = "X-PeerLLM"
+COOKIE_AGE_S = 30 * 24 * 3600  # seconds the page stays signed in
+_READING = ("GET", "HEAD")
+_WHERE = "the file `token` in its data directory"
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Server": "peerllm",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """True for localhost and for addresses that never leave the machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The parts of a request that decide whether it may pass."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    cookies: Mapping[str, str] = field(default_factory=dict)
+    query_token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    status: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """`names` are the hosts, beside the loopback ones, by which the owner calls this device."""
+
+    token: str
+    loopback: bool
+    names: frozenset[str] = frozenset()
+
+    @property
+    def cookie(self) -> str:
+        """Its name differs from device to device: cookies do not know ports."""
+        return "peerllm_" + hashlib.sha256(self.token.encode()).hexdigest()[:12]
+
+    def refusal(self, call: Call) -> Refusal | None:
+        """Why this call may not pass, None if it may."""
+        host = call.headers.get("Host", "")
+        if self.loopback and not self._own_host(host):
+            return Refusal(403, f"this device does not answer to the host {host[:100]!r}; use 127.0.0.1 or localhost")
+        foreign = self._foreign_page(call, host)
+        if foreign:
+            return foreign
+        bearer = self._bearer(call)
+        if not self.loopback and not (bearer or self._signed_in(call)):
+            return Refusal(401, f"this needs the device's token ({_WHERE}): Authorization: Bearer TOKEN")
+        if call.method in _READING:
+            return None
+        if call.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            return Refusal(415, "send the body as Content-Type: application/json")
+        if call.path.startswith(ADMIN_PREFIX) and not bearer and not call.headers.get(PAGE_HEADER):
+            return Refusal(401, f"this needs the device's token ({_WHERE}), or its own page's header {PAGE_HEADER}")
+        return None
+
+    def _own_host(self, host: str) -> bool:
+        name = host_name(host)
+        return is_loopback(name) or name in self.names
+
+    def _foreign_page(self, call: Call, host: str) -> Refusal | None:
+        origin = call.headers.get("Origin")
+        if origin is not None:
+            scheme, _, netloc = origin.lower().partition("://")
+            if scheme not in {"http", "https"} or netloc != host.lower():
+                return Refusal(403, "pages of another origin may not call this device")
+        followed_link = call.path == PAGE_PATH and call.method in _READING
+        if call.headers.get("Sec-Fetch-Site") in {"cross-site", "same-site"} and not followed_link:
+            return Refusal(403, "pages of another origin may not call this device")
+        return None
+
+    def _bearer(self, call: Call) -> bool:
+        scheme, _, given = call.headers.get("Authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and self.is_token(given.strip())
+
+    def _signed_in(self, call: Call) -> bool:
+        if self.is_token(call.cookies.get(self.cookie, "")):
+            return True
+        return call.path == PAGE_PATH and call.method in _READING and self.is_token(call.query_token)
+
+    def is_token(self, given: str) -> bool:
+        """Compared in constant time."""
+        return hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+
+
+def host_name(host: str) -> str:
+    """A Host header without its port, lower case; "" if it is none."""
+    name, _, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "")
+    if port and not port.isdecimal():
+        return ""
+    return name.lower()
+
+
+def guarded(guard: Guard) -> Middleware:
+    """The middleware that asks `guard` before any handler runs, for unknown routes too."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        call = Call(request.method, request.path, request.headers, request.cookies, request.query.get("token", ""))
+        refusal = guard.refusal(call)
+        if refusal is None:
+            return await handler(request)
+        headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
+        return json_response(error_object(refusal.status, refusal.message), refusal.status, headers)
+
+    return check
+
+
+async def add_security_headers(_: web.Request, response: web.StreamResponse) -> None:
+    """Signal `on_response_prepare`: on every answer, streams and errors included."""
+    response.headers.update(SECURITY_HEADERS)
+    response.headers.setdefault("Cache-Control", "no-store")

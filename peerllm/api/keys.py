@@ -1,0 +1,15 @@
+"""What the application carries for its handlers, by typed keys."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from peerllm.api.guard import Guard
+from peerllm.api.tasks import Tasks
+from peerllm.api.text.store import TextStore
+from peerllm.daemon.facade import Household
+
+HOUSEHOLD: web.AppKey[Household] = web.AppKey("household", Household)
+TEXTS: web.AppKey[TextStore] = web.AppKey("texts", TextStore)
+TASKS: web.AppKey[Tasks] = web.AppKey("tasks", Tasks)
+GUARD: web.AppKey[Guard] = web.AppKey("guard", Guard)

@@ -1,0 +1,67 @@
+"""The page and its files: read once at start, served by exact name, nothing else on the disk is reachable."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from peerllm.api.guard import COOKIE_AGE_S
+from peerllm.api.keys import GUARD
+from peerllm.web import STATIC_DIR
+
+CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    body: bytes
+    content_type: str
+    etag: str
+
+
+def load_files() -> dict[str, File]:
+    """Every file of the page by its name."""
+    files = {}
+    for path in sorted(STATIC_DIR.iterdir()):
+        kind = CONTENT_TYPES.get(path.suffix)
+        if kind is not None:
+            body = path.read_bytes()
+            files[path.name] = File(body, kind, hashlib.sha256(body).hexdigest()[:32])
+    return files
+
+
+FILES: web.AppKey[dict[str, File]] = web.AppKey("files", dict)
+
+
+async def page(request: web.Request) -> web.StreamResponse:
+    """The page; with ?token=TOKEN it also signs the browser in (the page takes the token out of the address bar)."""
+    response = _answer(request, "index.html")
+    guard = request.app[GUARD]
+    if guard.is_token(request.query.get("token", "")):
+        response.set_cookie(
+            guard.cookie, guard.token, max_age=COOKIE_AGE_S, httponly=True, samesite="Strict", path="/",
+            secure=request.secure,
+        )  # fmt: skip
+    return response
+
+
+async def static(request: web.Request) -> web.StreamResponse:
+    """One of the page's files."""
+    return _answer(request, request.match_info["name"])
+
+
+def _answer(request: web.Request, name: str) -> web.Response:
+    file = request.app[FILES].get(name)
+    if file is None:
+        raise web.HTTPNotFound
+    headers = {"Cache-Control": "no-cache", "ETag": f'"{file.etag}"', "Content-Type": file.content_type}
+    if any(tag.value == file.etag for tag in request.if_none_match or ()):
+        return web.Response(status=304, headers=headers)
+    return web.Response(body=file.body, headers=headers)

@@ -1,0 +1,103 @@
+"""The application and the listening socket: everything HTTP that the daemon offers to people and programs."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+from aiohttp import web
+
+from peerllm.api import admin, chat, models, page
+from peerllm.api.errors import errors_as_json
+from peerllm.api.fields import MAX_BODY_BYTES
+from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
+from peerllm.api.keys import GUARD, HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.tasks import Tasks
+from peerllm.api.text.store import TextStore
+from peerllm.api.token import load_or_create_token
+from peerllm.daemon.facade import Household
+from peerllm.errors import BadInputError
+
+SHUTDOWN_S = 2.0  # seconds that answers under way have when the API closes
+IDLE_S = 75.0  # seconds a connection may stay open without a request
+_EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  where this machine reaches itself
+
+
+def create_app(household: Household, token: str, loopback: bool, names: Iterable[str] = ()) -> web.Application:
+    """Every route over the household's face, behind the guard; `names`: further hosts the owner calls it by."""
+    guard = Guard(token, loopback, frozenset(name.lower() for name in names))
+    app = web.Application(middlewares=[guarded(guard), errors_as_json], client_max_size=MAX_BODY_BYTES)
+    app[HOUSEHOLD] = household
+    app[GUARD] = guard
+    app[page.FILES] = page.load_files()
+    app.on_response_prepare.append(add_security_headers)
+    app.cleanup_ctx.append(_resources)
+    app.on_shutdown.append(_end_streams)
+    app.router.add_get("/", page.page)
+    app.router.add_get("/static/{name}", page.static)
+    app.router.add_get("/v1/models", models.list_models)
+    app.router.add_get("/v1/models/{id:.+}", models.one_model)
+    app.router.add_post("/v1/chat/completions", chat.chat_completions)
+    app.router.add_get("/peerllm/v1/status", admin.status)
+    app.router.add_get("/peerllm/v1/events", admin.events)
+    for change in (admin.invite, admin.join, admin.leave, admin.remove, admin.run, admin.stop):
+        app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
+    return app
+
+
+async def _resources(app: web.Application) -> AsyncIterator[None]:
+    app[TEXTS] = TextStore()
+    app[TASKS] = Tasks()
+    yield
+    await app[TASKS].close()
+    app[TEXTS].close()
+
+
+async def _end_streams(app: web.Application) -> None:
+    await app[TASKS].close()
+
+
+class ApiServer:
+    """Listens on host:port; `start` raises BadInputError if it cannot."""
+
+    def __init__(self, household: Household, host: str, port: int, data_dir: Path, names: Iterable[str] = ()) -> None:
+        self.host = host
+        self.port = port
+        self._names = (host, *names)
+        self._household = household
+        self._data_dir = data_dir
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        token = load_or_create_token(self._data_dir)
+        app = create_app(self._household, token, is_loopback(self.host), self._names)
+        runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S
+        )
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, self.host, self.port).start()
+        except OSError as error:
+            await runner.cleanup()
+            raise BadInputError(self._why(error)) from error
+        self._runner = runner
+        self.port = int(runner.addresses[0][1])
+
+    def _why(self, error: OSError) -> str:
+        where = f"{self.host}:{self.port}"
+        if error.errno == errno.EADDRINUSE:
+            return f"port {self.port} on {self.host} is in use; choose another with --api HOST:PORT"
+        return f"cannot listen on {where} ({error.strerror or error}); choose another address with --api HOST:PORT"
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it."""
+        host = _EVERYWHERE.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    async def close(self) -> None:
+        """Ends what is under way and stops listening; may be called twice."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()

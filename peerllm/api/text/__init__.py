@@ -1,0 +1,1 @@
+"""Text to token ids and back, on the source only: chat template, tokenizer, detokeniser, stop strings."""

@@ -1,0 +1,89 @@
+"""`peerllm chat`: one question, or a conversation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from peerllm.cli.device import LocalDevice
+from peerllm.cli.terminal import printable
+from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
+
+COMPLETIONS = "/v1/chat/completions"
+ANSWER_TIMEOUT_S = 3600.0  # seconds a whole answer may take when it is not streamed
+
+
+def run(args: argparse.Namespace) -> None:
+    device = LocalDevice(args.data)
+    body: dict[str, Any] = {"model": args.model or only_model(device)}
+    if args.temperature is not None:
+        body["temperature"] = args.temperature
+    if args.max_tokens is not None:
+        body["max_tokens"] = args.max_tokens
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    if args.prompt is None:
+        if args.json:
+            raise BadInputError("--json needs a PROMPT")
+        _converse(device, body, messages)
+        return
+    messages.append({"role": "user", "content": args.prompt})
+    if args.json:
+        print(json.dumps(device.post(COMPLETIONS, {**body, "messages": messages}, ANSWER_TIMEOUT_S)))
+    else:
+        _say(device, body, messages)
+
+
+def only_model(device: LocalDevice) -> str:
+    """The one model this device serves; NotFoundError if there is none, or a choice to be made."""
+    names = [one["id"] for one in device.get("/v1/models")["data"]]
+    if not names:
+        raise NotFoundError("this device serves no model; start one with: peerllm run builtin")
+    if len(names) > 1:
+        raise NotFoundError(f"this device serves several models; choose one with --model: {', '.join(names)}")
+    return str(names[0])
+
+
+def answer_pieces(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]]) -> Iterator[str]:
+    """The answer's text as it comes."""
+    for event in device.events(COMPLETIONS, {**body, "messages": messages, "stream": True}):
+        for choice in event["choices"]:
+            yield choice["delta"].get("content") or ""
+
+
+def _say(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]]) -> str:
+    said = []
+    try:
+        for piece in answer_pieces(device, body, messages):
+            said.append(piece)
+            print(printable(piece), end="", flush=True)
+    finally:
+        print(flush=True)
+    return "".join(said)
+
+
+def _converse(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]]) -> None:
+    """Until end of input; an answer is cut short with Ctrl-C, an error does not end the conversation."""
+    asking = sys.stdin.isatty()
+    if asking:
+        print(f"{printable(body['model'])} is listening; end with Ctrl-D.")
+    while True:
+        try:
+            prompt = input("> " if asking else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not prompt.strip():
+            continue
+        messages.append({"role": "user", "content": prompt})
+        try:
+            messages.append({"role": "assistant", "content": _say(device, body, messages)})
+        except PeerLLMError as error:
+            messages.pop()
+            if not asking:
+                raise
+            print(f"peerllm: {printable(str(error))}", file=sys.stderr)
+        except KeyboardInterrupt:
+            messages.pop()

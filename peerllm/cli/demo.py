@@ -1,0 +1,134 @@
+"""`peerllm demo`: several devices on this machine, paired as a person would pair them, one model divided over them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from peerllm.builtin import MODEL_DIR
+from peerllm.cli.chat import answer_pieces
+from peerllm.cli.demo_devices import DemoDevice, free_processors
+from peerllm.cli.demo_memory import limits, sizes_of
+from peerllm.cli.device import LocalDevice
+from peerllm.cli.look import deployment_text, devices_text
+from peerllm.cli.run import BUILTIN, show_progress
+from peerllm.cli.terminal import human_bytes, printable
+from peerllm.errors import BadInputError
+
+NAMES = ("laptop", "mini-pc", "jetson", "phone", "tablet", "desktop", "media-box", "old-laptop")
+SLOTS = 4
+CONTEXT = 1024  # tokens
+QUESTION = "What are you?"
+MAX_ANSWER_TOKENS = 80
+
+
+def run(args: argparse.Namespace) -> None:
+    """Returns after Ctrl-C or SIGTERM, with every device ended."""
+    model_dir = MODEL_DIR if args.model == BUILTIN else Path(args.model).expanduser().resolve()
+    if not model_dir.is_dir():
+        raise BadInputError(f"--model {args.model}: the demo takes builtin or a local directory")
+    sizes = sizes_of(model_dir, SLOTS, CONTEXT, element_bytes=4 if args.model == BUILTIN else None)
+    memory = limits(sizes, args.devices)
+    say = _quiet if args.json else _say
+    say(f"The model takes {human_bytes(sizes.total)} with room for {SLOTS} sequences; starting {args.devices} devices:")
+    for name, limit in zip(NAMES, memory, strict=False):
+        say(f"  {name:<12} lends {human_bytes(limit)}")
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        tempfile.TemporaryDirectory(prefix="peerllm-demo-") as directory,
+        _devices(Path(directory), memory, args.api) as devices,
+    ):
+        _serve(devices, BUILTIN if args.model == BUILTIN else str(model_dir), args)
+        say("Stop with Ctrl-C.")
+        devices[0].wait()
+
+
+@contextlib.contextmanager
+def _devices(directory: Path, memory: list[int], api: tuple[str, int]) -> Iterator[list[DemoDevice]]:
+    """The devices, started and ready; ended when the block is left, however that happens."""
+    threads = max(1, free_processors() // len(memory))
+    with contextlib.ExitStack() as stack:
+        devices = []
+        for index, limit in enumerate(memory):
+            where = api if index == 0 else ("127.0.0.1", 0)
+            device = DemoDevice(directory / NAMES[index], NAMES[index], limit, threads, where)
+            stack.callback(device.end)
+            devices.append(device)
+        stack.callback(_ask_all_to_end, devices)
+        for device in devices:
+            device.wait_ready()
+        yield devices
+
+
+def _ask_all_to_end(devices: list[DemoDevice]) -> None:
+    """Together, so that they end at the same time."""
+    for device in devices:
+        device.ask_to_end()
+
+
+def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> None:
+    """Pair them, divide the model, show who holds what, ask one question."""
+    first = LocalDevice(devices[0].data_dir)
+    for device in devices[1:]:
+        invitation = first.post("/peerllm/v1/invite", {})
+        at = f"127.0.0.1:{invitation['port']}"
+        LocalDevice(device.data_dir).post("/peerllm/v1/join", {"code": invitation["code"], "at": at})
+    lines = first.lines("/peerllm/v1/run", {"model": model, "slots": SLOTS, "context": CONTEXT})
+    if args.json:
+        for _ in lines:
+            pass
+    else:
+        show_progress(lines)
+    status = first.get("/peerllm/v1/status")
+    body = {"model": status["deployments"][0]["model"], "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
+    pieces = answer_pieces(first, body, [{"role": "user", "content": QUESTION}])
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "url": first.url,
+                    "question": QUESTION,
+                    "answer": "".join(pieces),
+                    "status": status,
+                    "devices": [{"name": one.name, "data": str(one.data_dir)} for one in devices],
+                }
+            ),
+            flush=True,
+        )
+        return
+    print(f"\n{devices_text(status)}\n\n{deployment_text(status['deployments'][0])}\n\n> {QUESTION}")
+    for piece in pieces:
+        print(printable(piece), end="", flush=True)
+    print(f"\n\nThe page: {first.url}", flush=True)
+    if not args.no_browser and _has_screen():
+        import webbrowser
+
+        webbrowser.open(first.url)
+
+
+def _has_screen() -> bool:
+    if os.environ.get("CI") or not sys.stdout.isatty():
+        return False
+    return sys.platform in {"darwin", "win32"} or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _quiet(text: str) -> None:
+    """With --json only the object is printed."""
+
+
+def _as_interrupt(_: int, __: FrameType | None) -> Any:
+    raise KeyboardInterrupt

@@ -1,0 +1,122 @@
+"""The running device of a data directory, over its API; blocking HTTP, since commands start faster without a loop."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from peerllm.errors import NotFoundError, PeerLLMError, UnavailableError
+
+DAEMON_FILE = "daemon.json"
+TOKEN_FILE = "token"  # noqa: S105  a file's name
+TIMEOUT_S = 180.0  # seconds without a byte; joining and leaving speak to other devices
+RUN_TIMEOUT_S = 3600.0  # seconds between two lines of `run`: a large model may be on its way
+MAX_LINE_BYTES = 64 << 20
+
+
+class AnsweredError(PeerLLMError):
+    """The device refused; the message is its own."""
+
+
+class LocalDevice:
+    """Built from DIR/daemon.json and DIR/token; NotFoundError if no device runs there."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        try:
+            written = json.loads((data_dir / DAEMON_FILE).read_bytes())
+            self.url = str(written["url"])
+            self._token = (data_dir / TOKEN_FILE).read_text().strip()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._nobody() from error
+
+    def _nobody(self) -> NotFoundError:
+        where = self._data_dir
+        return NotFoundError(f"no device is running on {where}; start it with: peerllm up --data {where}")
+
+    def get(self, path: str) -> Any:
+        with self._answer("GET", path, None, TIMEOUT_S) as response:
+            return _object(response.read())
+
+    def post(self, path: str, body: Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> Any:
+        with self._answer("POST", path, body, timeout_s) as response:
+            return _object(response.read())
+
+    def lines(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Every line of JSON; raises at a line that holds an error."""
+        with self._answer("POST", path, body, RUN_TIMEOUT_S) as response:
+            while line := response.readline(MAX_LINE_BYTES):
+                yield _checked(_object(line))
+
+    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Every SSE event until [DONE]; raises at an error, and if the stream ends without one or the other."""
+        with self._answer("POST", path, body, TIMEOUT_S) as response:
+            while line := response.readline(MAX_LINE_BYTES):
+                if line.startswith(b"data:"):
+                    data = line[5:].strip()
+                    if data == b"[DONE]":
+                        return
+                    yield _checked(_object(data))
+        raise UnavailableError("the answer broke off: the device stopped; ask again")
+
+    @contextlib.contextmanager
+    def _answer(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
+    ) -> Iterator[http.client.HTTPResponse]:
+        parts = urlsplit(self.url)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
+        headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
+        try:
+            try:
+                connection.request(method, path, None if body is None else json.dumps(body), headers)
+                response = connection.getresponse()
+            except ConnectionError as error:
+                raise self._nobody() from error
+            if response.status != http.HTTPStatus.OK:
+                raise _refused(response)
+            yield response
+        except TimeoutError as error:
+            raise UnavailableError(f"the device said nothing for {timeout_s:g} s; see its log") from error
+        except (ConnectionError, http.client.HTTPException) as error:
+            raise UnavailableError("the connection to the device broke; it may have stopped, see its log") from error
+        finally:
+            connection.close()
+
+
+def _refused(response: http.client.HTTPResponse) -> PeerLLMError:
+    try:
+        _checked(_object(response.read()))
+    except AnsweredError as error:
+        return error
+    return AnsweredError(f"the device answered {response.status} {response.reason}")
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise AnsweredError("the answer is not JSON; something else listens on the device's port") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _checked(value: dict[str, Any]) -> dict[str, Any]:
+    """The object, unless it is an error object."""
+    error = value.get("error")
+    if isinstance(error, dict):
+        raise AnsweredError(str(error.get("message") or "refused without a reason"))
+    return value
+
+
+def write_daemon_file(data_dir: Path, url: str) -> None:
+    """DIR/daemon.json (0600): where the other commands find the running device."""
+    path = data_dir / DAEMON_FILE
+    fresh = path.with_suffix(".new")
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump({"url": url, "pid": os.getpid()}, file)
+    fresh.replace(path)

@@ -1,0 +1,30 @@
+"""The entry point: parse, hand over to the command's module, turn errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from peerllm.cli.parser import build_parser
+from peerllm.cli.terminal import printable
+from peerllm.errors import PeerLLMError
+
+OK, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 ok, 1 refused or failed with one line on stderr; argparse itself exits with 2 on wrong usage."""
+    args = build_parser().parse_args(argv)
+    try:
+        command = importlib.import_module(f"peerllm.cli.{args.module}")
+        return int(getattr(command, args.function)(args) or OK)
+    except PeerLLMError as error:
+        print(f"peerllm: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED

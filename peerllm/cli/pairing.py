@@ -1,0 +1,36 @@
+"""`peerllm invite`, `peerllm join`, and leaving again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from peerllm.cli.device import LocalDevice
+from peerllm.cli.terminal import printable
+
+
+def invite(args: argparse.Namespace) -> None:
+    """Prints how to use the code, and the code as the last word."""
+    answer = LocalDevice(args.data).post("/peerllm/v1/invite", {})
+    if args.json:
+        print(json.dumps({key: answer[key] for key in ("code", "port", "expires_s")}))
+        return
+    print("On the other device, start peerllm and type, within", answer["expires_s"], "seconds:")
+    print(f"  peerllm join {answer['code']}")
+    print("If it does not find this device, add this device's address and its pairing port:")
+    print(f"  peerllm join {answer['code']} --at ADDRESS:{answer['port']}")
+    print("Code:", answer["code"])
+
+
+def join(args: argparse.Namespace) -> None:
+    body = {"code": args.code}
+    if args.at is not None:
+        host, port = args.at
+        body["at"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    name = LocalDevice(args.data).post("/peerllm/v1/join", body)["name"]
+    print(f"Joined the household of {printable(str(name))}.")
+
+
+def leave(args: argparse.Namespace) -> None:
+    LocalDevice(args.data).post("/peerllm/v1/leave", {})
+    print("Left the household.")

@@ -1,0 +1,206 @@
+"""What can be typed. Commands and their long options are fixed: scripts rely on them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from peerllm import __version__
+from peerllm.daemon.settings import API_PORT, CONTROL_PORT
+
+_Command = Callable[..., argparse.ArgumentParser]
+MAX_DEVICES = 8  # of the demo: they share one machine
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
+
+
+def size(text: str) -> int:
+    """Bytes in "4GB", "512MB", "1.5GiB" or plain bytes."""
+    found = _SIZE.fullmatch(text.strip())
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 4GB, 512MB or 1.5GiB")
+    return int(float(found[1]) * unit)
+
+
+def address(text: str, lowest: int = 1) -> tuple[str, int]:
+    """(host, port) of "HOST:PORT"; an IPv6 host stands in brackets."""
+    host, colon, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not bare or (":" in bare and bare == host) or not port.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    if not lowest <= int(port) <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is no port; ports go from {lowest} to 65535")
+    return bare, int(port)
+
+
+def listening_address(text: str) -> tuple[str, int]:
+    """Like `address`; port 0 takes a free one."""
+    return address(text, lowest=0)
+
+
+def port(text: str) -> int:
+    """A port to listen on; 0 takes free ones. Two more above it are used."""
+    if not text.isdecimal() or int(text) > 65533:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; ports go from 0 to 65533 here")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no temperature; write a number from 0 to 100")
+    return value
+
+
+def default_data_dir() -> Path:
+    """Where a device's data lie unless --data says otherwise (XDG base directories)."""
+    base = os.environ.get("XDG_DATA_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".local" / "share") / "peerllm"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="peerllm",
+        description="One language model, run by the devices a household already owns.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"peerllm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, text: str, data: bool = True) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        one.set_defaults(module=name, function="run")
+        if data:
+            one.add_argument(
+                "--data", type=Path, metavar="DIR", default=default_data_dir(), help="the device's data directory"
+            )
+        return one
+
+    _up(command("up", "Start this device; it runs until it is stopped."))
+    _demo(command("demo", "Try it: several devices on this machine, a model divided over them, the page.", data=False))
+    _pairing(command)
+    _models(command)
+    _looking(command)
+    return parser
+
+
+def _up(up: argparse.ArgumentParser) -> None:
+    up.add_argument("--name", help="what the household calls this device (default: the host's name)")
+    up.add_argument(
+        "--port",
+        type=port,
+        default=CONTROL_PORT,
+        metavar="N",
+        help=f"control port; data and pairing follow it (default {CONTROL_PORT}; 0: any free ones)",
+    )
+    up.add_argument(
+        "--api",
+        type=listening_address,
+        default=("127.0.0.1", API_PORT),
+        metavar="HOST:PORT",
+        help=f"where the API and the page listen (default 127.0.0.1:{API_PORT})",
+    )
+    up.add_argument(
+        "--api-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further host name the API answers to when it listens on loopback (repeatable)",
+    )
+    up.add_argument("--memory", type=size, metavar="SIZE", help="the most it lends, like 4GB (default: what is free)")
+    up.add_argument("--threads", type=positive, metavar="N", help="processors it lends (default: all)")
+    up.add_argument(
+        "--peer",
+        type=address,
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="a device to look for where multicast does not pass (repeatable)",
+    )
+    up.add_argument(
+        "--in-process", action="store_true", help="run the engine in a thread (where child processes are killed)"
+    )
+    up.add_argument(
+        "--no-mdns", action="store_true", help="neither look for devices by multicast nor announce this one"
+    )
+    up.add_argument("--loopback", action="store_true", help="listen on this machine only: no other machine can pair")
+    up.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
+
+
+def _demo(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "--devices",
+        type=positive,
+        default=3,
+        metavar="N",
+        choices=range(1, MAX_DEVICES + 1),
+        help=f"how many, 1 to {MAX_DEVICES} (default 3)",
+    )
+    demo.add_argument(
+        "--api",
+        type=listening_address,
+        default=("127.0.0.1", API_PORT),
+        metavar="HOST:PORT",
+        help=f"where the first device's page listens (default 127.0.0.1:{API_PORT})",
+    )
+    demo.add_argument("--model", default="builtin", help="builtin, or a local directory (default builtin)")
+    demo.add_argument("--no-browser", action="store_true", help="do not open the page in a browser")
+    demo.add_argument("--json", action="store_true", help="one JSON object once the model serves")
+
+
+def _pairing(command: _Command) -> None:
+    invite = command("invite", "Print a code with which another device joins this household.")
+    invite.add_argument("--json", action="store_true")
+    join = command("join", "Join the household that gave the code.")
+    join.add_argument("code", metavar="CODE")
+    join.add_argument("--at", type=address, metavar="HOST:PORT", help="the inviter's pairing port, if it is not found")
+    leave = command("leave", "Leave the household; this device stays, alone.")
+    for name, parser in (("invite", invite), ("join", join), ("leave", leave)):
+        parser.set_defaults(module="pairing", function=name)
+
+
+def _models(command: _Command) -> None:
+    run = command("run", "Divide a model over the household's devices and serve it from this one.")
+    run.add_argument("model", metavar="MODEL", help="a Hugging Face id, a local directory, or builtin")
+    run.add_argument("--objective", choices=("latency", "throughput"), default="latency")
+    run.add_argument("--context", type=positive, metavar="N", help="tokens that a sequence may hold, prompt and answer")
+    run.add_argument("--slots", type=positive, metavar="N", help="sequences served at once")
+    run.add_argument(
+        "--private", action="store_true", help="keep the head here, so that no other device sees the answer"
+    )
+    run.add_argument("--quantize", choices=("int8", "int4"), help="not in this version")
+    stop = command("stop", "Stop serving a model and free its memory on every device.")
+    stop.set_defaults(module="run", function="stop")
+    stop.add_argument("model", metavar="MODEL")
+    chat = command("chat", "Ask the model; without PROMPT, talk with it.")
+    chat.add_argument("prompt", nargs="?", metavar="PROMPT")
+    chat.add_argument("--model", help="which one, if several are served")
+    chat.add_argument("--system", help="instructions for the model")
+    chat.add_argument("--temperature", type=temperature, metavar="T", help="0: always the likeliest token")
+    chat.add_argument("--max-tokens", type=positive, metavar="N")
+    chat.add_argument("--json", action="store_true", help="the whole answer as the API gives it")
+
+
+def _looking(command: _Command) -> None:
+    for name, text in (
+        ("status", "Show the devices and the models they hold."),
+        ("devices", "Show the household's devices."),
+    ):
+        one = command(name, text)
+        one.add_argument("--json", action="store_true")
+        one.set_defaults(module="look", function=name)

@@ -1,0 +1,37 @@
+"""Text for a terminal: names and answers come from elsewhere, so control characters never reach it."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+_KEPT = "\n\t"
+
+
+def printable(text: str) -> str:
+    """`text` without what could steer a terminal: control, format and surrogate characters."""
+    return "".join(char for char in text if char in _KEPT or unicodedata.category(char) not in {"Cc", "Cs", "Co"})
+
+
+def human_bytes(count: float) -> str:
+    """ "1.5 GB", in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit in {"B", "kB"} else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns wide enough for their longest cell; the first row is the heading."""
+    clean = [[printable(cell).replace("\n", " ").replace("\t", " ") for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in clean) for column in range(len(clean[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in clean)
+    return "\n".join(lines)
+
+
+def layer_bar(first: int, last: int, layers: int, width: int = 32) -> str:
+    """Where layers first..last lie among `layers`, drawn in `width` characters; every range shows at least one."""
+    start = first * width // layers
+    end = max(start + 1, (last + 1) * width // layers)
+    return "·" * start + "█" * (end - start) + "·" * (width - end)

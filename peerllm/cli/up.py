@@ -1,0 +1,138 @@
+"""`peerllm up`: the daemon and its API in this process, until a signal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+from peerllm.api.server import ApiServer
+from peerllm.cli.device import DAEMON_FILE, write_daemon_file
+from peerllm.daemon.daemon import Daemon
+from peerllm.daemon.settings import Settings
+from peerllm.errors import BadInputError
+
+MAX_NAME_CHARS = 63  # as of a host's name
+LOCK_FILE = "lock"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_LOOPBACK = ("127.0.0.1", "::1")
+log = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Returns when the device was stopped; BadInputError if it cannot start."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
+    settings = settings_of(args)
+    try:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(f"cannot use --data {settings.data_dir}: {error.strerror}") from error
+    with locked(settings.data_dir), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serve(settings, args.api_name, args.exit_with_parent))
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The options as settings, with what was left out filled in."""
+    name = (args.name or socket.gethostname().split(".")[0] or "device").strip()
+    if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable():
+        raise BadInputError(f"--name must have 1 to {MAX_NAME_CHARS} printable characters")
+    chosen: dict[str, Any] = {"hosts": _LOOPBACK} if args.loopback else {}
+    return Settings(
+        data_dir=args.data.expanduser().resolve(), name=name, port=args.port,
+        api_host=args.api[0], api_port=args.api[1], memory_bytes=args.memory, threads=args.threads,
+        peers=tuple(args.peer), in_process=args.in_process, mdns=not args.no_mdns, **chosen,
+    )  # fmt: skip
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+@contextlib.contextmanager
+def locked(data_dir: Path) -> Iterator[None]:
+    """One device per data directory: two with one identity would confuse the household."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (data_dir / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInputError(f"a device is running on {data_dir} already; choose another --data") from error
+        yield
+
+
+async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool) -> None:
+    """Daemon, then API, then the ready line; a signal closes them in the opposite order."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if exit_with_parent:
+        _watch_stdin(loop, stop)
+    daemon = Daemon(settings)
+    api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names)
+    try:
+        if await _unless(stop, daemon.start(), "start daemon") and await _unless(stop, api.start(), "start API"):
+            write_daemon_file(settings.data_dir, api.url)
+            print(f"ready {api.url}", flush=True)
+            _notify("READY=1")
+            await stop.wait()
+            log.info("stopping")
+            _notify("STOPPING=1")
+    finally:
+        (settings.data_dir / DAEMON_FILE).unlink(missing_ok=True)
+        await api.close()
+        await daemon.close()
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None], name: str) -> bool:
+    """True when `work` is done, False if `stop` came first."""
+    doing = asyncio.create_task(work, name=name)
+    waiting = asyncio.create_task(stop.wait(), name="wait for a signal")
+    try:
+        await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            doing.result()
+            return True
+        return False
+    finally:
+        for task in (doing, waiting):
+            task.cancel()
+        await asyncio.wait({doing, waiting})
+
+
+def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Stops when standard input ends: the parent that held its other side is gone."""
+
+    def wait_for_end() -> None:
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the loop ended first
+            while os.read(0, 4096):
+                pass
+            loop.call_soon_threadsafe(stop.set)
+
+    threading.Thread(target=wait_for_end, name="wait for parent", daemon=True).start()
+
+
+def _notify(state: str) -> None:
+    """systemd's readiness protocol (sd_notify(3)); nothing where it is not asked for."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, contextlib.suppress(OSError):
+        notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)

@@ -1,0 +1,106 @@
+// The conversation: kept in this page only, gone when it closes.
+
+import { chat } from "./api.js";
+import { byId, count, make } from "./dom.js";
+
+const NEAR_END_PX = 80; // closer than this to the end, the view follows the answer
+
+export class Conversation {
+  /** `changed(writing)` is called when an answer begins and ends. */
+  constructor(changed) {
+    this.log = byId("log");
+    this.changed = changed;
+    this.messages = [];
+    this.abort = null;
+  }
+
+  get writing() { return this.abort !== null; }
+
+  clear() {
+    this.stop();
+    this.messages = [];
+    for (const message of this.log.querySelectorAll(".message")) message.remove();
+  }
+
+  stop() { this.abort?.abort(); }
+
+  #show(role, ...children) {
+    const message = make("div", { className: `message ${role}` }, ...children);
+    this.log.append(message);
+    this.#follow(true);
+    return message;
+  }
+
+  #follow(always = false) {
+    const { scrollHeight, scrollTop, clientHeight } = this.log;
+    if (always || scrollHeight - scrollTop - clientHeight < NEAR_END_PX) this.log.scrollTop = scrollHeight;
+  }
+
+  /** Asks `model`; the answer appears as it comes. */
+  async ask(model, prompt) {
+    const abort = new AbortController();
+    const mine = this.messages;
+    this.abort = abort;
+    mine.push({ role: "user", content: prompt });
+    this.#show("user", prompt);
+    const text = document.createTextNode("");
+    const waiting = make("span", { className: "waiting" }, "thinking …");
+    const stats = make("span", { className: "stats" });
+    const message = this.#show("assistant", make("span", { className: "who" }, model), waiting, make("span", { className: "text" }, text), stats);
+    message.classList.add("writing");
+    this.log.setAttribute("aria-busy", "true");
+    this.changed(true);
+    const clock = new Clock();
+    let ending = "";
+    try {
+      for await (const chunk of chat({ model, messages: mine, return_token_ids: true }, abort.signal)) {
+        if (chunk.comment) {
+          if (chunk.comment.startsWith("queued")) waiting.textContent = `waiting, place ${chunk.comment.slice(7)} in the queue …`;
+          continue;
+        }
+        const choice = chunk.choices[0];
+        waiting.remove();
+        clock.tokens(choice.token_ids?.length ?? 0);
+        text.appendData(choice.delta.content ?? "");
+        if (choice.finish_reason === "length") ending = " · cut at the length limit";
+        stats.textContent = clock.text();
+        this.#follow();
+      }
+    } catch (error) {
+      if (abort.signal.aborted) ending = " · stopped";
+      else message.append(make("span", { className: "error", role: "alert" }, error.message));
+    } finally {
+      if (this.abort === abort) this.abort = null;
+      waiting.remove();
+      message.classList.remove("writing");
+      this.log.setAttribute("aria-busy", "false");
+      stats.textContent = clock.text() + ending;
+      if (text.data) mine.push({ role: "assistant", content: text.data });
+      else mine.pop(); // an unanswered question is not sent again
+      this.#follow();
+      this.changed(this.writing);
+    }
+  }
+}
+
+/** Tokens and their pace: the first token's wait counts apart from the rest. */
+class Clock {
+  constructor() { this.asked = performance.now(); this.count = 0; }
+
+  tokens(number) {
+    if (!number) return;
+    this.last = performance.now();
+    this.first ??= this.last;
+    this.firstCount ??= number;
+    this.count += number;
+  }
+
+  text() {
+    if (!this.count) return "";
+    const found = [count(this.count, "token")];
+    const later = this.count - this.firstCount;
+    if (later > 0 && this.last > this.first) found.push(`${((1000 * later) / (this.last - this.first)).toFixed(1)} tokens/s`);
+    found.push(`first after ${((this.first - this.asked) / 1000).toFixed(2)} s`);
+    return found.join(" · ");
+  }
+}

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from peerllm.api.server import ApiServer
+from tests.api.fake import FakeHousehold, make_model_dir
+
+
+@pytest.fixture
+async def household(tmp_path: Path) -> FakeHousehold:
+    return FakeHousehold(make_model_dir(tmp_path / "model"))
+
+
+@pytest.fixture
+async def server(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[ApiServer]:
+    one = ApiServer(household, "127.0.0.1", 0, tmp_path / "data")
+    await one.start()
+    yield one
+    await one.close()
+
+
+@pytest.fixture
+def token(server: ApiServer, tmp_path: Path) -> str:
+    return (tmp_path / "data" / "token").read_text().strip()
+
+
+@pytest.fixture
+async def client(server: ApiServer) -> AsyncIterator[aiohttp.ClientSession]:
+    """No token: as a program on the same machine."""
+    async with aiohttp.ClientSession(server.url) as session:
+        yield session

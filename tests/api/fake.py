@@ -1,0 +1,203 @@
+"""A household whose devices, models and answers are scripted, and a tokenizer small enough to make on the spot."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
+from peerllm.errors import InfeasibleError, NotFoundError, PairingError
+
+DEPLOYMENT = "d" * 32
+CONTEXT = 256
+END = 256  # id of <|end|>
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+BOUND_S = 10.0  # seconds a test waits for an event
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, id 256 is <|end|>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    return tokenizer
+
+
+def make_model_dir(path: Path, template: str | None = TEMPLATE, generation: dict[str, Any] | None = None) -> Path:
+    """A model directory as far as text is concerned."""
+    path.mkdir(parents=True, exist_ok=True)
+    byte_tokenizer().save(str(path / "tokenizer.json"))
+    config: dict[str, Any] = {"bos_token": "<s>", "eos_token": {"content": "<|end|>"}}
+    if template is not None:
+        config["chat_template"] = template
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+class FakeHousehold:
+    """Says `reply` byte by byte; every way of failing can be switched on."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.tokenizer = byte_tokenizer()
+        self.model = ServedModel(DEPLOYMENT, "builtin", "serving", "", 1_700_000_000, model_dir, CONTEXT, (END,))
+        self.served = [self.model]
+        self.reply = "Hello, wörld 🏡!"
+        self.endless = False
+        self.queued: list[int] = []
+        self.error_at_once: Exception | None = None
+        self.error_midway: Exception | None = None
+        self.finish: Any = "stop"
+        self.gate: asyncio.Event | None = None  # holds the answer back until set
+        self.requests: list[GenerateRequest] = []
+        self.runs: list[RunOptions] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.asked = asyncio.Event()
+        self.closed = asyncio.Event()
+        self.produced = 0
+        self.run_gate: asyncio.Event | None = None
+        self.run_error: Exception | None = None
+        self.run_done = asyncio.Event()
+        self.change = asyncio.Event()
+        self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
+        self.deployments: list[dict[str, Any]] = [deployment()]
+
+    def status(self) -> dict[str, Any]:
+        first = self.devices[0]
+        return {
+            "device": {"id": first["id"], "name": first["name"]},
+            "devices": self.devices,
+            "deployments": self.deployments,
+            "version": "0",
+            "api": "http://127.0.0.1:0",
+        }
+
+    def touch(self) -> None:
+        self.change.set()
+        self.change = asyncio.Event()
+
+    async def changed(self) -> AsyncIterator[None]:
+        while True:
+            change = self.change
+            yield
+            await change.wait()
+
+    def models(self) -> list[ServedModel]:
+        return self.served
+
+    def ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        self.requests.append(request)
+        self.asked.set()
+        try:
+            if self.error_at_once:
+                raise self.error_at_once
+            for place in self.queued:
+                yield Chunk((), queued=place)
+            if self.gate is not None:
+                await self.gate.wait()
+            ids = self.ids(self.reply)
+            while self.endless:
+                self.produced += 1
+                yield Chunk((ids[self.produced % len(ids)],))
+                await asyncio.sleep(0)
+            for index, one in enumerate(ids):
+                self.produced += 1
+                if index == request.max_tokens:
+                    yield Chunk((), "length")
+                    return
+                yield Chunk((one,))
+                if self.error_midway and index == 3:
+                    raise self.error_midway
+            yield Chunk((END,) if self.finish == "stop" else (), self.finish)
+        finally:
+            self.closed.set()
+
+    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
+        self.runs.append(options)
+        try:
+            if options.model == "unknown":
+                raise NotFoundError("no model 'unknown'")
+            progress(RunProgress("planning", "planning over 3 devices"))
+            if self.run_gate is not None:
+                await self.run_gate.wait()
+            for share in (0.5, 1.0):
+                progress(RunProgress("loading", "loading", {"laptop": share, "mini-pc": share / 2}))
+            if options.model == "huge":
+                raise InfeasibleError("huge needs 4.0 GB more than the household lends", 4_000_000_000)
+            if self.run_error:
+                raise self.run_error
+        finally:
+            self.run_done.set()
+
+    async def stop(self, model: str) -> None:
+        self.calls.append(("stop", model))
+        if model != "builtin":
+            raise NotFoundError(f"no model {model!r} is served")
+
+    async def invite(self) -> tuple[str, int]:
+        self.calls.append(("invite",))
+        return "4-otter-lamp", 8645
+
+    async def join(self, code: str, at: tuple[str, int] | None) -> str:
+        self.calls.append(("join", code, at))
+        if code == "wrong":
+            raise PairingError("the code is wrong; two tries are left")
+        return "laptop"
+
+    async def leave(self) -> None:
+        self.calls.append(("leave",))
+
+    async def remove(self, name: str) -> None:
+        self.calls.append(("remove", name))
+
+
+def device(name: str, index: int, state: str = "here") -> dict[str, Any]:
+    return {
+        "id": f"{index:x}" * 64,
+        "name": name,
+        "state": state,
+        "memory_bytes": 8_000_000_000,
+        "lent_bytes": 20_000_000,
+        "engine": "running",
+        "compute": {},
+        "rtt_ms": 0.4,
+        "address": "127.0.0.1:8643",
+    }
+
+
+def deployment(
+    model: str = "builtin",
+    state: str = "serving",
+    cuts: Sequence[tuple[str, int, int]] = (("laptop", 0, 4), ("mini-pc", 5, 9), ("jetson", 10, 13)),
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "state": state,
+        "epoch": 1,
+        "coordinator": "laptop",
+        "reason": "",
+        "measured": {},
+        "progress": 1.0,
+        "plan": {
+            "stages": [
+                {"device": name, "first_layer": first, "last_layer": last, "memory_bytes": 12_000_000}
+                for name, first, last in cuts
+            ],
+            "predicted": {"tokens_per_second": 80.0},
+        },
+    }

@@ -1,0 +1,258 @@
+"""Commands against a device whose household is scripted: what they print, and how they end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peerllm.api.server import ApiServer
+from peerllm.cli.device import write_daemon_file
+from peerllm.cli.main import main
+from peerllm.errors import EngineError, OverloadedError
+from tests.api.fake import FakeHousehold, deployment, make_model_dir
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+class Served:
+    """The API over a fake household, in a loop of its own thread, with the files that a running device writes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.data = directory / "data"
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="api under test")
+        self._thread.start()
+        self.household = self.on_loop(self._make(directory))
+
+    async def _make(self, directory: Path) -> FakeHousehold:
+        household = FakeHousehold(make_model_dir(directory / "model"))
+        self._server = ApiServer(household, "127.0.0.1", 0, self.data)
+        await self._server.start()
+        write_daemon_file(self.data, self._server.url)
+        return household
+
+    def on_loop(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    def close(self) -> None:
+        self.on_loop(self._server.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+        self._loop.close()
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Served]:
+    one = Served(tmp_path)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def peerllm(device: Served, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(command: str, *args: str) -> tuple[int, str, str]:
+        code = main([command, "--data", str(device.data), *args])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_invite_ends_with_the_code(peerllm: Run) -> None:
+    code, out, _ = peerllm("invite")
+    assert code == 0
+    assert out.split()[-1] == "4-otter-lamp"
+    code, out, _ = peerllm("invite", "--json")
+    assert json.loads(out) == {"code": "4-otter-lamp", "port": 8645, "expires_s": 120}
+
+
+def test_join(peerllm: Run, device: Served) -> None:
+    assert peerllm("join", "4-otter-lamp", "--at", "[fe80::1]:8645") == (0, "Joined the household of laptop.\n", "")
+    assert peerllm("join", "4-otter-lamp")[0] == 0
+    assert device.household.calls == [("join", "4-otter-lamp", ("fe80::1", 8645)), ("join", "4-otter-lamp", None)]
+
+
+def test_a_wrong_code_is_one_line(peerllm: Run) -> None:
+    assert peerllm("join", "wrong") == (1, "", "peerllm: the code is wrong; two tries are left\n")
+
+
+def test_leave_and_stop(peerllm: Run, device: Served) -> None:
+    assert peerllm("leave")[0] == 0
+    assert peerllm("stop", "builtin") == (0, "Stopped builtin.\n", "")
+    assert peerllm("stop", "other") == (1, "", "peerllm: no model 'other' is served\n")
+    assert device.household.calls[0] == ("leave",)
+
+
+def test_status_as_json_is_the_status(peerllm: Run, device: Served) -> None:
+    code, out, _ = peerllm("status", "--json")
+    assert (code, json.loads(out)) == (0, device.household.status())
+    assert json.loads(peerllm("devices", "--json")[1]) == device.household.devices
+
+
+def test_status_as_text(peerllm: Run) -> None:
+    code, out, _ = peerllm("status")
+    assert code == 0
+    assert "laptop (this one)" in out
+    assert "builtin: serving, coordinated by laptop, epoch 1" in out
+    bars = [line for line in out.splitlines() if "█" in line]
+    assert len(bars) == 3
+    drawn = [line.split()[2] for line in bars]
+    assert all("█" in column for column in zip(*drawn, strict=True)), "some layer is nobody's"
+
+
+def test_status_without_models_and_while_failing(peerllm: Run, device: Served) -> None:
+    device.household.deployments = []
+    assert "peerllm run builtin" in peerllm("status")[1]
+    device.household.deployments = [{**deployment(state="waiting"), "plan": None, "reason": "jetson is gone"}]
+    assert "waiting" in (out := peerllm("status")[1])
+    assert "(jetson is gone)" in out
+
+
+def test_names_cannot_steer_the_terminal(peerllm: Run, device: Served) -> None:
+    device.household.devices[1]["name"] = "evil\x1b]0;title\x07\x1b[31m\u202e"
+    device.household.deployments = []
+    out = peerllm("status")[1]
+    assert "\x1b" not in out
+    assert "\x07" not in out
+
+
+def test_run(peerllm: Run, device: Served) -> None:
+    code, out, err = peerllm(
+        "run", "builtin", "--context", "512", "--slots", "2", "--objective", "throughput", "--private"
+    )
+    assert code == 0
+    assert "█" in out
+    assert err.splitlines() == ["planning: planning over 3 devices", "loading: loading"]
+    options = device.household.runs[0]
+    assert (options.model, options.context, options.slots, options.objective, options.private) == (
+        "builtin",
+        512,
+        2,
+        "throughput",
+        True,
+    )
+
+
+def test_run_takes_a_directory_from_where_it_is_typed(
+    peerllm: Run, device: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert peerllm("run", "model")[0] == 0
+    assert peerllm("run", "org/name")[0] == 0
+    assert [one.model for one in device.household.runs] == [str(tmp_path / "model"), "org/name"]
+
+
+def test_run_that_does_not_fit_says_how_much_is_missing(peerllm: Run) -> None:
+    code, out, err = peerllm("run", "huge")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == "peerllm: huge needs 4.0 GB more than the household lends"
+
+
+def test_unknown_models_and_what_comes_later(peerllm: Run, device: Served) -> None:
+    assert peerllm("run", "unknown") == (1, "", "peerllm: no model 'unknown'\n")
+    code, _, err = peerllm("run", "builtin", "--quantize", "int4")
+    assert (code, "not in this version" in err) == (1, True)
+    assert len(device.household.runs) == 1
+
+
+def test_chat_streams_the_answer(peerllm: Run, device: Served) -> None:
+    code, out, _ = peerllm("chat", "hi", "--system", "be brief", "--temperature", "0", "--max-tokens", "50")
+    assert (code, out) == (0, device.household.reply + "\n")
+    request = device.household.requests[0]
+    prompt = device.household.tokenizer.decode(list(request.prompt), skip_special_tokens=False)
+    assert prompt == "<s><|system|>be brief<|end|>\n<|user|>hi<|end|>\n<|assistant|>"
+    assert (request.max_tokens, request.sampling.temperature) == (50, 0.0)
+
+
+def test_chat_as_json(peerllm: Run, device: Served) -> None:
+    answer = json.loads(peerllm("chat", "hi", "--json")[1])
+    assert answer["choices"][0]["message"]["content"] == device.household.reply
+
+
+def test_chat_that_breaks_off_fails(peerllm: Run, device: Served) -> None:
+    device.household.error_midway = EngineError("the engine on jetson died")
+    assert peerllm("chat", "hi") == (1, "Hell\n", "peerllm: the engine on jetson died\n")
+    device.household.error_midway, device.household.error_at_once = None, OverloadedError("the queue is full")
+    assert peerllm("chat", "hi") == (1, "\n", "peerllm: the queue is full\n")
+
+
+def test_chat_without_a_model_says_what_to_do(peerllm: Run, device: Served) -> None:
+    device.household.served = []
+    code, _, err = peerllm("chat", "hi")
+    assert (code, "peerllm run builtin" in err) == (1, True)
+
+
+def test_answers_cannot_steer_the_terminal(peerllm: Run, device: Served) -> None:
+    device.household.reply = "a\x1b[2Jb\r\x07c\n\td"
+    assert peerllm("chat", "hi")[1] == "a[2Jbc\n\td\n"
+
+
+def test_a_conversation_remembers(peerllm: Run, device: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(["hi", "", "again"])
+
+    def answer(_: str = "") -> str:
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    device.household.reply = "yes"
+    code, out, _ = peerllm("chat")
+    assert (code, out.split()) == (0, ["yes", "yes"])
+    last = device.household.tokenizer.decode(list(device.household.requests[-1].prompt), skip_special_tokens=False)
+    assert last == "<s><|user|>hi<|end|>\n<|assistant|>yes<|end|>\n<|user|>again<|end|>\n<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["invite"],
+        ["join", "x"],
+        ["leave"],
+        ["run", "builtin"],
+        ["stop", "builtin"],
+        ["status"],
+        ["devices", "--json"],
+        ["chat", "hi"],
+    ],
+)
+def test_without_a_device_every_command_says_how_to_start_one(
+    args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = tmp_path / "nobody"
+    wanted = f"peerllm: no device is running on {nowhere}; start it with: peerllm up --data {nowhere}\n"
+    assert main([args[0], "--data", str(nowhere), *args[1:]]) == 1
+    assert capsys.readouterr() == ("", wanted)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    nowhere.mkdir()
+    (nowhere / "token").write_text("x" * 43)
+    write_daemon_file(nowhere, f"http://127.0.0.1:{port}")  # of a device that was killed
+    assert main([args[0], "--data", str(nowhere), *args[1:]]) == 1
+    assert capsys.readouterr() == ("", wanted)
+
+
+def test_another_program_on_the_port_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "token").write_text("x" * 43)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        write_daemon_file(tmp_path, f"http://127.0.0.1:{other.getsockname()[1]}")
+        assert main(["status", "--data", str(tmp_path)]) == 1
+        thread.join(10)
+    assert "something else listens" in capsys.readouterr().err

@@ -1,0 +1,175 @@
+"""What can be typed, and what comes of typing it wrong."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peerllm.cli.main import main
+from peerllm.cli.parser import address, build_parser, default_data_dir, port, size
+from peerllm.cli.up import settings_of
+from peerllm.errors import BadInputError
+
+COMMANDS = ("up", "demo", "invite", "join", "leave", "run", "stop", "status", "devices", "chat")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4GB", 4_000_000_000),
+        ("512MB", 512_000_000),
+        ("1.5GiB", 3 * 2**29),
+        ("1000", 1000),
+        ("7 kb", 7000),
+        ("2gib", 2**31),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 XB", "0", "0.1", "1e9", "4GB4", "nan", "inf", "4,5GB", "٣GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="no size"):
+        size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a:1", ("a", 1)),
+        ("[::1]:65535", ("::1", 65535)),
+        ("1.2.3.4:80", ("1.2.3.4", 80)),
+    ],
+)
+def test_addresses(text: str, expected: tuple[str, int]) -> None:
+    assert address(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a", "a:", ":1", "a:0", "a:65536", "::1:80", "a:-1", "a:1x", "[]:1", ""])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        address(text)
+
+
+@pytest.mark.parametrize("text", ["-1", "65534", "x", "", "1.0"])
+def test_what_is_no_port(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        port(text)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["fly"],
+        ["up", "--fly"],
+        ["up", "--memory", "much"],
+        ["up", "--port", "70000"],
+        ["up", "--threads", "0"],
+        ["up", "--api", "x"],
+        ["up", "--peer", "x:0"],
+        ["join"],
+        ["run"],
+        ["run", "m", "--objective", "fun"],
+        ["run", "m", "--slots", "-1"],
+        ["run", "m", "--quantize", "int2"],
+        ["demo", "--devices", "0"],
+        ["demo", "--devices", "9"],
+        ["demo", "--data", "x"],
+        ["status", "extra"],
+        ["chat", "--temperature", "hot"],
+        ["chat", "--temperature", "nan"],
+        ["chat", "--max-tokens", "0"],
+        ["status", "--jso"],
+        ["bench"],
+        ["plan", "x"],
+    ],
+)
+def test_wrong_usage_is_2_with_a_usage_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: peerllm")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert ("--data" in capsys.readouterr().out) == (command != "demo")
+
+
+def test_every_option_of_up(tmp_path: Path) -> None:
+    settings = settings_of(
+        build_parser().parse_args(
+            [
+                "up",
+                "--name",
+                "kitchen",
+                "--data",
+                str(tmp_path),
+                "--port",
+                "0",
+                "--api",
+                "[::1]:0",
+                "--memory",
+                "4GB",
+                "--threads",
+                "2",
+                "--peer",
+                "a:1",
+                "--peer",
+                "[fe80::1]:2",
+                "--in-process",
+                "--no-mdns",
+                "--loopback",
+            ]
+        )
+    )
+    assert (settings.name, settings.data_dir, settings.port) == ("kitchen", tmp_path, 0)
+    assert (settings.api_host, settings.api_port, settings.memory_bytes, settings.threads) == ("::1", 0, 4 * 10**9, 2)
+    assert settings.peers == (("a", 1), ("fe80::1", 2))
+    assert settings.in_process
+    assert not settings.mdns
+    assert settings.hosts == ("127.0.0.1", "::1")
+
+
+def test_up_needs_no_option() -> None:
+    settings = settings_of(build_parser().parse_args(["up"]))
+    assert settings.name
+    assert (settings.port, settings.api_host, settings.api_port, settings.memory_bytes) == (
+        8643,
+        "127.0.0.1",
+        8642,
+        None,
+    )
+
+
+@pytest.mark.parametrize("name", ["x" * 64, "a\nb", "\x1b[31m"])
+def test_names_that_cannot_be_shown(name: str) -> None:
+    with pytest.raises(BadInputError, match="--name"):
+        settings_of(build_parser().parse_args(["up", "--name", name]))
+
+
+def test_the_data_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert default_data_dir() == tmp_path / "peerllm"
+    monkeypatch.setenv("XDG_DATA_HOME", "relative/is/ignored")
+    assert default_data_dir() == Path.home() / ".local" / "share" / "peerllm"
+
+
+def test_commands_start_without_what_they_do_not_need() -> None:
+    code = (
+        "import sys, peerllm.cli.main as m, peerllm.cli.look, peerllm.cli.chat, peerllm.cli.pairing\n"
+        "m.build_parser()\n"
+        "print([one for one in ('torch', 'transformers', 'aiohttp', 'tokenizers', 'numpy') if one in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,196 @@
+"""The page in a real browser, over a scripted household."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from peerllm.api.server import ApiServer
+from peerllm.api.token import load_or_create_token
+from peerllm.errors import EngineError
+from tests.api.fake import FakeHousehold, make_model_dir
+from tests.web.browser import ENTER, Browser, available, browser
+
+pytestmark = [pytest.mark.lab, pytest.mark.skipif(not available(), reason="no chromium with chromedriver")]
+EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
+ANSWERED = "return !document.querySelector('.writing') && document.querySelectorAll('.stats').length == {}"
+
+
+@pytest.fixture
+async def household(tmp_path: Path) -> FakeHousehold:
+    one = FakeHousehold(make_model_dir(tmp_path / "model"))
+    for device in one.devices:
+        device["state"] = "online"
+    return one
+
+
+@pytest.fixture
+async def server(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[ApiServer]:
+    one = ApiServer(household, "127.0.0.1", 0, tmp_path / "data")
+    await one.start()
+    yield one
+    await one.close()
+
+
+@pytest.fixture
+async def page(server: ApiServer) -> AsyncIterator[Browser]:
+    """Open, with the household drawn; at the end the console must hold no complaint, of the content policy least of all."""
+    async with browser() as one:
+        await one.open(server.url)
+        await one.until("return document.querySelectorAll('#devices li').length == 3", "three devices")
+        yield one
+        complaints = [line for line in await one.complaints() if "Failed to load resource" not in line]
+        assert complaints == []
+
+
+async def test_a_question_is_typed_and_the_answer_streams_in(page: Browser, household: FakeHousehold) -> None:
+    household.gate = asyncio.Event()
+    await page.type("#prompt", "hi" + ENTER)
+    await page.until("return document.querySelector('.message.user')?.innerText == 'hi'", "the question")
+    await page.until("return !document.querySelector('#stop').hidden", "the stop button")
+    household.gate.set()
+    await page.until(ANSWERED.format(1), "the answer")
+    assert await page.text(".message.assistant .text") == household.reply
+    assert "tokens/s" in await page.text(".stats")
+    await page.type("#prompt", "again" + ENTER)
+    await page.until(ANSWERED.format(2), "the second answer")
+    prompt = household.tokenizer.decode(list(household.requests[-1].prompt), skip_special_tokens=False)
+    assert prompt.count(household.reply) == 1, "the conversation is sent along"
+    await page.click("#new")
+    await page.until(
+        "return !document.querySelector('.message') && !document.querySelector('#welcome').hidden", "a new start"
+    )
+
+
+async def test_stop_cancels_the_sequence(page: Browser, household: FakeHousehold) -> None:
+    household.endless = True
+    await page.type("#prompt", "hi" + ENTER)
+    await page.until("return document.querySelector('.text')?.innerText.length > 20", "some of the answer")
+    await page.click("#stop")
+    await asyncio.wait_for(household.closed.wait(), 15)
+    await page.until(ANSWERED.format(1), "the end")
+    assert "stopped" in await page.text(".stats")
+
+
+async def test_the_examples_ask(page: Browser, household: FakeHousehold) -> None:
+    assert await page.run("return document.querySelectorAll('.examples button').length") == 4
+    assert "often wrong" in await page.text("#welcome")
+    await page.click(".examples button")
+    await page.until(ANSWERED.format(1), "the answer")
+
+
+async def test_devices_and_layers_are_shown(page: Browser) -> None:
+    assert await page.run("return [...document.querySelectorAll('.layers div')].map((one) => one.innerText)") == [
+        "0–4",
+        "5–9",
+        "10–13",
+    ]
+    names = await page.run("return [...document.querySelectorAll('#devices .name')].map((one) => one.innerText)")
+    assert names == ["laptop", "mini-pc", "jetson"]
+    assert "12 MB used of 20 MB lent" in await page.text("#devices")
+
+
+async def test_what_a_model_or_a_device_says_stays_text(page: Browser, household: FakeHousehold) -> None:
+    household.reply = EVIL
+    household.devices[1]["name"] = EVIL
+    household.deployments[0]["plan"]["stages"][1]["device"] = EVIL
+    household.deployments[0].update(model=EVIL, reason=EVIL, coordinator=EVIL)
+    household.served = [household.model, replace(household.model, name=EVIL, state="waiting", reason=EVIL)]
+    household.touch()
+    await page.until("return document.querySelector('#deployments').innerText.includes('<img')", "the names")
+    await page.type("#prompt", EVIL + ENTER)
+    await page.until(ANSWERED.format(1), "the answer")
+    assert await page.text(".message.assistant .text") == EVIL
+    assert await page.text(".message.user") == EVIL
+    assert await page.run("return window.hit ?? 0") == 0
+    assert await page.run("return document.querySelectorAll('main img, main script').length") == 0
+
+
+async def test_an_error_midway_is_told(page: Browser, household: FakeHousehold) -> None:
+    household.error_midway = EngineError("the engine on jetson died")
+    await page.type("#prompt", "hi" + ENTER)
+    await page.until("return document.querySelector('.message .error')", "the error")
+    assert "the engine on jetson died" in await page.text(".message .error")
+    assert await page.text(".message.assistant .text") == "Hell"
+
+
+async def test_the_queue_and_a_lost_device_are_told(page: Browser, household: FakeHousehold) -> None:
+    household.gate, household.queued = asyncio.Event(), [2]
+    await page.type("#prompt", "hi" + ENTER)
+    await page.until(
+        "return document.querySelector('.waiting')?.innerText.includes('place 2')", "the place in the queue"
+    )
+    household.gate.set()
+    household.devices[2]["state"] = "offline"
+    household.served = [replace(household.model, state="waiting", reason="jetson is gone")]
+    household.deployments[0].update(state="waiting", reason="jetson is gone")
+    household.touch()
+    await page.until("return document.querySelector('#banner').innerText.includes('jetson is gone')", "the banner")
+    await page.until("return document.querySelectorAll('.away').length == 1", "the lost device")
+    assert await page.run("return document.querySelector('#send').disabled")
+
+
+async def test_invite_shows_the_code(page: Browser) -> None:
+    await page.click("#invite")
+    await page.until("return document.querySelector('.code')?.innerText == '4-otter-lamp'", "the code")
+
+
+async def test_the_built_in_model_is_started_from_the_page(
+    page: Browser, household: FakeHousehold, server: ApiServer
+) -> None:
+    model, deployments = household.model, household.deployments
+    household.served, household.deployments = [], []
+    household.touch()
+    await page.until(
+        "return document.querySelector('#welcome button')?.innerText.startsWith('Start')", "the start button"
+    )
+    household.run_gate = asyncio.Event()
+    await page.click("#welcome button")
+    await page.until("return document.querySelector('#progress').innerText.includes('planning over 3')", "the progress")
+    household.served, household.deployments = [model], deployments
+    household.run_gate.set()
+    household.touch()
+    await page.until("return document.querySelector('#progress').hidden", "the end of the progress")
+    await page.until("return document.querySelectorAll('.examples button:enabled').length == 4", "the examples")
+    assert [one.model for one in household.runs] == ["builtin"]
+
+
+async def test_a_run_that_fails_says_why(page: Browser) -> None:
+    await page.click("#load summary")
+    await page.type("#run-model", "huge" + ENTER)
+    await page.until(
+        "return document.querySelector('#progress .error')?.innerText.includes('4.0 GB more')", "the reason"
+    )
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280])
+async def test_nothing_is_wider_than_the_screen(page: Browser, household: FakeHousehold, width: int) -> None:
+    household.reply = "x" * 120
+    household.devices[1]["name"] = "a-device-with-a-very-long-name-that-nobody-would-type-by-hand"
+    household.touch()
+    await page.look(width, 800)
+    await page.type("#prompt", "y" * 60 + ENTER)
+    await page.until(ANSWERED.format(1), "the answer")
+    assert await page.run("return document.documentElement.scrollWidth") <= width
+    if width < 800:
+        await page.click("#toggle")
+        await page.until(
+            "return getComputedStyle(document.querySelector('#household')).visibility == 'visible'", "the panel"
+        )
+        assert await page.run("return document.querySelector('#household').scrollWidth") <= width
+
+
+async def test_beyond_loopback_the_link_with_the_token_signs_in(household: FakeHousehold, tmp_path: Path) -> None:
+    server = ApiServer(household, "0.0.0.0", 0, tmp_path / "open")
+    await server.start()
+    async with browser() as page:
+        await page.open(f"{server.url}/?token={load_or_create_token(tmp_path / 'open')}")
+        await page.until("return document.querySelectorAll('#devices li').length == 3", "three devices")
+        assert "token" not in await page.run("return location.href")
+        await page.type("#prompt", "hi" + ENTER)
+        await page.until(ANSWERED.format(1), "the answer")
+    await server.close()
