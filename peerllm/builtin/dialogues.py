@@ -1,0 +1,94 @@
+"""Whole dialogues of the training split: one to several exchanges of mixed kinds, drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from peerllm.builtin.about import about, meaning, out_of_scope, small_talk
+from peerllm.builtin.digits import digits
+from peerllm.builtin.home import clarified, command, follow_up
+from peerllm.builtin.stories import story
+from peerllm.builtin.sums import sum_question
+from peerllm.builtin.units import unit_question
+
+Exchange = tuple[str, str]  # what the user says, what the model answers
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A conversation: an optional system text and the exchanges in order."""
+
+    system: str | None
+    exchanges: tuple[Exchange, ...]
+
+    def messages(self) -> list[dict[str, str]]:
+        """The dialogue in the shape that chat templates take."""
+        found = [{"role": "system", "content": self.system}] if self.system else []
+        for said, answer in self.exchanges:
+            found += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+        return found
+
+
+# Share of each kind among the exchanges. A story is ten times as long as a command.
+KINDS = {
+    "home": 0.56, "clarified": 0.02, "sum": 0.17, "unit": 0.08, "story": 0.035, "about": 0.055,
+    "talk": 0.02, "meaning": 0.03, "out_of_scope": 0.03,
+}  # fmt: skip
+# From the recipe's later_from_step on: what is learned slowest, numbers, comes oftener.
+LATER_KINDS = {
+    "home": 0.42, "clarified": 0.02, "sum": 0.25, "unit": 0.08, "digits": 0.10, "story": 0.025, "about": 0.045,
+    "talk": 0.015, "meaning": 0.025, "out_of_scope": 0.02,
+}  # fmt: skip
+_SYSTEM_SHARE = 0.12
+_SYSTEMS = (
+    "You are a helpful assistant.", "You are the assistant of a smart home.", "Answer briefly.",
+    "You are a friendly and helpful assistant that runs at home.",
+    "You control the lights and the heating.",
+)  # fmt: skip
+_MORE_SHARE = 0.55  # chance of one more exchange after each
+_LONGEST = 8  # exchanges
+
+
+def dialogue(rng: Random, kinds: dict[str, float] | None = None) -> Dialogue:
+    """A random training dialogue."""
+    kinds = kinds or KINDS
+    exchanges: list[Exchange] = []
+    while not exchanges or (rng.random() < _MORE_SHARE and len(exchanges) < _LONGEST):
+        exchanges += _some(rng, rng.choices(list(kinds), list(kinds.values()))[0])
+    system = rng.choice(_SYSTEMS) if rng.random() < _SYSTEM_SHARE else None
+    return Dialogue(system, tuple(exchanges))
+
+
+def _some(rng: Random, kind: str) -> list[Exchange]:
+    match kind:
+        case "home":
+            asked = command(rng)
+            later = follow_up(rng, asked) if rng.random() < 0.12 else None
+            return [(asked.said, asked.answer), *([later] if later else [])]
+        case "clarified":
+            return clarified(rng)
+        case "sum" | "unit":
+            question = sum_question(rng) if kind == "sum" else unit_question(rng)
+            return [(question.said, question.answer)]
+        case "digits":
+            return [digits(rng)]
+        case "story":
+            return [story(rng)]
+        case "about":
+            return [about(rng)]
+        case "talk":
+            return [small_talk(rng)]
+        case "meaning":
+            return [meaning(rng)]
+        case "out_of_scope":
+            return [out_of_scope(rng)]
+    raise ValueError(f"no such kind of dialogue: {kind}")
+
+
+def dialogues(seed: int, kinds: dict[str, float] | None = None) -> Iterator[Dialogue]:
+    """The endless training stream of a seed and a mix."""
+    rng = Random(seed)  # noqa: S311 - data, not secrets
+    while True:
+        yield dialogue(rng, kinds)

@@ -1,0 +1,72 @@
+"""The held-out commands share no verb, core or carrier with any training command."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+from peerllm.builtin.dialogues import LATER_KINDS, dialogue
+from peerllm.builtin.evaluate import held_out_commands
+from peerllm.builtin.home import command
+from peerllm.builtin.phrasing import CARRIERS, HELD_OUT_CARRIERS, Phrasing
+from peerllm.builtin.skills import SKILLS
+from peerllm.builtin.sums import is_held_out
+
+DRAWS = 5000
+
+
+def verbs(phrasing: Phrasing) -> set[str]:
+    return {*phrasing.clear, *phrasing.deciding}
+
+
+TRAINED_VERBS = {verb for skill in SKILLS for verb in verbs(skill.trained)}
+HELD_OUT_VERBS = {verb for skill in SKILLS for verb in verbs(skill.held_out)}
+
+
+def test_verbs_are_disjoint_over_all_skills() -> None:
+    assert not TRAINED_VERBS & HELD_OUT_VERBS
+
+
+def test_templates_are_disjoint_over_all_skills() -> None:
+    trained = {core for skill in SKILLS for core in skill.trained.cores}
+    held_out = {core for skill in SKILLS for core in skill.held_out.cores}
+    assert not trained & held_out
+    assert not set(CARRIERS) & set(HELD_OUT_CARRIERS)
+
+
+def test_no_training_command_holds_a_held_out_verb() -> None:
+    rng = Random(21)
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, sorted(HELD_OUT_VERBS))) + r")\b", re.IGNORECASE)
+    for _ in range(DRAWS):
+        said = command(rng).said
+        assert not pattern.search(said), said
+
+
+def test_no_command_in_the_training_dialogues_is_held_out() -> None:
+    rng = Random(22)
+    heard = {said.lower().rstrip(".!?") for _ in range(DRAWS) for said, _ in dialogue(rng, LATER_KINDS).exchanges}
+    assert not heard & {asked.said.lower().rstrip(".!?") for asked in held_out_commands(DRAWS)}
+
+
+def test_every_held_out_command_is_held_out_in_all_three_ways() -> None:
+    trained_cores = {core for skill in SKILLS for core in skill.trained.cores}
+    for asked in held_out_commands(500):
+        assert asked.verb in HELD_OUT_VERBS
+        assert not any(carrier.format(c=core) == asked.template for carrier in CARRIERS for core in trained_cores)
+
+
+def test_every_skill_is_in_the_held_out_set() -> None:
+    assert {asked.skill.action for asked in held_out_commands(600)} == {skill.action for skill in SKILLS}
+
+
+def test_held_out_operands_are_never_trained() -> None:
+    rng = Random(23)
+    pattern = re.compile(r"(\d+) ([+-]) (\d+) = -?\d+\.$")
+    found = 0
+    for _ in range(DRAWS):
+        for _, answer in dialogue(rng).exchanges:
+            worked = pattern.search(answer)
+            if worked:
+                found += 1
+                assert not is_held_out(worked[2], int(worked[1]), int(worked[3]))
+    assert found > 100

@@ -1,0 +1,60 @@
+"""The training loop on a toy size: it learns, writes a whole folder, and goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from peerllm.builtin import MODEL_DIR, train
+from peerllm.builtin.packing import HEARD_WEIGHT, Packer
+from peerllm.builtin.recipe import Recipe
+from peerllm.builtin.train import Trainer
+
+
+def toy(steps: int) -> Recipe:
+    return Recipe(
+        steps=steps, step_tokens=1024, warm_up_steps=1, long_row_share=0.25, later_from_step=6,
+        layers=2, hidden=32, intermediate=64, heads=2, key_value_heads=1, head_size=16,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def shipped_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+    monkeypatch.setattr(train, "train_tokenizer", lambda seed: shipped)
+
+
+def test_it_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out, state = tmp_path / "model", tmp_path / "state.pt"
+    first = Trainer(toy(4))
+    first.run(out, state)
+    began = first.curve[0]["loss"]
+    second = Trainer(toy(12))
+    second.run(out, state)
+    assert [at["step"] for at in second.curve] == [4, 12]
+    assert second.curve[-1]["loss"] < began
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for mine, its in zip(second.model.parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-4)  # float16 in the file
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    recipe = Recipe(steps=1000, warm_up_steps=10, decay_share=0.5)
+    assert recipe.rate_share(0) == pytest.approx(0.1)
+    assert recipe.rate_share(400) == 1.0
+    assert recipe.rate_share(750) == pytest.approx(0.5)
+    assert recipe.rate_share(999) == pytest.approx(0.002)
+
+
+def test_rows_are_full_and_begin_with_a_dialogue() -> None:
+    tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+    ids, weights = Packer(tokenizer, 3).rows(6, 256)
+    again, _ = Packer(tokenizer, 3).rows(6, 256)
+    assert ids.shape == weights.shape == (6, 257)
+    assert torch.equal(ids, again)
+    assert set(ids[:, 0].tolist()) == {tokenizer.token_to_id("<|begin|>")}
+    assert sorted(set(weights.flatten().tolist())) == pytest.approx([HEARD_WEIGHT, 1.0])
