@@ -6,8 +6,10 @@ unknown keys and unknown types are refused, and the size is bounded before anyth
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from functools import lru_cache
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import cattrs
 import orjson
@@ -42,9 +44,20 @@ def _converter(union: Any) -> cattrs.Converter:
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, _strict(kind))
     converter.register_structure_hook(float, _number)
-    if get_args(union):
-        configure_tagged_union(union, converter, tag_name="type")
+    for tagged in _unions(union):  # inner ones first: an outer one's hooks are built from theirs
+        configure_tagged_union(tagged, converter, tag_name="type")
     return converter
+
+
+def _unions(kind: Any) -> list[Any]:
+    """Every union of two or more message types that `kind` is or holds, the innermost first."""
+    found: list[Any] = []
+    members = [member for member in get_args(kind) if member is not Ellipsis]
+    for inner in get_type_hints(kind).values() if is_dataclass(kind) else members:
+        found += [union for union in _unions(inner) if union not in found]
+    if get_origin(kind) in (Union, UnionType) and sum(map(is_dataclass, members)) > 1:
+        found.append(kind)
+    return found
 
 
 def encode(message: object, union: Any) -> bytes:

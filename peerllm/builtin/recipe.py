@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,14 +19,14 @@ class Recipe:
     """Everything that decides the result besides the code and the library versions."""
 
     seed: int = 2026
-    steps: int = 1550
+    steps: int = 1360
     step_tokens: int = 4096
     matrix_rate: float = 0.04  # Muon, for the matrices of the layers
     other_rate: float = 0.006  # AdamW, for the embedding and the norms
     weight_decay: float = 0.01
-    warm_up_steps: int = 40
-    decay_share: float = 0.61  # of the steps, at the end, in which the rates fall to nothing
-    long_row_share: float = 0.12  # of the steps, at the end, with rows of LONG_ROW_TOKENS
+    # (step, share of the full rates), straight lines between: warm-up, plateau, a slow fall, a faster one.
+    rates: tuple[tuple[int, float], ...] = ((-1, 0.0), (39, 1.0), (604, 1.0), (1000, 0.582), (1360, 0.0))
+    long_rows_from_step: int = 1260  # rows of LONG_ROW_TOKENS from here on
     later_from_step: int = 600  # the step from which on the dialogues come in the later mix
     layers: int = 12
     hidden: int = 128
@@ -34,15 +35,28 @@ class Recipe:
     key_value_heads: int = 2
     head_size: int = 32
 
+    def scaled(self, steps: int, seed: int) -> Recipe:
+        """The same recipe in another number of steps and from another seed; all its turns are moved alike."""
+        part = steps / self.steps
+        return replace(
+            self,
+            seed=seed,
+            steps=steps,
+            rates=((-1, 0.0), *((max(round(step * part), i), share) for i, (step, share) in enumerate(self.rates[1:]))),
+            long_rows_from_step=round(self.long_rows_from_step * part),
+            later_from_step=round(self.later_from_step * part),
+        )
+
     def row_tokens(self, step: int) -> int:
         """Length of the rows of a step."""
-        return LONG_ROW_TOKENS if step >= self.steps * (1 - self.long_row_share) else ROW_TOKENS
+        return LONG_ROW_TOKENS if step >= self.long_rows_from_step else ROW_TOKENS
 
     def rate_share(self, step: int) -> float:
-        """The share of the full learning rate: a warm-up, a plateau, a straight fall to nothing."""
-        warm = (step + 1) / self.warm_up_steps
-        left = (self.steps - step) / (self.steps * self.decay_share)
-        return min(warm, left, 1.0)
+        """The share of the full learning rate at a step; nothing after the last point of `rates`."""
+        for (before, low), (after, high) in pairwise(self.rates):
+            if before <= step <= after:
+                return low + (high - low) * (step - before) / (after - before)
+        return 0.0
 
 
 def build_model(recipe: Recipe) -> LlamaForCausalLM:

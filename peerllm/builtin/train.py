@@ -124,7 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    trainer = Trainer(Recipe(seed=args.seed, steps=args.steps))
+    trainer = Trainer(Recipe().scaled(args.steps, args.seed))
     trainer.run(args.out, args.state)
     report = evaluate(args.out)
     print_report(report)

@@ -11,8 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from peerllm.api.server import ApiServer
@@ -22,7 +21,6 @@ from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError
 
 MAX_NAME_CHARS = 63  # as of a host's name
-LOCK_FILE = "lock"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _LOOPBACK = ("127.0.0.1", "::1")
 log = logging.getLogger(__name__)
@@ -36,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise BadInputError(f"cannot use --data {settings.data_dir}: {error.strerror}") from error
-    with locked(settings.data_dir), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve(settings, args.api_name, args.exit_with_parent))
 
 
@@ -59,22 +57,6 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:
         return None
     return uvloop.new_event_loop
-
-
-@contextlib.contextmanager
-def locked(data_dir: Path) -> Iterator[None]:
-    """One device per data directory: two with one identity would confuse the household."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (data_dir / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadInputError(f"a device is running on {data_dir} already; choose another --data") from error
-        yield
 
 
 async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool) -> None:

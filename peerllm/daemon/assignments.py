@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 from peerllm.daemon.demand import MAX_SLOTS, Blueprint
@@ -19,6 +19,7 @@ MAX_TENSORS = 65536  # of one assignment
 FILE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 SHA256 = re.compile(r"[0-9a-f]{64}")
+Address = tuple[tuple[str, ...], int]  # hosts, the best first, and the data plane's port
 HERE = ""  # stands for the hash of a tensor that the source itself loads: it never travels
 
 
@@ -35,7 +36,13 @@ def travelling(blueprint: Blueprint, inspected: Inspected, source: DeviceId) -> 
 
 
 def assignments(
-    deployment: DeploymentId, epoch: int, blueprint: Blueprint, inspected: Inspected, hashes: Mapping[str, str]
+    deployment: DeploymentId,
+    epoch: int,
+    blueprint: Blueprint,
+    inspected: Inspected,
+    *,
+    hashes: Mapping[str, str],
+    address: Callable[[DeviceId], Address],
 ) -> dict[DeviceId, Assign]:
     """One Assign per device of the plan; `hashes` by tensor name, for the tensors that travel."""
     stages = blueprint.plan.stages
@@ -47,6 +54,7 @@ def assignments(
             TensorDigest(t.name, t.dtype, t.shape, t.nbytes, HERE if stage.device == source else hashes[t.name])
             for t in tensors_of(inspected, stage.first_layer, stage.last_layer)
         )
+        hosts, port = address(after) if after not in (source, stage.device) else ((), 0)
         work.setdefault(stage.device, []).append(
             StageWork(
                 stage=number,
@@ -56,6 +64,8 @@ def assignments(
                 upstream=stages[number - 1].device if number else None,
                 downstream=after if after != stage.device else None,
                 downstream_stage=number + 1,
+                downstream_hosts=hosts,
+                downstream_port=port,
             )
         )
     return {

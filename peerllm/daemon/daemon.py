@@ -93,7 +93,7 @@ class Daemon:
             self.host,
             self.store,
             own_tensors=self.coordinator.own_tensors,
-            address=self._address,
+            address=self.home.address,
             report=self._report,
             changed=self.poke,
         )
@@ -307,13 +307,6 @@ class Daemon:
     def _roster_changed(self, entries: tuple[RosterEntry, ...]) -> None:
         self.host.tell(Trust(self._trusted(entries)))
         self.poke()
-
-    def _address(self, device: DeviceId) -> tuple[tuple[str, ...], int]:
-        peer = self.network.peers().get(device)
-        if peer is None or not peer.hosts or not peer.data_port:
-            name = peer.name if peer is not None else device[:8]
-            raise UnavailableError(f"{self.settings.name} does not know how to reach {name}")
-        return peer.hosts, peer.data_port
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

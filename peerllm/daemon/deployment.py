@@ -258,7 +258,8 @@ class Deployment:
         self._become("loading", "")
         self._say("loading", f"loading on {', '.join(around.name(device) for device in blueprint.plan.devices)}")
         around.offer(self.id, {hashes[tensor.name]: tensor for tensor in moving})
-        await self._unless_trouble(assign_all(around, assignments(self.id, self.epoch, blueprint, inspected, hashes)))
+        work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address)
+        await self._unless_trouble(assign_all(around, work))
         self._say("loading", "connecting")
         await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from peerllm.daemon import models
+from peerllm.daemon.assignments import Address
 from peerllm.daemon.engine_host import EngineHost
 from peerllm.daemon.ledger import Ledger
 from peerllm.daemon.messages import Answer, DeploymentView, Hello, Question
@@ -63,6 +64,10 @@ class Home:
                 free = hello.lent_bytes - view.promised_bytes
                 found[device] = Candidate(device, hello, free, peer.rtt_ms, peer.mbps)
         return found
+
+    def address(self, device: DeviceId) -> Address:
+        peer = self._parts.network.peers().get(device)
+        return (peer.hosts, peer.data_port) if peer is not None else ((), 0)
 
     async def ask(self, device: DeviceId, question: Question, timeout_s: float) -> Answer:
         if device == self.me:

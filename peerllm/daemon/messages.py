@@ -54,6 +54,22 @@ class Gossip:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where the sender reaches a device of the household."""
+
+    device: DeviceId
+    hosts: tuple[str, ...]
+    control_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Addresses worth trying where mDNS does not pass. Hints only: TLS says who is there."""
+
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DeploymentView:
     """A deployment as its coordinator tells it to everyone, for `status` on any device. No text, no token ids."""
 
@@ -102,6 +118,8 @@ class StageWork:
     upstream: DeviceId | None
     downstream: DeviceId | None
     downstream_stage: int
+    downstream_hosts: tuple[str, ...] = ()  # where the coordinator reaches it, for devices that have not met
+    downstream_port: int = 0  # of its data plane
 
 
 # ---- what an Ask may carry, and what answers it -------------------------------------------------------------------
@@ -191,5 +209,5 @@ class Trouble:
 
 
 Control = (
-    Hello | Heartbeat | Goodbye | Gossip | DeviceView | Ask | Answer | Progress | Trouble
+    Hello | Heartbeat | Goodbye | Gossip | Whereabouts | DeviceView | Ask | Answer | Progress | Trouble
 )

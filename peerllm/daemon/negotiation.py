@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from peerllm import errors
+from peerllm.daemon.assignments import Address
 from peerllm.daemon.messages import Activate, Answer, Assign, DeploymentView, Question, Release, Reserve
 from peerllm.daemon.models import Progress
 from peerllm.daemon.profiles import Candidate
@@ -32,6 +33,10 @@ class Surroundings(Protocol):
 
     def candidates(self) -> dict[DeviceId, Candidate]:
         """The devices that could take part now, this one among them."""
+        ...
+
+    def address(self, device: DeviceId) -> Address:
+        """Where another device's data plane is reached from here."""
         ...
 
     async def ask(self, device: DeviceId, question: Question, timeout_s: float) -> Answer:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, assert_never
 
-from peerllm.daemon.assignments import check
+from peerllm.daemon.assignments import Address, check
 from peerllm.daemon.ledger import Ledger
 from peerllm.daemon.messages import (
     Activate,
@@ -38,7 +38,7 @@ from peerllm.engine.messages import (
     TensorAt,
     Unload,
 )
-from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError
+from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError, UnavailableError
 from peerllm.planner.memory import human_bytes
 from peerllm.types import DeploymentId, DeviceId
 
@@ -46,6 +46,7 @@ LOAD_TIMEOUT_S = 3600.0  # one stage from disk
 CONNECT_TIMEOUT_S = 20.0
 UNLOAD_TIMEOUT_S = 30.0
 QUERY_TIMEOUT_S = 10.0
+MAX_HOSTS = 16  # addresses tried for the next device
 PROGRESS_S = 0.1  # between two Progress of one deployment
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Worker:
         store: Fetcher,
         *,
         own_tensors: Callable[[DeploymentId], Mapping[str, TensorAt]],
-        address: Callable[[DeviceId], tuple[tuple[str, ...], int]],
+        address: Callable[[DeviceId], Address],
         report: Callable[[DeviceId, Progress | Trouble], None],
         changed: Callable[[], None],
     ) -> None:
@@ -255,6 +256,10 @@ class Worker:
         hop = None
         if work.downstream is not None and work.downstream != self._me:
             hosts, port = self._address(work.downstream)
+            hosts = tuple(dict.fromkeys((*hosts, *work.downstream_hosts)))[:MAX_HOSTS]
+            port = port or work.downstream_port
+            if not hosts or not port:
+                raise UnavailableError("it does not know how to reach the next device of the plan")
             hop = Hop(work.downstream, hosts, port, work.downstream_stage)
         return LoadStage(
             request=self._engine.next_request(),

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 class Blocks(nn.ModuleList):
@@ -33,7 +34,9 @@ def replace_blocks(owner: Any, attribute: str, blocks: Blocks, first: int, total
     config.__dict__.update({name: value[first : first + count] for name, value in lists.items()})
     config.__dict__[whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = count
     properties = inspect.getmembers_static(type(whole), lambda member: isinstance(member, property))
-    values: dict[str, Any] = {name: getattr(whole, name, None) for name, _ in properties}
+    values: dict[str, Any] = {
+        name: getattr(whole, name, None) for name, _ in properties if not hasattr(PreTrainedConfig, name)
+    }
     computed = {name: value[first : first + count] for name, value in values.items() if _per_layer(value, total)}
     if computed:  # properties have no place in the copy itself
         object.__setattr__(config, "__class__", type(type(whole).__name__, (type(whole),), computed))

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -29,8 +29,8 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.engine.stages import Stage
-from peerllm.errors import FrameError, PeerLLMError
-from peerllm.transport.frames import Frame
+from peerllm.engine.wire import Parcel
+from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_REASON_CHARACTERS = 300
@@ -56,10 +56,12 @@ class Linked:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrived:
-    """A frame came in from `sender`, checked against the plan; `handled` is called when it waits no longer."""
+    """A checked frame came in for `stage`; `handled` is called when it waits no longer."""
 
-    sender: DeviceId
-    frame: Frame
+    deployment: DeploymentId
+    epoch: int
+    stage: int
+    parcels: Sequence[Parcel]
     handled: Callable[[], None]
 
 
@@ -128,9 +130,11 @@ class Compute:
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Arrived(sender, frame, handled):
+            case Arrived(identity, epoch, stage, parcels, handled):
                 handled()
-                self._arrived(sender, frame)
+                deployment = self._deployments.get(identity)
+                if deployment is not None and deployment.epoch == epoch:  # else unloaded while it waited
+                    deployment.arrived(stage, parcels)
             case Submit(identity, sequence):
                 deployment = self._deployments.get(identity)
                 if deployment is None:
@@ -158,15 +162,6 @@ class Compute:
                 self._tell(Done(request))
             case QueryLoad(request):
                 self._tell(self._load(request))
-
-    def _arrived(self, sender: DeviceId, frame: Frame) -> None:
-        deployment = self._deployments.get(frame.deployment)
-        if deployment is None or deployment.epoch != frame.epoch:
-            return  # unloaded while it waited
-        try:
-            deployment.frame(frame.stage, frame)
-        except FrameError as error:
-            deployment.lost(sender, frame.stage, str(error))
 
     def _loaded(self, spec: LoadStage, shard: Shard) -> None:
         deployment = self._deployments.get(spec.deployment)

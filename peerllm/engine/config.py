@@ -17,6 +17,7 @@ from peerllm.errors import ModelError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
 COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: what "auto" means for this model, whatever its file holds
+MAX_BLOCKS = 1022  # with embedding and head as many layers as a plan has stages at most
 DEFAULT_CONTEXT = 2048  # tokens, where the architecture names no limit
 
 
@@ -46,9 +47,13 @@ def parse_config(text: str) -> Any:
     for key in ("auto_map", "torch_dtype", "dtype", "_attn_implementation", "attn_implementation"):
         values.pop(key, None)
     try:
-        return CONFIG_MAPPING[kind].from_dict(values)
+        config = CONFIG_MAPPING[kind].from_dict(values)
+        count, hidden = text_config(config).num_hidden_layers, text_config(config).hidden_size
     except Exception as error:  # configuration classes check themselves with every kind of exception
         raise ModelError(f"config.json of {kind!r} is not usable: {_line(error)}") from error
+    if not (isinstance(count, int) and 1 <= count <= MAX_BLOCKS and isinstance(hidden, int) and hidden > 0):
+        raise ModelError(f"config.json of {kind!r} is not usable: {count} layers of width {hidden}")
+    return config
 
 
 def _special_float(value: dict[str, Any]) -> Any:
@@ -66,7 +71,11 @@ def text_config(config: Any) -> Any:
 
 
 def compute_dtype(wanted: str, config: Any, tensors: Iterable[TensorAt]) -> str:
-    """The dtype to compute in. "auto" is what config.json's own key says, else what most bytes of the files hold."""
+    """The dtype to compute in. "auto" is what config.json's own key says, else what most bytes of the files hold.
+
+    float16 files stay float16, which keeps memory at half of float32's; processors without half-precision arithmetic
+    are slow at it (`measure` shows how slow), and there float32 or bfloat16 is worth asking for.
+    """
     if wanted == "auto":
         wanted = getattr(config, COMPUTE_DTYPE_KEY, None) or ""
     if not wanted:

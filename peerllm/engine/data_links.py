@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from peerllm.engine.compute import Arrived, Event, Linked, Lost
 from peerllm.engine.inbox import Inbox
 from peerllm.engine.messages import Configure, Connect, Hop, LoadStage, Trusted
-from peerllm.engine.wire import source_limits, stage_limits
+from peerllm.engine.wire import from_frame, source_limits, stage_limits
 from peerllm.errors import AuthenticationError, LinkError, RefusedError
 from peerllm.transport.frames import Frame
 from peerllm.transport.identity import load
@@ -159,9 +159,12 @@ class DataLinks:
             await asyncio.sleep(CONNECT_PAUSE_S)
 
     def _deliver(self, sender: DeviceId, frame: Frame) -> Awaitable[None] | None:
+        parcels = from_frame(frame)
         size = FRAME_COSTS_BYTES + sum(tensor.data.nbytes for tensor in frame.tensors)
         room = self._backlog.add(size)
-        self._inbox.put(Arrived(sender, frame, lambda: self._backlog.remove(size)))
+        self._inbox.put(
+            Arrived(frame.deployment, frame.epoch, frame.stage, parcels, lambda: self._backlog.remove(size))
+        )
         return None if room else self._backlog.room()
 
     def _lost(self, deployment: DeploymentId, device: DeviceId, reason: str) -> None:

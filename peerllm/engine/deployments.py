@@ -5,7 +5,7 @@ Compute thread only. What leaves the device goes to an `Outlet`, what the daemon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,7 +21,6 @@ from peerllm.engine.wire import (
     Opened,
     Parcel,
     Released,
-    from_frame,
     split,
     to_frame,
 )
@@ -109,7 +108,8 @@ class Deployment:
     def _at_source(self, parcel: Parcel) -> None:
         source = self._source
         if source is None:
-            raise FrameError("tokens for a source, and this device is none")
+            self.breaks("the plan ends on this device, which is not its source")
+            return
         match parcel:
             case Drawn(pieces, drawn):
                 for piece, token in zip(pieces, drawn, strict=True):
@@ -141,9 +141,9 @@ class Deployment:
 
     # ---- between stages ---------------------------------------------------------------------------------------------
 
-    def frame(self, stage: int, frame: Frame) -> None:
-        """A checked frame of this epoch came in for `stage`."""
-        for parcel in from_frame(frame):
+    def arrived(self, stage: int, parcels: Sequence[Parcel]) -> None:
+        """A frame of this epoch brought these for `stage`."""
+        for parcel in parcels:
             self._arrive(stage, parcel)
 
     def _arrive(self, index: int, parcel: Parcel) -> None:
@@ -152,7 +152,8 @@ class Deployment:
             return
         stage = self.stages.get(index)
         if stage is None:
-            raise FrameError(f"a frame for stage {index}, which is not on this device")
+            self.breaks(f"stage {index} is not loaded on this device")
+            return
         match parcel:
             case Opened(sequence, slot, _):
                 try:

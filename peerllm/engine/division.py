@@ -108,7 +108,7 @@ def divide(config: Any, dtype: torch.dtype) -> Division:
         names = inspect.signature(type(block).forward).parameters
         if extra := sorted(set(names) - BLOCK_ARGUMENTS):
             raise ModelError(f"architecture {kind!r} passes more than hidden states between its layers ({extra[0]})")
-    before, after = _sides(model, owner, attribute, len(blocks))
+    before, after = _sides(model, owner, attribute, prefix)
     aliases = {id(tensor): name for name, tensor in reversed(list(model.named_parameters(remove_duplicate=False)))}
     tied = {
         name: aliases[id(tensor)]
@@ -133,15 +133,14 @@ def _find_blocks(model: Any, count: int) -> tuple[Any, str, str]:
     return best[1:]
 
 
-def _sides(model: Any, owner: Any, attribute: str, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _sides(model: Any, owner: Any, attribute: str, prefix: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the modules that run before the blocks, and after: those with tensors of their own, and leaves."""
     seen: tuple[dict[str, None], dict[str, None]] = ({}, {})
-    blocks, empty = getattr(owner, attribute), Blocks()
+    empty = Blocks()
     outside = [
         (name, module)
         for name, module in model.named_modules()
-        if not name.startswith(_path(model, blocks))
-        and ([*module.parameters(recurse=False)] or not [*module.children()])
+        if not name.startswith(prefix) and ([*module.parameters(recurse=False)] or not [*module.children()])
     ]
 
     def watch(name: str) -> Any:
@@ -150,7 +149,7 @@ def _sides(model: Any, owner: Any, attribute: str, count: int) -> tuple[tuple[st
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in outside]
     try:
         with stand_in(owner, attribute, empty):
-            run_without_data(model, ProbeCache(count))
+            run_without_data(model, ProbeCache(len(getattr(owner, attribute))))
     except Exception as error:  # whatever a foreign forward raises means the same here
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"architecture {model.config.model_type!r} cannot be divided: {reason}") from error
@@ -160,8 +159,3 @@ def _sides(model: Any, owner: Any, attribute: str, count: int) -> tuple[tuple[st
     if not empty.begun or not seen[1]:
         raise ModelError(f"architecture {model.config.model_type!r} cannot be divided: its layers were not found")
     return tuple(seen[0]), tuple(seen[1])
-
-
-def _path(model: nn.Module, wanted: nn.Module) -> str:
-    names: list[str] = [name for name, module in model.named_modules() if module is wanted]
-    return names[0] + "."

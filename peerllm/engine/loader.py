@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import Recipe
 from peerllm.errors import ModelError
 
-PIECE_BYTES = 4 << 20  # read at once when the file's dtype is not the one computed in
+PIECE_BYTES = 1 << 20  # read at once when the file's dtype is not the one computed in
 FILE_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -67,7 +68,9 @@ def read_into(source: TensorAt, out: torch.Tensor, count: Callable[[int], None])
             flat = out.view(-1) if out.is_contiguous() else None
             whole = torch.empty(out.shape, dtype=out.dtype).view(-1) if flat is None else flat
             step = max(PIECE_BYTES // dtype.itemsize, 1)
-            piece = torch.empty(min(step, out.numel()), dtype=dtype)
+            # Its own mapping: taken from the allocator it would leave holes between the tensors that stay.
+            scratch = mmap.mmap(-1, max(min(step, out.numel()), 1) * dtype.itemsize)
+            piece = torch.frombuffer(scratch, dtype=dtype)
             for start in range(0, out.numel(), step):
                 part = piece[: out.numel() - start]
                 _fill(file, part.view(torch.uint8), source, count)

@@ -60,10 +60,20 @@ def best_s(work: Callable[[], object], budget_s: float = BUDGET_S) -> float:
 
 
 def runtime_bytes() -> int:
-    """Resident size of this process with all libraries that a shard needs, before any is loaded."""
-    import transformers.modeling_utils
-    import transformers.models.auto.modeling_auto  # noqa: F401
+    """Resident size of this process with all that a shard needs, before any is loaded."""
+    # The first model built brings in libraries and tables that every later one shares.
+    from peerllm.engine.config import parse_config
+    from peerllm.engine.division import divide
+    from peerllm.engine.names import recipes
+    from peerllm.engine.probing import probe
 
+    tiny = (
+        '{"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, '
+        '"num_attention_heads": 1, "vocab_size": 8}'
+    )
+    division = divide(parse_config(tiny), torch.float32)
+    probe(division, range(1))
+    recipes(division, ())
     return int(psutil.Process().memory_info().rss)
 
 

@@ -98,9 +98,7 @@ class Sequences:
             running.in_flight.append(length)
             self._under_way += length
             last = running.fed == len(running.prompt)
-            feeds.append(
-                Feed(sequence, running.slot, position, running.prompt[position : running.fed], sample=last)
-            )
+            feeds.append(Feed(sequence, running.slot, position, running.prompt[position : running.fed], sample=last))
             if not last:
                 self._prompts.append(sequence)
         return feeds

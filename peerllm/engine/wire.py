@@ -129,9 +129,7 @@ def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
         context=spec.context,
         max_tokens=max(spec.chunk, spec.micro_batch),
         tensors={
-            "hidden": TensorLimit(
-                known, 2, hidden_size, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)
-            ),
+            "hidden": TensorLimit(known, 2, hidden_size, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)),
             "sampling": TensorLimit(("F64",), 2, 7, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
             "seed": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
             "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),

@@ -55,6 +55,7 @@ class FakeHousehold:
         self.served = [self.model]
         self.reply = "Hello, wörld 🏡!"
         self.endless = False
+        self.pace_s = 0.0  # between two tokens of an endless answer
         self.queued: list[int] = []
         self.error_at_once: Exception | None = None
         self.error_midway: Exception | None = None
@@ -114,7 +115,7 @@ class FakeHousehold:
             while self.endless:
                 self.produced += 1
                 yield Chunk((ids[self.produced % len(ids)],))
-                await asyncio.sleep(0)
+                await asyncio.sleep(self.pace_s)
             for index, one in enumerate(ids):
                 self.produced += 1
                 if index == request.max_tokens:

@@ -17,7 +17,7 @@ from peerllm.builtin.train import Trainer
 
 def toy(steps: int) -> Recipe:
     return Recipe(
-        steps=steps, step_tokens=1024, warm_up_steps=1, long_row_share=0.25, later_from_step=6,
+        steps=steps, step_tokens=1024, rates=((-1, 0.0), (0, 1.0), (12, 1.0)), long_rows_from_step=9, later_from_step=6,
         layers=2, hidden=32, intermediate=64, heads=2, key_value_heads=1, head_size=16,
     )  # fmt: skip
 
@@ -43,11 +43,9 @@ def test_it_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
-    recipe = Recipe(steps=1000, warm_up_steps=10, decay_share=0.5)
-    assert recipe.rate_share(0) == pytest.approx(0.1)
-    assert recipe.rate_share(400) == 1.0
-    assert recipe.rate_share(750) == pytest.approx(0.5)
-    assert recipe.rate_share(999) == pytest.approx(0.002)
+    recipe = Recipe(steps=100, rates=((-1, 0.0), (9, 1.0), (50, 1.0), (100, 0.0)))
+    assert [recipe.rate_share(step) for step in (0, 9, 30, 75, 99)] == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.02])
+    assert recipe.rate_share(101) == 0.0
 
 
 def test_rows_are_full_and_begin_with_a_dialogue() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -36,6 +37,7 @@ from peerllm.types import Sampling
 WAIT_S = 60.0  # two cores are shared by all
 
 GREEDY = Sampling()
+_sequences = itertools.count(1)  # of all deployments, so that an engine's events can be told apart
 
 
 class Device:
@@ -51,9 +53,8 @@ class Device:
         self.lost: list[str] = []
         self.ready: list[Configured] = []
         self.changed = asyncio.Condition()
-        self.host = EngineHost(
-            self.configure, self._event, self._lost, self._ready, in_process=in_process, threads=1
-        )
+        self._waking: set[asyncio.Future[None]] = set()
+        self.host = EngineHost(self.configure, self._event, self._lost, self._ready, in_process=in_process, threads=1)
 
     @property
     def trust(self) -> Trusted:
@@ -110,7 +111,8 @@ class Device:
             async with self.changed:
                 self.changed.notify_all()
 
-        asyncio.ensure_future(wake())
+        self._waking.add(task := asyncio.ensure_future(wake()))
+        task.add_done_callback(self._waking.discard)
 
 
 @asynccontextmanager
@@ -136,7 +138,6 @@ class Deployed:
     inspected: Inspected
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     epoch: int = 1
-    _sequence: int = 0
 
     @property
     def source(self) -> Device:
@@ -145,11 +146,9 @@ class Deployed:
     def submit(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY, stop_ids: Sequence[int] = ()
     ) -> int:
-        self._sequence += 1
-        self.source.host.tell(
-            Submit(self.id, self._sequence, tuple(prompt), max_tokens, tuple(stop_ids), sampling)
-        )
-        return self._sequence
+        sequence = next(_sequences)
+        self.source.host.tell(Submit(self.id, sequence, tuple(prompt), max_tokens, tuple(stop_ids), sampling))
+        return sequence
 
     async def finished(self, sequence: int, timeout_s: float = WAIT_S) -> tuple[list[int], Tokens]:
         await self.source.until(lambda: self.source.tokens(sequence)[1] is not None, timeout_s)
@@ -185,7 +184,7 @@ class Deployed:
     async def until_free(self) -> None:
         """Until no stage holds a slot: RELEASE follows the last token, it does not wait for anybody."""
         async with asyncio.timeout(WAIT_S):
-            while any((await self.slots_used()).values()):
+            while any((await self.slots_used()).values()):  # noqa: ASYNC110 (engines tell no such event)
                 await asyncio.sleep(0.01)
 
 

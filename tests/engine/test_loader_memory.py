@@ -18,18 +18,18 @@ LIMIT = 1.15
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Directories of one model of about 40 million numbers, in each dtype; and one with experts."""
+    """Directories of one model of about 80 million numbers, in each dtype; and one with experts."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet()
     root = tmp_path_factory.mktemp("models")
     common = dict(
-        hidden_size=512, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=4, max_position_embeddings=64,
+        hidden_size=1024, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=4, max_position_embeddings=64,
         eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    tied = AutoConfig.for_model("llama", vocab_size=40000, intermediate_size=4096, tie_word_embeddings=True, **common)
+    tied = AutoConfig.for_model("llama", vocab_size=30000, intermediate_size=2816, tie_word_embeddings=True, **common)
     experts = {**EXPERTS, "num_experts": 8, "num_local_experts": 8}
-    sparse = AutoConfig.for_model("mixtral", vocab_size=1000, intermediate_size=1024, **common, **experts)
+    sparse = AutoConfig.for_model("mixtral", vocab_size=1000, intermediate_size=256, **common, **experts)
     for name, config in (("tied", tied), ("experts", sparse)):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for held, dtype in DTYPES.items():
@@ -74,7 +74,7 @@ def test_head_and_embedding_share_one_matrix(models: Path):
     inspection = inspect_model(models / "tied-BF16")
     layers = inspection.profile.layers
     assert layers[-1].tied_to == 0
-    assert layers[0].memory_bytes == 40000 * 512 * 2
+    assert layers[0].memory_bytes == 30000 * 1024 * 2
     source, back = (load_shard(stage(inspection, number, number)) for number in (0, 5))
     embedding = source._model.get_input_embeddings().weight
     assert back._model.get_output_embeddings().weight.data_ptr() == embedding.data_ptr()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.engine.messages import Connect, Submit, Tokens, Unload
-from peerllm.engine.wire import Released, to_frame
+from peerllm.engine.messages import Connect, Submit, Tokens, Trust, Trusted, Unload
+from peerllm.engine.wire import Opened, Released, to_frame
 from peerllm.errors import LinkError, RefusedError
 from peerllm.transport.frames import Frame, FrameKind, FrameSegment, NamedTensor
 from peerllm.transport.identity import load_or_create
@@ -227,11 +227,7 @@ async def test_bad_frames_end_the_link_and_nothing_else(model: Path, tmp_path: P
         plane = DataPlane(liar, ("127.0.0.1",), 0)
         await plane.start()
         stack.push_async_callback(plane.close)
-        from peerllm.engine.messages import Trusted
-
         await plane.set_trusted([victim.identity.certificate_pem])
-        from peerllm.engine.messages import Trust
-
         victim.host.tell(Trust((victim.trust, Trusted(liar.device, liar.certificate_pem))))
         inspected = await inspect(victim, model)
         healthy = await deploy([victim], model, ((0, 0, 5),), context=4096)
@@ -242,20 +238,23 @@ async def test_bad_frames_end_the_link_and_nothing_else(model: Path, tmp_path: P
         await victim.host.ask(type(specs[1][1])(**values), WAIT_S)
 
         async def link() -> Link:
-            return await plane.connect(
-                liar.device and victim.id, victim.identity.certificate_pem, victim.hosts, victim.port, deployed.id, 1, 1
-            )
+            pem = victim.identity.certificate_pem
+            return await plane.connect(victim.id, pem, victim.hosts, victim.port, deployed.id, 1, 1)
 
         def opened(sequence: int, slot: int) -> Frame:
-            from peerllm.engine.wire import Opened
-
             return to_frame(Opened(sequence, slot, GREEDY), deployed.id, 1, 1)
 
         nan = opened(1, 0)
         nan = Frame(
-            nan.kind, nan.deployment, 1, 1, nan.segments, (
-                NamedTensor.of("sampling", "F64", (1, 7), b"\xff" * 56), nan.tensors[1],
-            )
+            nan.kind,
+            nan.deployment,
+            1,
+            1,
+            nan.segments,
+            (
+                NamedTensor.of("sampling", "F64", (1, 7), b"\xff" * 56),
+                nan.tensors[1],
+            ),
         )
         cases: list[list[Frame]] = [
             [activation(deployed, FrameSegment(1, 99, 0, 2))],  # no such slot

@@ -32,9 +32,7 @@ LIMITS = FrameLimits(
     max_tokens=16,
     flags=3,
     tensors={
-        "hidden": TensorLimit(
-            ("F32", "BF16"), 2, HIDDEN, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)
-        ),
+        "hidden": TensorLimit(("F32", "BF16"), 2, HIDDEN, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)),
         "mask": TensorLimit(("BOOL",), 2, 5, per_segment=True),
         "extra": TensorLimit(("U8", "I64"), 1, max_elements=24),
         "scale": TensorLimit(("F64",), 0),
@@ -64,9 +62,7 @@ def frames(draw: st.DrawFn) -> Frame:
         tensors.append(_tensor(draw, "extra", dtype, (draw(st.integers(1, 24)),)))
     if draw(st.booleans()):
         tensors.append(_tensor(draw, "scale", "F64", ()))
-    return Frame(
-        kind, DEPLOYMENT, LIMITS.epoch, LIMITS.stage, tuple(segments), tuple(draw(st.permutations(tensors)))
-    )
+    return Frame(kind, DEPLOYMENT, LIMITS.epoch, LIMITS.stage, tuple(segments), tuple(draw(st.permutations(tensors))))
 
 
 def _tensor(draw: st.DrawFn, name: str, dtype: str, shape: tuple[int, ...]) -> NamedTensor:

@@ -47,7 +47,14 @@ def test_what_is_encoded_comes_back(frame: Frame) -> None:
 
 
 def test_bytes_are_those_of_the_specification() -> None:
-    frame = Frame(FrameKind.OPEN, DEPLOYMENT, 7, 2, (FrameSegment(1, 2, 3, 4, 1),), (NamedTensor.of("scale", "F64", (), bytes(8)),))
+    frame = Frame(
+        FrameKind.OPEN,
+        DEPLOYMENT,
+        7,
+        2,
+        (FrameSegment(1, 2, 3, 4, 1),),
+        (NamedTensor.of("scale", "F64", (), bytes(8)),),
+    )
     assert encode(frame).hex() == (
         "504c4652" "01" "04" "0200" "07000000" + DEPLOYMENT + "0100" "0100" "50000000" "00000000"
         "0100000000000000" "02000000" "03000000" "04000000" "01000000"
@@ -99,7 +106,11 @@ def test_the_largest_frame_is_exactly_the_limit() -> None:
         ({"kinds": (FrameKind.TOKEN,)}, Rule.KIND, "frame of a kind not allowed here: 1"),
         ({"flags": 2}, Rule.FLAGS, "frame has flags that are not known: 0x1"),
         ({"tensors": {}}, Rule.TENSORS, "frame of more tensors than the plan's: 1, at most 0"),
-        ({"tensors": {"other": TensorLimit(("F32",), 0)}}, Rule.NAME, "frame holds a tensor the plan does not have: 'hidden'"),
+        (
+            {"tensors": {"other": TensorLimit(("F32",), 0)}},
+            Rule.NAME,
+            "frame holds a tensor the plan does not have: 'hidden'",
+        ),
     ],
 )
 def test_a_refusal_says_what_is_wrong(change: dict[str, object], rule: Rule, line: str) -> None:

@@ -83,7 +83,9 @@ async def nodes(alice: Identity, bob: Identity, carol: Identity) -> AsyncIterato
 
 
 def expect(node: Node, sender: Node, limits: FrameLimits = LIMITS) -> None:
-    node.plane.expect(Ingress(sender.identity.device, limits), lambda device, frame: node.frames.put_nowait((device, frame)))
+    node.plane.expect(
+        Ingress(sender.identity.device, limits), lambda device, frame: node.frames.put_nowait((device, frame))
+    )
 
 
 async def connect(sender: Node, receiver: Node, stage: int = 1, hosts: tuple[str, ...] = ("127.0.0.1",)) -> Link:
@@ -158,7 +160,9 @@ async def test_only_the_planned_sender_is_let_in(nodes: list[Node]) -> None:
     await connect(one, two)
 
 
-async def test_what_is_not_expected_is_404_before_the_upgrade(nodes: list[Node], session: aiohttp.ClientSession) -> None:
+async def test_what_is_not_expected_is_404_before_the_upgrade(
+    nodes: list[Node], session: aiohttp.ClientSession
+) -> None:
     one, two, _ = nodes
     expect(two, one)
     who = two.identity
@@ -217,7 +221,9 @@ async def test_text_and_garbage_end_the_link(nodes: list[Node], session: aiohttp
         (lambda websocket: websocket.send_bytes(encode(activation())[:-8]), "not as long as its tensors"),
     ]
     for send, reason in sends:
-        websocket = await dial(session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path)
+        websocket = await dial(
+            session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path
+        )
         await send(websocket)  # type: ignore[misc]
         assert reason in (await two.next_lost())[1]
         message = await websocket.receive(timeout=WAIT_S)
@@ -238,7 +244,9 @@ async def test_what_deliver_raises_ends_the_link(nodes: list[Node]) -> None:
     assert await two.next_lost() == (one.identity.device, "no room for another frame")
 
 
-async def test_a_stage_with_too_much_to_do_holds_its_sender_back(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stage_with_too_much_to_do_holds_its_sender_back(
+    nodes: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, two, _ = nodes
     monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
     monkeypatch.setattr(pulse_module, "SILENCE_S", 0.3)

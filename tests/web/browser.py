@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import re
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,8 @@ class Browser:
         )
 
     async def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(await self.call("GET", "/screenshot")))
+        image = base64.b64decode(await self.call("GET", "/screenshot"))
+        await asyncio.to_thread(path.write_bytes, image)
 
     async def complaints(self) -> list[str]:
         """What the browser's console said that is an error (policy violations too)."""
@@ -99,7 +102,9 @@ class Browser:
 @contextlib.asynccontextmanager
 async def browser() -> AsyncIterator[Browser]:
     """A fresh Chromium, ended with the block."""
-    driver = await asyncio.create_subprocess_exec("chromedriver", "--port=0", stdout=asyncio.subprocess.PIPE)
+    driver = await asyncio.create_subprocess_exec(
+        "chromedriver", "--port=0", stdout=asyncio.subprocess.PIPE, start_new_session=True
+    )
     try:
         assert driver.stdout is not None
         port = ""
@@ -129,7 +134,9 @@ async def browser() -> AsyncIterator[Browser]:
             try:
                 yield one
             finally:
-                await one.call("DELETE", "")
+                with contextlib.suppress(TimeoutError, AssertionError):
+                    await asyncio.wait_for(one.call("DELETE", ""), WAIT_S)
     finally:
-        driver.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(driver.pid, signal.SIGKILL)  # the browser is of the driver's process group
         await driver.wait()

@@ -38,7 +38,7 @@ async def server(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[ApiS
 
 @pytest.fixture
 async def page(server: ApiServer) -> AsyncIterator[Browser]:
-    """Open, with the household drawn; at the end the console must hold no complaint, of the content policy least of all."""
+    """Open, with the household drawn; at the end the console must hold no complaint (content policy included)."""
     async with browser() as one:
         await one.open(server.url)
         await one.until("return document.querySelectorAll('#devices li').length == 3", "three devices")
@@ -67,7 +67,7 @@ async def test_a_question_is_typed_and_the_answer_streams_in(page: Browser, hous
 
 
 async def test_stop_cancels_the_sequence(page: Browser, household: FakeHousehold) -> None:
-    household.endless = True
+    household.endless, household.pace_s = True, 0.005
     await page.type("#prompt", "hi" + ENTER)
     await page.until("return document.querySelector('.text')?.innerText.length > 20", "some of the answer")
     await page.click("#stop")

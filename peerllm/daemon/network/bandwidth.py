@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeviceId
@@ -42,6 +42,12 @@ class Bandwidth:
         """A link to the device stands: measure it unless that was done lately."""
         if self._stale(device) and not self._due.full():
             self._due.put_nowait(device)
+
+    def keep_only(self, devices: Collection[DeviceId]) -> None:
+        """Forget every other device."""
+        for table in (self.mbps, self._at):
+            for device in [device for device in table if device not in devices]:
+                del table[device]
 
     async def close(self) -> None:
         if self._task is not None:

@@ -12,27 +12,26 @@ from aiohttp import web
 
 from peerllm.daemon import membership as m
 from peerllm.daemon.advert import SHORT_ID_DIGITS, Advert, printable_name
-from peerllm.daemon.discovery import Discovery, Gone, Seen
-from peerllm.daemon.messages import Answer, Ask, Control, DeviceView, Gossip, Hello, Question
+from peerllm.daemon.messages import Answer, Ask, Control, DeviceView, Gossip, Hello, Question, Whereabouts
 from peerllm.daemon.network.asks import Asks, Handler
 from peerllm.daemon.network.bandwidth import Bandwidth
+from peerllm.daemon.network.book import Book, whereabouts
 from peerllm.daemon.network.bulk import Bulk, add_probe
-from peerllm.daemon.network.knocking import Knocking
+from peerllm.daemon.network.doorway import Doorway
+from peerllm.daemon.network.horizon import Horizon
 from peerllm.daemon.network.links import Links
 from peerllm.daemon.network.peer import Peer, Sighting
+from peerllm.daemon.network.signals import Signals, call
 from peerllm.daemon.network.store import Known, Store
-from peerllm.daemon.settings import CONTROL_PORT, Settings
+from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError
 from peerllm.transport.identity import Identity
-from peerllm.transport.pairing import PairingDoor, door_name, normalise
-from peerllm.transport.pairing import join as knock
-from peerllm.transport.roster import RosterEntry
+from peerllm.transport.pairing import normalise
+from peerllm.transport.roster import Roster, RosterEntry
 from peerllm.transport.tls import TlsServer
 from peerllm.types import DeviceId
 
-PAIRING_OFFSET = 2  # the door's port, counted from the control port
 FLUSH_S = 0.5  # how long a last word to a device may take
-JOIN_TIMEOUT_S = 30.0
 MAX_CONTROL_BODY_BYTES = 1 << 10  # nothing is posted to the control port
 
 Route = Callable[[web.Request], Any]
@@ -56,31 +55,30 @@ class Network:
         self.identity = identity
         self._settings = settings
         self._hello = hello
-        self._interfaces = interfaces
         self._app = web.Application(client_max_size=MAX_CONTROL_BODY_BYTES)
         self._server = TlsServer(self._app, identity, settings.hosts, settings.port)
         self._links = Links(identity, settings.peers, self)
         self._asks = Asks(lambda device, message: self._links.channel(device).send(message))
         self._bulk = Bulk(identity)
         self._store = Store(settings.data_dir)
-        self._bandwidth = Bandwidth(self._measure, self._online, idle, self._news)
+        self._signals = Signals()
+        self._bandwidth = Bandwidth(self._measure, self._online, idle, self._signals.changed)
         self._roster = self._store.roster(identity, printable_name(settings.name))
-        self._known: dict[DeviceId, Known] = {known.device: known for known in self._store.known()}
-        self._hellos: dict[DeviceId, Hello] = {}
-        self._views: dict[DeviceId, DeviceView] = {}
+        self._book = Book(self._store.known())
         self._view: DeviceView | None = None
-        self._seen: dict[str, Seen] = {}
-        self._knocking = Knocking(self.sightings)
-        self._discovery: Discovery | None = None
-        self._door: PairingDoor | None = None
+        self._horizon = Horizon(settings.mdns, interfaces, self._advert, self._links.feed, self._horizon_changed)
+        self._signals.change.append(self._horizon.advertise)
+        self._doorway = Doorway(
+            settings,
+            identity,
+            lambda: self._roster,
+            self.sightings,
+            lambda: self._spawn(self._apply_roster(), "paired"),
+            self._horizon.advertise,
+        )
         self._applying = asyncio.Lock()
         self._trusting: frozenset[DeviceId] = frozenset()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._listeners: list[Callable[[DeviceId, Control], None]] = []
-        self._on_change: list[Callable[[], None]] = []
-        self._on_vanish: list[Callable[[DeviceId, str], None]] = []
-        self._on_roster: list[Callable[[tuple[RosterEntry, ...]], None]] = []
-        self._news_due = False
         self._closed = False
         self._app.router.add_get("/control/{number}", self._links.accept)
         add_probe(self._app)
@@ -98,20 +96,16 @@ class Network:
         await self._bulk.start()
         self._bandwidth.start()
         await self._apply_roster()
-        if self._settings.mdns:
-            self._discovery = Discovery(self._advert(), self._sighted, self._interfaces)
-            await self._discovery.start()
+        await self._horizon.start()
 
     async def close(self) -> None:
         """Say goodbye and close everything; can be called twice."""
         if self._closed:
             return
         self._closed = True
-        if self._door is not None:
-            await self._door.close()
+        await self._doorway.close()
         await self._links.close("going down")
-        if self._discovery is not None:
-            await self._discovery.close()
+        await self._horizon.close()
         await self._asks.close()
         await self._bandwidth.close()
         for task in self._tasks:
@@ -129,20 +123,20 @@ class Network:
     @property
     def problem(self) -> str:
         """What keeps this device from finding others: why mDNS does not work, or a `--peer` that cannot be used."""
-        mdns = [self._discovery.problem] if self._discovery is not None and self._discovery.problem else []
+        mdns = [self._horizon.problem] if self._horizon.problem else []
         peers = [f"--peer {host}:{port}: {why}" for (host, port), why in self._links.problems.items()]
         return "; ".join(mdns + peers)
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """This device's own addresses, as far as they are known."""
-        return self._discovery.addresses if self._discovery is not None else ()
+        return self._horizon.addresses
 
     # ---- who there is ----
 
     def peers(self) -> Mapping[DeviceId, Peer]:
         """Every other device of the household, here or away."""
-        return {device: self._peer(device, entry) for device, entry in self._others().items()}
+        return {device: self._peer(entry) for device, entry in self._others().items()}
 
     def roster(self) -> tuple[RosterEntry, ...]:
         """The household's live members, this device among them."""
@@ -150,12 +144,7 @@ class Network:
 
     def sightings(self) -> tuple[Sighting, ...]:
         """Devices heard of by mDNS that are not of the household."""
-        members = {device[:SHORT_ID_DIGITS] for device in self._roster.members()}
-        return tuple(
-            Sighting(a.short_id, a.name, seen.addresses, a.port, a.protocol, a.memory_bytes, a.door, a.pairing_port)
-            for short_id, seen in self._seen.items()
-            if short_id not in members and (a := seen.advert)
-        )
+        return self._horizon.strangers({device[:SHORT_ID_DIGITS] for device in self._roster.members()})
 
     def _others(self) -> dict[DeviceId, RosterEntry]:
         return {device: e for device, e in self._roster.members().items() if device != self.identity.device}
@@ -163,27 +152,16 @@ class Network:
     def _online(self) -> Iterable[DeviceId]:
         return [device for device, one in self._links.membership.members.items() if one.state == "online"]
 
-    def _peer(self, device: DeviceId, entry: RosterEntry) -> Peer:
-        member = self._links.membership.members.get(device)
-        hello, known, channel = self._hellos.get(device), self._known.get(device), self._links.find(device)
-        return Peer(
-            device=device,
-            name=hello.name if hello else entry.name,
-            state=member.state if member else "offline",
-            hello=hello,
-            view=self._views.get(device),
-            hosts=member.hosts if member else (),
-            control_port=member.port if member else 0,
-            data_port=hello.data_port if hello else known.data_port if known else 0,
-            rtt_ms=channel.rtt_ms if channel else None,
-            mbps=self._bandwidth.mbps.get(device),
-            problem=member.reason if member else "",
+    def _peer(self, entry: RosterEntry) -> Peer:
+        member, channel = self._links.membership.members.get(entry.device), self._links.find(entry.device)
+        return self._book.peer(
+            entry, member, channel.rtt_ms if channel else None, self._bandwidth.mbps.get(entry.device)
         )
 
     # ---- talking ----
 
     async def ask(self, device: DeviceId, question: Question, timeout_s: float) -> Answer:
-        """The device's answer. Raises the error it names (with its `free_bytes`), LinkError if it is away or vanishes."""
+        """The answer. Raises the error it names (with its `free_bytes`), LinkError if the device is or goes away."""
         return await self._asks.ask(device, question, timeout_s)
 
     def answer_with(self, handler: Handler) -> None:
@@ -207,23 +185,23 @@ class Network:
     def set_hello_changed(self) -> None:
         """What this device says of itself has changed: say it again, to the household and by mDNS."""
         self.broadcast(self.hello())
-        self._advertise()
+        self._horizon.advertise()
 
     def listen(self, callback: Callable[[DeviceId, Control], None]) -> None:
         """Hear what other devices tell."""
-        self._listeners.append(callback)
+        self._signals.message.append(callback)
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Called after peers, their views or the roster changed; several changes at once count as one."""
-        self._on_change.append(callback)
+        self._signals.change.append(callback)
 
     def on_vanish(self, callback: Callable[[DeviceId, str], None]) -> None:
         """Called when a device that was online is not any more, with the reason."""
-        self._on_vanish.append(callback)
+        self._signals.vanish.append(callback)
 
     def on_roster(self, callback: Callable[[tuple[RosterEntry, ...]], None]) -> None:
         """Called at start and after each change of the household with its live members, this device among them."""
-        self._on_roster.append(callback)
+        self._signals.roster.append(callback)
 
     async def get(self, device: DeviceId, path: str, offset: int, length: int) -> AsyncIterator[bytes]:
         """Exactly `length` bytes of a path on the device from `offset` on. LinkError if it breaks, NotFoundError."""
@@ -244,30 +222,7 @@ class Network:
 
     async def open_door(self) -> tuple[str, int]:
         """Open the pairing door; returns the code and the port. BadInputError if the port is in use."""
-        if self._door is not None:
-            await self._door.close()
-        wanted = self._settings.pairing_port
-        # Where ports are free to choose, the door still keeps its distance: the newcomer finds the control port by it.
-        for port in (wanted,) if wanted else (self.port + PAIRING_OFFSET, 0):
-            door = PairingDoor(
-                self.identity,
-                lambda: self._roster,
-                printable_name(self._settings.name),
-                self._settings.hosts,
-                port,
-                lambda paired: self._spawn(self._apply_roster(), f"paired-{paired.device[:8]}"),
-                lambda reason: self._advertise(),
-            )
-            try:
-                code = await door.open()
-            except BadInputError:
-                if wanted or not port:
-                    raise
-                continue
-            self._door = door
-            break
-        self._advertise()
-        return code, door.port
+        return await self._doorway.open(self.port)
 
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         """Join the household whose door the code opens; returns the inviter's name. PairingError says why not."""
@@ -275,26 +230,12 @@ class Network:
         if others := self._others():
             name = next(iter(others.values())).name
             raise PairingError(f"this device is in a household with {name} already; run `peerllm leave` first")
-        places: list[tuple[tuple[str, int], int]] = [(at, 0)] if at is not None else []
-        if at is None:
-            mdns = "mDNS is off" if self._discovery is None else self._discovery.problem
-            places = [(place, s.port) for s, place in await self._knocking.doors(door_name(code), mdns)]
-        failure: PairingError | None = None
-        for place, control_port in places:
-            try:
-                name = printable_name(self._settings.name)
-                joined = await knock(
-                    self.identity, name, code, *place, counter=self._roster.counter, timeout_s=JOIN_TIMEOUT_S
-                )
-            except PairingError as error:
-                failure = failure or error
-                continue
-            self._roster.merge(joined.entries)
-            port = control_port or (place[1] - PAIRING_OFFSET if place[1] > PAIRING_OFFSET else CONTROL_PORT)
-            self._known[joined.device] = Known(joined.device, joined.name, (place[0],), port, 0)
-            await self._apply_roster()
-            return joined.name
-        raise failure or PairingError("no door was found")
+        joined = await self._doorway.join(code, at, self._horizon.blind)
+        inviter = joined.result.device
+        self._roster.merge(joined.result.entries)
+        self._book.known[inviter] = Known(inviter, joined.result.name, (joined.host,), joined.control_port, 0)
+        await self._apply_roster()
+        return joined.result.name
 
     async def leave(self) -> None:
         """Leave the household; the others are told. BadInputError if this device is in none."""
@@ -328,7 +269,7 @@ class Network:
 
     async def _start_anew(self) -> None:
         async with self._applying:
-            self._roster = type(self._roster).create(self.identity, printable_name(self._settings.name))
+            self._roster = Roster.create(self.identity, printable_name(self._settings.name))
         await self._apply_roster()
 
     async def _apply_roster(self) -> None:
@@ -336,26 +277,25 @@ class Network:
         async with self._applying:
             others = self._others()
             changed, self._trusting = self._trusting != others.keys(), frozenset(others)
-            for table in (self._known, self._hellos, self._views, self._bandwidth.mbps):
-                for device in [device for device in table if device not in others]:
-                    del table[device]
-            await self._server.set_trusted(entry.certificate_pem for entry in others.values())
+            self._book.keep_only(others)
+            self._bandwidth.keep_only(others)
             self._links.feed(m.Members(frozenset(others)))
+            await self._server.set_trusted(entry.certificate_pem for entry in others.values())
             self._recall(others)
             self.broadcast(Gossip(self._roster.export()))
             if changed or not others:
-                self._call(self._on_roster, self.roster())
-            self._news()
+                call(self._signals.roster, self.roster())
+            self._signals.changed()
         await self._save()
 
     def _recall(self, devices: Iterable[DeviceId]) -> None:
         """Tell membership where devices were last and where they are seen now."""
         for device in devices:
             prefix = device[:SHORT_ID_DIGITS]
-            if (known := self._known.get(device)) is not None:
+            if (known := self._book.known.get(device)) is not None:
                 self._links.feed(m.Sighted(prefix, known.hosts, known.control_port))
-            if (seen := self._seen.get(prefix)) is not None:
-                self._links.feed(m.Sighted(prefix, seen.addresses, seen.advert.port))
+            if (sighted := self._horizon.sighted(prefix)) is not None:
+                self._links.feed(sighted)
 
     def _gossip(self, device: DeviceId, gossip: Gossip) -> None:
         before = self._roster.export()
@@ -373,13 +313,8 @@ class Network:
             self._spawn(self._apply_roster(), "apply-roster")
 
     async def _save(self) -> None:
-        for device, member in self._links.membership.members.items():
-            if member.hosts and (entry := self._roster.members().get(device)) is not None:
-                hello, known = self._hellos.get(device), self._known.get(device)
-                data_port = hello.data_port if hello else known.data_port if known else 0
-                self._known[device] = Known(device, entry.name, member.hosts, member.port, data_port)
         await self._store.save_roster(self._roster)
-        await self._store.save_known(tuple(self._known[device] for device in sorted(self._known)))
+        await self._store.save_known(self._book.where(self._links.membership.members, self._roster.members()))
 
     # ---- what the links and mDNS report ----
 
@@ -391,52 +326,54 @@ class Network:
         return {device: entry.certificate_pem for device, entry in self._others().items()}
 
     def on_hello(self, device: DeviceId, hello: Hello, host: str) -> None:
-        self._hellos[device] = hello
+        self._book.hellos[device] = hello
 
     def on_up(self, device: DeviceId) -> None:
         self.tell(device, Gossip(self._roster.export()))
         if self._view is not None:
             self.tell(device, self._view)
+        members = self._links.membership.members
+        others = [members[other] for other in self._online() if other != device]
+        self.tell(device, whereabouts(others))
+        for other in others:
+            self.tell(other.device, whereabouts([members[device]]))
         self._bandwidth.connected(device)
         self._spawn(self._save(), "save-peers")
 
     def on_state(self, change: m.Changed) -> None:
         if change.before == "online":
             log.info("%s is %s: %s", change.device[:8], change.state, change.reason)
-            self._views.pop(change.device, None)
+            self._book.views.pop(change.device, None)
             self._asks.vanished(change.device, change.reason)
-            self._call(self._on_vanish, change.device, change.reason)
-        self._news()
+            call(self._signals.vanish, change.device, change.reason)
+        self._signals.changed()
 
     def on_message(self, device: DeviceId, message: Control) -> None:
         match message:
             case Gossip():
                 self._gossip(device, message)
+            case Whereabouts():
+                for hint in self._book.hinted(message, self._others()):
+                    self._links.feed(hint)
             case Ask():
                 self._asks.asked(device, message)
             case Answer():
                 self._asks.answered(device, message)
             case Hello():
-                self._hellos[device] = message
-                self._news()
+                self._book.hellos[device] = message
+                self._signals.changed()
             case _:
                 if isinstance(message, DeviceView):
-                    self._views[device] = message
-                    self._news()
-                self._call(self._listeners, device, message)
+                    self._book.views[device] = message
+                    self._signals.changed()
+                call(self._signals.message, device, message)
 
-    def _sighted(self, event: Seen | Gone) -> None:
-        if isinstance(event, Gone):
-            self._seen.pop(event.short_id, None)
-        else:
-            self._seen[event.advert.short_id] = event
-            self._links.feed(m.Sighted(event.advert.short_id, event.addresses, event.advert.port))
-        self._knocking.news()
-        self._news()
+    def _horizon_changed(self) -> None:
+        self._doorway.knocking.news()
+        self._signals.changed()
 
     def _advert(self) -> Advert:
-        hello, door = self.hello(), self._door
-        open_door = door is not None and door.is_open
+        hello = self.hello()
         return Advert(
             short_id=self.identity.device[:SHORT_ID_DIGITS],
             name=printable_name(hello.name),
@@ -446,15 +383,11 @@ class Network:
             gbytes_per_s=max(hello.gbytes_per_s.values(), default=0.0),
             gflops=max(hello.gflops.values(), default=0.0),
             mbps=max(self._bandwidth.mbps.values(), default=0.0),
-            door=door.door if door is not None and open_door else "",
-            pairing_port=door.port if door is not None and open_door else 0,
+            door=self._doorway.name,
+            pairing_port=self._doorway.port,
         )
 
-    def _advertise(self) -> None:
-        if self._discovery is not None and not self._closed:
-            self._discovery.update(self._advert())
-
-    # ---- callbacks ----
+    # ---- tasks ----
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=f"network-{name}")
@@ -465,21 +398,3 @@ class Network:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s failed", task.get_name(), exc_info=error)
-
-    def _news(self) -> None:
-        if not self._news_due and not self._closed:
-            self._news_due = True
-            asyncio.get_running_loop().call_soon(self._tell_news)
-
-    def _tell_news(self) -> None:
-        self._news_due = False
-        self._advertise()
-        self._call(self._on_change)
-
-    @staticmethod
-    def _call(callbacks: Sequence[Callable[..., None]], *arguments: object) -> None:
-        for callback in callbacks:
-            try:
-                callback(*arguments)
-            except Exception:
-                log.exception("a callback failed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 
 BLOCK_BYTES = 4 << 20
+PROGRESS_S = 0.1  # between two tellings
 MAX_FILES = 4096  # checkpoint files remembered; the longest known are forgotten first
 
 Key = tuple[str, int, int]  # path, offset, nbytes
@@ -43,7 +45,7 @@ class Digests:
     def _work(self, wanted: list[Key], progress: Callable[[int, int], None], halt: threading.Event) -> dict[Key, str]:
         with self._lock:
             known, found = self._read(), {}
-            total, done, fresh = sum(nbytes for _, _, nbytes in wanted), 0, False
+            total, done, fresh, told = sum(nbytes for _, _, nbytes in wanted), 0, False, 0.0
             for path, offset, nbytes in wanted:
                 version = _version(path)
                 entry = known.get(path)
@@ -58,7 +60,9 @@ class Digests:
                     fresh = True
                 found[path, offset, nbytes] = str(tensors[place])
                 done += nbytes
-                progress(done, total)
+                if done == total or time.monotonic() - told >= PROGRESS_S:
+                    told = time.monotonic()
+                    progress(done, total)
             if fresh:
                 self._write(known)
             return found

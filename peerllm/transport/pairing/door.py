@@ -97,7 +97,7 @@ class PairingDoor:
     async def open(self, window_s: float | None = None) -> str:
         """Listen, and return the code to tell the other device's owner. BadInputError if the port is in use."""
         await self.close()
-        sockets = await listen(self._hosts, self._wanted_port, option="--pairing-port")
+        sockets = await listen(self._hosts, self._wanted_port)
         self._port = int(sockets[0].getsockname()[1])
         context = door_context(self._identity)
         self._code, self._tries_left, self.closed_reason = make_code(), TRIES, ""

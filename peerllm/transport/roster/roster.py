@@ -1,8 +1,9 @@
 """The household as one device sees it: what was said of each device, and who therefore belongs. Sans-I/O.
 
-Three statements stand per device, each the highest of its kind: "one of us" (by another device), "left" (by itself) and
-"removed" (by another). A device is a member while the first is higher than both others. Statements count only from
-members, with these refinements, which make every order of gossip end alike and let no removed device back in:
+Of each device stand: one introduction per introducer ("one of us"), one departure ("left", by itself), one removal (by
+another), each the highest of its kind. A device is a member while an introduction is higher than departure and removal.
+Statements count only from members, refined so that every order of gossip ends alike and no removed device
+comes back:
 
 - A removal voids all introductions by the removed device, whenever they were signed (it could have backdated them),
   unless the remover, or a member it vouches for, introduces the same device too: `remove` re-signs all it knows.
@@ -12,7 +13,7 @@ members, with these refinements, which make every order of gossip end alike and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from peerllm import codec
@@ -23,7 +24,8 @@ from peerllm.types import DeviceId
 
 MAX_MEMBERS = 64
 MAX_TOMBSTONES = 256  # devices that are gone; the longest gone are forgotten first
-MAX_ENTRIES = 3 * (MAX_MEMBERS + MAX_TOMBSTONES)  # three statements per device
+MAX_INTRODUCERS = 16  # of one device; more than a household's inviting devices
+MAX_ENTRIES = MAX_MEMBERS * MAX_INTRODUCERS + 3 * MAX_TOMBSTONES
 MAX_REFUSALS = 16  # lines kept of why entries were not taken
 FILE_VERSION = 1
 
@@ -52,7 +54,7 @@ class Roster:
 
     def __init__(self, device: DeviceId) -> None:
         self.device = device
-        self._added: dict[DeviceId, RosterEntry] = {}
+        self._added: dict[DeviceId, dict[DeviceId, RosterEntry]] = {}  # device: introducer: introduction
         self._left: dict[DeviceId, RosterEntry] = {}
         self._removed: dict[DeviceId, RosterEntry] = {}
 
@@ -60,7 +62,7 @@ class Roster:
     def create(cls, identity: Identity, name: str) -> Roster:
         """A household of one."""
         roster = cls(identity.device)
-        roster._added[identity.device] = sign_entry(identity, identity.certificate_pem, name, 1)
+        roster._put(sign_entry(identity, identity.certificate_pem, name, 1))
         return roster
 
     @classmethod
@@ -76,30 +78,30 @@ class Roster:
             raise BadInputError(f"the household's list is of version {file.version}; this peerllm reads {FILE_VERSION}")
         roster = cls(file.device)
         for entry in file.entries:
-            roster._register(entry)[entry.device] = entry
+            roster._put(entry)
         return roster
 
     def save(self) -> bytes:
         """All of it, as JSON."""
-        return codec.encode(RosterFile(FILE_VERSION, self.device, self.export()), RosterFile)
+        return codec.encode(RosterFile(FILE_VERSION, self.device, _sorted(self._entries())), RosterFile)
 
     def export(self) -> tuple[RosterEntry, ...]:
-        """Every statement that stands, for gossip; the same set gives the same tuple."""
-        entries = (*self._added.values(), *self._left.values(), *self._removed.values())
-        return tuple(sorted(entries, key=lambda entry: (entry.device, entry.removed, entry.rank)))
+        """Every statement that stands and means something to others, for gossip; the same set gives the same tuple."""
+        return _sorted(entry for entry in self._entries() if entry.removed or entry.introducer != entry.device)
 
     def members(self) -> dict[DeviceId, RosterEntry]:
-        """The devices that belong now, this one included."""
-        return {device: entry for device, entry in self._added.items() if self._alive(device)}
+        """The devices that belong now, this one included; none once this one has left or was removed."""
+        if not self._alive(self.device):
+            return {}
+        return {device: self._top(device) for device in self._added if self._alive(device)}
 
     def is_member(self, device: DeviceId) -> bool:
-        return self._alive(device)
+        return self._alive(self.device) and self._alive(device)
 
     @property
     def counter(self) -> int:
         """The highest counter seen."""
-        registers = (self._added, self._left, self._removed)
-        return max((entry.counter for register in registers for entry in register.values()), default=0)
+        return max((entry.counter for entry in self._entries()), default=0)
 
     def introduce(self, identity: Identity, certificate_pem: str, name: str, above: int = 0) -> RosterEntry:
         """An entry for a newcomer, signed but not yet merged; `above` is the highest counter the newcomer knows of."""
@@ -123,19 +125,21 @@ class Roster:
             raise NotFoundError(f"no device {device[:8]} belongs to this household")
         counter = self.counter + 1
         tombstone = sign_entry(identity, known.certificate_pem, known.name, counter, removed=True)
+        # At its old counter: vouching must not outdo a removal that this device has not heard of.
         vouched = [
-            sign_entry(identity, entry.certificate_pem, entry.name, counter + 1)
+            _resign(identity, entry)
             for entry in self.members().values()
-            if device != self.device and entry.device not in (device, self.device) and entry.introducer != self.device
+            if device != self.device and entry.device not in (device, self.device)
         ]
         self.merge((tombstone, *vouched))
         return tombstone
 
     def vouch(self, identity: Identity) -> tuple[RosterEntry, ...]:
         """`export()` less this device itself, signed by it: for a newcomer, who knows nobody else yet."""
+        tombstones = [entry for register in (self._left, self._removed) for entry in register.values()]
         return tuple(
             entry if entry.removed and entry.introducer in (self.device, entry.device) else _resign(identity, entry)
-            for entry in self.export()
+            for entry in (*map(self._top, self._added), *tombstones)
             if entry.device != self.device
         )
 
@@ -173,24 +177,23 @@ class Roster:
 
     def _take(self, entry: RosterEntry) -> bool:
         """Let a statement stand; False if a higher one already does, AuthenticationError if it does not count."""
-        register = self._register(entry)
-        standing = register.get(entry.device)
+        standing = self._standing(entry)
         if standing is not None and standing.rank >= entry.rank:
             return False
         check_entry(entry)
         self._check_authority(entry)
-        check_signature(entry, self._added[entry.introducer].certificate_pem)
+        check_signature(entry, self._top(entry.introducer).certificate_pem)
         joins = not entry.removed and not self._alive(entry.device) and entry.counter > self._gone_at(entry.device)
         if joins and len(self.members()) >= MAX_MEMBERS:
             raise AuthenticationError(f"the household is full ({MAX_MEMBERS} devices); {entry.device[:8]} is left out")
-        register[entry.device] = entry
-        if register is self._removed:
+        self._put(entry)
+        if entry.removed and entry.introducer != entry.device:
             self._void(entry)
         return True
 
     def _check_authority(self, entry: RosterEntry) -> None:
         signer = entry.introducer
-        if signer not in self._added:
+        if not self._added.get(signer):
             raise AuthenticationError(f"{signer[:8]} is not known here and says something of {entry.device[:8]}")
         if signer == entry.device and not entry.removed and signer != self.device:
             raise AuthenticationError(f"{signer[:8]} introduces itself")
@@ -203,7 +206,9 @@ class Roster:
             if entry.counter > ended:
                 raise AuthenticationError(f"{signer[:8]} was already gone when it removed {entry.device[:8]}")
             return
-        if removed is not None and (not self._member_since(signer, removed) or entry.counter <= removed.counter):
+        if signer == self.device:
+            return  # what this device said itself it goes on believing: removed or not, it must be able to come back
+        if removed is not None and not self._member_since(signer, removed):
             raise AuthenticationError(f"{signer[:8]} was removed; whom it introduced does not count")
         if not alive and left is not None and entry.counter > left.counter:
             raise AuthenticationError(f"{signer[:8]} had left when it introduced {entry.device[:8]}")
@@ -214,46 +219,77 @@ class Roster:
             for device, said in list(self._removed.items()):
                 if said.introducer == tombstone.device and said.counter > tombstone.counter:
                     del self._removed[device]
-        held = {self.device, tombstone.introducer}
-        queue = list(held)
-        followers: dict[DeviceId, list[RosterEntry]] = {}
-        for entry in self._added.values():
-            followers.setdefault(entry.introducer, []).append(entry)
-        while queue:
-            for entry in followers.get(queue.pop(), ()):
-                if entry.device not in held and self._holds(entry):
-                    held.add(entry.device)
-                    queue.append(entry.device)
-        dropped = {device for device in self.members() if device not in held}
+        remover = tombstone.introducer  # stands on its own feet, also where the removed device had brought it in
+        others = [introductions for device, introductions in self._added.items() if device != remover]
+        for introductions in others:
+            for introducer in [one for one, entry in introductions.items() if not self._holds(entry)]:
+                del introductions[introducer]
+        held = self._reachable({self.device, remover})
+        dropped = {device for device in self._added if device not in held and device not in self._removed}
         for device in dropped:
             del self._added[device]
+        for introductions in others:
+            for device in dropped & introductions.keys():
+                del introductions[device]
         for device in [device for device, said in self._removed.items() if said.introducer in dropped]:
             del self._removed[device]
+
+    def _reachable(self, roots: set[DeviceId]) -> set[DeviceId]:
+        """Whom the roots introduced, and those in turn, and so on."""
+        introduced: dict[DeviceId, list[DeviceId]] = {}
+        for device, introductions in self._added.items():
+            for introducer in introductions:
+                introduced.setdefault(introducer, []).append(device)
+        held, queue = set(roots), list(roots)
+        while queue:
+            for device in introduced.get(queue.pop(), ()):
+                if device not in held:
+                    held.add(device)
+                    queue.append(device)
+        return held
 
     def _holds(self, entry: RosterEntry) -> bool:
         """Whether an introduction outlives the removals of its introducer."""
         removed = self._removed.get(entry.introducer)
-        return removed is None or (self._member_since(entry.introducer, removed) and entry.counter > removed.counter)
+        return removed is None or entry.introducer == self.device or self._member_since(entry.introducer, removed)
 
     # ---- small questions -----------------------------------------------------------------------------------------
 
-    def _register(self, entry: RosterEntry) -> dict[DeviceId, RosterEntry]:
+    def _entries(self) -> Iterator[RosterEntry]:
+        for introductions in self._added.values():
+            yield from introductions.values()
+        yield from self._left.values()
+        yield from self._removed.values()
+
+    def _standing(self, entry: RosterEntry) -> RosterEntry | None:
+        """What stands where `entry` would."""
         if not entry.removed:
-            return self._added
-        return self._left if entry.introducer == entry.device else self._removed
+            return self._added.get(entry.device, {}).get(entry.introducer)
+        return (self._left if entry.introducer == entry.device else self._removed).get(entry.device)
+
+    def _put(self, entry: RosterEntry) -> None:
+        if entry.removed:
+            (self._left if entry.introducer == entry.device else self._removed)[entry.device] = entry
+            return
+        introductions = self._added.setdefault(entry.device, {})
+        introductions[entry.introducer] = entry
+        if len(introductions) > MAX_INTRODUCERS:
+            others = [one for one in introductions.values() if one.introducer != self.device]
+            del introductions[min(others, key=lambda one: one.rank).introducer]
+
+    def _top(self, device: DeviceId) -> RosterEntry:
+        return max(self._added[device].values(), key=lambda entry: entry.rank)
 
     def _gone_at(self, device: DeviceId) -> int:
         tombstones = (self._left.get(device), self._removed.get(device))
         return max((entry.counter for entry in tombstones if entry is not None), default=0)
 
     def _alive(self, device: DeviceId) -> bool:
-        entry = self._added.get(device)
-        return entry is not None and entry.counter > self._gone_at(device)
+        return bool(self._added.get(device)) and self._top(device).counter > self._gone_at(device)
 
     def _member_since(self, device: DeviceId, removed: RosterEntry) -> bool:
         """Whether the device came back after that removal."""
-        entry = self._added.get(device)
-        return entry is not None and entry.counter > removed.counter
+        return bool(self._added.get(device)) and self._top(device).counter > removed.counter
 
     def _check_member(self, identity: Identity) -> None:
         if identity.device != self.device:
@@ -267,8 +303,13 @@ class Roster:
         gone = {device for register in (self._left, self._removed) for device in register if not self._alive(device)}
         excess = max(len(gone) - MAX_TOMBSTONES, 0)
         for device in sorted(gone - {self.device}, key=lambda device: (self._gone_at(device), device))[:excess]:
-            for register in (self._added, self._left, self._removed):
-                register.pop(device, None)
+            self._added.pop(device, None)
+            self._left.pop(device, None)
+            self._removed.pop(device, None)
+
+
+def _sorted(entries: Iterable[RosterEntry]) -> tuple[RosterEntry, ...]:
+    return tuple(sorted(entries, key=lambda entry: (entry.device, entry.removed, entry.rank)))
 
 
 def _resign(identity: Identity, entry: RosterEntry) -> RosterEntry:

@@ -12,10 +12,14 @@ from peerllm.errors import BadInputError
 
 BACKLOG = 64  # connections that wait to be accepted
 MAX_PORT_DRAWS = 8  # how often a free port is drawn anew because another address has it taken
+WILDCARDS = ("::", "0.0.0.0")  # noqa: S104 - compared with, not bound to
 NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT})
 
 
-async def listen(hosts: Iterable[str], port: int, option: str = "--port") -> list[socket.socket]:
+Address = tuple[int, tuple[str, int, int, int]]  # family, (host, 0, flow, scope)
+
+
+async def listen(hosts: Iterable[str], port: int) -> list[socket.socket]:
     """Sockets listening on every host, all on one port (0: a free one). BadInputError says which port is in use.
 
     A wildcard address of a family this machine lacks is left out.
@@ -34,16 +38,16 @@ async def listen(hosts: Iterable[str], port: int, option: str = "--port") -> lis
             _close(sockets)
             if error.errno == errno.EADDRINUSE and not port and sockets:
                 continue
-            raise _explained(error, chosen, addresses, option) from error
+            raise _explained(error, chosen, addresses) from error
         if sockets:
             return sockets
         break
     raise BadInputError(f"none of {', '.join(host[0] for _, host in addresses)} can be listened on")
 
 
-async def _resolve(hosts: Iterable[str]) -> list[tuple[int, tuple[str, int, int, int]]]:
+async def _resolve(hosts: Iterable[str]) -> list[Address]:
     """(family, (address, 0, flow, scope)) of each host, once each."""
-    found: dict[tuple[int, tuple[str, int, int, int]], None] = {}
+    found: dict[Address, None] = {}
     for host in hosts:
         try:
             infos = await asyncio.get_running_loop().getaddrinfo(
@@ -79,20 +83,18 @@ def _bind(family: int, address: tuple[str, int, int, int], port: int) -> socket.
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        if error.errno in NO_SUCH_FAMILY and host in ("::", "0.0.0.0"):
+        if error.errno in NO_SUCH_FAMILY and host in WILDCARDS:
             return None
         raise
     return sock
 
 
-def _explained(
-    error: OSError, port: int, addresses: list[tuple[int, tuple[str, int, int, int]]], option: str
-) -> BadInputError:
+def _explained(error: OSError, port: int, addresses: list[Address]) -> BadInputError:
     where = ", ".join(address[0] for _, address in addresses)
     if error.errno == errno.EADDRINUSE:
-        return BadInputError(f"port {port} is in use on {where}; choose another with {option}")
+        return BadInputError(f"port {port} is in use on {where}; choose another with --port")
     if error.errno == errno.EACCES:
-        return BadInputError(f"port {port} may not be opened by this user; choose one above 1023 with {option}")
+        return BadInputError(f"port {port} may not be opened by this user; choose one above 1023 with --port")
     return BadInputError(f"cannot listen on {where}, port {port}: {error.strerror}")
 
 

@@ -52,6 +52,16 @@ export class Conversation {
     this.changed(true);
     const clock = new Clock();
     let ending = "";
+    let pending = "";
+    let frame = 0;
+    const paint = () => { // once a frame, however fast the tokens come
+      frame = 0;
+      if (pending) waiting.remove();
+      text.appendData(pending);
+      pending = "";
+      stats.textContent = clock.text() + ending;
+      this.#follow();
+    };
     try {
       for await (const chunk of chat({ model, messages: mine, return_token_ids: true }, abort.signal)) {
         if (chunk.comment) {
@@ -59,22 +69,21 @@ export class Conversation {
           continue;
         }
         const choice = chunk.choices[0];
-        waiting.remove();
         clock.tokens(choice.token_ids?.length ?? 0);
-        text.appendData(choice.delta.content ?? "");
+        pending += choice.delta.content ?? "";
         if (choice.finish_reason === "length") ending = " · cut at the length limit";
-        stats.textContent = clock.text();
-        this.#follow();
+        frame ||= requestAnimationFrame(paint);
       }
     } catch (error) {
       if (abort.signal.aborted) ending = " · stopped";
       else message.append(make("span", { className: "error", role: "alert" }, error.message));
     } finally {
       if (this.abort === abort) this.abort = null;
+      cancelAnimationFrame(frame);
+      paint();
       waiting.remove();
       message.classList.remove("writing");
       this.log.setAttribute("aria-busy", "false");
-      stats.textContent = clock.text() + ending;
       if (text.data) mine.push({ role: "assistant", content: text.data });
       else mine.pop(); // an unanswered question is not sent again
       this.#follow();

@@ -1,0 +1,299 @@
+"""Three whole daemons on loopback, engines as processes of their own: one model, exact, through every change."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+import torch
+import transformers
+
+from peerllm.builtin import MODEL_DIR
+from peerllm.daemon.daemon import Daemon
+from peerllm.daemon.facade import GenerateRequest, RunOptions
+from peerllm.daemon.settings import Settings
+from peerllm.errors import BadInputError, EngineError, InfeasibleError, NotFoundError, PeerLLMError, UnavailableError
+from peerllm.types import Sampling
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+LENT = 15_000_000  # bytes: too little for any of the models below
+BOUND_S = 60
+LAPTOP, MINI, JETSON = 0, 1, 2
+ROOM = {"slots": 2, "context": 64}
+
+
+def settings(folder, name):
+    return Settings(folder / name, name, port=0, memory_bytes=LENT, threads=1, hosts=("127.0.0.1",), mdns=False)
+
+
+async def until(daemons, condition):
+    """Wait for a change of any daemon that makes `condition` true."""
+
+    async def watch(daemon, seen):
+        async for _ in daemon.changed():
+            seen.set()
+
+    seen = asyncio.Event()
+    watchers = [asyncio.create_task(watch(daemon, seen)) for daemon in daemons]
+    try:
+        async with asyncio.timeout(BOUND_S):
+            while not condition():
+                await seen.wait()
+                seen.clear()
+    finally:
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+
+
+def met(daemons):
+    """The first knows all others, and they it."""
+    first = daemons[0].home.candidates()
+    return len(first) == len(daemons) and all(len(d.home.candidates()) >= 2 for d in daemons)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("household")
+
+
+@pytest.fixture(scope="module")
+async def daemons(folder):
+    made = [Daemon(settings(folder, name)) for name in ("laptop", "mini-pc", "jetson")]
+    try:
+        await asyncio.gather(*(daemon.start() for daemon in made))
+        for daemon in made[1:]:
+            code, port = await made[0].invite()
+            assert await daemon.join(code, ("127.0.0.1", port)) == "laptop"
+        await until(made, lambda: met(made))
+        yield made
+    finally:
+        await asyncio.gather(*(daemon.close() for daemon in made))
+
+
+@pytest.fixture(scope="module")
+def llama(folder):
+    """A random Llama that needs three devices, and what it says by itself."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        max_position_embeddings=128,
+        initializer_range=0.25,
+        eos_token_id=96,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder / "llama")
+    return str(folder / "llama"), model
+
+
+def expected(model, prompt, count):
+    with torch.inference_mode():
+        row = torch.tensor([prompt])
+        ids = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=count, do_sample=False)
+    return ids[0, len(prompt) :].tolist()
+
+
+async def answer(daemon, model, prompt, count):
+    served = next(one for one in daemon.models() if one.name == model)
+    ids, finish = [], None
+    async with asyncio.timeout(BOUND_S):
+        async for chunk in daemon.generate(GenerateRequest(served.deployment, prompt, count, Sampling())):
+            ids += chunk.ids
+            finish = chunk.finish
+    return ids + ([96] if finish == "stop" and model != "builtin" else [])
+
+
+def quiet(_):
+    pass
+
+
+def nothing_left(daemons):
+    return all(not daemon.ledger.promised_bytes for daemon in daemons)
+
+
+def deployment(daemon, model):
+    return next((one for one in daemon.status()["deployments"] if one["model"] == model), None)
+
+
+async def test_the_builtin_model_over_three_says_what_one_device_says(daemons):
+    laptop = daemons[LAPTOP]
+    told = []
+    await laptop.run(RunOptions("builtin"), told.append)
+    assert told[-1].state == "serving" and set(told[-1].devices) == {"laptop", "mini-pc", "jetson"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    prompts = [[1, 50, 60, 70], list(range(100, 400)), [7]]
+    answers = await asyncio.gather(*(answer(laptop, "builtin", prompt, 24) for prompt in prompts))
+    for prompt, ids in zip(prompts, answers, strict=True):
+        wanted = expected(model, prompt, 24)
+        assert ids == wanted[: len(ids)] and (len(ids) == 24 or wanted[len(ids)] == model.config.eos_token_id)
+    await until(daemons, lambda: all((deployment(d, "builtin") or {}).get("measured") for d in daemons))
+    for daemon in daemons:
+        seen = deployment(daemon, "builtin")
+        assert (seen["state"], seen["epoch"], seen["coordinator"]) == ("serving", 1, "laptop")
+        stages = seen["plan"]["stages"]
+        assert {stage["device"] for stage in stages} == {"laptop", "mini-pc", "jetson"}
+        assert stages[0]["device"] == "laptop" and stages[0]["first_layer"] == 0 and stages[-1]["last_layer"] == 13
+        assert seen["measured"]["tokens_per_second"] > 0 and seen["plan"]["predicted"]["tokens_per_second"] > 0
+        entries = {entry["name"]: entry for entry in daemon.status()["devices"]}
+        assert entries["laptop"]["lent_bytes"] == LENT and entries["laptop"]["state"] == "online"
+    for daemon in daemons:
+        assert 0 < daemon.ledger.promised_bytes <= LENT
+    await laptop.run(RunOptions("builtin"), quiet)  # again: nothing happens
+    assert deployment(laptop, "builtin")["epoch"] == 1
+    await laptop.stop("builtin")
+    await until(daemons, lambda: nothing_left(daemons))
+
+
+async def test_more_sequences_than_slots_are_queued_and_all_exact(daemons, llama):
+    name, model = llama
+    laptop = daemons[LAPTOP]
+    await laptop.run(RunOptions(name, **ROOM), quiet)
+    prompts = [[(7 * i + 3 * j) % 96 for j in range(1 + 5 * i)] for i in range(6)]
+    answers = await asyncio.gather(*(answer(laptop, name, prompt, 12) for prompt in prompts))
+    for prompt, ids in zip(prompts, answers, strict=True):
+        assert ids == expected(model, prompt, 12)
+
+
+async def test_a_client_that_leaves_frees_its_slot(daemons, llama):
+    name, model = llama
+    laptop = daemons[LAPTOP]
+    (served,) = laptop.models()
+    for _ in range(2 * ROOM["slots"]):
+        stream = laptop.generate(GenerateRequest(served.deployment, (1, 2), 60, Sampling()))
+        async with asyncio.timeout(BOUND_S):
+            await anext(stream)
+        await stream.aclose()
+    assert await answer(laptop, name, [1, 2], 5) == expected(model, [1, 2], 5)
+    with pytest.raises(BadInputError, match="64"):
+        await answer(laptop, name, list(range(64)), 5)
+
+
+async def test_an_engine_that_dies_is_planned_around_by_itself(daemons, llama):
+    name, model = llama
+    laptop, jetson = daemons[LAPTOP], daemons[JETSON]
+    epoch = deployment(laptop, name)["epoch"]
+    (served,) = laptop.models()
+    stream = laptop.generate(GenerateRequest(served.deployment, (5, 6), 62, Sampling()))
+    async with asyncio.timeout(BOUND_S):
+        seen = list((await anext(stream)).ids)
+    os.kill(jetson.host.pid, signal.SIGKILL)
+    finish = ""
+    try:
+        async with asyncio.timeout(BOUND_S):
+            async for chunk in stream:
+                seen += chunk.ids
+                finish = chunk.finish
+    except EngineError as error:
+        finish = str(error)
+    assert finish, "a silent stop"
+    wanted = expected(model, [5, 6], 62)
+    assert seen == wanted[: len(seen)]
+    await until(
+        daemons, lambda: deployment(laptop, name)["state"] == "serving" and deployment(laptop, name)["epoch"] > epoch
+    )
+    assert await answer(laptop, name, [5, 6], 8) == wanted[:8]
+    assert all(daemon.ledger.promised_bytes <= LENT for daemon in daemons)
+
+
+async def test_a_device_that_leaves_and_returns(daemons, llama, folder):
+    name, model = llama
+    laptop = daemons[LAPTOP]
+    await daemons[MINI].close()
+    await until(
+        [laptop],
+        lambda: deployment(laptop, name)["state"] == "waiting" and "missing" in deployment(laptop, name)["reason"],
+    )
+    assert nothing_left([laptop, daemons[JETSON]])
+    (served,) = laptop.models()
+    assert served.state == "waiting"
+    waiting = asyncio.create_task(answer(laptop, name, [9, 9], 6))  # patient clients are served when it is back
+    again = daemons[MINI] = Daemon(settings(folder, "mini-pc"))
+    await again.start()
+    await until([laptop], lambda: deployment(laptop, name)["state"] == "serving")
+    try:
+        assert await waiting == expected(model, [9, 9], 6)
+    except UnavailableError:  # a slow machine: its patience was over first, which was said
+        pass
+    assert await answer(laptop, name, [9, 9], 6) == expected(model, [9, 9], 6)
+
+
+async def test_what_served_is_served_again_after_a_restart(daemons, llama, folder):
+    name, model = llama
+    await daemons[LAPTOP].close()
+    await until(daemons[1:], lambda: nothing_left(daemons[1:]))
+    laptop = daemons[LAPTOP] = Daemon(settings(folder, "laptop"))
+    await laptop.start()
+    await until(daemons, lambda: (deployment(laptop, name) or {}).get("state") == "serving")
+    assert await answer(laptop, name, [4], 6) == expected(model, [4], 6)
+    await laptop.stop(name)
+    await until(daemons, lambda: nothing_left(daemons))
+
+
+async def test_a_model_too_large_says_what_is_missing(daemons, folder):
+    config = transformers.LlamaConfig(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, vocab_size=64
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "huge")
+    laptop = daemons[LAPTOP]
+    with pytest.raises(InfeasibleError, match=r"huge needs .* the household lends 45\.0 MB: \d+\.\d MB are missing"):
+        await laptop.run(RunOptions(str(folder / "huge")), quiet)
+    assert not laptop.status()["deployments"] and nothing_left(daemons)
+
+
+async def test_bad_wishes_are_one_clear_line(daemons, folder):
+    laptop = daemons[LAPTOP]
+    with pytest.raises(NotFoundError):
+        await laptop.run(RunOptions("/no/such/model"), quiet)
+    with pytest.raises(NotFoundError):
+        await laptop.stop("builtin")
+    with pytest.raises(NotFoundError):
+        await laptop.remove("nobody")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{")
+    with pytest.raises(BadInputError) as caught:
+        await laptop.run(RunOptions(str(folder / "broken")), quiet)
+    assert "\n" not in str(caught.value)
+    second = Daemon(settings(folder, "laptop"))
+    with pytest.raises(BadInputError, match="already"):
+        await second.start()
+    await second.close()
+
+
+async def test_two_sources_at_once_never_lend_the_same_memory_twice(daemons, llama):
+    """At every telling of every device: no more promised than lent, no more held than promised."""
+    name, _ = llama
+    laptop, jetson = daemons[LAPTOP], daemons[JETSON]
+    worst = []
+
+    async def watch(daemon):
+        async for _ in daemon.changed():
+            worst.append(daemon.ledger.promised_bytes)
+
+    watchers = [asyncio.create_task(watch(daemon)) for daemon in daemons]
+    results = await asyncio.gather(
+        laptop.run(RunOptions(name, **ROOM), quiet),
+        jetson.run(RunOptions("builtin", slots=2, context=256), quiet),
+        return_exceptions=True,
+    )
+    for watcher in watchers:
+        watcher.cancel()
+    await asyncio.gather(*watchers, return_exceptions=True)
+    assert max(worst) <= LENT
+    failures = [result for result in results if result is not None]
+    for failure in failures:
+        assert isinstance(failure, PeerLLMError) and str(failure)
+    assert len(failures) < 2
+    for daemon, model in ((laptop, name), (jetson, "builtin")):
+        found = deployment(daemon, model)
+        if found is not None and found["coordinator"] == daemon.settings.name:
+            await daemon.stop(model)
+    await until(daemons, lambda: nothing_left(daemons))

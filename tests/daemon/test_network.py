@@ -1,0 +1,278 @@
+"""Real Networks on loopback: pairing, gossip, removal, restarts, questions, freezing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peerllm.daemon.messages import Answer, DeviceView, Goodbye, Question, Release, Trouble
+from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError, PeerLLMError, RefusedError
+from tests.daemon.networks import WAIT_S, Device, devices, pair
+
+ROOT = Path(__file__).parents[2]
+VIEW = DeviceView(1, 2, "running", ())
+
+
+async def test_pairing_makes_a_link_with_all_that_is_known(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        rosters: list[int] = []
+        anna.network.on_roster(lambda entries: rosters.append(len(entries)))
+        await pair(anna, bert)
+        peer = anna.network.peers()[bert.id]
+        assert (peer.name, peer.state, peer.problem) == ("bert", "online", "")
+        assert peer.hosts[0] == "127.0.0.1" and peer.control_port == bert.network.port and peer.data_port == 4711
+        assert peer.hello is not None and peer.hello.gflops == {"float32": 85.0}
+        await anna.until(lambda: (anna.network.peers()[bert.id].rtt_ms or 0) > 0)
+        await anna.until(lambda: (anna.network.peers()[bert.id].mbps or 0) > 1)
+        assert rosters == [2]
+
+
+async def test_a_wrong_code_lets_nobody_in_and_three_shut_the_door(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        code, port = await anna.network.open_door()
+        wrong = code[:-1] + ("X" if code[-1] != "X" else "Y")
+        for _ in range(3):
+            with pytest.raises(PairingError):
+                await bert.network.join(wrong, ("127.0.0.1", port))
+        with pytest.raises(PairingError):
+            await bert.network.join(code, ("127.0.0.1", port))
+        assert anna.network.peers() == {} == bert.network.peers()
+        with pytest.raises(PairingError, match="not a pairing code"):
+            await bert.network.join("hello", None)
+
+
+async def test_without_mdns_joining_says_to_use_at(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna") as (anna,):
+        with pytest.raises(PairingError, match="--at HOST:PORT"):
+            await anna.network.join("K7-4PQ9MX", None)
+
+
+async def test_gossip_makes_one_code_per_device_enough(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert", "cleo") as (anna, bert, cleo):
+        await pair(anna, bert)
+        await pair(bert, cleo)
+        await anna.sees(bert, cleo)
+        await cleo.sees(anna, bert)
+
+
+async def test_mdns_finds_the_door_and_then_the_devices(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert", "cleo", mdns=True) as (anna, bert, cleo):
+        await bert.until(lambda: {s.name for s in bert.network.sightings()} == {"anna", "cleo"})
+        code, _ = await anna.network.open_door()
+        assert await bert.network.join(code, None) == "anna"
+        await bert.sees(anna)
+        code, _ = await bert.network.open_door()
+        assert await cleo.network.join(code, None) == "bert"
+        await cleo.sees(anna, bert)
+        await anna.sees(bert, cleo)
+        assert anna.network.sightings() == ()
+
+
+async def test_a_door_that_is_not_there_is_named_with_what_was_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerllm.daemon.network.knocking.FIND_DOOR_S", 0.5)
+    async with devices(tmp_path, "anna", "bert", mdns=True) as (_, bert):
+        await bert.until(bert.network.sightings)
+        with pytest.raises(PairingError, match=r"saw only anna \(127.0.0.1\).*--at"):
+            await bert.network.join("ZZ-4PQ9MX", None)
+
+
+async def test_joining_twice_is_refused_until_one_leaves(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert", "cleo") as (anna, bert, cleo):
+        await pair(anna, bert)
+        code, port = await cleo.network.open_door()
+        with pytest.raises(PairingError, match="peerllm leave"):
+            await bert.network.join(code, ("127.0.0.1", port))
+        await bert.network.leave()
+        assert bert.network.peers() == {}
+        await anna.until(lambda: anna.network.peers() == {})
+        assert await bert.network.join(code, ("127.0.0.1", port)) == "cleo"
+        await bert.sees(cleo)
+        await bert.network.leave()
+        await pair(anna, bert)
+        with pytest.raises(BadInputError):
+            await cleo.network.leave()
+
+
+async def test_removal_cuts_links_at_once_and_is_told(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        await anna.network.remove(bert.id)
+        assert anna.network.peers() == {}
+        await bert.until(lambda: bert.network.peers() == {})
+        assert [device for device, _ in bert.vanished] == [anna.id]
+        with pytest.raises(LinkError):
+            await bert.network.ask(anna.id, Release("d", 1), 1)
+        with pytest.raises(NotFoundError):
+            await anna.network.remove(bert.id)
+        assert anna.network._links._channels == {}
+        await pair(bert, anna)
+
+
+async def test_questions_answers_and_errors(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        with pytest.raises(PeerLLMError, match="no questions yet"):
+            await anna.network.ask(bert.id, Release("d", 1), WAIT_S)
+
+        async def answer(device: str, question: Question) -> Answer:
+            assert device == anna.id and isinstance(question, Release)
+            if question.epoch == 2:
+                raise RefusedError("promised elsewhere")
+            if question.epoch == 3:
+                raise ZeroDivisionError("oops")
+            if question.epoch == 4:
+                await asyncio.Event().wait()
+            if question.epoch == 5:
+                return Answer(0, "NoSuchError", "strange", 7)
+            return Answer(0, free_bytes=42)
+
+        bert.network.answer_with(answer)
+        assert (await anna.network.ask(bert.id, Release("d", 1), WAIT_S)).free_bytes == 42
+        with pytest.raises(RefusedError, match="promised elsewhere"):
+            await anna.network.ask(bert.id, Release("d", 2), WAIT_S)
+        with pytest.raises(PeerLLMError, match="ZeroDivisionError: oops"):
+            await anna.network.ask(bert.id, Release("d", 3), WAIT_S)
+        with pytest.raises(LinkError, match="did not answer Release within"):
+            await anna.network.ask(bert.id, Release("d", 4), 0.1)
+        with pytest.raises(PeerLLMError, match="strange"):
+            await anna.network.ask(bert.id, Release("d", 5), WAIT_S)
+        waiting = asyncio.create_task(anna.network.ask(bert.id, Release("d", 4), WAIT_S))
+        await asyncio.sleep(0)
+        await bert.network.close()
+        with pytest.raises(LinkError, match="went away"):
+            await waiting
+        with pytest.raises(LinkError, match="away"):
+            await anna.network.ask(bert.id, Release("d", 1), WAIT_S)
+
+
+async def test_told_messages_views_and_goodbye(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        anna.network.broadcast(VIEW)
+        await pair(anna, bert)
+        await bert.until(lambda: bert.network.peers()[anna.id].view == VIEW)
+
+        def broken(device: str, message: object) -> None:
+            raise ZeroDivisionError("a broken listener disturbs nobody")
+
+        large = Trouble("d", 1, "x" * 3_000_000)  # in parts, heartbeats in between
+        bert.network.tell(anna.id, large)
+        await anna.until(lambda: (bert.id, large) in anna.told)
+        bert.network.listen(broken)
+        await anna.network.close()
+        await bert.until(lambda: bert.state(anna) == "left")
+        assert (anna.id, Goodbye("going down")) in bert.told
+        assert bert.vanished == [(anna.id, "going down")] and bert.network.peers()[anna.id].view is None
+        bert.network.tell(anna.id, VIEW)  # forgotten, not raised
+
+
+async def test_hello_again_is_an_update(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        anna.name = "anna the second"
+        anna.network.set_hello_changed()
+        await bert.until(lambda: bert.network.peers()[anna.id].name == "anna the second")
+
+
+async def test_a_restarted_device_reconnects_by_itself(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        port = anna.network.port
+        await anna.network.close()
+        again = Device(tmp_path, "anna", port=port)
+        assert again.id == anna.id
+        try:
+            await again.network.start()
+            await again.sees(bert)  # it remembers where the other was
+            await bert.sees(again)
+        finally:
+            await again.network.close()
+
+
+async def test_static_peers_need_no_memory(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        await anna.network.close()
+        (anna.directory / "peers.json").write_text("[broken")
+        again = Device(tmp_path, "anna", peers=(("127.0.0.1", bert.network.port), ("127.0.0.1", 1)))
+        try:
+            await again.network.start()
+            await again.sees(bert)
+            await again.until(lambda: "--peer 127.0.0.1:1" in again.network.problem)
+            assert f"{bert.network.port}" not in again.network.problem
+        finally:
+            await again.network.close()
+
+
+async def test_another_protocol_is_named_but_not_used(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        port = anna.network.port
+        await anna.network.close()
+        again = Device(tmp_path, "anna", port=port, protocol=2)
+        try:
+            await again.network.start()
+            await bert.until(lambda: "speaks protocol 2, this device 1" in bert.network.peers()[anna.id].problem)
+            await again.until(lambda: "speaks protocol 1, this device 2" in again.network.peers()[bert.id].problem)
+            assert bert.state(again) != "online" and again.state(bert) != "online"
+        finally:
+            await again.network.close()
+
+
+async def test_a_damaged_roster_is_said_plainly(tmp_path: Path) -> None:
+    (tmp_path / "anna").mkdir()
+    (tmp_path / "anna" / "household.json").write_text("{}")
+    with pytest.raises(BadInputError, match="damaged"):
+        Device(tmp_path, "anna")
+
+
+async def test_the_same_port_twice_is_said_plainly(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna") as (anna,):
+        other = Device(tmp_path, "bert", port=anna.network.port)
+        with pytest.raises(BadInputError, match="in use"):
+            await other.network.start()
+        await other.network.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+async def test_a_frozen_device_is_noticed_and_comes_back(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna") as (anna,):
+        code, port = await anna.network.open_door()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tests.daemon.networks",
+            str(tmp_path),
+            "bert",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            cwd=ROOT,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(f"join {code} 127.0.0.1 {port}\n".encode())
+            await anna.until(lambda: [p.state for p in anna.network.peers().values()] == ["online"], 30)
+            device = next(iter(anna.network.peers()))
+            await anna.until(lambda: anna.network.peers()[device].rtt_ms)
+            os.kill(process.pid, signal.SIGSTOP)
+            frozen = time.monotonic()
+            await anna.until(lambda: anna.vanished)
+            assert time.monotonic() - frozen <= 1.5
+            assert "silent" in anna.vanished[0][1]
+            os.kill(process.pid, signal.SIGCONT)
+            await anna.until(lambda: anna.state(device) == "online", 30)
+            process.kill()
+            killed = time.monotonic()
+            await anna.until(lambda: len(anna.vanished) == 2)
+            assert time.monotonic() - killed <= 1.0
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()

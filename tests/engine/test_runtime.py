@@ -1,0 +1,184 @@
+"""The runtime with a backend that blocks and fails on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from peerllm.engine.base import Progress, Segment
+from peerllm.engine.messages import (
+    Cancel,
+    Connect,
+    Done,
+    Failed,
+    Inspect,
+    LoadProgress,
+    LoadStage,
+    Measure,
+    Measured,
+    QueryLoad,
+    Tokens,
+    Unload,
+)
+from tests.engine.fakes import DEPLOYMENT, FakeBackend, FakeShard, engine, expected, stage
+
+pytestmark = pytest.mark.timeout(60)
+OTHER = "cd" * 16
+
+
+async def test_many_sequences_over_few_slots(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    async with engine(tmp_path, backend) as line:
+        assert await line.ask(stage(line.request(), slots=8, micro_batch=3)) == Done(2)
+        for sequence in range(8):
+            line.submit(sequence, range(sequence, sequence * 9 + 1), 30 + sequence)
+        for sequence in range(8):
+            ids, end = await line.finished(sequence)
+            assert ids == expected(range(sequence, sequence * 9 + 1), 30 + sequence) and end.finish == "length"
+        sizes = {len(batch) for batch in backend.shards[0].batches}
+        assert max(sizes) == 3
+        assert all(sum(segment.length for segment in batch) <= 8 for batch in backend.shards[0].batches)
+        load = await line.ask(QueryLoad(line.request()))
+        assert load.stages == ((DEPLOYMENT, 0, 0),) and load.measured[f"{DEPLOYMENT}/0"] > 0
+
+
+async def test_loading_does_not_hold_up_steps(tmp_path: Path) -> None:
+    backend, go = FakeBackend(), threading.Event()
+    async with engine(tmp_path, backend) as line:
+        await line.ask(stage(line.request()))
+        backend.before_load = lambda spec, progress: go.wait(20) and None
+        request = line.request()
+        line.channel.send(stage(request, OTHER))
+        line.submit(1, [1, 2, 3], 50)
+        assert (await line.finished(1))[0] == expected([1, 2, 3], 50)
+        assert not any(getattr(m, "request", None) == request for m in line.heard)
+        go.set()
+        assert await line.until(lambda m: m == Done(request))
+
+
+async def test_unloading_while_loading_ends_the_load(tmp_path: Path) -> None:
+    backend, go, begun = FakeBackend(), threading.Event(), threading.Event()
+
+    def slow(spec: LoadStage, progress: Progress) -> None:
+        begun.set()
+        go.wait(20)
+        progress(1, 2)
+
+    backend.before_load = slow
+    async with engine(tmp_path, backend) as line:
+        requests = [line.request(), line.request()]
+        for number, request in enumerate(requests):
+            line.channel.send(stage(request, stage=number, stages=2))
+        await asyncio.to_thread(begun.wait, 20)
+        assert isinstance(await line.ask(Unload(line.request(), DEPLOYMENT)), Done)
+        go.set()
+        for request in requests:
+            failed = await line.until(lambda m, request=request: getattr(m, "request", None) == request)
+            assert isinstance(failed, Failed) and failed.kind == "RefusedError" and "stopped" in failed.reason
+        assert not backend.shards
+        backend.before_load = lambda spec, progress: None
+        assert isinstance(await line.ask(stage(line.request())), Done)
+        assert (await line.ask(QueryLoad(line.request()))).stages == ((DEPLOYMENT, 0, 0),)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (MemoryError(), "EngineError", "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "EngineError", "out of memory"),
+        (KeyError("model.layers\n.0"), "EngineError", "KeyError"),
+        (OSError(2, "No such file"), "EngineError", "No such file"),
+        (RecursionError("x" * 5000), "EngineError", "RecursionError"),
+    ],
+)
+async def test_what_a_load_dies_of_is_one_line(tmp_path: Path, error: Exception, kind: str, words: str) -> None:
+    backend = FakeBackend()
+
+    def fail(spec: LoadStage, progress: Progress) -> None:
+        raise error
+
+    backend.before_load = fail
+    async with engine(tmp_path, backend) as line:
+        failed = await line.ask(stage(line.request()))
+        assert isinstance(failed, Failed) and failed.kind == kind and words in failed.reason
+        assert "\n" not in failed.reason and len(failed.reason) < 400
+        backend.before_load = lambda spec, progress: None
+        assert isinstance(await line.ask(stage(line.request())), Done)
+
+
+async def test_progress_is_throttled_and_complete(tmp_path: Path) -> None:
+    backend = FakeBackend()
+
+    def steps(spec: LoadStage, progress: Progress) -> None:
+        for done in range(1, 10_001):
+            progress(done, 10_000)
+
+    backend.before_load = steps
+    async with engine(tmp_path, backend) as line:
+        await line.ask(stage(line.request()))
+        told = [m for m in line.heard if isinstance(m, LoadProgress)]
+        assert 1 <= len(told) < 50 and told[-1].done_bytes == told[-1].total_bytes == 10_000
+
+
+async def test_an_exception_in_a_batch_ends_its_sequences_only(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    async with engine(tmp_path, backend) as line:
+        await line.ask(stage(line.request(), micro_batch=1))
+
+        def fail(shard: FakeShard, segments: Sequence[Segment]) -> None:
+            if segments[0].position == 10:
+                raise MemoryError
+
+        backend.before_forward = fail
+        line.submit(1, [1] * 4, 50)
+        line.submit(2, [2] * 12, 50)  # chunks at 0 and 8: never a segment at 10
+        ids, end = await line.finished(1)
+        assert len(ids) == 7 and end.finish == "error" and "out of memory" in end.error and "stage 0" in end.error
+        assert (await line.finished(2))[0] == expected([2] * 12, 50)
+        assert (await line.ask(QueryLoad(line.request()))).stages == ((DEPLOYMENT, 0, 0),)
+
+
+async def test_a_long_prompt_is_served_beside_an_endless_answer(tmp_path: Path) -> None:
+    async with engine(tmp_path, FakeBackend()) as line:
+        await line.ask(stage(line.request()))
+        line.submit(1, [1], 90_000)
+        await line.until(lambda m: isinstance(m, Tokens) and m.start >= 10)
+        line.submit(2, [3] * 400, 3)
+        assert (await line.finished(2))[0] == expected([3] * 400, 3)
+        line.channel.send(Cancel(DEPLOYMENT, 1))
+        assert (await line.finished(1))[1].finish == "cancelled"
+        line.channel.send(Cancel(DEPLOYMENT, 1))
+        line.channel.send(Cancel(OTHER, 1))
+        line.submit(1, [5], 2)  # a number that nothing is left of
+        await line.until(lambda m: isinstance(m, Tokens) and m.finish == "length" and m.sequence == 1)
+
+
+async def test_a_later_epoch_takes_over_and_an_earlier_one_is_refused(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    async with engine(tmp_path, backend) as line:
+        await line.ask(stage(line.request(), epoch=2))
+        line.submit(1, [1], 90_000)
+        await line.until(lambda m: isinstance(m, Tokens))
+        assert (await line.ask(stage(line.request(), epoch=1))).kind == "RefusedError"
+        assert (await line.ask(stage(line.request(), epoch=2))).kind == "RefusedError"
+        assert isinstance(await line.ask(stage(line.request(), epoch=3)), Done)
+        assert (await line.finished(1))[1].finish == "error"
+        assert [shard.closed for shard in backend.shards] == [True, True, True, False]
+        assert (await line.ask(Connect(line.request(), DEPLOYMENT, 2))).kind == "RefusedError"
+        assert isinstance(await line.ask(Connect(line.request(), DEPLOYMENT, 3)), Done)
+        line.submit(2, [7], 5)
+        assert (await line.finished(2))[0] == expected([7], 5)
+
+
+async def test_other_questions(tmp_path: Path) -> None:
+    async with engine(tmp_path, FakeBackend()) as line:
+        failed = await line.ask(Inspect(line.request(), "/nowhere", "auto"))
+        assert failed.reason == "ZeroDivisionError: a damaged model"
+        request = line.request()
+        assert await line.ask(Measure(request)) == Measured(request, {}, {})
+        assert isinstance(await line.ask(Unload(line.request(), OTHER)), Done)
+        assert isinstance(await line.ask(Connect(line.request(), OTHER, 1)), Failed)

@@ -1,0 +1,259 @@
+"""The pure parts: batching, sequences, slots, inbox, frames and back."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+import torch
+
+from peerllm.engine.batching import STEPS_PER_CHUNK, Piece, Scheduler
+from peerllm.engine.inbox import Inbox
+from peerllm.engine.messages import Submit
+from peerllm.engine.sequences import MAX_DRAINING, Sequences, window_tokens
+from peerllm.engine.slots import Slots
+from peerllm.engine.wire import (
+    Activation,
+    Drawn,
+    Opened,
+    Released,
+    from_frame,
+    source_limits,
+    split,
+    stage_limits,
+    to_frame,
+)
+from peerllm.errors import BadInputError, FrameError, OverloadedError
+from peerllm.transport.frames import decode, encode
+from peerllm.types import Sampling
+from tests.engine.fakes import DEPLOYMENT, stage
+
+
+def piece(sequence: int, length: int = 1, position: int = 5, sample: bool = True) -> Piece:
+    return Piece(sequence, sequence, position, length, sample, None)
+
+
+def take(scheduler: Scheduler[str]) -> tuple[str, list[int]] | None:
+    taken = scheduler.next()
+    return None if taken is None else (taken[0], [piece.sequence for piece in taken[1]])
+
+
+def test_steps_go_first_oldest_first_packed() -> None:
+    scheduler: Scheduler[str] = Scheduler()
+    scheduler.add("a", 2, 8)
+    scheduler.add("b", 4, 8)
+    scheduler.put("a", piece(9, 8, 0, sample=False))
+    scheduler.put("b", piece(1))
+    scheduler.put("a", piece(2))
+    for sequence in (3, 4, 5):
+        scheduler.put("b", piece(sequence))
+        scheduler.put("a", piece(sequence + 3))
+    assert scheduler.waiting("a") == 12
+    assert take(scheduler) == ("b", [1, 3, 4, 5])
+    assert take(scheduler) == ("a", [2, 6])
+    assert take(scheduler) == ("a", [7, 8])
+    assert take(scheduler) == ("a", [9])
+    assert take(scheduler) is None
+
+
+def test_a_chunk_is_not_starved_and_never_overtaken_by_its_own_last_token() -> None:
+    scheduler: Scheduler[str] = Scheduler()
+    scheduler.add("a", 4, 8)
+    scheduler.add("b", 4, 8)
+    scheduler.put("b", piece(1, 8, 0, sample=False))
+    scheduler.put("b", piece(1, 1, 8))
+    order = []
+    for _ in range(STEPS_PER_CHUNK + 2):
+        scheduler.put("a", piece(2))
+        order.append(take(scheduler))
+    assert order.index(("b", [1])) == STEPS_PER_CHUNK
+    scheduler.drop("a", 2)
+    assert take(scheduler) == ("b", [1])
+
+
+def test_chunks_are_packed_up_to_a_chunk_and_dropped_with_their_sequence() -> None:
+    scheduler: Scheduler[str] = Scheduler()
+    scheduler.add("a", 4, 8)
+    for sequence, length in ((1, 3), (2, 5), (3, 2), (4, 8)):
+        scheduler.put("a", piece(sequence, length, 0))
+    scheduler.drop("a", 3)
+    assert take(scheduler) == ("a", [1, 2])
+    assert take(scheduler) == ("a", [4])
+    scheduler.remove("a")
+    assert take(scheduler) is None
+
+
+def submit(sequence: int, prompt: int, max_tokens: int = 5, stop: tuple[int, ...] = ()) -> Submit:
+    return Submit(DEPLOYMENT, sequence, tuple(range(prompt)), max_tokens, stop, Sampling())
+
+
+def test_the_window_bounds_what_is_under_way_and_cancelled_work_counts_until_it_has_left() -> None:
+    sequences = Sequences(DEPLOYMENT, slots=3, context=1000, chunk=4, stages=2)
+    assert window_tokens(2, 4) == 16
+    sequences.submit(submit(1, 100))
+    sequences.submit(submit(2, 100))
+    feeds = sequences.feed()
+    assert [(feed.sequence, feed.position) for feed in feeds] == [(1, 0), (2, 0), (1, 4), (2, 4)]  # round robin
+    assert sequences.feed() == []
+    assert sequences.end(1, "cancelled") is not None and sequences.end(1, "cancelled") is None
+    assert sequences.feed() == []
+    sequences.drained(1)
+    sequences.drained(1)
+    assert [feed.position for feed in sequences.feed()] == [8, 12]
+    assert sequences.came_back(2, 0, 4, None) == (None, None)
+    assert [feed.position for feed in sequences.feed()] == [16]
+    assert sequences.came_back(1, 0, 4, None) == (None, None)  # late, of an ended sequence
+
+
+@pytest.mark.parametrize(
+    ("position", "length", "token"), [(4, 4, None), (0, 3, None), (0, 4, 7), (0, 0, None), (-1, 4, None), (0, 8, None)]
+)
+def test_a_run_that_is_not_due_is_refused(position: int, length: int, token: int | None) -> None:
+    sequences = Sequences(DEPLOYMENT, slots=1, context=1000, chunk=4, stages=2)
+    sequences.submit(submit(1, 6))
+    sequences.feed()
+    with pytest.raises(FrameError):
+        sequences.came_back(1, position, length, token)
+
+
+def test_a_doubled_token_is_refused() -> None:
+    sequences = Sequences(DEPLOYMENT, slots=1, context=1000, chunk=4, stages=2)
+    sequences.submit(submit(1, 2))
+    sequences.feed()
+    step, _ = sequences.came_back(1, 0, 2, 9)
+    assert step is not None and (step.position, step.ids, step.sample) == (2, (9,), True)
+    with pytest.raises(FrameError):
+        sequences.came_back(1, 0, 2, 9)
+    with pytest.raises(FrameError):
+        sequences.came_back(1, 2, 1, None)
+    assert sequences.came_back(1, 2, 1, 8)[0] is not None
+
+
+def test_numbers_and_slots_in_use_are_refused() -> None:
+    sequences = Sequences(DEPLOYMENT, slots=2, context=10, chunk=4, stages=1)
+    assert [sequences.submit(submit(n, 3)) for n in (1, 2)] == [0, 1]
+    with pytest.raises(BadInputError, match="in use"):
+        sequences.submit(submit(1, 3))
+    with pytest.raises(OverloadedError, match="slots"):
+        sequences.submit(submit(3, 3))
+    sequences.end(1, "cancelled")
+    with pytest.raises(BadInputError, match="in use"):
+        sequences.submit(submit(1, 3))
+    assert sequences.submit(submit(4, 3)) == 0
+    for number in range(5, 5 + MAX_DRAINING - 2):
+        sequences.end(number - 1, "cancelled")
+        sequences.submit(submit(number, 3))
+    sequences.end(2, "cancelled")
+    with pytest.raises(OverloadedError, match="leaving"):
+        sequences.submit(submit(9999, 3))
+    sequences.reset()
+    assert sequences.submit(submit(9999, 3)) == 1
+
+
+def test_random_lives_never_exceed_the_window_or_lose_a_token() -> None:
+    """A perfect pipeline of random delays: every prompt is fed whole and in order, every answer counts up."""
+    for seed in range(30):
+        chance = random.Random(seed)
+        chunk, stages, slots = chance.randint(1, 6), chance.randint(1, 4), chance.randint(1, 5)
+        sequences = Sequences(DEPLOYMENT, slots, 60, chunk, stages)
+        flying, ids, sizes = [], {}, {}
+        number = 0
+        for _ in range(300):
+            if chance.random() < 0.2 and len(sequences.running) < slots:
+                number += 1
+                sizes[number] = chance.randint(1, 50)
+                sequences.submit(submit(number, sizes[number], chance.randint(1, 20)))
+                ids[number] = []
+            for feed in sequences.feed():
+                assert feed.ids == tuple(range(feed.position, feed.position + len(feed.ids)))
+                assert feed.sample == (feed.position + len(feed.ids) == sizes[feed.sequence])
+                flying.append(feed)
+            prompts = [feed for feed in flying if feed.position < sizes[feed.sequence]]
+            assert sum(len(feed.ids) for feed in prompts) <= window_tokens(stages, chunk)
+            if flying and chance.random() < 0.8:
+                feed = flying.pop(0)
+                step, told = sequences.came_back(
+                    feed.sequence, feed.position, len(feed.ids), chance.randint(0, 99) if feed.sample else None
+                )
+                if step is not None:
+                    flying.append(step)
+                if told is not None:
+                    assert told.start == len(ids[feed.sequence])
+                    ids[feed.sequence] += told.ids
+                    if told.finish is not None:
+                        sequences.drained(feed.sequence)
+            elif sequences.running and chance.random() < 0.1:
+                gone = chance.choice(sequences.running)
+                sequences.end(gone, "cancelled")
+                flying = [feed for feed in flying if feed.sequence != gone]
+                sequences.drained(gone)
+        assert number > 3
+
+
+def test_slots() -> None:
+    slots = Slots(2, 10)
+    slots.open(1, 0)
+    for bad in ((1, 1), (2, 0), (2, 2), (2, -1)):
+        with pytest.raises(FrameError):
+            slots.open(*bad)
+    slots.extend(1, 0, 0, 4)
+    for bad in ((1, 0, 0, 4), (1, 1, 4, 1), (1, 0, 5, 1), (1, 0, 4, 7), (1, 0, 4, 0)):
+        with pytest.raises(FrameError):
+            slots.extend(*bad)
+    slots.extend(1, 0, 4, 6)
+    assert slots.release(1) == 0 and slots.release(1) is None
+    slots.open(2, 0)
+    slots.extend(2, 0, 0, 1)
+
+
+def test_the_inbox_is_bounded_and_ends() -> None:
+    inbox: Inbox[int] = Inbox(2)
+    inbox.put(1)
+    inbox.put(2)
+    with pytest.raises(OverloadedError):
+        inbox.put(3)
+    inbox.put(4, always=True)
+    assert inbox.take(wait=True) == [1, 2, 4] and inbox.take(wait=False) == []
+    taken: list[object] = []
+    thread = threading.Thread(target=lambda: taken.append(inbox.take(wait=True)))
+    thread.start()
+    inbox.put(5)
+    thread.join(5)
+    assert taken == [[5]]
+    inbox.close()
+    assert inbox.take(wait=True) is None
+    with pytest.raises(OverloadedError):
+        inbox.put(6, always=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_parcels_survive_the_wire(dtype: str) -> None:
+    spec = stage(1, stage=1, stages=3, dtype=dtype, context=100)
+    into, back = stage_limits(spec, 4), source_limits(spec)
+    hidden = torch.randn(6, 4).to(getattr(torch, dtype))
+    pieces = [piece(2**60, 2, 7, sample=False), piece(1, 4, 90)]
+    pieces[0] = Piece(2**60, 3, 7, 2, False, None)
+
+    def through(parcel, limits, number):  # type: ignore[no-untyped-def]
+        (came,) = from_frame(decode(encode(to_frame(parcel, DEPLOYMENT, 1, number)), limits))
+        return came
+
+    came = through(Activation(pieces, hidden), into, 1)
+    assert torch.equal(came.hidden, hidden) and came.hidden.dtype == hidden.dtype
+    for before, after, rows in zip(pieces, split(came), (hidden[:2], hidden[2:]), strict=True):
+        assert (before.sequence, before.slot, before.position, before.length, before.sample) == (
+            after.sequence,
+            after.slot,
+            after.position,
+            after.length,
+            after.sample,
+        )
+        assert torch.equal(after.data, rows)
+    sampling = Sampling(0.7, 0.123456789, 2**31 - 1, 0.05, 1.1, -2.0, 0.3, 2**63 - 1)
+    assert through(Opened(5, 2, sampling), into, 1) == Opened(5, 2, sampling)
+    assert through(Released(5, 2), into, 1) == Released(5, 2)
+    long = through(Released(5, 2, "é" * 2000), back, 3)
+    assert long.reason.startswith("é" * 250)
+    drawn = through(Drawn(pieces, [None, 2**40]), back, 3)
+    assert list(drawn.tokens) == [None, 2**40]
