@@ -16,7 +16,7 @@ ALLOWED = {
     "daemon": {"daemon", "planner", "transport", "engine.messages", "builtin"},
     "api": {"api", "daemon.facade", "web", "engine.messages"},
     "web": {"web"},
-    "cli": {"cli", "api", "daemon", "builtin", "web"},
+    "cli": {"cli", "api", "daemon", "builtin", "web", "planner"},
     "builtin": {"builtin"},
 }
 LAZY_ENGINE = {"daemon/engine_host.py"}  # --in-process runs the engine in a thread: imported only then

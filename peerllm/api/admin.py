@@ -36,6 +36,11 @@ async def status(request: web.Request) -> web.Response:
     return json_response(household.status())
 
 
+async def engine(request: web.Request) -> web.Response:
+    """What this device's engine holds now."""
+    return json_response(await request.app[HOUSEHOLD].engine())
+
+
 async def events(request: web.Request) -> web.StreamResponse:
     """The status now and after every change, as SSE."""
     household = request.app[HOUSEHOLD]

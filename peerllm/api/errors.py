@@ -12,7 +12,7 @@ import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from peerllm.api.streams import STREAM
+from peerllm.api.streams import STREAM, Stream
 from peerllm.errors import BadInputError, InfeasibleError, OverloadedError, PeerLLMError, UnavailableError
 
 RETRY_AFTER_S = 5  # seconds a client is asked to wait for a model that is still loading
@@ -93,7 +93,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         message = _HTTP_LINES.get(error.status, error.reason.lower())
         return json_response(error_object(error.status, message), error.status, kept)
     except ConnectionError:
-        stream = request.get(STREAM)
+        stream: Stream | None = request.get(STREAM)
         if stream is None or not stream.started:
             raise
         return stream.response  # the client is gone; there is nobody to tell
@@ -105,7 +105,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 async def _broken_off(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
     """An answer that has begun ends with the error in its own framing; None if none has."""
-    stream = request.get(STREAM)
+    stream: Stream | None = request.get(STREAM)
     if stream is None or not stream.started:
         return None
     with contextlib.suppress(ConnectionError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import socket
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from peerllm.api.token import load_or_create_token
 from peerllm.daemon.facade import Household
 from peerllm.errors import BadInputError
 
+BACKLOG = 128  # connections waiting to be accepted
 SHUTDOWN_S = 2.0  # seconds that answers under way have when the API closes
 IDLE_S = 75.0  # seconds a connection may stay open without a request
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  where this machine reaches itself
@@ -40,6 +43,7 @@ def create_app(household: Household, token: str, loopback: bool, names: Iterable
     app.router.add_get("/v1/models/{id:.+}", models.one_model)
     app.router.add_post("/v1/chat/completions", chat.chat_completions)
     app.router.add_get("/peerllm/v1/status", admin.status)
+    app.router.add_get("/peerllm/v1/engine", admin.engine)
     app.router.add_get("/peerllm/v1/events", admin.events)
     for change in (admin.invite, admin.join, admin.leave, admin.remove, admin.run, admin.stop):
         app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
@@ -59,7 +63,7 @@ async def _end_streams(app: web.Application) -> None:
 
 
 class ApiServer:
-    """Listens on host:port; `start` raises BadInputError if it cannot."""
+    """Listens on host:port. `reserve` takes the port before anything else is started, `start` begins to answer."""
 
     def __init__(self, household: Household, host: str, port: int, data_dir: Path, names: Iterable[str] = ()) -> None:
         self.host = host
@@ -67,22 +71,31 @@ class ApiServer:
         self._names = (host, *names)
         self._household = household
         self._data_dir = data_dir
+        self._socket: socket.socket | None = None
         self._runner: web.AppRunner | None = None
 
+    async def reserve(self) -> None:
+        """BadInputError if this address cannot be had."""
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            family, _, _, _, address = found[0]
+            self._socket = socket.create_server(address, family=family, backlog=BACKLOG)
+        except OSError as error:
+            raise BadInputError(self._why(error)) from error
+        self.port = int(self._socket.getsockname()[1])
+
     async def start(self) -> None:
+        """Serves the API and the page; reserves first where that was not done."""
+        if self._socket is None:
+            await self.reserve()
+        assert self._socket is not None
         token = load_or_create_token(self._data_dir)
         app = create_app(self._household, token, is_loopback(self.host), self._names)
-        runner = web.AppRunner(
+        runner = self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S
         )
         await runner.setup()
-        try:
-            await web.TCPSite(runner, self.host, self.port).start()
-        except OSError as error:
-            await runner.cleanup()
-            raise BadInputError(self._why(error)) from error
-        self._runner = runner
-        self.port = int(runner.addresses[0][1])
+        await web.SockSite(runner, self._socket).start()
 
     def _why(self, error: OSError) -> str:
         where = f"{self.host}:{self.port}"
@@ -101,3 +114,6 @@ class ApiServer:
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.cleanup()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None

@@ -8,9 +8,9 @@ from random import Random
 
 from peerllm.builtin.about import about, meaning, out_of_scope, small_talk
 from peerllm.builtin.digits import digits
-from peerllm.builtin.home import clarified, command, follow_up
+from peerllm.builtin.home import clarified, command, effect, follow_up
 from peerllm.builtin.stories import story
-from peerllm.builtin.sums import sum_question
+from peerllm.builtin.sums import LARGEST, sum_question
 from peerllm.builtin.units import unit_question
 
 Exchange = tuple[str, str]  # what the user says, what the model answers
@@ -36,11 +36,17 @@ KINDS = {
     "home": 0.56, "clarified": 0.02, "sum": 0.17, "unit": 0.08, "story": 0.035, "about": 0.055,
     "talk": 0.02, "meaning": 0.03, "out_of_scope": 0.03,
 }  # fmt: skip
-# From the recipe's later_from_step on: what is learned slowest, numbers, comes oftener.
-LATER_KINDS = {
+NUMBER_KINDS = {
     "home": 0.42, "clarified": 0.02, "sum": 0.25, "unit": 0.08, "digits": 0.10, "story": 0.025, "about": 0.045,
     "talk": 0.015, "meaning": 0.025, "out_of_scope": 0.02,
 }  # fmt: skip
+EFFECT_KINDS = {
+    "home": 0.47, "clarified": 0.02, "small_sum": 0.20, "unit": 0.07, "digits": 0.05, "story": 0.02, "about": 0.04,
+    "talk": 0.015, "meaning": 0.02, "effect": 0.08, "out_of_scope": 0.02,
+}  # fmt: skip
+# The mixes in the order in which the recipe goes through them: after the first, what was learned slowest.
+MIXES = (KINDS, NUMBER_KINDS, EFFECT_KINDS)
+_SMALL_SUM = 99  # the largest operand
 _SYSTEM_SHARE = 0.12
 _SYSTEMS = (
     "You are a helpful assistant.", "You are the assistant of a smart home.", "Answer briefly.",
@@ -69,9 +75,12 @@ def _some(rng: Random, kind: str) -> list[Exchange]:
             return [(asked.said, asked.answer), *([later] if later else [])]
         case "clarified":
             return clarified(rng)
-        case "sum" | "unit":
-            question = sum_question(rng) if kind == "sum" else unit_question(rng)
+        case "sum" | "small_sum" | "unit":
+            largest = _SMALL_SUM if kind == "small_sum" else LARGEST
+            question = unit_question(rng) if kind == "unit" else sum_question(rng, largest=largest)
             return [(question.said, question.answer)]
+        case "effect":
+            return [effect(rng)]
         case "digits":
             return [digits(rng)]
         case "story":

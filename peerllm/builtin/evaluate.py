@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,10 +54,13 @@ def evaluate(folder: Path = MODEL_DIR, count: int = 600) -> dict[str, Any]:
         "trained_phrasing_exact_match": share(_action_hits(model, seen)),
         "follow_up_exact_match": _follow_ups(model, rng, count // 6),
     }
-    sums = [sum_question(rng, held_out=True) for _ in range(count // 2)]
-    right = _result_hits(model, sums)
-    for kind in ("addition", "subtraction", "product", "quotient"):
-        report[kind] = share([h for h, s in zip(right, sums, strict=True) if s.kind == kind])
+    for name, largest in (("", 99), ("three_digit_", 999)):
+        sums = [sum_question(rng, held_out=True, largest=largest) for _ in range(count // 2)]
+        if name:
+            sums = [s for s in sums if re.search(r"\d{3}", s.said) and s.kind in ("addition", "subtraction")]
+        right = _result_hits(model, sums)
+        for kind in ("addition", "subtraction", "product", "quotient")[: 2 if name else 4]:
+            report[name + kind] = share([h for h, s in zip(right, sums, strict=True) if s.kind == kind])
     report["conversion"] = share(_result_hits(model, [unit_question(rng, held_out=True) for _ in range(count // 6)]))
     report["held_out_late_in_a_talk"] = _late(model, rng, count // 6)
     return report | _stories(model, rng, 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -19,15 +20,17 @@ class Recipe:
     """Everything that decides the result besides the code and the library versions."""
 
     seed: int = 2026
-    steps: int = 1360
+    steps: int = 1400
     step_tokens: int = 4096
     matrix_rate: float = 0.04  # Muon, for the matrices of the layers
     other_rate: float = 0.006  # AdamW, for the embedding and the norms
     weight_decay: float = 0.01
-    # (step, share of the full rates), straight lines between: warm-up, plateau, a slow fall, a faster one.
-    rates: tuple[tuple[int, float], ...] = ((-1, 0.0), (39, 1.0), (604, 1.0), (1000, 0.582), (1360, 0.0))
-    long_rows_from_step: int = 1260  # rows of LONG_ROW_TOKENS from here on
-    later_from_step: int = 600  # the step from which on the dialogues come in the later mix
+    # (step, share of the full rates), straight lines between; the last but one rise is for the last mix.
+    rates: tuple[tuple[int, float], ...] = (
+        (-1, 0.0), (39, 1.0), (604, 1.0), (1000, 0.582), (1200, 0.259), (1210, 0.35), (1260, 0.35), (1400, 0.0),
+    )  # fmt: skip
+    long_rows_from_step: int = 1350  # rows of LONG_ROW_TOKENS from here on
+    mixes_from_steps: tuple[int, ...] = (0, 600, 1200)  # where each of dialogues.MIXES begins
     layers: int = 12
     hidden: int = 128
     intermediate: int = 384
@@ -44,8 +47,12 @@ class Recipe:
             steps=steps,
             rates=((-1, 0.0), *((max(round(step * part), i), share) for i, (step, share) in enumerate(self.rates[1:]))),
             long_rows_from_step=round(self.long_rows_from_step * part),
-            later_from_step=round(self.later_from_step * part),
+            mixes_from_steps=tuple(round(step * part) for step in self.mixes_from_steps),
         )
+
+    def mix(self, step: int) -> int:
+        """The number of the mix of dialogues at a step."""
+        return bisect_right(self.mixes_from_steps, step) - 1
 
     def row_tokens(self, step: int) -> int:
         """Length of the rows of a step."""

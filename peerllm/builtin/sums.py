@@ -9,6 +9,7 @@ from zlib import crc32
 from peerllm.builtin.words import spelled
 
 HELD_OUT_OF = 10  # one pair of operands in ten is never trained on
+LARGEST = 999
 PLACES = ("Ones", "Tens", "Hundreds")
 
 
@@ -27,20 +28,22 @@ def is_held_out(*operands: int | str) -> bool:
     return crc32(repr(operands).encode()) % HELD_OUT_OF == 0
 
 
-def sum_question(rng: Random, held_out: bool = False) -> Sum:
-    """A random sum, product, quotient or conversion of the asked split."""
+def sum_question(rng: Random, held_out: bool = False, largest: int = LARGEST) -> Sum:
+    """A random sum, difference, product or quotient of the asked split; `largest` bounds the operands."""
     lot = rng.random()
     make = add if lot < 0.36 else subtract if lot < 0.66 else multiply if lot < 0.82 else divide
     while True:
-        question = make(rng, held_out)
+        question = make(rng, held_out, largest)
         if question is not None:
             return question
 
 
-def operand(rng: Random) -> int:
+def operand(rng: Random, largest: int = LARGEST) -> int:
     """A number of one to three digits, mostly two."""
     lot = rng.random()
-    return rng.randint(0, 20) if lot < 0.25 else rng.randint(10, 99) if lot < 0.75 else rng.randint(100, 999)
+    if lot < 0.25:
+        return rng.randint(0, 20)
+    return rng.randint(10, 99) if lot < 0.75 or largest < 100 else rng.randint(100, 999)
 
 
 _ASK = (
@@ -68,9 +71,9 @@ def _ask(rng: Random, left: int, sign: str, right: int) -> str:
     return said[0].upper() + said[1:] if rng.random() < 0.7 else said
 
 
-def add(rng: Random, held_out: bool) -> Sum | None:
+def add(rng: Random, held_out: bool, largest: int) -> Sum | None:
     """Addition up to three digits, worked place by place."""
-    left, right = operand(rng), operand(rng)
+    left, right = operand(rng, largest), operand(rng, largest)
     if is_held_out("+", left, right) != held_out:
         return None
     steps, carry = [], 0
@@ -83,9 +86,9 @@ def add(rng: Random, held_out: bool) -> Sum | None:
     return Sum(_ask(rng, left, "+", right), " ".join(steps), f"{left + right}.", "addition")
 
 
-def subtract(rng: Random, held_out: bool) -> Sum | None:
+def subtract(rng: Random, held_out: bool, largest: int) -> Sum | None:
     """Subtraction up to three digits with a result of zero or more, worked place by place."""
-    right, left = sorted((operand(rng), operand(rng)))
+    right, left = sorted((operand(rng, largest), operand(rng, largest)))
     if is_held_out("-", left, right) != held_out:
         return None
     steps, borrow = [], 0
@@ -104,13 +107,13 @@ def _digits(left: int, right: int) -> list[tuple[str, int, int]]:
     return [(PLACES[n], left // 10**n % 10, right // 10**n % 10) for n in range(count)]
 
 
-def multiply(rng: Random, held_out: bool) -> Sum | None:
+def multiply(rng: Random, held_out: bool, largest: int) -> Sum | None:
     """Small products; the table is trained whole, so only the wording differs between the splits."""
     left, right = rng.randint(0, 12), rng.randint(0, 12)
     return Sum(_ask(rng, left, "x", right), f"{left} x {right} = {left * right}.", f"{left * right}.", "product")
 
 
-def divide(rng: Random, held_out: bool) -> Sum | None:
+def divide(rng: Random, held_out: bool, largest: int) -> Sum | None:
     """Quotients without remainder from the same table."""
     left, right = rng.randint(0, 12), rng.randint(1, 12)
     return Sum(_ask(rng, left * right, "/", right), f"{left * right} / {right} = {left}.", f"{left}.", "quotient")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.builtin.dialogues import KINDS, LATER_KINDS
+from peerllm.builtin.dialogues import MIXES
 from peerllm.builtin.evaluate import evaluate, print_report
 from peerllm.builtin.packing import Packer
 from peerllm.builtin.recipe import Recipe, build_model, build_optimizers
@@ -58,14 +58,13 @@ class Trainer:
         self.packer = self._packer(0)
 
     def _packer(self, skip: int) -> Packer:
-        if self.step < self.recipe.later_from_step:
-            return Packer(self.tokenizer, self.recipe.seed + 1, KINDS, skip)
-        return Packer(self.tokenizer, self.recipe.seed + 2, LATER_KINDS, skip)
+        mix = self.recipe.mix(self.step)
+        return Packer(self.tokenizer, self.recipe.seed + 1 + mix, MIXES[mix], skip)
 
     def advance(self) -> None:
         """One step of all optimizers."""
         began = time.monotonic()
-        if self.step == self.recipe.later_from_step:
+        if self.step in self.recipe.mixes_from_steps:
             self.packer = self._packer(0)
         length = self.recipe.row_tokens(self.step)
         loss = loss_of(self.model, *self.packer.rows(self.recipe.step_tokens // length, length))

@@ -28,10 +28,11 @@ _WHAT = (
 )
 _HELD_OUT = (
     "A held-out command has a verb, a core sentence and a carrier sentence none of which is in any training "
-    "command. Some of these verbs are met elsewhere in training: those that alone decide the action are "
-    "explained in dialogues such as 'What does shut mean?', and a few occur in stories. Rooms, devices and "
-    "numbers are the same in both splits. One in ten operand pairs of the sums and amounts of the conversions "
-    "is kept out of training; products and quotients are not."
+    "command. Some of these verbs are met elsewhere in training: those that alone decide the action are explained, "
+    "and never answered with an action, in dialogues such as 'What does shut mean?' and 'What happens if I shut the "
+    "kitchen blinds?', and a few occur in stories. Rooms, devices and numbers are the same in both splits. One in "
+    "ten operand pairs of the sums and amounts of the conversions is kept out of training; products and quotients "
+    "are not."
 )
 
 

@@ -1,7 +1,7 @@
 """How much memory each of the demo's devices lends, so that only all of them together hold the model.
 
-Blocks are dealt out evenly; a device lends what its part takes and SPARE_BLOCKS of a block more, which never makes room
-for the part of another.
+Blocks are dealt out evenly; a device lends what its part takes, what a pass works with, and SPARE_BLOCKS of a block
+more, which never makes room for the part of another.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peerllm.errors import ModelError
+from peerllm.planner.memory import Shape, working_bytes
 
 SPARE_BLOCKS = 0.75  # of a block's size
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
@@ -31,10 +32,12 @@ class Sizes:
     embedding: int
     blocks: tuple[int, ...]
     head: int
+    working: int  # of a pass, on every device
 
     @property
     def total(self) -> int:
-        return self.embedding + sum(self.blocks) + self.head
+        """On one device alone."""
+        return self.embedding + sum(self.blocks) + self.head + self.working
 
 
 def limits(sizes: Sizes, devices: int) -> list[int]:
@@ -43,7 +46,7 @@ def limits(sizes: Sizes, devices: int) -> list[int]:
         raise ModelError(f"the model has {len(sizes.blocks)} blocks, too few for {devices} devices")
     spare = math.ceil(SPARE_BLOCKS * min(sizes.blocks))
     parts = even_runs(len(sizes.blocks), devices)
-    found = [sum(sizes.blocks[start:end]) + spare for start, end in parts]
+    found = [sum(sizes.blocks[start:end]) + sizes.working + spare for start, end in parts]
     found[0] += sizes.embedding + sizes.head
     return found
 
@@ -61,7 +64,7 @@ def sizes_of(model_dir: Path, slots: int, context: int, element_bytes: int | Non
     except (OSError, ValueError, struct.error) as error:
         raise ModelError(f"{model_dir} is no model directory: {error}") from error
     tensors = {name: entry for header in headers for name, entry in header.items() if name != "__metadata__"}
-    return _sizes(config.get("text_config") or config, tensors, slots * context, element_bytes)
+    return _sizes(config.get("text_config") or config, tensors, slots, context, element_bytes)
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -76,7 +79,11 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _sizes(
-    config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]], tokens: int, element_bytes: int | None
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Any]],
+    slots: int,
+    context: int,
+    element_bytes: int | None,
 ) -> Sizes:
     embedding = head = 0
     blocks: dict[int, int] = {}
@@ -93,8 +100,11 @@ def _sizes(
             head += nbytes
     if not blocks or not embedding:
         raise ModelError("the safetensors files hold no blocks and embedding that are known here")
-    kv = 2 * width * _kv_values(config) * tokens
-    return Sizes(embedding, tuple(blocks[index] + kv for index in sorted(blocks)), head)
+    kv = 2 * width * _kv_values(config) * slots * context
+    hidden = _first(config, "hidden_size", "n_embd")
+    wide = config.get("intermediate_size") or config.get("ffn_dim") or 4 * hidden
+    working = working_bytes(Shape(hidden, _first(config, "vocab_size"), wide, width), context, slots)
+    return Sizes(embedding, tuple(blocks[index] + kv for index in sorted(blocks)), head, working)
 
 
 def _kv_values(config: Mapping[str, Any]) -> int:

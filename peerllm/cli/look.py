@@ -30,20 +30,13 @@ def devices(args: argparse.Namespace) -> None:
     print(json.dumps(found["devices"]) if args.json else devices_text(found))
 
 
-def used_bytes(found: Status, name: str) -> int:
-    """What the plans put on a device."""
-    stages = (stage for one in found["deployments"] if one["state"] not in {"failed", "stopped"}
-              for stage in ((one.get("plan") or {}).get("stages") or ()))  # fmt: skip
-    return sum(int(stage["memory_bytes"]) for stage in stages if stage["device"] == name)
-
-
 def devices_text(found: Status) -> str:
     rows = [("DEVICE", "STATE", "MEMORY", "LENT", "USED", "ID")]
     for one in found["devices"]:
         here = " (this one)" if one["id"] == found["device"]["id"] else ""
         rows.append((
             one["name"] + here, one["state"], human_bytes(one["memory_bytes"]), human_bytes(one["lent_bytes"]),
-            human_bytes(used_bytes(found, one["name"])), one["id"][:12],
+            human_bytes(one.get("promised_bytes", 0)), one["id"][:12],
         ))  # fmt: skip
     return table(rows)
 

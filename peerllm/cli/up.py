@@ -70,17 +70,25 @@ async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool
     daemon = Daemon(settings)
     api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names)
     try:
+        await api.reserve()
         if await _unless(stop, daemon.start(), "start daemon") and await _unless(stop, api.start(), "start API"):
-            write_daemon_file(settings.data_dir, api.url)
-            print(f"ready {api.url}", flush=True)
-            _notify("READY=1")
-            await stop.wait()
-            log.info("stopping")
-            _notify("STOPPING=1")
+            await _announced(settings, api.url, stop)
     finally:
-        (settings.data_dir / DAEMON_FILE).unlink(missing_ok=True)
         await api.close()
         await daemon.close()
+
+
+async def _announced(settings: Settings, url: str, stop: asyncio.Event) -> None:
+    """Everyone who waits for this device may use it, until `stop`."""
+    write_daemon_file(settings.data_dir, url)
+    try:
+        print(f"ready {url}", flush=True)
+        _notify("READY=1")
+        await stop.wait()
+        log.info("stopping")
+        _notify("STOPPING=1")
+    finally:
+        (settings.data_dir / DAEMON_FILE).unlink(missing_ok=True)
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None], name: str) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
@@ -22,12 +23,12 @@ from peerllm.daemon.messages import Answer, Control, DeviceView, Hello, Progress
 from peerllm.daemon.network import Network
 from peerllm.daemon.pulse import Pulse
 from peerllm.daemon.settings import Settings
-from peerllm.daemon.status import deployments_of, device_entry, peer_entry, sighting_entry
+from peerllm.daemon.status import deployments_of, device_entry, engine_entry, peer_entry, sighting_entry
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import ROUTE, Offers
 from peerllm.daemon.weights.store import Store
-from peerllm.daemon.worker import Worker
-from peerllm.engine.messages import Configure, Configured, FromEngine, LinkLost, LoadProgress, Tokens, Trust, Trusted
+from peerllm.daemon.worker import QUERY_TIMEOUT_S, Worker
+from peerllm.engine.messages import Configure, Configured, FromEngine, LinkLost, LoadProgress, QueryLoad, Tokens, Trust, Trusted
 from peerllm.errors import BadInputError, NotFoundError, UnavailableError
 from peerllm.transport.identity import Identity, load_or_create
 from peerllm.transport.roster import RosterEntry
@@ -45,7 +46,7 @@ class Daemon:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._threads = settings.threads or machine.processors()
-        self._lock: IO[str] | None = None
+        self._closing = AsyncExitStack()
         self._configured: Configured | None = None
         self._compute = Compute("", {}, {})
         self._memory_bytes = 0
@@ -68,7 +69,7 @@ class Daemon:
     async def _start(self) -> None:
         data = self.settings.data_dir
         await asyncio.to_thread(data.mkdir, 0o700, True, True)
-        self._lock = await asyncio.to_thread(machine.lock, data)
+        self._closing.callback((await asyncio.to_thread(machine.lock, data)).close)
         self.identity: Identity = await asyncio.to_thread(load_or_create, data)
         self.network = Network(self.settings, self.identity, self.hello, idle=self._idle)
         self.host = EngineHost(
@@ -79,6 +80,8 @@ class Daemon:
             self.settings.in_process,
             self._threads,
         )
+        self._closing.push_async_callback(self.host.close)
+        self._closing.push_async_callback(self.network.close)
         configured = self._configured = await self.host.start()
         self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
         self._memory_bytes = machine.memory_bytes()
@@ -105,6 +108,7 @@ class Daemon:
         network.on_vanish(self._vanished)
         network.on_roster(self._roster_changed)
         self._started = True
+        self._closing.push_async_callback(self._let_go)
         await network.start()
         await self.store.prune()
         await self.coordinator.start()
@@ -116,22 +120,18 @@ class Daemon:
             return
         self._closed = True
         self._pulse.close()
-        if self._started:
-            try:
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await self.coordinator.close()
-                    await self.worker.close()
-            except TimeoutError:
-                log.warning("letting go of deployments took over %g s; leaving anyway", CLOSE_TIMEOUT_S)
+        await self._closing.aclose()
+
+    async def _let_go(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self.coordinator.close()
+                await self.worker.close()
+        except TimeoutError:
+            log.warning("letting go of deployments took over %g s; leaving anyway", CLOSE_TIMEOUT_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if hasattr(self, "network"):
-            await self.network.close()
-        if hasattr(self, "host"):
-            await self.host.close()
-        if self._lock is not None:
-            self._lock.close()
 
     # ---- facade.Household -----------------------------------------------------------------------------------------
 
@@ -156,6 +156,10 @@ class Daemon:
             "network": {"port": self.network.port, "problem": self.network.problem},
             "nearby": [sighting_entry(sighting) for sighting in self.network.sightings()],
         }
+
+    async def engine(self) -> dict[str, Any]:
+        """Asked of the engine itself, so that it is true now."""
+        return engine_entry(await self.host.ask(QueryLoad(self.host.next_request()), QUERY_TIMEOUT_S))
 
     def changed(self) -> AsyncIterator[None]:
         return self._pulse.watch()

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from peerllm.daemon.assignments import assignments, travelling
 from peerllm.daemon.demand import Blueprint, check_options, draw_up
@@ -33,6 +34,7 @@ MAX_ATTEMPTS = 5  # plans tried one after another when devices refuse or leave, 
 CONTENTION_S = 0.2  # wait after the first refusal; doubles, and differs from device to device
 RETRY_S = 2.0  # a waiting deployment tries again after this, doubling ...
 RETRY_MOST_S = 60.0  # ... up to this, and whenever the household changes
+GATHER_S = 5.0  # how long a model too large for the devices here waits for those that have not arrived
 SETTLE_S = 0.3  # changes of the household come in bursts
 FETCH_SHARE = 0.8  # of a device's progress bar, where weights travel
 
@@ -60,7 +62,7 @@ class Deployment:
         self._message = ""
         self._asked: set[DeviceId] = set()  # devices that may hold something of ours
         self._free: dict[DeviceId, int] = {}  # what devices said last, fresher than what they announce
-        self._trouble: asyncio.Queue[str] = asyncio.Queue()
+        self._trouble: asyncio.Queue[str] = asyncio.Queue(1)
         self._stirred = asyncio.Event()
         self._outcomes: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
@@ -96,12 +98,16 @@ class Deployment:
     def gone(self, device: DeviceId, reason: str) -> None:
         """A device is no longer reachable."""
         if device in self._asked and self.state in ("loading", "serving"):
-            self._trouble.put_nowait(f"{self._around.name(device)} is gone ({reason})")
+            self._alarm(f"{self._around.name(device)} is gone ({reason})")
 
     def trouble(self, device: DeviceId, epoch: int, reason: str) -> None:
         """A device's part of the deployment is lost."""
         if epoch == self.epoch and device in self._asked and self.state in ("loading", "serving"):
-            self._trouble.put_nowait(f"{self._around.name(device)}: {reason}")
+            self._alarm(f"{self._around.name(device)}: {reason}")
+
+    def _alarm(self, reason: str) -> None:
+        if not self._trouble.full():  # the first reason is the one that counts
+            self._trouble.put_nowait(reason)
 
     def progress(self, device: DeviceId, event: Progress) -> None:
         """A device has come further in loading."""
@@ -203,7 +209,9 @@ class Deployment:
         failure: PeerLLMError = UnavailableError("no plan was tried")
         absent: set[DeviceId] = set()
         self._stirred.clear()
-        for attempt in range(MAX_ATTEMPTS):
+        until = asyncio.get_running_loop().time() + (0.0 if self.lasting else GATHER_S)
+        attempt = 0
+        while attempt < MAX_ATTEMPTS:
             if attempt:
                 spread = 1 + int(self._around.me[:8], 16) / 2**32
                 await asyncio.sleep(CONTENTION_S * 2 ** (attempt - 1) * spread)
@@ -211,16 +219,35 @@ class Deployment:
                 await self._attempt(absent)
                 return
             except InfeasibleError as error:
-                failure = error
+                failure = self._with_absent(error)
+                if await self._gathered(until):
+                    continue
                 if not self._contended():
-                    raise
+                    break
                 self._free.clear()  # who stands in the way may be about to let go
             except RefusedError as error:
                 failure = error
             except (LinkError, UnavailableError) as error:
                 failure = error
                 await self._let_go()
+            attempt += 1
         raise failure
+
+    async def _gathered(self, until: float) -> bool:
+        """Too little memory, but devices of the household are not here yet: whether something changed in time."""
+        if not self._around.absent():
+            return False
+        self._stirred.clear()
+        try:
+            async with asyncio.timeout_at(until):
+                await self._stirred.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _with_absent(self, error: InfeasibleError) -> InfeasibleError:
+        away = ", ".join(self._around.absent())
+        return InfeasibleError(f"{error}; away: {away}", error.missing_bytes) if away else error
 
     def _contended(self) -> bool:
         """Whether memory that the household lends is promised elsewhere."""
@@ -237,7 +264,8 @@ class Deployment:
         }
         if around.me not in candidates:
             raise UnavailableError("this device's engine is not running; see `peerllm status`")
-        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
+        goal = " (for latency: plans for throughput come later)" if self.options.objective == "throughput" else ""
+        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}{goal}")
         blueprint = await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
         moving = travelling(blueprint, inspected, around.me)
         hashes = await around.hashes(
@@ -254,7 +282,8 @@ class Deployment:
             else:
                 self._free[device] = answer.free_bytes
             raise RefusedError(f"{around.name(device)} cannot take part: {answer.reason}")
-        self.blueprint, self._trouble, self._shares = blueprint, asyncio.Queue(), dict.fromkeys(blueprint.promises, 0.0)
+        self.blueprint, self._trouble = blueprint, asyncio.Queue(1)
+        self._shares = dict.fromkeys(blueprint.promises, 0.0)
         self._become("loading", "")
         self._say("loading", f"loading on {', '.join(around.name(device) for device in blueprint.plan.devices)}")
         around.offer(self.id, {hashes[tensor.name]: tensor for tensor in moving})
@@ -263,9 +292,9 @@ class Deployment:
         self._say("loading", "connecting")
         await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
 
-    async def _unless_trouble(self, work: Awaitable[None]) -> None:
+    async def _unless_trouble(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for `work`, or raise UnavailableError as soon as a device of the plan is in trouble."""
-        doing = asyncio.ensure_future(work)
+        doing = asyncio.create_task(work, name=f"establish {self.options.model}")
         alarm = asyncio.create_task(self._trouble.get(), name=f"trouble of {self.options.model}")
         try:
             await asyncio.wait({doing, alarm}, return_when=asyncio.FIRST_COMPLETED)
@@ -292,9 +321,10 @@ class Deployment:
 
     async def _let_go(self) -> None:
         """Nothing of ours stays on any device."""
-        asked, self._asked = self._asked, set()
-        if asked:
+        asked = set(self._asked)
+        if asked:  # forgotten only afterwards: who cancels this midway starts it again
             self._free |= await release_all(self._around, self.id, self.epoch, asked)
+            self._asked -= asked
         self._around.withdraw(self.id)
         self._shares.clear()
 

@@ -38,7 +38,8 @@ class EngineChild:
     async def start(cls, threads: int) -> EngineChild:
         """A new process of this interpreter, which imports torch and then waits for its first message."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *("-m", "peerllm.engine", "--fd", str(theirs.fileno()), "--parent", str(os.getpid())),
@@ -48,6 +49,7 @@ class EngineChild:
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
             )
+            undo.pop_all()
         return cls(process, ours)
 
     @property

@@ -122,18 +122,23 @@ class EngineHost:
         pause_s = RESTART_FIRST_S
         while True:
             self._state, started = "starting", time.monotonic()
+            why: PeerLLMError = EngineError("the engine ended")
             try:
                 await self._live(first)
             except PeerLLMError as error:
-                if not first.done():
-                    first.set_exception(error)
-                    return
-                was_ready, self._state = self._state == "running", f"crashed: {error}"
-                if time.monotonic() - started >= HEALTHY_S:
-                    pause_s = RESTART_FIRST_S
-                log.error("%s; starting the engine again in %.1f s", error, pause_s)
-                if was_ready:
-                    self._call(self._on_lost, str(error))
+                why = error
+            except Exception as error:  # supervision outlives whatever goes wrong in it
+                log.exception("the engine host failed")
+                why = EngineError(f"the engine cannot be run: {type(error).__name__}: {error}")
+            if not first.done():
+                first.set_exception(why)
+                return
+            was_ready, self._state = self._state == "running", f"crashed: {why}"
+            if time.monotonic() - started >= HEALTHY_S:
+                pause_s = RESTART_FIRST_S
+            log.error("%s; starting the engine again in %.1f s", why, pause_s)
+            if was_ready:
+                self._call(self._on_lost, str(why))
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RESTART_MOST_S)
 

@@ -73,6 +73,10 @@ class Household(Protocol):
         """The object of design §9, plus "version", "api" and per device "engine", "compute", "rtt_ms", "address"."""
         ...
 
+    async def engine(self) -> dict[str, Any]:
+        """What this device's engine holds at this moment: stages with slots in use, bytes, measured step times."""
+        ...
+
     def changed(self) -> AsyncIterator[None]:
         """Yields at once, then after every change of `status`, at most a few times a second."""
         ...

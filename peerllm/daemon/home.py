@@ -65,6 +65,10 @@ class Home:
                 found[device] = Candidate(device, hello, free, peer.rtt_ms, peer.mbps)
         return found
 
+    def absent(self) -> list[str]:
+        here = self.candidates()
+        return [peer.name for device, peer in self._parts.network.peers().items() if device not in here]
+
     def address(self, device: DeviceId) -> Address:
         peer = self._parts.network.peers().get(device)
         return (peer.hosts, peer.data_port) if peer is not None else ((), 0)

@@ -35,6 +35,10 @@ class Surroundings(Protocol):
         """The devices that could take part now, this one among them."""
         ...
 
+    def absent(self) -> list[str]:
+        """Names of the household's devices that could not take part now."""
+        ...
+
     def address(self, device: DeviceId) -> Address:
         """Where another device's data plane is reached from here."""
         ...

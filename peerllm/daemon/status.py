@@ -7,6 +7,7 @@ from typing import Any
 
 from peerllm.daemon.messages import DeploymentView, DeviceView, Hello
 from peerllm.daemon.network import Peer, Sighting
+from peerllm.engine.messages import EngineLoad
 from peerllm.types import DeviceId
 
 Name = Callable[[DeviceId], str]
@@ -60,6 +61,17 @@ def deployment_entry(view: DeploymentView, name: Name) -> dict[str, Any]:
         "measured": dict(view.measured),
         "reason": view.reason,
         "progress": view.progress,
+    }
+
+
+def engine_entry(load: EngineLoad) -> dict[str, Any]:
+    """What an engine holds: stages with the slots in use, bytes, mean milliseconds of a decode step per stage."""
+    return {
+        "stages": [{"deployment": one, "stage": stage, "slots_in_use": used} for one, stage, used in load.stages],
+        "weight_bytes": load.weight_bytes,
+        "kv_bytes": load.kv_bytes,
+        "resident_bytes": load.resident_bytes,
+        "decode_ms": dict(load.measured),
     }
 
 

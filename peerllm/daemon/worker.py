@@ -88,6 +88,7 @@ class _Held:
     total_bytes: int = 1
     done: dict[int, int] = field(default_factory=dict)  # stage: bytes read
     told: float = 0.0
+    over: str = "the deployment was released while it was loading"
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -143,6 +144,7 @@ class Worker:
     def engine_lost(self, reason: str) -> None:
         """The engine died and its memory with it: every coordinator is told."""
         for deployment, held in list(self._held.items()):
+            held.over = reason
             if held.task is not None:
                 held.task.cancel()
             self._drop(deployment, held.epoch)
@@ -205,7 +207,7 @@ class Worker:
             task.cancel()
             raise
         if task.cancelled():
-            raise RefusedError("the deployment was released while it was loading")
+            raise UnavailableError(held.over)
         error = task.exception()
         if error is not None:
             await self._let_go(assign.deployment, assign.epoch)

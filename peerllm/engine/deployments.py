@@ -60,12 +60,13 @@ class Deployment:
             self._source = Sequences(self.id, spec.slots, spec.context, spec.chunk, spec.stages)
 
     def linked(self, outlets: Mapping[int, Outlet]) -> None:
-        """The links are new: whatever was under way on the old ones is gone."""
-        if self.broken:
-            self._drop_all()
+        """The links stand; if some broke before, whatever was under way on them is gone."""
         self._outlets = dict(outlets)
-        self.broken = ""
         self._reported.clear()
+        if not self.broken:
+            return
+        self.broken = ""
+        self._drop_all()
         if self._source is not None:
             self._source.reset()
 

@@ -20,6 +20,8 @@ class _Yes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._questions and args[0].is_meta:
             return True
+        if func is torch.Tensor.__contains__ and args[0].is_meta:
+            return False  # "is there padding among the token ids?": there never is
         return func(*args, **(kwargs or {}))
 
 

@@ -57,16 +57,15 @@ def _shared(source: TensorAt, target: Target, count: Callable[[int], None]) -> t
 
 
 def read_into(source: TensorAt, out: torch.Tensor, count: Callable[[int], None]) -> None:
-    """Fill `out`, of the source's shape and any float dtype, from the file; at most one piece of extra memory."""
+    """Fill `out` (contiguous, of the source's shape) from the file, in its dtype; takes one piece of extra memory."""
     dtype = FILE_DTYPES[source.dtype]
     try:
         with Path(source.path).open("rb", buffering=0) as file:
             file.seek(source.offset)
-            if out.dtype == dtype and out.is_contiguous():
-                _fill(file, out.view(-1).view(torch.uint8) if out.numel() else out.view(-1), source, count)
+            flat = out.view(-1)
+            if out.dtype == dtype:
+                _fill(file, flat.view(torch.uint8), source, count)
                 return
-            flat = out.view(-1) if out.is_contiguous() else None
-            whole = torch.empty(out.shape, dtype=out.dtype).view(-1) if flat is None else flat
             step = max(PIECE_BYTES // dtype.itemsize, 1)
             # Its own mapping: taken from the allocator it would leave holes between the tensors that stay.
             scratch = mmap.mmap(-1, max(min(step, out.numel()), 1) * dtype.itemsize)
@@ -74,9 +73,7 @@ def read_into(source: TensorAt, out: torch.Tensor, count: Callable[[int], None])
             for start in range(0, out.numel(), step):
                 part = piece[: out.numel() - start]
                 _fill(file, part.view(torch.uint8), source, count)
-                whole[start : start + part.numel()].copy_(part)
-            if flat is None:
-                out.copy_(whole.view(out.shape))
+                flat[start : start + part.numel()].copy_(part)
     except OSError as error:
         raise ModelError(f"{Path(source.path).name} cannot be read: {error}") from error
 

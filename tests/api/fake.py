@@ -74,6 +74,9 @@ class FakeHousehold:
         self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
         self.deployments: list[dict[str, Any]] = [deployment()]
 
+    async def engine(self) -> dict[str, Any]:
+        return {"stages": [], "weight_bytes": 0, "kv_bytes": 0, "resident_bytes": 0, "decode_ms": {}}
+
     def status(self) -> dict[str, Any]:
         first = self.devices[0]
         return {
@@ -152,7 +155,7 @@ class FakeHousehold:
 
     async def invite(self) -> tuple[str, int]:
         self.calls.append(("invite",))
-        return "4-otter-lamp", 8645
+        return "K7-4PQ9MX", 8645
 
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         self.calls.append(("join", code, at))
@@ -174,6 +177,8 @@ def device(name: str, index: int, state: str = "here") -> dict[str, Any]:
         "state": state,
         "memory_bytes": 8_000_000_000,
         "lent_bytes": 20_000_000,
+        "promised_bytes": 12_000_000,
+        "problem": "",
         "engine": "running",
         "compute": {},
         "rtt_ms": 0.4,

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.builtin.about import about
-from peerllm.builtin.dialogues import LATER_KINDS, dialogue, dialogues
+from peerllm.builtin.dialogues import MIXES, dialogue, dialogues
 from peerllm.builtin.digits import digits
 from peerllm.builtin.home import clarified, command, follow_up
 from peerllm.builtin.phrasing import Skill
@@ -28,7 +28,7 @@ def test_a_seed_decides_everything() -> None:
     assert first != other
 
 
-@pytest.mark.parametrize("kind", sorted(LATER_KINDS))
+@pytest.mark.parametrize("kind", sorted({kind for mix in MIXES for kind in mix}))
 def test_every_kind_gives_whole_exchanges(kind: str) -> None:
     rng = Random(1)
     for _ in range(50):

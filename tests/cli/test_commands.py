@@ -68,15 +68,15 @@ def peerllm(device: Served, capsys: pytest.CaptureFixture[str]) -> Run:
 def test_invite_ends_with_the_code(peerllm: Run) -> None:
     code, out, _ = peerllm("invite")
     assert code == 0
-    assert out.split()[-1] == "4-otter-lamp"
+    assert out.split()[-1] == "K7-4PQ9MX"
     code, out, _ = peerllm("invite", "--json")
-    assert json.loads(out) == {"code": "4-otter-lamp", "port": 8645, "expires_s": 120}
+    assert json.loads(out) == {"code": "K7-4PQ9MX", "port": 8645, "expires_s": 120}
 
 
 def test_join(peerllm: Run, device: Served) -> None:
-    assert peerllm("join", "4-otter-lamp", "--at", "[fe80::1]:8645") == (0, "Joined the household of laptop.\n", "")
-    assert peerllm("join", "4-otter-lamp")[0] == 0
-    assert device.household.calls == [("join", "4-otter-lamp", ("fe80::1", 8645)), ("join", "4-otter-lamp", None)]
+    assert peerllm("join", "K7-4PQ9MX", "--at", "[fe80::1]:8645") == (0, "Joined the household of laptop.\n", "")
+    assert peerllm("join", "K7-4PQ9MX")[0] == 0
+    assert device.household.calls == [("join", "K7-4PQ9MX", ("fe80::1", 8645)), ("join", "K7-4PQ9MX", None)]
 
 
 def test_a_wrong_code_is_one_line(peerllm: Run) -> None:

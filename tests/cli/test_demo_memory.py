@@ -15,19 +15,24 @@ from peerllm.errors import ModelError
 
 
 @given(
-    blocks=st.integers(1, 40), size=st.integers(1000, 10**9), embedding=st.integers(0, 10**9), devices=st.integers(1, 8)
+    blocks=st.integers(1, 40),
+    size=st.integers(1000, 10**9),
+    embedding=st.integers(0, 10**9),
+    working=st.integers(0, 10**9),
+    devices=st.integers(1, 8),
 )
-def test_only_all_together_hold_the_model(blocks: int, size: int, embedding: int, devices: int) -> None:
-    sizes = Sizes(embedding, (size,) * blocks, size // 10)
+def test_only_all_together_hold_the_model(blocks: int, size: int, embedding: int, working: int, devices: int) -> None:
+    sizes = Sizes(embedding, (size,) * blocks, size // 10, working)
     if devices > blocks:
         with pytest.raises(ModelError, match="too few"):
             limits(sizes, devices)
         return
     found = limits(sizes, devices)
+    found = [one - working for one in found]
     room = [(found[0] - sizes.embedding - sizes.head) // size, *(one // size for one in found[1:])]
     assert sum(room) == blocks, "every block has its place, and there is no place for one more"
     assert all(one >= 1 for one in room)
-    assert devices == 1 or all(one < sizes.total for one in found)
+    assert devices == 1 or all(one < sizes.total - working for one in found)
 
 
 def test_runs_differ_by_one_at_most() -> None:
@@ -52,10 +57,12 @@ def test_sizes_from_headers(tmp_path: Path) -> None:
             "model.layers.1.mlp.weight": [8, 8],
             "model.norm.weight": [8],
         },
-        {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2},
+        {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100},
     )
     kv = 2 * 4 * (2 * 2) * 3 * 10
-    assert sizes_of(tmp_path, 3, 10, element_bytes=4) == Sizes(3200, (256 + kv, 256 + kv), 32)
+    sizes = sizes_of(tmp_path, 3, 10, element_bytes=4)
+    assert (sizes.embedding, sizes.blocks, sizes.head) == (3200, (256 + kv, 256 + kv), 32)
+    assert sizes.working > 0
     assert sizes_of(tmp_path, 3, 10).embedding == 1600
 
 

@@ -1,4 +1,4 @@
-"""A household in memory: real workers, ledgers and coordinators, engines that only keep books, calls instead of links."""
+"""A household in memory: real workers, ledgers and coordinators; engines that keep books; calls for links."""
 
 from __future__ import annotations
 
@@ -101,11 +101,13 @@ class FakeStore:
 
     def __init__(self):
         self.used = set()
+        self.fetching = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def fetch(self, deployment, source, tensors, progress):
         self.used.add(deployment)
+        self.fetching.set()
         await self.gate.wait()
         progress(1, 1)
 
@@ -156,6 +158,9 @@ class Device:
             for device, one in self.house.devices.items()
             if one.online
         }
+
+    def absent(self):
+        return [self.name(device) for device, one in self.house.devices.items() if not one.online]
 
     def address(self, device):
         return ("127.0.0.1",), 1

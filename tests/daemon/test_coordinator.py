@@ -73,6 +73,21 @@ async def test_what_is_missing_is_said_and_nothing_stays(houses):
     assert house.empty() and not house["a"].coordinator.views()
 
 
+async def test_a_device_that_is_about_to_arrive_is_waited_for(houses, monkeypatch):
+    house = houses([3, 3, 3], big=8)
+    house["c"].online = False
+    running = asyncio.ensure_future(house["a"].coordinator.run(RunOptions("big"), quiet))
+    await asyncio.wait({running}, timeout=0.2)
+    assert not running.done()
+    await house.come_back("c")
+    await asyncio.wait_for(running, 10)
+    await house["a"].coordinator.stop("big")
+    monkeypatch.setattr(module, "GATHER_S", 0.05)
+    house["c"].online = False
+    with pytest.raises(InfeasibleError, match=r"missing.*away: device-c"):
+        await house["a"].coordinator.run(RunOptions("big"), quiet)
+
+
 async def test_asking_again_is_fine_with_other_options_it_is_refused(houses):
     house = houses([9], small=4)
     run = house["a"].coordinator.run

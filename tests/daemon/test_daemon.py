@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,11 +96,16 @@ def llama(folder):
     return str(folder / "llama"), model
 
 
-def expected(model, prompt, count):
-    with torch.inference_mode():
-        row = torch.tensor([prompt])
-        ids = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=count, do_sample=False)
-    return ids[0, len(prompt) :].tolist()
+async def expected(model, prompt, count):
+    """What the whole model says by itself; in a thread, for the daemons live on this loop."""
+
+    def work():
+        with torch.inference_mode():
+            row = torch.tensor([prompt])
+            ids = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=count, do_sample=False)
+        return ids[0, len(prompt) :].tolist()
+
+    return await asyncio.to_thread(work)
 
 
 async def answer(daemon, model, prompt, count):
@@ -129,11 +135,12 @@ async def test_the_builtin_model_over_three_says_what_one_device_says(daemons):
     told = []
     await laptop.run(RunOptions("builtin"), told.append)
     assert told[-1].state == "serving" and set(told[-1].devices) == {"laptop", "mini-pc", "jetson"}
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = await asyncio.to_thread(load, MODEL_DIR, dtype=torch.float32)
     prompts = [[1, 50, 60, 70], list(range(100, 400)), [7]]
     answers = await asyncio.gather(*(answer(laptop, "builtin", prompt, 24) for prompt in prompts))
     for prompt, ids in zip(prompts, answers, strict=True):
-        wanted = expected(model, prompt, 24)
+        wanted = await expected(model, prompt, 24)
         assert ids == wanted[: len(ids)] and (len(ids) == 24 or wanted[len(ids)] == model.config.eos_token_id)
     await until(daemons, lambda: all((deployment(d, "builtin") or {}).get("measured") for d in daemons))
     for daemon in daemons:
@@ -160,7 +167,7 @@ async def test_more_sequences_than_slots_are_queued_and_all_exact(daemons, llama
     prompts = [[(7 * i + 3 * j) % 96 for j in range(1 + 5 * i)] for i in range(6)]
     answers = await asyncio.gather(*(answer(laptop, name, prompt, 12) for prompt in prompts))
     for prompt, ids in zip(prompts, answers, strict=True):
-        assert ids == expected(model, prompt, 12)
+        assert ids == await expected(model, prompt, 12)
 
 
 async def test_a_client_that_leaves_frees_its_slot(daemons, llama):
@@ -172,7 +179,7 @@ async def test_a_client_that_leaves_frees_its_slot(daemons, llama):
         async with asyncio.timeout(BOUND_S):
             await anext(stream)
         await stream.aclose()
-    assert await answer(laptop, name, [1, 2], 5) == expected(model, [1, 2], 5)
+    assert await answer(laptop, name, [1, 2], 5) == await expected(model, [1, 2], 5)
     with pytest.raises(BadInputError, match="64"):
         await answer(laptop, name, list(range(64)), 5)
 
@@ -195,7 +202,7 @@ async def test_an_engine_that_dies_is_planned_around_by_itself(daemons, llama):
     except EngineError as error:
         finish = str(error)
     assert finish, "a silent stop"
-    wanted = expected(model, [5, 6], 62)
+    wanted = await expected(model, [5, 6], 62)
     assert seen == wanted[: len(seen)]
     await until(
         daemons, lambda: deployment(laptop, name)["state"] == "serving" and deployment(laptop, name)["epoch"] > epoch
@@ -220,10 +227,10 @@ async def test_a_device_that_leaves_and_returns(daemons, llama, folder):
     await again.start()
     await until([laptop], lambda: deployment(laptop, name)["state"] == "serving")
     try:
-        assert await waiting == expected(model, [9, 9], 6)
+        assert await waiting == await expected(model, [9, 9], 6)
     except UnavailableError:  # a slow machine: its patience was over first, which was said
         pass
-    assert await answer(laptop, name, [9, 9], 6) == expected(model, [9, 9], 6)
+    assert await answer(laptop, name, [9, 9], 6) == await expected(model, [9, 9], 6)
 
 
 async def test_what_served_is_served_again_after_a_restart(daemons, llama, folder):
@@ -233,7 +240,7 @@ async def test_what_served_is_served_again_after_a_restart(daemons, llama, folde
     laptop = daemons[LAPTOP] = Daemon(settings(folder, "laptop"))
     await laptop.start()
     await until(daemons, lambda: (deployment(laptop, name) or {}).get("state") == "serving")
-    assert await answer(laptop, name, [4], 6) == expected(model, [4], 6)
+    assert await answer(laptop, name, [4], 6) == await expected(model, [4], 6)
     await laptop.stop(name)
     await until(daemons, lambda: nothing_left(daemons))
 
@@ -266,6 +273,17 @@ async def test_bad_wishes_are_one_clear_line(daemons, folder):
     with pytest.raises(BadInputError, match="already"):
         await second.start()
     await second.close()
+
+
+async def test_a_port_in_use_is_said_and_everything_is_closed_again(daemons, folder):
+    taken = Daemon(replace(settings(folder, "late"), port=daemons[LAPTOP].network.port))
+    with pytest.raises(BadInputError, match="port"):
+        await taken.start()
+    assert taken.host.state == "stopped"
+    free = Daemon(settings(folder, "late"))
+    await free.start()  # the data directory is not locked any more
+    await free.close()
+    await free.close()
 
 
 async def test_two_sources_at_once_never_lend_the_same_memory_twice(daemons, llama):

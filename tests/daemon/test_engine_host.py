@@ -178,3 +178,13 @@ def test_oom_kills_are_counted_in_both_kinds_of_cgroups(tmp_path: Path, monkeypa
     assert oom_kills() == 7
     listing.write_text("nonsense")
     assert oom_kills() == 0
+
+
+async def test_a_daemon_that_cannot_configure_is_told(tmp_path: Path) -> None:
+    device = Device(tmp_path)
+    (tmp_path / "device.crt").unlink()
+    host = engine_host.EngineHost(lambda request: 1 // 0, print, print, print, in_process=False, threads=1)
+    for one in (device.host, host):
+        with pytest.raises((EngineError, BadInputError), match="cannot be read|ZeroDivisionError"):
+            await one.start()
+        assert one.state == "stopped" and one.pid is None

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from peerllm.codec import encode
+from peerllm.daemon import membership
 from peerllm.daemon.messages import Answer, Ask, Control, DeviceView, Gossip, Heartbeat, Hello, Place, Whereabouts
 from peerllm.daemon.network import channel as channel_module
 from peerllm.daemon.network.channel import FRAME_BYTES, MORE
@@ -23,6 +24,12 @@ from peerllm.transport.tls import client_context, knock_context
 from tests.daemon.networks import WAIT_S, Device, devices, pair
 
 PATHS = ("/", "/control/1", "/control", "/probe/1", "/probe/4194304", "/weights/x", "/v1/models", "/status", "/door")
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A websocket driven by hand sends no heartbeats."""
+    monkeypatch.setattr(membership, "DEAD_AFTER_S", 60.0)
 
 
 def text(message: Control) -> str:

@@ -136,7 +136,7 @@ async def test_the_queue_and_a_lost_device_are_told(page: Browser, household: Fa
 
 async def test_invite_shows_the_code(page: Browser) -> None:
     await page.click("#invite")
-    await page.until("return document.querySelector('.code')?.innerText == '4-otter-lamp'", "the code")
+    await page.until("return document.querySelector('.code')?.innerText == 'K7-4PQ9MX'", "the code")
 
 
 async def test_the_built_in_model_is_started_from_the_page(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -104,7 +105,7 @@ class Channel:
     def beat(self) -> None:
         """Send a heartbeat."""
         self._number += 1
-        self._beats.append((self._number, asyncio.get_running_loop().time()))
+        self._beats.append((self._number, time.perf_counter()))  # a loop's own clock may only count milliseconds
         self.send(Heartbeat(self._number), urgent=True)
 
     def end(self, reason: str) -> None:
@@ -176,7 +177,7 @@ class Channel:
             return
         sent = next((at for number, at in self._beats if number == beat.number), None)
         if sent is not None:
-            self._rtts.append(asyncio.get_running_loop().time() - sent)
+            self._rtts.append(time.perf_counter() - sent)
 
     async def _write(self) -> str:
         while True:

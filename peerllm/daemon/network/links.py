@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import aiohttp
@@ -26,6 +26,7 @@ from peerllm.types import DeviceId
 DRAIN_S = 1.0  # a duplicate link is read this long after its better was found
 MAX_LINKS_PER_DEVICE = 4
 MAX_LINKS = 512
+FLUSH_S = 0.5  # how long a last word to a device may take
 FAREWELL_S = 1.0  # how long goodbyes may take
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,15 @@ class Links:
             self._accepted[device] -= 1
             if not self._accepted[device]:
                 del self._accepted[device]
+
+    async def last_words(self, devices: Iterable[DeviceId], message: Control, reason: str) -> None:
+        """Tell devices that are here one thing more and end their links; waits a bounded moment for it to be sent."""
+        channels = [channel for device in devices if (channel := self._using.get(device)) is not None]
+        for channel in channels:
+            channel.send(message)
+            channel.finish(reason)
+        if channels:
+            await asyncio.wait([channel.ended for channel in channels], timeout=FLUSH_S)
 
     async def close(self, reason: str) -> None:
         """Say goodbye on every link and end them all."""

@@ -31,7 +31,6 @@ from peerllm.transport.roster import Roster, RosterEntry
 from peerllm.transport.tls import TlsServer
 from peerllm.types import DeviceId
 
-FLUSH_S = 0.5  # how long a last word to a device may take
 MAX_CONTROL_BODY_BYTES = 1 << 10  # nothing is posted to the control port
 
 Route = Callable[[web.Request], Any]
@@ -79,6 +78,7 @@ class Network:
         self._applying = asyncio.Lock()
         self._trusting: frozenset[DeviceId] = frozenset()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._listening = False
         self._closed = False
         self._app.router.add_get("/control/{number}", self._links.accept)
         add_probe(self._app)
@@ -92,6 +92,7 @@ class Network:
     async def start(self) -> None:
         """Listen, advertise, dial. BadInputError if the port is in use."""
         await self._server.start()
+        self._listening = True
         await self._links.start()
         await self._bulk.start()
         self._bandwidth.start()
@@ -184,8 +185,9 @@ class Network:
 
     def set_hello_changed(self) -> None:
         """What this device says of itself has changed: say it again, to the household and by mDNS."""
-        self.broadcast(self.hello())
-        self._horizon.advertise()
+        if self._listening:
+            self.broadcast(self.hello())
+            self._horizon.advertise()
 
     def listen(self, callback: Callable[[DeviceId, Control], None]) -> None:
         """Hear what other devices tell."""
@@ -242,7 +244,7 @@ class Network:
         if not self._others():
             raise BadInputError("this device is in no household")
         self._roster.remove(self.identity, self.identity.device)
-        await self._last_words(self._online(), "left the household")
+        await self._links.last_words(self._online(), Gossip(self._roster.export()), "left the household")
         await self._start_anew()
 
     async def remove(self, device: DeviceId) -> None:
@@ -252,18 +254,8 @@ class Network:
         if device not in self._others():
             raise NotFoundError(f"no device {device[:8]} belongs to this household")
         self._roster.remove(self.identity, device)
-        if device in self._online():
-            await self._last_words((device,), "removed from the household")
+        await self._links.last_words((device,), Gossip(self._roster.export()), "removed from the household")
         await self._apply_roster()
-
-    async def _last_words(self, devices: Iterable[DeviceId], reason: str) -> None:
-        """Tell the devices the roster on links that end with it, and wait a bounded moment for it to be sent."""
-        channels = [channel for device in devices if (channel := self._links.find(device)) is not None]
-        for channel in channels:
-            channel.send(Gossip(self._roster.export()))
-            channel.finish(reason)
-        if channels:
-            await asyncio.wait([channel.ended for channel in channels], timeout=FLUSH_S)
 
     # ---- the roster ----
 

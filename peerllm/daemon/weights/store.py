@@ -81,6 +81,8 @@ class Store:
             raise errors.exceptions[0] from None
         for sha in held:
             await asyncio.to_thread(os.utime, self.path(sha))  # used now: pruned last
+        if missing:
+            await self.prune()
 
     def forget(self, deployment: DeploymentId) -> None:
         """The deployment is over: its tensors may be pruned."""

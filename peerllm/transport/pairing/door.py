@@ -35,7 +35,7 @@ PAIRING_WINDOW_S = 120.0
 TRIES = 3
 ATTEMPT_TIMEOUT_S = 10.0  # one attempt at a time holds the door, and no longer
 MAX_WAITING = 8  # connections, the one being served included
-REFUSE_TIMEOUT_S = 1.0  # what telling a refusal may take
+REFUSE_TIMEOUT_S = 1.0  # what telling a refusal, or saying goodbye, may take
 CLOSED = "the pairing window is closed; run peerllm invite again"
 
 
@@ -144,8 +144,12 @@ class PairingDoor:
             async with self._turn:
                 await self._serve(channel)
         finally:
-            self._visits.discard(task)
             writer.close()
+            try:
+                await asyncio.wait_for(writer.wait_closed(), REFUSE_TIMEOUT_S)
+            except (TimeoutError, OSError):  # the other side does not say goodbye
+                writer.transport.abort()
+            self._visits.discard(task)
 
     async def _serve(self, channel: Channel) -> None:
         try:

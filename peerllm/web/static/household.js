@@ -61,12 +61,9 @@ function card(deployment, status, colour, stop) {
     mine && make("button", { className: "plain small", type: "button", onclick: () => stop(deployment.model) }, "Stop this model"));
 }
 
-/** What the plans put on a device. */
-const used = (status, name) => status.deployments.filter((one) => !BAD.has(one.state)).flatMap(stagesOf)
-  .filter((stage) => stage.device === name).reduce((sum, stage) => sum + stage.memory_bytes, 0);
 
 function deviceItem(device, status, colour) {
-  const taken = used(status, device.name);
+  const taken = device.promised_bytes ?? 0;
   const away = BAD.has(device.state);
   const facts = [`${bytes(taken)} used of ${bytes(device.lent_bytes)} lent`];
   if (device.rtt_ms > 0 && !away) facts.push(`${device.rtt_ms.toFixed(1)} ms away`);
@@ -78,7 +75,8 @@ function deviceItem(device, status, colour) {
       device.id === status.device.id && make("span", { className: "here" }, "this device"),
       badge(device.state)),
     bar(taken / device.lent_bytes, `${device.name}: ${facts[0]}`),
-    make("p", { className: "quiet" }, facts.join(" · ")));
+    make("p", { className: "quiet" }, facts.join(" · ")),
+    device.problem ? make("p", { className: "reason" }, device.problem) : null);
 }
 
 /** Draws the whole household; `stop` is called with a model's name. */

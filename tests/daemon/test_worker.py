@@ -1,0 +1,236 @@
+"""A device's answers to coordinators, honest and otherwise: what is refused is refused before memory is taken."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from peerllm.codec import decode, encode
+from peerllm.daemon.assignments import assignments, check, travelling
+from peerllm.daemon.demand import draw_up
+from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.messages import Activate, Ask, Control, Release, Reserve, Trouble
+from peerllm.engine.messages import Connect, LinkLost, LoadStage, Unload
+from peerllm.errors import BadInputError, EngineError, RefusedError
+from tests.daemon.house import BLOCK, House, inspected
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+D = "d" * 32
+SPARE = 100_000
+
+
+@pytest.fixture
+def house(tmp_path):
+    return House(tmp_path, [n * BLOCK + SPARE for n in (3, 3, 3)], {})
+
+
+@pytest.fixture
+def plan(house):
+    """(blueprint, Assign for device B of a model that needs all three)."""
+    model = inspected("big", 8)
+    blueprint = draw_up(RunOptions("big"), model, house["a"].candidates(), A)
+    hashes = {tensor.name: "0" * 64 for tensor in travelling(blueprint, model, A)}
+    made = assignments(D, 1, blueprint, model, hashes=hashes, address=lambda _: (("127.0.0.1",), 7))
+    return blueprint, made[B]
+
+
+@pytest.fixture
+def worker(house):
+    return house["b"].worker
+
+
+async def reserve(worker, nbytes, sender=A, epoch=1):
+    return await worker.answer(sender, Reserve(D, epoch, nbytes, 10))
+
+
+async def loaded(worker, plan, sender=A):
+    blueprint, assign = plan
+    assert not (await reserve(worker, blueprint.promises[B])).error
+    assert not (await worker.answer(sender, assign)).error
+
+
+def test_assignments_cover_the_model_and_close_the_ring(house, plan):
+    blueprint, _ = plan
+    model = inspected("big", 8)
+    hashes = {tensor.name: "0" * 64 for tensor in travelling(blueprint, model, A)}
+    made = assignments(D, 1, blueprint, model, hashes=hashes, address=lambda _: (("10.0.0.1",), 7))
+    work = sorted((w for assign in made.values() for w in assign.work), key=lambda w: w.stage)
+    assert [w.stage for w in work] == list(range(len(blueprint.plan.stages)))
+    assert work[0].upstream is None and work[0].first_layer == 0 and work[-1].last_layer == 9
+    devices = [stage.device for stage in blueprint.plan.stages]
+    for w, device, after in zip(work, devices, [*devices[1:], devices[0]], strict=True):
+        assert w.downstream == (after if after != device else None)
+        assert w.downstream_stage == w.stage + 1
+        assert bool(w.downstream_hosts) == (after not in (A, device))
+    names = [t.name for w in work for t in w.tensors]
+    assert sorted(names) == sorted(t.name for layer in model.tensors for t in layer)
+    assert all(assign.head_device == devices[-1] for assign in made.values())
+
+
+async def test_reserve_assign_activate_release(house, plan, worker):
+    blueprint, assign = plan
+    await loaded(worker, plan)
+    specs = [m for m in house["b"].engine.seen if isinstance(m, LoadStage)]
+    assert [(s.first_layer, s.last_layer) for s in specs] == [(w.first_layer, w.last_layer) for w in assign.work]
+    assert specs[0].tensors[0].path.startswith("/kept/") and specs[0].tensors[0].offset == 0
+    assert not (await worker.answer(A, Activate(D, 1))).error
+    assert isinstance(house["b"].engine.seen[-1], Connect)
+    answer = await worker.answer(A, Release(D, 1))
+    assert not answer.error and answer.free_bytes == house["b"].lent
+    assert any(isinstance(m, Unload) for m in house["b"].engine.seen) and house.empty()
+    assert (await reserve(worker, 1)).error == "RefusedError"  # a late question does not revive it
+    assert not (await reserve(worker, blueprint.promises[B], epoch=2)).error
+
+
+async def test_without_a_reservation_nothing_is_loaded(house, plan, worker):
+    answer = await worker.answer(A, plan[1])
+    assert answer.error == "RefusedError" and "no reservation" in answer.reason
+    assert not house["b"].engine.seen and not house["b"].store.used
+
+
+async def test_more_weights_than_were_reserved_are_refused_before_any_is_fetched(house, plan, worker):
+    await reserve(worker, BLOCK // 2)
+    answer = await worker.answer(A, plan[1])
+    assert answer.error == "RefusedError" and "were reserved" in answer.reason
+    assert not house["b"].engine.seen and not house["b"].store.used
+
+
+@pytest.mark.parametrize("question", [Activate(D, 1), Release(D, 1), "assign", Reserve(D, 2, 1, 10)])
+async def test_a_deployment_obeys_one_coordinator(house, plan, worker, question):
+    await loaded(worker, plan)
+    answer = await worker.answer(C, replace(plan[1], epoch=2) if question == "assign" else question)
+    assert answer.error == "RefusedError"
+    assert house["b"].engine.stages and house["b"].ledger.promised_bytes
+
+
+async def test_epochs_only_grow(house, plan, worker):
+    blueprint, assign = plan
+    await loaded(worker, plan)
+    assert (await worker.answer(A, assign)).error == "RefusedError"
+    assert (await worker.answer(A, Activate(D, 0))).error == "RefusedError"
+    assert not (await worker.answer(A, Release(D, 0))).error  # over already: nothing happens
+    assert house["b"].engine.stages
+    await worker.answer(A, Release(D, 1))
+    await reserve(worker, blueprint.promises[B], epoch=3)
+    assert not (await worker.answer(A, replace(assign, epoch=3))).error
+    assert (await worker.answer(A, replace(assign, epoch=2))).error == "RefusedError"
+
+
+async def test_activate_before_everything_is_loaded_is_refused(house, plan, worker):
+    blueprint, assign = plan
+    await reserve(worker, blueprint.promises[B])
+    house["b"].engine.gate.clear()
+    loading = asyncio.ensure_future(worker.answer(A, assign))
+    await asyncio.wait_for(house["b"].engine.loading.wait(), 5)
+    assert (await worker.answer(A, Activate(D, 1))).error == "RefusedError"
+    house["b"].engine.gate.set()
+    assert not (await loading).error
+
+
+@pytest.mark.parametrize("stuck", ["fetch", "load"])
+async def test_release_ends_a_load_midway(house, plan, worker, stuck):
+    blueprint, assign = plan
+    await reserve(worker, blueprint.promises[B])
+    (house["b"].store if stuck == "fetch" else house["b"].engine).gate.clear()
+    loading = asyncio.ensure_future(worker.answer(A, assign))
+    await asyncio.wait_for(house["b"].store.fetching.wait(), 5)
+    if stuck == "load":
+        await asyncio.wait_for(house["b"].engine.loading.wait(), 5)
+    assert not (await worker.answer(A, Release(D, 1))).error
+    answer = await asyncio.wait_for(loading, 5)
+    assert answer.error == "UnavailableError" and "released" in answer.reason
+    assert house.empty()
+
+
+async def test_an_engine_that_fails_gives_its_reason_and_the_memory_back(house, plan, worker):
+    house["b"].engine.fail = EngineError("not enough address space")
+    await reserve(worker, plan[0].promises[B])
+    answer = await worker.answer(A, plan[1])
+    assert (answer.error, answer.reason) == ("EngineError", "not enough address space")
+    assert answer.free_bytes == house["b"].lent and house.empty()
+
+
+async def test_lost_links_and_engines_are_told_to_the_coordinator(house, plan, worker):
+    told = []
+    worker._report = lambda device, message: told.append((device, message))
+    await loaded(worker, plan)
+    told.clear()
+    worker.link_lost(LinkLost(D, C, "reset by peer"))
+    worker.link_lost(LinkLost("e" * 32, C, "of another deployment"))
+    assert told == [(A, Trouble(D, 1, "reset by peer"))]
+    house["b"].engine.stages.clear()
+    worker.engine_lost("the engine crashed")
+    assert told[-1] == (A, Trouble(D, 1, "the engine crashed"))
+    assert house.empty()
+
+
+async def test_an_engine_that_dies_while_loading_is_the_reason(house, plan, worker):
+    blueprint, assign = plan
+    await reserve(worker, blueprint.promises[B])
+    house["b"].engine.gate.clear()
+    loading = asyncio.ensure_future(worker.answer(A, assign))
+    await asyncio.wait_for(house["b"].engine.loading.wait(), 5)
+    worker.engine_lost("the engine ran out of memory")
+    answer = await asyncio.wait_for(loading, 5)
+    assert (answer.error, answer.reason) == ("UnavailableError", "the engine ran out of memory")
+    assert house.empty()
+
+
+def test_questions_pass_the_wire_as_they_are(plan):
+    for question in (plan[1], Activate(D, 1), Release(D, 1), Reserve(D, 1, 5, 0.5)):
+        assert decode(encode(Ask(7, question), Control), Control) == Ask(7, question)
+
+
+async def test_leases_lapse_by_themselves(house, worker):
+    assert not (await worker.answer(A, Reserve(D, 1, 5, 0.02))).error
+    assert not (await worker.answer(C, Reserve("e" * 32, 1, 7, 0.05))).error
+    assert house["b"].ledger.promised_bytes == 12
+    await house.until(lambda: not house["b"].ledger.promised_bytes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "float8"},
+        {"slots": 0},
+        {"slots": 10**9},
+        {"context": 1 << 30},
+        {"chunk": 10**6},
+        {"micro_batch": 99},
+        {"stages": 0},
+        {"stages": 10**6},
+        {"work": ()},
+    ],
+)
+def test_nonsense_is_refused(plan, change):
+    with pytest.raises(BadInputError):
+        check(replace(plan[1], **change), 10**12, own=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nbytes": -4, "shape": (-1,)},
+        {"nbytes": 10**15},
+        {"shape": (10**6, 10**6)},
+        {"sha256": "../../etc/passwd"},
+        {"sha256": ""},
+        {"sha256": "0" * 63 + "G"},
+    ],
+)
+def test_tensors_that_lie_about_themselves_are_refused(plan, change):
+    assign = plan[1]
+    work = assign.work[0]
+    lie = replace(work, tensors=(replace(work.tensors[0], **change), *work.tensors[1:]))
+    with pytest.raises((BadInputError, RefusedError)):
+        check(replace(assign, work=(lie, *assign.work[1:])), 10**12, own=False)
+
+
+def test_stages_must_rise_and_be_assigned_once(plan):
+    assign = plan[1]
+    work = assign.work[0]
+    for wrong in ((work, work), (replace(work, first_layer=5, last_layer=4),), (replace(work, stage=99),)):
+        with pytest.raises(BadInputError):
+            check(replace(assign, work=wrong), 10**12, own=False)
