@@ -185,6 +185,6 @@ async def test_a_daemon_that_cannot_configure_is_told(tmp_path: Path) -> None:
     (tmp_path / "device.crt").unlink()
     host = engine_host.EngineHost(lambda request: 1 // 0, print, print, print, in_process=False, threads=1)
     for one in (device.host, host):
-        with pytest.raises((EngineError, BadInputError), match="cannot be read|ZeroDivisionError"):
+        with pytest.raises((EngineError, BadInputError), match=r"cannot be read|ZeroDivisionError"):
             await one.start()
         assert one.state == "stopped" and one.pid is None

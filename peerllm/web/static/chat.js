@@ -3,6 +3,7 @@
 import { chat } from "./api.js";
 import { byId, count, make } from "./dom.js";
 
+const BURST_MS = 50; // tokens that come closer together than this tell nothing of the pace between them
 const NEAR_END_PX = 80; // closer than this to the end, the view follows the answer
 
 export class Conversation {
@@ -107,8 +108,9 @@ class Clock {
   text() {
     if (!this.count) return "";
     const found = [count(this.count, "token")];
-    const later = this.count - this.firstCount;
-    if (later > 0 && this.last > this.first) found.push(`${((1000 * later) / (this.last - this.first)).toFixed(1)} tokens/s`);
+    const burst = this.last - this.first < BURST_MS;
+    const tokens = burst ? this.count : this.count - this.firstCount;
+    found.push(`${((1000 * tokens) / (this.last - (burst ? this.asked : this.first))).toFixed(1)} tokens/s`);
     found.push(`first after ${((this.first - this.asked) / 1000).toFixed(2)} s`);
     return found.join(" · ");
   }
