@@ -38,7 +38,12 @@ def devices_text(found: Status) -> str:
             one["name"] + here, one["state"], human_bytes(one["memory_bytes"]), human_bytes(one["lent_bytes"]),
             human_bytes(one.get("promised_bytes", 0)), one["id"][:12],
         ))  # fmt: skip
-    return table(rows)
+    lines = [table(rows)]
+    lines += [f"{one['name']}: {one['problem']}" for one in found["devices"] if one.get("problem")]
+    strangers = [str(one["name"]) for one in found.get("nearby", ())]
+    if strangers:
+        lines.append(f"Nearby, not of this household: {', '.join(strangers)}")
+    return "\n".join([lines[0], *map(printable, lines[1:])])
 
 
 def deployments_text(found: Status) -> str:

@@ -14,7 +14,9 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from peerllm.api.guard import is_loopback
 from peerllm.api.server import ApiServer
+from peerllm.api.token import TOKEN_FILE
 from peerllm.cli.device import DAEMON_FILE, write_daemon_file
 from peerllm.daemon.daemon import Daemon
 from peerllm.daemon.settings import Settings
@@ -83,6 +85,8 @@ async def _announced(settings: Settings, url: str, stop: asyncio.Event) -> None:
     write_daemon_file(settings.data_dir, url)
     try:
         print(f"ready {url}", flush=True)
+        if not is_loopback(settings.api_host):
+            log.info("the page wants the token in %s: %s/?token=TOKEN", settings.data_dir / TOKEN_FILE, url)
         _notify("READY=1")
         await stop.wait()
         log.info("stopping")

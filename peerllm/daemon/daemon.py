@@ -28,7 +28,17 @@ from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import ROUTE, Offers
 from peerllm.daemon.weights.store import Store
 from peerllm.daemon.worker import QUERY_TIMEOUT_S, Worker
-from peerllm.engine.messages import Configure, Configured, FromEngine, LinkLost, LoadProgress, QueryLoad, Tokens, Trust, Trusted
+from peerllm.engine.messages import (
+    Configure,
+    Configured,
+    FromEngine,
+    LinkLost,
+    LoadProgress,
+    QueryLoad,
+    Tokens,
+    Trust,
+    Trusted,
+)
 from peerllm.errors import BadInputError, NotFoundError, UnavailableError
 from peerllm.transport.identity import Identity, load_or_create
 from peerllm.transport.roster import RosterEntry
@@ -137,14 +147,14 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """The object of design §9, and more."""
-        peers = self.network.peers()
+        peers, addresses = self.network.peers(), self.network.addresses
         me = {
             **device_entry(self.identity.device, self.hello(), self._view()),
             "name": self.settings.name,
             "state": "online",
             "rtt_ms": 0.0,
             "mbps": None,
-            "address": f"{next(iter(self.network.addresses), '')}:{self.network.port}".lstrip(":"),
+            "address": f"{addresses[0]}:{self.network.port}" if addresses else "",
             "problem": "",
         }
         return {

@@ -71,6 +71,7 @@ class FakeHousehold:
         self.run_error: Exception | None = None
         self.run_done = asyncio.Event()
         self.change = asyncio.Event()
+        self.nearby: list[dict[str, Any]] = []
         self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
         self.deployments: list[dict[str, Any]] = [deployment()]
 
@@ -84,12 +85,14 @@ class FakeHousehold:
             "devices": self.devices,
             "deployments": self.deployments,
             "version": "0",
+            "nearby": self.nearby,
             "api": "http://127.0.0.1:0",
         }
 
     def touch(self) -> None:
         self.change.set()
         self.change = asyncio.Event()
+        self.nearby: list[dict[str, Any]] = []
 
     async def changed(self) -> AsyncIterator[None]:
         while True:

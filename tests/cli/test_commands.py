@@ -107,6 +107,14 @@ def test_status_as_text(peerllm: Run) -> None:
     assert all("█" in column for column in zip(*drawn, strict=True)), "some layer is nobody's"
 
 
+def test_troubles_and_strangers_are_told(peerllm: Run, device: Served) -> None:
+    device.household.devices[2].update(state="offline", problem="cannot be reached")
+    device.household.nearby = [{"name": "guest\x1b[31m"}]
+    out = peerllm("devices")[1]
+    assert "jetson: cannot be reached\n" in out
+    assert "Nearby, not of this household: guest[31m\n" in out
+
+
 def test_status_without_models_and_while_failing(peerllm: Run, device: Served) -> None:
     device.household.deployments = []
     assert "peerllm run builtin" in peerllm("status")[1]

@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 
 import pytest
+import pytest_asyncio
 import torch
 import transformers
 
@@ -60,7 +61,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("household")
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def daemons(folder):
     made = [Daemon(settings(folder, name)) for name in ("laptop", "mini-pc", "jetson")]
     try:

@@ -86,6 +86,9 @@ export function draw(status, stop) {
   const shown = status.deployments.filter((one) => one.state !== "stopped");
   byId("deployments").replaceChildren(...shown.map((one) => card(one, status, colour, stop)));
   byId("toggle-text").textContent = count(status.devices.length, "device");
+  const nearby = (status.nearby ?? []).map((one) => one.name);
+  byId("nearby").hidden = !nearby.length;
+  byId("nearby").textContent = `Nearby, not paired: ${nearby.join(", ")}. Invite a device, and type the code there.`;
   byId("about").textContent = `peerllm ${status.version ?? ""}`;
 }
 

@@ -1,0 +1,116 @@
+"""What a deployment asks for, and how it gives way; the profiles and the working space behind it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from peerllm.daemon.demand import draw_up, sizes
+from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.profiles import BATCHES, Candidate, device_profile, link_profiles, model_shape
+from peerllm.errors import BadInputError, InfeasibleError
+from peerllm.planner.memory import MAX_CHUNK, MIN_CHUNK, Shape, chunk_tokens, human_bytes, working_bytes
+from tests.daemon.house import BLOCK, hello, inspected
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+
+
+def household(*lent, **changes):
+    return {
+        letter * 64: Candidate(letter * 64, replace(hello(letter, nbytes), **changes), nbytes, 2.0 * i, 100.0 * (i + 1))
+        for i, (letter, nbytes) in enumerate(zip("abc", lent, strict=False))
+    }
+
+
+def test_context_gives_way_before_slots_and_what_was_asked_for_stays():
+    assert list(sizes(RunOptions("m"), 8192)) == [(4, 2048), (4, 1024), (4, 512), (2, 512), (1, 512)]
+    assert list(sizes(RunOptions("m"), 600)) == [(4, 600), (4, 512), (2, 512), (1, 512)]
+    assert list(sizes(RunOptions("m"), 100)) == [(4, 100), (2, 100), (1, 100)]
+    assert list(sizes(RunOptions("m", context=4096), 8192)) == [(4, 4096), (2, 4096), (1, 4096)]
+    assert list(sizes(RunOptions("m", context=4096, slots=3), 8192)) == [(3, 4096)]
+    assert list(sizes(RunOptions("m", slots=1), 2048)) == [(1, 2048), (1, 1024), (1, 512)]
+
+
+@pytest.mark.parametrize(
+    "options", [RunOptions("m", slots=0), RunOptions("m", slots=10**6), RunOptions("m", context=0)]
+)
+def test_impossible_wishes_are_refused(options):
+    with pytest.raises(BadInputError):
+        draw_up(options, inspected("m", 4), household(9 * BLOCK), A)
+
+
+def test_promises_hold_weights_kv_and_working_space():
+    model = inspected("m", 8)
+    made = draw_up(RunOptions("m"), model, household(*[3 * BLOCK + 100_000] * 3), A)
+    work = working_bytes(model_shape(model), made.workload.context, made.workload.sequences)
+    assert set(made.promises) == {A, B, C}
+    assert sum(made.promises.values()) == sum(made.stage_memory_bytes) + 3 * work
+    assert all(nbytes <= 3 * BLOCK + 100_000 for nbytes in made.promises.values())
+    assert 1 <= made.micro_batch <= made.workload.sequences
+
+
+def test_what_is_promised_elsewhere_is_said():
+    candidates = household(5 * BLOCK, 5 * BLOCK)
+    candidates[B] = replace(candidates[B], free_bytes=BLOCK)
+    with pytest.raises(
+        InfeasibleError, match=r"m needs .* are missing; 4\.00 MB of what .* promised to other models"
+    ) as caught:
+        draw_up(RunOptions("m"), inspected("m", 8), candidates, A)
+    assert 2 * BLOCK < caught.value.missing_bytes < 3 * BLOCK
+
+
+def test_devices_that_cannot_compute_it_are_not_asked():
+    candidates = household(3 * BLOCK, 9 * BLOCK, 9 * BLOCK)
+    candidates[B] = replace(candidates[B], hello=replace(candidates[B].hello, dtypes=("bfloat16",)))
+    assert B not in draw_up(RunOptions("m"), inspected("m", 8), candidates, A).promises
+    with pytest.raises(BadInputError, match="cannot compute"):
+        draw_up(RunOptions("m"), inspected("m", 8), household(9 * BLOCK, architectures=("gpt2",)), A)
+
+
+def test_private_keeps_the_head_at_home():
+    model = inspected("m", 8)
+    candidates = household(4 * BLOCK, 9 * BLOCK)
+    stages = draw_up(RunOptions("m", private=True), model, candidates, A).plan.stages
+    assert stages[0].device == stages[-1].device == A and len(stages) > 1
+
+
+def test_profiles_follow_what_was_measured():
+    model = inspected("m", 1).profile
+    candidate = household(9)[A]
+    slow = replace(candidate, hello=replace(candidate.hello, gbytes_per_s={"float32": 1.0}, gflops={"float32": 5.0}))
+    fast_ms, slow_ms = (dict(device_profile(c, model, "float32").layer_ms["block"]) for c in (candidate, slow))
+    assert slow_ms[1] - 0.02 == pytest.approx(1.0) and fast_ms[1] - 0.02 == pytest.approx(0.1)
+    assert slow_ms[256] - 0.02 == pytest.approx(2 * 250_000 * 256 / 5e6)
+    assert list(slow_ms) == list(BATCHES)
+    silent = replace(candidate, hello=replace(candidate.hello, gbytes_per_s={}, gflops={}))
+    assert dict(device_profile(silent, model, "float32").layer_ms["block"])[1] > fast_ms[1]
+
+
+def test_links_between_others_are_as_slow_as_the_slower_way_to_them():
+    links = link_profiles(household(1, 1, 1), A)
+    assert len(links) == 6
+    assert links[A, B].latency_ms == pytest.approx(1.0 + 0.3) and links[A, B].mbps == 200
+    assert links[B, C].latency_ms == pytest.approx(2.0 + 0.3) and links[B, C].mbps == 200
+
+
+def test_chunks_stay_within_their_bounds():
+    shape = Shape(4096, 128_000, 14_336, 2)
+    for context in (1, 64, 2048, 1 << 20):
+        assert min(MIN_CHUNK, context) <= chunk_tokens(shape, context) <= MAX_CHUNK
+        assert working_bytes(shape, context, 4) < working_bytes(shape, context, 64)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (45_000_000, "45.0 MB"),
+        (999_999, "1.00 MB"),
+        (16e9, "16.0 GB"),
+    ],
+)
+def test_human_bytes(nbytes, text):
+    assert human_bytes(nbytes) == text
