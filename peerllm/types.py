@@ -43,7 +43,7 @@ class ModelProfile:
 
     def __post_init__(self) -> None:
         if len(self.layers) < 3:
-            raise ValueError(f"model {self.name!r} has {len(self.layers)} layers; embedding, block and head are the least")
+            raise ValueError(f"model {self.name!r} has {len(self.layers)} layers; the least is embedding, block, head")
 
     @property
     def memory_bytes(self) -> int:

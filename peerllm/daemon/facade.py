@@ -1,4 +1,4 @@
-"""The small face of the daemon that the API room sees. Everything the CLI, the page and the clients do goes through it."""
+"""The small face of the daemon that the API sees: all that the CLI, the page and clients do goes through it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New token ids; the last chunk has `finish`. `queued` is the place in the queue before the first token (0: running)."""
+    """New token ids; the last chunk has `finish`. `queued`: place in the queue before the first token (0: running)."""
 
     ids: tuple[int, ...]
     finish: FinishReason | None = None
@@ -84,11 +84,11 @@ class Household(Protocol):
     def models(self) -> list[ServedModel]: ...
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        """Closing the iterator (aclose) cancels the sequence on every device. Raises EngineError if it breaks midway."""
+        """Closing the iterator cancels the sequence on every device. EngineError if it breaks midway."""
         ...
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
-        """Returns when the deployment serves; raises with the reason if it will not. Asking again for a served model is fine."""
+        """Returns when the deployment serves, at once if it does already; raises with the reason if it will not."""
         ...
 
     async def stop(self, model: str) -> None: ...
@@ -98,7 +98,7 @@ class Household(Protocol):
         ...
 
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
-        """Pair with the household behind the code; without `at` the door is found by mDNS. Returns the inviter's name."""
+        """Pair with the household behind the code, found by mDNS without `at`; the inviter's name."""
         ...
 
     async def leave(self) -> None: ...

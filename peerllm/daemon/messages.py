@@ -180,7 +180,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`error` is the PeerLLMError class's name, "" when all went well; `free_bytes` is what the device could still lend."""
+    """`error` is the PeerLLMError class's name, "" when all went well; `free_bytes`: what could still be lent."""
 
     number: int
     error: str = ""

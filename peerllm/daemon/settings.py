@@ -24,7 +24,7 @@ class Settings:
     threads: int | None = None  # None: the machine's cores
     peers: tuple[tuple[str, int], ...] = field(default=())  # static peers' control ports
     in_process: bool = False
-    hosts: tuple[str, ...] = ("0.0.0.0", "::")  # where control, data and pairing listen; all need pairing
+    hosts: tuple[str, ...] = ("0.0.0.0", "::")  # noqa: S104  control, data and pairing; all need pairing
     mdns: bool = True
 
     @property

@@ -56,7 +56,7 @@ class Shard(Protocol):
 
 
 class Sampler(Protocol):
-    """Picks tokens from logits ([k, vocabulary]), one per draw; the same draw from the same logits gives the same token."""
+    """Picks tokens from logits ([k, vocabulary]), one per draw; the same for the same draw and logits."""
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]: ...
 

@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class TensorAt:
-    """One checkpoint tensor and where its bytes lie: `path` is a safetensors file of this device, `offset` from its start."""
+    """One checkpoint tensor and where its bytes lie: `path` is a file of this device, `offset` from its start."""
 
     name: str
     dtype: str  # as in the safetensors header: "F32", "BF16", "F16", ...
@@ -87,7 +87,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class LoadStage:
-    """Load layers first..last as stage `stage` of a deployment's epoch and make room for `slots` × `context` tokens of KV."""
+    """Load layers first..last as a stage of a deployment's epoch, with KV room for `slots` × `context` tokens."""
 
     request: int
     deployment: DeploymentId

@@ -92,7 +92,6 @@ class FakeHousehold:
     def touch(self) -> None:
         self.change.set()
         self.change = asyncio.Event()
-        self.nearby: list[dict[str, Any]] = []
 
     async def changed(self) -> AsyncIterator[None]:
         while True:

@@ -76,7 +76,8 @@ def damaged(model: Path, target: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize(("how", "word"), [
-    ("truncated", "model.safetensors"), ("missing tensor", "layers.3.mlp.up_proj"), ("huge header", "model.safetensors"),
+    ("truncated", "model.safetensors"), ("missing tensor", "layers.3.mlp.up_proj"),
+    ("huge header", "model.safetensors"),
     ("no config", "config.json"), ("config is no JSON", "config.json"), ("unknown architecture", "abacus"),
     ("pickle only", "safetensors"),
 ])  # fmt: skip

@@ -1,6 +1,6 @@
 """An unpaired host tries everything: every port, every route, with and without a certificate of its own.
 
-`python -m tests.lab.intruder IDENTITY_DIR HOST...` prints one JSON object: for each host, port and attempt what came back.
+`python -m tests.lab.intruder IDENTITY_DIR HOST...` prints one JSON object: what came back, by host, port and attempt.
 A string that starts with "closed", "tls" or "4xx" is a refusal; anything else is a hole.
 """
 
@@ -78,7 +78,9 @@ def raw(host: str, port: int) -> str:
             connection.settimeout(TIMEOUT_S)
             said = connection.recv(4096)
             # A TLS alert (21) or an HTTP refusal says nothing about anybody.
-            return "tls alert" if said[:1] in (b"", b"\x15") else f"{'4xx' if b' 40' in said[:20] else 'spoke'} {said!r}"
+            if said[:1] in (b"", b"\x15"):
+                return "tls alert"
+            return f"{'4xx' if b' 40' in said[:20] else 'spoke'} {said!r}"
     except TimeoutError:
         return "closed: silent"
     except OSError as error:
