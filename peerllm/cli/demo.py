@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,9 +23,10 @@ from peerllm.cli.device import LocalDevice
 from peerllm.cli.look import deployment_text, devices_text
 from peerllm.cli.run import BUILTIN, show_progress
 from peerllm.cli.terminal import human_bytes, printable
-from peerllm.errors import BadInputError
+from peerllm.errors import BadInputError, UnavailableError
 
 NAMES = ("laptop", "mini-pc", "jetson", "phone", "tablet", "desktop", "media-box", "old-laptop")
+TOGETHER_S = 60.0  # seconds for the devices to see each other once they have paired
 SLOTS = 4
 CONTEXT = 1024  # tokens
 QUESTION = "What are you?"
@@ -76,6 +78,20 @@ def _ask_all_to_end(devices: list[DemoDevice]) -> None:
         device.ask_to_end()
 
 
+def _wait_for_all(first: LocalDevice, names: Sequence[str]) -> None:
+    """Until the first device sees every other one and knows that its engine runs."""
+    deadline = time.monotonic() + TOGETHER_S
+    path = "/peerllm/v1/status"
+    while True:
+        seen = {one["name"] for one in first.get(path)["devices"] if one["engine"] == "running"}
+        missing = [name for name in names if name not in seen]
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"{', '.join(missing)} paired but did not come online within {TOGETHER_S:g} s")
+        path = "/peerllm/v1/status?wait=1"
+
+
 def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> None:
     """Pair them, divide the model, show who holds what, ask one question."""
     first = LocalDevice(devices[0].data_dir)
@@ -83,6 +99,7 @@ def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> N
         invitation = first.post("/peerllm/v1/invite", {})
         at = f"127.0.0.1:{invitation['port']}"
         LocalDevice(device.data_dir).post("/peerllm/v1/join", {"code": invitation["code"], "at": at})
+    _wait_for_all(first, [device.name for device in devices])
     lines = first.lines("/peerllm/v1/run", {"model": model, "slots": SLOTS, "context": CONTEXT})
     if args.json:
         for _ in lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from peerllm.cli.terminal import printable
 from peerllm.errors import BadInputError
 
 BUILTIN = "builtin"
+_PERCENT = re.compile(r"\d+(\.\d+)? ?%")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,14 +48,15 @@ def as_model(name: str) -> str:
 
 
 def show_progress(lines: Iterable[Mapping[str, Any]]) -> None:
-    """A bar per device on a terminal, else a line for every new message; all of it on stderr."""
+    """A line for every message that differs in more than its percentage, a bar per device on a terminal; on stderr."""
     bars: dict[str, tqdm[Any]] = {}
     said = ""
     try:
         for line in lines:
             message = printable(str(line.get("message") or ""))
-            if message and message != said:
-                said = message
+            kind = _PERCENT.sub("", message)
+            if kind and kind != said:
+                said = kind
                 tqdm.write(f"{line.get('state')}: {message}", file=sys.stderr)
             if sys.stderr.isatty():
                 _move(bars, line.get("devices") or {})

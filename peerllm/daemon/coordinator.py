@@ -29,6 +29,7 @@ class Coordinator:
         self._file = remembered
         self._deployments: dict[str, Deployment] = {}  # by the name they were run under
         self._closing = False
+        self._writing = asyncio.Lock()
 
     async def start(self) -> None:
         """Bring back the models that were serving when this device last stopped."""
@@ -146,7 +147,9 @@ class Coordinator:
         return next((held for held in self._deployments.values() if held.id == deployment), None)
 
     async def _remember(self) -> None:
-        if not self._closing:
+        async with self._writing:
+            if self._closing:
+                return
             options = [held.options for held in self._deployments.values() if held.lasting]
             await asyncio.to_thread(_write, self._file, options)
 

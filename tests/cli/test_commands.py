@@ -15,6 +15,7 @@ import pytest
 from peerllm.api.server import ApiServer
 from peerllm.cli.device import write_daemon_file
 from peerllm.cli.main import main
+from peerllm.cli.run import show_progress
 from peerllm.errors import EngineError, OverloadedError
 from tests.api.fake import FakeHousehold, deployment, make_model_dir
 
@@ -146,6 +147,11 @@ def test_run(peerllm: Run, device: Served) -> None:
         "throughput",
         True,
     )
+
+
+def test_percentages_do_not_fill_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    show_progress([{"state": "loading", "message": f"hashing: {done}%"} for done in range(100)])
+    assert capsys.readouterr().err == "loading: hashing: 0%\n"
 
 
 def test_run_takes_a_directory_from_where_it_is_typed(
