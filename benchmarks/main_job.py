@@ -22,6 +22,7 @@ from tests.household import Device, household
 PROMPT = "Tell me a long story about a lighthouse, a cat and a storm, please. Once upon a time there was a girl who"
 SLOTS, CONTEXT = 1, 512
 HOPS = 2  # there and back
+SHARE = 0.62  # of the model, what each of two devices lends: one alone is too small
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,10 @@ def measure(model: str, label: str, rounds: int, tokens: int) -> Row:
         root = Path(directory)
         with household(root / "one", ["solo"], memory="12GB", prefixes={"solo": core[0]}) as (solo,):
             run_model(solo, model)
-            need = sum(stage["memory_bytes"] for stage in solo.status()["deployments"][0]["plan"]["stages"])
-            with household(root / "two", ["left", "right"], memory=str(int(need * 0.62)),
+            status = solo.status()
+            held = sum(stage["memory_bytes"] for stage in status["deployments"][0]["plan"]["stages"])
+            working = status["devices"][0]["promised_bytes"] - held  # every device of a plan needs it
+            with household(root / "two", ["left", "right"], memory=str(int(held * SHARE) + working),
                            prefixes={"left": core[0], "right": core[1]}) as (left, _):
                 run_model(left, model)
                 stages = left.status()["deployments"][0]["plan"]["stages"]

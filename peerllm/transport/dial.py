@@ -55,7 +55,9 @@ async def dial(
     except (aiohttp.ClientError, OSError) as error:
         if _is_tls(error):
             raise AuthenticationError(f"{where} is another device, or no longer knows this one") from error
-        raise LinkError(f"{where} cannot be reached: {error}") from error
+        # aiohttp's own text ends with the TLS context's address in memory.
+        why = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+        raise LinkError(f"{where} cannot be reached: {why}") from error
     try:
         found = peer_device(websocket)
     except AuthenticationError as error:  # the connection is gone already
