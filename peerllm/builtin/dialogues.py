@@ -8,7 +8,7 @@ from random import Random
 
 from peerllm.builtin.about import about, meaning, out_of_scope, small_talk
 from peerllm.builtin.digits import digits
-from peerllm.builtin.home import clarified, command, effect, follow_up
+from peerllm.builtin.home import clarified, command, consequence, effect, follow_up
 from peerllm.builtin.stories import story
 from peerllm.builtin.sums import LARGEST, sum_question
 from peerllm.builtin.units import unit_question
@@ -44,8 +44,12 @@ EFFECT_KINDS = {
     "home": 0.47, "clarified": 0.02, "small_sum": 0.20, "unit": 0.07, "digits": 0.05, "story": 0.02, "about": 0.04,
     "talk": 0.015, "meaning": 0.02, "effect": 0.08, "out_of_scope": 0.02,
 }  # fmt: skip
+VARIED_KINDS = {
+    "varied_home": 0.52, "home": 0.05, "clarified": 0.02, "small_sum": 0.15, "unit": 0.06, "digits": 0.03,
+    "story": 0.025, "about": 0.035, "talk": 0.015, "meaning": 0.01, "consequence": 0.07, "out_of_scope": 0.015,
+}  # fmt: skip
 # The mixes in the order in which the recipe goes through them: after the first, what was learned slowest.
-MIXES = (KINDS, NUMBER_KINDS, EFFECT_KINDS)
+MIXES = (KINDS, NUMBER_KINDS, EFFECT_KINDS, VARIED_KINDS)
 _SMALL_SUM = 99  # the largest operand
 _SYSTEM_SHARE = 0.12
 _SYSTEMS = (
@@ -69,8 +73,8 @@ def dialogue(rng: Random, kinds: dict[str, float] | None = None) -> Dialogue:
 
 def _some(rng: Random, kind: str) -> list[Exchange]:
     match kind:
-        case "home":
-            asked = command(rng)
+        case "home" | "varied_home":
+            asked = command(rng, varied=kind == "varied_home")
             later = follow_up(rng, asked) if rng.random() < 0.12 else None
             return [(asked.said, asked.answer), *([later] if later else [])]
         case "clarified":
@@ -81,6 +85,8 @@ def _some(rng: Random, kind: str) -> list[Exchange]:
             return [(question.said, question.answer)]
         case "effect":
             return [effect(rng)]
+        case "consequence":
+            return [consequence(rng)]
         case "digits":
             return [digits(rng)]
         case "story":

@@ -16,7 +16,7 @@ import torch
 from peerllm.builtin import MODEL_DIR, story_parts
 from peerllm.builtin.answering import Answerer, Messages, one
 from peerllm.builtin.dialogues import KINDS, dialogue
-from peerllm.builtin.home import Command, command, follow_up
+from peerllm.builtin.home import Command, command, follow_up, fresh_command
 from peerllm.builtin.stories import story
 from peerllm.builtin.sums import Sum, sum_question
 from peerllm.builtin.units import unit_question
@@ -51,6 +51,7 @@ def evaluate(folder: Path = MODEL_DIR, count: int = 600) -> dict[str, Any]:
         "held_out_where_sentence_decides": share([h for h, c in zip(hits, unseen, strict=True) if not c.verb_decides]),
         "held_out_where_verb_decides": share([h for h, c in zip(hits, unseen, strict=True) if c.verb_decides]),
         "held_out_commands_where_verb_decides": sum(c.verb_decides for c in unseen),
+        "fresh_exact_match": share(_action_hits(model, _fresh(count // 3))),
         "trained_phrasing_exact_match": share(_action_hits(model, seen)),
         "follow_up_exact_match": _follow_ups(model, rng, count // 6),
     }
@@ -64,6 +65,11 @@ def evaluate(folder: Path = MODEL_DIR, count: int = 600) -> dict[str, Any]:
     report["conversion"] = share(_result_hits(model, [unit_question(rng, held_out=True) for _ in range(count // 6)]))
     report["held_out_late_in_a_talk"] = _late(model, rng, count // 6)
     return report | _stories(model, rng, 20)
+
+
+def _fresh(count: int) -> list[Command]:
+    rng = Random(TEST_SEED + 2)  # noqa: S311 - data, not secrets
+    return [fresh_command(rng) for _ in range(count)]
 
 
 def misses(folder: Path, count: int) -> list[tuple[str, str, str]]:

@@ -6,12 +6,23 @@ import json
 from dataclasses import dataclass
 from random import Random
 
-from peerllm.builtin.phrasing import CARRIERS, HELD_OUT_CARRIERS, NOUNS, Skill
+from peerllm.builtin.phrasing import (
+    CARRIERS,
+    FRESH_CARRIERS,
+    FRESH_VERBS,
+    HELD_OUT_CARRIERS,
+    NOUNS,
+    TRAILING,
+    VARIED,
+    VARIED_CARRIERS,
+    Skill,
+)  # fmt: skip
 from peerllm.builtin.skills import SKILLS
 from peerllm.builtin.words import DRAW, KEY, ROOMS, Value, nonsense
 
 _NONSENSE_SHARE = 0.2  # of the training commands whose verb does not decide get a made-up one
 _TWO_CARRIERS_SHARE = 0.25  # of the training commands: "good morning, could you ...?"
+_VARIED_SHARE = 0.4  # of each part of a varied command
 _LOOSE_SHARE = 0.35  # of the commands are said in lower case or without the last stop
 _LEADING = tuple(carrier for carrier in CARRIERS if carrier.endswith((", {c}", " so {c}")))
 _REAL_VERBS = {
@@ -46,8 +57,17 @@ def action_line(action: dict[str, Value]) -> str:
     return json.dumps(action, separators=(",", ":"))
 
 
-def command(rng: Random, held_out: bool = False, skill: Skill | None = None) -> Command:
-    """A random command of the training split or of the held-out split."""
+def command(rng: Random, held_out: bool = False, skill: Skill | None = None, varied: bool = False) -> Command:
+    """A random command of the training split, in the last mix with more varied sentences, or of the held-out split."""
+    return _command(rng, held_out, skill, varied, fresh=False)
+
+
+def fresh_command(rng: Random) -> Command:
+    """A held-out command with a carrier, and where the verb does not decide a verb, of the second test set."""
+    return _command(rng, held_out=True, skill=None, varied=False, fresh=True)
+
+
+def _command(rng: Random, held_out: bool, skill: Skill | None, varied: bool, *, fresh: bool) -> Command:
     skill = skill or rng.choice(SKILLS)
     phrasing = skill.held_out if held_out else skill.trained
     core = rng.choice(phrasing.cores)
@@ -58,6 +78,11 @@ def command(rng: Random, held_out: bool = False, skill: Skill | None = None) -> 
     if not held_out and not decides and rng.random() < _NONSENSE_SHARE:
         verb = _made_up(rng)
     carrier = rng.choice(HELD_OUT_CARRIERS if held_out else CARRIERS)
+    if fresh:
+        carrier = rng.choice(FRESH_CARRIERS)
+        verb = verb if decides else rng.choice(FRESH_VERBS)
+    if varied:
+        core, carrier = _varied(rng, core, carrier)
     if not held_out and rng.random() < _TWO_CARRIERS_SHARE:
         carrier = rng.choice(_LEADING).replace("{c}", carrier)
     spoken, values = draw_slots(rng, skill)
@@ -72,6 +97,17 @@ def command(rng: Random, held_out: bool = False, skill: Skill | None = None) -> 
         verb=verb,
         verb_decides=decides,
     )
+
+
+def _varied(rng: Random, core: str, carrier: str) -> tuple[str, str]:
+    for part, others in VARIED.items():
+        if rng.random() < _VARIED_SHARE:
+            core = core.replace(part, rng.choice(others), 1)
+    if rng.random() < _VARIED_SHARE:
+        carrier = rng.choice(VARIED_CARRIERS)
+    if rng.random() < _VARIED_SHARE:
+        carrier = carrier.replace("{c}", "{c}" + rng.choice((" ", " ", ", ")) + rng.choice(TRAILING))
+    return core, carrier
 
 
 def _made_up(rng: Random) -> str:
@@ -159,3 +195,9 @@ def effect(rng: Random) -> tuple[str, str]:
     words = {noun: rng.choice(forms) for noun, forms in NOUNS.items()} | spoken
     said = rng.choice(_EFFECT).format(c=core.format(v=verb, **words))
     return finish(rng, said), skill.reply.format(**{slot: values[KEY.get(slot, slot)] for slot in skill.slots})
+
+
+def consequence(rng: Random) -> tuple[str, str]:
+    """An effect whose answer begins with "Then", so that it is not taken for the answer to a command."""
+    said, answer = effect(rng)
+    return said, f"Then {answer[0].lower() if not answer.startswith('I ') else 'I'}{answer[1:]}"

@@ -20,7 +20,7 @@ class Recipe:
     """Everything that decides the result besides the code and the library versions."""
 
     seed: int = 2026
-    steps: int = 1400
+    steps: int = 1650
     step_tokens: int = 4096
     matrix_rate: float = 0.04  # Muon, for the matrices of the layers
     other_rate: float = 0.006  # AdamW, for the embedding and the norms
@@ -28,9 +28,10 @@ class Recipe:
     # (step, share of the full rates), straight lines between; the last but one rise is for the last mix.
     rates: tuple[tuple[int, float], ...] = (
         (-1, 0.0), (39, 1.0), (604, 1.0), (1000, 0.582), (1200, 0.259), (1210, 0.35), (1260, 0.35), (1400, 0.0),
+        (1420, 0.35), (1470, 0.35), (1650, 0.0),
     )  # fmt: skip
-    long_rows_from_step: int = 1350  # rows of LONG_ROW_TOKENS from here on
-    mixes_from_steps: tuple[int, ...] = (0, 600, 1200)  # where each of dialogues.MIXES begins
+    long_rows: tuple[tuple[int, int], ...] = ((1350, 1400), (1600, 1650))  # steps with rows of LONG_ROW_TOKENS
+    mixes_from_steps: tuple[int, ...] = (0, 600, 1200, 1400)  # where each of dialogues.MIXES begins
     layers: int = 12
     hidden: int = 128
     intermediate: int = 384
@@ -46,7 +47,7 @@ class Recipe:
             seed=seed,
             steps=steps,
             rates=((-1, 0.0), *((max(round(step * part), i), share) for i, (step, share) in enumerate(self.rates[1:]))),
-            long_rows_from_step=round(self.long_rows_from_step * part),
+            long_rows=tuple((round(a * part), round(b * part)) for a, b in self.long_rows),
             mixes_from_steps=tuple(round(step * part) for step in self.mixes_from_steps),
         )
 
@@ -56,7 +57,7 @@ class Recipe:
 
     def row_tokens(self, step: int) -> int:
         """Length of the rows of a step."""
-        return LONG_ROW_TOKENS if step >= self.long_rows_from_step else ROW_TOKENS
+        return LONG_ROW_TOKENS if any(a <= step < b for a, b in self.long_rows) else ROW_TOKENS
 
     def rate_share(self, step: int) -> float:
         """The share of the full learning rate at a step; nothing after the last point of `rates`."""

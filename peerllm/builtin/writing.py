@@ -32,7 +32,9 @@ _HELD_OUT = (
     "and never answered with an action, in dialogues such as 'What does shut mean?' and 'What happens if I shut the "
     "kitchen blinds?', and a few occur in stories. Rooms, devices and numbers are the same in both splits. One in "
     "ten operand pairs of the sums and amounts of the conversions is kept out of training; products and quotients "
-    "are not."
+    "are not. The wrong answers on held-out commands were looked at in development, and the last mix of dialogues "
+    "was made more varied after that; 'fresh' commands, with carriers and verbs written later and not looked at, "
+    "are the check on it."
 )
 
 

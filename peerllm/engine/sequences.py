@@ -22,6 +22,15 @@ def window_tokens(stages: int, chunk: int) -> int:
     return CHUNKS_PER_STAGE_IN_FLIGHT * stages * chunk
 
 
+def chunk_length(left: int, chunk: int) -> int:
+    """How many of a prompt's `left` tokens go next; none is left over by itself, if chunks are of 3 or more.
+
+    A recurrent model may compute a single token in another way than a run of them (Nemotron-H bounds its time step in
+    runs only), and prompts are to be computed as they would be in one run.
+    """
+    return chunk - 1 if left == chunk + 1 and chunk > 2 else min(chunk, left)
+
+
 @dataclass(frozen=True, slots=True)
 class Feed:
     """Put these ids into stage 0 now."""
@@ -90,7 +99,7 @@ class Sequences:
         while self._prompts:
             sequence = self._prompts[0]
             running = self._running[sequence]
-            length = min(self._chunk, len(running.prompt) - running.fed)
+            length = chunk_length(len(running.prompt) - running.fed, self._chunk)
             if self._under_way + length > self._window:
                 break
             self._prompts.popleft()

@@ -10,7 +10,7 @@ import pytest
 from peerllm.builtin.dialogues import MIXES, dialogue
 from peerllm.builtin.evaluate import held_out_commands
 from peerllm.builtin.home import command
-from peerllm.builtin.phrasing import CARRIERS, HELD_OUT_CARRIERS, Phrasing
+from peerllm.builtin.phrasing import CARRIERS, FRESH_CARRIERS, FRESH_VERBS, HELD_OUT_CARRIERS, VARIED_CARRIERS, Phrasing
 from peerllm.builtin.skills import SKILLS
 from peerllm.builtin.sums import is_held_out
 
@@ -34,7 +34,7 @@ def test_templates_are_disjoint_over_all_skills() -> None:
     trained = {core for skill in SKILLS for core in skill.trained.cores}
     held_out = {core for skill in SKILLS for core in skill.held_out.cores}
     assert not trained & held_out
-    assert not set(CARRIERS) & set(HELD_OUT_CARRIERS)
+    assert not {*CARRIERS, *VARIED_CARRIERS} & set(HELD_OUT_CARRIERS)
 
 
 def test_no_training_command_holds_a_held_out_verb() -> None:
@@ -59,7 +59,24 @@ def test_every_held_out_command_is_held_out_in_all_three_ways() -> None:
     trained_cores = {core for skill in SKILLS for core in skill.trained.cores}
     for asked in held_out_commands(500):
         assert asked.verb in HELD_OUT_VERBS
-        assert not any(carrier.format(c=core) == asked.template for carrier in CARRIERS for core in trained_cores)
+        assert not any(
+            carrier.format(c=core) == asked.template
+            for carrier in (*CARRIERS, *VARIED_CARRIERS)
+            for core in trained_cores
+        )
+
+
+def test_varied_training_commands_hold_no_held_out_core() -> None:
+    rng = Random(24)
+    held_out = {core for skill in SKILLS for core in skill.held_out.cores}
+    for _ in range(DRAWS):
+        template = command(rng, varied=True).template
+        assert not [core for core in held_out if template.endswith(core)], template
+
+
+def test_fresh_commands_are_apart_too() -> None:
+    assert not set(FRESH_VERBS) & (TRAINED_VERBS | HELD_OUT_VERBS)
+    assert not set(FRESH_CARRIERS) & {*CARRIERS, *VARIED_CARRIERS, *HELD_OUT_CARRIERS}
 
 
 def test_every_skill_is_in_the_held_out_set() -> None:

@@ -17,7 +17,7 @@ from peerllm.builtin.train import Trainer
 
 def toy(steps: int) -> Recipe:
     return Recipe(
-        steps=steps, step_tokens=1024, rates=((-1, 0.0), (0, 1.0), (12, 1.0)), long_rows_from_step=9,
+        steps=steps, step_tokens=1024, rates=((-1, 0.0), (0, 1.0), (12, 1.0)), long_rows=((9, 12),),
         mixes_from_steps=(0, 3, 6), layers=2, hidden=32, intermediate=64, heads=2, key_value_heads=1, head_size=16,
     )  # fmt: skip
 

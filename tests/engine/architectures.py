@@ -332,6 +332,24 @@ FAMILIES = [
 ]
 
 
+@dataclass(frozen=True)
+class Example:
+    """A family's tiny model on disk, and what the whole of it answers to a prompt."""
+
+    family: Family
+    directory: Path
+    prompt: torch.Tensor  # int64 [PROMPT]
+    tokens: list[int]
+    logits: list[torch.Tensor]  # float32 [vocabulary] of each token
+    inspection: Inspection
+    scale: float
+    blind: list[str]  # controls that changed nothing: empty, or comparing with the answer shows little
+
+    @property
+    def layers(self) -> int:
+        return len(self.inspection.profile.layers)
+
+
 @dataclass
 class Outcome:
     """What the test found for one family."""
@@ -344,7 +362,6 @@ class Outcome:
     scale: float = 0.0
     distinct: int = 0
     controls: str = ""
-    seconds: float = 0.0
     error: str = ""
 
     @property
@@ -454,9 +471,8 @@ def controls(inspection: Inspection, prompt: torch.Tensor, tokens: list[int], fa
     return blind
 
 
-def examine(family: Family, directory: Path) -> Outcome:
-    """Make, save, divide and compare one family."""
-    start, outcome = time.perf_counter(), Outcome(family)
+def example(family: Family, directory: Path) -> Example:
+    """Make and save a model of the family that every control bites on, if there is one among scales and seeds."""
     for number, (scale, seed) in enumerate(itertools.product(SCALES, SEEDS)):
         place = directory / str(number)
         model = save(tiny_model(family, scale, seed), place)
@@ -468,28 +484,41 @@ def examine(family: Family, directory: Path) -> Outcome:
         )
         if not blind:
             break
-    outcome.scale, outcome.distinct = scale, len(set(tokens))
-    if blind:
-        outcome.error = f"controls that change nothing: {', '.join(blind)}"
+    return Example(family, place, prompt, tokens, logits, inspection, scale, blind)
+
+
+def cuts(layers: int, pieces: int) -> list[tuple[tuple[int, int], ...]]:
+    """Every way to cut layers 0..layers - 1 into that many shards: (first, last) of each."""
+    places = itertools.combinations(range(1, layers), pieces - 1)
+    return [tuple((a, b - 1) for a, b in itertools.pairwise((0, *cut, layers))) for cut in places]
+
+
+def examine(made: Example) -> Outcome:
+    """Divide a model every way into two and three, and compare."""
+    family, outcome = made.family, Outcome(made.family)
+    outcome.scale, outcome.distinct = made.scale, len(set(made.tokens))
+    if made.blind:
+        outcome.error = f"controls that change nothing: {', '.join(made.blind)}"
         return outcome
-    count = len(inspection.profile.layers)
-    outcome.blocks = count - 2
-    skips = f"{count - 2} skips"
+    outcome.blocks = made.layers - 2
+    skips = f"{outcome.blocks} skips"
     order = "positions" if family.positions else "prompt order"
     outcome.controls = ", ".join([skips, order, *(["final norm"] if family.norm else [])])
-    ranges = [(a, b) for a in range(count) for b in range(a, count) if (a, b) != (0, count - 1)]
-    shards = {(a, b): load_shard(stage(inspection, a, b)) for a, b in ranges}
-    for pieces in (2, 3):
-        for cut in itertools.combinations(range(1, count), pieces - 1):
-            ends = [0, *cut, count]
-            chain = [shards[a, b - 1] for a, b in itertools.pairwise(ends)]
-            got, steps = generate(chain, prompt, (PROMPT,) if pieces == 2 else (4, PROMPT - 4))
-            outcome.cuts += 1
-            outcome.equal += got == tokens
-            pairs = zip(steps, logits, strict=True)
-            outcome.difference = max(outcome.difference, *(float((a - b).abs().max()) for a, b in pairs))
-    outcome.seconds = time.perf_counter() - start
+    shards: dict[tuple[int, int], TorchShard] = {}
+    for cut in (*cuts(made.layers, 2), *cuts(made.layers, 3)):
+        for first, last in set(cut) - shards.keys():
+            shards[first, last] = load_shard(stage(made.inspection, first, last))
+        chunks = (PROMPT,) if len(cut) == 2 else (4, PROMPT - 4)
+        got, steps = generate([shards[part] for part in cut], made.prompt, chunks)
+        outcome.cuts += 1
+        outcome.equal += got == made.tokens
+        outcome.difference = max(outcome.difference, difference(steps, made.logits))
     return outcome
+
+
+def difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """The largest between the logits [vocabulary] of each step."""
+    return float((torch.stack(some) - torch.stack(others)).abs().max())
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -533,9 +562,10 @@ def main() -> int:
     for family in FAMILIES:
         if options.names and family.model_type not in options.names:
             continue
+        start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
             try:
-                outcome = examine(family, Path(directory))
+                outcome = examine(example(family, Path(directory)))
             except Exception as error:  # one family's trouble is a line of the table
                 if options.names:
                     raise
@@ -544,7 +574,7 @@ def main() -> int:
         print(
             f"{family.model_type:20} {'ok' if outcome.passed else 'FAILED'} cuts {outcome.equal}/{outcome.cuts} "
             f"difference {outcome.difference:.1e} scale {outcome.scale} distinct {outcome.distinct} "
-            f"{outcome.seconds:.1f} s {outcome.error}",
+            f"{time.perf_counter() - start:.1f} s {outcome.error}",
             flush=True,
         )
     if options.write:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-import torch
 
 from peerllm.engine.families import FAMILIES as SUPPORTED
-from tests.engine.architectures import FAMILIES, Family, examine, quiet
+from tests.engine.architectures import FAMILIES, Example, Family, examine
 
-
-@pytest.fixture(scope="module", autouse=True)
-def calm():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    quiet()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_every_cut_gives_the_tokens_of_the_whole_model(family: Family, tmp_path):
-    outcome = examine(family, tmp_path)
+def test_every_cut_gives_the_tokens_of_the_whole_model(family: Family, examples: Callable[[str], Example]):
+    outcome = examine(examples(family.name))
     assert outcome.passed, outcome
     assert outcome.cuts == 15
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from peerllm.transport.dial import dialling_session
 from peerllm.transport.identity import Identity, load_or_create
 
 
@@ -34,5 +35,5 @@ def carol(identities: list[Identity]) -> Identity:
 
 @pytest.fixture
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
+    async with dialling_session() as session:
         yield session

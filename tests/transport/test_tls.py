@@ -270,6 +270,49 @@ async def test_nobody_there(session: aiohttp.ClientSession, alice: Identity, bob
         )
 
 
+async def test_a_member_cannot_send_this_device_elsewhere(
+    server: TlsServer, call: Dial, session: aiohttp.ClientSession, alice: Identity, bob: Identity
+) -> None:
+    seen: list[str] = []
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        seen.append(request.path)
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/reboot", elsewhere)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        await web.SockSite(runner, sock).start()
+        target = f"http://127.0.0.1:{sock.getsockname()[1]}/reboot"
+
+        async def redirect(request: web.Request) -> web.Response:
+            raise web.HTTPFound(target)
+
+        traitor = web.Application()
+        traitor.router.add_get("/echo", redirect)
+        other = TlsServer(traitor, alice, ["127.0.0.1"], 0)
+        await other.start()
+        await other.set_trusted([bob.certificate_pem])
+        with pytest.raises(LinkError, match="elsewhere"):
+            await dial(session, bob, alice.device, alice.certificate_pem, "127.0.0.1", other.port, "/echo")
+        await other.close()
+        await runner.cleanup()
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("host", "port"),
+    [("a b", 1), ("a/b", 1), ("a@b", 1), ("", 1), ("x" * 70, 1), ("a..b", 1), ("\0", 1), ("127.0.0.1", 99999)],
+)
+async def test_an_impossible_address_is_a_link_that_did_not_come_up(
+    session: aiohttp.ClientSession, alice: Identity, bob: Identity, host: str, port: int
+) -> None:
+    with pytest.raises(LinkError):
+        await dial(session, bob, alice.device, alice.certificate_pem, host, port, "/")
+
+
 def test_a_plain_connection_has_no_device() -> None:
     class Plain:
         def get_extra_info(self, name: str, default: object = None) -> object:

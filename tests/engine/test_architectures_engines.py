@@ -1,0 +1,116 @@
+"""Every family through three engine processes with links between them: tokens and logits of the whole model.
+
+By default each family takes one cut into two and one into three, which together are all cuts many times over; with
+PEERLLM_FULL=1 each takes every cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.engine.architectures import (
+    ANSWER,
+    CONTEXT,
+    FAMILIES,
+    PROMPT,
+    TOLERANCE,
+    VOCABULARY,
+    Example,
+    cuts,
+    difference,
+)
+from tests.engine.engines import Deployed, Device, devices, inspect, redeploy
+from tests.engine.recording import FOLDER, recorded
+
+LAYERS = 6  # embedding, four blocks, head
+CHUNKS = {2: 4, 3: 5}  # of a prompt of 9, by the number of shards
+FULL = os.environ.get("PEERLLM_FULL") == "1"
+
+Cut = tuple[tuple[int, int], ...]
+
+pytestmark = [pytest.mark.usefixtures("calm"), pytest.mark.timeout(240)]
+
+
+def share(number: int) -> list[Cut]:
+    """What the family of that number takes: the places wander, those into three apart from those into two."""
+    twos, threes = cuts(LAYERS, 2), cuts(LAYERS, 3)
+    return [*twos, *threes] if FULL else [twos[number % 5], threes[(number + number // 5) % 10]]
+
+
+@dataclass
+class Household:
+    """Three devices whose engines write down their logits."""
+
+    made: list[Device]
+    logits: Path
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def household(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Household]:
+    start, logits = asyncio.create_subprocess_exec, tmp_path_factory.mktemp("logits")
+
+    def recording(program: str, *arguments: str, env: dict[str, str], **options: Any) -> Any:
+        ours = ["tests.engine.recording" if argument == "peerllm.engine" else argument for argument in arguments]
+        path = os.pathsep.join([env["PYTHONPATH"], str(Path(__file__).parents[2])])
+        assert program == sys.executable
+        assert ours != list(arguments)
+        return start(program, *ours, env={**env, "PYTHONPATH": path, FOLDER: str(logits)}, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "create_subprocess_exec", recording)
+        async with devices(3, tmp_path_factory.mktemp("devices")) as made:
+            yield Household(made, logits)
+
+
+async def compare(household: Household, made: Example, cut: Cut, turn: int) -> None:
+    """Two sequences at once through one cut; `turn` says which device is the source."""
+    order = household.made[turn:] + household.made[:turn]
+    deployed = Deployed(order, await inspect(order[0], made.directory))
+    assert len(deployed.inspected.profile.layers) == LAYERS
+    places = tuple((number, *part) for number, part in enumerate(cut))
+    await redeploy(deployed, places, slots=2, context=CONTEXT, chunk=CHUNKS[len(cut)])
+    prompt = made.prompt.tolist()
+    answers = await asyncio.gather(*(deployed.generate(prompt, ANSWER) for _ in range(2)))
+    assert answers == [made.tokens] * 2
+    rows = recorded(household.logits, VOCABULARY)
+    assert sorted(rows) == list(range(PROMPT, PROMPT + ANSWER))
+    for sequence in range(2):
+        assert difference([rows[position][sequence] for position in sorted(rows)], made.logits) <= TOLERANCE
+    assert not any(device.links_lost() for device in order)
+    await deployed.unload()
+    for device in order:
+        device.events.clear()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("number", range(len(FAMILIES)), ids=lambda number: FAMILIES[number].name)
+async def test_engines_give_the_tokens_of_the_whole_model(
+    number: int, household: Household, examples: Callable[[str], Example]
+) -> None:
+    made = examples(FAMILIES[number].name)
+    assert not made.blind
+    for turn, cut in enumerate(share(number), number):
+        await compare(household, made, cut, turn % 3)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_engines_hold_nothing_and_never_died(household: Household) -> None:
+    for device in household.made:
+        load = await device.load()
+        assert (load.stages, load.weight_bytes, load.kv_bytes) == ((), 0, 0)
+        assert not device.lost
+        assert len(device.ready) == 1
+
+
+def test_all_cuts_have_their_turn() -> None:
+    taken = {cut for number in range(len(FAMILIES)) for cut in share(number)}
+    assert taken == {*cuts(LAYERS, 2), *cuts(LAYERS, 3)}
