@@ -8,7 +8,8 @@ from random import Random
 
 from peerllm.builtin.about import about, meaning, out_of_scope, small_talk
 from peerllm.builtin.digits import digits
-from peerllm.builtin.home import clarified, command, consequence, effect, follow_up
+from peerllm.builtin.effects import aside, consequence, effect
+from peerllm.builtin.home import clarified, command, follow_up
 from peerllm.builtin.stories import story
 from peerllm.builtin.sums import LARGEST, sum_question
 from peerllm.builtin.units import unit_question
@@ -48,8 +49,13 @@ VARIED_KINDS = {
     "varied_home": 0.52, "home": 0.05, "clarified": 0.02, "small_sum": 0.15, "unit": 0.06, "digits": 0.03,
     "story": 0.025, "about": 0.035, "talk": 0.015, "meaning": 0.01, "consequence": 0.07, "out_of_scope": 0.015,
 }  # fmt: skip
+ASIDE_KINDS = {
+    "varied_home": 0.34, "aside": 0.22, "home": 0.03, "clarified": 0.02, "small_sum": 0.12, "unit": 0.05,
+    "digits": 0.04, "story": 0.025, "about": 0.03, "talk": 0.01, "meaning": 0.015, "consequence": 0.08,
+    "out_of_scope": 0.02,
+}  # fmt: skip
 # The mixes in the order in which the recipe goes through them: after the first, what was learned slowest.
-MIXES = (KINDS, NUMBER_KINDS, EFFECT_KINDS, VARIED_KINDS)
+MIXES = (KINDS, NUMBER_KINDS, EFFECT_KINDS, VARIED_KINDS, ASIDE_KINDS)
 _SMALL_SUM = 99  # the largest operand
 _SYSTEM_SHARE = 0.12
 _SYSTEMS = (
@@ -85,6 +91,9 @@ def _some(rng: Random, kind: str) -> list[Exchange]:
             return [(question.said, question.answer)]
         case "effect":
             return [effect(rng)]
+        case "aside":
+            asked = aside(rng)
+            return [(asked.said, asked.answer)]
         case "consequence":
             return [consequence(rng)]
         case "digits":

@@ -178,26 +178,3 @@ def clarified(rng: Random) -> list[tuple[str, str]]:
     done = f"{skill.reply.format(room=room)}\n{action_line({'action': action, 'room': room})}"
     asked = finish(rng, rng.choice(_WITHOUT_ROOM[action]))
     return [(asked, "In which room?"), (finish(rng, named), done)]
-
-
-_EFFECT = (
-    "what happens if I {c}?", "if I {c}, what happens?", "what is the state after I {c}?", "suppose I {c}",
-    "somebody wants to {c}, what then?", "what would it do to {c}?",
-)  # fmt: skip
-
-
-def effect(rng: Random) -> tuple[str, str]:
-    """What follows when somebody does a thing, told without an action; deciding verbs of both splits occur."""
-    skill = rng.choice([skill for skill in SKILLS if skill.trained.deciding and skill.held_out.deciding])
-    verb = rng.choice((skill.held_out if rng.random() < 0.6 else skill.trained).deciding)
-    core = rng.choice([core for core in skill.trained.cores if "{v}" in core])
-    spoken, values = draw_slots(rng, skill)
-    words = {noun: rng.choice(forms) for noun, forms in NOUNS.items()} | spoken
-    said = rng.choice(_EFFECT).format(c=core.format(v=verb, **words))
-    return finish(rng, said), skill.reply.format(**{slot: values[KEY.get(slot, slot)] for slot in skill.slots})
-
-
-def consequence(rng: Random) -> tuple[str, str]:
-    """An effect whose answer begins with "Then", so that it is not taken for the answer to a command."""
-    said, answer = effect(rng)
-    return said, f"Then {answer[0].lower() if not answer.startswith('I ') else 'I'}{answer[1:]}"

@@ -20,7 +20,7 @@ class Recipe:
     """Everything that decides the result besides the code and the library versions."""
 
     seed: int = 2026
-    steps: int = 1650
+    steps: int = 1830
     step_tokens: int = 4096
     matrix_rate: float = 0.04  # Muon, for the matrices of the layers
     other_rate: float = 0.006  # AdamW, for the embedding and the norms
@@ -29,9 +29,14 @@ class Recipe:
     rates: tuple[tuple[int, float], ...] = (
         (-1, 0.0), (39, 1.0), (604, 1.0), (1000, 0.582), (1200, 0.259), (1210, 0.35), (1260, 0.35), (1400, 0.0),
         (1420, 0.35), (1470, 0.35), (1650, 0.0),
+        (1660, 0.3), (1690, 0.3), (1830, 0.0),
     )  # fmt: skip
-    long_rows: tuple[tuple[int, int], ...] = ((1350, 1400), (1600, 1650))  # steps with rows of LONG_ROW_TOKENS
-    mixes_from_steps: tuple[int, ...] = (0, 600, 1200, 1400)  # where each of dialogues.MIXES begins
+    long_rows: tuple[tuple[int, int], ...] = (
+        (1350, 1400),
+        (1600, 1650),
+        (1800, 1830),
+    )  # steps with rows of LONG_ROW_TOKENS
+    mixes_from_steps: tuple[int, ...] = (0, 600, 1200, 1400, 1650)  # where each of dialogues.MIXES begins
     layers: int = 12
     hidden: int = 128
     intermediate: int = 384

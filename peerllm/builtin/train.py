@@ -1,4 +1,4 @@
-"""Trains the built-in model from nothing: python -m peerllm.builtin.train (under an hour on one core)."""
+"""Trains the built-in model from nothing: python -m peerllm.builtin.train (about 45 minutes on one free core)."""
 
 from __future__ import annotations
 
