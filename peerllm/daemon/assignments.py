@@ -16,8 +16,14 @@ from peerllm.types import MAX_STAGES, DeploymentId, DeviceId
 
 MAX_CONTEXT = 1 << 20  # tokens
 MAX_TENSORS = 65536  # of one assignment
-FILE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+MAX_DIMENSIONS = 8  # of one tensor
+MAX_EPOCH = 2**32 - 1  # a frame has no room for more
+FILE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+DEPLOYMENT = re.compile(r"[0-9a-f]{32}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 Address = tuple[tuple[str, ...], int]  # hosts, the best first, and the data plane's port
 HERE = ""  # stands for the hash of a tensor that the source itself loads: it never travels
@@ -95,6 +101,8 @@ def weight_bytes(tensors: Sequence[TensorDigest], dtype: str) -> int:
 
 def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
     """RefusedError or BadInputError unless the assignment makes sense and stays within its reservation."""
+    if not DEPLOYMENT.fullmatch(assign.deployment) or not 0 <= assign.epoch <= MAX_EPOCH:
+        raise BadInputError("no deployment's id and epoch")
     if assign.dtype not in ITEMSIZE:
         raise BadInputError(f"unknown dtype {assign.dtype!r}")
     limits = (
@@ -124,10 +132,14 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
 
 
 def _check_tensor(tensor: TensorDigest, own: bool) -> None:
+    if len(tensor.shape) > MAX_DIMENSIONS:  # the product of thousands would take minutes
+        raise BadInputError(f"tensor {tensor.name} has {len(tensor.shape)} dimensions, at most {MAX_DIMENSIONS}")
     if any(side < 0 for side in tensor.shape) or tensor.nbytes < 0:
         raise BadInputError(f"tensor {tensor.name} has a negative size")
     bits = FILE_BITS.get(tensor.dtype)
-    if bits is not None and prod(tensor.shape) * bits != tensor.nbytes * 8:
+    if bits is None:
+        raise BadInputError(f"tensor {tensor.name} has the unknown dtype {tensor.dtype!r}")
+    if prod(tensor.shape) * bits != tensor.nbytes * 8:
         raise BadInputError(
             f"tensor {tensor.name} of shape {tensor.shape} in {tensor.dtype} is not {tensor.nbytes} bytes"
         )

@@ -22,6 +22,8 @@ MAX_LINE_BYTES = 2000
 CLOSE_TIMEOUT_S = 3.0  # from the closed line to SIGKILL
 DRAIN_TIMEOUT_S = 1.0  # for what the dead process left in its stderr
 OUT_OF_MEMORY = re.compile(r"MemoryError|bad_alloc|can't allocate memory|Cannot allocate memory|out of memory", re.I)
+# Of the engine's libraries; the second keeps transformers from fetching compiled code where `kernels` is installed.
+FIXED = {"TOKENIZERS_PARALLELISM": "false", "USE_HUB_KERNELS": "NO"}
 CGROUP_FILES = (Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
 
 
@@ -107,7 +109,7 @@ def environment(threads: int) -> dict[str, str]:
     root = str(Path(peerllm.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     bounds = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    return {**os.environ, **bounds, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **bounds, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **FIXED}
 
 
 def diagnose(code: int, tail: list[str], oom_killed: bool) -> str:

@@ -176,7 +176,8 @@ class Member:
     state: State = "offline"
     reason: str = "not seen yet"
     hosts: tuple[str, ...] = ()
-    port: int = 0
+    port: int = 0  # the first heard of, or what the device itself said over a link
+    claimed: int = 0  # another port it was sighted at since; 0: none
     link: LinkName | None = None
     heard: float = 0.0
     beat: float = 0.0
@@ -265,7 +266,10 @@ class Membership:
             # What worked before stays in the list: anyone may claim an address for a device by mDNS.
             worked = member.hosts[:1]
             member.hosts = tuple(dict.fromkeys((*worked, *event.hosts, *member.hosts)))[:MAX_HOSTS]
-            member.port = event.port
+            if member.port in (0, event.port):
+                member.port = event.port
+            else:
+                member.claimed = event.port
             if event.fresh and member.link is None:
                 first = now + (LARGER_WAIT_S if self.me > member.device else 0.0)
                 member.attempt.tries = min(member.attempt.tries, 1)
@@ -281,7 +285,7 @@ class Membership:
             return [Cut(event.link, "not of the household")]
         if event.host:
             member.hosts = tuple(dict.fromkeys((event.host, *member.hosts)))[:MAX_HOSTS]
-        member.port = event.port or member.port
+        member.port, member.claimed = event.port or member.port, 0
         if member.link is not None and not self._better(event.link, member.link):
             return [Retire(event.link)]
         old, member.link = member.link, event.link
@@ -372,7 +376,8 @@ class Membership:
         for member in self._members.values():
             if self._wants_dial(member) and member.attempt.due <= now:
                 member.attempt.dialling = True
-                actions.append(Dial(member.device, member.hosts, member.port))
+                claims = member.claimed and member.attempt.tries % 2 == 0
+                actions.append(Dial(member.device, member.hosts, member.claimed if claims else member.port))
         for address, attempt in self._static.items():
             if self._wants_static(address, attempt) and attempt.due <= now:
                 attempt.dialling = True

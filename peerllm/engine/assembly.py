@@ -14,7 +14,9 @@ from peerllm.engine.division import Division
 from peerllm.engine.loader import Target, load
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import check, recipes
-from peerllm.errors import EngineError
+from peerllm.errors import EngineError, ModelError
+
+MAX_TABLE_BYTES = 1 << 30  # of a shard; masks of a long context are the largest
 
 
 def strip(division: Division, first: int, last: int, numbers: range) -> nn.Module:
@@ -108,6 +110,9 @@ def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
 def finish(division: Division, whole: Any) -> None:
     """Compute what no file holds: rotary frequencies, masks. `whole` is the configuration before it was cut."""
     model, owner = division.model, division.owner
+    tables = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers() if buffer.is_meta)
+    if tables > MAX_TABLE_BYTES:
+        raise ModelError(f"config.json asks for {tables} bytes that no file holds; at most {MAX_TABLE_BYTES} are taken")
     for module in model.modules():
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:

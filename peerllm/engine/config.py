@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FILE_DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
 COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: what "auto" means for this model, whatever its file holds
 MAX_BLOCKS = 1022  # with embedding and head as many layers as a plan has stages at most
+MAX_COUNT = 1 << 15  # of layers, heads, experts, labels: configuration classes make lists that long, unasked
+COUNTS = re.compile(r"(layers?|heads?|experts|labels|groups?|blocks)$")
+# What chooses the code that runs, and may name a repository for it; a part of a configuration can have it, too.
+CODE_KEYS = frozenset(
+    ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
+)
 DEFAULT_CONTEXT = 2048  # tokens, where the architecture names no limit
 
 
@@ -26,7 +33,9 @@ def parse_config(text: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        values = json.loads(text, object_hook=_special_float)
+        values = json.loads(text, object_hook=_harmless)
+    except ModelError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ModelError(f"config.json is no JSON: {error}") from error
     if not isinstance(values, dict):
@@ -44,7 +53,7 @@ def parse_config(text: str) -> Any:
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
         raise ModelError(f"the checkpoint is quantized ({method}); peerllm reads float checkpoints only")
-    for key in ("auto_map", "torch_dtype", "dtype", "_attn_implementation", "attn_implementation"):
+    for key in ("auto_map", "torch_dtype", "dtype"):
         values.pop(key, None)
     try:
         config = CONFIG_MAPPING[kind].from_dict(values)
@@ -56,9 +65,14 @@ def parse_config(text: str) -> Any:
     return config
 
 
-def _special_float(value: dict[str, Any]) -> Any:
-    """transformers writes an infinite float as {"__float__": "Infinity"}."""
-    return float(value["__float__"]) if value.get("__float__") in ("Infinity", "-Infinity", "NaN") else value
+def _harmless(value: dict[str, Any]) -> Any:
+    """An object without what chooses code, its counts bounded; {"__float__": "Infinity"} is transformers' infinity."""
+    if value.get("__float__") in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    for key, count in value.items():
+        if isinstance(count, int) and count > MAX_COUNT and COUNTS.search(key):
+            raise ModelError(f"config.json is not usable: {key} is {count}, at most {MAX_COUNT} is taken")
+    return {key: held for key, held in value.items() if key not in CODE_KEYS}
 
 
 def _line(error: Exception) -> str:

@@ -41,10 +41,15 @@ class Loader:
 
     def put(self, job: Job) -> None:
         """OverloadedError if too many wait."""
-        self._jobs.put(job)
         if isinstance(job, LoadStage):
-            with self._lock:
+            with self._lock:  # first of all: the loader thread may be at the job before `put` returns
                 self._wanted[job.request] = job
+        try:
+            self._jobs.put(job)
+        except PeerLLMError:
+            with self._lock:
+                self._wanted.pop(job.request, None)
+            raise
 
     def abandon(self, deployment: DeploymentId) -> None:
         """Loads of a deployment that are not taken over yet fail."""

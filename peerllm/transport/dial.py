@@ -18,6 +18,27 @@ DIAL_TIMEOUT_S = 5.0  # TCP, TLS and the upgrade together
 CLOSE_TIMEOUT_S = 1.0  # how long an orderly end waits for the other side's
 
 
+def dialling_session(limit: int = 0) -> aiohttp.ClientSession:
+    """The session to dial with: `limit` connections at once (0: any number), no proxies, no cookies, no redirects."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=limit),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        middlewares=(_refuse_redirect,),
+        trust_env=False,
+    )
+
+
+async def _refuse_redirect(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Followed, a redirect would make this device send a request to any address of the other's choice."""
+    response = await handler(request)
+    if 300 <= response.status < 400:
+        response.close()
+        raise aiohttp.ClientConnectionError("it tries to send this device elsewhere")
+    return response
+
+
 async def dial(
     session: aiohttp.ClientSession,
     identity: Identity,
@@ -31,10 +52,13 @@ async def dial(
     heartbeat_s: float | None = None,
     timeout_s: float = DIAL_TIMEOUT_S,
 ) -> aiohttp.ClientWebSocketResponse:
-    """A websocket to `device` and nobody else. AuthenticationError: another answered; LinkError: no link came up."""
+    """A websocket to `device` and nobody else. AuthenticationError: another answered; LinkError: no link came up.
+
+    `session` is a `dialling_session`. Addresses come from other devices: an impossible one is a LinkError as well.
+    """
     where = f"{device[:8]} at {host}:{port}"
-    url = URL.build(scheme="wss", host=host, port=port, path=path)
     try:
+        url = URL.build(scheme="wss", host=host, port=port, path=path)
         async with asyncio.timeout(timeout_s):
             websocket = await session.ws_connect(
                 url,
@@ -52,7 +76,7 @@ async def dial(
         raise LinkError(f"{where} declined {path} (HTTP {error.status})") from error
     except aiohttp.ServerDisconnectedError as error:
         raise LinkError(f"{where} hung up: it does not know this device (any more), or is going down") from error
-    except (aiohttp.ClientError, OSError) as error:
+    except (aiohttp.ClientError, OSError, ValueError) as error:
         if _is_tls(error):
             raise AuthenticationError(f"{where} is another device, or no longer knows this one") from error
         # aiohttp's own text ends with the TLS context's address in memory.

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -33,6 +33,16 @@ MAX_CERTIFICATE_BYTES = 4096  # PEM; ours have about 800
 # Boards without a clock start in 1970, and nobody renews a device: whether it still belongs is the roster's to say.
 VALID_FROM = datetime(1970, 1, 1, tzinfo=UTC)
 VALID_TO = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+# What reading a foreign certificate may raise: the library has no one family.
+NOT_OURS = (
+    ValueError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +121,7 @@ def parse_certificate(pem: str, where: str = "the certificate") -> tuple[bytes, 
         authority = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except BadInputError:
         raise
-    except (ValueError, InvalidSignature, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+    except NOT_OURS as error:
         raise BadInputError(f"{where} is damaged or not a device's") from error
     if authority:
         raise BadInputError(f"{where} could issue others; a device's may not")

@@ -192,6 +192,24 @@ def test_false_sightings_never_push_out_the_address_that_worked() -> None:
     assert machine.members[B].hosts[0] == HOST and len(machine.members[B].hosts) <= 16
 
 
+def test_false_sightings_never_push_out_the_port_that_worked() -> None:
+    machine = online()
+    machine.handle(Sighted(B[:16], (HOST,), 1), 1.0)
+    assert machine.members[B].port == 8643, "weights and measurements go where the device itself said"
+    now, dialled = 1.0, []
+    machine.handle(Down(LinkName(B, 1), "reset"), now)
+    for spoofed in (False, False, True, True):
+        now += 60.0
+        if spoofed:
+            machine.handle(Sighted(B[:16], (HOST,), 1), now)
+        (dial,) = [action for action in machine.handle(Tick(), now + 1.0) if isinstance(action, Dial)] or [None]
+        dialled.append(dial.port if dial else 0)
+        machine.handle(DialFailed(B, "nobody there"), now + 1.0)
+    assert set(dialled) >= {1, 8643}, "both are tried in turn: it may really have moved"
+    machine.handle(Up(LinkName(B, 2), B, HOST, 9000), now + 2.0)
+    assert machine.members[B].port == 9000
+
+
 @pytest.mark.parametrize(
     ("first", "second", "kept"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -202,6 +203,10 @@ async def test_leases_lapse_by_themselves(house, worker):
         {"stages": 0},
         {"stages": 10**6},
         {"work": ()},
+        {"deployment": "../" * 10 + "dd"},
+        {"deployment": "D" * 32},
+        {"epoch": -1},
+        {"epoch": 1 << 32},
     ],
 )
 def test_nonsense_is_refused(plan, change):
@@ -218,6 +223,8 @@ def test_nonsense_is_refused(plan, change):
         {"sha256": "../../etc/passwd"},
         {"sha256": ""},
         {"sha256": "0" * 63 + "G"},
+        {"dtype": "F8_E4M3", "shape": (1 << 20, 1 << 20), "nbytes": 1},
+        {"dtype": "C64", "shape": (1,), "nbytes": 8},
     ],
 )
 def test_tensors_that_lie_about_themselves_are_refused(plan, change):
@@ -226,6 +233,16 @@ def test_tensors_that_lie_about_themselves_are_refused(plan, change):
     lie = replace(work, tensors=(replace(work.tensors[0], **change), *work.tensors[1:]))
     with pytest.raises((BadInputError, RefusedError)):
         check(replace(assign, work=(lie, *assign.work[1:])), 10**12, own=False)
+
+
+def test_a_shape_without_end_costs_no_time(plan):
+    assign = plan[1]
+    work = assign.work[0]
+    endless = replace(work.tensors[0], shape=(9,) * 300_000)  # its product would take minutes
+    began = time.monotonic()
+    with pytest.raises(BadInputError, match="dimensions"):
+        check(replace(assign, work=(replace(work, tensors=(endless,)),)), 10**12, own=False)
+    assert time.monotonic() - began < 1.0
 
 
 def test_stages_must_rise_and_be_assigned_once(plan):

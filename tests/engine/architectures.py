@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ SCALES = (1.0, 1.6, 2.5, 4.0, 6.0)
 SEEDS = (0, 1, 2, 3)
 DISTINCT = 3  # tokens that an answer must hold to be worth comparing
 TOLERANCE = 1e-4
+LAYERS = 6  # embedding, four blocks, head
+FULL = os.environ.get("PEERLLM_FULL") == "1"  # tests take every cut of every family
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -61,6 +65,9 @@ MAMBA: dict[str, Any] = {
 }  # fmt: skip
 UNPLACED = "attention without positions: the control permutes the prompt instead"
 ALIBI = "no positions reach a layer: the control permutes the prompt instead"
+
+
+Cut = tuple[tuple[int, int], ...]  # first and last layer of each shard
 
 
 @dataclass(frozen=True)
@@ -487,14 +494,25 @@ def example(family: Family, directory: Path) -> Example:
     return Example(family, place, prompt, tokens, logits, inspection, scale, blind)
 
 
-def cuts(layers: int, pieces: int) -> list[tuple[tuple[int, int], ...]]:
+def cuts(layers: int, pieces: int) -> list[Cut]:
     """Every way to cut layers 0..layers - 1 into that many shards: (first, last) of each."""
     places = itertools.combinations(range(1, layers), pieces - 1)
     return [tuple((a, b - 1) for a, b in itertools.pairwise((0, *cut, layers))) for cut in places]
 
 
-def examine(made: Example) -> Outcome:
-    """Divide a model every way into two and three, and compare."""
+def every_cut(layers: int = LAYERS) -> list[Cut]:
+    """Into two and into three shards."""
+    return [*cuts(layers, 2), *cuts(layers, 3)]
+
+
+def share(number: int) -> list[Cut]:
+    """One cut into two and one into three for the family of that number: places wander over the table, each its way."""
+    twos, threes = cuts(LAYERS, 2), cuts(LAYERS, 3)
+    return [twos[number % 5], threes[(number + number // 5) % 10]]
+
+
+def examine(made: Example, chosen: Sequence[Cut] | None = None) -> Outcome:
+    """Divide a model every way into two and three, or as chosen, and compare."""
     family, outcome = made.family, Outcome(made.family)
     outcome.scale, outcome.distinct = made.scale, len(set(made.tokens))
     if made.blind:
@@ -505,7 +523,7 @@ def examine(made: Example) -> Outcome:
     order = "positions" if family.positions else "prompt order"
     outcome.controls = ", ".join([skips, order, *(["final norm"] if family.norm else [])])
     shards: dict[tuple[int, int], TorchShard] = {}
-    for cut in (*cuts(made.layers, 2), *cuts(made.layers, 3)):
+    for cut in every_cut(made.layers) if chosen is None else chosen:
         for first, last in set(cut) - shards.keys():
             shards[first, last] = load_shard(stage(made.inspection, first, last))
         chunks = (PROMPT,) if len(cut) == 2 else (4, PROMPT - 4)

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.engine.architectures import Example, Family, example, quiet
+from tests.engine.architectures import FAMILIES, Example, example, quiet
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,5 @@ def calm() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Example]:
     """The example of the family of a name."""
-    from tests.engine.architectures import FAMILIES
-
-    families: dict[str, Family] = {family.name: family for family in FAMILIES}
+    families = {family.name: family for family in FAMILIES}
     return cache(lambda name: example(families[name], tmp_path_factory.mktemp("model")))

@@ -169,8 +169,9 @@ class Deployed:
         self.source.host.tell(Cancel(self.id, sequence))
 
     async def unload(self) -> None:
-        for device in self.devices:
-            await device.host.ask(Unload(device.host.next_request(), self.id), WAIT_S)
+        await asyncio.gather(
+            *(device.host.ask(Unload(device.host.next_request(), self.id), WAIT_S) for device in self.devices)
+        )
 
     async def slots_used(self) -> dict[tuple[int, int], int]:
         """By (device, stage)."""

@@ -21,29 +21,24 @@ from tests.engine.architectures import (
     ANSWER,
     CONTEXT,
     FAMILIES,
+    FULL,
+    LAYERS,
     PROMPT,
     TOLERANCE,
     VOCABULARY,
+    Cut,
     Example,
-    cuts,
     difference,
+    every_cut,
+    share,
 )
 from tests.engine.engines import Deployed, Device, devices, inspect, redeploy
 from tests.engine.recording import FOLDER, recorded
 
-LAYERS = 6  # embedding, four blocks, head
 CHUNKS = {2: 4, 3: 5}  # of a prompt of 9, by the number of shards
-FULL = os.environ.get("PEERLLM_FULL") == "1"
-
-Cut = tuple[tuple[int, int], ...]
+DRAWN = range(PROMPT, PROMPT + ANSWER)  # positions of the answer's tokens
 
 pytestmark = [pytest.mark.usefixtures("calm"), pytest.mark.timeout(240)]
-
-
-def share(number: int) -> list[Cut]:
-    """What the family of that number takes: the places wander, those into three apart from those into two."""
-    twos, threes = cuts(LAYERS, 2), cuts(LAYERS, 3)
-    return [*twos, *threes] if FULL else [twos[number % 5], threes[(number + number // 5) % 10]]
 
 
 @dataclass
@@ -74,21 +69,24 @@ async def household(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[H
 async def compare(household: Household, made: Example, cut: Cut, turn: int) -> None:
     """Two sequences at once through one cut; `turn` says which device is the source."""
     order = household.made[turn:] + household.made[:turn]
-    deployed = Deployed(order, await inspect(order[0], made.directory))
-    assert len(deployed.inspected.profile.layers) == LAYERS
+    inspected = await inspect(order[0], made.directory)
+    assert inspected == made.inspection.message(inspected.request)
+    deployed = Deployed(order, inspected)
     places = tuple((number, *part) for number, part in enumerate(cut))
-    await redeploy(deployed, places, slots=2, context=CONTEXT, chunk=CHUNKS[len(cut)])
     prompt = made.prompt.tolist()
-    answers = await asyncio.gather(*(deployed.generate(prompt, ANSWER) for _ in range(2)))
+    try:
+        await redeploy(deployed, places, slots=2, context=CONTEXT, chunk=CHUNKS[len(cut)])
+        answers = await asyncio.gather(*(deployed.generate(prompt, ANSWER) for _ in range(2)))
+        assert not any(device.links_lost() for device in order)
+    finally:
+        await deployed.unload()
+        rows = recorded(household.logits, VOCABULARY)
+        for device in order:
+            device.events.clear()
     assert answers == [made.tokens] * 2
-    rows = recorded(household.logits, VOCABULARY)
-    assert sorted(rows) == list(range(PROMPT, PROMPT + ANSWER))
+    assert {position: len(found) for position, found in rows.items()} == dict.fromkeys(DRAWN, 2)
     for sequence in range(2):
-        assert difference([rows[position][sequence] for position in sorted(rows)], made.logits) <= TOLERANCE
-    assert not any(device.links_lost() for device in order)
-    await deployed.unload()
-    for device in order:
-        device.events.clear()
+        assert difference([rows[position][sequence] for position in DRAWN], made.logits) <= TOLERANCE
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -98,7 +96,8 @@ async def test_engines_give_the_tokens_of_the_whole_model(
 ) -> None:
     made = examples(FAMILIES[number].name)
     assert not made.blind
-    for turn, cut in enumerate(share(number), number):
+    assert made.layers == LAYERS
+    for turn, cut in enumerate(every_cut() if FULL else share(number), number):
         await compare(household, made, cut, turn % 3)
 
 
@@ -112,5 +111,4 @@ async def test_the_engines_hold_nothing_and_never_died(household: Household) -> 
 
 
 def test_all_cuts_have_their_turn() -> None:
-    taken = {cut for number in range(len(FAMILIES)) for cut in share(number)}
-    assert taken == {*cuts(LAYERS, 2), *cuts(LAYERS, 3)}
+    assert {cut for number in range(len(FAMILIES)) for cut in share(number)} == set(every_cut())

@@ -161,7 +161,7 @@ def test_code_of_the_model_never_runs(model):
         ({"hidden_size": "many"}, r"config\.json of 'llama'"),
         ({"num_hidden_layers": 6}, r"layers\.4\..* is missing"),
         ({"num_attention_heads": 0}, "llama"),
-        ({"num_hidden_layers": 10**9}, "1000000000 layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"num_hidden_layers": 0}, "0 layers"),
     ],
 )

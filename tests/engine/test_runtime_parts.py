@@ -106,6 +106,16 @@ def test_the_window_bounds_what_is_under_way_and_cancelled_work_counts_until_it_
     assert sequences.came_back(1, 0, 4, None) == (None, None)  # late, of an ended sequence
 
 
+@pytest.mark.parametrize(("chunk", "prompt"), [(chunk, prompt) for chunk in (3, 4, 8) for prompt in range(1, 20)])
+def test_no_token_of_a_prompt_is_left_over_by_itself(chunk: int, prompt: int) -> None:
+    sequences = Sequences(DEPLOYMENT, slots=1, context=1000, chunk=chunk, stages=20)
+    sequences.submit(submit(1, prompt))
+    feeds = sequences.feed()
+    assert [token for feed in feeds for token in feed.ids] == list(range(prompt))
+    assert len(feeds) == -(-prompt // chunk)
+    assert all(2 <= len(feed.ids) <= chunk for feed in feeds) or prompt == 1
+
+
 @pytest.mark.parametrize(
     ("position", "length", "token"), [(4, 4, None), (0, 3, None), (0, 4, 7), (0, 0, None), (-1, 4, None), (0, 8, None)]
 )

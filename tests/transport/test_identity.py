@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import trustme
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from peerllm.errors import AuthenticationError, BadInputError
 from peerllm.transport.identity import (
@@ -92,6 +94,35 @@ def test_the_certificate_is_for_all_times_and_both_roles(alice: Identity) -> Non
     assert {usage.dotted_string for usage in usages} == {"1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"}
     assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert ssl.DER_cert_to_PEM_cert(alice.certificate_der).split() == alice.certificate_pem.split()
+
+
+@pytest.mark.parametrize(
+    ("there", "instead"),
+    [
+        ("a003020102", "a003020104"),  # a version that does not exist
+        ("300506032b6570", "300506032b6579"),  # a kind of key nobody knows
+        ("0603551d11", "0603551d99"),  # an extension nobody knows: its signature no longer fits
+    ],
+)
+def test_odd_certificates_are_refused(alice: Identity, there: str, instead: str) -> None:
+    der = alice.certificate_der.replace(bytes.fromhex(there), bytes.fromhex(instead))
+    assert der != alice.certificate_der
+    with pytest.raises(BadInputError):
+        parse_certificate(ssl.DER_cert_to_PEM_cert(der))
+
+
+def test_a_name_of_an_unknown_form_is_refused() -> None:
+    key = Ed25519PrivateKey.generate()
+    name = x509.Name([])
+    odd = x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.17"), bytes.fromhex("3004a3023000"))  # x400Address
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, datetime(1970, 1, 1), datetime(2100, 1, 1))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(odd, critical=False)
+        .sign(key, None)
+    )
+    with pytest.raises(BadInputError):
+        parse_certificate(certificate.public_bytes(Encoding.PEM).decode())
 
 
 def test_certificates_of_other_makers_are_refused() -> None:

@@ -15,6 +15,7 @@ from peerllm.errors import AuthenticationError, BadInputError, NotFoundError, Ov
 from peerllm.transport.identity import Identity
 from peerllm.transport.roster import MAX_COUNTER, MAX_ENTRIES, Change, Roster, RosterEntry, sign_entry
 from peerllm.transport.roster import roster as roster_module
+from peerllm.transport.roster.entry import check_signature
 
 HISTORIES = int(os.environ.get("PEERLLM_ROSTER_HISTORIES", "25"))
 
@@ -237,6 +238,42 @@ def test_removals_of_each_other(household: list[Roster], identities: list[Identi
     household[3].merge(reversed(both))
     rest = {identities[2].device, identities[3].device}
     assert set(household[2].members()) == set(household[3].members()) == rest
+
+
+def test_a_member_cannot_make_itself_irremovable(household: list[Roster], identities: list[Identity]) -> None:
+    owner, rogue = household[0], identities[3]
+    last = sign_entry(rogue, identities[4].certificate_pem, "mine", MAX_COUNTER)
+    assert last.counter < MAX_COUNTER
+    assert owner.merge((last, replace(last, counter=MAX_COUNTER))).added == (identities[4].device,)
+    owner.remove(identities[0], rogue.device)
+    owner.remove(identities[0], identities[4].device)
+    household[1].merge(owner.export())
+    for roster in household[:2]:
+        assert not roster.is_member(rogue.device) and not roster.is_member(identities[4].device)
+        assert not roster.merge((last,))
+    owner.add(identities[0], identities[5].certificate_pem, "new")  # and the household goes on
+    household[1].merge(owner.export())
+    assert household[1].is_member(identities[5].device)
+
+
+def test_a_false_signature_is_looked_at_once(
+    household: list[Roster], identities: list[Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[RosterEntry] = []
+
+    def look(entry: RosterEntry, introducer_pem: str) -> None:
+        looked.append(entry)
+        check_signature(entry, introducer_pem)
+
+    monkeypatch.setattr(roster_module, "check_signature", look)
+    chain = [
+        sign_entry(identities[4], identities[5].certificate_pem, "5", 100),
+        sign_entry(identities[3], identities[4].certificate_pem, "4", 101),  # known only after the first was tried
+    ]
+    forged = [replace(chain[1], counter=200 + number) for number in range(20)]
+    change = household[0].merge((*chain, *forged))
+    assert set(change.added) == {identities[4].device, identities[5].device}
+    assert len(looked) == len(set(looked)) == len(chain) + len(forged)
 
 
 def test_bounds(household: list[Roster], identities: list[Identity], monkeypatch: pytest.MonkeyPatch) -> None:

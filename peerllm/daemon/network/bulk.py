@@ -41,16 +41,21 @@ async def _serve_probe(request: web.Request) -> web.StreamResponse:
     if not text.isascii() or not text.isdigit() or len(text) > 8 or int(text) > MAX_PROBE_BYTES:
         raise web.HTTPBadRequest(text=f"at most {MAX_PROBE_BYTES} bytes")
     left = int(text)
+    response = web.StreamResponse(headers={"Content-Length": text})
     async with request.app[_probing]:
-        response = web.StreamResponse(headers={"Content-Length": text})
-        await response.prepare(request)
-        zeros = bytes(CHUNK_BYTES)
-        while left > 0:
-            part = memoryview(zeros)[: min(left, CHUNK_BYTES)]
-            await response.write(part)
-            left -= len(part)
-        await response.write_eof()
-        return response
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await response.prepare(request)
+                zeros = bytes(CHUNK_BYTES)
+                while left > 0:
+                    part = memoryview(zeros)[: min(left, CHUNK_BYTES)]
+                    await response.write(part)
+                    left -= len(part)
+                await response.write_eof()
+        except TimeoutError:  # others wait for their turn
+            if request.transport is not None:
+                request.transport.abort()
+    return response
 
 
 class Bulk:

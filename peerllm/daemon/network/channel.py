@@ -92,7 +92,8 @@ class Channel:
             raise LinkError(f"a {type(message).__name__} of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
         if self._ended.done() or self._flush is not None:
             return
-        if len(self._queue) >= MAX_QUEUED_MESSAGES or self._queued_bytes + len(data) > MAX_QUEUED_BYTES:
+        waiting = len(self._queue) + len(self._urgent)
+        if waiting >= MAX_QUEUED_MESSAGES or self._queued_bytes + len(data) > MAX_QUEUED_BYTES:
             self.end("it takes no messages any more")
             return
         if urgent:

@@ -81,7 +81,7 @@ async def who_answers(identity: Identity, pems: Iterable[str], host: str, port: 
             _, writer = await asyncio.open_connection(host, port, ssl=context)
     except TimeoutError as error:
         raise LinkError(f"{host}:{port} did not answer within {WHO_TIMEOUT_S:g} s") from error
-    except OSError as error:  # a TLS refusal is one too
+    except (OSError, ValueError) as error:  # a TLS refusal is an OSError, an impossible host name a ValueError
         raise LinkError(f"{host}:{port} cannot be used: {error}") from error
     try:
         return peer_device(writer.transport)

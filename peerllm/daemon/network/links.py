@@ -19,6 +19,7 @@ from peerllm.daemon.messages import Control, Goodbye, Hello
 from peerllm.daemon.network.channel import CLOSE_TIMEOUT_S, FRAME_BYTES, Channel, ProtocolMismatch, WebSocket
 from peerllm.daemon.network.dialling import race, who_answers
 from peerllm.errors import AuthenticationError, LinkError
+from peerllm.transport.dial import dialling_session
 from peerllm.transport.identity import Identity
 from peerllm.transport.tls import request_device
 from peerllm.types import DeviceId
@@ -64,7 +65,7 @@ class Links:
         self._closing = False
 
     async def start(self) -> None:
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=MAX_LINKS), trust_env=False)
+        self._session = dialling_session(MAX_LINKS)
 
     def feed(self, event: m.Event) -> None:
         """Hand an event to membership and do what it says."""

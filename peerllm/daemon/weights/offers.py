@@ -15,6 +15,7 @@ from peerllm.types import DeploymentId
 ROUTE = "/weights/{deployment}/{sha256}"
 BLOCK_BYTES = 1 << 20
 MAX_TRANSFERS = 16  # tensors sent at once; more wait their turn
+STALL_TIMEOUT_S = 30.0  # a device that takes not a block for so long gives up its turn
 
 
 def offer_path(deployment: DeploymentId, sha256: str) -> str:
@@ -72,6 +73,12 @@ class Offers:
                 block = await file.read(min(BLOCK_BYTES, stop - start))
                 if not block:  # the file was cut short: end early, the other side counts
                     return
-                await response.write(block)
+                try:
+                    async with asyncio.timeout(STALL_TIMEOUT_S):
+                        await response.write(block)
+                except TimeoutError:  # it resumes later; others wait for their turn
+                    if request.transport is not None:
+                        request.transport.abort()
+                    return
                 start += len(block)
         await response.write_eof()

@@ -9,7 +9,7 @@ import aiohttp
 from aiohttp import web
 
 from peerllm.errors import BadInputError, LinkError, PeerLLMError
-from peerllm.transport.dial import dial
+from peerllm.transport.dial import dial, dialling_session
 from peerllm.transport.identity import Identity, certificate_device
 from peerllm.transport.links.link import MAX_ANSWER_BYTES, Link
 from peerllm.transport.links.receiver import Deliver, Ingress, Receiver
@@ -51,7 +51,7 @@ class DataPlane:
         """Listen; nobody is trusted yet. BadInputError if the port is in use."""
         await self._server.start()
         if self._session is None:
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            self._session = dialling_session()
 
     async def close(self) -> None:
         """Cut every link, tell of none, stop listening."""

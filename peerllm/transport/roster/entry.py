@@ -12,10 +12,15 @@ from peerllm.types import DeviceId
 
 MAX_NAME_CHARACTERS = 64
 MAX_COUNTER = 2**53 - 1  # every JSON reader keeps it exact
+MAX_INTRODUCTION = MAX_COUNTER - 1  # no introduction can be so high that a removal could not be higher
 SIGNATURE_DIGITS = 128
 DOMAIN = b"peerllm roster entry 1\0"
 LENGTH = Struct("<I")
 COUNTER = Struct("<Q?")
+
+
+class ForgedError(AuthenticationError):
+    """An entry that nothing one may yet learn can make true."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +52,13 @@ def sign_entry(identity: Identity, certificate_pem: str, name: str, counter: int
     name = clean_name(name)
     pem = canonical_pem(certificate_pem)
     device = fingerprint(parse_certificate(pem)[0])
-    entry = RosterEntry(device, name, pem, identity.device, min(counter, MAX_COUNTER), removed, "")
+    entry = RosterEntry(device, name, pem, identity.device, min(counter, most_counter(removed)), removed, "")
     return replace(entry, signature=identity.sign(entry.signed_bytes()).hex())
+
+
+def most_counter(removed: bool) -> int:
+    """The highest counter of a removal, or of an introduction."""
+    return MAX_COUNTER if removed else MAX_INTRODUCTION
 
 
 def clean_name(name: str) -> str:
@@ -60,23 +70,23 @@ def clean_name(name: str) -> str:
 
 
 def check_entry(entry: RosterEntry) -> None:
-    """AuthenticationError unless the entry is well-formed and its certificate is its device's."""
-    if not 1 <= entry.counter <= MAX_COUNTER:
-        raise AuthenticationError(f"an entry's counter is {entry.counter}")
+    """ForgedError unless the entry is well-formed and its certificate is its device's."""
+    if not 1 <= entry.counter <= most_counter(entry.removed):
+        raise ForgedError(f"an entry's counter is {entry.counter}")
     if len(entry.name) > MAX_NAME_CHARACTERS or not entry.name.isprintable() or not entry.name.strip():
-        raise AuthenticationError(f"an entry's name is {entry.name[:MAX_NAME_CHARACTERS]!r}")
+        raise ForgedError(f"an entry's name is {entry.name[:MAX_NAME_CHARACTERS]!r}")
     if len(entry.signature) != SIGNATURE_DIGITS or len(entry.introducer) != 64:
-        raise AuthenticationError("an entry's signature or introducer is malformed")
+        raise ForgedError("an entry's signature or introducer is malformed")
     if _device_of(entry.certificate_pem) != entry.device:
-        raise AuthenticationError(f"the entry of {entry.device[:8]} holds another device's certificate")
+        raise ForgedError(f"the entry of {entry.device[:8]} holds another device's certificate")
 
 
 def check_signature(entry: RosterEntry, introducer_pem: str) -> None:
-    """AuthenticationError unless the introducer signed the entry."""
+    """ForgedError unless the introducer signed the entry."""
     try:
         verify(introducer_pem, bytes.fromhex(entry.signature), entry.signed_bytes())
     except (ValueError, AuthenticationError) as error:
-        raise AuthenticationError(f"the entry of {entry.device[:8]} is not signed by {entry.introducer[:8]}") from error
+        raise ForgedError(f"the entry of {entry.device[:8]} is not signed by {entry.introducer[:8]}") from error
 
 
 @lru_cache(maxsize=1024)

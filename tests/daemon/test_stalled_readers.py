@@ -1,0 +1,73 @@
+"""A device that asks for bytes and does not take them (asleep, frozen, hostile) does not hold up the others."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from peerllm.daemon.network import bulk
+from peerllm.daemon.network.bulk import MAX_PROBE_BYTES, add_probe
+from peerllm.daemon.weights import offers as offers_module
+from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.engine.messages import TensorAt
+
+WAIT_S = 10.0
+LARGE_BYTES = 32 << 20  # more than the kernel's buffers take
+
+
+async def _serve(app: web.Application) -> tuple[web.AppRunner, int]:
+    runner = web.AppRunner(app)
+    await runner.setup()
+    sock = socket.create_server(("127.0.0.1", 0))
+    await web.SockSite(runner, sock).start()
+    return runner, sock.getsockname()[1]
+
+
+async def _ask_and_sleep(port: int, path: str) -> socket.socket:
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+    await asyncio.get_running_loop().sock_sendall(sock, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    await asyncio.get_running_loop().sock_recv(sock, 1)  # its turn has come
+    return sock
+
+
+async def _get(port: int, path: str) -> int:
+    async with (
+        asyncio.timeout(WAIT_S),
+        aiohttp.ClientSession() as session,
+        session.get(f"http://127.0.0.1:{port}{path}") as response,
+    ):
+        return len(await response.read())
+
+
+async def test_a_probe_gives_up_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "PROBE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(bulk, "MAX_PROBE_BYTES", LARGE_BYTES)
+    app = web.Application()
+    add_probe(app)
+    runner, port = await _serve(app)
+    with await _ask_and_sleep(port, f"/probe/{LARGE_BYTES}"):
+        assert await _get(port, f"/probe/{MAX_PROBE_BYTES}") == MAX_PROBE_BYTES
+    await runner.cleanup()
+
+
+async def test_weights_give_up_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offers_module, "MAX_TRANSFERS", 1)
+    monkeypatch.setattr(offers_module, "STALL_TIMEOUT_S", 0.3)
+    (tmp_path / "file").write_bytes(bytes(LARGE_BYTES))
+    offers = Offers()
+    large, small = (TensorAt("t", "U8", (size,), str(tmp_path / "file"), 0, size) for size in (LARGE_BYTES, 100))
+    offers.offer("d", {"large": large, "small": small})
+    app = web.Application()
+    app.router.add_get(ROUTE, offers.handle)
+    runner, port = await _serve(app)
+    with await _ask_and_sleep(port, "/weights/d/large"):
+        assert await _get(port, "/weights/d/small") == 100
+    await runner.cleanup()
