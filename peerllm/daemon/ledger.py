@@ -32,7 +32,7 @@ class Ledger:
     def __init__(self, lent_bytes: int) -> None:
         self.lent_bytes = lent_bytes
         self._promises: dict[tuple[DeploymentId, int], Promise] = {}
-        self._fences: OrderedDict[DeploymentId, int] = OrderedDict()
+        self._fences: OrderedDict[tuple[DeploymentId, DeviceId], int] = OrderedDict()
 
     @property
     def promised_bytes(self) -> int:
@@ -79,11 +79,16 @@ class Ledger:
         held = self._promises[deployment, epoch] = replace(held, until=None)
         return held
 
-    def release(self, deployment: DeploymentId, epoch: int) -> None:
-        """Take back all promises to `deployment` up to `epoch`, and refuse those epochs from now on."""
-        for key in [key for key in self._promises if key[0] == deployment and key[1] <= epoch]:
-            del self._promises[key]
-        self._fences[deployment] = max(epoch, self._fences.pop(deployment, epoch))
+    def release(self, deployment: DeploymentId, epoch: int, coordinator: DeviceId) -> None:
+        """Take back the promises to a coordinator's deployment up to `epoch`, and refuse it those epochs from now on.
+
+        Nobody but the coordinator is refused anything: a device must not be able to shut out another's deployment.
+        """
+        for key, held in list(self._promises.items()):
+            if held.deployment == deployment and held.epoch <= epoch and held.coordinator == coordinator:
+                del self._promises[key]
+        fence = (deployment, coordinator)
+        self._fences[fence] = max(epoch, self._fences.pop(fence, epoch))
         while len(self._fences) > MAX_FENCES:
             self._fences.popitem(last=False)
 
@@ -95,7 +100,7 @@ class Ledger:
         return gone
 
     def _check_turn(self, deployment: DeploymentId, epoch: int, coordinator: DeviceId) -> None:
-        if epoch <= self._fences.get(deployment, -1):
+        if epoch <= self._fences.get((deployment, coordinator), -1):
             raise RefusedError(f"epoch {epoch} of this deployment is over; ask with a later one")
         for promise in self._promises.values():
             if promise.deployment == deployment:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, assert_never
 
-from peerllm.daemon.assignments import Address, check
+from peerllm.daemon.assignments import Address, check, weight_bytes
 from peerllm.daemon.ledger import Ledger
 from peerllm.daemon.messages import (
     Activate,
@@ -138,7 +138,7 @@ class Worker:
             await self._let_go(deployment, self._held[deployment].epoch)
         for promise in self.ledger.promises():
             if promise.coordinator == device and promise.deployment not in theirs:
-                self.ledger.release(promise.deployment, promise.epoch)
+                self.ledger.release(promise.deployment, promise.epoch, device)
         self._changed()
 
     def engine_lost(self, reason: str) -> None:
@@ -147,7 +147,7 @@ class Worker:
             held.over = reason
             if held.task is not None:
                 held.task.cancel()
-            self._drop(deployment, held.epoch)
+            self._drop(deployment, held)
             self._report(held.coordinator, Trouble(deployment, held.epoch, reason))
 
     def link_lost(self, event: LinkLost) -> None:
@@ -196,10 +196,10 @@ class Worker:
         promise = self.ledger.promise(assign.deployment, assign.epoch)
         if promise is not None and promise.coordinator == sender:
             check(assign, promise.nbytes, sender == self._me)
-        self.ledger.commit(assign.deployment, assign.epoch, sender, time.monotonic())
+        promise = self.ledger.commit(assign.deployment, assign.epoch, sender, time.monotonic())
         held = self._held[assign.deployment] = _Held(assign.epoch, sender)
         task = held.task = asyncio.create_task(
-            self._take_over(assign, held, sender), name=f"load {assign.deployment[:8]}/{assign.epoch}"
+            self._take_over(assign, held, sender, promise.nbytes), name=f"load {assign.deployment[:8]}/{assign.epoch}"
         )
         try:
             await asyncio.wait({task})
@@ -216,7 +216,7 @@ class Worker:
             log.error("loading %s failed", assign.model, exc_info=error)
             raise EngineError(f"loading failed: {error}") from error
 
-    async def _take_over(self, assign: Assign, held: _Held, sender: DeviceId) -> None:
+    async def _take_over(self, assign: Assign, held: _Held, sender: DeviceId, promised: int) -> None:
         wanted = tuple({t.name: t for work in assign.work for t in work.tensors}.values())
         held.total_bytes = max(1, sum(t.nbytes for work in assign.work for t in work.tensors))
         if sender == self._me:
@@ -226,14 +226,19 @@ class Worker:
             own = {
                 t.name: TensorAt(t.name, t.dtype, t.shape, str(self._store.path(t.sha256)), 0, t.nbytes) for t in wanted
             }
+        weights = weight_bytes(wanted, assign.dtype)
         for work in assign.work:
-            spec = self._spec(assign, work, own)
+            spec = self._spec(assign, work, own, max(1, promised - weights))
             held.load = asyncio.create_task(
                 self._engine.ask(spec, LOAD_TIMEOUT_S), name=f"engine load {assign.deployment[:8]}/{work.stage}"
             )
             held.load.add_done_callback(_seen)
             await asyncio.shield(held.load)
+            await self._check_taken()
         held.loaded = True
+
+    async def _check_taken(self) -> None:
+        """RefusedError if the engine holds more than is promised to everybody."""
         load = await self._engine.ask(QueryLoad(self._engine.next_request()), QUERY_TIMEOUT_S)
         if isinstance(load, EngineLoad):
             taken = load.weight_bytes + load.kv_bytes
@@ -254,7 +259,7 @@ class Worker:
         path = str(self._store.path(tensor.sha256))
         return TensorAt(tensor.name, tensor.dtype, tensor.shape, path, 0, tensor.nbytes)
 
-    def _spec(self, assign: Assign, work: StageWork, own: Mapping[str, TensorAt]) -> LoadStage:
+    def _spec(self, assign: Assign, work: StageWork, own: Mapping[str, TensorAt], kv_limit: int) -> LoadStage:
         hop = None
         if work.downstream is not None and work.downstream != self._me:
             hosts, port = self._address(work.downstream)
@@ -281,6 +286,7 @@ class Worker:
             upstream=work.upstream,
             downstream=hop,
             head_device=assign.head_device,
+            kv_limit_bytes=kv_limit,
         )
 
     async def _activate(self, sender: DeviceId, asked: Activate) -> None:
@@ -297,7 +303,7 @@ class Worker:
         if owners - {sender}:
             raise RefusedError("this deployment obeys another coordinator")
         await self._let_go(asked.deployment, asked.epoch)
-        self.ledger.release(asked.deployment, asked.epoch)
+        self.ledger.release(asked.deployment, asked.epoch, sender)
         self._changed()
 
     # ---- letting go -----------------------------------------------------------------------------------------------
@@ -320,12 +326,12 @@ class Worker:
                 except (EngineError, LinkError, TimeoutError) as error:
                     log.warning("unloading %s: %s", deployment[:8], error)  # a dead engine holds nothing
                 held.load.cancel()
-            self._drop(deployment, held.epoch)
+            self._drop(deployment, held)
 
-    def _drop(self, deployment: DeploymentId, epoch: int) -> None:
+    def _drop(self, deployment: DeploymentId, held: _Held) -> None:
         self._held.pop(deployment, None)
         self._store.forget(deployment)
-        self.ledger.release(deployment, epoch)
+        self.ledger.release(deployment, held.epoch, held.coordinator)
         self._changed()
 
     def _tell(self, deployment: DeploymentId, held: _Held, phase: Literal["fetch", "load"], done: int) -> None:

@@ -141,6 +141,16 @@ class SlotCache(Cache):
                     layer.length = self.length
 
 
+def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
+    """What `Slots` takes for these blocks."""
+    total = 0
+    for state in owned.values():
+        windowed = state.kind in (FULL, *WINDOWED)
+        kept = (state.room(context) if state.keys and state.values else 0) if windowed else context
+        total += slots * (state.state_bytes + kept * state.token_bytes)
+    return total
+
+
 class Slots:
     """KV room of a shard: [slots, heads, room, width] per block, made at once; `caches[slot]` is a slot's view."""
 
@@ -152,19 +162,15 @@ class Slots:
         slots: int,
         context: int,
     ) -> None:
-        self.kv_bytes = 0
+        self.kv_bytes = kv_bytes(owned, slots, context)
         stores: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for number, state in owned.items():
-            self.kv_bytes += slots * state.state_bytes
-            if state.kind not in (FULL, *WINDOWED):
-                self.kv_bytes += slots * context * state.token_bytes
-            elif state.keys and state.values:
+            if state.kind in (FULL, *WINDOWED) and state.keys and state.values:
                 room = state.room(context)
                 (heads, width), (value_heads, value_width) = state.keys, state.values
                 keys = torch.empty(slots, heads, room, width, dtype=state.dtype)
                 values = torch.empty(slots, value_heads, room, value_width, dtype=state.dtype)
                 stores[number] = keys, values
-                self.kv_bytes += slots * room * state.token_bytes
         self.caches = [
             SlotCache(
                 [

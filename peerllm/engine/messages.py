@@ -106,6 +106,7 @@ class LoadStage:
     upstream: DeviceId | None  # who may send to this stage; None: it is the source's first
     downstream: Hop | None  # None: the next stage (or the return) is on this device
     head_device: DeviceId  # who may send tokens back to the source
+    kv_limit_bytes: int | None = None  # the most its KV may take; checked before it is
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ class Engine:
     async def _connect(self, message: Connect, compute: Compute, links: DataLinks) -> None:
         try:
             compute.inbox.put(await links.connect(message), always=True)
-        except PeerLLMError as error:
+        except Exception as error:  # what a coordinator asks for must not end the engine
             self._refuse(message, error)
 
     def _loaded(self, spec: LoadStage, shard: Shard) -> None:
@@ -160,11 +160,11 @@ class Engine:
             await links.expect(spec, shard.hidden_size)
             loader.take_over(spec)  # from here to the inbox nothing awaits: an Unload is before both or after both
             compute.inbox.put(Loaded(spec, shard), always=True)
-        except PeerLLMError as error:
+        except Exception as error:
             shard.close()
             self._refuse(spec, error)
 
-    def _refuse(self, message: ToEngine, error: PeerLLMError) -> None:
+    def _refuse(self, message: ToEngine, error: Exception) -> None:
         match message:
             case Submit(deployment, sequence):
                 self.tell(Tokens(deployment, sequence, 0, (), "error", str(error)))

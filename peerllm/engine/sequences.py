@@ -14,6 +14,7 @@ from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.types import DeploymentId, Sampling
 
 CHUNKS_PER_STAGE_IN_FLIGHT = 2  # one being computed, one waiting
+MAX_TOKEN_ID = 2**31 - 1  # no vocabulary is larger
 MAX_DRAINING = 1024  # ended sequences whose RELEASE has not gone round
 
 
@@ -129,6 +130,8 @@ class Sequences:
         sampled = position + length >= len(running.prompt)
         if sampled != (token is not None):
             raise FrameError(f"the head {'drew no' if sampled else 'drew a'} token at position {position + length}")
+        if token is not None and not 0 <= token <= MAX_TOKEN_ID:
+            raise FrameError(f"the head drew {token}, which is no token")
         if running.in_flight:
             self._under_way -= running.in_flight.popleft()
         running.back += length

@@ -11,14 +11,14 @@ from torch import nn
 from peerllm.engine.absent import Absent
 from peerllm.engine.assembly import fill, finish, strip
 from peerllm.engine.base import Progress, Segment
-from peerllm.engine.cache import Slots
+from peerllm.engine.cache import Slots, kv_bytes
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.dryrun import accepted
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.probing import probe
 from peerllm.engine.states import LayerState
-from peerllm.errors import BadInputError, EngineError
+from peerllm.errors import BadInputError, EngineError, RefusedError
 
 
 class TorchShard:
@@ -163,6 +163,9 @@ def load_shard(spec: LoadStage, progress: Progress = lambda done, total: None) -
         raise BadInputError(f"layers {first}..{last} of a model whose last is {division.head}")
     numbers = range(max(first, 1) - 1, min(last, division.head - 1))
     states, whole = probe(division, numbers), division.owner.config
+    needed = kv_bytes(states, spec.slots, spec.context)
+    if spec.kv_limit_bytes is not None and needed > spec.kv_limit_bytes:
+        raise RefusedError(f"KV of {needed} bytes is asked for, {spec.kv_limit_bytes} are promised")
     entry = strip(division, first, last, numbers)
     weight_bytes = fill(division, first, last, spec.tensors, progress)
     finish(division, whole)

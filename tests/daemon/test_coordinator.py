@@ -123,7 +123,7 @@ async def test_a_device_that_refuses_is_planned_around(houses):
     used = {stage.device[0]: stage for stage in view(a).stages}
     assert "c" in used
     assert view(a).epoch >= 2
-    house["b"].ledger.release("e" * 32, 1)
+    house["b"].ledger.release("e" * 32, 1, "z" * 64)
 
 
 def module_reserve(nbytes):

@@ -24,7 +24,7 @@ class Promises(RuleBasedStateMachine):
         super().__init__()
         self.ledger, self.now = Ledger(100), 0.0
         self.model: dict[tuple[str, int], tuple[int, str, float | None]] = {}
-        self.over: dict[str, int] = {}
+        self.over: dict[tuple[str, str], int] = {}
 
     def live(self) -> None:
         self.model = {k: v for k, v in self.model.items() if v[2] is None or v[2] > self.now}
@@ -37,7 +37,7 @@ class Promises(RuleBasedStateMachine):
         allowed = (
             0 <= nbytes <= 100 - sum(v[0] for k, v in self.model.items() if k != (deployment, epoch))
             and 0 < lease <= module.MAX_LEASE_S
-            and epoch > self.over.get(deployment, -1)
+            and epoch > self.over.get((deployment, who), -1)
             and all(v[1] == who and k[1] <= epoch for k, v in others.items())
             and (held is None or held[2] is not None)
         )
@@ -62,11 +62,11 @@ class Promises(RuleBasedStateMachine):
             assert allowed
             self.model[deployment, epoch] = (held[0], who, None)
 
-    @rule(deployment=DEPLOYMENTS, epoch=EPOCHS)
-    def release(self, deployment, epoch):
-        self.ledger.release(deployment, epoch)
-        self.model = {k: v for k, v in self.model.items() if k[0] != deployment or k[1] > epoch}
-        self.over[deployment] = max(epoch, self.over.get(deployment, -1))
+    @rule(deployment=DEPLOYMENTS, epoch=EPOCHS, who=COORDINATORS)
+    def release(self, deployment, epoch, who):
+        self.ledger.release(deployment, epoch, who)
+        self.model = {k: v for k, v in self.model.items() if k[0] != deployment or k[1] > epoch or v[1] != who}
+        self.over[deployment, who] = max(epoch, self.over.get((deployment, who), -1))
 
     @rule(seconds=st.floats(0, 400))
     def wait(self, seconds):
@@ -106,11 +106,19 @@ def test_renewing_does_not_count_twice_and_committing_makes_it_last():
 
 def test_a_late_question_does_not_revive_a_released_epoch():
     ledger = Ledger(100)
-    ledger.release("x", 3)
+    ledger.release("x", 3, "a")
     for epoch in (1, 3):
         with pytest.raises(RefusedError, match="is over"):
             ledger.reserve(Reserve("x", epoch, 1, 10), "a", 0)
     ledger.reserve(Reserve("x", 4, 1, 10), "a", 0)
+
+
+def test_a_release_by_another_shuts_nobody_out():
+    ledger = Ledger(100)
+    ledger.reserve(Reserve("x", 1, 10, 10), "a", 0)
+    ledger.release("x", 10**9, "b")
+    assert ledger.promised_bytes == 10
+    ledger.reserve(Reserve("x", 2, 10, 10), "a", 0)
 
 
 def test_promises_and_fences_are_bounded(monkeypatch):
@@ -122,5 +130,5 @@ def test_promises_and_fences_are_bounded(monkeypatch):
     with pytest.raises(RefusedError, match="stop a model"):
         ledger.reserve(Reserve("w", 1, 1, 10), "a", 0)
     for name in "xyz":
-        ledger.release(name, 1)
+        ledger.release(name, 1, "a")
     assert len(ledger._fences) == 2

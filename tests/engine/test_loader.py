@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from peerllm.engine.base import Segment
 from peerllm.engine.checkpoint import read_header, read_tensors
 from peerllm.engine.inspect import inspect_model
 from peerllm.engine.shard import load_shard
-from peerllm.errors import BadInputError, ModelError
+from peerllm.errors import BadInputError, ModelError, RefusedError
 from tests.engine.architectures import FAMILIES, generate, quiet, reference, save, stage, tiny_model
 
 LLAMA = next(family for family in FAMILIES if family.model_type == "llama")
@@ -317,3 +318,10 @@ def test_header_larger_than_allowed(model, monkeypatch):
     monkeypatch.setattr(checkpoint, "MAX_HEADER_BYTES", 16)
     with pytest.raises(ModelError, match="no complete safetensors file"):
         read_header(weights(model))
+
+
+def test_kv_beyond_the_promise_is_refused_before_it_is_taken(model):
+    """Whatever slots and context a coordinator asks for: here 2 TB."""
+    spec = stage(inspect_model(str(model), "auto"), 1, 2, slots=2**16, context=2**20)
+    with pytest.raises(RefusedError, match="are promised"):
+        load_shard(replace(spec, kv_limit_bytes=1 << 20))
