@@ -7,6 +7,7 @@ the daemon shall hear is collected and sent when the loop comes to it.
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import traceback
 from collections import deque
@@ -108,6 +109,10 @@ class Engine:
         if self._parts is not None:
             raise EngineError("the engine is configured already")
         facts = await asyncio.to_thread(self._backend.facts)
+        # The libraries' hundreds of thousands of objects stay for good: a full collection would walk them each time,
+        # and hold up whatever step it falls into.
+        gc.collect()
+        gc.freeze()
         compute = Compute(message.threads, self._backend.sampler, self.tell)
         links = DataLinks(message, compute.inbox)
         await links.start(message.trusted)
