@@ -16,7 +16,7 @@ test: $(VENV)/dev.stamp
 
 # Everything at full size: all fuzz inputs, all cuts, the namespace laboratory.
 lab: $(VENV)/dev.stamp
-	PEERLLM_FULL=1 PEERLLM_FUZZ_INPUTS=20000 $(BIN)/python -m pytest
+	PEERLLM_FULL=1 PEERLLM_FUZZ_INPUTS=60000 $(BIN)/python -m pytest
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check peerllm tests benchmarks
