@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 API ?= 127.0.0.1:8642
 DEVICES ?= 3
 
-.PHONY: run test lab check bench soak architectures clean
+.PHONY: run test lab check bench architectures clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/peerllm demo --devices $(DEVICES) --api $(API)

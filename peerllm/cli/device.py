@@ -83,7 +83,7 @@ class LocalDevice:
             yield response
         except TimeoutError as error:
             raise UnavailableError(f"the device said nothing for {timeout_s:g} s; see its log") from error
-        except (ConnectionError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UnavailableError("the connection to the device broke; it may have stopped, see its log") from error
         finally:
             connection.close()

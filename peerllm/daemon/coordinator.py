@@ -39,12 +39,10 @@ class Coordinator:
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
         """Returns when the model serves; raises why it does not. A model that already runs is not started again."""
+        while (deployment := self._deployments.get(options.model)) is not None and deployment.state == "failed":
+            await self._end(deployment)  # somebody else may have started it again meanwhile
         if self._closing:
             raise BadInputError("this device is being stopped")
-        deployment = self._deployments.get(options.model)
-        if deployment is not None and deployment.state == "failed":
-            await self._end(deployment)
-            deployment = None
         if deployment is None:
             if len(self._deployments) >= MAX_DEPLOYMENTS:
                 raise BadInputError(f"{MAX_DEPLOYMENTS} models run from this device already; stop one first")

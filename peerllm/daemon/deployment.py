@@ -225,11 +225,9 @@ class Deployment:
                 if not self._contended():
                     break
                 self._free.clear()  # who stands in the way may be about to let go
-            except RefusedError as error:
+            except (RefusedError, LinkError, UnavailableError) as error:
                 failure = error
-            except (LinkError, UnavailableError) as error:
-                failure = error
-                await self._let_go()
+                await self._let_go()  # what the others have loaded for this plan would stand in the way of the next
             attempt += 1
         raise failure
 
@@ -300,7 +298,7 @@ class Deployment:
             await asyncio.wait({doing, alarm}, return_when=asyncio.FIRST_COMPLETED)
             if doing.done():
                 doing.result()
-            else:
+            if alarm.done():  # also where both came at once: nobody else would hear of it
                 raise UnavailableError(alarm.result())
         finally:
             for task in (doing, alarm):

@@ -56,8 +56,11 @@ def hardware() -> str:
 
 
 def lock(data_dir: Path) -> IO[str]:
-    """Hold the data directory until the returned file is closed; BadInputError if another daemon holds it."""
-    file = (data_dir / LOCK_FILE).open("w", encoding="ascii")
+    """Hold the data directory until the returned file is closed; BadInputError if that cannot be."""
+    try:
+        file = (data_dir / LOCK_FILE).open("w", encoding="ascii")
+    except OSError as error:
+        raise BadInputError(f"cannot write to {data_dir} ({error.strerror}); choose another --data") from error
     try:
         import fcntl
     except ImportError:  # Windows

@@ -20,6 +20,7 @@ UNKNOWN_RTT_MS = 2.0  # a link not yet measured
 UNKNOWN_MBPS = 100.0
 SLOWEST_GBYTES_PER_S = 0.5  # of a device that says nothing
 SLOWEST_GFLOPS = 1.0
+MOST_MEMORY_BYTES = 1 << 50  # whatever a device says: the planner adds devices up in 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def device_profile(candidate: Candidate, model: ModelProfile, dtype: str) -> Dev
         each = 2 * weights / ITEMSIZE[dtype] / flops_per_ms
         once = weights / bytes_per_ms
         times[layer.kind] = tuple((n, LAYER_OVERHEAD_MS + max(once, n * each)) for n in BATCHES)
-    return DeviceProfile(candidate.device, hello.name, max(0, candidate.free_bytes), times)
+    return DeviceProfile(candidate.device, hello.name, min(max(0, candidate.free_bytes), MOST_MEMORY_BYTES), times)
 
 
 def link_profiles(

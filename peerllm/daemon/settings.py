@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-CONTROL_PORT = 8643
-DATA_PORT = 8644
-PAIRING_PORT = 8645
+CONTROL_PORT = 8643  # data and pairing follow it
 API_PORT = 8642
 
 

@@ -133,9 +133,9 @@ class Worker:
 
     async def vanished(self, device: DeviceId) -> None:
         """A coordinator is gone: let go of all it holds here."""
-        theirs = [deployment for deployment, held in self._held.items() if held.coordinator == device]
-        for deployment in theirs:
-            await self._let_go(deployment, self._held[deployment].epoch)
+        theirs = {deployment: held.epoch for deployment, held in self._held.items() if held.coordinator == device}
+        for deployment, epoch in theirs.items():  # each may be released by others meanwhile
+            await self._let_go(deployment, epoch)
         for promise in self.ledger.promises():
             if promise.coordinator == device and promise.deployment not in theirs:
                 self.ledger.release(promise.deployment, promise.epoch, device)
@@ -174,7 +174,7 @@ class Worker:
         self.ledger.reserve(asked, sender, time.monotonic())
         if self._lapsing is not None:
             self._lapsing.cancel()
-        self._lapsing = asyncio.get_running_loop().call_later(asked.lease_s, self._lapse)
+        self._lapse()
         self._changed()
 
     def _lapse(self) -> None:
@@ -223,9 +223,7 @@ class Worker:
             own = self._own_tensors(assign.deployment)
         else:
             await self._fetch(assign, held, sender, wanted)
-            own = {
-                t.name: TensorAt(t.name, t.dtype, t.shape, str(self._store.path(t.sha256)), 0, t.nbytes) for t in wanted
-            }
+            own = {tensor.name: self._kept(tensor) for tensor in wanted}
         weights = weight_bytes(wanted, assign.dtype)
         for work in assign.work:
             spec = self._spec(assign, work, own, max(1, promised - weights))

@@ -10,7 +10,7 @@ import pytest
 from peerllm.daemon import deployment as module
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.engine.messages import Submit, Tokens
-from peerllm.errors import BadInputError, EngineError, InfeasibleError, NotFoundError, PeerLLMError
+from peerllm.errors import BadInputError, EngineError, InfeasibleError, NotFoundError, PeerLLMError, RefusedError
 from peerllm.types import Sampling
 from tests.daemon.house import BLOCK, House, inspected
 
@@ -221,6 +221,14 @@ async def test_a_failed_load_gives_its_reason_and_releases_all(houses):
     house = houses([3, 3, 3], big=8)
     house["b"].engine.fail = EngineError("tensor x is damaged")
     with pytest.raises(EngineError, match="device-b: tensor x is damaged"):
+        await house["a"].coordinator.run(RunOptions("big"), quiet)
+    assert house.empty() and not house["a"].coordinator.views()
+
+
+async def test_a_device_that_refuses_to_load_is_asked_again_with_nothing_left_behind(houses):
+    house = houses([3, 3, 3], big=8)
+    house["b"].engine.fail = RefusedError("the disk lacks 3 GB")
+    with pytest.raises(RefusedError, match="device-b: the disk lacks 3 GB"):
         await house["a"].coordinator.run(RunOptions("big"), quiet)
     assert house.empty() and not house["a"].coordinator.views()
 

@@ -213,7 +213,9 @@ class Network:
 
     def _where(self, device: DeviceId) -> tuple[str, int, str]:
         channel = self._links.channel(device)
-        member, entry = self._links.membership.members[device], self._others()[device]
+        member, entry = self._links.membership.members.get(device), self._others().get(device)
+        if member is None or entry is None:
+            raise LinkError(f"{device[:8]} is no longer of the household")
         return channel.host, member.port, entry.certificate_pem
 
     async def _measure(self, device: DeviceId) -> float:
