@@ -1,7 +1,8 @@
 """One sequence on one device (one core) and on two devices (one core each): tokens/s and what a hop adds.
 
 Real daemons, real TLS over loopback, interleaved round by round, medians. The two devices' memory limits force two
-stages. Per-hop overhead = (step on two − step on one) / 2: the same kernels run, two hops (there and back) are added.
+stages. What is no computing in a step is the step at the client less the stages' own times (the engines measure them); a
+hop adds (that on two − that on one) / 2, two hops there being: to the other device and back.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Row:
     ratio: float
     one_step_ms: float
     two_step_ms: float
+    one_compute_ms: float  # the stages' own times, summed
+    two_compute_ms: float
     hop_ms: float
     one_first_token_ms: float
     two_first_token_ms: float
@@ -99,34 +102,50 @@ def measure(model: str, label: str, rounds: int, tokens: int) -> Row:
             held = sum(stage["memory_bytes"] for stage in status["deployments"][0]["plan"]["stages"])
             working = status["devices"][0]["promised_bytes"] - held  # every device of a plan needs it
             with household(root / "two", ["left", "right"], memory=str(int(held * SHARE) + working),
-                           prefixes={"left": core[0], "right": core[1]}) as (left, _):
+                           prefixes={"left": core[0], "right": core[1]}) as (left, right):
                 run_model(left, model)
                 stages = left.status()["deployments"][0]["plan"]["stages"]
                 assert {stage["device"] for stage in stages} == {"left", "right"}, stages
-                return compare(label, solo, left, rounds, tokens)
+                return compare(label, solo, (left, right), rounds, tokens)
 
 
-def compare(label: str, solo: Device, left: Device, rounds: int, tokens: int) -> Row:
+def compute_ms(devices: Sequence[Device]) -> float:
+    """Mean time of a decode step in the stages of all devices, as their engines measured it."""
+    total = 0.0
+    for device in devices:
+        request = urllib.request.Request(device.url + "/peerllm/v1/engine", headers={
+            "Authorization": f"Bearer {device.token()}"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            total += sum(json.load(response)["decode_ms"].values())
+    return total
+
+
+def compare(label: str, solo: Device, pair: tuple[Device, Device], rounds: int, tokens: int) -> Row:
     """Warm both, then ask them in turn; which goes first alternates."""
-    arrangements = [("one", solo, served(solo)), ("two", left, served(left))]
+    arrangements = [("one", solo, served(solo)), ("two", pair[0], served(pair[0]))]
     answers: dict[str, list[Answer]] = {"one": [], "two": []}
+    computing: dict[str, list[float]] = {"one": [], "two": []}
     for _, device, name in arrangements:
         ask(device, name, tokens)
     for turn in range(rounds):
         for key, device, name in arrangements[:: 1 if turn % 2 == 0 else -1]:
             answers[key].append(ask(device, name, tokens))
+            computing[key].append(compute_ms([solo] if key == "one" else pair))
+    compute = {key: statistics.median(taken) for key, taken in computing.items()}
     step = {key: statistics.median(answer.step_ms for answer in taken) for key, taken in answers.items()}
     first = {key: statistics.median(answer.first_token_ms for answer in taken) for key, taken in answers.items()}
     return Row(label, rounds, 1000 / step["one"], 1000 / step["two"], step["one"] / step["two"], step["one"],
-               step["two"], (step["two"] - step["one"]) / HOPS, first["one"], first["two"])
+               step["two"], compute["one"], compute["two"],
+               ((step["two"] - compute["two"]) - (step["one"] - compute["one"])) / HOPS, first["one"], first["two"])
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, as it stands in docs/benchmarks.md."""
-    lines = ["| model | one device, tokens/s | two devices, tokens/s | two / one | step, ms (one, two) | per hop, ms "
-             "| first token, ms (one, two) |", "|---|---|---|---|---|---|---|"]
+    lines = ["| model | one device, tokens/s | two devices, tokens/s | two / one | step, ms (one, two) "
+             "| of it computing, ms | per hop, ms | first token, ms (one, two) |", "|---|---|---|---|---|---|---|---|"]
     lines += [f"| {row.model} | {row.one_tokens_per_s:.1f} | {row.two_tokens_per_s:.1f} | {row.ratio:.2f} "
-              f"| {row.one_step_ms:.2f}, {row.two_step_ms:.2f} | {row.hop_ms:.2f} "
+              f"| {row.one_step_ms:.2f}, {row.two_step_ms:.2f} "
+              f"| {row.one_compute_ms:.2f}, {row.two_compute_ms:.2f} | {row.hop_ms:.2f} "
               f"| {row.one_first_token_ms:.0f}, {row.two_first_token_ms:.0f} |" for row in rows]
     return "\n".join(lines)
 

@@ -108,10 +108,10 @@ async def run(request: web.Request) -> web.StreamResponse:
             lines.get_nowait()
         lines.put_nowait(progress)
 
-    work = tasks.start(request.app[HOUSEHOLD].run(options, note), f"api: run {options.model[:80]}")
-    work.add_done_callback(lambda _: lines.put_nowait(None))
     stream = Stream(request, "application/x-ndjson")
     with tasks.stream():
+        work = tasks.start(request.app[HOUSEHOLD].run(options, note), f"api: run {options.model[:80]}")
+        work.add_done_callback(lambda _: lines.put_nowait(None))
         while (progress := await lines.get()) is not None:
             shares = dict(progress.devices)
             await stream.send({"state": progress.state, "message": progress.message, "devices": shares})

@@ -149,7 +149,10 @@ class Coordinator:
             if self._closing:
                 return
             options = [held.options for held in self._deployments.values() if held.lasting]
-            await asyncio.to_thread(_write, self._file, options)
+            try:
+                await asyncio.to_thread(_write, self._file, options)
+            except OSError as error:  # the model serves all the same
+                log.warning("what runs here cannot be remembered for the next start: %s", error)
 
 
 def _read(file: Path) -> list[RunOptions]:

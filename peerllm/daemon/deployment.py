@@ -35,6 +35,7 @@ CONTENTION_S = 0.2  # wait after the first refusal; doubles, and differs from de
 RETRY_S = 2.0  # a waiting deployment tries again after this, doubling ...
 RETRY_MOST_S = 60.0  # ... up to this, and whenever the household changes
 GATHER_S = 5.0  # how long a model too large for the devices here waits for those that have not arrived
+ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
 SETTLE_S = 0.3  # changes of the household come in bursts
 FETCH_SHARE = 0.8  # of a device's progress bar, where weights travel
 
@@ -328,6 +329,10 @@ class Deployment:
 
     async def _pause(self, seconds: float) -> None:
         """Wait for the household to change, `seconds` at most."""
+        away = self._around.absent()
+        await asyncio.sleep(min(ECHO_S, seconds))
+        if self._around.absent() == away:
+            self._stirred.clear()
         try:
             await asyncio.wait_for(self._stirred.wait(), seconds)
             await asyncio.sleep(SETTLE_S)

@@ -50,6 +50,9 @@ class TorchShard:
         self._entering: torch.Tensor | None = None
         if not self._has_embedding:
             self._enter_at(entry)
+        matrix = self._model.get_output_embeddings() if self._has_head else None
+        if isinstance(matrix, nn.Linear):
+            matrix.register_forward_pre_hook(_with_plain_strides)
         self._dynamic = [m for m in self._model.modules() if getattr(m, "rope_type", "") == "dynamic"]
 
     @property
@@ -151,6 +154,12 @@ class TorchShard:
         """Free weights and KV; may be called twice."""
         self._model = self._base = self._division = None
         self._slots.caches.clear()
+
+
+def _with_plain_strides(_: nn.Module, args: tuple[Any, ...]) -> Any:
+    """The last row cut out of many keeps their stride, for which torch copies the whole output matrix (seconds)."""
+    hidden = args[0]
+    return (hidden.reshape(-1, hidden.shape[-1]).view(hidden.shape), *args[1:])
 
 
 def load_shard(spec: LoadStage, progress: Progress = lambda done, total: None) -> TorchShard:

@@ -291,11 +291,14 @@ async def test_two_sources_at_once_never_lend_the_same_memory_twice(daemons, lla
     """At every telling of every device: no more promised than lent, no more held than promised."""
     name, _ = llama
     laptop, jetson = daemons[LAPTOP], daemons[JETSON]
-    worst = []
+    worst, held = [], []
 
     async def watch(daemon):
         async for _ in daemon.changed():
-            worst.append(daemon.ledger.promised_bytes)
+            before = daemon.ledger.promised_bytes
+            engine = await daemon.engine()  # a promise may be made or taken back meanwhile
+            worst.append(max(before, daemon.ledger.promised_bytes))
+            held.append((engine["weight_bytes"] + engine["kv_bytes"], worst[-1]))
 
     watchers = [asyncio.create_task(watch(daemon)) for daemon in daemons]
     results = await asyncio.gather(
@@ -307,6 +310,8 @@ async def test_two_sources_at_once_never_lend_the_same_memory_twice(daemons, lla
         watcher.cancel()
     await asyncio.gather(*watchers, return_exceptions=True)
     assert max(worst) <= LENT
+    assert all(taken <= promised for taken, promised in held), held
+    assert any(taken for taken, _ in held)
     failures = [result for result in results if result is not None]
     for failure in failures:
         assert isinstance(failure, PeerLLMError) and str(failure)

@@ -14,26 +14,36 @@ import sys
 from pathlib import Path
 
 import aiohttp
+from aiohttp import web
 
 from peerllm.api.server import create_app
+from peerllm.daemon.network import Network
+from peerllm.daemon.settings import Settings
+from peerllm.daemon.weights.offers import ROUTE as WEIGHTS
 from peerllm.transport.identity import load_or_create
+from peerllm.transport.links import DataPlane
 from tests.api.fake import FakeHousehold
 
 TIMEOUT_S = 5.0
 PORTS = {"api": 8642, "control": 8643, "data": 8644, "pairing": 8645}
-INNER_ROUTES = [("GET", "/control"), ("GET", "/probe/1024"), ("GET", "/weights/x/0/0"), ("GET", "/"),
-                ("GET", f"/data/{'0' * 32}/1/0"), ("GET", f"/data/{'0' * 32}/1/1")]
+FILLED_IN = {"name": "app.js", "id": "builtin", "number": "1", "nbytes": "1024", "deployment": "0" * 32,
+             "sha256": "0" * 64, "epoch": "1", "stage": "0"}
 
 
-def api_routes(model_dir: Path) -> list[tuple[str, str]]:
-    """Every route of the API, parameters filled in."""
-    app = create_app(FakeHousehold(model_dir), "t" * 32, loopback=False)
-    found = []
-    for route in app.router.routes():
-        if route.method != "HEAD" and route.resource is not None:
-            path = route.resource.canonical
-            found.append((route.method, path.replace("{name}", "app.js").replace("{id}", "builtin")))
-    return found
+def routes_of(app: web.Application) -> list[tuple[str, str]]:
+    """Every route an application has, parameters filled in."""
+    return [(route.method, route.resource.canonical.format(**FILLED_IN)) for route in app.router.routes()
+            if route.method != "HEAD" and route.resource is not None]
+
+
+def every_route(directory: Path) -> list[tuple[str, str]]:
+    """Of the API, of the control port and of the data port, read from the applications themselves."""
+    identity = load_or_create(directory)
+    network = Network(Settings(directory / "data", "intruder"), identity, lambda: None)  # type: ignore[arg-type]
+    network.add_route("GET", WEIGHTS, lambda request: None)  # type: ignore[arg-type, return-value]
+    plane = DataPlane(identity, ("127.0.0.1",), 0)
+    apps = [create_app(FakeHousehold(directory), "t" * 32, loopback=False), network._app, plane._server._app]
+    return [("GET", "/"), *(route for app in apps for route in routes_of(app))]
 
 
 def own_certificate(directory: Path) -> ssl.SSLContext:
@@ -89,7 +99,7 @@ def raw(host: str, port: int) -> str:
 
 async def main(directory: Path, hosts: list[str]) -> dict[str, dict[str, str]]:
     """All attempts on all hosts."""
-    routes = api_routes(directory)
+    routes = every_route(directory)
     contexts = {"plain": None, "no certificate": no_certificate(), "unknown certificate": own_certificate(directory)}
     results: dict[str, dict[str, str]] = {}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
@@ -99,7 +109,7 @@ async def main(directory: Path, hosts: list[str]) -> dict[str, dict[str, str]]:
                 found[f"{name} raw"] = await asyncio.to_thread(raw, host, port)
                 for kind, tls in contexts.items():
                     scheme = "http" if tls is None else "https"
-                    for method, path in [*routes, *INNER_ROUTES]:
+                    for method, path in routes:
                         key = f"{name} {kind} {method} {path}"
                         found[key] = await attempt(session, method, f"{scheme}://{host}:{port}{path}", tls)
     return results
