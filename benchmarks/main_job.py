@@ -1,8 +1,8 @@
 """One sequence on one device (one core) and on two devices (one core each): tokens/s and what a hop adds.
 
 Real daemons, real TLS over loopback, interleaved round by round, medians. The two devices' memory limits force two
-stages. What is no computing in a step is the step at the client less the stages' own times (the engines measure them); a
-hop adds (that on two − that on one) / 2, two hops there being: to the other device and back.
+stages. What is not computing in a step is the step at the client less the stages' own times, as the engines measure
+them: a hop adds (that on two − that on one) / 2, two hops there being: to the other device and back.
 """
 
 from __future__ import annotations

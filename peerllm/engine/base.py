@@ -5,7 +5,7 @@ A backend knows layers, positions and slots. It does not know what a token means
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ class Shard(Protocol):
     last_layer: int
     hidden_size: int
     weight_bytes: int
+    weights: Mapping[int, int]  # bytes by tensor; what two shards of one process share has the same key in both
     kv_bytes: int
 
     def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor: ...

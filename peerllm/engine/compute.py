@@ -193,7 +193,7 @@ class Compute:
         return EngineLoad(
             request,
             tuple((identity, index, len(stage.slots)) for identity, index, stage in stages),
-            sum(stage.shard.weight_bytes for _, _, stage in stages),
+            sum({key: nbytes for _, _, stage in stages for key, nbytes in stage.shard.weights.items()}.values()),
             sum(stage.shard.kv_bytes for _, _, stage in stages),
             psutil.Process().memory_info().rss,
             {f"{i}/{index}": stage.mean_step_ms for i, index, stage in stages if stage.mean_step_ms is not None},

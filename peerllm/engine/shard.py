@@ -38,6 +38,7 @@ class TorchShard:
         text = text_config(division.model.config)
         self.hidden_size: int = text.hidden_size
         self.vocabulary: int = text.vocab_size
+        self.weights: Mapping[int, int] = {p.data_ptr(): p.nbytes for p in division.model.parameters() if not p.is_meta}
         self.context = spec.context
         self.dtype = division.dtype
         self._division: Any = division

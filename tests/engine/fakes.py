@@ -41,6 +41,7 @@ class FakeShard:
 
     def __init__(self, backend: FakeBackend, spec: LoadStage) -> None:
         self.first_layer, self.last_layer = spec.first_layer, spec.last_layer
+        self.weights = {id(self): self.weight_bytes}
         self._backend = backend
         self._sums: dict[int, int] = {}
         self.closed = False

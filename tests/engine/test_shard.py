@@ -211,8 +211,17 @@ def test_a_block_holds_neither_embedding_nor_head():
     shard = load_shard(stage(inspection, 2, 3))
     sizes = inspection.profile.layers
     assert shard.weight_bytes == sizes[2].memory_bytes + sizes[3].memory_bytes
-    held = {tensor.data_ptr(): tensor.numel() * 4 for tensor in shard._model.parameters()}
-    assert sum(held.values()) == shard.weight_bytes
+    assert sum(shard.weights.values()) == shard.weight_bytes
+
+
+def test_a_tied_head_back_on_the_source_costs_nothing():
+    """An embedding's stage and the head's, in one process: what they share is counted, and held, once."""
+    inspection = whole("gemma")[1]
+    last = len(inspection.profile.layers) - 1
+    first, head = load_shard(stage(inspection, 0, 1)), load_shard(stage(inspection, last, last))
+    both = {**first.weights, **head.weights}
+    assert inspection.profile.layers[last].tied_to == 0
+    assert sum(both.values()) < first.weight_bytes + head.weight_bytes // 2
 
 
 def test_room_for_keys_and_values_is_made_beforehand():
