@@ -334,7 +334,8 @@ class Deployment:
         if self._around.absent() == away:
             self._stirred.clear()
         try:
-            await asyncio.wait_for(self._stirred.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._stirred.wait()
             await asyncio.sleep(SETTLE_S)
         except TimeoutError:
             pass

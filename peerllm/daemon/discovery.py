@@ -158,7 +158,8 @@ class Discovery(ServiceListener):
         wait, checks = INTERFACE_CHECK_S, 0
         while True:
             try:
-                await asyncio.wait_for(self._changed.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
             except TimeoutError:
                 pass
             self._changed.clear()

@@ -61,7 +61,8 @@ class EngineChild:
     async def ended(self) -> str:
         """The line is closed, so the process must be about to end: waits for that, and says why it did."""
         try:
-            await asyncio.wait_for(self.process.wait(), CLOSE_TIMEOUT_S)
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self.process.wait()
         except TimeoutError:
             return "the engine closed its line without ending"
         await asyncio.wait({self._watching}, timeout=DRAIN_TIMEOUT_S)
@@ -71,7 +72,8 @@ class EngineChild:
     async def close(self) -> None:
         """The line is closed: wait for the process to go, then make it."""
         try:
-            await asyncio.wait_for(self.process.wait(), CLOSE_TIMEOUT_S)
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self.process.wait()
         except TimeoutError:
             log.warning("the engine (process %d) does not end; killing it", self.pid)
         finally:

@@ -214,7 +214,8 @@ class EngineHost:
         answer = self._expect(message.request)
         try:
             channel.send(message)
-            return await asyncio.wait_for(answer, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await answer
         except TimeoutError:
             raise EngineError(f"the engine did not answer {type(message).__name__} within {timeout_s:g} s") from None
         except LinkError as error:

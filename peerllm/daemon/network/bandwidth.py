@@ -61,7 +61,8 @@ class Bandwidth:
     async def _run(self) -> None:
         while True:
             try:
-                due = [await asyncio.wait_for(self._due.get(), CHECK_S)]
+                async with asyncio.timeout(CHECK_S):
+                    due = [await self._due.get()]
             except TimeoutError:
                 due = [device for device in self._online() if self._stale(device)] if self._idle() else []
             for device in due:

@@ -91,7 +91,8 @@ class Link:
             code = aiohttp.WSCloseCode.GOING_AWAY if self.lost else aiohttp.WSCloseCode.OK
             with suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
                 goodbye = self._websocket.close(code=code, message=close_reason(self.lost))
-                await asyncio.wait_for(goodbye, 2 * CLOSE_TIMEOUT_S)
+                async with asyncio.timeout(2 * CLOSE_TIMEOUT_S):
+                    await goodbye
 
     async def _write(self) -> None:
         try:

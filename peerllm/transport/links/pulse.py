@@ -63,7 +63,8 @@ class Pulse:
                     return
                 # Behind a full send buffer the beat must not wait: the frames there are sign of life enough.
                 with suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-                    await asyncio.wait_for(self._websocket.pong(), BEAT_S)
+                    async with asyncio.timeout(BEAT_S):
+                        await self._websocket.pong()
         finally:
             if self._socket is not None:
                 self._socket.close()

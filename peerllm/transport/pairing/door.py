@@ -146,7 +146,8 @@ class PairingDoor:
         finally:
             writer.close()
             try:
-                await asyncio.wait_for(writer.wait_closed(), REFUSE_TIMEOUT_S)
+                async with asyncio.timeout(REFUSE_TIMEOUT_S):
+                    await writer.wait_closed()
             except (TimeoutError, OSError):  # the other side does not say goodbye
                 writer.transport.abort()
             self._visits.discard(task)
@@ -165,7 +166,8 @@ class PairingDoor:
 
     async def _refuse(self, channel: Channel, reason: str) -> None:
         with suppress(LinkError, TimeoutError):
-            await asyncio.wait_for(channel.send(Refused(reason[:200])), REFUSE_TIMEOUT_S)
+            async with asyncio.timeout(REFUSE_TIMEOUT_S):
+                await channel.send(Refused(reason[:200]))
 
     async def _attempt(self, channel: Channel) -> None:
         hello, hello_bytes = await channel.receive(Hello)
