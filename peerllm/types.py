@@ -77,6 +77,14 @@ class LinkProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class Medium:
+    """Links, as ordered pairs, that share one radio's airtime: only one of them carries bytes at a time."""
+
+    name: str
+    links: frozenset[tuple[DeviceId, DeviceId]]
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """What the deployment is expected to serve. `context` is the most tokens one slot holds."""
 
@@ -85,10 +93,18 @@ class Workload:
     sequences: int = 4
     context: int = 2048
     objective: Objective = "latency"
+    prompt_chunk: int | None = None  # a prompt travels in pieces of at most so many tokens, one after another
 
     def __post_init__(self) -> None:
-        if min(self.prompt_tokens, self.output_tokens, self.sequences, self.context) < 1:
+        if min(self.prompt_tokens, self.output_tokens, self.sequences, self.context, self.prompt_chunk or 1) < 1:
             raise ValueError(f"every number of a workload is at least 1: {self}")
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """The prompt's tokens as they travel: whole, or in chunks of which the last may be shorter."""
+        chunk = self.prompt_chunk or self.prompt_tokens
+        whole, rest = divmod(self.prompt_tokens, chunk)
+        return (chunk,) * whole + ((rest,) if rest else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +122,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the cost model says of a plan (design §6)."""
+    """What the cost model says of a plan (design §6). `tokens_per_second` is one request's, or the rate of all."""
 
     time_to_first_token_ms: float
     step_ms: float
@@ -124,7 +140,7 @@ class Plan:
     stages: tuple[Stage, ...]
     predicted: Prediction
     optimal: bool = False
-    bound: float = 0.0  # best value of the objective not ruled out
+    bound: float = 0.0  # best value of the objective not ruled out: request_ms, or tokens per second for throughput
 
     def __post_init__(self) -> None:
         expected = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from math import isfinite, prod
@@ -11,7 +11,7 @@ from math import isfinite, prod
 import numpy as np
 
 from peerllm.errors import InfeasibleError
-from peerllm.planner.cost import SOURCE_LAYERS, Links, hop_ms, layer_bytes, layer_ms, merged, predict, tokens_in
+from peerllm.planner.cost import SOURCE_LAYERS, Links, hop_ms, layer_bytes, layer_ms, merged, predict, through
 from peerllm.planner.memory import human_bytes
 from peerllm.planner.relaxation import Floats, Ints, Problem
 from peerllm.planner.search import Found, cheapest
@@ -63,15 +63,15 @@ def _problem(
     memory = np.empty((layers, count), dtype=np.int64)
     hops = np.empty((layers, count, count))
     for i, layer in enumerate(model.layers):
-        prompt = tokens_in(model, i, workload.prompt_tokens)
+        prompt = through(model, i, workload.pieces)
         for j, device in enumerate(order):
-            cost[i, j] = layer_ms(devices[device], layer, prompt) + steps * layer_ms(devices[device], layer, 1)
+            first = sum(layer_ms(devices[device], layer, n) for n in prompt)
+            cost[i, j] = first + (steps * layer_ms(devices[device], layer, 1) if steps else 0.0)
             beside = j == 0 and layer.tied_to is not None and layer.tied_to < SOURCE_LAYERS
             memory[i, j] = layer_bytes(model, i, workload, beside)
         if i < SOURCE_LAYERS or (head_on_source and i == layers - 1):
             cost[i, 1:] = np.inf
-        sent = 1 if i == layers - 1 else tokens_in(model, i + 1, workload.prompt_tokens)
-        hops[i] = _hops(links, order, sent * layer.output_bytes_per_token, steps, layer.output_bytes_per_token)
+        hops[i] = _hops(links, order, through(model, i + 1, workload.pieces), steps, layer.output_bytes_per_token)
     room = np.array([max(devices[d].memory_bytes - working.get(d, 0), -1) for d in order], dtype=np.int64)
     cost[:, room < 0] = np.inf
     return Problem(cost, hops, hops[-1][:, 0].copy(), memory, room)
@@ -99,11 +99,12 @@ def fillable(sizes: Mapping[int, int], room: int) -> int:
     return best
 
 
-def _hops(links: Links, order: tuple[DeviceId, ...], first: int, steps: int, each: int) -> Floats:
-    """[from, to]: one hop of `first` bytes and `steps` hops of `each`."""
+def _hops(links: Links, order: tuple[DeviceId, ...], first: Sequence[int], steps: int, each: int) -> Floats:
+    """[from, to]: the hops of the prompt's tokens in their batches `first`, and of `steps` single tokens."""
 
     def request(a: DeviceId, b: DeviceId) -> float:
-        return hop_ms(links, a, b, first) + (steps * hop_ms(links, a, b, each) if steps else 0.0)
+        prompt = sum(hop_ms(links, a, b, n * each) for n in first)
+        return prompt + (steps * hop_ms(links, a, b, each) if steps else 0.0)
 
     return np.array([[request(a, b) for b in order] for a in order])
 
