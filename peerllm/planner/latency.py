@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from math import isfinite, prod
+from math import prod
 
 import numpy as np
 
-from peerllm.errors import InfeasibleError
 from peerllm.planner.cost import SOURCE_LAYERS, Links, hop_ms, layer_bytes, layer_ms, merged, predict, through
-from peerllm.planner.memory import human_bytes
+from peerllm.planner.infeasible import explained
 from peerllm.planner.relaxation import Floats, Ints, Problem
-from peerllm.planner.search import Found, cheapest
+from peerllm.planner.search import cheapest
 from peerllm.types import DeviceId, DeviceProfile, ModelProfile, Plan, Workload
 
 MAX_FILLINGS = 4096  # combinations of rare layer sizes tried when a device's room is rounded down to what can be used
@@ -29,21 +28,35 @@ def plan_latency(
     *,
     working_bytes: Mapping[DeviceId, int] | int = 0,
     head_on_source: bool = False,
+    extra_ms: Mapping[tuple[int, DeviceId], float] | None = None,
 ) -> Plan:
     """Minimise time to first token + (output_tokens - 1) · step, both sequential and back at the source.
 
-    `working_bytes` is set aside once on every device used. InfeasibleError names the bytes missing in total, or the
-    layer that fits nowhere.
+    `working_bytes` is set aside once on every device used. `extra_ms` (not negative; missing: 0) is added where a layer
+    lies on a device: the minimum, `optimal` and `bound` are then those of the sum, `predicted` stays the request's.
+    InfeasibleError names the bytes missing in total, or the layer that fits nowhere.
     """
     order = (source, *sorted(device for device in devices if device != source))
     working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(order, working_bytes)
     problem = _problem(model, devices, links, order, workload=workload, working=working, head_on_source=head_on_source)
+    extra = _extra(extra_ms or {}, len(model.layers), order)
+    problem = replace(problem, cost=problem.cost + extra)
     found = cheapest(replace(problem, room=_filled(problem)))
     if not found.homes:
-        raise _infeasible(model, devices, problem, order, found)
+        raise explained(
+            model,
+            devices,
+            source,
+            workload,
+            working,
+            head_on_source=head_on_source,
+            reached=found.reached,
+            proven=found.proven,
+        )
     stages = merged([order[home] for home in found.homes])
     predicted = predict(model, devices, links, stages, workload)
-    bound = predicted.request_ms if found.proven else min(found.bound, predicted.request_ms)
+    value = predicted.request_ms + sum(float(extra[i, home]) for i, home in enumerate(found.homes))
+    bound = value if found.proven else min(found.bound, value)
     return Plan(stages, predicted, optimal=found.proven, bound=bound)
 
 
@@ -77,6 +90,16 @@ def _problem(
     return Problem(cost, hops, hops[-1][:, 0].copy(), memory, room)
 
 
+def _extra(extra_ms: Mapping[tuple[int, DeviceId], float], layers: int, order: tuple[DeviceId, ...]) -> Floats:
+    place = {device: j for j, device in enumerate(order)}
+    extra = np.zeros((layers, len(order)))
+    for (layer, device), ms in extra_ms.items():
+        if ms < 0:
+            raise ValueError(f"layer {layer} may not cost {ms} ms less on {device}")
+        extra[layer, place[device]] = ms
+    return extra
+
+
 def _filled(problem: Problem) -> Ints:
     """Each device's room, less what no choice of layers could fill: it would only loosen the bound."""
     rooms = []
@@ -107,33 +130,3 @@ def _hops(links: Links, order: tuple[DeviceId, ...], first: Sequence[int], steps
         return prompt + (steps * hop_ms(links, a, b, each) if steps else 0.0)
 
     return np.array([[request(a, b) for b in order] for a in order])
-
-
-def _infeasible(
-    model: ModelProfile,
-    devices: Mapping[DeviceId, DeviceProfile],
-    problem: Problem,
-    order: tuple[DeviceId, ...],
-    found: Found,
-) -> InfeasibleError:
-    needed = int(problem.memory[:, 0].sum())  # with everything on the source a tied head is free: the least it can take
-    lent = int(np.maximum(problem.room, 0).sum())
-    if needed > lent:
-        sizes = f"needs {human_bytes(needed)}, the devices lend {human_bytes(lent)}"
-        text = f"{model.name} {sizes}: {human_bytes(needed - lent)} are missing"
-        return InfeasibleError(text, needed - lent)
-    for i, layer in enumerate(model.layers):
-        homes = [j for j in range(len(order)) if isfinite(problem.cost[i, j])]
-        if not any(problem.memory[i, j] <= problem.room[j] for j in homes):
-            where = "the source" if homes == [0] else "any device that may hold it"
-            return InfeasibleError(f"layer {i} ({layer.name}) of {model.name} does not fit on {where}")
-    start = int(problem.memory[:SOURCE_LAYERS, 0].sum())
-    if start > problem.room[0]:
-        short, name = start - int(problem.room[0]), devices[order[0]].name
-        return InfeasibleError(
-            f"layers 0 and 1 of {model.name} must lie on {name}, which lends {human_bytes(short)} too little"
-        )
-    stuck = min(found.reached + 1, len(model.layers) - 1)
-    which = f"layer {stuck} ({model.layers[stuck].name})"
-    doubt = "" if found.proven else "; no cut was found, though one may exist"
-    return InfeasibleError(f"{which} of {model.name} fits nowhere beside the others, or no link leads there{doubt}")

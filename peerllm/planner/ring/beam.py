@@ -1,0 +1,94 @@
+"""Good ways among many devices: labels swept layer by layer, the most hopeful kept, guided by the relaxed bound."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from peerllm.planner.relaxation import Floats, Ints
+from peerllm.planner.ring.chain import Limits, Visit, Way
+from peerllm.planner.ring.relaxed import Relaxed
+
+
+class _Labels:
+    """Partial ways that end after one layer."""
+
+    def __init__(self, kind: Ints, used: Ints, cost: Floats, parent: Ints) -> None:
+        self.kind, self.used, self.cost, self.parent = kind, used, cost, parent  # parent: row in the trail
+
+
+def search(limits: Limits, found: Relaxed, goal: float, width: int) -> tuple[Way | None, bool]:
+    """A way of ring at most `goal`, and whether nothing was left out (then none is better, or there is none)."""
+    chain, last = limits.chain, limits.last
+    many, kinds = chain.many, len(chain.many)
+    mixer = np.random.default_rng(0).integers(1, 2**62, kinds, dtype=np.int64) | 1
+    waiting: dict[int, list[tuple[Ints, Ints, Floats, Ints]]] = {}
+    trail: list[tuple[int, int, int]] = []  # (class, last layer, parent) of every label kept
+    whole = True
+    length = np.arange(last + 1)
+    capacity = np.maximum((limits.far - length + 1).max(axis=1), 0)
+    for i in range(last + 1):
+        labels, dropped = _merge(waiting.pop(i, []), found, many, mixer, i, width=width)
+        whole &= not dropped
+        base = len(trail)
+        if labels is not None:
+            trail += zip(labels.kind.tolist(), [i] * len(labels.kind), labels.parent.tolist(), strict=True)
+        if i == last:
+            break
+        own = np.isfinite(limits.first[i])
+        rows = 0 if labels is None else len(labels.kind)
+        if own:
+            trail.append((-1, i, -1))
+        if not own and not rows:
+            continue
+        kind = np.concatenate([labels.kind if labels else np.empty(0, np.int64), np.full(int(own), -1)])
+        before = labels.used if labels else np.empty((0, kinds), np.int64)
+        used = np.vstack([before, np.zeros((int(own), kinds), np.int64)])
+        cost = np.concatenate([labels.cost if labels else np.empty(0), np.full(int(own), limits.first[i])])
+        refund = (many - used) @ found.price
+        into = cost[:, None] + limits.hop[i][kind + 1]  # [labels, classes]
+        good = (used < many) & (into + found.visit[i + 1] - refund[:, None] <= goal)
+        good &= ((many - used) @ capacity >= last - i)[:, None]
+        for target in range(kinds):
+            chosen = np.flatnonzero(good[:, target])
+            if not len(chosen):
+                continue
+            more = used[chosen].copy()
+            more[:, target] += 1
+            back = refund[chosen] - found.price[target]
+            prefix = chain.prefix[target]
+            for end in range(i + 1, int(limits.far[target, i + 1]) + 1):
+                value = into[chosen, target] + (prefix[end + 1] - prefix[i + 1])
+                keep = value + found.leave[target + 1, end] - back <= goal
+                if keep.any():
+                    waiting.setdefault(end, []).append(
+                        (np.full(int(keep.sum()), target), more[keep], value[keep], base + chosen[keep])
+                    )
+    if labels is None:
+        return None, whole
+    total = labels.cost + limits.home[labels.kind]
+    best = int(total.argmin())
+    if not total[best] <= goal:
+        return None, whole
+    way, row = [], base + best
+    while row >= 0:
+        kind_, end_, row = trail[row]
+        way.append(Visit(kind_, end_))
+    return tuple(reversed(way)), whole
+
+
+def _merge(
+    parts: list[tuple[Ints, Ints, Floats, Ints]], found: Relaxed, many: Ints, mixer: Ints, i: int, *, width: int
+) -> tuple[_Labels | None, bool]:
+    """The cheapest of labels alike, and of those the `width` most hopeful; whether any was left out."""
+    if not parts:
+        return None, False
+    kind, used, cost, parent = (np.concatenate(column) for column in zip(*parts, strict=True))
+    key = (used * mixer).sum(axis=1) * np.int64(len(many) + 1) + kind
+    order = np.lexsort((cost, key))
+    fresh = np.concatenate([[True], key[order][1:] != key[order][:-1]])
+    keep = order[fresh]
+    dropped = len(keep) > width
+    if dropped:
+        value = cost[keep] + found.leave[kind[keep] + 1, i] - (many - used[keep]) @ found.price
+        keep = keep[np.argpartition(value, width)[:width]]
+    return _Labels(kind[keep], used[keep], cost[keep], parent[keep]), dropped

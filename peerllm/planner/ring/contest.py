@@ -1,0 +1,190 @@
+"""The best ring over every micro-batch size: intervals of sizes are refuted, split, searched, until none is left.
+
+All figures are milliseconds per token: `worth` of a ring is max(bottleneck, ring / micro-batches) / batch, the inverse
+of EdgeShard's no-bubble rate. An interval is judged by costs no size in it can beat.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from peerllm.planner.relaxation import Floats
+from peerllm.planner.ring.beam import search
+from peerllm.planner.ring.chain import Chain, Limits, Way, enough, lap, limited
+from peerllm.planner.ring.dense import least_ring, states
+from peerllm.planner.ring.relaxed import Relaxed, ascend, relaxed
+from peerllm.planner.ring.tables import Tables
+
+EXACT = 1e-10  # relative; two plans closer than this are one
+SMALL = 2_000_000  # layers × classes² × sets of devices up to which the exact search is quicker than any bound
+LARGEST_STATES = 1 << 16  # sets of used devices up to which the exact search is tried at all
+WIDTHS = (48, 400)  # labels kept per layer by the search for a good way
+BUDGET = 150_000_000  # array elements touched before an open interval is left open, with its bound
+NARROW = 0.004  # an interval whose bound is this close to what could not be refuted is left open
+BISECTIONS = 12
+
+
+@dataclass(order=True, slots=True)
+class _Span:
+    """Batches low..high with the head at its place; `bound` is proven, nothing was found below `tried`."""
+
+    bound: float
+    turn: int
+    low: int = field(compare=False)
+    high: int = field(compare=False)
+    head_home: bool = field(compare=False)
+    price: Floats | None = field(compare=False, default=None)
+    tried: float = field(compare=False, default=np.inf)
+    rounds: int = field(compare=False, default=0)
+
+
+class Contest:
+    """`best` and `way` are the best ring met; `bound` what no ring can beat, once `run` has returned."""
+
+    def __init__(self, tables: Tables, sequences: int, offer: Callable[[Way, bool], float], best: float) -> None:
+        self.best = self.bound = best
+        self._tables, self._sequences, self._offer = tables, sequences, offer
+        self._chains: dict[tuple[int, int, bool], Chain | None] = {}
+        self._heap: list[_Span] = []
+        self._turns = self._work = 0
+
+    def run(self, places: tuple[bool, ...]) -> None:
+        """`places`: whether the head may be back on the source, and whether it may not."""
+        for head_home in places:
+            self._push(_Span(0.0, 0, 1, self._sequences, head_home))
+        left = np.inf
+        while self._heap:
+            span = heapq.heappop(self._heap)
+            if span.bound >= self.best * (1 - EXACT):
+                break
+            chain = self._chain(span)
+            if chain is None or not len(chain.many):
+                continue
+            if span.rounds == 0:
+                span.bound = max(span.bound, self._floor(span, chain))
+                span.rounds = 1
+                self._push(span)
+            elif span.low < span.high:
+                self._split(span, chain)
+            elif self._work > BUDGET * self._scale() or span.tried - span.bound <= NARROW * span.tried < np.inf:
+                left = min(left, span.bound)
+            else:
+                self._try(span, chain)
+        self.bound = min(left, self.best)
+
+    def _scale(self) -> float:
+        """A small problem may take its whole time; its searches end by themselves."""
+        return 1.0 if states(self._tables.many) > LARGEST_STATES else np.inf
+
+    def _push(self, span: _Span) -> None:
+        self._turns += 1
+        span.turn = self._turns
+        heapq.heappush(self._heap, span)
+
+    def _chain(self, span: _Span) -> Chain | None:
+        key = (span.low, span.high, span.head_home)
+        if key not in self._chains:
+            self._chains[key] = self._tables.chain(*key)
+        return self._chains[key]
+
+    def _goals(self, span: _Span, worth: float) -> tuple[float, float]:
+        """(bottleneck, ring) that a ring of this worth may reach at most."""
+        return worth * span.high, worth * span.high * (self._sequences // span.low)
+
+    def _floor(self, span: _Span, chain: Chain) -> float:
+        """A first bound: the fastest way if devices could be visited again, and room enough for all layers."""
+        self._work += chain.hop.size
+        free = relaxed(limited(chain, np.inf), np.zeros(len(chain.many))).value
+        if not np.isfinite(free):
+            return np.inf
+        low = free / (span.high * (self._sequences // span.low))
+        high = free / span.high
+        if not enough(limited(chain, np.inf)):
+            return np.inf
+        while not enough(limited(chain, high * span.high)):
+            low, high = high, 2 * high + 1e-9
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            if enough(limited(chain, middle * span.high)):
+                high = middle
+            else:
+                low = middle
+        return low
+
+    def _split(self, span: _Span, chain: Chain) -> None:
+        slowest, _ = self._goals(span, self.best * (1 - EXACT))
+        if np.isfinite(self.best) and not enough(limited(chain, slowest)):
+            return
+        middle = (span.low + span.high) // 2
+        for low, high in ((span.low, middle), (middle + 1, span.high)):
+            self._push(_Span(span.bound, 0, low, high, span.head_home, span.price))
+
+    def _ceiling(self, chain: Chain) -> float:
+        """More than any ring costs."""
+        slow = np.where(np.isfinite(chain.hop), chain.hop, 0.0).max(axis=(1, 2)).sum()
+        home = np.where(np.isfinite(chain.home), chain.home, 0.0).max(initial=0.0)
+        first = np.where(np.isfinite(chain.first), chain.first, 0.0).max()
+        return float(first + slow + home + chain.prefix[:, -1].max(initial=0.0) * (chain.last + 1) + 1.0)
+
+    def _try(self, span: _Span, chain: Chain) -> None:
+        """Look for a ring at least as good as some worth, or prove that there is none."""
+        top = min(self.best * (1 - EXACT), span.tried)
+        if np.isinf(top):
+            worth = self._ceiling(chain) / span.high
+        elif span.rounds % 2 == 1 and span.tried == np.inf:
+            worth = top
+        else:
+            worth = (span.bound + top) / 2 if top - span.bound > 1e-4 * top else top
+        span.rounds += 1
+        closing = worth >= self.best * (1 - EXACT) or np.isinf(self.best)
+        slowest, ring = self._goals(span, worth)
+        limits = limited(chain, slowest)
+        refuted, way = self._judge(span, limits, ring)
+        if way is not None:
+            self._offered(way, span, chain)
+            self._push(span)
+        elif refuted:
+            span.bound = worth
+            if not closing:
+                self._push(span)
+        else:
+            span.tried = worth
+            self._push(span)
+
+    def _offered(self, way: Way, span: _Span, chain: Chain) -> None:
+        ring, slowest = lap(chain, way)
+        worth = max(slowest, ring / (self._sequences // span.low)) / span.low
+        self.best = min(self.best, worth, self._offer(way, span.head_home))
+
+    def _judge(self, span: _Span, limits: Limits, ring: float) -> tuple[bool, Way | None]:
+        """(proven impossible, a way found)."""
+        many = limits.chain.many
+        if not enough(limits):
+            return True, None
+        price = span.price if span.price is not None else np.zeros(len(many))
+        count = states(many)
+        quick = limits.chain.hop.size * count <= SMALL
+        found, way, steps = ascend(limits, price, ring, 8 if quick else 60)
+        self._work += steps * (limits.chain.hop.size + limits.chain.first.size * 40)
+        span.price = found.price
+        if not found.value <= ring or way is not None:
+            return way is None, way
+        if quick:
+            way = least_ring(limits, found, ring)
+            return way is None, way
+        return self._wide(limits, found, ring, count)
+
+    def _wide(self, limits: Limits, found: Relaxed, ring: float, count: int) -> tuple[bool, Way | None]:
+        for width in WIDTHS:
+            self._work += width * limits.chain.hop.size
+            way, whole = search(limits, found, ring, width)
+            if way is not None or whole:
+                return way is None, way
+        if count > LARGEST_STATES:
+            return False, None
+        way = least_ring(limits, found, ring)
+        return way is None, way
