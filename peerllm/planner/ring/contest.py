@@ -16,7 +16,7 @@ from peerllm.planner.relaxation import Floats
 from peerllm.planner.ring.beam import search
 from peerllm.planner.ring.chain import Chain, Limits, Way, enough, lap, limited
 from peerllm.planner.ring.dense import least_ring, states
-from peerllm.planner.ring.relaxed import Relaxed, ascend, relaxed
+from peerllm.planner.ring.relaxed import ascend, relaxed
 from peerllm.planner.ring.tables import Tables
 
 EXACT = 1e-10  # relative; two plans closer than this are one
@@ -140,51 +140,45 @@ class Contest:
         else:
             worth = (span.bound + top) / 2 if top - span.bound > 1e-4 * top else top
         span.rounds += 1
-        closing = worth >= self.best * (1 - EXACT) or np.isinf(self.best)
         slowest, ring = self._goals(span, worth)
-        limits = limited(chain, slowest)
-        refuted, way = self._judge(span, limits, ring)
+        floor, way = self._judge(span, limited(chain, slowest), ring)
+        # A ring either breaks the limit, and is worth more than what was tried, or is no shorter than the floor.
+        span.bound = max(span.bound, min(worth, floor / ring * worth))
         if way is not None:
             self._offered(way, span, chain)
-            self._push(span)
-        elif refuted:
-            span.bound = worth
-            if not closing:
-                self._push(span)
-        else:
+        elif floor < ring:
             span.tried = worth
-            self._push(span)
+        elif np.isinf(self.best):
+            return  # there is no way at all
+        self._push(span)
 
     def _offered(self, way: Way, span: _Span, chain: Chain) -> None:
         ring, slowest = lap(chain, way)
         worth = max(slowest, ring / (self._sequences // span.low)) / span.low
         self.best = min(self.best, worth, self._offer(way, span.head_home))
 
-    def _judge(self, span: _Span, limits: Limits, ring: float) -> tuple[bool, Way | None]:
-        """(proven impossible, a way found)."""
+    def _judge(self, span: _Span, limits: Limits, ring: float) -> tuple[float, Way | None]:
+        """(what no ring under the limits can be shorter than, a way of at most `ring` if one was found)."""
         many = limits.chain.many
         if not enough(limits):
-            return True, None
+            return np.inf, None
         price = span.price if span.price is not None else np.zeros(len(many))
         count = states(many)
         quick = limits.chain.hop.size * count <= SMALL
         found, way, steps = ascend(limits, price, ring, 8 if quick else 60)
         self._work += steps * (limits.chain.hop.size + limits.chain.first.size * 40)
         span.price = found.price
-        if not found.value <= ring or way is not None:
-            return way is None, way
-        if quick:
-            way = least_ring(limits, found, ring)
-            return way is None, way
-        return self._wide(limits, found, ring, count)
-
-    def _wide(self, limits: Limits, found: Relaxed, ring: float, count: int) -> tuple[bool, Way | None]:
-        for width in WIDTHS:
-            self._work += width * limits.chain.hop.size
-            way, whole = search(limits, found, ring, width)
-            if way is not None or whole:
-                return way is None, way
-        if count > LARGEST_STATES:
-            return False, None
+        if not found.value <= ring:
+            return np.inf, None
+        if way is None and not quick:
+            for width in WIDTHS:
+                self._work += width * limits.chain.hop.size
+                way, whole = search(limits, found, ring, width)
+                if whole:
+                    return (np.inf if way is None else lap(limits.chain, way)[0]), way
+                if way is not None:
+                    break
+        if way is not None or (not quick and count > LARGEST_STATES):
+            return found.value, way
         way = least_ring(limits, found, ring)
-        return way is None, way
+        return (np.inf if way is None else lap(limits.chain, way)[0]), way

@@ -64,7 +64,7 @@ def least_ring(limits: Limits, found: Relaxed, goal: float) -> Way | None:
         return None
     total = placed[last] + limits.home[:, None]
     kind, code = divmod(int(total.argmin()), len(codes))
-    if not total[kind, code] <= goal * (1 + SLACK):
+    if not total[kind, code] <= goal:
         return None
     return _back(limits, placed, stride, kind, code)
 
