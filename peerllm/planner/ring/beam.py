@@ -8,6 +8,8 @@ from peerllm.planner.relaxation import Floats, Ints
 from peerllm.planner.ring.chain import Limits, Visit, Way
 from peerllm.planner.ring.relaxed import Relaxed
 
+WORK_PER_LAYER, WORK_PER_VISIT = 3000, 1000  # what a call costs besides its elements, counted in elements
+
 
 class _Labels:
     """Partial ways that end after one layer."""
@@ -16,14 +18,14 @@ class _Labels:
         self.kind, self.used, self.cost, self.parent = kind, used, cost, parent  # parent: row in the trail
 
 
-def search(limits: Limits, found: Relaxed, goal: float, width: int) -> tuple[Way | None, bool]:
-    """A way of ring at most `goal`, and whether nothing was left out (then none is better, or there is none)."""
+def search(limits: Limits, found: Relaxed, goal: float, width: int) -> tuple[Way | None, bool, int]:
+    """A way of ring at most `goal`; whether nothing was left out (then none is better, or none there is); the work."""
     chain, last = limits.chain, limits.last
     many, kinds = chain.many, len(chain.many)
     mixer = np.random.default_rng(0).integers(1, 2**62, kinds, dtype=np.int64) | 1
     waiting: dict[int, list[tuple[Ints, Ints, Floats, Ints]]] = {}
     trail: list[tuple[int, int, int]] = []  # (class, last layer, parent) of every label kept
-    whole = True
+    whole, work = True, 0
     length = np.arange(last + 1)
     capacity = np.maximum((limits.far - length + 1).max(axis=1), 0)
     for i in range(last + 1):
@@ -48,32 +50,28 @@ def search(limits: Limits, found: Relaxed, goal: float, width: int) -> tuple[Way
         into = cost[:, None] + limits.hop[i][kind + 1]  # [labels, classes]
         good = (used < many) & (into + found.visit[i + 1] - refund[:, None] <= goal)
         good &= ((many - used) @ capacity >= last - i)[:, None]
-        for target in range(kinds):
-            chosen = np.flatnonzero(good[:, target])
-            if not len(chosen):
-                continue
-            more = used[chosen].copy()
-            more[:, target] += 1
-            back = refund[chosen] - found.price[target]
-            prefix = chain.prefix[target]
-            for end in range(i + 1, int(limits.far[target, i + 1]) + 1):
-                value = into[chosen, target] + (prefix[end + 1] - prefix[i + 1])
-                keep = value + found.leave[target + 1, end] - back <= goal
-                if keep.any():
-                    waiting.setdefault(end, []).append(
-                        (np.full(int(keep.sum()), target), more[keep], value[keep], base + chosen[keep])
-                    )
+        row, target = np.nonzero(good)
+        work += WORK_PER_LAYER + good.size
+        base_cost = into[row, target] - chain.prefix[target, i + 1]
+        allowed = goal + refund[row] - found.price[target]
+        far = limits.far[target, i + 1]
+        for end in range(i + 1, int(far.max(initial=i)) + 1):
+            work += WORK_PER_VISIT + len(row)
+            value = base_cost + chain.prefix[target, end + 1]
+            keep = np.flatnonzero((far >= end) & (value + found.leave[target + 1, end] <= allowed))
+            if len(keep):
+                waiting.setdefault(end, []).append((target[keep], used[row[keep]], value[keep], base + row[keep]))
     if labels is None:
-        return None, whole
+        return None, whole, work
     total = labels.cost + limits.home[labels.kind]
     best = int(total.argmin())
     if not total[best] <= goal:
-        return None, whole
+        return None, whole, work
     way, row = [], base + best
     while row >= 0:
         kind_, end_, row = trail[row]
         way.append(Visit(kind_, end_))
-    return tuple(reversed(way)), whole
+    return tuple(reversed(way)), whole, work
 
 
 def _merge(
@@ -83,6 +81,7 @@ def _merge(
     if not parts:
         return None, False
     kind, used, cost, parent = (np.concatenate(column) for column in zip(*parts, strict=True))
+    used[np.arange(len(kind)), kind] += 1
     key = (used * mixer).sum(axis=1) * np.int64(len(many) + 1) + kind
     order = np.lexsort((cost, key))
     fresh = np.concatenate([[True], key[order][1:] != key[order][:-1]])

@@ -16,7 +16,7 @@ from peerllm.planner.relaxation import Floats
 from peerllm.planner.ring.beam import search
 from peerllm.planner.ring.chain import Chain, Limits, Way, enough, lap, limited
 from peerllm.planner.ring.dense import least_ring, states
-from peerllm.planner.ring.relaxed import ascend, relaxed
+from peerllm.planner.ring.relaxed import STEPS, ascend, fair_price, relaxed
 from peerllm.planner.ring.tables import Tables
 
 EXACT = 1e-10  # relative; two plans closer than this are one
@@ -24,6 +24,8 @@ SMALL = 2_000_000  # layers × classes² × sets of devices up to which the exac
 LARGEST_STATES = 1 << 16  # sets of used devices up to which the exact search is tried at all
 WIDTHS = (48, 400)  # labels kept per layer by the search for a good way
 BUDGET = 150_000_000  # array elements touched before an open interval is left open, with its bound
+STRIDE = 0.3  # of the way from the bound to the best that is tried next
+CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at once
 NARROW = 0.004  # an interval whose bound is this close to what could not be refuted is left open
 BISECTIONS = 12
 
@@ -133,21 +135,23 @@ class Contest:
     def _try(self, span: _Span, chain: Chain) -> None:
         """Look for a ring at least as good as some worth, or prove that there is none."""
         top = min(self.best * (1 - EXACT), span.tried)
+        first = span.rounds == 1
         if np.isinf(top):
             worth = self._ceiling(chain) / span.high
-        elif span.rounds % 2 == 1 and span.tried == np.inf:
+        elif first or top - span.bound <= CLOSE * top:
             worth = top
         else:
-            worth = (span.bound + top) / 2 if top - span.bound > 1e-4 * top else top
+            # Proofs close above the bound are cheap, and a way found there leaves little to prove.
+            worth = span.bound + STRIDE * (top - span.bound)
         span.rounds += 1
         slowest, ring = self._goals(span, worth)
-        floor, way = self._judge(span, limited(chain, slowest), ring)
+        floor, way = self._judge(span, limited(chain, slowest), ring, bounds_only=first and np.isfinite(top))
         # A ring either breaks the limit, and is worth more than what was tried, or is no shorter than the floor.
         span.bound = max(span.bound, min(worth, floor / ring * worth))
         if way is not None:
             self._offered(way, span, chain)
         elif floor < ring:
-            span.tried = worth
+            span.tried = span.tried if first else worth
         elif np.isinf(self.best):
             return  # there is no way at all
         self._push(span)
@@ -157,28 +161,30 @@ class Contest:
         worth = max(slowest, ring / (self._sequences // span.low)) / span.low
         self.best = min(self.best, worth, self._offer(way, span.head_home))
 
-    def _judge(self, span: _Span, limits: Limits, ring: float) -> tuple[float, Way | None]:
+    def _judge(self, span: _Span, limits: Limits, ring: float, bounds_only: bool) -> tuple[float, Way | None]:
         """(what no ring under the limits can be shorter than, a way of at most `ring` if one was found)."""
         many = limits.chain.many
         if not enough(limits):
             return np.inf, None
-        price = span.price if span.price is not None else np.zeros(len(many))
+        price = span.price if span.price is not None else fair_price(limits)
         count = states(many)
         quick = limits.chain.hop.size * count <= SMALL
-        found, way, steps = ascend(limits, price, ring, 8 if quick else 60)
+        found, way, steps = ascend(limits, price, ring, 8 if quick else STEPS)
         self._work += steps * (limits.chain.hop.size + limits.chain.first.size * 40)
         span.price = found.price
         if not found.value <= ring:
             return np.inf, None
-        if way is None and not quick:
+        if not quick:
+            if way is not None or bounds_only:
+                return found.value, way
             for width in WIDTHS:
-                self._work += width * limits.chain.hop.size
-                way, whole = search(limits, found, ring, width)
+                way, whole, work = search(limits, found, ring, width)
+                self._work += work
                 if whole:
                     return (np.inf if way is None else lap(limits.chain, way)[0]), way
                 if way is not None:
-                    break
-        if way is not None or (not quick and count > LARGEST_STATES):
-            return found.value, way
+                    return found.value, way
+            if count > LARGEST_STATES:
+                return found.value, None
         way = least_ring(limits, found, ring)
         return (np.inf if way is None else lap(limits.chain, way)[0]), way

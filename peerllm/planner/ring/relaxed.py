@@ -9,9 +9,14 @@ import numpy as np
 from peerllm.planner.relaxation import Floats
 from peerllm.planner.ring.chain import Limits, Visit, Way
 
-STEPS = 60  # of subgradient ascent
-PATIENCE = 6  # steps without a better bound before the pace is halved
-LEAST_PACE = 0.02
+STEPS = 120  # of subgradient ascent
+FIRST_PACE = 0.5  # of Polyak's step
+AIM = 0.15  # how far above the bound, relative, the ascent aims at most
+MOMENTUM = 0.5  # of the last direction that is kept
+PATIENCE = 6  # steps without a better bound before the pace shrinks
+SHRINK = 0.6
+STALLED = 1e-3  # relative gain of the bound below which a step counts as none
+GIVE_UP = 24  # such steps in a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,36 +73,59 @@ def visits(way: Way, kinds: int) -> Floats:
     return count
 
 
+def fair_price(limits: Limits) -> Floats:
+    """What one visit saves against the slowest device needed if layers simply fill the fastest first."""
+    chain, last = limits.chain, limits.last
+    room = np.maximum((limits.far - np.arange(last + 1) + 1).max(axis=1), 0)
+    open_ = np.isfinite(limits.hop)
+    hops = np.where(open_, limits.hop, 0.0).sum(axis=(0, 1)) / np.maximum(open_.sum(axis=(0, 1)), 1)
+    cost = room * chain.prefix[:, -1] / (last + 1) + hops / 2
+    pace = np.where(room > 0, cost / np.maximum(room, 1), np.inf)
+    left, dearest = last + 1, 0.0
+    for kind in np.argsort(pace):
+        if np.isinf(pace[kind]):
+            break
+        dearest = float(pace[kind])
+        left -= int(room[kind] * chain.many[kind])
+        if left <= 0:
+            break
+    price: Floats = np.maximum(0.0, room * dearest - np.where(room > 0, cost, 0.0))
+    return price
+
+
 def ascend(limits: Limits, price: Floats, goal: float, steps: int = STEPS) -> tuple[Relaxed, Way | None, int]:
     """Raise the bound until it passes `goal` (refuted), a way respects every count, or it grows no more.
 
-    Returns the best bound, such a way of at most `goal` if one was met, and the passes it took.
+    Deflected subgradients with Polyak's step. Returns the best bound, a way of at most `goal` if one was met, and the
+    passes it took.
     """
     many = limits.chain.many
     kept = found = relaxed(limits, price)
-    pace, idle = 1.0, 0
+    pace, idle, stalled = FIRST_PACE, 0, 0
+    drift = np.zeros(len(price))
     for step in range(1, steps + 1):
         if not found.value <= goal:
             return found, None, step
         way = way_of(limits, found)
-        slope = visits(way, len(price)) - many
-        if (slope <= 0).all():
-            cost = found.value + float(price @ (many - visits(way, len(price))))
-            if cost <= goal:
-                return found, way, step
-        slope[(slope < 0) & (price <= 0)] = 0.0
+        count = visits(way, len(price))
+        if (count <= many).all() and found.value + float(price @ (many - count)) <= goal:
+            return found, way, step
+        stalled = 0 if found.value > kept.value + STALLED * abs(kept.value) else stalled + 1
+        idle = 0 if found.value > kept.value + STALLED / 10 * abs(kept.value) else idle + 1
+        if found.value > kept.value:
+            kept = found
+        if stalled > GIVE_UP:
+            break
+        if idle == PATIENCE:
+            pace, idle, price, drift = pace * SHRINK, 0, kept.price, np.zeros(len(price))
+            found = kept
+            continue
+        drift = count - many + MOMENTUM * drift
+        aim = min(goal, kept.value + AIM * abs(kept.value)) + 1e-12
+        slope = np.where((drift < 0) & (price <= 0), 0.0, drift)
         norm = float(slope @ slope)
         if norm == 0:
-            return found, None, step
-        if found.value > kept.value:
-            kept, idle = found, 0
-        else:
-            idle += 1
-            if idle == PATIENCE:
-                pace, idle, price = pace / 2, 0, kept.price
-                if pace < LEAST_PACE:
-                    break
-        aim = goal + 0.02 * abs(goal) + 1e-12
+            break
         price = np.maximum(0.0, price + pace * (aim - found.value) / norm * slope)
         found = relaxed(limits, price)
-    return (found if found.value > kept.value else kept), None, steps
+    return (found if found.value > kept.value else kept), None, step
