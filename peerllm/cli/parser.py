@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peerllm import __version__
 from peerllm.daemon.settings import API_PORT, CONTROL_PORT
+from peerllm.planner.scenario import OBJECTIVES, STRATEGIES
 
 _Command = Callable[..., argparse.ArgumentParser]
 MAX_DEVICES = 8  # of the demo: they share one machine
@@ -96,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     _pairing(command)
     _models(command)
     _looking(command)
+    _planning(command)
     return parser
 
 
@@ -204,3 +206,31 @@ def _looking(command: _Command) -> None:
         one = command(name, text)
         one.add_argument("--json", action="store_true")
         one.set_defaults(module="look", function=name)
+
+
+def _planning(command: _Command) -> None:
+    plan = command("plan", "Show how a model would be divided, and what that would cost: before `run`, or on paper.")
+    simulate = command("simulate", "Run a scenario's plan event by event, with queues and links.", data=False)
+    for one in (plan, simulate):
+        what = "a scenario file (- is standard input)" + (", or a model to plan for as `run` would" * (one is plan))
+        one.add_argument("scenarios", nargs="+", metavar="SCENARIO.json", help=what)
+        one.add_argument("--objective", choices=OBJECTIVES, default="latency")
+        one.add_argument("--strategy", choices=STRATEGIES, default="edgeshard", help="how to divide it")
+        one.add_argument("--json", action="store_true", help="one JSON object a line (always so for several files)")
+    plan.add_argument("--context", type=positive, metavar="N", help="of a model: tokens that a sequence may hold")
+    plan.add_argument("--slots", type=positive, metavar="N", help="of a model: sequences served at once")
+    plan.add_argument("--save", type=Path, metavar="FILE", help="of a model: write what was planned for as a scenario")
+    simulate.add_argument(
+        "--schedule",
+        choices=("sequential", "bubble", "no-bubble"),
+        default="no-bubble",
+        help="in what order sequences go through the stages (default no-bubble)",
+    )
+    bench = command("bench", "Measure a served model, and print what was predicted of it beside.")
+    bench.add_argument("--model", help="which one, if several are served")
+    bench.add_argument("--sequences", type=positive, metavar="N", help="at once (default: 1, 2, 4, ... and all slots)")
+    bench.add_argument("--prompt-tokens", type=positive, metavar="N", help="of each prompt (default: as planned for)")
+    bench.add_argument("--output-tokens", type=positive, metavar="N", help="of each answer (default 64)")
+    bench.add_argument("--json", action="store_true")
+    simulate.add_argument("--steps", type=positive, metavar="N", help="tokens that each sequence generates")
+    simulate.add_argument("--plot", type=Path, metavar="FILE", help="draw a Gantt chart (.svg or .png)")

@@ -48,7 +48,7 @@ def explained(
     if start > room[source]:
         name, short = devices[source].name, human_bytes(start - room[source])
         return InfeasibleError(f"layers 0 and 1 of {model.name} must lie on {name}, which lends {short} too little")
-    stuck = min((_packed(model, room, source, needs) if reached is None else reached) + 1, last)
+    stuck = min(max(_packed(model, room, source, needs), -1 if reached is None else reached) + 1, last)
     which = f"layer {stuck} ({model.layers[stuck].name})"
     doubt = "" if proven else "; no cut was found, though one may exist"
     return InfeasibleError(f"{which} of {model.name} fits nowhere beside the others, or no link leads there{doubt}")

@@ -10,11 +10,11 @@ from math import prod
 
 import numpy as np
 
-from peerllm.planner.cost import SOURCE_LAYERS, Links, hop_ms, layer_bytes, layer_ms, merged, predict, through
+from peerllm.planner.cost import SOURCE_LAYERS, Links, layer_bytes, layer_ms, merged, predict, through
 from peerllm.planner.infeasible import explained
 from peerllm.planner.relaxation import Floats, Ints, Problem
 from peerllm.planner.search import cheapest
-from peerllm.types import DeviceId, DeviceProfile, ModelProfile, Plan, Workload
+from peerllm.types import DeviceId, DeviceProfile, Layer, ModelProfile, Plan, Workload
 
 MAX_FILLINGS = 4096  # combinations of rare layer sizes tried when a device's room is rounded down to what can be used
 
@@ -38,7 +38,7 @@ def plan_latency(
     """
     order = (source, *sorted(device for device in devices if device != source))
     working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(order, working_bytes)
-    problem = _problem(model, devices, links, order, workload=workload, working=working, head_on_source=head_on_source)
+    problem = problem_of(model, devices, links, order, workload=workload, working=working, head_on_source=head_on_source)
     extra = _extra(extra_ms or {}, len(model.layers), order)
     problem = replace(problem, cost=problem.cost + extra)
     found = cheapest(replace(problem, room=_filled(problem)))
@@ -60,7 +60,7 @@ def plan_latency(
     return Plan(stages, predicted, optimal=found.proven, bound=bound)
 
 
-def _problem(
+def problem_of(
     model: ModelProfile,
     devices: Mapping[DeviceId, DeviceProfile],
     links: Links,
@@ -68,26 +68,51 @@ def _problem(
     *,
     workload: Workload,
     working: Mapping[DeviceId, int],
-    head_on_source: bool,
+    head_on_source: bool = False,
 ) -> Problem:
+    """The latency objective as numbers; `order` starts with the source."""
     layers, count = len(model.layers), len(order)
     steps = workload.output_tokens - 1
     cost = np.empty((layers, count))
     memory = np.empty((layers, count), dtype=np.int64)
     hops = np.empty((layers, count, count))
+    latency, pace = _links(links, order)
+    times: dict[tuple[str, bool], Floats] = {}
     for i, layer in enumerate(model.layers):
         prompt = through(model, i, workload.pieces)
-        for j, device in enumerate(order):
-            first = sum(layer_ms(devices[device], layer, n) for n in prompt)
-            cost[i, j] = first + (steps * layer_ms(devices[device], layer, 1) if steps else 0.0)
-            beside = j == 0 and layer.tied_to is not None and layer.tied_to < SOURCE_LAYERS
-            memory[i, j] = layer_bytes(model, i, workload, beside)
+        key = (layer.kind, i == layers - 1)
+        if key not in times:
+            times[key] = np.array([_request(devices[device], layer, prompt, steps) for device in order])
+        cost[i] = times[key]
+        memory[i] = layer_bytes(model, i, workload)
+        if layer.tied_to is not None and layer.tied_to < SOURCE_LAYERS:
+            memory[i, 0] = layer_bytes(model, i, workload, True)
         if i < SOURCE_LAYERS or (head_on_source and i == layers - 1):
             cost[i, 1:] = np.inf
-        hops[i] = _hops(links, order, through(model, i + 1, workload.pieces), steps, layer.output_bytes_per_token)
+        onward = through(model, i + 1, workload.pieces)
+        hops[i] = (len(onward) + steps) * latency + (sum(onward) + steps) * layer.output_bytes_per_token * pace
+        np.fill_diagonal(hops[i], 0.0)
     room = np.array([max(devices[d].memory_bytes - working.get(d, 0), -1) for d in order], dtype=np.int64)
     cost[:, room < 0] = np.inf
     return Problem(cost, hops, hops[-1][:, 0].copy(), memory, room)
+
+
+def _request(device: DeviceProfile, layer: Layer, prompt: Sequence[int], steps: int) -> float:
+    """One layer's time for a whole request."""
+    first = sum(layer_ms(device, layer, n) for n in prompt)
+    return first + (steps * layer_ms(device, layer, 1) if steps else 0.0)
+
+
+def _links(links: Links, order: tuple[DeviceId, ...]) -> tuple[Floats, Floats]:
+    """[from, to]: milliseconds a hop and a byte; infinite where there is no link."""
+    place = {device: j for j, device in enumerate(order)}
+    latency = np.full((len(order), len(order)), np.inf)
+    pace = np.zeros_like(latency)
+    for (a, b), link in links.items():
+        if a in place and b in place:
+            latency[place[a], place[b]] = link.latency_ms
+            pace[place[a], place[b]] = 8 / (link.mbps * 1000)
+    return latency, pace
 
 
 def _extra(extra_ms: Mapping[tuple[int, DeviceId], float], layers: int, order: tuple[DeviceId, ...]) -> Floats:
@@ -120,13 +145,3 @@ def fillable(sizes: Mapping[int, int], room: int) -> int:
         if left >= 0:
             best = max(best, room - left + min(left // common, sizes[common]) * common)
     return best
-
-
-def _hops(links: Links, order: tuple[DeviceId, ...], first: Sequence[int], steps: int, each: int) -> Floats:
-    """[from, to]: the hops of the prompt's tokens in their batches `first`, and of `steps` single tokens."""
-
-    def request(a: DeviceId, b: DeviceId) -> float:
-        prompt = sum(hop_ms(links, a, b, n * each) for n in first)
-        return prompt + (steps * hop_ms(links, a, b, each) if steps else 0.0)
-
-    return np.array([[request(a, b) for b in order] for a in order])

@@ -15,7 +15,7 @@ import pytest
 from peerllm.api.server import ApiServer
 from peerllm.cli.device import write_daemon_file
 from peerllm.cli.main import main
-from peerllm.cli.run import show_progress
+from peerllm.cli.progress import show_progress
 from peerllm.errors import EngineError, OverloadedError
 from tests.api.fake import FakeHousehold, deployment, make_model_dir
 

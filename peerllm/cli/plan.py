@@ -1,0 +1,205 @@
+"""`peerllm plan`: how a scenario's model would be divided, and what that is predicted to cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from peerllm.cli.device import LocalDevice
+from peerllm.cli.progress import as_model, progress
+from peerllm.cli.terminal import human_bytes, layer_bar, printable, table
+from peerllm.errors import BadInputError, InfeasibleError, PeerLLMError, UnavailableError
+from peerllm.planner.cost import hop_ms, layer_ms, stage_bytes
+from peerllm.planner.scenario import Scenario, ScenarioError, parse
+from peerllm.planner.strategies import SINGLE, plan, value
+from peerllm.types import Objective, Plan
+
+OK, INFEASIBLE, MALFORMED = 0, 1, 2
+STDIN = "-"
+MAX_FILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of one scenario: a plan, the reason why there is none, or the error in the file."""
+
+    strategy: str
+    objective: Objective
+    scenario: Scenario | None = None
+    plan: Plan | None = None
+    reason: str | None = None
+    error: str | None = None
+    solve_ms: float | None = None
+
+    @property
+    def code(self) -> int:
+        return MALFORMED if self.error is not None else INFEASIBLE if self.plan is None else OK
+
+    def line(self) -> dict[str, Any]:
+        """The JSON object: its keys are fixed; `error` is there only for a malformed file."""
+        found = self.plan
+        stages = found.stages if found else ()
+        line: dict[str, Any] = {
+            "strategy": self.strategy,
+            "objective": self.objective,
+            "feasible": None if self.error is not None else found is not None,
+            "reason": self.reason,
+            "stages": [asdict(stage) for stage in stages],
+            "predicted": asdict(found.predicted) if found else None,
+            "optimal": found is not None and found.optimal,
+            "bound": found.bound if found else None,
+            "solve_ms": self.solve_ms,
+        }
+        return line if self.error is None else {**line, "error": self.error}
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 planned, 1 one of the scenarios is infeasible, 2 one is malformed."""
+    many = len(args.scenarios) > 1
+    codes = []
+    for name in args.scenarios:
+        found = answer(name, args.strategy, args.objective) if is_scenario(name) else live(name, args)
+        codes.append(found.code)
+        if args.json or many:
+            line = {**found.line(), "file": name} if many else found.line()
+            print(_json(line), flush=True)
+        elif found.scenario and found.plan:
+            print(plan_text(found.scenario, found.plan, found))
+        else:
+            print(f"peerllm: {printable(' '.join((found.error or found.reason or '').split()))}", file=sys.stderr)
+    return max(codes)
+
+
+def answer(name: str, strategy: str, objective: Objective) -> Answer:
+    """Plan for one file, or for standard input."""
+    try:
+        return planned(read(name), strategy, objective)
+    except ScenarioError as error:
+        return Answer(strategy, objective, error=str(error))
+
+
+def planned(scenario: Scenario, strategy: str, objective: Objective) -> Answer:
+    """The plan, timed, or why there is none; ScenarioError if the strategy needs what the scenario lacks."""
+    started = time.perf_counter()
+    try:
+        found = plan(scenario, strategy, objective)
+    except InfeasibleError as error:
+        reason = str(error)
+        if error.missing_bytes and str(error.missing_bytes) not in reason:
+            reason += f" ({error.missing_bytes} bytes)"
+        took = 1000 * (time.perf_counter() - started)
+        return Answer(strategy, objective, scenario, reason=reason, solve_ms=took)
+    took = 1000 * (time.perf_counter() - started)
+    return Answer(strategy, objective, scenario, found, solve_ms=took)
+
+
+def live(model: str, args: argparse.Namespace) -> Answer:
+    """What `run` would plan now for the household of the device that runs here."""
+    body = {"model": as_model(model), "objective": args.objective, "context": args.context, "slots": args.slots}
+    try:
+        for line in progress(LocalDevice(args.data).lines("/peerllm/v1/plan", body)):
+            if "scenario" in line:
+                if args.save is not None:
+                    args.save.write_bytes(orjson.dumps(line["scenario"], option=orjson.OPT_INDENT_2))
+                return planned(parse(line["scenario"]), args.strategy, args.objective)
+    except OSError as error:
+        if isinstance(error, PeerLLMError):
+            raise
+        raise BadInputError(f"{args.save} cannot be written: {error.strerror}") from error
+    raise UnavailableError("the device stopped before it had planned; see its log")
+
+
+def is_scenario(argument: str) -> bool:
+    """Whether an argument means a scenario file rather than a model."""
+    return argument == STDIN or argument.endswith(".json") or Path(argument).exists()
+
+
+def read(name: str) -> Scenario:
+    """The scenario in a file, or on standard input; ScenarioError also where it cannot be read."""
+    if not is_scenario(name):
+        raise ScenarioError(f"{name} is no scenario file, and there is none of that name")
+    try:
+        if name == STDIN:
+            data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+        else:
+            with Path(name).open("rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ScenarioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ScenarioError(f"{name} is larger than {human_bytes(MAX_FILE_BYTES)}")
+    return parse(_decoded(data))
+
+
+def _decoded(data: bytes) -> object:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        try:
+            return json.loads(data)  # takes NaN and the like, of which `parse` names the key
+        except (ValueError, RecursionError):
+            raise ScenarioError(f"the file is not JSON: {error}") from error
+
+
+def _json(line: dict[str, Any]) -> str:
+    try:
+        return orjson.dumps(line).decode()
+    except TypeError:  # a file's name that is not UTF-8
+        return json.dumps(line)
+
+
+def plan_text(scenario: Scenario, found: Plan, how: Answer) -> str:
+    """A plan for people: its stages drawn over the model's layers, and what they are predicted to do."""
+    layers, batch = scenario.model.layers, found.predicted.micro_batch
+    rows = [("DEVICE", "LAYERS", f"of {len(layers)}", "NEEDS", "LENDS", "COMPUTE", "HOP")]
+    sizes = stage_bytes(scenario.model, found.stages, scenario.workload)
+    after = (*found.stages[1:], found.stages[0])
+    for stage, nbytes, following in zip(found.stages, sizes, after, strict=True):
+        device = scenario.devices[stage.device]
+        held = layers[stage.first_layer : stage.last_layer + 1]
+        hop = hop_ms(scenario.links, stage.device, following.device, batch * held[-1].output_bytes_per_token)
+        rows.append((
+            stage.device, f"{stage.first_layer}-{stage.last_layer}",
+            layer_bar(stage.first_layer, stage.last_layer, len(layers)), human_bytes(nbytes),
+            human_bytes(device.memory_bytes), _ms(sum(layer_ms(device, layer, batch) for layer in held)), _ms(hop),
+        ))  # fmt: skip
+    head = f"{scenario.model.name}: {how.strategy}, {how.objective}; {verdict(found, how)}"
+    return f"{printable(head)}\n{table(rows)}\n{printable(prediction(scenario, found, how.objective))}"
+
+
+def verdict(found: Plan, how: Answer) -> str:
+    """How good the plan is known to be."""
+    took = f"found in {_ms(how.solve_ms or 0.0)}"
+    if how.strategy in SINGLE:
+        return f"the one plan of this strategy, {took}"
+    if found.optimal:
+        return f"the best there is for it, {took}"
+    best = f"{_ms(found.bound)} a request" if how.objective == "latency" else f"{found.bound:.4g} tokens/s"
+    worth = value(found.predicted, how.objective)
+    gap = abs(worth - found.bound) / worth if worth and isfinite(found.bound) else 1.0
+    return f"not proven the best ({best} is not ruled out, {gap:.1%} from this), {took}"
+
+
+def prediction(scenario: Scenario, found: Plan, objective: Objective) -> str:
+    said, work = found.predicted, scenario.workload
+    first = f"First token after {_ms(said.time_to_first_token_ms)}"
+    if objective == "latency":
+        request = f"{work.output_tokens} tokens in {_ms(said.request_ms)}, {said.tokens_per_second:.4g} tokens/s"
+        return f"{first}, then one every {_ms(said.step_ms)}: {request}. Busiest: {said.bottleneck}."
+    groups = f"{said.micro_batches} × {said.micro_batch} sequences"
+    return (
+        f"{said.tokens_per_second:.4g} tokens/s with {groups} under way, {_ms(said.step_ms)} a lap. "
+        f"{first}. Busiest: {said.bottleneck}."
+    )
+
+
+def _ms(value: float) -> str:
+    return f"{value / 1000:.3g} s" if value >= 10_000 else f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
