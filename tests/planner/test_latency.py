@@ -11,39 +11,43 @@ from peerllm.errors import InfeasibleError
 from peerllm.planner import search
 from peerllm.planner.latency import plan_latency
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Workload
-from tests.planner.brute import best, fits, request_ms
-from tests.planner.instances import instance
+from tests.planner.brute import assignments, fits, homes_of, least_request_ms, request_ms, requests_ms
+from tests.planner.instances import BLOCKS, instance, seeds, shape
 
 
-def homes_of(plan):
-    return tuple(stage.device for stage in plan.stages for _ in range(stage.first_layer, stage.last_layer + 1))
-
-
-def check(seed: int, layers: int, count: int) -> bool:
-    model, devices, links, source, work, working, private = instance(seed, layers, count)
-    expected, _ = best(model, devices, links, source, work, working, private)
+def check(seed: int) -> bool:
+    i = instance(seed, *shape(seed))
+    expected = least_request_ms(*i.asked, working=i.working, head_on_source=i.head_on_source)
     try:
-        plan = plan_latency(model, devices, links, source, work, working_bytes=working, head_on_source=private)
+        plan = plan_latency(*i.asked, working_bytes=i.working, head_on_source=i.head_on_source)
     except InfeasibleError:
         assert math.isinf(expected), f"seed {seed}: a feasible instance was called infeasible"
         return False
     homes = homes_of(plan)
-    assert homes[:2] == (source, source) and (not private or homes[-1] == source)
-    assert fits(model, devices, homes, work, working), f"seed {seed}: the plan breaks a limit"
-    assert plan.predicted.request_ms == pytest.approx(request_ms(model, devices, links, homes, work))
+    assert homes[:2] == (i.source, i.source) and (not i.head_on_source or homes[-1] == i.source)
+    assert fits(i.model, i.devices, homes, i.workload, i.working), f"seed {seed}: the plan breaks a limit"
+    assert plan.predicted.request_ms == pytest.approx(request_ms(i.model, i.devices, i.links, homes, i.workload))
     assert plan.predicted.request_ms == pytest.approx(expected, rel=1e-9), f"seed {seed}"
     assert plan.optimal and plan.bound == plan.predicted.request_ms
     return True
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", range(BLOCKS))
 def test_agrees_with_brute_force(block):
-    feasible = sum(check(seed, 3 + seed % 5, 1 + seed % 3) for seed in range(block * 60, block * 60 + 60))
-    assert 15 <= feasible <= 60  # the instances are neither all trivial nor all hopeless
+    feasible = sum(check(seed) for seed in seeds(block))
+    assert len(seeds(block)) * 0.4 < feasible < len(seeds(block)) * 0.95  # neither all trivial nor all hopeless
 
 
-def test_four_devices_against_brute_force():
-    assert sum(check(10_000 + seed, 6, 4) for seed in range(40)) >= 10
+@pytest.mark.parametrize("seed", range(12))
+def test_brute_force_agrees_with_its_own_plain_form(seed):
+    """What is computed for all assignments at once is what the plain functions say of each."""
+    i = instance(seed, 4 + seed % 2, 3)
+    order = (i.source, *sorted(set(i.devices) - {i.source}))
+    every = assignments(len(i.model.layers), 3)
+    at_once = requests_ms(i.model, i.devices, i.links, order, i.workload, every)
+    for value, homes in zip(at_once, every, strict=True):
+        plain = request_ms(i.model, i.devices, i.links, tuple(order[j] for j in homes), i.workload)
+        assert value == pytest.approx(plain)
 
 
 def household(layers: int, count: int, alike: bool = False, tight: float = 1.2):
@@ -110,10 +114,10 @@ def test_beyond_the_cap_the_bound_is_still_proven(monkeypatch):
     monkeypatch.setattr(search, "WIDTHS", (1,))
     unproven = 0
     for seed in range(200):
-        model, devices, links, source, work, working, private = instance(seed, 6, 3)
-        expected, _ = best(model, devices, links, source, work, working, private)
+        i = instance(seed, 6, 3)
+        expected = least_request_ms(*i.asked, working=i.working, head_on_source=i.head_on_source)
         try:
-            plan = plan_latency(model, devices, links, source, work, working_bytes=working, head_on_source=private)
+            plan = plan_latency(*i.asked, working_bytes=i.working, head_on_source=i.head_on_source)
         except InfeasibleError:
             continue
         assert plan.bound <= expected * (1 + 1e-9) <= plan.predicted.request_ms * (1 + 2e-9)

@@ -1,0 +1,52 @@
+"""The latency plan against a mixed-integer program: 34 layers, six devices, no two alike, hardly any room to spare.
+
+HiGHS takes a second for the instances of QUICK and up to half a minute for others; PEERLLM_FULL=1 takes all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+
+import pytest
+
+from peerllm.planner.latency import plan_latency
+from peerllm.types import ModelProfile
+from tests.planner.brute import fits, homes_of, request_ms
+from tests.planner.brute import least_request_ms as brute_request_ms
+from tests.planner.instances import full_household, instance
+from tests.planner.milp import least_request_ms
+
+INSTANCES = 50
+QUICK = (1, 2, 4, 7, 11, 13, 14, 18, 20, 23, 28, 39)
+FULL = os.environ.get("PEERLLM_FULL") == "1"
+WITHIN = 1e-8  # relative; HiGHS stops at a gap of 1e-9
+
+
+@pytest.mark.parametrize("seed", range(INSTANCES) if FULL else QUICK)
+def test_agrees_with_the_program(seed):
+    i = full_household(seed)
+    expected, status = least_request_ms(*i.asked)
+    assert status == "Optimal"
+    plan = plan_latency(*i.asked)
+    homes = homes_of(plan)
+    assert homes[:2] == (i.source, i.source) and fits(i.model, i.devices, homes, i.workload, {})
+    assert plan.predicted.request_ms == pytest.approx(request_ms(i.model, i.devices, i.links, homes, i.workload))
+    assert plan.predicted.request_ms == pytest.approx(expected, rel=WITHIN)
+    assert plan.bound <= expected * (1 + WITHIN)
+
+
+def test_the_program_agrees_with_brute_force():
+    """Neither is wrong in the same way: one lists assignments, the other solves for visits."""
+    feasible = 0
+    for seed in range(60):
+        i = instance(seed, 3 + seed % 6, 2 + seed % 3)
+        model = ModelProfile("untied", tuple(replace(layer, tied_to=None) for layer in i.model.layers))
+        asked = (model, *i.asked[1:])
+        expected = brute_request_ms(*asked, working={})
+        found, status = least_request_ms(*asked)
+        assert status == ("Infeasible" if math.isinf(expected) else "Optimal"), f"seed {seed}"
+        assert found == pytest.approx(expected, rel=WITHIN), f"seed {seed}"
+        feasible += math.isfinite(expected)
+    assert 20 < feasible < 60
