@@ -15,10 +15,12 @@ from peerllm.errors import AuthenticationError, BadInputError, FrameError, LinkE
 from peerllm.transport.dial import dial
 from peerllm.transport.frames import Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit, encode
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import DataPlane, Ingress, Link, Outbox
+from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Link, Outbox
 from peerllm.transport.links import outbox as outbox_module
 from peerllm.transport.links import plane as plane_module
 from peerllm.transport.links import pulse as pulse_module
+from peerllm.transport.links.echo import WARM_UPS
+from peerllm.transport.links.timing import LOST_S, Timing, answer
 from peerllm.transport.tls import client_context
 
 DEPLOYMENT = "ab" * 16
@@ -441,3 +443,72 @@ async def test_the_outbox_is_bounded_in_frames_and_bytes() -> None:
         box.put(b"4")
     assert [await box.get() for _ in range(3)] == [b"2", b"3", None]
     assert issubclass(FrameError, LinkError)
+
+
+async def test_an_echo_times_frames_through_the_real_link(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    taken: list[tuple[str, int]] = []
+    two.plane._on_echo = lambda device, frame: taken.append((device, len(frame.tensors[0].data)))
+    who = two.identity
+    at = (who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port)
+    timed = await one.plane.echo(*at, [1024, 1024, MAX_ECHO_BYTES])
+    assert [nbytes >= size for (nbytes, _), size in zip(timed, (1024, 1024, MAX_ECHO_BYTES), strict=True)] == [True] * 3
+    assert all(0 <= seconds < WAIT_S for _, seconds in timed)
+    assert {device for device, _ in taken} == {one.identity.device}
+    assert {size for _, size in taken} == {1024, MAX_ECHO_BYTES} and len(taken) >= 3 + 2 * WARM_UPS
+    assert one.lost.empty() and two.lost.empty(), "an echo is no link of a deployment"
+    assert not one.plane._links
+    assert len(await one.plane.echo(*at, [512])) == 1, "once more, over another connection"
+
+
+async def test_an_echo_is_bounded_and_for_the_household_only(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    who = two.identity
+    at = (who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port)
+    with pytest.raises(LinkError):
+        await one.plane.echo(*at, [MAX_ECHO_BYTES + 1])
+    assert two.lost.empty()
+    await two.plane.set_trusted([])
+    with pytest.raises((LinkError, AuthenticationError)):
+        await one.plane.echo(*at, [64])
+
+
+async def test_frames_in_use_are_timed(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, _ = nodes
+    monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
+    expect(two, one)
+    timed: asyncio.Queue[tuple[int, float]] = asyncio.Queue()
+    who = two.identity
+    link = await one.plane.connect(
+        who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, DEPLOYMENT, 3, 1,
+        lambda nbytes, seconds: timed.put_nowait((nbytes, seconds)),
+    )  # fmt: skip
+    frame = activation(tokens=3)
+    async with asyncio.timeout(WAIT_S):
+        while (await timed.get())[0] == 0:  # a PING alone comes first, then the next frame is timed
+            await asyncio.to_thread(link.send, frame)
+            await two.next_frame()
+    link.send(frame)
+    assert (await two.next_frame()).tokens == 3
+
+
+def test_a_frames_time_is_less_the_pongs_way() -> None:
+    heard: list[tuple[int, float]] = []
+    timing = Timing(lambda nbytes, seconds: heard.append((nbytes, seconds)))
+    frame = b"x" * 100
+    assert timing.sent(frame) is None
+    ping = timing.beat(10.0)
+    assert ping is not None and not timing.wanted and timing.beat(11.0) is None
+    timing.ponged(b"", 10.1)  # the other side's own beat
+    timing.ponged(answer(ping, 7.0), 10.4)  # whatever came before a PING alone
+    assert timing.wanted and heard == [(0, pytest.approx(0.4))]
+    timing.mark(frame, 20.0)
+    assert not timing.wanted and timing.sent(b"another") is None
+    behind = timing.sent(frame)
+    assert behind is not None and behind != ping
+    timing.ponged(ping, 20.2)  # an old one
+    timing.ponged(answer(behind, 0.1), 20.5)
+    assert heard[1:] == [(100, pytest.approx(0.5 - 0.1 - 0.2))], "what the PING waited there is not the frame's"
+    assert timing.beat(30.0) is not None and timing.beat(30.0 + LOST_S) is not None, "a lost answer is not waited for"
+    assert Timing(None).beat(0.0) is None
+    assert answer(b"12345678", 1e9) == b"12345678\xff\xff\xff\xff" and answer(b"", -1.0) == bytes(4)

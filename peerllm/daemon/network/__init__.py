@@ -1,6 +1,7 @@
 """How the devices of a household know and reach each other; the rest of the daemon sees only `Network`."""
 
+from peerllm.daemon.network.linktables import LinkFigure
 from peerllm.daemon.network.network import Network
 from peerllm.daemon.network.peer import Peer, Sighting
 
-__all__ = ["Network", "Peer", "Sighting"]
+__all__ = ["LinkFigure", "Network", "Peer", "Sighting"]

@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from peerllm import errors
 from peerllm.daemon.messages import Answer, Ask, Question
@@ -112,7 +113,7 @@ class Asks:
             if self._handler is None:
                 raise errors.UnavailableError("this device answers no questions yet")
             answer = await self._handler(device, ask.body)
-            reply = Answer(ask.number, answer.error, answer.reason[:MAX_REASON_CHARS], answer.free_bytes)
+            reply = replace(answer, number=ask.number, reason=answer.reason[:MAX_REASON_CHARS])
         except PeerLLMError as error:
             free = getattr(error, "free_bytes", 0)
             reply = Answer(ask.number, type(error).__name__, str(error)[:MAX_REASON_CHARS], int(free))

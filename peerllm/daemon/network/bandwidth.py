@@ -1,4 +1,4 @@
-"""How fast the links are: measured once after connecting, then seldom and only while nothing else is going on."""
+"""When links are measured: new ones, and those last seen long ago; one at a time, never while anything else goes on."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable
 
-from peerllm.errors import PeerLLMError
+from peerllm.errors import PeerLLMError, UnavailableError
 from peerllm.types import DeviceId
 
-FRESH_S = 600.0  # a measurement counts this long
-CHECK_S = 60.0  # how often it is looked whether one is due
-MAX_WAITING = 256  # devices waiting to be measured
+CHECK_S = 15.0  # how often it is looked whether something is due
+BUSY_S = 1.0  # a device that is busy is asked again after this, and as much longer as the device ids say
+FAILED_S = 120.0  # a link that could not be measured is tried again after this
 
 log = logging.getLogger(__name__)
 
 
 class Bandwidth:
-    """Megabits per second from each device to this one. One measurement at a time, so that none disturbs another."""
+    """Runs `measure` for each device that is `due`. One measurement at a time, so that none disturbs another."""
 
     def __init__(
         self,
-        measure: Callable[[DeviceId], Awaitable[float]],
+        measure: Callable[[DeviceId], Awaitable[None]],
         online: Callable[[], Iterable[DeviceId]],
-        idle: Callable[[], bool],
-        on_change: Callable[[], None],
+        due: Callable[[DeviceId], bool],
+        quiet: Callable[[], bool],
+        patience: float = 1.0,
     ) -> None:
-        self.mbps: dict[DeviceId, float] = {}
-        self._measure = measure
-        self._online = online
-        self._idle = idle
-        self._on_change = on_change
-        self._at: dict[DeviceId, float] = {}
-        self._due: asyncio.Queue[DeviceId] = asyncio.Queue(MAX_WAITING)
+        """`patience`: by how much this device waits longer than others would, so that two do not collide for ever."""
+        self.measuring = False
+        self._measure, self._online, self._due, self._quiet = measure, online, due, quiet
+        self._busy_s = BUSY_S * patience
+        self._not_before: dict[DeviceId, float] = {}
+        self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -40,40 +40,42 @@ class Bandwidth:
 
     def connected(self, device: DeviceId) -> None:
         """A link to the device stands: measure it unless that was done lately."""
-        if self._stale(device) and not self._due.full():
-            self._due.put_nowait(device)
+        self._not_before.pop(device, None)
+        self._wake.set()
 
     def keep_only(self, devices: Collection[DeviceId]) -> None:
         """Forget every other device."""
-        for table in (self.mbps, self._at):
-            for device in [device for device in table if device not in devices]:
-                del table[device]
+        self._not_before = {device: at for device, at in self._not_before.items() if device in devices}
 
     async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def _stale(self, device: DeviceId) -> bool:
-        now = asyncio.get_running_loop().time()
-        return now - self._at.get(device, -FRESH_S) >= FRESH_S
-
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
+            soonest = min(self._not_before.values(), default=loop.time() + CHECK_S)
             try:
-                async with asyncio.timeout(CHECK_S):
-                    due = [await self._due.get()]
+                async with asyncio.timeout(max(0.0, min(CHECK_S, soonest - loop.time()))):
+                    await self._wake.wait()
             except TimeoutError:
-                due = [device for device in self._online() if self._stale(device)] if self._idle() else []
-            for device in due:
-                if self._stale(device):
+                pass
+            self._wake.clear()
+            self._not_before = {device: at for device, at in self._not_before.items() if at > loop.time()}
+            for device in list(self._online()):
+                if self._quiet() and self._due(device) and device not in self._not_before:
                     await self._one(device)
 
     async def _one(self, device: DeviceId) -> None:
+        loop = asyncio.get_running_loop()
+        self.measuring = True
         try:
-            self.mbps[device] = await self._measure(device)
+            await self._measure(device)
+        except UnavailableError:
+            self._not_before[device] = loop.time() + self._busy_s
         except PeerLLMError as error:
             log.info("the link to %s was not measured: %s", device[:8], error)
-            return
-        self._at[device] = asyncio.get_running_loop().time()
-        self._on_change()
+            self._not_before[device] = loop.time() + FAILED_S
+        finally:
+            self.measuring = False

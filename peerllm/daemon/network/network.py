@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,8 @@ from aiohttp import web
 
 from peerllm.daemon import membership as m
 from peerllm.daemon.advert import SHORT_ID_DIGITS, Advert, printable_name
-from peerllm.daemon.messages import Answer, Ask, Control, DeviceView, Gossip, Hello, Question, Whereabouts
+from peerllm.daemon.messages import Answer, Ask, Control, DeviceView, Gossip, Hello, LinkTable, Question, Whereabouts
 from peerllm.daemon.network.asks import Asks, Handler
-from peerllm.daemon.network.bandwidth import Bandwidth
 from peerllm.daemon.network.book import Book, whereabouts
 from peerllm.daemon.network.bulk import Bulk, add_probe
 from peerllm.daemon.network.doorway import Doorway
@@ -23,6 +23,7 @@ from peerllm.daemon.network.links import Links
 from peerllm.daemon.network.peer import Peer, Sighting
 from peerllm.daemon.network.signals import Signals, call
 from peerllm.daemon.network.store import Known, Store
+from peerllm.daemon.network.survey import Reach, Survey
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError
 from peerllm.transport.identity import Identity
@@ -61,7 +62,8 @@ class Network:
         self._bulk = Bulk(identity)
         self._store = Store(settings.data_dir)
         self._signals = Signals()
-        self._bandwidth = Bandwidth(self._measure, self._online, idle, self._signals.changed)
+        reach = Reach(self._measure, self._rtts_ms, self._online, self.broadcast)
+        self.survey = Survey(identity.device, reach, idle, self._signals.changed)
         self._roster = self._store.roster(identity, printable_name(settings.name))
         self._book = Book(self._store.known())
         self._view: DeviceView | None = None
@@ -81,7 +83,7 @@ class Network:
         self._listening = False
         self._closed = False
         self._app.router.add_get("/control/{number}", self._links.accept)
-        add_probe(self._app)
+        add_probe(self._app, lambda: self.survey.may_be_probed)
 
     # ---- life ----
 
@@ -95,7 +97,7 @@ class Network:
         self._listening = True
         await self._links.start()
         await self._bulk.start()
-        self._bandwidth.start()
+        self.survey.start()
         await self._apply_roster()
         await self._horizon.start()
 
@@ -108,7 +110,7 @@ class Network:
         await self._links.close("going down")
         await self._horizon.close()
         await self._asks.close()
-        await self._bandwidth.close()
+        await self.survey.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -155,9 +157,11 @@ class Network:
 
     def _peer(self, entry: RosterEntry) -> Peer:
         member, channel = self._links.membership.members.get(entry.device), self._links.find(entry.device)
-        return self._book.peer(
-            entry, member, channel.rtt_ms if channel else None, self._bandwidth.mbps.get(entry.device)
-        )
+        return self._book.peer(entry, member, channel.rtt_ms if channel else None, self.survey.mbps(entry.device))
+
+    def _rtts_ms(self) -> dict[DeviceId, float]:
+        channels = ((device, self._links.find(device)) for device in self._online())
+        return {device: one.rtt_ms for device, one in channels if one is not None and one.rtt_ms is not None}
 
     # ---- talking ----
 
@@ -205,11 +209,15 @@ class Network:
         """Called at start and after each change of the household with its live members, this device among them."""
         self._signals.roster.append(callback)
 
-    async def get(self, device: DeviceId, path: str, offset: int, length: int) -> AsyncIterator[bytes]:
+    async def get(self, device: DeviceId, path: str, offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """Exactly `length` bytes of a path on the device from `offset` on. LinkError if it breaks, NotFoundError."""
         host, port, pem = self._where(device)
-        async for chunk in self._bulk.get(device, pem, host, port, path, offset, length):
-            yield chunk
+        async with (
+            aclosing(self._bulk.get(device, pem, host, port, path, offset, length)) as blocks,
+            aclosing(self.survey.metered(device, blocks)) as metered,
+        ):
+            async for chunk in metered:
+                yield chunk
 
     def _where(self, device: DeviceId) -> tuple[str, int, str]:
         channel = self._links.channel(device)
@@ -272,7 +280,7 @@ class Network:
             others = self._others()
             changed, self._trusting = self._trusting != others.keys(), frozenset(others)
             self._book.keep_only(others)
-            self._bandwidth.keep_only(others)
+            self.survey.keep_only(others)
             self._links.feed(m.Members(frozenset(others)))
             await self._server.set_trusted(entry.certificate_pem for entry in others.values())
             self._recall(others)
@@ -331,13 +339,15 @@ class Network:
         self.tell(device, whereabouts(others))
         for other in others:
             self.tell(other.device, whereabouts([members[device]]))
-        self._bandwidth.connected(device)
+        if (table := self.survey.connected(device)) is not None:
+            self.tell(device, table)
         self._spawn(self._save(), "save-peers")
 
     def on_state(self, change: m.Changed) -> None:
         if change.before == "online":
             log.info("%s is %s: %s", change.device[:8], change.state, change.reason)
             self._book.views.pop(change.device, None)
+            self.survey.gone(change.device)
             self._asks.vanished(change.device, change.reason)
             call(self._signals.vanish, change.device, change.reason)
         self._signals.changed()
@@ -353,6 +363,8 @@ class Network:
                 self._asks.asked(device, message)
             case Answer():
                 self._asks.answered(device, message)
+            case LinkTable():
+                self.survey.heard(device, message)
             case Hello():
                 self._book.hellos[device] = message
                 self._signals.changed()
@@ -376,7 +388,7 @@ class Network:
             memory_bytes=hello.memory_bytes,
             gbytes_per_s=max(hello.gbytes_per_s.values(), default=0.0),
             gflops=max(hello.gflops.values(), default=0.0),
-            mbps=max(self._bandwidth.mbps.values(), default=0.0),
+            mbps=self.survey.fastest_mbps,
             door=self._doorway.name,
             pairing_port=self._doorway.port,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from time import perf_counter
 
 import aiohttp
 
@@ -12,6 +13,7 @@ from peerllm.transport.dial import CLOSE_TIMEOUT_S
 from peerllm.transport.frames import Frame, encode
 from peerllm.transport.links.outbox import SEND_TIMEOUT_S, Outbox
 from peerllm.transport.links.pulse import Pulse
+from peerllm.transport.links.timing import OnTimed, Timing
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_REASON_BYTES = 120  # what a websocket's close frame holds, less its code
@@ -35,7 +37,9 @@ class Link:
         epoch: int,
         stage: int,
         ended: Callable[[Link, str], None],
+        timed: OnTimed | None = None,
     ) -> None:
+        """`timed` (on the loop) hears, a few times a second at most, how long a frame of so many bytes took."""
         self.device = device
         self.deployment = deployment
         self.epoch = epoch
@@ -44,7 +48,8 @@ class Link:
         self._websocket = websocket
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox(self._loop)
-        self._pulse = Pulse(websocket)
+        self._pulse = Pulse(websocket, self.beat)
+        self.timing = Timing(timed)
         self._ended = ended
         self._task = self._loop.create_task(self._run(), name=f"link to {device[:8]} {deployment[:8]}/{epoch}/{stage}")
 
@@ -58,7 +63,11 @@ class Link:
 
         Waits only where the queue is full; LinkError if it stays so for `timeout_s`, or the link has ended.
         """
-        self._outbox.put(encode(frame), timeout_s)
+        since = perf_counter()
+        data = encode(frame)
+        if self.timing.wanted and not len(self._outbox):  # behind others it would be their time as well
+            self.timing.mark(data, since)
+        self._outbox.put(data, timeout_s)
 
     def close(self) -> None:
         """Take no more frames, let those queued go (at most FLUSH_TIMEOUT_S), then end; not reported as lost."""
@@ -98,14 +107,27 @@ class Link:
         try:
             while (frame := await self._outbox.get()) is not None:
                 await self._websocket.send_bytes(frame)
+                if (ping := self.timing.sent(frame)) is not None:
+                    await self._websocket.ping(ping)
         except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
             self.abort(f"cannot send: {error}")
 
+    async def beat(self) -> None:
+        """Give a sign of life, which may ask for one."""
+        if (ping := self.timing.beat(perf_counter())) is not None:
+            await self._websocket.ping(ping)
+        else:
+            await self._websocket.pong()
+
     async def _read(self) -> None:
-        """Nothing is expected but the end."""
+        """Nothing is expected but beats and the end."""
         while True:
             message = await self._websocket.receive()
             match message.type:
+                case aiohttp.WSMsgType.PONG:
+                    self.timing.ponged(bytes(message.data), perf_counter())
+                case aiohttp.WSMsgType.PING:
+                    await self._websocket.pong(message.data)
                 case aiohttp.WSMsgType.CLOSE if message.data == aiohttp.WSCloseCode.OK:
                     self._outbox.end("the other side has closed it", discard=True)
                     return

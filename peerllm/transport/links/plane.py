@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import aiohttp
 from aiohttp import web
@@ -11,14 +11,17 @@ from aiohttp import web
 from peerllm.errors import BadInputError, LinkError, PeerLLMError
 from peerllm.transport.dial import dial, dialling_session
 from peerllm.transport.identity import Identity, certificate_device
+from peerllm.transport.links.echo import ECHO_LIMITS, ECHO_PATH, NOBODY, Timed, timed_frames
 from peerllm.transport.links.link import MAX_ANSWER_BYTES, Link
 from peerllm.transport.links.receiver import Deliver, Ingress, Receiver
+from peerllm.transport.links.timing import OnTimed
 from peerllm.transport.tls import TlsServer, request_device
 from peerllm.types import DeploymentId, DeviceId
 
 PATH = "/data/{deployment:[0-9a-f]{32}}/{epoch:[0-9]{1,10}}/{stage:[0-9]{1,5}}"
 MAX_INGRESSES = 1024  # links this device expects at once; a plan has no more stages
 STAGGER_S = 0.3  # head start of one address over the next
+MAX_TIMED = 64  # timings of one echo that wait to be read
 
 OnLost = Callable[[DeploymentId, DeviceId, str], None]
 Key = tuple[DeploymentId, int, int]  # deployment, epoch, stage
@@ -29,16 +32,27 @@ class DataPlane:
 
     `on_lost` (on the loop; deployment, device, reason) tells of each link that broke, either way; of none that either
     side ended on purpose. One ingress has one connection: a new one of the same sender takes the old one's place.
+    `on_echo` gets the frames with which others time their links to here (`echo`).
     """
 
-    def __init__(self, identity: Identity, hosts: Iterable[str], port: int, on_lost: OnLost | None = None) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        hosts: Iterable[str],
+        port: int,
+        on_lost: OnLost | None = None,
+        on_echo: Deliver | None = None,
+    ) -> None:
         self._identity = identity
         self._on_lost = on_lost or (lambda deployment, device, reason: None)
         self._expected: dict[Key, tuple[Ingress, Deliver]] = {}
         self._receivers: dict[Key, Receiver] = {}
+        self._on_echo = on_echo or (lambda device, frame: None)
+        self._echoes: dict[DeviceId, Receiver] = {}
         self._links: set[Link] = set()
         app = web.Application()
         app.router.add_get(PATH, self._accept)
+        app.router.add_get(ECHO_PATH, self._accept_echo)
         self._server = TlsServer(app, identity, hosts, port)
         self._session: aiohttp.ClientSession | None = None
 
@@ -68,7 +82,7 @@ class DataPlane:
     async def set_trusted(self, pems: Iterable[str]) -> None:
         """Exactly these devices' certificates (PEM) are trusted; links with others are cut and reported lost."""
         trusted = {certificate_device(pem): pem for pem in pems}
-        for receiver in list(self._receivers.values()):
+        for receiver in (*self._receivers.values(), *self._echoes.values()):
             if receiver.ingress.sender not in trusted:
                 receiver.abort("the device was removed from the household")
         for link in list(self._links):
@@ -107,10 +121,40 @@ class DataPlane:
         deployment: DeploymentId,
         epoch: int,
         stage: int,
+        timed: OnTimed | None = None,
     ) -> Link:
-        """A link to a stage, over the first address that answers. LinkError or AuthenticationError if none does."""
+        """A link to a stage, over the first address that answers. LinkError or AuthenticationError if none does.
+
+        `timed` hears how long some of its frames took.
+        """
+        websocket = await self._dial(device, certificate_pem, hosts, port, f"/data/{deployment}/{epoch}/{stage}")
+        link = Link(websocket, device, deployment, epoch, stage, self._link_ended, timed)
+        self._links.add(link)
+        return link
+
+    async def echo(
+        self, device: DeviceId, certificate_pem: str, hosts: Iterable[str], port: int, sizes: Sequence[int]
+    ) -> list[Timed]:
+        """How long a frame of each size takes to that device's stages. LinkError or AuthenticationError if it fails."""
+        results: asyncio.Queue[Timed] = asyncio.Queue(MAX_TIMED)
+
+        def timed(nbytes: int, seconds: float) -> None:
+            if not results.full():
+                results.put_nowait((nbytes, seconds))
+
+        websocket = await self._dial(device, certificate_pem, hosts, port, ECHO_PATH)
+        link = Link(websocket, device, NOBODY, 0, 0, lambda link, reason: self._links.discard(link), timed)
+        self._links.add(link)
+        try:
+            return await timed_frames(link, results, sizes)
+        finally:
+            link.close()
+            await link.wait_closed()
+
+    async def _dial(
+        self, device: DeviceId, certificate_pem: str, hosts: Iterable[str], port: int, path: str
+    ) -> aiohttp.ClientWebSocketResponse:
         assert self._session is not None, "start() comes first"
-        path = f"/data/{deployment}/{epoch}/{stage}"
         session = self._session
 
         async def attempt(host: str, delay_s: float) -> aiohttp.ClientWebSocketResponse:
@@ -124,6 +168,7 @@ class DataPlane:
                 port,
                 path,
                 max_message_bytes=MAX_ANSWER_BYTES,
+                autoping=False,  # PONGs time the frames
             )
 
         attempts = [
@@ -132,9 +177,7 @@ class DataPlane:
         ]
         if not attempts:
             raise LinkError(f"no address is known of {device[:8]}")
-        link = Link(await _first(attempts), device, deployment, epoch, stage, self._link_ended)
-        self._links.add(link)
-        return link
+        return await _first(attempts)
 
     async def _accept(self, request: web.Request) -> web.StreamResponse:
         key = (request.match_info["deployment"], int(request.match_info["epoch"]), int(request.match_info["stage"]))
@@ -149,6 +192,20 @@ class DataPlane:
         if previous is not None:
             previous.replace()
         return await receiver.run()
+
+    async def _accept_echo(self, request: web.Request) -> web.StreamResponse:
+        """Any device of the household may time its link to here, over one connection at a time."""
+        sender = request_device(request)
+        receiver = Receiver(request, Ingress(sender, ECHO_LIMITS), self._on_echo, self._echo_ended)
+        previous = self._echoes.get(sender)
+        self._echoes[sender] = receiver
+        if previous is not None:
+            previous.replace()
+        return await receiver.run()
+
+    def _echo_ended(self, receiver: Receiver) -> None:
+        if self._echoes.get(receiver.ingress.sender) is receiver:
+            del self._echoes[receiver.ingress.sender]
 
     def _receiver_ended(self, receiver: Receiver) -> None:
         limits = receiver.ingress.limits

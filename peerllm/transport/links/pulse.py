@@ -7,14 +7,14 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from time import monotonic
 
 import aiohttp
 from aiohttp import web
 
-BEAT_S = 0.5  # an unasked-for PONG: the I/O thread sends it, a busy compute thread does not delay it
+BEAT_S = 0.5  # a PING or an unasked-for PONG: the I/O thread sends it, a busy compute thread does not delay it
 SILENCE_S = 2.0  # nothing for so long: the peer is dead, frozen or cut off
 COARSE_SILENCE_S = 10.0  # where only whole messages can be seen arriving, and a large one may take its time
 
@@ -26,8 +26,9 @@ WebSocket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 class Pulse:
     """How long a connection has been silent, and the beat that keeps the other side from asking itself the same."""
 
-    def __init__(self, websocket: WebSocket) -> None:
-        self._websocket = websocket
+    def __init__(self, websocket: WebSocket, beat: Callable[[], Awaitable[None]] | None = None) -> None:
+        """`beat` sends a sign of life; an unasked-for PONG if none is given."""
+        self._beat = beat or websocket.pong
         self._socket = _duplicate(websocket)
         self._last = monotonic()
         self.reading = True  # False while this side has stopped reading on purpose: then silence is its own
@@ -64,7 +65,7 @@ class Pulse:
                 # Behind a full send buffer the beat must not wait: the frames there are sign of life enough.
                 with suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
                     async with asyncio.timeout(BEAT_S):
-                        await self._websocket.pong()
+                        await self._beat()
         finally:
             if self._socket is not None:
                 self._socket.close()

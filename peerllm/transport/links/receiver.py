@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from time import perf_counter
 
 import aiohttp
 from aiohttp import web
@@ -14,6 +15,7 @@ from peerllm.transport.dial import CLOSE_TIMEOUT_S
 from peerllm.transport.frames import Frame, FrameLimits, decode
 from peerllm.transport.links.link import close_reason
 from peerllm.transport.links.pulse import Pulse
+from peerllm.transport.links.timing import answer
 from peerllm.types import DeviceId
 
 # Runs on the loop and must be cheap. What it raises (a PeerLLMError) ends the link; what it returns, if anything, is
@@ -44,6 +46,7 @@ class Receiver:
         self._orderly = False
         self._websocket = web.WebSocketResponse(
             max_msg_size=ingress.limits.max_bytes + 1,  # aiohttp refuses what reaches the limit
+            autoping=False,  # answers say how long they waited
             compress=False,
             timeout=CLOSE_TIMEOUT_S,
         )
@@ -88,6 +91,7 @@ class Receiver:
 
     async def _read(self, pulse: Pulse) -> None:
         limits, sender = self.ingress.limits, self.ingress.sender
+        taken = perf_counter()
         while True:
             message = await self._websocket.receive()
             pulse.arrived()
@@ -95,11 +99,16 @@ class Receiver:
                 case aiohttp.WSMsgType.BINARY:
                     self.delivered += 1
                     rest = self._deliver(sender, decode(message.data, limits))
+                    taken = perf_counter()
                     if rest is not None:
                         pulse.reading = False
                         await rest
                         pulse.reading = True
                         pulse.arrived()
+                case aiohttp.WSMsgType.PING:
+                    await self._websocket.pong(answer(bytes(message.data), perf_counter() - taken))
+                case aiohttp.WSMsgType.PONG:
+                    pass  # the sender's beat
                 case aiohttp.WSMsgType.CLOSE if message.data == aiohttp.WSCloseCode.OK:
                     return
                 case aiohttp.WSMsgType.ERROR:
