@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
@@ -13,9 +13,11 @@ from peerllm.api.errors import FieldError, json_response
 from peerllm.api.fields import Fields, read_object
 from peerllm.api.keys import HOUSEHOLD, TASKS
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
+from peerllm.daemon.bench import MAX_SEQUENCES, MAX_TOKENS
 from peerllm.daemon.facade import Household, RunOptions, RunProgress
 
 T = TypeVar("T")
+Note = Callable[[RunProgress], None]
 WAIT_S = 25.0  # seconds that GET status?wait=1 waits for a change
 INVITE_S = 120  # seconds the pairing door stays open
 MAX_TEXT_CHARS = 4096  # of a model's path, a code, a device's name
@@ -97,9 +99,48 @@ async def stop(request: web.Request) -> web.Response:
     return json_response({"ok": True})
 
 
+async def scenario(request: web.Request) -> web.Response:
+    """?model=NAME: {"scenario": what that running model was planned for, "stages", "micro_batch"}."""
+    return json_response(request.app[HOUSEHOLD].scenario(request.query.get("model", "")[:MAX_TEXT_CHARS]))
+
+
+async def bench(request: web.Request) -> web.Response:
+    """{"model", "sequences", "prompt_tokens", "output_tokens"} gives what was measured; ends if the client hangs up."""
+    fields = await read_object(request)
+    sequences = fields.integer("sequences", 1, MAX_SEQUENCES) or 1
+    prompt, output = (fields.integer(name, 1, MAX_TOKENS) or 64 for name in ("prompt_tokens", "output_tokens"))
+    with request.app[TASKS].stream():
+        found = await request.app[HOUSEHOLD].bench(fields.text("model", MAX_TEXT_CHARS), sequences, prompt, output)
+    return json_response(found)
+
+
+async def plan(request: web.Request) -> web.StreamResponse:
+    """Lines of JSON: every RunProgress, then {"scenario": what `run` would plan for now} or {"error": ...}."""
+    options = _run_options(await read_object(request))
+    household = request.app[HOUSEHOLD]
+
+    async def work(note: Note) -> dict[str, Any]:
+        return {"scenario": await household.preview(options, note)}
+
+    return await _lines(request, work, f"api: plan {options.model[:80]}")
+
+
 async def run(request: web.Request) -> web.StreamResponse:
     """Lines of JSON: every RunProgress, then {"ok": true} or {"error": ...}; hanging up does not stop the loading."""
     options = _run_options(await read_object(request))
+    household = request.app[HOUSEHOLD]
+
+    async def work(note: Note) -> dict[str, Any]:
+        await household.run(options, note)
+        return {"ok": True}
+
+    return await _lines(request, work, f"api: run {options.model[:80]}")
+
+
+async def _lines(
+    request: web.Request, work: Callable[[Note], Coroutine[Any, Any, dict[str, Any]]], name: str
+) -> web.StreamResponse:
+    """Tells what `work` notes, then what it gives; it goes on if the client hangs up."""
     lines: asyncio.Queue[RunProgress | None] = asyncio.Queue()
     tasks = request.app[TASKS]
 
@@ -110,13 +151,12 @@ async def run(request: web.Request) -> web.StreamResponse:
 
     stream = Stream(request, "application/x-ndjson")
     with tasks.stream():
-        work = tasks.start(request.app[HOUSEHOLD].run(options, note), f"api: run {options.model[:80]}")
-        work.add_done_callback(lambda _: lines.put_nowait(None))
+        task = tasks.start(work(note), name)
+        task.add_done_callback(lambda _: lines.put_nowait(None))
         while (progress := await lines.get()) is not None:
             shares = dict(progress.devices)
             await stream.send({"state": progress.state, "message": progress.message, "devices": shares})
-        work.result()
-        await stream.send({"ok": True})
+        await stream.send(task.result())
     return await stream.end()
 
 

@@ -11,6 +11,7 @@ from peerllm.cli.device import LocalDevice
 from peerllm.cli.terminal import human_bytes, layer_bar, printable, table
 
 Status = Mapping[str, Any]
+MAX_LINKS = 30  # lines of the table
 
 
 def status(args: argparse.Namespace) -> None:
@@ -21,13 +22,13 @@ def status(args: argparse.Namespace) -> None:
         return
     print(f"{printable(found['device']['name'])}: {device.url}\n")
     print(devices_text(found))
-    print()
+    print(links_text(found))
     print(deployments_text(found))
 
 
 def devices(args: argparse.Namespace) -> None:
     found = LocalDevice(args.data).get("/peerllm/v1/status")
-    print(json.dumps(found["devices"]) if args.json else devices_text(found))
+    print(json.dumps(found["devices"]) if args.json else f"{devices_text(found)}\n{links_text(found)}".rstrip())
 
 
 def devices_text(found: Status) -> str:
@@ -46,6 +47,19 @@ def devices_text(found: Status) -> str:
     return "\n".join([lines[0], *map(printable, lines[1:])])
 
 
+def links_text(found: Status) -> str:
+    """How the devices reach each other, a line for each direction; nothing where there is but one device."""
+    links = found.get("links", ())
+    if not links:
+        return ""
+    rows = [("FROM", "TO", "HOP", "ROUND TRIP", "BANDWIDTH", "")]
+    for one in links[:MAX_LINKS]:
+        trip = "" if one["rtt_ms"] is None else f"{one['rtt_ms']:.2f} ms"
+        rows.append((one["from"], one["to"], f"{one['hop_ms']:.2f} ms", trip, f"{one['mbps']:.4g} Mbps", one["source"]))
+    more = f"... and {len(links) - MAX_LINKS} more; see --json\n" if len(links) > MAX_LINKS else ""
+    return f"\n{table(rows)}\n{more}"
+
+
 def deployments_text(found: Status) -> str:
     """Each deployment with its stages drawn over the model's layers."""
     if not found["deployments"]:
@@ -61,9 +75,37 @@ def deployment_text(one: Mapping[str, Any]) -> str:
     if not stages:
         return printable(head)
     layers = max(int(stage["last_layer"]) for stage in stages) + 1
-    rows = [("DEVICE", "LAYERS", f"of {layers}", "MEMORY")]
+    rows = [("DEVICE", "LAYERS", f"of {layers}", "MEMORY", "A BLOCK")]
     for stage in stages:
         first, last = int(stage["first_layer"]), int(stage["last_layer"])
         bar = layer_bar(first, last, layers)
-        rows.append((stage["device"], f"{first}-{last}", bar, human_bytes(stage["memory_bytes"])))
-    return f"{printable(head)}\n{table(rows)}"
+        speed = _block_ms((one.get("profiles") or {}).get(stage["device"]))
+        rows.append((stage["device"], f"{first}-{last}", bar, human_bytes(stage["memory_bytes"]), speed))
+    return f"{printable(head)}\n{table(rows)}{speed_text(one)}"
+
+
+def speed_text(one: Mapping[str, Any]) -> str:
+    """What was predicted and, once something was asked, what was measured."""
+    said, seen = one["plan"].get("predicted") or {}, one.get("measured") or {}
+    lines = [
+        f"\n{title} first token {found['time_to_first_token_ms']:.3g} ms, a step {found['step_ms']:.3g} ms"
+        for title, found in (("predicted:", said), ("measured: ", seen))
+        if "step_ms" in found
+    ]
+    return "".join(lines)
+
+
+def _block_ms(profile: Mapping[str, Any] | None) -> str:
+    """Milliseconds of a block for one token, alone and beside the other devices of its machine; "" where unknown."""
+    if not profile:
+        return ""
+
+    def first(times: Mapping[str, Mapping[str, float]]) -> float | None:
+        blocks = [points["1"] for kind, points in times.items() if kind.startswith("block") and "1" in points]
+        return sum(blocks) / len(blocks) if blocks else None
+
+    alone, together = first(profile["alone"]), first(profile.get("together") or {})
+    if alone is None:
+        return ""
+    text = f"{alone:.3g} ms" if together is None else f"{alone:.3g} ms, {together:.3g} together"
+    return f"about {text}" if profile["source"] == "estimated" else text

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from peerllm.codec import decode, encode
+from peerllm.daemon.bench import measured
 from peerllm.daemon.deployment import Deployment, refuse_other
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.messages import DeploymentView, Progress, Trouble
 from peerllm.daemon.negotiation import Surroundings
+from peerllm.daemon.timings import Timings
 from peerllm.engine.messages import TensorAt, Tokens
-from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError
+from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError, UnavailableError
+from peerllm.planner.export import names_in, scenario_file
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_DEPLOYMENTS = 16  # models started on one device at once
@@ -26,6 +31,7 @@ class Coordinator:
 
     def __init__(self, around: Surroundings, remembered: Path) -> None:
         self._around = around
+        self._timings = Timings(around)
         self._file = remembered
         self._deployments: dict[str, Deployment] = {}  # by the name they were run under
         self._closing = False
@@ -60,6 +66,56 @@ class Coordinator:
             deployment.watchers.remove(progress)
         await self._remember()
 
+    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
+        """The scenario that `run` would plan for now, as scenario files hold it; nothing is reserved or loaded.
+
+        What the same model holds already counts as free.
+        """
+        deployment = Deployment(options, self._around, self._timings, False)
+        deployment.watchers.append(progress)
+        running = self._deployments.get(options.model)
+        held = running.blueprint.promises if running is not None and running.blueprint is not None else {}
+        return scenario_file((await deployment.preview(held)).scenario)
+
+    def scenario(self, model: str) -> dict[str, Any]:
+        """What a running deployment was planned for, and its plan. NotFoundError if none was started here."""
+        blueprint = self._running(model).blueprint
+        if blueprint is None:
+            raise UnavailableError(f"{model} has no plan yet")
+        names = names_in(blueprint.scenario.devices)
+        stages = [{**asdict(stage), "device": names[stage.device]} for stage in blueprint.plan.stages]
+        scenarios = {
+            "scenario": blueprint.scenario,
+            "alone": blueprint.alone,
+            "together": blueprint.together,
+        }
+        files = {name: scenario_file(scenario) for name, scenario in scenarios.items()}
+        return {**files, "stages": stages, "micro_batch": blueprint.micro_batch}
+
+    async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+        """Measured now, beside whatever else goes on. BadInputError if it does not fit the deployment's slots."""
+        deployment = self._running(model)
+        if deployment.state != "serving" or deployment.blueprint is None or deployment.inspected is None:
+            raise UnavailableError(f"{model} is {deployment.state}; wait until it serves")
+        work = deployment.blueprint.workload
+        if sequences > work.sequences or prompt_tokens + output_tokens > work.context:
+            room = f"{work.sequences} slots of {work.context} tokens"
+            raise BadInputError(f"{model} has {room}; ask for fewer sequences or tokens")
+        return await measured(
+            deployment.sequences.generate,
+            deployment.id,
+            deployment.inspected.vocabulary,
+            sequences=sequences,
+            prompt=prompt_tokens,
+            output=output_tokens,
+        )
+
+    def _running(self, model: str) -> Deployment:
+        deployment = self._deployments.get(model)
+        if deployment is None:
+            raise NotFoundError(f"{model} does not run from here; `peerllm status` lists what does")
+        return deployment
+
     async def stop(self, model: str) -> None:
         """NotFoundError if no such model was started here."""
         deployment = self._deployments.get(model)
@@ -89,6 +145,10 @@ class Coordinator:
 
     def views(self) -> tuple[DeploymentView, ...]:
         return tuple(deployment.view() for deployment in self._deployments.values())
+
+    def profiles(self) -> dict[DeploymentId, Mapping[str, Any]]:
+        """What the plans made here went by: device name to its layer times."""
+        return {deployment.id: deployment.profiles for deployment in self._deployments.values()}
 
     def own_tensors(self, deployment: DeploymentId) -> dict[str, TensorAt]:
         """Where the tensors of a deployment lie on this device."""
@@ -130,7 +190,7 @@ class Coordinator:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _begin(self, options: RunOptions, remembered: bool) -> Deployment:
-        deployment = self._deployments[options.model] = Deployment(options, self._around, remembered)
+        deployment = self._deployments[options.model] = Deployment(options, self._around, self._timings, remembered)
         deployment.start()
         self._around.changed()
         return deployment

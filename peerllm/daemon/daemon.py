@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,14 +16,22 @@ from peerllm.daemon import machine
 from peerllm.daemon.coordinator import Coordinator
 from peerllm.daemon.engine_host import EngineHost
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
-from peerllm.daemon.home import Home
+from peerllm.daemon.home import RUNNING, Home
 from peerllm.daemon.ledger import Ledger
-from peerllm.daemon.measuring import Compute, measured
+from peerllm.daemon.measuring import Compute, Profiler, measured
 from peerllm.daemon.messages import Answer, Control, DeviceView, Hello, Progress, Question, Trouble
 from peerllm.daemon.network import Network
+from peerllm.daemon.profiles import link_profiles
 from peerllm.daemon.pulse import Pulse
 from peerllm.daemon.settings import Settings
-from peerllm.daemon.status import deployments_of, device_entry, engine_entry, peer_entry, sighting_entry
+from peerllm.daemon.status import (
+    deployments_of,
+    device_entry,
+    engine_entry,
+    link_entries,
+    peer_entry,
+    sighting_entry,
+)
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import ROUTE, Offers
 from peerllm.daemon.weights.store import Store
@@ -33,8 +41,11 @@ from peerllm.engine.messages import (
     Configured,
     FromEngine,
     LinkLost,
+    LinkTimed,
+    LinkTraffic,
     LoadProgress,
     QueryLoad,
+    TimeLink,
     Tokens,
     Trust,
     Trusted,
@@ -45,6 +56,7 @@ from peerllm.transport.roster import RosterEntry
 from peerllm.types import DeviceId
 
 VIEW_INTERVAL_S = 0.25  # between two tellings of what changed here
+ECHO_TIMEOUT_S = 10.0  # dialling another device's engine and timing a few frames
 CLOSE_TIMEOUT_S = 8.0  # for letting go of deployments on other devices before this one leaves
 
 log = logging.getLogger(__name__)
@@ -60,6 +72,7 @@ class Daemon:
         self._configured: Configured | None = None
         self._compute = Compute("", {}, {})
         self._memory_bytes = 0
+        self._machine = machine.fingerprint()
         self._told: DeviceView | None = None
         self._free: dict[DeviceId, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,6 +118,7 @@ class Daemon:
             self.ledger,
             self.host,
             self.store,
+            Profiler(self.host, lambda: self.ledger.free_bytes, self._compute.key, data / "profiles.json"),
             own_tensors=self.coordinator.own_tensors,
             address=self.home.address,
             report=self._report,
@@ -113,6 +127,7 @@ class Daemon:
         network = self.network
         network.add_route("GET", ROUTE, self.offers.handle)
         network.answer_with(self._answer)
+        network.survey.echo = self._echo
         network.listen(self._heard)
         network.on_change(self._household_changed)
         network.on_vanish(self._vanished)
@@ -160,12 +175,17 @@ class Daemon:
         return {
             "device": {"id": self.identity.device, "name": self.settings.name},
             "devices": [me, *(peer_entry(peer) for peer in peers.values())],
-            "deployments": deployments_of(self.coordinator.views(), peers, self.home.name),
+            "links": self._links(),
+            "deployments": deployments_of(self.coordinator.views(), peers, self.home.name, self.coordinator.profiles()),
             "version": __version__,
             "api": f"{self.settings.api_host}:{self.settings.api_port}",
             "network": {"port": self.network.port, "problem": self.network.problem},
             "nearby": [sighting_entry(sighting) for sighting in self.network.sightings()],
         }
+
+    def _links(self) -> list[dict[str, Any]]:
+        planned = link_profiles(self.home.candidates(), self.identity.device)
+        return link_entries(self.network.survey.figures(), planned, self.home.name)
 
     async def engine(self) -> dict[str, Any]:
         """Asked of the engine itself, so that it is true now."""
@@ -182,6 +202,15 @@ class Daemon:
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
         await self.coordinator.run(options, progress)
+
+    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
+        return await self.coordinator.preview(options, progress)
+
+    def scenario(self, model: str) -> dict[str, Any]:
+        return self.coordinator.scenario(model)
+
+    async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+        return await self.coordinator.bench(model, sequences, prompt_tokens, output_tokens)
 
     async def stop(self, model: str) -> None:
         await self.coordinator.stop(model)
@@ -226,6 +255,7 @@ class Daemon:
             gflops=self._compute.gflops,
             architectures=configured.architectures,
             dtypes=configured.dtypes,
+            machine=self._machine,
         )
 
     def _view(self) -> DeviceView:
@@ -278,6 +308,21 @@ class Daemon:
                 self.worker.progress(event)
             case LinkLost():
                 self.worker.link_lost(event)
+            case LinkTraffic(frames, handover_s):
+                for frame in frames:
+                    self.network.survey.framed(*frame)
+                self.network.survey.handover(handover_s)
+
+    async def _echo(self, device: DeviceId, sizes: Sequence[int]) -> Sequence[tuple[int, float]]:
+        """Frames of these sizes to another device's engine, timed by this one's. UnavailableError while one is away."""
+        peer = self.network.peers().get(device)
+        hosts, port = self.home.address(device)
+        theirs = peer.view.engine if peer is not None and peer.view is not None else ""
+        if not hosts or not port or not theirs == self.host.state == RUNNING:
+            raise UnavailableError(f"the engine of {self.home.name(device)} cannot be reached yet")
+        asked = TimeLink(self.host.next_request(), device, hosts, port, tuple(sizes))
+        timed: LinkTimed = await self.host.ask(asked, ECHO_TIMEOUT_S)
+        return timed.frames
 
     def _engine_lost(self, reason: str) -> None:
         if self._started:
@@ -288,6 +333,7 @@ class Daemon:
         self._configured = configured
         if self._started:
             self.network.set_hello_changed()
+            self.network.survey.engine_changed()
             self.coordinator.stir()
             self.poke()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.profiles import Candidate, able, device_profile, link_profiles, model_shape
@@ -12,6 +12,8 @@ from peerllm.errors import BadInputError, InfeasibleError
 from peerllm.planner.cost import layer_bytes, stage_bytes
 from peerllm.planner.latency import plan_latency
 from peerllm.planner.memory import chunk_tokens, human_bytes, working_bytes
+from peerllm.planner.scenario import Scenario
+from peerllm.planner.throughput import plan_throughput
 from peerllm.types import DeviceId, Plan, Workload
 
 DEFAULT_SLOTS = 4
@@ -32,6 +34,13 @@ class Blueprint:
     micro_batch: int
     stage_memory_bytes: tuple[int, ...]
     promises: Mapping[DeviceId, int]
+    alone: Scenario  # what there was to plan with, memory less the working space of a pass: devices by themselves,
+    together: Scenario  # ... and while the other devices of their machine work too
+
+    @property
+    def scenario(self) -> Scenario:
+        """What was planned for: one sequence keeps one device busy at a time, many keep all."""
+        return self.together if self.workload.objective == "throughput" else self.alone
 
 
 def check_options(options: RunOptions, inspected: Inspected) -> None:
@@ -100,15 +109,35 @@ def _draw_up(
     )
     working = working_bytes(shape, context, slots)
     _check_sum(options, inspected, candidates, work, working)
-    profiles = {device: device_profile(c, model, inspected.dtype) for device, c in candidates.items()}
+    alone, together = (
+        {d: device_profile(c, model, inspected.dtype, len(candidates), busy) for d, c in candidates.items()}
+        for busy in (False, True)
+    )
+    profiles = together if options.objective == "throughput" else alone
     links = link_profiles(candidates, source)
-    plan = plan_latency(model, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
+    planned = plan_throughput if options.objective == "throughput" else plan_latency
+    plan = planned(model, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
     memory = stage_bytes(model, plan.stages, work)
     promises = dict.fromkeys(plan.devices, working)
     for stage, nbytes in zip(plan.stages, memory, strict=True):
         promises[stage.device] += nbytes
-    batches = max(1, min(slots, len(plan.devices)))
-    return Blueprint(plan, work, chunk_tokens(shape, context), -(-slots // batches), memory, promises)
+    scenarios = (
+        Scenario(
+            model,
+            {d: replace(one, memory_bytes=max(0, one.memory_bytes - working)) for d, one in known.items()},
+            links,
+            source,
+            None,
+            work,
+            (),
+        )
+        for known in (alone, together)
+    )
+    batch = plan.predicted.micro_batch
+    if options.objective == "latency":
+        # Planned for one sequence; several share the stages without one waiting for all.
+        batch = -(-slots // max(1, min(slots, len(plan.devices))))
+    return Blueprint(plan, work, chunk_tokens(shape, context), batch, memory, promises, *scenarios)
 
 
 def _check_sum(

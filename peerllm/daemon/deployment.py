@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from peerllm.daemon.facade import RunOptions, RunProgress, ServedModel
 from peerllm.daemon.messages import DeploymentState, DeploymentView, Progress
 from peerllm.daemon.models import dtype_of
 from peerllm.daemon.negotiation import Surroundings, activate_all, assign_all, release_all, reserve_all
+from peerllm.daemon.profiles import Candidate, shown
 from peerllm.daemon.sequences import Room, Sequences
+from peerllm.daemon.timings import Timings
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import (
     BadInputError,
@@ -45,7 +47,7 @@ log = logging.getLogger(__name__)
 class Deployment:
     """Owned by the coordinator: `start` it, `stop` it; `outcome` waits for the way it goes."""
 
-    def __init__(self, options: RunOptions, around: Surroundings, remembered: bool) -> None:
+    def __init__(self, options: RunOptions, around: Surroundings, timings: Timings, remembered: bool) -> None:
         self.id = secrets.token_hex(16)
         self.options = options
         self.created = int(time.time())
@@ -57,7 +59,8 @@ class Deployment:
         self.inspected: Inspected | None = None
         self.sequences = Sequences(self.id, around.tell_engine, around.changed)
         self.watchers: list[Callable[[RunProgress], None]] = []
-        self._around = around
+        self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
+        self._around, self._timings = around, timings
         self.lasting = remembered  # it has served: from then on it waits for devices instead of giving up
         self._shares: dict[DeviceId, float] = {}
         self._message = ""
@@ -152,6 +155,14 @@ class Deployment:
             context,
             self.inspected.stop_ids,
         )
+
+    async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
+        """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
+        await self._prepare()
+        assert self.inspected is not None
+        self._free = {d: one.free_bytes + held.get(d, 0) for d, one in self._around.candidates().items()}
+        candidates = await self._timed(set())
+        return await asyncio.to_thread(draw_up, self.options, self.inspected, candidates, self._around.me)
 
     def own_tensors(self) -> dict[str, TensorAt]:
         """Where the tensors lie on this device."""
@@ -256,16 +267,12 @@ class Deployment:
         assert self.inspected is not None
         around, inspected = self._around, self.inspected
         self._become("planning", "")
-        candidates = {
-            device: replace(one, free_bytes=self._free.get(device, one.free_bytes))
-            for device, one in around.candidates().items()
-            if device not in absent or device == around.me
-        }
-        if around.me not in candidates:
-            raise UnavailableError("this device's engine is not running; see `peerllm status`")
-        goal = " (for latency: plans for throughput come later)" if self.options.objective == "throughput" else ""
-        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}{goal}")
+        candidates = await self._timed(absent)
+        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
         blueprint = await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
+        self.profiles = {
+            around.name(device): shown(one, inspected.profile, inspected.dtype) for device, one in candidates.items()
+        }
         moving = travelling(blueprint, inspected, around.me)
         hashes = await around.hashes(
             moving, lambda share: self._say("planning", f"hashing the weights that will travel: {share:.0%}", share)
@@ -290,6 +297,31 @@ class Deployment:
         await self._unless_trouble(assign_all(around, work))
         self._say("loading", "connecting")
         await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
+
+    async def _timed(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
+        """The devices that could take part, measured; InfeasibleError before any is measured in vain."""
+        assert self.inspected is not None
+        around, inspected = self._around, self.inspected
+        candidates = self._candidates(absent)
+        if not self._timings.known(inspected, candidates.values()):
+            await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
+        timings = await self._timings.of(inspected, candidates, lambda text: self._say("planning", text))
+        return {
+            device: replace(one, timing=timings[device]) if device in timings else one
+            for device, one in self._candidates(absent).items()  # measuring takes a while
+        }
+
+    def _candidates(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
+        """With what is free of their memory; UnavailableError if this device is not among them."""
+        around = self._around
+        candidates = {
+            device: replace(one, free_bytes=self._free.get(device, one.free_bytes))
+            for device, one in around.candidates().items()
+            if device not in absent or device == around.me
+        }
+        if around.me not in candidates:
+            raise UnavailableError("this device's engine is not running; see `peerllm status`")
+        return candidates
 
     async def _unless_trouble(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for `work`, or raise UnavailableError as soon as a device of the plan is in trouble."""

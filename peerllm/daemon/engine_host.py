@@ -18,6 +18,7 @@ from peerllm.engine.messages import (
     Failed,
     FromEngine,
     LinkLost,
+    LinkTraffic,
     LoadProgress,
     Submit,
     ToEngine,
@@ -199,7 +200,7 @@ class EngineHost:
             self._hear(message)
 
     def _hear(self, message: FromEngine) -> None:
-        if isinstance(message, Tokens | LoadProgress | LinkLost):
+        if isinstance(message, Tokens | LoadProgress | LinkLost | LinkTraffic):
             self._call(self._on_event, message)
             return
         answer = self._pending.pop(message.request, None)

@@ -55,6 +55,7 @@ class GenerateRequest:
     max_tokens: int
     sampling: Sampling
     client: str = ""
+    ignore_stop: bool = False  # go on to max_tokens whatever the model says
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ class Household(Protocol):
     """What the API may ask of the daemon. Errors are PeerLLMErrors with the HTTP status to answer with."""
 
     def status(self) -> dict[str, Any]:
-        """The object of design §9, plus "version", "api" and per device "engine", "compute", "rtt_ms", "address"."""
+        """The object of design §9, plus "version", "api", "links" and per device "engine",
+        "compute", "rtt_ms", "address"."""
         ...
 
     async def engine(self) -> dict[str, Any]:
@@ -89,6 +91,22 @@ class Household(Protocol):
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
         """Returns when the deployment serves, at once if it does already; raises with the reason if it will not."""
+        ...
+
+    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
+        """The scenario file of what `run` would plan for now; nothing is reserved or loaded."""
+        ...
+
+    def scenario(self, model: str) -> dict[str, Any]:
+        """Of a model started here: what it was planned for, its plan, and with which layer times.
+
+        "scenario" is the file of what was planned for, "alone" and "together" the same with the layer times of devices
+        by themselves and beside the others of their machine; "stages", "micro_batch".
+        """
+        ...
+
+    async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+        """Answers of a fixed length, all at once, measured (daemon/bench.py)."""
         ...
 
     async def stop(self, model: str) -> None: ...

@@ -19,7 +19,7 @@ from peerllm.daemon.weights.offers import Offers
 from peerllm.daemon.worker import Worker
 from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, TensorAt
 from peerllm.errors import PeerLLMError
-from peerllm.types import DeploymentId, DeviceId
+from peerllm.types import DeploymentId, DeviceId, LinkProfile
 
 INSPECT_TIMEOUT_S = 300.0
 RUNNING = "running"  # the engine's state in which a device can take part
@@ -56,13 +56,18 @@ class Home:
     def candidates(self) -> dict[DeviceId, Candidate]:
         parts = self._parts
         found: dict[DeviceId, Candidate] = {}
+        hops: dict[DeviceId, dict[DeviceId, LinkProfile]] = {}
+        for (a, b), figure in parts.network.survey.figures().items():
+            hops.setdefault(a, {})[b] = figure.profile
         if parts.host.state == RUNNING:
-            found[self.me] = Candidate(self.me, parts.hello(), parts.ledger.free_bytes, 0.0, None)
+            here = hops.get(self.me, {})
+            found[self.me] = Candidate(self.me, parts.hello(), parts.ledger.free_bytes, 0.0, None, hops=here)
         for device, peer in parts.network.peers().items():
             hello, view = peer.hello, peer.view
             if peer.state == "online" and hello is not None and view is not None and view.engine == RUNNING:
                 free = hello.lent_bytes - view.promised_bytes
-                found[device] = Candidate(device, hello, free, peer.rtt_ms, peer.mbps)
+                ways = hops.get(device, {})
+                found[device] = Candidate(device, hello, free, peer.rtt_ms, peer.mbps, hops=ways)
         return found
 
     def absent(self) -> list[str]:

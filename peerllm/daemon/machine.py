@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
 import platform
 from pathlib import Path
@@ -15,6 +16,7 @@ from peerllm.errors import BadInputError
 RESERVE_SHARE = 0.1  # of the machine's memory, kept for others where the owner said nothing ...
 RESERVE_BYTES = 512 << 20  # ... and at least this
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOCK_FILE = "daemon.lock"
 
 
@@ -53,6 +55,18 @@ def hardware() -> str:
                 model = line.partition(":")[2].strip()
                 break
     return f"{platform.system()} {platform.machine()} {model} {memory_bytes() >> 20} MiB"
+
+
+def fingerprint() -> str:
+    """The same for all that runs on one machine, containers included, until it starts anew; "" where it is unknown.
+
+    The system's own number for this start is random; what is told of it says nothing to anybody else.
+    """
+    try:
+        boot = BOOT_ID.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+    return hmac.new(b"peerllm machine 1", boot.encode(), "sha256").hexdigest()[:32] if boot else ""
 
 
 def lock(data_dir: Path) -> IO[str]:

@@ -1,20 +1,33 @@
-"""What this device computes a second, measured by its engine once per hardware and library version."""
+"""What this device computes: a second's worth by its engine, and milliseconds per kind of layer of any model.
+
+Each is measured once per hardware and library version.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from peerllm.codec import decode, encode
 from peerllm.daemon.engine_host import EngineHost
 from peerllm.daemon.machine import hardware
-from peerllm.engine.messages import Configured, Measure, Measured
-from peerllm.errors import EngineError, LinkError
+from peerllm.daemon.messages import Answer, Profile
+from peerllm.daemon.profile_file import Points, ProfileFile, layer_key
+from peerllm.daemon.profiles import checked
+from peerllm.engine.messages import Configured, LayersTimed, Measure, Measured, TimeLayers
+from peerllm.errors import BadInputError, EngineError, LinkError, OverloadedError, UnavailableError
+from peerllm.types import LayerKind
 
 MEASURE_TIMEOUT_S = 120.0
+LAYERS_TIMEOUT_S = 60.0  # beside the window; the engine may be at another model's
+MAX_WINDOW_S = 30.0
+MAX_CONFIG_CHARACTERS = 1 << 20
+MAX_KINDS = 64
+MAX_MEASURING = 4  # models whose layers wait to be timed here
 
 log = logging.getLogger(__name__)
 
@@ -52,3 +65,80 @@ def _read(file: Path) -> Compute | None:
     except (OSError, LinkError):
         return None  # not measured yet, or by another version
     return found
+
+
+class Engine(Protocol):
+    """What is needed of the engine's host."""
+
+    def next_request(self) -> int: ...
+
+    async def ask(self, message: object, timeout_s: float) -> object: ...
+
+
+class Profiler:
+    """Answers `Profile`: from the file, else by the engine, which then may take what is free of what is lent."""
+
+    def __init__(self, engine: Engine, free_bytes: Callable[[], int], computed_by: str, file: Path) -> None:
+        self._engine, self._free_bytes, self._computed_by = engine, free_bytes, computed_by
+        self._file, self._lock = ProfileFile(file), asyncio.Lock()
+        self._measuring: dict[tuple[str, ...], asyncio.Task[dict[LayerKind, Points]]] = {}
+
+    async def answer(self, question: Profile) -> Answer:
+        """Without times where they are not known and not asked for, or nothing has room; raises what goes wrong."""
+        if not 0 <= question.window_s <= MAX_WINDOW_S or (question.window_s > 0) != bool(question.company):
+            raise BadInputError(f"layers are timed in company for at most {MAX_WINDOW_S:g} s")
+        if len(question.config) > MAX_CONFIG_CHARACTERS or len(question.kinds) > MAX_KINDS:
+            raise BadInputError("this model's configuration is too large")
+        keys = {
+            kind: layer_key(self._computed_by, question.config, kind, question.dtype, question.company)
+            for kind in question.kinds
+        }
+        if not question.measure or not question.company:  # in company all measure, so that none is less disturbed
+            async with self._lock:
+                known = checked(await asyncio.to_thread(self._file.get, keys), question.kinds)
+            if len(known) == len(keys):
+                return Answer(0, layer_ms=known, cached=True)
+        if not question.measure:
+            return Answer(0)
+        found = await self._shared(question, keys)
+        return Answer(0, layer_ms={kind: found[kind] for kind in question.kinds if kind in found})
+
+    async def close(self) -> None:
+        """Nothing is measured any more; may be called twice."""
+        for task in self._measuring.values():
+            task.cancel()
+        await asyncio.gather(*self._measuring.values(), return_exceptions=True)
+
+    async def _shared(self, question: Profile, keys: dict[LayerKind, str]) -> dict[LayerKind, Points]:
+        """Who asks for the same meanwhile gets the same answer, and what has begun is kept though nobody waits."""
+        identity = tuple(keys.values())
+        task = self._measuring.get(identity)
+        if task is None:
+            if len(self._measuring) >= MAX_MEASURING:
+                raise OverloadedError(f"{MAX_MEASURING} models' layers wait to be timed here already")
+            task = asyncio.create_task(self._measure(question, keys), name="time layers")
+            self._measuring[identity] = task
+            task.add_done_callback(lambda done: self._over(identity, done))
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise UnavailableError("this device is being stopped")
+        return task.result()
+
+    def _over(self, identity: tuple[str, ...], task: asyncio.Task[dict[LayerKind, Points]]) -> None:
+        self._measuring.pop(identity, None)
+        if not task.cancelled():
+            task.exception()  # seen, also where nobody waits any more
+
+    async def _measure(self, question: Profile, keys: dict[LayerKind, str]) -> dict[LayerKind, Points]:
+        wanted = TimeLayers(
+            self._engine.next_request(), question.config, question.dtype, max(0, self._free_bytes()), question.window_s
+        )
+        answer = await self._engine.ask(wanted, LAYERS_TIMEOUT_S + question.window_s)
+        if not isinstance(answer, LayersTimed):
+            raise EngineError(f"the engine answered {type(answer).__name__} when layers were to be timed")
+        for reason in answer.skipped.values():
+            log.info("not timed: %s", reason)
+        found = checked(answer.layer_ms, question.kinds)
+        async with self._lock:
+            await asyncio.to_thread(self._file.put, {keys[kind]: points for kind, points in found.items()})
+        return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peerllm.transport.roster import RosterEntry
-from peerllm.types import DeploymentId, DeviceId, Stage
+from peerllm.types import DeploymentId, DeviceId, LayerKind, Stage
 
 DeploymentState = Literal["planning", "loading", "serving", "waiting", "failed", "stopped"]
 
@@ -31,6 +31,7 @@ class Hello:
     gflops: Mapping[str, float]
     architectures: tuple[str, ...]
     dtypes: tuple[str, ...]
+    machine: str = ""  # the same on devices that share a machine; "": unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,32 @@ class DeviceView:
     resident_bytes: int
     engine: str  # "running", "starting", "crashed: why"
     deployments: tuple[DeploymentView, ...]  # those it coordinates
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSeen:
+    """What the sender measured of its link with `device`; None: not measured. Ages are in seconds, when it was sent.
+
+    `hop_ms` and `frame_mbps` are of frames to that device's engine, `mbps` of downloads from that device.
+    """
+
+    device: DeviceId
+    rtt_ms: float | None = None
+    mbps: float | None = None
+    mbps_age_s: float = 0.0
+    mbps_from_traffic: bool = False  # refined by what downloads took
+    hop_ms: float | None = None
+    frame_mbps: float | None = None
+    hop_age_s: float = 0.0
+    hop_from_traffic: bool = False  # refined by what a request's frames took
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTable:
+    """All that the sender measured of its own links; replaces what it said before."""
+
+    links: tuple[LinkSeen, ...]
+    handover_ms: float | None = None  # from a frame's arrival until the sender's compute thread has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +196,23 @@ class Release:
     epoch: int
 
 
-Question = Reserve | Assign | Activate | Release
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Say how long each kind of layer takes here; with `measure` that is found out if it is not known from before.
+
+    `company` "": alone. Else it stands for the devices of this machine that are asked the same at the same moment, and
+    all of them compute for `window_s`.
+    """
+
+    config: str
+    dtype: str
+    kinds: tuple[LayerKind, ...]
+    measure: bool
+    company: str = ""
+    window_s: float = 0.0
+
+
+Question = Reserve | Assign | Activate | Release | Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +229,8 @@ class Answer:
     error: str = ""
     reason: str = ""
     free_bytes: int = 0
+    layer_ms: Mapping[LayerKind, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # of a Profile
+    cached: bool = False  # ... known from before
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,5 +254,5 @@ class Trouble:
 
 
 Control = (
-    Hello | Heartbeat | Goodbye | Gossip | Whereabouts | DeviceView | Ask | Answer | Progress | Trouble
+    Hello | Heartbeat | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer | Progress | Trouble
 )

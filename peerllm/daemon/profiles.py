@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
 
 from peerllm.daemon.messages import Hello
-from peerllm.engine.messages import Inspected
+from peerllm.daemon.network.linktables import UNKNOWN_FRAME_MS
+from peerllm.engine.messages import PASS, Inspected
 from peerllm.planner.memory import Shape
-from peerllm.types import DeviceId, DeviceProfile, LinkProfile, ModelProfile
+from peerllm.types import DeviceId, DeviceProfile, LayerKind, LinkProfile, ModelProfile
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BATCHES = (1, 4, 16, 64, 256)  # tokens at which a layer's time is told; linear between
+MAX_POINTS = 16  # token counts of a kind that another device may tell
+MAX_TOKENS = 1 << 16
+MAX_MS = 1e7
 LAYER_OVERHEAD_MS = 0.02  # a pass through a layer costs at least this however small the layer
-FRAME_MS = 0.3  # handing a frame to the network and taking it off costs this beside the wire
 UNKNOWN_RTT_MS = 2.0  # a link not yet measured
 UNKNOWN_MBPS = 100.0
 SLOWEST_GBYTES_PER_S = 0.5  # of a device that says nothing
 SLOWEST_GFLOPS = 1.0
 MOST_MEMORY_BYTES = 1 << 50  # whatever a device says: the planner adds devices up in 64 bits
+
+
+LayerTimes = Mapping[LayerKind, tuple[tuple[int, float], ...]]
+Source = Literal["measured", "cached", "estimated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What a device measured of a model's layers: alone, and while the others of its machine did the same."""
+
+    alone: LayerTimes = field(default_factory=dict)
+    together: LayerTimes | None = None
+    source: Source = "estimated"
+
+    def of(self, kind: LayerKind, busy: bool) -> tuple[tuple[int, float], ...]:
+        """`busy`: while the other devices of the machine work too. Empty where nothing was measured."""
+        return ((self.together or {}).get(kind) if busy else ()) or self.alone.get(kind, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +54,29 @@ class Candidate:
     free_bytes: int
     rtt_ms: float | None = None
     mbps: float | None = None
+    timing: Timing = Timing()
+    hops: Mapping[DeviceId, LinkProfile] = field(default_factory=dict)  # measured ways from it
+
+
+def kinds_of(model: ModelProfile) -> tuple[LayerKind, ...]:
+    """Everything a device is asked to time of a model."""
+    return (PASS, *dict.fromkeys(layer.kind for layer in model.layers))
+
+
+def checked(told: LayerTimes, kinds: tuple[LayerKind, ...]) -> dict[LayerKind, tuple[tuple[int, float], ...]]:
+    """Of what another device says the kinds that could be true; the rest counts as not measured."""
+    return {kind: points for kind in kinds if (points := told.get(kind, ())) and _plausible(points)}
+
+
+def _plausible(points: tuple[tuple[int, float], ...]) -> bool:
+    counts = [count for count, _ in points]
+    return (
+        len(points) <= MAX_POINTS
+        and counts[0] >= 1
+        and counts[-1] <= MAX_TOKENS
+        and all(a < b for a, b in pairwise(counts))
+        and all(math.isfinite(ms) and 0 < ms <= MAX_MS for _, ms in points)
+    )
 
 
 def able(candidate: Candidate, architecture: str, dtype: str) -> bool:
@@ -39,38 +84,71 @@ def able(candidate: Candidate, architecture: str, dtype: str) -> bool:
     return architecture in candidate.hello.architectures and dtype in candidate.hello.dtypes
 
 
-def device_profile(candidate: Candidate, model: ModelProfile, dtype: str) -> DeviceProfile:
-    """Layer times: the slower of reading the weights once and of computing every token."""
+def device_profile(
+    candidate: Candidate, model: ModelProfile, dtype: str, devices: int = 1, busy: bool = False
+) -> DeviceProfile:
+    """Layer times as measured, or else estimated; `busy`: while the other devices of its machine work too.
+
+    A layer has no part in what a pass costs beside its layers, but plans add up layers only. So the passes of a plan
+    over `devices` are spread evenly over the model's blocks: right for even stages, little off for others.
+    """
+    measured, estimate = candidate.timing, estimated(candidate, model, dtype)
+    blocks = sum(layer.kind not in ("embedding", "head") for layer in model.layers)
+    each = sum(ms for _, ms in measured.of(PASS, busy)[:1]) * devices / blocks
+    times: dict[LayerKind, tuple[tuple[int, float], ...]] = {}
+    for kind in estimate:
+        share = 0.0 if kind in ("embedding", "head") else each
+        times[kind] = tuple((n, ms + share) for n, ms in measured.of(kind, busy)) or estimate[kind]
+    memory = min(max(0, candidate.free_bytes), MOST_MEMORY_BYTES)
+    return DeviceProfile(candidate.device, candidate.hello.name, memory, times)
+
+
+def estimated(candidate: Candidate, model: ModelProfile, dtype: str) -> dict[LayerKind, tuple[tuple[int, float], ...]]:
+    """Layer times of a device that did not measure them: the slower of reading the weights and of computing."""
     hello = candidate.hello
     bytes_per_ms = max(hello.gbytes_per_s.get(dtype, 0.0), SLOWEST_GBYTES_PER_S) * 1e6
     flops_per_ms = max(hello.gflops.get(dtype, 0.0), SLOWEST_GFLOPS) * 1e6
-    times: dict[str, tuple[tuple[int, float], ...]] = {}
+    times: dict[LayerKind, tuple[tuple[int, float], ...]] = {}
     for layer in model.layers:
         weights = 0 if layer.kind == "embedding" else layer.memory_bytes  # a look-up reads a row a token
         each = 2 * weights / ITEMSIZE[dtype] / flops_per_ms
         once = weights / bytes_per_ms
         times[layer.kind] = tuple((n, LAYER_OVERHEAD_MS + max(once, n * each)) for n in BATCHES)
-    return DeviceProfile(candidate.device, hello.name, min(max(0, candidate.free_bytes), MOST_MEMORY_BYTES), times)
+    return times
+
+
+def shown(candidate: Candidate, model: ModelProfile, dtype: str) -> dict[str, Any]:
+    """A device's layer times as `status` tells them."""
+    timing = candidate.timing
+    alone = timing.alone or ({} if timing.together else estimated(candidate, model, dtype))
+
+    def table(times: LayerTimes) -> dict[str, dict[str, float]]:
+        return {kind: {str(n): round(ms, 5) for n, ms in points} for kind, points in times.items()}
+
+    together = None if timing.together is None else table(timing.together)
+    return {"alone": table(alone), "together": together, "source": timing.source}
 
 
 def link_profiles(
     candidates: Mapping[DeviceId, Candidate], source: DeviceId
 ) -> dict[tuple[DeviceId, DeviceId], LinkProfile]:
-    """Every ordered pair. Between two others only the slower of their ways to the source is known: it is taken."""
+    """Every ordered pair: as measured, or guessed: between two others as slow as the slower of their ways to here."""
 
-    def way(device: DeviceId) -> tuple[float, float]:
-        if device == source:
-            return 0.0, float("inf")
-        seen = candidates[device]
-        return seen.rtt_ms if seen.rtt_ms is not None else UNKNOWN_RTT_MS, seen.mbps or UNKNOWN_MBPS
+    def leg(a: DeviceId, b: DeviceId) -> LinkProfile:
+        """One that was measured, or to or from the source."""
+        if a in candidates and b in candidates[a].hops:
+            return candidates[a].hops[b]
+        other = candidates[b if a == source else a]
+        rtt_ms = UNKNOWN_RTT_MS if other.rtt_ms is None else other.rtt_ms
+        return LinkProfile(rtt_ms / 2 + UNKNOWN_FRAME_MS, other.mbps or UNKNOWN_MBPS)
 
-    links = {}
-    for a in candidates:
-        for b in candidates:
-            if a != b:
-                (rtt_a, mbps_a), (rtt_b, mbps_b) = way(a), way(b)
-                links[a, b] = LinkProfile(max(rtt_a, rtt_b) / 2 + FRAME_MS, min(mbps_a, mbps_b))
-    return links
+    def way(a: DeviceId, b: DeviceId) -> LinkProfile:
+        if source in (a, b) or b in candidates[a].hops:
+            return leg(a, b)
+        legs = leg(a, source), leg(source, b)
+        return LinkProfile(max(one.latency_ms for one in legs), min(one.mbps for one in legs))
+
+    return {(a, b): way(a, b) for a in candidates for b in candidates if a != b}
 
 
 def model_shape(inspected: Inspected) -> Shape:

@@ -200,8 +200,9 @@ class Sequences:
             sequence.submitted = time.monotonic()
             self._running.add(number)
             fits = min(sequence.max_tokens, self._room.context - len(request.prompt))
+            stop_ids = () if request.ignore_stop else self._room.stop_ids
             self._tell(
-                Submit(self._deployment, number, tuple(request.prompt), fits, self._room.stop_ids, request.sampling)
+                Submit(self._deployment, number, tuple(request.prompt), fits, stop_ids, request.sampling)
             )
             sequence.events.put_nowait(None)
         for number in self._queue.order():

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from peerllm.daemon.messages import DeploymentView, DeviceView, Hello
-from peerllm.daemon.network import Peer, Sighting
+from peerllm.daemon.network import LinkFigure, Peer, Sighting
 from peerllm.engine.messages import EngineLoad
-from peerllm.types import DeviceId
+from peerllm.types import DeploymentId, DeviceId, LinkProfile
 
 Name = Callable[[DeviceId], str]
 
@@ -40,8 +40,35 @@ def peer_entry(peer: Peer) -> dict[str, Any]:
     }
 
 
-def deployment_entry(view: DeploymentView, name: Name) -> dict[str, Any]:
-    """One deployment, devices by name."""
+def link_entries(
+    figures: Mapping[tuple[DeviceId, DeviceId], LinkFigure],
+    planned: Mapping[tuple[DeviceId, DeviceId], LinkProfile],
+    name: Name,
+) -> list[dict[str, Any]]:
+    """Every ordered pair, by name: as measured by either end, or what a plan would go by instead.
+
+    `hop_ms` is what a small frame takes from engine to engine, `mbps` what its size adds to that.
+    """
+    entries = []
+    for pair in sorted(figures.keys() | planned.keys(), key=lambda pair: (name(pair[0]), name(pair[1]), pair)):
+        figure = figures.get(pair)
+        profile = figure.profile if figure is not None else planned[pair]
+        entries.append(
+            {
+                "from": name(pair[0]),
+                "to": name(pair[1]),
+                "rtt_ms": figure.rtt_ms if figure is not None else None,
+                "mbps": profile.mbps,
+                "hop_ms": profile.latency_ms,
+                "source": figure.source if figure is not None else "guessed",
+                "age_s": figure.age_s if figure is not None else None,
+            }
+        )
+    return entries
+
+
+def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """One deployment, devices by name; `profiles` are known where it is coordinated."""
     stages = [
         {
             "device": name(stage.device),
@@ -59,6 +86,7 @@ def deployment_entry(view: DeploymentView, name: Name) -> dict[str, Any]:
         "coordinator": name(view.coordinator),
         "plan": {"stages": stages, "predicted": dict(view.predicted)},
         "measured": dict(view.measured),
+        "profiles": dict(profiles or {}),
         "reason": view.reason,
         "progress": view.progress,
     }
@@ -88,8 +116,11 @@ def sighting_entry(sighting: Sighting) -> dict[str, Any]:
 
 
 def deployments_of(
-    own: Iterable[DeploymentView], peers: Mapping[DeviceId, Peer], name: Name
+    own: Iterable[DeploymentView],
+    peers: Mapping[DeviceId, Peer],
+    name: Name,
+    profiles: Mapping[DeploymentId, Mapping[str, Any]],
 ) -> Sequence[dict[str, Any]]:
     """This device's deployments first, then those the others tell of."""
     told = (view for peer in peers.values() if peer.view for view in peer.view.deployments)
-    return [deployment_entry(view, name) for view in (*own, *told)]
+    return [deployment_entry(view, name, profiles.get(view.deployment)) for view in (*own, *told)]

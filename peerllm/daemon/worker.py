@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, assert_never
 
 from peerllm.daemon.assignments import Address, check, weight_bytes
@@ -19,6 +19,7 @@ from peerllm.daemon.messages import (
     Activate,
     Answer,
     Assign,
+    Profile,
     Progress,
     Question,
     Release,
@@ -58,6 +59,14 @@ class Engine(Protocol):
     def next_request(self) -> int: ...
 
     async def ask(self, message: object, timeout_s: float) -> object: ...
+
+
+class Profiler(Protocol):
+    """Who answers how long layers take here; raises what stands against it."""
+
+    async def answer(self, question: Profile) -> Answer: ...
+
+    async def close(self) -> None: ...
 
 
 class Fetcher(Protocol):
@@ -101,6 +110,7 @@ class Worker:
         ledger: Ledger,
         engine: Engine,
         store: Fetcher,
+        profiler: Profiler,
         *,
         own_tensors: Callable[[DeploymentId], Mapping[str, TensorAt]],
         address: Callable[[DeviceId], Address],
@@ -108,6 +118,7 @@ class Worker:
         changed: Callable[[], None],
     ) -> None:
         self._me, self.ledger, self._engine, self._store = me, ledger, engine, store
+        self._profiler = profiler
         self._own_tensors, self._address = own_tensors, address
         self._report, self._changed = report, changed
         self._held: dict[DeploymentId, _Held] = {}
@@ -125,6 +136,9 @@ class Worker:
                     await self._activate(sender, question)
                 case Release():
                     await self._release(sender, question)
+                case Profile():
+                    found = await self._profiler.answer(question)
+                    return replace(found, free_bytes=max(0, self.ledger.free_bytes))
                 case _:
                     assert_never(question)
         except PeerLLMError as error:
@@ -163,12 +177,13 @@ class Worker:
 
     async def close(self) -> None:
         """Let go of everything; may be called twice."""
+        await self._profiler.close()
         if self._lapsing is not None:
             self._lapsing.cancel()
         for deployment, held in list(self._held.items()):
             await self._let_go(deployment, held.epoch)
 
-    # ---- the four questions ---------------------------------------------------------------------------------------
+    # ---- the questions ---------------------------------------------------------------------------------------
 
     def _reserve(self, sender: DeviceId, asked: Reserve) -> None:
         self.ledger.reserve(asked, sender, time.monotonic())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import check, recipes
 from peerllm.errors import EngineError, ModelError
 
+PATTERN = 262_147  # made-up numbers before they repeat; prime
+SPREAD = 0.05  # of made-up numbers
 MAX_TABLE_BYTES = 1 << 30  # of a shard; masks of a long context are the largest
 
 
@@ -74,6 +77,34 @@ def fill(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...
                     _place(division.model, places.get(place, place), tensor)
             held += tensor.numel() * tensor.element_size()
     return held
+
+
+def make_up(division: Division, first: int, last: int) -> int:
+    """Fill the stripped model's layers first..last with made-up numbers, for timing; returns the bytes they take."""
+    places, held = _places(division, first), 0
+    for name, (dtype, shape) in _owned(division, first, last).items():
+        tensor = made_up(shape, dtype)
+        _place(division.model, places.get(name, name), tensor)
+        held += tensor.numel() * tensor.element_size()
+    return held
+
+
+def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Small numbers about zero, or about one for a norm: like a model's, and no denormals, which are slow."""
+    tensor = torch.zeros(shape, dtype=dtype)
+    if dtype.is_floating_point:
+        pattern, flat = _pattern(len(shape) == 1, dtype), tensor.view(-1)
+        for start in range(0, flat.numel(), PATTERN):
+            part = flat[start : start + PATTERN]
+            part.copy_(pattern[: part.numel()])
+    return tensor
+
+
+@lru_cache(maxsize=4)
+def _pattern(about_one: bool, dtype: torch.dtype) -> torch.Tensor:
+    """Drawing every number takes seconds for a large layer; a prime length leaves no two rows of a matrix alike."""
+    drawn = torch.empty(PATTERN).uniform_(-SPREAD, SPREAD, generator=torch.Generator().manual_seed(0))
+    return (drawn + about_one).to(dtype)
 
 
 def _aliases(division: Division, name: str) -> tuple[str, ...]:

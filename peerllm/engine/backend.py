@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 from peerllm.engine.base import Progress, Sampler, Shard
-from peerllm.engine.messages import Inspect, Inspected, LoadStage, Measure, Measured
+from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "aiohttp")
 
@@ -33,6 +33,10 @@ class Backend(Protocol):
     def load(self, spec: LoadStage, progress: Progress) -> Shard: ...
     def inspect(self, message: Inspect) -> Inspected: ...
     def measure(self, message: Measure) -> Measured: ...
+
+    def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
+        """`check` is called before every pass and raises when it shall end."""
+        ...
 
 
 def versions() -> dict[str, str]:

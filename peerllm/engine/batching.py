@@ -1,7 +1,9 @@
 """Which waiting work this engine computes next (design §5.4). Pure: no torch, no clock, no threads.
 
 Pieces are runs of one sequence's tokens. Steps (one token of an answer) go before prompt chunks, oldest first, packed
-into batches of at most `micro_batch` sequences; a batch of chunks carries at most `chunk` tokens. So that an unbroken
+into batches of at most `micro_batch` sequences; a batch of chunks carries at most `chunk` tokens. Of a plan's stages on
+one device (the source with the head) the earlier computes its steps first: a token then goes from the head straight
+into its next lap, and the two visits cost the pipeline no more than one (the simulator shows it). So that an unbroken
 stream of steps cannot starve a prompt, a batch of chunks follows at most STEPS_PER_CHUNK batches of steps.
 """
 
@@ -37,6 +39,8 @@ class _Waiting:
 
     micro_batch: int
     chunk: int
+    plan: Hashable  # stages of one plan share it ...
+    place: int  # ... and are told apart by their order
     steps: deque[tuple[int, Piece]] = field(default_factory=deque)
     chunks: deque[tuple[int, Piece]] = field(default_factory=deque)
 
@@ -49,8 +53,9 @@ class Scheduler(Generic[Key]):
         self._arrivals = 0
         self._streak = 0  # batches of steps since a chunk was last served or none was waiting
 
-    def add(self, stage: Key, micro_batch: int, chunk: int) -> None:
-        self._stages[stage] = _Waiting(micro_batch, chunk)
+    def add(self, stage: Key, micro_batch: int, chunk: int, plan: Hashable = None, place: int = 0) -> None:
+        """`plan` and `place`: stages of one plan in their order."""
+        self._stages[stage] = _Waiting(micro_batch, chunk, stage if plan is None else plan, place)
 
     def remove(self, stage: Key) -> None:
         self._stages.pop(stage, None)
@@ -88,7 +93,9 @@ class Scheduler(Generic[Key]):
         if not stepping:
             return None
         self._streak = self._streak + 1 if chunking else 0
-        key = min(stepping, key=_arrival)[1]
+        plan = self._stages[min(stepping, key=_arrival)[1]].plan
+        rivals = (key for _, key in stepping if self._stages[key].plan == plan)
+        key = min(rivals, key=lambda key: self._stages[key].place)
         waiting = self._stages[key]
         return key, _pack(waiting.steps, waiting.micro_batch, waiting.micro_batch)
 

@@ -76,7 +76,14 @@ class Lost:
     reason: str
 
 
-Event = Loaded | Linked | Arrived | Lost | Unload | Submit | Cancel | QueryLoad
+@dataclass(frozen=True, slots=True, eq=False)
+class Echoed:
+    """Another device times its link to here; `handled` is called when the frame would be computed."""
+
+    handled: Callable[[], None]
+
+
+Event = Loaded | Linked | Arrived | Lost | Echoed | Unload | Submit | Cancel | QueryLoad
 
 
 def reason_of(error: BaseException) -> str:
@@ -100,6 +107,7 @@ class Compute:
         self._threads, self._sampler, self._tell = threads, sampler, tell
         self._schedule: Scheduler[StageKey] = Scheduler()
         self._deployments: dict[DeploymentId, Deployment] = {}
+        self.batches = 0  # computed so far; any thread may read it
 
     def run(self) -> None:
         """Until the inbox is closed."""
@@ -119,6 +127,7 @@ class Compute:
     def _compute(self, key: StageKey, batch: list[Piece]) -> None:
         identity, index = key
         deployment = self._deployments[identity]
+        self.batches += 1
         try:
             result = deployment.stages[index].compute(batch)
         except Exception as error:  # whatever torch raises ends these sequences, not the engine
@@ -153,6 +162,8 @@ class Compute:
                     self._tell(Done(request))
                 else:
                     self._tell(Failed(request, "RefusedError", f"epoch {epoch} is not loaded here any more"))
+            case Echoed(handled):
+                handled()
             case Lost(identity, epoch, device, ingress, reason):
                 deployment = self._deployments.get(identity)
                 if deployment is not None and deployment.epoch == epoch:

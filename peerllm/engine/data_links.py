@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Iterable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
-from peerllm.engine.compute import Arrived, Event, Linked, Lost
+from peerllm.engine.compute import Arrived, Echoed, Event, Linked, Lost
 from peerllm.engine.inbox import Inbox
-from peerllm.engine.messages import Configure, Connect, Hop, LoadStage, Trusted
+from peerllm.engine.messages import (
+    Configure,
+    Connect,
+    FromEngine,
+    Hop,
+    LinkTimed,
+    LinkTraffic,
+    LoadStage,
+    TimeLink,
+    Trusted,
+)
 from peerllm.engine.wire import from_frame, source_limits, stage_limits
-from peerllm.errors import AuthenticationError, LinkError, RefusedError
+from peerllm.errors import AuthenticationError, BadInputError, LinkError, RefusedError
 from peerllm.transport.frames import Frame
 from peerllm.transport.identity import load
-from peerllm.transport.links import DataPlane, Ingress, Link
+from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Link
 from peerllm.types import DeploymentId, DeviceId
 
 CONNECT_TIMEOUT_S = 5.0  # the next engine may not expect us yet
 CONNECT_PAUSE_S = 0.1  # between two tries
 BACKLOG_BYTES = 64 << 20  # frames that came in and the compute thread has not seen; then the senders are held back
+REPORT_S = 1.0  # between two reports of how long frames take
+MAX_REPORTED = 256  # timings in one; each link gives a few a second, the oldest give way
+MAX_SIZES = 64  # frames of one TimeLink
 FRAME_COSTS_BYTES = 16 << 10  # what a frame counts for beside its tensors, which bounds their number
 
 
@@ -68,13 +83,18 @@ class _Known:
 class DataLinks:
     """The data plane of one engine."""
 
-    def __init__(self, configure: Configure, inbox: Inbox[Event]) -> None:
-        self._device, self._inbox = configure.device, inbox
+    def __init__(
+        self, configure: Configure, inbox: Inbox[Event], tell: Callable[[FromEngine], None] = lambda message: None
+    ) -> None:
+        self._device, self._inbox, self._tell = configure.device, inbox, tell
         identity = load(configure.certificate_path, configure.key_path)
-        self._plane = DataPlane(identity, configure.hosts, configure.port, self._lost)
+        self._plane = DataPlane(identity, configure.hosts, configure.port, self._lost, self._echoed)
         self._certificates: dict[DeviceId, str] = {}
         self._known: dict[DeploymentId, _Known] = {}
         self._backlog = Backlog(asyncio.get_running_loop())
+        self._echo_waits = False
+        self._timings: deque[tuple[DeviceId, int, float]] = deque(maxlen=MAX_REPORTED)
+        self._reporting: asyncio.TimerHandle | None = None
 
     @property
     def port(self) -> int:
@@ -134,12 +154,24 @@ class DataLinks:
         known.links.update(zip(wanted, links, strict=True))
         return Linked(message.request, message.deployment, message.epoch, dict(known.links))
 
+    async def time(self, message: TimeLink) -> LinkTimed:
+        """LinkError, AuthenticationError or BadInputError if that cannot be done."""
+        pem = self._certificates.get(message.device)
+        if pem is None:
+            raise AuthenticationError(f"device {message.device[:8]} is not of this household")
+        if len(message.sizes) > MAX_SIZES or not all(0 < size <= MAX_ECHO_BYTES for size in message.sizes):
+            raise BadInputError(f"at most {MAX_SIZES} frames of at most {MAX_ECHO_BYTES} bytes")
+        frames = await self._plane.echo(message.device, pem, message.hosts, message.port, message.sizes)
+        return LinkTimed(message.request, tuple(frames))
+
     async def forget(self, deployment: DeploymentId) -> None:
         """Ends all links of a deployment, in order."""
         self._known.pop(deployment, None)
         await self._plane.forget(deployment)
 
     async def close(self) -> None:
+        if self._reporting is not None:
+            self._reporting.cancel()
         self._known.clear()
         await self._plane.close()
 
@@ -151,7 +183,14 @@ class DataLinks:
                 if pem is None:
                     raise AuthenticationError(f"device {hop.device[:8]} is not of this household")
                 return await self._plane.connect(
-                    hop.device, pem, hop.hosts, hop.port, message.deployment, message.epoch, hop.stage
+                    hop.device,
+                    pem,
+                    hop.hosts,
+                    hop.port,
+                    message.deployment,
+                    message.epoch,
+                    hop.stage,
+                    partial(self._timed, hop.device),
                 )
             except (LinkError, AuthenticationError):
                 if asyncio.get_running_loop().time() >= deadline:
@@ -166,6 +205,31 @@ class DataLinks:
             Arrived(frame.deployment, frame.epoch, frame.stage, parcels, lambda: self._backlog.remove(size))
         )
         return None if room else self._backlog.room()
+
+    def _echoed(self, sender: DeviceId, frame: Frame) -> None:
+        """A frame goes the way of a stage's, up to the compute thread; one at a time, so that it crowds out nothing."""
+        if not self._echo_waits:
+            self._echo_waits = True
+            self._inbox.put(Echoed(self._echo_handled))
+            self._report_soon()
+
+    def _echo_handled(self) -> None:
+        self._echo_waits = False
+
+    def _timed(self, device: DeviceId, nbytes: int, seconds: float) -> None:
+        if nbytes:
+            self._timings.append((device, nbytes, seconds))
+            self._report_soon()
+
+    def _report_soon(self) -> None:
+        if self._reporting is None:
+            self._reporting = asyncio.get_running_loop().call_later(REPORT_S, self._report)
+
+    def _report(self) -> None:
+        self._reporting = None
+        frames = tuple(self._timings)
+        self._timings.clear()
+        self._tell(LinkTraffic(frames, self._inbox.handover_s))
 
     def _lost(self, deployment: DeploymentId, device: DeviceId, reason: str) -> None:
         known = self._known.get(deployment)

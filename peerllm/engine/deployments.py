@@ -55,7 +55,7 @@ class Deployment:
     def loaded(self, stage: Stage) -> None:
         spec = stage.spec
         self.stages[spec.stage] = stage
-        self._schedule.add((self.id, spec.stage), spec.micro_batch, spec.chunk)
+        self._schedule.add((self.id, spec.stage), spec.micro_batch, spec.chunk, self.id, spec.stage)
         if spec.stage == 0:
             self._source = Sequences(self.id, spec.slots, spec.context, spec.chunk, spec.stages)
 

@@ -89,7 +89,7 @@ def _layers(division: Division, made: set[str], hidden_size: int) -> tuple[Layer
         for a, b in division.tied.items()
     )
     states = probe(division, range(len(division.blocks)))
-    kinds = _kinds(division, states)
+    kinds = block_kinds(division, states)
     sent = hidden_size * division.dtype.itemsize
     layers = [Layer("embedding", "embedding", sizes[0], 0, sent)]
     for number, state in states.items():
@@ -108,7 +108,7 @@ def _layers(division: Division, made: set[str], hidden_size: int) -> tuple[Layer
     return (*layers, head)
 
 
-def _kinds(division: Division, states: dict[int, LayerState]) -> list[str]:
+def block_kinds(division: Division, states: dict[int, LayerState]) -> list[str]:
     """ "block" where all are alike, else one name for each way a block is built."""
     keys = [(states[number].kind, shape_key(block)) for number, block in enumerate(division.blocks)]
     distinct = list(dict.fromkeys(keys))

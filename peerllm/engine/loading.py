@@ -1,4 +1,8 @@
-"""The loader thread: what takes long and must not hold up steps (loading, inspecting, measuring), one job at a time."""
+"""The loader thread: what takes long and must not hold up steps (loading, inspecting, measuring), one job at a time.
+
+Layers are timed here and not in the compute thread: a single pass of a large one may take a second, for which steps
+would wait. Nothing is timed while steps are computed, nor while a stage is loaded, so memory is never taken twice.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,22 @@ from peerllm.engine.backend import Backend
 from peerllm.engine.base import Shard
 from peerllm.engine.compute import failed, return_memory
 from peerllm.engine.inbox import Inbox
-from peerllm.engine.messages import FromEngine, Inspect, LoadProgress, LoadStage, Measure
-from peerllm.errors import PeerLLMError, RefusedError
+from peerllm.engine.messages import FromEngine, Inspect, LoadProgress, LoadStage, Measure, TimeLayers
+from peerllm.errors import PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId
 
 MAX_JOBS = 256  # loads, inspections and measurements waiting
 PROGRESS_S = 0.1  # seconds between two LoadProgress of a stage
 ABANDONED = "the deployment was stopped while it was loading"
 
-Job = LoadStage | Inspect | Measure
+Job = LoadStage | Inspect | Measure | TimeLayers
 
 
 class Loader:
-    """`finished` gets each loaded shard, `tell` every other answer; both are called in the loader thread."""
+    """`finished` gets each loaded shard, `tell` every other answer; both are called in the loader thread.
+
+    `computed` says how many batches the compute thread has done.
+    """
 
     def __init__(
         self,
@@ -33,14 +40,18 @@ class Loader:
         backend: Backend,
         tell: Callable[[FromEngine], None],
         finished: Callable[[LoadStage, Shard], None],
+        computed: Callable[[], int] = lambda: 0,
     ) -> None:
         self._jobs: Inbox[Job] = Inbox(MAX_JOBS)
         self._threads, self._backend, self._tell, self._finished = threads, backend, tell, finished
+        self._computed, self._closed = computed, False
         self._lock = threading.Lock()
         self._wanted: dict[int, LoadStage] = {}  # by request: loads that nobody has abandoned or taken over
 
     def put(self, job: Job) -> None:
-        """OverloadedError if too many wait."""
+        """OverloadedError if too many wait; UnavailableError for what would have to wait for a load."""
+        if isinstance(job, TimeLayers) and self._wanted:
+            raise UnavailableError("a model is being loaded here; layers are timed when it is quiet")
         if isinstance(job, LoadStage):
             with self._lock:  # first of all: the loader thread may be at the job before `put` returns
                 self._wanted[job.request] = job
@@ -69,6 +80,7 @@ class Loader:
 
     def close(self) -> None:
         """The thread ends after the job it is at."""
+        self._closed = True
         with self._lock:
             self._wanted.clear()
         self._jobs.close()
@@ -94,6 +106,23 @@ class Loader:
                 self._tell(self._backend.inspect(job))
             case Measure():
                 self._tell(self._backend.measure(job))
+            case TimeLayers():
+                self._time(job)
+
+    def _time(self, job: TimeLayers) -> None:
+        before = self._computed()
+
+        def check() -> None:
+            if self._closed:
+                raise UnavailableError("the engine is stopping")
+            if self._computed() != before:
+                raise UnavailableError("an answer is being written here; layers are timed when it is quiet")
+
+        try:
+            timed = self._backend.time_layers(job, check)
+        finally:
+            return_memory()
+        self._tell(timed)
 
     def _load(self, spec: LoadStage) -> None:
         last = 0.0

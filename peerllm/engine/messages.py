@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peerllm.types import DeploymentId, DeviceId, ModelProfile, Sampling
+from peerllm.types import DeploymentId, DeviceId, LayerKind, ModelProfile, Sampling
 
+PASS: LayerKind = "pass"  # noqa: S105  # in a device's layer times: what a batch costs at a stage beside its layers
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -64,6 +65,21 @@ class Measure:
     """Measure this device's arithmetic and memory."""
 
     request: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLayers:
+    """Time each kind of layer of a model, made up from its configuration, while nothing else is computed here.
+
+    `window_s` 0: alone, in as little time as it takes. Else other engines of this machine do the same meanwhile, and
+    every one of them computes for so long.
+    """
+
+    request: int
+    config: str  # config.json's text
+    dtype: str
+    limit_bytes: int  # the most it may take
+    window_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +163,17 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class TimeLink:
+    """Time frames of these sizes to another device's engine, one at a time."""
+
+    request: int
+    device: DeviceId
+    hosts: tuple[str, ...]
+    port: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class QueryLoad:
     """Ask for `EngineLoad` (tests, status)."""
 
@@ -173,6 +200,18 @@ class Measured:
     request: int
     gbytes_per_s: Mapping[str, float]
     gflops: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LayersTimed:
+    """By layer kind, (tokens in a batch, milliseconds of one layer), rising in tokens; see engine/profiling.py.
+
+    The kind PASS is what a batch costs at a stage, however few its layers; the others are net of it.
+    """
+
+    request: int
+    layer_ms: Mapping[LayerKind, tuple[tuple[int, float], ...]]
+    skipped: Mapping[LayerKind, str]  # kind: why it was not timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +272,25 @@ class LinkLost:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkTimed:
+    """(bytes, seconds) of the frames that TimeLink asked for, each up to its arrival at the other engine."""
+
+    request: int
+    frames: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTraffic:
+    """How long some frames of running sequences took (device, bytes, seconds), at most a few a second.
+
+    `handover_s`: from an event's arrival here until the compute thread has it, where that had nothing to do.
+    """
+
+    frames: tuple[tuple[DeviceId, int, float], ...]
+    handover_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
     """What the engine holds now: (deployment, stage, slots in use), weights and KV bytes; for status and tests."""
 
@@ -245,8 +303,10 @@ class EngineLoad:
 
 
 ToEngine = (
-    Configure | Trust | Measure | Inspect | LoadStage | Connect | Unload | Submit | Cancel | QueryLoad
+    Configure | Trust | Measure | TimeLayers | Inspect | LoadStage | Connect | Unload | Submit | Cancel | TimeLink
+    | QueryLoad
 )
 FromEngine = (
-    Configured | Measured | Inspected | LoadProgress | Done | Failed | Tokens | LinkLost | EngineLoad
+    Configured | Measured | LayersTimed | Inspected | LoadProgress | Done | Failed | Tokens | LinkLost | LinkTimed
+    | LinkTraffic | EngineLoad
 )

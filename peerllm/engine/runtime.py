@@ -31,6 +31,8 @@ from peerllm.engine.messages import (
     Measure,
     QueryLoad,
     Submit,
+    TimeLayers,
+    TimeLink,
     ToEngine,
     Tokens,
     Trust,
@@ -114,9 +116,9 @@ class Engine:
         gc.collect()
         gc.freeze()
         compute = Compute(message.threads, self._backend.sampler, self.tell)
-        links = DataLinks(message, compute.inbox)
+        links = DataLinks(message, compute.inbox, self.tell)
         await links.start(message.trusted)
-        loader = Loader(message.threads, self._backend, self.tell, self._loaded)
+        loader = Loader(message.threads, self._backend, self.tell, self._loaded, lambda: compute.batches)
         self._parts = compute, loader, links
         self._threads = [start(compute, self._thread_ended), loader.start()]
         self.tell(
@@ -129,12 +131,14 @@ class Engine:
         match message:
             case Submit() | Cancel() | QueryLoad():
                 compute.inbox.put(message)
-            case LoadStage() | Inspect() | Measure():
+            case LoadStage() | Inspect() | Measure() | TimeLayers():
                 loader.put(message)
             case Trust(trusted):
                 await links.trust(trusted)
             case Connect():
                 self._spawn(self._connect(message, compute, links), f"connect {message.deployment[:8]}")
+            case TimeLink():
+                self._spawn(self._time(message, links), f"time the link to {message.device[:8]}")
             case Unload(_, deployment):
                 loader.abandon(deployment)
                 compute.inbox.put(message, always=True)
@@ -146,6 +150,12 @@ class Engine:
         try:
             compute.inbox.put(await links.connect(message), always=True)
         except Exception as error:  # what a coordinator asks for must not end the engine
+            self._refuse(message, error)
+
+    async def _time(self, message: TimeLink, links: DataLinks) -> None:
+        try:
+            self.tell(await links.time(message))
+        except PeerLLMError as error:
             self._refuse(message, error)
 
     def _loaded(self, spec: LoadStage, shard: Shard) -> None:

@@ -46,6 +46,35 @@ def make_model_dir(path: Path, template: str | None = TEMPLATE, generation: dict
     return path
 
 
+SCENARIO: dict[str, Any] = {
+    "model": {
+        "name": "builtin",
+        "layers": [
+            {"name": "e", "kind": "embedding", "memory_bytes": 9, "kv_bytes_per_token": 0, "output_bytes_per_token": 8},
+            {
+                "name": "block",
+                "kind": "block",
+                "repeat": 2,
+                "memory_bytes": 9,
+                "kv_bytes_per_token": 1,
+                "output_bytes_per_token": 8,
+            },
+            {"name": "h", "kind": "head", "memory_bytes": 9, "kv_bytes_per_token": 0, "output_bytes_per_token": 4},
+        ],
+    },
+    "devices": [
+        {
+            "name": "laptop",
+            "memory_bytes": 1_000_000,
+            "layer_ms": {"embedding": {"1": 0.1}, "block": {"1": 1.5}, "head": {"1": 0.9}},
+        }
+    ],
+    "links": {"default": None, "pairs": []},
+    "source": "laptop",
+    "workload": {"prompt_tokens": 32, "output_tokens": 96, "sequences": 4, "context": 256},
+}
+
+
 class FakeHousehold:
     """Says `reply` byte by byte; every way of failing can be switched on."""
 
@@ -149,6 +178,31 @@ class FakeHousehold:
                 raise self.run_error
         finally:
             self.run_done.set()
+
+    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
+        self.calls.append(("preview", options))
+        progress(RunProgress("planning", "measuring laptop"))
+        if options.model == "unknown":
+            raise NotFoundError("no model 'unknown'")
+        return SCENARIO
+
+    def scenario(self, model: str) -> dict[str, Any]:
+        if model != "builtin":
+            raise NotFoundError(f"{model} does not run from here")
+        stages = [{"device": "laptop", "first_layer": 0, "last_layer": 3}]
+        return {name: SCENARIO for name in ("scenario", "alone", "together")} | {"stages": stages, "micro_batch": 1}
+
+    async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+        self.calls.append(("bench", model, sequences, prompt_tokens, output_tokens))
+        return {
+            "sequences": sequences,
+            "prompt_tokens": prompt_tokens,
+            "output_tokens": output_tokens,
+            "time_to_first_token_ms": [20.0] * sequences,
+            "step_ms": [4.0] * sequences,
+            "tokens_per_second": 200.0 * sequences,
+            "steady_tokens_per_second": 250.0 * sequences,
+        }
 
     async def stop(self, model: str) -> None:
         self.calls.append(("stop", model))

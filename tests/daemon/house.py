@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peerllm.daemon.coordinator import Coordinator
 from peerllm.daemon.ledger import Ledger
+from peerllm.daemon.measuring import Profiler
 from peerllm.daemon.messages import Hello
 from peerllm.daemon.profiles import Candidate
 from peerllm.daemon.worker import Worker
@@ -17,21 +18,25 @@ from peerllm.engine.messages import (
     Done,
     EngineLoad,
     Inspected,
+    LayersTimed,
     LoadProgress,
     LoadStage,
     QueryLoad,
     TensorAt,
+    TimeLayers,
     Unload,
 )
 from peerllm.errors import EngineError, LinkError, NotFoundError, RefusedError
 from peerllm.types import Layer, ModelProfile
 
 BLOCK = 1_000_000  # bytes of one block of the toy models
+LAYER_MS = {"pass": ((1, 0.1),), "embedding": ((1, 0.01),), "block": ((1, 1.0), (128, 9.0)), "head": ((1, 0.5),)}
 CONFIG = '{"num_attention_heads": 1, "intermediate_size": 8}'
 
 
-def hello(name, lent):
-    return Hello(1, "0", {}, name, 1, 2, lent * 2, lent, {"float32": 10.0}, {"float32": 50.0}, ("llama",), ("float32",))
+def hello(name, lent, machine=""):
+    gbytes, gflops = {"float32": 10.0}, {"float32": 50.0}
+    return Hello(1, "0", {}, name, 1, 2, lent * 2, lent, gbytes, gflops, ("llama",), ("float32",), machine)
 
 
 def inspected(name, blocks, max_context=64):
@@ -58,6 +63,8 @@ class FakeEngine:
         self.loading = asyncio.Event()
         self.unloads = 0
         self.fail: Exception | None = None
+        self.layer_ms = dict(LAYER_MS)  # what timing layers finds, or why it cannot
+        self.timing = None  # called with each TimeLayers before it is answered
 
     def next_request(self):
         return next(self._numbers)
@@ -85,6 +92,12 @@ class FakeEngine:
                 self._house.devices[self._device].worker.progress(
                     LoadProgress(message.deployment, message.stage, nbytes, nbytes)
                 )
+            case TimeLayers():
+                if self.timing is not None:
+                    await self.timing(message)
+                if isinstance(self.layer_ms, Exception):
+                    raise self.layer_ms
+                return LayersTimed(message.request, self.layer_ms, {})
             case QueryLoad():
                 return EngineLoad(message.request, (), self.held, 0, self.held)
             case Unload():
@@ -126,6 +139,7 @@ class Device:
     me: str
     lent: int
     online: bool = True
+    machine: str = ""
     told: list = field(default_factory=list)
     offers: dict = field(default_factory=dict)
 
@@ -139,6 +153,9 @@ class Device:
             self.ledger,
             self.engine,
             self.store,
+            Profiler(
+                self.engine, lambda: self.ledger.free_bytes, self.me[:4], self.house.folder / f"{self.me[:4]}.profiles"
+            ),
             own_tensors=self.coordinator.own_tensors,
             address=lambda device: (("127.0.0.1",), 1),
             report=self.report,
@@ -154,7 +171,9 @@ class Device:
 
     def candidates(self):
         return {
-            device: Candidate(device, hello(self.name(device), one.lent), one.ledger.free_bytes, 1.0, 1000.0)
+            device: Candidate(
+                device, hello(self.name(device), one.lent, one.machine), one.ledger.free_bytes, 1.0, 1000.0
+            )
             for device, one in self.house.devices.items()
             if one.online
         }

@@ -9,8 +9,10 @@ import pytest
 
 from peerllm.daemon import deployment as module
 from peerllm.daemon.facade import GenerateRequest, RunOptions
-from peerllm.engine.messages import Submit, Tokens
+from peerllm.engine.messages import Submit, TimeLayers, Tokens
 from peerllm.errors import BadInputError, EngineError, InfeasibleError, NotFoundError, PeerLLMError, RefusedError
+from peerllm.planner.scenario import parse
+from peerllm.planner.strategies import plan
 from peerllm.types import Sampling
 from tests.daemon.house import BLOCK, House, inspected
 
@@ -62,7 +64,7 @@ async def test_a_model_for_three_is_served_by_three(houses):
 async def test_one_device_is_enough_when_it_is(houses):
     house = houses([9, 9], small=4)
     await house["a"].coordinator.run(RunOptions("small"), quiet)
-    assert not house["b"].engine.seen and len(view(house["a"]).stages) == 1
+    assert [type(m) for m in house["b"].engine.seen] == [TimeLayers] and len(view(house["a"]).stages) == 1
 
 
 async def test_what_is_missing_is_said_and_nothing_stays(houses):
@@ -299,3 +301,44 @@ async def test_submits_reach_the_engine_only_while_serving(houses):
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+async def test_a_preview_reserves_nothing_and_counts_what_the_model_holds_already(houses):
+    house = houses([3, 3, 3], big=8)
+    a = house["a"]
+    before = await a.coordinator.preview(RunOptions("big"), quiet)
+    assert not any(device.ledger.promised_bytes for device in house.devices.values())
+    await a.coordinator.run(RunOptions("big"), quiet)
+    after = await a.coordinator.preview(RunOptions("big"), quiet)
+    assert [one["memory_bytes"] for one in after["devices"]] == [one["memory_bytes"] for one in before["devices"]]
+    running = a.coordinator.scenario("big")
+    planned = plan(parse(running["scenario"]), "edgeshard", "latency")
+    assert [(stage.device, stage.first_layer, stage.last_layer) for stage in planned.stages] == [
+        (one["device"], one["first_layer"], one["last_layer"]) for one in running["stages"]
+    ]
+    with pytest.raises(InfeasibleError, match="big"):
+        await a.coordinator.preview(RunOptions("big", slots=200), quiet)
+    with pytest.raises(NotFoundError):
+        a.coordinator.scenario("other")
+
+
+async def test_throughput_is_planned_with_micro_batches(houses):
+    house = houses([9, 9, 9], big=8)
+    a = house["a"]
+    await a.coordinator.run(RunOptions("big", objective="throughput", slots=6), quiet)
+    running = a.coordinator.scenario("big")
+    planned = plan(parse(running["scenario"]), "edgeshard", "throughput")
+    assert planned.optimal
+    assert running["micro_batch"] == planned.predicted.micro_batch
+    assert view(a).predicted["tokens_per_second"] == pytest.approx(planned.predicted.tokens_per_second)
+
+
+async def test_bench_refuses_what_does_not_fit(houses):
+    house = houses([9], big=8)
+    coordinator = house["a"].coordinator
+    await coordinator.run(RunOptions("big", slots=2, context=64), quiet)
+    for asked in ((3, 8, 8), (1, 60, 8)):
+        with pytest.raises(BadInputError, match="slots"):
+            await coordinator.bench("big", *asked)
+    with pytest.raises(NotFoundError):
+        await coordinator.bench("other", 1, 8, 8)

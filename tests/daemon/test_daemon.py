@@ -144,6 +144,12 @@ async def test_the_builtin_model_over_three_says_what_one_device_says(daemons):
         wanted = await expected(model, prompt, 24)
         assert ids == wanted[: len(ids)] and (len(ids) == 24 or wanted[len(ids)] == model.config.eos_token_id)
     await until(daemons, lambda: all((deployment(d, "builtin") or {}).get("measured") for d in daemons))
+    profiles = deployment(laptop, "builtin")["profiles"]
+    assert set(profiles) == {"laptop", "mini-pc", "jetson"}, "one machine; too small for all of it"
+    for profile in profiles.values():
+        assert profile["source"] == "measured"
+        for times in (profile["alone"], profile["together"]):
+            assert set(times) == {"pass", "embedding", "block", "head"} and {"1", "4", "128"} <= set(times["block"])
     for daemon in daemons:
         seen = deployment(daemon, "builtin")
         assert (seen["state"], seen["epoch"], seen["coordinator"]) == ("serving", 1, "laptop")

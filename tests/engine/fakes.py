@@ -19,10 +19,12 @@ from peerllm.engine.messages import (
     Configured,
     Inspect,
     Inspected,
+    LayersTimed,
     LoadStage,
     Measure,
     Measured,
     Submit,
+    TimeLayers,
     Tokens,
 )
 from peerllm.engine.runtime import Engine
@@ -81,6 +83,7 @@ class FakeBackend:
     def __init__(self) -> None:
         self.shards: list[FakeShard] = []
         self.before_forward: Callable[[FakeShard, Sequence[Segment]], None] = lambda shard, segments: None
+        self.between_passes: Callable[[Callable[[], None]], None] = lambda check: check()
         self.before_load: Callable[[LoadStage, Progress], None] = lambda spec, progress: None
 
     def sampler(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -100,6 +103,10 @@ class FakeBackend:
 
     def measure(self, message: Measure) -> Measured:
         return Measured(message.request, {}, {})
+
+    def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
+        self.between_passes(check)
+        return LayersTimed(message.request, {}, {})
 
 
 class Line:

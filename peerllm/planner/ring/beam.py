@@ -67,10 +67,10 @@ def search(limits: Limits, found: Relaxed, goal: float, width: int) -> tuple[Way
     best = int(total.argmin())
     if not total[best] <= goal:
         return None, whole, work
-    way, row = [], base + best
-    while row >= 0:
-        kind_, end_, row = trail[row]
-        way.append(Visit(kind_, end_))
+    way, place = [], base + best
+    while place >= 0:
+        one, end, place = trail[place]
+        way.append(Visit(one, end))
     return tuple(reversed(way)), whole, work
 
 

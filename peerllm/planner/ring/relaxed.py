@@ -6,17 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from peerllm.planner.ascent import Ascent
 from peerllm.planner.relaxation import Floats
 from peerllm.planner.ring.chain import Limits, Visit, Way
 
 STEPS = 120  # of subgradient ascent
-FIRST_PACE = 0.5  # of Polyak's step
-AIM = 0.15  # how far above the bound, relative, the ascent aims at most
-MOMENTUM = 0.5  # of the last direction that is kept
-PATIENCE = 6  # steps without a better bound before the pace shrinks
-SHRINK = 0.6
-STALLED = 1e-3  # relative gain of the bound below which a step counts as none
-GIVE_UP = 24  # such steps in a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,36 +90,17 @@ def fair_price(limits: Limits) -> Floats:
 def ascend(limits: Limits, price: Floats, goal: float, steps: int = STEPS) -> tuple[Relaxed, Way | None, int]:
     """Raise the bound until it passes `goal` (refuted), a way respects every count, or it grows no more.
 
-    Deflected subgradients with Polyak's step. Returns the best bound, a way of at most `goal` if one was met, and the
-    passes it took.
+    Returns the best bound, a way of at most `goal` if one was met, and the passes it took.
     """
     many = limits.chain.many
-    kept = found = relaxed(limits, price)
-    pace, idle, stalled = FIRST_PACE, 0, 0
-    drift = np.zeros(len(price))
-    for step in range(1, steps + 1):
-        if not found.value <= goal:
-            return found, None, step
+    way: Way = ()
+
+    def judge(found: Relaxed) -> tuple[Floats, bool]:
+        nonlocal way
         way = way_of(limits, found)
-        count = visits(way, len(price))
-        if (count <= many).all() and found.value + float(price @ (many - count)) <= goal:
-            return found, way, step
-        stalled = 0 if found.value > kept.value + STALLED * abs(kept.value) else stalled + 1
-        idle = 0 if found.value > kept.value + STALLED / 10 * abs(kept.value) else idle + 1
-        if found.value > kept.value:
-            kept = found
-        if stalled > GIVE_UP:
-            break
-        if idle == PATIENCE:
-            pace, idle, price, drift = pace * SHRINK, 0, kept.price, np.zeros(len(price))
-            found = kept
-            continue
-        drift = count - many + MOMENTUM * drift
-        aim = min(goal, kept.value + AIM * abs(kept.value)) + 1e-12
-        slope = np.where((drift < 0) & (price <= 0), 0.0, drift)
-        norm = float(slope @ slope)
-        if norm == 0:
-            break
-        price = np.maximum(0.0, price + pace * (aim - found.value) / norm * slope)
-        found = relaxed(limits, price)
-    return (found if found.value > kept.value else kept), None, step
+        count = visits(way, len(many))
+        good = bool((count <= many).all()) and found.value + float(found.price @ (many - count)) <= goal
+        return count - many, good
+
+    found, good, passes = Ascent(lambda price: relaxed(limits, price), judge).climb(price, goal, steps)
+    return found, (way if good else None), passes

@@ -1,0 +1,123 @@
+"""`peerllm bench`: what a served model does now, beside what was predicted of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean, median
+from typing import Any
+from urllib.parse import quote
+
+from tqdm import tqdm
+
+from peerllm.cli.device import LocalDevice
+from peerllm.cli.terminal import printable, table
+from peerllm.errors import NotFoundError
+from peerllm.planner.cost import lap_of
+from peerllm.planner.scenario import Scenario, parse
+from peerllm.planner.simulator import simulate
+from peerllm.types import Stage, Workload
+
+ROUNDS = 3  # of each number of sequences; the median counts
+BENCH_TIMEOUT_S = 600.0
+
+
+def run(args: argparse.Namespace) -> None:
+    device = LocalDevice(args.data)
+    model = _served(device, args.model)
+    planned = device.get(f"/peerllm/v1/scenario?model={quote(model, safe='')}")
+    scenario = parse(planned["scenario"])
+    alone, busy = (replace(scenario, devices=parse(planned[name]).devices) for name in ("alone", "together"))
+    stages = tuple(Stage(one["device"], one["first_layer"], one["last_layer"]) for one in planned["stages"])
+    work = scenario.workload
+    prompt = args.prompt_tokens or min(work.prompt_tokens, work.context // 2)
+    output = args.output_tokens or min(64, work.context - prompt)
+    counts = [args.sequences] if args.sequences else _counts(work.sequences)
+    rows = []
+    for count in tqdm(counts, desc="sequences", disable=not sys.stderr.isatty(), leave=False):
+        body = {"model": model, "sequences": count, "prompt_tokens": prompt, "output_tokens": output}
+        rounds = [device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S) for _ in range(ROUNDS)]
+        batch = int(planned["micro_batch"])
+        # With one sequence only one stage computes at a time; with several, devices of one machine disturb each other.
+        said = predicted(busy if count > 1 else alone, stages, count, batch, prompt, output)
+        rows.append({**said, "measured": _median(rounds)})
+    if args.json:
+        print(json.dumps({"model": model, "prompt_tokens": prompt, "output_tokens": output, "runs": rows}))
+    else:
+        print(text(model, prompt, output, rows))
+
+
+def predicted(
+    scenario: Scenario, stages: Sequence[Stage], sequences: int, micro_batch: int, prompt: int, output: int
+) -> dict[str, Any]:
+    """By the simulator, event by event, and by the formula (papers.md, EdgeShard), for so many sequences at once."""
+    old = scenario.workload
+    work = Workload(prompt, output, sequences, old.context, old.objective, old.prompt_chunk)
+    batch = min(micro_batch, sequences)
+    groups = -(-sequences // batch)
+    known = scenario.model, scenario.devices, scenario.links, tuple(stages)
+    found = simulate(*known, work, schedule="no-bubble", micro_batch=batch, micro_batches=groups, media=scenario.media)
+    lap = lap_of(*known, batch, scenario.media)
+    return {
+        "sequences": sequences,
+        "predicted": {
+            "time_to_first_token_ms": fmean(found.time_to_first_token_ms),
+            "step_ms": found.step_ms,
+            "steady_tokens_per_second": found.steady_tokens_per_second,
+            "formula_tokens_per_second": 1000 * lap.rate(groups),
+            "bottleneck": lap.bottleneck,
+        },
+    }
+
+
+def text(model: str, prompt: int, output: int, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Prediction beside measurement, a line for each number of sequences."""
+    head = [("SEQUENCES", "FIRST TOKEN", "", "A STEP", "", "TOKENS/S", "", "RATIO")]
+    head.append(("", "predicted", "measured", "predicted", "measured", "predicted", "measured", ""))
+    for one in rows:
+        said, seen = one["predicted"], one["measured"]
+        rate, got = said["steady_tokens_per_second"], seen["steady_tokens_per_second"]
+        head.append((
+            str(one["sequences"]), _ms(said["time_to_first_token_ms"]), _ms(seen["time_to_first_token_ms"]),
+            _ms(said["step_ms"]), _ms(seen["step_ms"]), f"{rate:.4g}", "" if got is None else f"{got:.4g}",
+            "" if got is None else f"{got / rate:.2f}",
+        ))  # fmt: skip
+    title = f"{printable(model)}: prompts of {prompt} tokens, answers of {output}, median of {ROUNDS}"
+    return f"{title}\n{table(head)}\nRATIO is measured over predicted tokens/s."
+
+
+def _median(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rates = [one["steady_tokens_per_second"] for one in rounds if one["steady_tokens_per_second"] is not None]
+    steps = [fmean(one["step_ms"]) for one in rounds if one["step_ms"]]
+    return {
+        "time_to_first_token_ms": median(fmean(one["time_to_first_token_ms"]) for one in rounds),
+        "step_ms": median(steps) if steps else 0.0,
+        "tokens_per_second": median(one["tokens_per_second"] for one in rounds),
+        "steady_tokens_per_second": median(rates) if rates else None,
+    }
+
+
+def _counts(most: int) -> list[int]:
+    """1, 2, 4, ... and the most."""
+    return sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
+
+
+def _served(device: LocalDevice, model: str | None) -> str:
+    status = device.get("/peerllm/v1/status")
+    here = status["device"]["name"]
+    names = [
+        str(one["model"])
+        for one in status["deployments"]
+        if one["state"] == "serving" and one["coordinator"] == here and model in (None, one["model"])
+    ]
+    if not names:
+        which = "no model" if model is None else printable(model)
+        raise NotFoundError(f"{which} is served from this device; start one with: peerllm run builtin")
+    return names[0]
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"

@@ -1,0 +1,60 @@
+"""`peerllm plan MODEL` and `peerllm bench` against the API, with a household that is made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_commands import Run, Served, device, peerllm
+
+__all__ = ["device", "peerllm"]
+
+
+def test_a_model_is_planned_as_run_would(peerllm: Run, device: Served) -> None:
+    code, out, err = peerllm("plan", "builtin", "--slots", "4", "--objective", "throughput", "--json")
+    line = json.loads(out)
+    assert code == 0
+    assert line["feasible"] and line["stages"] == [{"device": "laptop", "first_layer": 0, "last_layer": 3}]
+    assert line["predicted"]["micro_batch"] * line["predicted"]["micro_batches"] <= 4
+    assert "measuring laptop" in err
+    ((_, options),) = [call for call in device.household.calls if call[0] == "preview"]
+    assert (options.model, options.slots, options.objective) == ("builtin", 4, "throughput")
+
+
+def test_what_was_planned_for_can_be_kept_and_planned_again(peerllm: Run, tmp_path: Path) -> None:
+    kept = tmp_path / "scenario.json"
+    assert peerllm("plan", "builtin", "--save", str(kept))[0] == 0
+    first = json.loads(peerllm("plan", "builtin", "--json")[1])
+    again = json.loads(peerllm("plan", str(kept), "--json")[1])
+    assert {**first, "solve_ms": 0} == {**again, "solve_ms": 0}
+
+
+def test_an_unknown_model_and_a_place_that_cannot_be_written(peerllm: Run, tmp_path: Path) -> None:
+    code, _, err = peerllm("plan", "unknown")
+    assert code == 1
+    assert err.splitlines()[-1] == "peerllm: no model 'unknown'"
+    code, _, err = peerllm("plan", "builtin", "--save", str(tmp_path / "no" / "where.json"))
+    assert code == 1
+    assert "cannot be written" in err.splitlines()[-1]
+
+
+def test_bench_prints_the_prediction_beside_what_was_measured(peerllm: Run, device: Served) -> None:
+    code, out, _ = peerllm("bench", "--json", "--output-tokens", "16")
+    found = json.loads(out)
+    assert code == 0
+    assert [one["sequences"] for one in found["runs"]] == [1, 2, 4]
+    one = found["runs"][0]
+    assert one["predicted"]["step_ms"] == pytest.approx(0.1 + 2 * 1.5 + 0.9)
+    assert one["predicted"]["formula_tokens_per_second"] == pytest.approx(250)
+    assert one["predicted"]["steady_tokens_per_second"] == pytest.approx(250, rel=0.01)
+    assert one["measured"]["steady_tokens_per_second"] == 250
+    assert {call[2:] for call in device.household.calls if call[0] == "bench"} == {(n, 32, 16) for n in (1, 2, 4)}
+
+
+def test_bench_for_people(peerllm: Run) -> None:
+    code, out, _ = peerllm("bench", "--sequences", "1")
+    assert code == 0
+    assert "predicted" in out and "measured" in out and out.count("1.00") == 1
+    assert peerllm("bench", "--model", "other")[0] == 1

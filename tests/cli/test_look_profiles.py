@@ -1,0 +1,26 @@
+"""How `peerllm status` tells the speed of each device of a plan."""
+
+from __future__ import annotations
+
+import pytest
+
+from peerllm.cli.look import deployment_text
+
+BLOCKS = {"pass": {"1": 9.0}, "block:full": {"1": 1.0, "128": 50.0}, "block:window": {"1": 2.0}, "head": {"1": 7.0}}
+
+
+@pytest.mark.parametrize(
+    ("profiles", "text"),
+    [
+        ({"a": {"alone": BLOCKS, "together": None, "source": "measured"}}, "1.5 ms"),
+        ({"a": {"alone": BLOCKS, "together": {"block:full": {"1": 4.0}}, "source": "cached"}}, "1.5 ms, 4 together"),
+        ({"a": {"alone": BLOCKS, "together": None, "source": "estimated"}}, "about 1.5 ms"),
+        ({"a": {"alone": {"head": {"1": 1.0}}, "together": None, "source": "measured"}}, "1 kB"),
+        ({}, "1 kB"),
+    ],
+)
+def test_the_time_of_a_block_stands_beside_each_stage(profiles: dict[str, object], text: str) -> None:
+    stage = {"device": "a", "first_layer": 0, "last_layer": 3, "memory_bytes": 1000}
+    one = {"model": "m", "state": "serving", "coordinator": "a", "epoch": 1, "plan": {"stages": [stage]}}
+    shown = deployment_text({**one, "profiles": profiles})
+    assert shown.rstrip().endswith(text)

@@ -1,0 +1,357 @@
+"""Layer times: made-up shards of every kind of state, what of a pass counts, and when timing gives way to work."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from peerllm.engine import mockup, profiling
+from peerllm.engine.assembly import made_up
+from peerllm.engine.base import Segment
+from peerllm.engine.inspect import inspect_model
+from peerllm.engine.messages import Failed, LayersTimed, TimeLayers
+from peerllm.engine.mockup import Outline
+from peerllm.engine.profiling import FILL, Run, net, time_layers, typical
+from peerllm.engine.sampler import TorchSampler
+from peerllm.engine.shard import TorchShard
+from peerllm.errors import BadInputError, ModelError, UnavailableError
+from tests.engine.architectures import COMMON, FAMILIES
+from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, stage
+from tests.engine.tiny import make_llama
+
+PLENTY = 1 << 30
+STATES = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "Qwen3-Next", "Bamba", "Falcon-H1", "Nemotron-H", "LFM2-MoE",
+          "Llama 4 (text)", "MiniCPM3", "Falcon (ALiBi)")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch, calm: None) -> None:
+    monkeypatch.setattr(profiling, "BUDGET_S", 0.0)
+    monkeypatch.setattr(profiling, "MIN_RUNS", 1)
+
+
+def config(name: str) -> str:
+    from transformers import AutoConfig
+
+    family = next(family for family in FAMILIES if family.name == name)
+    values = {key: value for key, value in COMMON.items() if key not in family.without}
+    text: str = AutoConfig.for_model(family.model_type, **{**values, **family.config}).to_json_string()
+    return text
+
+
+def timed(text: str, limit: int = PLENTY, window_s: float = 0.0, dtype: str = "float32") -> LayersTimed:
+    return time_layers(TimeLayers(7, text, dtype, limit, window_s), TorchSampler(), lambda: None)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[str, tuple[str, ...]]:
+    """A model's configuration text, and the kinds of layer that inspecting its files finds."""
+    inspection = inspect_model(make_llama(tmp_path / "model", layers=8, hidden=64))
+    return inspection.config, tuple(dict.fromkeys(layer.kind for layer in inspection.profile.layers))
+
+
+# ---- what is timed ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_kind_of_layer_is_timed(name: str) -> None:
+    """Recurrent ones, which cannot go back to where they were, among them."""
+    text = config(name)
+    found = timed(text)
+    assert not found.skipped and found.request == 7
+    assert set(found.layer_ms) == {"pass", *Outline(TimeLayers(1, text, "float32", PLENTY)).kinds}
+    counts = {kind: [count for count, _ in points] for kind, points in found.layer_ms.items()}
+    assert counts.pop("pass") == [1] and counts.pop("head") == [1, 2, 4, 8, 16]
+    assert all(some == [1, 2, 4, 8, 16, 32, 64] for some in counts.values()), "its context holds 64"
+    assert all(ms > 0 for points in found.layer_ms.values() for _, ms in points)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_kinds_are_those_that_the_files_have(llama: tuple[str, tuple[str, ...]], dtype: str) -> None:
+    text, kinds = llama
+    assert tuple(timed(text, dtype=dtype).layer_ms) == ("pass", *kinds)
+
+
+def test_steps_stand_behind_what_a_sequence_holds_and_a_chunk_begins_one(
+    llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[Segment]]] = []
+    forward = TorchShard.forward
+
+    def watched(shard: TorchShard, inputs: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
+        seen.append((shard.first_layer, list(segments)))
+        return forward(shard, inputs, segments)
+
+    monkeypatch.setattr(TorchShard, "forward", watched)
+    monkeypatch.setattr(profiling, "FILL_S", 1e9)
+    timed(llama[0])
+    steps = [row for first, row in seen if first == 1 and all(segment.length == 1 for segment in row)]
+    assert [segment.position for segment in steps.pop(0)] == [0] * 16, "first of all each sequence begins"
+    assert {len(row) for row in steps} == {1, 2, 4, 8, 16}
+    assert all(segment.position == FILL for row in steps for segment in row)
+    assert all(len({segment.slot for segment in row}) == len(row) for row in steps)
+    chunks = [row for first, row in seen if first == 1 and row[0].slot == 16]
+    assert {row[0].length for row in chunks} == {32, 64, 128} and all(row[0].position == 0 for row in chunks)
+    heads = [row for first, row in seen if first == 9]
+    assert any(segment.sample for row in heads for segment in row)
+    assert all(segment.length == 1 for row in heads for segment in row if segment.sample)
+
+
+def test_the_fewest_tokens_and_the_most_are_timed_whatever_time_is_left(
+    llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between them the planner draws a line; one point alone would say that a prompt costs no more than a token."""
+    monkeypatch.setattr(profiling, "LIMIT_S", 0.0)
+    found = timed(llama[0])
+    counts = {kind: [count for count, _ in points] for kind, points in found.layer_ms.items()}
+    assert counts == {"pass": [1], "embedding": [1, 128], "block": [1, 128], "head": [1, 16]}
+    assert timed(llama[0], window_s=1e-9).layer_ms.keys() == found.layer_ms.keys()
+
+
+def test_a_slow_layer_is_not_filled_for_long(
+    llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "FILL_S", 0.0)
+    assert not timed(llama[0]).skipped
+    monkeypatch.setattr(profiling, "FILL_S", 1e-4)
+    assert not timed(config("Falcon-H1")).skipped
+
+
+def test_made_up_numbers_are_like_a_models() -> None:
+    matrix, norm = made_up((700, 512), torch.float16), made_up((512,), torch.float32)
+    assert 0.01 < float(matrix.float().std()) < 0.05 and abs(float(matrix.float().mean())) < 0.01
+    assert float(norm.min()) > 0.9 and float(norm.max()) < 1.1
+    assert len({tuple(row.tolist()) for row in matrix}) == 700, "experts that are alike would all be asked at once"
+    assert made_up((3,), torch.int64).tolist() == [0, 0, 0]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_it_takes_is_within_the_limit_and_said_before(llama: tuple[str, tuple[str, ...]]) -> None:
+    least = Outline(TimeLayers(1, llama[0], "float32", 0))
+    with pytest.raises(mockup.RefusedError, match=r"block: one layer takes \d+ bytes to time, 0 are free"):
+        least.plan("block")
+    seen, smallest = set(), least.nbytes(mockup.Mockup("block", 1, 1, 1, mockup.CONTEXT))
+    for limit in (smallest - 1, smallest, *range(smallest, 12_000_000, 400_000)):
+        outline = Outline(TimeLayers(1, llama[0], "float32", limit))
+        try:
+            chosen = outline.plan("block")
+        except mockup.RefusedError:
+            assert limit < smallest
+            continue
+        assert outline.nbytes(chosen) <= limit
+        shard = outline.build(chosen)
+        assert shard.weight_bytes + shard.kv_bytes < outline.nbytes(chosen)
+        shard.close()
+        seen.add((chosen.layers, chosen.sequences))
+    assert {(1, 1), (6, 16)} <= seen and any(layers == 3 for layers, _ in seen)
+
+
+def test_a_layer_without_room_is_left_out_and_the_rest_is_timed(llama: tuple[str, tuple[str, ...]]) -> None:
+    outline = Outline(TimeLayers(1, llama[0], "float32", PLENTY))
+    needs = {kind: outline.nbytes(mockup.Mockup(kind, *_ends(outline, kind), 1, 224)) for kind in outline.kinds}
+    found = timed(llama[0], limit=max(needs.values()) - 1)
+    (largest,) = [kind for kind, nbytes in needs.items() if nbytes == max(needs.values())]
+    assert set(found.skipped) == {largest} and str(needs[largest]) in found.skipped[largest]
+    assert set(found.layer_ms) == {"pass", *outline.kinds} - {largest}
+    assert set(timed(llama[0], limit=0).skipped) == set(outline.kinds)
+
+
+def _ends(outline: Outline, kind: str) -> tuple[int, int]:
+    first = {"embedding": 0, "head": outline.head}.get(kind, 1)
+    return first, first
+
+
+def test_small_blocks_are_timed_several_at_once_and_large_ones_alone(
+    llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Outline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == mockup.MAX_BLOCKS
+    monkeypatch.setattr(mockup, "CACHED_BYTES", 1)
+    assert Outline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == 1
+    found = Outline(TimeLayers(1, config("Gemma 2"), "float32", PLENTY))
+    assert [found.plan(kind).first for kind in found.kinds] == [0, 1, 2, 5]
+
+
+@pytest.mark.parametrize(("text", "dtype", "kind"), [("{}", "float32", ModelError), ("{}", "int8", BadInputError)])
+def test_what_cannot_be_timed_is_refused(text: str, dtype: str, kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        timed(text, dtype=dtype)
+
+
+# ---- what of the runs counts -----------------------------------------------------------------------------------------
+
+
+def test_alone_the_fastest_run_counts() -> None:
+    runs = {"block": {1: [Run(0.005, 0.001), Run(0.002, 0.001), Run(0.009, 0.001)]}}
+    assert typical(runs, together=False, threads=2) == {"block": {1: pytest.approx(2.0)}}
+
+
+def test_alone_on_one_thread_its_own_time_counts() -> None:
+    """Whoever else has the processor meanwhile is no part of it."""
+    runs = {"block": {1: [Run(0.009, 0.003), Run(0.008, 0.001), Run(0.007, 0.002)]}}
+    assert typical(runs, together=False, threads=1) == {"block": {1: pytest.approx(2.0)}}
+
+
+def test_together_the_time_computed_is_stretched_by_what_all_waited() -> None:
+    """One long wait hits a single run; it belongs to all, in proportion."""
+    runs = {
+        "embedding": {1: [Run(0.001, 0.001), Run(0.001, 0.001)]},
+        "block": {1: [Run(0.004, 0.004), Run(0.012, 0.004)], 32: [Run(0.008, 0.008)]},
+    }
+    found = typical(runs, together=True, threads=1)
+    stretch = (0.002 + 0.016 + 0.008) / (0.002 + 0.008 + 0.008)
+    assert found["block"] == {1: pytest.approx(4 * stretch), 32: pytest.approx(8 * stretch)}
+    total = sum(found[kind][n] * len(some) for kind, counts in runs.items() for n, some in counts.items())
+    assert total == pytest.approx(26.0), "a plan's sum is what it all took"
+    assert typical({"block": {1: [Run(0.001, 0.0)]}}, together=True, threads=2) == {"block": {1: 0.0}}
+
+
+def test_a_pass_is_told_apart_from_its_layers() -> None:
+    passes = {"embedding": {1: 0.5, 2: 0.75}, "block": {1: 2.5, 2: 4.5}, "head": {1: 0.25}}
+    found = net(passes, {"embedding": 1, "block": 4, "head": 1})
+    assert found == {
+        "pass": ((1, 0.5),),
+        "embedding": ((1, profiling.LEAST_MS), (2, 0.25)),
+        "block": ((1, 0.5), (2, 1.0)),
+        "head": ((1, profiling.LEAST_MS),),
+    }
+    assert net({"block": {1: 2.0}}, {"block": 2}) == {"block": ((1, 1.0),)}, "without an embedding none is known"
+
+
+class Clock:
+    """Every pass takes 10 ms of it, all else nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.at = 0.0, 0.0
+        forward = TorchShard.forward
+
+        def slow(shard: TorchShard, *args: Any) -> torch.Tensor:
+            self.now += 0.01
+            return forward(shard, *args)
+
+        monkeypatch.setattr(TorchShard, "forward", slow)
+        ticking = SimpleNamespace(perf_counter=lambda: self.now, thread_time=lambda: self.now)
+        monkeypatch.setattr(profiling, "time", ticking)
+
+
+def test_a_window_is_used_up_to_its_end(llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    found = timed(llama[0], window_s=20.0)
+    assert 20.0 <= clock.now < 20.5
+    assert found.layer_ms["pass"] == ((1, pytest.approx(10.0)),)
+    assert dict(found.layer_ms["block"])[1] == profiling.LEAST_MS, "here a pass takes the same whatever is in it"
+
+
+def test_timing_alone_has_an_end(llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "BUDGET_S", 1e9)
+    monkeypatch.setattr(profiling, "LONG_S", 1e9)
+    clock = Clock(monkeypatch)
+    found = timed(llama[0])
+    assert clock.now < profiling.LIMIT_S + 1.0
+    assert all(points[0][0] == 1 for points in found.layer_ms.values())
+
+
+# ---- giving way ------------------------------------------------------------------------------------------------------
+
+
+def test_it_ends_between_passes_and_frees_the_layer(
+    llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, closed = [40], []
+    close = TorchShard.close
+    monkeypatch.setattr(TorchShard, "close", lambda shard: (closed.append(shard), close(shard)))
+
+    def check() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise UnavailableError("an answer is being written here")
+
+    with pytest.raises(UnavailableError):
+        time_layers(TimeLayers(1, llama[0], "float32", PLENTY), TorchSampler(), check)
+    assert left == [-1] and closed and closed[-1]._model is None
+
+
+class Passes:
+    """A timing under way: `begun`, then one check whenever `go` is set, until it ends."""
+
+    def __init__(self, backend: FakeBackend) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        backend.between_passes = self.work
+
+    def work(self, check: Callable[[], None]) -> None:
+        check()
+        self.begun.set()
+        assert self.go.wait(20)
+        check()
+
+
+async def test_an_answer_ends_the_timing(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    passes = Passes(backend)
+    async with engine(tmp_path, backend) as line:
+        await line.ask(stage(line.request()))
+        request = line.request()
+        line.channel.send(TimeLayers(request, "{}", "float32", 1))
+        assert await _soon(passes.begun)
+        line.submit(1, [1, 2], 2)
+        await line.finished(1)
+        passes.go.set()
+        answer = await line.until(lambda m: getattr(m, "request", None) == request)
+        assert isinstance(answer, Failed) and answer.kind == "UnavailableError" and "answer" in answer.reason
+        passes.go.set()
+        again = await line.ask(TimeLayers(line.request(), "{}", "float32", 1))
+        assert isinstance(again, LayersTimed), "quiet again"
+
+
+async def test_a_closing_engine_does_not_wait_for_it(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    begun, ended = threading.Event(), []
+
+    def passes(check: Callable[[], None]) -> None:
+        try:
+            for _ in range(2000):
+                check()
+                begun.set()
+                threading.Event().wait(0.01)
+        except UnavailableError as error:
+            ended.append(error)
+            raise
+
+    backend.between_passes = passes
+    async with engine(tmp_path, backend) as line:
+        line.channel.send(TimeLayers(line.request(), "{}", "float32", 1))
+        assert await _soon(begun)
+    assert "stopping" in str(ended[0])
+
+
+async def test_nothing_is_timed_while_a_model_is_loaded(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    loading, gate = threading.Event(), threading.Event()
+
+    def before_load(spec: object, progress: object) -> None:
+        loading.set()
+        assert gate.wait(20)
+
+    backend.before_load = before_load
+    async with engine(tmp_path, backend) as line:
+        load = stage(line.request())
+        line.channel.send(load)
+        assert await _soon(loading)
+        answer = await line.ask(TimeLayers(line.request(), "{}", "float32", 1))
+        assert isinstance(answer, Failed) and answer.kind == "UnavailableError" and "loaded" in answer.reason
+        gate.set()
+        await line.until(lambda m: getattr(m, "request", None) == load.request)
+        assert load.deployment == DEPLOYMENT
+        assert isinstance(await line.ask(TimeLayers(line.request(), "{}", "float32", 1)), LayersTimed)
+
+
+async def _soon(event: threading.Event) -> bool:
+    return await asyncio.to_thread(event.wait, 20)
