@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.cache_utils import (
 )
 
 from peerllm.engine import states
+from peerllm.engine.base import Segment
 from peerllm.engine.states import FULL, WINDOWED, LayerState
 from peerllm.errors import EngineError
 
@@ -151,6 +153,21 @@ def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
     return total
 
 
+def make_stores(
+    owned: Mapping[int, LayerState], slots: int, context: int
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Room for keys and values of those blocks that keep them: [slots, heads, room, width] each."""
+    stores = {}
+    for number, state in owned.items():
+        if state.kind in (FULL, *WINDOWED) and state.keys and state.values:
+            room = state.room(context)
+            (heads, width), (value_heads, value_width) = state.keys, state.values
+            keys = torch.empty(slots, heads, room, width, dtype=state.dtype)
+            values = torch.empty(slots, value_heads, room, value_width, dtype=state.dtype)
+            stores[number] = keys, values
+    return stores
+
+
 class Slots:
     """KV room of a shard: [slots, heads, room, width] per block, made at once; `caches[slot]` is a slot's view."""
 
@@ -162,15 +179,8 @@ class Slots:
         slots: int,
         context: int,
     ) -> None:
-        self.kv_bytes = kv_bytes(owned, slots, context)
-        stores: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for number, state in owned.items():
-            if state.kind in (FULL, *WINDOWED) and state.keys and state.values:
-                room = state.room(context)
-                (heads, width), (value_heads, value_width) = state.keys, state.values
-                keys = torch.empty(slots, heads, room, width, dtype=state.dtype)
-                values = torch.empty(slots, value_heads, room, value_width, dtype=state.dtype)
-                stores[number] = keys, values
+        self.kv_bytes, self.count = kv_bytes(owned, slots, context), slots
+        stores = make_stores(owned, slots, context)
         self.caches = [
             SlotCache(
                 [
@@ -181,6 +191,31 @@ class Slots:
             )
             for slot in range(slots)
         ]
+
+    def rows(self, segments: Sequence[Segment]) -> list[list[tuple[int, Segment]]]:
+        """Every segment, with its start, as a row of its own."""
+        starts = itertools.accumulate((segment.length for segment in segments), initial=0)
+        return [[(start, segment)] for start, segment in zip(starts, segments, strict=False)]
+
+    def seek(self, segments: Sequence[Segment]) -> SlotCache:
+        """Bring the one segment's slot to its position."""
+        (segment,) = segments
+        cache = self.caches[segment.slot]
+        cache.seek(segment.position)
+        return cache
+
+    def advance(self, segments: Sequence[Segment]) -> None:
+        """The row went well."""
+        for segment in segments:
+            self.caches[segment.slot].advance(segment.length)
+
+    def release(self, slot: int) -> None:
+        """Forget the slot's sequence."""
+        self.caches[slot].seek(0)
+
+    def close(self) -> None:
+        """Free the room."""
+        self.caches.clear()
 
     @staticmethod
     def _layer(kind: str, arguments: Mapping[str, Any], owned: bool, *stores: torch.Tensor) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
+from peerllm.engine import attention
 from peerllm.engine.absent import Absent
 from peerllm.engine.assembly import fill, finish, strip
 from peerllm.engine.base import Progress, Segment
@@ -16,13 +19,15 @@ from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.dryrun import accepted
 from peerllm.engine.messages import LoadStage
+from peerllm.engine.packing import PackedSlots
 from peerllm.engine.probing import probe
 from peerllm.engine.states import LayerState
+from peerllm.engine.wiring import obstacle
 from peerllm.errors import BadInputError, EngineError, RefusedError
 
 
 class TorchShard:
-    """See base.Shard. Each segment is run by itself over its slot's cache: exact, whatever else is in the row."""
+    """See base.Shard. Segments run as one packed row where the model allows it, else one after the other."""
 
     def __init__(
         self,
@@ -31,9 +36,9 @@ class TorchShard:
         states: Mapping[int, LayerState],
         weight_bytes: int,
         entry: nn.Module,
+        unpacked: str | None = None,
     ) -> None:
-        from transformers.cache_utils import get_layer_types_and_kwargs
-
+        """`unpacked` says why its tokens cannot be packed (`wiring.obstacle`); None: they can."""
         self.first_layer, self.last_layer, self.weight_bytes = spec.first_layer, spec.last_layer, weight_bytes
         text = text_config(division.model.config)
         self.hidden_size: int = text.hidden_size
@@ -41,12 +46,12 @@ class TorchShard:
         self.weights: Mapping[int, int] = {p.data_ptr(): p.nbytes for p in division.model.parameters() if not p.is_meta}
         self.context = spec.context
         self.dtype = division.dtype
+        self.unpacked = unpacked
         self._division: Any = division
         self._model: Any = division.model
         self._base: Any = division.model.base_model
         self._has_embedding, self._has_head = spec.first_layer == 0, spec.last_layer == division.head
-        kinds, arguments = get_layer_types_and_kwargs(text)
-        self._slots = Slots(kinds, arguments, states, spec.slots, spec.context)
+        self._slots = self._room(text, spec, states)
         self.kv_bytes = self._slots.kv_bytes
         self._entering: torch.Tensor | None = None
         if not self._has_embedding:
@@ -55,6 +60,15 @@ class TorchShard:
         if isinstance(matrix, nn.Linear):
             matrix.register_forward_pre_hook(_with_plain_strides)
         self._dynamic = [m for m in self._model.modules() if getattr(m, "rope_type", "") == "dynamic"]
+
+    def _room(self, text: Any, spec: LoadStage, states: Mapping[int, LayerState]) -> PackedSlots | Slots:
+        from transformers.cache_utils import get_layer_types_and_kwargs
+
+        if self.unpacked is None:
+            attention.register()
+            attention.adopt(self._model, attention.PACKED)
+            return PackedSlots(states, spec.slots, spec.context, self.dtype)
+        return Slots(*get_layer_types_and_kwargs(text), states, spec.slots, spec.context)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -83,78 +97,101 @@ class TorchShard:
         """Token ids int64 [n] or hidden states [n, hidden] in; hidden states, or float32 logits per sample, out."""
         if self._model is None:
             raise EngineError("the shard is closed")
+        self._check(inputs, segments)
+        rows = self._slots.rows(segments)
+        if len(rows) == 1:
+            return self._row(inputs, [piece for _, piece in rows[0]])
+        parts: dict[int, torch.Tensor] = {}  # by where its first token stands in the row
+        for row in rows:
+            pieces = [piece for _, piece in row]
+            output = self._row(torch.cat([inputs[start : start + piece.length] for start, piece in row]), pieces)
+            told = [(start, 1 if self._has_head else piece.length) for start, piece in row if self._tells(piece)]
+            parts.update(
+                zip((start for start, _ in told), torch.split(output, [count for _, count in told]), strict=True)
+            )
+        return torch.cat([parts[start] for start in sorted(parts)]) if parts else self._nothing()
+
+    def _tells(self, piece: Segment) -> bool:
+        return piece.sample or not self._has_head
+
+    def _nothing(self) -> torch.Tensor:
+        if self._has_head:
+            return torch.empty(0, self.vocabulary, dtype=torch.float32)
+        return torch.empty(0, self.hidden_size, dtype=self.dtype)
+
+    def _check(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> None:
         total = sum(segment.length for segment in segments)
-        if inputs.shape[0] != total or any(segment.length < 1 for segment in segments):
+        if not segments or inputs.shape[0] != total or any(segment.length < 1 for segment in segments):
             raise BadInputError(f"a row of {inputs.shape[0]} tokens for segments of {total}")
-        outputs, start = [], 0
         for segment in segments:
-            result = self._segment(inputs[start : start + segment.length], segment)
-            start += segment.length
-            if result is not None:
-                outputs.append(result)
-        if outputs:
-            return torch.cat(outputs)
-        width = self.vocabulary if self._has_head else self.hidden_size
-        return torch.empty(0, width, dtype=torch.float32 if self._has_head else self.dtype)
+            end = segment.position + segment.length
+            if not 0 <= segment.slot < self._slots.count or segment.position < 0 or end > self.context:
+                raise BadInputError(f"slot {segment.slot}, positions {segment.position}..{end - 1}: no such room")
+        if self._has_embedding:
+            if inputs.dtype != torch.int64 or int(inputs.min()) < 0 or int(inputs.max()) >= self.vocabulary:
+                raise BadInputError(f"token ids must be int64 from 0 to {self.vocabulary - 1}")
+        elif inputs.dim() != 2 or inputs.shape[1] != self.hidden_size:
+            raise BadInputError(f"hidden states must be [n, {self.hidden_size}], not {list(inputs.shape)}")
 
-    def _segment(self, rows: torch.Tensor, segment: Segment) -> torch.Tensor | None:
-        end = segment.position + segment.length
-        if not 0 <= segment.slot < len(self._slots.caches) or segment.position < 0 or end > self.context:
-            raise BadInputError(f"slot {segment.slot}, positions {segment.position}..{end - 1}: no such room")
-        cache = self._slots.caches[segment.slot]
-        cache.seek(segment.position)
-        for module in self._dynamic:  # its scale follows the longest sequence seen; each is to have its own
-            module.max_seq_len_cached = module.original_max_seq_len + 1
-        if self._has_head and not segment.sample and self.first_layer == self.last_layer:
-            cache.advance(segment.length)
-            return None
-        result = self._run(rows, segment, cache)
-        cache.advance(segment.length)
-        return result
+    def _row(self, inputs: torch.Tensor, pieces: Sequence[Segment]) -> torch.Tensor:
+        """One row through the model. If it fails, its slots still hold what came before it."""
+        cache = self._slots.seek(pieces)
+        if self.first_layer == self.last_layer and not any(map(self._tells, pieces)):
+            output = self._nothing()
+        else:
+            output = self._run(inputs, pieces, cache)
+        self._slots.advance(pieces)
+        return output
 
-    def positions(self, segment: Segment) -> torch.Tensor:
-        """int64 [length]: where the segment's tokens stand in their sequence."""
-        return torch.arange(segment.position, segment.position + segment.length)
+    def positions(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """int64 [n]: where each token of a row stands in its sequence."""
+        ranges = [range(segment.position, segment.position + segment.length) for segment in segments]
+        return torch.tensor(list(itertools.chain.from_iterable(ranges)))
 
-    def _run(self, rows: torch.Tensor, segment: Segment, cache: Any) -> torch.Tensor | None:
-        """One segment through the model; rows [n] or [n, hidden] in, [n, hidden], [1, vocabulary] or nothing out."""
-        wants_logits = self._has_head and segment.sample
-        model = self._model if wants_logits else self._base
+    def _run(self, inputs: torch.Tensor, pieces: Sequence[Segment], cache: Cache) -> torch.Tensor:
+        """A row [n] or [n, hidden] through the model: [n, hidden], or [pieces to sample after, vocabulary]."""
+        wanted = _lasts(pieces) if self._has_head else []  # rows whose logits are wanted
+        model = self._model if wanted else self._base
         given: dict[str, Any] = {
-            "position_ids": self.positions(segment).unsqueeze(0),
+            "position_ids": self.positions(pieces).unsqueeze(0),
             "past_key_values": cache,
             "use_cache": True,
         }
         if self._has_embedding:
-            if rows.dtype != torch.int64 or int(rows.min()) < 0 or int(rows.max()) >= self.vocabulary:
-                raise BadInputError(f"token ids must be int64 from 0 to {self.vocabulary - 1}")
-            given["input_ids"] = rows.unsqueeze(0)
+            given["input_ids"] = inputs.unsqueeze(0)
         else:
-            if rows.dim() != 2 or rows.shape[1] != self.hidden_size:
-                raise BadInputError(f"hidden states must be [n, {self.hidden_size}], not {list(rows.shape)}")
-            given["inputs_embeds"] = self._entering = rows.to(self.dtype).unsqueeze(0)
-        if wants_logits:
-            given["logits_to_keep"] = 1
+            given["inputs_embeds"] = self._entering = inputs.to(self.dtype).unsqueeze(0)
+        if wanted:
+            given["logits_to_keep"] = 1 if wanted == [len(inputs) - 1] else torch.tensor(wanted)
+        for module in self._dynamic:  # its scale follows the longest sequence seen; each is to have its own
+            module.max_seq_len_cached = module.original_max_seq_len + 1
         getattr(self._division.owner, self._division.attribute).begun = False
         try:
-            output = model(**accepted(model, **given))
+            with attention.computing(cache):
+                output = model(**accepted(model, **given))
         finally:
             self._entering = None
-        if wants_logits:
-            logits: torch.Tensor = output.logits[0, -1:]
-            return logits.float()
+        if wanted:
+            logits: torch.Tensor = output.logits[0]
+            return (logits if len(logits) == len(wanted) else logits[wanted]).float()
         hidden: torch.Tensor = output[0][0]
-        return None if self._has_head else hidden
+        return self._nothing() if self._has_head else hidden
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
         with torch.inference_mode():
-            self._slots.caches[slot].seek(0)
+            self._slots.release(slot)
 
     def close(self) -> None:
         """Free weights and KV; may be called twice."""
         self._model = self._base = self._division = None
-        self._slots.caches.clear()
+        self._slots.close()
+
+
+def _lasts(pieces: Sequence[Segment]) -> list[int]:
+    """Where in their row the last tokens of those pieces stand that a token is picked after."""
+    ends = itertools.accumulate(piece.length for piece in pieces)
+    return [end - 1 for piece, end in zip(pieces, ends, strict=True) if piece.sample]
 
 
 def _with_plain_strides(_: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -172,11 +209,13 @@ def load_shard(spec: LoadStage, progress: Progress = lambda done, total: None) -
     if not 0 <= first <= last <= division.head:
         raise BadInputError(f"layers {first}..{last} of a model whose last is {division.head}")
     numbers = range(max(first, 1) - 1, min(last, division.head - 1))
-    states, whole = probe(division, numbers), division.owner.config
+    every, whole = probe(division, range(len(division.blocks))), division.owner.config
+    states = {number: every[number] for number in numbers}
     needed = kv_bytes(states, spec.slots, spec.context)
     if spec.kv_limit_bytes is not None and needed > spec.kv_limit_bytes:
         raise RefusedError(f"KV of {needed} bytes is asked for, {spec.kv_limit_bytes} are promised")
+    unpacked = obstacle(division, every)
     entry = strip(division, first, last, numbers)
     weight_bytes = fill(division, first, last, spec.tensors, progress)
     finish(division, whole)
-    return TorchShard(division, spec, states, weight_bytes, entry)
+    return TorchShard(division, spec, states, weight_bytes, entry, unpacked)

@@ -370,10 +370,14 @@ class Outcome:
     distinct: int = 0
     controls: str = ""
     error: str = ""
+    unpacked: str | None = ""  # why its tokens are not packed; None: they are
+    packed_equal: bool = False
+    packed_difference: float = 0.0
 
     @property
     def passed(self) -> bool:
-        return not self.error and self.cuts > 0 and self.equal == self.cuts and self.difference <= TOLERANCE
+        alone = self.cuts > 0 and self.equal == self.cuts and self.difference <= TOLERANCE
+        return not self.error and alone and self.packed_equal and self.packed_difference <= TOLERANCE
 
 
 def tiny_model(family: Family, scale: float, seed: int) -> Any:
@@ -435,6 +439,35 @@ def generate(
     return tokens, logits
 
 
+def generate_together(
+    shards: list[TorchShard], prompts: Sequence[torch.Tensor], chunk: int
+) -> list[tuple[list[int], list[torch.Tensor]]]:
+    """As `generate`, for several sequences in one batch: each starts a pass later than the one before."""
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+    waiting, held = [list(prompt.split(chunk)) for prompt in prompts], [0] * len(prompts)
+    for turn in itertools.count():
+        taking = [slot for slot in range(min(turn + 1, len(prompts))) if len(tokens[slot]) < ANSWER]
+        if not taking:
+            break
+        pieces = [waiting[slot].pop(0) for slot in taking]
+        segments = [
+            Segment(slot, held[slot], len(piece), not waiting[slot]) for slot, piece in zip(taking, pieces, strict=True)
+        ]
+        carried = torch.cat(pieces)
+        for shard in shards:
+            carried = shard.forward(carried, segments)
+        rows = iter(carried)
+        for segment in segments:
+            slot = segment.slot
+            held[slot] += segment.length
+            if segment.sample:
+                logits[slot].append(next(rows))
+                tokens[slot].append(int(logits[slot][-1].argmax()))
+                waiting[slot].append(torch.tensor(tokens[slot][-1:]))
+    return list(zip(tokens, logits, strict=True))
+
+
 def reference(model: Any, prompt: torch.Tensor) -> tuple[list[int], list[torch.Tensor]]:
     """What transformers' own generate says."""
     out = model.generate(
@@ -464,7 +497,7 @@ def controls(inspection: Inspection, prompt: torch.Tensor, tokens: list[int], fa
         hook.remove()
     if family.positions:
         straight = whole.positions
-        whole.positions = lambda segment: straight(segment).flip(0)  # type: ignore[method-assign]
+        whole.positions = lambda segments: straight(segments).flip(0)  # type: ignore[method-assign]
         if same():
             blind.append("permute positions")
         whole.positions = straight  # type: ignore[method-assign]
@@ -531,7 +564,22 @@ def examine(made: Example, chosen: Sequence[Cut] | None = None) -> Outcome:
         outcome.cuts += 1
         outcome.equal += got == made.tokens
         outcome.difference = max(outcome.difference, difference(steps, made.logits))
+    examine_packed(made, outcome)
     return outcome
+
+
+def examine_packed(made: Example, outcome: Outcome) -> None:
+    """Three sequences in one batch, at different positions and one still in its prompt, against each alone."""
+    places = ((0, 2), (3, made.layers - 1))
+    shards = [load_shard(stage(made.inspection, *place, slots=3)) for place in places]
+    prompts = [made.prompt.flip(0)[2:], made.prompt, (made.prompt * 7 + 11) % VOCABULARY]
+    alone = [generate(shards, prompt, (len(prompt),)) for prompt in prompts]
+    alone[1] = made.tokens, made.logits
+    together = generate_together(shards, prompts, 5)
+    outcome.unpacked = shards[0].unpacked
+    outcome.packed_equal = [tokens for tokens, _ in together] == [tokens for tokens, _ in alone]
+    pairs = zip(together, alone, strict=True)
+    outcome.packed_difference = max(difference(got, want) for (_, got), (_, want) in pairs)
 
 
 def difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
@@ -556,14 +604,21 @@ def table(outcomes: list[Outcome]) -> str:
         f"changed the tokens, and the answer holds at least {DISTINCT} different ones; seed and initial scale were",
         "changed until that was so.",
         "",
-        "| family | model type | blocks | cuts | tokens equal | largest logit difference | controls passed | notes |",
-        "|---|---|---|---|---|---|---|---|",
+        f"{sum(o.unpacked is None for o in good)} variants pack: the tokens of several sequences run through the",
+        "layers as one row. The engine decides it for each model it loads ([ADR 7](adr/0007-packed-batches.md)); the",
+        "others run one sequence after the other. Either way three sequences in one batch, at different positions and",
+        "one of them still in its prompt, gave the tokens and logits that each gives alone.",
+        "",
+        "| family | model type | blocks | cuts | tokens equal | largest logit difference | packed, difference "
+        "| controls passed | notes |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for o in outcomes:
         notes = "; ".join(filter(None, [o.family.note, o.error]))
+        packed = f"yes, {o.packed_difference:.1e}" if o.unpacked is None else f"no: {o.unpacked}"
         lines.append(
             f"| {o.family.name} | `{o.family.model_type}` | {o.blocks} | {o.cuts} | {o.equal} of {o.cuts} "
-            f"| {o.difference:.1e} | {o.controls} | {notes} |"
+            f"| {o.difference:.1e} | {packed} | {o.controls} | {notes} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -591,8 +646,9 @@ def main() -> int:
         outcomes.append(outcome)
         print(
             f"{family.model_type:20} {'ok' if outcome.passed else 'FAILED'} cuts {outcome.equal}/{outcome.cuts} "
-            f"difference {outcome.difference:.1e} scale {outcome.scale} distinct {outcome.distinct} "
-            f"{time.perf_counter() - start:.1f} s {outcome.error}",
+            f"difference {outcome.difference:.1e} "
+            f"packed {outcome.unpacked or 'yes'} {outcome.packed_difference:.1e} "
+            f"scale {outcome.scale} distinct {outcome.distinct} {time.perf_counter() - start:.1f} s {outcome.error}",
             flush=True,
         )
     if options.write:

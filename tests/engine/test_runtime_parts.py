@@ -274,8 +274,8 @@ def test_of_a_plans_stages_on_one_device_the_earlier_steps_first() -> None:
     scheduler.add("other", 4, 8, "other plan", 0)
     scheduler.add("head", 4, 8, "plan", 3)
     scheduler.add("start", 4, 8, "plan", 0)
-    for stage, sequence in (("head", 1), ("other", 2), ("start", 3), ("start", 4)):
-        scheduler.put(stage, piece(sequence))
+    for place, sequence in (("head", 1), ("other", 2), ("start", 3), ("start", 4)):
+        scheduler.put(place, piece(sequence))
     assert take(scheduler) == ("start", [3, 4])  # the plan's turn has come by its head's piece
     assert take(scheduler) == ("head", [1])
     assert take(scheduler) == ("other", [2])
