@@ -38,7 +38,9 @@ def plan_latency(
     """
     order = (source, *sorted(device for device in devices if device != source))
     working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(order, working_bytes)
-    problem = problem_of(model, devices, links, order, workload=workload, working=working, head_on_source=head_on_source)
+    problem = problem_of(
+        model, devices, links, order, workload=workload, working=working, head_on_source=head_on_source
+    )
     extra = _extra(extra_ms or {}, len(model.layers), order)
     problem = replace(problem, cost=problem.cost + extra)
     found = cheapest(replace(problem, room=_filled(problem)))

@@ -1,8 +1,8 @@
 """Cheapest way through layers × devices under a memory limit per device: exact, or with a proven bound.
 
-Pareto labels (cost, room left on every device) are swept layer by layer. Room beyond what the remaining layers could
-take is worthless, so labels of identical layers in another order collapse. A Lagrangian relaxation of the limits gives
-the admissible bound that prunes; labels are only ever dropped unproven beyond `MAX_LABELS`, and then it is said.
+Where all blocks are alike, `walk` knows a shorter way. Else: a Lagrangian bound, then sweeps of labels between that
+bound and the best way known: proofs close above the bound are cheap, and a way found there leaves little to prove. What
+could not be decided is left open, and said.
 """
 
 from __future__ import annotations
@@ -10,14 +10,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from peerllm.planner.relaxation import TOLERANCE, Bound, Floats, Ints, Problem, Sums, fair_price, relax, sums
+from peerllm.planner.ascent import Ascent
+from peerllm.planner.labels import search
+from peerllm.planner.relaxation import (
+    Floats,
+    Ints,
+    Problem,
+    Relaxed,
+    fair_price,
+    relaxed,
+    relaxed_way,
+    spread,
+    usage,
+    visits_of,
+    way_cost,
+)
+from peerllm.planner.walk.blocks import blocks_of
+from peerllm.planner.walk.contest import Walks
 
-MAX_LABELS = 8192  # kept per layer; beyond, the best found is returned with its bound
-MAX_SWEPT = 300_000  # labels kept over all layers of one sweep: about a second
-WIDTHS = (64, 1024, MAX_LABELS)  # one sweep after another: a narrow one finds the limit that prunes the next
-DOMINANCE_LABELS = 384  # up to here every pair of labels is compared; beyond, only equal ones collapse
+EXACT = 1e-10  # relative; two ways closer than this are one
+STEPS = 150  # of the first ascent
+STEPS_AGAIN = 30  # once a better way is known
+FEW = 16  # devices up to which the search goes on until it is exact, within reason
+WIDTHS = {True: (48, 400, 4000, 40_000), False: (48, 400)}  # labels per layer, for few devices and for many
+BUDGET = {True: 900_000_000, False: 90_000_000}  # array elements touched before the rest is left open
+STRIDE = 0.3  # of the way from the bound to the best that is tried next
+CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,116 +50,135 @@ class Found:
     proven: bool = True
 
 
+class _Bracket:
+    """The best way met and the bound, brought together."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.held = problem, visits_of(problem)
+        self.best, self.homes = np.inf, ()  # type: tuple[float, tuple[int, ...]]
+        self.bound, self.reached, self.work = -np.inf, -1, 0
+        self.twins = _twins(problem)
+        self._scale = np.maximum(self.held.room, 1).astype(float)
+        count = len(self.held.room)
+        self._price = np.concatenate([fair_price(self.held) * self._scale, np.zeros(2 * count)])
+
+    def solve(self, price: Floats) -> Relaxed:
+        self.work += self.held.hop.size + self.held.far.size * self.held.width
+        count = len(self._scale)
+        return relaxed(self.held, price[:count] / self._scale, price[count : 2 * count], price[2 * count :])
+
+    def ascend(self, steps: int) -> Relaxed:
+        """A better bound, and any way met on the way there that keeps every limit."""
+
+        def judge(found: Relaxed) -> tuple[Floats, bool]:
+            way = relaxed_way(self.held, found)
+            used, long, count = usage(self.held, way)
+            if (used <= self.problem.room).all():
+                self.take(way)
+            given = found.byte * self.held.room + found.long - found.toll > 0  # back, if the device is left alone
+            free = self.held.room / self._scale * given
+            return np.concatenate([used / self._scale - free, long - given, given - count]), False
+
+        goal = self.best if np.isfinite(self.best) else 1e300
+        found, _, _ = Ascent(self.solve, judge).climb(self._price, goal, steps)
+        self._price = np.concatenate([found.byte * self._scale, found.long, found.toll])
+        self.bound = max(self.bound, min(found.value, self.best))
+        return found
+
+    def take(self, way: list[tuple[int, int]]) -> None:
+        homes = spread(way)
+        cost = way_cost(self.problem, homes)
+        if cost < self.best:
+            self.best, self.homes = cost, homes
+
+    @property
+    def done(self) -> bool:
+        return bool(self.bound >= self.best * (1 - EXACT))
+
+
 def cheapest(problem: Problem) -> Found:
     """The cheapest assignment of a device to each layer within `room`."""
-    totals = sums(problem)
-    unpriced, best, homes = relax(problem, totals, np.zeros(len(problem.room)), np.inf, ())
-    found, price = Found(homes, best, best), fair_price(problem)
-    for width in (min(width, MAX_SWEPT // len(problem.cost) + 1) for width in WIDTHS):
-        priced, best, homes = relax(problem, totals, price, found.cost, found.homes)
-        found, price = _sweep(problem, totals, (unpriced, priced), homes, best, width=width), priced.price
-        if found.proven:
-            break
-    return found
+    blocks = blocks_of(problem)
+    if blocks is None:
+        return among_all(problem)
+    walks = Walks(blocks, lambda homes: way_cost(problem, homes))
+    walks.run()
+    proven = walks.bound >= walks.best * (1 - EXACT)
+    if not walks.homes or (not proven and len(problem.room) <= FEW):
+        return among_all(problem, Found(walks.homes, walks.best, walks.bound))
+    bound = walks.best if proven else walks.bound
+    return Found(walks.homes, walks.best, bound, len(problem.cost) - 1, bool(proven))
+
+
+def among_all(problem: Problem, known: Found | None = None) -> Found:
+    """The same, whatever the layers are like; `known` is what was found and proven before."""
+    bracket = _Bracket(problem)
+    if known is not None and known.homes:
+        bracket.best, bracket.homes, bracket.bound = known.cost, known.homes, known.bound
+    found = bracket.ascend(STEPS)
+    if not np.isfinite(found.value):
+        _, _, _, reached = search(bracket.held, found, np.inf, WIDTHS[True][0], bracket.twins)
+        return Found((), np.inf, np.inf, reached)
+    few = len(problem.room) <= FEW
+    tried = np.inf
+    while not bracket.done and bracket.work < BUDGET[few]:
+        top = min(bracket.best * (1 - EXACT), tried)
+        near = np.isfinite(top) and top - bracket.bound <= CLOSE * abs(top)
+        goal = bracket.bound + STRIDE * (top - bracket.bound) if np.isfinite(top) and not near else top
+        decided = _sweep(bracket, found, goal, WIDTHS[few])
+        if decided is None and goal == top and np.isinf(bracket.best):
+            return Found((), np.inf, np.inf, bracket.reached, proven=False)
+        if decided is None:
+            tried = goal
+            if near or tried - bracket.bound <= CLOSE * abs(tried):
+                break
+        elif decided:
+            tried = np.inf
+            found = bracket.ascend(STEPS_AGAIN)
+        elif np.isinf(goal):
+            return Found((), np.inf, np.inf, bracket.reached)
+        else:
+            bracket.bound = max(bracket.bound, goal)
+    best, bound = bracket.best, min(bracket.bound, bracket.best)
+    if not bracket.homes:
+        return Found((), np.inf, bound, bracket.reached, proven=False)
+    return Found(bracket.homes, best, best if bracket.done else bound, len(problem.cost) - 1, bracket.done)
+
+
+def _sweep(bracket: _Bracket, found: Relaxed, goal: float, widths: tuple[int, ...]) -> bool | None:
+    """True: a way was found; False: there is none within the goal; None: undecided."""
+    for width in widths:
+        way, whole, work, reached = search(bracket.held, found, goal, width, bracket.twins)
+        bracket.work += work
+        bracket.reached = max(bracket.reached, reached)
+        if way is not None:
+            bracket.take(way)
+            if whole:
+                bracket.bound = bracket.best
+            return True
+        if whole:
+            return False
+    return None
 
 
 def _twins(problem: Problem) -> Ints:
     """For each device the nearest earlier one it could be swapped with unnoticed, or -1: the first comes first."""
     devices = len(problem.room)
     twins = np.full(devices, -1, dtype=np.int64)
+    marks = [
+        (int(problem.room[j]), problem.cost[:, j].tobytes(), problem.memory[:, j].tobytes(), float(problem.back[j]))
+        for j in range(devices)
+    ]
     for j in range(2, devices):
         for k in range(j - 1, 0, -1):
-            order = np.arange(devices)
-            order[[j, k]] = order[[k, j]]
-            same = all(
-                np.array_equal(a, b)
-                for a, b in (
-                    (problem.room, problem.room[order]),
-                    (problem.back, problem.back[order]),
-                    (problem.cost, problem.cost[:, order]),
-                    (problem.memory, problem.memory[:, order]),
-                    (problem.hop, problem.hop[:, order][:, :, order]),
-                )
-            )
-            if same:
+            if marks[j] == marks[k] and _alike(problem.hop, j, k):
                 twins[j] = k
                 break
     return twins
 
 
-def _sweep(
-    problem: Problem, totals: Sums, bounds: tuple[Bound, ...], homes: tuple[int, ...], best: float, *, width: int
-) -> Found:
-    """One pass over the layers with at most `width` labels each, starting from the best way known."""
-    layers, devices = problem.cost.shape
-    twins = _twins(problem)
-    after = np.vstack([problem.memory[::-1].cumsum(axis=0)[::-1][1:], np.zeros((1, devices), dtype=np.int64)])
-    least = problem.memory.min(axis=1)
-    mixer = np.random.default_rng(0).integers(1, 2**62, devices, dtype=np.int64) | 1
-    device = np.zeros(1, dtype=np.int64)
-    cost = np.array([problem.cost[0, 0]])
-    room = problem.room[None, :].copy()
-    room[0, 0] -= problem.memory[0, 0]
-    if room[0, 0] < 0 or not np.isfinite(cost[0]):
-        return Found((), np.inf, np.inf, -1)
-    trail: list[tuple[Ints, Ints]] = [(device, np.zeros(1, dtype=np.int64))]
-    dropped = np.inf
-    for i in range(1, layers):
-        many = len(device)
-        parent = np.repeat(np.arange(many), devices)
-        target = np.tile(np.arange(devices), many)
-        total = (cost[:, None] + problem.hop[i - 1][device] + problem.cost[i]).ravel()
-        left = room[parent]
-        left[np.arange(len(target)), target] -= problem.memory[i][target]
-        fits = np.isfinite(total) & (left[np.arange(len(target)), target] >= 0)
-        elder = twins[target]
-        fits &= (elder < 0) | (room[parent, elder] < problem.room[elder])
-        rest = least[i + 1 :]
-        weighing = rest[rest > 0]
-        if len(weighing):
-            fits &= left.sum(axis=1) >= weighing.sum()
-            fits &= (left // weighing.min()).sum(axis=1) >= len(weighing)
-        parent, target, total, left = parent[fits], target[fits], total[fits], left[fits]
-        useful = np.minimum(left, after[i])
-        mine = left[np.arange(len(target)), target]
-        value = np.max([total + b.togo(totals, i, target, mine) - useful @ b.price for b in bounds], axis=0)
-        hopeful = np.isfinite(value) & (value < best - TOLERANCE * abs(best) if np.isfinite(best) else True)
-        parent, target, total, left = parent[hopeful], target[hopeful], total[hopeful], left[hopeful]
-        useful, value = useful[hopeful], value[hopeful]
-        if not len(target):
-            return Found(homes, best, min(best, dropped), i - 1, not np.isfinite(dropped))
-        key = (useful * mixer).sum(axis=1) * np.int64(devices + 1) + target
-        order = np.lexsort((total, key))
-        alike = (target[order][1:] == target[order][:-1]) & (useful[order][1:] == useful[order][:-1]).all(axis=1)
-        keep = order[np.concatenate([[True], ~alike])]
-        if len(keep) > DOMINANCE_LABELS // 2:
-            keep = keep[np.argsort(value[keep], kind="stable")]
-        if len(keep) <= DOMINANCE_LABELS:
-            keep = keep[_undominated(target[keep], total[keep], useful[keep])]
-        if len(keep) > width:
-            keep = keep[np.argsort(value[keep], kind="stable")]
-            dropped = min(dropped, float(value[keep[width]]))
-            keep = keep[:width]
-        device, cost, room = target[keep], total[keep], left[keep]
-        trail.append((device, parent[keep]))
-    end = cost + problem.back[device]
-    last = int(end.argmin())
-    if end[last] < best:
-        best = float(end[last])
-        way: list[int] = []
-        for device, parent in reversed(trail):
-            way.append(int(device[last]))
-            last = int(parent[last])
-        homes = tuple(reversed(way))
-    proven = dropped >= best - TOLERANCE * abs(best)
-    return Found(homes, best, best if proven else dropped, layers - 1, proven)
-
-
-def _undominated(device: Ints, cost: Floats, room: Ints) -> NDArray[np.bool_]:
-    """False for a label that another on the same device beats or equals in cost and in room everywhere (first wins)."""
-    better = (device[:, None] == device[None, :]) & (cost[:, None] <= cost[None, :])
-    better &= (room[:, None, :] >= room[None, :, :]).all(axis=2)
-    equal = better & better.T
-    better &= ~(equal & (np.arange(len(device))[:, None] >= np.arange(len(device))[None, :]))
-    beaten: NDArray[np.bool_] = better.any(axis=0)
-    return ~beaten
+def _alike(hop: Floats, j: int, k: int) -> bool:
+    others = np.ones(hop.shape[1], dtype=bool)
+    others[[j, k]] = False
+    same = np.array_equal(hop[:, j, others], hop[:, k, others]) and np.array_equal(hop[:, others, j], hop[:, others, k])
+    return bool(same and np.array_equal(hop[:, j, k], hop[:, k, j]))

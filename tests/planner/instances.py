@@ -138,6 +138,32 @@ def _links(r: random.Random, names: list[str], alike: bool) -> dict[tuple[Device
     return links
 
 
+def hub_household(seed: int) -> Instance:
+    """Like blocks, short ways over one or two devices, long ones between the others: it pays to visit twice."""
+    r = random.Random(f"hub {seed}")
+    layers, count = 5 + seed % 4, 3 + seed // 4 % 2
+    blocks = (Layer(f"b{i}", "block", 10, 0, 4096) for i in range(layers - 2))
+    model = ModelProfile("hub", (Layer("e", "embedding", 1, 0, 4096), *blocks, Layer("h", "head", 5, 0, 4)))
+    names = [f"d{i}" for i in range(count)]
+    hubs = set(r.sample(names, r.choice([1, 1, 2])))
+    alike = r.random() < 0.3
+    pace = {name: r.uniform(0.1, 3) if not alike or name in hubs else 1.0 for name in names}
+    devices = {}
+    for name in names:
+        room = 11 + r.randint(0, 3) * 10 + r.choice([0, 5]) if not alike or name in hubs else 30
+        speed = {kind: ((1, pace[name]),) for kind in ("embedding", "block", "head")}
+        devices[name] = DeviceProfile(name, name, room, speed)
+    links = {}
+    for a in names:
+        for b in names:
+            if a != b and r.random() < 0.97:
+                near = a in hubs or b in hubs
+                ms = r.uniform(0.1, 1) if near and not alike else 0.5 if near else r.choice([3.0, 6.0])
+                links[a, b] = LinkProfile(ms, 10_000)
+    work = Workload(r.choice([1, 8]), r.choice([1, 20]), 1, 8)
+    return Instance(model, devices, links, r.choice(names), work, dict.fromkeys(names, 0), r.random() < 0.1)
+
+
 def full_household(seed: int, layers: int = 34, count: int = 6) -> Instance:
     """All devices and links different, and together hardly more memory than the model takes."""
     r = random.Random(seed)

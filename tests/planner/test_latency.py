@@ -10,13 +10,17 @@ import pytest
 from peerllm.errors import InfeasibleError
 from peerllm.planner import search
 from peerllm.planner.latency import plan_latency
+from peerllm.planner.walk import contest
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Workload
 from tests.planner.brute import assignments, fits, homes_of, least_request_ms, request_ms, requests_ms
-from tests.planner.instances import BLOCKS, instance, seeds, shape
+from tests.planner.instances import BLOCKS, Instance, hub_household, instance, seeds, shape
 
 
 def check(seed: int) -> bool:
-    i = instance(seed, *shape(seed))
+    return agrees(seed, instance(seed, *shape(seed)))
+
+
+def agrees(seed: int, i: Instance) -> bool:
     expected = least_request_ms(*i.asked, working=i.working, head_on_source=i.head_on_source)
     try:
         plan = plan_latency(*i.asked, working_bytes=i.working, head_on_source=i.head_on_source)
@@ -36,6 +40,27 @@ def check(seed: int) -> bool:
 def test_agrees_with_brute_force(block):
     feasible = sum(check(seed) for seed in seeds(block))
     assert len(seeds(block)) * 0.4 < feasible < len(seeds(block)) * 0.95  # neither all trivial nor all hopeless
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_agrees_with_brute_force_where_second_visits_pay(block):
+    again = feasible = 0
+    for seed in range(block * 200, (block + 1) * 200):
+        i = hub_household(seed)
+        feasible += agrees(seed, i)
+        again += revisits(i)
+    assert feasible > 150 and again > 8
+
+
+def revisits(i: Instance) -> bool:
+    """Whether the plan visits a device other than the source twice, or the source in the middle."""
+    try:
+        stages = plan_latency(*i.asked, working_bytes=i.working, head_on_source=i.head_on_source).stages
+    except InfeasibleError:
+        return False
+    head = len(i.model.layers) - 1
+    visits = [stage.device for stage in stages if stage.first_layer < head]
+    return len(visits) > len(set(visits))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -111,7 +136,8 @@ def test_the_layer_that_fits_nowhere_is_named():
 
 def test_beyond_the_cap_the_bound_is_still_proven(monkeypatch):
     """With room for one label per layer the answer may be poor, but its bound never lies."""
-    monkeypatch.setattr(search, "WIDTHS", (1,))
+    for module in (search, contest):
+        monkeypatch.setattr(module, "WIDTHS", {True: (1,), False: (1,)})
     unproven = 0
     for seed in range(200):
         i = instance(seed, 6, 3)

@@ -109,6 +109,7 @@ def worth(at, homes):
 
 def tokens(at, homes):
     """Tokens over the horizon."""
+
     def most(x):
         sequences = at["workload"].sequences
         laps = [(b, sequences // b) for b in range(1, sequences + 1)]

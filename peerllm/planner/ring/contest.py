@@ -16,7 +16,8 @@ from peerllm.planner.relaxation import Floats
 from peerllm.planner.ring.beam import search
 from peerllm.planner.ring.chain import Chain, Limits, Way, enough, lap, limited
 from peerllm.planner.ring.dense import least_ring, states
-from peerllm.planner.ring.relaxed import STEPS, ascend, fair_price, relaxed
+from peerllm.planner.ring.relaxed import STEPS, ascend, fair_price, relaxed, way_of
+from peerllm.planner.ring.rounds import good_ring
 from peerllm.planner.ring.tables import Tables
 
 EXACT = 1e-10  # relative; two plans closer than this are one
@@ -42,6 +43,7 @@ class _Span:
     price: Floats | None = field(compare=False, default=None)
     tried: float = field(compare=False, default=np.inf)
     rounds: int = field(compare=False, default=0)
+    way: Way = field(compare=False, default=())  # the last one found
 
 
 class Contest:
@@ -175,14 +177,24 @@ class Contest:
         if not found.value <= ring:
             return np.inf, None
         if not quick:
-            if way is not None or bounds_only:
+            if way is not None:
                 return found.value, way
+            if bounds_only:
+                return found.value, None
             for width in WIDTHS:
                 way, whole, work = search(limits, found, ring, width)
                 self._work += work
                 if whole:
                     return (np.inf if way is None else lap(limits.chain, way)[0]), way
                 if way is not None:
+                    span.way = way
+                    return found.value, way
+            way, work = good_ring(limits, span.way or way_of(limits, found))
+            self._work += 2 * work
+            if way is not None:
+                span.way = way
+                self._offered(way, span, limits.chain)
+                if lap(limits.chain, way)[0] <= ring:
                     return found.value, way
             if count > LARGEST_STATES:
                 return found.value, None

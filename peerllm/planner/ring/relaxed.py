@@ -27,25 +27,42 @@ class Relaxed:
         return float(self.price @ many)
 
 
+class Relaxation:
+    """What bounds under any prices share: computed once for many of them."""
+
+    def __init__(self, limits: Limits) -> None:
+        chain, last = limits.chain, limits.last
+        layers = np.arange(last + 1)
+        width = max(1, int((limits.far - layers).max(initial=0)) + 1)
+        ends = layers[:, None] + np.arange(width)  # [layers, width]
+        self._limits, self._width = limits, width
+        # [layers, width, classes]: whether a visit that starts here may end there; what is behind `last` is cut off.
+        self._closed = np.where(ends[:, :, None] <= limits.far.T[:, None, :], 0.0, np.inf)
+        self._onward = np.ascontiguousarray(limits.hop.transpose(0, 2, 1))
+        self._prefix = np.ascontiguousarray(chain.prefix.T)
+
+    def __call__(self, price: Floats) -> Relaxed:
+        """The bound under `price`, by dynamic programming from the last layer back."""
+        chain, last, width = self._limits.chain, self._limits.last, self._width
+        kinds = len(price)
+        visit = np.full((last + 2, kinds), np.inf)
+        leave = np.full((last + 1, 1 + kinds), np.inf)
+        leave[last, 1:] = self._limits.home
+        ending = np.full((last + 1, kinds), np.inf)  # prefix up to and with a layer, plus what follows
+        entering = price - self._prefix
+        for i in range(last, -1, -1):
+            if i < last:
+                (self._onward[i] + visit[i + 1][:, None]).min(axis=0, out=leave[i])
+            np.add(self._prefix[i + 1], leave[i, 1:], out=ending[i])
+            window = ending[i : i + width]
+            np.add((window + self._closed[i, : len(window)]).min(axis=0), entering[i], out=visit[i])
+        total = float((self._limits.first + leave[:, 0]).min())
+        return Relaxed(price, visit, leave.T, total - float(price @ chain.many))
+
+
 def relaxed(limits: Limits, price: Floats) -> Relaxed:
-    """The bound under `price`, by dynamic programming from the last layer back."""
-    chain, last = limits.chain, limits.last
-    kinds = len(price)
-    visit = np.full((last + 2, kinds), np.inf)
-    leave = np.full((1 + kinds, last + 1), np.inf)
-    leave[1:, last] = limits.home
-    ending = np.full((kinds, last + 1), np.inf)  # prefix up to and with a layer, plus what follows
-    layers = np.arange(last + 1)
-    width = max(1, int((limits.far - layers).max()) + 1)
-    for i in range(last, -1, -1):
-        if i < last:
-            leave[:, i] = (limits.hop[i] + visit[i + 1]).min(axis=1)
-        ending[:, i] = chain.prefix[:, i + 1] + leave[1:, i]
-        window = ending[:, i : i + width]
-        held = np.where(layers[i : i + width] <= limits.far[:, i, None], window, np.inf)
-        visit[i] = held.min(axis=1) - chain.prefix[:, i] + price
-    total = float((limits.first + leave[0]).min())
-    return Relaxed(price, visit, leave, total - float(price @ chain.many))
+    """The bound under one price."""
+    return Relaxation(limits)(price)
 
 
 def way_of(limits: Limits, found: Relaxed) -> Way:
@@ -68,14 +85,29 @@ def visits(way: Way, kinds: int) -> Floats:
 
 
 def fair_price(limits: Limits) -> Floats:
-    """What one visit saves against the slowest device needed if layers simply fill the fastest first."""
+    """The better of `fair_prices`."""
+    return max(fair_prices(limits), key=lambda price: relaxed(limits, price).value)
+
+
+def fair_prices(limits: Limits) -> tuple[Floats, Floats]:
+    """What one visit saves against the slowest device needed if layers simply fill the fastest first: two starts.
+
+    What a hop costs is a guess: half of the usual one, or the shortest into a device.
+    """
+    chain = limits.chain
+    open_ = np.isfinite(chain.hop)
+    usual = np.where(open_, chain.hop, 0.0).sum(axis=(0, 1)) / np.maximum(open_.sum(axis=(0, 1)), 1) / 2
+    shortest = chain.hop.min(axis=(0, 1), initial=np.inf)
+    return _fair(limits, usual), _fair(limits, np.where(np.isfinite(shortest), shortest, 0.0))
+
+
+def _fair(limits: Limits, hops: Floats) -> Floats:
     chain, last = limits.chain, limits.last
     room = np.maximum((limits.far - np.arange(last + 1) + 1).max(axis=1), 0)
-    open_ = np.isfinite(limits.hop)
-    hops = np.where(open_, limits.hop, 0.0).sum(axis=(0, 1)) / np.maximum(open_.sum(axis=(0, 1)), 1)
-    cost = room * chain.prefix[:, -1] / (last + 1) + hops / 2
+    cost = room * chain.prefix[:, -1] / (last + 1) + hops
     pace = np.where(room > 0, cost / np.maximum(room, 1), np.inf)
-    left, dearest = last + 1, 0.0
+    own = np.flatnonzero(np.isfinite(limits.first))
+    left, dearest = last - int(own.max(initial=0)), 0.0
     for kind in np.argsort(pace):
         if np.isinf(pace[kind]):
             break
@@ -102,5 +134,5 @@ def ascend(limits: Limits, price: Floats, goal: float, steps: int = STEPS) -> tu
         good = bool((count <= many).all()) and found.value + float(found.price @ (many - count)) <= goal
         return count - many, good
 
-    found, good, passes = Ascent(lambda price: relaxed(limits, price), judge).climb(price, goal, steps)
+    found, good, passes = Ascent(Relaxation(limits), judge).climb(price, goal, steps)
     return found, (way if good else None), passes

@@ -1,0 +1,129 @@
+"""Raising a Lagrangian bound: the proximal bundle method (Lemaréchal 1978; Kiwiel 1990).
+
+The bound is a concave function of prices, known by its values and slopes where it was asked. These make a model of it
+from above; the next prices maximise that model, less what keeps them near the best prices so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from peerllm.planner.relaxation import Floats
+
+AIM = 0.05  # relative gain that the first step is laid out for
+TOLERANCE = 2e-4  # relative; less to be gained, by the model, is nothing
+SERIOUS = 0.1  # share of the gain promised by the model that makes new prices the best ones
+GOOD = 0.5  # share that makes the next step longer
+LONGER, SHORTER = 2.0, 0.7
+PLANES = 60  # of the model, at most
+ROUNDS = 120  # of the search for the best mix of planes
+NOTHING = 1e-12
+
+
+class Bound(Protocol):
+    """Something found under prices, with the bound it proves."""
+
+    @property
+    def value(self) -> float: ...
+
+
+Found = TypeVar("Found", bound=Bound)
+Judged = tuple[Floats, bool]  # how far each priced limit is broken; whether what was found will do
+
+
+class Ascent(Generic[Found]):
+    """`solve` gives the bound under prices, `judge` how far its optimum breaks each limit and whether it will do."""
+
+    def __init__(self, solve: Callable[[Floats], Found], judge: Callable[[Found], Judged]) -> None:
+        self._solve, self._judge = solve, judge
+
+    def climb(self, price: Floats, goal: float, steps: int) -> tuple[Found, bool, int]:
+        """The best bound met; whether the last optimum will do; the passes it took. Ends when `goal` is passed."""
+        best = self._solve(price)
+        if not best.value <= goal:
+            return best, False, 1
+        slope, good = self._judge(best)
+        if good:
+            return best, True, 1
+        model = _Model(slope)
+        reach = AIM * abs(best.value) / max(float(slope @ slope), NOTHING)
+        step = 1
+        for step in range(2, steps + 1):
+            direction = model.direction(price, reach, TOLERANCE * abs(best.value))
+            ahead = np.maximum(0.0, price + reach * direction)
+            promised = model.gain(ahead - price)
+            if promised < TOLERANCE * abs(best.value):
+                break
+            found = self._solve(ahead)
+            if not found.value <= goal:
+                return found, False, step
+            slope, good = self._judge(found)
+            if good:
+                return found, True, step
+            gained = found.value - best.value
+            if gained >= SERIOUS * promised:
+                model.move(ahead - price, gained)
+                model.add(slope, 0.0)
+                price, best = ahead, found
+                reach *= LONGER if gained >= GOOD * promised else 1.0
+            else:
+                over = max(gained + float(slope @ (price - ahead)), 0.0)
+                model.add(slope, over)
+                reach *= SHORTER if over > 2 * promised else 1.0
+        return best, False, step
+
+
+class _Model:
+    """Planes over the prices: where each is above the best value there, and its slope."""
+
+    def __init__(self, slope: Floats) -> None:
+        self._slopes, self._over, self._mix = slope[None], np.zeros(1), np.ones(1)
+
+    def gain(self, move: Floats) -> float:
+        """What the model promises for a move from the best prices."""
+        return float((self._over + self._slopes @ move).min())
+
+    def direction(self, price: Floats, reach: float, tolerance: float) -> Floats:
+        """The mix of slopes to follow `reach` far (pairwise Frank-Wolfe on its weights); prices stay positive."""
+        free = np.ones(len(price), dtype=bool)
+        for _ in range(2):
+            slopes = self._slopes[:, free]
+            products = reach * (slopes @ slopes.T)
+            gradient = products @ self._mix + self._over
+            for _ in range(ROUNDS):
+                to = int(gradient.argmin())
+                off = int(np.where(self._mix > NOTHING, gradient, -np.inf).argmax())
+                gap = float(gradient[off] - gradient[to])
+                if gap < 1e-3 * tolerance:
+                    break
+                bend = float(products[to, to] + products[off, off] - 2 * products[to, off])
+                share = min(float(self._mix[off]), gap / bend if bend > 0 else np.inf)
+                self._mix[to] += share
+                self._mix[off] -= share
+                gradient += share * (products[:, to] - products[:, off])
+            mixed: Floats = self._mix @ self._slopes
+            able = (price > 0) | (mixed > 0)
+            if (able == free).all():
+                break
+            free = able
+        return mixed
+
+    def move(self, by: Floats, gained: float) -> None:
+        """The best prices are elsewhere."""
+        self._over = np.maximum(self._over + self._slopes @ by - gained, 0.0)
+
+    def add(self, slope: Floats, over: float) -> None:
+        """One plane more; the least of use goes if there are too many, or all are mixed into one."""
+        if len(self._over) >= PLANES:
+            idle = np.flatnonzero(self._mix <= NOTHING)
+            if len(idle):
+                keep = np.arange(len(self._over)) != idle[self._over[idle].argmax()]
+                self._slopes, self._over, self._mix = self._slopes[keep], self._over[keep], self._mix[keep]
+            else:
+                mixed, high = self._mix @ self._slopes, float(self._mix @ self._over)
+                self._slopes, self._over, self._mix = mixed[None], np.array([high]), np.ones(1)
+        self._slopes = np.vstack([self._slopes, slope])
+        self._over, self._mix = np.append(self._over, over), np.append(self._mix, 0.0)
