@@ -47,6 +47,8 @@ class Limits:
 
 def limited(chain: Chain, bottleneck: float) -> Limits:
     """What is left when nothing may take longer than `bottleneck`."""
+    if np.isinf(bottleneck):
+        return Limits(chain, chain.first, np.maximum(chain.fits, np.arange(chain.last + 1) - 1), chain.hop, chain.home)
     far = chain.fits.copy()
     for j, prefix in enumerate(chain.prefix):
         computed = np.searchsorted(prefix, prefix[:-1] + bottleneck, side="right") - 2

@@ -38,7 +38,11 @@ class Relaxation:
         self._limits, self._width = limits, width
         # [layers, width, classes]: whether a visit that starts here may end there; what is behind `last` is cut off.
         self._closed = np.where(ends[:, :, None] <= limits.far.T[:, None, :], 0.0, np.inf)
-        self._onward = np.ascontiguousarray(limits.hop.transpose(0, 2, 1))
+        if limits.hop.strides[0] == 0:  # alike at every layer: held once
+            onward = np.ascontiguousarray(limits.hop[0].T)
+            self._onward: Floats = np.broadcast_to(onward, (last + 1, *onward.shape))
+        else:
+            self._onward = np.ascontiguousarray(limits.hop.transpose(0, 2, 1))
         self._prefix = np.ascontiguousarray(chain.prefix.T)
 
     def __call__(self, price: Floats) -> Relaxed:

@@ -19,7 +19,7 @@ from peerllm.planner.walk.sweep import sweep
 EXACT = 1e-10  # relative; two ways closer than this are one
 FEW = 16  # devices up to which the search goes on until it is exact, within reason
 WIDTHS = {True: (48, 400, 4000, 40_000), False: (48, 400)}  # ways per block, for few devices and for many
-BUDGET = {True: 2_000_000_000, False: 95_000_000}  # array elements touched before the rest is left open
+BUDGET = {True: 2_000_000_000, False: 80_000_000}  # array elements touched before the rest is left open
 STRIDE = 0.3  # of the way from the bound to the best that is tried next
 NEAR = 0.01  # relative; further from the best, bounds are raised half of the way at once: the lowest one is what counts
 CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at once

@@ -62,6 +62,7 @@ def sweep(house: House, found: Relaxed, goal: float, width: int, *, strict: bool
             value = begun + prefix[target, end + 1]
             keep = np.flatnonzero((far >= end) & (value + found.leave[target + 1, end] <= allowed))
             if len(keep):
+                work += 3 * len(keep) * kinds
                 rows, kinds_there, each = row[keep], target[keep], np.arange(len(keep))
                 now_used, now_ready = used[rows], ready[rows]
                 now_used[each, kinds_there] += 1
