@@ -35,6 +35,7 @@ STEPS_AGAIN = 30  # once a better way is known
 FEW = 16  # devices up to which the search goes on until it is exact, within reason
 WIDTHS = {True: (48, 400, 4000, 40_000), False: (48, 400)}  # labels per layer, for few devices and for many
 BUDGET = {True: 900_000_000, False: 90_000_000}  # array elements touched before the rest is left open
+BUDGET_AGAIN = 20_000_000  # where a walk is known already: what it could not prove is rarely proven here
 STRIDE = 0.3  # of the way from the bound to the best that is tried next
 CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at once
 
@@ -104,7 +105,7 @@ def cheapest(problem: Problem) -> Found:
     walks = Walks(blocks, lambda homes: way_cost(problem, homes))
     walks.run()
     proven = walks.bound >= walks.best * (1 - EXACT)
-    if not walks.homes or (not proven and len(problem.room) <= FEW):
+    if not walks.homes or not (proven or walks.spent or len(problem.room) > FEW):
         return among_all(problem, Found(walks.homes, walks.best, walks.bound))
     bound = walks.best if proven else walks.bound
     return Found(walks.homes, walks.best, bound, len(problem.cost) - 1, bool(proven))
@@ -119,9 +120,11 @@ def among_all(problem: Problem, known: Found | None = None) -> Found:
     if not np.isfinite(found.value):
         _, _, _, reached = search(bracket.held, found, np.inf, WIDTHS[True][0], bracket.twins)
         return Found((), np.inf, np.inf, reached)
-    few = len(problem.room) <= FEW
+    again = known is not None and bool(known.homes)
+    few = len(problem.room) <= FEW and not again
+    budget = BUDGET_AGAIN if again else BUDGET[few]
     tried = np.inf
-    while not bracket.done and bracket.work < BUDGET[few]:
+    while not bracket.done and bracket.work < budget:
         top = min(bracket.best * (1 - EXACT), tried)
         near = np.isfinite(top) and top - bracket.bound <= CLOSE * abs(top)
         goal = bracket.bound + STRIDE * (top - bracket.bound) if np.isfinite(top) and not near else top

@@ -19,7 +19,7 @@ from peerllm.planner.walk.sweep import sweep
 EXACT = 1e-10  # relative; two ways closer than this are one
 FEW = 16  # devices up to which the search goes on until it is exact, within reason
 WIDTHS = {True: (48, 400, 4000, 40_000), False: (48, 400)}  # ways per block, for few devices and for many
-BUDGET = {True: 2_000_000_000, False: 80_000_000}  # array elements touched before the rest is left open
+BUDGET = {True: 300_000_000, False: 80_000_000}  # array elements touched before the rest is left open
 STRIDE = 0.3  # of the way from the bound to the best that is tried next
 NEAR = 0.01  # relative; further from the best, bounds are raised half of the way at once: the lowest one is what counts
 CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at once
@@ -93,9 +93,14 @@ class Walks:
             place = heapq.heappop(self._heap)
             if place.bound >= self.best * (1 - EXACT):
                 break
-            if self._work > BUDGET[self._few] or not self._advance(place):
+            if self.spent or not self._advance(place):
                 left = min(left, place.bound)
         self.bound = min(left, self.best)
+
+    @property
+    def spent(self) -> bool:
+        """Whether it ended for lack of budget."""
+        return self._work > BUDGET[self._few]
 
     def _push(self, place: _Place) -> None:
         place.bound = max(place.bound, place.found.value)
