@@ -33,7 +33,7 @@ PLOT = PAGE.with_name("planner-growth.png")
 GROWTH_DEVICES = (2, 4, 8, 16, 32, 64, 128, 256)  # at GROWTH_DEVICES_LAYERS layers
 GROWTH_LAYERS = (10, 18, 34, 66, 130, 258)  # at GROWTH_LAYERS_DEVICES devices
 GROWTH_DEVICES_LAYERS, GROWTH_LAYERS_DEVICES, GROWTH_KINDS, GROWTH_SEEDS = 34, 16, 8, 3
-GIVE_UP_MS = 5_000.0  # a line ends where its median has come so far
+GIVE_UP_MS = 10_000.0  # a line ends where its median has come so far
 
 Ask = Callable[[], Instance]
 
