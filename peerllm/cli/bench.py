@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 from urllib.parse import quote
@@ -22,23 +22,27 @@ from peerllm.planner.simulator import simulate
 from peerllm.types import Stage, Workload
 
 ROUNDS = 3  # of each number of sequences; the median counts
+WARM_S = 4.5  # of load before each prediction: what links take under it, every device has told by then
 BENCH_TIMEOUT_S = 600.0
 
 
 def run(args: argparse.Namespace) -> None:
     device = LocalDevice(args.data)
     model = _served(device, args.model)
-    planned = device.get(f"/peerllm/v1/scenario?model={quote(model, safe='')}")
-    scenario = parse(planned["scenario"])
-    alone, busy = (replace(scenario, devices=parse(planned[name]).devices) for name in ("alone", "together"))
+    planned = _planned(device, model)
+    work = parse(planned["scenario"]).workload
     stages = tuple(Stage(one["device"], one["first_layer"], one["last_layer"]) for one in planned["stages"])
-    work = scenario.workload
     prompt = args.prompt_tokens or min(work.prompt_tokens, work.context // 2)
     output = args.output_tokens or min(64, work.context - prompt)
     counts = [args.sequences] if args.sequences else _counts(work.sequences)
     rows = []
     for count in tqdm(counts, desc="sequences", disable=not sys.stderr.isatty(), leave=False):
         body = {"model": model, "sequences": count, "prompt_tokens": prompt, "output_tokens": output}
+        warm = time.monotonic() + WARM_S
+        while device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S) and time.monotonic() < warm:
+            pass
+        planned = _planned(device, model)
+        alone, busy = parse(planned["alone"]), parse(planned["together"])
         rounds = [device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S) for _ in range(ROUNDS)]
         batch = int(planned["micro_batch"])
         # With one sequence only one stage computes at a time; with several, devices of one machine disturb each other.
@@ -48,6 +52,10 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"model": model, "prompt_tokens": prompt, "output_tokens": output, "runs": rows}))
     else:
         print(text(model, prompt, output, rows))
+
+
+def _planned(device: LocalDevice, model: str) -> Any:
+    return device.get(f"/peerllm/v1/scenario?model={quote(model, safe='')}")
 
 
 def predicted(

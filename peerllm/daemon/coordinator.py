@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from peerllm.daemon.deployment import Deployment, refuse_other
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.messages import DeploymentView, Progress, Trouble
 from peerllm.daemon.negotiation import Surroundings
+from peerllm.daemon.profiles import link_profiles
 from peerllm.daemon.timings import Timings
 from peerllm.engine.messages import TensorAt, Tokens
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError, UnavailableError
@@ -78,16 +79,24 @@ class Coordinator:
         return scenario_file((await deployment.preview(held)).scenario)
 
     def scenario(self, model: str) -> dict[str, Any]:
-        """What a running deployment was planned for, and its plan. NotFoundError if none was started here."""
+        """What a running deployment was planned for, and its plan; "alone" and "together" have the links as of now.
+
+        NotFoundError if none was started here.
+        """
         blueprint = self._running(model).blueprint
         if blueprint is None:
             raise UnavailableError(f"{model} has no plan yet")
         names = names_in(blueprint.scenario.devices)
         stages = [{**asdict(stage), "device": names[stage.device]} for stage in blueprint.plan.stages]
+        candidates = self._around.candidates()
+        links = dict(blueprint.scenario.links)
+        if all(device in candidates for device in names):
+            now = link_profiles(candidates, self._around.me)
+            links = {pair: now.get(pair, link) for pair, link in links.items()}
         scenarios = {
             "scenario": blueprint.scenario,
-            "alone": blueprint.alone,
-            "together": blueprint.together,
+            "alone": replace(blueprint.alone, links=links),
+            "together": replace(blueprint.together, links=links),
         }
         files = {name: scenario_file(scenario) for name, scenario in scenarios.items()}
         return {**files, "stages": stages, "micro_batch": blueprint.micro_batch}

@@ -31,6 +31,7 @@ LONG_S = 0.16  # ... but no more of slow ones than this takes
 LIMIT_S = 10.0  # for all kinds, building them included: large models; counts left out follow from the others
 BLOCK_SHARE = 3  # of the time, to 1 for the embedding and for the head
 GRACE_S = 0.5
+PAUSE, PAUSE_S = 2, 0.008  # passes' length, at most so long: a stage waits for the others, and wakes up with cold caches
 LEAST_MS = 1e-4  # what is left of a layer where timing cannot tell it from the pass
 
 Check = Callable[[], None]
@@ -127,12 +128,17 @@ class Work:
         self._fill_all()
 
     def enough(self, until: float) -> dict[int, list[Run]]:
-        """Runs by count, each timed as often as its budget says; all in turn, so that a disturbance meets all."""
+        """Runs by count, each timed as often as its budget says; all in turn, so that a disturbance meets all.
+
+        Each after a pause: of a request's time a stage computes in a part only.
+        """
         pending = list(self.counts)
         while pending:
             for count in list(pending):
                 if self._over(until):
                     return self._samples
+                if self._samples[count]:
+                    time.sleep(min(PAUSE * self._samples[count][-1].wall_s, PAUSE_S))
                 self._run(count)
                 first, *others = (run.wall_s for run in self._samples[count])
                 spent = sum(others)
@@ -146,6 +152,8 @@ class Work:
             for count in self.counts:
                 if self._over(until if self._samples[self.counts[-1]] else until + GRACE_S):
                     return self._samples
+                if self._samples[count]:
+                    time.sleep(min(self._samples[count][-1].wall_s, PAUSE_S))
                 self._run(count)
 
     def _over(self, until: float) -> bool:

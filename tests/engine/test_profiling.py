@@ -238,7 +238,10 @@ class Clock:
             return forward(shard, *args)
 
         monkeypatch.setattr(TorchShard, "forward", slow)
-        ticking = SimpleNamespace(perf_counter=lambda: self.now, thread_time=lambda: self.now)
+        def sleep(seconds: float) -> None:
+            self.now += seconds
+
+        ticking = SimpleNamespace(perf_counter=lambda: self.now, thread_time=lambda: self.now, sleep=sleep)
         monkeypatch.setattr(profiling, "time", ticking)
 
 
