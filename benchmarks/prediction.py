@@ -32,12 +32,14 @@ def measure(devices: int, objective: str) -> list[dict[str, Any]]:
     lent = limits(sizes_of(BUILTIN, SLOTS, CONTEXT, FLOAT32_BYTES), devices)
     memory = {name: str(nbytes) for name, nbytes in zip(names, lent, strict=True)}
     pins = {name: ["taskset", "-c", str(place % 2)] for place, name in enumerate(names)} if devices == 2 else None
-    with tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory:
-        with household(Path(directory), names, memory=memory, prefixes=pins) as (source, *_):
-            source.cli("run", "builtin", "--slots", str(SLOTS), "--context", str(CONTEXT), "--objective", objective)
-            stages = source.status()["deployments"][0]["plan"]["stages"]
-            assert len({stage["device"] for stage in stages}) == devices, stages
-            runs = json.loads(source.cli("bench", "--json").stdout)["runs"]
+    with (
+        tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory,
+        household(Path(directory), names, memory=memory, prefixes=pins) as (source, *_),
+    ):
+        source.cli("run", "builtin", "--slots", str(SLOTS), "--context", str(CONTEXT), "--objective", objective)
+        stages = source.status()["deployments"][0]["plan"]["stages"]
+        assert len({stage["device"] for stage in stages}) == devices, stages
+        runs = json.loads(source.cli("bench", "--json").stdout)["runs"]
     return [{"devices": devices, "objective": objective, "stages": len(stages), **run} for run in runs]
 
 

@@ -31,7 +31,7 @@ LONG_S = 0.16  # ... but no more of slow ones than this takes
 LIMIT_S = 10.0  # for all kinds, building them included: large models; counts left out follow from the others
 BLOCK_SHARE = 3  # of the time, to 1 for the embedding and for the head
 GRACE_S = 0.5
-PAUSE, PAUSE_S = 2, 0.008  # passes' length, at most so long: a stage waits for the others, and wakes up with cold caches
+PAUSE, PAUSE_S = 2, 0.008  # passes, at most so long: a stage waits for the others, and wakes up with cold caches
 LEAST_MS = 1e-4  # what is left of a layer where timing cannot tell it from the pass
 
 Check = Callable[[], None]
