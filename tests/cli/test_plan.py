@@ -60,7 +60,9 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[Raw]:
 
 
 def test_the_object_is_as_documented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", written(tmp_path, "s.json", scenario()), "--json"]) == 0
+    raw = scenario()
+    raw["devices"][0]["layer_ms"]["head"] = {"1": 1.5}  # else it could as well go back to the source
+    assert main(["plan", written(tmp_path, "s.json", raw), "--json"]) == 0
     (found,) = lines(capsys)
     assert list(found) == KEYS and list(found["predicted"]) == PREDICTED
     assert found["stages"] == [
@@ -174,9 +176,13 @@ def test_one_bad_file_is_one_line_on_stderr(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.startswith("peerllm: cloud is missing")
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "no-such.json", ".", "a\0b"])
-def test_what_is_no_file_is_said(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", name]) == 2
+@pytest.mark.parametrize(("name", "code"), [("no-such-model", 1), ("no-such.json", 2), (".", 2), ("a\0b", 1)])
+def test_what_is_no_file_is_said(
+    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What looks like no file is a model of the live household, and here is none."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert main(["plan", name]) == code
     said = capsys.readouterr()
     assert not said.out and said.err.startswith("peerllm: ") and said.err.count("\n") == 1
 

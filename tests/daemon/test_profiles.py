@@ -92,7 +92,7 @@ def test_the_planner_takes_the_times_beside_the_others_and_estimates_what_is_mis
     model = inspected("m", 4).profile
     alone = {"pass": ((1, 0.4),), "block": ((1, 1.0), (128, 9.0)), "head": ((1, 0.5),)}
     candidate = Candidate("a" * 64, hello("a", BLOCK), 9, timing=Timing(alone, {"block": ((1, 3.0),)}, "measured"))
-    times = device_profile(candidate, model, "float32", devices=2).layer_ms
+    times = device_profile(candidate, model, "float32", devices=2, busy=True).layer_ms
     assert times["block"] == ((1, pytest.approx(3.0 + 2 * 0.4 / 4)),)  # two passes over four blocks
     assert times["head"] == ((1, 0.5),)
     assert times["embedding"] == estimated(candidate, model, "float32")["embedding"]
