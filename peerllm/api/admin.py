@@ -13,8 +13,7 @@ from peerllm.api.errors import FieldError, json_response
 from peerllm.api.fields import Fields, read_object
 from peerllm.api.keys import HOUSEHOLD, TASKS
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
-from peerllm.daemon.bench import MAX_SEQUENCES, MAX_TOKENS
-from peerllm.daemon.facade import Household, RunOptions, RunProgress
+from peerllm.daemon.facade import MAX_BENCH_SEQUENCES, MAX_BENCH_TOKENS, Household, RunOptions, RunProgress
 
 T = TypeVar("T")
 Note = Callable[[RunProgress], None]
@@ -107,8 +106,8 @@ async def scenario(request: web.Request) -> web.Response:
 async def bench(request: web.Request) -> web.Response:
     """{"model", "sequences", "prompt_tokens", "output_tokens"} gives what was measured; ends if the client hangs up."""
     fields = await read_object(request)
-    sequences = fields.integer("sequences", 1, MAX_SEQUENCES) or 1
-    prompt, output = (fields.integer(name, 1, MAX_TOKENS) or 64 for name in ("prompt_tokens", "output_tokens"))
+    sequences = fields.integer("sequences", 1, MAX_BENCH_SEQUENCES) or 1
+    prompt, output = (fields.integer(name, 1, MAX_BENCH_TOKENS) or 64 for name in ("prompt_tokens", "output_tokens"))
     with request.app[TASKS].stream():
         found = await request.app[HOUSEHOLD].bench(fields.text("model", MAX_TEXT_CHARS), sequences, prompt, output)
     return json_response(found)

@@ -11,8 +11,6 @@ from typing import Any, cast
 from peerllm.daemon.facade import Chunk, GenerateRequest
 from peerllm.types import DeploymentId, Sampling
 
-MAX_SEQUENCES = 256
-MAX_TOKENS = 4096  # of a prompt, and of an answer
 STRIDE = 7919  # between the ids of made-up prompts, so that no two are alike
 
 Generate = Callable[[GenerateRequest], AsyncIterator[Chunk]]

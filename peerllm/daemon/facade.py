@@ -10,6 +10,9 @@ from typing import Any, Protocol
 from peerllm.engine.messages import FinishReason
 from peerllm.types import DeploymentId, Objective, Sampling
 
+MAX_BENCH_SEQUENCES = 256
+MAX_BENCH_TOKENS = 4096  # of a prompt, and of an answer
+
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
