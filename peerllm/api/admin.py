@@ -99,8 +99,8 @@ async def stop(request: web.Request) -> web.Response:
 
 
 async def scenario(request: web.Request) -> web.Response:
-    """?model=NAME: {"scenario": what that running model was planned for, "stages", "micro_batch"}."""
-    return json_response(request.app[HOUSEHOLD].scenario(request.query.get("model", "")[:MAX_TEXT_CHARS]))
+    """?model=NAME: what that running model was planned for and how its stages do (facade.Household.scenario)."""
+    return json_response(await request.app[HOUSEHOLD].scenario(request.query.get("model", "")[:MAX_TEXT_CHARS]))
 
 
 async def bench(request: web.Request) -> web.Response:

@@ -42,11 +42,10 @@ def run(args: argparse.Namespace) -> None:
         while device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S) and time.monotonic() < warm:
             pass
         planned = _planned(device, model)
-        alone, busy = parse(planned["alone"]), parse(planned["together"])
+        running = parse(planned["running"])
         rounds = [device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S) for _ in range(ROUNDS)]
         batch = int(planned["micro_batch"])
-        # With one sequence only one stage computes at a time; with several, devices of one machine disturb each other.
-        said = predicted(busy if count > 1 else alone, stages, count, batch, prompt, output)
+        said = predicted(running, stages, count, batch, prompt, output)
         rows.append({**said, "measured": _median(rounds)})
     if args.json:
         print(json.dumps({"model": model, "prompt_tokens": prompt, "output_tokens": output, "runs": rows}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from peerllm.daemon.deployment import Deployment, refuse_other
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.messages import DeploymentView, Progress, Trouble
 from peerllm.daemon.negotiation import Surroundings
-from peerllm.daemon.profiles import link_profiles
+from peerllm.daemon.running import as_it_runs
 from peerllm.daemon.timings import Timings
 from peerllm.engine.messages import TensorAt, Tokens
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError, UnavailableError
-from peerllm.planner.export import names_in, scenario_file
+from peerllm.planner.export import scenario_file
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_DEPLOYMENTS = 16  # models started on one device at once
@@ -78,28 +77,16 @@ class Coordinator:
         held = running.blueprint.promises if running is not None and running.blueprint is not None else {}
         return scenario_file((await deployment.preview(held)).scenario)
 
-    def scenario(self, model: str) -> dict[str, Any]:
-        """What a running deployment was planned for, and its plan; "alone" and "together" have the links as of now.
+    async def scenario(self, model: str) -> dict[str, Any]:
+        """What a running deployment was planned for, and its plan; "running" is that with all times as of now.
 
         NotFoundError if none was started here.
         """
-        blueprint = self._running(model).blueprint
+        deployment = self._running(model)
+        blueprint = deployment.blueprint
         if blueprint is None:
             raise UnavailableError(f"{model} has no plan yet")
-        names = names_in(blueprint.scenario.devices)
-        stages = [{**asdict(stage), "device": names[stage.device]} for stage in blueprint.plan.stages]
-        candidates = self._around.candidates()
-        links = dict(blueprint.scenario.links)
-        if all(device in candidates for device in names):
-            now = link_profiles(candidates, self._around.me)
-            links = {pair: now.get(pair, link) for pair, link in links.items()}
-        scenarios = {
-            "scenario": blueprint.scenario,
-            "alone": replace(blueprint.alone, links=links),
-            "together": replace(blueprint.together, links=links),
-        }
-        files = {name: scenario_file(scenario) for name, scenario in scenarios.items()}
-        return {**files, "stages": stages, "micro_batch": blueprint.micro_batch}
+        return await as_it_runs(self._around, deployment.id, blueprint)
 
     async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
         """Measured now, beside whatever else goes on. BadInputError if it does not fit the deployment's slots."""

@@ -206,8 +206,8 @@ class Daemon:
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         return await self.coordinator.preview(options, progress)
 
-    def scenario(self, model: str) -> dict[str, Any]:
-        return self.coordinator.scenario(model)
+    async def scenario(self, model: str) -> dict[str, Any]:
+        return await self.coordinator.scenario(model)
 
     async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
         return await self.coordinator.bench(model, sequences, prompt_tokens, output_tokens)

@@ -100,11 +100,11 @@ class Household(Protocol):
         """The scenario file of what `run` would plan for now; nothing is reserved or loaded."""
         ...
 
-    def scenario(self, model: str) -> dict[str, Any]:
-        """Of a model started here: what it was planned for, its plan, and with which layer times.
+    async def scenario(self, model: str) -> dict[str, Any]:
+        """Of a model started here: what it was planned for, and its plan.
 
-        "scenario" is the file of what was planned for, "alone" and "together" the same with the layer times of devices
-        by themselves and beside the others of their machine; "stages", "micro_batch".
+        "scenario" is the file of what was planned for, "running" the same with links and stages as they are now;
+        "paces": by stage, what a batch of so many sequences takes there; "stages", "micro_batch".
         """
         ...
 

@@ -212,7 +212,14 @@ class Profile:
     window_s: float = 0.0
 
 
-Question = Reserve | Assign | Activate | Release | Profile
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Say how long the passes of this deployment's stages take here now."""
+
+    deployment: DeploymentId
+
+
+Question = Reserve | Assign | Activate | Release | Profile | Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +238,7 @@ class Answer:
     free_bytes: int = 0
     layer_ms: Mapping[LayerKind, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # of a Profile
     cached: bool = False  # ... known from before
+    stage_ms: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # of a Pace, by stage number
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from peerllm.daemon.messages import (
     Activate,
     Answer,
     Assign,
+    Pace,
     Profile,
     Progress,
     Question,
@@ -139,11 +140,24 @@ class Worker:
                 case Profile():
                     found = await self._profiler.answer(question)
                     return replace(found, free_bytes=max(0, self.ledger.free_bytes))
+                case Pace(deployment):
+                    return Answer(0, stage_ms=await self._paces(sender, deployment))
                 case _:
                     assert_never(question)
         except PeerLLMError as error:
             return Answer(0, type(error).__name__, str(error), max(0, self.ledger.free_bytes))
         return Answer(0, free_bytes=max(0, self.ledger.free_bytes))
+
+    async def _paces(self, sender: DeviceId, deployment: DeploymentId) -> dict[str, tuple[tuple[int, float], ...]]:
+        """By stage of that deployment here: (sequences in a batch of steps, milliseconds)."""
+        held = self._held.get(deployment)
+        if held is None or held.coordinator != sender:
+            raise RefusedError("only its coordinator hears how a deployment's stages do")
+        load = await self._engine.ask(QueryLoad(self._engine.next_request()), QUERY_TIMEOUT_S)
+        if not isinstance(load, EngineLoad):
+            return {}
+        names = {str(index): f"{one}/{index}" for one, index, _ in load.stages if one == deployment}
+        return {index: load.paces[name] for index, name in names.items() if name in load.paces}
 
     async def vanished(self, device: DeviceId) -> None:
         """A coordinator is gone: let go of all it holds here."""

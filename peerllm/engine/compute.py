@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,18 +114,21 @@ class Compute:
         """Until the inbox is closed."""
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            batch = None
+            batch, spent = None, 0.0
             while (events := self.inbox.take(wait=batch is None)) is not None:
+                started = time.perf_counter() - spent
                 for event in events:
                     self._handle(event)
                 batch = self._schedule.next()
                 if batch is not None:
-                    self._compute(*batch)
+                    self._compute(*batch, started)
+                # What came without work to do counts towards the next pass.
+                spent = 0.0 if batch is not None else time.perf_counter() - started
             for deployment in self._deployments.values():
                 deployment.close("the engine is stopping")
             self._deployments.clear()
 
-    def _compute(self, key: StageKey, batch: list[Piece]) -> None:
+    def _compute(self, key: StageKey, batch: list[Piece], started: float) -> None:
         identity, index = key
         deployment = self._deployments[identity]
         self.batches += 1
@@ -135,7 +139,9 @@ class Compute:
             for piece in batch:
                 deployment.fail(index, piece, f"stage {index}: {reason_of(error)}")
             return
+        stage = deployment.stages[index]
         deployment.computed(index, result)
+        stage.paced(batch, time.perf_counter() - started)
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -208,6 +214,7 @@ class Compute:
             sum(stage.shard.kv_bytes for _, _, stage in stages),
             psutil.Process().memory_info().rss,
             {f"{i}/{index}": stage.mean_step_ms for i, index, stage in stages if stage.mean_step_ms is not None},
+            {f"{i}/{index}": stage.paces for i, index, stage in stages if stage.paces},
         )
 
 

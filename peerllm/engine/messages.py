@@ -300,6 +300,8 @@ class EngineLoad:
     kv_bytes: int
     resident_bytes: int
     measured: Mapping[str, float] = field(default_factory=dict)  # "<deployment>/<stage>": mean ms of a decode step
+    # ... and of all that the compute thread does for one, by its sequences: (sequences, ms), rising
+    paces: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
 
 ToEngine = (

@@ -18,6 +18,8 @@ from peerllm.errors import EngineError
 from peerllm.types import Sampling
 
 MEASURED_STEPS = 64  # batches of steps that the mean is taken over
+MEASURED_SIZES = 32  # sizes of batches told apart; the one not met for longest is forgotten
+PACE_GAIN = 1 / 32  # weight of a new pass in the mean of its size, once there are as many
 
 
 @dataclass(slots=True)
@@ -38,6 +40,21 @@ class Stage:
         self._sampler = sampler
         self._answers: dict[int, _Answer] = {}
         self._step_ms: deque[float] = deque(maxlen=MEASURED_STEPS)
+        self._paces: dict[int, tuple[int, float]] = {}  # by sequences in a batch of steps: passes, mean ms
+
+    @property
+    def paces(self) -> tuple[tuple[int, float], ...]:
+        """By sequences in a batch of steps, rising: milliseconds that one took of late, taking in and sending too."""
+        return tuple((size, mean) for size, (_, mean) in sorted(self._paces.items()))
+
+    def paced(self, batch: Sequence[Piece], seconds: float) -> None:
+        """The compute thread was at `batch` for so long, all told; prompts are not counted."""
+        if not _steps(batch):
+            return
+        count, mean = self._paces.pop(len(batch), (0, 0.0))
+        self._paces[len(batch)] = count + 1, mean + max(PACE_GAIN, 1 / (count + 1)) * (seconds * 1e3 - mean)
+        if len(self._paces) > MEASURED_SIZES:
+            del self._paces[next(iter(self._paces))]
 
     @property
     def mean_step_ms(self) -> float | None:
@@ -66,7 +83,7 @@ class Stage:
         segments = [Segment(piece.slot, piece.position, piece.length, piece.sample) for piece in batch]
         output = self.shard.forward(inputs, segments)
         result = self._draw(batch, output) if self.is_head else Activation(batch, output)
-        if all(piece.sample and piece.length == 1 for piece in batch):
+        if _steps(batch):
             self._step_ms.append((time.perf_counter() - started) * 1e3)
         return result
 
@@ -89,3 +106,8 @@ class Stage:
     def close(self) -> None:
         self._answers.clear()
         self.shard.close()
+
+
+def _steps(batch: Sequence[Piece]) -> bool:
+    """One token of an answer each, no prompt."""
+    return all(piece.sample and piece.length == 1 for piece in batch)

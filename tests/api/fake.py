@@ -186,11 +186,11 @@ class FakeHousehold:
             raise NotFoundError("no model 'unknown'")
         return SCENARIO
 
-    def scenario(self, model: str) -> dict[str, Any]:
+    async def scenario(self, model: str) -> dict[str, Any]:
         if model != "builtin":
             raise NotFoundError(f"{model} does not run from here")
         stages = [{"device": "laptop", "first_layer": 0, "last_layer": 3}]
-        return {name: SCENARIO for name in ("scenario", "alone", "together")} | {"stages": stages, "micro_batch": 1}
+        return {name: SCENARIO for name in ("scenario", "running")} | {"stages": stages, "micro_batch": 1}
 
     async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
         self.calls.append(("bench", model, sequences, prompt_tokens, output_tokens))

@@ -65,6 +65,7 @@ class FakeEngine:
         self.fail: Exception | None = None
         self.layer_ms = dict(LAYER_MS)  # what timing layers finds, or why it cannot
         self.timing = None  # called with each TimeLayers before it is answered
+        self.paces = ()  # what each stage says that batches of steps take
 
     def next_request(self):
         return next(self._numbers)
@@ -99,7 +100,9 @@ class FakeEngine:
                     raise self.layer_ms
                 return LayersTimed(message.request, self.layer_ms, {})
             case QueryLoad():
-                return EngineLoad(message.request, (), self.held, 0, self.held)
+                held = tuple((deployment, stage, 0) for deployment, stage in self.stages)
+                paces = {f"{deployment}/{stage}": self.paces for deployment, stage, _ in held if self.paces}
+                return EngineLoad(message.request, held, self.held, 0, self.held, paces=paces)
             case Unload():
                 self.unloads += 1
                 self.gate.set()

@@ -9,11 +9,13 @@ import pytest
 
 from peerllm.daemon import deployment as module
 from peerllm.daemon.facade import GenerateRequest, RunOptions
+from peerllm.daemon.messages import Pace
 from peerllm.engine.messages import Submit, TimeLayers, Tokens
 from peerllm.errors import BadInputError, EngineError, InfeasibleError, NotFoundError, PeerLLMError, RefusedError
+from peerllm.planner.cost import layer_ms
 from peerllm.planner.scenario import parse
 from peerllm.planner.strategies import plan
-from peerllm.types import Sampling
+from peerllm.types import Sampling, Stage
 from tests.daemon.house import BLOCK, House, inspected
 
 SPARE = 100_000  # working space and ends, beside the blocks
@@ -311,7 +313,7 @@ async def test_a_preview_reserves_nothing_and_counts_what_the_model_holds_alread
     await a.coordinator.run(RunOptions("big"), quiet)
     after = await a.coordinator.preview(RunOptions("big"), quiet)
     assert [one["memory_bytes"] for one in after["devices"]] == [one["memory_bytes"] for one in before["devices"]]
-    running = a.coordinator.scenario("big")
+    running = await a.coordinator.scenario("big")
     planned = plan(parse(running["scenario"]), "edgeshard", "latency")
     assert [(stage.device, stage.first_layer, stage.last_layer) for stage in planned.stages] == [
         (one["device"], one["first_layer"], one["last_layer"]) for one in running["stages"]
@@ -319,14 +321,38 @@ async def test_a_preview_reserves_nothing_and_counts_what_the_model_holds_alread
     with pytest.raises(InfeasibleError, match="big"):
         await a.coordinator.preview(RunOptions("big", slots=200), quiet)
     with pytest.raises(NotFoundError):
-        a.coordinator.scenario("other")
+        await a.coordinator.scenario("other")
+
+
+async def test_what_runs_tells_how_its_stages_do_to_its_coordinator_alone(houses):
+    house = houses([3, 3, 3], big=8)
+    a, b = house["a"], house["b"]
+    await a.coordinator.run(RunOptions("big"), quiet)
+    quiet_one = await a.coordinator.scenario("big")
+    assert quiet_one["paces"] == {} and quiet_one["running"] == quiet_one["scenario"], "nothing was computed yet"
+    for device in house.devices.values():
+        device.engine.paces = ((1, 7.0), (2, 9.0))
+    b.engine.paces = ((3, -1.0),)
+    running = await a.coordinator.scenario("big")
+    stages = [Stage(**stage) for stage in running["stages"]]
+    told = [place for place, stage in enumerate(stages) if not stage.device.endswith("b")]
+    assert len(told) < len(stages), "b is in it"
+    assert running["paces"] == {str(place): {"1": 7.0, "2": 9.0} for place in told}, "what cannot be is dropped"
+    said = parse(running["running"])
+    mine = [stage for stage in stages if stage.device == stages[0].device]
+    layers = [layer for one in mine for layer in said.model.layers[one.first_layer : one.last_layer + 1]]
+    total = sum(layer_ms(said.devices[stages[0].device], layer, 1) for layer in layers)
+    assert total == pytest.approx(7.0 * len(mine))
+    deployment = a.coordinator.views()[0].deployment
+    answer = await a.worker.answer(b.id, Pace(deployment))
+    assert answer.error == "RefusedError" and not answer.stage_ms
 
 
 async def test_throughput_is_planned_with_micro_batches(houses):
     house = houses([9, 9, 9], big=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("big", objective="throughput", slots=6), quiet)
-    running = a.coordinator.scenario("big")
+    running = await a.coordinator.scenario("big")
     planned = plan(parse(running["scenario"]), "edgeshard", "throughput")
     assert planned.optimal
     assert running["micro_batch"] == planned.predicted.micro_batch
