@@ -344,7 +344,7 @@ async def test_what_runs_tells_how_its_stages_do_to_its_coordinator_alone(houses
     total = sum(layer_ms(said.devices[stages[0].device], layer, 1) for layer in layers)
     assert total == pytest.approx(7.0 * len(mine))
     deployment = a.coordinator.views()[0].deployment
-    answer = await a.worker.answer(b.id, Pace(deployment))
+    answer = await a.worker.answer(b.me, Pace(deployment))
     assert answer.error == "RefusedError" and not answer.stage_ms
 
 
