@@ -9,11 +9,18 @@ from typing import Any, TypeVar, cast
 
 from aiohttp import web
 
-from peerllm.api.errors import FieldError, json_response
+from peerllm.api.errors import json_response
 from peerllm.api.fields import Fields, read_object
 from peerllm.api.keys import HOUSEHOLD, TASKS
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
-from peerllm.daemon.facade import MAX_BENCH_SEQUENCES, MAX_BENCH_TOKENS, Household, RunOptions, RunProgress
+from peerllm.daemon.facade import (
+    MAX_BENCH_SEQUENCES,
+    MAX_BENCH_TOKENS,
+    QUANTIZE,
+    Household,
+    RunOptions,
+    RunProgress,
+)
 
 T = TypeVar("T")
 Note = Callable[[RunProgress], None]
@@ -160,14 +167,13 @@ async def _lines(
 
 
 def _run_options(fields: Fields) -> RunOptions:
-    if fields.raw("quantize") is not None:
-        raise FieldError("quantize: quantized models come later, not in this version", "quantize")
     return RunOptions(
         model=fields.text("model", MAX_TEXT_CHARS),
         objective="throughput" if fields.choice("objective", ("latency", "throughput")) == "throughput" else "latency",
         context=fields.integer("context", 1, MAX_CONTEXT),
         slots=fields.integer("slots", 1, MAX_SLOTS),
         dtype=fields.choice("dtype", DTYPES),
+        quantize=fields.choice("quantize", QUANTIZE),
         private=fields.flag("private"),
     )
 

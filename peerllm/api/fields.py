@@ -113,7 +113,7 @@ class Fields:
         if value is None:
             return options[0]
         if value not in options:
-            raise self.wrong(name, "one of " + ", ".join(options))
+            raise self.wrong(name, "one of " + ", ".join(filter(None, options)))
         return str(value)
 
     def inner(self, name: str) -> Fields:

@@ -185,7 +185,9 @@ def _models(command: _Command) -> None:
     run.add_argument(
         "--private", action="store_true", help="keep the head here, so that no other device sees the answer"
     )
-    run.add_argument("--quantize", choices=("int8", "int4"), help="not in this version")
+    run.add_argument(
+        "--quantize", choices=("int8", "int4"), help="round the weights: less memory, faster, a little less exact"
+    )
     stop = command("stop", "Stop serving a model and free its memory on every device.")
     stop.set_defaults(module="run", function="stop")
     stop.add_argument("model", metavar="MODEL")
@@ -219,6 +221,7 @@ def _planning(command: _Command) -> None:
         one.add_argument("--json", action="store_true", help="one JSON object a line (always so for several files)")
     plan.add_argument("--context", type=positive, metavar="N", help="of a model: tokens that a sequence may hold")
     plan.add_argument("--slots", type=positive, metavar="N", help="of a model: sequences served at once")
+    plan.add_argument("--quantize", choices=("int8", "int4"), help="of a model: round the weights")
     plan.add_argument("--save", type=Path, metavar="FILE", help="of a model: write what was planned for as a scenario")
     simulate.add_argument(
         "--schedule",

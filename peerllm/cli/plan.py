@@ -103,7 +103,8 @@ def planned(scenario: Scenario, strategy: str, objective: Objective) -> Answer:
 
 def live(model: str, args: argparse.Namespace) -> Answer:
     """What `run` would plan now for the household of the device that runs here."""
-    body = {"model": as_model(model), "objective": args.objective, "context": args.context, "slots": args.slots}
+    body = {"model": as_model(model), "objective": args.objective, "context": args.context, "slots": args.slots,
+            "quantize": args.quantize}  # fmt: skip
     try:
         for line in progress(LocalDevice(args.data).lines("/peerllm/v1/plan", body)):
             if "scenario" in line:

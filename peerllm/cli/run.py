@@ -9,16 +9,13 @@ from peerllm.cli.device import LocalDevice
 from peerllm.cli.look import deployment_text
 from peerllm.cli.progress import as_model, show_progress
 from peerllm.cli.terminal import printable
-from peerllm.errors import BadInputError
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.quantize:
-        raise BadInputError(f"--quantize {args.quantize} comes later: not in this version")
     device = LocalDevice(args.data)
     model = as_model(args.model)
     body = {"model": model, "objective": args.objective, "context": args.context, "slots": args.slots,
-            "private": args.private}  # fmt: skip
+            "private": args.private, "quantize": args.quantize}  # fmt: skip
     show_progress(device.lines("/peerllm/v1/run", body))
     served = [one for one in device.get("/peerllm/v1/status")["deployments"] if one["state"] == "serving"]
     for one in served:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 from peerllm.daemon.demand import MAX_SLOTS, Blueprint
+from peerllm.daemon.facade import QUANTIZE
 from peerllm.daemon.messages import Assign, StageWork, TensorDigest
 from peerllm.daemon.profiles import ITEMSIZE
 from peerllm.engine.messages import Inspected, TensorAt
@@ -88,13 +89,19 @@ def assignments(
             stages=len(stages),
             work=tuple(mine),
             head_device=stages[-1].device,
+            quantize=inspected.quantize,
         )
         for device, mine in work.items()
     }
 
 
-def weight_bytes(tensors: Sequence[TensorDigest], dtype: str) -> int:
-    """The least memory that `tensors` take once loaded for computing in `dtype`."""
+def weight_bytes(tensors: Sequence[TensorDigest], dtype: str, quantize: str) -> int:
+    """The least memory that `tensors` take once loaded for computing in `dtype`, as far as that is told by them alone.
+
+    Where tables stay in their files or matrices are rounded the engine knows, and checks it before it loads any.
+    """
+    if quantize or dtype == "bfloat16":
+        return 0
     sizes = {t.name: prod(t.shape) * ITEMSIZE[dtype] if t.dtype in FLOATS else t.nbytes for t in tensors}
     return sum(sizes.values())
 
@@ -124,7 +131,10 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
             raise BadInputError(f"stage {work.stage} with layers {work.first_layer}..{work.last_layer} makes no sense")
         for tensor in work.tensors:
             _check_tensor(tensor, own)
-    needed = weight_bytes([tensor for work in assign.work for tensor in work.tensors], assign.dtype)
+    if assign.quantize not in QUANTIZE:
+        raise BadInputError(f"unknown quantisation {assign.quantize!r}")
+    tensors = [tensor for work in assign.work for tensor in work.tensors]
+    needed = weight_bytes(tensors, assign.dtype, assign.quantize)
     if needed > reserved_bytes:
         raise RefusedError(
             f"{human_bytes(needed)} of weights are assigned, {human_bytes(reserved_bytes)} were reserved for them"

@@ -212,7 +212,9 @@ class Deployment:
             model, lambda share: self._say("planning", f"downloading {model}: {share:.0%}", share)
         )
         self._say("planning", f"reading {model}")
-        inspected = await self._around.inspect(self.model_dir, dtype_of(model, self.options.dtype))
+        inspected = await self._around.inspect(
+            self.model_dir, dtype_of(model, self.options.dtype), self.options.quantize
+        )
         check_options(self.options, inspected)
         self.inspected = inspected
 
@@ -412,6 +414,7 @@ def same_demand(a: RunOptions, b: RunOptions) -> bool:
         a.objective == b.objective
         and a.private == b.private
         and a.dtype == b.dtype
+        and a.quantize == b.quantize
         and b.context in (None, a.context)
         and b.slots in (None, a.slots)
     )

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from peerllm.engine.messages import FinishReason
 from peerllm.types import DeploymentId, Objective, Sampling
 
+QUANTIZE = ("", "int8", "int4")  # what matrices are rounded to; "": not at all
 MAX_BENCH_SEQUENCES = 256
 MAX_BENCH_TOKENS = 4096  # of a prompt, and of an answer
 
@@ -23,6 +24,7 @@ class RunOptions:
     context: int | None = None
     slots: int | None = None
     dtype: str = "auto"
+    quantize: str = ""
     private: bool = False  # the head stays on the source
 
 

@@ -92,9 +92,9 @@ class Home:
     async def resolve(self, model: str, progress: Progress) -> Path:
         return await models.resolve(model, progress)
 
-    async def inspect(self, model_dir: Path, dtype: str) -> Inspected:
+    async def inspect(self, model_dir: Path, dtype: str, quantize: str) -> Inspected:
         host = self._parts.host
-        answer = await host.ask(Inspect(host.next_request(), str(model_dir), dtype), INSPECT_TIMEOUT_S)
+        answer = await host.ask(Inspect(host.next_request(), str(model_dir), dtype, quantize), INSPECT_TIMEOUT_S)
         assert isinstance(answer, Inspected)
         return answer
 

@@ -90,7 +90,9 @@ class Profiler:
         if len(question.config) > MAX_CONFIG_CHARACTERS or len(question.kinds) > MAX_KINDS:
             raise BadInputError("this model's configuration is too large")
         keys = {
-            kind: layer_key(self._computed_by, question.config, kind, question.dtype, question.company)
+            kind: layer_key(
+                self._computed_by, question.config, kind, question.dtype, question.company, question.quantize
+            )
             for kind in question.kinds
         }
         if not question.measure or not question.company:  # in company all measure, so that none is less disturbed
@@ -131,7 +133,12 @@ class Profiler:
 
     async def _measure(self, question: Profile, keys: dict[LayerKind, str]) -> dict[LayerKind, Points]:
         wanted = TimeLayers(
-            self._engine.next_request(), question.config, question.dtype, max(0, self._free_bytes()), question.window_s
+            self._engine.next_request(),
+            question.config,
+            question.dtype,
+            max(0, self._free_bytes()),
+            question.window_s,
+            question.quantize,
         )
         answer = await self._engine.ask(wanted, LAYERS_TIMEOUT_S + question.window_s)
         if not isinstance(answer, LayersTimed):

@@ -178,6 +178,7 @@ class Assign:
     stages: int
     work: tuple[StageWork, ...]
     head_device: DeviceId
+    quantize: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,7 @@ class Profile:
     measure: bool
     company: str = ""
     window_s: float = 0.0
+    quantize: str = ""
 
 
 @dataclass(frozen=True, slots=True)

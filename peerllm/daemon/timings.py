@@ -27,7 +27,7 @@ AGAIN_S = 60.0  # a device that could not be measured is asked again after this
 MAX_KNOWN = 1024  # models' times by device
 
 Say = Callable[[str], None]
-Key = tuple[DeviceId, str, str, str]  # device, fingerprint of the model's configuration, dtype, company
+Key = tuple[DeviceId, str, str, str]  # device, fingerprint of the model's configuration, dtype and rounding, company
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,8 @@ class Timings:
         if not self._due(inspected, one, company) and not (measure and company):
             return
         key, kinds = _key(inspected, one, company), kinds_of(inspected.profile)
-        question = Profile(inspected.config, inspected.dtype, kinds, measure, company, window_s if company else 0.0)
+        window_s = window_s if company else 0.0
+        question = Profile(inspected.config, inspected.dtype, kinds, measure, company, window_s, inspected.quantize)
         try:
             timeout_s = MEASURE_TIMEOUT_S + window_s if measure else RECALL_TIMEOUT_S
             answer = await self._around.ask(one.device, question, timeout_s)
@@ -147,7 +148,8 @@ class Timings:
 
 
 def _key(inspected: Inspected, one: Candidate, company: str) -> Key:
-    return one.device, hashlib.sha256(inspected.config.encode()).hexdigest(), inspected.dtype, company
+    how = inspected.dtype + inspected.quantize
+    return one.device, hashlib.sha256(inspected.config.encode()).hexdigest(), how, company
 
 
 def _abilities(hello: Hello) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, assert_never
 
-from peerllm.daemon.assignments import Address, check, weight_bytes
+from peerllm.daemon.assignments import Address, check
 from peerllm.daemon.ledger import Ledger
 from peerllm.daemon.messages import (
     Activate,
@@ -253,9 +253,8 @@ class Worker:
         else:
             await self._fetch(assign, held, sender, wanted)
             own = {tensor.name: self._kept(tensor) for tensor in wanted}
-        weights = weight_bytes(wanted, assign.dtype)
         for work in assign.work:
-            spec = self._spec(assign, work, own, max(1, promised - weights))
+            spec = self._spec(assign, work, own, promised)
             held.load = asyncio.create_task(
                 self._engine.ask(spec, LOAD_TIMEOUT_S), name=f"engine load {assign.deployment[:8]}/{work.stage}"
             )
@@ -286,7 +285,7 @@ class Worker:
         path = str(self._store.path(tensor.sha256))
         return TensorAt(tensor.name, tensor.dtype, tensor.shape, path, 0, tensor.nbytes)
 
-    def _spec(self, assign: Assign, work: StageWork, own: Mapping[str, TensorAt], kv_limit: int) -> LoadStage:
+    def _spec(self, assign: Assign, work: StageWork, own: Mapping[str, TensorAt], limit: int) -> LoadStage:
         hop = None
         if work.downstream is not None and work.downstream != self._me:
             hosts, port = self._address(work.downstream)
@@ -313,7 +312,8 @@ class Worker:
             upstream=work.upstream,
             downstream=hop,
             head_device=assign.head_device,
-            kv_limit_bytes=kv_limit,
+            limit_bytes=limit,
+            quantize=assign.quantize,
         )
 
     async def _activate(self, sender: DeviceId, asked: Activate) -> None:

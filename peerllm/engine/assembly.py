@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -12,9 +13,12 @@ from peerllm.engine.absent import Absent, BeforeBlocks
 from peerllm.engine.base import Progress
 from peerllm.engine.blocks import Blocks, replace_blocks
 from peerllm.engine.division import Division
-from peerllm.engine.loader import Target, load
+from peerllm.engine.kernels.forms import choose
+from peerllm.engine.kernels.keeping import Keeping, keeping
+from peerllm.engine.kernels.packing import Packing
+from peerllm.engine.loader import Target, load, mapped
 from peerllm.engine.messages import TensorAt
-from peerllm.engine.names import check, recipes
+from peerllm.engine.names import Recipe, check, recipes
 from peerllm.errors import EngineError, ModelError
 
 PATTERN = 262_147  # made-up numbers before they repeat; prime
@@ -50,11 +54,34 @@ def _owned(division: Division, first: int, last: int) -> dict[str, Target]:
     }
 
 
-def fill(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...], progress: Progress) -> int:
-    """Load the tensors of layers first..last into the stripped model; returns the bytes they take in memory."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What of a model's tensors a shard loads, and how it keeps them."""
+
+    owned: dict[str, Target]
+    found: list[Recipe]
+    kept: Keeping
+    nbytes: int  # what they will take in memory; a tensor that two names share counts once
+
+
+def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...], quantize: str) -> Plan:
+    """For layers first..last, before the model is stripped; ModelError if a tensor is missing or does not fit."""
     owned = _owned(division, first, last)
     found = recipes(division, tensors)
     check(division, found, owned)
+    kept = keeping(division, found, quantize)
+    sizes: dict[object, int] = {}
+    for name in owned:
+        packed = name in kept.matrices
+        sizes[name if packed else division.tied.get(name, name)] = kept.nbytes(name, division.sizes[name])
+    return Plan(owned, found, kept, sum(sizes.values()))
+
+
+def fill(division: Division, first: int, work: Plan, threads: int, progress: Progress) -> tuple[int, int]:
+    """Load the tensors into the stripped model; returns the bytes of what stays in it as tensors and of the packed."""
+    owned, found = work.owned, work.found
+    packing = _packing(division, work.kept, owned, threads)
+    tensors = [tensor for recipe in found for _, tensor in recipe.sources]
     total = sum({(tensor.path, tensor.offset): tensor.nbytes for tensor in tensors}.values())
     done = held = 0
 
@@ -66,27 +93,57 @@ def fill(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...
     places = _places(division, first)
     made = {name for recipe in found for name in recipe.targets}
     for recipe in found:
-        targets = {name: (division.sizes[name].dtype, tuple(division.sizes[name].shape)) for name in recipe.targets}
-        if not any(name in owned or owned.keys() & set(_aliases(division, name)) for name in targets):
+        # A tied tensor fills its other place too, unless the file has one for that as well.
+        fills = {
+            name: [one for one in (name, *(set(_aliases(division, name)) - made)) if one in owned]
+            for name in recipe.targets
+        }
+        here = [place for some in fills.values() for place in some]
+        if not here:
             continue
-        for name, tensor in load(recipe, targets, division.model, count).items():
-            # A tied tensor fills its other place too, unless the file has one for that as well.
-            others = [alias for alias in _aliases(division, name) if alias not in made]
-            for place in (name, *others):
-                if place in owned:
+        lazy = recipe.converter is None and all(
+            place in work.kept.tables or (packing is not None and packing.takes(place)) for place in here
+        )
+        if lazy:
+            source = recipe.sources[0][1]
+            loaded = {recipe.targets[0]: mapped(source)}
+        else:
+            targets = {name: (division.sizes[name].dtype, tuple(division.sizes[name].shape)) for name in recipe.targets}
+            loaded = load(recipe, targets, division.model, count)
+        for name, tensor in loaded.items():
+            stays = False
+            for place in fills[name]:
+                if packing is not None and packing.takes(place):
+                    packing.give(place, tensor)
+                else:
                     _place(division.model, places.get(place, place), tensor)
-            held += tensor.numel() * tensor.element_size()
-    return held
+                    stays = True
+            held += tensor.nbytes if stays and not lazy else 0
+        if lazy:
+            count(source.nbytes)
+    if packing is not None and packing.missing:
+        raise EngineError(f"tensor {packing.missing[0]} was not loaded")
+    return held, packing.nbytes if packing is not None else 0
 
 
-def make_up(division: Division, first: int, last: int) -> int:
+def make_up(division: Division, first: int, last: int, kept: Keeping, threads: int) -> int:
     """Fill the stripped model's layers first..last with made-up numbers, for timing; returns the bytes they take."""
-    places, held = _places(division, first), 0
-    for name, (dtype, shape) in _owned(division, first, last).items():
+    places, held, owned = _places(division, first), 0, _owned(division, first, last)
+    packing = _packing(division, kept, owned, threads)
+    for name, (dtype, shape) in owned.items():
         tensor = made_up(shape, dtype)
-        _place(division.model, places.get(name, name), tensor)
-        held += tensor.numel() * tensor.element_size()
-    return held
+        if packing is not None and packing.takes(name):
+            packing.give(name, tensor)
+        else:
+            _place(division.model, places.get(name, name), tensor)
+            held += tensor.nbytes
+    return held + (packing.nbytes if packing is not None else 0)
+
+
+def _packing(division: Division, kept: Keeping, owned: dict[str, Target], threads: int) -> Packing | None:
+    """None where every matrix stays as it is."""
+    form = choose(division.dtype, kept.quantize, threads)
+    return None if form is None else Packing(form, {n: one for n, one in kept.matrices.items() if n in owned})
 
 
 def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -133,7 +190,9 @@ def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
         tensor = module._buffers[attribute]
     else:
         if not isinstance(tensor, nn.Parameter):
+            attributes = dict(tensor.__dict__)
             tensor = nn.Parameter(tensor, requires_grad=False)
+            tensor.__dict__.update(attributes)
         module._parameters[attribute] = tensor
     tensor.__dict__["_is_hf_initialized"] = True  # transformers' mark for what it must not fill with random numbers
 

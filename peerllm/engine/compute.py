@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import threading
 import time
 import traceback
@@ -17,6 +15,7 @@ from peerllm.engine.base import Sampler, Shard
 from peerllm.engine.batching import Piece, Scheduler
 from peerllm.engine.deployments import Deployment, Outlet, StageKey
 from peerllm.engine.inbox import Inbox
+from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import (
     Cancel,
     Done,
@@ -216,15 +215,6 @@ class Compute:
             {f"{i}/{index}": stage.mean_step_ms for i, index, stage in stages if stage.mean_step_ms is not None},
             {f"{i}/{index}": stage.paces for i, index, stage in stages if stage.paces},
         )
-
-
-def return_memory() -> None:
-    """Give freed memory back to the system, which glibc's allocator does not do by itself."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc
-        return
 
 
 def start(compute: Compute, ended: Callable[[BaseException | None], None]) -> threading.Thread:

@@ -9,7 +9,7 @@ from pathlib import Path
 from peerllm.engine.checkpoint import read_json, read_tensors
 from peerllm.engine.config import DTYPES, compute_dtype, max_context, parse_config, stop_ids, text_config
 from peerllm.engine.division import Division, divide
-from peerllm.engine.loader import tensor_bytes
+from peerllm.engine.kernels.keeping import Keeping, keeping
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.engine.names import check, recipes
 from peerllm.engine.probing import probe, shape_key
@@ -26,6 +26,7 @@ class Inspection:
     architecture: str
     config: str
     dtype: str
+    quantize: str
     hidden_size: int
     vocabulary: int
     max_context: int
@@ -37,8 +38,11 @@ class Inspection:
         return Inspected(request, **{name: getattr(self, name) for name in Inspection.__dataclass_fields__})
 
 
-def inspect_model(model_dir: str | Path, dtype: str = "auto") -> Inspection:
-    """The layers of the model in `model_dir`, computed in `dtype`; ModelError says why it cannot be used."""
+def inspect_model(model_dir: str | Path, dtype: str = "auto", quantize: str = "") -> Inspection:
+    """The layers of the model in `model_dir`, computed in `dtype` from matrices rounded to `quantize`, if to anything.
+
+    ModelError says why it cannot be used.
+    """
     directory = Path(model_dir).expanduser()
     if not directory.is_dir():
         raise ModelError(f"{directory} is no directory")
@@ -56,12 +60,13 @@ def inspect_model(model_dir: str | Path, dtype: str = "auto") -> Inspection:
     for recipe in found:
         for layer in {number for name in recipe.targets for number in _holders(division, name, made)}:
             sources[layer].update((tensor.name, tensor) for _, tensor in recipe.sources)
-    language = text_config(config)
+    language, kept = text_config(config), keeping(division, found, quantize)
     return Inspection(
-        profile=ModelProfile(directory.resolve().name, _layers(division, made, language.hidden_size)),
+        profile=ModelProfile(directory.resolve().name, _layers(division, made, kept, language.hidden_size)),
         architecture=config.model_type,
         config=text,
         dtype=dtype,
+        quantize=quantize,
         hidden_size=language.hidden_size,
         vocabulary=language.vocab_size,
         max_context=max_context(config),
@@ -77,14 +82,14 @@ def _holders(division: Division, name: str, made: set[str]) -> set[int]:
     return {division.layer_of(name), *(division.layer_of(alias) for alias in tied - made)}
 
 
-def _layers(division: Division, made: set[str], hidden_size: int) -> tuple[Layer, ...]:
+def _layers(division: Division, made: set[str], kept: Keeping, hidden_size: int) -> tuple[Layer, ...]:
     sizes: dict[int, int] = defaultdict(int)
     for name, tensor in division.sizes.items():
-        sizes[division.layer_of(name)] += tensor_bytes((tensor.dtype, tuple(tensor.shape)))
+        sizes[division.layer_of(name)] += kept.nbytes(name, tensor)
     for number, block in enumerate(division.blocks):
-        kept = {id(tensor) for tensor in division.sizes.values()}
-        sizes[number + 1] += sum(b.numel() * b.element_size() for b in block.buffers() if id(b) not in kept)
-    tied = any(
+        stored = {id(tensor) for tensor in division.sizes.values()}
+        sizes[number + 1] += sum(b.numel() * b.element_size() for b in block.buffers() if id(b) not in stored)
+    tied = not kept.matrices and any(
         {division.layer_of(a), division.layer_of(b)} == {0, division.head} and not {a, b} <= made
         for a, b in division.tied.items()
     )

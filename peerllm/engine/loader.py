@@ -16,6 +16,7 @@ from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import Recipe
 from peerllm.errors import ModelError
 
+MAPPED = "_peerllm_mapped"  # an attribute of tensors that lie in their file
 PIECE_BYTES = 1 << 20  # read at once when the file's dtype is not the one computed in
 FILE_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -54,6 +55,31 @@ def _shared(source: TensorAt, target: Target, count: Callable[[int], None]) -> t
     read_into(source, tensor, count)
     _loaded[key] = tensor
     return tensor
+
+
+def mapped(source: TensorAt) -> torch.Tensor:
+    """The file's own bytes as a tensor that is not to be written to: its pages are the system's, no memory of ours."""
+    try:
+        with Path(source.path).open("rb") as file:
+            start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
+            length = source.offset - start + source.nbytes
+            if file.seek(0, io.SEEK_END) < source.offset + source.nbytes:
+                raise ModelError(f"{Path(source.path).name} ends in the middle of tensor {source.name}; fetch it again")
+            pages = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{Path(source.path).name} cannot be read: {error}") from error
+    dtype = FILE_DTYPES[source.dtype]
+    flat = torch.frombuffer(pages, dtype=torch.uint8, offset=source.offset - start)
+    if flat.data_ptr() % dtype.itemsize:
+        flat = flat.clone()  # the format aligns tensors; not every writer of it does
+    tensor = flat.view(dtype).view(source.shape)
+    tensor.__dict__[MAPPED] = True
+    return tensor
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether it lies in its file, not in memory of ours."""
+    return MAPPED in tensor.__dict__
 
 
 def read_into(source: TensorAt, out: torch.Tensor, count: Callable[[int], None]) -> None:

@@ -15,8 +15,9 @@ import torch
 
 from peerllm.engine.backend import Backend
 from peerllm.engine.base import Shard
-from peerllm.engine.compute import failed, return_memory
+from peerllm.engine.compute import failed
 from peerllm.engine.inbox import Inbox
+from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import FromEngine, Inspect, LoadProgress, LoadStage, Measure, TimeLayers
 from peerllm.errors import PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId

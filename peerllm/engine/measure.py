@@ -64,6 +64,7 @@ def runtime_bytes() -> int:
     # The first model built brings in libraries and tables that every later one shares.
     from peerllm.engine.config import parse_config
     from peerllm.engine.division import divide
+    from peerllm.engine.kernels import forms
     from peerllm.engine.names import recipes
     from peerllm.engine.probing import probe
 
@@ -74,6 +75,7 @@ def runtime_bytes() -> int:
     division = divide(parse_config(tiny), torch.float32)
     probe(division, range(1))
     recipes(division, ())
+    forms.bring_in()
     return int(psutil.Process().memory_info().rss)
 
 

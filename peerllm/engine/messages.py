@@ -80,6 +80,7 @@ class TimeLayers:
     dtype: str
     limit_bytes: int  # the most it may take
     window_s: float = 0.0
+    quantize: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class Inspect:
     request: int
     model_dir: str
     dtype: str  # "float32", "bfloat16", "float16", or "auto": what the files hold
+    quantize: str = ""  # "int8", "int4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,8 @@ class LoadStage:
     upstream: DeviceId | None  # who may send to this stage; None: it is the source's first
     downstream: Hop | None  # None: the next stage (or the return) is on this device
     head_device: DeviceId  # who may send tokens back to the source
-    kv_limit_bytes: int | None = None  # the most its KV may take; checked before it is
+    limit_bytes: int | None = None  # the most its weights and KV may take; checked before any is taken
+    quantize: str = ""  # "int8", "int4": what its matrices are rounded to
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +229,7 @@ class Inspected:
     max_context: int
     stop_ids: tuple[int, ...]
     tensors: tuple[tuple[TensorAt, ...], ...]  # per layer, every tensor it owns (a tied one stands in both)
+    quantize: str = ""
 
 
 @dataclass(frozen=True, slots=True)

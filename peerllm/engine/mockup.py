@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from peerllm.engine.assembly import finish, make_up, strip
 from peerllm.engine.cache import kv_bytes
 from peerllm.engine.config import DTYPES, max_context, parse_config, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.inspect import block_kinds
-from peerllm.engine.loader import tensor_bytes
+from peerllm.engine.kernels.keeping import keeping
 from peerllm.engine.messages import LoadStage, TimeLayers
 from peerllm.engine.probing import probe
 from peerllm.engine.shard import TorchShard
@@ -50,6 +52,7 @@ class Outline:
         if message.dtype not in DTYPES:
             raise BadInputError(f"unknown dtype {message.dtype!r}")
         self._config, self._dtype, self._limit = message.config, message.dtype, message.limit_bytes
+        self._quantize = message.quantize
         division = self._divide()
         self.head = division.head
         self._states = probe(division, range(len(division.blocks)))
@@ -61,11 +64,12 @@ class Outline:
         language = text_config(config)
         self.hidden_size, self.vocabulary = language.hidden_size, language.vocab_size
         self._context = max(2, min(CONTEXT, max_context(config)))
+        kept = keeping(division, (), self._quantize)
         self._bytes: dict[int, int] = {}
         self._wide: dict[int, int] = {}
         for name, tensor in division.sizes.items():
             layer = division.layer_of(name)
-            self._bytes[layer] = self._bytes.get(layer, 0) + tensor_bytes((tensor.dtype, tuple(tensor.shape)))
+            self._bytes[layer] = self._bytes.get(layer, 0) + kept.nbytes(name, tensor)
             if tensor.dim() > 1:
                 self._wide[layer] = max(self._wide.get(layer, 0), *tensor.shape[-2:])
 
@@ -102,9 +106,9 @@ class Outline:
         """The shard, one slot more than sequences (for a prompt)."""
         division = self._divide()
         numbers = range(max(mockup.first, 1) - 1, min(mockup.last, division.head - 1))
-        whole = division.owner.config
+        whole, kept = division.owner.config, keeping(division, (), self._quantize)
         entry = strip(division, mockup.first, mockup.last, numbers)
-        weight_bytes = make_up(division, mockup.first, mockup.last)
+        weight_bytes = make_up(division, mockup.first, mockup.last, kept, torch.get_num_threads())
         finish(division, whole)
         slots = mockup.sequences + 1
         spec = LoadStage(

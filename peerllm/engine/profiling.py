@@ -15,7 +15,7 @@ from statistics import fmean, median
 import torch
 
 from peerllm.engine.base import Draw, Sampler, Segment, Shard
-from peerllm.engine.compute import return_memory
+from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import PASS, LayersTimed, TimeLayers
 from peerllm.engine.mockup import CHUNK, SEQUENCES, Mockup, Outline
 from peerllm.errors import EngineError, RefusedError

@@ -12,12 +12,14 @@ from transformers.cache_utils import Cache
 
 from peerllm.engine import attention
 from peerllm.engine.absent import Absent
-from peerllm.engine.assembly import fill, finish, strip
+from peerllm.engine.assembly import fill, finish, plan, strip
 from peerllm.engine.base import Progress, Segment
 from peerllm.engine.cache import Slots, kv_bytes
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.dryrun import accepted
+from peerllm.engine.kernels.packed import Packed
+from peerllm.engine.loader import is_mapped
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.packing import PackedSlots
 from peerllm.engine.probing import probe
@@ -37,13 +39,19 @@ class TorchShard:
         weight_bytes: int,
         entry: nn.Module,
         unpacked: str | None = None,
+        packed_bytes: int = 0,
     ) -> None:
-        """`unpacked` says why its tokens cannot be packed (`wiring.obstacle`); None: they can."""
+        """`unpacked` says why its tokens cannot be packed (`wiring.obstacle`); None: they can.
+
+        `packed_bytes`: what matrices take that are no tensors of torch's any more; part of `weight_bytes`.
+        """
         self.first_layer, self.last_layer, self.weight_bytes = spec.first_layer, spec.last_layer, weight_bytes
         text = text_config(division.model.config)
         self.hidden_size: int = text.hidden_size
         self.vocabulary: int = text.vocab_size
-        self.weights: Mapping[int, int] = {p.data_ptr(): p.nbytes for p in division.model.parameters() if not p.is_meta}
+        kept = [p for p in division.model.parameters() if not p.is_meta and not is_mapped(p)]
+        packed = {id(division): packed_bytes} if packed_bytes else {}
+        self.weights: Mapping[int, int] = {**{p.data_ptr(): p.nbytes for p in kept}, **packed}
         self.context = spec.context
         self.dtype = division.dtype
         self.unpacked = unpacked
@@ -57,7 +65,7 @@ class TorchShard:
         if not self._has_embedding:
             self._enter_at(entry)
         matrix = self._model.get_output_embeddings() if self._has_head else None
-        if isinstance(matrix, nn.Linear):
+        if isinstance(matrix, nn.Linear | Packed):
             matrix.register_forward_pre_hook(_with_plain_strides)
         self._dynamic = [m for m in self._model.modules() if getattr(m, "rope_type", "") == "dynamic"]
 
@@ -212,10 +220,12 @@ def load_shard(spec: LoadStage, progress: Progress = lambda done, total: None) -
     every, whole = probe(division, range(len(division.blocks))), division.owner.config
     states = {number: every[number] for number in numbers}
     needed = kv_bytes(states, spec.slots, spec.context)
-    if spec.kv_limit_bytes is not None and needed > spec.kv_limit_bytes:
-        raise RefusedError(f"KV of {needed} bytes is asked for, {spec.kv_limit_bytes} are promised")
     unpacked = obstacle(division, every)
+    work = plan(division, first, last, spec.tensors, spec.quantize)
+    if spec.limit_bytes is not None and work.nbytes + needed > spec.limit_bytes:
+        held = f"weights of {work.nbytes} bytes and KV of {needed}"
+        raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")
     entry = strip(division, first, last, numbers)
-    weight_bytes = fill(division, first, last, spec.tensors, progress)
+    tensor_bytes, packed_bytes = fill(division, first, work, torch.get_num_threads(), progress)
     finish(division, whole)
-    return TorchShard(division, spec, states, weight_bytes, entry, unpacked)
+    return TorchShard(division, spec, states, tensor_bytes + packed_bytes, entry, unpacked, packed_bytes)

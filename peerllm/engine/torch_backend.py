@@ -27,7 +27,7 @@ class TorchBackend:
         return load_shard(spec, progress)
 
     def inspect(self, message: Inspect) -> Inspected:
-        return inspect_model(message.model_dir, message.dtype).message(message.request)
+        return inspect_model(message.model_dir, message.dtype, message.quantize).message(message.request)
 
     def measure(self, message: Measure) -> Measured:
         return measure().message(message.request)

@@ -69,7 +69,7 @@ async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHouse
         ("run", {"model": "builtin", "objective": "fun"}, 400, "objective"),
         ("run", {"model": "b", "objective": []}, 400, "objective"),
         ("run", {"model": "b", "context": 1.5}, 400, "context"),
-        ("run", {"model": "b", "quantize": "int8"}, 400, "not in this version"),
+        ("run", {"model": "b", "quantize": "int2"}, 400, "one of int8, int4"),
         ("run", {"model": "b", "dtype": "int8"}, 400, "dtype"),
         ("run", {"model": "b", "private": "no"}, 400, "private"),
     ],

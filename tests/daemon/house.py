@@ -209,7 +209,7 @@ class Device:
             raise NotFoundError(f"{model}: no such directory")
         return Path("/models") / model
 
-    async def inspect(self, model_dir, dtype):
+    async def inspect(self, model_dir, dtype, quantize):
         return self.house.models[model_dir.name]
 
     async def hashes(self, tensors, progress):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -14,26 +15,24 @@ from tests.engine.architectures import quiet, stage
 
 
 def main() -> None:
-    """`model_dir dtype first-last ...`; prints {"weights", "runtime", "peak", "after"} in bytes."""
+    """`model_dir dtype quantize first-last ...`; prints {"weights", "runtime", "peak", "after"} in bytes."""
     torch.set_num_threads(1)
     quiet()
     runtime_bytes()
+    quantize = sys.argv[3].removeprefix("-")
     before = peak = anonymous_bytes()
-    inspection = inspect_model(sys.argv[1], sys.argv[2])
+    inspection = inspect_model(sys.argv[1], sys.argv[2], quantize)
 
     def watch(done: int, total: int) -> None:
         nonlocal peak
         peak = max(peak, anonymous_bytes())
 
     shards = []
-    for argument in sys.argv[3:]:
+    for argument in sys.argv[4:]:
         first, _, last = argument.partition("-")
-        shards.append(load_shard(stage(inspection, int(first), int(last), slots=2, context=64), watch))
-    distinct = {
-        tensor.data_ptr(): tensor.numel() * tensor.element_size()
-        for shard in shards
-        for tensor in shard._model.state_dict().values()
-    }
+        spec = replace(stage(inspection, int(first), int(last), slots=2, context=64), quantize=quantize)
+        shards.append(load_shard(spec, watch))
+    distinct = {key: nbytes for shard in shards for key, nbytes in shard.weights.items()}
     after = anonymous_bytes()
     peak = max(peak, after)
     print(json.dumps({"weights": sum(distinct.values()), "runtime": before, "peak": peak, "after": after}))

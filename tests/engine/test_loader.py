@@ -324,4 +324,4 @@ def test_kv_beyond_the_promise_is_refused_before_it_is_taken(model):
     """Whatever slots and context a coordinator asks for: here 2 TB."""
     spec = stage(inspect_model(str(model), "auto"), 1, 2, slots=2**16, context=2**20)
     with pytest.raises(RefusedError, match="are promised"):
-        load_shard(replace(spec, kv_limit_bytes=1 << 20))
+        load_shard(replace(spec, limit_bytes=1 << 20))

@@ -63,10 +63,9 @@ class Link:
 
         Waits only where the queue is full; LinkError if it stays so for `timeout_s`, or the link has ended.
         """
-        since = perf_counter()
-        data = encode(frame)
+        data = encode(frame)  # the sender's own time: its pass is not over yet
         if self.timing.wanted and not len(self._outbox):  # behind others it would be their time as well
-            self.timing.mark(data, since)
+            self.timing.mark(data, perf_counter())
         self._outbox.put(data, timeout_s)
 
     def close(self) -> None:

@@ -1,0 +1,92 @@
+"""The forms a matrix can take, and the choice among them.
+
+| quantize | where | form |
+|---|---|---|
+| int4, int8 | wherever onnxruntime runs | its MatMulNBits: blocks of 32 or 128 weights, each with a scale |
+| int4, int8 | else | torch's own packed products |
+| none | bfloat16, on processors with instructions for it | reordered once for oneDNN |
+| none | else, and always in float32 | as it stands in the file |
+
+Sums are taken in another order than torch's plain product takes them: float32 is never repacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+
+BITS = {"int4": 4, "int8": 8}
+BLOCKS = (128, 32)  # weights that share a scale: the first that divides a row's length
+SESSION_BYTES = 160 << 10  # onnxruntime's for one matrix, however small
+BLOCK_BYTES = 8  # a block's scale and, which the products need, the sum of its codes
+
+
+class Part(Protocol):
+    """Some rows of a matrix, packed."""
+
+    nbytes: int
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[n, columns] in, [n, rows] out, in the inputs' dtype."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """`make` packs runs of float rows [rows, columns], joined; they may be views of files.
+
+    `single_thread`: it has threads of its own, beside which torch's would only spin.
+    """
+
+    name: str
+    make: Callable[[Sequence[Any]], Part]
+    single_thread: bool = False
+
+
+def block_of(columns: int) -> int | None:
+    """How many weights share a scale; None: such a matrix is not quantised."""
+    return next((block for block in BLOCKS if columns % block == 0), None)
+
+
+def packed_bytes(rows: int, columns: int, bits: int) -> int:
+    """Memory of a quantised matrix at most: its codes and scales, and the session that multiplies with it."""
+    block = block_of(columns)
+    assert block is not None
+    return rows * columns * bits // 8 + rows * (columns // block) * BLOCK_BYTES + SESSION_BYTES
+
+
+def choose(dtype: torch.dtype, quantize: str, threads: int = 1) -> Form | None:
+    """The best form here; None: as it stands in the file."""
+    if quantize:
+        bits = BITS[quantize]
+        if _has_onnxruntime():
+            from peerllm.engine.kernels import matmul_nbits
+
+            return Form(f"MatMulNBits-{bits}", matmul_nbits.maker(bits, threads), single_thread=True)
+        from peerllm.engine.kernels import torch_packed
+
+        return Form(f"torch-{bits}", torch_packed.maker(bits))
+    if dtype is torch.bfloat16 and _bfloat16_instructions():
+        from peerllm.engine.kernels import reordered
+
+        return Form("reordered", reordered.Reordered)
+    return None
+
+
+def bring_in() -> None:
+    """Load the libraries now that packing may need: they count as part of the runtime."""
+    if _has_onnxruntime():
+        import onnx.helper  # noqa: F401
+        import onnxruntime  # noqa: F401
+
+
+def _has_onnxruntime() -> bool:
+    return find_spec("onnxruntime") is not None and find_spec("onnx") is not None
+
+
+def _bfloat16_instructions() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,62 @@
+"""How a model's tensors are kept: packed, left in their files, or as they are; and what memory each then takes.
+
+It follows from the model, its files' dtypes, the dtype computed in and the quantisation alone, so that the source knows
+what every device will need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peerllm.engine.division import Division
+from peerllm.engine.kernels.forms import BITS, packed_bytes
+from peerllm.engine.kernels.matrices import Matrix, matrices
+from peerllm.engine.loader import FILE_DTYPES, tensor_bytes
+from peerllm.engine.names import Recipe
+from peerllm.errors import BadInputError
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """`tables`: embeddings that stay in their files, of which a token reads a row; mapped pages are not our memory."""
+
+    quantize: str
+    matrices: dict[str, Matrix]
+    tables: frozenset[str]
+
+    def nbytes(self, name: str, tensor: torch.Tensor) -> int:
+        """Memory of the tensor called `name` once it is loaded."""
+        if name in self.tables:
+            return 0
+        if self.quantize and name in self.matrices:
+            matrix = self.matrices[name]
+            return packed_bytes(matrix.rows, matrix.columns, BITS[self.quantize])
+        return tensor_bytes((tensor.dtype, tuple(tensor.shape)))
+
+
+def keeping(division: Division, found: Iterable[Recipe], quantize: str) -> Keeping:
+    """`found` says how the model's tensors come from the files."""
+    if quantize and quantize not in BITS:
+        raise BadInputError(f"weights can be rounded to {' or '.join(BITS)}, not {quantize!r}")
+    packs = bool(quantize) or division.dtype is torch.bfloat16
+    return Keeping(quantize, matrices(division) if packs else {}, frozenset(_tables(division, found) if packs else ()))
+
+
+def _tables(division: Division, found: Iterable[Recipe]) -> Iterable[str]:
+    model: Any = division.model
+    names = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name in division.before and name not in division.after
+    }
+    for recipe in found:
+        if recipe.converter is None and FILE_DTYPES[recipe.sources[0][1].dtype] is division.dtype:
+            (name,) = recipe.targets
+            same = {name, *(alias for alias, root in division.tied.items() if division.tied.get(name, name) == root)}
+            same.add(division.tied.get(name, name))
+            yield from same & names
