@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peerllm.types import DeploymentId, DeviceId, LayerKind, ModelProfile, Sampling
+from peerllm.types import DeploymentId, DeviceId, LayerKind, ModelProfile, Sampling, ScheduleName
 
 PASS: LayerKind = "pass"  # noqa: S105  # in a device's layer times: what a batch costs at a stage beside its layers
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -123,6 +123,8 @@ class LoadStage:
     downstream: Hop | None  # None: the next stage (or the return) is on this device
     head_device: DeviceId  # who may send tokens back to the source
     kv_limit_bytes: int | None = None  # the most its KV may take; checked before it is
+    micro_batches: int = 1  # of the plan: into so many the source divides the sequences that decode, if they are enough
+    schedule: ScheduleName = "no-bubble"  # the source's
 
 
 @dataclass(frozen=True, slots=True)
