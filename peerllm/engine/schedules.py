@@ -4,7 +4,8 @@ What enters together stays together: no stage merges or splits a batch of steps,
 source, holds for the whole lap. Of n sequences that decode, as many batches as `batches_of` says are under way, each
 with its even share (n // batches, or one more). A batch that is back has a seat for every one of its sequences; one too
 large leaves the rest to the next, one too small is filled up first come first served. So batches of any sizes are
-even again when each has been back twice, and no step waits longer than it takes the batches under way to come back.
+even again when each has been back twice, and no step waits longer than it takes the batches under way to come back
+(once more if a sequence ends meanwhile and fewer batches are right from then on).
 """
 
 from __future__ import annotations

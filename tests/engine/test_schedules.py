@@ -76,6 +76,7 @@ class Circling(RuleBasedStateMachine):
             if gone in batch:
                 batch.remove(gone)
         self.flying = [batch for batch in self.flying if batch]
+        self.waiting = {one: list(self.flying) for one in self.waiting}  # fewer batches may be right from now on
         self.enter()
 
     @rule()

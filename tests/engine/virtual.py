@@ -107,7 +107,8 @@ class _Device:
             return
         (_, index), pieces = batch
         self._busy = True
-        self._world.computed.append((self._world.agenda.now, index, [piece.sequence for piece in pieces]))
+        if all(piece.length == 1 for piece in pieces):
+            self._world.steps.append((index, [piece.sequence for piece in pieces]))
         self._world.agenda.after(self._world.takes(index, pieces), partial(self._end, index, pieces))
 
     def _end(self, index: int, pieces: list[Piece]) -> None:
@@ -148,7 +149,7 @@ class World:
     agenda: Agenda = field(default_factory=Agenda)
     tokens: dict[int, list[float]] = field(default_factory=dict)  # by sequence, when each of its tokens was there
     ends: dict[int, Tokens] = field(default_factory=dict)
-    computed: list[tuple[float, int, list[int]]] = field(default_factory=list)  # (begin, stage, sequences)
+    steps: list[tuple[int, list[int]]] = field(default_factory=list)  # batches computed: (stage, sequences)
     ended: Callable[[int], None] = lambda sequence: None
 
     def __post_init__(self) -> None:
@@ -197,6 +198,6 @@ class World:
             total += (len(within) - 1) / (within[-1] - within[0])
         return total
 
-    def laps(self, index: int = 0) -> list[tuple[float, list[int]]]:
-        """Batches of steps that a stage computed."""
-        return [(at, batch) for at, stage, batch in self.computed if stage == index]
+    def batches(self, index: int = 0) -> list[list[int]]:
+        """Of steps, that a stage computed."""
+        return [batch for stage, batch in self.steps if stage == index]
