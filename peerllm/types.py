@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Objective = Literal["latency", "throughput"]
-ScheduleName = Literal["sequential", "bubble", "no-bubble"]  # in what order sequences go through the stages
+ScheduleName = Literal["no-bubble", "bubble", "sequential"]  # in what order sequences go through the stages
+SCHEDULE_NAMES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 LayerKind = str  # "embedding", "block" (or "block:<variant>" where a model mixes kinds), "head"
 DeviceId = str  # 64 hex digits: SHA-256 of the device's certificate (DER)
 DeploymentId = str  # 32 hex digits, random, made by the source

@@ -14,6 +14,7 @@ from peerllm.api.fields import Fields, read_object
 from peerllm.api.keys import HOUSEHOLD, TASKS
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.daemon.facade import MAX_BENCH_SEQUENCES, MAX_BENCH_TOKENS, Household, RunOptions, RunProgress
+from peerllm.types import SCHEDULE_NAMES, ScheduleName
 
 T = TypeVar("T")
 Note = Callable[[RunProgress], None]
@@ -169,6 +170,7 @@ def _run_options(fields: Fields) -> RunOptions:
         slots=fields.integer("slots", 1, MAX_SLOTS),
         dtype=fields.choice("dtype", DTYPES),
         private=fields.flag("private"),
+        schedule=cast("ScheduleName", fields.choice("schedule", SCHEDULE_NAMES)),
     )
 
 

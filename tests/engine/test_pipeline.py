@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -137,7 +138,7 @@ def test_nothing_starves() -> None:
         round_ms = 6 * ring.lap(2).ring_ms + 6 * 16 * ring.per_token * 4
         for sequence in range(3):
             times = world.tokens[sequence]
-            assert max(b - a for a, b in zip(times, times[1:], strict=False)) < 3 * round_ms
+            assert max(b - a for a, b in pairwise(times)) < 3 * round_ms
 
 
 @pytest.mark.parametrize("schedule", ["no-bubble", "bubble", "sequential"])

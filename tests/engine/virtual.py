@@ -1,4 +1,4 @@
-"""A pipeline in virtual time: the real Deployment, Scheduler and stages of every device; shards and links that only last.
+"""A pipeline in virtual time: every device's real Deployment, Scheduler and stages; shards and links that only last.
 
 No clock, no threads: a device computes one batch at a time, a link carries one frame at a time, everything else takes
 no time. One run differs from another by its numbers alone.
@@ -189,7 +189,7 @@ class World:
         return self.ring.per_token * sum(piece.length for piece in pieces)
 
     def rate(self, skip: int = 0, of: Sequence[int] | None = None) -> float:
-        """Tokens a millisecond: the sum of each sequence's own rate, while all decode, the first `skip` tokens left out."""
+        """Tokens a millisecond: the sum of each sequence's own rate while all decode, each past its first `skip` tokens."""
         times = [self.tokens[sequence] for sequence in of or self.tokens]
         start, end = max(one[skip] for one in times), min(one[-1] for one in times)
         total = 0.0
