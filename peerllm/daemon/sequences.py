@@ -56,7 +56,7 @@ class Sequences:
         self._tell, self._changed = tell, changed
         self._queue = FairQueue()
         self._all: dict[int, _Sequence] = {}  # queued and running
-        self._running: dict[int, str] = {}  # who holds a slot, for which client; cancelled ones until the engine confirms
+        self._running: dict[int, str] = {}  # slots and their clients; cancelled ones until the engine confirms
         self._order: list[int] = []  # of those queued, as slots will be given
         self._room: Room | None = None
         self._closed: PeerLLMError | None = None

@@ -189,7 +189,7 @@ class World:
         return self.ring.per_token * sum(piece.length for piece in pieces)
 
     def rate(self, skip: int = 0, of: Sequence[int] | None = None) -> float:
-        """Tokens a millisecond: the sum of each sequence's own rate while all decode, each past its first `skip` tokens."""
+        """Tokens a millisecond: the sum of each sequence's rate while all decode, each past its first `skip` tokens."""
         times = [self.tokens[sequence] for sequence in of or self.tokens]
         start, end = max(one[skip] for one in times), min(one[-1] for one in times)
         total = 0.0
