@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Objective = Literal["latency", "throughput"]
+ScheduleName = Literal["no-bubble", "bubble", "sequential"]  # in what order sequences go through the stages
+SCHEDULE_NAMES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 LayerKind = str  # "embedding", "block" (or "block:<variant>" where a model mixes kinds), "head"
 DeviceId = str  # 64 hex digits: SHA-256 of the device's certificate (DER)
 DeploymentId = str  # 32 hex digits, random, made by the source
@@ -155,6 +157,14 @@ class Plan:
     def devices(self) -> tuple[DeviceId, ...]:
         """Each device once, in the order of its first stage."""
         return tuple(dict.fromkeys(stage.device for stage in self.stages))
+
+
+def batches_of(sequences: int, micro_batch: int, micro_batches: int) -> int:
+    """Into how many micro-batches so many sequences are divided, as evenly as may be.
+
+    As many as the plan has, but no batch is empty and none larger than `micro_batch`.
+    """
+    return max(min(sequences, micro_batches), -(-sequences // micro_batch))
 
 
 MAX_STAGES = 1024  # a plan is a control message; its size is bounded

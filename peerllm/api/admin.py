@@ -21,6 +21,7 @@ from peerllm.daemon.facade import (
     RunOptions,
     RunProgress,
 )
+from peerllm.types import SCHEDULE_NAMES, ScheduleName
 
 T = TypeVar("T")
 Note = Callable[[RunProgress], None]
@@ -175,6 +176,7 @@ def _run_options(fields: Fields) -> RunOptions:
         dtype=fields.choice("dtype", DTYPES),
         quantize=fields.choice("quantize", QUANTIZE),
         private=fields.flag("private"),
+        schedule=cast("ScheduleName", fields.choice("schedule", SCHEDULE_NAMES)),
     )
 
 

@@ -18,8 +18,8 @@ from peerllm.cli.terminal import printable, table
 from peerllm.errors import NotFoundError
 from peerllm.planner.cost import lap_of
 from peerllm.planner.scenario import Scenario, parse
-from peerllm.planner.simulator import simulate
-from peerllm.types import Stage, Workload
+from peerllm.planner.simulator import formula_tokens_per_second, simulate
+from peerllm.types import ScheduleName, Stage, Workload, batches_of
 
 ROUNDS = 3  # of each number of sequences; the median counts
 WARM_S = 4.5  # of load before each prediction: what links take under it, every device has told by then
@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> None:
         planned = _planned(device, model)
         running = parse(planned["running"])
         rounds = [device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S) for _ in range(ROUNDS)]
-        batch = int(planned["micro_batch"])
-        said = predicted(running, stages, count, batch, prompt, output)
+        said = predicted(running, stages, *divided(planned, count), prompt, output)
         rows.append({**said, "measured": _median(rounds)})
     if args.json:
         print(json.dumps({"model": model, "prompt_tokens": prompt, "output_tokens": output, "runs": rows}))
@@ -57,24 +56,41 @@ def _planned(device: LocalDevice, model: str) -> Any:
     return device.get(f"/peerllm/v1/scenario?model={quote(model, safe='')}")
 
 
+def divided(planned: Mapping[str, Any], sequences: int) -> tuple[ScheduleName, int, int]:
+    """(schedule, sequences, batches): how a deployment divides so many sequences."""
+    schedule: ScheduleName = planned["schedule"]
+    if schedule == "sequential":
+        return schedule, sequences, sequences
+    return schedule, sequences, batches_of(sequences, int(planned["micro_batch"]), int(planned["micro_batches"]))
+
+
 def predicted(
-    scenario: Scenario, stages: Sequence[Stage], sequences: int, micro_batch: int, prompt: int, output: int
+    scenario: Scenario,
+    stages: Sequence[Stage],
+    schedule: ScheduleName,
+    sequences: int,
+    batches: int,
+    prompt: int,
+    output: int,
 ) -> dict[str, Any]:
-    """By the simulator, event by event, and by the formula (papers.md, EdgeShard), for so many sequences at once."""
+    """By the simulator, event by event, and by the formula (papers.md, EdgeShard), for so many sequences at once.
+
+    Where batches cannot be equal all take as long as the largest.
+    """
     old = scenario.workload
     work = Workload(prompt, output, sequences, old.context, old.objective, old.prompt_chunk)
-    batch = min(micro_batch, sequences)
-    groups = -(-sequences // batch)
+    batch = -(-sequences // batches)
     known = scenario.model, scenario.devices, scenario.links, tuple(stages)
-    found = simulate(*known, work, schedule="no-bubble", micro_batch=batch, micro_batches=groups, media=scenario.media)
+    found = simulate(*known, work, schedule=schedule, micro_batch=batch, micro_batches=batches, media=scenario.media)
     lap = lap_of(*known, batch, scenario.media)
+    steady, share = found.steady_tokens_per_second, sequences / (batch * batches)
     return {
         "sequences": sequences,
         "predicted": {
             "time_to_first_token_ms": fmean(found.time_to_first_token_ms),
             "step_ms": found.step_ms,
-            "steady_tokens_per_second": found.steady_tokens_per_second,
-            "formula_tokens_per_second": 1000 * lap.rate(groups),
+            "steady_tokens_per_second": None if steady is None else share * steady,
+            "formula_tokens_per_second": share * formula_tokens_per_second(lap, schedule, batches),
             "bottleneck": lap.bottleneck,
         },
     }
@@ -89,8 +105,8 @@ def text(model: str, prompt: int, output: int, rows: Sequence[Mapping[str, Any]]
         rate, got = said["steady_tokens_per_second"], seen["steady_tokens_per_second"]
         head.append((
             str(one["sequences"]), _ms(said["time_to_first_token_ms"]), _ms(seen["time_to_first_token_ms"]),
-            _ms(said["step_ms"]), _ms(seen["step_ms"]), f"{rate:.4g}", "" if got is None else f"{got:.4g}",
-            "" if got is None else f"{got / rate:.2f}",
+            _ms(said["step_ms"]), _ms(seen["step_ms"]), "" if rate is None else f"{rate:.4g}",
+            "" if got is None else f"{got:.4g}", "" if None in (rate, got) else f"{got / rate:.2f}",
         ))  # fmt: skip
     title = f"{printable(model)}: prompts of {prompt} tokens, answers of {output}, median of {ROUNDS}"
     return f"{title}\n{table(head)}\nRATIO is measured over predicted tokens/s."

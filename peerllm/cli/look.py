@@ -9,6 +9,7 @@ from typing import Any
 
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.terminal import human_bytes, layer_bar, printable, table
+from peerllm.types import SCHEDULE_NAMES
 
 Status = Mapping[str, Any]
 MAX_LINKS = 30  # lines of the table
@@ -69,6 +70,8 @@ def deployments_text(found: Status) -> str:
 
 def deployment_text(one: Mapping[str, Any]) -> str:
     head = f"{one['model']}: {one['state']}, coordinated by {one['coordinator']}, epoch {one['epoch']}"
+    if one.get("schedule", SCHEDULE_NAMES[0]) != SCHEDULE_NAMES[0]:
+        head += f", schedule {one['schedule']}"
     if one.get("reason"):
         head += f" ({one['reason']})"
     stages = (one.get("plan") or {}).get("stages") or ()

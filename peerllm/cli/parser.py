@@ -11,6 +11,7 @@ from pathlib import Path
 from peerllm import __version__
 from peerllm.daemon.settings import API_PORT, CONTROL_PORT
 from peerllm.planner.scenario import OBJECTIVES, STRATEGIES
+from peerllm.types import SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
 MAX_DEVICES = 8  # of the demo: they share one machine
@@ -188,6 +189,12 @@ def _models(command: _Command) -> None:
     run.add_argument(
         "--quantize", choices=("int8", "int4"), help="round the weights: less memory, faster, a little less exact"
     )
+    run.add_argument(
+        "--schedule",
+        choices=SCHEDULE_NAMES,
+        default=SCHEDULE_NAMES[0],
+        help="in what order sequences go through the stages, to compare (default no-bubble)",
+    )
     stop = command("stop", "Stop serving a model and free its memory on every device.")
     stop.set_defaults(module="run", function="stop")
     stop.add_argument("model", metavar="MODEL")
@@ -225,8 +232,8 @@ def _planning(command: _Command) -> None:
     plan.add_argument("--save", type=Path, metavar="FILE", help="of a model: write what was planned for as a scenario")
     simulate.add_argument(
         "--schedule",
-        choices=("sequential", "bubble", "no-bubble"),
-        default="no-bubble",
+        choices=SCHEDULE_NAMES,
+        default=SCHEDULE_NAMES[0],
         help="in what order sequences go through the stages (default no-bubble)",
     )
     bench = command("bench", "Measure a served model, and print what was predicted of it beside.")

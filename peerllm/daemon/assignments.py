@@ -13,7 +13,7 @@ from peerllm.daemon.profiles import ITEMSIZE
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.planner.memory import MAX_CHUNK, human_bytes
-from peerllm.types import MAX_STAGES, DeploymentId, DeviceId
+from peerllm.types import MAX_STAGES, SCHEDULE_NAMES, DeploymentId, DeviceId
 
 MAX_CONTEXT = 1 << 20  # tokens
 MAX_TENSORS = 65536  # of one assignment
@@ -86,6 +86,8 @@ def assignments(
             context=blueprint.workload.context,
             chunk=blueprint.chunk,
             micro_batch=blueprint.micro_batch,
+            micro_batches=blueprint.micro_batches,
+            schedule=blueprint.schedule,
             stages=len(stages),
             work=tuple(mine),
             head_device=stages[-1].device,
@@ -112,11 +114,14 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
         raise BadInputError("no deployment's id and epoch")
     if assign.dtype not in ITEMSIZE:
         raise BadInputError(f"unknown dtype {assign.dtype!r}")
+    if assign.schedule not in SCHEDULE_NAMES:
+        raise BadInputError(f"unknown schedule {assign.schedule!r}")
     limits = (
         ("slots", assign.slots, MAX_SLOTS),
         ("context", assign.context, MAX_CONTEXT),
         ("chunk", assign.chunk, MAX_CHUNK),
         ("micro_batch", assign.micro_batch, assign.slots),
+        ("micro_batches", assign.micro_batches, assign.slots),
         ("stages", assign.stages, MAX_STAGES),
         ("work", len(assign.work), assign.stages),
         ("tensors", sum(len(work.tensors) for work in assign.work), MAX_TENSORS),

@@ -14,7 +14,7 @@ from peerllm.planner.latency import plan_latency
 from peerllm.planner.memory import chunk_tokens, human_bytes, working_bytes
 from peerllm.planner.scenario import Scenario
 from peerllm.planner.throughput import plan_throughput
-from peerllm.types import DeviceId, Plan, Workload
+from peerllm.types import SCHEDULE_NAMES, DeviceId, Plan, ScheduleName, Workload
 
 DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 2048  # tokens
@@ -32,6 +32,8 @@ class Blueprint:
     workload: Workload
     chunk: int
     micro_batch: int
+    micro_batches: int
+    schedule: ScheduleName
     stage_memory_bytes: tuple[int, ...]
     promises: Mapping[DeviceId, int]
     alone: Scenario  # what there was to plan with, memory less the working space of a pass: devices by themselves,
@@ -45,6 +47,8 @@ class Blueprint:
 
 def check_options(options: RunOptions, inspected: Inspected) -> None:
     """BadInputError for what no household could serve."""
+    if options.schedule not in SCHEDULE_NAMES:
+        raise BadInputError(f"--schedule is one of {', '.join(SCHEDULE_NAMES)}, not {options.schedule}")
     if options.slots is not None and not 1 <= options.slots <= MAX_SLOTS:
         raise BadInputError(f"--slots must lie in 1..{MAX_SLOTS}, not {options.slots}")
     if options.context is not None and not 1 <= options.context <= inspected.max_context:
@@ -133,11 +137,13 @@ def _draw_up(
         )
         for known in (alone, together)
     )
-    batch = plan.predicted.micro_batch
+    batch, batches = plan.predicted.micro_batch, plan.predicted.micro_batches
     if options.objective == "latency":
         # Planned for one sequence; several share the stages without one waiting for all.
-        batch = -(-slots // max(1, min(slots, len(plan.devices))))
-    return Blueprint(plan, work, chunk_tokens(shape, context), batch, memory, promises, *scenarios)
+        batches = min(slots, len(plan.devices))
+        batch = -(-slots // batches)
+    chunk = chunk_tokens(shape, context)
+    return Blueprint(plan, work, chunk, batch, batches, options.schedule, memory, promises, *scenarios)
 
 
 def _check_sum(

@@ -138,6 +138,7 @@ class Deployment:
             measured=self.sequences.measured,
             reason=self.reason,
             progress=1.0 if self.state == "serving" else sum(shares) / len(shares) if shares else 0.0,
+            schedule=self.options.schedule,
         )
 
     def served(self) -> ServedModel | None:
@@ -415,6 +416,7 @@ def same_demand(a: RunOptions, b: RunOptions) -> bool:
         and a.private == b.private
         and a.dtype == b.dtype
         and a.quantize == b.quantize
+        and a.schedule == b.schedule
         and b.context in (None, a.context)
         and b.slots in (None, a.slots)
     )

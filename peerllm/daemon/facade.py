@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peerllm.engine.messages import FinishReason
-from peerllm.types import DeploymentId, Objective, Sampling
+from peerllm.types import DeploymentId, Objective, Sampling, ScheduleName
 
 QUANTIZE = ("", "int8", "int4")  # what matrices are rounded to; "": not at all
 MAX_BENCH_SEQUENCES = 256
@@ -26,6 +26,7 @@ class RunOptions:
     dtype: str = "auto"
     quantize: str = ""
     private: bool = False  # the head stays on the source
+    schedule: ScheduleName = "no-bubble"  # the others are there to compare with
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,8 @@ class Household(Protocol):
         """Of a model started here: what it was planned for, and its plan.
 
         "scenario" is the file of what was planned for, "running" the same with links and stages as they are now;
-        "paces": by stage, what a batch of so many sequences takes there; "stages", "micro_batch".
+        "paces": by stage, what a batch of so many sequences takes there; "stages", "micro_batch", "micro_batches",
+        "schedule".
         """
         ...
 

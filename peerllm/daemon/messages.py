@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peerllm.transport.roster import RosterEntry
-from peerllm.types import DeploymentId, DeviceId, LayerKind, Stage
+from peerllm.types import DeploymentId, DeviceId, LayerKind, ScheduleName, Stage
 
 DeploymentState = Literal["planning", "loading", "serving", "waiting", "failed", "stopped"]
 
@@ -85,6 +85,7 @@ class DeploymentView:
     measured: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     progress: float = 0.0  # 0 to 1 while loading
+    schedule: ScheduleName = "no-bubble"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,8 @@ class Assign:
     context: int
     chunk: int
     micro_batch: int
+    micro_batches: int
+    schedule: ScheduleName
     stages: int
     work: tuple[StageWork, ...]
     head_device: DeviceId

@@ -1,12 +1,19 @@
-"""Who waits for a slot, and who is next: first come first served within a client, the clients in turn. Sans-I/O."""
+"""Who waits for a slot, and who is next. Sans-I/O.
+
+First come first served within a client. A free slot goes to the client that holds the fewest, so that long answers
+bring nobody more than short ones; of equals to the one that has waited longest for its turn. A client's line may be as
+long as what is left for all the others: however many one asks for, the next to come finds room.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 
 from peerllm.errors import OverloadedError
 
-MAX_QUEUED = 64  # sequences waiting for a slot, over all clients of a deployment
+MAX_QUEUED = 128  # sequences waiting for a slot, over all clients of a deployment; half of them of one client
 
 
 class FairQueue:
@@ -20,16 +27,19 @@ class FairQueue:
         return sum(len(line) for line in self._waiting.values())
 
     def add(self, sequence: int, client: str) -> None:
-        """OverloadedError when the queue is full."""
-        if len(self) >= self._limit:
-            raise OverloadedError(f"{self._limit} answers are waiting already; ask again in a moment")
+        """OverloadedError when the queue is full, or the rest of it is kept for others."""
+        own, room = len(self._waiting.get(client, ())), self._limit - len(self)
+        if own >= room:
+            whose = "of yours " if room else ""
+            raise OverloadedError(f"{own if room else self._limit} answers {whose}are waiting already; ask again later")
         self._waiting.setdefault(client, deque()).append(sequence)
 
-    def next(self) -> int | None:
-        """Take the sequence whose turn it is; its client goes to the end of the round."""
+    def next(self, held: Mapping[str, int]) -> int | None:
+        """Take the sequence whose turn it is; `held` says how many slots each client has."""
         if not self._waiting:
             return None
-        client, line = next(iter(self._waiting.items()))
+        client = min(self._waiting, key=lambda client: held.get(client, 0))  # of equals the first
+        line = self._waiting[client]
         sequence = line.popleft()
         if line:
             self._waiting.move_to_end(client)
@@ -46,11 +56,15 @@ class FairQueue:
                     del self._waiting[client]
                 return
 
-    def order(self) -> list[int]:
-        """Every sequence in the order in which slots will be given."""
+    def order(self, held: Mapping[str, int]) -> list[int]:
+        """Every sequence in the order in which slots would be given if none were given back."""
         lines = [deque(line) for line in self._waiting.values()]
+        turns = [(held.get(client, 0), place, place) for place, client in enumerate(self._waiting)]
+        heapq.heapify(turns)
         result: list[int] = []
-        while lines:
-            result += [line.popleft() for line in lines]
-            lines = [line for line in lines if line]
+        while turns:
+            held_now, _, place = heapq.heappop(turns)
+            result.append(lines[place].popleft())
+            if lines[place]:
+                heapq.heappush(turns, (held_now + 1, len(lines) + len(result), place))
         return result

@@ -39,6 +39,8 @@ async def as_it_runs(around: Surroundings, deployment: DeploymentId, blueprint: 
         "paces": {str(place): {str(size): ms for size, ms in points} for place, points in sorted(paces.items())},
         "stages": [{**asdict(stage), "device": names[stage.device]} for stage in blueprint.plan.stages],
         "micro_batch": blueprint.micro_batch,
+        "micro_batches": blueprint.micro_batches,
+        "schedule": blueprint.schedule,
     }
 
 

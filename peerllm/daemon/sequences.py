@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -56,7 +56,8 @@ class Sequences:
         self._tell, self._changed = tell, changed
         self._queue = FairQueue()
         self._all: dict[int, _Sequence] = {}  # queued and running
-        self._running: set[int] = set()  # those that hold a slot, cancelled ones until the engine confirms
+        self._running: dict[int, str] = {}  # slots and their clients; cancelled ones until the engine confirms
+        self._order: list[int] = []  # of those queued, as slots will be given
         self._room: Room | None = None
         self._closed: PeerLLMError | None = None
         self._reason = "the model is being loaded"
@@ -92,7 +93,7 @@ class Sequences:
     def interrupt(self, reason: str) -> None:
         """Running sequences end with an error; queued ones wait on for PATIENCE_S."""
         self._room, self._reason = None, reason
-        self._end(self._running & self._all.keys(), EngineError(reason))
+        self._end(self._running.keys() & self._all.keys(), EngineError(reason))
         self._running.clear()
         if self._patience is None:
             self._patience = asyncio.get_running_loop().call_later(PATIENCE_S, self._expire)
@@ -107,7 +108,7 @@ class Sequences:
     def hear(self, event: Tokens) -> None:
         """New tokens from the engine."""
         if event.finish is not None:
-            self._running.discard(event.sequence)
+            self._running.pop(event.sequence, None)
         sequence = self._all.get(event.sequence)
         if sequence is not None:
             if event.start != sequence.count:
@@ -188,7 +189,7 @@ class Sequences:
     def _admit(self) -> None:
         """Give free slots to who is next."""
         while self._room is not None and len(self._running) < self._room.slots:
-            number = self._queue.next()
+            number = self._queue.next(Counter(self._running.values()))
             if number is None:
                 break
             sequence, request = self._all[number], self._all[number].request
@@ -198,20 +199,21 @@ class Sequences:
                 self._end({number}, error)
                 continue
             sequence.submitted = time.monotonic()
-            self._running.add(number)
+            self._running[number] = request.client
             fits = min(sequence.max_tokens, self._room.context - len(request.prompt))
             stop_ids = () if request.ignore_stop else self._room.stop_ids
             self._tell(
                 Submit(self._deployment, number, tuple(request.prompt), fits, stop_ids, request.sampling)
             )
             sequence.events.put_nowait(None)
-        for number in self._queue.order():
+        self._order = self._queue.order(Counter(self._running.values()))
+        for number in self._order:
             if self._all[number].events.empty():
                 self._all[number].events.put_nowait(None)
 
     def _place(self, number: int) -> int:
         with suppress(ValueError):
-            return self._queue.order().index(number) + 1
+            return self._order.index(number) + 1
         return 0
 
     def _leave(self, sequence: _Sequence) -> None:
@@ -221,6 +223,8 @@ class Sequences:
         self._queue.remove(sequence.number)
         if sequence.number in self._running:
             self._give_up(sequence.number)
+        else:
+            self._admit()  # the others move up
 
     def _give_up(self, number: int) -> None:
         """Cancel on the engine; the slot is free when it says so, or after a bounded silence."""
@@ -230,7 +234,7 @@ class Sequences:
 
     def _free(self, number: int) -> None:
         if number in self._running:
-            self._running.discard(number)
+            del self._running[number]
             self._admit()
 
     def _end(self, numbers: set[int], error: PeerLLMError) -> None:

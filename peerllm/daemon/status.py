@@ -83,6 +83,7 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
         "model": view.model,
         "state": view.state,
         "epoch": view.epoch,
+        "schedule": view.schedule,
         "coordinator": name(view.coordinator),
         "plan": {"stages": stages, "predicted": dict(view.predicted)},
         "measured": dict(view.measured),

@@ -309,6 +309,8 @@ class Worker:
             context=assign.context,
             chunk=assign.chunk,
             micro_batch=assign.micro_batch,
+            micro_batches=assign.micro_batches,
+            schedule=assign.schedule,
             upstream=work.upstream,
             downstream=hop,
             head_device=assign.head_device,

@@ -1,10 +1,12 @@
 """Which waiting work this engine computes next (design §5.4). Pure: no torch, no clock, no threads.
 
-Pieces are runs of one sequence's tokens. Steps (one token of an answer) go before prompt chunks, oldest first, packed
-into batches of at most `micro_batch` sequences; a batch of chunks carries at most `chunk` tokens. Of a plan's stages on
-one device (the source with the head) the earlier computes its steps first: a token then goes from the head straight
-into its next lap, and the two visits cost the pipeline no more than one (the simulator shows it). So that an unbroken
-stream of steps cannot starve a prompt, a batch of chunks follows at most STEPS_PER_CHUNK batches of steps.
+Pieces are runs of one sequence's tokens. Steps (one token of an answer) go before prompt chunks, oldest first. Steps
+that came together are computed together and with no others: the source alone decides how sequences are divided into
+batches (engine/schedules.py). Chunks are packed anew at every stage, at most `chunk` tokens of at most `micro_batch`
+sequences. Of a plan's stages on one device (the source with the head) the earlier computes its steps first: a token
+then goes from the head straight into its next lap, and the two visits cost the pipeline no more than one (the simulator
+shows it). So that an unbroken stream of steps cannot starve a prompt, a batch of chunks follows at most STEPS_PER_CHUNK
+batches of steps.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class _Waiting:
     chunk: int
     plan: Hashable  # stages of one plan share it ...
     place: int  # ... and are told apart by their order
-    steps: deque[tuple[int, Piece]] = field(default_factory=deque)
+    steps: deque[tuple[int, list[Piece]]] = field(default_factory=deque)  # batches
     chunks: deque[tuple[int, Piece]] = field(default_factory=deque)
 
 
@@ -60,26 +62,27 @@ class Scheduler(Generic[Key]):
     def remove(self, stage: Key) -> None:
         self._stages.pop(stage, None)
 
-    def put(self, stage: Key, piece: Piece) -> None:
-        """One token to sample after is a step, unless a chunk of its own prompt waits before it."""
+    def put(self, stage: Key, *pieces: Piece) -> None:
+        """What came together. One token to sample after is a step, unless a chunk of its own prompt waits before it."""
         waiting = self._stages[stage]
         self._arrivals += 1
-        step = piece.sample and piece.length == 1
-        if step and all(entry[1].sequence != piece.sequence for entry in waiting.chunks):
-            waiting.steps.append((self._arrivals, piece))
-        else:
-            waiting.chunks.append((self._arrivals, piece))
+        prompts = {piece.sequence for _, piece in waiting.chunks}
+        steps = [piece for piece in pieces if piece.sample and piece.length == 1 and piece.sequence not in prompts]
+        if steps:
+            waiting.steps.append((self._arrivals, steps))
+        waiting.chunks.extend((self._arrivals, piece) for piece in pieces if piece not in steps)
 
     def drop(self, stage: Key, sequence: int) -> None:
         """Forget what waits of a sequence."""
         waiting = self._stages[stage]
-        waiting.steps = deque(entry for entry in waiting.steps if entry[1].sequence != sequence)
+        left = ((at, [piece for piece in batch if piece.sequence != sequence]) for at, batch in waiting.steps)
+        waiting.steps = deque(entry for entry in left if entry[1])
         waiting.chunks = deque(entry for entry in waiting.chunks if entry[1].sequence != sequence)
 
     def waiting(self, stage: Key) -> int:
         """How many tokens wait for a stage."""
         waiting = self._stages[stage]
-        return len(waiting.steps) + sum(piece.length for _, piece in waiting.chunks)
+        return sum(len(batch) for _, batch in waiting.steps) + sum(piece.length for _, piece in waiting.chunks)
 
     def next(self) -> tuple[Key, list[Piece]] | None:
         """The batch to compute now: one stage, one kind, at most one piece per sequence. None: nothing waits."""
@@ -96,8 +99,7 @@ class Scheduler(Generic[Key]):
         plan = self._stages[min(stepping, key=_arrival)[1]].plan
         rivals = (key for _, key in stepping if self._stages[key].plan == plan)
         key = min(rivals, key=lambda key: self._stages[key].place)
-        waiting = self._stages[key]
-        return key, _pack(waiting.steps, waiting.micro_batch, waiting.micro_batch)
+        return key, self._stages[key].steps.popleft()[1]
 
 
 def _arrival(head: tuple[int, object]) -> int:

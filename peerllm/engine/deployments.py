@@ -12,6 +12,7 @@ import torch
 
 from peerllm.engine.batching import Piece, Scheduler
 from peerllm.engine.messages import FinishReason, FromEngine, LinkLost, LoadStage, Submit, Tokens
+from peerllm.engine.schedules import SCHEDULES, NoBubble
 from peerllm.engine.sequences import Feed, Sequences, window_tokens
 from peerllm.engine.stages import Stage
 from peerllm.engine.wire import (
@@ -49,6 +50,7 @@ class Deployment:
         self._schedule, self._tell = schedule, tell
         self._outlets: dict[int, Outlet] = {}  # by the stage that sends
         self._source: Sequences | None = None
+        self._turns: NoBubble = SCHEDULES[spec.schedule](spec.micro_batch, spec.micro_batches)  # on the source
         self.broken = ""  # why sequences cannot run until the links are made anew
         self._reported: set[DeviceId] = set()  # told to the daemon as lost
 
@@ -84,23 +86,30 @@ class Deployment:
             self._tell(Tokens(self.id, order.sequence, 0, (), "error", str(error)))
             return
         self._arrive(0, Opened(order.sequence, slot, order.sampling))
-        self._feed_prompts()
+        self._go_on(self._source)
 
     def cancel(self, sequence: int) -> None:
         if self._source is not None and sequence in self._source.running:
             self._finish(self._source, sequence, "cancelled")
+            self._go_on(self._source)
 
-    def _feed_prompts(self) -> None:
-        assert self._source is not None
-        for feed in self._source.feed():
-            self._feed(feed)
+    def _go_on(self, source: Sequences) -> None:
+        """Whatever may enter the first stage now does."""
+        for batch in self._turns.steps(source.prompting, source.prompts_under_way):
+            self._feed(batch)
+        for chunk in source.feed(self._turns.chunks(source.prompts_under_way)):
+            self._feed((chunk,))
 
-    def _feed(self, feed: Feed) -> None:
-        ids = torch.tensor(feed.ids, dtype=torch.int64)  # [length]
-        self._take_in(0, Piece(feed.sequence, feed.slot, feed.position, len(feed.ids), feed.sample, ids))
+    def _feed(self, feeds: Sequence[Feed]) -> None:
+        """These together."""
+        ids = [torch.tensor(feed.ids, dtype=torch.int64) for feed in feeds]  # [length] each
+        self._take_in(
+            0, [Piece(f.sequence, f.slot, f.position, len(f.ids), f.sample, i) for f, i in zip(feeds, ids, strict=True)]
+        )
 
     def _finish(self, source: Sequences, sequence: int, finish: FinishReason, error: str = "") -> None:
         slot = source.slot(sequence)
+        self._turns.left(sequence)
         tokens = source.end(sequence, finish, error)
         if tokens is not None:
             self._tell(tokens)
@@ -115,7 +124,7 @@ class Deployment:
             case Drawn(pieces, drawn):
                 for piece, token in zip(pieces, drawn, strict=True):
                     self._came_back(source, piece, token)
-                self._feed_prompts()
+                self._go_on(source)
             case Released(sequence, _, reason) if sequence == ALL_SEQUENCES:
                 self.breaks(reason or "a later stage lost its link")
             case Released(sequence, _, reason):
@@ -123,7 +132,7 @@ class Deployment:
                     source.drained(sequence)
                 elif sequence in source.running:
                     self._finish(source, sequence, "error", reason)
-                self._feed_prompts()
+                self._go_on(source)
             case _:
                 raise FrameError("only tokens and releases go back to the source")
 
@@ -133,8 +142,9 @@ class Deployment:
         except FrameError as error:
             self._finish(source, piece.sequence, "error", str(error))
             return
-        if feed is not None:  # first of all: the next step shall not wait for anything
-            self._feed(feed)
+        self._turns.left(piece.sequence)
+        if feed is not None:
+            self._turns.due(feed)
         if tokens is not None:
             self._tell(tokens)
             if tokens.finish is not None:
@@ -165,8 +175,7 @@ class Deployment:
                     if not stage.is_head:
                         self._pass_on(index, parcel)
             case Activation():
-                for piece in split(parcel):
-                    self._take_in(index, piece)
+                self._take_in(index, split(parcel))
             case Released(sequence) if sequence == ALL_SEQUENCES:
                 self._drop_all(index)
                 self._pass_on(index, parcel)
@@ -176,18 +185,23 @@ class Deployment:
             case Drawn():
                 raise FrameError("tokens go to the source only")
 
-    def _take_in(self, index: int, piece: Piece) -> None:
-        stage = self.stages[index]
-        if piece.sequence not in stage.slots:  # released meanwhile
-            return
-        try:
-            stage.slots.extend(piece.sequence, piece.slot, piece.position, piece.length)
-            if self._schedule.waiting((self.id, index)) + piece.length > self._most_waiting:
-                raise FrameError(f"more than {self._most_waiting} tokens wait")
-        except FrameError as error:
-            self.fail(index, piece, f"stage {index}: {error}")
-        else:
-            self._schedule.put((self.id, index), piece)
+    def _take_in(self, index: int, pieces: Sequence[Piece]) -> None:
+        """What came together waits together."""
+        stage, key = self.stages[index], (self.id, index)
+        waiting, taken = self._schedule.waiting(key), list[Piece]()
+        for piece in pieces:
+            if piece.sequence not in stage.slots:  # released meanwhile
+                continue
+            try:
+                stage.slots.extend(piece.sequence, piece.slot, piece.position, piece.length)
+                if waiting + piece.length > self._most_waiting:
+                    raise FrameError(f"more than {self._most_waiting} tokens wait")
+            except FrameError as error:
+                self.fail(index, piece, f"stage {index}: {error}")
+            else:
+                taken.append(piece)
+                waiting += piece.length
+        self._schedule.put(key, *(piece for piece in taken if piece.sequence in stage.slots))  # a failure may end all
 
     def computed(self, index: int, result: Activation | Drawn) -> None:
         """A stage's result, on its way."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peerllm.types import DeploymentId, DeviceId, LayerKind, ModelProfile, Sampling
+from peerllm.types import DeploymentId, DeviceId, LayerKind, ModelProfile, Sampling, ScheduleName
 
 PASS: LayerKind = "pass"  # noqa: S105  # in a device's layer times: what a batch costs at a stage beside its layers
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -126,6 +126,8 @@ class LoadStage:
     head_device: DeviceId  # who may send tokens back to the source
     limit_bytes: int | None = None  # the most its weights and KV may take; checked before any is taken
     quantize: str = ""  # "int8", "int4": what its matrices are rounded to
+    micro_batches: int = 1  # of the plan: into so many the source divides the sequences that decode, if they are enough
+    schedule: ScheduleName = "no-bubble"  # the source's
 
 
 @dataclass(frozen=True, slots=True)

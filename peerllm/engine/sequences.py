@@ -71,6 +71,15 @@ class Sequences:
     def running(self) -> tuple[int, ...]:
         return tuple(self._running)
 
+    @property
+    def prompting(self) -> bool:
+        """Whether prompts wait to be fed."""
+        return bool(self._prompts)
+
+    @property
+    def prompts_under_way(self) -> bool:
+        return self._under_way > 0
+
     def slot(self, sequence: int) -> int:
         return self._running[sequence].slot
 
@@ -94,10 +103,10 @@ class Sequences:
         self._prompts.append(order.sequence)
         return slot
 
-    def feed(self) -> list[Feed]:
-        """The prompt chunks that may go into stage 0 now."""
+    def feed(self, most: int | None = None) -> list[Feed]:
+        """The prompt chunks that may go into stage 0 now, `most` of them at most."""
         feeds: list[Feed] = []
-        while self._prompts:
+        while self._prompts and (most is None or len(feeds) < most):
             sequence = self._prompts[0]
             running = self._running[sequence]
             length = chunk_length(len(running.prompt) - running.fed, self._chunk)

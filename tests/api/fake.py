@@ -190,7 +190,9 @@ class FakeHousehold:
         if model != "builtin":
             raise NotFoundError(f"{model} does not run from here")
         stages = [{"device": "laptop", "first_layer": 0, "last_layer": 3}]
-        return {name: SCENARIO for name in ("scenario", "running")} | {"stages": stages, "micro_batch": 1}
+        return {name: SCENARIO for name in ("scenario", "running")} | {
+            "stages": stages, "micro_batch": 1, "micro_batches": 4, "schedule": "no-bubble"
+        }  # fmt: skip
 
     async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
         self.calls.append(("bench", model, sequences, prompt_tokens, output_tokens))

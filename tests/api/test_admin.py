@@ -68,6 +68,7 @@ async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHouse
         ("run", {"model": "builtin", "slots": 0}, 400, "slots"),
         ("run", {"model": "builtin", "objective": "fun"}, 400, "objective"),
         ("run", {"model": "b", "objective": []}, 400, "objective"),
+        ("run", {"model": "b", "schedule": "fast"}, 400, "schedule"),
         ("run", {"model": "b", "context": 1.5}, 400, "context"),
         ("run", {"model": "b", "quantize": "int2"}, 400, "one of int8, int4"),
         ("run", {"model": "b", "dtype": "int8"}, 400, "dtype"),
@@ -81,11 +82,13 @@ async def test_refusals(owner: aiohttp.ClientSession, name: str, body: dict[str,
 
 
 async def test_run_tells_its_progress(owner: aiohttp.ClientSession, household: FakeHousehold) -> None:
-    found = await lines(owner, model="builtin", context=512, slots=2, objective="throughput", private=True)
+    wanted = {"context": 512, "slots": 2, "objective": "throughput", "private": True, "schedule": "bubble"}
+    found = await lines(owner, model="builtin", **wanted)
     assert found[0] == {"state": "planning", "message": "planning over 3 devices", "devices": {}}
     assert found[-2]["devices"] == {"laptop": 1.0, "mini-pc": 0.5}
     assert found[-1] == {"ok": True}
     options = household.runs[0]
+    assert options.schedule == "bubble"
     assert (options.model, options.context, options.slots, options.objective, options.private) == (
         "builtin",
         512,

@@ -134,12 +134,14 @@ def test_names_cannot_steer_the_terminal(peerllm: Run, device: Served) -> None:
 
 def test_run(peerllm: Run, device: Served) -> None:
     code, out, err = peerllm(
-        "run", "builtin", "--context", "512", "--slots", "2", "--objective", "throughput", "--private"
+        "run", "builtin", "--context", "512", "--slots", "2", "--objective", "throughput", "--private",
+        "--schedule", "sequential",
     )
     assert code == 0
     assert "█" in out
     assert err.splitlines() == ["planning: planning over 3 devices", "loading: loading"]
     options = device.household.runs[0]
+    assert options.schedule == "sequential"
     assert (options.model, options.context, options.slots, options.objective, options.private) == (
         "builtin",
         512,

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from peerllm.cli.bench import divided, predicted
+from peerllm.planner.scenario import parse
+from peerllm.types import Stage
+from tests.api.fake import SCENARIO
 from tests.cli.test_commands import Run, Served, device, peerllm
 
 __all__ = ["device", "peerllm"]
@@ -58,3 +62,17 @@ def test_bench_for_people(peerllm: Run) -> None:
     assert code == 0
     assert "predicted" in out and "measured" in out and out.count("1.00") == 1
     assert peerllm("bench", "--model", "other")[0] == 1
+
+
+def test_a_prediction_divides_the_sequences_as_the_deployment_does() -> None:
+    planned = {"schedule": "no-bubble", "micro_batch": 4, "micro_batches": 2}
+    assert [divided(planned, n)[1:] for n in (1, 2, 5, 8, 9)] == [(1, 1), (2, 2), (5, 2), (8, 2), (9, 3)]
+    assert divided(planned | {"schedule": "sequential"}, 5) == ("sequential", 5, 5)
+    scenario = parse(SCENARIO)
+    stages = (Stage("laptop", 0, 3),)
+    rates = [
+        predicted(scenario, stages, schedule, n, 2, 8, 32)["predicted"]["formula_tokens_per_second"]
+        for schedule, n in (("no-bubble", 6), ("no-bubble", 5), ("bubble", 6))
+    ]
+    assert rates[1] == pytest.approx(rates[0] * 5 / 6)  # three and two go at the pace of three and three
+    assert rates[2] <= rates[0]

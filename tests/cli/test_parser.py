@@ -82,6 +82,7 @@ def test_what_is_no_port(text: str) -> None:
         ["run"],
         ["run", "m", "--objective", "fun"],
         ["run", "m", "--slots", "-1"],
+        ["run", "m", "--schedule", "fast"],
         ["run", "m", "--quantize", "int2"],
         ["demo", "--devices", "0"],
         ["demo", "--devices", "9"],

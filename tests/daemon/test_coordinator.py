@@ -10,7 +10,8 @@ import pytest
 from peerllm.daemon import deployment as module
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.daemon.messages import Pace
-from peerllm.engine.messages import Submit, TimeLayers, Tokens
+from peerllm.daemon.status import deployment_entry
+from peerllm.engine.messages import LoadStage, Submit, TimeLayers, Tokens
 from peerllm.errors import BadInputError, EngineError, InfeasibleError, NotFoundError, PeerLLMError, RefusedError
 from peerllm.planner.cost import layer_ms
 from peerllm.planner.scenario import parse
@@ -100,6 +101,8 @@ async def test_asking_again_is_fine_with_other_options_it_is_refused(houses):
     assert view(house["a"]).epoch == 1
     with pytest.raises(BadInputError, match="peerllm stop small"):
         await run(RunOptions("small", context=32), quiet)
+    with pytest.raises(BadInputError, match="peerllm stop small"):
+        await run(RunOptions("small", schedule="sequential"), quiet)
 
 
 async def test_context_gives_way_before_slots_and_both_before_giving_up(houses):
@@ -259,7 +262,7 @@ async def test_who_started_it_is_said_to_who_stops_it_elsewhere(houses):
 
 async def test_what_served_is_brought_back_after_a_restart(houses):
     house = houses([3, 3, 3], big=8)
-    await house["a"].coordinator.run(RunOptions("big", slots=2), quiet)
+    await house["a"].coordinator.run(RunOptions("big", slots=2, schedule="bubble"), quiet)
     await house["a"].coordinator.close()
     again = module_coordinator(house["a"])
     house["c"].online = False
@@ -269,6 +272,9 @@ async def test_what_served_is_brought_back_after_a_restart(houses):
     again.stir()
     await house.until(lambda: again.views()[0].state == "serving")
     assert [model.name for model in again.served()] == ["big"]
+    assert deployment_entry(again.views()[0], str)["schedule"] == "bubble"
+    assert all({spec.schedule for spec in d.engine.seen if isinstance(spec, LoadStage)} == {"bubble"}
+               for d in house.devices.values())  # fmt: skip
     await again.stop("big")
     forgotten = module_coordinator(house["a"])
     await forgotten.start()
@@ -356,6 +362,7 @@ async def test_throughput_is_planned_with_micro_batches(houses):
     planned = plan(parse(running["scenario"]), "edgeshard", "throughput")
     assert planned.optimal
     assert running["micro_batch"] == planned.predicted.micro_batch
+    assert running["micro_batches"] == planned.predicted.micro_batches
     assert view(a).predicted["tokens_per_second"] == pytest.approx(planned.predicted.tokens_per_second)
 
 

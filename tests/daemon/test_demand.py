@@ -33,7 +33,8 @@ def test_context_gives_way_before_slots_and_what_was_asked_for_stays():
 
 
 @pytest.mark.parametrize(
-    "options", [RunOptions("m", slots=0), RunOptions("m", slots=10**6), RunOptions("m", context=0)]
+    "options",
+    [RunOptions("m", slots=0), RunOptions("m", slots=10**6), RunOptions("m", context=0), RunOptions("m", schedule="x")],
 )
 def test_impossible_wishes_are_refused(options):
     with pytest.raises(BadInputError):
@@ -48,6 +49,7 @@ def test_promises_hold_weights_kv_and_working_space():
     assert sum(made.promises.values()) == sum(made.stage_memory_bytes) + 3 * work
     assert all(nbytes <= 3 * BLOCK + 100_000 for nbytes in made.promises.values())
     assert 1 <= made.micro_batch <= made.workload.sequences
+    assert made.micro_batches == 3 and made.micro_batch == 2  # four slots over three devices
 
 
 def test_what_is_promised_elsewhere_is_said():

@@ -8,6 +8,7 @@ import pytest
 
 from peerllm.daemon import sequences as module
 from peerllm.daemon.facade import GenerateRequest
+from peerllm.daemon.queue import MAX_QUEUED
 from peerllm.daemon.sequences import Room, Sequences
 from peerllm.engine.messages import Cancel, Submit, Tokens
 from peerllm.errors import BadInputError, EngineError, OverloadedError, UnavailableError
@@ -118,11 +119,41 @@ async def test_places_in_the_queue_are_told_as_they_change(sequences, told):
 
 async def test_the_queue_is_bounded(sequences):
     sequences.open(Room(1, 100, 50, ()))
-    streams = [sequences.generate(ask()) for _ in range(module.FairQueue()._limit + 2)]
+    streams = [sequences.generate(ask()) for _ in range(MAX_QUEUED // 2 + 2)]
     tasks = [await waiting(stream) for stream in streams]
     with pytest.raises(OverloadedError):
         await tasks[-1]
     for task in tasks[:-1]:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+async def test_a_client_that_leaves_the_queue_moves_the_others_up(sequences):
+    sequences.open(Room(1, 100, 50, ()))
+    streams = [sequences.generate(ask(client=name)) for name in "abc"]
+    running = await waiting(streams[0])
+    assert [(await chunk(one)).queued for one in streams[1:]] == [1, 2]
+    last = await waiting(streams[2])
+    await streams[1].aclose()
+    assert (await asyncio.wait_for(last, BOUND_S)).queued == 1
+    running.cancel()
+
+
+async def test_long_answers_do_not_keep_the_slots_from_a_client_with_short_ones(sequences, told):
+    """One slot after the other is given back; who holds fewer gets it, whosever turn it would be."""
+    sequences.open(Room(4, 100, 50, ()))
+    clients = dict(enumerate(["long"] * 10 + ["short"] * 10))
+    tasks = [await waiting(sequences.generate(ask(prompt=(n + 1,), client=clients[n]))) for n in clients]
+    running = [submit for submit in told if isinstance(submit, Submit)]
+    assert [clients[submit.prompt[0] - 1] for submit in running] == ["long"] * 4
+    for _ in range(2):  # two long answers end, then short ones only
+        sequences.hear(Tokens(D, running.pop(0).sequence, 0, (), "stop"))
+        running.append(told[-1])
+    for _ in range(6):
+        assert sorted(clients[submit.prompt[0] - 1] for submit in running) == ["long", "long", "short", "short"]
+        sequences.hear(Tokens(D, running.pop(2).sequence, 0, (), "stop"))
+        running.append(told[-1])
+    for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
 

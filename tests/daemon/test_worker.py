@@ -14,7 +14,7 @@ from peerllm.daemon.demand import draw_up
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.messages import Activate, Ask, Control, Release, Reserve, Trouble
 from peerllm.engine.messages import Connect, LinkLost, LoadStage, Unload
-from peerllm.errors import BadInputError, EngineError, RefusedError
+from peerllm.errors import BadInputError, EngineError, LinkError, RefusedError
 from tests.daemon.house import BLOCK, House, inspected
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -200,6 +200,9 @@ async def test_leases_lapse_by_themselves(house, worker):
         {"context": 1 << 30},
         {"chunk": 10**6},
         {"micro_batch": 99},
+        {"micro_batches": 0},
+        {"micro_batches": 99},
+        {"schedule": "fast"},
         {"stages": 0},
         {"stages": 10**6},
         {"work": ()},
@@ -212,6 +215,12 @@ async def test_leases_lapse_by_themselves(house, worker):
 def test_nonsense_is_refused(plan, change):
     with pytest.raises(BadInputError):
         check(replace(plan[1], **change), 10**12, own=False)
+
+
+def test_an_unknown_schedule_is_no_message(plan):
+    text = encode(Ask(1, plan[1]), Control).replace(b'"no-bubble"', b'"fast"')
+    with pytest.raises(LinkError, match="malformed"):
+        decode(text, Control)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peerllm.daemon.engine_host import EngineHost
 from peerllm.engine.messages import (
@@ -194,10 +195,10 @@ async def inspect(device: Device, model: Path, dtype: str = "auto") -> Inspected
 
 
 def stage_specs(
-    made: list[Device], inspected: Inspected, cut: Cut, deployed: Deployed, **options: int
+    made: list[Device], inspected: Inspected, cut: Cut, deployed: Deployed, **options: Any
 ) -> list[tuple[Device, LoadStage]]:
     """The stages of a cut as their devices are asked to load them."""
-    settings = {"slots": 4, "context": 64, "chunk": 8, "micro_batch": 4} | options
+    settings = {"slots": 4, "context": 64, "chunk": 8, "micro_batch": 4, "micro_batches": 2} | options
     specs = []
     head_device = made[cut[-1][0]]
     for stage, (number, first, last) in enumerate(cut):
@@ -226,13 +227,15 @@ def stage_specs(
                     upstream=before.id if stage and before is not device else None,
                     downstream=Hop(after.id, after.hosts, after.port, stage + 1) if after is not device else None,
                     head_device=head_device.id,
+                    micro_batches=settings["micro_batches"],
+                    schedule=settings.get("schedule", "no-bubble"),
                 ),
             )
         )
     return specs
 
 
-async def deploy(made: list[Device], model: Path, cut: Cut, **options: int) -> Deployed:
+async def deploy(made: list[Device], model: Path, cut: Cut, **options: Any) -> Deployed:
     """Load and connect a cut of a model; the first stage is on the first device."""
     inspected = await inspect(made[0], model)
     deployed = Deployed(made, inspected)
@@ -240,7 +243,7 @@ async def deploy(made: list[Device], model: Path, cut: Cut, **options: int) -> D
     return deployed
 
 
-async def redeploy(deployed: Deployed, cut: Cut, **options: int) -> None:
+async def redeploy(deployed: Deployed, cut: Cut, **options: Any) -> None:
     specs = stage_specs(deployed.devices, deployed.inspected, cut, deployed, **options)
     await asyncio.gather(*(device.host.ask(spec, WAIT_S) for device, spec in specs))
     await asyncio.gather(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.types import Sampling
+from peerllm.types import SCHEDULE_NAMES, Sampling
 from tests.engine.engines import Cut, Deployed, deploy, devices
 from tests.engine.tiny import make_llama, prompt, reference
 
@@ -62,3 +62,15 @@ async def test_every_cut_gives_the_tokens_of_one_device(model: Path, tmp_path: P
             await deployed.unload()
         assert len({tuple(ids) for ids in sampled}) == len(SAMPLED)
         assert sampled != expected[: len(sampled)]
+
+
+async def test_every_schedule_gives_the_same_tokens(model: Path, tmp_path: Path) -> None:
+    lengths = {8: 14, 3: 9, 17: 11, 5: 13}  # tokens of a prompt, of its answer
+    expected = [reference(model, prompt(size, size), count) for size, count in lengths.items()]
+    async with devices(2, tmp_path, in_process=True) as made:
+        for schedule in SCHEDULE_NAMES:
+            deployed = await deploy(made, model, CUTS[2], micro_batch=2, micro_batches=2, schedule=schedule)
+            asked = (deployed.generate(prompt(size, size), count) for size, count in lengths.items())
+            assert await asyncio.gather(*asked) == expected, schedule
+            await deployed.until_free()
+            await deployed.unload()

@@ -39,20 +39,21 @@ def take(scheduler: Scheduler[str]) -> tuple[str, list[int]] | None:
     return None if taken is None else (taken[0], [piece.sequence for piece in taken[1]])
 
 
-def test_steps_go_first_oldest_first_packed() -> None:
+def test_steps_go_first_oldest_first_as_they_came() -> None:
     scheduler: Scheduler[str] = Scheduler()
     scheduler.add("a", 2, 8)
     scheduler.add("b", 4, 8)
     scheduler.put("a", piece(9, 8, 0, sample=False))
-    scheduler.put("b", piece(1))
-    scheduler.put("a", piece(2))
-    for sequence in (3, 4, 5):
-        scheduler.put("b", piece(sequence))
-        scheduler.put("a", piece(sequence + 3))
+    scheduler.put("b", piece(1), piece(3), piece(4))
+    scheduler.put("a", piece(2), piece(6))
+    scheduler.put("b", piece(5))
+    scheduler.put("a", piece(7), piece(8))
     assert scheduler.waiting("a") == 12
-    assert take(scheduler) == ("b", [1, 3, 4, 5])
+    scheduler.drop("a", 7)
+    assert take(scheduler) == ("b", [1, 3, 4])
     assert take(scheduler) == ("a", [2, 6])
-    assert take(scheduler) == ("a", [7, 8])
+    assert take(scheduler) == ("b", [5])
+    assert take(scheduler) == ("a", [8])
     assert take(scheduler) == ("a", [9])
     assert take(scheduler) is None
 
@@ -276,6 +277,7 @@ def test_of_a_plans_stages_on_one_device_the_earlier_steps_first() -> None:
     scheduler.add("start", 4, 8, "plan", 0)
     for place, sequence in (("head", 1), ("other", 2), ("start", 3), ("start", 4)):
         scheduler.put(place, piece(sequence))
-    assert take(scheduler) == ("start", [3, 4])  # the plan's turn has come by its head's piece
+    assert take(scheduler) == ("start", [3])  # the plan's turn has come by its head's piece
+    assert take(scheduler) == ("start", [4])
     assert take(scheduler) == ("head", [1])
     assert take(scheduler) == ("other", [2])

@@ -34,8 +34,8 @@ from peerllm.planner.cost import Links
 from peerllm.planner.simulator.events import Action, Agenda, Resource
 from peerllm.planner.simulator.report import Run, Span, SpanKind
 from peerllm.planner.simulator.route import Leg, decode_legs, prompt_legs
-from peerllm.planner.simulator.schedules import SCHEDULES, Pass, Schedule, ScheduleName
-from peerllm.types import DeviceId, DeviceProfile, Medium, ModelProfile, Stage, Workload
+from peerllm.planner.simulator.schedules import SCHEDULES, Pass, Schedule
+from peerllm.types import DeviceId, DeviceProfile, Medium, ModelProfile, ScheduleName, Stage, Workload
 
 MAX_SPANS = 500_000  # of one run: some 150 MB and a few seconds
 Order = Literal["arrival", "stage"]  # what a device with several stages serves first, of decode steps or of prompts

@@ -8,7 +8,7 @@ from math import inf
 from typing import Literal
 
 from peerllm.planner.cost import Lap
-from peerllm.planner.simulator.schedules import ScheduleName
+from peerllm.types import ScheduleName
 
 SpanKind = Literal["compute", "transfer", "air"]
 SETTLING = 0.25  # share of the time when all groups decode that is left out of the steady rate: queues still form

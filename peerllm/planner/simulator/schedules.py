@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from peerllm.planner.simulator.route import Leg
-
-ScheduleName = Literal["sequential", "bubble", "no-bubble"]
+from peerllm.types import ScheduleName
 
 
 @dataclass(frozen=True, slots=True)

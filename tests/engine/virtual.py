@@ -1,0 +1,203 @@
+"""A pipeline in virtual time: every device's real Deployment, Scheduler and stages; shards and links that only last.
+
+No clock, no threads: a device computes one batch at a time, a link carries one frame at a time, everything else takes
+no time. One run differs from another by its numbers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from peerllm.engine.base import Draw, Segment
+from peerllm.engine.batching import Piece, Scheduler
+from peerllm.engine.deployments import Deployment, StageKey
+from peerllm.engine.messages import Cancel, FromEngine, Submit, Tokens
+from peerllm.engine.stages import Stage
+from peerllm.engine.wire import from_frame
+from peerllm.planner.cost import Lap
+from peerllm.planner.simulator.events import DECIDES, Agenda, Resource
+from peerllm.transport.frames import Frame, FrameKind
+from peerllm.types import Sampling, ScheduleName
+from tests.engine.fakes import DEPLOYMENT, stage
+
+TOKEN = 7  # the only one that the head ever draws
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Stage i takes base + each · sequences for a step and `per_token` a token of a prompt; so does the hop after it.
+
+    `homes` says which device holds which stage; a hop within a device takes no time.
+    """
+
+    homes: tuple[int, ...]
+    stages: tuple[tuple[float, float], ...]
+    hops: tuple[tuple[float, float], ...]
+    per_token: float = 0.05
+
+    def compute_ms(self, index: int, size: int) -> float:
+        base, each = self.stages[index]
+        return base + each * size
+
+    def hop_ms(self, index: int, size: int) -> float:
+        base, each = self.hops[index]
+        return 0.0 if self.next_home(index) == self.homes[index] else base + each * size
+
+    def next_home(self, index: int) -> int:
+        return self.homes[(index + 1) % len(self.homes)]
+
+    def lap(self, size: int) -> Lap:
+        """By the planner's formula."""
+        every = range(len(self.homes))
+        computes = [self.compute_ms(index, size) for index in every]
+        hops = [self.hop_ms(index, size) for index in every]
+        devices = (sum(t for t, home in zip(computes, self.homes, strict=True) if home == d) for d in set(self.homes))
+        return Lap(size, sum(computes) + sum(hops), max(*devices, *hops), "")
+
+
+class _Shard:
+    hidden_size, kv_bytes = 1, 0
+
+    def __init__(self, head: bool) -> None:
+        self._head = head
+
+    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        rows = sum(one.sample for one in segments) if self._head else sum(one.length for one in segments)
+        return torch.zeros(rows, 1)
+
+    def release(self, slot: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    return [TOKEN] * len(draws)
+
+
+class _Device:
+    """The compute thread: `_handle` and `_compute` of engine/compute.py with another clock."""
+
+    def __init__(self, number: int, world: World) -> None:
+        self.schedule: Scheduler[StageKey] = Scheduler()
+        self._number, self._world, self._busy = number, world, False
+        ring, limits = world.ring, world.limits
+        mine = [index for index, home in enumerate(ring.homes) if home == number]
+        specs = [
+            stage(
+                0, stage=index, stages=len(ring.homes), downstream=None if ring.next_home(index) == number else "away",
+                upstream=None, **limits,
+            )
+            for index in mine
+        ]  # fmt: skip
+        self.deployment = Deployment(specs[0], self.schedule, world.hear)
+        for spec in specs:
+            self.deployment.loaded(Stage(spec, _Shard(spec.stage == len(ring.homes) - 1), _draw))  # type: ignore[arg-type]
+        self.deployment.linked({index: _Hop(index, world) for index in mine if ring.next_home(index) != number})
+
+    def kick(self) -> None:
+        self._world.agenda.after(0.0, self._begin, DECIDES)
+
+    def _begin(self) -> None:
+        batch = None if self._busy else self.schedule.next()
+        if batch is None:
+            return
+        (_, index), pieces = batch
+        self._busy = True
+        if all(piece.length == 1 for piece in pieces):
+            self._world.steps.append((index, [piece.sequence for piece in pieces]))
+        self._world.agenda.after(self._world.takes(index, pieces), partial(self._end, index, pieces))
+
+    def _end(self, index: int, pieces: list[Piece]) -> None:
+        self._busy = False
+        self.deployment.computed(index, self.deployment.stages[index].compute(pieces))
+        self.kick()
+
+
+class _Hop:
+    """The link after a stage."""
+
+    device = "away"
+
+    def __init__(self, index: int, world: World) -> None:
+        self._index, self._world, self._link = index, world, Resource(world.agenda)
+
+    def send(self, frame: Frame) -> None:
+        carried = len(frame.segments) if frame.kind in (FrameKind.ACTIVATION, FrameKind.TOKEN) else 0
+        took = self._world.ring.hop_ms(self._index, carried) if carried else 0.0
+        self._link.ask(lambda: self._world.agenda.after(took, partial(self._arrive, frame)))
+
+    def _arrive(self, frame: Frame) -> None:
+        self._link.free()
+        device = self._world.devices[self._world.ring.next_home(self._index)]
+        device.deployment.arrived(frame.stage, from_frame(frame))
+        device.kick()
+
+
+@dataclass
+class World:
+    """`submit` and `cancel` at the present; `until` lets time pass."""
+
+    ring: Ring
+    slots: int
+    micro_batch: int
+    micro_batches: int
+    schedule: ScheduleName = "no-bubble"
+    agenda: Agenda = field(default_factory=Agenda)
+    tokens: dict[int, list[float]] = field(default_factory=dict)  # by sequence, when each of its tokens was there
+    ends: dict[int, Tokens] = field(default_factory=dict)
+    steps: list[tuple[int, list[int]]] = field(default_factory=list)  # batches computed: (stage, sequences)
+    ended: Callable[[int], None] = lambda sequence: None
+
+    def __post_init__(self) -> None:
+        self.limits = {
+            "slots": self.slots, "micro_batch": self.micro_batch, "micro_batches": self.micro_batches,
+            "schedule": self.schedule, "chunk": 16,
+        }  # fmt: skip
+        self.devices = [_Device(number, self) for number in range(max(self.ring.homes) + 1)]
+        self._source = self.devices[0]
+
+    def submit(self, sequence: int, prompt: int = 4, answer: int = 60) -> None:
+        self.tokens[sequence] = []
+        self._source.deployment.submit(Submit(DEPLOYMENT, sequence, (1,) * prompt, answer, (), Sampling()))
+        self._source.kick()
+
+    def submit_at(self, at_ms: float, sequence: int, prompt: int = 4, answer: int = 60) -> None:
+        self.agenda.after(at_ms - self.agenda.now, partial(self.submit, sequence, prompt, answer))
+
+    def cancel(self, sequence: int) -> None:
+        self._source.deployment.cancel(Cancel(DEPLOYMENT, sequence).sequence)
+        self._source.kick()
+
+    def run(self) -> None:
+        self.agenda.run()
+
+    def hear(self, event: FromEngine) -> None:
+        assert isinstance(event, Tokens), event
+        self.tokens[event.sequence] += [self.agenda.now] * len(event.ids)
+        if event.finish is not None:
+            assert event.finish != "error", event
+            self.ends[event.sequence] = event
+            self.agenda.after(0.0, partial(self.ended, event.sequence))
+
+    def takes(self, index: int, pieces: Sequence[Piece]) -> float:
+        if all(piece.length == 1 for piece in pieces):
+            return self.ring.compute_ms(index, len(pieces))
+        return self.ring.per_token * sum(piece.length for piece in pieces)
+
+    def rate(self, skip: int = 0, of: Sequence[int] | None = None) -> float:
+        """Tokens a millisecond: the sum of each sequence's rate while all decode, each past its first `skip` tokens."""
+        times = [self.tokens[sequence] for sequence in of or self.tokens]
+        start, end = max(one[skip] for one in times), min(one[-1] for one in times)
+        total = 0.0
+        for one in times:
+            within = [at for at in one if start <= at <= end]
+            total += (len(within) - 1) / (within[-1] - within[0])
+        return total
+
+    def batches(self, index: int = 0) -> list[list[int]]:
+        """Of steps, that a stage computed."""
+        return [batch for stage, batch in self.steps if stage == index]
