@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.terminal import printable
+from peerllm.cli.trace import recording
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
 
 COMPLETIONS = "/v1/chat/completions"
@@ -25,15 +27,16 @@ def run(args: argparse.Namespace) -> None:
         body["max_tokens"] = args.max_tokens
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is None:
-        if args.json:
-            raise BadInputError("--json needs a PROMPT")
+        if args.json or args.trace:
+            raise BadInputError("--json needs a PROMPT" if args.json else "--trace needs a PROMPT")
         _converse(device, body, messages)
         return
     messages.append({"role": "user", "content": args.prompt})
-    if args.json:
-        print(json.dumps(device.post(COMPLETIONS, {**body, "messages": messages}, ANSWER_TIMEOUT_S)))
-    else:
-        _say(device, body, messages)
+    with recording(device, body["model"], args.trace) if args.trace else contextlib.nullcontext():
+        if args.json:
+            print(json.dumps(device.post(COMPLETIONS, {**body, "messages": messages}, ANSWER_TIMEOUT_S)))
+        else:
+            _say(device, body, messages)
 
 
 def only_model(device: LocalDevice) -> str:
