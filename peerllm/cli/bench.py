@@ -17,6 +17,7 @@ from peerllm.cli.device import LocalDevice
 from peerllm.cli.served import served_here
 from peerllm.cli.terminal import printable, table
 from peerllm.cli.trace import recording, writable
+from peerllm.cli.trace import text as trace_text
 from peerllm.planner.cost import lap_of
 from peerllm.planner.scenario import Scenario, parse
 from peerllm.planner.simulator import simulate
@@ -51,8 +52,9 @@ def run(args: argparse.Namespace) -> None:
         said = predicted(running, stages, count, batch, prompt, output)
         rows.append({**said, "measured": _median(rounds)})
     if args.trace:  # a round of its own: what is measured is not recorded
-        with recording(device, model, args.trace):
+        with recording(device, model, args.trace) as trace:
             device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S)
+        print(trace_text(args.trace, trace), file=sys.stderr)
     if args.json:
         print(json.dumps({"model": model, "prompt_tokens": prompt, "output_tokens": output, "runs": rows}))
     else:

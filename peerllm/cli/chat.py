@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.terminal import printable
-from peerllm.cli.trace import recording
+from peerllm.cli.trace import recording, text
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
 
 COMPLETIONS = "/v1/chat/completions"
@@ -32,11 +31,19 @@ def run(args: argparse.Namespace) -> None:
         _converse(device, body, messages)
         return
     messages.append({"role": "user", "content": args.prompt})
-    with recording(device, body["model"], args.trace) if args.trace else contextlib.nullcontext():
-        if args.json:
-            print(json.dumps(device.post(COMPLETIONS, {**body, "messages": messages}, ANSWER_TIMEOUT_S)))
-        else:
-            _say(device, body, messages)
+    if args.trace:
+        with recording(device, body["model"], args.trace) as trace:
+            _ask(device, body, messages, args.json)
+        print(text(args.trace, trace), file=sys.stderr)
+    else:
+        _ask(device, body, messages, args.json)
+
+
+def _ask(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]], whole: bool) -> None:
+    if whole:
+        print(json.dumps(device.post(COMPLETIONS, {**body, "messages": messages}, ANSWER_TIMEOUT_S)))
+    else:
+        _say(device, body, messages)
 
 
 def only_model(device: LocalDevice) -> str:

@@ -84,7 +84,8 @@ class Traces:
             _all(clocks)
         stages = begun.blueprint.plan.stages
         known = {device: names[device] for device in devices}
-        recording = chrome.Recording(model, deployment, stages, known, traces, begun.began_ns, ended, missing)
+        began = begun.began_ns - max(trace.clock.error_ns for trace in traces.values())  # so that no span is before it
+        recording = chrome.Recording(model, deployment, stages, known, traces, began, ended, missing)
         return await asyncio.to_thread(chrome.encode, recording)
 
     async def _rest(self, device: DeviceId, deployment: DeploymentId, part: Recorded) -> list[Span]:

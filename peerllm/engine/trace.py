@@ -24,6 +24,7 @@ from peerllm.types import DeploymentId, DeviceId
 MAX_SPANS = 65_536  # in the ring; the oldest give way
 MAX_PART = 1024  # spans in one answer
 MAX_PIECES = 256  # of a span; the rest of a larger batch is not named
+MAX_ALL_PIECES = 4 * MAX_SPANS  # of all spans in the ring: with both, it takes some 40 MB
 MAX_RECORDED = 8  # deployments recorded at once
 MAX_SECONDS = 600  # a recording that nobody ends ends by itself
 ROOM_NS = 50_000  # a shorter wait for room in a link's queue is a lock's
@@ -39,8 +40,7 @@ _KINDS: dict[FrameKind, SpanKind] = {
 
 @dataclass(slots=True)
 class _Recording:
-    since_ns: int
-    count: int  # spans recorded before it
+    before: int  # spans that came into the ring earlier
     running: bool = True
     kept: deque[Span] = field(default_factory=deque)  # once it has ended: what is still to be taken
     lost: int = 0
@@ -49,12 +49,13 @@ class _Recording:
 class Recorder(Watch):
     """`lap` is the compute thread's, the Watch's methods any thread's, the rest the loop's."""
 
-    def __init__(self, limit: int = MAX_SPANS) -> None:
+    def __init__(self, limit: int = MAX_SPANS, pieces: int = MAX_ALL_PIECES) -> None:
         self.on = False
-        self._limit = limit
+        self._limit, self._most_pieces = limit, pieces
         self._lock = threading.Lock()
-        self._ring: deque[tuple[DeploymentId, Span]] = deque(maxlen=limit)  # deployment "": every one's
-        self._count = 0
+        self._ring: deque[tuple[DeploymentId, Span]] = deque()  # deployment "": every one's
+        self._pieces = 0  # in the ring
+        self._fallen = 0  # spans that gave way since it was empty
         self._recordings: dict[DeploymentId, _Recording] = {}
         self._until_ns = 0
         self._lap_ns = 0
@@ -84,7 +85,7 @@ class Recorder(Watch):
             if not self.on:
                 self._lap_ns = now
             self._until_ns = now + MAX_SECONDS * 10**9
-            self._recordings[deployment] = _Recording(now, self._count)
+            self._recordings[deployment] = _Recording(self._fallen + len(self._ring))
             self.on = True
 
     def take(self, deployment: DeploymentId) -> tuple[tuple[Span, ...], int, int]:
@@ -107,10 +108,9 @@ class Recorder(Watch):
 
     def _end(self, deployment: DeploymentId, recording: _Recording) -> None:
         recording.running = False
-        fallen = max(0, self._count - self._limit)  # out of the ring, ever
-        recording.lost = max(0, fallen - recording.count)
-        old = max(0, recording.count - fallen)  # in the ring, from before
-        recording.kept.extend(_seen_by(deployment, islice(self._ring, old, None)))
+        recording.lost = max(0, self._fallen - recording.before)
+        older = max(0, recording.before - self._fallen)  # still in the ring
+        recording.kept.extend(_seen_by(deployment, islice(self._ring, older, None)))
         self._rest()
 
     def _drop(self, deployment: DeploymentId) -> None:
@@ -121,7 +121,7 @@ class Recorder(Watch):
         if not any(recording.running for recording in self._recordings.values()):
             self.on = False
             self._ring.clear()
-            self._count = 0
+            self._pieces = self._fallen = 0
 
     # ---- from the compute thread ------------------------------------------------------------------------------------
 
@@ -184,7 +184,10 @@ class Recorder(Watch):
                         self._end(one, recording)
                 return
             self._ring.append((deployment, span))
-            self._count += 1
+            self._pieces += len(span.pieces)
+            while len(self._ring) > self._limit or self._pieces > self._most_pieces:
+                self._pieces -= len(self._ring.popleft()[1].pieces)
+                self._fallen += 1
 
 
 def _pieces(segments: Sequence[FrameSegment]) -> Pieces:

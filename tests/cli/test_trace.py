@@ -52,8 +52,9 @@ def test_refusals_are_one_line(peerllm: Run, device: Served, tmp_path: Path) -> 
 
 def test_an_answer_is_recorded(peerllm: Run, device: Served, tmp_path: Path) -> None:
     out = tmp_path / "trace.json"
-    code, said, _ = peerllm("chat", "hello", "--trace", str(out))
-    assert code == 0 and said.strip() and json.loads(out.read_text()) == TRACE
+    code, said, err = peerllm("chat", "hello", "--trace", str(out))
+    assert code == 0 and said.strip() and err.endswith("https://ui.perfetto.dev\n")
+    assert json.loads(out.read_text()) == TRACE
     assert records(device) == ["record", "recorded"]
 
 

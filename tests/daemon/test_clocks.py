@@ -34,7 +34,7 @@ def test_the_offset_errs_by_half_the_least_round_trip_at_most(offset, trips):
 @given(OFFSET, st.lists(TRIP, min_size=1, max_size=5), st.lists(TRIP, min_size=1, max_size=5), st.data())
 def test_between_two_readings_no_moment_errs_by_more_than_said(offset, before, after, data):
     first, now = readings(offset, before)
-    last, end = readings(offset, after, now + data.draw(st.integers(0, 10**10)))
+    last, _ = readings(offset, after, now + data.draw(st.integers(0, 10**10)))
     clock = Alignment(quickest(first), quickest(last))
     low, high = clock.before.there_ns, clock.after.there_ns
     moments = sorted(data.draw(st.lists(st.integers(low, max(low, high)), max_size=10)))

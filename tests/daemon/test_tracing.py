@@ -109,7 +109,7 @@ async def test_a_device_that_tells_nothing_is_named_and_all_is_an_error(house):
         await coordinator.recorded("big", number)
 
 
-# ---- the file ---------------------------------------------------------------------------------------------------------
+# ---- the file -------------------------------------------------------------------------------------------------------
 
 STAGES = (Stage(A, 0, 2), Stage(B, 3, 5))
 NAMES = {A: "laptop", B: "jetson"}

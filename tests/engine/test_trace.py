@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,18 @@ def test_the_ring_keeps_the_last(count: int) -> None:
     assert lost == max(0, count - 100)
     assert [span.pieces[0][0] for span in spans] == list(range(lost, count))
     assert all(len(span.pieces) == MAX_PIECES for span in spans)
-    assert all(a.end_ns == b.start_ns for a, b in zip(spans, spans[1:], strict=False)), "laps leave no gap"
+    assert all(a.end_ns == b.start_ns for a, b in pairwise(spans)), "laps leave no gap"
+
+
+def test_large_batches_take_no_more_room() -> None:
+    recorder = Recorder(100, pieces=50)
+    recorder.start(DEPLOYMENT)
+    for sequence in range(30):
+        recorder.lap("pass", DEPLOYMENT, 2, [piece(sequence)] * 9)
+        recorder.lap("idle")
+    spans, lost = taken(recorder)
+    assert [span.pieces[0][0] for span in spans if span.pieces] == list(range(25, 30))
+    assert sum(len(span.pieces) for span in spans) <= 50 and lost + len(spans) == 60
 
 
 def test_a_long_recording_comes_in_parts() -> None:
@@ -93,7 +105,8 @@ def test_a_coordinator_sees_that_another_model_computes_and_not_more() -> None:
         ("pass", 2, ((2, 3, 1, 1),)),
     ]
     assert recorder.on, "the other goes on"
-    assert [span.name for span in taken(recorder, OTHER)[0]] == ["pass", "hand on", "held back", "idle", "another model"]
+    names = [span.name for span in taken(recorder, OTHER)[0]]
+    assert names == ["pass", "hand on", "held back", "idle", "another model"]
 
 
 def test_bounds_in_number_and_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +175,7 @@ async def test_passes_are_recorded_as_they_were(tmp_path: Path) -> None:
             assert (span.kind == "step") == steps
         laps = [span for span in found.spans if span.name in ("idle", "take in", "pass", "hand on")]
         assert laps[0].start_ns >= started.clock_ns - 10**9 and laps[-1].end_ns <= found.clock_ns
-        assert all(a.end_ns == b.start_ns for a, b in zip(laps, laps[1:], strict=False))
+        assert all(a.end_ns == b.start_ns for a, b in pairwise(laps))
         await line.ask(Record(line.request(), DEPLOYMENT, "start"))
         await line.ask(Unload(line.request(), DEPLOYMENT))
         gone = await line.ask(Record(line.request(), DEPLOYMENT, "take"))
