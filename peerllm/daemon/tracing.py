@@ -15,7 +15,7 @@ from peerllm.daemon.demand import Blueprint
 from peerllm.daemon.messages import Trace
 from peerllm.daemon.negotiation import Surroundings, unless_error
 from peerllm.engine.messages import Recorded, Span
-from peerllm.errors import EngineError, PeerLLMError, RefusedError
+from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError
 from peerllm.planner.export import names_in
 from peerllm.types import DeploymentId, DeviceId
 
@@ -23,6 +23,8 @@ CLOCK_TRIES = 16  # readings of each clock, before and after; the quickest count
 ANSWER_TIMEOUT_S = 10.0
 MAX_RECORDINGS = 16  # that this device has begun and not collected; the oldest is given up
 MAX_SPANS = 65_536  # of one device, whatever it has to tell
+MAX_PIECES = 4 * MAX_SPANS  # ... and of all of them together
+COLLECT_TIMEOUT_S = 60.0  # for all parts of one device
 
 T = TypeVar("T")
 
@@ -90,9 +92,14 @@ class Traces:
 
     async def _rest(self, device: DeviceId, deployment: DeploymentId, part: Recorded) -> list[Span]:
         spans = list(part.spans)
-        while part.left and part.spans and len(spans) < MAX_SPANS:
-            part = await self._ask(device, deployment, "take")
-            spans += part.spans
+        try:
+            async with asyncio.timeout(COLLECT_TIMEOUT_S):
+                while part.left and part.spans and len(spans) < MAX_SPANS and _pieces(spans) < MAX_PIECES:
+                    part = await self._ask(device, deployment, "take")
+                    spans += part.spans
+        except TimeoutError as error:
+            name = self._around.name(device)
+            raise LinkError(f"{name} did not tell all of it within {COLLECT_TIMEOUT_S:g} s") from error
         return spans
 
     async def _clock(self, device: DeviceId, deployment: DeploymentId) -> Reading:
@@ -122,6 +129,10 @@ class Traces:
                 return device, error
 
         return dict(await asyncio.gather(*(one(device) for device in devices)))
+
+
+def _pieces(spans: Iterable[Span]) -> int:
+    return sum(len(span.pieces) for span in spans)
 
 
 def _unless(found: T | PeerLLMError) -> T:

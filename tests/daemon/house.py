@@ -113,7 +113,7 @@ class FakeEngine:
                 return EngineLoad(message.request, held, self.held, 0, self.held, paces=paces)
             case Record():
                 if message.want == "take":
-                    parts = self.recorded.get(message.deployment, [()])
+                    parts = self.recorded.get(message.deployment) or [()]
                     if isinstance(parts, Exception):
                         raise parts
                     spans, left = parts[0], sum(map(len, parts[1:]))

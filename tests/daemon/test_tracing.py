@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from peerllm.daemon import chrome
+from peerllm.daemon import chrome, tracing
 from peerllm.daemon import deployment as module
 from peerllm.daemon.clocks import Alignment, Reading
 from peerllm.daemon.facade import RunOptions
@@ -107,6 +107,20 @@ async def test_a_device_that_tells_nothing_is_named_and_all_is_an_error(house):
     house["a"].engine.recorded[deployment] = RefusedError("nothing is recorded here")
     with pytest.raises(RefusedError, match="nothing"):
         await coordinator.recorded("big", number)
+
+
+async def test_a_device_that_tells_without_end_is_cut_short(house, monkeypatch):
+    coordinator, deployment = await served(house)
+    monkeypatch.setattr(tracing, "MAX_SPANS", 40)
+    monkeypatch.setattr(tracing, "MAX_PIECES", 400)
+    for pieces, most in ((1, 40 + 9), (100, 4 + 10)):
+        number = await coordinator.record("big")
+        now = time.perf_counter_ns()
+        spans = tuple(lap(now + i, 0, stage=1, pieces=((1, i, 1, 1),) * pieces) for i in range(10))
+        house["b"].engine.recorded[deployment] = [spans] * 10_000
+        trace = json.loads(await coordinator.recorded("big", number))
+        assert 0 < len(traces.passes(trace, "device-b")) <= most
+        assert len(house["b"].engine.recorded[deployment]) > 9_000
 
 
 # ---- the file -------------------------------------------------------------------------------------------------------
