@@ -17,11 +17,12 @@ from peerllm.daemon.clocks import Alignment
 from peerllm.engine.messages import Span
 from peerllm.types import DeploymentId, DeviceId, Stage
 
-COMPUTE = 1  # the thread's number in every process
+THREADS = 10_000  # a process numbers its threads from its own multiple: some viewers know them by number alone
+COMPUTE = 1  # the first of them
 MAX_PIECES = 256  # of a span
 MAX_NUMBER = 2**32 - 1  # a position or a length
 _OF_LINKS = ("send", "receive", "held back")
-_WAITS = ("idle", "wait for room", "held back")
+_WAITS = ("idle", "enqueue", "held back")
 
 Event = dict[str, Any]
 At = tuple[Span, int, int]  # a span, and its start and end on the coordinator's clock
@@ -85,8 +86,8 @@ def about(recording: Recording) -> dict[str, Any]:
 def events(recording: Recording) -> Iterator[Event]:
     """Metadata first, then every device's spans in order, then what lies between them. Times are in microseconds."""
     told = {device: _checked(recording, device) for device in recording.traces}
-    tracks = {device: _tracks(recording, spans) for device, spans in told.items()}
     pids = {device: number for number, device in enumerate(told, 1)}
+    tracks = {device: _tracks(recording, pids[device], spans) for device, spans in told.items()}
     for device, pid in pids.items():
         yield from _named(recording, device, pid, tracks[device])
     for device, spans in told.items():
@@ -133,12 +134,12 @@ def _track(span: Span) -> tuple[str, DeviceId, int]:
     return "send" if span.name == "send" else "receive", span.device, span.stage
 
 
-def _tracks(recording: Recording, spans: Sequence[At]) -> dict[tuple[str, DeviceId, int], tuple[int, str]]:
+def _tracks(recording: Recording, pid: int, spans: Sequence[At]) -> dict[tuple[str, DeviceId, int], tuple[int, str]]:
     """Number and name of each thread. Two links with one device are told apart by the stage they lead to."""
     links = sorted({_track(span) for span, _, _ in spans if span.name in _OF_LINKS})
     pairs = [(way, device) for way, device, _ in links]
-    tracks = {("compute", "", -1): (COMPUTE, "compute")}
-    for number, (way, device, stage) in enumerate(links, COMPUTE + 1):
+    tracks = {("compute", "", -1): (_compute(pid), "compute")}
+    for number, (way, device, stage) in enumerate(links, _compute(pid) + 1):
         name = f"{way} {'to' if way == 'send' else 'from'} {recording.names[device]}"
         if pairs.count((way, device)) > 1:
             name += ", for the source" if stage == len(recording.stages) else f", for stage {stage}"
@@ -264,17 +265,21 @@ def _waited(
             yield from _stretch(pid, name, identity, _us(recording, since), _us(recording, start))
         arrows.add(arrow)
     for arrow in sorted(arrows - {0}):
-        yield {**_arrow("f", pid, COMPUTE, arrow, _us(recording, start)), "bp": "e"}
+        yield {**_arrow("f", pid, _compute(pid), arrow, _us(recording, start)), "bp": "e"}
 
 
 def _stretch(pid: int, name: str, identity: str, since_us: float, until_us: float) -> Iterator[Event]:
-    shared = {"pid": pid, "tid": COMPUTE, "cat": "wait", "name": name, "id": identity}
+    shared = {"pid": pid, "tid": _compute(pid), "cat": "wait", "name": name, "id": identity}
     yield {"ph": "b", "ts": since_us, **shared}
     yield {"ph": "e", "ts": until_us, **shared}
 
 
 def _arrow(phase: str, pid: int, tid: int, number: int, at_us: float) -> Event:
     return {"ph": phase, "pid": pid, "tid": tid, "cat": "frame", "name": "frame", "id": number, "ts": at_us}
+
+
+def _compute(pid: int) -> int:
+    return pid * THREADS + COMPUTE
 
 
 def _us(recording: Recording, at_ns: int) -> float:

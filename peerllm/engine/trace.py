@@ -27,7 +27,7 @@ MAX_PIECES = 256  # of a span; the rest of a larger batch is not named
 MAX_ALL_PIECES = 4 * MAX_SPANS  # of all spans in the ring: with both, it takes some 40 MB
 MAX_RECORDED = 8  # deployments recorded at once
 MAX_SECONDS = 600  # a recording that nobody ends ends by itself
-ROOM_NS = 50_000  # a shorter wait for room in a link's queue is a lock's
+SHOWN_NS = 50_000  # a link's queue that takes a frame faster than this is not worth a span
 
 Pieces = tuple[tuple[int, int, int, int], ...]
 _KINDS: dict[FrameKind, SpanKind] = {
@@ -148,8 +148,8 @@ class Recorder(Watch):
             deployment,
             Span("serialise", parting.handed_ns, parting.encoded_ns, kind, stage, device, nbytes=nbytes),
         )
-        if now_ns - parting.encoded_ns >= ROOM_NS:
-            self._add(deployment, Span("wait for room", parting.encoded_ns, now_ns, kind, stage, device))
+        if now_ns - parting.encoded_ns >= SHOWN_NS:
+            self._add(deployment, Span("enqueue", parting.encoded_ns, now_ns, kind, stage, device))
 
     def sent(
         self,
