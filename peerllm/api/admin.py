@@ -31,6 +31,7 @@ MAX_TEXT_CHARS = 4096  # of a model's path, a code, a device's name
 MAX_PROGRESS = 256  # lines waiting for a client that reads slowly
 MAX_CONTEXT = 2**31 - 1
 MAX_SLOTS = 4096
+MAX_RECORDING = 2**53  # its number
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -119,6 +120,17 @@ async def bench(request: web.Request) -> web.Response:
     with request.app[TASKS].stream():
         found = await request.app[HOUSEHOLD].bench(fields.text("model", MAX_TEXT_CHARS), sequences, prompt, output)
     return json_response(found)
+
+
+async def trace(request: web.Request) -> web.Response:
+    """{"model"} begins to record and gives {"recording": number}; {"model", "recording"} ends that: Chrome's trace."""
+    fields = await read_object(request)
+    model, recording = fields.text("model", MAX_TEXT_CHARS), fields.integer("recording", 1, MAX_RECORDING)
+    household = request.app[HOUSEHOLD]
+    if recording is None:
+        return json_response({"recording": await _change(request, household.record(model), "record")})
+    found = await _change(request, household.recorded(model, recording), "recorded")
+    return web.Response(body=found, content_type="application/json")
 
 
 async def plan(request: web.Request) -> web.StreamResponse:

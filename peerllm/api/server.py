@@ -46,7 +46,8 @@ def create_app(household: Household, token: str, loopback: bool, names: Iterable
     app.router.add_get("/peerllm/v1/engine", admin.engine)
     app.router.add_get("/peerllm/v1/scenario", admin.scenario)
     app.router.add_get("/peerllm/v1/events", admin.events, allow_head=False)
-    for change in (admin.invite, admin.join, admin.leave, admin.remove, admin.bench, admin.plan, admin.run, admin.stop):
+    pairing = admin.invite, admin.join, admin.leave, admin.remove
+    for change in (*pairing, admin.bench, admin.plan, admin.run, admin.stop, admin.trace):
         app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
     return app
 

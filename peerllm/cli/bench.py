@@ -14,8 +14,10 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from peerllm.cli.device import LocalDevice
+from peerllm.cli.served import served_here
 from peerllm.cli.terminal import printable, table
-from peerllm.errors import NotFoundError
+from peerllm.cli.trace import recording, writable
+from peerllm.cli.trace import text as trace_text
 from peerllm.planner.cost import lap_of
 from peerllm.planner.scenario import Scenario, parse
 from peerllm.planner.simulator import formula_tokens_per_second, simulate
@@ -28,7 +30,9 @@ BENCH_TIMEOUT_S = 600.0
 
 def run(args: argparse.Namespace) -> None:
     device = LocalDevice(args.data)
-    model = _served(device, args.model)
+    model = served_here(device, args.model)
+    if args.trace:
+        writable(args.trace)  # said now, not after minutes of measuring
     planned = _planned(device, model)
     work = parse(planned["scenario"]).workload
     stages = tuple(Stage(one["device"], one["first_layer"], one["last_layer"]) for one in planned["stages"])
@@ -46,6 +50,10 @@ def run(args: argparse.Namespace) -> None:
         rounds = [device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S) for _ in range(ROUNDS)]
         said = predicted(running, stages, *divided(planned, count), prompt, output)
         rows.append({**said, "measured": _median(rounds)})
+    if args.trace:  # a round of its own: what is measured is not recorded
+        with recording(device, model, args.trace) as trace:
+            device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S)
+        print(trace_text(args.trace, trace), file=sys.stderr)
     if args.json:
         print(json.dumps({"model": model, "prompt_tokens": prompt, "output_tokens": output, "runs": rows}))
     else:
@@ -126,20 +134,6 @@ def _median(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _counts(most: int) -> list[int]:
     """1, 2, 4, ... and the most."""
     return sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
-
-
-def _served(device: LocalDevice, model: str | None) -> str:
-    status = device.get("/peerllm/v1/status")
-    here = status["device"]["name"]
-    names = [
-        str(one["model"])
-        for one in status["deployments"]
-        if one["state"] == "serving" and one["coordinator"] == here and model in (None, one["model"])
-    ]
-    if not names:
-        which = "no model" if model is None else printable(model)
-        raise NotFoundError(f"{which} is served from this device; start one with: peerllm run builtin")
-    return names[0]
 
 
 def _ms(value: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.terminal import printable
+from peerllm.cli.trace import recording, text
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
 
 COMPLETIONS = "/v1/chat/completions"
@@ -25,12 +26,21 @@ def run(args: argparse.Namespace) -> None:
         body["max_tokens"] = args.max_tokens
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is None:
-        if args.json:
-            raise BadInputError("--json needs a PROMPT")
+        if args.json or args.trace:
+            raise BadInputError("--json needs a PROMPT" if args.json else "--trace needs a PROMPT")
         _converse(device, body, messages)
         return
     messages.append({"role": "user", "content": args.prompt})
-    if args.json:
+    if args.trace:
+        with recording(device, body["model"], args.trace) as trace:
+            _ask(device, body, messages, args.json)
+        print(text(args.trace, trace), file=sys.stderr)
+    else:
+        _ask(device, body, messages, args.json)
+
+
+def _ask(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]], whole: bool) -> None:
+    if whole:
         print(json.dumps(device.post(COMPLETIONS, {**body, "messages": messages}, ANSWER_TIMEOUT_S)))
     else:
         _say(device, body, messages)

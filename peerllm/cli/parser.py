@@ -15,6 +15,7 @@ from peerllm.types import SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
 MAX_DEVICES = 8  # of the demo: they share one machine
+MAX_RECORD_S = 600  # then the engines end a recording by themselves
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
@@ -65,6 +66,16 @@ def temperature(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text!r} is no temperature; write a number from 0 to 100")
+    return value
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= MAX_RECORD_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write seconds, at most {MAX_RECORD_S}")
     return value
 
 
@@ -205,6 +216,7 @@ def _models(command: _Command) -> None:
     chat.add_argument("--temperature", type=temperature, metavar="T", help="0: always the likeliest token")
     chat.add_argument("--max-tokens", type=positive, metavar="N")
     chat.add_argument("--json", action="store_true", help="the whole answer as the API gives it")
+    chat.add_argument("--trace", type=Path, metavar="FILE", help="of a PROMPT: write what every device did when")
 
 
 def _looking(command: _Command) -> None:
@@ -215,6 +227,17 @@ def _looking(command: _Command) -> None:
         one = command(name, text)
         one.add_argument("--json", action="store_true")
         one.set_defaults(module="look", function=name)
+    trace = command("trace", "Record what every device of a served model does when, for chrome://tracing and Perfetto.")
+    trace.add_argument("model", nargs="?", metavar="MODEL", help="which one, if several are served")
+    trace.add_argument(
+        "--seconds",
+        type=seconds,
+        default=5.0,
+        metavar="N",
+        help=f"how long, at most {MAX_RECORD_S} (default 5; Ctrl-C ends it sooner)",
+    )
+    trace.add_argument("--out", type=Path, default=Path("trace.json"), metavar="FILE", help="default trace.json")
+    trace.add_argument("--json", action="store_true", help="what was written, in figures")
 
 
 def _planning(command: _Command) -> None:
@@ -242,5 +265,6 @@ def _planning(command: _Command) -> None:
     bench.add_argument("--prompt-tokens", type=positive, metavar="N", help="of each prompt (default: as planned for)")
     bench.add_argument("--output-tokens", type=positive, metavar="N", help="of each answer (default 64)")
     bench.add_argument("--json", action="store_true")
+    bench.add_argument("--trace", type=Path, metavar="FILE", help="one more round: write what every device did when")
     simulate.add_argument("--steps", type=positive, metavar="N", help="tokens that each sequence generates")
     simulate.add_argument("--plot", type=Path, metavar="FILE", help="draw a Gantt chart (.svg or .png)")

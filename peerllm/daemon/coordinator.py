@@ -16,6 +16,7 @@ from peerllm.daemon.messages import DeploymentView, Progress, Trouble
 from peerllm.daemon.negotiation import Surroundings
 from peerllm.daemon.running import as_it_runs
 from peerllm.daemon.timings import Timings
+from peerllm.daemon.tracing import Traces
 from peerllm.engine.messages import TensorAt, Tokens
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError, UnavailableError
 from peerllm.planner.export import scenario_file
@@ -32,6 +33,7 @@ class Coordinator:
     def __init__(self, around: Surroundings, remembered: Path) -> None:
         self._around = around
         self._timings = Timings(around)
+        self._traces = Traces(around)
         self._file = remembered
         self._deployments: dict[str, Deployment] = {}  # by the name they were run under
         self._closing = False
@@ -105,6 +107,17 @@ class Coordinator:
             prompt=prompt_tokens,
             output=output_tokens,
         )
+
+    async def record(self, model: str) -> int:
+        """Every device of the plan records what it does, until `recorded`; the recording's number."""
+        deployment = self._running(model)
+        if deployment.state != "serving" or deployment.blueprint is None:
+            raise UnavailableError(f"{model} is {deployment.state}; wait until it serves")
+        return await self._traces.begin(deployment.id, deployment.blueprint)
+
+    async def recorded(self, model: str, number: int) -> bytes:
+        """The trace, as the file that chrome://tracing opens. RefusedError if that recording is over."""
+        return await self._traces.end(number, self._running(model).id, model)
 
     def _running(self, model: str) -> Deployment:
         deployment = self._deployments.get(model)

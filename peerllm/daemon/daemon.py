@@ -212,6 +212,12 @@ class Daemon:
     async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
         return await self.coordinator.bench(model, sequences, prompt_tokens, output_tokens)
 
+    async def record(self, model: str) -> int:
+        return await self.coordinator.record(model)
+
+    async def recorded(self, model: str, recording: int) -> bytes:
+        return await self.coordinator.recorded(model, recording)
+
     async def stop(self, model: str) -> None:
         await self.coordinator.stop(model)
 

@@ -116,6 +116,14 @@ class Household(Protocol):
         """Answers of a fixed length, all at once, measured (daemon/bench.py)."""
         ...
 
+    async def record(self, model: str) -> int:
+        """Begin to record what every device of a model started here does when; a number for `recorded`."""
+        ...
+
+    async def recorded(self, model: str, recording: int) -> bytes:
+        """End that and give what was recorded: JSON that chrome://tracing and Perfetto open (daemon/chrome.py)."""
+        ...
+
     async def stop(self, model: str) -> None: ...
 
     async def invite(self) -> tuple[str, int]:

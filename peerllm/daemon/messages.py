@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peerllm.engine.messages import Recorded
 from peerllm.transport.roster import RosterEntry
 from peerllm.types import DeploymentId, DeviceId, LayerKind, ScheduleName, Stage
 
@@ -224,7 +225,18 @@ class Pace:
     deployment: DeploymentId
 
 
-Question = Reserve | Assign | Activate | Release | Profile | Pace
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Record what the stages of this deployment do here, or end that and say it, part by part.
+
+    Every answer, and that to "clock" does nothing else, says what the engine's clock shows.
+    """
+
+    deployment: DeploymentId
+    want: Literal["clock", "start", "take"]
+
+
+Question = Reserve | Assign | Activate | Release | Profile | Pace | Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +256,7 @@ class Answer:
     layer_ms: Mapping[LayerKind, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # of a Profile
     cached: bool = False  # ... known from before
     stage_ms: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # of a Pace, by stage number
+    recorded: Recorded | None = None  # of a Trace
 
 
 @dataclass(frozen=True, slots=True)

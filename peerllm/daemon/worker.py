@@ -27,6 +27,7 @@ from peerllm.daemon.messages import (
     Reserve,
     StageWork,
     TensorDigest,
+    Trace,
     Trouble,
 )
 from peerllm.engine.messages import (
@@ -37,6 +38,8 @@ from peerllm.engine.messages import (
     LoadProgress,
     LoadStage,
     QueryLoad,
+    Record,
+    Recorded,
     TensorAt,
     Unload,
 )
@@ -142,6 +145,8 @@ class Worker:
                     return replace(found, free_bytes=max(0, self.ledger.free_bytes))
                 case Pace(deployment):
                     return Answer(0, stage_ms=await self._paces(sender, deployment))
+                case Trace():
+                    return Answer(0, recorded=await self._record(sender, question))
                 case _:
                     assert_never(question)
         except PeerLLMError as error:
@@ -158,6 +163,16 @@ class Worker:
             return {}
         names = {str(index): f"{one}/{index}" for one, index, _ in load.stages if one == deployment}
         return {index: load.paces[name] for index, name in names.items() if name in load.paces}
+
+    async def _record(self, sender: DeviceId, asked: Trace) -> Recorded:
+        held = self._held.get(asked.deployment)
+        if held is None or held.coordinator != sender:
+            raise RefusedError("only its coordinator hears what a deployment's stages do when")
+        record = Record(self._engine.next_request(), asked.deployment, asked.want)
+        recorded = await self._engine.ask(record, QUERY_TIMEOUT_S)
+        if not isinstance(recorded, Recorded):
+            raise EngineError("the engine does not say what it recorded")
+        return recorded
 
     async def vanished(self, device: DeviceId) -> None:
         """A coordinator is gone: let go of all it holds here."""

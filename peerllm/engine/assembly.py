@@ -13,7 +13,7 @@ from peerllm.engine.absent import Absent, BeforeBlocks
 from peerllm.engine.base import Progress
 from peerllm.engine.blocks import Blocks, replace_blocks
 from peerllm.engine.division import Division
-from peerllm.engine.kernels.forms import choose
+from peerllm.engine.kernels.forms import Form, choose
 from peerllm.engine.kernels.keeping import Keeping, keeping
 from peerllm.engine.kernels.packing import Packing
 from peerllm.engine.loader import Target, load, mapped
@@ -77,8 +77,17 @@ def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...
     return Plan(owned, found, kept, sum(sizes.values()))
 
 
-def fill(division: Division, first: int, work: Plan, threads: int, progress: Progress) -> tuple[int, int]:
-    """Load the tensors into the stripped model; returns the bytes of what stays in it as tensors and of the packed."""
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a shard's weights take: those that stayed tensors of torch's, and those packed by `form`."""
+
+    tensor_bytes: int
+    packed_bytes: int = 0
+    form: Form | None = None
+
+
+def fill(division: Division, first: int, work: Plan, threads: int, progress: Progress) -> Filled:
+    """Load the tensors into the stripped model."""
     owned, found = work.owned, work.found
     packing = _packing(division, work.kept, owned, threads)
     tensors = [tensor for recipe in found for _, tensor in recipe.sources]
@@ -123,11 +132,11 @@ def fill(division: Division, first: int, work: Plan, threads: int, progress: Pro
             count(source.nbytes)
     if packing is not None and packing.missing:
         raise EngineError(f"tensor {packing.missing[0]} was not loaded")
-    return held, packing.nbytes if packing is not None else 0
+    return Filled(held, packing.nbytes, packing.form) if packing is not None else Filled(held)
 
 
-def make_up(division: Division, first: int, last: int, kept: Keeping, threads: int) -> int:
-    """Fill the stripped model's layers first..last with made-up numbers, for timing; returns the bytes they take."""
+def make_up(division: Division, first: int, last: int, kept: Keeping, threads: int) -> Filled:
+    """Fill the stripped model's layers first..last with made-up numbers, for timing."""
     places, held, owned = _places(division, first), 0, _owned(division, first, last)
     packing = _packing(division, kept, owned, threads)
     for name, (dtype, shape) in owned.items():
@@ -137,7 +146,7 @@ def make_up(division: Division, first: int, last: int, kept: Keeping, threads: i
         else:
             _place(division.model, places.get(name, name), tensor)
             held += tensor.nbytes
-    return held + (packing.nbytes if packing is not None else 0)
+    return Filled(held, packing.nbytes, packing.form) if packing is not None else Filled(held)
 
 
 def _packing(division: Division, kept: Keeping, owned: dict[str, Target], threads: int) -> Packing | None:

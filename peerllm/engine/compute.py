@@ -28,7 +28,8 @@ from peerllm.engine.messages import (
     Tokens,
     Unload,
 )
-from peerllm.engine.stages import Stage
+from peerllm.engine.stages import Stage, steps_only
+from peerllm.engine.trace import Recorder
 from peerllm.engine.wire import Parcel
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, DeviceId
@@ -102,9 +103,12 @@ def failed(request: int, error: BaseException) -> Failed:
 class Compute:
     """`run` is the body of the compute thread; everything else is called by it alone, but for `inbox.put`."""
 
-    def __init__(self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None]) -> None:
+    def __init__(
+        self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None], recorder: Recorder
+    ) -> None:
         self.inbox: Inbox[Event] = Inbox()
         self._threads, self._sampler, self._tell = threads, sampler, tell
+        self._recorder = recorder
         self._schedule: Scheduler[StageKey] = Scheduler()
         self._deployments: dict[DeploymentId, Deployment] = {}
         self.batches = 0  # computed so far; any thread may read it
@@ -116,9 +120,13 @@ class Compute:
             batch, spent = None, 0.0
             while (events := self.inbox.take(wait=batch is None)) is not None:
                 started = time.perf_counter() - spent
+                if batch is None and self._recorder.on:
+                    self._recorder.lap("idle")
                 for event in events:
                     self._handle(event)
                 batch = self._schedule.next()
+                if self._recorder.on:
+                    self._recorder.lap("take in")
                 if batch is not None:
                     self._compute(*batch, started)
                 # What came without work to do counts towards the next pass.
@@ -138,8 +146,13 @@ class Compute:
             for piece in batch:
                 deployment.fail(index, piece, f"stage {index}: {reason_of(error)}")
             return
+        finally:
+            if self._recorder.on:
+                self._recorder.lap("pass", identity, index, batch, prompt=not steps_only(batch))
         stage = deployment.stages[index]
         deployment.computed(index, result)
+        if self._recorder.on:
+            self._recorder.lap("hand on", identity)
         stage.paced(batch, time.perf_counter() - started)
 
     def _handle(self, event: Event) -> None:

@@ -26,7 +26,7 @@ from peerllm.engine.wire import from_frame, source_limits, stage_limits
 from peerllm.errors import AuthenticationError, BadInputError, LinkError, RefusedError
 from peerllm.transport.frames import Frame
 from peerllm.transport.identity import load
-from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Link
+from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Link, Watch
 from peerllm.types import DeploymentId, DeviceId
 
 CONNECT_TIMEOUT_S = 5.0  # the next engine may not expect us yet
@@ -84,11 +84,11 @@ class DataLinks:
     """The data plane of one engine."""
 
     def __init__(
-        self, configure: Configure, inbox: Inbox[Event], tell: Callable[[FromEngine], None] = lambda message: None
+        self, configure: Configure, inbox: Inbox[Event], tell: Callable[[FromEngine], None], watch: Watch
     ) -> None:
         self._device, self._inbox, self._tell = configure.device, inbox, tell
         identity = load(configure.certificate_path, configure.key_path)
-        self._plane = DataPlane(identity, configure.hosts, configure.port, self._lost, self._echoed)
+        self._plane = DataPlane(identity, configure.hosts, configure.port, self._lost, self._echoed, watch)
         self._certificates: dict[DeviceId, str] = {}
         self._known: dict[DeploymentId, _Known] = {}
         self._backlog = Backlog(asyncio.get_running_loop())

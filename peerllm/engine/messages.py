@@ -14,6 +14,12 @@ from peerllm.types import DeploymentId, DeviceId, LayerKind, ModelProfile, Sampl
 
 PASS: LayerKind = "pass"  # noqa: S105  # in a device's layer times: what a batch costs at a stage beside its layers
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+SpanName = Literal[
+    "idle", "take in", "pass", "hand on", "another model",  # of the compute thread, one after the other
+    "serialise", "enqueue",  # of the compute thread, within the others
+    "send", "receive", "held back",  # of a link
+]  # fmt: skip
+SpanKind = Literal["", "step", "prompt", "activation", "token", "release", "open"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +185,18 @@ class TimeLink:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """Record what is done for a deployment, beginning anew; or end that and say what was done, part by part.
+
+    "clock" does nothing: every answer says what the clock shows here.
+    """
+
+    request: int
+    deployment: DeploymentId
+    want: Literal["clock", "start", "take"]
+
+
+@dataclass(frozen=True, slots=True)
 class QueryLoad:
     """Ask for `EngineLoad` (tests, status)."""
 
@@ -297,6 +315,34 @@ class LinkTraffic:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Something this engine did or waited for. What a frame carried, a token's id above all, is not in it."""
+
+    name: SpanName
+    start_ns: int  # of perf_counter_ns in the engine's process
+    end_ns: int
+    kind: SpanKind = ""  # of a pass or of a frame
+    stage: int = -1  # of a pass; or whom a frame is for
+    device: DeviceId = ""  # at the other end of the link
+    frame: int = 0  # its number on its connection, from 1
+    nbytes: int = 0
+    queued_ns: int = 0  # of "send": from its being bytes until the link took it up
+    # sequence, position, tokens and whether (1) the head draws a token after them
+    pieces: tuple[tuple[int, int, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Answers Record: `spans` in the order in which they ended, `left` more to take, `lost` by the ring's bound."""
+
+    request: int
+    clock_ns: int
+    spans: tuple[Span, ...] = ()
+    left: int = 0
+    lost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
     """What the engine holds now: (deployment, stage, slots in use), weights and KV bytes; for status and tests."""
 
@@ -312,9 +358,9 @@ class EngineLoad:
 
 ToEngine = (
     Configure | Trust | Measure | TimeLayers | Inspect | LoadStage | Connect | Unload | Submit | Cancel | TimeLink
-    | QueryLoad
+    | Record | QueryLoad
 )
 FromEngine = (
     Configured | Measured | LayersTimed | Inspected | LoadProgress | Done | Failed | Tokens | LinkLost | LinkTimed
-    | LinkTraffic | EngineLoad
+    | LinkTraffic | Recorded | EngineLoad
 )

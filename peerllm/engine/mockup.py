@@ -108,14 +108,14 @@ class Outline:
         numbers = range(max(mockup.first, 1) - 1, min(mockup.last, division.head - 1))
         whole, kept = division.owner.config, keeping(division, (), self._quantize)
         entry = strip(division, mockup.first, mockup.last, numbers)
-        weight_bytes = make_up(division, mockup.first, mockup.last, kept, torch.get_num_threads())
+        filled = make_up(division, mockup.first, mockup.last, kept, torch.get_num_threads())
         finish(division, whole)
         slots = mockup.sequences + 1
         spec = LoadStage(
             0, "", 0, 0, 1, mockup.first, mockup.last, self._config, (), self._dtype, slots, mockup.context,
             CHUNK, slots, None, None, "",
         )  # fmt: skip
-        return TorchShard(division, spec, self._of(numbers), weight_bytes, entry, self._unpacked)
+        return TorchShard(division, spec, self._of(numbers), filled, entry, self._unpacked)
 
     def _divide(self) -> Division:
         return divide(parse_config(self._config), DTYPES[self._dtype])

@@ -30,6 +30,7 @@ from peerllm.engine.messages import (
     LoadStage,
     Measure,
     QueryLoad,
+    Record,
     Submit,
     TimeLayers,
     TimeLink,
@@ -38,6 +39,7 @@ from peerllm.engine.messages import (
     Trust,
     Unload,
 )
+from peerllm.engine.trace import Recorder
 from peerllm.errors import EngineError, LinkError, PeerLLMError
 
 MAX_UNHANDLED = 4096  # messages of the daemon that wait behind one being handled
@@ -50,6 +52,7 @@ class Engine:
 
     def __init__(self, channel: Channel, backend: Backend) -> None:
         self._channel, self._backend = channel, backend
+        self._recorder = Recorder()
         self._loop = asyncio.get_running_loop()
         self._unsent: deque[FromEngine] = deque()
         self._unsent_lock = threading.Lock()
@@ -115,8 +118,8 @@ class Engine:
         # and hold up whatever step it falls into.
         gc.collect()
         gc.freeze()
-        compute = Compute(message.threads, self._backend.sampler, self.tell)
-        links = DataLinks(message, compute.inbox, self.tell)
+        compute = Compute(message.threads, self._backend.sampler, self.tell, self._recorder)
+        links = DataLinks(message, compute.inbox, self.tell, self._recorder)
         await links.start(message.trusted)
         loader = Loader(message.threads, self._backend, self.tell, self._loaded, lambda: compute.batches)
         self._parts = compute, loader, links
@@ -133,6 +136,8 @@ class Engine:
                 compute.inbox.put(message)
             case LoadStage() | Inspect() | Measure() | TimeLayers():
                 loader.put(message)
+            case Record():  # here, not behind a pass: the answer says what the clock shows
+                self.tell(self._recorder.answer(message))
             case Trust(trusted):
                 await links.trust(trusted)
             case Connect():
@@ -141,6 +146,7 @@ class Engine:
                 self._spawn(self._time(message, links), f"time the link to {message.device[:8]}")
             case Unload(_, deployment):
                 loader.abandon(deployment)
+                self._recorder.forget(deployment)
                 compute.inbox.put(message, always=True)
                 await links.forget(deployment)
             case Configure():

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from peerllm.engine import attention
 from peerllm.engine.absent import Absent
-from peerllm.engine.assembly import fill, finish, plan, strip
+from peerllm.engine.assembly import Filled, fill, finish, plan, strip
 from peerllm.engine.base import Progress, Segment
 from peerllm.engine.cache import Slots, kv_bytes
 from peerllm.engine.config import DTYPES, parse_config, text_config
@@ -36,21 +36,21 @@ class TorchShard:
         division: Division,
         spec: LoadStage,
         states: Mapping[int, LayerState],
-        weight_bytes: int,
+        filled: Filled,
         entry: nn.Module,
         unpacked: str | None = None,
-        packed_bytes: int = 0,
     ) -> None:
-        """`unpacked` says why its tokens cannot be packed (`wiring.obstacle`); None: they can.
-
-        `packed_bytes`: what matrices take that are no tensors of torch's any more; part of `weight_bytes`.
-        """
-        self.first_layer, self.last_layer, self.weight_bytes = spec.first_layer, spec.last_layer, weight_bytes
+        """`unpacked` says why its tokens cannot be packed (`wiring.obstacle`); None: they can."""
+        self.first_layer, self.last_layer = spec.first_layer, spec.last_layer
+        self.weight_bytes = filled.tensor_bytes + filled.packed_bytes
+        # Beside a form with threads of its own torch's would spin, and take the processors from it.
+        single = filled.form is not None and filled.form.single_thread
+        self._threads = 1 if single else torch.get_num_threads()
         text = text_config(division.model.config)
         self.hidden_size: int = text.hidden_size
         self.vocabulary: int = text.vocab_size
         kept = [p for p in division.model.parameters() if not p.is_meta and not is_mapped(p)]
-        packed = {id(division): packed_bytes} if packed_bytes else {}
+        packed = {id(division): filled.packed_bytes} if filled.packed_bytes else {}
         self.weights: Mapping[int, int] = {**{p.data_ptr(): p.nbytes for p in kept}, **packed}
         self.context = spec.context
         self.dtype = division.dtype
@@ -105,6 +105,8 @@ class TorchShard:
         """Token ids int64 [n] or hidden states [n, hidden] in; hidden states, or float32 logits per sample, out."""
         if self._model is None:
             raise EngineError("the shard is closed")
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
         self._check(inputs, segments)
         rows = self._slots.rows(segments)
         if len(rows) == 1:
@@ -226,6 +228,6 @@ def load_shard(spec: LoadStage, progress: Progress = lambda done, total: None) -
         held = f"weights of {work.nbytes} bytes and KV of {needed}"
         raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")
     entry = strip(division, first, last, numbers)
-    tensor_bytes, packed_bytes = fill(division, first, work, torch.get_num_threads(), progress)
+    filled = fill(division, first, work, torch.get_num_threads(), progress)
     finish(division, whole)
-    return TorchShard(division, spec, states, tensor_bytes + packed_bytes, entry, unpacked, packed_bytes)
+    return TorchShard(division, spec, states, filled, entry, unpacked)

@@ -49,7 +49,7 @@ class Stage:
 
     def paced(self, batch: Sequence[Piece], seconds: float) -> None:
         """The compute thread was at `batch` for so long, all told; prompts are not counted."""
-        if not _steps(batch):
+        if not steps_only(batch):
             return
         count, mean = self._paces.pop(len(batch), (0, 0.0))
         self._paces[len(batch)] = count + 1, mean + max(PACE_GAIN, 1 / (count + 1)) * (seconds * 1e3 - mean)
@@ -83,7 +83,7 @@ class Stage:
         segments = [Segment(piece.slot, piece.position, piece.length, piece.sample) for piece in batch]
         output = self.shard.forward(inputs, segments)
         result = self._draw(batch, output) if self.is_head else Activation(batch, output)
-        if _steps(batch):
+        if steps_only(batch):
             self._step_ms.append((time.perf_counter() - started) * 1e3)
         return result
 
@@ -108,6 +108,6 @@ class Stage:
         self.shard.close()
 
 
-def _steps(batch: Sequence[Piece]) -> bool:
+def steps_only(batch: Sequence[Piece]) -> bool:
     """One token of an answer each, no prompt."""
     return all(piece.sample and piece.length == 1 for piece in batch)

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
-from peerllm.errors import InfeasibleError, NotFoundError, PairingError
+from peerllm.errors import InfeasibleError, NotFoundError, PairingError, RefusedError
 
 DEPLOYMENT = "d" * 32
 CONTEXT = 256
@@ -21,6 +21,25 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 BOUND_S = 10.0  # seconds a test waits for an event
+TRACE: dict[str, Any] = {
+    "otherData": {
+        "model": "builtin",
+        "seconds": 0.25,
+        "devices": {
+            "laptop": {"offset_us": 0.0, "uncertainty_us": 40.0, "drift_ppm": 0.0, "spans_lost": 0},
+            "mini-pc": {"offset_us": 9e6, "uncertainty_us": 300.0, "drift_ppm": 3.0, "spans_lost": 12},
+        },
+        "missing": {"jetson": "it is gone"},
+    },
+    "traceEvents": [
+        {"ph": "M", "pid": 1, "tid": 0, "ts": 0, "name": "process_name", "args": {"name": "laptop"}},
+        {"ph": "M", "pid": 2, "tid": 0, "ts": 0, "name": "process_name", "args": {"name": "mini-pc"}},
+        {"ph": "X", "pid": 1, "tid": 1, "ts": 100, "dur": 60, "name": "stage 0: step", "args": {}},
+        {"ph": "X", "pid": 1, "tid": 1, "ts": 160, "dur": 40, "name": "idle", "args": {}},
+        {"ph": "X", "pid": 2, "tid": 1, "ts": 150, "dur": 50, "name": "stage 1: step", "args": {}},
+        {"ph": "X", "pid": 1, "tid": 2, "ts": 150, "dur": 40, "name": "send activation", "args": {}},
+    ],
+}
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -205,6 +224,16 @@ class FakeHousehold:
             "tokens_per_second": 200.0 * sequences,
             "steady_tokens_per_second": 250.0 * sequences,
         }
+
+    async def record(self, model: str) -> int:
+        self.calls.append(("record", model))
+        return 7
+
+    async def recorded(self, model: str, recording: int) -> bytes:
+        self.calls.append(("recorded", model, recording))
+        if recording != 7:
+            raise RefusedError("this recording is over")
+        return json.dumps(TRACE).encode()
 
     async def stop(self, model: str) -> None:
         self.calls.append(("stop", model))

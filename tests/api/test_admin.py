@@ -73,6 +73,9 @@ async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHouse
         ("run", {"model": "b", "quantize": "int2"}, 400, "one of int8, int4"),
         ("run", {"model": "b", "dtype": "int8"}, 400, "dtype"),
         ("run", {"model": "b", "private": "no"}, 400, "private"),
+        ("trace", {}, 400, "model"),
+        ("trace", {"model": "builtin", "recording": 0}, 400, "recording"),
+        ("trace", {"model": "builtin", "recording": 8}, 409, "over"),
     ],
 )
 async def test_refusals(owner: aiohttp.ClientSession, name: str, body: dict[str, Any], status: int, word: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from peerllm.engine.messages import (
     LoadProgress,
     LoadStage,
     QueryLoad,
+    Record,
+    Recorded,
     TensorAt,
     TimeLayers,
     Unload,
@@ -66,6 +69,8 @@ class FakeEngine:
         self.layer_ms = dict(LAYER_MS)  # what timing layers finds, or why it cannot
         self.timing = None  # called with each TimeLayers before it is answered
         self.paces = ()  # what each stage says that batches of steps take
+        self.clock_ahead_ns = 0
+        self.recorded = {}  # by deployment: what is told part by part, or why nothing is
 
     def next_request(self):
         return next(self._numbers)
@@ -73,6 +78,9 @@ class FakeEngine:
     @property
     def held(self):
         return sum(self.stages.values())
+
+    def clock(self):
+        return time.perf_counter_ns() + self.clock_ahead_ns
 
     async def ask(self, message, timeout_s):
         self.seen.append(message)
@@ -103,6 +111,15 @@ class FakeEngine:
                 held = tuple((deployment, stage, 0) for deployment, stage in self.stages)
                 paces = {f"{deployment}/{stage}": self.paces for deployment, stage, _ in held if self.paces}
                 return EngineLoad(message.request, held, self.held, 0, self.held, paces=paces)
+            case Record():
+                if message.want == "take":
+                    parts = self.recorded.get(message.deployment) or [()]
+                    if isinstance(parts, Exception):
+                        raise parts
+                    spans, left = parts[0], sum(map(len, parts[1:]))
+                    self.recorded[message.deployment] = parts[1:]
+                    return Recorded(message.request, self.clock(), spans, left)
+                return Recorded(message.request, self.clock())
             case Unload():
                 self.unloads += 1
                 self.gate.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from dataclasses import replace
@@ -15,9 +16,19 @@ import transformers
 from peerllm.builtin import MODEL_DIR
 from peerllm.daemon.daemon import Daemon
 from peerllm.daemon.facade import GenerateRequest, RunOptions
+from peerllm.daemon.messages import Trace
 from peerllm.daemon.settings import Settings
-from peerllm.errors import BadInputError, EngineError, InfeasibleError, NotFoundError, PeerLLMError, UnavailableError
+from peerllm.errors import (
+    BadInputError,
+    EngineError,
+    InfeasibleError,
+    NotFoundError,
+    PeerLLMError,
+    RefusedError,
+    UnavailableError,
+)
 from peerllm.types import Sampling
+from tests import traces
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 LENT = 15_000_000  # bytes: too little for any of the models below
@@ -189,6 +200,39 @@ async def test_a_client_that_leaves_frees_its_slot(daemons, llama):
     assert await answer(laptop, name, [1, 2], 5) == await expected(model, [1, 2], 5)
     with pytest.raises(BadInputError, match="64"):
         await answer(laptop, name, list(range(64)), 5)
+
+
+async def test_a_trace_shows_every_device_on_one_clock_and_only_its_coordinator_gets_it(daemons, llama):
+    name, model = llama
+    laptop, mini, jetson = daemons
+    (served,) = laptop.models()
+    recording = await laptop.record(name)
+    prompts = [[5, 6, 7], [8] * 20]
+    answers = await asyncio.gather(*(answer(laptop, name, prompt, 12) for prompt in prompts))
+    assert answers == [await expected(model, prompt, 12) for prompt in prompts], "recorded steps are steps"
+    for other, asked in ((jetson, laptop), (mini, jetson), (jetson, mini)):
+        for want in ("clock", "start", "take"):
+            with pytest.raises(RefusedError, match="coordinator"):
+                await other.network.ask(asked.identity.device, Trace(served.deployment, want), BOUND_S)
+    with pytest.raises(NotFoundError):
+        await jetson.record(name)
+    trace = json.loads(await laptop.recorded(name, recording))
+    names = [daemon.settings.name for daemon in daemons]
+    traces.check(trace, names)
+    assert not trace["otherData"]["missing"]
+    stages = deployment(laptop, name)["plan"]["stages"]
+    for place, stage in enumerate(stages):
+        mine = [one for one in traces.passes(trace, stage["device"]) if one["args"]["stage"] == place]
+        tokens = sum(one["args"]["tokens"] for one in mine)
+        assert tokens == sum(len(prompt) + 12 - 1 for prompt in prompts), f"stage {place} saw each token once"
+        assert {sequence for one in mine for sequence in one["args"]["sequences"]} == {
+            sequence for one in traces.passes(trace, "laptop") for sequence in one["args"]["sequences"]
+        }
+    arrows = [one for one in trace["traceEvents"] if one["ph"] in "st"]
+    hops = sum(a["device"] != b["device"] for a, b in zip(stages, [*stages[1:], stages[0]], strict=True))
+    assert len(arrows) >= 2 * 12 * hops, "a frame for each step and hop"
+    with pytest.raises(RefusedError):
+        await laptop.recorded(name, recording)
 
 
 async def test_an_engine_that_dies_is_planned_around_by_itself(daemons, llama):

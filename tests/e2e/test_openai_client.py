@@ -15,6 +15,7 @@ import pytest
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.demo_memory import limits, sizes_of
+from tests import traces
 from tests.household import Device, household
 
 NAMES = ("laptop", "mini-pc", "jetson")
@@ -59,6 +60,20 @@ def test_the_official_client_streams(devices: list[Device]) -> None:
     assert len(lines) > 10, lines  # piece by piece, not at once
     assert lines[-1].startswith("usage ")
     assert slots_in_use(devices) == [0, 0, 0]
+
+
+def test_an_answer_is_traced(devices: list[Device], tmp_path: Path) -> None:
+    """As a person would: a question with --trace, and a look at what goes on."""
+    out = tmp_path / "trace.json"
+    devices[0].cli("chat", STORY, "--max-tokens", "24", "--temperature", "0", "--trace", str(out))
+    trace = json.loads(out.read_text())
+    traces.check(trace, NAMES)
+    for name in NAMES:
+        found = traces.passes(trace, name)
+        assert len(found) >= 24, f"{name}: a prompt and 24 steps"
+        assert len({sequence for one in found for sequence in one["args"]["sequences"]}) == 1
+    refused = devices[1].cli("trace", "builtin", "--out", str(out), check=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and "started on laptop" in refused.stderr
 
 
 def test_killing_the_client_cancels_everywhere(devices: list[Device], tmp_path: Path) -> None:

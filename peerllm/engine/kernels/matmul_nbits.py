@@ -70,11 +70,9 @@ def _session(packed: Any, scales: Any, rows: int, columns: int, bits: int, block
         block_size=block,
         accuracy_level=INT8_ACTIVATIONS,
     )
-    values = [
-        helper.make_tensor_value_info(*one)
-        for one in (("x", TensorProto.FLOAT, ["n", columns]), ("y", TensorProto.FLOAT, ["n", rows]))
-    ]
-    graph = helper.make_graph([node], "linear", values[:1], values[1:])
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", columns])
+    wanted = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", rows])
+    graph = helper.make_graph([node], "linear", [given], [wanted])
     held = {"weights": (packed, TensorProto.UINT8), "scales": (scales, TensorProto.FLOAT)}
     for name, (array, kind) in held.items():
         entry = graph.initializer.add(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)

@@ -26,7 +26,7 @@ class Packing:
     """
 
     def __init__(self, form: Form, wanted: Mapping[str, Matrix]) -> None:
-        self._form = form
+        self.form = form
         self._groups: dict[str, tuple[Matrix, ...]] = {}  # by each name of a tensor that it waits for
         self._held: dict[str, torch.Tensor] = {}
         self.nbytes = 0
@@ -70,10 +70,10 @@ class Packing:
             for start in range(0, matrix.rows, most):
                 rows = weight[start : start + most]
                 if sum(map(len, waiting)) + len(rows) > most:
-                    parts.append(self._form.make(waiting))
+                    parts.append(self.form.make(waiting))
                     waiting = []
                 waiting.append(rows)
-        parts.append(self._form.make(waiting))
+        parts.append(self.form.make(waiting))
         biases = [self._held[matrix.bias] for matrix in group if matrix.bias is not None]
         bias = torch.cat(biases).to(group[0].module.weight.dtype) if biases else None
         whole = Packed(parts, bias)

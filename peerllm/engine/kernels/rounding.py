@@ -21,7 +21,7 @@ def rounded(runs: Sequence[torch.Tensor], bits: int, block: int) -> tuple[torch.
     zero = 1 << (bits - 1)
     step = max(1, ROWS_BYTES // (4 * columns))
     start = 0
-    for rows in (part for run in runs for part in run.split(step)):
+    for rows in (part for run in runs for part in torch.split(run, step)):
         some = rows.float().reshape(-1, columns // block, block)
         largest = some.gather(2, some.abs().argmax(2, keepdim=True))
         scale = largest / -zero

@@ -6,6 +6,7 @@ from peerllm.transport.links.link import Link
 from peerllm.transport.links.outbox import SEND_QUEUE_BYTES, SEND_QUEUE_FRAMES, SEND_TIMEOUT_S, Outbox
 from peerllm.transport.links.plane import DataPlane, OnLost
 from peerllm.transport.links.receiver import Deliver, Ingress
+from peerllm.transport.links.watch import Parting, Watch
 
 __all__ = [
     "MAX_ECHO_BYTES",
@@ -18,6 +19,8 @@ __all__ = [
     "Link",
     "OnLost",
     "Outbox",
+    "Parting",
     "Timed",
+    "Watch",
     "dial",
 ]

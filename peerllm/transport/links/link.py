@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 
 import aiohttp
 
+from peerllm.errors import LinkError
 from peerllm.transport.dial import CLOSE_TIMEOUT_S
 from peerllm.transport.frames import Frame, encode
 from peerllm.transport.links.outbox import SEND_TIMEOUT_S, Outbox
 from peerllm.transport.links.pulse import Pulse
 from peerllm.transport.links.timing import OnTimed, Timing
+from peerllm.transport.links.watch import NOBODY_WATCHES, Parting, Watch
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_REASON_BYTES = 120  # what a websocket's close frame holds, less its code
@@ -38,6 +40,7 @@ class Link:
         stage: int,
         ended: Callable[[Link, str], None],
         timed: OnTimed | None = None,
+        watch: Watch = NOBODY_WATCHES,
     ) -> None:
         """`timed` (on the loop) hears, a few times a second at most, how long a frame of so many bytes took."""
         self.device = device
@@ -50,6 +53,8 @@ class Link:
         self._outbox = Outbox(self._loop)
         self._pulse = Pulse(websocket, self.beat)
         self.timing = Timing(timed)
+        self._watch = watch
+        self._partings: dict[int, Parting] = {}  # of watched frames in the queue, by the identity of their bytes
         self._ended = ended
         self._task = self._loop.create_task(self._run(), name=f"link to {device[:8]} {deployment[:8]}/{epoch}/{stage}")
 
@@ -63,10 +68,25 @@ class Link:
 
         Waits only where the queue is full; LinkError if it stays so for `timeout_s`, or the link has ended.
         """
-        data = encode(frame)  # the sender's own time: its pass is not over yet
+        since = perf_counter()
+        data = encode(frame)
         if self.timing.wanted and not len(self._outbox):  # behind others it would be their time as well
-            self.timing.mark(data, perf_counter())
-        self._outbox.put(data, timeout_s)
+            self.timing.mark(data, perf_counter())  # encoding is the sender's own time: its pass is not over yet
+        if self._watch.on:
+            self._put_watched(frame, data, since, timeout_s)
+        else:
+            self._outbox.put(data, timeout_s)
+
+    def _put_watched(self, frame: Frame, data: bytes, since: float, timeout_s: float) -> None:
+        encoded = perf_counter_ns()
+        parting = Parting(frame.kind, frame.segments, len(data), round(since * 1e9), encoded)
+        self._partings[id(data)] = parting  # before the writer can have it
+        try:
+            self._outbox.put(data, timeout_s)
+        except LinkError:
+            self._partings.pop(id(data), None)
+            raise
+        self._watch.queued(self.deployment, self.device, self.stage, parting, perf_counter_ns())
 
     def close(self) -> None:
         """Take no more frames, let those queued go (at most FLUSH_TIMEOUT_S), then end; not reported as lost."""
@@ -104,8 +124,15 @@ class Link:
 
     async def _write(self) -> None:
         try:
+            number = 0
             while (frame := await self._outbox.get()) is not None:
+                number += 1
+                parting = self._partings.pop(id(frame), None) if self._partings else None
+                taken = perf_counter_ns() if parting is not None else 0
                 await self._websocket.send_bytes(frame)
+                if parting is not None:
+                    to = self.deployment, self.device, self.stage
+                    self._watch.sent(*to, number, parting, taken, perf_counter_ns())
                 if (ping := self.timing.sent(frame)) is not None:
                     await self._websocket.ping(ping)
         except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:

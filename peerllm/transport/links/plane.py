@@ -15,6 +15,7 @@ from peerllm.transport.links.echo import ECHO_LIMITS, ECHO_PATH, NOBODY, Timed, 
 from peerllm.transport.links.link import MAX_ANSWER_BYTES, Link
 from peerllm.transport.links.receiver import Deliver, Ingress, Receiver
 from peerllm.transport.links.timing import OnTimed
+from peerllm.transport.links.watch import NOBODY_WATCHES, Watch
 from peerllm.transport.tls import TlsServer, request_device
 from peerllm.types import DeploymentId, DeviceId
 
@@ -32,7 +33,7 @@ class DataPlane:
 
     `on_lost` (on the loop; deployment, device, reason) tells of each link that broke, either way; of none that either
     side ended on purpose. One ingress has one connection: a new one of the same sender takes the old one's place.
-    `on_echo` gets the frames with which others time their links to here (`echo`).
+    `on_echo` gets the frames with which others time their links to here (`echo`); `watch` hears of all others.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class DataPlane:
         port: int,
         on_lost: OnLost | None = None,
         on_echo: Deliver | None = None,
+        watch: Watch = NOBODY_WATCHES,
     ) -> None:
         self._identity = identity
+        self._watch = watch
         self._on_lost = on_lost or (lambda deployment, device, reason: None)
         self._expected: dict[Key, tuple[Ingress, Deliver]] = {}
         self._receivers: dict[Key, Receiver] = {}
@@ -128,7 +131,7 @@ class DataPlane:
         `timed` hears how long some of its frames took.
         """
         websocket = await self._dial(device, certificate_pem, hosts, port, f"/data/{deployment}/{epoch}/{stage}")
-        link = Link(websocket, device, deployment, epoch, stage, self._link_ended, timed)
+        link = Link(websocket, device, deployment, epoch, stage, self._link_ended, timed, self._watch)
         self._links.add(link)
         return link
 
@@ -186,7 +189,7 @@ class DataPlane:
             raise web.HTTPNotFound
         if request_device(request) != ingress.sender:
             raise web.HTTPForbidden
-        receiver = Receiver(request, ingress, deliver, self._receiver_ended)
+        receiver = Receiver(request, ingress, deliver, self._receiver_ended, self._watch)
         previous = self._receivers.get(key)
         self._receivers[key] = receiver
         if previous is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 
 import aiohttp
 from aiohttp import web
@@ -16,6 +16,7 @@ from peerllm.transport.frames import Frame, FrameLimits, decode
 from peerllm.transport.links.link import close_reason
 from peerllm.transport.links.pulse import Pulse
 from peerllm.transport.links.timing import answer
+from peerllm.transport.links.watch import NOBODY_WATCHES, Watch
 from peerllm.types import DeviceId
 
 # Runs on the loop and must be cheap. What it raises (a PeerLLMError) ends the link; what it returns, if anything, is
@@ -35,7 +36,12 @@ class Receiver:
     """Reads one link; `reason` is why it broke, empty after an orderly end."""
 
     def __init__(
-        self, request: web.Request, ingress: Ingress, deliver: Deliver, ended: Callable[[Receiver], None]
+        self,
+        request: web.Request,
+        ingress: Ingress,
+        deliver: Deliver,
+        ended: Callable[[Receiver], None],
+        watch: Watch = NOBODY_WATCHES,
     ) -> None:
         self.ingress = ingress
         self.delivered = 0  # frames
@@ -43,6 +49,7 @@ class Receiver:
         self._request = request
         self._deliver = deliver
         self._ended = ended
+        self._watch = watch
         self._orderly = False
         self._websocket = web.WebSocketResponse(
             max_msg_size=ingress.limits.max_bytes + 1,  # aiohttp refuses what reaches the limit
@@ -98,13 +105,21 @@ class Receiver:
             match message.type:
                 case aiohttp.WSMsgType.BINARY:
                     self.delivered += 1
-                    rest = self._deliver(sender, decode(message.data, limits))
+                    came = perf_counter_ns() if self._watch.on else 0
+                    frame = decode(message.data, limits)
+                    rest = self._deliver(sender, frame)
                     taken = perf_counter()
+                    if came:
+                        handed_on = perf_counter_ns()
+                        self._watch.received(sender, frame, self.delivered, len(message.data), came, handed_on)
                     if rest is not None:
                         pulse.reading = False
                         await rest
                         pulse.reading = True
                         pulse.arrived()
+                        if came:
+                            ours = limits.deployment, sender, limits.stage
+                            self._watch.held(*ours, handed_on, perf_counter_ns())
                 case aiohttp.WSMsgType.PING:
                     await self._websocket.pong(answer(bytes(message.data), perf_counter() - taken))
                 case aiohttp.WSMsgType.PONG:
