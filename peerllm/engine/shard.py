@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from peerllm.engine import attention
 from peerllm.engine.absent import Absent
 from peerllm.engine.assembly import fill, finish, strip
-from peerllm.engine.base import Progress, Segment
+from peerllm.engine.base import Progress, Reach, Segment
 from peerllm.engine.cache import Slots, kv_bytes
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
@@ -21,6 +21,7 @@ from peerllm.engine.dryrun import accepted
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.packing import PackedSlots
 from peerllm.engine.probing import probe
+from peerllm.engine.reach import reach_of
 from peerllm.engine.states import LayerState
 from peerllm.engine.wiring import obstacle
 from peerllm.errors import BadInputError, EngineError, RefusedError
@@ -37,6 +38,7 @@ class TorchShard:
         weight_bytes: int,
         entry: nn.Module,
         unpacked: str | None = None,
+        reach: Reach | None = None,
     ) -> None:
         """`unpacked` says why its tokens cannot be packed (`wiring.obstacle`); None: they can."""
         self.first_layer, self.last_layer, self.weight_bytes = spec.first_layer, spec.last_layer, weight_bytes
@@ -46,7 +48,7 @@ class TorchShard:
         self.weights: Mapping[int, int] = {p.data_ptr(): p.nbytes for p in division.model.parameters() if not p.is_meta}
         self.context = spec.context
         self.dtype = division.dtype
-        self.unpacked = unpacked
+        self.unpacked, self.reach = unpacked, reach
         self._division: Any = division
         self._model: Any = division.model
         self._base: Any = division.model.base_model
@@ -214,8 +216,8 @@ def load_shard(spec: LoadStage, progress: Progress = lambda done, total: None) -
     needed = kv_bytes(states, spec.slots, spec.context)
     if spec.kv_limit_bytes is not None and needed > spec.kv_limit_bytes:
         raise RefusedError(f"KV of {needed} bytes is asked for, {spec.kv_limit_bytes} are promised")
-    unpacked = obstacle(division, every)
+    unpacked, reach = obstacle(division, every), reach_of(division.model, every)
     entry = strip(division, first, last, numbers)
     weight_bytes = fill(division, first, last, spec.tensors, progress)
     finish(division, whole)
-    return TorchShard(division, spec, states, weight_bytes, entry, unpacked)
+    return TorchShard(division, spec, states, weight_bytes, entry, unpacked, reach)

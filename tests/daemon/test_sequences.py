@@ -57,7 +57,7 @@ async def test_tokens_arrive_in_order_and_end(sequences, told):
     stream = sequences.generate(ask())
     first = await waiting(stream)
     (submit,) = told
-    assert submit == Submit(D, submit.sequence, (1, 2, 3), 5, (7,), Sampling())
+    assert submit == Submit(D, submit.sequence, (1, 2, 3), 5, (7,), Sampling(), "")
     sequences.hear(Tokens(D, submit.sequence, 0, (10,)))
     assert (await first).ids == (10,)
     sequences.hear(Tokens(D, submit.sequence, 1, (11,)))
