@@ -298,7 +298,7 @@ class Household(RuleBasedStateMachine):
             self.check(number)
 
 
-Household.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+Household.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestHousehold = Household.TestCase
 
 
