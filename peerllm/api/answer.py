@@ -22,10 +22,12 @@ class Answer:
     scanner: StopScanner
     finish: str | None = None
     ids: list[int] = field(default_factory=list)
+    reused: int = 0  # tokens of the prompt that were computed for an earlier one
 
-    def feed(self, ids: Sequence[int], finish: FinishReason | None) -> str:
+    def feed(self, ids: Sequence[int], finish: FinishReason | None, reused: int = 0) -> str:
         """The text that is certain now; raises where the answer broke off."""
         self.ids.extend(ids)
+        self.reused = max(self.reused, reused)
         text = self.scanner.push(self.detokenizer.push(ids))
         if self.scanner.stopped:
             self.finish = "stop"
@@ -61,9 +63,9 @@ class Shape:
         """The last chunk of the choice: an empty delta with the reason."""
         return self._chunk({}, ids, reason)
 
-    def usage(self, prompt: int, answer: int) -> dict[str, Any]:
+    def usage(self, prompt: int, answer: int, reused: int = 0) -> dict[str, Any]:
         """After the choice, if the client asked for it: no choices, only counts."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(prompt, answer)}
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(prompt, answer, reused)}
 
     def whole(self, text: str, answer: Answer, prompt: int) -> dict[str, Any]:
         """The answer in one piece."""
@@ -75,7 +77,8 @@ class Shape:
         }
         if self.with_ids:
             choice["token_ids"] = answer.ids
-        return {**self._head("chat.completion"), "choices": [choice], "usage": _usage(prompt, len(answer.ids))}
+        usage = _usage(prompt, len(answer.ids), answer.reused)
+        return {**self._head("chat.completion"), "choices": [choice], "usage": usage}
 
     def _chunk(self, delta: dict[str, str], ids: Sequence[int], reason: str | None) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -90,5 +93,6 @@ class Shape:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}
 
 
-def _usage(prompt: int, answer: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+def _usage(prompt: int, answer: int, reused: int) -> dict[str, Any]:
+    counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": reused}}

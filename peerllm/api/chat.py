@@ -53,7 +53,7 @@ async def _whole(chunks: AsyncIterator[Chunk], answer: Answer, shape: Shape, pro
     async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
         async for chunk in pulse:
             if chunk is not None:
-                pieces.append(answer.feed(chunk.ids, chunk.finish))
+                pieces.append(answer.feed(chunk.ids, chunk.finish, chunk.reused))
             if answer.finish:
                 break
     if answer.finish is None:
@@ -85,7 +85,7 @@ async def _events(stream: Stream, chunks: AsyncIterator[Chunk], answer: Answer, 
                 queued = 0 if chunk is None else chunk.queued
                 await stream.comment(f"queued {queued}" if queued else "working")
                 continue
-            text = answer.feed(chunk.ids, chunk.finish)
+            text = answer.feed(chunk.ids, chunk.finish, chunk.reused)
             if not spoke:
                 spoke = True
                 await stream.send(shape.role())
@@ -98,5 +98,5 @@ async def _events(stream: Stream, chunks: AsyncIterator[Chunk], answer: Answer, 
         raise EngineError("the answer broke off without a reason; ask again")
     await stream.send(shape.finish(answer.finish, answer.ids[sent:]))
     if shape.with_usage:
-        await stream.send(shape.usage(prompt, len(answer.ids)))
+        await stream.send(shape.usage(prompt, len(answer.ids), answer.reused))
     await stream.write(b"data: [DONE]\n\n")

@@ -54,7 +54,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Token ids in; `client` groups requests for fairness."""
+    """Token ids in; `client` groups requests for fairness, and for what a slot may be taken up again."""
 
     deployment: DeploymentId
     prompt: Sequence[int]
@@ -71,6 +71,7 @@ class Chunk:
     ids: tuple[int, ...]
     finish: FinishReason | None = None
     queued: int = 0
+    reused: int = 0  # tokens of the prompt that were computed for an earlier sequence of this client
 
 
 class Household(Protocol):

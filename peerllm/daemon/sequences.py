@@ -34,6 +34,7 @@ class _Sequence:
     submitted: float = 0.0  # 0: still queued
     first: float = 0.0
     count: int = 0  # tokens so far
+    reused: int = 0  # of the prompt's tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,7 @@ class Sequences:
                 if not sequence.count and event.ids:
                     sequence.first = now
                 sequence.count += len(event.ids)
+                sequence.reused = max(sequence.reused, event.reused)
                 sequence.events.put_nowait(event)
                 if event.finish is not None:
                     del self._all[event.sequence]
@@ -152,10 +154,10 @@ class Sequences:
                         event = later
                 if event.finish == "error":
                     if ids:
-                        yield Chunk(tuple(ids))
+                        yield Chunk(tuple(ids), reused=sequence.reused)
                     raise EngineError(event.error or "the engine could not go on")
                 if ids or event.finish is not None:
-                    yield Chunk(tuple(ids), event.finish)
+                    yield Chunk(tuple(ids), event.finish, reused=sequence.reused)
                 if event.finish is not None:
                     return
         finally:
@@ -203,7 +205,9 @@ class Sequences:
             fits = min(sequence.max_tokens, self._room.context - len(request.prompt))
             stop_ids = () if request.ignore_stop else self._room.stop_ids
             self._tell(
-                Submit(self._deployment, number, tuple(request.prompt), fits, stop_ids, request.sampling)
+                Submit(
+                    self._deployment, number, tuple(request.prompt), fits, stop_ids, request.sampling, request.client
+                )
             )
             sequence.events.put_nowait(None)
         self._order = self._queue.order(Counter(self._running.values()))

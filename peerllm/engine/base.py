@@ -36,6 +36,24 @@ class Draw:
     answer: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Where a slot's sequence can be taken up again in all blocks of a model, whichever stages hold them."""
+
+    rewinds: bool  # False: recurrent layers know the last position alone
+    room: int | None = None  # tokens that the narrowest window's slot keeps; None: no block forgets a token
+    slack: int = 0  # tokens behind those that a window needs which are left when a slot's room is full
+
+    def allows(self, position: int, furthest: int) -> bool:
+        """Whether a slot can go on from `position`; `furthest` is the most it has held since it began afresh.
+
+        The slack counts from there: going back does not bring back what was dropped.
+        """
+        if not self.rewinds:
+            return position == furthest
+        return self.room is None or furthest <= self.room or furthest - position <= self.slack
+
+
 class Shard(Protocol):
     """Layers first..last of a model, loaded, with KV room for `slots` sequences of `context` tokens.
 
@@ -50,6 +68,7 @@ class Shard(Protocol):
     weight_bytes: int
     weights: Mapping[int, int]  # bytes by tensor; what two shards of one process share has the same key in both
     kv_bytes: int
+    reach: Reach | None  # where sequences can be taken up again, in the whole model; None: nowhere but at the start
 
     def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor: ...
     def release(self, slot: int) -> None: ...

@@ -59,7 +59,8 @@ class Deployment:
         self.stages[spec.stage] = stage
         self._schedule.add((self.id, spec.stage), spec.micro_batch, spec.chunk, self.id, spec.stage)
         if spec.stage == 0:
-            self._source = Sequences(self.id, spec.slots, spec.context, spec.chunk, spec.stages)
+            reach = stage.shard.reach
+            self._source = Sequences(self.id, spec.slots, spec.context, spec.chunk, spec.stages, reach)
 
     def linked(self, outlets: Mapping[int, Outlet]) -> None:
         """The links stand; if some broke before, whatever was under way on them is gone."""
@@ -85,7 +86,7 @@ class Deployment:
         except PeerLLMError as error:
             self._tell(Tokens(self.id, order.sequence, 0, (), "error", str(error)))
             return
-        self._arrive(0, Opened(order.sequence, slot, order.sampling))
+        self._arrive(0, Opened(order.sequence, slot, order.sampling, self._source.reused(order.sequence)))
         self._go_on(self._source)
 
     def cancel(self, sequence: int) -> None:
@@ -113,7 +114,7 @@ class Deployment:
         tokens = source.end(sequence, finish, error)
         if tokens is not None:
             self._tell(tokens)
-        self._arrive(0, Released(sequence, slot))
+        self._arrive(0, Released(sequence, slot, keep=source.kept(slot)))
 
     def _at_source(self, parcel: Parcel) -> None:
         source = self._source
@@ -132,6 +133,8 @@ class Deployment:
                     source.drained(sequence)
                 elif sequence in source.running:
                     self._finish(source, sequence, "error", reason)
+                else:  # it failed after the source had ended it: not every stage keeps what it left
+                    source.forget(sequence)
                 self._go_on(source)
             case _:
                 raise FrameError("only tokens and releases go back to the source")
@@ -148,7 +151,7 @@ class Deployment:
         if tokens is not None:
             self._tell(tokens)
             if tokens.finish is not None:
-                self._arrive(0, Released(piece.sequence, piece.slot))
+                self._arrive(0, Released(piece.sequence, piece.slot, keep=source.kept(piece.slot)))
 
     # ---- between stages ---------------------------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class Deployment:
             self.breaks(f"stage {index} is not loaded on this device")
             return
         match parcel:
-            case Opened(sequence, slot, _):
+            case Opened(sequence, slot):
                 try:
                     stage.open(parcel)
                 except FrameError as error:
@@ -179,8 +182,8 @@ class Deployment:
             case Released(sequence) if sequence == ALL_SEQUENCES:
                 self._drop_all(index)
                 self._pass_on(index, parcel)
-            case Released(sequence):
-                self._free(stage, index, sequence)
+            case Released(sequence, _, reason, keep):
+                self._free(stage, index, sequence, 0 if reason else keep)
                 self._pass_on(index, parcel)
             case Drawn():
                 raise FrameError("tokens go to the source only")
@@ -212,8 +215,8 @@ class Deployment:
         self._free(self.stages[index], index, piece.sequence)
         self._pass_on(index, Released(piece.sequence, piece.slot, reason))
 
-    def _free(self, stage: Stage, index: int, sequence: int) -> None:
-        if stage.release(sequence):
+    def _free(self, stage: Stage, index: int, sequence: int, keep: int = 0) -> None:
+        if stage.release(sequence, keep):
             self._schedule.drop((self.id, index), sequence)
 
     def _pass_on(self, index: int, parcel: Parcel) -> None:
@@ -255,6 +258,7 @@ class Deployment:
             stage = self.stages[index]
             for sequence in stage.slots.sequences:
                 self._free(stage, index, sequence)
+            stage.empty()
 
     def close(self, reason: str) -> None:
         """Ends all sequences and frees the shards."""

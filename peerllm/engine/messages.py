@@ -163,6 +163,7 @@ class Submit:
     max_tokens: int
     stop_ids: tuple[int, ...]
     sampling: Sampling
+    client: str = ""  # whose it is: what a slot holds of an earlier sequence is taken up for the same client only
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +285,7 @@ class Tokens:
     ids: tuple[int, ...]
     finish: FinishReason | None = None
     error: str = ""
+    reused: int = 0  # where `start` is 0: tokens of the prompt that a slot held already
 
 
 @dataclass(frozen=True, slots=True)

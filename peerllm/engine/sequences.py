@@ -1,5 +1,7 @@
 """The source's sequences of one deployment: who holds which slot, what is fed next, when an answer ends.
 
+A prompt that goes on with what an earlier sequence left in an idle slot (`IdleSlots`) is fed from there on.
+
 Pure: tokens come in, `Feed` and `Tokens` go out. Prompts are fed in chunks, round robin, with at most
 CHUNKS_PER_STAGE_IN_FLIGHT × stages chunks' worth of tokens under way, which bounds what may wait on any stage.
 """
@@ -9,6 +11,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from peerllm.engine.base import Reach
+from peerllm.engine.idle import IdleSlots, Remains
 from peerllm.engine.messages import FinishReason, Submit, Tokens
 from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.types import DeploymentId, Sampling
@@ -50,19 +54,27 @@ class _Running:
     max_tokens: int
     stop_ids: frozenset[int]
     sampling: Sampling
-    fed: int = 0  # tokens put into stage 0, prompt and answer
-    back: int = 0  # of those, tokens the head has seen
+    client: str
+    reused: int  # tokens of the prompt that the slot held already
+    furthest: int  # see idle.Remains
+    fed: int  # tokens put into stage 0, prompt and answer, and those that need not be
+    back: int  # of those, tokens the head has seen
     answer: int = 0  # ids of the answer so far
+    said: list[int] = field(default_factory=list)  # of those, the ones put into stage 0
     in_flight: deque[int] = field(default_factory=deque)  # lengths of the prompt chunks under way
 
 
 class Sequences:
-    """Of one deployment on its source. Slots are given lowest first; late tokens are told apart by sequence number."""
+    """Of one deployment on its source. Late tokens are told apart by sequence number."""
 
-    def __init__(self, deployment: DeploymentId, slots: int, context: int, chunk: int, stages: int) -> None:
+    def __init__(
+        self, deployment: DeploymentId, slots: int, context: int, chunk: int, stages: int, reach: Reach | None = None
+    ) -> None:
+        """`reach` says where idle slots can be taken up again; None: nowhere."""
         self._deployment, self._slots, self._context, self._chunk = deployment, slots, context, chunk
         self._window = window_tokens(stages, chunk)
         self._running: dict[int, _Running] = {}
+        self._idle = IdleSlots(slots, reach)
         self._prompts: deque[int] = deque()  # sequences with prompt tokens still to feed, next turn first
         self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
         self._draining: dict[int, int] = {}  # of those, by ended sequence, until its RELEASE has gone round
@@ -83,6 +95,14 @@ class Sequences:
     def slot(self, sequence: int) -> int:
         return self._running[sequence].slot
 
+    def reused(self, sequence: int) -> int:
+        """How many tokens of its prompt a running sequence found in its slot."""
+        return self._running[sequence].reused
+
+    def kept(self, slot: int) -> int:
+        """How many tokens the stages are to keep in a slot whose sequence has ended."""
+        return self._idle.kept(slot)
+
     def submit(self, order: Submit) -> int:
         """Takes a sequence in and returns its slot; BadInputError or OverloadedError says why it cannot."""
         if order.sequence in self._running or order.sequence in self._draining:
@@ -94,14 +114,23 @@ class Sequences:
         if order.max_tokens < 1:
             raise BadInputError(f"an answer has at least 1 token, not {order.max_tokens}")
         taken = {running.slot for running in self._running.values()}
-        slot = next((slot for slot in range(self._slots) if slot not in taken), None)
-        if slot is None:
+        choice = self._idle.take(taken, order.prompt, order.client)
+        if choice is None:
             raise OverloadedError(f"all {self._slots} slots are taken; wait for a sequence to end")
         self._running[order.sequence] = _Running(
-            slot, order.prompt, order.max_tokens, frozenset(order.stop_ids), order.sampling
+            choice.slot,
+            order.prompt,
+            order.max_tokens,
+            frozenset(order.stop_ids),
+            order.sampling,
+            order.client,
+            reused=choice.position,
+            furthest=choice.furthest,
+            fed=choice.position,
+            back=choice.position,
         )
         self._prompts.append(order.sequence)
-        return slot
+        return choice.slot
 
     def feed(self, most: int | None = None) -> list[Feed]:
         """The prompt chunks that may go into stage 0 now, `most` of them at most."""
@@ -152,26 +181,42 @@ class Sequences:
         running.answer += 1
         if running.answer >= running.max_tokens or running.fed >= self._context:
             self.end(sequence, "length")
-            return None, Tokens(self._deployment, sequence, start, (token,), "length")
+            return None, Tokens(self._deployment, sequence, start, (token,), "length", reused=_first(running, start))
         step = Feed(sequence, running.slot, running.fed, (token,), sample=True)
         running.fed += 1
-        return step, Tokens(self._deployment, sequence, start, (token,))
+        running.said.append(token)
+        return step, Tokens(self._deployment, sequence, start, (token,), reused=_first(running, start))
 
     def end(self, sequence: int, finish: FinishReason, error: str = "") -> Tokens | None:
-        """Ends a sequence and frees its slot; None if it has ended before."""
+        """Ends a sequence and frees its slot, idle unless it failed; None if it has ended before."""
         running = self._running.pop(sequence, None)
         if running is None:
             return None
         self._draining[sequence] = sum(running.in_flight)
         if sequence in self._prompts:
             self._prompts.remove(sequence)
-        return Tokens(self._deployment, sequence, running.answer, (), finish, error)
+        if finish != "error":
+            ids = (*running.prompt, *running.said)[: running.back]
+            furthest = max(running.furthest, running.fed)
+            self._idle.keep(running.slot, Remains(sequence, running.client, ids, furthest))
+        reused = _first(running, running.answer)
+        return Tokens(self._deployment, sequence, running.answer, (), finish, error, reused)
+
+    def forget(self, sequence: int) -> None:
+        """What an ended sequence left in its slot is not to be had any more."""
+        self._idle.forget(sequence)
 
     def drained(self, sequence: int) -> None:
         """An ended sequence's RELEASE has gone round: nothing of it is under way."""
         self._under_way -= self._draining.pop(sequence, 0)
 
     def reset(self) -> None:
-        """The links are new: nothing of what has ended is under way."""
+        """The links are new: nothing of what has ended is under way, and the stages keep nothing."""
         for sequence in list(self._draining):
             self.drained(sequence)
+        self._idle.clear()
+
+
+def _first(running: _Running, start: int) -> int:
+    """What the first message about an answer, and no other, tells of its prompt."""
+    return 0 if start else running.reused

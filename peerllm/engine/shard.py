@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from peerllm.engine import attention
 from peerllm.engine.absent import Absent
 from peerllm.engine.assembly import Filled, fill, finish, plan, strip
-from peerllm.engine.base import Progress, Segment
+from peerllm.engine.base import Progress, Reach, Segment
 from peerllm.engine.cache import Slots, kv_bytes
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
@@ -23,6 +23,7 @@ from peerllm.engine.loader import is_mapped
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.packing import PackedSlots
 from peerllm.engine.probing import probe
+from peerllm.engine.reach import reach_of
 from peerllm.engine.states import LayerState
 from peerllm.engine.wiring import obstacle
 from peerllm.errors import BadInputError, EngineError, RefusedError
@@ -39,6 +40,7 @@ class TorchShard:
         filled: Filled,
         entry: nn.Module,
         unpacked: str | None = None,
+        reach: Reach | None = None,
     ) -> None:
         """`unpacked` says why its tokens cannot be packed (`wiring.obstacle`); None: they can."""
         self.first_layer, self.last_layer = spec.first_layer, spec.last_layer
@@ -54,7 +56,7 @@ class TorchShard:
         self.weights: Mapping[int, int] = {**{p.data_ptr(): p.nbytes for p in kept}, **packed}
         self.context = spec.context
         self.dtype = division.dtype
-        self.unpacked = unpacked
+        self.unpacked, self.reach = unpacked, reach
         self._division: Any = division
         self._model: Any = division.model
         self._base: Any = division.model.base_model
@@ -222,7 +224,7 @@ def load_shard(spec: LoadStage, progress: Progress = lambda done, total: None) -
     every, whole = probe(division, range(len(division.blocks))), division.owner.config
     states = {number: every[number] for number in numbers}
     needed = kv_bytes(states, spec.slots, spec.context)
-    unpacked = obstacle(division, every)
+    unpacked, reach = obstacle(division, every), reach_of(division.model, every)
     work = plan(division, first, last, spec.tensors, spec.quantize)
     if spec.limit_bytes is not None and work.nbytes + needed > spec.limit_bytes:
         held = f"weights of {work.nbytes} bytes and KV of {needed}"
@@ -230,4 +232,4 @@ def load_shard(spec: LoadStage, progress: Progress = lambda done, total: None) -
     entry = strip(division, first, last, numbers)
     filled = fill(division, first, work, torch.get_num_threads(), progress)
     finish(division, whole)
-    return TorchShard(division, spec, states, filled, entry, unpacked)
+    return TorchShard(division, spec, states, filled, entry, unpacked, reach)

@@ -62,19 +62,26 @@ class Stage:
         return sum(self._step_ms) / len(self._step_ms) if self._step_ms else None
 
     def open(self, opened: Opened) -> None:
-        """FrameError if the slot is not to be had."""
-        self.slots.open(opened.sequence, opened.slot)
+        """FrameError if the slot is not to be had, or not with what the sequence is to begin with."""
+        self.slots.open(opened.sequence, opened.slot, opened.position)
         if self.is_head:
             self._answers[opened.sequence] = _Answer(opened.sampling)
 
-    def release(self, sequence: int) -> bool:
-        """Frees a sequence's slot; False if it holds none."""
-        slot = self.slots.release(sequence)
+    def release(self, sequence: int, keep: int = 0) -> bool:
+        """Frees a sequence's slot, in which its first `keep` tokens stay; False if it holds none."""
+        slot = self.slots.release(sequence, keep)
         self._answers.pop(sequence, None)
         if slot is None:
             return False
-        self.shard.release(slot)
+        if slot not in self.slots.idle:
+            self.shard.release(slot)
         return True
+
+    def empty(self) -> None:
+        """Nothing stays in idle slots."""
+        for slot in self.slots.idle:
+            self.slots.empty(slot)
+            self.shard.release(slot)
 
     def compute(self, batch: Sequence[Piece]) -> Activation | Drawn:
         """Runs a batch of pieces through the layers, and at the head draws the tokens."""

@@ -30,11 +30,12 @@ _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A sequence begins in `slot`."""
+    """A sequence begins in `slot`, with the first `position` tokens that an earlier one left there."""
 
     sequence: int
     slot: int
     sampling: Sampling
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,11 +56,15 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """A sequence gives its slot back; with a reason it failed at an earlier stage and the source must hear of it."""
+    """A sequence gives its slot back, in which its first `keep` tokens stay for another to begin with.
+
+    With a reason it failed at an earlier stage and the source must hear of it; then nothing stays.
+    """
 
     sequence: int
     slot: int
     reason: str = ""
+    keep: int = 0
 
 
 Parcel = Opened | Activation | Drawn | Released
@@ -76,8 +81,8 @@ def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
     segments: tuple[FrameSegment, ...]
     tensors: tuple[NamedTensor, ...]
     match parcel:
-        case Opened(sequence, slot, sampling):
-            kind, segments = FrameKind.OPEN, (FrameSegment(sequence, slot, 0, 0),)
+        case Opened(sequence, slot, sampling, position):
+            kind, segments = FrameKind.OPEN, (FrameSegment(sequence, slot, position, 0),)
             tensors = _sampling_tensors(sampling)
         case Activation(pieces, hidden):
             kind, segments = FrameKind.ACTIVATION, _segments(pieces)
@@ -86,8 +91,8 @@ def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
             kind, segments = FrameKind.TOKEN, _segments(pieces)
             ids = struct.pack(f"<{len(tokens)}q", *(NO_TOKEN if token is None else token for token in tokens))
             tensors = (NamedTensor.of("ids", "I64", (len(tokens),), ids),)
-        case Released(sequence, slot, reason):
-            kind, segments = FrameKind.RELEASE, (FrameSegment(sequence, slot, 0, 0),)
+        case Released(sequence, slot, reason, keep):
+            kind, segments = FrameKind.RELEASE, (FrameSegment(sequence, slot, keep, 0),)
             text = reason.encode()[:MAX_REASON_BYTES]
             tensors = (NamedTensor.of("reason", "U8", (len(text),), text),) if text else ()
     return Frame(kind, deployment, epoch, stage, segments, tensors)
@@ -98,7 +103,7 @@ def from_frame(frame: Frame) -> list[Parcel]:
     match frame.kind:
         case FrameKind.OPEN:
             return [
-                Opened(segment.sequence, segment.slot, _read_sampling(frame, row))
+                Opened(segment.sequence, segment.slot, _read_sampling(frame, row), segment.position)
                 for row, segment in enumerate(frame.segments)
             ]
         case FrameKind.ACTIVATION:
@@ -113,7 +118,7 @@ def from_frame(frame: Frame) -> list[Parcel]:
         case FrameKind.RELEASE:
             reason = frame.tensor("reason")
             text = "" if reason is None else bytes(reason.data).decode(errors="replace")
-            return [Released(segment.sequence, segment.slot, text) for segment in frame.segments]
+            return [Released(at.sequence, at.slot, text, at.position) for at in frame.segments]
 
 
 def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:

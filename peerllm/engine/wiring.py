@@ -90,6 +90,15 @@ def obstacle(division: Division, states: Mapping[int, LayerState]) -> str | None
     return None
 
 
+def follows_length(model: Any) -> bool:
+    """Whether a token's rotary embedding depends on how long the sequence is when it is computed."""
+    try:
+        _check_rope(model)
+    except _Misfit:
+        return True
+    return False
+
+
 def _check_rope(model: Any) -> None:
     for module in model.modules():
         kinds = getattr(module, "rope_type", "default")

@@ -108,6 +108,7 @@ class FakeHousehold:
         self.error_at_once: Exception | None = None
         self.error_midway: Exception | None = None
         self.finish: Any = "stop"
+        self.reused = 0  # of a prompt's tokens
         self.gate: asyncio.Event | None = None  # holds the answer back until set
         self.requests: list[GenerateRequest] = []
         self.runs: list[RunOptions] = []
@@ -174,7 +175,7 @@ class FakeHousehold:
                 if index == request.max_tokens:
                     yield Chunk((), "length")
                     return
-                yield Chunk((one,))
+                yield Chunk((one,), reused=self.reused)
                 if self.error_midway and index == 3:
                     raise self.error_midway
             yield Chunk((END,) if self.finish == "stop" else (), self.finish)

@@ -68,6 +68,19 @@ async def test_streamed_answer(ai: openai.AsyncOpenAI, household: FakeHousehold)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == household.reply
 
 
+async def test_usage_tells_what_of_the_prompt_was_not_computed_anew(
+    ai: openai.AsyncOpenAI, household: FakeHousehold
+) -> None:
+    household.reused = 5
+    answer = await ai.chat.completions.create(**ASK)
+    stream = await ai.chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True})
+    last = [chunk async for chunk in stream][-1]
+    for usage in (answer.usage, last.usage):
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == 5
+
+
 async def test_stream_ends_with_done_and_no_usage_unless_asked(client: aiohttp.ClientSession) -> None:
     events = await raw_events(client)
     assert events[-1] == "data: [DONE]"

@@ -58,7 +58,7 @@ async def test_tokens_arrive_in_order_and_end(sequences, told):
     stream = sequences.generate(ask())
     first = await waiting(stream)
     (submit,) = told
-    assert submit == Submit(D, submit.sequence, (1, 2, 3), 5, (7,), Sampling())
+    assert submit == Submit(D, submit.sequence, (1, 2, 3), 5, (7,), Sampling(), "")
     sequences.hear(Tokens(D, submit.sequence, 0, (10,)))
     assert (await first).ids == (10,)
     sequences.hear(Tokens(D, submit.sequence, 1, (11,)))
@@ -230,3 +230,15 @@ async def test_closed_is_closed(sequences, told):
         await task
     with pytest.raises(UnavailableError, match="it was stopped"):
         await chunk(sequences.generate(ask()))
+
+
+async def test_what_was_reused_of_a_prompt_is_told_with_every_chunk(sequences, told):
+    sequences.open(Room(1, 100, 50, ()))
+    stream = sequences.generate(ask(client="10.0.0.2/anna"))
+    first = await waiting(stream)
+    (submit,) = told
+    assert submit.client == "10.0.0.2/anna"
+    sequences.hear(Tokens(D, submit.sequence, 0, (10,), reused=2))
+    assert (await first).reused == 2
+    sequences.hear(Tokens(D, submit.sequence, 1, (11,), "length"))
+    assert (await chunk(stream)).reused == 2

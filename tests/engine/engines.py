@@ -145,10 +145,16 @@ class Deployed:
         return self.devices[0]
 
     def submit(
-        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY, stop_ids: Sequence[int] = ()
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop_ids: Sequence[int] = (),
+        client: str = "",
     ) -> int:
         sequence = next(_sequences)
-        self.source.host.tell(Submit(self.id, sequence, tuple(prompt), max_tokens, tuple(stop_ids), sampling))
+        order = Submit(self.id, sequence, tuple(prompt), max_tokens, tuple(stop_ids), sampling, client)
+        self.source.host.tell(order)
         return sequence
 
     async def finished(self, sequence: int, timeout_s: float = WAIT_S) -> tuple[list[int], Tokens]:
@@ -156,6 +162,11 @@ class Deployed:
         ids, end = self.source.tokens(sequence)
         assert end is not None
         return ids, end
+
+    def reused(self, sequence: int) -> int:
+        """Tokens of a prompt that were not computed anew; known once its first token is there."""
+        told = (event for event in self.source.events if isinstance(event, Tokens) and event.sequence == sequence)
+        return next(told).reused
 
     async def some(self, sequence: int, count: int) -> None:
         """Until that many tokens are there."""

@@ -39,7 +39,7 @@ DEPLOYMENT = "ab" * 16
 class FakeShard:
     """The next token is the sum of all tokens of the slot, modulo the vocabulary: wrong whenever a slot is."""
 
-    hidden_size, weight_bytes, kv_bytes = 4, 1000, 100
+    hidden_size, weight_bytes, kv_bytes, reach = 4, 1000, 100, None
 
     def __init__(self, backend: FakeBackend, spec: LoadStage) -> None:
         self.first_layer, self.last_layer = spec.first_layer, spec.last_layer

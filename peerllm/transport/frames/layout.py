@@ -5,7 +5,7 @@ from __future__ import annotations
 from struct import Struct
 
 MAGIC = b"PLFR"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 8  # bytes; header and every payload end on a multiple
 
 # magic, version, kind, stage, epoch, deployment, segments, tensors, header bytes, reserved (0)

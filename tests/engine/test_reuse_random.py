@@ -1,0 +1,473 @@
+"""Slots taken up again, in whatever order frames, batches, failures and clients come.
+
+The real source, stages, slots and frames of a three-stage plan, over links that deliver when the machine says so and
+shards that add up what they hold: an answer is right only if every stage held just the tokens it should.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from peerllm.engine import states
+from peerllm.engine.base import Reach, Segment
+from peerllm.engine.batching import Scheduler
+from peerllm.engine.deployments import Deployment
+from peerllm.engine.idle import IdleSlots, Remains
+from peerllm.engine.messages import Hop, Submit, Tokens
+from peerllm.engine.packing import PackedSlots
+from peerllm.engine.stages import Stage
+from peerllm.engine.states import LayerState
+from peerllm.engine.wire import Opened, Released, from_frame, source_limits, stage_limits
+from peerllm.errors import EngineError, LinkError
+from peerllm.transport.frames import Frame, FrameRefused, decode, encode
+from peerllm.types import Sampling
+from tests.engine.fakes import DEPLOYMENT, stage
+
+STAGES, CONTEXT, CHUNK, WINDOW, SLACK = 3, 40, 4, 3, 2
+MODULUS, WORDS = 251, 4  # few words: prompts often begin alike
+KINDS: dict[str, Reach | None] = {
+    "full": Reach(True),
+    "window": Reach(True, WINDOW + 2 * SLACK, SLACK),
+    "recurrent": Reach(False),
+    "never": None,
+}
+
+
+def sums(tokens: Sequence[int]) -> list[int]:
+    return [total % MODULUS for total in itertools.accumulate(tokens)]
+
+
+def expected(prompt: Sequence[int], count: int) -> list[int]:
+    said: list[int] = []
+    while len(said) < count:
+        hidden: Sequence[int] = [*prompt, *said]
+        for _ in range(STAGES):
+            hidden = sums(hidden)
+        said.append(hidden[-1] % WORDS)
+    return said
+
+
+class Adder:
+    """A shard whose output for a token is the sum of its input and all before it in the slot."""
+
+    hidden_size, weight_bytes, kv_bytes, weights = 1, 1, 1, {}
+
+    def __init__(self, kind: str, slots: int, head: bool) -> None:
+        self.first_layer = self.last_layer = 0
+        self.reach, self._kind, self._head = KINDS[kind], kind, head
+        self._held: list[list[int]] = [[] for _ in range(slots)]
+        state = LayerState("sliding_attention", {"sliding_window": WINDOW}, (1, 1), (1, 1), torch.float32)
+        self._window = PackedSlots({0: state}, slots, CONTEXT, torch.float32)
+        self.fails = 0  # at the pass so many from now
+
+    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        if self.fails:
+            self.fails -= 1
+            if not self.fails:
+                raise EngineError("it fails on purpose")
+        rows, start = [], 0
+        for segment in segments:
+            held = self._held[segment.slot]
+            if self._kind == "window":
+                self._window.seek([segment])  # raises where the real cache would
+                self._window.advance([segment])
+            exact = self._kind in ("recurrent", "never") and segment.position
+            if segment.position > len(held) or (exact and segment.position != len(held)):
+                raise EngineError(f"{len(held)} held, {segment.position} wanted")
+            held[segment.position :] = inputs[start : start + segment.length].flatten().int().tolist()
+            start += segment.length
+            new = torch.tensor(sums(held)[segment.position :], dtype=torch.float32)
+            if not self._head:
+                rows.append(new.unsqueeze(1))
+            elif segment.sample:
+                rows.append(torch.nn.functional.one_hot(new[-1:].long() % WORDS, WORDS).float())
+        return torch.cat(rows) if rows else torch.empty(0, WORDS)
+
+    def release(self, slot: int) -> None:
+        self._held[slot] = []
+        self._window.release(slot)
+
+    def close(self) -> None: ...
+
+
+class Wire:
+    """An outlet whose frames wait until somebody delivers them."""
+
+    device = "d" * 64
+
+    def __init__(self) -> None:
+        self.frames: deque[bytes] = deque()
+        self.cut = False
+
+    def send(self, frame: Frame) -> None:
+        if self.cut:
+            raise LinkError("cut")
+        self.frames.append(encode(frame))
+
+
+class Plan:
+    """Three stages on three engines."""
+
+    def __init__(self, kind: str, slots: int) -> None:
+        self.told: list[Tokens] = []
+        self.schedules: list[Scheduler[Any]] = [Scheduler() for _ in range(STAGES)]
+        self.deployments: list[Deployment] = []
+        self.shards: list[Adder] = []
+        self.limits = []
+        for place in range(STAGES):
+            hop = Hop("d" * 64, (), 1, place + 1)
+            spec = stage(1, stage=place, stages=STAGES, slots=slots, context=CONTEXT, chunk=CHUNK, downstream=hop)
+            self.deployments.append(Deployment(spec, self.schedules[place], self._hear))
+            self.shards.append(Adder(kind, slots, place == STAGES - 1))
+            self.deployments[place].loaded(Stage(spec, self.shards[place], _greedy))
+            self.limits.append(stage_limits(spec, 1) if place else source_limits(spec))
+        self.link()
+
+    def _hear(self, message: Any) -> None:
+        if isinstance(message, Tokens):
+            self.told.append(message)
+
+    def link(self) -> None:
+        self.wires = [Wire() for _ in range(STAGES)]  # by the stage that sends
+        for place, deployment in enumerate(self.deployments):
+            deployment.linked({place: self.wires[place]})
+
+    def deliver(self, sender: int) -> None:
+        receiver = (sender + 1) % STAGES
+        frame = decode(self.wires[sender].frames.popleft(), self.limits[receiver])
+        self.deployments[receiver].arrived(sender + 1, from_frame(frame))
+
+    def compute(self, place: int) -> None:
+        batch = self.schedules[place].next()
+        assert batch is not None
+        deployment = self.deployments[place]
+        try:
+            deployment.computed(place, deployment.stages[place].compute(batch[1]))
+        except EngineError as error:
+            for piece in batch[1]:
+                deployment.fail(place, piece, str(error))
+
+    def waiting(self, place: int) -> int:
+        return self.schedules[place].waiting((DEPLOYMENT, place))
+
+    def settle(self) -> None:
+        while any(wire.frames for wire in self.wires) or any(self.waiting(place) for place in range(STAGES)):
+            for place in range(STAGES):
+                while self.wires[place].frames:
+                    self.deliver(place)
+                while self.waiting(place):
+                    self.compute(place)
+
+
+def _greedy(logits: torch.Tensor, draws: Any) -> list[int]:
+    return logits.argmax(1).tolist()
+
+
+class Household(RuleBasedStateMachine):
+    """Clients talk on, begin anew, hang up; stages fail and links break."""
+
+    @initialize(
+        kind=st.sampled_from(["window", "window", "recurrent", "full", "never"]),
+        slots=st.integers(1, 3),
+        faults=st.sampled_from([False, False, True]),
+    )
+    def begin(self, kind: str, slots: int, faults: bool) -> None:
+        self._slack, states.ROLLBACK_TOKENS = states.ROLLBACK_TOKENS, SLACK
+        self.plan, self.slots, self.faults = Plan(kind, slots), slots, faults
+        self.source = self.plan.deployments[0]._source
+        self.orders: dict[int, Submit] = {}
+        self.went_wrong = False
+
+    def teardown(self) -> None:
+        if not hasattr(self, "plan"):
+            return
+        self.plan.settle()
+        for number in self.orders:
+            self.check(number, settled=True)
+        for place, deployment in enumerate(self.plan.deployments):
+            kept = deployment.stages[place].slots._idle
+            assert len(deployment.stages[place].slots) == 0
+            for slot, remains in self.source._idle._remains.items():
+                assert self.went_wrong or kept[slot] == len(remains.ids)
+        states.ROLLBACK_TOKENS = self._slack
+
+    def answer(self, number: int) -> tuple[list[int], Tokens | None]:
+        said: list[int] = []
+        for event in self.plan.told:
+            if event.sequence == number:
+                assert event.start == len(said)
+                said += event.ids
+                if event.finish is not None:
+                    return said, event
+        return said, None
+
+    def check(self, number: int, settled: bool = False) -> None:
+        order = self.orders[number]
+        said, end = self.answer(number)
+        assert said == expected(order.prompt, len(said))
+        if settled:
+            assert end is not None
+            assert end.finish != "error" or self.went_wrong, end
+            assert end.finish != "length" or len(said) == min(order.max_tokens, CONTEXT - len(order.prompt) + 1)
+
+    @precondition(lambda self: len(self.source.running) < self.slots)
+    @rule(
+        data=st.data(),
+        client=st.sampled_from(["anna", "ben", None]),
+        new=st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=9),
+        count=st.integers(1, 6),
+    )
+    def ask(self, data: st.DataObject, client: str | None, new: list[int], count: int) -> None:
+        prompt = new
+        if self.orders and data.draw(st.booleans(), label="goes on"):
+            earlier = data.draw(st.sampled_from(sorted(self.orders)), label="with")
+            client = client or self.orders[earlier].client
+            before = [*self.orders[earlier].prompt, *self.answer(earlier)[0]]
+            back = data.draw(st.sampled_from([0, 1, 2, 3, 4, 6, 9, 20]), label="but for")
+            prompt = [*before[: max(len(before) - back, 0)], *new]
+        if len(prompt) >= CONTEXT:
+            return
+        number = len(self.orders) + 1
+        order = self.orders[number] = Submit(DEPLOYMENT, number, tuple(prompt), count, (), Sampling(), client or "anna")
+        self.plan.deployments[0].submit(order)
+        if number in self.source.running and (reused := self.source.reused(number)):
+            assert reused < len(prompt)
+            earlier = [o for n, o in self.orders.items() if n != number and o.client == order.client]
+            texts = [(*order.prompt, *self.answer(order.sequence)[0]) for order in earlier]
+            assert any(text[:reused] == tuple(prompt)[:reused] for text in texts)
+        if data.draw(st.booleans(), label="is waited for"):
+            self.plan.settle()
+
+    @precondition(lambda self: self.source.running)
+    @rule(data=st.data())
+    def hang_up(self, data: st.DataObject) -> None:
+        self.plan.deployments[0].cancel(data.draw(st.sampled_from(self.source.running)))
+
+    @rule(sender=st.integers(0, STAGES - 1), count=st.integers(1, 4))
+    def deliver(self, sender: int, count: int) -> None:
+        for _ in range(min(count, len(self.plan.wires[sender].frames))):
+            self.plan.deliver(sender)
+
+    @rule(place=st.integers(0, STAGES - 1), count=st.integers(1, 4))
+    def compute(self, place: int, count: int) -> None:
+        for _ in range(count):
+            if self.plan.waiting(place):
+                self.plan.compute(place)
+
+    @rule()
+    def settle(self) -> None:
+        self.plan.settle()
+
+    @precondition(lambda self: self.faults)
+    @rule(place=st.integers(0, STAGES - 1))
+    def fail(self, place: int) -> None:
+        self.plan.shards[place].fails, self.went_wrong = 1, True
+
+    @precondition(lambda self: self.faults)
+    @rule(place=st.integers(0, STAGES - 1))
+    def lose_a_link(self, place: int) -> None:
+        """Both ends and the source hear of it, then the links are made anew."""
+        self.went_wrong = True
+        self.plan.wires[place].cut = True
+        self.plan.wires[place].frames.clear()
+        self.plan.deployments[place].lost("d" * 64, None, "cut")
+        self.plan.deployments[(place + 1) % STAGES].lost("d" * 64, (place + 1) % STAGES, "cut")
+        self.plan.settle()
+        self.plan.link()
+        assert not self.source._idle._remains
+
+    @invariant()
+    def every_slot_has_one_holder(self) -> None:
+        if not hasattr(self, "plan"):
+            return
+        slots = [self.source.slot(number) for number in self.source.running]
+        assert len(set(slots)) == len(slots)
+        idle = self.source._idle._remains
+        assert not idle.keys() & set(slots)
+        assert all(slot < self.slots and len(one.ids) <= CONTEXT for slot, one in idle.items())
+        for number in self.orders:
+            self.check(number)
+
+
+Household.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestHousehold = Household.TestCase
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    slots=st.integers(1, 4),
+    lives=st.lists(
+        st.tuples(
+            st.sampled_from("ab"), st.lists(st.integers(0, 1), min_size=1, max_size=6), st.integers(0, 5), st.booleans()
+        ),
+        max_size=25,
+    ),
+)
+def test_an_empty_slot_first_then_the_one_left_longest_ago(kind: str, slots: int, lives: Any) -> None:
+    """Against a list of what ended, in its order; `True` lets a sequence run on until all slots are taken."""
+    idle, ended, running = IdleSlots(slots, KINDS[kind]), [], set()
+    for number, (client, prompt, extra, stays) in enumerate(lives):
+        choice = idle.take(running, prompt, client)
+        if choice is None:
+            assert len(running) == slots
+            running.clear()
+            continue
+        assert choice.slot not in running
+        slot, position = choice.slot, choice.position
+        found = {kept.slot: kept for kept in ended}.get(slot) if ended else None
+        if position:
+            assert found is not None and found.client == client and position < len(prompt)
+            assert found.ids[:position] == tuple(prompt)[:position]
+            assert KINDS[kind].allows(position, found.furthest) and choice.furthest == found.furthest
+        if found is not None and not (position and (2 * position >= len(found.ids) or position == len(prompt) - 1)):
+            assert found is ended[0], "another was left longer ago"
+            assert len(running) + len(ended) == slots, "a slot was empty"
+        ended = [kept for kept in ended if kept.slot != slot]
+        if stays:
+            running.add(slot)
+            continue
+        ids = (*prompt, *[1] * extra)
+        furthest = max(choice.furthest, len(ids))
+        idle.keep(slot, Remains(number, client, ids, furthest))
+        if idle.kept(slot):
+            ended.append(Kept(slot, client, ids, furthest))
+        assert len(ended) <= slots
+
+
+class Kept:
+    def __init__(self, slot: int, client: str, ids: tuple[int, ...], furthest: int) -> None:
+        self.slot, self.client, self.ids, self.furthest = slot, client, ids, furthest
+
+
+def test_another_conversation_with_the_same_beginning_leaves_a_long_one_alone() -> None:
+    idle = IdleSlots(2, Reach(True))
+    idle.keep(0, Remains(1, "", tuple(range(50)), 50))
+    choice = idle.take((), [*range(10), 99, 98], "")
+    assert choice is not None and (choice.slot, choice.position) == (1, 0)
+    idle.keep(1, Remains(2, "", (*range(10), 99, 98, 97), 13))
+    again = idle.take((), list(range(8)), "")  # asked once more, word for word: it is the same conversation
+    assert again is not None and (again.slot, again.position) in ((0, 7), (1, 7))
+
+
+def opened(plan: Plan, *parcels: Any) -> list[Any]:
+    """What stage 1 sends on after these have come from the source's engine, as frames."""
+    for parcel in parcels:
+        plan.deployments[1].arrived(1, [parcel])
+    frames, plan.wires[1].frames = plan.wires[1].frames, deque()
+    return [came for raw in frames for came in from_frame(decode(raw, plan.limits[2]))]
+
+
+@pytest.mark.parametrize(
+    ("slot", "position", "why"),
+    [
+        (1, 4, "keeps 3 positions"),  # more than is there
+        (0, 1, "taken"),  # of a running sequence
+        (2, 1, "keeps 0 positions"),  # of nobody
+        (3, 1, "does not exist"),
+        (1, -1, "begins at -1"),
+    ],
+)
+def test_what_a_stage_does_not_hold_cannot_be_taken_up(slot: int, position: int, why: str) -> None:
+    plan = Plan("full", 3)
+    for number in (0, 1):
+        opened(plan, Opened(number, number, Sampling()))
+    stage_of = plan.deployments[1].stages[1]
+    for number in (0, 1):
+        stage_of.slots.extend(number, number, 0, 4)
+    assert opened(plan, Released(1, 1, keep=3)) == [Released(1, 1, keep=3)]
+    assert stage_of.slots.idle == (1,)
+    (refused,) = opened(plan, Opened(7, slot, Sampling(), position)) if slot < 3 else [_direct(stage_of, slot)]
+    assert isinstance(refused, Released) and why in refused.reason and not refused.keep
+    assert 7 not in stage_of.slots
+    good = Opened(8, 1, Sampling(), 3)
+    assert opened(plan, good) == [good]
+    assert stage_of.slots.idle == ()
+
+
+def _direct(stage_of: Stage, slot: int) -> Released:
+    """A frame with such a slot does not get past the decoder."""
+    from peerllm.errors import FrameError
+
+    with pytest.raises(FrameError) as error:
+        stage_of.open(Opened(7, slot, Sampling(), 1))
+    return Released(7, slot, str(error.value))
+
+
+@pytest.mark.parametrize(("parcel", "kept"), [
+    (Released(0, 0, keep=5), 0),  # more than it took in
+    (Released(0, 0, "failed", keep=2), 0),
+    (Released(0, 0), 0),
+    (Released(0, 0, keep=4), 4),
+    (Released(2**64 - 1, 0, keep=2), 0),
+])  # fmt: skip
+def test_what_is_kept(parcel: Released, kept: int) -> None:
+    plan = Plan("full", 2)
+    opened(plan, Opened(0, 0, Sampling()))
+    slots = plan.deployments[1].stages[1].slots
+    slots.extend(0, 0, 0, 4)
+    opened(plan, parcel)
+    assert len(slots) == 0 and slots._idle.get(0, 0) == kept
+    opened(plan, Released(2**64 - 1, 0))
+    assert slots.idle == ()
+
+
+def test_a_position_beyond_the_context_is_refused_by_the_decoder() -> None:
+    plan = Plan("full", 1)
+    plan.deployments[0]._pass_on(0, Opened(1, 0, Sampling(), CONTEXT + 1))
+    with pytest.raises(FrameRefused, match="context"):
+        plan.deliver(0)
+
+
+def test_a_failure_after_the_end_is_heard() -> None:
+    """A stage failed while the source, not knowing it, ended the sequence: nobody is to go on from there."""
+    plan = Plan("full", 1)
+    source = plan.deployments[0]
+    source.submit(Submit(DEPLOYMENT, 1, tuple([1] * 9), 9, (), Sampling()))
+    plan.compute(0)
+    plan.deliver(0)
+    plan.deliver(0)
+    plan.compute(1)
+    for sender in (1, 1, 2):
+        if sender == 2:
+            plan.compute(2)
+        plan.deliver(sender)
+    plan.shards[1].fails = 1
+    plan.compute(0)
+    plan.deliver(0)
+    plan.compute(1)
+    source.cancel(1)
+    assert source._source is not None and source._source.kept(0) == 4
+    plan.settle()
+    assert source._source.kept(0) == 0
+    for number, fails in ((2, True), (3, False)):  # nor after one that failed while it ran
+        plan.shards[1].fails = 3 * fails
+        source.submit(Submit(DEPLOYMENT, number, (1, 1, 1, 1), 5, (), Sampling()))
+        plan.settle()
+        assert (plan.told[-1].finish == "error") is fails
+    assert [i for event in plan.told if event.sequence == 3 for i in event.ids] == expected([1] * 4, 5)
+
+
+def test_going_back_again_and_again_brings_back_nothing_that_slid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "ROLLBACK_TOKENS", SLACK)
+    plan = Plan("window", 1)
+    prompt, reused = [1] * 20, []
+    for number in range(1, 10):
+        source = plan.deployments[0]
+        source.submit(Submit(DEPLOYMENT, number, tuple(prompt), 1, (), Sampling()))
+        assert source._source is not None
+        reused.append(source._source.reused(number))
+        plan.settle()
+        assert plan.told[-1].finish == "length" and list(plan.told[-1].ids) == expected(prompt, 1)
+        prompt = [*prompt[:-SLACK], number % WORDS]
+    assert reused[:3] == [0, 18, 0]
+    assert len(set(reused)) > 2
