@@ -1,6 +1,7 @@
 """`make bench`: every benchmark in turn."""
 
-from benchmarks import main_job, planner
+from benchmarks import edgeshard_paper, engine, main_job, planner, prediction, quality
 
-main_job.main()
-planner.main([])
+for one in (main_job, engine, quality, planner, prediction, edgeshard_paper):
+    print(f"\n# {one.__name__}\n", flush=True)
+    one.main([])

@@ -1,8 +1,9 @@
 """What was predicted against what runs: two to four real devices on this machine, the built-in model.
 
-Layer times are measured by the devices' own engines, for several sequences while the others of the machine work; links
-by the devices too, idle first and then by the frames of requests. Nothing is fitted. The prediction is the simulator's;
-the measurement is `peerllm bench`. Every household is set up ROUNDS times, profiles and all; medians count.
+What goes into a prediction is measured while the others of the machine work: what a batch takes each stage, all told,
+and what a frame of requests takes each link, over the seconds before. Nothing is fitted end to end. The prediction is
+the simulator's; the measurement that follows is `peerllm bench`'s. Every household is set up ROUNDS times, profiles and
+all; medians count.
 """
 
 from __future__ import annotations

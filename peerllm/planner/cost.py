@@ -165,8 +165,8 @@ def lap_of(
             name = f"{device.name} to {devices[after].name}"
             busy[name] = max(busy.get(name, 0.0), hop)
             for medium in media:
-                if (stage.device, after) in medium.links:
-                    air[f"medium {medium.name}"] += nbytes * 8 / (links[stage.device, after].mbps * 1000)
+                if (stage.device, after) in medium.links and (link := links.get((stage.device, after))) is not None:
+                    air[f"medium {medium.name}"] += nbytes * 8 / (link.mbps * 1000)
         ring += compute + hop
     busy |= air
     slowest = max(busy, key=lambda name: busy[name])
