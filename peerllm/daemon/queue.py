@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 
 from peerllm.errors import OverloadedError
 
-MAX_QUEUED = 64  # sequences waiting for a slot, over all clients of a deployment
+MAX_QUEUED = 256  # sequences waiting for a slot, over all clients of a deployment
 
 
 class FairQueue:
@@ -19,10 +19,11 @@ class FairQueue:
     def __len__(self) -> int:
         return sum(len(line) for line in self._waiting.values())
 
-    def add(self, sequence: int, client: str) -> None:
-        """OverloadedError when the queue is full."""
+    def add(self, sequence: int, client: str, retry_after_s: float = 5.0) -> None:
+        """OverloadedError when the queue is full; it says when to ask again."""
         if len(self) >= self._limit:
-            raise OverloadedError(f"{self._limit} answers are waiting already; ask again in a moment")
+            text = f"{self._limit} answers are waiting already; ask again in {retry_after_s:.0f} s"
+            raise OverloadedError(text, retry_after_s)
         self._waiting.setdefault(client, deque()).append(sequence)
 
     def next(self) -> int | None:

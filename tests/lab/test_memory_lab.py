@@ -49,8 +49,13 @@ def make_model(directory: Path, dtype: str) -> Path:
 
 def resident(device: Device) -> dict[str, int]:
     """Of the engine's process, in bytes: RssAnon, RssFile, VmRSS, and VmHWM, the most that VmRSS was."""
-    lines = Path(f"/proc/{device.host.pid}/status").read_text().splitlines()
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("Rss", "VmRSS", "VmHWM"))}
+    lines = [line.split() for line in Path(f"/proc/{device.host.pid}/status").read_text().splitlines()]
+    return {name.rstrip(":"): int(kib) * 1024 for name, kib, *_ in lines if name.startswith(("Rss", "VmRSS", "VmHWM"))}
+
+
+def forget_peak(device: Device) -> None:
+    """VmHWM starts anew."""
+    Path(f"/proc/{device.host.pid}/clear_refs").write_text("5")
 
 
 def candidate(device: Device, lent: int, dtype: str) -> Candidate:
@@ -112,7 +117,7 @@ async def test_runtime_and_little_more_than_the_budget_is_enough(
             (configured,) = device.ready
             assert configured.runtime_bytes <= resident(device)["VmRSS"]  # nothing is hidden in it
             group.limit(configured.runtime_bytes + int(MARGIN * plan.promises[device.id]))
-            Path(f"/proc/{device.host.pid}/clear_refs").write_text("5")  # VmHWM starts anew
+            forget_peak(device)
             files.append(resident(device)["RssFile"])
 
         await serve(Deployed(made, inspected), plan)
