@@ -44,6 +44,7 @@ def create_app(household: Household, token: str, loopback: bool, names: Iterable
     app.router.add_post("/v1/chat/completions", chat.chat_completions)
     app.router.add_get("/peerllm/v1/status", admin.status)
     app.router.add_get("/peerllm/v1/engine", admin.engine)
+    app.router.add_get("/peerllm/v1/process", admin.process)
     app.router.add_get("/peerllm/v1/scenario", admin.scenario)
     app.router.add_get("/peerllm/v1/events", admin.events, allow_head=False)
     for change in (admin.invite, admin.join, admin.leave, admin.remove, admin.bench, admin.plan, admin.run, admin.stop):
