@@ -17,13 +17,14 @@ def plot(series: Mapping[tuple[str, str], Series], file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    processes = sorted({process for process, _ in series})
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True)
     for counted, axis in zip(TOLERANCES, axes.flat, strict=True):
         for (process, what), points in sorted(series.items()):
             if what == counted:
                 scale = 1e-6 if counted == "memory" else 1.0
-                style = "--" if process.endswith("engine") else "-"
-                axis.plot([t / 60 for t, _ in points], [v * scale for _, v in points], style, lw=1.2, label=process)
+                look = {"ls": "--" if process.endswith("engine") else "-", "color": f"C{processes.index(process)}"}
+                axis.plot([t / 60 for t, _ in points], [v * scale for _, v in points], lw=1.2, label=process, **look)
         axis.set_title(TITLES[counted], fontsize=10)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
