@@ -72,6 +72,7 @@ class Load:
         question, length = self._draw()
         async with self._session.post(PATH, json=body(question, length)) as response:
             answer = await response.json()
+        assert response.status == 200, answer
         assert answer["choices"][0]["token_ids"] == self._right[question][:length], answer
         self.counts["whole"] += 1
 

@@ -10,7 +10,7 @@ MASK_BYTES = 32 << 20  # the attention mask of one chunk over a full slot; fused
 HIDDEN_COPIES = 8  # vectors of the hidden size alive at once in a block: residual, norm, queries, keys, values, output
 WIDE_COPIES = 3  # vectors of the feed-forward width: gate, up and their product
 KERNELS = 32  # matrix products that the library keeps compiled, each for one shape and count of tokens ...
-KERNEL_BYTES = 1 << 20  # ... in 16-bit numbers (oneDNN 3.12, AVX-512: 0.6 to 0.8 MB and the holes they leave), else less
+KERNEL_BYTES = 1 << 20  # ... in 16-bit numbers (oneDNN 3.12, AVX-512: 0.6 to 0.8 MB and the holes they leave); else few
 DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
