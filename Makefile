@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 API ?= 127.0.0.1:8642
 DEVICES ?= 3
 
-.PHONY: run test lab check bench architectures clean
+.PHONY: run test lab check bench soak architectures clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/peerllm demo --devices $(DEVICES) --api $(API)
@@ -24,6 +24,10 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks
+
+# Ten minutes of a fixed load: does anything grow?
+soak: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.soak --minutes 10
 
 architectures: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.engine.architectures --write docs/architectures.md

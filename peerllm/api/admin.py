@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 from aiohttp import web
 
-from peerllm.api.errors import json_response
+from peerllm.api.errors import error_object, json_response
 from peerllm.api.fields import Fields, read_object
+from peerllm.api.guard import is_loopback
 from peerllm.api.keys import HOUSEHOLD, TASKS
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.daemon.facade import (
@@ -49,6 +51,13 @@ async def status(request: web.Request) -> web.Response:
 async def engine(request: web.Request) -> web.Response:
     """What this device's engine holds now."""
     return json_response(await request.app[HOUSEHOLD].engine())
+
+
+async def process(request: web.Request) -> web.Response:
+    """{"pid", "tasks"}: of this daemon, its asyncio tasks counted; for who sits at this machine."""
+    if not is_loopback(request.remote or ""):
+        return json_response(error_object(403, "this is told on the device itself only"), 403)
+    return json_response({"pid": os.getpid(), "tasks": len(asyncio.all_tasks())})
 
 
 async def events(request: web.Request) -> web.StreamResponse:

@@ -101,6 +101,9 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         log.exception("%s %s failed: %s", request.method, request.path, type(error).__name__)
         body = error_object(500, "an internal error; the device's log has the details")
         return await _broken_off(request, body) or json_response(body, 500, {"x-should-retry": "false"})
+    finally:
+        # The two know each other: left so, every streamed answer would wait for a full collection of garbage.
+        request.pop(STREAM, None)
 
 
 async def _broken_off(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:

@@ -21,7 +21,7 @@ from peerllm.api.token import load_or_create_token
 from peerllm.daemon.facade import Household
 from peerllm.errors import BadInputError
 
-BACKLOG = 128  # connections waiting to be accepted
+BACKLOG = 512  # connections waiting to be accepted
 SHUTDOWN_S = 2.0  # seconds that answers under way have when the API closes
 IDLE_S = 75.0  # seconds a connection may stay open without a request
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  where this machine reaches itself
@@ -44,6 +44,7 @@ def create_app(household: Household, token: str, loopback: bool, names: Iterable
     app.router.add_post("/v1/chat/completions", chat.chat_completions)
     app.router.add_get("/peerllm/v1/status", admin.status)
     app.router.add_get("/peerllm/v1/engine", admin.engine)
+    app.router.add_get("/peerllm/v1/process", admin.process)
     app.router.add_get("/peerllm/v1/scenario", admin.scenario)
     app.router.add_get("/peerllm/v1/events", admin.events, allow_head=False)
     pairing = admin.invite, admin.join, admin.leave, admin.remove

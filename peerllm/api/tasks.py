@@ -12,7 +12,7 @@ from peerllm.errors import OverloadedError
 T = TypeVar("T")
 MAX_CHANGES = 16  # changes of the household under way at once
 CLOSE_S = 2.0  # seconds that cancelled work has to end
-MAX_STREAMS = 256  # open streams, chats and status together
+MAX_STREAMS = 512  # open streams, chats and status together; a deployment's queue is full before
 
 
 class Tasks:

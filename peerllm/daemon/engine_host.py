@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from peerllm import errors
-from peerllm.daemon.engine_child import EngineChild
+from peerllm.daemon.engine_child import FIXED, EngineChild
 from peerllm.engine.channel import Channel, SocketChannel
 from peerllm.engine.messages import (
     Configure,
@@ -256,6 +257,7 @@ class _EngineThread:
     def __init__(self) -> None:
         from peerllm.engine.process import start_in_process
 
+        os.environ.update(FIXED)  # read when torch is imported
         self._why = ""
         self.channel, self._thread = start_in_process(self._note)
 

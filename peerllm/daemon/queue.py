@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from peerllm.errors import OverloadedError
 
-MAX_QUEUED = 128  # sequences waiting for a slot, over all clients of a deployment; half of them of one client
+MAX_QUEUED = 512  # sequences waiting for a slot, over all clients of a deployment; half of them of one client
 
 
 class FairQueue:
@@ -26,12 +26,13 @@ class FairQueue:
     def __len__(self) -> int:
         return sum(len(line) for line in self._waiting.values())
 
-    def add(self, sequence: int, client: str) -> None:
-        """OverloadedError when the queue is full, or the rest of it is kept for others."""
+    def add(self, sequence: int, client: str, retry_after_s: float = 5.0) -> None:
+        """OverloadedError when the queue is full, or the rest of it is kept for others; it says when to ask again."""
         own, room = len(self._waiting.get(client, ())), self._limit - len(self)
         if own >= room:
-            whose = "of yours " if room else ""
-            raise OverloadedError(f"{own if room else self._limit} answers {whose}are waiting already; ask again later")
+            line = f"{own} answers of yours" if room else f"{self._limit} answers"
+            text = f"{line} are waiting already; ask again in {retry_after_s:.0f} s"
+            raise OverloadedError(text, retry_after_s)
         self._waiting.setdefault(client, deque()).append(sequence)
 
     def next(self, held: Mapping[str, int]) -> int | None:

@@ -7,7 +7,6 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -20,6 +19,7 @@ from peerllm.types import DeploymentId
 PATIENCE_S = 30.0  # how long a queued sequence waits for a deployment that does not serve
 CANCEL_CONFIRM_S = 15.0  # after this the slot of a cancelled sequence counts as free even if the engine is silent
 MEASURED_ANSWERS = 16  # the last answers that `measured` is the mean of
+RETRY_UNKNOWN_S, RETRY_LEAST_S, RETRY_MOST_S = 5.0, 1.0, 60.0  # what one who finds the queue full is told
 _numbers = itertools.count(1)
 
 
@@ -32,6 +32,7 @@ class _Sequence:
     max_tokens: int
     events: asyncio.Queue[Tokens | PeerLLMError | None] = field(default_factory=asyncio.Queue)
     submitted: float = 0.0  # 0: still queued
+    place: int = 0  # in the queue, from 1
     first: float = 0.0
     count: int = 0  # tokens so far
     reused: int = 0  # of the prompt's tokens
@@ -58,13 +59,13 @@ class Sequences:
         self._queue = FairQueue()
         self._all: dict[int, _Sequence] = {}  # queued and running
         self._running: dict[int, str] = {}  # slots and their clients; cancelled ones until the engine confirms
-        self._order: list[int] = []  # of those queued, as slots will be given
         self._room: Room | None = None
         self._closed: PeerLLMError | None = None
         self._reason = "the model is being loaded"
         self._patience: asyncio.TimerHandle | None = None
         self._expired = False
         self._answers: deque[tuple[float, float]] = deque(maxlen=MEASURED_ANSWERS)  # first token ms, step ms
+        self._held_s: deque[float] = deque(maxlen=MEASURED_ANSWERS)  # how long those answers held their slots
 
     @property
     def measured(self) -> dict[str, float]:
@@ -84,6 +85,14 @@ class Sequences:
     @property
     def queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def retry_after_s(self) -> float:
+        """When those who wait now will have been let in, if answers take what they took of late; bounded."""
+        if not self._held_s or self._room is None:
+            return RETRY_UNKNOWN_S
+        seconds = len(self._queue) * fmean(self._held_s) / self._room.slots
+        return min(max(seconds, RETRY_LEAST_S), RETRY_MOST_S)
 
     def open(self, room: Room) -> None:
         """The deployment serves: let in who waits."""
@@ -135,7 +144,7 @@ class Sequences:
         place = -1
         try:
             while True:
-                if not sequence.submitted and place != (place := self._place(sequence.number)) and place:
+                if not sequence.submitted and place != (place := sequence.place) and place:
                     yield Chunk((), queued=place)
                     continue
                 event = await sequence.events.get()
@@ -175,7 +184,7 @@ class Sequences:
         elif self._patience is None:
             self._patience = asyncio.get_running_loop().call_later(PATIENCE_S, self._expire)
         sequence = _Sequence(next(_numbers), request, request.max_tokens)
-        self._queue.add(sequence.number, request.client)
+        self._queue.add(sequence.number, request.client, self.retry_after_s)
         self._all[sequence.number] = sequence
         self._admit()
         return sequence
@@ -210,25 +219,26 @@ class Sequences:
                 )
             )
             sequence.events.put_nowait(None)
-        self._order = self._queue.order(Counter(self._running.values()))
-        for number in self._order:
-            if self._all[number].events.empty():
-                self._all[number].events.put_nowait(None)
+        self._number()
 
-    def _place(self, number: int) -> int:
-        with suppress(ValueError):
-            return self._order.index(number) + 1
-        return 0
+    def _number(self) -> None:
+        """Who waits hears of a new place."""
+        for place, number in enumerate(self._queue.order(Counter(self._running.values())), 1):
+            sequence = self._all[number]
+            if sequence.place != place:
+                sequence.place = place
+                if sequence.events.empty():
+                    sequence.events.put_nowait(None)
 
     def _leave(self, sequence: _Sequence) -> None:
         """The client is gone or has all of its answer."""
         if self._all.pop(sequence.number, None) is None:
             return
-        self._queue.remove(sequence.number)
         if sequence.number in self._running:
             self._give_up(sequence.number)
-        else:
-            self._admit()  # the others move up
+        elif not sequence.submitted:
+            self._queue.remove(sequence.number)
+            self._number()
 
     def _give_up(self, number: int) -> None:
         """Cancel on the engine; the slot is free when it says so, or after a bounded silence."""
@@ -250,6 +260,7 @@ class Sequences:
         if sequence.count and sequence.submitted:
             step = 1000 * (now - sequence.first) / (sequence.count - 1) if sequence.count > 1 else 0.0
             self._answers.append((1000 * (sequence.first - sequence.submitted), step))
+            self._held_s.append(now - sequence.submitted)
             self._changed()
 
     def _expire(self) -> None:

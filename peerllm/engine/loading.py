@@ -87,17 +87,22 @@ class Loader:
         self._jobs.close()
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)
         while (jobs := self._jobs.take(wait=True)) is not None:
             for job in jobs:
-                try:
-                    self._do(job)
-                except Exception as error:  # a damaged model may raise anything
-                    if not isinstance(error, PeerLLMError):
-                        traceback.print_exc()
-                    self._tell(failed(job.request, error))
-                    del error
-                    return_memory()
+                # Torch's libraries keep 10 MB and more of scratch for every thread that computed, until it ends.
+                thread = threading.Thread(target=self._try, args=(job,), name="engine-loader-job", daemon=True)
+                thread.start()
+                thread.join()
+                return_memory()
+
+    def _try(self, job: Job) -> None:
+        torch.set_num_threads(self._threads)
+        try:
+            self._do(job)
+        except Exception as error:  # a damaged model may raise anything
+            if not isinstance(error, PeerLLMError):
+                traceback.print_exc()
+            self._tell(failed(job.request, error))
 
     def _do(self, job: Job) -> None:
         match job:
@@ -119,11 +124,7 @@ class Loader:
             if self._computed() != before:
                 raise UnavailableError("an answer is being written here; layers are timed when it is quiet")
 
-        try:
-            timed = self._backend.time_layers(job, check)
-        finally:
-            return_memory()
-        self._tell(timed)
+        self._tell(self._backend.time_layers(job, check))
 
     def _load(self, spec: LoadStage) -> None:
         last = 0.0

@@ -113,14 +113,14 @@ class Engine:
     async def _configure(self, message: Configure) -> None:
         if self._parts is not None:
             raise EngineError("the engine is configured already")
-        facts = await asyncio.to_thread(self._backend.facts)
+        compute = Compute(message.threads, self._backend.sampler, self.tell, self._recorder)
+        links = DataLinks(message, compute.inbox, self.tell, self._recorder)
+        await links.start(message.trusted)
+        facts = await asyncio.to_thread(self._backend.facts)  # last of all: its size is that of all of this
         # The libraries' hundreds of thousands of objects stay for good: a full collection would walk them each time,
         # and hold up whatever step it falls into.
         gc.collect()
         gc.freeze()
-        compute = Compute(message.threads, self._backend.sampler, self.tell, self._recorder)
-        links = DataLinks(message, compute.inbox, self.tell, self._recorder)
-        await links.start(message.trusted)
         loader = Loader(message.threads, self._backend, self.tell, self._loaded, lambda: compute.batches)
         self._parts = compute, loader, links
         self._threads = [start(compute, self._thread_ended), loader.start()]

@@ -9,6 +9,9 @@ MIN_CHUNK = 16
 MASK_BYTES = 32 << 20  # the attention mask of one chunk over a full slot; fused attention keeps no scores
 HIDDEN_COPIES = 8  # vectors of the hidden size alive at once in a block: residual, norm, queries, keys, values, output
 WIDE_COPIES = 3  # vectors of the feed-forward width: gate, up and their product
+KERNELS = 32  # matrix products that the library keeps compiled, each for one shape and count of tokens ...
+KERNEL_BYTES = 1 << 20  # ... in 16-bit numbers (oneDNN 3.12, AVX-512: 0.6 to 0.8 MB and the holes they leave); else few
+DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -28,11 +31,13 @@ def chunk_tokens(shape: Shape, context: int) -> int:
 
 
 def working_bytes(shape: Shape, context: int, slots: int) -> int:
-    """The most that one pass holds beside weights and KV: a chunk's vectors and mask, the logits of every slot."""
+    """The most that passes hold beside weights and KV: a chunk's vectors and mask, every slot's logits, kernels."""
     tokens = max(chunk_tokens(shape, context), slots)
     vectors = HIDDEN_COPIES * shape.hidden_size + WIDE_COPIES * shape.wide
     mask = chunk_tokens(shape, context) * context
-    return (tokens * vectors + mask) * shape.itemsize + slots * shape.vocabulary * 4
+    logits = shape.vocabulary * (slots * (shape.itemsize + 4) + DRAW_BYTES)  # as computed and in float32
+    kernels = KERNELS * KERNEL_BYTES if shape.itemsize == 2 else 0
+    return (tokens * vectors + mask) * shape.itemsize + logits + kernels
 
 
 def human_bytes(nbytes: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -175,3 +176,16 @@ async def test_closing_the_api_ends_event_streams(owner: aiohttp.ClientSession, 
     async with owner.get("/peerllm/v1/events") as response:
         await response.content.readuntil(b"\n\n")
         await asyncio.wait_for(server.close(), BOUND_S)
+
+
+async def test_who_sits_at_this_machine_may_count_tasks(
+    owner: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with owner.get("/peerllm/v1/process") as response:
+        assert response.status == 200
+        found = await response.json()
+    assert found["pid"] == os.getpid()
+    assert found["tasks"] == len(asyncio.all_tasks()) + 1  # the request's own
+    monkeypatch.setattr(admin, "is_loopback", lambda host: False)
+    async with owner.get("/peerllm/v1/process") as response:
+        assert response.status == 403

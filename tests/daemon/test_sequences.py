@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -153,6 +154,30 @@ async def test_long_answers_do_not_keep_the_slots_from_a_client_with_short_ones(
         assert sorted(clients[submit.prompt[0] - 1] for submit in running) == ["long", "long", "short", "short"]
         sequences.hear(Tokens(D, running.pop(2).sequence, 0, (), "stop"))
         running.append(told[-1])
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(6.0, 12.0), (1e6, module.RETRY_MOST_S), (1e-6, module.RETRY_LEAST_S)]
+)
+async def test_a_full_queue_says_when_those_who_wait_will_be_in(sequences, told, monkeypatch, seconds, expected):
+    """Two slots, answers of 6 s: four who wait are in within 12 s. Never less than a second, nor more than a minute."""
+    now = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))  # the loop keeps its own
+    monkeypatch.setattr(sequences, "_queue", module.FairQueue(8))  # half of it for one client
+    assert sequences.retry_after_s == module.RETRY_UNKNOWN_S
+    sequences.open(Room(2, 100, 50, ()))
+    first = await waiting(sequences.generate(ask()))
+    now[0] += seconds
+    sequences.hear(Tokens(D, told.numbers(Submit)[0], 0, (1,), "length"))
+    assert (await first).finish == "length"
+    streams = [sequences.generate(ask()) for _ in range(2 + 4)]
+    tasks = [await waiting(stream) for stream in streams]
+    with pytest.raises(OverloadedError, match=f"4 answers .* in {expected:.0f} s") as caught:
+        await anext(sequences.generate(ask()))
+    assert caught.value.retry_after_s == pytest.approx(expected)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)

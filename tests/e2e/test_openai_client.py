@@ -7,31 +7,15 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo_memory import limits, sizes_of
 from tests import traces
-from tests.household import Device, household
+from tests.household import Device
 
-NAMES = ("laptop", "mini-pc", "jetson")
-SLOTS, CONTEXT = 2, 1024
 STORY = "Tell me a story."
 LONG = 900  # tokens: far from over when its client is killed
 CANCEL_TIMEOUT_S = 20.0
-
-
-@pytest.fixture(scope="module")
-def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Device]]:
-    sizes = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT, element_bytes=4), len(NAMES))
-    memory = {name: str(size) for name, size in zip(NAMES, sizes, strict=True)}
-    with household(tmp_path_factory.mktemp("openai"), NAMES, memory=memory) as started:
-        started[0].cli("run", "builtin", "--slots", str(SLOTS), "--context", str(CONTEXT))
-        yield started
 
 
 def talk(device: Device, tokens: int) -> subprocess.Popen[str]:
@@ -52,42 +36,43 @@ def slots_in_use(devices: list[Device]) -> list[int]:
     return [sum(stage["slots_in_use"] for stage in engine(device)["stages"]) for device in devices]
 
 
-def test_the_official_client_streams(devices: list[Device]) -> None:
-    with talk(devices[0], 60) as talker:
+def test_the_official_client_streams(demo: list[Device]) -> None:
+    with talk(demo[0], 60) as talker:
         said, _ = talker.communicate(timeout=120)
     lines = said.splitlines()
     assert talker.returncode == 0
     assert len(lines) > 10, lines  # piece by piece, not at once
     assert lines[-1].startswith("usage ")
-    assert slots_in_use(devices) == [0, 0, 0]
+    assert slots_in_use(demo) == [0, 0, 0]
 
 
-def test_an_answer_is_traced(devices: list[Device], tmp_path: Path) -> None:
+def test_an_answer_is_traced(demo: list[Device], tmp_path: Path) -> None:
     """As a person would: a question with --trace, and a look at what goes on."""
     out = tmp_path / "trace.json"
-    devices[0].cli("chat", STORY, "--max-tokens", "24", "--temperature", "0", "--trace", str(out))
+    demo[0].cli("chat", STORY, "--max-tokens", "24", "--temperature", "0", "--trace", str(out))
     trace = json.loads(out.read_text())
-    traces.check(trace, NAMES)
-    for name in NAMES:
+    names = [device.name for device in demo]
+    traces.check(trace, names)
+    for name in names:
         found = traces.passes(trace, name)
         assert len(found) >= 24, f"{name}: a prompt and 24 steps"
         assert len({sequence for one in found for sequence in one["args"]["sequences"]}) == 1
-    refused = devices[1].cli("trace", "builtin", "--out", str(out), check=False)
-    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and "started on laptop" in refused.stderr
+    refused = demo[1].cli("trace", "builtin", "--out", str(out), check=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and f"started on {demo[0].name}" in refused.stderr
 
 
-def test_killing_the_client_cancels_everywhere(devices: list[Device], tmp_path: Path) -> None:
+def test_killing_the_client_cancels_everywhere(demo: list[Device], tmp_path: Path) -> None:
     """The story would go on for hundreds of tokens; its slots are free again long before."""
-    for device in devices:
+    for device in demo:
         assert engine(device)["stages"], f"{device.name} holds no stage"
-    with talk(devices[0], LONG) as talker:
+    with talk(demo[0], LONG) as talker:
         assert talker.stdout is not None
         assert talker.stdout.readline()
-        running = slots_in_use(devices)
+        running = slots_in_use(demo)
         talker.kill()
         talker.wait(10)
     assert all(running), f"the sequence holds a slot on every device, not {running}"
     deadline = time.monotonic() + CANCEL_TIMEOUT_S
-    while (used := slots_in_use(devices)) != [0, 0, 0]:
+    while (used := slots_in_use(demo)) != [0, 0, 0]:
         assert time.monotonic() < deadline, f"slots still in use: {used}"
-    assert devices[0].status()["deployments"][0]["state"] == "serving"
+    assert demo[0].status()["deployments"][0]["state"] == "serving"

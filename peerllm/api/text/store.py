@@ -17,7 +17,7 @@ from peerllm.types import DeploymentId
 T = TypeVar("T")
 MAX_MODELS = 4  # texts kept in memory; a large vocabulary takes some 50 MB
 WORKERS = 2  # threads
-MAX_WAITING = 64  # prompts being prepared or waiting for a thread
+MAX_WAITING = 512  # prompts being prepared or waiting for a thread: all that may be streamed could ask at once
 
 
 class TextStore:

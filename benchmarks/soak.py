@@ -1,0 +1,111 @@
+"""Minutes of a fixed load on the demo's household, its processes watched: does anything grow?
+
+Streaming clients, some hanging up midway, whole answers, bad requests, a page opened and closed, all without a pause;
+every answer is compared with what the household said alone. `--write` puts the table and the plot into
+docs/benchmarks.md. Exits with 1 if a series grows beyond its tolerance or an answer is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.soak_load import Load
+from benchmarks.soak_plots import plot
+from benchmarks.soak_trend import Trend, trend
+from benchmarks.soak_watch import Watch
+from peerllm.builtin import MODEL_DIR
+from peerllm.cli.demo import CONTEXT, NAMES, SLOTS
+from peerllm.cli.demo_memory import limits, sizes_of
+from tests.clients import clients
+from tests.household import Device, household
+
+DEVICES = 3
+EVERY_S = 3.0  # between two samples
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PLOT = PAGE.with_name("soak.png")
+
+
+async def soak(devices: Sequence[Device], minutes: float) -> tuple[Watch, Counter[str]]:
+    """Load and watch; raises what went wrong with an answer."""
+    watch, stop = Watch(devices), asyncio.Event()
+    async with clients(devices[0].url, devices[0].token()) as session:
+        load = Load(session)
+        loading = asyncio.create_task(load.run(stop), name="load")
+        started = time.monotonic()
+        while (now := time.monotonic() - started) < 60 * minutes and not loading.done():
+            await watch.sample(session, now)
+            await asyncio.wait({loading}, timeout=EVERY_S)
+        stop.set()
+        await loading
+    return watch, load.counts
+
+
+def table(trends: Sequence[Trend]) -> str:
+    """Markdown, a line per process."""
+    lines = [
+        "| process | memory, MB (growth) | asyncio tasks | open files | threads |",
+        "|---|---|---|---|---|",
+    ]
+    found = {(one.process, one.counted): one for one in trends}
+    for process in dict.fromkeys(one.process for one in trends):
+        cells = []
+        for counted, scale, digits in (("memory", 1e6, 2), ("tasks", 1, 1), ("files", 1, 1), ("threads", 1, 1)):
+            one = found.get((process, counted))
+            cells.append(f"{one.level / scale:.{digits}f} ({one.growth / scale:+.{digits}f})" if one else "")
+        lines.append(f"| {process} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdict(trends: Sequence[Trend], counts: Counter[str], minutes: float) -> str:
+    asked = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    growing = [f"{one.process}'s {one.counted} (+{one.growth:.4g})" for one in trends if one.grows]
+    if growing:
+        return f"After {minutes:g} minutes these grow: {', '.join(growing)}. Load: {asked}."
+    return f"After {minutes:g} minutes nothing grows. Load: {asked}."
+
+
+def write(page: Path, text: str) -> None:
+    """Between the marks in the page."""
+    marked = re.compile(r"(<!-- soak -->\n).*?(<!-- /soak -->)", re.DOTALL)
+    old = page.read_text(encoding="utf-8")
+    if not marked.search(old):
+        raise SystemExit(f"{page} has no marks for the soak's table")
+    page.write_text(marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", old), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: nothing grows, and every answer was right."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--write", action="store_true", help="table and plot into docs/")
+    parser.add_argument("--plot", type=Path, help="where else the plot goes")
+    args = parser.parse_args(argv)
+    names = NAMES[:DEVICES]
+    lent = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT, element_bytes=4), DEVICES)
+    memory = {name: str(nbytes) for name, nbytes in zip(names, lent, strict=True)}
+    with (
+        tempfile.TemporaryDirectory(prefix="peerllm-soak-") as directory,
+        household(Path(directory), names, memory=memory) as devices,
+    ):
+        devices[0].cli("run", "builtin", "--slots", str(SLOTS), "--context", str(CONTEXT))
+        watch, counts = asyncio.run(soak(devices, args.minutes))
+    trends = [trend(process, counted, series) for (process, counted), series in sorted(watch.series.items())]
+    said = verdict(trends, counts, args.minutes)
+    print(f"{table(trends)}\n\n{said}")
+    for file in filter(None, (args.plot, PLOT if args.write else None)):
+        plot(watch.series, file)
+    if args.write:
+        write(PAGE, f"{table(trends)}\n\n{said}")
+    return int(any(one.grows for one in trends))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""An engine keeps to its plan's promise: its runtime and 1.1 times the budget are enough, and the kernel sees to it.
+
+Real engines, each in a control group of its own from its first page on, load what the planner gave them, take prompts
+that fill every slot, answer from all at once, and then prompts of many lengths, which compile many matrix products.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from peerllm.daemon.demand import Blueprint, draw_up
+from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.messages import Hello
+from peerllm.daemon.profiles import Candidate
+from peerllm.engine.messages import Inspected, Measure, TimeLayers
+from tests.engine.engines import WAIT_S, Deployed, Device, inspect, redeploy
+from tests.lab.cgroups import MemoryGroup, why_no_memory_groups
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(bool(why_no_memory_groups()), reason=why_no_memory_groups()),
+]
+FULL = os.environ.get("PEERLLM_FULL") == "1"  # also divided over two devices
+CASES = [("bfloat16", 1), ("float32", 1), *([("bfloat16", 2), ("float32", 2)] if FULL else [])]
+MARGIN = 1.1  # of the budget
+SLOTS, CONTEXT = 4, 384
+ANSWER = 16  # tokens
+LENGTHS = range(2, 98, 3)  # of the prompts at the end
+VOCABULARY = 32_000
+LAYERS = {"bfloat16": 7, "float32": 3}  # a quarter of a gigabyte each
+
+
+def make_model(directory: Path, dtype: str) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "llama", vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=2816, num_hidden_layers=LAYERS[dtype],
+        num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        eos_token_id=None, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(directory)
+    return directory
+
+
+def resident(device: Device) -> dict[str, int]:
+    """Of the engine's process, in bytes: RssAnon, RssFile, VmRSS, and VmHWM, the most that VmRSS was."""
+    status = Path(f"/proc/{device.host.pid}/status").read_text()
+    lines = [line.split() for line in status.splitlines() if line.startswith(("Rss", "VmRSS", "VmHWM"))]
+    return {name.rstrip(":"): int(kib) * 1024 for name, kib, _ in lines}
+
+
+def forget_peak(device: Device) -> None:
+    """VmHWM starts anew."""
+    Path(f"/proc/{device.host.pid}/clear_refs").write_text("5")
+
+
+def candidate(device: Device, lent: int, dtype: str) -> Candidate:
+    speed = {dtype: 10.0}
+    hello = Hello(1, "0", {}, device.id[:8], 1, 2, 2 * lent, lent, speed, speed, ("llama",), (dtype,))
+    return Candidate(device.id, hello, lent, 1.0, 1000.0)
+
+
+def plan_for(inspected: Inspected, made: list[Device]) -> Blueprint:
+    """Over all of them: two lend too little for one alone."""
+    whole = sum(layer.memory_bytes for layer in inspected.profile.layers)
+    lent = 4 * whole if len(made) == 1 else int(0.7 * whole)
+    candidates = {device.id: candidate(device, lent, inspected.dtype) for device in made}
+    found = draw_up(RunOptions("m", slots=SLOTS, context=CONTEXT), inspected, candidates, made[0].id)
+    assert set(found.promises) == {device.id for device in made}
+    assert (found.workload.sequences, found.workload.context) == (SLOTS, CONTEXT)
+    return found
+
+
+async def measure(device: Device, inspected: Inspected, free: int) -> None:
+    """As a daemon does before it plans."""
+    await device.host.ask(Measure(device.host.next_request()), WAIT_S)
+    await device.host.ask(TimeLayers(device.host.next_request(), inspected.config, inspected.dtype, free), WAIT_S)
+
+
+async def serve(deployed: Deployed, plan: Blueprint) -> None:
+    places = {device.id: number for number, device in enumerate(deployed.devices)}
+    cut = tuple((places[stage.device], stage.first_layer, stage.last_layer) for stage in plan.plan.stages)
+    await redeploy(deployed, cut, slots=SLOTS, context=CONTEXT, chunk=plan.chunk, micro_batch=plan.micro_batch)
+    full = [[(7 * i + 13 * slot) % VOCABULARY for i in range(CONTEXT - ANSWER)] for slot in range(SLOTS)]
+    sequences = [deployed.submit(prompt, ANSWER) for prompt in full]
+    for sequence in sequences:
+        ids, end = await deployed.finished(sequence)
+        assert (len(ids), end.finish) == (ANSWER, "length"), end
+    for length in LENGTHS if deployed.inspected.dtype == "bfloat16" else ():
+        await deployed.generate(full[0][:length], 1)
+
+
+@pytest.mark.parametrize(("dtype", "devices"), CASES)
+async def test_runtime_and_little_more_than_the_budget_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, devices: int
+) -> None:
+    model = make_model(tmp_path / "model", dtype)
+    async with AsyncExitStack() as stack:
+        groups = [stack.enter_context(MemoryGroup()) for _ in range(devices)]
+        made = [Device(tmp_path / f"device{number}") for number in range(devices)]
+        launchers = [group.launcher(tmp_path) for group in groups]
+        for device, launcher in zip(made, launchers, strict=True):
+            monkeypatch.setattr(sys, "executable", str(launcher))
+            stack.push_async_callback(device.host.close)
+            await device.start([one.trust for one in made])
+        monkeypatch.undo()
+        ready = [resident(device) for device in made]
+        inspected = await inspect(made[0], model)
+        plan = plan_for(inspected, made)
+        await asyncio.gather(*(measure(device, inspected, plan.promises[device.id]) for device in made))
+        files = []
+        for device, group in zip(made, groups, strict=True):
+            (configured,) = device.ready
+            assert configured.runtime_bytes <= resident(device)["VmRSS"]  # nothing is hidden in it
+            group.limit(configured.runtime_bytes + int(MARGIN * plan.promises[device.id]))
+            forget_peak(device)
+            files.append(resident(device)["RssFile"])
+
+        await serve(Deployed(made, inspected), plan)
+
+        for device, group, before, mapped in zip(made, groups, ready, files, strict=True):
+            assert device.lost == []
+            assert group.kills == 0
+            # Of its files the libraries' pages are counted elsewhere; without them it keeps to its budget, too.
+            budget, now = plan.promises[device.id], resident(device)
+            grown = now["VmHWM"] - mapped - before["RssAnon"]
+            assert grown <= MARGIN * budget, (grown, budget)
+            with pytest.raises(OSError, match="busy"):  # all that was in the group
+                group.limit(budget // 2)
