@@ -36,6 +36,7 @@ MAX_ATTEMPTS = 5  # plans tried one after another when devices refuse or leave, 
 CONTENTION_S = 0.2  # wait after the first refusal; doubles, and differs from device to device
 RETRY_S = 2.0  # a waiting deployment tries again after this, doubling ...
 RETRY_MOST_S = 60.0  # ... up to this, and whenever the household changes
+LATECOMERS = 3  # times that devices are measured because some came while others were
 GATHER_S = 5.0  # how long a model too large for the devices here waits for those that have not arrived
 ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
 SETTLE_S = 0.3  # changes of the household come in bursts
@@ -308,10 +309,16 @@ class Deployment:
         candidates = self._candidates(absent)
         if not self._timings.known(inspected, candidates.values()):
             await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
-        timings = await self._timings.of(inspected, candidates, lambda text: self._say("planning", text))
+        for _ in range(LATECOMERS):
+            timings = await self._timings.of(inspected, candidates, lambda text: self._say("planning", text))
+            here = self._candidates(absent)  # measuring takes a while
+            if here.keys() <= candidates.keys():
+                break
+            candidates = here
         return {
             device: replace(one, timing=timings[device]) if device in timings else one
-            for device, one in self._candidates(absent).items()  # measuring takes a while
+            for device, one in here.items()
+            if device in candidates  # a guess beside measurements would make it look the fastest
         }
 
     def _candidates(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:

@@ -366,3 +366,20 @@ async def test_a_device_that_leaves_while_it_is_measured_is_planned_around(house
     await house.vanish("b")
     await asyncio.wait_for(running, 10)
     assert set(profiles(house)) == {"device-a"}
+
+
+async def test_a_device_that_comes_while_others_are_measured_is_measured_too(houses):
+    """Else a guess would stand beside measurements, and look the fastest."""
+    house = houses([9, 9], "xy", big=8)
+    b = house["b"]
+    b.online = False
+
+    async def timing(message):
+        b.online = True
+
+    house["a"].engine.timing = timing
+    await run(house, "big")
+    assert timed(house) == {"a": 1, "b": 1}
+    assert {name: found["source"] for name, found in profiles(house).items()} == {
+        "device-a": "measured", "device-b": "measured",
+    }  # fmt: skip
