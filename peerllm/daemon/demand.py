@@ -6,7 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.profiles import Candidate, able, device_profile, link_profiles, model_shape
+from peerllm.daemon.profiles import (
+    Candidate,
+    able,
+    device_profile,
+    link_profiles,
+    model_shape,
+    slower_than_estimated,
+)
 from peerllm.engine.messages import Inspected
 from peerllm.errors import BadInputError, InfeasibleError
 from peerllm.planner.cost import layer_bytes, stage_bytes
@@ -113,8 +120,9 @@ def _draw_up(
     )
     working = working_bytes(shape, context, slots)
     _check_sum(options, inspected, candidates, work, working)
+    slower = slower_than_estimated(candidates.values(), model, inspected.dtype)
     alone, together = (
-        {d: device_profile(c, model, inspected.dtype, len(candidates), busy) for d, c in candidates.items()}
+        {d: device_profile(c, model, inspected.dtype, len(candidates), busy, slower) for d, c in candidates.items()}
         for busy in (False, True)
     )
     profiles = together if options.objective == "throughput" else alone

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 from typing import Any, Literal
 
 from peerllm.daemon.messages import Hello
@@ -84,10 +85,26 @@ def able(candidate: Candidate, architecture: str, dtype: str) -> bool:
     return architecture in candidate.hello.architectures and dtype in candidate.hello.dtypes
 
 
+def slower_than_estimated(candidates: Iterable[Candidate], model: ModelProfile, dtype: str) -> float:
+    """How much longer than estimated a block takes the devices that measured it, at least 1: the median.
+
+    A guess that stands beside measurements must not look the fastest for being a guess.
+    """
+    ratios = []
+    for one in candidates:
+        for kind, points in estimated(one, model, dtype).items():
+            measured = one.timing.of(kind, busy=False)
+            if measured and kind not in ("embedding", "head"):
+                ratios.append(measured[0][1] / points[0][1])
+    return max(1.0, median(ratios)) if ratios else 1.0
+
+
 def device_profile(
-    candidate: Candidate, model: ModelProfile, dtype: str, devices: int = 1, busy: bool = False
+    candidate: Candidate, model: ModelProfile, dtype: str, devices: int = 1, busy: bool = False, slower: float = 1.0
 ) -> DeviceProfile:
     """Layer times as measured, or else estimated; `busy`: while the other devices of its machine work too.
+
+    Estimates count `slower` times.
 
     A layer has no part in what a pass costs beside its layers, but plans add up layers only. So the passes of a plan
     over `devices` are spread evenly over the model's blocks: right for even stages, little off for others.
@@ -98,7 +115,8 @@ def device_profile(
     times: dict[LayerKind, tuple[tuple[int, float], ...]] = {}
     for kind in estimate:
         share = 0.0 if kind in ("embedding", "head") else each
-        times[kind] = tuple((n, ms + share) for n, ms in measured.of(kind, busy)) or estimate[kind]
+        guess = tuple((n, ms * slower) for n, ms in estimate[kind])
+        times[kind] = tuple((n, ms + share) for n, ms in measured.of(kind, busy)) or guess
     memory = min(max(0, candidate.free_bytes), MOST_MEMORY_BYTES)
     return DeviceProfile(candidate.device, candidate.hello.name, memory, times)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,16 @@ from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.measuring import MAX_MEASURING, Profiler
 from peerllm.daemon.messages import Answer, Ask, Control, Profile
 from peerllm.daemon.profile_file import MAX_ENTRIES, ProfileFile, layer_key
-from peerllm.daemon.profiles import Candidate, Timing, checked, device_profile, estimated, kinds_of, shown
+from peerllm.daemon.profiles import (
+    Candidate,
+    Timing,
+    checked,
+    device_profile,
+    estimated,
+    kinds_of,
+    shown,
+    slower_than_estimated,
+)
 from peerllm.daemon.status import deployments_of
 from peerllm.engine.messages import LayersTimed, TimeLayers
 from peerllm.errors import BadInputError, EngineError, InfeasibleError, OverloadedError, UnavailableError
@@ -98,6 +108,18 @@ def test_the_planner_takes_the_times_beside_the_others_and_estimates_what_is_mis
     assert times["embedding"] == estimated(candidate, model, "float32")["embedding"]
     assert set(times) == {layer.kind for layer in model.layers}
     assert kinds_of(model) == KINDS
+
+
+def test_a_guess_beside_measurements_does_not_look_the_fastest():
+    model = inspected("m", 4).profile
+    guessed = Candidate("a" * 64, hello("a", BLOCK), 9)
+    block = estimated(guessed, model, "float32")["block"][0][1]
+    timed = [replace(guessed, timing=Timing({"block": ((1, factor * block),)})) for factor in (3.0, 5.0, 0.5)]
+    assert slower_than_estimated([guessed, *timed], model, "float32") == pytest.approx(3.0)
+    assert slower_than_estimated([guessed, timed[2]], model, "float32") == 1.0, "never quicker than estimated"
+    assert slower_than_estimated([guessed], model, "float32") == 1.0
+    times = device_profile(guessed, model, "float32", slower=3.0).layer_ms
+    assert times["block"][0] == (1, pytest.approx(3 * block))
 
 
 def test_status_tells_times_by_device_and_where_they_come_from():
