@@ -18,6 +18,7 @@ from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.daemon.facade import (
     MAX_BENCH_SEQUENCES,
     MAX_BENCH_TOKENS,
+    MAX_PROMPT_CHUNK,
     QUANTIZE,
     Household,
     RunOptions,
@@ -196,6 +197,7 @@ def _run_options(fields: Fields) -> RunOptions:
         slots=fields.integer("slots", 1, MAX_SLOTS),
         dtype=fields.choice("dtype", DTYPES),
         quantize=fields.choice("quantize", QUANTIZE),
+        prompt_chunk=fields.integer("prompt_chunk", 1, MAX_PROMPT_CHUNK),
         private=fields.flag("private"),
         schedule=cast("ScheduleName", fields.choice("schedule", SCHEDULE_NAMES)),
     )

@@ -201,6 +201,9 @@ def _models(command: _Command) -> None:
         "--quantize", choices=("int8", "int4"), help="round the weights: less memory, faster, a little less exact"
     )
     run.add_argument(
+        "--prompt-chunk", type=positive, metavar="N", help="tokens of a prompt that travel together"
+    )
+    run.add_argument(
         "--schedule",
         choices=SCHEDULE_NAMES,
         default=SCHEDULE_NAMES[0],

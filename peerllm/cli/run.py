@@ -15,7 +15,8 @@ def run(args: argparse.Namespace) -> None:
     device = LocalDevice(args.data)
     model = as_model(args.model)
     body = {"model": model, "objective": args.objective, "context": args.context, "slots": args.slots,
-            "private": args.private, "quantize": args.quantize, "schedule": args.schedule}  # fmt: skip
+            "private": args.private, "quantize": args.quantize, "schedule": args.schedule,
+            "prompt_chunk": args.prompt_chunk}  # fmt: skip
     show_progress(device.lines("/peerllm/v1/run", body))
     served = [one for one in device.get("/peerllm/v1/status")["deployments"] if one["state"] == "serving"]
     for one in served:

@@ -12,7 +12,7 @@ from peerllm.daemon.messages import Assign, StageWork, TensorDigest
 from peerllm.daemon.profiles import ITEMSIZE
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import BadInputError, RefusedError
-from peerllm.planner.memory import MAX_CHUNK, human_bytes
+from peerllm.planner.memory import MOST_CHUNK, human_bytes
 from peerllm.types import MAX_STAGES, SCHEDULE_NAMES, DeploymentId, DeviceId
 
 MAX_CONTEXT = 1 << 20  # tokens
@@ -119,7 +119,7 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
     limits = (
         ("slots", assign.slots, MAX_SLOTS),
         ("context", assign.context, MAX_CONTEXT),
-        ("chunk", assign.chunk, MAX_CHUNK),
+        ("chunk", assign.chunk, MOST_CHUNK),
         ("micro_batch", assign.micro_batch, assign.slots),
         ("micro_batches", assign.micro_batches, assign.slots),
         ("stages", assign.stages, MAX_STAGES),

@@ -118,7 +118,8 @@ def _draw_up(
         context,
         options.objective,
     )
-    working = working_bytes(shape, context, slots)
+    chunk = min(options.prompt_chunk or chunk_tokens(shape, context), context)
+    working = working_bytes(shape, context, slots, chunk)
     _check_sum(options, inspected, candidates, work, working)
     slower = slower_than_estimated(candidates.values(), model, inspected.dtype)
     alone, together = (
@@ -150,7 +151,6 @@ def _draw_up(
         # Planned for one sequence; several share the stages without one waiting for all.
         batches = min(slots, len(plan.devices))
         batch = -(-slots // batches)
-    chunk = chunk_tokens(shape, context)
     return Blueprint(plan, work, chunk, batch, batches, options.schedule, memory, promises, *scenarios)
 
 

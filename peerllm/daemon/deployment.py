@@ -426,6 +426,7 @@ def same_demand(a: RunOptions, b: RunOptions) -> bool:
         and a.schedule == b.schedule
         and b.context in (None, a.context)
         and b.slots in (None, a.slots)
+        and b.prompt_chunk in (None, a.prompt_chunk)
     )
 
 

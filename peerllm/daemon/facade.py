@@ -11,6 +11,7 @@ from peerllm.engine.messages import FinishReason
 from peerllm.types import DeploymentId, Objective, Sampling, ScheduleName
 
 QUANTIZE = ("", "int8", "int4")  # what matrices are rounded to; "": not at all
+MAX_PROMPT_CHUNK = 4096
 MAX_BENCH_SEQUENCES = 256
 MAX_BENCH_TOKENS = 4096  # of a prompt, and of an answer
 
@@ -25,6 +26,7 @@ class RunOptions:
     slots: int | None = None
     dtype: str = "auto"
     quantize: str = ""
+    prompt_chunk: int | None = None  # tokens of a prompt that travel together
     private: bool = False  # the head stays on the source
     schedule: ScheduleName = "no-bubble"  # the others are there to compare with
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_CHUNK = 128  # tokens of a prompt in one frame
+MAX_CHUNK = 128  # tokens of a prompt in one frame, unless more are asked for
+MOST_CHUNK = 4096  # ... and then at most
 MIN_CHUNK = 16
 MASK_BYTES = 32 << 20  # the attention mask of one chunk over a full slot; fused attention keeps no scores
 HIDDEN_COPIES = 8  # vectors of the hidden size alive at once in a block: residual, norm, queries, keys, values, output
@@ -30,11 +31,12 @@ def chunk_tokens(shape: Shape, context: int) -> int:
     return max(MIN_CHUNK, min(MAX_CHUNK, context, MASK_BYTES // max(1, context * shape.itemsize)))
 
 
-def working_bytes(shape: Shape, context: int, slots: int) -> int:
+def working_bytes(shape: Shape, context: int, slots: int, chunk: int | None = None) -> int:
     """The most that passes hold beside weights and KV: a chunk's vectors and mask, every slot's logits, kernels."""
-    tokens = max(chunk_tokens(shape, context), slots)
+    chunk = chunk or chunk_tokens(shape, context)
+    tokens = max(chunk, slots)
     vectors = HIDDEN_COPIES * shape.hidden_size + WIDE_COPIES * shape.wide
-    mask = chunk_tokens(shape, context) * context
+    mask = chunk * context
     logits = shape.vocabulary * (slots * (shape.itemsize + 4) + DRAW_BYTES)  # as computed and in float32
     kernels = KERNELS * KERNEL_BYTES if shape.itemsize == 2 else 0
     return (tokens * vectors + mask) * shape.itemsize + logits + kernels
