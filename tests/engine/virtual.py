@@ -60,6 +60,7 @@ class Ring:
 
 
 class _Shard:
+    reach = None  # no slot is taken up again
     hidden_size, kv_bytes = 1, 0
 
     def __init__(self, head: bool) -> None:
