@@ -112,7 +112,7 @@ async def test_removal_cuts_links_at_once_and_is_told(tmp_path: Path) -> None:
             await bert.network.ask(anna.id, Release("d", 1), 1)
         with pytest.raises(NotFoundError):
             await anna.network.remove(bert.id)
-        assert anna.network._links._channels == {}
+        await anna.until(lambda: anna.network._links._channels == {})
         await pair(bert, anna)
 
 
