@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
 
-GAIN = 1 / 8  # weight of a new observation, once there are as many
+GAIN = 1 / 32  # weight of a new observation, once there are as many
 FORGET_S = 300.0  # an estimate not renewed for so long counts no more than the next observation
 SMALL_BYTES = 16 << 10  # frames up to this tell of latency, larger ones of the rate
 MOST_BYTES = 1 << 40  # of one observation, so that sums stay finite

@@ -2,7 +2,7 @@
 
 From the moment the frame was handed to the link until its PONG, less what the PING waited there and half of what a PING
 alone takes there and back (the PONG's way), is the frame's way: encoding, both event loops, TLS, the wire, decoding. At
-most one is under way, and one follows each beat, so that links are measured by what they carry anyway.
+most one is under way, and a few follow each beat, so that links are measured by what they carry anyway.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 
 KEPT = 1 / 8  # weight of a new round trip; the mean of the last few counts, not the least: a load is part of a hop
+FRAMES = 8  # timed after each beat: single ones tell little where a processor is taken away now and then
 LOST_S = 30.0  # an answer later than this is not waited for
 
 OnTimed = Callable[[int, float], None]  # bytes of a frame and seconds of its way; 0 bytes: a PING there and back
@@ -35,7 +36,7 @@ class Timing:
         self._number = 0
         self._asked: tuple[int, int, float] | None = None  # number, bytes of the frame (0: none), since when
         self._back_s = 0.0  # half a round trip of a PING alone
-        self._pings = 0
+        self._pings = self._left = 0
 
     def mark(self, frame: bytes, since: float) -> None:
         """This frame, handed over at `since`, is to be timed."""
@@ -68,11 +69,13 @@ class Timing:
         took = now - since
         if nbytes:
             held_s = _HELD.unpack(held)[0] / 1e6 if len(held) == _HELD.size else 0.0
+            self._left -= 1
+            self.wanted = self._left > 0
             self._on_timed(nbytes, max(0.0, took - held_s - self._back_s))
             return
         self._pings += 1
         self._back_s += max(KEPT, 1 / self._pings) * (took / 2 - self._back_s)
-        self.wanted = True
+        self.wanted, self._left = True, FRAMES
         self._on_timed(0, took)
 
     def _ask(self, nbytes: int, since: float) -> bytes:
