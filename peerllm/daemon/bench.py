@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any, cast
 
 from peerllm.daemon.facade import Chunk, GenerateRequest
+from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, Sampling
 
 STRIDE = 7919  # between the ids of made-up prompts, so that no two are alike
@@ -39,9 +40,12 @@ async def measured(
         return arrivals
 
     tasks: list[asyncio.Task[list[float]]] = []
-    async with asyncio.TaskGroup() as group:
-        for number in range(sequences):
-            tasks.append(group.create_task(one(number), name=f"bench {number}"))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number in range(sequences):
+                tasks.append(group.create_task(one(number), name=f"bench {number}"))
+    except* PeerLLMError as failures:
+        raise failures.exceptions[0] from None
     all_arrivals = [task.result() for task in tasks]
     firsts = [arrivals[0] for arrivals in all_arrivals]
     lasts = [arrivals[-1] for arrivals in all_arrivals]

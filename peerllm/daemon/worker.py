@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, assert_never
 
-from peerllm.daemon.assignments import Address, check
+from peerllm.daemon.assignments import Address, check, weight_bytes
 from peerllm.daemon.ledger import Ledger
 from peerllm.daemon.messages import (
     Activate,
@@ -268,24 +268,31 @@ class Worker:
         else:
             await self._fetch(assign, held, sender, wanted)
             own = {tensor.name: self._kept(tensor) for tensor in wanted}
+        here: set[str] = set()  # tensors loaded for it
+        taken = 0
         for work in assign.work:
-            spec = self._spec(assign, work, own, promised)
+            again = [tensor for tensor in work.tensors if tensor.name in here]  # which a later stage shares
+            limit = promised - taken + weight_bytes(again, assign.dtype, assign.quantize)
+            spec = self._spec(assign, work, own, limit)
             held.load = asyncio.create_task(
                 self._engine.ask(spec, LOAD_TIMEOUT_S), name=f"engine load {assign.deployment[:8]}/{work.stage}"
             )
             held.load.add_done_callback(_seen)
             await asyncio.shield(held.load)
-            await self._check_taken()
+            taken = await self._check_taken(assign.deployment)
+            here |= {tensor.name for tensor in work.tensors}
         held.loaded = True
 
-    async def _check_taken(self) -> None:
-        """RefusedError if the engine holds more than is promised to everybody."""
+    async def _check_taken(self, deployment: DeploymentId) -> int:
+        """What the engine holds for it; RefusedError if it holds more than is promised to everybody."""
         load = await self._engine.ask(QueryLoad(self._engine.next_request()), QUERY_TIMEOUT_S)
-        if isinstance(load, EngineLoad):
-            taken = load.weight_bytes + load.kv_bytes
-            if taken > self.ledger.promised_bytes:
-                promised = human_bytes(self.ledger.promised_bytes)
-                raise RefusedError(f"the shards take {human_bytes(taken)}, {promised} are promised")
+        if not isinstance(load, EngineLoad):
+            return 0
+        taken = load.weight_bytes + load.kv_bytes
+        if taken > self.ledger.promised_bytes:
+            promised = human_bytes(self.ledger.promised_bytes)
+            raise RefusedError(f"the shards take {human_bytes(taken)}, {promised} are promised")
+        return load.held_bytes.get(deployment, 0)
 
     async def _fetch(self, assign: Assign, held: _Held, source: DeviceId, wanted: tuple[TensorDigest, ...]) -> None:
         def progress(done: int, total: int) -> None:

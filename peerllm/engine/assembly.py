@@ -140,10 +140,10 @@ def make_up(division: Division, first: int, last: int, kept: Keeping, threads: i
     places, held, owned = _places(division, first), 0, _owned(division, first, last)
     packing = _packing(division, kept, owned, threads)
     for name, (dtype, shape) in owned.items():
-        tensor = made_up(shape, dtype)
-        if packing is not None and packing.takes(name):
-            packing.give(name, tensor)
+        if packing is not None and packing.takes(name):  # one row again and again: the whole is never there in float
+            packing.give(name, made_up(shape[-1:], dtype).expand(shape))
         else:
+            tensor = made_up(shape, dtype)
             _place(division.model, places.get(name, name), tensor)
             held += tensor.nbytes
     return Filled(held, packing.nbytes, packing.form) if packing is not None else Filled(held)

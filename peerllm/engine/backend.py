@@ -11,7 +11,7 @@ from typing import Protocol
 from peerllm.engine.base import Progress, Sampler, Shard
 from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 
-LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "aiohttp")
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "aiohttp", "onnxruntime", "onnx", "peerllm")
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,7 @@ class Compute:
             psutil.Process().memory_info().rss,
             {f"{i}/{index}": stage.mean_step_ms for i, index, stage in stages if stage.mean_step_ms is not None},
             {f"{i}/{index}": stage.paces for i, index, stage in stages if stage.paces},
+            {identity: deployment.held_bytes for identity, deployment in self._deployments.items()},
         )
 
 

@@ -62,6 +62,13 @@ class Deployment:
             reach = stage.shard.reach
             self._source = Sequences(self.id, spec.slots, spec.context, spec.chunk, spec.stages, reach)
 
+    @property
+    def held_bytes(self) -> int:
+        """Weights and KV of its stages here; what two of them share counts once."""
+        shards = [stage.shard for stage in self.stages.values()]
+        weights = {key: nbytes for shard in shards for key, nbytes in shard.weights.items()}
+        return sum(weights.values()) + sum(shard.kv_bytes for shard in shards)
+
     def linked(self, outlets: Mapping[int, Outlet]) -> None:
         """The links stand; if some broke before, whatever was under way on them is gone."""
         self._outlets = dict(outlets)

@@ -356,6 +356,7 @@ class EngineLoad:
     measured: Mapping[str, float] = field(default_factory=dict)  # "<deployment>/<stage>": mean ms of a decode step
     # ... and of all that the compute thread does for one, by its sequences: (sequences, ms), rising
     paces: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    held_bytes: Mapping[DeploymentId, int] = field(default_factory=dict)  # weights and KV, by deployment
 
 
 ToEngine = (

@@ -47,7 +47,7 @@ class Run:
 
 def time_layers(message: TimeLayers, sampler: Sampler, check: Check) -> LayersTimed:
     """One kind after the other. In a window every moment of it is used, so that the other engines are never alone."""
-    together, started = message.window_s > 0, time.perf_counter()
+    together, started, threads = message.window_s > 0, time.perf_counter(), torch.get_num_threads()
     outline, skipped = Outline(message), {}
     end = started + message.window_s if together else time.perf_counter() + LIMIT_S
     runs: dict[LayerKind, dict[int, list[Run]]] = {}
@@ -68,7 +68,7 @@ def time_layers(message: TimeLayers, sampler: Sampler, check: Check) -> LayersTi
             work.close()
         runs[kind] = {count: some[1:] or some for count, some in samples.items() if some}
         layers[kind] = mockup.layers
-    return LayersTimed(message.request, net(typical(runs, together, torch.get_num_threads()), layers), skipped)
+    return LayersTimed(message.request, net(typical(runs, together, threads), layers), skipped)
 
 
 def typical(

@@ -18,7 +18,7 @@ from peerllm.errors import EngineError
 from peerllm.types import Sampling
 
 MEASURED_STEPS = 64  # batches of steps that the mean is taken over
-MEASURED_SIZES = 32  # sizes of batches told apart; the one not met for longest is forgotten
+MEASURED_SIZES = 16  # sizes of batches told apart; the one not met for longest is forgotten
 PACE_GAIN = 1 / 32  # weight of a new pass in the mean of its size, once there are as many
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from peerllm.cli import bench
 from peerllm.cli.bench import divided, predicted
 from peerllm.planner.scenario import parse
 from peerllm.types import Stage
@@ -42,6 +43,11 @@ def test_an_unknown_model_and_a_place_that_cannot_be_written(peerllm: Run, tmp_p
     code, _, err = peerllm("plan", "builtin", "--save", str(tmp_path / "no" / "where.json"))
     assert code == 1
     assert "cannot be written" in err.splitlines()[-1]
+
+
+@pytest.fixture(autouse=True)
+def _no_need_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "WARM_S", 0.0)
 
 
 def test_bench_prints_the_prediction_beside_what_was_measured(peerllm: Run, device: Served) -> None:

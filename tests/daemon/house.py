@@ -110,7 +110,10 @@ class FakeEngine:
             case QueryLoad():
                 held = tuple((deployment, stage, 0) for deployment, stage in self.stages)
                 paces = {f"{deployment}/{stage}": self.paces for deployment, stage, _ in held if self.paces}
-                return EngineLoad(message.request, held, self.held, 0, self.held, paces=paces)
+                by_deployment = {one: sum(n for key, n in self.stages.items() if key[0] == one) for one, _, _ in held}
+                return EngineLoad(
+                    message.request, held, self.held, 0, self.held, paces=paces, held_bytes=by_deployment
+                )
             case Record():
                 if message.want == "take":
                     parts = self.recorded.get(message.deployment) or [()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from dataclasses import replace
 
 import torch
@@ -23,15 +24,22 @@ def main() -> None:
     before = peak = anonymous_bytes()
     inspection = inspect_model(sys.argv[1], sys.argv[2], quantize)
 
-    def watch(done: int, total: int) -> None:
-        nonlocal peak
-        peak = max(peak, anonymous_bytes())
+    over = threading.Event()
 
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.002):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     shards = []
     for argument in sys.argv[4:]:
         first, _, last = argument.partition("-")
         spec = replace(stage(inspection, int(first), int(last), slots=2, context=64), quantize=quantize)
-        shards.append(load_shard(spec, watch))
+        shards.append(load_shard(spec))
+    over.set()
+    watcher.join()
     distinct = {key: nbytes for shard in shards for key, nbytes in shard.weights.items()}
     after = anonymous_bytes()
     peak = max(peak, after)

@@ -12,13 +12,15 @@ Sums are taken in another order than torch's plain product takes them: float32 i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 
+log = logging.getLogger(__name__)
 BITS = {"int4": 4, "int8": 8}
 BLOCKS = (128, 32)  # weights that share a scale: the first that divides a row's length
 SESSION_BYTES = 160 << 10  # onnxruntime's for one matrix, however small
@@ -79,13 +81,19 @@ def choose(dtype: torch.dtype, quantize: str, threads: int = 1) -> Form | None:
 
 def bring_in() -> None:
     """Load the libraries now that packing may need: they count as part of the runtime."""
-    if _has_onnxruntime():
+    _has_onnxruntime()
+
+
+@lru_cache(maxsize=1)
+def _has_onnxruntime() -> bool:
+    """A broken installation is as good as none."""
+    try:
         import onnx.helper  # noqa: F401
         import onnxruntime  # noqa: F401
-
-
-def _has_onnxruntime() -> bool:
-    return find_spec("onnxruntime") is not None and find_spec("onnx") is not None
+    except Exception as error:  # libraries of C may fail in any way
+        log.info("weights are rounded by torch alone here: onnxruntime cannot be used: %s", error)
+        return False
+    return True
 
 
 def _bfloat16_instructions() -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from peerllm.engine.kernels.forms import block_of, packed_bytes
-from peerllm.engine.kernels.rounding import nibbles, rounded
+from peerllm.engine.kernels.rounding import rounded
 
 INT8_ACTIVATIONS = 4  # the operator's accuracy_level: products of 8-bit numbers, sums exact
 _pool = threading.Lock()
@@ -40,7 +40,7 @@ class NBits:
         block = block_of(self._columns)
         assert block is not None
         codes, scales = rounded(rows, bits, block)
-        packed = (nibbles(codes) if bits == 4 else codes).view(self.rows, self._columns // block, block * bits // 8)
+        packed = codes.view(self.rows, self._columns // block, block * bits // 8)
         self.nbytes = packed_bytes(self.rows, self._columns, bits)
         self._session = _session(packed.numpy(), scales.numpy(), self.rows, self._columns, bits, block)
         self._binding: Any = self._session.io_binding()

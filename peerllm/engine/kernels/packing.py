@@ -51,7 +51,6 @@ class Packing:
                 self._pack(group)
             for one in names:
                 del self._held[one]
-            trim()  # what packing left free would lie in holes between the tensors that stay
 
     @property
     def missing(self) -> list[str]:
@@ -70,10 +69,10 @@ class Packing:
             for start in range(0, matrix.rows, most):
                 rows = weight[start : start + most]
                 if sum(map(len, waiting)) + len(rows) > most:
-                    parts.append(self.form.make(waiting))
+                    parts.append(self._part(waiting))
                     waiting = []
                 waiting.append(rows)
-        parts.append(self.form.make(waiting))
+        parts.append(self._part(waiting))
         biases = [self._held[matrix.bias] for matrix in group if matrix.bias is not None]
         bias = torch.cat(biases).to(group[0].module.weight.dtype) if biases else None
         whole = Packed(parts, bias)
@@ -85,6 +84,12 @@ class Packing:
         for matrix in group:
             setattr(matrix.parent, _last(matrix), Share(siblings, start, matrix.rows))
             start += matrix.rows
+
+    def _part(self, rows: Sequence[torch.Tensor]) -> Part:
+        part = self.form.make(rows)
+        trim()  # what packing left free would lie in holes between the tensors that stay
+        return part
+
 
 def grouped(wanted: Iterable[Matrix]) -> list[tuple[Matrix, ...]]:
     """Siblings together: of one parent and width, all with a bias or none."""

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from peerllm.engine.kernels.forms import Part, block_of
-from peerllm.engine.kernels.rounding import rounded
+from peerllm.engine.kernels.rounding import apart, rounded
 
 STEP = 16  # the packed layout holds whole numbers of so many rows
 TILES = 8  # of the packed layout; on processors any of torch's values gives the same
@@ -26,9 +26,9 @@ class Int4:
         block = block_of(rows[0].shape[1])
         assert block is not None
         self._rows, self._block = sum(map(len, rows)), block
-        codes, scales = (pad(one, (0, 0, 0, -self._rows % STEP)) for one in rounded(rows, 4, block))
+        packed, scales = (pad(one, (0, 0, 0, -self._rows % STEP)) for one in rounded(rows, 4, block))
         self._scales = torch.stack((scales.t(), torch.zeros_like(scales.t())), dim=2).to(torch.bfloat16).contiguous()
-        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), TILES)
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(apart(packed).int(), TILES)
         self.nbytes = self._packed.nbytes + self._scales.nbytes
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
