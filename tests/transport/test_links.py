@@ -509,6 +509,12 @@ def test_a_frames_time_is_less_the_pongs_way() -> None:
     timing.ponged(ping, 20.2)  # an old one
     timing.ponged(answer(behind, 0.1), 20.5)
     assert heard[1:] == [(100, pytest.approx(0.5 - 0.1 - 0.2))], "what the PING waited there is not the frame's"
+    timing.mark(frame, 21.0)
+    behind = timing.sent(frame)
+    assert behind is not None
+    timing.handed_over(21.15)
+    timing.ponged(answer(behind, 0.1), 21.5)
+    assert heard[2:] == [(100, pytest.approx(0.5 - 0.15 - 0.1 - 0.2))], "nor is what handing it over took its sender"
     assert timing.beat(30.0) is not None and timing.beat(30.0 + LOST_S) is not None, "a lost answer is not waited for"
     assert Timing(None).beat(0.0) is None
     assert answer(b"12345678", 1e9) == b"12345678\xff\xff\xff\xff" and answer(b"", -1.0) == bytes(4)

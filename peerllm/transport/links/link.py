@@ -70,12 +70,15 @@ class Link:
         """
         since = perf_counter()
         data = encode(frame)
-        if self.timing.wanted and not len(self._outbox):  # behind others it would be their time as well
-            self.timing.mark(data, perf_counter())  # encoding is the sender's own time: its pass is not over yet
+        timed = self.timing.wanted and not len(self._outbox)  # behind others it would be their time as well
+        if timed:
+            self.timing.mark(data, perf_counter())
         if self._watch.on:
             self._put_watched(frame, data, since, timeout_s)
         else:
             self._outbox.put(data, timeout_s)
+        if timed:
+            self.timing.handed_over(perf_counter())
 
     def _put_watched(self, frame: Frame, data: bytes, since: float, timeout_s: float) -> None:
         encoded = perf_counter_ns()

@@ -1,8 +1,9 @@
 """How long frames take over one link: a PING right behind a frame comes back once the receiver has taken the frame.
 
-From the moment the frame was handed to the link until its PONG, less what the PING waited there and half of what a PING
-alone takes there and back (the PONG's way), is the frame's way: encoding, both event loops, TLS, the wire, decoding. At
-most one is under way, and a few follow each beat, so that links are measured by what they carry anyway.
+From the moment the sender's thread had handed the frame over until its PONG, less what the PING waited there and half of
+what a PING alone takes there and back (the PONG's way), is the frame's way: both event loops, TLS, the wire, decoding.
+Encoding and handing over are the sender's own time: its pass is not over yet. At most one is under way, and a few follow
+each beat, so that links are measured by what they carry anyway.
 """
 
 from __future__ import annotations
@@ -37,11 +38,17 @@ class Timing:
         self._asked: tuple[int, int, float] | None = None  # number, bytes of the frame (0: none), since when
         self._back_s = 0.0  # half a round trip of a PING alone
         self._pings = self._left = 0
+        self._handed_over: float | None = None  # when the sender of the frame that is timed was free again
 
     def mark(self, frame: bytes, since: float) -> None:
-        """This frame, handed over at `since`, is to be timed."""
+        """This frame, which begins to be handed over at `since`, is to be timed."""
         self.wanted = False
+        self._handed_over = None
         self._marked = (frame, since)
+
+    def handed_over(self, now: float) -> None:
+        """The sender goes on; the frame may be there already."""
+        self._handed_over = now
 
     def beat(self, now: float) -> bytes | None:
         """What to PING with now; None while an answer is under way, or if nobody wants to know."""
@@ -70,6 +77,8 @@ class Timing:
         if nbytes:
             held_s = _HELD.unpack(held)[0] / 1e6 if len(held) == _HELD.size else 0.0
             self._left -= 1
+            if self._handed_over is not None:
+                took = now - max(since, self._handed_over)
             self.wanted = self._left > 0
             self._on_timed(nbytes, max(0.0, took - held_s - self._back_s))
             return
