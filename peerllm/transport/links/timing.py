@@ -1,9 +1,9 @@
 """How long frames take over one link: a PING right behind a frame comes back once the receiver has taken the frame.
 
-From the moment the sender's thread had handed the frame over until its PONG, less what the PING waited there and half of
-what a PING alone takes there and back (the PONG's way), is the frame's way: both event loops, TLS, the wire, decoding.
-Encoding and handing over are the sender's own time: its pass is not over yet. At most one is under way, and a few follow
-each beat, so that links are measured by what they carry anyway.
+From the moment the sender's thread had handed the frame over until its PONG, less what the PING waited there and half
+of what a PING alone takes there and back (the PONG's way), is the frame's way: both event loops, TLS, the wire,
+decoding. Encoding and handing over are the sender's own time: its pass is not over yet. At most one is under way, and
+a few follow each beat, so that links are measured by what they carry anyway.
 """
 
 from __future__ import annotations
