@@ -38,7 +38,8 @@ async def test_two_hundred_streams_and_none_is_lost(demo: list[Device]) -> None:
 @pytest.mark.timeout(240)
 async def test_who_finds_the_queue_full_is_told_when_to_come_back(demo: list[Device]) -> None:
     async with clients(demo[0].url, demo[0].token()) as session:
-        room = SLOTS + MAX_QUEUED
+        line = MAX_QUEUED // 2  # the rest of the queue is kept for other clients
+        room = SLOTS + line
         asks = [asyncio.create_task(stream(session, STORY, LONG)) for _ in range(room + OVER)]
         refused: list[Heard] = []
         for ask in asyncio.as_completed(asks):
@@ -49,7 +50,7 @@ async def test_who_finds_the_queue_full_is_told_when_to_come_back(demo: list[Dev
             assert one.status == 429
             assert RETRY_LEAST_S <= int(one.headers["Retry-After"]) <= RETRY_MOST_S
             assert one.error["type"] == "rate_limit_error"
-            assert f"{MAX_QUEUED} answers are waiting" in one.error["message"]
+            assert f"{line} answers of yours are waiting" in one.error["message"]
         for ask in asks:
             ask.cancel()
         ended = await asyncio.gather(*asks, return_exceptions=True)
