@@ -43,13 +43,7 @@ class Blueprint:
     schedule: ScheduleName
     stage_memory_bytes: tuple[int, ...]
     promises: Mapping[DeviceId, int]
-    alone: Scenario  # what there was to plan with, memory less the working space of a pass: devices by themselves,
-    together: Scenario  # ... and while the other devices of their machine work too
-
-    @property
-    def scenario(self) -> Scenario:
-        """What was planned for: one sequence keeps one device busy at a time, many keep all."""
-        return self.together if self.workload.objective == "throughput" else self.alone
+    scenario: Scenario  # what there was to plan with, memory less the working space of a pass
 
 
 def check_options(options: RunOptions, inspected: Inspected) -> None:
@@ -122,11 +116,10 @@ def _draw_up(
     working = working_bytes(shape, context, slots, chunk)
     _check_sum(options, inspected, candidates, work, working)
     slower = slower_than_estimated(candidates.values(), model, inspected.dtype)
-    alone, together = (
-        {d: device_profile(c, model, inspected.dtype, len(candidates), busy, slower) for d, c in candidates.items()}
-        for busy in (False, True)
-    )
-    profiles = together if options.objective == "throughput" else alone
+    busy = options.objective == "throughput"  # one sequence keeps one device busy at a time, many keep all
+    profiles = {
+        d: device_profile(c, model, inspected.dtype, len(candidates), busy, slower) for d, c in candidates.items()
+    }
     links = link_profiles(candidates, source)
     planned = plan_throughput if options.objective == "throughput" else plan_latency
     plan = planned(model, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
@@ -134,24 +127,14 @@ def _draw_up(
     promises = dict.fromkeys(plan.devices, working)
     for stage, nbytes in zip(plan.stages, memory, strict=True):
         promises[stage.device] += nbytes
-    scenarios = (
-        Scenario(
-            model,
-            {d: replace(one, memory_bytes=max(0, one.memory_bytes - working)) for d, one in known.items()},
-            links,
-            source,
-            None,
-            work,
-            (),
-        )
-        for known in (alone, together)
-    )
+    rooms = {d: replace(one, memory_bytes=max(0, one.memory_bytes - working)) for d, one in profiles.items()}
+    scenario = Scenario(model, rooms, links, source, None, work, ())
     batch, batches = plan.predicted.micro_batch, plan.predicted.micro_batches
     if options.objective == "latency":
         # Planned for one sequence; several share the stages without one waiting for all.
         batches = min(slots, len(plan.devices))
         batch = -(-slots // batches)
-    return Blueprint(plan, work, chunk, batch, batches, options.schedule, memory, promises, *scenarios)
+    return Blueprint(plan, work, chunk, batch, batches, options.schedule, memory, promises, scenario)
 
 
 def _check_sum(

@@ -55,7 +55,10 @@ def block_of(columns: int) -> int | None:
 
 
 def packed_bytes(rows: int, columns: int, bits: int) -> int:
-    """Memory of a quantised matrix at most: its codes and scales, and the session that multiplies with it."""
+    """Memory of a quantised matrix: its codes and scales, and the session that multiplies with it.
+
+    Of siblings that share a session a little more than they take, of a matrix in parts a little less.
+    """
     block = block_of(columns)
     assert block is not None
     return rows * columns * bits // 8 + rows * (columns // block) * BLOCK_BYTES + SESSION_BYTES
