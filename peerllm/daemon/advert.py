@@ -12,6 +12,7 @@ MAX_NAME_CHARS = 64
 MAX_VALUE_BYTES = 200  # a TXT string holds 255 bytes, its key included
 MAX_FIELDS = 32
 MAX_INTEGER = 2**53
+SERIAL_KEY = "n"  # its value grows with each advert of one daemon
 _SHORT_ID = re.compile(r"[0-9a-f]{16}")
 _DOOR = re.compile(r"[0-9A-Za-z]{2}")
 _INTEGER = re.compile(r"[0-9]{1,16}")
@@ -85,6 +86,12 @@ def from_txt(txt: Mapping[bytes, bytes | None]) -> Advert:
         door=values.get("door", ""),
         pairing_port=_integer(values.get("pair", "0")),
     )
+
+
+def serial_of(txt: Mapping[bytes, bytes | None]) -> int:
+    """Which of its device's adverts this is, 0 where it does not say; ValueError if that is no whole number."""
+    value = txt.get(SERIAL_KEY.encode())
+    return _integer(value.decode()) if value is not None else 0
 
 
 def printable_name(name: str) -> str:

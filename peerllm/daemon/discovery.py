@@ -17,7 +17,7 @@ from zeroconf import DNSQuestionType, ServiceListener, Zeroconf
 from zeroconf import Error as ZeroconfError
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
-from peerllm.daemon.advert import Advert, from_txt, to_txt
+from peerllm.daemon.advert import SERIAL_KEY, Advert, from_txt, serial_of, to_txt
 
 SERVICE = "_peerllm._tcp.local."
 INTERFACE_CHECK_S = 5.0  # how often the machine's addresses are looked at
@@ -27,6 +27,7 @@ RESOLVE_TIMEOUT_MS = 3000
 MAX_SIGHTINGS = 256  # devices remembered; further ones are not looked at
 MAX_RESOLVING = 32
 MAX_ADDRESSES = 16  # per device
+LATE_SERIALS = 1024  # an advert at most so many behind the newest came late; a restart draws its serial anew
 LOCAL_PROBE = ("192.0.2.1", 9)  # documentation address (RFC 5737): a UDP socket "connects" without sending
 _INSTANCE = re.compile(r"([0-9a-f]{16})\._peerllm\._tcp\.local\.")
 
@@ -68,6 +69,7 @@ class Discovery(ServiceListener):
         self._on_event = on_event
         self._only = tuple(only) if only is not None else None
         self._seen: dict[str, Seen] = {}
+        self._serials: dict[str, int] = {}  # of the newest advert of each device in `_seen`
         self._resolving: dict[str, asyncio.Task[None]] = {}
         self._zeroconf: AsyncZeroconf | None = None
         self._browser: AsyncServiceBrowser | None = None
@@ -75,6 +77,7 @@ class Discovery(ServiceListener):
         # Caches take a record they still hold in the back row for no news at all: no two adverts may be alike.
         self._serial = secrets.randbits(31)
         self._announced: tuple[Advert, tuple[str, ...]] | None = None
+        self._announcing: asyncio.Future[None] | None = None
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -114,6 +117,7 @@ class Discovery(ServiceListener):
     def remove_service(self, zc: Zeroconf, type_: str, name: str) -> None:
         match = _INSTANCE.fullmatch(name)
         if match and self._seen.pop(match[1], None) is not None:
+            self._serials.pop(match[1], None)
             self._on_event(Gone(match[1]))
 
     def _look(self, zc: Zeroconf, name: str) -> None:
@@ -140,15 +144,20 @@ class Discovery(ServiceListener):
 
     def _report(self, short_id: str, info: AsyncServiceInfo) -> None:
         try:
-            advert = from_txt(info.properties)
+            advert, serial = from_txt(info.properties), serial_of(info.properties)
             if advert.short_id != short_id:
                 raise ValueError(f"it claims the id {advert.short_id}")
+            if 0 < self._serials.get(short_id, serial) - serial <= LATE_SERIALS:
+                raise ValueError("a newer one came before it")  # announcements are sent three times, answers later
         except ValueError as error:
             log.debug("the advert of %s is ignored: %s", short_id, error)
             return
         addresses = tuple(a for a in info.parsed_scoped_addresses() if _dialable(a))
         seen = Seen(advert, tuple(dict.fromkeys(sorted(addresses, key=_rank)))[:MAX_ADDRESSES])
-        if seen.addresses and self._seen.get(short_id) != seen:
+        if not seen.addresses:
+            return
+        self._serials[short_id] = serial
+        if self._seen.get(short_id) != seen:
             self._seen[short_id] = seen
             self._on_event(seen)
 
@@ -179,7 +188,9 @@ class Discovery(ServiceListener):
             zeroconf = AsyncZeroconf(interfaces=list(self._interfaces.bind))
             self._zeroconf = zeroconf
             # The name holds 64 bits of this device's key: probing for another one of that name would only cost time.
-            await zeroconf.async_register_service(self._info(), cooperating_responders=True)
+            self._announcing = asyncio.ensure_future(
+                await zeroconf.async_register_service(self._info(), cooperating_responders=True)
+            )
             # QM: several daemons of one machine share the port, and the kernel gives a unicast answer to just one.
             self._browser = AsyncServiceBrowser(
                 zeroconf.zeroconf, SERVICE, listener=self, question_type=DNSQuestionType.QM
@@ -201,7 +212,13 @@ class Discovery(ServiceListener):
             await zeroconf.async_update_interfaces(list(now.bind))
         self._interfaces = now
         if self._announced != (self._advert, now.addresses):
-            await zeroconf.async_update_service(self._info())
+            self._hush()
+            self._announcing = asyncio.ensure_future(await zeroconf.async_update_service(self._info()))
+
+    def _hush(self) -> None:
+        """End the announcement under way: it would go on saying what no longer holds."""
+        if self._announcing is not None:
+            self._announcing.cancel()
 
     def _info(self) -> AsyncServiceInfo:
         advert = self._advert
@@ -211,7 +228,7 @@ class Discovery(ServiceListener):
             SERVICE,
             f"{advert.short_id}.{SERVICE}",
             port=advert.port,
-            properties=to_txt(advert) | {"n": str(self._serial)},
+            properties=to_txt(advert) | {SERIAL_KEY: str(self._serial)},
             server=f"peerllm-{advert.short_id}.local.",
             parsed_addresses=[a.partition("%")[0] for a in self._interfaces.addresses],
         )
@@ -219,6 +236,7 @@ class Discovery(ServiceListener):
     async def _shut(self) -> None:
         zeroconf, self._zeroconf = self._zeroconf, None
         browser, self._browser = self._browser, None
+        self._hush()
         try:
             if browser is not None:
                 await browser.async_cancel()

@@ -169,6 +169,30 @@ async def test_a_liar_on_the_same_network_is_ignored() -> None:
             await honest.close()
 
 
+async def test_an_advert_that_comes_late_changes_nothing_and_a_restart_counts_anew() -> None:
+    """Announcements are repeated, answers delayed: what was said before the door opened may come after."""
+    async with devices(2) as [(_, watcher), (second, _)]:
+        opened = advert(2, door="K7", pairing_port=8645)
+        await watcher.until(says(advert(2)))
+        second.update(opened)
+        await watcher.until(says(opened))
+        for behind, told in ((3, False), (module.LATE_SERIALS + 10, True)):
+            again = Discovery(advert(2, name="again"), lambda event: None, only=LOOPBACK)
+            again._serial = second._serial - behind
+            marker = Discovery(advert(2 + behind), lambda event: None, only=LOOPBACK)
+            await again.start()
+            await marker.start()
+            try:
+                await watcher.until(says(advert(2 + behind)))
+                if told:
+                    await watcher.until(says(advert(2, name="again")))
+                assert told or watcher.events[-1] == Seen(advert(2 + behind), LOOPBACK)
+            finally:
+                again._hush()
+                await marker.close()
+                await again.close()
+
+
 async def test_without_mdns_there_is_a_warning_and_later_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
     working = zeroconf.asyncio.AsyncZeroconf
 
