@@ -1,8 +1,9 @@
 """Two devices of one core each against one device of one core, over 1 Gbit/s with TLS: what dividing costs and gives.
 
 Devices are network namespaces on a bridge, each limited to 1 Gbit/s, each pinned to a core; the single one has core 0.
-The model has Llama-3.2-1B's shape and random weights; memory limits make two stages of it. `peerllm bench` measures,
-arrangements in turn, medians over the rounds. Needs root (namespaces).
+The model has Llama-3.2-1B's shape and random weights, planned for eight sequences. `peerllm bench` measures,
+arrangements in turn, medians over the rounds. For prompts the devices' memory has room for half of the blocks each.
+Needs root (namespaces).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -24,27 +25,29 @@ from tests.lab.netns import Lab, require_lab
 from tests.traces import passes
 
 MBPS = 1000
+API = "127.0.0.1:8642"  # each in its own namespace
 SLOTS, CONTEXT, LONG = 8, 256, 1024
 PROMPT, OUTPUT = 32, 64
 
 
 @contextmanager
-def three(root: Path) -> Iterator[tuple[Device, Device, Device, Lab]]:
-    """(left, right, alone), not paired."""
+def pinned(root: Path, cores: Mapping[str, int], memory: str) -> Iterator[list[Device]]:
+    """Devices by name and core; the second is in the first one's household."""
     require_lab()
-    with Lab(3) as lab:
-        for host in range(3):
+    with Lab(len(cores)) as lab:
+        for host in range(len(cores)):
             lab.limit(host, MBPS)
         made = [
-            Device(root / name, name, memory="8GB", port=8643, api="127.0.0.1:8642", prefix=lab.argv(host, [], cpu=cpu))
-            for host, (name, cpu) in enumerate((("left", 0), ("right", 1), ("alone", 0)))
+            Device(root / name, name, memory=memory, port=8643, api=API, prefix=lab.argv(host, [], cpu=core))
+            for host, (name, core) in enumerate(cores.items())
         ]
         try:
             for device in made:
                 device.start()
             for device in made:
                 device.wait_ready()
-            yield *made, lab
+            made[1].cli("join", made[0].cli("invite").stdout.split()[-1])
+            yield made
         finally:
             for device in made:
                 device.stop()
@@ -90,47 +93,71 @@ def hops_ms(trace: dict[str, Any], devices: Sequence[str]) -> list[float]:
     return found
 
 
-def measure(rounds: int, kinds: Sequence[str]) -> dict[str, Any]:
-    """By kind of weights ("" is bfloat16): tokens/s of one and two devices, alone and eight at once, and so on."""
+def decoding(root: Path, model: Path, kind: str, rounds: int) -> dict[str, list[float]]:
+    """Tokens/s and ms of one device and of two, one sequence and eight, no-bubble and bubble."""
     seen: dict[str, list[float]] = defaultdict(list)
+    planned = [*(["--quantize", kind] if kind else []), "--objective", "throughput"]
+    with pinned(root / "decoding", {"left": 0, "right": 1, "alone": 0}, "8GB") as (left, _, alone):
+        single, both = Household(alone, model), Household(left, model)
+        single.serve(*planned, slots=SLOTS, context=CONTEXT)
+        stages = both.serve(*planned, slots=SLOTS, context=CONTEXT)
+        assert len({stage["device"] for stage in stages}) == 2, stages
+        for _ in range(rounds):
+            for who, house in (("one", single), ("two", both)):
+                seen[f"{who} step_ms"].append(house.bench(1, PROMPT, OUTPUT)["measured"]["step_ms"])
+                eight = house.bench(SLOTS, PROMPT, OUTPUT)
+                seen[f"{who} eight"].append(eight["measured"]["steady_tokens_per_second"])
+                seen[f"{who} eight bound"].append(eight["predicted"]["formula_tokens_per_second"])
+                seen[f"{who} eight bound profiled"].append(eight["profiled"]["formula_tokens_per_second"])
+            apart = both.bench(SLOTS, PROMPT, OUTPUT, "--apart")
+            seen["two eight apart"].append(apart["measured"]["steady_tokens_per_second"])
+        file = root / "trace.json"
+        both.bench(1, PROMPT, OUTPUT, "--trace", str(file))
+        seen["two hop_ms"] = hops_ms(json.loads(file.read_text()), ("left", "right"))
+        both.stop()
+        single.stop()
+        both.serve(*planned, "--schedule", "bubble", slots=SLOTS, context=CONTEXT)
+        for _ in range(rounds):
+            bubble = both.bench(SLOTS, PROMPT, OUTPUT)
+            seen["two eight bubble"].append(bubble["measured"]["steady_tokens_per_second"])
+            seen["two eight bubble bound"].append(bubble["predicted"]["formula_tokens_per_second"])
+    return seen
+
+
+def prompts(root: Path, model: Path, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds to the first token of a long prompt in bfloat16, in chunks and at once, half of the blocks each."""
+    seen: dict[str, list[float]] = defaultdict(list)
+    with pinned(root / "prompts", {"left": 0, "right": 1}, str(half_bytes(LLAMA_3_2_1B))) as (left, _):
+        both = Household(left, model)
+        for _ in range(rounds):
+            for name, options in (("chunked", ()), ("unchunked", ("--prompt-chunk", str(LONG)))):
+                both.serve(*options, "--objective", "throughput", slots=1, context=LONG + 64)
+                took = both.bench(1, LONG, 2)["measured"]["time_to_first_token_ms"]
+                seen[f"two prompt {name} first_ms"].append(took)
+                both.stop()
+    return seen
+
+
+def half_bytes(config: Mapping[str, Any]) -> int:
+    """Room for half of the blocks in bfloat16 and a bit, the embedding (which is also the head's), and their KV."""
+    hidden, keys = config["hidden_size"], config["num_key_value_heads"] * config["head_dim"]
+    block = 2 * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * config["intermediate_size"])
+    context = 2 * 2 * keys * (LONG + 64)
+    return int(2 * config["vocab_size"] * hidden + (config["num_hidden_layers"] / 2 + 0.6) * (block + context))
+
+
+def measure(rounds: int, kinds: Sequence[str]) -> dict[str, Any]:
+    """Medians, by kind of weights ("" is bfloat16)."""
     with tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory:
         root = Path(directory)
         model = write_llama(root / "model", LLAMA_3_2_1B)
-        with three(root) as (left, right, alone, _):
-            right.cli("join", left.cli("invite").stdout.split()[-1])
-            single, both = Household(alone, model), Household(left, model)
-            for kind in kinds:
-                rounded = ["--quantize", kind] if kind else []
-                name = kind or "bfloat16"
-                single.serve(*rounded, slots=SLOTS, context=CONTEXT)
-                stages = both.serve(*rounded, "--objective", "throughput", slots=SLOTS, context=CONTEXT)
-                assert len({stage["device"] for stage in stages}) == 2, stages
-                for _ in range(rounds):
-                    for who, house in (("one", single), ("two", both)):
-                        seen[f"{name} {who} step_ms"].append(house.bench(1, PROMPT, OUTPUT)["measured"]["step_ms"])
-                        eight = house.bench(SLOTS, PROMPT, OUTPUT)
-                        seen[f"{name} {who} eight"].append(eight["measured"]["steady_tokens_per_second"])
-                        seen[f"{name} {who} bound"].append(eight["predicted"]["formula_tokens_per_second"])
-                file = root / "trace.json"
-                both.bench(1, PROMPT, OUTPUT, "--trace", str(file))
-                seen[f"{name} hop_ms"] = hops_ms(json.loads(file.read_text()), ("left", "right"))
-                both.stop()
-                both.serve(
-                    *rounded, "--objective", "throughput", "--schedule", "bubble", slots=SLOTS, context=CONTEXT
-                )
-                for _ in range(rounds):
-                    bubble = both.bench(SLOTS, PROMPT, OUTPUT)
-                    seen[f"{name} two bubble"].append(bubble["measured"]["steady_tokens_per_second"])
-                    seen[f"{name} two bubble bound"].append(bubble["predicted"]["formula_tokens_per_second"])
-                both.stop()
-                for chunk in ((), ("--prompt-chunk", str(LONG))):
-                    both.serve(*rounded, "--objective", "throughput", *chunk, slots=1, context=LONG + 64)
-                    for _ in range(rounds):
-                        took = both.bench(1, LONG, 2)["measured"]["time_to_first_token_ms"]
-                        seen[f"{name} two {'unchunked' if chunk else 'chunked'} first_ms"].append(took)
-                    both.stop()
-                single.stop()
-    return {name: median(values) for name, values in seen.items()}
+        found = {}
+        for kind in kinds:
+            by_name = decoding(root / (kind or "bfloat16"), model, kind, rounds)
+            found[kind or "bfloat16"] = {name: median(values) for name, values in by_name.items()}
+        if "" in kinds:
+            found["bfloat16"] |= {name: median(values) for name, values in prompts(root, model, rounds).items()}
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

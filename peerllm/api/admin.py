@@ -123,12 +123,14 @@ async def scenario(request: web.Request) -> web.Response:
 
 
 async def bench(request: web.Request) -> web.Response:
-    """{"model", "sequences", "prompt_tokens", "output_tokens"} gives what was measured; ends if the client hangs up."""
+    """{"model", "sequences", "prompt_tokens", "output_tokens", "apart"}: what was measured. Ends if the client hangs up."""
     fields = await read_object(request)
     sequences = fields.integer("sequences", 1, MAX_BENCH_SEQUENCES) or 1
     prompt, output = (fields.integer(name, 1, MAX_BENCH_TOKENS) or 64 for name in ("prompt_tokens", "output_tokens"))
     with request.app[TASKS].stream():
-        found = await request.app[HOUSEHOLD].bench(fields.text("model", MAX_TEXT_CHARS), sequences, prompt, output)
+        found = await request.app[HOUSEHOLD].bench(
+            fields.text("model", MAX_TEXT_CHARS), sequences, prompt, output, fields.flag("apart")
+        )
     return json_response(found)
 
 

@@ -41,15 +41,18 @@ def run(args: argparse.Namespace) -> None:
     counts = [args.sequences] if args.sequences else _counts(work.sequences)
     rows = []
     for count in tqdm(counts, desc="sequences", disable=not sys.stderr.isatty(), leave=False):
-        body = {"model": model, "sequences": count, "prompt_tokens": prompt, "output_tokens": output}
+        body = {"model": model, "sequences": count, "prompt_tokens": prompt, "output_tokens": output,
+                "apart": args.apart}  # fmt: skip
         warm = time.monotonic() + WARM_S
         while device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S) and time.monotonic() < warm:
             pass
         said, rounds = [], []
         for _ in range(ROUNDS):  # each predicted from what was seen before it: a machine's other work comes and goes
             planned = _planned(device, model)
-            running = parse(planned["running"])
-            said.append(predicted(running, stages, *divided(planned, count), prompt, output))
+            how = stages, *divided(planned, count), prompt, output
+            one = predicted(parse(planned["running"]), *how)
+            profiled = predicted(parse(planned["scenario"]), *how)["predicted"]["formula_tokens_per_second"]
+            said.append({**one, "profiled": {"formula_tokens_per_second": profiled}})
             rounds.append(device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S))
         said.sort(key=lambda one: one["predicted"]["formula_tokens_per_second"])
         rows.append({**said[ROUNDS // 2], "measured": _median(rounds)})

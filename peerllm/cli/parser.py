@@ -267,6 +267,7 @@ def _planning(command: _Command) -> None:
     bench.add_argument("--sequences", type=positive, metavar="N", help="at once (default: 1, 2, 4, ... and all slots)")
     bench.add_argument("--prompt-tokens", type=positive, metavar="N", help="of each prompt (default: as planned for)")
     bench.add_argument("--output-tokens", type=positive, metavar="N", help="of each answer (default 64)")
+    bench.add_argument("--apart", action="store_true", help="each begins when the one before has its first token")
     bench.add_argument("--json", action="store_true")
     bench.add_argument("--trace", type=Path, metavar="FILE", help="one more round: write what every device did when")
     simulate.add_argument("--steps", type=positive, metavar="N", help="tokens that each sequence generates")

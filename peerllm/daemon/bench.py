@@ -21,22 +21,32 @@ Generate = Callable[[GenerateRequest], AsyncIterator[Chunk]]
 
 
 async def measured(
-    generate: Generate, deployment: DeploymentId, vocabulary: int, *, sequences: int, prompt: int, output: int
+    generate: Generate, deployment: DeploymentId, vocabulary: int, *, sequences: int, prompt: int, output: int,
+    apart: bool = False,
 ) -> dict[str, Any]:
-    """`sequences` answers of exactly `output` tokens at once, greedy, to made-up prompts; milliseconds and tokens/s.
+    """`sequences` answers of exactly `output` tokens, greedy, to made-up prompts; milliseconds and tokens/s.
 
+    They begin at once or, `apart`, each when the one before has its first token.
     `steady_tokens_per_second` counts the time in which every sequence was between its first and its last token.
     """
     started = time.perf_counter()
     client = f"bench {next(_rounds)}"  # one of its own: what an earlier round left in a slot is not taken up again
 
+    begun = [asyncio.Event() for _ in range(sequences)]  # has its first token
+    begins = [started] * sequences
+
     async def one(number: int) -> list[float]:
         ids = tuple((number * STRIDE + place * (number + 1)) % vocabulary for place in range(prompt))
         request = GenerateRequest(deployment, ids, output, Sampling(), client=client, ignore_stop=True)
         arrivals: list[float] = []
+        if apart and number:
+            await begun[number - 1].wait()
+        begins[number] = time.perf_counter()
         async with aclosing(cast("Any", generate(request))) as chunks:
             async for chunk in chunks:
                 arrivals += [time.perf_counter()] * len(chunk.ids)
+                if arrivals:
+                    begun[number].set()
         return arrivals
 
     tasks: list[asyncio.Task[list[float]]] = []
@@ -55,7 +65,7 @@ async def measured(
         "sequences": sequences,
         "prompt_tokens": prompt,
         "output_tokens": output,
-        "time_to_first_token_ms": [1000 * (first - started) for first in firsts],
+        "time_to_first_token_ms": [1000 * (first - at) for first, at in zip(firsts, begins, strict=True)],
         "step_ms": steps,
         "tokens_per_second": count / (max(lasts) - started),
         "steady_tokens_per_second": _steady(all_arrivals, max(firsts), min(lasts)),

@@ -90,7 +90,9 @@ class Coordinator:
             raise UnavailableError(f"{model} has no plan yet")
         return await as_it_runs(self._around, deployment.id, blueprint)
 
-    async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+    async def bench(
+        self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
+    ) -> dict[str, Any]:
         """Measured now, beside whatever else goes on. BadInputError if it does not fit the deployment's slots."""
         deployment = self._running(model)
         if deployment.state != "serving" or deployment.blueprint is None or deployment.inspected is None:
@@ -106,6 +108,7 @@ class Coordinator:
             sequences=sequences,
             prompt=prompt_tokens,
             output=output_tokens,
+            apart=apart,
         )
 
     async def record(self, model: str) -> int:

@@ -209,8 +209,10 @@ class Daemon:
     async def scenario(self, model: str) -> dict[str, Any]:
         return await self.coordinator.scenario(model)
 
-    async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
-        return await self.coordinator.bench(model, sequences, prompt_tokens, output_tokens)
+    async def bench(
+        self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
+    ) -> dict[str, Any]:
+        return await self.coordinator.bench(model, sequences, prompt_tokens, output_tokens, apart)
 
     async def record(self, model: str) -> int:
         return await self.coordinator.record(model)

@@ -115,8 +115,10 @@ class Household(Protocol):
         """
         ...
 
-    async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
-        """Answers of a fixed length, all at once, measured (daemon/bench.py)."""
+    async def bench(
+        self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
+    ) -> dict[str, Any]:
+        """Answers of a fixed length, begun at once or one after another, measured (daemon/bench.py)."""
         ...
 
     async def record(self, model: str) -> int:

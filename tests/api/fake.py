@@ -214,8 +214,10 @@ class FakeHousehold:
             "stages": stages, "micro_batch": 1, "micro_batches": 4, "schedule": "no-bubble"
         }  # fmt: skip
 
-    async def bench(self, model: str, sequences: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
-        self.calls.append(("bench", model, sequences, prompt_tokens, output_tokens))
+    async def bench(
+        self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
+    ) -> dict[str, Any]:
+        self.calls.append(("bench", model, sequences, prompt_tokens, output_tokens, apart))
         return {
             "sequences": sequences,
             "prompt_tokens": prompt_tokens,

@@ -60,11 +60,12 @@ def test_bench_prints_the_prediction_beside_what_was_measured(peerllm: Run, devi
     assert one["predicted"]["formula_tokens_per_second"] == pytest.approx(250)
     assert one["predicted"]["steady_tokens_per_second"] == pytest.approx(250, rel=0.01)
     assert one["measured"]["steady_tokens_per_second"] == 250
-    assert {call[2:] for call in device.household.calls if call[0] == "bench"} == {(n, 32, 16) for n in (1, 2, 4)}
+    asked = {call[2:] for call in device.household.calls if call[0] == "bench"}
+    assert asked == {(n, 32, 16, False) for n in (1, 2, 4)}
 
 
 def test_bench_for_people(peerllm: Run) -> None:
-    code, out, _ = peerllm("bench", "--sequences", "1")
+    code, out, _ = peerllm("bench", "--sequences", "1", "--apart")
     assert code == 0
     assert "predicted" in out and "measured" in out and out.count("1.00") == 1
     assert peerllm("bench", "--model", "other")[0] == 1

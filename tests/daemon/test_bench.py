@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -24,6 +25,23 @@ async def test_every_sequence_has_its_own_prompt_and_full_length() -> None:
     assert all(len(request.prompt) == 5 and max(request.prompt) < 97 and request.ignore_stop for request in asked)
     assert len(found["time_to_first_token_ms"]) == len(found["step_ms"]) == 3
     assert found["tokens_per_second"] > 0
+
+
+async def test_apart_each_begins_when_the_one_before_has_its_first_token() -> None:
+    told: list[str] = []
+
+    async def generate(request: GenerateRequest) -> AsyncIterator[Chunk]:
+        told.append("begins")
+        yield Chunk((), queued=1)
+        await asyncio.sleep(0)  # others may begin
+        told.append("first")
+        yield Chunk((1,))
+        yield Chunk((2,), "length")
+
+    for apart in (True, False):
+        told.clear()
+        await measured(generate, "d", 97, sequences=3, prompt=5, output=2, apart=apart)
+        assert (told == ["begins", "first"] * 3) == apart
 
 
 @pytest.mark.parametrize(
