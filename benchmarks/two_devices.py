@@ -9,6 +9,7 @@ Needs root (namespaces).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections import defaultdict
@@ -20,6 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.models import LLAMA_3_2_1B, write_llama
+from peerllm.planner.memory import Shape, working_bytes
 from tests.household import Device
 from tests.lab.netns import Lab, require_lab
 from tests.traces import passes
@@ -31,15 +33,15 @@ PROMPT, OUTPUT = 32, 64
 
 
 @contextmanager
-def pinned(root: Path, cores: Mapping[str, int], memory: str) -> Iterator[list[Device]]:
+def pinned(root: Path, cores: Mapping[str, int], memory: Mapping[str, str]) -> Iterator[list[Device]]:
     """Devices by name and core; the second is in the first one's household."""
     require_lab()
     with Lab(len(cores)) as lab:
         for host in range(len(cores)):
             lab.limit(host, MBPS)
         made = [
-            Device(root / name, name, memory=memory, port=8643, api=API, prefix=lab.argv(host, [], cpu=core))
-            for host, (name, core) in enumerate(cores.items())
+            Device(root / name, name, memory=memory.get(name, "8GB"), port=8643, api=API, prefix=lab.argv(host, [], at))
+            for host, (name, at) in enumerate(cores.items())
         ]
         try:
             for device in made:
@@ -97,7 +99,7 @@ def decoding(root: Path, model: Path, kind: str, rounds: int) -> dict[str, list[
     """Tokens/s and ms of one device and of two, one sequence and eight, no-bubble and bubble."""
     seen: dict[str, list[float]] = defaultdict(list)
     planned = [*(["--quantize", kind] if kind else []), "--objective", "throughput"]
-    with pinned(root / "decoding", {"left": 0, "right": 1, "alone": 0}, "8GB") as (left, _, alone):
+    with pinned(root / "decoding", {"left": 0, "right": 1, "alone": 0}, {}) as (left, _, alone):
         single, both = Household(alone, model), Household(left, model)
         single.serve(*planned, slots=SLOTS, context=CONTEXT)
         stages = both.serve(*planned, slots=SLOTS, context=CONTEXT)
@@ -127,23 +129,31 @@ def decoding(root: Path, model: Path, kind: str, rounds: int) -> dict[str, list[
 def prompts(root: Path, model: Path, rounds: int) -> dict[str, list[float]]:
     """Milliseconds to the first token of a long prompt in bfloat16, in chunks and at once, half of the blocks each."""
     seen: dict[str, list[float]] = defaultdict(list)
-    with pinned(root / "prompts", {"left": 0, "right": 1}, str(half_bytes(LLAMA_3_2_1B))) as (left, _):
-        both = Household(left, model)
-        for _ in range(rounds):
-            for name, options in (("chunked", ()), ("unchunked", ("--prompt-chunk", str(LONG)))):
-                both.serve(*options, "--objective", "throughput", slots=1, context=LONG + 64)
-                took = both.bench(1, LONG, 2)["measured"]["time_to_first_token_ms"]
-                seen[f"two prompt {name} first_ms"].append(took)
-                both.stop()
+    arrangements: dict[str, int | None] = {"chunked": None, "unchunked": LONG}
+    for turn, (name, chunk) in itertools.product(range(rounds), arrangements.items()):
+        memory = halves(LLAMA_3_2_1B, chunk)
+        with pinned(root / f"{name}-{turn}", {"left": 0, "right": 1}, memory) as (left, _):
+            both = Household(left, model)
+            asked = ["--prompt-chunk", str(chunk)] if chunk else []
+            stages = both.serve(*asked, "--objective", "throughput", slots=1, context=LONG + 64)
+            assert [stage["last_layer"] for stage in stages] == [LLAMA_3_2_1B["num_hidden_layers"] // 2, 17], stages
+            took = both.bench(1, LONG, 2)
+            seen[f"two prompt {name} first_ms"].append(took["measured"]["time_to_first_token_ms"])
+            seen[f"two prompt {name} first_ms predicted"].append(took["predicted"]["time_to_first_token_ms"])
     return seen
 
 
-def half_bytes(config: Mapping[str, Any]) -> int:
-    """Room for half of the blocks in bfloat16 and a bit, the embedding (which is also the head's), and their KV."""
-    hidden, keys = config["hidden_size"], config["num_key_value_heads"] * config["head_dim"]
-    block = 2 * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * config["intermediate_size"])
-    context = 2 * 2 * keys * (LONG + 64)
-    return int(2 * config["vocab_size"] * hidden + (config["num_hidden_layers"] / 2 + 0.6) * (block + context))
+def halves(config: Mapping[str, Any], chunk: int | None) -> dict[str, str]:
+    """Memory for half of the blocks in bfloat16 and a bit, with their KV, and for the head on the right.
+
+    The embedding on the left is read from its file and takes none.
+    """
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    block = 2 * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * wide) + 2 * 2 * keys * (LONG + 64)
+    working = working_bytes(Shape(hidden, config["vocab_size"], wide, 2), LONG + 64, 1, chunk)
+    room = int((config["num_hidden_layers"] / 2 + 0.2) * block) + working
+    return {"left": str(room), "right": str(room + 2 * config["vocab_size"] * hidden)}
 
 
 def measure(rounds: int, kinds: Sequence[str]) -> dict[str, Any]:

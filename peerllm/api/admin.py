@@ -123,7 +123,7 @@ async def scenario(request: web.Request) -> web.Response:
 
 
 async def bench(request: web.Request) -> web.Response:
-    """{"model", "sequences", "prompt_tokens", "output_tokens", "apart"}: what was measured. Ends if the client hangs up."""
+    """{"model", "sequences", "prompt_tokens", "output_tokens", "apart"}: what was measured; ends with its client."""
     fields = await read_object(request)
     sequences = fields.integer("sequences", 1, MAX_BENCH_SEQUENCES) or 1
     prompt, output = (fields.integer(name, 1, MAX_BENCH_TOKENS) or 64 for name in ("prompt_tokens", "output_tokens"))
