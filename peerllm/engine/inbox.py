@@ -1,9 +1,12 @@
-"""The one way into the compute thread: a bounded queue that any thread may fill and only one empties."""
+"""The one way into the compute thread: a bounded queue that any thread may fill and only one empties.
+
+Built on queue.SimpleQueue, which waits and wakes without running Python: every step of every sequence comes this way,
+with the processor's caches full of weights, where each function that is called costs microseconds.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections import deque
+from queue import SimpleQueue
 from time import perf_counter
 from typing import Generic, TypeVar
 
@@ -20,43 +23,51 @@ class Inbox(Generic[T]):
 
     def __init__(self, limit: int = MAX_WAITING) -> None:
         self._limit = limit
-        self._events: deque[T] = deque()
-        self._filled = threading.Condition()
-        self._closed = False
+        self._events: SimpleQueue[T | None] = SimpleQueue()  # None: closed
+        self._closed = self._ended = False
         self._idle = False  # the taker waits
         self._put_at = 0.0
         self.handover_s: float | None = None  # mean time from a put until a taker that waited has it
 
     def put(self, event: T, always: bool = False) -> None:
         """`always` is for the few events that are bounded otherwise and must not be lost."""
-        with self._filled:
-            if self._closed:
-                raise OverloadedError("the engine is stopping")
-            if len(self._events) >= self._limit and not always:
-                raise OverloadedError(f"{self._limit} events wait for the compute thread already; ask again later")
-            self._events.append(event)
-            if self._idle and len(self._events) == 1:
-                self._put_at = perf_counter()
-            self._filled.notify()
+        if self._closed:
+            raise OverloadedError("the engine is stopping")
+        if not always and self._events.qsize() >= self._limit:
+            raise OverloadedError(f"{self._limit} events wait for the compute thread already; ask again later")
+        if self._idle:
+            self._idle = False  # the first of several is who woke it
+            self._put_at = perf_counter()
+        self._events.put(event)
 
     def take(self, wait: bool) -> list[T] | None:
         """All that waits, in order; with `wait` at least one event. None once closed and empty."""
-        with self._filled:
-            while wait and not self._events and not self._closed:
-                self._idle = True
-                self._filled.wait()
-            if self._idle and self._events:
+        taken: list[T] = []
+        if self._ended:
+            return None
+        events = self._events
+        if wait and events.empty():
+            self._put_at, self._idle = 0.0, True
+            event = events.get()
+            self._idle = False
+            if self._put_at:
                 took = perf_counter() - self._put_at
                 self.handover_s = took if self.handover_s is None else self.handover_s + KEPT * (took - self.handover_s)
-            self._idle = False
-            if self._closed and not self._events:
+            if not self._take(event, taken):
                 return None
-            taken = list(self._events)
-            self._events.clear()
-            return taken
+        while not events.empty() and self._take(events.get(), taken):
+            pass
+        return None if self._ended and not taken else taken
+
+    def _take(self, event: T | None, taken: list[T]) -> bool:
+        if event is None:
+            self._ended = True
+            return False
+        taken.append(event)
+        return True
 
     def close(self) -> None:
         """No more events are accepted; those waiting are still handed out."""
-        with self._filled:
+        if not self._closed:
             self._closed = True
-            self._filled.notify_all()
+            self._events.put(None)

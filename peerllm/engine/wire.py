@@ -5,9 +5,10 @@ Within a device the same parcels are handed on as they are. A frame's stage is w
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -23,6 +24,7 @@ ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment
 NO_TOKEN = -1  # in a TOKEN: the run passed the head, which was not to draw
 MAX_REASON_BYTES = 512
 
+_SAMPLE = int(SegmentFlag.SAMPLE)  # an IntFlag's operators run Python, for each segment
 _DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
@@ -72,8 +74,10 @@ Parcel = Opened | Activation | Drawn | Released
 
 def split(activation: Activation) -> list[Piece]:
     """The pieces, each with its rows of `hidden`."""
+    if len(activation.pieces) == 1:
+        return [_with(activation.pieces[0], activation.hidden)]
     rows = torch.split(activation.hidden, [piece.length for piece in activation.pieces])
-    return [replace(piece, data=data) for piece, data in zip(activation.pieces, rows, strict=True)]
+    return [_with(piece, data) for piece, data in zip(activation.pieces, rows, strict=True)]
 
 
 def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
@@ -162,23 +166,32 @@ def source_limits(spec: LoadStage) -> FrameLimits:
     )
 
 
+def _with(piece: Piece, data: Tensor) -> Piece:
+    return Piece(piece.sequence, piece.slot, piece.position, piece.length, piece.sample, data)
+
+
 def _segments(pieces: Sequence[Piece]) -> tuple[FrameSegment, ...]:
     return tuple(
-        FrameSegment(piece.sequence, piece.slot, piece.position, piece.length, SegmentFlag.SAMPLE * piece.sample)
+        FrameSegment(piece.sequence, piece.slot, piece.position, piece.length, _SAMPLE if piece.sample else 0)
         for piece in pieces
     )
 
 
 def _pieces(frame: Frame) -> list[Piece]:
     return [
-        Piece(at.sequence, at.slot, at.position, at.length, bool(at.flags & SegmentFlag.SAMPLE), None)
+        Piece(at.sequence, at.slot, at.position, at.length, bool(at.flags & _SAMPLE), None)
         for at in frame.segments
     ]
 
 
 def _hidden_tensor(hidden: torch.Tensor) -> NamedTensor:
-    data = hidden.detach().to("cpu").contiguous()
-    return NamedTensor.of("hidden", _NAMES[data.dtype], tuple(data.shape), data.view(torch.uint8).numpy().data)
+    """A view of its memory."""
+    if hidden.device.type != "cpu" or not hidden.is_contiguous():
+        hidden = hidden.to("cpu").contiguous()
+    # Torch's own way, view(uint8).numpy(), costs twice as much while the caches are full of weights.
+    raw = (ctypes.c_ubyte * hidden.nbytes).from_address(hidden.data_ptr())
+    raw.tensor = hidden
+    return NamedTensor("hidden", _NAMES[hidden.dtype], tuple(hidden.shape), memoryview(raw).cast("B"))
 
 
 def _sampling_tensors(sampling: Sampling) -> tuple[NamedTensor, ...]:

@@ -11,9 +11,11 @@ from peerllm.transport.frames.model import (
     NamedTensor,
     SegmentFlag,
 )
+from peerllm.transport.frames.repeated import Decoder
 
 __all__ = [
     "DType",
+    "Decoder",
     "Frame",
     "FrameKind",
     "FrameLimits",

@@ -45,7 +45,7 @@ def decode(buffer: bytes | bytearray | memoryview, limits: FrameLimits) -> Frame
     head = view[:header_bytes]
     if HEADER.size + segment_count * SEGMENT.size > header_bytes:
         raise FrameRefused(Rule.HEADER_BYTES, f"{header_bytes} bytes for {segment_count} segments")
-    segments = _segments(head, segment_count, kind, limits)
+    segments = segments_of(head, segment_count, kind, limits)
     tokens = sum(segment.length for segment in segments)
     if tokens > limits.max_tokens:
         raise FrameRefused(Rule.TOKENS, f"{tokens}, at most {limits.max_tokens}")
@@ -61,7 +61,8 @@ def _kind(code: int, limits: FrameLimits) -> FrameKind:
     raise FrameRefused(Rule.KIND, str(code))
 
 
-def _segments(head: memoryview, count: int, kind: FrameKind, limits: FrameLimits) -> tuple[FrameSegment, ...]:
+def segments_of(head: memoryview, count: int, kind: FrameKind, limits: FrameLimits) -> tuple[FrameSegment, ...]:
+    """The segments of a header, checked."""
     segments = []
     slots = set()
     for sequence, slot, position, length, flags in SEGMENT.iter_unpack(

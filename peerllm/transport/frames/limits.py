@@ -134,6 +134,7 @@ class FrameLimits:
                 raise ValueError(f"tensor name {name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
         if min(self.max_segments, self.slots, self.context, self.max_tokens) < 1:
             raise ValueError(f"every bound of a link is at least 1: {self}")
+        object.__setattr__(self, "flags", int(self.flags))  # an IntFlag's operators run Python, for each segment
         if not self.max_bytes:
             object.__setattr__(self, "max_bytes", self.largest())
 

@@ -30,7 +30,9 @@ class Outbox:
         self._frames: deque[bytes] = deque()
         self._bytes = 0
         self._ended = ""  # why nothing more is taken
-        self._room = threading.Condition()
+        self._lock = threading.Lock()  # taken for each frame; the condition, which runs Python, only to wait for room
+        self._room = threading.Condition(self._lock)
+        self._waiting = 0  # for room
         self._filled = asyncio.Event()
         self._over = asyncio.Event()
 
@@ -39,13 +41,9 @@ class Outbox:
 
         On the loop's own thread it never waits: that would stop what makes room.
         """
-        deadline = monotonic() + (0.0 if self._on_loop() else timeout_s)
-        with self._room:
-            while not self._ended and not self._fits(len(frame)):
-                left = deadline - monotonic()
-                if left <= 0:
-                    raise LinkError(f"{len(self._frames)} frames wait and none left within {timeout_s:g} s")
-                self._room.wait(left)
+        with self._lock:
+            if self._frames and not self._ended and not self._fits(len(frame)):
+                self._wait_for_room(len(frame), timeout_s)
             if self._ended:
                 raise LinkError(f"the link has ended: {self._ended}")
             self._frames.append(frame)
@@ -53,14 +51,27 @@ class Outbox:
             if len(self._frames) == 1:
                 self._wake()
 
+    def _wait_for_room(self, size: int, timeout_s: float) -> None:
+        deadline = monotonic() + (0.0 if self._on_loop() else timeout_s)
+        self._waiting += 1
+        try:
+            while not self._ended and not self._fits(size):
+                left = deadline - monotonic()
+                if left <= 0:
+                    raise LinkError(f"{len(self._frames)} frames wait and none left within {timeout_s:g} s")
+                self._room.wait(left)
+        finally:
+            self._waiting -= 1
+
     async def get(self) -> bytes | None:
         """The next frame, in order; None once the queue has ended and is empty."""
         while True:
-            with self._room:
+            with self._lock:
                 if self._frames:
                     frame = self._frames.popleft()
                     self._bytes -= len(frame)
-                    self._room.notify()
+                    if self._waiting:
+                        self._room.notify()
                     return frame
                 if self._ended:
                     return None
@@ -69,7 +80,7 @@ class Outbox:
 
     def end(self, reason: str, discard: bool = False) -> None:
         """Take nothing more; whoever waits for room gets LinkError. What is queued still goes, unless discarded."""
-        with self._room:
+        with self._lock:
             if not self._ended:
                 self._ended = reason
             if discard:

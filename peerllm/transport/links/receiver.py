@@ -12,7 +12,7 @@ from aiohttp import web
 
 from peerllm.errors import FrameError, PeerLLMError
 from peerllm.transport.dial import CLOSE_TIMEOUT_S
-from peerllm.transport.frames import Frame, FrameLimits, decode
+from peerllm.transport.frames import Decoder, Frame, FrameLimits
 from peerllm.transport.links.link import close_reason
 from peerllm.transport.links.pulse import Pulse
 from peerllm.transport.links.timing import answer
@@ -98,6 +98,7 @@ class Receiver:
 
     async def _read(self, pulse: Pulse) -> None:
         limits, sender = self.ingress.limits, self.ingress.sender
+        decoder = Decoder(limits)
         taken = perf_counter()
         while True:
             message = await self._websocket.receive()
@@ -106,7 +107,7 @@ class Receiver:
                 case aiohttp.WSMsgType.BINARY:
                     self.delivered += 1
                     came = perf_counter_ns() if self._watch.on else 0
-                    frame = decode(message.data, limits)
+                    frame = decoder.decode(message.data)
                     rest = self._deliver(sender, frame)
                     taken = perf_counter()
                     if came:
