@@ -190,7 +190,7 @@ def _hidden_tensor(hidden: torch.Tensor) -> NamedTensor:
         hidden = hidden.to("cpu").contiguous()
     # Torch's own way, view(uint8).numpy(), costs twice as much while the caches are full of weights.
     raw = (ctypes.c_ubyte * hidden.nbytes).from_address(hidden.data_ptr())
-    raw.tensor = hidden
+    raw.tensor = hidden  # type: ignore[attr-defined]  # as long as the view lives, so does the memory
     return NamedTensor("hidden", _NAMES[hidden.dtype], tuple(hidden.shape), memoryview(raw).cast("B"))
 
 

@@ -492,7 +492,9 @@ async def test_frames_in_use_are_timed(nodes: list[Node], monkeypatch: pytest.Mo
     assert (await two.next_frame()).tokens == 3
 
 
-def test_a_frames_time_is_less_the_pongs_way() -> None:
+@pytest.mark.parametrize("ahead", [0.0, 1234.5, -9.75])
+def test_a_frames_time_is_by_both_clocks(ahead: float) -> None:
+    """`ahead`: what the receiver's clock shows more than the sender's."""
     heard: list[tuple[int, float]] = []
     timing = Timing(lambda nbytes, seconds: heard.append((nbytes, seconds)))
     frame = b"x" * 100
@@ -500,21 +502,38 @@ def test_a_frames_time_is_less_the_pongs_way() -> None:
     ping = timing.beat(10.0)
     assert ping is not None and not timing.wanted and timing.beat(11.0) is None
     timing.ponged(b"", 10.1)  # the other side's own beat
-    timing.ponged(answer(ping, 7.0), 10.4)  # whatever came before a PING alone
+    timing.ponged(answer(ping, 3.0 + ahead, 10.2 + ahead), 10.4)  # whatever came before a PING alone
     assert timing.wanted and heard == [(0, pytest.approx(0.4))]
     timing.mark(frame, 20.0)
     assert not timing.wanted and timing.sent(b"another") is None
     behind = timing.sent(frame)
     assert behind is not None and behind != ping
     timing.ponged(ping, 20.2)  # an old one
-    timing.ponged(answer(behind, 0.1), 20.5)
-    assert heard[1:] == [(100, pytest.approx(0.5 - 0.1 - 0.2))], "what the PING waited there is not the frame's"
+    timing.ponged(answer(behind, 20.3 + ahead, 20.9 + ahead), 21.5)
+    assert heard[1:] == [(100, pytest.approx(0.3))], "how long the answer took is not the frame's"
     timing.mark(frame, 21.0)
     behind = timing.sent(frame)
     assert behind is not None
     timing.handed_over(21.15)
-    timing.ponged(answer(behind, 0.1), 21.5)
-    assert heard[2:] == [(100, pytest.approx(0.5 - 0.15 - 0.1 - 0.2))], "nor is what handing it over took its sender"
-    assert timing.beat(30.0) is not None and timing.beat(30.0 + LOST_S) is not None, "a lost answer is not waited for"
+    timing.ponged(answer(behind, 21.25 + ahead, 21.3 + ahead), 21.5)
+    assert heard[2:] == [(100, pytest.approx(0.1))], "nor is what handing it over took its sender"
+    slow = timing.beat(30.0)
+    assert slow is not None
+    timing.ponged(answer(slow, 0.0, 30.1 + ahead), 32.0)  # its two ways were far from equal
+    timing.mark(frame, 33.0)
+    behind = timing.sent(frame)
+    assert behind is not None
+    timing.ponged(answer(behind, 33.25 + ahead, 33.3 + ahead), 33.5)
+    assert heard[4:] == [(100, pytest.approx(0.25))], "the quickest look at the clock counts"
+    assert timing.beat(40.0) is not None and timing.beat(40.0 + LOST_S) is not None, "a lost answer is not waited for"
     assert Timing(None).beat(0.0) is None
-    assert answer(b"12345678", 1e9) == b"12345678\xff\xff\xff\xff" and answer(b"", -1.0) == bytes(4)
+
+
+def test_a_pong_of_another_length_says_nothing() -> None:
+    heard: list[tuple[int, float]] = []
+    timing = Timing(lambda nbytes, seconds: heard.append((nbytes, seconds)))
+    ping = timing.beat(10.0)
+    assert ping is not None
+    for payload in (ping, ping + bytes(4), ping + bytes(17)):
+        timing.ponged(payload, 10.1)
+    assert not heard and timing.beat(11.0) is None

@@ -122,7 +122,7 @@ class Receiver:
                             ours = limits.deployment, sender, limits.stage
                             self._watch.held(*ours, handed_on, perf_counter_ns())
                 case aiohttp.WSMsgType.PING:
-                    await self._websocket.pong(answer(bytes(message.data), perf_counter() - taken))
+                    await self._websocket.pong(answer(bytes(message.data), taken, perf_counter()))
                 case aiohttp.WSMsgType.PONG:
                     pass  # the sender's beat
                 case aiohttp.WSMsgType.CLOSE if message.data == aiohttp.WSCloseCode.OK:

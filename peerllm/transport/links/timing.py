@@ -1,30 +1,54 @@
-"""How long frames take over one link: a PING right behind a frame comes back once the receiver has taken the frame.
+"""How long frames take over one link, by both ends' clocks.
 
-From the moment the sender's thread had handed the frame over until its PONG, less what the PING waited there and half
-of what a PING alone takes there and back (the PONG's way), is the frame's way: both event loops, TLS, the wire,
-decoding. Encoding and handing over are the sender's own time: its pass is not over yet. At most one is under way, and
-a few follow each beat, so that links are measured by what they carry anyway.
+A PING right behind a frame comes back with when the receiver handed the frame to its compute thread, and when it
+answered. A PING alone tells how far the receiver's clock is ahead (RFC 5905's offset, from the quickest round trip of
+late: its two ways differ least). So a frame's way is from the moment the sender's thread had handed it over until the
+receiver's had it: both event loops, TLS, the wire, decoding, and nothing of the answer's way, which competes for the
+processor with the pass that the frame begins. Encoding and handing over are the sender's own time: its pass is not over
+yet. At most one is under way, and a few follow each beat, so that links are measured by what they carry anyway.
 """
 
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
-KEPT = 1 / 8  # weight of a new round trip; the mean of the last few counts, not the least: a load is part of a hop
 FRAMES = 8  # timed after each beat: single ones tell little where a processor is taken away now and then
 LOST_S = 30.0  # an answer later than this is not waited for
+KEPT_PINGS = 32  # PINGs alone that the clocks are compared by
+DRIFT = 50e-6  # seconds a second that two clocks may run apart
 
 OnTimed = Callable[[int, float], None]  # bytes of a frame and seconds of its way; 0 bytes: a PING there and back
 
 _NUMBER = struct.Struct("<Q")
-_HELD = struct.Struct("<I")  # microseconds
-_MOST_HELD = 2**32 - 1
+_CLOCK = struct.Struct("<qq")  # nanoseconds of the receiver's clock: the frame before was taken, the PING is answered
 
 
-def answer(ping: bytes, held_s: float) -> bytes:
-    """What to PONG: the PING's payload and how long ago the frame before it was taken."""
-    return ping[: _NUMBER.size] + _HELD.pack(max(0, min(_MOST_HELD, int(held_s * 1e6))))
+class Asked(NamedTuple):
+    """A PING under way, and how many bytes the frame before it has (0: it is alone)."""
+
+    number: int
+    nbytes: int
+    since: float
+
+
+class Compared(NamedTuple):
+    """One look at the other clock."""
+
+    at: float
+    round_trip_s: float
+    ahead_s: float
+
+    def doubt_s(self, now: float) -> float:
+        """How far off it may be by now."""
+        return self.round_trip_s / 2 + DRIFT * (now - self.at)
+
+
+def answer(ping: bytes, taken_s: float, now_s: float) -> bytes:
+    """What to PONG: the PING's payload, when the frame before it was taken, and the time now."""
+    return ping[: _NUMBER.size] + _CLOCK.pack(int(taken_s * 1e9), int(now_s * 1e9))
 
 
 class Timing:
@@ -34,10 +58,9 @@ class Timing:
         self.wanted = False  # whether the next frame that finds the queue empty shall be timed
         self._on_timed = on_timed
         self._marked: tuple[bytes, float] | None = None
-        self._number = 0
-        self._asked: tuple[int, int, float] | None = None  # number, bytes of the frame (0: none), since when
-        self._back_s = 0.0  # half a round trip of a PING alone
-        self._pings = self._left = 0
+        self._number = self._left = 0
+        self._asked: Asked | None = None
+        self._compared: deque[Compared] = deque(maxlen=KEPT_PINGS)
         self._handed_over: float | None = None  # when the sender of the frame that is timed was free again
 
     def mark(self, frame: bytes, since: float) -> None:
@@ -52,7 +75,7 @@ class Timing:
 
     def beat(self, now: float) -> bytes | None:
         """What to PING with now; None while an answer is under way, or if nobody wants to know."""
-        if self._on_timed is None or (self._asked is not None and now - self._asked[2] < LOST_S):
+        if self._on_timed is None or (self._asked is not None and now - self._asked.since < LOST_S):
             return None
         self.wanted = False
         return self._ask(0, now)
@@ -67,27 +90,27 @@ class Timing:
 
     def ponged(self, payload: bytes, now: float) -> None:
         """A PONG came; the other side's own beats are empty."""
-        asked = self._asked
-        number, held = payload[: _NUMBER.size], payload[_NUMBER.size :]
-        if asked is None or self._on_timed is None or number != _NUMBER.pack(asked[0]):
+        asked, number, clock = self._asked, payload[: _NUMBER.size], payload[_NUMBER.size :]
+        if asked is None or self._on_timed is None or number != _NUMBER.pack(asked.number) or len(clock) != _CLOCK.size:
             return
         self._asked = None
-        _, nbytes, since = asked
-        took = now - since
-        if nbytes:
-            held_s = _HELD.unpack(held)[0] / 1e6 if len(held) == _HELD.size else 0.0
+        taken, answered = (nanoseconds / 1e9 for nanoseconds in _CLOCK.unpack(clock))
+        if asked.nbytes:
             self._left -= 1
-            if self._handed_over is not None:
-                took = now - max(since, self._handed_over)
             self.wanted = self._left > 0
-            self._on_timed(nbytes, max(0.0, took - held_s - self._back_s))
+            since = asked.since if self._handed_over is None else max(asked.since, self._handed_over)
+            self._on_timed(asked.nbytes, max(0.0, taken - self._ahead(now) - since))
             return
-        self._pings += 1
-        self._back_s += max(KEPT, 1 / self._pings) * (took / 2 - self._back_s)
+        round_trip = now - asked.since
+        self._compared.append(Compared(now, round_trip, answered - (asked.since + now) / 2))
         self.wanted, self._left = True, FRAMES
-        self._on_timed(0, took)
+        self._on_timed(0, round_trip)
+
+    def _ahead(self, now: float) -> float:
+        """Seconds that the receiver's clock is ahead; frames are timed after a PING alone only."""
+        return min(self._compared, key=lambda one: one.doubt_s(now)).ahead_s
 
     def _ask(self, nbytes: int, since: float) -> bytes:
         self._number += 1
-        self._asked = (self._number, nbytes, since)
+        self._asked = Asked(self._number, nbytes, since)
         return _NUMBER.pack(self._number)
