@@ -23,6 +23,8 @@ from peerllm.planner.scenario import Scenario, parse
 from peerllm.planner.simulator import formula_tokens_per_second, simulate
 from peerllm.types import ScheduleName, Stage, Workload, batches_of
 
+DRAWS = 5  # runs of the simulator that are averaged where passes vary
+NO_SPREADS: Mapping[str, Mapping[str, float]] = {}
 ROUNDS = 3  # of each number of sequences; the median counts
 WARM_S = 4.5  # of load before each prediction: what links take under it, every device has told by then
 BENCH_TIMEOUT_S = 600.0
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         for _ in range(ROUNDS):  # each predicted from what was seen before it: a machine's other work comes and goes
             planned = _planned(device, model)
             how = stages, *divided(planned, count), prompt, output
-            one = predicted(parse(planned["running"]), *how)
+            one = predicted(parse(planned["running"]), *how, planned["spreads"])
             profiled = predicted(parse(planned["scenario"]), *how)["predicted"]["formula_tokens_per_second"]
             said.append({**one, "profiled": {"formula_tokens_per_second": profiled}})
             rounds.append(device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S))
@@ -86,24 +88,32 @@ def predicted(
     batches: int,
     prompt: int,
     output: int,
+    spreads: Mapping[str, Mapping[str, float]] = NO_SPREADS,
 ) -> dict[str, Any]:
     """By the simulator, event by event, and by the formula (papers.md, EdgeShard), for so many sequences at once.
 
-    Where batches cannot be equal all take as long as the largest.
+    Where batches cannot be equal all take as long as the largest. `spreads`: by stage and batch, how far passes vary.
     """
     old = scenario.workload
     work = Workload(prompt, output, sequences, old.context, old.objective, old.prompt_chunk)
     batch = -(-sequences // batches)
+    spread = {int(place): told[str(batch)] for place, told in spreads.items() if str(batch) in told}
     known = scenario.model, scenario.devices, scenario.links, tuple(stages)
-    found = simulate(*known, work, schedule=schedule, micro_batch=batch, micro_batches=batches, media=scenario.media)
+    runs = [
+        simulate(*known, work, schedule=schedule, micro_batch=batch, micro_batches=batches, media=scenario.media,
+                 spread=spread, seed=seed)
+        for seed in range(DRAWS if spread else 1)
+    ]  # fmt: skip
     lap = lap_of(*known, batch, scenario.media)
-    steady, share = found.steady_tokens_per_second, sequences / (batch * batches)
+    share = sequences / (batch * batches)
+    steady = [run.steady_tokens_per_second for run in runs if run.steady_tokens_per_second is not None]
+    steps = [run.step_ms for run in runs if run.step_ms is not None]
     return {
         "sequences": sequences,
         "predicted": {
-            "time_to_first_token_ms": fmean(found.time_to_first_token_ms),
-            "step_ms": found.step_ms,
-            "steady_tokens_per_second": None if steady is None else share * steady,
+            "time_to_first_token_ms": fmean(fmean(run.time_to_first_token_ms) for run in runs),
+            "step_ms": fmean(steps) if steps else None,
+            "steady_tokens_per_second": share * fmean(steady) if steady else None,
             "formula_tokens_per_second": share * formula_tokens_per_second(lap, schedule, batches),
             "bottleneck": lap.bottleneck,
         },

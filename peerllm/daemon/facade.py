@@ -110,7 +110,8 @@ class Household(Protocol):
         """Of a model started here: what it was planned for, and its plan.
 
         "scenario" is the file of what was planned for, "running" the same with links and stages as they are now;
-        "paces": by stage, what a batch of so many sequences takes there; "stages", "micro_batch", "micro_batches",
+        "paces": by stage, what a batch of so many sequences takes there; "spreads": that one's deviation as a share
+        of it; "stages", "micro_batch", "micro_batches",
         "schedule".
         """
         ...

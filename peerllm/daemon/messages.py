@@ -256,6 +256,7 @@ class Answer:
     layer_ms: Mapping[LayerKind, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # of a Profile
     cached: bool = False  # ... known from before
     stage_ms: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # of a Pace, by stage number
+    stage_spread: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # ... share of those
     recorded: Recorded | None = None  # of a Trace
 
 

@@ -18,6 +18,8 @@ from peerllm.types import DeploymentId
 
 PACE_TIMEOUT_S = 5.0
 
+_Told = dict[int, Points]  # by place in the plan
+
 log = logging.getLogger(__name__)
 
 
@@ -29,14 +31,15 @@ async def as_it_runs(around: Surroundings, deployment: DeploymentId, blueprint: 
     if all(device in candidates for device in names):
         now = link_profiles(candidates, around.me)
         links = {pair: now.get(pair, link) for pair, link in links.items()}
-    paces = await stage_paces(around, deployment, blueprint)
+    paces, spreads = await stage_paces(around, deployment, blueprint)
     running = replace(
         planned, links=links, devices=paced(planned.model, planned.devices, blueprint.plan.stages, paces)
     )
     return {
         "scenario": scenario_file(planned),
         "running": scenario_file(running),
-        "paces": {str(place): {str(size): ms for size, ms in points} for place, points in sorted(paces.items())},
+        "paces": _by_place(paces),
+        "spreads": _by_place(spreads),
         "stages": [{**asdict(stage), "device": names[stage.device]} for stage in blueprint.plan.stages],
         "micro_batch": blueprint.micro_batch,
         "micro_batches": blueprint.micro_batches,
@@ -44,14 +47,14 @@ async def as_it_runs(around: Surroundings, deployment: DeploymentId, blueprint: 
     }
 
 
-async def stage_paces(around: Surroundings, deployment: DeploymentId, blueprint: Blueprint) -> dict[int, Points]:
-    """By place in the plan, for the devices that answer: what a batch of steps takes there of late."""
+async def stage_paces(around: Surroundings, deployment: DeploymentId, blueprint: Blueprint) -> tuple[_Told, _Told]:
+    """For the devices that answer: what a batch of steps takes there of late, and its deviation as a share of that."""
     stages = blueprint.plan.stages
     devices = tuple(dict.fromkeys(stage.device for stage in stages))
     answers = await asyncio.gather(
         *(around.ask(device, Pace(deployment), PACE_TIMEOUT_S) for device in devices), return_exceptions=True
     )
-    paces: dict[int, Points] = {}
+    paces, spreads = dict[int, Points](), dict[int, Points]()
     for device, answer in zip(devices, answers, strict=True):
         if isinstance(answer, PeerLLMError):
             log.info("%s does not tell how its stages do: %s", around.name(device), answer)
@@ -60,4 +63,9 @@ async def stage_paces(around: Surroundings, deployment: DeploymentId, blueprint:
         elif not answer.error:
             places = tuple(str(place) for place, stage in enumerate(stages) if stage.device == device)
             paces |= {int(place): points for place, points in checked(answer.stage_ms, places).items()}
-    return paces
+            spreads |= {int(place): points for place, points in checked(answer.stage_spread, places).items()}
+    return paces, spreads
+
+
+def _by_place(told: _Told) -> dict[str, dict[str, float]]:
+    return {str(place): {str(size): one for size, one in points} for place, points in sorted(told.items())}

@@ -144,7 +144,7 @@ class Worker:
                     found = await self._profiler.answer(question)
                     return replace(found, free_bytes=max(0, self.ledger.free_bytes))
                 case Pace(deployment):
-                    return Answer(0, stage_ms=await self._paces(sender, deployment))
+                    return await self._paces(sender, deployment)
                 case Trace():
                     return Answer(0, recorded=await self._record(sender, question))
                 case _:
@@ -153,16 +153,19 @@ class Worker:
             return Answer(0, type(error).__name__, str(error), max(0, self.ledger.free_bytes))
         return Answer(0, free_bytes=max(0, self.ledger.free_bytes))
 
-    async def _paces(self, sender: DeviceId, deployment: DeploymentId) -> dict[str, tuple[tuple[int, float], ...]]:
-        """By stage of that deployment here: (sequences in a batch of steps, milliseconds)."""
+    async def _paces(self, sender: DeviceId, deployment: DeploymentId) -> Answer:
+        """By stage of that deployment here: (sequences in a batch of steps, milliseconds), and how far they vary."""
         held = self._held.get(deployment)
         if held is None or held.coordinator != sender:
             raise RefusedError("only its coordinator hears how a deployment's stages do")
         load = await self._engine.ask(QueryLoad(self._engine.next_request()), QUERY_TIMEOUT_S)
         if not isinstance(load, EngineLoad):
-            return {}
+            return Answer(0)
         names = {str(index): f"{one}/{index}" for one, index, _ in load.stages if one == deployment}
-        return {index: load.paces[name] for index, name in names.items() if name in load.paces}
+        paces, spreads = (
+            {index: told[name] for index, name in names.items() if name in told} for told in (load.paces, load.spreads)
+        )
+        return Answer(0, stage_ms=paces, stage_spread=spreads)
 
     async def _record(self, sender: DeviceId, asked: Trace) -> Recorded:
         held = self._held.get(asked.deployment)

@@ -357,6 +357,8 @@ class EngineLoad:
     # ... and of all that the compute thread does for one, by its sequences: (sequences, ms), rising
     paces: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     held_bytes: Mapping[DeploymentId, int] = field(default_factory=dict)  # weights and KV, by deployment
+    # As in `paces`: (sequences, standard deviation as a share of the mean).
+    spreads: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
 
 ToEngine = (

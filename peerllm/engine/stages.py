@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -40,19 +41,27 @@ class Stage:
         self._sampler = sampler
         self._answers: dict[int, _Answer] = {}
         self._step_ms: deque[float] = deque(maxlen=MEASURED_STEPS)
-        self._paces: dict[int, tuple[int, float]] = {}  # by sequences in a batch of steps: passes, mean ms
+        # By sequences in a batch of steps: passes, mean ms, variance in ms².
+        self._paces: dict[int, tuple[int, float, float]] = {}
 
     @property
     def paces(self) -> tuple[tuple[int, float], ...]:
         """By sequences in a batch of steps, rising: milliseconds that one took of late, taking in and sending too."""
-        return tuple((size, mean) for size, (_, mean) in sorted(self._paces.items()))
+        return tuple((size, mean) for size, (_, mean, _) in sorted(self._paces.items()))
+
+    @property
+    def spreads(self) -> tuple[tuple[int, float], ...]:
+        """Of the same passes the standard deviation, as a share of the mean, where there is one."""
+        told = ((size, mean, variance) for size, (_, mean, variance) in sorted(self._paces.items()))
+        return tuple((size, math.sqrt(variance) / mean) for size, mean, variance in told if variance > 0 < mean)
 
     def paced(self, batch: Sequence[Piece], seconds: float) -> None:
         """The compute thread was at `batch` for so long, all told; prompts are not counted."""
         if not steps_only(batch):
             return
-        count, mean = self._paces.pop(len(batch), (0, 0.0))
-        self._paces[len(batch)] = count + 1, mean + max(PACE_GAIN, 1 / (count + 1)) * (seconds * 1e3 - mean)
+        count, mean, variance = self._paces.pop(len(batch), (0, 0.0, 0.0))
+        gain, off = max(PACE_GAIN, 1 / (count + 1)), seconds * 1e3 - mean
+        self._paces[len(batch)] = count + 1, mean + gain * off, (1 - gain) * (variance + gain * off * off)
         if len(self._paces) > MEASURED_SIZES:
             del self._paces[next(iter(self._paces))]
 

@@ -211,7 +211,8 @@ class FakeHousehold:
             raise NotFoundError(f"{model} does not run from here")
         stages = [{"device": "laptop", "first_layer": 0, "last_layer": 3}]
         return {name: SCENARIO for name in ("scenario", "running")} | {
-            "stages": stages, "micro_batch": 1, "micro_batches": 4, "schedule": "no-bubble"
+            "stages": stages, "micro_batch": 1, "micro_batches": 4, "schedule": "no-bubble",
+            "spreads": {"0": {"4": 0.2}},
         }  # fmt: skip
 
     async def bench(

@@ -338,12 +338,14 @@ async def test_what_runs_tells_how_its_stages_do_to_its_coordinator_alone(houses
     assert quiet_one["paces"] == {} and quiet_one["running"] == quiet_one["scenario"], "nothing was computed yet"
     for device in house.devices.values():
         device.engine.paces = ((1, 7.0), (2, 9.0))
+        device.engine.spreads = ((1, 0.5),)
     b.engine.paces = ((3, -1.0),)
     running = await a.coordinator.scenario("big")
     stages = [Stage(**stage) for stage in running["stages"]]
     told = [place for place, stage in enumerate(stages) if not stage.device.endswith("b")]
     assert len(told) < len(stages), "b is in it"
     assert running["paces"] == {str(place): {"1": 7.0, "2": 9.0} for place in told}, "what cannot be is dropped"
+    assert running["spreads"] == {str(place): {"1": 0.5} for place in range(len(stages))}
     said = parse(running["running"])
     mine = [stage for stage in stages if stage.device == stages[0].device]
     layers = [layer for one in mine for layer in said.model.layers[one.first_layer : one.last_layer + 1]]

@@ -13,6 +13,7 @@ from peerllm.engine.inbox import Inbox
 from peerllm.engine.messages import Submit
 from peerllm.engine.sequences import MAX_DRAINING, Sequences, window_tokens
 from peerllm.engine.slots import Slots
+from peerllm.engine.stages import Stage
 from peerllm.engine.wire import (
     Activation,
     Drawn,
@@ -27,7 +28,7 @@ from peerllm.engine.wire import (
 from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.transport.frames import decode, encode
 from peerllm.types import Sampling
-from tests.engine.fakes import DEPLOYMENT, stage
+from tests.engine.fakes import DEPLOYMENT, FakeShard, stage
 
 
 def piece(sequence: int, length: int = 1, position: int = 5, sample: bool = True) -> Piece:
@@ -281,3 +282,14 @@ def test_of_a_plans_stages_on_one_device_the_earlier_steps_first() -> None:
     assert take(scheduler) == ("start", [4])
     assert take(scheduler) == ("head", [1])
     assert take(scheduler) == ("other", [2])
+
+
+def test_a_stage_tells_how_long_steps_take_and_how_far_that_varies() -> None:
+    spec = stage(1)
+    one = Stage(spec, FakeShard(spec), lambda logits, draws: [])
+    step = [Piece(1, 0, 0, 1, True, None)]
+    for seconds in (0.002, 0.004) * 40:
+        one.paced(step, seconds)
+    one.paced([Piece(1, 0, 0, 7, True, None)], 9.0)  # a prompt is not counted
+    ((size, mean),), ((of, spread),) = one.paces, one.spreads
+    assert (size, of) == (1, 1) and mean == pytest.approx(3, rel=0.1) and spread == pytest.approx(1 / 3, rel=0.1)

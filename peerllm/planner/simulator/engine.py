@@ -24,6 +24,7 @@ visited more than once, and there it matters who goes first:
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -39,6 +40,7 @@ from peerllm.types import DeviceId, DeviceProfile, Medium, ModelProfile, Schedul
 
 MAX_SPANS = 500_000  # of one run: some 150 MB and a few seconds
 Order = Literal["arrival", "stage"]  # what a device with several stages serves first, of decode steps or of prompts
+NO_SPREAD: Mapping[int, float] = {}
 DECODE, PROMPT = 0, 1  # ranks in a device's queue
 
 
@@ -57,10 +59,14 @@ def simulate(
     media: Sequence[Medium] = (),
     order: Order = "stage",
     latency_holds_link: bool = True,
+    spread: Mapping[int, float] = NO_SPREAD,
+    seed: int = 0,
 ) -> Run:
     """`micro_batches` groups of `micro_batch` sequences, each through its prompt and then `steps` decode steps.
 
     `steps` is output_tokens - 1 unless said; without `prefill` every group stands at the source with its first token.
+    `spread`: by stage, how far its decode passes vary (standard deviation as a share of the mean); they are drawn from
+    a gamma distribution, the same for each `seed`. Queues form where batches come close, which the mean does not show.
     InfeasibleError where a link or a measurement is missing, BadInputError where the run would be too long.
     """
     steps = workload.output_tokens - 1 if steps is None else steps
@@ -82,7 +88,7 @@ def simulate(
             return [Pass(group, step, lap)]
         return [Pass(group, 0, legs, sequence) for sequence in range(micro_batch) for legs in prompt]
 
-    ring = _Ring(devices, media, order, latency_holds_link)
+    ring = _Ring(devices, media, order, latency_holds_link, spread, seed)
     ring.run(SCHEDULES[schedule](micro_batches, range(0 if prefill else 1, steps + 1), passes))
     back = ring.back
     returns = tuple(tuple(back.get((g, step), 0.0) for step in range(steps + 1)) for g in range(micro_batches))
@@ -98,6 +104,8 @@ class _Ring:
         media: Sequence[Medium],
         order: Order,
         latency_holds_link: bool,
+        spread: Mapping[int, float] = NO_SPREAD,
+        seed: int = 0,
     ) -> None:
         self.spans: list[Span] = []
         self.back: dict[tuple[int, int], float] = {}  # (group, step): when the last of its tokens was back
@@ -106,6 +114,8 @@ class _Ring:
         self._media = sorted(media, key=lambda medium: medium.name)
         self._order = order
         self._latency_holds_link = latency_holds_link
+        self._spread = spread
+        self._random = random.Random(seed)  # noqa: S311
         self._resources: defaultdict[tuple[str, ...], Resource] = defaultdict(lambda: Resource(self._agenda))
 
     def run(self, schedule: Schedule) -> None:
@@ -137,11 +147,19 @@ class _Ring:
                 self._send(one, leg, leg.receiver, onward)
 
         def begin() -> None:
-            self._record(self._names[leg.device], "compute", one, leg, ready, leg.compute_ms)
-            self._agenda.after(leg.compute_ms, computed)
+            took_ms = self._took_ms(one, leg)
+            self._record(self._names[leg.device], "compute", one, leg, ready, took_ms)
+            self._agenda.after(took_ms, computed)
 
         kind = DECODE if one.sequence is None else PROMPT
         device.ask(begin, (kind, leg.stage if self._order == "stage" else 0))
+
+    def _took_ms(self, one: Pass, leg: Leg) -> float:
+        spread = self._spread.get(leg.stage, 0.0)
+        if one.sequence is not None or spread <= 0:
+            return leg.compute_ms
+        shape = 1 / spread**2
+        return leg.compute_ms * self._random.gammavariate(shape, 1 / shape)
 
     def _send(self, one: Pass, leg: Leg, receiver: DeviceId, arrived: Action) -> None:
         link, ready = self._resources[leg.device, receiver], self._agenda.now

@@ -89,3 +89,18 @@ def test_the_formulas():
     assert formula_tokens_per_second(lap, "no-bubble", 3) == 500
     assert formula_tokens_per_second(lap, "bubble", 3) == pytest.approx(1000 * 6 / 18)
     assert formula_tokens_per_second(lap, "sequential", 3) == 200
+
+
+def test_passes_that_vary_meet_in_queues_and_alone_they_do_not():
+    """Two batches that fit each other exactly lose by meeting; one alone takes as long as the means say."""
+    ring = by_hand([5, 5], [1, 1])
+    vary = {"spread": {0: 0.4, 1: 0.4}, "prefill": False}
+    exact = ring.run(micro_batches=2, steps=2000, prefill=False).steady_tokens_per_second
+    varied = [ring.run(micro_batches=2, steps=2000, **vary, seed=seed).steady_tokens_per_second for seed in range(3)]
+    assert all(0.75 * exact < rate < 0.97 * exact for rate in varied)
+    assert varied[0] == ring.run(micro_batches=2, steps=2000, **vary).steady_tokens_per_second, "the same for each seed"
+    assert len(set(varied)) == 3
+    alone = ring.run(micro_batches=1, steps=4000, **vary).steady_tokens_per_second
+    assert alone == pytest.approx(1000 / 12, rel=0.03)
+    more = ring.run(micro_batches=6, steps=2000, **vary).steady_tokens_per_second
+    assert more == pytest.approx(1000 / 5, rel=0.1), "with enough batches the busiest is never without work"
