@@ -28,7 +28,7 @@ from peerllm.engine.wire import (
 from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.transport.frames import decode, encode
 from peerllm.types import Sampling
-from tests.engine.fakes import DEPLOYMENT, FakeShard, stage
+from tests.engine.fakes import DEPLOYMENT, FakeBackend, FakeShard, stage
 
 
 def piece(sequence: int, length: int = 1, position: int = 5, sample: bool = True) -> Piece:
@@ -286,7 +286,7 @@ def test_of_a_plans_stages_on_one_device_the_earlier_steps_first() -> None:
 
 def test_a_stage_tells_how_long_steps_take_and_how_far_that_varies() -> None:
     spec = stage(1)
-    one = Stage(spec, FakeShard(spec), lambda logits, draws: [])
+    one = Stage(spec, FakeShard(FakeBackend(), spec), lambda logits, draws: [])
     step = [Piece(1, 0, 0, 1, True, None)]
     for seconds in (0.002, 0.004) * 40:
         one.paced(step, seconds)
