@@ -21,7 +21,7 @@ from peerllm.cli.trace import text as trace_text
 from peerllm.planner.cost import lap_of
 from peerllm.planner.scenario import Scenario, parse
 from peerllm.planner.simulator import formula_tokens_per_second, simulate
-from peerllm.types import ScheduleName, Stage, Workload, batches_of
+from peerllm.types import ScheduleName, Stage, Workload, batches_of, chunk_of
 
 ROUNDS = 3  # of each number of sequences; the median counts
 WARM_S = 4.5  # of load before each prediction: what links take under it, every device has told by then
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
         for _ in range(ROUNDS):  # each predicted from what was seen before it: a machine's other work comes and goes
             planned = _planned(device, model)
             running = parse(planned["running"])
-            said.append(predicted(running, stages, *divided(planned, count), prompt, output))
+            chunk = chunk_of(planned["cuts"], prompt)
+            said.append(predicted(running, stages, *divided(planned, count), prompt, output, chunk))
             rounds.append(device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S))
         said.sort(key=lambda one: one["predicted"]["formula_tokens_per_second"])
         rows.append({**said[ROUNDS // 2], "measured": _median(rounds)})
@@ -83,13 +84,14 @@ def predicted(
     batches: int,
     prompt: int,
     output: int,
+    chunk: int | None = None,
 ) -> dict[str, Any]:
     """By the simulator, event by event, and by the formula (papers.md, EdgeShard), for so many sequences at once.
 
     Where batches cannot be equal all take as long as the largest.
     """
     old = scenario.workload
-    work = Workload(prompt, output, sequences, old.context, old.objective, old.prompt_chunk)
+    work = Workload(prompt, output, sequences, old.context, old.objective, chunk)
     batch = -(-sequences // batches)
     known = scenario.model, scenario.devices, scenario.links, tuple(stages)
     found = simulate(*known, work, schedule=schedule, micro_batch=batch, micro_batches=batches, media=scenario.media)
