@@ -104,9 +104,7 @@ class Workload:
     @property
     def pieces(self) -> tuple[int, ...]:
         """The prompt's tokens as they travel: whole, or in chunks of which the last may be shorter."""
-        chunk = self.prompt_chunk or self.prompt_tokens
-        whole, rest = divmod(self.prompt_tokens, chunk)
-        return (chunk,) * whole + ((rest,) if rest else ())
+        return pieces_of(self.prompt_tokens, self.prompt_chunk or self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +163,21 @@ def batches_of(sequences: int, micro_batch: int, micro_batches: int) -> int:
     As many as the plan has, but no batch is empty and none larger than `micro_batch`.
     """
     return max(min(sequences, micro_batches), -(-sequences // micro_batch))
+
+
+Cuts = tuple[tuple[int, int], ...]  # of prompts: (tokens from which on, tokens of a chunk), rising; the first from 1 on
+MAX_CUTS = 64
+
+
+def chunk_of(cuts: Cuts, tokens: int) -> int:
+    """In what chunks a prompt of so many tokens travels."""
+    return next(chunk for least, chunk in reversed(cuts) if least <= tokens)
+
+
+def pieces_of(tokens: int, chunk: int) -> tuple[int, ...]:
+    """A prompt's tokens in chunks of which the last may be shorter."""
+    whole, rest = divmod(tokens, chunk)
+    return (chunk,) * whole + ((rest,) if rest else ())
 
 
 MAX_STAGES = 1024  # a plan is a control message; its size is bounded

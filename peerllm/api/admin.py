@@ -146,12 +146,12 @@ async def trace(request: web.Request) -> web.Response:
 
 
 async def plan(request: web.Request) -> web.StreamResponse:
-    """Lines of JSON: every RunProgress, then {"scenario": what `run` would plan for now} or {"error": ...}."""
+    """Lines of JSON: every RunProgress, then facade.Household.preview or {"error": ...}."""
     options = _run_options(await read_object(request))
     household = request.app[HOUSEHOLD]
 
     async def work(note: Note) -> dict[str, Any]:
-        return {"scenario": await household.preview(options, note)}
+        return await household.preview(options, note)
 
     return await _lines(request, work, f"api: plan {options.model[:80]}")
 

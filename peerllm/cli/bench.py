@@ -21,7 +21,7 @@ from peerllm.cli.trace import text as trace_text
 from peerllm.planner.cost import lap_of
 from peerllm.planner.scenario import Scenario, parse
 from peerllm.planner.simulator import formula_tokens_per_second, simulate
-from peerllm.types import ScheduleName, Stage, Workload, batches_of
+from peerllm.types import ScheduleName, Stage, Workload, batches_of, chunk_of
 
 DRAWS = 5  # runs of the simulator that are averaged where passes vary
 NO_SPREADS: Mapping[str, Mapping[str, float]] = {}
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         said, rounds = [], []
         for _ in range(ROUNDS):  # each predicted from what was seen before it: a machine's other work comes and goes
             planned = _planned(device, model)
-            how = stages, *divided(planned, count), prompt, output
+            how = stages, *divided(planned, count), prompt, output, chunk_of(planned["cuts"], prompt)
             one = predicted(parse(planned["running"]), *how, planned["spreads"])
             profiled = predicted(parse(planned["scenario"]), *how)["predicted"]["formula_tokens_per_second"]
             said.append({**one, "profiled": {"formula_tokens_per_second": profiled}})
@@ -88,6 +88,7 @@ def predicted(
     batches: int,
     prompt: int,
     output: int,
+    chunk: int | None = None,
     spreads: Mapping[str, Mapping[str, float]] = NO_SPREADS,
 ) -> dict[str, Any]:
     """By the simulator, event by event, and by the formula (papers.md, EdgeShard), for so many sequences at once.
@@ -95,7 +96,7 @@ def predicted(
     Where batches cannot be equal all take as long as the largest. `spreads`: by stage and batch, how far passes vary.
     """
     old = scenario.workload
-    work = Workload(prompt, output, sequences, old.context, old.objective, old.prompt_chunk)
+    work = Workload(prompt, output, sequences, old.context, old.objective, chunk)
     batch = -(-sequences // batches)
     spread = {int(place): told[str(batch)] for place, told in spreads.items() if str(batch) in told}
     known = scenario.model, scenario.devices, scenario.links, tuple(stages)

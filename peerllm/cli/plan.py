@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from peerllm.cli.device import LocalDevice
 from peerllm.cli.progress import as_model, progress
 from peerllm.cli.terminal import human_bytes, layer_bar, printable, table
 from peerllm.errors import BadInputError, InfeasibleError, PeerLLMError, UnavailableError
+from peerllm.planner.chunks import Pipeline, in_chunks
 from peerllm.planner.cost import hop_ms, layer_ms, stage_bytes
 from peerllm.planner.scenario import Scenario, ScenarioError, parse
 from peerllm.planner.strategies import SINGLE, plan, value
-from peerllm.types import Objective, Plan
+from peerllm.types import Objective, Plan, chunk_of
 
 OK, INFEASIBLE, MALFORMED = 0, 1, 2
 STDIN = "-"
@@ -38,6 +39,7 @@ class Answer:
     reason: str | None = None
     error: str | None = None
     solve_ms: float | None = None
+    chunk: int | None = None  # of a live plan: in what chunks the workload's prompt will travel
 
     @property
     def code(self) -> int:
@@ -110,12 +112,23 @@ def live(model: str, args: argparse.Namespace) -> Answer:
             if "scenario" in line:
                 if args.save is not None:
                     args.save.write_bytes(orjson.dumps(line["scenario"], option=orjson.OPT_INDENT_2))
-                return planned(parse(line["scenario"]), args.strategy, args.objective)
+                return as_cut(planned(parse(line["scenario"]), args.strategy, args.objective), line["most_chunk"])
     except OSError as error:
         if isinstance(error, PeerLLMError):
             raise
         raise BadInputError(f"{args.save} cannot be written: {error.strerror}") from error
     raise UnavailableError("the device stopped before it had planned; see its log")
+
+
+def as_cut(found: Answer, most: int) -> Answer:
+    """With the first token as it comes when prompts are cut for this plan, into chunks of at most `most` tokens."""
+    if found.scenario is None or found.plan is None:
+        return found
+    scenario, stages = found.scenario, found.plan.stages
+    pipeline, work = Pipeline(scenario.model, scenario.devices, scenario.links, stages), scenario.workload
+    cuts = pipeline.cuts(work.context, most)
+    plan = in_chunks(found.plan, pipeline, work.prompt_tokens, cuts)
+    return replace(found, plan=plan, chunk=chunk_of(cuts, work.prompt_tokens))
 
 
 def is_scenario(argument: str) -> bool:
@@ -173,7 +186,7 @@ def plan_text(scenario: Scenario, found: Plan, how: Answer) -> str:
             human_bytes(device.memory_bytes), _ms(sum(layer_ms(device, layer, batch) for layer in held)), _ms(hop),
         ))  # fmt: skip
     head = f"{scenario.model.name}: {how.strategy}, {how.objective}; {verdict(found, how)}"
-    return f"{printable(head)}\n{table(rows)}\n{printable(prediction(scenario, found, how.objective))}"
+    return f"{printable(head)}\n{table(rows)}\n{printable(prediction(scenario, found, how))}"
 
 
 def verdict(found: Plan, how: Answer) -> str:
@@ -189,10 +202,12 @@ def verdict(found: Plan, how: Answer) -> str:
     return f"not proven the best ({best} is not ruled out, {gap:.1%} from this), {took}"
 
 
-def prediction(scenario: Scenario, found: Plan, objective: Objective) -> str:
+def prediction(scenario: Scenario, found: Plan, how: Answer) -> str:
     said, work = found.predicted, scenario.workload
-    first = f"First token after {_ms(said.time_to_first_token_ms)}"
-    if objective == "latency":
+    chunks = how.chunk is not None and how.chunk < work.prompt_tokens
+    cut = f" (of a prompt of {work.prompt_tokens}, in chunks of {how.chunk})" if chunks else ""
+    first = f"First token after {_ms(said.time_to_first_token_ms)}{cut}"
+    if how.objective == "latency":
         request = f"{work.output_tokens} tokens in {_ms(said.request_ms)}, {said.tokens_per_second:.4g} tokens/s"
         return f"{first}, then one every {_ms(said.step_ms)}: {request}. Busiest: {said.bottleneck}."
     groups = f"{said.micro_batches} × {said.micro_batch} sequences"

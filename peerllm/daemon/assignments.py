@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from math import prod
 
 from peerllm.daemon.demand import MAX_SLOTS, Blueprint
@@ -13,7 +14,7 @@ from peerllm.daemon.profiles import ITEMSIZE
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.planner.memory import MOST_CHUNK, human_bytes
-from peerllm.types import MAX_STAGES, SCHEDULE_NAMES, DeploymentId, DeviceId
+from peerllm.types import MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cuts, DeploymentId, DeviceId
 
 MAX_CONTEXT = 1 << 20  # tokens
 MAX_TENSORS = 65536  # of one assignment
@@ -92,6 +93,7 @@ def assignments(
             work=tuple(mine),
             head_device=stages[-1].device,
             quantize=inspected.quantize,
+            cuts=blueprint.cuts,
         )
         for device, mine in work.items()
     }
@@ -129,6 +131,7 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
     for name, value, most in limits:
         if not 1 <= value <= most:
             raise BadInputError(f"an assignment's {name} must lie in 1..{most}, not {value}")
+    _check_cuts(assign.cuts, assign.chunk)
     if len({work.stage for work in assign.work}) != len(assign.work):
         raise BadInputError("a stage is assigned twice")
     for work in assign.work:
@@ -144,6 +147,13 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
         raise RefusedError(
             f"{human_bytes(needed)} of weights are assigned, {human_bytes(reserved_bytes)} were reserved for them"
         )
+
+
+def _check_cuts(cuts: Cuts, most: int) -> None:
+    starts = [least for least, _ in cuts]
+    rising = not starts or (starts[0] == 1 and all(a < b for a, b in pairwise(starts)))
+    if len(cuts) > MAX_CUTS or not rising or any(not 1 <= chunk <= most for _, chunk in cuts):
+        raise BadInputError(f"an assignment's cuts make no sense with chunks of at most {most} tokens")
 
 
 def _check_tensor(tensor: TensorDigest, own: bool) -> None:

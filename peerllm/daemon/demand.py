@@ -16,12 +16,13 @@ from peerllm.daemon.profiles import (
 )
 from peerllm.engine.messages import Inspected
 from peerllm.errors import BadInputError, InfeasibleError
+from peerllm.planner.chunks import Pipeline, in_chunks
 from peerllm.planner.cost import layer_bytes, stage_bytes
 from peerllm.planner.latency import plan_latency
 from peerllm.planner.memory import chunk_tokens, human_bytes, working_bytes
 from peerllm.planner.scenario import Scenario
 from peerllm.planner.throughput import plan_throughput
-from peerllm.types import SCHEDULE_NAMES, DeviceId, Plan, ScheduleName, Workload
+from peerllm.types import SCHEDULE_NAMES, Cuts, DeviceId, Plan, ScheduleName, Workload
 
 DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 2048  # tokens
@@ -37,7 +38,8 @@ class Blueprint:
 
     plan: Plan
     workload: Workload
-    chunk: int
+    chunk: int  # the largest, in tokens: working space is promised for it
+    cuts: Cuts
     micro_batch: int
     micro_batches: int
     schedule: ScheduleName
@@ -129,12 +131,25 @@ def _draw_up(
         promises[stage.device] += nbytes
     rooms = {d: replace(one, memory_bytes=max(0, one.memory_bytes - working)) for d, one in profiles.items()}
     scenario = Scenario(model, rooms, links, source, None, work, ())
+    pipeline = Pipeline(scenario.model, scenario.devices, scenario.links, plan.stages)
+    chunk, cuts = prompt_cuts(options, pipeline, work, chunk)
+    if options.schedule != "sequential":
+        plan = in_chunks(plan, pipeline, work.prompt_tokens, cuts)
     batch, batches = plan.predicted.micro_batch, plan.predicted.micro_batches
     if options.objective == "latency":
         # Planned for one sequence; several share the stages without one waiting for all.
         batches = min(slots, len(plan.devices))
         batch = -(-slots // batches)
-    return Blueprint(plan, work, chunk, batch, batches, options.schedule, memory, promises, scenario)
+    return Blueprint(plan, work, chunk, cuts, batch, batches, options.schedule, memory, promises, scenario)
+
+
+def prompt_cuts(options: RunOptions, pipeline: Pipeline, work: Workload, most: int) -> tuple[int, Cuts]:
+    """(largest chunk, cuts), within the `most` tokens that a pass has room for."""
+    if options.prompt_chunk is None and work.sequences > 1:  # else nobody's steps wait
+        most = pipeline.most_chunk(most)
+    if options.prompt_chunk is not None or options.schedule == "sequential":  # chunks that take turns gain nothing
+        return most, ((1, most),)
+    return most, pipeline.cuts(work.context, most)
 
 
 def _check_sum(

@@ -103,7 +103,10 @@ class Household(Protocol):
         ...
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
-        """The scenario file of what `run` would plan for now; nothing is reserved or loaded."""
+        """What `run` would plan for now; nothing is reserved or loaded.
+
+        "scenario" is the file of it, "most_chunk" the tokens of its largest prompt chunk.
+        """
         ...
 
     async def scenario(self, model: str) -> dict[str, Any]:
@@ -111,8 +114,7 @@ class Household(Protocol):
 
         "scenario" is the file of what was planned for, "running" the same with links and stages as they are now;
         "paces": by stage, what a batch of so many sequences takes there; "spreads": that one's deviation as a share
-        of it; "stages", "micro_batch", "micro_batches",
-        "schedule".
+        of it; "stages", "micro_batch", "micro_batches", "schedule", "cuts".
         """
         ...
 

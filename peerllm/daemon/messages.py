@@ -11,7 +11,7 @@ from typing import Literal
 
 from peerllm.engine.messages import Recorded
 from peerllm.transport.roster import RosterEntry
-from peerllm.types import DeploymentId, DeviceId, LayerKind, ScheduleName, Stage
+from peerllm.types import Cuts, DeploymentId, DeviceId, LayerKind, ScheduleName, Stage
 
 DeploymentState = Literal["planning", "loading", "serving", "waiting", "failed", "stopped"]
 
@@ -183,6 +183,7 @@ class Assign:
     work: tuple[StageWork, ...]
     head_device: DeviceId
     quantize: str = ""
+    cuts: Cuts = ()  # as in LoadStage
 
 
 @dataclass(frozen=True, slots=True)

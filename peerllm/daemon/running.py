@@ -44,6 +44,7 @@ async def as_it_runs(around: Surroundings, deployment: DeploymentId, blueprint: 
         "micro_batch": blueprint.micro_batch,
         "micro_batches": blueprint.micro_batches,
         "schedule": blueprint.schedule,
+        "cuts": blueprint.cuts,
     }
 
 

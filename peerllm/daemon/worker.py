@@ -341,6 +341,7 @@ class Worker:
             head_device=assign.head_device,
             limit_bytes=limit,
             quantize=assign.quantize,
+            cuts=assign.cuts,
         )
 
     async def _activate(self, sender: DeviceId, asked: Activate) -> None:

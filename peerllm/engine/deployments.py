@@ -60,7 +60,9 @@ class Deployment:
         self._schedule.add((self.id, spec.stage), spec.micro_batch, spec.chunk, self.id, spec.stage)
         if spec.stage == 0:
             reach = stage.shard.reach
-            self._source = Sequences(self.id, spec.slots, spec.context, spec.chunk, spec.stages, reach)
+            self._source = Sequences(
+                self.id, spec.slots, spec.context, spec.chunk, spec.stages, reach, spec.cuts
+            )
 
     @property
     def held_bytes(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peerllm.types import DeploymentId, DeviceId, LayerKind, ModelProfile, Sampling, ScheduleName
+from peerllm.types import Cuts, DeploymentId, DeviceId, LayerKind, ModelProfile, Sampling, ScheduleName
 
 PASS: LayerKind = "pass"  # noqa: S105  # in a device's layer times: what a batch costs at a stage beside its layers
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -125,7 +125,7 @@ class LoadStage:
     dtype: str
     slots: int
     context: int
-    chunk: int  # tokens of a prompt that travel in one frame, at most
+    chunk: int  # tokens of prompts that travel in one frame, at most
     micro_batch: int  # sequences in one frame, at most
     upstream: DeviceId | None  # who may send to this stage; None: it is the source's first
     downstream: Hop | None  # None: the next stage (or the return) is on this device
@@ -134,6 +134,7 @@ class LoadStage:
     quantize: str = ""  # "int8", "int4": what its matrices are rounded to
     micro_batches: int = 1  # of the plan: into so many the source divides the sequences that decode, if they are enough
     schedule: ScheduleName = "no-bubble"  # the source's
+    cuts: Cuts = ()  # the source's: how it cuts a prompt, by the tokens of it that are new; (): always `chunk`
 
 
 @dataclass(frozen=True, slots=True)

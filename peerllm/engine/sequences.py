@@ -3,7 +3,8 @@
 A prompt that goes on with what an earlier sequence left in an idle slot (`IdleSlots`) is fed from there on.
 
 Pure: tokens come in, `Feed` and `Tokens` go out. Prompts are fed in chunks, round robin, with at most
-CHUNKS_PER_STAGE_IN_FLIGHT × stages chunks' worth of tokens under way, which bounds what may wait on any stage.
+CHUNKS_PER_STAGE_IN_FLIGHT × stages of the largest chunks' worth of tokens under way, which bounds what may wait on any
+stage; of one prompt as many chunks, so that a long one in small chunks keeps no other waiting.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from peerllm.engine.base import Reach
 from peerllm.engine.idle import IdleSlots, Remains
 from peerllm.engine.messages import FinishReason, Submit, Tokens
 from peerllm.errors import BadInputError, FrameError, OverloadedError
-from peerllm.types import DeploymentId, Sampling
+from peerllm.types import Cuts, DeploymentId, Sampling, chunk_of
 
 CHUNKS_PER_STAGE_IN_FLIGHT = 2  # one being computed, one waiting
 MAX_TOKEN_ID = 2**31 - 1  # no vocabulary is larger
@@ -57,6 +58,7 @@ class _Running:
     client: str
     reused: int  # tokens of the prompt that the slot held already
     furthest: int  # see idle.Remains
+    chunk: int  # what is new of the prompt is fed in chunks of so many tokens
     fed: int  # tokens put into stage 0, prompt and answer, and those that need not be
     back: int  # of those, tokens the head has seen
     answer: int = 0  # ids of the answer so far
@@ -68,11 +70,20 @@ class Sequences:
     """Of one deployment on its source. Late tokens are told apart by sequence number."""
 
     def __init__(
-        self, deployment: DeploymentId, slots: int, context: int, chunk: int, stages: int, reach: Reach | None = None
+        self,
+        deployment: DeploymentId,
+        slots: int,
+        context: int,
+        chunk: int,
+        stages: int,
+        reach: Reach | None = None,
+        cuts: Cuts = (),
     ) -> None:
-        """`reach` says where idle slots can be taken up again; None: nowhere."""
-        self._deployment, self._slots, self._context, self._chunk = deployment, slots, context, chunk
+        """`reach` says where idle slots can be taken up again; None: nowhere. No `cuts`: always `chunk` tokens."""
+        self._deployment, self._slots, self._context = deployment, slots, context
+        self._cuts = cuts or ((1, chunk),)
         self._window = window_tokens(stages, chunk)
+        self._most_chunks = CHUNKS_PER_STAGE_IN_FLIGHT * stages  # of one prompt under way
         self._running: dict[int, _Running] = {}
         self._idle = IdleSlots(slots, reach)
         self._prompts: deque[int] = deque()  # sequences with prompt tokens still to feed, next turn first
@@ -126,6 +137,7 @@ class Sequences:
             order.client,
             reused=choice.position,
             furthest=choice.furthest,
+            chunk=chunk_of(self._cuts, len(order.prompt) - choice.position),
             fed=choice.position,
             back=choice.position,
         )
@@ -135,12 +147,18 @@ class Sequences:
     def feed(self, most: int | None = None) -> list[Feed]:
         """The prompt chunks that may go into stage 0 now, `most` of them at most."""
         feeds: list[Feed] = []
-        while self._prompts and (most is None or len(feeds) < most):
+        passed = 0  # in a row, that have enough under way
+        while passed < len(self._prompts) and (most is None or len(feeds) < most):
             sequence = self._prompts[0]
             running = self._running[sequence]
-            length = chunk_length(len(running.prompt) - running.fed, self._chunk)
+            if len(running.in_flight) >= self._most_chunks:
+                self._prompts.rotate(-1)
+                passed += 1
+                continue
+            length = chunk_length(len(running.prompt) - running.fed, running.chunk)
             if self._under_way + length > self._window:
                 break
+            passed = 0
             self._prompts.popleft()
             position, running.fed = running.fed, running.fed + length
             running.in_flight.append(length)

@@ -204,14 +204,14 @@ class FakeHousehold:
         progress(RunProgress("planning", "measuring laptop"))
         if options.model == "unknown":
             raise NotFoundError("no model 'unknown'")
-        return SCENARIO
+        return {"scenario": SCENARIO, "most_chunk": 16}
 
     async def scenario(self, model: str) -> dict[str, Any]:
         if model != "builtin":
             raise NotFoundError(f"{model} does not run from here")
         stages = [{"device": "laptop", "first_layer": 0, "last_layer": 3}]
         return {name: SCENARIO for name in ("scenario", "running")} | {
-            "stages": stages, "micro_batch": 1, "micro_batches": 4, "schedule": "no-bubble",
+            "stages": stages, "micro_batch": 1, "micro_batches": 4, "schedule": "no-bubble", "cuts": [[1, 16]],
             "spreads": {"0": {"4": 0.2}},
         }  # fmt: skip
 

@@ -33,7 +33,13 @@ def test_what_was_planned_for_can_be_kept_and_planned_again(peerllm: Run, tmp_pa
     assert peerllm("plan", "builtin", "--save", str(kept))[0] == 0
     first = json.loads(peerllm("plan", "builtin", "--json")[1])
     again = json.loads(peerllm("plan", str(kept), "--json")[1])
+    told = [one["predicted"].pop("time_to_first_token_ms") for one in (first, again)]
     assert {**first, "solve_ms": 0} == {**again, "solve_ms": 0}
+    assert told == [pytest.approx(2 * 0.1 + 4 * 1.5 + 0.9), pytest.approx(0.1 + 2 * 1.5 + 0.9)], "in chunks, and whole"
+
+
+def test_people_are_told_how_prompts_are_cut(peerllm: Run) -> None:
+    assert "First token after 7.1 ms (of a prompt of 32, in chunks of 16), then" in peerllm("plan", "builtin")[1]
 
 
 def test_an_unknown_model_and_a_place_that_cannot_be_written(peerllm: Run, tmp_path: Path) -> None:
@@ -60,6 +66,7 @@ def test_bench_prints_the_prediction_beside_what_was_measured(peerllm: Run, devi
     assert one["predicted"]["formula_tokens_per_second"] == pytest.approx(250)
     assert one["predicted"]["steady_tokens_per_second"] == pytest.approx(250, rel=0.01)
     assert one["measured"]["steady_tokens_per_second"] == 250
+    assert one["predicted"]["time_to_first_token_ms"] == pytest.approx(2 * 0.1 + 4 * 1.5 + 0.9)  # two chunks of 16
     asked = {call[2:] for call in device.household.calls if call[0] == "bench"}
     assert asked == {(n, 32, 16, False) for n in (1, 2, 4)}
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from peerllm.daemon.demand import draw_up, sizes
+from peerllm.daemon.demand import EXPECTED_PROMPT, draw_up, sizes
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.profiles import BATCHES, Candidate, device_profile, link_profiles, model_shape
+from peerllm.daemon.profiles import BATCHES, Candidate, Timing, device_profile, link_profiles, model_shape
 from peerllm.errors import BadInputError, InfeasibleError
+from peerllm.planner.chunks import Pipeline
 from peerllm.planner.memory import MAX_CHUNK, MIN_CHUNK, Shape, chunk_tokens, human_bytes, working_bytes
+from peerllm.types import chunk_of
 from tests.daemon.house import BLOCK, hello, inspected
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -50,6 +52,48 @@ def test_promises_hold_weights_kv_and_working_space():
     assert all(nbytes <= 3 * BLOCK + 100_000 for nbytes in made.promises.values())
     assert 1 <= made.micro_batch <= made.workload.sequences
     assert made.micro_batches == 3 and made.micro_batch == 2  # four slots over three devices
+
+
+def prompting(each=1.0, extra=2.0, mbps=1000.0, slots=4, **options):
+    """For two devices, each with room for half of the model; a block takes `extra` ms and `each` more a token."""
+    model = inspected("m", 8, 2048)
+    chunk = min(2048, options.get("prompt_chunk", MAX_CHUNK))
+    room = 4 * BLOCK + 100_000 + working_bytes(model_shape(model), 2048, slots, chunk)
+    layer_ms = {"embedding": ((1, 0.01),), "block": ((1, extra + each), (128, extra + 128 * each)), "head": ((1, 0.5),)}
+    candidates = {
+        device: replace(one, timing=Timing(layer_ms), rtt_ms=0.4, mbps=mbps)
+        for device, one in household(room, room).items()
+    }
+    return draw_up(RunOptions("m", context=2048, slots=slots, **options), model, candidates, A)
+
+
+def test_prompts_are_cut_by_the_cost_model_within_what_is_promised():
+    made = prompting(slots=1)
+    assert made.chunk == MAX_CHUNK and {chunk for _, chunk in made.cuts} <= {16, 32, 64, 128}
+    pipeline = Pipeline(made.scenario.model, made.scenario.devices, made.scenario.links, made.plan.stages)
+    first = pipeline.first_token_ms(EXPECTED_PROMPT, chunk_of(made.cuts, EXPECTED_PROMPT))
+    assert made.plan.predicted.time_to_first_token_ms == first < pipeline.first_token_ms(EXPECTED_PROMPT, MAX_CHUNK)
+    assert pipeline.first_token_ms(1024, chunk_of(made.cuts, 1024)) < 0.6 * pipeline.first_token_ms(1024, 1024)
+    work = working_bytes(model_shape(inspected("m", 8, 2048)), 2048, 1, made.chunk)
+    assert sum(made.promises.values()) == sum(made.stage_memory_bytes) + 2 * work
+
+
+def test_where_others_share_the_stages_chunks_are_not_longer_than_they_may_wait():
+    assert prompting(each=2.0, slots=1).chunk == 128
+    shared = prompting(each=2.0, slots=2)
+    assert shared.chunk == 32 and max(chunk for _, chunk in shared.cuts) == 32  # 4 blocks: 64 take 520 ms
+
+
+@pytest.mark.parametrize("schedule", ["no-bubble", "sequential"])
+def test_what_is_asked_for_is_how_prompts_are_cut(schedule):
+    made = prompting(each=5.0, prompt_chunk=300, schedule=schedule)
+    assert made.chunk == 300 and made.cuts == ((1, 300),)
+    assert prompting(prompt_chunk=4096).chunk == 2048, "no more than there is context"
+
+
+def test_chunks_that_take_turns_are_as_large_as_may_be():
+    made = prompting(slots=1, schedule="sequential")
+    assert made.cuts == ((1, MAX_CHUNK),) != prompting(slots=1).cuts
 
 
 def test_what_is_promised_elsewhere_is_said():

@@ -15,6 +15,7 @@ from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.messages import Activate, Ask, Control, Release, Reserve, Trouble
 from peerllm.engine.messages import Connect, LinkLost, LoadStage, Unload
 from peerllm.errors import BadInputError, EngineError, LinkError, RefusedError
+from peerllm.types import MAX_CUTS
 from tests.daemon.house import BLOCK, House, inspected
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -75,6 +76,8 @@ async def test_reserve_assign_activate_release(house, plan, worker):
     await loaded(worker, plan)
     specs = [m for m in house["b"].engine.seen if isinstance(m, LoadStage)]
     assert [(s.first_layer, s.last_layer) for s in specs] == [(w.first_layer, w.last_layer) for w in assign.work]
+    assert {(s.chunk, s.cuts) for s in specs} == {(blueprint.chunk, blueprint.cuts)} and blueprint.cuts
+    assert decode(encode(Ask(1, assign), Control), Control) == Ask(1, assign)
     assert specs[0].tensors[0].path.startswith("/kept/") and specs[0].tensors[0].offset == 0
     assert not (await worker.answer(A, Activate(D, 1))).error
     assert isinstance(house["b"].engine.seen[-1], Connect)
@@ -199,6 +202,11 @@ async def test_leases_lapse_by_themselves(house, worker):
         {"slots": 10**9},
         {"context": 1 << 30},
         {"chunk": 10**6},
+        {"cuts": ((1, 10**6),)},
+        {"cuts": ((1, 0),)},
+        {"cuts": ((2, 1),)},
+        {"cuts": ((1, 1), (1, 2))},
+        {"cuts": tuple((least, 1) for least in range(1, MAX_CUTS + 2))},
         {"micro_batch": 99},
         {"micro_batches": 0},
         {"micro_batches": 99},

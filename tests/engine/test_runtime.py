@@ -142,6 +142,18 @@ async def test_an_exception_in_a_batch_ends_its_sequences_only(tmp_path: Path) -
         assert (await line.ask(QueryLoad(line.request()))).stages == ((DEPLOYMENT, 0, 0),)
 
 
+async def test_prompts_are_computed_in_the_chunks_that_they_are_cut_into(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    lengths: list[int] = []
+    async with engine(tmp_path, backend) as line:
+        await line.ask(stage(line.request(), cuts=((1, 8), (9, 3), (12, 4))))
+        backend.before_forward = lambda shard, segments: lengths.extend(segment.length for segment in segments)
+        for number, prompt in enumerate((8, 9, 12), 1):
+            line.submit(number, [number] * prompt, 1)
+            assert (await line.finished(number))[0] == expected([number] * prompt, 1)
+    assert lengths == [8, 3, 3, 3, 4, 4, 4]
+
+
 async def test_a_long_prompt_is_served_beside_an_endless_answer(tmp_path: Path) -> None:
     async with engine(tmp_path, FakeBackend()) as line:
         await line.ask(stage(line.request()))

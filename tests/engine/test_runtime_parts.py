@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from peerllm.engine.base import Reach
 from peerllm.engine.batching import STEPS_PER_CHUNK, Piece, Scheduler
 from peerllm.engine.inbox import Inbox
 from peerllm.engine.messages import Submit
@@ -118,6 +119,46 @@ def test_no_token_of_a_prompt_is_left_over_by_itself(chunk: int, prompt: int) ->
     assert all(2 <= len(feed.ids) <= chunk for feed in feeds) or prompt == 1
 
 
+CUTS = ((1, 8), (9, 2), (20, 4))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lengths"), [(8, [8]), (9, [2, 2, 2, 2, 1]), (19, [2] * 9 + [1]), (21, [4, 4, 4, 4, 3, 2])]
+)
+def test_a_prompt_is_cut_by_its_length_from_end_to_end(prompt: int, lengths: list[int]) -> None:
+    sequences = Sequences(DEPLOYMENT, slots=1, context=1000, chunk=8, stages=20, cuts=CUTS)
+    sequences.submit(submit(1, prompt))
+    assert [len(feed.ids) for feed in sequences.feed()] == lengths
+
+
+def test_what_a_slot_holds_already_does_not_count_for_the_cut() -> None:
+    sequences = Sequences(
+        DEPLOYMENT, slots=1, context=1000, chunk=8, stages=20, reach=Reach(rewinds=True), cuts=CUTS
+    )
+    sequences.submit(submit(1, 20, 1))
+    for feed in sequences.feed():
+        sequences.came_back(1, feed.position, len(feed.ids), 77 if feed.sample else None)
+    sequences.drained(1)
+    sequences.submit(submit(2, 26))
+    assert sequences.reused(2) == 20 and [len(feed.ids) for feed in sequences.feed()] == [6]
+
+
+def test_a_long_prompt_in_small_chunks_leaves_room_for_others() -> None:
+    """The window holds 32 tokens; the first prompt alone, in chunks of 4, has 4 of them under way."""
+    sequences = Sequences(DEPLOYMENT, slots=3, context=1000, chunk=8, stages=2, cuts=CUTS)
+    sequences.submit(submit(1, 100))
+    assert [feed.position for feed in sequences.feed()] == [0, 4, 8, 12]
+    assert sequences.feed() == [] and sequences.prompting
+    sequences.submit(submit(2, 8))
+    sequences.submit(submit(3, 100))
+    assert [(feed.sequence, len(feed.ids)) for feed in sequences.feed()] == [(2, 8), (3, 4), (3, 4)]
+    assert sequences.feed() == [], "the window is full"
+    sequences.came_back(1, 0, 4, None)
+    assert [(feed.sequence, feed.position) for feed in sequences.feed()] == [(3, 8)], "whose turn it is"
+    sequences.came_back(1, 4, 4, None)
+    assert [(feed.sequence, feed.position) for feed in sequences.feed()] == [(1, 16)]
+
+
 @pytest.mark.parametrize(
     ("position", "length", "token"), [(4, 4, None), (0, 3, None), (0, 4, 7), (0, 0, None), (-1, 4, None), (0, 8, None)]
 )
@@ -168,7 +209,8 @@ def test_random_lives_never_exceed_the_window_or_lose_a_token() -> None:
     for seed in range(30):
         chance = random.Random(seed)
         chunk, stages, slots = chance.randint(1, 6), chance.randint(1, 4), chance.randint(1, 5)
-        sequences = Sequences(DEPLOYMENT, slots, 60, chunk, stages)
+        cuts = ((1, chance.randint(1, chunk)), (chance.randint(2, 40), chance.randint(1, chunk)))
+        sequences = Sequences(DEPLOYMENT, slots, 60, chunk, stages, cuts=chance.choice([(), cuts]))
         flying, ids, sizes = [], {}, {}
         number = 0
         for _ in range(300):
