@@ -24,7 +24,7 @@ from peerllm.daemon.facade import (
     RunOptions,
     RunProgress,
 )
-from peerllm.types import SCHEDULE_NAMES, ScheduleName
+from peerllm.types import ACTIVATIONS, SCHEDULE_NAMES, Activations, ScheduleName
 
 T = TypeVar("T")
 Note = Callable[[RunProgress], None]
@@ -144,12 +144,12 @@ async def trace(request: web.Request) -> web.Response:
 
 
 async def plan(request: web.Request) -> web.StreamResponse:
-    """Lines of JSON: every RunProgress, then {"scenario": what `run` would plan for now} or {"error": ...}."""
+    """Lines of JSON: every RunProgress, then what `run` would plan for now (facade.Household.preview), or an error."""
     options = _run_options(await read_object(request))
     household = request.app[HOUSEHOLD]
 
     async def work(note: Note) -> dict[str, Any]:
-        return {"scenario": await household.preview(options, note)}
+        return await household.preview(options, note)
 
     return await _lines(request, work, f"api: plan {options.model[:80]}")
 
@@ -200,6 +200,7 @@ def _run_options(fields: Fields) -> RunOptions:
         prompt_chunk=fields.integer("prompt_chunk", 1, MAX_PROMPT_CHUNK),
         private=fields.flag("private"),
         schedule=cast("ScheduleName", fields.choice("schedule", SCHEDULE_NAMES)),
+        activations=cast("Activations", fields.choice("activations", ACTIVATIONS)),
     )
 
 

@@ -69,7 +69,7 @@ class Coordinator:
         await self._remember()
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
-        """The scenario that `run` would plan for now, as scenario files hold it; nothing is reserved or loaded.
+        """What `run` would plan for now (facade.Household.preview); nothing is reserved or loaded.
 
         What the same model holds already counts as free.
         """
@@ -77,7 +77,8 @@ class Coordinator:
         deployment.watchers.append(progress)
         running = self._deployments.get(options.model)
         held = running.blueprint.promises if running is not None and running.blueprint is not None else {}
-        return scenario_file((await deployment.preview(held)).scenario)
+        found = await deployment.preview(held)
+        return {"scenario": scenario_file(found.scenario), "rounded_layers": list(found.rounded_layers)}
 
     async def scenario(self, model: str) -> dict[str, Any]:
         """What a running deployment was planned for, and its plan; "running" is that with all times as of now.

@@ -338,6 +338,8 @@ class Worker:
             head_device=assign.head_device,
             limit_bytes=limit,
             quantize=assign.quantize,
+            upstream_activations=work.upstream_activations,
+            downstream_activations=work.downstream_activations,
         )
 
     async def _activate(self, sender: DeviceId, asked: Activate) -> None:
