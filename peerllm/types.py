@@ -13,6 +13,9 @@ from typing import Literal, get_args
 Objective = Literal["latency", "throughput"]
 ScheduleName = Literal["no-bubble", "bubble", "sequential"]  # in what order sequences go through the stages
 SCHEDULE_NAMES: tuple[ScheduleName, ...] = get_args(ScheduleName)
+ActivationForm = Literal["exact", "int8"]  # hidden states on one link: in the compute dtype, or rounded
+Activations = Literal["auto", "exact", "int8"]  # what is asked for; auto: the planner decides for each link
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 LayerKind = str  # "embedding", "block" (or "block:<variant>" where a model mixes kinds), "head"
 DeviceId = str  # 64 hex digits: SHA-256 of the device's certificate (DER)
 DeploymentId = str  # 32 hex digits, random, made by the source

@@ -24,7 +24,7 @@ from peerllm.daemon.facade import (
     RunOptions,
     RunProgress,
 )
-from peerllm.types import SCHEDULE_NAMES, ScheduleName
+from peerllm.types import ACTIVATIONS, SCHEDULE_NAMES, Activations, ScheduleName
 
 T = TypeVar("T")
 Note = Callable[[RunProgress], None]
@@ -202,6 +202,7 @@ def _run_options(fields: Fields) -> RunOptions:
         prompt_chunk=fields.integer("prompt_chunk", 1, MAX_PROMPT_CHUNK),
         private=fields.flag("private"),
         schedule=cast("ScheduleName", fields.choice("schedule", SCHEDULE_NAMES)),
+        activations=cast("Activations", fields.choice("activations", ACTIVATIONS)),
     )
 
 

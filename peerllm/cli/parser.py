@@ -11,7 +11,7 @@ from pathlib import Path
 from peerllm import __version__
 from peerllm.daemon.settings import API_PORT, CONTROL_PORT
 from peerllm.planner.scenario import OBJECTIVES, STRATEGIES
-from peerllm.types import SCHEDULE_NAMES
+from peerllm.types import ACTIVATIONS, SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
 MAX_DEVICES = 8  # of the demo: they share one machine
@@ -204,6 +204,12 @@ def _models(command: _Command) -> None:
         "--prompt-chunk", type=positive, metavar="N", help="tokens of a prompt that travel together"
     )
     run.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        default=ACTIVATIONS[0],
+        help="what travels between devices: exact, rounded to int8, or (auto) int8 where a link is the bottleneck",
+    )
+    run.add_argument(
         "--schedule",
         choices=SCHEDULE_NAMES,
         default=SCHEDULE_NAMES[0],
@@ -255,6 +261,9 @@ def _planning(command: _Command) -> None:
     plan.add_argument("--context", type=positive, metavar="N", help="of a model: tokens that a sequence may hold")
     plan.add_argument("--slots", type=positive, metavar="N", help="of a model: sequences served at once")
     plan.add_argument("--quantize", choices=("int8", "int4"), help="of a model: round the weights")
+    plan.add_argument(
+        "--activations", choices=ACTIVATIONS, default=ACTIVATIONS[0], help="of a model: as `run` takes it"
+    )
     plan.add_argument("--save", type=Path, metavar="FILE", help="of a model: write what was planned for as a scenario")
     simulate.add_argument(
         "--schedule",

@@ -17,6 +17,7 @@ from peerllm.cli.device import LocalDevice
 from peerllm.cli.progress import as_model, progress
 from peerllm.cli.terminal import human_bytes, layer_bar, printable, table
 from peerllm.errors import BadInputError, InfeasibleError, PeerLLMError, UnavailableError
+from peerllm.planner.activations import forms
 from peerllm.planner.chunks import Pipeline, in_chunks
 from peerllm.planner.cost import hop_ms, layer_ms, stage_bytes
 from peerllm.planner.scenario import Scenario, ScenarioError, parse
@@ -40,13 +41,17 @@ class Answer:
     error: str | None = None
     solve_ms: float | None = None
     chunk: int | None = None  # of a live plan: in what chunks the workload's prompt will travel
+    rounded_layers: tuple[int, ...] | None = None  # of a model: those whose outputs would travel as int8
 
     @property
     def code(self) -> int:
         return MALFORMED if self.error is not None else INFEASIBLE if self.plan is None else OK
 
     def line(self) -> dict[str, Any]:
-        """The JSON object: its keys are fixed; `error` is there only for a malformed file."""
+        """The JSON object: its keys are fixed.
+
+        `error` is there only for a malformed file, `activations` (how each stage sends to the next) only for a model.
+        """
         found = self.plan
         stages = found.stages if found else ()
         line: dict[str, Any] = {
@@ -60,6 +65,8 @@ class Answer:
             "bound": found.bound if found else None,
             "solve_ms": self.solve_ms,
         }
+        if found and self.rounded_layers is not None:
+            line["activations"] = list(forms(found, self.rounded_layers))
         return line if self.error is None else {**line, "error": self.error}
 
 
@@ -106,13 +113,15 @@ def planned(scenario: Scenario, strategy: str, objective: Objective) -> Answer:
 def live(model: str, args: argparse.Namespace) -> Answer:
     """What `run` would plan now for the household of the device that runs here."""
     body = {"model": as_model(model), "objective": args.objective, "context": args.context, "slots": args.slots,
-            "quantize": args.quantize}  # fmt: skip
+            "quantize": args.quantize, "activations": args.activations}  # fmt: skip
     try:
         for line in progress(LocalDevice(args.data).lines("/peerllm/v1/plan", body)):
             if "scenario" in line:
                 if args.save is not None:
                     args.save.write_bytes(orjson.dumps(line["scenario"], option=orjson.OPT_INDENT_2))
-                return as_cut(planned(parse(line["scenario"]), args.strategy, args.objective), line["most_chunk"])
+                found = planned(parse(line["scenario"]), args.strategy, args.objective)
+                found = replace(found, rounded_layers=tuple(line["rounded_layers"]))
+                return as_cut(found, line["most_chunk"])
     except OSError as error:
         if isinstance(error, PeerLLMError):
             raise
@@ -176,14 +185,16 @@ def plan_text(scenario: Scenario, found: Plan, how: Answer) -> str:
     rows = [("DEVICE", "LAYERS", f"of {len(layers)}", "NEEDS", "LENDS", "COMPUTE", "HOP")]
     sizes = stage_bytes(scenario.model, found.stages, scenario.workload)
     after = (*found.stages[1:], found.stages[0])
-    for stage, nbytes, following in zip(found.stages, sizes, after, strict=True):
+    sent = (*forms(found, how.rounded_layers or ()), "exact")
+    for stage, nbytes, following, form in zip(found.stages, sizes, after, sent, strict=True):
         device = scenario.devices[stage.device]
         held = layers[stage.first_layer : stage.last_layer + 1]
         hop = hop_ms(scenario.links, stage.device, following.device, batch * held[-1].output_bytes_per_token)
         rows.append((
             stage.device, f"{stage.first_layer}-{stage.last_layer}",
             layer_bar(stage.first_layer, stage.last_layer, len(layers)), human_bytes(nbytes),
-            human_bytes(device.memory_bytes), _ms(sum(layer_ms(device, layer, batch) for layer in held)), _ms(hop),
+            human_bytes(device.memory_bytes), _ms(sum(layer_ms(device, layer, batch) for layer in held)),
+            _ms(hop) + " as int8" * (form == "int8"),
         ))  # fmt: skip
     head = f"{scenario.model.name}: {how.strategy}, {how.objective}; {verdict(found, how)}"
     return f"{printable(head)}\n{table(rows)}\n{printable(prediction(scenario, found, how))}"

@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> None:
     model = as_model(args.model)
     body = {"model": model, "objective": args.objective, "context": args.context, "slots": args.slots,
             "private": args.private, "quantize": args.quantize, "schedule": args.schedule,
-            "prompt_chunk": args.prompt_chunk}  # fmt: skip
+            "prompt_chunk": args.prompt_chunk, "activations": args.activations}  # fmt: skip
     show_progress(device.lines("/peerllm/v1/run", body))
     served = [one for one in device.get("/peerllm/v1/status")["deployments"] if one["state"] == "serving"]
     for one in served:

@@ -55,6 +55,7 @@ def assignments(
     """One Assign per device of the plan; `hashes` by tensor name, for the tensors that travel."""
     stages = blueprint.plan.stages
     source = stages[0].device
+    forms = (*blueprint.activations, "exact")  # of the way back to the source, too: it carries tokens
     work: dict[DeviceId, list[StageWork]] = {}
     for number, stage in enumerate(stages):
         after = stages[(number + 1) % len(stages)].device
@@ -74,6 +75,8 @@ def assignments(
                 downstream_stage=number + 1,
                 downstream_hosts=hosts,
                 downstream_port=port,
+                upstream_activations=forms[number - 1] if number else "exact",
+                downstream_activations=forms[number],
             )
         )
     return {
@@ -137,6 +140,8 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
     for work in assign.work:
         if not 0 <= work.stage < assign.stages or not 0 <= work.first_layer <= work.last_layer:
             raise BadInputError(f"stage {work.stage} with layers {work.first_layer}..{work.last_layer} makes no sense")
+        if assign.dtype == "float32" and "int8" in (work.upstream_activations, work.downstream_activations):
+            raise BadInputError("what is computed in float32 stays exact: its activations are not rounded")
         for tensor in work.tensors:
             _check_tensor(tensor, own)
     if assign.quantize not in QUANTIZE:

@@ -78,7 +78,11 @@ class Coordinator:
         running = self._deployments.get(options.model)
         held = running.blueprint.promises if running is not None and running.blueprint is not None else {}
         found = await deployment.preview(held)
-        return {"scenario": scenario_file(found.scenario), "most_chunk": found.chunk}
+        return {
+            "scenario": scenario_file(found.scenario),
+            "most_chunk": found.chunk,
+            "rounded_layers": list(found.rounded_layers),
+        }
 
     async def scenario(self, model: str) -> dict[str, Any]:
         """What a running deployment was planned for, and its plan; "running" is that with all times as of now.

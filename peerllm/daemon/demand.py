@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.profiles import (
+    ITEMSIZE,
     Candidate,
     able,
     device_profile,
@@ -16,13 +17,25 @@ from peerllm.daemon.profiles import (
 )
 from peerllm.engine.messages import Inspected
 from peerllm.errors import BadInputError, InfeasibleError
+from peerllm.planner.activations import sent
 from peerllm.planner.chunks import Pipeline, in_chunks
 from peerllm.planner.cost import layer_bytes, stage_bytes
 from peerllm.planner.latency import plan_latency
 from peerllm.planner.memory import chunk_tokens, human_bytes, working_bytes
 from peerllm.planner.scenario import Scenario
 from peerllm.planner.throughput import plan_throughput
-from peerllm.types import SCHEDULE_NAMES, Cuts, DeviceId, Plan, ScheduleName, Workload
+from peerllm.types import (
+    ACTIVATIONS,
+    SCHEDULE_NAMES,
+    ActivationForm,
+    Activations,
+    Cuts,
+    DeviceId,
+    ModelProfile,
+    Plan,
+    ScheduleName,
+    Workload,
+)
 
 DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 2048  # tokens
@@ -46,12 +59,23 @@ class Blueprint:
     stage_memory_bytes: tuple[int, ...]
     promises: Mapping[DeviceId, int]
     scenario: Scenario  # what there was to plan with, memory less the working space of a pass
+    activations: tuple[ActivationForm, ...]  # from each stage to the next
+
+    @property
+    def rounded_layers(self) -> tuple[int, ...]:
+        """Layers whose outputs travel as int8."""
+        hops = zip(self.plan.stages[:-1], self.activations, strict=True)
+        return tuple(stage.last_layer for stage, form in hops if form == "int8")
 
 
 def check_options(options: RunOptions, inspected: Inspected) -> None:
     """BadInputError for what no household could serve."""
     if options.schedule not in SCHEDULE_NAMES:
         raise BadInputError(f"--schedule is one of {', '.join(SCHEDULE_NAMES)}, not {options.schedule}")
+    if options.activations not in ACTIVATIONS:
+        raise BadInputError(f"--activations is one of {', '.join(ACTIVATIONS)}, not {options.activations}")
+    if options.activations == "int8" and inspected.dtype == "float32":
+        raise BadInputError(f"{options.model} is computed in float32, which stays exact: no --activations int8 for it")
     if options.slots is not None and not 1 <= options.slots <= MAX_SLOTS:
         raise BadInputError(f"--slots must lie in 1..{MAX_SLOTS}, not {options.slots}")
     if options.context is not None and not 1 <= options.context <= inspected.max_context:
@@ -124,13 +148,19 @@ def _draw_up(
     }
     links = link_profiles(candidates, source)
     planned = plan_throughput if options.objective == "throughput" else plan_latency
-    plan = planned(model, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
+    rooms = {d: replace(one, memory_bytes=max(0, one.memory_bytes - working)) for d, one in profiles.items()}
+
+    def solve(one: ModelProfile) -> Plan:
+        return planned(one, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
+
+    wanted: Activations = "exact" if inspected.dtype == "float32" else options.activations
+    found = sent(Scenario(model, rooms, links, source, None, work, ()), wanted, ITEMSIZE[inspected.dtype], solve)
+    plan = found.plan
     memory = stage_bytes(model, plan.stages, work)
     promises = dict.fromkeys(plan.devices, working)
     for stage, nbytes in zip(plan.stages, memory, strict=True):
         promises[stage.device] += nbytes
-    rooms = {d: replace(one, memory_bytes=max(0, one.memory_bytes - working)) for d, one in profiles.items()}
-    scenario = Scenario(model, rooms, links, source, None, work, ())
+    scenario = found.scenario
     pipeline = Pipeline(scenario.model, scenario.devices, scenario.links, plan.stages)
     chunk, cuts = prompt_cuts(options, pipeline, work, chunk)
     if options.schedule != "sequential":
@@ -140,7 +170,9 @@ def _draw_up(
         # Planned for one sequence; several share the stages without one waiting for all.
         batches = min(slots, len(plan.devices))
         batch = -(-slots // batches)
-    return Blueprint(plan, work, chunk, cuts, batch, batches, options.schedule, memory, promises, scenario)
+    return Blueprint(
+        plan, work, chunk, cuts, batch, batches, options.schedule, memory, promises, scenario, found.forms
+    )
 
 
 def prompt_cuts(options: RunOptions, pipeline: Pipeline, work: Workload, most: int) -> tuple[int, Cuts]:

@@ -140,6 +140,8 @@ class Deployment:
             reason=self.reason,
             progress=1.0 if self.state == "serving" else sum(shares) / len(shares) if shares else 0.0,
             schedule=self.options.schedule,
+            activations=self.blueprint.activations if self.blueprint is not None else (),
+            activations_wanted=self.options.activations,
         )
 
     def served(self) -> ServedModel | None:
@@ -424,6 +426,7 @@ def same_demand(a: RunOptions, b: RunOptions) -> bool:
         and a.dtype == b.dtype
         and a.quantize == b.quantize
         and a.schedule == b.schedule
+        and b.activations in ("auto", a.activations)
         and b.context in (None, a.context)
         and b.slots in (None, a.slots)
         and b.prompt_chunk in (None, a.prompt_chunk)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peerllm.engine.messages import FinishReason
-from peerllm.types import DeploymentId, Objective, Sampling, ScheduleName
+from peerllm.types import Activations, DeploymentId, Objective, Sampling, ScheduleName
 
 QUANTIZE = ("", "int8", "int4")  # what matrices are rounded to; "": not at all
 MAX_PROMPT_CHUNK = 4096
@@ -29,6 +29,7 @@ class RunOptions:
     prompt_chunk: int | None = None  # tokens of a prompt that travel together
     private: bool = False  # the head stays on the source
     schedule: ScheduleName = "no-bubble"  # the others are there to compare with
+    activations: Activations = "auto"  # how hidden states travel
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ class Household(Protocol):
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         """What `run` would plan for now; nothing is reserved or loaded.
 
-        "scenario" is the file of it, "most_chunk" the tokens of its largest prompt chunk.
+        "scenario" is the file of it, "most_chunk" the tokens of its largest prompt chunk, "rounded_layers" the layers
+        whose outputs would travel as int8.
         """
         ...
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from peerllm.engine.messages import Recorded
 from peerllm.transport.roster import RosterEntry
-from peerllm.types import Cuts, DeploymentId, DeviceId, LayerKind, ScheduleName, Stage
+from peerllm.types import ActivationForm, Activations, Cuts, DeploymentId, DeviceId, LayerKind, ScheduleName, Stage
 
 DeploymentState = Literal["planning", "loading", "serving", "waiting", "failed", "stopped"]
 
@@ -87,6 +87,8 @@ class DeploymentView:
     reason: str = ""
     progress: float = 0.0  # 0 to 1 while loading
     schedule: ScheduleName = "no-bubble"
+    activations: tuple[ActivationForm, ...] = ()  # how hidden states go from each stage to the next
+    activations_wanted: Activations = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,8 @@ class StageWork:
     downstream_stage: int
     downstream_hosts: tuple[str, ...] = ()  # where the coordinator reaches it, for devices that have not met
     downstream_port: int = 0  # of its data plane
+    upstream_activations: ActivationForm = "exact"  # how hidden states come from there ...
+    downstream_activations: ActivationForm = "exact"  # ... and go there
 
 
 # ---- what an Ask may carry, and what answers it -------------------------------------------------------------------

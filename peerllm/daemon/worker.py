@@ -342,6 +342,8 @@ class Worker:
             limit_bytes=limit,
             quantize=assign.quantize,
             cuts=assign.cuts,
+            upstream_activations=work.upstream_activations,
+            downstream_activations=work.downstream_activations,
         )
 
     async def _activate(self, sender: DeviceId, asked: Activate) -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from peerllm.engine.batching import Piece, Scheduler
+from peerllm.engine.config import DTYPES
 from peerllm.engine.messages import FinishReason, FromEngine, LinkLost, LoadStage, Submit, Tokens
 from peerllm.engine.schedules import SCHEDULES, NoBubble
 from peerllm.engine.sequences import Feed, Sequences, window_tokens
@@ -22,6 +23,9 @@ from peerllm.engine.wire import (
     Opened,
     Parcel,
     Released,
+    Rounded,
+    lengthen,
+    shorten,
     split,
     to_frame,
 )
@@ -30,6 +34,7 @@ from peerllm.transport.frames import Frame
 from peerllm.types import DeploymentId, DeviceId
 
 StageKey = tuple[DeploymentId, int]
+NOT_FINITE = "the model computed hidden states that are no finite numbers; try dtype float32 or bfloat16"
 
 
 class Outlet(Protocol):
@@ -188,6 +193,8 @@ class Deployment:
                         self._pass_on(index, parcel)
             case Activation():
                 self._take_in(index, split(parcel))
+            case Rounded():
+                self._take_in(index, split(lengthen(parcel, DTYPES[stage.spec.dtype])))
             case Released(sequence) if sequence == ALL_SEQUENCES:
                 self._drop_all(index)
                 self._pass_on(index, parcel)
@@ -217,7 +224,14 @@ class Deployment:
 
     def computed(self, index: int, result: Activation | Drawn) -> None:
         """A stage's result, on its way."""
-        self._pass_on(index, result)
+        if isinstance(result, Activation) and self.stages[index].spec.downstream_activations == "int8":
+            parcel, lost = shorten(result)
+            for piece in lost:
+                self.fail(index, piece, f"stage {index}: {NOT_FINITE}")
+            if parcel is not None:
+                self._pass_on(index, parcel)
+        else:
+            self._pass_on(index, result)
 
     def fail(self, index: int, piece: Piece, reason: str) -> None:
         """A sequence cannot go on at this stage: the stages after it let go, and the source hears why."""

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peerllm.types import Cuts, DeploymentId, DeviceId, LayerKind, ModelProfile, Sampling, ScheduleName
+from peerllm.types import (
+    ActivationForm,
+    Cuts,
+    DeploymentId,
+    DeviceId,
+    LayerKind,
+    ModelProfile,
+    Sampling,
+    ScheduleName,
+)
 
 PASS: LayerKind = "pass"  # noqa: S105  # in a device's layer times: what a batch costs at a stage beside its layers
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -135,6 +144,8 @@ class LoadStage:
     micro_batches: int = 1  # of the plan: into so many the source divides the sequences that decode, if they are enough
     schedule: ScheduleName = "no-bubble"  # the source's
     cuts: Cuts = ()  # the source's: how it cuts a prompt, by the tokens of it that are new; (): always `chunk`
+    upstream_activations: ActivationForm = "exact"  # how hidden states come in ...
+    downstream_activations: ActivationForm = "exact"  # ... and go out
 
 
 @dataclass(frozen=True, slots=True)

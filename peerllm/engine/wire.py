@@ -6,13 +6,16 @@ Within a device the same parcels are handed on as they are. A frame's stage is w
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 
+from peerllm.engine.activations import restored, rounded
 from peerllm.engine.base import Tensor
 from peerllm.engine.batching import Piece
 from peerllm.engine.messages import LoadStage
@@ -26,7 +29,7 @@ MAX_REASON_BYTES = 512
 
 _SAMPLE = int(SegmentFlag.SAMPLE)  # an IntFlag's operators run Python, for each segment
 _DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {torch.int8: "I8"}
 _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
 
 
@@ -46,6 +49,15 @@ class Activation:
 
     pieces: Sequence[Piece]
     hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    """An Activation as it crosses a slow link (engine/activations.py): `values` int8 [n, hidden], `scales` [n]."""
+
+    pieces: Sequence[Piece]
+    values: Tensor
+    scales: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +81,12 @@ class Released:
     keep: int = 0
 
 
-Parcel = Opened | Activation | Drawn | Released
+Parcel = Opened | Activation | Rounded | Drawn | Released
+
+with warnings.catch_warnings():
+    # Torch warns once that it cannot keep anybody from writing to the bytes of a frame; nobody else reads those.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 def split(activation: Activation) -> list[Piece]:
@@ -78,6 +95,26 @@ def split(activation: Activation) -> list[Piece]:
         return [_with(activation.pieces[0], activation.hidden)]
     rows = torch.split(activation.hidden, [piece.length for piece in activation.pieces])
     return [_with(piece, data) for piece, data in zip(activation.pieces, rows, strict=True)]
+
+
+def shorten(activation: Activation) -> tuple[Rounded | None, list[Piece]]:
+    """The activation rounded, and the pieces left out because their numbers are not finite; None if none is left."""
+    values, scales = rounded(activation.hidden)
+    if math.isfinite(float(scales.sum())):
+        return Rounded(activation.pieces, values, scales), []
+    lengths = [piece.length for piece in activation.pieces]
+    sound = [bool(own.isfinite().all()) for own in torch.split(scales, lengths)]
+    kept = [piece for piece, good in zip(activation.pieces, sound, strict=True) if good]
+    lost = [piece for piece, good in zip(activation.pieces, sound, strict=True) if not good]
+    if not kept:
+        return None, lost
+    rows = torch.tensor(sound).repeat_interleave(torch.tensor(lengths))
+    return Rounded(kept, values[rows], scales[rows]), lost
+
+
+def lengthen(parcel: Rounded, dtype: torch.dtype) -> Activation:
+    """The other way round, in the compute dtype."""
+    return Activation(parcel.pieces, restored(parcel.values, parcel.scales, dtype))
 
 
 def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
@@ -90,7 +127,10 @@ def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
             tensors = _sampling_tensors(sampling)
         case Activation(pieces, hidden):
             kind, segments = FrameKind.ACTIVATION, _segments(pieces)
-            tensors = (_hidden_tensor(hidden),)
+            tensors = (_tensor("hidden", hidden),)
+        case Rounded(pieces, values, scales):
+            kind, segments = FrameKind.ACTIVATION, _segments(pieces)
+            tensors = (_tensor("hidden", values), _tensor("scale", scales))
         case Drawn(pieces, tokens):
             kind, segments = FrameKind.TOKEN, _segments(pieces)
             ids = struct.pack(f"<{len(tokens)}q", *(NO_TOKEN if token is None else token for token in tokens))
@@ -112,8 +152,12 @@ def from_frame(frame: Frame) -> list[Parcel]:
             ]
         case FrameKind.ACTIVATION:
             hidden = _require(frame, "hidden")
-            data = torch.frombuffer(bytearray(hidden.data), dtype=_DTYPES[hidden.dtype]).reshape(hidden.shape)
-            return [Activation(_pieces(frame), data)]
+            if hidden.dtype != "I8":
+                return [Activation(_pieces(frame), _read(hidden, _DTYPES[hidden.dtype]))]
+            scales = _read(_require(frame, "scale"), torch.float32)
+            if not (float(scales.min()) > 0 and float(scales.max()) < math.inf):  # NaN is neither
+                raise FrameError("a scale is no positive number")
+            return [Rounded(_pieces(frame), _read(hidden, torch.int8), scales)]
         case FrameKind.TOKEN:
             ids = struct.unpack(f"<{len(frame.segments)}q", _require(frame, "ids").data)
             if min(ids) < NO_TOKEN:
@@ -128,6 +172,10 @@ def from_frame(frame: Frame) -> list[Parcel]:
 def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
     """What the link into `spec`'s stage may carry."""
     known = tuple(name for name in _DTYPES if spec.dtype in ("auto", str(_DTYPES[name]).removeprefix("torch.")))
+    scale = {}
+    if spec.upstream_activations == "int8":
+        known = ("I8",)
+        scale = {"scale": TensorLimit(("F32",), 1, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,))}
     return FrameLimits(
         deployment=spec.deployment,
         epoch=spec.epoch,
@@ -139,6 +187,7 @@ def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
         max_tokens=max(spec.chunk, spec.micro_batch),
         tensors={
             "hidden": TensorLimit(known, 2, hidden_size, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)),
+            **scale,
             "sampling": TensorLimit(("F64",), 2, 7, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
             "seed": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
             "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
@@ -184,14 +233,19 @@ def _pieces(frame: Frame) -> list[Piece]:
     ]
 
 
-def _hidden_tensor(hidden: torch.Tensor) -> NamedTensor:
-    """A view of its memory."""
-    if hidden.device.type != "cpu" or not hidden.is_contiguous():
-        hidden = hidden.to("cpu").contiguous()
+def _tensor(name: str, tensor: torch.Tensor) -> NamedTensor:
+    """A view of the tensor's memory."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        tensor = tensor.to("cpu").contiguous()
     # Torch's own way, view(uint8).numpy(), costs twice as much while the caches are full of weights.
-    raw = (ctypes.c_ubyte * hidden.nbytes).from_address(hidden.data_ptr())
-    raw.tensor = hidden  # type: ignore[attr-defined]  # as long as the view lives, so does the memory
-    return NamedTensor("hidden", _NAMES[hidden.dtype], tuple(hidden.shape), memoryview(raw).cast("B"))
+    raw = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    raw.tensor = tensor  # type: ignore[attr-defined]  # as long as the view lives, so does the memory
+    return NamedTensor(name, _NAMES[tensor.dtype], tuple(tensor.shape), memoryview(raw).cast("B"))
+
+
+def _read(tensor: NamedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A view of the frame's memory."""
+    return torch.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
 
 
 def _sampling_tensors(sampling: Sampling) -> tuple[NamedTensor, ...]:

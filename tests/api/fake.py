@@ -119,6 +119,7 @@ class FakeHousehold:
         self.run_gate: asyncio.Event | None = None
         self.run_error: Exception | None = None
         self.run_done = asyncio.Event()
+        self.rounded_layers: list[int] = []  # of what is planned
         self.change = asyncio.Event()
         self.nearby: list[dict[str, Any]] = []
         self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
@@ -204,7 +205,7 @@ class FakeHousehold:
         progress(RunProgress("planning", "measuring laptop"))
         if options.model == "unknown":
             raise NotFoundError("no model 'unknown'")
-        return {"scenario": SCENARIO, "most_chunk": 16}
+        return {"scenario": SCENARIO, "most_chunk": 16, "rounded_layers": self.rounded_layers}
 
     async def scenario(self, model: str) -> dict[str, Any]:
         if model != "builtin":

@@ -70,6 +70,7 @@ async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHouse
         ("run", {"model": "builtin", "objective": "fun"}, 400, "objective"),
         ("run", {"model": "b", "objective": []}, 400, "objective"),
         ("run", {"model": "b", "schedule": "fast"}, 400, "schedule"),
+        ("run", {"model": "b", "activations": "int4"}, 400, "one of auto, exact, int8"),
         ("run", {"model": "b", "context": 1.5}, 400, "context"),
         ("run", {"model": "b", "quantize": "int2"}, 400, "one of int8, int4"),
         ("run", {"model": "b", "dtype": "int8"}, 400, "dtype"),
@@ -92,7 +93,7 @@ async def test_run_tells_its_progress(owner: aiohttp.ClientSession, household: F
     assert found[-2]["devices"] == {"laptop": 1.0, "mini-pc": 0.5}
     assert found[-1] == {"ok": True}
     options = household.runs[0]
-    assert options.schedule == "bubble"
+    assert (options.schedule, options.activations) == ("bubble", "auto")
     assert (options.model, options.context, options.slots, options.objective, options.private) == (
         "builtin",
         512,

@@ -180,6 +180,16 @@ def test_run_passes_on_how_to_round_the_weights(peerllm: Run, device: Served) ->
     assert device.household.runs[-1].quantize == "int4"
 
 
+def test_run_passes_on_how_activations_travel_and_says_which_do(peerllm: Run, device: Served) -> None:
+    assert "int8" not in peerllm("run", "builtin")[1]
+    (served,) = device.household.deployments
+    served["plan"]["activations"] = ["exact", "int8"]
+    out = peerllm("run", "builtin", "--activations", "int8")[1]
+    assert [one.activations for one in device.household.runs] == ["auto", "int8"]
+    assert "activations travel as int8 to jetson: the link is the bottleneck\n" in out
+    assert "activations travel as int8 to jetson" in peerllm("status")[1]
+
+
 def test_chat_streams_the_answer(peerllm: Run, device: Served) -> None:
     code, out, _ = peerllm("chat", "hi", "--system", "be brief", "--temperature", "0", "--max-tokens", "50")
     assert (code, out) == (0, device.household.reply + "\n")

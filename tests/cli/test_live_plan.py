@@ -33,6 +33,7 @@ def test_what_was_planned_for_can_be_kept_and_planned_again(peerllm: Run, tmp_pa
     assert peerllm("plan", "builtin", "--save", str(kept))[0] == 0
     first = json.loads(peerllm("plan", "builtin", "--json")[1])
     again = json.loads(peerllm("plan", str(kept), "--json")[1])
+    assert first.pop("activations") == []
     told = [one["predicted"].pop("time_to_first_token_ms") for one in (first, again)]
     assert {**first, "solve_ms": 0} == {**again, "solve_ms": 0}
     assert told == [pytest.approx(2 * 0.1 + 4 * 1.5 + 0.9), pytest.approx(0.1 + 2 * 1.5 + 0.9)], "in chunks, and whole"
@@ -40,6 +41,21 @@ def test_what_was_planned_for_can_be_kept_and_planned_again(peerllm: Run, tmp_pa
 
 def test_people_are_told_how_prompts_are_cut(peerllm: Run) -> None:
     assert "First token after 7.1 ms (of a prompt of 32, in chunks of 16), then" in peerllm("plan", "builtin")[1]
+
+
+def test_how_activations_would_travel_is_told(peerllm: Run, device: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    laptop = {**SCENARIO["devices"][0], "memory_bytes": 1_100}
+    both = [laptop, {**laptop, "name": "mini", "memory_bytes": 2_000}]
+    monkeypatch.setitem(SCENARIO, "devices", both)
+    monkeypatch.setitem(SCENARIO, "links", {"default": {"mbps": 1, "latency_ms": 1}})
+    device.household.rounded_layers = [1]
+    line = json.loads(peerllm("plan", "builtin", "--activations", "int8", "--json")[1])
+    assert [one["last_layer"] for one in line["stages"]] == [1, 3] and line["activations"] == ["int8"]
+    assert device.household.calls[-1][1].activations == "int8"
+    assert peerllm("plan", "builtin")[1].count(" as int8") == 1
+    device.household.rounded_layers = []
+    assert json.loads(peerllm("plan", "builtin", "--json")[1])["activations"] == ["exact"]
+    assert " as int8" not in peerllm("plan", "builtin")[1]
 
 
 def test_an_unknown_model_and_a_place_that_cannot_be_written(peerllm: Run, tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_what_is_no_port(text: str) -> None:
         ["run", "m", "--slots", "-1"],
         ["run", "m", "--schedule", "fast"],
         ["run", "m", "--quantize", "int2"],
+        ["run", "m", "--activations", "int4"],
+        ["plan", "m", "--activations", "no"],
         ["demo", "--devices", "0"],
         ["demo", "--devices", "9"],
         ["demo", "--data", "x"],

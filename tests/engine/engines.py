@@ -210,6 +210,7 @@ def stage_specs(
 ) -> list[tuple[Device, LoadStage]]:
     """The stages of a cut as their devices are asked to load them."""
     settings = {"slots": 4, "context": 64, "chunk": 8, "micro_batch": 4, "micro_batches": 2} | options
+    forms = (*settings.get("activations", ["exact"] * (len(cut) - 1)), "exact")  # from each stage to the next
     specs = []
     head_device = made[cut[-1][0]]
     for stage, (number, first, last) in enumerate(cut):
@@ -240,6 +241,8 @@ def stage_specs(
                     head_device=head_device.id,
                     micro_batches=settings["micro_batches"],
                     schedule=settings.get("schedule", "no-bubble"),
+                    upstream_activations=forms[stage - 1] if stage else "exact",
+                    downstream_activations=forms[stage],
                 ),
             )
         )
@@ -248,7 +251,7 @@ def stage_specs(
 
 async def deploy(made: list[Device], model: Path, cut: Cut, **options: Any) -> Deployed:
     """Load and connect a cut of a model; the first stage is on the first device."""
-    inspected = await inspect(made[0], model)
+    inspected = await inspect(made[0], model, options.pop("dtype", "auto"))
     deployed = Deployed(made, inspected)
     await redeploy(deployed, cut, **options)
     return deployed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import aiohttp
 import pytest
+import uvloop
 
 from peerllm.errors import AuthenticationError, BadInputError, FrameError, LinkError, OverloadedError
 from peerllm.transport.dial import dial
@@ -115,6 +117,35 @@ async def test_frames_arrive_in_order_from_a_compute_thread(nodes: list[Node]) -
         link.send(sent[0])
     assert one.lost.empty()
     assert two.lost.empty()
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_small_frames_wait_for_no_acknowledgement(
+    alice: Identity, bob: Identity, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """TCP_NODELAY on both ends of a link, whichever loop the engine runs on."""
+
+    async def both() -> list[int]:
+        planes = [DataPlane(identity, ["127.0.0.1"], 0) for identity in (alice, bob)]
+        for plane, other in zip(planes, (bob, alice), strict=True):
+            await plane.start()
+            await plane.set_trusted([other.certificate_pem])
+        arrived = asyncio.Event()
+        planes[1].expect(Ingress(alice.device, LIMITS), lambda device, frame: arrived.set())
+        link = await planes[0].connect(
+            bob.device, bob.certificate_pem, ["127.0.0.1"], planes[1].port, DEPLOYMENT, 3, 1
+        )
+        link.send(activation())
+        await asyncio.wait_for(arrived.wait(), WAIT_S)
+        (receiver,) = planes[1]._receivers.values()
+        ends = (link._websocket.get_extra_info("socket"), receiver._websocket.get_extra_info("socket"))
+        found = [end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for end in ends]
+        for plane in planes:
+            await plane.close()
+        return found
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert all(runner.run(both()))
 
 
 async def test_what_is_queued_still_goes_when_a_link_is_closed(nodes: list[Node]) -> None:

@@ -1,0 +1,323 @@
+"""Hidden states as int8 between engines: how far off they may be, what is refused, what it saves on the link."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import struct
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from peerllm.engine.activations import restored, rounded
+from peerllm.engine.base import Segment
+from peerllm.engine.batching import Piece, Scheduler
+from peerllm.engine.deployments import Deployment, StageKey
+from peerllm.engine.messages import LoadStage, Record, Recorded, Span
+from peerllm.engine.shard import load_shard
+from peerllm.engine.stages import Stage
+from peerllm.engine.wire import (
+    Activation,
+    Opened,
+    Parcel,
+    Rounded,
+    from_frame,
+    lengthen,
+    shorten,
+    split,
+    stage_limits,
+    to_frame,
+)
+from peerllm.errors import FrameError
+from peerllm.transport.frames import Frame, FrameRefused, NamedTensor, Rule, decode, encode
+from peerllm.types import Sampling
+from tests.engine.engines import WAIT_S, Cut, Deployed, deploy, devices, stage_specs
+from tests.engine.fakes import DEPLOYMENT, stage
+from tests.engine.tiny import make_llama, prompt
+
+pytestmark = pytest.mark.timeout(240)
+
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+RING: Cut = ((0, 0, 2), (1, 3, 4), (0, 5, 5))  # the head back on the source: both hops carry hidden states
+
+
+@st.composite
+def hidden_states(draw: st.DrawFn) -> torch.Tensor:
+    """[n, hidden] in 16 bits: any finite numbers, with outliers, rows of zeros and numbers hardly above zero."""
+    dtype = HALF[draw(st.sampled_from(sorted(HALF)))]
+    rows, width = draw(st.integers(1, 5)), draw(st.integers(1, 40))
+    most = draw(st.sampled_from([1e-40, 1e-7, 1.0, 300.0, 6e4]))
+    numbers = st.floats(-1, 1, width=32) | st.sampled_from([0.0, 1.0, -1.0, 1e-3])
+    flat = draw(st.lists(numbers, min_size=rows * width, max_size=rows * width))
+    return torch.tensor(flat, dtype=torch.float64).mul_(most).reshape(rows, width).to(dtype)
+
+
+@given(hidden_states())
+def test_what_comes_back_is_half_a_step_off_at_most(hidden: torch.Tensor) -> None:
+    values, scales = rounded(hidden)
+    assert values.dtype is torch.int8 and int(values.abs().max()) <= 127 and bool((scales > 0).all())
+    step = scales.double().unsqueeze(1)
+    off = (hidden.double() - restored(values, scales, torch.float32).double()).abs()
+    assert bool((off <= step / 2 * (1 + 1e-5)).all())
+    off = (hidden.double() - restored(values, scales, hidden.dtype).double()).abs()
+    assert bool((off <= step * (1 + 1e-5)).all())  # the nearest number there is can be as far off again
+    assert torch.equal(rounded(hidden[:1])[0], values[:1]), "a row is right by itself"
+
+
+@given(hidden_states())
+def test_the_wire_changes_nothing_of_it(hidden: torch.Tensor) -> None:
+    parcel, lost = shorten(activation(hidden))
+    assert parcel is not None and not lost
+    (came,) = from_frame(decode(encode(to_frame(parcel, DEPLOYMENT, 1, 1)), limits(hidden.shape[1])))
+    assert isinstance(came, Rounded)
+    assert torch.equal(came.values, parcel.values) and torch.equal(came.scales, parcel.scales)
+    whole = lengthen(came, hidden.dtype)
+    assert whole.hidden.dtype is hidden.dtype
+    assert [tuple(piece.data.shape) for piece in split(whole)] == [(1, hidden.shape[1])] * hidden.shape[0]
+
+
+def activation(hidden: torch.Tensor) -> Activation:
+    return Activation([Piece(n + 1, n, 5, 1, True, None) for n in range(hidden.shape[0])], hidden)
+
+
+def spec(**changes: Any) -> LoadStage:
+    """The second of two stages, which takes int8."""
+    told = {
+        "stage": 1,
+        "stages": 2,
+        "dtype": "bfloat16",
+        "slots": 64,
+        "micro_batch": 64,
+        "upstream_activations": "int8",
+    }
+    return stage(1, **told | changes)
+
+
+def limits(width: int, **changes: Any) -> Any:
+    return stage_limits(spec(**changes), width)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_are_left_out_and_no_others(bad: float) -> None:
+    hidden = torch.randn(7, 8).to(torch.bfloat16)
+    hidden[3, 5] = bad
+    pieces = [Piece(1, 0, 0, 2, False, None), Piece(2, 1, 0, 3, False, None), Piece(3, 2, 9, 2, True, None)]
+    parcel, lost = shorten(Activation(pieces, hidden))
+    assert lost == [pieces[1]] and parcel is not None and list(parcel.pieces) == [pieces[0], pieces[2]]
+    values, scales = rounded(hidden[[0, 1, 5, 6]])
+    assert torch.equal(parcel.values, values) and torch.equal(parcel.scales, scales)
+    hidden[:, 0] = bad
+    assert shorten(Activation(pieces, hidden)) == (None, pieces)
+    largest = torch.full((600, 2), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    one = Piece(1, 0, 0, 600, False, None)
+    assert shorten(Activation([one], largest))[1] == [], "finite, whatever its scales add up to"
+
+
+class _Nowhere:
+    """The way to the next stage: keeps what is sent."""
+
+    device = "next"
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+
+    def send(self, frame: Frame) -> None:
+        self.frames.append(decode(encode(frame), limits(4)))
+
+
+class _Passes:
+    """A shard that hands on made-up rows."""
+
+    reach, hidden_size, kv_bytes = None, 4, 0
+
+    def release(self, slot: int) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_a_sequence_whose_numbers_are_not_finite_ends_and_the_others_go_on() -> None:
+    schedule: Scheduler[StageKey] = Scheduler()
+    first = stage(0, stages=2, dtype="bfloat16", downstream="away", downstream_activations="int8", head_device="next")
+    told: list[Any] = []
+    deployment = Deployment(first, schedule, told.append)
+    deployment.loaded(Stage(first, _Passes(), lambda logits, draws: []))  # type: ignore[arg-type]
+    way = _Nowhere()
+    deployment.linked({0: way})
+    for sequence in (1, 2):
+        deployment.arrived(0, [Opened(sequence, sequence - 1, Sampling())])
+    hidden = torch.ones(2, 4, dtype=torch.bfloat16)
+    hidden[0, 2] = math.inf
+    way.frames.clear()
+    deployment.computed(0, Activation([Piece(n, n - 1, 0, 1, True, None) for n in (1, 2)], hidden))
+    (released,), (sent,) = (from_frame(frame) for frame in way.frames)
+    assert released.sequence == 1 and "no finite numbers" in released.reason  # type: ignore[union-attr]
+    assert isinstance(sent, Rounded) and [piece.sequence for piece in sent.pieces] == [2]
+
+
+def frame_of(*tensors: NamedTensor, tokens: int = 2) -> Frame:
+    pieces = [Piece(1, 0, 0, tokens, True, None)]
+    exact = to_frame(Activation(pieces, torch.zeros(tokens, 4, dtype=torch.bfloat16)), DEPLOYMENT, 1, 1)
+    return replace(exact, tensors=tensors)
+
+
+def floats(*numbers: float) -> bytes:
+    return struct.pack(f"<{len(numbers)}f", *numbers)
+
+
+HIDDEN = NamedTensor.of("hidden", "I8", (2, 4), bytes(range(8)))
+SCALE = NamedTensor.of("scale", "F32", (2,), floats(1, 2))
+EXACT = NamedTensor.of("hidden", "BF16", (2, 4), bytes(16))
+
+
+@pytest.mark.parametrize(
+    ("form", "tensors", "rule"),
+    [
+        ("exact", (HIDDEN, SCALE), Rule.DTYPE),
+        ("exact", (EXACT, SCALE), Rule.NAME),
+        ("exact", (HIDDEN,), Rule.DTYPE),
+        ("int8", (EXACT,), Rule.DTYPE),
+        ("int8", (EXACT, SCALE), Rule.DTYPE),
+        ("int8", (HIDDEN,), Rule.MISSING),
+        ("int8", (SCALE,), Rule.MISSING),
+        ("int8", (HIDDEN, SCALE, SCALE), Rule.NAME_TWICE),
+        ("int8", (HIDDEN, SCALE, replace(SCALE, name="scales")), Rule.NAME),
+        ("int8", (HIDDEN, NamedTensor.of("scale", "F32", (1,), floats(1))), Rule.ROWS),
+        ("int8", (HIDDEN, NamedTensor.of("scale", "F32", (3,), floats(1, 2, 3))), Rule.ROWS),
+        ("int8", (HIDDEN, NamedTensor.of("scale", "F32", (2, 1), floats(1, 2))), Rule.RANK),
+        ("int8", (HIDDEN, NamedTensor.of("scale", "F64", (2,), bytes(16))), Rule.DTYPE),
+        ("int8", (HIDDEN, NamedTensor.of("scale", "BF16", (2,), bytes(4))), Rule.DTYPE),
+        ("int8", (NamedTensor.of("hidden", "I8", (2, 8), bytes(16)), SCALE), Rule.SHAPE),
+        ("int8", (NamedTensor.of("hidden", "I8", (4, 4), bytes(16)), SCALE), Rule.ROWS),
+        ("int8", (NamedTensor.of("hidden", "U8", (2, 4), bytes(8)), SCALE), Rule.DTYPE),
+    ],
+)
+def test_only_what_the_plan_says_comes_in(form: str, tensors: tuple[NamedTensor, ...], rule: Rule) -> None:
+    allowed = limits(4, upstream_activations=form)
+    data = encode(frame_of(*tensors))
+    with pytest.raises(FrameRefused) as refused:
+        decode(data, replace(allowed, max_bytes=max(allowed.max_bytes, len(data))))
+    # a tensor more than the plan has is refused by their number, before it is looked at
+    assert refused.value.rule in (rule, Rule.TENSORS)
+    good = (HIDDEN, SCALE) if form == "int8" else (EXACT,)
+    decode(encode(frame_of(*good)), allowed)
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.0, -1.0, math.nan, -math.nan, math.inf, -math.inf])
+def test_scales_are_positive_numbers(bad: float) -> None:
+    for numbers in ((bad, 1.0), (1.0, bad)):
+        frame = frame_of(HIDDEN, NamedTensor.of("scale", "F32", (2,), floats(*numbers)))
+        with pytest.raises(FrameError, match="scale"):
+            from_frame(decode(encode(frame), limits(4)))
+
+
+@pytest.mark.parametrize("form", ["exact", "int8"])
+def test_what_comes_in_is_read_where_it_lies(form: str) -> None:
+    """Neither a frame that is taken nor one that is refused makes a copy of a payload."""
+    tokens, width = 512, 2048
+    hidden = torch.randn(tokens, width).to(torch.bfloat16)
+    piece = Piece(1, 0, 0, tokens, False, None)
+    parcel: Parcel | None = Activation([piece], hidden)
+    if form == "int8":
+        parcel = shorten(Activation([piece], hidden))[0]
+    assert parcel is not None
+    allowed = limits(width, upstream_activations=form, chunk=tokens)
+    data = encode(to_frame(parcel, DEPLOYMENT, 1, 1))
+    assert len(data) <= allowed.max_bytes
+    refusing = limits(width, upstream_activations="exact" if form == "int8" else "int8", chunk=tokens)
+    refusing = replace(refusing, max_bytes=2 * len(data))
+    start = np.frombuffer(data, np.uint8).ctypes.data
+    tracemalloc.start()
+    (came,) = from_frame(decode(data, allowed))
+    with pytest.raises(FrameRefused):
+        decode(data, refusing)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    read = came.values if isinstance(came, Rounded) else came.hidden  # type: ignore[union-attr]
+    assert start <= read.data_ptr() < start + len(data)
+    assert peak < 1 << 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough that numbers, not headers, make a frame. A token that nobody should say is not a number."""
+    directory = make_llama(tmp_path_factory.mktemp("model"), hidden=512)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][SPOILT] = math.nan
+    tensors["lm_head.weight"][SPOILT] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+SPOILT = 96
+IDS = [one % SPOILT for one in prompt(8, 8)]  # one chunk
+
+
+def by_hand(deployed: Deployed, ids: list[int], count: int, forms: tuple[str, ...]) -> list[int]:
+    """The answer of shards one after another, rounded between where the plan says so."""
+    shards = [load_shard(spec) for _, spec in stage_specs(deployed.devices, deployed.inspected, RING, deployed)]
+    said: list[int] = []
+    with torch.inference_mode():
+        while len(said) < count:
+            given = ids if not said else said[-1:]
+            position = len(ids) + len(said) - 1 if said else 0
+            rows = torch.tensor(given)
+            for shard, form in zip(shards, (*forms, "exact"), strict=True):
+                rows = shard.forward(rows, [Segment(0, position, len(given), True)])
+                rows = restored(*rounded(rows), rows.dtype) if form == "int8" else rows
+            said.append(int(rows.argmax()))
+    for shard in shards:
+        shard.close()
+    return said
+
+
+async def sent_bytes(deployed: Deployed, expected: list[int]) -> dict[int, list[int]]:
+    """By the stage that an answer's frames of hidden states go to: bytes of each."""
+    for device in deployed.devices:
+        await device.host.ask(Record(device.host.next_request(), deployed.id, "start"), WAIT_S)
+    assert await deployed.generate(IDS, len(expected)) == expected
+    await deployed.until_free()
+    spans: list[Span] = []
+    for device in deployed.devices:
+        recorded = await device.host.ask(Record(device.host.next_request(), deployed.id, "take"), WAIT_S)
+        assert isinstance(recorded, Recorded) and not recorded.left
+        spans += recorded.spans
+    carried = [one for one in spans if one.name == "send" and one.kind not in ("token", "open", "release")]
+    return {to: [one.nbytes for one in carried if one.stage == to] for to in {one.stage for one in carried}}
+
+
+@pytest.mark.usefixtures("calm")
+async def test_an_answer_over_int8_links(model: Path, tmp_path: Path) -> None:
+    """The same tokens as shards with the rounding between them say, in half the bytes; one hop may stay exact."""
+    async with devices(2, tmp_path, in_process=True) as made:
+        found: dict[tuple[str, ...], dict[int, list[int]]] = {}
+        for forms in (("exact", "exact"), ("int8", "exact"), ("int8", "int8")):
+            deployed = await deploy(made, model, RING, dtype="bfloat16", activations=forms)
+            found[forms] = await sent_bytes(deployed, by_hand(deployed, IDS, 12, forms))
+            several = (deployed.generate([one % SPOILT for one in prompt(n, n)], 10) for n in (3, 9, 17, 30))
+            assert [len(said) for said in await asyncio.gather(*several)] == [10] * 4
+            spoilt, beside = deployed.submit([5, SPOILT, 7], 5), deployed.submit(IDS, 12)
+            said, end = await deployed.finished(spoilt)
+            assert said == [] and end.finish == "error" and "no finite numbers" in end.error
+            assert (await deployed.finished(beside))[1].finish == "length", "another's trouble is its own"
+            await deployed.until_free()
+            assert not any(device.links_lost() for device in made)
+            await deployed.unload()
+    exact, some, both = found.values()
+    assert {to: len(frames) for to, frames in both.items()} == {to: len(frames) for to, frames in exact.items()}
+    assert sum(both[1]) < 0.6 * sum(exact[1]) and sum(both[2]) < 0.6 * sum(exact[2])
+    assert some[2] == exact[2] and some[1] == both[1]
+    for one, other in zip(exact[1], both[1], strict=True):
+        tokens = 1 if one < 2000 else 8
+        assert one - other == tokens * 512 - padded(tokens * 4) - 8, "a byte a number less, a scale and its name more"
+
+
+def padded(nbytes: int) -> int:
+    return -(-nbytes // 8) * 8
