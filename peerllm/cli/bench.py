@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
             planned = _planned(device, model)
             how = stages, *divided(planned, count), prompt, output, chunk_of(planned["cuts"], prompt)
             one = predicted(parse(planned["running"]), *how, planned["spreads"])
+            if args.apart:  # what is simulated begins at once
+                one["predicted"]["time_to_first_token_ms"] = None
             profiled = predicted(parse(planned["scenario"]), *how)["predicted"]["formula_tokens_per_second"]
             said.append({**one, "profiled": {"formula_tokens_per_second": profiled}})
             rounds.append(device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S))
@@ -63,9 +65,10 @@ def run(args: argparse.Namespace) -> None:
             device.post("/peerllm/v1/bench", body, BENCH_TIMEOUT_S)
         print(trace_text(args.trace, trace), file=sys.stderr)
     if args.json:
-        print(json.dumps({"model": model, "prompt_tokens": prompt, "output_tokens": output, "runs": rows}))
+        print(json.dumps({"model": model, "prompt_tokens": prompt, "output_tokens": output,
+                          "apart": args.apart, "runs": rows}))  # fmt: skip
     else:
-        print(text(model, prompt, output, rows))
+        print(text(model, prompt, output, rows, args.apart))
 
 
 def _planned(device: LocalDevice, model: str) -> Any:
@@ -121,7 +124,7 @@ def predicted(
     }
 
 
-def text(model: str, prompt: int, output: int, rows: Sequence[Mapping[str, Any]]) -> str:
+def text(model: str, prompt: int, output: int, rows: Sequence[Mapping[str, Any]], apart: bool = False) -> str:
     """Prediction beside measurement, a line for each number of sequences."""
     head = [("SEQUENCES", "FIRST TOKEN", "", "A STEP", "", "TOKENS/S", "", "RATIO")]
     head.append(("", "predicted", "measured", "predicted", "measured", "predicted", "measured", ""))
@@ -129,11 +132,12 @@ def text(model: str, prompt: int, output: int, rows: Sequence[Mapping[str, Any]]
         said, seen = one["predicted"], one["measured"]
         rate, got = said["steady_tokens_per_second"], seen["steady_tokens_per_second"]
         head.append((
-            str(one["sequences"]), _ms(said["time_to_first_token_ms"]), _ms(seen["time_to_first_token_ms"]),
+            str(one["sequences"]), _first(said["time_to_first_token_ms"]), _ms(seen["time_to_first_token_ms"]),
             _ms(said["step_ms"]), _ms(seen["step_ms"]), "" if rate is None else f"{rate:.4g}",
             "" if got is None else f"{got:.4g}", "" if None in (rate, got) else f"{got / rate:.2f}",
         ))  # fmt: skip
-    title = f"{printable(model)}: prompts of {prompt} tokens, answers of {output}, median of {ROUNDS}"
+    begun = ", begun one after another" if apart else ""
+    title = f"{printable(model)}: prompts of {prompt} tokens, answers of {output}{begun}, median of {ROUNDS}"
     return f"{title}\n{table(head)}\nRATIO is measured over predicted tokens/s."
 
 
@@ -151,6 +155,10 @@ def _median(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _counts(most: int) -> list[int]:
     """1, 2, 4, ... and the most."""
     return sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
+
+
+def _first(value: float | None) -> str:
+    return "" if value is None else _ms(value)
 
 
 def _ms(value: float) -> str:

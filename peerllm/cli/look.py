@@ -91,12 +91,12 @@ def activations_text(one: Mapping[str, Any]) -> str:
     """Which ways carry rounded hidden states, and why."""
     plan = one["plan"]
     ways = zip(plan["stages"][1:], plan.get("activations") or (), strict=False)
-    names = dict.fromkeys(str(stage["device"]) for stage, form in ways if form == "int8")
+    names = [str(stage["device"]) for stage, form in ways if form == "int8"]
     if not names:
         return ""
     bottleneck = "the link is the bottleneck" if len(names) == 1 else "the links are the bottleneck"
     why = "as asked for" if one.get("activations") == "int8" else bottleneck
-    return printable(f"\nactivations travel as int8 to {', '.join(names)}: {why}")
+    return printable(f"\nactivations travel as int8 to {', '.join(dict.fromkeys(names))}: {why}")
 
 
 def speed_text(one: Mapping[str, Any]) -> str:

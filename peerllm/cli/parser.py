@@ -265,7 +265,7 @@ def _planning(command: _Command) -> None:
     plan.add_argument("--slots", type=positive, metavar="N", help="of a model: sequences served at once")
     plan.add_argument("--quantize", choices=("int8", "int4"), help="of a model: round the weights")
     plan.add_argument(
-        "--activations", choices=ACTIVATIONS, default=ACTIVATIONS[0], help="of a model: as `run` takes it"
+        "--activations", choices=ACTIVATIONS, default=ACTIVATIONS[0], help="of a model: as in `run`, whose plan decides"
     )
     plan.add_argument("--save", type=Path, metavar="FILE", help="of a model: write what was planned for as a scenario")
     simulate.add_argument(

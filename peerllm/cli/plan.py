@@ -50,7 +50,8 @@ class Answer:
     def line(self) -> dict[str, Any]:
         """The JSON object: its keys are fixed.
 
-        `error` is there only for a malformed file, `activations` (how each stage sends to the next) only for a model.
+        `error` is there only for a malformed file; `activations` (how each stage sends to the next) and `prompt_chunk`
+        (tokens; the first token is predicted of a prompt cut so) only for a model.
         """
         found = self.plan
         stages = found.stages if found else ()
@@ -66,7 +67,7 @@ class Answer:
             "solve_ms": self.solve_ms,
         }
         if found and self.rounded_layers is not None:
-            line["activations"] = list(forms(found, self.rounded_layers))
+            line |= {"activations": list(forms(found, self.rounded_layers)), "prompt_chunk": self.chunk}
         return line if self.error is None else {**line, "error": self.error}
 
 

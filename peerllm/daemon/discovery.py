@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
+from time import monotonic
 
 import ifaddr
 import psutil
@@ -27,7 +28,8 @@ RESOLVE_TIMEOUT_MS = 3000
 MAX_SIGHTINGS = 256  # devices remembered; further ones are not looked at
 MAX_RESOLVING = 32
 MAX_ADDRESSES = 16  # per device
-LATE_SERIALS = 1024  # an advert at most so many behind the newest came late; a restart draws its serial anew
+LATE_SERIALS = 1024  # an advert at most so many behind the newest came late; a restart draws its serial anew ...
+LATE_S = 10.0  # ... and for so long: who forges a high one hides the device no longer than that
 LOCAL_PROBE = ("192.0.2.1", 9)  # documentation address (RFC 5737): a UDP socket "connects" without sending
 _INSTANCE = re.compile(r"([0-9a-f]{16})\._peerllm\._tcp\.local\.")
 
@@ -69,7 +71,7 @@ class Discovery(ServiceListener):
         self._on_event = on_event
         self._only = tuple(only) if only is not None else None
         self._seen: dict[str, Seen] = {}
-        self._serials: dict[str, int] = {}  # of the newest advert of each device in `_seen`
+        self._serials: dict[str, tuple[int, float]] = {}  # of each one's newest advert, and when it came
         self._resolving: dict[str, asyncio.Task[None]] = {}
         self._zeroconf: AsyncZeroconf | None = None
         self._browser: AsyncServiceBrowser | None = None
@@ -147,7 +149,8 @@ class Discovery(ServiceListener):
             advert, serial = from_txt(info.properties), serial_of(info.properties)
             if advert.short_id != short_id:
                 raise ValueError(f"it claims the id {advert.short_id}")
-            if 0 < self._serials.get(short_id, serial) - serial <= LATE_SERIALS:
+            newest, came = self._serials.get(short_id, (serial, 0.0))
+            if 0 < newest - serial <= LATE_SERIALS and monotonic() - came < LATE_S:
                 raise ValueError("a newer one came before it")  # announcements are sent three times, answers later
         except ValueError as error:
             log.debug("the advert of %s is ignored: %s", short_id, error)
@@ -156,7 +159,8 @@ class Discovery(ServiceListener):
         seen = Seen(advert, tuple(dict.fromkeys(sorted(addresses, key=_rank)))[:MAX_ADDRESSES])
         if not seen.addresses:
             return
-        self._serials[short_id] = serial
+        if serial != newest or not came:
+            self._serials[short_id] = serial, monotonic()
         if self._seen.get(short_id) != seen:
             self._seen[short_id] = seen
             self._on_event(seen)

@@ -17,6 +17,7 @@ from peerllm.planner.paces import Points, paced
 from peerllm.types import DeploymentId
 
 PACE_TIMEOUT_S = 5.0
+MAX_SPREAD = 3.0  # a device whose passes vary more tells nonsense
 
 _Told = dict[int, Points]  # by place in the plan
 
@@ -64,7 +65,8 @@ async def stage_paces(around: Surroundings, deployment: DeploymentId, blueprint:
         elif not answer.error:
             places = tuple(str(place) for place, stage in enumerate(stages) if stage.device == device)
             paces |= {int(place): points for place, points in checked(answer.stage_ms, places).items()}
-            spreads |= {int(place): points for place, points in checked(answer.stage_spread, places).items()}
+            told = checked(answer.stage_spread, places).items()
+            spreads |= {int(place): tuple((n, min(share, MAX_SPREAD)) for n, share in points) for place, points in told}
     return paces, spreads
 
 

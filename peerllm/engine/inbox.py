@@ -1,4 +1,4 @@
-"""The one way into the compute thread: a bounded queue that any thread may fill and only one empties.
+"""The one way into the compute thread: a bounded queue that one thread fills and one empties.
 
 Built on queue.SimpleQueue, which waits and wakes without running Python: every step of every sequence comes this way,
 with the processor's caches full of weights, where each function that is called costs microseconds.
@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 
 class Inbox(Generic[T]):
-    """First in, first out; `put` never waits and raises OverloadedError when `limit` events are waiting."""
+    """First in, first out; `put` never waits and raises OverloadedError when `limit` events are waiting.
+
+    `put` and `close` are called by one thread (the loop's); with several, `limit` may be passed by one event for each.
+    """
 
     def __init__(self, limit: int = MAX_WAITING) -> None:
         self._limit = limit

@@ -40,6 +40,7 @@ from peerllm.types import DeviceId, DeviceProfile, Medium, ModelProfile, Schedul
 
 MAX_SPANS = 500_000  # of one run: some 150 MB and a few seconds
 Order = Literal["arrival", "stage"]  # what a device with several stages serves first, of decode steps or of prompts
+LEAST_SPREAD = 1e-3  # less is none
 NO_SPREAD: Mapping[int, float] = {}
 DECODE, PROMPT = 0, 1  # ranks in a device's queue
 
@@ -156,7 +157,7 @@ class _Ring:
 
     def _took_ms(self, one: Pass, leg: Leg) -> float:
         spread = self._spread.get(leg.stage, 0.0)
-        if one.sequence is not None or spread <= 0:
+        if one.sequence is not None or spread < LEAST_SPREAD:
             return leg.compute_ms
         shape = 1 / spread**2
         return leg.compute_ms * self._random.gammavariate(shape, 1 / shape)

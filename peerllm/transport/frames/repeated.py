@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from peerllm.transport.frames.decoder import decode, segments_of
 from peerllm.transport.frames.layout import HEADER, SEGMENT, padding
 from peerllm.transport.frames.limits import FrameLimits
-from peerllm.transport.frames.model import Frame, NamedTensor
+from peerllm.transport.frames.model import Frame, FrameKind, NamedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +17,14 @@ class _Last:
 
     nbytes: int
     fixed: bytes
-    table_at: int
     table: bytes
     header_bytes: int
-    frame: Frame
+    segments: int
     tokens: int
-    places: tuple[tuple[int, int], ...]  # of the payloads
+    kind: FrameKind
+    epoch: int
+    stage: int
+    tensors: tuple[tuple[str, str, tuple[int, ...], int, int], ...]  # name, dtype, shape, where its payload lies
 
 
 class Decoder:
@@ -33,36 +36,37 @@ class Decoder:
 
     def decode(self, buffer: bytes | bytearray | memoryview) -> Frame:
         """FrameRefused (a FrameError) if the frame breaks a rule."""
-        last = self._last
-        if last is not None and len(buffer) == last.nbytes:
-            view = memoryview(buffer)
+        last, view = self._last, memoryview(buffer).cast("B")
+        if last is not None and len(view) == last.nbytes:
             head = bytes(view[: last.header_bytes])
             if head.startswith(last.fixed) and head.endswith(last.table):
-                old = last.frame
-                middle = memoryview(head)
-                segments = segments_of(middle, len(old.segments), old.kind, self._limits)
+                segments = segments_of(memoryview(head), last.segments, last.kind, self._limits)
                 if sum([segment.length for segment in segments]) == last.tokens:
-                    tensors = tuple([
-                        NamedTensor(one.name, one.dtype, one.shape, view[start:end])
-                        for one, (start, end) in zip(old.tensors, last.places, strict=True)
-                    ])  # fmt: skip
-                    return Frame(old.kind, old.deployment, old.epoch, old.stage, segments, tensors)
-        frame = decode(buffer, self._limits)
-        self._remember(memoryview(buffer), frame)
+                    tensors = [NamedTensor(name, dtype, shape, view[a:b]) for name, dtype, shape, a, b in last.tensors]
+                    return Frame(last.kind, self._limits.deployment, last.epoch, last.stage, segments, tuple(tensors))
+        frame = decode(view, self._limits)
+        self._last = _remembered(view, frame)
         return frame
 
-    def _remember(self, view: memoryview, frame: Frame) -> None:
-        """Nothing where payloads have rules of their own: truth values, padding."""
-        self._last = None
-        if any(tensor.dtype == "BOOL" or padding(tensor.data.nbytes) for tensor in frame.tensors):
-            return
-        at = header_bytes = len(view) - sum(tensor.data.nbytes for tensor in frame.tensors)
-        places = []
-        for tensor in frame.tensors:
-            places.append((at, at + tensor.data.nbytes))
-            at += tensor.data.nbytes
-        table_at = HEADER.size + len(frame.segments) * SEGMENT.size
-        fixed, table = bytes(view[: HEADER.size]), bytes(view[table_at:header_bytes])
-        self._last = _Last(
-            len(view), fixed, table_at, table, header_bytes, frame, frame.tokens, tuple(places)
-        )
+
+def _remembered(view: memoryview, frame: Frame) -> _Last | None:
+    """None where payloads have rules of their own: truth values, padding."""
+    sizes = [tensor.data.nbytes for tensor in frame.tensors]
+    if any(tensor.dtype == "BOOL" for tensor in frame.tensors) or any(map(padding, sizes)):
+        return None
+    header_bytes = len(view) - sum(sizes)
+    ends = [header_bytes]
+    for size in sizes:
+        ends.append(ends[-1] + size)
+    return _Last(
+        len(view),
+        bytes(view[: HEADER.size]),
+        bytes(view[HEADER.size + len(frame.segments) * SEGMENT.size : header_bytes]),
+        header_bytes,
+        len(frame.segments),
+        frame.tokens,
+        frame.kind,
+        frame.epoch,
+        frame.stage,
+        tuple((t.name, t.dtype, t.shape, a, b) for t, (a, b) in zip(frame.tensors, pairwise(ends), strict=True)),
+    )

@@ -18,7 +18,8 @@ from typing import NamedTuple
 FRAMES = 8  # timed after each beat: single ones tell little where a processor is taken away now and then
 LOST_S = 30.0  # an answer later than this is not waited for
 KEPT_PINGS = 32  # PINGs alone that the clocks are compared by
-DRIFT = 50e-6  # seconds a second that two clocks may run apart
+DRIFT = 500e-6  # seconds a second that two clocks may run apart while one of them is being set (the kernel's bound)
+LEAST_S = 1e-6  # of a frame's way: where the clocks' doubt is more than it took, it counts as next to nothing
 
 OnTimed = Callable[[int, float], None]  # bytes of a frame and seconds of its way; 0 bytes: a PING there and back
 
@@ -99,7 +100,8 @@ class Timing:
             self._left -= 1
             self.wanted = self._left > 0
             since = asked.since if self._handed_over is None else max(asked.since, self._handed_over)
-            self._on_timed(asked.nbytes, max(0.0, taken - self._ahead(now) - since))
+            way = taken - self._ahead(now) - since
+            self._on_timed(asked.nbytes, min(max(LEAST_S, way), now - asked.since))  # whatever the other clock does
             return
         round_trip = now - asked.since
         self._compared.append(Compared(now, round_trip, answered - (asked.since + now) / 2))
