@@ -16,7 +16,7 @@ from peerllm.types import ActivationForm, Activations, Layer, ModelProfile, Plan
 
 SCALE_BYTES = 4  # of one token
 NOTICEABLE = 0.10  # of the objective: what rounding must gain before anything is rounded
-SLIGHT = 0.01  # of the objective: what exact hops may cost of that gain; a fast link beside a slow one stays exact
+SLIGHT = 0.01  # of the objective: what exact hops may cost; a fast link beside a slow one stays exact
 
 Solve = Callable[[ModelProfile], Plan]
 
