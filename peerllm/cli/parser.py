@@ -201,7 +201,10 @@ def _models(command: _Command) -> None:
         "--quantize", choices=("int8", "int4"), help="round the weights: less memory, faster, a little less exact"
     )
     run.add_argument(
-        "--prompt-chunk", type=positive, metavar="N", help="tokens of a prompt that travel together"
+        "--prompt-chunk",
+        type=positive,
+        metavar="N",
+        help="tokens of a prompt that travel together (default: the cost model's choice, by the prompt's length)",
     )
     run.add_argument(
         "--schedule",
