@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import aiohttp
@@ -16,86 +16,16 @@ import uvloop
 
 from peerllm.errors import AuthenticationError, BadInputError, FrameError, LinkError, OverloadedError
 from peerllm.transport.dial import dial
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit, encode
+from peerllm.transport.frames import Frame, NamedTensor, encode
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Link, Outbox, dialling
+from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Outbox, dialling
 from peerllm.transport.links import outbox as outbox_module
 from peerllm.transport.links import plane as plane_module
 from peerllm.transport.links import pulse as pulse_module
 from peerllm.transport.links.echo import WARM_UPS
 from peerllm.transport.links.timing import LOST_S, Timing, answer
 from peerllm.transport.tls import client_context
-
-DEPLOYMENT = "ab" * 16
-WAIT_S = 10.0
-WIDTH = 256
-LIMITS = FrameLimits(
-    deployment=DEPLOYMENT,
-    epoch=3,
-    stage=1,
-    kinds=(FrameKind.ACTIVATION,),
-    max_segments=4,
-    slots=8,
-    context=1 << 20,
-    max_tokens=256,
-    tensors={"hidden": TensorLimit(("F32",), 2, last_dim=WIDTH, per_token=True, required=True)},
-)
-
-
-def activation(position: int = 0, tokens: int = 1, epoch: int = 3) -> Frame:
-    data = NamedTensor.of("hidden", "F32", (tokens, WIDTH), bytes([position % 256]) * (tokens * WIDTH * 4))
-    return Frame(FrameKind.ACTIVATION, DEPLOYMENT, epoch, 1, (FrameSegment(9, 0, position, tokens),), (data,))
-
-
-@dataclass
-class Node:
-    """A device's data plane and what it heard."""
-
-    identity: Identity
-    plane: DataPlane
-    lost: asyncio.Queue[tuple[str, str, str]] = field(default_factory=asyncio.Queue)
-    frames: asyncio.Queue[tuple[str, Frame]] = field(default_factory=asyncio.Queue)
-
-    async def next_lost(self) -> tuple[str, str]:
-        deployment, device, reason = await asyncio.wait_for(self.lost.get(), WAIT_S)
-        assert deployment == DEPLOYMENT
-        return device, reason
-
-    async def next_frame(self) -> Frame:
-        return (await asyncio.wait_for(self.frames.get(), WAIT_S))[1]
-
-
-@pytest.fixture
-async def nodes(alice: Identity, bob: Identity, carol: Identity) -> AsyncIterator[list[Node]]:
-    nodes = []
-    for identity in (alice, bob, carol):
-        heard: list[Node] = []
-
-        def lost(deployment: str, device: str, reason: str, heard: list[Node] = heard) -> None:
-            heard[0].lost.put_nowait((deployment, device, reason))
-
-        node = Node(identity, DataPlane(identity, ["127.0.0.1"], 0, lost))
-        heard.append(node)
-        await node.plane.start()
-        await node.plane.set_trusted([i.certificate_pem for i in (alice, bob, carol) if i is not identity])
-        nodes.append(node)
-    yield nodes
-    for node in nodes:
-        await node.plane.close()
-        await node.plane.close()
-    left = {task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith(("link ", "dial "))}
-    assert left == set(), "tasks were left behind"
-
-
-def expect(node: Node, sender: Node, limits: FrameLimits = LIMITS) -> None:
-    node.plane.expect(
-        Ingress(sender.identity.device, limits), lambda device, frame: node.frames.put_nowait((device, frame))
-    )
-
-
-async def connect(sender: Node, receiver: Node, stage: int = 1, hosts: tuple[str, ...] = ("127.0.0.1",)) -> Link:
-    who = receiver.identity
-    return await sender.plane.connect(who.device, who.certificate_pem, hosts, receiver.plane.port, DEPLOYMENT, 3, stage)
+from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, WIDTH, Node, activation, connect, expect
 
 
 async def test_frames_arrive_in_order_from_a_compute_thread(nodes: list[Node]) -> None:

@@ -111,7 +111,7 @@ class Acceptor:
             return
         finally:
             if not admitted:
-                sock.close()
+                _hang_up(sock)
 
     def _known(self, sock: ssl.SSLSocket) -> DeviceId:
         device = peer_device(sock)
@@ -134,3 +134,10 @@ class Acceptor:
         sock.write(agreed(key))
         admit(Connection(sock, device))
         return True
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """Closed with bytes unread, the system would take back what was said last, a TLS alert or an answer."""
+    with suppress(OSError, ValueError):
+        socket.socket.recv(sock, MAX_HEAD_BYTES)
+    sock.close()

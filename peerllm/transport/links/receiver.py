@@ -162,7 +162,7 @@ class Receiver:
         self._gone.set()
 
     def _beat(self) -> None:
-        if not self._outbox.busy:
+        if not self._over and not self._outbox.busy:
             self._outbox.say(control(PONG, b"", masked=False))
 
     def _hold_back(self, rest: Awaitable[None], since_ns: int) -> None:
