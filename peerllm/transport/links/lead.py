@@ -39,12 +39,18 @@ class Readers:
         """To be called when the thread that leads waits again, not before what it has found to do; only by it."""
         call()
 
+    def again(self, rehearse: Callable[[], object]) -> None:
+        """The thread that leads has just read what `rehearse` would go through once more."""
+
     def close(self) -> None:
         """Once all are removed."""
 
 
 class Lead(Readers):
     """One thread at a time may `wait`; `add` and `close` are for the loop, the rest is for any thread.
+
+    A pass leaves the processor's caches full of weights. So before it sleeps, the thread goes through the last frame it
+    read once more, to no effect: what reading the next one needs is in the caches again, some 0.1 ms earlier.
 
     The connections are in an epoll object, which lies in another, which the loop watches. Whether the inner one's
     events reach the outer one is all that changes hands.
@@ -55,6 +61,7 @@ class Lead(Readers):
         self.waits = False  # somebody leads and sleeps: `wake` is due
         self._reads: dict[int, Read] = {}
         self._later: deque[Callable[[], object]] = deque()
+        self._rehearse: Callable[[], object] | None = None
         self._guard = threading.Lock()
         self._led = self._closed = self._released = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -75,6 +82,9 @@ class Lead(Readers):
     def later(self, call: Callable[[], object]) -> None:
         self._later.append(call)
 
+    def again(self, rehearse: Callable[[], object]) -> None:
+        self._rehearse = rehearse
+
     def wake(self) -> None:
         """Whoever waits looks again whether there is still nothing."""
         self.waits = False
@@ -89,6 +99,9 @@ class Lead(Readers):
         if not nothing() or not self._take():
             return
         try:
+            if (rehearse := self._rehearse) is not None and nothing():
+                self._rehearse = None
+                rehearse()
             while not self._closed:
                 self.waits = True
                 found = self._inner.poll(-1, MAX_EVENTS) if nothing() else ()

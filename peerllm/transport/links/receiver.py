@@ -26,6 +26,7 @@ from peerllm.transport.links.websocket import (
     PING,
     POLICY_VIOLATION,
     PONG,
+    RECORD_BYTES,
     Reader,
     control,
     goodbye,
@@ -39,6 +40,10 @@ READS = 32  # records of one connection in a row, before others have their turn
 # link; what it returns, if anything, is awaited on the loop before the next frame is read, so that a stage with too
 # much to do holds back its sender.
 Deliver = Callable[[DeviceId, Frame], Awaitable[None] | None]
+
+
+# What `deliver` does with a frame before it does anything with it: without effect, it may be done again.
+Rehearse = Callable[[Frame], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +65,14 @@ class Receiver:
         ended: Callable[[Receiver], None],
         readers: Readers,
         watch: Watch = NOBODY_WATCHES,
+        rehearse: Rehearse | None = None,
     ) -> None:
         self.ingress = ingress
         self.delivered = 0  # frames
         self.reason = ""
         self._connection, self._readers = connection, readers
-        self._deliver, self._ended, self._watch = deliver, ended, watch
+        self._deliver, self._ended, self._watch, self._rehearse = deliver, ended, watch, rehearse
+        self._last: bytes | bytearray = b""  # a small frame that `deliver` took
         self._loop = asyncio.get_running_loop()
         self._turn = threading.Lock()  # frames are taken in one after the other, in their order
         self._reader = Reader(ingress.limits.max_bytes, masked=True)
@@ -218,6 +225,9 @@ class Receiver:
             if opcode == BINARY:
                 if not self._deliver_frame(payload):
                     return False
+                if leads and self._rehearse is not None and len(payload) <= RECORD_BYTES:
+                    self._last = payload
+                    self._readers.again(self._once_more)
             elif opcode == PING:
                 pong = control(PONG, answer(bytes(payload), self._taken, perf_counter()), masked=False)
                 if leads and self.delivered > delivered:
@@ -250,6 +260,14 @@ class Receiver:
             self._loop.call_soon_threadsafe(self._hold_back, rest, handed_on)
             return False
         return True
+
+    def _once_more(self) -> None:
+        """By the thread that leads, before it sleeps."""
+        delivered = self.delivered
+        self.read(True)  # mostly there is nothing yet
+        with self._turn:
+            if self._rehearse is not None and not self._over and self.delivered == delivered:
+                self._rehearse(self._decoder.decode(self._last))
 
     def _fail(self, error: Exception) -> None:
         match error:
