@@ -47,10 +47,12 @@ class Connection:
             if self.closed:
                 raise ConnectionError("the connection is closed")
             try:
-                self._sock.write(record)
+                written = self._sock.write(record)
             except ssl.SSLWantWriteError:
                 return False
-            return True
+        if written < len(record):
+            raise ConnectionError("a record was written in part")
+        return True
 
     def option(self, level: int, name: int, size: int) -> bytes:
         """A socket's option; OSError if the system has none such, or the connection is closed."""

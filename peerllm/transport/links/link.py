@@ -155,7 +155,7 @@ class Link:
         return None if ping is None else control(PING, ping, masked=True)
 
     def _cannot_send(self, reason: str) -> None:
-        while not self._heard_the_end.is_set() and self._read():
+        while not self._connection.closed and not self._heard_the_end.is_set() and self._read():
             pass  # the other side may have said why
         self.abort(reason)
 

@@ -68,7 +68,7 @@ class Outbox:
         self._room = threading.Condition(self._lock)
         self._waiting = 0  # for room
         self._due = False  # the loop will write
-        self._detached = False
+        self._detached = self._off = False  # nothing is written any more; the loop has been told
         self._over, self._empty = asyncio.Event(), asyncio.Event()
 
     def put(self, frame: bytes, timeout_s: float = SEND_TIMEOUT_S, parting: Parting | None = None) -> bool:
@@ -131,8 +131,9 @@ class Outbox:
     def detach(self) -> None:
         """Write nothing more; the connection is about to close."""
         with self._lock:
-            self._detached = True
-            self._loop.remove_writer(self._connection.fd)
+            if not self._off:
+                self._detached = self._off = True
+                self._loop.remove_writer(self._connection.fd)
         self._empty.set()
 
     @property
