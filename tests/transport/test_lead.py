@@ -32,6 +32,8 @@ class Taker(threading.Thread):
         self.inbox.lead = lead
         self.taken: list[tuple[int, int]] = []  # stage, position
         self.readers: set[int] = set()  # threads that read frames
+        self.rehearsed: list[int] = []  # positions
+        self.rehearsers: set[int] = set()
         self._work = work
         self._goal, self._reached = 0, threading.Event()
         self.start()
@@ -39,6 +41,10 @@ class Taker(threading.Thread):
     def deliver(self, device: str, frame: Frame) -> None:
         self.readers.add(threading.get_ident())
         self.inbox.put((frame.stage, frame.segments[0].position))
+
+    def rehearse(self, frame: Frame) -> None:
+        self.rehearsers.add(threading.get_ident())
+        self.rehearsed.append(frame.segments[0].position)
 
     def run(self) -> None:
         while (events := self.inbox.take(wait=True)) is not None:
@@ -66,7 +72,7 @@ def until_it_waits(lead: Lead) -> None:
 
 
 def expect(node: Node, sender: Node, taker: Taker, stage: int = 1) -> None:
-    node.plane.expect(Ingress(sender.identity.device, replace(LIMITS, stage=stage)), taker.deliver)
+    node.plane.expect(Ingress(sender.identity.device, replace(LIMITS, stage=stage)), taker.deliver, taker.rehearse)
 
 
 def frame(position: int, tokens: int = 1, stage: int = 1) -> Frame:
@@ -85,7 +91,8 @@ async def test_who_waits_reads_and_the_loop_sleeps(nodes: list[Node], monkeypatc
         await taker.until(position + 1)
         await asyncio.to_thread(until_it_waits, lead)
     assert taker.taken == [(1, position) for position in range(50)]
-    assert taker.readers == {taker.ident}, "no other thread had a hand in it"
+    assert taker.readers == taker.rehearsers == {taker.ident}, "no other thread had a hand in it"
+    assert taker.rehearsed == list(range(50)), "each once, before the next"
     await taker.end()
     link.send(frame(50))  # nobody takes, but the loop reads again: a frame for an inbox that is closed ends its link
     assert "stopping" in (await two.next_lost())[1] and "stopping" in (await one.next_lost())[1]
@@ -113,7 +120,7 @@ def test_frames_stream_in_while_the_lead_changes_hands(
         taker = Taker(planes[1].lead, work)
         links = []
         for stage in (1, 2):
-            planes[1].expect(Ingress(alice.device, replace(LIMITS, stage=stage)), taker.deliver)
+            planes[1].expect(Ingress(alice.device, replace(LIMITS, stage=stage)), taker.deliver, taker.rehearse)
             links.append(
                 await planes[0].connect(
                     bob.device, bob.certificate_pem, ["127.0.0.1"], planes[1].port, DEPLOYMENT, 3, stage
