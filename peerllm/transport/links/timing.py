@@ -5,8 +5,8 @@ answered. A PING alone tells how far the receiver's clock is ahead (RFC 5905's o
 late: its two ways differ least). So a frame's way is from the moment the sender's thread had handed it over until the
 receiver's had it: what of its writing was left to the loop, the wire, TLS, decoding, and nothing of the answer's way,
 which competes for the processor with the pass that the frame begins. Encoding and handing over, and with that writing a
-small frame, are the sender's own time: its pass is not over yet. At most one is under way, and a few follow each beat, so
-that links are measured by what they carry anyway.
+small frame, are the sender's own time: its pass is not over yet. At most one is under way, and a few follow each beat,
+so that links are measured by what they carry anyway.
 """
 
 from __future__ import annotations
