@@ -93,7 +93,7 @@ class _Model:
         self._slopes, self._over, self._mix = slope[None], np.zeros(1), np.ones(1)
 
     def ahead(self, price: Floats, reach: float, tolerance: float, rounds: int) -> tuple[Floats, float]:
-        """The prices, none negative, that the model likes best, less the square of the move over 2·reach; what it gains.
+        """The prices, none negative, where the model, less the square of the move over 2·reach, is highest; its gain.
 
         From `price` a mix of slopes is followed `reach` far; the mix is found by pairwise Frank-Wolfe steps.
         """

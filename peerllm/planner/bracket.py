@@ -15,8 +15,7 @@ from peerllm.planner.runs import runs_of
 from peerllm.planner.sweep import Sweep
 
 EXACT = 1e-10  # relative; two ways closer than this are one
-STEPS = 150  # of the first ascent
-STEPS_AGAIN = 30  # once a better way is known
+STEPS = 150  # of the ascent
 STRIDE = 0.3  # of the way from the bound to the best that is tried next
 CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at once
 WORK_PER_PASS, WORK_PER_PRICE = 300_000, 1000  # of an ascent, in array elements
@@ -72,11 +71,11 @@ class Bracket:
             top = min(self.best * (1 - EXACT), tried)
             near = np.isfinite(top) and top - self.bound <= CLOSE * abs(top)
             goal = self.bound + STRIDE * (top - self.bound) if np.isfinite(top) and not near else top
-            decided = None
+            decided: bool | None = None
             for width in (*widths, np.inf):
                 if width > WIDE and self.best < settled:  # before what takes long
                     settled = self.best
-                    decided = self._dealt_anew() or None
+                    decided = True if self._dealt_anew() else None
                 if decided is None and width < np.inf:
                     decided = self._swept(found, goal, int(width))
                 if decided is not None:

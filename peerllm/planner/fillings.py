@@ -21,7 +21,7 @@ class Fillings:
 
     def useful(self, left: Ints, i: int) -> Ints:
         """[labels, devices]: the most of `left` that layers behind layer i fill."""
-        useful = np.minimum(left, self._after[i])
+        useful: Ints = np.minimum(left, self._after[i])
         for devices, sums in zip(self._devices, self._sums, strict=True):
             if len(sums[i]):
                 useful[:, devices] = sums[i][np.searchsorted(sums[i], useful[:, devices], side="right") - 1]
