@@ -67,14 +67,14 @@ def test_agrees_with_brute_force_where_second_visits_pay_and_blocks_are_of_two_k
 def test_both_searches_agree_where_second_visits_pay():
     """What `walk` finds for like blocks is found by the search for any layers, whose relays are others."""
     relays = 0
-    for seed in range(150):
+    for seed in range(80):
         i = hub_household(seed)
         order = (i.source, *sorted(set(i.devices) - {i.source}))
         problem = problem_of(i.model, i.devices, i.links, order, workload=i.workload, working=i.working)
         one, other = search.cheapest(problem), search.among_all(problem)
         assert one.cost == pytest.approx(other.cost, rel=1e-9) and one.proven and other.proven, f"seed {seed}"
         relays += len(one.homes) > 0 and runs_of(problem).relay.any()
-    assert relays > 30
+    assert relays > 20
 
 
 def revisits(i: Instance) -> bool:
