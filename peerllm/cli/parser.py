@@ -249,6 +249,8 @@ def _looking(command: _Command) -> None:
         help=f"how long, at most {MAX_RECORD_S} (default 5; Ctrl-C ends it sooner)",
     )
     trace.add_argument("--out", type=Path, default=Path("trace.json"), metavar="FILE", help="default trace.json")
+    trace.add_argument("--read", type=Path, metavar="FILE", help="record nothing: tell of a trace recorded before")
+    trace.add_argument("--plot", type=Path, metavar="FILE", help="draw computing and sending (.svg or .png)")
     trace.add_argument("--json", action="store_true", help="what was written, in figures")
 
 
