@@ -184,7 +184,9 @@ def _pairing(command: _Command) -> None:
     join.add_argument("code", metavar="CODE")
     join.add_argument("--at", type=address, metavar="HOST:PORT", help="the inviter's pairing port, if it is not found")
     leave = command("leave", "Leave the household; this device stays, alone.")
-    for name, parser in (("invite", invite), ("join", join), ("leave", leave)):
+    remove = command("remove", "Put a device out of the household, such as one that was lost or sold.")
+    remove.add_argument("device", metavar="DEVICE", help="its name or id, as `peerllm devices` shows them")
+    for name, parser in (("invite", invite), ("join", join), ("leave", leave), ("remove", remove)):
         parser.set_defaults(module="pairing", function=name)
 
 
