@@ -38,12 +38,16 @@ class Found:
 class Bracket:
     """`work` counts array elements touched. `unreal`: a way was met whose relays have too few layers to hand out."""
 
-    def __init__(self, problem: Problem, known: Found | None = None, *, apart: bool = False) -> None:
-        """`known` is what was found and proven before; `apart`: without relays."""
+    def __init__(
+        self, problem: Problem, known: Found | None = None, *, apart: bool = False, fillings: Fillings | None = None
+    ) -> None:
+        """`known` is what was found and proven before; `apart`: without relays; `fillings`: of the same memory."""
+        # What all layers together take is all the room there is: sums over devices stay far from overflowing.
+        problem = replace(problem, room=np.minimum(problem.room, problem.memory.sum(axis=0)))
         self.problem = problem
-        self.held, self.fillings = visits_of(problem, runs_of(problem, apart=apart)), Fillings(problem)
+        self.held, self.fillings = visits_of(problem, runs_of(problem, apart=apart)), fillings or Fillings(problem)
         self.best, self.homes = np.inf, ()  # type: tuple[float, tuple[int, ...]]
-        self.bound, self.reached, self.work = -np.inf, -1, 0
+        self.bound, self.reached, self.work = 0.0, -1, 0
         self.unreal = self.impossible = False
         if known is not None and known.homes:
             self.best, self.homes, self.bound = known.cost, known.homes, known.bound
@@ -65,23 +69,28 @@ class Bracket:
         """Sweep under one goal after the other, until they meet or the budget is spent."""
         found, tried, settled = self._ascend(STEPS), np.inf, np.inf
         if not np.isfinite(found.value):
-            self._swept(found, np.inf, widths[0])
+            self._swept(found, np.inf, widths[0], budget)
             self.impossible = True
         while not (self.done or self.impossible or self.unreal):
             top = min(self.best * (1 - EXACT), tried)
             near = np.isfinite(top) and top - self.bound <= CLOSE * abs(top)
+            if near and top == tried:  # that was tried
+                break
             goal = self.bound + STRIDE * (top - self.bound) if np.isfinite(top) and not near else top
             decided: bool | None = None
+            before = self.best
             for width in (*widths, np.inf):
                 if width > WIDE and self.best < settled:  # before what takes long
                     settled = self.best
                     decided = True if self._dealt_anew() else None
                 if decided is None and width < np.inf:
-                    decided = self._swept(found, goal, int(width))
+                    decided = self._swept(found, goal, int(width), budget)
                 if decided is not None:
                     break
             if decided:
                 tried = np.inf
+                if not self.best < before:  # the way known, by another sum
+                    break
             elif decided is False:
                 self.impossible = bool(np.isinf(goal))
                 self.bound = max(self.bound, goal)
@@ -119,15 +128,16 @@ class Bracket:
             self.best, self.homes = cost, homes
         return cost
 
-    def _swept(self, found: Relaxed, goal: float, width: int) -> bool | None:
-        """True: a way was found; False: there is none within the goal; None: undecided."""
+    def _swept(self, found: Relaxed, goal: float, width: int, budget: float = np.inf) -> bool | None:
+        """True: a way was found (see `unreal`); False: there is none within the goal; None: undecided."""
         sweep = Sweep(self.held, self.fillings, found, goal, self._twins)
-        way = sweep.run(width)
+        way = sweep.run(width, budget - self.work)
         self.work += sweep.work
         self.reached = max(self.reached, sweep.reached)
         if way is None:
             return False if sweep.whole else None
-        self.unreal = self._take(way) > goal * (1 + EXACT)
+        cost = self._take(way)
+        self.unreal = bool(np.isinf(cost) or cost > goal * (1 + EXACT))
         if sweep.whole:
             self.bound = min(sweep.cost, self.best)
         return True
@@ -139,7 +149,8 @@ class Bracket:
             theirs = np.isin(np.arange(len(self.problem.room)), group)
             free: Flags = np.where(np.isin(self.homes, group)[:, None], theirs, False)
             free[np.arange(len(free)), self.homes] = True
-            part = Bracket(replace(self.problem, cost=np.where(free, self.problem.cost, np.inf)), self.found())
+            asked = replace(self.problem, cost=np.where(free, self.problem.cost, np.inf))
+            part = Bracket(asked, self.found(), fillings=self.fillings)
             kinds = self._price.shape[0] - len(self.held.entered)
             part._price[:kinds] = self._price[:kinds]
             found = part._ascend(PART_STEPS, patient=False)

@@ -16,7 +16,8 @@ Way = list[tuple[int, int]]  # (device, last layer) of each visit
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Device 0 is where the way starts and ends. Infinite cost means that a layer may not lie there."""
+    """Layers 0 and 1 lie on device 0, where the way starts and ends. No cost is negative; an infinite one means that a
+    layer may not lie there, or that there is no link."""
 
     cost: Floats  # [layers, devices]
     hop: Floats  # [layers, devices, devices]: from layer i on k to the next layer on j

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from peerllm.planner.relaxation import Relaxed, Visits
 from peerllm.planner.relays import reach
 
 WORK_PER_LAYER, WORK_PER_VISIT = 3000, 1000  # what a call costs besides its elements, counted in elements
+CROWD = 6  # times the labels that are gone on with may wait for a layer before the hopeless go
 
 _Begun = tuple[Ints, Ints, Floats]  # of visits: the label's row, the device, the cost before
 
@@ -31,6 +33,8 @@ class Sweep:
         self._held, self._fillings, self._found, self._goal, self._twins = held, fillings, found, goal, twins
         self._alike = Alike(len(twins))
         self._waiting: dict[int, list[Labels]] = {}  # by the last layer of their visit
+        self._crowd: Counter[int] = Counter()  # how many these are
+        self._width = 0
         self._trail: list[tuple[int, Ints, Ints]] = []  # last layer, devices, rows before: of the labels kept
         self._starts = [0]  # the first row of each part of the trail, and of the next
         need = held.problem.memory.min(axis=1)
@@ -38,8 +42,12 @@ class Sweep:
         self._smallest = int(need[need > 0].min(initial=2**62))
         self._later = np.array([found.again[held.entered > i].sum() for i in range(len(need))])
 
-    def run(self, width: int) -> Way | None:
-        """A way of cost at most the goal, from `width` labels a layer: if `whole`, the cheapest, or there is none."""
+    def run(self, width: int, budget: float = np.inf) -> Way | None:
+        """A way of cost at most the goal, from `width` labels a layer: if `whole`, the cheapest, or there is none.
+
+        Gives up, and is not `whole`, once its `work` is more than the `budget`.
+        """
+        self._width = width
         problem, last = self._held.problem, len(self._held.problem.cost) - 1
         if problem.room[0] < 0:
             return None
@@ -51,7 +59,10 @@ class Sweep:
             parts = self._waiting.pop(i, [])
             if not parts:
                 continue
-            labels, refund, again = self._kept(Labels.joined(parts), i, width)
+            if self.work > budget:
+                self.whole = False
+                return None
+            labels, refund, again = self._kept(Labels.joined(parts), i)
             if not len(labels.device):
                 continue
             self.reached = i
@@ -65,7 +76,7 @@ class Sweep:
             self._starts.append(self._starts[-1] + len(labels.device))
         return None
 
-    def _kept(self, labels: Labels, i: int, width: int) -> tuple[Labels, Floats, Floats]:
+    def _kept(self, labels: Labels, i: int) -> tuple[Labels, Floats, Floats]:
         """Those within the goal that no other makes needless, `width` at most, and what each may get back."""
         held, end = self._held, int(self._held.runs.last[i])
         self.work += 30 * labels.left.size
@@ -83,12 +94,12 @@ class Sweep:
             if held.runs.priced[i] >= 0:
                 again += (holds > 0) @ self._found.again[held.runs.priced[i]]
         value = labels.cost + self._found.leave[labels.device, i] - refund - again
-        rows = np.flatnonzero(good & (value <= self._goal))
+        rows = np.flatnonzero(good & (value <= self._goal) & np.isfinite(value))
         if len(rows):
             rows = rows[self._alike.cheapest(labels.at(rows))]
-        if len(rows) > width:
+        if len(rows) > self._width:
             self.whole = False
-            rows = rows[np.argpartition(value[rows], width)[:width]]
+            rows = rows[np.argpartition(value[rows], self._width)[: self._width]]
         return labels.at(rows), refund[rows], again[rows]
 
     def _go_on(self, labels: Labels, i: int, refund: Floats, again: Floats) -> None:
@@ -144,7 +155,15 @@ class Sweep:
                 been = np.zeros_like(used)
             ready[each, devices] = runs.relay[end, devices] & (end > max(start, first))
             parent = self._starts[-1] + rows if start else rows - 1
-            self._waiting.setdefault(end, []).append(Labels(devices, left, used, been, ready, value[keep], parent))
+            self._wait(end, Labels(devices, left, used, been, ready, value[keep], parent))
+
+    def _wait(self, end: int, labels: Labels) -> None:
+        parts = self._waiting.setdefault(end, [])
+        parts.append(labels)
+        self._crowd[end] += len(labels.device)
+        if self._crowd[end] > CROWD * self._width:
+            parts[:] = [self._kept(Labels.joined(parts), end)[0]]
+            self._crowd[end] = len(parts[0].device)
 
     def _way(self, row: int) -> Way:
         way: Way = []
