@@ -14,9 +14,10 @@ run: $(VENV)/run.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
 
-# Everything at full size: all fuzz inputs, all cuts, the namespace laboratory.
+# Everything at full size: all fuzz inputs, all cuts, the namespace laboratory. The last output is kept in docs/lab.txt.
+lab: SHELL := /bin/bash
 lab: $(VENV)/dev.stamp
-	PEERLLM_FULL=1 PEERLLM_FUZZ_INPUTS=60000 $(BIN)/python -m pytest
+	set -o pipefail; PEERLLM_FULL=1 PEERLLM_FUZZ_INPUTS=60000 $(BIN)/python -m pytest -o console_output_style=count 2>&1 | tee docs/lab.txt
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check peerllm tests benchmarks

@@ -33,12 +33,14 @@ PROMPT, OUTPUT = 32, 64
 
 
 @contextmanager
-def pinned(root: Path, cores: Mapping[str, int], memory: Mapping[str, str]) -> Iterator[list[Device]]:
+def pinned(
+    root: Path, cores: Mapping[str, int], memory: Mapping[str, str], mbps: int = MBPS
+) -> Iterator[list[Device]]:
     """Devices by name and core; the second is in the first one's household."""
     require_lab()
     with Lab(len(cores)) as lab:
         for host in range(len(cores)):
-            lab.limit(host, MBPS)
+            lab.limit(host, mbps)
         made = [
             Device(root / name, name, memory=memory.get(name, "8GB"), port=8643, api=API, prefix=lab.argv(host, [], at))
             for host, (name, at) in enumerate(cores.items())

@@ -1,4 +1,4 @@
-"""`peerllm invite`, `peerllm join`, and leaving again."""
+"""`peerllm invite`, `peerllm join`, leaving again, and putting out a device that was lost."""
 
 from __future__ import annotations
 
@@ -34,3 +34,8 @@ def join(args: argparse.Namespace) -> None:
 def leave(args: argparse.Namespace) -> None:
     LocalDevice(args.data).post("/peerllm/v1/leave", {})
     print("Left the household.")
+
+
+def remove(args: argparse.Namespace) -> None:
+    LocalDevice(args.data).post("/peerllm/v1/remove", {"device": args.device})
+    print(f"{printable(args.device)} is no longer of this household; its links are cut. It comes back by pairing only.")

@@ -184,7 +184,9 @@ def _pairing(command: _Command) -> None:
     join.add_argument("code", metavar="CODE")
     join.add_argument("--at", type=address, metavar="HOST:PORT", help="the inviter's pairing port, if it is not found")
     leave = command("leave", "Leave the household; this device stays, alone.")
-    for name, parser in (("invite", invite), ("join", join), ("leave", leave)):
+    remove = command("remove", "Put a device out of the household, such as one that was lost or sold.")
+    remove.add_argument("device", metavar="DEVICE", help="its name or id, as `peerllm devices` shows them")
+    for name, parser in (("invite", invite), ("join", join), ("leave", leave), ("remove", remove)):
         parser.set_defaults(module="pairing", function=name)
 
 
@@ -249,6 +251,8 @@ def _looking(command: _Command) -> None:
         help=f"how long, at most {MAX_RECORD_S} (default 5; Ctrl-C ends it sooner)",
     )
     trace.add_argument("--out", type=Path, default=Path("trace.json"), metavar="FILE", help="default trace.json")
+    trace.add_argument("--read", type=Path, metavar="FILE", help="record nothing: tell of a trace recorded before")
+    trace.add_argument("--plot", type=Path, metavar="FILE", help="draw computing and sending (.svg or .png)")
     trace.add_argument("--json", action="store_true", help="what was written, in figures")
 
 

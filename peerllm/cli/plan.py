@@ -143,7 +143,7 @@ def as_cut(found: Answer, most: int) -> Answer:
 
 def is_scenario(argument: str) -> bool:
     """Whether an argument means a scenario file rather than a model."""
-    return argument == STDIN or argument.endswith(".json") or Path(argument).exists()
+    return argument == STDIN or argument.endswith(".json") or (Path(argument).exists() and not Path(argument).is_dir())
 
 
 def read(name: str) -> Scenario:

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peerllm.cli import timeline
 from peerllm.cli.device import LocalDevice
+from peerllm.cli.gantt import SUFFIXES, require
 from peerllm.cli.served import served_here
 from peerllm.cli.terminal import printable, table
 from peerllm.errors import BadInputError
@@ -21,6 +23,24 @@ Span = tuple[float, float]  # start and end, in microseconds
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.plot:
+        if args.plot.suffix.lower() not in SUFFIXES:
+            raise BadInputError(f"{args.plot} must end in {' or '.join(SUFFIXES)}")
+        require()
+    out: Path = args.read or args.out
+    found = _read(out) if args.read else _recorded(args)
+    try:
+        said = json.dumps({"file": str(out), **figures(found)}) if args.json else text(out, found)
+        if args.plot:
+            timeline.draw(found, args.plot)
+    except BadInputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise BadInputError(f"{out} is no trace of peerllm's") from error
+    print(said)
+
+
+def _recorded(args: argparse.Namespace) -> Mapping[str, Any]:
     device = LocalDevice(args.data)
     model = served_here(device, args.model)
     with recording(device, model, args.out) as found:
@@ -28,10 +48,20 @@ def run(args: argparse.Namespace) -> None:
             print(f"recording {printable(model)} for {args.seconds:g} s", file=sys.stderr)
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(args.seconds)
-    if args.json:
-        print(json.dumps({"file": str(args.out), **figures(found)}))
-    else:
-        print(text(args.out, found))
+    return found
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """BadInputError if it is none."""
+    try:
+        found = json.loads(file.read_bytes())
+    except OSError as error:
+        raise BadInputError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise BadInputError(f"{file} is no trace: {error}") from error
+    if not isinstance(found, dict):
+        raise BadInputError(f"{file} is no trace of peerllm's")
+    return found
 
 
 @contextlib.contextmanager
@@ -86,6 +116,8 @@ def figures(trace: Mapping[str, Any]) -> dict[str, Any]:
             "idle": _share(_within(idle, passes), length),
             "sending": _share(sending, length),
             "sending_while_computing": shared(computing, sending) / (_total(sending) or 1.0),
+            "on_the_way": _share(ways := _united(_ways(events, pid)), length),
+            "on_the_way_while_computing": shared(computing, ways) / (_total(ways) or 1.0),
             **about["devices"][name],
         })  # fmt: skip
     return {
@@ -95,6 +127,29 @@ def figures(trace: Mapping[str, Any]) -> dict[str, Any]:
         "devices": devices,
         "missing": about["missing"],
     }
+
+
+def _ways(events: Sequence[Mapping[str, Any]], pid: int) -> list[Span]:
+    """Of the frames that a device sent: from their sending to their arrival."""
+    begun, found = {}, []
+    for one in events:
+        if one["pid"] == pid and one["name"].startswith("hop to "):
+            if one["ph"] == "b":
+                begun[one["id"]] = one["ts"]
+            elif one["ph"] == "e" and one["id"] in begun:
+                found.append((begun.pop(one["id"]), one["ts"]))
+    return found
+
+
+def _united(spans: Sequence[Span]) -> list[Span]:
+    """The time that any of them covers."""
+    united: list[Span] = []
+    for start, end in sorted(spans):
+        if united and start <= united[-1][1]:
+            united[-1] = united[-1][0], max(end, united[-1][1])
+        else:
+            united.append((start, end))
+    return united
 
 
 def shared(one: Sequence[Span], other: Sequence[Span]) -> float:
@@ -129,9 +184,9 @@ def _share(spans: Sequence[Span], length: float) -> float:
 
 def text(out: Path, trace: Mapping[str, Any]) -> str:
     found = figures(trace)
-    rows = [("DEVICE", "PASSES", "COMPUTING", "IDLE", "SENDING", "OF IT WHILE COMPUTING", "CLOCK")]
+    rows = [("DEVICE", "PASSES", "COMPUTING", "IDLE", "ON THE WAY FROM IT", "OF THAT WHILE COMPUTING", "CLOCK")]
     for one in found["devices"]:
-        shares = (f"{one[key]:.0%}" for key in ("computing", "idle", "sending", "sending_while_computing"))
+        shares = (f"{one[key]:.0%}" for key in ("computing", "idle", "on_the_way", "on_the_way_while_computing"))
         rows.append((one["device"], str(one["passes"]), *shares, f"± {one['uncertainty_us'] / 1000:.3g} ms"))
     lines = [table(rows)]
     lines += [f"{name} tells nothing: {reason}" for name, reason in found["missing"].items()]

@@ -2,7 +2,7 @@
 
 A prompt that goes on with what an earlier sequence left in an idle slot (`IdleSlots`) is fed from there on.
 
-Pure: tokens come in, `Feed` and `Tokens` go out. Prompts are fed in chunks, round robin, with at most
+Pure: tokens come in, `Feed` and `Tokens` go out. Prompts are fed in chunks, clients in turn, with at most
 CHUNKS_PER_STAGE_IN_FLIGHT × stages of the largest chunks' worth of tokens under way, which bounds what may wait on any
 stage; of one prompt as many chunks, so that a long one in small chunks keeps no other waiting.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from peerllm.engine.base import Reach
 from peerllm.engine.idle import IdleSlots, Remains
 from peerllm.engine.messages import FinishReason, Submit, Tokens
+from peerllm.engine.prompt_turns import PromptTurns
 from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.types import Cuts, DeploymentId, Sampling, chunk_of
 
@@ -86,7 +87,7 @@ class Sequences:
         self._most_chunks = CHUNKS_PER_STAGE_IN_FLIGHT * stages  # of one prompt under way
         self._running: dict[int, _Running] = {}
         self._idle = IdleSlots(slots, reach)
-        self._prompts: deque[int] = deque()  # sequences with prompt tokens still to feed, next turn first
+        self._prompts = PromptTurns()
         self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
         self._draining: dict[int, int] = {}  # of those, by ended sequence, until its RELEASE has gone round
 
@@ -141,33 +142,30 @@ class Sequences:
             fed=choice.position,
             back=choice.position,
         )
-        self._prompts.append(order.sequence)
+        self._prompts.add(order.client, order.sequence)
         return choice.slot
 
     def feed(self, most: int | None = None) -> list[Feed]:
         """The prompt chunks that may go into stage 0 now, `most` of them at most."""
         feeds: list[Feed] = []
-        passed = 0  # in a row, that have enough under way
-        while passed < len(self._prompts) and (most is None or len(feeds) < most):
-            sequence = self._prompts[0]
+        while most is None or len(feeds) < most:
+            sequence = self._prompts.next(self._has_room)
+            if sequence is None:
+                break
             running = self._running[sequence]
-            if len(running.in_flight) >= self._most_chunks:
-                self._prompts.rotate(-1)
-                passed += 1
-                continue
             length = chunk_length(len(running.prompt) - running.fed, running.chunk)
             if self._under_way + length > self._window:
                 break
-            passed = 0
-            self._prompts.popleft()
             position, running.fed = running.fed, running.fed + length
             running.in_flight.append(length)
             self._under_way += length
             last = running.fed == len(running.prompt)
             feeds.append(Feed(sequence, running.slot, position, running.prompt[position : running.fed], sample=last))
-            if not last:
-                self._prompts.append(sequence)
+            self._prompts.served(running.client, sequence, more=not last)
         return feeds
+
+    def _has_room(self, sequence: int) -> bool:
+        return len(self._running[sequence].in_flight) < self._most_chunks
 
     def came_back(
         self, sequence: int, position: int, length: int, token: int | None
@@ -211,8 +209,7 @@ class Sequences:
         if running is None:
             return None
         self._draining[sequence] = sum(running.in_flight)
-        if sequence in self._prompts:
-            self._prompts.remove(sequence)
+        self._prompts.remove(running.client, sequence)
         if finish != "error":
             ids = (*running.prompt, *running.said)[: running.back]
             furthest = max(running.furthest, running.fed)

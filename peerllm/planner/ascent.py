@@ -11,15 +11,17 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from peerllm.planner.relaxation import Floats
+from peerllm.planner.problem import Floats
 
 AIM = 0.05  # relative gain that the first step is laid out for
 TOLERANCE = 2e-4  # relative; less to be gained, by the model, is nothing
 SERIOUS = 0.1  # share of the gain promised by the model that makes new prices the best ones
 GOOD = 0.5  # share that makes the next step longer
 LONGER, SHORTER = 2.0, 0.7
+PROBES, FURTHER = 4, 4.0  # the patient look further where nothing is to be gained near by
 PLANES = 60  # of the model, at most
-ROUNDS = 120  # of the search for the best mix of planes
+ROUNDS = {True: 400, False: 80}  # of the search for the best mix of planes; patient or not
+CLOSE = 1e-2  # of the tolerance: how well the mix is found
 NOTHING = 1e-12
 
 
@@ -37,8 +39,12 @@ Judged = tuple[Floats, bool]  # how far each priced limit is broken; whether wha
 class Ascent(Generic[Found]):
     """`solve` gives the bound under prices, `judge` how far its optimum breaks each limit and whether it will do."""
 
-    def __init__(self, solve: Callable[[Floats], Found], judge: Callable[[Found], Judged]) -> None:
+    def __init__(
+        self, solve: Callable[[Floats], Found], judge: Callable[[Found], Judged], *, patient: bool = False
+    ) -> None:
+        """`patient`: to the top, where there are many prices and what follows is dear."""
         self._solve, self._judge = solve, judge
+        self._rounds, self._probes = ROUNDS[patient], PROBES if patient else 0
 
     def climb(self, price: Floats, goal: float, steps: int) -> tuple[Found, bool, int]:
         """The best bound met; whether the last optimum will do; the passes it took. Ends when `goal` is passed."""
@@ -52,10 +58,14 @@ class Ascent(Generic[Found]):
         reach = AIM * abs(best.value) / max(float(slope @ slope), NOTHING)
         step = 1
         for step in range(2, steps + 1):
-            direction = model.direction(price, reach, TOLERANCE * abs(best.value))
-            ahead = np.maximum(0.0, price + reach * direction)
-            promised = model.gain(ahead - price)
-            if promised < TOLERANCE * abs(best.value):
+            least = TOLERANCE * abs(best.value)
+            ahead, promised = model.ahead(price, reach, least, self._rounds)
+            for _ in range(self._probes):
+                if promised >= least:
+                    break
+                reach *= FURTHER
+                ahead, promised = model.ahead(price, reach, least, self._rounds)
+            if promised < least:
                 break
             found = self._solve(ahead)
             if not found.value <= goal:
@@ -82,34 +92,27 @@ class _Model:
     def __init__(self, slope: Floats) -> None:
         self._slopes, self._over, self._mix = slope[None], np.zeros(1), np.ones(1)
 
-    def gain(self, move: Floats) -> float:
-        """What the model promises for a move from the best prices."""
-        return float((self._over + self._slopes @ move).min())
+    def ahead(self, price: Floats, reach: float, tolerance: float, rounds: int) -> tuple[Floats, float]:
+        """The prices, none negative, where the model, less the square of the move over 2·reach, is highest; its gain.
 
-    def direction(self, price: Floats, reach: float, tolerance: float) -> Floats:
-        """The mix of slopes to follow `reach` far (pairwise Frank-Wolfe on its weights); prices stay positive."""
-        free = np.ones(len(price), dtype=bool)
-        for _ in range(2):
-            slopes = self._slopes[:, free]
-            products = reach * (slopes @ slopes.T)
-            gradient = products @ self._mix + self._over
-            for _ in range(ROUNDS):
-                to = int(gradient.argmin())
-                off = int(np.where(self._mix > NOTHING, gradient, -np.inf).argmax())
-                gap = float(gradient[off] - gradient[to])
-                if gap < 1e-3 * tolerance:
-                    break
-                bend = float(products[to, to] + products[off, off] - 2 * products[to, off])
-                share = min(float(self._mix[off]), gap / bend if bend > 0 else np.inf)
-                self._mix[to] += share
-                self._mix[off] -= share
-                gradient += share * (products[:, to] - products[:, off])
-            mixed: Floats = self._mix @ self._slopes
-            able = (price > 0) | (mixed > 0)
-            if (able == free).all():
+        From `price` a mix of slopes is followed `reach` far; the mix is found by pairwise Frank-Wolfe steps.
+        """
+        ahead = np.maximum(0.0, price + reach * (self._mix @ self._slopes))
+        for _ in range(rounds):
+            values = self._over + self._slopes @ (ahead - price)
+            to = int(values.argmin())
+            off = int(np.where(self._mix > NOTHING, values, -np.inf).argmax())
+            gap = float(values[off] - values[to])
+            if gap < CLOSE * tolerance:
                 break
-            free = able
-        return mixed
+            way = self._slopes[to] - self._slopes[off]
+            moving = way[(ahead > 0) | (way > 0)]
+            bend = reach * float(moving @ moving)
+            share = min(float(self._mix[off]), gap / bend if bend > 0 else np.inf)
+            self._mix[to] += share
+            self._mix[off] -= share
+            ahead = np.maximum(0.0, price + reach * (self._mix @ self._slopes))
+        return ahead, float((self._over + self._slopes @ (ahead - price)).min())
 
     def move(self, by: Floats, gained: float) -> None:
         """The best prices are elsewhere."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from peerllm.planner.cost import SOURCE_LAYERS, Links, layer_bytes, layer_ms, merged, predict, through
 from peerllm.planner.infeasible import explained
-from peerllm.planner.relaxation import Floats, Ints, Problem
+from peerllm.planner.problem import Floats, Ints, Problem
 from peerllm.planner.search import cheapest
 from peerllm.types import DeviceId, DeviceProfile, Layer, ModelProfile, Plan, Workload
 

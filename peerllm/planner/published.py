@@ -15,7 +15,7 @@ from peerllm.errors import InfeasibleError
 from peerllm.planner.cost import SOURCE_LAYERS, Links, hop_ms, layer_bytes, layer_ms, merged
 from peerllm.planner.fields import ScenarioError
 from peerllm.planner.latency import problem_of
-from peerllm.planner.relaxation import Floats, Ints
+from peerllm.planner.problem import Floats, Ints
 from peerllm.planner.ring.classes import classes
 from peerllm.types import DeviceId, DeviceProfile, ModelProfile, Stage, Workload
 

@@ -1,31 +1,26 @@
 """Lower bounds for the latency search: memory limits become prices (Lagrangian relaxation).
 
-A way is a chain of visits. Priced are every byte of a device and every long visit, one that takes more than half of the
-device's room, of which there can be only one; and every visit is let off a toll, because who leaves a device alone is
-given back the price of its room less one toll. No single visit may exceed the room.
+A way is a chain of visits. Priced are, of every device, the share of its room that visits take, and that share rounded:
+counted in whole m-th parts, all visits together take m - 1 at most (Chvátal's rounding; for m = 2: one visit takes more
+than half). Every visit is let off a toll, because who leaves a device alone is given back the price of its room less
+one toll. Within a run of layers alike a device is visited once: each visit there has its price, and hops are as short
+as any relays could make them. No single visit may exceed the room.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from peerllm.planner.problem import Floats, Ints, Problem, Way
+from peerllm.planner.runs import Runs
 
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Device 0 is where the way starts and ends. Infinite cost means that a layer may not lie there."""
-
-    cost: Floats  # [layers, devices]
-    hop: Floats  # [layers, devices, devices]: from layer i on k to the next layer on j
-    back: Floats  # [devices]: from the last layer to the start
-    memory: Ints  # [layers, devices]
-    room: Ints  # [devices]
+PARTS = range(2, 17)  # m
+_CUTS = sorted({Fraction(k, m) for m in PARTS for k in range(m)})
+CUTS: Floats = np.array([float(cut) for cut in _CUTS])  # shares at which one of the roundings steps up
+ROUNDED: Floats = np.array([[cut * m // 1 / (m - 1) for cut in _CUTS] for m in PARTS])  # [parts, cuts]: from there on
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +31,23 @@ class Visits:
     cost: Floats  # [devices, layers + 1] prefix; a layer that may not lie there counts nothing, `far` ends before it
     memory: Ints  # [devices, layers + 1] prefix
     far: Ints  # [devices, layers]: the last layer that one visit starting at i can hold (i - 1: none)
-    long: Ints  # [devices, layers]: the first end with which that visit is a long one
-    hop: Floats  # [layers, devices, devices]: infinite to the device itself: staying is no hop
-    room: Ints  # [devices]: no more than the whole model would take
-    after: Ints  # [layers, devices]: memory of all layers behind this one
-    width: int  # layers of the longest visit
+    runs: Runs
+    entered: Ints  # [priced runs]: the first layer of each
+    unit: Floats  # [devices]: bytes of which shares are counted, one more than the room
+    most: Floats  # [devices]: the share that may be taken
+    # Of the visit from each layer on that has so many more behind it:
+    whole: Floats  # [devices, layers, more]: cost, infinite where it cannot be
+    share: Floats  # [devices, layers, more]
+    step: Ints  # [devices, layers, more]: the last of CUTS that the share reaches
+    enters: Floats  # [priced runs, layers, more]: 1 if some of it lies in the run
+
+    @property
+    def prices(self) -> tuple[int, int]:
+        """How many there are: (kinds, devices)."""
+        return len(PARTS) + 2 + len(self.entered), len(self.unit)
 
 
-def visits_of(problem: Problem) -> Visits:
+def visits_of(problem: Problem, runs: Runs) -> Visits:
     layers, devices = problem.cost.shape
     finite = np.isfinite(problem.cost)
     cost = np.zeros((devices, layers + 1))
@@ -53,114 +57,124 @@ def visits_of(problem: Problem) -> Visits:
     allowed = np.full((layers + 1, devices), layers - 1, dtype=np.int64)
     for i in range(layers - 1, -1, -1):
         allowed[i] = np.where(finite[i], allowed[i + 1], i - 1)
-    far, long = np.empty((2, devices, layers), dtype=np.int64)
+    far = np.empty((devices, layers), dtype=np.int64)
     for j in range(devices):
-        start = memory[j, :layers]
-        far[j] = np.searchsorted(memory[j], start + problem.room[j], side="right") - 2
-        long[j] = np.searchsorted(memory[j], start + problem.room[j] // 2, side="right") - 1
-    far = np.maximum(np.minimum(far, allowed[:layers].T), np.arange(layers) - 1)
-    hop = problem.hop + np.where(np.eye(devices, dtype=bool), np.inf, 0.0)
-    total = memory[:, -1]
-    after = total - memory[:, 1:].T
-    width = max(1, int((far - np.arange(layers)).max()) + 1)
-    return Visits(problem, cost, memory, far, long, hop, np.minimum(problem.room, total), after, width)
+        far[j] = np.searchsorted(memory[j], memory[j, :layers] + problem.room[j], side="right") - 2
+    start = np.arange(layers)[:, None]
+    far = np.maximum(np.minimum(far, allowed[:layers].T), start.T - 1)
+    end = start + np.arange(max(1, int((far - start.T).max()) + 1))
+    open_, end = end <= far[:, :, None], np.minimum(end, layers - 1)
+    unit = np.maximum(problem.room + 1.0, 1.0)
+    share = np.where(open_, memory[:, end + 1] - memory[:, start], 0) / unit[:, None, None]
+    whole = np.where(open_, cost[:, end + 1] - cost[:, start], np.inf)
+    most = np.minimum(problem.room, memory[:, -1]).clip(0) / unit
+    entered = np.flatnonzero((runs.priced >= 0) & (runs.first == start[:, 0]))
+    enters = (end >= entered[:, None, None]) & (start <= runs.last[entered][:, None, None])
+    return Visits(
+        problem, cost, memory, far, runs, entered, unit, most, whole, share, step_of(share), enters.astype(float)
+    )
+
+
+def step_of(share: Floats) -> Ints:
+    """The last of CUTS that each share reaches."""
+    step: Ints = np.searchsorted(CUTS, share, side="right") - 1
+    return step
 
 
 @dataclass(frozen=True, slots=True)
 class Relaxed:
-    """Under prices; costs are infinite where no way leads on."""
+    """Under prices, none of them negative; costs are infinite where no way leads on."""
 
-    byte: Floats  # [devices]: price of a byte
-    long: Floats  # [devices]: price of a long visit
+    price: Floats  # [kinds, devices]
+    share: Floats  # [devices]: price of the whole of `Visits.unit`
+    steps: Floats  # [devices, cuts]: of the rounded shares, from each of CUTS on
     toll: Floats  # [devices]: what each visit is let off
-    visit: Floats  # [layers + 1, devices]: from starting a visit at layer i until home, prices included
+    again: Floats  # [priced runs, devices]: of a visit to the run, which everyone is given back once
+    charged: Floats  # [devices, layers, more]: what visits cost
+    visit: Floats  # [layers + 1, devices]: from starting a visit at layer i until home
     leave: Floats  # [devices, layers]: from leaving a device after layer i until home
     value: float  # the bound on any way
 
-    def refund(self, useful: Ints, room: Ints) -> Floats:
-        """[labels]: the most that visits within `useful` bytes [labels, devices] of each device could be charged.
+    def refund(self, share: Floats) -> Floats:
+        """[labels]: the most that visits within a `share` [labels, devices] of each device could be charged.
 
-        Of any number of visits at least one pays its toll back: sum(byte·x + long - toll) <= byte·useful + long - toll.
+        Of any number of visits at least one pays its toll back. Visits to runs come on top.
         """
-        charged = useful * self.byte + np.where(2 * useful > room, self.long, 0.0) - self.toll
-        total: Floats = np.maximum(charged, 0.0).sum(axis=-1)
-        return total
+        return self.refunds(share, np.arange(len(self.share))).sum(axis=-1)  # type: ignore[no-any-return]
+
+    def refunds(self, share: Floats, device: Ints) -> Floats:
+        """The same of single devices."""
+        most: Floats = share * self.share[device] + self.steps[device, step_of(share)] - self.toll[device]
+        return np.maximum(most, 0.0)
 
 
-def relaxed(held: Visits, byte: Floats, long: Floats, toll: Floats) -> Relaxed:
-    """The bound under these prices, by dynamic programming from the last layer back."""
-    devices, layers = held.far.shape
-    prefix = held.cost + held.memory * byte[:, None]
+def relaxed(held: Visits, price: Floats) -> Relaxed:
+    """The bound under these prices [kinds, devices], by dynamic programming from the last layer back."""
+    devices, layers, width = held.whole.shape
+    share, parts, toll, again = price[0], price[1 : 1 + len(PARTS)], price[1 + len(PARTS)], price[2 + len(PARTS) :]
+    steps = parts.T @ ROUNDED
+    charged = held.whole + share[:, None, None] * held.share - toll[:, None, None]
+    charged += steps[np.arange(devices)[:, None, None], held.step]
+    for each, enters in zip(again, held.enters, strict=True):
+        charged += each[:, None, None] * enters
     visit = np.full((layers + 1, devices), np.inf)
     leave = np.full((devices, layers), np.inf)
-    ending = np.full((devices, layers), np.inf)  # prefix up to and with a layer, plus what follows
     leave[:, -1] = held.problem.back
-    ends = np.arange(layers)
     for i in range(layers - 1, -1, -1):
         if i < layers - 1:
-            leave[:, i] = (held.hop[i] + visit[i + 1]).min(axis=1)
-        ending[:, i] = prefix[:, i + 1] + leave[:, i]
-        until = ends[i : i + held.width]
-        window = np.where(until <= held.far[:, i, None], ending[:, i : i + held.width], np.inf)
-        window += np.where(until >= held.long[:, i, None], long[:, None], 0.0)
-        visit[i] = window.min(axis=1) - prefix[:, i] - toll
-    found = Relaxed(byte, long, toll, visit, leave, 0.0)
-    return replace(found, value=float(visit[0, 0] - found.refund(held.room, held.problem.room)))
+            leave[:, i] = (held.runs.hop[i] + visit[i + 1]).min(axis=1)
+        ahead = leave[:, i : i + width]
+        visit[i] = (charged[:, i, : ahead.shape[1]] + ahead).min(axis=1)
+    found = Relaxed(price, share, steps, toll, again, charged, visit, leave, 0.0)
+    return replace(found, value=float(visit[0, 0] - found.refund(held.most) - again.sum()))
 
 
-def relaxed_way(held: Visits, found: Relaxed) -> list[tuple[int, int]]:
+def relaxed_way(held: Visits, found: Relaxed) -> Way:
     """A cheapest relaxed way as (device, last layer) of each visit; call only where `value` is finite."""
-    layers = held.far.shape[1]
-    way: list[tuple[int, int]] = []
+    layers, width = found.charged.shape[1:]
+    way: Way = []
     device, start = 0, 0
     while True:
-        stop = held.far[device, start] + 1
-        cost = held.cost[device, start + 1 : stop + 1] + held.memory[device, start + 1 : stop + 1] * found.byte[device]
-        cost = cost + found.leave[device, start:stop]
-        cost[max(0, held.long[device, start] - start) :] += found.long[device]
-        end = start + int(cost.argmin())
+        ahead = found.leave[device, start : start + width]
+        end = start + int((found.charged[device, start, : len(ahead)] + ahead).argmin())
         way.append((device, end))
         if end == layers - 1:
             return way
         start = end + 1
-        device = int((held.hop[end, device] + found.visit[start]).argmin())
+        device = int((held.runs.hop[end, device] + found.visit[start]).argmin())
 
 
-def usage(held: Visits, way: list[tuple[int, int]]) -> tuple[Floats, Floats, Floats]:
-    """(bytes, long visits, visits) of each device."""
-    used, long, count = np.zeros((3, len(held.room)))
+def broken(held: Visits, found: Relaxed, way: Way) -> tuple[Floats, bool]:
+    """[kinds, devices]: how far `way` goes beyond what its prices stand for; whether it keeps to all rooms."""
+    use, used = np.zeros(held.prices), np.zeros(len(held.unit), dtype=np.int64)
     start = 0
     for device, end in way:
+        at = device, start, end - start
         used[device] += held.memory[device, end + 1] - held.memory[device, start]
-        long[device] += end >= held.long[device, start]
-        count[device] += 1
+        use[0, device] += held.share[at]
+        use[1 : 1 + len(PARTS), device] += ROUNDED[:, held.step[at]]
+        use[1 + len(PARTS), device] -= 1
+        use[2 + len(PARTS) :, device] += held.enters[:, start, end - start]
         start = end + 1
-    return used, long, count
-
-
-def way_cost(problem: Problem, homes: tuple[int, ...]) -> float:
-    """What a full assignment costs, limits aside."""
-    total = float(problem.back[homes[-1]]) + sum(float(problem.cost[i, j]) for i, j in enumerate(homes))
-    return total + sum(float(problem.hop[i, a, b]) for i, (a, b) in enumerate(pairwise(homes)))
-
-
-def spread(way: list[tuple[int, int]]) -> tuple[int, ...]:
-    """A device per layer."""
-    homes: list[int] = []
-    for device, end in way:
-        homes += [device] * (end + 1 - len(homes))
-    return tuple(homes)
+    given = found.refunds(held.most, np.arange(len(held.most))) > 0  # back, if the device is left alone
+    use[0] -= held.most * given
+    use[1 : 1 + len(PARTS)] -= ROUNDED[:, step_of(held.most)] * given
+    use[1 + len(PARTS)] += given
+    use[2 + len(PARTS) :] -= 1
+    return use, bool((used <= held.problem.room).all())
 
 
 def fair_price(held: Visits) -> Floats:
-    """What a byte of each device is worth if layers simply fill the fastest devices first: a start for the prices."""
+    """[kinds, devices]: what a share is worth if layers simply fill the fastest devices first: a start."""
     problem = held.problem
+    room = held.most * held.unit
     pace = held.cost[:, -1] / np.maximum(held.memory[:, -1], 1)
-    left, dearest = int(problem.memory.min(axis=1).sum()), 0.0
+    left, dearest = float(problem.memory.min(axis=1).sum()), 0.0
     for device in np.argsort(pace):
         dearest = float(pace[device])
-        left -= int(held.room[device])
+        left -= float(room[device])
         if left <= 0:
             break
-    price: Floats = np.where(held.room > 0, np.maximum(0.0, dearest - pace), 0.0)
+    price = np.zeros(held.prices)
+    price[0] = np.where(room > 0, np.maximum(0.0, dearest - pace), 0.0) * held.unit
     return price

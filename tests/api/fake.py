@@ -38,6 +38,8 @@ TRACE: dict[str, Any] = {
         {"ph": "X", "pid": 1, "tid": 1, "ts": 160, "dur": 40, "name": "idle", "args": {}},
         {"ph": "X", "pid": 2, "tid": 1, "ts": 150, "dur": 50, "name": "stage 1: step", "args": {}},
         {"ph": "X", "pid": 1, "tid": 2, "ts": 150, "dur": 40, "name": "send activation", "args": {}},
+        {"ph": "b", "pid": 1, "tid": 0, "ts": 150, "name": "hop to mini-pc", "cat": "hop", "id": "h1"},
+        {"ph": "e", "pid": 1, "tid": 0, "ts": 170, "name": "hop to mini-pc", "cat": "hop", "id": "h1"},
     ],
 }
 

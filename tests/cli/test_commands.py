@@ -91,6 +91,12 @@ def test_leave_and_stop(peerllm: Run, device: Served) -> None:
     assert device.household.calls[0] == ("leave",)
 
 
+def test_a_device_is_put_out(peerllm: Run, device: Served) -> None:
+    code, said, err = peerllm("remove", "jetson")
+    assert (code, err) == (0, "") and said.startswith("jetson is no longer of this household")
+    assert device.household.calls == [("remove", "jetson")]
+
+
 def test_status_as_json_is_the_status(peerllm: Run, device: Served) -> None:
     code, out, _ = peerllm("status", "--json")
     assert (code, json.loads(out)) == (0, device.household.status())
@@ -245,6 +251,7 @@ def test_a_conversation_remembers(peerllm: Run, device: Served, monkeypatch: pyt
         ["invite"],
         ["join", "x"],
         ["leave"],
+        ["remove", "jetson"],
         ["run", "builtin"],
         ["stop", "builtin"],
         ["status"],

@@ -67,6 +67,16 @@ def test_an_unknown_model_and_a_place_that_cannot_be_written(peerllm: Run, tmp_p
     assert "cannot be written" in err.splitlines()[-1]
 
 
+def test_a_directory_is_a_model(peerllm: Run, device: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "builtin").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert peerllm("plan", "builtin", "--json")[0] == 0, "the built-in one, whatever lies here"
+    (tmp_path / "mine").mkdir()
+    peerllm("plan", "mine", "--json")
+    asked = [options.model for call, options in device.household.calls if call == "preview"]
+    assert asked == ["builtin", str(tmp_path / "mine")]
+
+
 @pytest.fixture(autouse=True)
 def _no_need_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "WARM_S", 0.0)

@@ -176,7 +176,7 @@ def test_one_bad_file_is_one_line_on_stderr(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.startswith("peerllm: cloud is missing")
 
 
-@pytest.mark.parametrize(("name", "code"), [("no-such-model", 1), ("no-such.json", 2), (".", 2), ("a\0b", 1)])
+@pytest.mark.parametrize(("name", "code"), [("no-such-model", 1), ("no-such.json", 2), (".", 1), ("a\0b", 1)])
 def test_what_is_no_file_is_said(
     name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from peerllm.cli.parser import build_parser
+from peerllm.cli.timeline import bars
 from peerllm.cli.trace import shared
 from tests.api.fake import TRACE
 from tests.cli.test_commands import Run, Served, device, peerllm
@@ -26,7 +27,7 @@ def test_a_trace_is_written_and_told(peerllm: Run, device: Served, tmp_path: Pat
     assert records(device) == ["record", "recorded"] and device.household.calls[-1] == ("recorded", "builtin", 7)
     assert err == "recording builtin for 0.01 s\n"
     laptop = next(line for line in said.splitlines() if line.startswith("laptop "))
-    assert laptop.split()[1:6] == ["1", "60%", "40%", "40%", "25%"], said
+    assert laptop.split()[1:6] == ["1", "60%", "40%", "20%", "50%"], said
     assert "jetson tells nothing: it is gone" in said and "mini-pc: its first 12 spans are lost" in said
     code, said, err = peerllm("trace", "builtin", "--seconds", "0.01", "--out", str(out), "--json")
     found = json.loads(said)
@@ -66,6 +67,32 @@ def test_a_round_of_its_own_is_recorded(
     assert peerllm("bench", "--sequences", "1", "--trace", str(out))[0] == 0
     assert records(device)[-3:] == ["record", "bench", "recorded"] and records(device).count("record") == 1
     assert json.loads(out.read_text()) == TRACE
+
+
+def test_a_trace_is_read_and_drawn(peerllm: Run, device: Served, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file, chart = tmp_path / "trace.json", tmp_path / "chart.svg"
+    file.write_text(json.dumps(TRACE))
+    code, said, err = peerllm("trace", "--read", str(file), "--plot", str(chart), "--json")
+    assert (code, err) == (0, "") and json.loads(said)["devices"][0]["on_the_way_while_computing"] == 0.5
+    assert "<svg" in chart.read_text() and not records(device)
+    assert [(bar.row, bar.start, bar.end) for bar in bars(TRACE)] == [
+        ("laptop", pytest.approx(0.1), pytest.approx(0.16)),
+        ("laptop → mini-pc", pytest.approx(0.15), pytest.approx(0.17)),
+        ("mini-pc", pytest.approx(0.15), pytest.approx(0.2)),
+    ]
+
+
+def test_a_bad_file_is_refused_in_a_line(peerllm: Run, device: Served, tmp_path: Path) -> None:
+    file, chart = tmp_path / "trace.json", tmp_path / "chart.png"
+    for content in ("", "[]", "{}", '{"otherData": {}, "traceEvents": [{"ph": "X"}]}', "\0"):
+        file.write_text(content)
+        code, said, err = peerllm("trace", "--read", str(file), "--plot", str(chart))
+        assert (code, said, err.count("\n")) == (1, "", 1) and "no trace" in err and not chart.exists()
+    assert "cannot be read" in peerllm("trace", "--read", str(tmp_path / "none"))[2]
+    assert "must end in" in peerllm("trace", "--out", str(file), "--plot", str(tmp_path / "x.pdf"))[2]
+    file.write_text(json.dumps({**TRACE, "traceEvents": []}))
+    assert "nothing to draw" in peerllm("trace", "--read", str(file), "--plot", str(chart))[2]
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "601", "nan", "inf", "soon"])

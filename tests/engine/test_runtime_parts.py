@@ -154,9 +154,9 @@ def test_a_long_prompt_in_small_chunks_leaves_room_for_others() -> None:
     assert [(feed.sequence, len(feed.ids)) for feed in sequences.feed()] == [(2, 8), (3, 4), (3, 4)]
     assert sequences.feed() == [], "the window is full"
     sequences.came_back(1, 0, 4, None)
-    assert [(feed.sequence, feed.position) for feed in sequences.feed()] == [(3, 8)], "whose turn it is"
+    assert [(feed.sequence, feed.position) for feed in sequences.feed()] == [(1, 16)], "it kept its turn"
     sequences.came_back(1, 4, 4, None)
-    assert [(feed.sequence, feed.position) for feed in sequences.feed()] == [(1, 16)]
+    assert [(feed.sequence, feed.position) for feed in sequences.feed()] == [(3, 8)]
 
 
 @pytest.mark.parametrize(

@@ -138,11 +138,14 @@ def _links(r: random.Random, names: list[str], alike: bool) -> dict[tuple[Device
     return links
 
 
-def hub_household(seed: int) -> Instance:
-    """Like blocks, short ways over one or two devices, long ones between the others: it pays to visit twice."""
+def hub_household(seed: int, heavy: int = 0) -> Instance:
+    """Like blocks, short ways over one or two devices, long ones between the others: it pays to visit twice.
+
+    The last `heavy` blocks weigh a half more.
+    """
     r = random.Random(f"hub {seed}")
     layers, count = 5 + seed % 4, 3 + seed // 4 % 2
-    blocks = (Layer(f"b{i}", "block", 10, 0, 4096) for i in range(layers - 2))
+    blocks = (Layer(f"b{i}", "block", 15 if i >= layers - 2 - heavy else 10, 0, 4096) for i in range(layers - 2))
     model = ModelProfile("hub", (Layer("e", "embedding", 1, 0, 4096), *blocks, Layer("h", "head", 5, 0, 4)))
     names = [f"d{i}" for i in range(count)]
     hubs = set(r.sample(names, r.choice([1, 1, 2])))

@@ -10,7 +10,8 @@ import pytest
 
 from peerllm.errors import InfeasibleError
 from peerllm.planner import search
-from peerllm.planner.latency import plan_latency
+from peerllm.planner.latency import plan_latency, problem_of
+from peerllm.planner.runs import runs_of
 from peerllm.planner.walk import contest
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Workload
 from tests.planner.brute import assignments, fits, homes_of, least_request_ms, request_ms, requests_ms
@@ -51,6 +52,29 @@ def test_agrees_with_brute_force_where_second_visits_pay(block):
         feasible += agrees(seed, i)
         again += revisits(i)
     assert feasible > 150 and again > 8
+
+
+@pytest.mark.parametrize("block", range(10) if os.environ.get("PEERLLM_FULL") == "1" else [1])
+def test_agrees_with_brute_force_where_second_visits_pay_and_blocks_are_of_two_kinds(block):
+    again = feasible = 0
+    for seed in range(block * 40, (block + 1) * 40):
+        i = hub_household(seed, heavy=2 + seed // 8 % 2)
+        feasible += agrees(seed, i)
+        again += revisits(i)
+    assert feasible > 20 and again
+
+
+def test_both_searches_agree_where_second_visits_pay():
+    """What `walk` finds for like blocks is found by the search for any layers, whose relays are others."""
+    relays = 0
+    for seed in range(80):
+        i = hub_household(seed)
+        order = (i.source, *sorted(set(i.devices) - {i.source}))
+        problem = problem_of(i.model, i.devices, i.links, order, workload=i.workload, working=i.working)
+        one, other = search.cheapest(problem), search.among_all(problem)
+        assert one.cost == pytest.approx(other.cost, rel=1e-9) and one.proven and other.proven, f"seed {seed}"
+        relays += len(one.homes) > 0 and runs_of(problem).relay.any()
+    assert relays > 20
 
 
 def revisits(i: Instance) -> bool:

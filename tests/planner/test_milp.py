@@ -1,6 +1,6 @@
 """The latency plan against a mixed-integer program: 34 layers, six devices, no two alike, hardly any room to spare.
 
-HiGHS takes a second for the instances of QUICK and up to half a minute for others; PEERLLM_FULL=1 takes all of them.
+HiGHS takes a second for most instances of QUICK and up to half a minute for others; PEERLLM_FULL=1 takes all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.planner.instances import full_household, instance
 from tests.planner.milp import least_request_ms
 
 INSTANCES = 50
-QUICK = (1, 2, 4, 7, 11, 13, 14, 18, 20, 23, 28, 39)
+QUICK = (1, 2, 4, 7, 11, 13, 14, 18, 20, 23, 28, 33, 39, 49)  # 33 and 49: the planner's hard ones
 FULL = os.environ.get("PEERLLM_FULL") == "1"
 WITHIN = 1e-8  # relative; HiGHS stops at a gap of 1e-9
 
@@ -34,7 +34,7 @@ def test_agrees_with_the_program(seed):
     assert homes[:2] == (i.source, i.source) and fits(i.model, i.devices, homes, i.workload, {})
     assert plan.predicted.request_ms == pytest.approx(request_ms(i.model, i.devices, i.links, homes, i.workload))
     assert plan.predicted.request_ms == pytest.approx(expected, rel=WITHIN)
-    assert plan.bound <= expected * (1 + WITHIN)
+    assert plan.optimal and plan.bound == plan.predicted.request_ms
 
 
 def test_the_program_agrees_with_brute_force():

@@ -83,7 +83,7 @@ async def test_the_examples_ask(page: Browser, household: FakeHousehold) -> None
     await page.until(ANSWERED.format(1), "the answer")
 
 
-async def test_devices_and_layers_are_shown(page: Browser) -> None:
+async def test_devices_and_layers_are_shown(page: Browser, household: FakeHousehold) -> None:
     assert await page.run("return [...document.querySelectorAll('.layers div')].map((one) => one.innerText)") == [
         "0–4",
         "5–9",
@@ -92,6 +92,10 @@ async def test_devices_and_layers_are_shown(page: Browser) -> None:
     names = await page.run("return [...document.querySelectorAll('#devices .name')].map((one) => one.innerText)")
     assert names == ["laptop", "mini-pc", "jetson"]
     assert "12 MB used of 20 MB lent" in await page.text("#devices")
+    assert "int8" not in await page.text("#deployments")
+    household.deployments[0]["plan"]["activations"] = ["exact", "int8"]
+    household.touch()
+    await page.until("return document.querySelector('#deployments').innerText.includes('as int8 to jetson')", "int8")
 
 
 async def test_what_a_model_or_a_device_says_stays_text(page: Browser, household: FakeHousehold) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from peerllm.planner.relaxation import Floats, Ints
+from peerllm.planner.problem import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from peerllm.planner.cost import Links
-from peerllm.planner.relaxation import Ints
+from peerllm.planner.problem import Ints
 from peerllm.types import DeviceId, DeviceProfile
 
 

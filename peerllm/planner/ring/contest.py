@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from peerllm.planner.relaxation import Floats
+from peerllm.planner.problem import Floats
 from peerllm.planner.ring.beam import search
 from peerllm.planner.ring.chain import Chain, Limits, Way, enough, lap, limited
 from peerllm.planner.ring.dense import least_ring, states

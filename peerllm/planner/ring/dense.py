@@ -10,7 +10,7 @@ from math import prod
 
 import numpy as np
 
-from peerllm.planner.relaxation import Floats, Ints
+from peerllm.planner.problem import Floats, Ints
 from peerllm.planner.ring.chain import Limits, Visit, Way
 from peerllm.planner.ring.relaxed import Relaxed
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from peerllm.planner.relaxation import Floats, Ints
+from peerllm.planner.problem import Floats, Ints
 
 SHAKES = 160  # perturbations tried
 IN_VAIN = 60  # of them in a row without gain before it ends

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peerllm.planner.ascent import Ascent
-from peerllm.planner.relaxation import Floats
+from peerllm.planner.problem import Floats
 from peerllm.planner.ring.chain import Limits, Visit, Way
 
 STEPS = 120  # of subgradient ascent

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from peerllm.planner.cost import SOURCE_LAYERS, Links, layer_bytes, layer_ms
-from peerllm.planner.relaxation import Floats, Ints
+from peerllm.planner.problem import Floats, Ints
 from peerllm.planner.ring.chain import Chain
 from peerllm.planner.ring.classes import classes
 from peerllm.types import DeviceId, DeviceProfile, ModelProfile, Stage, Workload

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from peerllm.planner.relaxation import Floats, Ints, Problem
+from peerllm.planner.problem import Floats, Ints, Problem
 
 Flags = NDArray[np.bool_]
 

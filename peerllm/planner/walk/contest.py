@@ -20,6 +20,7 @@ EXACT = 1e-10  # relative; two ways closer than this are one
 FEW = 16  # devices up to which the search goes on until it is exact, within reason
 WIDTHS = {True: (48, 400, 4000, 40_000), False: (48, 400)}  # ways per block, for few devices and for many
 BUDGET = {True: 300_000_000, False: 80_000_000}  # array elements touched before the rest is left open
+UNMET = 0.1  # of that, while no way is met: the search for any layers finds one sooner
 STRIDE = 0.3  # of the way from the bound to the best that is tried next
 NEAR = 0.01  # relative; further from the best, bounds are raised half of the way at once: the lowest one is what counts
 CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at once
@@ -100,7 +101,7 @@ class Walks:
     @property
     def spent(self) -> bool:
         """Whether it ended for lack of budget."""
-        return self._work > BUDGET[self._few]
+        return self._work > BUDGET[self._few] * (1.0 if self.homes else UNMET)
 
     def _push(self, place: _Place) -> None:
         place.bound = max(place.bound, place.found.value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peerllm.planner.relaxation import Floats, Ints
+from peerllm.planner.problem import Floats, Ints
 from peerllm.planner.ring.chain import Chain, Limits, limited
 from peerllm.planner.ring.local import Round
 from peerllm.planner.walk.blocks import Blocks, Flags, split

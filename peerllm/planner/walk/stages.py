@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peerllm.planner.relaxation import Floats
+from peerllm.planner.problem import Floats
 from peerllm.planner.ring.chain import Way
 from peerllm.planner.walk.house import House
 
@@ -53,7 +53,7 @@ def _relay(house: House, walk: list[_Visit], onward: Floats) -> bool:
             other = best.get(visit.kind)
             if other is None or _spare(walk, place) > _spare(walk, other):
                 best[visit.kind] = place
-    for kind in _cheapest(house.hop, walk[-1].kind, list(best), onward):
+    for kind in cheapest_relays(house.hop, walk[-1].kind, list(best), onward):
         place = best[kind]
         if _spare(walk, place) < 1:
             return False
@@ -62,7 +62,7 @@ def _relay(house: House, walk: list[_Visit], onward: Floats) -> bool:
     return True
 
 
-def _cheapest(hop: Floats, start: int, relays: list[int], onward: Floats) -> list[int]:
+def cheapest_relays(hop: Floats, start: int, relays: list[int], onward: Floats) -> list[int]:
     """The relays' classes on the cheapest way from `start`, its own cost to go onward included."""
     cost: dict[int, float] = {start: 0.0}
     before: dict[int, int] = {}

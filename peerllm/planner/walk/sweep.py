@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from peerllm.planner.relaxation import Floats, Ints
+from peerllm.planner.problem import Floats, Ints
 from peerllm.planner.ring.beam import WORK_PER_LAYER, WORK_PER_VISIT
 from peerllm.planner.ring.chain import Visit, Way
 from peerllm.planner.ring.relaxed import Relaxed

@@ -39,6 +39,13 @@ function layers(deployment, colour, away) {
   ];
 }
 
+/** Which stages' hidden states are rounded on their way there. */
+function rounded(deployment) {
+  const forms = deployment.plan?.activations ?? [];
+  const names = new Set(stagesOf(deployment).slice(1).filter((_, index) => forms[index] === "int8").map((stage) => stage.device));
+  return names.size ? make("p", { className: "figures" }, `activations travel as int8 to ${[...names].join(", ")}`) : null;
+}
+
 function figures(deployment) {
   const found = [];
   const predicted = deployment.plan?.predicted?.tokens_per_second;
@@ -57,6 +64,7 @@ function card(deployment, status, colour, stop) {
     deployment.reason ? make("p", { className: "reason" }, deployment.reason) : null,
     LOADING.has(deployment.state) ? bar(deployment.progress, "loading") : null,
     ...(stagesOf(deployment).length ? layers(deployment, colour, away) : []),
+    rounded(deployment),
     figures(deployment),
     mine && make("button", { className: "plain small", type: "button", onclick: () => stop(deployment.model) }, "Stop this model"));
 }

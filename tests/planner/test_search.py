@@ -1,0 +1,125 @@
+"""The latency search on problems as numbers: what it claims is true, and it comes to an end."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from peerllm.planner import bracket, search
+from peerllm.planner.bracket import Bracket, Found
+from peerllm.planner.fillings import Fillings
+from peerllm.planner.problem import Problem, twins_of, way_cost
+from peerllm.planner.relaxation import fair_price, relaxed, visits_of
+from peerllm.planner.runs import runs_of
+from peerllm.planner.sweep import Sweep
+from tests.planner.problems import least, random_problem
+
+BLOCK = 60  # problems
+BLOCKS = range(100) if os.environ.get("PEERLLM_FULL") == "1" else range(3)
+
+
+def check(asked: Problem, found: Found, best: float) -> None:
+    """Nothing claimed is false."""
+    tolerance = 1e-9 * best if np.isfinite(best) else 0.0
+    assert found.bound <= best + tolerance
+    if not found.homes:
+        assert not found.proven or np.isinf(best), "it was possible"
+        return
+    used = [sum(asked.memory[i, j] for i, home in enumerate(found.homes) if home == j) for j in range(len(asked.room))]
+    assert all(asked.room[home] >= used[home] for home in found.homes)
+    assert found.cost == pytest.approx(way_cost(asked, found.homes)) and found.cost >= best - tolerance
+    assert found.cost <= best + tolerance or not found.proven, "it was not the best"
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_what_is_claimed_is_true(block: int) -> None:
+    unproven = 0
+    for seed in range(block * BLOCK, (block + 1) * BLOCK):
+        asked = random_problem(seed)
+        best, found = least(asked), (search.cheapest if seed % 2 else search.among_all)(asked)
+        check(asked, found, best)
+        unproven += not found.proven
+    assert unproven <= BLOCK // 20, "so small a problem is solved"
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_hurried_searches_claim_nothing_false(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poor prices and hardly any labels: the search has to do what elsewhere the bounds spare it."""
+    monkeypatch.setattr(search, "WIDTHS", {True: (2, 4, 4000), False: (2,)})
+    monkeypatch.setattr(bracket, "STEPS", 2)
+    monkeypatch.setattr(bracket, "WIDE", 4)
+    for seed in range(block * BLOCK, (block + 1) * BLOCK):
+        asked = random_problem(seed)
+        check(asked, search.among_all(asked), least(asked))
+        alone = Bracket(asked, apart=True)
+        alone.narrow((4,), 10**8)
+        check(asked, alone.found(), least(asked))
+
+
+def star(seed: int) -> Problem:
+    """Devices that reach nobody but the source, with hardly room enough; two kinds of blocks."""
+    r = np.random.default_rng(seed)
+    layers, devices = 9, 4
+    cut = int(r.integers(4, layers - 1))
+    cost = np.tile(r.uniform(1, 5, devices), (layers, 1))
+    memory = np.full((layers, devices), 10)
+    cost[cut:] *= r.uniform(0.5, 2)
+    memory[cut:] = 15
+    memory[-1] = 3
+    cost[:2, 1:] = np.inf
+    links = np.full((devices, devices), np.inf)
+    links[0], links[:, 0] = r.uniform(0.5, 2, devices), r.uniform(0.5, 2, devices)
+    np.fill_diagonal(links, 0.0)
+    room = r.integers(10, 45, devices)
+    room[0] = r.integers(30, 65)
+    return Problem(cost, np.tile(links, (layers, 1, 1)), links[:, 0].copy(), memory, room)
+
+
+@pytest.mark.timeout(60)
+def test_a_star_of_devices_is_divided() -> None:
+    feasible = 0
+    for seed in (*range(8), 20, 21):
+        asked = star(seed)
+        best, found = least(asked), search.cheapest(asked)
+        check(asked, found, best)
+        assert found.proven and bool(found.homes) == np.isfinite(best)
+        feasible += bool(found.homes)
+    assert feasible
+
+
+@pytest.mark.timeout(60)
+def test_no_way_home_is_no_way() -> None:
+    for seed in range(20):
+        asked = replace(random_problem(seed), back=np.full(len(random_problem(seed).room), np.inf))
+        found = search.among_all(asked)
+        assert not found.homes and found.proven
+
+
+@pytest.mark.timeout(60)
+def test_what_costs_nothing_is_found_and_proven() -> None:
+    for seed in range(6):
+        asked = random_problem(seed)
+        asked = replace(
+            asked, cost=np.zeros_like(asked.cost), hop=np.zeros_like(asked.hop), back=np.zeros_like(asked.back)
+        )
+        found = search.among_all(asked)
+        assert found.proven and (found.cost == 0.0 or np.isinf(least(asked)))
+
+
+def test_rooms_beyond_counting_are_room_enough() -> None:
+    for seed in range(10):
+        asked = random_problem(seed)
+        enough = np.full(len(asked.room), asked.memory.sum())
+        for room in (2**61, 2**62, 2**63 - 1):
+            large = search.among_all(replace(asked, room=np.full_like(asked.room, room)))
+            assert large == search.among_all(replace(asked, room=enough))
+
+
+def test_a_sweep_gives_up_when_its_budget_is_spent() -> None:
+    asked = star(20)
+    held = visits_of(asked, runs_of(asked))
+    sweep = Sweep(held, Fillings(asked), relaxed(held, fair_price(held)), np.inf, twins_of(asked))
+    assert sweep.run(4000, budget=1) is None and not sweep.whole
