@@ -1,4 +1,7 @@
-"""The links of the stages here: who feeds one is expected, who is fed by one is dialled. On the loop only."""
+"""The links of the stages here: who feeds one is expected, who is fed by one is dialled.
+
+On the loop only, but for frames that come in: the compute thread takes those itself while it waits for them.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,9 @@ class DataLinks:
         self._plane = DataPlane(identity, configure.hosts, configure.port, self._lost, self._echoed, watch)
         self._certificates: dict[DeviceId, str] = {}
         self._known: dict[DeploymentId, _Known] = {}
-        self._backlog = Backlog(asyncio.get_running_loop())
+        self._loop = asyncio.get_running_loop()
+        self._backlog = Backlog(self._loop)
+        inbox.lead = self._plane.lead
         self._echo_waits = False
         self._timings: deque[tuple[DeviceId, int, float]] = deque(maxlen=MAX_REPORTED)
         self._reporting: asyncio.TimerHandle | None = None
@@ -120,9 +125,9 @@ class DataLinks:
                 await self._plane.forget(spec.deployment, known.epoch)
         self._known[spec.deployment].specs[spec.stage] = spec
         if spec.upstream not in (None, self._device):
-            self._plane.expect(Ingress(spec.upstream, stage_limits(spec, hidden_size)), self._deliver)
+            self._plane.expect(Ingress(spec.upstream, stage_limits(spec, hidden_size)), self._deliver, from_frame)
         if spec.stage == 0 and spec.head_device != self._device:
-            self._plane.expect(Ingress(spec.head_device, source_limits(spec)), self._deliver)
+            self._plane.expect(Ingress(spec.head_device, source_limits(spec)), self._deliver, from_frame)
 
     async def connect(self, message: Connect) -> Linked:
         """Links to all next stages on other devices; those that stand are kept. LinkError if one does not come up."""
@@ -211,7 +216,7 @@ class DataLinks:
         if not self._echo_waits:
             self._echo_waits = True
             self._inbox.put(Echoed(self._echo_handled))
-            self._report_soon()
+            self._loop.call_soon_threadsafe(self._report_soon)
 
     def _echo_handled(self) -> None:
         self._echo_waits = False
@@ -223,7 +228,7 @@ class DataLinks:
 
     def _report_soon(self) -> None:
         if self._reporting is None:
-            self._reporting = asyncio.get_running_loop().call_later(REPORT_S, self._report)
+            self._reporting = self._loop.call_later(REPORT_S, self._report)
 
     def _report(self) -> None:
         self._reporting = None

@@ -1,7 +1,8 @@
 """The one way into the compute thread: a bounded queue that one thread fills and one empties.
 
 Built on queue.SimpleQueue, which waits and wakes without running Python: every step of every sequence comes this way,
-with the processor's caches full of weights, where each function that is called costs microseconds.
+with the processor's caches full of weights, where each function that is called costs microseconds. With a Lead the
+taker that waits fills it itself, with the frames that come in meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from time import perf_counter
 from typing import Generic, TypeVar
 
 from peerllm.errors import OverloadedError
+from peerllm.transport.links import Lead
 
 KEPT = 1 / 16  # weight of a new hand-over in their mean
 MAX_WAITING = 8192  # events; far above what the windows of the sequences in flight allow
@@ -22,7 +24,10 @@ class Inbox(Generic[T]):
     """First in, first out; `put` never waits and raises OverloadedError when `limit` events are waiting.
 
     `put` and `close` are called by one thread (the loop's); with several, `limit` may be passed by one event for each.
+    `lead` is to be set before the first event is taken.
     """
+
+    lead: Lead | None = None
 
     def __init__(self, limit: int = MAX_WAITING) -> None:
         self._limit = limit
@@ -41,7 +46,7 @@ class Inbox(Generic[T]):
         if self._idle:
             self._idle = False  # the first of several is who woke it
             self._put_at = perf_counter()
-        self._events.put(event)
+        self._put(event)
 
     def take(self, wait: bool) -> list[T] | None:
         """All that waits, in order; with `wait` at least one event. None once closed and empty."""
@@ -51,6 +56,8 @@ class Inbox(Generic[T]):
         events = self._events
         if wait and events.empty():
             self._put_at, self._idle = 0.0, True
+            if self.lead is not None:
+                self.lead.wait(events.empty)
             event = events.get()
             self._idle = False
             if self._put_at:
@@ -61,6 +68,12 @@ class Inbox(Generic[T]):
         while not events.empty() and self._take(events.get(), taken):
             pass
         return None if self._ended and not taken else taken
+
+    def _put(self, event: T | None) -> None:
+        self._events.put(event)
+        lead = self.lead
+        if lead is not None and lead.waits:
+            lead.wake()
 
     def _take(self, event: T | None, taken: list[T]) -> bool:
         if event is None:
@@ -73,4 +86,4 @@ class Inbox(Generic[T]):
         """No more events are accepted; those waiting are still handed out."""
         if not self._closed:
             self._closed = True
-            self._events.put(None)
+            self._put(None)

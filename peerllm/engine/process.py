@@ -72,11 +72,11 @@ def _die_with(parent: int) -> None:
         _exit(EXIT_OK)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     try:
         import uvloop
     except ImportError:
-        return None
+        return asyncio.SelectorEventLoop  # everywhere: that of Windows watches no sockets but its own
     return uvloop.new_event_loop
 
 

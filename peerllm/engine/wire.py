@@ -235,7 +235,7 @@ def _pieces(frame: Frame) -> list[Piece]:
 
 def _tensor(name: str, tensor: torch.Tensor) -> NamedTensor:
     """A view of the tensor's memory."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not tensor.is_cpu or not tensor.is_contiguous():
         tensor = tensor.to("cpu").contiguous()
     # Torch's own way, view(uint8).numpy(), costs twice as much while the caches are full of weights.
     raw = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
@@ -245,7 +245,8 @@ def _tensor(name: str, tensor: torch.Tensor) -> NamedTensor:
 
 def _read(tensor: NamedTensor, dtype: torch.dtype) -> torch.Tensor:
     """A view of the frame's memory."""
-    return torch.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
+    flat, shape = torch.frombuffer(tensor.data, dtype=dtype), tensor.shape
+    return flat[None] if len(shape) == 2 and shape[0] == 1 else flat.reshape(shape)
 
 
 def _sampling_tensors(sampling: Sampling) -> tuple[NamedTensor, ...]:

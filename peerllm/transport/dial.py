@@ -50,13 +50,11 @@ async def dial(
     *,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     heartbeat_s: float | None = None,
-    autoping: bool = True,
     timeout_s: float = DIAL_TIMEOUT_S,
 ) -> aiohttp.ClientWebSocketResponse:
     """A websocket to `device` and nobody else. AuthenticationError: another answered; LinkError: no link came up.
 
     `session` is a `dialling_session`. Addresses come from other devices: an impossible one is a LinkError as well.
-    Without `autoping` PINGs and PONGs are received like messages.
     """
     where = f"{device[:8]} at {host}:{port}"
     try:
@@ -68,7 +66,6 @@ async def dial(
                 max_msg_size=max_message_bytes + 1,  # aiohttp refuses what reaches the limit
                 compress=0,
                 heartbeat=heartbeat_s,
-                autoping=autoping,
                 timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
             )
     except TimeoutError as error:

@@ -21,7 +21,7 @@ from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
 from peerllm.daemon.weights.offers import ROUTE as WEIGHTS
 from peerllm.transport.identity import load_or_create
-from peerllm.transport.links import DataPlane
+from peerllm.transport.links.echo import ECHO_PATH
 from tests.api.fake import FakeHousehold
 
 TIMEOUT_S = 5.0
@@ -37,13 +37,13 @@ def routes_of(app: web.Application) -> list[tuple[str, str]]:
 
 
 def every_route(directory: Path) -> list[tuple[str, str]]:
-    """Of the API, of the control port and of the data port, read from the applications themselves."""
+    """Of the API and of the control port, read from the applications themselves, and of the data port."""
     identity = load_or_create(directory)
     network = Network(Settings(directory / "data", "intruder"), identity, lambda: None)  # type: ignore[arg-type]
     network.add_route("GET", WEIGHTS, lambda request: None)  # type: ignore[arg-type, return-value]
-    plane = DataPlane(identity, ("127.0.0.1",), 0)
-    apps = [create_app(FakeHousehold(directory), "t" * 32, loopback=False), network._app, plane._server._app]
-    return [("GET", "/"), *(route for app in apps for route in routes_of(app))]
+    apps = [create_app(FakeHousehold(directory), "t" * 32, loopback=False), network._app]
+    links = [("GET", "/data/{deployment}/{epoch}/{stage}".format(**FILLED_IN)), ("GET", ECHO_PATH)]
+    return [("GET", "/"), *links, *(route for app in apps for route in routes_of(app))]
 
 
 def own_certificate(directory: Path) -> ssl.SSLContext:

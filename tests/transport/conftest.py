@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from peerllm.transport.dial import dialling_session
 from peerllm.transport.identity import Identity, load_or_create
+from peerllm.transport.links import DataPlane
+from tests.transport.planes import Node
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +40,25 @@ def carol(identities: list[Identity]) -> Identity:
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
     async with dialling_session() as session:
         yield session
+
+
+@pytest.fixture
+async def nodes(alice: Identity, bob: Identity, carol: Identity) -> AsyncIterator[list[Node]]:
+    nodes = []
+    for identity in (alice, bob, carol):
+        heard: list[Node] = []
+
+        def lost(deployment: str, device: str, reason: str, heard: list[Node] = heard) -> None:
+            heard[0].lost.put_nowait((deployment, device, reason))
+
+        node = Node(identity, DataPlane(identity, ["127.0.0.1"], 0, lost))
+        heard.append(node)
+        await node.plane.start()
+        await node.plane.set_trusted([i.certificate_pem for i in (alice, bob, carol) if i is not identity])
+        nodes.append(node)
+    yield nodes
+    for node in nodes:
+        await node.plane.close()
+        await node.plane.close()
+    left = {task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith(("link ", "dial "))}
+    assert left == set(), "tasks were left behind"

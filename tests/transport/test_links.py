@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import threading
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import aiohttp
@@ -15,86 +16,16 @@ import uvloop
 
 from peerllm.errors import AuthenticationError, BadInputError, FrameError, LinkError, OverloadedError
 from peerllm.transport.dial import dial
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit, encode
+from peerllm.transport.frames import Frame, NamedTensor, encode
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Link, Outbox
+from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Outbox, dialling
 from peerllm.transport.links import outbox as outbox_module
 from peerllm.transport.links import plane as plane_module
 from peerllm.transport.links import pulse as pulse_module
 from peerllm.transport.links.echo import WARM_UPS
 from peerllm.transport.links.timing import LOST_S, Timing, answer
 from peerllm.transport.tls import client_context
-
-DEPLOYMENT = "ab" * 16
-WAIT_S = 10.0
-WIDTH = 256
-LIMITS = FrameLimits(
-    deployment=DEPLOYMENT,
-    epoch=3,
-    stage=1,
-    kinds=(FrameKind.ACTIVATION,),
-    max_segments=4,
-    slots=8,
-    context=1 << 20,
-    max_tokens=256,
-    tensors={"hidden": TensorLimit(("F32",), 2, last_dim=WIDTH, per_token=True, required=True)},
-)
-
-
-def activation(position: int = 0, tokens: int = 1, epoch: int = 3) -> Frame:
-    data = NamedTensor.of("hidden", "F32", (tokens, WIDTH), bytes([position % 256]) * (tokens * WIDTH * 4))
-    return Frame(FrameKind.ACTIVATION, DEPLOYMENT, epoch, 1, (FrameSegment(9, 0, position, tokens),), (data,))
-
-
-@dataclass
-class Node:
-    """A device's data plane and what it heard."""
-
-    identity: Identity
-    plane: DataPlane
-    lost: asyncio.Queue[tuple[str, str, str]] = field(default_factory=asyncio.Queue)
-    frames: asyncio.Queue[tuple[str, Frame]] = field(default_factory=asyncio.Queue)
-
-    async def next_lost(self) -> tuple[str, str]:
-        deployment, device, reason = await asyncio.wait_for(self.lost.get(), WAIT_S)
-        assert deployment == DEPLOYMENT
-        return device, reason
-
-    async def next_frame(self) -> Frame:
-        return (await asyncio.wait_for(self.frames.get(), WAIT_S))[1]
-
-
-@pytest.fixture
-async def nodes(alice: Identity, bob: Identity, carol: Identity) -> AsyncIterator[list[Node]]:
-    nodes = []
-    for identity in (alice, bob, carol):
-        heard: list[Node] = []
-
-        def lost(deployment: str, device: str, reason: str, heard: list[Node] = heard) -> None:
-            heard[0].lost.put_nowait((deployment, device, reason))
-
-        node = Node(identity, DataPlane(identity, ["127.0.0.1"], 0, lost))
-        heard.append(node)
-        await node.plane.start()
-        await node.plane.set_trusted([i.certificate_pem for i in (alice, bob, carol) if i is not identity])
-        nodes.append(node)
-    yield nodes
-    for node in nodes:
-        await node.plane.close()
-        await node.plane.close()
-    left = {task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith(("link ", "dial "))}
-    assert left == set(), "tasks were left behind"
-
-
-def expect(node: Node, sender: Node, limits: FrameLimits = LIMITS) -> None:
-    node.plane.expect(
-        Ingress(sender.identity.device, limits), lambda device, frame: node.frames.put_nowait((device, frame))
-    )
-
-
-async def connect(sender: Node, receiver: Node, stage: int = 1, hosts: tuple[str, ...] = ("127.0.0.1",)) -> Link:
-    who = receiver.identity
-    return await sender.plane.connect(who.device, who.certificate_pem, hosts, receiver.plane.port, DEPLOYMENT, 3, stage)
+from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, WIDTH, Node, activation, connect, expect
 
 
 async def test_frames_arrive_in_order_from_a_compute_thread(nodes: list[Node]) -> None:
@@ -138,8 +69,8 @@ def test_small_frames_wait_for_no_acknowledgement(
         link.send(activation())
         await asyncio.wait_for(arrived.wait(), WAIT_S)
         (receiver,) = planes[1]._receivers.values()
-        ends = (link._websocket.get_extra_info("socket"), receiver._websocket.get_extra_info("socket"))
-        found = [end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for end in ends]
+        ends = link._connection, receiver._connection
+        found = [int.from_bytes(end.option(socket.IPPROTO_TCP, socket.TCP_NODELAY, 4), sys.byteorder) for end in ends]
         for plane in planes:
             await plane.close()
         return found
@@ -228,7 +159,7 @@ async def test_a_message_beyond_the_plan_is_refused_before_memory_is_taken(
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     writer.close()
-    assert f"exceeds limit {LIMITS.max_bytes + 1}" in reason
+    assert f"exceeds limit {LIMITS.max_bytes}" in reason
     assert peak_bytes < 1 << 20
 
 
@@ -433,7 +364,7 @@ async def test_a_second_connection_takes_the_firsts_place(nodes: list[Node]) -> 
 
 async def test_the_first_address_that_answers_is_taken(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
-    monkeypatch.setattr(plane_module, "STAGGER_S", 0.01)
+    monkeypatch.setattr(dialling, "STAGGER_S", 0.01)
     expect(two, one)
     link = await connect(one, two, hosts=("127.0.0.3", "127.0.0.1", "127.0.0.1"))
     link.send(activation())
@@ -453,26 +384,58 @@ async def test_links_expected_are_bounded(nodes: list[Node], monkeypatch: pytest
         expect(two, one, replace(LIMITS, stage=2))
 
 
-async def test_the_outbox_is_bounded_in_frames_and_bytes() -> None:
-    loop = asyncio.get_running_loop()
-    box = Outbox(loop, max_frames=2, max_bytes=10)
-    box.put(b"x" * 11)
+@dataclass
+class Pipe:
+    """A connection that takes records only while there is room for them."""
+
+    fd: int
+    room: int = 0
+    written: list[bytes] = field(default_factory=list)
+
+    def write(self, record: memoryview | bytes) -> bool:
+        if self.room <= 0:
+            return False
+        self.room -= 1
+        self.written.append(bytes(record))
+        return True
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    """Its descriptor says all the time that there is room."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Pipe(ours.fileno())
+
+
+async def test_the_outbox_is_bounded_in_frames_and_bytes(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = Outbox(pipe, asyncio.get_running_loop(), max_frames=2, max_bytes=10)
+    assert box.put(b"under way"), "it was its turn at once"
+    assert not box.put(b"x" * 11)
     with pytest.raises(LinkError, match="1 frames wait"):
         box.put(b"x", timeout_s=0.01)
-    assert await box.get() == b"x" * 11
-    box.put(b"1")
-    box.put(b"2")
+    pipe.room = 2
+    await asyncio.wait_for(box.flushed(), WAIT_S)
+    assert pipe.written == [b"under way", b"x" * 11]
+    for frame in (b"0", b"1", b"2"):
+        box.put(frame)
     with pytest.raises(LinkError, match="2 frames wait"):
         await asyncio.to_thread(box.put, b"3", 0.01)
+    waits, wait = threading.Event(), box._room.wait
+    monkeypatch.setattr(box._room, "wait", lambda left: (waits.set(), wait(left)))
     waiting = asyncio.create_task(asyncio.to_thread(box.put, b"3", WAIT_S))
-    assert await box.get() == b"1"
+    assert await asyncio.to_thread(waits.wait, WAIT_S)
+    pipe.room = 2
     await asyncio.wait_for(waiting, WAIT_S)
     box.end("over")
     box.end("again")
     assert box.ended == "over"
     with pytest.raises(LinkError, match="ended: over"):
         box.put(b"4")
-    assert [await box.get() for _ in range(3)] == [b"2", b"3", None]
+    pipe.room = 9
+    await asyncio.wait_for(box.flushed(), WAIT_S)
+    assert pipe.written[2:] == [b"0", b"1", b"2", b"3"], "what was queued still goes"
+    box.detach()
     assert issubclass(FrameError, LinkError)
 
 

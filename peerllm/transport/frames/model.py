@@ -6,12 +6,14 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag, StrEnum
+from functools import lru_cache
 from math import prod
 
 from peerllm.types import DeploymentId
 
 MAX_NAME_BYTES = 32
 MAX_RANK = 8
+KEPT_SHAPES = 512  # whose sizes are remembered
 MAX_U16, MAX_U32, MAX_U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
 NAME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + "_.")
 
@@ -59,11 +61,22 @@ class FrameSegment:
 
     def __post_init__(self) -> None:
         # Decoded fields are in range by construction; what is sent must be, or struct would fail without a word.
-        if not 0 <= self.sequence <= MAX_U64:
+        if self.sequence >> 64:  # so a negative number has bits as well
             raise ValueError(f"sequence {self.sequence} does not fit 64 bits")
-        for value in (self.slot, self.position, self.length, self.flags):
-            if not 0 <= value <= MAX_U32:
-                raise ValueError(f"{self} does not fit 32 bits")
+        if (self.slot | self.position | self.length | self.flags) >> 32:
+            raise ValueError(f"{self} does not fit 32 bits")
+
+
+@lru_cache(KEPT_SHAPES)
+def _nbytes(name: str, dtype: str, shape: tuple[int, ...]) -> int:
+    """Of a tensor; ValueError if there is none such. Step after step it is the same."""
+    if not 1 <= len(name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(name):
+        raise ValueError(f"tensor name {name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"tensor {name} has the unknown dtype {dtype!r}")
+    if len(shape) > MAX_RANK or not all(1 <= size <= MAX_U32 for size in shape):
+        raise ValueError(f"tensor {name} has the shape {shape}")
+    return prod(shape) * ITEM_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +89,7 @@ class NamedTensor:
     data: memoryview
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(self.name):
-            raise ValueError(f"tensor name {self.name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
-        if self.dtype not in ITEM_BYTES:
-            raise ValueError(f"tensor {self.name} has the unknown dtype {self.dtype!r}")
-        if len(self.shape) > MAX_RANK or not all(1 <= size <= MAX_U32 for size in self.shape):
-            raise ValueError(f"tensor {self.name} has the shape {self.shape}")
-        if self.data.nbytes != prod(self.shape) * ITEM_BYTES[self.dtype]:
+        if self.data.nbytes != _nbytes(self.name, self.dtype, self.shape):
             raise ValueError(f"tensor {self.name}: {self.data.nbytes} bytes are not {self.dtype} {self.shape}")
 
     @classmethod

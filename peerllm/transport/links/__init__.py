@@ -1,7 +1,7 @@
 """The engine's data plane: frames from device to device over pinned websockets, sent while the next is computed."""
 
-from peerllm.transport.dial import dial
 from peerllm.transport.links.echo import MAX_ECHO_BYTES, Timed
+from peerllm.transport.links.lead import Lead
 from peerllm.transport.links.link import Link
 from peerllm.transport.links.outbox import SEND_QUEUE_BYTES, SEND_QUEUE_FRAMES, SEND_TIMEOUT_S, Outbox
 from peerllm.transport.links.plane import DataPlane, OnLost
@@ -16,11 +16,11 @@ __all__ = [
     "DataPlane",
     "Deliver",
     "Ingress",
+    "Lead",
     "Link",
     "OnLost",
     "Outbox",
     "Parting",
     "Timed",
     "Watch",
-    "dial",
 ]

@@ -49,7 +49,7 @@ async def timed_frames(link: Link, results: asyncio.Queue[Timed], sizes: Sequenc
     try:
         async with asyncio.timeout(ECHO_TIMEOUT_S):
             for _ in range(PINGS):
-                await link.beat()
+                link.beat()
                 await results.get()
             for size in sizes:
                 for _ in range(WARM_UPS if size != previous else 0):

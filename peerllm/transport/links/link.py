@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
 from time import perf_counter, perf_counter_ns
+from typing import Any
 
-import aiohttp
-
-from peerllm.errors import LinkError
+from peerllm.errors import FrameError
 from peerllm.transport.dial import CLOSE_TIMEOUT_S
-from peerllm.transport.frames import Frame, encode
-from peerllm.transport.links.outbox import SEND_TIMEOUT_S, Outbox
+from peerllm.transport.frames import Frame, encode_buffers
+from peerllm.transport.links.connection import Connection
+from peerllm.transport.links.outbox import SEND_TIMEOUT_S, Outbox, Queued
 from peerllm.transport.links.pulse import Pulse
 from peerllm.transport.links.timing import OnTimed, Timing
 from peerllm.transport.links.watch import NOBODY_WATCHES, Parting, Watch
+from peerllm.transport.links.websocket import (
+    BINARY,
+    CLOSE,
+    GOING_AWAY,
+    OK,
+    PING,
+    PONG,
+    Reader,
+    control,
+    goodbye,
+    head,
+    read_goodbye,
+)
 from peerllm.types import DeploymentId, DeviceId
 
-MAX_REASON_BYTES = 120  # what a websocket's close frame holds, less its code
 FLUSH_TIMEOUT_S = 2.0  # what an orderly close gives the frames still queued
 MAX_ANSWER_BYTES = 1024  # nothing but beats and a close comes back on a link
-
-
-def close_reason(reason: str) -> bytes:
-    """A reason cut to what a close frame holds, between characters."""
-    return reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
 
 
 class Link:
@@ -33,8 +39,7 @@ class Link:
 
     def __init__(
         self,
-        websocket: aiohttp.ClientWebSocketResponse,
-        device: DeviceId,
+        connection: Connection,
         deployment: DeploymentId,
         epoch: int,
         stage: int,
@@ -43,20 +48,25 @@ class Link:
         watch: Watch = NOBODY_WATCHES,
     ) -> None:
         """`timed` (on the loop) hears, a few times a second at most, how long a frame of so many bytes took."""
-        self.device = device
+        self.device: DeviceId = connection.device
         self.deployment = deployment
         self.epoch = epoch
         self.stage = stage
         self.lost = ""  # why the link broke; empty while it has not, and after an orderly end
-        self._websocket = websocket
+        self._connection = connection
         self._loop = asyncio.get_running_loop()
-        self._outbox = Outbox(self._loop)
-        self._pulse = Pulse(websocket, self.beat)
+        self._outbox = Outbox(connection, self._loop, self._sent, self._cannot_send)
+        self._pulse = Pulse(connection, self.beat)
         self.timing = Timing(timed)
         self._watch = watch
-        self._partings: dict[int, Parting] = {}  # of watched frames in the queue, by the identity of their bytes
+        self._number = 0  # of frames sent
+        self._reader = Reader(MAX_ANSWER_BYTES, masked=False)
+        self._heard_the_end = asyncio.Event()
+        self._orderly = self._told = False  # ended by either side on purpose; whoever asked has heard how it ended
         self._ended = ended
-        self._task = self._loop.create_task(self._run(), name=f"link to {device[:8]} {deployment[:8]}/{epoch}/{stage}")
+        name = f"link to {self.device[:8]} {deployment[:8]}/{epoch}/{stage}"
+        self._loop.add_reader(connection.fd, self._read)
+        self._task = self._loop.create_task(self._run(name), name=name)
 
     @property
     def closed(self) -> bool:
@@ -64,111 +74,137 @@ class Link:
         return bool(self._outbox.ended)
 
     def send(self, frame: Frame, timeout_s: float = SEND_TIMEOUT_S) -> None:
-        """Queue a frame; its tensors are copied, so their memory may be used again at once.
+        """Send or queue a frame; its tensors are copied, so their memory may be used again at once.
 
         Waits only where the queue is full; LinkError if it stays so for `timeout_s`, or the link has ended.
         """
         since = perf_counter()
-        data = encode(frame)
+        buffers = encode_buffers(frame)
+        nbytes = sum([len(buffer) for buffer in buffers])
+        data = b"".join((head(BINARY, nbytes, masked=True), *buffers))
         timed = self.timing.wanted and not len(self._outbox)  # behind others it would be their time as well
         if timed:
             self.timing.mark(data, perf_counter())
         if self._watch.on:
-            self._put_watched(frame, data, since, timeout_s)
+            encoded = perf_counter_ns()
+            parting = Parting(frame.kind, frame.segments, nbytes, round(since * 1e9), encoded)
+            at_once = self._outbox.put(data, timeout_s, parting)
+            queued = encoded if at_once else perf_counter_ns()
+            self._watch.queued(self.deployment, self.device, self.stage, parting, queued)
         else:
             self._outbox.put(data, timeout_s)
         if timed:
             self.timing.handed_over(perf_counter())
 
-    def _put_watched(self, frame: Frame, data: bytes, since: float, timeout_s: float) -> None:
-        encoded = perf_counter_ns()
-        parting = Parting(frame.kind, frame.segments, len(data), round(since * 1e9), encoded)
-        self._partings[id(data)] = parting  # before the writer can have it
-        try:
-            self._outbox.put(data, timeout_s)
-        except LinkError:
-            self._partings.pop(id(data), None)
-            raise
-        self._watch.queued(self.deployment, self.device, self.stage, parting, perf_counter_ns())
-
     def close(self) -> None:
         """Take no more frames, let those queued go (at most FLUSH_TIMEOUT_S), then end; not reported as lost."""
+        self._orderly = True
         self._outbox.end("closed")
 
     def abort(self, reason: str) -> None:
         """End the link now and report it lost; on the loop only."""
-        self.lost = self.lost or reason
-        self._outbox.end(reason, discard=True)
+        if not self._told:
+            self.lost = self.lost or reason
+            self._outbox.end(reason, discard=True)
 
     async def wait_closed(self) -> None:
         """Until the link has ended."""
         await asyncio.wait({self._task})
 
-    async def _run(self) -> None:
-        name = self._task.get_name()
-        writer = self._loop.create_task(self._write(), name=f"{name} writer")
-        reader = self._loop.create_task(self._read(), name=f"{name} reader")
+    def beat(self) -> None:
+        """Give a sign of life, which may ask for one; behind a frame under way it must not wait, and need not."""
+        if self._outbox.busy:
+            return
+        if (ping := self.timing.beat(perf_counter())) is not None:
+            self._outbox.say(control(PING, ping, masked=True))
+        else:
+            self._outbox.say(control(PONG, b"", masked=True))
+
+    async def _run(self, name: str) -> None:
         beat = self._loop.create_task(self._pulse.run(self.abort), name=f"{name} beat")
         try:
             await self._outbox.wait_ended()
             if not self.lost:
-                await asyncio.wait({writer}, timeout=FLUSH_TIMEOUT_S)
+                await _at_most(FLUSH_TIMEOUT_S, self._outbox.flushed())
         finally:
             self._outbox.end(self.lost or "closed", discard=True)
-            for task in (writer, reader, beat):
-                task.cancel()
-            await asyncio.gather(writer, reader, beat, return_exceptions=True)
+            beat.cancel()
+            await asyncio.gather(beat, return_exceptions=True)
+            self._told = True
             self._ended(self, self.lost)
-            code = aiohttp.WSCloseCode.GOING_AWAY if self.lost else aiohttp.WSCloseCode.OK
-            with suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
-                goodbye = self._websocket.close(code=code, message=close_reason(self.lost))
-                async with asyncio.timeout(2 * CLOSE_TIMEOUT_S):
-                    await goodbye
+            try:
+                await self._say_goodbye()
+            finally:
+                self._outbox.detach()
+                self._loop.remove_reader(self._connection.fd)
+                self._connection.close()
 
-    async def _write(self) -> None:
+    async def _say_goodbye(self) -> None:
+        if self._outbox.busy:  # in the middle of a frame nothing else can be said
+            return
+        self._outbox.say(control(CLOSE, goodbye(GOING_AWAY if self.lost else OK, self.lost), masked=True))
+        await _at_most(CLOSE_TIMEOUT_S, self._heard_the_end.wait())
+
+    def _sent(self, queued: Queued, began_ns: int) -> bytes | None:
+        """By whichever thread wrote the last of it."""
+        self._number += 1
+        if queued.parting is not None:
+            to = self.deployment, self.device, self.stage
+            self._watch.sent(*to, self._number, queued.parting, began_ns, perf_counter_ns())
+        ping = self.timing.sent(queued.data)
+        return None if ping is None else control(PING, ping, masked=True)
+
+    def _cannot_send(self, reason: str) -> None:
+        while not self._connection.closed and not self._heard_the_end.is_set() and self._read():
+            pass  # the other side may have said why
+        self.abort(reason)
+
+    def _read(self) -> bool:
+        """Nothing is expected but beats and the end. Whether there may be more."""
         try:
-            number = 0
-            while (frame := await self._outbox.get()) is not None:
-                number += 1
-                parting = self._partings.pop(id(frame), None) if self._partings else None
-                taken = perf_counter_ns() if parting is not None else 0
-                await self._websocket.send_bytes(frame)
-                if parting is not None:
-                    to = self.deployment, self.device, self.stage
-                    self._watch.sent(*to, number, parting, taken, perf_counter_ns())
-                if (ping := self.timing.sent(frame)) is not None:
-                    await self._websocket.ping(ping)
-        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
-            self.abort(f"cannot send: {error}")
+            data = self._connection.read()
+            if data is None:
+                return False
+            if not data:
+                raise ConnectionError
+            self._pulse.arrived()
+            self._reader.feed(data)
+            while (message := self._reader.next()) is not None:
+                self._hear(*message)
+        except FrameError as error:
+            self._over(str(error))
+        except OSError as error:
+            self._outbox.detach()
+            self._over(f"the connection broke{f': {error}' if str(error) else ''}")
+        return True
 
-    async def beat(self) -> None:
-        """Give a sign of life, which may ask for one."""
-        if (ping := self.timing.beat(perf_counter())) is not None:
-            await self._websocket.ping(ping)
+    def _hear(self, opcode: int, payload: bytes | bytearray) -> None:
+        if opcode == PONG:
+            self.timing.ponged(bytes(payload), perf_counter())
+        elif opcode == PING:
+            self._outbox.say(control(PONG, bytes(payload), masked=True))
+        elif opcode == CLOSE:
+            code, reason = read_goodbye(payload)
+            if code == OK:
+                self._orderly = True
+                self._outbox.end("the other side has closed it", discard=True)
+                self._over("")
+            else:
+                self._over(reason or f"closed by the other side (code {code})")
         else:
-            await self._websocket.pong()
+            self._over("the other side spoke out of turn")
 
-    async def _read(self) -> None:
-        """Nothing is expected but beats and the end."""
-        while True:
-            message = await self._websocket.receive()
-            match message.type:
-                case aiohttp.WSMsgType.PONG:
-                    self.timing.ponged(bytes(message.data), perf_counter())
-                case aiohttp.WSMsgType.PING:
-                    await self._websocket.pong(message.data)
-                case aiohttp.WSMsgType.CLOSE if message.data == aiohttp.WSCloseCode.OK:
-                    self._outbox.end("the other side has closed it", discard=True)
-                    return
-                case aiohttp.WSMsgType.CLOSE:
-                    self.abort(message.extra or f"closed by the other side (code {message.data})")
-                    return
-                case aiohttp.WSMsgType.CLOSED | aiohttp.WSMsgType.CLOSING:
-                    self.abort("the connection broke")
-                    return
-                case aiohttp.WSMsgType.ERROR:
-                    self.abort(f"the connection broke: {message.data}")
-                    return
-                case _:
-                    self.abort("the other side spoke out of turn")
-                    return
+    def _over(self, reason: str) -> None:
+        """Nothing more will be heard."""
+        self._heard_the_end.set()
+        self._loop.remove_reader(self._connection.fd)
+        if reason and not self._orderly:
+            self.abort(reason)
+
+
+async def _at_most(seconds: float, wait: Coroutine[Any, Any, object]) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await wait
+    except TimeoutError:
+        return

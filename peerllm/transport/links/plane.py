@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from http import HTTPStatus
+from typing import TypeVar
 
-import aiohttp
-from aiohttp import web
-
-from peerllm.errors import BadInputError, LinkError, PeerLLMError
-from peerllm.transport.dial import dial, dialling_session
+from peerllm.errors import BadInputError
 from peerllm.transport.identity import Identity, certificate_device
+from peerllm.transport.links.acceptor import Acceptor, Admit
+from peerllm.transport.links.connection import Connection
+from peerllm.transport.links.dialling import dial_link
 from peerllm.transport.links.echo import ECHO_LIMITS, ECHO_PATH, NOBODY, Timed, timed_frames
-from peerllm.transport.links.link import MAX_ANSWER_BYTES, Link
-from peerllm.transport.links.receiver import Deliver, Ingress, Receiver
+from peerllm.transport.links.lead import Lead, readers
+from peerllm.transport.links.link import Link
+from peerllm.transport.links.receiver import Deliver, Ingress, Receiver, Rehearse
 from peerllm.transport.links.timing import OnTimed
+from peerllm.transport.links.upgrade import DeclinedError
 from peerllm.transport.links.watch import NOBODY_WATCHES, Watch
-from peerllm.transport.tls import TlsServer, request_device
 from peerllm.types import DeploymentId, DeviceId
 
-PATH = "/data/{deployment:[0-9a-f]{32}}/{epoch:[0-9]{1,10}}/{stage:[0-9]{1,5}}"
+PATH = re.compile(r"/data/([0-9a-f]{32})/([0-9]{1,10})/([0-9]{1,5})")  # deployment, epoch, stage
 MAX_INGRESSES = 1024  # links this device expects at once; a plan has no more stages
-STAGGER_S = 0.3  # head start of one address over the next
 MAX_TIMED = 64  # timings of one echo that wait to be read
 
 OnLost = Callable[[DeploymentId, DeviceId, str], None]
 Key = tuple[DeploymentId, int, int]  # deployment, epoch, stage
+K = TypeVar("K")
 
 
 class DataPlane:
@@ -48,27 +52,28 @@ class DataPlane:
         self._identity = identity
         self._watch = watch
         self._on_lost = on_lost or (lambda deployment, device, reason: None)
-        self._expected: dict[Key, tuple[Ingress, Deliver]] = {}
+        self._expected: dict[Key, tuple[Ingress, Deliver, Rehearse | None]] = {}
         self._receivers: dict[Key, Receiver] = {}
         self._on_echo = on_echo or (lambda device, frame: None)
         self._echoes: dict[DeviceId, Receiver] = {}
+        self._open: set[Receiver] = set()  # also those that only say goodbye
         self._links: set[Link] = set()
-        app = web.Application()
-        app.router.add_get(PATH, self._accept)
-        app.router.add_get(ECHO_PATH, self._accept_echo)
-        self._server = TlsServer(app, identity, hosts, port)
-        self._session: aiohttp.ClientSession | None = None
+        self._readers = readers(asyncio.get_running_loop())
+        self._acceptor = Acceptor(identity, hosts, port, self._route)
 
     @property
     def port(self) -> int:
         """The real port, also where 0 was asked for."""
-        return self._server.port
+        return self._acceptor.port
+
+    @property
+    def lead(self) -> Lead | None:
+        """With what a thread may read the links that come in, where the system has it."""
+        return self._readers if isinstance(self._readers, Lead) else None
 
     async def start(self) -> None:
         """Listen; nobody is trusted yet. BadInputError if the port is in use."""
-        await self._server.start()
-        if self._session is None:
-            self._session = dialling_session()
+        await self._acceptor.start()
 
     async def close(self) -> None:
         """Cut every link, tell of none, stop listening."""
@@ -77,29 +82,34 @@ class DataPlane:
         links = list(self._links)
         for link in links:
             link.abort("the data plane is closed")
-        await self._server.close()
-        await asyncio.gather(*(link.wait_closed() for link in links))
-        if self._session is not None:
-            await self._session.close()
+        receivers = list(self._open)
+        for receiver in receivers:
+            receiver.abort("the data plane is closed")
+        await self._acceptor.close()
+        await asyncio.gather(*(link.wait_closed() for link in links), *(one.wait_closed() for one in receivers))
+        self._readers.close()
 
     async def set_trusted(self, pems: Iterable[str]) -> None:
         """Exactly these devices' certificates (PEM) are trusted; links with others are cut and reported lost."""
         trusted = {certificate_device(pem): pem for pem in pems}
-        for receiver in (*self._receivers.values(), *self._echoes.values()):
+        for receiver in list(self._open):
             if receiver.ingress.sender not in trusted:
                 receiver.abort("the device was removed from the household")
         for link in list(self._links):
             if link.device not in trusted:
                 link.abort("the device was removed from the household")
-        await self._server.set_trusted(trusted.values())
+        self._acceptor.set_trusted(trusted.values())
 
-    def expect(self, ingress: Ingress, deliver: Deliver) -> None:
-        """From now on take frames within `ingress.limits` from `ingress.sender`; each is handed to `deliver`."""
+    def expect(self, ingress: Ingress, deliver: Deliver, rehearse: Rehearse | None = None) -> None:
+        """From now on take frames within `ingress.limits` from `ingress.sender`; each is handed to `deliver`.
+
+        `rehearse` is the part of that which may be done again to no effect (`Lead`).
+        """
         limits = ingress.limits
         key = (limits.deployment, limits.epoch, limits.stage)
         if key not in self._expected and len(self._expected) >= MAX_INGRESSES:
             raise BadInputError(f"this device already expects {MAX_INGRESSES} links")
-        self._expected[key] = (ingress, deliver)
+        self._expected[key] = (ingress, deliver, rehearse)
 
     async def forget(self, deployment: DeploymentId, epoch: int | None = None) -> None:
         """End the links of a deployment (of one epoch only, if given), both ways; none is reported lost."""
@@ -130,8 +140,9 @@ class DataPlane:
 
         `timed` hears how long some of its frames took.
         """
-        websocket = await self._dial(device, certificate_pem, hosts, port, f"/data/{deployment}/{epoch}/{stage}")
-        link = Link(websocket, device, deployment, epoch, stage, self._link_ended, timed, self._watch)
+        path = f"/data/{deployment}/{epoch}/{stage}"
+        connection = await dial_link(self._identity, device, certificate_pem, hosts, port, path)
+        link = Link(connection, deployment, epoch, stage, self._link_ended, timed, self._watch)
         self._links.add(link)
         return link
 
@@ -145,8 +156,8 @@ class DataPlane:
             if not results.full():
                 results.put_nowait((nbytes, seconds))
 
-        websocket = await self._dial(device, certificate_pem, hosts, port, ECHO_PATH)
-        link = Link(websocket, device, NOBODY, 0, 0, lambda link, reason: self._links.discard(link), timed)
+        connection = await dial_link(self._identity, device, certificate_pem, hosts, port, ECHO_PATH)
+        link = Link(connection, NOBODY, 0, 0, lambda link, reason: self._links.discard(link), timed)
         self._links.add(link)
         try:
             return await timed_frames(link, results, sizes)
@@ -154,57 +165,38 @@ class DataPlane:
             link.close()
             await link.wait_closed()
 
-    async def _dial(
-        self, device: DeviceId, certificate_pem: str, hosts: Iterable[str], port: int, path: str
-    ) -> aiohttp.ClientWebSocketResponse:
-        assert self._session is not None, "start() comes first"
-        session = self._session
+    def _route(self, device: DeviceId, path: str) -> Admit:
+        """What is to become of a connection for `path`."""
+        if path == ECHO_PATH:
+            return self._admit_echo
+        found = PATH.fullmatch(path)
+        key = None if found is None else (found[1], int(found[2]), int(found[3]))
+        if key is None or (expected := self._expected.get(key)) is None:
+            raise DeclinedError(HTTPStatus.NOT_FOUND)
+        if device != expected[0].sender:
+            raise DeclinedError(HTTPStatus.FORBIDDEN)
+        return partial(self._admit, key, *expected)
 
-        async def attempt(host: str, delay_s: float) -> aiohttp.ClientWebSocketResponse:
-            await asyncio.sleep(delay_s)
-            return await dial(
-                session,
-                self._identity,
-                device,
-                certificate_pem,
-                host,
-                port,
-                path,
-                max_message_bytes=MAX_ANSWER_BYTES,
-                autoping=False,  # PONGs time the frames
-            )
+    def _admit(
+        self, key: Key, ingress: Ingress, deliver: Deliver, rehearse: Rehearse | None, connection: Connection
+    ) -> None:
+        ended = self._receiver_ended
+        receiver = Receiver(connection, ingress, deliver, ended, self._readers, self._watch, rehearse)
+        self._serve(receiver, self._receivers, key)
 
-        attempts = [
-            asyncio.create_task(attempt(host, number * STAGGER_S), name=f"dial {device[:8]} at {host}")
-            for number, host in enumerate(dict.fromkeys(hosts))
-        ]
-        if not attempts:
-            raise LinkError(f"no address is known of {device[:8]}")
-        return await _first(attempts)
-
-    async def _accept(self, request: web.Request) -> web.StreamResponse:
-        key = (request.match_info["deployment"], int(request.match_info["epoch"]), int(request.match_info["stage"]))
-        ingress, deliver = self._expected.get(key, (None, None))
-        if ingress is None or deliver is None:
-            raise web.HTTPNotFound
-        if request_device(request) != ingress.sender:
-            raise web.HTTPForbidden
-        receiver = Receiver(request, ingress, deliver, self._receiver_ended, self._watch)
-        previous = self._receivers.get(key)
-        self._receivers[key] = receiver
-        if previous is not None:
-            previous.replace()
-        return await receiver.run()
-
-    async def _accept_echo(self, request: web.Request) -> web.StreamResponse:
+    def _admit_echo(self, connection: Connection) -> None:
         """Any device of the household may time its link to here, over one connection at a time."""
-        sender = request_device(request)
-        receiver = Receiver(request, Ingress(sender, ECHO_LIMITS), self._on_echo, self._echo_ended)
-        previous = self._echoes.get(sender)
-        self._echoes[sender] = receiver
+        ingress = Ingress(connection.device, ECHO_LIMITS)
+        receiver = Receiver(connection, ingress, self._on_echo, self._echo_ended, self._readers)
+        self._serve(receiver, self._echoes, connection.device)
+
+    def _serve(self, receiver: Receiver, among: dict[K, Receiver], key: K) -> None:
+        """It takes the place of the one before."""
+        self._open.add(receiver)
+        receiver.when_closed(self._open.discard)
+        previous, among[key] = among.get(key), receiver
         if previous is not None:
             previous.replace()
-        return await receiver.run()
 
     def _echo_ended(self, receiver: Receiver) -> None:
         if self._echoes.get(receiver.ingress.sender) is receiver:
@@ -222,27 +214,3 @@ class DataPlane:
         self._links.discard(link)
         if reason:
             self._on_lost(link.deployment, link.device, reason)
-
-
-async def _first(
-    attempts: list[asyncio.Task[aiohttp.ClientWebSocketResponse]],
-) -> aiohttp.ClientWebSocketResponse:
-    """The first that comes up; the others are called off. If none does, the first one's error."""
-    pending = set(attempts)
-    try:
-        while pending:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for attempt in done:
-                if attempt.exception() is None:
-                    winner = attempt
-                    attempts.remove(winner)
-                    return winner.result()
-        error = attempts[0].exception()
-        assert isinstance(error, PeerLLMError | Exception)
-        raise error
-    finally:
-        for attempt in attempts:
-            attempt.cancel()
-        for result in await asyncio.gather(*attempts, return_exceptions=True):
-            if isinstance(result, aiohttp.ClientWebSocketResponse):
-                await result.close()

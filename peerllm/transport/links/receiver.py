@@ -1,27 +1,49 @@
-"""The receiving end of a link: one websocket, read until it ends."""
+"""The receiving end of a link: one connection, read until it ends by whichever thread has time for it."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from time import perf_counter, perf_counter_ns
 
-import aiohttp
-from aiohttp import web
-
 from peerllm.errors import FrameError, PeerLLMError
 from peerllm.transport.dial import CLOSE_TIMEOUT_S
 from peerllm.transport.frames import Decoder, Frame, FrameLimits
-from peerllm.transport.links.link import close_reason
+from peerllm.transport.links.connection import Connection
+from peerllm.transport.links.lead import Readers
+from peerllm.transport.links.outbox import Outbox
 from peerllm.transport.links.pulse import Pulse
 from peerllm.transport.links.timing import answer
 from peerllm.transport.links.watch import NOBODY_WATCHES, Watch
+from peerllm.transport.links.websocket import (
+    BINARY,
+    CLOSE,
+    INTERNAL_ERROR,
+    OK,
+    PING,
+    POLICY_VIOLATION,
+    PONG,
+    RECORD_BYTES,
+    Reader,
+    control,
+    goodbye,
+    read_goodbye,
+)
 from peerllm.types import DeviceId
 
-# Runs on the loop and must be cheap. What it raises (a PeerLLMError) ends the link; what it returns, if anything, is
-# awaited before the next frame is read, so that a stage with too much to do holds back its sender.
+READS = 32  # records of one connection in a row, before others have their turn
+
+# Runs on the loop, or on the thread that waits for frames, and must be cheap. What it raises (a PeerLLMError) ends the
+# link; what it returns, if anything, is awaited on the loop before the next frame is read, so that a stage with too
+# much to do holds back its sender.
 Deliver = Callable[[DeviceId, Frame], Awaitable[None] | None]
+
+
+# What `deliver` does with a frame before it does anything with it: without effect, it may be done again.
+Rehearse = Callable[[Frame], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,114 +55,237 @@ class Ingress:
 
 
 class Receiver:
-    """Reads one link; `reason` is why it broke, empty after an orderly end."""
+    """Reads one link; `reason` is why it broke, empty after an orderly end. All but `read` is for the loop."""
 
     def __init__(
         self,
-        request: web.Request,
+        connection: Connection,
         ingress: Ingress,
         deliver: Deliver,
         ended: Callable[[Receiver], None],
+        readers: Readers,
         watch: Watch = NOBODY_WATCHES,
+        rehearse: Rehearse | None = None,
     ) -> None:
         self.ingress = ingress
         self.delivered = 0  # frames
         self.reason = ""
-        self._request = request
-        self._deliver = deliver
-        self._ended = ended
-        self._watch = watch
-        self._orderly = False
-        self._websocket = web.WebSocketResponse(
-            max_msg_size=ingress.limits.max_bytes + 1,  # aiohttp refuses what reaches the limit
-            autoping=False,  # answers say how long they waited
-            compress=False,
-            timeout=CLOSE_TIMEOUT_S,
-        )
+        self._connection, self._readers = connection, readers
+        self._deliver, self._ended, self._watch, self._rehearse = deliver, ended, watch, rehearse
+        self._last: bytes | bytearray = b""  # a small frame that `deliver` took
+        self._loop = asyncio.get_running_loop()
+        self._turn = threading.Lock()  # frames are taken in one after the other, in their order
+        self._reader = Reader(ingress.limits.max_bytes, masked=True)
+        self._decoder = Decoder(ingress.limits)
+        self._taken = perf_counter()  # when the last frame was
+        self._outbox = Outbox(connection, self._loop)
+        self._pulse = Pulse(connection, self._beat)
+        self._orderly = self._over = self._held = False
+        self._goodbye = b""  # what is said at the end
+        self._ending, self._gone = asyncio.Event(), asyncio.Event()
+        self._hold: asyncio.Task[None] | None = None
+        name = f"link from {ingress.sender[:8]}"
+        readers.add(connection.fd, self.read)
+        self._task = self._loop.create_task(self._run(name), name=name)
 
-    async def run(self) -> web.WebSocketResponse:
-        """Serve the link to its end."""
-        await self._websocket.prepare(self._request)
-        pulse = Pulse(self._websocket)
-        beat = asyncio.create_task(pulse.run(self.abort), name=f"link from {self.ingress.sender[:8]} beat")
-        try:
-            await self._read(pulse)
-        except PeerLLMError as error:  # a frame the plan does not allow, or no room for it
-            self.reason = self.reason or str(error)
-            self._end()  # before the goodbye, whose answer may take its time
-            refused = isinstance(error, FrameError)
-            code = aiohttp.WSCloseCode.POLICY_VIOLATION if refused else aiohttp.WSCloseCode.INTERNAL_ERROR
-            await self._say_goodbye(code, self.reason)
-        except Exception as error:  # a fault of ours must not end a link in silence
-            self.reason = self.reason or f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            self._end()
-            beat.cancel()
-            await asyncio.gather(beat, return_exceptions=True)
-        return self._websocket
+    def read(self, leads: bool) -> None:
+        """Take in what has come; `leads`: the thread that calls is the one that the frames are for."""
+        with self._turn:
+            if self._over or self._held:
+                return
+            try:
+                for _ in range(READS):
+                    if not self._read() or not self._take_in(leads):
+                        return
+            except Exception as error:
+                self._fail(error)
 
     def abort(self, reason: str) -> None:
         """Cut the connection now."""
-        self.reason = self.reason or reason
-        if self._request.transport is not None:
-            self._request.transport.abort()
+        with self._turn:
+            self._end(reason)
+        self._close()
 
     def replace(self) -> None:
         """Make way for a new connection of the same sender; lost only if frames may be missing."""
         self._orderly = not self.delivered
-        self.abort("replaced by a new connection" if self.delivered else "")
+        self.abort("replaced by a new connection")
 
     async def close(self) -> None:
         """Tell the sender that nothing more is expected here; not reported as lost."""
         self._orderly = True
-        await self._say_goodbye(aiohttp.WSCloseCode.OK, "no longer expected")
+        with self._turn:
+            self._end("", goodbye(OK, "no longer expected"))
+        await self.wait_closed()
 
-    async def _read(self, pulse: Pulse) -> None:
-        limits, sender = self.ingress.limits, self.ingress.sender
-        decoder = Decoder(limits)
-        taken = perf_counter()
-        while True:
-            message = await self._websocket.receive()
-            pulse.arrived()
-            match message.type:
-                case aiohttp.WSMsgType.BINARY:
-                    self.delivered += 1
-                    came = perf_counter_ns() if self._watch.on else 0
-                    frame = decoder.decode(message.data)
-                    rest = self._deliver(sender, frame)
-                    taken = perf_counter()
-                    if came:
-                        handed_on = perf_counter_ns()
-                        self._watch.received(sender, frame, self.delivered, len(message.data), came, handed_on)
-                    if rest is not None:
-                        pulse.reading = False
-                        await rest
-                        pulse.reading = True
-                        pulse.arrived()
-                        if came:
-                            ours = limits.deployment, sender, limits.stage
-                            self._watch.held(*ours, handed_on, perf_counter_ns())
-                case aiohttp.WSMsgType.PING:
-                    await self._websocket.pong(answer(bytes(message.data), taken, perf_counter()))
-                case aiohttp.WSMsgType.PONG:
-                    pass  # the sender's beat
-                case aiohttp.WSMsgType.CLOSE if message.data == aiohttp.WSCloseCode.OK:
-                    return
-                case aiohttp.WSMsgType.ERROR:
-                    if not self._orderly:
-                        self.reason = self.reason or f"the connection broke: {message.data}"
-                    return
-                case aiohttp.WSMsgType.CLOSE | aiohttp.WSMsgType.CLOSED | aiohttp.WSMsgType.CLOSING:
-                    if not self._orderly:
-                        self.reason = self.reason or message.extra or "the connection broke"
-                    return
-                case _:
-                    raise FrameError("a link carries binary frames only")
+    def when_closed(self, call: Callable[[Receiver], None]) -> None:
+        """It will be called when the connection has been given back."""
+        self._task.add_done_callback(lambda _: call(self))
 
-    def _end(self) -> None:
-        ended, self._ended = self._ended, lambda receiver: None
-        ended(self)
+    async def wait_closed(self) -> None:
+        """Until the connection has been given back."""
+        await asyncio.wait({self._task})
 
-    async def _say_goodbye(self, code: int, reason: str) -> None:
-        await self._websocket.close(code=code, message=close_reason(reason))
+    async def _run(self, name: str) -> None:
+        beat = self._loop.create_task(self._pulse.run(self.abort), name=f"{name} beat")
+        try:
+            await self._ending.wait()
+            self._ended(self)  # before the goodbye, whose answer may take its time
+            if self._goodbye and not self._connection.closed:
+                await self._say_goodbye()
+        finally:
+            for task in (beat, self._hold):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+            self._close()
+
+    async def _say_goodbye(self) -> None:
+        """What still comes is dropped: closed with bytes unread, the system would drop the goodbye instead."""
+        self._readers.remove(self._connection.fd)
+        self._loop.add_reader(self._connection.fd, self._drop)
+        self._outbox.say(control(CLOSE, self._goodbye, masked=False))
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._gone.wait()
+        except TimeoutError:
+            return
+
+    def _drop(self) -> None:
+        try:
+            if self._connection.read() == b"":
+                self._gone.set()
+        except OSError:
+            self._gone.set()
+        if self._gone.is_set():
+            self._loop.remove_reader(self._connection.fd)
+
+    def _close(self) -> None:
+        if not self._connection.closed:
+            self._outbox.detach()
+            self._readers.remove(self._connection.fd)
+            self._loop.remove_reader(self._connection.fd)
+            self._connection.close()
+        self._gone.set()
+
+    def _beat(self) -> None:
+        if not self._over and not self._outbox.busy:
+            self._outbox.say(control(PONG, b"", masked=False))
+
+    def _hold_back(self, rest: Awaitable[None], since_ns: int) -> None:
+        if not self._over:
+            self._hold = self._loop.create_task(self._read_after(rest, since_ns), name=f"{self._task.get_name()} held")
+        elif asyncio.iscoroutine(rest):
+            rest.close()
+
+    async def _read_after(self, rest: Awaitable[None], since_ns: int) -> None:
+        self._pulse.reading = False
+        await rest
+        self._pulse.reading = True
+        self._pulse.arrived()
+        if since_ns:
+            limits = self.ingress.limits
+            self._watch.held(limits.deployment, self.ingress.sender, limits.stage, since_ns, perf_counter_ns())
+        with self._turn:
+            self._held = False
+            if self._over:
+                return
+            try:
+                self._take_in(False)  # what had come with the frame
+            except Exception as error:
+                self._fail(error)
+            if not self._over and not self._held:
+                self._readers.add(self._connection.fd, self.read)
+
+    # ---- in turn, on whichever thread -------------------------------------------------------------------------------
+
+    def _read(self) -> bool:
+        """Whether anything came."""
+        reader = self._reader
+        if (room := reader.room) is not None:
+            nbytes = self._connection.read_into(room)
+            if nbytes:
+                reader.filled(nbytes)
+        else:
+            data = self._connection.read()
+            nbytes = None if data is None else len(data)
+            if data:
+                reader.feed(data)
+        if nbytes == 0:
+            self._end("the connection broke")
+        else:
+            self._pulse.arrived()
+        return bool(nbytes)
+
+    def _take_in(self, leads: bool) -> bool:
+        """All messages that are complete; whether to read on at once: a larger one has begun."""
+        delivered = self.delivered
+        while (message := self._reader.next()) is not None:
+            opcode, payload = message
+            if opcode == BINARY:
+                if not self._deliver_frame(payload):
+                    return False
+                if leads and self._rehearse is not None and len(payload) <= RECORD_BYTES:
+                    self._last = payload
+                    self._readers.again(self._once_more)
+            elif opcode == PING:
+                pong = control(PONG, answer(bytes(payload), self._taken, perf_counter()), masked=False)
+                if leads and self.delivered > delivered:
+                    # The pass that the frame begins does not wait for the answer to be sent.
+                    self._outbox.say(pong, at_once=False)
+                    self._readers.later(self._outbox.flush)
+                else:
+                    self._outbox.say(pong)
+            elif opcode == CLOSE:
+                code, reason = read_goodbye(payload)
+                self._orderly = self._orderly or code == OK
+                self._end(reason or "the connection broke", goodbye(OK, ""))
+                return False
+        return self._reader.missing
+
+    def _deliver_frame(self, payload: bytes | bytearray) -> bool:
+        """Whether there is room for more after it."""
+        sender = self.ingress.sender
+        self.delivered += 1
+        came = perf_counter_ns() if self._watch.on else 0
+        frame = self._decoder.decode(payload)
+        rest = self._deliver(sender, frame)
+        self._taken = perf_counter()
+        handed_on = perf_counter_ns() if came else 0
+        if came:
+            self._watch.received(sender, frame, self.delivered, len(payload), came, handed_on)
+        if rest is not None:
+            self._held = True
+            self._readers.remove(self._connection.fd)
+            self._loop.call_soon_threadsafe(self._hold_back, rest, handed_on)
+            return False
+        return True
+
+    def _once_more(self) -> None:
+        """By the thread that leads, before it sleeps."""
+        delivered = self.delivered
+        self.read(True)  # mostly there is nothing yet
+        with self._turn:
+            if self._rehearse is not None and not self._over and self.delivered == delivered:
+                self._rehearse(self._decoder.decode(self._last))
+
+    def _fail(self, error: Exception) -> None:
+        match error:
+            case PeerLLMError():  # a frame the plan does not allow, or no room for it
+                code = POLICY_VIOLATION if isinstance(error, FrameError) else INTERNAL_ERROR
+                self._end(str(error), goodbye(code, str(error)))
+            case OSError():
+                self._end(f"the connection broke: {error}")
+            case _:  # a fault of ours must not end a link in silence
+                traceback.print_exception(error)
+                reason = f"{type(error).__name__}: {error}"
+                self._end(reason, goodbye(INTERNAL_ERROR, reason))
+
+    def _end(self, reason: str, farewell: bytes = b"") -> None:
+        if self._over:
+            return
+        self._over = True
+        self.reason = "" if self._orderly else reason
+        self._goodbye = farewell
+        self._readers.remove(self._connection.fd)  # it would go on saying that there is something
+        self._loop.call_soon_threadsafe(self._ending.set)

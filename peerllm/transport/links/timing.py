@@ -3,14 +3,16 @@
 A PING right behind a frame comes back with when the receiver handed the frame to its compute thread, and when it
 answered. A PING alone tells how far the receiver's clock is ahead (RFC 5905's offset, from the quickest round trip of
 late: its two ways differ least). So a frame's way is from the moment the sender's thread had handed it over until the
-receiver's had it: both event loops, TLS, the wire, decoding, and nothing of the answer's way, which competes for the
-processor with the pass that the frame begins. Encoding and handing over are the sender's own time: its pass is not over
-yet. At most one is under way, and a few follow each beat, so that links are measured by what they carry anyway.
+receiver's had it: what of its writing was left to the loop, the wire, TLS, decoding, and nothing of the answer's way,
+which competes for the processor with the pass that the frame begins. Encoding and handing over, and with that writing a
+small frame, are the sender's own time: its pass is not over yet. At most one is under way, and a few follow each beat,
+so that links are measured by what they carry anyway.
 """
 
 from __future__ import annotations
 
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,7 +55,7 @@ def answer(ping: bytes, taken_s: float, now_s: float) -> bytes:
 
 
 class Timing:
-    """Sans-I/O. `wanted` and `mark` are for any thread, the rest for the loop; times are `perf_counter`'s."""
+    """Sans-I/O. `beat` and `ponged` are for the loop, the rest for any thread; times are `perf_counter`'s."""
 
     def __init__(self, on_timed: OnTimed | None) -> None:
         self.wanted = False  # whether the next frame that finds the queue empty shall be timed
@@ -61,6 +63,7 @@ class Timing:
         self._marked: tuple[bytes, float] | None = None
         self._number = self._left = 0
         self._asked: Asked | None = None
+        self._lock = threading.Lock()  # one thing is asked at a time
         self._compared: deque[Compared] = deque(maxlen=KEPT_PINGS)
         self._handed_over: float | None = None  # when the sender of the frame that is timed was free again
 
@@ -76,10 +79,11 @@ class Timing:
 
     def beat(self, now: float) -> bytes | None:
         """What to PING with now; None while an answer is under way, or if nobody wants to know."""
-        if self._on_timed is None or (self._asked is not None and now - self._asked.since < LOST_S):
-            return None
-        self.wanted = False
-        return self._ask(0, now)
+        with self._lock:
+            if self._on_timed is None or (self._asked is not None and now - self._asked.since < LOST_S):
+                return None
+            self.wanted = False
+            return self._ask(0, now)
 
     def sent(self, frame: bytes) -> bytes | None:
         """The frame has gone: what to PING with behind it, if it is to be timed."""
@@ -87,7 +91,8 @@ class Timing:
         if marked is None or marked[0] is not frame:
             return None
         self._marked = None
-        return None if self._asked is not None else self._ask(len(frame), marked[1])
+        with self._lock:
+            return None if self._asked is not None else self._ask(len(frame), marked[1])
 
     def ponged(self, payload: bytes, now: float) -> None:
         """A PONG came; the other side's own beats are empty."""

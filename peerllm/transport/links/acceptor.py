@@ -1,0 +1,143 @@
+"""Taking in connections from other devices: mutual TLS, then the upgrade, each within bounds and time."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from http import HTTPStatus
+
+from peerllm.errors import AuthenticationError
+from peerllm.transport.identity import Identity, certificate_device
+from peerllm.transport.links.connection import Connection, handshake, read_head
+from peerllm.transport.links.upgrade import END, MAX_HEAD_BYTES, DeclinedError, agreed, declined, read_request
+from peerllm.transport.tls import listen, peer_device, server_context
+from peerllm.transport.tls.listen import BACKLOG
+from peerllm.types import DeviceId
+
+HANDSHAKE_TIMEOUT_S = 10.0  # for TLS and the request: a peer that connects and says nothing
+MAX_UNFINISHED = 128  # connections at that; one more, and the one that has taken longest is cut
+ACCEPT_PAUSE_S = 1.0  # while the system has no more sockets
+
+Admit = Callable[[Connection], None]
+Route = Callable[[DeviceId, str], Admit]  # who asks for which path; DeclinedError
+
+
+class Acceptor:
+    """Listens on every host at one port. Devices given to `set_trusted` get in and nobody else (at first: nobody).
+
+    Who asks for a websocket where `route` has one is handed to what that returns.
+    """
+
+    def __init__(self, identity: Identity, hosts: Iterable[str], port: int, route: Route) -> None:
+        self._identity, self._hosts, self._wanted_port, self._route = identity, tuple(hosts), port, route
+        self._trusted: frozenset[DeviceId] = frozenset()
+        self._context = server_context(identity, ())
+        self._sockets: list[socket.socket] = []
+        self._unfinished: dict[asyncio.Task[None], None] = {}  # the longest under way first
+
+    @property
+    def port(self) -> int:
+        """The real port, also where 0 was asked for."""
+        if not self._sockets:
+            raise RuntimeError("the data plane has not been started")
+        return int(self._sockets[0].getsockname()[1])
+
+    async def start(self) -> None:
+        """Listen. BadInputError if the port is in use."""
+        if not self._sockets:
+            self._sockets = await listen(self._hosts, self._wanted_port)
+            self._listen()
+
+    def set_trusted(self, pems: Iterable[str]) -> None:
+        """From now on exactly these certificates (PEM) are let in; a context cannot forget one, so it is made anew."""
+        trusted = {certificate_device(pem): pem for pem in pems}
+        if trusted.keys() != self._trusted:
+            self._trusted = frozenset(trusted)
+            self._context = server_context(self._identity, trusted.values())
+
+    async def close(self) -> None:
+        """Stop listening and cut what is not a link yet."""
+        loop = asyncio.get_running_loop()
+        sockets, self._sockets = self._sockets, []
+        for sock in sockets:
+            loop.remove_reader(sock)
+            sock.close()
+        for task in self._unfinished:
+            task.cancel()
+        await asyncio.gather(*self._unfinished, return_exceptions=True)
+
+    def _listen(self) -> None:
+        for sock in self._sockets:
+            asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+
+    def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(BACKLOG):
+            try:
+                plain, _ = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError:  # too many open files: whoever waits goes on waiting
+                for sock in self._sockets:
+                    loop.remove_reader(sock)
+                loop.call_later(ACCEPT_PAUSE_S, self._listen)
+                return
+            if len(self._unfinished) >= MAX_UNFINISHED:
+                # A device that means well is done within milliseconds; so a flood cuts its own first.
+                oldest = next(iter(self._unfinished))
+                oldest.cancel()
+                del self._unfinished[oldest]
+            task = loop.create_task(self._admit(plain), name="link handshake")
+            self._unfinished[task] = None
+            task.add_done_callback(lambda task: self._unfinished.pop(task, None))
+
+    async def _admit(self, plain: socket.socket) -> None:
+        sock: socket.socket = plain
+        admitted = False
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                plain.setblocking(False)
+                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                secure = sock = self._context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+                await handshake(secure)
+                self._known(secure)
+                head = await read_head(secure, END, MAX_HEAD_BYTES)
+            # A handshake begun before a removal may end after it: the trust of the moment counts.
+            admitted = self._answer(secure, self._known(secure), head)
+        except (OSError, TimeoutError, AuthenticationError, ValueError):
+            return
+        finally:
+            if not admitted:
+                _hang_up(sock)
+
+    def _known(self, sock: ssl.SSLSocket) -> DeviceId:
+        device = peer_device(sock)
+        if device not in self._trusted:
+            raise AuthenticationError("not of this household any more")
+        return device
+
+    def _answer(self, sock: ssl.SSLSocket, device: DeviceId, head: bytes) -> bool:
+        """Whether it is a link now. An answer fits into the socket of a new connection."""
+        try:
+            request = read_request(head)
+            if request.method != "GET":
+                raise DeclinedError(HTTPStatus.METHOD_NOT_ALLOWED)
+            admit = self._route(device, request.path)
+            key = request.key
+        except DeclinedError as error:
+            with suppress(OSError):
+                sock.write(declined(error.status))
+            return False
+        sock.write(agreed(key))
+        admit(Connection(sock, device))
+        return True
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """Closed with bytes unread, the system would take back what was said last, a TLS alert or an answer."""
+    with suppress(OSError, ValueError):
+        socket.socket.recv(sock, MAX_HEAD_BYTES)
+    sock.close()

@@ -1,0 +1,59 @@
+"""Data planes between real sockets, and what goes over their links."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from peerllm.transport.frames import Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit
+from peerllm.transport.identity import Identity
+from peerllm.transport.links import DataPlane, Ingress, Link
+
+DEPLOYMENT = "ab" * 16
+WAIT_S = 10.0
+WIDTH = 256
+LIMITS = FrameLimits(
+    deployment=DEPLOYMENT,
+    epoch=3,
+    stage=1,
+    kinds=(FrameKind.ACTIVATION,),
+    max_segments=4,
+    slots=8,
+    context=1 << 20,
+    max_tokens=256,
+    tensors={"hidden": TensorLimit(("F32",), 2, last_dim=WIDTH, per_token=True, required=True)},
+)
+
+
+def activation(position: int = 0, tokens: int = 1, epoch: int = 3) -> Frame:
+    data = NamedTensor.of("hidden", "F32", (tokens, WIDTH), bytes([position % 256]) * (tokens * WIDTH * 4))
+    return Frame(FrameKind.ACTIVATION, DEPLOYMENT, epoch, 1, (FrameSegment(9, 0, position, tokens),), (data,))
+
+
+@dataclass
+class Node:
+    """A device's data plane and what it heard."""
+
+    identity: Identity
+    plane: DataPlane
+    lost: asyncio.Queue[tuple[str, str, str]] = field(default_factory=asyncio.Queue)
+    frames: asyncio.Queue[tuple[str, Frame]] = field(default_factory=asyncio.Queue)
+
+    async def next_lost(self) -> tuple[str, str]:
+        deployment, device, reason = await asyncio.wait_for(self.lost.get(), WAIT_S)
+        assert deployment == DEPLOYMENT
+        return device, reason
+
+    async def next_frame(self) -> Frame:
+        return (await asyncio.wait_for(self.frames.get(), WAIT_S))[1]
+
+
+def expect(node: Node, sender: Node, limits: FrameLimits = LIMITS) -> None:
+    node.plane.expect(
+        Ingress(sender.identity.device, limits), lambda device, frame: node.frames.put_nowait((device, frame))
+    )
+
+
+async def connect(sender: Node, receiver: Node, stage: int = 1, hosts: tuple[str, ...] = ("127.0.0.1",)) -> Link:
+    who = receiver.identity
+    return await sender.plane.connect(who.device, who.certificate_pem, hosts, receiver.plane.port, DEPLOYMENT, 3, stage)

@@ -1,0 +1,227 @@
+"""Websocket messages and the upgrade, byte by byte: what comes through, and what a link does not carry."""
+
+from __future__ import annotations
+
+import base64
+import tracemalloc
+from http import HTTPStatus
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peerllm.errors import FrameError, LinkError
+from peerllm.transport.links.upgrade import (
+    DeclinedError,
+    agreed,
+    declined,
+    read_answer,
+    read_request,
+    request,
+)
+from peerllm.transport.links.websocket import (
+    BINARY,
+    CLOSE,
+    MAX_CONTROL_BYTES,
+    OK,
+    PING,
+    PONG,
+    RECORD_BYTES,
+    TEXT,
+    Reader,
+    control,
+    goodbye,
+    head,
+    read_goodbye,
+    unmasked,
+)
+
+LIMIT = 1 << 20
+KEY = base64.b64encode(b"0123456789abcdef").decode()
+
+
+def masked(message: bytes, mask: bytes) -> bytes:
+    """A message with a mask of zero, masked with another."""
+    size = message[1] & 0x7F
+    at = 2 + (0 if size < 126 else 2 if size == 126 else 8)
+    return message[:at] + mask + bytes(unmasked(message[at + 4 :], mask))
+
+
+def read(reader: Reader, pieces: list[bytes]) -> list[tuple[int, bytes]]:
+    """As a connection would: what is large goes where the reader has room."""
+    found = []
+    for piece in pieces:
+        while piece:
+            if (room := reader.room) is not None:
+                taken = min(len(room), len(piece))
+                room[:taken] = piece[:taken]
+                reader.filled(taken)
+                piece = piece[taken:]
+            else:
+                reader.feed(piece[:RECORD_BYTES])
+                piece = piece[RECORD_BYTES:]
+            while (message := reader.next()) is not None:
+                found.append((message[0], bytes(message[1])))
+    return found
+
+
+def cut(data: bytes, at: list[int]) -> list[bytes]:
+    places = sorted({place % (len(data) + 1) for place in at} | {0, len(data)})
+    return [data[a:b] for a, b in pairwise(places)]
+
+
+messages = st.lists(
+    st.one_of(
+        st.tuples(st.just(BINARY), st.binary(max_size=300)),
+        st.tuples(st.just(BINARY), st.sampled_from([125, 126, 65535, 65536, 100_000]).map(bytes)),
+        st.tuples(st.sampled_from([PING, PONG, CLOSE]), st.binary(max_size=MAX_CONTROL_BYTES)),
+    ),
+    max_size=6,
+)
+
+
+@given(messages, st.lists(st.integers(0, 1 << 20), max_size=20), st.booleans(), st.binary(min_size=4, max_size=4))
+def test_messages_come_out_as_they_went_in(
+    sent: list[tuple[int, bytes]], places: list[int], by_client: bool, mask: bytes
+) -> None:
+    data = [head(opcode, len(payload), by_client) + payload for opcode, payload in sent]
+    if by_client:
+        data = [masked(message, mask) for message in data]
+    assert read(Reader(LIMIT, by_client), cut(b"".join(data), places)) == sent
+
+
+def test_split_at_every_byte() -> None:
+    sent = [(BINARY, bytes(range(256)) * 3), (PING, b"ping"), (BINARY, b""), (CLOSE, goodbye(OK, "bye"))]
+    for mask in (bytes(4), b"\1\2\3\4"):
+        data = b"".join(masked(head(opcode, len(payload), True) + payload, mask) for opcode, payload in sent)
+        for at in range(len(data) + 1):
+            assert read(Reader(LIMIT, True), cut(data, [at])) == sent
+        assert read(Reader(LIMIT, True), [data[at : at + 1] for at in range(len(data))]) == sent
+
+
+@given(st.binary(max_size=200), st.binary(min_size=4, max_size=4))
+def test_a_mask_is_taken_off_by_putting_it_on(data: bytes, mask: bytes) -> None:
+    assert unmasked(data, mask) == bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+    assert unmasked(unmasked(data, mask), mask) == data
+
+
+def test_a_mask_over_many_pieces() -> None:
+    data = bytes(range(256)) * 700 + b"odd"
+    assert unmasked(data, b"\1\2\3\4") == bytes(byte ^ b"\1\2\3\4"[at % 4] for at, byte in enumerate(data))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (head(TEXT, 5, True) + b"hello", "binary frames only"),
+        (b"\x02\x85" + bytes(9), "each in one message"),
+        (b"\x80\x85" + bytes(9), "binary frames only"),
+        (b"\x83\x80" + bytes(4), "binary frames only"),
+        (b"\x8b\x80" + bytes(4), "binary frames only"),
+        (b"\xc2\x80" + bytes(4), "nobody agreed on"),
+        (b"\x09\x80" + bytes(4), "whole and at most 125"),
+        (b"\x89\xfe\x00\x7e" + bytes(130), "whole and at most 125"),
+        (b"\x82\x05hello", "masked"),
+        (b"\x82\xfe\x00\x7d" + bytes(4), "no more bytes than it needs"),
+        (b"\x82\xff" + (65535).to_bytes(8, "big") + bytes(4), "no more bytes than it needs"),
+        (b"\x82\xff" + (LIMIT + 1).to_bytes(8, "big"), f"{LIMIT + 1} bytes exceeds limit {LIMIT}"),
+        (b"\x82\xff" + b"\xff" * 8, f"exceeds limit {LIMIT}"),
+    ],
+)
+def test_what_a_link_does_not_carry(data: bytes, reason: str) -> None:
+    with pytest.raises(FrameError, match=reason):
+        read(Reader(LIMIT, True), [data])
+    with pytest.raises(FrameError, match=reason):
+        read(Reader(LIMIT, True), [data[at : at + 1] for at in range(len(data))])
+
+
+def test_a_server_does_not_mask() -> None:
+    with pytest.raises(FrameError, match="masked"):
+        read(Reader(LIMIT, False), [head(BINARY, 0, True)])
+    assert read(Reader(LIMIT, False), [control(PONG, b"x", False)]) == [(PONG, b"x")]
+
+
+def test_a_claim_takes_no_memory_beyond_the_limit() -> None:
+    reader = Reader(LIMIT, True)
+    tracemalloc.start()
+    with pytest.raises(FrameError):
+        read(reader, [b"\x82\xff" + (1 << 40).to_bytes(8, "big") + bytes(100)])
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
+@given(st.integers(0, 65535), st.text(max_size=200))
+def test_a_goodbye_fits_a_control_message(code: int, reason: str) -> None:
+    reason = reason.encode(errors="replace").decode()
+    payload = goodbye(code, reason)
+    assert len(payload) <= MAX_CONTROL_BYTES
+    found_code, found = read_goodbye(payload)
+    assert found_code == code and reason.startswith(found)
+
+
+# ---- the upgrade ----------------------------------------------------------------------------------------------------
+
+
+def test_both_sides_agree() -> None:
+    asked = read_request(request("::1%eth0", 8644, "/echo", KEY))
+    assert (asked.method, asked.path, asked.key, asked.fields["host"]) == ("GET", "/echo", KEY, "[::1]:8644")
+    assert read_answer(agreed(asked.key), KEY) == 101
+    assert read_answer(declined(HTTPStatus.NOT_FOUND), KEY) == 404
+
+
+
+GOOD = request("x", 1, "/echo", KEY).decode()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("GET ", "get "),
+        ("HTTP/1.1", "HTTP/1.0"),
+        ("/echo", "echo"),
+        ("/echo", "/ec ho"),
+        ("Upgrade: websocket", "Upgrade: h2c"),
+        ("Connection: Upgrade", "Connection: close"),
+        ("Connection: Upgrade", "Connection Upgrade"),
+        ("Connection: Upgrade", "Connection: Upgrade\r\n folded: line"),
+        ("Connection: Upgrade", "Connection: Upgrade\r\nConnection: Upgrade"),
+        ("Connection: Upgrade", "Connection: Upgrade\r\nContent-Length: 5"),
+        ("Connection: Upgrade", "Connection: Upgrade\r\nTransfer-Encoding: chunked"),
+        ("Connection: Upgrade", "Connection: Upgrade\r\nX: \x00"),
+        ("Version: 13", "Version: 8"),
+        (KEY, KEY[:-4]),
+        (KEY, "!" * 24),
+        (f"Sec-WebSocket-Key: {KEY}\r\n", ""),
+        ("\r\n\r\n", "\r\n"),
+    ],
+)
+def test_a_malformed_request_is_declined(old: str, new: str) -> None:
+    with pytest.raises(DeclinedError):
+        _ = read_request(GOOD.replace(old, new, 1).encode("latin-1")).key
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_no_request_or_a_sound_one(data: bytes) -> None:
+    for head_bytes in (data, data + b"\r\n\r\n", GOOD[:-2].encode() + data + b"\r\n\r\n"):
+        try:
+            asked = read_request(head_bytes)
+        except DeclinedError:
+            continue
+        assert asked.path.startswith("/")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("HTTP/1.1 101", "HTTP/1.1 1O1"),
+        ("HTTP/1.1", "SSH-2.0"),
+        ("Upgrade: websocket", "Upgrade: h2c"),
+        ("Accept: ", "Accept: x"),
+        ("Connection: Upgrade", "Connection: Upgrade\r\nSec-WebSocket-Extensions: permessage-deflate"),
+        ("Connection: Upgrade", "Connection: Upgrade\r\nSec-WebSocket-Protocol: chat"),
+    ],
+)
+def test_a_client_takes_no_other_answer(old: str, new: str) -> None:
+    with pytest.raises(LinkError):
+        read_answer(agreed(KEY).decode().replace(old, new, 1).encode(), KEY)
