@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import aiohttp
 import pytest
@@ -22,6 +25,7 @@ from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Outbox, 
 from peerllm.transport.links import outbox as outbox_module
 from peerllm.transport.links import plane as plane_module
 from peerllm.transport.links import pulse as pulse_module
+from peerllm.transport.links.connection import Connection
 from peerllm.transport.links.echo import WARM_UPS
 from peerllm.transport.links.timing import LOST_S, Timing, answer
 from peerllm.transport.tls import client_context
@@ -531,3 +535,20 @@ def test_a_pong_of_another_length_says_nothing() -> None:
     for payload in (ping, ping + bytes(4), ping + bytes(17)):
         timing.ponged(payload, 10.1)
     assert not heard and timing.beat(11.0) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not tell")
+def test_what_waits_in_the_socket_is_seen() -> None:
+    """A frame behind it would count its time as the link's."""
+    with socket.create_server(("127.0.0.1", 0)) as door, socket.create_connection(door.getsockname()) as sender:
+        reader, _ = door.accept()
+        with reader:
+            connection = Connection(cast(ssl.SSLSocket, sender), "ab" * 32)
+            assert connection.unsent() == 0
+            sender.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    sender.send(bytes(1 << 16))
+            assert connection.unsent() > 0
+        connection.close()
+        assert connection.unsent() == 0

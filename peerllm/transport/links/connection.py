@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import struct
+import sys
 import threading
 
 from peerllm.transport.links.websocket import RECORD_BYTES
 from peerllm.types import DeviceId
+
+SIOCOUTQNSD = 0x894B  # linux/sockios.h
+_COUNT = struct.Struct("i")
 
 
 class Connection:
@@ -57,6 +62,17 @@ class Connection:
     def option(self, level: int, name: int, size: int) -> bytes:
         """A socket's option; OSError if the system has none such, or the connection is closed."""
         return self._sock.getsockopt(level, name, size)
+
+    def unsent(self) -> int:
+        """Bytes written that still wait here: a frame would wait behind them. 0 where nobody can tell."""
+        if sys.platform != "linux":
+            return 0
+        import fcntl
+
+        try:
+            return _COUNT.unpack(fcntl.ioctl(self.fd, SIOCOUTQNSD, bytes(_COUNT.size)))[0]  # type: ignore[no-any-return]
+        except OSError:
+            return 0
 
     def close(self) -> None:
         """Give the socket back at once; may be called twice. Nobody may be waiting for it any more."""

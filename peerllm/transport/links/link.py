@@ -82,7 +82,7 @@ class Link:
         buffers = encode_buffers(frame)
         nbytes = sum([len(buffer) for buffer in buffers])
         data = b"".join((head(BINARY, nbytes, masked=True), *buffers))
-        timed = self.timing.wanted and not len(self._outbox)  # behind others it would be their time as well
+        timed = self.timing.wanted and self._clear()
         if timed:
             self.timing.mark(data, perf_counter())
         if self._watch.on:
@@ -95,6 +95,10 @@ class Link:
             self._outbox.put(data, timeout_s)
         if timed:
             self.timing.handed_over(perf_counter())
+
+    def _clear(self) -> bool:
+        """Whether what is sent now leaves at once: behind something else it would be the other's time as well."""
+        return not self._outbox.busy and not len(self._outbox) and not self._connection.unsent()
 
     def close(self) -> None:
         """Take no more frames, let those queued go (at most FLUSH_TIMEOUT_S), then end; not reported as lost."""
@@ -115,7 +119,7 @@ class Link:
         """Give a sign of life, which may ask for one; behind a frame under way it must not wait, and need not."""
         if self._outbox.busy:
             return
-        if (ping := self.timing.beat(perf_counter())) is not None:
+        if self._clear() and (ping := self.timing.beat(perf_counter())) is not None:
             self._outbox.say(control(PING, ping, masked=True))
         else:
             self._outbox.say(control(PONG, b"", masked=True))
