@@ -276,3 +276,33 @@ async def test_a_frozen_device_is_noticed_and_comes_back(tmp_path: Path) -> None
             if process.returncode is None:
                 process.kill()
             await process.wait()
+
+
+def test_what_is_due_already_is_no_fault_of_the_loop(tmp_path: Path) -> None:
+    """Of what is due now uvloop's handles do not tell when; setting it again once ended a pairing half done."""
+    if sys.platform == "win32":
+        pytest.skip("no uvloop")
+    import uvloop
+
+    async def ticks() -> int:
+        device = Device(tmp_path, "laptop")
+        links, loop, ticked = device.network._links, asyncio.get_running_loop(), asyncio.Event()
+        due: list[float | None] = [loop.time() - 1.0, loop.time() - 1.0, loop.time() - 0.5]
+        count = 0
+
+        def handle(event: object, now: float) -> tuple[()]:
+            nonlocal count
+            count += 1
+            ticked.set()
+            return ()
+
+        links.membership.handle = handle  # type: ignore[method-assign, assignment]
+        links.membership.deadline = lambda: due.pop() if due else None  # type: ignore[method-assign]
+        for _ in range(3):
+            links._arm()
+        async with asyncio.timeout(WAIT_S):
+            await ticked.wait()
+        return count
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(ticks()) == 1

@@ -56,7 +56,7 @@ class Links:
         self._using: dict[DeviceId, Channel] = {}
         self._accepted: Counter[DeviceId] = Counter()
         self._dials: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: tuple[float, asyncio.Handle] | None = None  # with what it is set to: not all loops' handles tell
         self._session: aiohttp.ClientSession | None = None
         # Grows over restarts too where there is a clock, so that of two links a device dialled the newest is known.
         self._numbers = itertools.count(time.time_ns() // 1000)
@@ -121,7 +121,7 @@ class Links:
         """Say goodbye on every link and end them all."""
         self._closing = True
         if self._timer is not None:
-            self._timer.cancel()
+            self._timer[1].cancel()
         for channel in list(self._channels.values()):
             channel.send(Goodbye(reason))
             channel.finish(reason)
@@ -170,12 +170,13 @@ class Links:
     def _arm(self) -> None:
         deadline = self.membership.deadline()
         if self._timer is not None:
-            if deadline is not None and not self._timer.cancelled() and self._timer.when() == deadline:
+            at, handle = self._timer
+            if at == deadline:
                 return
-            self._timer.cancel()
+            handle.cancel()
             self._timer = None
         if deadline is not None and not self._closing:
-            self._timer = asyncio.get_running_loop().call_at(deadline, self._tick)
+            self._timer = deadline, asyncio.get_running_loop().call_at(deadline, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
