@@ -51,7 +51,8 @@ def sweep(house: House, found: Relaxed, goal: float, width: int, *, strict: bool
         hops, touched = reach(house, kind[some], ready[some])
         into = cost[some, None] + hops[:, 1:]
         work += touched // 3
-        allowed_here = goal + refund[some, None] - found.visit[i + 1]
+        with np.errstate(invalid="ignore"):  # any goal less a way that leads nowhere: nothing is within that
+            allowed_here = goal + refund[some, None] - found.visit[i + 1]
         row, target = np.nonzero(hopeful[some] & (into <= allowed_here))
         begun = into[row, target] - prefix[target, i + 1]
         row = some[row]
