@@ -35,7 +35,7 @@ def recorded(root: Path, mbps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mbps", type=int, default=5)
+    parser.add_argument("--mbps", type=int, default=100)
     parser.add_argument("--write", action="store_true", help="draw docs/overlap.png")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory:
