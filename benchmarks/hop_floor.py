@@ -26,6 +26,7 @@ import torch
 from peerllm.transport.identity import load_or_create
 from tests.lab.netns import Lab, require_lab
 
+TRIES, PAUSE_S = 100, 0.1  # to connect
 MBPS, PORT, NBYTES, TURNS, WARM_UPS, TIMEOUT_MS = 1000, 7777, 4096, 300, 20, 20_000
 MATRIX_MB = 2048 * 8192 * 2 / 1e6
 HEADER = struct.Struct("<Q")
@@ -42,12 +43,12 @@ def connected(server: bool, address: str, directory: Path) -> ssl.SSLSocket:
         with socket.create_server((address, PORT)) as door:
             plain, _ = door.accept()
     else:
-        for _ in range(100):
+        for _ in range(TRIES):
             try:
                 plain = socket.create_connection((address, PORT))
                 break
             except OSError:
-                time.sleep(0.1)
+                time.sleep(PAUSE_S)
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return context.wrap_socket(plain, server_side=server)
 

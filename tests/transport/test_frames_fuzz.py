@@ -20,6 +20,7 @@ from tests.transport.frames_support import LIMITS, changed_frames, frames
 INPUTS = int(os.environ.get("PEERLLM_FUZZ_INPUTS", "10000"))
 DERANDOMIZE = os.environ.get("PEERLLM_FUZZ_SEED") != "random"
 OBJECTS_BYTES = 8 << 10  # Python's own objects for the segments and tensors that the plan allows, and one error
+MOST_BYTES = LIMITS.max_bytes + OBJECTS_BYTES
 
 prefixes = st.builds(
     lambda frame, noise, at: encode(frame)[:at] + noise, frames(), st.binary(max_size=64), st.integers(0, 120)
@@ -33,7 +34,8 @@ def test_no_input_crashes_or_takes_memory_beyond_the_plan() -> None:
     outcomes: Counter[Rule | None] = Counter()
     inputs = Counter[bool]()
 
-    def check(data: bytes) -> None:
+    def traced(data: bytes) -> tuple[Frame | None, Rule | None, str, int]:
+        """(frame, rule, refusal's line, most bytes that were taken at once)"""
         tracemalloc.start()
         try:
             frame: Frame | None = decode(data, LIMITS)
@@ -42,10 +44,16 @@ def test_no_input_crashes_or_takes_memory_beyond_the_plan() -> None:
             frame, rule, line = None, refusal.rule, str(refusal)
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        return frame, rule, line, peak_bytes
+
+    def check(data: bytes) -> None:
+        frame, rule, line, peak_bytes = traced(data)
+        if peak_bytes > MOST_BYTES:  # the collector or another thread may have taken some; the decoder does so each time
+            peak_bytes = min(traced(data)[-1] for _ in range(3))
         outcomes[rule] += 1
         assert "\n" not in line
         assert len(line) < 300
-        assert peak_bytes <= LIMITS.max_bytes + OBJECTS_BYTES, f"{peak_bytes} bytes for {data.hex()}"
+        assert peak_bytes <= MOST_BYTES, f"{peak_bytes} bytes for {data.hex()}"
         if frame is not None:
             assert encode(frame) == data, "two spellings of one frame"
 

@@ -239,9 +239,8 @@ async def test_every_address_has_the_same_port(alice: Identity) -> None:
 async def test_a_port_in_use_is_one_clear_line(alice: Identity) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(
-            BadInputError, match=rf"^port {port} is in use on 127\.0\.0\.1; choose another with --port$"
-        ):
+        line = rf"^port {port} is in use on 127\.0\.0\.1; choose another with --port N, which takes N to N \+ 2$"
+        with pytest.raises(BadInputError, match=line):
             await TlsServer(web.Application(), alice, ["127.0.0.1"], port).start()
     with pytest.raises(BadInputError, match="cannot listen"):
         await TlsServer(web.Application(), alice, ["192.0.2.1"], 0).start()

@@ -14,7 +14,7 @@ from peerllm.types import DeploymentId
 MAX_NAME_BYTES = 32
 MAX_RANK = 8
 KEPT_SHAPES = 512  # whose sizes are remembered
-MAX_U16, MAX_U32, MAX_U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
+MAX_U16, MAX_U32 = 2**16 - 1, 2**32 - 1
 NAME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + "_.")
 
 

@@ -15,9 +15,9 @@ from peerllm.transport.links.connection import Connection, handshake, read_head
 from peerllm.transport.links.upgrade import END, MAX_HEAD_BYTES, DeclinedError, agreed, declined, read_request
 from peerllm.transport.tls import listen, peer_device, server_context
 from peerllm.transport.tls.listen import BACKLOG
+from peerllm.transport.tls.server import HANDSHAKE_TIMEOUT_S
 from peerllm.types import DeviceId
 
-HANDSHAKE_TIMEOUT_S = 10.0  # for TLS and the request: a peer that connects and says nothing
 MAX_UNFINISHED = 128  # connections at that; one more, and the one that has taken longest is cut
 ACCEPT_PAUSE_S = 1.0  # while the system has no more sockets
 

@@ -92,7 +92,7 @@ def _bind(family: int, address: tuple[str, int, int, int], port: int) -> socket.
 def _explained(error: OSError, port: int, addresses: list[Address]) -> BadInputError:
     where = ", ".join(address[0] for _, address in addresses)
     if error.errno == errno.EADDRINUSE:
-        return BadInputError(f"port {port} is in use on {where}; choose another with --port")
+        return BadInputError(f"port {port} is in use on {where}; choose another with --port N, which takes N to N + 2")
     if error.errno == errno.EACCES:
         return BadInputError(f"port {port} may not be opened by this user; choose one above 1023 with --port")
     return BadInputError(f"cannot listen on {where}, port {port}: {error.strerror}")
