@@ -48,7 +48,7 @@ def test_no_input_crashes_or_takes_memory_beyond_the_plan() -> None:
 
     def check(data: bytes) -> None:
         frame, rule, line, peak_bytes = traced(data)
-        if peak_bytes > MOST_BYTES:  # the collector or another thread may have taken some; the decoder does so each time
+        if peak_bytes > MOST_BYTES:  # the collector or another thread may have taken some; the decoder would again
             peak_bytes = min(traced(data)[-1] for _ in range(3))
         outcomes[rule] += 1
         assert "\n" not in line
