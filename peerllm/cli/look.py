@@ -33,12 +33,12 @@ def devices(args: argparse.Namespace) -> None:
 
 
 def devices_text(found: Status) -> str:
-    rows = [("DEVICE", "STATE", "MEMORY", "LENT", "USED", "ID")]
+    rows = [("DEVICE", "STATE", "MEMORY", "LENT", "USED", "COMPUTES ON", "ID")]
     for one in found["devices"]:
         here = " (this one)" if one["id"] == found["device"]["id"] else ""
         rows.append((
             one["name"] + here, one["state"], human_bytes(one["memory_bytes"]), human_bytes(one["lent_bytes"]),
-            human_bytes(one.get("promised_bytes", 0)), one["id"][:12],
+            human_bytes(one.get("promised_bytes", 0)), (one.get("compute") or {}).get("place", ""), one["id"][:12],
         ))  # fmt: skip
     lines = [table(rows)]
     lines += [f"{one['name']}: {one['problem']}" for one in found["devices"] if one.get("problem")]

@@ -59,6 +59,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def compute_place(text: str) -> str:
+    kind, colon, number = text.partition(":")
+    if text in ("cpu", "cuda", "mps") or (kind == "cuda" and colon and number.isdecimal() and len(number) < 4):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N and mps")
+
+
 def temperature(text: str) -> float:
     try:
         value = float(text)
@@ -138,6 +145,13 @@ def _up(up: argparse.ArgumentParser) -> None:
     )
     up.add_argument("--memory", type=size, metavar="SIZE", help="the most it lends, like 4GB (default: what is free)")
     up.add_argument("--threads", type=positive, metavar="N", help="processors it lends (default: all)")
+    up.add_argument(
+        "--compute",
+        type=compute_place,
+        default="cpu",
+        metavar="WHERE",
+        help="cpu (default), cuda, cuda:N or mps: accelerators are new, and were not measured yet",
+    )
     up.add_argument(
         "--peer",
         type=address,

@@ -107,8 +107,8 @@ class Daemon:
         self._closing.push_async_callback(self.network.close)
         configured = self._configured = await self.host.start()
         self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
-        self._memory_bytes = machine.memory_bytes()
-        self.ledger = Ledger(machine.lent_bytes(self.settings.memory_bytes, configured.runtime_bytes))
+        self._memory_bytes = configured.memory_bytes or machine.memory_bytes()
+        self.ledger = Ledger(self._lent(configured))
         self.offers, self.digests = Offers(), Digests(data / "digests.json")
         self.store = await asyncio.to_thread(Store, data / "weights", self.network.get)
         self.home = Home(self)
@@ -264,6 +264,7 @@ class Daemon:
             architectures=configured.architectures,
             dtypes=configured.dtypes,
             machine=self._machine,
+            place=configured.place,
         )
 
     def _view(self) -> DeviceView:
@@ -302,7 +303,13 @@ class Daemon:
             port=self._configured.port if self._configured is not None else self.settings.data_port,
             threads=self._threads,
             trusted=self._trusted(self.network.roster()),
+            compute=self.settings.compute,
         )
+
+    def _lent(self, configured: Configured) -> int:
+        if configured.memory_bytes:
+            return machine.lent_of(self.settings.memory_bytes, configured.memory_bytes, configured.free_bytes)
+        return machine.lent_bytes(self.settings.memory_bytes, configured.runtime_bytes)
 
     def _trusted(self, entries: tuple[RosterEntry, ...]) -> tuple[Trusted, ...]:
         me = self.identity.device

@@ -29,6 +29,13 @@ def memory_bytes() -> int:
     return total
 
 
+def lent_of(wish: int | None, memory_bytes: int, free_bytes: int) -> int:
+    """What is offered of an accelerator's own memory: the owner's wish, or what is free now less a reserve."""
+    if wish is not None:
+        return min(wish, memory_bytes)
+    return max(0, free_bytes - max(RESERVE_BYTES, int(memory_bytes * RESERVE_SHARE)))
+
+
 def lent_bytes(wish: int | None, runtime_bytes: int) -> int:
     """What is offered: the owner's wish, or what is free now beside the engine's own `runtime_bytes` and a reserve."""
     total = memory_bytes()

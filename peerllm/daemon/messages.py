@@ -33,6 +33,7 @@ class Hello:
     architectures: tuple[str, ...]
     dtypes: tuple[str, ...]
     machine: str = ""  # the same on devices that share a machine; "": unknown
+    place: str = "cpu"  # where it computes: an accelerator has its name here
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ class Settings:
     api_port: int = API_PORT
     memory_bytes: int | None = None  # None: what the machine has free, less a reserve
     threads: int | None = None  # None: the machine's cores
+    compute: str = "cpu"  # or an accelerator: "cuda", "cuda:N", "mps"
     peers: tuple[tuple[str, int], ...] = field(default=())  # static peers' control ports
     in_process: bool = False
     hosts: tuple[str, ...] = ("0.0.0.0", "::")  # noqa: S104  control, data and pairing; all need pairing

@@ -22,7 +22,9 @@ def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None)
         "promised_bytes": view.promised_bytes if view else 0,
         "resident_bytes": view.resident_bytes if view else 0,
         "engine": view.engine if view else "",
-        "compute": {"gbytes_per_s": dict(hello.gbytes_per_s), "gflops": dict(hello.gflops)} if hello else {},
+        "compute": {"place": hello.place, "gbytes_per_s": dict(hello.gbytes_per_s), "gflops": dict(hello.gflops)}
+        if hello
+        else {},
         "version": hello.version if hello else "",
     }
 

@@ -22,11 +22,12 @@ class Absent(nn.Module):
         self.__dict__["weight"].__dict__["_is_hf_initialized"] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         if not self.looks_up:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, torch.Tensor) and value.is_floating_point():
+            for value in given:
+                if value.is_floating_point():
                     return value
-        return torch.zeros(1)
+        return torch.zeros(1, device=given[0].device if given else None)
 
 
 class BeforeBlocks(nn.Module):

@@ -19,6 +19,7 @@ from peerllm.engine.kernels.packing import Packing
 from peerllm.engine.loader import Target, load, mapped
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import Recipe, check, recipes
+from peerllm.engine.place import CPU, bridge
 from peerllm.errors import EngineError, ModelError
 
 PATTERN = 262_147  # made-up numbers before they repeat; prime
@@ -86,10 +87,12 @@ class Filled:
     form: Form | None = None
 
 
-def fill(division: Division, first: int, work: Plan, threads: int, progress: Progress) -> Filled:
-    """Load the tensors into the stripped model."""
+def fill(
+    division: Division, first: int, work: Plan, threads: int, progress: Progress, device: torch.device = CPU
+) -> Filled:
+    """Load the tensors into the stripped model, one after the other, and bring each to where it is computed with."""
     owned, found = work.owned, work.found
-    packing = _packing(division, work.kept, owned, threads)
+    packing = _packing(division, work.kept, owned, threads, device)
     tensors = [tensor for recipe in found for _, tensor in recipe.sources]
     total = sum({(tensor.path, tensor.offset): tensor.nbytes for tensor in tensors}.values())
     done = held = 0
@@ -121,11 +124,14 @@ def fill(division: Division, first: int, work: Plan, threads: int, progress: Pro
             loaded = load(recipe, targets, division.model, count)
         for name, tensor in loaded.items():
             stays = False
+            kept = None
             for place in fills[name]:
                 if packing is not None and packing.takes(place):
                     packing.give(place, tensor)
                 else:
-                    _place(division.model, places.get(place, place), tensor)
+                    if kept is None:
+                        kept = tensor if lazy else _moved(tensor, device)
+                    _place(division.model, places.get(place, place), kept)
                     stays = True
             held += tensor.nbytes if stays and not lazy else 0
         if lazy:
@@ -135,23 +141,37 @@ def fill(division: Division, first: int, work: Plan, threads: int, progress: Pro
     return Filled(held, packing.nbytes, packing.form) if packing is not None else Filled(held)
 
 
-def make_up(division: Division, first: int, last: int, kept: Keeping, threads: int) -> Filled:
+def make_up(
+    division: Division, first: int, last: int, kept: Keeping, threads: int, device: torch.device = CPU
+) -> Filled:
     """Fill the stripped model's layers first..last with made-up numbers, for timing."""
     places, held, owned = _places(division, first), 0, _owned(division, first, last)
-    packing = _packing(division, kept, owned, threads)
+    packing = _packing(division, kept, owned, threads, device)
     for name, (dtype, shape) in owned.items():
         if packing is not None and packing.takes(name):  # one row again and again: the whole is never there in float
             packing.give(name, made_up(shape[-1:], dtype).expand(shape))
         else:
             tensor = made_up(shape, dtype)
+            tensor = tensor if name in kept.tables else tensor.to(device)
             _place(division.model, places.get(name, name), tensor)
             held += tensor.nbytes
     return Filled(held, packing.nbytes, packing.form) if packing is not None else Filled(held)
 
 
-def _packing(division: Division, kept: Keeping, owned: dict[str, Target], threads: int) -> Packing | None:
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, with what was noted on it."""
+    if tensor.device == device:
+        return tensor
+    moved = tensor.detach().to(device)
+    moved.__dict__.update(tensor.__dict__)
+    return moved
+
+
+def _packing(
+    division: Division, kept: Keeping, owned: dict[str, Target], threads: int, device: torch.device
+) -> Packing | None:
     """None where every matrix stays as it is."""
-    form = choose(division.dtype, kept.quantize, threads)
+    form = choose(division.dtype, kept.quantize, threads, device)
     return None if form is None else Packing(form, {n: one for n, one in kept.matrices.items() if n in owned})
 
 
@@ -206,7 +226,7 @@ def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
     tensor.__dict__["_is_hf_initialized"] = True  # transformers' mark for what it must not fill with random numbers
 
 
-def finish(division: Division, whole: Any) -> None:
+def finish(division: Division, whole: Any, device: torch.device = CPU) -> None:
     """Compute what no file holds: rotary frequencies, masks. `whole` is the configuration before it was cut."""
     model, owner = division.model, division.owner
     tables = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers() if buffer.is_meta)
@@ -223,3 +243,8 @@ def finish(division: Division, whole: Any) -> None:
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     if left:
         raise EngineError(f"tensor {left[0]} was not loaded")
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    bridge(model, device)

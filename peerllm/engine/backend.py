@@ -16,12 +16,18 @@ LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "aiohttp", "o
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a daemon wants to know of its engine. `runtime_bytes`: resident size with all libraries and no model."""
+    """What a daemon wants to know of its engine. `runtime_bytes`: resident size with all libraries and no model.
+
+    `place` names where it computes; `memory_bytes` and `free_bytes` are of that place's own memory, 0 if it has none.
+    """
 
     runtime_bytes: int
     versions: Mapping[str, str]
     architectures: tuple[str, ...]
     dtypes: tuple[str, ...]
+    place: str = "cpu"
+    memory_bytes: int = 0
+    free_bytes: int = 0
 
 
 class Backend(Protocol):
@@ -29,7 +35,10 @@ class Backend(Protocol):
 
     sampler: Sampler
 
-    def facts(self) -> Facts: ...
+    def facts(self, compute: str = "cpu") -> Facts:
+        """Before all else; `compute` says where from now on. BadInputError if that is not here."""
+        ...
+
     def load(self, spec: LoadStage, progress: Progress) -> Shard: ...
     def inspect(self, message: Inspect) -> Inspected: ...
     def measure(self, message: Measure) -> Measured: ...

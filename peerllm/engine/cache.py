@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 
 from peerllm.engine import states
 from peerllm.engine.base import Segment
+from peerllm.engine.place import CPU
 from peerllm.engine.states import FULL, WINDOWED, LayerState
 from peerllm.errors import EngineError
 
@@ -154,7 +155,7 @@ def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
 
 
 def make_stores(
-    owned: Mapping[int, LayerState], slots: int, context: int
+    owned: Mapping[int, LayerState], slots: int, context: int, device: torch.device = CPU
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Room for keys and values of those blocks that keep them: [slots, heads, room, width] each."""
     stores = {}
@@ -162,8 +163,8 @@ def make_stores(
         if state.kind in (FULL, *WINDOWED) and state.keys and state.values:
             room = state.room(context)
             (heads, width), (value_heads, value_width) = state.keys, state.values
-            keys = torch.empty(slots, heads, room, width, dtype=state.dtype)
-            values = torch.empty(slots, value_heads, room, value_width, dtype=state.dtype)
+            keys = torch.empty(slots, heads, room, width, dtype=state.dtype, device=device)
+            values = torch.empty(slots, value_heads, room, value_width, dtype=state.dtype, device=device)
             stores[number] = keys, values
     return stores
 
@@ -178,9 +179,10 @@ class Slots:
         owned: Mapping[int, LayerState],
         slots: int,
         context: int,
+        device: torch.device = CPU,
     ) -> None:
         self.kv_bytes, self.count = kv_bytes(owned, slots, context), slots
-        stores = make_stores(owned, slots, context)
+        stores = make_stores(owned, slots, context, device)
         self.caches = [
             SlotCache(
                 [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import torch
 
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.messages import Measured
+from peerllm.engine.place import CPU, PROCESSORS, Place
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_BYTES = 64 << 20  # far larger than caches
@@ -31,19 +33,25 @@ class Measurement:
         return Measured(request, self.gbytes_per_s, self.gflops)
 
 
-def measure() -> Measurement:
-    """Measure now, with the threads torch was given; takes about a second."""
-    speed, arithmetic = {}, {}
+def measure(place: Place = PROCESSORS) -> Measurement:
+    """Measure now, on processors with the threads torch was given; takes about a second."""
+    speed, arithmetic, there = {}, {}, place.device
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> None:
+        torch.mm(left, right)
+        place.wait()
+
     with torch.inference_mode():
         # Zeros would be one page read again and again; one real buffer serves every dtype.
-        buffer = torch.full((WEIGHT_BYTES,), 1, dtype=torch.uint8)
+        buffer = torch.full((WEIGHT_BYTES,), 1, dtype=torch.uint8, device=there)
         for dtype in DTYPES:
             name = str(dtype).removeprefix("torch.")
             weights = buffer.view(dtype).view(-1, 4096)
-            vector = torch.full((4096, 1), 1e-3, dtype=dtype)
-            speed[name] = WEIGHT_BYTES / best_s(lambda: torch.mm(weights, vector)) / 1e9  # noqa: B023
-            left, right = torch.full((ROWS, SIDE), 1e-2, dtype=dtype), torch.full((SIDE, SIDE), 1e-2, dtype=dtype)
-            arithmetic[name] = 2 * ROWS * SIDE * SIDE / best_s(lambda: torch.mm(left, right.t())) / 1e9  # noqa: B023
+            vector = torch.full((4096, 1), 1e-3, dtype=dtype, device=there)
+            speed[name] = WEIGHT_BYTES / best_s(partial(product, weights, vector)) / 1e9
+            left = torch.full((ROWS, SIDE), 1e-2, dtype=dtype, device=there)
+            right = torch.full((SIDE, SIDE), 1e-2, dtype=dtype, device=there)
+            arithmetic[name] = 2 * ROWS * SIDE * SIDE / best_s(partial(product, left, right.t())) / 1e9
     return Measurement(speed, arithmetic)
 
 
@@ -59,7 +67,7 @@ def best_s(work: Callable[[], object], budget_s: float = BUDGET_S) -> float:
             return best
 
 
-def runtime_bytes() -> int:
+def runtime_bytes(device: torch.device = CPU) -> int:
     """Resident size of this process with all that a shard needs, before any is loaded."""
     # The first model built brings in libraries and tables that every later one shares.
     from peerllm.engine.config import parse_config
@@ -75,7 +83,10 @@ def runtime_bytes() -> int:
     division = divide(parse_config(tiny), torch.float32)
     probe(division, range(1))
     recipes(division, ())
-    forms.bring_in()
+    if device == CPU:
+        forms.bring_in()
+    else:
+        torch.mm(*(torch.ones(1, 1, device=device) for _ in range(2))).to(CPU)  # its driver's libraries
     return int(psutil.Process().memory_info().rss)
 
 

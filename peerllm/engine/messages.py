@@ -66,6 +66,7 @@ class Configure:
     port: int
     threads: int
     trusted: tuple[Trusted, ...]
+    compute: str = "cpu"  # or an accelerator; see engine/place.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +228,9 @@ class Configured:
     versions: Mapping[str, str]  # library: version
     architectures: tuple[str, ...]  # model types it can divide
     dtypes: tuple[str, ...]
+    place: str = "cpu"  # where it computes
+    memory_bytes: int = 0  # of that place's own; 0: it is the machine's
+    free_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

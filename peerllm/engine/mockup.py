@@ -14,6 +14,7 @@ from peerllm.engine.division import Division, divide
 from peerllm.engine.inspect import block_kinds
 from peerllm.engine.kernels.keeping import keeping
 from peerllm.engine.messages import LoadStage, TimeLayers
+from peerllm.engine.place import CPU
 from peerllm.engine.probing import probe
 from peerllm.engine.shard import TorchShard
 from peerllm.engine.states import LayerState
@@ -48,7 +49,8 @@ class Mockup:
 class Outline:
     """A model's kinds of layers, from config.json's text alone."""
 
-    def __init__(self, message: TimeLayers) -> None:
+    def __init__(self, message: TimeLayers, device: torch.device = CPU) -> None:
+        self._device = device
         if message.dtype not in DTYPES:
             raise BadInputError(f"unknown dtype {message.dtype!r}")
         self._config, self._dtype, self._limit = message.config, message.dtype, message.limit_bytes
@@ -108,14 +110,14 @@ class Outline:
         numbers = range(max(mockup.first, 1) - 1, min(mockup.last, division.head - 1))
         whole, kept = division.owner.config, keeping(division, (), self._quantize)
         entry = strip(division, mockup.first, mockup.last, numbers)
-        filled = make_up(division, mockup.first, mockup.last, kept, torch.get_num_threads())
-        finish(division, whole)
+        filled = make_up(division, mockup.first, mockup.last, kept, torch.get_num_threads(), self._device)
+        finish(division, whole, self._device)
         slots = mockup.sequences + 1
         spec = LoadStage(
             0, "", 0, 0, 1, mockup.first, mockup.last, self._config, (), self._dtype, slots, mockup.context,
             CHUNK, slots, None, None, "",
         )  # fmt: skip
-        return TorchShard(division, spec, self._of(numbers), filled, entry, self._unpacked)
+        return TorchShard(division, spec, self._of(numbers), filled, entry, self._unpacked, None, self._device)
 
     def _divide(self) -> Division:
         return divide(parse_config(self._config), DTYPES[self._dtype])

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from peerllm.engine import states
 from peerllm.engine.base import Segment
 from peerllm.engine.cache import kv_bytes, make_stores
+from peerllm.engine.place import CPU
 from peerllm.engine.states import LayerState
 from peerllm.errors import EngineError
 
@@ -41,6 +42,7 @@ class Group:
     room: int
     context: int
     held: list[int]  # by slot: tokens in the room
+    device: torch.device = CPU
     stores: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     row: list[View] = field(default_factory=list)  # of the pass at work
     places: dict[int, torch.Tensor] = field(default_factory=dict)  # by heads: where the row's tokens go, flat
@@ -78,7 +80,7 @@ class Group:
 
     def _mask(self, seen: int, length: int, dtype: torch.dtype) -> torch.Tensor:
         """[length, seen + length]: 0 where a token sees another, else minus infinity."""
-        mask = torch.full((length, seen + length), float("-inf"), dtype=dtype).triu_(seen + 1)
+        mask = torch.full((length, seen + length), float("-inf"), dtype=dtype, device=self.device).triu_(seen + 1)
         if self.window is not None and seen + length > self.window:
             mask += torch.full_like(mask, float("-inf")).tril_(seen - self.window)
         return mask
@@ -92,7 +94,7 @@ class Group:
                 for place in range(view.high - view.length, view.high)
             ]
             of_head = torch.arange(0, heads * self.room, self.room)
-            self.places[heads] = (torch.tensor(first).unsqueeze(1) + of_head).view(-1)
+            self.places[heads] = (torch.tensor(first).unsqueeze(1) + of_head).view(-1).to(self.device)
         return self.places[heads]
 
 
@@ -142,15 +144,22 @@ def _cut(store: torch.Tensor, view: View) -> torch.Tensor:
 class PackedSlots:
     """KV room of a shard whose every block keeps keys and values: [slots, heads, room, width] each, made at once."""
 
-    def __init__(self, owned: Mapping[int, LayerState], slots: int, context: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        owned: Mapping[int, LayerState],
+        slots: int,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> None:
         self.kv_bytes, self.count = kv_bytes(owned, slots, context), slots
         self._lengths = [0] * slots
         self._dtype = dtype
         groups: dict[tuple[int | None, int], Group] = {}
-        numbers, stores = {}, make_stores(owned, slots, context)
+        numbers, stores = {}, make_stores(owned, slots, context, device)
         for number, state in owned.items():
             key = state.window, state.room(context)
-            numbers[number] = group = groups.setdefault(key, Group(*key, context, [0] * slots))
+            numbers[number] = group = groups.setdefault(key, Group(*key, context, [0] * slots, device))
             group.stores.append(stores[number])
         self._groups = list(groups.values())
         self._cache = PackedCache(numbers, stores)

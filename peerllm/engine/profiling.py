@@ -18,6 +18,7 @@ from peerllm.engine.base import Draw, Sampler, Segment, Shard
 from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import PASS, LayersTimed, TimeLayers
 from peerllm.engine.mockup import CHUNK, SEQUENCES, Mockup, Outline
+from peerllm.engine.place import PROCESSORS, Place
 from peerllm.errors import EngineError, RefusedError
 from peerllm.types import LayerKind, Sampling
 
@@ -45,23 +46,23 @@ class Run:
     busy_s: float
 
 
-def time_layers(message: TimeLayers, sampler: Sampler, check: Check) -> LayersTimed:
+def time_layers(message: TimeLayers, sampler: Sampler, check: Check, place: Place = PROCESSORS) -> LayersTimed:
     """One kind after the other. In a window every moment of it is used, so that the other engines are never alone."""
     together, started, threads = message.window_s > 0, time.perf_counter(), torch.get_num_threads()
-    outline, skipped = Outline(message), {}
+    outline, skipped = Outline(message, place.device), {}
     end = started + message.window_s if together else time.perf_counter() + LIMIT_S
     runs: dict[LayerKind, dict[int, list[Run]]] = {}
     layers: dict[LayerKind, int] = {}
-    for place, kind in enumerate(outline.kinds):
+    for number, kind in enumerate(outline.kinds):
         now = time.perf_counter()
-        share, *others = (1 if one in ("embedding", "head") else BLOCK_SHARE for one in outline.kinds[place:])
+        share, *others = (1 if one in ("embedding", "head") else BLOCK_SHARE for one in outline.kinds[number:])
         until = now + max(0.0, end - now) * share / (share + sum(others))
         try:
             mockup = outline.plan(kind)
         except RefusedError as error:
             skipped[kind] = str(error)
             continue
-        work = Work(outline, mockup, sampler, check)
+        work = Work(outline, mockup, sampler, check, place)
         try:
             samples = work.rounds(until) if together else work.enough(until)
         finally:
@@ -112,8 +113,11 @@ def net(
 class Work:
     """A made-up shard at work."""
 
-    def __init__(self, outline: Outline, mockup: Mockup, sampler: Sampler, check: Check) -> None:
+    def __init__(
+        self, outline: Outline, mockup: Mockup, sampler: Sampler, check: Check, place: Place = PROCESSORS
+    ) -> None:
         self._outline, self._mockup, self._sampler, self._check = outline, mockup, sampler, check
+        self._place = place
         self._is_head = mockup.first == outline.head
         check()
         self._shard: Shard = outline.build(mockup)
@@ -164,6 +168,7 @@ class Work:
         self._shard.close()
         del self._shard
         return_memory()
+        self._place.tidy()
 
     def _run(self, count: int) -> None:
         self._check()
@@ -197,7 +202,10 @@ class Work:
         output = self._shard.forward(rows, segments)
         if self._is_head:
             self._sampler(output, self._draws[: len(segments)])
-        return Run(time.perf_counter() - started, time.thread_time() - busy)
+        self._place.wait()
+        wall_s = time.perf_counter() - started
+        # While an accelerator computes this thread does not: processor time would say little.
+        return Run(wall_s, wall_s if self._place.accelerator else time.thread_time() - busy)
 
     def _fill_all(self) -> None:
         """Give every sequence what it holds while its next token is timed: one token each at once, then the rest."""

@@ -116,7 +116,8 @@ class Engine:
         compute = Compute(message.threads, self._backend.sampler, self.tell, self._recorder)
         links = DataLinks(message, compute.inbox, self.tell, self._recorder)
         await links.start(message.trusted)
-        facts = await asyncio.to_thread(self._backend.facts)  # last of all: its size is that of all of this
+        # Last of all: its size is that of all of this.
+        facts = await asyncio.to_thread(self._backend.facts, message.compute)
         # The libraries' hundreds of thousands of objects stay for good: a full collection would walk them each time,
         # and hold up whatever step it falls into.
         gc.collect()
@@ -126,7 +127,15 @@ class Engine:
         self._threads = [start(compute, self._thread_ended), loader.start()]
         self.tell(
             Configured(
-                message.request, links.port, facts.runtime_bytes, facts.versions, facts.architectures, facts.dtypes
+                message.request,
+                links.port,
+                facts.runtime_bytes,
+                facts.versions,
+                facts.architectures,
+                facts.dtypes,
+                facts.place,
+                facts.memory_bytes,
+                facts.free_bytes,
             )
         )
 

@@ -22,6 +22,7 @@ from peerllm.engine.kernels.packed import Packed
 from peerllm.engine.loader import is_mapped
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.packing import PackedSlots
+from peerllm.engine.place import CPU
 from peerllm.engine.probing import probe
 from peerllm.engine.reach import reach_of
 from peerllm.engine.states import LayerState
@@ -41,8 +42,10 @@ class TorchShard:
         entry: nn.Module,
         unpacked: str | None = None,
         reach: Reach | None = None,
+        device: torch.device = CPU,
     ) -> None:
         """`unpacked` says why its tokens cannot be packed (`wiring.obstacle`); None: they can."""
+        self._device = device
         self.first_layer, self.last_layer = spec.first_layer, spec.last_layer
         self.weight_bytes = filled.tensor_bytes + filled.packed_bytes
         # Beside a form with threads of its own torch's would spin, and take the processors from it.
@@ -77,8 +80,8 @@ class TorchShard:
         if self.unpacked is None:
             attention.register()
             attention.adopt(self._model, attention.PACKED)
-            return PackedSlots(states, spec.slots, spec.context, self.dtype)
-        return Slots(*get_layer_types_and_kwargs(text), states, spec.slots, spec.context)
+            return PackedSlots(states, spec.slots, spec.context, self.dtype, self._device)
+        return Slots(*get_layer_types_and_kwargs(text), states, spec.slots, spec.context, self._device)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -104,7 +107,10 @@ class TorchShard:
 
     @torch.inference_mode()
     def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        """Token ids int64 [n] or hidden states [n, hidden] in; hidden states, or float32 logits per sample, out."""
+        """Token ids int64 [n] or hidden states [n, hidden] in; hidden states, or float32 logits per sample, out.
+
+        All of these lie in the machine's memory, wherever the shard computes.
+        """
         if self._model is None:
             raise EngineError("the shard is closed")
         if torch.get_num_threads() != self._threads:
@@ -165,16 +171,16 @@ class TorchShard:
         wanted = _lasts(pieces) if self._has_head else []  # rows whose logits are wanted
         model = self._model if wanted else self._base
         given: dict[str, Any] = {
-            "position_ids": self.positions(pieces).unsqueeze(0),
+            "position_ids": self.positions(pieces).to(self._device).unsqueeze(0),
             "past_key_values": cache,
             "use_cache": True,
         }
         if self._has_embedding:
-            given["input_ids"] = inputs.unsqueeze(0)
+            given["input_ids"] = inputs.to(self._device).unsqueeze(0)
         else:
-            given["inputs_embeds"] = self._entering = inputs.to(self.dtype).unsqueeze(0)
+            given["inputs_embeds"] = self._entering = inputs.to(self._device, self.dtype).unsqueeze(0)
         if wanted:
-            given["logits_to_keep"] = 1 if wanted == [len(inputs) - 1] else torch.tensor(wanted)
+            given["logits_to_keep"] = 1 if wanted == [len(inputs) - 1] else torch.tensor(wanted).to(self._device)
         for module in self._dynamic:  # its scale follows the longest sequence seen; each is to have its own
             module.max_seq_len_cached = module.original_max_seq_len + 1
         getattr(self._division.owner, self._division.attribute).begun = False
@@ -185,9 +191,9 @@ class TorchShard:
             self._entering = None
         if wanted:
             logits: torch.Tensor = output.logits[0]
-            return (logits if len(logits) == len(wanted) else logits[wanted]).float()
+            return (logits if len(logits) == len(wanted) else logits[wanted]).float().to(CPU)
         hidden: torch.Tensor = output[0][0]
-        return self._nothing() if self._has_head else hidden
+        return self._nothing() if self._has_head else hidden.to(CPU)
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
@@ -212,7 +218,9 @@ def _with_plain_strides(_: nn.Module, args: tuple[Any, ...]) -> Any:
     return (hidden.reshape(-1, hidden.shape[-1]).view(hidden.shape), *args[1:])
 
 
-def load_shard(spec: LoadStage, progress: Progress = lambda done, total: None) -> TorchShard:
+def load_shard(
+    spec: LoadStage, progress: Progress = lambda done, total: None, device: torch.device = CPU
+) -> TorchShard:
     """Layers spec.first_layer..last_layer from the files that spec.tensors names; ModelError if they do not fit."""
     if spec.dtype not in DTYPES:
         raise BadInputError(f"unknown dtype {spec.dtype!r}")
@@ -230,6 +238,6 @@ def load_shard(spec: LoadStage, progress: Progress = lambda done, total: None) -
         held = f"weights of {work.nbytes} bytes and KV of {needed}"
         raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")
     entry = strip(division, first, last, numbers)
-    filled = fill(division, first, work, torch.get_num_threads(), progress)
-    finish(division, whole)
-    return TorchShard(division, spec, states, filled, entry, unpacked, reach)
+    filled = fill(division, first, work, torch.get_num_threads(), progress, device)
+    finish(division, whole, device)
+    return TorchShard(division, spec, states, filled, entry, unpacked, reach, device)

@@ -10,6 +10,7 @@ from peerllm.engine.config import DTYPES
 from peerllm.engine.inspect import inspect_model
 from peerllm.engine.measure import architectures, measure, runtime_bytes
 from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
+from peerllm.engine.place import PROCESSORS, find
 from peerllm.engine.profiling import time_layers
 from peerllm.engine.sampler import TorchSampler
 from peerllm.engine.shard import load_shard
@@ -20,17 +21,26 @@ class TorchBackend:
 
     sampler: Sampler = TorchSampler()
 
-    def facts(self) -> Facts:
-        return Facts(runtime_bytes(), versions(), architectures(), tuple(DTYPES))
+    def __init__(self) -> None:
+        self._place = PROCESSORS
+
+    def facts(self, compute: str = "cpu") -> Facts:
+        self._place = find(compute)
+        runtime = runtime_bytes(self._place.device)
+        self._place = place = find(compute)  # what is free, with the libraries' share of its memory taken
+        return Facts(
+            runtime, versions(), architectures(), tuple(DTYPES), place.name, place.memory_bytes, place.free_bytes
+        )
 
     def load(self, spec: LoadStage, progress: Progress) -> Shard:
-        return load_shard(spec, progress)
+        self._place.tidy()  # of what was loaded before
+        return load_shard(spec, progress, self._place.device)
 
     def inspect(self, message: Inspect) -> Inspected:
         return inspect_model(message.model_dir, message.dtype, message.quantize).message(message.request)
 
     def measure(self, message: Measure) -> Measured:
-        return measure().message(message.request)
+        return measure(self._place).message(message.request)
 
     def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
-        return time_layers(message, self.sampler, check)
+        return time_layers(message, self.sampler, check, self._place)

@@ -136,6 +136,21 @@ def test_a_port_in_use(device: Device, tmp_path: Path, option: str) -> None:
             second.stop()
 
 
+@pytest.mark.parametrize("options", [[], ["--in-process"]])
+def test_an_accelerator_that_is_not_there(tmp_path: Path, options: list[str]) -> None:
+    given = ["--no-mdns", "--compute", "cuda:99", *options]
+    device = Device(tmp_path / "device", "device", memory="1MB", options=given).start()
+    assert device.process is not None
+    try:
+        assert device.process.wait(120) == 1
+        lines = [line for line in device.log_tail().splitlines() if line.startswith("peerllm:")]
+        assert len(lines) == 1, device.log_tail()
+        assert "--compute cuda:99" in lines[0]
+        assert "leave it out" in lines[0]
+    finally:
+        device.stop()
+
+
 def test_the_same_data_directory_twice(device: Device) -> None:
     second = Device(device.data_dir, "twin", memory="1MB", options=["--no-mdns"])
     assert "already" in refused(second, "up", "--port", "0", "--api", "127.0.0.1:0")

@@ -90,7 +90,7 @@ class FakeBackend:
         assert logits.shape[0] == len(draws)
         return logits.argmax(1).tolist()
 
-    def facts(self) -> Facts:
+    def facts(self, compute="cpu") -> Facts:
         return Facts(1, {}, ("fake",), ("float32",))
 
     def load(self, spec: LoadStage, progress: Progress) -> FakeShard:

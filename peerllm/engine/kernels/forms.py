@@ -4,6 +4,7 @@
 |---|---|---|
 | int4, int8 | wherever onnxruntime runs | its MatMulNBits: blocks of 32 or 128 weights, each with a scale |
 | int4, int8 | else | torch's own packed products |
+| int4, int8 | on an accelerator | torch's product for CUDA in int4 where it has one, else unfolded as they are used |
 | none | bfloat16, on processors with instructions for it | reordered once for oneDNN |
 | none | else, and always in float32 | as it stands in the file |
 
@@ -19,6 +20,8 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
+
+from peerllm.engine.place import CPU
 
 log = logging.getLogger(__name__)
 BITS = {"int4": 4, "int8": 8}
@@ -47,6 +50,7 @@ class Form:
     name: str
     make: Callable[[Sequence[Any]], Part]
     single_thread: bool = False
+    device: torch.device = CPU
 
 
 def block_of(columns: int) -> int | None:
@@ -64,8 +68,14 @@ def packed_bytes(rows: int, columns: int, bits: int) -> int:
     return rows * columns * bits // 8 + rows * (columns // block) * BLOCK_BYTES + SESSION_BYTES
 
 
-def choose(dtype: torch.dtype, quantize: str, threads: int = 1) -> Form | None:
-    """The best form here; None: as it stands in the file."""
+def choose(dtype: torch.dtype, quantize: str, threads: int = 1, device: torch.device = CPU) -> Form | None:
+    """The best form there; None: as it stands in the file."""
+    if device != CPU:
+        if not quantize:
+            return None
+        from peerllm.engine.kernels import unfolded
+
+        return Form(f"{device.type}-{BITS[quantize]}", unfolded.maker(BITS[quantize], device), device=device)
     if quantize:
         bits = BITS[quantize]
         if _has_onnxruntime():

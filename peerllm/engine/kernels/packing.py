@@ -74,7 +74,7 @@ class Packing:
                 waiting.append(rows)
         parts.append(self._part(waiting))
         biases = [self._held[matrix.bias] for matrix in group if matrix.bias is not None]
-        bias = torch.cat(biases).to(group[0].module.weight.dtype) if biases else None
+        bias = torch.cat(biases).to(self.form.device, group[0].module.weight.dtype) if biases else None
         whole = Packed(parts, bias)
         self.nbytes += whole.nbytes
         if len(group) == 1:

@@ -75,6 +75,8 @@ function deviceItem(device, status, colour) {
   const away = BAD.has(device.state);
   const facts = [`${bytes(taken)} used of ${bytes(device.lent_bytes)} lent`];
   if (device.rtt_ms > 0 && !away) facts.push(`${device.rtt_ms.toFixed(1)} ms away`);
+  const place = device.compute?.place;
+  if (place && place !== "cpu") facts.push(`computes on ${place}`);
   if (device.engine && device.engine !== "running" && !away) facts.push(`engine ${device.engine}`);
   return make("li", { className: away ? "away" : "", vars: { "--device": colour(device.name) } },
     make("div", { className: "row" },

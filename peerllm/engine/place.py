@@ -1,0 +1,94 @@
+"""Where shards compute: on the processors, or on an accelerator that torch drives.
+
+There lie weights and KV and what is computed between them. Token ids and hidden states come and go by the machine's own
+memory, and so do logits: links and the sampler know nothing of places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from peerllm.errors import BadInputError
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """`name` is for people, and for what was measured there."""
+
+    device: torch.device
+    name: str
+    memory_bytes: int = 0  # of its own; 0: it computes in the machine's
+    free_bytes: int = 0  # of that
+
+    @property
+    def accelerator(self) -> bool:
+        """Whether work is handed to it and done while the calling thread goes on."""
+        return self.device != CPU
+
+    def wait(self) -> None:
+        """Until all that was handed to it is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def tidy(self) -> None:
+        """Give back what torch keeps of freed memory."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
+
+
+PROCESSORS = Place(CPU, "cpu")
+
+
+def find(wish: str) -> Place:
+    """`cpu`, `cuda`, `cuda:N` or `mps`; BadInputError if it is none of them, or not here."""
+    kind, _, number = wish.partition(":")
+    if wish == "cpu":
+        return PROCESSORS
+    if kind == "cuda" and (wish == "cuda" or number.isdecimal()):
+        return _cuda(int(number or 0))
+    if wish == "mps":
+        if not torch.backends.mps.is_available():
+            raise BadInputError("--compute mps: this torch drives no Apple GPU; leave it out to compute on processors")
+        return Place(torch.device("mps"), "mps")
+    raise BadInputError(f"--compute takes cpu, cuda, cuda:N or mps, not {wish!r}")
+
+
+def _cuda(number: int) -> Place:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number >= count:
+        there = f"has {count}" if count else "sees none: it needs a torch built for CUDA, and NVIDIA's driver"
+        raise BadInputError(f"--compute cuda:{number}: this device {there}; leave it out to compute on processors")
+    about = torch.cuda.get_device_properties(number)
+    free_bytes, memory_bytes = torch.cuda.mem_get_info(number)
+    place = torch.device("cuda", number)
+    if getattr(about, "is_integrated", False):  # a Jetson's: one memory for both
+        return Place(place, f"cuda {about.name}")
+    return Place(place, f"cuda {about.name}", memory_bytes, free_bytes)
+
+
+def bridge(model: nn.Module, device: torch.device) -> None:
+    """Embeddings that stay in their files are looked up by the processor; what they give goes to `device`."""
+    if device == CPU:
+        return
+
+    def to_table(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(one.to(CPU) for one in args)
+
+    def to_device(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        return output.to(device)
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight.device == CPU:
+            for name, buffer in module._buffers.items():  # a scale, which is applied to what was looked up
+                module._buffers[name] = None if buffer is None else buffer.to(CPU)
+            module.register_forward_pre_hook(to_table)
+            module.register_forward_hook(to_device)

@@ -1,0 +1,176 @@
+"""Computing on an accelerator: every family on one that is pretended, where a tensor in the wrong place is an error.
+
+No GPU was there to run this on: what is shown is that all that must lie on the device lies there and nothing else is
+handed to it, that what leaves a shard is in the machine's memory, and that the numbers are the processor's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from peerllm.daemon.machine import lent_of
+from peerllm.engine.base import Segment
+from peerllm.engine.inspect import Inspection, inspect_model
+from peerllm.engine.kernels import unfolded
+from peerllm.engine.kernels.forms import choose
+from peerllm.engine.kernels.rounding import rounded
+from peerllm.engine.measure import measure
+from peerllm.engine.messages import TimeLayers
+from peerllm.engine.place import PROCESSORS, Place, find
+from peerllm.engine.profiling import time_layers
+from peerllm.engine.sampler import TorchSampler
+from peerllm.engine.shard import TorchShard, load_shard
+from peerllm.errors import BadInputError
+from tests.engine.architectures import FAMILIES, Family, quiet, save, stage, tiny_model
+from tests.engine.pretend import CPU, DEVICE, Pretend, a_pass, accelerator
+
+SLOTS, CONTEXT, CUT = 2, 32, 3
+PROMPTS = [3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5]
+NEXT = [8, 9], [7, 9], [3, 2]
+
+
+def made(family: Family, directory: Path) -> Inspection:
+    quiet()
+    torch.set_num_threads(1)
+    save(tiny_model(family, 1.0, 0), directory)
+    return inspect_model(directory)
+
+
+def chain(inspection: Inspection, device: torch.device) -> list[TorchShard]:
+    last = len(inspection.profile.layers) - 1
+    cuts = (0, CUT - 1), (CUT, last)
+    return [load_shard(stage(inspection, a, b, SLOTS, CONTEXT), device=device) for a, b in cuts]
+
+
+def answers(shards: list[TorchShard]) -> list[torch.Tensor]:
+    """Logits of two sequences: prompts in one row, then step by step together."""
+    found, at = [], [0, 0]
+    for ids in (PROMPTS, *([[one] for one in pair] for pair in NEXT)):
+        row = torch.tensor([one for some in ids for one in some])
+        segments = [Segment(slot, at[slot], len(some), True) for slot, some in enumerate(ids)]
+        for shard in shards:
+            with a_pass():
+                row = shard.forward(row, segments)
+            assert type(row) is torch.Tensor
+            assert row.device == CPU
+        found.append(row)
+        at = [place + len(some) for place, some in zip(at, ids, strict=True)]
+    return found
+
+
+def close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 1e-4) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one - other).abs().max()) <= tolerance * float(other.abs().max())
+
+
+# It indexes with a list of numbers, of which torch makes a tensor where it takes the pretended device to be.
+CANNOT_PRETEND = {"Falcon"}
+
+
+@pytest.mark.parametrize(
+    "family", [one for one in FAMILIES if one.name not in CANNOT_PRETEND], ids=lambda family: family.name
+)
+def test_every_family_computes_there_what_it_computes_here(family: Family, tmp_path: Path) -> None:
+    inspection = made(family, tmp_path)
+    expected = answers(chain(inspection, CPU))
+    with accelerator() as device:
+        shards = chain(inspection, device)
+        for shard in shards:
+            tensors = [*shard._model.parameters(), *shard._model.buffers()]
+            assert all(tensor.device == DEVICE for tensor in tensors if not tensor.is_meta)
+        close(answers(shards), expected)
+
+
+def by_type(name: str) -> Family:
+    return next(family for family in FAMILIES if family.model_type == name)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral", "qwen2"])
+@pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", ""), ("float32", "int8"), ("bfloat16", "int4")])
+def test_embeddings_stay_in_their_files_and_matrices_go_rounded(
+    name: str, dtype: str, quantize: str, tmp_path: Path
+) -> None:
+    made(by_type(name), tmp_path)
+    inspection = inspect_model(tmp_path, dtype, quantize)
+    expected = answers(chain(inspection, CPU))
+    with accelerator() as device:
+        close(answers(chain(inspection, device)), expected, 0.2 if quantize else 0.05)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_rounded_is_multiplied_with_as_it_was_rounded(bits: int, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(unfolded, "ROWS_BYTES", 7 * 256 * dtype.itemsize)  # seven rows at once, the last times fewer
+    weights, inputs = torch.randn(40, 256), torch.randn(3, 256).to(dtype)
+    codes, scales = rounded([weights], bits, 128)
+    whole = unfolded.Unfolded(codes, scales, bits, CPU)._rows(codes, scales, torch.float32)
+    assert float((whole - weights).abs().max()) <= float(weights.abs().max()) / (1 << (bits - 1))
+    with accelerator() as device:
+        form = choose(dtype, f"int{bits}", device=device)
+        assert form is not None
+        part = form.make([weights[:33], weights[33:]])
+        assert type(part) is unfolded.Unfolded  # torch's own was tried, and is not here
+        out = part(inputs.to(device))
+        assert (type(out), out.dtype) == (Pretend, dtype)
+        there = out.to(CPU).float()
+    close([there], [inputs.float() @ whole.t()], 0.02 if dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize(("factor", "good"), [(1.0, True), (1.5, False)])
+def test_torchs_own_product_is_used_only_if_it_says_the_same(factor: float, good: bool, monkeypatch) -> None:
+    class Known(unfolded.Unfolded):
+        def __init__(self, codes, scales, block, device):
+            super().__init__(codes, scales * factor, 4, device)
+
+    monkeypatch.setattr(unfolded, "Tiled", Known)
+    unfolded._has_tiled.cache_clear()
+    try:
+        with accelerator() as device:
+            assert unfolded._has_tiled(device) is good
+            made = [unfolded.maker(4, device)([torch.randn(rows, 256)]) for rows in (64, 63)]
+        assert [type(one) is Known for one in made] == [good, False]  # it takes whole numbers of eight rows
+    finally:
+        unfolded._has_tiled.cache_clear()
+
+
+def test_a_tensor_in_the_wrong_place_would_be_seen() -> None:
+    with accelerator() as device, pytest.raises(RuntimeError, match="of the processor and of"):
+        torch.ones(3, device=device) + torch.ones(3)
+
+
+def test_it_is_measured_there(tmp_path: Path, monkeypatch) -> None:
+    waited = []
+    monkeypatch.setattr(Place, "wait", lambda self: waited.append(self.name))
+    monkeypatch.setattr(Place, "tidy", lambda self: None)
+    inspection = made(by_type("llama"), tmp_path)
+    with accelerator() as device:
+        place = Place(device, "pretended")
+        assert min(measure(place).gbytes_per_s.values()) > 0
+        asked = TimeLayers(1, inspection.config, "float32", 1 << 30, 0.0, "")
+        timed = time_layers(asked, TorchSampler(), lambda: None, place)
+    assert {"embedding", "block", "head"} <= timed.layer_ms.keys()
+    assert set(waited) == {"pretended"}
+
+
+def test_places_are_found_or_named() -> None:
+    assert find("cpu") is PROCESSORS
+    for wish in ("gpu", "cuda:", "cuda:x", "CPU", ""):
+        with pytest.raises(BadInputError, match="takes cpu, cuda, cuda:N or mps"):
+            find(wish)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_place_that_is_not_here_is_one_clear_line() -> None:
+    with pytest.raises(BadInputError, match=r"--compute cuda:0: .*leave it out"):
+        find("cuda")
+
+
+def test_what_is_lent_of_an_accelerators_own_memory() -> None:
+    gib = 1 << 30
+    assert lent_of(None, 8 * gib, 7 * gib) == 7 * gib - int(0.8 * gib)
+    assert lent_of(None, gib, 100) == 0
+    assert lent_of(3 * gib, 8 * gib, 7 * gib) == 3 * gib
+    assert lent_of(30 * gib, 8 * gib, 7 * gib) == 8 * gib
