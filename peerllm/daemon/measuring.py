@@ -44,7 +44,8 @@ class Compute:
 async def measured(host: EngineHost, configured: Configured, threads: int, file: Path) -> Compute:
     """From `file` if it still holds, else measured now. A failure is told in the log and as slowest of all."""
     versions = " ".join(f"{name}={version}" for name, version in sorted(configured.versions.items()))
-    key = f"{await asyncio.to_thread(hardware)} on {configured.place} threads={threads} {versions}"
+    place = "" if configured.place == "cpu" else f" on {configured.place}"
+    key = f"{await asyncio.to_thread(hardware)}{place} threads={threads} {versions}"
     known = await asyncio.to_thread(_read, file)
     if known is not None and known.key == key:
         return known

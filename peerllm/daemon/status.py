@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from peerllm.daemon.advert import printable_name
 from peerllm.daemon.messages import DeploymentView, DeviceView, Hello
 from peerllm.daemon.network import LinkFigure, Peer, Sighting
 from peerllm.engine.messages import EngineLoad
@@ -22,7 +23,11 @@ def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None)
         "promised_bytes": view.promised_bytes if view else 0,
         "resident_bytes": view.resident_bytes if view else 0,
         "engine": view.engine if view else "",
-        "compute": {"place": hello.place, "gbytes_per_s": dict(hello.gbytes_per_s), "gflops": dict(hello.gflops)}
+        "compute": {
+            "place": printable_name(hello.place),
+            "gbytes_per_s": dict(hello.gbytes_per_s),
+            "gflops": dict(hello.gflops),
+        }
         if hello
         else {},
         "version": hello.version if hello else "",

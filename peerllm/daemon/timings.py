@@ -154,7 +154,8 @@ def _key(inspected: Inspected, one: Candidate, company: str) -> Key:
 
 def _abilities(hello: Hello) -> str:
     """Differs where a device's old times do not hold any more."""
-    return repr((sorted(hello.libraries.items()), sorted(hello.gbytes_per_s.items()), sorted(hello.gflops.items())))
+    figures = sorted(hello.gbytes_per_s.items()), sorted(hello.gflops.items())
+    return repr((hello.place, sorted(hello.libraries.items()), *figures))
 
 
 def _company(group: list[Candidate]) -> str:

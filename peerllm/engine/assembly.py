@@ -19,7 +19,7 @@ from peerllm.engine.kernels.packing import Packing
 from peerllm.engine.loader import Target, load, mapped
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import Recipe, check, recipes
-from peerllm.engine.place import CPU, bridge
+from peerllm.engine.place import CPU, bridge, turn
 from peerllm.errors import EngineError, ModelError
 
 PATTERN = 262_147  # made-up numbers before they repeat; prime
@@ -103,6 +103,19 @@ def fill(
         progress(min(done, total), total)
 
     places = _places(division, first)
+
+    def settle(name: str, tensor: torch.Tensor, fills: dict[str, list[str]], lazy: bool) -> int:
+        """Put a tensor where it belongs; what it then takes, unless it was packed or stays in its file."""
+        wanted = [place for place in fills[name] if packing is None or not packing.takes(place)]
+        for place in set(fills[name]) - set(wanted):
+            assert packing is not None
+            packing.give(place, tensor)
+        if wanted:
+            tensor = tensor if lazy else _moved(tensor, device)
+        for place in wanted:
+            _place(division.model, places.get(place, place), tensor)
+        return tensor.nbytes if wanted and not lazy else 0
+
     made = {name for recipe in found for name in recipe.targets}
     for recipe in found:
         # A tied tensor fills its other place too, unless the file has one for that as well.
@@ -122,18 +135,8 @@ def fill(
         else:
             targets = {name: (division.sizes[name].dtype, tuple(division.sizes[name].shape)) for name in recipe.targets}
             loaded = load(recipe, targets, division.model, count)
-        for name, tensor in loaded.items():
-            stays = False
-            kept = None
-            for place in fills[name]:
-                if packing is not None and packing.takes(place):
-                    packing.give(place, tensor)
-                else:
-                    if kept is None:
-                        kept = tensor if lazy else _moved(tensor, device)
-                    _place(division.model, places.get(place, place), kept)
-                    stays = True
-            held += tensor.nbytes if stays and not lazy else 0
+        while loaded:  # what was moved is not held here as well while the next is read
+            held += settle(*loaded.popitem(), fills, lazy)
         if lazy:
             count(source.nbytes)
     if packing is not None and packing.missing:
@@ -152,7 +155,7 @@ def make_up(
             packing.give(name, made_up(shape[-1:], dtype).expand(shape))
         else:
             tensor = made_up(shape, dtype)
-            tensor = tensor if name in kept.tables else tensor.to(device)
+            tensor = tensor if name in kept.tables else _moved(tensor, device)
             _place(division.model, places.get(name, name), tensor)
             held += tensor.nbytes
     return Filled(held, packing.nbytes, packing.form) if packing is not None else Filled(held)
@@ -162,7 +165,8 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """On the device, with what was noted on it."""
     if tensor.device == device:
         return tensor
-    moved = tensor.detach().to(device)
+    with turn(device):
+        moved = tensor.detach().to(device)
     moved.__dict__.update(tensor.__dict__)
     return moved
 
@@ -246,5 +250,5 @@ def finish(division: Division, whole: Any, device: torch.device = CPU) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+                module._buffers[name] = _moved(buffer, device)
     bridge(model, device)

@@ -79,6 +79,8 @@ def attend(
             out = scaled_dot_product_attention(
                 part.reshape(1, groups, heads // groups, part.shape[-1]), keys, values, scale=scaling
             ).reshape(1, 1, heads, values.shape[-1])
+        elif heads != groups and part.is_cuda:
+            out = _by_share(part, keys, values, view, scaling)
         else:
             out = scaled_dot_product_attention(
                 part,
@@ -91,6 +93,25 @@ def attend(
             ).transpose(1, 2)
         outputs.append(out)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+def _by_share(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, view: View, scaling: float | None
+) -> torch.Tensor:
+    """Heads that share keys one after the other.
+
+    CUDA's kernel that takes a mask knows no shared keys: all at once, torch would repeat them and keep every score.
+    """
+    _, heads, length, width = query.shape
+    groups = keys.shape[1]
+    shared = query.view(1, groups, heads // groups, length, width)
+    outs = [
+        scaled_dot_product_attention(
+            shared[:, :, number], keys, values, attn_mask=view.mask, is_causal=view.causal, scale=scaling
+        )
+        for number in range(heads // groups)
+    ]
+    return torch.stack(outs, dim=2).view(1, heads, length, -1).transpose(1, 2)
 
 
 def _by_hand(

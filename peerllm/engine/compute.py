@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import traceback
@@ -28,6 +29,7 @@ from peerllm.engine.messages import (
     Tokens,
     Unload,
 )
+from peerllm.engine.place import BROKEN
 from peerllm.engine.stages import Stage, steps_only
 from peerllm.engine.trace import Recorder
 from peerllm.engine.wire import Parcel
@@ -87,9 +89,12 @@ class Echoed:
 Event = Loaded | Linked | Arrived | Lost | Echoed | Unload | Submit | Cancel | QueryLoad
 
 
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
+
+
 def reason_of(error: BaseException) -> str:
     """One clear line for an error of any kind."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
         return "out of memory; give the deployment fewer slots, less context or more devices"
     text = " ".join(str(error).split())[:MAX_REASON_CHARACTERS]
     return text if isinstance(error, PeerLLMError) and text else f"{type(error).__name__}: {text}"
@@ -103,9 +108,7 @@ def failed(request: int, error: BaseException) -> Failed:
 class Compute:
     """`run` is the body of the compute thread; everything else is called by it alone, but for `inbox.put`."""
 
-    def __init__(
-        self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None], recorder: Recorder
-    ) -> None:
+    def __init__(self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None], recorder: Recorder) -> None:
         self.inbox: Inbox[Event] = Inbox()
         self._threads, self._sampler, self._tell = threads, sampler, tell
         self._recorder = recorder
@@ -141,6 +144,8 @@ class Compute:
         self.batches += 1
         try:
             result = deployment.stages[index].compute(batch)
+        except BROKEN:
+            raise
         except Exception as error:  # whatever torch raises ends these sequences, not the engine
             traceback.print_exc()
             for piece in batch:

@@ -19,6 +19,7 @@ from peerllm.engine.compute import failed
 from peerllm.engine.inbox import Inbox
 from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import FromEngine, Inspect, LoadProgress, LoadStage, Measure, TimeLayers
+from peerllm.engine.place import BROKEN
 from peerllm.errors import PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId
 
@@ -32,7 +33,7 @@ Job = LoadStage | Inspect | Measure | TimeLayers
 class Loader:
     """`finished` gets each loaded shard, `tell` every other answer; both are called in the loader thread.
 
-    `computed` says how many batches the compute thread has done.
+    `computed` says how many batches the compute thread has done; `broken` hears of what ends the engine.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Loader:
         tell: Callable[[FromEngine], None],
         finished: Callable[[LoadStage, Shard], None],
         computed: Callable[[], int] = lambda: 0,
+        broken: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._jobs: Inbox[Job] = Inbox(MAX_JOBS)
         self._threads, self._backend, self._tell, self._finished = threads, backend, tell, finished
-        self._computed, self._closed = computed, False
+        self._computed, self._broken, self._closed = computed, broken, False
         self._lock = threading.Lock()
         self._wanted: dict[int, LoadStage] = {}  # by request: loads that nobody has abandoned or taken over
 
@@ -103,6 +105,8 @@ class Loader:
             if not isinstance(error, PeerLLMError):
                 traceback.print_exc()
             self._tell(failed(job.request, error))
+            if isinstance(error, BROKEN):
+                self._broken(error)
 
     def _do(self, job: Job) -> None:
         match job:

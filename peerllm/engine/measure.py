@@ -13,7 +13,7 @@ import torch
 
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.messages import Measured
-from peerllm.engine.place import CPU, PROCESSORS, Place
+from peerllm.engine.place import CPU, PROCESSORS, Place, turn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_BYTES = 64 << 20  # far larger than caches
@@ -41,13 +41,15 @@ def measure(place: Place = PROCESSORS) -> Measurement:
         torch.mm(left, right)
         place.wait()
 
-    with torch.inference_mode():
+    with torch.inference_mode(), turn(there):
         # Zeros would be one page read again and again; one real buffer serves every dtype.
         buffer = torch.full((WEIGHT_BYTES,), 1, dtype=torch.uint8, device=there)
         for dtype in DTYPES:
             name = str(dtype).removeprefix("torch.")
             weights = buffer.view(dtype).view(-1, 4096)
             vector = torch.full((4096, 1), 1e-3, dtype=dtype, device=there)
+            if place.accelerator:
+                product(weights, vector)  # the first one loads libraries
             speed[name] = WEIGHT_BYTES / best_s(partial(product, weights, vector)) / 1e9
             left = torch.full((ROWS, SIDE), 1e-2, dtype=dtype, device=there)
             right = torch.full((SIDE, SIDE), 1e-2, dtype=dtype, device=there)

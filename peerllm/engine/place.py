@@ -6,14 +6,22 @@ memory, and so do logits: links and the sampler know nothing of places.
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import nn
 
 from peerllm.errors import BadInputError
 
 CPU = torch.device("cpu")
+LEAST_FOR_MPS = "2.12"  # earlier ones attend wrongly there, without an error
+_metal = threading.Lock()
+
+# After such an error nothing in this process computes there any more: it has to be started anew.
+BROKEN: tuple[type[BaseException], ...] = tuple(filter(None, (getattr(torch, "AcceleratorError", None),)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +45,6 @@ class Place:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
-    def tidy(self) -> None:
-        """Give back what torch keeps of freed memory."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        elif self.device.type == "mps":
-            torch.mps.empty_cache()
-
 
 PROCESSORS = Place(CPU, "cpu")
 
@@ -56,9 +57,7 @@ def find(wish: str) -> Place:
     if kind == "cuda" and (wish == "cuda" or number.isdecimal()):
         return _cuda(int(number or 0))
     if wish == "mps":
-        if not torch.backends.mps.is_available():
-            raise BadInputError("--compute mps: this torch drives no Apple GPU; leave it out to compute on processors")
-        return Place(torch.device("mps"), "mps")
+        return _mps()
     raise BadInputError(f"--compute takes cpu, cuda, cuda:N or mps, not {wish!r}")
 
 
@@ -73,6 +72,20 @@ def _cuda(number: int) -> Place:
     if getattr(about, "is_integrated", False):  # a Jetson's: one memory for both
         return Place(place, f"cuda {about.name}")
     return Place(place, f"cuda {about.name}", memory_bytes, free_bytes)
+
+
+def _mps() -> Place:
+    if not torch.backends.mps.is_available():
+        raise BadInputError("--compute mps: this torch drives no Apple GPU; leave it out to compute on processors")
+    if torch.__version__ < LEAST_FOR_MPS:
+        raise BadInputError(f"--compute mps: torch {torch.__version__} attends wrongly there; {LEAST_FOR_MPS} does not")
+    most = int(torch.mps.recommended_max_memory())  # of the memory it shares with the processors
+    return Place(torch.device("mps"), "mps", most, min(most, int(psutil.virtual_memory().available)))
+
+
+def turn(device: torch.device) -> AbstractContextManager[object]:
+    """To be held while anything is asked of the device: Metal does not take it from two threads at once."""
+    return _metal if device.type == "mps" else nullcontext()
 
 
 def bridge(model: nn.Module, device: torch.device) -> None:

@@ -122,7 +122,9 @@ class Engine:
         # and hold up whatever step it falls into.
         gc.collect()
         gc.freeze()
-        loader = Loader(message.threads, self._backend, self.tell, self._loaded, lambda: compute.batches)
+        loader = Loader(
+            message.threads, self._backend, self.tell, self._loaded, lambda: compute.batches, self._thread_ended
+        )
         self._parts = compute, loader, links
         self._threads = [start(compute, self._thread_ended), loader.start()]
         self.tell(

@@ -22,7 +22,7 @@ from peerllm.engine.kernels.packed import Packed
 from peerllm.engine.loader import is_mapped
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.packing import PackedSlots
-from peerllm.engine.place import CPU
+from peerllm.engine.place import CPU, turn
 from peerllm.engine.probing import probe
 from peerllm.engine.reach import reach_of
 from peerllm.engine.states import LayerState
@@ -45,7 +45,7 @@ class TorchShard:
         device: torch.device = CPU,
     ) -> None:
         """`unpacked` says why its tokens cannot be packed (`wiring.obstacle`); None: they can."""
-        self._device = device
+        self._device, self._turn = device, turn(device)
         self.first_layer, self.last_layer = spec.first_layer, spec.last_layer
         self.weight_bytes = filled.tensor_bytes + filled.packed_bytes
         # Beside a form with threads of its own torch's would spin, and take the processors from it.
@@ -64,7 +64,8 @@ class TorchShard:
         self._model: Any = division.model
         self._base: Any = division.model.base_model
         self._has_embedding, self._has_head = spec.first_layer == 0, spec.last_layer == division.head
-        self._slots = self._room(text, spec, states)
+        with self._turn:
+            self._slots = self._room(text, spec, states)
         self.kv_bytes = self._slots.kv_bytes
         self._entering: torch.Tensor | None = None
         if not self._has_embedding:
@@ -116,6 +117,10 @@ class TorchShard:
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         self._check(inputs, segments)
+        with self._turn:
+            return self._rows(inputs, segments)
+
+    def _rows(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         rows = self._slots.rows(segments)
         if len(rows) == 1:
             return self._row(inputs, [piece for _, piece in rows[0]])
@@ -197,7 +202,7 @@ class TorchShard:
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._turn:
             self._slots.release(slot)
 
     def close(self) -> None:

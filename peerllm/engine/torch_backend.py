@@ -14,6 +14,7 @@ from peerllm.engine.place import PROCESSORS, find
 from peerllm.engine.profiling import time_layers
 from peerllm.engine.sampler import TorchSampler
 from peerllm.engine.shard import load_shard
+from peerllm.errors import BadInputError
 
 
 class TorchBackend:
@@ -26,14 +27,17 @@ class TorchBackend:
 
     def facts(self, compute: str = "cpu") -> Facts:
         self._place = find(compute)
-        runtime = runtime_bytes(self._place.device)
+        try:
+            runtime = runtime_bytes(self._place.device)
+        except RuntimeError as error:  # such as a GPU that is too old for this torch
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise BadInputError(f"--compute {compute} does not work here: {reason}") from error
         self._place = place = find(compute)  # what is free, with the libraries' share of its memory taken
         return Facts(
             runtime, versions(), architectures(), tuple(DTYPES), place.name, place.memory_bytes, place.free_bytes
         )
 
     def load(self, spec: LoadStage, progress: Progress) -> Shard:
-        self._place.tidy()  # of what was loaded before
         return load_shard(spec, progress, self._place.device)
 
     def inspect(self, message: Inspect) -> Inspected:

@@ -115,6 +115,7 @@ class Line:
     def __init__(self, channel: MemoryChannel) -> None:
         self.channel = channel
         self.heard: list[Any] = []
+        self.serving: asyncio.Task[None] | None = None  # the engine
         self._requests = 0
 
     def request(self) -> int:
@@ -177,7 +178,7 @@ async def engine(directory: Path, backend: FakeBackend) -> AsyncIterator[Line]:
     identity = load_or_create(directory)
     ours, theirs = MemoryChannel.pair()
     line, running = Line(ours), Engine(theirs, backend)
-    serving = asyncio.create_task(running.run())
+    serving = line.serving = asyncio.create_task(running.run())
     try:
         configure = Configure(
             line.request(), "me", str(identity.certificate_path), str(identity.key_path), ("127.0.0.1",), 0, 1, ()

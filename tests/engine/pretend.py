@@ -57,6 +57,10 @@ class Pretend(torch.Tensor):
         return DEVICE
 
     @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
     def is_meta(self) -> bool:  # type: ignore[override]
         return False
 

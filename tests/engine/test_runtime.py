@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from peerllm.engine.base import Progress, Segment
 from peerllm.engine.messages import (
@@ -24,6 +25,7 @@ from peerllm.engine.messages import (
     Tokens,
     Unload,
 )
+from peerllm.errors import EngineError
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, FakeShard, engine, expected, stage
 
 pytestmark = pytest.mark.timeout(60)
@@ -108,6 +110,24 @@ async def test_what_a_load_dies_of_is_one_line(tmp_path: Path, error: Exception,
         assert "\n" not in failed.reason and len(failed.reason) < 400
         backend.before_load = lambda spec, progress: None
         assert isinstance(await line.ask(stage(line.request())), Done)
+
+
+@pytest.mark.parametrize("at", ["before_load", "before_forward"])
+async def test_an_accelerator_that_broke_ends_the_engine(tmp_path: Path, at: str) -> None:
+    """Nothing is computed there any more by this process: its daemon starts another."""
+    backend = FakeBackend()
+
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    setattr(backend, at, fail)
+    async with engine(tmp_path, backend) as line:
+        await line.ask(stage(line.request()))
+        if at == "before_forward":
+            line.submit(1, (1, 2), 3)
+        assert line.serving is not None
+        with pytest.raises(EngineError, match="illegal memory access"):
+            await asyncio.wait_for(asyncio.shield(line.serving), 10)
 
 
 async def test_progress_is_throttled_and_complete(tmp_path: Path) -> None:

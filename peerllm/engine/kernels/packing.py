@@ -13,9 +13,11 @@ from peerllm.engine.kernels.forms import Form, Part
 from peerllm.engine.kernels.matrices import Matrix
 from peerllm.engine.kernels.packed import Packed, Share, Siblings
 from peerllm.engine.memory import trim
+from peerllm.engine.place import CPU, turn
 
 # Of a matrix in 16 bits: larger ones are packed in parts, so that little is held twice; smaller shards in smaller ones.
 PART_BYTES, LEAST_PART_BYTES, PART_SHARE = 64 << 20, 4 << 20, 16
+TILE_ROWS = 8  # an accelerator's own products take whole numbers of so many
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
 
@@ -63,6 +65,8 @@ class Packing:
         waiting: list[torch.Tensor] = []
         columns = group[0].columns
         most = max(1, self._part_bytes // (2 * columns))  # rows of a part
+        if self.form.device != CPU:
+            most = max(TILE_ROWS, most // TILE_ROWS * TILE_ROWS)
         for matrix in group:
             weight = self._held[matrix.weight]
             weight = weight.t() if matrix.turned else weight
@@ -86,7 +90,8 @@ class Packing:
             start += matrix.rows
 
     def _part(self, rows: Sequence[torch.Tensor]) -> Part:
-        part = self.form.make(rows)
+        with turn(self.form.device):
+            part = self.form.make(rows)
         trim()  # what packing left free would lie in holes between the tensors that stay
         return part
 

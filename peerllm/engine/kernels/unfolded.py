@@ -1,7 +1,7 @@
 """Quantised matrices on an accelerator: kept rounded, unfolded some rows at a time as they are multiplied with.
 
-That runs wherever torch does, at the price of writing each weight once more. Where torch has a product of rounded
-weights itself (`Tiled`), one is tried before it is relied on.
+That runs wherever torch does and saves memory, not time: each weight is written and read again several times. Where
+torch has a product of rounded weights itself (`Tiled`), one is tried before it is relied on.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from torch.nn.functional import linear
 
 from peerllm.engine.kernels.forms import Part, block_of
+from peerllm.engine.kernels.packing import TILE_ROWS
 from peerllm.engine.kernels.rounding import apart, rounded
 
-ROWS_BYTES = 64 << 20  # of rows in the inputs' dtype that are unfolded at once
+ROWS_BYTES = 16 << 20  # of rows in the inputs' dtype that are unfolded at once
 TILES = 8, 4, 2  # layouts of torch's: so many times 16 columns of a row lie together
-TILE_ROWS, TILE_COLUMNS = 8, 16
+TILE_COLUMNS = 16
 TRIED_ROWS, TRIED_COLUMNS = 64, 1024
 CLOSE = 0.02  # how far a product tried may be off, of its largest number: bfloat16's rounding and more
 
@@ -59,8 +60,10 @@ class Unfolded:
     def _rows(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Floats [rows, columns]."""
         whole = apart(codes) if self._bits == 4 else codes
-        blocks = whole.view(*scales.shape, -1).to(dtype) - (1 << (self._bits - 1))  # whole numbers, exact in any dtype
-        return (blocks * scales.to(dtype).unsqueeze(2)).flatten(1)
+        blocks = (
+            whole.view(*scales.shape, -1).to(dtype).sub_(1 << (self._bits - 1))
+        )  # whole numbers, exact in any dtype
+        return blocks.mul_(scales.to(dtype).unsqueeze(2)).flatten(1)
 
 
 class Tiled:
