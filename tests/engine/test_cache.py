@@ -60,18 +60,20 @@ def test_same_as_transformers(window, counts):
     moves=st.lists(st.tuples(st.integers(1, 25), st.integers(0, 4)), max_size=14),
 )
 def test_goes_back_as_far_as_promised(window, moves):
+    """As base.Reach allows: going back twice does not bring back what was dropped; it counts from the furthest."""
     states.ROLLBACK_TOKENS = 4
-    ours, held = layer(window), []
+    ours, held, furthest = layer(window), [], 0
     for count, back in moves:
         if len(held) + count > CONTEXT:
             break
-        held = held[: max(len(held) - back, 0)]
+        held = held[: min(len(held), max(len(held) - back, furthest - states.ROLLBACK_TOKENS, 0))]
         ours.seek(len(held))
         shown, offset = ours.get_mask_sizes(count)
         held = [*held, *range(len(held), len(held) + count)]
         keys, values = ours.update(tokens(len(held) - count, count, 3), tokens(len(held) - count, count, 5))
         assert keys[0, 1, :, 2].tolist() == values[0, 0, :, 4].tolist() == held[offset : offset + shown]
         assert offset + shown == len(held)
+        furthest = max(furthest, len(held))
 
 
 def test_a_full_slot_refuses():
