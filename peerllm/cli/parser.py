@@ -11,7 +11,7 @@ from pathlib import Path
 from peerllm import __version__
 from peerllm.daemon.settings import API_PORT, CONTROL_PORT
 from peerllm.planner.scenario import OBJECTIVES, STRATEGIES
-from peerllm.types import ACTIVATIONS, SCHEDULE_NAMES
+from peerllm.types import ACTIVATIONS, COMPUTE, SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
 MAX_DEVICES = 8  # of the demo: they share one machine
@@ -60,8 +60,7 @@ def positive(text: str) -> int:
 
 
 def compute_place(text: str) -> str:
-    kind, colon, number = text.partition(":")
-    if text in ("cpu", "cuda", "mps") or (kind == "cuda" and colon and number.isdecimal() and len(number) < 4):
+    if COMPUTE.fullmatch(text):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N and mps")
 

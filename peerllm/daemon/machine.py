@@ -30,7 +30,7 @@ def memory_bytes() -> int:
 
 
 def lent_of(wish: int | None, memory_bytes: int, free_bytes: int) -> int:
-    """What is offered of an accelerator's own memory: the owner's wish as far as it is free, or that less a reserve."""
+    """What is offered of an accelerator's own memory: a reserve stays free, also where the owner wishes for all."""
     if wish is not None:
         return min(wish, max(0, free_bytes - RESERVE_BYTES))
     return max(0, free_bytes - max(RESERVE_BYTES, int(memory_bytes * RESERVE_SHARE)))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from peerllm.errors import BadInputError
+from peerllm.types import COMPUTE
 
 CPU = torch.device("cpu")
 LEAST_FOR_MPS = "2.12"  # earlier ones attend wrongly there, without an error
@@ -51,14 +52,11 @@ PROCESSORS = Place(CPU, "cpu")
 
 def find(wish: str) -> Place:
     """`cpu`, `cuda`, `cuda:N` or `mps`; BadInputError if it is none of them, or not here."""
-    kind, _, number = wish.partition(":")
+    if not COMPUTE.fullmatch(wish):
+        raise BadInputError(f"--compute takes cpu, cuda, cuda:N or mps, not {wish!r}")
     if wish == "cpu":
         return PROCESSORS
-    if kind == "cuda" and (wish == "cuda" or number.isdecimal()):
-        return _cuda(int(number or 0))
-    if wish == "mps":
-        return _mps()
-    raise BadInputError(f"--compute takes cpu, cuda, cuda:N or mps, not {wish!r}")
+    return _mps() if wish == "mps" else _cuda(int(wish.partition(":")[2] or 0))
 
 
 def _cuda(number: int) -> Place:

@@ -26,13 +26,12 @@ class TorchBackend:
         self._place = PROCESSORS
 
     def facts(self, compute: str = "cpu") -> Facts:
-        self._place = find(compute)
         try:
-            runtime = runtime_bytes(self._place.device)
+            runtime = runtime_bytes(find(compute).device)
+            self._place = place = find(compute)  # what is free, with the libraries' share of its memory taken
         except RuntimeError as error:  # such as a GPU that is too old for this torch
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise BadInputError(f"--compute {compute} does not work here: {reason}") from error
-        self._place = place = find(compute)  # what is free, with the libraries' share of its memory taken
         return Facts(
             runtime, versions(), architectures(), tuple(DTYPES), place.name, place.memory_bytes, place.free_bytes
         )

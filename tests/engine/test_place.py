@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
+from peerllm.cli.parser import build_parser
 from peerllm.daemon.machine import lent_of
+from peerllm.engine.attention import _by_share
 from peerllm.engine.base import Segment
 from peerllm.engine.inspect import Inspection, inspect_model
 from peerllm.engine.kernels import unfolded
@@ -19,6 +22,7 @@ from peerllm.engine.kernels.forms import choose
 from peerllm.engine.kernels.rounding import rounded
 from peerllm.engine.measure import measure
 from peerllm.engine.messages import TimeLayers
+from peerllm.engine.packing import View
 from peerllm.engine.place import PROCESSORS, Place, find
 from peerllm.engine.profiling import time_layers
 from peerllm.engine.sampler import TorchSampler
@@ -138,6 +142,17 @@ def test_torchs_own_product_is_used_only_if_it_says_the_same(factor: float, good
         unfolded._has_tiled.cache_clear()
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_heads_that_share_keys_take_turns_to_the_same_end(mask: bool) -> None:
+    query, keys, values = torch.randn(1, 6, 4, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 5)
+    shown = torch.full((4, 9), float("-inf")).triu_(6) if mask else None
+    if not mask:
+        keys, values = keys[:, :, :4], values[:, :, :4]
+    view = View(0, 0, 4, 0, keys.shape[2], shown, not mask)
+    whole = scaled_dot_product_attention(query, keys, values, attn_mask=shown, is_causal=not mask, enable_gqa=True)
+    assert torch.allclose(_by_share(query, keys, values, view, None), whole.transpose(1, 2), atol=1e-6)
+
+
 def test_a_tensor_in_the_wrong_place_would_be_seen() -> None:
     with accelerator() as device, pytest.raises(RuntimeError, match="of the processor and of"):
         torch.ones(3, device=device) + torch.ones(3)
@@ -161,6 +176,9 @@ def test_places_are_found_or_named() -> None:
     for wish in ("gpu", "cuda:", "cuda:x", "CPU", ""):
         with pytest.raises(BadInputError, match="takes cpu, cuda, cuda:N or mps"):
             find(wish)
+        with pytest.raises(SystemExit) as ended:
+            build_parser().parse_args(["up", "--compute", wish])
+        assert ended.value.code == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
