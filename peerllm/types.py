@@ -17,6 +17,7 @@ SCHEDULE_NAMES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 ActivationForm = Literal["exact", "int8"]  # hidden states on one link: in the compute dtype, or rounded
 Activations = Literal["auto", "exact", "int8"]  # what is asked for; auto: the planner decides for each link
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
+BITS: Mapping[str, int] = {"int8": 8, "int4": 4}  # what matrices can be rounded to
 COMPUTE = re.compile(r"cpu|mps|cuda(:[0-9]{1,3})?")  # where a device's owner has it compute
 LayerKind = str  # "embedding", "block" (or "block:<variant>" where a model mixes kinds), "head"
 DeviceId = str  # 64 hex digits: SHA-256 of the device's certificate (DER)

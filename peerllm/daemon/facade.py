@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peerllm.engine.messages import FinishReason
-from peerllm.types import Activations, DeploymentId, Objective, Sampling, ScheduleName
+from peerllm.types import BITS, Activations, DeploymentId, Objective, Sampling, ScheduleName
 
-QUANTIZE = ("", "int8", "int4")  # what matrices are rounded to; "": not at all
+QUANTIZE = ("", *BITS)  # what matrices are rounded to; "": not at all
 MAX_PROMPT_CHUNK = 4096
 MAX_BENCH_SEQUENCES = 256
 MAX_BENCH_TOKENS = 4096  # of a prompt, and of an answer

@@ -14,7 +14,7 @@ from peerllm.daemon.messages import Hello
 from peerllm.daemon.network.linktables import UNKNOWN_FRAME_MS
 from peerllm.engine.messages import PASS, Inspected
 from peerllm.planner.memory import Shape
-from peerllm.types import DeviceId, DeviceProfile, LayerKind, LinkProfile, ModelProfile
+from peerllm.types import BITS, DeviceId, DeviceProfile, LayerKind, LinkProfile, ModelProfile
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BATCHES = (1, 4, 16, 64, 256)  # tokens at which a layer's time is told; linear between
@@ -174,7 +174,8 @@ def model_shape(inspected: Inspected) -> Shape:
     text: Any = json.loads(inspected.config)
     text = text.get("text_config") or text
     wide = _first(text, ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")) or 4 * inspected.hidden_size
-    return Shape(inspected.hidden_size, inspected.vocabulary, wide, ITEMSIZE[inspected.dtype])
+    bits = BITS.get(inspected.quantize, 0)
+    return Shape(inspected.hidden_size, inspected.vocabulary, wide, ITEMSIZE[inspected.dtype], bits)
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:

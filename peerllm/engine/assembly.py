@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,14 +14,18 @@ from peerllm.engine.absent import Absent, BeforeBlocks
 from peerllm.engine.base import Progress
 from peerllm.engine.blocks import Blocks, replace_blocks
 from peerllm.engine.division import Division
+from peerllm.engine.kernels.anatomy import Anatomy
 from peerllm.engine.kernels.forms import Form, choose
+from peerllm.engine.kernels.fusing import Fusions
 from peerllm.engine.kernels.keeping import Keeping, keeping
 from peerllm.engine.kernels.packing import Packing
+from peerllm.engine.kernels.trial import fusible
 from peerllm.engine.loader import Target, load, mapped
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import Recipe, check, recipes
 from peerllm.engine.place import CPU, bridge, turn
 from peerllm.errors import EngineError, ModelError
+from peerllm.types import BITS
 
 PATTERN = 262_147  # made-up numbers before they repeat; prime
 SPREAD = 0.05  # of made-up numbers
@@ -63,9 +68,18 @@ class Plan:
     found: list[Recipe]
     kept: Keeping
     nbytes: int  # what they will take in memory; a tensor that two names share counts once
+    fused: dict[int, Anatomy]  # blocks, numbered from 0
 
 
-def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...], quantize: str) -> Plan:
+def plan(
+    division: Division,
+    first: int,
+    last: int,
+    tensors: tuple[TensorAt, ...],
+    quantize: str,
+    device: torch.device = CPU,
+    fuse: bool = True,
+) -> Plan:
     """For layers first..last, before the model is stripped; ModelError if a tensor is missing or does not fit."""
     owned = _owned(division, first, last)
     found = recipes(division, tensors)
@@ -75,7 +89,19 @@ def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...
     for name in owned:
         packed = name in kept.matrices
         sizes[name if packed else division.tied.get(name, name)] = kept.nbytes(name, division.sizes[name])
-    return Plan(owned, found, kept, sum(sizes.values()))
+    fused = fusions(division, first, last, kept, device) if fuse else {}
+    return Plan(owned, found, kept, sum(sizes.values()), fused)
+
+
+def fusions(division: Division, first: int, last: int, kept: Keeping, device: torch.device) -> dict[int, Anatomy]:
+    """Which of the blocks in layers first..last will be fused, before the model is stripped."""
+    form = choose(division.dtype, kept.quantize, torch.get_num_threads(), device) if kept.quantize else None
+    return fusible(division, _numbers(division, first, last), kept.matrices) if form is not None and form.fuses else {}
+
+
+def _numbers(division: Division, first: int, last: int) -> range:
+    """The blocks among layers first..last, from 0."""
+    return range(max(first, 1) - 1, min(last, division.head - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +118,7 @@ def fill(
 ) -> Filled:
     """Load the tensors into the stripped model, one after the other, and bring each to where it is computed with."""
     owned, found = work.owned, work.found
-    packing = _packing(division, work.kept, owned, threads, device)
+    packing = _packing(division, work.kept, owned, threads, device, work.fused)
     tensors = [tensor for recipe in found for _, tensor in recipe.sources]
     total = sum({(tensor.path, tensor.offset): tensor.nbytes for tensor in tensors}.values())
     done = held = 0
@@ -141,15 +167,23 @@ def fill(
             count(source.nbytes)
     if packing is not None and packing.missing:
         raise EngineError(f"tensor {packing.missing[0]} was not loaded")
+    if packing is not None:
+        packing.finish(division.dtype)
     return Filled(held, packing.nbytes, packing.form) if packing is not None else Filled(held)
 
 
 def make_up(
-    division: Division, first: int, last: int, kept: Keeping, threads: int, device: torch.device = CPU
+    division: Division,
+    first: int,
+    last: int,
+    kept: Keeping,
+    fused: Mapping[int, Anatomy],
+    threads: int,
+    device: torch.device = CPU,
 ) -> Filled:
     """Fill the stripped model's layers first..last with made-up numbers, for timing."""
     places, held, owned = _places(division, first), 0, _owned(division, first, last)
-    packing = _packing(division, kept, owned, threads, device)
+    packing = _packing(division, kept, owned, threads, device, fused)
     for name, (dtype, shape) in owned.items():
         if packing is not None and packing.takes(name):  # one row again and again: the whole is never there in float
             packing.give(name, made_up(shape[-1:], dtype).expand(shape))
@@ -158,6 +192,8 @@ def make_up(
             tensor = tensor if name in kept.tables else _moved(tensor, device)
             _place(division.model, places.get(name, name), tensor)
             held += tensor.nbytes
+    if packing is not None:
+        packing.finish(division.dtype)
     return Filled(held, packing.nbytes, packing.form) if packing is not None else Filled(held)
 
 
@@ -172,11 +208,21 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _packing(
-    division: Division, kept: Keeping, owned: dict[str, Target], threads: int, device: torch.device
+    division: Division,
+    kept: Keeping,
+    owned: dict[str, Target],
+    threads: int,
+    device: torch.device,
+    fused: Mapping[int, Anatomy],
 ) -> Packing | None:
     """None where every matrix stays as it is."""
     form = choose(division.dtype, kept.quantize, threads, device)
-    return None if form is None else Packing(form, {n: one for n, one in kept.matrices.items() if n in owned})
+    if form is None:
+        return None
+    wanted = {name: one for name, one in kept.matrices.items() if name in owned}
+    layers = {division.layer_of(name) for name in owned}
+    blocks = {number: block for number, block in enumerate(division.blocks) if number + 1 in layers}
+    return Packing(form, wanted, Fusions(fused, blocks, wanted, BITS[kept.quantize]) if fused else None)
 
 
 def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

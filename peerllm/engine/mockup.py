@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peerllm.engine.assembly import finish, make_up, strip
+from peerllm.engine.assembly import finish, fusions, make_up, strip
 from peerllm.engine.cache import kv_bytes
 from peerllm.engine.config import DTYPES, max_context, parse_config, text_config
 from peerllm.engine.division import Division, divide
@@ -28,6 +28,7 @@ CONTEXT = 224  # tokens of room per sequence
 CACHED_BYTES = 64 << 20  # more than caches hold: of smaller blocks several are timed, so that none stays warm
 MAX_BLOCKS = 6
 HIDDEN_COPIES, WIDE_COPIES = 8, 3  # vectors alive at once in a block, of the hidden size and of its widest matrix
+PACKING_COPIES = 1.75  # of a block whose rounded matrices become sessions, beside what it then is
 LOGITS_BYTES = 12  # per sequence and token id: in float32 and, where a token is drawn, in float64
 
 
@@ -94,23 +95,27 @@ class Outline:
             yield from ((count, sequences) for sequences in SEQUENCES if sequences >= 4 or count == 1)
 
     def nbytes(self, mockup: Mockup) -> int:
-        """Weights, KV and working space of a mock-up."""
+        """Weights, KV and working space of a mock-up; or what it takes to make it, before there is KV."""
         numbers = range(max(mockup.first, 1) - 1, min(mockup.last, self.head - 1))
         held: int = sum(self._bytes.get(layer, 0) for layer in range(mockup.first, mockup.last + 1))
-        held += kv_bytes(self._of(numbers), mockup.sequences + 1, mockup.context)
+        kv = kv_bytes(self._of(numbers), mockup.sequences + 1, mockup.context)
         wide: int = max((self._wide.get(number + 1, 0) for number in numbers), default=0)
         tokens = max(CHUNK, mockup.sequences)
-        working = tokens * (HIDDEN_COPIES * self.hidden_size + WIDE_COPIES * wide) * DTYPES[self._dtype].itemsize
+        itemsize = torch.float32.itemsize if self._quantize else DTYPES[self._dtype].itemsize
+        working = tokens * (HIDDEN_COPIES * self.hidden_size + WIDE_COPIES * wide) * itemsize
         logits = mockup.sequences * self.vocabulary * LOGITS_BYTES if mockup.last == self.head else 0
-        return int(held + working + logits)
+        packing = PACKING_COPIES * max((self._bytes[number + 1] for number in numbers), default=0)
+        return int(held + max(kv + working + logits, packing if self._quantize else 0))
 
     def build(self, mockup: Mockup) -> TorchShard:
         """The shard, one slot more than sequences (for a prompt)."""
         division = self._divide()
         numbers = range(max(mockup.first, 1) - 1, min(mockup.last, division.head - 1))
         whole, kept = division.owner.config, keeping(division, (), self._quantize)
-        entry = strip(division, mockup.first, mockup.last, numbers)
-        filled = make_up(division, mockup.first, mockup.last, kept, torch.get_num_threads(), self._device)
+        layers = mockup.first, mockup.last
+        fused = fusions(division, *layers, kept, self._device) if self._unpacked is None else {}
+        entry = strip(division, *layers, numbers)
+        filled = make_up(division, *layers, kept, fused, torch.get_num_threads(), self._device)
         finish(division, whole, self._device)
         slots = mockup.sequences + 1
         spec = LoadStage(

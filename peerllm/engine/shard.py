@@ -238,7 +238,7 @@ def load_shard(
     states = {number: every[number] for number in numbers}
     needed = kv_bytes(states, spec.slots, spec.context)
     unpacked, reach = obstacle(division, every), reach_of(division.model, every)
-    work = plan(division, first, last, spec.tensors, spec.quantize)
+    work = plan(division, first, last, spec.tensors, spec.quantize, device, unpacked is None)
     if spec.limit_bytes is not None and work.nbytes + needed > spec.limit_bytes:
         held = f"weights of {work.nbytes} bytes and KV of {needed}"
         raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")

@@ -81,7 +81,7 @@ def obstacle(division: Division, states: Mapping[int, LayerState]) -> str | None
         known: set[object] = set()
         for number, state in states.items():
             block = division.blocks[number]
-            key = (state.kind, str(state.arguments), shape_key(block), _settings(block))
+            key = (state.kind, str(state.arguments), shape_key(block), settings(block))
             if key not in known:
                 _walk(division, number, state, kinds, arguments)
                 known.add(key)
@@ -109,7 +109,7 @@ def _check_rope(model: Any) -> None:
             raise _Misfit("the rotary embedding's scale follows the longest position")
 
 
-def _settings(block: Any) -> tuple[object, ...]:
+def settings(block: Any) -> tuple[object, ...]:
     """Plain attributes of a block's parts: blocks built alike may still be told different things."""
     plain = (int, float, str, bool, type(None))
     numbered = ("layer_idx", "layer_id", "layer_number")

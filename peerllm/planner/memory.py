@@ -12,6 +12,9 @@ HIDDEN_COPIES = 8  # vectors of the hidden size alive at once in a block: residu
 WIDE_COPIES = 3  # vectors of the feed-forward width: gate, up and their product
 KERNELS = 32  # matrix products that the library keeps compiled, each for one shape and count of tokens ...
 KERNEL_BYTES = 1 << 20  # ... in 16-bit numbers (oneDNN 3.12, AVX-512: 0.6 to 0.8 MB and the holes they leave); else few
+FLOAT_BYTES = 4  # rounded matrices take and give float32, whatever the compute dtype
+PACKING_COPIES = 1.75  # of the rounded half of a block while it becomes a session, beside what it then is (1.66 seen)
+SCALE_BYTES = 8 / 128  # per rounded weight: a block's scale and sum
 DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -24,6 +27,7 @@ class Shape:
     vocabulary: int
     wide: int  # feed-forward width
     itemsize: int  # bytes of a number in the compute dtype
+    bits: int = 0  # that matrices are rounded to; 0: they are not
 
 
 def chunk_tokens(shape: Shape, context: int) -> int:
@@ -32,14 +36,25 @@ def chunk_tokens(shape: Shape, context: int) -> int:
 
 
 def working_bytes(shape: Shape, context: int, slots: int, chunk: int | None = None) -> int:
-    """The most that passes hold beside weights and KV: a chunk's vectors and mask, every slot's logits, kernels."""
+    """The most that is held beside weights and KV.
+
+    That is a chunk's vectors and mask, every slot's logits and kernels; or what loading takes, before there is KV.
+    """
     chunk = chunk or chunk_tokens(shape, context)
     tokens = max(chunk, slots)
     vectors = HIDDEN_COPIES * shape.hidden_size + WIDE_COPIES * shape.wide
     mask = chunk * context
     logits = shape.vocabulary * (slots * (shape.itemsize + 4) + DRAW_BYTES)  # as computed and in float32
     kernels = KERNELS * KERNEL_BYTES if shape.itemsize == 2 else 0
-    return (tokens * vectors + mask) * shape.itemsize + logits + kernels
+    numbers = tokens * vectors * (FLOAT_BYTES if shape.bits else shape.itemsize)
+    passes = numbers + mask * shape.itemsize + logits + kernels
+    return max(passes, packing_bytes(shape))
+
+
+def packing_bytes(shape: Shape) -> int:
+    """What packing a block's output matrix and feed-forward takes for a while (engine/kernels/fusing)."""
+    weights = (3 * shape.wide + shape.hidden_size) * shape.hidden_size
+    return int(PACKING_COPIES * weights * (shape.bits / 8 + SCALE_BYTES)) if shape.bits else 0
 
 
 def human_bytes(nbytes: float) -> str:

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import torch
 
 from peerllm.engine.place import CPU
+from peerllm.types import BITS
 
 log = logging.getLogger(__name__)
-BITS = {"int4": 4, "int8": 8}
 BLOCKS = (128, 32)  # weights that share a scale: the first that divides a row's length
 SESSION_BYTES = 160 << 10  # onnxruntime's for one matrix, however small
 BLOCK_BYTES = 8  # a block's scale and, which the products need, the sum of its codes
@@ -44,12 +44,14 @@ class Part(Protocol):
 class Form:
     """`make` packs runs of float rows [rows, columns], joined; they may be views of files.
 
-    `single_thread`: it has threads of its own, beside which torch's would only spin.
+    `single_thread`: it has threads of its own, beside which torch's would only spin. `fuses`: whole blocks can be
+    computed with it (fusing.py).
     """
 
     name: str
     make: Callable[[Sequence[Any]], Part]
     single_thread: bool = False
+    fuses: bool = False
     device: torch.device = CPU
 
 
@@ -81,7 +83,7 @@ def choose(dtype: torch.dtype, quantize: str, threads: int = 1, device: torch.de
         if _has_onnxruntime():
             from peerllm.engine.kernels import matmul_nbits
 
-            return Form(f"MatMulNBits-{bits}", matmul_nbits.maker(bits, threads), single_thread=True)
+            return Form(f"MatMulNBits-{bits}", matmul_nbits.maker(bits, threads), single_thread=True, fuses=True)
         from peerllm.engine.kernels import torch_packed
 
         return Form(f"torch-{bits}", torch_packed.maker(bits))

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from peerllm.engine.division import Division
-from peerllm.engine.kernels.forms import BITS, packed_bytes
+from peerllm.engine.kernels.forms import packed_bytes
 from peerllm.engine.kernels.matrices import Matrix, matrices
 from peerllm.engine.loader import FILE_DTYPES, tensor_bytes
 from peerllm.engine.names import Recipe
 from peerllm.errors import BadInputError
+from peerllm.types import BITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,10 @@ class _InPlace(nn.Module):
         self.__dict__["weight"].__dict__["_is_hf_initialized"] = True
 
 
+class Gone(_InPlace):
+    """Where a fused block had a matrix: nothing calls it any more."""
+
+
 class Packed(_InPlace):
     """A matrix in parts, each with some of its rows; with its bias, if it has one."""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from peerllm.engine.kernels.forms import Form, Part
+from peerllm.engine.kernels.fusing import Fusions
 from peerllm.engine.kernels.matrices import Matrix
 from peerllm.engine.kernels.packed import Packed, Share, Siblings
 from peerllm.engine.memory import trim
@@ -22,29 +23,34 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", 
 
 
 class Packing:
-    """Takes the tensors of `wanted` (by the weight's name), in any order; `finish` puts what they become in the model.
+    """Takes the tensors of `wanted` (by the weight's name), in any order, and puts what they become in the model.
 
-    A group is packed as soon as its last tensor is there.
+    A group is packed as soon as its last tensor is there; `fusions` take theirs, and are to be finished at the end.
     """
 
-    def __init__(self, form: Form, wanted: Mapping[str, Matrix]) -> None:
-        self.form = form
+    def __init__(self, form: Form, wanted: Mapping[str, Matrix], fusions: Fusions | None = None) -> None:
+        self.form, self._fusions = form, fusions
         self._groups: dict[str, tuple[Matrix, ...]] = {}  # by each name of a tensor that it waits for
         self._held: dict[str, torch.Tensor] = {}
-        self.nbytes = 0
+        self._nbytes = 0
         whole = sum(2 * matrix.rows * matrix.columns for matrix in wanted.values())
         self._part_bytes = min(PART_BYTES, max(LEAST_PART_BYTES, whole // PART_SHARE))
-        for group in grouped(wanted.values()):
+        alone = [one for one in wanted.values() if fusions is None or not fusions.takes(one.weight)]
+        for group in grouped(alone):
             for matrix in group:
                 for name in filter(None, (matrix.weight, matrix.bias)):
                     self._groups[name] = group
 
     def takes(self, name: str) -> bool:
         """Whether this tensor becomes part of something packed."""
-        return name in self._groups
+        return name in self._groups or (self._fusions is not None and self._fusions.takes(name))
 
     def give(self, name: str, tensor: torch.Tensor) -> None:
         """`tensor` may be a view of a file; what is packed lies in memory of its own."""
+        if self._fusions is not None and self._fusions.takes(name):
+            with torch.inference_mode():
+                self._fusions.give(name, tensor)
+            return
         self._held[name] = tensor
         group = self._groups[name]
         names = [one for matrix in group for one in (matrix.weight, matrix.bias) if one is not None]
@@ -57,8 +63,20 @@ class Packing:
     @property
     def missing(self) -> list[str]:
         """Tensors that never came beside others of their group."""
+        fused = self._fusions.missing if self._fusions is not None else []
         left = {id(self._groups[name]): self._groups[name] for name in self._held}
-        return [matrix.weight for group in left.values() for matrix in group if matrix.weight not in self._held]
+        weights = (matrix.weight for group in left.values() for matrix in group)
+        return [*fused, *(name for name in weights if name not in self._held)]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that was packed."""
+        return self._nbytes + (self._fusions.nbytes if self._fusions is not None else 0)
+
+    def finish(self, dtype: torch.dtype) -> None:
+        """When all tensors are in the model."""
+        if self._fusions is not None:
+            self._fusions.finish(dtype)
 
     def _pack(self, group: Sequence[Matrix]) -> None:
         parts: list[Part] = []
@@ -80,7 +98,7 @@ class Packing:
         biases = [self._held[matrix.bias] for matrix in group if matrix.bias is not None]
         bias = torch.cat(biases).to(self.form.device, group[0].module.weight.dtype) if biases else None
         whole = Packed(parts, bias)
-        self.nbytes += whole.nbytes
+        self._nbytes += whole.nbytes
         if len(group) == 1:
             setattr(group[0].parent, _last(group[0]), whole)
             return
