@@ -175,7 +175,8 @@ def model_shape(inspected: Inspected) -> Shape:
     text = text.get("text_config") or text
     wide = _first(text, ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")) or 4 * inspected.hidden_size
     bits = BITS.get(inspected.quantize, 0)
-    return Shape(inspected.hidden_size, inspected.vocabulary, wide, ITEMSIZE[inspected.dtype], bits)
+    queries = _first(text, ("num_attention_heads", "n_head")) * _first(text, ("head_dim",))
+    return Shape(max(inspected.hidden_size, queries), inspected.vocabulary, wide, ITEMSIZE[inspected.dtype], bits)
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:

@@ -68,18 +68,9 @@ class Plan:
     found: list[Recipe]
     kept: Keeping
     nbytes: int  # what they will take in memory; a tensor that two names share counts once
-    fused: dict[int, Anatomy]  # blocks, numbered from 0
 
 
-def plan(
-    division: Division,
-    first: int,
-    last: int,
-    tensors: tuple[TensorAt, ...],
-    quantize: str,
-    device: torch.device = CPU,
-    fuse: bool = True,
-) -> Plan:
+def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...], quantize: str) -> Plan:
     """For layers first..last, before the model is stripped; ModelError if a tensor is missing or does not fit."""
     owned = _owned(division, first, last)
     found = recipes(division, tensors)
@@ -89,19 +80,25 @@ def plan(
     for name in owned:
         packed = name in kept.matrices
         sizes[name if packed else division.tied.get(name, name)] = kept.nbytes(name, division.sizes[name])
-    fused = fusions(division, first, last, kept, device) if fuse else {}
-    return Plan(owned, found, kept, sum(sizes.values()), fused)
+    return Plan(owned, found, kept, sum(sizes.values()))
 
 
-def fusions(division: Division, first: int, last: int, kept: Keeping, device: torch.device) -> dict[int, Anatomy]:
-    """Which of the blocks in layers first..last will be fused, before the model is stripped."""
-    form = choose(division.dtype, kept.quantize, torch.get_num_threads(), device) if kept.quantize else None
-    return fusible(division, _numbers(division, first, last), kept.matrices) if form is not None and form.fuses else {}
+def fusions(
+    division: Division, numbers: range, kept: Keeping, unpacked: str | None, device: torch.device
+) -> dict[int, Anatomy]:
+    """Which of the blocks `numbers` (from 0) will be fused; asked before the model is stripped.
+
+    `unpacked` says why tokens cannot be packed, if they cannot: fused blocks know packed rows only.
+    """
+    if unpacked is not None or not fuses(division.dtype, kept.quantize, device):
+        return {}
+    return fusible(division, numbers, kept.matrices)
 
 
-def _numbers(division: Division, first: int, last: int) -> range:
-    """The blocks among layers first..last, from 0."""
-    return range(max(first, 1) - 1, min(last, division.head - 1))
+def fuses(dtype: torch.dtype, quantize: str, device: torch.device) -> bool:
+    """Whether the form that matrices take there is one that blocks can be fused with."""
+    form = choose(dtype, quantize, torch.get_num_threads(), device) if quantize else None
+    return form is not None and form.fuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +111,17 @@ class Filled:
 
 
 def fill(
-    division: Division, first: int, work: Plan, threads: int, progress: Progress, device: torch.device = CPU
+    division: Division,
+    first: int,
+    work: Plan,
+    fused: Mapping[int, Anatomy],
+    threads: int,
+    progress: Progress,
+    device: torch.device = CPU,
 ) -> Filled:
     """Load the tensors into the stripped model, one after the other, and bring each to where it is computed with."""
     owned, found = work.owned, work.found
-    packing = _packing(division, work.kept, owned, threads, device, work.fused)
+    packing = _packing(division, work.kept, owned, threads, device, fused)
     tensors = [tensor for recipe in found for _, tensor in recipe.sources]
     total = sum({(tensor.path, tensor.offset): tensor.nbytes for tensor in tensors}.values())
     done = held = 0
@@ -165,11 +168,7 @@ def fill(
             held += settle(*loaded.popitem(), fills, lazy)
         if lazy:
             count(source.nbytes)
-    if packing is not None and packing.missing:
-        raise EngineError(f"tensor {packing.missing[0]} was not loaded")
-    if packing is not None:
-        packing.finish(division.dtype)
-    return Filled(held, packing.nbytes, packing.form) if packing is not None else Filled(held)
+    return _filled(held, packing)
 
 
 def make_up(
@@ -192,9 +191,17 @@ def make_up(
             tensor = tensor if name in kept.tables else _moved(tensor, device)
             _place(division.model, places.get(name, name), tensor)
             held += tensor.nbytes
-    if packing is not None:
-        packing.finish(division.dtype)
-    return Filled(held, packing.nbytes, packing.form) if packing is not None else Filled(held)
+    return _filled(held, packing)
+
+
+def _filled(held: int, packing: Packing | None) -> Filled:
+    """All tensors came, or so it should be."""
+    if packing is None:
+        return Filled(held)
+    if packing.missing:
+        raise EngineError(f"tensor {packing.missing[0]} was not loaded")
+    packing.finish()
+    return Filled(held, packing.nbytes, packing.form)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -222,7 +229,7 @@ def _packing(
     wanted = {name: one for name, one in kept.matrices.items() if name in owned}
     layers = {division.layer_of(name) for name in owned}
     blocks = {number: block for number, block in enumerate(division.blocks) if number + 1 in layers}
-    return Packing(form, wanted, Fusions(fused, blocks, wanted, BITS[kept.quantize]) if fused else None)
+    return Packing(form, wanted, Fusions(fused, blocks, wanted, BITS[kept.quantize], division.dtype) if fused else None)
 
 
 def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

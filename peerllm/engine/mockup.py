@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peerllm.engine.assembly import finish, fusions, make_up, strip
+from peerllm.engine.assembly import finish, fuses, fusions, make_up, strip
 from peerllm.engine.cache import kv_bytes
 from peerllm.engine.config import DTYPES, max_context, parse_config, text_config
 from peerllm.engine.division import Division, divide
@@ -20,7 +20,7 @@ from peerllm.engine.shard import TorchShard
 from peerllm.engine.states import LayerState
 from peerllm.engine.wiring import obstacle
 from peerllm.errors import BadInputError, RefusedError
-from peerllm.types import LayerKind
+from peerllm.types import PACKING_COPIES, LayerKind
 
 SEQUENCES = (16, 8, 4, 2, 1)  # sequences at once, the most that has room
 CHUNK = 128  # tokens of a prompt in one pass
@@ -28,7 +28,6 @@ CONTEXT = 224  # tokens of room per sequence
 CACHED_BYTES = 64 << 20  # more than caches hold: of smaller blocks several are timed, so that none stays warm
 MAX_BLOCKS = 6
 HIDDEN_COPIES, WIDE_COPIES = 8, 3  # vectors alive at once in a block, of the hidden size and of its widest matrix
-PACKING_COPIES = 1.75  # of a block whose rounded matrices become sessions, beside what it then is
 LOGITS_BYTES = 12  # per sequence and token id: in float32 and, where a token is drawn, in float64
 
 
@@ -70,9 +69,13 @@ class Outline:
         kept = keeping(division, (), self._quantize)
         self._bytes: dict[int, int] = {}
         self._wide: dict[int, int] = {}
+        self._rounded: dict[int, int] = {}  # bytes of matrices that a fused block would have
+        packed = kept.matrices if fuses(division.dtype, self._quantize, device) else {}
         for name, tensor in division.sizes.items():
             layer = division.layer_of(name)
             self._bytes[layer] = self._bytes.get(layer, 0) + kept.nbytes(name, tensor)
+            if name in packed:
+                self._rounded[layer] = self._rounded.get(layer, 0) + kept.nbytes(name, tensor)
             if tensor.dim() > 1:
                 self._wide[layer] = max(self._wide.get(layer, 0), *tensor.shape[-2:])
 
@@ -104,8 +107,8 @@ class Outline:
         itemsize = torch.float32.itemsize if self._quantize else DTYPES[self._dtype].itemsize
         working = tokens * (HIDDEN_COPIES * self.hidden_size + WIDE_COPIES * wide) * itemsize
         logits = mockup.sequences * self.vocabulary * LOGITS_BYTES if mockup.last == self.head else 0
-        packing = PACKING_COPIES * max((self._bytes[number + 1] for number in numbers), default=0)
-        return int(held + max(kv + working + logits, packing if self._quantize else 0))
+        packing = PACKING_COPIES * max((self._rounded.get(number + 1, 0) for number in numbers), default=0)
+        return int(held + max(kv + working + logits, packing))
 
     def build(self, mockup: Mockup) -> TorchShard:
         """The shard, one slot more than sequences (for a prompt)."""
@@ -113,7 +116,7 @@ class Outline:
         numbers = range(max(mockup.first, 1) - 1, min(mockup.last, division.head - 1))
         whole, kept = division.owner.config, keeping(division, (), self._quantize)
         layers = mockup.first, mockup.last
-        fused = fusions(division, *layers, kept, self._device) if self._unpacked is None else {}
+        fused = fusions(division, numbers, kept, self._unpacked, self._device)
         entry = strip(division, *layers, numbers)
         filled = make_up(division, *layers, kept, fused, torch.get_num_threads(), self._device)
         finish(division, whole, self._device)

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from peerllm.engine import attention
 from peerllm.engine.absent import Absent
-from peerllm.engine.assembly import Filled, fill, finish, plan, strip
+from peerllm.engine.assembly import Filled, fill, finish, fusions, plan, strip
 from peerllm.engine.base import Progress, Reach, Segment
 from peerllm.engine.cache import Slots, kv_bytes
 from peerllm.engine.config import DTYPES, parse_config, text_config
@@ -238,11 +238,12 @@ def load_shard(
     states = {number: every[number] for number in numbers}
     needed = kv_bytes(states, spec.slots, spec.context)
     unpacked, reach = obstacle(division, every), reach_of(division.model, every)
-    work = plan(division, first, last, spec.tensors, spec.quantize, device, unpacked is None)
+    work = plan(division, first, last, spec.tensors, spec.quantize)
     if spec.limit_bytes is not None and work.nbytes + needed > spec.limit_bytes:
         held = f"weights of {work.nbytes} bytes and KV of {needed}"
         raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")
+    fused = fusions(division, numbers, work.kept, unpacked, device)
     entry = strip(division, first, last, numbers)
-    filled = fill(division, first, work, torch.get_num_threads(), progress, device)
+    filled = fill(division, first, work, fused, torch.get_num_threads(), progress, device)
     finish(division, whole, device)
     return TorchShard(division, spec, states, filled, entry, unpacked, reach, device)

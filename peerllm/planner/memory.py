@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peerllm.types import PACKING_COPIES
+
 MAX_CHUNK = 128  # tokens of a prompt in one frame, unless more are asked for
 MOST_CHUNK = 4096  # ... and then at most
 MIN_CHUNK = 16
@@ -13,7 +15,6 @@ WIDE_COPIES = 3  # vectors of the feed-forward width: gate, up and their product
 KERNELS = 32  # matrix products that the library keeps compiled, each for one shape and count of tokens ...
 KERNEL_BYTES = 1 << 20  # ... in 16-bit numbers (oneDNN 3.12, AVX-512: 0.6 to 0.8 MB and the holes they leave); else few
 FLOAT_BYTES = 4  # rounded matrices take and give float32, whatever the compute dtype
-PACKING_COPIES = 1.75  # of the rounded half of a block while it becomes a session, beside what it then is (1.66 seen)
 SCALE_BYTES = 8 / 128  # per rounded weight: a block's scale and sum
 DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
@@ -23,7 +24,7 @@ UNITS = ("bytes", "kB", "MB", "GB", "TB")
 class Shape:
     """What of a model's shape its working space depends on."""
 
-    hidden_size: int
+    hidden_size: int  # or what all heads' queries take, if that is more
     vocabulary: int
     wide: int  # feed-forward width
     itemsize: int  # bytes of a number in the compute dtype

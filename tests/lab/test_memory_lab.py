@@ -28,7 +28,8 @@ pytestmark = [
     pytest.mark.skipif(bool(why_no_memory_groups()), reason=why_no_memory_groups()),
 ]
 FULL = os.environ.get("PEERLLM_FULL") == "1"  # also divided over two devices
-CASES = [("bfloat16", 1), ("float32", 1), ("int4", 1), *([(kind, 2) for kind in ("bfloat16", "float32", "int4")] * FULL)]
+KINDS = ("bfloat16", "float32", "int4")
+CASES = [(kind, 1) for kind in KINDS] + [(kind, 2) for kind in KINDS if FULL]
 MARGIN = 1.1  # of the budget
 SLOTS, CONTEXT = 4, 384
 ANSWER = 16  # tokens

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # as everyone calls it
 
-MATRICES = {
-    "queries": "self_attn.q_proj",
-    "keys": "self_attn.k_proj",
-    "values": "self_attn.v_proj",
-    "out": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
+# Matrices by role, before attention and after it; where several ways are known, those that a block has.
+BEFORE = (
+    {"queries": "self_attn.q_proj", "keys": "self_attn.k_proj", "values": "self_attn.v_proj"},
+    {"heads": "self_attn.qkv_proj"},  # Phi-3: all three in one
+)
+AFTER = (
+    {"out": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
+    {"out": "self_attn.o_proj", "gate and up": "mlp.gate_up_proj", "down": "mlp.down_proj"},  # Phi-3, GLM
+)
 HEAD_NORMS = {"queries": "self_attn.q_norm", "keys": "self_attn.k_norm"}
 LAYOUTS: tuple[Mapping[str, str], ...] = (
     {"before attention": "input_layernorm", "before mlp": "post_attention_layernorm"},  # Llama
@@ -63,7 +63,10 @@ class Norm:
 class Anatomy:
     """`norms` by place in the block, of single heads or all by "queries" and "keys"."""
 
+    before: Mapping[str, str]  # matrices, by role: where in the block
+    after: Mapping[str, str]
     hidden: int
+    wide: int  # of the feed-forward
     heads: int
     groups: int
     width: int
@@ -79,34 +82,50 @@ class Anatomy:
 
 def parts(block: Any) -> Anatomy | None:
     """What the names in a block (on the meta device) suggest; None: it has others."""
-    try:
-        linear = {role: block.get_submodule(path) for role, path in MATRICES.items()}
-        attention, width = block.self_attn, block.self_attn.head_dim
-    except AttributeError:
+    modules = dict(block.named_modules())
+    before, after = (
+        next((way for way in ways if all(type(modules.get(path)) is nn.Linear for path in way.values())), None)
+        for ways in (BEFORE, AFTER)
+    )
+    if before is None or after is None:
         return None
-    if not all(type(module) is nn.Linear for module in linear.values()):
-        return None
-    names = {name for name, _ in block.named_children()} - {"self_attn", "mlp"}
-    layout = next((layout for layout in LAYOUTS if set(layout.values()) == names), None)
-    activation = _activation(getattr(block.mlp, "act_fn", None))
+    linear = {role: modules[path] for role, path in {**before, **after}.items()}
+    attention, width = block.self_attn, block.self_attn.head_dim
+    children = {name for name, child in block.named_children() if not isinstance(child, nn.Dropout)}
+    layout = next((layout for layout in LAYOUTS if set(layout.values()) == children - {"self_attn", "mlp"}), None)
+    activation = _activation(getattr(block.mlp, "act_fn", getattr(block.mlp, "activation_fn", None)))
     if layout is None or activation is None:
         return None
     inner = {role: path for role, path in HEAD_NORMS.items() if hasattr(attention, path.rpartition(".")[2])}
     norms = {place: norm for place, path in {**layout, **inner}.items() if (norm := _norm(block, path)) is not None}
     if len(norms) < len(layout) + len(inner):
         return None
-    groups = linear["keys"].out_features // width
+    if "heads" in linear:
+        groups, value_width = _groups(attention, linear["heads"].out_features // width), width
+        heads = linear["heads"].out_features // width - 2 * groups
+    else:
+        heads, groups = (linear[role].out_features // width for role in ("queries", "keys"))
+        value_width = linear["values"].out_features // groups
     return Anatomy(
-        hidden=linear["queries"].in_features,
-        heads=linear["queries"].out_features // width,
+        before=before,
+        after=after,
+        hidden=linear["down"].out_features,
+        wide=linear["down"].in_features,
+        heads=heads,
         groups=groups,
         width=width,
-        value_width=linear["values"].out_features // groups,
+        value_width=value_width,
         norms=norms,
         biases=frozenset(role for role, module in linear.items() if module.bias is not None),
         activation=activation,
         residual=getattr(block, "residual_multiplier", 1.0),
     )
+
+
+def _groups(attention: Any, all_heads: int) -> int:
+    """Heads of keys where one matrix makes queries, keys and values."""
+    per_group: int = attention.num_key_value_groups  # heads of queries that share one
+    return all_heads // (per_group + 2)
 
 
 def _activation(module: Any) -> str | None:

@@ -1,7 +1,7 @@
 """A block in two calls of onnxruntime, with the cache and attention between: nothing of it runs in Python else.
 
-Between the two, and from block to block, numbers are float32; keys and values are kept in the model's dtype, and
-attention computes in it.
+Within the two numbers are float32; keys and values are kept in the model's dtype, attention computes in it, and what a
+block gives is rounded to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from peerllm.engine.attention import attend
 from peerllm.engine.kernels.anatomy import Anatomy
 from peerllm.engine.kernels.graphs import Bound
-from peerllm.engine.kernels.halves import FIRST, SECOND, bias_name, norm_name
+from peerllm.engine.kernels.halves import HEADS, bias_name, norm_name, widths
+from peerllm.errors import EngineError
 
 KEPT_ANGLES = 2  # kinds of rotary embeddings of one model: of windows and of the rest
 KEPT_TOKENS = 16  # rows of as many have rooms that stay: batches of steps
@@ -25,9 +26,8 @@ class Room:
 
     def __init__(self, anatomy: Anatomy, count: int, dtype: torch.dtype) -> None:
         self.hidden = (torch.empty(1, count, anatomy.hidden), torch.empty(1, count, anatomy.hidden))
-        widths = anatomy.width, anatomy.width, anatomy.value_width
         heads = anatomy.heads, anatomy.groups, anatomy.groups
-        sizes = [count * some * width for some, width in zip(heads, widths, strict=True)]
+        sizes = [count * width for width in widths(anatomy)]
         self._made = torch.empty(sum(sizes))
         self._kept = self._made if dtype is torch.float32 else torch.empty(sum(sizes), dtype=dtype)
         self.made = [part.view(1, count, -1) for part in torch.split(self._made, sizes)]
@@ -51,6 +51,7 @@ class Rooms:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._kept: dict[object, Room] = {}
+        self._alike = False  # the halves of the angles; one look is enough
         self._angles: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def of(self, anatomy: Anatomy, count: int) -> Room:
@@ -67,6 +68,10 @@ class Rooms:
             if known is cos:
                 return given[0], given[1]
         half = cos.shape[-1] // 2
+        if not self._alike:
+            self._alike = all(torch.equal(one[..., :half], one[..., half:]) for one in (cos, sin))
+            if not self._alike:
+                raise EngineError("its rotary embedding is not what its blocks were tried with")
         found = cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
         self._angles = [(cos, *found), *self._angles[: KEPT_ANGLES - 1]]
         return found
@@ -75,20 +80,27 @@ class Rooms:
 class FusedBlock:
     """Stands in the place of a block's own `forward`."""
 
-    stays = False  # the next block takes float32 as it is
-
     def __init__(
-        self, anatomy: Anatomy, block: Any, sessions: Sequence[Any], biases: Mapping[str, torch.Tensor], rooms: Rooms
+        self,
+        anatomy: Anatomy,
+        block: Any,
+        sessions: Sequence[Any],
+        biases: Mapping[str, torch.Tensor],
+        rooms: Rooms,
+        stays: bool = False,
     ) -> None:
-        """Of `block` the norms' weights and the attention's number are taken; `biases` by the matrix's role."""
-        self._anatomy, self._sessions, self._rooms = anatomy, sessions, rooms
+        """Of `block` the norms' weights and the attention's number are taken; `biases` by the matrix's role.
+
+        `stays`: the next block takes what lies in the room.
+        """
+        self._anatomy, self._sessions, self._rooms, self._stays = anatomy, sessions, rooms, stays
         self._number: int = block.self_attn.layer_idx
         self._fixed: tuple[dict[str, torch.Tensor], ...] = {}, {}
         for place, norm in anatomy.norms.items():
             weight = block.get_submodule(norm.path).weight.detach().float() + norm.offset
-            self._fixed[place not in ("before attention", *FIRST)][norm_name(place)] = weight.contiguous()
+            self._fixed[place not in ("before attention", *HEADS)][norm_name(place)] = weight.contiguous()
         for role, bias in biases.items():
-            self._fixed[role in SECOND][bias_name(role)] = bias.detach().float().contiguous()
+            self._fixed[role in anatomy.after][bias_name(role)] = bias.detach().float().contiguous()
         self._kept: dict[tuple[int, int], tuple[Bound, Bound]] = {}
 
     def __call__(
@@ -111,7 +123,7 @@ class FusedBlock:
         room.taken.copy_(attend(self, room.queries, keys, values, None, **anatomy.attention)[0])
         after.run()
         out = room.hidden[1 - at]
-        return out if self.stays else out.to(rooms.dtype, copy=True)
+        return out if self._stays else out.to(rooms.dtype, copy=True)
 
     def _bound(self, room: Room, at: int) -> tuple[Bound, Bound]:
         count = room.places.shape[1]
@@ -124,7 +136,7 @@ class FusedBlock:
                 bound.give(name, tensor)
         if self._anatomy.rotary:
             before.give("places", room.places)
-        for role, made in zip(FIRST, room.made, strict=True):
+        for role, made in zip(HEADS, room.made, strict=True):
             before.want(role, made)
         after.give("attended", room.attended)
         after.want("y", room.hidden[1 - at])

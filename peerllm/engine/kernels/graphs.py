@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ CONTRIB = "com.microsoft"
 BATCH, TOKENS = 1, "n"
 _pool = threading.Lock()
 _pool_made = False
-NUMBERS = {np.dtype("float32"): 1, np.dtype("uint8"): 2, np.dtype("int64"): 7}  # onnx.TensorProto's
+NUMBERS = {np.dtype("float32"): 1, np.dtype("uint8"): 2, np.dtype("int64"): 7}  # onnx.TensorProto's ...
+NARROW = {torch.float16: 10, torch.bfloat16: 16}
 
 
 def make_pool(threads: int) -> None:
@@ -64,6 +65,22 @@ class Graph:
 
         self._nodes.append(helper.make_node(kind, inputs, [output], domain=domain, **attributes))
         return output
+
+    def rounded(self, given: str, dtype: torch.dtype, output: str) -> str:
+        """The nearest numbers that `dtype` can say, in float32 still."""
+        if dtype is torch.float32:
+            return self.add("Identity", [given], output)
+        narrow = self.add("Cast", [given], f"{output} in {dtype}", to=NARROW[dtype])
+        return self.add("Cast", [narrow], output, to=NUMBERS[np.dtype("float32")])
+
+    def split(self, given: str, sizes: Mapping[str, int]) -> dict[str, str]:
+        """Runs of the last dimension, one after the other, by name."""
+        from onnx import helper
+
+        outputs = {name: f"{name} of {given}" for name in sizes}
+        lengths = self.constant(f"sizes of {given}", list(sizes.values()))
+        self._nodes.append(helper.make_node("Split", [given, lengths], list(outputs.values()), axis=-1))
+        return outputs
 
     def rounded_product(self, x: str, output: str, codes: torch.Tensor, scales: torch.Tensor, bits: int) -> str:
         """`x` times the rows whose codes and scales `rounding.rounded` made."""

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from peerllm.engine.kernels.anatomy import Anatomy, Norm
 from peerllm.engine.kernels.graphs import BATCH, CONTRIB, TOKENS, Graph
 
 Product = Callable[[Graph, str, str], str]  # (graph, input, role of the matrix): adds it, without bias; its output
-FIRST, SECOND = ("queries", "keys", "values"), ("out", "gate", "up", "down")
+HEADS = ("queries", "keys", "values")  # what the first half makes
 
 
 def first(anatomy: Anatomy, product: Product) -> Graph:
@@ -22,10 +23,14 @@ def first(anatomy: Anatomy, product: Product) -> Graph:
         places = graph.given("places", BATCH, TOKENS, number=np.int64)
         angles = [graph.given(name, TOKENS, anatomy.rotary // 2) for name in ("cos", "sin")]
     normed = _normed(graph, anatomy, x, "before attention")
-    for role in FIRST:
+    sizes = widths(anatomy)
+    if "heads" in anatomy.before:
+        made = graph.split(_multiplied(graph, anatomy, product, normed, "heads"), dict(zip(HEADS, sizes, strict=True)))
+    else:
+        made = {role: _multiplied(graph, anatomy, product, normed, role) for role in HEADS}
+    for role, size in zip(HEADS, sizes, strict=True):
         heads = anatomy.heads if role == "queries" else anatomy.groups
-        width = anatomy.value_width if role == "values" else anatomy.width
-        out = _multiplied(graph, anatomy, product, normed, role)
+        out = made[role]
         if role in anatomy.norms:
             out = _heads_normed(graph, anatomy, out, role, heads)
         if anatomy.rotary and role != "values":
@@ -33,24 +38,38 @@ def first(anatomy: Anatomy, product: Product) -> Graph:
             graph.add("RotaryEmbedding", [out, places, *angles], role, CONTRIB, **about)
         else:
             graph.add("Identity", [out], role)
-        graph.wanted(role, BATCH, TOKENS, heads * width)
+        graph.wanted(role, BATCH, TOKENS, size)
     return graph
 
 
-def second(anatomy: Anatomy, product: Product) -> Graph:
-    """attended [1, n, heads * value width] and x [1, n, hidden] to y [1, n, hidden]."""
+def second(anatomy: Anatomy, product: Product, dtype: torch.dtype) -> Graph:
+    """attended [1, n, heads * value width] and x [1, n, hidden] to y [1, n, hidden], rounded to `dtype`.
+
+    So what a block gives is the same whether the next one is here or on another device.
+    """
     graph = Graph()
     attended = graph.given("attended", BATCH, TOKENS, anatomy.heads * anatomy.value_width)
     x = graph.given("x", BATCH, TOKENS, anatomy.hidden)
     out = _multiplied(graph, anatomy, product, attended, "out")
     middle = _added(graph, anatomy, x, _normed(graph, anatomy, out, "after attention"), "middle")
     normed = _normed(graph, anatomy, middle, "before mlp")
-    gate = _activated(graph, anatomy.activation, _multiplied(graph, anatomy, product, normed, "gate"))
-    gated = graph.add("Mul", [gate, _multiplied(graph, anatomy, product, normed, "up")], "gated")
+    if "gate and up" in anatomy.after:
+        both = _multiplied(graph, anatomy, product, normed, "gate and up")
+        made = graph.split(both, {"gate": anatomy.wide, "up": anatomy.wide})
+    else:
+        made = {role: _multiplied(graph, anatomy, product, normed, role) for role in ("gate", "up")}
+    gated = graph.add("Mul", [_activated(graph, anatomy.activation, made["gate"]), made["up"]], "gated")
     down = _multiplied(graph, anatomy, product, gated, "down")
-    _added(graph, anatomy, middle, _normed(graph, anatomy, down, "after mlp"), "y")
+    out = _added(graph, anatomy, middle, _normed(graph, anatomy, down, "after mlp"), "sum")
+    graph.rounded(out, dtype, "y")
     graph.wanted("y", BATCH, TOKENS, anatomy.hidden)
     return graph
+
+
+def widths(anatomy: Anatomy) -> tuple[int, int, int]:
+    """Numbers of a token's queries, keys and values."""
+    keys, values = anatomy.groups * anatomy.width, anatomy.groups * anatomy.value_width
+    return anatomy.heads * anatomy.width, keys, values
 
 
 def bias_name(role: str) -> str:

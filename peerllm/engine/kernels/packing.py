@@ -73,10 +73,10 @@ class Packing:
         """Of all that was packed."""
         return self._nbytes + (self._fusions.nbytes if self._fusions is not None else 0)
 
-    def finish(self, dtype: torch.dtype) -> None:
+    def finish(self) -> None:
         """When all tensors are in the model."""
         if self._fusions is not None:
-            self._fusions.finish(dtype)
+            self._fusions.finish()
 
     def _pack(self, group: Sequence[Matrix]) -> None:
         parts: list[Part] = []

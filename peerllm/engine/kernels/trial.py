@@ -1,7 +1,8 @@
 """Which blocks of a model may be fused: each kind is tried in float32, with thin matrices in the places of its own.
 
-The block itself and its graphs compute the same random numbers, once small and once large (some models clip large
-ones). Only a block whose graphs give what it gives is fused; whatever goes wrong keeps a block as it is.
+The block itself and its graphs compute the same random numbers, small, large and huge (some models clip), at far
+positions (some scale by them). Only a block whose graphs give what it gives is fused; whatever goes wrong keeps a
+block as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from peerllm.engine.blocks import Blocks, stand_in
 from peerllm.engine.config import text_config
 from peerllm.engine.division import Division
 from peerllm.engine.dryrun import run_without_data
-from peerllm.engine.kernels.anatomy import MATRICES, Anatomy, parts
+from peerllm.engine.kernels.anatomy import Anatomy, parts
 from peerllm.engine.kernels.fused import FusedBlock, Rooms
 from peerllm.engine.kernels.graphs import Graph, make_pool
 from peerllm.engine.kernels.halves import first, second
@@ -33,41 +34,53 @@ from peerllm.engine.wiring import settings
 
 log = logging.getLogger(__name__)
 TRIED = "peerllm-tried"  # the attention function that notes what it is handed
-TOKENS, THIN = 5, 16
-SIZES, NEAR = (0.5, 12.0), 1e-3  # of the matrices' numbers; of the outputs' length
+FAR = (0, 900, 20_000, 300_000, 1 << 22)  # positions
+TOKENS, THIN = len(FAR), 16
+MOST_NUMBERS = 1 << 24  # of a trial: a config.json may say anything
+SIZES, NEAR = (0.5, 12.0, 1000.0), 1e-3  # of the matrices' numbers; of the outputs' length
 HANDED = frozenset(["scaling", "softcap"])
 _thread = threading.local()
 
 
 def fusible(division: Division, numbers: Iterable[int], packed: Mapping[str, Matrix]) -> dict[int, Anatomy]:
     """By number (from 0), those of an unstripped model's blocks that may be fused; `packed`: its packed matrices."""
-    make_pool(torch.get_num_threads())
+    make_pool(torch.get_num_threads())  # no more than a form of that many threads has done already
     known: dict[object, Anatomy | None] = {}
     found: dict[int, Anatomy] = {}
     for number in numbers:
         block = division.blocks[number]
-        names = [f"{division.prefix}{number}.{path}.weight" for path in MATRICES.values()]
-        if not all(name in packed and not packed[name].turned for name in names):
-            continue
-        key = shape_key(block), settings(block)
+        key = shape_key(block), settings(block), tuple(type(module) for module in block.modules())
         if key not in known:
-            known[key] = _tried(division, number)
+            known[key] = _tried(division, number, packed)
         if (anatomy := known[key]) is not None:
             found[number] = anatomy
     return found
 
 
-def _tried(division: Division, number: int) -> Anatomy | None:
+def _tried(division: Division, number: int, packed: Mapping[str, Matrix]) -> Anatomy | None:
     try:
+        if _numbers(division.blocks[number]) > MOST_NUMBERS:
+            return None
         anatomy = parts(division.blocks[number])
         if anatomy is None:
             return None
+        paths = [*anatomy.before.values(), *anatomy.after.values()]
+        if not all(f"{division.prefix}{number}.{path}.weight" in packed for path in paths):
+            return None
         told = _told(division, number)
-        small, large = (_trial(division.blocks[number], anatomy, told, size) for size in SIZES)
+        ways, *others = (_trial(division.blocks[number], anatomy, told, size) for size in SIZES)
     except Exception as error:  # a foreign forward may raise anything
-        log.debug("block %d is not fused: %s", number, error)
+        log.info("blocks like number %d are not fused: %s", number, error)
         return None
-    return next((way for way in small if way in large), None)
+    return next((way for way in ways if all(way in some for some in others)), None)
+
+
+def _numbers(block: nn.Module) -> int:
+    """How many a trial of the block makes up at most."""
+    linears = [module for module in block.modules() if type(module) is nn.Linear]
+    thin = sum(THIN * (one.in_features + one.out_features) for one in linears)
+    tensors = [*block.parameters(), *block.buffers()]
+    return thin + sum(t.numel() for t in tensors) - sum(one.weight.numel() for one in linears)
 
 
 def _told(division: Division, number: int) -> dict[str, Any]:
@@ -138,17 +151,18 @@ def _trial(original: nn.Module, anatomy: Anatomy, told: Mapping[str, Any], size:
     from transformers.modeling_utils import AttentionInterface
 
     generator = torch.Generator().manual_seed(int(size * 10))
-    block: Any = _with_data(original, size, generator)
+    block: Any = _with_data(original, anatomy, size, generator)
     AttentionInterface.register(TRIED, _note)
     adopt(block, TRIED)
     hidden = torch.randn(1, TOKENS, anatomy.hidden, generator=generator) * size
     angles = _angles(told.get("position_embeddings"), generator)
     given = {name: _real(name, value) for name, value in told.items() if name != "position_embeddings"}
     given |= {"past_key_values": _Row(), "position_embeddings": angles}
+    _thread.handed = None
     with computing(given["past_key_values"]):
         want = block(hidden.clone(), **given)
         handed = _thread.handed
-        if not handed.keys() <= HANDED or not isinstance(want, torch.Tensor):
+        if handed is None or not handed.keys() <= HANDED or not isinstance(want, torch.Tensor):
             return []
         ways = [replace(anatomy, attention=handed)]
         if angles is not None:
@@ -164,7 +178,9 @@ def _near(got: torch.Tensor, want: torch.Tensor, hidden: torch.Tensor) -> bool:
 
 def _fused(anatomy: Anatomy, block: Any) -> FusedBlock:
     """With the thin matrices of `block`."""
-    thin: dict[str, Any] = {role: block.get_submodule(path) for role, path in MATRICES.items()}
+    thin: dict[str, Any] = {
+        role: block.get_submodule(path) for role, path in {**anatomy.before, **anatomy.after}.items()
+    }
 
     def product(graph: Graph, x: str, role: str) -> str:
         for part in ("narrow", "widen"):
@@ -173,16 +189,17 @@ def _fused(anatomy: Anatomy, block: Any) -> FusedBlock:
         return x
 
     biases = {role: thin[role].extra for role in anatomy.biases}
-    sessions = [graph.session() for graph in (first(anatomy, product), second(anatomy, product))]
-    return FusedBlock(anatomy, block, sessions, biases, Rooms(torch.float32))
+    graphs = first(anatomy, product), second(anatomy, product, torch.float32)
+    return FusedBlock(anatomy, block, [graph.session() for graph in graphs], biases, Rooms(torch.float32))
 
 
-def _with_data(original: nn.Module, size: float, generator: torch.Generator) -> nn.Module:
+def _with_data(original: nn.Module, anatomy: Anatomy, size: float, generator: torch.Generator) -> nn.Module:
     """A copy in float32 whose matrices are thin and whose other numbers are random."""
     block = copy.deepcopy(original)
-    for path in MATRICES.values():
+    paths = [*anatomy.before.values(), *anatomy.after.values()]
+    linears: Any = [block.get_submodule(path) for path in paths]
+    for path, linear in zip(paths, linears, strict=True):
         parent, _, last = path.rpartition(".")
-        linear: Any = block.get_submodule(path)
         thin = _Thin(linear.out_features, linear.in_features, linear.bias is not None, size, generator)
         setattr(block.get_submodule(parent), last, thin)
     block = block.to_empty(device="cpu").float()
@@ -205,7 +222,7 @@ def _angles(shapes: Any, generator: torch.Generator) -> tuple[torch.Tensor, torc
 
 def _real(name: str, value: Any) -> Any:
     if name == "position_ids":
-        return torch.arange(TOKENS).unsqueeze(0)
+        return torch.tensor([FAR])
     if isinstance(value, torch.Tensor):
         raise ValueError(f"it is handed {name}")
     return None if isinstance(value, Cache) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,18 +17,20 @@ from peerllm.engine.config import parse_config
 from peerllm.engine.division import divide
 from peerllm.engine.inspect import inspect_model
 from peerllm.engine.kernels.fused import KEPT_TOKENS, FusedBlock
+from peerllm.engine.kernels.fusing import Fusion
 from peerllm.engine.kernels.matrices import matrices
 from peerllm.engine.kernels.trial import fusible
 from peerllm.engine.shard import load_shard
-from peerllm.errors import EngineError
+from peerllm.errors import EngineError, RefusedError
 from tests.engine.architectures import FAMILIES, FULL, quiet, save, stage, tiny_model
 
 WIDE = 64  # rows of the down projection that a block of weights divides
-# Biases; norms of heads; scaled residuals; offsets, soft caps and windows; norms after; neighbours turned; no rotation.
-SHARE = ("Llama", "Qwen2", "Qwen3", "Granite", "Gemma 2", "OLMo 2", "ERNIE 4.5", "SmolLM3")
+# Biases; norms of heads; scaled residuals; offsets, soft caps and windows; joined matrices; norms after; neighbours
+# turned, and not all of a head; layers without rotation.
+SHARE = ("Llama", "Qwen2", "Qwen3", "Granite", "Gemma 2", "Phi-3", "OLMo 2", "GLM-4", "SmolLM3")
 WHOLLY = (
     *SHARE, "Mistral", "Ministral", "Gemma", "Gemma 3 (text)", "OLMo 3", "EXAONE 4", "Helium", "Seed-OSS", "CWM",
-    "Ministral 3", "InternLM3", "IQuest-Coder",
+    "InternLM3", "IQuest-Coder", "ERNIE 4.5", "GLM",
 )  # fmt: skip
 PARTLY = ("Qwen3-MoE", "GLM-4-MoE", "dots.llm1", "ERNIE 4.5-MoE", "EXAONE-MoE", "Hunyuan 3")  # their dense layers
 CHOSEN = [family for family in FAMILIES if family.name in (WHOLLY + PARTLY if FULL else (*SHARE, "Qwen3-MoE"))]
@@ -109,6 +113,14 @@ def test_four_bits_too(tmp_path, monkeypatch):
     assert float((said(loaded) - want).norm() / want.norm()) < NEAR[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_where_a_model_is_cut_makes_no_difference(dtype, tmp_path):
+    written("Qwen3", tmp_path, dtype)
+    whole = said(shards(tmp_path, firsts=(0,))[1])
+    for firsts in ((0, 2), (0, 3), (0, 1, 4), (0, 5)):
+        assert torch.equal(said(shards(tmp_path, firsts=firsts)[1]), whole)
+
+
 def test_order_of_arrival_makes_no_difference(tmp_path):
     written("Qwen2", tmp_path)
     assert torch.equal(said(shards(tmp_path, reverse=True)[1]), said(shards(tmp_path)[1]))
@@ -123,14 +135,32 @@ def test_what_was_handed_on_is_not_overwritten(tmp_path):
     assert torch.equal(handed, kept)
 
 
-def test_a_missing_matrix_is_named(tmp_path):
-    written("Llama", tmp_path)
+def test_a_missing_tensor_is_named(tmp_path):
+    written("Qwen2", tmp_path)
     found = inspect_model(tmp_path, "auto", "int8")
     spec = replace(stage(found, 0, 2, 3, 64), quantize="int8")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(assembly.Packing, "give", lambda self, name, tensor: None)
-        with pytest.raises(EngineError, match="was not loaded"):
-            load_shard(spec)
+    for what in ("matrix", "bias"):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Fusion, what, lambda self, role, tensor: None)
+            with pytest.raises(EngineError, match="was not loaded"):
+                load_shard(spec)
+
+
+def test_what_was_not_promised_is_refused_before_it_is_tried(tmp_path, monkeypatch):
+    written("Llama", tmp_path)
+    found = inspect_model(tmp_path, "auto", "int8")
+    monkeypatch.setattr(assembly, "fusible", lambda *_: pytest.fail("tried"))
+    with pytest.raises(RefusedError):
+        load_shard(replace(stage(found, 0, 2, 3, 64), quantize="int8", limit_bytes=1))
+
+
+def test_giants_are_not_tried(tmp_path):
+    written("Llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_size": 1 << 23}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert fused_blocks(tmp_path) == []
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began < 64 << 10, "KiB"
 
 
 def fused_blocks(directory):
@@ -139,7 +169,7 @@ def fused_blocks(directory):
 
 
 def clipped(self, x):
-    return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=40) * self.up_proj(x))
+    return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=100) * self.up_proj(x))
 
 
 def added(self, x):
@@ -168,7 +198,11 @@ def test_blocks_that_attend_otherwise_are_not_fused(tmp_path, monkeypatch):
     assert fused_blocks(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3", "GPT-2", "Phi-3", "Hunyuan (dense)", "DiffLlama"])
+def test_blocks_that_scale_by_position_are_not_fused(tmp_path):
+    assert fused_blocks(written("Ministral 3", tmp_path)) == []
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3", "GPT-2", "StableLM", "Hunyuan (dense)", "DiffLlama"])
 def test_blocks_of_other_parts_are_left_alone(name, tmp_path):
     written(name, tmp_path)
     assert fused_blocks(tmp_path) == []
