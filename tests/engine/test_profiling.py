@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,14 @@ def test_what_it_takes_is_within_the_limit_and_said_before(llama: tuple[str, tup
         shard.close()
         seen.add((chosen.layers, chosen.sequences))
     assert {(1, 1), (6, 16)} <= seen and any(layers == 3 for layers, _ in seen)
+
+
+def test_experts_that_stay_as_they_are_count_once() -> None:
+    """Only what is packed is there twice while it is packed."""
+    text = json.dumps(json.loads(config("Mixtral")) | {"hidden_size": 512, "intermediate_size": 2048})
+    plain, rounded = (Outline(TimeLayers(1, text, "bfloat16", PLENTY, quantize=how)) for how in ("", "int4"))
+    block = mockup.Mockup("block", 1, 1, 1, mockup.CONTEXT)
+    assert rounded.nbytes(block) < 1.2 * plain.nbytes(block)
 
 
 def test_a_layer_without_room_is_left_out_and_the_rest_is_timed(llama: tuple[str, tuple[str, ...]]) -> None:
