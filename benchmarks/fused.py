@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +24,7 @@ from peerllm.engine.base import Segment
 from peerllm.engine.inspect import inspect_model
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.shard import TorchShard, load_shard
+from tests.engine.architectures import stage
 
 SLOTS, CONTEXT, BEFORE, STEPS, PROMPT = 8, 640, 40, 30, 512
 
@@ -30,11 +32,7 @@ SLOTS, CONTEXT, BEFORE, STEPS, PROMPT = 8, 640, 40, 30, 512
 def order(model: Path, first: int, last: int, quantize: str) -> LoadStage:
     """To load layers first..last."""
     found = inspect_model(model, "auto", quantize)
-    tensors = tuple(tensor for layer in found.tensors[first : last + 1] for tensor in layer)
-    return LoadStage(
-        1, "0" * 32, 1, 0, 1, first, last, found.config, tensors, found.dtype, SLOTS, CONTEXT, PROMPT, SLOTS,
-        None, None, "0" * 64, quantize=quantize,
-    )  # fmt: skip
+    return replace(stage(found, first, last, SLOTS, CONTEXT), quantize=quantize)
 
 
 def one_by_one(spec: LoadStage) -> TorchShard:

@@ -116,19 +116,24 @@ def test_four_bits_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_where_a_model_is_cut_makes_no_difference(dtype, tmp_path):
     written("Qwen3", tmp_path, dtype)
-    whole = said(shards(tmp_path, firsts=(0,))[1])
+    uncut = shards(tmp_path, firsts=(0,))[1]
+    assert fused(uncut) == 4
+    whole = said(uncut)
     for firsts in ((0, 2), (0, 3), (0, 1, 4), (0, 5)):
         assert torch.equal(said(shards(tmp_path, firsts=firsts)[1]), whole)
 
 
 def test_order_of_arrival_makes_no_difference(tmp_path):
     written("Qwen2", tmp_path)
-    assert torch.equal(said(shards(tmp_path, reverse=True)[1]), said(shards(tmp_path)[1]))
+    backwards = shards(tmp_path, reverse=True)[1]
+    assert fused(backwards) == 4
+    assert torch.equal(said(backwards), said(shards(tmp_path)[1]))
 
 
 def test_what_was_handed_on_is_not_overwritten(tmp_path):
     written("Llama", tmp_path)
     first = shards(tmp_path)[1][0]
+    assert fused([first]) == 2
     handed = first.forward(torch.tensor([5]), [Segment(0, 0, 1, False)])
     kept = handed.clone()
     first.forward(torch.tensor([6]), [Segment(1, 0, 1, False)])
@@ -156,6 +161,7 @@ def test_what_was_not_promised_is_refused_before_it_is_tried(tmp_path, monkeypat
 
 def test_giants_are_not_tried(tmp_path):
     written("Llama", tmp_path)
+    assert fused_blocks(tmp_path), "but for their size they would be"
     config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_size": 1 << 23}
     (tmp_path / "config.json").write_text(json.dumps(config))
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
