@@ -1,6 +1,7 @@
 """Two devices of one core each against one device of one core, over 1 Gbit/s with TLS: what dividing costs and gives.
 
-Devices are network namespaces on a bridge, each limited to 1 Gbit/s, each pinned to a core; the single one has core 0.
+Devices are network namespaces on a bridge, each limited to 1 Gbit/s, each pinned to a core. A single one is measured on
+either core, for they are not equally fast: what other machines on the host do differs.
 The model has Llama-3.2-1B's shape and random weights, planned for eight sequences. `peerllm bench` measures,
 arrangements in turn, medians over the rounds. For prompts the devices' memory has room for half of the blocks each.
 Needs root (namespaces).
@@ -22,6 +23,7 @@ from typing import Any
 
 from benchmarks.models import LLAMA_3_2_1B, write_llama
 from peerllm.planner.memory import Shape, working_bytes
+from peerllm.types import KEEP_WARM
 from tests.household import Device
 from tests.lab.netns import Lab, require_lab
 from tests.traces import passes
@@ -34,7 +36,7 @@ PROMPT, OUTPUT = 32, 64
 
 @contextmanager
 def pinned(
-    root: Path, cores: Mapping[str, int], memory: Mapping[str, str], mbps: int = MBPS
+    root: Path, cores: Mapping[str, int], memory: Mapping[str, str], mbps: int = MBPS, options: Sequence[str] = ()
 ) -> Iterator[list[Device]]:
     """Devices by name and core; the second is in the first one's household."""
     require_lab()
@@ -42,7 +44,8 @@ def pinned(
         for host in range(len(cores)):
             lab.limit(host, mbps)
         made = [
-            Device(root / name, name, memory=memory.get(name, "8GB"), port=8643, api=API, prefix=lab.argv(host, [], at))
+            Device(root / name, name, memory=memory.get(name, "8GB"), port=8643, api=API, options=options,
+                   prefix=lab.argv(host, [], at))
             for host, (name, at) in enumerate(cores.items())
         ]
         try:
@@ -97,17 +100,19 @@ def hops_ms(trace: dict[str, Any], devices: Sequence[str]) -> list[float]:
     return found
 
 
-def decoding(root: Path, model: Path, kind: str, rounds: int) -> dict[str, list[float]]:
+def decoding(root: Path, model: Path, kind: str, rounds: int, options: Sequence[str]) -> dict[str, list[float]]:
     """Tokens/s and ms of one device and of two, one sequence and eight, no-bubble and bubble."""
     seen: dict[str, list[float]] = defaultdict(list)
     planned = [*(["--quantize", kind] if kind else []), "--objective", "throughput"]
-    with pinned(root / "decoding", {"left": 0, "right": 1, "alone": 0}, {}) as (left, _, alone):
-        single, both = Household(alone, model), Household(left, model)
-        single.serve(*planned, slots=SLOTS, context=CONTEXT)
+    cores = {"left": 0, "right": 1, "first": 0, "second": 1}
+    with pinned(root / "decoding", cores, {}, options=options) as (left, _, first, second):
+        alone, both = (Household(first, model), Household(second, model)), Household(left, model)
+        for single in alone:
+            single.serve(*planned, slots=SLOTS, context=CONTEXT)
         stages = both.serve(*planned, slots=SLOTS, context=CONTEXT)
         assert len({stage["device"] for stage in stages}) == 2, stages
         for _ in range(rounds):
-            for who, house in (("one", single), ("two", both)):
+            for who, house in (("one, core 0", alone[0]), ("one, core 1", alone[1]), ("two", both)):
                 seen[f"{who} step_ms"].append(house.bench(1, PROMPT, OUTPUT)["measured"]["step_ms"])
                 eight = house.bench(SLOTS, PROMPT, OUTPUT)
                 seen[f"{who} eight"].append(eight["measured"]["steady_tokens_per_second"])
@@ -118,8 +123,8 @@ def decoding(root: Path, model: Path, kind: str, rounds: int) -> dict[str, list[
         file = root / "trace.json"
         both.bench(1, PROMPT, OUTPUT, "--trace", str(file))
         seen["two hop_ms"] = hops_ms(json.loads(file.read_text()), ("left", "right"))
-        both.stop()
-        single.stop()
+        for house in (both, *alone):
+            house.stop()
         both.serve(*planned, "--schedule", "bubble", slots=SLOTS, context=CONTEXT)
         for _ in range(rounds):
             bubble = both.bench(SLOTS, PROMPT, OUTPUT)
@@ -158,14 +163,14 @@ def halves(config: Mapping[str, Any], chunk: int | None) -> dict[str, str]:
     return {"left": str(room), "right": str(room + 2 * config["vocab_size"] * hidden)}
 
 
-def measure(rounds: int, kinds: Sequence[str]) -> dict[str, Any]:
+def measure(rounds: int, kinds: Sequence[str], options: Sequence[str] = ()) -> dict[str, Any]:
     """Medians, by kind of weights ("" is bfloat16)."""
     with tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory:
         root = Path(directory)
         model = write_llama(root / "model", LLAMA_3_2_1B)
         found = {}
         for kind in kinds:
-            by_name = decoding(root / (kind or "bfloat16"), model, kind, rounds)
+            by_name = decoding(root / (kind or "bfloat16"), model, kind, rounds, options)
             found[kind or "bfloat16"] = {name: median(values) for name, values in by_name.items()}
         if "" in kinds:
             found["bfloat16"] |= {name: median(values) for name, values in prompts(root, model, rounds).items()}
@@ -176,8 +181,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kinds", nargs="*", default=["", "int4"], metavar="int4")
+    parser.add_argument("--keep-warm", choices=KEEP_WARM, default="auto", help="while devices wait")
     args = parser.parse_args(argv)
-    print(json.dumps(measure(args.rounds, args.kinds), indent=1))
+    print(json.dumps(measure(args.rounds, args.kinds, ("--keep-warm", args.keep_warm)), indent=1))
 
 
 if __name__ == "__main__":

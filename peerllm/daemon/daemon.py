@@ -304,6 +304,7 @@ class Daemon:
             threads=self._threads,
             trusted=self._trusted(self.network.roster()),
             compute=self.settings.compute,
+            keep_warm=self.settings.keep_warm,
         )
 
     def _lent(self, configured: Configured) -> int:

@@ -32,6 +32,7 @@ from peerllm.engine.messages import (
 from peerllm.engine.place import BROKEN
 from peerllm.engine.stages import Stage, steps_only
 from peerllm.engine.trace import Recorder
+from peerllm.engine.warmth import Warmth
 from peerllm.engine.wire import Parcel
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, DeviceId
@@ -108,12 +109,15 @@ def failed(request: int, error: BaseException) -> Failed:
 class Compute:
     """`run` is the body of the compute thread; everything else is called by it alone, but for `inbox.put`."""
 
-    def __init__(self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None], recorder: Recorder) -> None:
+    def __init__(
+        self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None], recorder: Recorder, warmth: Warmth
+    ) -> None:
         self.inbox: Inbox[Event] = Inbox()
         self._threads, self._sampler, self._tell = threads, sampler, tell
         self._recorder = recorder
         self._schedule: Scheduler[StageKey] = Scheduler()
         self._deployments: dict[DeploymentId, Deployment] = {}
+        self.inbox.meanwhile = self._warmth = warmth
         self.batches = 0  # computed so far; any thread may read it
 
     def run(self) -> None:
@@ -142,6 +146,7 @@ class Compute:
         identity, index = key
         deployment = self._deployments[identity]
         self.batches += 1
+        self._warmth.begins(deployment.stages[index])
         try:
             result = deployment.stages[index].compute(batch)
         except BROKEN:
@@ -158,6 +163,7 @@ class Compute:
         deployment.computed(index, result)
         if self._recorder.on:
             self._recorder.lap("hand on", identity)
+        self._warmth.ended(stage, steps_only(batch))
         stage.paced(batch, time.perf_counter() - started)
 
     def _handle(self, event: Event) -> None:
@@ -218,6 +224,8 @@ class Compute:
     def _unload(self, identity: DeploymentId, reason: str) -> None:
         deployment = self._deployments.pop(identity, None)
         if deployment is not None:
+            for stage in deployment.stages.values():
+                self._warmth.forget(stage)
             deployment.close(reason)
             del deployment
             return_memory()

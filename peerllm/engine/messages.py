@@ -15,6 +15,7 @@ from peerllm.types import (
     Cuts,
     DeploymentId,
     DeviceId,
+    KeepWarm,
     LayerKind,
     ModelProfile,
     Sampling,
@@ -67,6 +68,7 @@ class Configure:
     threads: int
     trusted: tuple[Trusted, ...]
     compute: str = "cpu"  # or an accelerator; see engine/place.py
+    keep_warm: KeepWarm = "auto"
 
 
 @dataclass(frozen=True, slots=True)

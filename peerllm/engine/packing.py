@@ -154,7 +154,7 @@ class PackedSlots:
     ) -> None:
         self.kv_bytes, self.count = kv_bytes(owned, slots, context), slots
         self._lengths = [0] * slots
-        self._dtype = dtype
+        self._dtype, self._context = dtype, context
         groups: dict[tuple[int | None, int], Group] = {}
         numbers, stores = {}, make_stores(owned, slots, context, device)
         for number, state in owned.items():
@@ -195,6 +195,20 @@ class PackedSlots:
             self._move(segment.slot, segment.position)
             for group in self._groups:
                 group.make_room(segment.slot, segment.position, segment.length)
+        for group in self._groups:
+            group.plan(segments, self._dtype)
+        return self._cache
+
+    def ahead(self, segments: Sequence[Segment]) -> PackedCache | None:
+        """The same without moving anything: what is written lies behind what the slots hold, and does not count.
+
+        None where the row does not go on from there, or a room would have to slide.
+        """
+        for segment in segments:
+            if segment.position + segment.length > self._context or self._lengths[segment.slot] != segment.position:
+                return None
+            if any(group.held[segment.slot] + segment.length > group.room for group in self._groups):
+                return None
         for group in self._groups:
             group.plan(segments, self._dtype)
         return self._cache

@@ -39,7 +39,9 @@ from peerllm.engine.messages import (
     Trust,
     Unload,
 )
+from peerllm.engine.power import warm
 from peerllm.engine.trace import Recorder
+from peerllm.engine.warmth import Warmth
 from peerllm.errors import EngineError, LinkError, PeerLLMError
 
 MAX_UNHANDLED = 4096  # messages of the daemon that wait behind one being handled
@@ -113,7 +115,8 @@ class Engine:
     async def _configure(self, message: Configure) -> None:
         if self._parts is not None:
             raise EngineError("the engine is configured already")
-        compute = Compute(message.threads, self._backend.sampler, self.tell, self._recorder)
+        warmth = Warmth(warm(message.keep_warm))
+        compute = Compute(message.threads, self._backend.sampler, self.tell, self._recorder, warmth)
         links = DataLinks(message, compute.inbox, self.tell, self._recorder)
         await links.start(message.trusted)
         # Last of all: its size is that of all of this.

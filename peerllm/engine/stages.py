@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from peerllm.engine.base import Draw, Sampler, Segment, Shard
+from peerllm.engine.base import Draw, Sampler, Segment, Shard, Tensor
 from peerllm.engine.batching import Piece
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.slots import Slots
@@ -40,6 +40,7 @@ class Stage:
         self.is_head = spec.stage == spec.stages - 1
         self._sampler = sampler
         self._answers: dict[int, _Answer] = {}
+        self._last: tuple[Tensor, list[Segment]] | None = None  # of the last batch, if it was one of steps
         self._step_ms: deque[float] = deque(maxlen=MEASURED_STEPS)
         # By sequences in a batch of steps: passes, mean ms, variance in ms².
         self._paces: dict[int, tuple[int, float, float]] = {}
@@ -99,9 +100,18 @@ class Stage:
         segments = [Segment(piece.slot, piece.position, piece.length, piece.sample) for piece in batch]
         output = self.shard.forward(inputs, segments)
         result = self._draw(batch, output) if self.is_head else Activation(batch, output)
-        if steps_only(batch):
+        self._last = (inputs, segments) if steps_only(batch) else None
+        if self._last is not None:
             self._step_ms.append((time.perf_counter() - started) * 1e3)
         return result
+
+    def rehearse(self, stop: Callable[[], bool]) -> bool:
+        """To no effect through the step after the last one; see base.Shard."""
+        if self._last is None:
+            return False
+        inputs, segments = self._last
+        coming = [Segment(one.slot, one.position + 1, 1, one.sample) for one in segments]
+        return self.shard.rehearse(inputs, coming, stop)
 
     def _draw(self, batch: Sequence[Piece], logits: torch.Tensor) -> Drawn:
         """`logits` are float32 [pieces to sample after, vocabulary]."""
@@ -121,6 +131,7 @@ class Stage:
 
     def close(self) -> None:
         self._answers.clear()
+        self._last = None
         self.shard.close()
 
 

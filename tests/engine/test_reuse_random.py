@@ -92,6 +92,9 @@ class Adder:
                 rows.append(torch.nn.functional.one_hot(new[-1:].long() % WORDS, WORDS).float())
         return torch.cat(rows) if rows else torch.empty(0, WORDS)
 
+    def rehearse(self, *_: object) -> bool:
+        return False
+
     def release(self, slot: int) -> None:
         self._held[slot] = []
         self._window.release(slot)

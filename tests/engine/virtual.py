@@ -70,6 +70,9 @@ class _Shard:
         rows = sum(one.sample for one in segments) if self._head else sum(one.length for one in segments)
         return torch.zeros(rows, 1)
 
+    def rehearse(self, *_: object) -> bool:
+        return False
+
     def release(self, slot: int) -> None: ...
 
     def close(self) -> None: ...

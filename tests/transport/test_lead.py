@@ -16,7 +16,7 @@ from peerllm.engine.inbox import Inbox
 from peerllm.errors import LinkError
 from peerllm.transport.frames import Frame
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import DataPlane, Ingress, Lead, Link
+from peerllm.transport.links import DataPlane, Ingress, Lead, Link, Meanwhile
 from peerllm.transport.links.lead import Readers
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, Node, activation, connect
 
@@ -26,10 +26,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="epoll")
 class Taker(threading.Thread):
     """A compute thread: takes from its inbox, and works on what it took for a while, or not."""
 
-    def __init__(self, lead: Lead | None, work: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, lead: Lead | None, work: Callable[[], object] = lambda: None, meanwhile: Meanwhile | None = None
+    ) -> None:
         super().__init__(daemon=True)
         self.inbox: Inbox[tuple[int, int]] = Inbox()
-        self.inbox.lead = lead
+        self.inbox.lead, self.inbox.meanwhile = lead, meanwhile
         self.taken: list[tuple[int, int]] = []  # stage, position
         self.readers: set[int] = set()  # threads that read frames
         self.rehearsed: list[int] = []  # positions
@@ -310,4 +312,56 @@ async def test_without_epoll_the_loop_reads(nodes: list[Node], monkeypatch: pyte
     assert (await two.next_lost())[0] == one.identity.device
     with pytest.raises(LinkError):
         link.send(frame(1))
+    await taker.end()
+
+
+class Dry:
+    """What a thread does meanwhile: again and again, until it is told to stop, or for too long on purpose."""
+
+    def __init__(self, pause_s: float, patient: bool = True) -> None:
+        self.pause, self.patient, self.times, self.stopped = pause_s, patient, 0, 0
+
+    def pause_s(self) -> float:
+        return self.pause
+
+    def more(self, count: int) -> None:
+        """Until so many have begun from now on."""
+        goal = self.times + count
+        while self.times < goal:
+            pass
+
+    def rehearse(self, stop: Callable[[], bool]) -> None:
+        self.times += 1
+        for _ in range(1000):
+            if self.patient and stop():
+                self.stopped += 1
+                return
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.0003, 0.002])
+@pytest.mark.parametrize("patient", [True, False])
+async def test_rehearsals_neither_lose_nor_delay_a_frame(nodes: list[Node], pause_s: float, patient: bool) -> None:
+    one, two, _ = nodes
+    taker = Taker(two.plane.lead, meanwhile=(dry := Dry(pause_s, patient)))
+    expect(two, one, taker)
+    link = await connect(one, two)
+    for position in range(60):
+        link.send(frame(position))
+        if position % 3 == 0:
+            await taker.until(position + 1)
+            await asyncio.to_thread(dry.more, 2)
+        if position % 5 == 0:
+            taker.inbox.put((2, position))  # by the loop, while the other thread leads
+    await taker.until(72)
+    assert [place for stage, place in taker.taken if stage == 1] == list(range(60))
+    assert [place for stage, place in taker.taken if stage == 2] == list(range(0, 60, 5))
+    assert not patient or dry.stopped, "it was told"
+    await taker.end()
+
+
+async def test_a_plane_can_be_closed_in_the_midst_of_a_rehearsal(nodes: list[Node]) -> None:
+    _, two, _ = nodes
+    taker = Taker(two.plane.lead, meanwhile=(dry := Dry(0.0)))
+    await asyncio.to_thread(dry.more, 3)
+    await two.plane.close()
     await taker.end()

@@ -33,6 +33,7 @@ BLOCK_BYTES = 8  # a block's scale and, which the products need, the sum of its 
 class Part(Protocol):
     """Some rows of a matrix, packed."""
 
+    rows: int
     nbytes: int
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from peerllm.engine.attention import attend
 from peerllm.engine.kernels.anatomy import Anatomy
+from peerllm.engine.kernels.dry import PRODUCTS, dry
 from peerllm.engine.kernels.graphs import Bound
 from peerllm.engine.kernels.halves import HEADS, bias_name, norm_name, widths
 from peerllm.errors import EngineError
@@ -107,7 +108,7 @@ class FusedBlock:
         self, hidden_states: torch.Tensor, position_embeddings: Any = None, past_key_values: Any = None, **_: Any
     ) -> torch.Tensor:
         """[1, n, hidden] to the same; what stays in a room is overwritten by the next block but one."""
-        anatomy, rooms = self._anatomy, self._rooms
+        anatomy, rooms, wet = self._anatomy, self._rooms, not dry(PRODUCTS)
         room = rooms.of(anatomy, hidden_states.shape[1])
         at = 1 if hidden_states is room.hidden[1] else 0
         if hidden_states is not room.hidden[at]:
@@ -117,11 +118,13 @@ class FusedBlock:
             cos, sin = rooms.angles(*position_embeddings)
             before.give("cos", cos)
             before.give("sin", sin)
-        before.run()
+        if wet:
+            before.run()
         room.settle()
         keys, values = past_key_values.update(room.keys, room.values, self._number)
         room.taken.copy_(attend(self, room.queries, keys, values, None, **anatomy.attention)[0])
-        after.run()
+        if wet:
+            after.run()
         out = room.hidden[1 - at]
         return out if self._stays else out.to(rooms.dtype, copy=True)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from peerllm.engine.kernels.dry import dry
 from peerllm.engine.kernels.forms import Part
 
 
@@ -34,8 +35,11 @@ class Packed(_InPlace):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., columns] to [..., rows]."""
         flat = inputs.reshape(-1, inputs.shape[-1])
-        outs = [part(flat) for part in self._parts]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        if dry():
+            out = inputs.new_zeros(len(flat), sum(part.rows for part in self._parts))
+        else:
+            outs = [part(flat) for part in self._parts]
+            out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
         if self._bias is not None:
             out += self._bias
         return out.view(*inputs.shape[:-1], out.shape[-1])

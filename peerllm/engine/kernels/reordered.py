@@ -12,6 +12,7 @@ class Reordered:
     """Some rows of a matrix; exact products of bfloat16, sums in float32."""
 
     def __init__(self, rows: Sequence[torch.Tensor]) -> None:
+        self.rows = sum(map(len, rows))
         self.nbytes = sum(some.numel() for some in rows) * torch.bfloat16.itemsize
         if len(rows) == 1 and rows[0].dtype is torch.bfloat16 and rows[0].is_contiguous():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(rows[0], None)

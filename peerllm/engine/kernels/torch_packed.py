@@ -25,8 +25,8 @@ class Int4:
     def __init__(self, rows: Sequence[torch.Tensor]) -> None:
         block = block_of(rows[0].shape[1])
         assert block is not None
-        self._rows, self._block = sum(map(len, rows)), block
-        packed, scales = (pad(one, (0, 0, 0, -self._rows % STEP)) for one in rounded(rows, 4, block))
+        self.rows, self._block = sum(map(len, rows)), block
+        packed, scales = (pad(one, (0, 0, 0, -self.rows % STEP)) for one in rounded(rows, 4, block))
         self._scales = torch.stack((scales.t(), torch.zeros_like(scales.t())), dim=2).to(torch.bfloat16).contiguous()
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(apart(packed).int(), TILES)
         self.nbytes = self._packed.nbytes + self._scales.nbytes
@@ -35,13 +35,14 @@ class Int4:
         """[n, columns] to [n, rows]."""
         given = inputs.to(torch.bfloat16).contiguous()
         out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(given, self._packed, self._block, self._scales)
-        return out[:, : self._rows].to(inputs.dtype)
+        return out[:, : self.rows].to(inputs.dtype)
 
 
 class Int8:
     """Rows with one scale each."""
 
     def __init__(self, rows: Sequence[torch.Tensor]) -> None:
+        self.rows = sum(map(len, rows))
         codes, scales = rounded(rows, 8, rows[0].shape[1])
         self._codes = (codes.int() - 128).to(torch.int8)
         self._scales = scales.flatten().to(torch.bfloat16)

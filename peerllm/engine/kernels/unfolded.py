@@ -45,6 +45,7 @@ class Unfolded:
     """Some rows of a matrix, with a scale per block."""
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bits: int, device: torch.device) -> None:
+        self.rows = len(codes)
         self._codes, self._scales, self._bits = codes.to(device), scales.to(device), bits
         self.nbytes = codes.nbytes + scales.nbytes
 
@@ -70,6 +71,7 @@ class Tiled:
     """Some rows of a matrix in 4 bits, in the layout of torch's own product for CUDA."""
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, block: int, device: torch.device) -> None:
+        self.rows = len(codes)
         self._block, tiles = block, _tiles(codes.shape[1] * 2)
         turned = (codes >> 4) | (codes << 4)  # torch has the first of two in the upper half
         self._packed = torch.ops.aten._convert_weight_to_int4pack(turned.to(device), tiles)

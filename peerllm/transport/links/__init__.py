@@ -1,7 +1,7 @@
 """The engine's data plane: frames from device to device over pinned websockets, sent while the next is computed."""
 
 from peerllm.transport.links.echo import MAX_ECHO_BYTES, Timed
-from peerllm.transport.links.lead import Lead
+from peerllm.transport.links.lead import Lead, Meanwhile
 from peerllm.transport.links.link import Link
 from peerllm.transport.links.outbox import SEND_QUEUE_BYTES, SEND_QUEUE_FRAMES, SEND_TIMEOUT_S, Outbox
 from peerllm.transport.links.plane import DataPlane, OnLost
@@ -18,6 +18,7 @@ __all__ = [
     "Ingress",
     "Lead",
     "Link",
+    "Meanwhile",
     "OnLost",
     "Outbox",
     "Parting",

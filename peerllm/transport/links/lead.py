@@ -8,17 +8,32 @@ loop's again.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import select
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 MAX_EVENTS = 64  # connections looked at in one go
+SHORTEST_S = 0.001  # that epoll can sleep
 
 Read = Callable[[bool], None]  # takes in what has come, in turn with others; True: the thread that calls leads
 Nothing = Callable[[], bool]
+
+
+class Meanwhile(Protocol):
+    """What a thread that leads does while nothing comes."""
+
+    def pause_s(self) -> float:
+        """How long it sleeps before `rehearse` is called: 0 not at all, infinite for as long as nothing comes."""
+        ...
+
+    def rehearse(self, stop: Callable[[], bool]) -> None:
+        """Returns soon after `stop` is true."""
+        ...
 
 
 class Readers:
@@ -92,7 +107,7 @@ class Lead(Readers):
             if not self._released:
                 os.eventfd_write(self._bell, 1)
 
-    def wait(self, nothing: Nothing) -> None:
+    def wait(self, nothing: Nothing, meanwhile: Meanwhile | None = None) -> None:
         """Read, in this thread, all that comes in, as long as there is `nothing` else; or until closed."""
         while self._later:
             self._later.popleft()()
@@ -103,12 +118,17 @@ class Lead(Readers):
                 self._rehearse = None
                 rehearse()
             while not self._closed:
+                pause_s = math.inf if meanwhile is None else meanwhile.pause_s()
                 self.waits = True
-                found = self._inner.poll(-1, MAX_EVENTS) if nothing() else ()
+                found = self._inner.poll(_timeout(pause_s), MAX_EVENTS) if nothing() else ()
                 self.waits = False
                 self._read(found, True)
                 if not nothing():
                     return
+                if not found and meanwhile is not None:
+                    meanwhile.rehearse(lambda: not nothing() or bool(self._inner.poll(0, 1)))
+                    if rehearse is not None:
+                        rehearse()
         finally:
             self._give_back()
 
@@ -155,6 +175,13 @@ class Lead(Readers):
             elif fd == self._bell:
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._bell)
+
+
+def _timeout(pause_s: float) -> float:
+    """In seconds, as epoll takes it: -1 for ever."""
+    if pause_s == math.inf:
+        return -1
+    return pause_s if pause_s >= SHORTEST_S else 0
 
 
 def readers(loop: asyncio.AbstractEventLoop) -> Readers:

@@ -96,7 +96,7 @@ def test_siblings_are_one_product_and_keep_nothing():
         calls.append(len(inputs))
         return inputs @ torch.cat([first, second]).T
 
-    part.nbytes = 1
+    part.rows, part.nbytes = 8, 1
     siblings = Siblings(Packed([part], None), 2)
     one, other = Share(siblings, 0, 3), Share(siblings, 3, 5)
     for shape in ((1, 4, 32), (1, 1, 32), (6, 32)):
