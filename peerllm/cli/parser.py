@@ -155,8 +155,8 @@ def _up(up: argparse.ArgumentParser) -> None:
         "--keep-warm",
         choices=KEEP_WARM,
         default="auto",
-        help="whether it keeps its caches warm, and a processor busy, while it waits for others in midst of an answer "
-        "(auto: not on a battery)",
+        help="whether it keeps its caches warm, and a processor busy, shortly before its turn in an answer of several "
+        "devices (auto: not on a battery; on Linux only)",
     )
     up.add_argument(
         "--peer",

@@ -146,7 +146,7 @@ class Compute:
         identity, index = key
         deployment = self._deployments[identity]
         self.batches += 1
-        self._warmth.begins(deployment.stages[index])
+        self._warmth.begins(deployment.stages[index], steps_only(batch))
         try:
             result = deployment.stages[index].compute(batch)
         except BROKEN:

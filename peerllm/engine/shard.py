@@ -215,6 +215,7 @@ class TorchShard:
             return False
         if (cache := self._slots.ahead(segments)) is None:
             return False
+        torch.set_num_threads(self._threads)
         with passing(stop):
             self._run(inputs, segments, cache)
         return True

@@ -40,7 +40,8 @@ class Stage:
         self.is_head = spec.stage == spec.stages - 1
         self._sampler = sampler
         self._answers: dict[int, _Answer] = {}
-        self._last: tuple[Tensor, list[Segment]] | None = None  # of the last batch, if it was one of steps
+        # Of the last batch, if it was one of steps: its inputs, emptied (they may lie in a large frame), and segments.
+        self._last: tuple[Tensor, list[Segment]] | None = None
         self._step_ms: deque[float] = deque(maxlen=MEASURED_STEPS)
         # By sequences in a batch of steps: passes, mean ms, variance in ms².
         self._paces: dict[int, tuple[int, float, float]] = {}
@@ -100,8 +101,9 @@ class Stage:
         segments = [Segment(piece.slot, piece.position, piece.length, piece.sample) for piece in batch]
         output = self.shard.forward(inputs, segments)
         result = self._draw(batch, output) if self.is_head else Activation(batch, output)
-        self._last = (inputs, segments) if steps_only(batch) else None
-        if self._last is not None:
+        self._last = None
+        if steps_only(batch):
+            self._last = inputs.new_zeros(inputs.shape), segments
             self._step_ms.append((time.perf_counter() - started) * 1e3)
         return result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from peerllm.engine import packing, states
+from peerllm.engine import attention, packing, states
 from peerllm.engine.base import Segment
 from peerllm.engine.inspect import Inspection, inspect_model
-from peerllm.engine.kernels.dry import ENOUGH, Ended, dry, passing
+from peerllm.engine.kernels import fused
+from peerllm.engine.kernels.dry import ENOUGH, MOST_NUMBERS, Ended, dry, passing
 from peerllm.engine.kernels.forms import choose
 from peerllm.engine.shard import TorchShard, load_shard
-from peerllm.engine.warmth import LATE_S, LEAD_S, Warmth
 from tests.engine.architectures import FAMILIES, FULL, VOCABULARY, quiet, save, stage, tiny_model
 from tests.engine.engines import Deployed, devices, inspect, redeploy
 
@@ -140,6 +139,32 @@ def test_it_ends_when_something_comes_and_when_it_is_enough():
     assert not dry(), "over"
 
 
+def test_little_of_a_long_context_is_read():
+    (shard,) = chain("Llama", "int8", firsts=(0,))
+    shard.forward(torch.arange(CONTEXT - 1), [Segment(0, 0, CONTEXT - 1, True)])
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        attend = fused.attend
+
+        def watched(module, query, key, *rest, **more):
+            seen.extend(view.high - view.low for view, *_ in attention._thread.row.views(key, rest[0]))
+            attention._thread.row._at = module._number, key, rest[0]
+            return attend(module, query, key, *rest, **more)
+
+        patch.setattr(fused, "attend", watched)
+        rehearse([shard], [Segment(0, CONTEXT - 1, 1, True)])
+        assert seen and max(seen) == packing.DRY_TOKENS + 1 < CONTEXT
+        shard.forward(torch.tensor([3]), [Segment(0, CONTEXT - 1, 1, True)])
+        assert seen[-1] == CONTEXT
+
+
+def test_a_head_of_many_sequences_is_left_out():
+    with passing(never):
+        with pytest.raises(Ended):
+            dry(numbers=MOST_NUMBERS + 1)
+        assert dry(numbers=MOST_NUMBERS)
+
+
 def test_where_it_cannot_be(monkeypatch):
     (shard,) = chain("Llama", "int8", firsts=(0,))
     shard.forward(torch.arange(4), [Segment(0, 0, 4, True)])
@@ -170,85 +195,6 @@ def test_where_it_cannot_be(monkeypatch):
             patch.setattr(packing.Group, "make_room", moved)
             shard.forward(torch.tensor([position]), [Segment(0, position, 1, True)])
     assert slid and False in could and True in could, "a room that has to slide is left alone"
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Stage:
-    def __init__(self, answer: bool | Exception = True) -> None:
-        self.answer, self.rehearsed = answer, 0
-
-    def rehearse(self, stop) -> bool:
-        self.rehearsed += 1
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
-
-
-def turns(warmth: Warmth, clock: Clock, wait_s: float, *stages: Stage, rounds: int = 30) -> None:
-    """Steps of the stages in turn, each after a wait."""
-    for _ in range(rounds):
-        for one in stages:
-            clock.now += wait_s
-            warmth.begins(one)
-            clock.now += 0.02
-            warmth.ended(one, steps=True)
-
-
-def test_it_sleeps_until_shortly_before_the_next_step_is_due():
-    clock, one = Clock(), Stage()
-    warmth = Warmth(lambda: True, clock)
-    assert warmth.pause_s() == math.inf
-    turns(warmth, clock, 0.1, one)
-    assert warmth.pause_s() == pytest.approx(0.1 - LEAD_S, abs=1e-3)
-    clock.now += 0.097
-    assert warmth.pause_s() == 0
-    warmth.rehearse(never)
-    clock.now += 0.003 + LATE_S / 2
-    assert warmth.pause_s() == 0, "it is late"
-    clock.now += LATE_S
-    assert warmth.pause_s() == math.inf, "nothing comes any more"
-    warmth.begins(one)
-    warmth.ended(one, steps=False)
-    assert warmth.pause_s() == math.inf, "after a prompt nobody knows what comes"
-
-
-def test_what_comes_next_is_rehearsed():
-    clock, source, head = Clock(), Stage(), Stage()
-    warmth = Warmth(lambda: True, clock)
-    turns(warmth, clock, 0.01, source, head)
-    warmth.rehearse(never)
-    assert (source.rehearsed, head.rehearsed) == (1, 0), "the head was the last"
-    warmth.forget(source)
-    assert warmth.pause_s() == math.inf
-    warmth.ended(head, steps=True)
-    warmth.rehearse(never)
-    assert source.rehearsed == 1, "it is unloaded"
-
-
-@pytest.mark.parametrize("answer", [False, ValueError("on purpose")])
-def test_a_stage_that_cannot_is_left_in_peace(answer, capsys):
-    clock, one = Clock(), Stage(answer)
-    warmth = Warmth(lambda: True, clock)
-    warmth.ended(one, steps=True)
-    assert warmth.pause_s() == 0
-    warmth.rehearse(never)
-    assert warmth.pause_s() == math.inf and one.rehearsed == 1
-    assert ("on purpose" in capsys.readouterr().err) == isinstance(answer, Exception)
-
-
-def test_nothing_is_rehearsed_where_it_is_not_wanted():
-    clock, one = Clock(), Stage()
-    warmth = Warmth(lambda: False, clock)
-    turns(warmth, clock, 0.1, one)
-    assert warmth.pause_s() == math.inf
-    warmth.rehearse(never)
-    assert not one.rehearsed
 
 
 @pytest.mark.skipif(choose(torch.float32, "int8") is None, reason="nothing is packed here")

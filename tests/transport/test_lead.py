@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from queue import SimpleQueue
@@ -326,9 +327,9 @@ class Dry:
 
     def more(self, count: int) -> None:
         """Until so many have begun from now on."""
-        goal = self.times + count
+        goal, end = self.times + count, time.monotonic() + WAIT_S
         while self.times < goal:
-            pass
+            assert time.monotonic() < end
 
     def rehearse(self, stop: Callable[[], bool]) -> None:
         self.times += 1

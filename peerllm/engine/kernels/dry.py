@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PRODUCTS = 4  # that a fused block counts for
+MOST_NUMBERS = 1 << 18  # whose place is still worth making: the logits of one or two sequences
 ENOUGH = 3 * PRODUCTS  # three blocks: the others run the same code
 
 _thread = threading.local()
 
 
-class Ended(Exception):
-    """There is something to do, or it was enough."""
+class Ended(BaseException):
+    """There is something to do, or it was enough. No model is to take it for an error."""
 
 
 @contextmanager
@@ -31,12 +32,12 @@ def passing(stop: Callable[[], bool]) -> Iterator[None]:
         del _thread.stop
 
 
-def dry(products: int = 1) -> bool:
-    """Asked by what is about to multiply: whether to leave it."""
+def dry(products: int = 1, numbers: int = 0) -> bool:
+    """Asked by what is about to make so many `numbers` by multiplying: whether to leave it."""
     stop = getattr(_thread, "stop", None)
     if stop is None:
         return False
     _thread.left -= products
-    if _thread.left < 0 or stop():
+    if _thread.left < 0 or numbers > MOST_NUMBERS or stop():
         raise Ended
     return True

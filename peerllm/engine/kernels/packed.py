@@ -35,8 +35,9 @@ class Packed(_InPlace):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., columns] to [..., rows]."""
         flat = inputs.reshape(-1, inputs.shape[-1])
-        if dry():
-            out = inputs.new_zeros(len(flat), sum(part.rows for part in self._parts))
+        rows = sum(part.rows for part in self._parts)
+        if dry(numbers=len(flat) * rows):
+            out = inputs.new_zeros(len(flat), rows)
         else:
             outs = [part(flat) for part in self._parts]
             out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

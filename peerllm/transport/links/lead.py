@@ -64,8 +64,9 @@ class Readers:
 class Lead(Readers):
     """One thread at a time may `wait`; `add` and `close` are for the loop, the rest is for any thread.
 
-    A pass leaves the processor's caches full of weights. So before it sleeps, the thread goes through the last frame it
-    read once more, to no effect: what reading the next one needs is in the caches again, some 0.1 ms earlier.
+    A pass leaves the processor's caches full of weights. So before it sleeps, and after whatever it does meanwhile, the
+    thread goes through the last frame it read once more, to no effect: what reading the next one needs is in the caches
+    again, some 0.1 ms earlier.
 
     The connections are in an epoll object, which lies in another, which the loop watches. Whether the inner one's
     events reach the outer one is all that changes hands.

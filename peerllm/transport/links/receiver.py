@@ -213,7 +213,7 @@ class Receiver:
                 reader.feed(data)
         if nbytes == 0:
             self._end("the connection broke")
-        else:
+        elif nbytes:
             self._pulse.arrived()
         return bool(nbytes)
 
