@@ -22,7 +22,7 @@ RECALL_TIMEOUT_S = 5.0
 MEASURE_TIMEOUT_S = 75.0  # beside the window; the engine may be at another model's first
 TOGETHER_S = 2.0  # how long devices of one machine work at the same time, at least ...
 TOGETHER_MOST_S = 10.0  # ... and at most
-ROUNDS = 4  # passes over all kinds and counts that should have room in it, at the pace of a device alone
+ROUNDS = 6  # passes over all kinds and counts that should have room in it, at the pace of a device alone
 AGAIN_S = 60.0  # a device that could not be measured is asked again after this
 MAX_KNOWN = 1024  # models' times by device
 

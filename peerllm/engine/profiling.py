@@ -33,6 +33,7 @@ LIMIT_S = 10.0  # for all kinds, building them included: large models; counts le
 BLOCK_SHARE = 3  # of the time, to 1 for the embedding and for the head
 GRACE_S = 0.5
 PAUSE, PAUSE_S = 2, 0.008  # passes, at most so long: a stage waits for the others, and wakes up with cold caches
+MOST_IN_TURN, TURN_S = 4, 0.03  # runs of one count in a row while others work too, if they take no longer
 LEAST_MS = 1e-4  # what is left of a layer where timing cannot tell it from the pass
 
 Check = Callable[[], None]
@@ -155,14 +156,21 @@ class Work:
         return self._samples
 
     def rounds(self, until: float) -> dict[int, list[Run]]:
-        """Runs by count, all in turn until the time is over; the first turn may take a little longer."""
+        """Runs by count, all in turn until the time is over; the first turn may take a little longer.
+
+        Short ones, which steps are made of, have several runs in each of their turns.
+        """
         while True:
             for count in self.counts:
-                if self._over(until if self._samples[self.counts[-1]] else until + GRACE_S):
-                    return self._samples
-                if self._samples[count]:
-                    time.sleep(min(self._samples[count][-1].wall_s, PAUSE_S))
-                self._run(count)
+                began = time.perf_counter()
+                for again in range(MOST_IN_TURN):
+                    if self._over(until if self._samples[self.counts[-1]] else until + GRACE_S):
+                        return self._samples
+                    if again and time.perf_counter() - began > TURN_S:
+                        break
+                    if self._samples[count]:
+                        time.sleep(min(self._samples[count][-1].wall_s, PAUSE_S))
+                    self._run(count)
 
     def _over(self, until: float) -> bool:
         """Whether the time is; but the fewest tokens and the most are timed in any case, what lies between follows."""
