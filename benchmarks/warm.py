@@ -1,8 +1,8 @@
 """One sequence over two devices that keep their caches warm while they wait, and over two that do not, by turns.
 
 Both households live at once, each of two devices of a pinned core, in namespaces at 1 Gbit/s with TLS; who is not asked
-sleeps; each plans for itself. 1.24 B parameters, short answers (a second or so each, for the machine's speed drifts),
-medians; hops from a trace of each. Needs root (namespaces).
+sleeps; each plans for itself, with the head at the source. 1.24 B parameters, short answers (a second or so each, for
+the machine's speed drifts), medians; hops from a trace of each. Needs root (namespaces).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def measure(root: Path, lab: Lab, kind: str, rounds: int, stack: ExitStack) -> d
         left.wait_ready()
         right.wait_ready()
         right.cli("join", left.cli("invite").stdout.split()[-1])
-        options = [*(["--quantize", kind] if kind else []), "--objective", "throughput"]
+        options = [*(["--quantize", kind] if kind else []), "--objective", "throughput", "--private"]
         cut = Household(left, model).serve(*options, slots=SLOTS, context=CONTEXT)
         print(way, [(one["device"], one["first_layer"], one["last_layer"]) for one in cut], file=sys.stderr, flush=True)
         asked[way] = Asked(left, model)
