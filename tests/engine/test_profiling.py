@@ -262,6 +262,23 @@ def test_a_window_is_used_up_to_its_end(llama: tuple[str, tuple[str, ...]], monk
     assert dict(found.layer_ms["block"])[1] == profiling.LEAST_MS, "here a pass takes the same whatever is in it"
 
 
+def test_steps_have_more_runs_in_a_window_than_chunks(
+    llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    runs: dict[int, int] = {}
+    made = profiling.Work._run
+
+    def counted(work: profiling.Work, count: int) -> None:
+        runs[count] = runs.get(count, 0) + 1
+        clock.now += 0.05 if count > profiling.SEQUENCES[0] else 0
+        made(work, count)
+
+    monkeypatch.setattr(profiling.Work, "_run", counted)
+    timed(llama[0], window_s=20.0)
+    assert runs[4] >= 2 * runs[128] > 0
+
+
 def test_timing_alone_has_an_end(llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "BUDGET_S", 1e9)
     monkeypatch.setattr(profiling, "LONG_S", 1e9)
