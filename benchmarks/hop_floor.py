@@ -1,14 +1,15 @@
 """The least a hop can take here: two processes that compute and hand 4 KB on, with nothing of peerllm between.
 
 Each is pinned to a core in its own network namespace (1 Gbit/s). One thread each computes a pass over `megabytes` of
-weights, writes to a blocking TLS 1.3 socket, and waits for what comes back: no event loop, no second thread, no
-websocket, no checks. Timed from the end of the pass to the start of the next one on the other side (one host, one
-clock). Without a pass between, the same code runs with warm caches. Needs root (namespaces).
+weights, writes to a TLS 1.3 socket, and waits for what comes back, asleep or looking again and again: no event loop,
+no second thread, no websocket, no checks. Timed from the end of the pass to the start of the next one on the other side
+(one host, one clock). Without a pass between, the same code runs with warm caches. Needs root (namespaces).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import select
 import socket
@@ -53,7 +54,7 @@ def connected(server: bool, address: str, directory: Path) -> ssl.SSLSocket:
     return context.wrap_socket(plain, server_side=server)
 
 
-def side(role: str, address: str, directory: Path, matrices: int) -> None:
+def side(role: str, address: str, directory: Path, matrices: int, awake: bool) -> None:
     """Prints the microseconds of its hops as JSON."""
     torch.set_num_threads(1)
     weights = [torch.randn(2048, 8192).bfloat16() for _ in range(matrices)]
@@ -62,20 +63,26 @@ def side(role: str, address: str, directory: Path, matrices: int) -> None:
     poll, buffer = select.poll(), bytearray(HEADER.size + NBYTES)
     poll.register(link.fileno(), select.POLLIN)
     hops = []
+    if awake:
+        link.setblocking(False)
 
     def compute() -> None:
         for weight in weights:
             torch.mm(row, weight)
 
     def send() -> None:
-        link.sendall(HEADER.pack(time.perf_counter_ns()) + hidden.view(torch.uint8).numpy().tobytes())
+        began = time.perf_counter_ns()
+        link.send(HEADER.pack(began) + ctypes.string_at(hidden.data_ptr(), NBYTES))
 
     def receive() -> None:
         got = 0
         while got < len(buffer):
-            if not link.pending():
+            if not awake and not link.pending():
                 poll.poll(TIMEOUT_MS)
-            got += link.recv_into(memoryview(buffer)[got:])
+            try:
+                got += link.recv_into(memoryview(buffer)[got:])
+            except ssl.SSLWantReadError:
+                continue
         torch.frombuffer(buffer, dtype=torch.bfloat16, offset=HEADER.size).view(1, -1)
         hops.append((time.perf_counter_ns() - HEADER.unpack_from(buffer)[0]) / 1e3)
 
@@ -90,7 +97,7 @@ def side(role: str, address: str, directory: Path, matrices: int) -> None:
     print(json.dumps(hops[WARM_UPS:]))
 
 
-def measure(matrices: int) -> float:
+def measure(matrices: int, awake: bool) -> float:
     """Median microseconds of a hop."""
     require_lab()
     with tempfile.TemporaryDirectory() as directory, Lab(2) as lab:
@@ -100,7 +107,8 @@ def measure(matrices: int) -> float:
         sides = [
             subprocess.Popen(
                 [*lab.argv(host, [], core), sys.executable, "-m", "benchmarks.hop_floor", "--role", role,
-                 "--address", lab.address(0), "--directory", directory, "--matrices", str(matrices)],
+                 "--address", lab.address(0), "--directory", directory, "--matrices", str(matrices),
+                 *(["--awake"] if awake else [])],
                 stdout=subprocess.PIPE, text=True)
             for host, (role, core) in enumerate((("server", 0), ("client", 1)))
         ]  # fmt: skip
@@ -113,11 +121,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--address", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--matrices", type=int, default=4, help="of 33.6 MB, in a pass")
+    parser.add_argument("--awake", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.role:
-        side(args.role, args.address, args.directory, args.matrices)
+        side(args.role, args.address, args.directory, args.matrices, args.awake)
         return
-    found = {f"{count * MATRIX_MB:.0f} MB read between": f"{measure(count):.0f} us" for count in (0, args.matrices)}
+    found = {
+        f"{'awake' if awake else 'asleep'}, {count * MATRIX_MB:.0f} MB read between": f"{measure(count, awake):.0f} us"
+        for awake in (False, True)
+        for count in (0, args.matrices)
+    }
     print(json.dumps(found, indent=1))
 
 

@@ -14,7 +14,7 @@ import torch
 
 from peerllm.engine.base import Sampler, Shard
 from peerllm.engine.batching import Piece, Scheduler
-from peerllm.engine.deployments import Deployment, Outlet, StageKey
+from peerllm.engine.deployments import Deployment, StageKey
 from peerllm.engine.inbox import Inbox
 from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import (
@@ -31,8 +31,10 @@ from peerllm.engine.messages import (
 )
 from peerllm.engine.place import BROKEN
 from peerllm.engine.stages import Stage, steps_only
+from peerllm.engine.telling import Telling
 from peerllm.engine.trace import Recorder
 from peerllm.engine.warmth import Warmth
+from peerllm.engine.way import Outlet
 from peerllm.engine.wire import Parcel
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, DeviceId
@@ -113,7 +115,8 @@ class Compute:
         self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None], recorder: Recorder, warmth: Warmth
     ) -> None:
         self.inbox: Inbox[Event] = Inbox()
-        self._threads, self._sampler, self._tell = threads, sampler, tell
+        self._threads, self._sampler = threads, sampler
+        self._tell = Telling(tell)
         self._recorder = recorder
         self._schedule: Scheduler[StageKey] = Scheduler()
         self._deployments: dict[DeploymentId, Deployment] = {}
@@ -136,6 +139,8 @@ class Compute:
                     self._recorder.lap("take in")
                 if batch is not None:
                     self._compute(*batch, started)
+                else:
+                    self._tell.flush()
                 # What came without work to do counts towards the next pass.
                 spent = 0.0 if batch is not None else time.perf_counter() - started
             for deployment in self._deployments.values():
@@ -164,7 +169,9 @@ class Compute:
         if self._recorder.on:
             self._recorder.lap("hand on", identity)
         self._warmth.ended(stage, steps_only(batch))
-        stage.paced(batch, time.perf_counter() - started)
+        took = time.perf_counter() - started
+        stage.paced(batch, took)
+        self._tell.computed(took)
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -213,7 +220,8 @@ class Compute:
             self._unload(spec.deployment, "another plan took over")
             deployment = None
         if deployment is None:
-            deployment = self._deployments[spec.deployment] = Deployment(spec, self._schedule, self._tell)
+            deployment = Deployment(spec, self._schedule, self._tell, self._tell.later)
+            self._deployments[spec.deployment] = deployment
         if spec.stage in deployment.stages:
             shard.close()
             self._tell(Failed(spec.request, "RefusedError", f"stage {spec.stage} is loaded already; unload it first"))

@@ -6,7 +6,6 @@ Compute thread only. What leaves the device goes to an `Outlet`, what the daemon
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 
@@ -16,6 +15,7 @@ from peerllm.engine.messages import FinishReason, FromEngine, LinkLost, LoadStag
 from peerllm.engine.schedules import SCHEDULES, NoBubble
 from peerllm.engine.sequences import Feed, Sequences, window_tokens
 from peerllm.engine.stages import Stage
+from peerllm.engine.way import Outlet, Way
 from peerllm.engine.wire import (
     ALL_SEQUENCES,
     Activation,
@@ -27,33 +27,30 @@ from peerllm.engine.wire import (
     lengthen,
     shorten,
     split,
-    to_frame,
 )
 from peerllm.errors import BadInputError, FrameError, LinkError, PeerLLMError
-from peerllm.transport.frames import Frame
 from peerllm.types import DeploymentId, DeviceId
 
 StageKey = tuple[DeploymentId, int]
 NOT_FINITE = "the model computed hidden states that are no finite numbers; try dtype float32 or bfloat16"
 
 
-class Outlet(Protocol):
-    """The way to the next stage's engine; `send` queues (LinkError if the link is gone)."""
-
-    @property
-    def device(self) -> DeviceId: ...
-    def send(self, frame: Frame) -> None: ...
-
-
 class Deployment:
     """Stages of one epoch; `loaded` adds them one by one, `linked` opens the way to other devices."""
 
-    def __init__(self, spec: LoadStage, schedule: Scheduler[StageKey], tell: Callable[[FromEngine], None]) -> None:
+    def __init__(
+        self,
+        spec: LoadStage,
+        schedule: Scheduler[StageKey],
+        tell: Callable[[FromEngine], None],
+        mention: Callable[[FromEngine], None] | None = None,
+    ) -> None:
+        """`mention`: what may be told after the pass that is about to begin."""
         self.id, self.epoch, self.count = spec.deployment, spec.epoch, spec.stages
         self.stages: dict[int, Stage] = {}
         self._most_waiting = window_tokens(spec.stages, spec.chunk) + spec.slots  # at one stage, by the source's window
-        self._schedule, self._tell = schedule, tell
-        self._outlets: dict[int, Outlet] = {}  # by the stage that sends
+        self._schedule, self._tell, self._mention = schedule, tell, mention or tell
+        self._ways: dict[int, Way] = {}  # by the stage that sends
         self._source: Sequences | None = None
         self._turns: NoBubble = SCHEDULES[spec.schedule](spec.micro_batch, spec.micro_batches)  # on the source
         self.broken = ""  # why sequences cannot run until the links are made anew
@@ -78,7 +75,9 @@ class Deployment:
 
     def linked(self, outlets: Mapping[int, Outlet]) -> None:
         """The links stand; if some broke before, whatever was under way on them is gone."""
-        self._outlets = dict(outlets)
+        self._ways = {
+            stage: Way(outlet, self.id, self.epoch, stage + 1) for stage, outlet in outlets.items()
+        }
         self._reported.clear()
         if not self.broken:
             return
@@ -163,7 +162,11 @@ class Deployment:
         if feed is not None:
             self._turns.due(feed)
         if tokens is not None:
-            self._tell(tokens)
+            # The first and the last are waited for; and alone this device has no time in which it waits for others.
+            if tokens.finish is None and tokens.start and self._ways:
+                self._mention(tokens)
+            else:
+                self._tell(tokens)
             if tokens.finish is not None:
                 self._arrive(0, Released(piece.sequence, piece.slot, keep=source.kept(piece.slot)))
 
@@ -183,6 +186,8 @@ class Deployment:
             self.breaks(f"stage {index} is not loaded on this device")
             return
         match parcel:
+            case Activation():
+                self._take_in(index, split(parcel))
             case Opened(sequence, slot):
                 try:
                     stage.open(parcel)
@@ -191,8 +196,6 @@ class Deployment:
                 else:
                     if not stage.is_head:
                         self._pass_on(index, parcel)
-            case Activation():
-                self._take_in(index, split(parcel))
             case Rounded():
                 self._take_in(index, split(lengthen(parcel, DTYPES[stage.spec.dtype])))
             case Released(sequence) if sequence == ALL_SEQUENCES:
@@ -246,14 +249,14 @@ class Deployment:
         if self.stages[index].spec.downstream is None:
             self._arrive(index + 1, parcel)
             return
-        outlet = self._outlets.get(index)
-        if outlet is None:
+        way = self._ways.get(index)
+        if way is None:
             self.breaks(f"stage {index} has no link to the next yet")
             return
         try:
-            outlet.send(to_frame(parcel, self.id, self.epoch, index + 1))
+            way.send(parcel)
         except LinkError as error:
-            self.lost(outlet.device, None, str(error))
+            self.lost(way.device, None, str(error))
 
     # ---- breaking and ending ----------------------------------------------------------------------------------------
 

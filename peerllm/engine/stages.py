@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peerllm.engine.base import Draw, Sampler, Segment, Shard, Tensor
+from peerllm.engine.base import Draw, Sampler, Segment, Shard
 from peerllm.engine.batching import Piece
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.slots import Slots
@@ -40,8 +40,8 @@ class Stage:
         self.is_head = spec.stage == spec.stages - 1
         self._sampler = sampler
         self._answers: dict[int, _Answer] = {}
-        # Of the last batch, if it was one of steps: its inputs, emptied (they may lie in a large frame), and segments.
-        self._last: tuple[Tensor, list[Segment]] | None = None
+        # Of the last batch, if it was one of steps: its inputs' shape and dtype, and its segments.
+        self._last: tuple[torch.Size, torch.dtype, list[Segment]] | None = None
         self._step_ms: deque[float] = deque(maxlen=MEASURED_STEPS)
         # By sequences in a batch of steps: passes, mean ms, variance in ms².
         self._paces: dict[int, tuple[int, float, float]] = {}
@@ -103,7 +103,7 @@ class Stage:
         result = self._draw(batch, output) if self.is_head else Activation(batch, output)
         self._last = None
         if steps_only(batch):
-            self._last = inputs.new_zeros(inputs.shape), segments
+            self._last = inputs.shape, inputs.dtype, segments
             self._step_ms.append((time.perf_counter() - started) * 1e3)
         return result
 
@@ -111,9 +111,9 @@ class Stage:
         """To no effect through the step after the last one; see base.Shard."""
         if self._last is None:
             return False
-        inputs, segments = self._last
+        shape, dtype, segments = self._last
         coming = [Segment(one.slot, one.position + 1, 1, one.sample) for one in segments]
-        return self.shard.rehearse(inputs, coming, stop)
+        return self.shard.rehearse(torch.zeros(shape, dtype=dtype), coming, stop)
 
     def _draw(self, batch: Sequence[Piece], logits: torch.Tensor) -> Drawn:
         """`logits` are float32 [pieces to sample after, vocabulary]."""

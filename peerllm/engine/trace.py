@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from time import perf_counter_ns
 from typing import Literal, assert_never
 
 from peerllm.engine.batching import Piece
-from peerllm.engine.messages import Record, Recorded, Span, SpanKind
+from peerllm.engine.messages import Record, Recorded, Span, SpanKind, SpanName
 from peerllm.errors import RefusedError
 from peerllm.transport.frames import Frame, FrameKind, FrameSegment, SegmentFlag
 from peerllm.transport.links import Parting, Watch
@@ -30,6 +30,8 @@ MAX_SECONDS = 600  # a recording that nobody ends ends by itself
 SHOWN_NS = 50_000  # a link's queue that takes a frame faster than this is not worth a span
 
 Pieces = tuple[tuple[int, int, int, int], ...]
+# A Span's fields in their order, which is one only when it is asked for: what is recorded is not to take time.
+Fields = tuple[SpanName, int, int, SpanKind, int, DeviceId, int, int, int, Pieces]
 _KINDS: dict[FrameKind, SpanKind] = {
     FrameKind.ACTIVATION: "activation",
     FrameKind.TOKEN: "token",
@@ -42,7 +44,7 @@ _KINDS: dict[FrameKind, SpanKind] = {
 class _Recording:
     before: int  # spans that came into the ring earlier
     running: bool = True
-    kept: deque[Span] = field(default_factory=deque)  # once it has ended: what is still to be taken
+    kept: deque[Fields] = field(default_factory=deque)  # once it has ended: what is still to be taken
     lost: int = 0
 
 
@@ -53,7 +55,7 @@ class Recorder(Watch):
         self.on = False
         self._limit, self._most_pieces = limit, pieces
         self._lock = threading.Lock()
-        self._ring: deque[tuple[DeploymentId, Span]] = deque()  # deployment "": every one's
+        self._ring: deque[tuple[DeploymentId, Fields]] = deque()  # deployment "": every one's
         self._pieces = 0  # in the ring
         self._fallen = 0  # spans that gave way since it was empty
         self._recordings: dict[DeploymentId, _Recording] = {}
@@ -96,7 +98,7 @@ class Recorder(Watch):
                 raise RefusedError("nothing is recorded here; the plan may have changed meanwhile")
             if recording.running:
                 self._end(deployment, recording)
-            spans = tuple(recording.kept.popleft() for _ in range(min(MAX_PART, len(recording.kept))))
+            spans = tuple(Span(*recording.kept.popleft()) for _ in range(min(MAX_PART, len(recording.kept))))
             if not recording.kept:
                 self._drop(deployment)
             return spans, len(recording.kept), recording.lost
@@ -138,18 +140,16 @@ class Recorder(Watch):
         self._lap_ns = now
         pieces = tuple((p.sequence, p.position, p.length, int(p.sample)) for p in batch[:MAX_PIECES])
         kind: SpanKind = "" if not batch else "prompt" if prompt else "step"
-        self._add(deployment, Span(name, since, now, kind, stage, pieces=pieces))
+        self._add(deployment, (name, since, now, kind, stage, "", 0, 0, 0, pieces))
 
     # ---- from the links ---------------------------------------------------------------------------------------------
 
     def queued(self, deployment: DeploymentId, device: DeviceId, stage: int, parting: Parting, now_ns: int) -> None:
         kind, nbytes = _KINDS[parting.kind], parting.nbytes
-        self._add(
-            deployment,
-            Span("serialise", parting.handed_ns, parting.encoded_ns, kind, stage, device, nbytes=nbytes),
-        )
+        times = parting.handed_ns, parting.encoded_ns
+        self._add(deployment, ("serialise", *times, kind, stage, device, 0, nbytes, 0, ()))
         if now_ns - parting.encoded_ns >= SHOWN_NS:
-            self._add(deployment, Span("enqueue", parting.encoded_ns, now_ns, kind, stage, device))
+            self._add(deployment, ("enqueue", parting.encoded_ns, now_ns, kind, stage, device, 0, 0, 0, ()))
 
     def sent(
         self,
@@ -164,29 +164,29 @@ class Recorder(Watch):
         kind, pieces = _KINDS[parting.kind], _pieces(parting.segments)
         waited = taken_ns - parting.encoded_ns
         where = stage, device, number, parting.nbytes
-        self._add(deployment, Span("send", taken_ns, written_ns, kind, *where, waited, pieces))
+        self._add(deployment, ("send", taken_ns, written_ns, kind, *where, waited, pieces))
 
     def received(self, device: DeviceId, frame: Frame, number: int, nbytes: int, came_ns: int, taken_ns: int) -> None:
         kind, pieces = _KINDS[frame.kind], _pieces(frame.segments)
         where = frame.stage, device, number, nbytes
-        self._add(frame.deployment, Span("receive", came_ns, taken_ns, kind, *where, pieces=pieces))
+        self._add(frame.deployment, ("receive", came_ns, taken_ns, kind, *where, 0, pieces))
 
     def held(self, deployment: DeploymentId, device: DeviceId, stage: int, since_ns: int, until_ns: int) -> None:
-        self._add(deployment, Span("held back", since_ns, until_ns, "", stage, device))
+        self._add(deployment, ("held back", since_ns, until_ns, "", stage, device, 0, 0, 0, ()))
 
-    def _add(self, deployment: DeploymentId, span: Span) -> None:
+    def _add(self, deployment: DeploymentId, span: Fields) -> None:
         with self._lock:
             if not self.on:  # ended since the caller looked
                 return
-            if span.end_ns > self._until_ns:
+            if span[2] > self._until_ns:
                 for one, recording in self._recordings.items():
                     if recording.running:
                         self._end(one, recording)
                 return
             self._ring.append((deployment, span))
-            self._pieces += len(span.pieces)
+            self._pieces += len(span[9])
             while len(self._ring) > self._limit or self._pieces > self._most_pieces:
-                self._pieces -= len(self._ring.popleft()[1].pieces)
+                self._pieces -= len(self._ring.popleft()[1][9])
                 self._fallen += 1
 
 
@@ -195,10 +195,10 @@ def _pieces(segments: Sequence[FrameSegment]) -> Pieces:
     return tuple((s.sequence, s.position, s.length, int(bool(s.flags & sample))) for s in segments[:MAX_PIECES])
 
 
-def _seen_by(deployment: DeploymentId, spans: Iterable[tuple[DeploymentId, Span]]) -> Iterable[Span]:
+def _seen_by(deployment: DeploymentId, spans: Iterable[tuple[DeploymentId, Fields]]) -> Iterable[Fields]:
     """What its coordinator may know."""
     for owner, span in spans:
         if owner in ("", deployment):
             yield span
-        elif span.name in ("pass", "hand on"):
-            yield replace(span, name="another model", kind="", stage=-1, pieces=())
+        elif span[0] in ("pass", "hand on"):
+            yield ("another model", *span[1:3], "", -1, *span[5:9], ())

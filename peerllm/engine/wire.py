@@ -27,7 +27,7 @@ ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment
 NO_TOKEN = -1  # in a TOKEN: the run passed the head, which was not to draw
 MAX_REASON_BYTES = 512
 
-_SAMPLE = int(SegmentFlag.SAMPLE)  # an IntFlag's operators run Python, for each segment
+SAMPLE = int(SegmentFlag.SAMPLE)  # an IntFlag's operators run Python, for each segment
 _DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {torch.int8: "I8"}
 _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
@@ -45,10 +45,14 @@ class Opened:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activation:
-    """What a stage made of a batch: `hidden` is [tokens of all pieces, hidden]; the pieces' own data is stale."""
+    """What a stage made of a batch: `hidden` is [tokens of all pieces, hidden].
+
+    With `split` the pieces hold their rows of it; else their data is what it was made of.
+    """
 
     pieces: Sequence[Piece]
     hidden: Tensor
+    split: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +95,8 @@ with warnings.catch_warnings():
 
 def split(activation: Activation) -> list[Piece]:
     """The pieces, each with its rows of `hidden`."""
+    if activation.split:
+        return list(activation.pieces)
     if len(activation.pieces) == 1:
         return [_with(activation.pieces[0], activation.hidden)]
     rows = torch.split(activation.hidden, [piece.length for piece in activation.pieces])
@@ -153,7 +159,8 @@ def from_frame(frame: Frame) -> list[Parcel]:
         case FrameKind.ACTIVATION:
             hidden = _require(frame, "hidden")
             if hidden.dtype != "I8":
-                return [Activation(_pieces(frame), _read(hidden, _DTYPES[hidden.dtype]))]
+                came = Activation(_pieces(frame), _read(hidden, _DTYPES[hidden.dtype]))
+                return [Activation(split(came), came.hidden, split=True)]
             scales = _read(_require(frame, "scale"), torch.float32)
             if not (float(scales.min()) > 0 and float(scales.max()) < math.inf):  # NaN is neither
                 raise FrameError("a scale is no positive number")
@@ -221,14 +228,14 @@ def _with(piece: Piece, data: Tensor) -> Piece:
 
 def _segments(pieces: Sequence[Piece]) -> tuple[FrameSegment, ...]:
     return tuple(
-        FrameSegment(piece.sequence, piece.slot, piece.position, piece.length, _SAMPLE if piece.sample else 0)
+        FrameSegment(piece.sequence, piece.slot, piece.position, piece.length, SAMPLE if piece.sample else 0)
         for piece in pieces
     )
 
 
 def _pieces(frame: Frame) -> list[Piece]:
     return [
-        Piece(at.sequence, at.slot, at.position, at.length, bool(at.flags & _SAMPLE), None)
+        Piece(at.sequence, at.slot, at.position, at.length, bool(at.flags & SAMPLE), None)
         for at in frame.segments
     ]
 

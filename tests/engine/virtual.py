@@ -134,6 +134,9 @@ class _Hop:
         took = self._world.ring.hop_ms(self._index, carried) if carried else 0.0
         self._link.ask(lambda: self._world.agenda.after(took, partial(self._arrive, frame)))
 
+    def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
+        return False
+
     def _arrive(self, frame: Frame) -> None:
         self._link.free()
         device = self._world.devices[self._world.ring.next_home(self._index)]

@@ -1,4 +1,4 @@
-"""A link's decoder remembers the frame before: nothing comes out that `decode` would not give, or let through."""
+"""Both ends of a link remember the frame before: nothing else comes out than without, or is let through."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerllm.transport.frames import Decoder, Frame, FrameRefused, FrameSegment, Rule, decode, encode
+from peerllm.transport.frames import (
+    Decoder,
+    Frame,
+    FrameRefused,
+    FrameSegment,
+    NamedTensor,
+    Rule,
+    again,
+    decode,
+    encode,
+    encode_buffers,
+)
 from peerllm.transport.frames.layout import HEADER, SEGMENT
 from tests.transport.frames_support import LIMITS, changed_frames, frames
 
@@ -49,6 +60,35 @@ def test_the_same_comes_out_whatever_came_before(data: st.DataObject) -> None:
     decoder = Decoder(LIMITS)
     for came in [encode(frame), *data.draw(st.lists(others, min_size=1, max_size=6))]:
         assert outcome(came, decoder) == outcome(came)
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None)
+def test_a_frame_sent_again_has_the_bytes_of_one_made_anew(data: st.DataObject) -> None:
+    first = data.draw(frames())
+    last = again(b"before", encode_buffers(first), first)
+    if last is None:
+        assert len(first.tensors) != 1 or len(encode(first)) % 8 == 0
+        return
+    numbers = st.integers(0, 2**32 - 1)
+    segments = tuple(
+        FrameSegment(data.draw(st.integers(0, 2**64 - 1)), *(data.draw(numbers) for _ in range(4)))
+        for _ in first.segments
+    )
+    tensor = first.tensors[0]
+    payload = data.draw(st.binary(min_size=tensor.data.nbytes, max_size=tensor.data.nbytes))
+    second = replace(
+        first, segments=segments, tensors=(NamedTensor.of(tensor.name, tensor.dtype, tensor.shape, payload),)
+    )
+    flat = [number for s in segments for number in (s.sequence, s.slot, s.position, s.length, s.flags)]
+    assert last.filled(flat, payload) == b"before" + encode(second)
+    assert (last.kind, last.nbytes) == (first.kind, len(encode(first)))
+    for wrong in (flat[:-1], [*flat, 0], [*flat[:-1], 2**32], [-1, *flat[1:]], [2**64, *flat[1:]]):
+        with pytest.raises(ValueError, match="segments"):
+            last.filled(wrong, payload)
+    for nbytes in {len(payload) - 1, len(payload) + 1} - {-1}:
+        with pytest.raises(ValueError, match="bytes are not"):
+            last.filled(flat, bytes(nbytes))
 
 
 def test_each_byte_of_the_header_is_looked_at_again() -> None:

@@ -54,6 +54,37 @@ async def test_frames_arrive_in_order_from_a_compute_thread(nodes: list[Node]) -
     assert two.lost.empty()
 
 
+async def test_a_frame_is_sent_again_with_other_numbers(nodes: list[Node]) -> None:
+    """From a compute thread, between frames made anew, small and large, and beats; nobody sees the difference."""
+    one, two, _ = nodes
+    expect(two, one)
+    link = await connect(one, two)
+    assert not link.send_again((9, 0, 0, 1, 0), bytes(4 * WIDTH)), "there was none yet"
+    sent: list[Frame] = []
+
+    def compute() -> None:
+        previous = 0
+        for position in range(300):
+            tokens = 256 if position % 50 == 20 else 2 if position % 20 == 5 else 1
+            sent.append(activation(position, tokens))
+            if tokens == previous == 1 and position % 50 != 40:
+                assert link.send_again((9, 0, position, 1, 0), bytes(sent[-1].tensors[0].data))
+            else:
+                link.send(sent[-1])
+            previous = tokens
+        sent.append(activation(300, 256))
+        link.send(sent[-1])
+        assert not link.send_again((9, 0, 301, 256, 0), bytes(4 * WIDTH * 256)), "too large to be kept"
+
+    await asyncio.to_thread(compute)
+    assert [await two.next_frame() for _ in sent] == sent
+    link.send(activation(302))
+    link.close()
+    await asyncio.wait_for(link.wait_closed(), WAIT_S)
+    with pytest.raises(LinkError, match="has ended"):
+        link.send_again((9, 0, 0, 1, 0), bytes(4 * WIDTH))
+
+
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_small_frames_wait_for_no_acknowledgement(
     alice: Identity, bob: Identity, loop: Callable[[], asyncio.AbstractEventLoop]
@@ -495,22 +526,18 @@ def test_a_frames_time_is_by_both_clocks(ahead: float) -> None:
     """`ahead`: what the receiver's clock shows more than the sender's."""
     heard: list[tuple[int, float]] = []
     timing = Timing(lambda nbytes, seconds: heard.append((nbytes, seconds)))
-    frame = b"x" * 100
-    assert timing.sent(frame) is None
     ping = timing.beat(10.0)
     assert ping is not None and not timing.wanted and timing.beat(11.0) is None
     timing.ponged(b"", 10.1)  # the other side's own beat
     timing.ponged(answer(ping, 3.0 + ahead, 10.2 + ahead), 10.4)  # whatever came before a PING alone
     assert timing.wanted and heard == [(0, pytest.approx(0.4))]
-    timing.mark(frame, 20.0)
-    assert not timing.wanted and timing.sent(b"another") is None
-    behind = timing.sent(frame)
-    assert behind is not None and behind != ping
+    behind = timing.ask(100, 20.0)
+    assert behind is not None and behind != ping and not timing.wanted
+    assert timing.ask(100, 20.0) is None, "one at a time"
     timing.ponged(ping, 20.2)  # an old one
     timing.ponged(answer(behind, 20.3 + ahead, 20.9 + ahead), 21.5)
     assert heard[1:] == [(100, pytest.approx(0.3))], "how long the answer took is not the frame's"
-    timing.mark(frame, 21.0)
-    behind = timing.sent(frame)
+    behind = timing.ask(100, 21.0)
     assert behind is not None
     timing.handed_over(21.15)
     timing.ponged(answer(behind, 21.25 + ahead, 21.3 + ahead), 21.5)
@@ -518,8 +545,7 @@ def test_a_frames_time_is_by_both_clocks(ahead: float) -> None:
     slow = timing.beat(30.0)
     assert slow is not None
     timing.ponged(answer(slow, 0.0, 30.1 + ahead), 32.0)  # its two ways were far from equal
-    timing.mark(frame, 33.0)
-    behind = timing.sent(frame)
+    behind = timing.ask(100, 33.0)
     assert behind is not None
     timing.ponged(answer(behind, 33.25 + ahead, 33.3 + ahead), 33.5)
     assert heard[4:] == [(100, pytest.approx(0.25))], "the quickest look at the clock counts"

@@ -11,9 +11,10 @@ from peerllm.transport.frames.model import (
     NamedTensor,
     SegmentFlag,
 )
-from peerllm.transport.frames.repeated import Decoder
+from peerllm.transport.frames.repeated import Again, Decoder, again
 
 __all__ = [
+    "Again",
     "DType",
     "Decoder",
     "Frame",
@@ -25,6 +26,7 @@ __all__ = [
     "Rule",
     "SegmentFlag",
     "TensorLimit",
+    "again",
     "decode",
     "encode",
     "encode_buffers",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from struct import Struct
+from struct import error as StructError
 
 from peerllm.transport.frames.decoder import decode, segments_of
 from peerllm.transport.frames.layout import HEADER, SEGMENT, padding
@@ -47,6 +51,43 @@ class Decoder:
         frame = decode(view, self._limits)
         self._last = _remembered(view, frame)
         return frame
+
+
+class Again:
+    """A frame that was sent, to be sent with other segments and another payload: the rest of its bytes is kept."""
+
+    def __init__(self, before: bytes, header: bytes | memoryview, frame: Frame) -> None:
+        """`header` are the frame's bytes up to its one payload, `before` what goes in front of them."""
+        table = HEADER.size + len(frame.segments) * SEGMENT.size
+        self._fixed, self._table = before + bytes(header[: HEADER.size]), bytes(header[table:])
+        self._pack = _segments(len(frame.segments)).pack
+        self.kind = frame.kind
+        self.nbytes = len(header) + frame.tensors[0].data.nbytes  # of the frame
+        self._payload_bytes = frame.tensors[0].data.nbytes
+
+    def filled(self, segments: Sequence[int], payload: bytes) -> bytes:
+        """The bytes, with as many segments (five numbers each, see FrameSegment) and as much payload as it had.
+
+        ValueError if there are more or fewer, or a number does not fit its field.
+        """
+        if len(payload) != self._payload_bytes:
+            raise ValueError(f"{len(payload)} bytes are not {self._payload_bytes}")
+        try:
+            return b"".join((self._fixed, self._pack(*segments), self._table, payload))
+        except StructError as error:
+            raise ValueError(f"segments {segments}: {error}") from error
+
+
+def again(before: bytes, buffers: Sequence[bytes | memoryview], frame: Frame) -> Again | None:
+    """Of what `encode_buffers` made of `frame`; None unless that is a header and one payload, without padding."""
+    if len(frame.tensors) != 1 or len(buffers) != 2:
+        return None
+    return Again(before, buffers[0], frame)
+
+
+@lru_cache
+def _segments(count: int) -> Struct:
+    return Struct("<" + SEGMENT.format.removeprefix("<") * count)
 
 
 def _remembered(view: memoryview, frame: Frame) -> _Last | None:

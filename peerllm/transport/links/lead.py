@@ -129,7 +129,9 @@ class Lead(Readers):
                 if not found and meanwhile is not None:
                     meanwhile.rehearse(lambda: not nothing() or bool(self._inner.poll(0, 1)))
                     if rehearse is not None:
-                        rehearse()
+                        rehearse()  # which reads what has come
+                    if not nothing():
+                        return
         finally:
             self._give_back()
 

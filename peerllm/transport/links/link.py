@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from time import perf_counter, perf_counter_ns
 from typing import Any
 
 from peerllm.errors import FrameError
 from peerllm.transport.dial import CLOSE_TIMEOUT_S
-from peerllm.transport.frames import Frame, encode_buffers
+from peerllm.transport.frames import Again, Frame, FrameKind, FrameSegment, again, encode_buffers
 from peerllm.transport.links.connection import Connection
-from peerllm.transport.links.outbox import SEND_TIMEOUT_S, Outbox, Queued
+from peerllm.transport.links.outbox import DIRECT_BYTES, SEND_TIMEOUT_S, Outbox
 from peerllm.transport.links.pulse import Pulse
 from peerllm.transport.links.timing import OnTimed, Timing
 from peerllm.transport.links.watch import NOBODY_WATCHES, Parting, Watch
@@ -60,6 +60,7 @@ class Link:
         self.timing = Timing(timed)
         self._watch = watch
         self._number = 0  # of frames sent
+        self._again: Again | None = None  # the last frame, if it was small
         self._reader = Reader(MAX_ANSWER_BYTES, masked=False)
         self._heard_the_end = asyncio.Event()
         self._orderly = self._told = False  # ended by either side on purpose; whoever asked has heard how it ended
@@ -78,23 +79,59 @@ class Link:
 
         Waits only where the queue is full; LinkError if it stays so for `timeout_s`, or the link has ended.
         """
-        since = perf_counter()
+        since = perf_counter_ns()
         buffers = encode_buffers(frame)
         nbytes = sum([len(buffer) for buffer in buffers])
-        data = b"".join((head(BINARY, nbytes, masked=True), *buffers))
-        timed = self.timing.wanted and self._clear()
-        if timed:
-            self.timing.mark(data, perf_counter())
+        before = head(BINARY, nbytes, masked=True)
+        data = b"".join((before, *buffers))
+        self._again = again(before, buffers, frame) if nbytes <= DIRECT_BYTES else None
         if self._watch.on:
-            encoded = perf_counter_ns()
-            parting = Parting(frame.kind, frame.segments, nbytes, round(since * 1e9), encoded)
-            at_once = self._outbox.put(data, timeout_s, parting)
-            queued = encoded if at_once else perf_counter_ns()
-            self._watch.queued(self.deployment, self.device, self.stage, parting, queued)
+            self._put_watched(data, frame.kind, frame.segments, nbytes, since, timeout_s)
         else:
-            self._outbox.put(data, timeout_s)
-        if timed:
-            self.timing.handed_over(perf_counter())
+            self._put(data, timeout_s)
+
+    def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
+        """Send the last frame with other segments (five numbers each, as in FrameSegment) and as large a payload.
+
+        Step after step nothing else changes, and a frame that is not built anew leaves 0.1 ms earlier while the caches
+        are full of weights. False: there is none to be sent again. Else as `send`.
+        """
+        last = self._again
+        if last is None:
+            return False
+        since = perf_counter_ns() if self._watch.on else 0
+        data = last.filled(segments, payload)
+        if since:
+            told = tuple(FrameSegment(*segments[at : at + 5]) for at in range(0, len(segments), 5))
+            self._put_watched(data, last.kind, told, last.nbytes, since, SEND_TIMEOUT_S)
+        else:
+            self._put(data, SEND_TIMEOUT_S)
+        return True
+
+    def _put(self, data: bytes, timeout_s: float, parting: Parting | None = None) -> bool:
+        """As Outbox.put. The PING that times a frame goes with it, so that it comes in one piece."""
+        if not self.timing.wanted or not self._clear():
+            return self._outbox.put(data, timeout_s, parting)
+        ping = self.timing.ask(len(data), perf_counter())
+        timed = data if ping is None else data + control(PING, ping, masked=True)
+        at_once = self._outbox.put(timed, timeout_s, parting)
+        self.timing.handed_over(perf_counter())
+        return at_once
+
+    def _put_watched(
+        self,
+        data: bytes,
+        kind: FrameKind,
+        segments: tuple[FrameSegment, ...],
+        nbytes: int,
+        since_ns: int,
+        timeout_s: float,
+    ) -> None:
+        encoded = perf_counter_ns()
+        parting = Parting(kind, segments, nbytes, since_ns, encoded)
+        at_once = self._put(data, timeout_s, parting)
+        queued = encoded if at_once else perf_counter_ns()
+        self._watch.queued(self.deployment, self.device, self.stage, parting, queued)
 
     def _clear(self) -> bool:
         """Whether what is sent now leaves at once: behind something else it would be the other's time as well."""
@@ -149,14 +186,12 @@ class Link:
         self._outbox.say(control(CLOSE, goodbye(GOING_AWAY if self.lost else OK, self.lost), masked=True))
         await _at_most(CLOSE_TIMEOUT_S, self._heard_the_end.wait())
 
-    def _sent(self, queued: Queued, began_ns: int) -> bytes | None:
+    def _sent(self, parting: Parting | None, began_ns: int) -> None:
         """By whichever thread wrote the last of it."""
         self._number += 1
-        if queued.parting is not None:
+        if parting is not None:
             to = self.deployment, self.device, self.stage
-            self._watch.sent(*to, self._number, queued.parting, began_ns, perf_counter_ns())
-        ping = self.timing.sent(queued.data)
-        return None if ping is None else control(PING, ping, masked=True)
+            self._watch.sent(*to, self._number, parting, began_ns, perf_counter_ns())
 
     def _cannot_send(self, reason: str) -> None:
         while not self._connection.closed and not self._heard_the_end.is_set() and self._read():

@@ -41,15 +41,15 @@ class Queued(NamedTuple):
 class Outbox:
     """`put`, `say`, `flush` and `end` from any thread, the rest on the loop.
 
-    `sent` is called (with the lock held) for each frame that was written, with when its writing began, and returns
-    what is to be said right behind it. `broke` hears, on the loop, that nothing can be written any more.
+    `sent` is called (with the lock held) for each frame that was written, with when its writing began (0 unless it is
+    watched). `broke` hears, on the loop, that nothing can be written any more.
     """
 
     def __init__(
         self,
         connection: Writes,
         loop: asyncio.AbstractEventLoop,
-        sent: Callable[[Queued, int], bytes | None] = lambda queued, began_ns: None,
+        sent: Callable[[Parting | None, int], None] = lambda parting, began_ns: None,
         broke: Callable[[str], None] = lambda reason: None,
         max_frames: int = SEND_QUEUE_FRAMES,
         max_bytes: int = SEND_QUEUE_BYTES,
@@ -77,8 +77,10 @@ class Outbox:
         Whether it was its turn at once. LinkError after `timeout_s`, or once the link has ended. On the loop's own
         thread it never waits: that would stop what makes room.
         """
-        queued = Queued(frame, parting)
         with self._lock:
+            if self._idle and len(frame) <= RECORD_BYTES and self._write_at_once(frame, parting):
+                return True
+            queued = Queued(frame, parting)
             if self._frames and not self._ended and not self._fits(len(frame)):
                 self._wait_for_room(len(frame), timeout_s)
             if self._ended:
@@ -152,6 +154,22 @@ class Outbox:
 
     # ---- with the lock held -----------------------------------------------------------------------------------------
 
+    @property
+    def _idle(self) -> bool:
+        """Nothing is under way or waits, and more may come."""
+        return not (self._now or self._frames or self._said or self._due or self._ended or self._detached)
+
+    def _write_at_once(self, frame: bytes, parting: Parting | None) -> bool:
+        """What `put` does in nearly all cases, in few words; False: the connection is full, or broken."""
+        began_ns = 0 if parting is None else perf_counter_ns()
+        try:
+            written = self._connection.write(frame)
+        except OSError:
+            return False  # the next to write will see it again
+        if written:
+            self._sent(parting, began_ns)
+        return written
+
     def _write(self, budget: int) -> bool:
         """Whether nothing is left."""
         while self._now is not None or self._said or self._frames:
@@ -159,7 +177,8 @@ class Outbox:
                 return self._detached
             if self._now is None:
                 self._next()
-            record = self._rest[:RECORD_BYTES]
+            rest = self._rest
+            record = rest if len(rest) <= RECORD_BYTES else rest[:RECORD_BYTES]
             try:
                 if not self._connection.write(record):
                     return False
@@ -168,10 +187,11 @@ class Outbox:
                 self._detached = True
                 self._soon(self._give_up)
                 return True
-            budget -= len(record)
-            self._rest = self._rest[len(record) :]
-            if not self._rest:
+            if record is rest:
                 self._done()
+            else:
+                budget -= len(record)
+                self._rest = rest[len(record) :]
         return True
 
     def _next(self) -> None:
@@ -187,13 +207,12 @@ class Outbox:
 
     def _begin(self, queued: Queued) -> None:
         self._now, self._rest = queued, memoryview(queued.data)
-        if queued.parting is not None:
-            self._began_ns = perf_counter_ns()
+        self._began_ns = 0 if queued.parting is None else perf_counter_ns()
 
     def _done(self) -> None:
         done, self._now = self._now, None
-        if done is not None and done.frame and (behind := self._sent(done, self._began_ns)) is not None:
-            self._said += behind
+        if done is not None and done.frame:
+            self._sent(done.parting, self._began_ns)
 
     def _end(self, reason: str, discard: bool) -> None:
         if not self._ended:
