@@ -316,6 +316,31 @@ async def test_without_epoll_the_loop_reads(nodes: list[Node], monkeypatch: pyte
     await taker.end()
 
 
+async def test_a_thread_that_never_waits_leaves_no_sender_without_an_answer(nodes: list[Node]) -> None:
+    """A PING comes with a frame that keeps the thread at work: its answer, and each sign of life, go without it."""
+    one, two, _ = nodes
+    go_on = threading.Event()
+    taker = Taker(two.plane.lead, work=lambda: go_on.wait(WAIT_S))
+    expect(two, one, taker)
+    timed: asyncio.Queue[tuple[int, float]] = asyncio.Queue()
+    who = two.identity
+    link = await one.plane.connect(
+        who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, DEPLOYMENT, 3, 1,
+        lambda nbytes, seconds: timed.put_nowait((nbytes, seconds)),
+    )  # fmt: skip
+    async with asyncio.timeout(WAIT_S):
+        await asyncio.to_thread(until_it_waits, two.plane.lead)
+        while not link.timing.wanted:
+            await timed.get()
+        link.send(frame(0))
+        await taker.until(1)
+        while (await timed.get())[0] == 0:
+            pass
+    assert not go_on.is_set() and not link.closed
+    go_on.set()
+    await taker.end()
+
+
 class Dry:
     """What a thread does meanwhile: again and again, until it is told to stop, or for too long on purpose."""
 

@@ -12,7 +12,6 @@ import math
 import os
 import select
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -76,7 +75,7 @@ class Lead(Readers):
         super().__init__(loop)
         self.waits = False  # somebody leads and sleeps: `wake` is due
         self._reads: dict[int, Read] = {}
-        self._later: deque[Callable[[], object]] = deque()
+        self._later: dict[Callable[[], object], None] = {}  # each once, in their order
         self._rehearse: Callable[[], object] | None = None
         self._guard = threading.Lock()
         self._led = self._closed = self._released = False
@@ -96,7 +95,7 @@ class Lead(Readers):
                 self._inner.unregister(fd)
 
     def later(self, call: Callable[[], object]) -> None:
-        self._later.append(call)
+        self._later[call] = None
 
     def again(self, rehearse: Callable[[], object]) -> None:
         self._rehearse = rehearse
@@ -111,7 +110,9 @@ class Lead(Readers):
     def wait(self, nothing: Nothing, meanwhile: Meanwhile | None = None) -> None:
         """Read, in this thread, all that comes in, as long as there is `nothing` else; or until closed."""
         while self._later:
-            self._later.popleft()()
+            call = next(iter(self._later))
+            del self._later[call]
+            call()
         if not nothing() or not self._take():
             return
         try:

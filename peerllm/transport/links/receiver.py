@@ -169,7 +169,11 @@ class Receiver:
         self._gone.set()
 
     def _beat(self) -> None:
-        if not self._over and not self._outbox.busy:
+        if self._over:
+            return
+        if self._outbox.busy:
+            self._outbox.flush()  # an answer left to a thread that has not come to wait since
+        else:
             self._outbox.say(control(PONG, b"", masked=False))
 
     def _hold_back(self, rest: Awaitable[None], since_ns: int) -> None:
