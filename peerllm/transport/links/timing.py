@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 # Timed after each beat: single frames tell little where a processor is taken away now and then, but each that is timed
 # takes 0.1 ms longer than others. So many while little is known of a link, then fewer.
-FRAMES, LATER = 8, 2
+FRAMES, LATER = 8, 4
 KNOWN = 64  # frames timed
 LOST_S = 30.0  # an answer later than this is not waited for
 KEPT_PINGS = 32  # PINGs alone that the clocks are compared by
