@@ -31,7 +31,7 @@ from peerllm.engine.messages import (
 )
 from peerllm.engine.place import BROKEN
 from peerllm.engine.stages import Stage, steps_only
-from peerllm.engine.telling import Telling
+from peerllm.engine.telling import SHORT_MS, Telling
 from peerllm.engine.trace import Recorder
 from peerllm.engine.warmth import Warmth
 from peerllm.engine.way import Outlet
@@ -126,6 +126,12 @@ class Compute:
     def run(self) -> None:
         """Until the inbox is closed."""
         torch.set_num_threads(self._threads)
+        try:
+            self._run()
+        finally:  # whatever ended it, tokens that came back did come
+            self._tell.flush()
+
+    def _run(self) -> None:
         with torch.inference_mode():
             batch, spent = None, 0.0
             while (events := self.inbox.take(wait=batch is None)) is not None:
@@ -137,12 +143,15 @@ class Compute:
                 batch = self._schedule.next()
                 if self._recorder.on:
                     self._recorder.lap("take in")
-                if batch is not None:
-                    self._compute(*batch, started)
-                else:
+                if batch is None or not self._is_short(*batch):
                     self._tell.flush()
-                # What came without work to do counts towards the next pass.
-                spent = 0.0 if batch is not None else time.perf_counter() - started
+                if batch is not None:
+                    kept = len(self._tell)
+                    self._compute(*batch, started)
+                    started = time.perf_counter()
+                    self._tell.flush(kept)  # not what came of this pass: that is about to begin the next one
+                # What came without work to do, and telling, count towards the next pass.
+                spent = time.perf_counter() - started
             for deployment in self._deployments.values():
                 deployment.close("the engine is stopping")
             self._deployments.clear()
@@ -169,9 +178,13 @@ class Compute:
         if self._recorder.on:
             self._recorder.lap("hand on", identity)
         self._warmth.ended(stage, steps_only(batch))
-        took = time.perf_counter() - started
-        stage.paced(batch, took)
-        self._tell.computed(took)
+        stage.paced(batch, time.perf_counter() - started)
+
+    def _is_short(self, key: StageKey, batch: list[Piece]) -> bool:
+        """Whether this pass will be over so soon that what is kept can wait for it."""
+        identity, index = key
+        stage = self._deployments[identity].stages[index]
+        return steps_only(batch) and stage.pace_ms(len(batch)) < SHORT_MS
 
     def _handle(self, event: Event) -> None:
         match event:

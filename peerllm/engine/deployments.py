@@ -1,6 +1,6 @@
 """One deployment on this engine: the parcels of its sequences, moved between its stages, its links and its source.
 
-Compute thread only. What leaves the device goes to an `Outlet`, what the daemon shall hear to `tell`.
+Compute thread only. What leaves the device goes by a `Way`, what the daemon shall hear to `tell`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Deployment:
         tell: Callable[[FromEngine], None],
         mention: Callable[[FromEngine], None] | None = None,
     ) -> None:
-        """`mention`: what may be told after the pass that is about to begin."""
+        """`mention` hears what may be told after the pass that is about to begin (ADR 15); by itself `tell` does."""
         self.id, self.epoch, self.count = spec.deployment, spec.epoch, spec.stages
         self.stages: dict[int, Stage] = {}
         self._most_waiting = window_tokens(spec.stages, spec.chunk) + spec.slots  # at one stage, by the source's window
@@ -75,9 +75,7 @@ class Deployment:
 
     def linked(self, outlets: Mapping[int, Outlet]) -> None:
         """The links stand; if some broke before, whatever was under way on them is gone."""
-        self._ways = {
-            stage: Way(outlet, self.id, self.epoch, stage + 1) for stage, outlet in outlets.items()
-        }
+        self._ways = {stage: Way(outlet, self.id, self.epoch, stage + 1) for stage, outlet in outlets.items()}
         self._reported.clear()
         if not self.broken:
             return
@@ -162,7 +160,7 @@ class Deployment:
         if feed is not None:
             self._turns.due(feed)
         if tokens is not None:
-            # The first and the last are waited for; and alone this device has no time in which it waits for others.
+            # An answer's first and last are waited for; and without others to wait for there is no better time later.
             if tokens.finish is None and tokens.start and self._ways:
                 self._mention(tokens)
             else:

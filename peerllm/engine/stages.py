@@ -57,6 +57,10 @@ class Stage:
         told = ((size, mean, variance) for size, (_, mean, variance) in sorted(self._paces.items()))
         return tuple((size, math.sqrt(variance) / mean) for size, mean, variance in told if variance > 0 < mean)
 
+    def pace_ms(self, sequences: int) -> float:
+        """Mean time of a batch of steps of so many; infinite before the first."""
+        return self._paces[sequences][1] if sequences in self._paces else math.inf
+
     def paced(self, batch: Sequence[Piece], seconds: float) -> None:
         """The compute thread was at `batch` for so long, all told; prompts are not counted."""
         if not steps_only(batch):

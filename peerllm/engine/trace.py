@@ -30,7 +30,8 @@ MAX_SECONDS = 600  # a recording that nobody ends ends by itself
 SHOWN_NS = 50_000  # a link's queue that takes a frame faster than this is not worth a span
 
 Pieces = tuple[tuple[int, int, int, int], ...]
-# A Span's fields in their order, which is one only when it is asked for: what is recorded is not to take time.
+# A Span's fields, name, start, end (2), kind, stage, device, frame, bytes, queued, pieces (9): it becomes one only when
+# it is asked for, as recording is not to take time.
 Fields = tuple[SpanName, int, int, SpanKind, int, DeviceId, int, int, int, Pieces]
 _KINDS: dict[FrameKind, SpanKind] = {
     FrameKind.ACTIVATION: "activation",
@@ -98,10 +99,11 @@ class Recorder(Watch):
                 raise RefusedError("nothing is recorded here; the plan may have changed meanwhile")
             if recording.running:
                 self._end(deployment, recording)
-            spans = tuple(Span(*recording.kept.popleft()) for _ in range(min(MAX_PART, len(recording.kept))))
+            part = [recording.kept.popleft() for _ in range(min(MAX_PART, len(recording.kept)))]
             if not recording.kept:
                 self._drop(deployment)
-            return spans, len(recording.kept), recording.lost
+            left, lost = len(recording.kept), recording.lost
+        return tuple(Span(*fields) for fields in part), left, lost
 
     def forget(self, deployment: DeploymentId) -> None:
         """The deployment is gone from here, and with it what was recorded of it."""
@@ -201,4 +203,5 @@ def _seen_by(deployment: DeploymentId, spans: Iterable[tuple[DeploymentId, Field
         if owner in ("", deployment):
             yield span
         elif span[0] in ("pass", "hand on"):
-            yield ("another model", *span[1:3], "", -1, *span[5:9], ())
+            _, start, end, *_ = span
+            yield ("another model", start, end, "", -1, "", 0, 0, 0, ())

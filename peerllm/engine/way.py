@@ -11,10 +11,16 @@ from collections.abc import Sequence
 from ctypes import string_at
 from typing import Protocol
 
+import torch
+
 from peerllm.engine.batching import Piece
 from peerllm.engine.wire import NO_TOKEN, SAMPLE, Activation, Drawn, Parcel, to_frame
 from peerllm.transport.frames import Frame
+from peerllm.transport.links import DIRECT_BYTES
 from peerllm.types import DeploymentId, DeviceId
+
+_ID = struct.Struct("<q")
+Form = tuple[int, torch.Size | None, torch.dtype | None]  # pieces; frames of one form differ in numbers alone
 
 
 class Outlet(Protocol):
@@ -32,7 +38,7 @@ class Way:
     def __init__(self, outlet: Outlet, deployment: DeploymentId, epoch: int, stage: int) -> None:
         self._outlet = outlet
         self._where = deployment, epoch, stage
-        self._form: object = None  # of what went last: frames of one form differ in numbers alone
+        self._form: Form | None = None  # of what went last
 
     @property
     def device(self) -> DeviceId:
@@ -50,12 +56,14 @@ class Way:
         self._form = form
 
 
-def _form(parcel: Parcel) -> object:
+def _form(parcel: Parcel) -> Form | None:
     """None: each is built anew."""
     if isinstance(parcel, Activation):
         hidden = parcel.hidden
-        return (len(parcel.pieces), hidden.shape, hidden.dtype) if hidden.is_cpu and hidden.is_contiguous() else None
-    return len(parcel.pieces) if isinstance(parcel, Drawn) else None
+        if hidden.nbytes > DIRECT_BYTES or not hidden.is_cpu or not hidden.is_contiguous():
+            return None
+        return len(parcel.pieces), hidden.shape, hidden.dtype
+    return (len(parcel.pieces), None, None) if isinstance(parcel, Drawn) else None
 
 
 def _numbers(pieces: Sequence[Piece]) -> list[int]:
@@ -70,6 +78,3 @@ def _payload(parcel: Activation | Drawn) -> bytes:
     if isinstance(parcel, Activation):
         return string_at(parcel.hidden.data_ptr(), parcel.hidden.nbytes)
     return b"".join([_ID.pack(NO_TOKEN if token is None else token) for token in parcel.tokens])
-
-
-_ID = struct.Struct("<q")

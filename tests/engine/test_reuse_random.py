@@ -28,7 +28,7 @@ from peerllm.engine.stages import Stage
 from peerllm.engine.states import LayerState
 from peerllm.engine.wire import Opened, Released, from_frame, source_limits, stage_limits
 from peerllm.errors import EngineError, LinkError
-from peerllm.transport.frames import Again, Frame, FrameRefused, again, decode, encode, encode_buffers
+from peerllm.transport.frames import Frame, FrameRefused, Template, decode, encode, encode_buffers, template_of
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, stage
 
@@ -110,20 +110,20 @@ class Wire:
     def __init__(self) -> None:
         self.frames: deque[bytes] = deque()
         self.cut = False
-        self._again: Again | None = None
+        self._template: Template | None = None
 
     def send(self, frame: Frame) -> None:
         if self.cut:
             raise LinkError("cut")
         self.frames.append(encode(frame))
-        self._again = again(b"", encode_buffers(frame), frame)
+        self._template = template_of(b"", encode_buffers(frame), frame)
 
     def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
         if self.cut:
             raise LinkError("cut")
-        if self._again is None:
+        if self._template is None:
             return False
-        self.frames.append(self._again.filled(segments, payload))
+        self.frames.append(self._template.filled(segments, payload))
         return True
 
 

@@ -13,7 +13,8 @@ from peerllm.engine.batching import Piece
 from peerllm.engine.way import Way
 from peerllm.engine.wire import Activation, Drawn, Opened, Parcel, Released, Rounded, shorten, to_frame
 from peerllm.errors import LinkError
-from peerllm.transport.frames import Again, Frame, again, encode, encode_buffers
+from peerllm.transport.frames import Frame, Template, encode, encode_buffers, template_of
+from peerllm.transport.links import DIRECT_BYTES
 from peerllm.types import Sampling
 
 DEPLOYMENT, EPOCH, STAGE, HIDDEN = "ab" * 16, 3, 2, 8
@@ -28,13 +29,13 @@ class Kept:
         self.frames: list[bytes] = []
         self.again = 0
         self.refuses = self.cut = False
-        self._last: Again | None = None
+        self._last: Template | None = None
 
     def send(self, frame: Frame) -> None:
         if self.cut:
             raise LinkError("cut")
         self.frames.append(encode(frame))
-        self._last = again(b"", encode_buffers(frame), frame)
+        self._last = template_of(b"", encode_buffers(frame), frame)
 
     def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
         if self.refuses or self._last is None:
@@ -98,7 +99,15 @@ def test_steps_are_not_built_anew() -> None:
     way.send(step(6, 2))
     way.send(step(7, 2))
     assert outlet.again == 5
-    assert isinstance(shorten(step(8))[0], Rounded)
+    for position in (8, 9):
+        shortened = shorten(step(position, 2))[0]
+        assert isinstance(shortened, Rounded)
+        way.send(shortened)
+    assert outlet.again == 5, "two payloads"
+    large = Activation(step(10).pieces, torch.zeros(1, DIRECT_BYTES))
+    way.send(large)
+    way.send(large)
+    assert outlet.again == 5 and len(outlet.frames) == 13, "nor is a large one copied in vain"
 
 
 def test_a_frame_that_was_not_sent_is_none_to_go_by() -> None:

@@ -15,10 +15,10 @@ from peerllm.transport.frames import (
     FrameSegment,
     NamedTensor,
     Rule,
-    again,
     decode,
     encode,
     encode_buffers,
+    template_of,
 )
 from peerllm.transport.frames.layout import HEADER, SEGMENT
 from tests.transport.frames_support import LIMITS, changed_frames, frames
@@ -66,9 +66,9 @@ def test_the_same_comes_out_whatever_came_before(data: st.DataObject) -> None:
 @settings(max_examples=400, deadline=None)
 def test_a_frame_sent_again_has_the_bytes_of_one_made_anew(data: st.DataObject) -> None:
     first = data.draw(frames())
-    last = again(b"before", encode_buffers(first), first)
+    last = template_of(b"before", encode_buffers(first), first)
     if last is None:
-        assert len(first.tensors) != 1 or len(encode(first)) % 8 == 0
+        assert len(first.tensors) != 1 or first.tensors[0].data.nbytes % 8
         return
     numbers = st.integers(0, 2**32 - 1)
     segments = tuple(

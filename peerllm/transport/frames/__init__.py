@@ -11,10 +11,9 @@ from peerllm.transport.frames.model import (
     NamedTensor,
     SegmentFlag,
 )
-from peerllm.transport.frames.repeated import Again, Decoder, again
+from peerllm.transport.frames.repeated import Decoder, Template, template_of
 
 __all__ = [
-    "Again",
     "DType",
     "Decoder",
     "Frame",
@@ -25,9 +24,10 @@ __all__ = [
     "NamedTensor",
     "Rule",
     "SegmentFlag",
+    "Template",
     "TensorLimit",
-    "again",
     "decode",
     "encode",
     "encode_buffers",
+    "template_of",
 ]

@@ -53,7 +53,7 @@ class Decoder:
         return frame
 
 
-class Again:
+class Template:
     """A frame that was sent, to be sent with other segments and another payload: the rest of its bytes is kept."""
 
     def __init__(self, before: bytes, header: bytes | memoryview, frame: Frame) -> None:
@@ -78,11 +78,11 @@ class Again:
             raise ValueError(f"segments {segments}: {error}") from error
 
 
-def again(before: bytes, buffers: Sequence[bytes | memoryview], frame: Frame) -> Again | None:
+def template_of(before: bytes, buffers: Sequence[bytes | memoryview], frame: Frame) -> Template | None:
     """Of what `encode_buffers` made of `frame`; None unless that is a header and one payload, without padding."""
     if len(frame.tensors) != 1 or len(buffers) != 2:
         return None
-    return Again(before, buffers[0], frame)
+    return Template(before, buffers[0], frame)
 
 
 @lru_cache

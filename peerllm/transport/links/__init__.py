@@ -3,12 +3,13 @@
 from peerllm.transport.links.echo import MAX_ECHO_BYTES, Timed
 from peerllm.transport.links.lead import Lead, Meanwhile
 from peerllm.transport.links.link import Link
-from peerllm.transport.links.outbox import SEND_QUEUE_BYTES, SEND_QUEUE_FRAMES, SEND_TIMEOUT_S, Outbox
+from peerllm.transport.links.outbox import DIRECT_BYTES, SEND_QUEUE_BYTES, SEND_QUEUE_FRAMES, SEND_TIMEOUT_S, Outbox
 from peerllm.transport.links.plane import DataPlane, OnLost
 from peerllm.transport.links.receiver import Deliver, Ingress
 from peerllm.transport.links.watch import Parting, Watch
 
 __all__ = [
+    "DIRECT_BYTES",
     "MAX_ECHO_BYTES",
     "SEND_QUEUE_BYTES",
     "SEND_QUEUE_FRAMES",

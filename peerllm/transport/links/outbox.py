@@ -160,12 +160,13 @@ class Outbox:
         return not (self._now or self._frames or self._said or self._due or self._ended or self._detached)
 
     def _write_at_once(self, frame: bytes, parting: Parting | None) -> bool:
-        """What `put` does in nearly all cases, in few words; False: the connection is full, or broken."""
+        """What `put` does in nearly all cases, in few words; False: the connection is full. LinkError if it breaks."""
         began_ns = 0 if parting is None else perf_counter_ns()
         try:
             written = self._connection.write(frame)
-        except OSError:
-            return False  # the next to write will see it again
+        except OSError as error:
+            self._breaks(error)
+            raise LinkError(f"the link has ended: {self._ended}") from error
         if written:
             self._sent(parting, began_ns)
         return written
@@ -183,16 +184,20 @@ class Outbox:
                 if not self._connection.write(record):
                     return False
             except OSError as error:
-                self._end(f"cannot send: {error}", discard=True)
-                self._detached = True
-                self._soon(self._give_up)
+                self._breaks(error)
                 return True
+            budget -= len(record)
             if record is rest:
                 self._done()
             else:
-                budget -= len(record)
                 self._rest = rest[len(record) :]
         return True
+
+    def _breaks(self, error: OSError) -> None:
+        """Nothing can be written any more."""
+        self._end(f"cannot send: {error}", discard=True)
+        self._detached = True
+        self._soon(self._give_up)
 
     def _next(self) -> None:
         if self._said:

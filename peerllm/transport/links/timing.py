@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 # Timed after each beat: single frames tell little where a processor is taken away now and then, but each that is timed
 # takes 0.1 ms longer than others. So many while little is known of a link, then fewer.
-FRAMES, LATER = 8, 4
+FRAMES, FRAMES_KNOWN = 8, 4
 KNOWN = 64  # frames timed
 LOST_S = 30.0  # an answer later than this is not waited for
 KEPT_PINGS = 32  # PINGs alone that the clocks are compared by
@@ -70,7 +70,10 @@ class Timing:
         self._handed_over: float | None = None  # when the sender of the frame that is timed was free again
 
     def ask(self, nbytes: int, since: float) -> bytes | None:
-        """What to PING with right behind a frame of so many bytes, which begins to be handed over at `since`."""
+        """What to PING with right behind a frame of so many bytes, which begins to be handed over at `since`.
+
+        None while an answer is under way.
+        """
         self.wanted = False
         self._handed_over = None
         with self._lock:
@@ -105,7 +108,7 @@ class Timing:
             return
         round_trip = now - asked.since
         self._compared.append(Compared(now, round_trip, answered - (asked.since + now) / 2))
-        self.wanted, self._left = True, FRAMES if self._timed < KNOWN else LATER
+        self.wanted, self._left = True, FRAMES if self._timed < KNOWN else FRAMES_KNOWN
         self._on_timed(0, round_trip)
 
     def _ahead(self, now: float) -> float:
