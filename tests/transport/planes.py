@@ -54,6 +54,14 @@ def expect(node: Node, sender: Node, limits: FrameLimits = LIMITS) -> None:
     )
 
 
-async def connect(sender: Node, receiver: Node, stage: int = 1, hosts: tuple[str, ...] = ("127.0.0.1",)) -> Link:
-    who = receiver.identity
-    return await sender.plane.connect(who.device, who.certificate_pem, hosts, receiver.plane.port, DEPLOYMENT, 3, stage)
+async def connect(
+    sender: Node,
+    receiver: Node,
+    stage: int = 1,
+    hosts: tuple[str, ...] = ("127.0.0.1",),
+    timed: asyncio.Queue[tuple[int, float]] | None = None,
+) -> Link:
+    """`timed` gets how long frames took: (bytes, seconds)."""
+    who, port = receiver.identity, receiver.plane.port
+    heard = None if timed is None else (lambda nbytes, seconds: timed.put_nowait((nbytes, seconds)))
+    return await sender.plane.connect(who.device, who.certificate_pem, hosts, port, DEPLOYMENT, 3, stage, heard)

@@ -323,11 +323,7 @@ async def test_a_thread_that_never_waits_leaves_no_sender_without_an_answer(node
     taker = Taker(two.plane.lead, work=lambda: go_on.wait(WAIT_S))
     expect(two, one, taker)
     timed: asyncio.Queue[tuple[int, float]] = asyncio.Queue()
-    who = two.identity
-    link = await one.plane.connect(
-        who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, DEPLOYMENT, 3, 1,
-        lambda nbytes, seconds: timed.put_nowait((nbytes, seconds)),
-    )  # fmt: skip
+    link = await connect(one, two, timed=timed)
     async with asyncio.timeout(WAIT_S):
         await asyncio.to_thread(until_it_waits, two.plane.lead)
         while not link.timing.wanted:

@@ -507,11 +507,7 @@ async def test_frames_in_use_are_timed(nodes: list[Node], monkeypatch: pytest.Mo
     monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
     expect(two, one)
     timed: asyncio.Queue[tuple[int, float]] = asyncio.Queue()
-    who = two.identity
-    link = await one.plane.connect(
-        who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, DEPLOYMENT, 3, 1,
-        lambda nbytes, seconds: timed.put_nowait((nbytes, seconds)),
-    )  # fmt: skip
+    link = await connect(one, two, timed=timed)
     frame = activation(tokens=3)
     async with asyncio.timeout(WAIT_S):
         while (await timed.get())[0] == 0:  # a PING alone comes first, then the next frame is timed
