@@ -1,0 +1,136 @@
+"""Loading a shard: its weights from safetensors, tensor by tensor, into graphs as large as the promised memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peerllm.engine.base import Progress
+from peerllm.engine.graph.describe import Described
+from peerllm.engine.graph.nodes import make_pool
+from peerllm.engine.graph.shard import Embedding, GraphShard, Span, make_embedding, make_head, make_span
+from peerllm.engine.graph.slots import room_of, token_bytes
+from peerllm.engine.graph.tensors import Checkpoint, Tensors
+from peerllm.engine.memory import return_memory
+from peerllm.engine.messages import LoadStage
+from peerllm.errors import BadInputError, RefusedError
+from peerllm.types import BITS, PACKING_COPIES
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a model a shard holds, and in which form."""
+
+    described: Described
+    first_layer: int
+    last_layer: int
+    slots: int
+    context: int
+    quantize: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_layer <= self.last_layer <= self.head:
+            raise BadInputError(f"layers {self.first_layer}..{self.last_layer} of a model whose last is {self.head}")
+
+    @property
+    def head(self) -> int:
+        return len(self.described.blocks) + 1
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.quantize] if self.quantize else 0
+
+    @property
+    def half(self) -> bool:
+        """Keys and values are kept in float16 where weights are rounded anyway."""
+        return bool(self.bits)
+
+    @property
+    def numbers(self) -> range:
+        """Its blocks, numbered from 0."""
+        return range(max(self.first_layer, 1) - 1, min(self.last_layer, self.head - 1))
+
+    @property
+    def block_bytes(self) -> list[int]:
+        return [self.described.blocks[number].nbytes(self.bits) for number in self.numbers]
+
+    @property
+    def head_bytes(self) -> int:
+        return self.described.head.nbytes(self.bits) if self.last_layer == self.head else 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.block_bytes) + self.head_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        blocks = [self.described.blocks[number].block.attention for number in self.numbers]
+        return sum(
+            self.slots * room_of(about.window, self.context) * token_bytes(about, self.half) for about in blocks
+        )
+
+    def spans(self) -> list[range]:
+        """Its blocks in runs, each a graph.
+
+        While a graph is made its weights are there twice and more. There is room for that where keys and values will
+        lie later, and as much as the largest layer takes is part of every promise (planner/memory.py).
+        """
+        sizes = self.block_bytes
+        most = max([*sizes, self.head_bytes, int(self.kv_bytes / PACKING_COPIES)], default=0)
+        runs: list[range] = []
+        start, taken = self.numbers.start, 0
+        for number, size in zip(self.numbers, sizes, strict=True):
+            if number > start and taken + size > most:
+                runs.append(range(start, number))
+                start, taken = number, 0
+            taken += size
+        return [*runs, range(start, self.numbers.stop)] if sizes else []
+
+
+def load_shard(described: Described, spec: LoadStage, threads: int, progress: Progress) -> GraphShard:
+    """Layers spec.first_layer..last_layer from the files that spec.tensors names; ModelError if they do not fit."""
+    shape = Shape(described, spec.first_layer, spec.last_layer, spec.slots, spec.context, spec.quantize)
+    if spec.limit_bytes is not None and shape.weight_bytes + shape.kv_bytes > spec.limit_bytes:
+        held = f"weights of {shape.weight_bytes} bytes and KV of {shape.kv_bytes}"
+        raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")
+    total = max(1, sum(tensor.nbytes for tensor in spec.tensors))
+    done = 0
+
+    def count(read: int) -> None:
+        nonlocal done
+        done = min(done + read, total)
+        progress(done, total)
+
+    checkpoint = Checkpoint(spec.tensors, count)
+    embedding = None
+    if shape.first_layer == 0:
+        name = f"{described.embedding}.weight"
+        positions = described.positions and checkpoint.floats(f"{described.positions}.weight", slice(None))
+        embedding = make_embedding(described.model, checkpoint.mapped(name), positions, spec.context)
+    shard = build(shape, checkpoint, embedding, threads, spec.chunk)
+    progress(total, total)
+    return shard
+
+
+def build(
+    shape: Shape, tensors: Tensors, embedding: Embedding | None, threads: int, chunk: int
+) -> GraphShard:
+    """The shard, graph by graph."""
+    make_pool(threads)
+    described, bits = shape.described, shape.bits
+    spans: list[Span] = []
+    for run in shape.spans():
+        own = [described.blocks[number] for number in run]
+        spans.append(make_span(described.model, run, own, tensors, bits, shape.context, shape.half))
+        return_memory()
+    head = None
+    if shape.last_layer == shape.head:
+        product = described.head
+        head = make_head(described.model.head, described.model.hidden, product, described.norm, tensors, bits)
+        return_memory()
+    return GraphShard(
+        described.model, shape.first_layer, shape.last_layer, shape.slots, shape.context, shape.half,
+        embedding, spans, head, shape.weight_bytes, chunk,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Building a graph for onnxruntime: operators in the order they run, weights in memory that is handed over."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnxruntime
+from onnx import TensorProto, helper
+
+CONTRIB = "com.microsoft"
+INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products of 8-bit numbers, sums exact
+KINDS = {
+    np.dtype("float32"): 1, np.dtype("uint8"): 2, np.dtype("int32"): 6, np.dtype("int64"): 7, np.dtype("float16"): 10,
+}  # fmt: skip
+OPSET, IR = 17, 8
+INLINE_BYTES = 1024  # smaller weights stand in the model itself
+_pool = threading.Lock()
+_pool_made = False
+
+
+def make_pool(threads: int) -> None:
+    """Give onnxruntime its threads, shared by every session of the process; the first caller's number holds."""
+    global _pool_made  # noqa: PLW0603  # onnxruntime keeps one pool for the process, made once
+    with _pool:
+        if not _pool_made:
+            onnxruntime.set_global_thread_pool_sizes(threads, 1)
+            _pool_made = True
+
+
+class Graph:
+    """Operators, inputs, outputs and weights of one session; dimensions may have names."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: dict[str, Any] = {}
+        self._outputs: list[Any] = []
+        self._weights: dict[str, np.ndarray[Any, Any]] = {}
+        self._fresh = 0
+
+    def input(self, name: str, *shape: int | str, dtype: Any = np.float32) -> str:
+        """An input; asking for the same name twice is asking once."""
+        self._inputs.setdefault(name, helper.make_tensor_value_info(name, KINDS[np.dtype(dtype)], shape))
+        return name
+
+    def output(self, name: str, *shape: int | str, dtype: Any = np.float32) -> None:
+        self._outputs.append(helper.make_tensor_value_info(name, KINDS[np.dtype(dtype)], shape))
+
+    def weight(self, array: np.ndarray[Any, Any]) -> str:
+        """An array that the session keeps."""
+        name = self._name("w")
+        self._weights[name] = np.ascontiguousarray(array)
+        return name
+
+    def shape(self, *sizes: int) -> str:
+        """A constant list of whole numbers."""
+        return self.weight(np.array(sizes, np.int64))
+
+    def number(self, value: float) -> str:
+        """A constant in float32."""
+        return self.weight(np.array(value, np.float32))
+
+    def add(self, kind: str, *inputs: str, domain: str = "", output: str = "", **attributes: Any) -> str:
+        """An operator with one output, whose name is returned."""
+        output = output or self._name(kind)
+        self._nodes.append(helper.make_node(kind, inputs, [output], domain=domain, **attributes))
+        return output
+
+    def several(self, kind: str, *inputs: str, outputs: Sequence[bool], domain: str = "", **attributes: Any) -> list[str]:
+        """An operator of which some `outputs` are wanted; those that are not have the name ''."""
+        names = [self._name(kind) if wanted else "" for wanted in outputs]
+        self._nodes.append(helper.make_node(kind, inputs, names, domain=domain, **attributes))
+        return names
+
+    def node(self, kind: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any) -> None:
+        """An operator whose outputs have names given."""
+        self._nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
+
+    def split(self, x: str, sizes: Sequence[int]) -> list[str]:
+        """Runs of the last dimension, one after the other."""
+        return self.several("Split", x, self.shape(*sizes), outputs=[True] * len(sizes), axis=-1)
+
+    def session(self) -> onnxruntime.InferenceSession:
+        """onnxruntime's session; the weights are its own from now on."""
+        graph = helper.make_graph(self._nodes, "shard", list(self._inputs.values()), self._outputs)
+        large = {name: array for name, array in self._weights.items() if array.nbytes > INLINE_BYTES}
+        for name, array in self._weights.items():
+            if name not in large:  # onnxruntime reads shapes and the like while it makes the session
+                graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        for name, array in large.items():
+            entry = graph.initializer.add(
+                name=name, data_type=KINDS[array.dtype], dims=array.shape, data_location=TensorProto.EXTERNAL
+            )
+            entry.external_data.add(key="location", value="memory")  # handed over below, never a file
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR)
+        options = onnxruntime.SessionOptions()
+        options.use_per_session_threads = False
+        options.log_severity_level = 4
+        options.enable_cpu_mem_arena = False
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in large.values()]
+        options.add_external_initializers(list(large), values)
+        self._weights = {}
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def _name(self, kind: str) -> str:
+        self._fresh += 1
+        return f"{kind} {self._fresh}"
+
+
+class Bound:
+    """A session and the memory it reads and writes, bound by address: nothing is copied.
+
+    Arrays are contiguous; they and what they are views of must live as long as this does.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self._binding: Any = session.io_binding()
+        self._kept: dict[str, Any] = {}
+
+    def give(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        """Read at every run from now on."""
+        self._kept[name] = array
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def want(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        """Written at every run from now on."""
+        self._kept[name] = array
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]

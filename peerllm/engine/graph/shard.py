@@ -1,0 +1,265 @@
+"""A shard of a model of a known family: its blocks as a few graphs, its keys and values beside them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peerllm.engine.base import Reach, Segment
+from peerllm.engine.graph.block import BlockGraph, normalise, rope_name
+from peerllm.engine.graph.model import Head, Model
+from peerllm.engine.graph.nodes import Bound, Graph
+from peerllm.engine.graph.rotation import tables
+from peerllm.engine.graph.slots import ROLLBACK_TOKENS, Batch, KVSlots, room_of
+from peerllm.engine.graph.tensors import Floats, Tensors, as_floats
+from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
+from peerllm.errors import EngineError, ModelError
+
+MAX_BOUND = 64  # kinds of passes (sequences, tokens, place) whose memory stays bound
+LEAST_ROWS = 16  # of the buffers that blocks hand hidden states through
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Blocks first..last (numbered from 0, both included) that are one graph."""
+
+    first: int
+    last: int
+    session: Any
+
+
+class Embedding:
+    """Looks token ids up in a table that stays in its file, and adds learned positions."""
+
+    def __init__(self, table: npt.NDArray[Any], scale: float, positions: Floats | None) -> None:
+        """`table` [vocabulary, hidden]; bfloat16 as its bits. `positions` [context, hidden]."""
+        self._table, self._scale, self._positions = table, np.float32(scale), positions
+
+    def __call__(self, ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> Floats:
+        """float32 [n, hidden]; EngineError for an id that is no token."""
+        if len(ids) and not (0 <= ids.min() and ids.max() < len(self._table)):
+            raise EngineError(f"token ids lie between 0 and {len(self._table) - 1}")
+        x = as_floats(self._table[ids])
+        if self._scale != 1.0:
+            x = x * self._scale
+        return x if self._positions is None else x + self._positions[places]
+
+
+class GraphShard:
+    """See base.Shard. A pass is a batch of one token each, or one chunk of one prompt."""
+
+    def __init__(
+        self, model: Model, first_layer: int, last_layer: int, slots: int, context: int, half: bool,
+        embedding: Embedding | None, spans: Sequence[Span], head: Any, weight_bytes: int, chunk: int,
+    ) -> None:  # fmt: skip
+        """`head`: the session that makes logits, on the last shard; `half`: keys and values are float16."""
+        self.first_layer, self.last_layer = first_layer, last_layer
+        self.hidden_size, self.vocabulary = model.hidden, model.vocabulary
+        self.weight_bytes = weight_bytes
+        self.weights = {id(self): weight_bytes}
+        self.reach: Reach | None = reach_of(model)
+        self._model, self._embedding, self._spans, self._head, self._half = model, embedding, spans, head, half
+        owned = {number: model.blocks[number].attention for span in spans for number in range(span.first, span.last + 1)}
+        self._slots = KVSlots(owned, slots, context, half)
+        self.kv_bytes = sum(store.nbytes for pair in self._slots.stores.values() for store in pair)
+        self._windows = tuple(self._slots.groups)
+        self._tables = rotation_tables(model, spans, context, half)
+        self._bound: OrderedDict[tuple[int, int, int], _Pass] = OrderedDict()
+        self._buffers = self._make_buffers(max(LEAST_ROWS, min(chunk, context), slots))
+
+    def forward(self, inputs: npt.NDArray[Any], segments: Sequence[Segment]) -> npt.NDArray[Any]:
+        """Ids int64 [n] or hidden states float32 [n, hidden] to hidden states, or logits of the segments to sample."""
+        if len(segments) > 1 and any(segment.length != 1 for segment in segments):
+            raise EngineError("a pass is one token each of several sequences, or a chunk of one")
+        if len(segments) == 1 and segments[0].length > self._slots.longest:
+            return self._in_pieces(inputs, segments[0])
+        batch = self._slots.seek(segments)
+        order = list(batch.order)
+        rows = inputs if len(segments) == 1 else inputs[order]
+        first = segments[0]
+        places = np.array(
+            [range(first.position, first.position + first.length)]
+            if len(segments) == 1
+            else [[segments[row].position] for row in order],
+            np.int64,
+        )  # [b, n]
+        hidden = self._blocks(rows, places, batch)  # [b·n, hidden]
+        self._slots.advance(segments)
+        if self._head is None:
+            out = np.empty_like(hidden)
+            out[order if len(segments) > 1 else slice(None)] = hidden
+            return out
+        if len(segments) == 1:
+            wanted = [len(hidden) - 1] if first.sample else []
+        else:
+            at = {row: place for place, row in enumerate(order)}
+            wanted = [at[row] for row, segment in enumerate(segments) if segment.sample]
+        return self._logits(hidden[wanted])
+
+    def release(self, slot: int) -> None:
+        """Forget the slot's sequence."""
+        self._slots.release(slot)
+
+    def close(self) -> None:
+        """Free weights and KV; may be called twice."""
+        self._bound.clear()
+        self._spans, self._head, self._embedding = (), None, None
+        self._slots.close()
+
+    def _in_pieces(self, inputs: npt.NDArray[Any], whole: Segment) -> npt.NDArray[Any]:
+        """A chunk longer than a window's room takes."""
+        outs, longest = [], self._slots.longest
+        for start in range(0, whole.length, longest):
+            length = min(longest, whole.length - start)
+            last = start + length == whole.length
+            piece = Segment(whole.slot, whole.position + start, length, whole.sample and last)
+            outs.append(self.forward(inputs[start : start + length], [piece]))
+        return outs[-1] if self._head is not None else np.concatenate(outs)
+
+    def _blocks(self, rows: npt.NDArray[Any], places: npt.NDArray[np.int64], batch: Batch) -> Floats:
+        """[b·n, hidden] through the blocks here; what is returned is overwritten by the next pass."""
+        flat = places.reshape(-1)
+        x = self._embedding(rows, flat) if self._embedding is not None else rows
+        if x.dtype != np.float32 or x.shape != (len(flat), self.hidden_size):
+            raise EngineError(f"hidden states are float32 [{len(flat)}, {self.hidden_size}], not {x.dtype} {x.shape}")
+        if not self._spans:
+            return x
+        run = self._pass(places.shape[0], places.shape[1], batch.first)
+        run.take(x, places, batch)
+        return run.go()
+
+    def _logits(self, hidden: Floats) -> Floats:
+        """float32 [k, vocabulary]."""
+        if not len(hidden):
+            return np.empty((0, self.vocabulary), np.float32)
+        logits: Floats = self._head.run(None, {"x": np.ascontiguousarray(hidden)})[0]
+        return logits
+
+    def _pass(self, sequences: int, tokens: int, first: int) -> _Pass:
+        key = sequences, tokens, first
+        if key in self._bound:
+            self._bound.move_to_end(key)
+            return self._bound[key]
+        if sequences * tokens > len(self._buffers[0]):
+            self._bound.clear()  # they hold the smaller buffers
+            self._buffers = self._make_buffers(sequences * tokens)
+        made = self._bound[key] = _Pass(self, sequences, tokens, first)
+        if len(self._bound) > MAX_BOUND:
+            self._bound.popitem(last=False)
+        return made
+
+    def _make_buffers(self, rows: int) -> tuple[Floats, Floats]:
+        made = [np.empty((rows, self.hidden_size), np.float32) for _ in range(2)]
+        return made[0], made[1]
+
+
+class _Pass:
+    """The graphs bound to memory for `sequences` × `tokens` tokens at the places from `first` on."""
+
+    def __init__(self, shard: GraphShard, sequences: int, tokens: int, first: int) -> None:
+        shape, count = (sequences, tokens, shard.hidden_size), sequences * tokens
+        ends = [buffer[:count] for buffer in shard._buffers]
+        self._entry, self._exit = ends[0], ends[len(shard._spans) % 2]
+        self._places = np.empty((sequences, tokens), np.int64)
+        self._last = [np.empty(sequences, np.int32) for _ in shard._windows]
+        self._total = [np.empty(1, np.int32) for _ in shard._windows]
+        self._runs = []
+        windows = shard._model.windows
+        for number, span in enumerate(shard._spans):
+            bound = Bound(span.session)
+            asked = {entry.name for entry in span.session.get_inputs()}
+            given: dict[str, npt.NDArray[Any]] = {
+                "x": ends[number % 2].reshape(shape), "positions": self._places, **shard._tables,
+            }  # fmt: skip
+            for group, window in enumerate(shard._windows):
+                given[f"last {windows.index(window)}"] = self._last[group]
+                given[f"total {windows.index(window)}"] = self._total[group]
+            for block in range(span.first, span.last + 1):
+                for what, store in zip("kv", shard._slots.stores[block], strict=True):
+                    given[f"{what} {block}"] = part = store[first : first + sequences]
+                    bound.want(f"new {what} {block}", part)
+            for name in asked:
+                bound.give(name, given[name])
+            bound.want("y", ends[1 - number % 2].reshape(shape))
+            self._runs.append(bound)
+
+    def take(self, x: Floats, places: npt.NDArray[np.int64], batch: Batch) -> None:
+        """What the next run computes."""
+        self._entry[:] = x
+        self._places[:] = places
+        for mine, given in zip((*self._last, *self._total), (*batch.last, *batch.total), strict=True):
+            mine[:] = given
+
+    def go(self) -> Floats:
+        """[b·n, hidden]."""
+        for bound in self._runs:
+            bound.run()
+        return self._exit
+
+
+def reach_of(model: Model) -> Reach:
+    """Where sequences can be taken up again in all blocks of the model."""
+    rooms = [window + 2 * ROLLBACK_TOKENS for window in model.windows if window is not None]
+    return Reach(True, min(rooms, default=None), ROLLBACK_TOKENS)
+
+
+def rotation_tables(
+    model: Model, spans: Iterable[Span], context: int, half: bool
+) -> dict[str, npt.NDArray[Any]]:
+    """Cosines and sines by the graphs' names for them, those that a span asks for."""
+    asked = {entry.name for span in spans for entry in span.session.get_inputs()}
+    made: dict[str, npt.NDArray[Any]] = {}
+    for rope in model.ropes:
+        both = tables(rope, context)
+        for what, table in zip(("cos", "sin"), both, strict=True):
+            for dtype in ("float32", "float16"):
+                if (name := f"{what} {dtype} {rope_name(rope)}") in asked:
+                    made[name] = np.ascontiguousarray(table.astype(dtype))
+    return made
+
+
+def make_span(
+    model: Model, numbers: range, weights: Sequence[BlockWeights], tensors: Tensors, bits: int, context: int, half: bool
+) -> Span:
+    """Blocks `numbers` as one graph; `weights` are theirs, in order."""
+    graph = Graph()
+    x = graph.input("x", "b", "n", model.hidden)
+    for number, own in zip(numbers, weights, strict=True):
+        room = room_of(own.block.attention.window, context)
+        x = BlockGraph(graph, own, tensors, bits, context, model.windows, half).add(x, number, room)
+    graph.add("Identity", x, output="y")
+    graph.output("y", "b", "n", model.hidden)
+    return Span(numbers.start, numbers.stop - 1, graph.session())
+
+
+def make_head(about: Head, hidden: int, product: Product, norm: str, tensors: Tensors, bits: int) -> Any:
+    """The session from hidden states x [k, hidden] to logits [k, vocabulary]."""
+    graph = Graph()
+    x = graph.input("x", "k", hidden)
+    if about.norm is not None:
+        made = norm_weights(graph, tensors, about.norm, norm, (hidden,))
+        x = normalise(graph, x, about.norm, *made)
+    out = add_product(graph, x, product, tensors, bits)
+    if about.scale != 1.0:
+        out = graph.add("Mul", out, graph.number(about.scale))
+    if about.softcap:
+        cap = graph.number(about.softcap)
+        out = graph.add("Mul", graph.add("Tanh", graph.add("Div", out, cap)), cap)
+    graph.add("Identity", out, output="logits")
+    graph.output("logits", "k", product.rows)
+    return graph.session()
+
+
+def make_embedding(model: Model, table: npt.NDArray[Any], positions: Floats | None, context: int) -> Embedding:
+    """`positions`: all learned ones [rows, hidden], of which those of the context are kept."""
+    if table.shape != (model.vocabulary, model.hidden):
+        raise ModelError(f"the embedding has shape {list(table.shape)}, not [{model.vocabulary}, {model.hidden}]")
+    if positions is not None:
+        start = model.position_offset or 0
+        positions = positions[start : start + context]
+    return Embedding(table, model.embedding_scale, positions)

@@ -1,0 +1,108 @@
+"""A checkpoint's tensors as float32 rows: mapped from safetensors files, never a whole matrix in float."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from peerllm.engine.messages import TensorAt
+from peerllm.errors import ModelError
+
+Floats = npt.NDArray[np.float32]
+Rows = slice | npt.NDArray[np.int64]
+STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}  # bfloat16 as its bits
+WRAPPERS = re.compile(r"^(?:(?:model|transformer|gpt_neox|decoder)\.)+")  # what checkpoints put before the same names
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the model class's own prefixes, with which only some checkpoints are saved."""
+    return WRAPPERS.sub("", name)
+
+
+class Tensors(Protocol):
+    """Where weights come from: a checkpoint's files, or numbers made up to be timed."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """None: there is no such tensor."""
+        ...
+
+    def floats(self, name: str, rows: Rows | int, turned: bool = False) -> Floats:
+        """Those rows of a matrix (of its transpose, if `turned`), or one entry of a stack, as float32."""
+        ...
+
+
+class Checkpoint:
+    """Tensors of safetensors files by their plain names; `count` is told of bytes read."""
+
+    def __init__(self, tensors: Iterable[TensorAt], count: Callable[[int], None] = lambda read: None) -> None:
+        self._tensors = {plain_name(tensor.name): tensor for tensor in tensors}
+        self._maps: dict[str, npt.NDArray[Any]] = {}
+        self._count = count
+
+    def at(self, name: str) -> TensorAt | None:
+        """Where it lies."""
+        return self._tensors.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        tensor = self._tensors.get(name)
+        return None if tensor is None else tensor.shape
+
+    def floats(self, name: str, rows: Rows | int, turned: bool = False) -> Floats:
+        stored = self.mapped(name)
+        part = (stored.T if turned else stored)[rows]
+        self._count(part.nbytes)
+        return as_floats(part)
+
+    def mapped(self, name: str) -> npt.NDArray[Any]:
+        """The file's own numbers (bfloat16 as its bits): its pages are the system's, no memory of ours."""
+        if name not in self._maps:
+            tensor = self._tensors.get(name)
+            if tensor is None:
+                raise ModelError(f"tensor {name} is missing from the model's files")
+            dtype = STORED.get(tensor.dtype)
+            if dtype is None:
+                raise ModelError(f"tensor {name} holds {tensor.dtype}, which is not computed with")
+            try:
+                if Path(tensor.path).stat().st_size < tensor.offset + tensor.nbytes:
+                    raise ModelError(f"{Path(tensor.path).name} ends in the middle of tensor {name}; fetch it again")
+                self._maps[name] = np.memmap(tensor.path, dtype, "r", tensor.offset, tensor.shape)
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{Path(tensor.path).name} cannot be read: {error}") from error
+        return self._maps[name]
+
+    def let_go(self, name: str) -> None:
+        """Its pages may leave memory."""
+        self._maps.pop(name, None)
+
+
+class MadeUp:
+    """Small numbers about zero for tensors of given shapes: timing depends on shapes alone."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self._drawn = (np.random.default_rng(0).random(1 << 16, np.float32) - 0.5) * 0.1
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self._shapes.get(name)
+
+    def floats(self, name: str, rows: Rows | int, turned: bool = False) -> Floats:
+        shape = self._shapes[name]
+        shape = shape[::-1] if turned else shape
+        if isinstance(rows, int):
+            taken = shape[1:]
+        else:
+            count = len(rows) if not isinstance(rows, slice) else len(range(*rows.indices(shape[0])))
+            taken = (count, *shape[1:])
+        return np.resize(self._drawn, taken)
+
+
+def as_floats(part: npt.NDArray[Any]) -> Floats:
+    """float32, contiguous; bits of bfloat16 become its numbers."""
+    if part.dtype == np.uint16:
+        return (part.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.ascontiguousarray(part, dtype=np.float32)

@@ -1,0 +1,267 @@
+"""Which tensors of a checkpoint make which product of a block, and the products as operators of its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peerllm.engine.graph.model import Block, Experts, Norm
+from peerllm.engine.graph.nodes import CONTRIB, INT8_ACTIVATIONS, Graph
+from peerllm.engine.graph.rounding import block_of, rounded
+from peerllm.engine.graph.tensors import Floats, Tensors
+from peerllm.errors import ModelError
+
+PIECE_BYTES = 4 << 20  # of float32 rows that are read at once
+BLOCK_BYTES = 8  # a rounded block's scale and, which the product needs, the sum of its codes
+Names = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one tensor ("….weight", maybe with "….bias"); `turned`: they are its columns."""
+
+    tensor: str
+    count: int
+    rows: npt.NDArray[np.int64] | None = None  # which; None: all
+    turned: bool = False
+    bare: bool = False  # the tensor's name has no ".weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix [rows, columns] made of parts, multiplied with from the right. Routers stay in float32."""
+
+    parts: tuple[Part, ...]
+    columns: int
+    exact: bool = False
+
+    @property
+    def rows(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    @property
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and least shapes of the tensors it needs."""
+        for part in self.parts:
+            least = part.count if part.rows is None else int(part.rows.max()) + 1
+            shape = (self.columns, least) if part.turned else (least, self.columns)
+            yield (part.tensor if part.bare else f"{part.tensor}.weight"), shape
+
+    def nbytes(self, bits: int) -> int:
+        """What it takes in memory."""
+        block = None if self.exact else block_of(self.columns)
+        if not bits or block is None:
+            return self.rows * self.columns * 4
+        return self.rows * self.columns * bits // 8 + self.rows * (self.columns // block) * BLOCK_BYTES
+
+
+def check(tensors: Tensors, product: Product) -> None:
+    """ModelError names a tensor that is missing or has another shape."""
+    for part, (name, least) in zip(product.parts, product.tensors, strict=True):
+        found = tensors.shape(name)
+        if found is None:
+            raise ModelError(f"tensor {name} is missing from the model's files")
+        whole = part.rows is None
+        if found != least and (whole or len(found) != 2 or found[not part.turned] != least[not part.turned]
+                               or found[part.turned] < least[part.turned]):
+            raise ModelError(f"tensor {name} has shape {list(found)}; the model needs {list(least)}")
+
+
+def pieces(tensors: Tensors, product: Product) -> Iterator[tuple[int, Floats]]:
+    """Its rows in float32 [some, columns], a few MB at a time, each with the number of its first."""
+    step = max(1, PIECE_BYTES // (4 * product.columns))
+    start = 0
+    for part in product.parts:
+        name = part.tensor if part.bare else f"{part.tensor}.weight"
+        for first in range(0, part.count, step):
+            last = min(first + step, part.count)
+            rows = slice(first, last) if part.rows is None else part.rows[first:last]
+            yield start + first, tensors.floats(name, rows, part.turned)
+        start += part.count
+
+
+def bias_of(tensors: Tensors, product: Product) -> Floats | None:
+    """float32 [rows]; None if no part has one."""
+    names = [f"{part.tensor}.bias" for part in product.parts]
+    if product.parts[0].bare or not any(tensors.shape(name) for name in names):
+        return None
+    biases = []
+    for part, name in zip(product.parts, names, strict=True):
+        if tensors.shape(name) is None:
+            biases.append(np.zeros(part.count, np.float32))
+        else:
+            biases.append(tensors.floats(name, slice(None) if part.rows is None else part.rows))
+    return np.concatenate(biases)
+
+
+def add_product(graph: Graph, x: str, product: Product, tensors: Tensors, bits: int) -> str:
+    """x [..., columns] times its rows: [..., rows]."""
+    check(tensors, product)
+    rows, columns = product.rows, product.columns
+    block = None if product.exact else block_of(columns)
+    bias = bias_of(tensors, product)
+    if not bits or block is None:
+        matrix = np.empty((columns, rows), np.float32)
+        for start, some in pieces(tensors, product):
+            matrix[:, start : start + len(some)] = some.T
+        out = graph.add("MatMul", x, graph.weight(matrix))
+        return out if bias is None else graph.add("Add", out, graph.weight(bias))
+    codes = np.empty((rows, columns * bits // 8), np.uint8)
+    scales = np.empty((rows, columns // block), np.float32)
+    for start, some in pieces(tensors, product):
+        codes[start : start + len(some)], scales[start : start + len(some)] = rounded(some, bits, block)
+    inputs = [x, graph.weight(codes.reshape(rows, columns // block, -1)), graph.weight(scales.reshape(-1))]
+    if bias is not None:
+        inputs += ["", "", graph.weight(bias)]
+    return graph.add(
+        "MatMulNBits", *inputs, domain=CONTRIB,
+        K=columns, N=rows, bits=bits, block_size=block, accuracy_level=INT8_ACTIVATIONS,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """Where a block's experts lie: one tensor each (`each`: "mlp.experts.{}.gate_proj"), or stacked in one."""
+
+    gate: str
+    up: str
+    down: str
+    stacked: bool = False  # gate and up interleaved [experts, H, 2I] under `up`, down [experts, I, H], with biases
+
+    def nbytes(self, experts: Experts, hidden: int, bits: int) -> int:
+        numbers = 3 * experts.count * experts.wide * hidden
+        block = experts_block(experts, hidden, bits)
+        return numbers * 4 if block is None else numbers * bits // 8 + numbers // block * BLOCK_BYTES
+
+    def tensors(self, experts: Experts, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes."""
+        if self.stacked:
+            yield self.up, (experts.count, hidden, 2 * experts.wide)
+            yield f"{self.up}_bias", (experts.count, 2 * experts.wide)
+            yield self.down, (experts.count, experts.wide, hidden)
+            yield f"{self.down}_bias", (experts.count, hidden)
+            return
+        for number in range(experts.count):
+            yield f"{self.gate.format(number)}.weight", (experts.wide, hidden)
+            yield f"{self.up.format(number)}.weight", (experts.wide, hidden)
+            yield f"{self.down.format(number)}.weight", (hidden, experts.wide)
+
+    def first(self, tensors: Tensors, experts: Experts, number: int) -> Floats:
+        """Gate and up of one expert, interleaved [2I, H]."""
+        if self.stacked:
+            return np.ascontiguousarray(tensors.floats(self.up, number).T)
+        both = [tensors.floats(f"{name.format(number)}.weight", slice(None)) for name in (self.gate, self.up)]
+        return np.stack(both, axis=1).reshape(2 * experts.wide, -1)
+
+    def second(self, tensors: Tensors, number: int) -> Floats:
+        """Down of one expert [H, I]."""
+        if self.stacked:
+            return np.ascontiguousarray(tensors.floats(self.down, number).T)
+        return tensors.floats(f"{self.down.format(number)}.weight", slice(None))
+
+
+def experts_block(experts: Experts, hidden: int, bits: int) -> int | None:
+    """How many weights of experts share a scale; None: they stay in float32."""
+    return next((block for block in (128, 32) if bits and not hidden % block and not experts.wide % block), None)
+
+
+def add_experts(
+    graph: Graph, rows: str, scores: str, experts: Experts, stacks: Stacks, hidden: int, tensors: Tensors, bits: int
+) -> str:
+    """rows [n, H] through the experts that scores [n, experts] send them to; only those are touched."""
+    for name, shape in stacks.tensors(experts, hidden):
+        if (found := tensors.shape(name)) != shape:
+            told = "is missing" if found is None else f"has shape {list(found)}; the model needs {list(shape)}"
+            raise ModelError(f"tensor {name} {told}")
+    block = experts_block(experts, hidden, bits)
+    layers = [
+        (2 * experts.wide, hidden, lambda number: stacks.first(tensors, experts, number), f"{stacks.up}_bias"),
+        (hidden, experts.wide, lambda number: stacks.second(tensors, number), f"{stacks.down}_bias"),
+    ]
+    inputs = [rows, scores]
+    for count, columns, read, bias in layers:
+        if block is None:
+            stack = np.empty((experts.count, count, columns), np.float32)
+            for number in range(experts.count):
+                stack[number] = read(number)
+            inputs.append(graph.weight(stack))
+        else:
+            codes = np.empty((experts.count, count, columns * bits // 8), np.uint8)
+            scales = np.empty((experts.count, count, columns // block), np.float32)
+            for number in range(experts.count):
+                codes[number], scales[number] = rounded(read(number), bits, block)
+            inputs += [graph.weight(codes), graph.weight(scales)]
+        inputs.append(graph.weight(tensors.floats(bias, slice(None))) if stacks.stacked else "")
+    about: dict[str, Any] = {
+        "k": experts.used, "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": experts.alpha,
+        "activation_beta": experts.beta, "normalize_routing_weights": int(experts.normalised),
+    }  # fmt: skip
+    if experts.limit:
+        about["swiglu_limit"] = experts.limit
+    while not inputs[-1]:
+        inputs.pop()
+    if block is None:
+        return graph.add("MoE", *inputs, domain=CONTRIB, **about)
+    return graph.add("QMoE", *inputs, domain=CONTRIB, expert_weight_bits=bits, block_size=block, **about)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    """One block's tensors: its products by role, and the names of its norms and sinks by place."""
+
+    block: Block
+    hidden: int
+    products: Mapping[str, Product]
+    names: Names
+    stacks: Stacks | None = None
+
+    def nbytes(self, bits: int) -> int:
+        """What they take in memory."""
+        experts = self.block.mlp.experts
+        stacks = 0 if experts is None or self.stacks is None else self.stacks.nbytes(experts, self.hidden, bits)
+        vectors = 4 * self.hidden * len(self.block.norms)
+        return stacks + vectors + sum(product.nbytes(bits) for product in self.products.values())
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and least shapes of all that must be there (biases need not)."""
+        for product in self.products.values():
+            yield from product.tensors
+        if self.stacks is not None and self.block.mlp.experts is not None:
+            yield from self.stacks.tensors(self.block.mlp.experts, self.hidden)
+        for place, norm in self.norms():
+            if norm.weighted:
+                yield f"{self.names[place]}.weight", self.norm_shape(place)
+        if self.block.attention.sinks:
+            yield self.names["sinks"], (self.block.attention.heads,)
+
+    def norms(self) -> Iterator[tuple[str, Norm]]:
+        """Of the block and of queries and keys, by place."""
+        yield from self.block.norms
+        if self.block.attention.norm is not None:
+            yield "queries", self.block.attention.norm
+            yield "keys", self.block.attention.norm
+
+    def norm_shape(self, place: str) -> tuple[int, ...]:
+        about = self.block.attention
+        if place not in ("queries", "keys"):
+            return (self.hidden,)
+        heads = about.heads if place == "queries" else about.groups
+        return {"head": (about.width,), "each": (heads, about.width), "heads": (heads * about.width,)}[about.norm_over]
+
+
+def norm_weights(
+    graph: Graph, tensors: Tensors, norm: Norm, name: str, shape: tuple[int, ...]
+) -> tuple[str, str]:
+    """A norm's weight (with its offset) and bias as weights of the graph; ones where the model keeps none."""
+    weight = np.ones(shape, np.float32)
+    if norm.weighted:
+        if (found := tensors.shape(f"{name}.weight")) != shape:
+            told = "is missing from the model's files" if found is None else f"has shape {list(found)}, not {list(shape)}"
+            raise ModelError(f"tensor {name}.weight {told}")
+        weight = tensors.floats(f"{name}.weight", slice(None)) + np.float32(norm.offset)
+    bias = tensors.shape(f"{name}.bias") is not None
+    return graph.weight(weight), graph.weight(tensors.floats(f"{name}.bias", slice(None))) if bias else ""
