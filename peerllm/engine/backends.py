@@ -1,0 +1,111 @@
+"""What computes a model: the graph engine where its table has the family, else torch where it is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peerllm.engine.backend import Facts, versions
+from peerllm.engine.base import Progress, Shard
+from peerllm.engine.checkpoint import read_json, read_tensors
+from peerllm.engine.families import FAMILIES
+from peerllm.engine.form import form_of, stop_ids
+from peerllm.engine.graph import family
+from peerllm.engine.graph.describe import Described, UnfitError, describe
+from peerllm.engine.graph.inspect import layer_tensors, profile
+from peerllm.engine.graph.load import load_shard
+from peerllm.engine.measure import measure, runtime_bytes
+from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
+from peerllm.engine.sampler import sample
+from peerllm.errors import ModelError
+
+if TYPE_CHECKING:
+    from peerllm.engine.torch_backend import TorchBackend
+
+NEEDS_TORCH = "is not in the graph engine's table and needs torch: pip install 'peerllm[torch]'"
+
+
+class Backends:
+    """See backend.Backend. torch is imported when a model needs it, or at the start for an accelerator."""
+
+    sampler = staticmethod(sample)
+
+    def __init__(self) -> None:
+        self._threads, self._compute = 1, "cpu"
+        self._torch: TorchBackend | None = None
+
+    def facts(self, compute: str, threads: int) -> Facts:
+        self._threads, self._compute = threads, compute
+        if compute != "cpu":
+            return self._with_torch("--compute").facts(compute, threads)
+        has_torch = all(find_spec(name) is not None for name in ("torch", "transformers"))
+        families = {*family.FAMILIES, *(FAMILIES if has_torch else ())}
+        dtypes = ("float32", "bfloat16", "float16") if has_torch else ("float32",)
+        return Facts(runtime_bytes(), versions(), tuple(sorted(families)), dtypes)
+
+    def load(self, spec: LoadStage, progress: Progress) -> Shard:
+        described = self._described(spec.config, spec.dtype, spec.quantize)
+        if described is not None:
+            return load_shard(described, spec, self._threads, progress)
+        return self._with_torch(_kind(spec.config)).load(spec, progress)
+
+    def inspect(self, message: Inspect) -> Inspected:
+        directory = Path(message.model_dir).expanduser()
+        if not directory.is_dir():
+            raise ModelError(f"{directory} is no directory")
+        config = read_json(directory / "config.json")
+        text = (directory / "config.json").read_text(encoding="utf-8")
+        tensors = read_tensors(directory)
+        dtype, quantize = form_of(message, config, tensors.values(), self._compute != "cpu")
+        described = self._described(text, dtype, quantize)
+        if described is None:
+            return self._with_torch(_kind(text)).inspect(message, dtype, quantize)
+        model = described.model
+        return Inspected(
+            message.request,
+            profile(described, directory.resolve().name, quantize),
+            model.family,
+            text,
+            "float32",
+            model.hidden,
+            model.vocabulary,
+            model.max_context,
+            stop_ids(config, directory),
+            layer_tensors(described, tensors),
+            quantize,
+        )
+
+    def measure(self, message: Measure) -> Measured:
+        return measure().message(message.request)
+
+    def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
+        raise NotImplementedError
+
+    def _described(self, config: str, dtype: str, quantize: str) -> Described | None:
+        """The model, if the graph engine is what computes it in that form: in float32, or with rounded weights."""
+        if self._compute != "cpu" or (dtype != "float32" and not quantize):
+            return None
+        try:
+            values: Any = json.loads(config)
+            return describe(values) if isinstance(values, dict) else None
+        except (UnfitError, ValueError, RecursionError):
+            return None
+
+    def _with_torch(self, what: str) -> TorchBackend:
+        if self._torch is None:
+            try:
+                from peerllm.engine.torch_backend import TorchBackend
+            except ImportError as error:
+                raise ModelError(f"{what} {NEEDS_TORCH} ({error})") from error
+            self._torch = TorchBackend()
+        return self._torch
+
+
+def _kind(config: str) -> str:
+    try:
+        return f"architecture {json.loads(config).get('model_type')!r}"
+    except (ValueError, AttributeError, RecursionError):
+        return "this model"

@@ -1,0 +1,96 @@
+"""What a model directory holds, layer by layer, from config.json and the safetensors headers. No weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from peerllm.engine.graph.describe import Described
+from peerllm.engine.graph.load import Shape
+from peerllm.engine.graph.slots import room_of, token_bytes
+from peerllm.engine.graph.tensors import Checkpoint
+from peerllm.engine.graph.weights import BlockWeights, check
+from peerllm.engine.messages import TensorAt
+from peerllm.errors import ModelError
+from peerllm.types import Layer, LayerKind, ModelProfile
+
+GRAPH_BYTES = 160 << 10  # onnxruntime's for one graph, however small
+
+
+def profile(described: Described, name: str, quantize: str) -> ModelProfile:
+    """The layers as the planner sees them. The embedding stays in its file and takes no memory."""
+    model = described.model
+    sent = model.hidden * 4  # hidden states travel in float32
+    shape = Shape(described, 0, len(described.blocks) + 1, 1, model.max_context, quantize)
+    positions = 4 * model.hidden * model.max_context if described.positions else 0
+    layers = [Layer("embedding", "embedding", positions, 0, sent)]
+    kinds = block_kinds(described.blocks)
+    for number, (weights, kind, nbytes) in enumerate(zip(described.blocks, kinds, shape.block_bytes, strict=True)):
+        about = weights.block.attention
+        window = None if about.window is None else room_of(about.window, model.max_context)
+        layers.append(
+            Layer(
+                f"block {number}",
+                kind,
+                nbytes + GRAPH_BYTES,
+                token_bytes(about, shape.half),
+                sent,
+                kv_window_tokens=window,
+            )
+        )
+    head = Layer("head", "head", shape.head_bytes + GRAPH_BYTES, 0, 4)
+    return ModelProfile(name, (*layers, head))
+
+
+def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
+    """"block" where all are alike, else one name for each way a block is built."""
+    distinct = list(dict.fromkeys(weights.block for weights in blocks))
+    if len(distinct) == 1:
+        return ["block"] * len(blocks)
+    names: dict[object, str] = {}
+    for block in distinct:
+        kind = "full_attention" if block.attention.window is None else "sliding_attention"
+        names[block] = kind if kind not in names.values() else f"{kind}-{len(names)}"
+    return [f"block:{names[weights.block]}" for weights in blocks]
+
+
+def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[tuple[TensorAt, ...], ...]:
+    """Per layer every tensor it needs; ModelError if one is missing or does not fit."""
+    checkpoint = Checkpoint(files.values())
+    check(checkpoint, described.head)
+    for weights in described.blocks:
+        for product in weights.products.values():
+            check(checkpoint, product)
+
+    def found(names: Iterator[tuple[str, tuple[int, ...] | None]]) -> tuple[TensorAt, ...]:
+        tensors = []
+        for name, shape in names:
+            tensor = checkpoint.at(name)
+            if tensor is None:
+                raise ModelError(f"tensor {name} is missing from the model's files")
+            if shape is not None and tensor.shape != shape:
+                raise ModelError(f"tensor {name} has shape {list(tensor.shape)}; the model needs {list(shape)}")
+            bias = checkpoint.at(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None
+            tensors += [tensor] if bias is None else [tensor, bias]
+        return tuple({tensor.name: tensor for tensor in tensors}.values())
+
+    model = described.model
+    embedding: list[tuple[str, tuple[int, ...] | None]] = [
+        (f"{described.embedding}.weight", (model.vocabulary, model.hidden))
+    ]
+    if described.positions:
+        embedding.append((f"{described.positions}.weight", None))
+    head: list[tuple[str, tuple[int, ...] | None]] = [(name, None) for name, _ in described.head.tensors]
+    if model.head.norm is not None and model.head.norm.weighted:
+        head.append((f"{described.norm}.weight", (model.hidden,)))
+    return (
+        found(iter(embedding)),
+        *(found(_needed(weights)) for weights in described.blocks),
+        found(iter(head)),
+    )
+
+
+def _needed(weights: BlockWeights) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """Names, with the shapes that no product has been checked for."""
+    multiplied = {name for product in weights.products.values() for name, _ in product.tensors}
+    for name, shape in weights.tensors():
+        yield name, None if name in multiplied else shape
