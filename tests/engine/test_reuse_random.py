@@ -11,19 +11,21 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from numpy.typing import NDArray
 
 from peerllm.engine import states
 from peerllm.engine.base import Reach, Segment
 from peerllm.engine.batching import Scheduler
+from peerllm.engine.cache import Slots
 from peerllm.engine.deployments import Deployment
 from peerllm.engine.idle import IdleSlots, Remains
 from peerllm.engine.messages import Hop, Submit, Tokens
-from peerllm.engine.packing import PackedSlots
 from peerllm.engine.stages import Stage
 from peerllm.engine.states import LayerState
 from peerllm.engine.wire import Opened, Released, from_frame, source_limits, stage_limits
@@ -66,10 +68,10 @@ class Adder:
         self.reach, self._kind, self._head = KINDS[kind], kind, head
         self._held: list[list[int]] = [[] for _ in range(slots)]
         state = LayerState("sliding_attention", {"sliding_window": WINDOW}, (1, 1), (1, 1), torch.float32)
-        self._window = PackedSlots({0: state}, slots, CONTEXT, torch.float32)
+        self._window = Slots([state.kind], [state.arguments], {0: state}, slots, CONTEXT)
         self.fails = 0  # at the pass so many from now
 
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def forward(self, inputs: NDArray[Any], segments: Sequence[Segment]) -> NDArray[Any]:
         if self.fails:
             self.fails -= 1
             if not self.fails:
@@ -78,22 +80,20 @@ class Adder:
         for segment in segments:
             held = self._held[segment.slot]
             if self._kind == "window":
-                self._window.seek([segment])  # raises where the real cache would
-                self._window.advance([segment])
+                cache = self._window.seek(segment)  # raises where the real cache would
+                cache.update(*torch.zeros(2, 1, 1, segment.length, 1), 0)
+                self._window.advance(segment)
             exact = self._kind in ("recurrent", "never") and segment.position
             if segment.position > len(held) or (exact and segment.position != len(held)):
                 raise EngineError(f"{len(held)} held, {segment.position} wanted")
-            held[segment.position :] = inputs[start : start + segment.length].flatten().int().tolist()
+            held[segment.position :] = inputs[start : start + segment.length].flatten().astype(int).tolist()
             start += segment.length
-            new = torch.tensor(sums(held)[segment.position :], dtype=torch.float32)
+            new = np.array(sums(held)[segment.position :], np.float32)
             if not self._head:
-                rows.append(new.unsqueeze(1))
+                rows.append(new[:, None])
             elif segment.sample:
-                rows.append(torch.nn.functional.one_hot(new[-1:].long() % WORDS, WORDS).float())
-        return torch.cat(rows) if rows else torch.empty(0, WORDS)
-
-    def rehearse(self, *_: object) -> bool:
-        return False
+                rows.append(np.eye(WORDS, dtype=np.float32)[[int(new[-1]) % WORDS]])
+        return np.concatenate(rows) if rows else np.empty((0, WORDS), np.float32)
 
     def release(self, slot: int) -> None:
         self._held[slot] = []
@@ -181,7 +181,7 @@ class Plan:
                     self.compute(place)
 
 
-def _greedy(logits: torch.Tensor, draws: Any) -> list[int]:
+def _greedy(logits: NDArray[Any], draws: Any) -> list[int]:
     return logits.argmax(1).tolist()
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from peerllm.engine.base import Draw, Segment
 from peerllm.engine.batching import Piece, Scheduler
@@ -66,19 +68,16 @@ class _Shard:
     def __init__(self, head: bool) -> None:
         self._head = head
 
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def forward(self, inputs: NDArray[Any], segments: Sequence[Segment]) -> NDArray[Any]:
         rows = sum(one.sample for one in segments) if self._head else sum(one.length for one in segments)
-        return torch.zeros(rows, 1)
-
-    def rehearse(self, *_: object) -> bool:
-        return False
+        return np.zeros((rows, 1), np.float32)
 
     def release(self, slot: int) -> None: ...
 
     def close(self) -> None: ...
 
 
-def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+def _draw(logits: NDArray[Any], draws: Sequence[Draw]) -> list[int]:
     return [TOKEN] * len(draws)
 
 
