@@ -14,8 +14,8 @@ from peerllm.engine.base import Progress
 from peerllm.engine.blocks import Blocks, replace_blocks
 from peerllm.engine.division import Division
 from peerllm.engine.kernels.keeping import Keeping, keeping
-from peerllm.engine.kernels.matmul_nbits import make_pool
 from peerllm.engine.kernels.packed import Packed
+from peerllm.engine.kernels.pool import make_pool
 from peerllm.engine.loader import Target, load, mapped
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import Recipe, check, recipes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -11,19 +10,6 @@ from numpy.typing import NDArray
 
 INT8_INPUTS = 4  # accuracy_level: products of 8-bit numbers, sums exact
 CONTRIB = "com.microsoft"
-_pool = threading.Lock()
-_pool_made = False
-
-
-def make_pool(threads: int) -> None:
-    """The threads of every session, before the first is made. The first caller's number holds for the process."""
-    global _pool_made  # noqa: PLW0603  # onnxruntime keeps one pool for the process, made once
-    import onnxruntime
-
-    with _pool:
-        if not _pool_made:
-            onnxruntime.set_global_thread_pool_sizes(threads, 1)
-            _pool_made = True
 
 
 class NBits:
