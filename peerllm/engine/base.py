@@ -60,7 +60,6 @@ class Shard(Protocol):
     A shard with layer 0 takes token ids (int64 [n]); any other takes hidden states ([n, hidden]).
     A shard without the head returns hidden states ([n, hidden]); one with the head returns logits (float32
     [number of segments with sample, vocabulary]), in segment order.
-    `rehearse` goes through a pass that would follow, to no effect, until `stop`; False where it cannot.
     """
 
     first_layer: int
@@ -72,7 +71,6 @@ class Shard(Protocol):
     reach: Reach | None  # where sequences can be taken up again, in the whole model; None: nowhere but at the start
 
     def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor: ...
-    def rehearse(self, inputs: Tensor, segments: Sequence[Segment], stop: Callable[[], bool]) -> bool: ...
     def release(self, slot: int) -> None: ...
     def close(self) -> None: ...
 

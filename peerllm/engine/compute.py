@@ -14,7 +14,7 @@ import torch
 
 from peerllm.engine.base import Sampler, Shard
 from peerllm.engine.batching import Piece, Scheduler
-from peerllm.engine.deployments import Deployment, StageKey
+from peerllm.engine.deployments import Deployment, Outlet, StageKey
 from peerllm.engine.inbox import Inbox
 from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import (
@@ -31,10 +31,7 @@ from peerllm.engine.messages import (
 )
 from peerllm.engine.place import BROKEN
 from peerllm.engine.stages import Stage, steps_only
-from peerllm.engine.telling import SHORT_MS, Telling
 from peerllm.engine.trace import Recorder
-from peerllm.engine.warmth import Warmth
-from peerllm.engine.way import Outlet
 from peerllm.engine.wire import Parcel
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, DeviceId
@@ -112,26 +109,18 @@ class Compute:
     """`run` is the body of the compute thread; everything else is called by it alone, but for `inbox.put`."""
 
     def __init__(
-        self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None], recorder: Recorder, warmth: Warmth
+        self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None], recorder: Recorder
     ) -> None:
         self.inbox: Inbox[Event] = Inbox()
         self._threads, self._sampler = threads, sampler
-        self._tell = Telling(tell)
-        self._recorder = recorder
+        self._tell, self._recorder = tell, recorder
         self._schedule: Scheduler[StageKey] = Scheduler()
         self._deployments: dict[DeploymentId, Deployment] = {}
-        self.inbox.meanwhile = self._warmth = warmth
         self.batches = 0  # computed so far; any thread may read it
 
     def run(self) -> None:
         """Until the inbox is closed."""
         torch.set_num_threads(self._threads)
-        try:
-            self._run()
-        finally:  # whatever ended it, tokens that came back did come
-            self._tell.flush()
-
-    def _run(self) -> None:
         with torch.inference_mode():
             batch, spent = None, 0.0
             while (events := self.inbox.take(wait=batch is None)) is not None:
@@ -143,15 +132,10 @@ class Compute:
                 batch = self._schedule.next()
                 if self._recorder.on:
                     self._recorder.lap("take in")
-                if batch is None or not self._is_short(*batch):
-                    self._tell.flush()
                 if batch is not None:
-                    kept = len(self._tell)
                     self._compute(*batch, started)
-                    started = time.perf_counter()
-                    self._tell.flush(kept)  # not what came of this pass: that is about to begin the next one
-                # What came without work to do, and telling, count towards the next pass.
-                spent = time.perf_counter() - started
+                # What came without work to do counts towards the next pass.
+                spent = time.perf_counter() - started if batch is None else 0.0
             for deployment in self._deployments.values():
                 deployment.close("the engine is stopping")
             self._deployments.clear()
@@ -160,7 +144,6 @@ class Compute:
         identity, index = key
         deployment = self._deployments[identity]
         self.batches += 1
-        self._warmth.begins(deployment.stages[index], steps_only(batch))
         try:
             result = deployment.stages[index].compute(batch)
         except BROKEN:
@@ -177,14 +160,7 @@ class Compute:
         deployment.computed(index, result)
         if self._recorder.on:
             self._recorder.lap("hand on", identity)
-        self._warmth.ended(stage, steps_only(batch))
         stage.paced(batch, time.perf_counter() - started)
-
-    def _is_short(self, key: StageKey, batch: list[Piece]) -> bool:
-        """Whether this pass will be over so soon that what is kept can wait for it."""
-        identity, index = key
-        stage = self._deployments[identity].stages[index]
-        return steps_only(batch) and stage.pace_ms(len(batch)) < SHORT_MS
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -233,7 +209,7 @@ class Compute:
             self._unload(spec.deployment, "another plan took over")
             deployment = None
         if deployment is None:
-            deployment = Deployment(spec, self._schedule, self._tell, self._tell.later)
+            deployment = Deployment(spec, self._schedule, self._tell)
             self._deployments[spec.deployment] = deployment
         if spec.stage in deployment.stages:
             shard.close()
@@ -245,8 +221,6 @@ class Compute:
     def _unload(self, identity: DeploymentId, reason: str) -> None:
         deployment = self._deployments.pop(identity, None)
         if deployment is not None:
-            for stage in deployment.stages.values():
-                self._warmth.forget(stage)
             deployment.close(reason)
             del deployment
             return_memory()

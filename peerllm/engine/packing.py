@@ -20,8 +20,6 @@ from peerllm.engine.place import CPU
 from peerllm.engine.states import LayerState
 from peerllm.errors import EngineError
 
-DRY_TOKENS = 32  # that each sequence sees in a dry pass
-
 
 @dataclass(slots=True)
 class View:
@@ -68,12 +66,11 @@ class Group:
             store[slot, :, :kept] = store[slot, :, held - kept : held].clone()
         self.held[slot] = kept
 
-    def plan(self, segments: Sequence[Segment], dtype: torch.dtype, most: int | None = None) -> None:
-        """Where the tokens of a row go and what they see, `most` tokens before them; room was made."""
+    def plan(self, segments: Sequence[Segment], dtype: torch.dtype) -> None:
+        """Where the tokens of a row go and what they see; room was made."""
         self.row, self.places, start = [], {}, 0
         for segment in segments:
             seen, length, held = self.seen(segment.position), segment.length, self.held[segment.slot]
-            seen = seen if most is None else min(seen, most)
             mask, causal = None, False
             if length > 1:
                 causal = seen == 0 and (self.window is None or length <= self.window)
@@ -157,7 +154,7 @@ class PackedSlots:
     ) -> None:
         self.kv_bytes, self.count = kv_bytes(owned, slots, context), slots
         self._lengths = [0] * slots
-        self._dtype, self._context = dtype, context
+        self._dtype = dtype
         groups: dict[tuple[int | None, int], Group] = {}
         numbers, stores = {}, make_stores(owned, slots, context, device)
         for number, state in owned.items():
@@ -200,20 +197,6 @@ class PackedSlots:
                 group.make_room(segment.slot, segment.position, segment.length)
         for group in self._groups:
             group.plan(segments, self._dtype)
-        return self._cache
-
-    def ahead(self, segments: Sequence[Segment]) -> PackedCache | None:
-        """For a dry pass: nothing moves, and what is written lies behind what the slots hold and does not count.
-
-        None where the row does not go on from there, or a room would have to slide.
-        """
-        for segment in segments:
-            if segment.position + segment.length > self._context or self._lengths[segment.slot] != segment.position:
-                return None
-            if any(group.held[segment.slot] + segment.length > group.room for group in self._groups):
-                return None
-        for group in self._groups:
-            group.plan(segments, self._dtype, DRY_TOKENS)
         return self._cache
 
     def advance(self, segments: Sequence[Segment]) -> None:

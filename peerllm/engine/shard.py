@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from peerllm.engine.cache import Slots, kv_bytes
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.dryrun import accepted
-from peerllm.engine.kernels.dry import passing
 from peerllm.engine.kernels.packed import Packed
 from peerllm.engine.loader import is_mapped
 from peerllm.engine.messages import LoadStage
@@ -74,7 +73,6 @@ class TorchShard:
         matrix = self._model.get_output_embeddings() if self._has_head else None
         if isinstance(matrix, nn.Linear | Packed):
             matrix.register_forward_pre_hook(_with_plain_strides)
-        self._dries = filled.form is not None and device == CPU and not self._plain_matrices()
         self._dynamic = [m for m in self._model.modules() if getattr(m, "rope_type", "") == "dynamic"]
 
     def _room(self, text: Any, spec: LoadStage, states: Mapping[int, LayerState]) -> PackedSlots | Slots:
@@ -85,12 +83,6 @@ class TorchShard:
             attention.adopt(self._model, attention.PACKED)
             return PackedSlots(states, spec.slots, spec.context, self.dtype, self._device)
         return Slots(*get_layer_types_and_kwargs(text), states, spec.slots, spec.context, self._device)
-
-    def _plain_matrices(self) -> bool:
-        """Whether it multiplies with any that are not packed: those a dry pass could not leave."""
-        head = self._model.get_output_embeddings() if self._has_head else None
-        owned = itertools.chain.from_iterable(block.parameters() for block in self.blocks)
-        return isinstance(head, nn.Linear) or any(one.dim() > 1 and not one.is_meta for one in owned)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -207,18 +199,6 @@ class TorchShard:
             return (logits if len(logits) == len(wanted) else logits[wanted]).float().to(CPU)
         hidden: torch.Tensor = output[0][0]
         return self._nothing() if self._has_head else hidden.to(CPU)
-
-    @torch.inference_mode()
-    def rehearse(self, inputs: torch.Tensor, segments: Sequence[Segment], stop: Callable[[], bool]) -> bool:
-        """A dry pass of a coming step until `stop`; `inputs` count for their shape. False: this cannot be done here."""
-        if self._model is None or not self._dries or not isinstance(self._slots, PackedSlots):
-            return False
-        if (cache := self._slots.ahead(segments)) is None:
-            return False
-        torch.set_num_threads(self._threads)
-        with passing(stop):
-            self._run(inputs, segments, cache)
-        return True
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""

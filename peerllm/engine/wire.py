@@ -20,14 +20,13 @@ from peerllm.engine.base import Tensor
 from peerllm.engine.batching import Piece
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import FrameError
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, SegmentFlag, TensorLimit
+from peerllm.transport.frames import SAMPLE, Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit
 from peerllm.types import Sampling
 
 ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment
 NO_TOKEN = -1  # in a TOKEN: the run passed the head, which was not to draw
 MAX_REASON_BYTES = 512
 
-SAMPLE = int(SegmentFlag.SAMPLE)  # an IntFlag's operators run Python, for each segment
 _DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {torch.int8: "I8"}
 _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
@@ -199,7 +198,6 @@ def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
             "seed": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
             "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
         },
-        flags=SegmentFlag.SAMPLE,
     )
 
 
@@ -218,7 +216,6 @@ def source_limits(spec: LoadStage) -> FrameLimits:
             "ids": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.TOKEN,)),
             "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
         },
-        flags=SegmentFlag.SAMPLE,
     )
 
 

@@ -64,9 +64,6 @@ class FakeShard:
                 rows.append(row)
         return torch.stack(rows) if rows else torch.empty(0, VOCABULARY)
 
-    def rehearse(self, inputs: torch.Tensor, segments: Sequence[Segment], stop: Callable[[], bool]) -> bool:
-        return False
-
     def release(self, slot: int) -> None:
         self._sums.pop(slot, None)
 

@@ -6,7 +6,6 @@ import asyncio
 import math
 import struct
 import tracemalloc
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,9 +131,6 @@ class _Nowhere:
 
     def send(self, frame: Frame) -> None:
         self.frames.append(decode(encode(frame), limits(4)))
-
-    def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
-        return False
 
 
 class _Passes:

@@ -28,7 +28,7 @@ from peerllm.engine.stages import Stage
 from peerllm.engine.states import LayerState
 from peerllm.engine.wire import Opened, Released, from_frame, source_limits, stage_limits
 from peerllm.errors import EngineError, LinkError
-from peerllm.transport.frames import Frame, FrameRefused, Template, decode, encode, encode_buffers, template_of
+from peerllm.transport.frames import Frame, FrameRefused, decode, encode
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, stage
 
@@ -92,9 +92,6 @@ class Adder:
                 rows.append(torch.nn.functional.one_hot(new[-1:].long() % WORDS, WORDS).float())
         return torch.cat(rows) if rows else torch.empty(0, WORDS)
 
-    def rehearse(self, *_: object) -> bool:
-        return False
-
     def release(self, slot: int) -> None:
         self._held[slot] = []
         self._window.release(slot)
@@ -110,21 +107,11 @@ class Wire:
     def __init__(self) -> None:
         self.frames: deque[bytes] = deque()
         self.cut = False
-        self._template: Template | None = None
 
     def send(self, frame: Frame) -> None:
         if self.cut:
             raise LinkError("cut")
         self.frames.append(encode(frame))
-        self._template = template_of(b"", encode_buffers(frame), frame)
-
-    def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
-        if self.cut:
-            raise LinkError("cut")
-        if self._template is None:
-            return False
-        self.frames.append(self._template.filled(segments, payload))
-        return True
 
 
 class Plan:

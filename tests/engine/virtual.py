@@ -70,9 +70,6 @@ class _Shard:
         rows = sum(one.sample for one in segments) if self._head else sum(one.length for one in segments)
         return torch.zeros(rows, 1)
 
-    def rehearse(self, *_: object) -> bool:
-        return False
-
     def release(self, slot: int) -> None: ...
 
     def close(self) -> None: ...
@@ -133,9 +130,6 @@ class _Hop:
         carried = len(frame.segments) if frame.kind in (FrameKind.ACTIVATION, FrameKind.TOKEN) else 0
         took = self._world.ring.hop_ms(self._index, carried) if carried else 0.0
         self._link.ask(lambda: self._world.agenda.after(took, partial(self._arrive, frame)))
-
-    def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
-        return False
 
     def _arrive(self, frame: Frame) -> None:
         self._link.free()
