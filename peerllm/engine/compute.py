@@ -1,4 +1,4 @@
-"""The one thread that owns torch, the shards and the slots: fed by one inbox."""
+"""The one thread that owns the shards and the slots: fed by one inbox."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
-import torch
 
-from peerllm.engine.base import Sampler, Shard
+from peerllm.engine.backend import Backend
+from peerllm.engine.base import Shard
 from peerllm.engine.batching import Piece, Scheduler
 from peerllm.engine.deployments import Deployment, Outlet, StageKey
 from peerllm.engine.inbox import Inbox
@@ -29,7 +29,6 @@ from peerllm.engine.messages import (
     Tokens,
     Unload,
 )
-from peerllm.engine.place import BROKEN
 from peerllm.engine.stages import Stage, steps_only
 from peerllm.engine.trace import Recorder
 from peerllm.engine.wire import Parcel
@@ -108,37 +107,32 @@ def failed(request: int, error: BaseException) -> Failed:
 class Compute:
     """`run` is the body of the compute thread; everything else is called by it alone, but for `inbox.put`."""
 
-    def __init__(
-        self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None], recorder: Recorder
-    ) -> None:
+    def __init__(self, backend: Backend, tell: Callable[[FromEngine], None], recorder: Recorder) -> None:
         self.inbox: Inbox[Event] = Inbox()
-        self._threads, self._sampler = threads, sampler
-        self._tell, self._recorder = tell, recorder
+        self._backend, self._tell, self._recorder = backend, tell, recorder
         self._schedule: Scheduler[StageKey] = Scheduler()
         self._deployments: dict[DeploymentId, Deployment] = {}
         self.batches = 0  # computed so far; any thread may read it
 
     def run(self) -> None:
         """Until the inbox is closed."""
-        torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            batch, spent = None, 0.0
-            while (events := self.inbox.take(wait=batch is None)) is not None:
-                started = time.perf_counter() - spent
-                if batch is None and self._recorder.on:
-                    self._recorder.lap("idle")
-                for event in events:
-                    self._handle(event)
-                batch = self._schedule.next()
-                if self._recorder.on:
-                    self._recorder.lap("take in")
-                if batch is not None:
-                    self._compute(*batch, started)
-                # What came without work to do counts towards the next pass.
-                spent = time.perf_counter() - started if batch is None else 0.0
-            for deployment in self._deployments.values():
-                deployment.close("the engine is stopping")
-            self._deployments.clear()
+        batch, spent = None, 0.0
+        while (events := self.inbox.take(wait=batch is None)) is not None:
+            started = time.perf_counter() - spent
+            if batch is None and self._recorder.on:
+                self._recorder.lap("idle")
+            for event in events:
+                self._handle(event)
+            batch = self._schedule.next()
+            if self._recorder.on:
+                self._recorder.lap("take in")
+            if batch is not None:
+                self._compute(*batch, started)
+            # What came without work to do counts towards the next pass.
+            spent = time.perf_counter() - started if batch is None else 0.0
+        for deployment in self._deployments.values():
+            deployment.close("the engine is stopping")
+        self._deployments.clear()
 
     def _compute(self, key: StageKey, batch: list[Piece], started: float) -> None:
         identity, index = key
@@ -146,9 +140,9 @@ class Compute:
         self.batches += 1
         try:
             result = deployment.stages[index].compute(batch)
-        except BROKEN:
+        except self._backend.broken:
             raise
-        except Exception as error:  # whatever torch raises ends these sequences, not the engine
+        except Exception as error:  # whatever a backend raises ends these sequences, not the engine
             traceback.print_exc()
             for piece in batch:
                 deployment.fail(index, piece, f"stage {index}: {reason_of(error)}")
@@ -215,7 +209,7 @@ class Compute:
             shard.close()
             self._tell(Failed(spec.request, "RefusedError", f"stage {spec.stage} is loaded already; unload it first"))
             return
-        deployment.loaded(Stage(spec, shard, self._sampler))
+        deployment.loaded(Stage(spec, shard, self._backend.sampler))
         self._tell(Done(spec.request))
 
     def _unload(self, identity: DeploymentId, reason: str) -> None:

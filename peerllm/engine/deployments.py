@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-import torch
+import numpy as np
 
 from peerllm.engine.batching import Piece, Scheduler
-from peerllm.engine.config import DTYPES
 from peerllm.engine.messages import FinishReason, FromEngine, LinkLost, LoadStage, Submit, Tokens
 from peerllm.engine.schedules import SCHEDULES, NoBubble
 from peerllm.engine.sequences import Feed, Sequences, window_tokens
 from peerllm.engine.stages import Stage
 from peerllm.engine.wire import (
     ALL_SEQUENCES,
+    DTYPES,
     Activation,
     Drawn,
     Opened,
@@ -62,7 +62,7 @@ class Deployment:
     def loaded(self, stage: Stage) -> None:
         spec = stage.spec
         self.stages[spec.stage] = stage
-        self._schedule.add((self.id, spec.stage), spec.micro_batch, spec.chunk, self.id, spec.stage)
+        self._schedule.add((self.id, spec.stage), self.id, spec.stage)
         if spec.stage == 0:
             reach = stage.shard.reach
             self._source = Sequences(
@@ -117,7 +117,7 @@ class Deployment:
 
     def _feed(self, feeds: Sequence[Feed]) -> None:
         """These together."""
-        ids = [torch.tensor(feed.ids, dtype=torch.int64) for feed in feeds]  # [length] each
+        ids = [np.array(feed.ids, dtype=np.int64) for feed in feeds]  # [length] each
         self._take_in(
             0, [Piece(f.sequence, f.slot, f.position, len(f.ids), f.sample, i) for f, i in zip(feeds, ids, strict=True)]
         )

@@ -6,6 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -107,11 +110,16 @@ class TorchShard:
         module.register_forward_pre_hook(swap, with_kwargs=True)
 
     @torch.inference_mode()
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def forward(self, inputs: Any, segments: Sequence[Segment]) -> Any:
         """Token ids int64 [n] or hidden states [n, hidden] in; hidden states, or float32 logits per sample, out.
 
-        All of these lie in the machine's memory, wherever the shard computes.
+        All of these lie in the machine's memory, wherever the shard computes. Arrays in, an array out.
         """
+        if isinstance(inputs, np.ndarray):
+            return _array(self._forward(_tensor(inputs), segments))
+        return self._forward(inputs, segments)
+
+    def _forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         if self._model is None:
             raise EngineError("the shard is closed")
         if torch.get_num_threads() != self._threads:
@@ -209,6 +217,20 @@ class TorchShard:
         """Free weights and KV; may be called twice."""
         self._model = self._base = self._division = None
         self._slots.close()
+
+
+def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    array = array if array.flags.writeable else array.copy()  # torch knows no tensor that must not be written to
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    tensor = tensor.contiguous()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def _lasts(pieces: Sequence[Segment]) -> list[int]:

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
-from peerllm.engine.base import Draw, Sampler, Segment, Shard
+from peerllm.engine.base import Draw, Floats, Sampler, Segment, Shard
 from peerllm.engine.batching import Piece
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.slots import Slots
@@ -95,7 +95,7 @@ class Stage:
     def compute(self, batch: Sequence[Piece]) -> Activation | Drawn:
         """Runs a batch of pieces through the layers, and at the head draws the tokens."""
         started = time.perf_counter()
-        inputs = batch[0].data if len(batch) == 1 else torch.cat([piece.data for piece in batch])
+        inputs = batch[0].data if len(batch) == 1 else np.concatenate([piece.data for piece in batch])
         segments = [Segment(piece.slot, piece.position, piece.length, piece.sample) for piece in batch]
         output = self.shard.forward(inputs, segments)
         result = self._draw(batch, output) if self.is_head else Activation(batch, output)
@@ -103,7 +103,7 @@ class Stage:
             self._step_ms.append((time.perf_counter() - started) * 1e3)
         return result
 
-    def _draw(self, batch: Sequence[Piece], logits: torch.Tensor) -> Drawn:
+    def _draw(self, batch: Sequence[Piece], logits: Floats) -> Drawn:
         """`logits` are float32 [pieces to sample after, vocabulary]."""
         asked = [piece for piece in batch if piece.sample]
         if logits.shape[0] != len(asked):

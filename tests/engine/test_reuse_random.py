@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from peerllm.engine import states
-from peerllm.engine.base import Reach, Segment
+from peerllm.engine.base import Reach, Segment, Tensor
 from peerllm.engine.batching import Scheduler
 from peerllm.engine.deployments import Deployment
 from peerllm.engine.idle import IdleSlots, Remains
@@ -69,7 +70,7 @@ class Adder:
         self._window = PackedSlots({0: state}, slots, CONTEXT, torch.float32)
         self.fails = 0  # at the pass so many from now
 
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
         if self.fails:
             self.fails -= 1
             if not self.fails:
@@ -83,14 +84,14 @@ class Adder:
             exact = self._kind in ("recurrent", "never") and segment.position
             if segment.position > len(held) or (exact and segment.position != len(held)):
                 raise EngineError(f"{len(held)} held, {segment.position} wanted")
-            held[segment.position :] = inputs[start : start + segment.length].flatten().int().tolist()
+            held[segment.position :] = inputs[start : start + segment.length].flatten().astype(int).tolist()
             start += segment.length
-            new = torch.tensor(sums(held)[segment.position :], dtype=torch.float32)
+            new = np.array(sums(held)[segment.position :], np.float32)
             if not self._head:
-                rows.append(new.unsqueeze(1))
+                rows.append(new[:, None])
             elif segment.sample:
-                rows.append(torch.nn.functional.one_hot(new[-1:].long() % WORDS, WORDS).float())
-        return torch.cat(rows) if rows else torch.empty(0, WORDS)
+                rows.append(np.eye(WORDS, dtype=np.float32)[new[-1:].astype(int) % WORDS])
+        return np.concatenate(rows) if rows else np.empty((0, WORDS), np.float32)
 
     def release(self, slot: int) -> None:
         self._held[slot] = []
@@ -168,7 +169,7 @@ class Plan:
                     self.compute(place)
 
 
-def _greedy(logits: torch.Tensor, draws: Any) -> list[int]:
+def _greedy(logits: Tensor, draws: Any) -> list[int]:
     return logits.argmax(1).tolist()
 
 
