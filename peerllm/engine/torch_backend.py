@@ -11,10 +11,11 @@ from peerllm.engine.base import Progress, Sampler, Shard
 from peerllm.engine.config import DTYPES
 from peerllm.engine.inspect import inspect_model
 from peerllm.engine.measure import architectures, measure, runtime_bytes
+from peerllm.engine.memory import empty_too
 from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
-from peerllm.engine.place import BROKEN, PROCESSORS, find, free_unused
+from peerllm.engine.place import BROKEN, PROCESSORS, empty_caches, find
 from peerllm.engine.profiling import time_layers
-from peerllm.engine.sampler import TorchSampler
+from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.shard import load_shard
 from peerllm.errors import BadInputError
 
@@ -22,15 +23,16 @@ from peerllm.errors import BadInputError
 class TorchBackend:
     """See backend.Backend."""
 
-    sampler: Sampler = TorchSampler()
-    broken = BROKEN  # after such an error the process has to be started anew
+    sampler: Sampler = SeededSampler()
+    broken = BROKEN
 
     def __init__(self) -> None:
-        self._place, self._threads = PROCESSORS, torch.get_num_threads()
+        self._place, self._threads = PROCESSORS, 1
+        empty_too(empty_caches)
 
-    def facts(self, compute: str = "cpu", threads: int | None = None) -> Facts:
-        self._threads = threads or self._threads
-        torch.set_num_threads(self._threads)
+    def facts(self, compute: str = "cpu", threads: int = 1) -> Facts:
+        self._threads = threads
+        self._settle()
         try:
             runtime = runtime_bytes(find(compute).device)
             self._place = place = find(compute)  # what is free, with the libraries' share of its memory taken
@@ -42,7 +44,7 @@ class TorchBackend:
         )
 
     def load(self, spec: LoadStage, progress: Progress) -> Shard:
-        torch.set_num_threads(self._threads)
+        self._settle()
         return load_shard(spec, progress, self._place.device)
 
     def inspect(self, message: Inspect) -> Inspected:
@@ -50,13 +52,13 @@ class TorchBackend:
         return found.message(message.request)
 
     def measure(self, message: Measure) -> Measured:
-        torch.set_num_threads(self._threads)
+        self._settle()
         return measure(self._place).message(message.request)
 
     def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
-        torch.set_num_threads(self._threads)
+        self._settle()
         return time_layers(message, self.sampler, check, self._place)
 
-    def free(self) -> None:
-        """What a shard has left unused on an accelerator goes back to the system."""
-        free_unused()
+    def _settle(self) -> None:
+        """Torch counts threads by the thread that calls it."""
+        torch.set_num_threads(self._threads)

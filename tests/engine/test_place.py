@@ -22,7 +22,7 @@ from peerllm.engine.measure import measure
 from peerllm.engine.messages import TimeLayers
 from peerllm.engine.place import PROCESSORS, Place, find
 from peerllm.engine.profiling import time_layers
-from peerllm.engine.sampler import TorchSampler
+from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.shard import TorchShard, load_shard
 from peerllm.errors import BadInputError
 from tests.engine.architectures import FAMILIES, FULL, Family, quiet, save, stage, tiny_model
@@ -131,7 +131,7 @@ def test_it_is_measured_there(tmp_path: Path, monkeypatch) -> None:
         place = Place(device, "pretended")
         assert min(measure(place).gbytes_per_s.values()) > 0
         asked = TimeLayers(1, inspection.config, "float32", 1 << 30, 0.0, "")
-        timed = time_layers(asked, TorchSampler(), lambda: None, place)
+        timed = time_layers(asked, SeededSampler(), lambda: None, place)
     assert {"embedding", "block", "head"} <= timed.layer_ms.keys()
     assert set(waited) == {"pretended"}
 

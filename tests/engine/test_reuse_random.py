@@ -17,10 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from numpy.typing import NDArray
 
 from peerllm.engine import states
-from peerllm.engine.base import Reach, Segment
+from peerllm.engine.base import Reach, Segment, Tensor
 from peerllm.engine.batching import Scheduler
 from peerllm.engine.cache import Slots
 from peerllm.engine.deployments import Deployment
@@ -30,7 +29,7 @@ from peerllm.engine.stages import Stage
 from peerllm.engine.states import LayerState
 from peerllm.engine.wire import Opened, Released, from_frame, source_limits, stage_limits
 from peerllm.errors import EngineError, LinkError
-from peerllm.transport.frames import Frame, FrameRefused, Template, decode, encode, encode_buffers, template_of
+from peerllm.transport.frames import Frame, FrameRefused, decode, encode
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, stage
 
@@ -71,7 +70,7 @@ class Adder:
         self._window = Slots([state.kind], [state.arguments], {0: state}, slots, CONTEXT)
         self.fails = 0  # at the pass so many from now
 
-    def forward(self, inputs: NDArray[Any], segments: Sequence[Segment]) -> NDArray[Any]:
+    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
         if self.fails:
             self.fails -= 1
             if not self.fails:
@@ -92,7 +91,7 @@ class Adder:
             if not self._head:
                 rows.append(new[:, None])
             elif segment.sample:
-                rows.append(np.eye(WORDS, dtype=np.float32)[[int(new[-1]) % WORDS]])
+                rows.append(np.eye(WORDS, dtype=np.float32)[new[-1:].astype(int) % WORDS])
         return np.concatenate(rows) if rows else np.empty((0, WORDS), np.float32)
 
     def release(self, slot: int) -> None:
@@ -110,21 +109,11 @@ class Wire:
     def __init__(self) -> None:
         self.frames: deque[bytes] = deque()
         self.cut = False
-        self._template: Template | None = None
 
     def send(self, frame: Frame) -> None:
         if self.cut:
             raise LinkError("cut")
         self.frames.append(encode(frame))
-        self._template = template_of(b"", encode_buffers(frame), frame)
-
-    def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
-        if self.cut:
-            raise LinkError("cut")
-        if self._template is None:
-            return False
-        self.frames.append(self._template.filled(segments, payload))
-        return True
 
 
 class Plan:
@@ -181,7 +170,7 @@ class Plan:
                     self.compute(place)
 
 
-def _greedy(logits: NDArray[Any], draws: Any) -> list[int]:
+def _greedy(logits: Tensor, draws: Any) -> list[int]:
     return logits.argmax(1).tolist()
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from peerllm.engine.base import Draw, Segment
+from peerllm.engine.base import Draw, Segment, Tensor
 from peerllm.engine.batching import Piece, Scheduler
 from peerllm.engine.deployments import Deployment, StageKey
 from peerllm.engine.messages import Cancel, FromEngine, Submit, Tokens
@@ -68,7 +66,7 @@ class _Shard:
     def __init__(self, head: bool) -> None:
         self._head = head
 
-    def forward(self, inputs: NDArray[Any], segments: Sequence[Segment]) -> NDArray[Any]:
+    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
         rows = sum(one.sample for one in segments) if self._head else sum(one.length for one in segments)
         return np.zeros((rows, 1), np.float32)
 
@@ -77,7 +75,7 @@ class _Shard:
     def close(self) -> None: ...
 
 
-def _draw(logits: NDArray[Any], draws: Sequence[Draw]) -> list[int]:
+def _draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     return [TOKEN] * len(draws)
 
 
@@ -132,9 +130,6 @@ class _Hop:
         carried = len(frame.segments) if frame.kind in (FrameKind.ACTIVATION, FrameKind.TOKEN) else 0
         took = self._world.ring.hop_ms(self._index, carried) if carried else 0.0
         self._link.ask(lambda: self._world.agenda.after(took, partial(self._arrive, frame)))
-
-    def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
-        return False
 
     def _arrive(self, frame: Frame) -> None:
         self._link.free()
