@@ -13,8 +13,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from peerllm.builtin import MODEL_DIR
@@ -36,7 +39,7 @@ class Way:
 
     name: str
     dtype: str = "float32"
-    quantize: str = ""
+    quantize: str = "none"
     cuts: tuple[int, ...] = ()
 
 
@@ -67,10 +70,10 @@ class Chain:
                 0, "0" * 32, 0, 0, 1, first, last, found.config, tensors, found.dtype, AT_ONCE, CONTEXT, CONTEXT,
                 AT_ONCE, None, None, "",
             )  # fmt: skip
-            self.shards.append(load_shard(replace(spec, quantize=way.quantize)))
+            self.shards.append(load_shard(replace(spec, quantize=found.quantize)))
         self.weight_bytes = sum(shard.weight_bytes for shard in self.shards)
 
-    def forward(self, rows: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def forward(self, rows: NDArray[Any], segments: Sequence[Segment]) -> NDArray[Any]:
         for shard in self.shards[:-1]:
             rows = shard.forward(rows, segments)
             rows = restored(*rounded(rows), rows.dtype)
@@ -94,7 +97,7 @@ def read(model: Chain, rows: Sequence[tuple[list[int], list[bool]]]) -> Read:
         for place in range(max(len(ids) for ids, _ in some) - 1):
             here = [(slot, ids, said) for slot, (ids, said) in enumerate(some) if place + 1 < len(ids)]
             segments = [Segment(slot, place, 1, True) for slot, _, _ in here]
-            logits = model.forward(torch.tensor([ids[place] for _, ids, _ in here]), segments)
+            logits = torch.from_numpy(model.forward(np.array([ids[place] for _, ids, _ in here]), segments))
             for row, (_, ids, said) in zip(logits.log_softmax(-1), here, strict=True):
                 if said[place + 1]:
                     seen.append(row)

@@ -23,7 +23,6 @@ from typing import Any
 
 from benchmarks.models import LLAMA_3_2_1B, write_llama
 from peerllm.planner.memory import Shape, working_bytes
-from peerllm.types import KEEP_WARM
 from tests.household import Device
 from tests.lab.netns import Lab, require_lab
 from tests.traces import passes
@@ -36,7 +35,7 @@ PROMPT, OUTPUT = 32, 64
 
 @contextmanager
 def pinned(
-    root: Path, cores: Mapping[str, int], memory: Mapping[str, str], mbps: int = MBPS, options: Sequence[str] = ()
+    root: Path, cores: Mapping[str, int], memory: Mapping[str, str], mbps: int = MBPS
 ) -> Iterator[list[Device]]:
     """Devices by name and core; the second is in the first one's household."""
     require_lab()
@@ -44,7 +43,7 @@ def pinned(
         for host in range(len(cores)):
             lab.limit(host, mbps)
         made = [
-            Device(root / name, name, memory=memory.get(name, "8GB"), port=8643, api=API, options=options,
+            Device(root / name, name, memory=memory.get(name, "8GB"), port=8643, api=API,
                    prefix=lab.argv(host, [], at))
             for host, (name, at) in enumerate(cores.items())
         ]
@@ -100,12 +99,12 @@ def hops_ms(trace: dict[str, Any], devices: Sequence[str]) -> list[float]:
     return found
 
 
-def decoding(root: Path, model: Path, kind: str, rounds: int, options: Sequence[str]) -> dict[str, list[float]]:
+def decoding(root: Path, model: Path, kind: str, rounds: int) -> dict[str, list[float]]:
     """Tokens/s and ms of one device and of two, one sequence and eight, no-bubble and bubble."""
     seen: dict[str, list[float]] = defaultdict(list)
     planned = [*(["--quantize", kind] if kind else []), "--objective", "throughput"]
     cores = {"left": 0, "right": 1, "first": 0, "second": 1}
-    with pinned(root / "decoding", cores, {}, options=options) as (left, _, first, second):
+    with pinned(root / "decoding", cores, {}) as (left, _, first, second):
         alone, both = (Household(first, model), Household(second, model)), Household(left, model)
         for single in alone:
             single.serve(*planned, slots=SLOTS, context=CONTEXT)
@@ -163,14 +162,14 @@ def halves(config: Mapping[str, Any], chunk: int | None) -> dict[str, str]:
     return {"left": str(room), "right": str(room + 2 * config["vocab_size"] * hidden)}
 
 
-def measure(rounds: int, kinds: Sequence[str], options: Sequence[str] = ()) -> dict[str, Any]:
+def measure(rounds: int, kinds: Sequence[str]) -> dict[str, Any]:
     """Medians, by kind of weights ("" is bfloat16)."""
     with tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory:
         root = Path(directory)
         model = write_llama(root / "model", LLAMA_3_2_1B)
         found = {}
         for kind in kinds:
-            by_name = decoding(root / (kind or "bfloat16"), model, kind, rounds, options)
+            by_name = decoding(root / (kind or "bfloat16"), model, kind, rounds)
             found[kind or "bfloat16"] = {name: median(values) for name, values in by_name.items()}
         if "" in kinds:
             found["bfloat16"] |= {name: median(values) for name, values in prompts(root, model, rounds).items()}
@@ -181,9 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kinds", nargs="*", default=["", "int4"], metavar="int4")
-    parser.add_argument("--keep-warm", choices=KEEP_WARM, default="auto", help="while devices wait")
     args = parser.parse_args(argv)
-    print(json.dumps(measure(args.rounds, args.kinds, ("--keep-warm", args.keep_warm)), indent=1))
+    print(json.dumps(measure(args.rounds, args.kinds), indent=1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "peerllm"
 SHARED = {"types", "errors", "codec", "__init__"}
 ALLOWED = {
@@ -20,6 +22,9 @@ ALLOWED = {
     "builtin": {"builtin"},
 }
 LAZY_ENGINE = {"daemon/engine_host.py"}  # --in-process runs the engine in a thread: imported only then
+
+# Engine modules that a device with graphs alone runs.
+TORCH_FREE = ("peerllm.engine.runtime", "peerllm.engine.process", "peerllm.engine.sampler")
 
 
 def imports(path: Path) -> set[str]:
@@ -51,8 +56,10 @@ def test_imports_follow_the_arrows() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_daemon_does_not_import_torch() -> None:
-    code = ("import sys, peerllm.cli.main, peerllm.daemon.daemon, peerllm.api.server; "
-            "print([m for m in ('torch', 'transformers') if m in sys.modules])")
+@pytest.mark.parametrize(
+    "modules", ["peerllm.cli.main, peerllm.daemon.daemon, peerllm.api.server", ", ".join(TORCH_FREE)]
+)
+def test_only_the_torch_backend_imports_torch(modules: str) -> None:
+    code = f"import sys, {modules}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]", done.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 from peerllm import __version__
 from peerllm.daemon.settings import API_PORT, CONTROL_PORT
 from peerllm.planner.scenario import OBJECTIVES, STRATEGIES
-from peerllm.types import ACTIVATIONS, COMPUTE, KEEP_WARM, SCHEDULE_NAMES
+from peerllm.types import ACTIVATIONS, COMPUTE, SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
 MAX_DEVICES = 8  # of the demo: they share one machine
@@ -150,13 +150,6 @@ def _up(up: argparse.ArgumentParser) -> None:
         default="cpu",
         metavar="WHERE",
         help="cpu (default), cuda, cuda:N or mps: accelerators are new, and were not measured yet",
-    )
-    up.add_argument(
-        "--keep-warm",
-        choices=KEEP_WARM,
-        default="auto",
-        help="whether it keeps its caches warm, and a processor busy, shortly before its turn in an answer of several "
-        "devices (auto: not on a battery; on Linux only)",
     )
     up.add_argument(
         "--peer",

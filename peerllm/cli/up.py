@@ -50,7 +50,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         data_dir=args.data.expanduser().resolve(), name=name, port=args.port,
         api_host=args.api[0], api_port=args.api[1], memory_bytes=args.memory, threads=args.threads,
         peers=tuple(args.peer), in_process=args.in_process, mdns=not args.no_mdns, compute=args.compute,
-        keep_warm=args.keep_warm, **chosen,
+        **chosen,
     )  # fmt: skip
 
 

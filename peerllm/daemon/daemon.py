@@ -304,8 +304,6 @@ class Daemon:
             threads=self._threads,
             trusted=self._trusted(self.network.roster()),
             compute=self.settings.compute,
-            # In the daemon's own process dry passes would take the interpreter from it.
-            keep_warm="never" if self.settings.in_process else self.settings.keep_warm,
         )
 
     def _lent(self, configured: Configured) -> int:

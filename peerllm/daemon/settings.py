@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peerllm.types import KeepWarm
-
 CONTROL_PORT = 8643  # data and pairing follow it
 API_PORT = 8642
 
@@ -23,7 +21,6 @@ class Settings:
     memory_bytes: int | None = None  # None: what the machine has free, less a reserve
     threads: int | None = None  # None: the machine's cores
     compute: str = "cpu"  # or an accelerator: "cuda", "cuda:N", "mps"
-    keep_warm: KeepWarm = "auto"
     peers: tuple[tuple[str, int], ...] = field(default=())  # static peers' control ports
     in_process: bool = False
     hosts: tuple[str, ...] = ("0.0.0.0", "::")  # noqa: S104  control, data and pairing; all need pairing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,12 +13,9 @@ from peerllm.engine.absent import Absent, BeforeBlocks
 from peerllm.engine.base import Progress
 from peerllm.engine.blocks import Blocks, replace_blocks
 from peerllm.engine.division import Division
-from peerllm.engine.kernels.anatomy import Anatomy
-from peerllm.engine.kernels.forms import Form, choose
-from peerllm.engine.kernels.fusing import Fusions
 from peerllm.engine.kernels.keeping import Keeping, keeping
-from peerllm.engine.kernels.packing import Packing
-from peerllm.engine.kernels.trial import fusible
+from peerllm.engine.kernels.packed import Packed
+from peerllm.engine.kernels.pool import make_pool
 from peerllm.engine.loader import Target, load, mapped
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import Recipe, check, recipes
@@ -83,45 +79,18 @@ def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...
     return Plan(owned, found, kept, sum(sizes.values()))
 
 
-def fusions(
-    division: Division, numbers: range, kept: Keeping, unpacked: str | None, device: torch.device
-) -> dict[int, Anatomy]:
-    """Which of the blocks `numbers` (from 0) will be fused; asked before the model is stripped.
-
-    `unpacked` says why tokens cannot be packed, if they cannot: fused blocks know packed rows only.
-    """
-    if unpacked is not None or not fuses(division.dtype, kept.quantize, device):
-        return {}
-    return fusible(division, numbers, kept.matrices)
-
-
-def fuses(dtype: torch.dtype, quantize: str, device: torch.device) -> bool:
-    """Whether the form that matrices take there is one that blocks can be fused with."""
-    form = choose(dtype, quantize, torch.get_num_threads(), device) if quantize else None
-    return form is not None and form.fuses
-
-
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What a shard's weights take: those that stayed tensors of torch's, and those packed by `form`."""
+    """What a shard's weights take: those that are torch's tensors, and those that are rounded."""
 
     tensor_bytes: int
     packed_bytes: int = 0
-    form: Form | None = None
 
 
-def fill(
-    division: Division,
-    first: int,
-    work: Plan,
-    fused: Mapping[int, Anatomy],
-    threads: int,
-    progress: Progress,
-    device: torch.device = CPU,
-) -> Filled:
+def fill(division: Division, first: int, work: Plan, progress: Progress, device: torch.device = CPU) -> Filled:
     """Load the tensors into the stripped model, one after the other, and bring each to where it is computed with."""
     owned, found = work.owned, work.found
-    packing = _packing(division, work.kept, owned, threads, device, fused)
+    packed = _pack(work.kept, owned, device)
     tensors = [tensor for recipe in found for _, tensor in recipe.sources]
     total = sum({(tensor.path, tensor.offset): tensor.nbytes for tensor in tensors}.values())
     done = held = 0
@@ -133,16 +102,15 @@ def fill(
 
     places = _places(division, first)
 
-    def settle(name: str, tensor: torch.Tensor, fills: dict[str, list[str]], lazy: bool) -> int:
-        """Put a tensor where it belongs; what it then takes, unless it was packed or stays in its file."""
-        wanted = [place for place in fills[name] if packing is None or not packing.takes(place)]
-        for place in set(fills[name]) - set(wanted):
-            assert packing is not None
-            packing.give(place, tensor)
+    def settle(names: list[str], tensor: torch.Tensor, lazy: bool) -> int:
+        """Put a tensor where it belongs; what it then takes, unless it was rounded or stays in its file."""
+        wanted = [name for name in names if name not in packed]
+        for name in set(names) - set(wanted):
+            packed[name].fill(tensor)
         if wanted:
             tensor = tensor if lazy else _moved(tensor, device)
-        for place in wanted:
-            _place(division.model, places.get(place, place), tensor)
+        for name in wanted:
+            _place(division.model, places.get(name, name), tensor)
         return tensor.nbytes if wanted and not lazy else 0
 
     made = {name for recipe in found for name in recipe.targets}
@@ -152,12 +120,10 @@ def fill(
             name: [one for one in (name, *(set(_aliases(division, name)) - made)) if one in owned]
             for name in recipe.targets
         }
-        here = [place for some in fills.values() for place in some]
+        here = [name for some in fills.values() for name in some]
         if not here:
             continue
-        lazy = recipe.converter is None and all(
-            place in work.kept.tables or (packing is not None and packing.takes(place)) for place in here
-        )
+        lazy = recipe.converter is None and all(name in work.kept.tables or name in packed for name in here)
         if lazy:
             source = recipe.sources[0][1]
             loaded = {recipe.targets[0]: mapped(source)}
@@ -165,43 +131,38 @@ def fill(
             targets = {name: (division.sizes[name].dtype, tuple(division.sizes[name].shape)) for name in recipe.targets}
             loaded = load(recipe, targets, division.model, count)
         while loaded:  # what was moved is not held here as well while the next is read
-            held += settle(*loaded.popitem(), fills, lazy)
+            name, tensor = loaded.popitem()
+            held += settle(fills[name], tensor, lazy)
         if lazy:
             count(source.nbytes)
-    return _filled(held, packing)
+    return Filled(held, sum(one.nbytes for one in packed.values()))
 
 
-def make_up(
-    division: Division,
-    first: int,
-    last: int,
-    kept: Keeping,
-    fused: Mapping[int, Anatomy],
-    threads: int,
-    device: torch.device = CPU,
-) -> Filled:
+def make_up(division: Division, first: int, last: int, kept: Keeping, device: torch.device = CPU) -> Filled:
     """Fill the stripped model's layers first..last with made-up numbers, for timing."""
     places, held, owned = _places(division, first), 0, _owned(division, first, last)
-    packing = _packing(division, kept, owned, threads, device, fused)
+    packed = _pack(kept, owned, device)
     for name, (dtype, shape) in owned.items():
-        if packing is not None and packing.takes(name):  # one row again and again: the whole is never there in float
-            packing.give(name, made_up(shape[-1:], dtype).expand(shape))
+        if name in packed:  # one row again and again: the whole is never there in float
+            packed[name].fill(made_up(shape[-1:], dtype).expand(shape))
         else:
             tensor = made_up(shape, dtype)
             tensor = tensor if name in kept.tables else _moved(tensor, device)
             _place(division.model, places.get(name, name), tensor)
             held += tensor.nbytes
-    return _filled(held, packing)
+    return Filled(held, sum(one.nbytes for one in packed.values()))
 
 
-def _filled(held: int, packing: Packing | None) -> Filled:
-    """All tensors came, or so it should be."""
-    if packing is None:
-        return Filled(held)
-    if packing.missing:
-        raise EngineError(f"tensor {packing.missing[0]} was not loaded")
-    packing.finish()
-    return Filled(held, packing.nbytes, packing.form)
+def _pack(kept: Keeping, owned: dict[str, Target], device: torch.device) -> dict[str, Packed]:
+    """Modules to be filled in the places of those whose matrices are rounded, by the name of the weight."""
+    packed: dict[str, Packed] = {}
+    for name in kept.matrices.keys() & owned.keys():
+        matrix = kept.matrices[name]
+        packed[name] = Packed(matrix, BITS[kept.quantize], device)
+        setattr(matrix.parent, matrix.attribute, packed[name])
+    if packed and device == CPU:
+        make_pool(torch.get_num_threads())
+    return packed
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -212,24 +173,6 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         moved = tensor.detach().to(device)
     moved.__dict__.update(tensor.__dict__)
     return moved
-
-
-def _packing(
-    division: Division,
-    kept: Keeping,
-    owned: dict[str, Target],
-    threads: int,
-    device: torch.device,
-    fused: Mapping[int, Anatomy],
-) -> Packing | None:
-    """None where every matrix stays as it is."""
-    form = choose(division.dtype, kept.quantize, threads, device)
-    if form is None:
-        return None
-    wanted = {name: one for name, one in kept.matrices.items() if name in owned}
-    layers = {division.layer_of(name) for name in owned}
-    blocks = {number: block for number, block in enumerate(division.blocks) if number + 1 in layers}
-    return Packing(form, wanted, Fusions(fused, blocks, wanted, BITS[kept.quantize], division.dtype) if fused else None)
 
 
 def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -298,6 +241,7 @@ def finish(division: Division, whole: Any, device: torch.device = CPU) -> None:
     model.initialize_weights()
     owner.config = cut
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    left += [name for name, one in model.named_modules() if isinstance(one, Packed) and not one.filled]
     if left:
         raise EngineError(f"tensor {left[0]} was not loaded")
     for module in model.modules():

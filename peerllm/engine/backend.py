@@ -1,4 +1,4 @@
-"""What the runtime needs of a compute backend, and torch's, imported only when an engine starts."""
+"""What the runtime needs of a compute backend."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class Backend(Protocol):
     """All but `sampler` run in the loader thread or a helper's, not in the compute thread."""
 
     sampler: Sampler
+    broken: tuple[type[BaseException], ...]  # after such an error nothing in this process computes any more
 
-    def facts(self, compute: str = "cpu") -> Facts:
-        """Before all else; `compute` says where from now on. BadInputError if that is not here."""
+    def facts(self, compute: str = "cpu", threads: int = 1) -> Facts:
+        """Before all else; `compute` and `threads` say where from now on. BadInputError if that is not here."""
         ...
 
     def load(self, spec: LoadStage, progress: Progress) -> Shard: ...

@@ -1,4 +1,4 @@
-"""The engine's one seam: what a compute backend offers. Torch is the first; another may stand beside it.
+"""The engine's one seam: what a compute backend offers.
 
 A backend knows layers, positions and slots. It does not know what a token means beyond its id, nor what a device is.
 """
@@ -9,14 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from peerllm.types import Sampling
 
-Tensor = Any  # the backend's own array type
+Tensor = npt.NDArray[Any]  # C-contiguous; bfloat16 is ml_dtypes'
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of one sequence's tokens in a packed row: `length` tokens from `position` on, in KV slot `slot`.
+    """A run of one sequence's tokens in a batch: `length` tokens from `position` on, in KV slot `slot`.
 
     `position` 0 starts the slot afresh; a position below what the slot holds rolls it back to there.
     """
@@ -59,8 +63,8 @@ class Shard(Protocol):
 
     A shard with layer 0 takes token ids (int64 [n]); any other takes hidden states ([n, hidden]).
     A shard without the head returns hidden states ([n, hidden]); one with the head returns logits (float32
-    [number of segments with sample, vocabulary]), in segment order.
-    `rehearse` goes through a pass that would follow, to no effect, until `stop`; False where it cannot.
+    [number of segments with sample, vocabulary]), in segment order. A batch is either single tokens of several
+    sequences or one chunk of one prompt. Arrays may be read-only.
     """
 
     first_layer: int
@@ -72,7 +76,6 @@ class Shard(Protocol):
     reach: Reach | None  # where sequences can be taken up again, in the whole model; None: nowhere but at the start
 
     def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor: ...
-    def rehearse(self, inputs: Tensor, segments: Sequence[Segment], stop: Callable[[], bool]) -> bool: ...
     def release(self, slot: int) -> None: ...
     def close(self) -> None: ...
 
@@ -80,7 +83,7 @@ class Shard(Protocol):
 class Sampler(Protocol):
     """Picks tokens from logits ([k, vocabulary]), one per draw; the same for the same draw and logits."""
 
-    def __call__(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]: ...
+    def __call__(self, logits: Floats, draws: Sequence[Draw]) -> list[int]: ...
 
 
 Progress = Callable[[int, int], None]  # done bytes, total bytes

@@ -1,12 +1,11 @@
-"""Which waiting work this engine computes next (design §5.4). Pure: no torch, no clock, no threads.
+"""Which waiting work this engine computes next (design §5.4). Pure: no clock, no threads.
 
 Pieces are runs of one sequence's tokens. Steps (one token of an answer) go before prompt chunks, oldest first. Steps
 that came together are computed together and with no others: the source alone decides how sequences are divided into
-batches (engine/schedules.py). Chunks are packed anew at every stage, at most `chunk` tokens of at most `micro_batch`
-sequences. Of a plan's stages on one device (the source with the head) the earlier computes its steps first: a token
-then goes from the head straight into its next lap, and the two visits cost the pipeline no more than one (the simulator
-shows it). So that an unbroken stream of steps cannot starve a prompt, a batch of chunks follows at most STEPS_PER_CHUNK
-batches of steps.
+batches (engine/schedules.py). A chunk of a prompt is a batch by itself. Of a plan's stages on one device (the source
+with the head) the earlier computes its steps first: a token then goes from the head straight into its next lap, and the
+two visits cost the pipeline no more than one (the simulator shows it). So that an unbroken stream of steps cannot
+starve a prompt, a chunk follows at most STEPS_PER_CHUNK batches of steps.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
-
-from peerllm.engine.base import Tensor
+from typing import Any, Generic, TypeVar
 
 STEPS_PER_CHUNK = 4  # batches of steps that may overtake a waiting prompt chunk, in a row
 
@@ -32,15 +29,13 @@ class Piece:
     position: int
     length: int
     sample: bool  # the head picks a token after the last of them
-    data: Tensor
+    data: Any  # Tensor; None in what only names a run
 
 
 @dataclass(slots=True)
 class _Waiting:
     """What waits for one stage, each piece with its number of arrival."""
 
-    micro_batch: int
-    chunk: int
     plan: Hashable  # stages of one plan share it ...
     place: int  # ... and are told apart by their order
     steps: deque[tuple[int, list[Piece]]] = field(default_factory=deque)  # batches
@@ -55,9 +50,9 @@ class Scheduler(Generic[Key]):
         self._arrivals = 0
         self._streak = 0  # batches of steps since a chunk was last served or none was waiting
 
-    def add(self, stage: Key, micro_batch: int, chunk: int, plan: Hashable = None, place: int = 0) -> None:
+    def add(self, stage: Key, plan: Hashable = None, place: int = 0) -> None:
         """`plan` and `place`: stages of one plan in their order."""
-        self._stages[stage] = _Waiting(micro_batch, chunk, stage if plan is None else plan, place)
+        self._stages[stage] = _Waiting(stage if plan is None else plan, place)
 
     def remove(self, stage: Key) -> None:
         self._stages.pop(stage, None)
@@ -85,14 +80,13 @@ class Scheduler(Generic[Key]):
         return sum(len(batch) for _, batch in waiting.steps) + sum(piece.length for _, piece in waiting.chunks)
 
     def next(self) -> tuple[Key, list[Piece]] | None:
-        """The batch to compute now: one stage, one kind, at most one piece per sequence. None: nothing waits."""
+        """The batch to compute now: steps of one stage that came together, or one chunk. None: nothing waits."""
         stepping = [(waiting.steps[0][0], key) for key, waiting in self._stages.items() if waiting.steps]
         chunking = [(waiting.chunks[0][0], key) for key, waiting in self._stages.items() if waiting.chunks]
         if chunking and (not stepping or self._streak >= STEPS_PER_CHUNK):
             self._streak = 0
             key = min(chunking, key=_arrival)[1]
-            waiting = self._stages[key]
-            return key, _pack(waiting.chunks, waiting.micro_batch, waiting.chunk)
+            return key, [self._stages[key].chunks.popleft()[1]]
         if not stepping:
             return None
         self._streak = self._streak + 1 if chunking else 0
@@ -104,17 +98,3 @@ class Scheduler(Generic[Key]):
 
 def _arrival(head: tuple[int, object]) -> int:
     return head[0]
-
-
-def _pack(queue: deque[tuple[int, Piece]], sequences: int, tokens: int) -> list[Piece]:
-    """Takes from the front while it fits; the first piece always does."""
-    batch: list[Piece] = []
-    packed, members = 0, set[int]()
-    while queue and len(batch) < sequences:
-        piece = queue[0][1]
-        if batch and (piece.sequence in members or packed + piece.length > tokens):
-            break
-        batch.append(queue.popleft()[1])
-        members.add(piece.sequence)
-        packed += piece.length
-    return batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,21 +153,6 @@ def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
     return total
 
 
-def make_stores(
-    owned: Mapping[int, LayerState], slots: int, context: int, device: torch.device = CPU
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Room for keys and values of those blocks that keep them: [slots, heads, room, width] each."""
-    stores = {}
-    for number, state in owned.items():
-        if state.kind in (FULL, *WINDOWED) and state.keys and state.values:
-            room = state.room(context)
-            (heads, width), (value_heads, value_width) = state.keys, state.values
-            keys = torch.empty(slots, heads, room, width, dtype=state.dtype, device=device)
-            values = torch.empty(slots, value_heads, room, value_width, dtype=state.dtype, device=device)
-            stores[number] = keys, values
-    return stores
-
-
 class Slots:
     """KV room of a shard: [slots, heads, room, width] per block, made at once; `caches[slot]` is a slot's view."""
 
@@ -182,7 +166,7 @@ class Slots:
         device: torch.device = CPU,
     ) -> None:
         self.kv_bytes, self.count = kv_bytes(owned, slots, context), slots
-        stores = make_stores(owned, slots, context, device)
+        stores = {number: _room(state, slots, context, device) for number, state in owned.items()}
         self.caches = [
             SlotCache(
                 [
@@ -194,22 +178,15 @@ class Slots:
             for slot in range(slots)
         ]
 
-    def rows(self, segments: Sequence[Segment]) -> list[list[tuple[int, Segment]]]:
-        """Every segment, with its start, as a row of its own."""
-        starts = itertools.accumulate((segment.length for segment in segments), initial=0)
-        return [[(start, segment)] for start, segment in zip(starts, segments, strict=False)]
-
-    def seek(self, segments: Sequence[Segment]) -> SlotCache:
-        """Bring the one segment's slot to its position."""
-        (segment,) = segments
+    def seek(self, segment: Segment) -> SlotCache:
+        """Bring its slot to its position."""
         cache = self.caches[segment.slot]
         cache.seek(segment.position)
         return cache
 
-    def advance(self, segments: Sequence[Segment]) -> None:
-        """The row went well."""
-        for segment in segments:
-            self.caches[segment.slot].advance(segment.length)
+    def advance(self, segment: Segment) -> None:
+        """Its pass went well."""
+        self.caches[segment.slot].advance(segment.length)
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
@@ -227,3 +204,14 @@ class Slots:
         if kind == "hybrid" and not owned:
             return HybridCounter(**arguments)
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+
+
+def _room(state: LayerState, slots: int, context: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """For a block's keys and values, if it keeps any: [slots, heads, room, width] each."""
+    if state.kind not in (FULL, *WINDOWED) or not (state.keys and state.values):
+        return ()
+    room = state.room(context)
+    return tuple(
+        torch.empty(slots, heads, room, width, dtype=state.dtype, device=device)
+        for heads, width in (state.keys, state.values)
+    )

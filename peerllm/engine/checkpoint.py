@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from peerllm.engine.messages import TensorAt
-from peerllm.errors import ModelError
+from peerllm.errors import BadInputError, ModelError
+from peerllm.types import BITS
 
 ITEMSIZE = {
     "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+COMPUTED = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}  # the dtype each is computed in
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 MAX_JSON_BYTES = 64 << 20  # an index of some hundred thousand tensors
 MAX_DIMENSIONS = 8
@@ -114,3 +117,28 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorA
             f"{path.name} is cut short: tensor {name} ends at byte {start + end} of {size}; fetch it again"
         )
     return TensorAt(name, dtype, shape, str(path.absolute()), start + begin, end - begin)
+
+
+def held_dtype(tensors: Iterable[TensorAt]) -> str:
+    """The dtype that most bytes of a checkpoint ask to be computed in."""
+    held: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.dtype in COMPUTED:
+            name = COMPUTED[tensor.dtype]
+            held[name] = held.get(name, 0) + tensor.nbytes
+    return max(held, key=lambda name: held[name], default="float32")
+
+
+def resolve(quantize: str, tensors: Iterable[TensorAt], dtype: str, accelerator: bool) -> str:
+    """What matrices are rounded to where "auto", "none" or one of BITS is asked for: "" (nothing) or one of BITS.
+
+    "auto" rounds 16-bit checkpoints to int8 on processors, unless float32 is what is computed in.
+    """
+    if quantize == "auto":
+        exact = accelerator or dtype == "float32" or held_dtype(tensors) == "float32"
+        return "" if exact else "int8"
+    if quantize in ("none", ""):
+        return ""
+    if quantize not in BITS:
+        raise BadInputError(f"weights can be rounded to {' or '.join(BITS)}, not {quantize!r}")
+    return quantize

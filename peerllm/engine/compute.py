@@ -1,4 +1,4 @@
-"""The one thread that owns torch, the shards and the slots: fed by one inbox."""
+"""The one thread that owns the shards and the slots: fed by one inbox."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
-import torch
 
-from peerllm.engine.base import Sampler, Shard
+from peerllm.engine.backend import Backend
+from peerllm.engine.base import Shard
 from peerllm.engine.batching import Piece, Scheduler
-from peerllm.engine.deployments import Deployment, StageKey
+from peerllm.engine.deployments import Deployment, Outlet, StageKey
 from peerllm.engine.inbox import Inbox
 from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import (
@@ -29,12 +29,8 @@ from peerllm.engine.messages import (
     Tokens,
     Unload,
 )
-from peerllm.engine.place import BROKEN
 from peerllm.engine.stages import Stage, steps_only
-from peerllm.engine.telling import SHORT_MS, Telling
 from peerllm.engine.trace import Recorder
-from peerllm.engine.warmth import Warmth
-from peerllm.engine.way import Outlet
 from peerllm.engine.wire import Parcel
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, DeviceId
@@ -111,61 +107,42 @@ def failed(request: int, error: BaseException) -> Failed:
 class Compute:
     """`run` is the body of the compute thread; everything else is called by it alone, but for `inbox.put`."""
 
-    def __init__(
-        self, threads: int, sampler: Sampler, tell: Callable[[FromEngine], None], recorder: Recorder, warmth: Warmth
-    ) -> None:
+    def __init__(self, backend: Backend, tell: Callable[[FromEngine], None], recorder: Recorder) -> None:
         self.inbox: Inbox[Event] = Inbox()
-        self._threads, self._sampler = threads, sampler
-        self._tell = Telling(tell)
-        self._recorder = recorder
+        self._backend, self._tell, self._recorder = backend, tell, recorder
         self._schedule: Scheduler[StageKey] = Scheduler()
         self._deployments: dict[DeploymentId, Deployment] = {}
-        self.inbox.meanwhile = self._warmth = warmth
         self.batches = 0  # computed so far; any thread may read it
 
     def run(self) -> None:
         """Until the inbox is closed."""
-        torch.set_num_threads(self._threads)
-        try:
-            self._run()
-        finally:  # whatever ended it, tokens that came back did come
-            self._tell.flush()
-
-    def _run(self) -> None:
-        with torch.inference_mode():
-            batch, spent = None, 0.0
-            while (events := self.inbox.take(wait=batch is None)) is not None:
-                started = time.perf_counter() - spent
-                if batch is None and self._recorder.on:
-                    self._recorder.lap("idle")
-                for event in events:
-                    self._handle(event)
-                batch = self._schedule.next()
-                if self._recorder.on:
-                    self._recorder.lap("take in")
-                if batch is None or not self._is_short(*batch):
-                    self._tell.flush()
-                if batch is not None:
-                    kept = len(self._tell)
-                    self._compute(*batch, started)
-                    started = time.perf_counter()
-                    self._tell.flush(kept)  # not what came of this pass: that is about to begin the next one
-                # What came without work to do, and telling, count towards the next pass.
-                spent = time.perf_counter() - started
-            for deployment in self._deployments.values():
-                deployment.close("the engine is stopping")
-            self._deployments.clear()
+        batch, spent = None, 0.0
+        while (events := self.inbox.take(wait=batch is None)) is not None:
+            started = time.perf_counter() - spent
+            if batch is None and self._recorder.on:
+                self._recorder.lap("idle")
+            for event in events:
+                self._handle(event)
+            batch = self._schedule.next()
+            if self._recorder.on:
+                self._recorder.lap("take in")
+            if batch is not None:
+                self._compute(*batch, started)
+            # What came without work to do counts towards the next pass.
+            spent = time.perf_counter() - started if batch is None else 0.0
+        for deployment in self._deployments.values():
+            deployment.close("the engine is stopping")
+        self._deployments.clear()
 
     def _compute(self, key: StageKey, batch: list[Piece], started: float) -> None:
         identity, index = key
         deployment = self._deployments[identity]
         self.batches += 1
-        self._warmth.begins(deployment.stages[index], steps_only(batch))
         try:
             result = deployment.stages[index].compute(batch)
-        except BROKEN:
+        except self._backend.broken:
             raise
-        except Exception as error:  # whatever torch raises ends these sequences, not the engine
+        except Exception as error:  # whatever a backend raises ends these sequences, not the engine
             traceback.print_exc()
             for piece in batch:
                 deployment.fail(index, piece, f"stage {index}: {reason_of(error)}")
@@ -177,14 +154,7 @@ class Compute:
         deployment.computed(index, result)
         if self._recorder.on:
             self._recorder.lap("hand on", identity)
-        self._warmth.ended(stage, steps_only(batch))
         stage.paced(batch, time.perf_counter() - started)
-
-    def _is_short(self, key: StageKey, batch: list[Piece]) -> bool:
-        """Whether this pass will be over so soon that what is kept can wait for it."""
-        identity, index = key
-        stage = self._deployments[identity].stages[index]
-        return steps_only(batch) and stage.pace_ms(len(batch)) < SHORT_MS
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -233,20 +203,18 @@ class Compute:
             self._unload(spec.deployment, "another plan took over")
             deployment = None
         if deployment is None:
-            deployment = Deployment(spec, self._schedule, self._tell, self._tell.later)
+            deployment = Deployment(spec, self._schedule, self._tell)
             self._deployments[spec.deployment] = deployment
         if spec.stage in deployment.stages:
             shard.close()
             self._tell(Failed(spec.request, "RefusedError", f"stage {spec.stage} is loaded already; unload it first"))
             return
-        deployment.loaded(Stage(spec, shard, self._sampler))
+        deployment.loaded(Stage(spec, shard, self._backend.sampler))
         self._tell(Done(spec.request))
 
     def _unload(self, identity: DeploymentId, reason: str) -> None:
         deployment = self._deployments.pop(identity, None)
         if deployment is not None:
-            for stage in deployment.stages.values():
-                self._warmth.forget(stage)
             deployment.close(reason)
             del deployment
             return_memory()

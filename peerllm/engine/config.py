@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from peerllm.engine.checkpoint import read_json
+from peerllm.engine.checkpoint import held_dtype, read_json
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FILE_DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
 COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: what "auto" means for this model, whatever its file holds
 MAX_BLOCKS = 1022  # with embedding and head as many layers as a plan has stages at most
 MAX_COUNT = 1 << 15  # of layers, heads, experts, labels: configuration classes make lists that long, unasked
@@ -92,13 +91,7 @@ def compute_dtype(wanted: str, config: Any, tensors: Iterable[TensorAt]) -> str:
     """
     if wanted == "auto":
         wanted = getattr(config, COMPUTE_DTYPE_KEY, None) or ""
-    if not wanted:
-        held: dict[str, int] = {}
-        for tensor in tensors:
-            if tensor.dtype in FILE_DTYPES:
-                name = FILE_DTYPES[tensor.dtype]
-                held[name] = held.get(name, 0) + tensor.nbytes
-        wanted = max(held, key=lambda name: held[name], default="float32")
+    wanted = wanted or held_dtype(tensors)
     if wanted not in DTYPES:
         raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {wanted!r}")
     return wanted

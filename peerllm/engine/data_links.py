@@ -125,9 +125,9 @@ class DataLinks:
                 await self._plane.forget(spec.deployment, known.epoch)
         self._known[spec.deployment].specs[spec.stage] = spec
         if spec.upstream not in (None, self._device):
-            self._plane.expect(Ingress(spec.upstream, stage_limits(spec, hidden_size)), self._deliver, from_frame)
+            self._plane.expect(Ingress(spec.upstream, stage_limits(spec, hidden_size)), self._deliver)
         if spec.stage == 0 and spec.head_device != self._device:
-            self._plane.expect(Ingress(spec.head_device, source_limits(spec)), self._deliver, from_frame)
+            self._plane.expect(Ingress(spec.head_device, source_limits(spec)), self._deliver)
 
     async def connect(self, message: Connect) -> Linked:
         """Links to all next stages on other devices; those that stand are kept. LinkError if one does not come up."""

@@ -1,23 +1,23 @@
 """One deployment on this engine: the parcels of its sequences, moved between its stages, its links and its source.
 
-Compute thread only. What leaves the device goes by a `Way`, what the daemon shall hear to `tell`.
+Compute thread only. What leaves the device goes to an `Outlet`, what the daemon shall hear to `tell`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
-import torch
+import numpy as np
 
 from peerllm.engine.batching import Piece, Scheduler
-from peerllm.engine.config import DTYPES
 from peerllm.engine.messages import FinishReason, FromEngine, LinkLost, LoadStage, Submit, Tokens
 from peerllm.engine.schedules import SCHEDULES, NoBubble
 from peerllm.engine.sequences import Feed, Sequences, window_tokens
 from peerllm.engine.stages import Stage
-from peerllm.engine.way import Outlet, Way
 from peerllm.engine.wire import (
     ALL_SEQUENCES,
+    DTYPES,
     Activation,
     Drawn,
     Opened,
@@ -27,30 +27,33 @@ from peerllm.engine.wire import (
     lengthen,
     shorten,
     split,
+    to_frame,
 )
 from peerllm.errors import BadInputError, FrameError, LinkError, PeerLLMError
+from peerllm.transport.frames import Frame
 from peerllm.types import DeploymentId, DeviceId
 
 StageKey = tuple[DeploymentId, int]
 NOT_FINITE = "the model computed hidden states that are no finite numbers; try dtype float32 or bfloat16"
 
 
+class Outlet(Protocol):
+    """A link to the next stage; `send` raises LinkError if it is gone."""
+
+    @property
+    def device(self) -> DeviceId: ...
+    def send(self, frame: Frame) -> None: ...
+
+
 class Deployment:
     """Stages of one epoch; `loaded` adds them one by one, `linked` opens the way to other devices."""
 
-    def __init__(
-        self,
-        spec: LoadStage,
-        schedule: Scheduler[StageKey],
-        tell: Callable[[FromEngine], None],
-        mention: Callable[[FromEngine], None] | None = None,
-    ) -> None:
-        """`mention` hears what may be told after the pass that is about to begin (ADR 15); by itself `tell` does."""
+    def __init__(self, spec: LoadStage, schedule: Scheduler[StageKey], tell: Callable[[FromEngine], None]) -> None:
         self.id, self.epoch, self.count = spec.deployment, spec.epoch, spec.stages
         self.stages: dict[int, Stage] = {}
         self._most_waiting = window_tokens(spec.stages, spec.chunk) + spec.slots  # at one stage, by the source's window
-        self._schedule, self._tell, self._mention = schedule, tell, mention or tell
-        self._ways: dict[int, Way] = {}  # by the stage that sends
+        self._schedule, self._tell = schedule, tell
+        self._outlets: dict[int, Outlet] = {}  # by the stage that sends
         self._source: Sequences | None = None
         self._turns: NoBubble = SCHEDULES[spec.schedule](spec.micro_batch, spec.micro_batches)  # on the source
         self.broken = ""  # why sequences cannot run until the links are made anew
@@ -59,7 +62,7 @@ class Deployment:
     def loaded(self, stage: Stage) -> None:
         spec = stage.spec
         self.stages[spec.stage] = stage
-        self._schedule.add((self.id, spec.stage), spec.micro_batch, spec.chunk, self.id, spec.stage)
+        self._schedule.add((self.id, spec.stage), self.id, spec.stage)
         if spec.stage == 0:
             reach = stage.shard.reach
             self._source = Sequences(
@@ -75,7 +78,7 @@ class Deployment:
 
     def linked(self, outlets: Mapping[int, Outlet]) -> None:
         """The links stand; if some broke before, whatever was under way on them is gone."""
-        self._ways = {stage: Way(outlet, self.id, self.epoch, stage + 1) for stage, outlet in outlets.items()}
+        self._outlets = dict(outlets)
         self._reported.clear()
         if not self.broken:
             return
@@ -114,7 +117,7 @@ class Deployment:
 
     def _feed(self, feeds: Sequence[Feed]) -> None:
         """These together."""
-        ids = [torch.tensor(feed.ids, dtype=torch.int64) for feed in feeds]  # [length] each
+        ids = [np.array(feed.ids, dtype=np.int64) for feed in feeds]  # [length] each
         self._take_in(
             0, [Piece(f.sequence, f.slot, f.position, len(f.ids), f.sample, i) for f, i in zip(feeds, ids, strict=True)]
         )
@@ -160,11 +163,7 @@ class Deployment:
         if feed is not None:
             self._turns.due(feed)
         if tokens is not None:
-            # An answer's first and last are waited for; and without others to wait for there is no better time later.
-            if tokens.finish is None and tokens.start and self._ways:
-                self._mention(tokens)
-            else:
-                self._tell(tokens)
+            self._tell(tokens)
             if tokens.finish is not None:
                 self._arrive(0, Released(piece.sequence, piece.slot, keep=source.kept(piece.slot)))
 
@@ -247,14 +246,14 @@ class Deployment:
         if self.stages[index].spec.downstream is None:
             self._arrive(index + 1, parcel)
             return
-        way = self._ways.get(index)
-        if way is None:
+        outlet = self._outlets.get(index)
+        if outlet is None:
             self.breaks(f"stage {index} has no link to the next yet")
             return
         try:
-            way.send(parcel)
+            outlet.send(to_frame(parcel, self.id, self.epoch, index + 1))
         except LinkError as error:
-            self.lost(way.device, None, str(error))
+            self.lost(outlet.device, None, str(error))
 
     # ---- breaking and ending ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Generic, TypeVar
 
 from peerllm.errors import OverloadedError
-from peerllm.transport.links import Lead, Meanwhile
+from peerllm.transport.links import Lead
 
 KEPT = 1 / 16  # weight of a new hand-over in their mean
 MAX_WAITING = 8192  # events; far above what the windows of the sequences in flight allow
@@ -24,11 +24,10 @@ class Inbox(Generic[T]):
     """First in, first out; `put` never waits and raises OverloadedError when `limit` events are waiting.
 
     `put` and `close` are called by one thread (the loop's); with several, `limit` may be passed by one event for each.
-    `lead` and what it does `meanwhile` are to be set before the first event is taken.
+    `lead` is to be set before the first event is taken.
     """
 
     lead: Lead | None = None
-    meanwhile: Meanwhile | None = None
 
     def __init__(self, limit: int = MAX_WAITING) -> None:
         self._limit = limit
@@ -58,7 +57,7 @@ class Inbox(Generic[T]):
         if wait and events.empty():
             self._put_at, self._idle = 0.0, True
             if self.lead is not None:
-                self.lead.wait(events.empty, self.meanwhile)
+                self.lead.wait(events.empty)
             event = events.get()
             self._idle = False
             if self._put_at:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from peerllm.engine.checkpoint import read_json, read_tensors
+from peerllm.engine.checkpoint import read_json, read_tensors, resolve
 from peerllm.engine.config import DTYPES, compute_dtype, max_context, parse_config, stop_ids, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.kernels.keeping import Keeping, keeping
@@ -38,10 +38,12 @@ class Inspection:
         return Inspected(request, **{name: getattr(self, name) for name in Inspection.__dataclass_fields__})
 
 
-def inspect_model(model_dir: str | Path, dtype: str = "auto", quantize: str = "") -> Inspection:
+def inspect_model(
+    model_dir: str | Path, dtype: str = "auto", quantize: str = "none", accelerator: bool = False
+) -> Inspection:
     """The layers of the model in `model_dir`, computed in `dtype` from matrices rounded to `quantize`, if to anything.
 
-    ModelError says why it cannot be used.
+    Either may be "auto", for what suits the checkpoint and where it is computed. ModelError says why it cannot be used.
     """
     directory = Path(model_dir).expanduser()
     if not directory.is_dir():
@@ -51,6 +53,7 @@ def inspect_model(model_dir: str | Path, dtype: str = "auto", quantize: str = ""
     config = parse_config(text)
     tensors = read_tensors(directory)
     dtype = compute_dtype(dtype, config, tensors.values())
+    quantize = resolve(quantize, tensors.values(), dtype, accelerator)
     division = divide(config, DTYPES[dtype])
     found = recipes(division, tensors)
     check(division, found, division.sizes)

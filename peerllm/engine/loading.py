@@ -11,15 +11,12 @@ import time
 import traceback
 from collections.abc import Callable
 
-import torch
-
 from peerllm.engine.backend import Backend
 from peerllm.engine.base import Shard
 from peerllm.engine.compute import failed
 from peerllm.engine.inbox import Inbox
 from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import FromEngine, Inspect, LoadProgress, LoadStage, Measure, TimeLayers
-from peerllm.engine.place import BROKEN
 from peerllm.errors import PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId
 
@@ -38,7 +35,6 @@ class Loader:
 
     def __init__(
         self,
-        threads: int,
         backend: Backend,
         tell: Callable[[FromEngine], None],
         finished: Callable[[LoadStage, Shard], None],
@@ -46,7 +42,7 @@ class Loader:
         broken: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._jobs: Inbox[Job] = Inbox(MAX_JOBS)
-        self._threads, self._backend, self._tell, self._finished = threads, backend, tell, finished
+        self._backend, self._tell, self._finished = backend, tell, finished
         self._computed, self._broken, self._closed = computed, broken, False
         self._lock = threading.Lock()
         self._wanted: dict[int, LoadStage] = {}  # by request: loads that nobody has abandoned or taken over
@@ -91,21 +87,20 @@ class Loader:
     def _run(self) -> None:
         while (jobs := self._jobs.take(wait=True)) is not None:
             for job in jobs:
-                # Torch's libraries keep 10 MB and more of scratch for every thread that computed, until it ends.
+                # Libraries keep 10 MB and more of scratch for every thread that computed, until it ends.
                 thread = threading.Thread(target=self._try, args=(job,), name="engine-loader-job", daemon=True)
                 thread.start()
                 thread.join()
                 return_memory()
 
     def _try(self, job: Job) -> None:
-        torch.set_num_threads(self._threads)
         try:
             self._do(job)
         except Exception as error:  # a damaged model may raise anything
             if not isinstance(error, PeerLLMError):
                 traceback.print_exc()
             self._tell(failed(job.request, error))
-            if isinstance(error, BROKEN):
+            if isinstance(error, self._backend.broken):
                 self._broken(error)
 
     def _do(self, job: Job) -> None:

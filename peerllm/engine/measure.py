@@ -74,7 +74,6 @@ def runtime_bytes(device: torch.device = CPU) -> int:
     # The first model built brings in libraries and tables that every later one shares.
     from peerllm.engine.config import parse_config
     from peerllm.engine.division import divide
-    from peerllm.engine.kernels import forms
     from peerllm.engine.names import recipes
     from peerllm.engine.probing import probe
 
@@ -86,7 +85,8 @@ def runtime_bytes(device: torch.device = CPU) -> int:
     probe(division, range(1))
     recipes(division, ())
     if device == CPU:
-        forms.bring_in()
+        import onnx.helper  # noqa: F401
+        import onnxruntime  # noqa: F401
     else:
         torch.mm(*(torch.ones(1, 1, device=device) for _ in range(2))).to(CPU)  # its driver's libraries
     return int(psutil.Process().memory_info().rss)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Callable
 
-import torch
+_caches: list[Callable[[], None]] = []
 
-from peerllm.engine.place import turn
+
+def empty_too(cache: Callable[[], None]) -> None:
+    """From now on `return_memory` calls `cache` as well: what a library keeps for itself."""
+    if cache not in _caches:
+        _caches.append(cache)
 
 
 def return_memory() -> None:
     """After something large was let go."""
     gc.collect()
     trim()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        for number in range(torch.cuda.device_count()):
-            if torch.cuda.memory_reserved(number):  # asking another device would make room on it
-                with torch.cuda.device(number):
-                    torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        with turn(torch.device("mps")):
-            torch.mps.empty_cache()
+    for cache in _caches:
+        cache()
 
 
 def trim() -> None:

@@ -15,7 +15,6 @@ from peerllm.types import (
     Cuts,
     DeploymentId,
     DeviceId,
-    KeepWarm,
     LayerKind,
     ModelProfile,
     Sampling,
@@ -68,7 +67,6 @@ class Configure:
     threads: int
     trusted: tuple[Trusted, ...]
     compute: str = "cpu"  # or an accelerator; see engine/place.py
-    keep_warm: KeepWarm = "auto"
 
 
 @dataclass(frozen=True, slots=True)

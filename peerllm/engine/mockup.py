@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peerllm.engine.assembly import finish, fuses, fusions, make_up, strip
+from peerllm.engine.assembly import finish, make_up, strip
 from peerllm.engine.cache import kv_bytes
 from peerllm.engine.config import DTYPES, max_context, parse_config, text_config
 from peerllm.engine.division import Division, divide
@@ -18,9 +18,8 @@ from peerllm.engine.place import CPU
 from peerllm.engine.probing import probe
 from peerllm.engine.shard import TorchShard
 from peerllm.engine.states import LayerState
-from peerllm.engine.wiring import obstacle
 from peerllm.errors import BadInputError, RefusedError
-from peerllm.types import PACKING_COPIES, LayerKind
+from peerllm.types import LayerKind
 
 SEQUENCES = (16, 8, 4, 2, 1)  # sequences at once, the most that has room
 CHUNK = 128  # tokens of a prompt in one pass
@@ -58,7 +57,6 @@ class Outline:
         division = self._divide()
         self.head = division.head
         self._states = probe(division, range(len(division.blocks)))
-        self._unpacked = obstacle(division, self._states)
         kinds = block_kinds(division, self._states)
         self._longest = {"embedding": (0, 1), **_runs(kinds), "head": (self.head, 1)}
         self.kinds: tuple[LayerKind, ...] = tuple(self._longest)
@@ -69,13 +67,9 @@ class Outline:
         kept = keeping(division, (), self._quantize)
         self._bytes: dict[int, int] = {}
         self._wide: dict[int, int] = {}
-        self._rounded: dict[int, int] = {}  # bytes of matrices that a fused block would have
-        packed = kept.matrices if fuses(division.dtype, self._quantize, device) else {}
         for name, tensor in division.sizes.items():
             layer = division.layer_of(name)
             self._bytes[layer] = self._bytes.get(layer, 0) + kept.nbytes(name, tensor)
-            if name in packed:
-                self._rounded[layer] = self._rounded.get(layer, 0) + kept.nbytes(name, tensor)
             if tensor.dim() > 1:
                 self._wide[layer] = max(self._wide.get(layer, 0), *tensor.shape[-2:])
 
@@ -107,8 +101,7 @@ class Outline:
         itemsize = torch.float32.itemsize if self._quantize else DTYPES[self._dtype].itemsize
         working = tokens * (HIDDEN_COPIES * self.hidden_size + WIDE_COPIES * wide) * itemsize
         logits = mockup.sequences * self.vocabulary * LOGITS_BYTES if mockup.last == self.head else 0
-        packing = PACKING_COPIES * max((self._rounded.get(number + 1, 0) for number in numbers), default=0)
-        return int(held + max(kv + working + logits, packing))
+        return int(held + kv + working + logits)
 
     def build(self, mockup: Mockup) -> TorchShard:
         """The shard, one slot more than sequences (for a prompt)."""
@@ -116,16 +109,15 @@ class Outline:
         numbers = range(max(mockup.first, 1) - 1, min(mockup.last, division.head - 1))
         whole, kept = division.owner.config, keeping(division, (), self._quantize)
         layers = mockup.first, mockup.last
-        fused = fusions(division, numbers, kept, self._unpacked, self._device)
         entry = strip(division, *layers, numbers)
-        filled = make_up(division, *layers, kept, fused, torch.get_num_threads(), self._device)
+        filled = make_up(division, *layers, kept, self._device)
         finish(division, whole, self._device)
         slots = mockup.sequences + 1
         spec = LoadStage(
             0, "", 0, 0, 1, mockup.first, mockup.last, self._config, (), self._dtype, slots, mockup.context,
             CHUNK, slots, None, None, "",
         )  # fmt: skip
-        return TorchShard(division, spec, self._of(numbers), filled, entry, self._unpacked, None, self._device)
+        return TorchShard(division, spec, self._of(numbers), filled, entry, None, self._device)
 
     def _divide(self) -> Division:
         return divide(parse_config(self._config), DTYPES[self._dtype])

@@ -81,6 +81,18 @@ def _mps() -> Place:
     return Place(torch.device("mps"), "mps", most, min(most, int(psutil.virtual_memory().available)))
 
 
+def empty_caches() -> None:
+    """Give back what torch keeps of accelerators' memory."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for number in range(torch.cuda.device_count()):
+            if torch.cuda.memory_reserved(number):  # asking another device would make room on it
+                with torch.cuda.device(number):
+                    torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        with turn(torch.device("mps")):
+            torch.mps.empty_cache()
+
+
 def turn(device: torch.device) -> AbstractContextManager[object]:
     """To be held while anything is asked of the device: Metal does not take it from two threads at once."""
     return _metal if device.type == "mps" else nullcontext()

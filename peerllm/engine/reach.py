@@ -9,16 +9,26 @@ from typing import Any
 from peerllm.engine import states
 from peerllm.engine.base import Reach
 from peerllm.engine.states import FULL, WINDOWED, LayerState
-from peerllm.engine.wiring import follows_length
+
+STATIC_ROPE = frozenset(["default", "linear", "yarn", "llama3", "proportional"])  # others follow the longest position
 
 
 def reach_of(model: Any, kept: Mapping[int, LayerState]) -> Reach | None:
     """Of a model with those states; None where a prompt in one run would be computed otherwise than going on."""
-    if follows_length(model) or any(_bounds_runs(module) for module in model.modules()):
+    if any(_follows_length(module) or _bounds_runs(module) for module in model.modules()):
         return None
     rewinds = all(state.kind in (FULL, *WINDOWED) and not state.state_bytes for state in kept.values())
     rooms = [state.kept_tokens for state in kept.values() if state.kept_tokens is not None]
     return Reach(rewinds, min(rooms, default=None), states.ROLLBACK_TOKENS)
+
+
+def _follows_length(module: Any) -> bool:
+    """A rotary embedding that depends on how long the sequence is when a token is computed."""
+    kinds = getattr(module, "rope_type", "default")
+    if not set(kinds.values() if isinstance(kinds, dict) else [kinds]) <= STATIC_ROPE:
+        return True
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
+    return isinstance(parameters, dict) and bool({"long_mscale", "short_mscale"} & parameters.keys())
 
 
 def _bounds_runs(module: Any) -> bool:

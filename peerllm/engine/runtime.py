@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import Any
 
-from peerllm.engine import power
 from peerllm.engine.backend import Backend
 from peerllm.engine.base import Shard
 from peerllm.engine.channel import Channel
@@ -41,7 +40,6 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.engine.trace import Recorder
-from peerllm.engine.warmth import Warmth
 from peerllm.errors import EngineError, LinkError, PeerLLMError
 
 MAX_UNHANDLED = 4096  # messages of the daemon that wait behind one being handled
@@ -115,21 +113,16 @@ class Engine:
     async def _configure(self, message: Configure) -> None:
         if self._parts is not None:
             raise EngineError("the engine is configured already")
-        warmth = Warmth(wanted=message.keep_warm == "always")
-        if message.keep_warm == "auto":
-            self._spawn(power.watch(warmth.want), "watch the battery")
-        compute = Compute(message.threads, self._backend.sampler, self.tell, self._recorder, warmth)
+        compute = Compute(self._backend, self.tell, self._recorder)
         links = DataLinks(message, compute.inbox, self.tell, self._recorder)
         await links.start(message.trusted)
         # Last of all: its size is that of all of this.
-        facts = await asyncio.to_thread(self._backend.facts, message.compute)
+        facts = await asyncio.to_thread(self._backend.facts, message.compute, message.threads)
         # The libraries' hundreds of thousands of objects stay for good: a full collection would walk them each time,
         # and hold up whatever step it falls into.
         gc.collect()
         gc.freeze()
-        loader = Loader(
-            message.threads, self._backend, self.tell, self._loaded, lambda: compute.batches, self._thread_ended
-        )
+        loader = Loader(self._backend, self.tell, self._loaded, lambda: compute.batches, self._thread_ended)
         self._parts = compute, loader, links
         self._threads = [start(compute, self._thread_ended), loader.start()]
         self.tell(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +28,13 @@ def uniform(seed: int, position: int) -> float:
     )
 
 
-class TorchSampler:
-    """See base.Sampler. `logits` is a tensor [k, vocabulary]; EngineError if one of them is no number."""
+class SeededSampler:
+    """See base.Sampler. `logits` are float32 [k, vocabulary]; EngineError if one of them is no number."""
 
-    def __call__(self, logits: Any, draws: Sequence[Draw]) -> list[int]:
-        if len(draws) != logits.shape[0]:
-            raise EngineError(f"{logits.shape[0]} rows of logits for {len(draws)} draws")
-        rows = logits.detach().float().cpu().numpy()
+    def __call__(self, logits: npt.ArrayLike, draws: Sequence[Draw]) -> list[int]:
+        rows = np.asarray(logits, np.float32)
+        if len(draws) != len(rows):
+            raise EngineError(f"{len(rows)} rows of logits for {len(draws)} draws")
         return [pick(row, draw) for row, draw in zip(rows, draws, strict=True)]
 
 

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import get_layer_types_and_kwargs
 
-from peerllm.engine import attention
 from peerllm.engine.absent import Absent
-from peerllm.engine.assembly import Filled, fill, finish, fusions, plan, strip
+from peerllm.engine.arrays import as_array, as_tensor
+from peerllm.engine.assembly import Filled, fill, finish, plan, strip
 from peerllm.engine.base import Progress, Reach, Segment
-from peerllm.engine.cache import Slots, kv_bytes
+from peerllm.engine.cache import SlotCache, Slots, kv_bytes
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.dryrun import accepted
-from peerllm.engine.kernels.dry import passing
-from peerllm.engine.kernels.packed import Packed
 from peerllm.engine.loader import is_mapped
 from peerllm.engine.messages import LoadStage
-from peerllm.engine.packing import PackedSlots
 from peerllm.engine.place import CPU, turn
 from peerllm.engine.probing import probe
 from peerllm.engine.reach import reach_of
 from peerllm.engine.states import LayerState
-from peerllm.engine.wiring import obstacle
 from peerllm.errors import BadInputError, EngineError, RefusedError
 
 
 class TorchShard:
-    """See base.Shard. Segments run as one packed row where the model allows it, else one after the other."""
+    """See base.Shard. Segments run one after the other, through transformers' own modules."""
 
     def __init__(
         self,
@@ -41,17 +38,14 @@ class TorchShard:
         states: Mapping[int, LayerState],
         filled: Filled,
         entry: nn.Module,
-        unpacked: str | None = None,
         reach: Reach | None = None,
         device: torch.device = CPU,
     ) -> None:
-        """`unpacked` says why its tokens cannot be packed (`wiring.obstacle`); None: they can."""
         self._device, self._turn = device, turn(device)
         self.first_layer, self.last_layer = spec.first_layer, spec.last_layer
         self.weight_bytes = filled.tensor_bytes + filled.packed_bytes
-        # Beside a form with threads of its own torch's would spin, and take the processors from it.
-        single = filled.form is not None and filled.form.single_thread
-        self._threads = 1 if single else torch.get_num_threads()
+        # Beside onnxruntime's threads torch's would spin, and take the processors from them.
+        self._threads = 1 if filled.packed_bytes and device == CPU else torch.get_num_threads()
         text = text_config(division.model.config)
         self.hidden_size: int = text.hidden_size
         self.vocabulary: int = text.vocab_size
@@ -60,37 +54,21 @@ class TorchShard:
         self.weights: Mapping[int, int] = {**{p.data_ptr(): p.nbytes for p in kept}, **packed}
         self.context = spec.context
         self.dtype = division.dtype
-        self.unpacked, self.reach = unpacked, reach
+        self.reach = reach
         self._division: Any = division
         self._model: Any = division.model
         self._base: Any = division.model.base_model
         self._has_embedding, self._has_head = spec.first_layer == 0, spec.last_layer == division.head
         with self._turn:
-            self._slots = self._room(text, spec, states)
+            self._slots = Slots(*get_layer_types_and_kwargs(text), states, spec.slots, spec.context, device)
         self.kv_bytes = self._slots.kv_bytes
         self._entering: torch.Tensor | None = None
         if not self._has_embedding:
             self._enter_at(entry)
         matrix = self._model.get_output_embeddings() if self._has_head else None
-        if isinstance(matrix, nn.Linear | Packed):
+        if isinstance(matrix, nn.Linear):
             matrix.register_forward_pre_hook(_with_plain_strides)
-        self._dries = filled.form is not None and device == CPU and not self._plain_matrices()
         self._dynamic = [m for m in self._model.modules() if getattr(m, "rope_type", "") == "dynamic"]
-
-    def _room(self, text: Any, spec: LoadStage, states: Mapping[int, LayerState]) -> PackedSlots | Slots:
-        from transformers.cache_utils import get_layer_types_and_kwargs
-
-        if self.unpacked is None:
-            attention.register()
-            attention.adopt(self._model, attention.PACKED)
-            return PackedSlots(states, spec.slots, spec.context, self.dtype, self._device)
-        return Slots(*get_layer_types_and_kwargs(text), states, spec.slots, spec.context, self._device)
-
-    def _plain_matrices(self) -> bool:
-        """Whether it multiplies with any that are not packed: those a dry pass could not leave."""
-        head = self._model.get_output_embeddings() if self._has_head else None
-        owned = itertools.chain.from_iterable(block.parameters() for block in self.blocks)
-        return isinstance(head, nn.Linear) or any(one.dim() > 1 and not one.is_meta for one in owned)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -114,77 +92,53 @@ class TorchShard:
 
         module.register_forward_pre_hook(swap, with_kwargs=True)
 
-    @torch.inference_mode()
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        """Token ids int64 [n] or hidden states [n, hidden] in; hidden states, or float32 logits per sample, out.
-
-        All of these lie in the machine's memory, wherever the shard computes.
-        """
+    def forward(self, inputs: NDArray[Any], segments: Sequence[Segment]) -> NDArray[Any]:
+        """Token ids int64 [n] or hidden states [n, hidden] in; hidden states, or float32 logits per sample, out."""
         if self._model is None:
             raise EngineError("the shard is closed")
+        self._check(inputs, segments)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        self._check(inputs, segments)
-        with self._turn:
-            return self._rows(inputs, segments)
+        outputs, start, rows = [], 0, as_tensor(inputs)
+        with torch.inference_mode(), self._turn:
+            for segment in segments:
+                outputs.append(as_array(self._segment(rows[start : start + segment.length], segment)))
+                start += segment.length
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
-    def _rows(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        rows = self._slots.rows(segments)
-        if len(rows) == 1:
-            return self._row(inputs, [piece for _, piece in rows[0]])
-        parts: dict[int, torch.Tensor] = {}  # by where its first token stands in the row
-        for row in rows:
-            pieces = [piece for _, piece in row]
-            output = self._row(torch.cat([inputs[start : start + piece.length] for start, piece in row]), pieces)
-            told = [(start, 1 if self._has_head else piece.length) for start, piece in row if self._tells(piece)]
-            parts.update(
-                zip((start for start, _ in told), torch.split(output, [count for _, count in told]), strict=True)
-            )
-        return torch.cat([parts[start] for start in sorted(parts)]) if parts else self._nothing()
-
-    def _tells(self, piece: Segment) -> bool:
-        return piece.sample or not self._has_head
-
-    def _nothing(self) -> torch.Tensor:
-        if self._has_head:
-            return torch.empty(0, self.vocabulary, dtype=torch.float32)
-        return torch.empty(0, self.hidden_size, dtype=self.dtype)
-
-    def _check(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> None:
+    def _check(self, inputs: NDArray[Any], segments: Sequence[Segment]) -> None:
         total = sum(segment.length for segment in segments)
         if not segments or inputs.shape[0] != total or any(segment.length < 1 for segment in segments):
-            raise BadInputError(f"a row of {inputs.shape[0]} tokens for segments of {total}")
+            raise BadInputError(f"{inputs.shape[0]} tokens for segments of {total}")
         for segment in segments:
             end = segment.position + segment.length
             if not 0 <= segment.slot < self._slots.count or segment.position < 0 or end > self.context:
                 raise BadInputError(f"slot {segment.slot}, positions {segment.position}..{end - 1}: no such room")
         if self._has_embedding:
-            if inputs.dtype != torch.int64 or int(inputs.min()) < 0 or int(inputs.max()) >= self.vocabulary:
+            if inputs.dtype != np.int64 or int(inputs.min()) < 0 or int(inputs.max()) >= self.vocabulary:
                 raise BadInputError(f"token ids must be int64 from 0 to {self.vocabulary - 1}")
-        elif inputs.dim() != 2 or inputs.shape[1] != self.hidden_size:
+        elif inputs.ndim != 2 or inputs.shape[1] != self.hidden_size:
             raise BadInputError(f"hidden states must be [n, {self.hidden_size}], not {list(inputs.shape)}")
 
-    def _row(self, inputs: torch.Tensor, pieces: Sequence[Segment]) -> torch.Tensor:
-        """One row through the model. If it fails, its slots still hold what came before it."""
-        cache = self._slots.seek(pieces)
-        if self.first_layer == self.last_layer and not any(map(self._tells, pieces)):
-            output = self._nothing()
-        else:
-            output = self._run(inputs, pieces, cache)
-        self._slots.advance(pieces)
-        return output
+    def _segment(self, inputs: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """[n] or [n, hidden] to what `forward` tells of it. If it fails, its slot still holds what came before it."""
+        cache = self._slots.seek(segment)
+        tells = segment.sample or not self._has_head
+        if tells or self.first_layer < self.last_layer:
+            output = self._run(inputs, segment, cache)
+        self._slots.advance(segment)
+        return output if tells else torch.empty(0, self.vocabulary)
 
-    def positions(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """int64 [n]: where each token of a row stands in its sequence."""
-        ranges = [range(segment.position, segment.position + segment.length) for segment in segments]
-        return torch.tensor(list(itertools.chain.from_iterable(ranges)))
+    def positions(self, segment: Segment) -> torch.Tensor:
+        """int64 [n]: where each of its tokens stands in the sequence."""
+        return torch.arange(segment.position, segment.position + segment.length)
 
-    def _run(self, inputs: torch.Tensor, pieces: Sequence[Segment], cache: Cache) -> torch.Tensor:
-        """A row [n] or [n, hidden] through the model: [n, hidden], or [pieces to sample after, vocabulary]."""
-        wanted = _lasts(pieces) if self._has_head else []  # rows whose logits are wanted
+    def _run(self, inputs: torch.Tensor, segment: Segment, cache: SlotCache) -> torch.Tensor:
+        """[n] or [n, hidden] through the model: float32 logits [1, vocabulary] for a sample, else [n, hidden]."""
+        wanted = self._has_head and segment.sample
         model = self._model if wanted else self._base
         given: dict[str, Any] = {
-            "position_ids": self.positions(pieces).to(self._device).unsqueeze(0),
+            "position_ids": self.positions(segment).to(self._device).unsqueeze(0),
             "past_key_values": cache,
             "use_cache": True,
         }
@@ -193,32 +147,16 @@ class TorchShard:
         else:
             given["inputs_embeds"] = self._entering = inputs.to(self._device, self.dtype).unsqueeze(0)
         if wanted:
-            given["logits_to_keep"] = 1 if wanted == [len(inputs) - 1] else torch.tensor(wanted).to(self._device)
+            given["logits_to_keep"] = 1
         for module in self._dynamic:  # its scale follows the longest sequence seen; each is to have its own
             module.max_seq_len_cached = module.original_max_seq_len + 1
         getattr(self._division.owner, self._division.attribute).begun = False
         try:
-            with attention.computing(cache):
-                output = model(**accepted(model, **given))
+            output = model(**accepted(model, **given))
         finally:
             self._entering = None
-        if wanted:
-            logits: torch.Tensor = output.logits[0]
-            return (logits if len(logits) == len(wanted) else logits[wanted]).float().to(CPU)
-        hidden: torch.Tensor = output[0][0]
-        return self._nothing() if self._has_head else hidden.to(CPU)
-
-    @torch.inference_mode()
-    def rehearse(self, inputs: torch.Tensor, segments: Sequence[Segment], stop: Callable[[], bool]) -> bool:
-        """A dry pass of a coming step until `stop`; `inputs` count for their shape. False: this cannot be done here."""
-        if self._model is None or not self._dries or not isinstance(self._slots, PackedSlots):
-            return False
-        if (cache := self._slots.ahead(segments)) is None:
-            return False
-        torch.set_num_threads(self._threads)
-        with passing(stop):
-            self._run(inputs, segments, cache)
-        return True
+        told: torch.Tensor = output.logits[0, -1:].float() if wanted else output[0][0]
+        return told.to(CPU).contiguous()
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
@@ -229,12 +167,6 @@ class TorchShard:
         """Free weights and KV; may be called twice."""
         self._model = self._base = self._division = None
         self._slots.close()
-
-
-def _lasts(pieces: Sequence[Segment]) -> list[int]:
-    """Where in their row the last tokens of those pieces stand that a token is picked after."""
-    ends = itertools.accumulate(piece.length for piece in pieces)
-    return [end - 1 for piece, end in zip(pieces, ends, strict=True) if piece.sample]
 
 
 def _with_plain_strides(_: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -257,13 +189,12 @@ def load_shard(
     every, whole = probe(division, range(len(division.blocks))), division.owner.config
     states = {number: every[number] for number in numbers}
     needed = kv_bytes(states, spec.slots, spec.context)
-    unpacked, reach = obstacle(division, every), reach_of(division.model, every)
+    reach = reach_of(division.model, every)
     work = plan(division, first, last, spec.tensors, spec.quantize)
     if spec.limit_bytes is not None and work.nbytes + needed > spec.limit_bytes:
         held = f"weights of {work.nbytes} bytes and KV of {needed}"
         raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")
-    fused = fusions(division, numbers, work.kept, unpacked, device)
     entry = strip(division, first, last, numbers)
-    filled = fill(division, first, work, fused, torch.get_num_threads(), progress, device)
+    filled = fill(division, first, work, progress, device)
     finish(division, whole, device)
-    return TorchShard(division, spec, states, filled, entry, unpacked, reach, device)
+    return TorchShard(division, spec, states, filled, entry, reach, device)

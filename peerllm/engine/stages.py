@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 
-from peerllm.engine.base import Draw, Sampler, Segment, Shard
+from peerllm.engine.base import Draw, Floats, Sampler, Segment, Shard
 from peerllm.engine.batching import Piece
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.slots import Slots
@@ -40,8 +40,6 @@ class Stage:
         self.is_head = spec.stage == spec.stages - 1
         self._sampler = sampler
         self._answers: dict[int, _Answer] = {}
-        # Of the last batch, if it was one of steps: its inputs' shape and dtype, and its segments.
-        self._last: tuple[torch.Size, torch.dtype, list[Segment]] | None = None
         self._step_ms: deque[float] = deque(maxlen=MEASURED_STEPS)
         # By sequences in a batch of steps: passes, mean ms, variance in ms².
         self._paces: dict[int, tuple[int, float, float]] = {}
@@ -56,10 +54,6 @@ class Stage:
         """Of the same passes the standard deviation, as a share of the mean, where there is one."""
         told = ((size, mean, variance) for size, (_, mean, variance) in sorted(self._paces.items()))
         return tuple((size, math.sqrt(variance) / mean) for size, mean, variance in told if variance > 0 < mean)
-
-    def pace_ms(self, sequences: int) -> float:
-        """Mean time of a batch of steps of so many; infinite before the first."""
-        return self._paces[sequences][1] if sequences in self._paces else math.inf
 
     def paced(self, batch: Sequence[Piece], seconds: float) -> None:
         """The compute thread was at `batch` for so long, all told; prompts are not counted."""
@@ -101,25 +95,15 @@ class Stage:
     def compute(self, batch: Sequence[Piece]) -> Activation | Drawn:
         """Runs a batch of pieces through the layers, and at the head draws the tokens."""
         started = time.perf_counter()
-        inputs = batch[0].data if len(batch) == 1 else torch.cat([piece.data for piece in batch])
+        inputs = batch[0].data if len(batch) == 1 else np.concatenate([piece.data for piece in batch])
         segments = [Segment(piece.slot, piece.position, piece.length, piece.sample) for piece in batch]
         output = self.shard.forward(inputs, segments)
         result = self._draw(batch, output) if self.is_head else Activation(batch, output)
-        self._last = None
         if steps_only(batch):
-            self._last = inputs.shape, inputs.dtype, segments
             self._step_ms.append((time.perf_counter() - started) * 1e3)
         return result
 
-    def rehearse(self, stop: Callable[[], bool]) -> bool:
-        """To no effect through the step after the last one; see base.Shard."""
-        if self._last is None:
-            return False
-        shape, dtype, segments = self._last
-        coming = [Segment(one.slot, one.position + 1, 1, one.sample) for one in segments]
-        return self.shard.rehearse(torch.zeros(shape, dtype=dtype), coming, stop)
-
-    def _draw(self, batch: Sequence[Piece], logits: torch.Tensor) -> Drawn:
+    def _draw(self, batch: Sequence[Piece], logits: Floats) -> Drawn:
         """`logits` are float32 [pieces to sample after, vocabulary]."""
         asked = [piece for piece in batch if piece.sample]
         if logits.shape[0] != len(asked):
@@ -137,7 +121,6 @@ class Stage:
 
     def close(self) -> None:
         self._answers.clear()
-        self._last = None
         self.shard.close()
 
 

@@ -17,7 +17,7 @@ from typing import Literal, assert_never
 from peerllm.engine.batching import Piece
 from peerllm.engine.messages import Record, Recorded, Span, SpanKind, SpanName
 from peerllm.errors import RefusedError
-from peerllm.transport.frames import Frame, FrameKind, FrameSegment, SegmentFlag
+from peerllm.transport.frames import SAMPLE, Frame, FrameKind, FrameSegment
 from peerllm.transport.links import Parting, Watch
 from peerllm.types import DeploymentId, DeviceId
 
@@ -193,8 +193,7 @@ class Recorder(Watch):
 
 
 def _pieces(segments: Sequence[FrameSegment]) -> Pieces:
-    sample = SegmentFlag.SAMPLE
-    return tuple((s.sequence, s.position, s.length, int(bool(s.flags & sample))) for s in segments[:MAX_PIECES])
+    return tuple((s.sequence, s.position, s.length, s.flags & SAMPLE) for s in segments[:MAX_PIECES])
 
 
 def _seen_by(deployment: DeploymentId, spans: Iterable[tuple[DeploymentId, Fields]]) -> Iterable[Fields]:

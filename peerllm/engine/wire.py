@@ -5,31 +5,31 @@ Within a device the same parcels are handed on as they are. A frame's stage is w
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, cast
 
-import torch
+import ml_dtypes
+import numpy as np
 
 from peerllm.engine.activations import restored, rounded
-from peerllm.engine.base import Tensor
+from peerllm.engine.base import Floats, Tensor
 from peerllm.engine.batching import Piece
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import FrameError
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, SegmentFlag, TensorLimit
+from peerllm.transport.frames import SAMPLE, Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit
 from peerllm.types import Sampling
 
 ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment
 NO_TOKEN = -1  # in a TOKEN: the run passed the head, which was not to draw
 MAX_REASON_BYTES = 512
 
-SAMPLE = int(SegmentFlag.SAMPLE)  # an IntFlag's operators run Python, for each segment
-_DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {torch.int8: "I8"}
+DTYPES = {name: np.dtype(name) for name in ("float32", "float16")} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"], "F16": DTYPES["float16"], "I8": np.dtype(np.int8)}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
 
 
@@ -45,14 +45,10 @@ class Opened:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activation:
-    """What a stage made of a batch: `hidden` is [tokens of all pieces, hidden].
-
-    With `split` the pieces hold their rows of it; else their data is what it was made of.
-    """
+    """What a stage made of a batch: `hidden` is [tokens of all pieces, hidden]; their own data is what came in."""
 
     pieces: Sequence[Piece]
     hidden: Tensor
-    split: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +57,7 @@ class Rounded:
 
     pieces: Sequence[Piece]
     values: Tensor
-    scales: Tensor
+    scales: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,38 +83,29 @@ class Released:
 
 Parcel = Opened | Activation | Rounded | Drawn | Released
 
-with warnings.catch_warnings():
-    # Torch warns once that it cannot keep anybody from writing to the bytes of a frame; nobody else reads those.
-    warnings.simplefilter("ignore")
-    torch.frombuffer(b"\0", dtype=torch.uint8)
-
 
 def split(activation: Activation) -> list[Piece]:
     """The pieces, each with its rows of `hidden`."""
-    if activation.split:
-        return list(activation.pieces)
-    if len(activation.pieces) == 1:
-        return [_with(activation.pieces[0], activation.hidden)]
-    rows = torch.split(activation.hidden, [piece.length for piece in activation.pieces])
-    return [_with(piece, data) for piece, data in zip(activation.pieces, rows, strict=True)]
+    rows = np.split(activation.hidden, _starts(activation.pieces))
+    return [replace(piece, data=data) for piece, data in zip(activation.pieces, rows, strict=True)]
 
 
 def shorten(activation: Activation) -> tuple[Rounded | None, list[Piece]]:
     """The activation rounded, and the pieces left out because their numbers are not finite; None if none is left."""
     values, scales = rounded(activation.hidden)
-    if math.isfinite(float(scales.sum())):
+    finite = np.isfinite(scales)
+    if finite.all():
         return Rounded(activation.pieces, values, scales), []
-    lengths = [piece.length for piece in activation.pieces]
-    sound = [bool(own.isfinite().all()) for own in torch.split(scales, lengths)]
+    sound = [bool(own.all()) for own in np.split(finite, _starts(activation.pieces))]
     kept = [piece for piece, good in zip(activation.pieces, sound, strict=True) if good]
     lost = [piece for piece, good in zip(activation.pieces, sound, strict=True) if not good]
     if not kept:
         return None, lost
-    rows = torch.tensor(sound).repeat_interleave(torch.tensor(lengths))
+    rows = np.repeat(sound, [piece.length for piece in activation.pieces])
     return Rounded(kept, values[rows], scales[rows]), lost
 
 
-def lengthen(parcel: Rounded, dtype: torch.dtype) -> Activation:
+def lengthen(parcel: Rounded, dtype: np.dtype[Any]) -> Activation:
     """The other way round, in the compute dtype."""
     return Activation(parcel.pieces, restored(parcel.values, parcel.scales, dtype))
 
@@ -159,12 +146,11 @@ def from_frame(frame: Frame) -> list[Parcel]:
         case FrameKind.ACTIVATION:
             hidden = _require(frame, "hidden")
             if hidden.dtype != "I8":
-                came = Activation(_pieces(frame), _read(hidden, _DTYPES[hidden.dtype]))
-                return [Activation(split(came), came.hidden, split=True)]
-            scales = _read(_require(frame, "scale"), torch.float32)
+                return [Activation(_pieces(frame), _read(hidden))]
+            scales = _read(_require(frame, "scale"))
             if not (float(scales.min()) > 0 and float(scales.max()) < math.inf):  # NaN is neither
                 raise FrameError("a scale is no positive number")
-            return [Rounded(_pieces(frame), _read(hidden, torch.int8), scales)]
+            return [Rounded(_pieces(frame), _read(hidden), scales)]
         case FrameKind.TOKEN:
             ids = struct.unpack(f"<{len(frame.segments)}q", _require(frame, "ids").data)
             if min(ids) < NO_TOKEN:
@@ -178,7 +164,7 @@ def from_frame(frame: Frame) -> list[Parcel]:
 
 def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
     """What the link into `spec`'s stage may carry."""
-    known = tuple(name for name in _DTYPES if spec.dtype in ("auto", str(_DTYPES[name]).removeprefix("torch.")))
+    known = tuple(_NAMES[dtype] for name, dtype in DTYPES.items() if spec.dtype in ("auto", name))
     scale = {}
     if spec.upstream_activations == "int8":
         known = ("I8",)
@@ -199,7 +185,6 @@ def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
             "seed": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
             "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
         },
-        flags=SegmentFlag.SAMPLE,
     )
 
 
@@ -218,12 +203,12 @@ def source_limits(spec: LoadStage) -> FrameLimits:
             "ids": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.TOKEN,)),
             "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
         },
-        flags=SegmentFlag.SAMPLE,
     )
 
 
-def _with(piece: Piece, data: Tensor) -> Piece:
-    return Piece(piece.sequence, piece.slot, piece.position, piece.length, piece.sample, data)
+def _starts(pieces: Sequence[Piece]) -> list[int]:
+    """Where the rows of each piece but the first begin."""
+    return list(accumulate(piece.length for piece in pieces))[:-1]
 
 
 def _segments(pieces: Sequence[Piece]) -> tuple[FrameSegment, ...]:
@@ -240,20 +225,15 @@ def _pieces(frame: Frame) -> list[Piece]:
     ]
 
 
-def _tensor(name: str, tensor: torch.Tensor) -> NamedTensor:
-    """A view of the tensor's memory."""
-    if not tensor.is_cpu or not tensor.is_contiguous():
-        tensor = tensor.to("cpu").contiguous()
-    # Torch's own way, view(uint8).numpy(), costs twice as much while the caches are full of weights.
-    raw = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
-    raw.tensor = tensor  # type: ignore[attr-defined]  # as long as the view lives, so does the memory
-    return NamedTensor(name, _NAMES[tensor.dtype], tuple(tensor.shape), memoryview(raw).cast("B"))
+def _tensor(name: str, array: Tensor) -> NamedTensor:
+    """A view of the array's memory."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # numpy exports no buffer of bfloat16
+    return NamedTensor(name, _NAMES[array.dtype], array.shape, flat.data)
 
 
-def _read(tensor: NamedTensor, dtype: torch.dtype) -> torch.Tensor:
+def _read(tensor: NamedTensor) -> Tensor:
     """A view of the frame's memory."""
-    flat, shape = torch.frombuffer(tensor.data, dtype=dtype), tensor.shape
-    return flat[None] if len(shape) == 2 and shape[0] == 1 else flat.reshape(shape)
+    return np.frombuffer(tensor.data, _DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def _sampling_tensors(sampling: Sampling) -> tuple[NamedTensor, ...]:

@@ -178,9 +178,3 @@ def test_commands_start_without_what_they_do_not_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("choice", ["auto", "always", "never"])
-def test_whether_it_keeps_warm_is_its_owners_choice(choice: str) -> None:
-    assert settings_of(build_parser().parse_args(["up", "--keep-warm", choice])).keep_warm == choice
-    assert settings_of(build_parser().parse_args(["up"])).keep_warm == "auto"

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -370,14 +371,13 @@ class Outcome:
     distinct: int = 0
     controls: str = ""
     error: str = ""
-    unpacked: str | None = ""  # why its tokens are not packed; None: they are
-    packed_equal: bool = False
-    packed_difference: float = 0.0
+    together_equal: bool = False
+    together_difference: float = 0.0
 
     @property
     def passed(self) -> bool:
         alone = self.cuts > 0 and self.equal == self.cuts and self.difference <= TOLERANCE
-        return not self.error and alone and self.packed_equal and self.packed_difference <= TOLERANCE
+        return not self.error and alone and self.together_equal and self.together_difference <= TOLERANCE
 
 
 def tiny_model(family: Family, scale: float, seed: int) -> Any:
@@ -425,7 +425,7 @@ def generate(
     """Greedy tokens and logits [vocabulary] of each step, hidden states passed from shard to shard."""
     tokens: list[int] = []
     logits: list[torch.Tensor] = []
-    position, pieces = 0, list(prompt.split(list(chunks)))
+    position, pieces = 0, [piece.numpy() for piece in prompt.split(list(chunks))]
     while len(tokens) < ANSWER:
         carried = pieces.pop(0)
         segment = Segment(0, position, len(carried), not pieces)
@@ -433,38 +433,37 @@ def generate(
         for shard in shards:
             carried = shard.forward(carried, [segment])
         if not pieces:
-            logits.append(carried[0])
+            logits.append(torch.from_numpy(carried[0]))
             tokens.append(int(carried[0].argmax()))
-            pieces.append(torch.tensor(tokens[-1:]))
+            pieces.append(np.array(tokens[-1:]))
     return tokens, logits
 
 
 def generate_together(
     shards: list[TorchShard], prompts: Sequence[torch.Tensor], chunk: int
 ) -> list[tuple[list[int], list[torch.Tensor]]]:
-    """As `generate`, for several sequences in one batch: each starts a pass later than the one before."""
+    """As `generate`, for several sequences: a chunk of a prompt, then a batch of steps of all that have read theirs."""
     tokens: list[list[int]] = [[] for _ in prompts]
     logits: list[list[torch.Tensor]] = [[] for _ in prompts]
-    waiting, held = [list(prompt.split(chunk)) for prompt in prompts], [0] * len(prompts)
-    for turn in itertools.count():
-        taking = [slot for slot in range(min(turn + 1, len(prompts))) if len(tokens[slot]) < ANSWER]
-        if not taking:
-            break
-        pieces = [waiting[slot].pop(0) for slot in taking]
-        segments = [
-            Segment(slot, held[slot], len(piece), not waiting[slot]) for slot, piece in zip(taking, pieces, strict=True)
-        ]
-        carried = torch.cat(pieces)
+    held = [0] * len(prompts)
+
+    def run(ids: np.ndarray[Any, Any], segments: list[Segment]) -> None:
         for shard in shards:
-            carried = shard.forward(carried, segments)
-        rows = iter(carried)
+            ids = shard.forward(ids, segments)
         for segment in segments:
-            slot = segment.slot
-            held[slot] += segment.length
-            if segment.sample:
-                logits[slot].append(next(rows))
-                tokens[slot].append(int(logits[slot][-1].argmax()))
-                waiting[slot].append(torch.tensor(tokens[slot][-1:]))
+            held[segment.slot] += segment.length
+        for segment, row in zip([one for one in segments if one.sample], ids, strict=False):
+            logits[segment.slot].append(torch.from_numpy(row))
+            tokens[segment.slot].append(int(row.argmax()))
+
+    waiting = [(slot, piece.numpy()) for slot, prompt in enumerate(prompts) for piece in prompt.split(chunk)]
+    while any(len(said) < ANSWER for said in tokens):
+        if waiting:
+            slot, piece = waiting.pop(0)
+            run(piece, [Segment(slot, held[slot], len(piece), held[slot] + len(piece) == len(prompts[slot]))])
+        ready = [slot for slot, said in enumerate(tokens) if 0 < len(said) < ANSWER]
+        if ready:
+            run(np.array([tokens[slot][-1] for slot in ready]), [Segment(slot, held[slot], 1, True) for slot in ready])
     return list(zip(tokens, logits, strict=True))
 
 
@@ -497,7 +496,7 @@ def controls(inspection: Inspection, prompt: torch.Tensor, tokens: list[int], fa
         hook.remove()
     if family.positions:
         straight = whole.positions
-        whole.positions = lambda segments: straight(segments).flip(0)  # type: ignore[method-assign]
+        whole.positions = lambda segment: straight(segment).flip(0)  # type: ignore[method-assign]
         if same():
             blind.append("permute positions")
         whole.positions = straight  # type: ignore[method-assign]
@@ -564,22 +563,21 @@ def examine(made: Example, chosen: Sequence[Cut] | None = None) -> Outcome:
         outcome.cuts += 1
         outcome.equal += got == made.tokens
         outcome.difference = max(outcome.difference, difference(steps, made.logits))
-    examine_packed(made, outcome)
+    examine_together(made, outcome)
     return outcome
 
 
-def examine_packed(made: Example, outcome: Outcome) -> None:
-    """Three sequences in one batch, at different positions and one still in its prompt, against each alone."""
+def examine_together(made: Example, outcome: Outcome) -> None:
+    """Three sequences that come one after the other and then step in one batch, against each alone."""
     places = ((0, 2), (3, made.layers - 1))
     shards = [load_shard(stage(made.inspection, *place, slots=3)) for place in places]
     prompts = [made.prompt.flip(0)[2:], made.prompt, (made.prompt * 7 + 11) % VOCABULARY]
     alone = [generate(shards, prompt, (len(prompt),)) for prompt in prompts]
     alone[1] = made.tokens, made.logits
     together = generate_together(shards, prompts, 5)
-    outcome.unpacked = shards[0].unpacked
-    outcome.packed_equal = [tokens for tokens, _ in together] == [tokens for tokens, _ in alone]
+    outcome.together_equal = [tokens for tokens, _ in together] == [tokens for tokens, _ in alone]
     pairs = zip(together, alone, strict=True)
-    outcome.packed_difference = max(difference(got, want) for (_, got), (_, want) in pairs)
+    outcome.together_difference = max(difference(got, want) for (_, got), (_, want) in pairs)
 
 
 def difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
@@ -604,21 +602,17 @@ def table(outcomes: list[Outcome]) -> str:
         f"changed the tokens, and the answer holds at least {DISTINCT} different ones; seed and initial scale were",
         "changed until that was so.",
         "",
-        f"{sum(o.unpacked is None for o in good)} variants pack: the tokens of several sequences run through the",
-        "layers as one row. The engine decides it for each model it loads ([ADR 7](adr/0007-packed-batches.md)); the",
-        "others run one sequence after the other. Either way three sequences in one batch, at different positions and",
-        "one of them still in its prompt, gave the tokens and logits that each gives alone.",
+        "Three sequences in one batch, each at another position, gave the tokens and logits that each gives alone.",
         "",
-        "| family | model type | blocks | cuts | tokens equal | largest logit difference | packed, difference "
+        "| family | model type | blocks | cuts | tokens equal | largest logit difference | of three together "
         "| controls passed | notes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for o in outcomes:
         notes = "; ".join(filter(None, [o.family.note, o.error]))
-        packed = f"yes, {o.packed_difference:.1e}" if o.unpacked is None else f"no: {o.unpacked}"
         lines.append(
             f"| {o.family.name} | `{o.family.model_type}` | {o.blocks} | {o.cuts} | {o.equal} of {o.cuts} "
-            f"| {o.difference:.1e} | {packed} | {o.controls} | {notes} |"
+            f"| {o.difference:.1e} | {o.together_difference:.1e} | {o.controls} | {notes} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -647,7 +641,7 @@ def main() -> int:
         print(
             f"{family.model_type:20} {'ok' if outcome.passed else 'FAILED'} cuts {outcome.equal}/{outcome.cuts} "
             f"difference {outcome.difference:.1e} "
-            f"packed {outcome.unpacked or 'yes'} {outcome.packed_difference:.1e} "
+            f"together {outcome.together_difference:.1e} "
             f"scale {outcome.scale} distinct {outcome.distinct} {time.perf_counter() - start:.1f} s {outcome.error}",
             flush=True,
         )

@@ -33,7 +33,7 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.transport.identity import load_or_create
-from peerllm.types import KeepWarm, Sampling
+from peerllm.types import Sampling
 
 WAIT_S = 60.0  # two cores are shared by all
 
@@ -44,7 +44,6 @@ _sequences = itertools.count(1)  # of all deployments, so that an engine's event
 class Device:
     """One device: an identity, an engine host, and all that its engine said."""
 
-    keep_warm: KeepWarm = "auto"
 
     def __init__(self, directory: Path, in_process: bool = False, hosts: tuple[str, ...] = ("127.0.0.1",)) -> None:
         self.identity = load_or_create(directory)
@@ -65,7 +64,7 @@ class Device:
 
     def configure(self, request: int) -> Configure:
         paths = str(self.identity.certificate_path), str(self.identity.key_path)
-        return Configure(request, self.id, *paths, self.hosts, self.port, 1, self.trusted, keep_warm=self.keep_warm)
+        return Configure(request, self.id, *paths, self.hosts, self.port, 1, self.trusted)
 
     async def start(self, trusted: Sequence[Trusted] = ()) -> None:
         self.trusted = tuple(trusted)

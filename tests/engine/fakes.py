@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from peerllm.engine.backend import Facts
-from peerllm.engine.base import Draw, Progress, Segment
+from peerllm.engine.base import Draw, Progress, Segment, Tensor
 from peerllm.engine.channel import MemoryChannel
 from peerllm.engine.messages import (
     Configure,
@@ -49,7 +49,7 @@ class FakeShard:
         self.closed = False
         self.batches: list[list[Segment]] = []
 
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
         self.batches.append(list(segments))
         self._backend.before_forward(self, segments)
         rows, start = [], 0
@@ -59,13 +59,10 @@ class FakeShard:
             base = 0 if segment.position == 0 else self._sums[segment.slot]
             self._sums[segment.slot] = base + int(ids.sum())
             if segment.sample:
-                row = torch.zeros(VOCABULARY)
+                row = np.zeros(VOCABULARY, np.float32)
                 row[self._sums[segment.slot] % VOCABULARY] = 1
                 rows.append(row)
-        return torch.stack(rows) if rows else torch.empty(0, VOCABULARY)
-
-    def rehearse(self, inputs: torch.Tensor, segments: Sequence[Segment], stop: Callable[[], bool]) -> bool:
-        return False
+        return np.stack(rows) if rows else np.empty((0, VOCABULARY), np.float32)
 
     def release(self, slot: int) -> None:
         self._sums.pop(slot, None)
@@ -82,18 +79,24 @@ def expected(prompt: Sequence[int], count: int) -> list[int]:
     return ids
 
 
+class Broke(Exception):
+    """What an accelerator fails with for good."""
+
+
 class FakeBackend:
+    broken = (Broke,)
+
     def __init__(self) -> None:
         self.shards: list[FakeShard] = []
         self.before_forward: Callable[[FakeShard, Sequence[Segment]], None] = lambda shard, segments: None
         self.between_passes: Callable[[Callable[[], None]], None] = lambda check: check()
         self.before_load: Callable[[LoadStage, Progress], None] = lambda spec, progress: None
 
-    def sampler(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    def sampler(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
         assert logits.shape[0] == len(draws)
         return logits.argmax(1).tolist()
 
-    def facts(self, compute="cpu") -> Facts:
+    def facts(self, compute: str = "cpu", threads: int = 1) -> Facts:
         return Facts(1, {}, ("fake",), ("float32",))
 
     def load(self, spec: LoadStage, progress: Progress) -> FakeShard:

@@ -7,24 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from peerllm.engine import __main__ as engine
 from peerllm.engine.base import Draw
-from peerllm.engine.sampler import TorchSampler
+from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.torch_backend import TorchBackend
 
 FOLDER = "PEERLLM_TEST_LOGITS"
 
 
-class RecordingSampler(TorchSampler):
+class RecordingSampler(SeededSampler):
     """Each row of logits is in the file before its token is told."""
 
-    def __call__(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    def __call__(self, logits: npt.ArrayLike, draws: Sequence[Draw]) -> list[int]:
         with (Path(os.environ[FOLDER]) / str(os.getpid())).open("ab") as file:
-            for row, draw in zip(logits, draws, strict=True):
+            for row, draw in zip(np.asarray(logits, np.float32), draws, strict=True):
                 np.int32(draw.position).tofile(file)
-                row.numpy().astype(np.float32).tofile(file)
+                row.tofile(file)
         return super().__call__(logits, draws)
 
 

@@ -8,6 +8,7 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -212,14 +213,14 @@ def test_tensors_of_other_layers_are_not_read(model):
     data[:start] = b"\xff" * start
     weights(model).write_bytes(bytes(data[:end]))
     shard = load_shard(spec)
-    assert torch.isfinite(shard.forward(torch.randn(3, 32), [Segment(0, 0, 3)])).all()
+    assert np.isfinite(shard.forward(np.ones((3, 32), np.float32), [Segment(0, 0, 3)])).all()
     assert shard.weight_bytes == inspection.profile.layers[2].memory_bytes
 
 
 def test_tensors_that_are_no_numbers_are_loaded(model):
     rewrite(model, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(float("nan")))
     shard = load_shard(stage(inspect_model(model), 1, 2))
-    assert torch.isnan(shard.forward(torch.randn(2, 32), [Segment(0, 0, 2)])).any()
+    assert np.isnan(shard.forward(np.ones((2, 32), np.float32), [Segment(0, 0, 2)])).any()
 
 
 def test_stage_without_its_tensors(model):
@@ -263,6 +264,26 @@ def test_auto_dtype_is_what_the_files_hold_unless_the_model_says_otherwise(model
     assert inspect_model(model).dtype == "float32"
     with pytest.raises(ModelError, match="dtype must be one of"):
         inspect_model(model, "int8")
+
+
+@pytest.mark.parametrize(
+    ("held", "dtype", "accelerator", "quantize"),
+    [
+        ("bfloat16", "auto", False, "int8"),
+        ("float16", "auto", False, "int8"),
+        ("bfloat16", "auto", True, ""),
+        ("bfloat16", "float32", False, ""),
+        ("float32", "auto", False, ""),
+        ("float32", "bfloat16", False, ""),
+    ],
+)
+def test_auto_rounds_what_is_held_in_16_bits(model, held, dtype, accelerator, quantize):
+    rewrite(model, lambda t: t.update({name: tensor.to(getattr(torch, held)) for name, tensor in t.items()}))
+    assert inspect_model(model, dtype, "auto", accelerator).quantize == quantize
+    assert inspect_model(model, dtype, "none", accelerator).quantize == ""
+    assert inspect_model(model, dtype, "int4", accelerator).quantize == "int4"
+    with pytest.raises(BadInputError, match="int8 or int4"):
+        inspect_model(model, dtype, "int2")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -42,11 +42,11 @@ def models(tmp_path_factory):
 
 CASES = [
     ("tied-F16", "float32", "-", ["0-5"]),
-    ("tied-BF16", "bfloat16", "-", ["0-5"]),  # the embedding stays in its file, the head is packed
+    ("tied-BF16", "bfloat16", "-", ["0-5"]),
     ("tied-F32", "bfloat16", "-", ["1-5"]),
     ("tied-F16", "float32", "-", ["0-1", "5-5"]),  # the head back on the source shares the embedding's memory
     ("experts-BF16", "float32", "-", ["1-3"]),
-    ("tied-BF16", "bfloat16", "int4", ["0-5"]),
+    ("tied-BF16", "bfloat16", "int4", ["0-5"]),  # the embedding stays in its file, the head is rounded
     ("tied-F32", "float32", "int8", ["2-5"]),
 ]
 

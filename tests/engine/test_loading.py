@@ -31,7 +31,7 @@ def test_a_load_that_ends_before_put_returns_was_wanted(monkeypatch: pytest.Monk
         assert ended.wait(20)
 
     monkeypatch.setattr(Inbox, "put", put_and_wait)
-    loader = Loader(1, FakeBackend(), tell, finished)
+    loader = Loader(FakeBackend(), tell, finished)
     thread = loader.start()
     try:
         loader.put(stage(1))

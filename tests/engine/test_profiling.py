@@ -20,7 +20,7 @@ from peerllm.engine.inspect import inspect_model
 from peerllm.engine.messages import Failed, LayersTimed, TimeLayers
 from peerllm.engine.mockup import Outline
 from peerllm.engine.profiling import FILL, Run, net, time_layers, typical
-from peerllm.engine.sampler import TorchSampler
+from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.shard import TorchShard
 from peerllm.errors import BadInputError, ModelError, UnavailableError
 from tests.engine.architectures import COMMON, FAMILIES
@@ -48,7 +48,7 @@ def config(name: str) -> str:
 
 
 def timed(text: str, limit: int = PLENTY, window_s: float = 0.0, dtype: str = "float32") -> LayersTimed:
-    return time_layers(TimeLayers(7, text, dtype, limit, window_s), TorchSampler(), lambda: None)
+    return time_layers(TimeLayers(7, text, dtype, limit, window_s), SeededSampler(), lambda: None)
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_it_ends_between_passes_and_frees_the_layer(
             raise UnavailableError("an answer is being written here")
 
     with pytest.raises(UnavailableError):
-        time_layers(TimeLayers(1, llama[0], "float32", PLENTY), TorchSampler(), check)
+        time_layers(TimeLayers(1, llama[0], "float32", PLENTY), SeededSampler(), check)
     assert left == [-1] and closed and closed[-1]._model is None
 
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,17 +19,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from peerllm.engine import states
-from peerllm.engine.base import Reach, Segment
+from peerllm.engine.base import Reach, Segment, Tensor
 from peerllm.engine.batching import Scheduler
+from peerllm.engine.cache import Slots
 from peerllm.engine.deployments import Deployment
 from peerllm.engine.idle import IdleSlots, Remains
 from peerllm.engine.messages import Hop, Submit, Tokens
-from peerllm.engine.packing import PackedSlots
 from peerllm.engine.stages import Stage
 from peerllm.engine.states import LayerState
 from peerllm.engine.wire import Opened, Released, from_frame, source_limits, stage_limits
 from peerllm.errors import EngineError, LinkError
-from peerllm.transport.frames import Frame, FrameRefused, Template, decode, encode, encode_buffers, template_of
+from peerllm.transport.frames import Frame, FrameRefused, decode, encode
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, stage
 
@@ -66,10 +67,10 @@ class Adder:
         self.reach, self._kind, self._head = KINDS[kind], kind, head
         self._held: list[list[int]] = [[] for _ in range(slots)]
         state = LayerState("sliding_attention", {"sliding_window": WINDOW}, (1, 1), (1, 1), torch.float32)
-        self._window = PackedSlots({0: state}, slots, CONTEXT, torch.float32)
+        self._window = Slots([state.kind], [state.arguments], {0: state}, slots, CONTEXT)
         self.fails = 0  # at the pass so many from now
 
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
         if self.fails:
             self.fails -= 1
             if not self.fails:
@@ -78,22 +79,20 @@ class Adder:
         for segment in segments:
             held = self._held[segment.slot]
             if self._kind == "window":
-                self._window.seek([segment])  # raises where the real cache would
-                self._window.advance([segment])
+                cache = self._window.seek(segment)  # raises where the real cache would
+                cache.update(*torch.zeros(2, 1, 1, segment.length, 1), 0)
+                self._window.advance(segment)
             exact = self._kind in ("recurrent", "never") and segment.position
             if segment.position > len(held) or (exact and segment.position != len(held)):
                 raise EngineError(f"{len(held)} held, {segment.position} wanted")
-            held[segment.position :] = inputs[start : start + segment.length].flatten().int().tolist()
+            held[segment.position :] = inputs[start : start + segment.length].flatten().astype(int).tolist()
             start += segment.length
-            new = torch.tensor(sums(held)[segment.position :], dtype=torch.float32)
+            new = np.array(sums(held)[segment.position :], np.float32)
             if not self._head:
-                rows.append(new.unsqueeze(1))
+                rows.append(new[:, None])
             elif segment.sample:
-                rows.append(torch.nn.functional.one_hot(new[-1:].long() % WORDS, WORDS).float())
-        return torch.cat(rows) if rows else torch.empty(0, WORDS)
-
-    def rehearse(self, *_: object) -> bool:
-        return False
+                rows.append(np.eye(WORDS, dtype=np.float32)[new[-1:].astype(int) % WORDS])
+        return np.concatenate(rows) if rows else np.empty((0, WORDS), np.float32)
 
     def release(self, slot: int) -> None:
         self._held[slot] = []
@@ -110,21 +109,11 @@ class Wire:
     def __init__(self) -> None:
         self.frames: deque[bytes] = deque()
         self.cut = False
-        self._template: Template | None = None
 
     def send(self, frame: Frame) -> None:
         if self.cut:
             raise LinkError("cut")
         self.frames.append(encode(frame))
-        self._template = template_of(b"", encode_buffers(frame), frame)
-
-    def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
-        if self.cut:
-            raise LinkError("cut")
-        if self._template is None:
-            return False
-        self.frames.append(self._template.filled(segments, payload))
-        return True
 
 
 class Plan:
@@ -181,7 +170,7 @@ class Plan:
                     self.compute(place)
 
 
-def _greedy(logits: torch.Tensor, draws: Any) -> list[int]:
+def _greedy(logits: Tensor, draws: Any) -> list[int]:
     return logits.argmax(1).tolist()
 
 

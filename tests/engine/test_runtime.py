@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from peerllm.engine.base import Progress, Segment
 from peerllm.engine.messages import (
@@ -26,7 +25,7 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.errors import EngineError
-from tests.engine.fakes import DEPLOYMENT, FakeBackend, FakeShard, engine, expected, stage
+from tests.engine.fakes import DEPLOYMENT, Broke, FakeBackend, FakeShard, engine, expected, stage
 
 pytestmark = pytest.mark.timeout(60)
 OTHER = "cd" * 16
@@ -118,7 +117,7 @@ async def test_an_accelerator_that_broke_ends_the_engine(tmp_path: Path, at: str
     backend = FakeBackend()
 
     def fail(*_: object) -> None:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        raise Broke("CUDA error: an illegal memory access was encountered")
 
     setattr(backend, at, fail)
     async with engine(tmp_path, backend) as line:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import threading
 
+import numpy as np
 import pytest
-import torch
 
 from peerllm.engine.base import Reach
 from peerllm.engine.batching import STEPS_PER_CHUNK, Piece, Scheduler
@@ -16,6 +16,7 @@ from peerllm.engine.sequences import MAX_DRAINING, Sequences, window_tokens
 from peerllm.engine.slots import Slots
 from peerllm.engine.stages import Stage
 from peerllm.engine.wire import (
+    DTYPES,
     Activation,
     Drawn,
     Opened,
@@ -43,8 +44,8 @@ def take(scheduler: Scheduler[str]) -> tuple[str, list[int]] | None:
 
 def test_steps_go_first_oldest_first_as_they_came() -> None:
     scheduler: Scheduler[str] = Scheduler()
-    scheduler.add("a", 2, 8)
-    scheduler.add("b", 4, 8)
+    scheduler.add("a")
+    scheduler.add("b")
     scheduler.put("a", piece(9, 8, 0, sample=False))
     scheduler.put("b", piece(1), piece(3), piece(4))
     scheduler.put("a", piece(2), piece(6))
@@ -62,8 +63,8 @@ def test_steps_go_first_oldest_first_as_they_came() -> None:
 
 def test_a_chunk_is_not_starved_and_never_overtaken_by_its_own_last_token() -> None:
     scheduler: Scheduler[str] = Scheduler()
-    scheduler.add("a", 4, 8)
-    scheduler.add("b", 4, 8)
+    scheduler.add("a")
+    scheduler.add("b")
     scheduler.put("b", piece(1, 8, 0, sample=False))
     scheduler.put("b", piece(1, 1, 8))
     order = []
@@ -75,13 +76,14 @@ def test_a_chunk_is_not_starved_and_never_overtaken_by_its_own_last_token() -> N
     assert take(scheduler) == ("b", [1])
 
 
-def test_chunks_are_packed_up_to_a_chunk_and_dropped_with_their_sequence() -> None:
+def test_each_chunk_is_a_batch_and_dropped_with_its_sequence() -> None:
     scheduler: Scheduler[str] = Scheduler()
-    scheduler.add("a", 4, 8)
+    scheduler.add("a")
     for sequence, length in ((1, 3), (2, 5), (3, 2), (4, 8)):
         scheduler.put("a", piece(sequence, length, 0))
     scheduler.drop("a", 3)
-    assert take(scheduler) == ("a", [1, 2])
+    assert take(scheduler) == ("a", [1])
+    assert take(scheduler) == ("a", [2])
     assert take(scheduler) == ("a", [4])
     scheduler.remove("a")
     assert take(scheduler) is None
@@ -285,7 +287,7 @@ def test_the_inbox_is_bounded_and_ends() -> None:
 def test_parcels_survive_the_wire(dtype: str) -> None:
     spec = stage(1, stage=1, stages=3, dtype=dtype, context=100)
     into, back = stage_limits(spec, 4), source_limits(spec)
-    hidden = torch.randn(6, 4).to(getattr(torch, dtype))
+    hidden = np.random.default_rng(1).standard_normal((6, 4)).astype(DTYPES[dtype])
     pieces = [piece(2**60, 2, 7, sample=False), piece(1, 4, 90)]
     pieces[0] = Piece(2**60, 3, 7, 2, False, None)
 
@@ -294,7 +296,7 @@ def test_parcels_survive_the_wire(dtype: str) -> None:
         return came
 
     came = through(Activation(pieces, hidden), into, 1)
-    assert torch.equal(came.hidden, hidden) and came.hidden.dtype == hidden.dtype
+    assert np.array_equal(came.hidden, hidden) and came.hidden.dtype == hidden.dtype
     for before, after, rows in zip(pieces, split(came), (hidden[:2], hidden[2:]), strict=True):
         assert (before.sequence, before.slot, before.position, before.length, before.sample) == (
             after.sequence,
@@ -303,7 +305,7 @@ def test_parcels_survive_the_wire(dtype: str) -> None:
             after.length,
             after.sample,
         )
-        assert torch.equal(after.data, rows)
+        assert np.array_equal(after.data, rows)
     sampling = Sampling(0.7, 0.123456789, 2**31 - 1, 0.05, 1.1, -2.0, 0.3, 2**63 - 1)
     assert through(Opened(5, 2, sampling), into, 1) == Opened(5, 2, sampling)
     assert through(Released(5, 2), into, 1) == Released(5, 2)
@@ -315,9 +317,9 @@ def test_parcels_survive_the_wire(dtype: str) -> None:
 
 def test_of_a_plans_stages_on_one_device_the_earlier_steps_first() -> None:
     scheduler: Scheduler[str] = Scheduler()
-    scheduler.add("other", 4, 8, "other plan", 0)
-    scheduler.add("head", 4, 8, "plan", 3)
-    scheduler.add("start", 4, 8, "plan", 0)
+    scheduler.add("other", "other plan", 0)
+    scheduler.add("head", "plan", 3)
+    scheduler.add("start", "plan", 0)
     for place, sequence in (("head", 1), ("other", 2), ("start", 3), ("start", 4)):
         scheduler.put(place, piece(sequence))
     assert take(scheduler) == ("start", [3])  # the plan's turn has come by its head's piece

@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -40,10 +42,10 @@ def chain(model_type: str, *firsts: int) -> list[TorchShard]:
 
 
 def run(shards: list[TorchShard], ids: list[int], segments: list[Segment]) -> torch.Tensor:
-    row = torch.tensor(ids)
+    row = np.array(ids)
     for shard in shards:
         row = shard.forward(row, segments)
-    return row
+    return torch.from_numpy(row)
 
 
 def expected(model_type: str, ids: list[int]) -> torch.Tensor:
@@ -104,16 +106,16 @@ def test_only_sampled_segments_give_logits():
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits[0], expected("llama", ids[4:7]), atol=1e-4, rtol=1e-4)
     assert run(shards, [5], [Segment(0, 4, 1)]).shape == (0, VOCABULARY)
-    assert shards[0].forward(torch.tensor([5, 6]), [Segment(0, 5, 2)]).shape == (2, 32)
+    assert shards[0].forward(np.array([5, 6]), [Segment(0, 5, 2)]).shape == (2, 32)
 
 
 def test_head_alone_runs_nothing_for_segments_without_sample():
     *before, head = chain("llama", 0, 5)
-    hidden = before[0].forward(torch.arange(3, 8), [Segment(0, 0, 5)])
+    hidden = before[0].forward(np.arange(3, 8), [Segment(0, 0, 5)])
     assert head.forward(hidden, [Segment(0, 0, 5)]).shape == (0, VOCABULARY)
-    hidden = before[0].forward(torch.tensor([9]), [Segment(0, 5, 1, sample=True)])
+    hidden = before[0].forward(np.array([9]), [Segment(0, 5, 1, sample=True)])
     got = head.forward(hidden, [Segment(0, 5, 1, sample=True)])
-    torch.testing.assert_close(got[0], expected("llama", [*range(3, 8), 9]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(got[0]), expected("llama", [*range(3, 8), 9]), atol=1e-4, rtol=1e-4)
 
 
 def test_a_gap_is_refused_and_harms_nothing():
@@ -146,7 +148,7 @@ def test_rows_that_cannot_be(ids, segments):
 
 def test_hidden_states_of_the_wrong_width():
     with pytest.raises(BadInputError, match="hidden states"):
-        chain("llama", 0, 2)[1].forward(torch.zeros(1, 31), [Segment(0, 0, 1)])
+        chain("llama", 0, 2)[1].forward(np.zeros((1, 31), np.float32), [Segment(0, 0, 1)])
 
 
 def test_a_slot_holds_its_full_context():
@@ -192,6 +194,31 @@ def test_a_pass_that_fails_can_be_repeated(monkeypatch):
     hook.remove()
     got = run(shards, [6], [Segment(0, 3, 1, True)])
     torch.testing.assert_close(got[0], expected("llama", [3, 4, 5, 6]), atol=1e-4, rtol=1e-4)
+
+
+def test_one_that_cannot_be_harms_no_other():
+    shards = chain("mistral", 0)
+    a, b = [3 + n for n in range(12)], [40 + n for n in range(7)]
+    run(shards, a[:10] + b[:6], [Segment(0, 0, 10), Segment(1, 0, 6)])
+    with pytest.raises(EngineError, match="gap"):
+        run(shards, [1, 2], [Segment(0, 10, 1, True), Segment(1, 9, 1, True)])
+    got = run(shards, a[10:] + b[6:], [Segment(0, 10, 2, True), Segment(1, 6, 1, True)])
+    torch.testing.assert_close(got[0], expected("mistral", a), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[1], expected("mistral", b), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("model_type", ["llama", "ministral", "gpt_oss"])
+def test_half_precision(model_type, dtype):
+    """Hidden states travel in the dtype computed in, also from memory that must not be written to."""
+    inspection = replace(whole(model_type)[1], dtype=dtype)
+    first, second = (load_shard(stage(inspection, a, b, SLOTS, CONTEXT)) for a, b in ((0, 2), (3, 5)))
+    ids, segments = [3, 50, 7, 7, 90, 12, 4, 66, 31], [Segment(1, 0, 9, True)]
+    hidden = first.forward(np.array(ids), segments)
+    assert hidden.dtype == {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    hidden.flags.writeable = False
+    got, want = torch.from_numpy(second.forward(hidden, segments)[0]), expected(model_type, ids)
+    assert (got - want).norm() / want.norm() < (0.1 if dtype == "bfloat16" else 0.02)
 
 
 def test_release_and_close():

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
+import numpy as np
 
-from peerllm.engine.base import Draw, Segment
+from peerllm.engine.base import Draw, Segment, Tensor
 from peerllm.engine.batching import Piece, Scheduler
 from peerllm.engine.deployments import Deployment, StageKey
 from peerllm.engine.messages import Cancel, FromEngine, Submit, Tokens
@@ -66,19 +66,16 @@ class _Shard:
     def __init__(self, head: bool) -> None:
         self._head = head
 
-    def forward(self, inputs: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
         rows = sum(one.sample for one in segments) if self._head else sum(one.length for one in segments)
-        return torch.zeros(rows, 1)
-
-    def rehearse(self, *_: object) -> bool:
-        return False
+        return np.zeros((rows, 1), np.float32)
 
     def release(self, slot: int) -> None: ...
 
     def close(self) -> None: ...
 
 
-def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+def _draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     return [TOKEN] * len(draws)
 
 
@@ -133,9 +130,6 @@ class _Hop:
         carried = len(frame.segments) if frame.kind in (FrameKind.ACTIVATION, FrameKind.TOKEN) else 0
         took = self._world.ring.hop_ms(self._index, carried) if carried else 0.0
         self._link.ask(lambda: self._world.agenda.after(took, partial(self._arrive, frame)))
-
-    def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
-        return False
 
     def _arrive(self, frame: Frame) -> None:
         self._link.free()

@@ -30,7 +30,6 @@ LIMITS = FrameLimits(
     slots=6,
     context=64,
     max_tokens=16,
-    flags=3,
     tensors={
         "hidden": TensorLimit(("F32", "BF16"), 2, HIDDEN, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)),
         "mask": TensorLimit(("BOOL",), 2, 5, per_segment=True),
@@ -49,7 +48,7 @@ def frames(draw: st.DrawFn) -> Frame:
     for slot in slots:
         length = draw(st.integers(1 if kind is FrameKind.ACTIVATION else 0, LIMITS.max_tokens // LIMITS.max_segments))
         position = draw(st.integers(0, LIMITS.context - length))
-        segments.append(FrameSegment(draw(st.integers(0, 2**64 - 1)), slot, position, length, draw(st.integers(0, 3))))
+        segments.append(FrameSegment(draw(st.integers(0, 2**64 - 1)), slot, position, length, draw(st.integers(0, 1))))
     tokens = sum(segment.length for segment in segments)
     tensors = []
     if kind is FrameKind.ACTIVATION:

@@ -104,7 +104,6 @@ def test_the_largest_frame_is_exactly_the_limit() -> None:
         ({"context": 63}, Rule.CONTEXT, "frame reaches beyond the context: 62 + 2 tokens of 63"),
         ({"max_tokens": 1}, Rule.TOKENS, "frame of more tokens than the plan's: 2, at most 1"),
         ({"kinds": (FrameKind.TOKEN,)}, Rule.KIND, "frame of a kind not allowed here: 1"),
-        ({"flags": 2}, Rule.FLAGS, "frame has flags that are not known: 0x1"),
         ({"tensors": {}}, Rule.TENSORS, "frame of more tensors than the plan's: 1, at most 0"),
         (
             {"tensors": {"other": TensorLimit(("F32",), 0)}},

@@ -54,37 +54,6 @@ async def test_frames_arrive_in_order_from_a_compute_thread(nodes: list[Node]) -
     assert two.lost.empty()
 
 
-async def test_a_frame_is_sent_again_with_other_numbers(nodes: list[Node]) -> None:
-    """From a compute thread, between frames made anew, small and large, and beats; nobody sees the difference."""
-    one, two, _ = nodes
-    expect(two, one)
-    link = await connect(one, two)
-    assert not link.send_again((9, 0, 0, 1, 0), bytes(4 * WIDTH)), "there was none yet"
-    sent: list[Frame] = []
-
-    def compute() -> None:
-        previous = 0
-        for position in range(300):
-            tokens = 256 if position % 50 == 20 else 2 if position % 20 == 5 else 1
-            sent.append(activation(position, tokens))
-            if tokens == previous == 1 and position % 50 != 40:
-                assert link.send_again((9, 0, position, 1, 0), bytes(sent[-1].tensors[0].data))
-            else:
-                link.send(sent[-1])
-            previous = tokens
-        sent.append(activation(300, 256))
-        link.send(sent[-1])
-        assert not link.send_again((9, 0, 301, 256, 0), bytes(4 * WIDTH * 256)), "too large to be kept"
-
-    await asyncio.to_thread(compute)
-    assert [await two.next_frame() for _ in sent] == sent
-    link.send(activation(302))
-    link.close()
-    await asyncio.wait_for(link.wait_closed(), WAIT_S)
-    with pytest.raises(LinkError, match="has ended"):
-        link.send_again((9, 0, 0, 1, 0), bytes(4 * WIDTH))
-
-
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_small_frames_wait_for_no_acknowledgement(
     alice: Identity, bob: Identity, loop: Callable[[], asyncio.AbstractEventLoop]

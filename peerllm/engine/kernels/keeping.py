@@ -1,4 +1,4 @@
-"""How a model's tensors are kept: packed, left in their files, or as they are; and what memory each then takes.
+"""How a model's tensors are kept: rounded, left in their files, or as they are; and what memory each then takes.
 
 It follows from the model, its files' dtypes, the dtype computed in and the quantisation alone, so that the source knows
 what every device will need.
@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from peerllm.engine.division import Division
-from peerllm.engine.kernels.forms import packed_bytes
 from peerllm.engine.kernels.matrices import Matrix, matrices
+from peerllm.engine.kernels.rounding import packed_bytes
 from peerllm.engine.loader import FILE_DTYPES, tensor_bytes
 from peerllm.engine.names import Recipe
-from peerllm.errors import BadInputError
 from peerllm.types import BITS
 
 
@@ -34,7 +33,7 @@ class Keeping:
         """Memory of the tensor called `name` once it is loaded."""
         if name in self.tables:
             return 0
-        if self.quantize and name in self.matrices:
+        if name in self.matrices:
             matrix = self.matrices[name]
             return packed_bytes(matrix.rows, matrix.columns, BITS[self.quantize])
         return tensor_bytes((tensor.dtype, tuple(tensor.shape)))
@@ -42,10 +41,9 @@ class Keeping:
 
 def keeping(division: Division, found: Iterable[Recipe], quantize: str) -> Keeping:
     """`found` says how the model's tensors come from the files."""
-    if quantize and quantize not in BITS:
-        raise BadInputError(f"weights can be rounded to {' or '.join(BITS)}, not {quantize!r}")
-    packs = bool(quantize) or division.dtype is torch.bfloat16
-    return Keeping(quantize, matrices(division) if packs else {}, frozenset(_tables(division, found) if packs else ()))
+    if not quantize:
+        return Keeping(quantize, {}, frozenset())
+    return Keeping(quantize, matrices(division), frozenset(_tables(division, found)))
 
 
 def _tables(division: Division, found: Iterable[Recipe]) -> Iterable[str]:

@@ -1,44 +1,58 @@
-"""onnxruntime's MatMulNBits on torch's memory: weights of 4 or 8 bits, activations rounded to 8 bits block by block.
-
-One session holds one run of rows. Inputs and outputs are bound by address, nothing is copied but to float32 and back.
-"""
+"""onnxruntime's product with rounded weights; inputs are rounded to 8 bits within, block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from peerllm.engine.kernels.forms import block_of, packed_bytes
-from peerllm.engine.kernels.graphs import TOKENS, Bound, Graph, make_pool
-from peerllm.engine.kernels.rounding import rounded
-
-
-def maker(bits: int, threads: int) -> Callable[[Sequence[torch.Tensor]], NBits]:
-    """Packs rows for products on `threads` threads; the first caller's number holds for the process."""
-    make_pool(threads)
-    return lambda rows: NBits(rows, bits)
+INT8_INPUTS = 4  # accuracy_level: products of 8-bit numbers, sums exact
+CONTRIB = "com.microsoft"
 
 
 class NBits:
-    """Some rows of a matrix."""
+    """Some rows of a matrix, as `rounding.rounded` made them."""
 
-    def __init__(self, rows: Sequence[torch.Tensor], bits: int) -> None:
-        self.rows, self._columns = sum(map(len, rows)), rows[0].shape[1]
-        block = block_of(self._columns)
-        assert block is not None
-        codes, scales = rounded(rows, bits, block)
-        self.nbytes = packed_bytes(self.rows, self._columns, bits)
-        graph = Graph()
-        graph.rounded_product(graph.given("x", TOKENS, self._columns), "y", codes, scales, bits)
-        graph.wanted("y", TOKENS, self.rows)
-        self._bound = Bound(graph.session())
+    def __init__(self, codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int) -> None:
+        self._session = _session(codes, scales, bits)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[n, columns] to [n, rows]."""
-        given = inputs.to(torch.float32).contiguous()
-        out = torch.empty(len(given), self.rows)
-        self._bound.give("x", given)
-        self._bound.want("y", out)
-        self._bound.run()
-        return out.to(inputs.dtype)
+        """[n, columns] to [n, rows], in the inputs' dtype."""
+        (out,) = self._session.run(None, {"x": inputs.to(torch.float32).contiguous().numpy()})
+        return torch.from_numpy(out).to(inputs.dtype)
+
+
+def _session(codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int) -> Any:
+    """The weights are handed over as they lie in memory: they are in no file, and never twice in memory."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    rows, blocks = scales.shape
+    columns = codes.shape[1] * 8 // bits
+    shape = {"K": columns, "N": rows, "bits": bits, "block_size": columns // blocks}
+    node = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scales"], ["y"], domain=CONTRIB, accuracy_level=INT8_INPUTS, **shape
+    )
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width])
+        for name, width in (("x", columns), ("y", rows))
+    )
+    graph = helper.make_graph([node], "peerllm", [x], [y])
+    held: dict[str, NDArray[Any]] = {"codes": codes.reshape(rows, blocks, -1), "scales": scales}
+    for name, kind in (("codes", TensorProto.UINT8), ("scales", TensorProto.FLOAT)):
+        entry = graph.initializer.add(
+            name=name, data_type=kind, dims=held[name].shape, data_location=TensorProto.EXTERNAL
+        )
+        entry.external_data.add(key="location", value="memory")  # handed over below, never a file
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(CONTRIB, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    options.add_external_initializers(
+        list(held), [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in held.values()]
+    )
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

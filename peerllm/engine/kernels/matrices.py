@@ -1,4 +1,4 @@
-"""Which tensors of a model can be packed: matrices that are only ever multiplied with, by a module of their own."""
+"""Which tensors of a model can be rounded: matrices that are only ever multiplied with, by a module of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peerllm.engine.blocks import Blocks, stand_in
 from peerllm.engine.config import text_config
 from peerllm.engine.division import Division
 from peerllm.engine.dryrun import run_without_data
-from peerllm.engine.kernels.forms import block_of
+from peerllm.engine.kernels.rounding import block_of
 from peerllm.engine.probing import shape_key
 from peerllm.engine.states import ProbeCache
 
@@ -24,22 +24,14 @@ ROUTERS = frozenset(["gate", "router", "shared_expert_gate", "classifier"])
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A module of the model, under its whole name; `turned`: its weight is [columns, rows], as GPT-2 keeps them."""
+    """A linear module of the model; `turned`: its weight is [columns, rows], as GPT-2 keeps them."""
 
-    name: str
-    module: Any
-    parent: Any
+    parent: Any  # the module that has it
+    attribute: str  # its name there
+    bias: nn.Parameter | None
     rows: int
     columns: int
     turned: bool
-
-    @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
-
-    @property
-    def bias(self) -> str | None:
-        return f"{self.name}.bias" if self.module.bias is not None else None
 
 
 def matrices(division: Division) -> dict[str, Matrix]:
@@ -53,22 +45,23 @@ def matrices(division: Division) -> dict[str, Matrix]:
             good[key] = _only_multiplied(division, number)
         if good[key]:
             for name, module in block.named_modules():
-                _add(found, division, f"{division.prefix}{number}.{name}", module, block)
+                _add(found, division, block, name, module, f"{division.prefix}{number}.")
     name = next((name for name, module in division.model.named_modules() if module is head), "")
     if name and not name.startswith(division.prefix):
-        _add(found, division, name, head, division.model)
+        _add(found, division, division.model, name, head)
     return found
 
 
-def _add(found: dict[str, Matrix], division: Division, name: str, module: Any, root: Any) -> None:
+def _add(found: dict[str, Matrix], division: Division, root: Any, name: str, module: Any, prefix: str = "") -> None:
+    """`name` is the module's in `root`, with `prefix` in the model."""
     if type(module) not in (nn.Linear, Conv1D) or module.weight.dtype != division.dtype:
         return
-    local = name[len(division.prefix) :].partition(".")[2] if name.startswith(division.prefix) else name
-    path, _, last = local.rpartition(".")
+    path, _, last = name.rpartition(".")
     turned = type(module) is Conv1D
     rows, columns = reversed(module.weight.shape) if turned else module.weight.shape
     if last not in ROUTERS and block_of(columns) is not None:
-        found[f"{name}.weight"] = Matrix(name, module, root.get_submodule(path), rows, columns, turned)
+        parent = root.get_submodule(path)
+        found[f"{prefix}{name}.weight"] = Matrix(parent, last, module.bias, rows, columns, turned)
 
 
 class _Stand(nn.Module):

@@ -1,77 +1,63 @@
-"""Modules that stand in a model where its matrices were."""
+"""Linear modules with rounded weights, filled from a tensor that may lie in its file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from peerllm.engine.kernels.dry import dry
-from peerllm.engine.kernels.forms import Part
+from peerllm.engine.arrays import as_array
+from peerllm.engine.kernels.matmul_nbits import NBits
+from peerllm.engine.kernels.matrices import Matrix
+from peerllm.engine.kernels.rounding import block_of, packed_bytes, rounded
+from peerllm.engine.kernels.unfolded import Unfolded
+from peerllm.engine.memory import trim
+from peerllm.engine.place import CPU, turn
+
+PART_WEIGHTS = 16 << 20  # of a larger matrix so many make a product: onnxruntime holds a product twice while it is made
 
 
-class _InPlace(nn.Module):
-    """A model's initialisation may reach for weights; marked as it marks what is loaded, they are left alone."""
+class Packed(nn.Module):
+    """In the place of a linear module; a bias stays a parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, matrix: Matrix, bits: int, device: torch.device) -> None:
         super().__init__()
-        self.__dict__.update(weight=torch.empty(0), bias=None)
-        self.__dict__["weight"].__dict__["_is_hf_initialized"] = True
+        self._columns, self._turned, self._bits, self._device = matrix.columns, matrix.turned, bits, device
+        self._parts: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self.nbytes = packed_bytes(matrix.rows, matrix.columns, bits)
+        self.bias = matrix.bias
+        # A model's initialisation may reach for the weight; marked as it marks what is loaded, it is left alone.
+        self.__dict__["weight"] = torch.empty(0)
+        self.weight.__dict__["_is_hf_initialized"] = True
 
+    @property
+    def filled(self) -> bool:
+        return bool(self._parts)
 
-class Gone(_InPlace):
-    """Where a fused block had a matrix: nothing calls it any more."""
-
-
-class Packed(_InPlace):
-    """A matrix in parts, each with some of its rows; with its bias, if it has one."""
-
-    def __init__(self, parts: Sequence[Part], bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self._parts, self._bias = tuple(parts), bias
-        self.nbytes = sum(part.nbytes for part in parts) + (bias.nbytes if bias is not None else 0)
+    def fill(self, weight: torch.Tensor) -> None:
+        """Of the matrix no more than a part is there twice meanwhile, and a small piece in float32."""
+        if weight.itemsize == 1:  # numpy knows no floats so small
+            weight = weight.float()
+        block = block_of(self._columns)
+        assert block is not None
+        rows = weight.t() if self._turned else weight
+        for some in torch.split(rows, max(1, PART_WEIGHTS // self._columns)):
+            codes, scales = rounded(as_array(some.detach()), self._bits, block)
+            with turn(self._device):
+                self._parts.append(
+                    NBits(codes, scales, self._bits)
+                    if self._device == CPU
+                    else Unfolded(codes, scales, self._bits, self._device)
+                )
+            del codes, scales
+            trim()  # what rounding left free would lie in holes between the tensors that stay
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., columns] to [..., rows]."""
         flat = inputs.reshape(-1, inputs.shape[-1])
-        rows = sum(part.rows for part in self._parts)
-        if dry(numbers=len(flat) * rows):
-            out = inputs.new_zeros(len(flat), rows)
-        else:
-            outs = [part(flat) for part in self._parts]
-            out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
-        if self._bias is not None:
-            out += self._bias
+        outs = [part(flat) for part in self._parts]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        if self.bias is not None:
+            out += self.bias
         return out.view(*inputs.shape[:-1], out.shape[-1])
-
-
-class Siblings:
-    """Several matrices of one input, packed as one: the first that is asked computes for all."""
-
-    def __init__(self, whole: Packed, count: int) -> None:
-        self._whole, self._count = whole, count
-        self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
-        self._left = 0
-
-    def of(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The outputs of all, side by side."""
-        if self._output is None or self._input is not inputs:
-            self._input, self._output, self._left = inputs, self._whole(inputs), self._count
-        out, self._left = self._output, self._left - 1
-        if not self._left:
-            self._input = self._output = None  # nothing is kept alive for longer than it is needed
-        return out
-
-
-class Share(_InPlace):
-    """One matrix of several."""
-
-    def __init__(self, siblings: Siblings, start: int, rows: int) -> None:
-        super().__init__()
-        self._siblings, self._start, self._rows = siblings, start, rows
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[..., columns] to [..., rows]."""
-        return self._siblings.of(inputs).narrow(-1, self._start, self._rows)

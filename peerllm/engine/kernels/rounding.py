@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-ROWS_BYTES = 1 << 18  # of float32 rows that are rounded at once
+BLOCKS = (128, 32)  # weights that share a scale: the first that divides a row's length
+PIECE_BYTES = 1 << 19  # of float32 rows that are rounded at once: they stay in the processor's cache
+SESSION_BYTES = 160 << 10  # onnxruntime's for one matrix, however small
+BLOCK_BYTES = 8  # a block's scale and, which the products need, the sum of its codes
+LEAST = 1e-37  # smaller weights are rounded to nothing: their scale has no reciprocal
+MAGIC = 1.5 * 2**23  # what is added to such a float32 is rounded to a whole number, which lies in its last bits
 
 
-def rounded(runs: Sequence[torch.Tensor], bits: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of runs of rows [some, columns], joined: codes, and float32 scales [rows, columns / block].
+def block_of(columns: int) -> int | None:
+    """How many weights share a scale; None: such a matrix is not rounded."""
+    return next((block for block in BLOCKS if columns % block == 0), None)
 
-    Codes are uint8: [rows, columns], or of 4 bits [rows, columns / 2], two in a byte, the first in the lower half.
+
+def packed_bytes(rows: int, columns: int, bits: int) -> int:
+    """Memory of a rounded matrix: its codes and scales, and the session that multiplies with it."""
+    block = block_of(columns)
+    assert block is not None
+    return rows * columns * bits // 8 + rows * (columns // block) * BLOCK_BYTES + SESSION_BYTES
+
+
+def rounded(rows: NDArray[Any], bits: int, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Of rows [n, columns] in any float type: codes, and float32 scales [n, columns / block].
+
+    Codes are uint8: [n, columns], or of 4 bits [n, columns / 2], two in a byte, the first in the lower half.
     weight ≈ (code - zero) · scale, with a zero of 2^(bits-1). The scale maps the weight of the largest magnitude, with
     its sign, to the least code: the range is used to its end, which has one code more.
     """
-    count, columns = sum(map(len, runs)), runs[0].shape[1]
-    codes = torch.empty(count, columns * bits // 8, dtype=torch.uint8)
-    scales = torch.empty(count, columns // block)
+    count, columns = rows.shape
+    codes = np.empty((count, columns * bits // 8), np.uint8)
+    scales = np.empty((count, columns // block), np.float32)
     zero = 1 << (bits - 1)
-    step = max(1, ROWS_BYTES // (4 * columns))
-    start = 0
-    for rows in (part for run in runs for part in torch.split(run, step)):
-        some = rows.float().reshape(-1, columns // block, block)
-        largest = some.gather(2, some.abs().argmax(2, keepdim=True))
-        scale = largest / -zero
-        inverse = torch.where(scale == 0, 0.0, 1 / scale)
-        code = (some * inverse).round_().add_(zero).clamp_(0, 2 * zero - 1).view(-1, columns).to(torch.uint8)
-        codes[start : start + len(rows)] = nibbles(code) if bits == 4 else code
-        scales[start : start + len(rows)] = scale.squeeze(2)
-        start += len(rows)
+    step = max(1, PIECE_BYTES // (4 * columns))
+    with np.errstate(all="ignore"):  # a weight may be infinite, or no number
+        for start in range(0, count, step):
+            some = rows[start : start + step].astype(np.float32).reshape(-1, block)
+            scale = _largest(some) / np.float32(-zero)
+            inverse = np.where(np.abs(scale) * zero < LEAST, np.float32(0), 1 / scale)
+            np.multiply(some, inverse[:, None], out=some)
+            some += np.float32(MAGIC + zero)
+            np.minimum(some, np.float32(MAGIC + 2 * zero - 1), out=some)
+            code = some.view(np.uint32).astype(np.uint8).reshape(-1, columns)
+            codes[start : start + step] = nibbles(code) if bits == 4 else code
+            scales[start : start + step] = scale.reshape(-1, columns // block)
     return codes, scales
 
 
-def nibbles(codes: torch.Tensor) -> torch.Tensor:
+def _largest(blocks: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of each block the first of those with the largest magnitude, with its sign."""
+    high, low = blocks.reshape(-1), blocks.reshape(-1)
+    while len(high) > len(blocks):  # by pairs: numpy's own reduction of short rows is four times slower
+        high, low = np.maximum(high[0::2], high[1::2]), np.minimum(low[0::2], low[1::2])
+    largest = np.where(high > -low, high, low)
+    both = np.flatnonzero(high == -low)
+    largest[both] = blocks[both, np.abs(blocks[both]).argmax(axis=1)]
+    return largest
+
+
+def nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Two 4-bit codes in a byte, the first in the lower half: [rows, columns / 2]."""
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+    pairs = codes.view("<u2")
+    together: NDArray[np.uint8] = (pairs | (pairs >> 4)).astype(np.uint8)
+    return together
 
 
-def apart(codes: torch.Tensor) -> torch.Tensor:
+def apart(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """What `nibbles` put together: [rows, columns]."""
-    return torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)
+    return np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1)

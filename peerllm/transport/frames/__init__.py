@@ -4,18 +4,17 @@ from peerllm.transport.frames.decoder import decode
 from peerllm.transport.frames.encoder import encode, encode_buffers
 from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
 from peerllm.transport.frames.model import (
+    SAMPLE,
     DType,
     Frame,
     FrameKind,
     FrameSegment,
     NamedTensor,
-    SegmentFlag,
 )
-from peerllm.transport.frames.repeated import Decoder, Template, template_of
 
 __all__ = [
+    "SAMPLE",
     "DType",
-    "Decoder",
     "Frame",
     "FrameKind",
     "FrameLimits",
@@ -23,11 +22,8 @@ __all__ = [
     "FrameSegment",
     "NamedTensor",
     "Rule",
-    "SegmentFlag",
-    "Template",
     "TensorLimit",
     "decode",
     "encode",
     "encode_buffers",
-    "template_of",
 ]

@@ -6,7 +6,15 @@ from math import prod
 
 from peerllm.transport.frames.layout import HEADER, MAGIC, SEGMENT, SIZE, TENSOR, VERSION, padding
 from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
-from peerllm.transport.frames.model import DTYPES_BY_CODE, ITEM_BYTES, Frame, FrameKind, FrameSegment, NamedTensor
+from peerllm.transport.frames.model import (
+    DTYPES_BY_CODE,
+    ITEM_BYTES,
+    SAMPLE,
+    Frame,
+    FrameKind,
+    FrameSegment,
+    NamedTensor,
+)
 
 BOOL_CHUNK_BYTES = 1 << 16  # truth values are looked at in pieces, so that checking takes no memory
 
@@ -45,7 +53,7 @@ def decode(buffer: bytes | bytearray | memoryview, limits: FrameLimits) -> Frame
     head = view[:header_bytes]
     if HEADER.size + segment_count * SEGMENT.size > header_bytes:
         raise FrameRefused(Rule.HEADER_BYTES, f"{header_bytes} bytes for {segment_count} segments")
-    segments = segments_of(head, segment_count, kind, limits)
+    segments = _segments(head, segment_count, kind, limits)
     tokens = sum(segment.length for segment in segments)
     if tokens > limits.max_tokens:
         raise FrameRefused(Rule.TOKENS, f"{tokens}, at most {limits.max_tokens}")
@@ -61,8 +69,7 @@ def _kind(code: int, limits: FrameLimits) -> FrameKind:
     raise FrameRefused(Rule.KIND, str(code))
 
 
-def segments_of(head: memoryview, count: int, kind: FrameKind, limits: FrameLimits) -> tuple[FrameSegment, ...]:
-    """The segments of a header, checked."""
+def _segments(head: memoryview, count: int, kind: FrameKind, limits: FrameLimits) -> tuple[FrameSegment, ...]:
     segments = []
     slots = set()
     for sequence, slot, position, length, flags in SEGMENT.iter_unpack(
@@ -76,7 +83,7 @@ def segments_of(head: memoryview, count: int, kind: FrameKind, limits: FrameLimi
             raise FrameRefused(Rule.EMPTY_SEGMENT, f"slot {slot}")
         if position + length > limits.context:
             raise FrameRefused(Rule.CONTEXT, f"{position} + {length} tokens of {limits.context}")
-        if flags & ~limits.flags:
+        if flags & ~SAMPLE:
             raise FrameRefused(Rule.FLAGS, f"{flags:#x}")
         slots.add(slot)
         segments.append(FrameSegment(sequence, slot, position, length, flags))

@@ -19,7 +19,6 @@ from peerllm.transport.frames.model import (
 from peerllm.types import DeploymentId
 
 HEX_DIGITS = frozenset("0123456789abcdef")
-KNOWN_FLAGS = 0xFF  # the other bits belong to later versions
 
 
 class Rule(StrEnum):
@@ -124,7 +123,6 @@ class FrameLimits:
     max_tokens: int  # of all segments of one frame
     tensors: Mapping[str, TensorLimit] = field(default_factory=dict)
     max_bytes: int = 0
-    flags: int = KNOWN_FLAGS
 
     def __post_init__(self) -> None:
         if len(self.deployment) != 32 or not HEX_DIGITS.issuperset(self.deployment):
@@ -134,7 +132,6 @@ class FrameLimits:
                 raise ValueError(f"tensor name {name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
         if min(self.max_segments, self.slots, self.context, self.max_tokens) < 1:
             raise ValueError(f"every bound of a link is at least 1: {self}")
-        object.__setattr__(self, "flags", int(self.flags))  # an IntFlag's operators run Python, for each segment
         if not self.max_bytes:
             object.__setattr__(self, "max_bytes", self.largest())
 

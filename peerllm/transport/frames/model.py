@@ -5,16 +5,15 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag, StrEnum
-from functools import lru_cache
+from enum import IntEnum, StrEnum
 from math import prod
 
 from peerllm.types import DeploymentId
 
 MAX_NAME_BYTES = 32
 MAX_RANK = 8
-KEPT_SHAPES = 512  # whose sizes are remembered
 MAX_U16, MAX_U32 = 2**16 - 1, 2**32 - 1
+SAMPLE = 1  # flag of a segment: the head picks a token after it
 NAME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + "_.")
 
 
@@ -23,11 +22,6 @@ class FrameKind(IntEnum):
     TOKEN = 2  # picked token ids, on the way back to the source
     RELEASE = 3  # the slots of these sequences are free
     OPEN = 4  # a sequence begins: what the head must know to sample it
-
-
-class SegmentFlag(IntFlag):
-    SAMPLE = 1  # the head picks a token after this segment
-    REPLAY = 2  # rebuilds lost KV; the tokens are not new
 
 
 class DType(StrEnum):
@@ -57,7 +51,7 @@ class FrameSegment:
     slot: int  # u32
     position: int  # u32
     length: int  # u32
-    flags: int = 0  # SegmentFlag bits
+    flags: int = 0  # SAMPLE or 0
 
     def __post_init__(self) -> None:
         # Decoded fields are in range by construction; what is sent must be, or struct would fail without a word.
@@ -65,18 +59,6 @@ class FrameSegment:
             raise ValueError(f"sequence {self.sequence} does not fit 64 bits")
         if (self.slot | self.position | self.length | self.flags) >> 32:
             raise ValueError(f"{self} does not fit 32 bits")
-
-
-@lru_cache(KEPT_SHAPES)
-def _nbytes(name: str, dtype: str, shape: tuple[int, ...]) -> int:
-    """Of a tensor; ValueError if there is none such. Step after step it is the same."""
-    if not 1 <= len(name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(name):
-        raise ValueError(f"tensor name {name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
-    if dtype not in ITEM_BYTES:
-        raise ValueError(f"tensor {name} has the unknown dtype {dtype!r}")
-    if len(shape) > MAX_RANK or not all(1 <= size <= MAX_U32 for size in shape):
-        raise ValueError(f"tensor {name} has the shape {shape}")
-    return prod(shape) * ITEM_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +71,13 @@ class NamedTensor:
     data: memoryview
 
     def __post_init__(self) -> None:
-        if self.data.nbytes != _nbytes(self.name, self.dtype, self.shape):
+        if not 1 <= len(self.name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(self.name):
+            raise ValueError(f"tensor name {self.name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"tensor {self.name} has the unknown dtype {self.dtype!r}")
+        if len(self.shape) > MAX_RANK or not all(1 <= size <= MAX_U32 for size in self.shape):
+            raise ValueError(f"tensor {self.name} has the shape {self.shape}")
+        if self.data.nbytes != prod(self.shape) * ITEM_BYTES[self.dtype]:
             raise ValueError(f"tensor {self.name}: {self.data.nbytes} bytes are not {self.dtype} {self.shape}")
 
     @classmethod

@@ -8,31 +8,16 @@ loop's again.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import select
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
 
 MAX_EVENTS = 64  # connections looked at in one go
-SHORTEST_S = 0.001  # that epoll can sleep
 
-Read = Callable[[bool], None]  # takes in what has come, in turn with others; True: the thread that calls leads
+Read = Callable[[], None]  # takes in what has come, in turn with others
 Nothing = Callable[[], bool]
-
-
-class Meanwhile(Protocol):
-    """What a thread that leads does while nothing comes."""
-
-    def pause_s(self) -> float:
-        """How long it sleeps before `rehearse` is called: 0 not at all, infinite for as long as nothing comes."""
-        ...
-
-    def rehearse(self, stop: Callable[[], bool]) -> None:
-        """Returns soon after `stop` is true."""
-        ...
 
 
 class Readers:
@@ -43,18 +28,11 @@ class Readers:
 
     def add(self, fd: int, read: Read) -> None:
         """From now on `read` is called while there is something."""
-        self._loop.add_reader(fd, read, False)
+        self._loop.add_reader(fd, read)
 
     def remove(self, fd: int) -> None:
         """Not any more; nothing happens if it was not."""
         self._loop.remove_reader(fd)
-
-    def later(self, call: Callable[[], object]) -> None:
-        """To be called when the thread that leads waits again, not before what it has found to do; only by it."""
-        call()
-
-    def again(self, rehearse: Callable[[], object]) -> None:
-        """The thread that leads has just read what `rehearse` would go through once more."""
 
     def close(self) -> None:
         """Once all are removed."""
@@ -62,10 +40,6 @@ class Readers:
 
 class Lead(Readers):
     """One thread at a time may `wait`; `add` and `close` are for the loop, the rest is for any thread.
-
-    A pass leaves the processor's caches full of weights. So before it sleeps, and after whatever it does meanwhile, the
-    thread goes through the last frame it read once more, to no effect: what reading the next one needs is in the caches
-    again, some 0.1 ms earlier.
 
     The connections are in an epoll object, which lies in another, which the loop watches. Whether the inner one's
     events reach the outer one is all that changes hands.
@@ -75,8 +49,6 @@ class Lead(Readers):
         super().__init__(loop)
         self.waits = False  # somebody leads and sleeps: `wake` is due
         self._reads: dict[int, Read] = {}
-        self._later: dict[Callable[[], object], None] = {}  # each once, in their order
-        self._rehearse: Callable[[], object] | None = None
         self._guard = threading.Lock()
         self._led = self._closed = self._released = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -94,12 +66,6 @@ class Lead(Readers):
             with suppress(OSError, ValueError):  # it is gone already
                 self._inner.unregister(fd)
 
-    def later(self, call: Callable[[], object]) -> None:
-        self._later[call] = None
-
-    def again(self, rehearse: Callable[[], object]) -> None:
-        self._rehearse = rehearse
-
     def wake(self) -> None:
         """Whoever waits looks again whether there is still nothing."""
         self.waits = False
@@ -107,32 +73,18 @@ class Lead(Readers):
             if not self._released:
                 os.eventfd_write(self._bell, 1)
 
-    def wait(self, nothing: Nothing, meanwhile: Meanwhile | None = None) -> None:
+    def wait(self, nothing: Nothing) -> None:
         """Read, in this thread, all that comes in, as long as there is `nothing` else; or until closed."""
-        while self._later:
-            call = next(iter(self._later))
-            del self._later[call]
-            call()
         if not nothing() or not self._take():
             return
         try:
-            if (rehearse := self._rehearse) is not None and nothing():
-                self._rehearse = None
-                rehearse()
             while not self._closed:
-                pause_s = math.inf if meanwhile is None else meanwhile.pause_s()
                 self.waits = True
-                found = self._inner.poll(_timeout(pause_s), MAX_EVENTS) if nothing() else ()
+                found = self._inner.poll(-1, MAX_EVENTS) if nothing() else ()
                 self.waits = False
-                self._read(found, True)
+                self._read(found)
                 if not nothing():
                     return
-                if not found and meanwhile is not None:
-                    meanwhile.rehearse(lambda: not nothing() or bool(self._inner.poll(0, 1)))
-                    if rehearse is not None:
-                        rehearse()  # which reads what has come
-                    if not nothing():
-                        return
         finally:
             self._give_back()
 
@@ -170,22 +122,15 @@ class Lead(Readers):
         os.close(self._bell)
 
     def _on_loop(self) -> None:
-        self._read(self._inner.poll(0, MAX_EVENTS), False)
+        self._read(self._inner.poll(0, MAX_EVENTS))
 
-    def _read(self, found: list[tuple[int, int]] | tuple[()], leads: bool) -> None:
+    def _read(self, found: list[tuple[int, int]] | tuple[()]) -> None:
         for fd, _ in found:
             if (read := self._reads.get(fd)) is not None:
-                read(leads)
+                read()
             elif fd == self._bell:
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._bell)
-
-
-def _timeout(pause_s: float) -> float:
-    """In seconds, as epoll takes it: -1 for ever."""
-    if pause_s == math.inf:
-        return -1
-    return pause_s if pause_s >= SHORTEST_S else 0
 
 
 def readers(loop: asyncio.AbstractEventLoop) -> Readers:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from time import perf_counter, perf_counter_ns
 from typing import Any
 
 from peerllm.errors import FrameError
 from peerllm.transport.dial import CLOSE_TIMEOUT_S
-from peerllm.transport.frames import Frame, FrameKind, FrameSegment, Template, encode_buffers, template_of
+from peerllm.transport.frames import Frame, encode_buffers
 from peerllm.transport.links.connection import Connection
-from peerllm.transport.links.outbox import DIRECT_BYTES, SEND_TIMEOUT_S, Outbox
+from peerllm.transport.links.outbox import SEND_TIMEOUT_S, Outbox
 from peerllm.transport.links.pulse import Pulse
 from peerllm.transport.links.timing import OnTimed, Timing
 from peerllm.transport.links.watch import NOBODY_WATCHES, Parting, Watch
@@ -60,7 +60,6 @@ class Link:
         self.timing = Timing(timed)
         self._watch = watch
         self._number = 0  # of frames sent
-        self._template: Template | None = None  # of the last frame, if it was small and has one payload
         self._reader = Reader(MAX_ANSWER_BYTES, masked=False)
         self._heard_the_end = asyncio.Event()
         self._orderly = self._told = False  # ended by either side on purpose; whoever asked has heard how it ended
@@ -83,38 +82,18 @@ class Link:
         buffers = encode_buffers(frame)
         nbytes = sum([len(buffer) for buffer in buffers])
         before = head(BINARY, nbytes, masked=True)
-        self._template = template_of(before, buffers, frame) if nbytes <= DIRECT_BYTES else None
         ping = self._ping(len(before) + nbytes)
         data = b"".join((before, *buffers, ping))
         if self._watch.on:
-            self._put_watched(data, frame.kind, frame.segments, nbytes, since, timeout_s)
+            encoded = perf_counter_ns()
+            parting = Parting(frame.kind, frame.segments, nbytes, since, encoded)
+            at_once = self._outbox.put(data, timeout_s, parting)
+            queued = encoded if at_once else perf_counter_ns()
+            self._watch.queued(self.deployment, self.device, self.stage, parting, queued)
         else:
             self._outbox.put(data, timeout_s)
         if ping:
             self.timing.handed_over(perf_counter())
-
-    def send_again(self, segments: Sequence[int], payload: bytes) -> bool:
-        """Send the last frame with other segments (five numbers each, as in FrameSegment) and as large a payload.
-
-        For who alone sends here: step after step nothing else changes, and what is not built anew leaves 0.1 ms
-        earlier while the caches are full of weights. False: there is none to be sent again. ValueError if numbers or
-        payload do not fit; else as `send`.
-        """
-        last = self._template
-        if last is None:
-            return False
-        since = perf_counter_ns() if self._watch.on else 0
-        data = last.filled(segments, payload)
-        if ping := self._ping(len(data)):
-            data += ping
-        if since:
-            told = tuple(FrameSegment(*segments[at : at + 5]) for at in range(0, len(segments), 5))
-            self._put_watched(data, last.kind, told, last.nbytes, since, SEND_TIMEOUT_S)
-        else:
-            self._outbox.put(data, SEND_TIMEOUT_S)
-        if ping:
-            self.timing.handed_over(perf_counter())
-        return True
 
     def _ping(self, nbytes: int) -> bytes:
         """What goes behind a frame of so many bytes, in one piece with it, to time it; mostly nothing."""
@@ -122,21 +101,6 @@ class Link:
             return b""
         ping = self.timing.ask(nbytes, perf_counter())
         return b"" if ping is None else control(PING, ping, masked=True)
-
-    def _put_watched(
-        self,
-        data: bytes,
-        kind: FrameKind,
-        segments: tuple[FrameSegment, ...],
-        nbytes: int,
-        since_ns: int,
-        timeout_s: float,
-    ) -> None:
-        encoded = perf_counter_ns()
-        parting = Parting(kind, segments, nbytes, since_ns, encoded)
-        at_once = self._outbox.put(data, timeout_s, parting)
-        queued = encoded if at_once else perf_counter_ns()
-        self._watch.queued(self.deployment, self.device, self.stage, parting, queued)
 
     def _clear(self) -> bool:
         """Whether what is sent now leaves at once: behind something else it would be the other's time as well."""

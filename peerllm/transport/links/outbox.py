@@ -64,9 +64,8 @@ class Outbox:
         self._rest = memoryview(b"")  # what is left of it
         self._began_ns = 0
         self._ended = ""  # why nothing more is taken
-        self._lock = threading.Lock()  # taken for each frame; the condition, which runs Python, only to wait for room
+        self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        self._waiting = 0  # for room
         self._due = False  # the loop will write
         self._detached = self._off = False  # nothing is written any more; the loop has been told
         self._over, self._empty = asyncio.Event(), asyncio.Event()
@@ -78,8 +77,6 @@ class Outbox:
         thread it never waits: that would stop what makes room.
         """
         with self._lock:
-            if self._idle and len(frame) <= RECORD_BYTES and self._write_at_once(frame, parting):
-                return True
             queued = Queued(frame, parting)
             if self._frames and not self._ended and not self._fits(len(frame)):
                 self._wait_for_room(len(frame), timeout_s)
@@ -97,14 +94,13 @@ class Outbox:
                 raise LinkError(f"the link has ended: {self._ended}")
             return at_once
 
-    def say(self, message: bytes, at_once: bool = True) -> bool:
-        """Send a PING, PONG or CLOSE, between frames; False if too many wait already. Else only by the next `flush`."""
+    def say(self, message: bytes) -> bool:
+        """Send a PING, PONG or CLOSE, between frames; False if too many wait already."""
         with self._lock:
             if len(self._said) + len(message) > MAX_SAID_BYTES:
                 return False
             self._said += message
-        if at_once:
-            self.flush()
+        self.flush()
         return True
 
     def flush(self) -> None:
@@ -154,23 +150,6 @@ class Outbox:
 
     # ---- with the lock held -----------------------------------------------------------------------------------------
 
-    @property
-    def _idle(self) -> bool:
-        """Nothing is under way or waits, and more may come."""
-        return not (self._now or self._frames or self._said or self._due or self._ended or self._detached)
-
-    def _write_at_once(self, frame: bytes, parting: Parting | None) -> bool:
-        """What `put` does in nearly all cases, in few words; False: the connection is full. LinkError if it breaks."""
-        began_ns = 0 if parting is None else perf_counter_ns()
-        try:
-            written = self._connection.write(frame)
-        except OSError as error:
-            self._breaks(error)
-            raise LinkError(f"the link has ended: {self._ended}") from error
-        if written:
-            self._sent(parting, began_ns)
-        return written
-
     def _write(self, budget: int) -> bool:
         """Whether nothing is left."""
         while self._now is not None or self._said or self._frames:
@@ -206,8 +185,7 @@ class Outbox:
             return
         queued = self._frames.popleft()
         self._bytes -= len(queued.data)
-        if self._waiting:
-            self._room.notify()
+        self._room.notify()
         self._begin(queued)
 
     def _begin(self, queued: Queued) -> None:
@@ -230,15 +208,11 @@ class Outbox:
 
     def _wait_for_room(self, size: int, timeout_s: float) -> None:
         deadline = monotonic() + (0.0 if self._on_loop() else timeout_s)
-        self._waiting += 1
-        try:
-            while not self._ended and not self._fits(size):
-                left = deadline - monotonic()
-                if left <= 0:
-                    raise LinkError(f"{len(self._frames)} frames wait and none left within {timeout_s:g} s")
-                self._room.wait(left)
-        finally:
-            self._waiting -= 1
+        while not self._ended and not self._fits(size):
+            left = deadline - monotonic()
+            if left <= 0:
+                raise LinkError(f"{len(self._frames)} frames wait and none left within {timeout_s:g} s")
+            self._room.wait(left)
 
     def _fits(self, size: int) -> bool:
         if not self._frames:

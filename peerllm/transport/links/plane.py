@@ -17,7 +17,7 @@ from peerllm.transport.links.dialling import dial_link
 from peerllm.transport.links.echo import ECHO_LIMITS, ECHO_PATH, NOBODY, Timed, timed_frames
 from peerllm.transport.links.lead import Lead, readers
 from peerllm.transport.links.link import Link
-from peerllm.transport.links.receiver import Deliver, Ingress, Receiver, Rehearse
+from peerllm.transport.links.receiver import Deliver, Ingress, Receiver
 from peerllm.transport.links.timing import OnTimed
 from peerllm.transport.links.upgrade import DeclinedError
 from peerllm.transport.links.watch import NOBODY_WATCHES, Watch
@@ -52,7 +52,7 @@ class DataPlane:
         self._identity = identity
         self._watch = watch
         self._on_lost = on_lost or (lambda deployment, device, reason: None)
-        self._expected: dict[Key, tuple[Ingress, Deliver, Rehearse | None]] = {}
+        self._expected: dict[Key, tuple[Ingress, Deliver]] = {}
         self._receivers: dict[Key, Receiver] = {}
         self._on_echo = on_echo or (lambda device, frame: None)
         self._echoes: dict[DeviceId, Receiver] = {}
@@ -100,16 +100,13 @@ class DataPlane:
                 link.abort("the device was removed from the household")
         self._acceptor.set_trusted(trusted.values())
 
-    def expect(self, ingress: Ingress, deliver: Deliver, rehearse: Rehearse | None = None) -> None:
-        """From now on take frames within `ingress.limits` from `ingress.sender`; each is handed to `deliver`.
-
-        `rehearse` is the part of that which may be done again to no effect (`Lead`).
-        """
+    def expect(self, ingress: Ingress, deliver: Deliver) -> None:
+        """From now on take frames within `ingress.limits` from `ingress.sender`; each is handed to `deliver`."""
         limits = ingress.limits
         key = (limits.deployment, limits.epoch, limits.stage)
         if key not in self._expected and len(self._expected) >= MAX_INGRESSES:
             raise BadInputError(f"this device already expects {MAX_INGRESSES} links")
-        self._expected[key] = (ingress, deliver, rehearse)
+        self._expected[key] = (ingress, deliver)
 
     async def forget(self, deployment: DeploymentId, epoch: int | None = None) -> None:
         """End the links of a deployment (of one epoch only, if given), both ways; none is reported lost."""
@@ -177,11 +174,8 @@ class DataPlane:
             raise DeclinedError(HTTPStatus.FORBIDDEN)
         return partial(self._admit, key, *expected)
 
-    def _admit(
-        self, key: Key, ingress: Ingress, deliver: Deliver, rehearse: Rehearse | None, connection: Connection
-    ) -> None:
-        ended = self._receiver_ended
-        receiver = Receiver(connection, ingress, deliver, ended, self._readers, self._watch, rehearse)
+    def _admit(self, key: Key, ingress: Ingress, deliver: Deliver, connection: Connection) -> None:
+        receiver = Receiver(connection, ingress, deliver, self._receiver_ended, self._readers, self._watch)
         self._serve(receiver, self._receivers, key)
 
     def _admit_echo(self, connection: Connection) -> None:

@@ -11,7 +11,7 @@ from time import perf_counter, perf_counter_ns
 
 from peerllm.errors import FrameError, PeerLLMError
 from peerllm.transport.dial import CLOSE_TIMEOUT_S
-from peerllm.transport.frames import Decoder, Frame, FrameLimits
+from peerllm.transport.frames import Frame, FrameLimits, decode
 from peerllm.transport.links.connection import Connection
 from peerllm.transport.links.lead import Readers
 from peerllm.transport.links.outbox import Outbox
@@ -26,7 +26,6 @@ from peerllm.transport.links.websocket import (
     PING,
     POLICY_VIOLATION,
     PONG,
-    RECORD_BYTES,
     Reader,
     control,
     goodbye,
@@ -40,10 +39,6 @@ READS = 32  # records of one connection in a row, before others have their turn
 # link; what it returns, if anything, is awaited on the loop before the next frame is read, so that a stage with too
 # much to do holds back its sender.
 Deliver = Callable[[DeviceId, Frame], Awaitable[None] | None]
-
-
-# What `deliver` does with a frame before it does anything with it: without effect, it may be done again.
-Rehearse = Callable[[Frame], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +60,15 @@ class Receiver:
         ended: Callable[[Receiver], None],
         readers: Readers,
         watch: Watch = NOBODY_WATCHES,
-        rehearse: Rehearse | None = None,
     ) -> None:
         self.ingress = ingress
         self.delivered = 0  # frames
         self.reason = ""
         self._connection, self._readers = connection, readers
-        self._deliver, self._ended, self._watch, self._rehearse = deliver, ended, watch, rehearse
-        self._last: bytes | bytearray = b""  # a small frame that `deliver` took
+        self._deliver, self._ended, self._watch = deliver, ended, watch
         self._loop = asyncio.get_running_loop()
         self._turn = threading.Lock()  # frames are taken in one after the other, in their order
         self._reader = Reader(ingress.limits.max_bytes, masked=True)
-        self._decoder = Decoder(ingress.limits)
         self._taken = perf_counter()  # when the last frame was
         self._outbox = Outbox(connection, self._loop)
         self._pulse = Pulse(connection, self._beat)
@@ -88,14 +80,14 @@ class Receiver:
         readers.add(connection.fd, self.read)
         self._task = self._loop.create_task(self._run(name), name=name)
 
-    def read(self, leads: bool) -> None:
-        """Take in what has come; `leads`: the thread that calls is the one that the frames are for."""
+    def read(self) -> None:
+        """Take in what has come."""
         with self._turn:
             if self._over or self._held:
                 return
             try:
                 for _ in range(READS):
-                    if not self._read() or not self._take_in(leads):
+                    if not self._read() or not self._take_in():
                         return
             except Exception as error:
                 self._fail(error)
@@ -169,11 +161,7 @@ class Receiver:
         self._gone.set()
 
     def _beat(self) -> None:
-        if self._over:
-            return
-        if self._outbox.busy:
-            self._outbox.flush()  # an answer left to a thread that has not come to wait since
-        else:
+        if not self._over and not self._outbox.busy:
             self._outbox.say(control(PONG, b"", masked=False))
 
     def _hold_back(self, rest: Awaitable[None], since_ns: int) -> None:
@@ -195,7 +183,7 @@ class Receiver:
             if self._over:
                 return
             try:
-                self._take_in(False)  # what had come with the frame
+                self._take_in()  # what had come with the frame
             except Exception as error:
                 self._fail(error)
             if not self._over and not self._held:
@@ -221,25 +209,16 @@ class Receiver:
             self._pulse.arrived()
         return bool(nbytes)
 
-    def _take_in(self, leads: bool) -> bool:
+    def _take_in(self) -> bool:
         """All messages that are complete; whether to read on at once: a larger one has begun."""
-        delivered = self.delivered
         while (message := self._reader.next()) is not None:
             opcode, payload = message
             if opcode == BINARY:
                 if not self._deliver_frame(payload):
                     return False
-                if leads and self._rehearse is not None and len(payload) <= RECORD_BYTES:
-                    self._last = payload
-                    self._readers.again(self._once_more)
             elif opcode == PING:
                 pong = control(PONG, answer(bytes(payload), self._taken, perf_counter()), masked=False)
-                if leads and self.delivered > delivered:
-                    # The pass that the frame begins does not wait for the answer to be sent.
-                    self._outbox.say(pong, at_once=False)
-                    self._readers.later(self._outbox.flush)
-                else:
-                    self._outbox.say(pong)
+                self._outbox.say(pong)
             elif opcode == CLOSE:
                 code, reason = read_goodbye(payload)
                 self._orderly = self._orderly or code == OK
@@ -252,7 +231,7 @@ class Receiver:
         sender = self.ingress.sender
         self.delivered += 1
         came = perf_counter_ns() if self._watch.on else 0
-        frame = self._decoder.decode(payload)
+        frame = decode(payload, self.ingress.limits)
         rest = self._deliver(sender, frame)
         self._taken = perf_counter()
         handed_on = perf_counter_ns() if came else 0
@@ -264,14 +243,6 @@ class Receiver:
             self._loop.call_soon_threadsafe(self._hold_back, rest, handed_on)
             return False
         return True
-
-    def _once_more(self) -> None:
-        """By the thread that leads, before it sleeps."""
-        delivered = self.delivered
-        self.read(True)  # mostly there is nothing yet
-        with self._turn:
-            if self._rehearse is not None and not self._over and self.delivered == delivered:
-                self._rehearse(self._decoder.decode(self._last))
 
     def _fail(self, error: Exception) -> None:
         match error:

@@ -17,10 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-# Timed after each beat: single frames tell little where a processor is taken away now and then, but each that is timed
-# takes 0.1 ms longer than others. So many while little is known of a link, then fewer.
-FRAMES, FRAMES_KNOWN = 8, 4
-KNOWN = 64  # frames timed
+FRAMES = 4  # timed after each beat: a single one tells little where a processor is taken away now and then
 LOST_S = 30.0  # an answer later than this is not waited for
 KEPT_PINGS = 32  # PINGs alone that the clocks are compared by
 DRIFT = 500e-6  # seconds a second that two clocks may run apart while one of them is being set (the kernel's bound)
@@ -63,7 +60,7 @@ class Timing:
     def __init__(self, on_timed: OnTimed | None) -> None:
         self.wanted = False  # whether the next frame that finds the queue empty shall be timed
         self._on_timed = on_timed
-        self._number = self._left = self._timed = 0
+        self._number = self._left = 0
         self._asked: Asked | None = None
         self._lock = threading.Lock()  # one thing is asked at a time
         self._compared: deque[Compared] = deque(maxlen=KEPT_PINGS)
@@ -100,7 +97,6 @@ class Timing:
         taken, answered = (nanoseconds / 1e9 for nanoseconds in _CLOCK.unpack(clock))
         if asked.nbytes:
             self._left -= 1
-            self._timed += 1
             self.wanted = self._left > 0
             since = asked.since if self._handed_over is None else max(asked.since, self._handed_over)
             way = taken - self._ahead(now) - since
@@ -108,7 +104,7 @@ class Timing:
             return
         round_trip = now - asked.since
         self._compared.append(Compared(now, round_trip, answered - (asked.since + now) / 2))
-        self.wanted, self._left = True, FRAMES if self._timed < KNOWN else FRAMES_KNOWN
+        self.wanted, self._left = True, FRAMES
         self._on_timed(0, round_trip)
 
     def _ahead(self, now: float) -> float:

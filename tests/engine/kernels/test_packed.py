@@ -1,4 +1,4 @@
-"""Shards with packed matrices against the whole model in float: every matrix in its place, memory as promised."""
+"""Shards with rounded matrices against the whole model in float: every matrix in its place, memory as promised."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from peerllm.engine.base import Segment
 from peerllm.engine.config import DTYPES, parse_config
 from peerllm.engine.division import divide
 from peerllm.engine.inspect import inspect_model
-from peerllm.engine.kernels import packing
+from peerllm.engine.kernels import packed as kernel
 from peerllm.engine.kernels.matrices import matrices
-from peerllm.engine.kernels.packed import Packed, Share
+from peerllm.engine.kernels.packed import Packed
 from peerllm.engine.shard import load_shard
 from peerllm.errors import BadInputError, RefusedError
 from tests.engine.architectures import FAMILIES, FULL, quiet, save, stage, tiny_model
@@ -35,18 +35,18 @@ def shards(directory, dtype, quantize, firsts=(0, 3)):
     found = inspect_model(directory, dtype, quantize)
     ends = [*firsts[1:], len(found.profile.layers)]
     specs = [stage(found, a, b - 1, 2, 32) for a, b in zip(firsts, ends, strict=True)]
-    return found, [load_shard(replace(spec, quantize=quantize)) for spec in specs]
+    return found, [load_shard(replace(spec, quantize=found.quantize)) for spec in specs]
 
 
 def logits(loaded, ids=IDS, slot=0):
-    row = ids
+    row = ids.numpy()
     for shard in loaded:
         row = shard.forward(row, [Segment(slot, 0, len(ids), True)])
-    return row[0]
+    return torch.from_numpy(row[0])
 
 
 def packed(loaded):
-    return sum(isinstance(module, Packed | Share) for shard in loaded for module in shard._model.modules())
+    return sum(isinstance(module, Packed) for shard in loaded for module in shard._model.modules())
 
 
 def distance(got, want):
@@ -86,7 +86,7 @@ def test_float32_stays_as_it_is(llama):
 def test_parts_and_order_of_arrival_make_no_difference(llama, monkeypatch):
     _, directory = llama
     whole = logits(shards(directory, "auto", "int8")[1])
-    monkeypatch.setattr(packing, "LEAST_PART_BYTES", 700)
+    monkeypatch.setattr(kernel, "PART_WEIGHTS", 700)
     cut = shards(directory, "auto", "int8")[1]
     assert max(len(m._parts) for s in cut for m in s._model.modules() if isinstance(m, Packed)) > 1
     torch.testing.assert_close(logits(cut), whole)
@@ -97,13 +97,15 @@ def test_parts_and_order_of_arrival_make_no_difference(llama, monkeypatch):
     torch.testing.assert_close(logits(loaded), whole)
 
 
-def test_bfloat16_keeps_the_embedding_in_its_file(llama, tmp_path):
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_bfloat16_is_plain_torch_unless_it_is_rounded(llama, tmp_path, quantize):
     model, _ = llama
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     model.to(torch.float32)
-    found, loaded = shards(tmp_path, "auto", "")
-    assert found.dtype == "bfloat16" and found.profile.layers[0].memory_bytes == 0
-    assert found.profile.layers[-1].tied_to is None
+    found, loaded = shards(tmp_path, "auto", quantize)
+    assert found.dtype == "bfloat16"
+    assert bool(packed(loaded)) == (quantize == "int8")
+    assert (found.profile.layers[0].memory_bytes == 0) == (quantize == "int8"), "the embedding stays in its file"
     assert sum(shard.weight_bytes for shard in loaded) == sum(layer.memory_bytes for layer in found.profile.layers)
     with torch.inference_mode():
         want = model(IDS.unsqueeze(0), use_cache=False).logits[0, -1].float()
