@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peerllm.engine.backend import Facts, versions
-from peerllm.engine.base import Progress, Shard
-from peerllm.engine.checkpoint import read_json, read_tensors
+from peerllm.engine.base import Progress, Sampler, Shard
+from peerllm.engine.checkpoint import compute_dtype, read_json, read_tensors, resolve, stop_ids
 from peerllm.engine.families import FAMILIES
-from peerllm.engine.form import form_of, stop_ids
 from peerllm.engine.graph import family
 from peerllm.engine.graph.describe import Described, UnfitError, describe
 from peerllm.engine.graph.inspect import layer_tensors, profile
 from peerllm.engine.graph.load import load_shard
 from peerllm.engine.measure import measure, runtime_bytes
 from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
-from peerllm.engine.sampler import sample
+from peerllm.engine.sampler import SeededSampler
 from peerllm.errors import ModelError
 
 if TYPE_CHECKING:
@@ -31,13 +30,17 @@ NEEDS_TORCH = "is not in the graph engine's table and needs torch: pip install '
 class Backends:
     """See backend.Backend. torch is imported when a model needs it, or at the start for an accelerator."""
 
-    sampler = staticmethod(sample)
+    sampler: Sampler = SeededSampler()
 
     def __init__(self) -> None:
         self._threads, self._compute = 1, "cpu"
         self._torch: TorchBackend | None = None
 
-    def facts(self, compute: str, threads: int) -> Facts:
+    @property
+    def broken(self) -> tuple[type[BaseException], ...]:
+        return () if self._torch is None else self._torch.broken
+
+    def facts(self, compute: str = "cpu", threads: int = 1) -> Facts:
         self._threads, self._compute = threads, compute
         if compute != "cpu":
             return self._with_torch("--compute").facts(compute, threads)
@@ -59,10 +62,11 @@ class Backends:
         config = read_json(directory / "config.json")
         text = (directory / "config.json").read_text(encoding="utf-8")
         tensors = read_tensors(directory)
-        dtype, quantize = form_of(message, config, tensors.values(), self._compute != "cpu")
+        dtype = compute_dtype(message.dtype, config, tensors.values())
+        quantize = resolve(message.quantize, tensors.values(), dtype, self._compute != "cpu")
         described = self._described(text, dtype, quantize)
         if described is None:
-            return self._with_torch(_kind(text)).inspect(message, dtype, quantize)
+            return self._with_torch(_kind(text)).inspect(message)
         model = described.model
         return Inspected(
             message.request,
@@ -73,7 +77,7 @@ class Backends:
             model.hidden,
             model.vocabulary,
             model.max_context,
-            stop_ids(config, directory),
+            stop_ids(directory, config.get("eos_token_id")),
             layer_tensors(described, tensors),
             quantize,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ ITEMSIZE = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 COMPUTED = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}  # the dtype each is computed in
+COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: what "auto" means for this model, whatever its file holds
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 MAX_JSON_BYTES = 64 << 20  # an index of some hundred thousand tensors
 MAX_DIMENSIONS = 8
@@ -127,6 +128,26 @@ def held_dtype(tensors: Iterable[TensorAt]) -> str:
             name = COMPUTED[tensor.dtype]
             held[name] = held.get(name, 0) + tensor.nbytes
     return max(held, key=lambda name: held[name], default="float32")
+
+
+def compute_dtype(wanted: str, config: Mapping[str, Any], tensors: Iterable[TensorAt]) -> str:
+    """The dtype to compute in. "auto" is what config.json's own key says, else what most bytes of the files hold."""
+    if wanted == "auto":
+        wanted = config.get(COMPUTE_DTYPE_KEY) or held_dtype(tensors)
+    if wanted not in COMPUTED.values():
+        raise ModelError(f"dtype must be one of auto, {', '.join(dict.fromkeys(COMPUTED.values()))}, not {wanted!r}")
+    return wanted
+
+
+def stop_ids(model_dir: Path, *values: Any) -> tuple[int, ...]:
+    """End-of-sequence ids of generation_config.json and of config.json, whose `values` are numbers or lists."""
+    given = list(values)
+    if (generation := model_dir / "generation_config.json").is_file():
+        given.append(read_json(generation).get("eos_token_id"))
+    found: set[int] = set()
+    for value in given:
+        found.update(number for number in (value if isinstance(value, list) else [value]) if type(number) is int)
+    return tuple(sorted(found))
 
 
 def resolve(quantize: str, tensors: Iterable[TensorAt], dtype: str, accelerator: bool) -> str:

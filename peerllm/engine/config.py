@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from peerllm.engine.checkpoint import held_dtype, read_json
 from peerllm.engine.families import FAMILIES
-from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: what "auto" means for this model, whatever its file holds
 MAX_BLOCKS = 1022  # with embedding and head as many layers as a plan has stages at most
 MAX_COUNT = 1 << 15  # of layers, heads, experts, labels: configuration classes make lists that long, unasked
 COUNTS = re.compile(r"(layers?|heads?|experts|labels|groups?|blocks)$")
@@ -83,20 +78,6 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def compute_dtype(wanted: str, config: Any, tensors: Iterable[TensorAt]) -> str:
-    """The dtype to compute in. "auto" is what config.json's own key says, else what most bytes of the files hold.
-
-    float16 files stay float16, which keeps memory at half of float32's; processors without half-precision arithmetic
-    are slow at it (`measure` shows how slow), and there float32 or bfloat16 is worth asking for.
-    """
-    if wanted == "auto":
-        wanted = getattr(config, COMPUTE_DTYPE_KEY, None) or ""
-    wanted = wanted or held_dtype(tensors)
-    if wanted not in DTYPES:
-        raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {wanted!r}")
-    return wanted
-
-
 def max_context(config: Any) -> int:
     """The most tokens the architecture was made for."""
     text = text_config(config)
@@ -107,12 +88,6 @@ def max_context(config: Any) -> int:
     return DEFAULT_CONTEXT
 
 
-def stop_ids(config: Any, model_dir: Path) -> tuple[int, ...]:
-    """End-of-sequence ids of config.json and generation_config.json."""
-    values = [getattr(text_config(config), "eos_token_id", None), getattr(config, "eos_token_id", None)]
-    if (generation := model_dir / "generation_config.json").is_file():
-        values.append(read_json(generation).get("eos_token_id"))
-    found: set[int] = set()
-    for value in values:
-        found.update(number for number in (value if isinstance(value, list) else [value]) if type(number) is int)
-    return tuple(sorted(found))
+def eos_ids(config: Any) -> tuple[Any, Any]:
+    """What the configuration says of end-of-sequence ids."""
+    return getattr(text_config(config), "eos_token_id", None), getattr(config, "eos_token_id", None)

@@ -6,8 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from peerllm.engine.checkpoint import read_json, read_tensors, resolve
-from peerllm.engine.config import DTYPES, compute_dtype, max_context, parse_config, stop_ids, text_config
+from peerllm.engine.checkpoint import compute_dtype, read_json, read_tensors, resolve, stop_ids
+from peerllm.engine.config import DTYPES, eos_ids, max_context, parse_config, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.kernels.keeping import Keeping, keeping
 from peerllm.engine.messages import Inspected, TensorAt
@@ -48,11 +48,11 @@ def inspect_model(
     directory = Path(model_dir).expanduser()
     if not directory.is_dir():
         raise ModelError(f"{directory} is no directory")
-    read_json(directory / "config.json")
+    values = read_json(directory / "config.json")
     text = (directory / "config.json").read_text(encoding="utf-8")
     config = parse_config(text)
     tensors = read_tensors(directory)
-    dtype = compute_dtype(dtype, config, tensors.values())
+    dtype = compute_dtype(dtype, values, tensors.values())
     quantize = resolve(quantize, tensors.values(), dtype, accelerator)
     division = divide(config, DTYPES[dtype])
     found = recipes(division, tensors)
@@ -73,7 +73,7 @@ def inspect_model(
         hidden_size=language.hidden_size,
         vocabulary=language.vocab_size,
         max_context=max_context(config),
-        stop_ids=stop_ids(config, directory),
+        stop_ids=stop_ids(directory, *eos_ids(config)),
         tensors=tuple(tuple(sources[number].values()) for number in range(division.head + 1)),
     )
 

@@ -14,7 +14,6 @@ from peerllm.engine.graph.model import (
     Activation,
     Attention,
     Block,
-    Experts,
     FeedForward,
     Head,
     Model,

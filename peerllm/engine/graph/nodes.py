@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,17 +18,6 @@ KINDS = {
 }  # fmt: skip
 OPSET, IR = 17, 8
 INLINE_BYTES = 1024  # smaller weights stand in the model itself
-_pool = threading.Lock()
-_pool_made = False
-
-
-def make_pool(threads: int) -> None:
-    """Give onnxruntime its threads, shared by every session of the process; the first caller's number holds."""
-    global _pool_made  # noqa: PLW0603  # onnxruntime keeps one pool for the process, made once
-    with _pool:
-        if not _pool_made:
-            onnxruntime.set_global_thread_pool_sizes(threads, 1)
-            _pool_made = True
 
 
 class Graph:
@@ -83,6 +71,18 @@ class Graph:
     def split(self, x: str, sizes: Sequence[int]) -> list[str]:
         """Runs of the last dimension, one after the other."""
         return self.several("Split", x, self.shape(*sizes), outputs=[True] * len(sizes), axis=-1)
+
+    def rounded_product(
+        self, x: str, codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any], bits: int, bias: str = ""
+    ) -> str:
+        """x [..., columns] times the rows whose codes and scales `rounding.rounded` made: [..., rows]."""
+        rows, blocks = scales.shape
+        columns = codes.shape[1] * 8 // bits
+        inputs = [x, self.weight(codes.reshape(rows, blocks, -1)), self.weight(scales.reshape(-1))]
+        return self.add(
+            "MatMulNBits", *inputs, *(("", "", bias) if bias else ()), domain=CONTRIB,
+            K=columns, N=rows, bits=bits, block_size=columns // blocks, accuracy_level=INT8_ACTIVATIONS,
+        )  # fmt: skip
 
     def session(self) -> onnxruntime.InferenceSession:
         """onnxruntime's session; the weights are its own from now on."""

@@ -42,7 +42,7 @@ class Embedding:
 
     def __call__(self, ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> Floats:
         """float32 [n, hidden]; EngineError for an id that is no token."""
-        if len(ids) and not (0 <= ids.min() and ids.max() < len(self._table)):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self._table)):
             raise EngineError(f"token ids lie between 0 and {len(self._table) - 1}")
         x = as_floats(self._table[ids])
         if self._scale != 1.0:

@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.graph.model import Block, Experts, Norm
-from peerllm.engine.graph.nodes import CONTRIB, INT8_ACTIVATIONS, Graph
-from peerllm.engine.graph.rounding import block_of, rounded
+from peerllm.engine.graph.nodes import CONTRIB, Graph
 from peerllm.engine.graph.tensors import Floats, Tensors
+from peerllm.engine.kernels.rounding import BLOCK_BYTES, BLOCKS, block_of, rounded
 from peerllm.errors import ModelError
 
 PIECE_BYTES = 4 << 20  # of float32 rows that are read at once
-BLOCK_BYTES = 8  # a rounded block's scale and, which the product needs, the sum of its codes
 Names = Mapping[str, str]
 
 
@@ -114,13 +113,7 @@ def add_product(graph: Graph, x: str, product: Product, tensors: Tensors, bits: 
     scales = np.empty((rows, columns // block), np.float32)
     for start, some in pieces(tensors, product):
         codes[start : start + len(some)], scales[start : start + len(some)] = rounded(some, bits, block)
-    inputs = [x, graph.weight(codes.reshape(rows, columns // block, -1)), graph.weight(scales.reshape(-1))]
-    if bias is not None:
-        inputs += ["", "", graph.weight(bias)]
-    return graph.add(
-        "MatMulNBits", *inputs, domain=CONTRIB,
-        K=columns, N=rows, bits=bits, block_size=block, accuracy_level=INT8_ACTIVATIONS,
-    )  # fmt: skip
+    return graph.rounded_product(x, codes, scales, bits, "" if bias is None else graph.weight(bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +159,7 @@ class Stacks:
 
 def experts_block(experts: Experts, hidden: int, bits: int) -> int | None:
     """How many weights of experts share a scale; None: they stay in float32."""
-    return next((block for block in (128, 32) if bits and not hidden % block and not experts.wide % block), None)
+    return next((block for block in BLOCKS if bits and not hidden % block and not experts.wide % block), None)
 
 
 def add_experts(
