@@ -42,7 +42,7 @@ def profile(described: Described, name: str, quantize: str) -> ModelProfile:
 
 
 def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
-    """"block" where all are alike, else one name for each way a block is built."""
+    """ "block" where all are alike, else one name for each way a block is built."""
     distinct = list(dict.fromkeys(weights.block for weights in blocks))
     if len(distinct) == 1:
         return ["block"] * len(blocks)

@@ -1,4 +1,4 @@
-"""Loading a shard: its weights from safetensors, tensor by tensor, into graphs as large as the promised memory allows."""
+"""Loading a shard: weights from safetensors, tensor by tensor, into graphs as large as the promised memory allows."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ class Shape:
     @property
     def kv_bytes(self) -> int:
         blocks = [self.described.blocks[number].block.attention for number in self.numbers]
-        return sum(
-            self.slots * room_of(about.window, self.context) * token_bytes(about, self.half) for about in blocks
-        )
+        return sum(self.slots * room_of(about.window, self.context) * token_bytes(about, self.half) for about in blocks)
 
     def spans(self) -> list[range]:
         """Its blocks in runs, each a graph.
@@ -111,9 +109,7 @@ def load_shard(described: Described, spec: LoadStage, threads: int, progress: Pr
     return shard
 
 
-def build(
-    shape: Shape, tensors: Tensors, embedding: Embedding | None, threads: int, chunk: int
-) -> GraphShard:
+def build(shape: Shape, tensors: Tensors, embedding: Embedding | None, threads: int, chunk: int) -> GraphShard:
     """The shard, graph by graph."""
     make_pool(threads)
     described, bits = shape.described, shape.bits

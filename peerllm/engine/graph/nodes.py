@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,19 +58,17 @@ class Graph:
         self._nodes.append(helper.make_node(kind, inputs, [output], domain=domain, **attributes))
         return output
 
-    def several(self, kind: str, *inputs: str, outputs: Sequence[bool], domain: str = "", **attributes: Any) -> list[str]:
-        """An operator of which some `outputs` are wanted; those that are not have the name ''."""
-        names = [self._name(kind) if wanted else "" for wanted in outputs]
-        self._nodes.append(helper.make_node(kind, inputs, names, domain=domain, **attributes))
-        return names
-
-    def node(self, kind: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any) -> None:
+    def node(
+        self, kind: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any
+    ) -> None:
         """An operator whose outputs have names given."""
         self._nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
 
     def split(self, x: str, sizes: Sequence[int]) -> list[str]:
         """Runs of the last dimension, one after the other."""
-        return self.several("Split", x, self.shape(*sizes), outputs=[True] * len(sizes), axis=-1)
+        names = [self._name("Split") for _ in sizes]
+        self.node("Split", [x, self.shape(*sizes)], names, axis=-1)
+        return names
 
     def rounded_product(
         self, x: str, codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any], bits: int, bias: str = ""
@@ -135,6 +133,3 @@ class Bound:
 
     def run(self) -> None:
         self._session.run_with_iobinding(self._binding)
-
-
-Arrays = Mapping[str, np.ndarray[Any, Any]]

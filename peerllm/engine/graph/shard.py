@@ -64,8 +64,8 @@ class GraphShard:
         self.weights = {id(self): weight_bytes}
         self.reach: Reach | None = reach_of(model)
         self._model, self._embedding, self._spans, self._head, self._half = model, embedding, spans, head, half
-        owned = {number: model.blocks[number].attention for span in spans for number in range(span.first, span.last + 1)}
-        self._slots = KVSlots(owned, slots, context, half)
+        numbers = [number for span in spans for number in range(span.first, span.last + 1)]
+        self._slots = KVSlots({number: model.blocks[number].attention for number in numbers}, slots, context, half)
         self.kv_bytes = sum(store.nbytes for pair in self._slots.stores.values() for store in pair)
         self._windows = tuple(self._slots.groups)
         self._tables = rotation_tables(model, spans, context, half)
@@ -208,9 +208,7 @@ def reach_of(model: Model) -> Reach:
     return Reach(True, min(rooms, default=None), ROLLBACK_TOKENS)
 
 
-def rotation_tables(
-    model: Model, spans: Iterable[Span], context: int, half: bool
-) -> dict[str, npt.NDArray[Any]]:
+def rotation_tables(model: Model, spans: Iterable[Span], context: int, half: bool) -> dict[str, npt.NDArray[Any]]:
     """Cosines and sines by the graphs' names for them, those that a span asks for."""
     asked = {entry.name for span in spans for entry in span.session.get_inputs()}
     made: dict[str, npt.NDArray[Any]] = {}
