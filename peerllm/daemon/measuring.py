@@ -24,7 +24,7 @@ from peerllm.types import LayerKind
 
 MEASURE_TIMEOUT_S = 120.0
 LAYERS_TIMEOUT_S = 60.0  # the engine may be at another model's
-ALONE_S, TOGETHER_S = 0.3, 0.8  # for the fixed piece of work, again and again
+WORK_S = 0.6  # for the fixed piece of work, again and again
 MAX_CONFIG_CHARACTERS = 1 << 20
 MAX_KINDS = 64
 MAX_MEASURING = 4  # models whose layers wait to be timed here
@@ -148,7 +148,6 @@ class Profiler:
         return answer.layer_ms
 
     async def _work(self, question: Profile) -> Mapping[LayerKind, Points]:
-        wanted = Measure(self._engine.next_request(), TOGETHER_S if question.company else ALONE_S)
-        answer = await self._engine.ask(wanted, LAYERS_TIMEOUT_S)
+        answer = await self._engine.ask(Measure(self._engine.next_request(), WORK_S), LAYERS_TIMEOUT_S)
         assert isinstance(answer, Measured)
         return {WORK: ((1, answer.work_ms),)}

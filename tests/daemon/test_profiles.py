@@ -12,7 +12,7 @@ import pytest
 from peerllm.codec import decode, encode
 from peerllm.daemon import machine, profile_file
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.measuring import ALONE_S, MAX_MEASURING, TOGETHER_S, Profiler
+from peerllm.daemon.measuring import MAX_MEASURING, WORK_S, Profiler
 from peerllm.daemon.messages import Answer, Ask, Control, Profile
 from peerllm.daemon.profile_file import MAX_ENTRIES, ProfileFile, layer_key
 from peerllm.daemon.profiles import (
@@ -57,7 +57,7 @@ class Engine:
     """Answers TimeLayers when `gate` is open."""
 
     def __init__(self):
-        self.asked, self.layer_ms = [], LAYER_MS
+        self.asked, self.layer_ms, self.work_ms = [], LAYER_MS, 1.0
         self.begun, self.gate = asyncio.Event(), asyncio.Event()
         self.gate.set()
 
@@ -67,7 +67,7 @@ class Engine:
     async def ask(self, message, timeout_s):
         self.asked.append(message)
         if isinstance(message, Measure):
-            return Measured(message.request, {}, {}, work_ms=10 * message.window_s)
+            return Measured(message.request, {}, {}, work_ms=self.work_ms)
         assert isinstance(message, TimeLayers)
         self.begun.set()
         await self.gate.wait()
@@ -188,11 +188,13 @@ async def test_times_hold_only_for_what_they_were_taken_with(tmp_path, change):
 async def test_the_fixed_piece_of_work_is_kept_by_who_works_beside(tmp_path):
     engine = Engine()
     alone, beside = (Profile("", "float32", (WORK,), True, company) for company in ("", "c"))
-    for _ in range(2):
-        mine = profiler(engine, tmp_path)
-        assert (await mine.answer(alone)).layer_ms == {WORK: ((1, 10 * ALONE_S),)}
-        assert (await mine.answer(beside)).layer_ms == {WORK: ((1, 10 * TOGETHER_S),)}
-    assert [message.window_s for message in engine.asked] == [ALONE_S, TOGETHER_S]
+    engine.work_ms = 4.0
+    await profiler(engine, tmp_path).answer(alone)
+    engine.work_ms = 6.0
+    await profiler(engine, tmp_path).answer(beside)
+    assert (await profiler(engine, tmp_path).answer(alone)).layer_ms == {WORK: ((1, 4.0),)}
+    assert (await profiler(engine, tmp_path).answer(beside)).layer_ms == {WORK: ((1, 6.0),)}
+    assert [message.window_s for message in engine.asked] == [WORK_S, WORK_S]
 
 
 async def test_who_asks_for_the_same_waits_for_the_same_and_the_rest_is_bounded(tmp_path):
@@ -315,7 +317,7 @@ class Machine:
     """Its engines, watched: who measures beside whom. Work takes `factor` times as long while all of them are at it."""
 
     def __init__(self, house, letters, factor=1.5):
-        self.at_work, self.most, self.together = set(), 0, set()
+        self.at_work, self.most, self.together, self.worked = set(), 0, set(), dict.fromkeys(letters, 0)
         self._everyone, self._met, self._factor = set(letters), asyncio.Event(), factor
         for letter in letters:
             house[letter].engine.timing = functools.partial(self._timing, letter)
@@ -324,7 +326,8 @@ class Machine:
         """Milliseconds of the fixed piece of work."""
         self.at_work.add(letter)
         self.most = max(self.most, len(self.at_work))
-        alone = not isinstance(message, Measure) or message.window_s == ALONE_S
+        alone = not isinstance(message, Measure) or not self.worked[letter]
+        self.worked[letter] += isinstance(message, Measure)
         if alone:
             for _ in range(20):
                 await asyncio.sleep(0)
