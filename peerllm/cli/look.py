@@ -111,16 +111,12 @@ def speed_text(one: Mapping[str, Any]) -> str:
 
 
 def _block_ms(profile: Mapping[str, Any] | None) -> str:
-    """Milliseconds of a block for one token, alone and beside the other devices of its machine; "" where unknown."""
-    if not profile:
+    """Milliseconds of a block for one token, and how the other devices of its machine add to it; "" where unknown."""
+    times = profile["alone"] if profile else {}
+    blocks = [points["1"] for kind, points in times.items() if kind.startswith("block") and "1" in points]
+    if not profile or not blocks:
         return ""
-
-    def first(times: Mapping[str, Mapping[str, float]]) -> float | None:
-        blocks = [points["1"] for kind, points in times.items() if kind.startswith("block") and "1" in points]
-        return sum(blocks) / len(blocks) if blocks else None
-
-    alone, together = first(profile["alone"]), first(profile.get("together") or {})
-    if alone is None:
-        return ""
-    text = f"{alone:.3g} ms" if together is None else f"{alone:.3g} ms, {together:.3g} together"
+    text = f"{sum(blocks) / len(blocks):.3g} ms"
+    if profile["contention"] > 1:
+        text += f", x {profile['contention']:.2g} together"
     return f"about {text}" if profile["source"] == "estimated" else text

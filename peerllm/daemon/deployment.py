@@ -312,7 +312,8 @@ class Deployment:
         if not self._timings.known(inspected, candidates.values()):
             await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
         for _ in range(LATECOMERS):
-            timings = await self._timings.of(inspected, candidates, lambda text: self._say("planning", text))
+            busy = self.options.objective == "throughput"
+            timings = await self._timings.of(inspected, candidates, lambda text: self._say("planning", text), busy)
             here = self._candidates(absent)  # measuring takes a while
             if here.keys() <= candidates.keys():
                 break

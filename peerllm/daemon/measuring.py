@@ -17,14 +17,14 @@ from peerllm.daemon.engine_host import EngineHost
 from peerllm.daemon.machine import hardware
 from peerllm.daemon.messages import Answer, Profile
 from peerllm.daemon.profile_file import Points, ProfileFile, layer_key
-from peerllm.daemon.profiles import checked
+from peerllm.daemon.profiles import WORK, checked
 from peerllm.engine.messages import Configured, LayersTimed, Measure, Measured, TimeLayers
 from peerllm.errors import BadInputError, EngineError, LinkError, OverloadedError, UnavailableError
 from peerllm.types import LayerKind
 
 MEASURE_TIMEOUT_S = 120.0
-LAYERS_TIMEOUT_S = 60.0  # beside the window; the engine may be at another model's
-MAX_WINDOW_S = 30.0
+LAYERS_TIMEOUT_S = 60.0  # the engine may be at another model's
+WORK_S = 0.6  # for the fixed piece of work, again and again
 MAX_CONFIG_CHARACTERS = 1 << 20
 MAX_KINDS = 64
 MAX_MEASURING = 4  # models whose layers wait to be timed here
@@ -86,8 +86,6 @@ class Profiler:
 
     async def answer(self, question: Profile) -> Answer:
         """Without times where they are not known and not asked for, or nothing has room; raises what goes wrong."""
-        if not 0 <= question.window_s <= MAX_WINDOW_S or (question.window_s > 0) != bool(question.company):
-            raise BadInputError(f"layers are timed in company for at most {MAX_WINDOW_S:g} s")
         if len(question.config) > MAX_CONFIG_CHARACTERS or len(question.kinds) > MAX_KINDS:
             raise BadInputError("this model's configuration is too large")
         keys = {
@@ -96,11 +94,10 @@ class Profiler:
             )
             for kind in question.kinds
         }
-        if not question.measure or not question.company:  # in company all measure, so that none is less disturbed
-            async with self._lock:
-                known = checked(await asyncio.to_thread(self._file.get, keys), question.kinds)
-            if len(known) == len(keys):
-                return Answer(0, layer_ms=known, cached=True)
+        async with self._lock:
+            known = checked(await asyncio.to_thread(self._file.get, keys), question.kinds)
+        if len(known) == len(keys):
+            return Answer(0, layer_ms=known, cached=True)
         if not question.measure:
             return Answer(0)
         found = await self._shared(question, keys)
@@ -133,20 +130,24 @@ class Profiler:
             task.exception()  # seen, also where nobody waits any more
 
     async def _measure(self, question: Profile, keys: dict[LayerKind, str]) -> dict[LayerKind, Points]:
-        wanted = TimeLayers(
-            self._engine.next_request(),
-            question.config,
-            question.dtype,
-            max(0, self._free_bytes()),
-            question.window_s,
-            question.quantize,
-        )
-        answer = await self._engine.ask(wanted, LAYERS_TIMEOUT_S + question.window_s)
+        told = await (self._work(question) if WORK in question.kinds else self._layers(question))
+        found = checked(told, question.kinds)
+        async with self._lock:
+            await asyncio.to_thread(self._file.put, {keys[kind]: points for kind, points in found.items()})
+        return found
+
+    async def _layers(self, question: Profile) -> Mapping[LayerKind, Points]:
+        limit = max(0, self._free_bytes())
+        request = self._engine.next_request()
+        wanted = TimeLayers(request, question.config, question.dtype, limit, question.quantize)
+        answer = await self._engine.ask(wanted, LAYERS_TIMEOUT_S)
         if not isinstance(answer, LayersTimed):
             raise EngineError(f"the engine answered {type(answer).__name__} when layers were to be timed")
         for reason in answer.skipped.values():
             log.info("not timed: %s", reason)
-        found = checked(answer.layer_ms, question.kinds)
-        async with self._lock:
-            await asyncio.to_thread(self._file.put, {keys[kind]: points for kind, points in found.items()})
-        return found
+        return answer.layer_ms
+
+    async def _work(self, question: Profile) -> Mapping[LayerKind, Points]:
+        answer = await self._engine.ask(Measure(self._engine.next_request(), WORK_S), LAYERS_TIMEOUT_S)
+        assert isinstance(answer, Measured)
+        return {WORK: ((1, answer.work_ms),)}

@@ -211,8 +211,8 @@ class Release:
 class Profile:
     """Say how long each kind of layer takes here; with `measure` that is found out if it is not known from before.
 
-    `company` "": alone. Else it stands for the devices of this machine that are asked the same at the same moment, and
-    all of them compute for `window_s`.
+    `kinds` may be "work" alone, a fixed piece of work that no model is needed for; it is done for a moment. `company`
+    then stands for the devices of this machine that are asked the same at the same moment; "": none.
     """
 
     config: str
@@ -220,7 +220,6 @@ class Profile:
     kinds: tuple[LayerKind, ...]
     measure: bool
     company: str = ""
-    window_s: float = 0.0
     quantize: str = ""
 
 

@@ -29,21 +29,21 @@ SLOWEST_GFLOPS = 1.0
 MOST_MEMORY_BYTES = 1 << 50  # whatever a device says: the planner adds devices up in 64 bits
 
 
+WORK: LayerKind = "work"  # in a device's times: the fixed piece of work that tells how devices slow each other down
 LayerTimes = Mapping[LayerKind, tuple[tuple[int, float], ...]]
 Source = Literal["measured", "cached", "estimated"]
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What a device measured of a model's layers: alone, and while the others of its machine did the same."""
+    """What a device measured of a model's layers, alone; and how many times longer they take in company.
+
+    `contention` is measured once for the devices that share a machine, while all of them compute; 1: none, or unknown.
+    """
 
     alone: LayerTimes = field(default_factory=dict)
-    together: LayerTimes | None = None
+    contention: float = 1.0
     source: Source = "estimated"
-
-    def of(self, kind: LayerKind, busy: bool) -> tuple[tuple[int, float], ...]:
-        """`busy`: while the other devices of the machine work too. Empty where nothing was measured."""
-        return ((self.together or {}).get(kind) if busy else ()) or self.alone.get(kind, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def slower_than_estimated(candidates: Iterable[Candidate], model: ModelProfile, 
     ratios = []
     for one in candidates:
         for kind, points in estimated(one, model, dtype).items():
-            measured = one.timing.of(kind, busy=False)
+            measured = one.timing.alone.get(kind)
             if measured and kind not in ("embedding", "head"):
                 ratios.append(measured[0][1] / points[0][1])
     return max(1.0, median(ratios)) if ratios else 1.0
@@ -109,14 +109,16 @@ def device_profile(
     A layer has no part in what a pass costs beside its layers, but plans add up layers only. So the passes of a plan
     over `devices` are spread evenly over the model's blocks: right for even stages, little off for others.
     """
-    measured, estimate = candidate.timing, estimated(candidate, model, dtype)
+    measured, estimate = candidate.timing.alone, estimated(candidate, model, dtype)
+    stretch = candidate.timing.contention if busy else 1.0
     blocks = sum(layer.kind not in ("embedding", "head") for layer in model.layers)
-    each = sum(ms for _, ms in measured.of(PASS, busy)[:1]) * devices / blocks
+    each = sum(ms for _, ms in measured.get(PASS, ())[:1]) * devices / blocks
     times: dict[LayerKind, tuple[tuple[int, float], ...]] = {}
     for kind in estimate:
         share = 0.0 if kind in ("embedding", "head") else each
         guess = tuple((n, ms * slower) for n, ms in estimate[kind])
-        times[kind] = tuple((n, ms + share) for n, ms in measured.of(kind, busy)) or guess
+        points = tuple((n, ms + share) for n, ms in measured.get(kind, ())) or guess
+        times[kind] = tuple((n, ms * stretch) for n, ms in points)
     memory = min(max(0, candidate.free_bytes), MOST_MEMORY_BYTES)
     return DeviceProfile(candidate.device, candidate.hello.name, memory, times)
 
@@ -124,8 +126,8 @@ def device_profile(
 def estimated(candidate: Candidate, model: ModelProfile, dtype: str) -> dict[LayerKind, tuple[tuple[int, float], ...]]:
     """Layer times of a device that did not measure them: the slower of reading the weights and of computing."""
     hello = candidate.hello
-    bytes_per_ms = max(hello.gbytes_per_s.get(dtype, 0.0), SLOWEST_GBYTES_PER_S) * 1e6
-    flops_per_ms = max(hello.gflops.get(dtype, 0.0), SLOWEST_GFLOPS) * 1e6
+    bytes_per_ms = max(hello.gbytes_per_s.get("float32", 0.0), SLOWEST_GBYTES_PER_S) * 1e6
+    flops_per_ms = max(hello.gflops.get("float32", 0.0), SLOWEST_GFLOPS) * 1e6
     times: dict[LayerKind, tuple[tuple[int, float], ...]] = {}
     for layer in model.layers:
         weights = 0 if layer.kind == "embedding" else layer.memory_bytes  # a look-up reads a row a token
@@ -138,13 +140,9 @@ def estimated(candidate: Candidate, model: ModelProfile, dtype: str) -> dict[Lay
 def shown(candidate: Candidate, model: ModelProfile, dtype: str) -> dict[str, Any]:
     """A device's layer times as `status` tells them."""
     timing = candidate.timing
-    alone = timing.alone or ({} if timing.together else estimated(candidate, model, dtype))
-
-    def table(times: LayerTimes) -> dict[str, dict[str, float]]:
-        return {kind: {str(n): round(ms, 5) for n, ms in points} for kind, points in times.items()}
-
-    together = None if timing.together is None else table(timing.together)
-    return {"alone": table(alone), "together": together, "source": timing.source}
+    times = timing.alone or estimated(candidate, model, dtype)
+    alone = {kind: {str(n): round(ms, 5) for n, ms in points} for kind, points in times.items()}
+    return {"alone": alone, "contention": round(timing.contention, 3), "source": timing.source}
 
 
 def link_profiles(

@@ -78,24 +78,20 @@ class Trust:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Measure this device's arithmetic and memory."""
+    """Measure this device's arithmetic and memory; with `window_s` instead how long a fixed piece of work takes."""
 
     request: int
+    window_s: float = 0.0  # in which that work is done again and again
 
 
 @dataclass(frozen=True, slots=True)
 class TimeLayers:
-    """Time each kind of layer of a model, made up from its configuration, while nothing else is computed here.
-
-    `window_s` 0: alone, in as little time as it takes. Else other engines of this machine do the same meanwhile, and
-    every one of them computes for so long.
-    """
+    """Time each kind of layer of a model, made up from its configuration, while nothing else is computed here."""
 
     request: int
     config: str  # config.json's text
     dtype: str
     limit_bytes: int  # the most it may take
-    window_s: float = 0.0
     quantize: str = ""
 
 
@@ -235,11 +231,12 @@ class Configured:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a matrix-vector and a matrix-matrix product reach, per dtype."""
+    """What a matrix-vector and a matrix-matrix product reach, by dtype: there is "float32"."""
 
     request: int
     gbytes_per_s: Mapping[str, float]
     gflops: Mapping[str, float]
+    work_ms: float = 0.0  # of the fixed piece of work, the mean
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,98 +9,77 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
+from typing import Any, Protocol
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from peerllm.engine.base import Draw, Sampler, Segment, Shard
 from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import PASS, LayersTimed, TimeLayers
-from peerllm.engine.mockup import CHUNK, SEQUENCES, Mockup, Outline
-from peerllm.engine.place import PROCESSORS, Place
+from peerllm.engine.outline import CHUNK, SEQUENCES, Mockup
 from peerllm.errors import EngineError, RefusedError
 from peerllm.types import LayerKind, Sampling
 
-CHUNKS = (32, 64, 128)  # tokens of one prompt; up to SEQUENCES[0] tokens are one each of as many sequences
-FILL = 192  # tokens that a sequence holds while its next one is timed
-FILL_S = 1.0  # to fill all sequences with, token by token; fewer tokens where that would take longer
-LEAST_FILL = 16  # tokens; fewer than these are not worth a pass for each sequence
-BUDGET_S = 0.04  # per kind and count
-MIN_RUNS = 3
-LONG_S = 0.16  # ... but no more of slow ones than this takes
-LIMIT_S = 10.0  # for all kinds, building them included: large models; counts left out follow from the others
-BLOCK_SHARE = 3  # of the time, to 1 for the embedding and for the head
-GRACE_S = 0.5
+CHUNKS = (32, CHUNK)  # tokens of one prompt; up to SEQUENCES[0] tokens are one each of as many sequences
+FILL = 96  # tokens that a sequence holds while its next one is timed
+FILL_S = 0.1  # to fill sequences in; those left over are timed behind their first token
+RUNS = 7  # per kind and count ...
+RUNS_S = 0.08  # ... but no more of slow ones than this takes
+LIMIT_S = 6.0  # for all kinds, building them included: large models; counts left out follow from the others
 PAUSE, PAUSE_S = 2, 0.008  # passes, at most so long: a stage waits for the others, and wakes up with cold caches
-MOST_IN_TURN, TURN_S = 4, 0.03  # runs of one count in a row while others work too, if they take no longer
 LEAST_MS = 1e-4  # what is left of a layer where timing cannot tell it from the pass
 
 Check = Callable[[], None]
+Clock = Callable[[], float]  # seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One pass: how long it took, and how long this thread was computing meanwhile."""
+class Outline(Protocol):
+    """A model's kinds of layers, and shards of made-up numbers to time them by. outline.Sizes has all but `build`."""
 
-    wall_s: float
-    busy_s: float
+    head: int  # the number of the last layer
+    hidden_size: int
+    vocabulary: int
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]: ...
+
+    def plan(self, kind: LayerKind) -> Mockup:
+        """RefusedError if one layer takes more memory than there is."""
+        ...
+
+    def build(self, mockup: Mockup) -> Shard:
+        """With one slot more than the mock-up has sequences, for a prompt. RefusedError as for `plan`."""
+        ...
 
 
-def time_layers(message: TimeLayers, sampler: Sampler, check: Check, place: Place = PROCESSORS) -> LayersTimed:
-    """One kind after the other. In a window every moment of it is used, so that the other engines are never alone."""
-    together, started, threads = message.window_s > 0, time.perf_counter(), torch.get_num_threads()
-    outline, skipped = Outline(message, place.device), {}
-    end = started + message.window_s if together else time.perf_counter() + LIMIT_S
-    runs: dict[LayerKind, dict[int, list[Run]]] = {}
+def time_layers(
+    message: TimeLayers, outline: Outline, sampler: Sampler, check: Check, clock: Clock = time.perf_counter
+) -> LayersTimed:
+    """One kind after the other. `check` is called before every pass and raises when timing shall end.
+
+    `clock` says how long passes take: `time.thread_time`, where this thread alone computes, leaves out what strangers
+    on its processor add.
+    """
+    end = time.perf_counter() + LIMIT_S
+    times: dict[LayerKind, dict[int, float]] = {}
     layers: dict[LayerKind, int] = {}
+    skipped: dict[LayerKind, str] = {}
     for number, kind in enumerate(outline.kinds):
         now = time.perf_counter()
-        share, *others = (1 if one in ("embedding", "head") else BLOCK_SHARE for one in outline.kinds[number:])
-        until = now + max(0.0, end - now) * share / (share + sum(others))
+        until = now + max(0.0, end - now) / (len(outline.kinds) - number)
         try:
             mockup = outline.plan(kind)
+            work = Work(outline, mockup, sampler, check, clock)
         except RefusedError as error:
             skipped[kind] = str(error)
             continue
         try:
-            work = Work(outline, mockup, sampler, check, place)
-            try:
-                samples = work.rounds(until) if together else work.enough(until)
-            finally:
-                work.close()
-        except torch.OutOfMemoryError as error:  # an accelerator keeps more than the tensors take
-            skipped[kind] = str(error)
-            continue
-        runs[kind] = {count: some[1:] or some for count, some in samples.items() if some}
-        layers[kind] = mockup.layers
-    return LayersTimed(message.request, net(typical(runs, together, threads), layers), skipped)
-
-
-def typical(
-    runs: Mapping[LayerKind, Mapping[int, Sequence[Run]]], together: bool, threads: int
-) -> dict[LayerKind, dict[int, float]]:
-    """Milliseconds of a pass from its runs: alone, with what strangers on the processor add to them left out.
-
-    Together, the processor time it took, stretched by what all runs waited for a processor: a pass shorter than a turn
-    of the system's scheduler goes undisturbed or waits a whole turn, which a few runs of one kind cannot tell.
-    """
-    if not together:
-        # With several threads this one's own time says little: it sleeps while it waits for the others.
-        return {
-            kind: {
-                count: (median(run.busy_s for run in some) if threads == 1 else min(run.wall_s for run in some)) * 1e3
-                for count, some in counts.items()
-            }
-            for kind, counts in runs.items()
-        }
-    every = [run for counts in runs.values() for some in counts.values() for run in some]
-    busy_s = sum(run.busy_s for run in every)
-    stretch = sum(run.wall_s for run in every) / busy_s if busy_s else 1.0
-    return {
-        kind: {count: fmean(run.busy_s for run in some) * stretch * 1e3 for count, some in counts.items()}
-        for kind, counts in runs.items()
-    }
+            times[kind], layers[kind] = work.times(until), mockup.layers
+        finally:
+            work.close()
+    return LayersTimed(message.request, net(times, layers), skipped)
 
 
 def net(
@@ -118,127 +97,88 @@ def net(
 class Work:
     """A made-up shard at work."""
 
-    def __init__(
-        self, outline: Outline, mockup: Mockup, sampler: Sampler, check: Check, place: Place = PROCESSORS
-    ) -> None:
-        self._outline, self._mockup, self._sampler, self._check = outline, mockup, sampler, check
-        self._place = place
+    def __init__(self, outline: Outline, mockup: Mockup, sampler: Sampler, check: Check, clock: Clock) -> None:
+        self._outline, self._mockup, self._sampler, self._check, self._clock = outline, mockup, sampler, check, clock
         self._is_head = mockup.first == outline.head
+        self._random = np.random.default_rng(0)
         check()
         self._shard: Shard = outline.build(mockup)
         self._rewinds = True
-        self._fill = FILL if mockup.context > FILL else mockup.context // 2
         self._next: list[int] = []  # each sequence's next position
         self._draws = [Draw(Sampling(), 0, ())] * mockup.sequences
         longest = 0 if self._is_head else min(mockup.context, CHUNK)  # into the head travels one token a sequence
-        counts = [n for n in reversed(SEQUENCES) if n <= mockup.sequences] + [n for n in CHUNKS if n <= longest]
-        self.counts = list(dict.fromkeys((counts[0], counts[-1], *counts)))  # in the order of their importance
-        self._samples: dict[int, list[Run]] = {count: [] for count in self.counts}
-        self._fill_all()
+        counts = [n for n in SEQUENCES if n <= mockup.sequences] + [n for n in CHUNKS if n <= longest]
+        self.counts = list(dict.fromkeys((1, max(counts), *sorted(counts))))  # in the order of their importance
 
-    def enough(self, until: float) -> dict[int, list[Run]]:
-        """Runs by count, each timed as often as its budget says; all in turn, so that a disturbance meets all.
+    def times(self, until: float) -> dict[int, float]:
+        """Milliseconds by count. All counts take turns, so that a disturbance meets all; the first run does not count.
 
         Each after a pause: of a request's time a stage computes in a part only.
         """
+        self._fill()
+        samples: dict[int, list[float]] = {count: [] for count in self.counts}
         pending = list(self.counts)
         while pending:
             for count in list(pending):
-                if self._over(until):
-                    return self._samples
-                if self._samples[count]:
-                    time.sleep(min(PAUSE * self._samples[count][-1].wall_s, PAUSE_S))
-                self._run(count)
-                first, *others = (run.wall_s for run in self._samples[count])
-                spent = sum(others)
-                if (len(others) >= MIN_RUNS and spent >= BUDGET_S) or first + spent >= LONG_S:
+                # The fewest tokens and the most are timed in any case; what lies between follows.
+                if time.perf_counter() >= until and all(samples[one] for one in self.counts[:2]):
+                    pending.clear()
+                    break
+                if samples[count]:
+                    time.sleep(min(PAUSE * samples[count][-1], PAUSE_S))
+                samples[count].append(self._run(count))
+                if len(samples[count]) >= RUNS or sum(samples[count]) >= RUNS_S:
                     pending.remove(count)
-        return self._samples
-
-    def rounds(self, until: float) -> dict[int, list[Run]]:
-        """Runs by count, all in turn until the time is over; the first turn may take a little longer.
-
-        Short ones, which steps are made of, have several runs in each of their turns.
-        """
-        while True:
-            for count in self.counts:
-                began = time.perf_counter()
-                for again in range(MOST_IN_TURN):
-                    if self._over(until if self._samples[self.counts[-1]] else until + GRACE_S):
-                        return self._samples
-                    if again and time.perf_counter() - began > TURN_S:
-                        break
-                    if self._samples[count]:
-                        time.sleep(min(self._samples[count][-1].wall_s, PAUSE_S))
-                    self._run(count)
-
-    def _over(self, until: float) -> bool:
-        """Whether the time is; but the fewest tokens and the most are timed in any case, what lies between follows."""
-        return time.perf_counter() >= until and all(self._samples[count] for count in self.counts[:2])
+        return {count: median(some[1:] or some) * 1e3 for count, some in samples.items() if some}
 
     def close(self) -> None:
         self._shard.close()
         del self._shard
         return_memory()
 
-    def _run(self, count: int) -> None:
+    def _run(self, count: int) -> float:
+        """Seconds of one pass."""
         self._check()
         if count > SEQUENCES[0]:
-            rows, segments = self._rows(count), [Segment(self._mockup.sequences, 0, count)]
-            run = self._timed(rows, segments)
-        else:
-            run = self._steps(count)
-        self._samples[count].append(run)
-
-    def _steps(self, count: int) -> Run:
-        """One token each of `count` sequences, at the same place again and again where the layer can go back."""
+            return self._timed(count, [Segment(self._mockup.sequences, 0, count)])
         if any(place >= self._mockup.context for place in self._next[:count]):
-            self._fill_all()
+            self._fill()
         segments = [Segment(slot, self._next[slot], 1, self._is_head) for slot in range(count)]
         try:
-            run = self._timed(self._rows(count), segments)
+            took = self._timed(count, segments)
         except EngineError:
             if not self._rewinds:
                 raise
             self._rewinds = False  # a recurrent layer only goes on
-            self._fill_all()
-            return self._steps(count)
+            self._fill()
+            return self._run(count)
         if not self._rewinds:
-            for slot in range(count):
-                self._next[slot] += 1
-        return run
+            self._next[:count] = [place + 1 for place in self._next[:count]]
+        return took
 
-    def _timed(self, rows: torch.Tensor, segments: Sequence[Segment]) -> Run:
-        started, busy = time.perf_counter(), time.thread_time()
+    def _timed(self, count: int, segments: Sequence[Segment]) -> float:
+        rows = self._rows(count)
+        started = self._clock()
         output = self._shard.forward(rows, segments)
         if self._is_head:
             self._sampler(output, self._draws[: len(segments)])
-        self._place.wait()
-        wall_s = time.perf_counter() - started
-        # While an accelerator computes this thread does not: processor time would say little.
-        return Run(wall_s, wall_s if self._place.accelerator else time.thread_time() - busy)
+        return self._clock() - started
 
-    def _fill_all(self) -> None:
-        """Give every sequence what it holds while its next token is timed: one token each at once, then the rest."""
-        slots, started = range(self._mockup.sequences), time.perf_counter()
-        self._check()
-        if self._place.accelerator:  # whose first pass takes long
-            self._shard.forward(self._rows(len(slots)), [Segment(slot, 0, 1) for slot in slots])
-            started = time.perf_counter()
+    def _fill(self) -> None:
+        """Give every sequence its first token, and as many sequences as time allows what they hold while timed."""
+        slots, length = range(self._mockup.sequences), min(FILL, self._mockup.context // 2)
         self._shard.forward(self._rows(len(slots)), [Segment(slot, 0, 1) for slot in slots])
-        each = (time.perf_counter() - started) / len(slots)
-        if each * self._fill * len(slots) > FILL_S:  # what attention adds is little beside a layer so slow
-            fewer = int(FILL_S / each / len(slots))
-            self._fill = fewer if fewer >= LEAST_FILL else 1
-        for slot in slots:
-            for start in range(1, self._fill, CHUNK):
-                self._check()
-                length = min(CHUNK, self._fill - start)
-                self._shard.forward(self._rows(length), [Segment(slot, start, length)])
-        self._next = [self._fill] * len(slots)
+        self._next = [1] * len(slots)
+        until = time.perf_counter() + FILL_S
+        for slot in slots if length > 1 else ():
+            if time.perf_counter() >= until:
+                break
+            self._check()
+            self._shard.forward(self._rows(length - 1), [Segment(slot, 1, length - 1)])
+            self._next[slot] = length
 
-    def _rows(self, count: int) -> torch.Tensor:
-        """Token ids int64 [count], or hidden states [count, hidden]."""
+    def _rows(self, count: int) -> npt.NDArray[Any]:
+        """Token ids int64 [count], or hidden states float32 [count, hidden]."""
         if self._mockup.first == 0:
-            return torch.randint(0, self._outline.vocabulary, (count,))
-        return torch.randn(count, self._outline.hidden_size)
+            return self._random.integers(0, self._outline.vocabulary, count)
+        return self._random.standard_normal((count, self._outline.hidden_size), dtype=np.float32)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from functools import partial
 
+import psutil
 import torch
 
 from peerllm.engine.backend import Facts, versions
 from peerllm.engine.base import Progress, Sampler, Shard
 from peerllm.engine.config import DTYPES
 from peerllm.engine.inspect import inspect_model
-from peerllm.engine.measure import architectures, measure, runtime_bytes
+from peerllm.engine.measure import architectures, measure
 from peerllm.engine.memory import empty_too
 from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
-from peerllm.engine.place import BROKEN, PROCESSORS, empty_caches, find
+from peerllm.engine.mockup import Outline
+from peerllm.engine.place import BROKEN, CPU, PROCESSORS, empty_caches, find, turn
 from peerllm.engine.profiling import time_layers
 from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.shard import load_shard
@@ -53,12 +57,37 @@ class TorchBackend:
 
     def measure(self, message: Measure) -> Measured:
         self._settle()
-        return measure(self._place).message(message.request)
+        there = self._place.device
+        with torch.inference_mode(), turn(there):
+            return measure(message, partial(torch.ones, device=there), self._place.wait)
 
     def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
         self._settle()
-        return time_layers(message, self.sampler, check, self._place)
+        # This thread's own time says little where it waits for an accelerator, or for other threads.
+        alone = not self._place.accelerator and torch.get_num_threads() == 1
+        clock = time.thread_time if alone else time.perf_counter
+        return time_layers(message, Outline(message, self._place.device), self.sampler, check, clock)
 
     def _settle(self) -> None:
         """Torch counts threads by the thread that calls it."""
         torch.set_num_threads(self._threads)
+
+
+def runtime_bytes(device: torch.device = CPU) -> int:
+    """Resident size of this process with all that a shard needs, before any is loaded."""
+    # The first model built brings in libraries and tables that every later one shares.
+    from peerllm.engine.config import parse_config
+    from peerllm.engine.division import divide
+    from peerllm.engine.names import recipes
+    from peerllm.engine.probing import probe
+
+    tiny = (
+        '{"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, '
+        '"num_attention_heads": 1, "vocab_size": 8}'
+    )
+    division = divide(parse_config(tiny), torch.float32)
+    probe(division, range(1))
+    recipes(division, ())
+    if device != CPU:
+        torch.mm(*(torch.ones(1, 1, device=device) for _ in range(2))).to(CPU)  # its driver's libraries
+    return int(psutil.Process().memory_info().rss)

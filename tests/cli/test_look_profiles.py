@@ -12,10 +12,10 @@ BLOCKS = {"pass": {"1": 9.0}, "block:full": {"1": 1.0, "128": 50.0}, "block:wind
 @pytest.mark.parametrize(
     ("profiles", "text"),
     [
-        ({"a": {"alone": BLOCKS, "together": None, "source": "measured"}}, "1.5 ms"),
-        ({"a": {"alone": BLOCKS, "together": {"block:full": {"1": 4.0}}, "source": "cached"}}, "1.5 ms, 4 together"),
-        ({"a": {"alone": BLOCKS, "together": None, "source": "estimated"}}, "about 1.5 ms"),
-        ({"a": {"alone": {"head": {"1": 1.0}}, "together": None, "source": "measured"}}, "1 kB"),
+        ({"a": {"alone": BLOCKS, "contention": 1.0, "source": "measured"}}, "1.5 ms"),
+        ({"a": {"alone": BLOCKS, "contention": 1.75, "source": "cached"}}, "1.5 ms, x 1.8 together"),
+        ({"a": {"alone": BLOCKS, "contention": 1.0, "source": "estimated"}}, "about 1.5 ms"),
+        ({"a": {"alone": {"head": {"1": 1.0}}, "contention": 1.0, "source": "measured"}}, "1 kB"),
         ({}, "1 kB"),
     ],
 )

@@ -22,6 +22,8 @@ from peerllm.engine.messages import (
     LayersTimed,
     LoadProgress,
     LoadStage,
+    Measure,
+    Measured,
     QueryLoad,
     Record,
     Recorded,
@@ -67,7 +69,7 @@ class FakeEngine:
         self.unloads = 0
         self.fail: Exception | None = None
         self.layer_ms = dict(LAYER_MS)  # what timing layers finds, or why it cannot
-        self.timing = None  # called with each TimeLayers before it is answered
+        self.timing = None  # called with each TimeLayers and Measure before it is answered
         self.paces = ()  # what each stage says that batches of steps take
         self.spreads = ()  # and how far they vary
         self.clock_ahead_ns = 0
@@ -102,6 +104,9 @@ class FakeEngine:
                 self._house.devices[self._device].worker.progress(
                     LoadProgress(message.deployment, message.stage, nbytes, nbytes)
                 )
+            case Measure():
+                took = await self.timing(message) if self.timing is not None else 1.0
+                return Measured(message.request, {}, {}, work_ms=took)
             case TimeLayers():
                 if self.timing is not None:
                     await self.timing(message)

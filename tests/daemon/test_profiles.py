@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from dataclasses import replace
 
@@ -11,10 +12,11 @@ import pytest
 from peerllm.codec import decode, encode
 from peerllm.daemon import machine, profile_file
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.measuring import MAX_MEASURING, Profiler
+from peerllm.daemon.measuring import MAX_MEASURING, WORK_S, Profiler
 from peerllm.daemon.messages import Answer, Ask, Control, Profile
 from peerllm.daemon.profile_file import MAX_ENTRIES, ProfileFile, layer_key
 from peerllm.daemon.profiles import (
+    WORK,
     Candidate,
     Timing,
     checked,
@@ -25,7 +27,7 @@ from peerllm.daemon.profiles import (
     slower_than_estimated,
 )
 from peerllm.daemon.status import deployments_of
-from peerllm.engine.messages import LayersTimed, TimeLayers
+from peerllm.engine.messages import LayersTimed, Measure, Measured, TimeLayers
 from peerllm.errors import BadInputError, EngineError, InfeasibleError, OverloadedError, UnavailableError
 from tests.daemon.house import BLOCK, CONFIG, LAYER_MS, House, hello, inspected
 
@@ -55,7 +57,7 @@ class Engine:
     """Answers TimeLayers when `gate` is open."""
 
     def __init__(self):
-        self.asked, self.layer_ms = [], LAYER_MS
+        self.asked, self.layer_ms, self.work_ms = [], LAYER_MS, 1.0
         self.begun, self.gate = asyncio.Event(), asyncio.Event()
         self.gate.set()
 
@@ -63,8 +65,10 @@ class Engine:
         return len(self.asked)
 
     async def ask(self, message, timeout_s):
-        assert isinstance(message, TimeLayers)
         self.asked.append(message)
+        if isinstance(message, Measure):
+            return Measured(message.request, {}, {}, work_ms=self.work_ms)
+        assert isinstance(message, TimeLayers)
         self.begun.set()
         await self.gate.wait()
         return LayersTimed(message.request, self.layer_ms, {})
@@ -98,14 +102,18 @@ def test_what_cannot_be_true_counts_as_not_measured(points):
     assert checked(told, KINDS) == {"head": ((1, 2.0), (8, 1.0))}
 
 
-def test_the_planner_takes_the_times_beside_the_others_and_estimates_what_is_missing():
+def test_the_planner_stretches_times_where_all_devices_compute_and_estimates_what_is_missing():
     model = inspected("m", 4).profile
     alone = {"pass": ((1, 0.4),), "block": ((1, 1.0), (128, 9.0)), "head": ((1, 0.5),)}
-    candidate = Candidate("a" * 64, hello("a", BLOCK), 9, timing=Timing(alone, {"block": ((1, 3.0),)}, "measured"))
-    times = device_profile(candidate, model, "float32", devices=2, busy=True).layer_ms
-    assert times["block"] == ((1, pytest.approx(3.0 + 2 * 0.4 / 4)),)  # two passes over four blocks
+    candidate = Candidate("a" * 64, hello("a", BLOCK), 9, timing=Timing(alone, 1.5, "measured"))
+    times = device_profile(candidate, model, "float32", devices=2).layer_ms
+    assert dict(times["block"]) == pytest.approx({1: 1.0 + 2 * 0.4 / 4, 128: 9.2})  # two passes over four blocks
     assert times["head"] == ((1, 0.5),)
-    assert times["embedding"] == estimated(candidate, model, "float32")["embedding"]
+    guess = estimated(candidate, model, "float32")["embedding"]
+    assert times["embedding"] == guess
+    times = device_profile(candidate, model, "float32", devices=2, busy=True).layer_ms
+    assert dict(times["block"]) == pytest.approx({1: 1.5 * 1.2, 128: 1.5 * 9.2})
+    assert dict(times["embedding"]) == pytest.approx({n: 1.5 * ms for n, ms in guess})
     assert set(times) == {layer.kind for layer in model.layers}
     assert kinds_of(model) == KINDS
 
@@ -126,12 +134,12 @@ def test_status_tells_times_by_device_and_where_they_come_from():
     model = inspected("m", 4).profile
     bare = Candidate("a" * 64, hello("a", BLOCK), 9)
     told = shown(bare, model, "float32")
-    assert told["source"] == "estimated" and told["together"] is None and told["alone"]["block"]["1"] > 0
-    both = Candidate("a" * 64, hello("a", BLOCK), 9, timing=Timing(LAYER_MS, {"block": ((1, 2.0),)}, "cached"))
+    assert told["source"] == "estimated" and told["contention"] == 1.0 and told["alone"]["block"]["1"] > 0
+    both = Candidate("a" * 64, hello("a", BLOCK), 9, timing=Timing(LAYER_MS, 1.75, "cached"))
     told = shown(both, model, "float32")
     assert told == {
         "alone": {kind: {str(n): ms for n, ms in points} for kind, points in LAYER_MS.items()},
-        "together": {"block": {"1": 2.0}},
+        "contention": 1.75,
         "source": "cached",
     }
 
@@ -172,20 +180,21 @@ async def test_times_hold_only_for_what_they_were_taken_with(tmp_path, change):
     await profiler(engine, tmp_path).answer(QUESTION)
     values = {"config": "{}", "dtype": "bfloat16", "company": "c"}
     given = {"config": CONFIG, "dtype": "float32", "company": ""} | {k: v for k, v in values.items() if k == change}
-    other = Profile(given["config"], given["dtype"], KINDS, measure=False, company=given["company"],
-                    window_s=1.0 if given["company"] else 0.0)  # fmt: skip
+    other = Profile(given["config"], given["dtype"], KINDS, measure=False, company=given["company"])
     by = "another processor" if change == "processor" else "this processor"
     assert not (await profiler(engine, tmp_path, by).answer(other)).layer_ms
 
 
-async def test_in_company_all_measure_whatever_is_known(tmp_path):
+async def test_the_fixed_piece_of_work_is_kept_by_who_works_beside(tmp_path):
     engine = Engine()
-    question = Profile(CONFIG, "float32", KINDS, measure=True, company="c", window_s=1.5)
-    mine = profiler(engine, tmp_path)
-    await mine.answer(question)
-    await mine.answer(question)
-    assert [message.window_s for message in engine.asked] == [1.5, 1.5]
-    assert (await mine.answer(Profile(CONFIG, "float32", KINDS, False, "c", 1.5))).cached
+    alone, beside = (Profile("", "float32", (WORK,), True, company) for company in ("", "c"))
+    engine.work_ms = 4.0
+    await profiler(engine, tmp_path).answer(alone)
+    engine.work_ms = 6.0
+    await profiler(engine, tmp_path).answer(beside)
+    assert (await profiler(engine, tmp_path).answer(alone)).layer_ms == {WORK: ((1, 4.0),)}
+    assert (await profiler(engine, tmp_path).answer(beside)).layer_ms == {WORK: ((1, 6.0),)}
+    assert [message.window_s for message in engine.asked] == [WORK_S, WORK_S]
 
 
 async def test_who_asks_for_the_same_waits_for_the_same_and_the_rest_is_bounded(tmp_path):
@@ -221,10 +230,6 @@ async def test_closing_ends_what_is_being_measured(tmp_path):
 @pytest.mark.parametrize(
     "question",
     [
-        Profile(CONFIG, "float32", KINDS, True, "c", 1e9),
-        Profile(CONFIG, "float32", KINDS, True, "c", 0.0),
-        Profile(CONFIG, "float32", KINDS, True, "", 1.0),
-        Profile(CONFIG, "float32", KINDS, True, "c", math.nan),
         Profile("x" * (2 << 20), "float32", KINDS, True),
         Profile(CONFIG, "float32", ("k",) * 100, True),
     ],
@@ -264,6 +269,10 @@ def timed(house):
     return {d.me[0]: sum(isinstance(m, TimeLayers) for m in d.engine.seen) for d in house.devices.values()}
 
 
+def worked(house):
+    return {d.me[0]: sum(isinstance(m, Measure) for m in d.engine.seen) for d in house.devices.values()}
+
+
 def profiles(house):
     (found,) = house["a"].coordinator.profiles().values()
     return found
@@ -275,7 +284,7 @@ async def test_every_candidate_is_measured_once_and_the_person_sees_it(houses):
     assert timed(house) == {"a": 1, "b": 1, "c": 1}
     assert {f"measuring device-{letter}" for letter in "abc"} <= {line.message for line in told}
     assert {name: one["source"] for name, one in profiles(house).items()} == {f"device-{x}": "measured" for x in "abc"}
-    assert profiles(house)["device-b"]["together"] is None
+    assert profiles(house)["device-b"]["contention"] == 1.0
     views, peers = house["a"].coordinator.views(), {}
     (entry,) = deployments_of(views, peers, house["a"].name, house["a"].coordinator.profiles())
     assert entry["profiles"] == profiles(house)
@@ -304,39 +313,53 @@ async def test_the_plan_follows_what_was_measured(houses):
     assert held == {"a": 2, "c": 5}, "the source keeps what it must"
 
 
-async def test_devices_of_one_machine_are_measured_by_turns_and_then_together(houses):
+class Machine:
+    """Its engines, watched: who measures beside whom. Work takes `factor` times as long while all of them are at it."""
+
+    def __init__(self, house, letters, factor=1.5):
+        self.at_work, self.most, self.together, self.worked = set(), 0, set(), dict.fromkeys(letters, 0)
+        self._everyone, self._met, self._factor = set(letters), asyncio.Event(), factor
+        for letter in letters:
+            house[letter].engine.timing = functools.partial(self._timing, letter)
+
+    async def _timing(self, letter, message):
+        """Milliseconds of the fixed piece of work."""
+        self.at_work.add(letter)
+        self.most = max(self.most, len(self.at_work))
+        alone = not isinstance(message, Measure) or not self.worked[letter]
+        self.worked[letter] += isinstance(message, Measure)
+        if alone:
+            for _ in range(20):
+                await asyncio.sleep(0)
+        else:
+            self.together.add(letter)
+            if self.together == self._everyone:
+                self._met.set()
+            await asyncio.wait_for(self._met.wait(), 10)  # all of them at once, or this never ends
+        self.at_work.discard(letter)
+        return 8.0 if alone else 8.0 * self._factor
+
+
+@pytest.mark.parametrize(("factor", "believed"), [(1.5, 1.5), (0.9, 1.0), (50.0, 3.0), (math.nan, 1.0)])
+async def test_devices_of_one_machine_say_how_they_slow_each_other_down(houses, factor, believed):
     house = houses([3, 3, 3, 3], "xxyx", big=8)
-    at_work, most, together = set(), {0.0: 0}, {}
-    met = asyncio.Event()
-
-    def watch(letter):
-        async def timing(message):
-            at_work.add(letter)
-            sharing = at_work - {"c"}
-            if message.window_s:
-                together[letter] = message.window_s
-                house[letter].engine.layer_ms = {**LAYER_MS, "block": ((1, 4.0),)}
-                if len(together) == 3:
-                    met.set()
-                await asyncio.wait_for(met.wait(), 10)  # all of them at once, or this never ends
-            else:
-                most[0.0] = max(most[0.0], len(sharing))
-                for _ in range(20):
-                    await asyncio.sleep(0)
-            at_work.discard(letter)
-
-        return timing
-
-    for letter in "abcd":
-        house[letter].engine.timing = watch(letter)
-    told = await run(house, "big")
-    assert most[0.0] == 1, "two devices of one machine were measured alone at the same time"
-    assert set(together) == set("abd")
-    assert timed(house) == {"a": 2, "b": 2, "c": 1, "d": 2}
+    machine = Machine(house, "abd", factor)
+    told = await run(house, "big", objective="throughput")
+    assert machine.together == set("abd") and timed(house) == dict.fromkeys("abcd", 1)
     assert any("device-a, device-b, device-d while all of them work" in line.message for line in told)
-    found = profiles(house)
-    assert found["device-d"]["alone"]["block"]["1"] == 1.0 and found["device-d"]["together"]["block"]["1"] == 4.0
-    assert found["device-c"]["together"] is None
+    found = {name: one["contention"] for name, one in profiles(house).items()}
+    assert found == {"device-a": believed, "device-b": believed, "device-c": 1.0, "device-d": believed}
+    await house["a"].coordinator.stop("big")
+    await run(house, "big", objective="throughput")
+    assert worked(house) == {"a": 2, "b": 2, "c": 0, "d": 2} or math.isnan(factor), "alone and together, and kept"
+
+
+async def test_devices_of_one_machine_are_measured_by_turns(houses):
+    """And not together for one sequence, which never keeps two of them busy at the same time."""
+    house = houses([3, 3, 3], "xxx", big=8)
+    machine = Machine(house, "abc")
+    await run(house, "big")
+    assert machine.most == 1 and not machine.together and timed(house) == dict.fromkeys("abc", 1)
 
 
 async def test_a_device_that_is_busy_is_estimated_and_not_asked_again_at_once(houses, caplog):
@@ -345,7 +368,7 @@ async def test_a_device_that_is_busy_is_estimated_and_not_asked_again_at_once(ho
     await run(house, "big")
     found = profiles(house)
     assert found["device-b"]["source"] == "estimated" and found["device-b"]["alone"]["block"]
-    assert found["device-a"]["source"] == "measured" and found["device-a"]["together"] is None
+    assert found["device-a"]["source"] == "measured"
     assert "device-b was not measured, its speed is estimated for now" in caplog.text
     await house["a"].coordinator.stop("big")
     await run(house, "big")

@@ -6,13 +6,27 @@ import json
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import torch
 
 from peerllm.engine.inspect import inspect_model
-from peerllm.engine.measure import anonymous_bytes, runtime_bytes
 from peerllm.engine.shard import load_shard
+from peerllm.engine.torch_backend import runtime_bytes
 from tests.engine.architectures import quiet, stage
+
+
+def anonymous_bytes() -> int:
+    """Of the resident size, what is not mapped from files: what a model's memory is counted by."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
 
 
 def main() -> None:

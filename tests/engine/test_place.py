@@ -18,12 +18,11 @@ from peerllm.engine.base import Segment
 from peerllm.engine.inspect import Inspection, inspect_model
 from peerllm.engine.kernels import unfolded
 from peerllm.engine.kernels.rounding import rounded
-from peerllm.engine.measure import measure
-from peerllm.engine.messages import TimeLayers
+from peerllm.engine.messages import Measure, TimeLayers
+from peerllm.engine.packing import View
 from peerllm.engine.place import PROCESSORS, Place, find
-from peerllm.engine.profiling import time_layers
-from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.shard import TorchShard, load_shard
+from peerllm.engine.torch_backend import TorchBackend
 from peerllm.errors import BadInputError
 from tests.engine.architectures import FAMILIES, FULL, Family, quiet, save, stage, tiny_model
 from tests.engine.pretend import CPU, DEVICE, Pretend, a_pass, accelerator
@@ -129,9 +128,10 @@ def test_it_is_measured_there(tmp_path: Path, monkeypatch) -> None:
     inspection = made(by_type("llama"), tmp_path)
     with accelerator() as device:
         place = Place(device, "pretended")
-        assert min(measure(place).gbytes_per_s.values()) > 0
-        asked = TimeLayers(1, inspection.config, "float32", 1 << 30, 0.0, "")
-        timed = time_layers(asked, SeededSampler(), lambda: None, place)
+        backend = TorchBackend()
+        monkeypatch.setattr(backend, "_place", place)
+        assert backend.measure(Measure(1)).gbytes_per_s["float32"] > 0
+        timed = backend.time_layers(TimeLayers(1, inspection.config, "float32", 1 << 30), lambda: None)
     assert {"embedding", "block", "head"} <= timed.layer_ms.keys()
     assert set(waited) == {"pretended"}
 

@@ -10,19 +10,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from peerllm.engine import mockup, profiling
+from peerllm.engine import outline, profiling
 from peerllm.engine.assembly import made_up
 from peerllm.engine.base import Segment
 from peerllm.engine.inspect import inspect_model
 from peerllm.engine.messages import Failed, LayersTimed, TimeLayers
 from peerllm.engine.mockup import Outline
-from peerllm.engine.profiling import FILL, Run, net, time_layers, typical
+from peerllm.engine.outline import CONTEXT, MAX_BLOCKS, Mockup, Sizes, runs
+from peerllm.engine.profiling import FILL, net, time_layers
 from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.shard import TorchShard
-from peerllm.errors import BadInputError, ModelError, UnavailableError
+from peerllm.errors import BadInputError, EngineError, ModelError, RefusedError, UnavailableError
 from tests.engine.architectures import COMMON, FAMILIES
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, stage
 from tests.engine.tiny import make_llama
@@ -34,8 +36,7 @@ STATES = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "Qwen3-Next", "Bamba", "Falcon
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch, calm: None) -> None:
-    monkeypatch.setattr(profiling, "BUDGET_S", 0.0)
-    monkeypatch.setattr(profiling, "MIN_RUNS", 1)
+    monkeypatch.setattr(profiling, "RUNS", 2)
 
 
 def config(name: str) -> str:
@@ -47,8 +48,9 @@ def config(name: str) -> str:
     return text
 
 
-def timed(text: str, limit: int = PLENTY, window_s: float = 0.0, dtype: str = "float32") -> LayersTimed:
-    return time_layers(TimeLayers(7, text, dtype, limit, window_s), SeededSampler(), lambda: None)
+def timed(text: str, limit: int = PLENTY, dtype: str = "float32") -> LayersTimed:
+    message = TimeLayers(7, text, dtype, limit)
+    return time_layers(message, Outline(message), SeededSampler(), lambda: None)
 
 
 @pytest.fixture
@@ -69,8 +71,8 @@ def test_every_kind_of_layer_is_timed(name: str) -> None:
     assert not found.skipped and found.request == 7
     assert set(found.layer_ms) == {"pass", *Outline(TimeLayers(1, text, "float32", PLENTY)).kinds}
     counts = {kind: [count for count, _ in points] for kind, points in found.layer_ms.items()}
-    assert counts.pop("pass") == [1] and counts.pop("head") == [1, 2, 4, 8, 16]
-    assert all(some == [1, 2, 4, 8, 16, 32, 64] for some in counts.values()), "its context holds 64"
+    assert counts.pop("pass") == [1] and counts.pop("head") == [1, 4, 16]
+    assert all(some == [1, 4, 16, 32] for some in counts.values()), "its context holds 64"
     assert all(ms > 0 for points in found.layer_ms.values() for _, ms in points)
 
 
@@ -95,11 +97,11 @@ def test_steps_stand_behind_what_a_sequence_holds_and_a_chunk_begins_one(
     timed(llama[0])
     steps = [row for first, row in seen if first == 1 and all(segment.length == 1 for segment in row)]
     assert [segment.position for segment in steps.pop(0)] == [0] * 16, "first of all each sequence begins"
-    assert {len(row) for row in steps} == {1, 2, 4, 8, 16}
+    assert {len(row) for row in steps} == {1, 4, 16}
     assert all(segment.position == FILL for row in steps for segment in row)
     assert all(len({segment.slot for segment in row}) == len(row) for row in steps)
     chunks = [row for first, row in seen if first == 1 and row[0].slot == 16]
-    assert {row[0].length for row in chunks} == {32, 64, 128} and all(row[0].position == 0 for row in chunks)
+    assert {row[0].length for row in chunks} == {32, 128} and all(row[0].position == 0 for row in chunks)
     heads = [row for first, row in seen if first == 9]
     assert any(segment.sample for row in heads for segment in row)
     assert all(segment.length == 1 for row in heads for segment in row if segment.sample)
@@ -113,7 +115,6 @@ def test_the_fewest_tokens_and_the_most_are_timed_whatever_time_is_left(
     found = timed(llama[0])
     counts = {kind: [count for count, _ in points] for kind, points in found.layer_ms.items()}
     assert counts == {"pass": [1], "embedding": [1, 128], "block": [1, 128], "head": [1, 16]}
-    assert timed(llama[0], window_s=1e-9).layer_ms.keys() == found.layer_ms.keys()
 
 
 def test_a_slow_layer_is_not_filled_for_long(
@@ -121,7 +122,6 @@ def test_a_slow_layer_is_not_filled_for_long(
 ) -> None:
     monkeypatch.setattr(profiling, "FILL_S", 0.0)
     assert not timed(llama[0]).skipped
-    monkeypatch.setattr(profiling, "FILL_S", 1e-4)
     assert not timed(config("Falcon-H1")).skipped
 
 
@@ -138,19 +138,19 @@ def test_made_up_numbers_are_like_a_models() -> None:
 
 def test_what_it_takes_is_within_the_limit_and_said_before(llama: tuple[str, tuple[str, ...]]) -> None:
     least = Outline(TimeLayers(1, llama[0], "float32", 0))
-    with pytest.raises(mockup.RefusedError, match=r"block: one layer takes \d+ bytes to time, 0 are free"):
+    with pytest.raises(RefusedError, match=r"block: one layer takes \d+ bytes to time, 0 are free"):
         least.plan("block")
-    seen, smallest = set(), least.nbytes(mockup.Mockup("block", 1, 1, 1, mockup.CONTEXT))
+    seen, smallest = set(), least.nbytes(Mockup("block", 1, 1, 1, CONTEXT))
     for limit in (smallest - 1, smallest, *range(smallest, 12_000_000, 400_000)):
-        outline = Outline(TimeLayers(1, llama[0], "float32", limit))
+        model = Outline(TimeLayers(1, llama[0], "float32", limit))
         try:
-            chosen = outline.plan("block")
-        except mockup.RefusedError:
+            chosen = model.plan("block")
+        except RefusedError:
             assert limit < smallest
             continue
-        assert outline.nbytes(chosen) <= limit
-        shard = outline.build(chosen)
-        assert shard.weight_bytes + shard.kv_bytes < outline.nbytes(chosen)
+        assert model.nbytes(chosen) <= limit
+        shard = model.build(chosen)
+        assert shard.weight_bytes + shard.kv_bytes < model.nbytes(chosen)
         shard.close()
         seen.add((chosen.layers, chosen.sequences))
     assert {(1, 1), (6, 16)} <= seen and any(layers == 3 for layers, _ in seen)
@@ -160,30 +160,30 @@ def test_experts_that_stay_as_they_are_count_once() -> None:
     """Only what is packed is there twice while it is packed."""
     text = json.dumps(json.loads(config("Mixtral")) | {"hidden_size": 512, "intermediate_size": 2048})
     plain, rounded = (Outline(TimeLayers(1, text, "bfloat16", PLENTY, quantize=how)) for how in ("", "int4"))
-    block = mockup.Mockup("block", 1, 1, 1, mockup.CONTEXT)
+    block = Mockup("block", 1, 1, 1, CONTEXT)
     assert rounded.nbytes(block) < 1.2 * plain.nbytes(block)
 
 
 def test_a_layer_without_room_is_left_out_and_the_rest_is_timed(llama: tuple[str, tuple[str, ...]]) -> None:
-    outline = Outline(TimeLayers(1, llama[0], "float32", PLENTY))
-    needs = {kind: outline.nbytes(mockup.Mockup(kind, *_ends(outline, kind), 1, 224)) for kind in outline.kinds}
+    model = Outline(TimeLayers(1, llama[0], "float32", PLENTY))
+    needs = {kind: model.nbytes(Mockup(kind, *_ends(model, kind), 1, 224)) for kind in model.kinds}
     found = timed(llama[0], limit=max(needs.values()) - 1)
     (largest,) = [kind for kind, nbytes in needs.items() if nbytes == max(needs.values())]
     assert set(found.skipped) == {largest} and str(needs[largest]) in found.skipped[largest]
-    assert set(found.layer_ms) == {"pass", *outline.kinds} - {largest}
-    assert set(timed(llama[0], limit=0).skipped) == set(outline.kinds)
+    assert set(found.layer_ms) == {"pass", *model.kinds} - {largest}
+    assert set(timed(llama[0], limit=0).skipped) == set(model.kinds)
 
 
-def _ends(outline: Outline, kind: str) -> tuple[int, int]:
-    first = {"embedding": 0, "head": outline.head}.get(kind, 1)
+def _ends(model: Outline, kind: str) -> tuple[int, int]:
+    first = {"embedding": 0, "head": model.head}.get(kind, 1)
     return first, first
 
 
 def test_small_blocks_are_timed_several_at_once_and_large_ones_alone(
     llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Outline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == mockup.MAX_BLOCKS
-    monkeypatch.setattr(mockup, "CACHED_BYTES", 1)
+    assert Outline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == MAX_BLOCKS
+    monkeypatch.setattr(outline, "CACHED_BYTES", 1)
     assert Outline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == 1
     found = Outline(TimeLayers(1, config("Gemma 2"), "float32", PLENTY))
     assert [found.plan(kind).first for kind in found.kinds] == [0, 1, 2, 5]
@@ -198,31 +198,6 @@ def test_what_cannot_be_timed_is_refused(text: str, dtype: str, kind: type[Excep
 # ---- what of the runs counts -----------------------------------------------------------------------------------------
 
 
-def test_alone_the_fastest_run_counts() -> None:
-    runs = {"block": {1: [Run(0.005, 0.001), Run(0.002, 0.001), Run(0.009, 0.001)]}}
-    assert typical(runs, together=False, threads=2) == {"block": {1: pytest.approx(2.0)}}
-
-
-def test_alone_on_one_thread_its_own_time_counts() -> None:
-    """Whoever else has the processor meanwhile is no part of it."""
-    runs = {"block": {1: [Run(0.009, 0.003), Run(0.008, 0.001), Run(0.007, 0.002)]}}
-    assert typical(runs, together=False, threads=1) == {"block": {1: pytest.approx(2.0)}}
-
-
-def test_together_the_time_computed_is_stretched_by_what_all_waited() -> None:
-    """One long wait hits a single run; it belongs to all, in proportion."""
-    runs = {
-        "embedding": {1: [Run(0.001, 0.001), Run(0.001, 0.001)]},
-        "block": {1: [Run(0.004, 0.004), Run(0.012, 0.004)], 32: [Run(0.008, 0.008)]},
-    }
-    found = typical(runs, together=True, threads=1)
-    stretch = (0.002 + 0.016 + 0.008) / (0.002 + 0.008 + 0.008)
-    assert found["block"] == {1: pytest.approx(4 * stretch), 32: pytest.approx(8 * stretch)}
-    total = sum(found[kind][n] * len(some) for kind, counts in runs.items() for n, some in counts.items())
-    assert total == pytest.approx(26.0), "a plan's sum is what it all took"
-    assert typical({"block": {1: [Run(0.001, 0.0)]}}, together=True, threads=2) == {"block": {1: 0.0}}
-
-
 def test_a_pass_is_told_apart_from_its_layers() -> None:
     passes = {"embedding": {1: 0.5, 2: 0.75}, "block": {1: 2.5, 2: 4.5}, "head": {1: 0.25}}
     found = net(passes, {"embedding": 1, "block": 4, "head": 1})
@@ -235,56 +210,69 @@ def test_a_pass_is_told_apart_from_its_layers() -> None:
     assert net({"block": {1: 2.0}}, {"block": 2}) == {"block": ((1, 1.0),)}, "without an embedding none is known"
 
 
-class Clock:
-    """Every pass takes 10 ms of it, all else nothing."""
+class Pretended(Sizes):
+    """A model of six blocks whose passes take a millisecond, and one more for each row, of a clock of their own."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.at = 0.0, 0.0
-        forward = TorchShard.forward
+    def __init__(self, rewinds: bool = True) -> None:
+        self.now, self.rewinds, self.held = 0.0, rewinds, dict.fromkeys(range(17), 0)
+        layers = dict.fromkeys(range(8), 1000)
+        super().__init__(
+            runs(["block"] * 6), 7, 8, 16, CONTEXT, PLENTY, 4, layer_bytes=layers, kv_bytes=layers, widest=layers
+        )
 
-        def slow(shard: TorchShard, *args: Any) -> torch.Tensor:
-            self.now += 0.01
-            return forward(shard, *args)
+    def build(self, mockup: Mockup) -> Any:
+        self.is_head = mockup.first == self.head
+        return self
 
-        monkeypatch.setattr(TorchShard, "forward", slow)
+    def forward(self, inputs: np.ndarray, segments: list[Segment]) -> np.ndarray:
+        assert inputs.dtype in (np.int64, np.float32) and len(inputs) == sum(segment.length for segment in segments)
+        for segment in segments:
+            if not self.rewinds and segment.position not in (0, self.held[segment.slot]):
+                raise EngineError("it only goes on")
+            self.held[segment.slot] = segment.position + segment.length
+        self.now += (1 + len(inputs)) / 1e3
+        return np.zeros((len(segments) if self.is_head else len(inputs), self.hidden_size), np.float32)
+
+    def close(self) -> None:
+        self.held = dict.fromkeys(self.held, 0)
+
+    def timed(self, monkeypatch: pytest.MonkeyPatch) -> LayersTimed:
         def sleep(seconds: float) -> None:
             self.now += seconds
 
-        ticking = SimpleNamespace(perf_counter=lambda: self.now, thread_time=lambda: self.now, sleep=sleep)
-        monkeypatch.setattr(profiling, "time", ticking)
+        monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter=lambda: self.now, sleep=sleep))
+        message = TimeLayers(7, "", "", 0)
+        return time_layers(message, self, lambda logits, draws: [0] * len(draws), lambda: None, lambda: self.now)
 
 
-def test_a_window_is_used_up_to_its_end(llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    found = timed(llama[0], window_s=20.0)
-    assert 20.0 <= clock.now < 20.5
-    assert found.layer_ms["pass"] == ((1, pytest.approx(10.0)),)
-    assert dict(found.layer_ms["block"])[1] == profiling.LEAST_MS, "here a pass takes the same whatever is in it"
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_what_passes_take_is_told_by_layer(monkeypatch: pytest.MonkeyPatch, rewinds: bool) -> None:
+    found = Pretended(rewinds).timed(monkeypatch).layer_ms
+    assert found["pass"] == ((1, pytest.approx(2.0)),)
+    assert dict(found["block"]) == pytest.approx({n: max(1e-4, (n - 1) / 6) for n in (1, 4, 16, 32, 128)}, abs=1e-4)
+    assert dict(found["head"]) == pytest.approx({1: 1e-4, 4: 3.0, 16: 15.0}, abs=1e-4)
 
 
-def test_steps_have_more_runs_in_a_window_than_chunks(
-    llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(monkeypatch)
-    runs: dict[int, int] = {}
-    made = profiling.Work._run
+def test_one_disturbed_pass_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forward, passes = Pretended(), Pretended.forward, [0]
 
-    def counted(work: profiling.Work, count: int) -> None:
-        runs[count] = runs.get(count, 0) + 1
-        clock.now += 0.05 if count > profiling.SEQUENCES[0] else 0
-        made(work, count)
+    def disturbed(shard: Pretended, *args: Any) -> np.ndarray:
+        passes[0] += 1
+        shard.now += 0.5 if passes[0] % 40 == 0 else 0
+        return forward(shard, *args)
 
-    monkeypatch.setattr(profiling.Work, "_run", counted)
-    timed(llama[0], window_s=20.0)
-    assert runs[4] >= 2 * runs[128] > 0
+    monkeypatch.setattr(profiling, "RUNS", 7)
+    monkeypatch.setattr(profiling, "RUNS_S", 1e9)
+    monkeypatch.setattr(Pretended, "forward", disturbed)
+    assert model.timed(monkeypatch).layer_ms["pass"] == ((1, pytest.approx(2.0)),)
 
 
-def test_timing_alone_has_an_end(llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "BUDGET_S", 1e9)
-    monkeypatch.setattr(profiling, "LONG_S", 1e9)
-    clock = Clock(monkeypatch)
-    found = timed(llama[0])
-    assert clock.now < profiling.LIMIT_S + 1.0
+def test_timing_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "RUNS", 10**9)
+    monkeypatch.setattr(profiling, "RUNS_S", 1e9)
+    model = Pretended()
+    found = model.timed(monkeypatch)
+    assert model.now < profiling.LIMIT_S + 1.0
     assert all(points[0][0] == 1 for points in found.layer_ms.values())
 
 
@@ -303,8 +291,9 @@ def test_it_ends_between_passes_and_frees_the_layer(
         if left[0] < 0:
             raise UnavailableError("an answer is being written here")
 
+    message = TimeLayers(1, llama[0], "float32", PLENTY)
     with pytest.raises(UnavailableError):
-        time_layers(TimeLayers(1, llama[0], "float32", PLENTY), SeededSampler(), check)
+        time_layers(message, Outline(message), SeededSampler(), check)
     assert left == [-1] and closed and closed[-1]._model is None
 
 
