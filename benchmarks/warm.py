@@ -71,7 +71,7 @@ def measure(root: Path, lab: Lab, kind: str, rounds: int, stack: ExitStack) -> d
         left.wait_ready()
         right.wait_ready()
         right.cli("join", left.cli("invite").stdout.split()[-1])
-        options = [*(["--quantize", kind] if kind else []), "--objective", "throughput", "--private"]
+        options = ["--quantize", kind or "none", "--objective", "throughput", "--private"]
         cut = Household(left, model).serve(*options, slots=SLOTS, context=CONTEXT)
         print(way, [(one["device"], one["first_layer"], one["last_layer"]) for one in cut], file=sys.stderr, flush=True)
         asked[way] = Asked(left, model)

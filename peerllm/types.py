@@ -20,6 +20,7 @@ Activations = Literal["auto", "exact", "int8"]  # what is asked for; auto: the p
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 KEEP_WARM: tuple[KeepWarm, ...] = get_args(KeepWarm)
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}  # what matrices can be rounded to
+QUANTIZE = ("auto", "none", *BITS)  # what is asked for; auto: 16-bit models are rounded to int8 on processors
 PACKING_COPIES = 1.75  # of rounded matrices that become one session, beside what they then are (1.66 was seen)
 COMPUTE = re.compile(r"cpu|mps|cuda(:[0-9]{1,3})?")  # where a device's owner has it compute
 LayerKind = str  # "embedding", "block" (or "block:<variant>" where a model mixes kinds), "head"

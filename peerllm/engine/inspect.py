@@ -38,8 +38,17 @@ class Inspection:
         return Inspected(request, **{name: getattr(self, name) for name in Inspection.__dataclass_fields__})
 
 
-def inspect_model(model_dir: str | Path, dtype: str = "auto", quantize: str = "") -> Inspection:
-    """The layers of the model in `model_dir`, computed in `dtype` from matrices rounded to `quantize`, if to anything.
+def resolved(quantize: str, dtype: str, accelerator: bool) -> str:
+    """What weights are rounded to ("": not at all) where `quantize`, one of types.QUANTIZE, is asked for."""
+    if quantize == "auto":
+        return "" if dtype == "float32" or accelerator else "int8"
+    return "" if quantize == "none" else quantize
+
+
+def inspect_model(
+    model_dir: str | Path, dtype: str = "auto", quantize: str = "none", accelerator: bool = False
+) -> Inspection:
+    """The layers of the model in `model_dir`, computed in `dtype` from matrices rounded as `quantize` asks for.
 
     ModelError says why it cannot be used.
     """
@@ -51,6 +60,7 @@ def inspect_model(model_dir: str | Path, dtype: str = "auto", quantize: str = ""
     config = parse_config(text)
     tensors = read_tensors(directory)
     dtype = compute_dtype(dtype, config, tensors.values())
+    quantize = resolved(quantize, dtype, accelerator)
     division = divide(config, DTYPES[dtype])
     found = recipes(division, tensors)
     check(division, found, division.sizes)

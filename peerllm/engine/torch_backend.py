@@ -40,7 +40,9 @@ class TorchBackend:
         return load_shard(spec, progress, self._place.device)
 
     def inspect(self, message: Inspect) -> Inspected:
-        return inspect_model(message.model_dir, message.dtype, message.quantize).message(message.request)
+        place = self._place
+        found = inspect_model(message.model_dir, message.dtype, message.quantize, place.accelerator)
+        return found.message(message.request)
 
     def measure(self, message: Measure) -> Measured:
         return measure(self._place).message(message.request)

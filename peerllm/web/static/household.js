@@ -64,6 +64,7 @@ function card(deployment, status, colour, stop) {
     deployment.reason ? make("p", { className: "reason" }, deployment.reason) : null,
     LOADING.has(deployment.state) ? bar(deployment.progress, "loading") : null,
     ...(stagesOf(deployment).length ? layers(deployment, colour, away) : []),
+    deployment.weights ? make("p", { className: "figures" }, `weights: ${deployment.weights}`) : null,
     rounded(deployment),
     figures(deployment),
     mine && make("button", { className: "plain small", type: "button", onclick: () => stop(deployment.model) }, "Stop this model"));
