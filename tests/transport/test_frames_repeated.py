@@ -53,7 +53,7 @@ def alike(draw: st.DrawFn, frame: Frame) -> bytes:
 
 
 @given(st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_the_same_comes_out_whatever_came_before(data: st.DataObject) -> None:
     frame = data.draw(frames())
     others = st.one_of(alike(frame), alike(frame), alike(frame), changed_frames(), frames().map(encode))
@@ -63,7 +63,7 @@ def test_the_same_comes_out_whatever_came_before(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_frame_sent_again_has_the_bytes_of_one_made_anew(data: st.DataObject) -> None:
     first = data.draw(frames())
     last = template_of(b"before", encode_buffers(first), first)
