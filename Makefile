@@ -6,18 +6,23 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 API ?= 127.0.0.1:8642
 DEVICES ?= 3
 
-.PHONY: run test lab check bench soak architectures clean
+.PHONY: run test lab lab-share check bench soak architectures clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/peerllm demo --devices $(DEVICES) --api $(API)
 
+# All but the tests marked `lab` or `slow`.
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
+
+# Those, each at the size that it has in `test`.
+lab-share: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m 'lab or slow'
 
 # Everything at full size: all fuzz inputs, all cuts, the namespace laboratory. The last output is kept in docs/lab.txt.
 lab: SHELL := /bin/bash
 lab: $(VENV)/dev.stamp
-	set -o pipefail; PEERLLM_FULL=1 PEERLLM_FUZZ_INPUTS=60000 $(BIN)/python -m pytest -o console_output_style=count 2>&1 | tee docs/lab.txt
+	set -o pipefail; PEERLLM_FULL=1 PEERLLM_FUZZ_INPUTS=60000 $(BIN)/python -m pytest -m '' -o console_output_style=count 2>&1 | tee docs/lab.txt
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check peerllm tests benchmarks
@@ -41,11 +46,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) torch
 	$(PIP) --editable .
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) torch
-	$(PIP) --editable '.[test,check,bench]'
+	$(PIP) --editable '.[torch,test,check,bench]'
 	touch $@ $(VENV)/run.stamp

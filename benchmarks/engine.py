@@ -55,7 +55,7 @@ def device(root: Path, model: Path, threads: int, prefix: Sequence[str], quantiz
     """One that serves the model."""
     name, options = quantize or "bfloat16", ("--no-mdns", "--threads", str(threads))
     with household(root / name, [name], memory="6GB", prefixes={name: list(prefix)}, options=options) as (one,):
-        rounded = ["--quantize", quantize] if quantize else []
+        rounded = ["--quantize", quantize or "none"]
         one.cli("run", str(model), "--slots", "1", "--context", str(CONTEXT), *rounded)
         yield one
 

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", nargs="+", type=Path, help="checkouts, the one to compare with first")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--kind", default="int4", choices=("", "int8", "int4"))
+    parser.add_argument("--kind", default="int4", choices=("", "none", "int8", "int4"))
     args = parser.parse_args(argv)
     require_lab()
     trees = [tree.resolve() for tree in args.trees]

@@ -102,7 +102,7 @@ def hops_ms(trace: dict[str, Any], devices: Sequence[str]) -> list[float]:
 def decoding(root: Path, model: Path, kind: str, rounds: int) -> dict[str, list[float]]:
     """Tokens/s and ms of one device and of two, one sequence and eight, no-bubble and bubble."""
     seen: dict[str, list[float]] = defaultdict(list)
-    planned = [*(["--quantize", kind] if kind else []), "--objective", "throughput"]
+    planned = ["--quantize", kind or "none", "--objective", "throughput"]
     cores = {"left": 0, "right": 1, "first": 0, "second": 1}
     with pinned(root / "decoding", cores, {}) as (left, _, first, second):
         alone, both = (Household(first, model), Household(second, model)), Household(left, model)

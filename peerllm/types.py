@@ -18,6 +18,7 @@ ActivationForm = Literal["exact", "int8"]  # hidden states on one link: in the c
 Activations = Literal["auto", "exact", "int8"]  # what is asked for; auto: the planner decides for each link
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}  # what matrices can be rounded to
+QUANTIZE = ("auto", "none", *BITS)  # what is asked for; auto: 16-bit models are rounded to int8 on processors
 PACKING_COPIES = 1.75  # of rounded matrices that become one session, beside what they then are (1.66 was seen)
 COMPUTE = re.compile(r"cpu|mps|cuda(:[0-9]{1,3})?")  # where a device's owner has it compute
 LayerKind = str  # "embedding", "block" (or "block:<variant>" where a model mixes kinds), "head"

@@ -63,3 +63,18 @@ def test_only_the_torch_backend_imports_torch(modules: str) -> None:
     code = f"import sys, {modules}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]", done.stdout
+
+
+def test_only_the_engine_and_training_import_torch() -> None:
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for room in ("planner", "transport", "daemon", "api", "web", "cli")
+        for path in sorted((PACKAGE / room).rglob("*.py"))
+    ]
+    code = (
+        "import importlib, sys; sys.modules |= dict.fromkeys(('torch', 'transformers')); "
+        "[importlib.import_module(name) for name in sys.argv[1:]]"
+    )
+    argv = [sys.executable, "-c", code, *modules]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

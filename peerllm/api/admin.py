@@ -19,12 +19,11 @@ from peerllm.daemon.facade import (
     MAX_BENCH_SEQUENCES,
     MAX_BENCH_TOKENS,
     MAX_PROMPT_CHUNK,
-    QUANTIZE,
     Household,
     RunOptions,
     RunProgress,
 )
-from peerllm.types import ACTIVATIONS, SCHEDULE_NAMES, Activations, ScheduleName
+from peerllm.types import ACTIVATIONS, QUANTIZE, SCHEDULE_NAMES, Activations, ScheduleName
 
 T = TypeVar("T")
 Note = Callable[[RunProgress], None]

@@ -100,7 +100,8 @@ def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> N
         at = f"127.0.0.1:{invitation['port']}"
         LocalDevice(device.data_dir).post("/peerllm/v1/join", {"code": invitation["code"], "at": at})
     _wait_for_all(first, [device.name for device in devices])
-    lines = first.lines("/peerllm/v1/run", {"model": model, "slots": SLOTS, "context": CONTEXT})
+    body = {"model": model, "slots": SLOTS, "context": CONTEXT, "quantize": "none"}  # as `sizes_of` counts
+    lines = first.lines("/peerllm/v1/run", body)
     if args.json:
         for _ in lines:
             pass

@@ -84,7 +84,11 @@ def deployment_text(one: Mapping[str, Any]) -> str:
         bar = layer_bar(first, last, layers)
         speed = _block_ms((one.get("profiles") or {}).get(stage["device"]))
         rows.append((stage["device"], f"{first}-{last}", bar, human_bytes(stage["memory_bytes"]), speed))
-    return f"{printable(head)}\n{table(rows)}{speed_text(one)}{activations_text(one)}"
+    return f"{printable(head)}\n{table(rows)}{weights_text(one)}{speed_text(one)}{activations_text(one)}"
+
+
+def weights_text(one: Mapping[str, Any]) -> str:
+    return printable(f"\nweights: {one['weights']}") if one.get("weights") else ""
 
 
 def activations_text(one: Mapping[str, Any]) -> str:

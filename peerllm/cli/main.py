@@ -7,22 +7,23 @@ import os
 import sys
 from collections.abc import Sequence
 
+from peerllm.cli.exactness import UsageError
 from peerllm.cli.parser import build_parser
 from peerllm.cli.terminal import printable
 from peerllm.errors import PeerLLMError
 
-OK, FAILED, INTERRUPTED = 0, 1, 130
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 ok, 1 refused or failed with one line on stderr; argparse itself exits with 2 on wrong usage."""
+    """Exit code 0 ok, 1 refused or failed and 2 wrong usage, with one line on stderr; argparse itself exits with 2."""
     args = build_parser().parse_args(argv)
     try:
         command = importlib.import_module(f"peerllm.cli.{args.module}")
         return int(getattr(command, args.function)(args) or OK)
     except PeerLLMError as error:
         print(f"peerllm: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return FAILED
+        return USAGE if isinstance(error, UsageError) else FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes
         return FAILED

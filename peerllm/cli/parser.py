@@ -11,7 +11,7 @@ from pathlib import Path
 from peerllm import __version__
 from peerllm.daemon.settings import API_PORT, CONTROL_PORT
 from peerllm.planner.scenario import OBJECTIVES, STRATEGIES
-from peerllm.types import ACTIVATIONS, COMPUTE, SCHEDULE_NAMES
+from peerllm.types import ACTIVATIONS, COMPUTE, QUANTIZE, SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
 MAX_DEVICES = 8  # of the demo: they share one machine
@@ -213,20 +213,12 @@ def _models(command: _Command) -> None:
         "--private", action="store_true", help="keep the head here, so that no other device sees the answer"
     )
     run.add_argument(
-        "--quantize", choices=("int8", "int4"), help="round the weights: less memory, faster, a little less exact"
-    )
-    run.add_argument(
         "--prompt-chunk",
         type=positive,
         metavar="N",
         help="tokens of a prompt that travel together (default: the cost model's choice, by the prompt's length)",
     )
-    run.add_argument(
-        "--activations",
-        choices=ACTIVATIONS,
-        default=ACTIVATIONS[0],
-        help="what travels between devices: exact, rounded to int8, or (auto) int8 where a link is the bottleneck",
-    )
+    _exactness(run)
     run.add_argument(
         "--schedule",
         choices=SCHEDULE_NAMES,
@@ -244,6 +236,24 @@ def _models(command: _Command) -> None:
     chat.add_argument("--max-tokens", type=positive, metavar="N")
     chat.add_argument("--json", action="store_true", help="the whole answer as the API gives it")
     chat.add_argument("--trace", type=Path, metavar="FILE", help="of a PROMPT: write what every device did when")
+
+
+def _exactness(command: argparse._ActionsContainer) -> None:
+    command.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        default=QUANTIZE[0],
+        help="round the weights: less memory, faster, a little less exact; auto: 16-bit models to int8 on processors",
+    )
+    command.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        default=ACTIVATIONS[0],
+        help="what travels between devices: exact, rounded to int8, or (auto) int8 where a link is the bottleneck",
+    )
+    command.add_argument(
+        "--exact", action="store_true", help="round nothing, and compute in float32: the most memory, and the slowest"
+    )
 
 
 def _looking(command: _Command) -> None:
@@ -280,10 +290,7 @@ def _planning(command: _Command) -> None:
         one.add_argument("--json", action="store_true", help="one JSON object a line (always so for several files)")
     plan.add_argument("--context", type=positive, metavar="N", help="of a model: tokens that a sequence may hold")
     plan.add_argument("--slots", type=positive, metavar="N", help="of a model: sequences served at once")
-    plan.add_argument("--quantize", choices=("int8", "int4"), help="of a model: round the weights")
-    plan.add_argument(
-        "--activations", choices=ACTIVATIONS, default=ACTIVATIONS[0], help="of a model: as in `run`, whose plan decides"
-    )
+    _exactness(plan.add_argument_group("of a model, as in `run`"))
     plan.add_argument("--save", type=Path, metavar="FILE", help="of a model: write what was planned for as a scenario")
     simulate.add_argument(
         "--schedule",

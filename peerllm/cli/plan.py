@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from peerllm.cli.device import LocalDevice
+from peerllm.cli.exactness import exactness
 from peerllm.cli.progress import as_model, progress
 from peerllm.cli.terminal import human_bytes, layer_bar, printable, table
 from peerllm.errors import BadInputError, InfeasibleError, PeerLLMError, UnavailableError
@@ -42,6 +43,7 @@ class Answer:
     solve_ms: float | None = None
     chunk: int | None = None  # of a live plan: in what chunks the workload's prompt will travel
     rounded_layers: tuple[int, ...] | None = None  # of a model: those whose outputs would travel as int8
+    weights: str = ""  # of a model: how they would be held, in words
 
     @property
     def code(self) -> int:
@@ -50,8 +52,8 @@ class Answer:
     def line(self) -> dict[str, Any]:
         """The JSON object: its keys are fixed.
 
-        `error` is there only for a malformed file; `activations` (how each stage sends to the next) and `prompt_chunk`
-        (tokens; the first token is predicted of a prompt cut so) only for a model.
+        `error` is there only for a malformed file; `activations` (how each stage sends to the next), `prompt_chunk`
+        (tokens; the first token is predicted of a prompt cut so) and `weights` (in words) only for a model.
         """
         found = self.plan
         stages = found.stages if found else ()
@@ -67,7 +69,8 @@ class Answer:
             "solve_ms": self.solve_ms,
         }
         if found and self.rounded_layers is not None:
-            line |= {"activations": list(forms(found, self.rounded_layers)), "prompt_chunk": self.chunk}
+            sent = list(forms(found, self.rounded_layers))
+            line |= {"activations": sent, "prompt_chunk": self.chunk, "weights": self.weights}
         return line if self.error is None else {**line, "error": self.error}
 
 
@@ -114,14 +117,14 @@ def planned(scenario: Scenario, strategy: str, objective: Objective) -> Answer:
 def live(model: str, args: argparse.Namespace) -> Answer:
     """What `run` would plan now for the household of the device that runs here."""
     body = {"model": as_model(model), "objective": args.objective, "context": args.context, "slots": args.slots,
-            "quantize": args.quantize, "activations": args.activations}  # fmt: skip
+            **exactness(args)}  # fmt: skip
     try:
         for line in progress(LocalDevice(args.data).lines("/peerllm/v1/plan", body)):
             if "scenario" in line:
                 if args.save is not None:
                     args.save.write_bytes(orjson.dumps(line["scenario"], option=orjson.OPT_INDENT_2))
                 found = planned(parse(line["scenario"]), args.strategy, args.objective)
-                found = replace(found, rounded_layers=tuple(line["rounded_layers"]))
+                found = replace(found, rounded_layers=tuple(line["rounded_layers"]), weights=line["weights"])
                 return as_cut(found, line["most_chunk"])
     except OSError as error:
         if isinstance(error, PeerLLMError):
@@ -198,7 +201,8 @@ def plan_text(scenario: Scenario, found: Plan, how: Answer) -> str:
             _ms(hop) + " as int8" * (form == "int8"),
         ))  # fmt: skip
     head = f"{scenario.model.name}: {how.strategy}, {how.objective}; {verdict(found, how)}"
-    return f"{printable(head)}\n{table(rows)}\n{printable(prediction(scenario, found, how))}"
+    weights = f"weights: {how.weights}\n" * bool(how.weights)
+    return f"{printable(head)}\n{table(rows)}\n{printable(weights)}{printable(prediction(scenario, found, how))}"
 
 
 def verdict(found: Plan, how: Answer) -> str:

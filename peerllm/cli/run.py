@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from peerllm.cli.device import LocalDevice
+from peerllm.cli.exactness import exactness
 from peerllm.cli.look import deployment_text
 from peerllm.cli.progress import as_model, show_progress
 from peerllm.cli.terminal import printable
@@ -15,8 +16,8 @@ def run(args: argparse.Namespace) -> None:
     device = LocalDevice(args.data)
     model = as_model(args.model)
     body = {"model": model, "objective": args.objective, "context": args.context, "slots": args.slots,
-            "private": args.private, "quantize": args.quantize, "schedule": args.schedule,
-            "prompt_chunk": args.prompt_chunk, "activations": args.activations}  # fmt: skip
+            "private": args.private, "schedule": args.schedule, "prompt_chunk": args.prompt_chunk,
+            **exactness(args)}  # fmt: skip
     show_progress(device.lines("/peerllm/v1/run", body))
     served = [one for one in device.get("/peerllm/v1/status")["deployments"] if one["state"] == "serving"]
     for one in served:

@@ -8,13 +8,12 @@ from itertools import pairwise
 from math import prod
 
 from peerllm.daemon.demand import MAX_SLOTS, Blueprint
-from peerllm.daemon.facade import QUANTIZE
 from peerllm.daemon.messages import Assign, StageWork, TensorDigest
 from peerllm.daemon.profiles import ITEMSIZE
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.planner.memory import MOST_CHUNK, human_bytes
-from peerllm.types import MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cuts, DeploymentId, DeviceId
+from peerllm.types import BITS, MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cuts, DeploymentId, DeviceId
 
 MAX_CONTEXT = 1 << 20  # tokens
 MAX_TENSORS = 65536  # of one assignment
@@ -144,7 +143,7 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
             raise BadInputError("what is computed in float32 stays exact: its activations are not rounded")
         for tensor in work.tensors:
             _check_tensor(tensor, own)
-    if assign.quantize not in QUANTIZE:
+    if assign.quantize not in ("", *BITS):
         raise BadInputError(f"unknown quantisation {assign.quantize!r}")
     tensors = [tensor for work in assign.work for tensor in work.tensors]
     needed = weight_bytes(tensors, assign.dtype, assign.quantize)

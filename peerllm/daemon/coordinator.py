@@ -15,6 +15,7 @@ from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgres
 from peerllm.daemon.messages import DeploymentView, Progress, Trouble
 from peerllm.daemon.negotiation import Surroundings
 from peerllm.daemon.running import as_it_runs
+from peerllm.daemon.status import weights_form
 from peerllm.daemon.timings import Timings
 from peerllm.daemon.tracing import Traces
 from peerllm.engine.messages import TensorAt, Tokens
@@ -77,11 +78,12 @@ class Coordinator:
         deployment.watchers.append(progress)
         running = self._deployments.get(options.model)
         held = running.blueprint.promises if running is not None and running.blueprint is not None else {}
-        found = await deployment.preview(held)
+        found, view = await deployment.preview(held), deployment.view()
         return {
             "scenario": scenario_file(found.scenario),
             "most_chunk": found.chunk,
             "rounded_layers": list(found.rounded_layers),
+            "weights": weights_form(view.dtype, view.quantize, view.quantize_wanted),
         }
 
     async def scenario(self, model: str) -> dict[str, Any]:

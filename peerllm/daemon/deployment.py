@@ -126,6 +126,7 @@ class Deployment:
 
     def view(self) -> DeploymentView:
         plan = self.blueprint.plan if self.blueprint is not None else None
+        inspected = self.inspected
         shares = self._shares.values()
         return DeploymentView(
             deployment=self.id,
@@ -142,6 +143,9 @@ class Deployment:
             schedule=self.options.schedule,
             activations=self.blueprint.activations if self.blueprint is not None else (),
             activations_wanted=self.options.activations,
+            dtype=inspected.dtype if inspected is not None else "",
+            quantize=inspected.quantize if inspected is not None else "",
+            quantize_wanted=self.options.quantize,
         )
 
     def served(self) -> ServedModel | None:
@@ -424,8 +428,8 @@ def same_demand(a: RunOptions, b: RunOptions) -> bool:
     return (
         a.objective == b.objective
         and a.private == b.private
-        and a.dtype == b.dtype
-        and a.quantize == b.quantize
+        and b.dtype in ("auto", a.dtype)
+        and b.quantize in ("auto", a.quantize)
         and a.schedule == b.schedule
         and b.activations in ("auto", a.activations)
         and b.context in (None, a.context)

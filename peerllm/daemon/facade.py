@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peerllm.engine.messages import FinishReason
-from peerllm.types import BITS, Activations, DeploymentId, Objective, Sampling, ScheduleName
+from peerllm.types import Activations, DeploymentId, Objective, Sampling, ScheduleName
 
-QUANTIZE = ("", *BITS)  # what matrices are rounded to; "": not at all
 MAX_PROMPT_CHUNK = 4096
 MAX_BENCH_SEQUENCES = 256
 MAX_BENCH_TOKENS = 4096  # of a prompt, and of an answer
@@ -25,7 +24,7 @@ class RunOptions:
     context: int | None = None
     slots: int | None = None
     dtype: str = "auto"
-    quantize: str = ""
+    quantize: str = "auto"  # one of types.QUANTIZE
     prompt_chunk: int | None = None  # tokens of a prompt that travel together
     private: bool = False  # the head stays on the source
     schedule: ScheduleName = "no-bubble"  # the others are there to compare with
@@ -107,7 +106,7 @@ class Household(Protocol):
         """What `run` would plan for now; nothing is reserved or loaded.
 
         "scenario" is the file of it, "most_chunk" the tokens of its largest prompt chunk, "rounded_layers" the layers
-        whose outputs would travel as int8.
+        whose outputs would travel as int8, "weights" in words how they would be held.
         """
         ...
 

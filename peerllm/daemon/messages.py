@@ -90,6 +90,9 @@ class DeploymentView:
     schedule: ScheduleName = "no-bubble"
     activations: tuple[ActivationForm, ...] = ()  # how hidden states go from each stage to the next
     activations_wanted: Activations = "auto"
+    dtype: str = ""  # it is computed in; "": not known yet
+    quantize: str = ""  # what weights are rounded to; "": not at all
+    quantize_wanted: str = "auto"  # one of types.QUANTIZE
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from peerllm.daemon.advert import printable_name
 from peerllm.daemon.messages import DeploymentView, DeviceView, Hello
 from peerllm.daemon.network import LinkFigure, Peer, Sighting
 from peerllm.engine.messages import EngineLoad
-from peerllm.types import DeploymentId, DeviceId, LinkProfile
+from peerllm.types import BITS, DeploymentId, DeviceId, LinkProfile
 
 Name = Callable[[DeviceId], str]
 
@@ -74,6 +74,17 @@ def link_entries(
     return entries
 
 
+def weights_form(dtype: str, quantize: str, wanted: str) -> str:
+    """How weights are held, for people; "" while that is not known."""
+    if not dtype:
+        return ""
+    files = "float32" if dtype == "float32" else "16-bit"
+    if quantize not in BITS:
+        return f"{files}, not rounded"
+    why = "--quantize none keeps them" if wanted == "auto" else "as asked for"
+    return f"{files}, rounded to {BITS[quantize]} bits ({why})"
+
+
 def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One deployment, devices by name; `profiles` are known where it is coordinated."""
     stages = [
@@ -92,8 +103,16 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
         "epoch": view.epoch,
         "schedule": view.schedule,
         "activations": view.activations_wanted,
+        "quantize": view.quantize_wanted,
+        "weights": weights_form(view.dtype, view.quantize, view.quantize_wanted),
         "coordinator": name(view.coordinator),
-        "plan": {"stages": stages, "activations": list(view.activations), "predicted": dict(view.predicted)},
+        "plan": {
+            "stages": stages,
+            "dtype": view.dtype,
+            "quantize": view.quantize,
+            "activations": list(view.activations),
+            "predicted": dict(view.predicted),
+        },
         "measured": dict(view.measured),
         "profiles": dict(profiles or {}),
         "reason": view.reason,

@@ -102,7 +102,7 @@ class Inspect:
     request: int
     model_dir: str
     dtype: str  # "float32", "bfloat16", "float16", or "auto": what the files hold
-    quantize: str = ""  # "int8", "int4"
+    quantize: str = "none"  # one of types.QUANTIZE
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+WEIGHTS = "16-bit, rounded to 8 bits (--quantize none keeps them)"
 BOUND_S = 10.0  # seconds a test waits for an event
 TRACE: dict[str, Any] = {
     "otherData": {
@@ -207,7 +208,7 @@ class FakeHousehold:
         progress(RunProgress("planning", "measuring laptop"))
         if options.model == "unknown":
             raise NotFoundError("no model 'unknown'")
-        return {"scenario": SCENARIO, "most_chunk": 16, "rounded_layers": self.rounded_layers}
+        return {"scenario": SCENARIO, "most_chunk": 16, "rounded_layers": self.rounded_layers, "weights": WEIGHTS}
 
     async def scenario(self, model: str) -> dict[str, Any]:
         if model != "builtin":
@@ -293,6 +294,7 @@ def deployment(
         "reason": "",
         "measured": {},
         "progress": 1.0,
+        "weights": WEIGHTS,
         "plan": {
             "stages": [
                 {"device": name, "first_layer": first, "last_layer": last, "memory_bytes": 12_000_000}

@@ -72,7 +72,7 @@ async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHouse
         ("run", {"model": "b", "schedule": "fast"}, 400, "schedule"),
         ("run", {"model": "b", "activations": "int4"}, 400, "one of auto, exact, int8"),
         ("run", {"model": "b", "context": 1.5}, 400, "context"),
-        ("run", {"model": "b", "quantize": "int2"}, 400, "one of int8, int4"),
+        ("run", {"model": "b", "quantize": "int2"}, 400, "one of auto, none, int8, int4"),
         ("run", {"model": "b", "dtype": "int8"}, 400, "dtype"),
         ("run", {"model": "b", "private": "no"}, 400, "private"),
         ("trace", {}, 400, "model"),

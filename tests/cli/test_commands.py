@@ -17,7 +17,7 @@ from peerllm.cli.device import write_daemon_file
 from peerllm.cli.main import main
 from peerllm.cli.progress import show_progress
 from peerllm.errors import EngineError, OverloadedError
-from tests.api.fake import FakeHousehold, deployment, make_model_dir
+from tests.api.fake import WEIGHTS, FakeHousehold, deployment, make_model_dir
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -181,9 +181,26 @@ def test_unknown_models(peerllm: Run, device: Served) -> None:
     assert peerllm("run", "unknown") == (1, "", "peerllm: no model 'unknown'\n")
 
 
-def test_run_passes_on_how_to_round_the_weights(peerllm: Run, device: Served) -> None:
+def test_run_passes_on_how_to_round_the_weights_and_says_how_they_are(peerllm: Run, device: Served) -> None:
+    assert f"\nweights: {WEIGHTS}\n" in peerllm("run", "builtin")[1]
     assert peerllm("run", "builtin", "--quantize", "int4")[0] == 0
-    assert device.household.runs[-1].quantize == "int4"
+    assert [one.quantize for one in device.household.runs] == ["auto", "int4"]
+    assert f"\nweights: {WEIGHTS}\n" in peerllm("status")[1]
+
+
+@pytest.mark.parametrize("also", [[], ["--quantize", "none"], ["--activations", "exact"]])
+def test_exact_computes_in_float32_and_rounds_nothing(peerllm: Run, device: Served, also: list[str]) -> None:
+    assert peerllm("run", "builtin", "--exact", *also)[0] == 0
+    (options,) = device.household.runs
+    assert (options.dtype, options.quantize, options.activations) == ("float32", "none", "exact")
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize("also", [("--quantize", "int8"), ("--quantize", "int4"), ("--activations", "int8")])
+def test_exact_contradicts_what_rounds(peerllm: Run, device: Served, command: str, also: tuple[str, str]) -> None:
+    told = f"peerllm: --exact rounds nothing: leave out {' '.join(also)}\n"
+    assert peerllm(command, "builtin", "--exact", *also) == (2, "", told)
+    assert not device.household.runs
 
 
 def test_run_passes_on_how_activations_travel_and_says_which_do(peerllm: Run, device: Served) -> None:

@@ -11,7 +11,7 @@ from peerllm.cli import bench
 from peerllm.cli.bench import divided, predicted
 from peerllm.planner.scenario import parse
 from peerllm.types import Stage
-from tests.api.fake import SCENARIO
+from tests.api.fake import SCENARIO, WEIGHTS
 from tests.cli.test_commands import Run, Served, device, peerllm
 
 __all__ = ["device", "peerllm"]
@@ -33,7 +33,7 @@ def test_what_was_planned_for_can_be_kept_and_planned_again(peerllm: Run, tmp_pa
     assert peerllm("plan", "builtin", "--save", str(kept))[0] == 0
     first = json.loads(peerllm("plan", "builtin", "--json")[1])
     again = json.loads(peerllm("plan", str(kept), "--json")[1])
-    assert (first.pop("activations"), first.pop("prompt_chunk")) == ([], 16)
+    assert (first.pop("activations"), first.pop("prompt_chunk"), first.pop("weights")) == ([], 16, WEIGHTS)
     told = [one["predicted"].pop("time_to_first_token_ms") for one in (first, again)]
     assert {**first, "solve_ms": 0} == {**again, "solve_ms": 0}
     assert told == [pytest.approx(2 * 0.1 + 4 * 1.5 + 0.9), pytest.approx(0.1 + 2 * 1.5 + 0.9)], "in chunks, and whole"
@@ -41,6 +41,13 @@ def test_what_was_planned_for_can_be_kept_and_planned_again(peerllm: Run, tmp_pa
 
 def test_people_are_told_how_prompts_are_cut(peerllm: Run) -> None:
     assert "First token after 7.1 ms (of a prompt of 32, in chunks of 16), then" in peerllm("plan", "builtin")[1]
+
+
+def test_how_weights_would_be_held_is_told(peerllm: Run, device: Served) -> None:
+    assert f"\nweights: {WEIGHTS}\n" in peerllm("plan", "builtin")[1]
+    assert peerllm("plan", "builtin", "--exact")[0] == 0
+    auto, exact = (options for name, options in device.household.calls)
+    assert (auto.dtype, auto.quantize, exact.dtype, exact.quantize) == ("auto", "auto", "float32", "none")
 
 
 def test_how_activations_would_travel_is_told(peerllm: Run, device: Served, monkeypatch: pytest.MonkeyPatch) -> None:

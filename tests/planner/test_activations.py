@@ -16,7 +16,7 @@ from peerllm.planner.latency import plan_latency
 from peerllm.planner.scenario import Scenario, parse
 from peerllm.planner.throughput import plan_throughput
 from peerllm.types import Activations, DeviceProfile, Layer, LinkProfile, ModelProfile, Objective, Plan, Workload
-from tests.planner.instances import instance, shape
+from tests.planner.instances import FULL, instance, shape
 
 HIDDEN = 4096
 ITEMSIZE = 2
@@ -116,7 +116,7 @@ def test_a_rounded_hop_costs_a_byte_a_number_and_a_scale() -> None:
 def test_random_households_gain_what_they_were_promised() -> None:
     """Over every kind of household: auto is never worse than exact, and its scenario file leads to the same plan."""
     changed = 0
-    for seed in range(120):
+    for seed in range(120 if FULL else 50):
         i = instance(seed, *shape(seed))
         objective: Objective = "throughput" if seed % 2 else "latency"
         blocks = [replace(one, output_bytes_per_token=4096) for one in i.model.layers[:-1]]
@@ -147,7 +147,7 @@ def test_random_households_gain_what_they_were_promised() -> None:
         best = worth(decide(scenario, "int8").plan, objective)
         lost = worth(found.plan, objective) / best
         assert lost <= 1 / (1 - SLIGHT) + 1e-9 if objective == "latency" else lost >= 1 / (1 + SLIGHT) - 1e-9, seed
-    assert changed > 12
+    assert changed > 4
 
 
 def test_a_decided_scenario_is_a_plain_scenario_file() -> None:

@@ -6,7 +6,6 @@ HiGHS takes a second for most instances of QUICK and up to half a minute for oth
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -15,12 +14,11 @@ from peerllm.planner.latency import plan_latency
 from peerllm.types import ModelProfile
 from tests.planner.brute import fits, homes_of, request_ms
 from tests.planner.brute import least_request_ms as brute_request_ms
-from tests.planner.instances import full_household, instance
+from tests.planner.instances import FULL, full_household, instance
 from tests.planner.milp import least_request_ms
 
 INSTANCES = 50
 QUICK = (1, 2, 4, 7, 11, 13, 14, 18, 20, 23, 28, 33, 39, 49)  # 33 and 49: the planner's hard ones
-FULL = os.environ.get("PEERLLM_FULL") == "1"
 WITHIN = 1e-8  # relative; HiGHS stops at a gap of 1e-9
 
 

@@ -19,11 +19,11 @@ from peerllm.planner.replan import Horizon, replan
 from peerllm.planner.throughput import plan_throughput
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Plan, Workload
 from tests.planner.brute import divides, fits, rate, request_ms, room_of
-from tests.planner.instances import instance
+from tests.planner.instances import FULL, instance
 
 HUB = 2.0  # Mbps: slow, so that fetching from each other matters
 DISK = 40.0
-SEEDS = range(300)
+SEEDS = range(300 if FULL else 100)
 
 
 def case(seed: int, layers: int = 5, count: int = 3):
@@ -138,7 +138,7 @@ def test_latency_agrees_with_brute_force():
         assert decision.optimal, seed
         assert decision.bound == pytest.approx(decision.gain, abs=1e-6), seed
         moved, stayed = moved + (decision.action == "move"), stayed + (decision.action == "stay")
-    assert min(moved, stayed) > 40
+    assert min(moved, stayed) > 10
 
 
 def test_crowded_devices_are_the_hard_case_and_the_bound_holds_without_branching(monkeypatch):
@@ -153,7 +153,7 @@ def test_crowded_devices_are_the_hard_case_and_the_bound_holds_without_branching
         gain = max(worth(at, homes) for homes in ways_of(at)) - worth(at, homes_of(at["current"].stages))
         assert decision.gain <= gain + 1e-6 <= decision.bound + 2e-6
         open_ += not decision.optimal
-    assert open_ > 3
+    assert open_ > 0
 
 
 def test_throughput_is_valued_exactly_and_is_seldom_short_of_brute_force():
@@ -257,7 +257,7 @@ def throughput(at):
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_free_moves_reach_the_optimum_and_dear_ones_never_pay(objective):
     checked = 0
-    for seed in range(80):
+    for seed in range(80 if FULL else 30):
         at = case(seed)
         if at is None:
             continue
@@ -289,13 +289,13 @@ def test_free_moves_reach_the_optimum_and_dear_ones_never_pay(objective):
         fixed |= {"current": solo, "held": Holdings({at["source"]: frozenset(range(5))}), "links": slow}
         assert replan(**fixed).action == "stay"
         checked += 1
-    assert checked > 30
+    assert checked > 10
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_staying_is_never_worse_than_what_is_returned_and_longer_horizons_gain_more(objective):
     moved = 0
-    for seed in range(100):
+    for seed in range(100 if FULL else 30):
         at = case(seed)
         if at is None:
             continue
@@ -320,7 +320,7 @@ def test_staying_is_never_worse_than_what_is_returned_and_longer_horizons_gain_m
             assert min(gains) >= 0
             assert gains == sorted(gains), seed
         moved += gains[-1] > gains[0] >= 0
-    assert moved > 15
+    assert moved > 4
 
 
 def household(seconds=3600.0, requests=200.0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +14,11 @@ from peerllm.planner.problem import Problem, twins_of, way_cost
 from peerllm.planner.relaxation import fair_price, relaxed, visits_of
 from peerllm.planner.runs import runs_of
 from peerllm.planner.sweep import Sweep
+from tests.planner.instances import FULL
 from tests.planner.problems import least, random_problem
 
 BLOCK = 60  # problems
-BLOCKS = range(100) if os.environ.get("PEERLLM_FULL") == "1" else range(3)
+BLOCKS = range(100 if FULL else 2)
 
 
 def check(asked: Problem, found: Found, best: float) -> None:
@@ -81,7 +81,7 @@ def star(seed: int) -> Problem:
 @pytest.mark.timeout(60)
 def test_a_star_of_devices_is_divided() -> None:
     feasible = 0
-    for seed in (*range(8), 20, 21):
+    for seed in (*range(8 if FULL else 2), 20, 21):
         asked = star(seed)
         best, found = least(asked), search.cheapest(asked)
         check(asked, found, best)
@@ -100,7 +100,7 @@ def test_no_way_home_is_no_way() -> None:
 
 @pytest.mark.timeout(60)
 def test_what_costs_nothing_is_found_and_proven() -> None:
-    for seed in range(6):
+    for seed in range(6 if FULL else 3):
         asked = random_problem(seed)
         asked = replace(
             asked, cost=np.zeros_like(asked.cost), hop=np.zeros_like(asked.hop), back=np.zeros_like(asked.back)
@@ -110,7 +110,7 @@ def test_what_costs_nothing_is_found_and_proven() -> None:
 
 
 def test_rooms_beyond_counting_are_room_enough() -> None:
-    for seed in range(10):
+    for seed in range(10 if FULL else 2):
         asked = random_problem(seed)
         enough = np.full(len(asked.room), asked.memory.sum())
         for room in (2**61, 2**62, 2**63 - 1):

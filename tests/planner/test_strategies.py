@@ -16,7 +16,7 @@ from peerllm.planner.scenario import STRATEGIES, Scenario, ScenarioError
 from peerllm.planner.strategies import SINGLE, even, plan, value
 from peerllm.types import DeviceProfile, Layer, LinkProfile, Medium, ModelProfile, Workload
 from tests.planner.brute import fits, rate, request_ms
-from tests.planner.instances import instance
+from tests.planner.instances import FULL, instance
 
 NEAR = 1e-9
 
@@ -90,7 +90,7 @@ def test_every_plan_keeps_every_limit_and_says_what_it_costs(strategy: str, obje
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_no_strategy_beats_edgeshard(objective: str) -> None:
     compared = 0
-    for seed in range(40):
+    for seed in range(40 if FULL else 15):
         asked = scenario(seed, 6, 3)
         best = tried(asked, "edgeshard", objective)
         for strategy in STRATEGIES[1:]:
@@ -103,7 +103,7 @@ def test_no_strategy_beats_edgeshard(objective: str) -> None:
             elif best.optimal:
                 assert found.predicted.tokens_per_second <= best.predicted.tokens_per_second * (1 + NEAR)
             compared += 1
-    assert compared > 60
+    assert compared > 20
 
 
 @pytest.mark.parametrize(
@@ -351,13 +351,13 @@ def test_the_published_latency_algorithm_may_miss_the_best_plan() -> None:
 
 def test_the_published_latency_algorithm_is_often_right_and_often_not() -> None:
     right = wrong = 0
-    for seed in range(100):
+    for seed in range(100 if FULL else 40):
         best, found = (tried(scenario(seed), strategy, "latency") for strategy in ("edgeshard", "edgeshard-paper"))
         if best and found and best.optimal:
             same = math.isclose(found.predicted.request_ms, best.predicted.request_ms, rel_tol=NEAR)
             assert found.optimal == same, f"seed {seed}"
             right, wrong = right + same, wrong + (not same)
-    assert right > 10 and wrong > 2
+    assert right > 4 and wrong
 
 
 def test_the_published_throughput_algorithm_knows_one_sequence_only() -> None:

@@ -12,7 +12,7 @@ import pytest
 from peerllm.api.server import ApiServer
 from peerllm.api.token import load_or_create_token
 from peerllm.errors import EngineError
-from tests.api.fake import FakeHousehold, make_model_dir
+from tests.api.fake import WEIGHTS, FakeHousehold, make_model_dir
 from tests.web.browser import ENTER, Browser, available, browser
 
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(not available(), reason="no chromium with chromedriver")]
@@ -92,6 +92,7 @@ async def test_devices_and_layers_are_shown(page: Browser, household: FakeHouseh
     names = await page.run("return [...document.querySelectorAll('#devices .name')].map((one) => one.innerText)")
     assert names == ["laptop", "mini-pc", "jetson"]
     assert "12 MB used of 20 MB lent" in await page.text("#devices")
+    assert f"weights: {WEIGHTS}" in await page.text("#deployments")
     assert "int8" not in await page.text("#deployments")
     household.deployments[0]["plan"]["activations"] = ["exact", "int8"]
     household.touch()
@@ -102,7 +103,7 @@ async def test_what_a_model_or_a_device_says_stays_text(page: Browser, household
     household.reply = EVIL
     household.devices[1]["name"] = EVIL
     household.deployments[0]["plan"]["stages"][1]["device"] = EVIL
-    household.deployments[0].update(model=EVIL, reason=EVIL, coordinator=EVIL)
+    household.deployments[0].update(model=EVIL, reason=EVIL, coordinator=EVIL, weights=EVIL)
     household.served = [household.model, replace(household.model, name=EVIL, state="waiting", reason=EVIL)]
     household.touch()
     await page.until("return document.querySelector('#deployments').innerText.includes('<img')", "the names")

@@ -39,6 +39,13 @@ function layers(deployment, colour, away) {
   ];
 }
 
+/** How weights are held, in the device's words; an option among them stays on one line. */
+function weights(deployment) {
+  if (!deployment.weights) return null;
+  const parts = `weights: ${deployment.weights}`.split(/(--\w+ \w+)/);
+  return make("p", { className: "figures" }, ...parts.map((part, index) => (index % 2 ? make("code", {}, part) : part)));
+}
+
 /** Which stages' hidden states are rounded on their way there. */
 function rounded(deployment) {
   const forms = deployment.plan?.activations ?? [];
@@ -64,6 +71,7 @@ function card(deployment, status, colour, stop) {
     deployment.reason ? make("p", { className: "reason" }, deployment.reason) : null,
     LOADING.has(deployment.state) ? bar(deployment.progress, "loading") : null,
     ...(stagesOf(deployment).length ? layers(deployment, colour, away) : []),
+    weights(deployment),
     rounded(deployment),
     figures(deployment),
     mine && make("button", { className: "plain small", type: "button", onclick: () => stop(deployment.model) }, "Stop this model"));

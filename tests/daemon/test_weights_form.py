@@ -1,0 +1,60 @@
+"""How weights are rounded: asked for, decided when the model is read, told to people."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from peerllm.cli.look import deployment_text
+from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.status import deployment_entry, weights_form
+from peerllm.errors import BadInputError
+from tests.daemon.house import House, inspected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "wanted", "words"),
+    [
+        ("", "", "auto", ""),
+        ("bfloat16", "int8", "auto", "16-bit, rounded to 8 bits (--quantize none keeps them)"),
+        ("float16", "int4", "int4", "16-bit, rounded to 4 bits (as asked for)"),
+        ("bfloat16", "", "none", "16-bit, not rounded"),
+        ("float32", "", "auto", "float32, not rounded"),
+        ("float32", "int8", "int8", "float32, rounded to 8 bits (as asked for)"),
+    ],
+)
+def test_words(dtype: str, quantize: str, wanted: str, words: str) -> None:
+    assert weights_form(dtype, quantize, wanted) == words
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture
+async def house(tmp_path):
+    made = House(tmp_path, [10**9], {"big": replace(inspected("big", 8), quantize="int8")})
+    yield made
+    await made.close()
+
+
+async def test_what_was_decided_is_told_by_the_preview_and_by_what_runs(house):
+    coordinator = house["a"].coordinator
+    words = "float32, rounded to 8 bits (--quantize none keeps them)"
+    assert (await coordinator.preview(RunOptions("big"), quiet))["weights"] == words
+    await coordinator.run(RunOptions("big"), quiet)
+    (view,) = coordinator.views()
+    entry = deployment_entry(view, house["a"].name)
+    assert (entry["weights"], entry["quantize"]) == (words, "auto")
+    assert (entry["plan"]["dtype"], entry["plan"]["quantize"]) == ("float32", "int8")
+    assert f"\nweights: {words}" in deployment_text(entry)
+
+
+async def test_asking_again_need_not_name_what_was_asked_for(house):
+    run = house["a"].coordinator.run
+    await run(RunOptions("big", quantize="int8", dtype="float32"), quiet)
+    await run(RunOptions("big"), quiet)
+    for other in (RunOptions("big", quantize="none"), RunOptions("big", dtype="float16")):
+        with pytest.raises(BadInputError, match="other options"):
+            await run(other, quiet)
