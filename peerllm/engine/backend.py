@@ -34,7 +34,11 @@ class Backend(Protocol):
     """All but `sampler` run in the loader thread or a helper's, not in the compute thread."""
 
     sampler: Sampler
-    broken: tuple[type[BaseException], ...]  # after such an error nothing in this process computes any more
+
+    @property
+    def broken(self) -> tuple[type[BaseException], ...]:
+        """After such an error nothing in this process computes any more."""
+        ...
 
     def facts(self, compute: str = "cpu", threads: int = 1) -> Facts:
         """Before all else; `compute` and `threads` say where from now on. BadInputError if that is not here."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from peerllm.engine.backend import Facts, versions
 from peerllm.engine.base import Progress, Sampler, Shard
@@ -16,8 +19,12 @@ from peerllm.engine.graph import family
 from peerllm.engine.graph.describe import Described, UnfitError, describe
 from peerllm.engine.graph.inspect import layer_tensors, profile
 from peerllm.engine.graph.load import load_shard
-from peerllm.engine.measure import measure, runtime_bytes
+from peerllm.engine.graph.mockup import Outline
+from peerllm.engine.graph.nodes import Graph
+from peerllm.engine.kernels.pool import make_pool
+from peerllm.engine.measure import measure
 from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
+from peerllm.engine.profiling import time_layers
 from peerllm.engine.sampler import SeededSampler
 from peerllm.errors import ModelError
 
@@ -42,6 +49,7 @@ class Backends:
 
     def facts(self, compute: str = "cpu", threads: int = 1) -> Facts:
         self._threads, self._compute = threads, compute
+        make_pool(threads)
         if compute != "cpu":
             return self._with_torch("--compute").facts(compute, threads)
         has_torch = all(find_spec(name) is not None for name in ("torch", "transformers"))
@@ -83,10 +91,15 @@ class Backends:
         )
 
     def measure(self, message: Measure) -> Measured:
-        return measure().message(message.request)
+        return measure(message) if self._compute == "cpu" else self._with_torch("--compute").measure(message)
 
     def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
-        raise NotImplementedError
+        described = self._described(message.config, message.dtype, message.quantize)
+        if described is None:
+            return self._with_torch(_kind(message.config)).time_layers(message, check)
+        # This thread's own time leaves out what strangers add, but not other threads of ours.
+        clock = time.thread_time if self._threads == 1 else time.perf_counter
+        return time_layers(message, Outline(described, message, self._threads), self.sampler, check, clock)
 
     def _described(self, config: str, dtype: str, quantize: str) -> Described | None:
         """The model, if the graph engine is what computes it in that form: in float32, or with rounded weights."""
@@ -104,8 +117,17 @@ class Backends:
                 from peerllm.engine.torch_backend import TorchBackend
             except ImportError as error:
                 raise ModelError(f"{what} {NEEDS_TORCH} ({error})") from error
-            self._torch = TorchBackend()
+            self._torch = TorchBackend(self._threads)
         return self._torch
+
+
+def runtime_bytes() -> int:
+    """Resident size of this process with all that a graph needs, before there is one of a model."""
+    graph = Graph()
+    graph.add("Identity", graph.input("x", 1), output="y")
+    graph.output("y", 1)
+    graph.session()
+    return int(psutil.Process().memory_info().rss)
 
 
 def _kind(config: str) -> str:

@@ -57,9 +57,9 @@ async def _serve(sock: socket.socket) -> None:
 
 
 def _backend() -> Backend:
-    from peerllm.engine.torch_backend import TorchBackend
+    from peerllm.engine.backends import Backends
 
-    return TorchBackend()
+    return Backends()
 
 
 def _exit(code: int, line: str = "") -> NoReturn:

@@ -30,8 +30,8 @@ class TorchBackend:
     sampler: Sampler = SeededSampler()
     broken = BROKEN
 
-    def __init__(self) -> None:
-        self._place, self._threads = PROCESSORS, 1
+    def __init__(self, threads: int = 1) -> None:
+        self._place, self._threads = PROCESSORS, threads
         empty_too(empty_caches)
 
     def facts(self, compute: str = "cpu", threads: int = 1) -> Facts:

@@ -19,7 +19,6 @@ from peerllm.engine.inspect import Inspection, inspect_model
 from peerllm.engine.kernels import unfolded
 from peerllm.engine.kernels.rounding import rounded
 from peerllm.engine.messages import Measure, TimeLayers
-from peerllm.engine.packing import View
 from peerllm.engine.place import PROCESSORS, Place, find
 from peerllm.engine.shard import TorchShard, load_shard
 from peerllm.engine.torch_backend import TorchBackend

@@ -102,7 +102,8 @@ def load_shard(described: Described, spec: LoadStage, threads: int, progress: Pr
     embedding = None
     if shape.first_layer == 0:
         name = f"{described.embedding}.weight"
-        positions = described.positions and checkpoint.floats(f"{described.positions}.weight", slice(None))
+        where = described.positions
+        positions = None if where is None else checkpoint.floats(f"{where}.weight", slice(None))
         embedding = make_embedding(described.model, checkpoint.mapped(name), positions, spec.context)
     shard = build(shape, checkpoint, embedding, threads, spec.chunk)
     progress(total, total)

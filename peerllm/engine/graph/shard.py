@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class GraphShard:
         self.first_layer, self.last_layer = first_layer, last_layer
         self.hidden_size, self.vocabulary = model.hidden, model.vocabulary
         self.weight_bytes = weight_bytes
-        self.weights = {id(self): weight_bytes}
+        self.weights: Mapping[int, int] = {id(self): weight_bytes}
         self.reach: Reach | None = reach_of(model)
         self._model, self._embedding, self._spans, self._head, self._half = model, embedding, spans, head, half
         numbers = [number for span in spans for number in range(span.first, span.last + 1)]
