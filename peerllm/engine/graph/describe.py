@@ -110,7 +110,9 @@ def _described(values: Values, family: Family, name: str) -> Described:
     hidden, vocabulary, count = (values.whole(key) for key in ("hidden_size", "vocab_size", "num_hidden_layers"))
     if count > MAX_BLOCKS:
         raise UnfitError(f"{count} layers; at most {MAX_BLOCKS} are taken")
-    kinds = values.get("layer_types", [family.layer_type(values, number) for number in range(count)])
+    kinds = values.get("layer_types")
+    if kinds is None:
+        kinds = [family.layer_type(values, number) for number in range(count)]
     if not isinstance(kinds, list) or len(kinds) != count:
         raise UnfitError("config.json's layer_types do not fit its layers")
     blocks = tuple(_block(values, family, number, str(kind), hidden) for number, kind in enumerate(kinds))
@@ -184,11 +186,12 @@ def _rope(values: Values, family: Family, number: int, kind: str, width: int) ->
     about = _rope_parameters(values, family, kind)
     scaling = str(about.pop("rope_type", about.pop("type", "default")))
     theta = float(about.pop("rope_theta", None) or values.get("rope_theta"))
-    part = values.get("partial_rotary_factor")
-    given = about.pop("partial_rotary_factor", None)
-    if part is None and given not in (None, 1):
-        raise UnfitError("partial rotation, which the family does not know")
-    rotated = values.get("rotary_dim", int(width * float(given or part or 1.0)))
+    part, given = values.get("partial_rotary_factor"), about.pop("partial_rotary_factor", None)
+    if part is None:  # such a family does not read it, but transformers' functions for what scales do
+        if scaling != "default" and given not in (None, 1):
+            raise UnfitError("rotary embeddings that scale, of a part that the family does not know")
+        given = 1.0
+    rotated = values.get("rotary_dim", int(width * float(given or part)))
     if scaling == "dynamic" and family.alpha and about.get("alpha"):
         scaling, theta = "default", theta * about["alpha"] ** (width / (width - 2))
     if scaling == "default":
@@ -196,9 +199,11 @@ def _rope(values: Values, family: Family, number: int, kind: str, width: int) ->
     else:
         length = values.get("max_position_embeddings")
         about = {"rope_type": scaling, "original_max_position_embeddings": length, **about}
-    rope = Rope(rotated, theta, family.interleaved, tuple(sorted(about.items())))
-    if scaling not in KNOWN or rotated > width or not np.isfinite(inverse_frequencies(rope)[0]).all():
+    if scaling not in KNOWN or rotated > width:
         raise UnfitError(f"rotary embeddings of kind {scaling!r}, {rotated} of {width} numbers")
+    rope = Rope(rotated, theta, family.interleaved, tuple(sorted(about.items())))
+    with np.errstate(all="raise", under="ignore"):
+        inverse_frequencies(rope)  # fails now where it would later
     return rope
 
 

@@ -197,6 +197,12 @@ def _opt(values: Asked) -> dict[str, Any]:
     return {} if usual else {"refused": "the layout of opt-350m"}
 
 
+def _phi3(values: Asked) -> dict[str, Any]:
+    about = values.get("rope_scaling", values.get("rope_parameters", {}))
+    longer = "short_factor" in about  # transformers calls it longrope, whatever it is called
+    return {"refused": "rotary embeddings that follow the length of a sequence"} if longer else {}
+
+
 def _granite_swa(values: Asked) -> dict[str, Any]:
     about = values.get("rope_parameters", {})
     usual = about.get("rope_theta", values.get("rope_theta"))
@@ -315,7 +321,7 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": Family(
         names=PHI3, layer_type=_windows,
         defaults={"norm_eps": 1e-5, "partial_rotary_factor": 1.0, "sliding_window": None},
-        by=lambda values: {"refused": "rotary embeddings scaled"} if values.get("rope_scaling") else {},
+        by=_phi3,
     ),
     "persimmon": Family(
         names=PERSIMMON, keys={**LAYER, **HEADS_ALONE}, norm="layer", head_norm="layer", gated=False,

@@ -167,7 +167,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": None}}),
     ("llama", {"rope_scaling": {"rope_type": "linear"}}),
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 0.0}}),
-    ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}),
     ("llama", BY_KIND),
     ("llama", {"hidden_act": "xielu"}),
     ("llama", {"head_dim": 20}),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import io
 import json
 from dataclasses import dataclass
@@ -86,7 +88,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # by model type: what each 
     "gpt_neox": ({}, {"use_parallel_residual": False, "attention_bias": False, **LINEAR}),
     "falcon": (
         {"multi_query": True}, {"multi_query": False, "bias": True}, {"parallel_attn": False},
-        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "hidden_size": 48, "num_attention_heads": 6},
         {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "num_kv_heads": 1},
     ),
     "stablelm": ({"use_qkv_bias": True}, {"use_parallel_residual": True}, {"qk_layernorm": True}),
@@ -142,7 +144,7 @@ def config_of(model_type: str, **values: Any) -> Any:
     from transformers import AutoConfig
 
     quiet = {f"{kind}_token_id": None for kind in ("eos", "pad")}
-    return AutoConfig.for_model(model_type, **{**quiet, **values})
+    return AutoConfig.for_model(model_type, **copy.deepcopy({**quiet, **values}))  # they add to what they are given
 
 
 def model_of(model_type: str, number: int, values: dict[str, Any]) -> Any:
@@ -174,6 +176,7 @@ def make(model_type: str, number: int, values: dict[str, Any], directory: Path) 
     ids = np.random.default_rng(number).integers(0, model.config.vocab_size, (SLOTS, CONTEXT))
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids)).logits.numpy()
+    gc.freeze()  # a load collects garbage, of which there is none
     described = describe(json.loads((directory / "config.json").read_text()))
     cut = number % (LAYERS + 1)
     spans = (0, cut), (cut + 1, LAYERS + 1)
