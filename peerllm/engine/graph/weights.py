@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -189,7 +189,7 @@ def add_experts(
             told = "is missing" if found is None else f"has shape {list(found)}; the model needs {list(shape)}"
             raise ModelError(f"tensor {name} {told}")
     block = experts_block(experts, hidden, bits)
-    layers = [
+    layers: list[tuple[int, int, Callable[[int], Floats], str]] = [
         (2 * experts.wide, hidden, lambda number: stacks.first(tensors, experts, number), f"{stacks.up}_bias"),
         (hidden, experts.wide, lambda number: stacks.second(tensors, number), f"{stacks.down}_bias"),
     ]
