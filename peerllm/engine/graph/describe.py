@@ -15,6 +15,7 @@ from peerllm.engine.graph.model import (
     Activation,
     Attention,
     Block,
+    Experts,
     FeedForward,
     Head,
     Model,

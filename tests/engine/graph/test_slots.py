@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peerllm.engine import base as module
 from peerllm.engine.base import Reach, Segment
-from peerllm.engine.graph import slots as module
 from peerllm.engine.graph.model import Attention
 from peerllm.engine.graph.slots import Batch, KVSlots
 from peerllm.errors import EngineError
