@@ -71,7 +71,7 @@ class Backends:
         text = (directory / "config.json").read_text(encoding="utf-8")
         tensors = read_tensors(directory)
         dtype = compute_dtype(message.dtype, config, tensors.values())
-        quantize = resolve(message.quantize, tensors.values(), dtype, self._compute != "cpu")
+        quantize = resolve(message.quantize, dtype, self._compute != "cpu")
         described = self._described(text, dtype, quantize)
         if isinstance(described, str):
             return self._with_torch(described).inspect(message)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from peerllm.types import Sampling
 
+ROLLBACK_TOKENS = 64  # how far a sequence can go back in layers that keep only a window
 Tensor = npt.NDArray[Any]  # C-contiguous; bfloat16 is ml_dtypes'
 Floats = npt.NDArray[np.float32]
 

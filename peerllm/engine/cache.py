@@ -14,7 +14,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from peerllm.engine import states
+from peerllm.engine import base
 from peerllm.engine.base import Segment
 from peerllm.engine.place import CPU
 from peerllm.engine.states import FULL, WINDOWED, LayerState
@@ -81,7 +81,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """The room is full: keep what the window and a rollback need, so that the next slide is some tokens away."""
         if self.window is None:
             raise EngineError(f"the slot's {room} tokens are full")
-        old = min(self.held, shown - count + states.ROLLBACK_TOKENS)
+        old = min(self.held, shown - count + base.ROLLBACK_TOKENS)
         results = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             assert store is not None

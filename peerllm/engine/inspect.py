@@ -62,7 +62,7 @@ def inspect_model(
     config = parse_config(text)
     tensors = read_tensors(directory)
     dtype = compute_dtype(dtype, values, tensors.values())
-    quantize = resolve(quantize, tensors.values(), dtype, accelerator)
+    quantize = resolve(quantize, dtype, accelerator)
     division = divide(config, DTYPES[dtype])
     found = recipes(division, tensors)
     check(division, found, division.sizes)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from peerllm.engine import states
+from peerllm.engine import base
 from peerllm.engine.base import Reach
 from peerllm.engine.states import FULL, WINDOWED, LayerState
 
@@ -19,7 +19,7 @@ def reach_of(model: Any, kept: Mapping[int, LayerState]) -> Reach | None:
         return None
     rewinds = all(state.kind in (FULL, *WINDOWED) and not state.state_bytes for state in kept.values())
     rooms = [state.kept_tokens for state in kept.values() if state.kept_tokens is not None]
-    return Reach(rewinds, min(rooms, default=None), states.ROLLBACK_TOKENS)
+    return Reach(rewinds, min(rooms, default=None), base.ROLLBACK_TOKENS)
 
 
 def _follows_length(module: Any) -> bool:

@@ -14,7 +14,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-ROLLBACK_TOKENS = 64  # how far a sequence can go back in layers that keep only a window
+from peerllm.engine import base
+
 FULL, WINDOWED = "full_attention", ("sliding_attention", "chunked_attention")
 
 
@@ -42,7 +43,7 @@ class LayerState:
     @property
     def kept_tokens(self) -> int | None:
         """The most tokens of a sequence that are kept; None for all."""
-        return None if self.window is None else self.window + 2 * ROLLBACK_TOKENS
+        return None if self.window is None else self.window + 2 * base.ROLLBACK_TOKENS
 
     def room(self, context: int) -> int:
         """Tokens of room per slot."""

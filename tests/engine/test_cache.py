@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from peerllm.engine import states
+from peerllm.engine import base
 from peerllm.engine.cache import SlotLayer, Slots
 from peerllm.engine.states import LayerState
 from peerllm.errors import EngineError
@@ -18,7 +18,7 @@ CONTEXT = 200
 
 @pytest.fixture(autouse=True)
 def short_memory(monkeypatch):
-    monkeypatch.setattr(states, "ROLLBACK_TOKENS", 4)
+    monkeypatch.setattr(base, "ROLLBACK_TOKENS", 4)
 
 
 def layer(window: int | None) -> SlotLayer:
@@ -35,7 +35,7 @@ def tokens(start: int, count: int, width: int) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(window=st.sampled_from([None, 1, 2, 5, 16]), counts=st.lists(st.integers(1, 30), max_size=12))
 def test_same_as_transformers(window, counts):
-    states.ROLLBACK_TOKENS = 4
+    base.ROLLBACK_TOKENS = 4
     ours, theirs = layer(window), DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
     position = 0
     for count in counts:
@@ -61,12 +61,12 @@ def test_same_as_transformers(window, counts):
 )
 def test_goes_back_as_far_as_promised(window, moves):
     """As base.Reach allows: going back twice does not bring back what was dropped; it counts from the furthest."""
-    states.ROLLBACK_TOKENS = 4
+    base.ROLLBACK_TOKENS = 4
     ours, held, furthest = layer(window), [], 0
     for count, back in moves:
         if len(held) + count > CONTEXT:
             break
-        held = held[: min(len(held), max(len(held) - back, furthest - states.ROLLBACK_TOKENS, 0))]
+        held = held[: min(len(held), max(len(held) - back, furthest - base.ROLLBACK_TOKENS, 0))]
         ours.seek(len(held))
         shown, offset = ours.get_mask_sizes(count)
         held = [*held, *range(len(held), len(held) + count)]

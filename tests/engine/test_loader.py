@@ -274,7 +274,6 @@ def test_auto_dtype_is_what_the_files_hold_unless_the_model_says_otherwise(model
         ("bfloat16", "auto", True, ""),
         ("bfloat16", "float32", False, ""),
         ("float32", "auto", False, ""),
-        ("float32", "bfloat16", False, ""),
     ],
 )
 def test_auto_rounds_what_is_held_in_16_bits(model, held, dtype, accelerator, quantize):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peerllm.engine.inspect import resolved
+from peerllm.engine.checkpoint import resolve
 
 
 @pytest.mark.parametrize(
@@ -19,4 +19,4 @@ from peerllm.engine.inspect import resolved
     ],
 )
 def test_resolved(asked: str, dtype: str, accelerator: bool, found: str) -> None:
-    assert resolved(asked, dtype, accelerator) == found
+    assert resolve(asked, dtype, accelerator) == found

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from peerllm.engine import states
+from peerllm.engine import base
 from peerllm.types import Sampling
 from tests.engine.architectures import FAMILIES, VOCABULARY, save, tiny_model
 from tests.engine.engines import GREEDY, Cut, Deployed, Device, deploy, devices
@@ -77,7 +77,7 @@ GOES_BACK = {"llama": 99, "mpt": 99, "mistral": SLACK, "ministral": SLACK, "qwen
 async def test_a_conversation_says_what_the_whole_model_says(
     model_type: str, made: list[Device], models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(states, "ROLLBACK_TOKENS", SLACK)
+    monkeypatch.setattr(base, "ROLLBACK_TOKENS", SLACK)
     most = GOES_BACK[model_type]
     directory, model = models(model_type)
     deployed = await deploy(made, directory, CUT, chunk=7)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from peerllm.engine import states
+from peerllm.engine import base
 from peerllm.engine.base import Reach, Segment, Tensor
 from peerllm.engine.batching import Scheduler
 from peerllm.engine.cache import Slots
@@ -183,7 +183,7 @@ class Household(RuleBasedStateMachine):
         faults=st.sampled_from([False, False, True]),
     )
     def begin(self, kind: str, slots: int, faults: bool) -> None:
-        self._slack, states.ROLLBACK_TOKENS = states.ROLLBACK_TOKENS, SLACK
+        self._slack, base.ROLLBACK_TOKENS = base.ROLLBACK_TOKENS, SLACK
         self.plan, self.slots, self.faults = Plan(kind, slots), slots, faults
         self.source = self.plan.deployments[0]._source
         self.orders: dict[int, Submit] = {}
@@ -200,7 +200,7 @@ class Household(RuleBasedStateMachine):
             assert len(deployment.stages[place].slots) == 0
             for slot, remains in self.source._idle._remains.items():
                 assert self.went_wrong or kept[slot] == len(remains.ids)
-        states.ROLLBACK_TOKENS = self._slack
+        base.ROLLBACK_TOKENS = self._slack
 
     def answer(self, number: int) -> tuple[list[int], Tokens | None]:
         said: list[int] = []
@@ -460,7 +460,7 @@ def test_a_failure_after_the_end_is_heard() -> None:
 
 
 def test_going_back_again_and_again_brings_back_nothing_that_slid_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "ROLLBACK_TOKENS", SLACK)
+    monkeypatch.setattr(base, "ROLLBACK_TOKENS", SLACK)
     plan = Plan("window", 1)
     prompt, reused = [1] * 20, []
     for number in range(1, 10):

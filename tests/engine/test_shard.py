@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peerllm.engine import states
+from peerllm.engine import base
 from peerllm.engine.base import Segment
 from peerllm.engine.inspect import Inspection, inspect_model
 from peerllm.engine.shard import TorchShard, load_shard
@@ -77,7 +77,7 @@ steps = st.lists(
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps, seed=st.integers(0, 2**20))
 def test_slots_do_not_disturb_each_other(model_type, steps, seed, monkeypatch):
-    monkeypatch.setattr(states, "ROLLBACK_TOKENS", 3)  # so that windows slide within the test's lengths
+    monkeypatch.setattr(base, "ROLLBACK_TOKENS", 3)  # so that windows slide within the test's lengths
     shards = chain(model_type, 0, 2, 4)
     generator = torch.Generator().manual_seed(seed)
     held: dict[int, list[int]] = {slot: [] for slot in range(SLOTS)}
@@ -160,7 +160,7 @@ def test_a_slot_holds_its_full_context():
 
 
 def test_a_window_cannot_go_back_further_than_it_remembers(monkeypatch):
-    monkeypatch.setattr(states, "ROLLBACK_TOKENS", 2)
+    monkeypatch.setattr(base, "ROLLBACK_TOKENS", 2)
     shards = chain("mistral", 0)
     run(shards, [3 + n for n in range(30)], [Segment(0, 0, 30)])
     with pytest.raises(EngineError, match="replay"):
@@ -258,7 +258,7 @@ def test_room_for_keys_and_values_is_made_beforehand():
     assert windowed.kind == "block:sliding_attention"
     assert full.kind == "block:full_attention"
     assert full.kv_window_tokens is None
-    assert windowed.kv_window_tokens == 5 + 2 * states.ROLLBACK_TOKENS
+    assert windowed.kv_window_tokens == 5 + 2 * base.ROLLBACK_TOKENS
     shard = load_shard(stage(inspection, 1, 2, slots=2, context=1000))
     assert shard.kv_bytes == 2 * full.kv_bytes_per_token * (1000 + windowed.kv_window_tokens)
 

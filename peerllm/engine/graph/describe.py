@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast, get_args
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.graph.family import FAMILIES, Family
+from peerllm.engine.graph.family import COMMON, FAMILIES, Family
 from peerllm.engine.graph.model import (
     Activation,
     Attention,
     Block,
+    Experts,
     FeedForward,
     Head,
     Model,
     Norm,
     Rope,
 )
-from peerllm.engine.graph.rotation import KNOWN
+from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
 from peerllm.engine.graph.weights import BlockWeights, Part, Product, Stacks
 
+ROLES = ("gate", "up", "gate up", "down")
 EVEN = 8  # what the attention operator asks of a head's width
 MAX_BLOCKS = 1022  # with embedding and head as many layers as a plan has stages at most
-DEFAULT_CONTEXT = 2048  # tokens, where config.json names no limit
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2", "quick_gelu": "quick_gelu",
@@ -55,17 +57,16 @@ class Described:
 
 
 class Values:
-    """config.json's values under this project's names, with the family's defaults."""
+    """What a family reads of config.json, by this project's names; transformers' defaults where it is left out."""
 
     def __init__(self, config: Mapping[str, Any], family: Family) -> None:
-        self._config, self._family = config, family
+        self._config, self._keys = config, family.keys
+        self._defaults = {**COMMON, **family.defaults}
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A value that is there and not null, else the family's default, else `default`."""
-        key = self._family.keys.get(name, name)
-        value = self._config.get(key)
-        if value is None and key not in self._config:
-            value = self._family.defaults.get(name)
+        """`default` where the value is null, or the family does not read it."""
+        key = self._keys.get(name, name)
+        value = self._config[key] if name in self._defaults and key in self._config else self._defaults.get(name)
         return default if value is None else value
 
     def whole(self, name: str, default: int | None = None) -> int:
@@ -75,13 +76,12 @@ class Values:
             raise UnfitError(f"config.json's {name} is {value!r}")
         return value
 
-    def layer_type(self, number: int, count: int) -> str:
-        kinds = self.get("layer_types")
-        if kinds is None:
-            return self._family.layer_type(self, number)
-        if not isinstance(kinds, list) or len(kinds) != count:
-            raise UnfitError("config.json's layer_types do not fit its layers")
-        return str(kinds[number])
+    def number(self, name: str, default: float) -> float:
+        """A finite number."""
+        value = float(self.get(name, default))
+        if not math.isfinite(value):
+            raise UnfitError(f"config.json's {name} is {value!r}")
+        return value
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
@@ -94,118 +94,162 @@ def describe(config: Mapping[str, Any]) -> Described:
     family = family_of(config)
     if family is None:
         raise UnfitError(f"architecture {config.get('model_type')!r} is not in the graph engine's table")
+    if config.get("per_layer_config"):
+        raise UnfitError("layers with configurations of their own")
     values = Values(config, family)
     try:
+        family = replace(family, **family.by(values))
+        if family.refused is not None:
+            raise UnfitError(family.refused)
         return _described(values, family, str(config["model_type"]))
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UnfitError(f"config.json is not usable: {error}") from error
 
 
 def _described(values: Values, family: Family, name: str) -> Described:
-    if (reason := family.refuses(values)) is not None:
-        raise UnfitError(reason)
     hidden, vocabulary, count = (values.whole(key) for key in ("hidden_size", "vocab_size", "num_hidden_layers"))
     if count > MAX_BLOCKS:
         raise UnfitError(f"{count} layers; at most {MAX_BLOCKS} are taken")
-    blocks = tuple(_block(values, family, number, count, hidden) for number in range(count))
-    final = _norm(values, family)
-    positions = family.names.get("positions")
+    kinds = values.get("layer_types")
+    if kinds is None:
+        kinds = [family.layer_type(values, number) for number in range(count)]
+    if not isinstance(kinds, list) or len(kinds) != count:
+        raise UnfitError("config.json's layer_types do not fit its layers")
+    blocks = tuple(_block(values, family, number, str(kind), hidden) for number, kind in enumerate(kinds))
+    names, positions = family.names, family.names.get("positions")
+    logits = values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0)
     model = Model(
         name,
         hidden,
         vocabulary,
-        values.whole("max_position_embeddings", DEFAULT_CONTEXT),
+        values.whole("max_position_embeddings"),
         blocks,
-        Head(final, family.logit_scale(values), float(values.get("final_logit_softcapping", 0.0))),
-        family.embedding_scale(values),
+        Head(_norm(values, family), logits, values.number("final_logit_softcapping", 0.0)),
+        math.sqrt(hidden) if family.scaled_embedding else values.number("embedding_multiplier", 1.0),
         family.position_offset if positions else None,
     )
-    weights = tuple(_weights(family, model.blocks[number], number, hidden) for number in range(count))
-    names = family.names
-    tied = bool(values.get("tie_word_embeddings", False))
+    weights = tuple(_weights(family, block, number, hidden) for number, block in enumerate(blocks))
+    tied = bool(values.get("tie_word_embeddings"))
     return Described(model, weights, names["embedding"], positions, names["final"], names["output"], tied)
 
 
 def _norm(values: Values, family: Family) -> Norm:
-    return Norm(family.norm, float(values.get("norm_eps", 1e-5)), family.offset, family.weighted)
+    return Norm(family.norm, values.number("norm_eps", 1e-5), family.offset, family.weighted)
 
 
-def _block(values: Values, family: Family, number: int, count: int, hidden: int) -> Block:
-    kind = values.layer_type(number, count)
-    if kind not in ("full_attention", "sliding_attention", "full_attention_no_rope"):
+def _block(values: Values, family: Family, number: int, kind: str, hidden: int) -> Block:
+    if kind not in ("full_attention", "sliding_attention"):
         raise UnfitError(f"layers of kind {kind!r}")
     norm = _norm(values, family)
-    placements = family.placements(values)
     return Block(
         _attention(values, family, number, kind, hidden),
         _feed_forward(values, family, number, hidden),
-        tuple((place, norm) for place in placements),
-        family.parallel(values),
-        float(values.get("residual_multiplier", 1.0)),
+        tuple((place, norm) for place in family.placements),
+        bool(values.get("use_parallel_residual", family.parallel)),
+        values.number("residual_multiplier", 1.0),
     )
 
 
 def _attention(values: Values, family: Family, number: int, kind: str, hidden: int) -> Attention:
     heads = values.whole("num_attention_heads")
-    groups, width = family.groups(values, heads), values.whole("head_dim", hidden // heads)
+    groups = family.groups or values.whole("num_key_value_heads", heads)
+    width = values.whole("head_dim", hidden // heads)
     if width % EVEN or heads % groups:
         raise UnfitError(f"{heads} heads of width {width} in {groups} groups")
-    window = values.whole("sliding_window") if kind == "sliding_attention" else None
-    norm = Norm(family.head_norm, float(values.get("norm_eps", 1e-5)), family.offset) if family.normed(values) else None
+    normed = family.normed or values.get("qk_layernorm")
+    clip = values.get("clip_qkv")
     return Attention(
         heads, groups, width,
-        family.attention_scale(values, width, number),
+        _scale(values, number, width),
         _rope(values, family, number, kind, width),
-        window,
-        float(values.get("attn_logit_softcapping", 0.0)),
+        values.whole("sliding_window") if kind == "sliding_attention" else None,
+        values.number("attn_logit_softcapping", 0.0),
         family.sinks,
-        values.get("clip_qkv"),
-        norm,
+        clip and float(clip),
+        Norm(family.head_norm, values.number("norm_eps", 1e-5), family.offset) if normed else None,
         family.norm_over,
         family.norm_after_rope,
     )  # fmt: skip
 
 
+def _scale(values: Values, number: int, width: int) -> float:
+    """What products of queries and keys are multiplied by."""
+    scale = values.number("attention_multiplier", float(values.get("query_pre_attn_scalar", width)) ** -0.5)
+    if not values.get("scale_attn_weights", True):
+        scale = 1.0
+    return scale / (number + 1) if values.get("scale_attn_by_inverse_layer_idx") else scale
+
+
 def _rope(values: Values, family: Family, number: int, kind: str, width: int) -> Rope | None:
     if not family.rotates(values, number, kind):
         return None
-    about = _rope_parameters(values, kind)
-    scaling_type = str(about.pop("rope_type", about.pop("type", "default")))
-    if scaling_type not in KNOWN:
-        raise UnfitError(f"rotary embeddings of kind {scaling_type!r}")
-    theta = float(about.pop("rope_theta", None) or values.get("rope_theta", 10000.0))
-    part = about.pop("partial_rotary_factor", None) or values.get("partial_rotary_factor", 1.0)
-    scaling: tuple[tuple[str, object], ...] = ()
-    if scaling_type != "default":
-        about.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
-        scaling = (("rope_type", scaling_type), *sorted(about.items()))
-    return Rope(int(width * float(part)), theta, family.interleaved, scaling)
+    about = _rope_parameters(values, family, kind)
+    scaling = str(about.pop("rope_type", about.pop("type", "default")))
+    theta = float(about.pop("rope_theta", None) or values.get("rope_theta"))
+    part, given = values.get("partial_rotary_factor"), about.pop("partial_rotary_factor", None)
+    if part is None:  # such a family does not read it, but transformers' functions for what scales do
+        if scaling != "default" and given not in (None, 1):
+            raise UnfitError("rotary embeddings that scale, of a part that the family does not know")
+        given = 1.0
+    rotated = values.get("rotary_dim", int(width * float(given or part)))
+    if scaling == "dynamic" and family.alpha and about.get("alpha"):
+        scaling, theta = "default", theta * about["alpha"] ** (width / (width - 2))
+    if scaling == "default":
+        about = {}
+    else:
+        length = values.get("max_position_embeddings")
+        about = {"rope_type": scaling, "original_max_position_embeddings": length, **about}
+    if scaling not in KNOWN or rotated > width:
+        raise UnfitError(f"rotary embeddings of kind {scaling!r}, {rotated} of {width} numbers")
+    rope = Rope(rotated, theta, family.interleaved, tuple(sorted(about.items())))
+    with np.errstate(all="raise", under="ignore"):
+        inverse_frequencies(rope)  # fails now where it would later
+    return rope
 
 
-def _rope_parameters(values: Values, kind: str) -> dict[str, Any]:
-    """Of layers of a kind: config.json has them for all, or by kind, or in the older keys."""
-    about = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if kind in about:
-        return dict(about[kind] or {})
+def _rope_parameters(values: Values, family: Family, kind: str) -> dict[str, Any]:
+    """Of layers of a kind: config.json has them for all, by kind, or in the older keys."""
+    about, older = values.get("rope_parameters", {}), values.get("rope_scaling", {})
+    if family.local_theta is not None:
+        if kind == "sliding_attention":
+            about = {"rope_theta": values.get("rope_local_base_freq", family.local_theta), **(about.get(kind) or {})}
+        else:
+            about = {**(about.get(kind) or {}), **older}
+        about.pop("truncate", None)  # transformers looks for it elsewhere
+        return about
+    about = dict(older or about)
     if any(isinstance(value, dict) for value in about.values()):
-        raise UnfitError(f"rope_parameters say nothing of layers of kind {kind!r}")
-    about = dict(about)
-    if kind == "sliding_attention" and (local := values.get("rope_local_base_freq")) is not None:
-        return {"rope_theta": local}  # the older keys: what scales does not scale windows
+        raise UnfitError("rope_parameters by kind of layer")
+    if (length := values.get("original_max_position_embeddings")) is not None:
+        about["original_max_position_embeddings"] = length
     return about
 
 
 def _feed_forward(values: Values, family: Family, number: int, hidden: int) -> FeedForward:
-    name = str(values.get("hidden_act"))
+    name = family.activation or str(values.get("hidden_act"))
     if name not in ACTIVATIONS:
         raise UnfitError(f"activation {name!r}")
-    activation = ACTIVATIONS[name]
-    assert activation in get_args(Activation)
-    wide = values.whole("intermediate_size", 4 * hidden)
-    experts = family.experts(values, number)
-    if experts is not None and activation != "silu":
+    experts = _experts(values, family, number)
+    if experts is not None and ACTIVATIONS[name] != "silu":
         raise UnfitError(f"experts with activation {name!r}")
-    return FeedForward(wide, activation, family.gated, experts)
+    return FeedForward(values.whole("intermediate_size", 4 * hidden), ACTIVATIONS[name], family.gated, experts)
+
+
+def _experts(values: Values, family: Family, number: int) -> Experts | None:
+    if not family.experts or number in values.get("mlp_only_layers", ()):
+        return None
+    if (number + 1) % values.get("decoder_sparse_step", 1):
+        return None
+    count, used = values.get("num_local_experts") or values.whole("num_experts"), values.whole("num_experts_per_tok")
+    if type(count) is not int or not used <= count:
+        raise UnfitError(f"{used} of {count!r} experts")
+    shared = values.get("shared_expert_intermediate_size", 0)
+    return Experts(
+        count, used, values.get("moe_intermediate_size") or values.whole("intermediate_size"),
+        bool(values.get("norm_topk_prob", True)),
+        values.number("swiglu_alpha", 1.0), float(family.experts == "interleaved"), values.number("swiglu_limit", 0.0),
+        shared, "shared gating" in family.names,
+    )  # fmt: skip
 
 
 # ---- names of tensors ---------------------------------------------------------------------------------------------
@@ -226,9 +270,9 @@ def _weights(family: Family, block: Block, number: int, hidden: int) -> BlockWei
     else:
         experts = mlp.experts
         products["router"] = Product((Part(names["router"], experts.count),), hidden, exact=True)
-        stacks = Stacks(names["expert gate"], names["expert up"], names["expert down"], family.stacked)
+        stacks = Stacks(names["expert gate"], names["expert up"], names["expert down"], family.experts or "each")
         if experts.shared:
-            common = {role: names[f"shared {role}"] for role in ("gate", "up", "down")}
+            common = {role: names[f"shared {role}"] for role in ROLES if f"shared {role}" in names}
             shared = _dense(common, experts.shared, hidden, gated=True, turned=turned)
             products |= {f"shared {role}": product for role, product in shared.items()}
         if experts.shared_gated:

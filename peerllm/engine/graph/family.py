@@ -1,16 +1,16 @@
-"""The families that the graph engine computes: a line or two each, verified by the architecture test.
+"""The families that the graph engine computes: a line or two each, verified by tests/engine/graph/test_families.py.
 
-A line says what differs from Llama: names of tensors, keys of config.json, values it may leave out, norms, rotation.
+A line says what differs from Llama: names of tensors, values that config.json may leave out, norms, rotation. What no
+line expresses is left to the torch path.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from peerllm.engine.graph.model import Experts, Placement
+from peerllm.engine.graph.model import Placement
 
 
 class Asked(Protocol):
@@ -21,27 +21,69 @@ class Asked(Protocol):
 
 
 Norms = tuple[Placement, ...]
+Names = Mapping[str, str]
+ONE: Norms = ("before attention",)
 PRE: Norms = ("before attention", "before mlp")
 POST: Norms = ("after attention", "after mlp")
 SANDWICH: Norms = ("before attention", "after attention", "before mlp", "after mlp")
-LLAMA: Mapping[str, str] = {
+
+# ---- names of tensors ---------------------------------------------------------------------------------------------
+
+LLAMA: Names = {
     "embedding": "embed_tokens", "final": "norm", "output": "lm_head",
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
     "queries": "self_attn.q_norm", "keys": "self_attn.k_norm", "sinks": "self_attn.sinks",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
     "before attention": "input_layernorm", "before mlp": "post_attention_layernorm",
 }  # fmt: skip
-GEMMA2 = {
-    **LLAMA, "after attention": "post_attention_layernorm", "before mlp": "pre_feedforward_layernorm",
-    "after mlp": "post_feedforward_layernorm",
-}  # fmt: skip
+VAULTGEMMA = {**LLAMA, "before mlp": "pre_feedforward_layernorm"}
 POSTED = {**LLAMA, "after attention": "post_attention_layernorm", "after mlp": "post_feedforward_layernorm"}
+GEMMA2 = {**POSTED, "before mlp": "pre_feedforward_layernorm"}
+HUNYUAN = {**LLAMA, "queries": "self_attn.query_layernorm", "keys": "self_attn.key_layernorm"}
+HYPERCLOVAX = {**LLAMA, "after attention": "post_norm1", "after mlp": "post_norm2"}
+STABLELM = {**LLAMA, "queries": "self_attn.q_layernorm.norms.{}", "keys": "self_attn.k_layernorm.norms.{}"}
+STARCODER2 = {**LLAMA, "up": "mlp.c_fc", "down": "mlp.c_proj"}
+PHI = {
+    **LLAMA, "final": "final_layernorm", "o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2",
+    "queries": "self_attn.q_layernorm", "keys": "self_attn.k_layernorm",
+}  # fmt: skip
+PERSIMMON = {**PHI, "qkv": "self_attn.query_key_value", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
+GLM = {**LLAMA, "gate up": "mlp.gate_up_proj"}
+GLM4 = {**GLM, "after attention": "post_self_attn_layernorm", "after mlp": "post_mlp_layernorm"}
+PHI3 = {**GLM, "qkv": "self_attn.qkv_proj"}
+OPT = {
+    **LLAMA, "positions": "embed_positions", "final": "final_layer_norm", "o": "self_attn.out_proj", "up": "fc1",
+    "down": "fc2", "before attention": "self_attn_layer_norm", "before mlp": "final_layer_norm",
+}  # fmt: skip
+GPT2 = {
+    "embedding": "wte", "positions": "wpe", "final": "ln_f", "output": "lm_head", "qkv": "attn.c_attn",
+    "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj", "before attention": "ln_1", "before mlp": "ln_2",
+}  # fmt: skip
+GPT_NEO = {
+    "embedding": "wte", "positions": "wpe", "final": "ln_f", "output": "lm_head", "q": "attn.attention.q_proj",
+    "k": "attn.attention.k_proj", "v": "attn.attention.v_proj", "o": "attn.attention.out_proj",
+    "up": "mlp.c_fc", "down": "mlp.c_proj", "before attention": "ln_1", "before mlp": "ln_2",
+}  # fmt: skip
+GPTJ = {
+    "embedding": "wte", "final": "ln_f", "output": "lm_head", "q": "attn.q_proj", "k": "attn.k_proj",
+    "v": "attn.v_proj", "o": "attn.out_proj", "up": "mlp.fc_in", "down": "mlp.fc_out", "before attention": "ln_1",
+}  # fmt: skip
+NEOX = {
+    "embedding": "embed_in", "final": "final_layer_norm", "output": "embed_out", "qkv": "attention.query_key_value",
+    "o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
+    "before attention": "input_layernorm", "before mlp": "post_attention_layernorm",
+}  # fmt: skip
+FALCON = {
+    **NEOX, "embedding": "word_embeddings", "final": "ln_f", "output": "lm_head",
+    "qkv": "self_attention.query_key_value", "o": "self_attention.dense",
+}  # fmt: skip
 QWEN_EXPERTS = {
     **LLAMA, "router": "mlp.gate", "expert gate": "mlp.experts.{}.gate_proj", "expert up": "mlp.experts.{}.up_proj",
     "expert down": "mlp.experts.{}.down_proj", "shared gate": "mlp.shared_expert.gate_proj",
     "shared up": "mlp.shared_expert.up_proj", "shared down": "mlp.shared_expert.down_proj",
     "shared gating": "mlp.shared_expert_gate",
 }  # fmt: skip
+FLEX_OLMO = {**QWEN_EXPERTS, **POSTED}
 MIXTRAL = {
     **LLAMA, "router": "block_sparse_moe.gate", "expert gate": "block_sparse_moe.experts.{}.w1",
     "expert up": "block_sparse_moe.experts.{}.w3", "expert down": "block_sparse_moe.experts.{}.w2",
@@ -50,182 +92,436 @@ GPT_OSS = {
     **LLAMA, "router": "mlp.router", "expert gate": "", "expert up": "mlp.experts.gate_up_proj",
     "expert down": "mlp.experts.down_proj",
 }  # fmt: skip
-PHI3 = {**LLAMA, "qkv": "self_attn.qkv_proj", "gate up": "mlp.gate_up_proj"}
-GPT2 = {
-    "embedding": "wte", "positions": "wpe", "final": "ln_f", "output": "lm_head", "qkv": "attn.c_attn",
-    "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj", "before attention": "ln_1", "before mlp": "ln_2",
+GRANITE_EXPERTS = {
+    **LLAMA, "router": "block_sparse_moe.router.layer", "expert gate": "",
+    "expert up": "block_sparse_moe.input_linear.weight", "expert down": "block_sparse_moe.output_linear.weight",
+    "shared gate up": "shared_mlp.input_linear", "shared down": "shared_mlp.output_linear",
 }  # fmt: skip
-NEOX = {
-    "embedding": "embed_in", "final": "final_layer_norm", "output": "embed_out", "qkv": "attention.query_key_value",
-    "o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
-    "before attention": "input_layernorm", "before mlp": "post_attention_layernorm",
-}  # fmt: skip
-GPT2_KEYS = {
-    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-    "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
-    "norm_eps": "layer_norm_epsilon",
+
+# ---- values of config.json ----------------------------------------------------------------------------------------
+
+COMMON: Mapping[str, Any] = {  # what every family reads, and what transformers takes for what is left out
+    "hidden_size": None, "vocab_size": None, "num_hidden_layers": None, "num_attention_heads": None,
+    "num_key_value_heads": None, "head_dim": None, "intermediate_size": None, "max_position_embeddings": 2048,
+    "hidden_act": "silu", "norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0,
+    "rope_parameters": None, "rope_scaling": None, "original_max_position_embeddings": None,
 }  # fmt: skip
 RMS = {"norm_eps": "rms_norm_eps"}
 LAYER = {"norm_eps": "layer_norm_eps"}
-SILU: Mapping[str, Any] = {"hidden_act": "silu", "norm_eps": 1e-6}
+HEADS_ALONE = {"num_key_value_heads": "", "head_dim": ""}  # as many keys as queries, of hidden / heads numbers
+GPT2_KEYS = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
+    "norm_eps": "layer_norm_epsilon", **HEADS_ALONE,
+}  # fmt: skip
+LAYER_DEFAULTS = {"norm_eps": 1e-5}
+WINDOWS = {"sliding_window": 4096, "layer_types": None}
+QWEN_WINDOWS = {**WINDOWS, "use_sliding_window": False, "max_window_layers": 28}
+QWEN_MOE = {
+    "num_experts_per_tok": 4, "num_experts": 60, "num_local_experts": None, "moe_intermediate_size": 1408,
+    "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": (),
+}  # fmt: skip
+GEMMA_DEFAULTS = {
+    "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16,
+    "use_bidirectional_attention": None,
+}  # fmt: skip
+GEMMA2_DEFAULTS = {
+    **GEMMA_DEFAULTS, **WINDOWS, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+GRANITE_DEFAULTS = {
+    "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
+}  # fmt: skip
 
 
-def _windows_everywhere(values: Asked, number: int) -> str:
-    return "sliding_attention" if values.get("sliding_window") else "full_attention"
+def _windows(values: Asked, number: int) -> str:
+    return "full_attention" if values.get("sliding_window") is None else "sliding_attention"
 
 
 def _qwen_windows(values: Asked, number: int) -> str:
-    slides = values.get("use_sliding_window") and number >= values.get("max_window_layers", 28)
-    return "sliding_attention" if slides and values.get("sliding_window") else "full_attention"
+    slides = values.get("use_sliding_window") and number >= values.get("max_window_layers", 0)
+    return _windows(values, number) if slides else "full_attention"
 
 
-def _every(pattern_key: str, default: int) -> Callable[[Asked, int], str]:
-    """Windows but in every n-th layer."""
+def _qwen2_moe_windows(values: Asked, number: int) -> str:
+    slides = values.get("use_sliding_window") and number % 2 == 0 and number < values.get("max_window_layers")
+    return "sliding_attention" if slides else "full_attention"
+
+
+def _smollm3_windows(values: Asked, number: int) -> str:
+    slides = values.get("use_sliding_window") and not _smollm3_rotates(values, number, "")
+    return _windows(values, number) if slides else "full_attention"
+
+
+def _smollm3_rotates(values: Asked, number: int, kind: str) -> bool:
+    rotated = values.get("no_rope_layers")
+    return bool((number + 1) % values.get("no_rope_layer_interval") if rotated is None else rotated[number])
+
+
+def _neo_windows(values: Asked, number: int) -> str:
+    kinds = [kind for some, times in values.get("attention_types") for _ in range(times) for kind in some]
+    return {"global": "full_attention", "local": "sliding_attention"}[kinds[number]]
+
+
+def _full_at(rest: int, default: int, pattern: str = "") -> Callable[[Asked, int], str]:
+    """Windows but in one of `default` layers, or of as many as config.json's `pattern` says."""
 
     def kind(values: Asked, number: int) -> str:
-        return "sliding_attention" if (number + 1) % values.get(pattern_key, default) else "full_attention"
+        every = values.get(pattern, default)
+        return "full_attention" if number % every == rest % every else "sliding_attention"
 
     return kind
 
 
-def _two_in_turn(values: Asked, number: int) -> str:
-    return "full_attention" if number % 2 else "sliding_attention"
+def _falcon(values: Asked) -> dict[str, Any]:
+    if values.get("alibi"):
+        return {"refused": "positions by alibi"}
+    if values.get("new_decoder_architecture"):
+        if values.get("num_ln_in_parallel_attn", 2) == 1:
+            return {"placements": ONE}
+        return {"names": {**FALCON, "before attention": "ln_attn", "before mlp": "ln_mlp"}}
+    groups = 1 if values.get("multi_query") else values.whole("num_attention_heads")
+    return {"groups": groups, "placements": ONE if values.get("use_parallel_residual") else PRE}
 
 
-def _full(values: Asked, number: int) -> str:
-    return "full_attention"
+def _gemma(values: Asked) -> dict[str, Any]:
+    if values.get("use_bidirectional_attention"):
+        return {"refused": "attention in both directions"}
+    return {"activation": "gelu_pytorch_tanh" if values.get("hidden_act") == "gelu" else None}  # as transformers has it
 
 
-def _no_experts(values: Asked, number: int) -> Experts | None:
-    return None
+def _opt(values: Asked) -> dict[str, Any]:
+    before, affine = values.get("do_layer_norm_before"), values.get("layer_norm_elementwise_affine")
+    width = values.get("word_embed_proj_dim", values.get("hidden_size"))
+    usual = before and affine and not values.get("_remove_final_layer_norm") and width == values.get("hidden_size")
+    return {} if usual else {"refused": "the layout of opt-350m"}
 
 
-def _qwen_experts(values: Asked, number: int) -> Experts | None:
-    if number in values.get("mlp_only_layers", ()) or (number + 1) % values.get("decoder_sparse_step", 1):
-        return None
-    shared = values.get("shared_expert_intermediate_size", 0)
-    return Experts(
-        values.whole("num_experts", values.get("num_local_experts")), values.whole("num_experts_per_tok"), values.whole("moe_intermediate_size"),
-        bool(values.get("norm_topk_prob", False)), shared=shared, shared_gated=shared > 0,
-    )  # fmt: skip
+def _phi3(values: Asked) -> dict[str, Any]:
+    about = values.get("rope_scaling", values.get("rope_parameters", {}))
+    longer = "short_factor" in about  # transformers calls it longrope, whatever it is called
+    return {"refused": "rotary embeddings that follow the length of a sequence"} if longer else {}
 
 
-def _mixtral_experts(values: Asked, number: int) -> Experts | None:
-    count, used = values.whole("num_local_experts", 8), values.whole("num_experts_per_tok", 2)
-    return Experts(count, used, values.whole("intermediate_size"))
+def _granite_swa(values: Asked) -> dict[str, Any]:
+    about = values.get("rope_parameters", {})
+    usual = about.get("rope_theta", values.get("rope_theta"))
+    other = any(theta != usual for theta in values.get("layer_rope_theta", ()))
+    return {"refused": "layers with rotations of their own"} if other else {}
 
 
-def _gpt_oss_experts(values: Asked, number: int) -> Experts | None:
-    count, used = values.whole("num_local_experts"), values.whole("num_experts_per_tok")
-    limit = float(values.get("swiglu_limit", 7.0))
-    return Experts(count, used, values.whole("intermediate_size"), alpha=1.702, beta=1.0, limit=limit)
+def _no_changes(values: Asked) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
 class Family:
     """What a family computes that Llama does not; functions are handed config.json's values."""
 
-    names: Mapping[str, str] = field(default_factory=lambda: LLAMA)
-    keys: Mapping[str, str] = field(default_factory=lambda: RMS)  # this project's name: config.json's
-    defaults: Mapping[str, Any] = field(default_factory=lambda: SILU)  # what transformers takes for what is left out
+    names: Names = field(default_factory=lambda: LLAMA)
+    keys: Mapping[str, str] = field(default_factory=lambda: RMS)  # this project's name: config.json's; "": not read
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # beside COMMON; a value that is in neither is not read
+    by: Callable[[Asked], dict[str, Any]] = _no_changes  # what config.json's values change of this line
+    refused: str | None = None  # why this configuration is not computed
     layers: str = "layers"  # what a block's tensors begin with
     norm: Literal["rms", "layer"] = "rms"
     offset: float = 0.0  # added to a norm's weight
     weighted: bool = True
-    placements: Callable[[Asked], Norms] = lambda values: PRE
-    parallel: Callable[[Asked], bool] = lambda values: False
+    placements: Norms = PRE
+    parallel: bool = False
     gated: bool = True
+    activation: str | None = None  # instead of config.json's
     merged: Literal["stacked", "by group"] = "stacked"  # how one matrix holds queries, keys and values
     turned: bool = False  # matrices are kept as [columns, rows]
-    groups: Callable[[Asked, int], int] = lambda values, heads: values.whole("num_key_value_heads", heads)
-    attention_scale: Callable[[Asked, int, int], float] = lambda values, width, number: width**-0.5
+    groups: int | None = None  # instead of config.json's
     sinks: bool = False
-    normed: Callable[[Asked], bool] = lambda values: False  # queries and keys are
+    normed: bool = False  # queries and keys are
     head_norm: Literal["rms", "layer"] = "rms"
     norm_over: Literal["head", "each", "heads"] = "head"
     norm_after_rope: bool = False
     interleaved: bool = False  # rotation of neighbours
+    alpha: bool = False  # "dynamic" rotation with an alpha is one with a larger base
+    local_theta: float | None = None  # rotation differs by kind of layer; the base in those with a window
     rotates: Callable[[Asked, int, str], bool] = lambda values, number, kind: True
-    layer_type: Callable[[Asked, int], str] = _full  # where config.json has no layer_types
-    experts: Callable[[Asked, int], Experts | None] = _no_experts
-    stacked: bool = False  # experts lie stacked in one tensor
-    embedding_scale: Callable[[Asked], float] = lambda values: values.get("embedding_multiplier", 1.0)
-    logit_scale: Callable[[Asked], float] = lambda values: values.get("logit_scale", 1.0)
+    layer_type: Callable[[Asked, int], str] = lambda values, number: "full_attention"  # without layer_types
+    experts: Literal["", "each", "interleaved", "halves"] = ""  # how they lie in files, see weights.Stacks
+    scaled_embedding: bool = False  # by the square root of its width
     position_offset: int = 0  # row of the first learned position
-    refuses: Callable[[Asked], str | None] = lambda values: None  # why this configuration is not computed
 
 
-def _gemma(**more: Any) -> Family:
+def _unrotated(values: Asked, number: int, kind: str) -> bool:
+    return False
+
+
+def _in_windows(values: Asked, number: int, kind: str) -> bool:
+    return kind == "sliding_attention"
+
+
+def _gpt2(**more: Any) -> Family:
     about: dict[str, Any] = {
-        "offset": 1.0,
-        "embedding_scale": lambda values: math.sqrt(values.whole("hidden_size")),
-        "defaults": {"hidden_act": "gelu_pytorch_tanh", "norm_eps": 1e-6, "tie_word_embeddings": True, "head_dim": 256},
-    }
+        "names": GPT2, "keys": GPT2_KEYS, "layers": "h", "norm": "layer", "gated": False, "rotates": _unrotated,
+        "defaults": {
+            **LAYER_DEFAULTS, "hidden_act": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+        },
+    }  # fmt: skip
     return Family(**{**about, **more})
 
 
-def _by_scalar(values: Asked, width: int, number: int) -> float:
-    return float(values.get("query_pre_attn_scalar", 256)) ** -0.5
+def _gemma2(**more: Any) -> Family:
+    about: dict[str, Any] = {
+        "names": GEMMA2, "keys": {**RMS, "hidden_act": "hidden_activation"}, "defaults": GEMMA2_DEFAULTS, "by": _gemma,
+        "offset": 1.0, "scaled_embedding": True, "placements": SANDWICH, "layer_type": _full_at(1, 2),
+    }  # fmt: skip
+    return Family(**{**about, **more})
 
-
-GEMMA_DEFAULTS: dict[str, Any] = {
-    "hidden_act": "gelu_pytorch_tanh", "norm_eps": 1e-6, "tie_word_embeddings": True, "head_dim": 256,
-    "sliding_window": 4096,
-}  # fmt: skip
-GEMMA_KEYS = {**RMS, "hidden_act": "hidden_activation"}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
-    "mistral": Family(layer_type=_windows_everywhere, defaults={**SILU, "sliding_window": 4096}),
-    "ministral": Family(layer_type=_windows_everywhere, defaults={**SILU, "sliding_window": 4096}),
+    "mistral": Family(layer_type=_windows, defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
+    "ministral": Family(layer_type=_windows, defaults={**WINDOWS, "num_key_value_heads": 8}),
     "mixtral": Family(
-        names=MIXTRAL, layer_type=_windows_everywhere, experts=_mixtral_experts,
-        defaults={**SILU, "norm_eps": 1e-5, "num_key_value_heads": 8, "rope_theta": 1e6},
+        names=MIXTRAL, layer_type=_windows, experts="each",
+        defaults={
+            "norm_eps": 1e-5, "num_key_value_heads": 8, "rope_theta": 1e6, "sliding_window": None,
+            "num_local_experts": 8, "num_experts_per_tok": 2,
+        },
     ),
-    "qwen2": Family(layer_type=_qwen_windows, defaults={**SILU, "sliding_window": 4096}),
+    "qwen2": Family(layer_type=_qwen_windows, defaults={**QWEN_WINDOWS, "num_key_value_heads": 32}),
     "qwen2_moe": Family(
-        names=QWEN_EXPERTS, layer_type=_qwen_windows, experts=_qwen_experts, defaults={**SILU, "sliding_window": 4096}
+        names=QWEN_EXPERTS, layer_type=_qwen2_moe_windows, experts="each",
+        defaults={**QWEN_WINDOWS, **QWEN_MOE, "num_key_value_heads": 16, "shared_expert_intermediate_size": 5632},
     ),
     "qwen3": Family(
-        layer_type=_qwen_windows, normed=lambda values: True, defaults={**SILU, "sliding_window": 4096, "head_dim": 128}
+        layer_type=_qwen_windows, normed=True, defaults={**QWEN_WINDOWS, "num_key_value_heads": 32, "head_dim": 128}
     ),
     "qwen3_moe": Family(
-        names=QWEN_EXPERTS, layer_type=_qwen_windows, experts=_qwen_experts, normed=lambda values: True, defaults=SILU
+        names=QWEN_EXPERTS, layer_type=_qwen_windows, experts="each", normed=True,
+        defaults={
+            **QWEN_MOE, "num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False,
+            "num_experts_per_tok": 8, "num_experts": 128, "moe_intermediate_size": 768,
+        },
     ),
-    "gemma": _gemma(keys={**RMS, "hidden_act": "hidden_act"}),
-    "gemma2": _gemma(
-        names=GEMMA2, keys=GEMMA_KEYS, placements=lambda values: SANDWICH, attention_scale=_by_scalar,
-        layer_type=lambda values, number: _two_in_turn(values, number),
-        defaults={**GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma": Family(offset=1.0, scaled_embedding=True, defaults=GEMMA_DEFAULTS, by=_gemma),
+    "gemma2": _gemma2(),
+    "vaultgemma": _gemma2(names=VAULTGEMMA, placements=PRE),
+    "gemma3_text": _gemma2(
+        normed=True, layer_type=_full_at(-1, 6, "sliding_window_pattern"), local_theta=10000.0,
+        defaults={
+            **GEMMA2_DEFAULTS, "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 1e6,
+            "sliding_window_pattern": 6, "rope_local_base_freq": None,
+        },
     ),
-    "gemma3_text": _gemma(
-        names=GEMMA2, keys=GEMMA_KEYS, placements=lambda values: SANDWICH, attention_scale=_by_scalar,
-        normed=lambda values: True, layer_type=_every("sliding_window_pattern", 6),
-        defaults={**GEMMA_DEFAULTS, "rope_theta": 1e6},
+    "phi": Family(
+        names=PHI, keys=LAYER, norm="layer", head_norm="layer", placements=ONE, parallel=True, gated=False,
+        defaults={
+            **LAYER_DEFAULTS, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "qk_layernorm": False,
+        },
     ),
-    "phi3": Family(names=PHI3, layer_type=_windows_everywhere, defaults={**SILU, "norm_eps": 1e-5}),
-    "gpt2": Family(
-        names=GPT2, keys=GPT2_KEYS, layers="h", norm="layer", gated=False, turned=True,
-        groups=lambda values, heads: heads,
-        defaults={"hidden_act": "gelu_new", "norm_eps": 1e-5, "tie_word_embeddings": True},
-        rotates=lambda values, number, kind: False,
-        attention_scale=lambda values, width, number: (
-            (width**-0.5 if values.get("scale_attn_weights", True) else 1.0)
-            / (number + 1 if values.get("scale_attn_by_inverse_layer_idx") else 1)
-        ),
+    "phi3": Family(
+        names=PHI3, layer_type=_windows,
+        defaults={"norm_eps": 1e-5, "partial_rotary_factor": 1.0, "sliding_window": None},
+        by=_phi3,
+    ),
+    "persimmon": Family(
+        names=PERSIMMON, keys={**LAYER, **HEADS_ALONE}, norm="layer", head_norm="layer", gated=False,
+        merged="by group",
+        defaults={
+            **LAYER_DEFAULTS, "hidden_act": "relu2", "partial_rotary_factor": 0.5, "qk_layernorm": True,
+        },
+    ),
+    "gpt2": _gpt2(turned=True),
+    "gpt_bigcode": _gpt2(
+        merged="by group",
+        defaults={
+            **LAYER_DEFAULTS, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+            "scale_attn_weights": True, "multi_query": True,
+        },
+        by=lambda values: {"groups": 1 if values.get("multi_query") else None},
+    ),
+    "gpt_neo": _gpt2(
+        names=GPT_NEO, layer_type=_neo_windows,
+        keys={
+            "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "sliding_window": "window_size",
+            "hidden_act": "activation_function", "norm_eps": "layer_norm_epsilon", "attention_multiplier": "",
+            **HEADS_ALONE,
+        },
+        defaults={
+            **LAYER_DEFAULTS, "hidden_act": "gelu_new", "tie_word_embeddings": True, "attention_multiplier": 1.0,
+            "sliding_window": 256, "attention_types": [[["global", "local"], 12]],
+        },
+    ),
+    "gptj": _gpt2(
+        names=GPTJ, placements=ONE, parallel=True, interleaved=True, rotates=lambda values, number, kind: True,
+        keys={**GPT2_KEYS, "rope_theta": "", "rope_parameters": "", "rope_scaling": ""},
+        defaults={**LAYER_DEFAULTS, "hidden_act": "gelu_new", "rotary_dim": 64},
+    ),
+    "opt": Family(
+        names=OPT, norm="layer", gated=False, rotates=_unrotated, position_offset=2, by=_opt,
+        keys={"norm_eps": "", "intermediate_size": "ffn_dim", "hidden_act": "activation_function", **HEADS_ALONE},
+        defaults={
+            **LAYER_DEFAULTS, "hidden_act": "relu", "tie_word_embeddings": True, "do_layer_norm_before": True,
+            "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False, "word_embed_proj_dim": None,
+        },
     ),
     "gpt_neox": Family(
-        names=NEOX, keys={**LAYER, "partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
-        norm="layer", gated=False, merged="by group", groups=lambda values, heads: heads,
-        parallel=lambda values: values.get("use_parallel_residual", True),
-        defaults={"hidden_act": "gelu", "norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+        names=NEOX, norm="layer", gated=False, merged="by group",
+        keys={
+            **LAYER, **HEADS_ALONE, "partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base",
+        },
+        defaults={
+            **LAYER_DEFAULTS, "hidden_act": "gelu", "partial_rotary_factor": 0.25, "use_parallel_residual": True,
+        },
     ),
-    "olmo2": Family(
-        names=POSTED, placements=lambda values: POST, normed=lambda values: True, norm_over="heads",
-        defaults={**SILU, "norm_eps": 1e-5},
+    "falcon": Family(
+        names=FALCON, layers="h", norm="layer", gated=False, merged="by group", by=_falcon,
+        keys={
+            "norm_eps": "layer_norm_epsilon", "num_key_value_heads": "num_kv_heads", "head_dim": "",
+            "intermediate_size": "ffn_hidden_size", "hidden_act": "activation",
+            "use_parallel_residual": "parallel_attn",
+        },
+        defaults={
+            **LAYER_DEFAULTS, "hidden_act": "gelu", "tie_word_embeddings": True, "alibi": False, "multi_query": True,
+            "new_decoder_architecture": False, "num_ln_in_parallel_attn": None, "use_parallel_residual": True,
+        },
+    ),
+    "stablelm": Family(
+        names=STABLELM, keys={**LAYER, "head_dim": ""}, norm="layer", head_norm="layer", norm_over="each",
+        defaults={
+            **LAYER_DEFAULTS, "num_key_value_heads": 32, "partial_rotary_factor": 0.25, "qk_layernorm": False,
+            "use_parallel_residual": False,
+        },
+        by=lambda values: {"placements": ONE} if values.get("use_parallel_residual") else {},
+    ),
+    "starcoder2": Family(
+        names=STARCODER2, keys={"norm_eps": "norm_epsilon"}, norm="layer", gated=False, layer_type=_windows,
+        defaults={
+            **LAYER_DEFAULTS, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+            "num_key_value_heads": 2, "sliding_window": None,
+        },
+    ),
+    "cohere": Family(
+        keys={**LAYER, "qk_layernorm": "use_qk_norm"}, norm="layer", head_norm="layer", norm_over="each",
+        placements=ONE, parallel=True, interleaved=True,
+        defaults={
+            **LAYER_DEFAULTS, "tie_word_embeddings": True, "rope_theta": 500000.0, "logit_scale": 0.0625,
+            "qk_layernorm": False,
+        },
+    ),
+    "cohere2": Family(
+        keys={**LAYER, "head_dim": ""}, norm="layer", placements=ONE, parallel=True, interleaved=True,
+        layer_type=_full_at(-1, 4, "sliding_window_pattern"), rotates=_in_windows,
+        defaults={
+            **LAYER_DEFAULTS, **WINDOWS, "tie_word_embeddings": True, "logit_scale": 0.0625,
+            "sliding_window_pattern": 4,
+        },
+    ),
+    "olmo": Family(keys={"norm_eps": ""}, norm="layer", weighted=False, defaults={"norm_eps": 1e-5, "clip_qkv": None}),
+    "olmo2": Family(names=POSTED, placements=POST, normed=True, norm_over="heads", defaults={"norm_eps": 1e-5}),
+    "olmo3": Family(
+        names=POSTED, placements=POST, normed=True, norm_over="heads", layer_type=_full_at(-1, 4),
+        local_theta=500000.0, defaults={**WINDOWS, "norm_eps": 1e-5, "rope_theta": 500000.0},
+    ),
+    "olmoe": Family(
+        names=QWEN_EXPERTS, normed=True, norm_over="heads", experts="each",
+        defaults={
+            "norm_eps": 1e-5, "num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False, "clip_qkv": None,
+        },
+        by=lambda values: {"refused": "queries and keys cut off after their norm"} if values.get("clip_qkv") else {},
+    ),
+    "flex_olmo": Family(
+        names=FLEX_OLMO, placements=POST, normed=True, norm_over="heads", experts="each",
+        defaults={"rope_theta": 500000.0, "num_experts_per_tok": 5, "num_experts": 7, "norm_topk_prob": False},
+    ),
+    "granite": Family(defaults=GRANITE_DEFAULTS),
+    "granite_swa": Family(
+        layer_type=_full_at(0, 4), sinks=True, by=_granite_swa,
+        defaults={
+            **GRANITE_DEFAULTS, **WINDOWS, "norm_eps": 1e-5, "num_key_value_heads": 4, "sliding_window": 128,
+            "tie_word_embeddings": True, "layer_rope_theta": None,
+        },
+    ),
+    "granitemoe": Family(
+        names=GRANITE_EXPERTS, experts="halves",
+        defaults={**GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "granitemoeshared": Family(
+        names=GRANITE_EXPERTS, experts="halves",
+        keys={**RMS, "shared_expert_intermediate_size": "shared_intermediate_size"},
+        defaults={
+            **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 0,
+        },
+    ),
+    "glm": Family(
+        names=GLM, interleaved=True,
+        defaults={"norm_eps": 1.5625e-07, "num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5},
+    ),
+    "glm4": Family(
+        names=GLM4, interleaved=True, placements=SANDWICH,
+        defaults={"norm_eps": 1.5625e-07, "num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5},
+    ),
+    "smollm3": Family(
+        layer_type=_smollm3_windows, rotates=_smollm3_rotates,
+        defaults={
+            **WINDOWS, "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 2e6,
+            "sliding_window": None, "use_sliding_window": False, "no_rope_layers": None, "no_rope_layer_interval": 4,
+        },
+    ),
+    "exaone4": Family(
+        names=POSTED, placements=POST, normed=True, layer_type=_full_at(-1, 4, "sliding_window_pattern"),
+        rotates=lambda values, number, kind: values.get("sliding_window") is None or kind == "sliding_attention",
+        defaults={**WINDOWS, "norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window_pattern": 4},
     ),
     "gpt_oss": Family(
-        names=GPT_OSS, experts=_gpt_oss_experts, stacked=True, sinks=True, layer_type=_two_in_turn,
-        defaults={**SILU, "norm_eps": 1e-5},
+        names=GPT_OSS, experts="interleaved", sinks=True, layer_type=_full_at(1, 2),
+        defaults={
+            **WINDOWS, "norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128,
+            "rope_theta": 150000.0, "num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0, "rope_parameters": {
+                "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+    ),
+    "ernie4_5": Family(
+        interleaved=True,
+        defaults={
+            "norm_eps": 1e-5, "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True,
+            "rope_theta": 500000.0,
+        },
+    ),
+    "seed_oss": Family(defaults={"num_key_value_heads": 8, "head_dim": 128}),
+    "hunyuan_v1_dense": Family(
+        names=HUNYUAN, normed=True, norm_after_rope=True, alpha=True, defaults={"norm_eps": 1e-5}
+    ),
+    "arcee": Family(gated=False, defaults={"norm_eps": 1e-5, "hidden_act": "relu2"}),
+    "helium": Family(
+        interleaved=True,
+        defaults={"norm_eps": 1e-8, "num_key_value_heads": 20, "head_dim": 128, "rope_theta": 100000.0},
+    ),
+    "nemotron": Family(
+        keys={}, norm="layer", offset=1.0, gated=False,
+        defaults={**LAYER_DEFAULTS, "hidden_act": "relu2", "partial_rotary_factor": 0.5},
+    ),
+    "jais2": Family(keys=LAYER, norm="layer", gated=False, defaults={**LAYER_DEFAULTS, "hidden_act": "relu2"}),
+    "cwm": Family(
+        layer_type=_full_at(0, 4),
+        defaults={
+            **WINDOWS, "norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192,
+            "rope_theta": 1e6, "rope_parameters": {
+                "rope_type": "llama3", "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_theta": 1e6,
+            },
+        },
+    ),
+    "internlm3": Family(defaults={"norm_eps": 1e-5, "num_key_value_heads": 2, "head_dim": 128}),
+    "iquestcoder": Family(defaults={"norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128}),
+    "hyperclovax": Family(
+        names=HYPERCLOVAX, keys={**RMS, "logit_scale": "logits_scaling"},
+        defaults={
+            "embedding_multiplier": 1.0, "logit_scale": 1.0, "residual_multiplier": 1.0, "attention_multiplier": None,
+            "use_post_norm": True,
+        },
+        by=lambda values: {"placements": SANDWICH if values.get("use_post_norm") else PRE},
     ),
 }  # fmt: skip

@@ -62,7 +62,9 @@ def _yarn(powers: Floats, rope: Rope, about: dict[str, Any]) -> tuple[Floats, fl
     attention = about.get("attention_factor")
     if attention is None:
         weight, all_dims = about.get("mscale"), about.get("mscale_all_dim")
-        attention = magnitude(factor, weight) / magnitude(factor, all_dims) if weight and all_dims else magnitude(factor)
+        attention = magnitude(factor)
+        if weight and all_dims:
+            attention = magnitude(factor, weight) / magnitude(factor, all_dims)
 
     def dimension(rotations: float) -> float:
         return (width * math.log(length / (rotations * 2 * math.pi))) / (2 * math.log(theta))

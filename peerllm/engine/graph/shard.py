@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from peerllm.engine import base
 from peerllm.engine.base import Reach, Segment
 from peerllm.engine.graph.block import BlockGraph, normalise, rope_name
 from peerllm.engine.graph.model import Head, Model
 from peerllm.engine.graph.nodes import Bound, Graph
 from peerllm.engine.graph.rotation import tables
-from peerllm.engine.graph.slots import ROLLBACK_TOKENS, Batch, KVSlots, room_of
+from peerllm.engine.graph.slots import Batch, KVSlots, room_of
 from peerllm.engine.graph.tensors import Floats, Tensors, as_floats
 from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
 from peerllm.errors import EngineError, ModelError
@@ -205,8 +206,8 @@ class _Pass:
 
 def reach_of(model: Model) -> Reach:
     """Where sequences can be taken up again in all blocks of the model."""
-    rooms = [window + 2 * ROLLBACK_TOKENS for window in model.windows if window is not None]
-    return Reach(True, min(rooms, default=None), ROLLBACK_TOKENS)
+    rooms = [window + 2 * base.ROLLBACK_TOKENS for window in model.windows if window is not None]
+    return Reach(True, min(rooms, default=None), base.ROLLBACK_TOKENS)
 
 
 def rotation_tables(model: Model, spans: Iterable[Span], context: int, half: bool) -> dict[str, npt.NDArray[Any]]:

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from peerllm.engine import base
 from peerllm.engine.base import Segment
 from peerllm.engine.graph.model import Attention
 from peerllm.errors import EngineError
 
-ROLLBACK_TOKENS = 64  # how far a sequence can go back in layers that keep only a window
 Array = npt.NDArray[Any]
 
 
 def room_of(window: int | None, context: int) -> int:
     """Tokens of room per slot: a window, and twice what a sequence may go back, so that it rarely slides."""
-    return context if window is None else min(context, window + 2 * ROLLBACK_TOKENS)
+    return context if window is None else min(context, window + 2 * base.ROLLBACK_TOKENS)
 
 
 def token_bytes(about: Attention, half: bool) -> int:
@@ -55,7 +55,7 @@ class Group:
         """Slide, if the room is full: keep what the window and a rollback need, so that the next slide is far."""
         if (held := self.held[slot]) + count <= self.room:
             return
-        kept = min(held, self.seen(position) + ROLLBACK_TOKENS, self.room - count)
+        kept = min(held, self.seen(position) + base.ROLLBACK_TOKENS, self.room - count)
         for store in self.stores:
             store[place, :, :kept] = store[place, :, held - kept : held].copy()
         self.held[slot] = kept

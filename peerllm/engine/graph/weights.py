@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -118,12 +118,14 @@ def add_product(graph: Graph, x: str, product: Product, tensors: Tensors, bits: 
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """Where a block's experts lie: one tensor each (`each`: "mlp.experts.{}.gate_proj"), or stacked in one."""
+    """Where a block's experts lie: a tensor each (`gate`: "mlp.experts.{}.gate_proj"), or all in `up` and `down`."""
 
     gate: str
     up: str
     down: str
-    stacked: bool = False  # gate and up interleaved [experts, H, 2I] under `up`, down [experts, I, H], with biases
+    # "halves": gate, then up, [experts, 2I, H], and down [experts, H, I]; "interleaved": gate and up by turns
+    # [experts, H, 2I], and down [experts, I, H], both with biases
+    form: Literal["each", "interleaved", "halves"] = "each"
 
     def nbytes(self, experts: Experts, hidden: int, bits: int) -> int:
         numbers = 3 * experts.count * experts.wide * hidden
@@ -132,29 +134,38 @@ class Stacks:
 
     def tensors(self, experts: Experts, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes."""
-        if self.stacked:
-            yield self.up, (experts.count, hidden, 2 * experts.wide)
-            yield f"{self.up}_bias", (experts.count, 2 * experts.wide)
-            yield self.down, (experts.count, experts.wide, hidden)
-            yield f"{self.down}_bias", (experts.count, hidden)
-            return
-        for number in range(experts.count):
-            yield f"{self.gate.format(number)}.weight", (experts.wide, hidden)
-            yield f"{self.up.format(number)}.weight", (experts.wide, hidden)
-            yield f"{self.down.format(number)}.weight", (hidden, experts.wide)
+        count, wide = experts.count, experts.wide
+        if self.form == "interleaved":
+            yield self.up, (count, hidden, 2 * wide)
+            yield f"{self.up}_bias", (count, 2 * wide)
+            yield self.down, (count, wide, hidden)
+            yield f"{self.down}_bias", (count, hidden)
+        elif self.form == "halves":
+            yield self.up, (count, 2 * wide, hidden)
+            yield self.down, (count, hidden, wide)
+        else:
+            for number in range(count):
+                yield f"{self.gate.format(number)}.weight", (wide, hidden)
+                yield f"{self.up.format(number)}.weight", (wide, hidden)
+                yield f"{self.down.format(number)}.weight", (hidden, wide)
 
     def first(self, tensors: Tensors, experts: Experts, number: int) -> Floats:
-        """Gate and up of one expert, interleaved [2I, H]."""
-        if self.stacked:
+        """Gate and up of one expert, by turns [2I, H]."""
+        if self.form == "interleaved":
             return np.ascontiguousarray(tensors.floats(self.up, number).T)
-        both = [tensors.floats(f"{name.format(number)}.weight", slice(None)) for name in (self.gate, self.up)]
-        return np.stack(both, axis=1).reshape(2 * experts.wide, -1)
+        if self.form == "halves":
+            both = tensors.floats(self.up, number).reshape(2, experts.wide, -1)
+        else:
+            names = [f"{name.format(number)}.weight" for name in (self.gate, self.up)]
+            both = np.stack([tensors.floats(name, slice(None)) for name in names])
+        return both.swapaxes(0, 1).reshape(2 * experts.wide, -1)
 
     def second(self, tensors: Tensors, number: int) -> Floats:
         """Down of one expert [H, I]."""
-        if self.stacked:
-            return np.ascontiguousarray(tensors.floats(self.down, number).T)
-        return tensors.floats(f"{self.down.format(number)}.weight", slice(None))
+        if self.form == "each":
+            return tensors.floats(f"{self.down.format(number)}.weight", slice(None))
+        made = tensors.floats(self.down, number)
+        return np.ascontiguousarray(made.T) if self.form == "interleaved" else made
 
 
 def experts_block(experts: Experts, hidden: int, bits: int) -> int | None:
@@ -171,7 +182,7 @@ def add_experts(
             told = "is missing" if found is None else f"has shape {list(found)}; the model needs {list(shape)}"
             raise ModelError(f"tensor {name} {told}")
     block = experts_block(experts, hidden, bits)
-    layers = [
+    layers: list[tuple[int, int, Callable[[int], Floats], str]] = [
         (2 * experts.wide, hidden, lambda number: stacks.first(tensors, experts, number), f"{stacks.up}_bias"),
         (hidden, experts.wide, lambda number: stacks.second(tensors, number), f"{stacks.down}_bias"),
     ]
@@ -188,7 +199,7 @@ def add_experts(
             for number in range(experts.count):
                 codes[number], scales[number] = rounded(read(number), bits, block)
             inputs += [graph.weight(codes), graph.weight(scales)]
-        inputs.append(graph.weight(tensors.floats(bias, slice(None))) if stacks.stacked else "")
+        inputs.append(graph.weight(tensors.floats(bias, slice(None))) if stacks.form == "interleaved" else "")
     about: dict[str, Any] = {
         "k": experts.used, "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": experts.alpha,
         "activation_beta": experts.beta, "normalize_routing_weights": int(experts.normalised),
@@ -227,7 +238,7 @@ class BlockWeights:
             yield from self.stacks.tensors(self.block.mlp.experts, self.hidden)
         for place, norm in self.norms():
             if norm.weighted:
-                yield f"{self.names[place]}.weight", self.norm_shape(place)
+                yield from norm_tensors(self.names[place], self.norm_shape(place))
         if self.block.attention.sinks:
             yield self.names["sinks"], (self.block.attention.heads,)
 
@@ -246,15 +257,23 @@ class BlockWeights:
         return {"head": (about.width,), "each": (heads, about.width), "heads": (heads * about.width,)}[about.norm_over]
 
 
-def norm_weights(
-    graph: Graph, tensors: Tensors, norm: Norm, name: str, shape: tuple[int, ...]
-) -> tuple[str, str]:
+def norm_tensors(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what its weight is made of: one tensor, or ("{}") one for each head."""
+    if "{}" not in name:
+        return [(f"{name}.weight", shape)]
+    return [(f"{name.format(head)}.weight", shape[1:]) for head in range(shape[0])]
+
+
+def norm_weights(graph: Graph, tensors: Tensors, norm: Norm, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
     """A norm's weight (with its offset) and bias as weights of the graph; ones where the model keeps none."""
     weight = np.ones(shape, np.float32)
     if norm.weighted:
-        if (found := tensors.shape(f"{name}.weight")) != shape:
-            told = "is missing from the model's files" if found is None else f"has shape {list(found)}, not {list(shape)}"
-            raise ModelError(f"tensor {name}.weight {told}")
-        weight = tensors.floats(f"{name}.weight", slice(None)) + np.float32(norm.offset)
+        parts = norm_tensors(name, shape)
+        for part, least in parts:
+            if (found := tensors.shape(part)) != least:
+                told = "is missing" if found is None else f"has shape {list(found)}; the model needs {list(least)}"
+                raise ModelError(f"tensor {part} {told}")
+        weight = np.concatenate([tensors.floats(part, slice(None)) for part, _ in parts]).reshape(shape)
+        weight += np.float32(norm.offset)
     bias = tensors.shape(f"{name}.bias") is not None
     return graph.weight(weight), graph.weight(tensors.floats(f"{name}.bias", slice(None))) if bias else ""

@@ -1,0 +1,141 @@
+"""Keys and values stay with their sequences, whatever batches form, slide, go back, fail and are released."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peerllm.engine import base as module
+from peerllm.engine.base import Reach, Segment
+from peerllm.engine.graph.model import Attention
+from peerllm.engine.graph.slots import Batch, KVSlots
+from peerllm.errors import EngineError
+
+EXAMPLES = 1500 if os.environ.get("PEERLLM_FULL") == "1" else 150
+SLOTS, CONTEXT, ROLLBACK = 4, 48, 3
+WINDOWS = (None, 5, 9, 60)  # a window wider than the context never slides
+REACH = Reach(True, 5 + 2 * ROLLBACK, ROLLBACK)
+
+
+class Sequences:
+    """The slots, and beside them what each should hold: its tokens, numbered as they were written."""
+
+    def __init__(self) -> None:
+        blocks = {number: Attention(2, 2, 8, 1.0, window=window) for number, window in enumerate(WINDOWS)}
+        self.slots = KVSlots(blocks, SLOTS, CONTEXT, half=False)
+        self.tokens: list[list[int]] = [[] for _ in range(SLOTS)]
+        self.furthest = [0] * SLOTS
+        self.fresh = itertools.count(1)
+
+    def go(self, segments: list[Segment], fails: bool) -> None:
+        """One pass: the graphs write every segment's tokens, and read what its queries see."""
+        allowed = all(REACH.allows(part.position, self.furthest[part.slot]) or not part.position for part in segments)
+        before = [list(tokens) for tokens in self.tokens]
+        try:
+            batch = self.slots.seek(segments)
+        except EngineError:
+            assert not allowed
+            self.check(before)
+            return
+        self.written(segments, batch)
+        for part in segments:
+            written = self.tokens[part.slot]
+            if fails:  # nothing of the pass counts
+                del written[part.position :]
+        if not fails:
+            self.slots.advance(segments)
+        for part in segments:
+            start = part.position == 0
+            self.furthest[part.slot] = max(0 if start else self.furthest[part.slot], len(self.tokens[part.slot]))
+        self.check(self.tokens)
+
+    def written(self, segments: list[Segment], batch: Batch) -> None:
+        assert batch.count == len(segments)
+        assert sorted(batch.order) == list(range(len(segments)))
+        assert 0 <= batch.first <= SLOTS - batch.count
+        for row in batch.order:
+            part = segments[row]
+            del self.tokens[part.slot][part.position :]
+            self.tokens[part.slot] += itertools.islice(self.fresh, part.length)
+        for group, last, total in zip(self.slots.groups.values(), batch.last, batch.total, strict=True):
+            assert total[0] == max(last) + 1 <= group.room
+            for place, row in enumerate(batch.order):
+                part, end = segments[row], int(last[place]) + 1
+                tokens = self.tokens[part.slot]
+                for number, store in enumerate(group.stores):
+                    store[batch.first + place, :, end - part.length : end] = values(tokens[part.position :], number)
+                    seen = min(len(tokens), end, part.length + (group.window or CONTEXT) - 1)
+                    assert seen == min(len(tokens), part.length + (group.window or CONTEXT) - 1)
+                    held = store[batch.first + place, :, end - seen : end]
+                    np.testing.assert_array_equal(held, values(tokens[len(tokens) - seen :], number))
+
+    def check(self, tokens: list[list[int]]) -> None:
+        """What every slot holds is the end of its sequence, wherever the slot lies."""
+        for slot, own in enumerate(tokens):
+            place = self.slots._place[slot]
+            for group in self.slots.groups.values():
+                held = group.held[slot]
+                assert group.seen(len(own)) <= held <= len(own)
+                for number, store in enumerate(group.stores):
+                    wanted = values(own[len(own) - held :], number)
+                    np.testing.assert_array_equal(store[place, :, :held], wanted)
+
+
+def values(tokens: list[int], number: int) -> np.ndarray:
+    """What a store holds of them [groups, tokens, width]: different in every number of a head."""
+    rows = np.array(tokens, np.float32)[None, :, None] * 64
+    return rows + np.arange(2)[:, None, None] * 16 + np.arange(8)[None, None] + number * 32
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROLLBACK_TOKENS", ROLLBACK)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(data=st.data())
+def test_sequences_keep_their_keys_and_values(data: st.DataObject) -> None:
+    made = Sequences()
+
+    def position(slot: int, count: int) -> int:
+        length = len(made.tokens[slot])
+        back = data.draw(st.one_of(st.just(0), st.integers(0, ROLLBACK), st.integers(0, length)))
+        return min(max(length - back, 0), CONTEXT - count)
+
+    for _ in range(data.draw(st.integers(1, 25))):
+        what = data.draw(st.sampled_from(("steps", "steps", "chunk", "chunk", "release")))
+        fails = data.draw(st.integers(0, 9)) == 0
+        some = data.draw(st.permutations(range(SLOTS)))
+        if what == "steps":
+            members = some[: data.draw(st.integers(1, SLOTS))]
+            made.go([Segment(slot, position(slot, 1), 1) for slot in members], fails)
+        elif what == "chunk":
+            count = data.draw(st.integers(1, made.slots.longest))
+            made.go([Segment(some[0], position(some[0], count), count)], fails)
+        else:
+            made.slots.release(some[0])
+            made.tokens[some[0]], made.furthest[some[0]] = [], 0
+            made.check(made.tokens)
+
+
+def test_a_position_beyond_what_is_held_or_the_context_is_refused() -> None:
+    made = Sequences()
+    made.go([Segment(0, 0, 4)], fails=False)
+    for wrong in (Segment(0, 5, 1), Segment(1, 1, 1), Segment(0, 4, CONTEXT)):
+        with pytest.raises(EngineError):
+            made.slots.seek([Segment(0, 4, 1), wrong])
+    made.check(made.tokens)
+
+
+def test_members_of_a_batch_that_lie_side_by_side_stay_where_they_are() -> None:
+    made = Sequences()
+    for slot in range(SLOTS):
+        made.go([Segment(slot, 0, 5)], fails=False)
+    places = list(made.slots._place)
+    assert made.slots.seek([Segment(2, 5, 1), Segment(1, 5, 1)]).order == (1, 0)
+    assert made.slots._place == places
