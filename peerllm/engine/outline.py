@@ -74,8 +74,8 @@ class Sizes:
         space, tokens = self.working, max(CHUNK, mockup.sequences)
         passing = kv + tokens * (space.token + space.pair * mockup.context) + mockup.context * space.position
         if mockup.last == self.head:
-            passing += mockup.sequences * space.sequence + space.once
-        return held + max(passing, space.loading)
+            passing += mockup.sequences * space.sequence
+        return held + max(passing, space.loading) + space.once
 
 
 def runs(kinds: Sequence[LayerKind]) -> dict[LayerKind, tuple[int, int]]:
