@@ -21,7 +21,6 @@ from tests.household import household
 
 SLOTS, CONTEXT = 8, 512
 BUILTIN = Path(__file__).parent.parent / "peerllm" / "builtin" / "model"
-FLOAT32_BYTES = 4  # the built-in model computes in float32 whatever its file holds
 TARGET = 0.15
 ROUNDS = 3
 NAMES = ("anna", "bert", "carla", "dora")
@@ -30,7 +29,7 @@ NAMES = ("anna", "bert", "carla", "dora")
 def measure(devices: int, objective: str) -> list[dict[str, Any]]:
     """One household: a row for each number of sequences."""
     names = NAMES[:devices]
-    lent = limits(sizes_of(BUILTIN, SLOTS, CONTEXT, FLOAT32_BYTES), devices)
+    lent = limits(sizes_of(BUILTIN, SLOTS, CONTEXT), devices)
     memory = {name: str(nbytes) for name, nbytes in zip(names, lent, strict=True)}
     pins = {name: ["taskset", "-c", str(place % 2)] for place, name in enumerate(names)} if devices == 2 else None
     with (

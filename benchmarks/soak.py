@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="where else the plot goes")
     args = parser.parse_args(argv)
     names = NAMES[:DEVICES]
-    lent = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT, element_bytes=4), DEVICES)
+    lent = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT), DEVICES)
     memory = {name: str(nbytes) for name, nbytes in zip(names, lent, strict=True)}
     with (
         tempfile.TemporaryDirectory(prefix="peerllm-soak-") as directory,

@@ -22,7 +22,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.models import LLAMA_3_2_1B, write_llama
-from peerllm.planner.memory import Shape, working_bytes
+from peerllm.engine.inspect import inspect_model
+from peerllm.planner.cost import layer_bytes
+from peerllm.planner.memory import working_bytes
+from peerllm.types import Workload
 from tests.household import Device
 from tests.lab.netns import Lab, require_lab
 from tests.traces import passes
@@ -137,7 +140,7 @@ def prompts(root: Path, model: Path, rounds: int) -> dict[str, list[float]]:
     seen: dict[str, list[float]] = defaultdict(list)
     arrangements: dict[str, int | None] = {"chunked": None, "unchunked": LONG}
     for turn, (name, chunk) in itertools.product(range(rounds), arrangements.items()):
-        memory = halves(LLAMA_3_2_1B, chunk)
+        memory = halves(model, chunk)
         with pinned(root / f"{name}-{turn}", {"left": 0, "right": 1}, memory) as (left, _):
             both = Household(left, model)
             asked = ["--prompt-chunk", str(chunk)] if chunk else []
@@ -149,17 +152,16 @@ def prompts(root: Path, model: Path, rounds: int) -> dict[str, list[float]]:
     return seen
 
 
-def halves(config: Mapping[str, Any], chunk: int | None) -> dict[str, str]:
+def halves(model: Path, chunk: int | None) -> dict[str, str]:
     """Memory for half of the blocks in bfloat16 and a bit, with their KV, and for the head on the right.
 
     The embedding on the left is read from its file and takes none.
     """
-    hidden, wide = config["hidden_size"], config["intermediate_size"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
-    block = 2 * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * wide) + 2 * 2 * keys * (LONG + 64)
-    working = working_bytes(Shape(hidden, config["vocab_size"], wide, 2), LONG + 64, 1, chunk)
-    room = int((config["num_hidden_layers"] / 2 + 0.2) * block) + working
-    return {"left": str(room), "right": str(room + 2 * config["vocab_size"] * hidden)}
+    inspection = inspect_model(model, "bfloat16")
+    work = Workload(sequences=1, context=LONG + 64)
+    blocks = [layer_bytes(inspection.profile, number, work) for number in range(1, len(inspection.profile.layers) - 1)]
+    room = int(sum(blocks) * (0.5 + 0.2 / len(blocks))) + working_bytes(inspection.working, LONG + 64, 1, chunk)
+    return {"left": str(room), "right": str(room + layer_bytes(inspection.profile, len(blocks) + 1, work))}
 
 
 def measure(rounds: int, kinds: Sequence[str]) -> dict[str, Any]:

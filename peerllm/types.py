@@ -19,7 +19,7 @@ Activations = Literal["auto", "exact", "int8"]  # what is asked for; auto: the p
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}  # what matrices can be rounded to
 QUANTIZE = ("auto", "none", *BITS)  # what is asked for; auto: 16-bit models are rounded to int8 on processors
-PACKING_COPIES = 1.75  # of rounded matrices that become one session, beside what they then are (1.66 was seen)
+TORCH_KERNELS = 32  # matrix products that torch's library keeps compiled, each for one shape and count of tokens
 COMPUTE = re.compile(r"cpu|mps|cuda(:[0-9]{1,3})?")  # where a device's owner has it compute
 LayerKind = str  # "embedding", "block" (or "block:<variant>" where a model mixes kinds), "head"
 DeviceId = str  # 64 hex digits: SHA-256 of the device's certificate (DER)
@@ -59,6 +59,19 @@ class ModelProfile:
     def memory_bytes(self) -> int:
         """Weights of the whole model on one device (a tied head costs nothing there)."""
         return sum(layer.memory_bytes for layer in self.layers if layer.tied_to is None)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingSpace:
+    """Bytes that a device takes for a model beside weights and KV, by what they grow with."""
+
+    token: int  # each token of a pass: hidden states, queries, feed-forward
+    pair: int  # each token of a pass times each that it sees: attention scores, or a mask
+    position: int  # each token of a slot's room: rotation tables, one layer's keys and values in float32
+    sequence: int  # each slot: its logits
+    once: int  # whatever the pass
+    loading: int  # while a stage is loaded, when its keys and values are not there yet
+    window: int | None = None  # the most tokens that any layer looks at; None: all
 
 
 @dataclass(frozen=True, slots=True)

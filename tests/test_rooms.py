@@ -21,7 +21,8 @@ ALLOWED = {
     "cli": {"cli", "api", "daemon", "builtin", "web", "planner"},
     "builtin": {"builtin"},
 }
-LAZY_ENGINE = {"daemon/engine_host.py"}  # --in-process runs the engine in a thread: imported only then
+# Imported only when it is needed: --in-process runs the engine in a thread, the demo asks what its model takes.
+LAZY_ENGINE = {"daemon/engine_host.py", "cli/demo_memory.py"}
 
 # Engine modules that a device with graphs alone runs.
 TORCH_FREE = ("peerllm.engine.runtime", "peerllm.engine.process", "peerllm.engine.sampler")

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     model_dir = MODEL_DIR if args.model == BUILTIN else Path(args.model).expanduser().resolve()
     if not model_dir.is_dir():
         raise BadInputError(f"--model {args.model}: the demo takes builtin or a local directory")
-    sizes = sizes_of(model_dir, SLOTS, CONTEXT, element_bytes=4 if args.model == BUILTIN else None)
+    sizes = sizes_of(model_dir, SLOTS, CONTEXT)
     memory = limits(sizes, args.devices)
     say = _quiet if args.json else _say
     say(f"The model takes {human_bytes(sizes.total)} with room for {SLOTS} sequences; starting {args.devices} devices:")
@@ -100,7 +100,7 @@ def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> N
         at = f"127.0.0.1:{invitation['port']}"
         LocalDevice(device.data_dir).post("/peerllm/v1/join", {"code": invitation["code"], "at": at})
     _wait_for_all(first, [device.name for device in devices])
-    body = {"model": model, "slots": SLOTS, "context": CONTEXT, "quantize": "none"}  # as `sizes_of` counts
+    body = {"model": model, "slots": SLOTS, "context": CONTEXT}
     lines = first.lines("/peerllm/v1/run", body)
     if args.json:
         for _ in lines:

@@ -12,7 +12,6 @@ from peerllm.daemon.profiles import (
     able,
     device_profile,
     link_profiles,
-    model_shape,
     slower_than_estimated,
 )
 from peerllm.engine.messages import Inspected
@@ -130,7 +129,7 @@ def _draw_up(
     size: tuple[int, int],
 ) -> Blueprint:
     slots, context = size
-    model, shape = inspected.profile, model_shape(inspected)
+    model, space = inspected.profile, inspected.working
     work = Workload(
         min(EXPECTED_PROMPT, max(1, context // 2)),
         min(EXPECTED_ANSWER, max(1, context // 2)),
@@ -138,8 +137,8 @@ def _draw_up(
         context,
         options.objective,
     )
-    chunk = min(options.prompt_chunk or chunk_tokens(shape, context), context)
-    working = working_bytes(shape, context, slots, chunk)
+    chunk = min(options.prompt_chunk or chunk_tokens(space, context), context)
+    working = working_bytes(space, context, slots, chunk)
     _check_sum(options, inspected, candidates, work, working)
     slower = slower_than_estimated(candidates.values(), model, inspected.dtype)
     busy = options.objective == "throughput"  # one sequence keeps one device busy at a time, many keep all

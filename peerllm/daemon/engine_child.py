@@ -14,7 +14,7 @@ from collections import deque
 from pathlib import Path
 
 import peerllm
-from peerllm.planner.memory import KERNELS
+from peerllm.types import TORCH_KERNELS
 
 log = logging.getLogger("peerllm.engine")
 
@@ -24,12 +24,12 @@ CLOSE_TIMEOUT_S = 3.0  # from the closed line to SIGKILL
 DRAIN_TIMEOUT_S = 1.0  # for what the dead process left in its stderr
 OUT_OF_MEMORY = re.compile(r"MemoryError|bad_alloc|can't allocate memory|Cannot allocate memory|out of memory", re.I)
 # Of the engine's libraries; the second keeps transformers from fetching compiled code where `kernels` is installed. The
-# last two bound what torch and oneDNN keep of compiled matrix products, which plans have room for (planner/memory.py).
+# last two bound what torch and oneDNN keep of compiled matrix products, which plans have room for (engine/inspect.py).
 FIXED = {
     "TOKENIZERS_PARALLELISM": "false",
     "USE_HUB_KERNELS": "NO",
-    "LRU_CACHE_CAPACITY": str(KERNELS),
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(KERNELS),
+    "LRU_CACHE_CAPACITY": str(TORCH_KERNELS),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(TORCH_KERNELS),
 }
 CGROUP_FILES = (Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +11,8 @@ from typing import Any, Literal
 
 from peerllm.daemon.messages import Hello
 from peerllm.daemon.network.linktables import UNKNOWN_FRAME_MS
-from peerllm.engine.messages import PASS, Inspected
-from peerllm.planner.memory import Shape
-from peerllm.types import BITS, DeviceId, DeviceProfile, LayerKind, LinkProfile, ModelProfile
+from peerllm.engine.messages import PASS
+from peerllm.types import DeviceId, DeviceProfile, LayerKind, LinkProfile, ModelProfile
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BATCHES = (1, 4, 16, 64, 256)  # tokens at which a layer's time is told; linear between
@@ -165,21 +163,3 @@ def link_profiles(
         return LinkProfile(max(one.latency_ms for one in legs), min(one.mbps for one in legs))
 
     return {(a, b): way(a, b) for a in candidates for b in candidates if a != b}
-
-
-def model_shape(inspected: Inspected) -> Shape:
-    """What the working space depends on, from config.json; cautious guesses where it names a thing its own way."""
-    text: Any = json.loads(inspected.config)
-    text = text.get("text_config") or text
-    wide = _first(text, ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")) or 4 * inspected.hidden_size
-    bits = BITS.get(inspected.quantize, 0)
-    queries = _first(text, ("num_attention_heads", "n_head")) * _first(text, ("head_dim",))
-    return Shape(max(inspected.hidden_size, queries), inspected.vocabulary, wide, ITEMSIZE[inspected.dtype], bits)
-
-
-def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 0

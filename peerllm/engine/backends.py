@@ -17,7 +17,7 @@ from peerllm.engine.checkpoint import compute_dtype, read_json, read_tensors, re
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.graph import family
 from peerllm.engine.graph.describe import Described, UnfitError, describe
-from peerllm.engine.graph.inspect import layer_tensors, profile
+from peerllm.engine.graph.inspect import layer_tensors, profile, working
 from peerllm.engine.graph.load import load_shard
 from peerllm.engine.graph.mockup import Outline
 from peerllm.engine.graph.nodes import Graph
@@ -31,7 +31,7 @@ from peerllm.errors import ModelError
 if TYPE_CHECKING:
     from peerllm.engine.torch_backend import TorchBackend
 
-NEEDS_TORCH = "is not in the graph engine's table and needs torch: pip install 'peerllm[torch]'"
+NEEDS_TORCH = "for that torch is needed: pip install 'peerllm[torch]'"
 
 
 class Backends:
@@ -51,7 +51,7 @@ class Backends:
         self._threads, self._compute = threads, compute
         make_pool(threads)
         if compute != "cpu":
-            return self._with_torch("--compute").facts(compute, threads)
+            return self._with_torch(f"--compute {compute}").facts(compute, threads)
         has_torch = all(find_spec(name) is not None for name in ("torch", "transformers"))
         families = {*family.FAMILIES, *(FAMILIES if has_torch else ())}
         dtypes = ("float32", "bfloat16", "float16") if has_torch else ("float32",)
@@ -59,9 +59,9 @@ class Backends:
 
     def load(self, spec: LoadStage, progress: Progress) -> Shard:
         described = self._described(spec.config, spec.dtype, spec.quantize)
-        if described is not None:
-            return load_shard(described, spec, self._threads, progress)
-        return self._with_torch(_kind(spec.config)).load(spec, progress)
+        if isinstance(described, str):
+            return self._with_torch(described).load(spec, progress)
+        return load_shard(described, spec, self._threads, progress)
 
     def inspect(self, message: Inspect) -> Inspected:
         directory = Path(message.model_dir).expanduser()
@@ -73,8 +73,8 @@ class Backends:
         dtype = compute_dtype(message.dtype, config, tensors.values())
         quantize = resolve(message.quantize, dtype, self._compute != "cpu")
         described = self._described(text, dtype, quantize)
-        if described is None:
-            return self._with_torch(_kind(text)).inspect(message)
+        if isinstance(described, str):
+            return self._with_torch(described).inspect(message)
         model = described.model
         return Inspected(
             message.request,
@@ -87,6 +87,7 @@ class Backends:
             model.max_context,
             stop_ids(directory, config.get("eos_token_id")),
             layer_tensors(described, tensors),
+            working(described, quantize),
             quantize,
         )
 
@@ -95,28 +96,30 @@ class Backends:
 
     def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
         described = self._described(message.config, message.dtype, message.quantize)
-        if described is None:
-            return self._with_torch(_kind(message.config)).time_layers(message, check)
+        if isinstance(described, str):
+            return self._with_torch(described).time_layers(message, check)
         # This thread's own time leaves out what strangers add, but not other threads of ours.
         clock = time.thread_time if self._threads == 1 else time.perf_counter
         return time_layers(message, Outline(described, message, self._threads), self.sampler, check, clock)
 
-    def _described(self, config: str, dtype: str, quantize: str) -> Described | None:
-        """The model, if the graph engine is what computes it in that form: in float32, or with rounded weights."""
-        if self._compute != "cpu" or (dtype != "float32" and not quantize):
-            return None
+    def _described(self, config: str, dtype: str, quantize: str) -> Described | str:
+        """The model, if the graph engine is what computes it in that form; else why it does not."""
+        if self._compute != "cpu":
+            return f"the engine computes on {self._compute}"
+        if dtype != "float32" and not quantize:
+            return f"weights in {dtype} are multiplied with as they are"
         try:
             values: Any = json.loads(config)
-            return describe(values) if isinstance(values, dict) else None
-        except (UnfitError, ValueError, RecursionError):
-            return None
+            return describe(values) if isinstance(values, dict) else "config.json holds no JSON object"
+        except (UnfitError, ValueError, RecursionError) as error:
+            return str(error)
 
-    def _with_torch(self, what: str) -> TorchBackend:
+    def _with_torch(self, why: str) -> TorchBackend:
         if self._torch is None:
             try:
                 from peerllm.engine.torch_backend import TorchBackend
             except ImportError as error:
-                raise ModelError(f"{what} {NEEDS_TORCH} ({error})") from error
+                raise ModelError(f"{why}; {NEEDS_TORCH} ({error})") from error
             self._torch = TorchBackend(self._threads)
         return self._torch
 
@@ -128,10 +131,3 @@ def runtime_bytes() -> int:
     graph.output("y", 1)
     graph.session()
     return int(psutil.Process().memory_info().rss)
-
-
-def _kind(config: str) -> str:
-    try:
-        return f"architecture {json.loads(config).get('model_type')!r}"
-    except (ValueError, AttributeError, RecursionError):
-        return "this model"

@@ -9,13 +9,21 @@ from pathlib import Path
 from peerllm.engine.checkpoint import compute_dtype, read_json, read_tensors, resolve, stop_ids
 from peerllm.engine.config import DTYPES, eos_ids, max_context, parse_config, text_config
 from peerllm.engine.division import Division, divide
+from peerllm.engine.graph.load import MAKING_COPIES
 from peerllm.engine.kernels.keeping import Keeping, keeping
+from peerllm.engine.kernels.packed import PART_WEIGHTS
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.engine.names import check, recipes
 from peerllm.engine.probing import probe, shape_key
 from peerllm.engine.states import LayerState
 from peerllm.errors import ModelError
-from peerllm.types import Layer, ModelProfile
+from peerllm.types import BITS, TORCH_KERNELS, Layer, ModelProfile, WorkingSpace
+
+LIBRARY_BYTES = 360 << 20  # torch and transformers in an engine that starts without them
+HIDDEN_COPIES = 8  # vectors of the hidden size alive at once in a block: residual, norm, queries, keys, values, output
+WIDE_COPIES = 3  # vectors of its widest matrix: gate, up and their product
+KERNEL_BYTES = 1 << 20  # of a compiled product in 16-bit numbers (oneDNN 3.12: 0.6 to 0.8 MB and the holes they leave)
+DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,7 @@ class Inspection:
     max_context: int
     stop_ids: tuple[int, ...]
     tensors: tuple[tuple[TensorAt, ...], ...]
+    working: WorkingSpace
 
     def message(self, request: int) -> Inspected:
         """As the answer to a request."""
@@ -75,6 +84,26 @@ def inspect_model(
         max_context=max_context(config),
         stop_ids=stop_ids(directory, *eos_ids(config)),
         tensors=tuple(tuple(sources[number].values()) for number in range(division.head + 1)),
+        working=working(division, quantize),
+    )
+
+
+def working(division: Division, quantize: str) -> WorkingSpace:
+    """The mask of a chunk is one for all heads; fused attention keeps no scores."""
+    language, itemsize = text_config(division.model.config), division.dtype.itemsize
+    vocabulary = language.vocab_size
+    matrices = [tensor for block in division.blocks for tensor in block.parameters() if tensor.dim() > 1]
+    wide = max((side for matrix in matrices for side in matrix.shape[-2:]), default=0)
+    largest = max((matrix.numel() for matrix in matrices), default=0)
+    vectors = HIDDEN_COPIES * language.hidden_size + WIDE_COPIES * wide
+    kernels = TORCH_KERNELS * KERNEL_BYTES if itemsize == 2 and not quantize else 0
+    return WorkingSpace(
+        token=vectors * (4 if quantize else itemsize),  # rounded matrices take and give float32
+        pair=itemsize,
+        position=0,
+        sequence=vocabulary * (itemsize + 4),  # logits as computed and in float32
+        once=LIBRARY_BYTES + kernels + DRAW_BYTES * vocabulary,
+        loading=MAKING_COPIES * min(PART_WEIGHTS, largest) * BITS[quantize] // 8 if quantize else 0,
     )
 
 

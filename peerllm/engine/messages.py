@@ -19,6 +19,7 @@ from peerllm.types import (
     ModelProfile,
     Sampling,
     ScheduleName,
+    WorkingSpace,
 )
 
 PASS: LayerKind = "pass"  # noqa: S105  # in a device's layer times: what a batch costs at a stage beside its layers
@@ -263,6 +264,7 @@ class Inspected:
     max_context: int
     stop_ids: tuple[int, ...]
     tensors: tuple[tuple[TensorAt, ...], ...]  # per layer, every tensor it owns (a tied one stands in both)
+    working: WorkingSpace
     quantize: str = ""
 
 

@@ -9,7 +9,7 @@ from peerllm.engine.assembly import finish, make_up, strip
 from peerllm.engine.cache import kv_bytes
 from peerllm.engine.config import DTYPES, max_context, parse_config, text_config
 from peerllm.engine.division import Division, divide
-from peerllm.engine.inspect import block_kinds
+from peerllm.engine.inspect import block_kinds, working
 from peerllm.engine.kernels.keeping import keeping
 from peerllm.engine.messages import LoadStage, TimeLayers
 from peerllm.engine.outline import CHUNK, CONTEXT, Mockup
@@ -33,12 +33,9 @@ class Outline(outline.Sizes):
         context = max(2, min(CONTEXT, max_context(config)))
         kept = keeping(division, (), message.quantize)
         layer_bytes: dict[int, int] = {}
-        widest: dict[int, int] = {}
         for name, tensor in division.sizes.items():
             layer = division.layer_of(name)
             layer_bytes[layer] = layer_bytes.get(layer, 0) + kept.nbytes(name, tensor)
-            if tensor.dim() > 1:
-                widest[layer] = max(widest.get(layer, 0), *tensor.shape[-2:])
         super().__init__(
             runs=outline.runs(block_kinds(division, self._states)),
             head=division.head,
@@ -46,10 +43,9 @@ class Outline(outline.Sizes):
             vocabulary=language.vocab_size,
             context=context,
             limit_bytes=message.limit_bytes,
-            itemsize=(torch.float32 if message.quantize else DTYPES[message.dtype]).itemsize,
+            working=working(division, message.quantize),
             layer_bytes=layer_bytes,
             kv_bytes={number + 1: kv_bytes({number: state}, 1, context) for number, state in self._states.items()},
-            widest=widest,
         )
 
     def build(self, mockup: Mockup) -> TorchShard:

@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from peerllm.errors import RefusedError
-from peerllm.types import LayerKind
+from peerllm.types import LayerKind, WorkingSpace
 
 SEQUENCES = (16, 4, 1)  # sequences at once, the most that has room
 CHUNK = 128  # tokens of a prompt in one pass
 CONTEXT = 224  # tokens of room per sequence
 CACHED_BYTES = 64 << 20  # more than caches hold: of smaller blocks several are timed, so that none stays warm
 MAX_BLOCKS = 6
-HIDDEN_COPIES, WIDE_COPIES = 8, 3  # vectors alive at once in a block, of the hidden size and of its widest matrix
-LOGITS_BYTES = 12  # per sequence and token id: in float32 and, where a token is drawn, in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +40,9 @@ class Sizes:
     vocabulary: int
     context: int  # tokens of room that each sequence timed has
     limit_bytes: int  # the most that a mock-up may take
-    itemsize: int  # bytes of a number in working space
+    working: WorkingSpace
     layer_bytes: Mapping[int, int]  # weights
     kv_bytes: Mapping[int, int]  # of one sequence with `context` tokens
-    widest: Mapping[int, int]  # the longest side of any matrix
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -74,12 +71,11 @@ class Sizes:
         layers = range(mockup.first, mockup.last + 1)
         held = sum(self.layer_bytes.get(layer, 0) for layer in layers)
         kv = (mockup.sequences + 1) * sum(self.kv_bytes.get(layer, 0) for layer in layers)
-        blocks = [layer for layer in layers if 0 < layer < self.head]
-        wide = max((self.widest.get(layer, 0) for layer in blocks), default=0)
-        tokens = max(CHUNK, mockup.sequences)
-        working = tokens * (HIDDEN_COPIES * self.hidden_size + WIDE_COPIES * wide) * self.itemsize
-        logits = mockup.sequences * self.vocabulary * LOGITS_BYTES if mockup.last == self.head else 0
-        return held + kv + working + logits
+        space, tokens = self.working, max(CHUNK, mockup.sequences)
+        passing = kv + tokens * (space.token + space.pair * mockup.context) + mockup.context * space.position
+        if mockup.last == self.head:
+            passing += mockup.sequences * space.sequence
+        return held + max(passing, space.loading) + space.once
 
 
 def runs(kinds: Sequence[LayerKind]) -> dict[LayerKind, tuple[int, int]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peerllm.builtin import MODEL_DIR
 from peerllm.cli.demo_memory import Sizes, even_runs, limits, sizes_of
 from peerllm.errors import ModelError
 
@@ -40,38 +39,14 @@ def test_runs_differ_by_one_at_most() -> None:
     assert even_runs(12, 5) == [(0, 2), (2, 4), (4, 7), (7, 9), (9, 12)]
 
 
-def write_model(path: Path, tensors: dict[str, list[int]], config: dict[str, int]) -> None:
-    (path / "config.json").write_text(json.dumps(config))
-    header = json.dumps(
-        {name: {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]} for name, shape in tensors.items()}
-    )
-    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
-
-
-def test_sizes_from_headers(tmp_path: Path) -> None:
-    write_model(
-        tmp_path,
-        {
-            "model.embed_tokens.weight": [100, 8],
-            "model.layers.0.mlp.weight": [8, 8],
-            "model.layers.1.mlp.weight": [8, 8],
-            "model.norm.weight": [8],
-        },
-        {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100},
-    )
-    kv = 2 * 4 * (2 * 2) * 3 * 10
-    sizes = sizes_of(tmp_path, 3, 10, element_bytes=4)
-    assert (sizes.embedding, sizes.blocks, sizes.head) == (3200, (256 + kv, 256 + kv), 32)
-    assert sizes.working > 0
-    assert sizes_of(tmp_path, 3, 10).embedding == 1600
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff" * 8, struct.pack("<Q", 5) + b"hello", struct.pack("<Q", 2) + b"[]"])
-def test_damaged_files(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "config.json").write_text('{"hidden_size": 8, "num_attention_heads": 4}')
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError):
-        sizes_of(tmp_path, 1, 1)
+def test_sizes_are_those_of_the_planner() -> None:
+    sizes = sizes_of(MODEL_DIR, 3, 100)
+    more = sizes_of(MODEL_DIR, 3, 200)
+    assert sizes.embedding == 0, "it is read from its file"
+    assert len(sizes.blocks) == len(more.blocks) > 8
+    assert all(0 < few < many for few, many in zip(sizes.blocks, more.blocks, strict=True))
+    assert 0 < sizes.head == more.head
+    assert 0 < sizes.working <= more.working
 
 
 def test_no_model_at_all(tmp_path: Path) -> None:

@@ -32,11 +32,12 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.errors import EngineError, LinkError, NotFoundError, RefusedError
-from peerllm.types import Layer, ModelProfile
+from peerllm.types import Layer, ModelProfile, WorkingSpace
 
 BLOCK = 1_000_000  # bytes of one block of the toy models
 LAYER_MS = {"pass": ((1, 0.1),), "embedding": ((1, 0.01),), "block": ((1, 1.0), (128, 9.0)), "head": ((1, 0.5),)}
 CONFIG = '{"num_attention_heads": 1, "intermediate_size": 8}'
+WORKING = WorkingSpace(token=500, pair=4, position=0, sequence=128, once=1024, loading=0)
 
 
 def hello(name, lent, machine=""):
@@ -52,7 +53,8 @@ def inspected(name, blocks, max_context=64):
     tensors = tuple(
         (TensorAt(f"{name}.{i}", "F32", (size // 4,), "/nowhere", 0, size),) for i, size in enumerate(sizes)
     )
-    return Inspected(0, ModelProfile(name, layers), "llama", CONFIG, "float32", 8, 16, max_context, (2,), tensors)
+    profile = ModelProfile(name, layers)
+    return Inspected(0, profile, "llama", CONFIG, "float32", 8, 16, max_context, (2,), tensors, WORKING)
 
 
 class FakeEngine:

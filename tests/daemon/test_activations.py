@@ -12,7 +12,7 @@ from peerllm.daemon.assignments import assignments, check, travelling
 from peerllm.daemon.demand import Blueprint, draw_up
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.messages import Ask, Control
-from peerllm.daemon.profiles import Candidate, model_shape
+from peerllm.daemon.profiles import Candidate
 from peerllm.daemon.status import deployment_entry
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import BadInputError, LinkError
@@ -34,7 +34,7 @@ def model(dtype: str = "bfloat16", blocks: int = 8):
 
 
 def room(blocks: int, dtype: str = "bfloat16") -> int:
-    return blocks * BLOCK + 100_000 + working_bytes(model_shape(model(dtype)), 64, 4)
+    return blocks * BLOCK + 100_000 + working_bytes(model(dtype).working, 64, 4)
 
 
 def candidates(mbps: float, dtype: str = "bfloat16", **slower: float) -> dict[str, Candidate]:

@@ -8,12 +8,12 @@ import pytest
 
 from peerllm.daemon.demand import EXPECTED_PROMPT, draw_up, sizes
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.profiles import BATCHES, Candidate, Timing, device_profile, link_profiles, model_shape
+from peerllm.daemon.profiles import BATCHES, Candidate, Timing, device_profile, link_profiles
 from peerllm.errors import BadInputError, InfeasibleError
 from peerllm.planner.chunks import Pipeline
-from peerllm.planner.memory import MAX_CHUNK, MIN_CHUNK, Shape, chunk_tokens, human_bytes, working_bytes
-from peerllm.types import chunk_of
-from tests.daemon.house import BLOCK, hello, inspected
+from peerllm.planner.memory import MAX_CHUNK, MIN_CHUNK, chunk_tokens, human_bytes, working_bytes
+from peerllm.types import WorkingSpace, chunk_of
+from tests.daemon.house import BLOCK, WORKING, hello, inspected
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 
@@ -46,7 +46,7 @@ def test_impossible_wishes_are_refused(options):
 def test_promises_hold_weights_kv_and_working_space():
     model = inspected("m", 8)
     made = draw_up(RunOptions("m"), model, household(*[3 * BLOCK + 100_000] * 3), A)
-    work = working_bytes(model_shape(model), made.workload.context, made.workload.sequences)
+    work = working_bytes(model.working, made.workload.context, made.workload.sequences)
     assert set(made.promises) == {A, B, C}
     assert sum(made.promises.values()) == sum(made.stage_memory_bytes) + 3 * work
     assert all(nbytes <= 3 * BLOCK + 100_000 for nbytes in made.promises.values())
@@ -58,7 +58,7 @@ def prompting(each=1.0, extra=2.0, mbps=1000.0, slots=4, **options):
     """For two devices, each with room for half of the model; a block takes `extra` ms and `each` more a token."""
     model = inspected("m", 8, 2048)
     chunk = min(2048, options.get("prompt_chunk", MAX_CHUNK))
-    room = 4 * BLOCK + 100_000 + working_bytes(model_shape(model), 2048, slots, chunk)
+    room = 4 * BLOCK + 100_000 + working_bytes(model.working, 2048, slots, chunk)
     layer_ms = {"embedding": ((1, 0.01),), "block": ((1, extra + each), (128, extra + 128 * each)), "head": ((1, 0.5),)}
     candidates = {
         device: replace(one, timing=Timing(layer_ms), rtt_ms=0.4, mbps=mbps)
@@ -74,7 +74,7 @@ def test_prompts_are_cut_by_the_cost_model_within_what_is_promised():
     first = pipeline.first_token_ms(EXPECTED_PROMPT, chunk_of(made.cuts, EXPECTED_PROMPT))
     assert made.plan.predicted.time_to_first_token_ms == first < pipeline.first_token_ms(EXPECTED_PROMPT, MAX_CHUNK)
     assert pipeline.first_token_ms(1024, chunk_of(made.cuts, 1024)) < 0.6 * pipeline.first_token_ms(1024, 1024)
-    work = working_bytes(model_shape(inspected("m", 8, 2048)), 2048, 1, made.chunk)
+    work = working_bytes(WORKING, 2048, 1, made.chunk)
     assert sum(made.promises.values()) == sum(made.stage_memory_bytes) + 2 * work
 
 
@@ -141,10 +141,10 @@ def test_links_between_others_are_as_slow_as_the_slower_way_to_them():
 
 
 def test_chunks_stay_within_their_bounds():
-    shape = Shape(4096, 128_000, 14_336, 2)
+    space = WorkingSpace(token=400_000, pair=160, position=4096, sequence=10**6, once=10**7, loading=0)
     for context in (1, 64, 2048, 1 << 20):
-        assert min(MIN_CHUNK, context) <= chunk_tokens(shape, context) <= MAX_CHUNK
-        assert working_bytes(shape, context, 4) < working_bytes(shape, context, 64)
+        assert min(MIN_CHUNK, context) <= chunk_tokens(space, context) <= MAX_CHUNK
+        assert working_bytes(space, context, 4) < working_bytes(space, context, 64)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.household import Device, household
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Device]]:
     """Three devices, each lending too little for the built-in model, which they serve together."""
     names = NAMES[:3]
-    sizes = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT, element_bytes=4), len(names))
+    sizes = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT), len(names))
     memory = {name: str(size) for name, size in zip(names, sizes, strict=True)}
     with household(tmp_path_factory.mktemp("demo"), names, memory=memory) as started:
         started[0].cli("run", "builtin", "--slots", str(SLOTS), "--context", str(CONTEXT))

@@ -25,6 +25,7 @@ from peerllm.engine.profiling import FILL, net, time_layers
 from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.shard import TorchShard
 from peerllm.errors import BadInputError, EngineError, ModelError, RefusedError, UnavailableError
+from peerllm.types import WorkingSpace
 from tests.engine.architectures import COMMON, FAMILIES
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, stage
 from tests.engine.tiny import make_llama
@@ -141,7 +142,7 @@ def test_what_it_takes_is_within_the_limit_and_said_before(llama: tuple[str, tup
     with pytest.raises(RefusedError, match=r"block: one layer takes \d+ bytes to time, 0 are free"):
         least.plan("block")
     seen, smallest = set(), least.nbytes(Mockup("block", 1, 1, 1, CONTEXT))
-    for limit in (smallest - 1, smallest, *range(smallest, 12_000_000, 400_000)):
+    for limit in (smallest - 1, smallest, *range(smallest, smallest + 12_000_000, 400_000)):
         model = Outline(TimeLayers(1, llama[0], "float32", limit))
         try:
             chosen = model.plan("block")
@@ -217,7 +218,7 @@ class Pretended(Sizes):
         self.now, self.rewinds, self.held = 0.0, rewinds, dict.fromkeys(range(17), 0)
         layers = dict.fromkeys(range(8), 1000)
         super().__init__(
-            runs(["block"] * 6), 7, 8, 16, CONTEXT, PLENTY, 4, layer_bytes=layers, kv_bytes=layers, widest=layers
+            runs(["block"] * 6), 7, 8, 16, CONTEXT, PLENTY, WorkingSpace(0, 0, 0, 0, 0, 0), layers, layers
         )
 
     def build(self, mockup: Mockup) -> Any:

@@ -32,7 +32,7 @@ def lab() -> Iterator[Lab]:
 def devices(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Device]]:
     """Default ports; the second device offers its API to the whole LAN."""
     root = tmp_path_factory.mktemp("lab")
-    memory = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT, element_bytes=4), len(NAMES))
+    memory = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT), len(NAMES))
     made = [Device(root / name, name, memory=str(memory[host]), prefix=lab.argv(host, []), port=8643,
                    api="0.0.0.0:8642" if host == 1 else "127.0.0.1:8642") for host, name in enumerate(NAMES)]
     try:

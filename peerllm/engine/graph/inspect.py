@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from peerllm.engine.graph.describe import Described
-from peerllm.engine.graph.load import Shape
+from peerllm.engine.graph.load import MAKING_COPIES, Shape, largest_block
 from peerllm.engine.graph.slots import room_of, token_bytes
 from peerllm.engine.graph.tensors import Checkpoint
 from peerllm.engine.graph.weights import BlockWeights, check
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
-from peerllm.types import Layer, LayerKind, ModelProfile
+from peerllm.types import BITS, Layer, LayerKind, ModelProfile, WorkingSpace
 
 GRAPH_BYTES = 160 << 10  # onnxruntime's for one graph, however small
+HIDDEN_COPIES = 8  # float32 vectors alive at once in a block, of the hidden size or of all heads' queries ...
+WIDE_COPIES = 5  # ... and of the feed-forward's width (4.0 of each and the queries, keys and values were seen)
+SCORE_BYTES = 5  # of a head's attention between two tokens, where scores are kept (4.5 were seen)
+HEADS_AT_ONCE = 8  # whose keys and values are there in float32, where float16 is what is kept
+DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
 
 
 def profile(described: Described, name: str, quantize: str) -> ModelProfile:
@@ -37,8 +42,28 @@ def profile(described: Described, name: str, quantize: str) -> ModelProfile:
                 kv_window_tokens=window,
             )
         )
-    head = Layer("head", "head", shape.head_bytes + GRAPH_BYTES, 0, 4)
+    graphs = -(-shape.head_bytes // largest_block(described, shape.bits))
+    head = Layer("head", "head", shape.head_bytes + graphs * GRAPH_BYTES, 0, 4)
     return ModelProfile(name, (*layers, head))
+
+
+def working(described: Described, quantize: str) -> WorkingSpace:
+    """Measured with onnxruntime 1.31; see tests/lab/test_memory_lab.py."""
+    model, bits = described.model, BITS.get(quantize, 0)
+    attentions = [block.attention for block in model.blocks]
+    windows = [about.window for about in attentions]
+    hidden = max(model.hidden, *(about.heads * about.width for about in attentions))
+    keeping = [about for about in attentions if bits or about.softcap or about.sinks]
+    unfolded = max((min(about.heads, HEADS_AT_ONCE) * about.width * 8 for about in keeping), default=0)
+    return WorkingSpace(
+        token=4 * (HIDDEN_COPIES * hidden + WIDE_COPIES * max(block.mlp.widest for block in model.blocks)),
+        pair=SCORE_BYTES * max((about.heads for about in keeping), default=0),
+        position=unfolded + sum(4 * rope.width for rope in model.ropes),
+        sequence=8 * model.vocabulary,  # logits, and those of a head's parts
+        once=DRAW_BYTES * model.vocabulary,
+        loading=MAKING_COPIES * largest_block(described, bits),
+        window=None if None in windows else max(room_of(window, model.max_context) for window in windows),
+    )
 
 
 def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:

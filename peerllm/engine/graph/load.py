@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
 
 from peerllm.engine.base import Progress
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.shard import Embedding, GraphShard, Span, make_embedding, make_head, make_span
 from peerllm.engine.graph.slots import room_of, token_bytes
 from peerllm.engine.graph.tensors import Checkpoint, Tensors
+from peerllm.engine.graph.weights import Product
 from peerllm.engine.kernels.pool import make_pool
 from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import BadInputError, RefusedError
-from peerllm.types import BITS, PACKING_COPIES
+from peerllm.types import BITS
+
+# While a graph is made its weights are there as they came, as onnxruntime copies them and as it packs them: so many
+# times more than afterwards (1.65 was seen of a block, 2 of one matrix).
+MAKING_COPIES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +74,18 @@ class Shape:
         blocks = [self.described.blocks[number].block.attention for number in self.numbers]
         return sum(self.slots * room_of(about.window, self.context) * token_bytes(about, self.half) for about in blocks)
 
-    def spans(self) -> list[range]:
-        """Its blocks in runs, each a graph.
+    @property
+    def graph_bytes(self) -> int:
+        """The most weights that one graph is made of.
 
-        While a graph is made its weights are there twice and more. There is room for that where keys and values will
-        lie later, and as much as the largest layer takes is part of every promise (planner/memory.py).
+        There is room to make it where keys and values will lie later; and that to make the largest block is promised
+        (WorkingSpace.loading).
         """
-        sizes = self.block_bytes
-        most = max([*sizes, self.head_bytes, int(self.kv_bytes / PACKING_COPIES)], default=0)
+        return max(largest_block(self.described, self.bits), self.kv_bytes // MAKING_COPIES)
+
+    def spans(self) -> list[range]:
+        """Its blocks in runs, each a graph."""
+        sizes, most = self.block_bytes, self.graph_bytes
         runs: list[range] = []
         start, taken = self.numbers.start, 0
         for number, size in zip(self.numbers, sizes, strict=True):
@@ -82,6 +94,27 @@ class Shape:
                 start, taken = number, 0
             taken += size
         return [*runs, range(start, self.numbers.stop)] if sizes else []
+
+    def head_parts(self) -> list[Product]:
+        """Rows of the output matrix in runs, each a graph."""
+        return parts_of(self.described.head, -(-self.head_bytes // self.graph_bytes)) if self.head_bytes else []
+
+
+def largest_block(described: Described, bits: int) -> int:
+    """Bytes of its weights."""
+    return max(weights.nbytes(bits) for weights in described.blocks)
+
+
+def parts_of(product: Product, count: int) -> list[Product]:
+    """A product of one tensor as `count` with a share of its rows each."""
+    ends = [product.rows * number // count for number in range(count + 1)]
+    if count == 1:
+        return [product]
+    part = product.parts[0]
+    return [
+        replace(product, parts=(replace(part, count=end - start, rows=np.arange(start, end)),))
+        for start, end in pairwise(ends)
+    ]
 
 
 def load_shard(described: Described, spec: LoadStage, threads: int, progress: Progress) -> GraphShard:
@@ -119,10 +152,9 @@ def build(shape: Shape, tensors: Tensors, embedding: Embedding | None, threads: 
         own = [described.blocks[number] for number in run]
         spans.append(make_span(described.model, run, own, tensors, bits, shape.context, shape.half))
         return_memory()
-    head = None
-    if shape.last_layer == shape.head:
-        product = described.head
-        head = make_head(described.model.head, described.model.hidden, product, described.norm, tensors, bits)
+    head = []
+    for product in shape.head_parts():
+        head.append(make_head(described.model.head, described.model.hidden, product, described.norm, tensors, bits))
         return_memory()
     return GraphShard(
         described.model, shape.first_layer, shape.last_layer, shape.slots, shape.context, shape.half,

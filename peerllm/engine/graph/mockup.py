@@ -6,7 +6,7 @@ import numpy as np
 
 from peerllm.engine import outline
 from peerllm.engine.graph.describe import Described
-from peerllm.engine.graph.inspect import block_kinds
+from peerllm.engine.graph.inspect import block_kinds, working
 from peerllm.engine.graph.load import Shape, build
 from peerllm.engine.graph.shard import Embedding, GraphShard
 from peerllm.engine.graph.tensors import MadeUp
@@ -23,7 +23,6 @@ class Outline(outline.Sizes):
         context = max(2, min(CONTEXT, model.max_context))
         whole = Shape(described, 0, head, 1, context, message.quantize)
         kv = [Shape(described, n, n, 1, context, message.quantize).kv_bytes for n in range(1, head)]
-        wide = [max(p.rows for p in weights.products.values()) for weights in described.blocks]
         super().__init__(
             runs=outline.runs(block_kinds(described.blocks)),
             head=head,
@@ -31,10 +30,9 @@ class Outline(outline.Sizes):
             vocabulary=model.vocabulary,
             context=context,
             limit_bytes=message.limit_bytes,
-            itemsize=4,
+            working=working(described, message.quantize),
             layer_bytes=dict(enumerate([0, *whole.block_bytes, whole.head_bytes])),
             kv_bytes=dict(enumerate(kv, 1)),
-            widest=dict(enumerate(wide, 1)),
         )
 
     def build(self, mockup: Mockup) -> GraphShard:

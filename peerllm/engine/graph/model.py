@@ -76,6 +76,11 @@ class FeedForward:
     gated: bool = True
     experts: Experts | None = None
 
+    @property
+    def widest(self) -> int:
+        """Of the vectors between up and down that one token has at once."""
+        return self.wide if self.experts is None else max(self.experts.wide, self.experts.shared)
+
 
 @dataclass(frozen=True, slots=True)
 class Block:

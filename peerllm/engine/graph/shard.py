@@ -56,9 +56,9 @@ class GraphShard:
 
     def __init__(
         self, model: Model, first_layer: int, last_layer: int, slots: int, context: int, half: bool,
-        embedding: Embedding | None, spans: Sequence[Span], head: Any, weight_bytes: int, chunk: int,
+        embedding: Embedding | None, spans: Sequence[Span], head: Sequence[Any], weight_bytes: int, chunk: int,
     ) -> None:  # fmt: skip
-        """`head`: the session that makes logits, on the last shard; `half`: keys and values are float16."""
+        """`head`: the sessions that make logits, on the last shard; `half`: keys and values are float16."""
         self.first_layer, self.last_layer = first_layer, last_layer
         self.hidden_size, self.vocabulary = model.hidden, model.vocabulary
         self.weight_bytes = weight_bytes
@@ -91,7 +91,7 @@ class GraphShard:
         )  # [b, n]
         hidden = self._blocks(rows, places, batch)  # [b·n, hidden]
         self._slots.advance(segments)
-        if self._head is None:
+        if not self._head:
             out = np.empty_like(hidden)
             out[order if len(segments) > 1 else slice(None)] = hidden
             return out
@@ -109,7 +109,7 @@ class GraphShard:
     def close(self) -> None:
         """Free weights and KV; may be called twice."""
         self._bound.clear()
-        self._spans, self._head, self._embedding = (), None, None
+        self._spans, self._head, self._embedding = (), (), None
         self._slots.close()
 
     def _in_pieces(self, inputs: npt.NDArray[Any], whole: Segment) -> npt.NDArray[Any]:
@@ -120,7 +120,7 @@ class GraphShard:
             last = start + length == whole.length
             piece = Segment(whole.slot, whole.position + start, length, whole.sample and last)
             outs.append(self.forward(inputs[start : start + length], [piece]))
-        return outs[-1] if self._head is not None else np.concatenate(outs)
+        return outs[-1] if self._head else np.concatenate(outs)
 
     def _blocks(self, rows: npt.NDArray[Any], places: npt.NDArray[np.int64], batch: Batch) -> Floats:
         """[b·n, hidden] through the blocks here; what is returned is overwritten by the next pass."""
@@ -138,8 +138,9 @@ class GraphShard:
         """float32 [k, vocabulary]."""
         if not len(hidden):
             return np.empty((0, self.vocabulary), np.float32)
-        logits: Floats = self._head.run(None, {"x": np.ascontiguousarray(hidden)})[0]
-        return logits
+        x = np.ascontiguousarray(hidden)
+        logits = [session.run(None, {"x": x})[0] for session in self._head]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
 
     def _pass(self, sequences: int, tokens: int, first: int) -> _Pass:
         key = sequences, tokens, first
@@ -237,7 +238,7 @@ def make_span(
 
 
 def make_head(about: Head, hidden: int, product: Product, norm: str, tensors: Tensors, bits: int) -> Any:
-    """The session from hidden states x [k, hidden] to logits [k, vocabulary]."""
+    """The session from hidden states x [k, hidden] to logits [k, rows of the product]."""
     graph = Graph()
     x = graph.input("x", "k", hidden)
     if about.norm is not None:

@@ -15,7 +15,7 @@ from peerllm.engine.graph.tensors import Floats, Tensors
 from peerllm.engine.kernels.rounding import BLOCK_BYTES, BLOCKS, block_of, rounded
 from peerllm.errors import ModelError
 
-PIECE_BYTES = 4 << 20  # of float32 rows that are read at once
+PIECE_BYTES = 1 << 20  # of float32 rows that are read at once
 Names = Mapping[str, str]
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 BLOCKS = (128, 64, 32)  # weights that share a scale: the first that divides a row's length
 PIECE_BYTES = 1 << 19  # of float32 rows that are rounded at once: they stay in the processor's cache
 SESSION_BYTES = 160 << 10  # onnxruntime's for one matrix, however small
-BLOCK_BYTES = 8  # a block's scale and, which the products need, the sum of its codes
+BLOCK_BYTES = 12  # a block's scale, twice, and the sum of its codes: what onnxruntime's product keeps of it
 LEAST = 1e-37  # smaller weights are rounded to nothing: their scale has no reciprocal
 MAGIC = 1.5 * 2**23  # what is added to such a float32 is rounded to a whole number, which lies in its last bits
 
