@@ -103,7 +103,7 @@ GRANITE_EXPERTS = {
 COMMON: Mapping[str, Any] = {  # what every family reads, and what transformers takes for what is left out
     "hidden_size": None, "vocab_size": None, "num_hidden_layers": None, "num_attention_heads": None,
     "num_key_value_heads": None, "head_dim": None, "intermediate_size": None, "max_position_embeddings": 2048,
-    "hidden_act": "silu", "norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0,
+    "hidden_act": "silu", "norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 10000.0,
     "rope_parameters": None, "rope_scaling": None, "original_max_position_embeddings": None,
 }  # fmt: skip
 RMS = {"norm_eps": "rms_norm_eps"}
@@ -114,7 +114,7 @@ GPT2_KEYS = {
     "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
     "norm_eps": "layer_norm_epsilon", **HEADS_ALONE,
 }  # fmt: skip
-LAYER_DEFAULTS = {"norm_eps": 1e-5}
+SIX = {"norm_eps": 1e-6}
 WINDOWS = {"sliding_window": 4096, "layer_types": None}
 QWEN_WINDOWS = {**WINDOWS, "use_sliding_window": False, "max_window_layers": 28}
 QWEN_MOE = {
@@ -122,7 +122,7 @@ QWEN_MOE = {
     "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": (),
 }  # fmt: skip
 GEMMA_DEFAULTS = {
-    "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16,
+    **SIX, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16,
     "use_bidirectional_attention": None,
 }  # fmt: skip
 GEMMA2_DEFAULTS = {
@@ -261,7 +261,7 @@ def _gpt2(**more: Any) -> Family:
     about: dict[str, Any] = {
         "names": GPT2, "keys": GPT2_KEYS, "layers": "h", "norm": "layer", "gated": False, "rotates": _unrotated,
         "defaults": {
-            **LAYER_DEFAULTS, "hidden_act": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True,
+            "hidden_act": "gelu_new", "tie_word_embeddings": True, "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
         },
     }  # fmt: skip
@@ -277,180 +277,137 @@ def _gemma2(**more: Any) -> Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(layer_type=_windows, defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
-    "ministral": Family(layer_type=_windows, defaults={**WINDOWS, "num_key_value_heads": 8}),
+    "llama": Family(defaults=SIX),
+    "mistral": Family(layer_type=_windows, defaults={**SIX, "sliding_window": 4096, "num_key_value_heads": 8}),
+    "ministral": Family(layer_type=_windows, defaults={**SIX, **WINDOWS, "num_key_value_heads": 8}),
     "mixtral": Family(
         names=MIXTRAL, layer_type=_windows, experts="each",
-        defaults={
-            "norm_eps": 1e-5, "num_key_value_heads": 8, "rope_theta": 1e6, "sliding_window": None,
-            "num_local_experts": 8, "num_experts_per_tok": 2,
-        },
+        defaults={"num_key_value_heads": 8, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8,
+            "num_experts_per_tok": 2},
     ),
-    "qwen2": Family(layer_type=_qwen_windows, defaults={**QWEN_WINDOWS, "num_key_value_heads": 32}),
+    "qwen2": Family(layer_type=_qwen_windows, defaults={**SIX, **QWEN_WINDOWS, "num_key_value_heads": 32}),
     "qwen2_moe": Family(
         names=QWEN_EXPERTS, layer_type=_qwen2_moe_windows, experts="each",
-        defaults={**QWEN_WINDOWS, **QWEN_MOE, "num_key_value_heads": 16, "shared_expert_intermediate_size": 5632},
+        defaults={**SIX, **QWEN_WINDOWS, **QWEN_MOE, "num_key_value_heads": 16,
+            "shared_expert_intermediate_size": 5632},
     ),
     "qwen3": Family(
-        layer_type=_qwen_windows, normed=True, defaults={**QWEN_WINDOWS, "num_key_value_heads": 32, "head_dim": 128}
+        layer_type=_qwen_windows, normed=True,
+        defaults={**SIX, **QWEN_WINDOWS, "num_key_value_heads": 32, "head_dim": 128},
     ),
     "qwen3_moe": Family(
         names=QWEN_EXPERTS, layer_type=_qwen_windows, experts="each", normed=True,
-        defaults={
-            **QWEN_MOE, "num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False,
-            "num_experts_per_tok": 8, "num_experts": 128, "moe_intermediate_size": 768,
-        },
+        defaults={**SIX, **QWEN_MOE, "num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False,
+            "num_experts_per_tok": 8, "num_experts": 128, "moe_intermediate_size": 768},
     ),
     "gemma": Family(offset=1.0, scaled_embedding=True, defaults=GEMMA_DEFAULTS, by=_gemma),
     "gemma2": _gemma2(),
     "vaultgemma": _gemma2(names=VAULTGEMMA, placements=PRE),
     "gemma3_text": _gemma2(
         normed=True, layer_type=_full_at(-1, 6, "sliding_window_pattern"), local_theta=10000.0,
-        defaults={
-            **GEMMA2_DEFAULTS, "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 1e6,
-            "sliding_window_pattern": 6, "rope_local_base_freq": None,
-        },
+        defaults={**GEMMA2_DEFAULTS, "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 1e6,
+            "sliding_window_pattern": 6, "rope_local_base_freq": None},
     ),
     "phi": Family(
         names=PHI, keys=LAYER, norm="layer", head_norm="layer", placements=ONE, parallel=True, gated=False,
-        defaults={
-            **LAYER_DEFAULTS, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "qk_layernorm": False,
-        },
+        defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "qk_layernorm": False},
     ),
     "phi3": Family(
-        names=PHI3, layer_type=_windows,
-        defaults={"norm_eps": 1e-5, "partial_rotary_factor": 1.0, "sliding_window": None},
-        by=_phi3,
+        names=PHI3, layer_type=_windows, defaults={"partial_rotary_factor": 1.0, "sliding_window": None}, by=_phi3,
     ),
     "persimmon": Family(
-        names=PERSIMMON, keys={**LAYER, **HEADS_ALONE}, norm="layer", head_norm="layer", gated=False,
-        merged="by group",
-        defaults={
-            **LAYER_DEFAULTS, "hidden_act": "relu2", "partial_rotary_factor": 0.5, "qk_layernorm": True,
-        },
+        names=PERSIMMON, keys={**LAYER, **HEADS_ALONE}, norm="layer", head_norm="layer", gated=False, merged="by group",
+        defaults={"hidden_act": "relu2", "partial_rotary_factor": 0.5, "qk_layernorm": True},
     ),
     "gpt2": _gpt2(turned=True),
     "gpt_bigcode": _gpt2(
         merged="by group",
-        defaults={
-            **LAYER_DEFAULTS, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True,
-            "scale_attn_weights": True, "multi_query": True,
-        },
-        by=lambda values: {"groups": 1 if values.get("multi_query") else None},
+        defaults={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "scale_attn_weights": True,
+        "multi_query": True}, by=lambda values: {"groups": 1 if values.get("multi_query") else None},
     ),
     "gpt_neo": _gpt2(
         names=GPT_NEO, layer_type=_neo_windows,
-        keys={
-            "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "sliding_window": "window_size",
+        keys={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "sliding_window": "window_size",
             "hidden_act": "activation_function", "norm_eps": "layer_norm_epsilon", "attention_multiplier": "",
-            **HEADS_ALONE,
-        },
-        defaults={
-            **LAYER_DEFAULTS, "hidden_act": "gelu_new", "tie_word_embeddings": True, "attention_multiplier": 1.0,
-            "sliding_window": 256, "attention_types": [[["global", "local"], 12]],
-        },
+            **HEADS_ALONE},
+        defaults={"hidden_act": "gelu_new", "tie_word_embeddings": True, "attention_multiplier": 1.0,
+            "sliding_window": 256, "attention_types": [[["global", "local"], 12]]},
     ),
     "gptj": _gpt2(
         names=GPTJ, placements=ONE, parallel=True, interleaved=True, rotates=lambda values, number, kind: True,
         keys={**GPT2_KEYS, "rope_theta": "", "rope_parameters": "", "rope_scaling": ""},
-        defaults={**LAYER_DEFAULTS, "hidden_act": "gelu_new", "rotary_dim": 64},
+        defaults={"hidden_act": "gelu_new", "rotary_dim": 64},
     ),
     "opt": Family(
         names=OPT, norm="layer", gated=False, rotates=_unrotated, position_offset=2, by=_opt,
         keys={"norm_eps": "", "intermediate_size": "ffn_dim", "hidden_act": "activation_function", **HEADS_ALONE},
-        defaults={
-            **LAYER_DEFAULTS, "hidden_act": "relu", "tie_word_embeddings": True, "do_layer_norm_before": True,
-            "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False, "word_embed_proj_dim": None,
-        },
+        defaults={"hidden_act": "relu", "tie_word_embeddings": True, "do_layer_norm_before": True,
+            "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False, "word_embed_proj_dim": None},
     ),
     "gpt_neox": Family(
         names=NEOX, norm="layer", gated=False, merged="by group",
-        keys={
-            **LAYER, **HEADS_ALONE, "partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base",
-        },
-        defaults={
-            **LAYER_DEFAULTS, "hidden_act": "gelu", "partial_rotary_factor": 0.25, "use_parallel_residual": True,
-        },
+        keys={**LAYER, **HEADS_ALONE, "partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
+        defaults={"hidden_act": "gelu", "partial_rotary_factor": 0.25, "use_parallel_residual": True},
     ),
     "falcon": Family(
         names=FALCON, layers="h", norm="layer", gated=False, merged="by group", by=_falcon,
-        keys={
-            "norm_eps": "layer_norm_epsilon", "num_key_value_heads": "num_kv_heads", "head_dim": "",
+        keys={"norm_eps": "layer_norm_epsilon", "num_key_value_heads": "num_kv_heads", "head_dim": "",
             "intermediate_size": "ffn_hidden_size", "hidden_act": "activation",
-            "use_parallel_residual": "parallel_attn",
-        },
-        defaults={
-            **LAYER_DEFAULTS, "hidden_act": "gelu", "tie_word_embeddings": True, "alibi": False, "multi_query": True,
-            "new_decoder_architecture": False, "num_ln_in_parallel_attn": None, "use_parallel_residual": True,
-        },
+            "use_parallel_residual": "parallel_attn"},
+        defaults={"hidden_act": "gelu", "tie_word_embeddings": True, "alibi": False, "multi_query": True,
+            "new_decoder_architecture": False, "num_ln_in_parallel_attn": None, "use_parallel_residual": True},
     ),
     "stablelm": Family(
         names=STABLELM, keys={**LAYER, "head_dim": ""}, norm="layer", head_norm="layer", norm_over="each",
-        defaults={
-            **LAYER_DEFAULTS, "num_key_value_heads": 32, "partial_rotary_factor": 0.25, "qk_layernorm": False,
-            "use_parallel_residual": False,
-        },
+        defaults={"num_key_value_heads": 32, "partial_rotary_factor": 0.25, "qk_layernorm": False,
+            "use_parallel_residual": False},
         by=lambda values: {"placements": ONE} if values.get("use_parallel_residual") else {},
     ),
     "starcoder2": Family(
         names=STARCODER2, keys={"norm_eps": "norm_epsilon"}, norm="layer", gated=False, layer_type=_windows,
-        defaults={
-            **LAYER_DEFAULTS, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True,
-            "num_key_value_heads": 2, "sliding_window": None,
-        },
+        defaults={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "num_key_value_heads": 2,
+            "sliding_window": None},
     ),
     "cohere": Family(
         keys={**LAYER, "qk_layernorm": "use_qk_norm"}, norm="layer", head_norm="layer", norm_over="each",
         placements=ONE, parallel=True, interleaved=True,
-        defaults={
-            **LAYER_DEFAULTS, "tie_word_embeddings": True, "rope_theta": 500000.0, "logit_scale": 0.0625,
-            "qk_layernorm": False,
-        },
+        defaults={"tie_word_embeddings": True, "rope_theta": 500000.0, "logit_scale": 0.0625, "qk_layernorm": False},
     ),
     "cohere2": Family(
         keys={**LAYER, "head_dim": ""}, norm="layer", placements=ONE, parallel=True, interleaved=True,
         layer_type=_full_at(-1, 4, "sliding_window_pattern"), rotates=_in_windows,
-        defaults={
-            **LAYER_DEFAULTS, **WINDOWS, "tie_word_embeddings": True, "logit_scale": 0.0625,
-            "sliding_window_pattern": 4,
-        },
+        defaults={**WINDOWS, "tie_word_embeddings": True, "logit_scale": 0.0625, "sliding_window_pattern": 4},
     ),
-    "olmo": Family(keys={"norm_eps": ""}, norm="layer", weighted=False, defaults={"norm_eps": 1e-5, "clip_qkv": None}),
-    "olmo2": Family(names=POSTED, placements=POST, normed=True, norm_over="heads", defaults={"norm_eps": 1e-5}),
+    "olmo": Family(keys={"norm_eps": ""}, norm="layer", weighted=False, defaults={"clip_qkv": None}),
+    "olmo2": Family(names=POSTED, placements=POST, normed=True, norm_over="heads"),
     "olmo3": Family(
-        names=POSTED, placements=POST, normed=True, norm_over="heads", layer_type=_full_at(-1, 4),
-        local_theta=500000.0, defaults={**WINDOWS, "norm_eps": 1e-5, "rope_theta": 500000.0},
+        names=POSTED, placements=POST, normed=True, norm_over="heads", layer_type=_full_at(-1, 4), local_theta=500000.0,
+        defaults={**WINDOWS, "rope_theta": 500000.0},
     ),
     "olmoe": Family(
         names=QWEN_EXPERTS, normed=True, norm_over="heads", experts="each",
-        defaults={
-            "norm_eps": 1e-5, "num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False, "clip_qkv": None,
-        },
+        defaults={"num_experts_per_tok": 8, "num_experts": 64, "norm_topk_prob": False, "clip_qkv": None},
         by=lambda values: {"refused": "queries and keys cut off after their norm"} if values.get("clip_qkv") else {},
     ),
     "flex_olmo": Family(
         names=FLEX_OLMO, placements=POST, normed=True, norm_over="heads", experts="each",
-        defaults={"rope_theta": 500000.0, "num_experts_per_tok": 5, "num_experts": 7, "norm_topk_prob": False},
+        defaults={**SIX, "rope_theta": 500000.0, "num_experts_per_tok": 5, "num_experts": 7, "norm_topk_prob": False},
     ),
-    "granite": Family(defaults=GRANITE_DEFAULTS),
+    "granite": Family(defaults={**SIX, **GRANITE_DEFAULTS}),
     "granite_swa": Family(
         layer_type=_full_at(0, 4), sinks=True, by=_granite_swa,
-        defaults={
-            **GRANITE_DEFAULTS, **WINDOWS, "norm_eps": 1e-5, "num_key_value_heads": 4, "sliding_window": 128,
-            "tie_word_embeddings": True, "layer_rope_theta": None,
-        },
+        defaults={**GRANITE_DEFAULTS, **WINDOWS, "num_key_value_heads": 4, "sliding_window": 128,
+            "tie_word_embeddings": True, "layer_rope_theta": None},
     ),
     "granitemoe": Family(
         names=GRANITE_EXPERTS, experts="halves",
-        defaults={**GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
+        defaults={**SIX, **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
     ),
     "granitemoeshared": Family(
         names=GRANITE_EXPERTS, experts="halves",
         keys={**RMS, "shared_expert_intermediate_size": "shared_intermediate_size"},
-        defaults={
-            **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 0,
-        },
+        defaults={**SIX, **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "shared_expert_intermediate_size": 0},
     ),
     "glm": Family(
         names=GLM, interleaved=True,
@@ -462,66 +419,48 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "smollm3": Family(
         layer_type=_smollm3_windows, rotates=_smollm3_rotates,
-        defaults={
-            **WINDOWS, "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 2e6,
-            "sliding_window": None, "use_sliding_window": False, "no_rope_layers": None, "no_rope_layer_interval": 4,
-        },
+        defaults={**SIX, **WINDOWS, "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 2e6,
+            "sliding_window": None, "use_sliding_window": False, "no_rope_layers": None, "no_rope_layer_interval": 4},
     ),
     "exaone4": Family(
         names=POSTED, placements=POST, normed=True, layer_type=_full_at(-1, 4, "sliding_window_pattern"),
         rotates=lambda values, number, kind: values.get("sliding_window") is None or kind == "sliding_attention",
-        defaults={**WINDOWS, "norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window_pattern": 4},
+        defaults={**WINDOWS, "num_key_value_heads": 32, "sliding_window_pattern": 4},
     ),
     "gpt_oss": Family(
         names=GPT_OSS, experts="interleaved", sinks=True, layer_type=_full_at(1, 2),
-        defaults={
-            **WINDOWS, "norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128,
-            "rope_theta": 150000.0, "num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_alpha": 1.702,
-            "swiglu_limit": 7.0, "rope_parameters": {
-                "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-                "original_max_position_embeddings": 4096,
-            },
-        },
+        defaults={**WINDOWS, "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "rope_theta": 150000.0,
+            "num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
+            "rope_parameters": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 4096}},
     ),
     "ernie4_5": Family(
         interleaved=True,
-        defaults={
-            "norm_eps": 1e-5, "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True,
-            "rope_theta": 500000.0,
-        },
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True, "rope_theta": 500000.0},
     ),
-    "seed_oss": Family(defaults={"num_key_value_heads": 8, "head_dim": 128}),
-    "hunyuan_v1_dense": Family(
-        names=HUNYUAN, normed=True, norm_after_rope=True, alpha=True, defaults={"norm_eps": 1e-5}
-    ),
-    "arcee": Family(gated=False, defaults={"norm_eps": 1e-5, "hidden_act": "relu2"}),
+    "seed_oss": Family(defaults={**SIX, "num_key_value_heads": 8, "head_dim": 128}),
+    "hunyuan_v1_dense": Family(names=HUNYUAN, normed=True, norm_after_rope=True, alpha=True),
+    "arcee": Family(gated=False, defaults={"hidden_act": "relu2"}),
     "helium": Family(
         interleaved=True,
         defaults={"norm_eps": 1e-8, "num_key_value_heads": 20, "head_dim": 128, "rope_theta": 100000.0},
     ),
     "nemotron": Family(
-        keys={}, norm="layer", offset=1.0, gated=False,
-        defaults={**LAYER_DEFAULTS, "hidden_act": "relu2", "partial_rotary_factor": 0.5},
+        keys={}, norm="layer", offset=1.0, gated=False, defaults={"hidden_act": "relu2", "partial_rotary_factor": 0.5},
     ),
-    "jais2": Family(keys=LAYER, norm="layer", gated=False, defaults={**LAYER_DEFAULTS, "hidden_act": "relu2"}),
+    "jais2": Family(keys=LAYER, norm="layer", gated=False, defaults={"hidden_act": "relu2"}),
     "cwm": Family(
         layer_type=_full_at(0, 4),
-        defaults={
-            **WINDOWS, "norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192,
-            "rope_theta": 1e6, "rope_parameters": {
-                "rope_type": "llama3", "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192, "rope_theta": 1e6,
-            },
-        },
+        defaults={**WINDOWS, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 8192, "rope_theta": 1e6,
+            "rope_parameters": {"rope_type": "llama3", "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192, "rope_theta": 1e6}},
     ),
-    "internlm3": Family(defaults={"norm_eps": 1e-5, "num_key_value_heads": 2, "head_dim": 128}),
-    "iquestcoder": Family(defaults={"norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128}),
+    "internlm3": Family(defaults={"num_key_value_heads": 2, "head_dim": 128}),
+    "iquestcoder": Family(defaults={"num_key_value_heads": 8, "head_dim": 128}),
     "hyperclovax": Family(
         names=HYPERCLOVAX, keys={**RMS, "logit_scale": "logits_scaling"},
-        defaults={
-            "embedding_multiplier": 1.0, "logit_scale": 1.0, "residual_multiplier": 1.0, "attention_multiplier": None,
-            "use_post_norm": True,
-        },
+        defaults={**SIX, "embedding_multiplier": 1.0, "logit_scale": 1.0, "residual_multiplier": 1.0,
+            "attention_multiplier": None, "use_post_norm": True},
         by=lambda values: {"placements": SANDWICH if values.get("use_post_norm") else PRE},
     ),
 }  # fmt: skip

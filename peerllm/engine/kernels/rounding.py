@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCKS = (128, 32)  # weights that share a scale: the first that divides a row's length
+BLOCKS = (128, 64, 32)  # weights that share a scale: the first that divides a row's length
 PIECE_BYTES = 1 << 19  # of float32 rows that are rounded at once: they stay in the processor's cache
 SESSION_BYTES = 160 << 10  # onnxruntime's for one matrix, however small
 BLOCK_BYTES = 12  # a block's scale, twice, and the sum of its codes: what onnxruntime's product keeps of it

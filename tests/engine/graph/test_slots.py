@@ -43,15 +43,13 @@ class Sequences:
             self.check(before)
             return
         self.written(segments, batch)
-        for part in segments:
-            written = self.tokens[part.slot]
-            if fails:  # nothing of the pass counts
-                del written[part.position :]
+        for part in segments:  # a pass that fails has made room all the same
+            reached = part.position + part.length
+            self.furthest[part.slot] = max(self.furthest[part.slot], reached) if part.position else reached
+            if fails:
+                del self.tokens[part.slot][part.position :]
         if not fails:
             self.slots.advance(segments)
-        for part in segments:
-            start = part.position == 0
-            self.furthest[part.slot] = max(0 if start else self.furthest[part.slot], len(self.tokens[part.slot]))
         self.check(self.tokens)
 
     def written(self, segments: list[Segment], batch: Batch) -> None:

@@ -102,7 +102,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # by model type: what each 
     "flex_olmo": (EXPERTS, {**EXPERTS, "norm_topk_prob": True}),
     "granite": (GRANITE, {**GRANITE, "attention_bias": True, "mlp_bias": True}),
     "granite_swa": ({**GRANITE, **WINDOWS}, {**GRANITE, "sliding_window": 21}),
-    "granitemoe": ({**GRANITE, **EXPERTS}, EXPERTS),
+    "granitemoe": ({**GRANITE, **EXPERTS}, {**EXPERTS, "attention_multiplier": 0.3}),
     "granitemoeshared": (
         {**GRANITE, **EXPERTS, "shared_intermediate_size": 24}, {**GRANITE, **EXPERTS, "shared_intermediate_size": 0},
     ),
