@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.load import MAKING_COPIES, Shape, largest_block
 from peerllm.engine.graph.slots import room_of, token_bytes
-from peerllm.engine.graph.tensors import Checkpoint
-from peerllm.engine.graph.weights import BlockWeights, check
+from peerllm.engine.graph.tensors import STORED, Checkpoint
+from peerllm.engine.graph.weights import BlockWeights, check, fits
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 from peerllm.types import BITS, Layer, LayerKind, ModelProfile, WorkingSpace
@@ -82,20 +82,25 @@ def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[
     """Per layer every tensor it needs; ModelError if one is missing or does not fit."""
     checkpoint = Checkpoint(files.values())
     check(checkpoint, described.head)
+    biased: dict[str, bool] = {}
     for weights in described.blocks:
-        for product in weights.products.values():
+        for role, product in weights.products.items():
             check(checkpoint, product)
+            bias = f"{product.parts[0].tensor}.bias"
+            if biased.setdefault(role, (there := checkpoint.at(bias) is not None)) != there:
+                raise ModelError(f"tensor {bias} is {'there' if there else 'missing'}, unlike those of earlier blocks")
 
     def found(names: Iterator[tuple[str, tuple[int, ...] | None]]) -> tuple[TensorAt, ...]:
         tensors = []
         for name, shape in names:
             tensor = checkpoint.at(name)
-            if tensor is None:
-                raise ModelError(f"tensor {name} is missing from the model's files")
-            if shape is not None and tensor.shape != shape:
-                raise ModelError(f"tensor {name} has shape {list(tensor.shape)}; the model needs {list(shape)}")
+            if shape is not None:
+                fits(checkpoint, name, shape)
             bias = checkpoint.at(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None
-            tensors += [tensor] if bias is None else [tensor, bias]
+            tensors += [one for one in (tensor, bias) if one is not None]
+        for one in tensors:
+            if one.dtype not in STORED:
+                raise ModelError(f"tensor {one.name} holds {one.dtype}, which is not computed with")
         return tuple({tensor.name: tensor for tensor in tensors}.values())
 
     model = described.model

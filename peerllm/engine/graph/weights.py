@@ -59,7 +59,8 @@ class Product:
 
 
 def check(tensors: Tensors, product: Product) -> None:
-    """ModelError names a tensor that is missing or has another shape."""
+    """ModelError names a tensor that is missing or has another shape; either all parts have biases or none has."""
+    biased = any(tensors.shape(f"{part.tensor}.bias") for part in product.parts)
     for part, (name, least) in zip(product.parts, product.tensors, strict=True):
         found = tensors.shape(name)
         if found is None:
@@ -68,6 +69,15 @@ def check(tensors: Tensors, product: Product) -> None:
         if found != least and (whole or len(found) != 2 or found[not part.turned] != least[not part.turned]
                                or found[part.turned] < least[part.turned]):
             raise ModelError(f"tensor {name} has shape {list(found)}; the model needs {list(least)}")
+        if biased and not part.bare:
+            fits(tensors, f"{part.tensor}.bias", (found[part.turned],))
+
+
+def fits(tensors: Tensors, name: str, shape: tuple[int, ...]) -> None:
+    """ModelError if the tensor is missing or has another shape."""
+    if (found := tensors.shape(name)) != shape:
+        told = "is missing from the model's files" if found is None else f"has shape {list(found)}"
+        raise ModelError(f"tensor {name} {told}; the model needs {list(shape)}")
 
 
 def pieces(tensors: Tensors, product: Product) -> Iterator[tuple[int, Floats]]:
@@ -84,17 +94,14 @@ def pieces(tensors: Tensors, product: Product) -> Iterator[tuple[int, Floats]]:
 
 
 def bias_of(tensors: Tensors, product: Product) -> Floats | None:
-    """float32 [rows]; None if no part has one."""
-    names = [f"{part.tensor}.bias" for part in product.parts]
-    if product.parts[0].bare or not any(tensors.shape(name) for name in names):
+    """float32 [rows]; None if the parts have none."""
+    first = product.parts[0]
+    if first.bare or tensors.shape(f"{first.tensor}.bias") is None:
         return None
-    biases = []
-    for part, name in zip(product.parts, names, strict=True):
-        if tensors.shape(name) is None:
-            biases.append(np.zeros(part.count, np.float32))
-        else:
-            biases.append(tensors.floats(name, slice(None) if part.rows is None else part.rows))
-    return np.concatenate(biases)
+    rows = [slice(None) if part.rows is None else part.rows for part in product.parts]
+    return np.concatenate(
+        [tensors.floats(f"{part.tensor}.bias", some) for part, some in zip(product.parts, rows, strict=True)]
+    )
 
 
 def add_product(graph: Graph, x: str, product: Product, tensors: Tensors, bits: int) -> str:
@@ -178,9 +185,7 @@ def add_experts(
 ) -> str:
     """rows [n, H] through the experts that scores [n, experts] send them to; only those are touched."""
     for name, shape in stacks.tensors(experts, hidden):
-        if (found := tensors.shape(name)) != shape:
-            told = "is missing" if found is None else f"has shape {list(found)}; the model needs {list(shape)}"
-            raise ModelError(f"tensor {name} {told}")
+        fits(tensors, name, shape)
     block = experts_block(experts, hidden, bits)
     layers: list[tuple[int, int, Callable[[int], Floats], str]] = [
         (2 * experts.wide, hidden, lambda number: stacks.first(tensors, experts, number), f"{stacks.up}_bias"),
@@ -270,10 +275,9 @@ def norm_weights(graph: Graph, tensors: Tensors, norm: Norm, name: str, shape: t
     if norm.weighted:
         parts = norm_tensors(name, shape)
         for part, least in parts:
-            if (found := tensors.shape(part)) != least:
-                told = "is missing" if found is None else f"has shape {list(found)}; the model needs {list(least)}"
-                raise ModelError(f"tensor {part} {told}")
+            fits(tensors, part, least)
         weight = np.concatenate([tensors.floats(part, slice(None)) for part, _ in parts]).reshape(shape)
         weight += np.float32(norm.offset)
-    bias = tensors.shape(f"{name}.bias") is not None
+    if bias := tensors.shape(f"{name}.bias") is not None:
+        fits(tensors, f"{name}.bias", shape)
     return graph.weight(weight), graph.weight(tensors.floats(f"{name}.bias", slice(None))) if bias else ""
