@@ -51,13 +51,13 @@ def even_runs(count: int, parts: int) -> list[tuple[int, int]]:
     return [(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
 
 
-def sizes_of(model_dir: Path, slots: int, context: int) -> Sizes:
-    """In the form that `peerllm run` computes by default; ModelError for what is no model."""
+def sizes_of(model_dir: Path, slots: int, context: int, dtype: str = "auto", quantize: str = "auto") -> Sizes:
+    """In the form that `peerllm run` computes, by default or as asked; ModelError for what is no model."""
     from peerllm.engine.backends import Backends
     from peerllm.engine.messages import Inspect
 
-    dtype = dtype_of(BUILTIN if model_dir == MODEL_DIR else str(model_dir), "auto")
-    inspected = Backends().inspect(Inspect(0, str(model_dir), dtype, "auto"))
+    dtype = dtype_of(BUILTIN if model_dir == MODEL_DIR else str(model_dir), dtype)
+    inspected = Backends().inspect(Inspect(0, str(model_dir), dtype, quantize))
     profile, work = inspected.profile, Workload(sequences=slots, context=context)
     tied = profile.layers[-1].tied_to is not None
     sizes = [layer_bytes(profile, number, work, tied) for number in range(len(profile.layers))]
