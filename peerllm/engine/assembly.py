@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from peerllm.engine.absent import Absent, BeforeBlocks
 from peerllm.engine.base import Progress
 from peerllm.engine.blocks import Blocks, replace_blocks
+from peerllm.engine.checkpoint import mapped
 from peerllm.engine.division import Division
+from peerllm.engine.graph.nodes import make_pool
 from peerllm.engine.kernels.keeping import Keeping, keeping
 from peerllm.engine.kernels.packed import Packed
-from peerllm.engine.kernels.pool import make_pool
-from peerllm.engine.loader import Target, load, mapped
+from peerllm.engine.loader import as_array, as_tensor, load
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import Recipe, check, recipes
 from peerllm.engine.place import CPU, bridge, turn
 from peerllm.errors import EngineError, ModelError
 from peerllm.types import BITS
 
-PATTERN = 262_147  # made-up numbers before they repeat; prime
+PATTERN = 65_537  # made-up numbers before they repeat; prime
 SPREAD = 0.05  # of made-up numbers
 MAX_TABLE_BYTES = 1 << 30  # of a shard; masks of a long context are the largest
 
@@ -48,19 +49,15 @@ def strip(division: Division, first: int, last: int, numbers: range) -> nn.Modul
     return entry
 
 
-def _owned(division: Division, first: int, last: int) -> dict[str, Target]:
-    return {
-        name: (tensor.dtype, tuple(tensor.shape))
-        for name, tensor in division.sizes.items()
-        if first <= division.layer_of(name) <= last
-    }
+def _owned(division: Division, first: int, last: int) -> set[str]:
+    return {name for name in division.sizes if first <= division.layer_of(name) <= last}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What of a model's tensors a shard loads, and how it keeps them."""
 
-    owned: dict[str, Target]
+    owned: set[str]
     found: list[Recipe]
     kept: Keeping
     nbytes: int  # what they will take in memory; a tensor that two names share counts once
@@ -79,21 +76,15 @@ def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...
     return Plan(owned, found, kept, sum(sizes.values()))
 
 
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """What a shard's weights take: those that are torch's tensors, and those that are rounded."""
+def fill(division: Division, first: int, work: Plan, progress: Progress, device: torch.device = CPU) -> dict[int, int]:
+    """Load the tensors into the stripped model, one after the other, and bring each to where it is computed with.
 
-    tensor_bytes: int
-    packed_bytes: int = 0
-
-
-def fill(division: Division, first: int, work: Plan, progress: Progress, device: torch.device = CPU) -> Filled:
-    """Load the tensors into the stripped model, one after the other, and bring each to where it is computed with."""
-    owned, found = work.owned, work.found
-    packed = _pack(work.kept, owned, device)
+    Returns what they take: bytes by tensor (see base.Shard.weights).
+    """
+    found, packed = work.found, _pack(work.kept, work.owned, device)
     tensors = [tensor for recipe in found for _, tensor in recipe.sources]
     total = sum({(tensor.path, tensor.offset): tensor.nbytes for tensor in tensors}.values())
-    done = held = 0
+    done, weights = 0, {id(one): one.nbytes for one in packed.values()}
 
     def count(read: int) -> None:
         nonlocal done
@@ -102,61 +93,56 @@ def fill(division: Division, first: int, work: Plan, progress: Progress, device:
 
     places = _places(division, first)
 
-    def settle(names: list[str], tensor: torch.Tensor, lazy: bool) -> int:
-        """Put a tensor where it belongs; what it then takes, unless it was rounded or stays in its file."""
-        wanted = [name for name in names if name not in packed]
-        for name in set(names) - set(wanted):
-            packed[name].fill(tensor)
-        if wanted:
-            tensor = tensor if lazy else _moved(tensor, device)
-        for name in wanted:
-            _place(division.model, places.get(name, name), tensor)
-        return tensor.nbytes if wanted and not lazy else 0
-
     made = {name for recipe in found for name in recipe.targets}
     for recipe in found:
-        # A tied tensor fills its other place too, unless the file has one for that as well.
         fills = {
-            name: [one for one in (name, *(set(_aliases(division, name)) - made)) if one in owned]
-            for name in recipe.targets
+            name: [one for one in division.filled_by(name, made) if one in work.owned] for name in recipe.targets
         }
-        here = [name for some in fills.values() for name in some]
+        here = {name for some in fills.values() for name in some}
         if not here:
             continue
-        lazy = recipe.converter is None and all(name in work.kept.tables or name in packed for name in here)
+        source = recipe.sources[0][1]
+        lazy = recipe.converter is None and here <= work.kept.tables | packed.keys()
         if lazy:
-            source = recipe.sources[0][1]
-            loaded = {recipe.targets[0]: mapped(source)}
+            loaded = {recipe.targets[0]: as_tensor(mapped(source))}
         else:
-            targets = {name: (division.sizes[name].dtype, tuple(division.sizes[name].shape)) for name in recipe.targets}
-            loaded = load(recipe, targets, division.model, count)
+            loaded = load(recipe, division.sizes, division.model, count)
         while loaded:  # what was moved is not held here as well while the next is read
             name, tensor = loaded.popitem()
-            held += settle(fills[name], tensor, lazy)
+            wanted = [one for one in fills[name] if one not in packed]
+            for one in packed.keys() & fills[name]:
+                packed[one].fill(tensor)
+            if wanted and not lazy:
+                tensor = _moved(tensor, device)
+                weights[tensor.data_ptr()] = tensor.nbytes
+            for one in wanted:
+                _place(division.model, places.get(one, one), tensor)
         if lazy:
             count(source.nbytes)
-    return Filled(held, sum(one.nbytes for one in packed.values()))
+    return weights
 
 
-def make_up(division: Division, first: int, last: int, kept: Keeping, device: torch.device = CPU) -> Filled:
-    """Fill the stripped model's layers first..last with made-up numbers, for timing."""
-    places, held, owned = _places(division, first), 0, _owned(division, first, last)
+def make_up(division: Division, first: int, last: int, kept: Keeping, device: torch.device = CPU) -> dict[int, int]:
+    """Fill the stripped model's layers first..last with made-up numbers, for timing; bytes by tensor."""
+    places, owned = _places(division, first), _owned(division, first, last)
     packed = _pack(kept, owned, device)
-    for name, (dtype, shape) in owned.items():
+    weights = {id(one): one.nbytes for one in packed.values()}
+    for name in owned:
+        dtype, shape = division.sizes[name].dtype, tuple(division.sizes[name].shape)
         if name in packed:  # one row again and again: the whole is never there in float
             packed[name].fill(made_up(shape[-1:], dtype).expand(shape))
         else:
             tensor = made_up(shape, dtype)
             tensor = tensor if name in kept.tables else _moved(tensor, device)
             _place(division.model, places.get(name, name), tensor)
-            held += tensor.nbytes
-    return Filled(held, sum(one.nbytes for one in packed.values()))
+            weights[tensor.data_ptr()] = tensor.nbytes
+    return weights
 
 
-def _pack(kept: Keeping, owned: dict[str, Target], device: torch.device) -> dict[str, Packed]:
+def _pack(kept: Keeping, owned: set[str], device: torch.device) -> dict[str, Packed]:
     """Modules to be filled in the places of those whose matrices are rounded, by the name of the weight."""
     packed: dict[str, Packed] = {}
-    for name in kept.matrices.keys() & owned.keys():
+    for name in kept.matrices.keys() & owned:
         matrix = kept.matrices[name]
         packed[name] = Packed(matrix, BITS[kept.quantize], device)
         setattr(matrix.parent, matrix.attribute, packed[name])
@@ -177,27 +163,12 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Small numbers about zero, or about one for a norm: like a model's, and no denormals, which are slow."""
-    tensor = torch.zeros(shape, dtype=dtype)
-    if dtype.is_floating_point:
-        pattern, flat = _pattern(len(shape) == 1, dtype), tensor.view(-1)
-        for start in range(0, flat.numel(), PATTERN):
-            part = flat[start : start + PATTERN]
-            part.copy_(pattern[: part.numel()])
-    return tensor
-
-
-@lru_cache(maxsize=4)
-def _pattern(about_one: bool, dtype: torch.dtype) -> torch.Tensor:
-    """Drawing every number takes seconds for a large layer; a prime length leaves no two rows of a matrix alike."""
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    # Drawing every number takes seconds for a large layer; a prime length leaves no two rows of a matrix alike.
     drawn = torch.empty(PATTERN).uniform_(-SPREAD, SPREAD, generator=torch.Generator().manual_seed(0))
-    return (drawn + about_one).to(dtype)
-
-
-def _aliases(division: Division, name: str) -> tuple[str, ...]:
-    """Other names of the tensor that `name` shares memory with."""
-    root = division.tied.get(name, name)
-    group = {root, *(alias for alias, other in division.tied.items() if other == root)}
-    return tuple(sorted(group - {name}))
+    about_one = len(shape) == 1
+    return as_tensor(np.resize(as_array((drawn + about_one).to(dtype)), shape))
 
 
 def _places(division: Division, first: int) -> dict[str, str]:

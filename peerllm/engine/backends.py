@@ -20,8 +20,7 @@ from peerllm.engine.graph.describe import Described, UnfitError, describe
 from peerllm.engine.graph.inspect import layer_tensors, profile, working
 from peerllm.engine.graph.load import load_shard
 from peerllm.engine.graph.mockup import Outline
-from peerllm.engine.graph.nodes import Graph
-from peerllm.engine.kernels.pool import make_pool
+from peerllm.engine.graph.nodes import Graph, make_pool
 from peerllm.engine.measure import measure
 from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 from peerllm.engine.profiling import time_layers

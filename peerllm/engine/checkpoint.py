@@ -8,13 +8,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import BadInputError, ModelError
 from peerllm.types import BITS
 
-ITEMSIZE = {
-    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+FILE_DTYPES = {
+    "F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "BOOL": np.dtype("?"),
+    "I64": np.dtype("i8"), "I32": np.dtype("i4"), "I16": np.dtype("i2"), "I8": np.dtype("i1"), "U8": np.dtype("u1"),
 }  # fmt: skip
 COMPUTED = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}  # the dtype each is computed in
 COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: what "auto" means for this model, whatever its file holds
@@ -109,15 +114,26 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorA
     numbers = (*shape, begin, end)
     if len(shape) > MAX_DIMENSIONS or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ModelError(f"{path.name}: the header's entry for {name} is malformed")
-    if dtype not in ITEMSIZE:
+    if dtype not in FILE_DTYPES:
         raise ModelError(f"{path.name}: tensor {name} has the unsupported dtype {dtype!r}")
-    if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
+    if end - begin != math.prod(shape) * FILE_DTYPES[dtype].itemsize:
         raise ModelError(f"{path.name}: tensor {name} claims {end - begin} bytes for shape {list(shape)} of {dtype}")
     if start + end > size:
         raise ModelError(
             f"{path.name} is cut short: tensor {name} ends at byte {start + end} of {size}; fetch it again"
         )
     return TensorAt(name, dtype, shape, str(path.absolute()), start + begin, end - begin)
+
+
+def mapped(tensor: TensorAt) -> npt.NDArray[Any]:
+    """The file's own numbers: its pages are the system's, no memory of ours. What is written to them stays here."""
+    name = Path(tensor.path).name
+    try:
+        if Path(tensor.path).stat().st_size < tensor.offset + tensor.nbytes:
+            raise ModelError(f"{name} ends in the middle of tensor {tensor.name}; fetch it again")
+        return np.memmap(tensor.path, FILE_DTYPES[tensor.dtype], "c", tensor.offset, tensor.shape)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name} cannot be read: {error}") from error
 
 
 def held_dtype(tensors: Iterable[TensorAt]) -> str:

@@ -78,6 +78,15 @@ class Division:
         module = name.rpartition(".")[0]
         return self.head if module in self.after and module not in self.before else 0
 
+    def names_of(self, name: str) -> set[str]:
+        """All names of the tensor called `name`: those tied to it share its memory."""
+        root = self.tied.get(name, name)
+        return {root, *(alias for alias, other in self.tied.items() if other == root)}
+
+    def filled_by(self, name: str, made: set[str]) -> list[str]:
+        """The names that a file's tensor for `name` fills: its own, and those tied to it that no file has `made`."""
+        return [one for one in self.names_of(name) if one == name or one not in made]
+
 
 def build(config: Any, dtype: torch.dtype) -> Any:
     """The whole causal language model of `config` on the meta device, its floats of `dtype`."""

@@ -61,7 +61,7 @@ class Outline(outline.Sizes):
         whole, kept = division.owner.config, keeping(division, (), self._message.quantize)
         layers = mockup.first, mockup.last
         entry = strip(division, *layers, numbers)
-        filled = make_up(division, *layers, kept, self._device)
+        weights = make_up(division, *layers, kept, self._device)
         finish(division, whole, self._device)
         slots = mockup.sequences + 1
         spec = LoadStage(
@@ -69,7 +69,7 @@ class Outline(outline.Sizes):
             mockup.context, CHUNK, slots, None, None, "",
         )  # fmt: skip
         states = {number: self._states[number] for number in numbers}
-        return TorchShard(division, spec, states, filled, entry, None, self._device)
+        return TorchShard(division, spec, states, weights, entry, None, self._device)
 
     def _divide(self) -> Division:
         return divide(parse_config(self._message.config), DTYPES[self._message.dtype])

@@ -12,14 +12,14 @@ from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from peerllm.engine.absent import Absent
-from peerllm.engine.arrays import as_array, as_tensor
-from peerllm.engine.assembly import Filled, fill, finish, plan, strip
+from peerllm.engine.assembly import fill, finish, plan, strip
 from peerllm.engine.base import Progress, Reach, Segment
 from peerllm.engine.cache import SlotCache, Slots, kv_bytes
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.dryrun import accepted
-from peerllm.engine.loader import is_mapped
+from peerllm.engine.kernels.packed import Packed
+from peerllm.engine.loader import as_array, as_tensor
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.place import CPU, turn
 from peerllm.engine.probing import probe
@@ -36,22 +36,20 @@ class TorchShard:
         division: Division,
         spec: LoadStage,
         states: Mapping[int, LayerState],
-        filled: Filled,
+        weights: Mapping[int, int],
         entry: nn.Module,
         reach: Reach | None = None,
         device: torch.device = CPU,
     ) -> None:
         self._device, self._turn = device, turn(device)
         self.first_layer, self.last_layer = spec.first_layer, spec.last_layer
-        self.weight_bytes = filled.tensor_bytes + filled.packed_bytes
+        self.weights, self.weight_bytes = weights, sum(weights.values())
         # Beside onnxruntime's threads torch's would spin, and take the processors from them.
-        self._threads = 1 if filled.packed_bytes and device == CPU else torch.get_num_threads()
+        packed = any(isinstance(module, Packed) for module in division.model.modules())
+        self._threads = 1 if packed and device == CPU else torch.get_num_threads()
         text = text_config(division.model.config)
         self.hidden_size: int = text.hidden_size
         self.vocabulary: int = text.vocab_size
-        kept = [p for p in division.model.parameters() if not p.is_meta and not is_mapped(p)]
-        packed = {id(division): filled.packed_bytes} if filled.packed_bytes else {}
-        self.weights: Mapping[int, int] = {**{p.data_ptr(): p.nbytes for p in kept}, **packed}
         self.context = spec.context
         self.dtype = division.dtype
         self.reach = reach
@@ -195,6 +193,6 @@ def load_shard(
         held = f"weights of {work.nbytes} bytes and KV of {needed}"
         raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")
     entry = strip(division, first, last, numbers)
-    filled = fill(division, first, work, progress, device)
+    weights = fill(division, first, work, progress, device)
     finish(division, whole, device)
-    return TorchShard(division, spec, states, filled, entry, reach, device)
+    return TorchShard(division, spec, states, weights, entry, reach, device)

@@ -17,7 +17,7 @@ from peerllm.engine.graph.model import Head, Model
 from peerllm.engine.graph.nodes import Bound, Graph
 from peerllm.engine.graph.rotation import tables
 from peerllm.engine.graph.slots import Batch, KVSlots, room_of
-from peerllm.engine.graph.tensors import Floats, Tensors, as_floats
+from peerllm.engine.graph.tensors import Floats, Tensors
 from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
 from peerllm.errors import EngineError, ModelError
 
@@ -38,14 +38,14 @@ class Embedding:
     """Looks token ids up in a table that stays in its file, and adds learned positions."""
 
     def __init__(self, table: npt.NDArray[Any], scale: float, positions: Floats | None) -> None:
-        """`table` [vocabulary, hidden]; bfloat16 as its bits. `positions` [context, hidden]."""
+        """`table` [vocabulary, hidden], `positions` [context, hidden]."""
         self._table, self._scale, self._positions = table, np.float32(scale), positions
 
     def __call__(self, ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> Floats:
         """float32 [n, hidden]; EngineError for an id that is no token."""
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self._table)):
             raise EngineError(f"token ids lie between 0 and {len(self._table) - 1}")
-        x = as_floats(self._table[ids])
+        x = np.ascontiguousarray(self._table[ids], dtype=np.float32)
         if self._scale != 1.0:
             x = x * self._scale
         return x if self._positions is None else x + self._positions[places]

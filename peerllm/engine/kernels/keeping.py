@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peerllm.engine.checkpoint import FILE_DTYPES
+from peerllm.engine.config import DTYPES
 from peerllm.engine.division import Division
 from peerllm.engine.kernels.matrices import Matrix, matrices
 from peerllm.engine.kernels.rounding import packed_bytes
-from peerllm.engine.loader import FILE_DTYPES, tensor_bytes
 from peerllm.engine.names import Recipe
 from peerllm.types import BITS
 
@@ -36,7 +37,7 @@ class Keeping:
         if name in self.matrices:
             matrix = self.matrices[name]
             return packed_bytes(matrix.rows, matrix.columns, BITS[self.quantize])
-        return tensor_bytes((tensor.dtype, tuple(tensor.shape)))
+        return tensor.nbytes
 
 
 def keeping(division: Division, found: Iterable[Recipe], quantize: str) -> Keeping:
@@ -54,8 +55,6 @@ def _tables(division: Division, found: Iterable[Recipe]) -> Iterable[str]:
         if isinstance(module, nn.Embedding) and name in division.before and name not in division.after
     }
     for recipe in found:
-        if recipe.converter is None and FILE_DTYPES[recipe.sources[0][1].dtype] is division.dtype:
-            (name,) = recipe.targets
-            same = {name, *(alias for alias, root in division.tied.items() if division.tied.get(name, name) == root)}
-            same.add(division.tied.get(name, name))
-            yield from same & names
+        held = FILE_DTYPES[recipe.sources[0][1].dtype].name
+        if recipe.converter is None and DTYPES.get(held) is division.dtype:
+            yield from division.names_of(recipe.targets[0]) & names
