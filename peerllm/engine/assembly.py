@@ -29,9 +29,9 @@ SPREAD = 0.05  # of made-up numbers
 MAX_TABLE_BYTES = 1 << 30  # of a shard; masks of a long context are the largest
 
 
-def strip(division: Division, first: int, last: int, numbers: range) -> nn.Module:
+def strip(division: Division, first: int, last: int) -> nn.Module:
     """Take out all that belongs to other shards; returns the first module to run on what an earlier shard computed."""
-    model = division.model
+    model, numbers = division.model, division.numbers(first, last)
     blocks = Blocks([division.blocks[number] for number in numbers])
     replace_blocks(division.owner, division.attribute, blocks, numbers.start, len(division.blocks))
     entry: nn.Module = blocks[0] if len(blocks) else model.get_submodule(division.after[0])

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 from peerllm.engine.base import Progress, Sampler, Shard
-from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
+from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "aiohttp", "onnxruntime", "onnx", "peerllm")
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a daemon wants to know of its engine. `runtime_bytes`: resident size with all libraries and no model.
-
-    `place` names where it computes; `memory_bytes` and `free_bytes` are of that place's own memory, 0 if it has none.
-    """
-
-    runtime_bytes: int
-    versions: Mapping[str, str]
-    architectures: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    place: str = "cpu"
-    memory_bytes: int = 0
-    free_bytes: int = 0
 
 
 class Backend(Protocol):

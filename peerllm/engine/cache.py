@@ -15,7 +15,6 @@ from transformers.cache_utils import (
 )
 
 from peerllm.engine import base
-from peerllm.engine.base import Segment
 from peerllm.engine.place import CPU
 from peerllm.engine.states import FULL, WINDOWED, LayerState
 from peerllm.errors import EngineError
@@ -144,7 +143,7 @@ class SlotCache(Cache):
 
 
 def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
-    """What `Slots` takes for these blocks."""
+    """What `slot_caches` takes for these blocks."""
     total = 0
     for state in owned.values():
         windowed = state.kind in (FULL, *WINDOWED)
@@ -153,57 +152,35 @@ def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
     return total
 
 
-class Slots:
-    """KV room of a shard: [slots, heads, room, width] per block, made at once; `caches[slot]` is a slot's view."""
+def slot_caches(
+    kinds: Sequence[str],
+    arguments: Sequence[Mapping[str, Any]],
+    owned: Mapping[int, LayerState],
+    slots: int,
+    context: int,
+    device: torch.device = CPU,
+) -> list[SlotCache]:
+    """By slot its view of a shard's KV room, [slots, heads, room, width] per block, which is made at once."""
+    stores = {number: _room(state, slots, context, device) for number, state in owned.items()}
+    return [
+        SlotCache(
+            [
+                _layer(kind, argument, number in owned, *(t[slot : slot + 1] for t in stores.get(number, ())))
+                for number, (kind, argument) in enumerate(zip(kinds, arguments, strict=True))
+            ],
+            owned,
+        )
+        for slot in range(slots)
+    ]
 
-    def __init__(
-        self,
-        kinds: Sequence[str],
-        arguments: Sequence[Mapping[str, Any]],
-        owned: Mapping[int, LayerState],
-        slots: int,
-        context: int,
-        device: torch.device = CPU,
-    ) -> None:
-        self.kv_bytes, self.count = kv_bytes(owned, slots, context), slots
-        stores = {number: _room(state, slots, context, device) for number, state in owned.items()}
-        self.caches = [
-            SlotCache(
-                [
-                    self._layer(kind, argument, number in owned, *(t[slot : slot + 1] for t in stores.get(number, ())))
-                    for number, (kind, argument) in enumerate(zip(kinds, arguments, strict=True))
-                ],
-                owned,
-            )
-            for slot in range(slots)
-        ]
 
-    def seek(self, segment: Segment) -> SlotCache:
-        """Bring its slot to its position."""
-        cache = self.caches[segment.slot]
-        cache.seek(segment.position)
-        return cache
-
-    def advance(self, segment: Segment) -> None:
-        """Its pass went well."""
-        self.caches[segment.slot].advance(segment.length)
-
-    def release(self, slot: int) -> None:
-        """Forget the slot's sequence."""
-        self.caches[slot].seek(0)
-
-    def close(self) -> None:
-        """Free the room."""
-        self.caches.clear()
-
-    @staticmethod
-    def _layer(kind: str, arguments: Mapping[str, Any], owned: bool, *stores: torch.Tensor) -> Any:
-        if kind in (FULL, *WINDOWED):
-            keys, values = stores or (None, None)
-            return SlotLayer(arguments.get("sliding_window") if kind in WINDOWED else None, keys, values)
-        if kind == "hybrid" and not owned:
-            return HybridCounter(**arguments)
-        return DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+def _layer(kind: str, arguments: Mapping[str, Any], owned: bool, *stores: torch.Tensor) -> Any:
+    if kind in (FULL, *WINDOWED):
+        keys, values = stores or (None, None)
+        return SlotLayer(arguments.get("sliding_window") if kind in WINDOWED else None, keys, values)
+    if kind == "hybrid" and not owned:
+        return HybridCounter(**arguments)
+    return DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
 
 
 def _room(state: LayerState, slots: int, context: int, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,32 @@ def mapped(tensor: TensorAt) -> npt.NDArray[Any]:
         return np.memmap(tensor.path, FILE_DTYPES[tensor.dtype], "c", tensor.offset, tensor.shape)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model directory without its weights, and the form in which it was asked for."""
+
+    directory: Path
+    config: str  # config.json's text
+    tensors: Mapping[str, TensorAt]
+    dtype: str  # to compute in
+    quantize: str  # see `resolve`
+
+    @property
+    def name(self) -> str:
+        return self.directory.resolve().name
+
+
+def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bool) -> ModelFiles:
+    """`dtype` and `quantize` may be "auto", for what suits the files and where they are computed with."""
+    directory = Path(model_dir).expanduser()
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is no directory")
+    values, tensors = read_json(directory / "config.json"), read_tensors(directory)
+    dtype = compute_dtype(dtype, values, tensors.values())
+    text = (directory / "config.json").read_text(encoding="utf-8")
+    return ModelFiles(directory, text, tensors, dtype, resolve(quantize, dtype, accelerator))
 
 
 def held_dtype(tensors: Iterable[TensorAt]) -> str:

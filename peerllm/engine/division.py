@@ -70,6 +70,10 @@ class Division:
         """The number of the last layer; the embedding is 0."""
         return len(self.blocks) + 1
 
+    def numbers(self, first: int, last: int) -> range:
+        """The blocks among layers first..last, numbered from 0."""
+        return range(max(first, 1) - 1, min(last, self.head - 1))
+
     def layer_of(self, name: str) -> int:
         """Which layer owns the tensor called `name` in the state dict."""
         if name.startswith(self.prefix):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.families import FAMILIES
 from peerllm.engine.messages import Measure, Measured
 
 WEIGHT_BYTES = 64 << 20  # far larger than most caches
@@ -67,8 +66,3 @@ def mean_s(work: Callable[[], object], window_s: float) -> float:
         work()
         runs += 1
     return spent / runs
-
-
-def architectures() -> tuple[str, ...]:
-    """Model types that this engine can divide."""
-    return tuple(sorted(FAMILIES))

@@ -218,16 +218,22 @@ class QueryLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Configured:
-    request: int
-    port: int
-    runtime_bytes: int  # resident size of the engine with torch loaded and nothing else
+class Facts:
+    """What a daemon wants to know of its engine."""
+
+    runtime_bytes: int  # resident size of the engine with its libraries loaded and nothing else
     versions: Mapping[str, str]  # library: version
     architectures: tuple[str, ...]  # model types it can divide
     dtypes: tuple[str, ...]
     place: str = "cpu"  # where it computes
     memory_bytes: int = 0  # of that place's own; 0: it is the machine's
     free_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configured(Facts):
+    request: int
+    port: int
 
 
 @dataclass(frozen=True, slots=True)

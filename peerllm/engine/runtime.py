@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Coroutine
+from dataclasses import asdict
 from typing import Any
 
 from peerllm.engine.backend import Backend
@@ -125,19 +126,7 @@ class Engine:
         loader = Loader(self._backend, self.tell, self._loaded, lambda: compute.batches, self._thread_ended)
         self._parts = compute, loader, links
         self._threads = [start(compute, self._thread_ended), loader.start()]
-        self.tell(
-            Configured(
-                message.request,
-                links.port,
-                facts.runtime_bytes,
-                facts.versions,
-                facts.architectures,
-                facts.dtypes,
-                facts.place,
-                facts.memory_bytes,
-                facts.free_bytes,
-            )
-        )
+        self.tell(Configured(**asdict(facts), request=message.request, port=links.port))
 
     async def _handle(self, message: ToEngine, compute: Compute, loader: Loader, links: DataLinks) -> None:
         match message:

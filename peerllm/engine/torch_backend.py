@@ -9,13 +9,14 @@ from functools import partial
 import psutil
 import torch
 
-from peerllm.engine.backend import Facts, versions
+from peerllm.engine.backend import versions
 from peerllm.engine.base import Progress, Sampler, Shard
 from peerllm.engine.config import DTYPES
+from peerllm.engine.families import FAMILIES
 from peerllm.engine.inspect import inspect_model
-from peerllm.engine.measure import architectures, measure
+from peerllm.engine.measure import measure
 from peerllm.engine.memory import empty_too
-from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
+from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 from peerllm.engine.mockup import Outline
 from peerllm.engine.place import BROKEN, CPU, PROCESSORS, empty_caches, find, turn
 from peerllm.engine.profiling import time_layers
@@ -43,17 +44,16 @@ class TorchBackend:
         except RuntimeError as error:  # such as a GPU that is too old for this torch
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise BadInputError(f"--compute {compute} does not work here: {reason}") from error
-        return Facts(
-            runtime, versions(), architectures(), tuple(DTYPES), place.name, place.memory_bytes, place.free_bytes
-        )
+        own = place.name, place.memory_bytes, place.free_bytes
+        return Facts(runtime, versions(), tuple(sorted(FAMILIES)), tuple(DTYPES), *own)
 
     def load(self, spec: LoadStage, progress: Progress) -> Shard:
         self._settle()
         return load_shard(spec, progress, self._place.device)
 
     def inspect(self, message: Inspect) -> Inspected:
-        found = inspect_model(message.model_dir, message.dtype, message.quantize, self._place.accelerator)
-        return found.message(message.request)
+        accelerator = self._place.accelerator
+        return inspect_model(message.model_dir, message.dtype, message.quantize, accelerator, message.request)
 
     def measure(self, message: Measure) -> Measured:
         self._settle()

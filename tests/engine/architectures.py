@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from peerllm.engine.base import Segment
-from peerllm.engine.inspect import Inspection, inspect_model
-from peerllm.engine.messages import LoadStage
+from peerllm.engine.inspect import inspect_model
+from peerllm.engine.messages import Inspected, LoadStage
 from peerllm.engine.shard import TorchShard, load_shard
 
 VOCABULARY, PROMPT, ANSWER, CONTEXT = 101, 9, 8, 32
@@ -349,7 +349,7 @@ class Example:
     prompt: torch.Tensor  # int64 [PROMPT]
     tokens: list[int]
     logits: list[torch.Tensor]  # float32 [vocabulary] of each token
-    inspection: Inspection
+    inspection: Inspected
     scale: float
     blind: list[str]  # controls that changed nothing: empty, or comparing with the answer shows little
 
@@ -410,7 +410,7 @@ def save(model: Any, directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def stage(inspection: Inspection, first: int, last: int, slots: int = 1, context: int = CONTEXT) -> LoadStage:
+def stage(inspection: Inspected, first: int, last: int, slots: int = 1, context: int = CONTEXT) -> LoadStage:
     """The order to load layers first..last."""
     tensors = tuple(tensor for layer in inspection.tensors[first : last + 1] for tensor in layer)
     return LoadStage(
@@ -476,7 +476,7 @@ def reference(model: Any, prompt: torch.Tensor) -> tuple[list[int], list[torch.T
     return out.sequences[0, len(prompt) :].tolist(), [row[0].float() for row in out.logits]
 
 
-def controls(inspection: Inspection, prompt: torch.Tensor, tokens: list[int], family: Family) -> list[str]:
+def controls(inspection: Inspected, prompt: torch.Tensor, tokens: list[int], family: Family) -> list[str]:
     """The names of those controls that failed to change the tokens."""
     last = len(inspection.profile.layers) - 1
     whole = load_shard(stage(inspection, 0, last))

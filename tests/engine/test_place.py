@@ -15,10 +15,10 @@ import torch
 from peerllm.cli.parser import build_parser
 from peerllm.daemon.machine import lent_of
 from peerllm.engine.base import Segment
-from peerllm.engine.inspect import Inspection, inspect_model
+from peerllm.engine.inspect import inspect_model
 from peerllm.engine.kernels import unfolded
 from peerllm.engine.kernels.rounding import rounded
-from peerllm.engine.messages import Measure, TimeLayers
+from peerllm.engine.messages import Inspected, Measure, TimeLayers
 from peerllm.engine.place import PROCESSORS, Place, find
 from peerllm.engine.shard import TorchShard, load_shard
 from peerllm.engine.torch_backend import TorchBackend
@@ -31,14 +31,14 @@ PROMPTS = [3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5]
 NEXT = [8, 9], [7, 9], [3, 2]
 
 
-def made(family: Family, directory: Path) -> Inspection:
+def made(family: Family, directory: Path) -> Inspected:
     quiet()
     torch.set_num_threads(1)
     save(tiny_model(family, 1.0, 0), directory)
     return inspect_model(directory)
 
 
-def chain(inspection: Inspection, device: torch.device) -> list[TorchShard]:
+def chain(inspection: Inspected, device: torch.device) -> list[TorchShard]:
     last = len(inspection.profile.layers) - 1
     cuts = (0, CUT - 1), (CUT, last)
     return [load_shard(stage(inspection, a, b, SLOTS, CONTEXT), device=device) for a, b in cuts]

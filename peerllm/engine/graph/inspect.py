@@ -10,6 +10,7 @@ from peerllm.engine.graph.slots import room_of, token_bytes
 from peerllm.engine.graph.tensors import Checkpoint
 from peerllm.engine.graph.weights import BlockWeights, check
 from peerllm.engine.messages import TensorAt
+from peerllm.engine.outline import kind_names
 from peerllm.errors import ModelError
 from peerllm.types import BITS, Layer, LayerKind, ModelProfile, WorkingSpace
 
@@ -67,15 +68,10 @@ def working(described: Described, quantize: str) -> WorkingSpace:
 
 
 def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
-    """ "block" where all are alike, else one name for each way a block is built."""
-    distinct = list(dict.fromkeys(weights.block for weights in blocks))
-    if len(distinct) == 1:
-        return ["block"] * len(blocks)
-    names: dict[object, str] = {}
-    for block in distinct:
-        kind = "full_attention" if block.attention.window is None else "sliding_attention"
-        names[block] = kind if kind not in names.values() else f"{kind}-{len(names)}"
-    return [f"block:{names[weights.block]}" for weights in blocks]
+    """See outline.kind_names."""
+    windows = [weights.block.attention.window for weights in blocks]
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return kind_names([(kind, weights.block) for kind, weights in zip(kinds, blocks, strict=True)])
 
 
 def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[tuple[TensorAt, ...], ...]:

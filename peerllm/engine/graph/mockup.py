@@ -15,7 +15,7 @@ from peerllm.engine.outline import CHUNK, CONTEXT, Mockup
 
 
 class Outline(outline.Sizes):
-    """See profiling.Outline; from config.json alone."""
+    """See outline.Sizes; from config.json alone."""
 
     def __init__(self, described: Described, message: TimeLayers, threads: int) -> None:
         self._described, self._quantize, self._threads = described, message.quantize, threads
