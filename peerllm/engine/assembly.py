@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from peerllm.engine.absent import Absent, BeforeBlocks
 from peerllm.engine.base import Progress
-from peerllm.engine.blocks import Blocks, replace_blocks
+from peerllm.engine.blocks import Absent, BeforeBlocks, Blocks, replace_blocks
 from peerllm.engine.checkpoint import mapped
 from peerllm.engine.division import Division
 from peerllm.engine.graph.nodes import make_pool

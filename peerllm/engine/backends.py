@@ -51,7 +51,7 @@ class Backends:
         if compute != "cpu":
             return self._with_torch(f"--compute {compute}").facts(compute, threads)
         has_torch = all(find_spec(name) is not None for name in ("torch", "transformers"))
-        families = {*family.FAMILIES, *(FAMILIES if has_torch else ())}
+        families = FAMILIES if has_torch else family.FAMILIES
         dtypes = ("float32", "bfloat16", "float16") if has_torch else ("float32",)
         return Facts(runtime_bytes(), versions(), tuple(sorted(families)), dtypes)
 

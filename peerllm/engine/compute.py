@@ -230,7 +230,6 @@ class Compute:
             {f"{i}/{index}": stage.mean_step_ms for i, index, stage in stages if stage.mean_step_ms is not None},
             {f"{i}/{index}": stage.paces for i, index, stage in stages if stage.paces},
             {identity: deployment.held_bytes for identity, deployment in self._deployments.items()},
-            {f"{i}/{index}": stage.spreads for i, index, stage in stages if stage.spreads},
         )
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from peerllm.engine.batching import Piece, Scheduler
 from peerllm.engine.messages import FinishReason, FromEngine, LinkLost, LoadStage, Submit, Tokens
 from peerllm.engine.schedules import SCHEDULES, NoBubble
-from peerllm.engine.sequences import Feed, Sequences, window_tokens
+from peerllm.engine.sequences import Sequences, window_tokens
 from peerllm.engine.stages import Stage
 from peerllm.engine.wire import (
     ALL_SEQUENCES,
@@ -23,7 +21,6 @@ from peerllm.engine.wire import (
     Opened,
     Parcel,
     Released,
-    Rounded,
     lengthen,
     shorten,
     split,
@@ -65,9 +62,7 @@ class Deployment:
         self._schedule.add((self.id, spec.stage), self.id, spec.stage)
         if spec.stage == 0:
             reach = stage.shard.reach
-            self._source = Sequences(
-                self.id, spec.slots, spec.context, spec.chunk, spec.stages, reach, spec.cuts
-            )
+            self._source = Sequences(self.id, spec.slots, spec.context, spec.chunk, spec.stages, reach, spec.cuts)
 
     @property
     def held_bytes(self) -> int:
@@ -111,16 +106,9 @@ class Deployment:
     def _go_on(self, source: Sequences) -> None:
         """Whatever may enter the first stage now does."""
         for batch in self._turns.steps(source.prompting, source.prompts_under_way):
-            self._feed(batch)
+            self._take_in(0, batch)
         for chunk in source.feed(self._turns.chunks(source.prompts_under_way)):
-            self._feed((chunk,))
-
-    def _feed(self, feeds: Sequence[Feed]) -> None:
-        """These together."""
-        ids = [np.array(feed.ids, dtype=np.int64) for feed in feeds]  # [length] each
-        self._take_in(
-            0, [Piece(f.sequence, f.slot, f.position, len(f.ids), f.sample, i) for f, i in zip(feeds, ids, strict=True)]
-        )
+            self._take_in(0, (chunk,))
 
     def _finish(self, source: Sequences, sequence: int, finish: FinishReason, error: str = "") -> None:
         slot = source.slot(sequence)
@@ -184,7 +172,8 @@ class Deployment:
             return
         match parcel:
             case Activation():
-                self._take_in(index, split(parcel))
+                whole = parcel if parcel.scales is None else lengthen(parcel, DTYPES[stage.spec.dtype])
+                self._take_in(index, split(whole))
             case Opened(sequence, slot):
                 try:
                     stage.open(parcel)
@@ -193,8 +182,6 @@ class Deployment:
                 else:
                     if not stage.is_head:
                         self._pass_on(index, parcel)
-            case Rounded():
-                self._take_in(index, split(lengthen(parcel, DTYPES[stage.spec.dtype])))
             case Released(sequence) if sequence == ALL_SEQUENCES:
                 self._drop_all(index)
                 self._pass_on(index, parcel)

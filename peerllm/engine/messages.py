@@ -374,12 +374,10 @@ class EngineLoad:
     weight_bytes: int
     kv_bytes: int
     resident_bytes: int
-    measured: Mapping[str, float] = field(default_factory=dict)  # "<deployment>/<stage>": mean ms of a decode step
-    # ... and of all that the compute thread does for one, by its sequences: (sequences, ms), rising
-    paces: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)  # "<deployment>/<stage>": mean ms of a batch of steps
+    # ... and by its sequences: (sequences, ms, standard deviation as a share of that), rising
+    paces: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
     held_bytes: Mapping[DeploymentId, int] = field(default_factory=dict)  # weights and KV, by deployment
-    # As in `paces`: (sequences, standard deviation as a share of the mean).
-    spreads: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
 
 ToEngine = (

@@ -28,9 +28,8 @@ class Outline(outline.Sizes):
         self._message, self._device = message, device
         division = self._divide()
         self._states = probe(division, range(len(division.blocks)))
-        config = parse_config(message.config)
-        language = text_config(config)
-        context = max(2, min(CONTEXT, max_context(config)))
+        language = text_config(division.model.config)
+        context = max(2, min(CONTEXT, max_context(division.model.config)))
         kept = keeping(division, (), message.quantize)
         layer_bytes: dict[int, int] = {}
         for name, tensor in division.sizes.items():

@@ -1,19 +1,25 @@
-"""What each block keeps of a sequence, learnt by running it without data."""
+"""What each block keeps of a sequence, learnt by running it without data, and how far back a sequence can go then."""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from peerllm.engine import base
+from peerllm.engine.base import Reach
 from peerllm.engine.blocks import Blocks, stand_in
 from peerllm.engine.config import text_config
 from peerllm.engine.division import Division
 from peerllm.engine.dryrun import run_without_data
-from peerllm.engine.states import LayerState, ProbeCache
+from peerllm.engine.states import FULL, WINDOWED, LayerState, ProbeCache
 from peerllm.errors import ModelError
+
+STATIC_ROPE = frozenset(["default", "linear", "yarn", "llama3", "proportional"])  # others follow the longest position
 
 
 def probe(division: Division, numbers: range) -> dict[int, LayerState]:
@@ -71,3 +77,27 @@ def _real(value: Any) -> Any:
 def shape_key(block: nn.Module) -> tuple[object, ...]:
     """Equal for blocks that are built alike."""
     return tuple((name, tuple(t.shape), t.dtype) for name, t in block.named_parameters())
+
+
+def reach_of(model: Any, kept: Mapping[int, LayerState]) -> Reach | None:
+    """Of a model with those states; None where a prompt in one run would be computed otherwise than going on."""
+    if any(_follows_length(module) or _bounds_runs(module) for module in model.modules()):
+        return None
+    rewinds = all(state.kind in (FULL, *WINDOWED) and not state.state_bytes for state in kept.values())
+    rooms = [state.kept_tokens for state in kept.values() if state.kept_tokens is not None]
+    return Reach(rewinds, min(rooms, default=None), base.ROLLBACK_TOKENS)
+
+
+def _follows_length(module: Any) -> bool:
+    """A rotary embedding that depends on how long the sequence is when a token is computed."""
+    kinds = getattr(module, "rope_type", "default")
+    if not set(kinds.values() if isinstance(kinds, dict) else [kinds]) <= STATIC_ROPE:
+        return True
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
+    return isinstance(parameters, dict) and bool({"long_mscale", "short_mscale"} & parameters.keys())
+
+
+def _bounds_runs(module: Any) -> bool:
+    """Mamba2's time step is bounded where tokens come in a run, and not where they come one at a time."""
+    limit = getattr(module, "time_step_limit", None)
+    return limit is not None and tuple(limit) != (0.0, math.inf)

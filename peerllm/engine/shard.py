@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from peerllm.engine.absent import Absent
 from peerllm.engine.assembly import fill, finish, plan, strip
 from peerllm.engine.base import Progress, Reach, Segment
+from peerllm.engine.blocks import Absent
 from peerllm.engine.cache import SlotCache, kv_bytes, slot_caches
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
@@ -22,8 +22,7 @@ from peerllm.engine.kernels.packed import Packed
 from peerllm.engine.loader import as_array, as_tensor
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.place import CPU, turn
-from peerllm.engine.probing import probe
-from peerllm.engine.reach import reach_of
+from peerllm.engine.probing import probe, reach_of
 from peerllm.engine.states import LayerState
 from peerllm.errors import BadInputError, EngineError, RefusedError
 

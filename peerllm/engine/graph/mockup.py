@@ -37,9 +37,7 @@ class Outline(outline.Sizes):
 
     def build(self, mockup: Mockup) -> GraphShard:
         described, model = self._described, self._described.model
-        shape = Shape(
-            described, mockup.first, mockup.last, mockup.sequences + 1, mockup.context, self._quantize
-        )
+        shape = Shape(described, mockup.first, mockup.last, mockup.sequences + 1, mockup.context, self._quantize)
         shapes = {name: size for number in shape.numbers for name, size in described.blocks[number].tensors()}
         shapes |= dict(described.head.tensors) | {f"{described.norm}.weight": (model.hidden,)}
         tensors = MadeUp(shapes)

@@ -63,13 +63,15 @@ class Graph:
     def add(self, kind: str, *inputs: str, domain: str = "", output: str = "", **attributes: Any) -> str:
         """An operator with one output, whose name is returned."""
         output = output or self._name(kind)
-        self._nodes.append(helper.make_node(kind, inputs, [output], domain=domain, **attributes))
+        self.node(kind, inputs, [output], domain, **attributes)
         return output
 
     def node(
         self, kind: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any
     ) -> None:
-        """An operator whose outputs have names given."""
+        """An operator whose outputs have names given; an input "" is left out."""
+        while not inputs[-1]:
+            inputs = inputs[:-1]
         self._nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
 
     def split(self, x: str, sizes: Sequence[int]) -> list[str]:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from peerllm.engine.kernels.matmul_nbits import NBits
 from peerllm.engine.kernels.matrices import Matrix
+from peerllm.engine.kernels.products import NBits, Unfolded
 from peerllm.engine.kernels.rounding import block_of, packed_bytes, rounded
-from peerllm.engine.kernels.unfolded import Unfolded
 from peerllm.engine.loader import as_array
 from peerllm.engine.memory import trim
 from peerllm.engine.place import CPU, turn
