@@ -157,10 +157,19 @@ def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bo
     directory = Path(model_dir).expanduser()
     if not directory.is_dir():
         raise ModelError(f"{directory} is no directory")
-    values, tensors = read_json(directory / "config.json"), read_tensors(directory)
+    values = read_json(directory / "config.json")
+    refuse_quantised(values)
+    tensors = read_tensors(directory)
     dtype = compute_dtype(dtype, values, tensors.values())
     text = (directory / "config.json").read_text(encoding="utf-8")
     return ModelFiles(directory, text, tensors, dtype, resolve(quantize, dtype, accelerator))
+
+
+def refuse_quantised(config: Mapping[str, Any]) -> None:
+    """ModelError if the checkpoint was published with rounded weights."""
+    if about := config.get("quantization_config"):
+        method = about.get("quant_method", "?") if isinstance(about, dict) else "?"
+        raise ModelError(f"the checkpoint is quantized ({method}); peerllm reads float checkpoints only")
 
 
 def held_dtype(tensors: Iterable[TensorAt]) -> str:
