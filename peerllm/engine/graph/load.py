@@ -14,7 +14,7 @@ from peerllm.engine.graph.slots import room_of, token_bytes
 from peerllm.engine.graph.tensors import Checkpoint, Tensors
 from peerllm.engine.graph.weights import Product
 from peerllm.engine.kernels.pool import make_pool
-from peerllm.engine.memory import return_memory
+from peerllm.engine.memory import trim
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.types import BITS
@@ -151,11 +151,11 @@ def build(shape: Shape, tensors: Tensors, embedding: Embedding | None, threads: 
     for run in shape.spans():
         own = [described.blocks[number] for number in run]
         spans.append(make_span(described.model, run, own, tensors, bits, shape.context, shape.half))
-        return_memory()
+        trim()
     head = []
     for product in shape.head_parts():
         head.append(make_head(described.model.head, described.model.hidden, product, described.norm, tensors, bits))
-        return_memory()
+        trim()
     return GraphShard(
         described.model, shape.first_layer, shape.last_layer, shape.slots, shape.context, shape.half,
         embedding, spans, head, shape.weight_bytes, chunk,
