@@ -76,8 +76,8 @@ ALIBI = "no positions reach a layer: the control permutes the prompt instead"
 
 
 Ids = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
-Answer = tuple[list[int], list[Logits]]  # greedy tokens, and the logits [vocabulary] of each
+Floats = npt.NDArray[np.float32]
+Answer = tuple[list[int], list[Floats]]  # greedy tokens, and the logits [vocabulary] of each
 Forward = Callable[[npt.NDArray[Any], Sequence[Segment]], npt.NDArray[Any]]
 Cut = tuple[tuple[int, int], ...]  # first and last layer of each shard
 
@@ -359,7 +359,7 @@ class Example:
     directory: Path
     prompt: Ids  # [PROMPT]
     tokens: list[int]
-    logits: list[Logits]
+    logits: list[Floats]
     inspected: Inspected
     scale: float
     blind: list[str]  # controls that changed nothing: empty, or comparing with the answer shows little
@@ -460,7 +460,7 @@ def computed_by(inspected: Inspected) -> str:
 def generate(forwards: Sequence[Forward], prompt: Ids, chunks: tuple[int, ...]) -> Answer:
     """Greedy tokens and logits of each step, hidden states passed from shard to shard."""
     tokens: list[int] = []
-    logits: list[Logits] = []
+    logits: list[Floats] = []
     position, pieces = 0, np.split(prompt, np.cumsum(chunks)[:-1])
     while len(tokens) < ANSWER:
         carried: npt.NDArray[Any] = pieces.pop(0)
@@ -481,7 +481,7 @@ def generate_together(shards: Sequence[Shard], prompts: Sequence[Ids], chunk: in
     They come in another order than their slots', and every batch of steps has another order than the one before.
     """
     tokens: list[list[int]] = [[] for _ in prompts]
-    logits: list[list[Logits]] = [[] for _ in prompts]
+    logits: list[list[Floats]] = [[] for _ in prompts]
     held = [0] * len(prompts)
 
     def run(ids: npt.NDArray[Any], segments: list[Segment]) -> None:
@@ -660,7 +660,7 @@ def examine_together(made: Example, shards: Sequence[Shard], outcome: Outcome) -
     outcome.together_difference = max(difference(got, want) for (_, got), (_, want) in pairs)
 
 
-def difference(some: list[Logits], others: list[Logits]) -> float:
+def difference(some: list[Floats], others: list[Floats]) -> float:
     """The largest between the logits [vocabulary] of each step."""
     return float(np.abs(np.stack(some) - np.stack(others)).max())
 
