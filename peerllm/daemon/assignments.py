@@ -139,7 +139,8 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
     for work in assign.work:
         if not 0 <= work.stage < assign.stages or not 0 <= work.first_layer <= work.last_layer:
             raise BadInputError(f"stage {work.stage} with layers {work.first_layer}..{work.last_layer} makes no sense")
-        if assign.dtype == "float32" and "int8" in (work.upstream_activations, work.downstream_activations):
+        exact = assign.dtype == "float32" and not assign.quantize
+        if exact and "int8" in (work.upstream_activations, work.downstream_activations):
             raise BadInputError("what is computed in float32 stays exact: its activations are not rounded")
         for tensor in work.tensors:
             _check_tensor(tensor, own)

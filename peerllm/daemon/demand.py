@@ -73,7 +73,7 @@ def check_options(options: RunOptions, inspected: Inspected) -> None:
         raise BadInputError(f"--schedule is one of {', '.join(SCHEDULE_NAMES)}, not {options.schedule}")
     if options.activations not in ACTIVATIONS:
         raise BadInputError(f"--activations is one of {', '.join(ACTIVATIONS)}, not {options.activations}")
-    if options.activations == "int8" and inspected.dtype == "float32":
+    if options.activations == "int8" and inspected.exact:
         raise BadInputError(f"{options.model} is computed in float32, which stays exact: no --activations int8 for it")
     if options.slots is not None and not 1 <= options.slots <= MAX_SLOTS:
         raise BadInputError(f"--slots must lie in 1..{MAX_SLOTS}, not {options.slots}")
@@ -152,7 +152,7 @@ def _draw_up(
     def solve(one: ModelProfile) -> Plan:
         return planned(one, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
 
-    wanted: Activations = "exact" if inspected.dtype == "float32" else options.activations
+    wanted: Activations = "exact" if inspected.exact else options.activations
     found = sent(Scenario(model, rooms, links, source, None, work, ()), wanted, ITEMSIZE[inspected.dtype], solve)
     plan = found.plan
     memory = stage_bytes(model, plan.stages, work)

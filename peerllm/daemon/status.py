@@ -78,11 +78,11 @@ def weights_form(dtype: str, quantize: str, wanted: str) -> str:
     """How weights are held, for people; "" while that is not known."""
     if not dtype:
         return ""
-    files = "float32" if dtype == "float32" else "16-bit"
     if quantize not in BITS:
-        return f"{files}, not rounded"
-    why = "--quantize none keeps them" if wanted == "auto" else "as asked for"
-    return f"{files}, rounded to {BITS[quantize]} bits ({why})"
+        return f"{'float32' if dtype == 'float32' else '16-bit'}, not rounded"
+    if wanted == "auto":  # which rounds 16-bit models alone
+        return f"16-bit, rounded to {BITS[quantize]} bits (--quantize none keeps them)"
+    return f"rounded to {BITS[quantize]} bits (as asked for)"
 
 
 def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, Any] | None = None) -> dict[str, Any]:

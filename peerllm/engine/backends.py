@@ -13,7 +13,7 @@ import psutil
 
 from peerllm.engine.backend import Facts, versions
 from peerllm.engine.base import Progress, Sampler, Shard
-from peerllm.engine.checkpoint import compute_dtype, read_json, read_tensors, resolve, stop_ids
+from peerllm.engine.checkpoint import compute_dtype, read_json, read_tensors, refuse_quantised, resolve, stop_ids
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.graph import family
 from peerllm.engine.graph.describe import Described, UnfitError, describe
@@ -69,6 +69,7 @@ class Backends:
             raise ModelError(f"{directory} is no directory")
         config = read_json(directory / "config.json")
         text = (directory / "config.json").read_text(encoding="utf-8")
+        refuse_quantised(config)
         tensors = read_tensors(directory)
         dtype = compute_dtype(message.dtype, config, tensors.values())
         quantize = resolve(message.quantize, dtype, self._compute != "cpu")

@@ -120,6 +120,13 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorA
     return TensorAt(name, dtype, shape, str(path.absolute()), start + begin, end - begin)
 
 
+def refuse_quantised(config: Mapping[str, Any]) -> None:
+    """ModelError if the checkpoint was published with rounded weights."""
+    if about := config.get("quantization_config"):
+        method = about.get("quant_method", "?") if isinstance(about, dict) else "?"
+        raise ModelError(f"the checkpoint is quantized ({method}); peerllm reads float checkpoints only")
+
+
 def held_dtype(tensors: Iterable[TensorAt]) -> str:
     """The dtype that most bytes of a checkpoint ask to be computed in."""
     held: dict[str, int] = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from peerllm.engine.checkpoint import refuse_quantised
 from peerllm.engine.families import FAMILIES
 from peerllm.errors import ModelError
 
@@ -44,9 +45,7 @@ def parse_config(text: str) -> Any:
         raise ModelError(f"architecture {kind!r} is an encoder-decoder, which cannot be divided")
     if kind not in FAMILIES:
         raise ModelError(f"architecture {kind!r} is not among those that peerllm can divide")
-    if quantization := values.get("quantization_config"):
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
-        raise ModelError(f"the checkpoint is quantized ({method}); peerllm reads float checkpoints only")
+    refuse_quantised(values)
     for key in ("auto_map", "torch_dtype", "dtype"):
         values.pop(key, None)
     try:

@@ -267,6 +267,11 @@ class Inspected:
     working: WorkingSpace
     quantize: str = ""
 
+    @property
+    def exact(self) -> bool:
+        """In float32 and with weights as they are: nothing of it is ever rounded."""
+        return self.dtype == "float32" and not self.quantize
+
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:

@@ -17,11 +17,11 @@ from tests.daemon.house import House, inspected
     ("dtype", "quantize", "wanted", "words"),
     [
         ("", "", "auto", ""),
-        ("bfloat16", "int8", "auto", "16-bit, rounded to 8 bits (--quantize none keeps them)"),
-        ("float16", "int4", "int4", "16-bit, rounded to 4 bits (as asked for)"),
+        ("float32", "int8", "auto", "16-bit, rounded to 8 bits (--quantize none keeps them)"),
+        ("float16", "int4", "int4", "rounded to 4 bits (as asked for)"),
         ("bfloat16", "", "none", "16-bit, not rounded"),
         ("float32", "", "auto", "float32, not rounded"),
-        ("float32", "int8", "int8", "float32, rounded to 8 bits (as asked for)"),
+        ("float32", "int8", "int8", "rounded to 8 bits (as asked for)"),
     ],
 )
 def test_words(dtype: str, quantize: str, wanted: str, words: str) -> None:
@@ -41,7 +41,7 @@ async def house(tmp_path):
 
 async def test_what_was_decided_is_told_by_the_preview_and_by_what_runs(house):
     coordinator = house["a"].coordinator
-    words = "float32, rounded to 8 bits (--quantize none keeps them)"
+    words = "16-bit, rounded to 8 bits (--quantize none keeps them)"
     assert (await coordinator.preview(RunOptions("big"), quiet))["weights"] == words
     await coordinator.run(RunOptions("big"), quiet)
     (view,) = coordinator.views()

@@ -12,7 +12,7 @@ from peerllm.engine.graph.nodes import CONTRIB, Graph
 from peerllm.engine.graph.tensors import Tensors
 from peerllm.engine.graph.weights import BlockWeights, add_experts, add_product, norm_weights
 
-EVEN = 16  # the attention operator rotates heads itself if their width and what is rotated are multiples of this
+INSIDE = 16  # the attention operator rotates heads itself if their width and what is rotated are multiples of this
 
 
 class BlockGraph:
@@ -68,7 +68,7 @@ class BlockGraph:
         made = self._product("qkv", x)  # [b, n, (h + 2g)·w]
         if about.clip is not None:
             made = graph.add("Clip", made, graph.number(-about.clip), graph.number(about.clip))
-        inside = about.rope is not None and about.norm is None and width % EVEN == 0 == about.rope.width % EVEN
+        inside = about.rope is not None and about.norm is None and width % INSIDE == 0 == about.rope.width % INSIDE
         given = [made, "", ""]
         if about.norm is not None or (about.rope is not None and not inside):
             sizes = (about.heads * width, about.groups * width, about.groups * width)

@@ -47,8 +47,8 @@ class Described:
     embedding: str
     positions: str | None  # learned ones
     norm: str  # before the head
-    output: str  # the head's matrix; where the files have none, it is the embedding
-    tied: bool
+    output: str  # the head's matrix ...
+    tied: bool  # ... unless it is the embedding's
 
     @property
     def head(self) -> Product:

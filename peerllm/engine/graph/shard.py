@@ -262,4 +262,6 @@ def make_embedding(model: Model, table: npt.NDArray[Any], positions: Floats | No
     if positions is not None:
         start = model.position_offset or 0
         positions = positions[start : start + context]
+        if positions.shape != (context, model.hidden):
+            raise ModelError(f"there are {len(positions)} learned positions; {context} are asked for")
     return Embedding(table, model.embedding_scale, positions)
