@@ -130,13 +130,16 @@ class TorchShard:
         cache.advance(segment.length)
         return output if tells else torch.empty(0, self.vocabulary)
 
+    def positions(self, segment: Segment) -> torch.Tensor:
+        """int64 [n]: where each of its tokens stands in the sequence."""
+        return torch.arange(segment.position, segment.position + segment.length)
+
     def _run(self, inputs: torch.Tensor, segment: Segment, cache: SlotCache) -> torch.Tensor:
         """[n] or [n, hidden] through the model: float32 logits [1, vocabulary] for a sample, else [n, hidden]."""
         wanted = self._has_head and segment.sample
         model = self._model if wanted else self._base
-        positions = torch.arange(segment.position, segment.position + segment.length)
         given: dict[str, Any] = {
-            "position_ids": positions.to(self._device).unsqueeze(0),
+            "position_ids": self.positions(segment).to(self._device).unsqueeze(0),
             "past_key_values": cache,
             "use_cache": True,
         }
