@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from peerllm.engine.backend import Backend
-from peerllm.engine.base import Shard
+from peerllm.engine.base import Backend, Shard
 from peerllm.engine.batching import Piece, Scheduler
 from peerllm.engine.deployments import Deployment, Outlet, StageKey
 from peerllm.engine.inbox import Inbox

@@ -18,7 +18,7 @@ from peerllm.engine.messages import FromEngine, ToEngine
 from peerllm.errors import PeerLLMError
 
 if TYPE_CHECKING:
-    from peerllm.engine.backend import Backend
+    from peerllm.engine.base import Backend
 
 SWITCH_INTERVAL_S = 0.0005  # the I/O thread gets the interpreter this fast from a compute thread that runs Python
 EXIT_OK, EXIT_FAILED = 0, 70

@@ -15,8 +15,7 @@ from collections.abc import Coroutine
 from dataclasses import asdict
 from typing import Any
 
-from peerllm.engine.backend import Backend
-from peerllm.engine.base import Shard
+from peerllm.engine.base import Backend, Shard
 from peerllm.engine.channel import Channel
 from peerllm.engine.compute import Compute, Loaded, failed, start
 from peerllm.engine.data_links import DataLinks

@@ -9,12 +9,11 @@ from functools import partial
 import psutil
 import torch
 
-from peerllm.engine.backend import versions
 from peerllm.engine.base import Progress, Sampler, Shard
 from peerllm.engine.config import DTYPES
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.inspect import inspect_model
-from peerllm.engine.measure import measure
+from peerllm.engine.measure import measure, versions
 from peerllm.engine.memory import empty_too
 from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 from peerllm.engine.mockup import Outline
@@ -26,7 +25,7 @@ from peerllm.errors import BadInputError
 
 
 class TorchBackend:
-    """See backend.Backend."""
+    """See base.Backend."""
 
     sampler: Sampler = SeededSampler()
     broken = BROKEN
