@@ -82,12 +82,8 @@ class Shard(Protocol):
     def close(self) -> None: ...
 
 
-class Sampler(Protocol):
-    """Picks tokens from logits ([k, vocabulary]), one per draw; the same for the same draw and logits."""
-
-    def __call__(self, logits: Floats, draws: Sequence[Draw]) -> list[int]: ...
-
-
+# Picks tokens from logits ([k, vocabulary]), one per draw; the same for the same draw and logits.
+Sampler = Callable[[Floats, Sequence[Draw]], list[int]]
 Progress = Callable[[int, int], None]  # done bytes, total bytes
 
 

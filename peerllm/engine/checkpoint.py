@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,20 +183,14 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
         raise ModelError(f"the checkpoint is quantized ({method}); peerllm reads float checkpoints only")
 
 
-def held_dtype(tensors: Iterable[TensorAt]) -> str:
-    """The dtype that most bytes of a checkpoint ask to be computed in."""
-    held: dict[str, int] = {}
-    for tensor in tensors:
-        if tensor.dtype in COMPUTED:
-            name = COMPUTED[tensor.dtype]
-            held[name] = held.get(name, 0) + tensor.nbytes
-    return max(held, key=lambda name: held[name], default="float32")
-
-
 def compute_dtype(wanted: str, config: Mapping[str, Any], tensors: Iterable[TensorAt]) -> str:
     """The dtype to compute in. "auto" is what config.json's own key says, else what most bytes of the files hold."""
     if wanted == "auto":
-        wanted = config.get(COMPUTE_DTYPE_KEY) or held_dtype(tensors)
+        held: Counter[str] = Counter()
+        for tensor in tensors:
+            if tensor.dtype in COMPUTED:
+                held[COMPUTED[tensor.dtype]] += tensor.nbytes
+        wanted = config.get(COMPUTE_DTYPE_KEY) or max(held, key=held.__getitem__, default="float32")
     if wanted not in COMPUTED.values():
         raise ModelError(f"dtype must be one of auto, {', '.join(dict.fromkeys(COMPUTED.values()))}, not {wanted!r}")
     return wanted

@@ -13,10 +13,9 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from peerllm.engine import base
 from peerllm.engine.base import Reach
-from peerllm.engine.blocks import Blocks, stand_in
+from peerllm.engine.blocks import Blocks, run_without_data, stand_in
 from peerllm.engine.config import text_config
 from peerllm.engine.division import Division
-from peerllm.engine.dryrun import run_without_data
 from peerllm.engine.states import FULL, WINDOWED, LayerState, ProbeCache
 from peerllm.errors import ModelError
 

@@ -146,8 +146,6 @@ class Engine:
                 self._recorder.forget(deployment)
                 compute.inbox.put(message, always=True)
                 await links.forget(deployment)
-            case Configure():
-                raise EngineError("the engine is configured already")
 
     async def _connect(self, message: Connect, compute: Compute, links: DataLinks) -> None:
         try:

@@ -13,11 +13,10 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from peerllm.engine.assembly import fill, finish, plan, strip
 from peerllm.engine.base import Progress, Reach, Segment
-from peerllm.engine.blocks import Absent
+from peerllm.engine.blocks import Absent, accepted
 from peerllm.engine.cache import SlotCache, kv_bytes, slot_caches
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
-from peerllm.engine.dryrun import accepted
 from peerllm.engine.kernels.packed import Packed
 from peerllm.engine.loader import as_array, as_tensor
 from peerllm.engine.messages import LoadStage
