@@ -248,7 +248,7 @@ def _experts(values: Values, family: Family, number: int) -> Experts | None:
         count, used, values.get("moe_intermediate_size") or values.whole("intermediate_size"),
         bool(values.get("norm_topk_prob", True)),
         values.number("swiglu_alpha", 1.0), float(family.experts == "interleaved"), values.number("swiglu_limit", 0.0),
-        shared, "shared gating" in family.names,
+        shared, shared > 0 and "shared gating" in family.names,
     )  # fmt: skip
 
 

@@ -89,7 +89,8 @@ def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[
         return tuple(tensor for name in dict.fromkeys(names) if (tensor := checkpoint.at(name)) is not None)
 
     model = described.model
-    embedding: list[tuple[str, tuple[int, ...]]] = [(f"{described.embedding}.weight", (model.vocabulary, model.hidden))]
+    table = (model.vocabulary, model.hidden)
+    embedding: list[tuple[str, tuple[int, ...]]] = [(f"{described.embedding}.weight", table)]
     if described.positions:
         positions = f"{described.positions}.weight"
         embedding.append((positions, checkpoint.shape(positions) or (0, model.hidden)))
