@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from peerllm.types import BITS
 PATTERN = 65_537  # made-up numbers before they repeat; prime
 SPREAD = 0.05  # of made-up numbers
 MAX_TABLE_BYTES = 1 << 30  # of a shard; masks of a long context are the largest
+_Loaded = tuple[set[str], torch.Tensor, bool]  # all its names in the model, and whether it stays in its file
 
 
 def strip(division: Division, first: int, last: int) -> nn.Module:
@@ -76,65 +78,66 @@ def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...
 
 
 def fill(division: Division, first: int, work: Plan, progress: Progress, device: torch.device = CPU) -> dict[int, int]:
-    """Load the tensors into the stripped model, one after the other, and bring each to where it is computed with.
-
-    Returns what they take: bytes by tensor (see base.Shard.weights).
-    """
-    found, packed = work.found, _pack(work.kept, work.owned, device)
-    tensors = [tensor for recipe in found for _, tensor in recipe.sources]
+    """Load the tensors into the stripped model; returns what they take, see base.Shard.weights."""
+    found, tensors = work.found, [tensor for recipe in work.found for _, tensor in recipe.sources]
     total = sum({(tensor.path, tensor.offset): tensor.nbytes for tensor in tensors}.values())
-    done, weights = 0, {id(one): one.nbytes for one in packed.values()}
+    packed, done = _pack(work.kept, work.owned, device), 0
 
     def count(read: int) -> None:
         nonlocal done
         done += read
         progress(min(done, total), total)
 
-    places = _places(division, first)
+    def loaded() -> Iterator[_Loaded]:
+        made = {name for recipe in found for name in recipe.targets}
+        for recipe in found:
+            fills = {name: work.owned & division.filled_by(name, made) for name in recipe.targets}
+            here = set().union(*fills.values())
+            if not here:
+                continue
+            if recipe.converter is None and here <= work.kept.tables | packed.keys():
+                source = recipe.sources[0][1]
+                yield here, as_tensor(mapped(source)), True
+                count(source.nbytes)
+            else:
+                own = load(recipe, division.sizes, division.model, count)
+                while own:  # what was moved is not held here as well while the next is read
+                    name = next(iter(own))
+                    yield fills[name], own.pop(name), False
 
-    made = {name for recipe in found for name in recipe.targets}
-    for recipe in found:
-        fills = {
-            name: [one for one in division.filled_by(name, made) if one in work.owned] for name in recipe.targets
-        }
-        here = {name for some in fills.values() for name in some}
-        if not here:
-            continue
-        source = recipe.sources[0][1]
-        lazy = recipe.converter is None and here <= work.kept.tables | packed.keys()
-        if lazy:
-            loaded = {recipe.targets[0]: as_tensor(mapped(source))}
-        else:
-            loaded = load(recipe, division.sizes, division.model, count)
-        while loaded:  # what was moved is not held here as well while the next is read
-            name, tensor = loaded.popitem()
-            wanted = [one for one in fills[name] if one not in packed]
-            for one in packed.keys() & fills[name]:
-                packed[one].fill(tensor)
-            if wanted and not lazy:
-                tensor = _moved(tensor, device)
-                weights[tensor.data_ptr()] = tensor.nbytes
-            for one in wanted:
-                _place(division.model, places.get(one, one), tensor)
-        if lazy:
-            count(source.nbytes)
-    return weights
+    return _settle(division, first, packed, loaded(), device)
 
 
 def make_up(division: Division, first: int, last: int, kept: Keeping, device: torch.device = CPU) -> dict[int, int]:
-    """Fill the stripped model's layers first..last with made-up numbers, for timing; bytes by tensor."""
-    places, owned = _places(division, first), _owned(division, first, last)
+    """Fill the stripped model's layers first..last with made-up numbers, for timing; returns what they take."""
+    owned = _owned(division, first, last)
     packed = _pack(kept, owned, device)
-    weights = {id(one): one.nbytes for one in packed.values()}
-    for name in owned:
-        dtype, shape = division.sizes[name].dtype, tuple(division.sizes[name].shape)
-        if name in packed:  # one row again and again: the whole is never there in float
-            packed[name].fill(made_up(shape[-1:], dtype).expand(shape))
-        else:
-            tensor = made_up(shape, dtype)
-            tensor = tensor if name in kept.tables else _moved(tensor, device)
-            _place(division.model, places.get(name, name), tensor)
+
+    def loaded() -> Iterator[_Loaded]:
+        for name in owned:
+            dtype, shape = division.sizes[name].dtype, tuple(division.sizes[name].shape)
+            if name in packed:  # one row again and again: the whole is never there in float
+                yield {name}, made_up(shape[-1:], dtype).expand(shape), False
+            else:
+                yield {name}, made_up(shape, dtype), name in kept.tables
+
+    return _settle(division, first, packed, loaded(), device)
+
+
+def _settle(
+    division: Division, first: int, packed: dict[str, Packed], loaded: Iterator[_Loaded], device: torch.device
+) -> dict[int, int]:
+    """Bring tensors, one after the other, to where they are computed with; what they take, in bytes by tensor."""
+    places, weights = _places(division, first), {id(one): one.nbytes for one in packed.values()}
+    for names, tensor, stays in loaded:
+        for name in packed.keys() & names:
+            packed[name].fill(tensor)
+        wanted = names - packed.keys()
+        if wanted and not stays:
+            tensor = _moved(tensor, device)
             weights[tensor.data_ptr()] = tensor.nbytes
+        for name in wanted:
+            _place(division.model, places.get(name, name), tensor)
     return weights
 
 
@@ -151,13 +154,11 @@ def _pack(kept: Keeping, owned: set[str], device: torch.device) -> dict[str, Pac
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device, with what was noted on it."""
+    """On the device; the same one, if it is there."""
     if tensor.device == device:
         return tensor
     with turn(device):
-        moved = tensor.detach().to(device)
-    moved.__dict__.update(tensor.__dict__)
-    return moved
+        return tensor.detach().to(device)
 
 
 def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -185,13 +186,9 @@ def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     if attribute in module._buffers:
-        module._buffers[attribute] = tensor.data if isinstance(tensor, nn.Parameter) else tensor
-        tensor = module._buffers[attribute]
+        tensor = module._buffers[attribute] = tensor.data if isinstance(tensor, nn.Parameter) else tensor
     else:
-        if not isinstance(tensor, nn.Parameter):
-            attributes = dict(tensor.__dict__)
-            tensor = nn.Parameter(tensor, requires_grad=False)
-            tensor.__dict__.update(attributes)
+        tensor = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
         module._parameters[attribute] = tensor
     tensor.__dict__["_is_hf_initialized"] = True  # transformers' mark for what it must not fill with random numbers
 

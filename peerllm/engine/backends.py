@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from peerllm.engine.backend import versions
 from peerllm.engine.base import Progress, Sampler, Shard
-from peerllm.engine.checkpoint import read_model, stop_ids
+from peerllm.engine.checkpoint import read_model
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.graph import family
 from peerllm.engine.graph.describe import Described, UnfitError, describe
@@ -20,7 +19,7 @@ from peerllm.engine.graph.inspect import layer_tensors, profile, working
 from peerllm.engine.graph.load import load_shard
 from peerllm.engine.graph.mockup import Outline
 from peerllm.engine.graph.nodes import Graph, make_pool
-from peerllm.engine.measure import measure
+from peerllm.engine.measure import measure, versions
 from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 from peerllm.engine.profiling import time_layers
 from peerllm.engine.sampler import SeededSampler
@@ -33,7 +32,7 @@ NEEDS_TORCH = "for that torch is needed: pip install 'peerllm[torch]'"
 
 
 class Backends:
-    """See backend.Backend. torch is imported when a model needs it, or at the start for an accelerator."""
+    """See base.Backend. torch is imported when a model needs it, or at the start for an accelerator."""
 
     sampler: Sampler = SeededSampler()
 
@@ -76,7 +75,7 @@ class Backends:
             model.hidden,
             model.vocabulary,
             model.max_context,
-            stop_ids(files.directory, json.loads(files.config).get("eos_token_id")),
+            files.stop_ids,
             layer_tensors(described, files.tensors),
             working(described, files.quantize),
             files.quantize,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,8 @@ class ModelFiles:
     """A model directory without its weights, and the form in which it was asked for."""
 
     directory: Path
-    config: str  # config.json's text
+    config: str  # config.json's text ...
+    values: Mapping[str, Any]  # ... and what it says
     tensors: Mapping[str, TensorAt]
     dtype: str  # to compute in
     quantize: str  # see `resolve`
@@ -150,6 +152,15 @@ class ModelFiles:
     @property
     def name(self) -> str:
         return self.directory.resolve().name
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids of config.json and generation_config.json, which have a number or a list."""
+        generation = self.directory / "generation_config.json"
+        given = [self.values, read_json(generation) if generation.is_file() else {}]
+        ids = [values.get("eos_token_id") for values in given]
+        found = [one for some in ids for one in (some if isinstance(some, list) else [some])]
+        return tuple(sorted({one for one in found if type(one) is int}))
 
 
 def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bool) -> ModelFiles:
@@ -162,7 +173,7 @@ def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bo
     tensors = read_tensors(directory)
     dtype = compute_dtype(dtype, values, tensors.values())
     text = (directory / "config.json").read_text(encoding="utf-8")
-    return ModelFiles(directory, text, tensors, dtype, resolve(quantize, dtype, accelerator))
+    return ModelFiles(directory, text, values, tensors, dtype, resolve(quantize, dtype, accelerator))
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:
@@ -172,34 +183,17 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
         raise ModelError(f"the checkpoint is quantized ({method}); peerllm reads float checkpoints only")
 
 
-def held_dtype(tensors: Iterable[TensorAt]) -> str:
-    """The dtype that most bytes of a checkpoint ask to be computed in."""
-    held: dict[str, int] = {}
-    for tensor in tensors:
-        if tensor.dtype in COMPUTED:
-            name = COMPUTED[tensor.dtype]
-            held[name] = held.get(name, 0) + tensor.nbytes
-    return max(held, key=lambda name: held[name], default="float32")
-
-
 def compute_dtype(wanted: str, config: Mapping[str, Any], tensors: Iterable[TensorAt]) -> str:
     """The dtype to compute in. "auto" is what config.json's own key says, else what most bytes of the files hold."""
     if wanted == "auto":
-        wanted = config.get(COMPUTE_DTYPE_KEY) or held_dtype(tensors)
+        held: Counter[str] = Counter()
+        for tensor in tensors:
+            if tensor.dtype in COMPUTED:
+                held[COMPUTED[tensor.dtype]] += tensor.nbytes
+        wanted = config.get(COMPUTE_DTYPE_KEY) or max(held, key=held.__getitem__, default="float32")
     if wanted not in COMPUTED.values():
         raise ModelError(f"dtype must be one of auto, {', '.join(dict.fromkeys(COMPUTED.values()))}, not {wanted!r}")
     return wanted
-
-
-def stop_ids(model_dir: Path, *values: Any) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json and of config.json, whose `values` are numbers or lists."""
-    given = list(values)
-    if (generation := model_dir / "generation_config.json").is_file():
-        given.append(read_json(generation).get("eos_token_id"))
-    found: set[int] = set()
-    for value in given:
-        found.update(number for number in (value if isinstance(value, list) else [value]) if type(number) is int)
-    return tuple(sorted(found))
 
 
 def resolve(quantize: str, dtype: str, accelerator: bool) -> str:

@@ -1,12 +1,11 @@
 """One deployment on this engine: the parcels of its sequences, moved between its stages, its links and its source.
 
-Compute thread only. What leaves the device goes to an `Outlet`, what the daemon shall hear to `tell`.
+Compute thread only. What leaves the device goes to a Link, what the daemon shall hear to `tell`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from peerllm.engine.batching import Piece, Scheduler
 from peerllm.engine.messages import FinishReason, FromEngine, LinkLost, LoadStage, Submit, Tokens
@@ -27,19 +26,11 @@ from peerllm.engine.wire import (
     to_frame,
 )
 from peerllm.errors import BadInputError, FrameError, LinkError, PeerLLMError
-from peerllm.transport.frames import Frame
+from peerllm.transport.links import Link
 from peerllm.types import DeploymentId, DeviceId
 
 StageKey = tuple[DeploymentId, int]
 NOT_FINITE = "the model computed hidden states that are no finite numbers; try dtype float32 or bfloat16"
-
-
-class Outlet(Protocol):
-    """A link to the next stage; `send` raises LinkError if it is gone."""
-
-    @property
-    def device(self) -> DeviceId: ...
-    def send(self, frame: Frame) -> None: ...
 
 
 class Deployment:
@@ -50,7 +41,7 @@ class Deployment:
         self.stages: dict[int, Stage] = {}
         self._most_waiting = window_tokens(spec.stages, spec.chunk) + spec.slots  # at one stage, by the source's window
         self._schedule, self._tell = schedule, tell
-        self._outlets: dict[int, Outlet] = {}  # by the stage that sends
+        self._outlets: dict[int, Link] = {}  # by the stage that sends
         self._source: Sequences | None = None
         self._turns: NoBubble = SCHEDULES[spec.schedule](spec.micro_batch, spec.micro_batches)  # on the source
         self.broken = ""  # why sequences cannot run until the links are made anew
@@ -71,7 +62,7 @@ class Deployment:
         weights = {key: nbytes for shard in shards for key, nbytes in shard.weights.items()}
         return sum(weights.values()) + sum(shard.kv_bytes for shard in shards)
 
-    def linked(self, outlets: Mapping[int, Outlet]) -> None:
+    def linked(self, outlets: Mapping[int, Link]) -> None:
         """The links stand; if some broke before, whatever was under way on them is gone."""
         self._outlets = dict(outlets)
         self._reported.clear()

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from peerllm.engine.blocks import Blocks, stand_in
+from peerllm.engine.blocks import Blocks, run_without_data, stand_in
 from peerllm.engine.config import text_config
-from peerllm.engine.dryrun import run_without_data
 from peerllm.engine.states import ProbeCache
 from peerllm.errors import ModelError
 
@@ -87,9 +86,9 @@ class Division:
         root = self.tied.get(name, name)
         return {root, *(alias for alias, other in self.tied.items() if other == root)}
 
-    def filled_by(self, name: str, made: set[str]) -> list[str]:
+    def filled_by(self, name: str, made: set[str]) -> set[str]:
         """The names that a file's tensor for `name` fills: its own, and those tied to it that no file has `made`."""
-        return [one for one in self.names_of(name) if one == name or one not in made]
+        return {name, *(self.names_of(name) - made)}
 
 
 def build(config: Any, dtype: torch.dtype) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from peerllm.engine.checkpoint import read_model, stop_ids
-from peerllm.engine.config import DTYPES, eos_ids, max_context, parse_config, text_config
+from peerllm.engine.checkpoint import read_model
+from peerllm.engine.config import DTYPES, max_context, parse_config, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.graph.load import MAKING_COPIES
 from peerllm.engine.kernels.keeping import Keeping, keeping
@@ -52,7 +52,7 @@ def inspect_model(
         hidden_size=language.hidden_size,
         vocabulary=language.vocab_size,
         max_context=max_context(config),
-        stop_ids=stop_ids(files.directory, *eos_ids(config)),
+        stop_ids=files.stop_ids,
         tensors=tuple(tuple(sources[number].values()) for number in range(division.head + 1)),
         working=working(division, files.quantize),
     )

@@ -15,8 +15,7 @@ from collections.abc import Coroutine
 from dataclasses import asdict
 from typing import Any
 
-from peerllm.engine.backend import Backend
-from peerllm.engine.base import Shard
+from peerllm.engine.base import Backend, Shard
 from peerllm.engine.channel import Channel
 from peerllm.engine.compute import Compute, Loaded, failed, start
 from peerllm.engine.data_links import DataLinks
@@ -147,8 +146,6 @@ class Engine:
                 self._recorder.forget(deployment)
                 compute.inbox.put(message, always=True)
                 await links.forget(deployment)
-            case Configure():
-                raise EngineError("the engine is configured already")
 
     async def _connect(self, message: Connect, compute: Compute, links: DataLinks) -> None:
         try:

@@ -13,11 +13,10 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from peerllm.engine.assembly import fill, finish, plan, strip
 from peerllm.engine.base import Progress, Reach, Segment
-from peerllm.engine.blocks import Absent
+from peerllm.engine.blocks import accepted
 from peerllm.engine.cache import SlotCache, kv_bytes, slot_caches
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
-from peerllm.engine.dryrun import accepted
 from peerllm.engine.kernels.packed import Packed
 from peerllm.engine.loader import as_array, as_tensor
 from peerllm.engine.messages import LoadStage
@@ -74,12 +73,6 @@ class TorchShard:
     def blocks(self) -> tuple[nn.Module, ...]:
         """The blocks it runs."""
         return tuple(getattr(self._division.owner, self._division.attribute))
-
-    @property
-    def final_norms(self) -> tuple[nn.Module, ...]:
-        """What runs after the last block and is no output matrix."""
-        modules = [self._model.get_submodule(name) for name in self._division.after]
-        return tuple(module for module in modules if not isinstance(module, nn.Linear | nn.Dropout | Absent))
 
     def _enter_at(self, module: nn.Module) -> None:
         """Hidden states from the stage before take the place of what `module`, the first of this shard, is given."""

@@ -25,9 +25,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from peerllm.engine.backend import Backend
 from peerllm.engine.backends import Backends
-from peerllm.engine.base import Segment, Shard
+from peerllm.engine.base import Backend, Segment, Shard
 from peerllm.engine.graph.describe import UnfitError, describe, family_of
 from peerllm.engine.graph.shard import GraphShard
 from peerllm.engine.messages import Inspect, Inspected, LoadStage

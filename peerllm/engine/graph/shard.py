@@ -80,26 +80,18 @@ class GraphShard:
         if len(segments) == 1 and segments[0].length > self._slots.longest:
             return self._in_pieces(inputs, segments[0])
         batch = self._slots.seek(segments)
-        order = list(batch.order)
+        order, length = list(batch.order), segments[0].length
         rows = inputs if len(segments) == 1 else inputs[order]
-        first = segments[0]
-        places = np.array(
-            [range(first.position, first.position + first.length)]
-            if len(segments) == 1
-            else [[segments[row].position] for row in order],
-            np.int64,
-        )  # [b, n]
+        starts = [segments[row].position for row in order]
+        places = np.array([range(start, start + length) for start in starts], np.int64)  # [b, n]
         hidden = self._blocks(rows, places, batch)  # [b·n, hidden]
         self._slots.advance(segments)
         if not self._head:
             out = np.empty_like(hidden)
             out[order if len(segments) > 1 else slice(None)] = hidden
             return out
-        if len(segments) == 1:
-            wanted = [len(hidden) - 1] if first.sample else []
-        else:
-            at = {row: place for place, row in enumerate(order)}
-            wanted = [at[row] for row, segment in enumerate(segments) if segment.sample]
+        ends = {row: (place + 1) * length - 1 for place, row in enumerate(order)}
+        wanted = [ends[row] for row, segment in enumerate(segments) if segment.sample]
         return self._logits(hidden[wanted])
 
     def release(self, slot: int) -> None:
@@ -155,9 +147,8 @@ class GraphShard:
             self._bound.popitem(last=False)
         return made
 
-    def _make_buffers(self, rows: int) -> tuple[Floats, Floats]:
-        made = [np.empty((rows, self.hidden_size), np.float32) for _ in range(2)]
-        return made[0], made[1]
+    def _make_buffers(self, rows: int) -> list[Floats]:
+        return [np.empty((rows, self.hidden_size), np.float32) for _ in range(2)]
 
 
 class _Pass:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from peerllm.engine.kernels.matrices import Matrix
+from peerllm.engine.kernels.keeping import Matrix
 from peerllm.engine.kernels.products import NBits, Unfolded
 from peerllm.engine.kernels.rounding import block_of, packed_bytes, rounded
 from peerllm.engine.loader import as_array
