@@ -28,6 +28,7 @@ from peerllm.errors import ModelError
 if TYPE_CHECKING:
     from peerllm.engine.torch_backend import TorchBackend
 
+MOST_REASON = 300  # characters of why a configuration is not computed by graphs
 NEEDS_TORCH = "for that torch is needed: pip install 'peerllm[torch]'"
 
 
@@ -102,7 +103,7 @@ class Backends:
             values: Any = json.loads(config)
             return describe(values) if isinstance(values, dict) else "config.json holds no JSON object"
         except (UnfitError, ValueError, RecursionError) as error:
-            return str(error)
+            return str(error)[:MOST_REASON]
 
     def _with_torch(self, why: str) -> TorchBackend:
         if self._torch is None:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.load import MAKING_COPIES, Shape, largest_block
 from peerllm.engine.graph.slots import room_of, token_bytes
-from peerllm.engine.graph.tensors import Checkpoint
+from peerllm.engine.graph.tensors import STORED, Checkpoint
 from peerllm.engine.graph.weights import BlockWeights, check, require
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.outline import kind_names
+from peerllm.errors import ModelError
 from peerllm.types import BITS, Layer, LayerKind, ModelProfile, WorkingSpace
 
 GRAPH_BYTES = 160 << 10  # onnxruntime's for one graph, however small
@@ -76,9 +77,14 @@ def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
 def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[tuple[TensorAt, ...], ...]:
     """Per layer every tensor it needs; ModelError if one is missing or does not fit."""
     checkpoint, multiplied = Checkpoint(files.values()), set[str]()
-    for product in (described.head, *(one for weights in described.blocks for one in weights.products.values())):
+    biased: dict[str, bool] = {}
+    products = [(role, one) for weights in described.blocks for role, one in weights.products.items()]
+    for role, product in (("head", described.head), *products):
         check(checkpoint, product)
         multiplied |= {name for name, _ in product.tensors}
+        bias = f"{product.parts[0].tensor}.bias"
+        if biased.setdefault(role, (there := checkpoint.at(bias) is not None)) != there:
+            raise ModelError(f"tensor {bias} is {'there' if there else 'missing'}, unlike those of earlier blocks")
 
     def found(needed: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[TensorAt, ...]:
         names = []
@@ -86,7 +92,11 @@ def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[
             if name not in multiplied:
                 require(checkpoint, name, shape)
             names += [name, name.removesuffix("weight") + "bias"] if name.endswith(".weight") else [name]
-        return tuple(tensor for name in dict.fromkeys(names) if (tensor := checkpoint.at(name)) is not None)
+        tensors = [tensor for name in dict.fromkeys(names) if (tensor := checkpoint.at(name)) is not None]
+        for tensor in tensors:
+            if tensor.dtype not in STORED:
+                raise ModelError(f"tensor {tensor.name} holds {tensor.dtype}, which is not computed with")
+        return tuple(tensors)
 
     model = described.model
     table = (model.vocabulary, model.hidden)

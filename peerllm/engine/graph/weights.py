@@ -72,9 +72,12 @@ def require(tensors: Tensors, name: str, shape: tuple[int, ...], growing: int | 
 
 
 def check(tensors: Tensors, product: Product) -> None:
-    """ModelError names a tensor that is missing or has another shape."""
+    """ModelError names a tensor that is missing or has another shape; either all parts have biases or none has."""
+    biased = any(tensors.shape(f"{part.tensor}.bias") for part in product.parts)
     for part, (name, least) in zip(product.parts, product.tensors, strict=True):
         require(tensors, name, least, None if part.rows is None else int(part.turned))
+        if biased and not part.bare and (found := tensors.shape(name)) is not None:
+            require(tensors, f"{part.tensor}.bias", (found[part.turned],))
 
 
 def pieces(tensors: Tensors, product: Product) -> Iterator[tuple[int, Floats]]:
@@ -91,17 +94,14 @@ def pieces(tensors: Tensors, product: Product) -> Iterator[tuple[int, Floats]]:
 
 
 def bias_of(tensors: Tensors, product: Product) -> Floats | None:
-    """float32 [rows]; None if no part has one."""
-    names = [f"{part.tensor}.bias" for part in product.parts]
-    if product.parts[0].bare or not any(tensors.shape(name) for name in names):
+    """float32 [rows]; None if the parts have none."""
+    first = product.parts[0]
+    if first.bare or tensors.shape(f"{first.tensor}.bias") is None:
         return None
-    biases = []
-    for part, name in zip(product.parts, names, strict=True):
-        if tensors.shape(name) is None:
-            biases.append(np.zeros(part.count, np.float32))
-        else:
-            biases.append(tensors.floats(name, slice(None) if part.rows is None else part.rows))
-    return np.concatenate(biases)
+    rows = [slice(None) if part.rows is None else part.rows for part in product.parts]
+    return np.concatenate(
+        [tensors.floats(f"{part.tensor}.bias", some) for part, some in zip(product.parts, rows, strict=True)]
+    )
 
 
 def add_product(graph: Graph, x: str, product: Product, tensors: Tensors, bits: int) -> str:
@@ -276,5 +276,6 @@ def norm_weights(graph: Graph, tensors: Tensors, norm: Norm, name: str, shape: t
             require(tensors, part, least)
         weight = np.concatenate([tensors.floats(part, slice(None)) for part, _ in parts]).reshape(shape)
         weight += np.float32(norm.offset)
-    bias = tensors.shape(f"{name}.bias") is not None
+    if bias := tensors.shape(f"{name}.bias") is not None:
+        require(tensors, f"{name}.bias", shape)
     return graph.weight(weight), graph.weight(tensors.floats(f"{name}.bias", slice(None))) if bias else ""
