@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from peerllm.engine.checkpoint import COMPUTED
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.load import MAKING_COPIES, Shape, largest_block
 from peerllm.engine.graph.slots import room_of, token_bytes
-from peerllm.engine.graph.tensors import STORED, Checkpoint
+from peerllm.engine.graph.tensors import Checkpoint
 from peerllm.engine.graph.weights import BlockWeights, check, require
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.outline import kind_names
@@ -94,7 +95,7 @@ def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[
             names += [name, name.removesuffix("weight") + "bias"] if name.endswith(".weight") else [name]
         tensors = [tensor for name in dict.fromkeys(names) if (tensor := checkpoint.at(name)) is not None]
         for tensor in tensors:
-            if tensor.dtype not in STORED:
+            if tensor.dtype not in COMPUTED:
                 raise ModelError(f"tensor {tensor.name} holds {tensor.dtype}, which is not computed with")
         return tuple(tensors)
 
