@@ -256,7 +256,7 @@ def _experts(values: Values, family: Family, number: int) -> Experts | None:
         count, used, values.whole(wide),
         bool(values.get("norm_topk_prob", True)),
         values.number("swiglu_alpha", 1.0), float(family.experts == "interleaved"), values.number("swiglu_limit", 0.0),
-        shared, "shared gating" in family.names,
+        shared, shared > 0 and "shared gating" in family.names,
     )  # fmt: skip
 
 

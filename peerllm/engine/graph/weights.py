@@ -58,26 +58,26 @@ class Product:
         return self.rows * self.columns * bits // 8 + self.rows * (self.columns // block) * BLOCK_BYTES
 
 
+def require(tensors: Tensors, name: str, shape: tuple[int, ...], growing: int | None = None) -> None:
+    """ModelError if a tensor is missing or has another shape; in its dimension `growing` it may have more."""
+    found = tensors.shape(name)
+    if found is None:
+        raise ModelError(f"tensor {name} is missing from the model's files")
+    fits = len(found) == len(shape) and all(
+        have == need or (place == growing and have > need)
+        for place, (have, need) in enumerate(zip(found, shape, strict=True))
+    )
+    if not fits:
+        raise ModelError(f"tensor {name} has shape {list(found)}; the model needs {list(shape)}")
+
+
 def check(tensors: Tensors, product: Product) -> None:
     """ModelError names a tensor that is missing or has another shape; either all parts have biases or none has."""
     biased = any(tensors.shape(f"{part.tensor}.bias") for part in product.parts)
     for part, (name, least) in zip(product.parts, product.tensors, strict=True):
-        found = tensors.shape(name)
-        if found is None:
-            raise ModelError(f"tensor {name} is missing from the model's files")
-        whole = part.rows is None
-        if found != least and (whole or len(found) != 2 or found[not part.turned] != least[not part.turned]
-                               or found[part.turned] < least[part.turned]):
-            raise ModelError(f"tensor {name} has shape {list(found)}; the model needs {list(least)}")
-        if biased and not part.bare:
-            fits(tensors, f"{part.tensor}.bias", (found[part.turned],))
-
-
-def fits(tensors: Tensors, name: str, shape: tuple[int, ...]) -> None:
-    """ModelError if the tensor is missing or has another shape."""
-    if (found := tensors.shape(name)) != shape:
-        told = "is missing from the model's files" if found is None else f"has shape {list(found)}"
-        raise ModelError(f"tensor {name} {told}; the model needs {list(shape)}")
+        require(tensors, name, least, None if part.rows is None else int(part.turned))
+        if biased and not part.bare and (found := tensors.shape(name)) is not None:
+            require(tensors, f"{part.tensor}.bias", (found[part.turned],))
 
 
 def pieces(tensors: Tensors, product: Product) -> Iterator[tuple[int, Floats]]:
@@ -185,7 +185,7 @@ def add_experts(
 ) -> str:
     """rows [n, H] through the experts that scores [n, experts] send them to; only those are touched."""
     for name, shape in stacks.tensors(experts, hidden):
-        fits(tensors, name, shape)
+        require(tensors, name, shape)
     block = experts_block(experts, hidden, bits)
     layers: list[tuple[int, int, Callable[[int], Floats], str]] = [
         (2 * experts.wide, hidden, lambda number: stacks.first(tensors, experts, number), f"{stacks.up}_bias"),
@@ -211,8 +211,6 @@ def add_experts(
     }  # fmt: skip
     if experts.limit:
         about["swiglu_limit"] = experts.limit
-    while not inputs[-1]:
-        inputs.pop()
     if block is None:
         return graph.add("MoE", *inputs, domain=CONTRIB, **about)
     return graph.add("QMoE", *inputs, domain=CONTRIB, expert_weight_bits=bits, block_size=block, **about)
@@ -275,9 +273,9 @@ def norm_weights(graph: Graph, tensors: Tensors, norm: Norm, name: str, shape: t
     if norm.weighted:
         parts = norm_tensors(name, shape)
         for part, least in parts:
-            fits(tensors, part, least)
+            require(tensors, part, least)
         weight = np.concatenate([tensors.floats(part, slice(None)) for part, _ in parts]).reshape(shape)
         weight += np.float32(norm.offset)
     if bias := tensors.shape(f"{name}.bias") is not None:
-        fits(tensors, f"{name}.bias", shape)
+        require(tensors, f"{name}.bias", shape)
     return graph.weight(weight), graph.weight(tensors.floats(f"{name}.bias", slice(None))) if bias else ""
