@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from peerllm.builtin import MODEL_DIR
+from peerllm.daemon.models import BUILTIN, dtype_of
 from peerllm.errors import ModelError
 from peerllm.planner.cost import layer_bytes
 from peerllm.planner.memory import working_bytes
@@ -54,7 +56,8 @@ def sizes_of(model_dir: Path, slots: int, context: int) -> Sizes:
     from peerllm.engine.backends import Backends
     from peerllm.engine.messages import Inspect
 
-    inspected = Backends().inspect(Inspect(0, str(model_dir), "auto", "auto"))
+    dtype = dtype_of(BUILTIN if model_dir == MODEL_DIR else str(model_dir), "auto")
+    inspected = Backends().inspect(Inspect(0, str(model_dir), dtype, "auto"))
     profile, work = inspected.profile, Workload(sequences=slots, context=context)
     tied = profile.layers[-1].tied_to is not None
     sizes = [layer_bytes(profile, number, work, tied) for number in range(len(profile.layers))]

@@ -161,11 +161,12 @@ class Worker:
         load = await self._engine.ask(QueryLoad(self._engine.next_request()), QUERY_TIMEOUT_S)
         if not isinstance(load, EngineLoad):
             return Answer(0)
-        names = {str(index): f"{one}/{index}" for one, index, _ in load.stages if one == deployment}
-        paces, spreads = (
-            {index: told[name] for index, name in names.items() if name in told} for told in (load.paces, load.spreads)
+        paces = {str(index): load.paces.get(f"{one}/{index}", ()) for one, index, _ in load.stages if one == deployment}
+        return Answer(
+            0,
+            stage_ms={index: tuple((size, ms) for size, ms, _ in told) for index, told in paces.items()},
+            stage_spread={index: tuple((size, off) for size, _, off in told if off) for index, told in paces.items()},
         )
-        return Answer(0, stage_ms=paces, stage_spread=spreads)
 
     async def _record(self, sender: DeviceId, asked: Trace) -> Recorded:
         held = self._held.get(asked.deployment)

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from peerllm.engine.absent import Absent, BeforeBlocks
 from peerllm.engine.base import Progress
-from peerllm.engine.blocks import Blocks, replace_blocks
+from peerllm.engine.blocks import Absent, BeforeBlocks, Blocks, replace_blocks
+from peerllm.engine.checkpoint import mapped
 from peerllm.engine.division import Division
+from peerllm.engine.graph.nodes import make_pool
 from peerllm.engine.kernels.keeping import Keeping, keeping
 from peerllm.engine.kernels.packed import Packed
-from peerllm.engine.kernels.pool import make_pool
-from peerllm.engine.loader import Target, load, mapped
+from peerllm.engine.loader import as_array, as_tensor, load
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.names import Recipe, check, recipes
 from peerllm.engine.place import CPU, bridge, turn
 from peerllm.errors import EngineError, ModelError
 from peerllm.types import BITS
 
-PATTERN = 262_147  # made-up numbers before they repeat; prime
+PATTERN = 65_537  # made-up numbers before they repeat; prime
 SPREAD = 0.05  # of made-up numbers
 MAX_TABLE_BYTES = 1 << 30  # of a shard; masks of a long context are the largest
+_Loaded = tuple[set[str], torch.Tensor, bool]  # all its names in the model, and whether it stays in its file
 
 
-def strip(division: Division, first: int, last: int, numbers: range) -> nn.Module:
+def strip(division: Division, first: int, last: int) -> nn.Module:
     """Take out all that belongs to other shards; returns the first module to run on what an earlier shard computed."""
-    model = division.model
+    model, numbers = division.model, division.numbers(first, last)
     blocks = Blocks([division.blocks[number] for number in numbers])
     replace_blocks(division.owner, division.attribute, blocks, numbers.start, len(division.blocks))
     entry: nn.Module = blocks[0] if len(blocks) else model.get_submodule(division.after[0])
@@ -48,19 +50,15 @@ def strip(division: Division, first: int, last: int, numbers: range) -> nn.Modul
     return entry
 
 
-def _owned(division: Division, first: int, last: int) -> dict[str, Target]:
-    return {
-        name: (tensor.dtype, tuple(tensor.shape))
-        for name, tensor in division.sizes.items()
-        if first <= division.layer_of(name) <= last
-    }
+def _owned(division: Division, first: int, last: int) -> set[str]:
+    return {name for name in division.sizes if first <= division.layer_of(name) <= last}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What of a model's tensors a shard loads, and how it keeps them."""
 
-    owned: dict[str, Target]
+    owned: set[str]
     found: list[Recipe]
     kept: Keeping
     nbytes: int  # what they will take in memory; a tensor that two names share counts once
@@ -79,84 +77,74 @@ def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...
     return Plan(owned, found, kept, sum(sizes.values()))
 
 
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """What a shard's weights take: those that are torch's tensors, and those that are rounded."""
-
-    tensor_bytes: int
-    packed_bytes: int = 0
-
-
-def fill(division: Division, first: int, work: Plan, progress: Progress, device: torch.device = CPU) -> Filled:
-    """Load the tensors into the stripped model, one after the other, and bring each to where it is computed with."""
-    owned, found = work.owned, work.found
-    packed = _pack(work.kept, owned, device)
-    tensors = [tensor for recipe in found for _, tensor in recipe.sources]
+def fill(division: Division, first: int, work: Plan, progress: Progress, device: torch.device = CPU) -> dict[int, int]:
+    """Load the tensors into the stripped model; returns what they take, see base.Shard.weights."""
+    found, tensors = work.found, [tensor for recipe in work.found for _, tensor in recipe.sources]
     total = sum({(tensor.path, tensor.offset): tensor.nbytes for tensor in tensors}.values())
-    done = held = 0
+    packed, done = _pack(work.kept, work.owned, device), 0
 
     def count(read: int) -> None:
         nonlocal done
         done += read
         progress(min(done, total), total)
 
-    places = _places(division, first)
+    def loaded() -> Iterator[_Loaded]:
+        made = {name for recipe in found for name in recipe.targets}
+        for recipe in found:
+            fills = {name: work.owned & division.filled_by(name, made) for name in recipe.targets}
+            here = set().union(*fills.values())
+            if not here:
+                continue
+            if recipe.converter is None and here <= work.kept.tables | packed.keys():
+                source = recipe.sources[0][1]
+                yield here, as_tensor(mapped(source)), True
+                count(source.nbytes)
+            else:
+                own = load(recipe, division.sizes, division.model, count)
+                while own:  # what was moved is not held here as well while the next is read
+                    name = next(iter(own))
+                    yield fills[name], own.pop(name), False
 
-    def settle(names: list[str], tensor: torch.Tensor, lazy: bool) -> int:
-        """Put a tensor where it belongs; what it then takes, unless it was rounded or stays in its file."""
-        wanted = [name for name in names if name not in packed]
-        for name in set(names) - set(wanted):
+    return _settle(division, first, packed, loaded(), device)
+
+
+def make_up(division: Division, first: int, last: int, kept: Keeping, device: torch.device = CPU) -> dict[int, int]:
+    """Fill the stripped model's layers first..last with made-up numbers, for timing; returns what they take."""
+    owned = _owned(division, first, last)
+    packed = _pack(kept, owned, device)
+
+    def loaded() -> Iterator[_Loaded]:
+        for name in owned:
+            dtype, shape = division.sizes[name].dtype, tuple(division.sizes[name].shape)
+            if name in packed:  # one row again and again: the whole is never there in float
+                yield {name}, made_up(shape[-1:], dtype).expand(shape), False
+            else:
+                yield {name}, made_up(shape, dtype), name in kept.tables
+
+    return _settle(division, first, packed, loaded(), device)
+
+
+def _settle(
+    division: Division, first: int, packed: dict[str, Packed], loaded: Iterator[_Loaded], device: torch.device
+) -> dict[int, int]:
+    """Bring tensors, one after the other, to where they are computed with; what they take, in bytes by tensor."""
+    places, weights = _places(division, first), {id(one): one.nbytes for one in packed.values()}
+    for names, tensor, stays in loaded:
+        for name in packed.keys() & names:
             packed[name].fill(tensor)
-        if wanted:
-            tensor = tensor if lazy else _moved(tensor, device)
+        wanted = names - packed.keys()
+        if wanted and not stays:
+            tensor = _moved(tensor, device)
+            weights[tensor.data_ptr()] = tensor.nbytes
         for name in wanted:
             _place(division.model, places.get(name, name), tensor)
-        return tensor.nbytes if wanted and not lazy else 0
-
-    made = {name for recipe in found for name in recipe.targets}
-    for recipe in found:
-        # A tied tensor fills its other place too, unless the file has one for that as well.
-        fills = {
-            name: [one for one in (name, *(set(_aliases(division, name)) - made)) if one in owned]
-            for name in recipe.targets
-        }
-        here = [name for some in fills.values() for name in some]
-        if not here:
-            continue
-        lazy = recipe.converter is None and all(name in work.kept.tables or name in packed for name in here)
-        if lazy:
-            source = recipe.sources[0][1]
-            loaded = {recipe.targets[0]: mapped(source)}
-        else:
-            targets = {name: (division.sizes[name].dtype, tuple(division.sizes[name].shape)) for name in recipe.targets}
-            loaded = load(recipe, targets, division.model, count)
-        while loaded:  # what was moved is not held here as well while the next is read
-            name, tensor = loaded.popitem()
-            held += settle(fills[name], tensor, lazy)
-        if lazy:
-            count(source.nbytes)
-    return Filled(held, sum(one.nbytes for one in packed.values()))
+    return weights
 
 
-def make_up(division: Division, first: int, last: int, kept: Keeping, device: torch.device = CPU) -> Filled:
-    """Fill the stripped model's layers first..last with made-up numbers, for timing."""
-    places, held, owned = _places(division, first), 0, _owned(division, first, last)
-    packed = _pack(kept, owned, device)
-    for name, (dtype, shape) in owned.items():
-        if name in packed:  # one row again and again: the whole is never there in float
-            packed[name].fill(made_up(shape[-1:], dtype).expand(shape))
-        else:
-            tensor = made_up(shape, dtype)
-            tensor = tensor if name in kept.tables else _moved(tensor, device)
-            _place(division.model, places.get(name, name), tensor)
-            held += tensor.nbytes
-    return Filled(held, sum(one.nbytes for one in packed.values()))
-
-
-def _pack(kept: Keeping, owned: dict[str, Target], device: torch.device) -> dict[str, Packed]:
+def _pack(kept: Keeping, owned: set[str], device: torch.device) -> dict[str, Packed]:
     """Modules to be filled in the places of those whose matrices are rounded, by the name of the weight."""
     packed: dict[str, Packed] = {}
-    for name in kept.matrices.keys() & owned.keys():
+    for name in kept.matrices.keys() & owned:
         matrix = kept.matrices[name]
         packed[name] = Packed(matrix, BITS[kept.quantize], device)
         setattr(matrix.parent, matrix.attribute, packed[name])
@@ -166,38 +154,21 @@ def _pack(kept: Keeping, owned: dict[str, Target], device: torch.device) -> dict
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device, with what was noted on it."""
+    """On the device; the same one, if it is there."""
     if tensor.device == device:
         return tensor
     with turn(device):
-        moved = tensor.detach().to(device)
-    moved.__dict__.update(tensor.__dict__)
-    return moved
+        return tensor.detach().to(device)
 
 
 def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Small numbers about zero, or about one for a norm: like a model's, and no denormals, which are slow."""
-    tensor = torch.zeros(shape, dtype=dtype)
-    if dtype.is_floating_point:
-        pattern, flat = _pattern(len(shape) == 1, dtype), tensor.view(-1)
-        for start in range(0, flat.numel(), PATTERN):
-            part = flat[start : start + PATTERN]
-            part.copy_(pattern[: part.numel()])
-    return tensor
-
-
-@lru_cache(maxsize=4)
-def _pattern(about_one: bool, dtype: torch.dtype) -> torch.Tensor:
-    """Drawing every number takes seconds for a large layer; a prime length leaves no two rows of a matrix alike."""
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    # Drawing every number takes seconds for a large layer; a prime length leaves no two rows of a matrix alike.
     drawn = torch.empty(PATTERN).uniform_(-SPREAD, SPREAD, generator=torch.Generator().manual_seed(0))
-    return (drawn + about_one).to(dtype)
-
-
-def _aliases(division: Division, name: str) -> tuple[str, ...]:
-    """Other names of the tensor that `name` shares memory with."""
-    root = division.tied.get(name, name)
-    group = {root, *(alias for alias, other in division.tied.items() if other == root)}
-    return tuple(sorted(group - {name}))
+    about_one = len(shape) == 1
+    return as_tensor(np.resize(as_array((drawn + about_one).to(dtype)), shape))
 
 
 def _places(division: Division, first: int) -> dict[str, str]:
@@ -215,13 +186,9 @@ def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     if attribute in module._buffers:
-        module._buffers[attribute] = tensor.data if isinstance(tensor, nn.Parameter) else tensor
-        tensor = module._buffers[attribute]
+        tensor = module._buffers[attribute] = tensor.data if isinstance(tensor, nn.Parameter) else tensor
     else:
-        if not isinstance(tensor, nn.Parameter):
-            attributes = dict(tensor.__dict__)
-            tensor = nn.Parameter(tensor, requires_grad=False)
-            tensor.__dict__.update(attributes)
+        tensor = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
         module._parameters[attribute] = tensor
     tensor.__dict__["_is_hf_initialized"] = True  # transformers' mark for what it must not fill with random numbers
 

@@ -6,24 +6,21 @@ import json
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from peerllm.engine.backend import Facts, versions
 from peerllm.engine.base import Progress, Sampler, Shard
-from peerllm.engine.checkpoint import compute_dtype, read_json, read_tensors, refuse_quantised, resolve, stop_ids
+from peerllm.engine.checkpoint import read_model
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.graph import family
 from peerllm.engine.graph.describe import Described, UnfitError, describe
 from peerllm.engine.graph.inspect import layer_tensors, profile, working
 from peerllm.engine.graph.load import load_shard
 from peerllm.engine.graph.mockup import Outline
-from peerllm.engine.graph.nodes import Graph
-from peerllm.engine.kernels.pool import make_pool
-from peerllm.engine.measure import measure
-from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
+from peerllm.engine.graph.nodes import Graph, make_pool
+from peerllm.engine.measure import measure, versions
+from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 from peerllm.engine.profiling import time_layers
 from peerllm.engine.sampler import SeededSampler
 from peerllm.errors import ModelError
@@ -31,11 +28,12 @@ from peerllm.errors import ModelError
 if TYPE_CHECKING:
     from peerllm.engine.torch_backend import TorchBackend
 
+MOST_REASON = 300  # characters of why a configuration is not computed by graphs
 NEEDS_TORCH = "for that torch is needed: pip install 'peerllm[torch]'"
 
 
 class Backends:
-    """See backend.Backend. torch is imported when a model needs it, or at the start for an accelerator."""
+    """See base.Backend. torch is imported when a model needs it, or at the start for an accelerator."""
 
     sampler: Sampler = SeededSampler()
 
@@ -53,7 +51,7 @@ class Backends:
         if compute != "cpu":
             return self._with_torch(f"--compute {compute}").facts(compute, threads)
         has_torch = all(find_spec(name) is not None for name in ("torch", "transformers"))
-        families = {*family.FAMILIES, *(FAMILIES if has_torch else ())}
+        families = FAMILIES if has_torch else family.FAMILIES
         dtypes = ("float32", "bfloat16", "float16") if has_torch else ("float32",)
         return Facts(runtime_bytes(), versions(), tuple(sorted(families)), dtypes)
 
@@ -64,32 +62,24 @@ class Backends:
         return load_shard(described, spec, self._threads, progress)
 
     def inspect(self, message: Inspect) -> Inspected:
-        directory = Path(message.model_dir).expanduser()
-        if not directory.is_dir():
-            raise ModelError(f"{directory} is no directory")
-        config = read_json(directory / "config.json")
-        text = (directory / "config.json").read_text(encoding="utf-8")
-        refuse_quantised(config)
-        tensors = read_tensors(directory)
-        dtype = compute_dtype(message.dtype, config, tensors.values())
-        quantize = resolve(message.quantize, dtype, self._compute != "cpu")
-        described = self._described(text, dtype, quantize)
+        files = read_model(message.model_dir, message.dtype, message.quantize, self._compute != "cpu")
+        described = self._described(files.config, files.dtype, files.quantize)
         if isinstance(described, str):
             return self._with_torch(described).inspect(message)
         model = described.model
         return Inspected(
             message.request,
-            profile(described, directory.resolve().name, quantize),
+            profile(described, files.name, files.quantize),
             model.family,
-            text,
+            files.config,
             "float32",
             model.hidden,
             model.vocabulary,
             model.max_context,
-            stop_ids(directory, config.get("eos_token_id")),
-            layer_tensors(described, tensors),
-            working(described, quantize),
-            quantize,
+            files.stop_ids,
+            layer_tensors(described, files.tensors),
+            working(described, files.quantize),
+            files.quantize,
         )
 
     def measure(self, message: Measure) -> Measured:
@@ -113,7 +103,7 @@ class Backends:
             values: Any = json.loads(config)
             return describe(values) if isinstance(values, dict) else "config.json holds no JSON object"
         except (UnfitError, ValueError, RecursionError) as error:
-            return str(error)
+            return str(error)[:MOST_REASON]
 
     def _with_torch(self, why: str) -> TorchBackend:
         if self._torch is None:

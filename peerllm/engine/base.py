@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 from peerllm.types import Sampling
 
 ROLLBACK_TOKENS = 64  # how far a sequence can go back in layers that keep only a window
@@ -81,10 +82,29 @@ class Shard(Protocol):
     def close(self) -> None: ...
 
 
-class Sampler(Protocol):
-    """Picks tokens from logits ([k, vocabulary]), one per draw; the same for the same draw and logits."""
-
-    def __call__(self, logits: Floats, draws: Sequence[Draw]) -> list[int]: ...
-
-
+# Picks tokens from logits ([k, vocabulary]), one per draw; the same for the same draw and logits.
+Sampler = Callable[[Floats, Sequence[Draw]], list[int]]
 Progress = Callable[[int, int], None]  # done bytes, total bytes
+
+
+class Backend(Protocol):
+    """All but `sampler` run in the loader thread or a helper's, not in the compute thread."""
+
+    sampler: Sampler
+
+    @property
+    def broken(self) -> tuple[type[BaseException], ...]:
+        """After such an error nothing in this process computes any more."""
+        ...
+
+    def facts(self, compute: str = "cpu", threads: int = 1) -> Facts:
+        """Before all else; `compute` and `threads` say where from now on. BadInputError if that is not here."""
+        ...
+
+    def load(self, spec: LoadStage, progress: Progress) -> Shard: ...
+    def inspect(self, message: Inspect) -> Inspected: ...
+    def measure(self, message: Measure) -> Measured: ...
+
+    def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
+        """`check` is called before every pass and raises when it shall end."""
+        ...

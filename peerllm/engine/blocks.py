@@ -1,15 +1,20 @@
-"""The list of blocks a model walks through, and how to give it another."""
+"""A model's walk through its blocks: over others than its own, past what other shards hold, and without data."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
+
+PROBE_TOKENS = 2
 
 
 class Blocks(nn.ModuleList):
@@ -57,3 +62,74 @@ def stand_in(owner: Any, attribute: str, blocks: Blocks, first: int = 0) -> Iter
     finally:
         setattr(owner, attribute, kept)
         owner.config = config
+
+
+class Absent(nn.Module):
+    """In the place of a module of another shard. Vectors pass, a look-up adds nothing; neither result is used."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.looks_up = isinstance(original, nn.Embedding)
+        # A model's initialisation may reach for these; marked as it marks what is loaded, they are left alone.
+        self.__dict__.update(weight=torch.empty(0), bias=None)
+        self.__dict__["weight"].__dict__["_is_hf_initialized"] = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if not self.looks_up:
+            for value in given:
+                if value.is_floating_point():
+                    return value
+        return torch.zeros(1, device=given[0].device if given else None)
+
+
+class BeforeBlocks(nn.Module):
+    """A module that a model runs before its blocks and again after them; the second time belongs to another shard."""
+
+    def __init__(self, original: nn.Module, blocks: Blocks) -> None:
+        super().__init__()
+        self.original = original
+        self.passed: Callable[[], bool] = lambda: blocks.begun
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states if self.passed() else self.original(hidden_states, *args, **kwargs)
+
+
+class _Yes(TorchFunctionMode):
+    """Tensors without data are asked for their values ("is all of the mask set?"): yes."""
+
+    _questions = (torch.Tensor.item, torch.Tensor.__bool__)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._questions and args[0].is_meta:
+            return True
+        if func is torch.Tensor.__contains__ and args[0].is_meta:
+            return False  # "is there padding among the token ids?": there never is
+        return func(*args, **(kwargs or {}))
+
+
+def accepted(model: Any, **offered: Any) -> dict[str, Any]:
+    """Those of `offered` that a model's forward names among its parameters."""
+    names = _parameters(type(model).forward)
+    return {name: value for name, value in offered.items() if name in names}
+
+
+@lru_cache(maxsize=64)
+def _parameters(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def run_without_data(model: Any, cache: Any) -> None:
+    """Walk through a model on the meta device as a first chunk of tokens would."""
+    # A scaled rotary embedding looks at the positions' values, which do not exist here.
+    scaled = [module for module in model.modules() if getattr(module, "rope_type", "default") != "default"]
+    kinds = [module.rope_type for module in scaled]
+    for module, kind in zip(scaled, kinds, strict=True):
+        module.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+    positions = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
+    try:
+        with torch.inference_mode(), _Yes():
+            model(**accepted(model, input_ids=positions, position_ids=positions, past_key_values=cache, use_cache=True))
+    finally:
+        for module, kind in zip(scaled, kinds, strict=True):
+            module.rope_type = kind

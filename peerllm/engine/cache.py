@@ -6,102 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    Cache,
-    CacheLayerMixin,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from peerllm.engine import base
-from peerllm.engine.base import Segment
 from peerllm.engine.place import CPU
-from peerllm.engine.states import FULL, WINDOWED, LayerState
+from peerllm.engine.states import FULL, WINDOWED, HybridCounter, LayerState, SlotLayer, layer_of
 from peerllm.errors import EngineError
-
-
-class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One slot's keys and values of one block, in room made beforehand ([1, heads, room, width] each).
-
-    With a window the last `room` tokens are kept, of which a query is shown no more than the window needs.
-    Without room (`keys` None) it stands for a block of another shard and only counts.
-    """
-
-    is_sliding = False
-
-    def __init__(self, window: int | None, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.window, self.keys, self.values = window, keys, values
-        self.is_sliding = window is not None
-        self.is_initialized = keys is not None
-        self.length = 0  # tokens of the sequence so far
-        self.held = 0  # of those, the last so many are in the room
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1 if self.window is None else self.window
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        past = self.length if self.window is None else min(self.length, self.window - 1)
-        return past + query_length, self.length - past
-
-    def seek(self, position: int) -> None:
-        """Forget what lies at `position` and after, or count on where this layer holds nothing itself."""
-        back = self.length - position
-        if position and self.keys is not None:
-            if back < 0:
-                raise EngineError(f"a gap in the sequence: {self.length} tokens are held, not {position}")
-            if self.held - back < min(position, (self.window or position + 1) - 1):
-                raise EngineError(f"position {position} is too far back for a window; replay the sequence")
-        self.held = max(self.held - back, 0) if position else 0
-        self.length = position
-
-    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        assert self.keys is not None
-        assert self.values is not None
-        count, room = key_states.shape[2], self.keys.shape[2]
-        shown = self.get_mask_sizes(count)[0]
-        if self.held + count > room:
-            result = self._slide(key_states, value_states, count, room, shown)
-        else:
-            end = self.held + count
-            self.keys[:, :, self.held : end] = key_states
-            self.values[:, :, self.held : end] = value_states
-            self.held = end
-            result = self.keys[:, :, end - shown : end], self.values[:, :, end - shown : end]
-        self.length += count
-        return result
-
-    def _slide(self, key_states: Any, value_states: Any, count: int, room: int, shown: int) -> tuple[Any, Any]:
-        """The room is full: keep what the window and a rollback need, so that the next slide is some tokens away."""
-        if self.window is None:
-            raise EngineError(f"the slot's {room} tokens are full")
-        old = min(self.held, shown - count + base.ROLLBACK_TOKENS)
-        results = []
-        for store, new in ((self.keys, key_states), (self.values, value_states)):
-            assert store is not None
-            whole = torch.cat([store[:, :, self.held - old : self.held], new], dim=2)
-            store[:, :, : min(room, old + count)] = whole[:, :, -room:]
-            results.append(whole[:, :, -shown:])
-        self.held = min(room, old + count)
-        return results[0], results[1]
-
-
-class HybridCounter(LinearAttentionAndFullAttentionLayer):  # type: ignore[no-untyped-call]
-    """Stands for a block of another shard that has both attention and a recurrent state."""
-
-    length = 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
 
 
 class SlotCache(Cache):
@@ -144,7 +53,7 @@ class SlotCache(Cache):
 
 
 def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
-    """What `Slots` takes for these blocks."""
+    """What `slot_caches` takes for these blocks."""
     total = 0
     for state in owned.values():
         windowed = state.kind in (FULL, *WINDOWED)
@@ -153,57 +62,26 @@ def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
     return total
 
 
-class Slots:
-    """KV room of a shard: [slots, heads, room, width] per block, made at once; `caches[slot]` is a slot's view."""
-
-    def __init__(
-        self,
-        kinds: Sequence[str],
-        arguments: Sequence[Mapping[str, Any]],
-        owned: Mapping[int, LayerState],
-        slots: int,
-        context: int,
-        device: torch.device = CPU,
-    ) -> None:
-        self.kv_bytes, self.count = kv_bytes(owned, slots, context), slots
-        stores = {number: _room(state, slots, context, device) for number, state in owned.items()}
-        self.caches = [
-            SlotCache(
-                [
-                    self._layer(kind, argument, number in owned, *(t[slot : slot + 1] for t in stores.get(number, ())))
-                    for number, (kind, argument) in enumerate(zip(kinds, arguments, strict=True))
-                ],
-                owned,
-            )
-            for slot in range(slots)
-        ]
-
-    def seek(self, segment: Segment) -> SlotCache:
-        """Bring its slot to its position."""
-        cache = self.caches[segment.slot]
-        cache.seek(segment.position)
-        return cache
-
-    def advance(self, segment: Segment) -> None:
-        """Its pass went well."""
-        self.caches[segment.slot].advance(segment.length)
-
-    def release(self, slot: int) -> None:
-        """Forget the slot's sequence."""
-        self.caches[slot].seek(0)
-
-    def close(self) -> None:
-        """Free the room."""
-        self.caches.clear()
-
-    @staticmethod
-    def _layer(kind: str, arguments: Mapping[str, Any], owned: bool, *stores: torch.Tensor) -> Any:
-        if kind in (FULL, *WINDOWED):
-            keys, values = stores or (None, None)
-            return SlotLayer(arguments.get("sliding_window") if kind in WINDOWED else None, keys, values)
-        if kind == "hybrid" and not owned:
-            return HybridCounter(**arguments)
-        return DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+def slot_caches(
+    kinds: Sequence[str],
+    arguments: Sequence[Mapping[str, Any]],
+    owned: Mapping[int, LayerState],
+    slots: int,
+    context: int,
+    device: torch.device = CPU,
+) -> list[SlotCache]:
+    """By slot its view of a shard's KV room, [slots, heads, room, width] per block, which is made at once."""
+    stores = {number: _room(state, slots, context, device) for number, state in owned.items()}
+    return [
+        SlotCache(
+            [
+                layer_of(kind, argument, number in owned, *(t[slot : slot + 1] for t in stores.get(number, ())))
+                for number, (kind, argument) in enumerate(zip(kinds, arguments, strict=True))
+            ],
+            owned,
+        )
+        for slot in range(slots)
+    ]
 
 
 def _room(state: LayerState, slots: int, context: int, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import BadInputError, ModelError
 from peerllm.types import BITS
 
-ITEMSIZE = {
-    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+FILE_DTYPES = {
+    "F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "BOOL": np.dtype("?"),
+    "I64": np.dtype("i8"), "I32": np.dtype("i4"), "I16": np.dtype("i2"), "I8": np.dtype("i1"), "U8": np.dtype("u1"),
 }  # fmt: skip
 COMPUTED = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}  # the dtype each is computed in
 COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: what "auto" means for this model, whatever its file holds
@@ -109,15 +116,64 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorA
     numbers = (*shape, begin, end)
     if len(shape) > MAX_DIMENSIONS or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ModelError(f"{path.name}: the header's entry for {name} is malformed")
-    if dtype not in ITEMSIZE:
+    if dtype not in FILE_DTYPES:
         raise ModelError(f"{path.name}: tensor {name} has the unsupported dtype {dtype!r}")
-    if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
+    if end - begin != math.prod(shape) * FILE_DTYPES[dtype].itemsize:
         raise ModelError(f"{path.name}: tensor {name} claims {end - begin} bytes for shape {list(shape)} of {dtype}")
     if start + end > size:
         raise ModelError(
             f"{path.name} is cut short: tensor {name} ends at byte {start + end} of {size}; fetch it again"
         )
     return TensorAt(name, dtype, shape, str(path.absolute()), start + begin, end - begin)
+
+
+def mapped(tensor: TensorAt) -> npt.NDArray[Any]:
+    """The file's own numbers: its pages are the system's, no memory of ours. What is written to them stays here."""
+    name = Path(tensor.path).name
+    try:
+        if Path(tensor.path).stat().st_size < tensor.offset + tensor.nbytes:
+            raise ModelError(f"{name} ends in the middle of tensor {tensor.name}; fetch it again")
+        return np.memmap(tensor.path, FILE_DTYPES[tensor.dtype], "c", tensor.offset, tensor.shape)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model directory without its weights, and the form in which it was asked for."""
+
+    directory: Path
+    config: str  # config.json's text ...
+    values: Mapping[str, Any]  # ... and what it says
+    tensors: Mapping[str, TensorAt]
+    dtype: str  # to compute in
+    quantize: str  # see `resolve`
+
+    @property
+    def name(self) -> str:
+        return self.directory.resolve().name
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids of config.json and generation_config.json, which have a number or a list."""
+        generation = self.directory / "generation_config.json"
+        given = [self.values, read_json(generation) if generation.is_file() else {}]
+        ids = [values.get("eos_token_id") for values in given]
+        found = [one for some in ids for one in (some if isinstance(some, list) else [some])]
+        return tuple(sorted({one for one in found if type(one) is int}))
+
+
+def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bool) -> ModelFiles:
+    """`dtype` and `quantize` may be "auto", for what suits the files and where they are computed with."""
+    directory = Path(model_dir).expanduser()
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is no directory")
+    values = read_json(directory / "config.json")
+    refuse_quantised(values)
+    tensors = read_tensors(directory)
+    dtype = compute_dtype(dtype, values, tensors.values())
+    text = (directory / "config.json").read_text(encoding="utf-8")
+    return ModelFiles(directory, text, values, tensors, dtype, resolve(quantize, dtype, accelerator))
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:
@@ -127,34 +183,17 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
         raise ModelError(f"the checkpoint is quantized ({method}); peerllm reads float checkpoints only")
 
 
-def held_dtype(tensors: Iterable[TensorAt]) -> str:
-    """The dtype that most bytes of a checkpoint ask to be computed in."""
-    held: dict[str, int] = {}
-    for tensor in tensors:
-        if tensor.dtype in COMPUTED:
-            name = COMPUTED[tensor.dtype]
-            held[name] = held.get(name, 0) + tensor.nbytes
-    return max(held, key=lambda name: held[name], default="float32")
-
-
 def compute_dtype(wanted: str, config: Mapping[str, Any], tensors: Iterable[TensorAt]) -> str:
     """The dtype to compute in. "auto" is what config.json's own key says, else what most bytes of the files hold."""
     if wanted == "auto":
-        wanted = config.get(COMPUTE_DTYPE_KEY) or held_dtype(tensors)
+        held: Counter[str] = Counter()
+        for tensor in tensors:
+            if tensor.dtype in COMPUTED:
+                held[COMPUTED[tensor.dtype]] += tensor.nbytes
+        wanted = config.get(COMPUTE_DTYPE_KEY) or max(held, key=held.__getitem__, default="float32")
     if wanted not in COMPUTED.values():
         raise ModelError(f"dtype must be one of auto, {', '.join(dict.fromkeys(COMPUTED.values()))}, not {wanted!r}")
     return wanted
-
-
-def stop_ids(model_dir: Path, *values: Any) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json and of config.json, whose `values` are numbers or lists."""
-    given = list(values)
-    if (generation := model_dir / "generation_config.json").is_file():
-        given.append(read_json(generation).get("eos_token_id"))
-    found: set[int] = set()
-    for value in given:
-        found.update(number for number in (value if isinstance(value, list) else [value]) if type(number) is int)
-    return tuple(sorted(found))
 
 
 def resolve(quantize: str, dtype: str, accelerator: bool) -> str:

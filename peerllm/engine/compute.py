@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import psutil
 
-from peerllm.engine.backend import Backend
-from peerllm.engine.base import Shard
+from peerllm.engine.base import Backend, Shard
 from peerllm.engine.batching import Piece, Scheduler
-from peerllm.engine.deployments import Deployment, Outlet, StageKey
+from peerllm.engine.deployments import Deployment, StageKey
 from peerllm.engine.inbox import Inbox
 from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import (
@@ -33,6 +32,7 @@ from peerllm.engine.stages import Stage, steps_only
 from peerllm.engine.trace import Recorder
 from peerllm.engine.wire import Parcel
 from peerllm.errors import PeerLLMError
+from peerllm.transport.links import Link
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_REASON_CHARACTERS = 300
@@ -53,7 +53,7 @@ class Linked:
     request: int
     deployment: DeploymentId
     epoch: int
-    outlets: Mapping[int, Outlet]
+    outlets: Mapping[int, Link]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -230,7 +230,6 @@ class Compute:
             {f"{i}/{index}": stage.mean_step_ms for i, index, stage in stages if stage.mean_step_ms is not None},
             {f"{i}/{index}": stage.paces for i, index, stage in stages if stage.paces},
             {identity: deployment.held_bytes for identity, deployment in self._deployments.items()},
-            {f"{i}/{index}": stage.spreads for i, index, stage in stages if stage.spreads},
         )
 
 

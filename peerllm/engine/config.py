@@ -10,10 +10,10 @@ import torch
 
 from peerllm.engine.checkpoint import refuse_quantised
 from peerllm.engine.families import FAMILIES
+from peerllm.engine.graph.describe import MAX_BLOCKS
 from peerllm.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_BLOCKS = 1022  # with embedding and head as many layers as a plan has stages at most
 MAX_COUNT = 1 << 15  # of layers, heads, experts, labels: configuration classes make lists that long, unasked
 COUNTS = re.compile(r"(layers?|heads?|experts|labels|groups?|blocks)$")
 # What chooses the code that runs, and may name a repository for it; a part of a configuration can have it, too.
@@ -85,8 +85,3 @@ def max_context(config: Any) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return DEFAULT_CONTEXT
-
-
-def eos_ids(config: Any) -> tuple[Any, Any]:
-    """What the configuration says of end-of-sequence ids."""
-    return getattr(text_config(config), "eos_token_id", None), getattr(config, "eos_token_id", None)

@@ -1,19 +1,16 @@
 """One deployment on this engine: the parcels of its sequences, moved between its stages, its links and its source.
 
-Compute thread only. What leaves the device goes to an `Outlet`, what the daemon shall hear to `tell`.
+Compute thread only. What leaves the device goes to a Link, what the daemon shall hear to `tell`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
-
-import numpy as np
 
 from peerllm.engine.batching import Piece, Scheduler
 from peerllm.engine.messages import FinishReason, FromEngine, LinkLost, LoadStage, Submit, Tokens
 from peerllm.engine.schedules import SCHEDULES, NoBubble
-from peerllm.engine.sequences import Feed, Sequences, window_tokens
+from peerllm.engine.sequences import Sequences, window_tokens
 from peerllm.engine.stages import Stage
 from peerllm.engine.wire import (
     ALL_SEQUENCES,
@@ -23,26 +20,17 @@ from peerllm.engine.wire import (
     Opened,
     Parcel,
     Released,
-    Rounded,
     lengthen,
     shorten,
     split,
     to_frame,
 )
 from peerllm.errors import BadInputError, FrameError, LinkError, PeerLLMError
-from peerllm.transport.frames import Frame
+from peerllm.transport.links import Link
 from peerllm.types import DeploymentId, DeviceId
 
 StageKey = tuple[DeploymentId, int]
 NOT_FINITE = "the model computed hidden states that are no finite numbers; try dtype float32 or bfloat16"
-
-
-class Outlet(Protocol):
-    """A link to the next stage; `send` raises LinkError if it is gone."""
-
-    @property
-    def device(self) -> DeviceId: ...
-    def send(self, frame: Frame) -> None: ...
 
 
 class Deployment:
@@ -53,7 +41,7 @@ class Deployment:
         self.stages: dict[int, Stage] = {}
         self._most_waiting = window_tokens(spec.stages, spec.chunk) + spec.slots  # at one stage, by the source's window
         self._schedule, self._tell = schedule, tell
-        self._outlets: dict[int, Outlet] = {}  # by the stage that sends
+        self._outlets: dict[int, Link] = {}  # by the stage that sends
         self._source: Sequences | None = None
         self._turns: NoBubble = SCHEDULES[spec.schedule](spec.micro_batch, spec.micro_batches)  # on the source
         self.broken = ""  # why sequences cannot run until the links are made anew
@@ -65,9 +53,7 @@ class Deployment:
         self._schedule.add((self.id, spec.stage), self.id, spec.stage)
         if spec.stage == 0:
             reach = stage.shard.reach
-            self._source = Sequences(
-                self.id, spec.slots, spec.context, spec.chunk, spec.stages, reach, spec.cuts
-            )
+            self._source = Sequences(self.id, spec.slots, spec.context, spec.chunk, spec.stages, reach, spec.cuts)
 
     @property
     def held_bytes(self) -> int:
@@ -76,7 +62,7 @@ class Deployment:
         weights = {key: nbytes for shard in shards for key, nbytes in shard.weights.items()}
         return sum(weights.values()) + sum(shard.kv_bytes for shard in shards)
 
-    def linked(self, outlets: Mapping[int, Outlet]) -> None:
+    def linked(self, outlets: Mapping[int, Link]) -> None:
         """The links stand; if some broke before, whatever was under way on them is gone."""
         self._outlets = dict(outlets)
         self._reported.clear()
@@ -111,16 +97,9 @@ class Deployment:
     def _go_on(self, source: Sequences) -> None:
         """Whatever may enter the first stage now does."""
         for batch in self._turns.steps(source.prompting, source.prompts_under_way):
-            self._feed(batch)
+            self._take_in(0, batch)
         for chunk in source.feed(self._turns.chunks(source.prompts_under_way)):
-            self._feed((chunk,))
-
-    def _feed(self, feeds: Sequence[Feed]) -> None:
-        """These together."""
-        ids = [np.array(feed.ids, dtype=np.int64) for feed in feeds]  # [length] each
-        self._take_in(
-            0, [Piece(f.sequence, f.slot, f.position, len(f.ids), f.sample, i) for f, i in zip(feeds, ids, strict=True)]
-        )
+            self._take_in(0, (chunk,))
 
     def _finish(self, source: Sequences, sequence: int, finish: FinishReason, error: str = "") -> None:
         slot = source.slot(sequence)
@@ -184,7 +163,8 @@ class Deployment:
             return
         match parcel:
             case Activation():
-                self._take_in(index, split(parcel))
+                whole = parcel if parcel.scales is None else lengthen(parcel, DTYPES[stage.spec.dtype])
+                self._take_in(index, split(whole))
             case Opened(sequence, slot):
                 try:
                     stage.open(parcel)
@@ -193,8 +173,6 @@ class Deployment:
                 else:
                     if not stage.is_head:
                         self._pass_on(index, parcel)
-            case Rounded():
-                self._take_in(index, split(lengthen(parcel, DTYPES[stage.spec.dtype])))
             case Released(sequence) if sequence == ALL_SEQUENCES:
                 self._drop_all(index)
                 self._pass_on(index, parcel)

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from peerllm.engine.blocks import Blocks, stand_in
+from peerllm.engine.blocks import Blocks, run_without_data, stand_in
 from peerllm.engine.config import text_config
-from peerllm.engine.dryrun import run_without_data
 from peerllm.engine.states import ProbeCache
 from peerllm.errors import ModelError
 
@@ -70,6 +69,10 @@ class Division:
         """The number of the last layer; the embedding is 0."""
         return len(self.blocks) + 1
 
+    def numbers(self, first: int, last: int) -> range:
+        """The blocks among layers first..last, numbered from 0."""
+        return range(max(first, 1) - 1, min(last, self.head - 1))
+
     def layer_of(self, name: str) -> int:
         """Which layer owns the tensor called `name` in the state dict."""
         if name.startswith(self.prefix):
@@ -77,6 +80,15 @@ class Division:
             return int(number) + 1
         module = name.rpartition(".")[0]
         return self.head if module in self.after and module not in self.before else 0
+
+    def names_of(self, name: str) -> set[str]:
+        """All names of the tensor called `name`: those tied to it share its memory."""
+        root = self.tied.get(name, name)
+        return {root, *(alias for alias, other in self.tied.items() if other == root)}
+
+    def filled_by(self, name: str, made: set[str]) -> set[str]:
+        """The names that a file's tensor for `name` fills: its own, and those tied to it that no file has `made`."""
+        return {name, *(self.names_of(name) - made)}
 
 
 def build(config: Any, dtype: torch.dtype) -> Any:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from peerllm.engine.graph import family
+
 FAMILIES: frozenset[str] = frozenset(
     [
-        "afmoe", "apertus", "arcee", "bamba", "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2",
-        "cohere2_moe", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "dots1", "ernie4_5",
-        "ernie4_5_moe", "exaone4", "exaone_moe", "falcon", "falcon_h1", "flex_olmo", "gemma", "gemma2",
-        "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo",
-        "gpt_neox", "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granite_swa", "granitemoe",
-        "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
-        "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe", "laguna", "lfm2", "lfm2_moe", "llama",
-        "llama4_text", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral",
-        "mixtral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3",
-        "olmo_hybrid", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
-        "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "solar_open",
-        "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu",
+        *family.FAMILIES,
+        "afmoe", "apertus", "bamba", "biogpt", "bitnet", "bloom", "codegen", "cohere2_moe", "dbrx", "deepseek_v2",
+        "deepseek_v3", "diffllama", "doge", "dots1", "ernie4_5_moe", "exaone_moe", "falcon_h1", "glm4_moe",
+        "glm4_moe_lite", "gpt-sw3", "gpt_neox_japanese", "granitemoehybrid", "hunyuan_v1_moe", "hy_v3", "jetmoe",
+        "laguna", "lfm2", "lfm2_moe", "llama4_text", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral3",
+        "modernbert-decoder", "mpt", "nanochat", "nemotron_h", "olmo_hybrid", "phimoe", "qwen3_5_moe_text",
+        "qwen3_5_text", "qwen3_next", "solar_open", "xglm", "youtu",
     ]
 )  # fmt: skip

@@ -11,8 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from peerllm.engine.backend import Backend
-from peerllm.engine.base import Shard
+from peerllm.engine.base import Backend, Shard
 from peerllm.engine.compute import failed
 from peerllm.engine.inbox import Inbox
 from peerllm.engine.memory import return_memory

@@ -1,20 +1,22 @@
-"""What this device computes: matrix-vector products (decode: memory) and matrix products (prefill: arithmetic)."""
+"""What this device computes, matrix-vector products (decode: memory) and matrix products (prefill), and with what."""
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.families import FAMILIES
 from peerllm.engine.messages import Measure, Measured
 
 WEIGHT_BYTES = 64 << 20  # far larger than most caches
 ROWS, SIDE = 256, 768  # of the matrix product: a prompt's chunk, a small model's layer
 BUDGET_S = 0.12  # per product
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "aiohttp", "onnxruntime", "onnx", "peerllm")
 
 
 def ones(rows: int, columns: int) -> npt.NDArray[np.float32]:
@@ -69,6 +71,12 @@ def mean_s(work: Callable[[], object], window_s: float) -> float:
     return spent / runs
 
 
-def architectures() -> tuple[str, ...]:
-    """Model types that this engine can divide."""
-    return tuple(sorted(FAMILIES))
+def versions() -> dict[str, str]:
+    """Library versions by name, Python's among them."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:  # a board's own build may come without metadata
+            found[library] = "unknown"
+    return found

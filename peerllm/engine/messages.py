@@ -218,16 +218,22 @@ class QueryLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Configured:
-    request: int
-    port: int
-    runtime_bytes: int  # resident size of the engine with torch loaded and nothing else
+class Facts:
+    """What a daemon wants to know of its engine."""
+
+    runtime_bytes: int  # resident size of the engine with its libraries loaded and nothing else
     versions: Mapping[str, str]  # library: version
     architectures: tuple[str, ...]  # model types it can divide
     dtypes: tuple[str, ...]
     place: str = "cpu"  # where it computes
     memory_bytes: int = 0  # of that place's own; 0: it is the machine's
     free_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configured(Facts):
+    request: int
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,12 +379,10 @@ class EngineLoad:
     weight_bytes: int
     kv_bytes: int
     resident_bytes: int
-    measured: Mapping[str, float] = field(default_factory=dict)  # "<deployment>/<stage>": mean ms of a decode step
-    # ... and of all that the compute thread does for one, by its sequences: (sequences, ms), rising
-    paces: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)  # "<deployment>/<stage>": mean ms of a batch of steps
+    # ... and by its sequences: (sequences, ms, standard deviation as a share of that), rising
+    paces: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
     held_bytes: Mapping[DeploymentId, int] = field(default_factory=dict)  # weights and KV, by deployment
-    # As in `paces`: (sequences, standard deviation as a share of the mean).
-    spreads: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
 
 ToEngine = (

@@ -11,8 +11,8 @@ from peerllm.engine.config import DTYPES, max_context, parse_config, text_config
 from peerllm.engine.division import Division, divide
 from peerllm.engine.inspect import block_kinds, working
 from peerllm.engine.kernels.keeping import keeping
-from peerllm.engine.messages import LoadStage, TimeLayers
-from peerllm.engine.outline import CHUNK, CONTEXT, Mockup
+from peerllm.engine.messages import TimeLayers
+from peerllm.engine.outline import CONTEXT, Mockup
 from peerllm.engine.place import CPU
 from peerllm.engine.probing import probe
 from peerllm.engine.shard import TorchShard
@@ -20,7 +20,7 @@ from peerllm.errors import BadInputError, RefusedError
 
 
 class Outline(outline.Sizes):
-    """See profiling.Outline; from config.json's text alone."""
+    """See outline.Sizes; from config.json's text alone."""
 
     def __init__(self, message: TimeLayers, device: torch.device = CPU) -> None:
         if message.dtype not in DTYPES:
@@ -28,9 +28,8 @@ class Outline(outline.Sizes):
         self._message, self._device = message, device
         division = self._divide()
         self._states = probe(division, range(len(division.blocks)))
-        config = parse_config(message.config)
-        language = text_config(config)
-        context = max(2, min(CONTEXT, max_context(config)))
+        language = text_config(division.model.config)
+        context = max(2, min(CONTEXT, max_context(division.model.config)))
         kept = keeping(division, (), message.quantize)
         layer_bytes: dict[int, int] = {}
         for name, tensor in division.sizes.items():
@@ -57,19 +56,14 @@ class Outline(outline.Sizes):
 
     def _build(self, mockup: Mockup) -> TorchShard:
         division = self._divide()
-        numbers = range(max(mockup.first, 1) - 1, min(mockup.last, division.head - 1))
         whole, kept = division.owner.config, keeping(division, (), self._message.quantize)
         layers = mockup.first, mockup.last
-        entry = strip(division, *layers, numbers)
-        filled = make_up(division, *layers, kept, self._device)
+        entry = strip(division, *layers)
+        weights = make_up(division, *layers, kept, self._device)
         finish(division, whole, self._device)
+        states = {number: self._states[number] for number in division.numbers(*layers)}
         slots = mockup.sequences + 1
-        spec = LoadStage(
-            0, "", 0, 0, 1, mockup.first, mockup.last, self._message.config, (), self._message.dtype, slots,
-            mockup.context, CHUNK, slots, None, None, "",
-        )  # fmt: skip
-        states = {number: self._states[number] for number in numbers}
-        return TorchShard(division, spec, states, filled, entry, None, self._device)
+        return TorchShard(division, *layers, states, slots, mockup.context, weights, entry, None, self._device)
 
     def _divide(self) -> Division:
         return divide(parse_config(self._message.config), DTYPES[self._message.dtype])

@@ -73,6 +73,5 @@ def check(division: Division, found: list[Recipe], needed: Iterable[str]) -> Non
         re.compile(pattern) for pattern in getattr(division.model, "_keys_to_ignore_on_load_missing", None) or ()
     ]
     for name in needed:
-        names = {name, division.tied.get(name, name), *(a for a, b in division.tied.items() if b == name)}
-        if not names & made and not any(pattern.search(name) for pattern in optional):
+        if not division.names_of(name) & made and not any(pattern.search(name) for pattern in optional):
             raise ModelError(f"tensor {name} is missing from the model's files")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from peerllm.engine.base import Shard
 from peerllm.errors import RefusedError
 from peerllm.types import LayerKind, WorkingSpace
 
@@ -32,10 +33,13 @@ class Mockup:
 
 @dataclass
 class Sizes:
-    """A model's layers by their sizes. All mappings are by the layer's number, where the embedding is 0."""
+    """A model's layers by their sizes, and shards of made-up numbers to time them by.
+
+    All mappings are by the layer's number, where the embedding is 0.
+    """
 
     runs: Mapping[LayerKind, tuple[int, int]]  # see `runs`
-    head: int
+    head: int  # the number of the last layer
     hidden_size: int
     vocabulary: int
     context: int  # tokens of room that each sequence timed has
@@ -76,6 +80,19 @@ class Sizes:
         if mockup.last == self.head:
             passing += mockup.sequences * space.sequence
         return held + max(passing, space.loading) + space.once
+
+
+    def build(self, mockup: Mockup) -> Shard:
+        """With one slot more than the mock-up has sequences, for a prompt. RefusedError as for `plan`."""
+        raise NotImplementedError
+
+
+def kind_names(blocks: Sequence[tuple[str, Hashable]]) -> list[LayerKind]:
+    """By each block's kind and how it is built: "block" where all are alike, else a name for each that differs."""
+    names: dict[tuple[str, Hashable], str] = {}
+    for block in dict.fromkeys(blocks):
+        names[block] = block[0] if block[0] not in names.values() else f"{block[0]}-{len(names)}"
+    return ["block"] * len(blocks) if len(names) == 1 else [f"block:{names[block]}" for block in blocks]
 
 
 def runs(kinds: Sequence[LayerKind]) -> dict[LayerKind, tuple[int, int]]:

@@ -1,56 +1,63 @@
-"""What each block keeps of a sequence, learnt by running it without data."""
+"""What each block keeps of a sequence, learnt by running it without data, and how far back a sequence can go then."""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import get_layer_types_and_kwargs
 
-from peerllm.engine.blocks import Blocks, stand_in
+from peerllm.engine import base
+from peerllm.engine.base import Reach
+from peerllm.engine.blocks import Blocks, run_without_data, stand_in
 from peerllm.engine.config import text_config
 from peerllm.engine.division import Division
-from peerllm.engine.dryrun import run_without_data
-from peerllm.engine.states import LayerState, ProbeCache
+from peerllm.engine.states import FULL, WINDOWED, LayerState, ProbeCache
 from peerllm.errors import ModelError
+
+STATIC_ROPE = frozenset(["default", "linear", "yarn", "llama3", "proportional"])  # others follow the longest position
 
 
 def probe(division: Division, numbers: range) -> dict[int, LayerState]:
     """What each of the blocks `numbers` (from 0) keeps of a sequence, learnt by running one block of each kind."""
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
     kinds, arguments = get_layer_types_and_kwargs(text_config(division.model.config))
     known: dict[object, LayerState] = {}
     states: dict[int, LayerState] = {}
     for number in numbers:
         key = (kinds[number], str(arguments[number]), shape_key(division.blocks[number]))
         if key not in known:
-            cache = ProbeCache(len(division.blocks), kinds, arguments)
-            _probe_block(division, number, cache)
-            known[key] = cache.state(number, division.dtype)
+            known[key] = _probe_block(division, number)
         states[number] = known[key]
     return states
 
 
-def _probe_block(division: Division, number: int, cache: ProbeCache) -> None:
-    block = division.blocks[number]
-    given: list[Any] = []
-    hook = block.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
+def run_block(division: Division, number: int, block: nn.Module) -> tuple[ProbeCache, Exception | None]:
+    """`block` alone in the place of block `number`, without data: what it would keep, and what it failed with."""
+    cache = ProbeCache(len(division.blocks), *get_layer_types_and_kwargs(text_config(division.model.config)))
     try:
         with stand_in(division.owner, division.attribute, Blocks([block]), number):
             run_without_data(division.model, cache)
-    except Exception as error:
-        # Routing of experts depends on values, so it may stop here; attention has mostly run by then.
-        state = cache.state(number, division.dtype)
-        if state.token_bytes or state.state_bytes:
-            return
-        if not given:
-            raise ModelError(f"block {number} cannot be measured: {error}") from error
-    else:
-        return
-    finally:
-        hook.remove()
+    except Exception as error:  # a foreign forward may raise anything
+        return cache, error
+    return cache, None
+
+
+def _probe_block(division: Division, number: int) -> LayerState:
+    block = division.blocks[number]
+    given: list[Any] = []
+    hook = block.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
+    cache, error = run_block(division, number, block)
+    hook.remove()
+    state = cache.state(number, division.dtype)
+    # Routing of experts depends on values, so it may stop there; attention has mostly run by then.
+    if error is None or state.token_bytes or state.state_bytes:
+        return state
+    if not given:
+        raise ModelError(f"block {number} cannot be measured: {error}") from error
     # Once more on zeros that are never written, hence take no memory.
     real = copy.deepcopy(block).to_empty(device="cpu")
     for tensor in (*real.parameters(), *real.buffers()):
@@ -58,6 +65,7 @@ def _probe_block(division: Division, number: int, cache: ProbeCache) -> None:
     args, kwargs = _real(given[0])
     with torch.inference_mode():
         real(*args, **kwargs)
+    return cache.state(number, division.dtype)
 
 
 def _real(value: Any) -> Any:
@@ -71,3 +79,27 @@ def _real(value: Any) -> Any:
 def shape_key(block: nn.Module) -> tuple[object, ...]:
     """Equal for blocks that are built alike."""
     return tuple((name, tuple(t.shape), t.dtype) for name, t in block.named_parameters())
+
+
+def reach_of(model: Any, kept: Mapping[int, LayerState]) -> Reach | None:
+    """Of a model with those states; None where a prompt in one run would be computed otherwise than going on."""
+    if any(_follows_length(module) or _bounds_runs(module) for module in model.modules()):
+        return None
+    rewinds = all(state.kind in (FULL, *WINDOWED) and not state.state_bytes for state in kept.values())
+    rooms = [state.kept_tokens for state in kept.values() if state.kept_tokens is not None]
+    return Reach(rewinds, min(rooms, default=None), base.ROLLBACK_TOKENS)
+
+
+def _follows_length(module: Any) -> bool:
+    """A rotary embedding that depends on how long the sequence is when a token is computed."""
+    kinds = getattr(module, "rope_type", "default")
+    if not set(kinds.values() if isinstance(kinds, dict) else [kinds]) <= STATIC_ROPE:
+        return True
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
+    return isinstance(parameters, dict) and bool({"long_mscale", "short_mscale"} & parameters.keys())
+
+
+def _bounds_runs(module: Any) -> bool:
+    """Mamba2's time step is bounded where tokens come in a run, and not where they come one at a time."""
+    limit = getattr(module, "time_step_limit", None)
+    return limit is not None and tuple(limit) != (0.0, math.inf)

@@ -11,14 +11,11 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from peerllm.engine.channel import MemoryChannel, SocketChannel
 from peerllm.engine.messages import FromEngine, ToEngine
 from peerllm.errors import PeerLLMError
-
-if TYPE_CHECKING:
-    from peerllm.engine.backend import Backend
 
 SWITCH_INTERVAL_S = 0.0005  # the I/O thread gets the interpreter this fast from a compute thread that runs Python
 EXIT_OK, EXIT_FAILED = 0, 70
@@ -45,21 +42,16 @@ def serve(fd: int, parent: int) -> NoReturn:
 
 
 async def _serve(sock: socket.socket) -> None:
+    from peerllm.engine.backends import Backends
     from peerllm.engine.runtime import Engine
 
     channel = await SocketChannel.on(sock, FromEngine, ToEngine)
     try:
-        await Engine(channel, _backend()).run()
+        await Engine(channel, Backends()).run()
     except PeerLLMError as error:
         _exit(EXIT_FAILED, f"engine: {error}")
     # Threads may be inside a kernel for long, and the system takes back what they hold.
     _exit(EXIT_OK)
-
-
-def _backend() -> Backend:
-    from peerllm.engine.backends import Backends
-
-    return Backends()
 
 
 def _exit(code: int, line: str = "") -> NoReturn:
@@ -96,9 +88,10 @@ def start_in_process(ended: Callable[[str], None]) -> tuple[MemoryChannel, threa
     ours, theirs = MemoryChannel.pair()
 
     async def body() -> None:
+        from peerllm.engine.backends import Backends
         from peerllm.engine.runtime import Engine
 
-        engine = Engine(theirs, _backend())
+        engine = Engine(theirs, Backends())
         try:
             await engine.run()
         finally:

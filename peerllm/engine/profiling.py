@@ -10,15 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.base import Draw, Sampler, Segment, Shard
+from peerllm.engine.base import Draw, Sampler, Segment
 from peerllm.engine.memory import return_memory
 from peerllm.engine.messages import PASS, LayersTimed, TimeLayers
-from peerllm.engine.outline import CHUNK, SEQUENCES, Mockup
+from peerllm.engine.outline import CHUNK, SEQUENCES, Mockup, Sizes
 from peerllm.errors import EngineError, RefusedError
 from peerllm.types import LayerKind, Sampling
 
@@ -35,27 +35,8 @@ Check = Callable[[], None]
 Clock = Callable[[], float]  # seconds
 
 
-class Outline(Protocol):
-    """A model's kinds of layers, and shards of made-up numbers to time them by. outline.Sizes has all but `build`."""
-
-    head: int  # the number of the last layer
-    hidden_size: int
-    vocabulary: int
-
-    @property
-    def kinds(self) -> tuple[LayerKind, ...]: ...
-
-    def plan(self, kind: LayerKind) -> Mockup:
-        """RefusedError if one layer takes more memory than there is."""
-        ...
-
-    def build(self, mockup: Mockup) -> Shard:
-        """With one slot more than the mock-up has sequences, for a prompt. RefusedError as for `plan`."""
-        ...
-
-
 def time_layers(
-    message: TimeLayers, outline: Outline, sampler: Sampler, check: Check, clock: Clock = time.perf_counter
+    message: TimeLayers, outline: Sizes, sampler: Sampler, check: Check, clock: Clock = time.perf_counter
 ) -> LayersTimed:
     """One kind after the other. `check` is called before every pass and raises when timing shall end.
 
@@ -97,12 +78,12 @@ def net(
 class Work:
     """A made-up shard at work."""
 
-    def __init__(self, outline: Outline, mockup: Mockup, sampler: Sampler, check: Check, clock: Clock) -> None:
+    def __init__(self, outline: Sizes, mockup: Mockup, sampler: Sampler, check: Check, clock: Clock) -> None:
         self._outline, self._mockup, self._sampler, self._check, self._clock = outline, mockup, sampler, check, clock
         self._is_head = mockup.first == outline.head
         self._random = np.random.default_rng(0)
         check()
-        self._shard: Shard = outline.build(mockup)
+        self._shard = outline.build(mockup)
         self._rewinds = True
         self._next: list[int] = []  # each sequence's next position
         self._draws = [Draw(Sampling(), 0, ())] * mockup.sequences

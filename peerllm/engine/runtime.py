@@ -12,10 +12,10 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Coroutine
+from dataclasses import asdict
 from typing import Any
 
-from peerllm.engine.backend import Backend
-from peerllm.engine.base import Shard
+from peerllm.engine.base import Backend, Shard
 from peerllm.engine.channel import Channel
 from peerllm.engine.compute import Compute, Loaded, failed, start
 from peerllm.engine.data_links import DataLinks
@@ -125,19 +125,7 @@ class Engine:
         loader = Loader(self._backend, self.tell, self._loaded, lambda: compute.batches, self._thread_ended)
         self._parts = compute, loader, links
         self._threads = [start(compute, self._thread_ended), loader.start()]
-        self.tell(
-            Configured(
-                message.request,
-                links.port,
-                facts.runtime_bytes,
-                facts.versions,
-                facts.architectures,
-                facts.dtypes,
-                facts.place,
-                facts.memory_bytes,
-                facts.free_bytes,
-            )
-        )
+        self.tell(Configured(**asdict(facts), request=message.request, port=links.port))
 
     async def _handle(self, message: ToEngine, compute: Compute, loader: Loader, links: DataLinks) -> None:
         match message:
@@ -158,8 +146,6 @@ class Engine:
                 self._recorder.forget(deployment)
                 compute.inbox.put(message, always=True)
                 await links.forget(deployment)
-            case Configure():
-                raise EngineError("the engine is configured already")
 
     async def _connect(self, message: Connect, compute: Compute, links: DataLinks) -> None:
         try:

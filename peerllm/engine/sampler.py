@@ -23,9 +23,8 @@ SORTED_AT_FIRST = 1024  # most draws fall among the likeliest tokens; only the r
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits, the same on every device."""
     key = seed.to_bytes(8, "little") + position.to_bytes(8, "little")
-    return (
-        float(int.from_bytes(blake2b(key, digest_size=8, person=b"peerllm-draw").digest(), "little") >> 11) * 2.0**-53
-    )
+    digest = blake2b(key, digest_size=8, person=b"peerllm-draw").digest()
+    return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 class SeededSampler:

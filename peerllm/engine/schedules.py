@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from peerllm.engine.sequences import Feed
+from peerllm.engine.batching import Piece
 from peerllm.types import ScheduleName, batches_of
 
 
@@ -22,7 +22,7 @@ class NoBubble:
 
     def __init__(self, micro_batch: int, micro_batches: int) -> None:
         self._micro_batch, self._micro_batches = micro_batch, micro_batches
-        self._due: deque[Feed] = deque()
+        self._due: deque[Piece] = deque()
         self._batches: dict[int, set[int]] = {}  # under way: number, the sequences still in it
         self._number = 0
 
@@ -31,7 +31,7 @@ class NoBubble:
         """Batches of steps between the first stage and the head."""
         return len(self._batches)
 
-    def due(self, step: Feed) -> None:
+    def due(self, step: Piece) -> None:
         """A sequence's next step may enter."""
         self._due.append(step)
 
@@ -45,9 +45,9 @@ class NoBubble:
                     del self._batches[number]
                 return
 
-    def steps(self, prompting: bool, prompts_under_way: bool) -> list[list[Feed]]:
+    def steps(self, prompting: bool, prompts_under_way: bool) -> list[list[Piece]]:
         """The batches that enter now. `prompting`: prompts wait to be fed."""
-        batches: list[list[Feed]] = []
+        batches: list[list[Piece]] = []
         room = self._room()
         while self._due and len(batches) < room:
             batches.append(self._take())
@@ -67,7 +67,7 @@ class NoBubble:
     def _count(self) -> int:
         return batches_of(self._decoding(), self._micro_batch, self._micro_batches)
 
-    def _take(self) -> list[Feed]:
+    def _take(self) -> list[Piece]:
         """The next batch: its even share of all who decode, or fewer if no more are due."""
         share, over = divmod(self._decoding(), self._count())
         larger = sum(len(members) > share for members in self._batches.values())
@@ -92,7 +92,7 @@ class Sequential(NoBubble):
         super().__init__(1, 1)
         self._stepped = False  # the last pass was a step
 
-    def steps(self, prompting: bool, prompts_under_way: bool) -> list[list[Feed]]:
+    def steps(self, prompting: bool, prompts_under_way: bool) -> list[list[Piece]]:
         if prompts_under_way or (prompting and self._stepped):
             return []
         batches = super().steps(prompting, prompts_under_way)

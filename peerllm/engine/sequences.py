@@ -2,7 +2,7 @@
 
 A prompt that goes on with what an earlier sequence left in an idle slot (`IdleSlots`) is fed from there on.
 
-Pure: tokens come in, `Feed` and `Tokens` go out. Prompts are fed in chunks, clients in turn, with at most
+Pure: tokens come in, pieces for stage 0 and `Tokens` go out. Prompts are fed in chunks, clients in turn, with at most
 CHUNKS_PER_STAGE_IN_FLIGHT × stages of the largest chunks' worth of tokens under way, which bounds what may wait on any
 stage; of one prompt as many chunks, so that a long one in small chunks keeps no other waiting.
 """
@@ -10,14 +10,17 @@ stage; of one prompt as many chunks, so that a long one in small chunks keeps no
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from peerllm.engine.base import Reach
-from peerllm.engine.idle import IdleSlots, Remains
+from peerllm.engine.batching import Piece
+from peerllm.engine.idle import Choice, IdleSlots, Remains
 from peerllm.engine.messages import FinishReason, Submit, Tokens
 from peerllm.engine.prompt_turns import PromptTurns
 from peerllm.errors import BadInputError, FrameError, OverloadedError
-from peerllm.types import Cuts, DeploymentId, Sampling, chunk_of
+from peerllm.types import Cuts, DeploymentId, chunk_of
 
 CHUNKS_PER_STAGE_IN_FLIGHT = 2  # one being computed, one waiting
 MAX_TOKEN_ID = 2**31 - 1  # no vocabulary is larger
@@ -38,33 +41,24 @@ def chunk_length(left: int, chunk: int) -> int:
     return chunk - 1 if left == chunk + 1 and chunk > 2 else min(chunk, left)
 
 
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """Put these ids into stage 0 now."""
-
-    sequence: int
-    slot: int
-    position: int
-    ids: tuple[int, ...]
-    sample: bool
-
-
 @dataclass(slots=True)
 class _Running:
-    slot: int
-    prompt: tuple[int, ...]
-    max_tokens: int
-    stop_ids: frozenset[int]
-    sampling: Sampling
-    client: str
-    reused: int  # tokens of the prompt that the slot held already
-    furthest: int  # see idle.Remains
+    order: Submit
+    choice: Choice
     chunk: int  # what is new of the prompt is fed in chunks of so many tokens
     fed: int  # tokens put into stage 0, prompt and answer, and those that need not be
     back: int  # of those, tokens the head has seen
-    answer: int = 0  # ids of the answer so far
-    said: list[int] = field(default_factory=list)  # of those, the ones put into stage 0
+    said: list[int] = field(default_factory=list)  # ids of the answer so far, all put into stage 0
     in_flight: deque[int] = field(default_factory=deque)  # lengths of the prompt chunks under way
+
+    def feed(self, length: int) -> Piece:
+        """The next `length` tokens, which are in stage 0 from now on."""
+        order, start = self.order, self.fed
+        self.fed += length
+        prompt = len(order.prompt)
+        ids = order.prompt[start : self.fed] if start < prompt else self.said[start - prompt :]
+        data = np.array(ids, np.int64)
+        return Piece(order.sequence, self.choice.slot, start, length, sample=self.fed >= prompt, data=data)
 
 
 class Sequences:
@@ -105,11 +99,11 @@ class Sequences:
         return self._under_way > 0
 
     def slot(self, sequence: int) -> int:
-        return self._running[sequence].slot
+        return self._running[sequence].choice.slot
 
     def reused(self, sequence: int) -> int:
         """How many tokens of its prompt a running sequence found in its slot."""
-        return self._running[sequence].reused
+        return self._running[sequence].choice.position
 
     def kept(self, slot: int) -> int:
         """How many tokens the stages are to keep in a slot whose sequence has ended."""
@@ -125,43 +119,30 @@ class Sequences:
             raise BadInputError(f"a prompt has 1 to {self._context} tokens here, not {len(order.prompt)}")
         if order.max_tokens < 1:
             raise BadInputError(f"an answer has at least 1 token, not {order.max_tokens}")
-        taken = {running.slot for running in self._running.values()}
+        taken = {running.choice.slot for running in self._running.values()}
         choice = self._idle.take(taken, order.prompt, order.client)
         if choice is None:
             raise OverloadedError(f"all {self._slots} slots are taken; wait for a sequence to end")
-        self._running[order.sequence] = _Running(
-            choice.slot,
-            order.prompt,
-            order.max_tokens,
-            frozenset(order.stop_ids),
-            order.sampling,
-            order.client,
-            reused=choice.position,
-            furthest=choice.furthest,
-            chunk=chunk_of(self._cuts, len(order.prompt) - choice.position),
-            fed=choice.position,
-            back=choice.position,
-        )
+        chunk = chunk_of(self._cuts, len(order.prompt) - choice.position)
+        self._running[order.sequence] = _Running(order, choice, chunk, fed=choice.position, back=choice.position)
         self._prompts.add(order.client, order.sequence)
         return choice.slot
 
-    def feed(self, most: int | None = None) -> list[Feed]:
+    def feed(self, most: int | None = None) -> list[Piece]:
         """The prompt chunks that may go into stage 0 now, `most` of them at most."""
-        feeds: list[Feed] = []
+        feeds: list[Piece] = []
         while most is None or len(feeds) < most:
             sequence = self._prompts.next(self._has_room)
             if sequence is None:
                 break
             running = self._running[sequence]
-            length = chunk_length(len(running.prompt) - running.fed, running.chunk)
+            length = chunk_length(len(running.order.prompt) - running.fed, running.chunk)
             if self._under_way + length > self._window:
                 break
-            position, running.fed = running.fed, running.fed + length
             running.in_flight.append(length)
             self._under_way += length
-            last = running.fed == len(running.prompt)
-            feeds.append(Feed(sequence, running.slot, position, running.prompt[position : running.fed], sample=last))
-            self._prompts.served(running.client, sequence, more=not last)
+            feeds.append(running.feed(length))
+            self._prompts.served(running.order.client, sequence, more=not feeds[-1].sample)
         return feeds
 
     def _has_room(self, sequence: int) -> bool:
@@ -169,7 +150,7 @@ class Sequences:
 
     def came_back(
         self, sequence: int, position: int, length: int, token: int | None
-    ) -> tuple[Feed | None, Tokens | None]:
+    ) -> tuple[Piece | None, Tokens | None]:
         """A run passed the head, which drew `token` after it (None: it was not to).
 
         Returns the step to feed at once and what to tell the daemon; both None for a sequence that has ended.
@@ -181,7 +162,7 @@ class Sequences:
         due = running.in_flight[0] if running.in_flight else 1
         if position != running.back or length != due or position + length > running.fed:
             raise FrameError(f"positions {position}+{length} came back, {running.back}+{due} were due")
-        sampled = position + length >= len(running.prompt)
+        sampled = position + length >= len(running.order.prompt)
         if sampled != (token is not None):
             raise FrameError(f"the head {'drew no' if sampled else 'drew a'} token at position {position + length}")
         if token is not None and not 0 <= token <= MAX_TOKEN_ID:
@@ -191,17 +172,15 @@ class Sequences:
         running.back += length
         if token is None:
             return None, None
-        start = running.answer
-        if token in running.stop_ids:
+        if token in running.order.stop_ids:
             return None, self.end(sequence, "stop")
-        running.answer += 1
-        if running.answer >= running.max_tokens or running.fed >= self._context:
+        start = len(running.said)
+        tokens = Tokens(self._deployment, sequence, start, (token,), reused=_first(running))
+        if start + 1 >= running.order.max_tokens or running.fed >= self._context:
             self.end(sequence, "length")
-            return None, Tokens(self._deployment, sequence, start, (token,), "length", reused=_first(running, start))
-        step = Feed(sequence, running.slot, running.fed, (token,), sample=True)
-        running.fed += 1
+            return None, replace(tokens, finish="length")
         running.said.append(token)
-        return step, Tokens(self._deployment, sequence, start, (token,), reused=_first(running, start))
+        return running.feed(1), tokens
 
     def end(self, sequence: int, finish: FinishReason, error: str = "") -> Tokens | None:
         """Ends a sequence and frees its slot, idle unless it failed; None if it has ended before."""
@@ -209,13 +188,13 @@ class Sequences:
         if running is None:
             return None
         self._draining[sequence] = sum(running.in_flight)
-        self._prompts.remove(running.client, sequence)
+        order, choice = running.order, running.choice
+        self._prompts.remove(order.client, sequence)
         if finish != "error":
-            ids = (*running.prompt, *running.said)[: running.back]
-            furthest = max(running.furthest, running.fed)
-            self._idle.keep(running.slot, Remains(sequence, running.client, ids, furthest))
-        reused = _first(running, running.answer)
-        return Tokens(self._deployment, sequence, running.answer, (), finish, error, reused)
+            ids = (*order.prompt, *running.said)[: running.back]
+            furthest = max(choice.furthest, running.fed)
+            self._idle.keep(choice.slot, Remains(sequence, order.client, ids, furthest))
+        return Tokens(self._deployment, sequence, len(running.said), (), finish, error, _first(running))
 
     def forget(self, sequence: int) -> None:
         """What an ended sequence left in its slot is not to be had any more."""
@@ -232,6 +211,6 @@ class Sequences:
         self._idle.clear()
 
 
-def _first(running: _Running, start: int) -> int:
+def _first(running: _Running) -> int:
     """What the first message about an answer, and no other, tells of its prompt."""
-    return 0 if start else running.reused
+    return 0 if running.said else running.choice.position

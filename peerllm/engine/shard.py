@@ -11,19 +11,17 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from peerllm.engine.absent import Absent
-from peerllm.engine.arrays import as_array, as_tensor
-from peerllm.engine.assembly import Filled, fill, finish, plan, strip
+from peerllm.engine.assembly import fill, finish, plan, strip
 from peerllm.engine.base import Progress, Reach, Segment
-from peerllm.engine.cache import SlotCache, Slots, kv_bytes
+from peerllm.engine.blocks import accepted
+from peerllm.engine.cache import SlotCache, kv_bytes, slot_caches
 from peerllm.engine.config import DTYPES, parse_config, text_config
 from peerllm.engine.division import Division, divide
-from peerllm.engine.dryrun import accepted
-from peerllm.engine.loader import is_mapped
+from peerllm.engine.kernels.packed import Packed
+from peerllm.engine.loader import as_array, as_tensor
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.place import CPU, turn
-from peerllm.engine.probing import probe
-from peerllm.engine.reach import reach_of
+from peerllm.engine.probing import probe, reach_of
 from peerllm.engine.states import LayerState
 from peerllm.errors import BadInputError, EngineError, RefusedError
 
@@ -34,34 +32,35 @@ class TorchShard:
     def __init__(
         self,
         division: Division,
-        spec: LoadStage,
+        first: int,
+        last: int,
         states: Mapping[int, LayerState],
-        filled: Filled,
+        slots: int,
+        context: int,
+        weights: Mapping[int, int],
         entry: nn.Module,
-        reach: Reach | None = None,
-        device: torch.device = CPU,
+        reach: Reach | None,
+        device: torch.device,
     ) -> None:
         self._device, self._turn = device, turn(device)
-        self.first_layer, self.last_layer = spec.first_layer, spec.last_layer
-        self.weight_bytes = filled.tensor_bytes + filled.packed_bytes
+        self.first_layer, self.last_layer = first, last
+        self.weights, self.weight_bytes = weights, sum(weights.values())
         # Beside onnxruntime's threads torch's would spin, and take the processors from them.
-        self._threads = 1 if filled.packed_bytes and device == CPU else torch.get_num_threads()
+        packed = any(isinstance(module, Packed) for module in division.model.modules())
+        self._threads = 1 if packed and device == CPU else torch.get_num_threads()
         text = text_config(division.model.config)
         self.hidden_size: int = text.hidden_size
         self.vocabulary: int = text.vocab_size
-        kept = [p for p in division.model.parameters() if not p.is_meta and not is_mapped(p)]
-        packed = {id(division): filled.packed_bytes} if filled.packed_bytes else {}
-        self.weights: Mapping[int, int] = {**{p.data_ptr(): p.nbytes for p in kept}, **packed}
-        self.context = spec.context
+        self.context = context
         self.dtype = division.dtype
         self.reach = reach
         self._division: Any = division
         self._model: Any = division.model
         self._base: Any = division.model.base_model
-        self._has_embedding, self._has_head = spec.first_layer == 0, spec.last_layer == division.head
+        self._has_embedding, self._has_head = first == 0, last == division.head
         with self._turn:
-            self._slots = Slots(*get_layer_types_and_kwargs(text), states, spec.slots, spec.context, device)
-        self.kv_bytes = self._slots.kv_bytes
+            self._caches = slot_caches(*get_layer_types_and_kwargs(text), states, slots, context, device)
+        self.kv_bytes = kv_bytes(states, slots, context)
         self._entering: torch.Tensor | None = None
         if not self._has_embedding:
             self._enter_at(entry)
@@ -74,12 +73,6 @@ class TorchShard:
     def blocks(self) -> tuple[nn.Module, ...]:
         """The blocks it runs."""
         return tuple(getattr(self._division.owner, self._division.attribute))
-
-    @property
-    def final_norms(self) -> tuple[nn.Module, ...]:
-        """What runs after the last block and is no output matrix."""
-        modules = [self._model.get_submodule(name) for name in self._division.after]
-        return tuple(module for module in modules if not isinstance(module, nn.Linear | nn.Dropout | Absent))
 
     def _enter_at(self, module: nn.Module) -> None:
         """Hidden states from the stage before take the place of what `module`, the first of this shard, is given."""
@@ -112,7 +105,7 @@ class TorchShard:
             raise BadInputError(f"{inputs.shape[0]} tokens for segments of {total}")
         for segment in segments:
             end = segment.position + segment.length
-            if not 0 <= segment.slot < self._slots.count or segment.position < 0 or end > self.context:
+            if not 0 <= segment.slot < len(self._caches) or segment.position < 0 or end > self.context:
                 raise BadInputError(f"slot {segment.slot}, positions {segment.position}..{end - 1}: no such room")
         if self._has_embedding:
             if inputs.dtype != np.int64 or int(inputs.min()) < 0 or int(inputs.max()) >= self.vocabulary:
@@ -122,11 +115,12 @@ class TorchShard:
 
     def _segment(self, inputs: torch.Tensor, segment: Segment) -> torch.Tensor:
         """[n] or [n, hidden] to what `forward` tells of it. If it fails, its slot still holds what came before it."""
-        cache = self._slots.seek(segment)
+        cache = self._caches[segment.slot]
+        cache.seek(segment.position)
         tells = segment.sample or not self._has_head
         if tells or self.first_layer < self.last_layer:
             output = self._run(inputs, segment, cache)
-        self._slots.advance(segment)
+        cache.advance(segment.length)
         return output if tells else torch.empty(0, self.vocabulary)
 
     def positions(self, segment: Segment) -> torch.Tensor:
@@ -161,12 +155,12 @@ class TorchShard:
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
         with torch.inference_mode(), self._turn:
-            self._slots.release(slot)
+            self._caches[slot].seek(0)
 
     def close(self) -> None:
         """Free weights and KV; may be called twice."""
         self._model = self._base = self._division = None
-        self._slots.close()
+        self._caches.clear()
 
 
 def _with_plain_strides(_: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -185,16 +179,15 @@ def load_shard(
     first, last = spec.first_layer, spec.last_layer
     if not 0 <= first <= last <= division.head:
         raise BadInputError(f"layers {first}..{last} of a model whose last is {division.head}")
-    numbers = range(max(first, 1) - 1, min(last, division.head - 1))
     every, whole = probe(division, range(len(division.blocks))), division.owner.config
-    states = {number: every[number] for number in numbers}
+    states = {number: every[number] for number in division.numbers(first, last)}
     needed = kv_bytes(states, spec.slots, spec.context)
     reach = reach_of(division.model, every)
     work = plan(division, first, last, spec.tensors, spec.quantize)
     if spec.limit_bytes is not None and work.nbytes + needed > spec.limit_bytes:
         held = f"weights of {work.nbytes} bytes and KV of {needed}"
         raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")
-    entry = strip(division, first, last, numbers)
-    filled = fill(division, first, work, progress, device)
+    entry = strip(division, first, last)
+    weights = fill(division, first, work, progress, device)
     finish(division, whole, device)
-    return TorchShard(division, spec, states, filled, entry, reach, device)
+    return TorchShard(division, first, last, states, spec.slots, spec.context, weights, entry, reach, device)

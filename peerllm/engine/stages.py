@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +16,6 @@ from peerllm.engine.wire import Activation, Drawn, Opened
 from peerllm.errors import EngineError
 from peerllm.types import Sampling
 
-MEASURED_STEPS = 64  # batches of steps that the mean is taken over
 MEASURED_SIZES = 16  # sizes of batches told apart; the one not met for longest is forgotten
 PACE_GAIN = 1 / 32  # weight of a new pass in the mean of its size, once there are as many
 
@@ -40,20 +37,17 @@ class Stage:
         self.is_head = spec.stage == spec.stages - 1
         self._sampler = sampler
         self._answers: dict[int, _Answer] = {}
-        self._step_ms: deque[float] = deque(maxlen=MEASURED_STEPS)
         # By sequences in a batch of steps: passes, mean ms, variance in ms².
         self._paces: dict[int, tuple[int, float, float]] = {}
 
     @property
-    def paces(self) -> tuple[tuple[int, float], ...]:
-        """By sequences in a batch of steps, rising: milliseconds that one took of late, taking in and sending too."""
-        return tuple((size, mean) for size, (_, mean, _) in sorted(self._paces.items()))
+    def paces(self) -> tuple[tuple[int, float, float], ...]:
+        """By sequences in a batch of steps, rising: milliseconds that one took of late, taking in and sending too.
 
-    @property
-    def spreads(self) -> tuple[tuple[int, float], ...]:
-        """Of the same passes the standard deviation, as a share of the mean, where there is one."""
+        And their standard deviation, as a share of the mean.
+        """
         told = ((size, mean, variance) for size, (_, mean, variance) in sorted(self._paces.items()))
-        return tuple((size, math.sqrt(variance) / mean) for size, mean, variance in told if variance > 0 < mean)
+        return tuple((size, mean, math.sqrt(variance) / mean if mean > 0 else 0.0) for size, mean, variance in told)
 
     def paced(self, batch: Sequence[Piece], seconds: float) -> None:
         """The compute thread was at `batch` for so long, all told; prompts are not counted."""
@@ -67,8 +61,8 @@ class Stage:
 
     @property
     def mean_step_ms(self) -> float | None:
-        """Mean time of the last batches of steps; None before the first."""
-        return sum(self._step_ms) / len(self._step_ms) if self._step_ms else None
+        """Mean time of batches of as many steps as the last; None before the first."""
+        return next(reversed(self._paces.values()))[1] if self._paces else None
 
     def open(self, opened: Opened) -> None:
         """FrameError if the slot is not to be had, or not with what the sequence is to begin with."""
@@ -94,14 +88,10 @@ class Stage:
 
     def compute(self, batch: Sequence[Piece]) -> Activation | Drawn:
         """Runs a batch of pieces through the layers, and at the head draws the tokens."""
-        started = time.perf_counter()
         inputs = batch[0].data if len(batch) == 1 else np.concatenate([piece.data for piece in batch])
         segments = [Segment(piece.slot, piece.position, piece.length, piece.sample) for piece in batch]
         output = self.shard.forward(inputs, segments)
-        result = self._draw(batch, output) if self.is_head else Activation(batch, output)
-        if steps_only(batch):
-            self._step_ms.append((time.perf_counter() - started) * 1e3)
-        return result
+        return self._draw(batch, output) if self.is_head else Activation(batch, output)
 
     def _draw(self, batch: Sequence[Piece], logits: Floats) -> Drawn:
         """`logits` are float32 [pieces to sample after, vocabulary]."""

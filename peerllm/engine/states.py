@@ -1,4 +1,4 @@
-"""What a block keeps of a sequence: measured by a cache that stores nothing."""
+"""What a block keeps of a sequence: its part of a cache, and a cache without room that tells what that would be."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
 )
 
 from peerllm.engine import base
+from peerllm.errors import EngineError
 
 FULL, WINDOWED = "full_attention", ("sliding_attention", "chunked_attention")
 
@@ -50,26 +52,99 @@ class LayerState:
         return context if self.kept_tokens is None else min(context, self.kept_tokens)
 
 
-class _Probed(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Notes the shape of what a block stores and stores nothing."""
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One slot's keys and values of one block, in room made beforehand ([1, heads, room, width] each).
+
+    With a window the last `room` tokens are kept, of which a query is shown no more than the window needs.
+    Without room (`keys` None) it stands for a block of another shard and only counts, or tells what it was given.
+    """
 
     is_sliding = False
-    stored: tuple[torch.Tensor, torch.Tensor] | None = None
+    given: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __init__(self, window: int | None, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.window, self.keys, self.values = window, keys, values
+        self.is_sliding = window is not None
+        self.is_initialized = keys is not None
+        self.length = 0  # tokens of the sequence so far
+        self.held = 0  # of those, the last so many are in the room
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
 
-    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self.stored = key_states, value_states
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
     def get_seq_length(self) -> int:
-        return 0
+        return self.length
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.window is None else self.window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        past = self.length if self.window is None else min(self.length, self.window - 1)
+        return past + query_length, self.length - past
+
+    def seek(self, position: int) -> None:
+        """Forget what lies at `position` and after, or count on where this layer holds nothing itself."""
+        back = self.length - position
+        if position and self.keys is not None:
+            if back < 0:
+                raise EngineError(f"a gap in the sequence: {self.length} tokens are held, not {position}")
+            if self.held - back < min(position, (self.window or position + 1) - 1):
+                raise EngineError(f"position {position} is too far back for a window; replay the sequence")
+        self.held = max(self.held - back, 0) if position else 0
+        self.length = position
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if self.keys is None or self.values is None:
+            self.given = key_states, value_states
+            return self.given
+        count, room = key_states.shape[2], self.keys.shape[2]
+        shown = self.get_mask_sizes(count)[0]
+        if self.held + count > room:
+            result = self._slide(key_states, value_states, count, room, shown)
+        else:
+            end = self.held + count
+            self.keys[:, :, self.held : end] = key_states
+            self.values[:, :, self.held : end] = value_states
+            self.held = end
+            result = self.keys[:, :, end - shown : end], self.values[:, :, end - shown : end]
+        self.length += count
+        return result
+
+    def _slide(self, key_states: Any, value_states: Any, count: int, room: int, shown: int) -> tuple[Any, Any]:
+        """The room is full: keep what the window and a rollback need, so that the next slide is some tokens away."""
+        if self.window is None:
+            raise EngineError(f"the slot's {room} tokens are full")
+        old = min(self.held, shown - count + base.ROLLBACK_TOKENS)
+        results = []
+        for store, new in ((self.keys, key_states), (self.values, value_states)):
+            assert store is not None
+            whole = torch.cat([store[:, :, self.held - old : self.held], new], dim=2)
+            store[:, :, : min(room, old + count)] = whole[:, :, -room:]
+            results.append(whole[:, :, -shown:])
+        self.held = min(room, old + count)
+        return results[0], results[1]
+
+
+class HybridCounter(LinearAttentionAndFullAttentionLayer):  # type: ignore[no-untyped-call]
+    """Stands for a block of another shard that has both attention and a recurrent state."""
+
+    length = 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+
+def layer_of(kind: str, arguments: Mapping[str, Any], owned: bool, *stores: torch.Tensor) -> Any:
+    """A block's part of a cache: `stores` are the room for its keys and values, if there is any."""
+    if kind in (FULL, *WINDOWED):
+        keys, values = stores or (None, None)
+        return SlotLayer(arguments.get("sliding_window") if kind in WINDOWED else None, keys, values)
+    if kind == "hybrid" and not owned:
+        return HybridCounter(**arguments)
+    return DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
 
 
 class ProbeCache(Cache):
@@ -80,20 +155,12 @@ class ProbeCache(Cache):
     ) -> None:
         self.kinds = kinds or [FULL] * count
         self.arguments = arguments or [{}] * count
-        super().__init__(layers=[self._layer(k, a) for k, a in zip(self.kinds, self.arguments, strict=True)])
-
-    @staticmethod
-    def _layer(kind: str, arguments: Mapping[str, Any]) -> Any:
-        if kind in (FULL, *WINDOWED):
-            layer: Any = _Probed()  # type: ignore[no-untyped-call]
-            layer.is_sliding = kind in WINDOWED
-            return layer
-        return DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+        super().__init__(layers=[layer_of(k, a, owned=True) for k, a in zip(self.kinds, self.arguments, strict=True)])
 
     def state(self, number: int, dtype: torch.dtype) -> LayerState:
         """What block `number` keeps, after it was run."""
         layer: Any = self.layers[number]
-        stored = getattr(layer, "stored", None)
+        stored = getattr(layer, "given", None)
         if stored is None and getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
             stored = layer.keys, layer.values
         shapes: list[tuple[int, int] | None] = [None, None]

@@ -9,15 +9,18 @@ from functools import partial
 import psutil
 import torch
 
-from peerllm.engine.backend import Facts, versions
 from peerllm.engine.base import Progress, Sampler, Shard
-from peerllm.engine.config import DTYPES
+from peerllm.engine.config import DTYPES, parse_config
+from peerllm.engine.division import divide
+from peerllm.engine.families import FAMILIES
 from peerllm.engine.inspect import inspect_model
-from peerllm.engine.measure import architectures, measure
+from peerllm.engine.measure import measure, versions
 from peerllm.engine.memory import empty_too
-from peerllm.engine.messages import Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
+from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 from peerllm.engine.mockup import Outline
+from peerllm.engine.names import recipes
 from peerllm.engine.place import BROKEN, CPU, PROCESSORS, empty_caches, find, turn
+from peerllm.engine.probing import probe
 from peerllm.engine.profiling import time_layers
 from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.shard import load_shard
@@ -25,7 +28,7 @@ from peerllm.errors import BadInputError
 
 
 class TorchBackend:
-    """See backend.Backend."""
+    """See base.Backend."""
 
     sampler: Sampler = SeededSampler()
     broken = BROKEN
@@ -43,17 +46,16 @@ class TorchBackend:
         except RuntimeError as error:  # such as a GPU that is too old for this torch
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise BadInputError(f"--compute {compute} does not work here: {reason}") from error
-        return Facts(
-            runtime, versions(), architectures(), tuple(DTYPES), place.name, place.memory_bytes, place.free_bytes
-        )
+        own = place.name, place.memory_bytes, place.free_bytes
+        return Facts(runtime, versions(), tuple(sorted(FAMILIES)), tuple(DTYPES), *own)
 
     def load(self, spec: LoadStage, progress: Progress) -> Shard:
         self._settle()
         return load_shard(spec, progress, self._place.device)
 
     def inspect(self, message: Inspect) -> Inspected:
-        found = inspect_model(message.model_dir, message.dtype, message.quantize, self._place.accelerator)
-        return found.message(message.request)
+        accelerator = self._place.accelerator
+        return inspect_model(message.model_dir, message.dtype, message.quantize, accelerator, message.request)
 
     def measure(self, message: Measure) -> Measured:
         self._settle()
@@ -76,11 +78,6 @@ class TorchBackend:
 def runtime_bytes(device: torch.device = CPU) -> int:
     """Resident size of this process with all that a shard needs, before any is loaded."""
     # The first model built brings in libraries and tables that every later one shares.
-    from peerllm.engine.config import parse_config
-    from peerllm.engine.division import divide
-    from peerllm.engine.names import recipes
-    from peerllm.engine.probing import probe
-
     tiny = (
         '{"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, '
         '"num_attention_heads": 1, "vocab_size": 8}'

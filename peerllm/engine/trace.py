@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from time import perf_counter_ns
-from typing import Literal, assert_never
+from typing import Literal
 
 from peerllm.engine.batching import Piece
-from peerllm.engine.messages import Record, Recorded, Span, SpanKind, SpanName
+from peerllm.engine.messages import Record, Recorded, Span, SpanKind
 from peerllm.errors import RefusedError
 from peerllm.transport.frames import SAMPLE, Frame, FrameKind, FrameSegment
 from peerllm.transport.links import Parting, Watch
@@ -30,9 +30,6 @@ MAX_SECONDS = 600  # a recording that nobody ends ends by itself
 SHOWN_NS = 50_000  # a link's queue that takes a frame faster than this is not worth a span
 
 Pieces = tuple[tuple[int, int, int, int], ...]
-# A Span's fields, name, start, end (2), kind, stage, device, frame, bytes, queued, pieces (9): it becomes one only when
-# it is asked for, as recording is not to take time.
-Fields = tuple[SpanName, int, int, SpanKind, int, DeviceId, int, int, int, Pieces]
 _KINDS: dict[FrameKind, SpanKind] = {
     FrameKind.ACTIVATION: "activation",
     FrameKind.TOKEN: "token",
@@ -45,7 +42,7 @@ _KINDS: dict[FrameKind, SpanKind] = {
 class _Recording:
     before: int  # spans that came into the ring earlier
     running: bool = True
-    kept: deque[Fields] = field(default_factory=deque)  # once it has ended: what is still to be taken
+    kept: deque[Span] = field(default_factory=deque)  # once it has ended: what is still to be taken
     lost: int = 0
 
 
@@ -56,7 +53,7 @@ class Recorder(Watch):
         self.on = False
         self._limit, self._most_pieces = limit, pieces
         self._lock = threading.Lock()
-        self._ring: deque[tuple[DeploymentId, Fields]] = deque()  # deployment "": every one's
+        self._ring: deque[tuple[DeploymentId, Span]] = deque()  # deployment "": every one's
         self._pieces = 0  # in the ring
         self._fallen = 0  # spans that gave way since it was empty
         self._recordings: dict[DeploymentId, _Recording] = {}
@@ -67,17 +64,12 @@ class Recorder(Watch):
 
     def answer(self, asked: Record) -> Recorded:
         """RefusedError if nothing was recorded, or too much is being recorded."""
-        match asked.want:
-            case "clock":
-                return Recorded(asked.request, perf_counter_ns())
-            case "start":
-                self.start(asked.deployment)
-                return Recorded(asked.request, perf_counter_ns())
-            case "take":
-                spans, left, lost = self.take(asked.deployment)
-                return Recorded(asked.request, perf_counter_ns(), spans, left, lost)
-            case _:
-                assert_never(asked.want)
+        if asked.want == "take":
+            spans, left, lost = self.take(asked.deployment)
+            return Recorded(asked.request, perf_counter_ns(), spans, left, lost)
+        if asked.want == "start":
+            self.start(asked.deployment)
+        return Recorded(asked.request, perf_counter_ns())
 
     def start(self, deployment: DeploymentId) -> None:
         """Record from now on; what was recorded of this deployment before is forgotten."""
@@ -103,7 +95,7 @@ class Recorder(Watch):
             if not recording.kept:
                 self._drop(deployment)
             left, lost = len(recording.kept), recording.lost
-        return tuple(Span(*fields) for fields in part), left, lost
+        return tuple(part), left, lost
 
     def forget(self, deployment: DeploymentId) -> None:
         """The deployment is gone from here, and with it what was recorded of it."""
@@ -142,16 +134,16 @@ class Recorder(Watch):
         self._lap_ns = now
         pieces = tuple((p.sequence, p.position, p.length, int(p.sample)) for p in batch[:MAX_PIECES])
         kind: SpanKind = "" if not batch else "prompt" if prompt else "step"
-        self._add(deployment, (name, since, now, kind, stage, "", 0, 0, 0, pieces))
+        self._add(deployment, Span(name, since, now, kind, stage, pieces=pieces))
 
     # ---- from the links ---------------------------------------------------------------------------------------------
 
     def queued(self, deployment: DeploymentId, device: DeviceId, stage: int, parting: Parting, now_ns: int) -> None:
         kind, nbytes = _KINDS[parting.kind], parting.nbytes
         times = parting.handed_ns, parting.encoded_ns
-        self._add(deployment, ("serialise", *times, kind, stage, device, 0, nbytes, 0, ()))
+        self._add(deployment, Span("serialise", *times, kind, stage, device, nbytes=nbytes))
         if now_ns - parting.encoded_ns >= SHOWN_NS:
-            self._add(deployment, ("enqueue", parting.encoded_ns, now_ns, kind, stage, device, 0, 0, 0, ()))
+            self._add(deployment, Span("enqueue", parting.encoded_ns, now_ns, kind, stage, device))
 
     def sent(
         self,
@@ -166,29 +158,29 @@ class Recorder(Watch):
         kind, pieces = _KINDS[parting.kind], _pieces(parting.segments)
         waited = taken_ns - parting.encoded_ns
         where = stage, device, number, parting.nbytes
-        self._add(deployment, ("send", taken_ns, written_ns, kind, *where, waited, pieces))
+        self._add(deployment, Span("send", taken_ns, written_ns, kind, *where, waited, pieces))
 
     def received(self, device: DeviceId, frame: Frame, number: int, nbytes: int, came_ns: int, taken_ns: int) -> None:
         kind, pieces = _KINDS[frame.kind], _pieces(frame.segments)
         where = frame.stage, device, number, nbytes
-        self._add(frame.deployment, ("receive", came_ns, taken_ns, kind, *where, 0, pieces))
+        self._add(frame.deployment, Span("receive", came_ns, taken_ns, kind, *where, pieces=pieces))
 
     def held(self, deployment: DeploymentId, device: DeviceId, stage: int, since_ns: int, until_ns: int) -> None:
-        self._add(deployment, ("held back", since_ns, until_ns, "", stage, device, 0, 0, 0, ()))
+        self._add(deployment, Span("held back", since_ns, until_ns, "", stage, device))
 
-    def _add(self, deployment: DeploymentId, span: Fields) -> None:
+    def _add(self, deployment: DeploymentId, span: Span) -> None:
         with self._lock:
             if not self.on:  # ended since the caller looked
                 return
-            if span[2] > self._until_ns:
+            if span.end_ns > self._until_ns:
                 for one, recording in self._recordings.items():
                     if recording.running:
                         self._end(one, recording)
                 return
             self._ring.append((deployment, span))
-            self._pieces += len(span[9])
+            self._pieces += len(span.pieces)
             while len(self._ring) > self._limit or self._pieces > self._most_pieces:
-                self._pieces -= len(self._ring.popleft()[1][9])
+                self._pieces -= len(self._ring.popleft()[1].pieces)
                 self._fallen += 1
 
 
@@ -196,11 +188,10 @@ def _pieces(segments: Sequence[FrameSegment]) -> Pieces:
     return tuple((s.sequence, s.position, s.length, s.flags & SAMPLE) for s in segments[:MAX_PIECES])
 
 
-def _seen_by(deployment: DeploymentId, spans: Iterable[tuple[DeploymentId, Fields]]) -> Iterable[Fields]:
+def _seen_by(deployment: DeploymentId, spans: Iterable[tuple[DeploymentId, Span]]) -> Iterable[Span]:
     """What its coordinator may know."""
     for owner, span in spans:
         if owner in ("", deployment):
             yield span
-        elif span[0] in ("pass", "hand on"):
-            _, start, end, *_ = span
-            yield ("another model", start, end, "", -1, "", 0, 0, 0, ())
+        elif span.name in ("pass", "hand on"):
+            yield Span("another model", span.start_ns, span.end_ns)

@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 from typing import Any, cast
 
-import ml_dtypes
 import numpy as np
 
 from peerllm.engine.activations import restored, rounded
 from peerllm.engine.base import Floats, Tensor
 from peerllm.engine.batching import Piece
+from peerllm.engine.checkpoint import FILE_DTYPES
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import FrameError
 from peerllm.transport.frames import SAMPLE, Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit
@@ -27,9 +27,8 @@ ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment
 NO_TOKEN = -1  # in a TOKEN: the run passed the head, which was not to draw
 MAX_REASON_BYTES = 512
 
-DTYPES = {name: np.dtype(name) for name in ("float32", "float16")} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_DTYPES = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"], "F16": DTYPES["float16"], "I8": np.dtype(np.int8)}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
+_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
 
 
@@ -45,19 +44,14 @@ class Opened:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activation:
-    """What a stage made of a batch: `hidden` is [tokens of all pieces, hidden]; their own data is what came in."""
+    """What a stage made of a batch: `hidden` is [tokens of all pieces, hidden]; their own data is what came in.
+
+    With `scales` [tokens] it is rounded to int8, as it crosses a slow link (engine/activations.py).
+    """
 
     pieces: Sequence[Piece]
     hidden: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rounded:
-    """An Activation as it crosses a slow link (engine/activations.py): `values` int8 [n, hidden], `scales` [n]."""
-
-    pieces: Sequence[Piece]
-    values: Tensor
-    scales: Floats
+    scales: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +75,7 @@ class Released:
     keep: int = 0
 
 
-Parcel = Opened | Activation | Rounded | Drawn | Released
+Parcel = Opened | Activation | Drawn | Released
 
 
 def split(activation: Activation) -> list[Piece]:
@@ -90,24 +84,25 @@ def split(activation: Activation) -> list[Piece]:
     return [replace(piece, data=data) for piece, data in zip(activation.pieces, rows, strict=True)]
 
 
-def shorten(activation: Activation) -> tuple[Rounded | None, list[Piece]]:
+def shorten(activation: Activation) -> tuple[Activation | None, list[Piece]]:
     """The activation rounded, and the pieces left out because their numbers are not finite; None if none is left."""
     values, scales = rounded(activation.hidden)
     finite = np.isfinite(scales)
     if finite.all():
-        return Rounded(activation.pieces, values, scales), []
+        return Activation(activation.pieces, values, scales), []
     sound = [bool(own.all()) for own in np.split(finite, _starts(activation.pieces))]
     kept = [piece for piece, good in zip(activation.pieces, sound, strict=True) if good]
     lost = [piece for piece, good in zip(activation.pieces, sound, strict=True) if not good]
     if not kept:
         return None, lost
     rows = np.repeat(sound, [piece.length for piece in activation.pieces])
-    return Rounded(kept, values[rows], scales[rows]), lost
+    return Activation(kept, values[rows], scales[rows]), lost
 
 
-def lengthen(parcel: Rounded, dtype: np.dtype[Any]) -> Activation:
+def lengthen(parcel: Activation, dtype: np.dtype[Any]) -> Activation:
     """The other way round, in the compute dtype."""
-    return Activation(parcel.pieces, restored(parcel.values, parcel.scales, dtype))
+    assert parcel.scales is not None
+    return Activation(parcel.pieces, restored(parcel.hidden, parcel.scales, dtype))
 
 
 def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
@@ -118,12 +113,9 @@ def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
         case Opened(sequence, slot, sampling, position):
             kind, segments = FrameKind.OPEN, (FrameSegment(sequence, slot, position, 0),)
             tensors = _sampling_tensors(sampling)
-        case Activation(pieces, hidden):
+        case Activation(pieces, hidden, scales):
             kind, segments = FrameKind.ACTIVATION, _segments(pieces)
-            tensors = (_tensor("hidden", hidden),)
-        case Rounded(pieces, values, scales):
-            kind, segments = FrameKind.ACTIVATION, _segments(pieces)
-            tensors = (_tensor("hidden", values), _tensor("scale", scales))
+            tensors = (_tensor("hidden", hidden), *(() if scales is None else (_tensor("scale", scales),)))
         case Drawn(pieces, tokens):
             kind, segments = FrameKind.TOKEN, _segments(pieces)
             ids = struct.pack(f"<{len(tokens)}q", *(NO_TOKEN if token is None else token for token in tokens))
@@ -150,7 +142,7 @@ def from_frame(frame: Frame) -> list[Parcel]:
             scales = _read(_require(frame, "scale"))
             if not (float(scales.min()) > 0 and float(scales.max()) < math.inf):  # NaN is neither
                 raise FrameError("a scale is no positive number")
-            return [Rounded(_pieces(frame), _read(hidden), scales)]
+            return [Activation(_pieces(frame), _read(hidden), scales)]
         case FrameKind.TOKEN:
             ids = struct.unpack(f"<{len(frame.segments)}q", _require(frame, "ids").data)
             if min(ids) < NO_TOKEN:
@@ -169,40 +161,35 @@ def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
     if spec.upstream_activations == "int8":
         known = ("I8",)
         scale = {"scale": TensorLimit(("F32",), 1, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,))}
-    return FrameLimits(
-        deployment=spec.deployment,
-        epoch=spec.epoch,
-        stage=spec.stage,
-        kinds=(FrameKind.OPEN, FrameKind.ACTIVATION, FrameKind.RELEASE),
-        max_segments=spec.micro_batch,
-        slots=spec.slots,
-        context=spec.context,
-        max_tokens=max(spec.chunk, spec.micro_batch),
-        tensors={
-            "hidden": TensorLimit(known, 2, hidden_size, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)),
-            **scale,
-            "sampling": TensorLimit(("F64",), 2, 7, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
-            "seed": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
-            "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
-        },
-    )
+    tensors = {
+        "hidden": TensorLimit(known, 2, hidden_size, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)),
+        **scale,
+        "sampling": TensorLimit(("F64",), 2, 7, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
+        "seed": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
+    }
+    return _limits(spec, spec.stage, (FrameKind.OPEN, FrameKind.ACTIVATION, FrameKind.RELEASE), tensors)
 
 
 def source_limits(spec: LoadStage) -> FrameLimits:
     """What the link from the head back to the source may carry."""
+    ids = TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.TOKEN,))
+    return _limits(spec, spec.stages, (FrameKind.TOKEN, FrameKind.RELEASE), {"ids": ids})
+
+
+def _limits(
+    spec: LoadStage, stage: int, kinds: tuple[FrameKind, ...], tensors: dict[str, TensorLimit]
+) -> FrameLimits:
+    reason = TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,))
     return FrameLimits(
         deployment=spec.deployment,
         epoch=spec.epoch,
-        stage=spec.stages,
-        kinds=(FrameKind.TOKEN, FrameKind.RELEASE),
+        stage=stage,
+        kinds=kinds,
         max_segments=spec.micro_batch,
         slots=spec.slots,
         context=spec.context,
         max_tokens=max(spec.chunk, spec.micro_batch),
-        tensors={
-            "ids": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.TOKEN,)),
-            "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
-        },
+        tensors={**tensors, "reason": reason},
     )
 
 
@@ -219,10 +206,7 @@ def _segments(pieces: Sequence[Piece]) -> tuple[FrameSegment, ...]:
 
 
 def _pieces(frame: Frame) -> list[Piece]:
-    return [
-        Piece(at.sequence, at.slot, at.position, at.length, bool(at.flags & SAMPLE), None)
-        for at in frame.segments
-    ]
+    return [Piece(at.sequence, at.slot, at.position, at.length, bool(at.flags & SAMPLE), None) for at in frame.segments]
 
 
 def _tensor(name: str, array: Tensor) -> NamedTensor:
@@ -233,22 +217,14 @@ def _tensor(name: str, array: Tensor) -> NamedTensor:
 
 def _read(tensor: NamedTensor) -> Tensor:
     """A view of the frame's memory."""
-    return np.frombuffer(tensor.data, _DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return np.frombuffer(tensor.data, FILE_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def _sampling_tensors(sampling: Sampling) -> tuple[NamedTensor, ...]:
-    numbers = _SAMPLING.pack(
-        sampling.temperature,
-        sampling.top_p,
-        sampling.top_k,
-        sampling.min_p,
-        sampling.repetition_penalty,
-        sampling.presence_penalty,
-        sampling.frequency_penalty,
-    )
+    *numbers, seed = astuple(sampling)
     return (
-        NamedTensor.of("sampling", "F64", (1, 7), numbers),
-        NamedTensor.of("seed", "I64", (1,), struct.pack("<q", sampling.seed)),
+        NamedTensor.of("sampling", "F64", (1, 7), _SAMPLING.pack(*numbers)),
+        NamedTensor.of("seed", "I64", (1,), struct.pack("<q", seed)),
     )
 
 

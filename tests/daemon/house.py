@@ -72,8 +72,7 @@ class FakeEngine:
         self.fail: Exception | None = None
         self.layer_ms = dict(LAYER_MS)  # what timing layers finds, or why it cannot
         self.timing = None  # called with each TimeLayers and Measure before it is answered
-        self.paces = ()  # what each stage says that batches of steps take
-        self.spreads = ()  # and how far they vary
+        self.paces = ()  # what each stage says that batches of steps take, and how far they vary
         self.clock_ahead_ns = 0
         self.recorded = {}  # by deployment: what is told part by part, or why nothing is
 
@@ -118,11 +117,9 @@ class FakeEngine:
             case QueryLoad():
                 held = tuple((deployment, stage, 0) for deployment, stage in self.stages)
                 paces = {f"{deployment}/{stage}": self.paces for deployment, stage, _ in held if self.paces}
-                spreads = {f"{deployment}/{stage}": self.spreads for deployment, stage, _ in held if self.spreads}
                 by_deployment = {one: sum(n for key, n in self.stages.items() if key[0] == one) for one, _, _ in held}
                 return EngineLoad(
                     message.request, held, self.held, 0, self.held, paces=paces, held_bytes=by_deployment,
-                    spreads=spreads,
                 )
             case Record():
                 if message.want == "take":

@@ -339,9 +339,8 @@ async def test_what_runs_tells_how_its_stages_do_to_its_coordinator_alone(houses
     quiet_one = await a.coordinator.scenario("big")
     assert quiet_one["paces"] == {} and quiet_one["running"] == quiet_one["scenario"], "nothing was computed yet"
     for device in house.devices.values():
-        device.engine.paces = ((1, 7.0), (2, 9.0))
-        device.engine.spreads = ((1, 0.5),)
-    b.engine.paces = ((3, -1.0),)
+        device.engine.paces = ((1, 7.0, 0.5), (2, 9.0, 0.0))
+    b.engine.paces = ((1, -1.0, 0.5),)
     running = await a.coordinator.scenario("big")
     stages = [Stage(**stage) for stage in running["stages"]]
     told = [place for place, stage in enumerate(stages) if not stage.device.endswith("b")]

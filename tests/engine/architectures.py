@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
-from peerllm.engine.base import Segment
-from peerllm.engine.inspect import Inspection, inspect_model
-from peerllm.engine.messages import LoadStage
-from peerllm.engine.shard import TorchShard, load_shard
+from peerllm.engine.backends import Backends
+from peerllm.engine.base import Backend, Segment, Shard
+from peerllm.engine.graph.describe import UnfitError, describe, family_of
+from peerllm.engine.graph.shard import GraphShard
+from peerllm.engine.messages import Inspect, Inspected, LoadStage
+from peerllm.engine.torch_backend import TorchBackend
 
 VOCABULARY, PROMPT, ANSWER, CONTEXT = 101, 9, 8, 32
 SCALES = (1.0, 1.6, 2.5, 4.0, 6.0)
@@ -34,6 +38,7 @@ SEEDS = (0, 1, 2, 3)
 DISTINCT = 3  # tokens that an answer must hold to be worth comparing
 TOLERANCE = 1e-4
 LAYERS = 6  # embedding, four blocks, head
+SLOTS = 3  # sequences that step together
 FULL = os.environ.get("PEERLLM_FULL") == "1"  # tests take every cut of every family
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -68,6 +73,10 @@ UNPLACED = "attention without positions: the control permutes the prompt instead
 ALIBI = "no positions reach a layer: the control permutes the prompt instead"
 
 
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Answer = tuple[list[int], list[Floats]]  # greedy tokens, and the logits [vocabulary] of each
+Forward = Callable[[npt.NDArray[Any], Sequence[Segment]], npt.NDArray[Any]]
 Cut = tuple[tuple[int, int], ...]  # first and last layer of each shard
 
 
@@ -346,16 +355,16 @@ class Example:
 
     family: Family
     directory: Path
-    prompt: torch.Tensor  # int64 [PROMPT]
+    prompt: Ids  # [PROMPT]
     tokens: list[int]
-    logits: list[torch.Tensor]  # float32 [vocabulary] of each token
-    inspection: Inspection
+    logits: list[Floats]
+    inspected: Inspected
     scale: float
     blind: list[str]  # controls that changed nothing: empty, or comparing with the answer shows little
 
     @property
     def layers(self) -> int:
-        return len(self.inspection.profile.layers)
+        return len(self.inspected.profile.layers)
 
 
 @dataclass
@@ -363,6 +372,7 @@ class Outcome:
     """What the test found for one family."""
 
     family: Family
+    by: str = ""  # "graph", or "torch" and why
     blocks: int = 0
     cuts: int = 0
     equal: int = 0
@@ -373,11 +383,14 @@ class Outcome:
     error: str = ""
     together_equal: bool = False
     together_difference: float = 0.0
+    torch_equal: bool = True
+    torch_difference: float = 0.0  # of one cut through torch, where the graph engine computes all others
 
     @property
     def passed(self) -> bool:
-        alone = self.cuts > 0 and self.equal == self.cuts and self.difference <= TOLERANCE
-        return not self.error and alone and self.together_equal and self.together_difference <= TOLERANCE
+        equal = self.cuts > 0 and self.equal == self.cuts and self.together_equal and self.torch_equal
+        largest = max(self.difference, self.together_difference, self.torch_difference)
+        return not self.error and equal and largest <= TOLERANCE
 
 
 def tiny_model(family: Family, scale: float, seed: int) -> Any:
@@ -410,104 +423,154 @@ def save(model: Any, directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def stage(inspection: Inspection, first: int, last: int, slots: int = 1, context: int = CONTEXT) -> LoadStage:
+def inspect(directory: Path, backend: Backend | None = None, quantize: str = "auto") -> Inspected:
+    """Of float32; by whatever would compute it, or by `backend`."""
+    return (backend or Backends()).inspect(Inspect(1, str(directory), "float32", quantize))
+
+
+def stage(
+    inspected: Inspected, first: int, last: int, slots: int = 1, context: int = CONTEXT
+) -> LoadStage:
     """The order to load layers first..last."""
-    tensors = tuple(tensor for layer in inspection.tensors[first : last + 1] for tensor in layer)
+    tensors = tuple(tensor for layer in inspected.tensors[first : last + 1] for tensor in layer)
     return LoadStage(
-        1, "0" * 32, 1, 0, 1, first, last, inspection.config, tensors, inspection.dtype, slots, context, 16, 4,
-        None, None, "0" * 64,
+        1, "0" * 32, 1, 0, 1, first, last, inspected.config, tensors, inspected.dtype, slots, context, 16, 4,
+        None, None, "0" * 64, quantize=inspected.quantize,
     )  # fmt: skip
 
 
-def generate(
-    shards: list[TorchShard], prompt: torch.Tensor, chunks: tuple[int, ...]
-) -> tuple[list[int], list[torch.Tensor]]:
-    """Greedy tokens and logits [vocabulary] of each step, hidden states passed from shard to shard."""
+def load(inspected: Inspected, cut: Cut, backend: Backend | None = None) -> list[Shard]:
+    """The shards of a cut, by whatever would compute them or by `backend`."""
+    backend = backend or Backends()
+    return [backend.load(stage(inspected, *part, slots=SLOTS), lambda done, total: None) for part in cut]
+
+
+def computed_by(inspected: Inspected) -> str:
+    """ "graph", or "torch" and why."""
+    try:
+        describe(json.loads(inspected.config))
+    except UnfitError as error:
+        known = family_of(json.loads(inspected.config)) is not None
+        return f"torch: {error if known else 'not in the table'}"
+    return "graph"
+
+
+def generate(forwards: Sequence[Forward], prompt: Ids, chunks: tuple[int, ...]) -> Answer:
+    """Greedy tokens and logits of each step, hidden states passed from shard to shard."""
     tokens: list[int] = []
-    logits: list[torch.Tensor] = []
-    position, pieces = 0, [piece.numpy() for piece in prompt.split(list(chunks))]
+    logits: list[Floats] = []
+    position, pieces = 0, np.split(prompt, np.cumsum(chunks)[:-1])
     while len(tokens) < ANSWER:
-        carried = pieces.pop(0)
+        carried: npt.NDArray[Any] = pieces.pop(0)
         segment = Segment(0, position, len(carried), not pieces)
         position += len(carried)
-        for shard in shards:
-            carried = shard.forward(carried, [segment])
+        for forward in forwards:
+            carried = forward(carried, [segment])
         if not pieces:
-            logits.append(torch.from_numpy(carried[0]))
+            logits.append(carried[0].copy())
             tokens.append(int(carried[0].argmax()))
             pieces.append(np.array(tokens[-1:]))
     return tokens, logits
 
 
-def generate_together(
-    shards: list[TorchShard], prompts: Sequence[torch.Tensor], chunk: int
-) -> list[tuple[list[int], list[torch.Tensor]]]:
-    """As `generate`, for several sequences: a chunk of a prompt, then a batch of steps of all that have read theirs."""
+def generate_together(shards: Sequence[Shard], prompts: Sequence[Ids], chunk: int) -> list[Answer]:
+    """As `generate`, for several sequences: a chunk of a prompt, then a batch of steps of all that have read theirs.
+
+    They come in another order than their slots', and every batch of steps has another order than the one before.
+    """
     tokens: list[list[int]] = [[] for _ in prompts]
-    logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+    logits: list[list[Floats]] = [[] for _ in prompts]
     held = [0] * len(prompts)
 
-    def run(ids: np.ndarray[Any, Any], segments: list[Segment]) -> None:
+    def run(ids: npt.NDArray[Any], segments: list[Segment]) -> None:
         for shard in shards:
             ids = shard.forward(ids, segments)
         for segment in segments:
             held[segment.slot] += segment.length
         for segment, row in zip([one for one in segments if one.sample], ids, strict=False):
-            logits[segment.slot].append(torch.from_numpy(row))
+            logits[segment.slot].append(row.copy())
             tokens[segment.slot].append(int(row.argmax()))
 
-    waiting = [(slot, piece.numpy()) for slot, prompt in enumerate(prompts) for piece in prompt.split(chunk)]
+    waiting = [
+        (slot, prompts[slot][start : start + chunk])
+        for slot in (2, 0, 1)
+        for start in range(0, len(prompts[slot]), chunk)
+    ]
+    orders = itertools.cycle(itertools.permutations(range(len(prompts))))
     while any(len(said) < ANSWER for said in tokens):
         if waiting:
             slot, piece = waiting.pop(0)
             run(piece, [Segment(slot, held[slot], len(piece), held[slot] + len(piece) == len(prompts[slot]))])
-        ready = [slot for slot, said in enumerate(tokens) if 0 < len(said) < ANSWER]
-        if ready:
+        if ready := [slot for slot in next(orders) if 0 < len(tokens[slot]) < ANSWER]:
             run(np.array([tokens[slot][-1] for slot in ready]), [Segment(slot, held[slot], 1, True) for slot in ready])
     return list(zip(tokens, logits, strict=True))
 
 
-def reference(model: Any, prompt: torch.Tensor) -> tuple[list[int], list[torch.Tensor]]:
+def reference(model: Any, prompt: Ids) -> Answer:
     """What transformers' own generate says."""
     out = model.generate(
-        prompt.unsqueeze(0), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), max_new_tokens=ANSWER,
-        do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None, pad_token_id=0,
+        torch.from_numpy(prompt).unsqueeze(0), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=ANSWER, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None,
+        pad_token_id=0,
     )  # fmt: skip
-    return out.sequences[0, len(prompt) :].tolist(), [row[0].float() for row in out.logits]
+    return out.sequences[0, len(prompt) :].tolist(), [row[0].float().numpy() for row in out.logits]
 
 
-def controls(inspection: Inspection, prompt: torch.Tensor, tokens: list[int], family: Family) -> list[str]:
-    """The names of those controls that failed to change the tokens."""
-    last = len(inspection.profile.layers) - 1
-    whole = load_shard(stage(inspection, 0, last))
+def controls(inspected: Inspected, model: Any, prompt: Ids, tokens: list[int], family: Family) -> list[str]:
+    """The names of those controls that failed to change the tokens, or of what changed them by itself."""
+    last = len(inspected.profile.layers) - 1
+    graph = computed_by(inspected) == "graph"  # then each layer is a shard of its own, and can be left out
+    parts = tuple((n, n) for n in range(last + 1)) if graph else ((0, last - 1), (last, last))
+    shards: list[Any] = load(inspected, parts)
+    chain = [shard.forward for shard in shards]
     blind = []
 
-    def same(given: torch.Tensor = prompt) -> bool:
-        return generate([whole], given, (len(given),))[0] == tokens
+    def same(forwards: Sequence[Forward], given: Ids = prompt) -> bool:
+        return generate(forwards, given, (len(given),))[0] == tokens
 
-    def skip(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    def head_alone(hidden: npt.NDArray[Any], segments: Sequence[Segment]) -> npt.NDArray[Any]:
+        with torch.inference_mode():
+            logits: npt.NDArray[Any] = model.get_output_embeddings()(torch.from_numpy(hidden[-1:])).numpy()
+            return logits
 
-    for number, block in enumerate(whole.blocks):
-        hook = block.register_forward_hook(skip, with_kwargs=True)
-        if same():
+    if not same(chain):
+        blind.append("nothing is changed")
+    for number in range(last - 1):
+        if graph:
+            skipped = same([*chain[: number + 1], *chain[number + 2 :]])
+        else:
+            hook = shards[0].blocks[number].register_forward_hook(skip, with_kwargs=True)
+            skipped = same(chain)
+            hook.remove()
+        if skipped:
             blind.append(f"skip block {number}")
-        hook.remove()
-    if family.positions:
-        straight = whole.positions
-        whole.positions = lambda segment: straight(segment).flip(0)  # type: ignore[method-assign]
-        if same():
-            blind.append("permute positions")
-        whole.positions = straight  # type: ignore[method-assign]
-    elif same(torch.cat([prompt[:-1].flip(0), prompt[-1:]])):
-        blind.append("permute the prompt")
-    if family.norm:
-        for module in whole.final_norms:
-            module.forward = lambda hidden, *args, **kwargs: hidden
-        if same():
-            blind.append("drop the final norm")
+    if family.norm and same([*chain[:-1], head_alone]):
+        blind.append("drop the final norm")
+    if not family.positions:
+        if same(chain, np.concatenate([prompt[-2::-1], prompt[-1:]])):
+            blind.append("permute the prompt")
+        return blind
+    for shard in shards:
+        permute_positions(shard)
+    if same(chain):
+        blind.append("permute positions")
     return blind
+
+
+def skip(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """A hook: the block's hidden states are those that came in."""
+    hidden = args[0] if args else next(iter(kwargs.values()))
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def permute_positions(shard: Any) -> None:
+    """From now on the tokens of a chunk stand in the opposite order."""
+    if isinstance(shard, GraphShard):
+        blocks = shard._blocks
+        shard._blocks = lambda rows, places, batch: blocks(rows, places[:, ::-1], batch)  # type: ignore[method-assign]
+    else:
+        positions = shard.positions
+        shard.positions = lambda segment: positions(segment).flip(0)
 
 
 def example(family: Family, directory: Path) -> Example:
@@ -515,15 +578,15 @@ def example(family: Family, directory: Path) -> Example:
     for number, (scale, seed) in enumerate(itertools.product(SCALES, SEEDS)):
         place = directory / str(number)
         model = save(tiny_model(family, scale, seed), place)
-        prompt = torch.randint(3, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(seed + 7))
+        prompt = torch.randint(3, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(seed + 7)).numpy()
         tokens, logits = reference(model, prompt)
-        inspection = inspect_model(place)
-        blind = (
-            controls(inspection, prompt, tokens, family) if len(set(tokens)) >= DISTINCT else ["answer of one token"]
-        )
+        inspected = inspect(place)
+        blind = ["answer of one token"]
+        if len(set(tokens)) >= DISTINCT:
+            blind = controls(inspected, model, prompt, tokens, family)
         if not blind:
             break
-    return Example(family, place, prompt, tokens, logits, inspection, scale, blind)
+    return Example(family, place, prompt, tokens, logits, inspected, scale, blind)
 
 
 def cuts(layers: int, pieces: int) -> list[Cut]:
@@ -539,13 +602,17 @@ def every_cut(layers: int = LAYERS) -> list[Cut]:
 
 def share(number: int) -> list[Cut]:
     """One cut into two and one into three for the family of that number: places wander over the table, each its way."""
-    twos, threes = cuts(LAYERS, 2), cuts(LAYERS, 3)
-    return [twos[number % 5], threes[(number + number // 5) % 10]]
+    two = cuts(LAYERS, 2)[number % 5]
+    threes = [three for three in cuts(LAYERS, 3) if set(three) & set(two)]  # a shard of both is loaded once
+    return [two, threes[number // 5 % len(threes)]]
 
 
-def examine(made: Example, chosen: Sequence[Cut] | None = None) -> Outcome:
-    """Divide a model every way into two and three, or as chosen, and compare."""
-    family, outcome = made.family, Outcome(made.family)
+def examine(made: Example, chosen: Sequence[Cut] | None = None, torch_too: Cut | None = None) -> Outcome:
+    """Divide a model every way into two and three, or as chosen, and compare.
+
+    `torch_too`: what of the graph engine's models torch computes as well.
+    """
+    family, outcome = made.family, Outcome(made.family, computed_by(made.inspected))
     outcome.scale, outcome.distinct = made.scale, len(set(made.tokens))
     if made.blind:
         outcome.error = f"controls that change nothing: {', '.join(made.blind)}"
@@ -554,25 +621,36 @@ def examine(made: Example, chosen: Sequence[Cut] | None = None) -> Outcome:
     skips = f"{outcome.blocks} skips"
     order = "positions" if family.positions else "prompt order"
     outcome.controls = ", ".join([skips, order, *(["final norm"] if family.norm else [])])
-    shards: dict[tuple[int, int], TorchShard] = {}
-    for cut in every_cut(made.layers) if chosen is None else chosen:
-        for first, last in set(cut) - shards.keys():
-            shards[first, last] = load_shard(stage(made.inspection, first, last))
-        chunks = (PROMPT,) if len(cut) == 2 else (4, PROMPT - 4)
-        got, steps = generate([shards[part] for part in cut], made.prompt, chunks)
+    shards: dict[tuple[int, int], Shard] = {}
+    every = every_cut(made.layers) if chosen is None else chosen
+    for cut in every:
+        new = tuple(set(cut) - shards.keys())
+        shards.update(zip(new, load(made.inspected, new), strict=True))
+        tokens, away = compare(made, [shards[part] for part in cut])
         outcome.cuts += 1
-        outcome.equal += got == made.tokens
-        outcome.difference = max(outcome.difference, difference(steps, made.logits))
-    examine_together(made, outcome)
+        outcome.equal += tokens
+        outcome.difference = max(outcome.difference, away)
+    if {isinstance(shard, GraphShard) for shard in shards.values()} != {outcome.by == "graph"}:
+        outcome.error = f"not computed by {outcome.by}"
+    examine_together(made, [shards[part] for part in every[len(every) // 2]], outcome)
+    if outcome.by == "graph" and torch_too is not None:
+        backend = TorchBackend()
+        loaded = load(inspect(made.directory, backend), torch_too, backend)
+        outcome.torch_equal, outcome.torch_difference = compare(made, loaded)
     return outcome
 
 
-def examine_together(made: Example, outcome: Outcome) -> None:
+def compare(made: Example, shards: Sequence[Shard]) -> tuple[bool, float]:
+    """Whether the tokens are the whole model's, and the largest difference of logits."""
+    chunks = (PROMPT,) if len(shards) == 2 else (4, PROMPT - 4)
+    tokens, logits = generate([shard.forward for shard in shards], made.prompt, chunks)
+    return tokens == made.tokens, difference(logits, made.logits)
+
+
+def examine_together(made: Example, shards: Sequence[Shard], outcome: Outcome) -> None:
     """Three sequences that come one after the other and then step in one batch, against each alone."""
-    places = ((0, 2), (3, made.layers - 1))
-    shards = [load_shard(stage(made.inspection, *place, slots=3)) for place in places]
-    prompts = [made.prompt.flip(0)[2:], made.prompt, (made.prompt * 7 + 11) % VOCABULARY]
-    alone = [generate(shards, prompt, (len(prompt),)) for prompt in prompts]
+    prompts = [made.prompt[-3::-1].copy(), made.prompt, (made.prompt * 7 + 11) % VOCABULARY]
+    alone = [generate([shard.forward for shard in shards], prompt, (len(prompt),)) for prompt in prompts]
     alone[1] = made.tokens, made.logits
     together = generate_together(shards, prompts, 5)
     outcome.together_equal = [tokens for tokens, _ in together] == [tokens for tokens, _ in alone]
@@ -580,39 +658,43 @@ def examine_together(made: Example, outcome: Outcome) -> None:
     outcome.together_difference = max(difference(got, want) for (_, got), (_, want) in pairs)
 
 
-def difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+def difference(some: list[Floats], others: list[Floats]) -> float:
     """The largest between the logits [vocabulary] of each step."""
-    return float((torch.stack(some) - torch.stack(others)).abs().max())
+    return float(np.abs(np.stack(some) - np.stack(others)).max())
 
 
 def table(outcomes: list[Outcome]) -> str:
     """The outcomes as a page of documentation."""
     good = [outcome for outcome in outcomes if outcome.passed]
     kinds = {outcome.family.model_type for outcome in good}
+    graphs = sum(outcome.by == "graph" for outcome in good)
     lines = [
         "# Architectures",
         "",
         "Written by `python -m tests.engine.architectures --write docs/architectures.md`; do not edit by hand.",
         "",
-        f"{len(good)} of {len(outcomes)} variants ({len(kinds)} model types) passed. Each is a tiny random model,",
-        "saved as safetensors, inspected, loaded shard by shard and cut at every place into two and into three shards",
-        "(embedding, blocks and head are layers alike; with three shards the prompt comes in two chunks). Greedy",
-        f"tokens ({ANSWER} after a prompt of {PROMPT}) must equal those of `generate` in float32, logits must agree",
-        f"within {TOLERANCE:g}. Controls: skipping any one block, permuting positions and dropping the final norm each",
-        f"changed the tokens, and the answer holds at least {DISTINCT} different ones; seed and initial scale were",
-        "changed until that was so.",
+        f"{len(good)} of {len(outcomes)} variants ({len(kinds)} model types) passed, {graphs} of them computed by the",
+        "graph engine and the others by torch. Each is a tiny random model, saved as safetensors, inspected, loaded",
+        "shard by shard and cut at every place into two and into three shards (embedding, blocks and head are layers",
+        "alike; with three shards the prompt comes in two chunks).",
+        f"Greedy tokens ({ANSWER} after a prompt of {PROMPT}) must equal those of `generate` in float32, logits must",
+        f"agree within {TOLERANCE:g}. Controls: skipping any one block, permuting positions and dropping the final",
+        f"norm each changed the tokens, and the answer holds at least {DISTINCT} different ones; seed and initial",
+        "scale were changed until that was so.",
         "",
-        "Three sequences in one batch, each at another position, gave the tokens and logits that each gives alone.",
+        "Three sequences in one batch, each at another position and in another order at every step, gave the tokens",
+        "and logits that each gives alone. Torch also computed what the graph engine does, through one cut.",
         "",
-        "| family | model type | blocks | cuts | tokens equal | largest logit difference | of three together "
-        "| controls passed | notes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | model type | computed by | blocks | cuts | tokens equal | largest logit difference "
+        "| of three together | by torch | controls passed | notes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for o in outcomes:
         notes = "; ".join(filter(None, [o.family.note, o.error]))
+        torch_too = f"{o.torch_difference:.1e}" if o.by == "graph" else ""
         lines.append(
-            f"| {o.family.name} | `{o.family.model_type}` | {o.blocks} | {o.cuts} | {o.equal} of {o.cuts} "
-            f"| {o.difference:.1e} | {o.together_difference:.1e} | {o.controls} | {notes} |"
+            f"| {o.family.name} | `{o.family.model_type}` | {o.by} | {o.blocks} | {o.cuts} | {o.equal} of {o.cuts} "
+            f"| {o.difference:.1e} | {o.together_difference:.1e} | {torch_too} | {o.controls} | {notes} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -626,22 +708,22 @@ def main() -> int:
     torch.set_num_threads(1)
     quiet()
     outcomes = []
-    for family in FAMILIES:
+    for number, family in enumerate(FAMILIES):
         if options.names and family.model_type not in options.names:
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
             try:
-                outcome = examine(example(family, Path(directory)))
+                outcome = examine(example(family, Path(directory)), torch_too=share(number)[1])
             except Exception as error:  # one family's trouble is a line of the table
                 if options.names:
                     raise
                 outcome = Outcome(family, error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         outcomes.append(outcome)
         print(
-            f"{family.model_type:20} {'ok' if outcome.passed else 'FAILED'} cuts {outcome.equal}/{outcome.cuts} "
-            f"difference {outcome.difference:.1e} "
-            f"together {outcome.together_difference:.1e} "
+            f"{family.model_type:20} {outcome.by[:5]:5} {'ok' if outcome.passed else 'FAILED'} "
+            f"cuts {outcome.equal}/{outcome.cuts} difference {outcome.difference:.1e} "
+            f"together {outcome.together_difference:.1e} torch {outcome.torch_difference:.1e} "
             f"scale {outcome.scale} distinct {outcome.distinct} {time.perf_counter() - start:.1f} s {outcome.error}",
             flush=True,
         )

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from peerllm.engine.backend import Facts
 from peerllm.engine.base import Draw, Progress, Segment, Tensor
 from peerllm.engine.channel import MemoryChannel
 from peerllm.engine.messages import (
     Configure,
     Configured,
+    Facts,
     Inspect,
     Inspected,
     LayersTimed,

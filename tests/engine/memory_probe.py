@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import torch
 
-from peerllm.engine.inspect import inspect_model
-from peerllm.engine.shard import load_shard
-from peerllm.engine.torch_backend import runtime_bytes
-from tests.engine.architectures import quiet, stage
+from peerllm.engine.backends import Backends
+from peerllm.engine.messages import Inspect, LoadStage
 
 
 def anonymous_bytes() -> int:
@@ -30,13 +26,14 @@ def anonymous_bytes() -> int:
 
 
 def main() -> None:
-    """`model_dir dtype quantize first-last ...`; prints {"weights", "runtime", "peak", "after"} in bytes."""
-    torch.set_num_threads(1)
-    quiet()
-    runtime_bytes()
-    quantize = sys.argv[3].removeprefix("-")
+    """`model_dir dtype quantize first-last ...`; prints bytes: {"weights", "loading", "runtime", "peak", "after"}."""
+    backend = Backends()
+    backend.facts()
+    quantize = sys.argv[3]
+    if quantize == "none" and sys.argv[2] != "float32":  # torch is in before it counts
+        backend.inspect(Inspect(0, *sys.argv[1:4]))
     before = peak = anonymous_bytes()
-    inspection = inspect_model(sys.argv[1], sys.argv[2], quantize)
+    inspected = backend.inspect(Inspect(0, *sys.argv[1:4]))
 
     over = threading.Event()
 
@@ -49,15 +46,19 @@ def main() -> None:
     watcher.start()
     shards = []
     for argument in sys.argv[4:]:
-        first, _, last = argument.partition("-")
-        spec = replace(stage(inspection, int(first), int(last), slots=2, context=64), quantize=quantize)
-        shards.append(load_shard(spec))
+        first, last = (int(number) for number in argument.split("-"))
+        spec = LoadStage(
+            1, "0" * 32, 1, 0, 1, first, last, inspected.config, sum(inspected.tensors[first : last + 1], ()),
+            inspected.dtype, 2, 64, 16, 4, None, None, "0" * 64, quantize=inspected.quantize,
+        )  # fmt: skip
+        shards.append(backend.load(spec, lambda done, total: None))
     over.set()
     watcher.join()
     distinct = {key: nbytes for shard in shards for key, nbytes in shard.weights.items()}
     after = anonymous_bytes()
     peak = max(peak, after)
-    print(json.dumps({"weights": sum(distinct.values()), "runtime": before, "peak": peak, "after": after}))
+    weights, loading = sum(distinct.values()), inspected.working.loading
+    print(json.dumps({"weights": weights, "loading": loading, "runtime": before, "peak": peak, "after": after}))
 
 
 if __name__ == "__main__":

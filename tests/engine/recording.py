@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from peerllm.engine import __main__ as engine
+from peerllm.engine.backends import Backends
 from peerllm.engine.base import Draw
 from peerllm.engine.sampler import SeededSampler
-from peerllm.engine.torch_backend import TorchBackend
 
 FOLDER = "PEERLLM_TEST_LOGITS"
 
@@ -29,16 +28,16 @@ class RecordingSampler(SeededSampler):
         return super().__call__(logits, draws)
 
 
-def recorded(folder: Path, vocabulary: int) -> dict[int, list[torch.Tensor]]:
+def recorded(folder: Path, vocabulary: int) -> dict[int, list[npt.NDArray[np.float32]]]:
     """The rows [vocabulary] drawn from since the last call, by the position of the token drawn."""
-    rows: dict[int, list[torch.Tensor]] = {}
+    rows: dict[int, list[npt.NDArray[np.float32]]] = {}
     for path in folder.iterdir():
         for position, row in np.fromfile(path, dtype=[("position", "<i4"), ("row", "<f4", (vocabulary,))]):
-            rows.setdefault(int(position), []).append(torch.from_numpy(row.copy()))
+            rows.setdefault(int(position), []).append(row.copy())
         path.unlink()
     return rows
 
 
 if __name__ == "__main__":
-    TorchBackend.sampler = RecordingSampler()
+    Backends.sampler = RecordingSampler()
     engine.main()

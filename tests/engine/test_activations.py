@@ -29,7 +29,6 @@ from peerllm.engine.wire import (
     Activation,
     Opened,
     Parcel,
-    Rounded,
     from_frame,
     lengthen,
     shorten,
@@ -78,8 +77,8 @@ def test_the_wire_changes_nothing_of_it(hidden: Tensor) -> None:
     parcel, lost = shorten(activation(hidden))
     assert parcel is not None and not lost
     (came,) = from_frame(decode(encode(to_frame(parcel, DEPLOYMENT, 1, 1)), limits(hidden.shape[1])))
-    assert isinstance(came, Rounded)
-    assert np.array_equal(came.values, parcel.values) and np.array_equal(came.scales, parcel.scales)
+    assert isinstance(came, Activation) and came.scales is not None
+    assert np.array_equal(came.hidden, parcel.hidden) and np.array_equal(came.scales, parcel.scales)
     whole = lengthen(came, hidden.dtype)
     assert whole.hidden.dtype == hidden.dtype
     assert [piece.data.shape for piece in split(whole)] == [(1, hidden.shape[1])] * hidden.shape[0]
@@ -114,7 +113,7 @@ def test_rows_that_are_not_finite_are_left_out_and_no_others(bad: float) -> None
     parcel, lost = shorten(Activation(pieces, hidden))
     assert lost == [pieces[1]] and parcel is not None and list(parcel.pieces) == [pieces[0], pieces[2]]
     values, scales = rounded(hidden[[0, 1, 5, 6]])
-    assert np.array_equal(parcel.values, values) and np.array_equal(parcel.scales, scales)
+    assert np.array_equal(parcel.hidden, values) and np.array_equal(parcel.scales, scales)
     hidden[:, 0] = bad
     assert shorten(Activation(pieces, hidden)) == (None, pieces)
     largest = np.full((600, 2), ml_dtypes.finfo(ml_dtypes.bfloat16).max)
@@ -159,7 +158,7 @@ def test_a_sequence_whose_numbers_are_not_finite_ends_and_the_others_go_on() -> 
     deployment.computed(0, Activation([Piece(n, n - 1, 0, 1, True, None) for n in (1, 2)], hidden))
     (released,), (sent,) = (from_frame(frame) for frame in way.frames)
     assert released.sequence == 1 and "no finite numbers" in released.reason  # type: ignore[union-attr]
-    assert isinstance(sent, Rounded) and [piece.sequence for piece in sent.pieces] == [2]
+    assert isinstance(sent, Activation) and sent.scales is not None and [piece.sequence for piece in sent.pieces] == [2]
 
 
 def frame_of(*tensors: NamedTensor, tokens: int = 2) -> Frame:
@@ -240,7 +239,7 @@ def test_what_comes_in_is_read_where_it_lies(form: str) -> None:
         decode(data, refusing)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    read = came.values if isinstance(came, Rounded) else came.hidden  # type: ignore[union-attr]
+    read = came.hidden  # type: ignore[union-attr]
     assert start <= read.ctypes.data < start + len(data)
     assert peak < 1 << 16
 

@@ -1,7 +1,6 @@
-"""Families cut every way into two and three: the table of docs/architectures.md comes from the same code.
+"""Families cut into two and three shards: the table of docs/architectures.md comes from the same code.
 
-By default the families of EVERY_CUT take every cut and the others one into two and one into three; with PEERLLM_FULL=1
-all take every cut.
+By default each takes one cut into two and one into three; the tests marked `slow` take every cut.
 """
 
 from __future__ import annotations
@@ -11,37 +10,46 @@ from collections.abc import Callable
 import pytest
 
 from peerllm.engine.families import FAMILIES as SUPPORTED
-from tests.engine.architectures import FAMILIES, FULL, LAYERS, Example, every_cut, examine, share
+from peerllm.engine.graph.family import FAMILIES as GRAPH
+from tests.engine.architectures import FAMILIES, LAYERS, Cut, Example, every_cut, examine, share
 
-EVERY_CUT = {
-    "Llama", "Llama 4 (text)", "Mistral", "Mixtral", "Qwen2", "Qwen2-MoE", "Qwen3", "Qwen3-MoE", "Qwen3-Next",
-    "Qwen3.5 (text)", "Gemma", "Gemma 2", "Gemma 3 (text)", "Phi", "Phi-3", "Phi-3.5-MoE", "GPT-2", "GPT-NeoX", "GPT-J",
-    "GPT-BigCode", "OPT", "BLOOM", "MPT", "Falcon", "Falcon-H1", "StableLM", "StarCoder2", "Cohere", "Cohere 2", "OLMo",
-    "OLMo 2", "OLMo 3", "OLMoE", "Granite", "Granite-MoE", "Granite hybrid", "Bamba", "GLM", "GLM-4", "GLM-4-MoE",
-    "SmolLM3", "EXAONE 4", "ERNIE 4.5", "DeepSeek-V2", "DeepSeek-V3", "gpt-oss", "Nemotron", "Nemotron-H", "LFM2",
-    "DBRX", "MiniMax-M2", "Seed-OSS",
+THROUGH_TORCH_TOO = 4  # by default every such one of the graph engine's families
+MUST_BE_GRAPHS = {
+    "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2",
+    "gemma3_text", "phi", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "starcoder2", "stablelm", "cohere", "cohere2",
+    "olmo", "olmo2", "olmo3", "granite", "glm4", "smollm3", "exaone4", "gpt_oss", "ernie4_5", "seed_oss",
+    "hunyuan_v1_dense",
 }  # fmt: skip
+LAYOUTS = {"OPT (350m layout)", "Falcon (ALiBi)"}  # which the graph engine leaves to torch
 
 pytestmark = pytest.mark.usefixtures("calm")
+every_family = pytest.mark.parametrize("number", range(len(FAMILIES)), ids=lambda number: FAMILIES[number].name)
 
 
-@pytest.mark.parametrize("number", range(len(FAMILIES)), ids=lambda number: FAMILIES[number].name)
-def test_shards_give_the_tokens_of_the_whole_model(number: int, examples: Callable[[str], Example]):
-    name = FAMILIES[number].name
-    chosen = every_cut() if FULL or name in EVERY_CUT else share(number)
-    made = examples(name)
+def passes(number: int, examples: Callable[[str], Example], chosen: list[Cut], torch_too: Cut | None) -> None:
+    family = FAMILIES[number]
+    made = examples(family.name)
     assert made.layers == LAYERS
-    outcome = examine(made, chosen)
+    outcome = examine(made, chosen, torch_too)
     assert outcome.passed, outcome
     assert outcome.cuts == len(chosen)
+    assert (outcome.by == "graph") == (made.inspected.architecture in GRAPH and family.name not in LAYOUTS)
 
 
-def test_what_is_offered_is_what_was_tested():
+@every_family
+def test_shards_give_the_tokens_of_the_whole_model(number: int, examples: Callable[[str], Example]) -> None:
+    chosen = share(number)
+    passes(number, examples, chosen, None if number % THROUGH_TORCH_TOO else chosen[1])
+
+
+@pytest.mark.slow
+@every_family
+def test_so_does_every_cut(number: int, examples: Callable[[str], Example]) -> None:
+    passes(number, examples, every_cut(), share(number)[1])
+
+
+def test_what_is_offered_is_what_was_tested() -> None:
     assert {family.model_type for family in FAMILIES} == SUPPORTED
     assert len(SUPPORTED) >= 40
-
-
-def test_enough_take_every_cut():
-    assert {family.name for family in FAMILIES} >= EVERY_CUT
-    assert len({family.model_type for family in FAMILIES if family.name in EVERY_CUT}) >= 44
+    assert MUST_BE_GRAPHS <= set(GRAPH) <= SUPPORTED
     assert len(every_cut()) == 15

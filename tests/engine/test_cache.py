@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peerllm.engine import base
-from peerllm.engine.cache import SlotLayer, Slots
-from peerllm.engine.states import LayerState
+from peerllm.engine.cache import kv_bytes, slot_caches
+from peerllm.engine.states import LayerState, SlotLayer
 from peerllm.errors import EngineError
 
 CONTEXT = 200
@@ -24,7 +24,7 @@ def short_memory(monkeypatch):
 def layer(window: int | None) -> SlotLayer:
     kind = "full_attention" if window is None else "sliding_attention"
     state = LayerState(kind, {} if window is None else {"sliding_window": window}, (2, 3), (2, 5), torch.float32)
-    return Slots([kind], [state.arguments], {0: state}, 2, CONTEXT).caches[1].layers[0]
+    return slot_caches([kind], [state.arguments], {0: state}, 2, CONTEXT)[1].layers[0]
 
 
 def tokens(start: int, count: int, width: int) -> torch.Tensor:
@@ -85,14 +85,15 @@ def test_a_full_slot_refuses():
 
 def test_a_windowed_layer_takes_no_more_room_than_told():
     state = LayerState("sliding_attention", {"sliding_window": 10}, (2, 3), (2, 5), torch.float16)
-    slots = Slots(["sliding_attention"], [state.arguments], {0: state}, 3, 10_000)
-    assert slots.kv_bytes == 3 * state.kept_tokens * 2 * (3 + 5) * 2
+    stored = slot_caches(["sliding_attention"], [state.arguments], {0: state}, 3, 10_000)[0].layers[0].keys
+    assert stored.shape[2] == state.kept_tokens
+    assert kv_bytes({0: state}, 3, 10_000) == 3 * state.kept_tokens * 2 * (3 + 5) * 2
     assert state.kept_tokens == 18
 
 
 def test_layers_of_other_shards_only_count():
     state = LayerState("full_attention", {}, (2, 3), (2, 3), torch.float32)
-    one = Slots(["full_attention"] * 2 + ["linear_attention"], [{}, {}, {}], {1: state}, 1, 50).caches[0]
+    one = slot_caches(["full_attention"] * 2 + ["linear_attention"], [{}, {}, {}], {1: state}, 1, 50)[0]
     one.seek(0)
     one.layers[1].update(tokens(0, 7, 3), tokens(0, 7, 3))
     one.advance(7)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from peerllm.engine import assembly
+from peerllm.engine.backends import Backends
 from peerllm.engine.config import CODE_KEYS, MAX_COUNT, parse_config
 from peerllm.engine.inspect import inspect_model
+from peerllm.engine.messages import Inspect
 from peerllm.engine.shard import load_shard
 from peerllm.errors import ModelError
 from tests.engine.architectures import stage
@@ -44,3 +53,103 @@ def test_tables_that_no_file_holds_are_bounded(tmp_path: Path, monkeypatch: pyte
     wide = json.loads(inspection.config) | {"head_dim": 1 << 20}  # an embedding alone has no tensor to tell on it
     with pytest.raises(ModelError, match="no file holds"):
         load_shard(replace(stage(inspection, 0, 0), config=json.dumps(wide)))
+
+
+# ---- the graph engine ------------------------------------------------------------------------------------------------
+
+SIZES = ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+         "num_hidden_layers", "max_position_embeddings")  # fmt: skip
+JUNK = (10**9, 2**62, 10**30, -1, 0, 1.5, float("nan"), "8", True, [], [[[]]], {"a": {}})
+ROPES = (
+    "x", 7, {"rope_type": ["yarn"]}, {"rope_type": "x" * 10_000}, {"rope_type": "linear", "factor": [1]},
+    {"rope_type": "linear", "factor": "x"}, {"rope_type": "linear", "factor": 0}, {"rope_theta": "x"},
+    {"rope_theta": -1.0}, {"rope_theta": float("nan")}, {"rope_type": "yarn", "factor": {}}, {"a": {"b": 1}},
+    {"rope_type": "llama3", "factor": 8.0},
+)  # fmt: skip
+CASES = [
+    *((key, value) for key in SIZES for value in JUNK if (key, value) != ("num_key_value_heads", True)),
+    *(("rope_parameters", value) for value in ROPES),
+    *(("hidden_act", value) for value in ("x" * 10**5, [], {}, 7)),
+    *(("rms_norm_eps", value) for value in (float("nan"), float("inf"), "x", [])),
+]
+LIMIT_S, LIMIT_BYTES, LINE = 10.0, 32 << 20, 500
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> Backends:
+    """What computes where torch is not installed."""
+    monkeypatch.setitem(sys.modules, "peerllm.engine.torch_backend", None)
+    return Backends()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama"), attention_bias=True)
+
+
+def changed(model: Path, target: Path, **values: Any) -> Path:
+    """The model with another configuration."""
+    target.mkdir()
+    (target / "model.safetensors").hardlink_to(model / "model.safetensors")
+    (target / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | values))
+    return target
+
+
+@pytest.fixture
+def _bounded() -> Iterator[None]:
+    tracemalloc.start()
+    start = time.perf_counter()
+    yield
+    took, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert took < LIMIT_S
+    assert peak < LIMIT_BYTES
+
+
+@pytest.mark.usefixtures("_bounded")
+@pytest.mark.parametrize(("key", "value"), CASES, ids=lambda one: str(one)[:30])
+def test_what_no_graph_is_made_of_is_one_line(
+    bare: Backends, llama: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        bare.inspect(Inspect(0, str(changed(llama, tmp_path / "model", **{key: value})), "float32"))
+    line = str(caught.value)
+    assert line.isprintable()
+    assert len(line) < LINE
+
+
+def damaged(model: Path, target: Path, how: str, name: str) -> Path:
+    """A copy of the model of which one tensor is damaged."""
+    tensors = load_file(model / "model.safetensors")
+    if how == "missing":
+        del tensors[name]
+    elif how == "shape":
+        tensors[name] = np.ascontiguousarray(tensors[name][:-1])
+    else:
+        tensors[name] = tensors[name].astype(how)
+    changed(model, target)
+    (target / "model.safetensors").unlink()
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("how", ["missing", "shape", "int8", "int64"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.layers.2.self_attn.k_proj.weight", "model.layers.2.self_attn.k_proj.bias",
+     "model.layers.1.self_attn.o_proj.bias", "model.layers.0.mlp.down_proj.weight",
+     "model.layers.3.input_layernorm.weight", "model.norm.weight", "lm_head.weight"],
+)  # fmt: skip
+def test_damaged_tensors_are_named(bare: Backends, llama: Path, tmp_path: Path, how: str, name: str) -> None:
+    with pytest.raises(ModelError, match=name.removeprefix("model.").replace(".", r"\.")):
+        bare.inspect(Inspect(0, str(damaged(llama, tmp_path / "model", how, name)), "float32"))
+
+
+def test_files_that_change_after_they_were_read_are_named(bare: Backends, llama: Path, tmp_path: Path) -> None:
+    path = damaged(llama, tmp_path / "model", "float32", "model.norm.weight")
+    inspected = bare.inspect(Inspect(0, str(path), "float32"))
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    order = stage(inspected, 0, 5)
+    with pytest.raises(ModelError, match=r"model\.safetensors ends in the middle of tensor"):
+        bare.load(order, lambda done, total: None)

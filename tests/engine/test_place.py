@@ -15,10 +15,10 @@ import torch
 from peerllm.cli.parser import build_parser
 from peerllm.daemon.machine import lent_of
 from peerllm.engine.base import Segment
-from peerllm.engine.inspect import Inspection, inspect_model
-from peerllm.engine.kernels import unfolded
+from peerllm.engine.inspect import inspect_model
+from peerllm.engine.kernels import products
 from peerllm.engine.kernels.rounding import rounded
-from peerllm.engine.messages import Measure, TimeLayers
+from peerllm.engine.messages import Inspected, Measure, TimeLayers
 from peerllm.engine.place import PROCESSORS, Place, find
 from peerllm.engine.shard import TorchShard, load_shard
 from peerllm.engine.torch_backend import TorchBackend
@@ -31,14 +31,14 @@ PROMPTS = [3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5]
 NEXT = [8, 9], [7, 9], [3, 2]
 
 
-def made(family: Family, directory: Path) -> Inspection:
+def made(family: Family, directory: Path) -> Inspected:
     quiet()
     torch.set_num_threads(1)
     save(tiny_model(family, 1.0, 0), directory)
     return inspect_model(directory)
 
 
-def chain(inspection: Inspection, device: torch.device) -> list[TorchShard]:
+def chain(inspection: Inspected, device: torch.device) -> list[TorchShard]:
     last = len(inspection.profile.layers) - 1
     cuts = (0, CUT - 1), (CUT, last)
     return [load_shard(stage(inspection, a, b, SLOTS, CONTEXT), device=device) for a, b in cuts]
@@ -103,14 +103,14 @@ def test_embeddings_stay_in_their_files_and_matrices_go_rounded(
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_rounded_is_multiplied_with_as_it_was_rounded(bits: int, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(unfolded, "ROWS_BYTES", 7 * 256 * dtype.itemsize)  # seven rows at once, the last times fewer
+    monkeypatch.setattr(products, "ROWS_BYTES", 7 * 256 * dtype.itemsize)  # seven rows at once, the last times fewer
     weights, inputs = torch.randn(40, 256), torch.randn(3, 256).to(dtype)
     codes, scales = rounded(weights.numpy(), bits, 128)
-    here = unfolded.Unfolded(codes, scales, bits, CPU)
+    here = products.Unfolded(codes, scales, bits, CPU)
     whole = here._rows(here._codes, here._scales, torch.float32)
     assert float((whole - weights).abs().max()) <= float(weights.abs().max()) / (1 << (bits - 1))
     with accelerator() as device:
-        out = unfolded.Unfolded(codes, scales, bits, device)(inputs.to(device))
+        out = products.Unfolded(codes, scales, bits, device)(inputs.to(device))
         assert (type(out), out.dtype) == (Pretend, dtype)
         there = out.to(CPU).float()
     close([there], [inputs.float() @ whole.t()], 0.02 if dtype is torch.bfloat16 else 1e-5)

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from peerllm.engine import base
 from peerllm.engine.base import Reach, Segment, Tensor
 from peerllm.engine.batching import Scheduler
-from peerllm.engine.cache import Slots
+from peerllm.engine.cache import slot_caches
 from peerllm.engine.deployments import Deployment
 from peerllm.engine.idle import IdleSlots, Remains
 from peerllm.engine.messages import Hop, Submit, Tokens
@@ -67,7 +67,7 @@ class Adder:
         self.reach, self._kind, self._head = KINDS[kind], kind, head
         self._held: list[list[int]] = [[] for _ in range(slots)]
         state = LayerState("sliding_attention", {"sliding_window": WINDOW}, (1, 1), (1, 1), torch.float32)
-        self._window = Slots([state.kind], [state.arguments], {0: state}, slots, CONTEXT)
+        self._window = slot_caches([state.kind], [state.arguments], {0: state}, slots, CONTEXT)
         self.fails = 0  # at the pass so many from now
 
     def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -79,9 +79,10 @@ class Adder:
         for segment in segments:
             held = self._held[segment.slot]
             if self._kind == "window":
-                cache = self._window.seek(segment)  # raises where the real cache would
+                cache = self._window[segment.slot]
+                cache.seek(segment.position)  # raises where the real cache would
                 cache.update(*torch.zeros(2, 1, 1, segment.length, 1), 0)
-                self._window.advance(segment)
+                cache.advance(segment.length)
             exact = self._kind in ("recurrent", "never") and segment.position
             if segment.position > len(held) or (exact and segment.position != len(held)):
                 raise EngineError(f"{len(held)} held, {segment.position} wanted")
@@ -96,7 +97,7 @@ class Adder:
 
     def release(self, slot: int) -> None:
         self._held[slot] = []
-        self._window.release(slot)
+        self._window[slot].seek(0)
 
     def close(self) -> None: ...
 

@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from peerllm.engine.batching import Piece
 from peerllm.engine.schedules import SCHEDULES, Bubble, NoBubble, Sequential
-from peerllm.engine.sequences import Feed
 from peerllm.types import batches_of
 
 LAPS_UNTIL_EVEN = 2
 
 
-def step(sequence: int) -> Feed:
-    return Feed(sequence, sequence, 9, (1,), sample=True)
+def step(sequence: int) -> Piece:
+    return Piece(sequence, sequence, 9, 1, True, None)
 
 
 class Circling(RuleBasedStateMachine):

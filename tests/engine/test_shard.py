@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from peerllm.engine import base
 from peerllm.engine.base import Segment
-from peerllm.engine.inspect import Inspection, inspect_model
+from peerllm.engine.inspect import inspect_model
+from peerllm.engine.messages import Inspected
 from peerllm.engine.shard import TorchShard, load_shard
 from peerllm.errors import BadInputError, EngineError
 from tests.engine.architectures import FAMILIES, VOCABULARY, quiet, save, stage, tiny_model
@@ -26,7 +27,7 @@ SLOTS, CONTEXT = 3, 40
 
 
 @lru_cache
-def whole(model_type: str) -> tuple[Any, Inspection]:
+def whole(model_type: str) -> tuple[Any, Inspected]:
     """The model as transformers runs it, and its inspection."""
     quiet()
     torch.set_num_threads(1)

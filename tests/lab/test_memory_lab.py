@@ -1,7 +1,8 @@
 """An engine keeps to its plan's promise: its runtime and 1.1 times the budget are enough, and the kernel sees to it.
 
 Real engines, each in a control group of its own from its first page on, load what the planner gave them, take prompts
-that fill every slot, answer from all at once, and then prompts of many lengths, which compile many matrix products.
+that fill every slot, and answer from all at once. What torch computes takes prompts of many lengths as well, which
+compile many matrix products.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from contextlib import AsyncExitStack
+import threading
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,16 +31,16 @@ pytestmark = [
     pytest.mark.skipif(bool(why_no_memory_groups()), reason=why_no_memory_groups()),
 ]
 FULL = os.environ.get("PEERLLM_FULL") == "1"  # also divided over two devices
-KINDS = ("bfloat16", "float32", "int4")
+KINDS = ("int8", "int4", "float32", "bfloat16")  # the last by torch, which comes in only then
 CASES = [(kind, 1) for kind in KINDS] + [(kind, 2) for kind in KINDS if FULL]
 MARGIN = 1.1  # of the budget
-SLOTS, CONTEXT = 4, 384
+SLOTS, CONTEXT = 4, 512
 ANSWER = 16  # tokens
 LENGTHS = range(2, 98, 3)  # of the prompts at the end
 VOCABULARY = 32_000
-DTYPES = {"int4": "bfloat16"}  # of what is rounded
-LAYERS = {"bfloat16": 7, "float32": 3, "int4": 24}  # about a quarter of a gigabyte each
-OF_TWO = {"bfloat16": 0.8, "float32": 0.7, "int4": 1.1}  # of all weights, what each of two lends
+ROUNDED = ("int8", "int4")  # from bfloat16
+LAYERS = {"int8": 16, "int4": 24, "float32": 3, "bfloat16": 7}  # about a quarter of a gigabyte each
+OF_TWO = {"int8": 1.0, "int4": 1.2, "float32": 1.1, "bfloat16": 2.4}  # of all weights, what each of two lends
 
 
 def make_model(directory: Path, kind: str) -> Path:
@@ -49,20 +52,33 @@ def make_model(directory: Path, kind: str) -> Path:
         num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, DTYPES.get(kind, kind))).save_pretrained(directory)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(directory)
     return directory
 
 
-def resident(device: Device) -> dict[str, int]:
-    """Of the engine's process, in bytes: RssAnon, RssFile, VmRSS, and VmHWM, the most that VmRSS was."""
+def anonymous(device: Device) -> int:
+    """Of the engine's process, the bytes that are mapped from no file."""
     status = Path(f"/proc/{device.host.pid}/status").read_text()
-    lines = [line.split() for line in status.splitlines() if line.startswith(("Rss", "VmRSS", "VmHWM"))]
-    return {name.rstrip(":"): int(kib) * 1024 for name, kib, _ in lines}
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
 
 
-def forget_peak(device: Device) -> None:
-    """VmHWM starts anew."""
-    Path(f"/proc/{device.host.pid}/clear_refs").write_text("5")
+@contextmanager
+def watched(made: list[Device]) -> Iterator[list[int]]:
+    """The most that `anonymous` says of each."""
+    peaks, over = [anonymous(device) for device in made], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            peaks[:] = [max(peak, anonymous(device)) for peak, device in zip(peaks, made, strict=True)]
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        over.set()
+        watcher.join()
 
 
 def candidate(device: Device, lent: int, dtype: str) -> Candidate:
@@ -117,27 +133,24 @@ async def test_runtime_and_little_more_than_the_budget_is_enough(
             stack.push_async_callback(device.host.close)
             await device.start([one.trust for one in made])
         monkeypatch.undo()
-        ready = [resident(device) for device in made]
-        inspected = await inspect(made[0], model, quantize=kind if kind in DTYPES else "")
+        ready = [anonymous(device) for device in made]
+        inspected = await inspect(made[0], model, quantize=kind if kind in ROUNDED else "none")
         plan = plan_for(inspected, made)
         await asyncio.gather(*(measure(device, inspected, plan.promises[device.id]) for device in made))
-        files = []
         for device, group in zip(made, groups, strict=True):
             (configured,) = device.ready
-            assert configured.runtime_bytes <= resident(device)["VmRSS"]  # nothing is hidden in it
             group.limit(configured.runtime_bytes + int(MARGIN * plan.promises[device.id]))
-            forget_peak(device)
-            files.append(resident(device)["RssFile"])
 
-        await serve(Deployed(made, inspected), plan)
+        with watched(made) as peaks:
+            await serve(Deployed(made, inspected), plan)
 
-        for device, group, before, mapped in zip(made, groups, ready, files, strict=True):
+        for device, group, before, peak in zip(made, groups, ready, peaks, strict=True):
             assert device.lost == []
             assert group.kills == 0
-            # Of its files the libraries' pages are counted elsewhere, the embedding's are the system's to take back:
+            # Of its files the libraries' pages are counted elsewhere, the checkpoint's are the system's to take back:
             # without them it keeps to its budget, too.
-            budget, now = plan.promises[device.id], resident(device)
-            grown = now["VmHWM"] - max(mapped, now["RssFile"]) - before["RssAnon"]
-            assert grown <= MARGIN * budget, (grown, budget)
+            budget = plan.promises[device.id]
+            print(f"{kind}: {budget / 1e6:.1f} MB planned, {(peak - before) / 1e6:.1f} MB taken")
+            assert peak - before <= MARGIN * budget
             with pytest.raises(OSError, match="busy"):  # all that was in the group
                 group.limit(budget // 2)

@@ -86,8 +86,6 @@ class BlockGraph:
         seen = [graph.input(f"last {group}", "b", dtype="int32"), graph.input(f"total {group}", 1, dtype="int32")]
         rotation = [*self._tables(about.rope, half=self._half), self._places()] if inside else ["", "", ""]
         inputs = [*given, *stored, *seen, *rotation, "", self._sinks() if about.sinks else ""]
-        while not inputs[-1]:
-            inputs.pop()
         outputs = [f"attended {number}", f"new k {number}", f"new v {number}"]
         rotary = {"do_rotary": 1, "rotary_interleaved": int(about.rope.interleaved)} if inside and about.rope else {}
         graph.node(

@@ -26,8 +26,12 @@ from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
 from peerllm.engine.graph.weights import BlockWeights, Part, Product, Stacks
 
 ROLES = ("gate", "up", "gate up", "down")
+MOST_SHOWN = 100  # characters of a value or a reason in a message
 EVEN = 8  # what the attention operator asks of a head's width
 MAX_BLOCKS = 1022  # with embedding and head as many layers as a plan has stages at most
+MAX_SIZE = 1 << 24  # of whatever a configuration counts: lists and tables are made of some of it
+MAX_WIDTH = 1 << 12  # of a head
+MAX_EXPERTS = 1 << 12
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2", "quick_gelu": "quick_gelu",
@@ -72,15 +76,15 @@ class Values:
     def whole(self, name: str, default: int | None = None) -> int:
         """A whole number above zero."""
         value = self.get(name, default)
-        if type(value) is not int or value < 1:
-            raise UnfitError(f"config.json's {name} is {value!r}")
+        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+            raise UnfitError(f"config.json's {name} is {str(value)[:MOST_SHOWN]}")
         return value
 
     def number(self, name: str, default: float) -> float:
         """A finite number."""
         value = float(self.get(name, default))
         if not math.isfinite(value):
-            raise UnfitError(f"config.json's {name} is {value!r}")
+            raise UnfitError(f"config.json's {name} is {value}")
         return value
 
 
@@ -103,7 +107,7 @@ def describe(config: Mapping[str, Any]) -> Described:
             raise UnfitError(family.refused)
         return _described(values, family, str(config["model_type"]))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UnfitError(f"config.json is not usable: {error}") from error
+        raise UnfitError(f"config.json is not usable: {str(error)[:MOST_SHOWN]}") from error
 
 
 def _described(values: Values, family: Family, name: str) -> Described:
@@ -154,7 +158,7 @@ def _attention(values: Values, family: Family, number: int, kind: str, hidden: i
     heads = values.whole("num_attention_heads")
     groups = family.groups or values.whole("num_key_value_heads", heads)
     width = values.whole("head_dim", hidden // heads)
-    if width % EVEN or heads % groups:
+    if width % EVEN or heads % groups or width > MAX_WIDTH or (heads + 2 * groups) * width > MAX_SIZE:
         raise UnfitError(f"{heads} heads of width {width} in {groups} groups")
     normed = family.normed or values.get("qk_layernorm")
     clip = values.get("clip_qkv")
@@ -165,7 +169,7 @@ def _attention(values: Values, family: Family, number: int, kind: str, hidden: i
         values.whole("sliding_window") if kind == "sliding_attention" else None,
         values.number("attn_logit_softcapping", 0.0),
         family.sinks,
-        clip and float(clip),
+        float(clip) if clip else None,
         Norm(family.head_norm, values.number("norm_eps", 1e-5), family.offset) if normed else None,
         family.norm_over,
         family.norm_after_rope,
@@ -201,6 +205,8 @@ def _rope(values: Values, family: Family, number: int, kind: str, width: int) ->
         about = {"rope_type": scaling, "original_max_position_embeddings": length, **about}
     if scaling not in KNOWN or rotated > width:
         raise UnfitError(f"rotary embeddings of kind {scaling!r}, {rotated} of {width} numbers")
+    if not math.isfinite(theta) or not all(isinstance(value, float | int | str | None) for value in about.values()):
+        raise UnfitError(f"rotary embeddings of kind {scaling!r} with {str(about)[:MOST_SHOWN]}")
     rope = Rope(rotated, theta, family.interleaved, tuple(sorted(about.items())))
     with np.errstate(all="raise", under="ignore"):
         inverse_frequencies(rope)  # fails now where it would later
@@ -240,15 +246,17 @@ def _experts(values: Values, family: Family, number: int) -> Experts | None:
         return None
     if (number + 1) % values.get("decoder_sparse_step", 1):
         return None
-    count, used = values.get("num_local_experts") or values.whole("num_experts"), values.whole("num_experts_per_tok")
-    if type(count) is not int or not used <= count:
-        raise UnfitError(f"{used} of {count!r} experts")
-    shared = values.get("shared_expert_intermediate_size", 0)
+    counted = "num_local_experts" if values.get("num_local_experts") else "num_experts"
+    count, used = values.whole(counted), values.whole("num_experts_per_tok")
+    if not used <= count <= MAX_EXPERTS:
+        raise UnfitError(f"{used} of {count} experts")
+    shared = values.whole("shared_expert_intermediate_size") if values.get("shared_expert_intermediate_size") else 0
+    wide = "moe_intermediate_size" if values.get("moe_intermediate_size") else "intermediate_size"
     return Experts(
-        count, used, values.get("moe_intermediate_size") or values.whole("intermediate_size"),
+        count, used, values.whole(wide),
         bool(values.get("norm_topk_prob", True)),
         values.number("swiglu_alpha", 1.0), float(family.experts == "interleaved"), values.number("swiglu_limit", 0.0),
-        shared, "shared gating" in family.names,
+        shared, shared > 0 and "shared gating" in family.names,
     )  # fmt: skip
 
 

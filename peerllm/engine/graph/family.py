@@ -100,6 +100,7 @@ GRANITE_EXPERTS = {
 
 # ---- values of config.json ----------------------------------------------------------------------------------------
 
+MAX_TIMES = 1 << 10  # that a list of kinds of layers is repeated
 COMMON: Mapping[str, Any] = {  # what every family reads, and what transformers takes for what is left out
     "hidden_size": None, "vocab_size": None, "num_hidden_layers": None, "num_attention_heads": None,
     "num_key_value_heads": None, "head_dim": None, "intermediate_size": None, "max_position_embeddings": 2048,
@@ -159,7 +160,8 @@ def _smollm3_rotates(values: Asked, number: int, kind: str) -> bool:
 
 
 def _neo_windows(values: Asked, number: int) -> str:
-    kinds = [kind for some, times in values.get("attention_types") for _ in range(times) for kind in some]
+    types = values.get("attention_types")
+    kinds = [kind for some, times in types for _ in range(min(times, MAX_TIMES)) for kind in some]
     return {"global": "full_attention", "local": "sliding_attention"}[kinds[number]]
 
 

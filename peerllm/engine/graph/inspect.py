@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.load import MAKING_COPIES, Shape, largest_block
 from peerllm.engine.graph.slots import room_of, token_bytes
-from peerllm.engine.graph.tensors import Checkpoint
-from peerllm.engine.graph.weights import BlockWeights, check
+from peerllm.engine.graph.tensors import STORED, Checkpoint
+from peerllm.engine.graph.weights import BlockWeights, check, require
 from peerllm.engine.messages import TensorAt
+from peerllm.engine.outline import kind_names
 from peerllm.errors import ModelError
 from peerllm.types import BITS, Layer, LayerKind, ModelProfile, WorkingSpace
 
@@ -67,55 +68,43 @@ def working(described: Described, quantize: str) -> WorkingSpace:
 
 
 def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
-    """ "block" where all are alike, else one name for each way a block is built."""
-    distinct = list(dict.fromkeys(weights.block for weights in blocks))
-    if len(distinct) == 1:
-        return ["block"] * len(blocks)
-    names: dict[object, str] = {}
-    for block in distinct:
-        kind = "full_attention" if block.attention.window is None else "sliding_attention"
-        names[block] = kind if kind not in names.values() else f"{kind}-{len(names)}"
-    return [f"block:{names[weights.block]}" for weights in blocks]
+    """See outline.kind_names."""
+    windows = [weights.block.attention.window for weights in blocks]
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return kind_names([(kind, weights.block) for kind, weights in zip(kinds, blocks, strict=True)])
 
 
 def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[tuple[TensorAt, ...], ...]:
     """Per layer every tensor it needs; ModelError if one is missing or does not fit."""
-    checkpoint = Checkpoint(files.values())
-    check(checkpoint, described.head)
-    for weights in described.blocks:
-        for product in weights.products.values():
-            check(checkpoint, product)
+    checkpoint, multiplied = Checkpoint(files.values()), set[str]()
+    biased: dict[str, bool] = {}
+    products = [(role, one) for weights in described.blocks for role, one in weights.products.items()]
+    for role, product in (("head", described.head), *products):
+        check(checkpoint, product)
+        multiplied |= {name for name, _ in product.tensors}
+        bias = f"{product.parts[0].tensor}.bias"
+        if biased.setdefault(role, (there := checkpoint.at(bias) is not None)) != there:
+            raise ModelError(f"tensor {bias} is {'there' if there else 'missing'}, unlike those of earlier blocks")
 
-    def found(names: Iterator[tuple[str, tuple[int, ...] | None]]) -> tuple[TensorAt, ...]:
-        tensors = []
-        for name, shape in names:
-            tensor = checkpoint.at(name)
-            if tensor is None:
-                raise ModelError(f"tensor {name} is missing from the model's files")
-            if shape is not None and tensor.shape != shape:
-                raise ModelError(f"tensor {name} has shape {list(tensor.shape)}; the model needs {list(shape)}")
-            bias = checkpoint.at(name.removesuffix("weight") + "bias") if name.endswith(".weight") else None
-            tensors += [tensor] if bias is None else [tensor, bias]
-        return tuple({tensor.name: tensor for tensor in tensors}.values())
+    def found(needed: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[TensorAt, ...]:
+        names = []
+        for name, shape in needed:
+            if name not in multiplied:
+                require(checkpoint, name, shape)
+            names += [name, name.removesuffix("weight") + "bias"] if name.endswith(".weight") else [name]
+        tensors = [tensor for name in dict.fromkeys(names) if (tensor := checkpoint.at(name)) is not None]
+        for tensor in tensors:
+            if tensor.dtype not in STORED:
+                raise ModelError(f"tensor {tensor.name} holds {tensor.dtype}, which is not computed with")
+        return tuple(tensors)
 
     model = described.model
-    embedding: list[tuple[str, tuple[int, ...] | None]] = [
-        (f"{described.embedding}.weight", (model.vocabulary, model.hidden))
-    ]
+    table = (model.vocabulary, model.hidden)
+    embedding: list[tuple[str, tuple[int, ...]]] = [(f"{described.embedding}.weight", table)]
     if described.positions:
-        embedding.append((f"{described.positions}.weight", None))
-    head: list[tuple[str, tuple[int, ...] | None]] = [(name, None) for name, _ in described.head.tensors]
+        positions = f"{described.positions}.weight"
+        embedding.append((positions, checkpoint.shape(positions) or (0, model.hidden)))
+    head = list(described.head.tensors)
     if model.head.norm is not None and model.head.norm.weighted:
         head.append((f"{described.norm}.weight", (model.hidden,)))
-    return (
-        found(iter(embedding)),
-        *(found(_needed(weights)) for weights in described.blocks),
-        found(iter(head)),
-    )
-
-
-def _needed(weights: BlockWeights) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """Names, with the shapes that no product has been checked for."""
-    multiplied = {name for product in weights.products.values() for name, _ in product.tensors}
-    for name, shape in weights.tensors():
-        yield name, None if name in multiplied else shape
+    return found(embedding), *(found(weights.tensors()) for weights in described.blocks), found(head)

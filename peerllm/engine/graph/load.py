@@ -9,11 +9,11 @@ import numpy as np
 
 from peerllm.engine.base import Progress
 from peerllm.engine.graph.describe import Described
+from peerllm.engine.graph.nodes import make_pool
 from peerllm.engine.graph.shard import Embedding, GraphShard, Span, make_embedding, make_head, make_span
 from peerllm.engine.graph.slots import room_of, token_bytes
 from peerllm.engine.graph.tensors import Checkpoint, Tensors
 from peerllm.engine.graph.weights import Product
-from peerllm.engine.kernels.pool import make_pool
 from peerllm.engine.memory import trim
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import BadInputError, RefusedError

@@ -15,7 +15,7 @@ from peerllm.engine.outline import CHUNK, CONTEXT, Mockup
 
 
 class Outline(outline.Sizes):
-    """See profiling.Outline; from config.json alone."""
+    """See outline.Sizes; from config.json alone."""
 
     def __init__(self, described: Described, message: TimeLayers, threads: int) -> None:
         self._described, self._quantize, self._threads = described, message.quantize, threads
@@ -37,9 +37,7 @@ class Outline(outline.Sizes):
 
     def build(self, mockup: Mockup) -> GraphShard:
         described, model = self._described, self._described.model
-        shape = Shape(
-            described, mockup.first, mockup.last, mockup.sequences + 1, mockup.context, self._quantize
-        )
+        shape = Shape(described, mockup.first, mockup.last, mockup.sequences + 1, mockup.context, self._quantize)
         shapes = {name: size for number in shape.numbers for name, size in described.blocks[number].tensors()}
         shapes |= dict(described.head.tensors) | {f"{described.norm}.weight": (model.hidden,)}
         tensors = MadeUp(shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import onnx
 import onnx.numpy_helper
 import onnxruntime
 from onnx import TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 CONTRIB = "com.microsoft"
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products of 8-bit numbers, sums exact
@@ -18,6 +20,12 @@ KINDS = {
 }  # fmt: skip
 OPSET, IR = 17, 8
 INLINE_BYTES = 1024  # smaller weights stand in the model itself
+
+
+def make_pool(threads: int) -> None:
+    """The threads of all sessions of this process, before the first one is made; the first caller's number holds."""
+    with contextlib.suppress(Fail):  # they are there already
+        onnxruntime.set_global_thread_pool_sizes(threads, 1)
 
 
 class Graph:
@@ -55,13 +63,15 @@ class Graph:
     def add(self, kind: str, *inputs: str, domain: str = "", output: str = "", **attributes: Any) -> str:
         """An operator with one output, whose name is returned."""
         output = output or self._name(kind)
-        self._nodes.append(helper.make_node(kind, inputs, [output], domain=domain, **attributes))
+        self.node(kind, inputs, [output], domain, **attributes)
         return output
 
     def node(
         self, kind: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any
     ) -> None:
-        """An operator whose outputs have names given."""
+        """An operator whose outputs have names given; an input "" is left out."""
+        while not inputs[-1]:
+            inputs = inputs[:-1]
         self._nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
 
     def split(self, x: str, sizes: Sequence[int]) -> list[str]:

@@ -6,11 +6,10 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from peerllm.engine.base import Floats
 from peerllm.engine.graph.model import Rope
 
-Floats = npt.NDArray[np.float32]
 KNOWN = frozenset(["default", "linear", "llama3", "yarn"])  # others follow the longest position
 
 

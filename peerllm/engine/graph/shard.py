@@ -17,7 +17,7 @@ from peerllm.engine.graph.model import Head, Model
 from peerllm.engine.graph.nodes import Bound, Graph
 from peerllm.engine.graph.rotation import tables
 from peerllm.engine.graph.slots import Batch, KVSlots, room_of
-from peerllm.engine.graph.tensors import Floats, Tensors, as_floats
+from peerllm.engine.graph.tensors import Floats, Tensors
 from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
 from peerllm.errors import EngineError, ModelError
 
@@ -38,14 +38,14 @@ class Embedding:
     """Looks token ids up in a table that stays in its file, and adds learned positions."""
 
     def __init__(self, table: npt.NDArray[Any], scale: float, positions: Floats | None) -> None:
-        """`table` [vocabulary, hidden]; bfloat16 as its bits. `positions` [context, hidden]."""
+        """`table` [vocabulary, hidden], `positions` [context, hidden]."""
         self._table, self._scale, self._positions = table, np.float32(scale), positions
 
     def __call__(self, ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> Floats:
         """float32 [n, hidden]; EngineError for an id that is no token."""
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self._table)):
             raise EngineError(f"token ids lie between 0 and {len(self._table) - 1}")
-        x = as_floats(self._table[ids])
+        x = np.ascontiguousarray(self._table[ids], dtype=np.float32)
         if self._scale != 1.0:
             x = x * self._scale
         return x if self._positions is None else x + self._positions[places]
@@ -80,26 +80,18 @@ class GraphShard:
         if len(segments) == 1 and segments[0].length > self._slots.longest:
             return self._in_pieces(inputs, segments[0])
         batch = self._slots.seek(segments)
-        order = list(batch.order)
+        order, length = list(batch.order), segments[0].length
         rows = inputs if len(segments) == 1 else inputs[order]
-        first = segments[0]
-        places = np.array(
-            [range(first.position, first.position + first.length)]
-            if len(segments) == 1
-            else [[segments[row].position] for row in order],
-            np.int64,
-        )  # [b, n]
+        starts = [segments[row].position for row in order]
+        places = np.array([range(start, start + length) for start in starts], np.int64)  # [b, n]
         hidden = self._blocks(rows, places, batch)  # [b·n, hidden]
         self._slots.advance(segments)
         if not self._head:
             out = np.empty_like(hidden)
             out[order if len(segments) > 1 else slice(None)] = hidden
             return out
-        if len(segments) == 1:
-            wanted = [len(hidden) - 1] if first.sample else []
-        else:
-            at = {row: place for place, row in enumerate(order)}
-            wanted = [at[row] for row, segment in enumerate(segments) if segment.sample]
+        ends = {row: (place + 1) * length - 1 for place, row in enumerate(order)}
+        wanted = [ends[row] for row, segment in enumerate(segments) if segment.sample]
         return self._logits(hidden[wanted])
 
     def release(self, slot: int) -> None:
@@ -155,9 +147,8 @@ class GraphShard:
             self._bound.popitem(last=False)
         return made
 
-    def _make_buffers(self, rows: int) -> tuple[Floats, Floats]:
-        made = [np.empty((rows, self.hidden_size), np.float32) for _ in range(2)]
-        return made[0], made[1]
+    def _make_buffers(self, rows: int) -> list[Floats]:
+        return [np.empty((rows, self.hidden_size), np.float32) for _ in range(2)]
 
 
 class _Pass:

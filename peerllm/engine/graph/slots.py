@@ -63,12 +63,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Where the sequences of a pass lie: `count` places from `first` on; `order[i]` is the segment at place i."""
+    """Where the sequences of a pass lie: places from `first` on; `order[i]` is the segment at place i."""
 
     first: int
-    count: int
     order: tuple[int, ...]
-    last: tuple[Array, ...]  # int32 [count] for each group: the last token's number in its room
+    last: tuple[Array, ...]  # int32 [places] for each group: the last token's number in its room
     total: tuple[Array, ...]  # int32 [1] for each group: the most tokens of a room that are looked at
 
 
@@ -109,7 +108,7 @@ class KVSlots:
             ends = [group.held[segments[row].slot] + segments[row].length for row in order]
             lasts.append(np.array(ends, np.int32) - np.int32(1))
             totals.append(np.array([max(ends)], np.int32))
-        return Batch(first, len(segments), order, tuple(lasts), tuple(totals))
+        return Batch(first, order, tuple(lasts), tuple(totals))
 
     def advance(self, segments: Sequence[Segment]) -> None:
         """A pass went well: what it wrote counts from now on."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from peerllm.engine.checkpoint import COMPUTED, mapped
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 
 Floats = npt.NDArray[np.float32]
 Rows = slice | npt.NDArray[np.int64]
-STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}  # bfloat16 as its bits
 WRAPPERS = re.compile(r"^(?:(?:model|transformer|gpt_neox|decoder)\.)+")  # what checkpoints put before the same names
 
 
@@ -56,28 +55,18 @@ class Checkpoint:
         stored = self.mapped(name)
         part = (stored.T if turned else stored)[rows]
         self._count(part.nbytes)
-        return as_floats(part)
+        return np.ascontiguousarray(part, dtype=np.float32)
 
     def mapped(self, name: str) -> npt.NDArray[Any]:
-        """The file's own numbers (bfloat16 as its bits): its pages are the system's, no memory of ours."""
+        """See checkpoint.mapped."""
         if name not in self._maps:
             tensor = self._tensors.get(name)
             if tensor is None:
                 raise ModelError(f"tensor {name} is missing from the model's files")
-            dtype = STORED.get(tensor.dtype)
-            if dtype is None:
+            if tensor.dtype not in COMPUTED:
                 raise ModelError(f"tensor {name} holds {tensor.dtype}, which is not computed with")
-            try:
-                if Path(tensor.path).stat().st_size < tensor.offset + tensor.nbytes:
-                    raise ModelError(f"{Path(tensor.path).name} ends in the middle of tensor {name}; fetch it again")
-                self._maps[name] = np.memmap(tensor.path, dtype, "r", tensor.offset, tensor.shape)
-            except (OSError, ValueError) as error:
-                raise ModelError(f"{Path(tensor.path).name} cannot be read: {error}") from error
+            self._maps[name] = mapped(tensor)
         return self._maps[name]
-
-    def let_go(self, name: str) -> None:
-        """Its pages may leave memory."""
-        self._maps.pop(name, None)
 
 
 class MadeUp:
@@ -99,10 +88,3 @@ class MadeUp:
             count = len(rows) if not isinstance(rows, slice) else len(range(*rows.indices(shape[0])))
             taken = (count, *shape[1:])
         return np.resize(self._drawn, taken)
-
-
-def as_floats(part: npt.NDArray[Any]) -> Floats:
-    """float32, contiguous; bits of bfloat16 become its numbers."""
-    if part.dtype == np.uint16:
-        return (part.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return np.ascontiguousarray(part, dtype=np.float32)

@@ -58,16 +58,26 @@ class Product:
         return self.rows * self.columns * bits // 8 + self.rows * (self.columns // block) * BLOCK_BYTES
 
 
+def require(tensors: Tensors, name: str, shape: tuple[int, ...], growing: int | None = None) -> None:
+    """ModelError if a tensor is missing or has another shape; in its dimension `growing` it may have more."""
+    found = tensors.shape(name)
+    if found is None:
+        raise ModelError(f"tensor {name} is missing from the model's files")
+    fits = len(found) == len(shape) and all(
+        have == need or (place == growing and have > need)
+        for place, (have, need) in enumerate(zip(found, shape, strict=True))
+    )
+    if not fits:
+        raise ModelError(f"tensor {name} has shape {list(found)}; the model needs {list(shape)}")
+
+
 def check(tensors: Tensors, product: Product) -> None:
-    """ModelError names a tensor that is missing or has another shape."""
+    """ModelError names a tensor that is missing or has another shape; either all parts have biases or none has."""
+    biased = any(tensors.shape(f"{part.tensor}.bias") for part in product.parts)
     for part, (name, least) in zip(product.parts, product.tensors, strict=True):
-        found = tensors.shape(name)
-        if found is None:
-            raise ModelError(f"tensor {name} is missing from the model's files")
-        whole = part.rows is None
-        if found != least and (whole or len(found) != 2 or found[not part.turned] != least[not part.turned]
-                               or found[part.turned] < least[part.turned]):
-            raise ModelError(f"tensor {name} has shape {list(found)}; the model needs {list(least)}")
+        require(tensors, name, least, None if part.rows is None else int(part.turned))
+        if biased and not part.bare and (found := tensors.shape(name)) is not None:
+            require(tensors, f"{part.tensor}.bias", (found[part.turned],))
 
 
 def pieces(tensors: Tensors, product: Product) -> Iterator[tuple[int, Floats]]:
@@ -84,17 +94,14 @@ def pieces(tensors: Tensors, product: Product) -> Iterator[tuple[int, Floats]]:
 
 
 def bias_of(tensors: Tensors, product: Product) -> Floats | None:
-    """float32 [rows]; None if no part has one."""
-    names = [f"{part.tensor}.bias" for part in product.parts]
-    if product.parts[0].bare or not any(tensors.shape(name) for name in names):
+    """float32 [rows]; None if the parts have none."""
+    first = product.parts[0]
+    if first.bare or tensors.shape(f"{first.tensor}.bias") is None:
         return None
-    biases = []
-    for part, name in zip(product.parts, names, strict=True):
-        if tensors.shape(name) is None:
-            biases.append(np.zeros(part.count, np.float32))
-        else:
-            biases.append(tensors.floats(name, slice(None) if part.rows is None else part.rows))
-    return np.concatenate(biases)
+    rows = [slice(None) if part.rows is None else part.rows for part in product.parts]
+    return np.concatenate(
+        [tensors.floats(f"{part.tensor}.bias", some) for part, some in zip(product.parts, rows, strict=True)]
+    )
 
 
 def add_product(graph: Graph, x: str, product: Product, tensors: Tensors, bits: int) -> str:
@@ -178,9 +185,7 @@ def add_experts(
 ) -> str:
     """rows [n, H] through the experts that scores [n, experts] send them to; only those are touched."""
     for name, shape in stacks.tensors(experts, hidden):
-        if (found := tensors.shape(name)) != shape:
-            told = "is missing" if found is None else f"has shape {list(found)}; the model needs {list(shape)}"
-            raise ModelError(f"tensor {name} {told}")
+        require(tensors, name, shape)
     block = experts_block(experts, hidden, bits)
     layers: list[tuple[int, int, Callable[[int], Floats], str]] = [
         (2 * experts.wide, hidden, lambda number: stacks.first(tensors, experts, number), f"{stacks.up}_bias"),
@@ -206,8 +211,6 @@ def add_experts(
     }  # fmt: skip
     if experts.limit:
         about["swiglu_limit"] = experts.limit
-    while not inputs[-1]:
-        inputs.pop()
     if block is None:
         return graph.add("MoE", *inputs, domain=CONTRIB, **about)
     return graph.add("QMoE", *inputs, domain=CONTRIB, expert_weight_bits=bits, block_size=block, **about)
@@ -270,10 +273,9 @@ def norm_weights(graph: Graph, tensors: Tensors, norm: Norm, name: str, shape: t
     if norm.weighted:
         parts = norm_tensors(name, shape)
         for part, least in parts:
-            if (found := tensors.shape(part)) != least:
-                told = "is missing" if found is None else f"has shape {list(found)}; the model needs {list(least)}"
-                raise ModelError(f"tensor {part} {told}")
+            require(tensors, part, least)
         weight = np.concatenate([tensors.floats(part, slice(None)) for part, _ in parts]).reshape(shape)
         weight += np.float32(norm.offset)
-    bias = tensors.shape(f"{name}.bias") is not None
+    if bias := tensors.shape(f"{name}.bias") is not None:
+        require(tensors, f"{name}.bias", shape)
     return graph.weight(weight), graph.weight(tensors.floats(f"{name}.bias", slice(None))) if bias else ""

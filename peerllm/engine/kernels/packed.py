@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from peerllm.engine.arrays import as_array
-from peerllm.engine.kernels.matmul_nbits import NBits
-from peerllm.engine.kernels.matrices import Matrix
+from peerllm.engine.kernels.keeping import Matrix
+from peerllm.engine.kernels.products import NBits, Unfolded
 from peerllm.engine.kernels.rounding import block_of, packed_bytes, rounded
-from peerllm.engine.kernels.unfolded import Unfolded
+from peerllm.engine.loader import as_array
 from peerllm.engine.memory import trim
 from peerllm.engine.place import CPU, turn
 
@@ -37,8 +36,6 @@ class Packed(nn.Module):
 
     def fill(self, weight: torch.Tensor) -> None:
         """Of the matrix no more than a part is there twice meanwhile, and a small piece in float32."""
-        if weight.itemsize == 1:  # numpy knows no floats so small
-            weight = weight.float()
         block = block_of(self._columns)
         assert block is not None
         rows = weight.t() if self._turned else weight

@@ -69,8 +69,3 @@ def nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     pairs = codes.view("<u2")
     together: NDArray[np.uint8] = (pairs | (pairs >> 4)).astype(np.uint8)
     return together
-
-
-def apart(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """What `nibbles` put together: [rows, columns]."""
-    return np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1)

@@ -53,9 +53,8 @@ class Sequences:
         self.check(self.tokens)
 
     def written(self, segments: list[Segment], batch: Batch) -> None:
-        assert batch.count == len(segments)
         assert sorted(batch.order) == list(range(len(segments)))
-        assert 0 <= batch.first <= SLOTS - batch.count
+        assert 0 <= batch.first <= SLOTS - len(segments)
         for row in batch.order:
             part = segments[row]
             del self.tokens[part.slot][part.position :]

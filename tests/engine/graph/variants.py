@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import io
 import json
 from dataclasses import dataclass
@@ -176,7 +175,6 @@ def make(model_type: str, number: int, values: dict[str, Any], directory: Path) 
     ids = np.random.default_rng(number).integers(0, model.config.vocab_size, (SLOTS, CONTEXT))
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids)).logits.numpy()
-    gc.freeze()  # a load collects garbage, of which there is none
     described = describe(json.loads((directory / "config.json").read_text()))
     cut = number % (LAYERS + 1)
     spans = (0, cut), (cut + 1, LAYERS + 1)

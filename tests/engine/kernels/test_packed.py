@@ -12,7 +12,7 @@ from peerllm.engine.config import DTYPES, parse_config
 from peerllm.engine.division import divide
 from peerllm.engine.inspect import inspect_model
 from peerllm.engine.kernels import packed as kernel
-from peerllm.engine.kernels.matrices import matrices
+from peerllm.engine.kernels.keeping import matrices
 from peerllm.engine.kernels.packed import Packed
 from peerllm.engine.shard import load_shard
 from peerllm.errors import BadInputError, RefusedError

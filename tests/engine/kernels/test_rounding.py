@@ -9,12 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peerllm.engine.graph.nodes import make_pool
 from peerllm.engine.kernels import rounding
-from peerllm.engine.kernels.matmul_nbits import NBits
-from peerllm.engine.kernels.pool import make_pool
-from peerllm.engine.kernels.rounding import apart, block_of, nibbles, rounded
+from peerllm.engine.kernels.products import NBits
+from peerllm.engine.kernels.rounding import block_of, nibbles, rounded
 
 shapes = st.tuples(st.integers(1, 70), st.sampled_from([32, 64, 96, 128, 160, 256, 384]))
+
+
+def apart(codes):
+    """What `nibbles` put together: [rows, columns]."""
+    return np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1)
+
 
 
 def random(shape: tuple[int, ...], seed: int = 0, size: float = 1.0) -> np.ndarray:

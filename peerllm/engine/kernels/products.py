@@ -1,20 +1,41 @@
-"""Rounded matrices on an accelerator: kept rounded, unfolded some rows at a time as they are multiplied with.
-
-That runs wherever torch does and saves memory, not time: each weight is written and read again several times.
-"""
+"""Products with rows of a matrix that `rounding.rounded` made."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import linear
 
+from peerllm.engine.graph.nodes import Graph
+
 ROWS_BYTES = 16 << 20  # of rows in the inputs' dtype that are unfolded at once
 
 
+class NBits:
+    """Some rows of a matrix, by onnxruntime, which rounds inputs to 8 bits within, block by block."""
+
+    def __init__(self, codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int) -> None:
+        columns = codes.shape[1] * 8 // bits
+        graph = Graph()
+        out = graph.rounded_product(graph.input("x", "n", columns), codes, scales, bits)
+        graph.add("Identity", out, output="y")
+        graph.output("y", "n", len(codes))
+        self._session: Any = graph.session()
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[n, columns] to [n, rows], in the inputs' dtype."""
+        (out,) = self._session.run(None, {"x": inputs.to(torch.float32).contiguous().numpy()})
+        return torch.from_numpy(out).to(inputs.dtype)
+
+
 class Unfolded:
-    """Some rows of a matrix, as `rounding.rounded` made them, in the device's memory."""
+    """Some rows of a matrix on an accelerator: kept rounded, unfolded some at a time as they are multiplied with.
+
+    That runs wherever torch does and saves memory, not time: each weight is written and read again several times.
+    """
 
     def __init__(self, codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int, device: torch.device) -> None:
         self._codes, self._scales = (torch.from_numpy(array).to(device) for array in (codes, scales))

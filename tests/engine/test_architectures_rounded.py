@@ -1,0 +1,102 @@
+"""Graphs with rounded weights: every cut says the same, and what they say is near what the weights say in float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from peerllm.engine.base import Segment
+from peerllm.engine.graph import weights
+from peerllm.engine.graph.shard import GraphShard
+from peerllm.types import BITS
+from tests.engine.architectures import (
+    EXPERTS,
+    FAMILIES,
+    LAYERS,
+    VOCABULARY,
+    Cut,
+    Family,
+    Floats,
+    cuts,
+    inspect,
+    load,
+    save,
+    tiny_model,
+)
+from tests.engine.kernels.test_rounding import restored
+
+WIDER = {"hidden_size": 64, "intermediate_size": 128, "n_inner": 128, "head_dim": 16}  # for blocks of 32 and of 128
+EXPERTS_TOO = {**EXPERTS, "moe_intermediate_size": 64}
+SHARED = {"shared_expert_intermediate_size": 64, "shared_intermediate_size": 64}
+DENSE = ("Llama", "Qwen2", "Gemma 2", "GPT-2", "Phi", "Phi-3", "GPT-NeoX", "Falcon", "OLMo 2")
+MIXED = ("Mixtral", "Qwen2-MoE", "Granite-MoE (shared)", "gpt-oss")
+IDS = np.random.default_rng(1).integers(3, VOCABULARY, 24)
+WHOLE: Cut = ((0, LAYERS - 1),)
+
+pytestmark = pytest.mark.usefixtures("calm")
+
+
+def wider(name: str) -> Family:
+    family = next(family for family in FAMILIES if family.name == name)
+    more = {**WIDER, **(EXPERTS_TOO | SHARED if name in MIXED else {})}
+    return replace(family, config={**family.config, **{k: v for k, v in more.items() if k not in family.without}})
+
+
+def logits(directory: Path, quantize: str, cut: Cut = WHOLE) -> Floats:
+    """[n, vocabulary], of one token at a time."""
+    shards = load(inspect(directory, quantize=quantize), cut)
+    assert all(isinstance(shard, GraphShard) for shard in shards)
+    rows = []
+    for position, token in enumerate(IDS):
+        carried: npt.NDArray[Any] = np.array([token])
+        for shard in shards:
+            carried = shard.forward(carried, [Segment(0, position, 1, True)])
+        rows.append(carried[0].copy())
+    return np.array(rows)
+
+
+def likeness(some: Floats, others: Floats) -> float:
+    """The median over positions of the cosine of their logits: rounding sends some tokens to another expert."""
+    lengths = np.linalg.norm(some, axis=1) * np.linalg.norm(others, axis=1)
+    return float(np.median((some * others).sum(1) / lengths))
+
+
+def restoring(patch: pytest.MonkeyPatch, bits: int) -> None:
+    """Graphs in float32 are made of the weights that rounded ones stand for."""
+
+    def rounded(rows: Floats) -> Floats:
+        block = weights.block_of(rows.shape[1])
+        assert block is not None
+        return np.asarray(restored(*weights.rounded(rows, bits, block), bits))
+
+    pieces, first, second = weights.pieces, weights.Stacks.first, weights.Stacks.second
+    patch.setattr(weights.Stacks, "first", lambda *about: rounded(first(*about)))
+    patch.setattr(weights.Stacks, "second", lambda *about: rounded(second(*about)))
+    patch.setattr(
+        weights,
+        "pieces",
+        lambda tensors, product: (
+            (start, rows if product.exact else rounded(rows)) for start, rows in pieces(tensors, product)
+        ),
+    )
+
+
+@pytest.mark.parametrize("quantize", BITS)
+@pytest.mark.parametrize("name", [*DENSE, *MIXED])
+def test_rounded_graphs_say_what_their_weights_stand_for(name: str, quantize: str, tmp_path: Path) -> None:
+    save(tiny_model(wider(name), 1.0, 0), tmp_path)
+    whole, exact = logits(tmp_path, quantize), logits(tmp_path, "none")
+    for cut in cuts(LAYERS, 2):
+        np.testing.assert_array_equal(logits(tmp_path, quantize, cut), whole)
+    with pytest.MonkeyPatch.context() as patch:
+        restoring(patch, BITS[quantize])
+        meant = logits(tmp_path, "none")
+    assert likeness(whole, meant) > (0.95 if name in MIXED else 0.999), "but for inputs, which are rounded as well"
+    assert likeness(whole, exact) > {"int8": 0.97, "int4": 0.7}[quantize]
+    skipped = logits(tmp_path, quantize, ((0, LAYERS - 3), (LAYERS - 1, LAYERS - 1)))
+    assert likeness(skipped, meant) < 0.94, "a control: without its last block"
