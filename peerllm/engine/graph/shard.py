@@ -63,12 +63,12 @@ class GraphShard:
         self.weight_bytes = weight_bytes
         self.weights: Mapping[int, int] = {id(self): weight_bytes}
         self.reach: Reach | None = reach_of(model)
-        self._model, self._embedding, self._spans, self._head, self._half = model, embedding, spans, head, half
+        self._model, self._embedding, self._spans, self._head = model, embedding, spans, head
         numbers = [number for span in spans for number in range(span.first, span.last + 1)]
         self._slots = KVSlots({number: model.blocks[number].attention for number in numbers}, slots, context, half)
         self.kv_bytes = sum(store.nbytes for pair in self._slots.stores.values() for store in pair)
         self._windows = tuple(self._slots.groups)
-        self._tables = rotation_tables(model, spans, context, half)
+        self._tables = rotation_tables(model, spans, context)
         self._bound: OrderedDict[tuple[int, int, int], _Pass] = OrderedDict()
         self._buffers = self._make_buffers(max(LEAST_ROWS, min(chunk, context), slots))
 
@@ -200,7 +200,7 @@ def reach_of(model: Model) -> Reach:
     return Reach(True, min(rooms, default=None), base.ROLLBACK_TOKENS)
 
 
-def rotation_tables(model: Model, spans: Iterable[Span], context: int, half: bool) -> dict[str, npt.NDArray[Any]]:
+def rotation_tables(model: Model, spans: Iterable[Span], context: int) -> dict[str, npt.NDArray[Any]]:
     """Cosines and sines by the graphs' names for them, those that a span asks for."""
     asked = {entry.name for span in spans for entry in span.session.get_inputs()}
     made: dict[str, npt.NDArray[Any]] = {}
@@ -214,14 +214,14 @@ def rotation_tables(model: Model, spans: Iterable[Span], context: int, half: boo
 
 
 def make_span(
-    model: Model, numbers: range, weights: Sequence[BlockWeights], tensors: Tensors, bits: int, context: int, half: bool
+    model: Model, numbers: range, weights: Sequence[BlockWeights], tensors: Tensors, bits: int, context: int
 ) -> Span:
     """Blocks `numbers` as one graph; `weights` are theirs, in order."""
     graph = Graph()
     x = graph.input("x", "b", "n", model.hidden)
     for number, own in zip(numbers, weights, strict=True):
         room = room_of(own.block.attention.window, context)
-        x = BlockGraph(graph, own, tensors, bits, context, model.windows, half).add(x, number, room)
+        x = BlockGraph(graph, own, tensors, bits, context, model.windows).add(x, number, room)
     graph.add("Identity", x, output="y")
     graph.output("y", "b", "n", model.hidden)
     return Span(numbers.start, numbers.stop - 1, graph.session())

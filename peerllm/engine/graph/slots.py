@@ -27,9 +27,9 @@ def room_of(window: int | None, context: int) -> int:
     return context if window is None else min(context, window + 2 * base.ROLLBACK_TOKENS)
 
 
-def token_bytes(about: Attention, half: bool) -> int:
-    """Bytes of keys and values per token."""
-    return 2 * about.groups * about.width * (2 if half else 4)
+def token_bytes(about: Attention, bits: int) -> int:
+    """Bytes of keys and values per token, which are float16 where weights are rounded to so many bits."""
+    return 2 * about.groups * about.width * (2 if bits else 4)
 
 
 @dataclass(slots=True)
