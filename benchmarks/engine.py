@@ -1,9 +1,11 @@
-"""One device against `transformers`: decode and prefill of a 1.24 B model (Llama-3.2-1B's shape, random weights).
+"""One device against llama.cpp on the same numbers: decode, prefill, and eight sequences at once, in tokens/s.
 
-The baseline is `generate(do_sample=False)` in bfloat16 after one warm-up, in this process, with as many threads as the
-device has. Ours are real daemons with their engines, one in bfloat16, one in int8, one in int4, asked through the API
-for answers of the same length. All live at once and are asked in turn; medians over the rounds. With LLAMA_BENCH=path
-(llama.cpp's `llama-bench`) and LLAMA_MODEL=path (a GGUF file of the same shape), its rates stand beside them.
+Ours is a real daemon with its engine, asked through its API; theirs are the programs `llama-bench` and
+`llama-batched-bench` of --llama (or LLAMA_BIN), a folder. Both are asked in turn, round by round; medians. Without
+--model a model of Llama-3.2-1B's shape is written with random weights, and its GGUF files: bfloat16, which int8 (the
+default for such a checkpoint) stands beside, and Q4_0, head included, beside int4. Without --llama only ours is
+measured. Other programs on
+these cores spoil it.
 """
 
 from __future__ import annotations
@@ -11,131 +13,115 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-import torch
 
 from benchmarks.models import LLAMA_3_2_1B, write_llama
 from tests.household import Device, household
 
-PROMPT, OUTPUT, LONG = 32, 64, 512  # tokens
-CONTEXT = 640
-BASELINE = "transformers generate, bfloat16"
-
-
-class Baseline:
-    """transformers in this process."""
-
-    def __init__(self, model_dir: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
-        self._vocabulary = self._model.config.vocab_size
-
-    def run(self, prompt: int, output: int) -> float:
-        """Seconds of one call."""
-        ids = torch.randint(0, self._vocabulary, (1, prompt))
-        started = time.perf_counter()
-        self._model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=output, max_new_tokens=output,
-            pad_token_id=0,
-        )  # fmt: skip
-        return time.perf_counter() - started
+PROMPT, OUTPUT, LONG = 32, 32, 512  # tokens
+AT_ONCE, CONTEXT = 8, 640
+PARTNERS = {"int8": "BF16", "int4": "Q4_0"}
+Rates = Mapping[str, float]
 
 
 @contextmanager
-def device(root: Path, model: Path, threads: int, prefix: Sequence[str], quantize: str) -> Iterator[Device]:
-    """One that serves the model."""
-    name, options = quantize or "bfloat16", ("--no-mdns", "--threads", str(threads))
-    with household(root / name, [name], memory="6GB", prefixes={name: list(prefix)}, options=options) as (one,):
-        rounded = ["--quantize", quantize or "none"]
-        one.cli("run", str(model), "--slots", "1", "--context", str(CONTEXT), *rounded)
-        yield one
+def daemon(root: Path, model: Path, threads: int, kind: str) -> Iterator[Callable[[], Rates]]:
+    """A device that serves the model with weights of that kind, and how to measure it."""
+    options = ("--no-mdns", "--threads", str(threads))
+    with household(root / kind, [kind], memory="8GB", options=options) as (one,):
+        one.cli("run", str(model), "--slots", str(AT_ONCE), "--context", str(CONTEXT), "--quantize", kind)
+        yield lambda: ours(one, str(model))
 
 
-def rates(one: Device, model: str, prompt: int, output: int) -> tuple[float, float]:
-    """(milliseconds to the first token, tokens/s after it) of one answer."""
-    body = {"model": model, "sequences": 1, "prompt_tokens": prompt, "output_tokens": output}
-    found = one.post("/peerllm/v1/bench", body)
-    steps = found["step_ms"]
-    return found["time_to_first_token_ms"][0], 1000 / steps[0] if steps else 0.0
+def ours(one: Device, model: str) -> Rates:
+    """Of one device."""
+
+    def bench(sequences: int, prompt: int, output: int) -> dict[str, list[float]]:
+        body = {"model": model, "sequences": sequences, "prompt_tokens": prompt, "output_tokens": output}
+        found: dict[str, list[float]] = one.post("/peerllm/v1/bench", body)
+        return found
+
+    return {
+        "decode": 1000 / bench(1, PROMPT, OUTPUT)["step_ms"][0],
+        "prefill": LONG / bench(1, LONG, 1)["time_to_first_token_ms"][0] * 1000,
+        "eight": sum(1000 / step for step in bench(AT_ONCE, PROMPT, OUTPUT)["step_ms"]),
+    }
 
 
-def measure(threads: int, rounds: int, quantized: Sequence[str]) -> dict[str, dict[str, float]]:
-    """By arrangement: decode and prefill in tokens/s."""
-    cores = ["taskset", "-c", "0" if threads == 1 else "0,1"]
-    os.sched_setaffinity(0, {0} if threads == 1 else {0, 1})
-    torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory:
-        root = Path(directory)
-        model = write_llama(root / "model", LLAMA_3_2_1B)
-        baseline = Baseline(model)
-        seen: dict[str, dict[str, list[float]]] = {}
+def theirs(programs: Path, gguf: Path, threads: int) -> Rates:
+    """Of llama.cpp."""
+    from benchmarks.llama_cpp import told
 
-        def note(name: str, decode: float, prefill: float) -> None:
-            both = seen.setdefault(name, {"decode": [], "prefill": []})
-            both["decode"].append(decode)
-            both["prefill"].append(prefill)
-
-        with ExitStack() as stack:
-            devices = {
-                kind: stack.enter_context(device(root, model, threads, cores, kind)) for kind in ("", *quantized)
-            }
-            baseline.run(PROMPT, OUTPUT)
-            for one in devices.values():
-                rates(one, str(model), PROMPT, OUTPUT)
-            for _ in range(rounds):
-                long_s, one_s, all_s = baseline.run(LONG, 1), baseline.run(PROMPT, 1), baseline.run(PROMPT, OUTPUT)
-                note(BASELINE, (OUTPUT - 1) / (all_s - one_s), LONG / long_s)
-                for name, one in devices.items():
-                    first_ms, _ = rates(one, str(model), LONG, 1)
-                    _, decode = rates(one, str(model), PROMPT, OUTPUT)
-                    note(f"peerllm, {name or 'bfloat16'}", decode, LONG / first_ms * 1000)
-        for name, (decode, prefill) in llama_bench(threads).items():
-            note(name, decode, prefill)
-    return {name: {kind: median(values) for kind, values in both.items()} for name, both in seen.items()}
+    common = ("-m", str(gguf), "-t", str(threads))
+    single = (*common, "-p", str(LONG), "-n", str(OUTPUT), "-r", "1", "-o", "jsonl")
+    batch = (*common, "-npp", str(PROMPT), "-ntg", str(OUTPUT), "-npl", str(AT_ONCE), "-c", "1024")
+    alone = {"decode" if one["n_gen"] else "prefill": one["avg_ts"] for one in told(programs / "llama-bench", *single)}
+    (together,) = told(programs / "llama-batched-bench", *batch, "--output-format", "jsonl")
+    return {"decode": alone["decode"], "prefill": alone["prefill"], "eight": together["speed_tg"]}
 
 
-def llama_bench(threads: int) -> dict[str, tuple[float, float]]:
-    """(decode, prefill) of llama.cpp, if it is there."""
-    program, model = os.environ.get("LLAMA_BENCH"), os.environ.get("LLAMA_MODEL")
-    if not program or not model:
-        return {}
-    command = [program, "-m", model, "-t", str(threads), "-p", str(LONG), "-n", str(OUTPUT), "-r", "5", "-o", "json"]
-    found = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    by_kind = {("decode" if one["n_gen"] else "prefill"): one["avg_ts"] for one in found}
-    return {f"llama.cpp, {found[0]['model_type']}": (by_kind["decode"], by_kind["prefill"])}
+def measure(threads: int, rounds: int, model: Path, programs: Path | None, against: Mapping[str, Path],
+            kinds: Sequence[str], root: Path) -> dict[str, dict[str, Rates]]:  # fmt: skip
+    """By kind: medians of ours and theirs."""
+    seen: dict[str, dict[str, list[Rates]]] = {}
+    with ExitStack() as stack:
+        daemons = {kind: stack.enter_context(daemon(root, model, threads, kind)) for kind in kinds}
+        for rates in daemons.values():
+            rates()  # once unmeasured
+        for turn in range(rounds):
+            for kind, rates in daemons.items():
+                both = seen.setdefault(kind, {"ours": [], "theirs": []})
+                both["ours"].append(rates())
+                if programs is not None and kind in against:
+                    both["theirs"].append(theirs(programs, against[kind], threads))
+                print(turn, kind, {who: list(all_[-1].values()) for who, all_ in both.items() if all_}, file=sys.stderr)
+    return {
+        kind: {who: {what: median(one[what] for one in all_) for what in all_[0]} for who, all_ in both.items() if all_}
+        for kind, both in seen.items()
+    }
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
-    """Markdown; ratios are over the baseline."""
-    base = found[BASELINE]
-    lines = ["| | decode, tokens/s | / baseline | prefill of 512, tokens/s | / baseline |", "|---|---|---|---|---|"]
-    for name, one in found.items():
-        decode, prefill = one["decode"], one["prefill"]
-        lines.append(
-            f"| {name} | {decode:.1f} | {decode / base['decode']:.2f} | {prefill:.0f} "
-            f"| {prefill / base['prefill']:.2f} |"
-        )
+def table(found: Mapping[str, Mapping[str, Rates]], partners: Mapping[str, str]) -> str:
+    """Markdown: ours, theirs, and the ratio."""
+    heads = ("decode", f"prefill of {LONG}", f"{AT_ONCE} at once")
+    lines = ["| ours, theirs | " + " | ".join(f"{head}: tokens/s | ratio" for head in heads) + " |", "|---" * 7 + "|"]
+    for kind, both in found.items():
+        line = f"| {kind}, {partners.get(kind, 'none')} "
+        for what, mine in both["ours"].items():
+            other = both.get("theirs", {}).get(what)
+            line += f"| {mine:.1f} | |" if other is None else f"| {mine:.1f}, {other:.1f} | {mine / other:.2f} "
+        lines.append(line + "|")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, choices=(1, 2))
+    parser.add_argument("--threads", type=int, default=1, help="and as many cores, from the first on")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quantize", nargs="*", default=["int8", "int4"])
+    parser.add_argument("--kinds", nargs="*", default=["int8", "int4"], help="with `none` the checkpoint as it is")
+    parser.add_argument("--model", type=Path, help="a model directory")
+    parser.add_argument("--against", nargs="*", default=[], metavar="int4=FILE", help="a GGUF file for each kind")
+    parser.add_argument("--llama", type=Path, default=os.environ.get("LLAMA_BIN"), help="a folder of its programs")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    found = measure(args.threads, args.rounds, args.quantize)
-    print(json.dumps(found) if args.json else table(found))
+    os.sched_setaffinity(0, range(args.threads))
+    against = {kind: Path(file) for kind, file in (pair.split("=", 1) for pair in args.against)}
+    programs = None if args.llama is None else Path(args.llama)
+    with tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory:
+        root = Path(directory)
+        model = args.model or write_llama(root / "model", LLAMA_3_2_1B)
+        if programs is not None and args.model is None:
+            from benchmarks.llama_cpp import write_both
+
+            against = write_both(model, root, programs)
+        found = measure(args.threads, args.rounds, model, programs, against, args.kinds, root)
+    partners = {kind: file.stem if args.against else PARTNERS[kind] for kind, file in against.items()}
+    print(json.dumps(found) if args.json else table(found, partners))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Sending overlaps computing: a long prompt in chunks over a slow link, as its trace shows it.
 
-Two devices of one core each (network namespaces, TLS) with half of a bfloat16 model each, joined at `--mbps`. While a
-chunk is on its way the sender computes the next one. `--write` draws the trace as docs/overlap.png. Needs root.
+Two devices of one core each (network namespaces, TLS) with about half of a model in int8 each, joined at `--mbps`.
+While a chunk is on its way the sender computes the next one. `--write` draws the trace as docs/overlap.png. Needs root.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import LLAMA_3_2_1B, write_llama
-from benchmarks.two_devices import Household, halves, pinned
+from benchmarks.two_devices import SLOTS, Household, pinned
 from peerllm.cli.timeline import draw
 from peerllm.cli.trace import figures
 
@@ -25,9 +25,9 @@ def recorded(root: Path, mbps: int) -> dict[str, Any]:
     """The trace of one prompt."""
     model = write_llama(root / "model", LLAMA_3_2_1B)
     file = root / "trace.json"
-    with pinned(root / "devices", {"left": 0, "right": 1}, halves(LLAMA_3_2_1B, None), mbps) as (left, _):
+    with pinned(root / "devices", {"left": 0, "right": 1}, mbps) as (left, _):
         household = Household(left, model)
-        household.serve("--activations", "exact", slots=1, context=PROMPT + 64)
+        household.serve("--activations", "exact", "--objective", "throughput", slots=SLOTS, context=PROMPT + 64)
         household.bench(1, PROMPT, OUTPUT, "--trace", str(file))
     found: dict[str, Any] = json.loads(file.read_text())
     return found

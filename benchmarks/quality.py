@@ -1,127 +1,118 @@
-"""What rounding costs the built-in model, of weights or of what travels: loss and top-1 agreement on unseen dialogues.
+"""What rounding costs: perplexity on WikiText-2, and how often the likeliest token stays that of float32.
 
-Held-out commands (phrasings and verbs of no training dialogue), each with its right answer, are read token by token;
-what counts are the answers' tokens. The engine's own shards compute, in float32 with the file's weights, then with
-weights rounded to 8 and to 4 bits, and cut into two and three shards with hidden states as int8 between them: in
-float32, which shows what that alone costs (a deployment never does it there), and in bfloat16.
+    python -m benchmarks.quality MODEL_DIR TEXT
+
+TEXT is WikiText-2's validation split. Its first tokens are read in windows; every token of a window but the first
+counts. The engine's own shards compute: the model's blocks in one or several with hidden states handed on exactly or
+as int8, and its head in one of its own, which gives logits for every token.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from peerllm.builtin import MODEL_DIR
-from peerllm.builtin.chat import encode, render
-from peerllm.builtin.dialogues import Dialogue
-from peerllm.builtin.evaluate import held_out_commands
 from peerllm.engine.activations import restored, rounded
-from peerllm.engine.base import Segment
-from peerllm.engine.inspect import inspect_model
-from peerllm.engine.messages import LoadStage
-from peerllm.engine.shard import TorchShard, load_shard
+from peerllm.engine.backends import Backends
+from peerllm.engine.base import Segment, Shard
+from peerllm.engine.messages import Inspect, LoadStage
 
-CONTEXT, AT_ONCE = 192, 16
-COMMANDS = 200
+WINDOW, WINDOWS, CHUNK = 1024, 8, 128  # tokens, windows, tokens of one pass
+
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How the model is computed; after each layer of `cuts` hidden states are rounded."""
+    """How the model is computed, on `hops` + 1 devices with hidden states as int8 between them."""
 
     name: str
-    dtype: str = "float32"
-    quantize: str = "none"
-    cuts: tuple[int, ...] = ()
+    dtype: str
+    quantize: str
+    hops: int = 0
 
 
 WAYS = (  # the first is what the others are held against
-    Way("float32"),
-    Way("int8 weights", quantize="int8"),
-    Way("int4 weights", quantize="int4"),
-    Way("int8 on 1 hop", cuts=(6,)),
-    Way("int8 on 2 hops", cuts=(4, 9)),
-    Way("bfloat16", "bfloat16"),
-    Way("bfloat16, int8 on 1 hop", "bfloat16", cuts=(6,)),
-    Way("bfloat16, int8 on 2 hops", "bfloat16", cuts=(4, 9)),
+    Way("float32 (`--exact`)", "float32", "none"),
+    Way("bfloat16, by torch (`--quantize none`)", "bfloat16", "none"),
+    Way("int8 (the default)", "auto", "int8"),
+    Way("int8, int8 on 1 hop", "auto", "int8", 1),
+    Way("int8, int8 on 2 hops", "auto", "int8", 2),
+    Way("int4", "auto", "int4"),
+    Way("int4, int8 on 1 hop", "auto", "int4", 1),
 )
-Read = tuple[torch.Tensor, torch.Tensor]  # of every token of an answer: log-probabilities [n, vocabulary], what it was
 
 
 class Chain:
-    """The built-in model's shards one after another, hidden states rounded between them."""
+    """The model's shards one after another, the last of them its head alone."""
 
-    def __init__(self, way: Way) -> None:
-        found = inspect_model(MODEL_DIR, way.dtype, way.quantize)
-        ends = (*way.cuts, len(found.profile.layers) - 1)
-        self.shards: list[TorchShard] = []
-        for first, last in zip((0, *(cut + 1 for cut in way.cuts)), ends, strict=True):
-            layers = found.tensors[first : last + 1]
-            tensors = tuple({tensor.name: tensor for layer in layers for tensor in layer}.values())
+    def __init__(self, model: Path, way: Way) -> None:
+        backends = Backends()
+        backends.facts()
+        found = backends.inspect(Inspect(0, str(model), way.dtype, way.quantize))
+        head = len(found.profile.layers) - 1
+        ends = [head * (turn + 1) // (way.hops + 1) - 1 for turn in range(way.hops + 1)]
+        self._shards: list[Shard] = []
+        for first, last in zip((0, *(end + 1 for end in ends)), (*ends, head), strict=True):
+            tensors = {tensor.name: tensor for layer in found.tensors[first : last + 1] for tensor in layer}
+            slots = CHUNK if first == head else 1
             spec = LoadStage(
-                0, "0" * 32, 0, 0, 1, first, last, found.config, tensors, found.dtype, AT_ONCE, CONTEXT, CONTEXT,
-                AT_ONCE, None, None, "",
+                0, "0" * 32, 0, 0, 1, first, last, found.config, tuple(tensors.values()), found.dtype, slots, WINDOW,
+                CHUNK, slots, None, None, "", quantize=found.quantize,
             )  # fmt: skip
-            self.shards.append(load_shard(replace(spec, quantize=found.quantize)))
-        self.weight_bytes = sum(shard.weight_bytes for shard in self.shards)
+            self._shards.append(backends.load(spec, lambda done, total: None))
+        self.weight_bytes = sum(shard.weight_bytes for shard in self._shards)
 
-    def forward(self, rows: NDArray[Any], segments: Sequence[Segment]) -> NDArray[Any]:
-        for shard in self.shards[:-1]:
-            rows = shard.forward(rows, segments)
-            rows = restored(*rounded(rows), rows.dtype)
-        return self.shards[-1].forward(rows, segments)
-
-    def release(self, slot: int) -> None:
-        for shard in self.shards:
-            shard.release(slot)
+    def logits(self, window: NDArray[np.int64], first: int) -> NDArray[Any]:
+        """Of each token of the chunk that begins at `first`, float32 [n, vocabulary]."""
+        rows: NDArray[Any] = window[first : first + CHUNK]
+        for number, shard in enumerate(self._shards[:-1]):
+            if number:
+                rows = restored(*rounded(rows), rows.dtype)
+            rows = shard.forward(rows, [Segment(0, first, len(rows))])
+        return self._shards[-1].forward(rows, [Segment(slot, 0, 1, True) for slot in range(len(rows))])
 
     def close(self) -> None:
-        for shard in self.shards:
+        for shard in self._shards:
             shard.close()
 
 
-def read(model: Chain, rows: Sequence[tuple[list[int], list[bool]]]) -> Read:
-    """Every row through the model, a token at a time, several rows at once."""
-    seen: list[torch.Tensor] = []
-    wanted: list[int] = []
-    for first in range(0, len(rows), AT_ONCE):
-        some = rows[first : first + AT_ONCE]
-        for place in range(max(len(ids) for ids, _ in some) - 1):
-            here = [(slot, ids, said) for slot, (ids, said) in enumerate(some) if place + 1 < len(ids)]
-            segments = [Segment(slot, place, 1, True) for slot, _, _ in here]
-            logits = torch.from_numpy(model.forward(np.array([ids[place] for _, ids, _ in here]), segments))
-            for row, (_, ids, said) in zip(logits.log_softmax(-1), here, strict=True):
-                if said[place + 1]:
-                    seen.append(row)
-                    wanted.append(ids[place + 1])
-        for slot in range(len(some)):
-            model.release(slot)
-    return torch.stack(seen), torch.tensor(wanted)
+def read(model: Chain, windows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Of every token but a window's first: its loss, and the token that was likeliest in its place."""
+    losses, likeliest = [], []
+    for window in windows:
+        for first in range(0, len(window), CHUNK):
+            logits = model.logits(window, first)
+            wanted = window[first + 1 : first + 1 + CHUNK]
+            logits = logits[: len(wanted)].astype(np.float64)
+            logits -= logits.max(1, keepdims=True)
+            losses.append(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(wanted)), wanted])
+            likeliest.append(logits.argmax(1))
+    return np.concatenate(losses), np.concatenate(likeliest)
 
 
-def measure(commands: int) -> dict[str, dict[str, float]]:
-    """By way: mean loss of the right tokens, share of places with float32's likeliest token, bytes of weights."""
-    tokenizer = Tokenizer.from_file(str(Path(MODEL_DIR) / "tokenizer.json"))
-    dialogues = [Dialogue(None, ((one.said, one.answer),)) for one in held_out_commands(commands)]
-    rows = [(ids[:CONTEXT], said[:CONTEXT]) for ids, said in encode(tokenizer, [render(one) for one in dialogues])]
+def measure(directory: Path, text: Path, count: int) -> dict[str, dict[str, float]]:
+    """By way."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    ids = np.array(tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids, np.int64)
+    windows = [ids[start : start + WINDOW] for start in range(0, count * WINDOW, WINDOW)]
     found: dict[str, dict[str, float]] = {}
-    best = torch.empty(0)
+    best: NDArray[Any] | None = None
     for way in WAYS:
-        model = Chain(way)
-        seen, wanted = read(model, rows)
-        best = best if found else seen.argmax(-1)
+        model = Chain(directory, way)
+        losses, likeliest = read(model, windows)
+        best = likeliest if best is None else best
         found[way.name] = {
-            "tokens": len(wanted),
-            "loss": float(-seen.gather(1, wanted.unsqueeze(1)).mean()),
-            "top1_agreement": float((seen.argmax(-1) == best).float().mean()),
+            "tokens": len(losses),
+            "perplexity": math.exp(losses.mean()),
+            "top1_agreement": float((likeliest == best).mean()),
             "weight_bytes": model.weight_bytes,
         }
         model.close()
@@ -130,21 +121,24 @@ def measure(commands: int) -> dict[str, dict[str, float]]:
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """Markdown."""
-    lines = ["| computed | loss per token | same likeliest token as float32 | weights in memory |", "|---|---|---|---|"]
+    base = next(iter(found.values()))
+    lines = ["| computed | perplexity | | same likeliest token | weights in memory |", "|---|---|---|---|---|"]
     lines += [
-        f"| {name} | {one['loss']:.4f} | {one['top1_agreement']:.2%} | {one['weight_bytes'] / 1e6:.1f} MB |"
+        f"| {name} | {one['perplexity']:.3f} | {one['perplexity'] / base['perplexity'] - 1:+.2%} "
+        f"| {one['top1_agreement']:.2%} | {one['weight_bytes'] / 1e6:.0f} MB |"
         for name, one in found.items()
     ]
-    return "\n".join(lines) + f"\n\n{found['float32']['tokens']} tokens of answers."
+    return "\n".join(lines) + f"\n\n{base['tokens']} tokens."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commands", type=int, default=COMMANDS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    found = measure(args.commands)
+    found = measure(args.model, args.text, args.windows)
     print(json.dumps(found) if args.json else table(found))
 
 

@@ -3,15 +3,17 @@
 Devices are network namespaces on a bridge, each limited to 1 Gbit/s, each pinned to a core. A single one is measured on
 either core, for they are not equally fast: what other machines on the host do differs.
 The model has Llama-3.2-1B's shape and random weights, planned for eight sequences. `peerllm bench` measures,
-arrangements in turn, medians over the rounds. For prompts the devices' memory has room for half of the blocks each.
-Needs root (namespaces).
+arrangements in turn, medians over the rounds. With --llama (or LLAMA_BIN), a folder of llama.cpp's programs, eight
+sequences of the same numbers in Q4_0 go through it on one device and, by its RPC, on the same two, as many blocks on
+each. Needs root (namespaces).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import os
+import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +24,6 @@ from statistics import median
 from typing import Any
 
 from benchmarks.models import LLAMA_3_2_1B, write_llama
-from peerllm.engine.inspect import inspect_model
-from peerllm.planner.cost import layer_bytes
-from peerllm.planner.memory import working_bytes
-from peerllm.types import Workload
 from tests.household import Device
 from tests.lab.netns import Lab, require_lab
 from tests.traces import passes
@@ -33,21 +31,19 @@ from tests.traces import passes
 MBPS = 1000
 API = "127.0.0.1:8642"  # each in its own namespace
 SLOTS, CONTEXT, LONG = 8, 256, 1024
-PROMPT, OUTPUT = 32, 64
+PROMPT, OUTPUT = 32, 32
+RPC_PORT = 50052
 
 
 @contextmanager
-def pinned(
-    root: Path, cores: Mapping[str, int], memory: Mapping[str, str], mbps: int = MBPS
-) -> Iterator[list[Device]]:
+def pinned(root: Path, cores: Mapping[str, int], mbps: int = MBPS) -> Iterator[list[Device]]:
     """Devices by name and core; the second is in the first one's household."""
     require_lab()
     with Lab(len(cores)) as lab:
         for host in range(len(cores)):
             lab.limit(host, mbps)
         made = [
-            Device(root / name, name, memory=memory.get(name, "8GB"), port=8643, api=API,
-                   prefix=lab.argv(host, [], at))
+            Device(root / name, name, memory="8GB", port=8643, api=API, prefix=lab.argv(host, [], at))
             for host, (name, at) in enumerate(cores.items())
         ]
         try:
@@ -102,12 +98,12 @@ def hops_ms(trace: dict[str, Any], devices: Sequence[str]) -> list[float]:
     return found
 
 
-def decoding(root: Path, model: Path, kind: str, rounds: int) -> dict[str, list[float]]:
-    """Tokens/s and ms of one device and of two, one sequence and eight, no-bubble and bubble."""
+def measure(root: Path, model: Path, kind: str, rounds: int) -> dict[str, list[float]]:
+    """Tokens/s and ms of one device and of two: a sequence, eight, and the first token of a long prompt."""
     seen: dict[str, list[float]] = defaultdict(list)
-    planned = ["--quantize", kind or "none", "--objective", "throughput"]
+    planned = ["--quantize", kind, "--objective", "throughput"]
     cores = {"left": 0, "right": 1, "first": 0, "second": 1}
-    with pinned(root / "decoding", cores, {}) as (left, _, first, second):
+    with pinned(root / kind, cores) as (left, _, first, second):
         alone, both = (Household(first, model), Household(second, model)), Household(left, model)
         for single in alone:
             single.serve(*planned, slots=SLOTS, context=CONTEXT)
@@ -119,71 +115,55 @@ def decoding(root: Path, model: Path, kind: str, rounds: int) -> dict[str, list[
                 eight = house.bench(SLOTS, PROMPT, OUTPUT)
                 seen[f"{who} eight"].append(eight["measured"]["steady_tokens_per_second"])
                 seen[f"{who} eight bound"].append(eight["predicted"]["formula_tokens_per_second"])
-                seen[f"{who} eight bound profiled"].append(eight["profiled"]["formula_tokens_per_second"])
-            apart = both.bench(SLOTS, PROMPT, OUTPUT, "--apart")
-            seen["two eight apart"].append(apart["measured"]["steady_tokens_per_second"])
         file = root / "trace.json"
         both.bench(1, PROMPT, OUTPUT, "--trace", str(file))
         seen["two hop_ms"] = hops_ms(json.loads(file.read_text()), ("left", "right"))
-        for house in (both, *alone):
-            house.stop()
-        both.serve(*planned, "--schedule", "bubble", slots=SLOTS, context=CONTEXT)
-        for _ in range(rounds):
-            bubble = both.bench(SLOTS, PROMPT, OUTPUT)
-            seen["two eight bubble"].append(bubble["measured"]["steady_tokens_per_second"])
-            seen["two eight bubble bound"].append(bubble["predicted"]["formula_tokens_per_second"])
-    return seen
-
-
-def prompts(root: Path, model: Path, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds to the first token of a long prompt in bfloat16, in chunks and at once, half of the blocks each."""
-    seen: dict[str, list[float]] = defaultdict(list)
-    arrangements: dict[str, int | None] = {"chunked": None, "unchunked": LONG}
-    for turn, (name, chunk) in itertools.product(range(rounds), arrangements.items()):
-        memory = halves(model, chunk)
-        with pinned(root / f"{name}-{turn}", {"left": 0, "right": 1}, memory) as (left, _):
-            both = Household(left, model)
-            asked = ["--prompt-chunk", str(chunk)] if chunk else []
-            stages = both.serve(*asked, "--objective", "throughput", slots=1, context=LONG + 64)
-            assert [stage["last_layer"] for stage in stages] == [LLAMA_3_2_1B["num_hidden_layers"] // 2, 17], stages
+        for name, asked in (("in chunks", []), ("whole", ["--prompt-chunk", str(LONG)])):
+            both.stop()
+            both.serve(*planned, *asked, slots=SLOTS, context=LONG + 64)
             took = both.bench(1, LONG, 2)
-            seen[f"two prompt {name} first_ms"].append(took["measured"]["time_to_first_token_ms"])
-            seen[f"two prompt {name} first_ms predicted"].append(took["predicted"]["time_to_first_token_ms"])
+            seen[f"two, prompt {name}, first_ms"].append(took["measured"]["time_to_first_token_ms"])
+            seen[f"two, prompt {name}, first_ms predicted"].append(took["predicted"]["time_to_first_token_ms"])
     return seen
 
 
-def halves(model: Path, chunk: int | None) -> dict[str, str]:
-    """Memory for half of the blocks in bfloat16 and a bit, with their KV, and for the head on the right.
+def llama(root: Path, model: Path, programs: Path, rounds: int) -> dict[str, list[float]]:
+    """llama.cpp's eight sequences at once in Q4_0, tokens/s, on one device of a core and over its RPC on two."""
+    from benchmarks.llama_cpp import told, write_both
 
-    The embedding on the left is read from its file and takes none.
-    """
-    inspection = inspect_model(model, "bfloat16")
-    work = Workload(sequences=1, context=LONG + 64)
-    blocks = [layer_bytes(inspection.profile, number, work) for number in range(1, len(inspection.profile.layers) - 1)]
-    room = int(sum(blocks) * (0.5 + 0.2 / len(blocks))) + working_bytes(inspection.working, LONG + 64, 1, chunk)
-    return {"left": str(room), "right": str(room + layer_bytes(inspection.profile, len(blocks) + 1, work))}
-
-
-def measure(rounds: int, kinds: Sequence[str]) -> dict[str, Any]:
-    """Medians, by kind of weights ("" is bfloat16)."""
-    with tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory:
-        root = Path(directory)
-        model = write_llama(root / "model", LLAMA_3_2_1B)
-        found = {}
-        for kind in kinds:
-            by_name = decoding(root / (kind or "bfloat16"), model, kind, rounds)
-            found[kind or "bfloat16"] = {name: median(values) for name, values in by_name.items()}
-        if "" in kinds:
-            found["bfloat16"] |= {name: median(values) for name, values in prompts(root, model, rounds).items()}
-    return found
+    file = write_both(model, root, programs)["int4"]
+    batch = ("-m", str(file), "-t", "1", "-npp", str(PROMPT), "-ntg", str(OUTPUT), "-npl", str(SLOTS), "-c", "1024")
+    half = ("-ngl", str(int(str(LLAMA_3_2_1B["num_hidden_layers"])) // 2 + 1))  # with the head, which counts as one
+    seen: dict[str, list[float]] = defaultdict(list)
+    with Lab(2) as lab:
+        for host in range(2):
+            lab.limit(host, MBPS)
+        serve = [programs / "ggml-rpc-server", "-H", lab.address(1), "-p", str(RPC_PORT), "-t", "1"]
+        lab.exec(1, serve, cpu=1, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(rounds):
+            for who, how in (("one", ()), ("two", ("--rpc", f"{lab.address(1)}:{RPC_PORT}", *half))):
+                options = (*batch, *how, "--output-format", "jsonl")
+                (found,) = told(programs / "llama-batched-bench", *options, prefix=lab.argv(0, [], 0))
+                seen[f"llama.cpp {who} eight"].append(found["speed_tg"])
+    return seen
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kinds", nargs="*", default=["", "int4"], metavar="int4")
+    parser.add_argument("--kinds", nargs="*", default=["int8", "int4"])
+    parser.add_argument("--model", type=Path, help="of that shape; without, one is written")
+    parser.add_argument("--llama", type=Path, default=os.environ.get("LLAMA_BIN"), help="a folder of its programs")
     args = parser.parse_args(argv)
-    print(json.dumps(measure(args.rounds, args.kinds), indent=1))
+    require_lab()
+    with tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory:
+        root = Path(directory)
+        model = args.model or write_llama(root / "model", LLAMA_3_2_1B)
+        found = {kind: measure(root, model, kind, args.rounds) for kind in args.kinds}
+        if args.llama is not None:
+            found["Q4_0"] = llama(root, model, Path(args.llama), args.rounds)
+    medians = {kind: {name: median(seen) for name, seen in one.items()} for kind, one in found.items()}
+    print(json.dumps(medians, indent=1))
 
 
 if __name__ == "__main__":

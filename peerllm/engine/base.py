@@ -69,8 +69,6 @@ class Shard(Protocol):
     sequences or one chunk of one prompt. Arrays may be read-only.
     """
 
-    first_layer: int
-    last_layer: int
     hidden_size: int
     weight_bytes: int
     weights: Mapping[int, int]  # bytes by tensor; what two shards of one process share has the same key in both

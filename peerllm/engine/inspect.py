@@ -32,7 +32,7 @@ def inspect_model(
     files = read_model(model_dir, dtype, quantize, accelerator)
     config = parse_config(files.config)
     division = divide(config, DTYPES[files.dtype])
-    found = recipes(division, files.tensors)
+    found = recipes(division, files.tensors.values())
     check(division, found, division.sizes)
 
     sources: dict[int, dict[str, TensorAt]] = defaultdict(dict)

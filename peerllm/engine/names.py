@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ class Recipe:
     sources: list[tuple[str, TensorAt]] = field(default_factory=list)  # (the converter's pattern, tensor)
 
 
-def recipes(division: Division, tensors: Mapping[str, TensorAt] | Iterable[TensorAt]) -> list[Recipe]:
+def recipes(division: Division, tensors: Iterable[TensorAt]) -> list[Recipe]:
     """A recipe for every tensor of the model that the checkpoint's tensors can make; others of theirs are left out."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -33,9 +33,8 @@ def recipes(division: Division, tensors: Mapping[str, TensorAt] | Iterable[Tenso
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix, sizes = division.model.base_model_prefix, division.sizes
-    values = tensors.values() if isinstance(tensors, Mapping) else tensors
     made: dict[str, Recipe] = {}
-    for tensor in sorted({t.name: t for t in values}.values(), key=lambda t: dot_natural_key(t.name)):
+    for tensor in sorted({t.name: t for t in tensors}.values(), key=lambda t: dot_natural_key(t.name)):
         name, pattern = rename_source_key(tensor.name, renamings, converters, prefix, sizes)
         if name not in sizes and tensor.name in sizes:
             name, pattern = rename_source_key(tensor.name, [], [], prefix, sizes)

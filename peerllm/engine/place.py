@@ -34,11 +34,6 @@ class Place:
     memory_bytes: int = 0  # of its own; 0: it computes in the machine's
     free_bytes: int = 0  # of that
 
-    @property
-    def accelerator(self) -> bool:
-        """Whether work is handed to it and done while the calling thread goes on."""
-        return self.device != CPU
-
     def wait(self) -> None:
         """Until all that was handed to it is done."""
         if self.device.type == "cuda":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,14 +19,6 @@ MEASURED_SIZES = 16  # sizes of batches told apart; the one not met for longest 
 PACE_GAIN = 1 / 32  # weight of a new pass in the mean of its size, once there are as many
 
 
-@dataclass(slots=True)
-class _Answer:
-    """What the head keeps of a sequence."""
-
-    sampling: Sampling
-    ids: list[int] = field(default_factory=list)
-
-
 class Stage:
     """The layers of one LoadStage, loaded."""
 
@@ -36,7 +27,7 @@ class Stage:
         self.slots = Slots(spec.slots, spec.context)
         self.is_head = spec.stage == spec.stages - 1
         self._sampler = sampler
-        self._answers: dict[int, _Answer] = {}
+        self._answers: dict[int, tuple[Sampling, list[int]]] = {}  # at the head, by sequence: its ids so far
         # By sequences in a batch of steps: passes, mean ms, variance in ms².
         self._paces: dict[int, tuple[int, float, float]] = {}
 
@@ -68,7 +59,7 @@ class Stage:
         """FrameError if the slot is not to be had, or not with what the sequence is to begin with."""
         self.slots.open(opened.sequence, opened.slot, opened.position)
         if self.is_head:
-            self._answers[opened.sequence] = _Answer(opened.sampling)
+            self._answers[opened.sequence] = opened.sampling, []
 
     def release(self, sequence: int, keep: int = 0) -> bool:
         """Frees a sequence's slot, in which its first `keep` tokens stay; False if it holds none."""
@@ -100,13 +91,13 @@ class Stage:
             raise EngineError(f"the shard gave {logits.shape[0]} rows of logits for {len(asked)} tokens to draw")
         answers = [self._answers[piece.sequence] for piece in asked]
         draws = [
-            Draw(answer.sampling, piece.position + piece.length, answer.ids)
-            for piece, answer in zip(asked, answers, strict=True)
+            Draw(sampling, piece.position + piece.length, ids)
+            for piece, (sampling, ids) in zip(asked, answers, strict=True)
         ]
         drawn = iter(self._sampler(logits, draws) if draws else [])
         tokens = [next(drawn) if piece.sample else None for piece in batch]
-        for answer, token in zip(answers, (token for token in tokens if token is not None), strict=True):
-            answer.ids.append(token)
+        for (_, ids), token in zip(answers, (token for token in tokens if token is not None), strict=True):
+            ids.append(token)
         return Drawn(batch, tokens)
 
     def close(self) -> None:

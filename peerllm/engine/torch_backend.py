@@ -54,7 +54,7 @@ class TorchBackend:
         return load_shard(spec, progress, self._place.device)
 
     def inspect(self, message: Inspect) -> Inspected:
-        accelerator = self._place.accelerator
+        accelerator = self._place.device != CPU
         return inspect_model(message.model_dir, message.dtype, message.quantize, accelerator, message.request)
 
     def measure(self, message: Measure) -> Measured:
@@ -66,7 +66,7 @@ class TorchBackend:
     def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
         self._settle()
         # This thread's own time says little where it waits for an accelerator, or for other threads.
-        alone = not self._place.accelerator and torch.get_num_threads() == 1
+        alone = self._place.device == CPU and torch.get_num_threads() == 1
         clock = time.thread_time if alone else time.perf_counter
         return time_layers(message, Outline(message, self._place.device), self.sampler, check, clock)
 

@@ -157,6 +157,5 @@ def build(shape: Shape, tensors: Tensors, embedding: Embedding | None, threads: 
         head.append(make_head(described.model.head, described.model.hidden, product, described.norm, tensors, bits))
         trim()
     return GraphShard(
-        described.model, shape.first_layer, shape.last_layer, shape.slots, shape.context, shape.half,
-        embedding, spans, head, shape.weight_bytes, chunk,
+        described.model, shape.slots, shape.context, shape.half, embedding, spans, head, shape.weight_bytes, chunk
     )  # fmt: skip

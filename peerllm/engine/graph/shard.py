@@ -55,11 +55,10 @@ class GraphShard:
     """See base.Shard. A pass is a batch of one token each, or one chunk of one prompt."""
 
     def __init__(
-        self, model: Model, first_layer: int, last_layer: int, slots: int, context: int, half: bool,
+        self, model: Model, slots: int, context: int, half: bool,
         embedding: Embedding | None, spans: Sequence[Span], head: Sequence[Any], weight_bytes: int, chunk: int,
     ) -> None:  # fmt: skip
         """`head`: the sessions that make logits, on the last shard; `half`: keys and values are float16."""
-        self.first_layer, self.last_layer = first_layer, last_layer
         self.hidden_size, self.vocabulary = model.hidden, model.vocabulary
         self.weight_bytes = weight_bytes
         self.weights: Mapping[int, int] = {id(self): weight_bytes}
