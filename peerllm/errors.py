@@ -79,3 +79,8 @@ class LinkError(PeerLLMError, ConnectionError):
 
 class FrameError(LinkError):
     """A frame that the format or the plan does not allow; the link it came on is closed."""
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error of any kind says, of so many characters at most."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

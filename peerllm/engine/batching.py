@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 STEPS_PER_CHUNK = 4  # batches of steps that may overtake a waiting prompt chunk, in a row
@@ -85,16 +86,12 @@ class Scheduler(Generic[Key]):
         chunking = [(waiting.chunks[0][0], key) for key, waiting in self._stages.items() if waiting.chunks]
         if chunking and (not stepping or self._streak >= STEPS_PER_CHUNK):
             self._streak = 0
-            key = min(chunking, key=_arrival)[1]
+            key = min(chunking, key=itemgetter(0))[1]
             return key, [self._stages[key].chunks.popleft()[1]]
         if not stepping:
             return None
         self._streak = self._streak + 1 if chunking else 0
-        plan = self._stages[min(stepping, key=_arrival)[1]].plan
+        plan = self._stages[min(stepping, key=itemgetter(0))[1]].plan
         rivals = (key for _, key in stepping if self._stages[key].plan == plan)
         key = min(rivals, key=lambda key: self._stages[key].place)
         return key, self._stages[key].steps.popleft()[1]
-
-
-def _arrival(head: tuple[int, object]) -> int:
-    return head[0]

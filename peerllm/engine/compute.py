@@ -31,11 +31,11 @@ from peerllm.engine.messages import (
 from peerllm.engine.stages import Stage, steps_only
 from peerllm.engine.trace import Recorder
 from peerllm.engine.wire import Parcel
-from peerllm.errors import PeerLLMError
+from peerllm.errors import PeerLLMError, one_line
 from peerllm.transport.links import Link
 from peerllm.types import DeploymentId, DeviceId
 
-MAX_REASON_CHARACTERS = 300
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,15 +88,12 @@ class Echoed:
 Event = Loaded | Linked | Arrived | Lost | Echoed | Unload | Submit | Cancel | QueryLoad
 
 
-_NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
-
-
 def reason_of(error: BaseException) -> str:
     """One clear line for an error of any kind."""
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
         return "out of memory; give the deployment fewer slots, less context or more devices"
-    text = " ".join(str(error).split())[:MAX_REASON_CHARACTERS]
-    return text if isinstance(error, PeerLLMError) and text else f"{type(error).__name__}: {text}"
+    text = one_line(error)
+    return text if isinstance(error, PeerLLMError) else f"{type(error).__name__}: {text}"
 
 
 def failed(request: int, error: BaseException) -> Failed:

@@ -11,7 +11,7 @@ import torch
 from peerllm.engine.checkpoint import refuse_quantised
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.graph.describe import MAX_BLOCKS
-from peerllm.errors import ModelError
+from peerllm.errors import ModelError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_COUNT = 1 << 15  # of layers, heads, experts, labels: configuration classes make lists that long, unasked
@@ -52,7 +52,7 @@ def parse_config(text: str) -> Any:
         config = CONFIG_MAPPING[kind].from_dict(values)
         count, hidden = text_config(config).num_hidden_layers, text_config(config).hidden_size
     except Exception as error:  # configuration classes check themselves with every kind of exception
-        raise ModelError(f"config.json of {kind!r} is not usable: {_line(error)}") from error
+        raise ModelError(f"config.json of {kind!r} is not usable: {one_line(error)}") from error
     if not (isinstance(count, int) and 1 <= count <= MAX_BLOCKS and isinstance(hidden, int) and hidden > 0):
         raise ModelError(f"config.json of {kind!r} is not usable: {count} layers of width {hidden}")
     return config
@@ -66,10 +66,6 @@ def _harmless(value: dict[str, Any]) -> Any:
         if isinstance(count, int) and count > MAX_COUNT and COUNTS.search(key):
             raise ModelError(f"config.json is not usable: {key} is {count}, at most {MAX_COUNT} is taken")
     return {key: held for key, held in value.items() if key not in CODE_KEYS}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def text_config(config: Any) -> Any:

@@ -6,6 +6,7 @@ On the loop only, but for frames that come in: the compute thread takes those it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -64,10 +65,8 @@ class Backlog:
         with self._lock:
             full, self._bytes = self._bytes >= self._limit, self._bytes - size
             if full and self._bytes < self._limit:
-                try:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
                     self._loop.call_soon_threadsafe(self._room.set)
-                except RuntimeError:  # the loop has ended
-                    return
 
     async def room(self) -> None:
         """Until there is room."""

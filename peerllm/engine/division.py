@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from peerllm.engine.blocks import Blocks, run_without_data, stand_in
 from peerllm.engine.config import text_config
 from peerllm.engine.states import ProbeCache
-from peerllm.errors import ModelError
+from peerllm.errors import ModelError, one_line
 
 # What a block may be given besides the hidden states: all of it follows from positions, masks and the cache.
 BLOCK_ARGUMENTS = frozenset(
@@ -100,8 +100,8 @@ def build(config: Any, dtype: torch.dtype) -> Any:
             make: Any = AutoModelForCausalLM.from_config
             model = make(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # a model's constructor may raise anything on numbers that do not fit together
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"a model of type {config.model_type!r} cannot be built from config.json: {reason}") from error
+        what = f"a model of type {config.model_type!r} cannot be built from config.json"
+        raise ModelError(f"{what}: {one_line(error)}") from error
     model.config.dtype = dtype
     plan = model._get_dtype_plan(dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -163,8 +163,7 @@ def _sides(model: Any, owner: Any, attribute: str, prefix: str) -> tuple[tuple[s
         with stand_in(owner, attribute, empty):
             run_without_data(model, ProbeCache(len(getattr(owner, attribute))))
     except Exception as error:  # whatever a foreign forward raises means the same here
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"architecture {model.config.model_type!r} cannot be divided: {reason}") from error
+        raise ModelError(f"architecture {model.config.model_type!r} cannot be divided: {one_line(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,6 +7,7 @@ the daemon shall hear is collected and sent when the loop comes to it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import traceback
@@ -223,10 +224,8 @@ class Engine:
         self._soon(self._end, error)
 
     def _soon(self, call: Any, *arguments: object) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the line
             self._loop.call_soon_threadsafe(call, *arguments)
-        except RuntimeError:  # the loop has ended, and with it the line
-            return
 
     def _end(self, error: BaseException | None) -> None:
         if self._ended.done():

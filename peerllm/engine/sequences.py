@@ -132,7 +132,7 @@ class Sequences:
         """The prompt chunks that may go into stage 0 now, `most` of them at most."""
         feeds: list[Piece] = []
         while most is None or len(feeds) < most:
-            sequence = self._prompts.next(self._has_room)
+            sequence = self._prompts.next(lambda one: len(self._running[one].in_flight) < self._most_chunks)
             if sequence is None:
                 break
             running = self._running[sequence]
@@ -144,9 +144,6 @@ class Sequences:
             feeds.append(running.feed(length))
             self._prompts.served(running.order.client, sequence, more=not feeds[-1].sample)
         return feeds
-
-    def _has_room(self, sequence: int) -> bool:
-        return len(self._running[sequence].in_flight) < self._most_chunks
 
     def came_back(
         self, sequence: int, position: int, length: int, token: int | None

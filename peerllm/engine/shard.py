@@ -54,9 +54,9 @@ class TorchShard:
         self.context = context
         self.dtype = division.dtype
         self.reach = reach
-        self._division: Any = division
         self._model: Any = division.model
         self._base: Any = division.model.base_model
+        self.blocks: Any = getattr(division.owner, division.attribute)
         self._has_embedding, self._has_head = first == 0, last == division.head
         with self._turn:
             self._caches = slot_caches(*get_layer_types_and_kwargs(text), states, slots, context, device)
@@ -68,11 +68,6 @@ class TorchShard:
         if isinstance(matrix, nn.Linear):
             matrix.register_forward_pre_hook(_with_plain_strides)
         self._dynamic = [m for m in self._model.modules() if getattr(m, "rope_type", "") == "dynamic"]
-
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        """The blocks it runs."""
-        return tuple(getattr(self._division.owner, self._division.attribute))
 
     def _enter_at(self, module: nn.Module) -> None:
         """Hidden states from the stage before take the place of what `module`, the first of this shard, is given."""
@@ -144,7 +139,7 @@ class TorchShard:
             given["logits_to_keep"] = 1
         for module in self._dynamic:  # its scale follows the longest sequence seen; each is to have its own
             module.max_seq_len_cached = module.original_max_seq_len + 1
-        getattr(self._division.owner, self._division.attribute).begun = False
+        self.blocks.begun = False
         try:
             output = model(**accepted(model, **given))
         finally:
@@ -159,7 +154,7 @@ class TorchShard:
 
     def close(self) -> None:
         """Free weights and KV; may be called twice."""
-        self._model = self._base = self._division = None
+        self._model = self._base = self.blocks = None
         self._caches.clear()
 
 

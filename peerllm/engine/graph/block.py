@@ -20,11 +20,12 @@ class BlockGraph:
 
     def __init__(
         self, graph: Graph, weights: BlockWeights, tensors: Tensors, bits: int, context: int,
-        windows: tuple[int | None, ...], half: bool,
+        windows: tuple[int | None, ...],
     ) -> None:  # fmt: skip
-        """`context`: positions there are; `windows`: all of the model's; `half`: keys and values are float16."""
+        """`context`: positions there are; `windows`: all of the model's."""
         self._graph, self._weights, self._tensors, self._bits = graph, weights, tensors, bits
-        self._context, self._windows, self._half = context, windows, half
+        self._context, self._windows = context, windows
+        self._half = bool(bits)  # keys and values are float16 where weights are rounded anyway
         self._block, self._hidden = weights.block, weights.hidden
 
     def add(self, x: str, number: int, room: int) -> str:

@@ -39,7 +39,7 @@ def profile(described: Described, name: str, quantize: str) -> ModelProfile:
                 f"block {number}",
                 kind,
                 nbytes + GRAPH_BYTES,
-                token_bytes(about, shape.half),
+                token_bytes(about, shape.bits),
                 sent,
                 kv_window_tokens=window,
             )

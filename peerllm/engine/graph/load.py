@@ -48,11 +48,6 @@ class Shape:
         return BITS[self.quantize] if self.quantize else 0
 
     @property
-    def half(self) -> bool:
-        """Keys and values are kept in float16 where weights are rounded anyway."""
-        return bool(self.bits)
-
-    @property
     def numbers(self) -> range:
         """Its blocks, numbered from 0."""
         return range(max(self.first_layer, 1) - 1, min(self.last_layer, self.head - 1))
@@ -72,7 +67,7 @@ class Shape:
     @property
     def kv_bytes(self) -> int:
         blocks = [self.described.blocks[number].block.attention for number in self.numbers]
-        return sum(self.slots * room_of(about.window, self.context) * token_bytes(about, self.half) for about in blocks)
+        return sum(self.slots * room_of(about.window, self.context) * token_bytes(about, self.bits) for about in blocks)
 
     @property
     def graph_bytes(self) -> int:
@@ -150,12 +145,12 @@ def build(shape: Shape, tensors: Tensors, embedding: Embedding | None, threads: 
     spans: list[Span] = []
     for run in shape.spans():
         own = [described.blocks[number] for number in run]
-        spans.append(make_span(described.model, run, own, tensors, bits, shape.context, shape.half))
+        spans.append(make_span(described.model, run, own, tensors, bits, shape.context))
         trim()
     head = []
     for product in shape.head_parts():
         head.append(make_head(described.model.head, described.model.hidden, product, described.norm, tensors, bits))
         trim()
     return GraphShard(
-        described.model, shape.slots, shape.context, shape.half, embedding, spans, head, shape.weight_bytes, chunk
+        described.model, shape.slots, shape.context, bool(bits), embedding, spans, head, shape.weight_bytes, chunk
     )  # fmt: skip

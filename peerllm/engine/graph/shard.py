@@ -41,10 +41,13 @@ class Embedding:
         """`table` [vocabulary, hidden], `positions` [context, hidden]."""
         self._table, self._scale, self._positions = table, np.float32(scale), positions
 
+    def check(self, ids: npt.NDArray[Any], count: int) -> None:
+        """EngineError unless they are `count` tokens."""
+        if ids.dtype != np.int64 or ids.shape != (count,) or ids.min() < 0 or ids.max() >= len(self._table):
+            raise EngineError(f"token ids are int64 [{count}] from 0 to {len(self._table) - 1}")
+
     def __call__(self, ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> Floats:
-        """float32 [n, hidden]; EngineError for an id that is no token."""
-        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self._table)):
-            raise EngineError(f"token ids lie between 0 and {len(self._table) - 1}")
+        """float32 [n, hidden] of ids that were checked."""
         x = np.ascontiguousarray(self._table[ids], dtype=np.float32)
         if self._scale != 1.0:
             x = x * self._scale
@@ -63,19 +66,18 @@ class GraphShard:
         self.weight_bytes = weight_bytes
         self.weights: Mapping[int, int] = {id(self): weight_bytes}
         self.reach: Reach | None = reach_of(model)
-        self._model, self._embedding, self._spans, self._head, self._half = model, embedding, spans, head, half
+        self._model, self._embedding, self._spans, self._head = model, embedding, spans, head
         numbers = [number for span in spans for number in range(span.first, span.last + 1)]
         self._slots = KVSlots({number: model.blocks[number].attention for number in numbers}, slots, context, half)
         self.kv_bytes = sum(store.nbytes for pair in self._slots.stores.values() for store in pair)
         self._windows = tuple(self._slots.groups)
-        self._tables = rotation_tables(model, spans, context, half)
+        self._tables = rotation_tables(model, spans, context)
         self._bound: OrderedDict[tuple[int, int, int], _Pass] = OrderedDict()
         self._buffers = self._make_buffers(max(LEAST_ROWS, min(chunk, context), slots))
 
     def forward(self, inputs: npt.NDArray[Any], segments: Sequence[Segment]) -> npt.NDArray[Any]:
         """Ids int64 [n] or hidden states float32 [n, hidden] to hidden states, or logits of the segments to sample."""
-        if len(segments) > 1 and any(segment.length != 1 for segment in segments):
-            raise EngineError("a pass is one token each of several sequences, or a chunk of one")
+        self._check(inputs, segments)
         if len(segments) == 1 and segments[0].length > self._slots.longest:
             return self._in_pieces(inputs, segments[0])
         batch = self._slots.seek(segments)
@@ -103,6 +105,18 @@ class GraphShard:
         self._spans, self._head, self._embedding = (), (), None
         self._slots.close()
 
+    def _check(self, inputs: npt.NDArray[Any], segments: Sequence[Segment]) -> None:
+        """EngineError before anything has moved: the graphs read and write by address what they are told to."""
+        lengths = [segment.length for segment in segments]
+        if not lengths or min(lengths) < 1 or max(lengths) > 1 < len(lengths):
+            raise EngineError("a pass is one token each of several sequences, or a chunk of one")
+        if self._embedding is not None:
+            self._embedding.check(inputs, sum(lengths))
+        elif inputs.dtype != np.float32 or inputs.shape != (sum(lengths), self.hidden_size):
+            wanted = f"float32 [{sum(lengths)}, {self.hidden_size}]"
+            raise EngineError(f"hidden states are {wanted}, not {inputs.dtype} {list(inputs.shape)}")
+        self._slots.check(segments)
+
     def _in_pieces(self, inputs: npt.NDArray[Any], whole: Segment) -> npt.NDArray[Any]:
         """A chunk longer than a window's room takes."""
         outs, longest = [], self._slots.longest
@@ -117,8 +131,6 @@ class GraphShard:
         """[b·n, hidden] through the blocks here; what is returned is overwritten by the next pass."""
         flat = places.reshape(-1)
         x = self._embedding(rows, flat) if self._embedding is not None else rows
-        if x.dtype != np.float32 or x.shape != (len(flat), self.hidden_size):
-            raise EngineError(f"hidden states are float32 [{len(flat)}, {self.hidden_size}], not {x.dtype} {x.shape}")
         if not self._spans:
             return x
         run = self._pass(places.shape[0], places.shape[1], batch.first)
@@ -200,7 +212,7 @@ def reach_of(model: Model) -> Reach:
     return Reach(True, min(rooms, default=None), base.ROLLBACK_TOKENS)
 
 
-def rotation_tables(model: Model, spans: Iterable[Span], context: int, half: bool) -> dict[str, npt.NDArray[Any]]:
+def rotation_tables(model: Model, spans: Iterable[Span], context: int) -> dict[str, npt.NDArray[Any]]:
     """Cosines and sines by the graphs' names for them, those that a span asks for."""
     asked = {entry.name for span in spans for entry in span.session.get_inputs()}
     made: dict[str, npt.NDArray[Any]] = {}
@@ -214,14 +226,14 @@ def rotation_tables(model: Model, spans: Iterable[Span], context: int, half: boo
 
 
 def make_span(
-    model: Model, numbers: range, weights: Sequence[BlockWeights], tensors: Tensors, bits: int, context: int, half: bool
+    model: Model, numbers: range, weights: Sequence[BlockWeights], tensors: Tensors, bits: int, context: int
 ) -> Span:
     """Blocks `numbers` as one graph; `weights` are theirs, in order."""
     graph = Graph()
     x = graph.input("x", "b", "n", model.hidden)
     for number, own in zip(numbers, weights, strict=True):
         room = room_of(own.block.attention.window, context)
-        x = BlockGraph(graph, own, tensors, bits, context, model.windows, half).add(x, number, room)
+        x = BlockGraph(graph, own, tensors, bits, context, model.windows).add(x, number, room)
     graph.add("Identity", x, output="y")
     graph.output("y", "b", "n", model.hidden)
     return Span(numbers.start, numbers.stop - 1, graph.session())

@@ -27,9 +27,9 @@ def room_of(window: int | None, context: int) -> int:
     return context if window is None else min(context, window + 2 * base.ROLLBACK_TOKENS)
 
 
-def token_bytes(about: Attention, half: bool) -> int:
-    """Bytes of keys and values per token."""
-    return 2 * about.groups * about.width * (2 if half else 4)
+def token_bytes(about: Attention, bits: int) -> int:
+    """Bytes of keys and values per token, which are float16 where weights are rounded to so many bits."""
+    return 2 * about.groups * about.width * (2 if bits else 4)
 
 
 @dataclass(slots=True)
@@ -94,10 +94,24 @@ class KVSlots:
         """Tokens of a chunk that fit at once."""
         return min((group.longest for group in self.groups.values()), default=self._context)
 
-    def seek(self, segments: Sequence[Segment]) -> Batch:
-        """Bring the slots to their segments' positions, side by side; EngineError before any has moved."""
+    def check(self, segments: Sequence[Segment]) -> None:
+        """EngineError unless every segment has a slot of its own, which can go on from its position and has room."""
+        if len({segment.slot for segment in segments}) < len(segments):
+            raise EngineError("a sequence stands twice in a batch")
         for segment in segments:
-            self._check(segment)
+            slot, position = segment.slot, segment.position
+            if not 0 <= slot < len(self._lengths) or position < 0:
+                raise EngineError(f"there is no position {position} of a slot {slot}")
+            if position > (length := self._lengths[slot]):
+                raise EngineError(f"a gap in the sequence: {length} tokens are held, the next is for {position}")
+            if position + segment.length > self._context:
+                raise EngineError(f"the slot's {self._context} tokens are full")
+            for group in self.groups.values():
+                if position and group.held[slot] - (length - position) < group.seen(position):
+                    raise EngineError(f"position {position} is too far back for a window; replay the sequence")
+
+    def seek(self, segments: Sequence[Segment]) -> Batch:
+        """Bring the slots to the positions of segments that were checked, side by side."""
         for segment in segments:
             self._move(segment.slot, segment.position)
         first, order = self._gather([segment.slot for segment in segments])
@@ -122,19 +136,10 @@ class KVSlots:
         self._move(slot, 0)
 
     def close(self) -> None:
-        """Free the room."""
+        """Free the room; there are no slots any more."""
+        self._lengths.clear()
         self.groups.clear()
         self.stores.clear()
-
-    def _check(self, segment: Segment) -> None:
-        length, position = self._lengths[segment.slot], segment.position
-        if position > length:
-            raise EngineError(f"a gap in the sequence: {length} tokens are held, the next is for {position}")
-        if position + segment.length > self._context:
-            raise EngineError(f"the slot's {self._context} tokens are full")
-        for group in self.groups.values():
-            if position and group.held[segment.slot] - (length - position) < group.seen(position):
-                raise EngineError(f"position {position} is too far back for a window; replay the sequence")
 
     def _move(self, slot: int, position: int) -> None:
         back = self._lengths[slot] - position

@@ -41,7 +41,7 @@ def rounded(rows: NDArray[Any], bits: int, block: int) -> tuple[NDArray[np.uint8
     step = max(1, PIECE_BYTES // (4 * columns))
     with np.errstate(all="ignore"):  # a weight may be infinite, or no number
         for start in range(0, count, step):
-            some = rows[start : start + step].astype(np.float32).reshape(-1, block)
+            some = rows[start : start + step].astype(np.float32, order="C").reshape(-1, block)
             scale = _largest(some) / np.float32(-zero)
             inverse = np.where(np.abs(scale) * zero < LEAST, np.float32(0), 1 / scale)
             np.multiply(some, inverse[:, None], out=some)

@@ -37,11 +37,12 @@ class Sequences:
         allowed = all(REACH.allows(part.position, self.furthest[part.slot]) or not part.position for part in segments)
         before = [list(tokens) for tokens in self.tokens]
         try:
-            batch = self.slots.seek(segments)
+            self.slots.check(segments)
         except EngineError:
             assert not allowed
             self.check(before)
             return
+        batch = self.slots.seek(segments)
         self.written(segments, batch)
         for part in segments:  # a pass that fails has made room all the same
             reached = part.position + part.length
@@ -123,9 +124,10 @@ def test_sequences_keep_their_keys_and_values(data: st.DataObject) -> None:
 def test_a_position_beyond_what_is_held_or_the_context_is_refused() -> None:
     made = Sequences()
     made.go([Segment(0, 0, 4)], fails=False)
-    for wrong in (Segment(0, 5, 1), Segment(1, 1, 1), Segment(0, 4, CONTEXT)):
+    wrong = (Segment(1, 1, 1), Segment(1, 0, CONTEXT + 1), Segment(1, -1, 1), Segment(SLOTS, 0, 1), Segment(-1, 0, 1))
+    for segment in (*wrong, Segment(0, 4, 1)):  # the last: twice
         with pytest.raises(EngineError):
-            made.slots.seek([Segment(0, 4, 1), wrong])
+            made.slots.check([Segment(0, 4, 1), segment])
     made.check(made.tokens)
 
 

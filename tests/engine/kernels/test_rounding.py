@@ -68,6 +68,9 @@ def test_pieces_and_types_make_no_difference(bits, monkeypatch):
     for same in (rows, np.asfortranarray(rows), rows.astype(np.float64)):
         again = rounded(same, bits, 128)
         assert np.array_equal(codes, again[0]) and np.array_equal(scales, again[1])
+    narrow = rows[:, :32]
+    codes, scales = rounded(narrow, bits, 32)
+    assert np.array_equal(codes, rounded(np.asfortranarray(narrow), bits, 32)[0]), "a row of one block"
 
 
 @pytest.mark.parametrize("weight", [np.inf, np.nan, 1e-40])

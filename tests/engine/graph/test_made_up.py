@@ -1,0 +1,42 @@
+"""Made-up weights of blocks that are alike differ, for onnxruntime keeps equal matrices of a graph once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import json, sys
+import psutil
+from peerllm.engine.backends import runtime_bytes
+from peerllm.engine.graph.describe import describe
+from peerllm.engine.graph.nodes import make_pool
+from peerllm.engine.graph.shard import make_span
+from peerllm.engine.graph.tensors import MadeUp
+from peerllm.engine.memory import return_memory
+
+described = describe({
+    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3, "vocab_size": 9,
+    "num_attention_heads": 8,
+})
+tensors = MadeUp({name: shape for weights in described.blocks for name, shape in weights.tensors()})
+bits, process = int(sys.argv[1]), psutil.Process()
+make_pool(1)
+runtime_bytes()
+before = process.memory_info().rss
+span = make_span(described.model, range(3), described.blocks, tensors, bits, 64, bool(bits))
+return_memory()
+weights = sum(block.nbytes(bits) for block in described.blocks)
+print(json.dumps([process.memory_info().rss - before, weights]))
+"""
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_every_block_lies_in_memory(bits: int) -> None:
+    argv = [sys.executable, "-c", PROBE, str(bits)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=120)
+    taken, weights = json.loads(done.stdout)
+    assert 0.9 * weights < taken
