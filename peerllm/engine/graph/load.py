@@ -131,7 +131,9 @@ def load_shard(described: Described, spec: LoadStage, threads: int, progress: Pr
     if shape.first_layer == 0:
         name = f"{described.embedding}.weight"
         where = described.positions
-        positions = None if where is None else checkpoint.floats(f"{where}.weight", slice(None))
+        start = described.model.position_offset or 0
+        learned = slice(start, start + spec.context)  # of however many the file has
+        positions = None if where is None else checkpoint.floats(f"{where}.weight", learned)
         embedding = make_embedding(described.model, checkpoint.mapped(name), positions, spec.context)
     shard = build(shape, checkpoint, embedding, threads, spec.chunk)
     progress(total, total)

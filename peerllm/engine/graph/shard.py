@@ -258,12 +258,9 @@ def make_head(about: Head, hidden: int, product: Product, norm: str, tensors: Te
 
 
 def make_embedding(model: Model, table: npt.NDArray[Any], positions: Floats | None, context: int) -> Embedding:
-    """`positions`: all learned ones [rows, hidden], of which those of the context are kept."""
+    """`positions`: learned ones [context, hidden]."""
     if table.shape != (model.vocabulary, model.hidden):
         raise ModelError(f"the embedding has shape {list(table.shape)}, not [{model.vocabulary}, {model.hidden}]")
-    if positions is not None:
-        start = model.position_offset or 0
-        positions = positions[start : start + context]
-        if positions.shape != (context, model.hidden):
-            raise ModelError(f"there are {len(positions)} learned positions; {context} are asked for")
+    if positions is not None and positions.shape != (context, model.hidden):
+        raise ModelError(f"there are {len(positions)} learned positions; {context} are asked for")
     return Embedding(table, model.embedding_scale, positions)
