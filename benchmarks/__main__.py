@@ -1,7 +1,7 @@
 """`make bench`: every benchmark that needs no root and no files, in turn."""
 
-from benchmarks import edgeshard_paper, engine, main_job, planner, prediction
+from benchmarks import edgeshard_paper, engine, planner, prediction
 
-for one in (main_job, engine, planner, prediction, edgeshard_paper):
+for one in (engine, planner, prediction, edgeshard_paper):
     print(f"\n# {one.__name__}\n", flush=True)
     one.main([])

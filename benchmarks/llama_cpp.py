@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
-from peerllm.engine.checkpoint import read_tensors
-from peerllm.engine.graph.tensors import Checkpoint, as_floats
+from peerllm.engine.checkpoint import mapped, read_tensors
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -50,15 +49,15 @@ def write_gguf(model: Path, out: Path) -> None:
     writer.add_token_list([f"<{number}>" for number in range(config["vocab_size"])])
     writer.add_token_types([TokenType.NORMAL] * config["vocab_size"])
     writer.add_token_merges(["< 0"])
-    tensors = Checkpoint(tuple(read_tensors(model).values()), lambda _: None)
+    tensors = read_tensors(model)
 
     def add(name: str, source: str, permute: int = 0) -> None:
-        bits = np.asarray(tensors.mapped(source))
-        if bits.ndim == 1:
-            writer.add_tensor(name, as_floats(bits))
+        rows = mapped(tensors[f"model.{source}"])
+        if rows.ndim == 1:
+            writer.add_tensor(name, rows.astype(np.float32))
             return
-        bits = np.ascontiguousarray(permuted(bits, permute) if permute else bits)
-        writer.add_tensor(name, bits.view(np.uint8), raw_dtype=GGMLQuantizationType.BF16)
+        rows = np.ascontiguousarray(permuted(rows, permute) if permute else rows)
+        writer.add_tensor(name, rows.view(np.uint8), raw_dtype=GGMLQuantizationType.BF16)
 
     add("token_embd.weight", "embed_tokens.weight")
     add("output_norm.weight", "norm.weight")
