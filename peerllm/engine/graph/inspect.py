@@ -16,9 +16,10 @@ from peerllm.errors import ModelError
 from peerllm.types import BITS, Layer, LayerKind, ModelProfile, WorkingSpace
 
 GRAPH_BYTES = 160 << 10  # onnxruntime's for one graph, however small
-HIDDEN_COPIES = 8  # float32 vectors alive at once in a block, of the hidden size or of all heads' queries ...
-WIDE_COPIES = 5  # ... and of the feed-forward's width (4.0 of each and the queries, keys and values were seen)
-SCORE_BYTES = 5  # of a head's attention between two tokens, where scores are kept (4.5 were seen)
+# float32 vectors alive at once in a block, and the holes that they leave in the heap: of the hidden size (or of all
+# heads' queries) and of the feed-forward's width. 4.0 of each and the queries, keys and values were seen alive.
+HIDDEN_COPIES, WIDE_COPIES = 12, 8
+SCORE_BYTES = 6  # of a head's attention between two tokens, where scores are kept (4.5 were seen alive)
 HEADS_AT_ONCE = 8  # whose keys and values are there in float32, where float16 is what is kept
 DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
 

@@ -110,6 +110,7 @@ class Graph:
         options.use_per_session_threads = False
         options.log_severity_level = 4
         options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False  # kept for each shape of input, they leave holes all over the heap
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in large.values()]
         options.add_external_initializers(list(large), values)
         self._weights = {}
