@@ -27,7 +27,7 @@ bits, process = int(sys.argv[1]), psutil.Process()
 make_pool(1)
 runtime_bytes()
 before = process.memory_info().rss
-span = make_span(described.model, range(3), described.blocks, tensors, bits, 64, bool(bits))
+span = make_span(described.model, range(3), described.blocks, tensors, bits, 64)
 return_memory()
 weights = sum(block.nbytes(bits) for block in described.blocks)
 print(json.dumps([process.memory_info().rss - before, weights]))
