@@ -11,7 +11,7 @@ from pathlib import Path
 
 from peerllm.errors import UnavailableError
 
-READY_S = 120.0  # seconds to be ready; importing torch on a busy small machine is slow
+READY_S = 120.0  # seconds to be ready; loading libraries on a busy small machine is slow
 END_S = 15.0  # seconds to end by itself
 MAX_LOG_CHARS = 1500  # of a failed device's log in the error
 

@@ -45,7 +45,7 @@ class EngineChild:
 
     @classmethod
     async def start(cls, threads: int) -> EngineChild:
-        """A new process of this interpreter, which imports torch and then waits for its first message."""
+        """A new process of this interpreter, which loads its libraries and then waits for its first message."""
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(ours.close)

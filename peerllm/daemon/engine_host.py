@@ -29,7 +29,7 @@ from peerllm.errors import EngineError, LinkError, PeerLLMError
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 180.0  # importing torch on a small board, from a slow card
+START_TIMEOUT_S = 180.0  # libraries on a small board, from a slow card
 RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # pause before a restart; doubles each time
 HEALTHY_S = 60.0  # an engine that lived so long starts again after the first pause
 MAX_PENDING = 1024  # questions the engine has not answered
@@ -257,7 +257,7 @@ class _EngineThread:
     def __init__(self) -> None:
         from peerllm.engine.process import start_in_process
 
-        os.environ.update(FIXED)  # read when torch is imported
+        os.environ.update(FIXED)  # read when its libraries are imported
         self._why = ""
         self.channel, self._thread = start_in_process(self._note)
 

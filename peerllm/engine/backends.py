@@ -98,7 +98,7 @@ class Backends:
         if self._compute != "cpu":
             return f"the engine computes on {self._compute}"
         if dtype != "float32" and not quantize:
-            return f"weights in {dtype} are multiplied with as they are"
+            return f"weights in {dtype} are to stay as they are (--quantize int8 rounds them, --exact takes float32)"
         try:
             values: Any = json.loads(config)
             return describe(values) if isinstance(values, dict) else "config.json holds no JSON object"

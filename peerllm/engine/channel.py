@@ -1,6 +1,7 @@
 """The line between a daemon and its engine: length-prefixed JSON over a socketpair, or a pair of in-memory ends.
 
-Either end lives on one event loop; `None` from `receive` means that the other side is gone.
+Either end lives on one event loop; `None` from `receive` means that the other side is gone. `send` never waits, and
+raises LinkError if the other side does not keep up or is gone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import socket
 import struct
 from collections import deque
-from typing import Any, Protocol
+from typing import Any
 
 from peerllm.codec import MAX_MESSAGE_BYTES, decode, encode
 from peerllm.errors import LinkError
@@ -18,14 +19,6 @@ from peerllm.errors import LinkError
 _LENGTH = struct.Struct(">I")
 MAX_UNSENT_BYTES = 64 << 20  # a daemon that reads nothing for so long counts as gone
 MAX_UNREAD_MESSAGES = 65_536  # the same for the in-memory line
-
-
-class Channel(Protocol):
-    """One end. `send` never waits; LinkError if the other side does not keep up or is gone."""
-
-    def send(self, message: object) -> None: ...
-    async def receive(self) -> Any: ...
-    def close(self) -> None: ...
 
 
 class SocketChannel:
@@ -115,3 +108,6 @@ class MemoryChannel:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # that end's loop has ended: nobody is left to wake
                 self._loop.call_soon_threadsafe(self._wake.set)
+
+
+Channel = SocketChannel | MemoryChannel

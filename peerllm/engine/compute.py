@@ -35,7 +35,7 @@ from peerllm.errors import PeerLLMError, one_line
 from peerllm.transport.links import Link
 from peerllm.types import DeploymentId, DeviceId
 
-_NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory|failed to allocate memory|bad_alloc", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

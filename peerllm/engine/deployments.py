@@ -30,7 +30,7 @@ from peerllm.transport.links import Link
 from peerllm.types import DeploymentId, DeviceId
 
 StageKey = tuple[DeploymentId, int]
-NOT_FINITE = "the model computed hidden states that are no finite numbers; try dtype float32 or bfloat16"
+NOT_FINITE = "the model computed hidden states that are no finite numbers; try --exact"
 
 
 class Deployment:

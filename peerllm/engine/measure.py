@@ -5,31 +5,25 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from peerllm.engine.messages import Measure, Measured
 
 WEIGHT_BYTES = 64 << 20  # far larger than most caches
 ROWS, SIDE = 256, 768  # of the matrix product: a prompt's chunk, a small model's layer
 BUDGET_S = 0.12  # per product
+ONES = partial(np.ones, dtype=np.float32)  # real memory: zeros would be one page read again and again
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "aiohttp", "onnxruntime", "onnx", "peerllm")
 
 
-def ones(rows: int, columns: int) -> npt.NDArray[np.float32]:
-    """Real memory: zeros would be one page read again and again."""
-    return np.ones((rows, columns), np.float32)
-
-
-def measure(
-    message: Measure, make: Callable[[int, int], Any] = ones, wait: Callable[[], None] = lambda: None
-) -> Measured:
-    """Measure now, in float32, with matrices that `make` makes; `wait` returns when their products are done."""
-    weights, vector = make(WEIGHT_BYTES // 4 // 4096, 4096), make(4096, 1)
-    left, right = make(ROWS, SIDE), make(SIDE, SIDE)
+def measure(message: Measure, ones: Callable[..., Any] = ONES, wait: Callable[[], None] = lambda: None) -> Measured:
+    """Measure now, in float32, with matrices of ones; `wait` returns when their products are done."""
+    weights, vector = ones((WEIGHT_BYTES // 4 // 4096, 4096)), ones((4096, 1))
+    left, right = ones((ROWS, SIDE)), ones((SIDE, SIDE))
 
     def read() -> None:
         weights @ vector

@@ -40,7 +40,7 @@ class SeededSampler:
 def pick(row: npt.NDArray[np.float32], draw: Draw) -> int:
     """One token id from one row of logits [vocabulary]."""
     if not np.isfinite(row).all():
-        raise EngineError("the model computed logits that are no finite numbers; try dtype float32 or bfloat16")
+        raise EngineError("the model computed logits that are no finite numbers; try --exact")
     sampling = draw.sampling
     scores = penalise(row.astype(np.float64), sampling, draw.answer)
     if sampling.temperature == 0.0 or sampling.top_k == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -16,6 +17,7 @@ def calm() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     quiet()
+    gc.freeze()  # loading and timing collect garbage, of which what is here already is none
     yield
     torch.set_num_threads(threads)
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from peerllm.engine import assembly
 from peerllm.engine.backends import Backends
 from peerllm.engine.config import CODE_KEYS, MAX_COUNT, parse_config
+from peerllm.engine.graph.describe import describe
 from peerllm.engine.inspect import inspect_model
 from peerllm.engine.messages import Inspect
 from peerllm.engine.shard import load_shard
@@ -116,6 +117,22 @@ def test_what_no_graph_is_made_of_is_one_line(
     line = str(caught.value)
     assert line.isprintable()
     assert len(line) < LINE
+
+
+def test_a_list_of_kinds_that_repeats_for_ever_takes_no_time() -> None:
+    neo = {"model_type": "gpt_neo", "hidden_size": 64, "num_heads": 2, "num_layers": 1000, "vocab_size": 9}
+    start = time.perf_counter()
+    describe(neo | {"attention_types": [[["global", "local"] * 10_000, 10**12]]})
+    assert time.perf_counter() - start < LIMIT_S
+
+
+def test_blocks_share_the_order_of_their_rows() -> None:
+    neox = {"model_type": "gpt_neox", "hidden_size": 1 << 20, "num_attention_heads": 512, "vocab_size": 9}
+    tracemalloc.start()
+    describe(neox | {"num_hidden_layers": 50})  # of 24 MB each
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 << 20
 
 
 def damaged(model: Path, target: Path, how: str, name: str) -> Path:

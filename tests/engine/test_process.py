@@ -30,14 +30,13 @@ import asyncio, json, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.engine.engines import Device, deploy
-from tests.engine.tiny import prompt
 
 async def main():
     device = Device(Path({directory!r}))
     await device.start()
     deployed = await deploy([device], Path({model!r}), ((0, 0, 5),), context=4096, chunk=4096)
     if {busy}:
-        deployed.submit(prompt(4000), 10)  # one chunk that takes far longer than a second
+        deployed.submit(list(range(97)) * 41, 10)  # one chunk that takes far longer than a second
         await asyncio.sleep(0.3)
     print(json.dumps(device.host.pid), flush=True)
     await asyncio.sleep(600)

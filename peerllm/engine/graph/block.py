@@ -10,7 +10,7 @@ import numpy as np
 from peerllm.engine.graph.model import Activation, Attention, Experts, Norm, Placement, Rope
 from peerllm.engine.graph.nodes import CONTRIB, Graph
 from peerllm.engine.graph.tensors import Tensors
-from peerllm.engine.graph.weights import BlockWeights, add_experts, add_product, norm_weights
+from peerllm.engine.graph.weights import BlockWeights, add_experts, add_product, norm_weights, require
 
 INSIDE = 16  # the attention operator rotates heads itself if their width and what is rotated are multiples of this
 
@@ -99,7 +99,9 @@ class BlockGraph:
 
     def _sinks(self) -> str:
         """Scores [h] that take attention and give nothing."""
-        made = self._tensors.floats(self._weights.names["sinks"], slice(None))
+        name = self._weights.names["sinks"]
+        require(self._tensors, name, (self._block.attention.heads,))
+        made = self._tensors.floats(name, slice(None))
         return self._graph.weight(made.astype(np.float16) if self._half else made)
 
     def _turned(self, x: str, about: Attention, heads: int, place: str) -> str:

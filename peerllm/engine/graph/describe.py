@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -195,7 +196,7 @@ def _rope(values: Values, family: Family, number: int, kind: str, width: int) ->
         if scaling != "default" and given not in (None, 1):
             raise UnfitError("rotary embeddings that scale, of a part that the family does not know")
         given = 1.0
-    rotated = values.get("rotary_dim", int(width * float(given or part)))
+    rotated = values.whole("rotary_dim", int(width * float(given or part)))
     if scaling == "dynamic" and family.alpha and about.get("alpha"):
         scaling, theta = "default", theta * about["alpha"] ** (width / (width - 2))
     if scaling == "default":
@@ -305,8 +306,13 @@ def _qkv(family: Family, names: Mapping[str, str], about: Attention) -> tuple[Pa
         return tuple(Part(names[role], count) for role, count in zip("qkv", rows, strict=True))
     if family.merged == "stacked":
         return (Part(names["qkv"], sum(rows), turned=family.turned),)
-    each = about.heads // about.groups  # in every group its queries, then its keys, then its values
-    by_group = np.arange(sum(rows)).reshape(about.groups, each + 2, width)
-    order = [by_group[:, :each], by_group[:, each : each + 1], by_group[:, each + 1 :]]
-    picked = cast(npt.NDArray[np.int64], np.concatenate([part.reshape(-1) for part in order]))
+    picked = _by_group(about.groups, about.heads // about.groups, width)
     return (Part(names["qkv"], sum(rows), picked, turned=family.turned),)
+
+
+@lru_cache(1)  # blocks share it: of a hostile configuration each one's would be 128 MB
+def _by_group(groups: int, each: int, width: int) -> npt.NDArray[np.int64]:
+    """Rows of all queries, then keys, then values, of a matrix in which every group has its own of each."""
+    rows = np.arange(groups * (each + 2) * width).reshape(groups, each + 2, width)
+    order = [rows[:, :each], rows[:, each : each + 1], rows[:, each + 1 :]]
+    return cast(npt.NDArray[np.int64], np.concatenate([part.reshape(-1) for part in order]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 from peerllm.engine.graph.model import Placement
@@ -100,7 +101,6 @@ GRANITE_EXPERTS = {
 
 # ---- values of config.json ----------------------------------------------------------------------------------------
 
-MAX_TIMES = 1 << 10  # that a list of kinds of layers is repeated
 COMMON: Mapping[str, Any] = {  # what every family reads, and what transformers takes for what is left out
     "hidden_size": None, "vocab_size": None, "num_hidden_layers": None, "num_attention_heads": None,
     "num_key_value_heads": None, "head_dim": None, "intermediate_size": None, "max_position_embeddings": 2048,
@@ -161,8 +161,8 @@ def _smollm3_rotates(values: Asked, number: int, kind: str) -> bool:
 
 def _neo_windows(values: Asked, number: int) -> str:
     types = values.get("attention_types")
-    kinds = [kind for some, times in types for _ in range(min(times, MAX_TIMES)) for kind in some]
-    return {"global": "full_attention", "local": "sliding_attention"}[kinds[number]]
+    kinds = (kind for some, times in types if some for _ in range(times) for kind in some)  # as many as are asked for
+    return {"global": "full_attention", "local": "sliding_attention"}[next(islice(kinds, number, None), "")]
 
 
 def _full_at(rest: int, default: int, pattern: str = "") -> Callable[[Asked, int], str]:

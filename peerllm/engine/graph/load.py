@@ -10,10 +10,10 @@ import numpy as np
 from peerllm.engine.base import Progress
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.nodes import make_pool
-from peerllm.engine.graph.shard import Embedding, GraphShard, Span, make_embedding, make_head, make_span
+from peerllm.engine.graph.shard import Embedding, GraphShard, Span, make_head, make_span
 from peerllm.engine.graph.slots import room_of, token_bytes
 from peerllm.engine.graph.tensors import Checkpoint, Tensors
-from peerllm.engine.graph.weights import Product
+from peerllm.engine.graph.weights import Product, require
 from peerllm.engine.memory import trim
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import BadInputError, RefusedError
@@ -129,10 +129,13 @@ def load_shard(described: Described, spec: LoadStage, threads: int, progress: Pr
     checkpoint = Checkpoint(spec.tensors, count)
     embedding = None
     if shape.first_layer == 0:
-        name = f"{described.embedding}.weight"
-        where = described.positions
-        positions = None if where is None else checkpoint.floats(f"{where}.weight", slice(None))
-        embedding = make_embedding(described.model, checkpoint.mapped(name), positions, spec.context)
+        name, model, positions = f"{described.embedding}.weight", described.model, None
+        require(checkpoint, name, (model.vocabulary, model.hidden))
+        if described.positions is not None:
+            learned, start = f"{described.positions}.weight", model.position_offset or 0
+            require(checkpoint, learned, (start + spec.context, model.hidden), growing=0)
+            positions = checkpoint.floats(learned, slice(start, start + spec.context))
+        embedding = Embedding(checkpoint.mapped(name), model.embedding_scale, positions)
     shard = build(shape, checkpoint, embedding, threads, spec.chunk)
     progress(total, total)
     return shard

@@ -19,7 +19,7 @@ from peerllm.engine.graph.rotation import tables
 from peerllm.engine.graph.slots import Batch, KVSlots, room_of
 from peerllm.engine.graph.tensors import Floats, Tensors
 from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
-from peerllm.errors import EngineError, ModelError
+from peerllm.errors import EngineError
 
 MAX_BOUND = 64  # kinds of passes (sequences, tokens, place) whose memory stays bound
 LEAST_ROWS = 16  # of the buffers that blocks hand hidden states through
@@ -255,15 +255,3 @@ def make_head(about: Head, hidden: int, product: Product, norm: str, tensors: Te
     graph.add("Identity", out, output="logits")
     graph.output("logits", "k", product.rows)
     return graph.session()
-
-
-def make_embedding(model: Model, table: npt.NDArray[Any], positions: Floats | None, context: int) -> Embedding:
-    """`positions`: all learned ones [rows, hidden], of which those of the context are kept."""
-    if table.shape != (model.vocabulary, model.hidden):
-        raise ModelError(f"the embedding has shape {list(table.shape)}, not [{model.vocabulary}, {model.hidden}]")
-    if positions is not None:
-        start = model.position_offset or 0
-        positions = positions[start : start + context]
-        if positions.shape != (context, model.hidden):
-            raise ModelError(f"there are {len(positions)} learned positions; {context} are asked for")
-    return Embedding(table, model.embedding_scale, positions)
