@@ -128,7 +128,7 @@ class Line:
         self._requests += 1
         return self._requests
 
-    async def until(self, wanted: Callable[[Any], bool], timeout_s: float = 20) -> Any:
+    async def until(self, wanted: Callable[[Any], bool], timeout_s: float = 60) -> Any:
         """The first message heard, past or to come, that is wanted."""
         for message in self.heard:
             if wanted(message):
@@ -141,7 +141,7 @@ class Line:
                 if wanted(message):
                     return message
 
-    async def ask(self, message: Any, timeout_s: float = 20) -> Any:
+    async def ask(self, message: Any, timeout_s: float = 60) -> Any:
         self.channel.send(message)
         return await self.until(lambda m: getattr(m, "request", None) == message.request, timeout_s)
 
