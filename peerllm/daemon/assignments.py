@@ -147,7 +147,8 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
     if assign.quantize not in ("", *BITS):
         raise BadInputError(f"unknown quantisation {assign.quantize!r}")
     tensors = [tensor for work in assign.work for tensor in work.tensors]
-    needed = weight_bytes(tensors, assign.dtype, assign.quantize)
+    sizes = [weight_bytes([tensor], assign.dtype, assign.quantize) for tensor in {t.name: t for t in tensors}.values()]
+    needed = sum(sizes) - max(sizes, default=0)  # the largest may be an embedding, which stays in its file
     if needed > reserved_bytes:
         raise RefusedError(
             f"{human_bytes(needed)} of weights are assigned, {human_bytes(reserved_bytes)} were reserved for them"
