@@ -168,7 +168,7 @@ def stage(request: int, deployment: str = DEPLOYMENT, **changes: Any) -> LoadSta
         "tensors": (),
         "dtype": "float32",
         "slots": 4,
-        "context": 100_000,
+        "context": 1_000_000,
         "chunk": 8,
         "micro_batch": 4,
         "upstream": None,

@@ -176,7 +176,7 @@ async def test_prompts_are_computed_in_the_chunks_that_they_are_cut_into(tmp_pat
 async def test_a_long_prompt_is_served_beside_an_endless_answer(tmp_path: Path) -> None:
     async with engine(tmp_path, FakeBackend()) as line:
         await line.ask(stage(line.request()))
-        line.submit(1, [1], 90_000)
+        line.submit(1, [1], 900_000)
         await line.until(lambda m: isinstance(m, Tokens) and m.start >= 10)
         line.submit(2, [3] * 400, 3)
         assert (await line.finished(2))[0] == expected([3] * 400, 3)
@@ -192,7 +192,7 @@ async def test_a_later_epoch_takes_over_and_an_earlier_one_is_refused(tmp_path: 
     backend = FakeBackend()
     async with engine(tmp_path, backend) as line:
         await line.ask(stage(line.request(), epoch=2))
-        line.submit(1, [1], 90_000)
+        line.submit(1, [1], 900_000)
         await line.until(lambda m: isinstance(m, Tokens))
         assert (await line.ask(stage(line.request(), epoch=1))).kind == "RefusedError"
         assert (await line.ask(stage(line.request(), epoch=2))).kind == "RefusedError"
