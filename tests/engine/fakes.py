@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from peerllm.types import Sampling
 
 VOCABULARY = 1000
 DEPLOYMENT = "ab" * 16
+PASS_S = 1e-4  # a real pass lets go of Python's lock; one that never does leaves the engine's loop no turn
 
 
 class FakeShard:
@@ -52,6 +54,7 @@ class FakeShard:
     def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
         self.batches.append(list(segments))
         self._backend.before_forward(self, segments)
+        time.sleep(PASS_S)
         rows, start = [], 0
         for segment in segments:
             ids = inputs[start : start + segment.length]
