@@ -27,7 +27,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 SpanName = Literal[
     "idle", "take in", "pass", "hand on", "another model",  # of the compute thread, one after the other
     "serialise", "enqueue",  # of the compute thread, within the others
-    "send", "receive", "held back",  # of a link
+    "send", "receive",  # of a link
 ]  # fmt: skip
 SpanKind = Literal["", "step", "prompt", "activation", "token", "release", "open"]
 

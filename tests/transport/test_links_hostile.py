@@ -13,10 +13,10 @@ import pytest
 from peerllm.errors import LinkError
 from peerllm.transport.frames import encode
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import Ingress
+from peerllm.transport.links import STEP, Delivery, Inlet
 from peerllm.transport.links import acceptor as acceptor_module
-from peerllm.transport.links.websocket import BINARY, CLOSE, PING, control, goodbye, head
 from peerllm.transport.tls import client_context, server_context
+from peerllm.transport.websocket.framing import BINARY, CLOSE, PING, control, goodbye, head
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, Node, activation, connect, expect
 
 UPGRADE = (
@@ -102,7 +102,7 @@ async def test_garbage_instead_of_an_upgrade(nodes: list[Node], said: bytes, sta
         writer.write(said)
         answer = await rest(reader)
         assert answer == b"" if status is None else answer.startswith(b"HTTP/1.1 " + status)
-    assert not two.plane._open and two.frames.empty()
+    assert not two.plane._links and two.frames.empty()
     await works(one, two)
 
 
@@ -153,7 +153,7 @@ async def test_a_removal_in_the_middle_of_a_handshake(nodes: list[Node]) -> None
         await two.plane.set_trusted([three.identity.certificate_pem])
         writer.write(UPGRADE)
         assert await rest(reader) == b""
-    assert not two.plane._open
+    assert not two.plane._links
 
 
 @pytest.mark.parametrize("part", [1, 2, 7, 8, 9, 60, 500])
@@ -197,33 +197,14 @@ async def test_a_frame_byte_by_byte(nodes: list[Node]) -> None:
         assert [(await two.next_frame()).segments[0].position for _ in range(2)] == [5, 6]
 
 
-async def test_frames_in_one_record_are_held_back_one_by_one(nodes: list[Node]) -> None:
-    """What has been read already waits as well."""
-    one, two, _ = nodes
-    held: list[asyncio.Future[None]] = []
-
-    def deliver(device: str, frame: object) -> asyncio.Future[None]:
-        held.append(asyncio.get_running_loop().create_future())
-        two.frames.put_nowait((device, frame))  # type: ignore[arg-type]
-        return held[-1]
-
-    two.plane.expect(Ingress(one.identity.device, LIMITS), deliver)
-    async with upgraded(one, two) as (_, writer):
-        writer.write(b"".join(message(position) for position in range(5)))
-        for position in range(5):
-            assert (await two.next_frame()).segments[0].position == position
-            assert len(held) == position + 1 and two.frames.empty()
-            held[-1].set_result(None)
-
-
 async def test_pings_nobody_reads_the_answers_to_are_bounded(nodes: list[Node]) -> None:
     one, two, _ = nodes
     expect(two, one)
     async with upgraded(one, two) as (reader, writer):
         writer.write(control(PING, b"x" * 8, masked=True) * 50_000 + message(9))
         assert (await two.next_frame()).segments[0].position == 9
-        (receiver,) = two.plane._receivers.values()
-        assert len(receiver._outbox._said) <= 1024
+        (link,) = two.plane._accepted.values()
+        assert len(link._outbox._said) <= 1024
         writer.write(control(CLOSE, goodbye(1000, ""), masked=True))
         assert (await rest(reader)).endswith(goodbye(1000, ""))
     assert two.lost.empty()
@@ -234,10 +215,10 @@ async def test_a_fault_of_ours_ends_the_link_with_its_name(
 ) -> None:
     one, two, _ = nodes
 
-    def deliver(device: str, frame: object) -> None:
+    def deliver(delivery: Delivery) -> None:
         raise KeyError("no such thing")
 
-    two.plane.expect(Ingress(one.identity.device, LIMITS), deliver)
+    two.plane.expect(one.identity.device, Inlet(STEP, LIMITS, deliver))
     link = await connect(one, two)
     link.send(activation())
     assert (await two.next_lost())[1] == "KeyError: 'no such thing'"

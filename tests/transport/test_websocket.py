@@ -12,15 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerllm.errors import FrameError, LinkError
-from peerllm.transport.links.upgrade import (
-    DeclinedError,
-    agreed,
-    declined,
-    read_answer,
-    read_request,
-    request,
-)
-from peerllm.transport.links.websocket import (
+from peerllm.transport.websocket.framing import (
     BINARY,
     CLOSE,
     MAX_CONTROL_BYTES,
@@ -29,12 +21,20 @@ from peerllm.transport.links.websocket import (
     PONG,
     RECORD_BYTES,
     TEXT,
-    Reader,
+    MessageReader,
     control,
     goodbye,
     head,
     read_goodbye,
     unmasked,
+)
+from peerllm.transport.websocket.upgrade import (
+    DeclinedError,
+    agreed,
+    declined,
+    read_answer,
+    read_request,
+    request,
 )
 
 LIMIT = 1 << 20
@@ -48,7 +48,7 @@ def masked(message: bytes, mask: bytes) -> bytes:
     return message[:at] + mask + bytes(unmasked(message[at + 4 :], mask))
 
 
-def read(reader: Reader, pieces: list[bytes]) -> list[tuple[int, bytes]]:
+def read(reader: MessageReader, pieces: list[bytes]) -> list[tuple[int, bytes]]:
     """As a connection would: what is large goes where the reader has room."""
     found = []
     for piece in pieces:
@@ -88,7 +88,7 @@ def test_messages_come_out_as_they_went_in(
     data = [head(opcode, len(payload), by_client) + payload for opcode, payload in sent]
     if by_client:
         data = [masked(message, mask) for message in data]
-    assert read(Reader(LIMIT, by_client), cut(b"".join(data), places)) == sent
+    assert read(MessageReader(LIMIT, by_client), cut(b"".join(data), places)) == sent
 
 
 def test_split_at_every_byte() -> None:
@@ -96,8 +96,8 @@ def test_split_at_every_byte() -> None:
     for mask in (bytes(4), b"\1\2\3\4"):
         data = b"".join(masked(head(opcode, len(payload), True) + payload, mask) for opcode, payload in sent)
         for at in range(len(data) + 1):
-            assert read(Reader(LIMIT, True), cut(data, [at])) == sent
-        assert read(Reader(LIMIT, True), [data[at : at + 1] for at in range(len(data))]) == sent
+            assert read(MessageReader(LIMIT, True), cut(data, [at])) == sent
+        assert read(MessageReader(LIMIT, True), [data[at : at + 1] for at in range(len(data))]) == sent
 
 
 @given(st.binary(max_size=200), st.binary(min_size=4, max_size=4))
@@ -131,19 +131,19 @@ def test_a_mask_over_many_pieces() -> None:
 )
 def test_what_a_link_does_not_carry(data: bytes, reason: str) -> None:
     with pytest.raises(FrameError, match=reason):
-        read(Reader(LIMIT, True), [data])
+        read(MessageReader(LIMIT, True), [data])
     with pytest.raises(FrameError, match=reason):
-        read(Reader(LIMIT, True), [data[at : at + 1] for at in range(len(data))])
+        read(MessageReader(LIMIT, True), [data[at : at + 1] for at in range(len(data))])
 
 
 def test_a_server_does_not_mask() -> None:
     with pytest.raises(FrameError, match="masked"):
-        read(Reader(LIMIT, False), [head(BINARY, 0, True)])
-    assert read(Reader(LIMIT, False), [control(PONG, b"x", False)]) == [(PONG, b"x")]
+        read(MessageReader(LIMIT, False), [head(BINARY, 0, True)])
+    assert read(MessageReader(LIMIT, False), [control(PONG, b"x", False)]) == [(PONG, b"x")]
 
 
 def test_a_claim_takes_no_memory_beyond_the_limit() -> None:
-    reader = Reader(LIMIT, True)
+    reader = MessageReader(LIMIT, True)
     tracemalloc.start()
     with pytest.raises(FrameError):
         read(reader, [b"\x82\xff" + (1 << 40).to_bytes(8, "big") + bytes(100)])

@@ -12,10 +12,10 @@ from http import HTTPStatus
 from peerllm.errors import AuthenticationError
 from peerllm.transport.identity import Identity, certificate_device
 from peerllm.transport.links.connection import Connection, handshake, read_head
-from peerllm.transport.links.upgrade import END, MAX_HEAD_BYTES, DeclinedError, agreed, declined, read_request
 from peerllm.transport.tls import listen, peer_device, server_context
 from peerllm.transport.tls.listen import BACKLOG
-from peerllm.transport.tls.server import HANDSHAKE_TIMEOUT_S
+from peerllm.transport.tls.tls_server import HANDSHAKE_TIMEOUT_S
+from peerllm.transport.websocket.upgrade import END, MAX_HEAD_BYTES, DeclinedError, agreed, declined, read_request
 from peerllm.types import DeviceId
 
 MAX_UNFINISHED = 128  # connections at that; one more, and the one that has taken longest is cut

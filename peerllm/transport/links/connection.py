@@ -9,7 +9,7 @@ import struct
 import sys
 import threading
 
-from peerllm.transport.links.websocket import RECORD_BYTES
+from peerllm.transport.websocket.framing import RECORD_BYTES
 from peerllm.types import DeviceId
 
 SIOCOUTQNSD = 0x894B  # linux/sockios.h
@@ -58,10 +58,6 @@ class Connection:
         if written < len(record):
             raise ConnectionError("a record was written in part")
         return True
-
-    def option(self, level: int, name: int, size: int) -> bytes:
-        """A socket's option; OSError if the system has none such, or the connection is closed."""
-        return self._sock.getsockopt(level, name, size)
 
     def unsent(self) -> int:
         """Bytes written that still wait here: a frame would wait behind them. 0 where nobody can tell."""

@@ -49,7 +49,7 @@ def read_goodbye(payload: bytes | bytearray) -> tuple[int, str]:
     return int.from_bytes(payload[:2], "big"), bytes(payload[2:]).decode(errors="replace")
 
 
-class Reader:
+class MessageReader:
     """The messages in a connection's bytes, whatever pieces these come in.
 
     FrameError where the other side breaks the rules: a message of more than `max_bytes`, for one, before memory is

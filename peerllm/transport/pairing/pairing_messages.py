@@ -13,7 +13,7 @@ from peerllm import codec
 from peerllm.errors import LinkError, PairingError
 from peerllm.transport.roster import RosterEntry
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 64 << 10
 MAC_BYTES = 32
 ENTRIES_PER_MESSAGE = 12  # entries have at most about 5 kB
@@ -22,7 +22,7 @@ SEQUENCE = Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class JoinRequest:
     """Joiner: who I am, my share of the PAKE, the highest roster counter I know."""
 
     version: int
@@ -48,7 +48,7 @@ class Confirm:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class PairingRefused:
     """Inviter: no, and why."""
 
     reason: str
@@ -83,16 +83,18 @@ class Introduction:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class PairingDone:
     """Inviter: it is written down."""
 
     device: str
 
 
-Message = Hello | Challenge | Confirm | Refused | Possession | Welcome | Entries | Introduction | Done
+Message = (
+    JoinRequest | Challenge | Confirm | PairingRefused | Possession | Welcome | Entries | Introduction | PairingDone
+)
 
 
-class Channel:
+class PairingChannel:
     """Messages over one TLS stream. Every failure is a PairingError or LinkError."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -124,7 +126,7 @@ class Channel:
         return body
 
     async def receive(self, *kinds: type[Any]) -> tuple[Any, bytes]:
-        """The next message, of one of `kinds`, and its bytes; Refused becomes a PairingError with its reason."""
+        """The next message, of one of `kinds`, and its bytes; PairingRefused becomes a PairingError with its reason."""
         try:
             (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
             payload = await self._reader.readexactly(length) if length <= MAX_MESSAGE_BYTES else b""
@@ -138,7 +140,7 @@ class Channel:
                 raise PairingError("a pairing message was tampered with")
             self._received += 1
         message = codec.decode(payload, Message)
-        if isinstance(message, Refused) and Refused not in kinds:
+        if isinstance(message, PairingRefused) and PairingRefused not in kinds:
             raise PairingError(message.reason[:200])
         if not isinstance(message, kinds):
             raise PairingError(f"the other side sent {type(message).__name__} out of turn")

@@ -22,6 +22,10 @@ class FrameKind(IntEnum):
     TOKEN = 2  # picked token ids, on the way back to the source
     RELEASE = 3  # the slots of these sequences are free
     OPEN = 4  # a sequence begins: what the head must know to sample it
+    PARTIAL = 5  # one device's share of a sum over several
+    KEY_VALUE = 6  # what a slot keeps, on its way to another device
+    GRADIENT = 7  # of hidden states, on the way back through the stages
+    ECHO = 8  # nothing but bytes, to time a link with
 
 
 class DType(StrEnum):
