@@ -26,7 +26,7 @@ PASS: LayerKind = "pass"  # noqa: S105  # in a device's layer times: what a batc
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SpanName = Literal[
     "idle", "take in", "pass", "hand on", "another model",  # of the compute thread, one after the other
-    "serialise", "enqueue",  # of the compute thread, within the others
+    "serialise",  # of the compute thread, within the others
     "send", "receive",  # of a link
 ]  # fmt: skip
 SpanKind = Literal["", "step", "prompt", "activation", "token", "release", "open"]

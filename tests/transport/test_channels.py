@@ -16,10 +16,9 @@ from peerllm.errors import FrameError, LinkError
 from peerllm.transport.frames import Frame, FrameKind, FrameLimits, encode
 from peerllm.transport.links import FRAME_COST_BYTES, KEY_VALUE, STEP, Delivery, Inlet, Link, liveness
 from peerllm.transport.links import link as link_module
-from peerllm.transport.links.channels import CHANNEL_OF_KIND, CHANNELS, LinkChannel, Mailbox
-from peerllm.transport.links.inbound import grant_message
+from peerllm.transport.links.channels import CHANNEL_OF_KIND, CHANNELS, LinkChannel, Mailbox, grant_payload
 from peerllm.transport.links.outbox import Outbox
-from peerllm.transport.websocket.framing import BINARY, head
+from peerllm.transport.websocket.framing import BINARY, PING, control, head
 from tests.transport.planes import LIMITS, WAIT_S, Node, activation, connect, expect
 from tests.transport.test_links_hostile import rest, upgraded
 from tests.transport.test_poller import until_it_waits
@@ -205,12 +204,12 @@ async def test_a_sender_beyond_its_credit_is_cut(nodes: list[Node]) -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        grant_message(STEP, 1, masked=False),  # nothing was sent
-        grant_message(STEP, 2**64 - 1, masked=False),
-        grant_message(replace(STEP, number=99), 0, masked=False),
-        head(BINARY, 8, masked=False) + b"PLGR" + bytes(4),
-        head(BINARY, 4, masked=False) + b"PLGR",
-        head(BINARY, 40, masked=False) + b"PLFR" + bytes(36),  # a frame, where none is taken in
+        grant_payload(STEP, 1),  # nothing was sent
+        grant_payload(STEP, 2**64 - 1),
+        grant_payload(replace(STEP, number=99), 0),
+        b"PLGR" + bytes(4),
+        b"PLGR",
+        b"PLFR" + bytes(36),  # a frame, where none is taken in
     ],
 )
 async def test_a_receiver_that_grants_what_was_not_sent_is_cut(nodes: list[Node], said: bytes) -> None:
@@ -218,7 +217,7 @@ async def test_a_receiver_that_grants_what_was_not_sent_is_cut(nodes: list[Node]
     inlets(two, one, (STEP, LIMITS, Kept()))
     link = await connect(one, two)
     (accepted,) = two.plane._accepted.values()
-    accepted._outbox.say(said)
+    accepted._outbox.say(BINARY, said)
     device, reason = await one.next_lost()
     assert device == two.identity.device and ("grant of credit" in reason or "out of turn" in reason)
     assert (await two.next_lost())[1] == reason
@@ -234,7 +233,7 @@ async def test_a_grant_never_takes_credit_back(nodes: list[Node]) -> None:
     cost = (await kept.next()).cost_bytes
     (accepted,) = two.plane._accepted.values()
     for taken_bytes in (cost, cost, cost - 1):
-        accepted._outbox.say(grant_message(STEP, taken_bytes, masked=False))
+        accepted._outbox.say(BINARY, grant_payload(STEP, taken_bytes))
     assert "grant of credit" in (await one.next_lost())[1]
     assert link._outbox._lanes[STEP].taken_bytes == cost, "said twice is no fault, less than before is"
 
@@ -379,19 +378,16 @@ def pipe() -> Iterator[Pipe]:
 
 
 def outbox(pipe: Pipe, *channels: LinkChannel, broke: Callable[[str], None] = lambda reason: None) -> Outbox:
-    def grants(channel: LinkChannel, taken_bytes: int) -> bytes:
-        return f"{channel.name} {taken_bytes}".encode()
-
-    return Outbox(pipe, asyncio.get_running_loop(), grants, broke=broke, channels=channels)
+    return Outbox(pipe, asyncio.get_running_loop(), False, broke=broke, channels=channels)
 
 
 async def test_a_full_queue_refuses_at_once_and_ends(pipe: Pipe) -> None:
     broke: asyncio.Queue[str] = asyncio.Queue()
     of = channel(1 << 30, 2 * FRAME_COST_BYTES + 10)
     box = outbox(pipe, of, broke=broke.put_nowait)
-    assert box.put(of, 100, b"under way"), "nothing was before it"
-    assert not box.put(of, 6, b"one")
-    assert not box.put(of, 4, b"two")
+    box.put(of, 100, b"under way")
+    box.put(of, 6, b"one")
+    box.put(of, 4, b"two")
     assert len(box) == 2 and not box.ended
     with pytest.raises(LinkError, match="2 frames wait on channel step"):
         box.put(of, 0, b"three")
@@ -420,11 +416,12 @@ async def test_what_waits_goes_in_the_channels_order(pipe: Pipe) -> None:
     box.put(first, 1, b"sooner too")
     box.grant(second, 1)
     box.grant(second, 7)
-    assert box.say(b"ping")
+    box.say(PING, b"ping")
     pipe.room = 10
     box.end("closed")
     await asyncio.wait_for(box.flushed(), WAIT_S)
-    assert pipe.written == [b"under way", b"ping", b"later 7", b"sooner", b"sooner too", b"later"]
+    granted = control(BINARY, grant_payload(second, 7), False)
+    assert pipe.written == [b"under way", control(PING, b"ping", False), granted, b"sooner", b"sooner too", b"later"]
     box.detach()
 
 

@@ -174,28 +174,6 @@ async def test_the_largest_frame_passes(nodes: list[Node]) -> None:
     assert (await two.next_frame()).tokens == 256
 
 
-async def test_text_and_garbage_end_the_link(nodes: list[Node], session: aiohttp.ClientSession) -> None:
-    one, two, _ = nodes
-    expect(two, one)
-    who = two.identity
-    path = f"/data/{DEPLOYMENT}/3/1"
-    sends: list[tuple[Callable[[aiohttp.ClientWebSocketResponse], object], str]] = [
-        (lambda websocket: websocket.send_str("hello"), "binary frames only"),
-        (lambda websocket: websocket.send_bytes(b"PLFR"), "shorter than its header"),
-        (lambda websocket: websocket.send_bytes(b""), "shorter than its header"),
-        (lambda websocket: websocket.send_bytes(encode(activation())[:-8]), "not as long as its tensors"),
-    ]
-    for send, reason in sends:
-        websocket = await dial(
-            session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path
-        )
-        await send(websocket)  # type: ignore[misc]
-        assert reason in (await two.next_lost())[1]
-        message = await websocket.receive(timeout=WAIT_S)
-        assert message.data == aiohttp.WSCloseCode.POLICY_VIOLATION
-        assert reason in (message.extra or "")
-
-
 async def test_what_deliver_raises_ends_the_link(nodes: list[Node]) -> None:
     one, two, _ = nodes
 

@@ -16,7 +16,7 @@ from peerllm.transport.identity import Identity
 from peerllm.transport.links import STEP, Delivery, Inlet
 from peerllm.transport.links import acceptor as acceptor_module
 from peerllm.transport.tls import client_context, server_context
-from peerllm.transport.websocket.framing import BINARY, CLOSE, PING, control, goodbye, head
+from peerllm.transport.websocket.framing import BINARY, CLOSE, PING, POLICY_VIOLATION, TEXT, control, goodbye, head
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, Node, activation, connect, expect
 
 UPGRADE = (
@@ -84,11 +84,11 @@ async def test_garbage_instead_of_tls(nodes: list[Node], garbage: bytes) -> None
     ("said", "status"),
     [
         (b"\0" * 100 + b"\r\n\r\n", b"400"),
-        (UPGRADE.replace(b"GET", b"PUT"), b"405"),
+        (UPGRADE.replace(b"GET", b"PUT"), b"400"),
         (UPGRADE.replace(b"/3/1", b"/3/2"), b"404"),
         (UPGRADE.replace(b"/3/1", b"/3/1?x=1"), b"404"),
         (UPGRADE.replace(b"/3/1", b"/+3/1"), b"404"),
-        (UPGRADE.replace(b": 13", b": 12"), b"426"),
+        (UPGRADE.replace(b": 13", b": 12"), b"400"),
         (UPGRADE.replace(b"websocket", b"h2c"), b"400"),
         (UPGRADE[:-2] + b"X: " + b"x" * 8192 + b"\r\n\r\n", None),
         (b"x" * 20_000, None),
@@ -104,6 +104,24 @@ async def test_garbage_instead_of_an_upgrade(nodes: list[Node], said: bytes, sta
         assert answer == b"" if status is None else answer.startswith(b"HTTP/1.1 " + status)
     assert not two.plane._links and two.frames.empty()
     await works(one, two)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "payload", "reason"),
+    [
+        (TEXT, b"hello", "binary frames only"),
+        (BINARY, b"PLFR", "shorter than its header"),
+        (BINARY, b"", "shorter than its header"),
+        (BINARY, encode(activation())[:-8], "not as long as its tensors"),
+    ],
+)
+async def test_text_and_garbage_end_the_link(nodes: list[Node], opcode: int, payload: bytes, reason: str) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    async with upgraded(one, two) as (reader, writer):
+        writer.write(head(opcode, len(payload), masked=True) + payload)
+        assert reason in (said := (await two.next_lost())[1])
+        assert (await rest(reader)).endswith(goodbye(POLICY_VIOLATION, said)), "the sender hears why"
 
 
 async def test_a_slow_handshake_and_a_slow_request_are_cut(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +156,19 @@ async def test_no_more_sockets_is_a_pause(nodes: list[Node], monkeypatch: pytest
     expect(two, one)
     monkeypatch.setattr(acceptor_module, "ACCEPT_PAUSE_S", 0.05)
 
-    class Exhausted:
-        def accept(self) -> None:
-            raise OSError(24, "Too many open files")
+    loop, accept = asyncio.get_running_loop(), socket.socket.accept
+    refused = asyncio.Event()
 
-    two.plane._acceptor._accept(Exhausted())  # type: ignore[arg-type]
+    def exhausted(listening: socket.socket) -> object:
+        if refused.is_set():
+            return accept(listening)
+        loop.call_soon(refused.set)
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(socket.socket, "accept", exhausted)
+    first = asyncio.create_task(works(one, two))
+    await asyncio.wait_for(refused.wait(), WAIT_S)
+    await first
     await works(one, two)
 
 

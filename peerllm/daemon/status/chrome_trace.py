@@ -22,7 +22,7 @@ COMPUTE = 1  # the first of them
 MAX_PIECES = 256  # of a span
 MAX_NUMBER = 2**32 - 1  # a position or a length
 _OF_LINKS = ("send", "receive")
-_WAITS = ("idle", "enqueue")
+_WAITS = ("idle",)
 
 Event = dict[str, Any]
 At = tuple[Span, int, int]  # a span, and its start and end on the coordinator's clock

@@ -27,7 +27,6 @@ MAX_PIECES = 256  # of a span; the rest of a larger batch is not named
 MAX_ALL_PIECES = 4 * MAX_SPANS  # of all spans in the ring: with both, it takes some 40 MB
 MAX_RECORDED = 8  # deployments recorded at once
 MAX_SECONDS = 600  # a recording that nobody ends ends by itself
-SHOWN_NS = 50_000  # a link's queue that takes a frame faster than this is not worth a span
 
 Pieces = tuple[tuple[int, int, int, int], ...]
 _KINDS: dict[FrameKind, SpanKind] = {
@@ -138,13 +137,6 @@ class Recorder(LinkObserver):
 
     # ---- from the links ---------------------------------------------------------------------------------------------
 
-    def queued(self, deployment: DeploymentId, device: DeviceId, stage: int, frame: SentFrame, now_ns: int) -> None:
-        kind, nbytes = _KINDS[frame.kind], frame.nbytes
-        times = frame.handed_ns, frame.encoded_ns
-        self._add(deployment, Span("serialise", *times, kind, stage, device, nbytes=nbytes))
-        if now_ns - frame.encoded_ns >= SHOWN_NS:
-            self._add(deployment, Span("enqueue", frame.encoded_ns, now_ns, kind, stage, device))
-
     def sent(
         self,
         deployment: DeploymentId,
@@ -156,6 +148,8 @@ class Recorder(LinkObserver):
         written_ns: int,
     ) -> None:
         kind, pieces = _KINDS[frame.kind], _pieces(frame.segments)
+        times = frame.handed_ns, frame.encoded_ns
+        self._add(deployment, Span("serialise", *times, kind, stage, device, nbytes=frame.nbytes))
         waited = taken_ns - frame.encoded_ns
         where = stage, device, number, frame.nbytes
         self._add(deployment, Span("send", taken_ns, written_ns, kind, *where, waited, pieces))

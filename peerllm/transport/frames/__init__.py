@@ -4,7 +4,6 @@ from peerllm.transport.frames.decoder import decode, kind_of
 from peerllm.transport.frames.encoder import encode, encode_buffers
 from peerllm.transport.frames.frame import (
     SAMPLE,
-    DType,
     Frame,
     FrameKind,
     FrameSegment,
@@ -14,7 +13,6 @@ from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, Ten
 
 __all__ = [
     "SAMPLE",
-    "DType",
     "Frame",
     "FrameKind",
     "FrameLimits",

@@ -6,6 +6,7 @@ a link that shall take it in.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -16,6 +17,8 @@ from peerllm.transport.frames import Frame, FrameKind, FrameLimits
 if TYPE_CHECKING:
     from peerllm.transport.links.link import Link
 
+GRANT_MAGIC = b"PLGR"
+_GRANT = struct.Struct("<4sB3xQ")  # magic, channel, bytes of it taken since the link began
 FRAME_COST_BYTES = 4 << 10  # what a frame counts for beside its own bytes, which bounds the number of frames
 
 
@@ -50,7 +53,22 @@ GRADIENT = LinkChannel(4, "gradient", (FrameKind.GRADIENT,), 64 << 20, 64 << 20,
 KEY_VALUE = LinkChannel(3, "key-value", (FrameKind.KEY_VALUE,), 16 << 20, 64 << 20, "loop")
 
 CHANNELS = (STEP, COLLECTIVE, ECHO, GRADIENT, KEY_VALUE)
+_BY_NUMBER = {channel.number: channel for channel in CHANNELS}
 CHANNEL_OF_KIND = {kind: channel for channel in CHANNELS for kind in channel.kinds}
+
+
+def grant_payload(channel: LinkChannel, taken_bytes: int) -> bytes:
+    """What tells the other end how much of a channel has been taken, and so gives credit back."""
+    return _GRANT.pack(GRANT_MAGIC, channel.number, taken_bytes)
+
+
+def read_grant(payload: bytes | bytearray) -> tuple[LinkChannel, int]:
+    """FrameError if it is none."""
+    if len(payload) == _GRANT.size:
+        _, number, taken_bytes = _GRANT.unpack(payload)
+        if number in _BY_NUMBER:
+            return _BY_NUMBER[number], taken_bytes
+    raise FrameError("a grant of credit for no channel")
 
 
 class Delivery(NamedTuple):

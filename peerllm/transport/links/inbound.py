@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter, perf_counter_ns
@@ -11,24 +10,24 @@ from typing import TYPE_CHECKING
 
 from peerllm.errors import FrameError
 from peerllm.transport.frames import decode, kind_of
-from peerllm.transport.links.channels import CHANNELS, FRAME_COST_BYTES, Delivery, Inlet, LinkChannel, Mailbox
+from peerllm.transport.links.channels import (
+    FRAME_COST_BYTES,
+    GRANT_MAGIC,
+    Delivery,
+    Inlet,
+    LinkChannel,
+    Mailbox,
+    read_grant,
+)
 from peerllm.transport.links.connection import Connection
 from peerllm.transport.links.observer import LinkObserver
-from peerllm.transport.websocket.framing import BINARY, MessageReader, head
+from peerllm.transport.websocket.framing import BINARY, MessageReader
 
 if TYPE_CHECKING:
     from peerllm.transport.links.link import Link
 
 READS = 32  # records of one connection in a row, before others have their turn
 MAX_ANSWER_BYTES = 1024  # of a message to an end that takes in no frames
-_GRANT = struct.Struct("<4sB3xQ")  # magic, channel, bytes of it taken since the link began
-_MAGIC = b"PLGR"
-_BY_NUMBER = {channel.number: channel for channel in CHANNELS}
-
-
-def grant_message(channel: LinkChannel, taken_bytes: int, masked: bool) -> bytes:
-    """What tells the other end that its frames were taken, and so gives credit back."""
-    return head(BINARY, _GRANT.size, masked) + _GRANT.pack(_MAGIC, channel.number, taken_bytes)
 
 
 class Inbound:
@@ -86,21 +85,15 @@ class Inbound:
 
     def _fill(self) -> bool:
         """Whether anything came."""
-        reader = self._reader
-        if (room := reader.room) is not None and not self.deaf:
-            nbytes = self._connection.read_into(room)
-            if nbytes:
-                reader.filled(nbytes)
-        else:
-            data = self._connection.read()
-            nbytes = None if data is None else len(data)
-            if data and not self.deaf:
-                reader.feed(data)
+        nbytes = self._connection.read(self._reader.room)
+        if nbytes is None:
+            return False
         if nbytes == 0:
             raise ConnectionError
-        if nbytes:
-            self.arrived_at = perf_counter()
-        return bool(nbytes)
+        self.arrived_at = perf_counter()
+        if not self.deaf:
+            self._reader.filled(nbytes)
+        return True
 
     def _take_in(self) -> bool:
         """All messages that are complete; whether to read on at once: a larger one has begun."""
@@ -110,19 +103,12 @@ class Inbound:
             opcode, payload = message
             if opcode != BINARY:
                 self._hear(opcode, bytes(payload))
-            elif payload[:4] == _MAGIC:
-                self._take_in_grant(payload)
+            elif payload[:4] == GRANT_MAGIC:
+                if not self._credit(*read_grant(payload)):
+                    raise FrameError("a grant of credit for what was not sent")
             else:
                 self._take_in_frame(payload)
         return self._reader.missing
-
-    def _take_in_grant(self, payload: bytes | bytearray) -> None:
-        if len(payload) == _GRANT.size:
-            _, number, taken_bytes = _GRANT.unpack(payload)
-            channel = _BY_NUMBER.get(number)
-            if channel is not None and self._credit(channel, taken_bytes):
-                return
-        raise FrameError("a grant of credit for what was not sent")
 
     def _take_in_frame(self, payload: bytes | bytearray) -> None:
         self.frames += 1

@@ -15,7 +15,7 @@ from peerllm.transport.links import liveness
 from peerllm.transport.links.channels import CHANNEL_OF_KIND, Delivery, Inlet, LinkChannel
 from peerllm.transport.links.connection import Connection
 from peerllm.transport.links.frame_timer import FrameTimer, OnTimed, answer
-from peerllm.transport.links.inbound import Inbound, grant_message
+from peerllm.transport.links.inbound import Inbound
 from peerllm.transport.links.observer import NO_OBSERVER, LinkObserver, SentFrame
 from peerllm.transport.links.outbox import Outbox
 from peerllm.transport.links.poller import Poller
@@ -70,7 +70,7 @@ class Link:
         self.timer = FrameTimer(timed)
         self._connection, self._poller, self._masked = connection, poller, dialled
         self._loop = asyncio.get_running_loop()
-        self._outbox = Outbox(connection, self._loop, self._grant_message, self._sent, self._cannot_send, bounds)
+        self._outbox = Outbox(connection, self._loop, dialled, self._sent, self._cannot_send, bounds)
         self._inbound = Inbound(
             connection, self._loop, inlets, not dialled, self, self._hear, self._outbox.credit, self._fail, observer
         )
@@ -106,14 +106,10 @@ class Link:
         before = head(BINARY, nbytes, self._masked)
         ping = self._ping(channel, len(before) + nbytes)
         data = b"".join((before, *buffers, ping))
+        observed = None
         if self._observer.on:
-            encoded = perf_counter_ns()
-            observed = SentFrame(frame.kind, frame.segments, nbytes, since, encoded)
-            at_once = self._outbox.put(channel, nbytes, data, observed)
-            queued = encoded if at_once else perf_counter_ns()
-            self._observer.queued(self.deployment, self.device, self.stage, observed, queued)
-        else:
-            self._outbox.put(channel, nbytes, data)
+            observed = SentFrame(frame.kind, frame.segments, nbytes, since, perf_counter_ns())
+        self._outbox.put(channel, nbytes, data, observed)
         if ping:
             self.timer.handed_over(perf_counter())
 
@@ -149,7 +145,7 @@ class Link:
         if self._outbox.busy:
             return
         ping = self.timer.beat(perf_counter()) if not len(self._outbox) and not self._connection.unsent() else None
-        self._say(PONG, b"") if ping is None else self._say(PING, ping)
+        self._outbox.say(PONG, b"") if ping is None else self._outbox.say(PING, ping)
 
     def _ping(self, channel: LinkChannel, nbytes: int) -> bytes:
         """What goes behind a frame of so many bytes, in one piece with it, to time it; mostly nothing.
@@ -160,12 +156,6 @@ class Link:
             return b""
         ping = self.timer.ask(nbytes, perf_counter())
         return b"" if ping is None else control(PING, ping, self._masked)
-
-    def _say(self, opcode: int, payload: bytes) -> None:
-        self._outbox.say(control(opcode, payload, self._masked))
-
-    def _grant_message(self, channel: LinkChannel, taken_bytes: int) -> bytes:
-        return grant_message(channel, taken_bytes, self._masked)
 
     async def _run(self, name: str) -> None:
         watching = liveness.watch(lambda: self._inbound.arrived_at, self.beat, self.abort)
@@ -192,7 +182,7 @@ class Link:
         """What still comes is dropped: closed with bytes unread, the system would drop the goodbye instead."""
         if self._outbox.busy:  # in the middle of a frame nothing else can be said
             return
-        self._say(CLOSE, self._farewell or goodbye(GOING_AWAY if self.lost else OK, self.lost))
+        self._outbox.say(CLOSE, self._farewell or goodbye(GOING_AWAY if self.lost else OK, self.lost))
         await _at_most(CLOSE_TIMEOUT_S, self._heard_the_end.wait())
 
     def _sent(self, observed: SentFrame | None, began_ns: int) -> None:
@@ -213,7 +203,7 @@ class Link:
         if opcode == PONG:
             self.timer.ponged(payload, perf_counter())
         elif opcode == PING:
-            self._say(PONG, answer(payload, self._inbound.taken_at, perf_counter()))
+            self._outbox.say(PONG, answer(payload, self._inbound.taken_at, perf_counter()))
         else:
             code, reason = read_goodbye(payload)
             self._farewell = self._farewell or goodbye(OK, "")

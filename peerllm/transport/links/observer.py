@@ -10,7 +10,7 @@ from peerllm.types import DeploymentId, DeviceId
 
 @dataclass(frozen=True, slots=True)
 class SentFrame:
-    """A frame on its way out, without what it carries: when the link got it, and when it was bytes."""
+    """A frame on its way out, without what it carries: when the link got it, and since when it was bytes and waited."""
 
     kind: FrameKind
     segments: tuple[FrameSegment, ...]
@@ -27,9 +27,6 @@ class LinkObserver:
     """
 
     on = False
-
-    def queued(self, deployment: DeploymentId, device: DeviceId, stage: int, frame: SentFrame, now_ns: int) -> None:
-        """The frame waits in the link's queue since `now_ns`."""
 
     def sent(
         self,

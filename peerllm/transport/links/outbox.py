@@ -12,9 +12,9 @@ from time import perf_counter_ns
 from typing import NamedTuple, Protocol
 
 from peerllm.errors import LinkError
-from peerllm.transport.links.channels import CHANNELS, FRAME_COST_BYTES, LinkChannel
+from peerllm.transport.links.channels import CHANNELS, FRAME_COST_BYTES, LinkChannel, grant_payload
 from peerllm.transport.links.observer import SentFrame
-from peerllm.transport.websocket.framing import RECORD_BYTES
+from peerllm.transport.websocket.framing import BINARY, RECORD_BYTES, head
 
 DIRECT_BYTES = 64 << 10  # of a frame that its sender encrypts itself; the loop writes the rest, while it computes
 TURN_BYTES = 256 << 10  # what the loop writes before it looks at other things
@@ -58,7 +58,7 @@ class Lane:
 class Outbox:
     """`put`, `say`, `grant`, `credit` and `end` may be called from any thread, the rest on the loop. Nothing waits.
 
-    `grants` makes the message that tells of bytes taken on a channel. `sent` is called (with the lock held) for each
+    `masked` (with zeros) is what a client's messages are. `sent` is called (with the lock held) for each
     frame that was written, with when its writing began (0 unless it is observed). `broke` hears, on the loop, that
     nothing can be written any more, or that a queue was full.
     """
@@ -67,7 +67,7 @@ class Outbox:
         self,
         connection: Writes,
         loop: asyncio.AbstractEventLoop,
-        grants: Callable[[LinkChannel, int], bytes],
+        masked: bool,
         sent: Callable[[SentFrame | None, int], None] = lambda frame, began_ns: None,
         broke: Callable[[str], None] = lambda reason: None,
         bounds: Mapping[LinkChannel, int] | None = None,
@@ -75,7 +75,7 @@ class Outbox:
     ) -> None:
         """`bounds` replace the channels' own."""
         self._connection, self._loop = connection, loop
-        self._grants, self._sent, self._broke = grants, sent, broke
+        self._masked, self._sent, self._broke = masked, sent, broke
         bounds = bounds or {}
         self._lanes = {one: Lane(one, bounds.get(one, one.bound_bytes)) for one in channels}
         self._waiting = 0  # frames in all queues
@@ -90,10 +90,8 @@ class Outbox:
         self._detached = False  # nothing is written any more
         self._over, self._empty = asyncio.Event(), asyncio.Event()
 
-    def put(self, channel: LinkChannel, nbytes: int, message: bytes, observed: SentFrame | None = None) -> bool:
+    def put(self, channel: LinkChannel, nbytes: int, message: bytes, observed: SentFrame | None = None) -> None:
         """Write the message of a frame of `nbytes`, or its beginning; behind others, or without credit, queue it.
-
-        Whether nothing was before it.
 
         LinkError if the link has ended; also if the channel's queue is full, which ends it.
         """
@@ -106,23 +104,20 @@ class Outbox:
                 self._end(reason, discard=True)
                 self._soon(self._broke, reason)
                 raise LinkError(reason)
-            alone = not self._waiting and not self.busy
             lane.queue.append(Queued(message, lane, cost_bytes, observed))
             lane.queued_bytes += cost_bytes
             self._waiting += 1
             self._flush()
             if self._ended:
                 raise LinkError(f"the link has ended: {self._ended}")
-            return alone
 
-    def say(self, message: bytes) -> bool:
-        """Send a PING, PONG or CLOSE, between frames; False if too many wait already."""
+    def say(self, opcode: int, payload: bytes) -> None:
+        """Send a PING, PONG, CLOSE or short message, between frames; left out if too many wait already."""
+        message = head(opcode, len(payload), self._masked) + payload
         with self._lock:
-            if len(self._said) + len(message) > MAX_SAID_BYTES:
-                return False
-            self._said += message
-            self._flush()
-        return True
+            if len(self._said) + len(message) <= MAX_SAID_BYTES:
+                self._said += message
+                self._flush()
 
     def grant(self, channel: LinkChannel, taken_bytes: int) -> None:
         """Tell the other end how many bytes of a channel have been taken here."""
@@ -221,7 +216,8 @@ class Outbox:
         if self._said:
             queued, self._said = Queued(self._said), b""
         elif self._due_grants:
-            queued = Queued(self._grants(*self._due_grants.popitem()))
+            grant = grant_payload(*self._due_grants.popitem())
+            queued = Queued(head(BINARY, len(grant), self._masked) + grant)
         else:
             for lane in self._lanes.values():
                 if lane.queue and lane.has_credit(lane.queue[0].cost_bytes):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
-from dataclasses import dataclass
 from http import HTTPStatus
 
 from peerllm.errors import LinkError
@@ -15,8 +13,9 @@ MAX_HEAD_BYTES = 8192  # of a request or an answer
 END = b"\r\n\r\n"  # of a head
 _MAGIC = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t\x80-\xff]*)")
-_REQUEST = re.compile(r"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.1")
+_REQUEST = re.compile(r"GET (/[\x21-\x7e]*) HTTP/1\.1")
 _ANSWER = re.compile(r"HTTP/1\.1 ([1-5][0-9][0-9])(?: [\x20-\x7e]*)?")
+_KEY = re.compile(r"[0-9A-Za-z+/]{22}==")  # 16 bytes in base64
 
 
 class DeclinedError(LinkError):
@@ -25,31 +24,6 @@ class DeclinedError(LinkError):
     def __init__(self, status: HTTPStatus) -> None:
         super().__init__(f"declined with HTTP {status.value}")
         self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a client asks for; `key` is what it must hear again in the answer."""
-
-    method: str
-    path: str
-    fields: dict[str, str]
-
-    @property
-    def key(self) -> str:
-        """DeclinedError if this is no request for a websocket."""
-        fields, key = self.fields, self.fields.get("sec-websocket-key", "")
-        asked = _says(fields, "upgrade", "websocket") and _says(fields, "connection", "upgrade")
-        if not asked or "transfer-encoding" in fields or fields.get("content-length", "0") != "0":
-            raise DeclinedError(HTTPStatus.BAD_REQUEST)
-        if fields.get("sec-websocket-version") != "13":
-            raise DeclinedError(HTTPStatus.UPGRADE_REQUIRED)
-        try:
-            if len(base64.b64decode(key, validate=True)) == 16:
-                return key
-        except (binascii.Error, ValueError):
-            pass
-        raise DeclinedError(HTTPStatus.BAD_REQUEST)
 
 
 def request(host: str, port: int, path: str, key: str) -> bytes:
@@ -61,15 +35,13 @@ def request(host: str, port: int, path: str, key: str) -> bytes:
     ).encode()
 
 
-def read_request(head: bytes) -> Request:
-    """The request in a whole head; DeclinedError if it is none."""
-    try:
-        first, fields = _lines(head)
-    except ValueError as error:
-        raise DeclinedError(HTTPStatus.BAD_REQUEST) from error
-    if (found := _REQUEST.fullmatch(first)) is None:
-        raise DeclinedError(HTTPStatus.BAD_REQUEST)
-    return Request(found[1], found[2], fields)
+def read_request(head: bytes) -> tuple[str, str]:
+    """Path and key of a client's whole head; DeclinedError if it does not ask for a websocket."""
+    first, fields = _lines(head)
+    found, key = _REQUEST.fullmatch(first), fields.get("sec-websocket-key", "")
+    if found and _upgrades(fields) and fields.get("sec-websocket-version") == "13" and _KEY.fullmatch(key):
+        return found[1], key
+    raise DeclinedError(HTTPStatus.BAD_REQUEST)
 
 
 def agreed(key: str) -> bytes:
@@ -87,37 +59,29 @@ def declined(status: HTTPStatus) -> bytes:
 
 def read_answer(head: bytes, key: str) -> int:
     """The status in a whole head; LinkError if this is no answer, or 101 to something else than was asked."""
-    try:
-        first, fields = _lines(head)
-    except ValueError as error:
-        raise LinkError("it speaks no HTTP") from error
+    first, fields = _lines(head)
     if (found := _ANSWER.fullmatch(first)) is None:
         raise LinkError("it speaks no HTTP")
     status = int(found[1])
-    if status == HTTPStatus.SWITCHING_PROTOCOLS:
-        sound = _says(fields, "upgrade", "websocket") and _says(fields, "connection", "upgrade")
-        extras = fields.keys() & {"sec-websocket-extensions", "sec-websocket-protocol"}
-        if not sound or extras or fields.get("sec-websocket-accept") != _accept(key):
-            raise LinkError("it agreed to something else than was asked for")
+    extras = fields.keys() & {"sec-websocket-extensions", "sec-websocket-protocol"}
+    if status == HTTPStatus.SWITCHING_PROTOCOLS and (
+        not _upgrades(fields) or extras or fields.get("sec-websocket-accept") != _accept(key)
+    ):
+        raise LinkError("it agreed to something else than was asked for")
     return status
 
 
 def _lines(head: bytes) -> tuple[str, dict[str, str]]:
-    """First line and fields; ValueError if they are malformed, or a field stands there twice."""
-    if not head.endswith(END):
-        raise ValueError("not a whole head")
-    first, *rest = head[: -len(END)].decode("latin-1").split("\r\n")
-    fields: dict[str, str] = {}
-    for line in rest:
-        found = _FIELD.fullmatch(line)
-        if found is None or found[1].lower() in fields:
-            raise ValueError("a malformed field")
-        fields[found[1].lower()] = found[2].strip()
-    return first, fields
+    """First line and fields of a whole head; no line and no fields if one is malformed, or stands there twice."""
+    first, *rest = head.removesuffix(END).decode("latin-1").split("\r\n")
+    found = [_FIELD.fullmatch(line) for line in rest]
+    fields = {field[1].lower(): field[2].strip() for field in found if field is not None}
+    return (first, fields) if head.endswith(END) and len(fields) == len(rest) else ("", {})
 
 
-def _says(fields: dict[str, str], name: str, word: str) -> bool:
-    return word in (part.strip().lower() for part in fields.get(name, "").split(","))
+def _upgrades(fields: dict[str, str]) -> bool:
+    options = {option.strip().lower() for option in fields.get("connection", "").split(",")}
+    return fields.get("upgrade", "").lower() == "websocket" and "upgrade" in options
 
 
 def _accept(key: str) -> str:
