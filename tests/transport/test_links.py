@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import cast
 
 import aiohttp
+import psutil
 import pytest
 import uvloop
 
@@ -78,6 +79,35 @@ def test_small_frames_wait_for_no_acknowledgement(
 
     with asyncio.Runner(loop_factory=loop) as runner:
         assert all(runner.run(both()))
+
+
+def link_local() -> str | None:
+    """An address of this machine that means nothing without its scope."""
+    found = (one.address for addresses in psutil.net_if_addrs().values() for one in addresses)
+    return next((address for address in found if address.startswith("fe80:") and "%" in address), None)
+
+
+@pytest.mark.skipif(link_local() is None, reason="no link-local address here")
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_link_local_address_keeps_its_scope(
+    alice: Identity, bob: Identity, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """A device is listened for, dialled and timed there."""
+    address = link_local()
+    assert address is not None
+
+    async def time() -> int:
+        planes = [DataPlane(identity, [address], 0) for identity in (alice, bob)]
+        for plane, other in zip(planes, (bob, alice), strict=True):
+            await plane.start()
+            await plane.set_trusted([other.certificate_pem])
+        timed = await planes[0].echo(bob.device, bob.certificate_pem, [address], planes[1].port, [512])
+        for plane in planes:
+            await plane.close()
+        return len(timed)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert runner.run(time()) == 1
 
 
 async def test_what_is_queued_still_goes_when_a_link_is_closed(nodes: list[Node]) -> None:

@@ -68,7 +68,8 @@ async def _reach(host: str, port: int) -> socket.socket:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(sock, address)
+            # Of a link-local address uvloop resolves and connects without the scope, unless the host's text names it.
+            await loop.sock_connect(sock, (host, port, 0, 0) if "%" in host else address)
         except OSError as error:
             sock.close()
             failed = error
