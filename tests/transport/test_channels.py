@@ -207,6 +207,7 @@ async def test_a_sender_beyond_its_credit_is_cut(nodes: list[Node]) -> None:
         grant_payload(STEP, 1),  # nothing was sent
         grant_payload(STEP, 2**64 - 1),
         grant_payload(replace(STEP, number=99), 0),
+        grant_payload(STEP, 0)[:5] + b"\0\0\1" + bytes(8),
         b"PLGR" + bytes(4),
         b"PLGR",
         b"PLFR" + bytes(36),  # a frame, where none is taken in

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peerllm.transport.links.link import Link
 
 GRANT_MAGIC = b"PLGR"
-_GRANT = struct.Struct("<4sB3xQ")  # magic, channel, bytes of it taken since the link began
+_GRANT = struct.Struct("<4sB3sQ")  # magic, channel, zeros, bytes of it taken since the link began
 FRAME_COST_BYTES = 4 << 10  # what a frame counts for beside its own bytes, which bounds the number of frames
 
 
@@ -59,14 +59,14 @@ CHANNEL_OF_KIND = {kind: channel for channel in CHANNELS for kind in channel.kin
 
 def grant_payload(channel: LinkChannel, taken_bytes: int) -> bytes:
     """What tells the other end how much of a channel has been taken, and so gives credit back."""
-    return _GRANT.pack(GRANT_MAGIC, channel.number, taken_bytes)
+    return _GRANT.pack(GRANT_MAGIC, channel.number, bytes(3), taken_bytes)
 
 
 def read_grant(payload: bytes | bytearray) -> tuple[LinkChannel, int]:
     """FrameError if it is none."""
     if len(payload) == _GRANT.size:
-        _, number, taken_bytes = _GRANT.unpack(payload)
-        if number in _BY_NUMBER:
+        _, number, zeros, taken_bytes = _GRANT.unpack(payload)
+        if number in _BY_NUMBER and zeros == bytes(3):
             return _BY_NUMBER[number], taken_bytes
     raise FrameError("a grant of credit for no channel")
 
