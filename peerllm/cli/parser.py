@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peerllm import __version__
 from peerllm.daemon.settings import API_PORT, CONTROL_PORT
-from peerllm.planner.scenario import OBJECTIVES, STRATEGIES
+from peerllm.planner.scenario.scenario import OBJECTIVES, STRATEGIES
 from peerllm.types import ACTIVATIONS, COMPUTE, QUANTIZE, SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]

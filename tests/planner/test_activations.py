@@ -9,12 +9,21 @@ from itertools import pairwise
 import pytest
 
 from peerllm.errors import InfeasibleError
-from peerllm.planner.activations import NOTICEABLE, SCALE_BYTES, SLIGHT, Sent, forms, rounded, sent
-from peerllm.planner.cost import predict, predict_throughput
-from peerllm.planner.export import scenario_file
-from peerllm.planner.latency import plan_latency
-from peerllm.planner.scenario import Scenario, parse
-from peerllm.planner.throughput import plan_throughput
+from peerllm.planner.cost.prediction import predict_latency, predict_throughput
+from peerllm.planner.latency.latency_plan import plan_latency
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.scenario.scenario_export import scenario_file
+from peerllm.planner.scenario.scenario_parser import parse
+from peerllm.planner.throughput.throughput_plan import plan_throughput
+from peerllm.planner.transfers.activation_forms import (
+    NOTICEABLE,
+    SCALE_BYTES,
+    SLIGHT,
+    PlanWithForms,
+    forms,
+    plan_with_forms,
+    rounded,
+)
 from peerllm.types import Activations, DeviceProfile, Layer, LinkProfile, ModelProfile, Objective, Plan, Workload
 from tests.planner.instances import FULL, instance, shape
 
@@ -46,8 +55,8 @@ def solve(scenario: Scenario, model: ModelProfile) -> Plan:
     return planner(model, scenario.devices, scenario.links, scenario.source, scenario.workload)
 
 
-def decide(scenario: Scenario, wanted: Activations = "auto") -> Sent:
-    return sent(scenario, wanted, ITEMSIZE, partial(solve, scenario))
+def decide(scenario: Scenario, wanted: Activations = "auto") -> PlanWithForms:
+    return plan_with_forms(scenario, wanted, ITEMSIZE, partial(solve, scenario))
 
 
 def worth(found: Plan, objective: Objective) -> float:
@@ -132,7 +141,7 @@ def test_random_households_gain_what_they_were_promised() -> None:
         ]
         assert forms(found.plan, rounds) == found.forms, seed
         assert found.scenario == rounded(scenario, ITEMSIZE, rounds), seed
-        again = (predict_throughput if seed % 2 else predict)(
+        again = (predict_throughput if seed % 2 else predict_latency)(
             found.scenario.model, i.devices, links, found.plan.stages, scenario.workload
         )
         assert again == found.plan.predicted, seed

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerllm.planner.chunks import (
+from peerllm.planner.cost.layer_costs import pass_ms
+from peerllm.planner.cost.prediction import predict_latency
+from peerllm.planner.cost.working_space import MAX_CHUNK, MIN_CHUNK, MOST_CHUNK
+from peerllm.planner.transfers.prompt_chunks import (
     CLOSE,
     GROWTH,
     LONGEST,
@@ -18,8 +21,6 @@ from peerllm.planner.chunks import (
     in_chunks,
     sizes,
 )
-from peerllm.planner.cost import pass_ms, predict
-from peerllm.planner.memory import MAX_CHUNK, MIN_CHUNK, MOST_CHUNK
 from peerllm.types import MAX_CUTS, DeviceProfile, LinkProfile, Plan, Workload, chunk_of, pieces_of
 from tests.planner.simulator.rings import Ring, at_random, by_hand
 
@@ -163,7 +164,7 @@ def test_sizes_rise_to_the_most(most):
 def test_a_plan_is_told_when_its_first_token_comes():
     ring = by_hand([3.0, 5.0], [1.0, 1.0])
     work = Workload(64, 4)
-    plan = Plan(ring.stages, predict(*ring.where, work))
+    plan = Plan(ring.stages, predict_latency(*ring.where, work))
     cut = in_chunks(plan, pipeline(ring), 64, ((1, 128), (50, 16)))
     assert cut.predicted.time_to_first_token_ms == pytest.approx(simulated(ring, 64, 16))
     assert replace(cut.predicted, time_to_first_token_ms=plan.predicted.time_to_first_token_ms) == plan.predicted

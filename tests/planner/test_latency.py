@@ -8,10 +8,10 @@ import time
 import pytest
 
 from peerllm.errors import InfeasibleError
-from peerllm.planner import search
-from peerllm.planner.latency import plan_latency, problem_of
-from peerllm.planner.runs import runs_of
-from peerllm.planner.walk import contest
+from peerllm.planner.latency import assignment_search
+from peerllm.planner.latency.equal_blocks import head_search
+from peerllm.planner.latency.latency_plan import assignment_problem, plan_latency
+from peerllm.planner.latency.mixed_layers.layer_runs import layer_runs
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Workload
 from tests.planner.brute import assignments, fits, homes_of, least_request_ms, request_ms, requests_ms
 from tests.planner.instances import EVERY_BLOCK, FULL, Instance, hub_household, instance, seeds, shape
@@ -69,10 +69,10 @@ def test_both_searches_agree_where_second_visits_pay():
     for seed in range(80 if FULL else 30):
         i = hub_household(seed)
         order = (i.source, *sorted(set(i.devices) - {i.source}))
-        problem = problem_of(i.model, i.devices, i.links, order, workload=i.workload, working=i.working)
-        one, other = search.cheapest(problem), search.among_all(problem)
+        problem = assignment_problem(i.model, i.devices, i.links, order, workload=i.workload, working=i.working)
+        one, other = assignment_search.cheapest_assignment(problem), assignment_search.search_mixed_layers(problem)
         assert one.cost == pytest.approx(other.cost, rel=1e-9) and one.proven and other.proven, f"seed {seed}"
-        relays += len(one.homes) > 0 and runs_of(problem).relay.any()
+        relays += len(one.homes) > 0 and layer_runs(problem).relay.any()
     assert relays > 8
 
 
@@ -160,7 +160,7 @@ def test_the_layer_that_fits_nowhere_is_named():
 
 def test_beyond_the_cap_the_bound_is_still_proven(monkeypatch):
     """With room for one label per layer the answer may be poor, but its bound never lies."""
-    for module in (search, contest):
+    for module in (assignment_search, head_search):
         monkeypatch.setattr(module, "WIDTHS", {True: (1,), False: (1,)})
     unproven = 0
     for seed in range(200) if FULL else range(120, 180):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerllm.planner.cost import layer_ms
-from peerllm.planner.paces import Points, paced
+from peerllm.planner.cost.layer_costs import layer_ms
+from peerllm.planner.cost.observed_times import Points, with_observed_times
 from peerllm.types import DeviceProfile, Layer, ModelProfile, Stage
 
 MODEL = ModelProfile("m", (
@@ -38,7 +38,7 @@ sizes = st.dictionaries(st.integers(1, 16), st.floats(0.01, 50), min_size=1, max
 def test_stages_then_cost_what_they_were_seen_to_take(one: dict[int, float], other: dict[int, float]) -> None:
     common = one.keys() & other.keys()
     paces: dict[int, Points] = {0: tuple(sorted(one.items())), 2: tuple(sorted(other.items()))}
-    refined = paced(MODEL, devices(), STAGES, paces)
+    refined = with_observed_times(MODEL, devices(), STAGES, paces)
     for size in common:
         assert abs(total(refined["a"], size) - one[size] - other[size]) < 1e-6 * (one[size] + other[size])
     if not common:
@@ -52,5 +52,5 @@ def test_stages_then_cost_what_they_were_seen_to_take(one: dict[int, float], oth
 
 
 def test_a_device_with_a_silent_stage_stays_as_profiled() -> None:
-    assert paced(MODEL, devices(), STAGES, {0: ((1, 9.0),)}) == devices()
-    assert paced(MODEL, devices(), STAGES, {1: ((1, 4.0),)})["b"].layer_ms["block"][0] == (1, 2.0)
+    assert with_observed_times(MODEL, devices(), STAGES, {0: ((1, 9.0),)}) == devices()
+    assert with_observed_times(MODEL, devices(), STAGES, {1: ((1, 4.0),)})["b"].layer_ms["block"][0] == (1, 2.0)

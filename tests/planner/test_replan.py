@@ -10,13 +10,14 @@ from math import inf
 import pytest
 
 from peerllm.errors import InfeasibleError
-from peerllm.planner import replan_latency
-from peerllm.planner.cost import merged, predict, predict_throughput
-from peerllm.planner.latency import plan_latency
-from peerllm.planner.moves import neighbours, ranges_of, stages_of
-from peerllm.planner.moving import Holdings, Rates, homes_of
-from peerllm.planner.replan import Horizon, replan
-from peerllm.planner.throughput import plan_throughput
+from peerllm.planner.cost.layer_costs import stages_of
+from peerllm.planner.cost.prediction import predict_latency, predict_throughput
+from peerllm.planner.latency.latency_plan import plan_latency
+from peerllm.planner.replan import replan_latency
+from peerllm.planner.replan.migration import Holdings, LoadRates, placement_of
+from peerllm.planner.replan.neighbour_plans import neighbour_plans, ranges_of, stages_of_ranges
+from peerllm.planner.replan.replan_decision import Horizon, replan
+from peerllm.planner.throughput.throughput_plan import plan_throughput
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Plan, Workload
 from tests.planner.brute import divides, fits, rate, request_ms, room_of
 from tests.planner.instances import FULL, instance
@@ -39,15 +40,15 @@ def case(seed: int, layers: int = 5, count: int = 3):
     if not ways:
         return None
     homes = r.choice(ways)
-    stages = merged(homes)
-    current = Plan(stages, predict(model, devices, links, stages, work))
+    stages = stages_of(homes)
+    current = Plan(stages, predict_latency(model, devices, links, stages, work))
     loaded = {d: frozenset(i for i in range(layers) if homes[i] == d or r.random() < 0.1) for d in names}
     cached = {d: frozenset(i for i in range(layers) if r.random() < 0.3) for d in names}
     return {
         "model": model, "devices": devices, "links": links, "source": source, "workload": work,
         "current": current, "held": Holdings(loaded, cached), "working_bytes": working, "head_on_source": private,
         "horizon": Horizon(r.choice([50, 500, 50_000]), r.choice([1, 5, 100])),
-        "in_flight": r.choice([(), (3,), (2, 7)]), "rates": Rates(DISK, HUB), "least_gain": 0.0,
+        "in_flight": r.choice([(), (3,), (2, 7)]), "rates": LoadRates(DISK, HUB), "least_gain": 0.0,
     }  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def hop(at, a, b, nbytes):
 def moving(at, homes):
     """Milliseconds of loading beside the running plan, and of pause, spelled out (the running plan serves)."""
     model, work, held = at["model"], at["workload"], at["held"]
-    old = homes_of(at["current"].stages)
+    old = placement_of(at["current"].stages)
     beside = pause = 0.0
     for device in set(homes):
         loading, used = 0.0, at["working_bytes"].get(device, 0)
@@ -100,7 +101,7 @@ def worth(at, homes):
     """Net milliseconds over the horizon, negative."""
     before, after = (
         request_ms(at["model"], at["devices"], at["links"], x, at["workload"])
-        for x in (homes_of(at["current"].stages), homes)
+        for x in (placement_of(at["current"].stages), homes)
     )
     requests = at["horizon"].requests
     beside, pause = moving(at, homes)
@@ -119,7 +120,7 @@ def tokens(at, homes):
     if most(homes) == 0 or inf in (beside, pause):
         return -inf
     length = at["horizon"].ms
-    old = most(homes_of(at["current"].stages)) * min(beside, length)
+    old = most(placement_of(at["current"].stages)) * min(beside, length)
     return old + most(homes) * max(0, length - beside - pause)
 
 
@@ -130,9 +131,9 @@ def test_latency_agrees_with_brute_force():
         if at is None:
             continue
         decision = replan(**at)
-        stay = worth(at, homes_of(at["current"].stages))
+        stay = worth(at, placement_of(at["current"].stages))
         best = max(worth(at, homes) for homes in ways_of(at))
-        chosen = worth(at, homes_of(decision.plan.stages))
+        chosen = worth(at, placement_of(decision.plan.stages))
         assert chosen - stay == pytest.approx(decision.gain, rel=1e-6, abs=1e-6), seed
         assert chosen == pytest.approx(best, rel=1e-9), seed
         assert decision.optimal, seed
@@ -150,7 +151,7 @@ def test_crowded_devices_are_the_hard_case_and_the_bound_holds_without_branching
         if at is None:
             continue
         decision = replan(**at)
-        gain = max(worth(at, homes) for homes in ways_of(at)) - worth(at, homes_of(at["current"].stages))
+        gain = max(worth(at, homes) for homes in ways_of(at)) - worth(at, placement_of(at["current"].stages))
         assert decision.gain <= gain + 1e-6 <= decision.bound + 2e-6
         open_ += not decision.optimal
     assert open_ > 0
@@ -160,15 +161,15 @@ def test_throughput_is_valued_exactly_and_is_seldom_short_of_brute_force():
     checked = short = 0
     for seed in range(250):
         at = case(seed, 3 + seed % 4, 1 + seed % 3)
-        if at is None or not divides(homes_of(at["current"].stages)):
+        if at is None or not divides(placement_of(at["current"].stages)):
             continue
         at |= {"workload": replace(at["workload"], objective="throughput")}
         try:
             decision = replan(**at)
         except InfeasibleError:
             continue
-        stay = tokens(at, homes_of(at["current"].stages))
-        chosen = tokens(at, homes_of(decision.plan.stages))
+        stay = tokens(at, placement_of(at["current"].stages))
+        chosen = tokens(at, placement_of(decision.plan.stages))
         assert chosen - stay == pytest.approx(decision.gain, rel=1e-6, abs=1e-6), seed
         best = max(tokens(at, homes) for homes in ways_of(at) if divides(homes))
         assert chosen <= best * (1 + 1e-9) + 1e-9
@@ -180,10 +181,10 @@ def test_throughput_is_valued_exactly_and_is_seldom_short_of_brute_force():
 
 def test_a_step_from_a_plan_keeps_every_layer_and_reaches_each_kind_of_change():
     for ranges in ((("a", 4), ("b", 3)), False), ((("a", 4), ("b", 3)), True), ((("a", 7),), False):
-        total = len(homes_of(stages_of(ranges, "a")))
-        near = list(neighbours(ranges, "abc", "a"))
-        assert all(len(homes_of(stages_of(x, "a"))) == total and x[0][0][0] == "a" for x in near)
-        assert all(x[0][0][1] >= 2 and ranges_of(stages_of(x, "a"), "a") == x for x in near)
+        total = len(placement_of(stages_of_ranges(ranges, "a")))
+        near = list(neighbour_plans(ranges, "abc", "a"))
+        assert all(len(placement_of(stages_of_ranges(x, "a"))) == total and x[0][0][0] == "a" for x in near)
+        assert all(x[0][0][1] >= 2 and ranges_of(stages_of_ranges(x, "a"), "a") == x for x in near)
         used = {tuple(device for device, _ in cut) for cut, _ in near}
         wanted = {("a",), ("a", "c"), ("a", "b"), ("a", "c", "b"), ("a", "b", "c")}
         assert used == (wanted if len(ranges[0]) == 2 else {("a", "b"), ("a", "c")})
@@ -206,20 +207,20 @@ def swap(sizes, room, held_beside):
     links = {pair: LinkProfile(0.0, 1e9) for pair in (("a", "b"), ("b", "a"))}
     homes = ("a", "a", "b", *("a",) * (count - 1), "b")
     work = Workload(1, 1, 1, 1)
-    current = Plan(merged(homes), predict(model, devices, links, merged(homes), work))
+    current = Plan(stages_of(homes), predict_latency(model, devices, links, stages_of(homes), work))
     every = frozenset(range(len(model.layers)))
     return {
         "model": model, "devices": devices, "links": {p: LinkProfile(0.0, 4000) for p in links}, "source": "a",
         "workload": work, "current": current, "held": Holdings({"a": every, "b": frozenset({2, count + 2})}),
         "horizon": Horizon(20 * current.predicted.request_ms * 10, 20), "least_gain": 0.0, "working_bytes": {},
-        "head_on_source": False, "in_flight": (), "rates": Rates(),
+        "head_on_source": False, "in_flight": (), "rates": LoadRates(),
     }  # fmt: skip
 
 
 def test_of_two_layers_that_would_pause_one_is_left_where_it_is():
     """Each gains 100 ms, loads in 200 ms, a tenth of that beside the running plan: two do not fit there, one does."""
     decision = replan(**swap([100, 100, 100], 300, 100))
-    taken = [i for i, home in enumerate(homes_of(decision.plan.stages)) if home == "b"]
+    taken = [i for i, home in enumerate(placement_of(decision.plan.stages)) if home == "b"]
     assert len(taken) == 2
     assert decision.gain == pytest.approx(160 + 100 - 20)  # layer 2 goes home for nothing
     assert decision.pause_ms == 0
@@ -229,7 +230,7 @@ def test_of_two_layers_that_would_pause_one_is_left_where_it_is():
 def test_a_short_pause_is_taken_where_a_long_one_is_not():
     """Nothing fits beside the old layers: the layer of 10 MB is worth its 20 ms of pause, those of 100 MB are not."""
     decision = replan(**swap([300, 100, 10, 100], 400, 100))
-    assert homes_of(decision.plan.stages) == ("a", "a", "a", "a", "b", "a", "b")
+    assert placement_of(decision.plan.stages) == ("a", "a", "a", "a", "b", "a", "b")
     assert decision.pause_ms == pytest.approx(20.0)
     assert decision.gain == pytest.approx(160 + 100 - 20)
     assert decision.optimal
@@ -278,14 +279,14 @@ def test_free_moves_reach_the_optimum_and_dear_ones_never_pay(objective):
             assert ours.request_ms == pytest.approx(theirs.request_ms)
         else:  # a running plan may visit a device twice, which the throughput planner never does
             assert ours.tokens_per_second >= theirs.tokens_per_second * (1 - 1e-9)
-        loaded = {d: frozenset({i for i, home in enumerate(homes_of(at["current"].stages)) if home == d})
+        loaded = {d: frozenset({i for i, home in enumerate(placement_of(at["current"].stages)) if home == d})
                   for d in at["devices"]}  # fmt: skip
         heavy = replace(at["model"], layers=tuple(replace(x, memory_bytes=x.memory_bytes + 1) for x in
                                                   at["model"].layers))  # fmt: skip
         roomy = {d: replace(p, memory_bytes=10**9) for d, p in at["devices"].items()}
         slow = {pair: replace(link, mbps=1e-9) for pair, link in at["links"].items()}
-        fixed = at | {"model": heavy, "devices": roomy, "held": Holdings(loaded), "rates": Rates(1e-9, 1e-9)}
-        solo = Plan(merged([at["source"]] * 5), decision.plan.predicted)
+        fixed = at | {"model": heavy, "devices": roomy, "held": Holdings(loaded), "rates": LoadRates(1e-9, 1e-9)}
+        solo = Plan(stages_of([at["source"]] * 5), decision.plan.predicted)
         fixed |= {"current": solo, "held": Holdings({at["source"]: frozenset(range(5))}), "links": slow}
         assert replan(**fixed).action == "stay"
         checked += 1
@@ -315,7 +316,9 @@ def test_staying_is_never_worse_than_what_is_returned_and_longer_horizons_gain_m
                 assert decision.plan.stages == at["current"].stages
             assert decision.bound >= decision.gain
             gains.append(decision.gain)
-        fitting = fits(at["model"], at["devices"], homes_of(at["current"].stages), at["workload"], at["working_bytes"])
+        fitting = fits(
+            at["model"], at["devices"], placement_of(at["current"].stages), at["workload"], at["working_bytes"]
+        )
         if fitting:
             assert min(gains) >= 0
             assert gains == sorted(gains), seed
@@ -333,10 +336,10 @@ def household(seconds=3600.0, requests=200.0):
     homes = ("a",) * 5 + ("b",) * 5
     links = {(x, y): LinkProfile(1.0, 500) for x in "abc" for y in "abc" if x != y}
     work = Workload(32, 96, 1, 128)
-    stages = merged(homes)
+    stages = stages_of(homes)
     return {
         "model": model, "devices": devices, "links": links, "source": "a", "workload": work,
-        "current": Plan(stages, predict(model, devices, links, stages, work)),
+        "current": Plan(stages, predict_latency(model, devices, links, stages, work)),
         "held": Holdings({d: frozenset(i for i in range(10) if homes[i] == d) for d in "ab"}),
         "horizon": Horizon(seconds * 1000, requests), "in_flight": (60,),
     }  # fmt: skip
@@ -373,12 +376,12 @@ def test_a_fast_device_that_joins_is_used_if_there_is_time_to_gain(objective):
 
 def test_the_best_way_may_be_to_move_a_little():
     """Between nothing and the optimum: over a middling horizon only some layers are worth their loading."""
-    at = joined(household(), 2.5) | {"in_flight": (), "least_gain": 0.0, "rates": Rates(1e6)}
+    at = joined(household(), 2.5) | {"in_flight": (), "least_gain": 0.0, "rates": LoadRates(1e6)}
     at["links"] = {pair: link if "c" not in pair else LinkProfile(0.0, 500) for pair, link in at["links"].items()}
     at["held"] = Holdings(at["held"].loaded, {"c": frozenset({5, 6})})
     decisions = [replan(**at | {"horizon": Horizon(1, requests)}) for requests in (0.001, 0.5, 500)]
     assert all(decision.optimal for decision in decisions)
-    taken = [[i for i, home in enumerate(homes_of(x.plan.stages)) if home == "c"] for x in decisions]
+    taken = [[i for i, home in enumerate(placement_of(x.plan.stages)) if home == "c"] for x in decisions]
     assert taken == [[], [5, 6], list(range(2, 10))]
 
 
@@ -442,7 +445,7 @@ def test_what_does_not_fit_beside_the_old_layers_pauses():
     homes = ("a",) * 4 + ("b",) * 5 + ("a",)
     speed = at["devices"]["a"].layer_ms
     a = replace(at["devices"]["a"], layer_ms=speed | {"head": ((1, 500.0),)})
-    at["current"] = Plan(merged(homes), at["current"].predicted)
+    at["current"] = Plan(stages_of(homes), at["current"].predicted)
     loaded = {d: frozenset(i for i in range(10) if homes[i] == d) for d in "ab"}
     at["held"] = Holdings(loaded, {d: frozenset(range(10)) for d in "ab"})
     for memory, pauses in ((540_000_000, True), (560_000_000, False)):

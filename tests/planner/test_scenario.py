@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerllm.errors import BadInputError, InfeasibleError
-from peerllm.planner import scenario as module
-from peerllm.planner.scenario import Scenario, ScenarioError, parse
-from peerllm.planner.strategies import plan
+from peerllm.planner.scenario import scenario_parser as module
+from peerllm.planner.scenario.json_value import ScenarioError
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.scenario.scenario_parser import parse
+from peerllm.planner.strategies.strategy_plan import plan
 from peerllm.types import LinkProfile
 
 Raw = dict[str, Any]

@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from peerllm.planner import bracket, search
-from peerllm.planner.bracket import Bracket, Found
-from peerllm.planner.fillings import Fillings
-from peerllm.planner.problem import Problem, twins_of, way_cost
-from peerllm.planner.relaxation import fair_price, relaxed, visits_of
-from peerllm.planner.runs import runs_of
-from peerllm.planner.sweep import Sweep
+from peerllm.planner.latency import assignment_search
+from peerllm.planner.latency.assignment_problem import AssignmentProblem, interchangeable_devices, placement_cost
+from peerllm.planner.latency.mixed_layers import gap_search
+from peerllm.planner.latency.mixed_layers.gap_search import Assignment, GapSearch
+from peerllm.planner.latency.mixed_layers.label_setting import LabelSetting
+from peerllm.planner.latency.mixed_layers.layer_runs import layer_runs
+from peerllm.planner.latency.mixed_layers.memory_relaxation import initial_memory_price, memory_bound, visit_table
+from peerllm.planner.latency.mixed_layers.usable_memory import UsableMemory
 from tests.planner.instances import FULL
 from tests.planner.problems import least, random_problem
 
@@ -21,7 +22,7 @@ BLOCK = 60  # problems
 BLOCKS = range(100 if FULL else 2)
 
 
-def check(asked: Problem, found: Found, best: float) -> None:
+def check(asked: AssignmentProblem, found: Assignment, best: float) -> None:
     """Nothing claimed is false."""
     tolerance = 1e-9 * best if np.isfinite(best) else 0.0
     assert found.bound <= best + tolerance
@@ -30,7 +31,7 @@ def check(asked: Problem, found: Found, best: float) -> None:
         return
     used = [sum(asked.memory[i, j] for i, home in enumerate(found.homes) if home == j) for j in range(len(asked.room))]
     assert all(asked.room[home] >= used[home] for home in found.homes)
-    assert found.cost == pytest.approx(way_cost(asked, found.homes)) and found.cost >= best - tolerance
+    assert found.cost == pytest.approx(placement_cost(asked, found.homes)) and found.cost >= best - tolerance
     assert found.cost <= best + tolerance or not found.proven, "it was not the best"
 
 
@@ -39,7 +40,7 @@ def test_what_is_claimed_is_true(block: int) -> None:
     unproven = 0
     for seed in range(block * BLOCK, (block + 1) * BLOCK):
         asked = random_problem(seed)
-        best, found = least(asked), (search.cheapest if seed % 2 else search.among_all)(asked)
+        best, found = least(asked), (assignment_search.cheapest_assignment if seed % 2 else assignment_search.search_mixed_layers)(asked)
         check(asked, found, best)
         unproven += not found.proven
     assert unproven <= BLOCK // 20, "so small a problem is solved"
@@ -48,18 +49,18 @@ def test_what_is_claimed_is_true(block: int) -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_hurried_searches_claim_nothing_false(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Poor prices and hardly any labels: the search has to do what elsewhere the bounds spare it."""
-    monkeypatch.setattr(search, "WIDTHS", {True: (2, 4, 4000), False: (2,)})
-    monkeypatch.setattr(bracket, "STEPS", 2)
-    monkeypatch.setattr(bracket, "WIDE", 4)
+    monkeypatch.setattr(assignment_search, "WIDTHS", {True: (2, 4, 4000), False: (2,)})
+    monkeypatch.setattr(gap_search, "STEPS", 2)
+    monkeypatch.setattr(gap_search, "WIDE_PASS", 4)
     for seed in range(block * BLOCK, (block + 1) * BLOCK):
         asked = random_problem(seed)
-        check(asked, search.among_all(asked), least(asked))
-        alone = Bracket(asked, apart=True)
+        check(asked, assignment_search.search_mixed_layers(asked), least(asked))
+        alone = GapSearch(asked, apart=True)
         alone.narrow((4,), 10**8)
         check(asked, alone.found(), least(asked))
 
 
-def star(seed: int) -> Problem:
+def star(seed: int) -> AssignmentProblem:
     """Devices that reach nobody but the source, with hardly room enough; two kinds of blocks."""
     r = np.random.default_rng(seed)
     layers, devices = 9, 4
@@ -75,7 +76,7 @@ def star(seed: int) -> Problem:
     np.fill_diagonal(links, 0.0)
     room = r.integers(10, 45, devices)
     room[0] = r.integers(30, 65)
-    return Problem(cost, np.tile(links, (layers, 1, 1)), links[:, 0].copy(), memory, room)
+    return AssignmentProblem(cost, np.tile(links, (layers, 1, 1)), links[:, 0].copy(), memory, room)
 
 
 @pytest.mark.timeout(60)
@@ -83,7 +84,7 @@ def test_a_star_of_devices_is_divided() -> None:
     feasible = 0
     for seed in (*range(8 if FULL else 2), 20, 21):
         asked = star(seed)
-        best, found = least(asked), search.cheapest(asked)
+        best, found = least(asked), assignment_search.cheapest_assignment(asked)
         check(asked, found, best)
         assert found.proven and bool(found.homes) == np.isfinite(best)
         feasible += bool(found.homes)
@@ -94,7 +95,7 @@ def test_a_star_of_devices_is_divided() -> None:
 def test_no_way_home_is_no_way() -> None:
     for seed in range(20):
         asked = replace(random_problem(seed), back=np.full(len(random_problem(seed).room), np.inf))
-        found = search.among_all(asked)
+        found = assignment_search.search_mixed_layers(asked)
         assert not found.homes and found.proven
 
 
@@ -105,7 +106,7 @@ def test_what_costs_nothing_is_found_and_proven() -> None:
         asked = replace(
             asked, cost=np.zeros_like(asked.cost), hop=np.zeros_like(asked.hop), back=np.zeros_like(asked.back)
         )
-        found = search.among_all(asked)
+        found = assignment_search.search_mixed_layers(asked)
         assert found.proven and (found.cost == 0.0 or np.isinf(least(asked)))
 
 
@@ -114,12 +115,18 @@ def test_rooms_beyond_counting_are_room_enough() -> None:
         asked = random_problem(seed)
         enough = np.full(len(asked.room), asked.memory.sum())
         for room in (2**61, 2**62, 2**63 - 1):
-            large = search.among_all(replace(asked, room=np.full_like(asked.room, room)))
-            assert large == search.among_all(replace(asked, room=enough))
+            large = assignment_search.search_mixed_layers(replace(asked, room=np.full_like(asked.room, room)))
+            assert large == assignment_search.search_mixed_layers(replace(asked, room=enough))
 
 
 def test_a_sweep_gives_up_when_its_budget_is_spent() -> None:
     asked = star(20)
-    held = visits_of(asked, runs_of(asked))
-    sweep = Sweep(held, Fillings(asked), relaxed(held, fair_price(held)), np.inf, twins_of(asked))
+    held = visit_table(asked, layer_runs(asked))
+    sweep = LabelSetting(
+        held,
+        UsableMemory(asked),
+        memory_bound(held, initial_memory_price(held)),
+        np.inf,
+        interchangeable_devices(asked),
+    )
     assert sweep.run(4000, budget=1) is None and not sweep.whole

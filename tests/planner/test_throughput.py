@@ -7,7 +7,7 @@ import math
 import pytest
 
 from peerllm.errors import InfeasibleError
-from peerllm.planner.throughput import plan_throughput
+from peerllm.planner.throughput.throughput_plan import plan_throughput
 from peerllm.types import Plan
 from tests.planner.brute import (
     assignments,

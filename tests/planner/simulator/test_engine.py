@@ -8,7 +8,8 @@ from math import inf
 import pytest
 
 from peerllm.errors import BadInputError, InfeasibleError
-from peerllm.planner.simulator import SCHEDULES, engine
+from peerllm.planner.simulator import simulation
+from peerllm.planner.simulator.simulated_schedules import SCHEDULES
 from peerllm.types import DeviceProfile, Medium, Workload
 from tests.planner.simulator.rings import Ring, at_random, by_hand
 
@@ -191,7 +192,7 @@ def test_too_long_a_run_says_which_number_to_lower(monkeypatch):
         ring.run(Workload(output_tokens=500_001, prompt_tokens=5, prompt_chunk=1))
     with pytest.raises(BadInputError, match="lower the prompt's tokens"):
         ring.run(Workload(prompt_tokens=500_000, prompt_chunk=1))
-    monkeypatch.setattr(engine, "MAX_SPANS", 4 * 3 * 2)
+    monkeypatch.setattr(simulation, "MAX_SPANS", 4 * 3 * 2)
     assert len(ring.run(steps=3, micro_batches=2, prefill=False).events) == 4 * 3 * 2
     with pytest.raises(BadInputError):
         ring.run(steps=4, micro_batches=2, prefill=False)
@@ -202,9 +203,9 @@ def test_spans_are_counted_as_they_fall(monkeypatch):
     for seed in range(10):
         ring, batch, groups = at_random(seed, "visits", shared=True)
         many = len(ring.run(WORK, micro_batch=batch, micro_batches=groups).events)
-        monkeypatch.setattr(engine, "MAX_SPANS", many)
+        monkeypatch.setattr(simulation, "MAX_SPANS", many)
         ring.run(WORK, micro_batch=batch, micro_batches=groups)
-        monkeypatch.setattr(engine, "MAX_SPANS", many - 1)
+        monkeypatch.setattr(simulation, "MAX_SPANS", many - 1)
         with pytest.raises(BadInputError):
             ring.run(WORK, micro_batch=batch, micro_batches=groups)
         monkeypatch.undo()

@@ -1,0 +1,114 @@
+"""Walks swept block by block under a goal: the cheapest if nothing is left out, else a good one among the hopeful."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from peerllm.planner.arrays import Flags, Floats, Ints
+from peerllm.planner.latency.equal_blocks.head_position import HeadPosition, relayed_class_hops
+from peerllm.planner.routing.route_graph import WORK_PER_LAYER, WORK_PER_VISIT, Route, Visit
+from peerllm.planner.routing.route_relaxation import RouteBound
+
+# Class (0: the source), fresh visits of each class, which classes can be relays, cost, row of the way before.
+_Part = tuple[Ints, Ints, Flags, Floats, Ints]
+
+
+def set_labels(
+    house: HeadPosition, found: RouteBound, goal: float, width: int, *, strict: bool
+) -> tuple[Route | None, bool, int]:
+    """A walk's fresh visits, of cost at most `goal` with its relays; whether nothing was left out; the work.
+
+    With nothing left out it is the cheapest, or there is none within the goal. Ways through several devices only.
+    `strict`: who holds a single block is no relay; else only who could not hold more.
+    """
+    limits, many = house.limits, house.limits.chain.many
+    last, kinds = limits.last, len(many)
+    mixer = np.random.default_rng(0).integers(1, 2**62, (2, kinds + 1), dtype=np.int64) | 1
+    waiting: dict[int, list[_Part]] = {}
+    trail: list[tuple[int, int, int]] = []  # (class, last block, row before) of every way kept
+    whole, work = True, 0
+    prefix = limits.chain.prefix
+    capacity = np.maximum((limits.far - np.arange(last + 1) + 1).max(axis=1), 0)
+    for i in range(last):
+        parts = waiting.pop(i, [])
+        if np.isfinite(limits.first[i]):
+            ready = np.zeros((1, kinds + 1), dtype=bool)
+            ready[0, 0] = house.able[0] and (i > 0 or not strict)
+            parts.append((np.zeros(1, np.int64), np.zeros((1, kinds), np.int64), ready, limits.first[i : i + 1], -_ONE))
+        if not parts:
+            continue
+        (kind, used, ready, cost, parent), dropped = _merge(parts, found, many, mixer, i, width=width)
+        whole &= not dropped
+        base = len(trail)
+        trail += zip(kind.tolist(), [i] * len(kind), parent.tolist(), strict=True)
+        refund = (many - used) @ found.price
+        hopeful = (used < many) & (((many - used) @ capacity) >= last - i)[:, None]
+        floor = cost[:, None] + limits.hop[i][kind] + found.visit[i + 1] - refund[:, None]
+        some = np.flatnonzero((hopeful & (floor <= goal)).any(axis=1))
+        work += WORK_PER_LAYER + len(kind) * kinds
+        if not len(some):
+            continue
+        hops, touched = relayed_class_hops(house, kind[some], ready[some])
+        into = cost[some, None] + hops[:, 1:]
+        work += touched // 3
+        with np.errstate(invalid="ignore"):  # any goal less a way that leads nowhere: nothing is within that
+            allowed_here = goal + refund[some, None] - found.visit[i + 1]
+        row, target = np.nonzero(hopeful[some] & (into <= allowed_here))
+        begun = into[row, target] - prefix[target, i + 1]
+        row = some[row]
+        allowed = goal + refund[row] - found.price[target]
+        far = limits.far[target, i + 1]
+        for end in range(i + 1, int(far.max(initial=i)) + 1):
+            work += WORK_PER_VISIT + len(row)
+            value = begun + prefix[target, end + 1]
+            keep = np.flatnonzero((far >= end) & (value + found.leave[target + 1, end] <= allowed))
+            if len(keep):
+                work += 3 * len(keep) * kinds
+                rows, kinds_there, each = row[keep], target[keep], np.arange(len(keep))
+                now_used, now_ready = used[rows], ready[rows]
+                now_used[each, kinds_there] += 1
+                now_ready[each, kinds_there + 1] |= house.able[kinds_there + 1] & (end > i + 1 or not strict)
+                waiting.setdefault(end, []).append((kinds_there + 1, now_used, now_ready, value[keep], base + rows))
+    parts = waiting.pop(last, [])
+    if not parts:
+        return None, whole, work
+    (kind, _, ready, cost, parent), _ = _merge(parts, found, many, mixer, last, width=2**62)
+    total = cost + _homeward(house, kind, ready)
+    best = int(total.argmin())
+    if not total[best] <= goal:
+        return None, whole, work
+    way, before = [Visit(int(kind[best]) - 1, last)], int(parent[best])
+    while before >= 0:
+        one, end, before = trail[before]
+        way.append(Visit(one - 1, end))
+    return tuple(reversed(way)), whole, work
+
+
+_ONE = np.ones(1, dtype=np.int64)
+
+
+def _homeward(house: HeadPosition, kind: Ints, ready: Flags) -> Floats:
+    """From the last block through the head home, over relays where that is shorter."""
+    relayed = np.where(ready, relayed_class_hops(house, kind, ready)[0] + house.home, np.inf).min(axis=1)
+    best: Floats = np.minimum(house.home[kind], relayed)
+    return best
+
+
+def _merge(parts: list[_Part], found: RouteBound, many: Ints, mixer: Ints, i: int, *, width: int) -> tuple[_Part, bool]:
+    """Ways that none alike beats in cost and relays, of those the `width` most hopeful; whether any was left out."""
+    kind, used, ready, cost, parent = (np.concatenate(column) for column in zip(*parts, strict=True))
+    key = (used * mixer[0, 1:]).sum(axis=1) * np.int64(len(many) + 1) + kind
+    order = np.lexsort((cost, key))
+    group = np.concatenate([[True], key[order][1:] != key[order][:-1]])
+    cheapest = order[np.flatnonzero(group)][group.cumsum() - 1]  # of those alike, for each
+    more = (ready[order] & ~ready[cheapest]).any(axis=1)
+    keep = order[group | more]
+    if more.any():
+        full = key[keep] + (ready[keep] * mixer[1]).sum(axis=1)
+        again = np.lexsort((cost[keep], full))
+        keep = keep[again[np.concatenate([[True], full[again][1:] != full[again][:-1]])]]
+    dropped = len(keep) > width
+    if dropped:
+        value = cost[keep] + found.leave[kind[keep], i] - (many - used[keep]) @ found.price
+        keep = keep[np.argpartition(value, width)[:width]]
+    return (kind[keep], used[keep], ready[keep], cost[keep], parent[keep]), dropped

@@ -1,0 +1,172 @@
+"""The latency problem of a model whose blocks are all alike, restated without second visits that hold layers.
+
+Layers 0 and 1 lie on the source, the head (the last) anywhere, and what is between are `blocks` equal blocks. A way is
+then a walk: its cost is the sum, over devices, of blocks held there times the time of one, and of its hops, which do
+not depend on what was placed before. So which of a device's visits holds how many of its blocks does not matter, as
+long as each visit holds at least one. Hence every way costs as much as one in which a device's first visit holds all
+its blocks and its later visits, here called relays, hold none; and such a way is real if no device has more relays than
+blocks less one (the source, which holds layer 1 as well: no more than blocks). That is the problem solved here: each
+device is entered afresh at most once, and between two fresh visits lie relays through devices already used.
+
+The head is on the last fresh visit's device together with blocks, or it is entered by a hop of its own (a tail).
+Were it there with blocks while that device has others elsewhere, they could join those others: the hop into the head
+is no dearer than a hop into a block (checked), and so tails are enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from peerllm.planner.arrays import Flags, Floats, Ints
+from peerllm.planner.latency.assignment_problem import AssignmentProblem
+
+FEWEST_LAYERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EqualBlocks:
+    """Arrays over classes of devices that may be swapped without any cost changing; class 0 is the source alone."""
+
+    blocks: int  # to be placed
+    base: float  # cost of layers 0 and 1
+    each: Floats  # [classes]: cost of a block
+    cap: Ints  # [classes]: blocks that a device can hold
+    cap_head: Ints  # [classes]: beside the head; -1 where the head itself does not fit
+    hop: Floats  # [from, to]: between different devices; infinite within a class of one
+    head_hop: Floats  # [from, to]: into the head
+    home: Floats  # [classes]: cost of the head and of the way back from there
+    short_hop: Floats  # [from, to]: `hop` with the cheapest relays between, whoever they are
+    short_head_hop: Floats  # [from, to]
+    useful: Flags  # [from, relay]: some hop is shorter over it
+    members: tuple[tuple[int, ...], ...]  # devices of each class
+
+    @property
+    def many(self) -> Ints:
+        return np.array([len(group) for group in self.members], dtype=np.int64)
+
+
+def equal_blocks(problem: AssignmentProblem) -> EqualBlocks | None:
+    """None unless all layers but 0, 1 and the last cost, weigh and send alike."""
+    layers = len(problem.cost)
+    if layers < FEWEST_LAYERS:
+        return None
+    cost, memory, hop = problem.cost[2:-1], problem.memory[2:-1], problem.hop[1:-2]
+    if (cost != cost[0]).any() or (memory != memory[0]).any() or (hop != hop[0]).any():
+        return None
+    if (problem.hop[-2] > hop[0]).any():
+        return None
+    members = _classes(problem)
+    first = np.array([group[0] for group in members])
+    last = np.array([group[-1] for group in members])
+    room = problem.room.copy()
+    room[0] -= problem.memory[0, 0] + problem.memory[1, 0]
+    count = layers - 3
+
+    def held(left: Ints) -> Ints:
+        whole = np.where(memory[0] > 0, left // np.maximum(memory[0], 1), count)
+        return np.where(left < 0, -1, np.where(np.isfinite(cost[0]), np.minimum(whole, count), 0))
+
+    def between(table: Floats) -> Floats:
+        part: Floats = table[first[:, None], first[None, :]].copy()
+        part[np.arange(len(first)), np.arange(len(first))] = np.where(first == last, np.inf, table[first, last])
+        return part
+
+    head = np.isfinite(problem.cost[-1]) & np.isfinite(problem.back)
+    cap = held(room)
+    held_there = np.maximum(cap, 0)[first]
+    block_hop, head_hop = between(hop[0]), between(problem.hop[-2])
+    single = np.array([len(group) == 1 for group in members])
+    short_hop, short_head_hop, useful = _relayed(block_hop, head_hop, held_there, single)
+    return EqualBlocks(
+        blocks=count,
+        base=float(problem.cost[0, 0] + problem.cost[1, 0]) if cap[0] >= 0 else np.inf,
+        each=np.where(np.isfinite(cost[0]), cost[0], 0.0)[first],
+        cap=held_there,
+        cap_head=np.where(head, held(room - problem.memory[-1]), -1)[first],
+        hop=block_hop,
+        head_hop=head_hop,
+        home=np.where(head, problem.cost[-1] + problem.back, np.inf)[first],
+        short_hop=short_hop,
+        short_head_hop=short_head_hop,
+        useful=useful,
+        members=members,
+    )
+
+
+def _relayed(hop: Floats, head_hop: Floats, cap: Ints, single: Flags) -> tuple[Floats, Floats, Flags]:
+    """(hops, hops into the head, which relays are useful from where). Only who holds two blocks can be a relay.
+
+    No relay is of the class before or behind it: the way could leave from, or be, where it stands already.
+    """
+    relays = np.flatnonzero(cap >= np.where(np.arange(len(cap)) == 0, 1, 2))
+    free = hop.copy()
+    np.fill_diagonal(free, 0.0)
+    for k in relays:
+        free = np.minimum(free, free[:, k, None] + free[None, k, :])
+    short, round_trip = free.copy(), np.full(len(hop), np.inf)
+    into = head_hop.copy()
+    useful = np.zeros(hop.shape, dtype=bool)
+    for k in relays:
+        others = np.arange(len(hop)) != k
+        round_trip[others] = np.minimum(round_trip, free[:, k] + free[k, :])[others]
+        into = np.minimum(into, free[:, k, None] + head_hop[None, k, :])
+        better = (hop[:, k, None] + hop[None, k, :] < hop) | (hop[:, k, None] + head_hop[None, k, :] < head_hop)
+        useful[:, k] = (better & ~np.diag(single)).any(axis=1) & others
+    np.fill_diagonal(short, np.where(single, np.inf, np.minimum(np.diag(hop), round_trip)))
+    np.fill_diagonal(into, np.where(single, np.inf, np.diag(into)))
+    return short, into, useful
+
+
+def split_class(blocks: EqualBlocks, kind: int) -> tuple[EqualBlocks, int]:
+    """One device of class `kind` made a class of its own, and its number."""
+    group = blocks.members[kind]
+    if len(group) == 1:
+        return blocks, kind
+    old = np.append(np.arange(len(blocks.members)), kind)
+    members = (*blocks.members[:kind], group[1:], *blocks.members[kind + 1 :], group[:1])
+
+    def apart(table: Floats) -> Floats:
+        part: Floats = table[np.ix_(old, old)]
+        part[-1, -1] = np.inf
+        if len(group) == 2:
+            part[kind, kind] = np.inf
+        return part
+
+    return replace(
+        blocks,
+        each=blocks.each[old],
+        cap=blocks.cap[old],
+        cap_head=blocks.cap_head[old],
+        hop=apart(blocks.hop),
+        head_hop=apart(blocks.head_hop),
+        home=blocks.home[old],
+        short_hop=apart(blocks.short_hop),
+        short_head_hop=apart(blocks.short_head_hop),
+        useful=blocks.useful[np.ix_(old, old)],
+        members=members,
+    ), len(members) - 1
+
+
+def _classes(problem: AssignmentProblem) -> tuple[tuple[int, ...], ...]:
+    groups: list[list[int]] = [[0]]
+    marks: list[object] = [None]
+    for j in range(1, len(problem.room)):
+        ends = problem.memory[[2, -1], j].tobytes(), problem.cost[[2, -1], j].tobytes()
+        mark = (int(problem.room[j]), *ends, float(problem.back[j]))
+        for group, known in zip(groups, marks, strict=True):
+            if mark == known and all(_alike(problem.hop[i], group[0], j) for i in (1, -2)):
+                group.append(j)
+                break
+        else:
+            groups.append([j])
+            marks.append(mark)
+    return tuple(tuple(group) for group in groups)
+
+
+def _alike(hop: Floats, j: int, k: int) -> bool:
+    others = np.ones(len(hop), dtype=bool)
+    others[[j, k]] = False
+    same = np.array_equal(hop[j, others], hop[k, others]) and np.array_equal(hop[others, j], hop[others, k])
+    return bool(same and hop[j, k] == hop[k, j])

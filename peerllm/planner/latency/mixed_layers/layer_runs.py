@@ -1,0 +1,79 @@
+"""Runs of layers alike, in which a second visit to a device needs no room: it is a relay.
+
+In a run all layers cost, weigh and send alike, so which of a device's visits there holds how many of its layers does
+not matter, as long as each holds at least one. So the first visit may hold all of them and the later ones, the relays,
+none; what is left of the device's room then counts only behind the run. Such a way is real if each relay can be handed
+one layer of its device's and the first visit keeps one. (`walk` knows more of models with only one run.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from peerllm.planner.arrays import Flags, Floats, Ints
+from peerllm.planner.latency.assignment_problem import AssignmentProblem
+
+FEWEST = 3  # layers of a run in which a device can be visited twice
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRuns:
+    """By layer."""
+
+    first: Ints  # [layers]: of the layer's run
+    last: Ints  # [layers]
+    relay: Flags  # [layers, devices]: whether some hop in the layer's run, or out of it, is shorter over the device
+    hop: Floats  # [layers, devices, devices]: onward from a layer, over whatever relays; infinite to the device itself
+    priced: Ints  # [layers]: number of the layer's run among those in which a device could be visited twice, or -1
+
+
+def layer_runs(problem: AssignmentProblem, *, apart: bool = False) -> LayerRuns:
+    """The longest runs there are; `apart` makes every layer one of its own, so that nothing is a relay."""
+    layers, devices = problem.cost.shape
+    first = np.arange(layers)
+    for i in range(1, layers - 1):  # the head stands alone
+        if not apart and _continues(problem, int(first[i - 1]), i):
+            first[i] = first[i - 1]
+    last = np.append(np.flatnonzero(np.diff(first)), layers - 1)[np.unique(first, return_inverse=True)[1]]
+    relay, priced = np.zeros((layers, devices), dtype=bool), np.full(layers, -1)
+    hop = _elsewhere(problem.hop)
+    for number, start in enumerate(np.unique(first[last - first + 1 >= FEWEST])):
+        end = int(last[start])
+        priced[start : end + 1] = number
+        able = np.isfinite(problem.cost[end]) & (problem.room >= 2 * problem.memory[end])
+        within, out, useful = _relayed(problem.hop[start], problem.hop[end], able)
+        hop[start:end], hop[end], relay[start : end + 1] = within, out, useful
+    return LayerRuns(first, last, relay, hop, priced)
+
+
+def _continues(problem: AssignmentProblem, first: int, i: int) -> bool:
+    """Whether layer i is like the one before, in the run that begins with `first`.
+
+    That a run's first layer may lie on the source only is no difference: nobody else's layers ever move before it.
+    """
+    cost, here = problem.cost[i - 1], problem.cost[i]
+    if first == i - 1:
+        same = (cost == here).all() or (cost[0] == here[0] and np.isinf(cost[1:]).all())
+    else:
+        same = (cost == here).all() and (problem.hop[i - 1] == problem.hop[first]).all()
+    return bool(same and (problem.memory[i - 1] == problem.memory[i]).all())
+
+
+def _relayed(inner: Floats, onward: Floats, able: Flags) -> tuple[Floats, Floats, Flags]:
+    """(hops within a run, hops out of it, who is of use as a relay). Out of it, a relay may also stay where it is."""
+    direct, leaving = _elsewhere(inner), _elsewhere(onward)
+    short, useful = direct, np.zeros(len(inner), dtype=bool)
+    for k in np.flatnonzero(able):
+        within, out = _elsewhere(direct[:, k, None] + direct[k]), _elsewhere(direct[:, k, None] + onward[k])
+        useful[k] = (within < direct).any() or (out < leaving).any()
+        short = np.minimum(short, _elsewhere(short[:, k, None] + short[k]))
+    for k in np.flatnonzero(useful):
+        leaving = np.minimum(leaving, _elsewhere(short[:, k, None] + onward[k]))
+    return short, leaving, useful
+
+
+def _elsewhere(hop: Floats) -> Floats:
+    """Without staying."""
+    return hop + np.where(np.eye(hop.shape[-1], dtype=bool), np.inf, 0.0)

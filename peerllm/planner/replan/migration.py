@@ -1,0 +1,182 @@
+"""What it costs to go from one plan to another: weights to load, KV to carry or rebuild, and what must pause for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from peerllm.errors import InfeasibleError
+from peerllm.planner.cost.layer_costs import (
+    SOURCE_LAYERS,
+    Links,
+    hop_ms,
+    kv_bytes,
+    layer_bytes,
+    layer_ms,
+    pass_ms,
+    stages_of,
+    tokens_entering,
+)
+from peerllm.types import DeviceId, DeviceProfile, ModelProfile, Stage, Workload
+
+DISK_MBPS = 4000.0  # a plain solid-state disk, where nobody measured
+Placement = tuple[DeviceId, ...]  # the device of each layer
+
+
+def placement_of(stages: Sequence[Stage]) -> Placement:
+    """The other way round from `merged`."""
+    return tuple(stage.device for stage in stages for _ in range(stage.first_layer, stage.last_layer + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """Layers of one model by device: `loaded` in memory, ready to compute; `cached` on its own disk."""
+
+    loaded: Mapping[DeviceId, frozenset[int]] = field(default_factory=dict)
+    cached: Mapping[DeviceId, frozenset[int]] = field(default_factory=dict)
+
+    def has(self, device: DeviceId, layer: int) -> bool:
+        """Whether others can fetch it from there."""
+        return layer in self.loaded.get(device, ()) or layer in self.cached.get(device, ())
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRates:
+    """How fast weights come from a device's own disk, and from the internet where that is allowed."""
+
+    disk_mbps: Mapping[DeviceId, float] | float = DISK_MBPS
+    hub_mbps: float | None = None
+
+    def disk(self, device: DeviceId) -> float:
+        return self.disk_mbps.get(device, DISK_MBPS) if isinstance(self.disk_mbps, Mapping) else self.disk_mbps
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """The work of one change of plan, every transfer after the other."""
+
+    background_ms: float  # loading while the running plan, if it works, still serves
+    pause_ms: float  # nothing is served: KV on its way or rebuilt, and loading where old and new do not fit together
+    ready_ms: float  # the same with every device loading at once: when the switch can be expected
+    load_bytes: Mapping[DeviceId, int]
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunningState:
+    """What is running now and what each device has. `homes` is empty if no plan is."""
+
+    model: ModelProfile
+    devices: Mapping[DeviceId, DeviceProfile]
+    links: Links
+    source: DeviceId
+    workload: Workload
+    homes: Placement
+    held: Holdings
+    rates: LoadRates = field(default_factory=LoadRates)
+    in_flight: Sequence[int] = ()  # tokens so far of each sequence
+    working: Mapping[DeviceId, int] = field(default_factory=dict)
+
+    lost: tuple[int, ...] = field(init=False)  # layers of the running plan no longer in memory there; all, without one
+    serving: bool = field(init=False)  # the running plan works: all in memory, the links there, the source as it was
+
+    def __post_init__(self) -> None:
+        held = self.held.loaded
+        there = enumerate(self.homes)
+        lost = tuple(i for i, d in there if d not in self.devices or i not in held.get(d, ()))
+        object.__setattr__(self, "lost", lost if self.homes else tuple(range(len(self.model.layers))))
+        works = not self.lost and self.homes[0] == self.source
+        ring = stages_of(self.homes)
+        works = works and pass_ms(self.model, self.devices, self.links, ring, (1,)) < inf
+        object.__setattr__(self, "serving", works)
+
+    @property
+    def replayed(self) -> int:
+        """The last layer through which the tokens in flight must go again, because KV was lost; -1 if none."""
+        return max(self.lost, default=-1)
+
+    def shares(self, layer: int, device: DeviceId) -> bool:
+        """A layer tied to one that never leaves the source needs no bytes of its own there."""
+        twin = self.model.layers[layer].tied_to
+        return device == self.source and twin is not None and twin < SOURCE_LAYERS
+
+    def load_bytes(self, layer: int, device: DeviceId) -> int:
+        """Weights that a device still lacks of a layer."""
+        ready = layer in self.held.loaded.get(device, ()) or self.shares(layer, device)
+        return 0 if ready else self.model.layers[layer].memory_bytes
+
+    def load_ms(self, layer: int, device: DeviceId) -> float:
+        """By the quickest way: its own disk, another device that has it, the internet; infinite if there is none."""
+        nbytes = self.load_bytes(layer, device)
+        if not nbytes:
+            return 0.0
+        ways = [hop_ms(self.links, d, device, nbytes) for d in self.devices if d != device and self.held.has(d, layer)]
+        if layer in self.held.cached.get(device, ()):
+            ways.append(_ms(nbytes, self.rates.disk(device)))
+        if self.rates.hub_mbps:
+            ways.append(_ms(nbytes, self.rates.hub_mbps))
+        return min(ways, default=inf)
+
+    def kv_bytes(self, layer: int) -> int:
+        """What the sequences in flight have on one layer so far."""
+        return sum(kv_bytes(self.model.layers[layer], 1, tokens) for tokens in self.in_flight)
+
+    def carried_bytes(self, layer: int, device: DeviceId) -> int:
+        """KV that must reach `device`: none if it is there, nor if it is rebuilt anyway."""
+        return 0 if layer <= self.replayed or self.homes[layer] == device else self.kv_bytes(layer)
+
+    def kv_ms(self, layer: int, device: DeviceId) -> float:
+        """Carrying a layer's KV to a device, or computing it again there; the hops of a replay are left out."""
+        if layer <= self.replayed:
+            runs = tokens_entering(self.model, layer, self.in_flight) if self.in_flight else ()
+            return sum(layer_ms(self.devices[device], self.model.layers[layer], tokens) for tokens in runs)
+        nbytes = self.carried_bytes(layer, device)
+        return self._way_ms(self.homes[layer], device, nbytes) if nbytes else 0.0
+
+    def _way_ms(self, sender: DeviceId, receiver: DeviceId, nbytes: int) -> float:
+        """Straight, or by one device between where no link leads straight there."""
+        straight = hop_ms(self.links, sender, receiver, nbytes)
+        if straight < inf:
+            return straight
+        return min(
+            hop_ms(self.links, sender, d, nbytes) + hop_ms(self.links, d, receiver, nbytes) for d in self.devices
+        )
+
+    def crowded(self, device: DeviceId, layers: Iterable[int]) -> bool:
+        """Whether `layers` do not fit beside those that the running plan has on a device."""
+        kept = {i for i, home in enumerate(self.homes) if home == device} | set(layers)
+        twin = {i: self.model.layers[i].tied_to for i in kept}
+        needed = sum(layer_bytes(self.model, i, self.workload, twin[i] in kept) for i in kept)
+        return needed > self.devices[device].memory_bytes - self.working.get(device, 0)
+
+    def reachable(self) -> None:
+        """InfeasibleError names a layer that no device here could get."""
+        for i, layer in enumerate(self.model.layers):
+            if all(self.load_ms(i, device) == inf for device in self.devices):
+                raise InfeasibleError(f"no device that is here has layer {i} ({layer.name}) of {self.model.name}")
+
+    def moving(self, homes: Placement) -> Migration:
+        """What a change to `homes` costs."""
+        background = pause = 0.0
+        loading: dict[DeviceId, int] = {}
+        own_ms: dict[DeviceId, float] = {}
+        new: dict[DeviceId, list[int]] = {}
+        for i, home in enumerate(homes):
+            new.setdefault(home, []).append(i)
+        for device, layers in new.items():
+            own_ms[device] = sum(self.load_ms(i, device) for i in layers)
+            nbytes = sum(self.load_bytes(i, device) for i in layers)
+            if nbytes:
+                loading[device] = nbytes
+            if not self.serving or self.crowded(device, layers):
+                pause += own_ms[device]
+            else:
+                background += own_ms[device]
+        waits = sum(self.kv_ms(i, home) for i, home in enumerate(homes))
+        carried = sum(self.carried_bytes(i, home) for i, home in enumerate(homes))
+        return Migration(background, pause + waits, max(own_ms.values()) + waits, loading, carried)
+
+
+def _ms(nbytes: int, mbps: float) -> float:
+    return nbytes * 8 / (mbps * 1000)

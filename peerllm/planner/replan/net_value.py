@@ -1,0 +1,94 @@
+"""What a plan is worth over a horizon, the way to it deducted: the one measure by which re-planning chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from peerllm.planner.cost.layer_costs import SOURCE_LAYERS, stage_bytes, stages_of
+from peerllm.planner.cost.prediction import predict_latency, predict_throughput
+from peerllm.planner.replan.migration import Migration, Placement, RunningState
+from peerllm.types import Medium, Plan, Prediction, Stage
+
+SAME = 1e-10  # relative; two worths closer than this are one
+
+
+@dataclass(frozen=True, slots=True)
+class ReplanHorizon:
+    """How long the plan is expected to be used, and how many requests come in that time."""
+
+    ms: float
+    requests: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.ms < inf and 0 < self.requests < inf):
+            raise ValueError(f"a horizon has some time and some requests: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplanChoice:
+    """The best plan met, staying among them; `worth` is net of moving."""
+
+    plan: Plan
+    worth: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplanProblem:
+    """What both objectives decide upon."""
+
+    now: RunningState
+    horizon: ReplanHorizon
+    head_on_source: bool
+    media: tuple[Medium, ...] = ()
+    running: Prediction | None = field(init=False)  # of the plan that serves now; None if nothing does
+
+    def __post_init__(self) -> None:
+        running = self.predict(stages_of(self.now.homes)) if self.now.serving else None
+        object.__setattr__(self, "running", running)
+
+    @property
+    def latency(self) -> bool:
+        return self.now.workload.objective == "latency"
+
+    def predict(self, stages: Sequence[Stage]) -> Prediction:
+        s = self.now
+        if self.latency:
+            return predict_latency(s.model, s.devices, s.links, stages, s.workload)
+        return predict_throughput(s.model, s.devices, s.links, stages, s.workload, media=self.media)
+
+    def allowed(self, homes: Placement) -> bool:
+        """Within every device's memory, and private where it must be."""
+        s = self.now
+        used = dict.fromkeys(homes, 0)
+        stages = stages_of(homes)
+        for stage, nbytes in zip(stages, stage_bytes(s.model, stages, s.workload), strict=True):
+            used[stage.device] += nbytes
+        pinned = homes[:SOURCE_LAYERS] + (homes[-1:] if self.head_on_source else ())
+        room = {device: s.devices[device].memory_bytes - s.working.get(device, 0) for device in used}
+        return set(pinned) == {s.source} and all(used[device] <= room[device] for device in used)
+
+    @property
+    def busy(self) -> float:
+        """Share of the horizon in which a request is being served."""
+        before = self.running
+        return 1.0 if before is None else min(1.0, self.horizon.requests * before.request_ms / self.horizon.ms)
+
+    def staying(self) -> float:
+        """The worth of the running plan over the horizon: milliseconds (negative) or tokens."""
+        before = self.running
+        if self.latency:
+            return -inf if before is None else -self.horizon.requests * before.request_ms
+        return 0.0 if before is None else before.tokens_per_second / 1000 * self.horizon.ms
+
+    def worth(self, predicted: Prediction, moving: Migration) -> float:
+        """The same of another plan, moving included."""
+        if self.latency:
+            return -self.horizon.requests * predicted.request_ms - self.busy * moving.background_ms - moving.pause_ms
+        before = self.running
+        old = 0.0 if before is None else before.tokens_per_second
+        left = self.horizon.ms - moving.background_ms
+        until = old * min(moving.background_ms, self.horizon.ms)
+        return (until + predicted.tokens_per_second * max(0.0, left - moving.pause_ms)) / 1000

@@ -1,0 +1,118 @@
+"""Whether to leave the running plan, and for which one: what is gained over a horizon, less the cost of moving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.planner.cost.layer_costs import Links, stages_of
+from peerllm.planner.replan.migration import Holdings, LoadRates, Migration, RunningState, placement_of
+from peerllm.planner.replan.net_value import SAME, ReplanChoice, ReplanHorizon, ReplanProblem
+from peerllm.planner.replan.replan_latency import replan_for_latency
+from peerllm.planner.replan.replan_throughput import replan_for_throughput
+from peerllm.types import DeviceId, DeviceProfile, Medium, ModelProfile, Plan, Workload
+
+LEAST_GAIN = 0.05  # of the horizon's work; a smaller gain is within what measurements wander, and plans would flap
+
+
+@dataclass(frozen=True, slots=True)
+class ReplanDecision:
+    """`gain` is milliseconds of waiting saved (latency) or tokens more (throughput) over the horizon, moving deducted.
+
+    It is 0 for "stay", and infinite (latency) where nothing served before. `bound` is the gain not ruled out.
+    """
+
+    action: Literal["stay", "move"]
+    plan: Plan
+    gain: float
+    move_ms: float  # until the switch, every device loading at once
+    pause_ms: float  # of it, nothing is served
+    load_bytes: Mapping[DeviceId, int]
+    kv_bytes: int
+    reason: str
+    optimal: bool
+    bound: float
+
+
+def replan(
+    model: ModelProfile,
+    devices: Mapping[DeviceId, DeviceProfile],
+    links: Links,
+    source: DeviceId,
+    workload: Workload,
+    *,
+    current: Plan | None,
+    held: Holdings,
+    horizon: ReplanHorizon,
+    in_flight: Sequence[int] = (),
+    rates: LoadRates | None = None,
+    least_gain: float = LEAST_GAIN,
+    working_bytes: Mapping[DeviceId, int] | int = 0,
+    head_on_source: bool = False,
+    media: Sequence[Medium] = (),
+) -> ReplanDecision:
+    """Stay with `current`, or move to the plan of the greatest net gain; `workload.objective` says gain of what.
+
+    Latency: requests · time saved, less every millisecond of pause, less every millisecond of loading times the share
+    of the horizon in which requests are served (no delay of the gain is longer). Throughput: tokens until the switch
+    at the old rate, none in the pause, the rest at the new rate. Transfers count one after the other. A broken plan
+    serves nothing, so all moving is pause, and it is never stayed with. InfeasibleError if nothing fits.
+    """
+    working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(devices, working_bytes)
+    homes = placement_of(current.stages) if current else ()
+    now = RunningState(model, devices, links, source, workload, homes, held, rates or LoadRates(), in_flight, working)
+    desk = ReplanProblem(now, horizon, head_on_source, tuple(media))
+    choice = replan_for_latency(desk) if desk.latency else replan_for_throughput(desk)
+    return _decide(desk, choice, least_gain)
+
+
+def _decide(desk: ReplanProblem, choice: ReplanChoice, least_gain: float) -> ReplanDecision:
+    """Stay unless the gain is worth the trouble, or nothing else is possible."""
+    s, stay = desk.now, desk.staying()
+    before = desk.running
+    gain, bound = choice.worth - stay, choice.bound - stay
+    homes, optimal = placement_of(choice.plan.stages), choice.bound - choice.worth <= SAME * abs(choice.worth)
+    if before and desk.allowed(s.homes) and (homes == s.homes or gain <= 0 or gain < least_gain * abs(stay)):
+        stages = stages_of(s.homes)
+        same = choice.plan.stages == stages and choice.plan.optimal
+        limit = min if desk.latency else max
+        value = before.request_ms if desk.latency else before.tokens_per_second
+        plan = Plan(stages, before, same, limit(choice.plan.bound, value))
+        none = "no other plan is worth its moving" if homes == s.homes or gain <= 0 else ""
+        reason = f"stay: {none or _least(desk, gain, least_gain)}"
+        return ReplanDecision("stay", plan, 0.0, 0.0, 0.0, {}, 0, reason, optimal, max(0.0, bound))
+    moving = s.moving(homes)
+    return ReplanDecision(
+        "move", choice.plan, gain, moving.ready_ms, moving.pause_ms, moving.load_bytes, moving.kv_bytes,
+        _why(desk, choice, moving, gain), optimal, bound,
+    )  # fmt: skip
+
+
+def _least(desk: ReplanProblem, gain: float, least_gain: float) -> str:
+    return f"the best move would save {_amount(desk, gain)}, less than {least_gain:.0%}"
+
+
+def _amount(desk: ReplanProblem, gain: float) -> str:
+    if desk.latency:
+        return f"{gain / 1000:.1f} s over {desk.horizon.requests:g} requests"
+    return f"{gain:.0f} tokens in {desk.horizon.ms / 1000:.0f} s"
+
+
+def _why(desk: ReplanProblem, choice: ReplanChoice, moving: Migration, gain: float) -> str:
+    s = desk.now
+    names = [s.devices[device].name for device in choice.plan.devices]
+    load = f"{human_bytes(sum(moving.load_bytes.values()))} to load, {moving.ready_ms / 1000:.1f} s"
+    if not s.homes:
+        why = "nothing runs yet"
+    elif not desk.running:
+        gone = sorted({s.homes[i] for i in s.lost} - set(s.devices))
+        why = "the running plan has lost " + (
+            f"{len(gone)} device{'s' * (len(gone) > 1)}" if gone else "layers or a link"
+        )
+    elif not desk.allowed(s.homes):
+        why = "the running plan no longer fits"
+    else:
+        why = f"{'saves' if s.workload.objective == 'latency' else 'adds'} {_amount(desk, gain)}"
+    return f"move to {', '.join(names)}: {why}; {load}"

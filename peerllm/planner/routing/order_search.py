@@ -1,0 +1,193 @@
+"""Good rings by local search: the order of the devices is changed step by step, and their blocks follow from it.
+
+Given who is used, like blocks go to the fastest first; so a ring is an order of devices, and its cost the blocks' and
+the hops' between neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from peerllm.planner.arrays import Floats, Ints
+
+PERTURBATIONS = 160  # perturbations tried
+VAIN_PERTURBATIONS = 60  # of them in a row without gain before it ends
+ALL_SEGMENTS = 32  # devices up to which all reorderings are tried; beyond, one device at a time moves
+SEGMENT = 3  # devices moved together, at most
+BUDGET = 12_000_000  # array elements touched before it ends
+GAIN = 1e-9  # relative
+FIRST_SEARCHES = 2  # rounds in which a first order is sought
+
+DeviceOrder = Ints  # [visits]: classes, the source left out
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRing:
+    """Like blocks to be placed between the source (class 0, alone) and home; infinite where there is no link."""
+
+    count: int  # blocks
+    base: float  # cost of what lies on the source anyway
+    each: Floats  # [classes]: cost of a block
+    cap: Ints  # [classes]: blocks that one device holds
+    many: Ints  # [classes]: devices; of the source none
+    hop: Floats  # [classes, classes]
+    home: Floats  # [classes]: from the last block on
+
+
+class OrderSearch:
+    """Local search among the orders of one round; `work` counts array elements."""
+
+    def __init__(self, around: BlockRing) -> None:
+        self.round, self.work = around, 0
+        self._each, self._cap, self._many, self._count = around.each, around.cap, around.many, around.count
+        self._usable = (around.cap > 0) & (around.many > 0)
+
+    def start(self, hopeful: Sequence[int]) -> DeviceOrder | None:
+        """`hopeful` classes, then the cheapest per block with their hop, until there is room for all blocks."""
+        into = self.round.hop.min(axis=0, initial=np.inf)
+        pace = self._each + into / np.maximum(self._cap, 1)
+        taken = np.zeros(len(self._cap), dtype=np.int64)
+        order: list[int] = []
+        left = self._count - int(self._cap[0])
+        for kind in (*hopeful, *np.repeat(np.argsort(pace), self._many[np.argsort(pace)])):
+            if left <= 0 and order:
+                break
+            if self._usable[kind] and taken[kind] < self._many[kind]:
+                order.append(int(kind))
+                taken[kind] += 1
+                left -= int(self._cap[kind])
+        return np.array(order, dtype=np.int64) if left <= 0 and order else None
+
+    def cost(self, orders: Ints) -> Floats:
+        """[orders]: the cheapest that each order [orders, visits] can be; infinite where the room is too small."""
+        return self._compute(orders) + self._hops(orders)
+
+    def improved(self, order: DeviceOrder) -> tuple[DeviceOrder, float]:
+        """Steps to the best neighbour until none is better."""
+        cost = float(self.cost(order[None])[0])
+        while True:
+            best, better = cost * (1 - GAIN), None
+            for orders, same_devices in self._neighbours(order):
+                if not len(orders):
+                    continue
+                self.work += orders.size
+                compute = self._compute(order[None]) if same_devices else self._compute(orders)
+                costs = compute + self._hops(orders)
+                place = int(costs.argmin())
+                if costs[place] < best:
+                    best, better = float(costs[place]), orders[place]
+            if better is None:
+                return order, cost
+            order, cost = better, best
+
+    def dealt(self, order: DeviceOrder) -> Ints:
+        """[1 + visits]: blocks on the source and on each of `order`."""
+        share = np.append(0, np.ones(len(order), dtype=np.int64))
+        kinds = np.append(0, order)
+        left = self._count - len(order)
+        for place in np.argsort(self._each[kinds], kind="stable"):
+            more = min(left, int(self._cap[kinds[place]] - share[place]))
+            share[place] += more
+            left -= more
+        return share
+
+    def shaken(self, order: DeviceOrder, rng: np.random.Generator) -> DeviceOrder:
+        """Two neighbouring parts change places, or a few devices are replaced."""
+        count = len(order)
+        spare = np.flatnonzero(self._usable & (np.bincount(order, minlength=len(self._many)) < self._many))
+        if count >= 3 and (not len(spare) or rng.random() < 0.5):
+            a, b, c = np.sort(rng.choice(count + 1, 3, replace=False))
+            return np.concatenate([order[:a], order[b:c], order[a:b], order[c:]])
+        order = order.copy()
+        picked = rng.permutation(spare)[:SEGMENT]
+        places = rng.permutation(count)[: len(picked)]
+        order[places] = picked[: len(places)]
+        return order
+
+    def _compute(self, orders: Ints) -> Floats:
+        kinds = np.hstack([np.zeros((len(orders), 1), dtype=np.int64), orders])
+        each, room = self._each[kinds], self._cap[kinds]
+        room[:, 1:] -= 1  # every visit has a block at least
+        left = self._count - orders.shape[1]
+        rank = np.argsort(each, axis=1, kind="stable")
+        filled = np.minimum(np.take_along_axis(room, rank, axis=1).cumsum(axis=1), left)
+        dealt = np.diff(filled, axis=1, prepend=0)
+        cost = self.round.base + each[:, 1:].sum(axis=1) + (dealt * np.take_along_axis(each, rank, axis=1)).sum(axis=1)
+        held = (filled[:, -1] >= left) & (left >= 0) & (room >= 0).all(axis=1)
+        return np.where(held, cost, np.inf).astype(np.float64)
+
+    def _hops(self, orders: Ints) -> Floats:
+        hop = self.round.hop
+        total: Floats = hop[0, orders[:, 0]] + self.round.home[orders[:, -1]]
+        total += hop[orders[:, :-1], orders[:, 1:]].sum(axis=1)
+        return total
+
+    def _neighbours(self, order: DeviceOrder) -> list[tuple[Ints, bool]]:
+        """(orders, whether they use the same devices): reordered; one replaced, added, left out."""
+        count = len(order)
+        spare = np.flatnonzero(self._usable & (np.bincount(order, minlength=len(self._many)) < self._many))
+        found = [(order[_reorderings(count)], True)] if count > 1 else []
+        place, new = (x.ravel() for x in np.meshgrid(np.arange(count + 1), spare, indexing="ij"))
+        columns = np.arange(count + 1)[None, :]
+        before, at = columns < place[:, None], columns == place[:, None]
+        padded, shifted = np.append(order, 0), np.append(0, order)
+        found.append((np.where(at, new[:, None], np.where(before, padded, shifted)), False))
+        replaced = np.where(at, new[:, None], padded)[:, :count]
+        found.append((replaced[place < count], False))
+        if count > 1:
+            column = np.arange(count - 1)[None, :]
+            found.append((np.where(column < np.arange(count)[:, None], order[:-1], order[1:]), False))
+        return found
+
+
+@lru_cache(maxsize=64)
+def _reorderings(count: int) -> Ints:
+    """[orders, count]: a segment moved, forwards or backwards; two swapped; a part reversed."""
+    plain = list(range(count))
+    found = set()
+    for first in range(count):
+        for last in range(first + 1, count + 1 if count <= ALL_SEGMENTS else first + 2):
+            part, rest = plain[first:last], plain[:first] + plain[last:]
+            found.add((*plain[:first], *part[::-1], *plain[last:]))
+            if last - first <= SEGMENT:
+                for into in range(len(rest) + 1):
+                    found.add((*rest[:into], *part, *rest[into:]))
+                    found.add((*rest[:into], *part[::-1], *rest[into:]))
+            if last < count:
+                swapped = plain.copy()
+                swapped[first], swapped[last] = swapped[last], swapped[first]
+                found.add(tuple(swapped))
+    found.discard(tuple(plain))
+    return np.array(sorted(found), dtype=np.int64).reshape(-1, count)
+
+
+def iterated_local_search(
+    searches: Sequence[OrderSearch], hopeful: Sequence[int], budget: int = BUDGET
+) -> tuple[OrderSearch, DeviceOrder] | None:
+    """A good order, and the search whose round it suits best; `searches` the most hopeful first."""
+    best, order, at = np.inf, None, None
+    for search in searches[:FIRST_SEARCHES]:
+        begun = search.start(hopeful)
+        if begun is not None:
+            found, cost = search.improved(begun)
+            if cost < best:
+                best, order, at = cost, found, search
+    if order is None or at is None:
+        return None
+    rng, vain = np.random.default_rng(0), 0
+    for _ in range(PERTURBATIONS):
+        for search in searches:  # the order is good: another way home may be better
+            alike = len(search.round.many) == len(at.round.many) and (search.round.many == at.round.many).all()
+            if alike and (cost := float(search.cost(order[None])[0])) < best:
+                best, at = cost, search
+        found, cost = at.improved(at.shaken(order, rng))
+        vain += 1
+        if cost < best * (1 - GAIN):
+            best, order, vain = cost, found, 0
+        if vain > VAIN_PERTURBATIONS or sum(search.work for search in searches) > budget:
+            break
+    return at, order

@@ -1,0 +1,90 @@
+"""EdgeShard's throughput plan (eq. 9-13), with return hop, KV memory and batch: the most tokens a second, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import inf
+
+from peerllm.planner.cost.infeasibility import explain_infeasible
+from peerllm.planner.cost.layer_costs import Links, stage_bytes
+from peerllm.planner.cost.prediction import Lap, best_lap, predict_throughput
+from peerllm.planner.routing.route_graph import Route
+from peerllm.planner.throughput.batch_size_search import EXACT, BatchSizeSearch
+from peerllm.planner.throughput.class_tables import ClassTables, class_tables
+from peerllm.types import DeviceId, DeviceProfile, Medium, ModelProfile, Plan, Stage, Workload
+
+
+def plan_throughput(
+    model: ModelProfile,
+    devices: Mapping[DeviceId, DeviceProfile],
+    links: Links,
+    source: DeviceId,
+    workload: Workload,
+    *,
+    working_bytes: Mapping[DeviceId, int] | int = 0,
+    head_on_source: bool = False,
+    media: Sequence[Medium] = (),
+) -> Plan:
+    """Maximise b·min(1/T_bottleneck(b), m/T_ring(b)) over stages, micro-batch size b and count m, m·b <= sequences.
+
+    One contiguous range per device, but the source may also hold the head. Shared media are not in the search: it is
+    exact without them, and with them picks the best of the rings it met under a bound that leaves them out.
+    InfeasibleError names the bytes missing in total, or the layer that fits nowhere.
+    """
+    working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(devices, working_bytes)
+    table = class_tables(model, devices, links, source, workload, working)
+    met = _BestRing(model, devices, links, workload, table, media)
+    best = met.offer_alone(source, working.get(source, 0))
+    contest = BatchSizeSearch(table, workload.sequences, met.offer, best)
+    contest.run((True,) if head_on_source else (False, True))
+    if met.stages is None or met.lap is None:
+        raise explain_infeasible(model, devices, source, workload, working, head_on_source=head_on_source)
+    predicted = predict_throughput(model, devices, links, met.stages, workload, met.lap, media)
+    rate = predicted.tokens_per_second
+    bound = 1000 / contest.bound if contest.bound > 0 else inf
+    optimal = rate >= bound * (1 - 10 * EXACT)
+    return Plan(met.stages, predicted, optimal=optimal, bound=rate if optimal else bound)
+
+
+class _BestRing:
+    """The best ring met so far, judged by the one cost model."""
+
+    def __init__(
+        self,
+        model: ModelProfile,
+        devices: Mapping[DeviceId, DeviceProfile],
+        links: Links,
+        workload: Workload,
+        table: ClassTables,
+        media: Sequence[Medium],
+    ) -> None:
+        self._model, self._devices, self._links, self._workload = model, devices, links, workload
+        self._table, self._media = table, media
+        self.stages: tuple[Stage, ...] | None = None
+        self.lap: Lap | None = None
+        self._best = inf
+
+    def offer(self, way: Route, head_home: bool) -> float:
+        """Milliseconds per token at the ring's best batch, shared media left out."""
+        return self._judge(self._table.stages([(visit.kind, visit.last) for visit in way], head_home))
+
+    def offer_alone(self, source: DeviceId, working: int) -> float:
+        """The source by itself, where the model fits."""
+        stages = (Stage(source, 0, len(self._model.layers) - 1),)
+        fits = stage_bytes(self._model, stages, self._workload)[0] + working <= self._devices[source].memory_bytes
+        return self._judge(stages) if fits else inf
+
+    def _judge(self, stages: tuple[Stage, ...]) -> float:
+        lap = self._best_lap(stages, self._media)
+        worth = _ms_per_token(lap, self._workload)
+        if worth < self._best:
+            self._best, self.stages, self.lap = worth, stages, lap
+        return _ms_per_token(self._best_lap(stages, ()), self._workload) if self._media else worth
+
+    def _best_lap(self, stages: tuple[Stage, ...], media: Sequence[Medium]) -> Lap:
+        return best_lap(self._model, self._devices, self._links, stages, self._workload, media)
+
+
+def _ms_per_token(lap: Lap, workload: Workload) -> float:
+    rate = lap.rate(workload.sequences // lap.batch)
+    return 1 / rate if rate > 0 else inf
