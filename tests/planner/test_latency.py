@@ -72,7 +72,7 @@ def test_both_searches_agree_where_second_visits_pay():
         problem = assignment_problem(i.model, i.devices, i.links, order, workload=i.workload, working=i.working)
         one, other = assignment_search.cheapest_assignment(problem), assignment_search.search_mixed_layers(problem)
         assert one.cost == pytest.approx(other.cost, rel=1e-9) and one.proven and other.proven, f"seed {seed}"
-        relays += len(one.homes) > 0 and layer_runs(problem).relay.any()
+        relays += len(one.placement) > 0 and layer_runs(problem).relay.any()
     assert relays > 8
 
 

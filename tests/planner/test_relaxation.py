@@ -46,7 +46,7 @@ def test_no_price_bounds_above_the_optimum(apart):
     finite = 0
     for seed in range(120):
         asked = problem(hub_household(seed, seed % 3) if seed % 2 else instance(seed, 4 + seed % 3, 3))
-        held, best = visit_table(asked, layer_runs(asked, apart=apart)), cheapest(asked)
+        held, best = visit_table(asked, layer_runs(asked, no_relays=apart)), cheapest(asked)
         finite += np.isfinite(best)
         start = initial_memory_price(held)
         for _ in range(6):
@@ -69,7 +69,7 @@ def test_the_ascent_ends_at_or_below_the_optimum_and_gets_near():
         def judge(found, held=held):
             return violations(held, found, relaxed_device_route(held, found))[0].ravel(), False
 
-        found, _, _ = BundleMethod(solve, judge, patient=True).climb(initial_memory_price(held).ravel(), 1e300, 150)
+        found, _, _ = BundleMethod(solve, judge, patient=True).maximise(initial_memory_price(held).ravel(), 1e300, 150)
         if np.isfinite(best):
             assert found.value <= best * (1 + 1e-9)
             gaps.append(1 - found.value / best)
@@ -102,7 +102,7 @@ def test_rooms_are_rounded_down_to_what_layers_fill():
         for j in range(3):
             behind = memory[i + 1 :, j].tolist()
             sums = {sum(some) for n in range(len(behind) + 1) for some in combinations(behind, n)}
-            assert [max(s for s in sums if s <= x) for x in left[:, j]] == fillings.useful(left, i)[:, j].tolist()
+            assert [max(s for s in sums if s <= x) for x in left[:, j]] == fillings.usable(left, i)[:, j].tolist()
 
 
 def test_too_many_sums_are_not_counted():
@@ -111,5 +111,5 @@ def test_too_many_sums_are_not_counted():
         AssignmentProblem(np.zeros((20, 1)), np.zeros((20, 1, 1)), np.zeros(1), memory, np.array([2**20]))
     )
     assert MOST_SUMS < 2**19
-    assert fillings.useful(np.array([[2**20], [1]]), 0).tolist() == [[2**20 - 2], [1]]
-    assert fillings.useful(np.array([[2**20], [1]]), 17).tolist() == [[2**18 + 2**19], [0]]
+    assert fillings.usable(np.array([[2**20], [1]]), 0).tolist() == [[2**20 - 2], [1]]
+    assert fillings.usable(np.array([[2**20], [1]]), 17).tolist() == [[2**18 + 2**19], [0]]

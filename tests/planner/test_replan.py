@@ -16,7 +16,8 @@ from peerllm.planner.latency.latency_plan import plan_latency
 from peerllm.planner.replan import replan_latency
 from peerllm.planner.replan.migration import Holdings, LoadRates, placement_of
 from peerllm.planner.replan.neighbour_plans import neighbour_plans, ranges_of, stages_of_ranges
-from peerllm.planner.replan.replan_decision import Horizon, replan
+from peerllm.planner.replan.net_value import ReplanHorizon
+from peerllm.planner.replan.replan_decision import replan
 from peerllm.planner.throughput.throughput_plan import plan_throughput
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Plan, Workload
 from tests.planner.brute import divides, fits, rate, request_ms, room_of
@@ -47,7 +48,7 @@ def case(seed: int, layers: int = 5, count: int = 3):
     return {
         "model": model, "devices": devices, "links": links, "source": source, "workload": work,
         "current": current, "held": Holdings(loaded, cached), "working_bytes": working, "head_on_source": private,
-        "horizon": Horizon(r.choice([50, 500, 50_000]), r.choice([1, 5, 100])),
+        "horizon": ReplanHorizon(r.choice([50, 500, 50_000]), r.choice([1, 5, 100])),
         "in_flight": r.choice([(), (3,), (2, 7)]), "rates": LoadRates(DISK, HUB), "least_gain": 0.0,
     }  # fmt: skip
 
@@ -212,7 +213,7 @@ def swap(sizes, room, held_beside):
     return {
         "model": model, "devices": devices, "links": {p: LinkProfile(0.0, 4000) for p in links}, "source": "a",
         "workload": work, "current": current, "held": Holdings({"a": every, "b": frozenset({2, count + 2})}),
-        "horizon": Horizon(20 * current.predicted.request_ms * 10, 20), "least_gain": 0.0, "working_bytes": {},
+        "horizon": ReplanHorizon(20 * current.predicted.request_ms * 10, 20), "least_gain": 0.0, "working_bytes": {},
         "head_on_source": False, "in_flight": (), "rates": LoadRates(),
     }  # fmt: skip
 
@@ -309,7 +310,7 @@ def test_staying_is_never_worse_than_what_is_returned_and_longer_horizons_gain_m
                 continue
         gains = []
         for longer in (1, 3, 10, 1000):
-            horizon = Horizon(at["horizon"].ms * longer, at["horizon"].requests * longer)
+            horizon = ReplanHorizon(at["horizon"].ms * longer, at["horizon"].requests * longer)
             decision = replan(**at | {"horizon": horizon})
             if decision.action == "stay":
                 assert decision.gain == 0
@@ -341,7 +342,7 @@ def household(seconds=3600.0, requests=200.0):
         "model": model, "devices": devices, "links": links, "source": "a", "workload": work,
         "current": Plan(stages, predict_latency(model, devices, links, stages, work)),
         "held": Holdings({d: frozenset(i for i in range(10) if homes[i] == d) for d in "ab"}),
-        "horizon": Horizon(seconds * 1000, requests), "in_flight": (60,),
+        "horizon": ReplanHorizon(seconds * 1000, requests), "in_flight": (60,),
     }  # fmt: skip
 
 
@@ -370,7 +371,7 @@ def test_a_fast_device_that_joins_is_used_if_there_is_time_to_gain(objective):
     assert decision.gain > 0
     assert decision.load_bytes.keys() == {"c"}
     assert "saves" in decision.reason or "adds" in decision.reason
-    hasty = replan(**at | {"horizon": Horizon(1000, 1)})
+    hasty = replan(**at | {"horizon": ReplanHorizon(1000, 1)})
     assert hasty.action == "stay"
 
 
@@ -379,7 +380,7 @@ def test_the_best_way_may_be_to_move_a_little():
     at = joined(household(), 2.5) | {"in_flight": (), "least_gain": 0.0, "rates": LoadRates(1e6)}
     at["links"] = {pair: link if "c" not in pair else LinkProfile(0.0, 500) for pair, link in at["links"].items()}
     at["held"] = Holdings(at["held"].loaded, {"c": frozenset({5, 6})})
-    decisions = [replan(**at | {"horizon": Horizon(1, requests)}) for requests in (0.001, 0.5, 500)]
+    decisions = [replan(**at | {"horizon": ReplanHorizon(1, requests)}) for requests in (0.001, 0.5, 500)]
     assert all(decision.optimal for decision in decisions)
     taken = [[i for i, home in enumerate(placement_of(x.plan.stages)) if home == "c"] for x in decisions]
     assert taken == [[], [5, 6], list(range(2, 10))]

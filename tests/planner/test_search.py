@@ -26,12 +26,14 @@ def check(asked: AssignmentProblem, found: Assignment, best: float) -> None:
     """Nothing claimed is false."""
     tolerance = 1e-9 * best if np.isfinite(best) else 0.0
     assert found.bound <= best + tolerance
-    if not found.homes:
+    if not found.placement:
         assert not found.proven or np.isinf(best), "it was possible"
         return
-    used = [sum(asked.memory[i, j] for i, home in enumerate(found.homes) if home == j) for j in range(len(asked.room))]
-    assert all(asked.room[home] >= used[home] for home in found.homes)
-    assert found.cost == pytest.approx(placement_cost(asked, found.homes)) and found.cost >= best - tolerance
+    used = [
+        sum(asked.memory[i, j] for i, home in enumerate(found.placement) if home == j) for j in range(len(asked.room))
+    ]
+    assert all(asked.room[home] >= used[home] for home in found.placement)
+    assert found.cost == pytest.approx(placement_cost(asked, found.placement)) and found.cost >= best - tolerance
     assert found.cost <= best + tolerance or not found.proven, "it was not the best"
 
 
@@ -40,7 +42,10 @@ def test_what_is_claimed_is_true(block: int) -> None:
     unproven = 0
     for seed in range(block * BLOCK, (block + 1) * BLOCK):
         asked = random_problem(seed)
-        best, found = least(asked), (assignment_search.cheapest_assignment if seed % 2 else assignment_search.search_mixed_layers)(asked)
+        best, found = (
+            least(asked),
+            (assignment_search.cheapest_assignment if seed % 2 else assignment_search.search_mixed_layers)(asked),
+        )
         check(asked, found, best)
         unproven += not found.proven
     assert unproven <= BLOCK // 20, "so small a problem is solved"
@@ -55,9 +60,9 @@ def test_hurried_searches_claim_nothing_false(block: int, monkeypatch: pytest.Mo
     for seed in range(block * BLOCK, (block + 1) * BLOCK):
         asked = random_problem(seed)
         check(asked, assignment_search.search_mixed_layers(asked), least(asked))
-        alone = GapSearch(asked, apart=True)
-        alone.narrow((4,), 10**8)
-        check(asked, alone.found(), least(asked))
+        alone = GapSearch(asked, no_relays=True)
+        alone.close_gap((4,), 10**8)
+        check(asked, alone.result(), least(asked))
 
 
 def star(seed: int) -> AssignmentProblem:
@@ -86,8 +91,8 @@ def test_a_star_of_devices_is_divided() -> None:
         asked = star(seed)
         best, found = least(asked), assignment_search.cheapest_assignment(asked)
         check(asked, found, best)
-        assert found.proven and bool(found.homes) == np.isfinite(best)
-        feasible += bool(found.homes)
+        assert found.proven and bool(found.placement) == np.isfinite(best)
+        feasible += bool(found.placement)
     assert feasible
 
 
@@ -96,7 +101,7 @@ def test_no_way_home_is_no_way() -> None:
     for seed in range(20):
         asked = replace(random_problem(seed), back=np.full(len(random_problem(seed).room), np.inf))
         found = assignment_search.search_mixed_layers(asked)
-        assert not found.homes and found.proven
+        assert not found.placement and found.proven
 
 
 @pytest.mark.timeout(60)
@@ -129,4 +134,4 @@ def test_a_sweep_gives_up_when_its_budget_is_spent() -> None:
         np.inf,
         interchangeable_devices(asked),
     )
-    assert sweep.run(4000, budget=1) is None and not sweep.whole
+    assert sweep.run(4000, budget=1) is None and not sweep.complete

@@ -30,7 +30,7 @@ def explain_infeasible(
         tied = model.layers[i].tied_to
         return layer_bytes(model, i, workload, device == source and tied is not None and tied < SOURCE_LAYERS)
 
-    def homes(i: int) -> list[DeviceId]:
+    def hosts(i: int) -> list[DeviceId]:
         bound = i < SOURCE_LAYERS or (head_on_source and i == last)
         options = [source] if bound else list(devices)
         return [d for d in options if room[d] >= 0 and isfinite(layer_ms(devices[d], model.layers[i], 1))]
@@ -41,8 +41,8 @@ def explain_infeasible(
         sizes = f"needs {human_bytes(needed)}, the devices lend {human_bytes(lent)}"
         return InfeasibleError(f"{model.name} {sizes}: {human_bytes(needed - lent)} are missing", needed - lent)
     for i, layer in enumerate(model.layers):
-        if not any(needs(i, device) <= room[device] for device in homes(i)):
-            where = "the source" if homes(i) == [source] else "any device that may hold it"
+        if not any(needs(i, device) <= room[device] for device in hosts(i)):
+            where = "the source" if hosts(i) == [source] else "any device that may hold it"
             return InfeasibleError(f"layer {i} ({layer.name}) of {model.name} does not fit on {where}")
     start = sum(needs(i, source) for i in range(SOURCE_LAYERS))
     if start > room[source]:

@@ -24,10 +24,10 @@ class AssignmentProblem:
     room: Ints  # [devices]
 
 
-def placement_cost(problem: AssignmentProblem, homes: tuple[int, ...]) -> float:
+def placement_cost(problem: AssignmentProblem, placement: tuple[int, ...]) -> float:
     """What a full assignment costs, limits aside."""
-    total = float(problem.back[homes[-1]]) + sum(float(problem.cost[i, j]) for i, j in enumerate(homes))
-    return total + sum(float(problem.hop[i, a, b]) for i, (a, b) in enumerate(pairwise(homes)))
+    total = float(problem.back[placement[-1]]) + sum(float(problem.cost[i, j]) for i, j in enumerate(placement))
+    return total + sum(float(problem.hop[i, a, b]) for i, (a, b) in enumerate(pairwise(placement)))
 
 
 def interchangeable_devices(problem: AssignmentProblem) -> Ints:

@@ -23,25 +23,25 @@ def cheapest_assignment(problem: AssignmentProblem) -> Assignment:
     blocks = equal_blocks(problem)
     if blocks is None:
         return search_mixed_layers(problem)
-    walks = HeadSearch(blocks, lambda homes: placement_cost(problem, homes))
-    walks.run()
-    proven = walks.bound >= walks.best * (1 - EXACT)
-    if not walks.homes or not (proven or walks.spent or len(problem.room) > FEW):
-        return search_mixed_layers(problem, Assignment(walks.homes, walks.best, walks.bound))
-    bound = walks.best if proven else walks.bound
-    return Assignment(walks.homes, walks.best, bound, len(problem.cost) - 1, bool(proven))
+    search = HeadSearch(blocks, lambda placement: placement_cost(problem, placement))
+    search.run()
+    proven = search.bound >= search.best * (1 - EXACT)
+    if not search.placement or not (proven or search.spent or len(problem.room) > FEW):
+        return search_mixed_layers(problem, Assignment(search.placement, search.best, search.bound))
+    bound = search.best if proven else search.bound
+    return Assignment(search.placement, search.best, bound, len(problem.cost) - 1, bool(proven))
 
 
 def search_mixed_layers(problem: AssignmentProblem, known: Assignment | None = None) -> Assignment:
     """The same, whatever the layers are like; `known` is what was found and proven before."""
-    again = known is not None and bool(known.homes)
+    again = known is not None and bool(known.placement)
     few = len(problem.room) <= FEW and not again
     budget = BUDGET_AGAIN if again else BUDGET[few]
-    bracket = GapSearch(problem, known)
-    bracket.narrow(WIDTHS[few], budget)
-    if bracket.unreal and not bracket.done:
-        apart = GapSearch(problem, bracket.found(), apart=True)
-        apart.work = bracket.work
-        apart.narrow(WIDTHS[few], budget)
-        return apart.found()
-    return bracket.found()
+    search = GapSearch(problem, known)
+    search.close_gap(WIDTHS[few], budget)
+    if search.relays_short and not search.done:
+        rerun = GapSearch(problem, search.result(), no_relays=True)
+        rerun.work = search.work
+        rerun.close_gap(WIDTHS[few], budget)
+        return rerun.result()
+    return search.result()

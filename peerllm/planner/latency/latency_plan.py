@@ -46,7 +46,7 @@ def plan_latency(
     extra = _extra(extra_ms or {}, len(model.layers), order)
     problem = replace(problem, cost=problem.cost + extra)
     found = cheapest_assignment(replace(problem, room=_fillable_memory(problem)))
-    if not found.homes:
+    if not found.placement:
         raise explain_infeasible(
             model,
             devices,
@@ -57,9 +57,9 @@ def plan_latency(
             reached=found.reached,
             proven=found.proven,
         )
-    stages = stages_of([order[home] for home in found.homes])
+    stages = stages_of([order[home] for home in found.placement])
     predicted = predict_latency(model, devices, links, stages, workload)
-    value = predicted.request_ms + sum(float(extra[i, home]) for i, home in enumerate(found.homes))
+    value = predicted.request_ms + sum(float(extra[i, home]) for i, home in enumerate(found.placement))
     bound = value if found.proven else min(found.bound, value)
     return Plan(stages, predicted, optimal=found.proven, bound=bound)
 
@@ -80,7 +80,7 @@ def assignment_problem(
     cost = np.empty((layers, count))
     memory = np.empty((layers, count), dtype=np.int64)
     hops = np.empty((layers, count, count))
-    latency, pace = _links(links, order)
+    latency, ms_per_byte = _links(links, order)
     times: dict[tuple[str, bool], Floats] = {}
     for i, layer in enumerate(model.layers):
         prompt = tokens_entering(model, i, workload.pieces)
@@ -94,7 +94,7 @@ def assignment_problem(
         if i < SOURCE_LAYERS or (head_on_source and i == layers - 1):
             cost[i, 1:] = np.inf
         onward = tokens_entering(model, i + 1, workload.pieces)
-        hops[i] = (len(onward) + steps) * latency + (sum(onward) + steps) * layer.output_bytes_per_token * pace
+        hops[i] = (len(onward) + steps) * latency + (sum(onward) + steps) * layer.output_bytes_per_token * ms_per_byte
         np.fill_diagonal(hops[i], 0.0)
     room = np.array([max(devices[d].memory_bytes - working.get(d, 0), -1) for d in order], dtype=np.int64)
     cost[:, room < 0] = np.inf
@@ -111,12 +111,12 @@ def _links(links: Links, order: tuple[DeviceId, ...]) -> tuple[Floats, Floats]:
     """[from, to]: milliseconds a hop and a byte; infinite where there is no link."""
     place = {device: j for j, device in enumerate(order)}
     latency = np.full((len(order), len(order)), np.inf)
-    pace = np.zeros_like(latency)
+    ms_per_byte = np.zeros_like(latency)
     for (a, b), link in links.items():
         if a in place and b in place:
             latency[place[a], place[b]] = link.latency_ms
-            pace[place[a], place[b]] = 8 / (link.mbps * 1000)
-    return latency, pace
+            ms_per_byte[place[a], place[b]] = 8 / (link.mbps * 1000)
+    return latency, ms_per_byte
 
 
 def _extra(extra_ms: Mapping[tuple[int, DeviceId], float], layers: int, order: tuple[DeviceId, ...]) -> Floats:

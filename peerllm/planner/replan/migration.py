@@ -72,7 +72,7 @@ class RunningState:
     links: Links
     source: DeviceId
     workload: Workload
-    homes: Placement
+    placement: Placement
     held: Holdings
     rates: LoadRates = field(default_factory=LoadRates)
     in_flight: Sequence[int] = ()  # tokens so far of each sequence
@@ -83,11 +83,11 @@ class RunningState:
 
     def __post_init__(self) -> None:
         held = self.held.loaded
-        there = enumerate(self.homes)
+        there = enumerate(self.placement)
         lost = tuple(i for i, d in there if d not in self.devices or i not in held.get(d, ()))
-        object.__setattr__(self, "lost", lost if self.homes else tuple(range(len(self.model.layers))))
-        works = not self.lost and self.homes[0] == self.source
-        ring = stages_of(self.homes)
+        object.__setattr__(self, "lost", lost if self.placement else tuple(range(len(self.model.layers))))
+        works = not self.lost and self.placement[0] == self.source
+        ring = stages_of(self.placement)
         works = works and pass_ms(self.model, self.devices, self.links, ring, (1,)) < inf
         object.__setattr__(self, "serving", works)
 
@@ -124,7 +124,7 @@ class RunningState:
 
     def carried_bytes(self, layer: int, device: DeviceId) -> int:
         """KV that must reach `device`: none if it is there, nor if it is rebuilt anyway."""
-        return 0 if layer <= self.replayed or self.homes[layer] == device else self.kv_bytes(layer)
+        return 0 if layer <= self.replayed or self.placement[layer] == device else self.kv_bytes(layer)
 
     def kv_ms(self, layer: int, device: DeviceId) -> float:
         """Carrying a layer's KV to a device, or computing it again there; the hops of a replay are left out."""
@@ -132,7 +132,7 @@ class RunningState:
             runs = tokens_entering(self.model, layer, self.in_flight) if self.in_flight else ()
             return sum(layer_ms(self.devices[device], self.model.layers[layer], tokens) for tokens in runs)
         nbytes = self.carried_bytes(layer, device)
-        return self._way_ms(self.homes[layer], device, nbytes) if nbytes else 0.0
+        return self._way_ms(self.placement[layer], device, nbytes) if nbytes else 0.0
 
     def _way_ms(self, sender: DeviceId, receiver: DeviceId, nbytes: int) -> float:
         """Straight, or by one device between where no link leads straight there."""
@@ -143,9 +143,9 @@ class RunningState:
             hop_ms(self.links, sender, d, nbytes) + hop_ms(self.links, d, receiver, nbytes) for d in self.devices
         )
 
-    def crowded(self, device: DeviceId, layers: Iterable[int]) -> bool:
+    def overflows(self, device: DeviceId, layers: Iterable[int]) -> bool:
         """Whether `layers` do not fit beside those that the running plan has on a device."""
-        kept = {i for i, home in enumerate(self.homes) if home == device} | set(layers)
+        kept = {i for i, home in enumerate(self.placement) if home == device} | set(layers)
         twin = {i: self.model.layers[i].tied_to for i in kept}
         needed = sum(layer_bytes(self.model, i, self.workload, twin[i] in kept) for i in kept)
         return needed > self.devices[device].memory_bytes - self.working.get(device, 0)
@@ -156,25 +156,25 @@ class RunningState:
             if all(self.load_ms(i, device) == inf for device in self.devices):
                 raise InfeasibleError(f"no device that is here has layer {i} ({layer.name}) of {self.model.name}")
 
-    def moving(self, homes: Placement) -> Migration:
+    def migration(self, placement: Placement) -> Migration:
         """What a change to `homes` costs."""
         background = pause = 0.0
         loading: dict[DeviceId, int] = {}
         own_ms: dict[DeviceId, float] = {}
         new: dict[DeviceId, list[int]] = {}
-        for i, home in enumerate(homes):
+        for i, home in enumerate(placement):
             new.setdefault(home, []).append(i)
         for device, layers in new.items():
             own_ms[device] = sum(self.load_ms(i, device) for i in layers)
             nbytes = sum(self.load_bytes(i, device) for i in layers)
             if nbytes:
                 loading[device] = nbytes
-            if not self.serving or self.crowded(device, layers):
+            if not self.serving or self.overflows(device, layers):
                 pause += own_ms[device]
             else:
                 background += own_ms[device]
-        waits = sum(self.kv_ms(i, home) for i, home in enumerate(homes))
-        carried = sum(self.carried_bytes(i, home) for i, home in enumerate(homes))
+        waits = sum(self.kv_ms(i, home) for i, home in enumerate(placement))
+        carried = sum(self.carried_bytes(i, home) for i, home in enumerate(placement))
         return Migration(background, pause + waits, max(own_ms.values()) + waits, loading, carried)
 
 

@@ -31,7 +31,7 @@ class ReplanChoice:
     """The best plan met, staying among them; `worth` is net of moving."""
 
     plan: Plan
-    worth: float
+    net_value: float
     bound: float
 
 
@@ -39,34 +39,34 @@ class ReplanChoice:
 class ReplanProblem:
     """What both objectives decide upon."""
 
-    now: RunningState
+    state: RunningState
     horizon: ReplanHorizon
     head_on_source: bool
     media: tuple[Medium, ...] = ()
     running: Prediction | None = field(init=False)  # of the plan that serves now; None if nothing does
 
     def __post_init__(self) -> None:
-        running = self.predict(stages_of(self.now.homes)) if self.now.serving else None
+        running = self.predict(stages_of(self.state.placement)) if self.state.serving else None
         object.__setattr__(self, "running", running)
 
     @property
     def latency(self) -> bool:
-        return self.now.workload.objective == "latency"
+        return self.state.workload.objective == "latency"
 
     def predict(self, stages: Sequence[Stage]) -> Prediction:
-        s = self.now
+        s = self.state
         if self.latency:
             return predict_latency(s.model, s.devices, s.links, stages, s.workload)
         return predict_throughput(s.model, s.devices, s.links, stages, s.workload, media=self.media)
 
-    def allowed(self, homes: Placement) -> bool:
+    def allowed(self, placement: Placement) -> bool:
         """Within every device's memory, and private where it must be."""
-        s = self.now
-        used = dict.fromkeys(homes, 0)
-        stages = stages_of(homes)
+        s = self.state
+        used = dict.fromkeys(placement, 0)
+        stages = stages_of(placement)
         for stage, nbytes in zip(stages, stage_bytes(s.model, stages, s.workload), strict=True):
             used[stage.device] += nbytes
-        pinned = homes[:SOURCE_LAYERS] + (homes[-1:] if self.head_on_source else ())
+        pinned = placement[:SOURCE_LAYERS] + (placement[-1:] if self.head_on_source else ())
         room = {device: s.devices[device].memory_bytes - s.working.get(device, 0) for device in used}
         return set(pinned) == {s.source} and all(used[device] <= room[device] for device in used)
 
@@ -83,12 +83,14 @@ class ReplanProblem:
             return -inf if before is None else -self.horizon.requests * before.request_ms
         return 0.0 if before is None else before.tokens_per_second / 1000 * self.horizon.ms
 
-    def worth(self, predicted: Prediction, moving: Migration) -> float:
+    def net_value(self, predicted: Prediction, migration: Migration) -> float:
         """The same of another plan, moving included."""
         if self.latency:
-            return -self.horizon.requests * predicted.request_ms - self.busy * moving.background_ms - moving.pause_ms
+            return (
+                -self.horizon.requests * predicted.request_ms - self.busy * migration.background_ms - migration.pause_ms
+            )
         before = self.running
         old = 0.0 if before is None else before.tokens_per_second
-        left = self.horizon.ms - moving.background_ms
-        until = old * min(moving.background_ms, self.horizon.ms)
-        return (until + predicted.tokens_per_second * max(0.0, left - moving.pause_ms)) / 1000
+        left = self.horizon.ms - migration.background_ms
+        until = old * min(migration.background_ms, self.horizon.ms)
+        return (until + predicted.tokens_per_second * max(0.0, left - migration.pause_ms)) / 1000

@@ -61,58 +61,67 @@ def replan(
     serves nothing, so all moving is pause, and it is never stayed with. InfeasibleError if nothing fits.
     """
     working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(devices, working_bytes)
-    homes = placement_of(current.stages) if current else ()
-    now = RunningState(model, devices, links, source, workload, homes, held, rates or LoadRates(), in_flight, working)
-    desk = ReplanProblem(now, horizon, head_on_source, tuple(media))
-    choice = replan_for_latency(desk) if desk.latency else replan_for_throughput(desk)
-    return _decide(desk, choice, least_gain)
+    placement = placement_of(current.stages) if current else ()
+    state = RunningState(
+        model, devices, links, source, workload, placement, held, rates or LoadRates(), in_flight, working
+    )
+    problem = ReplanProblem(state, horizon, head_on_source, tuple(media))
+    choice = replan_for_latency(problem) if problem.latency else replan_for_throughput(problem)
+    return _decide(problem, choice, least_gain)
 
 
-def _decide(desk: ReplanProblem, choice: ReplanChoice, least_gain: float) -> ReplanDecision:
+def _decide(problem: ReplanProblem, choice: ReplanChoice, least_gain: float) -> ReplanDecision:
     """Stay unless the gain is worth the trouble, or nothing else is possible."""
-    s, stay = desk.now, desk.staying()
-    before = desk.running
-    gain, bound = choice.worth - stay, choice.bound - stay
-    homes, optimal = placement_of(choice.plan.stages), choice.bound - choice.worth <= SAME * abs(choice.worth)
-    if before and desk.allowed(s.homes) and (homes == s.homes or gain <= 0 or gain < least_gain * abs(stay)):
-        stages = stages_of(s.homes)
+    s, stay = problem.state, problem.staying()
+    before = problem.running
+    gain, bound = choice.net_value - stay, choice.bound - stay
+    placement, optimal = (
+        placement_of(choice.plan.stages),
+        choice.bound - choice.net_value <= SAME * abs(choice.net_value),
+    )
+    if (
+        before
+        and problem.allowed(s.placement)
+        and (placement == s.placement or gain <= 0 or gain < least_gain * abs(stay))
+    ):
+        stages = stages_of(s.placement)
         same = choice.plan.stages == stages and choice.plan.optimal
-        limit = min if desk.latency else max
-        value = before.request_ms if desk.latency else before.tokens_per_second
+        limit = min if problem.latency else max
+        value = before.request_ms if problem.latency else before.tokens_per_second
         plan = Plan(stages, before, same, limit(choice.plan.bound, value))
-        none = "no other plan is worth its moving" if homes == s.homes or gain <= 0 else ""
-        reason = f"stay: {none or _least(desk, gain, least_gain)}"
+        none = "no other plan is worth its moving" if placement == s.placement or gain <= 0 else ""
+        reason = f"stay: {none or _least(problem, gain, least_gain)}"
         return ReplanDecision("stay", plan, 0.0, 0.0, 0.0, {}, 0, reason, optimal, max(0.0, bound))
-    moving = s.moving(homes)
+    migration = s.migration(placement)
     return ReplanDecision(
-        "move", choice.plan, gain, moving.ready_ms, moving.pause_ms, moving.load_bytes, moving.kv_bytes,
-        _why(desk, choice, moving, gain), optimal, bound,
+        "move", choice.plan, gain, migration.ready_ms, migration.pause_ms, migration.load_bytes, migration.kv_bytes,
+        _why(problem, choice, migration, gain), optimal, bound,
     )  # fmt: skip
 
 
-def _least(desk: ReplanProblem, gain: float, least_gain: float) -> str:
-    return f"the best move would save {_amount(desk, gain)}, less than {least_gain:.0%}"
+def _least(problem: ReplanProblem, gain: float, least_gain: float) -> str:
+    return f"the best move would save {_amount(problem, gain)}, less than {least_gain:.0%}"
 
 
-def _amount(desk: ReplanProblem, gain: float) -> str:
-    if desk.latency:
-        return f"{gain / 1000:.1f} s over {desk.horizon.requests:g} requests"
-    return f"{gain:.0f} tokens in {desk.horizon.ms / 1000:.0f} s"
+def _amount(problem: ReplanProblem, gain: float) -> str:
+    if problem.latency:
+        return f"{gain / 1000:.1f} s over {problem.horizon.requests:g} requests"
+    return f"{gain:.0f} tokens in {problem.horizon.ms / 1000:.0f} s"
 
 
-def _why(desk: ReplanProblem, choice: ReplanChoice, moving: Migration, gain: float) -> str:
-    s = desk.now
+def _why(problem: ReplanProblem, choice: ReplanChoice, migration: Migration, gain: float) -> str:
+    s = problem.state
     names = [s.devices[device].name for device in choice.plan.devices]
-    load = f"{human_bytes(sum(moving.load_bytes.values()))} to load, {moving.ready_ms / 1000:.1f} s"
-    if not s.homes:
+    load = f"{human_bytes(sum(migration.load_bytes.values()))} to load, {migration.ready_ms / 1000:.1f} s"
+    if not s.placement:
         why = "nothing runs yet"
-    elif not desk.running:
-        gone = sorted({s.homes[i] for i in s.lost} - set(s.devices))
+    elif not problem.running:
+        gone = sorted({s.placement[i] for i in s.lost} - set(s.devices))
         why = "the running plan has lost " + (
             f"{len(gone)} device{'s' * (len(gone) > 1)}" if gone else "layers or a link"
         )
-    elif not desk.allowed(s.homes):
+    elif not problem.allowed(s.placement):
         why = "the running plan no longer fits"
     else:
-        why = f"{'saves' if s.workload.objective == 'latency' else 'adds'} {_amount(desk, gain)}"
+        why = f"{'saves' if s.workload.objective == 'latency' else 'adds'} {_amount(problem, gain)}"
     return f"move to {', '.join(names)}: {why}; {load}"

@@ -22,21 +22,21 @@ Paused = frozenset[DeviceId]  # devices whose loading counts as pause
 Blocked = frozenset[tuple[int, DeviceId]]  # layers that may not move there
 
 
-def replan_for_latency(desk: ReplanProblem) -> ReplanChoice:
+def replan_for_latency(problem: ReplanProblem) -> ReplanChoice:
     """Best-first over searches: the greatest of -(requests · request_ms) less moving, with the bound proven."""
-    s, requests, order = desk.now, desk.horizon.requests, count()
+    s, requests, order = problem.state, problem.horizon.requests, count()
     places = [(i, d) for i in range(len(s.model.layers)) for d in s.devices]
     load = {place: s.load_ms(*place) for place in places}
     wait = {place: s.kv_ms(*place) for place in places}
 
     def search(paused: Paused, blocked: Blocked) -> Plan:
         extra = {
-            (i, d): inf if (i, d) in blocked else ((1.0 if d in paused else desk.busy) * ms + wait[i, d]) / requests
+            (i, d): inf if (i, d) in blocked else ((1.0 if d in paused else problem.busy) * ms + wait[i, d]) / requests
             for (i, d), ms in load.items()
         }
-        return fastest(s, desk, extra)
+        return fastest(s, problem, extra)
 
-    free = fastest(s, desk, {})
+    free = fastest(s, problem, {})
     s.reachable()
     best: ReplanChoice | None = None
     waiting: list[tuple[float, int, Plan, Paused, Blocked]] = []
@@ -51,27 +51,27 @@ def replan_for_latency(desk: ReplanProblem) -> ReplanChoice:
                 if best is None:
                     raise
                 continue
-            worth = desk.worth(plan.predicted, s.moving(placement_of(plan.stages)))
-            if best is None or worth > best.worth:
+            net_value = problem.net_value(plan.predicted, s.migration(placement_of(plan.stages)))
+            if best is None or net_value > best.net_value:
                 proven = free.optimal and plan.stages == free.stages
                 known = replace(plan, optimal=proven, bound=min(free.bound, plan.predicted.request_ms))
-                best = ReplanChoice(known, worth, worth)
+                best = ReplanChoice(known, net_value, net_value)
             heappush(waiting, (plan.bound * requests, next(order), plan, paused, blocked))
         assert best is not None
         ceiling = max(-waiting[0][0] if waiting else -inf, unproven)
-        if not waiting or searches >= MAX_SEARCHES or ceiling <= best.worth + SAME * abs(best.worth):
-            return replace(best, bound=max(best.worth, ceiling))
+        if not waiting or searches >= MAX_SEARCHES or ceiling <= best.net_value + SAME * abs(best.net_value):
+            return replace(best, bound=max(best.net_value, ceiling))
         least, _, plan, paused, blocked = heappop(waiting)
         todo = list(branches(s, plan, paused, blocked))
         if not todo:
             unproven = max(unproven, -least)  # the search itself left this open
 
 
-def fastest(s: RunningState, desk: ReplanProblem, extra: dict[tuple[int, DeviceId], float]) -> Plan:
+def fastest(s: RunningState, problem: ReplanProblem, extra: dict[tuple[int, DeviceId], float]) -> Plan:
     """The plan of the least request time and extra cost."""
     return plan_latency(
         s.model, s.devices, s.links, s.source, s.workload,
-        working_bytes=s.working, head_on_source=desk.head_on_source, extra_ms=extra,
+        working_bytes=s.working, head_on_source=problem.head_on_source, extra_ms=extra,
     )  # fmt: skip
 
 
@@ -79,15 +79,15 @@ def branches(s: RunningState, plan: Plan, paused: Paused, blocked: Blocked) -> I
     """Either a crowded device pauses, or one layer of a smallest crowd is not moved there."""
     new: dict[DeviceId, list[int]] = {}
     for i, home in enumerate(placement_of(plan.stages)):
-        if not s.homes or s.homes[i] != home:
+        if not s.placement or s.placement[i] != home:
             new.setdefault(home, []).append(i)
     for device, layers in new.items():
-        if s.serving and device not in paused and s.crowded(device, layers):
-            crowd = list(layers)
+        if s.serving and device not in paused and s.overflows(device, layers):
+            overflow = list(layers)
             for i in layers:
-                if s.crowded(device, [x for x in crowd if x != i]):
-                    crowd.remove(i)
+                if s.overflows(device, [x for x in overflow if x != i]):
+                    overflow.remove(i)
             yield paused | {device}, blocked
-            for i in crowd:
+            for i in overflow:
                 yield paused, blocked | {(i, device)}
             return

@@ -20,64 +20,64 @@ from peerllm.types import Plan, Prediction, Stage
 MAX_VALUED = 1500  # plans in one decision
 
 
-def replan_for_throughput(desk: ReplanProblem) -> ReplanChoice:
+def replan_for_throughput(problem: ReplanProblem) -> ReplanChoice:
     """The best plan found; `bound` holds for every plan, moved to at once."""
-    s = desk.now
+    s = problem.state
     free = plan_throughput(
         s.model, s.devices, s.links, s.source, s.workload,
-        working_bytes=s.working, head_on_source=desk.head_on_source, media=desk.media,
+        working_bytes=s.working, head_on_source=problem.head_on_source, media=problem.media,
     )  # fmt: skip
     s.reachable()
     seen: dict[tuple[Stage, ...], ReplanChoice | None] = {}
 
     def value(stages: tuple[Stage, ...]) -> ReplanChoice | None:
-        homes = placement_of(stages)
-        if not desk.allowed(homes):
+        placement = placement_of(stages)
+        if not problem.allowed(placement):
             return None
-        moving = s.moving(homes)
+        migration = s.migration(placement)
         try:
-            predicted = desk.predict(stages)
+            predicted = problem.predict(stages)
         except InfeasibleError:
             return None
-        if moving.background_ms + moving.pause_ms == inf:
+        if migration.background_ms + migration.pause_ms == inf:
             return None
         plan = Plan(stages, predicted, free.optimal and stages == free.stages, max(free.bound, _rate(predicted)))
-        return ReplanChoice(plan, desk.worth(predicted, moving), inf)
+        return ReplanChoice(plan, problem.net_value(predicted, migration), inf)
 
     def valued(stages: tuple[Stage, ...]) -> ReplanChoice | None:
         if stages not in seen:
             seen[stages] = value(stages)
         return seen[stages]
 
-    running = [stages_of(s.homes)] if s.homes and set(s.homes) <= set(s.devices) else []
+    running = [stages_of(s.placement)] if s.placement and set(s.placement) <= set(s.devices) else []
     starts = [*running, free.stages, (Stage(s.source, 0, len(s.model.layers) - 1),)]
     if not any(valued(stages) for stages in starts):
-        starts.append(_reached(desk))
-    best = max(filter(None, map(valued, starts)), key=lambda choice: choice.worth)
+        starts.append(_reached(problem))
+    best = max(filter(None, map(valued, starts)), key=lambda choice: choice.net_value)
     for start in starts:
         here: tuple[Stage, ...] | None = start
         while here and one_range_each(here, s.source):
             near = neighbour_plans(ranges_of(here, s.source), s.devices, s.source)
             steps = [valued(stages_of_ranges(r, s.source)) for r in near if len(seen) < MAX_VALUED]
-            top = max(filter(None, steps), key=lambda step: step.worth, default=None)
+            top = max(filter(None, steps), key=lambda step: step.net_value, default=None)
             before = valued(here)
-            here = top.plan.stages if top and (before is None or top.worth > before.worth) else None
-            if top and top.worth > best.worth:
+            here = top.plan.stages if top and (before is None or top.net_value > before.net_value) else None
+            if top and top.net_value > best.net_value:
                 best = top
-    rate = max(best.plan.bound, _rate(desk.running) if desk.running else 0.0)
-    return replace(best, bound=max(best.worth, rate / 1000 * desk.horizon.ms))
+    rate = max(best.plan.bound, _rate(problem.running) if problem.running else 0.0)
+    return replace(best, bound=max(best.net_value, rate / 1000 * problem.horizon.ms))
 
 
 def _rate(predicted: Prediction) -> float:
     return predicted.tokens_per_second
 
 
-def _reached(desk: ReplanProblem) -> tuple[Stage, ...]:
+def _reached(problem: ReplanProblem) -> tuple[Stage, ...]:
     """Some plan whose every layer can be had where it lies, though it may visit a device twice."""
-    s = desk.now
+    s = problem.state
     places = [(i, d) for i in range(len(s.model.layers)) for d in s.devices]
     extra = {place: s.load_ms(*place) + s.kv_ms(*place) for place in places}
     return plan_latency(
         s.model, s.devices, s.links, s.source, s.workload,
-        working_bytes=s.working, head_on_source=desk.head_on_source, extra_ms=extra,
+        working_bytes=s.working, head_on_source=problem.head_on_source, extra_ms=extra,
     ).stages  # fmt: skip

@@ -46,43 +46,43 @@ class BundleMethod(Generic[Found]):
         self._solve, self._judge = solve, judge
         self._rounds, self._probes = MIX_ROUNDS[patient], PROBES if patient else 0
 
-    def climb(self, price: Floats, goal: float, steps: int) -> tuple[Found, bool, int]:
+    def maximise(self, price: Floats, cutoff: float, steps: int) -> tuple[Found, bool, int]:
         """The best bound met; whether the last optimum will do; the passes it took. Ends when `goal` is passed."""
         best = self._solve(price)
-        if not best.value <= goal:
+        if not best.value <= cutoff:
             return best, False, 1
         slope, good = self._judge(best)
         if good:
             return best, True, 1
         model = _CuttingPlanes(slope)
-        reach = FIRST_GAIN * abs(best.value) / max(float(slope @ slope), NEGLIGIBLE)
+        step_size = FIRST_GAIN * abs(best.value) / max(float(slope @ slope), NEGLIGIBLE)
         step = 1
         for step in range(2, steps + 1):
             least = TOLERANCE * abs(best.value)
-            ahead, promised = model.ahead(price, reach, least, self._rounds)
+            trial, promised = model.trial(price, step_size, least, self._rounds)
             for _ in range(self._probes):
                 if promised >= least:
                     break
-                reach *= PROBE_GROWTH
-                ahead, promised = model.ahead(price, reach, least, self._rounds)
+                step_size *= PROBE_GROWTH
+                trial, promised = model.trial(price, step_size, least, self._rounds)
             if promised < least:
                 break
-            found = self._solve(ahead)
-            if not found.value <= goal:
+            found = self._solve(trial)
+            if not found.value <= cutoff:
                 return found, False, step
             slope, good = self._judge(found)
             if good:
                 return found, True, step
             gained = found.value - best.value
             if gained >= SERIOUS_STEP * promised:
-                model.move(ahead - price, gained)
+                model.move(trial - price, gained)
                 model.add(slope, 0.0)
-                price, best = ahead, found
-                reach *= LONGER if gained >= GOOD_STEP * promised else 1.0
+                price, best = trial, found
+                step_size *= LONGER if gained >= GOOD_STEP * promised else 1.0
             else:
-                over = max(gained + float(slope @ (price - ahead)), 0.0)
-                model.add(slope, over)
-                reach *= SHORTER if over > 2 * promised else 1.0
+                excess = max(gained + float(slope @ (price - trial)), 0.0)
+                model.add(slope, excess)
+                step_size *= SHORTER if excess > 2 * promised else 1.0
         return best, False, step
 
 
@@ -90,43 +90,43 @@ class _CuttingPlanes:
     """Planes over the prices: where each is above the best value there, and its slope."""
 
     def __init__(self, slope: Floats) -> None:
-        self._slopes, self._over, self._mix = slope[None], np.zeros(1), np.ones(1)
+        self._slopes, self._excess, self._mix = slope[None], np.zeros(1), np.ones(1)
 
-    def ahead(self, price: Floats, reach: float, tolerance: float, rounds: int) -> tuple[Floats, float]:
+    def trial(self, price: Floats, step_size: float, tolerance: float, rounds: int) -> tuple[Floats, float]:
         """The prices, none negative, where the model, less the square of the move over 2·reach, is highest; its gain.
 
         From `price` a mix of slopes is followed `reach` far; the mix is found by pairwise Frank-Wolfe steps.
         """
-        ahead = np.maximum(0.0, price + reach * (self._mix @ self._slopes))
+        trial = np.maximum(0.0, price + step_size * (self._mix @ self._slopes))
         for _ in range(rounds):
-            values = self._over + self._slopes @ (ahead - price)
+            values = self._excess + self._slopes @ (trial - price)
             to = int(values.argmin())
             off = int(np.where(self._mix > NEGLIGIBLE, values, -np.inf).argmax())
             gap = float(values[off] - values[to])
             if gap < MIX_TOLERANCE * tolerance:
                 break
-            way = self._slopes[to] - self._slopes[off]
-            moving = way[(ahead > 0) | (way > 0)]
-            bend = reach * float(moving @ moving)
+            direction = self._slopes[to] - self._slopes[off]
+            moved = direction[(trial > 0) | (direction > 0)]
+            bend = step_size * float(moved @ moved)
             share = min(float(self._mix[off]), gap / bend if bend > 0 else np.inf)
             self._mix[to] += share
             self._mix[off] -= share
-            ahead = np.maximum(0.0, price + reach * (self._mix @ self._slopes))
-        return ahead, float((self._over + self._slopes @ (ahead - price)).min())
+            trial = np.maximum(0.0, price + step_size * (self._mix @ self._slopes))
+        return trial, float((self._excess + self._slopes @ (trial - price)).min())
 
     def move(self, by: Floats, gained: float) -> None:
         """The best prices are elsewhere."""
-        self._over = np.maximum(self._over + self._slopes @ by - gained, 0.0)
+        self._excess = np.maximum(self._excess + self._slopes @ by - gained, 0.0)
 
-    def add(self, slope: Floats, over: float) -> None:
+    def add(self, slope: Floats, excess: float) -> None:
         """One plane more; the least of use goes if there are too many, or all are mixed into one."""
-        if len(self._over) >= PLANES:
+        if len(self._excess) >= PLANES:
             idle = np.flatnonzero(self._mix <= NEGLIGIBLE)
             if len(idle):
-                keep = np.arange(len(self._over)) != idle[self._over[idle].argmax()]
-                self._slopes, self._over, self._mix = self._slopes[keep], self._over[keep], self._mix[keep]
+                keep = np.arange(len(self._excess)) != idle[self._excess[idle].argmax()]
+                self._slopes, self._excess, self._mix = self._slopes[keep], self._excess[keep], self._mix[keep]
             else:
-                mixed, high = self._mix @ self._slopes, float(self._mix @ self._over)
-                self._slopes, self._over, self._mix = mixed[None], np.array([high]), np.ones(1)
+                mixed, high = self._mix @ self._slopes, float(self._mix @ self._excess)
+                self._slopes, self._excess, self._mix = mixed[None], np.array([high]), np.ones(1)
         self._slopes = np.vstack([self._slopes, slope])
-        self._over, self._mix = np.append(self._over, over), np.append(self._mix, 0.0)
+        self._excess, self._mix = np.append(self._excess, excess), np.append(self._mix, 0.0)

@@ -30,10 +30,10 @@ class BlockRing:
     """Like blocks to be placed between the source (class 0, alone) and home; infinite where there is no link."""
 
     count: int  # blocks
-    base: float  # cost of what lies on the source anyway
-    each: Floats  # [classes]: cost of a block
-    cap: Ints  # [classes]: blocks that one device holds
-    many: Ints  # [classes]: devices; of the source none
+    source_cost: float  # cost of what lies on the source anyway
+    block_cost: Floats  # [classes]: cost of a block
+    capacity: Ints  # [classes]: blocks that one device holds
+    class_size: Ints  # [classes]: devices; of the source none
     hop: Floats  # [classes, classes]
     home: Floats  # [classes]: from the last block on
 
@@ -41,25 +41,30 @@ class BlockRing:
 class OrderSearch:
     """Local search among the orders of one round; `work` counts array elements."""
 
-    def __init__(self, around: BlockRing) -> None:
-        self.round, self.work = around, 0
-        self._each, self._cap, self._many, self._count = around.each, around.cap, around.many, around.count
-        self._usable = (around.cap > 0) & (around.many > 0)
+    def __init__(self, ring: BlockRing) -> None:
+        self.ring, self.work = ring, 0
+        self._block_cost, self._capacity, self._class_size, self._count = (
+            ring.block_cost,
+            ring.capacity,
+            ring.class_size,
+            ring.count,
+        )
+        self._usable = (ring.capacity > 0) & (ring.class_size > 0)
 
-    def start(self, hopeful: Sequence[int]) -> DeviceOrder | None:
+    def start(self, promising: Sequence[int]) -> DeviceOrder | None:
         """`hopeful` classes, then the cheapest per block with their hop, until there is room for all blocks."""
-        into = self.round.hop.min(axis=0, initial=np.inf)
-        pace = self._each + into / np.maximum(self._cap, 1)
-        taken = np.zeros(len(self._cap), dtype=np.int64)
+        into = self.ring.hop.min(axis=0, initial=np.inf)
+        pace = self._block_cost + into / np.maximum(self._capacity, 1)
+        taken = np.zeros(len(self._capacity), dtype=np.int64)
         order: list[int] = []
-        left = self._count - int(self._cap[0])
-        for kind in (*hopeful, *np.repeat(np.argsort(pace), self._many[np.argsort(pace)])):
+        left = self._count - int(self._capacity[0])
+        for kind in (*promising, *np.repeat(np.argsort(pace), self._class_size[np.argsort(pace)])):
             if left <= 0 and order:
                 break
-            if self._usable[kind] and taken[kind] < self._many[kind]:
+            if self._usable[kind] and taken[kind] < self._class_size[kind]:
                 order.append(int(kind))
                 taken[kind] += 1
-                left -= int(self._cap[kind])
+                left -= int(self._capacity[kind])
         return np.array(order, dtype=np.int64) if left <= 0 and order else None
 
     def cost(self, orders: Ints) -> Floats:
@@ -84,21 +89,21 @@ class OrderSearch:
                 return order, cost
             order, cost = better, best
 
-    def dealt(self, order: DeviceOrder) -> Ints:
+    def blocks_per_visit(self, order: DeviceOrder) -> Ints:
         """[1 + visits]: blocks on the source and on each of `order`."""
         share = np.append(0, np.ones(len(order), dtype=np.int64))
         kinds = np.append(0, order)
         left = self._count - len(order)
-        for place in np.argsort(self._each[kinds], kind="stable"):
-            more = min(left, int(self._cap[kinds[place]] - share[place]))
+        for place in np.argsort(self._block_cost[kinds], kind="stable"):
+            more = min(left, int(self._capacity[kinds[place]] - share[place]))
             share[place] += more
             left -= more
         return share
 
-    def shaken(self, order: DeviceOrder, rng: np.random.Generator) -> DeviceOrder:
+    def perturbed(self, order: DeviceOrder, rng: np.random.Generator) -> DeviceOrder:
         """Two neighbouring parts change places, or a few devices are replaced."""
         count = len(order)
-        spare = np.flatnonzero(self._usable & (np.bincount(order, minlength=len(self._many)) < self._many))
+        spare = np.flatnonzero(self._usable & (np.bincount(order, minlength=len(self._class_size)) < self._class_size))
         if count >= 3 and (not len(spare) or rng.random() < 0.5):
             a, b, c = np.sort(rng.choice(count + 1, 3, replace=False))
             return np.concatenate([order[:a], order[b:c], order[a:b], order[c:]])
@@ -110,26 +115,30 @@ class OrderSearch:
 
     def _compute(self, orders: Ints) -> Floats:
         kinds = np.hstack([np.zeros((len(orders), 1), dtype=np.int64), orders])
-        each, room = self._each[kinds], self._cap[kinds]
+        block_cost, room = self._block_cost[kinds], self._capacity[kinds]
         room[:, 1:] -= 1  # every visit has a block at least
         left = self._count - orders.shape[1]
-        rank = np.argsort(each, axis=1, kind="stable")
+        rank = np.argsort(block_cost, axis=1, kind="stable")
         filled = np.minimum(np.take_along_axis(room, rank, axis=1).cumsum(axis=1), left)
-        dealt = np.diff(filled, axis=1, prepend=0)
-        cost = self.round.base + each[:, 1:].sum(axis=1) + (dealt * np.take_along_axis(each, rank, axis=1)).sum(axis=1)
+        extra = np.diff(filled, axis=1, prepend=0)
+        cost = (
+            self.ring.source_cost
+            + block_cost[:, 1:].sum(axis=1)
+            + (extra * np.take_along_axis(block_cost, rank, axis=1)).sum(axis=1)
+        )
         held = (filled[:, -1] >= left) & (left >= 0) & (room >= 0).all(axis=1)
         return np.where(held, cost, np.inf).astype(np.float64)
 
     def _hops(self, orders: Ints) -> Floats:
-        hop = self.round.hop
-        total: Floats = hop[0, orders[:, 0]] + self.round.home[orders[:, -1]]
+        hop = self.ring.hop
+        total: Floats = hop[0, orders[:, 0]] + self.ring.home[orders[:, -1]]
         total += hop[orders[:, :-1], orders[:, 1:]].sum(axis=1)
         return total
 
     def _neighbours(self, order: DeviceOrder) -> list[tuple[Ints, bool]]:
         """(orders, whether they use the same devices): reordered; one replaced, added, left out."""
         count = len(order)
-        spare = np.flatnonzero(self._usable & (np.bincount(order, minlength=len(self._many)) < self._many))
+        spare = np.flatnonzero(self._usable & (np.bincount(order, minlength=len(self._class_size)) < self._class_size))
         found = [(order[_reorderings(count)], True)] if count > 1 else []
         place, new = (x.ravel() for x in np.meshgrid(np.arange(count + 1), spare, indexing="ij"))
         columns = np.arange(count + 1)[None, :]
@@ -166,14 +175,14 @@ def _reorderings(count: int) -> Ints:
 
 
 def iterated_local_search(
-    searches: Sequence[OrderSearch], hopeful: Sequence[int], budget: int = BUDGET
+    searches: Sequence[OrderSearch], promising: Sequence[int], budget: int = BUDGET
 ) -> tuple[OrderSearch, DeviceOrder] | None:
     """A good order, and the search whose round it suits best; `searches` the most hopeful first."""
     best, order, at = np.inf, None, None
     for search in searches[:FIRST_SEARCHES]:
-        begun = search.start(hopeful)
-        if begun is not None:
-            found, cost = search.improved(begun)
+        first = search.start(promising)
+        if first is not None:
+            found, cost = search.improved(first)
             if cost < best:
                 best, order, at = cost, found, search
     if order is None or at is None:
@@ -181,10 +190,13 @@ def iterated_local_search(
     rng, vain = np.random.default_rng(0), 0
     for _ in range(PERTURBATIONS):
         for search in searches:  # the order is good: another way home may be better
-            alike = len(search.round.many) == len(at.round.many) and (search.round.many == at.round.many).all()
+            alike = (
+                len(search.ring.class_size) == len(at.ring.class_size)
+                and (search.ring.class_size == at.ring.class_size).all()
+            )
             if alike and (cost := float(search.cost(order[None])[0])) < best:
                 best, at = cost, search
-        found, cost = at.improved(at.shaken(order, rng))
+        found, cost = at.improved(at.perturbed(order, rng))
         vain += 1
         if cost < best * (1 - GAIN):
             best, order, vain = cost, found, 0

@@ -25,7 +25,7 @@ class RouteGraph:
     fits: Ints  # [classes, last + 1]: the last layer that a visit starting at i can hold in memory (i - 1: none)
     hop: Floats  # [last + 1, 1 + classes, classes]: after layer i, from any class (0: the source) on to another
     home: Floats  # [classes]: from layer `last` back to the source
-    many: Ints  # [classes]: devices of the class
+    class_size: Ints  # [classes]: devices of the class
 
     @property
     def last(self) -> int:
@@ -36,7 +36,7 @@ class RouteGraph:
 class CappedRoutes:
     """A chain under a limit on every device's compute and every hop: infinite where it is broken."""
 
-    chain: RouteGraph
+    graph: RouteGraph
     first: Floats
     far: Ints  # [classes, last + 1]: the last layer of the longest visit that starts at i (i - 1: none)
     hop: Floats
@@ -44,25 +44,25 @@ class CappedRoutes:
 
     @property
     def last(self) -> int:
-        return self.chain.last
+        return self.graph.last
 
 
-def capped(chain: RouteGraph, bottleneck: float) -> CappedRoutes:
+def capped(graph: RouteGraph, bottleneck: float) -> CappedRoutes:
     """What is left when nothing may take longer than `bottleneck`."""
     if np.isinf(bottleneck):
         return CappedRoutes(
-            chain, chain.first, np.maximum(chain.fits, np.arange(chain.last + 1) - 1), chain.hop, chain.home
+            graph, graph.first, np.maximum(graph.fits, np.arange(graph.last + 1) - 1), graph.hop, graph.home
         )
-    far = chain.fits.copy()
-    for j, prefix in enumerate(chain.prefix):
+    far = graph.fits.copy()
+    for j, prefix in enumerate(graph.prefix):
         computed = np.searchsorted(prefix, prefix[:-1] + bottleneck, side="right") - 2
         far[j] = np.minimum(far[j], computed)
     return CappedRoutes(
-        chain,
-        np.where(chain.first <= bottleneck, chain.first, np.inf),
-        np.maximum(far, np.arange(chain.last + 1) - 1),
-        np.where(chain.hop <= bottleneck, chain.hop, np.inf),
-        np.where(chain.home <= bottleneck, chain.home, np.inf),
+        graph,
+        np.where(graph.first <= bottleneck, graph.first, np.inf),
+        np.maximum(far, np.arange(graph.last + 1) - 1),
+        np.where(graph.hop <= bottleneck, graph.hop, np.inf),
+        np.where(graph.home <= bottleneck, graph.home, np.inf),
     )
 
 
@@ -77,20 +77,20 @@ class Visit:
 Route = tuple[Visit, ...]
 
 
-def route_lap(chain: RouteGraph, way: Route) -> tuple[float, float]:
+def route_lap(graph: RouteGraph, route: Route) -> tuple[float, float]:
     """(ring, bottleneck) of a way, limits aside."""
-    ring = slowest = float(chain.first[way[0].last])
-    for before, visit in pairwise(way):
-        hop = float(chain.hop[before.last, before.kind + 1, visit.kind])
-        compute = float(chain.prefix[visit.kind, visit.last + 1] - chain.prefix[visit.kind, before.last + 1])
+    ring = slowest = float(graph.first[route[0].last])
+    for before, visit in pairwise(route):
+        hop = float(graph.hop[before.last, before.kind + 1, visit.kind])
+        compute = float(graph.prefix[visit.kind, visit.last + 1] - graph.prefix[visit.kind, before.last + 1])
         ring, slowest = ring + hop + compute, max(slowest, hop, compute)
-    back = float(chain.home[way[-1].kind])
+    back = float(graph.home[route[-1].kind])
     return ring + back, max(slowest, back)
 
 
-def enough_capacity(limits: CappedRoutes) -> bool:
+def enough_capacity(routes: CappedRoutes) -> bool:
     """Whether the longest visits of all devices together could hold every layer: false refutes the limit."""
-    starts = np.arange(limits.last + 1)
-    held = np.maximum((limits.far - starts + 1).max(axis=1), 0) @ limits.chain.many
-    own = np.flatnonzero(np.isfinite(limits.first))
-    return len(own) > 0 and bool(own[-1] + 1 + held >= limits.last + 1)
+    starts = np.arange(routes.last + 1)
+    held = np.maximum((routes.far - starts + 1).max(axis=1), 0) @ routes.graph.class_size
+    own = np.flatnonzero(np.isfinite(routes.first))
+    return len(own) > 0 and bool(own[-1] + 1 + held >= routes.last + 1)

@@ -43,7 +43,7 @@ class _Interval:
     price: Floats | None = field(compare=False, default=None)
     tried: float = field(compare=False, default=np.inf)
     rounds: int = field(compare=False, default=0)
-    way: Route = field(compare=False, default=())  # the last one found
+    route: Route = field(compare=False, default=())  # the last one found
 
 
 class BatchSizeSearch:
@@ -52,7 +52,7 @@ class BatchSizeSearch:
     def __init__(self, tables: ClassTables, sequences: int, offer: Callable[[Route, bool], float], best: float) -> None:
         self.best = self.bound = best
         self._tables, self._sequences, self._offer = tables, sequences, offer
-        self._chains: dict[tuple[int, int, bool], RouteGraph | None] = {}
+        self._graphs: dict[tuple[int, int, bool], RouteGraph | None] = {}
         self._heap: list[_Interval] = []
         self._turns = self._work = 0
 
@@ -62,143 +62,148 @@ class BatchSizeSearch:
             self._push(_Interval(0.0, 0, 1, self._sequences, head_home))
         left = np.inf
         while self._heap:
-            span = heapq.heappop(self._heap)
-            if span.bound >= self.best * (1 - EXACT):
+            interval = heapq.heappop(self._heap)
+            if interval.bound >= self.best * (1 - EXACT):
                 break
-            chain = self._chain(span)
-            if chain is None or not len(chain.many):
+            graph = self._graph(interval)
+            if graph is None or not len(graph.class_size):
                 continue
-            if span.rounds == 0:
-                span.bound = max(span.bound, self._floor(span, chain))
-                span.rounds = 1
-                self._push(span)
-            elif span.low < span.high:
-                self._split(span, chain)
-            elif self._work > BUDGET * self._scale() or span.tried - span.bound <= NARROW * span.tried < np.inf:
-                left = min(left, span.bound)
+            if interval.rounds == 0:
+                interval.bound = max(interval.bound, self._floor(interval, graph))
+                interval.rounds = 1
+                self._push(interval)
+            elif interval.low < interval.high:
+                self._split(interval, graph)
+            elif (
+                self._work > BUDGET * self._scale()
+                or interval.tried - interval.bound <= NARROW * interval.tried < np.inf
+            ):
+                left = min(left, interval.bound)
             else:
-                self._try(span, chain)
+                self._search_size(interval, graph)
         self.bound = min(left, self.best)
 
     def _scale(self) -> float:
         """A small problem may take its whole time; its searches end by themselves."""
-        return 1.0 if subset_count(self._tables.many) > LARGEST_STATES else np.inf
+        return 1.0 if subset_count(self._tables.class_size) > LARGEST_STATES else np.inf
 
-    def _push(self, span: _Interval) -> None:
+    def _push(self, interval: _Interval) -> None:
         self._turns += 1
-        span.turn = self._turns
-        heapq.heappush(self._heap, span)
+        interval.turn = self._turns
+        heapq.heappush(self._heap, interval)
 
-    def _chain(self, span: _Interval) -> RouteGraph | None:
-        key = (span.low, span.high, span.head_home)
-        if key not in self._chains:
-            self._chains[key] = self._tables.chain(*key)
-        return self._chains[key]
+    def _graph(self, interval: _Interval) -> RouteGraph | None:
+        key = (interval.low, interval.high, interval.head_home)
+        if key not in self._graphs:
+            self._graphs[key] = self._tables.graph(*key)
+        return self._graphs[key]
 
-    def _goals(self, span: _Interval, worth: float) -> tuple[float, float]:
+    def _cutoffs(self, interval: _Interval, ms_per_token: float) -> tuple[float, float]:
         """(bottleneck, ring) that a ring of this worth may reach at most."""
-        return worth * span.high, worth * span.high * (self._sequences // span.low)
+        return ms_per_token * interval.high, ms_per_token * interval.high * (self._sequences // interval.low)
 
-    def _floor(self, span: _Interval, chain: RouteGraph) -> float:
+    def _floor(self, interval: _Interval, graph: RouteGraph) -> float:
         """A first bound: the fastest way if devices could be visited again, and room enough for all layers."""
-        self._work += chain.hop.size
-        free = route_bound(capped(chain, np.inf), np.zeros(len(chain.many))).value
+        self._work += graph.hop.size
+        free = route_bound(capped(graph, np.inf), np.zeros(len(graph.class_size))).value
         if not np.isfinite(free):
             return np.inf
-        low = free / (span.high * (self._sequences // span.low))
-        high = free / span.high
-        if not enough_capacity(capped(chain, np.inf)):
+        low = free / (interval.high * (self._sequences // interval.low))
+        high = free / interval.high
+        if not enough_capacity(capped(graph, np.inf)):
             return np.inf
-        while not enough_capacity(capped(chain, high * span.high)):
+        while not enough_capacity(capped(graph, high * interval.high)):
             low, high = high, 2 * high + 1e-9
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            if enough_capacity(capped(chain, middle * span.high)):
+            if enough_capacity(capped(graph, middle * interval.high)):
                 high = middle
             else:
                 low = middle
         return low
 
-    def _split(self, span: _Interval, chain: RouteGraph) -> None:
-        slowest, _ = self._goals(span, self.best * (1 - EXACT))
-        if np.isfinite(self.best) and not enough_capacity(capped(chain, slowest)):
+    def _split(self, interval: _Interval, graph: RouteGraph) -> None:
+        slowest, _ = self._cutoffs(interval, self.best * (1 - EXACT))
+        if np.isfinite(self.best) and not enough_capacity(capped(graph, slowest)):
             return
-        middle = (span.low + span.high) // 2
-        for low, high in ((span.low, middle), (middle + 1, span.high)):
-            self._push(_Interval(span.bound, 0, low, high, span.head_home, span.price))
+        middle = (interval.low + interval.high) // 2
+        for low, high in ((interval.low, middle), (middle + 1, interval.high)):
+            self._push(_Interval(interval.bound, 0, low, high, interval.head_home, interval.price))
 
-    def _ceiling(self, chain: RouteGraph) -> float:
+    def _ceiling(self, graph: RouteGraph) -> float:
         """More than any ring costs."""
-        slow = np.where(np.isfinite(chain.hop), chain.hop, 0.0).max(axis=(1, 2)).sum()
-        home = np.where(np.isfinite(chain.home), chain.home, 0.0).max(initial=0.0)
-        first = np.where(np.isfinite(chain.first), chain.first, 0.0).max()
-        return float(first + slow + home + chain.prefix[:, -1].max(initial=0.0) * (chain.last + 1) + 1.0)
+        slow = np.where(np.isfinite(graph.hop), graph.hop, 0.0).max(axis=(1, 2)).sum()
+        home = np.where(np.isfinite(graph.home), graph.home, 0.0).max(initial=0.0)
+        first = np.where(np.isfinite(graph.first), graph.first, 0.0).max()
+        return float(first + slow + home + graph.prefix[:, -1].max(initial=0.0) * (graph.last + 1) + 1.0)
 
-    def _try(self, span: _Interval, chain: RouteGraph) -> None:
+    def _search_size(self, interval: _Interval, graph: RouteGraph) -> None:
         """Look for a ring at least as good as some worth, or prove that there is none."""
-        top = min(self.best * (1 - EXACT), span.tried)
-        first = span.rounds == 1
+        top = min(self.best * (1 - EXACT), interval.tried)
+        first = interval.rounds == 1
         if np.isinf(top):
-            worth = self._ceiling(chain) / span.high
-        elif first or top - span.bound <= CLOSE * top:
-            worth = top
+            ms_per_token = self._ceiling(graph) / interval.high
+        elif first or top - interval.bound <= CLOSE * top:
+            ms_per_token = top
         else:
             # Proofs close above the bound are cheap, and a way found there leaves little to prove.
-            worth = span.bound + STRIDE * (top - span.bound)
-        span.rounds += 1
-        slowest, ring = self._goals(span, worth)
-        floor, way = self._judge(span, capped(chain, slowest), ring, bounds_only=first and np.isfinite(top))
+            ms_per_token = interval.bound + STRIDE * (top - interval.bound)
+        interval.rounds += 1
+        slowest, ring = self._cutoffs(interval, ms_per_token)
+        floor, route = self._search_capped(
+            interval, capped(graph, slowest), ring, bounds_only=first and np.isfinite(top)
+        )
         # A ring either breaks the limit, and is worth more than what was tried, or is no shorter than the floor.
-        span.bound = max(span.bound, min(worth, floor / ring * worth))
-        if way is not None:
-            self._offered(way, span, chain)
+        interval.bound = max(interval.bound, min(ms_per_token, floor / ring * ms_per_token))
+        if route is not None:
+            self._accept(route, interval, graph)
         elif floor < ring:
-            span.tried = span.tried if first else worth
+            interval.tried = interval.tried if first else ms_per_token
         elif np.isinf(self.best):
             return  # there is no way at all
-        self._push(span)
+        self._push(interval)
 
-    def _offered(self, way: Route, span: _Interval, chain: RouteGraph) -> None:
-        ring, slowest = route_lap(chain, way)
-        worth = max(slowest, ring / (self._sequences // span.low)) / span.low
-        self.best = min(self.best, worth, self._offer(way, span.head_home))
+    def _accept(self, route: Route, interval: _Interval, graph: RouteGraph) -> None:
+        ring, slowest = route_lap(graph, route)
+        ms_per_token = max(slowest, ring / (self._sequences // interval.low)) / interval.low
+        self.best = min(self.best, ms_per_token, self._offer(route, interval.head_home))
 
-    def _judge(
-        self, span: _Interval, limits: CappedRoutes, ring: float, bounds_only: bool
+    def _search_capped(
+        self, interval: _Interval, routes: CappedRoutes, ring: float, bounds_only: bool
     ) -> tuple[float, Route | None]:
         """(what no ring under the limits can be shorter than, a way of at most `ring` if one was found)."""
-        many = limits.chain.many
-        if not enough_capacity(limits):
+        class_size = routes.graph.class_size
+        if not enough_capacity(routes):
             return np.inf, None
-        price = span.price if span.price is not None else initial_price(limits)
-        count = subset_count(many)
-        quick = limits.chain.hop.size * count <= SMALL
-        found, way, steps = raise_bound(limits, price, ring, 8 if quick else STEPS)
-        self._work += steps * (limits.chain.hop.size + limits.chain.first.size * 40)
-        span.price = found.price
-        if not found.value <= ring:
+        price = interval.price if interval.price is not None else initial_price(routes)
+        count = subset_count(class_size)
+        quick = routes.graph.hop.size * count <= SMALL
+        relaxed, route, steps = raise_bound(routes, price, ring, 8 if quick else STEPS)
+        self._work += steps * (routes.graph.hop.size + routes.graph.first.size * 40)
+        interval.price = relaxed.price
+        if not relaxed.value <= ring:
             return np.inf, None
         if not quick:
-            if way is not None:
-                return found.value, way
+            if route is not None:
+                return relaxed.value, route
             if bounds_only:
-                return found.value, None
+                return relaxed.value, None
             for width in WIDTHS:
-                way, whole, work = beam_search(limits, found, ring, width)
+                route, complete, work = beam_search(routes, relaxed, ring, width)
                 self._work += work
-                if whole:
-                    return (np.inf if way is None else route_lap(limits.chain, way)[0]), way
-                if way is not None:
-                    span.way = way
-                    return found.value, way
-            way, work = local_search_ring(limits, span.way or relaxed_route(limits, found))
+                if complete:
+                    return (np.inf if route is None else route_lap(routes.graph, route)[0]), route
+                if route is not None:
+                    interval.route = route
+                    return relaxed.value, route
+            route, work = local_search_ring(routes, interval.route or relaxed_route(routes, relaxed))
             self._work += 2 * work
-            if way is not None:
-                span.way = way
-                self._offered(way, span, limits.chain)
-                if route_lap(limits.chain, way)[0] <= ring:
-                    return found.value, way
+            if route is not None:
+                interval.route = route
+                self._accept(route, interval, routes.graph)
+                if route_lap(routes.graph, route)[0] <= ring:
+                    return relaxed.value, route
             if count > LARGEST_STATES:
-                return found.value, None
-        way = least_ring(limits, found, ring)
-        return (np.inf if way is None else route_lap(limits.chain, way)[0]), way
+                return relaxed.value, None
+        route = least_ring(routes, relaxed, ring)
+        return (np.inf if route is None else route_lap(routes.graph, route)[0]), route

@@ -25,8 +25,8 @@ class ClassTables:
     room: Ints  # [classes with the source]
     shared: int  # bytes that a head back on the source saves there
     latency: Floats  # [from, to], classes with the source; infinite without a link
-    pace: Floats  # [from, to]: milliseconds a byte
-    many: Ints  # [classes without the source]
+    ms_per_byte: Floats  # [from, to]: milliseconds a byte
+    class_size: Ints  # [classes without the source]
     output: Floats  # [layers]: bytes per token leaving each layer
     _times: dict[int, Floats] = field(default_factory=dict)
 
@@ -41,7 +41,7 @@ class ClassTables:
             self._times[batch] = rows[:, [order[layer.kind] for layer in self.model.layers]]
         return self._times[batch]
 
-    def chain(self, low: int, high: int, head_home: bool) -> RouteGraph | None:
+    def graph(self, low: int, high: int, head_home: bool) -> RouteGraph | None:
         """What no batch of low..high sequences can beat; None if the source cannot hold even its own layers."""
         compute = np.min([self.compute(batch) for batch in range(low, high + 1)], axis=0)
         layers = compute.shape[1]
@@ -56,7 +56,9 @@ class ClassTables:
         first[: SOURCE_LAYERS - 1] = np.inf
         if not np.isfinite(first).any():
             return None
-        hop = self.latency[None] + low * self.output[:, None, None] * self.pace[None]  # infinite where there is no link
+        hop = (
+            self.latency[None] + low * self.output[:, None, None] * self.ms_per_byte[None]
+        )  # infinite where there is no link
         starts = np.arange(last + 1)
         fits = np.array(
             [
@@ -64,20 +66,22 @@ class ClassTables:
                 for row, room in zip(self.memory[1:], self.room[1:], strict=True)
             ],
             dtype=np.int64,
-        ).reshape(len(self.many), last + 1)
+        ).reshape(len(self.class_size), last + 1)
         fits[:, :SOURCE_LAYERS] = starts[:SOURCE_LAYERS] - 1
         finite = np.where(np.isfinite(prefix), prefix, np.nan)
         if np.isnan(finite).any():
             fits, prefix = _measured_only(compute, fits, prefix)
         fits = np.maximum(fits, starts - 1)
-        return RouteGraph(first, prefix[1:, : last + 2], fits, hop[: last + 1, :, 1:], hop[last, 1:, 0], self.many)
+        return RouteGraph(
+            first, prefix[1:, : last + 2], fits, hop[: last + 1, :, 1:], hop[last, 1:, 0], self.class_size
+        )
 
-    def stages(self, way: Sequence[tuple[int, int]], head_home: bool) -> tuple[Stage, ...]:
+    def stages(self, route: Sequence[tuple[int, int]], head_home: bool) -> tuple[Stage, ...]:
         """(class, last layer) of each visit as stages: the members of a class take turns in their order."""
         taken = [0] * len(self.members)
         stages: list[Stage] = []
         start = 0
-        for kind, end in way:
+        for kind, end in route:
             stages.append(Stage(self.members[kind + 1][taken[kind + 1]], start, end))
             taken[kind + 1] += 1
             start = end + 1
@@ -119,13 +123,13 @@ def class_tables(
     tied = model.layers[head].tied_to
     saved = layer_bytes(model, head, workload) - layer_bytes(model, head, workload, True) if tied is not None else 0
     latency = np.full((len(members), len(members)), np.inf)
-    pace = np.zeros_like(latency)
+    ms_per_byte = np.zeros_like(latency)
     for a, group in enumerate(members):
         for b, other in enumerate(members):
             pair = (group[0], other[0]) if a != b else (group[0], group[-1])
             link = links.get(pair) if pair[0] != pair[1] else None
             if link is not None:
-                latency[a, b], pace[a, b] = link.latency_ms, 8 / (link.mbps * 1000)
+                latency[a, b], ms_per_byte[a, b] = link.latency_ms, 8 / (link.mbps * 1000)
     return ClassTables(
         model,
         devices,
@@ -134,7 +138,7 @@ def class_tables(
         np.array([room[group[0]] for group in members], dtype=np.int64),
         saved if tied is not None and tied < SOURCE_LAYERS else 0,
         latency,
-        pace,
+        ms_per_byte,
         np.array([len(group) for group in members[1:]], dtype=np.int64),
         np.array([layer.output_bytes_per_token for layer in model.layers], dtype=float),
     )

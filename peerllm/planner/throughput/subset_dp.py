@@ -17,33 +17,33 @@ from peerllm.planner.routing.route_relaxation import RouteBound
 SLACK = 1e-9  # relative; sums in another order differ by less
 
 
-def subset_count(many: Ints) -> int:
+def subset_count(class_size: Ints) -> int:
     """How many sets of used devices there are."""
-    return prod(int(n) + 1 for n in many)
+    return prod(int(n) + 1 for n in class_size)
 
 
-def least_ring(limits: CappedRoutes, found: RouteBound, goal: float) -> Route | None:
+def least_ring(routes: CappedRoutes, relaxed: RouteBound, cutoff: float) -> Route | None:
     """The way of least ring if that is at most `goal`."""
-    chain, last = limits.chain, limits.last
-    kinds, many = len(chain.many), chain.many
-    stride = np.concatenate([[1], np.cumprod(many[:-1] + 1)]).astype(np.int64)
-    codes = np.arange(subset_count(many), dtype=np.int64)
-    used = (codes[None, :] // stride[:, None]) % (many[:, None] + 1)
-    refund = found.price @ (many[:, None] - used)  # prices of devices that a state has not used
-    spare = goal * (1 + SLACK) + refund
+    graph, last = routes.graph, routes.last
+    kinds, class_size = len(graph.class_size), graph.class_size
+    stride = np.concatenate([[1], np.cumprod(class_size[:-1] + 1)]).astype(np.int64)
+    codes = np.arange(subset_count(class_size), dtype=np.int64)
+    used = (codes[None, :] // stride[:, None]) % (class_size[:, None] + 1)
+    refund = relaxed.price @ (class_size[:, None] - used)  # prices of devices that a state has not used
+    spare = cutoff * (1 + SLACK) + refund
     placed: dict[int, Floats] = {}
 
-    def grow(i: int, kind: int, columns: Ints, cost: Floats) -> None:
+    def enter(i: int, kind: int, columns: Ints, cost: Floats) -> None:
         """Enter a device of `kind` at layer i from states `columns` at `cost`."""
-        good = (used[kind, columns] < many[kind]) & (cost + found.visit[i, kind] <= spare[columns])
+        good = (used[kind, columns] < class_size[kind]) & (cost + relaxed.visit[i, kind] <= spare[columns])
         if not good.any():
             return
         columns, cost = columns[good] + stride[kind], cost[good]
         allowed = spare[columns]
-        prefix = chain.prefix[kind]
-        for end in range(i, int(limits.far[kind, i]) + 1):
+        prefix = graph.prefix[kind]
+        for end in range(i, int(routes.far[kind, i]) + 1):
             value = cost + (prefix[end + 1] - prefix[i])
-            keep = value + found.leave[kind + 1, end] <= allowed
+            keep = value + relaxed.leave[kind + 1, end] <= allowed
             if keep.any():
                 if end not in placed:
                     placed[end] = np.full((kinds, len(codes)), np.inf)
@@ -52,40 +52,40 @@ def least_ring(limits: CappedRoutes, found: RouteBound, goal: float) -> Route | 
 
     none = np.zeros(1, dtype=np.int64)
     for i in range(last):
-        start = limits.first[i]
+        start = routes.first[i]
         at = placed.get(i)
         columns = np.flatnonzero(np.isfinite(at).any(axis=0)) if at is not None else none[:0]
         for kind in range(kinds):
-            if np.isfinite(start) and np.isfinite(limits.hop[i, 0, kind]):
-                grow(i + 1, kind, none, np.array([start + limits.hop[i, 0, kind]]))
+            if np.isfinite(start) and np.isfinite(routes.hop[i, 0, kind]):
+                enter(i + 1, kind, none, np.array([start + routes.hop[i, 0, kind]]))
             if at is not None and len(columns):
-                grow(i + 1, kind, columns, (at[:, columns] + limits.hop[i, 1:, kind, None]).min(axis=0))
+                enter(i + 1, kind, columns, (at[:, columns] + routes.hop[i, 1:, kind, None]).min(axis=0))
     if last not in placed:
         return None
-    total = placed[last] + limits.home[:, None]
+    total = placed[last] + routes.home[:, None]
     kind, code = divmod(int(total.argmin()), len(codes))
-    if not total[kind, code] <= goal:
+    if not total[kind, code] <= cutoff:
         return None
-    return _backtrack(limits, placed, stride, kind, code)
+    return _backtrack(routes, placed, stride, kind, code)
 
 
-def _backtrack(limits: CappedRoutes, placed: dict[int, Floats], stride: Ints, kind: int, code: int) -> Route:
+def _backtrack(routes: CappedRoutes, placed: dict[int, Floats], stride: Ints, kind: int, code: int) -> Route:
     """The way whose costs add up to the state's."""
-    chain, end, way = limits.chain, limits.last, []
+    graph, end, route = routes.graph, routes.last, []
     while True:
         value, before = float(placed[end][kind, code]), code - int(stride[kind])
-        way.append(Visit(kind, end))
+        route.append(Visit(kind, end))
         best, step = np.inf, (-1, -1)
         for start in range(1, end + 1):
-            if limits.far[kind, start] < end:
+            if routes.far[kind, start] < end:
                 continue
-            compute = chain.prefix[kind, end + 1] - chain.prefix[kind, start]
-            options = limits.hop[start - 1, :, kind].copy()
-            options[0] += limits.first[start - 1] if before == 0 else np.inf
+            compute = graph.prefix[kind, end + 1] - graph.prefix[kind, start]
+            options = routes.hop[start - 1, :, kind].copy()
+            options[0] += routes.first[start - 1] if before == 0 else np.inf
             options[1:] += placed[start - 1][:, before] if start - 1 in placed else np.inf
             prior = int(options.argmin())
             if abs(options[prior] + compute - value) < best:
                 best, step = abs(options[prior] + compute - value), (prior - 1, start - 1)
         kind, end, code = step[0], step[1], before
         if kind < 0:
-            return (Visit(-1, end), *reversed(way))
+            return (Visit(-1, end), *reversed(route))

@@ -33,17 +33,17 @@ def plan_throughput(
     """
     working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(devices, working_bytes)
     table = class_tables(model, devices, links, source, workload, working)
-    met = _BestRing(model, devices, links, workload, table, media)
-    best = met.offer_alone(source, working.get(source, 0))
-    contest = BatchSizeSearch(table, workload.sequences, met.offer, best)
-    contest.run((True,) if head_on_source else (False, True))
-    if met.stages is None or met.lap is None:
+    best_ring = _BestRing(model, devices, links, workload, table, media)
+    best = best_ring.offer_alone(source, working.get(source, 0))
+    search = BatchSizeSearch(table, workload.sequences, best_ring.offer, best)
+    search.run((True,) if head_on_source else (False, True))
+    if best_ring.stages is None or best_ring.lap is None:
         raise explain_infeasible(model, devices, source, workload, working, head_on_source=head_on_source)
-    predicted = predict_throughput(model, devices, links, met.stages, workload, met.lap, media)
+    predicted = predict_throughput(model, devices, links, best_ring.stages, workload, best_ring.lap, media)
     rate = predicted.tokens_per_second
-    bound = 1000 / contest.bound if contest.bound > 0 else inf
+    bound = 1000 / search.bound if search.bound > 0 else inf
     optimal = rate >= bound * (1 - 10 * EXACT)
-    return Plan(met.stages, predicted, optimal=optimal, bound=rate if optimal else bound)
+    return Plan(best_ring.stages, predicted, optimal=optimal, bound=rate if optimal else bound)
 
 
 class _BestRing:
@@ -64,9 +64,9 @@ class _BestRing:
         self.lap: Lap | None = None
         self._best = inf
 
-    def offer(self, way: Route, head_home: bool) -> float:
+    def offer(self, route: Route, head_home: bool) -> float:
         """Milliseconds per token at the ring's best batch, shared media left out."""
-        return self._judge(self._table.stages([(visit.kind, visit.last) for visit in way], head_home))
+        return self._judge(self._table.stages([(visit.kind, visit.last) for visit in route], head_home))
 
     def offer_alone(self, source: DeviceId, working: int) -> float:
         """The source by itself, where the model fits."""
@@ -76,10 +76,10 @@ class _BestRing:
 
     def _judge(self, stages: tuple[Stage, ...]) -> float:
         lap = self._best_lap(stages, self._media)
-        worth = _ms_per_token(lap, self._workload)
-        if worth < self._best:
-            self._best, self.stages, self.lap = worth, stages, lap
-        return _ms_per_token(self._best_lap(stages, ()), self._workload) if self._media else worth
+        ms_per_token = _ms_per_token(lap, self._workload)
+        if ms_per_token < self._best:
+            self._best, self.stages, self.lap = ms_per_token, stages, lap
+        return _ms_per_token(self._best_lap(stages, ()), self._workload) if self._media else ms_per_token
 
     def _best_lap(self, stages: tuple[Stage, ...], media: Sequence[Medium]) -> Lap:
         return best_lap(self._model, self._devices, self._links, stages, self._workload, media)

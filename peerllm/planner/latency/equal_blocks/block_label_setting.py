@@ -14,101 +14,105 @@ _Part = tuple[Ints, Ints, Flags, Floats, Ints]
 
 
 def set_labels(
-    house: HeadPosition, found: RouteBound, goal: float, width: int, *, strict: bool
+    position: HeadPosition, relaxed: RouteBound, cutoff: float, width: int, *, strict: bool
 ) -> tuple[Route | None, bool, int]:
     """A walk's fresh visits, of cost at most `goal` with its relays; whether nothing was left out; the work.
 
     With nothing left out it is the cheapest, or there is none within the goal. Ways through several devices only.
     `strict`: who holds a single block is no relay; else only who could not hold more.
     """
-    limits, many = house.limits, house.limits.chain.many
-    last, kinds = limits.last, len(many)
+    routes, class_size = position.routes, position.routes.graph.class_size
+    last, kinds = routes.last, len(class_size)
     mixer = np.random.default_rng(0).integers(1, 2**62, (2, kinds + 1), dtype=np.int64) | 1
     waiting: dict[int, list[_Part]] = {}
     trail: list[tuple[int, int, int]] = []  # (class, last block, row before) of every way kept
-    whole, work = True, 0
-    prefix = limits.chain.prefix
-    capacity = np.maximum((limits.far - np.arange(last + 1) + 1).max(axis=1), 0)
+    complete, work = True, 0
+    prefix = routes.graph.prefix
+    longest_visit = np.maximum((routes.far - np.arange(last + 1) + 1).max(axis=1), 0)
     for i in range(last):
         parts = waiting.pop(i, [])
-        if np.isfinite(limits.first[i]):
-            ready = np.zeros((1, kinds + 1), dtype=bool)
-            ready[0, 0] = house.able[0] and (i > 0 or not strict)
-            parts.append((np.zeros(1, np.int64), np.zeros((1, kinds), np.int64), ready, limits.first[i : i + 1], -_ONE))
+        if np.isfinite(routes.first[i]):
+            available = np.zeros((1, kinds + 1), dtype=bool)
+            available[0, 0] = position.can_relay[0] and (i > 0 or not strict)
+            parts.append(
+                (np.zeros(1, np.int64), np.zeros((1, kinds), np.int64), available, routes.first[i : i + 1], -_ONE)
+            )
         if not parts:
             continue
-        (kind, used, ready, cost, parent), dropped = _merge(parts, found, many, mixer, i, width=width)
-        whole &= not dropped
+        (kind, used, available, cost, parent), dropped = _merge(parts, relaxed, class_size, mixer, i, width=width)
+        complete &= not dropped
         base = len(trail)
         trail += zip(kind.tolist(), [i] * len(kind), parent.tolist(), strict=True)
-        refund = (many - used) @ found.price
-        hopeful = (used < many) & (((many - used) @ capacity) >= last - i)[:, None]
-        floor = cost[:, None] + limits.hop[i][kind] + found.visit[i + 1] - refund[:, None]
-        some = np.flatnonzero((hopeful & (floor <= goal)).any(axis=1))
+        refund = (class_size - used) @ relaxed.price
+        hopeful = (used < class_size) & (((class_size - used) @ longest_visit) >= last - i)[:, None]
+        floor = cost[:, None] + routes.hop[i][kind] + relaxed.visit[i + 1] - refund[:, None]
+        some = np.flatnonzero((hopeful & (floor <= cutoff)).any(axis=1))
         work += WORK_PER_LAYER + len(kind) * kinds
         if not len(some):
             continue
-        hops, touched = relayed_class_hops(house, kind[some], ready[some])
+        hops, touched = relayed_class_hops(position, kind[some], available[some])
         into = cost[some, None] + hops[:, 1:]
         work += touched // 3
         with np.errstate(invalid="ignore"):  # any goal less a way that leads nowhere: nothing is within that
-            allowed_here = goal + refund[some, None] - found.visit[i + 1]
+            allowed_here = cutoff + refund[some, None] - relaxed.visit[i + 1]
         row, target = np.nonzero(hopeful[some] & (into <= allowed_here))
         begun = into[row, target] - prefix[target, i + 1]
         row = some[row]
-        allowed = goal + refund[row] - found.price[target]
-        far = limits.far[target, i + 1]
+        allowed = cutoff + refund[row] - relaxed.price[target]
+        far = routes.far[target, i + 1]
         for end in range(i + 1, int(far.max(initial=i)) + 1):
             work += WORK_PER_VISIT + len(row)
             value = begun + prefix[target, end + 1]
-            keep = np.flatnonzero((far >= end) & (value + found.leave[target + 1, end] <= allowed))
+            keep = np.flatnonzero((far >= end) & (value + relaxed.leave[target + 1, end] <= allowed))
             if len(keep):
                 work += 3 * len(keep) * kinds
                 rows, kinds_there, each = row[keep], target[keep], np.arange(len(keep))
-                now_used, now_ready = used[rows], ready[rows]
+                now_used, now_ready = used[rows], available[rows]
                 now_used[each, kinds_there] += 1
-                now_ready[each, kinds_there + 1] |= house.able[kinds_there + 1] & (end > i + 1 or not strict)
+                now_ready[each, kinds_there + 1] |= position.can_relay[kinds_there + 1] & (end > i + 1 or not strict)
                 waiting.setdefault(end, []).append((kinds_there + 1, now_used, now_ready, value[keep], base + rows))
     parts = waiting.pop(last, [])
     if not parts:
-        return None, whole, work
-    (kind, _, ready, cost, parent), _ = _merge(parts, found, many, mixer, last, width=2**62)
-    total = cost + _homeward(house, kind, ready)
+        return None, complete, work
+    (kind, _, available, cost, parent), _ = _merge(parts, relaxed, class_size, mixer, last, width=2**62)
+    total = cost + _homeward(position, kind, available)
     best = int(total.argmin())
-    if not total[best] <= goal:
-        return None, whole, work
-    way, before = [Visit(int(kind[best]) - 1, last)], int(parent[best])
+    if not total[best] <= cutoff:
+        return None, complete, work
+    route, before = [Visit(int(kind[best]) - 1, last)], int(parent[best])
     while before >= 0:
         one, end, before = trail[before]
-        way.append(Visit(one - 1, end))
-    return tuple(reversed(way)), whole, work
+        route.append(Visit(one - 1, end))
+    return tuple(reversed(route)), complete, work
 
 
 _ONE = np.ones(1, dtype=np.int64)
 
 
-def _homeward(house: HeadPosition, kind: Ints, ready: Flags) -> Floats:
+def _homeward(position: HeadPosition, kind: Ints, available: Flags) -> Floats:
     """From the last block through the head home, over relays where that is shorter."""
-    relayed = np.where(ready, relayed_class_hops(house, kind, ready)[0] + house.home, np.inf).min(axis=1)
-    best: Floats = np.minimum(house.home[kind], relayed)
+    relayed = np.where(available, relayed_class_hops(position, kind, available)[0] + position.home, np.inf).min(axis=1)
+    best: Floats = np.minimum(position.home[kind], relayed)
     return best
 
 
-def _merge(parts: list[_Part], found: RouteBound, many: Ints, mixer: Ints, i: int, *, width: int) -> tuple[_Part, bool]:
+def _merge(
+    parts: list[_Part], relaxed: RouteBound, class_size: Ints, mixer: Ints, i: int, *, width: int
+) -> tuple[_Part, bool]:
     """Ways that none alike beats in cost and relays, of those the `width` most hopeful; whether any was left out."""
-    kind, used, ready, cost, parent = (np.concatenate(column) for column in zip(*parts, strict=True))
-    key = (used * mixer[0, 1:]).sum(axis=1) * np.int64(len(many) + 1) + kind
+    kind, used, available, cost, parent = (np.concatenate(column) for column in zip(*parts, strict=True))
+    key = (used * mixer[0, 1:]).sum(axis=1) * np.int64(len(class_size) + 1) + kind
     order = np.lexsort((cost, key))
     group = np.concatenate([[True], key[order][1:] != key[order][:-1]])
     cheapest = order[np.flatnonzero(group)][group.cumsum() - 1]  # of those alike, for each
-    more = (ready[order] & ~ready[cheapest]).any(axis=1)
+    more = (available[order] & ~available[cheapest]).any(axis=1)
     keep = order[group | more]
     if more.any():
-        full = key[keep] + (ready[keep] * mixer[1]).sum(axis=1)
+        full = key[keep] + (available[keep] * mixer[1]).sum(axis=1)
         again = np.lexsort((cost[keep], full))
         keep = keep[again[np.concatenate([[True], full[again][1:] != full[again][:-1]])]]
     dropped = len(keep) > width
     if dropped:
-        value = cost[keep] + found.leave[kind[keep], i] - (many - used[keep]) @ found.price
+        value = cost[keep] + relaxed.leave[kind[keep], i] - (class_size - used[keep]) @ relaxed.price
         keep = keep[np.argpartition(value, width)[:width]]
-    return (kind[keep], used[keep], ready[keep], cost[keep], parent[keep]), dropped
+    return (kind[keep], used[keep], available[keep], cost[keep], parent[keep]), dropped

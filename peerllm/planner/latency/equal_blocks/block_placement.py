@@ -18,43 +18,43 @@ class _Visit:
     first: int  # place of the device's first visit in the walk
 
 
-def placement_of_route(house: HeadPosition, way: Route, *, relays: bool = True) -> tuple[int, ...] | None:
+def placement_of_route(position: HeadPosition, route: Route, *, relays: bool = True) -> tuple[int, ...] | None:
     """A device for every layer, over relays where they are shorter; None if a relay has no block to hand out."""
-    walk: list[_Visit] = []
-    taken = [0] * len(house.blocks.members)
+    visits: list[_Visit] = []
+    taken = [0] * len(position.blocks.members)
     before = 0
-    for visit in way:
+    for visit in route:
         kind = visit.kind + 1
-        if walk and relays and not _relay(house, walk, house.hop[:, kind]):
+        if visits and relays and not _relay(position, visits, position.hop[:, kind]):
             return None
-        walk.append(_Visit(kind, taken[kind], visit.last - before, len(walk)))
+        visits.append(_Visit(kind, taken[kind], visit.last - before, len(visits)))
         taken[kind], before = taken[kind] + 1, visit.last
-    if relays and not _relay(house, walk, house.home):
+    if relays and not _relay(position, visits, position.home):
         return None
-    members = house.blocks.members
-    homes = [members[0][0]] * 2
-    for visit_ in walk:
-        homes += [members[visit_.kind][visit_.member]] * visit_.blocks
-    return (*homes, members[house.tail][0])
+    members = position.blocks.members
+    placement = [members[0][0]] * 2
+    for visit_ in visits:
+        placement += [members[visit_.kind][visit_.member]] * visit_.blocks
+    return (*placement, members[position.head_class][0])
 
 
-def _spare(walk: list[_Visit], place: int) -> int:
+def _spare(visits: list[_Visit], place: int) -> int:
     """Blocks that the first visit of a device can hand out: the source has layer 1 there besides."""
-    return walk[place].blocks - (1 if place else 0)
+    return visits[place].blocks - (1 if place else 0)
 
 
-def _relay(house: HeadPosition, walk: list[_Visit], onward: Floats) -> bool:
+def _relay(position: HeadPosition, visits: list[_Visit], onward: Floats) -> bool:
     """Append the cheapest way over devices already visited, if any is cheaper than going `onward` at once."""
     best: dict[int, int] = {}  # by class, the member's first visit with most to hand out
-    for place, visit in enumerate(walk):
-        if visit.first == place and house.able[visit.kind]:
+    for place, visit in enumerate(visits):
+        if visit.first == place and position.can_relay[visit.kind]:
             other = best.get(visit.kind)
-            if other is None or _spare(walk, place) > _spare(walk, other):
+            if other is None or _spare(visits, place) > _spare(visits, other):
                 best[visit.kind] = place
-    for kind in cheapest_relays(house.hop, walk[-1].kind, list(best), onward):
+    for kind in cheapest_relays(position.hop, visits[-1].kind, list(best), onward):
         place = best[kind]
-        if _spare(walk, place) < 1:
+        if _spare(visits, place) < 1:
             return False
-        walk[place].blocks -= 1
-        walk.append(_Visit(kind, walk[place].member, 1, place))
+        visits[place].blocks -= 1
+        visits.append(_Visit(kind, visits[place].member, 1, place))
     return True

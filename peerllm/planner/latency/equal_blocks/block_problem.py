@@ -30,20 +30,20 @@ class EqualBlocks:
     """Arrays over classes of devices that may be swapped without any cost changing; class 0 is the source alone."""
 
     blocks: int  # to be placed
-    base: float  # cost of layers 0 and 1
-    each: Floats  # [classes]: cost of a block
-    cap: Ints  # [classes]: blocks that a device can hold
-    cap_head: Ints  # [classes]: beside the head; -1 where the head itself does not fit
+    source_cost: float  # cost of layers 0 and 1
+    block_cost: Floats  # [classes]: cost of a block
+    capacity: Ints  # [classes]: blocks that a device can hold
+    capacity_with_head: Ints  # [classes]: beside the head; -1 where the head itself does not fit
     hop: Floats  # [from, to]: between different devices; infinite within a class of one
     head_hop: Floats  # [from, to]: into the head
     home: Floats  # [classes]: cost of the head and of the way back from there
-    short_hop: Floats  # [from, to]: `hop` with the cheapest relays between, whoever they are
-    short_head_hop: Floats  # [from, to]
-    useful: Flags  # [from, relay]: some hop is shorter over it
+    relayed_hop: Floats  # [from, to]: `hop` with the cheapest relays between, whoever they are
+    relayed_head_hop: Floats  # [from, to]
+    useful_relay: Flags  # [from, relay]: some hop is shorter over it
     members: tuple[tuple[int, ...], ...]  # devices of each class
 
     @property
-    def many(self) -> Ints:
+    def class_size(self) -> Ints:
         return np.array([len(group) for group in self.members], dtype=np.int64)
 
 
@@ -65,8 +65,8 @@ def equal_blocks(problem: AssignmentProblem) -> EqualBlocks | None:
     count = layers - 3
 
     def held(left: Ints) -> Ints:
-        whole = np.where(memory[0] > 0, left // np.maximum(memory[0], 1), count)
-        return np.where(left < 0, -1, np.where(np.isfinite(cost[0]), np.minimum(whole, count), 0))
+        complete = np.where(memory[0] > 0, left // np.maximum(memory[0], 1), count)
+        return np.where(left < 0, -1, np.where(np.isfinite(cost[0]), np.minimum(complete, count), 0))
 
     def between(table: Floats) -> Floats:
         part: Floats = table[first[:, None], first[None, :]].copy()
@@ -74,49 +74,49 @@ def equal_blocks(problem: AssignmentProblem) -> EqualBlocks | None:
         return part
 
     head = np.isfinite(problem.cost[-1]) & np.isfinite(problem.back)
-    cap = held(room)
-    held_there = np.maximum(cap, 0)[first]
+    capacity = held(room)
+    held_there = np.maximum(capacity, 0)[first]
     block_hop, head_hop = between(hop[0]), between(problem.hop[-2])
     single = np.array([len(group) == 1 for group in members])
-    short_hop, short_head_hop, useful = _relayed(block_hop, head_hop, held_there, single)
+    relayed_hop, relayed_head_hop, useful_relay = _relayed(block_hop, head_hop, held_there, single)
     return EqualBlocks(
         blocks=count,
-        base=float(problem.cost[0, 0] + problem.cost[1, 0]) if cap[0] >= 0 else np.inf,
-        each=np.where(np.isfinite(cost[0]), cost[0], 0.0)[first],
-        cap=held_there,
-        cap_head=np.where(head, held(room - problem.memory[-1]), -1)[first],
+        source_cost=float(problem.cost[0, 0] + problem.cost[1, 0]) if capacity[0] >= 0 else np.inf,
+        block_cost=np.where(np.isfinite(cost[0]), cost[0], 0.0)[first],
+        capacity=held_there,
+        capacity_with_head=np.where(head, held(room - problem.memory[-1]), -1)[first],
         hop=block_hop,
         head_hop=head_hop,
         home=np.where(head, problem.cost[-1] + problem.back, np.inf)[first],
-        short_hop=short_hop,
-        short_head_hop=short_head_hop,
-        useful=useful,
+        relayed_hop=relayed_hop,
+        relayed_head_hop=relayed_head_hop,
+        useful_relay=useful_relay,
         members=members,
     )
 
 
-def _relayed(hop: Floats, head_hop: Floats, cap: Ints, single: Flags) -> tuple[Floats, Floats, Flags]:
+def _relayed(hop: Floats, head_hop: Floats, capacity: Ints, single: Flags) -> tuple[Floats, Floats, Flags]:
     """(hops, hops into the head, which relays are useful from where). Only who holds two blocks can be a relay.
 
     No relay is of the class before or behind it: the way could leave from, or be, where it stands already.
     """
-    relays = np.flatnonzero(cap >= np.where(np.arange(len(cap)) == 0, 1, 2))
+    relays = np.flatnonzero(capacity >= np.where(np.arange(len(capacity)) == 0, 1, 2))
     free = hop.copy()
     np.fill_diagonal(free, 0.0)
     for k in relays:
         free = np.minimum(free, free[:, k, None] + free[None, k, :])
     short, round_trip = free.copy(), np.full(len(hop), np.inf)
     into = head_hop.copy()
-    useful = np.zeros(hop.shape, dtype=bool)
+    useful_relay = np.zeros(hop.shape, dtype=bool)
     for k in relays:
         others = np.arange(len(hop)) != k
         round_trip[others] = np.minimum(round_trip, free[:, k] + free[k, :])[others]
         into = np.minimum(into, free[:, k, None] + head_hop[None, k, :])
         better = (hop[:, k, None] + hop[None, k, :] < hop) | (hop[:, k, None] + head_hop[None, k, :] < head_hop)
-        useful[:, k] = (better & ~np.diag(single)).any(axis=1) & others
+        useful_relay[:, k] = (better & ~np.diag(single)).any(axis=1) & others
     np.fill_diagonal(short, np.where(single, np.inf, np.minimum(np.diag(hop), round_trip)))
     np.fill_diagonal(into, np.where(single, np.inf, np.diag(into)))
-    return short, into, useful
+    return short, into, useful_relay
 
 
 def split_class(blocks: EqualBlocks, kind: int) -> tuple[EqualBlocks, int]:
@@ -136,15 +136,15 @@ def split_class(blocks: EqualBlocks, kind: int) -> tuple[EqualBlocks, int]:
 
     return replace(
         blocks,
-        each=blocks.each[old],
-        cap=blocks.cap[old],
-        cap_head=blocks.cap_head[old],
+        block_cost=blocks.block_cost[old],
+        capacity=blocks.capacity[old],
+        capacity_with_head=blocks.capacity_with_head[old],
         hop=apart(blocks.hop),
         head_hop=apart(blocks.head_hop),
         home=blocks.home[old],
-        short_hop=apart(blocks.short_hop),
-        short_head_hop=apart(blocks.short_head_hop),
-        useful=blocks.useful[np.ix_(old, old)],
+        relayed_hop=apart(blocks.relayed_hop),
+        relayed_head_hop=apart(blocks.relayed_head_hop),
+        useful_relay=blocks.useful_relay[np.ix_(old, old)],
         members=members,
     ), len(members) - 1
 

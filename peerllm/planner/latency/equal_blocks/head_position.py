@@ -17,83 +17,93 @@ class HeadPosition:
     """The ways whose head lies on `tail`, whether that holds blocks as well or not: its room is kept for it."""
 
     blocks: EqualBlocks
-    tail: int
-    tail_of: int  # its class before it was parted
-    limits: CappedRoutes  # relays may be anyone's: its rings are bounds. "Layer" 0 stands for layers 0 and 1, the rest are blocks
+    head_class: int
+    unsplit_class: int  # its class before it was parted
+    routes: CappedRoutes  # relays may be anyone's: its rings are bounds. "Layer" 0 stands for layers 0 and 1, the rest are blocks
     hop: Floats  # [classes, classes]: without relays
     home: Floats  # [classes]: from the last block through the head home, without relays
-    able: Flags  # [classes]: can hold the two blocks a relay needs, one for each visit (the source, of layer 1, one)
+    can_relay: (
+        Flags  # [classes]: can hold the two blocks a relay needs, one for each visit (the source, of layer 1, one)
+    )
 
 
 def head_positions(blocks: EqualBlocks) -> list[HeadPosition]:
     """One for each class that has room for the head."""
-    return [_head_position(blocks, int(kind)) for kind in np.flatnonzero(blocks.cap_head >= 0)]
+    return [_head_position(blocks, int(kind)) for kind in np.flatnonzero(blocks.capacity_with_head >= 0)]
 
 
 def any_head_position(blocks: EqualBlocks) -> CappedRoutes:
     """What every house's rings cost at least, each ring with the place of the head that suits it."""
-    homes = np.where(blocks.cap_head >= 0, blocks.short_head_hop + blocks.home, np.inf).min(axis=1)
-    own = np.where(blocks.cap_head >= 0, blocks.home, np.inf)
-    return _block_routes(blocks, blocks.cap, np.minimum(homes, own))
+    homes = np.where(blocks.capacity_with_head >= 0, blocks.relayed_head_hop + blocks.home, np.inf).min(axis=1)
+    own = np.where(blocks.capacity_with_head >= 0, blocks.home, np.inf)
+    return _block_routes(blocks, blocks.capacity, np.minimum(homes, own))
 
 
-def _head_position(blocks: EqualBlocks, tail: int) -> HeadPosition:
+def _head_position(blocks: EqualBlocks, head_class: int) -> HeadPosition:
     """A class of many is parted for its tail: only one of them has less room."""
-    origin = tail
-    blocks, tail = split_class(blocks, tail)
-    cap = blocks.cap.copy()
-    cap[tail] = min(int(cap[tail]), int(blocks.cap_head[tail]))
+    origin = head_class
+    blocks, head_class = split_class(blocks, head_class)
+    capacity = blocks.capacity.copy()
+    capacity[head_class] = min(int(capacity[head_class]), int(blocks.capacity_with_head[head_class]))
 
     def home(table: Floats) -> Floats:
-        way: Floats = table[:, tail] + blocks.home[tail]
-        way[tail] = blocks.home[tail]
-        return way
+        route: Floats = table[:, head_class] + blocks.home[head_class]
+        route[head_class] = blocks.home[head_class]
+        return route
 
-    limits = _block_routes(blocks, cap, home(blocks.short_head_hop))
-    able = cap >= np.where(np.arange(len(cap)) == 0, 1, 2)
-    return HeadPosition(blocks, tail, origin, limits, blocks.hop, home(blocks.head_hop), able)
+    routes = _block_routes(blocks, capacity, home(blocks.relayed_head_hop))
+    can_relay = capacity >= np.where(np.arange(len(capacity)) == 0, 1, 2)
+    return HeadPosition(blocks, head_class, origin, routes, blocks.hop, home(blocks.head_hop), can_relay)
 
 
-def _block_routes(blocks: EqualBlocks, cap: Ints, home: Floats) -> CappedRoutes:
-    count, kinds = blocks.blocks, len(blocks.each)
+def _block_routes(blocks: EqualBlocks, capacity: Ints, home: Floats) -> CappedRoutes:
+    count, kinds = blocks.blocks, len(blocks.block_cost)
     placed = np.arange(count + 1)
-    first = np.where(placed <= cap[0], blocks.base + placed * blocks.each[0], np.inf)
-    prefix = np.arange(count + 2) * blocks.each[1:, None]
-    fits = np.minimum(placed + cap[1:, None] - 1, count)
+    first = np.where(placed <= capacity[0], blocks.source_cost + placed * blocks.block_cost[0], np.inf)
+    prefix = np.arange(count + 2) * blocks.block_cost[1:, None]
+    fits = np.minimum(placed + capacity[1:, None] - 1, count)
     fits[:, 0] = -1
 
-    hop = np.broadcast_to(blocks.short_hop[:, 1:], (count + 1, kinds, kinds - 1))
-    return capped(RouteGraph(first, prefix, fits.astype(np.int64), hop, home[1:], blocks.many[1:]), np.inf)
+    hop = np.broadcast_to(blocks.relayed_hop[:, 1:], (count + 1, kinds, kinds - 1))
+    return capped(RouteGraph(first, prefix, fits.astype(np.int64), hop, home[1:], blocks.class_size[1:]), np.inf)
 
 
-def source_only_cost(house: HeadPosition) -> float:
+def source_only_cost(position: HeadPosition) -> float:
     """What it costs if the source holds every block."""
-    return float(house.limits.first[-1] + house.home[0])
+    return float(position.routes.first[-1] + position.home[0])
 
 
-def block_ring(house: HeadPosition) -> BlockRing:
+def block_ring(position: HeadPosition) -> BlockRing:
     """Its ways without relays."""
-    limits = house.limits
-    room = np.maximum((limits.far - np.arange(limits.last + 1) + 1).max(axis=1), 0)
-    own = int(np.isfinite(limits.first).sum()) - 1
-    cap, many = np.append(own, room), np.append(0, limits.chain.many)
-    return BlockRing(limits.last, house.blocks.base, house.blocks.each, cap, many, house.hop, house.home)
+    routes = position.routes
+    room = np.maximum((routes.far - np.arange(routes.last + 1) + 1).max(axis=1), 0)
+    own = int(np.isfinite(routes.first).sum()) - 1
+    capacity, class_size = np.append(own, room), np.append(0, routes.graph.class_size)
+    return BlockRing(
+        routes.last,
+        position.blocks.source_cost,
+        position.blocks.block_cost,
+        capacity,
+        class_size,
+        position.hop,
+        position.home,
+    )
 
 
-def relayed_class_hops(house: HeadPosition, kind: Ints, ready: Flags) -> tuple[Floats, int]:
+def relayed_class_hops(position: HeadPosition, kind: Ints, available: Flags) -> tuple[Floats, int]:
     """[ways, classes]: the cheapest hop from where each way is (class) to any class, over those `ready` as relays.
 
     And the work: array elements touched.
     """
-    hop: Floats = house.hop[kind]
-    relays = np.flatnonzero(house.able & house.blocks.useful.any(axis=0) & ready.any(axis=0))
+    hop: Floats = position.hop[kind]
+    relays = np.flatnonzero(position.can_relay & position.blocks.useful_relay.any(axis=0) & available.any(axis=0))
     rounds = 0
     while rounds < len(relays):
         rounds += 1
         before = hop.copy()
         for r in relays:
-            over = np.where(ready[:, r], hop[:, r], np.inf)
-            np.minimum(hop, over[:, None] + house.hop[r], out=hop)
+            over = np.where(available[:, r], hop[:, r], np.inf)
+            np.minimum(hop, over[:, None] + position.hop[r], out=hop)
         if (hop == before).all():
             break
     return hop, hop.size * (rounds * len(relays) + 1)

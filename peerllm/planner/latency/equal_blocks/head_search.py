@@ -36,8 +36,8 @@ CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at o
 class _OpenPosition:
     bound: float
     turn: int
-    house: HeadPosition = field(compare=False)
-    found: RouteBound = field(compare=False)
+    position: HeadPosition = field(compare=False)
+    relaxed: RouteBound = field(compare=False)
     tried: float = field(compare=False, default=np.inf)
     ascended: bool = field(compare=False, default=False)
     strict: bool = field(compare=False, default=False)
@@ -47,7 +47,7 @@ class HeadSearch:
     """`best` and `homes` are the best way met; `bound` what no way can beat, once `run` has returned."""
 
     def __init__(self, blocks: EqualBlocks, cost_of: Callable[[tuple[int, ...]], float]) -> None:
-        self.best, self.homes = np.inf, ()  # type: tuple[float, tuple[int, ...]]
+        self.best, self.placement = np.inf, ()  # type: tuple[float, tuple[int, ...]]
         self.bound = np.inf
         self._cost_of = cost_of
         self._few = sum(map(len, blocks.members)) <= FEW
@@ -55,110 +55,118 @@ class HeadSearch:
         self._turn = 0
         self._heap: list[_OpenPosition] = []
         every = head_positions(blocks)
-        for house in every:
-            if np.isfinite(source_only_cost(house)):
-                self._offer(house, (Visit(-1, blocks.blocks),))
-        if len(blocks.each) > 1 and every:
+        for position in every:
+            if np.isfinite(source_only_cost(position)):
+                self._offer(position, (Visit(-1, blocks.blocks),))
+        if len(blocks.block_cost) > 1 and every:
             self._open(blocks, every)
 
     def _open(self, blocks: EqualBlocks, every: list[HeadPosition]) -> None:
         """First bounds for every place, from prices that suit them all, and a first good walk."""
         start = any_head_position(blocks)
         starts = [raise_bound(start, price, 1e300) for price in initial_prices(start)]
-        found = max((found for found, _, _ in starts), key=lambda found: found.value)
+        relaxed = max((relaxed for relaxed, _, _ in starts), key=lambda relaxed: relaxed.value)
         self._work += sum(passes for _, _, passes in starts) * _size(start)
-        if not np.isfinite(found.value):
+        if not np.isfinite(relaxed.value):
             return
-        for house in every:
-            parted = found.price[[house.tail_of - 1]][: len(house.blocks.each) - len(blocks.each)]
-            self._work += _size(house.limits)
-            self._push(_OpenPosition(0.0, 0, house, route_bound(house.limits, np.append(found.price, parted))))
-        hopeful = [visit.kind + 1 for visit in relaxed_route(start, found)[1:]]
-        self._wander(hopeful)
+        for position in every:
+            parted = relaxed.price[[position.unsplit_class - 1]][
+                : len(position.blocks.block_cost) - len(blocks.block_cost)
+            ]
+            self._work += _size(position.routes)
+            self._push(_OpenPosition(0.0, 0, position, route_bound(position.routes, np.append(relaxed.price, parted))))
+        promising = [visit.kind + 1 for visit in relaxed_route(start, relaxed)[1:]]
+        self._local_search(promising)
 
-    def _wander(self, hopeful: list[int]) -> None:
+    def _local_search(self, promising: list[int]) -> None:
         """A first good walk, and what relays could make of it."""
-        places = sorted(self._heap)
-        searches = [OrderSearch(block_ring(place.house)) for place in places]
-        good = iterated_local_search(searches, hopeful)
+        candidates = sorted(self._heap)
+        searches = [OrderSearch(block_ring(candidate.position)) for candidate in candidates]
+        good = iterated_local_search(searches, promising)
         self._work += 2 * sum(search.work for search in searches)
         if good is None:
             return
         search, order = good
-        place = places[searches.index(search)]
-        kinds, ends = np.append(0, order) - 1, search.dealt(order).cumsum()
-        self._offer(place.house, tuple(Visit(int(kind), int(end)) for kind, end in zip(kinds, ends, strict=True)))
-        way, _, work = set_labels(place.house, place.found, self.best * (1 - EXACT), WIDTHS[True][0], strict=True)
+        candidate = candidates[searches.index(search)]
+        kinds, ends = np.append(0, order) - 1, search.blocks_per_visit(order).cumsum()
+        self._offer(
+            candidate.position, tuple(Visit(int(kind), int(end)) for kind, end in zip(kinds, ends, strict=True))
+        )
+        route, _, work = set_labels(
+            candidate.position, candidate.relaxed, self.best * (1 - EXACT), WIDTHS[True][0], strict=True
+        )
         self._work += work
-        if way is not None:
-            self._offer(place.house, way)
+        if route is not None:
+            self._offer(candidate.position, route)
 
     def run(self) -> None:
         """Until the best is proven, nothing is left to try, or the budget is spent."""
         left = np.inf
         while self._heap:
-            place = heapq.heappop(self._heap)
-            if place.bound >= self.best * (1 - EXACT):
+            candidate = heapq.heappop(self._heap)
+            if candidate.bound >= self.best * (1 - EXACT):
                 break
-            if self.spent or not self._advance(place):
-                left = min(left, place.bound)
+            if self.spent or not self._advance(candidate):
+                left = min(left, candidate.bound)
         self.bound = min(left, self.best)
 
     @property
     def spent(self) -> bool:
         """Whether it ended for lack of budget."""
-        return self._work > BUDGET[self._few] * (1.0 if self.homes else UNMET)
+        return self._work > BUDGET[self._few] * (1.0 if self.placement else UNMET)
 
-    def _push(self, place: _OpenPosition) -> None:
-        place.bound = max(place.bound, place.found.value)
-        place.turn = self._turn = self._turn + 1
-        if np.isfinite(place.bound):
-            heapq.heappush(self._heap, place)
+    def _push(self, candidate: _OpenPosition) -> None:
+        candidate.bound = max(candidate.bound, candidate.relaxed.value)
+        candidate.turn = self._turn = self._turn + 1
+        if np.isfinite(candidate.bound):
+            heapq.heappush(self._heap, candidate)
 
-    def _advance(self, place: _OpenPosition) -> bool:
+    def _advance(self, candidate: _OpenPosition) -> bool:
         """Look for a walk at this place or raise its bound; False if it must be left open."""
-        limits = place.house.limits
-        if np.isfinite(self.best) and not place.ascended:
-            goal = self.best if self.best - place.bound < NEAR * self.best else (place.bound + self.best) / 2
-            found, way, passes = raise_bound(limits, place.found.price, goal)
-            self._work += passes * _size(limits)
-            place.found, place.ascended = found, found.value <= goal
-            if way is not None:
-                self._offer(place.house, way)
-            self._push(place)
+        routes = candidate.position.routes
+        if np.isfinite(self.best) and not candidate.ascended:
+            cutoff = self.best if self.best - candidate.bound < NEAR * self.best else (candidate.bound + self.best) / 2
+            relaxed, route, passes = raise_bound(routes, candidate.relaxed.price, cutoff)
+            self._work += passes * _size(routes)
+            candidate.relaxed, candidate.ascended = relaxed, relaxed.value <= cutoff
+            if route is not None:
+                self._offer(candidate.position, route)
+            self._push(candidate)
             return True
-        top = min(self.best * (1 - EXACT), place.tried)
-        near = np.isfinite(top) and top - place.bound <= CLOSE * top
-        goal = top if near or np.isinf(top) else place.bound + STRIDE * (top - place.bound)
+        top = min(self.best * (1 - EXACT), candidate.tried)
+        close = np.isfinite(top) and top - candidate.bound <= CLOSE * top
+        cutoff = top if close or np.isinf(top) else candidate.bound + STRIDE * (top - candidate.bound)
         for width in WIDTHS[self._few]:
-            way, whole, work = set_labels(place.house, place.found, goal, width, strict=place.strict)
+            route, complete, work = set_labels(
+                candidate.position, candidate.relaxed, cutoff, width, strict=candidate.strict
+            )
             self._work += work
-            if way is not None and not self._offer(place.house, way):
-                if place.strict:
+            if route is not None and not self._offer(candidate.position, route):
+                if candidate.strict:
                     return False  # two relays over one device with two blocks
-                place.strict = True
-                self._push(place)
+                candidate.strict = True
+                self._push(candidate)
                 return True
-            if way is not None or whole:
-                place.bound = max(place.bound, goal) if way is None else place.bound
-                if np.isfinite(place.bound):
-                    self._push(place)
+            if route is not None or complete:
+                candidate.bound = max(candidate.bound, cutoff) if route is None else candidate.bound
+                if np.isfinite(candidate.bound):
+                    self._push(candidate)
                 return True
-        place.tried = goal
-        if near or np.isinf(goal) or goal - place.bound <= CLOSE * goal:
+        candidate.tried = cutoff
+        if close or np.isinf(cutoff) or cutoff - candidate.bound <= CLOSE * cutoff:
             return False
-        self._push(place)
+        self._push(candidate)
         return True
 
-    def _offer(self, house: HeadPosition, way: Route) -> bool:
+    def _offer(self, position: HeadPosition, route: Route) -> bool:
         """False if its relays have too few blocks to hand out; then the way without any is taken."""
-        real = placement_of_route(house, way)
-        homes = real if real is not None else placement_of_route(house, way, relays=False)
-        if homes is not None and (cost := self._cost_of(homes)) < self.best:
-            self.best, self.homes = cost, homes
+        real = placement_of_route(position, route)
+        placement = real if real is not None else placement_of_route(position, route, relays=False)
+        if placement is not None and (cost := self._cost_of(placement)) < self.best:
+            self.best, self.placement = cost, placement
         return real is not None
 
 
-def _size(limits: CappedRoutes) -> int:
+def _size(routes: CappedRoutes) -> int:
     """Array elements that one bound touches, or what takes as long."""
-    return (limits.chain.hop.size + limits.chain.first.size * 40) // 2
+    return (routes.graph.hop.size + routes.graph.first.size * 40) // 2

@@ -41,7 +41,7 @@ NEIGHBOURHOODS, NEIGHBOURHOOD_STEPS, NEIGHBOURHOOD_WIDTH = 24, 12, 400  # such p
 class Assignment:
     """`homes` is empty when nothing was found; then `reached` is the last layer that found a place."""
 
-    homes: tuple[int, ...]
+    placement: tuple[int, ...]
     cost: float
     bound: float
     reached: int = -1
@@ -56,56 +56,56 @@ class GapSearch:
         problem: AssignmentProblem,
         known: Assignment | None = None,
         *,
-        apart: bool = False,
-        fillings: UsableMemory | None = None,
+        no_relays: bool = False,
+        usable_memory: UsableMemory | None = None,
     ) -> None:
         """`known` is what was found and proven before; `apart`: without relays; `fillings`: of the same memory."""
         # What all layers together take is all the room there is: sums over devices stay far from overflowing.
         problem = replace(problem, room=np.minimum(problem.room, problem.memory.sum(axis=0)))
         self.problem = problem
-        self.held, self.fillings = (
-            visit_table(problem, layer_runs(problem, apart=apart)),
-            fillings or UsableMemory(problem),
+        self.table, self.usable_memory = (
+            visit_table(problem, layer_runs(problem, no_relays=no_relays)),
+            usable_memory or UsableMemory(problem),
         )
-        self.best, self.homes = np.inf, ()  # type: tuple[float, tuple[int, ...]]
+        self.best, self.placement = np.inf, ()  # type: tuple[float, tuple[int, ...]]
         self.bound, self.reached, self.work = 0.0, -1, 0
-        self.unreal = self.impossible = False
-        if known is not None and known.homes:
-            self.best, self.homes, self.bound = known.cost, known.homes, known.bound
-        self._twins = interchangeable_devices(problem)
-        self._price = initial_memory_price(self.held)
+        self.relays_short = self.infeasible = False
+        if known is not None and known.placement:
+            self.best, self.placement, self.bound = known.cost, known.placement, known.bound
+        self._interchangeable = interchangeable_devices(problem)
+        self._price = initial_memory_price(self.table)
 
     @property
     def done(self) -> bool:
         return bool(self.bound >= self.best * (1 - EXACT))
 
-    def found(self) -> Assignment:
+    def result(self) -> Assignment:
         """What is known now."""
-        if not self.homes:
-            return Assignment((), np.inf, self.bound, self.reached, self.impossible)
+        if not self.placement:
+            return Assignment((), np.inf, self.bound, self.reached, self.infeasible)
         bound = self.best if self.done else self.bound
-        return Assignment(self.homes, self.best, bound, len(self.problem.cost) - 1, self.done)
+        return Assignment(self.placement, self.best, bound, len(self.problem.cost) - 1, self.done)
 
-    def narrow(self, widths: tuple[int, ...], budget: int) -> None:
+    def close_gap(self, widths: tuple[int, ...], budget: int) -> None:
         """Sweep under one goal after the other, until they meet or the budget is spent."""
-        found, tried, settled = self._ascend(STEPS), np.inf, np.inf
-        if not np.isfinite(found.value):
-            self._swept(found, np.inf, widths[0], budget)
-            self.impossible = True
-        while not (self.done or self.impossible or self.unreal):
+        relaxed, tried, settled = self._raise_bound(STEPS), np.inf, np.inf
+        if not np.isfinite(relaxed.value):
+            self._set_labels(relaxed, np.inf, widths[0], budget)
+            self.infeasible = True
+        while not (self.done or self.infeasible or self.relays_short):
             top = min(self.best * (1 - EXACT), tried)
-            near = np.isfinite(top) and top - self.bound <= CLOSE * abs(top)
-            if near and top == tried:  # that was tried
+            close = np.isfinite(top) and top - self.bound <= CLOSE * abs(top)
+            if close and top == tried:  # that was tried
                 break
-            goal = self.bound + STRIDE * (top - self.bound) if np.isfinite(top) and not near else top
+            cutoff = self.bound + STRIDE * (top - self.bound) if np.isfinite(top) and not close else top
             decided: bool | None = None
             before = self.best
             for width in (*widths, np.inf):
                 if width > WIDE_PASS and self.best < settled:  # before what takes long
                     settled = self.best
-                    decided = True if self._dealt_anew() else None
+                    decided = True if self._search_neighbourhoods() else None
                 if decided is None and width < np.inf:
-                    decided = self._swept(found, goal, int(width), budget)
+                    decided = self._set_labels(relaxed, cutoff, int(width), budget)
                 if decided is not None:
                     break
             if decided:
@@ -113,79 +113,81 @@ class GapSearch:
                 if not self.best < before:  # the way known, by another sum
                     break
             elif decided is False:
-                self.impossible = bool(np.isinf(goal))
-                self.bound = max(self.bound, goal)
+                self.infeasible = bool(np.isinf(cutoff))
+                self.bound = max(self.bound, cutoff)
             else:
-                tried = goal
-                if near or np.isinf(goal) or tried - self.bound <= CLOSE * abs(tried):
+                tried = cutoff
+                if close or np.isinf(cutoff) or tried - self.bound <= CLOSE * abs(tried):
                     break
             if self.work > budget:
                 break
 
     def _solve(self, price: Floats) -> MemoryBound:
-        self.work += self.held.runs.hop.size + 6 * self.held.whole.size + WORK_PER_PASS + WORK_PER_PRICE * price.size
-        return memory_bound(self.held, price.reshape(self.held.prices))
+        self.work += (
+            self.table.runs.hop.size + 6 * self.table.visit_cost.size + WORK_PER_PASS + WORK_PER_PRICE * price.size
+        )
+        return memory_bound(self.table, price.reshape(self.table.prices))
 
-    def _ascend(self, steps: int, *, patient: bool = True) -> MemoryBound:
+    def _raise_bound(self, steps: int, *, patient: bool = True) -> MemoryBound:
         """A better bound, and any way met on the way there that keeps every limit."""
 
-        def judge(found: MemoryBound) -> tuple[Floats, bool]:
-            way = relaxed_device_route(self.held, found)
-            slopes, keeps = violations(self.held, found, way)
+        def judge(relaxed: MemoryBound) -> tuple[Floats, bool]:
+            route = relaxed_device_route(self.table, relaxed)
+            slopes, keeps = violations(self.table, relaxed, route)
             if keeps:
-                self._take(way)
+                self._accept(route)
             return slopes.ravel(), False
 
-        goal = self.best if np.isfinite(self.best) else 1e300
-        found, _, _ = BundleMethod(self._solve, judge, patient=patient).climb(self._price.ravel(), goal, steps)
-        self._price = found.price
-        self.bound = max(self.bound, min(found.value, self.best))
-        return found
+        cutoff = self.best if np.isfinite(self.best) else 1e300
+        relaxed, _, _ = BundleMethod(self._solve, judge, patient=patient).maximise(self._price.ravel(), cutoff, steps)
+        self._price = relaxed.price
+        self.bound = max(self.bound, min(relaxed.value, self.best))
+        return relaxed
 
-    def _take(self, way: DeviceRoute) -> float:
-        homes = placement_over_relays(self.problem, self.held.runs, way)
-        cost = placement_cost(self.problem, homes)
+    def _accept(self, route: DeviceRoute) -> float:
+        placement = placement_over_relays(self.problem, self.table.runs, route)
+        cost = placement_cost(self.problem, placement)
         if cost < self.best:
-            self.best, self.homes = cost, homes
+            self.best, self.placement = cost, placement
         return cost
 
-    def _swept(self, found: MemoryBound, goal: float, width: int, budget: float = np.inf) -> bool | None:
+    def _set_labels(self, relaxed: MemoryBound, cutoff: float, width: int, budget: float = np.inf) -> bool | None:
         """True: a way was found (see `unreal`); False: there is none within the goal; None: undecided."""
-        sweep = LabelSetting(self.held, self.fillings, found, goal, self._twins)
-        way = sweep.run(width, budget - self.work)
-        self.work += sweep.work
-        self.reached = max(self.reached, sweep.reached)
-        if way is None:
-            return False if sweep.whole else None
-        cost = self._take(way)
-        self.unreal = bool(np.isinf(cost) or cost > goal * (1 + EXACT))
-        if sweep.whole:
-            self.bound = min(sweep.cost, self.best)
+        labels = LabelSetting(self.table, self.usable_memory, relaxed, cutoff, self._interchangeable)
+        route = labels.run(width, budget - self.work)
+        self.work += labels.work
+        self.reached = max(self.reached, labels.reached)
+        if route is None:
+            return False if labels.complete else None
+        cost = self._accept(route)
+        self.relays_short = bool(np.isinf(cost) or cost > cutoff * (1 + EXACT))
+        if labels.complete:
+            self.bound = min(labels.cost, self.best)
         return True
 
-    def _dealt_anew(self) -> bool:
+    def _search_neighbourhoods(self) -> bool:
         """Whether a better way was found in which only a few devices hold other layers than in the best one."""
         before = self.best
-        for group in self._groups():
+        for group in self._neighbourhoods():
             theirs = np.isin(np.arange(len(self.problem.room)), group)
-            free: Flags = np.where(np.isin(self.homes, group)[:, None], theirs, False)
-            free[np.arange(len(free)), self.homes] = True
+            free: Flags = np.where(np.isin(self.placement, group)[:, None], theirs, False)
+            free[np.arange(len(free)), self.placement] = True
             asked = replace(self.problem, cost=np.where(free, self.problem.cost, np.inf))
-            part = GapSearch(asked, self.found(), fillings=self.fillings)
-            kinds = self._price.shape[0] - len(self.held.entered)
+            part = GapSearch(asked, self.result(), usable_memory=self.usable_memory)
+            kinds = self._price.shape[0] - len(self.table.entered)
             part._price[:kinds] = self._price[:kinds]
-            found = part._ascend(NEIGHBOURHOOD_STEPS, patient=False)
+            relaxed = part._raise_bound(NEIGHBOURHOOD_STEPS, patient=False)
             if not part.done:
-                part._swept(found, self.best * (1 - EXACT), NEIGHBOURHOOD_WIDTH)
+                part._set_labels(relaxed, self.best * (1 - EXACT), NEIGHBOURHOOD_WIDTH)
             self.work += part.work
             if part.best < self.best:
-                self.best, self.homes = part.best, part.homes
+                self.best, self.placement = part.best, part.placement
         return self.best < before * (1 - EXACT)
 
-    def _groups(self) -> list[tuple[int, ...]]:
+    def _neighbourhoods(self) -> list[tuple[int, ...]]:
         """A few devices each: first who hold layers next to each other, then any."""
-        order = list(dict.fromkeys(self.homes))
-        near = [tuple(sorted(order[k : k + NEIGHBOURHOOD])) for k in range(max(1, len(order) - NEIGHBOURHOOD + 1))]
+        order = list(dict.fromkeys(self.placement))
+        close = [tuple(sorted(order[k : k + NEIGHBOURHOOD])) for k in range(max(1, len(order) - NEIGHBOURHOOD + 1))]
         rng, count = np.random.default_rng(0), len(self.problem.room)
         other = [tuple(sorted(rng.permutation(count)[:NEIGHBOURHOOD].tolist())) for _ in range(2 * NEIGHBOURHOODS)]
-        return list(dict.fromkeys(near + other))[:NEIGHBOURHOODS]
+        return list(dict.fromkeys(close + other))[:NEIGHBOURHOODS]

@@ -19,8 +19,8 @@ class Labels:
     device: Ints  # [labels]
     left: Ints  # [labels, devices]: room that layers behind could fill
     used: Flags  # [labels, devices]
-    been: Flags  # [labels, devices]: visited in the run at hand; none behind its last layer
-    ready: Flags  # [labels, devices]: can be relays in the run, or out of it
+    visited: Flags  # [labels, devices]: visited in the run at hand; none behind its last layer
+    available: Flags  # [labels, devices]: can be relays in the run, or out of it
     cost: Floats  # [labels]
     parent: Ints  # [labels]: row of the label before
 
@@ -36,20 +36,20 @@ class Dominance:
     """Finds labels with the same way ahead: on one device, with the same room left and the same devices visited."""
 
     def __init__(self, devices: int) -> None:
-        self._left, self._been, self._ready = np.random.default_rng(0).integers(1, 2**62, (3, devices)) | 1
+        self._left, self._visited, self._available = np.random.default_rng(0).integers(1, 2**62, (3, devices)) | 1
         self._devices = devices
 
     def cheapest(self, labels: Labels) -> Ints:
         """Rows of labels that none alike beats in both cost and relays."""
-        key: Ints = (labels.left * self._left).sum(axis=1) + (labels.been * self._been).sum(axis=1)
+        key: Ints = (labels.left * self._left).sum(axis=1) + (labels.visited * self._visited).sum(axis=1)
         key = key * np.int64(self._devices + 1) + labels.device
         order, first = _grouped(key, labels.cost)
         keep: Ints = order[first]
-        if labels.ready.any():
+        if labels.available.any():
             best = keep[first.cumsum() - 1]  # of those alike, for each
-            more = (labels.ready[order] & ~labels.ready[best]).any(axis=1)
+            more = (labels.available[order] & ~labels.available[best]).any(axis=1)
             keep = order[first | more]
-            full = key[keep] + (labels.ready[keep] * self._ready).sum(axis=1)
+            full = key[keep] + (labels.available[keep] * self._available).sum(axis=1)
             again, first = _grouped(full, labels.cost[keep])
             keep = keep[again[first]]
         if len(keep) <= COMPARED_PAIRWISE:
@@ -68,7 +68,9 @@ def _undominated(labels: Labels) -> Flags:
     one, two = np.s_[:, None], np.s_[None, :]
     better = (labels.device[one] == labels.device[two]) & (labels.cost[one] <= labels.cost[two])
     better &= (labels.left[one] >= labels.left[two]).all(axis=2)
-    better &= (labels.been[one] <= labels.been[two]).all(axis=2) & (labels.ready[one] >= labels.ready[two]).all(axis=2)
+    better &= (labels.visited[one] <= labels.visited[two]).all(axis=2) & (
+        labels.available[one] >= labels.available[two]
+    ).all(axis=2)
     equal = better & better.T
     rows = np.arange(len(labels.device))
     better &= ~(equal & (rows[one] >= rows[two]))

@@ -29,12 +29,12 @@ class LayerRuns:
     priced: Ints  # [layers]: number of the layer's run among those in which a device could be visited twice, or -1
 
 
-def layer_runs(problem: AssignmentProblem, *, apart: bool = False) -> LayerRuns:
+def layer_runs(problem: AssignmentProblem, *, no_relays: bool = False) -> LayerRuns:
     """The longest runs there are; `apart` makes every layer one of its own, so that nothing is a relay."""
     layers, devices = problem.cost.shape
     first = np.arange(layers)
     for i in range(1, layers - 1):  # the head stands alone
-        if not apart and _continues(problem, int(first[i - 1]), i):
+        if not no_relays and _continues(problem, int(first[i - 1]), i):
             first[i] = first[i - 1]
     last = np.append(np.flatnonzero(np.diff(first)), layers - 1)[np.unique(first, return_inverse=True)[1]]
     relay, priced = np.zeros((layers, devices), dtype=bool), np.full(layers, -1)
@@ -42,9 +42,9 @@ def layer_runs(problem: AssignmentProblem, *, apart: bool = False) -> LayerRuns:
     for number, start in enumerate(np.unique(first[last - first + 1 >= FEWEST])):
         end = int(last[start])
         priced[start : end + 1] = number
-        able = np.isfinite(problem.cost[end]) & (problem.room >= 2 * problem.memory[end])
-        within, out, useful = _relayed(problem.hop[start], problem.hop[end], able)
-        hop[start:end], hop[end], relay[start : end + 1] = within, out, useful
+        can_relay = np.isfinite(problem.cost[end]) & (problem.room >= 2 * problem.memory[end])
+        within, out, useful_relay = _relayed(problem.hop[start], problem.hop[end], can_relay)
+        hop[start:end], hop[end], relay[start : end + 1] = within, out, useful_relay
     return LayerRuns(first, last, relay, hop, priced)
 
 
@@ -61,17 +61,17 @@ def _continues(problem: AssignmentProblem, first: int, i: int) -> bool:
     return bool(same and (problem.memory[i - 1] == problem.memory[i]).all())
 
 
-def _relayed(inner: Floats, onward: Floats, able: Flags) -> tuple[Floats, Floats, Flags]:
+def _relayed(inner: Floats, onward: Floats, can_relay: Flags) -> tuple[Floats, Floats, Flags]:
     """(hops within a run, hops out of it, who is of use as a relay). Out of it, a relay may also stay where it is."""
     direct, leaving = _elsewhere(inner), _elsewhere(onward)
-    short, useful = direct, np.zeros(len(inner), dtype=bool)
-    for k in np.flatnonzero(able):
+    short, useful_relay = direct, np.zeros(len(inner), dtype=bool)
+    for k in np.flatnonzero(can_relay):
         within, out = _elsewhere(direct[:, k, None] + direct[k]), _elsewhere(direct[:, k, None] + onward[k])
-        useful[k] = (within < direct).any() or (out < leaving).any()
+        useful_relay[k] = (within < direct).any() or (out < leaving).any()
         short = np.minimum(short, _elsewhere(short[:, k, None] + short[k]))
-    for k in np.flatnonzero(useful):
+    for k in np.flatnonzero(useful_relay):
         leaving = np.minimum(leaving, _elsewhere(short[:, k, None] + onward[k]))
-    return short, leaving, useful
+    return short, leaving, useful_relay
 
 
 def _elsewhere(hop: Floats) -> Floats:

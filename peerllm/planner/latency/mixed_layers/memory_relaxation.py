@@ -35,9 +35,9 @@ class VisitTable:
     runs: LayerRuns
     entered: Ints  # [priced runs]: the first layer of each
     unit: Floats  # [devices]: bytes of which shares are counted, one more than the room
-    most: Floats  # [devices]: the share that may be taken
+    largest_share: Floats  # [devices]: the share that may be taken
     # Of the visit from each layer on that has so many more behind it:
-    whole: Floats  # [devices, layers, more]: cost, infinite where it cannot be
+    visit_cost: Floats  # [devices, layers, more]: cost, infinite where it cannot be
     share: Floats  # [devices, layers, more]
     step: Ints  # [devices, layers, more]: the last of CUTS that the share reaches
     enters: Floats  # [priced runs, layers, more]: 1 if some of it lies in the run
@@ -67,12 +67,23 @@ def visit_table(problem: AssignmentProblem, runs: LayerRuns) -> VisitTable:
     open_, end = end <= far[:, :, None], np.minimum(end, layers - 1)
     unit = np.maximum(problem.room + 1.0, 1.0)
     share = np.where(open_, memory[:, end + 1] - memory[:, start], 0) / unit[:, None, None]
-    whole = np.where(open_, cost[:, end + 1] - cost[:, start], np.inf)
-    most = np.minimum(problem.room, memory[:, -1]).clip(0) / unit
+    visit_cost = np.where(open_, cost[:, end + 1] - cost[:, start], np.inf)
+    largest_share = np.minimum(problem.room, memory[:, -1]).clip(0) / unit
     entered = np.flatnonzero((runs.priced >= 0) & (runs.first == start[:, 0]))
     enters = (end >= entered[:, None, None]) & (start <= runs.last[entered][:, None, None])
     return VisitTable(
-        problem, cost, memory, far, runs, entered, unit, most, whole, share, step_of(share), enters.astype(float)
+        problem,
+        cost,
+        memory,
+        far,
+        runs,
+        entered,
+        unit,
+        largest_share,
+        visit_cost,
+        share,
+        step_of(share),
+        enters.astype(float),
     )
 
 
@@ -89,8 +100,8 @@ class MemoryBound:
     price: Floats  # [kinds, devices]
     share: Floats  # [devices]: price of the whole of `Visits.unit`
     steps: Floats  # [devices, cuts]: of the rounded shares, from each of CUTS on
-    toll: Floats  # [devices]: what each visit is let off
-    again: Floats  # [priced runs, devices]: of a visit to the run, which everyone is given back once
+    discount: Floats  # [devices]: what each visit is let off
+    run_price: Floats  # [priced runs, devices]: of a visit to the run, which everyone is given back once
     charged: Floats  # [devices, layers, more]: what visits cost
     visit: Floats  # [layers + 1, devices]: from starting a visit at layer i until home
     leave: Floats  # [devices, layers]: from leaving a device after layer i until home
@@ -105,77 +116,84 @@ class MemoryBound:
 
     def refunds(self, share: Floats, device: Ints) -> Floats:
         """The same of single devices."""
-        most: Floats = share * self.share[device] + self.steps[device, step_of(share)] - self.toll[device]
-        return np.maximum(most, 0.0)
+        largest_share: Floats = share * self.share[device] + self.steps[device, step_of(share)] - self.discount[device]
+        return np.maximum(largest_share, 0.0)
 
 
-def memory_bound(held: VisitTable, price: Floats) -> MemoryBound:
+def memory_bound(table: VisitTable, price: Floats) -> MemoryBound:
     """The bound under these prices [kinds, devices], by dynamic programming from the last layer back."""
-    devices, layers, width = held.whole.shape
-    share, parts, toll, again = price[0], price[1 : 1 + len(PARTS)], price[1 + len(PARTS)], price[2 + len(PARTS) :]
+    devices, layers, width = table.visit_cost.shape
+    share, parts, discount, run_price = (
+        price[0],
+        price[1 : 1 + len(PARTS)],
+        price[1 + len(PARTS)],
+        price[2 + len(PARTS) :],
+    )
     steps = parts.T @ ROUNDED
-    charged = held.whole + share[:, None, None] * held.share - toll[:, None, None]
-    charged += steps[np.arange(devices)[:, None, None], held.step]
-    for each, enters in zip(again, held.enters, strict=True):
+    charged = table.visit_cost + share[:, None, None] * table.share - discount[:, None, None]
+    charged += steps[np.arange(devices)[:, None, None], table.step]
+    for each, enters in zip(run_price, table.enters, strict=True):
         charged += each[:, None, None] * enters
     visit = np.full((layers + 1, devices), np.inf)
     leave = np.full((devices, layers), np.inf)
-    leave[:, -1] = held.problem.back
+    leave[:, -1] = table.problem.back
     for i in range(layers - 1, -1, -1):
         if i < layers - 1:
-            leave[:, i] = (held.runs.hop[i] + visit[i + 1]).min(axis=1)
+            leave[:, i] = (table.runs.hop[i] + visit[i + 1]).min(axis=1)
         ahead = leave[:, i : i + width]
         visit[i] = (charged[:, i, : ahead.shape[1]] + ahead).min(axis=1)
-    found = MemoryBound(price, share, steps, toll, again, charged, visit, leave, 0.0)
-    return replace(found, value=float(visit[0, 0] - found.refund(held.most) - again.sum()))
+    relaxed = MemoryBound(price, share, steps, discount, run_price, charged, visit, leave, 0.0)
+    return replace(relaxed, value=float(visit[0, 0] - relaxed.refund(table.largest_share) - run_price.sum()))
 
 
-def relaxed_device_route(held: VisitTable, found: MemoryBound) -> DeviceRoute:
+def relaxed_device_route(table: VisitTable, relaxed: MemoryBound) -> DeviceRoute:
     """A cheapest relaxed way as (device, last layer) of each visit; call only where `value` is finite."""
-    layers, width = found.charged.shape[1:]
-    way: DeviceRoute = []
+    layers, width = relaxed.charged.shape[1:]
+    route: DeviceRoute = []
     device, start = 0, 0
     while True:
-        ahead = found.leave[device, start : start + width]
-        end = start + int((found.charged[device, start, : len(ahead)] + ahead).argmin())
-        way.append((device, end))
+        ahead = relaxed.leave[device, start : start + width]
+        end = start + int((relaxed.charged[device, start, : len(ahead)] + ahead).argmin())
+        route.append((device, end))
         if end == layers - 1:
-            return way
+            return route
         start = end + 1
-        device = int((held.runs.hop[end, device] + found.visit[start]).argmin())
+        device = int((table.runs.hop[end, device] + relaxed.visit[start]).argmin())
 
 
-def violations(held: VisitTable, found: MemoryBound, way: DeviceRoute) -> tuple[Floats, bool]:
+def violations(table: VisitTable, relaxed: MemoryBound, route: DeviceRoute) -> tuple[Floats, bool]:
     """[kinds, devices]: how far `way` goes beyond what its prices stand for; whether it keeps to all rooms."""
-    use, used = np.zeros(held.prices), np.zeros(len(held.unit), dtype=np.int64)
+    use, used = np.zeros(table.prices), np.zeros(len(table.unit), dtype=np.int64)
     start = 0
-    for device, end in way:
+    for device, end in route:
         at = device, start, end - start
-        used[device] += held.memory[device, end + 1] - held.memory[device, start]
-        use[0, device] += held.share[at]
-        use[1 : 1 + len(PARTS), device] += ROUNDED[:, held.step[at]]
+        used[device] += table.memory[device, end + 1] - table.memory[device, start]
+        use[0, device] += table.share[at]
+        use[1 : 1 + len(PARTS), device] += ROUNDED[:, table.step[at]]
         use[1 + len(PARTS), device] -= 1
-        use[2 + len(PARTS) :, device] += held.enters[:, start, end - start]
+        use[2 + len(PARTS) :, device] += table.enters[:, start, end - start]
         start = end + 1
-    given = found.refunds(held.most, np.arange(len(held.most))) > 0  # back, if the device is left alone
-    use[0] -= held.most * given
-    use[1 : 1 + len(PARTS)] -= ROUNDED[:, step_of(held.most)] * given
+    given = (
+        relaxed.refunds(table.largest_share, np.arange(len(table.largest_share))) > 0
+    )  # back, if the device is left alone
+    use[0] -= table.largest_share * given
+    use[1 : 1 + len(PARTS)] -= ROUNDED[:, step_of(table.largest_share)] * given
     use[1 + len(PARTS)] += given
     use[2 + len(PARTS) :] -= 1
-    return use, bool((used <= held.problem.room).all())
+    return use, bool((used <= table.problem.room).all())
 
 
-def initial_memory_price(held: VisitTable) -> Floats:
+def initial_memory_price(table: VisitTable) -> Floats:
     """[kinds, devices]: what a share is worth if layers simply fill the fastest devices first: a start."""
-    problem = held.problem
-    room = held.most * held.unit
-    pace = held.cost[:, -1] / np.maximum(held.memory[:, -1], 1)
+    problem = table.problem
+    room = table.largest_share * table.unit
+    pace = table.cost[:, -1] / np.maximum(table.memory[:, -1], 1)
     left, dearest = float(problem.memory.min(axis=1).sum()), 0.0
     for device in np.argsort(pace):
         dearest = float(pace[device])
         left -= float(room[device])
         if left <= 0:
             break
-    price = np.zeros(held.prices)
-    price[0] = np.where(room > 0, np.maximum(0.0, dearest - pace), 0.0) * held.unit
+    price = np.zeros(table.prices)
+    price[0] = np.where(room > 0, np.maximum(0.0, dearest - pace), 0.0) * table.unit
     return price

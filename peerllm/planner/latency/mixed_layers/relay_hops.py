@@ -10,18 +10,20 @@ from peerllm.planner.latency.mixed_layers.layer_runs import LayerRuns
 from peerllm.planner.latency.relay_path import cheapest_relays
 
 
-def relayed_hops(problem: AssignmentProblem, runs: LayerRuns, i: int, device: Ints, ready: Flags) -> tuple[Floats, int]:
+def relayed_hops(
+    problem: AssignmentProblem, runs: LayerRuns, i: int, device: Ints, available: Flags
+) -> tuple[Floats, int]:
     """[labels, devices]: the cheapest hop from layer i on `device` [labels] to any other, over relays among those
     `ready` [labels, devices]; behind a run that may be the last relay itself. And the work: array elements touched.
     """
     onward = problem.hop[i]
     hop: Floats = onward[device]
     hop[np.arange(len(device)), device] = np.inf
-    relays = np.flatnonzero(runs.relay[i] & ready.any(axis=0))
+    relays = np.flatnonzero(runs.relay[i] & available.any(axis=0))
     if not len(relays):
         return hop, hop.size
     inner = problem.hop[runs.first[i]]
-    closed = np.where(ready[:, relays], 0.0, np.inf)
+    closed = np.where(available[:, relays], 0.0, np.inf)
     there = inner[device[:, None], relays] + closed
     there[device[:, None] == relays] = np.inf
     rounds = 0
@@ -37,25 +39,25 @@ def relayed_hops(problem: AssignmentProblem, runs: LayerRuns, i: int, device: In
     return hop, hop.size * (1 + len(relays)) * (1 + rounds)
 
 
-def placement_over_relays(problem: AssignmentProblem, runs: LayerRuns, way: DeviceRoute) -> tuple[int, ...]:
+def placement_over_relays(problem: AssignmentProblem, runs: LayerRuns, route: DeviceRoute) -> tuple[int, ...]:
     """A device for every layer, over relays where they are shorter and have a layer to hand out."""
-    homes: list[int] = []
+    placement: list[int] = []
     parts: list[list[int]] = []  # of the run at hand: device, layers, spare ones (of its first visit there)
 
     def close() -> None:
         for device, layers, _ in parts:
-            homes.extend([device] * layers)
+            placement.extend([device] * layers)
         parts.clear()
 
     def relay(i: int, here: int, to: int) -> None:
-        able = {part[0]: part for part in parts if part[2] > 0 and runs.relay[i, part[0]]}
-        for k in cheapest_relays(problem.hop[runs.first[i]], here, list(able), problem.hop[i][:, to]):
-            able[k][1] -= 1
-            able[k][2] -= 1
+        can_relay = {part[0]: part for part in parts if part[2] > 0 and runs.relay[i, part[0]]}
+        for k in cheapest_relays(problem.hop[runs.first[i]], here, list(can_relay), problem.hop[i][:, to]):
+            can_relay[k][1] -= 1
+            can_relay[k][2] -= 1
             parts.append([k, 1, 0])
 
     start, here = 0, -1
-    for device, end in way:
+    for device, end in route:
         if start:
             relay(start - 1, here, device)
             if runs.first[start] == start:
@@ -69,4 +71,4 @@ def placement_over_relays(problem: AssignmentProblem, runs: LayerRuns, way: Devi
             start = stop + 1
         here = device
     close()
-    return tuple(homes)
+    return tuple(placement)

@@ -20,13 +20,13 @@ class UsableMemory:
         self._devices = [np.flatnonzero(which == k) for k in range(len(self._sums))]  # that have those sizes
         self._after: Ints = memory.sum(axis=0) - memory.cumsum(axis=0)  # [layers, devices]
 
-    def useful(self, left: Ints, i: int) -> Ints:
+    def usable(self, left: Ints, i: int) -> Ints:
         """[labels, devices]: the most of `left` that layers behind layer i fill."""
-        useful: Ints = np.minimum(left, self._after[i])
+        usable: Ints = np.minimum(left, self._after[i])
         for devices, sums in zip(self._devices, self._sums, strict=True):
             if len(sums[i]):
-                useful[:, devices] = sums[i][np.searchsorted(sums[i], useful[:, devices], side="right") - 1]
-        return useful
+                usable[:, devices] = sums[i][np.searchsorted(sums[i], usable[:, devices], side="right") - 1]
+        return usable
 
 
 def _sums(sizes: Ints, most: int) -> list[Ints]:
