@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.daemon.models import BUILTIN, dtype_of
+from peerllm.daemon.deployment.model_files import BUILTIN, dtype_of
 from peerllm.errors import ModelError
 from peerllm.planner.cost.layer_costs import layer_bytes
 from peerllm.planner.cost.working_space import working_bytes
