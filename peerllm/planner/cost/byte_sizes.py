@@ -6,7 +6,7 @@ UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def human_bytes(nbytes: float) -> str:
-    """Three significant digits and a decimal unit: what a person reads."""
+    """The size with three significant digits and a decimal unit."""
     size, unit = abs(float(nbytes)), 0
     while size >= 999.5 and unit < len(UNITS) - 1:
         size, unit = size / 1000, unit + 1

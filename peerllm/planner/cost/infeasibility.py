@@ -22,7 +22,11 @@ def explain_infeasible(
     reached: int | None = None,
     proven: bool = True,
 ) -> InfeasibleError:
-    """`reached` is the last layer that found a place, if the search knows; `working` is taken off each device."""
+    """The error to raise when no plan was found.
+
+    `reached` is the last layer that the search placed, if known; `working` bytes are taken off each device; without
+    `proven` the search gave up, and the message says so.
+    """
     room = {device: profile.memory_bytes - working.get(device, 0) for device, profile in devices.items()}
     last = len(model.layers) - 1
 
@@ -35,7 +39,7 @@ def explain_infeasible(
         options = [source] if bound else list(devices)
         return [d for d in options if room[d] >= 0 and isfinite(layer_ms(devices[d], model.layers[i], 1))]
 
-    needed = sum(needs(i, source) for i in range(last + 1))  # all on the source: a tied head is free there
+    needed = sum(needs(i, source) for i in range(last + 1))  # as if all were on the source, where a tied head is free
     lent = sum(max(0, nbytes) for nbytes in room.values())
     if needed > lent:
         sizes = f"needs {human_bytes(needed)}, the devices lend {human_bytes(lent)}"
@@ -57,7 +61,7 @@ def explain_infeasible(
 def _packed(
     model: ModelProfile, room: Mapping[DeviceId, int], source: DeviceId, needs: Callable[[int, DeviceId], int]
 ) -> int:
-    """The last layer placed when each device in turn, the source first, then the roomiest, takes what it can."""
+    """The last layer placed when each device takes what it can: the source first, then the roomiest."""
     placed = -1
     for device in (source, *sorted((d for d in room if d != source), key=lambda d: -room[d])):
         left = room[device]

@@ -1,4 +1,4 @@
-"""The one cost model (design §6): what a layer, a hop, a stage and a whole plan cost in milliseconds and bytes."""
+"""The cost model's basis: what a layer, a hop and a stage cost in milliseconds and bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peerllm.types import (
     Workload,
 )
 
-Links = Mapping[tuple[DeviceId, DeviceId], LinkProfile]  # ordered pairs; a missing one means no link
+Links = Mapping[tuple[DeviceId, DeviceId], LinkProfile]  # (sender, receiver); a missing pair has no link
 SOURCE_LAYERS = 2  # the embedding and the first block stay on the source: nobody else sees token ids
 
 
@@ -34,12 +34,12 @@ def batch_ms(points: Sequence[tuple[int, float]], tokens: int) -> float:
 
 
 def layer_ms(device: DeviceProfile, layer: Layer, tokens: int) -> float:
-    """Infinite where the device was never measured for this kind of layer."""
+    """Time of one layer for `tokens`; infinite if the device was never measured for this kind of layer."""
     return batch_ms(device.layer_ms.get(layer.kind, ()), tokens)
 
 
 def hop_ms(links: Links, sender: DeviceId, receiver: DeviceId, nbytes: float) -> float:
-    """Zero within a device, infinite without a link."""
+    """Time of a transfer: zero within a device, infinite without a link."""
     if sender == receiver:
         return 0.0
     link = links.get((sender, receiver))
@@ -47,7 +47,7 @@ def hop_ms(links: Links, sender: DeviceId, receiver: DeviceId, nbytes: float) ->
 
 
 def tokens_entering(model: ModelProfile, index: int, batches: Sequence[int]) -> Sequence[int]:
-    """What of one sequence's `batches` of tokens enters layer `index`: into the head, and beyond it, only one token."""
+    """The batches of one sequence that enter layer `index`; the head and the way home see one token only."""
     return (1,) if index >= len(model.layers) - 1 else batches
 
 
@@ -58,19 +58,19 @@ def kv_bytes(layer: Layer, sequences: int, context: int) -> int:
 
 
 def layer_bytes(model: ModelProfile, index: int, workload: Workload, beside: bool = False) -> int:
-    """Weights and KV of one layer; `beside` says that the layer it is tied to lies on the same device."""
+    """Weights and KV of one layer; `beside`: on the same device as the layer whose weights it shares."""
     layer = model.layers[index]
     shared = beside and layer.tied_to is not None
     return (0 if shared else layer.memory_bytes) + kv_bytes(layer, workload.sequences, workload.context)
 
 
 def stage_bytes(model: ModelProfile, stages: Sequence[Stage], workload: Workload) -> tuple[int, ...]:
-    """Weights and KV of each stage; a tied layer is free where its twin lies on the same device."""
+    """Weights and KV of each stage; shared weights count once per device."""
     home = {index: stage.device for stage in stages for index in range(stage.first_layer, stage.last_layer + 1)}
 
     def one(index: int) -> int:
-        twin = model.layers[index].tied_to
-        return layer_bytes(model, index, workload, twin is not None and home[twin] == home[index])
+        shared_with = model.layers[index].tied_to
+        return layer_bytes(model, index, workload, shared_with is not None and home[shared_with] == home[index])
 
     return tuple(sum(one(index) for index in range(s.first_layer, s.last_layer + 1)) for s in stages)
 
@@ -82,23 +82,23 @@ def pass_ms(
     stages: Sequence[Stage],
     batches: Sequence[int],
 ) -> float:
-    """Every stage in turn and back to the source, nothing overlapping: one sequence's tokens in `batches`, in order."""
+    """One sequence's tokens, in `batches`, through every stage and back to the source, nothing overlapping."""
     total = 0.0
     for place, stage in enumerate(stages):
         device = devices[stage.device]
         for index in range(stage.first_layer, stage.last_layer + 1):
             total += sum(layer_ms(device, model.layers[index], n) for n in tokens_entering(model, index, batches))
         last = stage.last_layer
-        after = stages[(place + 1) % len(stages)].device  # the way back to the source closes the ring
+        after = stages[(place + 1) % len(stages)].device  # the last stage sends to the source
         each = model.layers[last].output_bytes_per_token
         total += sum(hop_ms(links, stage.device, after, n * each) for n in tokens_entering(model, last + 1, batches))
     return total
 
 
-def stages_of(homes: Sequence[DeviceId]) -> tuple[Stage, ...]:
-    """One device per layer, as stages: neighbours on one device become one."""
+def stages_of(placement: Sequence[DeviceId]) -> tuple[Stage, ...]:
+    """The stages of a placement (a device for each layer): consecutive layers on one device become one stage."""
     stages: list[Stage] = []
-    for index, device in enumerate(homes):
+    for index, device in enumerate(placement):
         if stages and stages[-1].device == device:
             stages[-1] = Stage(device, stages[-1].first_layer, index)
         else:

@@ -1,4 +1,4 @@
-"""Layer times refined by what the running plan's stages take: the plan's own steps, not the layers' profile, count."""
+"""Layer times corrected by what the stages of the running plan were observed to take."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ Points = tuple[tuple[int, float], ...]  # (tokens in a batch, milliseconds), ris
 
 
 def with_observed_times(
-    model: ModelProfile, devices: Mapping[DeviceId, DeviceProfile], stages: Sequence[Stage], paces: Mapping[int, Points]
+    model: ModelProfile,
+    devices: Mapping[DeviceId, DeviceProfile],
+    stages: Sequence[Stage],
+    observed: Mapping[int, Points],
 ) -> dict[DeviceId, DeviceProfile]:
-    """`devices` with each one's layers stretched so that its stages of the plan take what they were seen to take.
+    """`devices` with layer times scaled so that their stages take the observed times.
 
-    `paces`: by place in the plan, what a batch of one token each took there. Only sizes that were seen on all stages of
-    a device tell of it, by their ratio to the profile; between them the ratio is linear, larger batches (prompts) stay.
+    `observed`: for each stage of the plan, the time of batches of one token per sequence. A batch size counts where it
+    was observed on all stages of a device; the ratio to the profile is interpolated between sizes, and batches larger
+    than any observed (prompts) stay as they are.
     """
     result = dict(devices)
     for name, device in devices.items():
         places = [place for place, stage in enumerate(stages) if stage.device == name]
-        if not places or any(not paces.get(place) for place in places):
+        if not places or any(not observed.get(place) for place in places):
             continue
-        seen = [dict(paces[place]) for place in places]
+        seen = [dict(observed[place]) for place in places]
         ratios = []
         for size in sorted(set(seen[0]).intersection(*seen[1:])):
             said = sum(_stage_ms(model, device, stages[place], size) for place in places)

@@ -1,4 +1,4 @@
-"""What a whole plan is predicted to cost: the time to the first token, a step, a request, and tokens per second."""
+"""What a whole plan is predicted to take: time to first token, step, request, and tokens per second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def predict_latency(
     stages: Sequence[Stage],
     workload: Workload,
 ) -> Prediction:
-    """The latency figures of a plan; InfeasibleError if it uses a link that is not there."""
+    """The latency figures of a plan. InfeasibleError if it uses a missing link or an unmeasured device."""
     first = pass_ms(model, devices, links, stages, workload.pieces)
     lap = lap_of(model, devices, links, stages, 1)
     if inf in (first, lap.ring_ms):
@@ -43,11 +43,11 @@ class Lap:
     bottleneck: str  # its name; a hop is "a to b"
 
     def rate(self, micro_batches: int) -> float:
-        """Tokens per millisecond without bubbles: b·min(1/T_bottleneck, m/T_ring) (papers.md, EdgeShard)."""
+        """Tokens per millisecond without bubbles: b·min(1/T_bottleneck, m/T_ring), as in EdgeShard."""
         slowest = max(self.bottleneck_ms, self.ring_ms / micro_batches)
         return self.batch / slowest if slowest > 0 else inf
 
-    def groups(self, sequences: int) -> int:
+    def fewest_micro_batches(self, sequences: int) -> int:
         """The fewest micro-batches that reach the best rate of at most `sequences` sequences."""
         most = max(1, sequences // self.batch)
         return next((m for m in range(1, most) if self.ring_ms <= m * self.bottleneck_ms), most)
@@ -61,7 +61,7 @@ def lap_of(
     batch: int,
     media: Sequence[Medium] = (),
 ) -> Lap:
-    """What one lap of `batch` sequences costs; infinite where a link is missing."""
+    """The cost of one lap of `batch` sequences; infinite where a link is missing."""
     busy: dict[str, float] = {}
     air = dict.fromkeys((f"medium {medium.name}" for medium in media), 0.0)
     ring = 0.0
@@ -93,7 +93,7 @@ def best_lap(
     workload: Workload,
     media: Sequence[Medium] = (),
 ) -> Lap:
-    """The micro-batch size with which a plan's stages serve the most tokens (the smallest of equals)."""
+    """The lap of the batch size with which these stages serve the most tokens; of equals, the smallest batch."""
     laps = (lap_of(model, devices, links, stages, b, media) for b in range(1, workload.sequences + 1))
     return max(laps, key=lambda lap: lap.rate(workload.sequences // lap.batch))
 
@@ -107,12 +107,12 @@ def predict_throughput(
     lap: Lap | None = None,
     media: Sequence[Medium] = (),
 ) -> Prediction:
-    """The throughput figures of a plan, with the best micro-batches if no lap is given (eq. 9-13, and b and m)."""
+    """The throughput figures of a plan (EdgeShard's eq. 9-13, with batches); without `lap`, of its best batch."""
     lap = lap or best_lap(model, devices, links, stages, workload, media)
     first = pass_ms(model, devices, links, stages, workload.pieces)
     if inf in (first, lap.ring_ms):
         raise InfeasibleError("the plan crosses a link that is not there, or a device that was never measured")
-    groups = lap.groups(workload.sequences)
+    groups = lap.fewest_micro_batches(workload.sequences)
     return Prediction(
         time_to_first_token_ms=first,
         step_ms=lap.ring_ms,

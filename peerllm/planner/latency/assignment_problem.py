@@ -1,4 +1,4 @@
-"""The latency objective as numbers: layers × devices, what each costs and weighs, and the hops between."""
+"""The latency objective as arrays: what each layer costs and weighs on each device, and the hops between."""
 
 from __future__ import annotations
 
@@ -14,26 +14,31 @@ DeviceRoute = list[tuple[int, int]]  # (device, last layer) of each visit
 
 @dataclass(frozen=True, slots=True)
 class AssignmentProblem:
-    """Layers 0 and 1 lie on device 0, where the way starts and ends. No cost is negative; an infinite one means that a
-    layer may not lie there, or that there is no link."""
+    """Assign a device to every layer. Layers 0 and 1 lie on device 0, where the route starts and ends.
+
+    No cost is negative. An infinite one means that a layer may not lie there, or that there is no link.
+    """
 
     cost: Floats  # [layers, devices]
-    hop: Floats  # [layers, devices, devices]: from layer i on k to the next layer on j
-    back: Floats  # [devices]: from the last layer to the start
+    hop: Floats  # [layers, from, to]: after layer i
+    back: Floats  # [devices]: from the last layer back to device 0
     memory: Ints  # [layers, devices]
     room: Ints  # [devices]
 
 
 def placement_cost(problem: AssignmentProblem, placement: tuple[int, ...]) -> float:
-    """What a full assignment costs, limits aside."""
+    """The cost of a device for each layer; memory limits are not checked."""
     total = float(problem.back[placement[-1]]) + sum(float(problem.cost[i, j]) for i, j in enumerate(placement))
     return total + sum(float(problem.hop[i, a, b]) for i, (a, b) in enumerate(pairwise(placement)))
 
 
 def interchangeable_devices(problem: AssignmentProblem) -> Ints:
-    """For each device the nearest earlier one it could be swapped with unnoticed, or -1: the first comes first."""
+    """For each device the nearest earlier one that could be swapped with it without changing any cost, or -1.
+
+    Searches use the earlier one first, which halves the symmetric solutions.
+    """
     devices = len(problem.room)
-    twins = np.full(devices, -1, dtype=np.int64)
+    earlier = np.full(devices, -1, dtype=np.int64)
     marks = [
         (int(problem.room[j]), problem.cost[:, j].tobytes(), problem.memory[:, j].tobytes(), float(problem.back[j]))
         for j in range(devices)
@@ -41,9 +46,9 @@ def interchangeable_devices(problem: AssignmentProblem) -> Ints:
     for j in range(2, devices):
         for k in range(j - 1, 0, -1):
             if marks[j] == marks[k] and _same_hops(problem.hop, j, k):
-                twins[j] = k
+                earlier[j] = k
                 break
-    return twins
+    return earlier
 
 
 def _same_hops(hop: Floats, j: int, k: int) -> bool:

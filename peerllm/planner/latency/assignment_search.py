@@ -1,8 +1,7 @@
-"""Cheapest way through layers × devices under a memory limit per device: exact, or with a proven bound.
+"""Choose the search for the cheapest assignment of layers to devices: exact, or with a proven bound.
 
-Where all blocks are alike, `walk` knows a shorter way. Else: a Lagrangian bound, then sweeps of labels between that
-bound and the best way known: proofs close above the bound are cheap, and a way found there leaves little to prove. What
-could not be decided is left open, and said.
+Models whose blocks are all equal have a search of their own, which is much faster. All others, and what it leaves
+unproven in small households, go through label setting under a Lagrangian bound. `proven` says whether the optimum is.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from peerllm.planner.latency.equal_blocks.block_problem import equal_blocks
 from peerllm.planner.latency.equal_blocks.head_search import HeadSearch
 from peerllm.planner.latency.mixed_layers.gap_search import EXACT, Assignment, GapSearch
 
-FEW = 16  # devices up to which the search goes on until it is exact, within reason
-WIDTHS = {True: (48, 400, 4000, 40_000), False: (48, 400)}  # labels per layer, for few devices and for many
-BUDGET = {True: 1_500_000_000, False: 400_000_000}  # array elements touched before the rest is left open
-BUDGET_AGAIN = 200_000_000  # where a walk is known already: what it could not prove is rarely proven here
+FEW = 16  # devices up to which the wider label limits and the larger budget are used
+WIDTHS = {True: (48, 400, 4000, 40_000), False: (48, 400)}  # labels per layer in turn, for few devices or many
+BUDGET = {True: 1_500_000_000, False: 400_000_000}  # array elements touched before the gap stays open
+BUDGET_AGAIN = 200_000_000  # after the search for equal blocks: what that could not prove is rarely proven here
 
 
 def cheapest_assignment(problem: AssignmentProblem) -> Assignment:
-    """The cheapest assignment of a device to each layer within `room`."""
+    """The cheapest assignment of a device to each layer within every device's room."""
     blocks = equal_blocks(problem)
     if blocks is None:
         return search_mixed_layers(problem)
@@ -33,7 +32,7 @@ def cheapest_assignment(problem: AssignmentProblem) -> Assignment:
 
 
 def search_mixed_layers(problem: AssignmentProblem, known: Assignment | None = None) -> Assignment:
-    """The same, whatever the layers are like; `known` is what was found and proven before."""
+    """The same for any layers; `known` is what was found and proven before."""
     again = known is not None and bool(known.placement)
     few = len(problem.room) <= FEW and not again
     budget = BUDGET_AGAIN if again else BUDGET[few]

@@ -1,4 +1,4 @@
-"""EdgeShard's latency plan (eq. 3-5): any layer on any device, the least time for one request, exactly."""
+"""EdgeShard's latency plan (eq. 3-5) with the return hop, KV memory and prompts: the least time for one request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peerllm.planner.latency.assignment_problem import AssignmentProblem
 from peerllm.planner.latency.assignment_search import cheapest_assignment
 from peerllm.types import DeviceId, DeviceProfile, Layer, ModelProfile, Plan, Workload
 
-MAX_FILLINGS = 4096  # combinations of rare layer sizes tried when a device's room is rounded down to what can be used
+MAX_FILLINGS = 4096  # combinations of rare layer sizes tried per device
 
 
 def plan_latency(
@@ -32,11 +32,11 @@ def plan_latency(
     head_on_source: bool = False,
     extra_ms: Mapping[tuple[int, DeviceId], float] | None = None,
 ) -> Plan:
-    """Minimise time to first token + (output_tokens - 1) · step, both sequential and back at the source.
+    """Minimise time to first token + (output_tokens - 1) · step, both sequential and ending at the source.
 
-    `working_bytes` is set aside once on every device used. `extra_ms` (not negative; missing: 0) is added where a layer
-    lies on a device: the minimum, `optimal` and `bound` are then those of the sum, `predicted` stays the request's.
-    InfeasibleError names the bytes missing in total, or the layer that fits nowhere.
+    `working_bytes` are set aside once on every device used. `extra_ms` (not negative; missing: 0) is added where a
+    layer lies on a device: the sum is minimised, `optimal` and `bound` are about the sum, but `predicted` is the
+    request's. InfeasibleError names the bytes missing in total, or the layer that fits nowhere.
     """
     order = (source, *sorted(device for device in devices if device != source))
     working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(order, working_bytes)
@@ -74,7 +74,7 @@ def assignment_problem(
     working: Mapping[DeviceId, int],
     head_on_source: bool = False,
 ) -> AssignmentProblem:
-    """The latency objective as numbers; `order` starts with the source."""
+    """The latency objective as arrays; `order` lists the devices, the source first."""
     layers, count = len(model.layers), len(order)
     steps = workload.output_tokens - 1
     cost = np.empty((layers, count))
@@ -102,13 +102,13 @@ def assignment_problem(
 
 
 def _request_ms(device: DeviceProfile, layer: Layer, prompt: Sequence[int], steps: int) -> float:
-    """One layer's time for a whole request."""
+    """One layer's time for a whole request: prompt and decode steps."""
     first = sum(layer_ms(device, layer, n) for n in prompt)
     return first + (steps * layer_ms(device, layer, 1) if steps else 0.0)
 
 
 def _links(links: Links, order: tuple[DeviceId, ...]) -> tuple[Floats, Floats]:
-    """[from, to]: milliseconds a hop and a byte; infinite where there is no link."""
+    """[from, to]: milliseconds per hop and per byte; infinite where there is no link."""
     place = {device: j for j, device in enumerate(order)}
     latency = np.full((len(order), len(order)), np.inf)
     ms_per_byte = np.zeros_like(latency)
@@ -130,7 +130,7 @@ def _extra(extra_ms: Mapping[tuple[int, DeviceId], float], layers: int, order: t
 
 
 def _fillable_memory(problem: AssignmentProblem) -> Ints:
-    """Each device's room, less what no choice of layers could fill: it would only loosen the bound."""
+    """Each device's room, rounded down to what some choice of layers fills: the rest would only loosen the bound."""
     rooms = []
     for j, room in enumerate(problem.room):
         usable = np.isfinite(problem.cost[:, j]) & (problem.memory[:, j] > 0)
@@ -139,7 +139,7 @@ def _fillable_memory(problem: AssignmentProblem) -> Ints:
 
 
 def most_fillable(sizes: Mapping[int, int], room: int) -> int:
-    """The most bytes of `room` that layers (size: how many) can fill; `room` itself where counting is long."""
+    """The most bytes of `room` that layers can fill (size: count); `room` itself where counting takes too long."""
     common, *others = sorted(sizes, key=lambda size: -sizes[size]) or [0]
     if not common or prod(sizes[size] + 1 for size in others) > MAX_FILLINGS:
         return room

@@ -1,4 +1,4 @@
-"""The cheapest way from one device to the next over devices that are already part of the route."""
+"""The cheapest path from one device to the next through devices that are already on the route."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peerllm.planner.arrays import Floats
 
 
 def cheapest_relays(hop: Floats, start: int, relays: list[int], onward: Floats) -> list[int]:
-    """The relays' classes on the cheapest way from `start`, its own cost to go onward included."""
+    """The relays on the cheapest path from `start`; `onward` is what the final hop costs from each device."""
     cost: dict[int, float] = {start: 0.0}
     before: dict[int, int] = {}
     for _ in relays:

@@ -1,4 +1,4 @@
-"""What it costs to go from one plan to another: weights to load, KV to carry or rebuild, and what must pause for it."""
+"""The cost of changing from one plan to another: weights to load, KV to move or rebuild, and the pause."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from peerllm.planner.cost.layer_costs import (
 )
 from peerllm.types import DeviceId, DeviceProfile, ModelProfile, Stage, Workload
 
-DISK_MBPS = 4000.0  # a plain solid-state disk, where nobody measured
+DISK_MBPS = 4000.0  # a plain solid-state disk, if not measured
 Placement = tuple[DeviceId, ...]  # the device of each layer
 
 
 def placement_of(stages: Sequence[Stage]) -> Placement:
-    """The other way round from `merged`."""
+    """The device of each layer of these stages."""
     return tuple(stage.device for stage in stages for _ in range(stage.first_layer, stage.last_layer + 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """Layers of one model by device: `loaded` in memory, ready to compute; `cached` on its own disk."""
+    """Which layers of the model each device has: `loaded` in memory, ready to compute; `cached` on its own disk."""
 
     loaded: Mapping[DeviceId, frozenset[int]] = field(default_factory=dict)
     cached: Mapping[DeviceId, frozenset[int]] = field(default_factory=dict)
 
     def has(self, device: DeviceId, layer: int) -> bool:
-        """Whether others can fetch it from there."""
+        """Whether other devices can fetch the layer from this one."""
         return layer in self.loaded.get(device, ()) or layer in self.cached.get(device, ())
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRates:
-    """How fast weights come from a device's own disk, and from the internet where that is allowed."""
+    """How fast weights are read from a device's own disk, and from the internet if that is allowed."""
 
     disk_mbps: Mapping[DeviceId, float] | float = DISK_MBPS
     hub_mbps: float | None = None
@@ -54,18 +54,18 @@ class LoadRates:
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """The work of one change of plan, every transfer after the other."""
+    """The work of one change of plan; transfers are counted one after the other."""
 
-    background_ms: float  # loading while the running plan, if it works, still serves
-    pause_ms: float  # nothing is served: KV on its way or rebuilt, and loading where old and new do not fit together
-    ready_ms: float  # the same with every device loading at once: when the switch can be expected
+    background_ms: float  # loading while the running plan still serves
+    pause_ms: float  # nothing is served: KV sent or rebuilt, and loading where old and new layers do not fit together
+    ready_ms: float  # until the switch, if all devices load at once
     load_bytes: Mapping[DeviceId, int]
     kv_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class RunningState:
-    """What is running now and what each device has. `homes` is empty if no plan is."""
+    """The running plan and what each device has. `placement` is empty if no plan runs."""
 
     model: ModelProfile
     devices: Mapping[DeviceId, DeviceProfile]
@@ -78,8 +78,10 @@ class RunningState:
     in_flight: Sequence[int] = ()  # tokens so far of each sequence
     working: Mapping[DeviceId, int] = field(default_factory=dict)
 
-    lost: tuple[int, ...] = field(init=False)  # layers of the running plan no longer in memory there; all, without one
-    serving: bool = field(init=False)  # the running plan works: all in memory, the links there, the source as it was
+    lost: tuple[int, ...] = field(
+        init=False
+    )  # layers of the running plan that are no longer in memory; all, if no plan runs
+    serving: bool = field(init=False)  # the running plan works: all in memory, all links there, the same source
 
     def __post_init__(self) -> None:
         held = self.held.loaded
@@ -93,49 +95,50 @@ class RunningState:
 
     @property
     def replayed(self) -> int:
-        """The last layer through which the tokens in flight must go again, because KV was lost; -1 if none."""
+        """The last layer through which tokens in flight must be computed again because KV was lost; -1 if none."""
         return max(self.lost, default=-1)
 
     def shares(self, layer: int, device: DeviceId) -> bool:
-        """A layer tied to one that never leaves the source needs no bytes of its own there."""
-        twin = self.model.layers[layer].tied_to
-        return device == self.source and twin is not None and twin < SOURCE_LAYERS
+        """Whether the layer needs no weights of its own there: it shares those of a layer that stays on the source."""
+        shared = self.model.layers[layer].tied_to
+        return device == self.source and shared is not None and shared < SOURCE_LAYERS
 
     def load_bytes(self, layer: int, device: DeviceId) -> int:
-        """Weights that a device still lacks of a layer."""
+        """The weights of a layer that a device still has to load."""
         ready = layer in self.held.loaded.get(device, ()) or self.shares(layer, device)
         return 0 if ready else self.model.layers[layer].memory_bytes
 
     def load_ms(self, layer: int, device: DeviceId) -> float:
-        """By the quickest way: its own disk, another device that has it, the internet; infinite if there is none."""
+        """Loading from the fastest place: own disk, another device, the internet; infinite if nobody has the layer."""
         nbytes = self.load_bytes(layer, device)
         if not nbytes:
             return 0.0
-        ways = [hop_ms(self.links, d, device, nbytes) for d in self.devices if d != device and self.held.has(d, layer)]
+        have_it = [d for d in self.devices if d != device and self.held.has(d, layer)]
+        times_ms = [hop_ms(self.links, d, device, nbytes) for d in have_it]
         if layer in self.held.cached.get(device, ()):
-            ways.append(_ms(nbytes, self.rates.disk(device)))
+            times_ms.append(_ms(nbytes, self.rates.disk(device)))
         if self.rates.hub_mbps:
-            ways.append(_ms(nbytes, self.rates.hub_mbps))
-        return min(ways, default=inf)
+            times_ms.append(_ms(nbytes, self.rates.hub_mbps))
+        return min(times_ms, default=inf)
 
     def kv_bytes(self, layer: int) -> int:
-        """What the sequences in flight have on one layer so far."""
+        """The KV of all sequences in flight in one layer."""
         return sum(kv_bytes(self.model.layers[layer], 1, tokens) for tokens in self.in_flight)
 
     def carried_bytes(self, layer: int, device: DeviceId) -> int:
-        """KV that must reach `device`: none if it is there, nor if it is rebuilt anyway."""
+        """KV that must be sent to `device`: none if it is there already, or is computed again."""
         return 0 if layer <= self.replayed or self.placement[layer] == device else self.kv_bytes(layer)
 
     def kv_ms(self, layer: int, device: DeviceId) -> float:
-        """Carrying a layer's KV to a device, or computing it again there; the hops of a replay are left out."""
+        """Sending a layer's KV to a device, or computing it again there; hops of a replay are left out."""
         if layer <= self.replayed:
             runs = tokens_entering(self.model, layer, self.in_flight) if self.in_flight else ()
             return sum(layer_ms(self.devices[device], self.model.layers[layer], tokens) for tokens in runs)
         nbytes = self.carried_bytes(layer, device)
-        return self._way_ms(self.placement[layer], device, nbytes) if nbytes else 0.0
+        return self._sent_ms(self.placement[layer], device, nbytes) if nbytes else 0.0
 
-    def _way_ms(self, sender: DeviceId, receiver: DeviceId, nbytes: int) -> float:
-        """Straight, or by one device between where no link leads straight there."""
+    def _sent_ms(self, sender: DeviceId, receiver: DeviceId, nbytes: int) -> float:
+        """Sent directly, or over one other device where there is no direct link."""
         straight = hop_ms(self.links, sender, receiver, nbytes)
         if straight < inf:
             return straight
@@ -144,20 +147,20 @@ class RunningState:
         )
 
     def overflows(self, device: DeviceId, layers: Iterable[int]) -> bool:
-        """Whether `layers` do not fit beside those that the running plan has on a device."""
+        """Whether `layers` do not fit on a device beside those of the running plan."""
         kept = {i for i, home in enumerate(self.placement) if home == device} | set(layers)
-        twin = {i: self.model.layers[i].tied_to for i in kept}
-        needed = sum(layer_bytes(self.model, i, self.workload, twin[i] in kept) for i in kept)
+        shared = {i: self.model.layers[i].tied_to for i in kept}
+        needed = sum(layer_bytes(self.model, i, self.workload, shared[i] in kept) for i in kept)
         return needed > self.devices[device].memory_bytes - self.working.get(device, 0)
 
     def reachable(self) -> None:
-        """InfeasibleError names a layer that no device here could get."""
+        """Raise InfeasibleError for a layer that no device can load."""
         for i, layer in enumerate(self.model.layers):
             if all(self.load_ms(i, device) == inf for device in self.devices):
                 raise InfeasibleError(f"no device that is here has layer {i} ({layer.name}) of {self.model.name}")
 
     def migration(self, placement: Placement) -> Migration:
-        """What a change to `homes` costs."""
+        """The cost of changing to `placement`."""
         background = pause = 0.0
         loading: dict[DeviceId, int] = {}
         own_ms: dict[DeviceId, float] = {}

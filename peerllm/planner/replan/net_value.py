@@ -1,4 +1,4 @@
-"""What a plan is worth over a horizon, the way to it deducted: the one measure by which re-planning chooses."""
+"""The value of a plan over a horizon, less the cost of moving to it: what re-planning maximises."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from peerllm.planner.cost.prediction import predict_latency, predict_throughput
 from peerllm.planner.replan.migration import Migration, Placement, RunningState
 from peerllm.types import Medium, Plan, Prediction, Stage
 
-SAME = 1e-10  # relative; two worths closer than this are one
+SAME = 1e-10  # relative; values closer than this count as equal
 
 
 @dataclass(frozen=True, slots=True)
 class ReplanHorizon:
-    """How long the plan is expected to be used, and how many requests come in that time."""
+    """How long the next plan is expected to be used, and how many requests come in that time."""
 
     ms: float
     requests: float
@@ -28,7 +28,7 @@ class ReplanHorizon:
 
 @dataclass(frozen=True, slots=True)
 class ReplanChoice:
-    """The best plan met, staying among them; `worth` is net of moving."""
+    """The best plan found; the running one may be it. `net_value` has the cost of moving deducted."""
 
     plan: Plan
     net_value: float
@@ -37,13 +37,13 @@ class ReplanChoice:
 
 @dataclass(frozen=True, slots=True)
 class ReplanProblem:
-    """What both objectives decide upon."""
+    """What both objectives choose from."""
 
     state: RunningState
     horizon: ReplanHorizon
     head_on_source: bool
     media: tuple[Medium, ...] = ()
-    running: Prediction | None = field(init=False)  # of the plan that serves now; None if nothing does
+    running: Prediction | None = field(init=False)  # of the running plan; None if it does not serve
 
     def __post_init__(self) -> None:
         running = self.predict(stages_of(self.state.placement)) if self.state.serving else None
@@ -60,7 +60,7 @@ class ReplanProblem:
         return predict_throughput(s.model, s.devices, s.links, stages, s.workload, media=self.media)
 
     def allowed(self, placement: Placement) -> bool:
-        """Within every device's memory, and private where it must be."""
+        """Whether the placement keeps every memory limit and leaves the private layers on the source."""
         s = self.state
         used = dict.fromkeys(placement, 0)
         stages = stages_of(placement)
@@ -72,19 +72,19 @@ class ReplanProblem:
 
     @property
     def busy(self) -> float:
-        """Share of the horizon in which a request is being served."""
+        """The share of the horizon in which a request is being served."""
         before = self.running
         return 1.0 if before is None else min(1.0, self.horizon.requests * before.request_ms / self.horizon.ms)
 
     def staying(self) -> float:
-        """The worth of the running plan over the horizon: milliseconds (negative) or tokens."""
+        """The value of the running plan over the horizon: minus milliseconds, or tokens."""
         before = self.running
         if self.latency:
             return -inf if before is None else -self.horizon.requests * before.request_ms
         return 0.0 if before is None else before.tokens_per_second / 1000 * self.horizon.ms
 
     def net_value(self, predicted: Prediction, migration: Migration) -> float:
-        """The same of another plan, moving included."""
+        """The value of another plan over the horizon, less the cost of moving to it."""
         if self.latency:
             return (
                 -self.horizon.requests * predicted.request_ms - self.busy * migration.background_ms - migration.pause_ms

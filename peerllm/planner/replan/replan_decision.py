@@ -1,4 +1,4 @@
-"""Whether to leave the running plan, and for which one: what is gained over a horizon, less the cost of moving."""
+"""Whether to leave the running plan, and for which one: the gain over a horizon less the cost of moving."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from peerllm.planner.replan.replan_latency import replan_for_latency
 from peerllm.planner.replan.replan_throughput import replan_for_throughput
 from peerllm.types import DeviceId, DeviceProfile, Medium, ModelProfile, Plan, Workload
 
-LEAST_GAIN = 0.05  # of the horizon's work; a smaller gain is within what measurements wander, and plans would flap
+LEAST_GAIN = 0.05  # share of the horizon's work; smaller gains are within measurement noise, and plans would flap
 
 
 @dataclass(frozen=True, slots=True)
 class ReplanDecision:
-    """`gain` is milliseconds of waiting saved (latency) or tokens more (throughput) over the horizon, moving deducted.
+    """`gain`: milliseconds of waiting saved (latency) or tokens gained (throughput) over the horizon, less the moving.
 
-    It is 0 for "stay", and infinite (latency) where nothing served before. `bound` is the gain not ruled out.
+    It is 0 for "stay", and infinite (latency) where nothing served before. `bound` is a gain that no plan can exceed.
     """
 
     action: Literal["stay", "move"]
     plan: Plan
     gain: float
-    move_ms: float  # until the switch, every device loading at once
-    pause_ms: float  # of it, nothing is served
+    move_ms: float  # until the switch, if all devices load at once
+    pause_ms: float  # the part of move_ms in which nothing is served
     load_bytes: Mapping[DeviceId, int]
     kv_bytes: int
     reason: str
@@ -53,12 +53,12 @@ def replan(
     head_on_source: bool = False,
     media: Sequence[Medium] = (),
 ) -> ReplanDecision:
-    """Stay with `current`, or move to the plan of the greatest net gain; `workload.objective` says gain of what.
+    """Stay with `current`, or move to the plan of the greatest net gain in terms of `workload.objective`.
 
     Latency: requests · time saved, less every millisecond of pause, less every millisecond of loading times the share
-    of the horizon in which requests are served (no delay of the gain is longer). Throughput: tokens until the switch
-    at the old rate, none in the pause, the rest at the new rate. Transfers count one after the other. A broken plan
-    serves nothing, so all moving is pause, and it is never stayed with. InfeasibleError if nothing fits.
+    of the horizon in which requests are served. Throughput: tokens at the old rate until the switch, none in the pause,
+    the rest at the new rate. Transfers count one after the other. A broken plan serves nothing: all moving is pause
+    then, and staying is no option. InfeasibleError if nothing fits.
     """
     working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(devices, working_bytes)
     placement = placement_of(current.stages) if current else ()
@@ -71,7 +71,7 @@ def replan(
 
 
 def _decide(problem: ReplanProblem, choice: ReplanChoice, least_gain: float) -> ReplanDecision:
-    """Stay unless the gain is worth the trouble, or nothing else is possible."""
+    """Stay unless the gain is large enough, or the running plan cannot stay."""
     s, stay = problem.state, problem.staying()
     before = problem.running
     gain, bound = choice.net_value - stay, choice.bound - stay

@@ -1,6 +1,6 @@
-"""Re-planning for latency, exactly: the work of moving is a sum over (layer, device), so one search finds the best sum.
+"""Re-planning for latency, exactly: the cost of moving is a sum over (layer, device), so one latency plan minimises it.
 
-Only where new layers do not fit beside the old ones it is no sum; there it branches.
+It is no such sum where new layers do not fit beside the old ones; there the search branches.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from peerllm.planner.replan.migration import RunningState, placement_of
 from peerllm.planner.replan.net_value import SAME, ReplanChoice, ReplanProblem
 from peerllm.types import DeviceId, Plan
 
-MAX_SEARCHES = 12  # in one decision; beyond, the best found is returned with its bound
+MAX_SEARCHES = 12  # in one decision; then the best found is returned with its bound
 Paused = frozenset[DeviceId]  # devices whose loading counts as pause
 Blocked = frozenset[tuple[int, DeviceId]]  # layers that may not move there
 
 
 def replan_for_latency(problem: ReplanProblem) -> ReplanChoice:
-    """Best-first over searches: the greatest of -(requests · request_ms) less moving, with the bound proven."""
+    """Best-first branch and bound: the plan of the greatest net value, with the bound proven."""
     s, requests, order = problem.state, problem.horizon.requests, count()
     places = [(i, d) for i in range(len(s.model.layers)) for d in s.devices]
     load = {place: s.load_ms(*place) for place in places}
@@ -64,11 +64,11 @@ def replan_for_latency(problem: ReplanProblem) -> ReplanChoice:
         least, _, plan, paused, blocked = heappop(waiting)
         todo = list(branches(s, plan, paused, blocked))
         if not todo:
-            unproven = max(unproven, -least)  # the search itself left this open
+            unproven = max(unproven, -least)  # no branch is left, so its bound stays open
 
 
 def fastest(s: RunningState, problem: ReplanProblem, extra: dict[tuple[int, DeviceId], float]) -> Plan:
-    """The plan of the least request time and extra cost."""
+    """The plan with the least request time plus extra cost."""
     return plan_latency(
         s.model, s.devices, s.links, s.source, s.workload,
         working_bytes=s.working, head_on_source=problem.head_on_source, extra_ms=extra,
@@ -76,7 +76,7 @@ def fastest(s: RunningState, problem: ReplanProblem, extra: dict[tuple[int, Devi
 
 
 def branches(s: RunningState, plan: Plan, paused: Paused, blocked: Blocked) -> Iterator[tuple[Paused, Blocked]]:
-    """Either a crowded device pauses, or one layer of a smallest crowd is not moved there."""
+    """Either an overflowing device pauses to load, or one layer of a minimal overflowing set is not moved there."""
     new: dict[DeviceId, list[int]] = {}
     for i, home in enumerate(placement_of(plan.stages)):
         if not s.placement or s.placement[i] != home:

@@ -1,6 +1,6 @@
-"""Re-planning for throughput: the planner's optimum, the running plan, and all that single moves reach from them.
+"""Re-planning for throughput: local search from the planner's optimum, the running plan and the source alone.
 
-Each plan is valued exactly; that none beyond their reach is better is not proven: the bound forgets the moving.
+Each plan is valued exactly. The result is not proven to be the best: the bound leaves out the cost of moving.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_VALUED = 1500  # plans in one decision
 
 
 def replan_for_throughput(problem: ReplanProblem) -> ReplanChoice:
-    """The best plan found; `bound` holds for every plan, moved to at once."""
+    """The best plan found; no plan can exceed `bound`, even if moving were free."""
     s = problem.state
     free = plan_throughput(
         s.model, s.devices, s.links, s.source, s.workload,
@@ -73,7 +73,7 @@ def _rate(predicted: Prediction) -> float:
 
 
 def _reached(problem: ReplanProblem) -> tuple[Stage, ...]:
-    """Some plan whose every layer can be had where it lies, though it may visit a device twice."""
+    """A plan whose layers can all be loaded where they lie, even if it visits a device twice."""
     s = problem.state
     places = [(i, d) for i in range(len(s.model.layers)) for d in s.devices]
     extra = {place: s.load_ms(*place) + s.kv_ms(*place) for place in places}

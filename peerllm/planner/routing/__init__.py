@@ -1,1 +1,1 @@
-"""Throughput plans: one contiguous shard per device around a ring, the least max(bottleneck, ring / micro-batches)."""
+"""Routes through the devices, shared by both objectives: their graph, Lagrangian bounds, local search."""

@@ -1,7 +1,7 @@
-"""Raising a Lagrangian bound: the proximal bundle method (Lemaréchal 1978; Kiwiel 1990).
+"""Maximise a Lagrangian bound over its prices: the proximal bundle method (Lemaréchal 1978; Kiwiel 1990).
 
-The bound is a concave function of prices, known by its values and slopes where it was asked. These make a model of it
-from above; the next prices maximise that model, less what keeps them near the best prices so far.
+The bound is a concave function of the prices. Its values and slopes at the prices tried so far give cutting planes,
+which bound it from above; the next prices maximise these planes less a penalty for moving away from the best prices.
 """
 
 from __future__ import annotations
@@ -13,41 +13,47 @@ import numpy as np
 
 from peerllm.planner.arrays import Floats
 
-FIRST_GAIN = 0.05  # relative gain that the first step is laid out for
-TOLERANCE = 2e-4  # relative; less to be gained, by the model, is nothing
-SERIOUS_STEP = 0.1  # share of the gain promised by the model that makes new prices the best ones
-GOOD_STEP = 0.5  # share that makes the next step longer
+FIRST_GAIN = 0.05  # relative gain that the length of the first step aims at
+TOLERANCE = 2e-4  # relative; stop when the planes promise less
+SERIOUS_STEP = 0.1  # share of the promised gain from which on new prices become the best ones
+GOOD_STEP = 0.5  # share of the promised gain from which on the next step is longer
 LONGER, SHORTER = 2.0, 0.7
-PROBES, PROBE_GROWTH = 4, 4.0  # the patient look further where nothing is to be gained near by
-PLANES = 60  # of the model, at most
-MIX_ROUNDS = {True: 400, False: 80}  # of the search for the best mix of planes; patient or not
-MIX_TOLERANCE = 1e-2  # of the tolerance: how well the mix is found
+PROBES, PROBE_GROWTH = 4, 4.0  # longer steps tried, if patient, before the planes promise nothing
+PLANES = 60  # cutting planes kept
+MIX_ROUNDS = {True: 400, False: 80}  # Frank-Wolfe steps, patient or not
+MIX_TOLERANCE = 1e-2  # share of TOLERANCE at which the mix is good enough
 NEGLIGIBLE = 1e-12
 
 
 class ProvenBound(Protocol):
-    """Something found under prices, with the bound it proves."""
+    """The relaxed optimum under some prices; `value` is the bound that it proves."""
 
     @property
     def value(self) -> float: ...
 
 
 Found = TypeVar("Found", bound=ProvenBound)
-Judged = tuple[Floats, bool]  # how far each priced limit is broken; whether what was found will do
+Judged = tuple[Floats, bool]  # excess over each priced limit; good enough to stop at
 
 
 class BundleMethod(Generic[Found]):
-    """`solve` gives the bound under prices, `judge` how far its optimum breaks each limit and whether it will do."""
+    """Maximise the bound that `solve` returns for prices.
+
+    `judge` says by how much the relaxed optimum breaks each limit, and whether it is good enough to stop at.
+    """
 
     def __init__(
         self, solve: Callable[[Floats], Found], judge: Callable[[Found], Judged], *, patient: bool = False
     ) -> None:
-        """`patient`: to the top, where there are many prices and what follows is dear."""
+        """`patient` spends more work on each step: worth it with many prices, before an expensive search."""
         self._solve, self._judge = solve, judge
         self._rounds, self._probes = MIX_ROUNDS[patient], PROBES if patient else 0
 
     def maximise(self, price: Floats, cutoff: float, steps: int) -> tuple[Found, bool, int]:
-        """The best bound met; whether the last optimum will do; the passes it took. Ends when `goal` is passed."""
+        """Return the best bound, whether the last optimum was good enough, and how many bounds were computed.
+
+        Stops at the first bound above `cutoff`, after `steps` bounds, or when the planes promise no more gain.
+        """
         best = self._solve(price)
         if not best.value <= cutoff:
             return best, False, 1
@@ -87,15 +93,15 @@ class BundleMethod(Generic[Found]):
 
 
 class _CuttingPlanes:
-    """Planes over the prices: where each is above the best value there, and its slope."""
+    """Cutting planes: the slope of each, and by how much it exceeds the best value at the best prices."""
 
     def __init__(self, slope: Floats) -> None:
         self._slopes, self._excess, self._mix = slope[None], np.zeros(1), np.ones(1)
 
     def trial(self, price: Floats, step_size: float, tolerance: float, rounds: int) -> tuple[Floats, float]:
-        """The prices, none negative, where the model, less the square of the move over 2·reach, is highest; its gain.
+        """The prices >= 0 that maximise the planes less |move|² / (2 · step_size), and the promised gain.
 
-        From `price` a mix of slopes is followed `reach` far; the mix is found by pairwise Frank-Wolfe steps.
+        The maximum follows a convex mix of the slopes from `price`; pairwise Frank-Wolfe steps find the mix.
         """
         trial = np.maximum(0.0, price + step_size * (self._mix @ self._slopes))
         for _ in range(rounds):
@@ -115,11 +121,11 @@ class _CuttingPlanes:
         return trial, float((self._excess + self._slopes @ (trial - price)).min())
 
     def move(self, by: Floats, gained: float) -> None:
-        """The best prices are elsewhere."""
+        """Shift the planes to new best prices, `by` away, whose value is higher by `gained`."""
         self._excess = np.maximum(self._excess + self._slopes @ by - gained, 0.0)
 
     def add(self, slope: Floats, excess: float) -> None:
-        """One plane more; the least of use goes if there are too many, or all are mixed into one."""
+        """Add a plane; when there are PLANES, drop the unused one that exceeds most, or merge all into their mix."""
         if len(self._excess) >= PLANES:
             idle = np.flatnonzero(self._mix <= NEGLIGIBLE)
             if len(idle):

@@ -1,4 +1,4 @@
-"""Devices that nobody could tell apart are one class with a count: fifteen boards of two kinds cost like two."""
+"""Classes of interchangeable devices: fifteen boards of two kinds cost the search as much as two devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from peerllm.types import DeviceId, DeviceProfile
 def device_classes(
     devices: Mapping[DeviceId, DeviceProfile], links: Links, order: Sequence[DeviceId], room: Mapping[DeviceId, int]
 ) -> list[list[DeviceId]]:
-    """`order` parted into classes whose members may be swapped without any cost changing; the first stays alone."""
+    """Group `order` into classes whose members may be swapped without changing any cost.
+
+    The first device, the source, stays alone.
+    """
     kinds: dict[object, int] = {}
 
     def kind(device: DeviceId) -> int:
@@ -35,7 +38,7 @@ def device_classes(
 
 
 def _link_table(links: Links, order: Sequence[DeviceId]) -> Ints:
-    """[from, to]: a number per different link, -1 where there is none."""
+    """[from, to]: the same number for equal links, -1 where there is no link."""
     numbers: dict[tuple[float, float], int] = {}
     place = {device: j for j, device in enumerate(order)}
     table = np.full((len(order), len(order)), -1, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Good rings by local search: the order of the devices is changed step by step, and their blocks follow from it.
+"""Iterated local search for a good order of devices when all blocks are equal.
 
-Given who is used, like blocks go to the fastest first; so a ring is an order of devices, and its cost the blocks' and
-the hops' between neighbours.
+Given the devices, the blocks are filled into the fastest first, so a solution is just an order of devices. It costs the
+time of the blocks plus the hops between neighbours.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ import numpy as np
 
 from peerllm.planner.arrays import Floats, Ints
 
-PERTURBATIONS = 160  # perturbations tried
-VAIN_PERTURBATIONS = 60  # of them in a row without gain before it ends
-ALL_SEGMENTS = 32  # devices up to which all reorderings are tried; beyond, one device at a time moves
+PERTURBATIONS = 160  # tried at most
+VAIN_PERTURBATIONS = 60  # end after so many in a row without gain
+ALL_SEGMENTS = 32  # devices up to which segments of any length are reversed; beyond, only single ones move
 SEGMENT = 3  # devices moved together, at most
-BUDGET = 12_000_000  # array elements touched before it ends
+BUDGET = 12_000_000  # end after so many array elements touched
 GAIN = 1e-9  # relative
-FIRST_SEARCHES = 2  # rounds in which a first order is sought
+FIRST_SEARCHES = 2  # searches in which a first order is sought
 
-DeviceOrder = Ints  # [visits]: classes, the source left out
+DeviceOrder = Ints  # [visits]: classes, without the source
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRing:
-    """Like blocks to be placed between the source (class 0, alone) and home; infinite where there is no link."""
+    """Equal blocks to be placed on devices between the source (class 0) and home; infinite where there is no link."""
 
     count: int  # blocks
-    source_cost: float  # cost of what lies on the source anyway
+    source_cost: float  # what must lie on the source
     block_cost: Floats  # [classes]: cost of a block
     capacity: Ints  # [classes]: blocks that one device holds
-    class_size: Ints  # [classes]: devices; of the source none
+    class_size: Ints  # [classes]: devices of the class; 0 for the source
     hop: Floats  # [classes, classes]
-    home: Floats  # [classes]: from the last block on
+    home: Floats  # [classes]: from the last block home
 
 
 class OrderSearch:
-    """Local search among the orders of one round; `work` counts array elements."""
+    """Local search over the device orders of one ring; `work` counts the array elements touched."""
 
     def __init__(self, ring: BlockRing) -> None:
         self.ring, self.work = ring, 0
@@ -52,7 +52,10 @@ class OrderSearch:
         self._usable = (ring.capacity > 0) & (ring.class_size > 0)
 
     def start(self, promising: Sequence[int]) -> DeviceOrder | None:
-        """`hopeful` classes, then the cheapest per block with their hop, until there is room for all blocks."""
+        """A first order with room for all blocks, or None.
+
+        `promising` classes come first, then those cheapest per block, hop included.
+        """
         into = self.ring.hop.min(axis=0, initial=np.inf)
         pace = self._block_cost + into / np.maximum(self._capacity, 1)
         taken = np.zeros(len(self._capacity), dtype=np.int64)
@@ -68,11 +71,11 @@ class OrderSearch:
         return np.array(order, dtype=np.int64) if left <= 0 and order else None
 
     def cost(self, orders: Ints) -> Floats:
-        """[orders]: the cheapest that each order [orders, visits] can be; infinite where the room is too small."""
+        """[orders]: the least cost of each order [orders, visits]; infinite where its devices have too little room."""
         return self._compute(orders) + self._hops(orders)
 
     def improved(self, order: DeviceOrder) -> tuple[DeviceOrder, float]:
-        """Steps to the best neighbour until none is better."""
+        """Move to the best neighbour until none is better: a local optimum and its cost."""
         cost = float(self.cost(order[None])[0])
         while True:
             best, better = cost * (1 - GAIN), None
@@ -90,7 +93,7 @@ class OrderSearch:
             order, cost = better, best
 
     def blocks_per_visit(self, order: DeviceOrder) -> Ints:
-        """[1 + visits]: blocks on the source and on each of `order`."""
+        """[1 + visits]: blocks on the source and on each device of `order`."""
         share = np.append(0, np.ones(len(order), dtype=np.int64))
         kinds = np.append(0, order)
         left = self._count - len(order)
@@ -101,7 +104,7 @@ class OrderSearch:
         return share
 
     def perturbed(self, order: DeviceOrder, rng: np.random.Generator) -> DeviceOrder:
-        """Two neighbouring parts change places, or a few devices are replaced."""
+        """Swap two adjacent segments, or replace up to SEGMENT devices by unused ones."""
         count = len(order)
         spare = np.flatnonzero(self._usable & (np.bincount(order, minlength=len(self._class_size)) < self._class_size))
         if count >= 3 and (not len(spare) or rng.random() < 0.5):
@@ -116,7 +119,7 @@ class OrderSearch:
     def _compute(self, orders: Ints) -> Floats:
         kinds = np.hstack([np.zeros((len(orders), 1), dtype=np.int64), orders])
         block_cost, room = self._block_cost[kinds], self._capacity[kinds]
-        room[:, 1:] -= 1  # every visit has a block at least
+        room[:, 1:] -= 1  # every visit holds at least one block
         left = self._count - orders.shape[1]
         rank = np.argsort(block_cost, axis=1, kind="stable")
         filled = np.minimum(np.take_along_axis(room, rank, axis=1).cumsum(axis=1), left)
@@ -136,7 +139,7 @@ class OrderSearch:
         return total
 
     def _neighbours(self, order: DeviceOrder) -> list[tuple[Ints, bool]]:
-        """(orders, whether they use the same devices): reordered; one replaced, added, left out."""
+        """Pairs of (orders, same devices as before): reordered; one device added, replaced, removed."""
         count = len(order)
         spare = np.flatnonzero(self._usable & (np.bincount(order, minlength=len(self._class_size)) < self._class_size))
         found = [(order[_reorderings(count)], True)] if count > 1 else []
@@ -155,7 +158,7 @@ class OrderSearch:
 
 @lru_cache(maxsize=64)
 def _reorderings(count: int) -> Ints:
-    """[orders, count]: a segment moved, forwards or backwards; two swapped; a part reversed."""
+    """[orders, count]: a segment moved, forwards or reversed; two devices swapped; a segment reversed."""
     plain = list(range(count))
     found = set()
     for first in range(count):
@@ -177,7 +180,10 @@ def _reorderings(count: int) -> Ints:
 def iterated_local_search(
     searches: Sequence[OrderSearch], promising: Sequence[int], budget: int = BUDGET
 ) -> tuple[OrderSearch, DeviceOrder] | None:
-    """A good order, and the search whose round it suits best; `searches` the most hopeful first."""
+    """A good order and the search in whose ring it costs least, or None if no order has room.
+
+    `searches` are sorted, the most promising first.
+    """
     best, order, at = np.inf, None, None
     for search in searches[:FIRST_SEARCHES]:
         first = search.start(promising)
@@ -189,7 +195,7 @@ def iterated_local_search(
         return None
     rng, vain = np.random.default_rng(0), 0
     for _ in range(PERTURBATIONS):
-        for search in searches:  # the order is good: another way home may be better
+        for search in searches:  # the same order may cost less in another ring
             alike = (
                 len(search.ring.class_size) == len(at.ring.class_size)
                 and (search.ring.class_size == at.ring.class_size).all()

@@ -1,7 +1,7 @@
-"""The ring as a chain of visits: the source's first layers, then contiguous ranges on others, then home.
+"""The graph of routes: the source's first layers, then contiguous ranges of layers on other devices, then home.
 
-Costs are those of one lap of a micro-batch. A `Chain` belongs to one batch size and one place of the head; `Limits`
-says which visits and hops a bottleneck limit leaves.
+All costs are those of one lap of one micro-batch. A `RouteGraph` belongs to one batch size and one place of the head;
+`CappedRoutes` keeps the visits and hops within a bottleneck limit.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 
 from peerllm.planner.arrays import Floats, Ints
 
-WORK_PER_LAYER, WORK_PER_VISIT = 3000, 1000  # what a call costs besides its elements, counted in elements
+WORK_PER_LAYER, WORK_PER_VISIT = 3000, 1000  # overhead of a numpy call, in array elements
 
 
 @dataclass(frozen=True, slots=True)
 class RouteGraph:
-    """Class 0 is the source; the others are numbered from 0 in every array but `hop`. Layers 0..last are placed."""
+    """Costs by class of devices, the source left out except as a sender in `hop`. Layers 0..last are placed."""
 
-    first: Floats  # [last + 1]: compute of the source when its range ends at this layer; infinite where it may not
+    first: Floats  # [last + 1]: compute of the source if its range ends at this layer; infinite where it may not
     prefix: Floats  # [classes, last + 2]: compute of layers 0..e-1 on one device of the class
     fits: Ints  # [classes, last + 1]: the last layer that a visit starting at i can hold in memory (i - 1: none)
-    hop: Floats  # [last + 1, 1 + classes, classes]: after layer i, from any class (0: the source) on to another
+    hop: Floats  # [last + 1, 1 + classes, classes]: after layer i, from class (0: the source) to class
     home: Floats  # [classes]: from layer `last` back to the source
     class_size: Ints  # [classes]: devices of the class
 
@@ -34,7 +34,7 @@ class RouteGraph:
 
 @dataclass(frozen=True, slots=True)
 class CappedRoutes:
-    """A chain under a limit on every device's compute and every hop: infinite where it is broken."""
+    """A route graph in which visits and hops that exceed a bottleneck limit are infinite or left out."""
 
     graph: RouteGraph
     first: Floats
@@ -48,7 +48,7 @@ class CappedRoutes:
 
 
 def capped(graph: RouteGraph, bottleneck: float) -> CappedRoutes:
-    """What is left when nothing may take longer than `bottleneck`."""
+    """The routes on which no visit and no hop takes longer than `bottleneck`."""
     if np.isinf(bottleneck):
         return CappedRoutes(
             graph, graph.first, np.maximum(graph.fits, np.arange(graph.last + 1) - 1), graph.hop, graph.home
@@ -68,7 +68,7 @@ def capped(graph: RouteGraph, bottleneck: float) -> CappedRoutes:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """Layers up to `last` on a device of class `kind` (-1: the source)."""
+    """The layers up to `last` on a device of class `kind` (-1: the source)."""
 
     kind: int
     last: int
@@ -78,7 +78,7 @@ Route = tuple[Visit, ...]
 
 
 def route_lap(graph: RouteGraph, route: Route) -> tuple[float, float]:
-    """(ring, bottleneck) of a way, limits aside."""
+    """(ring, bottleneck) of a route; limits are not checked."""
     ring = slowest = float(graph.first[route[0].last])
     for before, visit in pairwise(route):
         hop = float(graph.hop[before.last, before.kind + 1, visit.kind])
@@ -89,7 +89,7 @@ def route_lap(graph: RouteGraph, route: Route) -> tuple[float, float]:
 
 
 def enough_capacity(routes: CappedRoutes) -> bool:
-    """Whether the longest visits of all devices together could hold every layer: false refutes the limit."""
+    """Whether the longest visits of all devices together hold every layer; if not, no route keeps the limit."""
     starts = np.arange(routes.last + 1)
     held = np.maximum((routes.far - starts + 1).max(axis=1), 0) @ routes.graph.class_size
     own = np.flatnonzero(np.isfinite(routes.first))

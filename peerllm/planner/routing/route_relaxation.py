@@ -1,4 +1,7 @@
-"""Relaxed ways: devices may be visited again, at a price. A lower bound on every lap (Lagrangian relaxation)."""
+"""Lagrangian relaxation of routes: devices may be visited any number of times, at a price per visit.
+
+Its optimum is a lower bound on every route that uses each device once.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,25 @@ from peerllm.planner.arrays import Floats
 from peerllm.planner.routing.bundle_method import BundleMethod
 from peerllm.planner.routing.route_graph import CappedRoutes, Route, Visit
 
-STEPS = 120  # of subgradient ascent
+STEPS = 120  # bounds computed at most
 
 
 @dataclass(frozen=True, slots=True)
 class RouteBound:
-    """Under prices per visit of each class; costs are infinite where no way leads on."""
+    """The relaxed optimum under some prices; costs are infinite where no route leads on."""
 
     price: Floats  # [classes]
-    visit: Floats  # [last + 2, classes]: from entering a device at layer i, its price included, until home
-    leave: Floats  # [1 + classes, last + 1]: from leaving a device after layer i until home
+    visit: Floats  # [last + 2, classes]: cost to go when entering a device at layer i, its price included
+    leave: Floats  # [1 + classes, last + 1]: cost to go when leaving a device after layer i
     value: float  # the bound on any ring
 
     def refund(self, class_size: Floats) -> float:
-        """Prices that a way using no device at all would get back."""
+        """The prices that a route without any device would get back."""
         return float(self.price @ class_size)
 
 
 class RouteRelaxation:
-    """What bounds under any prices share: computed once for many of them."""
+    """Computes the bound under any prices; what does not depend on prices is prepared once."""
 
     def __init__(self, routes: CappedRoutes) -> None:
         graph, last = routes.graph, routes.last
@@ -36,9 +39,9 @@ class RouteRelaxation:
         width = max(1, int((routes.far - layers).max(initial=0)) + 1)
         ends = layers[:, None] + np.arange(width)  # [layers, width]
         self._routes, self._width = routes, width
-        # [layers, width, classes]: whether a visit that starts here may end there; what is behind `last` is cut off.
+        # [layers, width, classes]: 0 where a visit that starts here may end there, else infinite.
         self._closed = np.where(ends[:, :, None] <= routes.far.T[:, None, :], 0.0, np.inf)
-        if routes.hop.strides[0] == 0:  # alike at every layer: held once
+        if routes.hop.strides[0] == 0:  # a broadcast view: equal at every layer, kept once
             onward = np.ascontiguousarray(routes.hop[0].T)
             self._onward: Floats = np.broadcast_to(onward, (last + 1, *onward.shape))
         else:
@@ -52,7 +55,7 @@ class RouteRelaxation:
         visit = np.full((last + 2, kinds), np.inf)
         leave = np.full((last + 1, 1 + kinds), np.inf)
         leave[last, 1:] = self._routes.home
-        ending = np.full((last + 1, kinds), np.inf)  # prefix up to and with a layer, plus what follows
+        ending = np.full((last + 1, kinds), np.inf)  # prefix up to and including a layer, plus the cost to go
         entering = price - self._prefix
         for i in range(last, -1, -1):
             if i < last:
@@ -65,12 +68,12 @@ class RouteRelaxation:
 
 
 def route_bound(routes: CappedRoutes, price: Floats) -> RouteBound:
-    """The bound under one price."""
+    """The bound under one price vector."""
     return RouteRelaxation(routes)(price)
 
 
 def relaxed_route(routes: CappedRoutes, relaxed: RouteBound) -> Route:
-    """A cheapest relaxed way; call only where `value` is finite."""
+    """A cheapest relaxed route. Call it only where `value` is finite."""
     graph, last = routes.graph, routes.last
     route = [Visit(-1, int((routes.first + relaxed.leave[0]).argmin()))]
     while route[-1].last < last:
@@ -83,20 +86,20 @@ def relaxed_route(routes: CappedRoutes, relaxed: RouteBound) -> Route:
 
 
 def visit_counts(route: Route, kinds: int) -> Floats:
-    """How often each class is visited."""
+    """[classes]: how often the route visits each class."""
     count: Floats = np.bincount([visit.kind for visit in route[1:]], minlength=kinds).astype(float)
     return count
 
 
 def initial_price(routes: CappedRoutes) -> Floats:
-    """The better of `fair_prices`."""
+    """The better of `initial_prices`."""
     return max(initial_prices(routes), key=lambda price: route_bound(routes, price).value)
 
 
 def initial_prices(routes: CappedRoutes) -> tuple[Floats, Floats]:
-    """What one visit saves against the slowest device needed if layers simply fill the fastest first: two starts.
+    """Two starting prices: what one visit saves against the slowest device that is still needed.
 
-    What a hop costs is a guess: half of the usual one, or the shortest into a device.
+    Layers fill the fastest devices first. The cost of a hop is a guess: half of the mean, or the shortest.
     """
     graph = routes.graph
     open_ = np.isfinite(graph.hop)
@@ -128,9 +131,9 @@ def _price_against_slowest(routes: CappedRoutes, hops: Floats) -> Floats:
 def raise_bound(
     routes: CappedRoutes, price: Floats, cutoff: float, steps: int = STEPS
 ) -> tuple[RouteBound, Route | None, int]:
-    """Raise the bound until it passes `goal` (refuted), a way respects every count, or it grows no more.
+    """Raise the bound until it exceeds `cutoff` (refuted), a route visits no class too often, or it grows no more.
 
-    Returns the best bound, a way of at most `goal` if one was met, and the passes it took.
+    Returns the best bound, a feasible route of at most `cutoff` if one was met, and how many bounds were computed.
     """
     class_size = routes.graph.class_size
     route: Route = ()

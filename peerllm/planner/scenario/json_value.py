@@ -1,4 +1,4 @@
-"""A decoded JSON value that knows its path, so that a refusal names the key."""
+"""A decoded JSON value that knows its path, so that an error names the key."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shown(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class JsonValue:
-    """One value of the file. Every reader raises ScenarioError where the value is not what it asks for."""
+    """One value of the file. Every reader raises ScenarioError if the value is not what it asks for."""
 
     path: str
     value: object
@@ -98,7 +98,7 @@ class JsonValue:
         return value
 
     def number(self, least: float, most: float) -> float:
-        """A number; NaN is none."""
+        """A number; NaN is refused."""
         value = self.value
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
             raise self.wrong(f"must be a number from {least:g} to {most:g}, not {shown(value)}")

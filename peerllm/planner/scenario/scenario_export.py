@@ -1,4 +1,4 @@
-"""A scenario as the object that scenario files hold: what `parse` reads back."""
+"""A scenario as a JSON object in the format of scenario files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peerllm.types import DeviceId, DeviceProfile, Layer
 
 
 def scenario_file(scenario: Scenario) -> dict[str, Any]:
-    """Devices go by their names; where two share one, by name and the start of their ids."""
+    """What `parse` reads back. Devices are named by name, and where two share one, also by the start of their ids."""
     names = names_in(scenario.devices)
     work = {name: value for name, value in asdict(scenario.workload).items() if value is not None}
     del work["objective"]
@@ -47,7 +47,7 @@ def scenario_file(scenario: Scenario) -> dict[str, Any]:
 
 
 def names_in(devices: Mapping[DeviceId, DeviceProfile]) -> dict[DeviceId, str]:
-    """What each device is called in the scenario file."""
+    """The name of each device in the scenario file."""
     count = Counter(profile.name for profile in devices.values())
     return {
         device: profile.name if count[profile.name] == 1 else f"{profile.name} {device[:8]}"
@@ -56,7 +56,7 @@ def names_in(devices: Mapping[DeviceId, DeviceProfile]) -> dict[DeviceId, str]:
 
 
 def _layers(layers: tuple[Layer, ...]) -> list[dict[str, Any]]:
-    """Neighbours that differ in nothing but their names become one entry that repeats."""
+    """The layers; neighbours that differ only in their names become one entry with a count."""
 
     def entry(layer: Layer) -> dict[str, Any]:
         found = {key: value for key, value in asdict(layer).items() if value is not None and key != "name"}

@@ -1,4 +1,4 @@
-"""The scenario file: a model, devices, links and a workload to plan for, checked key by key.
+"""Read a scenario file: every key is checked, and errors name the key.
 
 Unknown keys are ignored, so that a file may carry what a newer version or another tool reads.
 """
@@ -22,20 +22,20 @@ from peerllm.types import (
     Workload,
 )
 
-MAX_LAYERS = MAX_STAGES  # repeats expanded: every layer may be a stage of its own
+MAX_LAYERS = MAX_STAGES  # repeats expanded; every layer may be a stage of its own
 MAX_DEVICES = 512
-MAX_HOPS = 1 << 25  # layers × devices²: tables of that size are built, 256 MiB each
+MAX_HOPS = 1 << 25  # layers × devices²: the planner builds tables of that size, 256 MiB each
 MAX_POINTS = 1024  # token counts measured per kind of layer
-MAX_BYTES = 1 << 62  # 64-bit sums of what all devices lend, or all layers need, stay below
+MAX_BYTES = 1 << 62  # sums over all devices or layers stay below 64 bits
 MAX_TOKENS = 1 << 31
-MAX_SEQUENCES = 4096  # every batch size up to it is weighed
-MAX_PIECES = 4096  # of a prompt that travels in chunks
-MAX_MS = 1e15  # some thirty thousand years: sums of products of it stay finite
+MAX_SEQUENCES = 4096  # the planner tries every batch size up to it
+MAX_PIECES = 4096  # chunks of one prompt
+MAX_MS = 1e15  # some thirty thousand years; sums of products stay finite
 MIN_MBPS, MAX_MBPS = 1e-9, 1e15
 
 
 def parse(raw: object) -> Scenario:
-    """A scenario from decoded JSON. ScenarioError names the offending key by its path."""
+    """The scenario in decoded JSON. ScenarioError names the wrong key by its path."""
     root = JsonValue("", raw)
     model = _model(root["model"])
     devices = _devices(root["devices"], model)
@@ -87,14 +87,14 @@ def _layer(field: JsonValue) -> Layer:
 
 
 def _tied(field: JsonValue, earlier: Sequence[Layer]) -> int | None:
-    """The layer whose tensors are shared: an earlier one that surely lies on the source, by name or number."""
+    """The layer whose weights are shared, by name or number: one that must lie on the source."""
     if field.value is None:
         return None
-    twins = range(min(SOURCE_LAYERS, len(earlier)))
-    for twin in twins:
-        if field.value == earlier[twin].name or (type(field.value) is int and field.value == twin):
-            return twin
-    names = " or ".join(f"{twin} ({earlier[twin].name})" for twin in twins) or "none: this is layer 0"
+    candidates = range(min(SOURCE_LAYERS, len(earlier)))
+    for index in candidates:
+        if field.value == earlier[index].name or (type(field.value) is int and field.value == index):
+            return index
+    names = " or ".join(f"{index} ({earlier[index].name})" for index in candidates) or "none: this is layer 0"
     raise field.wrong(f"must be an earlier layer that lies on the source, by name or number: {names}")
 
 
@@ -117,7 +117,7 @@ def _devices(field: JsonValue, model: ModelProfile) -> dict[DeviceId, DeviceProf
 
 
 def _points(field: JsonValue) -> tuple[tuple[int, float], ...]:
-    """(tokens, milliseconds), rising in tokens."""
+    """(tokens, milliseconds), ascending in tokens."""
     found: dict[int, float] = {}
     for text, ms in field.mapping().items():
         tokens = int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else 0
@@ -132,7 +132,7 @@ def _points(field: JsonValue) -> tuple[tuple[int, float], ...]:
 
 
 def _bounded(devices: Mapping[DeviceId, DeviceProfile], needed: int) -> Mapping[DeviceId, DeviceProfile]:
-    """The devices; where their memory would overflow a 64-bit sum, none with more than the whole model needs."""
+    """The devices; where their memory would overflow a 64-bit sum, none lends more than the whole model needs."""
     if sum(device.memory_bytes for device in devices.values()) <= MAX_BYTES:
         return devices
     if needed * len(devices) > MAX_BYTES:
@@ -182,7 +182,7 @@ def _link(field: JsonValue) -> LinkProfile | None:
 
 
 def _media(field: JsonValue, known: Container[DeviceId], links: Links) -> tuple[Medium, ...]:
-    """Each medium's links, as far as they exist: those listed, or all with either end among its `devices`."""
+    """Each medium's links, as far as they exist: those listed, or all that touch one of its `devices`."""
     found: dict[str, Medium] = {}
     for one in field.items(0, MAX_DEVICES):
         name = one["name"].text()

@@ -1,1 +1,1 @@
-"""A plan run as discrete events: queues and resources, never a closed formula (design §6)."""
+"""A plan run as discrete events, with queues and resources instead of a closed formula."""

@@ -29,7 +29,7 @@ class EventQueue:
 
 
 class Resource:
-    """Does one thing at a time: of what waits the lowest rank, and of equals the one that came first."""
+    """Serves one request at a time: the lowest rank first, and of equal ranks the one that came first."""
 
     def __init__(self, agenda: EventQueue) -> None:
         self._agenda = agenda

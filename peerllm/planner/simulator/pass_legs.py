@@ -1,4 +1,4 @@
-"""What a pass through the stages takes at each of them, from the cost model."""
+"""What a pass takes at each stage, from the cost model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def prompt_legs(
     tokens: int,
     final: bool,
 ) -> tuple[Leg, ...]:
-    """A piece of one prompt. Only the final one enters the head, with one token; the others end below it."""
+    """A chunk of one prompt. Only the final chunk enters the head, with one token; the others end below it."""
     head = len(model.layers) - 1
     legs = []
     for place, stage in enumerate(stages):

@@ -1,4 +1,4 @@
-"""What a simulated run shows: every span of work, and the rates, shares and waits that follow from them."""
+"""The result of a simulated run: every span of work, and the rates, utilisations and waits that follow."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from peerllm.planner.cost.prediction import Lap
 from peerllm.types import ScheduleName
 
 SpanKind = Literal["compute", "transfer", "air"]
-SETTLING = 0.25  # share of the time when all groups decode that is left out of the steady rate: queues still form
+SETTLING = 0.25  # first share of the time when all groups decode, left out of the steady rate: queues still form
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedSpan:
     """One resource doing one thing. `resource` is a device's name, "a to b" for a link, or a shared medium's name.
 
-    "air" is the bytes part of a transfer that has a span of its own on its link.
+    "air" is the bytes part of a transfer, which also has a span on its link.
     """
 
     resource: str
     kind: SpanKind
-    stage: int  # the stage that computes, or that sends
+    stage: int  # the stage that computes or sends
     group: int
     sequence: int | None  # whose prompt; None for a group's decode step
     step: int  # 0 is the prompt
-    ready_ms: float  # since when it waited in the resource's queue
+    ready_ms: float  # when it joined the resource's queue
     start_ms: float
     end_ms: float
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
-    """All that happened, in order of its end. Milliseconds since the start."""
+    """All spans in the order of their start, in milliseconds since the start of the run."""
 
     schedule: ScheduleName
     micro_batch: int
@@ -68,9 +68,9 @@ class SimulatedRun:
 
     @property
     def steady_tokens_per_second(self) -> float | None:
-        """Decode rate while all groups decode and the queues have settled; None if that is shorter than a step of each.
+        """Decode rate while all groups decode and queues have settled; None if that is shorter than a step.
 
-        The sum of each group's own rate, from its first to its last token in that time: no ends to round.
+        The sum of each group's own rate, from its first to its last token in that time, so that no partial step counts.
         """
         start, end = max(times[0] for times in self.returns), min(times[-1] for times in self.returns)
         start += SETTLING * (end - start)
@@ -112,7 +112,7 @@ class SimulatedRun:
 
 
 def formula_tokens_per_second(lap: Lap, schedule: ScheduleName, micro_batches: int) -> float:
-    """The closed forms the steady rate is held against; exact where a lap visits every resource once (see engine)."""
+    """The closed form of the steady rate; exact where a lap visits every resource once (see `simulation`)."""
     if schedule == "no-bubble":
         return 1000 * lap.rate(micro_batches)
     groups = micro_batches if schedule == "bubble" else 1

@@ -1,4 +1,4 @@
-"""Which pass may start when: the three ways to run a pipeline (papers.md, EdgeShard), as pure state machines."""
+"""When each pass may start: EdgeShard's three ways to run a pipeline, as state machines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peerllm.types import ScheduleName
 
 @dataclass(frozen=True, slots=True)
 class SimulatedPass:
-    """One journey through the stages: a group's decode step (step 1, 2, ...) or a piece of one prompt (step 0)."""
+    """One journey through the stages: a decode step of a group (step 1, 2, ...) or a chunk of one prompt (step 0)."""
 
     group: int
     step: int
@@ -21,11 +21,11 @@ class SimulatedPass:
     sequence: int | None = None  # whose prompt
 
 
-Passes = Callable[[int, int], Sequence[SimulatedPass]]  # (group, step): what the group must do to finish that step
+Passes = Callable[[int, int], Sequence[SimulatedPass]]  # (group, step): the passes of that step
 
 
 class SimulatedSchedule(Protocol):
-    """Told of every pass that ended, says which ones start now. A step of a group has ended with its last pass."""
+    """Told of every pass that ended, returns the passes that start now. A group's step ends with its last pass."""
 
     def start(self) -> Sequence[SimulatedPass]: ...
 
@@ -73,7 +73,7 @@ class SimulatedBubble:
 
 
 class SimulatedSequential:
-    """One pass at a time in the whole household, so devices take turns; groups follow each other, step by step."""
+    """One pass at a time in the whole household; the groups take turns, step by step."""
 
     def __init__(self, groups: int, steps: range, passes: Passes) -> None:
         self._free_running = SimulatedNoBubble(groups, steps, passes)

@@ -1,25 +1,25 @@
-"""Micro-batches run through a plan's stages as discrete events, with queues and resources and the one cost model.
+"""Run micro-batches through a plan's stages as discrete events, with queues, resources and the one cost model.
 
 Resources: one compute unit for each device (however many stages it holds), one sender for each ordered link, and each
-shared medium. A device takes what waits, decode before prompts, of several stages the earlier; links and media serve in
-order; a device computes on while its links send.
+shared medium. A device serves decode steps before prompts, and of several stages the earlier first; links and media
+serve in order; a device computes on while its links send.
 
 A hop holds its link for all of its time, latency included, because the cost model counts the whole hop as the link's
 occupancy; `latency_holds_link=False` frees the sender once the bytes are out, as a real socket does, and may be faster
-than the formula. A shared medium is held for the bytes alone (by a link of several: one after the other, by name).
+than the formula. A shared medium is held for the bytes alone; a link that is in several takes one after the other.
 
 Where a lap visits every resource once, queues served in order reach b·min(1/T_bottleneck, m/T_ring) exactly: it is a
-ring of queues with m circling, whose only cycles are each queue's own and the whole ring. With bubbles a round takes
-exactly T_ring + (m-1)·T_bottleneck there. A device with two stages (a source that holds the head) or a shared medium is
-visited more than once, and there it matters who goes first:
+ring of queues with m circling, whose only cycles are each queue's own and the whole ring. With bubbles a round then
+takes exactly T_ring + (m-1)·T_bottleneck. A device with two stages (a source that holds the head) and a shared medium
+are visited more than once, and there the order of service matters:
 
-- Head on the source: `order="stage"` (the engine's way) serves a device's earlier stage first, so that a token goes
-  straight from the head into the next lap, as if in one visit: the formula holds. By `order="arrival"` it holds in 99 %
-  of random rings, and up to 27 % are lost in the others, where T_ring is close to m·T_bottleneck.
-- Shared media: 90 % of random rings are within 1 %, the worst loses 30 %; hops that are far apart in the ring meet on
-  the air, and no order helps when m is as small as T_ring allows.
+- Head on the source: `order="stage"` (what the engine does) serves a device's earlier stage first, so that a token goes
+  straight from the head into the next lap, as if in one visit, and the formula holds. With `order="arrival"` it holds
+  in 99 % of random rings; in the others, where T_ring is close to m·T_bottleneck, up to 27 % are lost.
+- Shared media: 90 % of random rings are within 1 %, the worst loses 30 %. Hops that are far apart in the ring compete
+  for the medium, and no order helps when m is as small as T_ring allows.
 - Plans made for latency may visit devices and links many times: a pipeline over them may lose more than half.
-- A round with bubbles may take less than its formula: two visits of a device in one lap need not all wait in line.
+- A round with bubbles may take less than its formula: two visits of a device in one lap need not both wait in line.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from peerllm.planner.simulator.run_report import SimulatedRun, SimulatedSpan, Sp
 from peerllm.planner.simulator.simulated_schedules import SCHEDULES, SimulatedPass, SimulatedSchedule
 from peerllm.types import DeviceId, DeviceProfile, Medium, ModelProfile, ScheduleName, Stage, Workload
 
-MAX_SPANS = 500_000  # of one run: some 150 MB and a few seconds
-Order = Literal["arrival", "stage"]  # what a device with several stages serves first, of decode steps or of prompts
-LEAST_SPREAD = 1e-3  # less is none
+MAX_SPANS = 500_000  # in one run: some 150 MB and a few seconds
+Order = Literal["arrival", "stage"]  # what a device with several stages serves first
+LEAST_SPREAD = 1e-3  # smaller spreads count as none
 NO_SPREAD: Mapping[int, float] = {}
 DECODE, PROMPT = 0, 1  # ranks in a device's queue
 
@@ -97,7 +97,7 @@ def simulate(
 
 
 class _Ring:
-    """The household's resources, and what passes through them."""
+    """The household's resources and the passes that use them."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class _Ring:
         self._agenda.run()
 
     def _stage(self, one: SimulatedPass, place: int, ended: Action) -> None:
-        """Compute the leg at `place`, send, and go on with the next; `ended` when there is none."""
+        """Compute the leg at `place`, send, and go on with the next leg; call `ended` after the last."""
         if place == len(one.legs):
             ended()
             return
@@ -192,19 +192,19 @@ class _Ring:
 
 
 def _names(devices: Mapping[DeviceId, DeviceProfile]) -> dict[DeviceId, str]:
-    """Each device's name, with the start of its id where two share one."""
+    """Each device's name, with the start of its id where several devices share it."""
     often = Counter(device.name for device in devices.values())
     return {one: d.name if often[d.name] == 1 else f"{d.name} ({one[:8]})" for one, d in devices.items()}
 
 
 def _spans(legs: Sequence[Leg], media: Sequence[Medium]) -> int:
-    """How many spans of work one pass leaves."""
+    """How many spans one pass records."""
     hops = [(leg.device, leg.receiver) for leg in legs if leg.receiver is not None]
     return len(legs) + len(hops) + sum(hop in medium.links for hop in hops for medium in media)
 
 
 def _bounded(spans: int, prompt: int, steps: int, micro_batches: int) -> None:
-    """BadInputError if a run of `spans`, of which `prompt` for prompts, is more than is kept."""
+    """BadInputError if a run would record more than MAX_SPANS; `prompt` of its `spans` are for prompts."""
     if spans > MAX_SPANS:
         lower = "the prompt's tokens or raise its chunks" if 2 * prompt > spans else f"the steps (now {steps})"
         raise BadInputError(

@@ -1,6 +1,6 @@
-"""EdgeShard's algorithms as published (arXiv 2405.14371), for comparison: what they choose need not be the best.
+"""EdgeShard's algorithms as published (arXiv 2405.14371), for comparison: their plans need not be the best.
 
-Costs, KV memory and the place of the first two layers are those of our own objectives.
+Costs, KV memory and the place of the first two layers are those of our objectives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peerllm.planner.scenario.json_value import ScenarioError
 from peerllm.types import DeviceId, DeviceProfile, ModelProfile, Stage, Workload
 
 MAX_STATES = 20_000_000  # (devices used, last of them, layers placed): 160 MB of numbers
-CHUNK = 1024  # states extended at once: what fits the processor's cache
+CHUNK = 1024  # states extended at once: they fit the processor's cache
 
 
 def latency(
@@ -54,10 +54,10 @@ def latency(
     home = int(value.argmin())
     if not isfinite(value[home]):
         raise InfeasibleError("the published algorithm finds no way whose last device has a link back to the source")
-    way = [home]
+    placement = [home]
     for winner in reversed(trail):
-        way.append(int(winner[way[-1]]))
-    return stages_of([order[place] for place in reversed(way)])
+        placement.append(int(winner[placement[-1]]))
+    return stages_of([order[place] for place in reversed(placement)])
 
 
 def throughput(
@@ -67,10 +67,10 @@ def throughput(
     source: DeviceId,
     workload: Workload,
 ) -> tuple[Stage, ...]:
-    """g(m, S∪{j}, j) = min over i<m, j∉S of max{g(i,S,k), t_comm(i-1,k,j), t_comp(i→m,j)}: one sequence, no way back.
+    """g(m, S∪{j}, j) = min over i<m, j∉S of max{g(i,S,k), t_comm(i-1,k,j), t_comp(i→m,j)}: one sequence, no return hop.
 
-    The source comes first, with any number of layers. Devices that can be swapped are told apart by nobody, so states
-    count them. ScenarioError where more than MAX_STATES remain.
+    The source comes first, with any number of layers. States count the used devices of each class of interchangeable
+    ones. ScenarioError if there would be more than MAX_STATES.
     """
     order = tuple(dict.fromkeys((source, *devices)))
     room = {device: devices[device].memory_bytes for device in order}
@@ -115,7 +115,7 @@ def throughput(
 def _stages(
     source: DeviceId, kinds: Sequence[Sequence[DeviceId]], cuts: Sequence[tuple[int, int]], layers: int
 ) -> tuple[Stage, ...]:
-    """The source's stage, then a member of each kind in turn; `cuts` runs backwards."""
+    """The source's stage, then a device of each class; `cuts` runs backwards."""
     fresh = [iter(kind) for kind in kinds]
     starts = [(source, 0), *((next(fresh[kind]), first) for kind, first in reversed(cuts))]
     ends = [*(first for _, first in starts[1:]), layers]
@@ -126,7 +126,7 @@ def _runs(model: ModelProfile, device: DeviceProfile, workload: Workload, source
     """[i, m]: compute of layers i..m-1 for one token on one device; infinite where they do not fit."""
     layers = len(model.layers)
     each = np.array([layer_ms(device, layer, 1) for layer in model.layers])
-    unknown = np.cumsum([0, *~np.isfinite(each)])  # kinds that were never measured here
+    unknown = np.cumsum([0, *~np.isfinite(each)])  # layers of kinds that were never measured here
     ms = np.cumsum([0.0, *np.where(np.isfinite(each), each, 0.0)])
     sizes = np.cumsum([0, *(layer_bytes(model, index, workload, beside=source) for index in range(layers))])
     runs: Floats = ms[None, :] - ms[:, None]

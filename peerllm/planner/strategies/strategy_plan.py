@@ -1,4 +1,4 @@
-"""The strategies of a scenario: EdgeShard's exact planner, and what it is compared with."""
+"""The plan of each strategy of a scenario: EdgeShard's exact planner, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from peerllm.types import DeviceId, Objective, Plan, Prediction, Stage
 
 __all__ = ["SINGLE", "STRATEGIES", "plan"]
 
-SINGLE = ("edge-solo", "cloud-edge-even", "even", "edgeshard-even")  # strategies that know only one plan
-SAME = 1e-9  # relative; values closer than this are one
+SINGLE = ("edge-solo", "cloud-edge-even", "even", "edgeshard-even")  # strategies with a single plan to choose from
+SAME = 1e-9  # relative; values closer than this count as equal
 
 
 def plan(scenario: Scenario, strategy: str = "edgeshard", objective: Objective = "latency") -> Plan:

@@ -1,7 +1,7 @@
-"""The best ring over every micro-batch size: intervals of sizes are refuted, split, searched, until none is left.
+"""Branch and bound over micro-batch sizes: intervals of sizes are refuted, split or searched until none is left.
 
-All figures are milliseconds per token: `worth` of a ring is max(bottleneck, ring / micro-batches) / batch, the inverse
-of EdgeShard's no-bubble rate. An interval is judged by costs no size in it can beat.
+All figures are milliseconds per token: max(bottleneck, ring / micro-batches) / batch, the inverse of EdgeShard's
+no-bubble rate. An interval is bounded by costs that no size in it can beat.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from peerllm.planner.throughput.class_tables import ClassTables
 from peerllm.planner.throughput.ring_local_search import local_search_ring
 from peerllm.planner.throughput.subset_dp import least_ring, subset_count
 
-EXACT = 1e-10  # relative; two plans closer than this are one
-SMALL = 2_000_000  # layers × classes² × sets of devices up to which the exact search is quicker than any bound
-LARGEST_STATES = 1 << 16  # sets of used devices up to which the exact search is tried at all
-WIDTHS = (48, 400)  # labels kept per layer by the search for a good way
-BUDGET = 150_000_000  # array elements touched before an open interval is left open, with its bound
-STRIDE = 0.3  # of the way from the bound to the best that is tried next
-CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at once
-NARROW = 0.004  # an interval whose bound is this close to what could not be refuted is left open
+EXACT = 1e-10  # relative; plans closer than this count as equal
+SMALL = 2_000_000  # layers × classes² × subsets up to which the subset DP is quicker than raising the bound
+LARGEST_STATES = 1 << 16  # subsets of used devices up to which the subset DP is tried
+WIDTHS = (48, 400)  # labels per layer of the beam search, in turn
+BUDGET = 150_000_000  # array elements touched; afterwards intervals stay open, with their bounds
+STRIDE = 0.3  # the next cutoff lies so far from the bound towards the best
+CLOSE = 1e-4  # relative; with so small a gap the cutoff is the best itself
+NARROW = 0.004  # relative; an interval with so small a gap to a cutoff that was not refuted stays open
 BISECTIONS = 12
 
 
 @dataclass(order=True, slots=True)
 class _Interval:
-    """Batches low..high with the head at its place; `bound` is proven, nothing was found below `tried`."""
+    """Micro-batch sizes low..high with one place of the head; `bound` is proven, nothing was found below `tried`."""
 
     bound: float
     turn: int
@@ -43,11 +43,11 @@ class _Interval:
     price: Floats | None = field(compare=False, default=None)
     tried: float = field(compare=False, default=np.inf)
     rounds: int = field(compare=False, default=0)
-    route: Route = field(compare=False, default=())  # the last one found
+    route: Route = field(compare=False, default=())  # the last one found: the local search starts from its devices
 
 
 class BatchSizeSearch:
-    """`best` and `way` are the best ring met; `bound` what no ring can beat, once `run` has returned."""
+    """`best` is the best ring found; no ring can beat `bound` once `run` has returned."""
 
     def __init__(self, tables: ClassTables, sequences: int, offer: Callable[[Route, bool], float], best: float) -> None:
         self.best = self.bound = best
@@ -57,7 +57,7 @@ class BatchSizeSearch:
         self._turns = self._work = 0
 
     def run(self, places: tuple[bool, ...]) -> None:
-        """`places`: whether the head may be back on the source, and whether it may not."""
+        """`places`: for each place of the head to try, whether that is the source."""
         for head_home in places:
             self._push(_Interval(0.0, 0, 1, self._sequences, head_home))
         left = np.inf
@@ -84,7 +84,7 @@ class BatchSizeSearch:
         self.bound = min(left, self.best)
 
     def _scale(self) -> float:
-        """A small problem may take its whole time; its searches end by themselves."""
+        """Small problems get no work limit: their searches end by themselves."""
         return 1.0 if subset_count(self._tables.class_size) > LARGEST_STATES else np.inf
 
     def _push(self, interval: _Interval) -> None:
@@ -99,11 +99,11 @@ class BatchSizeSearch:
         return self._graphs[key]
 
     def _cutoffs(self, interval: _Interval, ms_per_token: float) -> tuple[float, float]:
-        """(bottleneck, ring) that a ring of this worth may reach at most."""
+        """(bottleneck, ring) of a ring that needs `ms_per_token`, at most."""
         return ms_per_token * interval.high, ms_per_token * interval.high * (self._sequences // interval.low)
 
     def _floor(self, interval: _Interval, graph: RouteGraph) -> float:
-        """A first bound: the fastest way if devices could be visited again, and room enough for all layers."""
+        """A first bound: the cheapest route with repeated visits allowed, and capacity for all layers."""
         self._work += graph.hop.size
         free = route_bound(capped(graph, np.inf), np.zeros(len(graph.class_size))).value
         if not np.isfinite(free):
@@ -131,14 +131,14 @@ class BatchSizeSearch:
             self._push(_Interval(interval.bound, 0, low, high, interval.head_home, interval.price))
 
     def _ceiling(self, graph: RouteGraph) -> float:
-        """More than any ring costs."""
+        """An upper bound on the cost of any ring."""
         slow = np.where(np.isfinite(graph.hop), graph.hop, 0.0).max(axis=(1, 2)).sum()
         home = np.where(np.isfinite(graph.home), graph.home, 0.0).max(initial=0.0)
         first = np.where(np.isfinite(graph.first), graph.first, 0.0).max()
         return float(first + slow + home + graph.prefix[:, -1].max(initial=0.0) * (graph.last + 1) + 1.0)
 
     def _search_size(self, interval: _Interval, graph: RouteGraph) -> None:
-        """Look for a ring at least as good as some worth, or prove that there is none."""
+        """Search one size for a ring at or below some milliseconds per token, or prove that there is none."""
         top = min(self.best * (1 - EXACT), interval.tried)
         first = interval.rounds == 1
         if np.isinf(top):
@@ -146,21 +146,21 @@ class BatchSizeSearch:
         elif first or top - interval.bound <= CLOSE * top:
             ms_per_token = top
         else:
-            # Proofs close above the bound are cheap, and a way found there leaves little to prove.
+            # Cutoffs just above the bound are cheap to refute, and a route found below one leaves little to prove.
             ms_per_token = interval.bound + STRIDE * (top - interval.bound)
         interval.rounds += 1
         slowest, ring = self._cutoffs(interval, ms_per_token)
         floor, route = self._search_capped(
             interval, capped(graph, slowest), ring, bounds_only=first and np.isfinite(top)
         )
-        # A ring either breaks the limit, and is worth more than what was tried, or is no shorter than the floor.
+        # A ring either breaks the bottleneck limit, and so exceeds the cutoff, or is at least as long as the floor.
         interval.bound = max(interval.bound, min(ms_per_token, floor / ring * ms_per_token))
         if route is not None:
             self._accept(route, interval, graph)
         elif floor < ring:
             interval.tried = interval.tried if first else ms_per_token
         elif np.isinf(self.best):
-            return  # there is no way at all
+            return  # there is no ring at all
         self._push(interval)
 
     def _accept(self, route: Route, interval: _Interval, graph: RouteGraph) -> None:
@@ -171,7 +171,7 @@ class BatchSizeSearch:
     def _search_capped(
         self, interval: _Interval, routes: CappedRoutes, ring: float, bounds_only: bool
     ) -> tuple[float, Route | None]:
-        """(what no ring under the limits can be shorter than, a way of at most `ring` if one was found)."""
+        """(a lower bound on every ring within the limits, a route of at most `ring` if one was found)."""
         class_size = routes.graph.class_size
         if not enough_capacity(routes):
             return np.inf, None

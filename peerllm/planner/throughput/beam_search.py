@@ -1,4 +1,4 @@
-"""Good ways among many devices: labels swept layer by layer, the most hopeful kept, guided by the relaxed bound."""
+"""Beam search for good routes among many devices: of each layer the most promising labels by the bound are kept."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from peerllm.planner.routing.route_relaxation import RouteBound
 
 
 class _BeamLabels:
-    """Partial ways that end after one layer."""
+    """Partial routes that end after one layer."""
 
     def __init__(self, kind: Ints, used: Ints, cost: Floats, parent: Ints) -> None:
         self.kind, self.used, self.cost, self.parent = kind, used, cost, parent  # parent: row in the trail
 
 
 def beam_search(routes: CappedRoutes, relaxed: RouteBound, cutoff: float, width: int) -> tuple[Route | None, bool, int]:
-    """A way of ring at most `goal`; whether nothing was left out (then none is better, or none there is); the work."""
+    """(route, complete, work): a route of ring at most `cutoff`, or None.
+
+    If `complete`, no label was dropped: the route is the shortest, or there is none.
+    """
     graph, last = routes.graph, routes.last
     class_size, kinds = graph.class_size, len(graph.class_size)
     mixer = np.random.default_rng(0).integers(1, 2**62, kinds, dtype=np.int64) | 1
@@ -81,7 +84,7 @@ def _best_labels(
     *,
     width: int,
 ) -> tuple[_BeamLabels | None, bool]:
-    """The cheapest of labels alike, and of those the `width` most hopeful; whether any was left out."""
+    """The cheapest of equivalent labels, of these the `width` most promising; whether any was dropped."""
     if not parts:
         return None, False
     kind, used, cost, parent = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -1,4 +1,4 @@
-"""From profiles to chains: what each class of devices needs, in milliseconds and bytes, for any micro-batch."""
+"""What each class of devices needs, in milliseconds and bytes, for any micro-batch: profiles as arrays."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from peerllm.types import DeviceId, DeviceProfile, ModelProfile, Stage, Workload
 
 @dataclass(slots=True)
 class ClassTables:
-    """Everything about a model and a household that does not depend on the batch."""
+    """Everything about a model and a household that does not depend on the batch size."""
 
     model: ModelProfile
     devices: Mapping[DeviceId, DeviceProfile]
-    members: list[list[DeviceId]]  # by class; the first is the source alone
+    members: list[list[DeviceId]]  # by class; the first is the source
     memory: Ints  # [classes with the source, layers + 1] prefix
     room: Ints  # [classes with the source]
-    shared: int  # bytes that a head back on the source saves there
+    shared: int  # bytes saved by a tied head that returns to the source
     latency: Floats  # [from, to], classes with the source; infinite without a link
     ms_per_byte: Floats  # [from, to]: milliseconds a byte
     class_size: Ints  # [classes without the source]
@@ -31,7 +31,7 @@ class ClassTables:
     _times: dict[int, Floats] = field(default_factory=dict)
 
     def compute(self, batch: int) -> Floats:
-        """[classes with the source, layers]: one layer for a batch of so many tokens."""
+        """[classes with the source, layers]: milliseconds of one layer for `batch` tokens."""
         if batch not in self._times:
             kinds = {layer.kind: layer for layer in self.model.layers}
             order = {kind: place for place, kind in enumerate(kinds)}
@@ -42,7 +42,10 @@ class ClassTables:
         return self._times[batch]
 
     def graph(self, low: int, high: int, head_home: bool) -> RouteGraph | None:
-        """What no batch of low..high sequences can beat; None if the source cannot hold even its own layers."""
+        """Costs that no batch of low..high sequences can beat.
+
+        None if the source cannot hold even the layers that must stay there.
+        """
         compute = np.min([self.compute(batch) for batch in range(low, high + 1)], axis=0)
         layers = compute.shape[1]
         last = layers - 2 if head_home else layers - 1
@@ -77,7 +80,7 @@ class ClassTables:
         )
 
     def stages(self, route: Sequence[tuple[int, int]], head_home: bool) -> tuple[Stage, ...]:
-        """(class, last layer) of each visit as stages: the members of a class take turns in their order."""
+        """(class, last layer) of each visit as stages; the members of a class are used in their order."""
         taken = [0] * len(self.members)
         stages: list[Stage] = []
         start = 0
@@ -91,7 +94,7 @@ class ClassTables:
 
 
 def _measured_only(compute: Floats, fits: Ints, prefix: Floats) -> tuple[Ints, Floats]:
-    """Layers that a device was never measured for end its visits; their time does not poison the sums."""
+    """Visits end before a layer that the class was never measured for; its infinite time stays out of the sums."""
     known = np.isfinite(compute)
     clean = np.zeros_like(prefix)
     clean[:, 1:] = np.where(known, compute, 0.0).cumsum(axis=1)

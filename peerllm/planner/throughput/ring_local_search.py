@@ -1,4 +1,4 @@
-"""Rings as rounds of like blocks, where the layers are alike: for the local search."""
+"""Local search for rings whose blocks cost the same on a device, whatever their place."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from peerllm.planner.routing.order_search import BlockRing, DeviceOrder, OrderSe
 from peerllm.planner.routing.route_graph import CappedRoutes, Route, Visit
 
 ALIKE = 1e-9  # relative
-BUDGET = 4_000_000  # array elements that one search touches
+BUDGET = 4_000_000  # array elements touched
 
 
 def ring_of_blocks(routes: CappedRoutes) -> BlockRing | None:
-    """None unless all blocks behind the source's own cost alike; a head at the end counts as a block there."""
+    """The ring as equal blocks, a head at the end counted as one; None unless all blocks cost and send alike."""
     graph, last = routes.graph, routes.last
     steps = np.diff(graph.prefix[:, SOURCE_LAYERS : last + 2], axis=1)
     if steps.shape[1] < 2 or not len(graph.class_size) or not np.isfinite(routes.first[SOURCE_LAYERS - 1]):
@@ -41,7 +41,7 @@ def ring_of_blocks(routes: CappedRoutes) -> BlockRing | None:
 
 
 def local_search_ring(routes: CappedRoutes, promising: Route) -> tuple[Route | None, int]:
-    """A good ring within the limits, through devices that `hopeful` (any way) visits first of all; and the work."""
+    """(route, work): a good ring within the limits, or None. The search starts from the devices of `promising`."""
     ring = ring_of_blocks(routes)
     if ring is None:
         return None, 0
@@ -52,7 +52,7 @@ def local_search_ring(routes: CappedRoutes, promising: Route) -> tuple[Route | N
 
 
 def _route(routes: CappedRoutes, search: OrderSearch, order: DeviceOrder) -> Route | None:
-    """None if a limit is broken after all: the head may be larger than a block."""
+    """The order as a route; None if it breaks a limit after all, since the head may be larger than a block."""
     ends = search.blocks_per_visit(order).cumsum() + SOURCE_LAYERS - 1
     route = tuple(Visit(int(kind), int(end)) for kind, end in zip(np.append(0, order) - 1, ends, strict=True))
     held = all(visit.last <= routes.far[visit.kind, before.last + 1] for before, visit in pairwise(route))

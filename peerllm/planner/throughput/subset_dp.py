@@ -1,7 +1,7 @@
-"""The least ring under a bottleneck limit, exactly: dynamic programming over layers and used devices (eq. 9-13).
+"""The shortest ring under a bottleneck limit, exactly: dynamic programming over layers and subsets of used devices.
 
-A state is the last layer placed, the class it lies on, and how many devices of each class are used (mixed radix). A
-Lagrangian bound leaves out what cannot come below the goal.
+EdgeShard's eq. 9-13 with classes: a state is the last layer placed, the class that holds it, and how many devices of
+each class are used (a mixed-radix number). A Lagrangian bound prunes states that cannot end at or below the cutoff.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from peerllm.planner.arrays import Floats, Ints
 from peerllm.planner.routing.route_graph import CappedRoutes, Route, Visit
 from peerllm.planner.routing.route_relaxation import RouteBound
 
-SLACK = 1e-9  # relative; sums in another order differ by less
+SLACK = 1e-9  # relative; sums taken in another order differ by less
 
 
 def subset_count(class_size: Ints) -> int:
-    """How many sets of used devices there are."""
+    """How many states of used devices there are."""
     return prod(int(n) + 1 for n in class_size)
 
 
 def least_ring(routes: CappedRoutes, relaxed: RouteBound, cutoff: float) -> Route | None:
-    """The way of least ring if that is at most `goal`."""
+    """The route of the shortest ring, if that is at most `cutoff`."""
     graph, last = routes.graph, routes.last
     kinds, class_size = len(graph.class_size), graph.class_size
     stride = np.concatenate([[1], np.cumprod(class_size[:-1] + 1)]).astype(np.int64)
     codes = np.arange(subset_count(class_size), dtype=np.int64)
     used = (codes[None, :] // stride[:, None]) % (class_size[:, None] + 1)
-    refund = relaxed.price @ (class_size[:, None] - used)  # prices of devices that a state has not used
+    refund = relaxed.price @ (class_size[:, None] - used)  # the prices of the devices that a state has not used
     spare = cutoff * (1 + SLACK) + refund
     placed: dict[int, Floats] = {}
 
@@ -70,7 +70,7 @@ def least_ring(routes: CappedRoutes, relaxed: RouteBound, cutoff: float) -> Rout
 
 
 def _backtrack(routes: CappedRoutes, placed: dict[int, Floats], stride: Ints, kind: int, code: int) -> Route:
-    """The way whose costs add up to the state's."""
+    """The route whose costs add up to the cost of the state."""
     graph, end, route = routes.graph, routes.last, []
     while True:
         value, before = float(placed[end][kind, code]), code - int(stride[kind])

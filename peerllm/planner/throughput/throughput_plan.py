@@ -1,4 +1,4 @@
-"""EdgeShard's throughput plan (eq. 9-13), with return hop, KV memory and batch: the most tokens a second, exactly."""
+"""EdgeShard's throughput plan (eq. 9-13), with the return hop, KV memory and batches: the most tokens per second."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def plan_throughput(
 ) -> Plan:
     """Maximise b·min(1/T_bottleneck(b), m/T_ring(b)) over stages, micro-batch size b and count m, m·b <= sequences.
 
-    One contiguous range per device, but the source may also hold the head. Shared media are not in the search: it is
-    exact without them, and with them picks the best of the rings it met under a bound that leaves them out.
-    InfeasibleError names the bytes missing in total, or the layer that fits nowhere.
+    Each device holds one contiguous range; the source may also hold the head. The search leaves shared media out: with
+    them, the plan is the best of the rings it met, and the bound still holds. InfeasibleError names the bytes missing
+    in total, or the layer that fits nowhere.
     """
     working = working_bytes if isinstance(working_bytes, Mapping) else dict.fromkeys(devices, working_bytes)
     table = class_tables(model, devices, links, source, workload, working)
@@ -47,7 +47,7 @@ def plan_throughput(
 
 
 class _BestRing:
-    """The best ring met so far, judged by the one cost model."""
+    """The best ring offered so far, judged by the cost model, shared media included."""
 
     def __init__(
         self,
@@ -65,11 +65,11 @@ class _BestRing:
         self._best = inf
 
     def offer(self, route: Route, head_home: bool) -> float:
-        """Milliseconds per token at the ring's best batch, shared media left out."""
+        """Milliseconds per token at the best batch size of this ring, shared media left out."""
         return self._judge(self._table.stages([(visit.kind, visit.last) for visit in route], head_home))
 
     def offer_alone(self, source: DeviceId, working: int) -> float:
-        """The source by itself, where the model fits."""
+        """The same for the source by itself; infinite if the model does not fit there."""
         stages = (Stage(source, 0, len(self._model.layers) - 1),)
         fits = stage_bytes(self._model, stages, self._workload)[0] + working <= self._devices[source].memory_bytes
         return self._judge(stages) if fits else inf

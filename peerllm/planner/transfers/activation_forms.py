@@ -1,7 +1,7 @@
-"""Which hops carry hidden states as int8: those whose links hold the whole plan up.
+"""Which hops carry hidden states as int8: those whose links slow the whole plan down.
 
-A token then takes one byte for each of its numbers and a scale (engine/wire/quantised.py). The cost model needs nothing
-new for it: a layer whose output is rounded has fewer `output_bytes_per_token`. What the head sends is never rounded.
+A token then takes one byte per number plus a scale (engine/wire/quantised.py). The cost model needs nothing new: a
+layer whose output is rounded has fewer `output_bytes_per_token`. What the head sends is never rounded.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from peerllm.planner.cost.prediction import predict_latency, predict_throughput
 from peerllm.planner.scenario.scenario import Scenario
 from peerllm.types import ActivationForm, Activations, Layer, ModelProfile, Plan, Prediction, Stage
 
-SCALE_BYTES = 4  # of one token
-NOTICEABLE = 0.10  # of the objective: what rounding must gain before anything is rounded
-SLIGHT = 0.01  # of the objective: what exact hops may cost; a fast link beside a slow one stays exact
+SCALE_BYTES = 4  # for each token
+NOTICEABLE = 0.10  # share of the objective that rounding must gain, or nothing is rounded
+SLIGHT = 0.01  # share of the objective that exact hops may cost: a fast link beside a slow one stays exact
 
 Solve = Callable[[ModelProfile], Plan]
 
 
 @dataclass(frozen=True, slots=True)
 class PlanWithForms:
-    """A plan, how each of its hops between two stages sends, and the scenario in which that is what hops cost."""
+    """A plan, the form of each of its hops, and the scenario in which hops cost what these forms send."""
 
     plan: Plan
     forms: tuple[ActivationForm, ...]
@@ -32,48 +32,48 @@ class PlanWithForms:
 
 
 def rounded(scenario: Scenario, itemsize: int, layers: Collection[int] | None = None) -> Scenario:
-    """The same with the outputs of `layers` (None: of all but the head) as int8, not in `itemsize` bytes a number."""
+    """The scenario with the outputs of `layers` (None: all but the head) as int8, not `itemsize` bytes a number."""
     *inner, head = scenario.model.layers
     found = [_int8(one, itemsize) if layers is None or index in layers else one for index, one in enumerate(inner)]
     return replace(scenario, model=replace(scenario.model, layers=(*found, head)))
 
 
 def plan_with_forms(scenario: Scenario, wanted: Activations, itemsize: int, solve: Solve) -> PlanWithForms:
-    """The plan that `solve` finds for the model, with its hops as `wanted`; `auto` weighs what rounding gains.
+    """The plan that `solve` finds, with its hops as `wanted`; `auto` rounds only where that gains enough.
 
-    The plan may be another one where bytes shrink. InfeasibleError as `solve` raises it.
+    With fewer bytes per hop the plan may be another one. InfeasibleError as `solve` raises it.
     """
     if wanted == "int8":
         short = rounded(scenario, itemsize)
         plan = solve(short.model)
-        return _sent(scenario, plan, itemsize, _cuts(plan.stages))
+        return _with_forms(scenario, plan, itemsize, _cuts(plan.stages))
     exact = solve(scenario.model)
     if wanted == "exact":
-        return _sent(scenario, exact, itemsize, ())
+        return _with_forms(scenario, exact, itemsize, ())
     plan = solve(rounded(scenario, itemsize).model)
     if _gain(scenario, exact.predicted, plan.predicted) < NOTICEABLE:
-        return _sent(scenario, exact, itemsize, ())
-    # Solved once more: among plans that send these few layers' outputs rounded and no others, it may not be the best.
-    worth = _needed(scenario, plan, itemsize)
-    plan = solve(rounded(scenario, itemsize, worth).model)
+        return _with_forms(scenario, exact, itemsize, ())
+    # Solved again: with only these outputs rounded, another plan may be better.
+    needed = _needed(scenario, plan, itemsize)
+    plan = solve(rounded(scenario, itemsize, needed).model)
     if _gain(scenario, exact.predicted, plan.predicted) < NOTICEABLE:
-        return _sent(scenario, exact, itemsize, ())
-    return _sent(scenario, plan, itemsize, [cut for cut in _cuts(plan.stages) if cut in worth])
+        return _with_forms(scenario, exact, itemsize, ())
+    return _with_forms(scenario, plan, itemsize, [cut for cut in _cuts(plan.stages) if cut in needed])
 
 
 def forms(plan: Plan, layers: Collection[int]) -> tuple[ActivationForm, ...]:
-    """How each hop between two stages of a plan sends, where the outputs of `layers` are rounded."""
+    """The form of each hop between two stages, if the outputs of `layers` are rounded."""
     return tuple(
         "int8" if a.last_layer in layers and a.device != b.device else "exact" for a, b in pairwise(plan.stages)
     )
 
 
-def _sent(scenario: Scenario, plan: Plan, itemsize: int, layers: Collection[int]) -> PlanWithForms:
+def _with_forms(scenario: Scenario, plan: Plan, itemsize: int, layers: Collection[int]) -> PlanWithForms:
     return PlanWithForms(plan, forms(plan, layers), rounded(scenario, itemsize, layers))
 
 
 def _needed(scenario: Scenario, plan: Plan, itemsize: int) -> set[int]:
-    """The layers whose outputs must be rounded, or more than SLIGHT of what rounding all of them gives is lost."""
+    """The layers that must be rounded to keep all but SLIGHT of what rounding every hop gains."""
     stages = plan.stages
     kept = set(_cuts(stages))
     short = rounded(scenario, itemsize)
@@ -103,7 +103,7 @@ def _predicted(scenario: Scenario, stages: tuple[Stage, ...]) -> Prediction:
 
 
 def _gain(scenario: Scenario, before: Prediction, after: Prediction) -> float:
-    """The share by which the objective is better: of a request's time, or of the tokens per second."""
+    """By what share the objective gets better: of a request's time, or of the tokens per second."""
     if scenario.workload.objective == "latency":
         return 1 - after.request_ms / before.request_ms if before.request_ms else 0.0
     return after.tokens_per_second / before.tokens_per_second - 1 if before.tokens_per_second else 0.0

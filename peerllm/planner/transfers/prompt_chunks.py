@@ -1,7 +1,7 @@
-"""Prompts in chunks that follow each other through a plan's stages: how long the first token takes, and the best cut.
+"""How prompts are cut into chunks that follow each other through the stages, and when the first token comes.
 
-Small chunks keep every device busy early, large ones cost a device less. Not in the cost model: that a prompt's later
-chunks attend to more tokens than its first ones. That hardly depends on the cut.
+Small chunks keep every device busy early, large ones cost a device less. The cost model leaves out that later chunks
+attend to more tokens than earlier ones: that hardly depends on the cut.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from peerllm.planner.cost.working_space import MIN_CHUNK
 from peerllm.planner.simulator.pass_legs import Leg, decode_legs, prompt_legs
 from peerllm.types import Cuts, DeviceId, DeviceProfile, ModelProfile, Plan, Stage, chunk_of, pieces_of
 
-MOST_WAIT_MS = 500.0  # a step that finds another sequence's chunk at work on a stage waits so long, at most ...
-MOST_WAIT_STEPS = 8  # ... or as long as so many steps take there, where that is longer
-CLOSE = 0.02  # of the time to the first token: what a larger chunk may cost, for it saves passes and frames
-GROWTH = 1.25  # prompts up to so many times as long are cut alike
-LONGEST = 8192  # tokens; longer prompts are cut like these
+MOST_WAIT_MS = 500.0  # the longest that a step should wait for another sequence's chunk on a stage, ...
+MOST_WAIT_STEPS = 8  # ... or as long as so many steps take there, if that is longer
+CLOSE = 0.02  # share of the time to first token that a larger chunk may cost, since it saves passes
+GROWTH = 1.25  # ratio of the prompt lengths that are tried
+LONGEST = 8192  # tokens; longer prompts are cut like this one
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A plan's stages as prompts see them."""
+    """The stages of a plan, as prompts pass through them."""
 
     model: ModelProfile
     devices: Mapping[DeviceId, DeviceProfile]
@@ -32,11 +32,11 @@ class Pipeline:
     stages: Sequence[Stage]
 
     def first_token_ms(self, prompt: int, chunk: int) -> float:
-        """Until the first token of a prompt alone in the household is back at the source.
+        """Until the first token of a prompt, alone in the household, is back at the source.
 
-        By the simulator's rules: devices and links take chunks in turn, of a device's stages the earlier first. Exact
-        where a device has one stage, or the source the head too. That of a prompt only twice as many chunks as there
-        are stages are under way at once delays nothing: a lap takes at most as long as the busiest device or link for
+        Uses the simulator's rules: devices and links serve chunks in order, a device its earlier stage first. Exact
+        where each device has one stage, or the source also the head. The limit of chunks under way at once (twice the
+        number of stages) never delays one, because a lap takes at most as long as the busiest device or link needs for
         so many.
         """
         *_, last = pieces = pieces_of(prompt, chunk)
@@ -56,24 +56,24 @@ class Pipeline:
         return at[-1]
 
     def best_chunk(self, prompt: int, most: int) -> int:
-        """Of `sizes(most)` the largest that is close to the best."""
+        """The largest of `sizes(most)` that is close to the best."""
         times = {size: self.first_token_ms(prompt, size) for size in sizes(most)}
         enough = min(times.values()) * (1 + CLOSE)
         return max(size for size, ms in times.items() if ms <= enough)
 
     def cuts(self, longest: int, most: int) -> Cuts:
-        """The best chunk of at most `most` tokens for prompts of up to `longest`."""
+        """(shortest prompt, chunk) pairs: the best chunk of at most `most` tokens for prompts up to `longest`."""
         found: list[tuple[int, int]] = []
         prompt = 1
         while prompt <= min(longest, LONGEST):
             chunk = self.best_chunk(prompt, most)
             if not found or found[-1][1] != chunk:
                 found.append((prompt, chunk))
-            prompt = max(MIN_CHUNK + 1, int(prompt * GROWTH))  # shorter ones are never cut
+            prompt = max(MIN_CHUNK + 1, int(prompt * GROWTH))  # shorter prompts are never cut
         return tuple(found)
 
     def most_chunk(self, most: int) -> int:
-        """The largest chunk of at most `most` tokens that a step of another sequence may have to wait for."""
+        """The largest chunk, of at most `most` tokens, that another sequence's step can be made to wait for."""
         steps = decode_legs(self.model, self.devices, self.links, self.stages, 1)
         waits = [max(MOST_WAIT_MS, MOST_WAIT_STEPS * leg.compute_ms) for leg in steps]
 
@@ -88,7 +88,7 @@ class Pipeline:
 
 
 def sizes(most: int) -> list[int]:
-    """Chunks to choose from, rising: powers of two, at which layers are timed and few products compiled, and `most`."""
+    """Chunk sizes to choose from, ascending: powers of two, at which layers are timed, and `most`."""
     found = []
     size = MIN_CHUNK
     while size < most:
@@ -98,9 +98,9 @@ def sizes(most: int) -> list[int]:
 
 
 def in_chunks(plan: Plan, pipeline: Pipeline, prompt: int, cuts: Cuts) -> Plan:
-    """The plan with the time to the first token that its prompts take as they are cut.
+    """The plan with the time to first token of a prompt cut by `cuts`.
 
-    All else stays as the plan was judged: with the prompt whole, one stage after the other.
+    Everything else stays as predicted for a prompt that travels whole.
     """
     first = pipeline.first_token_ms(prompt, chunk_of(cuts, prompt))
     return replace(plan, predicted=replace(plan.predicted, time_to_first_token_ms=first))

@@ -1,1 +1,1 @@
-"""Latency plans of models whose blocks are all alike: visits again to a device become relays, which hold nothing."""
+"""Latency search for models whose blocks are all equal: second visits to a device become relays without layers."""

@@ -1,4 +1,4 @@
-"""Walks swept block by block under a goal: the cheapest if nothing is left out, else a good one among the hopeful."""
+"""Label setting block by block: the cheapest route below a cutoff if no label is dropped, else a good one."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from peerllm.planner.latency.equal_blocks.head_position import HeadPosition, rel
 from peerllm.planner.routing.route_graph import WORK_PER_LAYER, WORK_PER_VISIT, Route, Visit
 from peerllm.planner.routing.route_relaxation import RouteBound
 
-# Class (0: the source), fresh visits of each class, which classes can be relays, cost, row of the way before.
+# Labels: class (0: the source), visits of each class, classes available as relays, cost, row of the parent label.
 _Part = tuple[Ints, Ints, Flags, Floats, Ints]
 
 
 def set_labels(
     position: HeadPosition, relaxed: RouteBound, cutoff: float, width: int, *, strict: bool
 ) -> tuple[Route | None, bool, int]:
-    """A walk's fresh visits, of cost at most `goal` with its relays; whether nothing was left out; the work.
+    """(route without its relays, complete, work): a route of at most `cutoff`, relays included, or None.
 
-    With nothing left out it is the cheapest, or there is none within the goal. Ways through several devices only.
-    `strict`: who holds a single block is no relay; else only who could not hold more.
+    If `complete`, no label was dropped: the route is the cheapest, or there is none. Routes with the source alone are
+    left out. `strict`: a device that holds a single block is no relay; otherwise only one that could not hold more.
     """
     routes, class_size = position.routes, position.routes.graph.class_size
     last, kinds = routes.last, len(class_size)
     mixer = np.random.default_rng(0).integers(1, 2**62, (2, kinds + 1), dtype=np.int64) | 1
     waiting: dict[int, list[_Part]] = {}
-    trail: list[tuple[int, int, int]] = []  # (class, last block, row before) of every way kept
+    trail: list[tuple[int, int, int]] = []  # (class, last block, parent row) of every label kept
     complete, work = True, 0
     prefix = routes.graph.prefix
     longest_visit = np.maximum((routes.far - np.arange(last + 1) + 1).max(axis=1), 0)
@@ -44,18 +44,18 @@ def set_labels(
         base = len(trail)
         trail += zip(kind.tolist(), [i] * len(kind), parent.tolist(), strict=True)
         refund = (class_size - used) @ relaxed.price
-        hopeful = (used < class_size) & (((class_size - used) @ longest_visit) >= last - i)[:, None]
+        can_continue = (used < class_size) & (((class_size - used) @ longest_visit) >= last - i)[:, None]
         floor = cost[:, None] + routes.hop[i][kind] + relaxed.visit[i + 1] - refund[:, None]
-        some = np.flatnonzero((hopeful & (floor <= cutoff)).any(axis=1))
+        some = np.flatnonzero((can_continue & (floor <= cutoff)).any(axis=1))
         work += WORK_PER_LAYER + len(kind) * kinds
         if not len(some):
             continue
         hops, touched = relayed_class_hops(position, kind[some], available[some])
         into = cost[some, None] + hops[:, 1:]
         work += touched // 3
-        with np.errstate(invalid="ignore"):  # any goal less a way that leads nowhere: nothing is within that
+        with np.errstate(invalid="ignore"):  # inf - inf is NaN, and nothing is <= NaN
             allowed_here = cutoff + refund[some, None] - relaxed.visit[i + 1]
-        row, target = np.nonzero(hopeful[some] & (into <= allowed_here))
+        row, target = np.nonzero(can_continue[some] & (into <= allowed_here))
         begun = into[row, target] - prefix[target, i + 1]
         row = some[row]
         allowed = cutoff + refund[row] - relaxed.price[target]
@@ -90,7 +90,7 @@ _ONE = np.ones(1, dtype=np.int64)
 
 
 def _homeward(position: HeadPosition, kind: Ints, available: Flags) -> Floats:
-    """From the last block through the head home, over relays where that is shorter."""
+    """[labels]: from the last block through the head home, over relays where that is shorter."""
     relayed = np.where(available, relayed_class_hops(position, kind, available)[0] + position.home, np.inf).min(axis=1)
     best: Floats = np.minimum(position.home[kind], relayed)
     return best
@@ -99,12 +99,12 @@ def _homeward(position: HeadPosition, kind: Ints, available: Flags) -> Floats:
 def _merge(
     parts: list[_Part], relaxed: RouteBound, class_size: Ints, mixer: Ints, i: int, *, width: int
 ) -> tuple[_Part, bool]:
-    """Ways that none alike beats in cost and relays, of those the `width` most hopeful; whether any was left out."""
+    """Labels that no equivalent one beats in cost and relays, at most the `width` best; whether any was dropped."""
     kind, used, available, cost, parent = (np.concatenate(column) for column in zip(*parts, strict=True))
     key = (used * mixer[0, 1:]).sum(axis=1) * np.int64(len(class_size) + 1) + kind
     order = np.lexsort((cost, key))
     group = np.concatenate([[True], key[order][1:] != key[order][:-1]])
-    cheapest = order[np.flatnonzero(group)][group.cumsum() - 1]  # of those alike, for each
+    cheapest = order[np.flatnonzero(group)][group.cumsum() - 1]  # for each label, the cheapest of the equivalent ones
     more = (available[order] & ~available[cheapest]).any(axis=1)
     keep = order[group | more]
     if more.any():

@@ -1,4 +1,4 @@
-"""From the fresh visits of a walk to a device for each layer: every relay is handed one block of its device's."""
+"""From a route to a device for each layer: every relay is handed one block of its device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from peerllm.planner.routing.route_graph import Route
 
 @dataclass(slots=True)
 class _Visit:
+    """A visit or a relay, while blocks are handed out."""
+
     kind: int  # class, 0: the source
-    member: int  # which of the class
+    member: int  # number within the class
     blocks: int
-    first: int  # place of the device's first visit in the walk
+    first: int  # index of the device's first visit
 
 
 def placement_of_route(position: HeadPosition, route: Route, *, relays: bool = True) -> tuple[int, ...] | None:
-    """A device for every layer, over relays where they are shorter; None if a relay has no block to hand out."""
+    """A device for each layer, over relays where they are shorter; None if a relay has no block to take."""
     visits: list[_Visit] = []
     taken = [0] * len(position.blocks.members)
     before = 0
@@ -39,13 +41,13 @@ def placement_of_route(position: HeadPosition, route: Route, *, relays: bool = T
 
 
 def _spare(visits: list[_Visit], place: int) -> int:
-    """Blocks that the first visit of a device can hand out: the source has layer 1 there besides."""
+    """Blocks that a device's first visit can give to relays: it keeps one, but the source has layer 1 to keep."""
     return visits[place].blocks - (1 if place else 0)
 
 
 def _relay(position: HeadPosition, visits: list[_Visit], onward: Floats) -> bool:
-    """Append the cheapest way over devices already visited, if any is cheaper than going `onward` at once."""
-    best: dict[int, int] = {}  # by class, the member's first visit with most to hand out
+    """Append the cheapest relays before the hop `onward`, if any; False if one has no block to take."""
+    best: dict[int, int] = {}  # by class, the first visit that has most blocks to give
     for place, visit in enumerate(visits):
         if visit.first == place and position.can_relay[visit.kind]:
             other = best.get(visit.kind)

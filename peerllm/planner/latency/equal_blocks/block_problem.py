@@ -1,16 +1,16 @@
-"""The latency problem of a model whose blocks are all alike, restated without second visits that hold layers.
+"""The latency problem of a model with equal blocks, restated so that each device holds layers in one visit only.
 
-Layers 0 and 1 lie on the source, the head (the last) anywhere, and what is between are `blocks` equal blocks. A way is
-then a walk: its cost is the sum, over devices, of blocks held there times the time of one, and of its hops, which do
-not depend on what was placed before. So which of a device's visits holds how many of its blocks does not matter, as
-long as each visit holds at least one. Hence every way costs as much as one in which a device's first visit holds all
-its blocks and its later visits, here called relays, hold none; and such a way is real if no device has more relays than
-blocks less one (the source, which holds layer 1 as well: no more than blocks). That is the problem solved here: each
-device is entered afresh at most once, and between two fresh visits lie relays through devices already used.
+Layers 0 and 1 lie on the source, the head (the last layer) anywhere, and between them are `blocks` equal blocks. A
+route costs the time of the blocks that each device holds plus its hops, and a hop costs the same wherever it comes. So
+if a device is visited several times, it does not matter which visit holds how many of its blocks, as long as each holds
+at least one. Hence every route costs as much as one in which a device's first visit holds all its blocks and its later
+visits, the relays, hold none. Such a route is real if no device has more relays than blocks less one (the source, which
+also holds layer 1: no more than blocks). The search therefore enters each device at most once, with relays through
+devices already used in between.
 
-The head is on the last fresh visit's device together with blocks, or it is entered by a hop of its own (a tail).
-Were it there with blocks while that device has others elsewhere, they could join those others: the hop into the head
-is no dearer than a hop into a block (checked), and so tails are enough.
+The head lies on the last visited device together with blocks, or it is entered by a hop of its own. It never pays to
+put it beside blocks on a device that holds other blocks elsewhere: those blocks could join the others, because the hop
+into the head is no dearer than a hop into a block (checked).
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ FEWEST_LAYERS = 4
 
 @dataclass(frozen=True, slots=True)
 class EqualBlocks:
-    """Arrays over classes of devices that may be swapped without any cost changing; class 0 is the source alone."""
+    """Arrays over classes of interchangeable devices; class 0 is the source alone."""
 
-    blocks: int  # to be placed
+    blocks: int  # how many are to be placed
     source_cost: float  # cost of layers 0 and 1
     block_cost: Floats  # [classes]: cost of a block
     capacity: Ints  # [classes]: blocks that a device can hold
-    capacity_with_head: Ints  # [classes]: beside the head; -1 where the head itself does not fit
+    capacity_with_head: Ints  # [classes]: blocks beside the head; -1 where the head does not fit
     hop: Floats  # [from, to]: between different devices; infinite within a class of one
-    head_hop: Floats  # [from, to]: into the head
-    home: Floats  # [classes]: cost of the head and of the way back from there
-    relayed_hop: Floats  # [from, to]: `hop` with the cheapest relays between, whoever they are
+    head_hop: Floats  # [from, to]: a hop into the head
+    home: Floats  # [classes]: the head and the hop back to the source
+    relayed_hop: Floats  # [from, to]: `hop` over the cheapest relays, used before or not
     relayed_head_hop: Floats  # [from, to]
-    useful_relay: Flags  # [from, relay]: some hop is shorter over it
-    members: tuple[tuple[int, ...], ...]  # devices of each class
+    useful_relay: Flags  # [from, relay]: whether some hop is shorter over it
+    members: tuple[tuple[int, ...], ...]  # [classes]: devices of each
 
     @property
     def class_size(self) -> Ints:
@@ -48,7 +48,7 @@ class EqualBlocks:
 
 
 def equal_blocks(problem: AssignmentProblem) -> EqualBlocks | None:
-    """None unless all layers but 0, 1 and the last cost, weigh and send alike."""
+    """None unless all layers but 0, 1 and the last have equal costs, bytes and hops."""
     layers = len(problem.cost)
     if layers < FEWEST_LAYERS:
         return None
@@ -96,9 +96,10 @@ def equal_blocks(problem: AssignmentProblem) -> EqualBlocks | None:
 
 
 def _relayed(hop: Floats, head_hop: Floats, capacity: Ints, single: Flags) -> tuple[Floats, Floats, Flags]:
-    """(hops, hops into the head, which relays are useful from where). Only who holds two blocks can be a relay.
+    """(hops, hops into the head, which relays are useful from where), with relays where they are shorter.
 
-    No relay is of the class before or behind it: the way could leave from, or be, where it stands already.
+    A relay needs a device that holds two blocks. It is never of the class before or after it: the route could start
+    from that device directly, or end there.
     """
     relays = np.flatnonzero(capacity >= np.where(np.arange(len(capacity)) == 0, 1, 2))
     free = hop.copy()
@@ -120,7 +121,7 @@ def _relayed(hop: Floats, head_hop: Floats, capacity: Ints, single: Flags) -> tu
 
 
 def split_class(blocks: EqualBlocks, kind: int) -> tuple[EqualBlocks, int]:
-    """One device of class `kind` made a class of its own, and its number."""
+    """(blocks with one device of class `kind` as a class of its own, the number of that class)."""
     group = blocks.members[kind]
     if len(group) == 1:
         return blocks, kind

@@ -1,4 +1,4 @@
-"""One place of the head: the blocks as a ring from the source to there, as short as any relays could make it."""
+"""The subproblem with the head on a given device: a ring of blocks from the source to the head and home."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from peerllm.planner.routing.route_graph import CappedRoutes, RouteGraph, capped
 
 @dataclass(frozen=True, slots=True)
 class HeadPosition:
-    """The ways whose head lies on `tail`, whether that holds blocks as well or not: its room is kept for it."""
+    """Routes whose head lies on a device of `head_class`; the head's bytes are reserved there."""
 
     blocks: EqualBlocks
     head_class: int
-    unsplit_class: int  # its class before it was parted
-    routes: CappedRoutes  # relays may be anyone's: its rings are bounds. "Layer" 0 stands for layers 0 and 1, the rest are blocks
+    unsplit_class: int  # its class before the split
+    # With relays over any device, so that rings are lower bounds. "Layer" 0 is layers 0 and 1, the others are blocks.
+    routes: CappedRoutes
     hop: Floats  # [classes, classes]: without relays
     home: Floats  # [classes]: from the last block through the head home, without relays
-    can_relay: (
-        Flags  # [classes]: can hold the two blocks a relay needs, one for each visit (the source, of layer 1, one)
-    )
+    can_relay: Flags  # [classes]: holds the two blocks that a relay needs, one for each visit (the source: one)
 
 
 def head_positions(blocks: EqualBlocks) -> list[HeadPosition]:
@@ -33,23 +32,23 @@ def head_positions(blocks: EqualBlocks) -> list[HeadPosition]:
 
 
 def any_head_position(blocks: EqualBlocks) -> CappedRoutes:
-    """What every house's rings cost at least, each ring with the place of the head that suits it."""
+    """Routes that cost no more than those of any head position: each takes the position that suits it best."""
     homes = np.where(blocks.capacity_with_head >= 0, blocks.relayed_head_hop + blocks.home, np.inf).min(axis=1)
     own = np.where(blocks.capacity_with_head >= 0, blocks.home, np.inf)
     return _block_routes(blocks, blocks.capacity, np.minimum(homes, own))
 
 
 def _head_position(blocks: EqualBlocks, head_class: int) -> HeadPosition:
-    """A class of many is parted for its tail: only one of them has less room."""
+    """A class of several devices is split: only the device with the head has less room."""
     origin = head_class
     blocks, head_class = split_class(blocks, head_class)
     capacity = blocks.capacity.copy()
     capacity[head_class] = min(int(capacity[head_class]), int(blocks.capacity_with_head[head_class]))
 
     def home(table: Floats) -> Floats:
-        route: Floats = table[:, head_class] + blocks.home[head_class]
-        route[head_class] = blocks.home[head_class]
-        return route
+        homeward: Floats = table[:, head_class] + blocks.home[head_class]
+        homeward[head_class] = blocks.home[head_class]
+        return homeward
 
     routes = _block_routes(blocks, capacity, home(blocks.relayed_head_hop))
     can_relay = capacity >= np.where(np.arange(len(capacity)) == 0, 1, 2)
@@ -69,12 +68,12 @@ def _block_routes(blocks: EqualBlocks, capacity: Ints, home: Floats) -> CappedRo
 
 
 def source_only_cost(position: HeadPosition) -> float:
-    """What it costs if the source holds every block."""
+    """The cost if the source holds every block."""
     return float(position.routes.first[-1] + position.home[0])
 
 
 def block_ring(position: HeadPosition) -> BlockRing:
-    """Its ways without relays."""
+    """Its routes without relays, for the local search."""
     routes = position.routes
     room = np.maximum((routes.far - np.arange(routes.last + 1) + 1).max(axis=1), 0)
     own = int(np.isfinite(routes.first).sum()) - 1
@@ -91,10 +90,7 @@ def block_ring(position: HeadPosition) -> BlockRing:
 
 
 def relayed_class_hops(position: HeadPosition, kind: Ints, available: Flags) -> tuple[Floats, int]:
-    """[ways, classes]: the cheapest hop from where each way is (class) to any class, over those `ready` as relays.
-
-    And the work: array elements touched.
-    """
+    """([routes, classes]: the cheapest hop from class `kind` to any class over the `available` relays, work)."""
     hop: Floats = position.hop[kind]
     relays = np.flatnonzero(position.can_relay & position.blocks.useful_relay.any(axis=0) & available.any(axis=0))
     rounds = 0

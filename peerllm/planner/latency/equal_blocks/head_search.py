@@ -1,4 +1,4 @@
-"""The cheapest walk over every place of the head: places are refuted or searched until none is left."""
+"""Branch and bound over the position of the head: positions are refuted or searched until none is left."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from peerllm.planner.routing.order_search import OrderSearch, iterated_local_sea
 from peerllm.planner.routing.route_graph import CappedRoutes, Route, Visit
 from peerllm.planner.routing.route_relaxation import RouteBound, initial_prices, raise_bound, relaxed_route, route_bound
 
-EXACT = 1e-10  # relative; two ways closer than this are one
-FEW = 16  # devices up to which the search goes on until it is exact, within reason
-WIDTHS = {True: (48, 400, 4000, 40_000), False: (48, 400)}  # ways per block, for few devices and for many
-BUDGET = {True: 300_000_000, False: 80_000_000}  # array elements touched before the rest is left open
-UNMET = 0.1  # of that, while no way is met: the search for any layers finds one sooner
-STRIDE = 0.3  # of the way from the bound to the best that is tried next
-NEAR = 0.01  # relative; further from the best, bounds are raised half of the way at once: the lowest one is what counts
-CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at once
+EXACT = 1e-10  # relative; routes closer than this count as equal
+FEW = 16  # devices up to which the wider label limits and the larger budget are used
+WIDTHS = {True: (48, 400, 4000, 40_000), False: (48, 400)}  # labels per block in turn, for few devices or many
+BUDGET = {True: 300_000_000, False: 80_000_000}  # array elements touched before positions stay open
+UNMET = 0.1  # of the budget while no route is found: the search for mixed layers finds one sooner
+STRIDE = 0.3  # the next cutoff lies so far from the bound towards the best
+NEAR = 0.01  # relative; with a larger gap the bound is first raised half of the way: only the lowest position counts
+CLOSE = 1e-4  # relative; with so small a gap the cutoff is the best itself
 
 
 @dataclass(order=True, slots=True)
 class _OpenPosition:
+    """A head position that may still hold a better route; nothing was found there below `tried`."""
+
     bound: float
     turn: int
     position: HeadPosition = field(compare=False)
@@ -44,7 +46,7 @@ class _OpenPosition:
 
 
 class HeadSearch:
-    """`best` and `homes` are the best way met; `bound` what no way can beat, once `run` has returned."""
+    """`best` and `placement` are the best found; no placement can beat `bound` once `run` has returned."""
 
     def __init__(self, blocks: EqualBlocks, cost_of: Callable[[tuple[int, ...]], float]) -> None:
         self.best, self.placement = np.inf, ()  # type: tuple[float, tuple[int, ...]]
@@ -62,7 +64,7 @@ class HeadSearch:
             self._open(blocks, every)
 
     def _open(self, blocks: EqualBlocks, every: list[HeadPosition]) -> None:
-        """First bounds for every place, from prices that suit them all, and a first good walk."""
+        """First bounds for all positions from shared prices, and a first good route."""
         start = any_head_position(blocks)
         starts = [raise_bound(start, price, 1e300) for price in initial_prices(start)]
         relaxed = max((relaxed for relaxed, _, _ in starts), key=lambda relaxed: relaxed.value)
@@ -79,7 +81,7 @@ class HeadSearch:
         self._local_search(promising)
 
     def _local_search(self, promising: list[int]) -> None:
-        """A first good walk, and what relays could make of it."""
+        """Find a good route by local search, then improve it with relays."""
         candidates = sorted(self._heap)
         searches = [OrderSearch(block_ring(candidate.position)) for candidate in candidates]
         good = iterated_local_search(searches, promising)
@@ -100,7 +102,7 @@ class HeadSearch:
             self._offer(candidate.position, route)
 
     def run(self) -> None:
-        """Until the best is proven, nothing is left to try, or the budget is spent."""
+        """Search until the best is proven, no position is left to try, or the budget is spent."""
         left = np.inf
         while self._heap:
             candidate = heapq.heappop(self._heap)
@@ -112,7 +114,7 @@ class HeadSearch:
 
     @property
     def spent(self) -> bool:
-        """Whether it ended for lack of budget."""
+        """Whether the work exceeds the budget."""
         return self._work > BUDGET[self._few] * (1.0 if self.placement else UNMET)
 
     def _push(self, candidate: _OpenPosition) -> None:
@@ -122,7 +124,7 @@ class HeadSearch:
             heapq.heappush(self._heap, candidate)
 
     def _advance(self, candidate: _OpenPosition) -> bool:
-        """Look for a walk at this place or raise its bound; False if it must be left open."""
+        """Search this position for a route, or raise its bound; False if it must stay open."""
         routes = candidate.position.routes
         if np.isfinite(self.best) and not candidate.ascended:
             cutoff = self.best if self.best - candidate.bound < NEAR * self.best else (candidate.bound + self.best) / 2
@@ -143,7 +145,7 @@ class HeadSearch:
             self._work += work
             if route is not None and not self._offer(candidate.position, route):
                 if candidate.strict:
-                    return False  # two relays over one device with two blocks
+                    return False  # two relays share a device that holds only two blocks
                 candidate.strict = True
                 self._push(candidate)
                 return True
@@ -159,7 +161,7 @@ class HeadSearch:
         return True
 
     def _offer(self, position: HeadPosition, route: Route) -> bool:
-        """False if its relays have too few blocks to hand out; then the way without any is taken."""
+        """Keep the route if it is the best. False if its relays lack blocks: then the route without relays is kept."""
         real = placement_of_route(position, route)
         placement = real if real is not None else placement_of_route(position, route, relays=False)
         if placement is not None and (cost := self._cost_of(placement)) < self.best:
@@ -168,5 +170,5 @@ class HeadSearch:
 
 
 def _size(routes: CappedRoutes) -> int:
-    """Array elements that one bound touches, or what takes as long."""
+    """The work of computing one bound, in array elements."""
     return (routes.graph.hop.size + routes.graph.first.size * 40) // 2

@@ -1,4 +1,8 @@
-"""The best way met and what no way can beat, brought together: prices, sweeps of labels, and parts solved anew."""
+"""Close the gap between the best assignment and the bound: Lagrangian prices, label setting, neighbourhood search.
+
+Label setting is asked for routes below a cutoff between bound and best. It finds one, refutes the cutoff, or gives up
+at its label limit; then a higher cutoff or a wider limit is tried.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +31,19 @@ from peerllm.planner.latency.mixed_layers.relay_hops import placement_over_relay
 from peerllm.planner.latency.mixed_layers.usable_memory import UsableMemory
 from peerllm.planner.routing.bundle_method import BundleMethod
 
-EXACT = 1e-10  # relative; two ways closer than this are one
-STEPS = 150  # of the ascent
-STRIDE = 0.3  # of the way from the bound to the best that is tried next
-CLOSE = 1e-4  # relative; so close to the best, all that is better is tried at once
-WORK_PER_PASS, WORK_PER_PRICE = 300_000, 1000  # of an ascent, in array elements
-WIDE_PASS = 400  # labels; before a wider sweep
-NEIGHBOURHOOD = 4  # devices' layers are dealt anew: is there a better way?
-NEIGHBOURHOODS, NEIGHBOURHOOD_STEPS, NEIGHBOURHOOD_WIDTH = 24, 12, 400  # such parts tried, passes and labels for each
+EXACT = 1e-10  # relative; placements closer than this count as equal
+STEPS = 150  # bounds computed at most
+STRIDE = 0.3  # the next cutoff lies so far from the bound towards the best
+CLOSE = 1e-4  # relative; with so small a gap the cutoff is the best itself
+WORK_PER_PASS, WORK_PER_PRICE = 300_000, 1000  # of computing a bound, in array elements
+WIDE_PASS = 400  # labels; a neighbourhood search comes before anything wider
+NEIGHBOURHOOD = 4  # devices whose layers are assigned anew together
+NEIGHBOURHOODS, NEIGHBOURHOOD_STEPS, NEIGHBOURHOOD_WIDTH = 24, 12, 400  # groups tried; bounds and labels for each
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """`homes` is empty when nothing was found; then `reached` is the last layer that found a place."""
+    """A device for each layer. `placement` is empty if none was found; `reached` is then the last layer placed."""
 
     placement: tuple[int, ...]
     cost: float
@@ -49,7 +53,11 @@ class Assignment:
 
 
 class GapSearch:
-    """`work` counts array elements touched. `unreal`: a way was met whose relays have too few layers to hand out."""
+    """The state of one search; `work` counts array elements touched.
+
+    `relays_short` is set when a route was found whose relays have too few layers to take: the search must be repeated
+    without relays.
+    """
 
     def __init__(
         self,
@@ -59,8 +67,8 @@ class GapSearch:
         no_relays: bool = False,
         usable_memory: UsableMemory | None = None,
     ) -> None:
-        """`known` is what was found and proven before; `apart`: without relays; `fillings`: of the same memory."""
-        # What all layers together take is all the room there is: sums over devices stay far from overflowing.
+        """`known` is what was found and proven before; `usable_memory` that of a problem with the same memory."""
+        # No device needs more room than all layers take; this keeps sums over devices far from overflowing.
         problem = replace(problem, room=np.minimum(problem.room, problem.memory.sum(axis=0)))
         self.problem = problem
         self.table, self.usable_memory = (
@@ -77,6 +85,7 @@ class GapSearch:
 
     @property
     def done(self) -> bool:
+        """Whether the bound proves the best."""
         return bool(self.bound >= self.best * (1 - EXACT))
 
     def result(self) -> Assignment:
@@ -87,7 +96,7 @@ class GapSearch:
         return Assignment(self.placement, self.best, bound, len(self.problem.cost) - 1, self.done)
 
     def close_gap(self, widths: tuple[int, ...], budget: int) -> None:
-        """Sweep under one goal after the other, until they meet or the budget is spent."""
+        """Try one cutoff after the other until bound and best meet or the budget is spent."""
         relaxed, tried, settled = self._raise_bound(STEPS), np.inf, np.inf
         if not np.isfinite(relaxed.value):
             self._set_labels(relaxed, np.inf, widths[0], budget)
@@ -95,13 +104,13 @@ class GapSearch:
         while not (self.done or self.infeasible or self.relays_short):
             top = min(self.best * (1 - EXACT), tried)
             close = np.isfinite(top) and top - self.bound <= CLOSE * abs(top)
-            if close and top == tried:  # that was tried
+            if close and top == tried:  # this cutoff was tried
                 break
             cutoff = self.bound + STRIDE * (top - self.bound) if np.isfinite(top) and not close else top
             decided: bool | None = None
             before = self.best
             for width in (*widths, np.inf):
-                if width > WIDE_PASS and self.best < settled:  # before what takes long
+                if width > WIDE_PASS and self.best < settled:  # cheap beside a wide pass
                     settled = self.best
                     decided = True if self._search_neighbourhoods() else None
                 if decided is None and width < np.inf:
@@ -110,7 +119,7 @@ class GapSearch:
                     break
             if decided:
                 tried = np.inf
-                if not self.best < before:  # the way known, by another sum
+                if not self.best < before:  # the known placement again, its costs summed in another order
                     break
             elif decided is False:
                 self.infeasible = bool(np.isinf(cutoff))
@@ -129,7 +138,7 @@ class GapSearch:
         return memory_bound(self.table, price.reshape(self.table.prices))
 
     def _raise_bound(self, steps: int, *, patient: bool = True) -> MemoryBound:
-        """A better bound, and any way met on the way there that keeps every limit."""
+        """Raise the bound by better prices; relaxed routes that keep every limit are taken on the way."""
 
         def judge(relaxed: MemoryBound) -> tuple[Floats, bool]:
             route = relaxed_device_route(self.table, relaxed)
@@ -152,7 +161,7 @@ class GapSearch:
         return cost
 
     def _set_labels(self, relaxed: MemoryBound, cutoff: float, width: int, budget: float = np.inf) -> bool | None:
-        """True: a way was found (see `unreal`); False: there is none within the goal; None: undecided."""
+        """True: a route was found (see `relays_short`). False: there is none within the cutoff. None: undecided."""
         labels = LabelSetting(self.table, self.usable_memory, relaxed, cutoff, self._interchangeable)
         route = labels.run(width, budget - self.work)
         self.work += labels.work
@@ -166,7 +175,7 @@ class GapSearch:
         return True
 
     def _search_neighbourhoods(self) -> bool:
-        """Whether a better way was found in which only a few devices hold other layers than in the best one."""
+        """Whether a better placement was found in which only a few devices hold other layers than in the best one."""
         before = self.best
         for group in self._neighbourhoods():
             theirs = np.isin(np.arange(len(self.problem.room)), group)
@@ -185,7 +194,7 @@ class GapSearch:
         return self.best < before * (1 - EXACT)
 
     def _neighbourhoods(self) -> list[tuple[int, ...]]:
-        """A few devices each: first who hold layers next to each other, then any."""
+        """Small groups of devices: first those that hold neighbouring layers, then random ones."""
         order = list(dict.fromkeys(self.placement))
         close = [tuple(sorted(order[k : k + NEIGHBOURHOOD])) for k in range(max(1, len(order) - NEIGHBOURHOOD + 1))]
         rng, count = np.random.default_rng(0), len(self.problem.room)

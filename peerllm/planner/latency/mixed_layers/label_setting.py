@@ -1,4 +1,4 @@
-"""Partial ways swept layer by layer under a goal: exact if nothing is left out, else a good way among the hopeful."""
+"""Label setting layer by layer: the cheapest route below a cutoff if no label is dropped, else a good one."""
 
 from __future__ import annotations
 
@@ -15,37 +15,32 @@ from peerllm.planner.latency.mixed_layers.memory_relaxation import MemoryBound, 
 from peerllm.planner.latency.mixed_layers.relay_hops import relayed_hops
 from peerllm.planner.latency.mixed_layers.usable_memory import UsableMemory
 
-WORK_PER_LAYER, WORK_PER_VISIT = 3000, 1000  # what a call costs besides its elements, counted in elements
-WAITING_LABELS = 6  # times the labels that are gone on with may wait for a layer before the hopeless go
+WORK_PER_LAYER, WORK_PER_VISIT = 3000, 1000  # overhead of a numpy call, in array elements
+WAITING_LABELS = 6  # times the width may wait for a layer before they are pruned early
 
-_NewVisits = tuple[Ints, Ints, Floats]  # of visits: the label's row, the device, the cost before
+_NewVisits = tuple[Ints, Ints, Floats]  # the label's row, the device, the cost before the visit
 
 
 class LabelSetting:
     """One pass over the layers.
 
-    `work` is what it took, `reached` the last layer that found a place, `cost` that of the way found, and `whole` says
-    whether nothing was left out.
+    `work` counts array elements touched, `reached` is the last layer placed, `cost` that of the route found, and
+    `complete` says that no label was dropped.
     """
 
     def __init__(
         self, table: VisitTable, usable_memory: UsableMemory, relaxed: MemoryBound, cutoff: float, interchangeable: Ints
     ) -> None:
-        """`twins`: for each device the nearest earlier one like it, which must be used first, or -1."""
+        """`interchangeable`: for each device the earlier equal one, which must be used first, or -1."""
         self.work, self.reached, self.complete, self.cost = 0, -1, True, np.inf
-        self._table, self._usable_memory, self._relaxed, self._cutoff, self._interchangeable = (
-            table,
-            usable_memory,
-            relaxed,
-            cutoff,
-            interchangeable,
-        )
-        self._alike = Dominance(len(interchangeable))
-        self._waiting: dict[int, list[Labels]] = {}  # by the last layer of their visit
-        self._waiting_count: Counter[int] = Counter()  # how many these are
+        self._table, self._usable_memory, self._relaxed = table, usable_memory, relaxed
+        self._cutoff, self._interchangeable = cutoff, interchangeable
+        self._dominance = Dominance(len(interchangeable))
+        self._waiting: dict[int, list[Labels]] = {}  # by the last layer of the visit
+        self._waiting_count: Counter[int] = Counter()  # of labels
         self._width = 0
-        self._trail: list[tuple[int, Ints, Ints]] = []  # last layer, devices, rows before: of the labels kept
-        self._trail_starts = [0]  # the first row of each part of the trail, and of the next
+        self._trail: list[tuple[int, Ints, Ints]] = []  # of labels kept: last layer, devices, parent rows
+        self._trail_starts = [0]  # the first row of each part of the trail, and of the next part
         need = table.problem.memory.min(axis=1)
         self._bytes_after, self._weighty_after = (
             x[::-1].cumsum()[::-1] - x for x in (need, (need > 0).astype(np.int64))
@@ -54,9 +49,9 @@ class LabelSetting:
         self._later_run_price = np.array([relaxed.run_price[table.entered > i].sum() for i in range(len(need))])
 
     def run(self, width: int, budget: float = np.inf) -> DeviceRoute | None:
-        """A way of cost at most the goal, from `width` labels a layer: if `whole`, the cheapest, or there is none.
+        """A route of cost at most the cutoff, from `width` labels per layer.
 
-        Gives up, and is not `whole`, once its `work` is more than the `budget`.
+        If `complete`, it is the cheapest, or there is none. Once `work` exceeds the `budget` the pass gives up.
         """
         self._width = width
         problem, last = self._table.problem, len(self._table.problem.cost) - 1
@@ -64,10 +59,8 @@ class LabelSetting:
             return None
         none, zero = np.zeros((1, len(problem.room)), dtype=bool), np.zeros(1, np.int64)
         start = Labels(zero, problem.room[None].clip(0), none, none, none, np.zeros(1), zero - 1)
-        refund, run_refund = (
-            self._relaxed.refund(start.left / self._table.unit),
-            self._relaxed.run_price.sum() + np.zeros(1),
-        )
+        refund = self._relaxed.refund(start.left / self._table.unit)
+        run_refund = self._relaxed.run_price.sum() + np.zeros(1)
         self._add_visits(0, start, (zero, zero, np.zeros(1)), refund, run_refund)
         for i in range(last + 1):
             parts = self._waiting.pop(i, [])
@@ -91,7 +84,7 @@ class LabelSetting:
         return None
 
     def _prune(self, labels: Labels, i: int) -> tuple[Labels, Floats, Floats]:
-        """Those within the goal that no other makes needless, `width` at most, and what each may get back."""
+        """(undominated labels within the cutoff, at most the width; what memory and runs may refund to each)."""
         table, end = self._table, int(self._table.runs.last[i])
         self.work += 30 * labels.left.size
         usable = self._usable_memory.usable(labels.left, i)
@@ -112,14 +105,14 @@ class LabelSetting:
         value = labels.cost + self._relaxed.leave[labels.device, i] - refund - run_refund
         rows = np.flatnonzero(good & (value <= self._cutoff) & np.isfinite(value))
         if len(rows):
-            rows = rows[self._alike.cheapest(labels.at(rows))]
+            rows = rows[self._dominance.undominated(labels.at(rows))]
         if len(rows) > self._width:
             self.complete = False
             rows = rows[np.argpartition(value[rows], self._width)[: self._width]]
         return labels.at(rows), refund[rows], run_refund[rows]
 
     def _extend(self, labels: Labels, i: int, refund: Floats, run_refund: Floats) -> None:
-        """From labels at layer i to wherever the next visit may begin."""
+        """Start the next visits from labels at layer i."""
         table, problem = self._table, self._table.problem
         self.work += WORK_PER_LAYER + labels.left.size * 4
         hop, touched = relayed_hops(problem, table.runs, i, labels.device, labels.available)
@@ -133,7 +126,7 @@ class LabelSetting:
         self._add_visits(i + 1, labels, (row, target, into[row, target]), refund, run_refund)
 
     def _add_visits(self, start: int, labels: Labels, begun: _NewVisits, refund: Floats, run_refund: Floats) -> None:
-        """Visits from layer `start` on; `refund` and `again` are what each label may get back."""
+        """Visits that begin at layer `start`; `refund` and `run_refund` are the most each label may get back."""
         table, relaxed, runs = self._table, self._relaxed, self._table.runs
         row, target, cost = begun
         unit = table.unit[target]
@@ -146,7 +139,7 @@ class LabelSetting:
         for end in range(start, int(far.max(initial=start - 1)) + 1):
             self.work += WORK_PER_VISIT + 10 * len(row)
             first, number = int(runs.first[end]), int(runs.priced[end])
-            within = first < start  # the run had begun before
+            within = first < start  # the run began before this visit
             back: Floats | float = self._later_run_price[end]
             if end < runs.last[end] and number >= 0:
                 back = (run_refund[row] if within else back + relaxed.run_price[number].sum()) - relaxed.run_price[
@@ -178,6 +171,7 @@ class LabelSetting:
             self._enqueue(end, Labels(devices, left, used, visited, available, value[keep], parent))
 
     def _enqueue(self, end: int, labels: Labels) -> None:
+        """Let labels wait for their last layer; prune them early where too many wait."""
         parts = self._waiting.setdefault(end, [])
         parts.append(labels)
         self._waiting_count[end] += len(labels.device)
@@ -186,6 +180,7 @@ class LabelSetting:
             self._waiting_count[end] = len(parts[0].device)
 
     def _route(self, row: int) -> DeviceRoute:
+        """The route that ends in a label of the last layer."""
         route: DeviceRoute = []
         row += self._trail_starts[-1]
         while row >= 0:

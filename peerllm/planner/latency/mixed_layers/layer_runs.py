@@ -1,9 +1,9 @@
-"""Runs of layers alike, in which a second visit to a device needs no room: it is a relay.
+"""Runs of equal layers, in which a second visit to a device needs no room: it is a relay.
 
-In a run all layers cost, weigh and send alike, so which of a device's visits there holds how many of its layers does
-not matter, as long as each holds at least one. So the first visit may hold all of them and the later ones, the relays,
-none; what is left of the device's room then counts only behind the run. Such a way is real if each relay can be handed
-one layer of its device's and the first visit keeps one. (`walk` knows more of models with only one run.)
+In a run all layers have equal costs, bytes and hops, so it does not matter which of a device's visits holds how many of
+its layers, as long as each holds at least one. So the first visit may hold all of them and the later ones, the relays,
+none; what the device has left then matters only after the run. Such a route is real if each relay can be given one
+layer of its device and the first visit keeps one. (Models with a single run have a faster search: `equal_blocks`.)
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import numpy as np
 from peerllm.planner.arrays import Flags, Floats, Ints
 from peerllm.planner.latency.assignment_problem import AssignmentProblem
 
-FEWEST = 3  # layers of a run in which a device can be visited twice
+FEWEST = 3  # layers of a run in which a device can be visited twice with another in between
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRuns:
-    """By layer."""
+    """What run each layer belongs to, and hops within and out of runs."""
 
-    first: Ints  # [layers]: of the layer's run
-    last: Ints  # [layers]
-    relay: Flags  # [layers, devices]: whether some hop in the layer's run, or out of it, is shorter over the device
-    hop: Floats  # [layers, devices, devices]: onward from a layer, over whatever relays; infinite to the device itself
-    priced: Ints  # [layers]: number of the layer's run among those in which a device could be visited twice, or -1
+    first: Ints  # [layers]: first layer of the layer's run
+    last: Ints  # [layers]: last layer of the layer's run
+    relay: Flags  # [layers, devices]: whether some hop in the run, or out of it, is shorter over the device
+    hop: Floats  # [layers, from, to]: after a layer, over any relays; infinite to the same device
+    priced: Ints  # [layers]: number of the run among those of at least FEWEST layers, or -1
 
 
 def layer_runs(problem: AssignmentProblem, *, no_relays: bool = False) -> LayerRuns:
-    """The longest runs there are; `apart` makes every layer one of its own, so that nothing is a relay."""
+    """The longest runs; `no_relays` makes every layer a run of its own."""
     layers, devices = problem.cost.shape
     first = np.arange(layers)
-    for i in range(1, layers - 1):  # the head stands alone
+    for i in range(1, layers - 1):  # the head is a run of its own
         if not no_relays and _continues(problem, int(first[i - 1]), i):
             first[i] = first[i - 1]
     last = np.append(np.flatnonzero(np.diff(first)), layers - 1)[np.unique(first, return_inverse=True)[1]]
@@ -49,9 +49,9 @@ def layer_runs(problem: AssignmentProblem, *, no_relays: bool = False) -> LayerR
 
 
 def _continues(problem: AssignmentProblem, first: int, i: int) -> bool:
-    """Whether layer i is like the one before, in the run that begins with `first`.
+    """Whether layer i is equal to the one before, in the run that begins with `first`.
 
-    That a run's first layer may lie on the source only is no difference: nobody else's layers ever move before it.
+    The first layer of a run may be one that must lie on the source: no layer of another device ever comes before it.
     """
     cost, here = problem.cost[i - 1], problem.cost[i]
     if first == i - 1:
@@ -62,7 +62,7 @@ def _continues(problem: AssignmentProblem, first: int, i: int) -> bool:
 
 
 def _relayed(inner: Floats, onward: Floats, can_relay: Flags) -> tuple[Floats, Floats, Flags]:
-    """(hops within a run, hops out of it, who is of use as a relay). Out of it, a relay may also stay where it is."""
+    """(hops within a run, hops out of it, useful relays). Out of a run, a relay may be the target as well."""
     direct, leaving = _elsewhere(inner), _elsewhere(onward)
     short, useful_relay = direct, np.zeros(len(inner), dtype=bool)
     for k in np.flatnonzero(can_relay):
@@ -75,5 +75,5 @@ def _relayed(inner: Floats, onward: Floats, can_relay: Flags) -> tuple[Floats, F
 
 
 def _elsewhere(hop: Floats) -> Floats:
-    """Without staying."""
+    """The hops, with staying on the same device made infinite."""
     return hop + np.where(np.eye(hop.shape[-1], dtype=bool), np.inf, 0.0)

@@ -1,10 +1,14 @@
 """Lower bounds for the latency search: memory limits become prices (Lagrangian relaxation).
 
-A way is a chain of visits. Priced are, of every device, the share of its room that visits take, and that share rounded:
-counted in whole m-th parts, all visits together take m - 1 at most (Chvátal's rounding; for m = 2: one visit takes more
-than half). Every visit is let off a toll, because who leaves a device alone is given back the price of its room less
-one toll. Within a run of layers alike a device is visited once: each visit there has its price, and hops are as short
-as any relays could make them. No single visit may exceed the room.
+A route is a chain of visits, and a device may be visited any number of times as long as no single visit exceeds its
+room. Each visit pays prices of its device:
+
+- for the share of the room that it takes;
+- for this share rounded down to whole m-th parts, of which all visits together take at most m - 1 (Chvátal's rounding;
+  for m = 2: only one visit takes more than half);
+- in a run of equal layers, for each visit there: one is enough, and hops are as short as relays could make them.
+
+Each visit gets a discount, because a device that is not used at all pays nothing and is not refunded its room either.
 """
 
 from __future__ import annotations
@@ -20,35 +24,38 @@ from peerllm.planner.latency.mixed_layers.layer_runs import LayerRuns
 
 PARTS = range(2, 17)  # m
 _CUTS = sorted({Fraction(k, m) for m in PARTS for k in range(m)})
-CUTS: Floats = np.array([float(cut) for cut in _CUTS])  # shares at which one of the roundings steps up
-ROUNDED: Floats = np.array([[cut * m // 1 / (m - 1) for cut in _CUTS] for m in PARTS])  # [parts, cuts]: from there on
+CUTS: Floats = np.array([float(cut) for cut in _CUTS])  # shares at which a rounding goes up by one part
+ROUNDED: Floats = np.array(
+    [[cut * m // 1 / (m - 1) for cut in _CUTS] for m in PARTS]
+)  # [parts, cuts]: rounded share from each cut on
 
 
 @dataclass(frozen=True, slots=True)
 class VisitTable:
-    """What can follow in one visit, independent of prices; index e of a prefix covers layers 0..e-1."""
+    """All possible visits, without prices; index e of a prefix covers layers 0..e-1."""
 
     problem: AssignmentProblem
-    cost: Floats  # [devices, layers + 1] prefix; a layer that may not lie there counts nothing, `far` ends before it
+    cost: Floats  # [devices, layers + 1] prefix; forbidden layers count 0, and `far` ends before them
     memory: Ints  # [devices, layers + 1] prefix
     far: Ints  # [devices, layers]: the last layer that one visit starting at i can hold (i - 1: none)
     runs: LayerRuns
-    entered: Ints  # [priced runs]: the first layer of each
-    unit: Floats  # [devices]: bytes of which shares are counted, one more than the room
-    largest_share: Floats  # [devices]: the share that may be taken
-    # Of the visit from each layer on that has so many more behind it:
-    visit_cost: Floats  # [devices, layers, more]: cost, infinite where it cannot be
+    entered: Ints  # [priced runs]: first layer
+    unit: Floats  # [devices]: the bytes that a share of 1 stands for, one more than the room
+    largest_share: Floats  # [devices]: the largest share that all visits may take together
+    # Of a visit that starts at a layer and holds so many more layers after it:
+    visit_cost: Floats  # [devices, layers, more]: infinite where it does not fit
     share: Floats  # [devices, layers, more]
-    step: Ints  # [devices, layers, more]: the last of CUTS that the share reaches
-    enters: Floats  # [priced runs, layers, more]: 1 if some of it lies in the run
+    step: Ints  # [devices, layers, more]: index of the last of CUTS that the share reaches
+    enters: Floats  # [priced runs, layers, more]: 1 if part of it lies in the run
 
     @property
     def prices(self) -> tuple[int, int]:
-        """How many there are: (kinds, devices)."""
+        """The shape of the prices: (kinds, devices)."""
         return len(PARTS) + 2 + len(self.entered), len(self.unit)
 
 
 def visit_table(problem: AssignmentProblem, runs: LayerRuns) -> VisitTable:
+    """All visits of the problem within each device's room."""
     layers, devices = problem.cost.shape
     finite = np.isfinite(problem.cost)
     cost = np.zeros((devices, layers + 1))
@@ -88,34 +95,34 @@ def visit_table(problem: AssignmentProblem, runs: LayerRuns) -> VisitTable:
 
 
 def step_of(share: Floats) -> Ints:
-    """The last of CUTS that each share reaches."""
+    """The index of the last of CUTS that each share reaches."""
     step: Ints = np.searchsorted(CUTS, share, side="right") - 1
     return step
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBound:
-    """Under prices, none of them negative; costs are infinite where no way leads on."""
+    """The relaxed optimum under some prices, none of them negative; costs are infinite where no route leads on."""
 
     price: Floats  # [kinds, devices]
-    share: Floats  # [devices]: price of the whole of `Visits.unit`
-    steps: Floats  # [devices, cuts]: of the rounded shares, from each of CUTS on
-    discount: Floats  # [devices]: what each visit is let off
-    run_price: Floats  # [priced runs, devices]: of a visit to the run, which everyone is given back once
-    charged: Floats  # [devices, layers, more]: what visits cost
-    visit: Floats  # [layers + 1, devices]: from starting a visit at layer i until home
-    leave: Floats  # [devices, layers]: from leaving a device after layer i until home
-    value: float  # the bound on any way
+    share: Floats  # [devices]: price of a share of 1
+    steps: Floats  # [devices, cuts]: price of the rounded shares from each cut on
+    discount: Floats  # [devices]: taken off each visit
+    run_price: Floats  # [priced runs, devices]: price of a visit to the run; one is refunded to every device
+    charged: Floats  # [devices, layers, more]: cost of a visit, prices included
+    visit: Floats  # [layers + 1, devices]: cost to go when starting a visit at layer i
+    leave: Floats  # [devices, layers]: cost to go when leaving a device after layer i
+    value: float  # the bound on any route
 
     def refund(self, share: Floats) -> Floats:
         """[labels]: the most that visits within a `share` [labels, devices] of each device could be charged.
 
-        Of any number of visits at least one pays its toll back. Visits to runs come on top.
+        Any number of visits pays back at least one discount. Run prices come on top.
         """
         return self.refunds(share, np.arange(len(self.share))).sum(axis=-1)  # type: ignore[no-any-return]
 
     def refunds(self, share: Floats, device: Ints) -> Floats:
-        """The same of single devices."""
+        """The same for single devices."""
         largest_share: Floats = share * self.share[device] + self.steps[device, step_of(share)] - self.discount[device]
         return np.maximum(largest_share, 0.0)
 
@@ -147,7 +154,7 @@ def memory_bound(table: VisitTable, price: Floats) -> MemoryBound:
 
 
 def relaxed_device_route(table: VisitTable, relaxed: MemoryBound) -> DeviceRoute:
-    """A cheapest relaxed way as (device, last layer) of each visit; call only where `value` is finite."""
+    """A cheapest relaxed route as (device, last layer) of each visit. Call it only where `value` is finite."""
     layers, width = relaxed.charged.shape[1:]
     route: DeviceRoute = []
     device, start = 0, 0
@@ -162,7 +169,7 @@ def relaxed_device_route(table: VisitTable, relaxed: MemoryBound) -> DeviceRoute
 
 
 def violations(table: VisitTable, relaxed: MemoryBound, route: DeviceRoute) -> tuple[Floats, bool]:
-    """[kinds, devices]: how far `way` goes beyond what its prices stand for; whether it keeps to all rooms."""
+    """[kinds, devices]: by how much `route` exceeds what each price stands for; whether it keeps every room."""
     use, used = np.zeros(table.prices), np.zeros(len(table.unit), dtype=np.int64)
     start = 0
     for device, end in route:
@@ -175,7 +182,7 @@ def violations(table: VisitTable, relaxed: MemoryBound, route: DeviceRoute) -> t
         start = end + 1
     given = (
         relaxed.refunds(table.largest_share, np.arange(len(table.largest_share))) > 0
-    )  # back, if the device is left alone
+    )  # whether the device is refunded
     use[0] -= table.largest_share * given
     use[1 : 1 + len(PARTS)] -= ROUNDED[:, step_of(table.largest_share)] * given
     use[1 + len(PARTS)] += given
@@ -184,7 +191,7 @@ def violations(table: VisitTable, relaxed: MemoryBound, route: DeviceRoute) -> t
 
 
 def initial_memory_price(table: VisitTable) -> Floats:
-    """[kinds, devices]: what a share is worth if layers simply fill the fastest devices first: a start."""
+    """[kinds, devices]: a start: the price of a share if layers simply fill the fastest devices first."""
     problem = table.problem
     room = table.largest_share * table.unit
     pace = table.cost[:, -1] / np.maximum(table.memory[:, -1], 1)

@@ -1,4 +1,4 @@
-"""Ways over relays: how short they make a hop, and which layers they are handed in the end."""
+"""Hops over relays: how short they become, and which layers each relay is given in the end."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from peerllm.planner.latency.relay_path import cheapest_relays
 def relayed_hops(
     problem: AssignmentProblem, runs: LayerRuns, i: int, device: Ints, available: Flags
 ) -> tuple[Floats, int]:
-    """[labels, devices]: the cheapest hop from layer i on `device` [labels] to any other, over relays among those
-    `ready` [labels, devices]; behind a run that may be the last relay itself. And the work: array elements touched.
+    """[labels, devices]: the cheapest hop from layer i on `device` [labels] over `available` relays [labels, devices].
+
+    After the last layer of a run, the target may be a relay too. Also returns the work: array elements touched.
     """
     onward = problem.hop[i]
     hop: Floats = onward[device]
@@ -40,9 +41,9 @@ def relayed_hops(
 
 
 def placement_over_relays(problem: AssignmentProblem, runs: LayerRuns, route: DeviceRoute) -> tuple[int, ...]:
-    """A device for every layer, over relays where they are shorter and have a layer to hand out."""
+    """A device for every layer, over relays where they are shorter and have a layer to take."""
     placement: list[int] = []
-    parts: list[list[int]] = []  # of the run at hand: device, layers, spare ones (of its first visit there)
+    parts: list[list[int]] = []  # visits in the current run: device, layers, layers it can give away (first visit only)
 
     def close() -> None:
         for device, layers, _ in parts:

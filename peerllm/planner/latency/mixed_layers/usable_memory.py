@@ -1,4 +1,4 @@
-"""What of a device's room the layers still to come could fill: two rooms that differ by less are alike."""
+"""How much of a device's room the later layers could fill: labels that differ only in unusable room are equivalent."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import numpy as np
 from peerllm.planner.arrays import Ints
 from peerllm.planner.latency.assignment_problem import AssignmentProblem
 
-MOST_SUMS = 4096  # sums held for one layer; where there are more, only the sum of all layers behind limits a room
+MOST_SUMS = 4096  # sums kept for one layer; where there are more, only the sum of all later layers counts
 
 
 class UsableMemory:
-    """The bytes that some of the layers behind a layer take together."""
+    """The sums of bytes that some of the layers after each layer take together."""
 
     def __init__(self, problem: AssignmentProblem) -> None:
         memory, most = problem.memory, int(problem.room.max(initial=0))
         columns, which = np.unique(memory, axis=1, return_inverse=True)
         self._sums = [_sums(column, most) for column in columns.T]
-        self._devices = [np.flatnonzero(which == k) for k in range(len(self._sums))]  # that have those sizes
+        self._devices = [np.flatnonzero(which == k) for k in range(len(self._sums))]  # that have those layer sizes
         self._after: Ints = memory.sum(axis=0) - memory.cumsum(axis=0)  # [layers, devices]
 
     def usable(self, left: Ints, i: int) -> Ints:
-        """[labels, devices]: the most of `left` that layers behind layer i fill."""
+        """[labels, devices]: the most of `left` that layers after layer i fill."""
         usable: Ints = np.minimum(left, self._after[i])
         for devices, sums in zip(self._devices, self._sums, strict=True):
             if len(sums[i]):
@@ -30,7 +30,7 @@ class UsableMemory:
 
 
 def _sums(sizes: Ints, most: int) -> list[Ints]:
-    """Of the layers behind each one, ascending from 0; empty where they are too many to hold."""
+    """For each layer the sums of sizes after it, ascending from 0; empty where there are too many."""
     found = [np.zeros(1, dtype=np.int64)]
     for size in sizes[:0:-1]:
         sums = found[-1]
