@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from aiohttp import web
 
-from peerllm.api.errors import error_object, json_response
+from peerllm.api.error_answers import error_object, json_response
 from peerllm.api.fields import Fields, read_object
 from peerllm.api.guard import is_loopback
 from peerllm.api.keys import HOUSEHOLD, TASKS

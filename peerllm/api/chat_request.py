@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peerllm.api.errors import FieldError
+from peerllm.api.error_answers import FieldError
 from peerllm.api.fields import Fields
 from peerllm.types import SAMPLING_LIMITS, Sampling
 

@@ -6,7 +6,7 @@ from aiohttp import web
 
 from peerllm.api.guard import Guard
 from peerllm.api.tasks import Tasks
-from peerllm.api.text.store import TextStore
+from peerllm.api.text.text_store import TextStore
 from peerllm.daemon.facade import Household
 
 HOUSEHOLD: web.AppKey[Household] = web.AppKey("household", Household)

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from peerllm.api.errors import UnknownModelError, json_response
+from peerllm.api.error_answers import UnknownModelError, json_response
 from peerllm.api.keys import HOUSEHOLD
 from peerllm.daemon.facade import Household, ServedModel
 from peerllm.errors import UnavailableError

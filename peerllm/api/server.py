@@ -10,13 +10,13 @@ from pathlib import Path
 
 from aiohttp import web
 
-from peerllm.api import admin, chat, models, page
-from peerllm.api.errors import errors_as_json
+from peerllm.api import admin, completions, models, page
+from peerllm.api.error_answers import errors_as_json
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
 from peerllm.api.keys import GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.tasks import Tasks
-from peerllm.api.text.store import TextStore
+from peerllm.api.text.text_store import TextStore
 from peerllm.api.token import load_or_create_token
 from peerllm.daemon.facade import Household
 from peerllm.errors import BadInputError
@@ -41,7 +41,7 @@ def create_app(household: Household, token: str, loopback: bool, names: Iterable
     app.router.add_get("/static/{name}", page.static)
     app.router.add_get("/v1/models", models.list_models)
     app.router.add_get("/v1/models/{id:.+}", models.one_model)
-    app.router.add_post("/v1/chat/completions", chat.chat_completions)
+    app.router.add_post("/v1/chat/completions", completions.chat_completions)
     app.router.add_get("/peerllm/v1/status", admin.status)
     app.router.add_get("/peerllm/v1/engine", admin.engine)
     app.router.add_get("/peerllm/v1/process", admin.process)

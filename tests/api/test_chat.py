@@ -12,7 +12,7 @@ import aiohttp
 import openai
 import pytest
 
-from peerllm.api import chat, streams
+from peerllm.api import completions, streams
 from peerllm.api.server import ApiServer
 from peerllm.errors import EngineError, OverloadedError, UnavailableError
 from tests.api.fake import BOUND_S, CONTEXT, END, FakeHousehold
@@ -211,7 +211,7 @@ async def test_a_client_that_does_not_read_is_dropped(
 async def test_keep_alives_and_the_place_in_the_queue(
     client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(completions, "KEEP_ALIVE_S", 0.02)
     household.gate, household.queued = asyncio.Event(), [3, 2]
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         lines = [await response.content.readuntil(b"\n\n") for _ in range(4)]
