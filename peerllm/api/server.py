@@ -98,7 +98,7 @@ class ApiServer:
             app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S
         )
         await runner.setup()
-        await web.SockSite(runner, self._socket).start()
+        await web.SockSite(runner, self._socket, backlog=BACKLOG).start()
 
     def _why(self, error: OSError) -> str:
         where = f"{self.host}:{self.port}"

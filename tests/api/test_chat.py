@@ -14,7 +14,7 @@ import pytest
 
 from peerllm.api import completions, streams
 from peerllm.api.server import ApiServer
-from peerllm.errors import EngineError, OverloadedError, UnavailableError
+from peerllm.errors import EngineError, LinkError, OverloadedError, UnavailableError
 from tests.api.fake import BOUND_S, CONTEXT, END, FakeHousehold
 
 PATH = "/v1/chat/completions"
@@ -140,20 +140,23 @@ async def test_a_text_that_only_looked_like_a_stop_comes_out(ai: openai.AsyncOpe
 
 async def test_sampling_defaults_come_from_the_model(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:
     (household.model.model_dir / "generation_config.json").write_text(
-        json.dumps({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": "high", "repetition_penalty": 1e9})
+        json.dumps({"temperature": 1.0, "top_k": 20, "min_p": "high", "repetition_penalty": 1e9})
     )
+    await ai.chat.completions.create(**ASK)
     await ai.chat.completions.create(**ASK, top_p=0.5)
     sampling = household.requests[0].sampling
-    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.6, 0.5, 20, 0.0)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 0.95, 20, 0.0)
     assert sampling.repetition_penalty == 1.0
+    assert household.requests[1].sampling.top_p == 0.5
 
 
-async def test_without_defaults_temperature_is_one_and_seeds_differ(
+async def test_where_the_model_is_silent_sampling_is_moderate_and_seeds_differ(
     ai: openai.AsyncOpenAI, household: FakeHousehold
 ) -> None:
-    for _ in range(2):
-        await ai.chat.completions.create(**ASK)
-    assert [one.sampling.temperature for one in household.requests] == [1.0, 1.0]
+    for said in ({}, {}, {"temperature": 1, "top_p": 1}):
+        await ai.chat.completions.create(**ASK, **said)
+    asked = [(one.sampling.temperature, one.sampling.top_p) for one in household.requests]
+    assert asked == [(0.7, 0.95), (0.7, 0.95), (1.0, 1.0)]
     assert household.requests[0].sampling.seed != household.requests[1].sampling.seed
 
 
@@ -338,3 +341,14 @@ async def test_unavailable_at_once_is_503(client: aiohttp.ClientSession, househo
     household.error_at_once = UnavailableError("the model is being stopped")
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         assert response.status == 503
+
+
+async def test_a_broken_link_is_503_and_may_be_asked_again(
+    client: aiohttp.ClientSession, household: FakeHousehold
+) -> None:
+    household.error_at_once = LinkError("the link to jetson broke")
+    async with client.post(PATH, json=ASK) as response:
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "5"
+        error = (await response.json())["error"]
+    assert (error["message"], error["type"]) == ("the link to jetson broke", "server_error")
