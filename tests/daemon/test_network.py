@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.daemon.messages import Answer, DeviceView, Goodbye, Question, Release, Trouble
+from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Question, Release, Trouble
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError, PeerLLMError, RefusedError
 from tests.daemon.networks import WAIT_S, Device, devices, pair
 
