@@ -12,7 +12,7 @@ import aiohttp
 import openai
 import pytest
 
-from peerllm.api import completions, streams
+from peerllm.api import completions, models, streams
 from peerllm.api.server import ApiServer
 from peerllm.errors import EngineError, LinkError, OverloadedError, UnavailableError
 from tests.api.fake import BOUND_S, CONTEXT, END, FakeHousehold
@@ -263,7 +263,10 @@ async def test_a_full_queue_is_429_with_retry_after(
         assert (await response.json())["error"]["type"] == "rate_limit_error"
 
 
-async def test_a_waiting_model_is_503_with_its_reason(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
+async def test_a_waiting_model_is_503_with_its_reason(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "PATIENCE_S", {"waiting": 0.0})
     household.served = [replace(household.model, state="waiting", reason="jetson is gone; 1.2 GB are missing")]
     async with client.post(PATH, json=ASK) as response:
         assert response.status == 503
@@ -280,10 +283,20 @@ async def test_an_unknown_model_is_404_naming_the_others(ai: openai.AsyncOpenAI)
 
 async def test_a_model_started_elsewhere_says_where(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
     household.served = []
-    household.deployments[0]["coordinator"] = "mini-pc"
+    household.deployments[0].update(coordinator="mini-pc", name="short")
+    for name in ("builtin", "short"):
+        async with client.post(PATH, json={**ASK, "model": name}) as response:
+            assert response.status == 404
+            assert "mini-pc, ask there" in (await response.json())["error"]["message"]
+
+
+async def test_the_source_is_not_told_to_ask_the_source(
+    client: aiohttp.ClientSession, household: FakeHousehold
+) -> None:
+    household.served = []
     async with client.post(PATH, json=ASK) as response:
-        assert response.status == 404
-        assert "mini-pc" in (await response.json())["error"]["message"]
+        message = (await response.json())["error"]["message"]
+    assert message == "no model 'builtin' here; this device serves none; start one with: peerllm run MODEL"
 
 
 async def test_shutting_down_midway_is_an_error_event(
@@ -317,19 +330,34 @@ async def test_an_unforeseen_error_is_500_without_details(
 async def test_models(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:
     household.served = [
         household.model,
-        replace(household.model, name="org/name"),
+        replace(household.model, name="name", model="org/name"),
         replace(household.model, name="x", state="failed"),
     ]
-    assert [one.id async for one in ai.models.list()] == ["builtin", "org/name"]
+    assert [one.id async for one in ai.models.list()] == ["builtin", "name"]
     assert (await ai.models.retrieve("builtin")).owned_by == "peerllm"
     with pytest.raises(openai.NotFoundError):
         await ai.models.retrieve("gpt-9")
 
 
 async def test_model_names_with_a_slash(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
-    household.served = [replace(household.model, name="org/name")]
-    async with client.get("/v1/models/org/name") as response:
-        assert (await response.json())["id"] == "org/name"
+    household.served = [household.model, replace(household.model, name="name", model="org/name", created=1)]
+    for known in ("org/name", "name"):
+        async with client.get(f"/v1/models/{known}") as response:
+            found = await response.json()
+        assert (found["id"], found["model"]) == ("name", "org/name")
+        async with client.post(PATH, json={**ASK, "model": known}) as response:
+            assert (await response.json())["model"] == "name"
+
+
+async def test_a_name_counts_before_a_path_and_one_that_serves_before_one_that_failed(
+    client: aiohttp.ClientSession, household: FakeHousehold
+) -> None:
+    gone = replace(household.model, state="failed", created=2**40)
+    other = replace(household.model, name="other", created=2**40)
+    household.served = [gone, other, household.model]
+    async with client.get("/v1/models/builtin") as response:
+        found = await response.json()
+    assert (found["id"], found["state"]) == ("builtin", "serving")
 
 
 async def test_many_at_once(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:
