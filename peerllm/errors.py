@@ -74,7 +74,9 @@ class PairingError(AuthenticationError):
 
 
 class LinkError(PeerLLMError, ConnectionError):
-    """A link to another device broke or never came up."""
+    """A link to another device broke or never came up; it may be back in a moment."""
+
+    http_status = 503
 
 
 class FrameError(LinkError):

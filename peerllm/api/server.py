@@ -10,13 +10,14 @@ from pathlib import Path
 
 from aiohttp import web
 
-from peerllm.api import admin, chat, models, page
-from peerllm.api.errors import errors_as_json
+from peerllm.api import admin, completions, models, page
+from peerllm.api.error_answers import errors_as_json
+from peerllm.api.expected import ExpectedModels
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
-from peerllm.api.keys import GUARD, HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.keys import EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.tasks import Tasks
-from peerllm.api.text.store import TextStore
+from peerllm.api.text.text_store import TextStore
 from peerllm.api.token import load_or_create_token
 from peerllm.daemon.facade import Household
 from peerllm.errors import BadInputError
@@ -33,6 +34,7 @@ def create_app(household: Household, token: str, loopback: bool, names: Iterable
     app = web.Application(middlewares=[guarded(guard), errors_as_json], client_max_size=MAX_BODY_BYTES)
     app[HOUSEHOLD] = household
     app[GUARD] = guard
+    app[EXPECTED] = ExpectedModels()
     app[page.FILES] = page.load_files()
     app.on_response_prepare.append(add_security_headers)
     app.cleanup_ctx.append(_resources)
@@ -41,14 +43,14 @@ def create_app(household: Household, token: str, loopback: bool, names: Iterable
     app.router.add_get("/static/{name}", page.static)
     app.router.add_get("/v1/models", models.list_models)
     app.router.add_get("/v1/models/{id:.+}", models.one_model)
-    app.router.add_post("/v1/chat/completions", chat.chat_completions)
+    app.router.add_post("/v1/chat/completions", completions.chat_completions)
     app.router.add_get("/peerllm/v1/status", admin.status)
     app.router.add_get("/peerllm/v1/engine", admin.engine)
     app.router.add_get("/peerllm/v1/process", admin.process)
     app.router.add_get("/peerllm/v1/scenario", admin.scenario)
     app.router.add_get("/peerllm/v1/events", admin.events, allow_head=False)
     pairing = admin.invite, admin.join, admin.leave, admin.remove
-    for change in (*pairing, admin.bench, admin.plan, admin.run, admin.stop, admin.trace):
+    for change in (*pairing, admin.bench, admin.expect, admin.plan, admin.run, admin.stop, admin.trace):
         app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
     return app
 
@@ -98,7 +100,7 @@ class ApiServer:
             app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S
         )
         await runner.setup()
-        await web.SockSite(runner, self._socket).start()
+        await web.SockSite(runner, self._socket, backlog=BACKLOG).start()
 
     def _why(self, error: OSError) -> str:
         where = f"{self.host}:{self.port}"

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from peerllm.builtin.chat import encode, render
+from peerllm.builtin.chat_format import encode, render
 from peerllm.builtin.exchanges.dialogues import KINDS, dialogues
 
 HEARD_WEIGHT = 0.1  # of the loss on what the user says; what the model says weighs 1

@@ -16,7 +16,7 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from peerllm.builtin.chat import BEGIN, END, PAD
+from peerllm.builtin.chat_format import BEGIN, END, PAD
 from peerllm.builtin.packing import HEARD_WEIGHT
 from peerllm.builtin.recipe import CONTEXT_TOKENS, LONG_ROW_TOKENS, ROW_TOKENS, Recipe
 from peerllm.builtin.vocabulary import save_tokenizer

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peerllm.cli.device import LocalDevice
+from peerllm.cli.served import meant
 from peerllm.cli.terminal import printable
 from peerllm.cli.trace import recording, text
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
@@ -19,7 +20,8 @@ ANSWER_TIMEOUT_S = 3600.0  # seconds a whole answer may take when it is not stre
 
 def run(args: argparse.Namespace) -> None:
     device = LocalDevice(args.data)
-    body: dict[str, Any] = {"model": args.model or only_model(device)}
+    model = meant(device.get("/peerllm/v1/status"), args.model) if args.model else only_model(device)
+    body: dict[str, Any] = {"model": model}
     if args.temperature is not None:
         body["temperature"] = args.temperature
     if args.max_tokens is not None:

@@ -95,6 +95,7 @@ def _wait_for_all(first: LocalDevice, names: Sequence[str]) -> None:
 def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> None:
     """Pair them, divide the model, show who holds what, ask one question."""
     first = LocalDevice(devices[0].data_dir)
+    first.post("/peerllm/v1/expect", {"model": model})
     for device in devices[1:]:
         invitation = first.post("/peerllm/v1/invite", {})
         at = f"127.0.0.1:{invitation['port']}"
@@ -108,7 +109,7 @@ def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> N
     else:
         show_progress(lines)
     status = first.get("/peerllm/v1/status")
-    body = {"model": status["deployments"][0]["model"], "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
+    body = {"model": status["deployments"][0]["name"], "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
     pieces = answer_pieces(first, body, [{"role": "user", "content": QUESTION}])
     if args.json:
         print(

@@ -69,7 +69,7 @@ def deployments_text(found: Status) -> str:
 
 
 def deployment_text(one: Mapping[str, Any]) -> str:
-    head = f"{one['model']}: {one['state']}, coordinated by {one['coordinator']}, epoch {one['epoch']}"
+    head = f"{one['name']}: {one['state']}, coordinated by {one['coordinator']}, epoch {one['epoch']}"
     if one.get("schedule", SCHEDULE_NAMES[0]) != SCHEDULE_NAMES[0]:
         head += f", schedule {one['schedule']}"
     if one.get("reason"):
@@ -84,7 +84,12 @@ def deployment_text(one: Mapping[str, Any]) -> str:
         bar = layer_bar(first, last, layers)
         speed = _block_ms((one.get("profiles") or {}).get(stage["device"]))
         rows.append((stage["device"], f"{first}-{last}", bar, human_bytes(stage["memory_bytes"]), speed))
-    return f"{printable(head)}\n{table(rows)}{weights_text(one)}{speed_text(one)}{activations_text(one)}"
+    facts = [tell(one) for tell in (context_text, weights_text, speed_text, activations_text)]
+    return f"{printable(head)}\n{table(rows)}{''.join(facts)}"
+
+
+def context_text(one: Mapping[str, Any]) -> str:
+    return f"\ncontext: {one['context']:,} tokens, prompt and answer together" if one.get("context") else ""
 
 
 def weights_text(one: Mapping[str, Any]) -> str:

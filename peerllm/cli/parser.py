@@ -206,6 +206,9 @@ def _pairing(command: _Command) -> None:
 def _models(command: _Command) -> None:
     run = command("run", "Divide a model over the household's devices and serve it from this one.")
     run.add_argument("model", metavar="MODEL", help="a Hugging Face id, a local directory, or builtin")
+    run.add_argument(
+        "--as", dest="name", metavar="NAME", help="what to call it (default: the last part of its path or id)"
+    )
     run.add_argument("--objective", choices=("latency", "throughput"), default="latency")
     run.add_argument("--context", type=positive, metavar="N", help="tokens that a sequence may hold, prompt and answer")
     run.add_argument("--slots", type=positive, metavar="N", help="sequences served at once")

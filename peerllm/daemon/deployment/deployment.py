@@ -40,6 +40,7 @@ LATECOMERS = 3  # times that devices are measured because some came while others
 GATHER_S = 5.0  # how long a model too large for the devices here waits for those that have not arrived
 ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
 SETTLE_S = 0.3  # changes of the household come in bursts
+UNDER_WAY = ("planning", "loading")  # states in which there is progress to tell
 FETCH_SHARE = 0.8  # of a device's progress bar, where weights travel
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class Deployment:
         self._around, self._timings = around, timings
         self.lasting = remembered  # it has served: from then on it waits for devices instead of giving up
         self._shares: dict[DeviceId, float] = {}
-        self._message = ""
+        self._message = ""  # what is being done ...
+        self._share = 0.0  # ... and how much of it, where no device loads
         self._asked: set[DeviceId] = set()  # devices that may hold something of ours
         self._free: dict[DeviceId, int] = {}  # what devices said last, fresher than what they announce
         self._trouble: asyncio.Queue[str] = asyncio.Queue(1)
@@ -127,10 +129,12 @@ class Deployment:
     def view(self) -> DeploymentView:
         plan = self.blueprint.plan if self.blueprint is not None else None
         inspected = self.inspected
-        shares = self._shares.values()
         return DeploymentView(
             deployment=self.id,
             model=self.options.model,
+            name=self.options.name,
+            context=self._context(),
+            message=self._message if self.state in UNDER_WAY else "",
             state=self.state,
             epoch=self.epoch,
             coordinator=self._around.me,
@@ -139,7 +143,7 @@ class Deployment:
             predicted=asdict(plan.predicted) if plan is not None else {},
             measured=self.sequences.measured,
             reason=self.reason,
-            progress=1.0 if self.state == "serving" else sum(shares) / len(shares) if shares else 0.0,
+            progress=self._done(),
             schedule=self.options.schedule,
             activations=self.blueprint.activations if self.blueprint is not None else (),
             activations_wanted=self.options.activations,
@@ -148,21 +152,29 @@ class Deployment:
             quantize_wanted=self.options.quantize,
         )
 
-    def served(self) -> ServedModel | None:
-        """None until the model's files are known."""
-        if self.model_dir is None or self.inspected is None:
-            return None
-        context = self.blueprint.workload.context if self.blueprint is not None else self.inspected.max_context
+    def served(self) -> ServedModel:
         return ServedModel(
-            self.id,
-            self.options.model,
-            self.state,
-            self.reason,
-            self.created,
-            self.model_dir,
-            context,
-            self.inspected.stop_ids,
+            deployment=self.id,
+            name=self.options.name,
+            model=self.options.model,
+            state=self.state,
+            reason=self.reason,
+            created=self.created,
+            model_dir=self.model_dir,
+            context=self._context() or (self.inspected.max_context if self.inspected is not None else 0),
+            stop_ids=self.inspected.stop_ids if self.inspected is not None else (),
+            message=self._message if self.state in UNDER_WAY else "",
+            progress=self._done(),
         )
+
+    def _context(self) -> int:
+        return self.blueprint.workload.context if self.blueprint is not None else 0
+
+    def _done(self) -> float:
+        """How much of a download or of loading is done, 0 to 1."""
+        if self.state == "serving":
+            return 1.0
+        return sum(self._shares.values()) / len(self._shares) if self._shares else self._share
 
     async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
         """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
@@ -363,7 +375,7 @@ class Deployment:
         work = self.blueprint.workload
         self._free.clear()
         self._become("serving", "")
-        self._say("serving", f"{self.options.model} is served")
+        self._say("serving", f"{self.options.name} is served")
         self.sequences.open(Room(work.sequences, work.context, self.inspected.vocabulary, self.inspected.stop_ids))
         self._resolve(None)
 
@@ -414,7 +426,7 @@ class Deployment:
                     future.set_exception(error)
 
     def _say(self, state: str, message: str, share: float | None = None) -> None:
-        self._message = message
+        self._message, self._share = message, share or 0.0
         shares = {self._around.name(device): value for device, value in self._shares.items()}
         if share is not None:
             shares = {self._around.name(self._around.me): share}
@@ -435,10 +447,11 @@ def same_demand(a: RunOptions, b: RunOptions) -> bool:
         and b.context in (None, a.context)
         and b.slots in (None, a.slots)
         and b.prompt_chunk in (None, a.prompt_chunk)
+        and b.name in ("", a.name)
     )
 
 
 def refuse_other(a: RunOptions, b: RunOptions) -> None:
     """BadInputError where a model already runs with other options."""
     if not same_demand(a, b):
-        raise BadInputError(f"{a.model} already runs with other options; `peerllm stop {a.model}` first")
+        raise BadInputError(f"{a.model} already runs as {a.name} with other options; `peerllm stop {a.name}` first")

@@ -98,6 +98,7 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
     ]
     return {
         "id": view.deployment,
+        "name": view.name,
         "model": view.model,
         "state": view.state,
         "epoch": view.epoch,
@@ -115,7 +116,9 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
         },
         "measured": dict(view.measured),
         "profiles": dict(profiles or {}),
+        "context": view.context,
         "reason": view.reason,
+        "message": view.message,
         "progress": view.progress,
     }
 
