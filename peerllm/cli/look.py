@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peerllm.cli.device import LocalDevice
-from peerllm.cli.terminal import human_bytes, layer_bar, printable, table
+from peerllm.cli.terminal import human_bytes, human_ms, human_rate, layer_bar, printable, table
 from peerllm.types import SCHEDULE_NAMES
 
 Status = Mapping[str, Any]
@@ -56,7 +56,8 @@ def links_text(found: Status) -> str:
     rows = [("FROM", "TO", "HOP", "ROUND TRIP", "BANDWIDTH", "")]
     for one in links[:MAX_LINKS]:
         trip = "" if one["rtt_ms"] is None else f"{one['rtt_ms']:.2f} ms"
-        rows.append((one["from"], one["to"], f"{one['hop_ms']:.2f} ms", trip, f"{one['mbps']:.4g} Mbps", one["source"]))
+        speed = f"{human_rate(one['mbps'])} Mbps"
+        rows.append((one["from"], one["to"], f"{one['hop_ms']:.2f} ms", trip, speed, one["source"]))
     more = f"... and {len(links) - MAX_LINKS} more; see --json\n" if len(links) > MAX_LINKS else ""
     return f"\n{table(rows)}\n{more}"
 
@@ -78,7 +79,7 @@ def deployment_text(one: Mapping[str, Any]) -> str:
     if not stages:
         return printable(head)
     layers = max(int(stage["last_layer"]) for stage in stages) + 1
-    rows = [("DEVICE", "LAYERS", f"of {layers}", "MEMORY", "A BLOCK")]
+    rows = [("DEVICE", "LAYERS", f"of {layers}", "MEMORY", "A BLOCK TAKES")]
     for stage in stages:
         first, last = int(stage["first_layer"]), int(stage["last_layer"])
         bar = layer_bar(first, last, layers)
@@ -107,7 +108,8 @@ def speed_text(one: Mapping[str, Any]) -> str:
     """What was predicted and, once something was asked, what was measured."""
     said, seen = one["plan"].get("predicted") or {}, one.get("measured") or {}
     lines = [
-        f"\n{title} first token {found['time_to_first_token_ms']:.3g} ms, a step {found['step_ms']:.3g} ms"
+        f"\n{title} first token after {human_ms(found['time_to_first_token_ms'])},"
+        f" then one every {human_ms(found['step_ms'])}"
         for title, found in (("predicted:", said), ("measured: ", seen))
         if "step_ms" in found
     ]
@@ -115,12 +117,11 @@ def speed_text(one: Mapping[str, Any]) -> str:
 
 
 def _block_ms(profile: Mapping[str, Any] | None) -> str:
-    """Milliseconds of a block for one token, and how the other devices of its machine add to it; "" where unknown."""
+    """What a block takes for one token, alone and while the machine's other devices compute too; "" where unknown."""
     times = profile["alone"] if profile else {}
     blocks = [points["1"] for kind, points in times.items() if kind.startswith("block") and "1" in points]
     if not profile or not blocks:
         return ""
-    text = f"{sum(blocks) / len(blocks):.3g} ms"
-    if profile["contention"] > 1:
-        text += f", x {profile['contention']:.2g} together"
+    alone, times = sum(blocks) / len(blocks), profile["contention"]
+    text = human_ms(alone) + (f", {human_ms(alone * times)} beside the others" if times > 1 else "")
     return f"about {text}" if profile["source"] == "estimated" else text

@@ -226,6 +226,9 @@ class Daemon:
     async def invite(self) -> tuple[str, int]:
         return await self.network.open_door()
 
+    def hosts(self) -> tuple[str, ...]:
+        return self.network.addresses
+
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         return await self.network.join(code, at)
 

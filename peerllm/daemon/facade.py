@@ -139,6 +139,10 @@ class Household(Protocol):
         """Open the pairing door: (code, port)."""
         ...
 
+    def hosts(self) -> tuple[str, ...]:
+        """The addresses at which other devices reach this one, the likeliest first."""
+        ...
+
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         """Pair with the household behind the code, found by mDNS without `at`; the inviter's name."""
         ...

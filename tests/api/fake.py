@@ -116,6 +116,8 @@ class FakeHousehold:
         self.requests: list[GenerateRequest] = []
         self.runs: list[RunOptions] = []
         self.calls: list[tuple[Any, ...]] = []
+        self.pairing_port = 8645
+        self.addresses: tuple[str, ...] = ("192.168.1.7", "fd00::7", "fe80::7")
         self.asked = asyncio.Event()
         self.closed = asyncio.Event()
         self.produced = 0
@@ -250,7 +252,10 @@ class FakeHousehold:
 
     async def invite(self) -> tuple[str, int]:
         self.calls.append(("invite",))
-        return "K7-4PQ9MX", 8645
+        return "K7-4PQ9MX", self.pairing_port
+
+    def hosts(self) -> tuple[str, ...]:
+        return self.addresses
 
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         self.calls.append(("join", code, at))
