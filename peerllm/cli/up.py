@@ -49,8 +49,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(
         data_dir=args.data.expanduser().resolve(), name=name, port=args.port,
         api_host=args.api[0], api_port=args.api[1], memory_bytes=args.memory, threads=args.threads,
-        peers=tuple(args.peer), in_process=args.in_process, mdns=not args.no_mdns, compute=args.compute,
-        **chosen,
+        peers=tuple(args.peer), in_process=args.in_process, mdns=not (args.no_mdns or args.loopback),
+        compute=args.compute, **chosen,
     )  # fmt: skip
 
 

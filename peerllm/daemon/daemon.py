@@ -236,11 +236,15 @@ class Daemon:
         await self.network.leave()
 
     async def remove(self, device: str) -> None:
-        """By name, id or the start of an id."""
+        """By name, id or the start of an id; BadInputError for this device itself."""
         entries = [entry for entry in self.network.roster() if entry.device != self.identity.device]
         peers = self.network.peers()
         found = {e.device for e in entries if device in (e.device, e.name, peers[e.device].name)}
         found = found or {entry.device for entry in entries if len(device) >= 8 and entry.device.startswith(device)}
+        if not found and (
+            device == self.settings.name or (len(device) >= 8 and self.identity.device.startswith(device))
+        ):
+            raise BadInputError(f"{device} is this device; to take it out of its household type: peerllm leave")
         if not found:
             raise NotFoundError(f"no device {device!r} belongs to this household; `peerllm devices` lists them")
         if len(found) > 1:

@@ -173,6 +173,13 @@ def test_up_needs_no_option() -> None:
     )
 
 
+def test_a_device_for_this_machine_only_speaks_no_mdns() -> None:
+    assert settings_of(build_parser().parse_args(["up"])).mdns
+    assert not settings_of(build_parser().parse_args(["up", "--no-mdns"])).mdns
+    alone = settings_of(build_parser().parse_args(["up", "--loopback"]))
+    assert not alone.mdns and alone.hosts == ("127.0.0.1", "::1")
+
+
 @pytest.mark.parametrize("name", ["x" * 64, "a\nb", "\x1b[31m"])
 def test_names_that_cannot_be_shown(name: str) -> None:
     with pytest.raises(BadInputError, match="--name"):
