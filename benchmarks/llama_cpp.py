@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
-from peerllm.engine.checkpoint import mapped, read_tensors
+from peerllm.engine.weights.checkpoint import mapped, read_tensors
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

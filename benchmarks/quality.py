@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from peerllm.engine.activations import restored, rounded
 from peerllm.engine.backends import Backends
 from peerllm.engine.base import Segment, Shard
 from peerllm.engine.messages import Inspect, LoadStage
+from peerllm.engine.wire.quantised import restored, rounded
 
 WINDOW, WINDOWS, CHUNK = 1024, 8, 128  # tokens, windows, tokens of one pass
 

@@ -12,19 +12,20 @@ from typing import Any
 import psutil
 
 from peerllm import PROTOCOL_VERSION, __version__
-from peerllm.daemon import machine
-from peerllm.daemon.coordinator import Coordinator
-from peerllm.daemon.engine_host import EngineHost
+from peerllm.daemon.control_messages import Answer, Control, DeviceView, Hello, Progress, Question, Trouble
+from peerllm.daemon.debounce import Debounce
+from peerllm.daemon.decide.device_profiles import link_profiles
+from peerllm.daemon.decide.ledger import Ledger
+from peerllm.daemon.deployment.coordinator import Coordinator
+from peerllm.daemon.deployment.surroundings import RUNNING, Home
+from peerllm.daemon.deployment.worker import QUERY_TIMEOUT_S, Worker
+from peerllm.daemon.engine_link import machine
+from peerllm.daemon.engine_link.engine_host import EngineHost
+from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
-from peerllm.daemon.home import RUNNING, Home
-from peerllm.daemon.ledger import Ledger
-from peerllm.daemon.measuring import Compute, Profiler, measured
-from peerllm.daemon.messages import Answer, Control, DeviceView, Hello, Progress, Question, Trouble
 from peerllm.daemon.network import Network
-from peerllm.daemon.profiles import link_profiles
-from peerllm.daemon.pulse import Pulse
 from peerllm.daemon.settings import Settings
-from peerllm.daemon.status import (
+from peerllm.daemon.status.status import (
     deployments_of,
     device_entry,
     engine_entry,
@@ -34,8 +35,7 @@ from peerllm.daemon.status import (
 )
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import ROUTE, Offers
-from peerllm.daemon.weights.store import Store
-from peerllm.daemon.worker import QUERY_TIMEOUT_S, Worker
+from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import (
     Configure,
     Configured,
@@ -70,13 +70,13 @@ class Daemon:
         self._threads = settings.threads or machine.processors()
         self._closing = AsyncExitStack()
         self._configured: Configured | None = None
-        self._compute = Compute("", {}, {})
+        self._compute = ComputeSpeed("", {}, {})
         self._memory_bytes = 0
         self._machine = machine.fingerprint()
         self._told: DeviceView | None = None
         self._free: dict[DeviceId, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pulse = Pulse(VIEW_INTERVAL_S, self._beat)
+        self._pulse = Debounce(VIEW_INTERVAL_S, self._beat)
         self._started = self._closed = False
 
     # ---- life ---------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Daemon:
         self._memory_bytes = configured.memory_bytes or machine.memory_bytes()
         self.ledger = Ledger(self._lent(configured))
         self.offers, self.digests = Offers(), Digests(data / "digests.json")
-        self.store = await asyncio.to_thread(Store, data / "weights", self.network.get)
+        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.network.get)
         self.home = Home(self)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
         self.worker = Worker(

@@ -122,7 +122,7 @@ class Household(Protocol):
     async def bench(
         self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
     ) -> dict[str, Any]:
-        """Answers of a fixed length, begun at once or one after another, measured (daemon/bench.py)."""
+        """Answers of a fixed length, begun at once or one after another, measured (daemon/status/serving_speed.py)."""
         ...
 
     async def record(self, model: str) -> int:
@@ -130,7 +130,7 @@ class Household(Protocol):
         ...
 
     async def recorded(self, model: str, recording: int) -> bytes:
-        """End that and give what was recorded: JSON that chrome://tracing and Perfetto open (daemon/chrome.py)."""
+        """End that and give what was recorded: JSON that chrome://tracing and Perfetto open."""
         ...
 
     async def stop(self, model: str) -> None: ...

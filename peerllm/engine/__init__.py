@@ -1,1 +1,1 @@
-"""The room of torch: load a shard, run a batch, sample, measure itself; its own process."""
+"""Load a shard, run a batch, sample, measure itself; a process of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from peerllm.engine.process import serve
+from peerllm.engine.process.launch import serve
 
 
 def main() -> None:

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from peerllm.engine.base import Progress, Sampler, Shard
-from peerllm.engine.checkpoint import read_model
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.graph import family
 from peerllm.engine.graph.describe import Described, UnfitError, describe
-from peerllm.engine.graph.inspect import layer_tensors, profile, working
+from peerllm.engine.graph.graph_inspect import layer_tensors, profile, working
+from peerllm.engine.graph.graph_mockup import GraphOutline
 from peerllm.engine.graph.load import load_shard
-from peerllm.engine.graph.mockup import Outline
 from peerllm.engine.graph.nodes import Graph, make_pool
-from peerllm.engine.measure import measure, versions
+from peerllm.engine.measure.compute_speed import measure, versions
+from peerllm.engine.measure.layer_times import time_layers
 from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
-from peerllm.engine.profiling import time_layers
 from peerllm.engine.sampler import SeededSampler
+from peerllm.engine.weights.checkpoint import read_model
 from peerllm.errors import ModelError
 
 if TYPE_CHECKING:
-    from peerllm.engine.torch_backend import TorchBackend
+    from peerllm.engine.model.torch_backend import TorchBackend
 
 MOST_REASON = 300  # characters of why a configuration is not computed by graphs
 NEEDS_TORCH = "for that torch is needed: pip install 'peerllm[torch]'"
@@ -91,7 +91,7 @@ class Backends:
             return self._with_torch(described).time_layers(message, check)
         # This thread's own time leaves out what strangers add, but not other threads of ours.
         clock = time.thread_time if self._threads == 1 else time.perf_counter
-        return time_layers(message, Outline(described, message, self._threads), self.sampler, check, clock)
+        return time_layers(message, GraphOutline(described, message, self._threads), self.sampler, check, clock)
 
     def _described(self, config: str, dtype: str, quantize: str) -> Described | str:
         """The model, if the graph engine is what computes it in that form; else why it does not."""
@@ -108,7 +108,7 @@ class Backends:
     def _with_torch(self, why: str) -> TorchBackend:
         if self._torch is None:
             try:
-                from peerllm.engine.torch_backend import TorchBackend
+                from peerllm.engine.model.torch_backend import TorchBackend
             except ImportError as error:
                 raise ModelError(f"{why}; {NEEDS_TORCH} ({error})") from error
             self._torch = TorchBackend(self._threads)

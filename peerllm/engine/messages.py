@@ -67,7 +67,7 @@ class Configure:
     port: int
     threads: int
     trusted: tuple[Trusted, ...]
-    compute: str = "cpu"  # or an accelerator; see engine/place.py
+    compute: str = "cpu"  # or an accelerator; see engine/kernels/accelerator.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class LayersTimed:
-    """By layer kind, (tokens in a batch, milliseconds of one layer), rising in tokens; see engine/profiling.py.
+    """By layer kind, (tokens in a batch, milliseconds of one layer), rising in tokens (engine/measure/layer_times.py).
 
     The kind PASS is what a batch costs at a stage, however few its layers; the others are net of it.
     """

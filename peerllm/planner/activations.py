@@ -1,6 +1,6 @@
 """Which hops carry hidden states as int8: those whose links hold the whole plan up.
 
-A token then takes one byte for each of its numbers and a scale (engine/activations.py). The cost model needs nothing
+A token then takes one byte for each of its numbers and a scale (engine/wire/quantised.py). The cost model needs nothing
 new for it: a layer whose output is rounded has fewer `output_bytes_per_token`. What the head sends is never rounded.
 """
 

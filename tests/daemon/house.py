@@ -8,12 +8,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peerllm.daemon.coordinator import Coordinator
-from peerllm.daemon.ledger import Ledger
-from peerllm.daemon.measuring import Profiler
-from peerllm.daemon.messages import Hello
-from peerllm.daemon.profiles import Candidate
-from peerllm.daemon.worker import Worker
+from peerllm.daemon.control_messages import Hello
+from peerllm.daemon.decide.device_profiles import Candidate
+from peerllm.daemon.decide.ledger import Ledger
+from peerllm.daemon.deployment.coordinator import Coordinator
+from peerllm.daemon.deployment.worker import Worker
+from peerllm.daemon.engine_link.profiler import Profiler
 from peerllm.engine.messages import (
     Connect,
     Done,

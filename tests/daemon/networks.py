@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from peerllm.daemon.messages import Hello
+from peerllm.daemon.control_messages import Hello
 from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
 from peerllm.transport.identity import load_or_create

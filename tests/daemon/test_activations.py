@@ -8,12 +8,12 @@ import pytest
 
 from peerllm.cli.look import deployment_text
 from peerllm.codec import decode, encode
-from peerllm.daemon.assignments import assignments, check, travelling
-from peerllm.daemon.demand import Blueprint, draw_up
+from peerllm.daemon.control_messages import Ask, Control
+from peerllm.daemon.decide.assignments import assignments, check, travelling
+from peerllm.daemon.decide.demand import Blueprint, draw_up
+from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.messages import Ask, Control
-from peerllm.daemon.profiles import Candidate
-from peerllm.daemon.status import deployment_entry
+from peerllm.daemon.status.status import deployment_entry
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import BadInputError, LinkError
 from peerllm.planner.memory import working_bytes

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from peerllm.daemon.network import bandwidth, bulk, survey
+from peerllm.daemon.network import bulk
 from peerllm.daemon.network.bulk import FAST_PROBE_S, PROBE_AIR_S, Bulk
-from peerllm.daemon.network.survey import LARGE_FRAME_S, SMALL_FRAME_S, frame_sizes
+from peerllm.daemon.network.speed import bandwidth, survey
+from peerllm.daemon.network.speed.survey import LARGE_FRAME_S, SMALL_FRAME_S, frame_sizes
 from peerllm.errors import LinkError, UnavailableError
 from tests.daemon.networks import WAIT_S, Device, devices, pair
 

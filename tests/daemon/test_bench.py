@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from peerllm.daemon.bench import _steady, measured
 from peerllm.daemon.facade import Chunk, GenerateRequest
+from peerllm.daemon.status.serving_speed import _steady, measured
 
 
 async def test_every_sequence_has_its_own_prompt_and_full_length() -> None:

@@ -7,10 +7,10 @@ import contextlib
 
 import pytest
 
-from peerllm.daemon import deployment as module
+from peerllm.daemon.control_messages import Pace
+from peerllm.daemon.deployment import deployment as module
 from peerllm.daemon.facade import GenerateRequest, RunOptions
-from peerllm.daemon.messages import Pace
-from peerllm.daemon.status import deployment_entry
+from peerllm.daemon.status.status import deployment_entry
 from peerllm.engine.messages import LoadStage, Submit, TimeLayers, Tokens
 from peerllm.errors import BadInputError, EngineError, InfeasibleError, NotFoundError, PeerLLMError, RefusedError
 from peerllm.planner.cost import layer_ms
@@ -134,7 +134,7 @@ async def test_a_device_that_refuses_is_planned_around(houses):
 
 
 def module_reserve(nbytes):
-    from peerllm.daemon.messages import Reserve
+    from peerllm.daemon.control_messages import Reserve
 
     return Reserve("e" * 32, 1, nbytes, 60)
 
@@ -282,7 +282,7 @@ async def test_what_served_is_brought_back_after_a_restart(houses):
 
 
 def module_coordinator(device):
-    from peerllm.daemon.coordinator import Coordinator
+    from peerllm.daemon.deployment.coordinator import Coordinator
 
     device.coordinator = Coordinator(device, device.house.folder / f"{device.me[:4]}.jsonl")
     device.worker._own_tensors = device.coordinator.own_tensors

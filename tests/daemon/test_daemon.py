@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from peerllm.builtin import MODEL_DIR
+from peerllm.daemon.control_messages import Trace
 from peerllm.daemon.daemon import Daemon
 from peerllm.daemon.facade import GenerateRequest, RunOptions
-from peerllm.daemon.messages import Trace
 from peerllm.daemon.settings import Settings
 from peerllm.errors import (
     BadInputError,

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from peerllm.daemon.demand import EXPECTED_PROMPT, draw_up, sizes
+from peerllm.daemon.decide.demand import EXPECTED_PROMPT, draw_up, sizes
+from peerllm.daemon.decide.device_profiles import BATCHES, Candidate, MeasuredLayers, device_profile, link_profiles
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.profiles import BATCHES, Candidate, Timing, device_profile, link_profiles
 from peerllm.errors import BadInputError, InfeasibleError
 from peerllm.planner.chunks import Pipeline
 from peerllm.planner.memory import MAX_CHUNK, MIN_CHUNK, chunk_tokens, human_bytes, working_bytes
@@ -61,7 +61,7 @@ def prompting(each=1.0, extra=2.0, mbps=1000.0, slots=4, **options):
     room = 4 * BLOCK + 100_000 + working_bytes(model.working, 2048, slots, chunk)
     layer_ms = {"embedding": ((1, 0.01),), "block": ((1, extra + each), (128, extra + 128 * each)), "head": ((1, 0.5),)}
     candidates = {
-        device: replace(one, timing=Timing(layer_ms), rtt_ms=0.4, mbps=mbps)
+        device: replace(one, timing=MeasuredLayers(layer_ms), rtt_ms=0.4, mbps=mbps)
         for device, one in household(room, room).items()
     }
     return draw_up(RunOptions("m", context=2048, slots=slots, **options), model, candidates, A)

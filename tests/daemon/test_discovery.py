@@ -15,9 +15,9 @@ import zeroconf.asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerllm.daemon import discovery as module
-from peerllm.daemon.advert import MAX_NAME_CHARS, Advert, from_txt, printable_name, to_txt
-from peerllm.daemon.discovery import Discovery, Gone, Seen, interfaces, local_address
+from peerllm.daemon.discovery import mdns as module
+from peerllm.daemon.discovery.advert import MAX_NAME_CHARS, Advert, from_txt, printable_name, to_txt
+from peerllm.daemon.discovery.mdns import Discovery, Gone, Seen, interfaces, local_address
 
 FOUND_S = 5.0  # seconds mDNS may take on a busy machine
 LOOPBACK = ("127.0.0.1",)

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from peerllm.daemon import engine_child, engine_host
-from peerllm.daemon.engine_child import diagnose, oom_kills
+from peerllm.daemon.engine_link import engine_child, engine_host
+from peerllm.daemon.engine_link.engine_child import diagnose, oom_kills
 from peerllm.engine.messages import Inspect, Measure, QueryLoad, Submit
 from peerllm.errors import BadInputError, EngineError, ModelError
 from tests.engine.engines import GREEDY, WAIT_S, Device, deploy, devices
@@ -119,7 +119,7 @@ async def test_in_process(tmp_path: Path) -> None:
 
 
 async def test_an_engine_in_process_that_fails_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peerllm.engine.compute import Compute
+    from peerllm.engine.process.compute import Compute
 
     monkeypatch.setattr(engine_host, "RESTART_FIRST_S", 0.05)
     async with devices(1, tmp_path, in_process=True) as (device,):

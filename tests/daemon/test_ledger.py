@@ -7,9 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from peerllm.daemon import ledger as module
-from peerllm.daemon.ledger import Ledger
-from peerllm.daemon.messages import Reserve
+from peerllm.daemon.control_messages import Reserve
+from peerllm.daemon.decide import ledger as module
+from peerllm.daemon.decide.ledger import Ledger
 from peerllm.errors import RefusedError
 
 DEPLOYMENTS = st.sampled_from(["x" * 32, "y" * 32, "z" * 32])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerllm.daemon.membership import (
+from peerllm.daemon.decide.membership import (
     BACKOFF_JITTER,
     BACKOFF_MOST_S,
     DEAD_AFTER_S,

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import errors as hub
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.daemon.models import dtype_of, resolve
+from peerllm.daemon.deployment.model_files import dtype_of, resolve
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
 
 
@@ -30,7 +30,8 @@ async def test_a_directory_is_taken_as_it_is(tmp_path, monkeypatch):
     assert await resolve(str(tmp_path), quiet) == tmp_path.resolve()
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     monkeypatch.chdir(tmp_path.parent)
-    monkeypatch.setattr("peerllm.daemon.models._download", lambda model, progress: resolve("builtin", progress))
+    fetched = "peerllm.daemon.deployment.model_files._download"
+    monkeypatch.setattr(fetched, lambda model, progress: resolve("builtin", progress))
     assert await resolve(tmp_path.name, quiet) == MODEL_DIR  # an id, whatever lies in the working directory
     assert await resolve(f"~/{tmp_path.name}", quiet) == tmp_path.resolve()
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.daemon.discovery import interfaces
-from peerllm.daemon.messages import Answer, DeviceView, Goodbye, Question, Release, Trouble
+from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Question, Release, Trouble
+from peerllm.daemon.discovery.mdns import interfaces
 from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError, PeerLLMError, RefusedError

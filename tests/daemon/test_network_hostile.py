@@ -13,10 +13,20 @@ import pytest
 from aiohttp import web
 
 from peerllm.codec import encode
-from peerllm.daemon import membership
-from peerllm.daemon.messages import Answer, Ask, Control, DeviceView, Gossip, Heartbeat, Hello, Place, Whereabouts
-from peerllm.daemon.network import channel as channel_module
-from peerllm.daemon.network.channel import FRAME_BYTES, MORE
+from peerllm.daemon.control_messages import (
+    Answer,
+    Ask,
+    Control,
+    DeviceView,
+    Gossip,
+    Heartbeat,
+    Hello,
+    Place,
+    Whereabouts,
+)
+from peerllm.daemon.decide import membership
+from peerllm.daemon.network import control_channel as channel_module
+from peerllm.daemon.network.control_channel import FRAME_BYTES, MORE
 from peerllm.errors import LinkError, NotFoundError, RefusedError
 from peerllm.transport.dial import dial
 from peerllm.transport.identity import load_or_create
@@ -175,7 +185,7 @@ async def test_odd_but_legal_messages_change_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_flood_of_questions_is_bounded(tmp_path: Path) -> None:
-    from peerllm.daemon.messages import Release
+    from peerllm.daemon.control_messages import Release
 
     async with betrayed(tmp_path) as (anna, bert), rogue(anna, bert) as websocket:
 

@@ -10,15 +10,11 @@ from dataclasses import replace
 import pytest
 
 from peerllm.codec import decode, encode
-from peerllm.daemon import machine, profile_file
-from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.measuring import MAX_MEASURING, WORK_S, Profiler
-from peerllm.daemon.messages import Answer, Ask, Control, Profile
-from peerllm.daemon.profile_file import MAX_ENTRIES, ProfileFile, layer_key
-from peerllm.daemon.profiles import (
+from peerllm.daemon.control_messages import Answer, Ask, Control, Profile
+from peerllm.daemon.decide.device_profiles import (
     WORK,
     Candidate,
-    Timing,
+    MeasuredLayers,
     checked,
     device_profile,
     estimated,
@@ -26,7 +22,11 @@ from peerllm.daemon.profiles import (
     shown,
     slower_than_estimated,
 )
-from peerllm.daemon.status import deployments_of
+from peerllm.daemon.engine_link import machine, profile_cache
+from peerllm.daemon.engine_link.profile_cache import MAX_ENTRIES, ProfileFile, layer_key
+from peerllm.daemon.engine_link.profiler import MAX_MEASURING, WORK_S, Profiler
+from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.status.status import deployments_of
 from peerllm.engine.messages import LayersTimed, Measure, Measured, TimeLayers
 from peerllm.errors import BadInputError, EngineError, InfeasibleError, OverloadedError, UnavailableError
 from tests.daemon.house import BLOCK, CONFIG, LAYER_MS, House, hello, inspected
@@ -105,7 +105,7 @@ def test_what_cannot_be_true_counts_as_not_measured(points):
 def test_the_planner_stretches_times_where_all_devices_compute_and_estimates_what_is_missing():
     model = inspected("m", 4).profile
     alone = {"pass": ((1, 0.4),), "block": ((1, 1.0), (128, 9.0)), "head": ((1, 0.5),)}
-    candidate = Candidate("a" * 64, hello("a", BLOCK), 9, timing=Timing(alone, 1.5, "measured"))
+    candidate = Candidate("a" * 64, hello("a", BLOCK), 9, timing=MeasuredLayers(alone, 1.5, "measured"))
     times = device_profile(candidate, model, "float32", devices=2).layer_ms
     assert dict(times["block"]) == pytest.approx({1: 1.0 + 2 * 0.4 / 4, 128: 9.2})  # two passes over four blocks
     assert times["head"] == ((1, 0.5),)
@@ -122,7 +122,7 @@ def test_a_guess_beside_measurements_does_not_look_the_fastest():
     model = inspected("m", 4).profile
     guessed = Candidate("a" * 64, hello("a", BLOCK), 9)
     block = estimated(guessed, model, "float32")["block"][0][1]
-    timed = [replace(guessed, timing=Timing({"block": ((1, factor * block),)})) for factor in (3.0, 5.0, 0.5)]
+    timed = [replace(guessed, timing=MeasuredLayers({"block": ((1, factor * block),)})) for factor in (3.0, 5.0, 0.5)]
     assert slower_than_estimated([guessed, *timed], model, "float32") == pytest.approx(3.0)
     assert slower_than_estimated([guessed, timed[2]], model, "float32") == 1.0, "never quicker than estimated"
     assert slower_than_estimated([guessed], model, "float32") == 1.0
@@ -135,7 +135,7 @@ def test_status_tells_times_by_device_and_where_they_come_from():
     bare = Candidate("a" * 64, hello("a", BLOCK), 9)
     told = shown(bare, model, "float32")
     assert told["source"] == "estimated" and told["contention"] == 1.0 and told["alone"]["block"]["1"] > 0
-    both = Candidate("a" * 64, hello("a", BLOCK), 9, timing=Timing(LAYER_MS, 1.75, "cached"))
+    both = Candidate("a" * 64, hello("a", BLOCK), 9, timing=MeasuredLayers(LAYER_MS, 1.75, "cached"))
     told = shown(both, model, "float32")
     assert told == {
         "alone": {kind: {str(n): ms for n, ms in points} for kind, points in LAYER_MS.items()},
@@ -247,7 +247,7 @@ def test_the_file_is_bounded_and_the_oldest_go(tmp_path, monkeypatch):
     file.put({"new": ((1, 2.0),)})
     fresh = ProfileFile(tmp_path / "profiles.json")
     assert fresh.get({"a": "k0", "b": "k1", "c": "new"}) == {"b": ((1, 1.0),), "c": ((1, 2.0),)}
-    monkeypatch.setattr(profile_file, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(profile_cache, "MAX_FILE_BYTES", 10)
     assert not ProfileFile(tmp_path / "profiles.json").get({"c": "new"})
 
 

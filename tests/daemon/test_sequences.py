@@ -1,4 +1,4 @@
-"""Admission, tokens and their ends, with an engine that says only what a test makes it say."""
+"""Sequences, tokens and their ends, with an engine that says only what a test makes it say."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from peerllm.daemon import sequences as module
+from peerllm.daemon.decide.queue import MAX_QUEUED
+from peerllm.daemon.deployment import admission as module
+from peerllm.daemon.deployment.admission import Admission, Room
 from peerllm.daemon.facade import GenerateRequest
-from peerllm.daemon.queue import MAX_QUEUED
-from peerllm.daemon.sequences import Room, Sequences
 from peerllm.engine.messages import Cancel, Submit, Tokens
 from peerllm.errors import BadInputError, EngineError, OverloadedError, UnavailableError
 from peerllm.types import Sampling
@@ -33,7 +33,7 @@ def told():
 
 @pytest.fixture
 async def sequences(told):
-    made = Sequences(D, told.append, lambda: None)
+    made = Admission(D, told.append, lambda: None)
     yield made
     made.close("the test is over")
 

@@ -7,11 +7,12 @@ import time
 
 import pytest
 
-from peerllm.daemon import chrome, tracing
-from peerllm.daemon import deployment as module
-from peerllm.daemon.clocks import Alignment, Reading
+from peerllm.daemon.control_messages import Trace
+from peerllm.daemon.decide.clocks import Alignment, Reading
+from peerllm.daemon.deployment import deployment as module
+from peerllm.daemon.deployment import tracing
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.messages import Trace
+from peerllm.daemon.status import chrome_trace
 from peerllm.engine.messages import Record, Span
 from peerllm.errors import NotFoundError, RefusedError
 from peerllm.types import Stage
@@ -131,12 +132,12 @@ NAMES = {A: "laptop", B: "jetson"}
 
 def same_clock(device, spans, ahead=0):
     before, after = Reading(0, ahead + MS, 2 * MS), Reading(98 * MS, ahead + 99 * MS, 100 * MS)
-    return chrome.DeviceTrace(NAMES[device], Alignment(before, after), spans)
+    return chrome_trace.DeviceTrace(NAMES[device], Alignment(before, after), spans)
 
 
 def trace_of(mine, theirs, ahead=0):
     told = {A: same_clock(A, mine), B: same_clock(B, theirs, ahead)}
-    found = chrome.encode(chrome.Recording("m", "d" * 32, STAGES, NAMES, told, 2 * MS, 98 * MS))
+    found = chrome_trace.encode(chrome_trace.Recording("m", "d" * 32, STAGES, NAMES, told, 2 * MS, 98 * MS))
     return json.loads(found)
 
 

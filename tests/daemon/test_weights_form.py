@@ -8,7 +8,7 @@ import pytest
 
 from peerllm.cli.look import deployment_text
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.status import deployment_entry, weights_form
+from peerllm.daemon.status.status import deployment_entry, weights_form
 from peerllm.errors import BadInputError
 from tests.daemon.house import House, inspected
 

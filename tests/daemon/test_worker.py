@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from peerllm.codec import decode, encode
-from peerllm.daemon.assignments import assignments, check, travelling
-from peerllm.daemon.demand import draw_up
+from peerllm.daemon.control_messages import Activate, Ask, Control, Release, Reserve, Trouble
+from peerllm.daemon.decide.assignments import assignments, check, travelling
+from peerllm.daemon.decide.demand import draw_up
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.messages import Activate, Ask, Control, Release, Reserve, Trouble
 from peerllm.engine.messages import Connect, LinkLost, LoadStage, Unload
 from peerllm.errors import BadInputError, EngineError, LinkError, RefusedError
 from peerllm.types import MAX_CUTS

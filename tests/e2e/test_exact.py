@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.engine.inspect import inspect_model
+from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.planner.cost import layer_bytes
 from peerllm.types import Workload
 from tests.e2e import tiny

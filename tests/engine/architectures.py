@@ -28,9 +28,9 @@ from torch import nn
 from peerllm.engine.backends import Backends
 from peerllm.engine.base import Backend, Segment, Shard
 from peerllm.engine.graph.describe import UnfitError, describe, family_of
-from peerllm.engine.graph.shard import GraphShard
+from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.messages import Inspect, Inspected, LoadStage
-from peerllm.engine.torch_backend import TorchBackend
+from peerllm.engine.model.torch_backend import TorchBackend
 
 VOCABULARY, PROMPT, ANSWER, CONTEXT = 101, 9, 8, 32
 SCALES = (1.0, 1.6, 2.5, 4.0, 6.0)

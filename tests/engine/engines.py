@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peerllm.daemon.engine_host import EngineHost
+from peerllm.daemon.engine_link.engine_host import EngineHost
 from peerllm.engine.messages import (
     Cancel,
     Configure,

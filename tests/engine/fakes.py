@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from peerllm.engine.base import Draw, Progress, Segment, Tensor
-from peerllm.engine.channel import MemoryChannel
 from peerllm.engine.messages import (
     Configure,
     Configured,
@@ -28,7 +27,8 @@ from peerllm.engine.messages import (
     TimeLayers,
     Tokens,
 )
-from peerllm.engine.runtime import Engine
+from peerllm.engine.process.engine_line import MemoryChannel
+from peerllm.engine.process.runtime import Engine
 from peerllm.errors import EngineError
 from peerllm.transport.identity import load_or_create
 from peerllm.types import Sampling

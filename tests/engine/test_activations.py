@@ -17,14 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from peerllm.engine.activations import restored, rounded
 from peerllm.engine.base import Segment, Tensor
-from peerllm.engine.batching import Piece, Scheduler
-from peerllm.engine.deployments import Deployment, StageKey
 from peerllm.engine.messages import LoadStage, Record, Recorded, Span
-from peerllm.engine.shard import load_shard
-from peerllm.engine.stages import Stage
-from peerllm.engine.wire import (
+from peerllm.engine.model.torch_shard import load_shard
+from peerllm.engine.schedule.batching import Piece, Scheduler
+from peerllm.engine.schedule.loaded_stage import LoadedStage
+from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
+from peerllm.engine.wire.parcels import (
     DTYPES,
     Activation,
     Opened,
@@ -36,6 +35,7 @@ from peerllm.engine.wire import (
     stage_limits,
     to_frame,
 )
+from peerllm.engine.wire.quantised import restored, rounded
 from peerllm.errors import FrameError
 from peerllm.transport.frames import Frame, FrameRefused, NamedTensor, Rule, decode, encode
 from peerllm.types import Sampling
@@ -146,8 +146,8 @@ def test_a_sequence_whose_numbers_are_not_finite_ends_and_the_others_go_on() -> 
     schedule: Scheduler[StageKey] = Scheduler()
     first = stage(0, stages=2, dtype="bfloat16", downstream="away", downstream_activations="int8", head_device="next")
     told: list[Any] = []
-    deployment = Deployment(first, schedule, told.append)
-    deployment.loaded(Stage(first, _Passes(), lambda logits, draws: []))  # type: ignore[arg-type]
+    deployment = LocalDeployment(first, schedule, told.append)
+    deployment.loaded(LoadedStage(first, _Passes(), lambda logits, draws: []))  # type: ignore[arg-type]
     way = _Nowhere()
     deployment.linked({0: way})
     for sequence in (1, 2):

@@ -12,7 +12,7 @@ import pytest
 
 from peerllm.engine.base import Segment
 from peerllm.engine.graph import weights
-from peerllm.engine.graph.shard import GraphShard
+from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.types import BITS
 from tests.engine.architectures import (
     EXPERTS,

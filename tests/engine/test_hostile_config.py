@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from peerllm.engine import assembly
 from peerllm.engine.backends import Backends
-from peerllm.engine.config import CODE_KEYS, MAX_COUNT, parse_config
 from peerllm.engine.graph.describe import describe
-from peerllm.engine.inspect import inspect_model
 from peerllm.engine.messages import Inspect
-from peerllm.engine.shard import load_shard
+from peerllm.engine.model import assembly
+from peerllm.engine.model.config import CODE_KEYS, MAX_COUNT, parse_config
+from peerllm.engine.model.torch_inspect import inspect_model
+from peerllm.engine.model.torch_shard import load_shard
 from peerllm.errors import ModelError
 from tests.engine.architectures import stage
 from tests.engine.tiny import make_llama
@@ -79,7 +79,7 @@ LIMIT_S, LIMIT_BYTES, LINE = 10.0, 32 << 20, 500
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> Backends:
     """What computes where torch is not installed."""
-    monkeypatch.setitem(sys.modules, "peerllm.engine.torch_backend", None)
+    monkeypatch.setitem(sys.modules, "peerllm.engine.model.torch_backend", None)
     return Backends()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.engine.inbox import Inbox
 from peerllm.engine.messages import LinkTimed, LinkTraffic, TimeLink
+from peerllm.engine.process.inbox import Inbox
 from peerllm.errors import AuthenticationError, BadInputError, LinkError
 from tests.engine.engines import WAIT_S, Cut, deploy, devices
 from tests.engine.tiny import make_llama, prompt, reference

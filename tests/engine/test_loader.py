@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peerllm.engine import checkpoint
 from peerllm.engine.base import Segment
-from peerllm.engine.checkpoint import read_header, read_tensors
-from peerllm.engine.inspect import inspect_model
-from peerllm.engine.shard import load_shard
+from peerllm.engine.model.torch_inspect import inspect_model
+from peerllm.engine.model.torch_shard import load_shard
+from peerllm.engine.weights import checkpoint
+from peerllm.engine.weights.checkpoint import read_header, read_tensors
 from peerllm.errors import BadInputError, ModelError, RefusedError
 from tests.engine.architectures import FAMILIES, generate, quiet, reference, save, stage, tiny_model
 

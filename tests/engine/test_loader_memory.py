@@ -79,8 +79,8 @@ def test_anonymous_memory_stays_within_the_shards_own_bytes(models, model, dtype
 
 def test_head_and_embedding_share_one_matrix(models: Path):
     """Of two shards of one process, and counted once by the model's profile."""
-    from peerllm.engine.inspect import inspect_model
-    from peerllm.engine.shard import load_shard
+    from peerllm.engine.model.torch_inspect import inspect_model
+    from peerllm.engine.model.torch_shard import load_shard
     from tests.engine.architectures import stage
 
     inspection = inspect_model(models / "tied-F32")

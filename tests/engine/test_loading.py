@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from peerllm.engine.inbox import Inbox
-from peerllm.engine.loading import Loader
 from peerllm.engine.messages import Failed
+from peerllm.engine.process.inbox import Inbox
+from peerllm.engine.process.loading import Loader
 from peerllm.errors import OverloadedError
 from tests.engine.fakes import FakeBackend, stage
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from peerllm.cli.parser import build_parser
-from peerllm.daemon.machine import lent_of
+from peerllm.daemon.engine_link.machine import lent_of
 from peerllm.engine.base import Segment
-from peerllm.engine.inspect import inspect_model
 from peerllm.engine.kernels import products
-from peerllm.engine.kernels.rounding import rounded
+from peerllm.engine.kernels.accelerator import PROCESSORS, ComputePlace, find
 from peerllm.engine.messages import Inspected, Measure, TimeLayers
-from peerllm.engine.place import PROCESSORS, Place, find
-from peerllm.engine.shard import TorchShard, load_shard
-from peerllm.engine.torch_backend import TorchBackend
+from peerllm.engine.model.torch_backend import TorchBackend
+from peerllm.engine.model.torch_inspect import inspect_model
+from peerllm.engine.model.torch_shard import TorchShard, load_shard
+from peerllm.engine.weights.rounding import rounded
 from peerllm.errors import BadInputError
 from tests.engine.architectures import FAMILIES, FULL, Family, quiet, save, stage, tiny_model
 from tests.engine.pretend import CPU, DEVICE, Pretend, a_pass, accelerator
@@ -134,10 +134,10 @@ def test_a_tensor_in_the_wrong_place_would_be_seen() -> None:
 
 def test_it_is_measured_there(tmp_path: Path, monkeypatch) -> None:
     waited = []
-    monkeypatch.setattr(Place, "wait", lambda self: waited.append(self.name))
+    monkeypatch.setattr(ComputePlace, "wait", lambda self: waited.append(self.name))
     inspection = made(by_type("llama"), tmp_path)
     with accelerator() as device:
-        place = Place(device, "pretended")
+        place = ComputePlace(device, "pretended")
         backend = TorchBackend()
         monkeypatch.setattr(backend, "_place", place)
         assert backend.measure(Measure(1)).gbytes_per_s["float32"] > 0

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from peerllm.codec import MAX_MESSAGE_BYTES
-from peerllm.daemon.engine_child import EngineChild, environment
-from peerllm.engine.channel import MemoryChannel, SocketChannel
+from peerllm.daemon.engine_link.engine_child import EngineChild, environment
 from peerllm.engine.messages import Done, Failed, FromEngine, QueryLoad, ToEngine
+from peerllm.engine.process.engine_line import MemoryChannel, SocketChannel
 from peerllm.errors import LinkError
 
 pytestmark = pytest.mark.timeout(120)
@@ -121,13 +121,14 @@ async def test_signals_meant_for_the_daemon_do_not_end_its_engine() -> None:
 
 
 def test_the_daemons_half_imports_no_torch() -> None:
-    code = "import sys, peerllm.daemon.engine_host, peerllm.engine.process; print('torch' in sys.modules)"
+    modules = "peerllm.daemon.engine_link.engine_host, peerllm.engine.process.launch"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(1), check=True)
     assert done.stdout.strip() == "False"
 
 
 async def test_a_reader_that_sleeps_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peerllm.engine.channel.MAX_UNSENT_BYTES", 1 << 16)
+    monkeypatch.setattr("peerllm.engine.process.engine_line.MAX_UNSENT_BYTES", 1 << 16)
     left, right = socket.socketpair()
     with right:
         channel = await SocketChannel.on(left, FromEngine, ToEngine)
@@ -162,7 +163,7 @@ async def test_the_memory_channel_between_two_loops(monkeypatch: pytest.MonkeyPa
     with pytest.raises(LinkError):
         theirs.send(1)
     lonely, deaf = MemoryChannel.pair()
-    monkeypatch.setattr("peerllm.engine.channel.MAX_UNREAD_MESSAGES", 3)
+    monkeypatch.setattr("peerllm.engine.process.engine_line.MAX_UNREAD_MESSAGES", 3)
     for number in range(3):
         lonely.send(number)
     with pytest.raises(LinkError, match="does not read"):

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from peerllm.engine import outline, profiling
-from peerllm.engine.assembly import made_up
 from peerllm.engine.backends import Backends
 from peerllm.engine.base import Segment
 from peerllm.engine.graph.describe import UnfitError, describe
-from peerllm.engine.graph.inspect import block_kinds
-from peerllm.engine.inspect import inspect_model
+from peerllm.engine.graph.graph_inspect import block_kinds
+from peerllm.engine.measure import layer_times, outline
+from peerllm.engine.measure.layer_times import FILL, net, time_layers
+from peerllm.engine.measure.outline import CONTEXT, MAX_BLOCKS, Mockup, Sizes, runs
 from peerllm.engine.messages import Failed, LayersTimed, TimeLayers
-from peerllm.engine.mockup import Outline
-from peerllm.engine.outline import CONTEXT, MAX_BLOCKS, Mockup, Sizes, runs
-from peerllm.engine.profiling import FILL, net, time_layers
+from peerllm.engine.model.assembly import made_up
+from peerllm.engine.model.torch_inspect import inspect_model
+from peerllm.engine.model.torch_mockup import TorchOutline
+from peerllm.engine.model.torch_shard import TorchShard
 from peerllm.engine.sampler import SeededSampler
-from peerllm.engine.shard import TorchShard
 from peerllm.errors import BadInputError, EngineError, ModelError, RefusedError, UnavailableError
 from peerllm.types import WorkingSpace
 from tests.engine.architectures import COMMON, FAMILIES
@@ -40,7 +40,7 @@ STATES = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "Qwen3-Next", "Bamba", "Falcon
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch, calm: None) -> None:
-    monkeypatch.setattr(profiling, "RUNS", 2)
+    monkeypatch.setattr(layer_times, "RUNS", 2)
 
 
 def config(name: str) -> str:
@@ -54,7 +54,7 @@ def config(name: str) -> str:
 
 def timed(text: str, limit: int = PLENTY, dtype: str = "float32") -> LayersTimed:
     message = TimeLayers(7, text, dtype, limit)
-    return time_layers(message, Outline(message), SeededSampler(), lambda: None)
+    return time_layers(message, TorchOutline(message), SeededSampler(), lambda: None)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_every_kind_of_layer_is_timed(name: str) -> None:
     try:
         kinds = ["embedding", *block_kinds(describe(json.loads(text)).blocks), "head"]
     except UnfitError:
-        kinds = list(Outline(TimeLayers(1, text, "float32", PLENTY)).kinds)
+        kinds = list(TorchOutline(TimeLayers(1, text, "float32", PLENTY)).kinds)
     assert not found.skipped and found.request == 7
     assert list(found.layer_ms) == ["pass", *dict.fromkeys(kinds)]
     counts = {kind: [count for count, _ in points] for kind, points in found.layer_ms.items()}
@@ -101,7 +101,7 @@ def test_steps_stand_behind_what_a_sequence_holds_and_a_chunk_begins_one(
         return forward(shard, inputs, segments)
 
     monkeypatch.setattr(TorchShard, "forward", watched)
-    monkeypatch.setattr(profiling, "FILL_S", 1e9)
+    monkeypatch.setattr(layer_times, "FILL_S", 1e9)
     timed(llama[0])
     steps = [row for first, row in seen if first == 1 and all(segment.length == 1 for segment in row)]
     assert [segment.position for segment in steps.pop(0)] == [0] * 16, "first of all each sequence begins"
@@ -119,7 +119,7 @@ def test_the_fewest_tokens_and_the_most_are_timed_whatever_time_is_left(
     llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between them the planner draws a line; one point alone would say that a prompt costs no more than a token."""
-    monkeypatch.setattr(profiling, "LIMIT_S", 0.0)
+    monkeypatch.setattr(layer_times, "LIMIT_S", 0.0)
     found = timed(llama[0])
     counts = {kind: [count for count, _ in points] for kind, points in found.layer_ms.items()}
     assert counts == {"pass": [1], "embedding": [1, 128], "block": [1, 128], "head": [1, 16]}
@@ -128,7 +128,7 @@ def test_the_fewest_tokens_and_the_most_are_timed_whatever_time_is_left(
 def test_a_slow_layer_is_not_filled_for_long(
     llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profiling, "FILL_S", 0.0)
+    monkeypatch.setattr(layer_times, "FILL_S", 0.0)
     assert not timed(llama[0]).skipped
     assert not timed(config("Falcon-H1")).skipped
 
@@ -145,12 +145,12 @@ def test_made_up_numbers_are_like_a_models() -> None:
 
 
 def test_what_it_takes_is_within_the_limit_and_said_before(llama: tuple[str, tuple[str, ...]]) -> None:
-    least = Outline(TimeLayers(1, llama[0], "float32", 0))
+    least = TorchOutline(TimeLayers(1, llama[0], "float32", 0))
     with pytest.raises(RefusedError, match=r"block: one layer takes \d+ bytes to time, 0 are free"):
         least.plan("block")
     seen, smallest = set(), least.nbytes(Mockup("block", 1, 1, 1, CONTEXT))
     for limit in (smallest - 1, smallest, *range(smallest, smallest + 12_000_000, 400_000)):
-        model = Outline(TimeLayers(1, llama[0], "float32", limit))
+        model = TorchOutline(TimeLayers(1, llama[0], "float32", limit))
         try:
             chosen = model.plan("block")
         except RefusedError:
@@ -167,13 +167,13 @@ def test_what_it_takes_is_within_the_limit_and_said_before(llama: tuple[str, tup
 def test_experts_that_stay_as_they_are_count_once() -> None:
     """Only what is packed is there twice while it is packed."""
     text = json.dumps(json.loads(config("Mixtral")) | {"hidden_size": 512, "intermediate_size": 2048})
-    plain, rounded = (Outline(TimeLayers(1, text, "bfloat16", PLENTY, quantize=how)) for how in ("", "int4"))
+    plain, rounded = (TorchOutline(TimeLayers(1, text, "bfloat16", PLENTY, quantize=how)) for how in ("", "int4"))
     block = Mockup("block", 1, 1, 1, CONTEXT)
     assert rounded.nbytes(block) < 1.2 * plain.nbytes(block)
 
 
 def test_a_layer_without_room_is_left_out_and_the_rest_is_timed(llama: tuple[str, tuple[str, ...]]) -> None:
-    model = Outline(TimeLayers(1, llama[0], "float32", PLENTY))
+    model = TorchOutline(TimeLayers(1, llama[0], "float32", PLENTY))
     needs = {kind: model.nbytes(Mockup(kind, *_ends(model, kind), 1, 224)) for kind in model.kinds}
     found = timed(llama[0], limit=max(needs.values()) - 1)
     (largest,) = [kind for kind, nbytes in needs.items() if nbytes == max(needs.values())]
@@ -182,7 +182,7 @@ def test_a_layer_without_room_is_left_out_and_the_rest_is_timed(llama: tuple[str
     assert set(timed(llama[0], limit=0).skipped) == set(model.kinds)
 
 
-def _ends(model: Outline, kind: str) -> tuple[int, int]:
+def _ends(model: TorchOutline, kind: str) -> tuple[int, int]:
     first = {"embedding": 0, "head": model.head}.get(kind, 1)
     return first, first
 
@@ -190,10 +190,10 @@ def _ends(model: Outline, kind: str) -> tuple[int, int]:
 def test_small_blocks_are_timed_several_at_once_and_large_ones_alone(
     llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Outline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == MAX_BLOCKS
+    assert TorchOutline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == MAX_BLOCKS
     monkeypatch.setattr(outline, "CACHED_BYTES", 1)
-    assert Outline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == 1
-    found = Outline(TimeLayers(1, config("Gemma 2"), "float32", PLENTY))
+    assert TorchOutline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == 1
+    found = TorchOutline(TimeLayers(1, config("Gemma 2"), "float32", PLENTY))
     assert [found.plan(kind).first for kind in found.kinds] == [0, 1, 2, 5]
 
 
@@ -211,9 +211,9 @@ def test_a_pass_is_told_apart_from_its_layers() -> None:
     found = net(passes, {"embedding": 1, "block": 4, "head": 1})
     assert found == {
         "pass": ((1, 0.5),),
-        "embedding": ((1, profiling.LEAST_MS), (2, 0.25)),
+        "embedding": ((1, layer_times.LEAST_MS), (2, 0.25)),
         "block": ((1, 0.5), (2, 1.0)),
-        "head": ((1, profiling.LEAST_MS),),
+        "head": ((1, layer_times.LEAST_MS),),
     }
     assert net({"block": {1: 2.0}}, {"block": 2}) == {"block": ((1, 1.0),)}, "without an embedding none is known"
 
@@ -248,7 +248,7 @@ class Pretended(Sizes):
         def sleep(seconds: float) -> None:
             self.now += seconds
 
-        monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter=lambda: self.now, sleep=sleep))
+        monkeypatch.setattr(layer_times, "time", SimpleNamespace(perf_counter=lambda: self.now, sleep=sleep))
         message = TimeLayers(7, "", "", 0)
         return time_layers(message, self, lambda logits, draws: [0] * len(draws), lambda: None, lambda: self.now)
 
@@ -269,18 +269,18 @@ def test_one_disturbed_pass_does_not_count(monkeypatch: pytest.MonkeyPatch) -> N
         shard.now += 0.5 if passes[0] % 40 == 0 else 0
         return forward(shard, *args)
 
-    monkeypatch.setattr(profiling, "RUNS", 7)
-    monkeypatch.setattr(profiling, "RUNS_S", 1e9)
+    monkeypatch.setattr(layer_times, "RUNS", 7)
+    monkeypatch.setattr(layer_times, "RUNS_S", 1e9)
     monkeypatch.setattr(Pretended, "forward", disturbed)
     assert model.timed(monkeypatch).layer_ms["pass"] == ((1, pytest.approx(2.0)),)
 
 
 def test_timing_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "RUNS", 10**9)
-    monkeypatch.setattr(profiling, "RUNS_S", 1e9)
+    monkeypatch.setattr(layer_times, "RUNS", 10**9)
+    monkeypatch.setattr(layer_times, "RUNS_S", 1e9)
     model = Pretended()
     found = model.timed(monkeypatch)
-    assert model.now < profiling.LIMIT_S + 1.0
+    assert model.now < layer_times.LIMIT_S + 1.0
     assert all(points[0][0] == 1 for points in found.layer_ms.values())
 
 
@@ -301,7 +301,7 @@ def test_it_ends_between_passes_and_frees_the_layer(
 
     message = TimeLayers(1, llama[0], "float32", PLENTY)
     with pytest.raises(UnavailableError):
-        time_layers(message, Outline(message), SeededSampler(), check)
+        time_layers(message, TorchOutline(message), SeededSampler(), check)
     assert left == [-1] and closed and closed[-1]._model is None
 
 

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerllm.engine.messages import Submit
-from peerllm.engine.prompt_turns import PromptTurns
-from peerllm.engine.sequences import Sequences
+from peerllm.engine.schedule.prompt_turns import PromptTurns
+from peerllm.engine.schedule.source_sequences import SourceSequences
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT
 
 
 def test_clients_take_turns_however_many_prompts_one_of_them_has() -> None:
-    source = Sequences(DEPLOYMENT, slots=4, context=64, chunk=4, stages=4)
+    source = SourceSequences(DEPLOYMENT, slots=4, context=64, chunk=4, stages=4)
     for sequence, client in ((1, "a"), (2, "a"), (3, "a"), (4, "b")):
         source.submit(Submit(DEPLOYMENT, sequence, tuple(range(16)), 5, (), Sampling(), client=client))
     assert [feed.sequence for feed in source.feed()] == [1, 4, 2, 4, 3, 4, 1, 4], "b has half of the window"

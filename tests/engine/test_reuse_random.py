@@ -20,14 +20,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from peerllm.engine import base
 from peerllm.engine.base import Reach, Segment, Tensor
-from peerllm.engine.batching import Scheduler
-from peerllm.engine.cache import slot_caches
-from peerllm.engine.deployments import Deployment
-from peerllm.engine.idle import IdleSlots, Remains
 from peerllm.engine.messages import Hop, Submit, Tokens
-from peerllm.engine.stages import Stage
-from peerllm.engine.states import LayerState
-from peerllm.engine.wire import Opened, Released, from_frame, source_limits, stage_limits
+from peerllm.engine.schedule.batching import Scheduler
+from peerllm.engine.schedule.loaded_stage import LoadedStage
+from peerllm.engine.schedule.local_deployment import LocalDeployment
+from peerllm.engine.state.idle import IdleSlots, Remains
+from peerllm.engine.state.kv_cache import slot_caches
+from peerllm.engine.state.states import LayerState
+from peerllm.engine.wire.parcels import Opened, Released, from_frame, source_limits, stage_limits
 from peerllm.errors import EngineError, LinkError
 from peerllm.transport.frames import Frame, FrameRefused, decode, encode
 from peerllm.types import Sampling
@@ -123,15 +123,15 @@ class Plan:
     def __init__(self, kind: str, slots: int) -> None:
         self.told: list[Tokens] = []
         self.schedules: list[Scheduler[Any]] = [Scheduler() for _ in range(STAGES)]
-        self.deployments: list[Deployment] = []
+        self.deployments: list[LocalDeployment] = []
         self.shards: list[Adder] = []
         self.limits = []
         for place in range(STAGES):
             hop = Hop("d" * 64, (), 1, place + 1)
             spec = stage(1, stage=place, stages=STAGES, slots=slots, context=CONTEXT, chunk=CHUNK, downstream=hop)
-            self.deployments.append(Deployment(spec, self.schedules[place], self._hear))
+            self.deployments.append(LocalDeployment(spec, self.schedules[place], self._hear))
             self.shards.append(Adder(kind, slots, place == STAGES - 1))
-            self.deployments[place].loaded(Stage(spec, self.shards[place], _greedy))
+            self.deployments[place].loaded(LoadedStage(spec, self.shards[place], _greedy))
             self.limits.append(stage_limits(spec, 1) if place else source_limits(spec))
         self.link()
 
@@ -397,7 +397,7 @@ def test_what_a_stage_does_not_hold_cannot_be_taken_up(slot: int, position: int,
     assert stage_of.slots.idle == ()
 
 
-def _direct(stage_of: Stage, slot: int) -> Released:
+def _direct(stage_of: LoadedStage, slot: int) -> Released:
     """A frame with such a slot does not get past the decoder."""
     from peerllm.errors import FrameError
 

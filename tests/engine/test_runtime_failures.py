@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from peerllm.engine.messages import Connect, Submit, Tokens, Trust, Trusted, Unload
-from peerllm.engine.wire import Opened, Released, to_frame
+from peerllm.engine.wire.parcels import Opened, Released, to_frame
 from peerllm.errors import LinkError, RefusedError
 from peerllm.transport.frames import Frame, FrameKind, FrameSegment, NamedTensor
 from peerllm.transport.identity import load_or_create

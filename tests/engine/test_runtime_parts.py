@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from peerllm.engine.base import Reach
-from peerllm.engine.batching import STEPS_PER_CHUNK, Piece, Scheduler
-from peerllm.engine.inbox import Inbox
 from peerllm.engine.messages import Submit
-from peerllm.engine.sequences import MAX_DRAINING, Sequences, window_tokens
-from peerllm.engine.slots import Slots
-from peerllm.engine.stages import Stage
-from peerllm.engine.wire import (
+from peerllm.engine.process.inbox import Inbox
+from peerllm.engine.schedule.batching import STEPS_PER_CHUNK, Piece, Scheduler
+from peerllm.engine.schedule.loaded_stage import LoadedStage
+from peerllm.engine.schedule.source_sequences import MAX_DRAINING, SourceSequences, window_tokens
+from peerllm.engine.state.slot_table import SlotTable
+from peerllm.engine.wire.parcels import (
     DTYPES,
     Activation,
     Drawn,
@@ -94,7 +94,7 @@ def submit(sequence: int, prompt: int, max_tokens: int = 5, stop: tuple[int, ...
 
 
 def test_the_window_bounds_what_is_under_way_and_cancelled_work_counts_until_it_has_left() -> None:
-    sequences = Sequences(DEPLOYMENT, slots=3, context=1000, chunk=4, stages=2)
+    sequences = SourceSequences(DEPLOYMENT, slots=3, context=1000, chunk=4, stages=2)
     assert window_tokens(2, 4) == 16
     sequences.submit(submit(1, 100))
     sequences.submit(submit(2, 100))
@@ -113,7 +113,7 @@ def test_the_window_bounds_what_is_under_way_and_cancelled_work_counts_until_it_
 
 @pytest.mark.parametrize(("chunk", "prompt"), [(chunk, prompt) for chunk in (3, 4, 8) for prompt in range(1, 20)])
 def test_no_token_of_a_prompt_is_left_over_by_itself(chunk: int, prompt: int) -> None:
-    sequences = Sequences(DEPLOYMENT, slots=1, context=1000, chunk=chunk, stages=20)
+    sequences = SourceSequences(DEPLOYMENT, slots=1, context=1000, chunk=chunk, stages=20)
     sequences.submit(submit(1, prompt))
     feeds = sequences.feed()
     assert [token for feed in feeds for token in feed.data.tolist()] == list(range(prompt))
@@ -128,13 +128,13 @@ CUTS = ((1, 8), (9, 2), (20, 4))
     ("prompt", "lengths"), [(8, [8]), (9, [2, 2, 2, 2, 1]), (19, [2] * 9 + [1]), (21, [4, 4, 4, 4, 3, 2])]
 )
 def test_a_prompt_is_cut_by_its_length_from_end_to_end(prompt: int, lengths: list[int]) -> None:
-    sequences = Sequences(DEPLOYMENT, slots=1, context=1000, chunk=8, stages=20, cuts=CUTS)
+    sequences = SourceSequences(DEPLOYMENT, slots=1, context=1000, chunk=8, stages=20, cuts=CUTS)
     sequences.submit(submit(1, prompt))
     assert [feed.length for feed in sequences.feed()] == lengths
 
 
 def test_what_a_slot_holds_already_does_not_count_for_the_cut() -> None:
-    sequences = Sequences(
+    sequences = SourceSequences(
         DEPLOYMENT, slots=1, context=1000, chunk=8, stages=20, reach=Reach(rewinds=True), cuts=CUTS
     )
     sequences.submit(submit(1, 20, 1))
@@ -147,7 +147,7 @@ def test_what_a_slot_holds_already_does_not_count_for_the_cut() -> None:
 
 def test_a_long_prompt_in_small_chunks_leaves_room_for_others() -> None:
     """The window holds 32 tokens; the first prompt alone, in chunks of 4, has 4 of them under way."""
-    sequences = Sequences(DEPLOYMENT, slots=3, context=1000, chunk=8, stages=2, cuts=CUTS)
+    sequences = SourceSequences(DEPLOYMENT, slots=3, context=1000, chunk=8, stages=2, cuts=CUTS)
     sequences.submit(submit(1, 100))
     assert [feed.position for feed in sequences.feed()] == [0, 4, 8, 12]
     assert sequences.feed() == [] and sequences.prompting
@@ -165,7 +165,7 @@ def test_a_long_prompt_in_small_chunks_leaves_room_for_others() -> None:
     ("position", "length", "token"), [(4, 4, None), (0, 3, None), (0, 4, 7), (0, 0, None), (-1, 4, None), (0, 8, None)]
 )
 def test_a_run_that_is_not_due_is_refused(position: int, length: int, token: int | None) -> None:
-    sequences = Sequences(DEPLOYMENT, slots=1, context=1000, chunk=4, stages=2)
+    sequences = SourceSequences(DEPLOYMENT, slots=1, context=1000, chunk=4, stages=2)
     sequences.submit(submit(1, 6))
     sequences.feed()
     with pytest.raises(FrameError):
@@ -173,7 +173,7 @@ def test_a_run_that_is_not_due_is_refused(position: int, length: int, token: int
 
 
 def test_a_doubled_token_is_refused() -> None:
-    sequences = Sequences(DEPLOYMENT, slots=1, context=1000, chunk=4, stages=2)
+    sequences = SourceSequences(DEPLOYMENT, slots=1, context=1000, chunk=4, stages=2)
     sequences.submit(submit(1, 2))
     sequences.feed()
     step, _ = sequences.came_back(1, 0, 2, 9)
@@ -186,7 +186,7 @@ def test_a_doubled_token_is_refused() -> None:
 
 
 def test_numbers_and_slots_in_use_are_refused() -> None:
-    sequences = Sequences(DEPLOYMENT, slots=2, context=10, chunk=4, stages=1)
+    sequences = SourceSequences(DEPLOYMENT, slots=2, context=10, chunk=4, stages=1)
     assert [sequences.submit(submit(n, 3)) for n in (1, 2)] == [0, 1]
     with pytest.raises(BadInputError, match="in use"):
         sequences.submit(submit(1, 3))
@@ -212,7 +212,7 @@ def test_random_lives_never_exceed_the_window_or_lose_a_token() -> None:
         chance = random.Random(seed)
         chunk, stages, slots = chance.randint(1, 6), chance.randint(1, 4), chance.randint(1, 5)
         cuts = ((1, chance.randint(1, chunk)), (chance.randint(2, 40), chance.randint(1, chunk)))
-        sequences = Sequences(DEPLOYMENT, slots, 60, chunk, stages, cuts=chance.choice([(), cuts]))
+        sequences = SourceSequences(DEPLOYMENT, slots, 60, chunk, stages, cuts=chance.choice([(), cuts]))
         flying, ids, sizes = [], {}, {}
         number = 0
         for _ in range(300):
@@ -248,7 +248,7 @@ def test_random_lives_never_exceed_the_window_or_lose_a_token() -> None:
 
 
 def test_slots() -> None:
-    slots = Slots(2, 10)
+    slots = SlotTable(2, 10)
     slots.open(1, 0)
     for bad in ((1, 1), (2, 0), (2, 2), (2, -1)):
         with pytest.raises(FrameError):
@@ -330,7 +330,7 @@ def test_of_a_plans_stages_on_one_device_the_earlier_steps_first() -> None:
 
 def test_a_stage_tells_how_long_steps_take_and_how_far_that_varies() -> None:
     spec = stage(1)
-    one = Stage(spec, FakeShard(FakeBackend(), spec), lambda logits, draws: [])
+    one = LoadedStage(spec, FakeShard(FakeBackend(), spec), lambda logits, draws: [])
     step = [Piece(1, 0, 0, 1, True, None)]
     for seconds in (0.002, 0.004) * 40:
         one.paced(step, seconds)

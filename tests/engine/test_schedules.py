@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from peerllm.engine.batching import Piece
-from peerllm.engine.schedules import SCHEDULES, Bubble, NoBubble, Sequential
+from peerllm.engine.schedule.batching import Piece
+from peerllm.engine.schedule.step_schedules import SCHEDULES, Bubble, NoBubble, Sequential
 from peerllm.types import batches_of
 
 LAPS_UNTIL_EVEN = 2

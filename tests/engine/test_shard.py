@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from peerllm.engine import base
 from peerllm.engine.base import Segment
-from peerllm.engine.inspect import inspect_model
 from peerllm.engine.messages import Inspected
-from peerllm.engine.shard import TorchShard, load_shard
+from peerllm.engine.model.torch_inspect import inspect_model
+from peerllm.engine.model.torch_shard import TorchShard, load_shard
 from peerllm.errors import BadInputError, EngineError
 from tests.engine.architectures import FAMILIES, VOCABULARY, quiet, save, stage, tiny_model
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.engine import trace
-from peerllm.engine.batching import Piece
 from peerllm.engine.messages import Record, Recorded, Span, Unload
-from peerllm.engine.trace import MAX_PART, MAX_PIECES, MAX_RECORDED, Recorder
+from peerllm.engine.process.recorder import MAX_PART, MAX_PIECES, MAX_RECORDED, Recorder
+from peerllm.engine.schedule.batching import Piece
 from peerllm.errors import RefusedError
 from tests.engine.engines import WAIT_S, Cut, deploy, devices
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, expected, stage
@@ -119,7 +118,7 @@ def test_bounds_in_number_and_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(MAX_RECORDED):
         recorder.forget(f"{number:032x}")
     assert not recorder.on
-    monkeypatch.setattr(trace, "MAX_SECONDS", 0)
+    monkeypatch.setattr("peerllm.engine.process.recorder.MAX_SECONDS", 0)
     recorder.start(DEPLOYMENT)
     recorder.lap("idle")
     assert not recorder.on, "nobody ended it in time"

@@ -1,4 +1,4 @@
-"""A pipeline in virtual time: every device's real Deployment, Scheduler and stages; shards and links that only last.
+"""A pipeline in virtual time: every device's real deployment, Scheduler and stages; shards and links that only last.
 
 No clock, no threads: a device computes one batch at a time, a link carries one frame at a time, everything else takes
 no time. One run differs from another by its numbers alone.
@@ -13,11 +13,11 @@ from functools import partial
 import numpy as np
 
 from peerllm.engine.base import Draw, Segment, Tensor
-from peerllm.engine.batching import Piece, Scheduler
-from peerllm.engine.deployments import Deployment, StageKey
 from peerllm.engine.messages import Cancel, FromEngine, Submit, Tokens
-from peerllm.engine.stages import Stage
-from peerllm.engine.wire import from_frame
+from peerllm.engine.schedule.batching import Piece, Scheduler
+from peerllm.engine.schedule.loaded_stage import LoadedStage
+from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
+from peerllm.engine.wire.parcels import from_frame
 from peerllm.planner.cost import Lap
 from peerllm.planner.simulator.events import DECIDES, Agenda, Resource
 from peerllm.transport.frames import Frame, FrameKind
@@ -80,7 +80,7 @@ def _draw(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
 
 
 class _Device:
-    """The compute thread: `_handle` and `_compute` of engine/compute.py with another clock."""
+    """The compute thread: `_handle` and `_compute` of engine/process/compute.py with another clock."""
 
     def __init__(self, number: int, world: World) -> None:
         self.schedule: Scheduler[StageKey] = Scheduler()
@@ -94,9 +94,9 @@ class _Device:
             )
             for index in mine
         ]  # fmt: skip
-        self.deployment = Deployment(specs[0], self.schedule, world.hear)
+        self.deployment = LocalDeployment(specs[0], self.schedule, world.hear)
         for spec in specs:
-            self.deployment.loaded(Stage(spec, _Shard(spec.stage == len(ring.homes) - 1), _draw))  # type: ignore[arg-type]
+            self.deployment.loaded(LoadedStage(spec, _Shard(spec.stage == len(ring.homes) - 1), _draw))  # type: ignore[arg-type]
         self.deployment.linked({index: _Hop(index, world) for index in mine if ring.next_home(index) != number})
 
     def kick(self) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.daemon.demand import Blueprint, draw_up
+from peerllm.daemon.control_messages import Hello
+from peerllm.daemon.decide.demand import Blueprint, draw_up
+from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.facade import RunOptions
-from peerllm.daemon.messages import Hello
-from peerllm.daemon.profiles import Candidate
 from peerllm.engine.messages import Inspected, Measure, TimeLayers
 from tests.engine.engines import WAIT_S, Deployed, Device, inspect, redeploy
 from tests.lab.cgroups import MemoryGroup, why_no_memory_groups

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 import pytest
 import uvloop
 
-from peerllm.engine.inbox import Inbox
+from peerllm.engine.process.inbox import Inbox
 from peerllm.errors import LinkError
 from peerllm.transport.frames import Frame
 from peerllm.transport.identity import Identity

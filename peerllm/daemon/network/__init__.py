@@ -1,7 +1,7 @@
 """How the devices of a household know and reach each other; the rest of the daemon sees only `Network`."""
 
-from peerllm.daemon.network.linktables import LinkFigure
 from peerllm.daemon.network.network import Network
 from peerllm.daemon.network.peer import Peer, Sighting
+from peerllm.daemon.network.speed.linktables import LinkFigure
 
 __all__ = ["LinkFigure", "Network", "Peer", "Sighting"]

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from peerllm import errors
-from peerllm.daemon.messages import Answer, Ask, Question
+from peerllm.daemon.control_messages import Answer, Ask, Question
 from peerllm.errors import LinkError, OverloadedError, PeerLLMError
 from peerllm.types import DeviceId
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from peerllm.daemon.advert import SHORT_ID_DIGITS, printable_name
-from peerllm.daemon.membership import Member, Sighted
-from peerllm.daemon.messages import DeviceView, Hello, Place, Whereabouts
+from peerllm.daemon.control_messages import DeviceView, Hello, Place, Whereabouts
+from peerllm.daemon.decide.membership import Member, Sighted
+from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, printable_name
+from peerllm.daemon.network.network_files import Known
 from peerllm.daemon.network.peer import Peer
-from peerllm.daemon.network.store import Known
 from peerllm.transport.roster import MAX_MEMBERS, RosterEntry
 from peerllm.types import DeviceId
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from peerllm.daemon.advert import printable_name
+from peerllm.daemon.discovery.advert import printable_name
 from peerllm.daemon.network.knocking import Knocking, Place
 from peerllm.daemon.network.peer import Sighting
 from peerllm.daemon.settings import CONTROL_PORT, Settings

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from peerllm.daemon.advert import Advert
-from peerllm.daemon.discovery import Discovery, Gone, Seen, interfaces
-from peerllm.daemon.membership import Sighted
+from peerllm.daemon.decide.membership import Sighted
+from peerllm.daemon.discovery.advert import Advert
+from peerllm.daemon.discovery.mdns import Discovery, Gone, Seen, interfaces
 from peerllm.daemon.network.peer import Sighting
 
 
-class Horizon:
+class VisibleDevices:
     """Discovery with a memory; without mDNS (`on` false) simply empty."""
 
     def __init__(

@@ -12,19 +12,29 @@ from typing import Any
 
 from aiohttp import web
 
-from peerllm.daemon import membership as m
-from peerllm.daemon.advert import SHORT_ID_DIGITS, Advert, printable_name
-from peerllm.daemon.messages import Answer, Ask, Control, DeviceView, Gossip, Hello, LinkTable, Question, Whereabouts
+from peerllm.daemon.control_messages import (
+    Answer,
+    Ask,
+    Control,
+    DeviceView,
+    Gossip,
+    Hello,
+    LinkTable,
+    Question,
+    Whereabouts,
+)
+from peerllm.daemon.decide import membership as m
+from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, Advert, printable_name
 from peerllm.daemon.network.asks import Asks, Handler
 from peerllm.daemon.network.book import Book, whereabouts
 from peerllm.daemon.network.bulk import Bulk, add_probe
+from peerllm.daemon.network.control_links import Links
 from peerllm.daemon.network.doorway import Doorway
-from peerllm.daemon.network.horizon import Horizon
-from peerllm.daemon.network.links import Links
+from peerllm.daemon.network.horizon import VisibleDevices
+from peerllm.daemon.network.network_files import Known, NetworkFiles
 from peerllm.daemon.network.peer import Peer, Sighting
 from peerllm.daemon.network.signals import Signals, call
-from peerllm.daemon.network.store import Known, Store
-from peerllm.daemon.network.survey import Reach, Survey
+from peerllm.daemon.network.speed.survey import LinkProbes, Survey
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError
 from peerllm.transport.identity import Identity
@@ -64,14 +74,14 @@ class Network:
         self._links = Links(identity, settings.peers, self)
         self._asks = Asks(lambda device, message: self._links.channel(device).send(message))
         self._bulk = Bulk(identity)
-        self._store = Store(settings.data_dir)
+        self._store = NetworkFiles(settings.data_dir)
         self._signals = Signals()
-        reach = Reach(self._measure, self._rtts_ms, self._online, self.broadcast)
+        reach = LinkProbes(self._measure, self._rtts_ms, self._online, self.broadcast)
         self.survey = Survey(identity.device, reach, idle, self._signals.changed)
         self._roster = self._store.roster(identity, printable_name(settings.name))
         self._book = Book(self._store.known())
         self._view: DeviceView | None = None
-        self._horizon = Horizon(settings.mdns, interfaces, self._advert, self._links.feed, self._horizon_changed)
+        self._horizon = VisibleDevices(settings.mdns, interfaces, self._advert, self._links.feed, self._horizon_changed)
         self._signals.change.append(self._horizon.advertise)
         self._doorway = Doorway(
             settings,

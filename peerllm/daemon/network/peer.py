@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peerllm.daemon.membership import State
-from peerllm.daemon.messages import DeviceView, Hello
+from peerllm.daemon.control_messages import DeviceView, Hello
+from peerllm.daemon.decide.membership import State
 from peerllm.types import DeviceId
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from peerllm.daemon.messages import Control
+from peerllm.daemon.control_messages import Control
 from peerllm.transport.roster import RosterEntry
 from peerllm.types import DeviceId
 

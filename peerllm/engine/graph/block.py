@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from peerllm.engine.graph.model import Activation, Attention, Experts, Norm, Placement, Rope
 from peerllm.engine.graph.nodes import CONTRIB, Graph
+from peerllm.engine.graph.structure import Activation, Attention, Experts, Norm, Placement, Rope
 from peerllm.engine.graph.tensors import Tensors
 from peerllm.engine.graph.weights import BlockWeights, add_experts, add_product, norm_weights, require
 

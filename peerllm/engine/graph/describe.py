@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.graph.family import COMMON, FAMILIES, Family
-from peerllm.engine.graph.model import (
+from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
+from peerllm.engine.graph.structure import (
     Activation,
     Attention,
     Block,
@@ -23,7 +24,6 @@ from peerllm.engine.graph.model import (
     Norm,
     Rope,
 )
-from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
 from peerllm.engine.graph.weights import BlockWeights, Part, Product, Stacks
 
 ROLES = ("gate", "up", "gate up", "down")

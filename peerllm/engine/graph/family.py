@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol
 
-from peerllm.engine.graph.model import Placement
+from peerllm.engine.graph.structure import Placement
 
 
-class Asked(Protocol):
+class ConfigReader(Protocol):
     """See describe.Values."""
 
     def get(self, name: str, default: Any = None) -> Any: ...
@@ -135,47 +135,47 @@ GRANITE_DEFAULTS = {
 }  # fmt: skip
 
 
-def _windows(values: Asked, number: int) -> str:
+def _windows(values: ConfigReader, number: int) -> str:
     return "full_attention" if values.get("sliding_window") is None else "sliding_attention"
 
 
-def _qwen_windows(values: Asked, number: int) -> str:
+def _qwen_windows(values: ConfigReader, number: int) -> str:
     slides = values.get("use_sliding_window") and number >= values.get("max_window_layers", 0)
     return _windows(values, number) if slides else "full_attention"
 
 
-def _qwen2_moe_windows(values: Asked, number: int) -> str:
+def _qwen2_moe_windows(values: ConfigReader, number: int) -> str:
     slides = values.get("use_sliding_window") and number % 2 == 0 and number < values.get("max_window_layers")
     return "sliding_attention" if slides else "full_attention"
 
 
-def _smollm3_windows(values: Asked, number: int) -> str:
+def _smollm3_windows(values: ConfigReader, number: int) -> str:
     slides = values.get("use_sliding_window") and not _smollm3_rotates(values, number, "")
     return _windows(values, number) if slides else "full_attention"
 
 
-def _smollm3_rotates(values: Asked, number: int, kind: str) -> bool:
+def _smollm3_rotates(values: ConfigReader, number: int, kind: str) -> bool:
     rotated = values.get("no_rope_layers")
     return bool((number + 1) % values.get("no_rope_layer_interval") if rotated is None else rotated[number])
 
 
-def _neo_windows(values: Asked, number: int) -> str:
+def _neo_windows(values: ConfigReader, number: int) -> str:
     types = values.get("attention_types")
     kinds = (kind for some, times in types if some for _ in range(times) for kind in some)  # as many as are asked for
     return {"global": "full_attention", "local": "sliding_attention"}[next(islice(kinds, number, None), "")]
 
 
-def _full_at(rest: int, default: int, pattern: str = "") -> Callable[[Asked, int], str]:
+def _full_at(rest: int, default: int, pattern: str = "") -> Callable[[ConfigReader, int], str]:
     """Windows but in one of `default` layers, or of as many as config.json's `pattern` says."""
 
-    def kind(values: Asked, number: int) -> str:
+    def kind(values: ConfigReader, number: int) -> str:
         every = values.get(pattern, default)
         return "full_attention" if number % every == rest % every else "sliding_attention"
 
     return kind
 
 
-def _falcon(values: Asked) -> dict[str, Any]:
+def _falcon(values: ConfigReader) -> dict[str, Any]:
     if values.get("alibi"):
         return {"refused": "positions by alibi"}
     if values.get("new_decoder_architecture"):
@@ -186,33 +186,33 @@ def _falcon(values: Asked) -> dict[str, Any]:
     return {"groups": groups, "placements": ONE if values.get("use_parallel_residual") else PRE}
 
 
-def _gemma(values: Asked) -> dict[str, Any]:
+def _gemma(values: ConfigReader) -> dict[str, Any]:
     if values.get("use_bidirectional_attention"):
         return {"refused": "attention in both directions"}
     return {"activation": "gelu_pytorch_tanh" if values.get("hidden_act") == "gelu" else None}  # as transformers has it
 
 
-def _opt(values: Asked) -> dict[str, Any]:
+def _opt(values: ConfigReader) -> dict[str, Any]:
     before, affine = values.get("do_layer_norm_before"), values.get("layer_norm_elementwise_affine")
     width = values.get("word_embed_proj_dim", values.get("hidden_size"))
     usual = before and affine and not values.get("_remove_final_layer_norm") and width == values.get("hidden_size")
     return {} if usual else {"refused": "the layout of opt-350m"}
 
 
-def _phi3(values: Asked) -> dict[str, Any]:
+def _phi3(values: ConfigReader) -> dict[str, Any]:
     about = values.get("rope_scaling", values.get("rope_parameters", {}))
     longer = "short_factor" in about  # transformers calls it longrope, whatever it is called
     return {"refused": "rotary embeddings that follow the length of a sequence"} if longer else {}
 
 
-def _granite_swa(values: Asked) -> dict[str, Any]:
+def _granite_swa(values: ConfigReader) -> dict[str, Any]:
     about = values.get("rope_parameters", {})
     usual = about.get("rope_theta", values.get("rope_theta"))
     other = any(theta != usual for theta in values.get("layer_rope_theta", ()))
     return {"refused": "layers with rotations of their own"} if other else {}
 
 
-def _no_changes(values: Asked) -> dict[str, Any]:
+def _no_changes(values: ConfigReader) -> dict[str, Any]:
     return {}
 
 
@@ -223,7 +223,7 @@ class Family:
     names: Names = field(default_factory=lambda: LLAMA)
     keys: Mapping[str, str] = field(default_factory=lambda: RMS)  # this project's name: config.json's; "": not read
     defaults: Mapping[str, Any] = field(default_factory=dict)  # beside COMMON; a value that is in neither is not read
-    by: Callable[[Asked], dict[str, Any]] = _no_changes  # what config.json's values change of this line
+    by: Callable[[ConfigReader], dict[str, Any]] = _no_changes  # what config.json's values change of this line
     refused: str | None = None  # why this configuration is not computed
     layers: str = "layers"  # what a block's tensors begin with
     norm: Literal["rms", "layer"] = "rms"
@@ -244,18 +244,18 @@ class Family:
     interleaved: bool = False  # rotation of neighbours
     alpha: bool = False  # "dynamic" rotation with an alpha is one with a larger base
     local_theta: float | None = None  # rotation differs by kind of layer; the base in those with a window
-    rotates: Callable[[Asked, int, str], bool] = lambda values, number, kind: True
-    layer_type: Callable[[Asked, int], str] = lambda values, number: "full_attention"  # without layer_types
+    rotates: Callable[[ConfigReader, int, str], bool] = lambda values, number, kind: True
+    layer_type: Callable[[ConfigReader, int], str] = lambda values, number: "full_attention"  # without layer_types
     experts: Literal["", "each", "interleaved", "halves"] = ""  # how they lie in files, see weights.Stacks
     scaled_embedding: bool = False  # by the square root of its width
     position_offset: int = 0  # row of the first learned position
 
 
-def _unrotated(values: Asked, number: int, kind: str) -> bool:
+def _unrotated(values: ConfigReader, number: int, kind: str) -> bool:
     return False
 
 
-def _in_windows(values: Asked, number: int, kind: str) -> bool:
+def _in_windows(values: ConfigReader, number: int, kind: str) -> bool:
     return kind == "sliding_attention"
 
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from peerllm.engine.base import Progress
 from peerllm.engine.graph.describe import Described
+from peerllm.engine.graph.graph_shard import BlockRange, Embedding, GraphShard, make_head, make_span
+from peerllm.engine.graph.kv_slots import room_of, token_bytes
 from peerllm.engine.graph.nodes import make_pool
-from peerllm.engine.graph.shard import Embedding, GraphShard, Span, make_head, make_span
-from peerllm.engine.graph.slots import room_of, token_bytes
 from peerllm.engine.graph.tensors import Checkpoint, Tensors
 from peerllm.engine.graph.weights import Product, require
-from peerllm.engine.memory import trim
 from peerllm.engine.messages import LoadStage
+from peerllm.engine.process.free_memory import trim
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.types import BITS
 
@@ -25,7 +25,7 @@ MAKING_COPIES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ShardForm:
     """What of a model a shard holds, and in which form."""
 
     described: Described
@@ -114,7 +114,7 @@ def parts_of(product: Product, count: int) -> list[Product]:
 
 def load_shard(described: Described, spec: LoadStage, threads: int, progress: Progress) -> GraphShard:
     """Layers spec.first_layer..last_layer from the files that spec.tensors names; ModelError if they do not fit."""
-    shape = Shape(described, spec.first_layer, spec.last_layer, spec.slots, spec.context, spec.quantize)
+    shape = ShardForm(described, spec.first_layer, spec.last_layer, spec.slots, spec.context, spec.quantize)
     if spec.limit_bytes is not None and shape.weight_bytes + shape.kv_bytes > spec.limit_bytes:
         held = f"weights of {shape.weight_bytes} bytes and KV of {shape.kv_bytes}"
         raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")
@@ -141,11 +141,11 @@ def load_shard(described: Described, spec: LoadStage, threads: int, progress: Pr
     return shard
 
 
-def build(shape: Shape, tensors: Tensors, embedding: Embedding | None, threads: int, chunk: int) -> GraphShard:
+def build(shape: ShardForm, tensors: Tensors, embedding: Embedding | None, threads: int, chunk: int) -> GraphShard:
     """The shard, graph by graph."""
     make_pool(threads)
     described, bits = shape.described, shape.bits
-    spans: list[Span] = []
+    spans: list[BlockRange] = []
     for run in shape.spans():
         own = [described.blocks[number] for number in run]
         spans.append(make_span(described.model, run, own, tensors, bits, shape.context))

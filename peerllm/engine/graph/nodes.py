@@ -121,7 +121,7 @@ class Graph:
         return f"{kind} {self._fresh}"
 
 
-class Bound:
+class BoundSession:
     """A session and the memory it reads and writes, bound by address: nothing is copied.
 
     Arrays are contiguous; they and what they are views of must live as long as this does.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from peerllm.engine.base import Floats
-from peerllm.engine.graph.model import Rope
+from peerllm.engine.graph.structure import Rope
 
 KNOWN = frozenset(["default", "linear", "llama3", "yarn"])  # others follow the longest position
 

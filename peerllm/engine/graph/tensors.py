@@ -10,8 +10,8 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.checkpoint import COMPUTED, mapped
 from peerllm.engine.messages import TensorAt
+from peerllm.engine.weights.checkpoint import COMPUTED, mapped
 from peerllm.errors import ModelError
 
 Floats = npt.NDArray[np.float32]

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.graph.model import Block, Experts, Norm
 from peerllm.engine.graph.nodes import CONTRIB, Graph
+from peerllm.engine.graph.structure import Block, Experts, Norm
 from peerllm.engine.graph.tensors import Floats, Tensors
-from peerllm.engine.kernels.rounding import BLOCK_BYTES, BLOCKS, block_of, rounded
+from peerllm.engine.weights.rounding import BLOCK_BYTES, BLOCKS, block_of, rounded
 from peerllm.errors import ModelError
 
 PIECE_BYTES = 1 << 20  # of float32 rows that are read at once

@@ -1,1 +1,1 @@
-"""Matrices rounded to 8 or 4 bits: which they are, how they are rounded, and what multiplies with them."""
+"""What computes beside the graphs: rounded products that torch calls, and the accelerator that it drives."""

@@ -13,11 +13,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from peerllm.daemon.messages import TensorDigest
-from peerllm.daemon.weights import store as module
+from peerllm.daemon.control_messages import TensorDigest
+from peerllm.daemon.weights import weight_store as module
 from peerllm.daemon.weights.digests import Digests, hash_range
 from peerllm.daemon.weights.offers import ROUTE, Offers
-from peerllm.daemon.weights.store import Store
+from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import LinkError, ModelError, NotFoundError, RefusedError, UnavailableError
 
@@ -102,7 +102,7 @@ async def link(checkpoint):
 @pytest.fixture
 def store(tmp_path, link, monkeypatch):
     monkeypatch.setattr(module, "CUT_WAIT_S", 0.001)
-    return Store(tmp_path / "weights", link.get)
+    return WeightStore(tmp_path / "weights", link.get)
 
 
 def held(tensor):
@@ -150,7 +150,7 @@ async def test_a_fetch_given_up_is_continued_by_the_next(store, link, checkpoint
     link.hang = False
     del link.asked[:]
     partial = (tmp_path / "weights" / "partial" / wanted.sha256).stat().st_size
-    await Store(tmp_path / "weights", link.get).fetch(D, SOURCE, [wanted], quiet)
+    await WeightStore(tmp_path / "weights", link.get).fetch(D, SOURCE, [wanted], quiet)
     assert link.asked[0][1] == partial > 0
     assert hash_range(store.path(wanted.sha256), 0, wanted.nbytes) == wanted.sha256
 
@@ -243,7 +243,7 @@ async def test_a_full_disk_is_said_before_anything_is_fetched(store, link, check
 
 
 async def test_pruning_takes_the_longest_unused_and_never_what_is_used(link, checkpoint, tmp_path):
-    store = Store(tmp_path / "weights", link.get, max_bytes=210_000)
+    store = WeightStore(tmp_path / "weights", link.get, max_bytes=210_000)
     small, large = digest(checkpoint[2]), digest(checkpoint[3])
     await store.fetch(D, SOURCE, [small, large], quiet)
     assert await store.prune() == 0

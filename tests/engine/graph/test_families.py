@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from peerllm.engine.base import ROLLBACK_TOKENS, Segment
 from peerllm.engine.graph.describe import UnfitError, describe
 from peerllm.engine.graph.family import FAMILIES
-from peerllm.engine.graph.model import Rope
 from peerllm.engine.graph.rotation import inverse_frequencies, tables
+from peerllm.engine.graph.structure import Rope
 from tests.engine.graph.variants import (
     BY_KIND,
     CONTEXT,

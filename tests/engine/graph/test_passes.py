@@ -11,7 +11,7 @@ import pytest
 
 from peerllm.engine.backends import Backends
 from peerllm.engine.base import Segment
-from peerllm.engine.graph.shard import GraphShard
+from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.messages import Inspect
 from peerllm.errors import EngineError
 from tests.engine.architectures import stage

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from peerllm.engine import base as module
 from peerllm.engine.base import Reach, Segment
-from peerllm.engine.graph.model import Attention
-from peerllm.engine.graph.slots import Batch, KVSlots
+from peerllm.engine.graph.kv_slots import Batch, KVSlots
+from peerllm.engine.graph.structure import Attention
 from peerllm.errors import EngineError
 
 EXAMPLES = 1500 if os.environ.get("PEERLLM_FULL") == "1" else 150

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from peerllm.engine.checkpoint import read_tensors
 from peerllm.engine.graph.describe import Described, describe
+from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.graph.load import load_shard
-from peerllm.engine.graph.shard import GraphShard
 from peerllm.engine.messages import LoadStage
+from peerllm.engine.weights.checkpoint import read_tensors
 
 CONTEXT, LAYERS, SLOTS = 224, 4, 3
 SCALE = 2.0  # of matrices: every layer's part in the logits is large

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from peerllm.engine.base import Segment
-from peerllm.engine.config import DTYPES, parse_config
-from peerllm.engine.division import divide
-from peerllm.engine.inspect import inspect_model
-from peerllm.engine.kernels import packed as kernel
-from peerllm.engine.kernels.keeping import matrices
-from peerllm.engine.kernels.packed import Packed
-from peerllm.engine.shard import load_shard
+from peerllm.engine.model import packed as kernel
+from peerllm.engine.model.config import DTYPES, parse_config
+from peerllm.engine.model.division import divide
+from peerllm.engine.model.keeping import matrices
+from peerllm.engine.model.packed import Packed
+from peerllm.engine.model.torch_inspect import inspect_model
+from peerllm.engine.model.torch_shard import load_shard
 from peerllm.errors import BadInputError, RefusedError
 from tests.engine.architectures import FAMILIES, FULL, quiet, save, stage, tiny_model
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerllm.engine.graph.nodes import make_pool
-from peerllm.engine.kernels import rounding
 from peerllm.engine.kernels.products import NBits
-from peerllm.engine.kernels.rounding import block_of, nibbles, rounded
+from peerllm.engine.weights import rounding
+from peerllm.engine.weights.rounding import block_of, nibbles, rounded
 
 shapes = st.tuples(st.integers(1, 70), st.sampled_from([32, 64, 96, 128, 160, 256, 384]))
 

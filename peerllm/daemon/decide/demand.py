@@ -1,0 +1,203 @@
+"""How much a deployment asks for, and the plan that fits it. Pure: from candidates to a plan, or the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from peerllm.daemon.decide.device_profiles import (
+    ITEMSIZE,
+    Candidate,
+    able,
+    device_profile,
+    link_profiles,
+    slower_than_estimated,
+)
+from peerllm.daemon.facade import RunOptions
+from peerllm.engine.messages import Inspected
+from peerllm.errors import BadInputError, InfeasibleError
+from peerllm.planner.activations import sent
+from peerllm.planner.chunks import Pipeline, in_chunks
+from peerllm.planner.cost import layer_bytes, stage_bytes
+from peerllm.planner.latency import plan_latency
+from peerllm.planner.memory import chunk_tokens, human_bytes, working_bytes
+from peerllm.planner.scenario import Scenario
+from peerllm.planner.throughput import plan_throughput
+from peerllm.types import (
+    ACTIVATIONS,
+    SCHEDULE_NAMES,
+    ActivationForm,
+    Activations,
+    Cuts,
+    DeviceId,
+    ModelProfile,
+    Plan,
+    ScheduleName,
+    Workload,
+)
+
+DEFAULT_SLOTS = 4
+DEFAULT_CONTEXT = 2048  # tokens
+LEAST_CONTEXT = 512  # what a short household still gets before it is told that the model is too large
+MAX_SLOTS = 256
+EXPECTED_PROMPT = 128  # tokens of the request that plans are made for
+EXPECTED_ANSWER = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A plan and all that it fixes for its shards. `promises` is what each device must reserve."""
+
+    plan: Plan
+    workload: Workload
+    chunk: int  # the largest, in tokens: working space is promised for it
+    cuts: Cuts
+    micro_batch: int
+    micro_batches: int
+    schedule: ScheduleName
+    stage_memory_bytes: tuple[int, ...]
+    promises: Mapping[DeviceId, int]
+    scenario: Scenario  # what there was to plan with, memory less the working space of a pass
+    activations: tuple[ActivationForm, ...]  # from each stage to the next
+
+    @property
+    def rounded_layers(self) -> tuple[int, ...]:
+        """Layers whose outputs travel as int8."""
+        hops = zip(self.plan.stages[:-1], self.activations, strict=True)
+        return tuple(stage.last_layer for stage, form in hops if form == "int8")
+
+
+def check_options(options: RunOptions, inspected: Inspected) -> None:
+    """BadInputError for what no household could serve."""
+    if options.schedule not in SCHEDULE_NAMES:
+        raise BadInputError(f"--schedule is one of {', '.join(SCHEDULE_NAMES)}, not {options.schedule}")
+    if options.activations not in ACTIVATIONS:
+        raise BadInputError(f"--activations is one of {', '.join(ACTIVATIONS)}, not {options.activations}")
+    if options.activations == "int8" and inspected.exact:
+        raise BadInputError(f"{options.model} is computed in float32, which stays exact: no --activations int8 for it")
+    if options.slots is not None and not 1 <= options.slots <= MAX_SLOTS:
+        raise BadInputError(f"--slots must lie in 1..{MAX_SLOTS}, not {options.slots}")
+    if options.context is not None and not 1 <= options.context <= inspected.max_context:
+        raise BadInputError(
+            f"--context must lie in 1..{inspected.max_context} for {options.model}, not {options.context}"
+        )
+
+
+def sizes(options: RunOptions, max_context: int) -> Iterator[tuple[int, int]]:
+    """(slots, context) to try, the best first: what was asked for stays, the rest gives way, context before slots."""
+    context = options.context or min(max_context, DEFAULT_CONTEXT)
+    slots = options.slots or DEFAULT_SLOTS
+    yield slots, context
+    least = context if options.context else min(max_context, LEAST_CONTEXT)
+    while context > least:
+        context = max(least, context // 2)
+        yield slots, context
+    while options.slots is None and slots > 1:
+        slots //= 2
+        yield slots, context
+
+
+def draw_up(
+    options: RunOptions, inspected: Inspected, candidates: Mapping[DeviceId, Candidate], source: DeviceId
+) -> Blueprint:
+    """The plan for the largest demand that fits what is free; InfeasibleError says what is missing."""
+    check_options(options, inspected)
+    fit = {d: c for d, c in candidates.items() if d == source or able(c, inspected.architecture, inspected.dtype)}
+    if not able(candidates[source], inspected.architecture, inspected.dtype):
+        raise BadInputError(
+            f"{options.model} is a {inspected.architecture} model in {inspected.dtype}: this device cannot compute it"
+        )
+    failure: InfeasibleError | None = None
+    for slots, context in sizes(options, inspected.max_context):
+        try:
+            return _draw_up(options, inspected, fit, source, (slots, context))
+        except InfeasibleError as error:
+            failure = error
+    assert failure is not None
+    taken = sum(c.hello.lent_bytes - c.free_bytes for c in fit.values())
+    if taken > 0:
+        text = f"{failure}; {human_bytes(taken)} of what the household lends are promised to other models"
+        raise InfeasibleError(text, failure.missing_bytes) from failure
+    raise failure
+
+
+def _draw_up(
+    options: RunOptions,
+    inspected: Inspected,
+    candidates: Mapping[DeviceId, Candidate],
+    source: DeviceId,
+    size: tuple[int, int],
+) -> Blueprint:
+    slots, context = size
+    model, space = inspected.profile, inspected.working
+    work = Workload(
+        min(EXPECTED_PROMPT, max(1, context // 2)),
+        min(EXPECTED_ANSWER, max(1, context // 2)),
+        slots,
+        context,
+        options.objective,
+    )
+    chunk = min(options.prompt_chunk or chunk_tokens(space, context), context)
+    working = working_bytes(space, context, slots, chunk)
+    _check_sum(options, inspected, candidates, work, working)
+    slower = slower_than_estimated(candidates.values(), model, inspected.dtype)
+    busy = options.objective == "throughput"  # one sequence keeps one device busy at a time, many keep all
+    profiles = {
+        d: device_profile(c, model, inspected.dtype, len(candidates), busy, slower) for d, c in candidates.items()
+    }
+    links = link_profiles(candidates, source)
+    planned = plan_throughput if options.objective == "throughput" else plan_latency
+    rooms = {d: replace(one, memory_bytes=max(0, one.memory_bytes - working)) for d, one in profiles.items()}
+
+    def solve(one: ModelProfile) -> Plan:
+        return planned(one, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
+
+    wanted: Activations = "exact" if inspected.exact else options.activations
+    found = sent(Scenario(model, rooms, links, source, None, work, ()), wanted, ITEMSIZE[inspected.dtype], solve)
+    plan = found.plan
+    memory = stage_bytes(model, plan.stages, work)
+    promises = dict.fromkeys(plan.devices, working)
+    for stage, nbytes in zip(plan.stages, memory, strict=True):
+        promises[stage.device] += nbytes
+    scenario = found.scenario
+    pipeline = Pipeline(scenario.model, scenario.devices, scenario.links, plan.stages)
+    chunk, cuts = prompt_cuts(options, pipeline, work, chunk)
+    if options.schedule != "sequential":
+        plan = in_chunks(plan, pipeline, work.prompt_tokens, cuts)
+    batch, batches = plan.predicted.micro_batch, plan.predicted.micro_batches
+    if options.objective == "latency":
+        # Planned for one sequence; several share the stages without one waiting for all.
+        batches = min(slots, len(plan.devices))
+        batch = -(-slots // batches)
+    return Blueprint(
+        plan, work, chunk, cuts, batch, batches, options.schedule, memory, promises, scenario, found.forms
+    )
+
+
+def prompt_cuts(options: RunOptions, pipeline: Pipeline, work: Workload, most: int) -> tuple[int, Cuts]:
+    """(largest chunk, cuts), within the `most` tokens that a pass has room for."""
+    if options.prompt_chunk is None and work.sequences > 1:  # else nobody's steps wait
+        most = pipeline.most_chunk(most)
+    if options.prompt_chunk is not None or options.schedule == "sequential":  # chunks that take turns gain nothing
+        return most, ((1, most),)
+    return most, pipeline.cuts(work.context, most)
+
+
+def _check_sum(
+    options: RunOptions, inspected: Inspected, candidates: Mapping[DeviceId, Candidate], work: Workload, working: int
+) -> None:
+    """The plain sum first: it gives the clearest answer when a model is too large for all together."""
+    needed = working + sum(
+        layer_bytes(inspected.profile, i, work, layer.tied_to is not None)
+        for i, layer in enumerate(inspected.profile.layers)
+    )
+    lent = sum(max(0, candidate.hello.lent_bytes) for candidate in candidates.values())
+    free = sum(max(0, candidate.free_bytes) for candidate in candidates.values())
+    if needed <= free:
+        return
+    room = f"{work.sequences} slot{'s' * (work.sequences > 1)} of {work.context} tokens"
+    raise InfeasibleError(
+        f"{options.model} needs {human_bytes(needed)} for {room}; the household lends {human_bytes(lent)}: "
+        f"{human_bytes(needed - free)} are missing",
+        needed - free,
+    )

@@ -1,0 +1,1 @@
+"""A model served by the household: found, planned, loaded, served, and planned again."""

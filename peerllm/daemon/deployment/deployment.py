@@ -1,0 +1,444 @@
+"""One model's life on its source: planned, loaded, served, and planned again when a device of it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from peerllm.daemon.control_messages import DeploymentState, DeploymentView, Progress
+from peerllm.daemon.decide.assignments import assignments, travelling
+from peerllm.daemon.decide.demand import Blueprint, check_options, draw_up
+from peerllm.daemon.decide.device_profiles import Candidate, shown
+from peerllm.daemon.deployment.admission import Admission, Room
+from peerllm.daemon.deployment.model_files import dtype_of
+from peerllm.daemon.deployment.negotiation import Surroundings, activate_all, assign_all, release_all, reserve_all
+from peerllm.daemon.deployment.profile_requests import ProfileRequests
+from peerllm.daemon.facade import RunOptions, RunProgress, ServedModel
+from peerllm.engine.messages import Inspected, TensorAt
+from peerllm.errors import (
+    BadInputError,
+    EngineError,
+    InfeasibleError,
+    LinkError,
+    PeerLLMError,
+    RefusedError,
+    UnavailableError,
+)
+from peerllm.types import DeviceId
+
+MAX_ATTEMPTS = 5  # plans tried one after another when devices refuse or leave, before the reason is given
+CONTENTION_S = 0.2  # wait after the first refusal; doubles, and differs from device to device
+RETRY_S = 2.0  # a waiting deployment tries again after this, doubling ...
+RETRY_MOST_S = 60.0  # ... up to this, and whenever the household changes
+LATECOMERS = 3  # times that devices are measured because some came while others were
+GATHER_S = 5.0  # how long a model too large for the devices here waits for those that have not arrived
+ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
+SETTLE_S = 0.3  # changes of the household come in bursts
+FETCH_SHARE = 0.8  # of a device's progress bar, where weights travel
+
+log = logging.getLogger(__name__)
+
+
+class Deployment:
+    """Owned by the coordinator: `start` it, `stop` it; `outcome` waits for the way it goes."""
+
+    def __init__(self, options: RunOptions, around: Surroundings, timings: ProfileRequests, remembered: bool) -> None:
+        self.id = secrets.token_hex(16)
+        self.options = options
+        self.created = int(time.time())
+        self.state: DeploymentState = "planning"
+        self.reason = ""
+        self.epoch = 0
+        self.blueprint: Blueprint | None = None
+        self.model_dir: Path | None = None
+        self.inspected: Inspected | None = None
+        self.sequences = Admission(self.id, around.tell_engine, around.changed)
+        self.watchers: list[Callable[[RunProgress], None]] = []
+        self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
+        self._around, self._timings = around, timings
+        self.lasting = remembered  # it has served: from then on it waits for devices instead of giving up
+        self._shares: dict[DeviceId, float] = {}
+        self._message = ""
+        self._asked: set[DeviceId] = set()  # devices that may hold something of ours
+        self._free: dict[DeviceId, int] = {}  # what devices said last, fresher than what they announce
+        self._trouble: asyncio.Queue[str] = asyncio.Queue(1)
+        self._stirred = asyncio.Event()
+        self._outcomes: list[asyncio.Future[None]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    # ---- what the coordinator does with it ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._live(), name=f"deployment {self.options.model}")
+
+    async def outcome(self) -> None:
+        """Returns when it serves; raises why it does not, now or at the end of the attempt under way."""
+        if self.state == "serving":
+            return
+        if self._task is None or self._task.done():
+            raise UnavailableError(self.reason or "the deployment has ended")
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._outcomes.append(future)
+        self._stirred.set()
+        await future
+
+    async def stop(self) -> None:
+        """End everything, here and on the other devices."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        self._finish("stopped", UnavailableError(f"{self.options.model} was stopped"))
+        await self._let_go()
+
+    def stir(self) -> None:
+        """The household changed: worth another try."""
+        self._stirred.set()
+
+    def gone(self, device: DeviceId, reason: str) -> None:
+        """A device is no longer reachable."""
+        if device in self._asked and self.state in ("loading", "serving"):
+            self._alarm(f"{self._around.name(device)} is gone ({reason})")
+
+    def trouble(self, device: DeviceId, epoch: int, reason: str) -> None:
+        """A device's part of the deployment is lost."""
+        if epoch == self.epoch and device in self._asked and self.state in ("loading", "serving"):
+            self._alarm(f"{self._around.name(device)}: {reason}")
+
+    def _alarm(self, reason: str) -> None:
+        if not self._trouble.full():  # the first reason is the one that counts
+            self._trouble.put_nowait(reason)
+
+    def progress(self, device: DeviceId, event: Progress) -> None:
+        """A device has come further in loading."""
+        if event.epoch != self.epoch or device not in self._asked or self.state != "loading":
+            return
+        share = min(1.0, event.done_bytes / max(1, event.total_bytes))
+        if device != self._around.me:
+            share = share * FETCH_SHARE if event.phase == "fetch" else FETCH_SHARE + share * (1 - FETCH_SHARE)
+        self._shares[device] = max(share, self._shares.get(device, 0.0))
+        self._say("loading", self._message)
+
+    def view(self) -> DeploymentView:
+        plan = self.blueprint.plan if self.blueprint is not None else None
+        inspected = self.inspected
+        shares = self._shares.values()
+        return DeploymentView(
+            deployment=self.id,
+            model=self.options.model,
+            state=self.state,
+            epoch=self.epoch,
+            coordinator=self._around.me,
+            stages=plan.stages if plan is not None else (),
+            stage_memory_bytes=self.blueprint.stage_memory_bytes if self.blueprint is not None else (),
+            predicted=asdict(plan.predicted) if plan is not None else {},
+            measured=self.sequences.measured,
+            reason=self.reason,
+            progress=1.0 if self.state == "serving" else sum(shares) / len(shares) if shares else 0.0,
+            schedule=self.options.schedule,
+            activations=self.blueprint.activations if self.blueprint is not None else (),
+            activations_wanted=self.options.activations,
+            dtype=inspected.dtype if inspected is not None else "",
+            quantize=inspected.quantize if inspected is not None else "",
+            quantize_wanted=self.options.quantize,
+        )
+
+    def served(self) -> ServedModel | None:
+        """None until the model's files are known."""
+        if self.model_dir is None or self.inspected is None:
+            return None
+        context = self.blueprint.workload.context if self.blueprint is not None else self.inspected.max_context
+        return ServedModel(
+            self.id,
+            self.options.model,
+            self.state,
+            self.reason,
+            self.created,
+            self.model_dir,
+            context,
+            self.inspected.stop_ids,
+        )
+
+    async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
+        """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
+        await self._prepare()
+        assert self.inspected is not None
+        self._free = {d: one.free_bytes + held.get(d, 0) for d, one in self._around.candidates().items()}
+        candidates = await self._timed(set())
+        return await asyncio.to_thread(draw_up, self.options, self.inspected, candidates, self._around.me)
+
+    def own_tensors(self) -> dict[str, TensorAt]:
+        """Where the tensors lie on this device."""
+        layers = self.inspected.tensors if self.inspected is not None else ()
+        return {tensor.name: tensor for layer in layers for tensor in layer}
+
+    # ---- its life -------------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        tries = 0
+        try:
+            while True:
+                try:
+                    await self._prepare()
+                    await self._establish()
+                except (InfeasibleError, RefusedError, LinkError, UnavailableError, EngineError) as error:
+                    await self._let_go()
+                    if not self.lasting:
+                        raise
+                    self._become("waiting", str(error))
+                    self._resolve(error)
+                    tries += 1
+                    await self._pause(min(RETRY_MOST_S, RETRY_S * 2.0 ** min(tries - 1, 8)))
+                    continue
+                tries, self.lasting = 0, True
+                self._serve()
+                reason = await self._trouble.get()
+                log.warning("%s stopped serving: %s", self.options.model, reason)
+                self.sequences.interrupt(reason)
+                self._become("waiting", reason)
+                await self._let_go()
+        except PeerLLMError as error:
+            await self._let_go()
+            self._finish("failed", error)
+        except Exception as error:
+            log.exception("deployment %s", self.options.model)
+            await self._let_go()
+            self._finish("failed", EngineError(f"{self.options.model}: {type(error).__name__}: {error}"))
+
+    async def _prepare(self) -> None:
+        """Find the model's files and read what they hold, once."""
+        if self.inspected is not None:
+            return
+        model = self.options.model
+        self._say("planning", f"looking for {model}")
+        self.model_dir = await self._around.resolve(
+            model, lambda share: self._say("planning", f"downloading {model}: {share:.0%}", share)
+        )
+        self._say("planning", f"reading {model}")
+        inspected = await self._around.inspect(
+            self.model_dir, dtype_of(model, self.options.dtype), self.options.quantize
+        )
+        check_options(self.options, inspected)
+        self.inspected = inspected
+
+    async def _establish(self) -> None:
+        """Plan and load until a plan stands; the last reason is raised after MAX_ATTEMPTS."""
+        failure: PeerLLMError = UnavailableError("no plan was tried")
+        absent: set[DeviceId] = set()
+        self._stirred.clear()
+        until = asyncio.get_running_loop().time() + (0.0 if self.lasting else GATHER_S)
+        attempt = 0
+        while attempt < MAX_ATTEMPTS:
+            if attempt:
+                spread = 1 + int(self._around.me[:8], 16) / 2**32
+                await asyncio.sleep(CONTENTION_S * 2 ** (attempt - 1) * spread)
+            try:
+                await self._attempt(absent)
+                return
+            except InfeasibleError as error:
+                failure = self._with_absent(error)
+                if await self._gathered(until):
+                    continue
+                if not self._contended():
+                    break
+                self._free.clear()  # who stands in the way may be about to let go
+            except (RefusedError, LinkError, UnavailableError) as error:
+                failure = error
+                await self._let_go()  # what the others have loaded for this plan would stand in the way of the next
+            attempt += 1
+        raise failure
+
+    async def _gathered(self, until: float) -> bool:
+        """Too little memory, but devices of the household are not here yet: whether something changed in time."""
+        if not self._around.absent():
+            return False
+        self._stirred.clear()
+        try:
+            async with asyncio.timeout_at(until):
+                await self._stirred.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _with_absent(self, error: InfeasibleError) -> InfeasibleError:
+        away = ", ".join(self._around.absent())
+        return InfeasibleError(f"{error}; away: {away}", error.missing_bytes) if away else error
+
+    def _contended(self) -> bool:
+        """Whether memory that the household lends is promised elsewhere."""
+        return any(c.free_bytes < c.hello.lent_bytes for c in self._around.candidates().values())
+
+    async def _attempt(self, absent: set[DeviceId]) -> None:
+        assert self.inspected is not None
+        around, inspected = self._around, self.inspected
+        self._become("planning", "")
+        candidates = await self._timed(absent)
+        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
+        blueprint = await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
+        self.profiles = {
+            around.name(device): shown(one, inspected.profile, inspected.dtype) for device, one in candidates.items()
+        }
+        moving = travelling(blueprint, inspected, around.me)
+        hashes = await around.hashes(
+            moving, lambda share: self._say("planning", f"hashing the weights that will travel: {share:.0%}", share)
+        )
+        self.epoch += 1
+        self._asked |= set(blueprint.promises)
+        refused = await reserve_all(around, self.id, self.epoch, blueprint.promises)
+        if refused is not None:
+            device, answer = refused
+            await self._let_go()
+            if answer.error == "LinkError":
+                absent.add(device)
+            else:
+                self._free[device] = answer.free_bytes
+            raise RefusedError(f"{around.name(device)} cannot take part: {answer.reason}")
+        self.blueprint, self._trouble = blueprint, asyncio.Queue(1)
+        self._shares = dict.fromkeys(blueprint.promises, 0.0)
+        self._become("loading", "")
+        self._say("loading", f"loading on {', '.join(around.name(device) for device in blueprint.plan.devices)}")
+        around.offer(self.id, {hashes[tensor.name]: tensor for tensor in moving})
+        work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address)
+        await self._unless_trouble(assign_all(around, work))
+        self._say("loading", "connecting")
+        await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
+
+    async def _timed(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
+        """The devices that could take part, measured; InfeasibleError before any is measured in vain."""
+        assert self.inspected is not None
+        around, inspected = self._around, self.inspected
+        candidates = self._candidates(absent)
+        if not self._timings.known(inspected, candidates.values()):
+            await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
+        for _ in range(LATECOMERS):
+            busy = self.options.objective == "throughput"
+            timings = await self._timings.of(inspected, candidates, lambda text: self._say("planning", text), busy)
+            here = self._candidates(absent)  # measuring takes a while
+            if here.keys() <= candidates.keys():
+                break
+            candidates = here
+        return {
+            device: replace(one, timing=timings[device]) if device in timings else one
+            for device, one in here.items()
+            if device in candidates  # a guess beside measurements would make it look the fastest
+        }
+
+    def _candidates(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
+        """With what is free of their memory; UnavailableError if this device is not among them."""
+        around = self._around
+        candidates = {
+            device: replace(one, free_bytes=self._free.get(device, one.free_bytes))
+            for device, one in around.candidates().items()
+            if device not in absent or device == around.me
+        }
+        if around.me not in candidates:
+            raise UnavailableError("this device's engine is not running; see `peerllm status`")
+        return candidates
+
+    async def _unless_trouble(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for `work`, or raise UnavailableError as soon as a device of the plan is in trouble."""
+        doing = asyncio.create_task(work, name=f"establish {self.options.model}")
+        alarm = asyncio.create_task(self._trouble.get(), name=f"trouble of {self.options.model}")
+        try:
+            await asyncio.wait({doing, alarm}, return_when=asyncio.FIRST_COMPLETED)
+            if doing.done():
+                doing.result()
+            if alarm.done():  # also where both came at once: nobody else would hear of it
+                raise UnavailableError(alarm.result())
+        finally:
+            for task in (doing, alarm):
+                task.cancel()
+            await asyncio.wait({doing, alarm})
+            if not doing.cancelled():
+                doing.exception()  # seen, also where the trouble came first
+
+    def _serve(self) -> None:
+        assert self.blueprint is not None
+        assert self.inspected is not None
+        work = self.blueprint.workload
+        self._free.clear()
+        self._become("serving", "")
+        self._say("serving", f"{self.options.model} is served")
+        self.sequences.open(Room(work.sequences, work.context, self.inspected.vocabulary, self.inspected.stop_ids))
+        self._resolve(None)
+
+    async def _let_go(self) -> None:
+        """Nothing of ours stays on any device."""
+        asked = set(self._asked)
+        if asked:  # forgotten only afterwards: who cancels this midway starts it again
+            self._free |= await release_all(self._around, self.id, self.epoch, asked)
+            self._asked -= asked
+        self._around.withdraw(self.id)
+        self._shares.clear()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait for the household to change, `seconds` at most."""
+        away = self._around.absent()
+        await asyncio.sleep(min(ECHO_S, seconds))
+        if self._around.absent() == away:
+            self._stirred.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stirred.wait()
+            await asyncio.sleep(SETTLE_S)
+        except TimeoutError:
+            pass
+        self._free.clear()
+
+    # ---- telling --------------------------------------------------------------------------------------------------
+
+    def _become(self, state: DeploymentState, reason: str) -> None:
+        self.state, self.reason = state, reason
+        if state in ("waiting", "planning"):
+            self.blueprint = None
+        self._around.changed()
+
+    def _finish(self, state: DeploymentState, error: PeerLLMError) -> None:
+        self.state, self.reason, self.blueprint = state, str(error), None
+        self.sequences.close(str(error))
+        self._resolve(error)
+        self._around.changed()
+
+    def _resolve(self, error: PeerLLMError | None) -> None:
+        waiting, self._outcomes = self._outcomes, []
+        for future in waiting:
+            if not future.done():
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+
+    def _say(self, state: str, message: str, share: float | None = None) -> None:
+        self._message = message
+        shares = {self._around.name(device): value for device, value in self._shares.items()}
+        if share is not None:
+            shares = {self._around.name(self._around.me): share}
+        for watcher in self.watchers:
+            watcher(RunProgress(state, message, shares))
+        self._around.changed()
+
+
+def same_demand(a: RunOptions, b: RunOptions) -> bool:
+    """Whether asking for `b` changes nothing where `a` runs: what `b` leaves open is not a difference."""
+    return (
+        a.objective == b.objective
+        and a.private == b.private
+        and b.dtype in ("auto", a.dtype)
+        and b.quantize in ("auto", a.quantize)
+        and a.schedule == b.schedule
+        and b.activations in ("auto", a.activations)
+        and b.context in (None, a.context)
+        and b.slots in (None, a.slots)
+        and b.prompt_chunk in (None, a.prompt_chunk)
+    )
+
+
+def refuse_other(a: RunOptions, b: RunOptions) -> None:
+    """BadInputError where a model already runs with other options."""
+    if not same_demand(a, b):
+        raise BadInputError(f"{a.model} already runs with other options; `peerllm stop {a.model}` first")

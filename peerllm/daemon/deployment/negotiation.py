@@ -1,0 +1,140 @@
+"""A coordinator's talk with the devices of a plan: reserve, assign, activate, release. Errors name the device."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from peerllm import errors
+from peerllm.daemon.control_messages import Activate, Answer, Assign, DeploymentView, Question, Release, Reserve
+from peerllm.daemon.decide.assignments import Address
+from peerllm.daemon.decide.device_profiles import Candidate
+from peerllm.daemon.deployment.model_files import Progress
+from peerllm.engine.messages import Cancel, Inspected, Submit, TensorAt
+from peerllm.errors import LinkError, PeerLLMError
+from peerllm.types import DeploymentId, DeviceId
+
+LEASE_S = 30.0  # from the first reservation to the last assignment
+RESERVE_TIMEOUT_S = 5.0
+ASSIGN_TIMEOUT_S = 6 * 3600.0  # a large model over a slow link; a device that vanishes ends it at once
+ACTIVATE_TIMEOUT_S = 30.0
+RELEASE_TIMEOUT_S = 75.0  # a stage in the middle of loading is first brought to an end
+
+
+class Surroundings(Protocol):
+    """All that a coordinator reaches of the device it runs on and of the household."""
+
+    @property
+    def me(self) -> DeviceId: ...
+
+    def name(self, device: DeviceId) -> str: ...
+
+    def candidates(self) -> dict[DeviceId, Candidate]:
+        """The devices that could take part now, this one among them."""
+        ...
+
+    def absent(self) -> list[str]:
+        """Names of the household's devices that could not take part now."""
+        ...
+
+    def address(self, device: DeviceId) -> Address:
+        """Where another device's data plane is reached from here."""
+        ...
+
+    async def ask(self, device: DeviceId, question: Question, timeout_s: float) -> Answer:
+        """LinkError if the device cannot be asked or does not answer in time."""
+        ...
+
+    async def resolve(self, model: str, progress: Progress) -> Path: ...
+
+    async def inspect(self, model_dir: Path, dtype: str, quantize: str) -> Inspected: ...
+
+    async def hashes(self, tensors: Iterable[TensorAt], progress: Progress) -> dict[str, str]:
+        """SHA-256 by tensor name."""
+        ...
+
+    def offer(self, deployment: DeploymentId, tensors: Mapping[str, TensorAt]) -> None: ...
+
+    def withdraw(self, deployment: DeploymentId) -> None: ...
+
+    def tell_engine(self, message: Submit | Cancel) -> None: ...
+
+    def views(self) -> Iterable[DeploymentView]:
+        """The deployments that other devices coordinate."""
+        ...
+
+    def changed(self) -> None:
+        """Something that `status` shows is another now."""
+        ...
+
+
+def unless_error(answer: Answer, name: str) -> None:
+    """Raise what the device's answer says, as the error class it names."""
+    if answer.error:
+        kind = getattr(errors, answer.error, PeerLLMError)
+        if not (isinstance(kind, type) and issubclass(kind, PeerLLMError)):
+            kind = PeerLLMError
+        raise kind(f"{name}: {answer.reason}")
+
+
+async def reserve_all(
+    around: Surroundings, deployment: DeploymentId, epoch: int, promises: Mapping[DeviceId, int]
+) -> tuple[DeviceId, Answer] | None:
+    """Reserve on each device, in the one order that all coordinators use, so that the first of two rivals wins all.
+
+    None when every device promised; else the first that did not, with its answer. Nothing is released here.
+    """
+    for device in sorted(promises):
+        try:
+            answer = await around.ask(device, Reserve(deployment, epoch, promises[device], LEASE_S), RESERVE_TIMEOUT_S)
+        except LinkError as error:
+            return device, Answer(0, "LinkError", str(error))
+        if answer.error:
+            return device, answer
+    return None
+
+
+async def assign_all(around: Surroundings, assigns: Mapping[DeviceId, Assign]) -> None:
+    """Every device loads at the same time; the first failure ends the wait for the others."""
+
+    async def one(device: DeviceId, assign: Assign) -> None:
+        unless_error(await around.ask(device, assign, ASSIGN_TIMEOUT_S), around.name(device))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for device, assign in assigns.items():
+                group.create_task(one(device, assign), name=f"assign {around.name(device)}")
+    except* PeerLLMError as failures:
+        raise _first(failures) from None
+
+
+async def activate_all(around: Surroundings, deployment: DeploymentId, epoch: int, devices: Iterable[DeviceId]) -> None:
+    """Downstream first, so that every link is dialled to a stage that is ready."""
+    for device in reversed(list(devices)):
+        answer = await around.ask(device, Activate(deployment, epoch), ACTIVATE_TIMEOUT_S)
+        unless_error(answer, around.name(device))
+
+
+async def release_all(
+    around: Surroundings, deployment: DeploymentId, epoch: int, devices: Iterable[DeviceId]
+) -> dict[DeviceId, int]:
+    """Let go everywhere; a device that cannot be reached does so by itself. What each then says is free."""
+
+    async def one(device: DeviceId) -> tuple[DeviceId, Answer | None]:
+        try:
+            return device, await around.ask(device, Release(deployment, epoch), RELEASE_TIMEOUT_S)
+        except PeerLLMError:
+            return device, None
+
+    answers = await asyncio.gather(*(one(device) for device in devices))
+    return {device: answer.free_bytes for device, answer in answers if answer is not None and not answer.error}
+
+
+def _first(group: BaseExceptionGroup[PeerLLMError]) -> PeerLLMError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, PeerLLMError)
+    return error

@@ -1,0 +1,122 @@
+"""What a coordinator reaches of its device and household (negotiation.Surroundings), over the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from peerllm.daemon.control_messages import Answer, DeploymentView, Hello, Question
+from peerllm.daemon.decide.assignments import Address
+from peerllm.daemon.decide.device_profiles import Candidate
+from peerllm.daemon.decide.ledger import Ledger
+from peerllm.daemon.deployment import model_files
+from peerllm.daemon.deployment.model_files import Progress
+from peerllm.daemon.deployment.worker import Worker
+from peerllm.daemon.engine_link.engine_host import EngineHost
+from peerllm.daemon.network import Network
+from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.offers import Offers
+from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, TensorAt
+from peerllm.errors import PeerLLMError
+from peerllm.types import DeploymentId, DeviceId, LinkProfile
+
+INSPECT_TIMEOUT_S = 300.0
+RUNNING = "running"  # the engine's state in which a device can take part
+
+
+class Parts(Protocol):
+    """What is needed of the daemon."""
+
+    network: Network
+    host: EngineHost
+    ledger: Ledger
+    worker: Worker
+    offers: Offers
+    digests: Digests
+
+    def hello(self) -> Hello: ...
+
+    def poke(self) -> None: ...
+
+
+class Home:
+    """Answers for this device itself go the same way as everyone's, only without a link."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.me: DeviceId = parts.network.identity.device
+
+    def name(self, device: DeviceId) -> str:
+        if device == self.me:
+            return self._parts.hello().name
+        peer = self._parts.network.peers().get(device)
+        return peer.name if peer is not None else device[:8]
+
+    def candidates(self) -> dict[DeviceId, Candidate]:
+        parts = self._parts
+        found: dict[DeviceId, Candidate] = {}
+        hops: dict[DeviceId, dict[DeviceId, LinkProfile]] = {}
+        for (a, b), figure in parts.network.survey.figures().items():
+            hops.setdefault(a, {})[b] = figure.profile
+        if parts.host.state == RUNNING:
+            here = hops.get(self.me, {})
+            found[self.me] = Candidate(self.me, parts.hello(), parts.ledger.free_bytes, 0.0, None, hops=here)
+        for device, peer in parts.network.peers().items():
+            hello, view = peer.hello, peer.view
+            if peer.state == "online" and hello is not None and view is not None and view.engine == RUNNING:
+                free = hello.lent_bytes - view.promised_bytes
+                ways = hops.get(device, {})
+                found[device] = Candidate(device, hello, free, peer.rtt_ms, peer.mbps, hops=ways)
+        return found
+
+    def absent(self) -> list[str]:
+        here = self.candidates()
+        return [peer.name for device, peer in self._parts.network.peers().items() if device not in here]
+
+    def address(self, device: DeviceId) -> Address:
+        peer = self._parts.network.peers().get(device)
+        return (peer.hosts, peer.data_port) if peer is not None else ((), 0)
+
+    async def ask(self, device: DeviceId, question: Question, timeout_s: float) -> Answer:
+        if device == self.me:
+            return await self._parts.worker.answer(device, question)
+        try:
+            return await self._parts.network.ask(device, question, timeout_s)
+        except PeerLLMError as error:
+            free = getattr(error, "free_bytes", None)
+            if free is None:  # not the device's answer: the way to it is the trouble
+                raise
+            return Answer(0, type(error).__name__, str(error), free)
+
+    async def resolve(self, model: str, progress: Progress) -> Path:
+        return await model_files.resolve(model, progress)
+
+    async def inspect(self, model_dir: Path, dtype: str, quantize: str) -> Inspected:
+        host = self._parts.host
+        answer = await host.ask(Inspect(host.next_request(), str(model_dir), dtype, quantize), INSPECT_TIMEOUT_S)
+        assert isinstance(answer, Inspected)
+        return answer
+
+    async def hashes(self, tensors: Iterable[TensorAt], progress: Progress) -> dict[str, str]:
+        wanted = list(tensors)
+        if not wanted:
+            return {}
+        found = await self._parts.digests.of(wanted, lambda done, total: progress(done / max(1, total)))
+        return {tensor.name: found[tensor.path, tensor.offset, tensor.nbytes] for tensor in wanted}
+
+    def offer(self, deployment: DeploymentId, tensors: Mapping[str, TensorAt]) -> None:
+        self._parts.offers.offer(deployment, tensors)
+
+    def withdraw(self, deployment: DeploymentId) -> None:
+        self._parts.offers.withdraw(deployment)
+
+    def tell_engine(self, message: Submit | Cancel) -> None:
+        self._parts.host.tell(message)
+
+    def views(self) -> Iterable[DeploymentView]:
+        peers = self._parts.network.peers().values()
+        return [view for peer in peers if peer.view is not None for view in peer.view.deployments]
+
+    def changed(self) -> None:
+        self._parts.poke()

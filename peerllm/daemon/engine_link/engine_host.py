@@ -1,0 +1,281 @@
+"""The daemon's side of its engine: asks, tells and hears it, starts it again when it dies. Never imports torch."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from peerllm import errors
+from peerllm.daemon.engine_link.engine_child import FIXED, EngineChild
+from peerllm.engine.messages import (
+    Configure,
+    Configured,
+    Failed,
+    FromEngine,
+    LinkLost,
+    LinkTraffic,
+    LoadProgress,
+    Submit,
+    ToEngine,
+    Tokens,
+)
+from peerllm.engine.process.engine_line import Channel, SocketChannel
+from peerllm.errors import EngineError, LinkError, PeerLLMError
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 180.0  # libraries on a small board, from a slow card
+RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # pause before a restart; doubles each time
+HEALTHY_S = 60.0  # an engine that lived so long starts again after the first pause
+MAX_PENDING = 1024  # questions the engine has not answered
+STOP_TIMEOUT_S = 10.0  # for the threads of an engine in this process
+
+
+class _Engine(Protocol):
+    """A started engine, whichever way it runs."""
+
+    @property
+    def pid(self) -> int | None: ...
+    async def ended(self) -> str: ...
+    async def close(self) -> None: ...
+
+
+class EngineHost:
+    """Owns one engine. Callbacks run on the loop: `on_event` for what answers no question, `on_lost` with the reason
+    when a running engine died, `on_ready` after every start."""
+
+    def __init__(
+        self,
+        configure: Callable[[int], Configure],
+        on_event: Callable[[FromEngine], None],
+        on_lost: Callable[[str], None],
+        on_ready: Callable[[Configured], None],
+        in_process: bool,
+        threads: int,
+    ) -> None:
+        self._configure, self._on_event, self._on_lost, self._on_ready = configure, on_event, on_lost, on_ready
+        self._in_process, self._threads = in_process, threads
+        self._numbers = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self._channel: Channel | None = None  # set once Configure has been sent
+        self._engine: _Engine | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._first: asyncio.Future[Configured] | None = None
+        self._state = "stopped"
+
+    @property
+    def state(self) -> str:
+        """ "starting", "running", "crashed: why" or "stopped"."""
+        return self._state
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process; None if there is none of its own."""
+        return None if self._engine is None else self._engine.pid
+
+    def next_request(self) -> int:
+        """A number for the next question."""
+        return next(self._numbers)
+
+    async def start(self) -> Configured:
+        """Starts the engine and keeps it running; raises what was wrong if the first start fails."""
+        if self._supervisor is not None:
+            raise EngineError("the engine was started already")
+        self._first = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise(self._first), name="engine host")
+        try:
+            return await asyncio.shield(self._first)
+        except PeerLLMError:
+            await self.close()
+            raise
+
+    async def ask(self, message: Any, timeout_s: float) -> Any:
+        """The answer to a message that carries a request number; raises the error that the engine names."""
+        channel = self._channel
+        if channel is None:
+            raise EngineError(f"the engine is not running ({self._state})")
+        return await self._ask(channel, message, timeout_s)
+
+    def tell(self, message: ToEngine) -> None:
+        """Sends without an answer; never raises. What a dead engine misses: sequences end, the rest it learns anew."""
+        try:
+            if self._channel is None:
+                raise EngineError(f"the engine is not running ({self._state})")
+            self._channel.send(message)
+        except PeerLLMError as error:
+            if isinstance(message, Submit):
+                lost = Tokens(message.deployment, message.sequence, 0, (), "error", str(error))
+                asyncio.get_running_loop().call_soon(self._hear, lost)
+
+    async def close(self) -> None:
+        """Ends the engine: closes the line, then kills what does not go. May be called twice."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.cancel()
+            await asyncio.gather(supervisor, return_exceptions=True)
+        self._state = "stopped"
+
+    async def _supervise(self, first: asyncio.Future[Configured]) -> None:
+        pause_s = RESTART_FIRST_S
+        while True:
+            self._state, started = "starting", time.monotonic()
+            why: PeerLLMError = EngineError("the engine ended")
+            try:
+                await self._live(first)
+            except PeerLLMError as error:
+                why = error
+            except Exception as error:  # supervision outlives whatever goes wrong in it
+                log.exception("the engine host failed")
+                why = EngineError(f"the engine cannot be run: {type(error).__name__}: {error}")
+            if not first.done():
+                first.set_exception(why)
+                return
+            was_ready, self._state = self._state == "running", f"crashed: {why}"
+            if time.monotonic() - started >= HEALTHY_S:
+                pause_s = RESTART_FIRST_S
+            log.error("%s; starting the engine again in %.1f s", why, pause_s)
+            if was_ready:
+                self._call(self._on_lost, str(why))
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RESTART_MOST_S)
+
+    async def _live(self, first: asyncio.Future[Configured]) -> None:
+        """One engine from its start to its end, which is raised."""
+        channel, engine = await self._launch()
+        self._engine = engine
+        hearing = asyncio.create_task(self._listen(channel), name="engine host listens")
+        why: PeerLLMError = EngineError("the engine was stopped")
+        try:
+            configured = await self._introduce(channel, engine, hearing)
+            self._state = "running"
+            if not first.done():
+                first.set_result(configured)
+            self._call(self._on_ready, configured)
+            await hearing
+            why = EngineError(await engine.ended())
+            raise why
+        except LinkError as error:
+            why = EngineError(f"the engine broke the line: {error}")
+            raise why from error
+        finally:
+            self._channel = self._engine = None
+            hearing.cancel()
+            await asyncio.gather(hearing, return_exceptions=True)
+            self._fail_pending(str(why))
+            channel.close()
+            await engine.close()
+
+    async def _launch(self) -> tuple[Channel, _Engine]:
+        if self._in_process:
+            thread = _EngineThread()
+            return thread.channel, thread
+        try:
+            child = await EngineChild.start(self._threads)
+        except OSError as error:
+            raise EngineError(f"the engine cannot be started: {error}") from error
+        return await SocketChannel.on(child.socket, ToEngine, FromEngine), child
+
+    async def _introduce(self, channel: Channel, engine: _Engine, hearing: asyncio.Task[None]) -> Configured:
+        """Configures a new engine; raises why it cannot be."""
+        request = self.next_request()
+        answer = self._expect(request)
+        channel.send(self._configure(request))
+        self._channel = channel
+        await asyncio.wait({answer, hearing}, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            configured: Configured = answer.result()
+            return configured
+        if hearing.done():
+            hearing.result()
+            raise EngineError(await engine.ended())
+        raise EngineError(f"the engine did not start within {START_TIMEOUT_S:g} s")
+
+    async def _listen(self, channel: Channel) -> None:
+        """Until the line ends."""
+        while (message := await channel.receive()) is not None:
+            self._hear(message)
+
+    def _hear(self, message: FromEngine) -> None:
+        if isinstance(message, Tokens | LoadProgress | LinkLost | LinkTraffic):
+            self._call(self._on_event, message)
+            return
+        answer = self._pending.pop(message.request, None)
+        if answer is None or answer.done():  # whoever asked waits no longer
+            return
+        if isinstance(message, Failed):
+            answer.set_exception(_error(message))
+        else:
+            answer.set_result(message)
+
+    async def _ask(self, channel: Channel, message: Any, timeout_s: float) -> Any:
+        answer = self._expect(message.request)
+        try:
+            channel.send(message)
+            async with asyncio.timeout(timeout_s):
+                return await answer
+        except TimeoutError:
+            raise EngineError(f"the engine did not answer {type(message).__name__} within {timeout_s:g} s") from None
+        except LinkError as error:
+            if answer.done():  # the engine's own answer
+                raise
+            raise EngineError(f"the engine is not running: {error}") from error
+        finally:
+            self._pending.pop(message.request, None)
+
+    def _expect(self, request: int) -> asyncio.Future[Any]:
+        if len(self._pending) >= MAX_PENDING:
+            raise EngineError(f"{MAX_PENDING} questions to the engine are unanswered; ask again later")
+        if request in self._pending:
+            raise EngineError(f"request number {request} is in use; take one from next_request()")
+        answer = self._pending[request] = asyncio.get_running_loop().create_future()
+        return answer
+
+    def _fail_pending(self, why: str) -> None:
+        pending, self._pending = self._pending, {}
+        for answer in pending.values():
+            if not answer.done():
+                answer.set_exception(EngineError(why))
+                answer.exception()  # whoever asked may be gone
+
+    def _call(self, callback: Callable[[Any], None], argument: object) -> None:
+        try:
+            callback(argument)
+        except Exception:  # a fault of the listener must not end the engine's supervision
+            log.exception("%s failed", getattr(callback, "__qualname__", callback))
+
+
+class _EngineThread:
+    """An engine in threads of this process: phones and the like kill child processes."""
+
+    pid = None
+
+    def __init__(self) -> None:
+        from peerllm.engine.process.launch import start_in_process
+
+        os.environ.update(FIXED)  # read when its libraries are imported
+        self._why = ""
+        self.channel, self._thread = start_in_process(self._note)
+
+    def _note(self, why: str) -> None:
+        self._why = why
+
+    async def ended(self) -> str:
+        await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
+        return self._why or "the engine ended"
+
+    async def close(self) -> None:
+        self.channel.close()
+        await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
+
+
+def _error(message: Failed) -> PeerLLMError:
+    """The error that the engine named, or an EngineError."""
+    kind = getattr(errors, message.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, PeerLLMError)):
+        kind = EngineError
+    return kind(message.reason)

@@ -1,0 +1,258 @@
+"""Carries out what membership decides: dials, accepts, keeps one channel per device, beats, cuts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import aiohttp
+from aiohttp import web
+
+from peerllm.daemon.control_messages import Control, Goodbye, Hello
+from peerllm.daemon.decide import membership as m
+from peerllm.daemon.network.control_channel import (
+    CLOSE_TIMEOUT_S,
+    FRAME_BYTES,
+    ControlChannel,
+    ProtocolMismatch,
+    WebSocket,
+)
+from peerllm.daemon.network.reaching import race, who_answers
+from peerllm.errors import AuthenticationError, LinkError
+from peerllm.transport.dial import dialling_session
+from peerllm.transport.identity import Identity
+from peerllm.transport.tls import request_device
+from peerllm.types import DeviceId
+
+DRAIN_S = 1.0  # a duplicate link is read this long after its better was found
+MAX_LINKS_PER_DEVICE = 4
+MAX_LINKS = 512
+FLUSH_S = 0.5  # how long a last word to a device may take
+FAREWELL_S = 1.0  # how long goodbyes may take
+
+log = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Who wants to know what happens on the links."""
+
+    def hello(self) -> Hello: ...
+    def certificates(self) -> Mapping[DeviceId, str]: ...
+    def on_hello(self, device: DeviceId, hello: Hello, host: str) -> None: ...
+    def on_up(self, device: DeviceId) -> None: ...
+    def on_state(self, change: m.Changed) -> None: ...
+    def on_message(self, device: DeviceId, message: Control) -> None: ...
+
+
+class Links:
+    """The control links of one device."""
+
+    def __init__(self, identity: Identity, static: tuple[m.Address, ...], watcher: Watcher) -> None:
+        self.membership = m.Membership(identity.device, static)
+        self.problems: dict[m.Address, str] = {}  # of `--peer` addresses that cannot be used
+        self._identity = identity
+        self._watcher = watcher
+        self._channels: dict[m.LinkName, ControlChannel] = {}
+        self._using: dict[DeviceId, ControlChannel] = {}
+        self._accepted: Counter[DeviceId] = Counter()
+        self._dials: set[asyncio.Task[None]] = set()
+        self._timer: tuple[float, asyncio.Handle] | None = None  # with what it is set to: not all loops' handles tell
+        self._session: aiohttp.ClientSession | None = None
+        # Grows over restarts too where there is a clock, so that of two links a device dialled the newest is known.
+        self._numbers = itertools.count(time.time_ns() // 1000)
+        self._none_left = asyncio.Event()
+        self._none_left.set()
+        self._closing = False
+
+    async def start(self) -> None:
+        self._session = dialling_session(MAX_LINKS)
+
+    def feed(self, event: m.Event) -> None:
+        """Hand an event to membership and do what it says."""
+        if self._closing:
+            return
+        for action in self.membership.handle(event, asyncio.get_running_loop().time()):
+            self._do(action)
+        if not isinstance(event, m.Heard):
+            self._arm()
+
+    def channel(self, device: DeviceId) -> ControlChannel:
+        """The channel to send on; LinkError if the device is away."""
+        channel = self._using.get(device)
+        if channel is None:
+            member = self.membership.members.get(device)
+            raise LinkError(f"{device[:8]} is away: {member.reason}" if member else f"no device {device[:8]} here")
+        return channel
+
+    def find(self, device: DeviceId) -> ControlChannel | None:
+        return self._using.get(device)
+
+    async def accept(self, request: web.Request) -> web.StreamResponse:
+        """GET /control/{number}: a device that dialled this one."""
+        device = request_device(request)
+        number = request.match_info["number"]
+        if not number.isascii() or not number.isdigit() or len(number) > 16:
+            raise web.HTTPBadRequest
+        if self._closing or self._accepted[device] >= MAX_LINKS_PER_DEVICE:
+            raise web.HTTPServiceUnavailable
+        self._accepted[device] += 1
+        try:
+            websocket = web.WebSocketResponse(
+                timeout=CLOSE_TIMEOUT_S, max_msg_size=FRAME_BYTES + 1, compress=False, heartbeat=None
+            )
+            await websocket.prepare(request)
+            await self._serve(websocket, m.LinkName(device, int(number)), device, request.remote or "", None)
+            return websocket
+        finally:
+            self._accepted[device] -= 1
+            if not self._accepted[device]:
+                del self._accepted[device]
+
+    async def last_words(self, devices: Iterable[DeviceId], message: Control, reason: str) -> None:
+        """Tell devices that are here one thing more and end their links; waits a bounded moment for it to be sent."""
+        channels = [channel for device in devices if (channel := self._using.get(device)) is not None]
+        for channel in channels:
+            channel.send(message)
+            channel.finish(reason)
+        if channels:
+            await asyncio.wait([channel.ended for channel in channels], timeout=FLUSH_S)
+
+    async def close(self, reason: str) -> None:
+        """Say goodbye on every link and end them all."""
+        self._closing = True
+        if self._timer is not None:
+            self._timer[1].cancel()
+        for channel in list(self._channels.values()):
+            channel.send(Goodbye(reason))
+            channel.finish(reason)
+        waiting = {task for task in self._dials if not task.done()}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_S):
+                await self._none_left.wait()
+        for channel in list(self._channels.values()):
+            channel.end(reason)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    # ---- actions ----
+
+    def _do(self, action: m.Action) -> None:
+        match action:
+            case m.Dial():
+                task = asyncio.create_task(self._dial(action), name=f"dial-{str(action.target)[:24]}")
+                self._dials.add(task)
+                task.add_done_callback(self._dials.discard)
+            case m.Use(device, link):
+                self._using[device] = self._channels[link]
+            case m.Retire(link):
+                self._end_later(link)
+            case m.Cut(link, reason):
+                if (channel := self._channels.get(link)) is not None:
+                    if self._using.get(channel.device) is channel:
+                        del self._using[channel.device]
+                    channel.end(reason)
+            case m.Beat(link):
+                if (channel := self._channels.get(link)) is not None:
+                    channel.beat()
+            case m.Changed(device, _, state, _):
+                if state != "online":
+                    self._using.pop(device, None)
+                self._watcher.on_state(action)
+
+    def _end_later(self, link: m.LinkName) -> None:
+        channel = self._channels.get(link)
+        if channel is not None:
+            asyncio.get_running_loop().call_later(DRAIN_S, channel.end, "another link to this device is kept")
+
+    def _arm(self) -> None:
+        deadline = self.membership.deadline()
+        if self._timer is not None:
+            at, handle = self._timer
+            if at == deadline:
+                return
+            handle.cancel()
+            self._timer = None
+        if deadline is not None and not self._closing:
+            self._timer = deadline, asyncio.get_running_loop().call_at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.feed(m.Tick())
+
+    # ---- one link ----
+
+    async def _dial(self, order: m.Dial) -> None:
+        assert self._session is not None
+        certificates = self._watcher.certificates()
+        target, number = order.target, next(self._numbers)
+        try:
+            if isinstance(target, tuple):
+                device = await who_answers(self._identity, certificates.values(), *target)
+                self.problems.pop(target, None)
+            else:
+                device = target
+            if device not in certificates:
+                raise LinkError(f"{device[:8]} is no longer of the household")
+            websocket, host = await race(
+                self._session,
+                self._identity,
+                device,
+                certificates[device],
+                order.hosts,
+                order.port,
+                f"/control/{number}",
+                FRAME_BYTES,
+            )
+        except (LinkError, AuthenticationError) as error:
+            if isinstance(target, tuple):
+                self.problems[target] = str(error)
+            self.feed(m.DialFailed(target, str(error)))
+            return
+        await self._serve(websocket, m.LinkName(self._identity.device, number), device, host, order)
+
+    async def _serve(
+        self, websocket: WebSocket, link: m.LinkName, device: DeviceId, host: str, order: m.Dial | None
+    ) -> None:
+        target = order.target if order is not None else None
+        channel = ControlChannel(websocket, link, device, host)
+        try:
+            hello = await channel.greet(self._watcher.hello())
+        except LinkError as error:
+            log.warning("no control link with %s: %s", device[:8], error)
+            if isinstance(error, ProtocolMismatch):
+                self.feed(m.Refused(device, str(error), target))
+            elif target is not None:
+                self.feed(m.DialFailed(target, str(error)))
+            channel.end(str(error))
+            await channel.run(lambda: None, lambda message: None)
+            return
+        if self._closing:
+            channel.end("going down")
+        self._channels[link] = channel
+        self._none_left.clear()
+        try:
+            self._watcher.on_hello(device, hello, host)
+            self.feed(m.Up(link, device, host, hello.control_port, target))
+            if self._using.get(device) is channel:
+                self._watcher.on_up(device)
+            reason = await channel.run(lambda: self.feed(m.Heard(link)), lambda message: self._take(channel, message))
+        finally:
+            self._channels.pop(link, None)
+            if not self._channels:
+                self._none_left.set()
+            channel.end("closed")
+        self.feed(m.Down(link, reason))
+
+    def _take(self, channel: ControlChannel, message: Control) -> None:
+        if isinstance(message, Goodbye):
+            self.feed(m.Farewell(channel.link, message.reason[:200]))
+        self._watcher.on_message(channel.device, message)

@@ -1,0 +1,1 @@
+"""What the links of the household carry: measured, refined by use, put together."""

@@ -1,0 +1,1 @@
+"""What people look at: the status object, traces, the speed of a serving deployment."""

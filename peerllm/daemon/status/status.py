@@ -1,0 +1,154 @@
+"""The object of design §9: everything a person may want to know of the household, as this device sees it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from peerllm.daemon.control_messages import DeploymentView, DeviceView, Hello
+from peerllm.daemon.discovery.advert import printable_name
+from peerllm.daemon.network import LinkFigure, Peer, Sighting
+from peerllm.engine.messages import EngineLoad
+from peerllm.types import BITS, DeploymentId, DeviceId, LinkProfile
+
+Name = Callable[[DeviceId], str]
+
+
+def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None) -> dict[str, Any]:
+    """What a device says of itself."""
+    return {
+        "id": device,
+        "memory_bytes": hello.memory_bytes if hello else 0,
+        "lent_bytes": hello.lent_bytes if hello else 0,
+        "promised_bytes": view.promised_bytes if view else 0,
+        "resident_bytes": view.resident_bytes if view else 0,
+        "engine": view.engine if view else "",
+        "compute": {
+            "place": printable_name(hello.place),
+            "gbytes_per_s": dict(hello.gbytes_per_s),
+            "gflops": dict(hello.gflops),
+        }
+        if hello
+        else {},
+        "version": hello.version if hello else "",
+    }
+
+
+def peer_entry(peer: Peer) -> dict[str, Any]:
+    """Another device, also while it is away."""
+    return {
+        **device_entry(peer.device, peer.hello, peer.view),
+        "name": peer.name,
+        "state": peer.state,
+        "rtt_ms": peer.rtt_ms,
+        "mbps": peer.mbps,
+        "address": f"{peer.hosts[0]}:{peer.control_port}" if peer.hosts else "",
+        "problem": peer.problem,
+    }
+
+
+def link_entries(
+    figures: Mapping[tuple[DeviceId, DeviceId], LinkFigure],
+    planned: Mapping[tuple[DeviceId, DeviceId], LinkProfile],
+    name: Name,
+) -> list[dict[str, Any]]:
+    """Every ordered pair, by name: as measured by either end, or what a plan would go by instead.
+
+    `hop_ms` is what a small frame takes from engine to engine, `mbps` what its size adds to that.
+    """
+    entries = []
+    for pair in sorted(figures.keys() | planned.keys(), key=lambda pair: (name(pair[0]), name(pair[1]), pair)):
+        figure = figures.get(pair)
+        profile = figure.profile if figure is not None else planned[pair]
+        entries.append(
+            {
+                "from": name(pair[0]),
+                "to": name(pair[1]),
+                "rtt_ms": figure.rtt_ms if figure is not None else None,
+                "mbps": profile.mbps,
+                "hop_ms": profile.latency_ms,
+                "source": figure.source if figure is not None else "guessed",
+                "age_s": figure.age_s if figure is not None else None,
+            }
+        )
+    return entries
+
+
+def weights_form(dtype: str, quantize: str, wanted: str) -> str:
+    """How weights are held, for people; "" while that is not known."""
+    if not dtype:
+        return ""
+    if quantize not in BITS:
+        return f"{'float32' if dtype == 'float32' else '16-bit'}, not rounded"
+    if wanted == "auto":  # which rounds 16-bit models alone
+        return f"16-bit, rounded to {BITS[quantize]} bits (--quantize none keeps them)"
+    return f"rounded to {BITS[quantize]} bits (as asked for)"
+
+
+def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """One deployment, devices by name; `profiles` are known where it is coordinated."""
+    stages = [
+        {
+            "device": name(stage.device),
+            "first_layer": stage.first_layer,
+            "last_layer": stage.last_layer,
+            "memory_bytes": nbytes,
+        }
+        for stage, nbytes in zip(view.stages, view.stage_memory_bytes, strict=False)
+    ]
+    return {
+        "id": view.deployment,
+        "model": view.model,
+        "state": view.state,
+        "epoch": view.epoch,
+        "schedule": view.schedule,
+        "activations": view.activations_wanted,
+        "quantize": view.quantize_wanted,
+        "weights": weights_form(view.dtype, view.quantize, view.quantize_wanted),
+        "coordinator": name(view.coordinator),
+        "plan": {
+            "stages": stages,
+            "dtype": view.dtype,
+            "quantize": view.quantize,
+            "activations": list(view.activations),
+            "predicted": dict(view.predicted),
+        },
+        "measured": dict(view.measured),
+        "profiles": dict(profiles or {}),
+        "reason": view.reason,
+        "progress": view.progress,
+    }
+
+
+def engine_entry(load: EngineLoad) -> dict[str, Any]:
+    """What an engine holds: stages with the slots in use, bytes, mean milliseconds of a decode step per stage."""
+    return {
+        "stages": [{"deployment": one, "stage": stage, "slots_in_use": used} for one, stage, used in load.stages],
+        "weight_bytes": load.weight_bytes,
+        "kv_bytes": load.kv_bytes,
+        "resident_bytes": load.resident_bytes,
+        "decode_ms": dict(load.measured),
+    }
+
+
+def sighting_entry(sighting: Sighting) -> dict[str, Any]:
+    """A device nearby that is not of the household; unproven."""
+    return {
+        "short_id": sighting.short_id,
+        "name": sighting.name,
+        "addresses": list(sighting.addresses),
+        "port": sighting.port,
+        "protocol": sighting.protocol,
+        "inviting": bool(sighting.door),
+    }
+
+
+def deployments_of(
+    own: Iterable[DeploymentView],
+    peers: Mapping[DeviceId, Peer],
+    name: Name,
+    profiles: Mapping[DeploymentId, Mapping[str, Any]],
+) -> Sequence[dict[str, Any]]:
+    """This device's deployments first, then those the others tell of."""
+    told = (view for peer in peers.values() if peer.view for view in peer.view.deployments)
+    return [deployment_entry(view, name, profiles.get(view.deployment)) for view in (*own, *told)]

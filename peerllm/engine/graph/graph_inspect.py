@@ -1,0 +1,112 @@
+"""What a model directory holds, layer by layer, from config.json and the safetensors headers. No weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from peerllm.engine.graph.describe import Described
+from peerllm.engine.graph.kv_slots import room_of, token_bytes
+from peerllm.engine.graph.load import MAKING_COPIES, ShardForm, largest_block
+from peerllm.engine.graph.tensors import Checkpoint
+from peerllm.engine.graph.weights import BlockWeights, check, require
+from peerllm.engine.measure.outline import kind_names
+from peerllm.engine.messages import TensorAt
+from peerllm.engine.weights.checkpoint import COMPUTED
+from peerllm.errors import ModelError
+from peerllm.types import BITS, Layer, LayerKind, ModelProfile, WorkingSpace
+
+GRAPH_BYTES = 160 << 10  # onnxruntime's for one graph, however small
+# float32 vectors alive at once in a block, and the holes that they leave in the heap: of the hidden size (or of all
+# heads' queries) and of the feed-forward's width. 4.0 of each and the queries, keys and values were seen alive.
+HIDDEN_COPIES, WIDE_COPIES = 12, 8
+SCORE_BYTES = 6  # of a head's attention between two tokens, where scores are kept (4.5 were seen alive)
+HEADS_AT_ONCE = 8  # whose keys and values are there in float32, where float16 is what is kept
+DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
+
+
+def profile(described: Described, name: str, quantize: str) -> ModelProfile:
+    """The layers as the planner sees them. The embedding stays in its file and takes no memory."""
+    model = described.model
+    sent = model.hidden * 4  # hidden states travel in float32
+    shape = ShardForm(described, 0, len(described.blocks) + 1, 1, model.max_context, quantize)
+    positions = 4 * model.hidden * model.max_context if described.positions else 0
+    layers = [Layer("embedding", "embedding", positions, 0, sent)]
+    kinds = block_kinds(described.blocks)
+    for number, (weights, kind, nbytes) in enumerate(zip(described.blocks, kinds, shape.block_bytes, strict=True)):
+        about = weights.block.attention
+        window = None if about.window is None else room_of(about.window, model.max_context)
+        layers.append(
+            Layer(
+                f"block {number}",
+                kind,
+                nbytes + GRAPH_BYTES,
+                token_bytes(about, shape.bits),
+                sent,
+                kv_window_tokens=window,
+            )
+        )
+    graphs = -(-shape.head_bytes // largest_block(described, shape.bits))
+    head = Layer("head", "head", shape.head_bytes + graphs * GRAPH_BYTES, 0, 4)
+    return ModelProfile(name, (*layers, head))
+
+
+def working(described: Described, quantize: str) -> WorkingSpace:
+    """Measured with onnxruntime 1.31; see tests/lab/test_memory_lab.py."""
+    model, bits = described.model, BITS.get(quantize, 0)
+    attentions = [block.attention for block in model.blocks]
+    windows = [about.window for about in attentions]
+    hidden = max(model.hidden, *(about.heads * about.width for about in attentions))
+    keeping = [about for about in attentions if bits or about.softcap or about.sinks]
+    unfolded = max((min(about.heads, HEADS_AT_ONCE) * about.width * 8 for about in keeping), default=0)
+    return WorkingSpace(
+        token=4 * (HIDDEN_COPIES * hidden + WIDE_COPIES * max(block.mlp.widest for block in model.blocks)),
+        pair=SCORE_BYTES * max((about.heads for about in keeping), default=0),
+        position=unfolded + sum(4 * rope.width for rope in model.ropes),
+        sequence=8 * model.vocabulary,  # logits, and those of a head's parts
+        once=DRAW_BYTES * model.vocabulary,
+        loading=MAKING_COPIES * largest_block(described, bits),
+        window=None if None in windows else max(room_of(window, model.max_context) for window in windows),
+    )
+
+
+def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
+    """See outline.kind_names."""
+    windows = [weights.block.attention.window for weights in blocks]
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return kind_names([(kind, weights.block) for kind, weights in zip(kinds, blocks, strict=True)])
+
+
+def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[tuple[TensorAt, ...], ...]:
+    """Per layer every tensor it needs; ModelError if one is missing or does not fit."""
+    checkpoint, multiplied = Checkpoint(files.values()), set[str]()
+    biased: dict[str, bool] = {}
+    products = [(role, one) for weights in described.blocks for role, one in weights.products.items()]
+    for role, product in (("head", described.head), *products):
+        check(checkpoint, product)
+        multiplied |= {name for name, _ in product.tensors}
+        bias = f"{product.parts[0].tensor}.bias"
+        if biased.setdefault(role, (there := checkpoint.at(bias) is not None)) != there:
+            raise ModelError(f"tensor {bias} is {'there' if there else 'missing'}, unlike those of earlier blocks")
+
+    def found(needed: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[TensorAt, ...]:
+        names = []
+        for name, shape in needed:
+            if name not in multiplied:
+                require(checkpoint, name, shape)
+            names += [name, name.removesuffix("weight") + "bias"] if name.endswith(".weight") else [name]
+        tensors = [tensor for name in dict.fromkeys(names) if (tensor := checkpoint.at(name)) is not None]
+        for tensor in tensors:
+            if tensor.dtype not in COMPUTED:
+                raise ModelError(f"tensor {tensor.name} holds {tensor.dtype}, which is not computed with")
+        return tuple(tensors)
+
+    model = described.model
+    table = (model.vocabulary, model.hidden)
+    embedding: list[tuple[str, tuple[int, ...]]] = [(f"{described.embedding}.weight", table)]
+    if described.positions:
+        positions = f"{described.positions}.weight"
+        embedding.append((positions, checkpoint.shape(positions) or (0, model.hidden)))
+    head = list(described.head.tensors)
+    if model.head.norm is not None and model.head.norm.weighted:
+        head.append((f"{described.norm}.weight", (model.hidden,)))
+    return found(embedding), *(found(weights.tensors()) for weights in described.blocks), found(head)

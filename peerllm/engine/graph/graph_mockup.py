@@ -1,0 +1,50 @@
+"""Graph shards of made-up numbers: a model's layers in their true shapes, with KV room, for timing without weights."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from peerllm.engine.graph.describe import Described
+from peerllm.engine.graph.graph_inspect import block_kinds, working
+from peerllm.engine.graph.graph_shard import Embedding, GraphShard
+from peerllm.engine.graph.load import ShardForm, build
+from peerllm.engine.graph.tensors import MadeUp
+from peerllm.engine.measure import outline
+from peerllm.engine.measure.outline import CHUNK, CONTEXT, Mockup
+from peerllm.engine.messages import TimeLayers
+
+
+class GraphOutline(outline.Sizes):
+    """See outline.Sizes; from config.json alone."""
+
+    def __init__(self, described: Described, message: TimeLayers, threads: int) -> None:
+        self._described, self._quantize, self._threads = described, message.quantize, threads
+        model, head = described.model, len(described.blocks) + 1
+        context = max(2, min(CONTEXT, model.max_context))
+        whole = ShardForm(described, 0, head, 1, context, message.quantize)
+        kv = [ShardForm(described, n, n, 1, context, message.quantize).kv_bytes for n in range(1, head)]
+        super().__init__(
+            runs=outline.runs(block_kinds(described.blocks)),
+            head=head,
+            hidden_size=model.hidden,
+            vocabulary=model.vocabulary,
+            context=context,
+            limit_bytes=message.limit_bytes,
+            working=working(described, message.quantize),
+            layer_bytes=dict(enumerate([0, *whole.block_bytes, whole.head_bytes])),
+            kv_bytes=dict(enumerate(kv, 1)),
+        )
+
+    def build(self, mockup: Mockup) -> GraphShard:
+        described, model = self._described, self._described.model
+        shape = ShardForm(described, mockup.first, mockup.last, mockup.sequences + 1, mockup.context, self._quantize)
+        shapes = {name: size for number in shape.numbers for name, size in described.blocks[number].tensors()}
+        shapes |= dict(described.head.tensors) | {f"{described.norm}.weight": (model.hidden,)}
+        tensors = MadeUp(shapes)
+        embedding = None
+        if mockup.first == 0:  # one row again and again: a table is never there
+            row = tensors.floats(f"{described.norm}.weight", slice(None))
+            positions = np.broadcast_to(row, (mockup.context, model.hidden)) if described.positions else None
+            table = np.broadcast_to(row, (model.vocabulary, model.hidden))
+            embedding = Embedding(table, model.embedding_scale, positions)
+        return build(shape, tensors, embedding, self._threads, CHUNK)

@@ -1,0 +1,257 @@
+"""A shard of a model of a known family: its blocks as a few graphs, its keys and values beside them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peerllm.engine import base
+from peerllm.engine.base import Reach, Segment
+from peerllm.engine.graph.block import BlockGraph, normalise, rope_name
+from peerllm.engine.graph.kv_slots import Batch, KVSlots, room_of
+from peerllm.engine.graph.nodes import BoundSession, Graph
+from peerllm.engine.graph.rotation import tables
+from peerllm.engine.graph.structure import Head, Model
+from peerllm.engine.graph.tensors import Floats, Tensors
+from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
+from peerllm.errors import EngineError
+
+MAX_BOUND = 64  # kinds of passes (sequences, tokens, place) whose memory stays bound
+LEAST_ROWS = 16  # of the buffers that blocks hand hidden states through
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRange:
+    """Blocks first..last (numbered from 0, both included) that are one graph."""
+
+    first: int
+    last: int
+    session: Any
+
+
+class Embedding:
+    """Looks token ids up in a table that stays in its file, and adds learned positions."""
+
+    def __init__(self, table: npt.NDArray[Any], scale: float, positions: Floats | None) -> None:
+        """`table` [vocabulary, hidden], `positions` [context, hidden]."""
+        self._table, self._scale, self._positions = table, np.float32(scale), positions
+
+    def check(self, ids: npt.NDArray[Any], count: int) -> None:
+        """EngineError unless they are `count` tokens."""
+        if ids.dtype != np.int64 or ids.shape != (count,) or ids.min() < 0 or ids.max() >= len(self._table):
+            raise EngineError(f"token ids are int64 [{count}] from 0 to {len(self._table) - 1}")
+
+    def __call__(self, ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> Floats:
+        """float32 [n, hidden] of ids that were checked."""
+        x = np.ascontiguousarray(self._table[ids], dtype=np.float32)
+        if self._scale != 1.0:
+            x = x * self._scale
+        return x if self._positions is None else x + self._positions[places]
+
+
+class GraphShard:
+    """See base.Shard. A pass is a batch of one token each, or one chunk of one prompt."""
+
+    def __init__(
+        self, model: Model, slots: int, context: int, half: bool,
+        embedding: Embedding | None, spans: Sequence[BlockRange], head: Sequence[Any], weight_bytes: int, chunk: int,
+    ) -> None:  # fmt: skip
+        """`head`: the sessions that make logits, on the last shard; `half`: keys and values are float16."""
+        self.hidden_size, self.vocabulary = model.hidden, model.vocabulary
+        self.weight_bytes = weight_bytes
+        self.weights: Mapping[int, int] = {id(self): weight_bytes}
+        self.reach: Reach | None = reach_of(model)
+        self._model, self._embedding, self._spans, self._head = model, embedding, spans, head
+        numbers = [number for span in spans for number in range(span.first, span.last + 1)]
+        self._slots = KVSlots({number: model.blocks[number].attention for number in numbers}, slots, context, half)
+        self.kv_bytes = sum(store.nbytes for pair in self._slots.stores.values() for store in pair)
+        self._windows = tuple(self._slots.groups)
+        self._tables = rotation_tables(model, spans, context)
+        self._bound: OrderedDict[tuple[int, int, int], _Pass] = OrderedDict()
+        self._buffers = self._make_buffers(max(LEAST_ROWS, min(chunk, context), slots))
+
+    def forward(self, inputs: npt.NDArray[Any], segments: Sequence[Segment]) -> npt.NDArray[Any]:
+        """Ids int64 [n] or hidden states float32 [n, hidden] to hidden states, or logits of the segments to sample."""
+        self._check(inputs, segments)
+        if len(segments) == 1 and segments[0].length > self._slots.longest:
+            return self._in_pieces(inputs, segments[0])
+        batch = self._slots.seek(segments)
+        order, length = list(batch.order), segments[0].length
+        rows = inputs if len(segments) == 1 else inputs[order]
+        starts = [segments[row].position for row in order]
+        places = np.array([range(start, start + length) for start in starts], np.int64)  # [b, n]
+        hidden = self._blocks(rows, places, batch)  # [b·n, hidden]
+        self._slots.advance(segments)
+        if not self._head:
+            out = np.empty_like(hidden)
+            out[order if len(segments) > 1 else slice(None)] = hidden
+            return out
+        ends = {row: (place + 1) * length - 1 for place, row in enumerate(order)}
+        wanted = [ends[row] for row, segment in enumerate(segments) if segment.sample]
+        return self._logits(hidden[wanted])
+
+    def release(self, slot: int) -> None:
+        """Forget the slot's sequence."""
+        self._slots.release(slot)
+
+    def close(self) -> None:
+        """Free weights and KV; may be called twice."""
+        self._bound.clear()
+        self._spans, self._head, self._embedding = (), (), None
+        self._slots.close()
+
+    def _check(self, inputs: npt.NDArray[Any], segments: Sequence[Segment]) -> None:
+        """EngineError before anything has moved: the graphs read and write by address what they are told to."""
+        lengths = [segment.length for segment in segments]
+        if not lengths or min(lengths) < 1 or max(lengths) > 1 < len(lengths):
+            raise EngineError("a pass is one token each of several sequences, or a chunk of one")
+        if self._embedding is not None:
+            self._embedding.check(inputs, sum(lengths))
+        elif inputs.dtype != np.float32 or inputs.shape != (sum(lengths), self.hidden_size):
+            wanted = f"float32 [{sum(lengths)}, {self.hidden_size}]"
+            raise EngineError(f"hidden states are {wanted}, not {inputs.dtype} {list(inputs.shape)}")
+        self._slots.check(segments)
+
+    def _in_pieces(self, inputs: npt.NDArray[Any], whole: Segment) -> npt.NDArray[Any]:
+        """A chunk longer than a window's room takes."""
+        outs, longest = [], self._slots.longest
+        for start in range(0, whole.length, longest):
+            length = min(longest, whole.length - start)
+            last = start + length == whole.length
+            piece = Segment(whole.slot, whole.position + start, length, whole.sample and last)
+            outs.append(self.forward(inputs[start : start + length], [piece]))
+        return outs[-1] if self._head else np.concatenate(outs)
+
+    def _blocks(self, rows: npt.NDArray[Any], places: npt.NDArray[np.int64], batch: Batch) -> Floats:
+        """[b·n, hidden] through the blocks here; what is returned is overwritten by the next pass."""
+        flat = places.reshape(-1)
+        x = self._embedding(rows, flat) if self._embedding is not None else rows
+        if not self._spans:
+            return x
+        run = self._pass(places.shape[0], places.shape[1], batch.first)
+        run.take(x, places, batch)
+        return run.go()
+
+    def _logits(self, hidden: Floats) -> Floats:
+        """float32 [k, vocabulary]."""
+        if not len(hidden):
+            return np.empty((0, self.vocabulary), np.float32)
+        x = np.ascontiguousarray(hidden)
+        logits = [session.run(None, {"x": x})[0] for session in self._head]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
+
+    def _pass(self, sequences: int, tokens: int, first: int) -> _Pass:
+        key = sequences, tokens, first
+        if key in self._bound:
+            self._bound.move_to_end(key)
+            return self._bound[key]
+        if sequences * tokens > len(self._buffers[0]):
+            self._bound.clear()  # they hold the smaller buffers
+            self._buffers = self._make_buffers(sequences * tokens)
+        made = self._bound[key] = _Pass(self, sequences, tokens, first)
+        if len(self._bound) > MAX_BOUND:
+            self._bound.popitem(last=False)
+        return made
+
+    def _make_buffers(self, rows: int) -> list[Floats]:
+        return [np.empty((rows, self.hidden_size), np.float32) for _ in range(2)]
+
+
+class _Pass:
+    """The graphs bound to memory for `sequences` × `tokens` tokens at the places from `first` on."""
+
+    def __init__(self, shard: GraphShard, sequences: int, tokens: int, first: int) -> None:
+        shape, count = (sequences, tokens, shard.hidden_size), sequences * tokens
+        ends = [buffer[:count] for buffer in shard._buffers]
+        self._entry, self._exit = ends[0], ends[len(shard._spans) % 2]
+        self._places = np.empty((sequences, tokens), np.int64)
+        self._last = [np.empty(sequences, np.int32) for _ in shard._windows]
+        self._total = [np.empty(1, np.int32) for _ in shard._windows]
+        self._runs = []
+        windows = shard._model.windows
+        for number, span in enumerate(shard._spans):
+            bound = BoundSession(span.session)
+            asked = {entry.name for entry in span.session.get_inputs()}
+            given: dict[str, npt.NDArray[Any]] = {
+                "x": ends[number % 2].reshape(shape), "positions": self._places, **shard._tables,
+            }  # fmt: skip
+            for group, window in enumerate(shard._windows):
+                given[f"last {windows.index(window)}"] = self._last[group]
+                given[f"total {windows.index(window)}"] = self._total[group]
+            for block in range(span.first, span.last + 1):
+                for what, store in zip("kv", shard._slots.stores[block], strict=True):
+                    given[f"{what} {block}"] = part = store[first : first + sequences]
+                    bound.want(f"new {what} {block}", part)
+            for name in asked:
+                bound.give(name, given[name])
+            bound.want("y", ends[1 - number % 2].reshape(shape))
+            self._runs.append(bound)
+
+    def take(self, x: Floats, places: npt.NDArray[np.int64], batch: Batch) -> None:
+        """What the next run computes."""
+        self._entry[:] = x
+        self._places[:] = places
+        for mine, given in zip((*self._last, *self._total), (*batch.last, *batch.total), strict=True):
+            mine[:] = given
+
+    def go(self) -> Floats:
+        """[b·n, hidden]."""
+        for bound in self._runs:
+            bound.run()
+        return self._exit
+
+
+def reach_of(model: Model) -> Reach:
+    """Where sequences can be taken up again in all blocks of the model."""
+    rooms = [window + 2 * base.ROLLBACK_TOKENS for window in model.windows if window is not None]
+    return Reach(True, min(rooms, default=None), base.ROLLBACK_TOKENS)
+
+
+def rotation_tables(model: Model, spans: Iterable[BlockRange], context: int) -> dict[str, npt.NDArray[Any]]:
+    """Cosines and sines by the graphs' names for them, those that a span asks for."""
+    asked = {entry.name for span in spans for entry in span.session.get_inputs()}
+    made: dict[str, npt.NDArray[Any]] = {}
+    for rope in model.ropes:
+        both = tables(rope, context)
+        for what, table in zip(("cos", "sin"), both, strict=True):
+            for dtype in ("float32", "float16"):
+                if (name := f"{what} {dtype} {rope_name(rope)}") in asked:
+                    made[name] = np.ascontiguousarray(table.astype(dtype))
+    return made
+
+
+def make_span(
+    model: Model, numbers: range, weights: Sequence[BlockWeights], tensors: Tensors, bits: int, context: int
+) -> BlockRange:
+    """Blocks `numbers` as one graph; `weights` are theirs, in order."""
+    graph = Graph()
+    x = graph.input("x", "b", "n", model.hidden)
+    for number, own in zip(numbers, weights, strict=True):
+        room = room_of(own.block.attention.window, context)
+        x = BlockGraph(graph, own, tensors, bits, context, model.windows).add(x, number, room)
+    graph.add("Identity", x, output="y")
+    graph.output("y", "b", "n", model.hidden)
+    return BlockRange(numbers.start, numbers.stop - 1, graph.session())
+
+
+def make_head(about: Head, hidden: int, product: Product, norm: str, tensors: Tensors, bits: int) -> Any:
+    """The session from hidden states x [k, hidden] to logits [k, rows of the product]."""
+    graph = Graph()
+    x = graph.input("x", "k", hidden)
+    if about.norm is not None:
+        made = norm_weights(graph, tensors, about.norm, norm, (hidden,))
+        x = normalise(graph, x, about.norm, *made)
+    out = add_product(graph, x, product, tensors, bits)
+    if about.scale != 1.0:
+        out = graph.add("Mul", out, graph.number(about.scale))
+    if about.softcap:
+        cap = graph.number(about.softcap)
+        out = graph.add("Mul", graph.add("Tanh", graph.add("Div", out, cap)), cap)
+    graph.add("Identity", out, output="logits")
+    graph.output("logits", "k", product.rows)
+    return graph.session()

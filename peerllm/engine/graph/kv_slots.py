@@ -1,0 +1,185 @@
+"""Keys and values of a shard's sequences, in memory of ours that the graphs read and write in place.
+
+A slot lies at a place of every buffer [slots, groups, room, width]. Sequences that step together must lie at
+neighbouring places, so that a range of a buffer is their batch; when they do not, they change places with others, which
+happens only when a batch's members change. Layers with a window keep the window: their room slides when it is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peerllm.engine import base
+from peerllm.engine.base import Segment
+from peerllm.engine.graph.structure import Attention
+from peerllm.errors import EngineError
+
+Array = npt.NDArray[Any]
+
+
+def room_of(window: int | None, context: int) -> int:
+    """Tokens of room per slot: a window, and twice what a sequence may go back, so that it rarely slides."""
+    return context if window is None else min(context, window + 2 * base.ROLLBACK_TOKENS)
+
+
+def token_bytes(about: Attention, bits: int) -> int:
+    """Bytes of keys and values per token, which are float16 where weights are rounded to so many bits."""
+    return 2 * about.groups * about.width * (2 if bits else 4)
+
+
+@dataclass(slots=True)
+class Group:
+    """Layers of one window, whose slots hold equally many tokens."""
+
+    window: int | None
+    room: int
+    slides: bool  # its room is smaller than a sequence may grow
+    held: list[int]  # by slot: tokens in the room, the last of its sequence
+    stores: list[Array] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a chunk that surely fit in beside what they see."""
+        return self.room - self.window + 1 if self.slides and self.window else self.room
+
+    def seen(self, position: int) -> int:
+        """Tokens before `position` that the one there sees."""
+        return position if self.window is None else min(position, self.window - 1)
+
+    def make_room(self, slot: int, place: int, position: int, count: int) -> None:
+        """Slide, if the room is full: keep what the window and a rollback need, so that the next slide is far."""
+        if (held := self.held[slot]) + count <= self.room:
+            return
+        kept = min(held, self.seen(position) + base.ROLLBACK_TOKENS, self.room - count)
+        for store in self.stores:
+            store[place, :, :kept] = store[place, :, held - kept : held].copy()
+        self.held[slot] = kept
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Where the sequences of a pass lie: places from `first` on; `order[i]` is the segment at place i."""
+
+    first: int
+    order: tuple[int, ...]
+    last: tuple[Array, ...]  # int32 [places] for each group: the last token's number in its room
+    total: tuple[Array, ...]  # int32 [1] for each group: the most tokens of a room that are looked at
+
+
+class KVSlots:
+    """Of a shard. `stores[number]` are a block's keys and values."""
+
+    def __init__(self, blocks: Mapping[int, Attention], slots: int, context: int, half: bool) -> None:
+        self._lengths = [0] * slots
+        self._place = list(range(slots))  # by slot
+        self._slot = list(range(slots))  # by place
+        self._context = context
+        self.groups: dict[int | None, Group] = {}
+        self.stores: dict[int, tuple[Array, Array]] = {}
+        dtype = np.float16 if half else np.float32
+        for number, about in blocks.items():
+            room = room_of(about.window, context)
+            group = self.groups.setdefault(about.window, Group(about.window, room, room < context, [0] * slots))
+            keys, values = (np.zeros((slots, about.groups, room, about.width), dtype) for _ in "kv")
+            self.stores[number] = keys, values
+            group.stores += [keys, values]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a chunk that fit at once."""
+        return min((group.longest for group in self.groups.values()), default=self._context)
+
+    def check(self, segments: Sequence[Segment]) -> None:
+        """EngineError unless every segment has a slot of its own, which can go on from its position and has room."""
+        if len({segment.slot for segment in segments}) < len(segments):
+            raise EngineError("a sequence stands twice in a batch")
+        for segment in segments:
+            slot, position = segment.slot, segment.position
+            if not 0 <= slot < len(self._lengths) or position < 0:
+                raise EngineError(f"there is no position {position} of a slot {slot}")
+            if position > (length := self._lengths[slot]):
+                raise EngineError(f"a gap in the sequence: {length} tokens are held, the next is for {position}")
+            if position + segment.length > self._context:
+                raise EngineError(f"the slot's {self._context} tokens are full")
+            for group in self.groups.values():
+                if position and group.held[slot] - (length - position) < group.seen(position):
+                    raise EngineError(f"position {position} is too far back for a window; replay the sequence")
+
+    def seek(self, segments: Sequence[Segment]) -> Batch:
+        """Bring the slots to the positions of segments that were checked, side by side."""
+        for segment in segments:
+            self._move(segment.slot, segment.position)
+        first, order = self._gather([segment.slot for segment in segments])
+        lasts, totals = [], []
+        for group in self.groups.values():
+            for segment in segments:
+                group.make_room(segment.slot, self._place[segment.slot], segment.position, segment.length)
+            ends = [group.held[segments[row].slot] + segments[row].length for row in order]
+            lasts.append(np.array(ends, np.int32) - np.int32(1))
+            totals.append(np.array([max(ends)], np.int32))
+        return Batch(first, order, tuple(lasts), tuple(totals))
+
+    def advance(self, segments: Sequence[Segment]) -> None:
+        """A pass went well: what it wrote counts from now on."""
+        for segment in segments:
+            self._lengths[segment.slot] += segment.length
+            for group in self.groups.values():
+                group.held[segment.slot] += segment.length
+
+    def release(self, slot: int) -> None:
+        """Forget the slot's sequence."""
+        self._move(slot, 0)
+
+    def close(self) -> None:
+        """Free the room; there are no slots any more."""
+        self._lengths.clear()
+        self.groups.clear()
+        self.stores.clear()
+
+    def _move(self, slot: int, position: int) -> None:
+        back = self._lengths[slot] - position
+        for group in self.groups.values():
+            group.held[slot] = max(group.held[slot] - back, 0) if position else 0
+        self._lengths[slot] = position
+
+    # ---- places -----------------------------------------------------------------------------------------------------
+
+    def _gather(self, slots: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """Where they lie side by side: (the first place, by place the number in `slots`)."""
+        rows = {slot: row for row, slot in enumerate(slots)}
+        places = sorted(self._place[slot] for slot in slots)
+        first, count = places[0], len(places)
+        if places[-1] - first != count - 1:
+            first = self._best_range(set(places), count)
+            wanted = range(first, first + count)
+            away = [slot for slot in slots if self._place[slot] not in wanted]
+            strangers = [place for place in wanted if self._slot[place] not in rows]
+            for slot, place in zip(away, strangers, strict=True):
+                self._swap(self._place[slot], place)
+        return first, tuple(rows[self._slot[place]] for place in range(first, first + count))
+
+    def _best_range(self, places: set[int], count: int) -> int:
+        """The first of `count` neighbouring places that needs the fewest tokens moved."""
+        starts = range(len(self._place) - count + 1)
+        return min(starts, key=lambda start: (self._tokens_moved(places, start, count), start))
+
+    def _tokens_moved(self, places: set[int], start: int, count: int) -> int:
+        wanted = set(range(start, start + count))
+        return sum(1 + self._lengths[self._slot[place]] for place in places ^ wanted)
+
+    def _swap(self, one: int, other: int) -> None:
+        """The sequences at two places change places."""
+        first, second = self._slot[one], self._slot[other]
+        for group in self.groups.values():
+            most = max(group.held[first], group.held[second])
+            for store in group.stores:
+                kept = store[one, :, :most].copy()
+                store[one, :, :most] = store[other, :, :most]
+                store[other, :, :most] = kept
+        self._slot[one], self._slot[other] = second, first
+        self._place[first], self._place[second] = other, one

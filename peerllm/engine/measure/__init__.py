@@ -1,0 +1,1 @@
+"""How fast this device computes: products, and every kind of layer of a model."""

@@ -1,0 +1,105 @@
+"""What each block keeps of a sequence, learnt by running it without data, and how far back a sequence can go then."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from peerllm.engine import base
+from peerllm.engine.base import Reach
+from peerllm.engine.model.blocks import ShardBlocks, run_without_data, stand_in
+from peerllm.engine.model.config import text_config
+from peerllm.engine.model.division import Division
+from peerllm.engine.state.states import FULL, WINDOWED, LayerState, ProbeCache
+from peerllm.errors import ModelError
+
+STATIC_ROPE = frozenset(["default", "linear", "yarn", "llama3", "proportional"])  # others follow the longest position
+
+
+def probe(division: Division, numbers: range) -> dict[int, LayerState]:
+    """What each of the blocks `numbers` (from 0) keeps of a sequence, learnt by running one block of each kind."""
+    kinds, arguments = get_layer_types_and_kwargs(text_config(division.model.config))
+    known: dict[object, LayerState] = {}
+    states: dict[int, LayerState] = {}
+    for number in numbers:
+        key = (kinds[number], str(arguments[number]), shape_key(division.blocks[number]))
+        if key not in known:
+            known[key] = _probe_block(division, number)
+        states[number] = known[key]
+    return states
+
+
+def run_block(division: Division, number: int, block: nn.Module) -> tuple[ProbeCache, Exception | None]:
+    """`block` alone in the place of block `number`, without data: what it would keep, and what it failed with."""
+    cache = ProbeCache(len(division.blocks), *get_layer_types_and_kwargs(text_config(division.model.config)))
+    try:
+        with stand_in(division.owner, division.attribute, ShardBlocks([block]), number):
+            run_without_data(division.model, cache)
+    except Exception as error:  # a foreign forward may raise anything
+        return cache, error
+    return cache, None
+
+
+def _probe_block(division: Division, number: int) -> LayerState:
+    block = division.blocks[number]
+    given: list[Any] = []
+    hook = block.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
+    cache, error = run_block(division, number, block)
+    hook.remove()
+    state = cache.state(number, division.dtype)
+    # Routing of experts depends on values, so it may stop there; attention has mostly run by then.
+    if error is None or state.token_bytes or state.state_bytes:
+        return state
+    if not given:
+        raise ModelError(f"block {number} cannot be measured: {error}") from error
+    # Once more on zeros that are never written, hence take no memory.
+    real = copy.deepcopy(block).to_empty(device="cpu")
+    for tensor in (*real.parameters(), *real.buffers()):
+        tensor.data = torch.zeros_like(tensor)
+    args, kwargs = _real(given[0])
+    with torch.inference_mode():
+        real(*args, **kwargs)
+    return cache.state(number, division.dtype)
+
+
+def _real(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value, device="cpu")
+    if isinstance(value, tuple | list):
+        return type(value)(_real(item) for item in value)
+    return {key: _real(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def shape_key(block: nn.Module) -> tuple[object, ...]:
+    """Equal for blocks that are built alike."""
+    return tuple((name, tuple(t.shape), t.dtype) for name, t in block.named_parameters())
+
+
+def reach_of(model: Any, kept: Mapping[int, LayerState]) -> Reach | None:
+    """Of a model with those states; None where a prompt in one run would be computed otherwise than going on."""
+    if any(_follows_length(module) or _bounds_runs(module) for module in model.modules()):
+        return None
+    rewinds = all(state.kind in (FULL, *WINDOWED) and not state.state_bytes for state in kept.values())
+    rooms = [state.kept_tokens for state in kept.values() if state.kept_tokens is not None]
+    return Reach(rewinds, min(rooms, default=None), base.ROLLBACK_TOKENS)
+
+
+def _follows_length(module: Any) -> bool:
+    """A rotary embedding that depends on how long the sequence is when a token is computed."""
+    kinds = getattr(module, "rope_type", "default")
+    if not set(kinds.values() if isinstance(kinds, dict) else [kinds]) <= STATIC_ROPE:
+        return True
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
+    return isinstance(parameters, dict) and bool({"long_mscale", "short_mscale"} & parameters.keys())
+
+
+def _bounds_runs(module: Any) -> bool:
+    """Mamba2's time step is bounded where tokens come in a run, and not where they come one at a time."""
+    limit = getattr(module, "time_step_limit", None)
+    return limit is not None and tuple(limit) != (0.0, math.inf)

@@ -1,0 +1,188 @@
+"""A shard: layers first..last of a model, loaded, with room for its sequences; a smaller model of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from peerllm.engine.base import Progress, Reach, Segment
+from peerllm.engine.kernels.accelerator import CPU, turn
+from peerllm.engine.messages import LoadStage
+from peerllm.engine.model.assembly import fill, finish, plan, strip
+from peerllm.engine.model.blocks import accepted
+from peerllm.engine.model.config import DTYPES, parse_config, text_config
+from peerllm.engine.model.division import Division, divide
+from peerllm.engine.model.loader import as_array, as_tensor
+from peerllm.engine.model.packed import Packed
+from peerllm.engine.model.probing import probe, reach_of
+from peerllm.engine.state.kv_cache import SlotCache, kv_bytes, slot_caches
+from peerllm.engine.state.states import LayerState
+from peerllm.errors import BadInputError, EngineError, RefusedError
+
+
+class TorchShard:
+    """See base.Shard. Segments run one after the other, through transformers' own modules."""
+
+    def __init__(
+        self,
+        division: Division,
+        first: int,
+        last: int,
+        states: Mapping[int, LayerState],
+        slots: int,
+        context: int,
+        weights: Mapping[int, int],
+        entry: nn.Module,
+        reach: Reach | None,
+        device: torch.device,
+    ) -> None:
+        self._device, self._turn = device, turn(device)
+        self.first_layer, self.last_layer = first, last
+        self.weights, self.weight_bytes = weights, sum(weights.values())
+        # Beside onnxruntime's threads torch's would spin, and take the processors from them.
+        packed = any(isinstance(module, Packed) for module in division.model.modules())
+        self._threads = 1 if packed and device == CPU else torch.get_num_threads()
+        text = text_config(division.model.config)
+        self.hidden_size: int = text.hidden_size
+        self.vocabulary: int = text.vocab_size
+        self.context = context
+        self.dtype = division.dtype
+        self.reach = reach
+        self._model: Any = division.model
+        self._base: Any = division.model.base_model
+        self.blocks: Any = getattr(division.owner, division.attribute)
+        self._has_embedding, self._has_head = first == 0, last == division.head
+        with self._turn:
+            self._caches = slot_caches(*get_layer_types_and_kwargs(text), states, slots, context, device)
+        self.kv_bytes = kv_bytes(states, slots, context)
+        self._entering: torch.Tensor | None = None
+        if not self._has_embedding:
+            self._enter_at(entry)
+        matrix = self._model.get_output_embeddings() if self._has_head else None
+        if isinstance(matrix, nn.Linear):
+            matrix.register_forward_pre_hook(_with_plain_strides)
+        self._dynamic = [m for m in self._model.modules() if getattr(m, "rope_type", "") == "dynamic"]
+
+    def _enter_at(self, module: nn.Module) -> None:
+        """Hidden states from the stage before take the place of what `module`, the first of this shard, is given."""
+
+        def swap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (self._entering, *args[1:]), kwargs
+            name = next(iter(kwargs))
+            return args, {**kwargs, name: self._entering}
+
+        module.register_forward_pre_hook(swap, with_kwargs=True)
+
+    def forward(self, inputs: NDArray[Any], segments: Sequence[Segment]) -> NDArray[Any]:
+        """Token ids int64 [n] or hidden states [n, hidden] in; hidden states, or float32 logits per sample, out."""
+        if self._model is None:
+            raise EngineError("the shard is closed")
+        self._check(inputs, segments)
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        outputs, start, rows = [], 0, as_tensor(inputs)
+        with torch.inference_mode(), self._turn:
+            for segment in segments:
+                outputs.append(as_array(self._segment(rows[start : start + segment.length], segment)))
+                start += segment.length
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
+
+    def _check(self, inputs: NDArray[Any], segments: Sequence[Segment]) -> None:
+        total = sum(segment.length for segment in segments)
+        if not segments or inputs.shape[0] != total or any(segment.length < 1 for segment in segments):
+            raise BadInputError(f"{inputs.shape[0]} tokens for segments of {total}")
+        for segment in segments:
+            end = segment.position + segment.length
+            if not 0 <= segment.slot < len(self._caches) or segment.position < 0 or end > self.context:
+                raise BadInputError(f"slot {segment.slot}, positions {segment.position}..{end - 1}: no such room")
+        if self._has_embedding:
+            if inputs.dtype != np.int64 or int(inputs.min()) < 0 or int(inputs.max()) >= self.vocabulary:
+                raise BadInputError(f"token ids must be int64 from 0 to {self.vocabulary - 1}")
+        elif inputs.ndim != 2 or inputs.shape[1] != self.hidden_size:
+            raise BadInputError(f"hidden states must be [n, {self.hidden_size}], not {list(inputs.shape)}")
+
+    def _segment(self, inputs: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """[n] or [n, hidden] to what `forward` tells of it. If it fails, its slot still holds what came before it."""
+        cache = self._caches[segment.slot]
+        cache.seek(segment.position)
+        tells = segment.sample or not self._has_head
+        if tells or self.first_layer < self.last_layer:
+            output = self._run(inputs, segment, cache)
+        cache.advance(segment.length)
+        return output if tells else torch.empty(0, self.vocabulary)
+
+    def positions(self, segment: Segment) -> torch.Tensor:
+        """int64 [n]: where each of its tokens stands in the sequence."""
+        return torch.arange(segment.position, segment.position + segment.length)
+
+    def _run(self, inputs: torch.Tensor, segment: Segment, cache: SlotCache) -> torch.Tensor:
+        """[n] or [n, hidden] through the model: float32 logits [1, vocabulary] for a sample, else [n, hidden]."""
+        wanted = self._has_head and segment.sample
+        model = self._model if wanted else self._base
+        given: dict[str, Any] = {
+            "position_ids": self.positions(segment).to(self._device).unsqueeze(0),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if self._has_embedding:
+            given["input_ids"] = inputs.to(self._device).unsqueeze(0)
+        else:
+            given["inputs_embeds"] = self._entering = inputs.to(self._device, self.dtype).unsqueeze(0)
+        if wanted:
+            given["logits_to_keep"] = 1
+        for module in self._dynamic:  # its scale follows the longest sequence seen; each is to have its own
+            module.max_seq_len_cached = module.original_max_seq_len + 1
+        self.blocks.begun = False
+        try:
+            output = model(**accepted(model, **given))
+        finally:
+            self._entering = None
+        told: torch.Tensor = output.logits[0, -1:].float() if wanted else output[0][0]
+        return told.to(CPU).contiguous()
+
+    def release(self, slot: int) -> None:
+        """Forget the slot's sequence."""
+        with torch.inference_mode(), self._turn:
+            self._caches[slot].seek(0)
+
+    def close(self) -> None:
+        """Free weights and KV; may be called twice."""
+        self._model = self._base = self.blocks = None
+        self._caches.clear()
+
+
+def _with_plain_strides(_: nn.Module, args: tuple[Any, ...]) -> Any:
+    """The last row cut out of many keeps their stride, for which torch copies the whole output matrix (seconds)."""
+    hidden = args[0]
+    return (hidden.reshape(-1, hidden.shape[-1]).view(hidden.shape), *args[1:])
+
+
+def load_shard(
+    spec: LoadStage, progress: Progress = lambda done, total: None, device: torch.device = CPU
+) -> TorchShard:
+    """Layers spec.first_layer..last_layer from the files that spec.tensors names; ModelError if they do not fit."""
+    if spec.dtype not in DTYPES:
+        raise BadInputError(f"unknown dtype {spec.dtype!r}")
+    division = divide(parse_config(spec.config), DTYPES[spec.dtype])
+    first, last = spec.first_layer, spec.last_layer
+    if not 0 <= first <= last <= division.head:
+        raise BadInputError(f"layers {first}..{last} of a model whose last is {division.head}")
+    every, whole = probe(division, range(len(division.blocks))), division.owner.config
+    states = {number: every[number] for number in division.numbers(first, last)}
+    needed = kv_bytes(states, spec.slots, spec.context)
+    reach = reach_of(division.model, every)
+    work = plan(division, first, last, spec.tensors, spec.quantize)
+    if spec.limit_bytes is not None and work.nbytes + needed > spec.limit_bytes:
+        held = f"weights of {work.nbytes} bytes and KV of {needed}"
+        raise RefusedError(f"{held} are asked for, {spec.limit_bytes} are promised")
+    entry = strip(division, first, last)
+    weights = fill(division, first, work, progress, device)
+    finish(division, whole, device)
+    return TorchShard(division, first, last, states, spec.slots, spec.context, weights, entry, reach, device)

@@ -1,0 +1,250 @@
+"""The links of the stages here: who feeds one is expected, who is fed by one is dialled.
+
+On the loop only, but for frames that come in: the compute thread takes those itself while it waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+from peerllm.engine.messages import (
+    Configure,
+    Connect,
+    FromEngine,
+    Hop,
+    LinkTimed,
+    LinkTraffic,
+    LoadStage,
+    TimeLink,
+    Trusted,
+)
+from peerllm.engine.process.compute import Arrived, Echoed, Event, Linked, Lost
+from peerllm.engine.process.inbox import Inbox
+from peerllm.engine.wire.parcels import from_frame, source_limits, stage_limits
+from peerllm.errors import AuthenticationError, BadInputError, LinkError, RefusedError
+from peerllm.transport.frames import Frame
+from peerllm.transport.identity import load
+from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Link, Watch
+from peerllm.types import DeploymentId, DeviceId
+
+CONNECT_TIMEOUT_S = 5.0  # the next engine may not expect us yet
+CONNECT_PAUSE_S = 0.1  # between two tries
+BACKLOG_BYTES = 64 << 20  # frames that came in and the compute thread has not seen; then the senders are held back
+REPORT_S = 1.0  # between two reports of how long frames take
+MAX_REPORTED = 256  # timings in one; each link gives a few a second, the oldest give way
+MAX_SIZES = 64  # frames of one TimeLink
+FRAME_COSTS_BYTES = 16 << 10  # what a frame counts for beside its tensors, which bounds their number
+
+
+class Backlog:
+    """Bytes that wait for the compute thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int = BACKLOG_BYTES) -> None:
+        self._loop, self._limit = loop, limit
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._room = asyncio.Event()
+
+    def add(self, size: int) -> bool:
+        """Whether there is room for more after this."""
+        with self._lock:
+            self._bytes += size
+            if self._bytes < self._limit:
+                return True
+            self._room.clear()
+            return False
+
+    def remove(self, size: int) -> None:
+        """From any thread."""
+        with self._lock:
+            full, self._bytes = self._bytes >= self._limit, self._bytes - size
+            if full and self._bytes < self._limit:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    self._loop.call_soon_threadsafe(self._room.set)
+
+    async def room(self) -> None:
+        """Until there is room."""
+        await self._room.wait()
+
+
+@dataclass(slots=True)
+class _Known:
+    """A deployment's epoch and its stages here."""
+
+    epoch: int
+    specs: dict[int, LoadStage] = field(default_factory=dict)
+    links: dict[int, Link] = field(default_factory=dict)  # by the stage that sends
+
+
+class DataLinks:
+    """The data plane of one engine."""
+
+    def __init__(
+        self, configure: Configure, inbox: Inbox[Event], tell: Callable[[FromEngine], None], watch: Watch
+    ) -> None:
+        self._device, self._inbox, self._tell = configure.device, inbox, tell
+        identity = load(configure.certificate_path, configure.key_path)
+        self._plane = DataPlane(identity, configure.hosts, configure.port, self._lost, self._echoed, watch)
+        self._certificates: dict[DeviceId, str] = {}
+        self._known: dict[DeploymentId, _Known] = {}
+        self._loop = asyncio.get_running_loop()
+        self._backlog = Backlog(self._loop)
+        inbox.lead = self._plane.lead
+        self._echo_waits = False
+        self._timings: deque[tuple[DeviceId, int, float]] = deque(maxlen=MAX_REPORTED)
+        self._reporting: asyncio.TimerHandle | None = None
+
+    @property
+    def port(self) -> int:
+        return self._plane.port
+
+    async def start(self, trusted: Iterable[Trusted]) -> None:
+        """BadInputError if the port is in use."""
+        await self._plane.start()
+        await self.trust(trusted)
+
+    async def trust(self, trusted: Iterable[Trusted]) -> None:
+        self._certificates = {one.device: one.certificate_pem for one in trusted}
+        await self._plane.set_trusted(self._certificates.values())
+
+    async def expect(self, spec: LoadStage, hidden_size: int) -> None:
+        """A stage is loaded: whoever feeds it may dial. A later epoch ends the links of an earlier one."""
+        known = self._known.get(spec.deployment)
+        if known is not None and known.epoch > spec.epoch:
+            raise RefusedError(f"epoch {known.epoch} is loaded here; {spec.epoch} is past")
+        if known is None or known.epoch < spec.epoch:
+            self._known[spec.deployment] = _Known(spec.epoch)
+            if known is not None:
+                await self._plane.forget(spec.deployment, known.epoch)
+        self._known[spec.deployment].specs[spec.stage] = spec
+        if spec.upstream not in (None, self._device):
+            self._plane.expect(Ingress(spec.upstream, stage_limits(spec, hidden_size)), self._deliver)
+        if spec.stage == 0 and spec.head_device != self._device:
+            self._plane.expect(Ingress(spec.head_device, source_limits(spec)), self._deliver)
+
+    async def connect(self, message: Connect) -> Linked:
+        """Links to all next stages on other devices; those that stand are kept. LinkError if one does not come up."""
+        known = self._known.get(message.deployment)
+        if known is None or known.epoch != message.epoch:
+            raise RefusedError(f"epoch {message.epoch} of this deployment is not loaded here")
+        wanted = {
+            stage: spec.downstream
+            for stage, spec in known.specs.items()
+            if spec.downstream is not None and (stage not in known.links or known.links[stage].closed)
+        }
+        dials = [
+            asyncio.create_task(self._dial(message, hop), name=f"dial stage {hop.stage} {message.deployment[:8]}")
+            for hop in wanted.values()
+        ]
+        try:
+            links = await asyncio.gather(*dials)
+        except (LinkError, AuthenticationError):
+            for dial in dials:
+                dial.cancel()
+            for link in await asyncio.gather(*dials, return_exceptions=True):
+                if isinstance(link, Link):
+                    link.close()
+            raise
+        if self._known.get(message.deployment) is not known:
+            for link in links:
+                link.close()
+            raise RefusedError("the deployment was stopped while it was being connected")
+        known.links.update(zip(wanted, links, strict=True))
+        return Linked(message.request, message.deployment, message.epoch, dict(known.links))
+
+    async def time(self, message: TimeLink) -> LinkTimed:
+        """LinkError, AuthenticationError or BadInputError if that cannot be done."""
+        pem = self._certificates.get(message.device)
+        if pem is None:
+            raise AuthenticationError(f"device {message.device[:8]} is not of this household")
+        if len(message.sizes) > MAX_SIZES or not all(0 < size <= MAX_ECHO_BYTES for size in message.sizes):
+            raise BadInputError(f"at most {MAX_SIZES} frames of at most {MAX_ECHO_BYTES} bytes")
+        frames = await self._plane.echo(message.device, pem, message.hosts, message.port, message.sizes)
+        return LinkTimed(message.request, tuple(frames))
+
+    async def forget(self, deployment: DeploymentId) -> None:
+        """Ends all links of a deployment, in order."""
+        self._known.pop(deployment, None)
+        await self._plane.forget(deployment)
+
+    async def close(self) -> None:
+        if self._reporting is not None:
+            self._reporting.cancel()
+        self._known.clear()
+        await self._plane.close()
+
+    async def _dial(self, message: Connect, hop: Hop) -> Link:
+        deadline = asyncio.get_running_loop().time() + CONNECT_TIMEOUT_S
+        while True:
+            pem = self._certificates.get(hop.device)
+            try:
+                if pem is None:
+                    raise AuthenticationError(f"device {hop.device[:8]} is not of this household")
+                return await self._plane.connect(
+                    hop.device,
+                    pem,
+                    hop.hosts,
+                    hop.port,
+                    message.deployment,
+                    message.epoch,
+                    hop.stage,
+                    partial(self._timed, hop.device),
+                )
+            except (LinkError, AuthenticationError):
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise
+            await asyncio.sleep(CONNECT_PAUSE_S)
+
+    def _deliver(self, sender: DeviceId, frame: Frame) -> Awaitable[None] | None:
+        parcels = from_frame(frame)
+        size = FRAME_COSTS_BYTES + sum(tensor.data.nbytes for tensor in frame.tensors)
+        room = self._backlog.add(size)
+        self._inbox.put(
+            Arrived(frame.deployment, frame.epoch, frame.stage, parcels, lambda: self._backlog.remove(size))
+        )
+        return None if room else self._backlog.room()
+
+    def _echoed(self, sender: DeviceId, frame: Frame) -> None:
+        """A frame goes the way of a stage's, up to the compute thread; one at a time, so that it crowds out nothing."""
+        if not self._echo_waits:
+            self._echo_waits = True
+            self._inbox.put(Echoed(self._echo_handled))
+            self._loop.call_soon_threadsafe(self._report_soon)
+
+    def _echo_handled(self) -> None:
+        self._echo_waits = False
+
+    def _timed(self, device: DeviceId, nbytes: int, seconds: float) -> None:
+        if nbytes:
+            self._timings.append((device, nbytes, seconds))
+            self._report_soon()
+
+    def _report_soon(self) -> None:
+        if self._reporting is None:
+            self._reporting = self._loop.call_later(REPORT_S, self._report)
+
+    def _report(self) -> None:
+        self._reporting = None
+        frames = tuple(self._timings)
+        self._timings.clear()
+        self._tell(LinkTraffic(frames, self._inbox.handover_s))
+
+    def _lost(self, deployment: DeploymentId, device: DeviceId, reason: str) -> None:
+        known = self._known.get(deployment)
+        if known is None:
+            return
+        dead = [stage for stage, link in known.links.items() if link.device == device and link.closed]
+        for stage in dead:
+            del known.links[stage]
+        fed: list[int | None] = [stage for stage, spec in known.specs.items() if spec.upstream == device]
+        if 0 in known.specs and known.specs[0].head_device == device:
+            fed.append(known.specs[0].stages)
+        # The plane does not say which way: a closed link of ours tells; else it was what that device feeds.
+        for ingress in [None] if dead else fed:
+            self._inbox.put(Lost(deployment, known.epoch, device, ingress, reason), always=True)

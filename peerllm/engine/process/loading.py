@@ -1,0 +1,150 @@
+"""The loader thread: what takes long and must not hold up steps (loading, inspecting, measuring), one job at a time.
+
+Layers are timed here and not in the compute thread: a single pass of a large one may take a second, for which steps
+would wait. Nothing is timed while steps are computed, nor while a stage is loaded, so memory is never taken twice.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from peerllm.engine.base import Backend, Shard
+from peerllm.engine.messages import FromEngine, Inspect, LoadProgress, LoadStage, Measure, TimeLayers
+from peerllm.engine.process.compute import failed
+from peerllm.engine.process.free_memory import return_memory
+from peerllm.engine.process.inbox import Inbox
+from peerllm.errors import PeerLLMError, RefusedError, UnavailableError
+from peerllm.types import DeploymentId
+
+MAX_JOBS = 256  # loads, inspections and measurements waiting
+PROGRESS_S = 0.1  # seconds between two LoadProgress of a stage
+ABANDONED = "the deployment was stopped while it was loading"
+
+Job = LoadStage | Inspect | Measure | TimeLayers
+
+
+class Loader:
+    """`finished` gets each loaded shard, `tell` every other answer; both are called in the loader thread.
+
+    `computed` says how many batches the compute thread has done; `broken` hears of what ends the engine.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tell: Callable[[FromEngine], None],
+        finished: Callable[[LoadStage, Shard], None],
+        computed: Callable[[], int] = lambda: 0,
+        broken: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self._jobs: Inbox[Job] = Inbox(MAX_JOBS)
+        self._backend, self._tell, self._finished = backend, tell, finished
+        self._computed, self._broken, self._closed = computed, broken, False
+        self._lock = threading.Lock()
+        self._wanted: dict[int, LoadStage] = {}  # by request: loads that nobody has abandoned or taken over
+
+    def put(self, job: Job) -> None:
+        """OverloadedError if too many wait; UnavailableError for what would have to wait for a load."""
+        if isinstance(job, TimeLayers) and self._wanted:
+            raise UnavailableError("a model is being loaded here; layers are timed when it is quiet")
+        if isinstance(job, LoadStage):
+            with self._lock:  # first of all: the loader thread may be at the job before `put` returns
+                self._wanted[job.request] = job
+        try:
+            self._jobs.put(job)
+        except PeerLLMError:
+            with self._lock:
+                self._wanted.pop(job.request, None)
+            raise
+
+    def abandon(self, deployment: DeploymentId) -> None:
+        """Loads of a deployment that are not taken over yet fail."""
+        with self._lock:
+            self._wanted = {request: spec for request, spec in self._wanted.items() if spec.deployment != deployment}
+
+    def take_over(self, spec: LoadStage) -> None:
+        """RefusedError if the load was abandoned; from now on it cannot be."""
+        with self._lock:
+            if self._wanted.pop(spec.request, None) is None:
+                raise RefusedError(ABANDONED)
+
+    def start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="engine-loader", daemon=True)
+        thread.start()
+        return thread
+
+    def close(self) -> None:
+        """The thread ends after the job it is at."""
+        self._closed = True
+        with self._lock:
+            self._wanted.clear()
+        self._jobs.close()
+
+    def _run(self) -> None:
+        while (jobs := self._jobs.take(wait=True)) is not None:
+            for job in jobs:
+                # Libraries keep 10 MB and more of scratch for every thread that computed, until it ends.
+                thread = threading.Thread(target=self._try, args=(job,), name="engine-loader-job", daemon=True)
+                thread.start()
+                thread.join()
+                return_memory()
+
+    def _try(self, job: Job) -> None:
+        try:
+            self._do(job)
+        except Exception as error:  # a damaged model may raise anything
+            if not isinstance(error, PeerLLMError):
+                traceback.print_exc()
+            self._tell(failed(job.request, error))
+            if isinstance(error, self._backend.broken):
+                self._broken(error)
+
+    def _do(self, job: Job) -> None:
+        match job:
+            case LoadStage():
+                self._load(job)
+            case Inspect():
+                self._tell(self._backend.inspect(job))
+            case Measure():
+                before = self._computed()
+                measured = self._backend.measure(job)
+                if job.window_s and self._computed() != before:
+                    raise UnavailableError("an answer was written here meanwhile: what was measured does not count")
+                self._tell(measured)
+            case TimeLayers():
+                self._time(job)
+
+    def _time(self, job: TimeLayers) -> None:
+        before = self._computed()
+
+        def check() -> None:
+            if self._closed:
+                raise UnavailableError("the engine is stopping")
+            if self._computed() != before:
+                raise UnavailableError("an answer is being written here; layers are timed when it is quiet")
+
+        self._tell(self._backend.time_layers(job, check))
+
+    def _load(self, spec: LoadStage) -> None:
+        last = 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            if spec.request not in self._wanted:
+                raise RefusedError(ABANDONED)
+            now = time.monotonic()
+            if now - last >= PROGRESS_S or done >= total:
+                last = now
+                self._tell(LoadProgress(spec.deployment, spec.stage, done, total))
+
+        try:
+            progress(0, max(1, sum(tensor.nbytes for tensor in spec.tensors)))
+            shard = self._backend.load(spec, progress)
+        except Exception:
+            with self._lock:
+                self._wanted.pop(spec.request, None)
+            raise
+        self._finished(spec, shard)

@@ -1,0 +1,197 @@
+"""What this engine did when, for `peerllm trace`: a ring of spans, filled by the compute thread and the loop.
+
+Whoever fills it looks at `on` first, which is all that it costs while nobody records. A deployment's coordinator sees
+that the compute thread was at another model, not at which, and nothing of other deployments' links.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from time import perf_counter_ns
+from typing import Literal
+
+from peerllm.engine.messages import Record, Recorded, Span, SpanKind
+from peerllm.engine.schedule.batching import Piece
+from peerllm.errors import RefusedError
+from peerllm.transport.frames import SAMPLE, Frame, FrameKind, FrameSegment
+from peerllm.transport.links import Parting, Watch
+from peerllm.types import DeploymentId, DeviceId
+
+MAX_SPANS = 65_536  # in the ring; the oldest give way
+MAX_PART = 1024  # spans in one answer
+MAX_PIECES = 256  # of a span; the rest of a larger batch is not named
+MAX_ALL_PIECES = 4 * MAX_SPANS  # of all spans in the ring: with both, it takes some 40 MB
+MAX_RECORDED = 8  # deployments recorded at once
+MAX_SECONDS = 600  # a recording that nobody ends ends by itself
+SHOWN_NS = 50_000  # a link's queue that takes a frame faster than this is not worth a span
+
+Pieces = tuple[tuple[int, int, int, int], ...]
+_KINDS: dict[FrameKind, SpanKind] = {
+    FrameKind.ACTIVATION: "activation",
+    FrameKind.TOKEN: "token",
+    FrameKind.RELEASE: "release",
+    FrameKind.OPEN: "open",
+}
+
+
+@dataclass(slots=True)
+class _Recording:
+    before: int  # spans that came into the ring earlier
+    running: bool = True
+    kept: deque[Span] = field(default_factory=deque)  # once it has ended: what is still to be taken
+    lost: int = 0
+
+
+class Recorder(Watch):
+    """`lap` is the compute thread's, the Watch's methods any thread's, the rest the loop's."""
+
+    def __init__(self, limit: int = MAX_SPANS, pieces: int = MAX_ALL_PIECES) -> None:
+        self.on = False
+        self._limit, self._most_pieces = limit, pieces
+        self._lock = threading.Lock()
+        self._ring: deque[tuple[DeploymentId, Span]] = deque()  # deployment "": every one's
+        self._pieces = 0  # in the ring
+        self._fallen = 0  # spans that gave way since it was empty
+        self._recordings: dict[DeploymentId, _Recording] = {}
+        self._until_ns = 0
+        self._lap_ns = 0
+
+    # ---- from the daemon --------------------------------------------------------------------------------------------
+
+    def answer(self, asked: Record) -> Recorded:
+        """RefusedError if nothing was recorded, or too much is being recorded."""
+        if asked.want == "take":
+            spans, left, lost = self.take(asked.deployment)
+            return Recorded(asked.request, perf_counter_ns(), spans, left, lost)
+        if asked.want == "start":
+            self.start(asked.deployment)
+        return Recorded(asked.request, perf_counter_ns())
+
+    def start(self, deployment: DeploymentId) -> None:
+        """Record from now on; what was recorded of this deployment before is forgotten."""
+        with self._lock:
+            if deployment not in self._recordings and len(self._recordings) >= MAX_RECORDED:
+                raise RefusedError(f"{MAX_RECORDED} deployments are being recorded here already")
+            now = perf_counter_ns()
+            if not self.on:
+                self._lap_ns = now
+            self._until_ns = now + MAX_SECONDS * 10**9
+            self._recordings[deployment] = _Recording(self._fallen + len(self._ring))
+            self.on = True
+
+    def take(self, deployment: DeploymentId) -> tuple[tuple[Span, ...], int, int]:
+        """Ends the recording: (the next spans of it, how many are left, how many were lost)."""
+        with self._lock:
+            recording = self._recordings.get(deployment)
+            if recording is None:
+                raise RefusedError("nothing is recorded here; the plan may have changed meanwhile")
+            if recording.running:
+                self._end(deployment, recording)
+            part = [recording.kept.popleft() for _ in range(min(MAX_PART, len(recording.kept)))]
+            if not recording.kept:
+                self._drop(deployment)
+            left, lost = len(recording.kept), recording.lost
+        return tuple(part), left, lost
+
+    def forget(self, deployment: DeploymentId) -> None:
+        """The deployment is gone from here, and with it what was recorded of it."""
+        with self._lock:
+            self._drop(deployment)
+
+    def _end(self, deployment: DeploymentId, recording: _Recording) -> None:
+        recording.running = False
+        recording.lost = max(0, self._fallen - recording.before)
+        older = max(0, recording.before - self._fallen)  # still in the ring
+        recording.kept.extend(_seen_by(deployment, islice(self._ring, older, None)))
+        self._rest()
+
+    def _drop(self, deployment: DeploymentId) -> None:
+        self._recordings.pop(deployment, None)
+        self._rest()
+
+    def _rest(self) -> None:
+        if not any(recording.running for recording in self._recordings.values()):
+            self.on = False
+            self._ring.clear()
+            self._pieces = self._fallen = 0
+
+    # ---- from the compute thread ------------------------------------------------------------------------------------
+
+    def lap(
+        self,
+        name: Literal["idle", "take in", "pass", "hand on"],
+        deployment: DeploymentId = "",
+        stage: int = -1,
+        batch: Sequence[Piece] = (),
+        prompt: bool = False,
+    ) -> None:
+        """What the compute thread did since the last lap; `deployment` "": it was not for one alone."""
+        now, since = perf_counter_ns(), self._lap_ns
+        self._lap_ns = now
+        pieces = tuple((p.sequence, p.position, p.length, int(p.sample)) for p in batch[:MAX_PIECES])
+        kind: SpanKind = "" if not batch else "prompt" if prompt else "step"
+        self._add(deployment, Span(name, since, now, kind, stage, pieces=pieces))
+
+    # ---- from the links ---------------------------------------------------------------------------------------------
+
+    def queued(self, deployment: DeploymentId, device: DeviceId, stage: int, parting: Parting, now_ns: int) -> None:
+        kind, nbytes = _KINDS[parting.kind], parting.nbytes
+        times = parting.handed_ns, parting.encoded_ns
+        self._add(deployment, Span("serialise", *times, kind, stage, device, nbytes=nbytes))
+        if now_ns - parting.encoded_ns >= SHOWN_NS:
+            self._add(deployment, Span("enqueue", parting.encoded_ns, now_ns, kind, stage, device))
+
+    def sent(
+        self,
+        deployment: DeploymentId,
+        device: DeviceId,
+        stage: int,
+        number: int,
+        parting: Parting,
+        taken_ns: int,
+        written_ns: int,
+    ) -> None:
+        kind, pieces = _KINDS[parting.kind], _pieces(parting.segments)
+        waited = taken_ns - parting.encoded_ns
+        where = stage, device, number, parting.nbytes
+        self._add(deployment, Span("send", taken_ns, written_ns, kind, *where, waited, pieces))
+
+    def received(self, device: DeviceId, frame: Frame, number: int, nbytes: int, came_ns: int, taken_ns: int) -> None:
+        kind, pieces = _KINDS[frame.kind], _pieces(frame.segments)
+        where = frame.stage, device, number, nbytes
+        self._add(frame.deployment, Span("receive", came_ns, taken_ns, kind, *where, pieces=pieces))
+
+    def held(self, deployment: DeploymentId, device: DeviceId, stage: int, since_ns: int, until_ns: int) -> None:
+        self._add(deployment, Span("held back", since_ns, until_ns, "", stage, device))
+
+    def _add(self, deployment: DeploymentId, span: Span) -> None:
+        with self._lock:
+            if not self.on:  # ended since the caller looked
+                return
+            if span.end_ns > self._until_ns:
+                for one, recording in self._recordings.items():
+                    if recording.running:
+                        self._end(one, recording)
+                return
+            self._ring.append((deployment, span))
+            self._pieces += len(span.pieces)
+            while len(self._ring) > self._limit or self._pieces > self._most_pieces:
+                self._pieces -= len(self._ring.popleft()[1].pieces)
+                self._fallen += 1
+
+
+def _pieces(segments: Sequence[FrameSegment]) -> Pieces:
+    return tuple((s.sequence, s.position, s.length, s.flags & SAMPLE) for s in segments[:MAX_PIECES])
+
+
+def _seen_by(deployment: DeploymentId, spans: Iterable[tuple[DeploymentId, Span]]) -> Iterable[Span]:
+    """What its coordinator may know."""
+    for owner, span in spans:
+        if owner in ("", deployment):
+            yield span
+        elif span.name in ("pass", "hand on"):
+            yield Span("another model", span.start_ns, span.end_ns)

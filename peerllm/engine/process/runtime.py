@@ -1,0 +1,239 @@
+"""The engine: an I/O loop (line to the daemon, data plane), a compute thread and a loader thread, and who hears what.
+
+Steps never wait for the loop: tokens are fed back on the compute thread, links take frames into their queues, and what
+the daemon shall hear is collected and sent when the loop comes to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+import traceback
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import asdict
+from typing import Any
+
+from peerllm.engine.base import Backend, Shard
+from peerllm.engine.messages import (
+    Cancel,
+    Configure,
+    Configured,
+    Connect,
+    FromEngine,
+    Inspect,
+    LoadStage,
+    Measure,
+    QueryLoad,
+    Record,
+    Submit,
+    TimeLayers,
+    TimeLink,
+    ToEngine,
+    Tokens,
+    Trust,
+    Unload,
+)
+from peerllm.engine.process.compute import Compute, Loaded, failed, start
+from peerllm.engine.process.data_links import DataLinks
+from peerllm.engine.process.engine_line import Channel
+from peerllm.engine.process.loading import Loader
+from peerllm.engine.process.recorder import Recorder
+from peerllm.errors import EngineError, LinkError, PeerLLMError
+
+MAX_UNHANDLED = 4096  # messages of the daemon that wait behind one being handled
+MAX_UNSENT = 65_536  # messages for the daemon that the loop has not come to; more, and the daemon counts as gone
+THREAD_TIMEOUT_S = 5.0  # what closing gives a batch or a load under way; a process of its own does not wait
+
+
+class Engine:
+    """`run` serves one daemon until its line closes, or raises EngineError; `close` then gives everything back."""
+
+    def __init__(self, channel: Channel, backend: Backend) -> None:
+        self._channel, self._backend = channel, backend
+        self._recorder = Recorder()
+        self._loop = asyncio.get_running_loop()
+        self._unsent: deque[FromEngine] = deque()
+        self._unsent_lock = threading.Lock()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._threads: list[threading.Thread] = []
+        self._parts: tuple[Compute, Loader, DataLinks] | None = None
+
+    async def run(self) -> None:
+        """Reading and handling are apart, so that the end of the line is seen whatever is being handled."""
+        messages: asyncio.Queue[ToEngine] = asyncio.Queue(MAX_UNHANDLED)
+        reading = asyncio.create_task(self._read(messages), name="engine reads the daemon")
+        handling = asyncio.create_task(self._serve(messages), name="engine handles messages")
+        try:
+            await asyncio.wait({reading, handling, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (handling, self._ended, reading):
+                if ended.done():
+                    ended.result()
+        except LinkError as error:
+            raise EngineError(str(error)) from error
+        finally:
+            for task in (reading, handling):
+                task.cancel()
+            await asyncio.gather(reading, handling, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Ends threads and links; may be called twice."""
+        self._channel.close()
+        parts, self._parts = self._parts, None
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if parts is not None:
+            compute, loader, links = parts
+            compute.inbox.close()
+            loader.close()
+            await links.close()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, THREAD_TIMEOUT_S)
+
+    async def _read(self, messages: asyncio.Queue[ToEngine]) -> None:
+        while (message := await self._channel.receive()) is not None:
+            await messages.put(message)
+
+    async def _serve(self, messages: asyncio.Queue[ToEngine]) -> None:
+        while True:
+            message = await messages.get()
+            try:
+                if isinstance(message, Configure):
+                    await self._configure(message)
+                elif self._parts is None:
+                    raise EngineError("the first message to an engine is Configure")
+                else:
+                    await self._handle(message, *self._parts)
+            except PeerLLMError as error:
+                self._refuse(message, error)
+
+    async def _configure(self, message: Configure) -> None:
+        if self._parts is not None:
+            raise EngineError("the engine is configured already")
+        compute = Compute(self._backend, self.tell, self._recorder)
+        links = DataLinks(message, compute.inbox, self.tell, self._recorder)
+        await links.start(message.trusted)
+        # Last of all: its size is that of all of this.
+        facts = await asyncio.to_thread(self._backend.facts, message.compute, message.threads)
+        # The libraries' hundreds of thousands of objects stay for good: a full collection would walk them each time,
+        # and hold up whatever step it falls into.
+        gc.collect()
+        gc.freeze()
+        loader = Loader(self._backend, self.tell, self._loaded, lambda: compute.batches, self._thread_ended)
+        self._parts = compute, loader, links
+        self._threads = [start(compute, self._thread_ended), loader.start()]
+        self.tell(Configured(**asdict(facts), request=message.request, port=links.port))
+
+    async def _handle(self, message: ToEngine, compute: Compute, loader: Loader, links: DataLinks) -> None:
+        match message:
+            case Submit() | Cancel() | QueryLoad():
+                compute.inbox.put(message)
+            case LoadStage() | Inspect() | Measure() | TimeLayers():
+                loader.put(message)
+            case Record():  # here, not behind a pass: the answer says what the clock shows
+                self.tell(self._recorder.answer(message))
+            case Trust(trusted):
+                await links.trust(trusted)
+            case Connect():
+                self._spawn(self._connect(message, compute, links), f"connect {message.deployment[:8]}")
+            case TimeLink():
+                self._spawn(self._time(message, links), f"time the link to {message.device[:8]}")
+            case Unload(_, deployment):
+                loader.abandon(deployment)
+                self._recorder.forget(deployment)
+                compute.inbox.put(message, always=True)
+                await links.forget(deployment)
+
+    async def _connect(self, message: Connect, compute: Compute, links: DataLinks) -> None:
+        try:
+            compute.inbox.put(await links.connect(message), always=True)
+        except Exception as error:  # what a coordinator asks for must not end the engine
+            self._refuse(message, error)
+
+    async def _time(self, message: TimeLink, links: DataLinks) -> None:
+        try:
+            self.tell(await links.time(message))
+        except PeerLLMError as error:
+            self._refuse(message, error)
+
+    def _loaded(self, spec: LoadStage, shard: Shard) -> None:
+        """In the loader thread."""
+        hand_over = self._hand_over(spec, shard)
+        try:
+            self._loop.call_soon_threadsafe(self._spawn, hand_over, f"hand over stage {spec.stage}")
+        except RuntimeError:  # the loop has ended
+            hand_over.close()
+
+    async def _hand_over(self, spec: LoadStage, shard: Shard) -> None:
+        """The stage's sender is expected before the daemon hears that it is loaded."""
+        if self._parts is None:
+            return
+        compute, loader, links = self._parts
+        try:
+            await links.expect(spec, shard.hidden_size)
+            loader.take_over(spec)  # from here to the inbox nothing awaits: an Unload is before both or after both
+            compute.inbox.put(Loaded(spec, shard), always=True)
+        except Exception as error:
+            shard.close()
+            self._refuse(spec, error)
+
+    def _refuse(self, message: ToEngine, error: Exception) -> None:
+        match message:
+            case Submit(deployment, sequence):
+                self.tell(Tokens(deployment, sequence, 0, (), "error", str(error)))
+            case Trust() | Cancel():
+                traceback.print_exception(error)
+            case _:
+                self.tell(failed(message.request, error))
+
+    def tell(self, message: FromEngine) -> None:
+        """Tells the daemon; from any thread, never waits."""
+        with self._unsent_lock:
+            self._unsent.append(message)
+            waiting = len(self._unsent)
+        if waiting == 1:
+            self._soon(self._flush)
+        elif waiting > MAX_UNSENT:
+            self._thread_ended(EngineError("the daemon does not read what the engine tells it"))
+
+    def _flush(self) -> None:
+        with self._unsent_lock:
+            messages = list(self._unsent)
+            self._unsent.clear()
+        try:
+            for message in messages:
+                self._channel.send(message)
+        except LinkError as error:
+            self._end(error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._end(task.exception())
+
+    def _thread_ended(self, error: BaseException | None) -> None:
+        self._soon(self._end, error)
+
+    def _soon(self, call: Any, *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the line
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _end(self, error: BaseException | None) -> None:
+        if self._ended.done():
+            return
+        if error is None:
+            self._ended.set_result(None)
+            return
+        if not isinstance(error, PeerLLMError):
+            traceback.print_exception(error)
+            error = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+        self._ended.set_exception(error)

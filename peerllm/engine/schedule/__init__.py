@@ -1,0 +1,1 @@
+"""Sequences, their batches and chunks: what is computed next, and when an answer ends."""

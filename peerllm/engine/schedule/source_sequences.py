@@ -1,0 +1,213 @@
+"""The source's sequences of one deployment: who holds which slot, what is fed next, when an answer ends.
+
+A prompt that goes on with what an earlier sequence left in an idle slot (`IdleSlots`) is fed from there on.
+
+Pure: tokens come in, pieces for stage 0 and `Tokens` go out. Prompts are fed in chunks, clients in turn, with at most
+CHUNKS_PER_STAGE_IN_FLIGHT × stages of the largest chunks' worth of tokens under way, which bounds what may wait on any
+stage; of one prompt as many chunks, so that a long one in small chunks keeps no other waiting.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from peerllm.engine.base import Reach
+from peerllm.engine.messages import FinishReason, Submit, Tokens
+from peerllm.engine.schedule.batching import Piece
+from peerllm.engine.schedule.prompt_turns import PromptTurns
+from peerllm.engine.state.idle import IdleSlots, Remains, SlotChoice
+from peerllm.errors import BadInputError, FrameError, OverloadedError
+from peerllm.types import Cuts, DeploymentId, chunk_of
+
+CHUNKS_PER_STAGE_IN_FLIGHT = 2  # one being computed, one waiting
+MAX_TOKEN_ID = 2**31 - 1  # no vocabulary is larger
+MAX_DRAINING = 1024  # ended sequences whose RELEASE has not gone round
+
+
+def window_tokens(stages: int, chunk: int) -> int:
+    """How many prompt tokens of a deployment may be under way at once."""
+    return CHUNKS_PER_STAGE_IN_FLIGHT * stages * chunk
+
+
+def chunk_length(left: int, chunk: int) -> int:
+    """How many of a prompt's `left` tokens go next; none is left over by itself, if chunks are of 3 or more.
+
+    A recurrent model may compute a single token in another way than a run of them (Nemotron-H bounds its time step in
+    runs only), and prompts are to be computed as they would be in one run.
+    """
+    return chunk - 1 if left == chunk + 1 and chunk > 2 else min(chunk, left)
+
+
+@dataclass(slots=True)
+class _Running:
+    order: Submit
+    choice: SlotChoice
+    chunk: int  # what is new of the prompt is fed in chunks of so many tokens
+    fed: int  # tokens put into stage 0, prompt and answer, and those that need not be
+    back: int  # of those, tokens the head has seen
+    said: list[int] = field(default_factory=list)  # ids of the answer so far, all put into stage 0
+    in_flight: deque[int] = field(default_factory=deque)  # lengths of the prompt chunks under way
+
+    def feed(self, length: int) -> Piece:
+        """The next `length` tokens, which are in stage 0 from now on."""
+        order, start = self.order, self.fed
+        self.fed += length
+        prompt = len(order.prompt)
+        ids = order.prompt[start : self.fed] if start < prompt else self.said[start - prompt :]
+        data = np.array(ids, np.int64)
+        return Piece(order.sequence, self.choice.slot, start, length, sample=self.fed >= prompt, data=data)
+
+
+class SourceSequences:
+    """Of one deployment on its source. Late tokens are told apart by sequence number."""
+
+    def __init__(
+        self,
+        deployment: DeploymentId,
+        slots: int,
+        context: int,
+        chunk: int,
+        stages: int,
+        reach: Reach | None = None,
+        cuts: Cuts = (),
+    ) -> None:
+        """`reach` says where idle slots can be taken up again; None: nowhere. No `cuts`: always `chunk` tokens."""
+        self._deployment, self._slots, self._context = deployment, slots, context
+        self._cuts = cuts or ((1, chunk),)
+        self._window = window_tokens(stages, chunk)
+        self._most_chunks = CHUNKS_PER_STAGE_IN_FLIGHT * stages  # of one prompt under way
+        self._running: dict[int, _Running] = {}
+        self._idle = IdleSlots(slots, reach)
+        self._prompts = PromptTurns()
+        self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
+        self._draining: dict[int, int] = {}  # of those, by ended sequence, until its RELEASE has gone round
+
+    @property
+    def running(self) -> tuple[int, ...]:
+        return tuple(self._running)
+
+    @property
+    def prompting(self) -> bool:
+        """Whether prompts wait to be fed."""
+        return bool(self._prompts)
+
+    @property
+    def prompts_under_way(self) -> bool:
+        return self._under_way > 0
+
+    def slot(self, sequence: int) -> int:
+        return self._running[sequence].choice.slot
+
+    def reused(self, sequence: int) -> int:
+        """How many tokens of its prompt a running sequence found in its slot."""
+        return self._running[sequence].choice.position
+
+    def kept(self, slot: int) -> int:
+        """How many tokens the stages are to keep in a slot whose sequence has ended."""
+        return self._idle.kept(slot)
+
+    def submit(self, order: Submit) -> int:
+        """Takes a sequence in and returns its slot; BadInputError or OverloadedError says why it cannot."""
+        if order.sequence in self._running or order.sequence in self._draining:
+            raise BadInputError(f"sequence {order.sequence} is in use; every sequence needs a number of its own")
+        if len(self._draining) >= MAX_DRAINING:
+            raise OverloadedError(f"{MAX_DRAINING} ended sequences are still leaving the stages; ask again later")
+        if not 1 <= len(order.prompt) <= self._context:
+            raise BadInputError(f"a prompt has 1 to {self._context} tokens here, not {len(order.prompt)}")
+        if order.max_tokens < 1:
+            raise BadInputError(f"an answer has at least 1 token, not {order.max_tokens}")
+        taken = {running.choice.slot for running in self._running.values()}
+        choice = self._idle.take(taken, order.prompt, order.client)
+        if choice is None:
+            raise OverloadedError(f"all {self._slots} slots are taken; wait for a sequence to end")
+        chunk = chunk_of(self._cuts, len(order.prompt) - choice.position)
+        self._running[order.sequence] = _Running(order, choice, chunk, fed=choice.position, back=choice.position)
+        self._prompts.add(order.client, order.sequence)
+        return choice.slot
+
+    def feed(self, most: int | None = None) -> list[Piece]:
+        """The prompt chunks that may go into stage 0 now, `most` of them at most."""
+        feeds: list[Piece] = []
+        while most is None or len(feeds) < most:
+            sequence = self._prompts.next(lambda one: len(self._running[one].in_flight) < self._most_chunks)
+            if sequence is None:
+                break
+            running = self._running[sequence]
+            length = chunk_length(len(running.order.prompt) - running.fed, running.chunk)
+            if self._under_way + length > self._window:
+                break
+            running.in_flight.append(length)
+            self._under_way += length
+            feeds.append(running.feed(length))
+            self._prompts.served(running.order.client, sequence, more=not feeds[-1].sample)
+        return feeds
+
+    def came_back(
+        self, sequence: int, position: int, length: int, token: int | None
+    ) -> tuple[Piece | None, Tokens | None]:
+        """A run passed the head, which drew `token` after it (None: it was not to).
+
+        Returns the step to feed at once and what to tell the daemon; both None for a sequence that has ended.
+        FrameError if the run is not the one that is due.
+        """
+        running = self._running.get(sequence)
+        if running is None:
+            return None, None
+        due = running.in_flight[0] if running.in_flight else 1
+        if position != running.back or length != due or position + length > running.fed:
+            raise FrameError(f"positions {position}+{length} came back, {running.back}+{due} were due")
+        sampled = position + length >= len(running.order.prompt)
+        if sampled != (token is not None):
+            raise FrameError(f"the head {'drew no' if sampled else 'drew a'} token at position {position + length}")
+        if token is not None and not 0 <= token <= MAX_TOKEN_ID:
+            raise FrameError(f"the head drew {token}, which is no token")
+        if running.in_flight:
+            self._under_way -= running.in_flight.popleft()
+        running.back += length
+        if token is None:
+            return None, None
+        if token in running.order.stop_ids:
+            return None, self.end(sequence, "stop")
+        start = len(running.said)
+        tokens = Tokens(self._deployment, sequence, start, (token,), reused=_first(running))
+        if start + 1 >= running.order.max_tokens or running.fed >= self._context:
+            self.end(sequence, "length")
+            return None, replace(tokens, finish="length")
+        running.said.append(token)
+        return running.feed(1), tokens
+
+    def end(self, sequence: int, finish: FinishReason, error: str = "") -> Tokens | None:
+        """Ends a sequence and frees its slot, idle unless it failed; None if it has ended before."""
+        running = self._running.pop(sequence, None)
+        if running is None:
+            return None
+        self._draining[sequence] = sum(running.in_flight)
+        order, choice = running.order, running.choice
+        self._prompts.remove(order.client, sequence)
+        if finish != "error":
+            ids = (*order.prompt, *running.said)[: running.back]
+            furthest = max(choice.furthest, running.fed)
+            self._idle.keep(choice.slot, Remains(sequence, order.client, ids, furthest))
+        return Tokens(self._deployment, sequence, len(running.said), (), finish, error, _first(running))
+
+    def forget(self, sequence: int) -> None:
+        """What an ended sequence left in its slot is not to be had any more."""
+        self._idle.forget(sequence)
+
+    def drained(self, sequence: int) -> None:
+        """An ended sequence's RELEASE has gone round: nothing of it is under way."""
+        self._under_way -= self._draining.pop(sequence, 0)
+
+    def reset(self) -> None:
+        """The links are new: nothing of what has ended is under way, and the stages keep nothing."""
+        for sequence in list(self._draining):
+            self.drained(sequence)
+        self._idle.clear()
+
+
+def _first(running: _Running) -> int:
+    """What the first message about an answer, and no other, tells of its prompt."""
+    return 0 if running.said else running.choice.position

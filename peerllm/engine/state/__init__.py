@@ -1,0 +1,1 @@
+"""What the stages of an engine keep of each sequence, and who holds which slot."""
