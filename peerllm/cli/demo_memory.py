@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.daemon.deployment.model_files import BUILTIN, dtype_of
+from peerllm.daemon.deployment.model_files import dtype_of
+from peerllm.daemon.weights.known_models import BUILTIN
 from peerllm.errors import ModelError
 from peerllm.planner.cost import layer_bytes
 from peerllm.planner.memory import working_bytes

@@ -23,6 +23,9 @@ def status(args: argparse.Namespace) -> None:
         return
     print(f"{printable(found['device']['name'])}: {device.url}\n")
     print(devices_text(found))
+    if found["devices"][0]["state"] == "starting":
+        print("\nModels that ran here before come back when it has started.")
+        return
     print(links_text(found))
     print(deployments_text(found))
 
@@ -36,10 +39,10 @@ def devices_text(found: Status) -> str:
     rows = [("DEVICE", "STATE", "MEMORY", "LENT", "USED", "COMPUTES ON", "ID")]
     for one in found["devices"]:
         here = " (this one)" if one["id"] == found["device"]["id"] else ""
-        rows.append((
-            one["name"] + here, one["state"], human_bytes(one["memory_bytes"]), human_bytes(one["lent_bytes"]),
-            human_bytes(one.get("promised_bytes", 0)), (one.get("compute") or {}).get("place", ""), one["id"][:12],
-        ))  # fmt: skip
+        known = (human_bytes(one[key]) for key in ("memory_bytes", "lent_bytes", "used_bytes"))
+        memory = known if one["memory_bytes"] else ("", "", "")  # it was never here, or is starting
+        place = (one.get("compute") or {}).get("place", "")
+        rows.append((one["name"] + here, one["state"], *memory, place, one["id"][:12]))
     lines = [table(rows)]
     lines += [f"{one['name']}: {one['problem']}" for one in found["devices"] if one.get("problem")]
     strangers = [str(one["name"]) for one in found.get("nearby", ())]
@@ -85,7 +88,15 @@ def deployment_text(one: Mapping[str, Any]) -> str:
         bar = layer_bar(first, last, layers)
         speed = _block_ms((one.get("profiles") or {}).get(stage["device"]))
         rows.append((stage["device"], f"{first}-{last}", bar, human_bytes(stage["memory_bytes"]), speed))
-    return f"{printable(head)}\n{table(rows)}{weights_text(one)}{speed_text(one)}{activations_text(one)}"
+    said = f"{context_text(one)}{weights_text(one)}{speed_text(one)}{activations_text(one)}"
+    return f"{printable(head)}\n{table(rows)}{said}"
+
+
+def context_text(one: Mapping[str, Any]) -> str:
+    """How much a sequence may hold, and how many there is room for; "" where a device's version does not say."""
+    if not one.get("context"):
+        return ""
+    return f"\ncontext: {one['context']} tokens, prompt and answer together; {one['slots']} at once"
 
 
 def weights_text(one: Mapping[str, Any]) -> str:

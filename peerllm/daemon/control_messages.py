@@ -93,6 +93,9 @@ class DeploymentView:
     dtype: str = ""  # it is computed in; "": not known yet
     quantize: str = ""  # what weights are rounded to; "": not at all
     quantize_wanted: str = "auto"  # one of types.QUANTIZE
+    context: int = 0  # tokens that a sequence may hold, as planned; 0: there is no plan
+    slots: int = 0  # sequences served at once, as planned
+    doing: str = ""  # what it waits for on its way to serving, for people
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,10 @@ class Chunk:
 class Household(Protocol):
     """What the API may ask of the daemon. Errors are PeerLLMErrors with the HTTP status to answer with."""
 
+    async def started(self) -> None:
+        """Returns when the device can be used; until then only `status` and `changed` may be asked."""
+        ...
+
     def status(self) -> dict[str, Any]:
         """The object of design §9, plus "version", "api", "links" and per device "engine",
         "compute", "rtt_ms", "address"."""

@@ -116,6 +116,7 @@ class FakeHousehold:
         self.requests: list[GenerateRequest] = []
         self.runs: list[RunOptions] = []
         self.calls: list[tuple[Any, ...]] = []
+        self.start_gate: asyncio.Event | None = None  # the device is starting until it is set
         self.pairing_port = 8645
         self.addresses: tuple[str, ...] = ("192.168.1.7", "fd00::7", "fe80::7")
         self.asked = asyncio.Event()
@@ -129,6 +130,10 @@ class FakeHousehold:
         self.nearby: list[dict[str, Any]] = []
         self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
         self.deployments: list[dict[str, Any]] = [deployment()]
+
+    async def started(self) -> None:
+        if self.start_gate is not None:
+            await self.start_gate.wait()
 
     async def engine(self) -> dict[str, Any]:
         return {"stages": [], "weight_bytes": 0, "kv_bytes": 0, "resident_bytes": 0, "decode_ms": {}}
@@ -277,6 +282,7 @@ def device(name: str, index: int, state: str = "here") -> dict[str, Any]:
         "state": state,
         "memory_bytes": 8_000_000_000,
         "lent_bytes": 20_000_000,
+        "used_bytes": 12_000_000,
         "promised_bytes": 12_000_000,
         "problem": "",
         "engine": "running",
