@@ -318,6 +318,7 @@ def deployment(
         "name": model,
         "model": model,
         "context": 1024,
+        "slots": 4,
         "message": "",
         "state": state,
         "epoch": 1,

@@ -121,7 +121,7 @@ async def expected(model, prompt, count):
 
 
 async def answer(daemon, model, prompt, count):
-    served = next(one for one in daemon.models() if one.name == model)
+    served = next(one for one in daemon.models() if one.model == model)
     ids, finish = [], None
     async with asyncio.timeout(BOUND_S):
         async for chunk in daemon.generate(GenerateRequest(served.deployment, prompt, count, Sampling())):
