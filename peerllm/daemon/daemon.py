@@ -161,7 +161,7 @@ class Daemon:
     # ---- facade.Household -----------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """The object of design §9, and more."""
+        """See facade.Household.status."""
         peers, addresses = self.network.peers(), self.network.addresses
         me = {
             **device_entry(self.identity.device, self.hello(), self._view()),

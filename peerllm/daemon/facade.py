@@ -80,8 +80,7 @@ class Household(Protocol):
     """What the API may ask of the daemon. Errors are PeerLLMErrors with the HTTP status to answer with."""
 
     def status(self) -> dict[str, Any]:
-        """The object of design §9, plus "version", "api", "links" and per device "engine",
-        "compute", "rtt_ms", "address"."""
+        """What `peerllm status --json` prints, see docs/json.md."""
         ...
 
     async def engine(self) -> dict[str, Any]:
