@@ -161,7 +161,7 @@ class Daemon:
     # ---- facade.Household -----------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """See facade.Household.status."""
+        """The object of design §9, and more."""
         peers, addresses = self.network.peers(), self.network.addresses
         me = {
             **device_entry(self.identity.device, self.hello(), self._view()),

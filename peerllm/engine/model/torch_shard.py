@@ -109,7 +109,7 @@ class TorchShard:
             raise BadInputError(f"hidden states must be [n, {self.hidden_size}], not {list(inputs.shape)}")
 
     def _segment(self, inputs: torch.Tensor, segment: Segment) -> torch.Tensor:
-        """One segment's part of the output of `forward`. If it fails, the slot still holds what came before."""
+        """[n] or [n, hidden] to what `forward` tells of it. If it fails, its slot still holds what came before it."""
         cache = self._caches[segment.slot]
         cache.seek(segment.position)
         tells = segment.sample or not self._has_head
@@ -119,7 +119,7 @@ class TorchShard:
         return output if tells else torch.empty(0, self.vocabulary)
 
     def positions(self, segment: Segment) -> torch.Tensor:
-        """The positions of a segment's tokens in their sequence: int64 [n]."""
+        """int64 [n]: where each of its tokens stands in the sequence."""
         return torch.arange(segment.position, segment.position + segment.length)
 
     def _run(self, inputs: torch.Tensor, segment: Segment, cache: SlotCache) -> torch.Tensor:

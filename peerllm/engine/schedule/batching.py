@@ -1,4 +1,4 @@
-"""Which waiting work this engine computes next. Pure: no clock, no threads.
+"""Which waiting work this engine computes next (design §5.4). Pure: no clock, no threads.
 
 Pieces are runs of one sequence's tokens. Steps (one token of an answer) go before prompt chunks, oldest first. Steps
 that came together are computed together and with no others: the source alone decides how sequences are divided into
