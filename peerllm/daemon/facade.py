@@ -88,8 +88,7 @@ class Household(Protocol):
         ...
 
     def status(self) -> dict[str, Any]:
-        """The object of design §9, plus "version", "api", "links" and per device "engine",
-        "compute", "rtt_ms", "address"."""
+        """What `peerllm status --json` prints, see docs/json.md."""
         ...
 
     async def engine(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The object of design §9: everything a person may want to know of the household, as this device sees it. Pure."""
+"""The status object (docs/json.md): everything a person may want to know of the household. Pure."""
 
 from __future__ import annotations
 

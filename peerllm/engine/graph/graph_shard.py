@@ -106,7 +106,7 @@ class GraphShard:
         self._slots.close()
 
     def _check(self, inputs: npt.NDArray[Any], segments: Sequence[Segment]) -> None:
-        """EngineError if the batch is wrong, before any slot changes: the graphs write to addresses without checks."""
+        """EngineError before anything has moved: the graphs read and write by address what they are told to."""
         lengths = [segment.length for segment in segments]
         if not lengths or min(lengths) < 1 or max(lengths) > 1 < len(lengths):
             raise EngineError("a pass is one token each of several sequences, or a chunk of one")
@@ -118,7 +118,7 @@ class GraphShard:
         self._slots.check(segments)
 
     def _in_pieces(self, inputs: npt.NDArray[Any], whole: Segment) -> npt.NDArray[Any]:
-        """Compute a chunk that is longer than a window's room in several passes."""
+        """A chunk longer than a window's room takes."""
         outs, longest = [], self._slots.longest
         for start in range(0, whole.length, longest):
             length = min(longest, whole.length - start)

@@ -64,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The places of a pass's sequences, from `first` on; `order[i]` is the segment at place first + i."""
+    """Where the sequences of a pass lie: places from `first` on; `order[i]` is the segment at place i."""
 
     first: int
     order: tuple[int, ...]
@@ -96,7 +96,7 @@ class KVSlots:
         return min((group.longest for group in self.groups.values()), default=self._context)
 
     def check(self, segments: Sequence[Segment]) -> None:
-        """EngineError unless each segment has its own slot, can start at its position there, and fits."""
+        """EngineError unless every segment has a slot of its own, which can go on from its position and has room."""
         if len({segment.slot for segment in segments}) < len(segments):
             raise EngineError("a sequence stands twice in a batch")
         for segment in segments:
@@ -112,7 +112,7 @@ class KVSlots:
                     raise EngineError(f"position {position} is too far back for a window; replay the sequence")
 
     def seek(self, segments: Sequence[Segment]) -> Batch:
-        """Bring the slots of checked segments to neighbouring places, and each to its segment's position."""
+        """Bring the slots to the positions of segments that were checked, side by side."""
         for segment in segments:
             self._move(segment.slot, segment.position)
         first, order = self._gather([segment.slot for segment in segments])
@@ -126,7 +126,7 @@ class KVSlots:
         return Batch(first, order, tuple(lasts), tuple(totals))
 
     def advance(self, segments: Sequence[Segment]) -> None:
-        """Count the tokens that a successful pass wrote."""
+        """A pass went well: what it wrote counts from now on."""
         for segment in segments:
             self._lengths[segment.slot] += segment.length
             for group in self.groups.values():
