@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _devices(directory: Path, memory: list[int], api: tuple[str, int], model: str) -> Iterator[list[DemoDevice]]:
-    """The devices, started and ready, `model` expected at the first; ended when the block is left, however it happens."""
+    """The devices, started and ready, the first told what `model` comes; ended when the block is left, in any way."""
     threads = max(1, free_processors() // len(memory))
     with contextlib.ExitStack() as stack:
         devices = []
