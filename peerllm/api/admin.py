@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 from aiohttp import web
 
 from peerllm.api.error_answers import error_object, json_response
-from peerllm.api.expected import MAX_EXPECTED_S
 from peerllm.api.fields import Fields, read_object
 from peerllm.api.guard import is_loopback
 from peerllm.api.keys import EXPECTED, HOUSEHOLD, TASKS
@@ -100,14 +99,6 @@ async def remove(request: web.Request) -> web.Response:
     """{"device": name or id}."""
     device = (await read_object(request)).text("device", MAX_TEXT_CHARS)
     await _change(request, request.app[HOUSEHOLD].remove(device), "remove")
-    return json_response({"ok": True})
-
-
-async def expect(request: web.Request) -> web.Response:
-    """{"model", "seconds"}: requests for this model wait so long for its start."""
-    fields = await read_object(request)
-    model = fields.text("model", MAX_TEXT_CHARS)
-    request.app[EXPECTED].announce(model, fields.integer("seconds", 1, MAX_EXPECTED_S) or MAX_EXPECTED_S)
     return json_response({"ok": True})
 
 

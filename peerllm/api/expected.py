@@ -1,40 +1,35 @@
-"""Models that are about to be started here: named before there is a deployment, so that requests can wait for it."""
+"""The model that is about to be started here: known before there is a deployment, so that requests can wait for it."""
 
 from __future__ import annotations
 
 import time
 
 from peerllm.daemon.facade import ServedModel
-from peerllm.errors import OverloadedError
 
-MAX_EXPECTED = 16
-MAX_EXPECTED_S = 600  # seconds that one may be announced ahead
+EXPECTED_S = 300.0  # seconds after which it is expected no more
 
 
-class ExpectedModels:
-    """Who starts devices before the model (`peerllm demo`) announces it here; each is forgotten after its time."""
+class ExpectedModel:
+    """Who starts a device in order to run a model there (`peerllm demo`) names it at the start; "": none."""
 
-    def __init__(self) -> None:
-        self._until: dict[str, float] = {}  # by model: monotonic seconds
-
-    def announce(self, model: str, seconds: float) -> None:
-        """OverloadedError when too many are announced already."""
-        if len(self.models()) >= MAX_EXPECTED and model not in self._until:
-            raise OverloadedError(f"{MAX_EXPECTED} models are expected already; ask again in a moment")
-        self._until[model] = time.monotonic() + seconds
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._until = time.monotonic() + EXPECTED_S
 
     def forget(self, model: str) -> None:
-        self._until.pop(model, None)
+        """This model was run: the household knows more of it."""
+        if model == self._model:
+            self._model = ""
 
     def models(self) -> list[ServedModel]:
-        """As if they were being planned."""
-        now = time.monotonic()
-        self._until = {model: until for model, until in self._until.items() if until > now}
+        """As if it were being planned; empty where none is expected."""
+        if not self._model or time.monotonic() >= self._until:
+            return []
         return [
             ServedModel(
                 deployment="",
-                name=model.rstrip("/").rpartition("/")[2] or model,
-                model=model,
+                name=self._model.rstrip("/").rpartition("/")[2],
+                model=self._model,
                 state="planning",
                 reason="",
                 created=0,
@@ -43,5 +38,4 @@ class ExpectedModels:
                 stop_ids=(),
                 message="the devices are being started",
             )
-            for model in self._until
         ]

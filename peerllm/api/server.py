@@ -13,7 +13,7 @@ from aiohttp.typedefs import Handler
 
 from peerllm.api import admin, completions, models, page
 from peerllm.api.error_answers import errors_as_json
-from peerllm.api.expected import ExpectedModels
+from peerllm.api.expected import ExpectedModel
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
 from peerllm.api.keys import EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
@@ -31,13 +31,18 @@ WHILE_STARTING = ("/peerllm/v1/status", "/peerllm/v1/events", "/peerllm/v1/proce
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  where this machine reaches itself
 
 
-def create_app(household: Household, token: str, loopback: bool, names: Iterable[str] = ()) -> web.Application:
-    """Every route over the household's face, behind the guard; `names`: further hosts the owner calls it by."""
+def create_app(
+    household: Household, token: str, loopback: bool, names: Iterable[str] = (), expected: str = ""
+) -> web.Application:
+    """Every route over the household's face, behind the guard; `names`: further hosts the owner calls it by.
+
+    `expected`: the model that is about to be run, "" if none is.
+    """
     guard = Guard(token, loopback, frozenset(name.lower() for name in names))
     app = web.Application(middlewares=[guarded(guard), errors_as_json, when_started], client_max_size=MAX_BODY_BYTES)
     app[HOUSEHOLD] = household
     app[GUARD] = guard
-    app[EXPECTED] = ExpectedModels()
+    app[EXPECTED] = ExpectedModel(expected)
     app[page.FILES] = page.load_files()
     app.on_response_prepare.append(add_security_headers)
     app.cleanup_ctx.append(_resources)
@@ -53,7 +58,7 @@ def create_app(household: Household, token: str, loopback: bool, names: Iterable
     app.router.add_get("/peerllm/v1/scenario", admin.scenario)
     app.router.add_get("/peerllm/v1/events", admin.events, allow_head=False)
     pairing = admin.invite, admin.join, admin.leave, admin.remove
-    for change in (*pairing, admin.bench, admin.expect, admin.plan, admin.run, admin.stop, admin.trace):
+    for change in (*pairing, admin.bench, admin.plan, admin.run, admin.stop, admin.trace):
         app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
     return app
 
@@ -86,10 +91,19 @@ async def _end_streams(app: web.Application) -> None:
 class ApiServer:
     """Listens on host:port. `reserve` takes the port before anything else is started, `start` begins to answer."""
 
-    def __init__(self, household: Household, host: str, port: int, data_dir: Path, names: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        household: Household,
+        host: str,
+        port: int,
+        data_dir: Path,
+        names: Iterable[str] = (),
+        expected: str = "",
+    ) -> None:
         self.host = host
         self.port = port
         self._names = (host, *names)
+        self._expected = expected
         self._household = household
         self._data_dir = data_dir
         self._socket: socket.socket | None = None
@@ -111,7 +125,7 @@ class ApiServer:
             await self.reserve()
         assert self._socket is not None
         token = load_or_create_token(self._data_dir)
-        app = create_app(self._household, token, is_loopback(self.host), self._names)
+        app = create_app(self._household, token, is_loopback(self.host), self._names, self._expected)
         runner = self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S
         )

@@ -37,6 +37,7 @@ MAX_ANSWER_TOKENS = 80
 def run(args: argparse.Namespace) -> None:
     """Returns after Ctrl-C or SIGTERM, with every device ended."""
     model_dir = MODEL_DIR if args.model == BUILTIN else Path(args.model).expanduser().resolve()
+    model = BUILTIN if args.model == BUILTIN else str(model_dir)
     if not model_dir.is_dir():
         raise BadInputError(f"--model {args.model}: the demo takes builtin or a local directory")
     sizes = sizes_of(model_dir, SLOTS, CONTEXT)
@@ -49,22 +50,23 @@ def run(args: argparse.Namespace) -> None:
     with (
         contextlib.suppress(KeyboardInterrupt),
         tempfile.TemporaryDirectory(prefix="peerllm-demo-") as directory,
-        _devices(Path(directory), memory, args.api) as devices,
+        _devices(Path(directory), memory, args.api, model) as devices,
     ):
-        _serve(devices, BUILTIN if args.model == BUILTIN else str(model_dir), args)
+        _serve(devices, model, args)
         say("Stop with Ctrl-C.")
         devices[0].wait()
 
 
 @contextlib.contextmanager
-def _devices(directory: Path, memory: list[int], api: tuple[str, int]) -> Iterator[list[DemoDevice]]:
-    """The devices, started and ready; ended when the block is left, however that happens."""
+def _devices(directory: Path, memory: list[int], api: tuple[str, int], model: str) -> Iterator[list[DemoDevice]]:
+    """The devices, started and ready, the first told what `model` comes; ended when the block is left, in any way."""
     threads = max(1, free_processors() // len(memory))
     with contextlib.ExitStack() as stack:
         devices = []
         for index, limit in enumerate(memory):
             where = api if index == 0 else ("127.0.0.1", 0)
-            device = DemoDevice(directory / NAMES[index], NAMES[index], limit, threads, where)
+            expected = "" if index else model
+            device = DemoDevice(directory / NAMES[index], NAMES[index], limit, threads, where, expected)
             stack.callback(device.end)
             devices.append(device)
         stack.callback(_ask_all_to_end, devices)
@@ -96,7 +98,6 @@ def _wait_for_all(first: LocalDevice, names: Sequence[str]) -> None:
 def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> None:
     """Pair them, divide the model, show who holds what, ask one question."""
     first = LocalDevice(devices[0].data_dir)
-    first.post("/peerllm/v1/expect", {"model": model})
     for device in devices[1:]:
         invitation = first.post("/peerllm/v1/invite", {})
         at = f"127.0.0.1:{invitation['port']}"

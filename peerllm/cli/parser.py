@@ -180,6 +180,7 @@ def _up(up: argparse.ArgumentParser) -> None:
     )
     up.add_argument("--loopback", action="store_true", help="listen on this machine only: no other machine can pair")
     up.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
+    up.add_argument("--expect", default="", help=argparse.SUPPRESS)  # the model that will be run: requests wait for it
 
 
 def _demo(demo: argparse.ArgumentParser) -> None:

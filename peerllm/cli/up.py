@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise BadInputError(f"cannot use --data {settings.data_dir}: {error.strerror}") from error
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(serve(settings, args.api_name, args.exit_with_parent))
+        runner.run(serve(settings, args.api_name, args.exit_with_parent, args.expect))
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -63,7 +63,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool) -> None:
+async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool, expected: str = "") -> None:
     """API, then daemon, then the ready line; a signal closes them. The API tells from the first second what goes on."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -72,7 +72,7 @@ async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool
     if exit_with_parent:
         _watch_stdin(loop, stop)
     daemon = Daemon(settings)
-    api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names)
+    api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names, expected)
     try:
         await api.reserve()
         await daemon.claim()

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,6 @@ from tests.api.fake import BOUND_S, FakeHousehold
 PATH = "/v1/chat/completions"
 ASK: Any = {"model": "builtin", "messages": [{"role": "user", "content": "hi"}]}
 PLANNED: dict[str, Any] = {"state": "planning", "model_dir": None, "context": 0, "stop_ids": ()}
-ADMIN = {"X-PeerLLM": "test"}
 
 
 def become(household: FakeHousehold, **what: Any) -> None:
@@ -153,9 +153,15 @@ async def test_who_waits_counts_as_a_stream(
         assert response.status == 429
 
 
-async def expect(client: aiohttp.ClientSession, model: str, **more: Any) -> int:
-    async with client.post("/peerllm/v1/expect", json={"model": model, **more}, headers=ADMIN) as response:
-        return response.status
+@pytest.fixture
+async def starting(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[aiohttp.ClientSession]:
+    """At a device that was started in order to run /models/tiny, which it does not yet."""
+    household.served = []
+    server = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", expected="/models/tiny")
+    await server.start()
+    async with aiohttp.ClientSession(server.url) as session:
+        yield session
+    await server.close()
 
 
 async def listed(client: aiohttp.ClientSession) -> list[tuple[str, str]]:
@@ -163,44 +169,37 @@ async def listed(client: aiohttp.ClientSession) -> list[tuple[str, str]]:
         return [(one["id"], one["state"]) for one in (await response.json())["data"]]
 
 
+@pytest.mark.parametrize("name", ["tiny", "/models/tiny"])
 async def test_a_model_that_is_about_to_be_started_is_waited_for(
-    client: aiohttp.ClientSession, household: FakeHousehold
+    starting: aiohttp.ClientSession, household: FakeHousehold, name: str
 ) -> None:
-    household.served = []
-    assert await expect(client, "/models/tiny") == 200
-    assert await listed(client) == [("tiny", "planning")]
+    assert await listed(starting) == [("tiny", "planning")]
     household.watched.clear()
-    tasks = [asyncio.create_task(client.post(PATH, json={**ASK, "model": name})) for name in ("tiny", "/models/tiny")]
+    task = asyncio.create_task(starting.post(PATH, json={**ASK, "model": name}))
     await asyncio.wait_for(household.watched.wait(), BOUND_S)
     become(household, name="tiny", model="/models/tiny")
-    assert [(await asyncio.wait_for(task, BOUND_S)).status for task in tasks] == [200, 200]
-    assert await listed(client) == [("tiny", "serving")], "once"
+    assert (await asyncio.wait_for(task, BOUND_S)).status == 200
+    assert await listed(starting) == [("tiny", "serving")], "once"
 
 
 @pytest.mark.parametrize("error", [None, BadInputError("it cannot be read")])
 async def test_it_is_expected_no_more_once_it_was_run(
-    client: aiohttp.ClientSession, household: FakeHousehold, error: Exception | None
+    starting: aiohttp.ClientSession, household: FakeHousehold, error: Exception | None
 ) -> None:
-    household.served, household.run_error = [], error
-    await expect(client, "builtin")
-    async with client.post("/peerllm/v1/run", json={"model": "builtin"}, headers=ADMIN) as response:
-        await response.text()
-    assert await listed(client) == []
-    async with client.post(PATH, json=ASK) as response:
+    household.run_error = error
+    for model, left in (("another", [("tiny", "planning")]), ("/models/tiny", [])):
+        async with starting.post("/peerllm/v1/run", json={"model": model}, headers={"X-PeerLLM": "test"}) as response:
+            await response.text()
+        assert await listed(starting) == left
+    async with starting.post(PATH, json={**ASK, "model": "tiny"}) as response:
         assert response.status == 404
 
 
-def test_expectations_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_expected_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(expected, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    found = expected.ExpectedModels()
-    found.announce("a", 10)
-    clock[0] = 9.9
-    assert [one.name for one in found.models()] == ["a"]
-    clock[0] = 10.0
+    found = expected.ExpectedModel("builtin")
+    clock[0] = expected.EXPECTED_S - 0.1
+    assert [one.name for one in found.models()] == ["builtin"]
+    clock[0] = expected.EXPECTED_S
     assert not found.models()
-    for number in range(expected.MAX_EXPECTED):
-        found.announce(str(number), 10)
-    found.announce("0", 20)
-    with pytest.raises(expected.OverloadedError):
-        found.announce("one more", 10)

@@ -2,9 +2,9 @@
 
 export const byId = (id) => document.getElementById(id);
 
-const present = (children) => children.filter((child) => child !== null && child !== false);
+const present = (children) => children.filter((child) => child !== null && child !== undefined && child !== false);
 
-/** An element with properties and children; strings become text nodes, null and false are left out. */
+/** An element with properties and children; strings become text nodes, null, undefined and false are left out. */
 export function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -22,12 +22,21 @@ export function make(tag, properties = {}, ...children) {
  * A child made with a `key` is found again wherever it stood, any other where it stands now.
  */
 export function update(parent, ...wanted) {
-  const keyed = new Map([...parent.children].filter((child) => child.dataset.key).map((child) => [child.dataset.key, child]));
   const fresh = present(wanted);
+  const keys = new Set(fresh.map((child) => child.dataset?.key));
+  const keyed = new Map();
+  for (const child of [...parent.children].filter((one) => one.dataset.key)) {
+    if (keys.has(child.dataset.key)) keyed.set(child.dataset.key, child);
+    else child.remove();
+  }
   fresh.forEach((child, index) => {
-    const here = parent.childNodes[index] ?? null;
+    let here = parent.childNodes[index] ?? null;
     const key = child.dataset?.key;
     const old = key ? keyed.get(key) : here?.dataset?.key ? null : here;
+    while (old && here && here !== old && !here.dataset?.key) { // surplus goes: moving `old` over it would cost its focus
+      here.remove();
+      here = parent.childNodes[index] ?? null;
+    }
     if (old?.nodeName !== child.nodeName) parent.insertBefore(child, here);
     else {
       if (old !== here) parent.insertBefore(old, here);
