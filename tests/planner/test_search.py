@@ -135,3 +135,14 @@ def test_a_sweep_gives_up_when_its_budget_is_spent() -> None:
         interchangeable_devices(asked),
     )
     assert sweep.run(4000, budget=1) is None and not sweep.complete
+
+
+def test_a_search_without_a_budget_claims_nothing() -> None:
+    given_up = 0
+    for seed in range(60):
+        asked = random_problem(seed)
+        search = GapSearch(asked)
+        search.close_gap((1,), -1)
+        check(asked, search.result(), least(asked))
+        given_up += not search.result().placement and not search.result().proven
+    assert given_up
