@@ -6,6 +6,7 @@ import pytest
 
 from peerllm.planner.cost.layer_costs import batch_ms
 from peerllm.planner.cost.prediction import Lap, best_lap, lap_of, predict_throughput
+from peerllm.planner.simulator.simulation import simulate
 from peerllm.types import DeviceProfile, Layer, LinkProfile, Medium, ModelProfile, Stage, Workload
 
 MODEL = ModelProfile("m", tuple(Layer(kind, kind, 1, 0, 1000) for kind in ("embedding", "block", "head")))
@@ -43,6 +44,17 @@ def test_devices_of_one_name_are_not_added_up() -> None:
     links = {pair: LinkProfile(1.0, 1000) for pair in (("a1", "b2"), ("b2", "a1"))}
     lap = lap_of(MODEL, devices, links, (Stage("a1", 0, 1), Stage("b2", 2, 2)), 1)
     assert (lap.bottleneck_ms, lap.bottleneck) == (6.0, "box")
+
+
+def test_a_link_that_a_lap_takes_twice_is_busy_twice_as_long() -> None:
+    model = ModelProfile("m", (*MODEL.layers[:2], *MODEL.layers[1:2] * 2, MODEL.layers[2]))
+    devices = {name: device(name, 0.1) for name in "ab"}
+    links = {pair: LinkProfile(4.0, 8.0) for pair in (("a", "b"), ("b", "a"))}
+    stages = (Stage("a", 0, 1), Stage("b", 2, 2), Stage("a", 3, 3), Stage("b", 4, 4))
+    lap = lap_of(model, devices, links, stages, 1)
+    assert (lap.bottleneck, lap.bottleneck_ms) == ("a to b", 10.0)
+    run = simulate(model, devices, links, stages, Workload(), micro_batches=9, steps=99, prefill=False)
+    assert run.steady_tokens_per_second == pytest.approx(1000 * lap.rate(9), rel=0.02)
 
 
 def test_the_slowest_of_devices_hops_and_media_is_named() -> None:

@@ -75,7 +75,7 @@ def lap_of(
         nbytes = batch * model.layers[stage.last_layer].output_bytes_per_token
         hop = hop_ms(links, stage.device, after, nbytes)
         if after != stage.device:
-            busy[stage.device, after] = max(busy.get((stage.device, after), 0.0), hop)
+            busy[stage.device, after] = busy.get((stage.device, after), 0.0) + hop
             for medium in media:
                 if (stage.device, after) in medium.links and (link := links.get((stage.device, after))) is not None:
                     air[medium.name] += nbytes * 8 / (link.mbps * 1000)

@@ -131,6 +131,7 @@ def test_without_hops_and_costs_of_a_pass_the_smallest_chunk_wins():
     assert free.best_chunk(1024, MAX_CHUNK) == MIN_CHUNK
     assert free.first_token_ms(1024, 16) == pytest.approx(1024 + 3 * 16)
     assert free.best_chunk(1, MAX_CHUNK) == MAX_CHUNK
+    assert paced([0.0], [0.0], []).best_chunk(1024, MAX_CHUNK) == MAX_CHUNK, "of what takes no time the largest"
 
 
 def test_a_slow_link_is_a_resource_like_a_device():
