@@ -62,27 +62,29 @@ def lap_of(
     media: Sequence[Medium] = (),
 ) -> Lap:
     """The cost of one lap of `batch` sequences; infinite where a link is missing."""
-    busy: dict[str, float] = {}
-    air = dict.fromkeys((f"medium {medium.name}" for medium in media), 0.0)
+    # Keys are ids of a device or of a hop's two devices, since several devices may have one name.
+    busy: dict[tuple[DeviceId, ...], float] = {}
+    air = dict.fromkeys((medium.name for medium in media), 0.0)
     ring = 0.0
     for place, stage in enumerate(stages):
         device = devices[stage.device]
         held = model.layers[stage.first_layer : stage.last_layer + 1]
         compute = sum(layer_ms(device, layer, batch) for layer in held)
-        busy[device.name] = busy.get(device.name, 0.0) + compute
+        busy[stage.device,] = busy.get((stage.device,), 0.0) + compute
         after = stages[(place + 1) % len(stages)].device
         nbytes = batch * model.layers[stage.last_layer].output_bytes_per_token
         hop = hop_ms(links, stage.device, after, nbytes)
         if after != stage.device:
-            name = f"{device.name} to {devices[after].name}"
-            busy[name] = max(busy.get(name, 0.0), hop)
+            busy[stage.device, after] = busy.get((stage.device, after), 0.0) + hop
             for medium in media:
                 if (stage.device, after) in medium.links and (link := links.get((stage.device, after))) is not None:
-                    air[f"medium {medium.name}"] += nbytes * 8 / (link.mbps * 1000)
+                    air[medium.name] += nbytes * 8 / (link.mbps * 1000)
         ring += compute + hop
-    busy |= air
-    slowest = max(busy, key=lambda name: busy[name])
-    return Lap(batch, ring, busy[slowest], slowest)
+    slowest = max(busy, key=lambda ids: busy[ids])
+    medium_name = max(air, key=lambda name: air[name], default="")
+    if air and air[medium_name] > busy[slowest]:
+        return Lap(batch, ring, air[medium_name], f"medium {medium_name}")
+    return Lap(batch, ring, busy[slowest], " to ".join(devices[one].name for one in slowest))
 
 
 def best_lap(

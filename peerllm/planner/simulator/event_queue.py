@@ -31,8 +31,8 @@ class EventQueue:
 class Resource:
     """Serves one request at a time: the lowest rank first, and of equal ranks the one that came first."""
 
-    def __init__(self, agenda: EventQueue) -> None:
-        self._agenda = agenda
+    def __init__(self, queue: EventQueue) -> None:
+        self._queue = queue
         self._waiting: list[tuple[tuple[int, ...], int, Action]] = []
         self._came = 0
         self._taken = False
@@ -41,11 +41,11 @@ class Resource:
         """`granted` is called, at this instant or a later one, when the resource is the caller's until `free`."""
         self._came += 1
         heappush(self._waiting, (rank, self._came, granted))
-        self._agenda.after(0.0, self._grant, DECIDES)
+        self._queue.after(0.0, self._grant, DECIDES)
 
     def free(self) -> None:
         self._taken = False
-        self._agenda.after(0.0, self._grant, DECIDES)
+        self._queue.after(0.0, self._grant, DECIDES)
 
     def _grant(self) -> None:
         if self._waiting and not self._taken:

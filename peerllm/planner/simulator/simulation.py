@@ -110,18 +110,18 @@ class _Ring:
     ) -> None:
         self.spans: list[SimulatedSpan] = []
         self.back: dict[tuple[int, int], float] = {}  # (group, step): when the last of its tokens was back
-        self._agenda = EventQueue()
+        self._queue = EventQueue()
         self._names = _names(devices)
         self._media = sorted(media, key=lambda medium: medium.name)
         self._order = order
         self._latency_holds_link = latency_holds_link
         self._spread = spread
         self._random = random.Random(seed)  # noqa: S311
-        self._resources: defaultdict[tuple[str, ...], Resource] = defaultdict(lambda: Resource(self._agenda))
+        self._resources: defaultdict[tuple[str, ...], Resource] = defaultdict(lambda: Resource(self._queue))
 
     def run(self, schedule: SimulatedSchedule) -> None:
         def ended(one: SimulatedPass) -> None:
-            self.back[one.group, one.step] = self._agenda.now
+            self.back[one.group, one.step] = self._queue.now
             begin(schedule.ended(one))
 
         def begin(passes: Sequence[SimulatedPass]) -> None:
@@ -129,14 +129,14 @@ class _Ring:
                 self._stage(one, 0, partial(ended, one))
 
         begin(schedule.start())
-        self._agenda.run()
+        self._queue.run()
 
     def _stage(self, one: SimulatedPass, place: int, ended: Action) -> None:
         """Compute the leg at `place`, send, and go on with the next leg; call `ended` after the last."""
         if place == len(one.legs):
             ended()
             return
-        leg, ready = one.legs[place], self._agenda.now
+        leg, ready = one.legs[place], self._queue.now
         device = self._resources[leg.device,]
         onward = partial(self._stage, one, place + 1, ended)
 
@@ -150,7 +150,7 @@ class _Ring:
         def begin() -> None:
             took_ms = self._took_ms(one, leg)
             self._record(self._names[leg.device], "compute", one, leg, ready, took_ms)
-            self._agenda.after(took_ms, computed)
+            self._queue.after(took_ms, computed)
 
         kind = DECODE if one.sequence is None else PROMPT
         device.ask(begin, (kind, leg.stage if self._order == "stage" else 0))
@@ -163,13 +163,13 @@ class _Ring:
         return leg.compute_ms * self._random.gammavariate(shape, 1 / shape)
 
     def _send(self, one: SimulatedPass, leg: Leg, receiver: DeviceId, arrived: Action) -> None:
-        link, ready = self._resources[leg.device, receiver], self._agenda.now
+        link, ready = self._resources[leg.device, receiver], self._queue.now
         media = [medium for medium in self._media if (leg.device, receiver) in medium.links]
         air = [self._resources["medium", "", medium.name] for medium in media]
         held_ms = leg.hop_ms if self._latency_holds_link else leg.bytes_ms
 
         def sender() -> None:
-            take(0, self._agenda.now)
+            take(0, self._queue.now)
 
         def take(place: int, since: float) -> None:
             if place < len(air):
@@ -178,14 +178,14 @@ class _Ring:
             self._record(f"{self._names[leg.device]} to {self._names[receiver]}", "transfer", one, leg, ready, held_ms)
             for medium, resource in zip(media, air, strict=True):
                 self._record(medium.name, "air", one, leg, since, leg.bytes_ms)
-                self._agenda.after(leg.bytes_ms, resource.free)
-            self._agenda.after(held_ms, link.free)
-            self._agenda.after(leg.hop_ms, arrived)
+                self._queue.after(leg.bytes_ms, resource.free)
+            self._queue.after(held_ms, link.free)
+            self._queue.after(leg.hop_ms, arrived)
 
         link.ask(sender)
 
     def _record(self, name: str, kind: SpanKind, one: SimulatedPass, leg: Leg, ready_ms: float, took_ms: float) -> None:
-        now = self._agenda.now
+        now = self._queue.now
         self.spans.append(
             SimulatedSpan(name, kind, leg.stage, one.group, one.sequence, one.step, ready_ms, now, now + took_ms)
         )

@@ -38,7 +38,10 @@ def plan_throughput(
     search = BatchSizeSearch(table, workload.sequences, best_ring.offer, best)
     search.run((True,) if head_on_source else (False, True))
     if best_ring.stages is None or best_ring.lap is None:
-        raise explain_infeasible(model, devices, source, workload, working, head_on_source=head_on_source)
+        proven = search.bound == inf
+        raise explain_infeasible(
+            model, devices, source, workload, working, head_on_source=head_on_source, proven=proven
+        )
     predicted = predict_throughput(model, devices, links, best_ring.stages, workload, best_ring.lap, media)
     rate = predicted.tokens_per_second
     bound = 1000 / search.bound if search.bound > 0 else inf

@@ -54,3 +54,8 @@ def test_stages_then_cost_what_they_were_seen_to_take(one: dict[int, float], oth
 def test_a_device_with_a_silent_stage_stays_as_profiled() -> None:
     assert with_observed_times(MODEL, devices(), STAGES, {0: ((1, 9.0),)}) == devices()
     assert with_observed_times(MODEL, devices(), STAGES, {1: ((1, 4.0),)})["b"].layer_ms["block"][0] == (1, 2.0)
+
+
+def test_a_profile_without_any_time_cannot_be_scaled() -> None:
+    idle = {name: DeviceProfile(name, name, 99, dict.fromkeys(TIMES, ((1, 0.0),))) for name in "abc"}
+    assert with_observed_times(MODEL, idle, STAGES, {1: ((1, 4.0),)}) == idle

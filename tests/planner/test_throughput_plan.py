@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from peerllm.errors import InfeasibleError
+from peerllm.planner.routing.device_classes import device_classes
+from peerllm.planner.routing.route_graph import capped, route_lap
+from peerllm.planner.routing.route_relaxation import route_bound
+from peerllm.planner.throughput import batch_size_search
+from peerllm.planner.throughput.class_tables import class_tables
+from peerllm.planner.throughput.subset_dp import least_ring
 from peerllm.planner.throughput.throughput_plan import plan_throughput
-from peerllm.types import Plan
+from peerllm.types import DeviceProfile, LinkProfile, Plan
 from tests.planner.brute import (
     assignments,
     divides,
@@ -91,3 +98,58 @@ def test_brute_force_agrees_with_its_own_plain_form(seed):
         if divides(homes):
             plain = rate(i.model, i.devices, i.links, homes, b, m, i.media)
             assert (math.isinf(value) and math.isinf(plain)) or value == pytest.approx(plain)
+
+
+def test_hurried_searches_claim_nothing_false(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one label, no exact search and hardly any work plans are poor; bounds still hold, no poor plan is proven."""
+    hurried = {"WIDTHS": (1,), "SMALL": 0, "LARGEST_STATES": 0, "STEPS": 1, "local_search_ring": lambda *_: (None, 0)}
+    for name, value in hurried.items():
+        monkeypatch.setattr(batch_size_search, name, value)
+    poor = given_up = 0
+    for seed in range(200) if FULL else range(40):
+        i = instance(seed, 7, 4)
+        expected = most_tokens_per_second(*i.asked, working=i.working, head_on_source=i.head_on_source)
+        for budget in (0, 2000):
+            monkeypatch.setattr(batch_size_search, "BUDGET", budget)
+            try:
+                plan = plan_throughput(*i.asked, working_bytes=i.working, head_on_source=i.head_on_source)
+            except InfeasibleError as error:
+                said = str(error)
+                assert not expected or "though one may exist" in said
+                given_up += expected > 0
+                continue
+            did = plan.predicted.tokens_per_second
+            assert did <= expected * (1 + 1e-9) <= plan.bound * (1 + 2e-9)
+            assert not plan.optimal or did == pytest.approx(expected, rel=1e-9)
+            poor += did < expected * (1 - 1e-9)
+    assert poor and given_up
+
+
+def test_the_subset_program_finds_the_shortest_ring_at_the_cutoff_and_none_below() -> None:
+    rings = 0
+    for seed in range(40):
+        i = instance(seed, 6, 3)
+        graph = class_tables(*i.asked, i.working).graph(1, 1, False)
+        if graph is None or not len(graph.class_size):
+            continue
+        routes = capped(graph, math.inf)
+        free = route_bound(routes, np.zeros(len(graph.class_size)))
+        best = least_ring(routes, free, 1e300)
+        if best is None:
+            continue
+        ring, _ = route_lap(graph, best)
+        assert least_ring(routes, free, ring) is not None
+        assert least_ring(routes, free, ring * (1 - 1e-9)) is None or ring == 0
+        rings += 1
+    assert rings > 10
+
+
+def test_devices_with_other_links_between_them_are_no_class() -> None:
+    names = "sxy"
+    devices = {name: DeviceProfile(name, name, 9, {"block": ((1, 1.0),)}) for name in names}
+    links = {(a, b): LinkProfile(1.0, 100) for a in names for b in names if a != b}
+    room = dict.fromkeys(names, 9)
+    assert device_classes(devices, links, "sxy", room) == [["s"], ["x", "y"]]
+    assert device_classes(devices, {**links, ("x", "y"): LinkProfile(2.0, 100)}, "sxy", room) == [["s"], ["x"], ["y"]]
+    assert device_classes(devices, {**links, ("y", "s"): LinkProfile(2.0, 100)}, "sxy", room) == [["s"], ["x"], ["y"]]
+    assert device_classes(devices, links, "sxy", {**room, "y": 8}) == [["s"], ["x"], ["y"]]

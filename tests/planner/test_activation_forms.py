@@ -24,7 +24,7 @@ from peerllm.planner.transfers.activation_forms import (
     plan_with_forms,
     rounded,
 )
-from peerllm.types import Activations, DeviceProfile, Layer, LinkProfile, ModelProfile, Objective, Plan, Workload
+from peerllm.types import Activations, DeviceProfile, Layer, LinkProfile, ModelProfile, Objective, Plan, Stage, Workload
 from tests.planner.instances import FULL, instance, shape
 
 HIDDEN = 4096
@@ -120,6 +120,42 @@ def test_a_rounded_hop_costs_a_byte_a_number_and_a_scale() -> None:
         model=replace(MODEL, layers=tuple(replace(one, output_bytes_per_token=6) for one in MODEL.layers)),
     )
     assert rounded(tiny, ITEMSIZE) == tiny, "nothing grows"
+
+
+def fixed(links: dict[tuple[str, str], LinkProfile], total_ms: float) -> PlanWithForms:
+    """A plan over a, b and c whose request takes `total_ms` with every hop rounded; one token travels once."""
+    scenario = replace(household(links), workload=Workload(1, 1))
+    stages = (Stage("a", 0, 3), Stage("b", 4, 7), Stage("c", 8, 10))
+
+    def predicted(model: ModelProfile, ms: float) -> Plan:
+        times = {"embedding": ((1, ms),), "block": ((1, 0.0),), "head": ((1, 0.0),)}
+        devices = {name: DeviceProfile(name, name, 400, times) for name in "abc"}
+        return Plan(stages, predict_latency(model, devices, scenario.links, stages, scenario.workload))
+
+    short = predicted(rounded(scenario, ITEMSIZE).model, 0.0).predicted.request_ms
+    times = {"embedding": ((1, total_ms - short),), "block": ((1, 0.0),), "head": ((1, 0.0),)}
+    devices = {name: DeviceProfile(name, name, 400, times) for name in "abc"}
+    scenario = replace(scenario, devices=devices)
+    return plan_with_forms(scenario, "auto", ITEMSIZE, lambda model: predicted(model, total_ms - short))
+
+
+SAVED = (HIDDEN * ITEMSIZE - HIDDEN - SCALE_BYTES) / 1000  # ms for a hop of one token at 8 Mbit/s
+
+
+@pytest.mark.parametrize(("gain", "form"), [(0.096, "exact"), (0.099, "exact"), (0.101, "int8"), (0.104, "int8")])
+def test_rounding_must_gain_a_tenth(gain: float, form: str) -> None:
+    found = fixed({("a", "b"): LinkProfile(0, 8.0), ("b", "c"): LinkProfile(0, 1e12)}, SAVED / gain - SAVED)
+    assert found.forms[0] == form
+
+
+@pytest.mark.parametrize(("lost", "form"), [(0.006, "exact"), (0.0099, "exact"), (0.0101, "int8"), (0.014, "int8")])
+def test_a_hop_stays_exact_if_that_loses_a_hundredth_at_most(lost: float, form: str) -> None:
+    total = 3 * SAVED
+    slower = SAVED / (
+        lost * total / (1 - lost)
+    )  # times 8 Mbit/s: with this hop exact the request takes total/(1 - lost)
+    found = fixed({("a", "b"): LinkProfile(0, 8.0), ("b", "c"): LinkProfile(0, 8.0 * slower)}, total)
+    assert found.forms == ("int8", form)
 
 
 def test_random_households_gain_what_they_were_promised() -> None:

@@ -131,6 +131,7 @@ def test_without_hops_and_costs_of_a_pass_the_smallest_chunk_wins():
     assert free.best_chunk(1024, MAX_CHUNK) == MIN_CHUNK
     assert free.first_token_ms(1024, 16) == pytest.approx(1024 + 3 * 16)
     assert free.best_chunk(1, MAX_CHUNK) == MAX_CHUNK
+    assert paced([0.0], [0.0], []).best_chunk(1024, MAX_CHUNK) == MAX_CHUNK, "of what takes no time the largest"
 
 
 def test_a_slow_link_is_a_resource_like_a_device():
@@ -151,6 +152,8 @@ def test_no_step_waits_long_for_a_chunk():
     assert found == 64 and 30 + found * 6 <= MOST_WAIT_MS < 30 + 2 * found * 6
     slower = paced([5.0, 600.0], [0.5, 30.0], [0.1, 0.1])  # where a step takes long itself, a chunk may too
     assert slower.most_chunk(MAX_CHUNK) == MAX_CHUNK and MOST_WAIT_STEPS * 630 > 600 + 128 * 30
+    exactly = paced([5.0, 20.0], [0.5, 7.5], [0.1, 0.1])
+    assert exactly.most_chunk(MAX_CHUNK) == 64 and MOST_WAIT_MS == 20 + 64 * 7.5
     hopeless = paced([5.0, 0.0], [0.5, 100.0], [0.1, 0.1])
     assert hopeless.most_chunk(MAX_CHUNK) == MIN_CHUNK and hopeless.most_chunk(7) == 7
 

@@ -9,6 +9,7 @@ import pytest
 
 from peerllm.errors import BadInputError, InfeasibleError
 from peerllm.planner.simulator import simulation
+from peerllm.planner.simulator.run_report import SimulatedRun
 from peerllm.planner.simulator.simulated_schedules import SCHEDULES
 from peerllm.types import DeviceProfile, Medium, Workload
 from tests.planner.simulator.rings import Ring, at_random, by_hand
@@ -161,6 +162,17 @@ def test_too_few_tokens_for_a_steady_rate():
     assert ring.run(Workload(output_tokens=2), micro_batches=9).steady_tokens_per_second is None
 
 
+def test_two_tokens_of_each_group_after_the_settling_are_enough_for_a_steady_rate():
+    def steady(*returns: tuple[float, ...]) -> float | None:
+        return SimulatedRun("no-bubble", 2, False, (), returns).steady_tokens_per_second
+
+    assert steady((0, 3, 10)) == pytest.approx(2 * 1000 / 7)  # the first quarter of the ten milliseconds is left out
+    assert steady((0, 2.5, 10)) == pytest.approx(2 * 1000 / 7.5)
+    assert steady((0, 2.4, 10)) is None
+    assert steady((0, 3, 10), (0, 2, 6, 10)) == pytest.approx(2 * (1000 / 7 + 1000 / 4))
+    assert steady((0, 3, 10), (0, 2, 10)) is None
+
+
 def test_devices_of_one_name_stay_apart():
     ring = by_hand([1, 2], [1, 1])
     devices = {one: DeviceProfile(one, "box", 1, device.layer_ms) for one, device in ring.devices.items()}
@@ -209,3 +221,18 @@ def test_spans_are_counted_as_they_fall(monkeypatch):
         with pytest.raises(BadInputError):
             ring.run(WORK, micro_batch=batch, micro_batches=groups)
         monkeypatch.undo()
+
+
+def test_decode_passes_vary_as_told_and_prompts_do_not():
+    ring = by_hand([2, 3], [1, 1])
+    run = ring.run(WORK, steps=40, micro_batch=2, micro_batches=2, spread={0: 0.1})
+    took = {}
+    for span in run.events:
+        if span.kind == "compute":
+            took.setdefault((span.stage, span.step > 0), []).append(round(span.end_ms - span.start_ms, 9))
+    assert len(set(took[0, True])) == 80 and sum(took[0, True]) / 80 == pytest.approx(2, rel=0.1)
+    assert set(took[1, True]) == {3.0} and len(set(took[0, False])) == 1, "stage 1 and prompts take what they take"
+    again, other = (ring.run(WORK, steps=40, micro_batches=2, spread={0: 0.1}, seed=seed) for seed in (1, 2))
+    assert again == ring.run(WORK, steps=40, micro_batches=2, spread={0: 0.1}, seed=1) != other
+    still = ring.run(WORK, steps=40, micro_batches=2, spread={0: 0.9e-3})
+    assert still == ring.run(WORK, steps=40, micro_batches=2)
