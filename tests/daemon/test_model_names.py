@@ -112,7 +112,7 @@ async def test_what_is_done_until_it_serves_is_seen(house):
     assert (view(a).state, view(a).progress, view(a).context) == ("planning", 0.4, 0)
     (served,) = a.coordinator.served()
     assert (served.model_dir, served.progress) == (None, 0.4)
-    assert served.message == "downloading owner/small, 1.0 kB: 40%"
+    assert served.message == "downloading owner/small, 1.00 kB: 40%"
     a.engine.gate.clear()
     house.download_gate.set()
     await house.until(lambda: view(a).state == "loading")
