@@ -354,6 +354,13 @@ def test_credit_is_given_back_in_few_words() -> None:
     assert words == 1000 // 513
 
 
+def test_half_of_the_credit_is_given_back_without_a_word() -> None:
+    box = mailbox(1 << 30)
+    for cost, word in ((1 << 29, None), (1, (1 << 29) + 1), (1 << 29, None), (1, (1 << 30) + 2)):
+        box.add(cost)
+        assert box.take(cost) == word
+
+
 @dataclass
 class Pipe:
     """A connection that takes records only while there is room for them."""

@@ -89,11 +89,6 @@ class Link:
         """Whether nothing more can be sent."""
         return bool(self._outbox.ended)
 
-    @property
-    def unused(self) -> bool:
-        """Whether no frame has come in."""
-        return not self._inbound.frames
-
     def send(self, frame: Frame) -> None:
         """Send or queue a frame on its kind's channel; its tensors are copied, so their memory may be used again.
 
@@ -133,7 +128,7 @@ class Link:
 
     def replace(self) -> None:
         """Make way for a new connection of the same sender; lost only if frames may be missing."""
-        self._orderly = self._orderly or self.unused
+        self._orderly = self._orderly or not self._inbound.frames
         self.abort("replaced by a new connection")
 
     async def wait_closed(self) -> None:

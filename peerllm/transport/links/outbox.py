@@ -208,7 +208,8 @@ class Outbox:
                 self._done()
             else:
                 self._rest = rest[len(record) :]
-        self._soon_if_empty()
+        if self._ended and not self._waiting:  # nobody waits for it before
+            self._soon(self._empty.set)
         return True
 
     def _next(self) -> bool:
@@ -246,10 +247,6 @@ class Outbox:
             self._waiting = 0
             self._soon(self._empty.set)
         self._soon(self._over.set)
-
-    def _soon_if_empty(self) -> None:
-        if self._ended and not self._waiting:  # nobody waits for it before
-            self._soon(self._empty.set)
 
     def _soon(self, call: Callable[..., object], *arguments: object) -> None:
         with suppress(RuntimeError):  # the loop has been closed: nobody waits there any more

@@ -12,11 +12,9 @@ from peerllm.errors import LinkError, PairingError, PeerLLMError
 from peerllm.transport.identity import Identity, canonical_pem, certificate_device, verify
 from peerllm.transport.pairing.code import door_name, make_code
 from peerllm.transport.pairing.pairing_messages import (
-    ENTRIES_PER_MESSAGE,
     PROTOCOL_VERSION,
     Challenge,
     Confirm,
-    Entries,
     Introduction,
     JoinRequest,
     PairingChannel,
@@ -213,9 +211,7 @@ class PairingDoor:
         entry = roster.introduce(self._identity, pem, name, above=hello.counter)
         entries = (*(known for known in roster.vouch(self._identity) if known.device != joiner), entry)
         signature = self._identity.sign(b"inviter" + keys.transcript).hex()
-        await channel.send(Welcome(self._name, signature, len(entries)))
-        for start in range(0, len(entries), ENTRIES_PER_MESSAGE):
-            await channel.send(Entries(entries[start : start + ENTRIES_PER_MESSAGE]))
+        await channel.send(Welcome(self._name, signature, entries))
         introduction, _ = await channel.receive(Introduction)
         theirs = introduction.entry
         if (theirs.device, theirs.introducer, theirs.removed) != (self._identity.device, joiner, False):

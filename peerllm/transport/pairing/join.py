@@ -18,7 +18,6 @@ from peerllm.transport.pairing.pairing_messages import (
     PROTOCOL_VERSION,
     Challenge,
     Confirm,
-    Entries,
     Introduction,
     JoinRequest,
     PairingChannel,
@@ -105,7 +104,8 @@ async def _knock(
     welcome, _ = await channel.receive(Welcome)
     try:
         verify(inviter_pem, bytes.fromhex(welcome.signature), b"inviter" + keys.transcript)
-        entries = await _entries(channel, welcome.entries)
+        if len(entries := welcome.entries) > MAX_ENTRIES:
+            raise PairingError(f"a household of {len(entries)} entries; at most {MAX_ENTRIES} are taken")
         for entry in entries:
             check_entry(entry)
     except (ValueError, AuthenticationError) as error:
@@ -117,15 +117,3 @@ async def _knock(
     await channel.send(Introduction(ours))
     await channel.receive(PairingDone)
     return JoinResult(inviter, ours.name, inviter_pem, (*entries, ours))
-
-
-async def _entries(channel: PairingChannel, count: int) -> tuple[RosterEntry, ...]:
-    if not 1 <= count <= MAX_ENTRIES:
-        raise PairingError(f"a household of {count} entries; at most {MAX_ENTRIES} are taken")
-    entries: list[RosterEntry] = []
-    while len(entries) < count:
-        message, _ = await channel.receive(Entries)
-        if not message.entries or len(entries) + len(message.entries) > count:
-            raise PairingError("the inviting device sent other entries than it said")
-        entries += message.entries
-    return tuple(entries)
