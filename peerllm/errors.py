@@ -76,6 +76,8 @@ class PairingError(AuthenticationError):
 class LinkError(PeerLLMError, ConnectionError):
     """A link to another device broke or never came up."""
 
+    http_status = 503
+
 
 class FrameError(LinkError):
     """A frame that the format or the plan does not allow; the link it came on is closed."""

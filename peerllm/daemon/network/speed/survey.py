@@ -43,12 +43,13 @@ async def _no_echo(device: DeviceId, sizes: Sequence[int]) -> Sequence[Timed]:
 
 
 class Survey:
-    """`echo` times frames to a device's engine; until it is given, hops are not measured."""
+    """`echo` times frames to a device's engine, while `may_echo` says that both engines run."""
 
     def __init__(
         self, me: DeviceId, reach: LinkProbes, idle: Callable[[], bool], on_change: Callable[[], None]
     ) -> None:
         self.echo: Callable[[DeviceId, Sequence[int]], Awaitable[Sequence[Timed]]] = _no_echo
+        self.may_echo: Callable[[DeviceId], bool] = lambda device: False
         self._tables = LinkTables(me)
         self._reach, self._idle, self._on_change = reach, idle, on_change
         self._probing = Bandwidth(
@@ -109,7 +110,7 @@ class Survey:
         return table if table.links else None
 
     def engine_changed(self) -> None:
-        """An engine has come: hops may be measured now."""
+        """An engine has started, here or elsewhere: hops may be measured now."""
         for device in self._reach.online():
             self._probing.connected(device)
 
@@ -170,7 +171,7 @@ class Survey:
 
     def _hop_due(self, device: DeviceId) -> bool:
         estimate = self._tables.outgoing(device)
-        if estimate is None or self.echo is _no_echo:
+        if estimate is None or not self.may_echo(device):
             return False
         return estimate.at is None or time.monotonic() - estimate.at >= FRESH_S
 
