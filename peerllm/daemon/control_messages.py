@@ -287,6 +287,7 @@ class Trouble:
     deployment: DeploymentId
     epoch: int
     reason: str
+    engine_died: bool = False  # else a link broke, which may be the other end's fault
 
 
 Control = (

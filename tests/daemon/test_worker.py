@@ -166,7 +166,7 @@ async def test_lost_links_and_engines_are_told_to_the_coordinator(house, plan, w
     assert told == [(A, Trouble(D, 1, "reset by peer"))]
     house["b"].engine.stages.clear()
     worker.engine_lost("the engine crashed")
-    assert told[-1] == (A, Trouble(D, 1, "the engine crashed"))
+    assert told[-1] == (A, Trouble(D, 1, "the engine crashed", engine_died=True))
     assert house.empty()
 
 

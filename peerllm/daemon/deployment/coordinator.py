@@ -183,7 +183,7 @@ class Coordinator:
         if isinstance(message, Progress):
             deployment.progress(device, message)
         else:
-            deployment.trouble(device, message.epoch, message.reason)
+            deployment.trouble(device, message)
 
     def tokens(self, event: Tokens) -> None:
         deployment = self._of(event.deployment)
