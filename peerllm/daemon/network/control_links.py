@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
@@ -37,6 +37,14 @@ FLUSH_S = 0.5  # how long a last word to a device may take
 FAREWELL_S = 1.0  # how long goodbyes may take
 
 log = logging.getLogger(__name__)
+
+
+def host_of(peername: tuple[Any, ...] | None) -> str:
+    """The address of a socket's other end as it can be dialled: a link-local IPv6 one with its interface."""
+    if not peername:
+        return ""
+    scope = peername[3] if len(peername) == 4 else 0
+    return f"{peername[0]}%{scope}" if scope else str(peername[0])
 
 
 class Watcher(Protocol):
@@ -107,7 +115,8 @@ class Links:
                 timeout=CLOSE_TIMEOUT_S, max_msg_size=FRAME_BYTES + 1, compress=False, heartbeat=None
             )
             await websocket.prepare(request)
-            await self._serve(websocket, m.LinkName(device, int(number)), device, request.remote or "", None)
+            host = host_of(request.get_extra_info("peername"))
+            await self._serve(websocket, m.LinkName(device, int(number)), device, host, None)
             return websocket
         finally:
             self._accepted[device] -= 1

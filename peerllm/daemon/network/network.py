@@ -292,11 +292,11 @@ class Network:
             self._book.keep_only(others)
             self.survey.keep_only(others)
             self._links.feed(m.Members(frozenset(others)))
+            if changed or not others:
+                call(self._signals.roster, self.roster())  # first of all: engines cut the links of who was removed
             await self._server.set_trusted(entry.certificate_pem for entry in others.values())
             self._recall(others)
             self.broadcast(Gossip(self._roster.export()))
-            if changed or not others:
-                call(self._signals.roster, self.roster())
             self._signals.changed()
         await self._save()
 
