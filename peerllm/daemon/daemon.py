@@ -133,7 +133,7 @@ class Daemon:
         network = self.network
         network.add_route("GET", ROUTE, self.offers.handle)
         network.answer_with(self._answer)
-        network.survey.echo, network.survey.may_echo = self._echo, self._may_echo
+        network.link_monitor.echo, network.link_monitor.may_echo = self._echo, self._may_echo
         network.listen(self._heard)
         network.on_change(self._household_changed)
         network.on_vanish(self._vanished)
@@ -191,7 +191,7 @@ class Daemon:
 
     def _links(self) -> list[dict[str, Any]]:
         planned = link_profiles(self.home.candidates(), self.identity.device)
-        return link_entries(self.network.survey.figures(), planned, self.home.name)
+        return link_entries(self.network.link_monitor.figures(), planned, self.home.name)
 
     async def engine(self) -> dict[str, Any]:
         """Asked of the engine itself, so that it is true now; an idle one is not started for it."""
@@ -356,8 +356,8 @@ class Daemon:
                 self.worker.link_lost(event)
             case LinkTraffic(frames, handover_s):
                 for frame in frames:
-                    self.network.survey.framed(*frame)
-                self.network.survey.handover(handover_s)
+                    self.network.link_monitor.framed(*frame)
+                self.network.link_monitor.handover(handover_s)
 
     def _may_echo(self, device: DeviceId) -> bool:
         """Whether both engines run: none is started only to time a link."""
@@ -384,7 +384,7 @@ class Daemon:
         self._spawn(asyncio.to_thread(engine_facts.save, file, self._threads, configured), "save engine facts")
         if self._started:
             self.network.set_hello_changed()
-            self.network.survey.engine_changed()
+            self.network.link_monitor.engine_changed()
             self.coordinator.stir()
             self.poke()
 
@@ -420,7 +420,7 @@ class Daemon:
         self._planned = planned
         echoing = {device for device in self.network.peers() if self._may_echo(device)}
         if echoing - self._echoing:
-            self.network.survey.engine_changed()
+            self.network.link_monitor.engine_changed()
         self._echoing = echoing
 
     def _vanished(self, device: DeviceId, reason: str) -> None:

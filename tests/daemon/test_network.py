@@ -128,7 +128,7 @@ async def test_mdns_finds_the_door_and_then_the_devices(tmp_path: Path) -> None:
 async def test_a_door_that_is_not_there_is_named_with_what_was_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peerllm.daemon.network.knocking.FIND_DOOR_S", 0.5)
+    monkeypatch.setattr("peerllm.daemon.network.door_finder.FIND_DOOR_S", 0.5)
     async with devices(tmp_path, "anna", "bert", mdns=True) as (_, bert):
         await bert.until(bert.network.sightings)
         with pytest.raises(PairingError, match=r"saw only anna \(127.0.0.1\).*--at"):

@@ -17,7 +17,7 @@ from peerllm.daemon.decide.assignments import assignments, travelling
 from peerllm.daemon.decide.demand import Blueprint, check_options, draw_up
 from peerllm.daemon.decide.device_failures import DeviceFailures
 from peerllm.daemon.decide.device_profiles import Candidate, shown
-from peerllm.daemon.deployment.admission import Admission, Room
+from peerllm.daemon.deployment.admission import Admission, ServingCapacity
 from peerllm.daemon.deployment.model_files import dtype_of
 from peerllm.daemon.deployment.negotiation import (
     DeviceFailedError,
@@ -422,7 +422,8 @@ class Deployment:
             self._say("serving", less)
         self._become("serving", less)
         self._say("serving", f"{self.options.model} is served")
-        self.sequences.open(Room(work.sequences, work.context, self.inspected.vocabulary, self.inspected.stop_ids))
+        vocabulary, stop_ids = self.inspected.vocabulary, self.inspected.stop_ids
+        self.sequences.open(ServingCapacity(work.sequences, work.context, vocabulary, stop_ids))
         self._resolve(None)
 
     def _less_than_before(self, work: Workload) -> str:

@@ -56,7 +56,7 @@ class Home:
         parts = self._parts
         found: dict[DeviceId, Candidate] = {}
         hops: dict[DeviceId, dict[DeviceId, LinkProfile]] = {}
-        for (a, b), figure in parts.network.survey.figures().items():
+        for (a, b), figure in parts.network.link_monitor.figures().items():
             hops.setdefault(a, {})[b] = figure.profile
         if parts.host.state in AVAILABLE:
             here = hops.get(self.me, {})

@@ -1,4 +1,7 @@
-"""This device's view of the household's links: measures its own, hears of the others', refines by what they carry."""
+"""What every link of the household costs: measures this device's own links, and hears what others measured of theirs.
+
+The times of real traffic refine both.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass
 
 from peerllm.daemon.control_messages import LinkTable
-from peerllm.daemon.network.speed.bandwidth import Bandwidth
-from peerllm.daemon.network.speed.estimates import Meter
-from peerllm.daemon.network.speed.linktables import LEAST_MS, LinkFigure, LinkTables, Pair, news
+from peerllm.daemon.network.speed.link_estimates import Meter
+from peerllm.daemon.network.speed.link_tables import LEAST_MS, LinkFigure, LinkTables, Pair, news
+from peerllm.daemon.network.speed.probe_scheduler import ProbeScheduler
 from peerllm.types import DeviceId
 
 FRESH_S = 600.0  # what is known of a link is good for so long
@@ -42,7 +45,7 @@ async def _no_echo(device: DeviceId, sizes: Sequence[int]) -> Sequence[Timed]:
     return ()
 
 
-class Survey:
+class LinkMonitor:
     """`echo` times frames to a device's engine, while `may_echo` says that both engines run."""
 
     def __init__(
@@ -52,7 +55,7 @@ class Survey:
         self.may_echo: Callable[[DeviceId], bool] = lambda device: False
         self._tables = LinkTables(me)
         self._reach, self._idle, self._on_change = reach, idle, on_change
-        self._probing = Bandwidth(
+        self._probing = ProbeScheduler(
             self._measure, reach.online, self._due, lambda: self.quiet, 1.0 + int(me[:8], 16) / 0xFFFFFFFF
         )
         self._meters: dict[DeviceId, Meter] = {}
