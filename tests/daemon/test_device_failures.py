@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from peerllm.daemon.control_messages import Answer, Reserve, Trouble
+from peerllm.daemon.control_messages import Activate, Answer, Progress, Release, Reserve, Trouble
 from peerllm.daemon.decide.demand import sizes
 from peerllm.daemon.decide.device_failures import FAILURE_S, DeviceFailures
 from peerllm.daemon.deployment import deployment as module
@@ -185,6 +185,134 @@ async def test_a_device_that_refuses_though_it_has_room_is_avoided(houses):
     house[bad].worker.answer = refuse
     await asyncio.wait_for(a.coordinator.run(RunOptions("m"), quiet), 20)
     assert used(a) == {"a", "b", "c"} - {bad}
+
+
+async def test_trouble_of_an_earlier_epoch_or_of_a_stranger_is_none(houses):
+    house = houses([4, 6, 6], m=inspected("m", 8))
+    a = house["a"]
+    await a.coordinator.run(RunOptions("m"), quiet)
+    (other,) = used(a) - {"a"}
+    (unused,) = {"b", "c"} - {other}
+    first = view(a)
+    a.coordinator.hear(house[other].me, Trouble(first.deployment, first.epoch, "reset by peer"))
+    await house.until(lambda: view(a).state == "serving" and view(a).epoch > first.epoch)
+    deployment = a.coordinator._of(first.deployment)
+    now = view(a).epoch
+    for letter, epoch in ((other, first.epoch), (other, now + 1), (unused, now)):
+        a.coordinator.hear(house[letter].me, Trouble(first.deployment, epoch, "the engine died", engine_died=True))
+    assert deployment._trouble.empty()
+    assert len(deployment._failures.usable(a.candidates(), 0.0)) == 1, "and it is held against nobody"
+
+
+async def test_of_two_alarms_at_once_the_first_is_the_reason_and_one_plan_answers_both(houses):
+    house = houses([3, 3, 3], m=inspected("m", 8))
+    a = house["a"]
+    await a.coordinator.run(RunOptions("m"), quiet)
+    epoch, reasons = view(a).epoch, []
+    changed = a.changed
+    a.changed = lambda: (reasons.append(view(a).reason), changed())
+    for letter in "bc":
+        a.coordinator.hear(house[letter].me, Trouble(view(a).deployment, epoch, f"link of {letter} lost"))
+    await house.until(lambda: view(a).state == "serving" and view(a).epoch > epoch)
+    a.changed = changed
+    assert view(a).epoch == epoch + 1 and set(filter(None, reasons)) == {"device-b: link of b lost"}
+
+
+async def test_trouble_at_the_moment_when_all_is_connected_is_not_lost(houses):
+    house = houses([4, 6, 6], m=inspected("m", 8))
+    a, ask = house["a"], house["a"].ask
+
+    async def asking(device, question, timeout_s):
+        answer = await ask(device, question, timeout_s)
+        if isinstance(question, Activate) and device == a.me and question.epoch == 1:  # the last to be activated
+            a.coordinator.hear(a.me, Trouble(question.deployment, 1, "the engine died", engine_died=True))
+        return answer
+
+    a.ask = asking
+    await asyncio.wait_for(a.coordinator.run(RunOptions("m"), quiet), 20)
+    assert view(a).state == "serving" and view(a).epoch == 2
+
+
+async def test_waits_between_tries_double_and_begin_anew_once_it_has_served(houses, monkeypatch):
+    house = houses([3, 3, 3], m=inspected("m", 8))
+    a, waits, again = house["a"], [], asyncio.Semaphore(0)
+
+    async def pausing(deployment, seconds):
+        waits.append(seconds)
+        house.changed()
+        await again.acquire()
+        deployment._free.clear()
+
+    monkeypatch.setattr(module.Deployment, "_pause", pausing)
+    monkeypatch.setattr(module, "RETRY_S", 20.0)
+    await a.coordinator.run(RunOptions("m"), quiet)
+    for _ in range(2):
+        del waits[:]
+        await house.vanish("b")
+        for tried in (1, 2, 3):
+            await house.until(lambda tried=tried: len(waits) == tried)
+            again.release()
+        await house.until(lambda: len(waits) == 4)
+        assert waits == [20.0, 40.0, module.RETRY_MOST_S, module.RETRY_MOST_S]
+        await house.come_back("b")
+        again.release()
+        await house.until(lambda: view(a).state == "serving")
+
+
+async def test_trouble_that_comes_while_a_plan_is_given_up_does_not_end_the_next(houses):
+    house = houses([3, 3, 3], m=inspected("m", 8))
+    a, b, ask = house["a"], house["b"], house["a"].ask
+    b.engine.gate.clear()
+    late = []
+
+    async def asking(device, question, timeout_s):
+        if isinstance(question, Release) and not late:
+            late.append(Trouble(question.deployment, question.epoch, "reset by peer"))
+            a.coordinator.hear(house["c"].me, late[0])
+        return await ask(device, question, timeout_s)
+
+    a.ask = asking
+    running = asyncio.ensure_future(a.coordinator.run(RunOptions("m"), quiet))
+    await asyncio.wait_for(b.engine.loading.wait(), 10)
+    a.coordinator.hear(b.me, Trouble(view(a).deployment, 1, "reset by peer"))
+    await asyncio.wait_for(running, 20)
+    assert late and view(a).epoch == 2
+
+
+async def test_progress_counts_for_its_epoch_and_never_falls(houses):
+    house = houses([3, 3, 3], m=inspected("m", 8))
+    a, b = house["a"], house["b"]
+    b.engine.gate.clear()
+    running = asyncio.ensure_future(a.coordinator.run(RunOptions("m"), quiet))
+    await asyncio.wait_for(b.engine.loading.wait(), 10)
+    await house.until(lambda: house["a"].engine.held and house["c"].engine.held)
+    deployment = view(a).deployment
+
+    def after(epoch, phase, done):
+        a.coordinator.hear(b.me, Progress(deployment, epoch, phase, done, 100))
+        return a.coordinator._of(deployment)._shares[b.me]
+
+    before = after(1, "load", 0)
+    assert before >= module.FETCH_SHARE > after(0, "load", 100) - 0.1 and after(2, "load", 100) == before
+    further = after(1, "load", 50)
+    assert further > before and after(1, "load", 20) == further and after(1, "fetch", 100) == further
+    assert after(1, "load", 500) == 1.0
+    b.engine.gate.set()
+    await asyncio.wait_for(running, 20)
+
+
+async def test_plans_that_are_refused_are_tried_so_often_and_no_more(houses, monkeypatch):
+    house, tried = houses([9], m=inspected("m", 4)), []
+
+    async def refused(deployment, absent):
+        tried.append(1)
+        raise RefusedError("not now")
+
+    monkeypatch.setattr(module.Deployment, "_attempt", refused)
+    monkeypatch.setattr(module, "CONTENTION_S", 0.0)
+    with pytest.raises(RefusedError, match="not now"):
+        await house["a"].coordinator.run(RunOptions("m"), quiet)
+    assert len(tried) == module.MAX_ATTEMPTS
 
 
 # ---- what a new plan keeps ----
