@@ -267,3 +267,22 @@ async def test_what_was_reused_of_a_prompt_is_told_with_every_chunk(sequences, t
     assert (await first).reused == 2
     sequences.hear(Tokens(D, submit.sequence, 1, (11,), "length"))
     assert (await chunk(stream)).reused == 2
+
+
+async def test_serving_ends_the_patience_and_the_next_interruption_begins_another(sequences, told, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.02)
+    stream = sequences.generate(ask())
+    assert (await chunk(stream)).queued == 1
+    with pytest.raises(UnavailableError, match="loaded"):
+        await chunk(stream)
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    monkeypatch.setattr(module, "PATIENCE_S", 60.0)
+    sequences.interrupt("a device is gone")
+    later = sequences.generate(ask())
+    assert (await chunk(later)).queued == 1, "it waits again"
+    over = asyncio.get_running_loop().time() + 60.0
+    assert sequences._patience is not None and abs(sequences._patience.when() - over) < 5.0
+    timer = sequences._patience
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    assert timer.cancelled() and len(told.numbers(Submit)) == 1
+    await later.aclose()
