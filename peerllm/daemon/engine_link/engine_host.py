@@ -1,7 +1,7 @@
 """The daemon's side of its engine: starts it when it is needed, asks, tells and hears it, restarts it when it dies.
 
-An engine's libraries alone take 100 to 400 MB, so the process is ended when it holds nothing and nothing was asked of it
-for IDLE_S; the next question starts a new one and waits for it. Never imports torch.
+An engine's libraries alone take 100 to 400 MB, so the process is ended when it holds nothing and was asked nothing for
+IDLE_S; the next question starts a new one and waits for it. Never imports torch.
 """
 
 from __future__ import annotations
