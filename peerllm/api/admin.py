@@ -74,10 +74,11 @@ async def events(request: web.Request) -> web.StreamResponse:
 
 
 async def invite(request: web.Request) -> web.Response:
-    """Open the pairing door: {"code", "port", "expires_s"}."""
+    """Open the pairing door: {"code", "port", "hosts", "expires_s"}."""
     await read_object(request)
     code, port = await _change(request, request.app[HOUSEHOLD].invite(), "invite")
-    return json_response({"code": code, "port": port, "expires_s": INVITE_S})
+    hosts = list(request.app[HOUSEHOLD].hosts())
+    return json_response({"code": code, "port": port, "hosts": hosts, "expires_s": INVITE_S})
 
 
 async def join(request: web.Request) -> web.Response:

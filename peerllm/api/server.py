@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from peerllm.api import admin, completions, models, page
 from peerllm.api.error_answers import errors_as_json
@@ -20,11 +21,13 @@ from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
 from peerllm.api.token import load_or_create_token
 from peerllm.daemon.facade import Household
-from peerllm.errors import BadInputError
+from peerllm.errors import BadInputError, UnavailableError
 
 BACKLOG = 512  # connections waiting to be accepted
 SHUTDOWN_S = 2.0  # seconds that answers under way have when the API closes
 IDLE_S = 75.0  # seconds a connection may stay open without a request
+START_WAIT_S = 60.0  # seconds a request waits for the device to start
+WHILE_STARTING = ("/peerllm/v1/status", "/peerllm/v1/events", "/peerllm/v1/process", "/static/")  # and the page
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  where this machine reaches itself
 
 
@@ -36,7 +39,7 @@ def create_app(
     `expected`: the model that is about to be run, "" if none is.
     """
     guard = Guard(token, loopback, frozenset(name.lower() for name in names))
-    app = web.Application(middlewares=[guarded(guard), errors_as_json], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[guarded(guard), errors_as_json, when_started], client_max_size=MAX_BODY_BYTES)
     app[HOUSEHOLD] = household
     app[GUARD] = guard
     app[EXPECTED] = ExpectedModel(expected)
@@ -58,6 +61,19 @@ def create_app(
     for change in (*pairing, admin.bench, admin.plan, admin.run, admin.stop, admin.trace):
         app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
     return app
+
+
+@web.middleware
+async def when_started(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Who asks while the device starts waits for it, but for what shows that it does."""
+    if request.path != "/" and not request.path.startswith(WHILE_STARTING):
+        with request.app[TASKS].stream():
+            try:
+                async with asyncio.timeout(START_WAIT_S):
+                    await request.app[HOUSEHOLD].started()
+            except TimeoutError:
+                raise UnavailableError("this device is still starting; ask again in a moment") from None
+    return await handler(request)
 
 
 async def _resources(app: web.Application) -> AsyncIterator[None]:

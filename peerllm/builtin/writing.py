@@ -1,4 +1,4 @@
-"""Writes the model folder in the Hugging Face layout, and the record of how it came about."""
+"""Writes the model folder in the Hugging Face layout, and the record of its training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _HELD_OUT = (
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """Writes the model as float16, each file replaced in one go."""
+    """Writes the model as float16; each file is replaced atomically."""
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -67,7 +67,7 @@ def record(
     threads: int,
     report: dict[str, Any],
 ) -> None:
-    """Writes recipe.json: what was done, with what, and what was measured on the files as written."""
+    """Writes recipe.json: the recipe, versions, loss curve, and measurements of the files as written."""
     what = {
         "what": _WHAT,
         "recipe": asdict(recipe) | {"heard_weight": HEARD_WEIGHT, "row_tokens": [ROW_TOKENS, LONG_ROW_TOKENS]},

@@ -21,8 +21,9 @@ from peerllm.cli.demo_devices import DemoDevice, free_processors
 from peerllm.cli.demo_memory import limits, sizes_of
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.look import deployment_text, devices_text
-from peerllm.cli.progress import BUILTIN, show_progress
+from peerllm.cli.progress import show_progress
 from peerllm.cli.terminal import human_bytes, printable
+from peerllm.daemon.weights.known_models import BUILTIN
 from peerllm.errors import BadInputError, UnavailableError
 
 NAMES = ("laptop", "mini-pc", "jetson", "phone", "tablet", "desktop", "media-box", "old-laptop")

@@ -94,8 +94,9 @@ class DeploymentView:
     quantize: str = ""  # what weights are rounded to; "": not at all
     quantize_wanted: str = "auto"  # one of types.QUANTIZE
     name: str = ""  # what people and clients call it
-    context: int = 0  # tokens that a sequence may hold; 0: not known yet
-    message: str = ""  # what is being done until it serves
+    context: int = 0  # tokens that a sequence may hold, as planned; 0: there is no plan
+    slots: int = 0  # sequences served at once, as planned
+    message: str = ""  # what is being done until it serves, for people
 
 
 @dataclass(frozen=True, slots=True)

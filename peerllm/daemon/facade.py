@@ -83,9 +83,12 @@ class Chunk:
 class Household(Protocol):
     """What the API may ask of the daemon. Errors are PeerLLMErrors with the HTTP status to answer with."""
 
+    async def started(self) -> None:
+        """Returns when the device can be used; until then only `status` and `changed` may be asked."""
+        ...
+
     def status(self) -> dict[str, Any]:
-        """The object of design §9, plus "version", "api", "links" and per device "engine",
-        "compute", "rtt_ms", "address"."""
+        """What `peerllm status --json` prints, see docs/json.md."""
         ...
 
     async def engine(self) -> dict[str, Any]:
@@ -141,6 +144,10 @@ class Household(Protocol):
 
     async def invite(self) -> tuple[str, int]:
         """Open the pairing door: (code, port)."""
+        ...
+
+    def hosts(self) -> tuple[str, ...]:
+        """The addresses at which other devices reach this one, the likeliest first."""
         ...
 
     async def join(self, code: str, at: tuple[str, int] | None) -> str:

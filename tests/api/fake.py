@@ -126,6 +126,9 @@ class FakeHousehold:
         self.requests: list[GenerateRequest] = []
         self.runs: list[RunOptions] = []
         self.calls: list[tuple[Any, ...]] = []
+        self.start_gate: asyncio.Event | None = None  # the device is starting until it is set
+        self.pairing_port = 8645
+        self.addresses: tuple[str, ...] = ("192.168.1.7", "fd00::7", "fe80::7")
         self.asked = asyncio.Event()
         self.closed = asyncio.Event()
         self.produced = 0
@@ -139,6 +142,10 @@ class FakeHousehold:
         self.nearby: list[dict[str, Any]] = []
         self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
         self.deployments: list[dict[str, Any]] = [deployment()]
+
+    async def started(self) -> None:
+        if self.start_gate is not None:
+            await self.start_gate.wait()
 
     async def engine(self) -> dict[str, Any]:
         return {"stages": [], "weight_bytes": 0, "kv_bytes": 0, "resident_bytes": 0, "decode_ms": {}}
@@ -269,7 +276,10 @@ class FakeHousehold:
 
     async def invite(self) -> tuple[str, int]:
         self.calls.append(("invite",))
-        return "K7-4PQ9MX", 8645
+        return "K7-4PQ9MX", self.pairing_port
+
+    def hosts(self) -> tuple[str, ...]:
+        return self.addresses
 
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         self.calls.append(("join", code, at))
@@ -291,6 +301,7 @@ def device(name: str, index: int, state: str = "here") -> dict[str, Any]:
         "state": state,
         "memory_bytes": 8_000_000_000,
         "lent_bytes": 20_000_000,
+        "used_bytes": 12_000_000,
         "promised_bytes": 12_000_000,
         "problem": "",
         "engine": "running",
@@ -310,6 +321,7 @@ def deployment(
         "name": model,
         "model": model,
         "context": 1024,
+        "slots": 4,
         "message": "",
         "state": state,
         "epoch": 1,

@@ -35,7 +35,10 @@ async def lines(owner: aiohttp.ClientSession, **body: Any) -> list[dict[str, Any
 
 
 async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHousehold) -> None:
-    assert await post(owner, "invite") == (200, {"code": "K7-4PQ9MX", "port": 8645, "expires_s": admin.INVITE_S})
+    assert await post(owner, "invite") == (
+        200,
+        {"code": "K7-4PQ9MX", "port": 8645, "hosts": ["192.168.1.7", "fd00::7", "fe80::7"], "expires_s": 120},
+    )
     assert await post(owner, "join", code="x", at="[fe80::1]:8645") == (200, {"name": "laptop"})
     assert await post(owner, "join", code="x", at=None) == (200, {"name": "laptop"})
     assert await post(owner, "leave") == (200, {"ok": True})

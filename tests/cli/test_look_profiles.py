@@ -13,7 +13,7 @@ BLOCKS = {"pass": {"1": 9.0}, "block:full": {"1": 1.0, "128": 50.0}, "block:wind
     ("profiles", "text"),
     [
         ({"a": {"alone": BLOCKS, "contention": 1.0, "source": "measured"}}, "1.5 ms"),
-        ({"a": {"alone": BLOCKS, "contention": 1.75, "source": "cached"}}, "1.5 ms, x 1.8 together"),
+        ({"a": {"alone": BLOCKS, "contention": 1.75, "source": "cached"}}, "1.5 ms, 2.6 ms beside the others"),
         ({"a": {"alone": BLOCKS, "contention": 1.0, "source": "estimated"}}, "about 1.5 ms"),
         ({"a": {"alone": {"head": {"1": 1.0}}, "contention": 1.0, "source": "measured"}}, "1 kB"),
         ({}, "1 kB"),

@@ -28,7 +28,7 @@ def test_run_as_passes_on_the_name_and_prints_the_one_it_got(peerllm: Run, devic
     code, out, _ = peerllm("run", "org/other", "--as", "home")
     assert (code, device.household.runs[0].name) == (0, "home")
     assert out.startswith("home: serving") and out.splitlines()[-1].startswith("home serves at http://")
-    assert "\ncontext: 1,024 tokens, prompt and answer together\n" in out
+    assert "\ncontext: 1,024 tokens, prompt and answer together; 4 at once\n" in out
     device.household.deployments[0]["coordinator"] = "mini-pc"
     assert not peerllm("run", "org/home")[1].startswith("home: serving"), "that is another device's"
     assert device.household.runs[1].name == ""

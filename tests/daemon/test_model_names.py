@@ -102,25 +102,19 @@ async def test_a_remembered_name_stays_and_is_numbered_where_it_was_taken(house)
     assert [one.name for one in again.served()] == ["home"], "free again"
 
 
-async def test_what_is_done_until_it_serves_is_seen(house, monkeypatch):
+async def test_what_is_done_until_it_serves_is_seen(house):
     """Downloading and loading: in words and as a share, on every device; the context once it is planned."""
     a = house["a"]
-    found, gate = a.resolve, asyncio.Event()
-
-    async def resolve(model, progress):
-        progress(0.42)
-        await gate.wait()
-        return await found(model, progress)
-
-    monkeypatch.setattr(a, "resolve", resolve)
+    house.to_download["owner/small"] = 1000
+    house.download_gate.clear()
     running = asyncio.create_task(a.coordinator.run(RunOptions("owner/small", context=64), quiet))
-    await house.until(lambda: a.coordinator.views() and "42%" in view(a).message)
-    assert (view(a).state, view(a).progress, view(a).context) == ("planning", 0.42, 0)
+    await house.until(lambda: a.coordinator.views() and "40%" in view(a).message)
+    assert (view(a).state, view(a).progress, view(a).context) == ("planning", 0.4, 0)
     (served,) = a.coordinator.served()
-    assert (served.model_dir, served.context, served.progress) == (None, 0, 0.42)
-    assert served.message == "downloading owner/small: 42%"
+    assert (served.model_dir, served.progress) == (None, 0.4)
+    assert served.message == "downloading owner/small, 1.00 kB: 40%"
     a.engine.gate.clear()
-    gate.set()
+    house.download_gate.set()
     await house.until(lambda: view(a).state == "loading")
     assert view(a).progress == 0.0 and "loading" in view(a).message and view(a).context == 64
     a.engine.gate.set()

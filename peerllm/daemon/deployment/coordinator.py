@@ -22,7 +22,7 @@ from peerllm.daemon.status.serving_speed import measured
 from peerllm.daemon.status.status import weights_form
 from peerllm.engine.messages import TensorAt, Tokens
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError, UnavailableError
-from peerllm.planner.export import scenario_file
+from peerllm.planner.scenario.scenario_export import scenario_file
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_DEPLOYMENTS = 16  # models started on one device at once

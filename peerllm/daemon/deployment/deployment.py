@@ -30,6 +30,7 @@ from peerllm.errors import (
     RefusedError,
     UnavailableError,
 )
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeviceId
 
 MAX_ATTEMPTS = 5  # plans tried one after another when devices refuse or leave, before the reason is given
@@ -59,6 +60,7 @@ class Deployment:
         self.blueprint: Blueprint | None = None
         self.model_dir: Path | None = None
         self.inspected: Inspected | None = None
+        self._missing_bytes = 0  # of the model's files, on this disk
         self.sequences = Admission(self.id, around.tell_engine, around.changed)
         self.watchers: list[Callable[[RunProgress], None]] = []
         self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
@@ -144,6 +146,7 @@ class Deployment:
             measured=self.sequences.measured,
             reason=self.reason,
             progress=self._done(),
+            slots=self.blueprint.workload.sequences if self.blueprint is not None else 0,
             schedule=self.options.schedule,
             activations=self.blueprint.activations if self.blueprint is not None else (),
             activations_wanted=self.options.activations,
@@ -223,20 +226,34 @@ class Deployment:
             self._finish("failed", EngineError(f"{self.options.model}: {type(error).__name__}: {error}"))
 
     async def _prepare(self) -> None:
-        """Find the model's files and read what they hold, once."""
+        """Find out what the model holds, once; what the hub tells of it suffices."""
         if self.inspected is not None:
             return
-        model = self.options.model
-        self._say("planning", f"looking for {model}")
-        self.model_dir = await self._around.resolve(
-            model, lambda share: self._say("planning", f"downloading {model}: {share:.0%}", share)
-        )
-        self._say("planning", f"reading {model}")
-        inspected = await self._around.inspect(
-            self.model_dir, dtype_of(model, self.options.dtype), self.options.quantize
-        )
-        check_options(self.options, inspected)
-        self.inspected = inspected
+        self._say("planning", f"looking for {self.options.model}")
+        async with self._around.looked_up(self.options.model) as found:
+            self.inspected = await self._read(found.directory)
+        self._missing_bytes = found.missing_bytes
+        if not found.missing_bytes:
+            self.model_dir = found.directory
+
+    async def _read(self, directory: Path) -> Inspected:
+        options = self.options
+        self._say("planning", f"reading {options.model}")
+        inspected = await self._around.inspect(directory, dtype_of(options.model, options.dtype), options.quantize)
+        check_options(options, inspected)
+        return inspected
+
+    async def _download(self) -> None:
+        """Fetch the weights, for which there is a plan."""
+        model, size = self.options.model, human_bytes(self._missing_bytes)
+
+        def told(share: float) -> None:
+            self._say("planning", f"downloading {model}, {size}: {share:.0%}", share)
+
+        told(0.0)
+        directory = await self._around.resolve(model, told, self._missing_bytes)
+        self.inspected = await self._read(directory)
+        self.model_dir = directory
 
     async def _establish(self) -> None:
         """Plan and load until a plan stands; the last reason is raised after MAX_ATTEMPTS."""
@@ -286,12 +303,14 @@ class Deployment:
         return any(c.free_bytes < c.hello.lent_bytes for c in self._around.candidates().values())
 
     async def _attempt(self, absent: set[DeviceId]) -> None:
-        assert self.inspected is not None
-        around, inspected = self._around, self.inspected
+        around = self._around
         self._become("planning", "")
-        candidates = await self._timed(absent)
-        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
-        blueprint = await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
+        candidates, blueprint = await self._planned(absent)
+        if self.model_dir is None:
+            await self._download()
+            candidates, blueprint = await self._planned(absent)  # much may have changed meanwhile
+        assert self.inspected is not None
+        inspected = self.inspected
         self.profiles = {
             around.name(device): shown(one, inspected.profile, inspected.dtype) for device, one in candidates.items()
         }
@@ -319,6 +338,14 @@ class Deployment:
         await self._unless_trouble(assign_all(around, work))
         self._say("loading", "connecting")
         await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
+
+    async def _planned(self, absent: set[DeviceId]) -> tuple[dict[DeviceId, Candidate], Blueprint]:
+        assert self.inspected is not None
+        candidates = await self._timed(absent)
+        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
+        return candidates, await asyncio.to_thread(
+            draw_up, self.options, self.inspected, candidates, self._around.me
+        )
 
     async def _timed(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
         """The devices that could take part, measured; InfeasibleError before any is measured in vain."""
