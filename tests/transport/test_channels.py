@@ -447,6 +447,7 @@ async def test_credit_is_counted_to_the_byte(pipe: Pipe) -> None:
     assert pipe.written == [b"a", b"b"]
     assert box.credit(of, cost)
     assert pipe.written == [b"a", b"b", b"c"]
+    assert box.credit(of, cost), "said twice is no fault"
     assert not box.credit(of, cost - 1) and not box.credit(of, 3 * cost + 1)
     assert box.credit(of, 3 * cost) and box.leaves_at_once(of, 1 << 40), "with nothing on the way, any frame goes"
     box.detach()

@@ -243,7 +243,6 @@ class Outbox:
         if discard:
             for lane in self._lanes.values():
                 lane.queue.clear()
-                lane.queued_bytes = 0
             self._waiting = 0
             self._soon(self._empty.set)
         self._soon(self._over.set)
