@@ -17,8 +17,8 @@ from peerllm.transport.frames import Frame, FrameKind, FrameLimits, encode
 from peerllm.transport.links import FRAME_COST_BYTES, KEY_VALUE, STEP, Delivery, Inlet, Link, liveness
 from peerllm.transport.links import link as link_module
 from peerllm.transport.links.channels import CHANNEL_OF_KIND, CHANNELS, LinkChannel, Mailbox, grant_payload
-from peerllm.transport.links.outbox import Outbox
-from peerllm.transport.websocket.framing import BINARY, PING, control, head
+from peerllm.transport.links.outbox import MAX_SAID_BYTES, Outbox
+from peerllm.transport.websocket.framing import BINARY, PING, PONG, control, head
 from tests.transport.planes import LIMITS, WAIT_S, Node, activation, connect, expect
 from tests.transport.test_links_hostile import rest, upgraded
 from tests.transport.test_poller import until_it_waits
@@ -292,6 +292,17 @@ async def test_frames_go_both_ways_over_one_connection(nodes: list[Node]) -> Non
     for answer in await fill(delivery.link, back):
         answer.taken()
     assert await back.positions(3) == [FULL, FULL + 1, FULL + 2]
+    if (poller := one.plane.poller) is not None:
+        ended = threading.Event()
+        thread = threading.Thread(target=lambda: poller.wait(lambda: not ended.is_set()))
+        thread.start()
+        await asyncio.to_thread(until_it_waits, poller)
+        delivery.link.send(activation(9))
+        assert await back.positions(1) == [9]
+        ended.set()
+        poller.wake()
+        await asyncio.to_thread(thread.join, WAIT_S)
+        assert thread.ident in back.threads, "who waits for frames reads them at the dialling end, too"
 
 
 # ---- the two ends of a channel --------------------------------------------------------------------------------------
@@ -430,6 +441,20 @@ async def test_what_waits_goes_in_the_channels_order(pipe: Pipe) -> None:
     await asyncio.wait_for(box.flushed(), WAIT_S)
     granted = control(BINARY, grant_payload(second, 7), False)
     assert pipe.written == [b"under way", control(PING, b"ping", False), granted, b"sooner", b"sooner too", b"later"]
+    box.detach()
+
+
+async def test_what_is_said_between_frames_is_bounded(pipe: Pipe) -> None:
+    of = channel(1 << 30, 1 << 30)
+    box = outbox(pipe, of)
+    box.put(of, 1, b"under way")
+    pong = control(PONG, bytes(8), False)
+    for _ in range(1000):
+        box.say(PONG, bytes(8))
+    pipe.room = 100
+    box.end("closed")
+    await asyncio.wait_for(box.flushed(), WAIT_S)
+    assert pipe.written == [b"under way", pong * (MAX_SAID_BYTES // len(pong))]
     box.detach()
 
 

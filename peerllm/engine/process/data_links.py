@@ -202,7 +202,7 @@ class DataLinks:
     def _timed(self, device: DeviceId, nbytes: int, seconds: float) -> None:
         if nbytes:
             self._timings.append((device, nbytes, seconds))
-            self._report_soon()
+            self._loop.call_soon_threadsafe(self._report_soon)
 
     def _report_soon(self) -> None:
         if self._reporting is None:

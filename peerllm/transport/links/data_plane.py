@@ -188,8 +188,10 @@ class DataPlane:
         if previous is not None:
             previous.replace()
 
-    def _dialled(self, connection: Connection, key: Key, **how: Any) -> Link:
-        return self._kept(Link(connection, *key, self._ended, self._loop_poller, dialled=True, **how))
+    def _dialled(self, connection: Connection, key: Key, inlets: Sequence[Inlet] = (), **how: Any) -> Link:
+        """Where no frames come back, only the loop reads: grants and PONGs must not wake a thread that waits for frames."""
+        poller = self._poller if inlets else self._loop_poller
+        return self._kept(Link(connection, *key, self._ended, poller, dialled=True, inlets=inlets, **how))
 
     def _kept(self, link: Link) -> Link:
         self._links.add(link)
