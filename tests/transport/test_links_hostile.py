@@ -223,6 +223,18 @@ async def test_a_frame_byte_by_byte(nodes: list[Node]) -> None:
         assert [(await two.next_frame()).segments[0].position for _ in range(2)] == [5, 6]
 
 
+async def test_frames_that_come_after_the_end_are_dropped(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    async with upgraded(one, two) as (reader, writer):
+        forgetting = asyncio.create_task(two.plane.forget(DEPLOYMENT))
+        await asyncio.wait_for(reader.readuntil(b"no longer expected"), WAIT_S)
+        writer.write(message(3) + head(BINARY, 4, masked=True) + b"PLFR")
+        writer.write(control(CLOSE, goodbye(1000, ""), masked=True))
+        await asyncio.wait_for(forgetting, WAIT_S)
+    assert two.frames.empty() and two.lost.empty()
+
+
 async def test_pings_nobody_reads_the_answers_to_are_bounded(nodes: list[Node]) -> None:
     one, two, _ = nodes
     expect(two, one)

@@ -73,7 +73,9 @@ class Acceptor:
         while True:
             try:
                 plain, _ = await loop.sock_accept(listening)
-            except OSError:  # too many open files, or a caller that has hung up: whoever waits goes on waiting
+            except ConnectionAbortedError:
+                continue
+            except OSError:  # too many open files: whoever waits goes on waiting
                 await asyncio.sleep(ACCEPT_PAUSE_S)
                 continue
             if len(self._unfinished) >= MAX_UNFINISHED:

@@ -189,7 +189,7 @@ class DataPlane:
             previous.replace()
 
     def _dialled(self, connection: Connection, key: Key, inlets: Sequence[Inlet] = (), **how: Any) -> Link:
-        """Where no frames come back, only the loop reads: grants and PONGs must not wake a thread that waits for frames."""
+        """Where no frames come back the loop reads: grants and PONGs must not wake who waits for frames."""
         poller = self._poller if inlets else self._loop_poller
         return self._kept(Link(connection, *key, self._ended, poller, dialled=True, inlets=inlets, **how))
 

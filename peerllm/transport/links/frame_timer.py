@@ -55,7 +55,7 @@ def answer(ping: bytes, taken_s: float, now_s: float) -> bytes:
 
 
 class FrameTimer:
-    """Sans-I/O. `beat` is for the loop, `ponged` for the thread that reads, the rest for any; times are `perf_counter`'s."""
+    """Sans-I/O. `beat` is for the loop, `ponged` for who reads, the rest for any thread; times are `perf_counter`'s."""
 
     def __init__(self, on_timed: OnTimed | None) -> None:
         self.wanted = False  # whether the next frame that finds the queue empty shall be timed

@@ -61,8 +61,8 @@ class Link:
     ) -> None:
         """`poller` reads it, `inlets` are what is taken in here, `bounds` replace the channels' own for what is sent.
 
-        `ended` (on the loop) is called once. `timed` (on the thread that reads) hears, a few times a second at most, how
-        long a frame of so many bytes took.
+        `ended` (on the loop) is called once. `timed` (on the thread that reads) hears, a few times a second at most,
+        how long a frame of so many bytes took.
         """
         self.device: DeviceId = connection.device
         self.deployment, self.epoch, self.stage = deployment, epoch, stage
