@@ -163,6 +163,8 @@ GOOD = request("x", 1, "/echo", KEY).decode()
         ("Connection: Upgrade", "Connection: Upgrade\r\nConnection: Upgrade"),
         ("GET ", "PUT "),
         ("Connection: Upgrade", "Connection: Upgrade\r\nX: \x00"),
+        ("Connection: Upgrade", "connection: upgrade"),
+        ("\r\n\r\n", "\r\n\r\nx"),
         ("Version: 13", "Version: 8"),
         (KEY, KEY[:-4]),
         (KEY, "!" * 24),
