@@ -223,6 +223,17 @@ async def test_a_frame_byte_by_byte(nodes: list[Node]) -> None:
         assert [(await two.next_frame()).segments[0].position for _ in range(2)] == [5, 6]
 
 
+async def test_what_comes_after_a_broken_rule_is_kept_nowhere(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    async with upgraded(one, two) as (reader, writer):
+        (link,) = two.plane._accepted.values()
+        writer.write(head(TEXT, 5, masked=True) + bytes(8 << 20))
+        assert "binary frames only" in (await two.next_lost())[1]
+        await rest(reader)
+        assert len(link._inbound._reader._bytes) < 1 << 16
+
+
 async def test_frames_that_come_after_the_end_are_dropped(nodes: list[Node]) -> None:
     one, two, _ = nodes
     expect(two, one)
