@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -232,6 +233,19 @@ async def test_what_comes_after_a_broken_rule_is_kept_nowhere(nodes: list[Node])
         assert "binary frames only" in (await two.next_lost())[1]
         await rest(reader)
         assert len(link._inbound._reader._bytes) < 1 << 16
+
+
+async def test_what_lay_unread_when_a_device_was_removed_is_dropped(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    async with upgraded(one, two) as (_, writer):
+        (link,) = two.plane._accepted.values()
+        two.plane._poller.remove(link._connection.fd)
+        writer.write(message(3))
+        assert (await asyncio.to_thread(select.select, [link._connection.fd], [], [], WAIT_S))[0]
+        await two.plane.set_trusted([])
+        link._inbound.read()
+        assert link._inbound.frames == 1 and two.frames.empty()
 
 
 async def test_frames_that_come_after_the_end_are_dropped(nodes: list[Node]) -> None:
