@@ -19,6 +19,7 @@ from peerllm.transport.websocket.framing import (
     OK,
     PING,
     PONG,
+    RECORD_BYTES,
     TEXT,
     MessageReader,
     control,
