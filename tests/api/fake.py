@@ -305,6 +305,9 @@ def deployment(
         "reason": "",
         "measured": {},
         "progress": 1.0,
+        "doing": "",
+        "context": 4096,
+        "slots": 4,
         "weights": WEIGHTS,
         "plan": {
             "stages": [

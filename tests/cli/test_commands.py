@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import threading
@@ -17,6 +18,8 @@ from peerllm.api.server import ApiServer
 from peerllm.cli.device import write_daemon_file
 from peerllm.cli.main import main
 from peerllm.cli.progress import show_progress
+from peerllm.daemon.settings import Settings
+from peerllm.daemon.status.status import starting_status
 from peerllm.errors import EngineError, OverloadedError
 from tests.api.fake import WEIGHTS, FakeHousehold, deployment, make_model_dir
 
@@ -130,6 +133,32 @@ def test_status_as_text(peerllm: Run) -> None:
     assert len(bars) == 3
     drawn = [line.split()[2] for line in bars]
     assert all("█" in column for column in zip(*drawn, strict=True)), "some layer is nobody's"
+
+
+def test_status_says_that_a_device_starts(peerllm: Run, device: Served) -> None:
+    starting = starting_status("0" * 64, Settings(device.data, "laptop"), "measuring how fast this machine computes")
+    device.household.devices, device.household.deployments = starting["devices"], []
+    code, out, err = peerllm("status")
+    assert (code, err) == (0, "")
+    assert "laptop (this one)  starting  " in out
+    assert "laptop: is measuring how fast this machine computes\n" in out
+    assert "0 B" not in out and "No model is served" not in out
+    assert starting.keys() == json.loads(peerllm("status", "--json")[1]).keys() | {"links", "network"}
+
+
+def test_status_tells_memory_lent_and_used_and_the_context(peerllm: Run, device: Served) -> None:
+    out = peerllm("status")[1]
+    head, first = (re.split(r"  +", line) for line in out.splitlines()[2:4])
+    told = dict(zip(head, first, strict=False))  # where it computes is not said
+    assert (told["MEMORY"], told["LENT"], told["USED"]) == ("8.0 GB", "20.0 MB", "12.0 MB")
+    assert "context: 4096 tokens, prompt and answer together; 4 at once\n" in out
+    assert "context: 4096 tokens" in peerllm("run", "builtin")[1]
+
+
+def test_status_tells_how_far_a_download_is(peerllm: Run, device: Served) -> None:
+    loading = deployment(state="planning") | {"plan": None, "doing": "downloading small, 2.5 GB: 40%", "context": 0}
+    device.household.deployments = [loading]
+    assert "builtin: planning, downloading small, 2.5 GB: 40%, coordinated by laptop" in peerllm("status")[1]
 
 
 def test_troubles_and_strangers_are_told(peerllm: Run, device: Served) -> None:
