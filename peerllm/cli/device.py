@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from peerllm.errors import NotFoundError, PeerLLMError, UnavailableError
 
 DAEMON_FILE = "daemon.json"
+DEMO_FILE = "demo.json"
 TOKEN_FILE = "token"  # noqa: S105  a file's name
 TIMEOUT_S = 180.0  # seconds without a byte; joining and leaving speak to other devices
 RUN_TIMEOUT_S = 3600.0  # seconds between two lines of `run`: a large model may be on its way
@@ -25,10 +26,14 @@ class AnsweredError(PeerLLMError):
 
 
 class LocalDevice:
-    """Built from DIR/daemon.json and DIR/token; NotFoundError if no device runs there."""
+    """Built from DIR/daemon.json and DIR/token; NotFoundError if no device runs there.
+
+    While none does, and a demo has left its note in DIR, the demo's first device is meant.
+    """
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
+        data_dir = demo_of(data_dir) or data_dir
         try:
             written = json.loads((data_dir / DAEMON_FILE).read_bytes())
             self.url = str(written["url"])
@@ -115,8 +120,56 @@ def _checked(value: dict[str, Any]) -> dict[str, Any]:
 
 def write_daemon_file(data_dir: Path, url: str) -> None:
     """DIR/daemon.json (0600): where the other commands find the running device."""
-    path = data_dir / DAEMON_FILE
+    _write(data_dir / DAEMON_FILE, {"url": url, "pid": os.getpid()})
+
+
+@contextlib.contextmanager
+def demo_note(data_dir: Path, device_dir: Path) -> Iterator[bool]:
+    """While the block runs, commands for `data_dir` reach the demo's device there; False if a device of its own runs.
+
+    DIR/demo.json (0600) says so. A demo that began later has the word, and keeps it.
+    """
+    path, note = data_dir / DEMO_FILE, {"data": str(device_dir), "pid": os.getpid()}
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write(path, note)
+    except OSError:
+        yield False
+        return
+    try:
+        yield demo_of(data_dir) == device_dir
+    finally:
+        if _read(path) == note:
+            path.unlink(missing_ok=True)
+
+
+def demo_of(data_dir: Path) -> Path | None:
+    """Where the demo's device has its data; None where no demo runs, or a device of this directory does."""
+    demo = _read(data_dir / DEMO_FILE)
+    there = isinstance(demo.get("data"), str) and _alive(demo) and not _alive(_read(data_dir / DAEMON_FILE))
+    return Path(demo["data"]) if there else None
+
+
+def _alive(written: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote a file is still there: one that was killed could not take it away."""
+    if not written:
+        return False
+    import psutil
+
+    return type(written.get("pid")) is int and psutil.pid_exists(written["pid"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's object; empty where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
     fresh = path.with_suffix(".new")
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump({"url": url, "pid": os.getpid()}, file)
+        json.dump(value, file)
     fresh.replace(path)

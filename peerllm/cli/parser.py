@@ -223,7 +223,9 @@ def _pairing(command: _Command) -> None:
 
 def _models(command: _Command) -> None:
     run = command("run", "Divide a model over the household's devices and serve it from this one.")
-    run.add_argument("model", metavar="MODEL", help="a Hugging Face id, a local directory, or builtin")
+    run.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face id, a name that `peerllm models` lists, a directory, or builtin"
+    )
     run.add_argument("--objective", choices=("latency", "throughput"), default="latency")
     run.add_argument("--context", type=positive, metavar="N", help="tokens that a sequence may hold, prompt and answer")
     run.add_argument("--slots", type=positive, metavar="N", help="sequences served at once")
@@ -243,6 +245,9 @@ def _models(command: _Command) -> None:
         default=SCHEDULE_NAMES[0],
         help="in what order sequences go through the stages, to compare (default no-bubble)",
     )
+    models = command("models", "List the models on this disk, and what well-known ones need.")
+    models.set_defaults(module="catalogue", function="run")
+    models.add_argument("--json", action="store_true")
     stop = command("stop", "Stop serving a model and free its memory on every device.")
     stop.set_defaults(module="run", function="stop")
     stop.add_argument("model", metavar="MODEL")

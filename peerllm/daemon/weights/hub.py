@@ -97,12 +97,13 @@ def outline(found: Repository, into: Path) -> bool:
         weights = found.weights(into / INDEX)
         with ThreadPoolExecutor(WORKERS, thread_name_prefix="headers") as pool:
             for name, tensors in pool.map(header, weights):
-                _hole(into / name, tensors)
+                hole(into / name, tensors)
         return bool(weights)
     return False
 
 
-def _hole(path: Path, tensors: Mapping[str, Any]) -> None:
+def hole(path: Path, tensors: Mapping[str, Any]) -> None:
+    """A safetensors file with this header, and no data: nothing but its length."""
     header = json.dumps(tensors).encode()
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
