@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peerllm.cli.demo_memory import limits, sizes_of
+from peerllm.cli.demo.demo_memory import limits, sizes_of
 from tests.household import household
 
 SLOTS, CONTEXT = 8, 512

@@ -14,6 +14,7 @@ from peerllm.planner.scenario import OBJECTIVES, STRATEGIES
 from peerllm.types import ACTIVATIONS, COMPUTE, QUANTIZE, SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
+MODULES = {"demo": "demo.demo"} | {name: f"figures.{name}" for name in ("plan", "simulate", "bench", "trace")}
 MAX_DEVICES = 8  # of the demo: they share one machine
 MIN_MEMORY_BYTES = 10**6  # less holds no layer of any model
 MAX_RECORD_S = 600  # then the engines end a recording by themselves
@@ -116,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, data: bool = True) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        one.set_defaults(module=name, function="run")
+        one.set_defaults(module=MODULES.get(name, name), function="run")
         if data:
             one.add_argument(
                 "--data", type=Path, metavar="DIR", default=default_data_dir(), help="the device's data directory"

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo_memory import sizes_of
+from peerllm.cli.demo.demo_memory import sizes_of
 from peerllm.daemon.weights.hub import hole
 from peerllm.daemon.weights.known_models import KNOWN, hub_id, memory_bytes, nearest, suggestion
 from peerllm.daemon.weights.on_disk import (

@@ -17,8 +17,8 @@ from typing import Any
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.chat import answer_pieces
-from peerllm.cli.demo_devices import DemoDevice, free_processors
-from peerllm.cli.demo_memory import limits, sizes_of
+from peerllm.cli.demo.demo_devices import DemoDevice, free_processors
+from peerllm.cli.demo.demo_memory import limits, sizes_of
 from peerllm.cli.device import LocalDevice, demo_note
 from peerllm.cli.look import deployment_text, devices_text
 from peerllm.cli.parser import default_data_dir
