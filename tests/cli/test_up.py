@@ -17,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from peerllm.cli import up
+from peerllm.cli import device_process
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.parser import build_parser
+from peerllm.cli.up import settings_of
 from peerllm.daemon.engine_link.engine_host import EngineHost
 from peerllm.engine.messages import Configured
 from tests.household import READY_TIMEOUT_S, STOP_TIMEOUT_S, Device
@@ -61,15 +62,15 @@ async def test_it_says_at_once_that_it_starts_and_every_command_waits_for_it(
         return await real(host)
 
     monkeypatch.setattr(EngineHost, "start", held)
-    monkeypatch.setattr(up, "_tell", told.put_nowait)
+    monkeypatch.setattr(device_process, "tell", told.put_nowait)
     argv = ["up", "--data", str(tmp_path), "--name", "kitchen", "--port", "0", "--api", "127.0.0.1:0"]
-    settings = up.settings_of(build_parser().parse_args([*argv, "--memory", "999TB", *ALONE]))
-    serving = asyncio.create_task(up.serve(settings, [], False))
+    settings = settings_of(build_parser().parse_args([*argv, "--memory", "999TB", *ALONE]))
+    serving = asyncio.create_task(device_process.serve(settings, [], False))
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
             line = await told.get()
             device = LocalDevice(tmp_path)
-            assert line.startswith("kitchen is starting") and device.url in line and str(tmp_path) in line
+            assert line == f"The page of kitchen, which says how far it is: {device.url}"
             (me,) = (await asyncio.to_thread(device.get, "/peerllm/v1/status"))["devices"]
             assert (me["name"], me["state"], me["problem"]) == ("kitchen", "starting", "is starting its engine")
             assert "ready" not in capsys.readouterr().out
@@ -89,6 +90,21 @@ async def test_it_says_at_once_that_it_starts_and_every_command_waits_for_it(
     assert not (tmp_path / "daemon.json").exists()
 
 
+def test_its_first_words_come_before_anything_large_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys, peerllm.cli.main as m, peerllm.cli.up as up\n"
+        "def first(text):\n"
+        "    print(text)\n"
+        "    print(sorted({'aiohttp', 'numpy', 'zeroconf', 'cryptography', 'tokenizers'} & set(sys.modules)))\n"
+        "    sys.exit()\n"
+        "up.tell = first\n"
+        f"m.main(['up', '--data', {str(tmp_path)!r}, '--name', 'kitchen'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    said, imported = done.stdout.splitlines()
+    assert said.startswith("kitchen is starting") and str(tmp_path) in said and imported == "[]"
+
+
 async def test_a_device_that_is_stopped_while_it_starts_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = asyncio.Queue[str]()
 
@@ -96,9 +112,9 @@ async def test_a_device_that_is_stopped_while_it_starts_ends(tmp_path: Path, mon
         await asyncio.Event().wait()
 
     monkeypatch.setattr(EngineHost, "start", held)
-    monkeypatch.setattr(up, "_tell", told.put_nowait)
+    monkeypatch.setattr(device_process, "tell", told.put_nowait)
     argv = ["up", "--data", str(tmp_path), "--port", "0", "--api", "127.0.0.1:0", *ALONE]
-    serving = asyncio.create_task(up.serve(up.settings_of(build_parser().parse_args(argv)), [], False))
+    serving = asyncio.create_task(device_process.serve(settings_of(build_parser().parse_args(argv)), [], False))
     async with asyncio.timeout(STOP_TIMEOUT_S):
         await told.get()
         os.kill(os.getpid(), signal.SIGTERM)

@@ -65,7 +65,7 @@ class Repository:
 
 def ask(model: str) -> Repository | None:
     """What the hub holds of a model now; None where it cannot be asked, or does not show it."""
-    with quietly(f"what {model} holds"):
+    with quietly(model):
         info = _api().model_info(model, files_metadata=True, timeout=ASK_TIMEOUT_S)
         sizes = {one.rfilename: one.size or 0 for one in info.siblings or () if _wanted(one.rfilename)}
         return Repository(model, info.sha, sizes) if info.sha and sizes else None
@@ -90,7 +90,7 @@ def outline(found: Repository, into: Path) -> bool:
             for key, one in said.tensors.items()
         }
 
-    with quietly(f"the headers of {found.model}"):
+    with quietly(found.model):
         for name in SAID:
             if name in found.sizes:
                 shutil.copyfile(api.hf_hub_download(found.model, name, revision=found.commit), into / name)
