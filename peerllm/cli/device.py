@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from peerllm.errors import NotFoundError, PeerLLMError, UnavailableError
 DAEMON_FILE = "daemon.json"
 DEMO_FILE = "demo.json"
 TOKEN_FILE = "token"  # noqa: S105  a file's name
+START_S, LOOK_S = 15.0, 0.1  # how long a device that begins to start is waited for, and how often it is looked for
 TIMEOUT_S = 180.0  # seconds without a byte; joining and leaving speak to other devices
 RUN_TIMEOUT_S = 3600.0  # seconds between two lines of `run`: a large model may be on its way
 MAX_LINE_BYTES = 64 << 20
@@ -34,11 +36,17 @@ class LocalDevice:
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
         data_dir = demo_of(data_dir) or data_dir
+        until = time.monotonic() + START_S
+        while not (written := _read(data_dir / DAEMON_FILE)).get("url"):
+            if not _alive(written):
+                raise self._nobody()
+            if time.monotonic() > until:
+                raise UnavailableError(f"the device on {data_dir} is still starting; ask again in a moment")
+            time.sleep(LOOK_S)
+        self.url = str(written["url"])
         try:
-            written = json.loads((data_dir / DAEMON_FILE).read_bytes())
-            self.url = str(written["url"])
             self._token = (data_dir / TOKEN_FILE).read_text().strip()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise self._nobody() from error
 
     def _nobody(self) -> NotFoundError:
@@ -121,6 +129,19 @@ def _checked(value: dict[str, Any]) -> dict[str, Any]:
 def write_daemon_file(data_dir: Path, url: str) -> None:
     """DIR/daemon.json (0600): where the other commands find the running device."""
     _write(data_dir / DAEMON_FILE, {"url": url, "pid": os.getpid()})
+
+
+@contextlib.contextmanager
+def starting(data_dir: Path) -> Iterator[None]:
+    """While the block runs, the other commands know that a device begins to start here, unless one runs already."""
+    path = data_dir / DAEMON_FILE
+    if not _alive(_read(path)):
+        write_daemon_file(data_dir, "")
+    try:
+        yield
+    finally:
+        if _read(path).get("pid") == os.getpid():
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -8,27 +8,32 @@ import socket
 import sys
 from typing import Any
 
+from peerllm.cli.device import starting
 from peerllm.cli.terminal import tell
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError
 
 MAX_NAME_CHARS = 63  # as of a host's name
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+HTTP_CLIENTS = ("httpx", "httpx2")
 _LOOPBACK = ("127.0.0.1", "::1")
 
 
 def run(args: argparse.Namespace) -> None:
     """Returns when the device was stopped; BadInputError if it cannot start."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
+    for client in HTTP_CLIENTS:  # of the hub's library: each request would be a line
+        logging.getLogger(client).setLevel(logging.WARNING)
     settings = settings_of(args)
     try:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise BadInputError(f"cannot use --data {settings.data_dir}: {error.strerror}") from error
     tell(f"{settings.name} is starting, which takes up to half a minute (its data: {settings.data_dir})")
-    from peerllm.cli.device_process import live
+    with starting(settings.data_dir):
+        from peerllm.cli.device_process import live
 
-    live(settings, args.api_name, args.exit_with_parent)
+        live(settings, args.api_name, args.exit_with_parent)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

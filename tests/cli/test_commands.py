@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from peerllm.api.server import ApiServer
-from peerllm.cli.device import write_daemon_file
+from peerllm.cli.device import LocalDevice, starting, write_daemon_file
 from peerllm.cli.main import main
 from peerllm.cli.progress import show_progress
 from peerllm.daemon.settings import Settings
@@ -426,6 +427,37 @@ def test_without_a_device_every_command_says_how_to_start_one(
     write_daemon_file(nowhere, f"http://127.0.0.1:{port}")  # of a device that was killed
     assert main([args[0], "--data", str(nowhere), *args[1:]]) == 1
     assert capsys.readouterr() == ("", wanted)
+
+
+def test_a_device_that_has_not_begun_to_listen_is_waited_for(
+    peerllm: Run, device: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    looked = []
+
+    def sleep(_: float) -> None:
+        looked.append(json.loads((device.data / "daemon.json").read_text())["url"])
+        write_daemon_file(device.data, url)
+
+    url = LocalDevice(device.data).url
+    monkeypatch.setattr("peerllm.cli.device.time.sleep", sleep)
+    (device.data / "daemon.json").unlink()
+    with starting(device.data):
+        assert peerllm("status")[0] == 0
+        assert looked == [""]
+        monkeypatch.setattr("peerllm.cli.device.START_S", -1.0)
+        write_daemon_file(device.data, "")
+        wanted = f"peerllm: the device on {device.data} is still starting; ask again in a moment\n"
+        assert peerllm("status") == (1, "", wanted)
+    assert not (device.data / "daemon.json").exists()
+    assert "no device is running" in peerllm("status")[2]
+
+
+def test_who_begins_to_start_leaves_a_running_device_s_file_alone(device: Served, tmp_path: Path) -> None:
+    written = {"url": "http://127.0.0.1:1", "pid": os.getppid()}
+    (tmp_path / "daemon.json").write_text(json.dumps(written))
+    with starting(tmp_path):
+        assert json.loads((tmp_path / "daemon.json").read_text()) == written
+    assert json.loads((tmp_path / "daemon.json").read_text()) == written
 
 
 def test_another_program_on_the_port_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

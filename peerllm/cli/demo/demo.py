@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
     sizes = sizes_of(model_dir, SLOTS, CONTEXT)
     memory = limits(sizes, args.devices)
     say = _quiet if args.json else _say
-    say(f"The model takes {human_bytes(sizes.total)} with room for {SLOTS} sequences; starting {args.devices} devices:")
+    say(f"The model takes {human_bytes(sizes.total)} with room for {SLOTS} sequences.")
+    say(f"Starting {args.devices} devices, which takes up to half a minute:")
     for name, limit in zip(NAMES, memory, strict=False):
         say(f"  {name:<12} lends {human_bytes(limit)}")
     signal.signal(signal.SIGTERM, _as_interrupt)
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
         _devices(Path(directory), memory, args.api) as devices,
         _noted(devices[0], args.json) as option,
     ):
+        say("They are ready. Pairing them, then dividing the model over them.")
         _serve(devices, BUILTIN if args.model == BUILTIN else str(model_dir), args)
         say(f"From a second terminal: peerllm chat{option}   (or peerllm status{option})\nStop with Ctrl-C.")
         devices[0].wait()

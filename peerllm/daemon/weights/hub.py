@@ -77,7 +77,7 @@ def _wanted(name: str) -> bool:
 
 
 def outline(found: Repository, into: Path) -> bool:
-    """Make `into` a model directory without weights: config and safetensors headers; False where that cannot be.
+    """Make the folder `into`, a model directory without weights: config and headers; False where that cannot be.
 
     Each weight file has its true length but for its header's spacing, and is a hole: it takes no room on the disk.
     """
@@ -91,6 +91,7 @@ def outline(found: Repository, into: Path) -> bool:
         }
 
     with quietly(found.model):
+        into.mkdir()
         for name in SAID:
             if name in found.sizes:
                 shutil.copyfile(api.hf_hub_download(found.model, name, revision=found.commit), into / name)

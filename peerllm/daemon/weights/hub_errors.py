@@ -25,7 +25,7 @@ def quietly(model: str) -> Iterator[None]:
         with errors_of(model):
             yield
     except PeerLLMError as error:
-        log.info("before its download: %s", error)
+        log.debug("before its download: %s", error)
 
 
 @contextlib.contextmanager
