@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from peerllm.builtin import MODEL_DIR, story_parts
+from peerllm.builtin import MODEL_DIR
 from peerllm.builtin.answering import Answerer, Messages, one
-from peerllm.builtin.dialogues import KINDS, dialogue
-from peerllm.builtin.home import Command, command, follow_up, fresh_command
-from peerllm.builtin.stories import story
-from peerllm.builtin.sums import Sum, sum_question
-from peerllm.builtin.units import unit_question
+from peerllm.builtin.exchanges import story_parts
+from peerllm.builtin.exchanges.dialogues import KINDS, dialogue
+from peerllm.builtin.exchanges.home import Command, command, follow_up, fresh_command
+from peerllm.builtin.exchanges.stories import story
+from peerllm.builtin.exchanges.sums import Sum, sum_question
+from peerllm.builtin.exchanges.units import unit_question
 
 GOAL = 0.9  # exact match of the JSON action on the held-out commands
 TEST_SEED = 977
@@ -73,14 +74,14 @@ def _fresh(count: int) -> list[Command]:
 
 
 def misses(folder: Path, count: int) -> list[tuple[str, str, str]]:
-    """The held-out commands gone wrong: what was said, what was wanted, what came."""
+    """The held-out commands that were answered wrongly: the command, the wanted and the given answer."""
     model, asked = Answerer(folder), held_out_commands(count)
     came = model.answers([one(c.said) for c in asked])
     return [(c.said, c.answer, a) for c, a in zip(asked, came, strict=True) if not same_action(a, c.answer)]
 
 
 def same_action(came: str, wanted: str) -> bool:
-    """Whether the last line of the answer is, letter by letter, that of the wanted one."""
+    """Whether the answer's last line equals that of the wanted answer, letter by letter."""
     return came.strip().split("\n")[-1] == wanted.rsplit("\n", maxsplit=1)[-1]
 
 
@@ -145,7 +146,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Prints the report, on wish the misses, and exits 1 where the goal is missed."""
+    """Prints the report, and the misses if asked; exits 1 if the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--count", type=int, default=600)

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.builtin.dialogues import MIXES
 from peerllm.builtin.evaluate import evaluate, print_report
+from peerllm.builtin.exchanges.dialogues import MIXES
 from peerllm.builtin.packing import Packer
 from peerllm.builtin.recipe import Recipe, build_model, build_optimizers
 from peerllm.builtin.vocabulary import train_tokenizer
@@ -80,7 +80,7 @@ class Trainer:
         self.spent_s += time.monotonic() - began
 
     def run(self, out: Path, state: Path | None) -> None:
-        """Trains to the end, on the way saving a usable model into `out` and, where wanted, the state."""
+        """Trains to the end; saves usable models into `out` meanwhile and, if asked, the training state."""
         if state and state.exists():
             self._go_on_from(state)
         self.model.train()

@@ -10,6 +10,7 @@ from typing import Any
 
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.figures.trace import recording, text
+from peerllm.cli.served import meant
 from peerllm.cli.terminal import printable
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
 
@@ -24,7 +25,8 @@ Everything else is said to the model."""
 
 def run(args: argparse.Namespace) -> None:
     device = LocalDevice(args.data)
-    body: dict[str, Any] = {"model": args.model or only_model(device)}
+    model = meant(device.get("/peerllm/v1/status"), args.model) if args.model else only_model(device)
+    body: dict[str, Any] = {"model": model}
     if args.temperature is not None:
         body["temperature"] = args.temperature
     if args.max_tokens is not None:

@@ -23,10 +23,10 @@ from peerllm.daemon.settings import Settings
 log = logging.getLogger(__name__)
 
 
-def live(settings: Settings, api_names: list[str], exit_with_parent: bool) -> None:
+def live(settings: Settings, api_names: list[str], exit_with_parent: bool, expected: str) -> None:
     """Returns when the device was stopped; BadInputError if it cannot start."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(serve(settings, api_names, exit_with_parent))
+        runner.run(serve(settings, api_names, exit_with_parent, expected))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -37,7 +37,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool) -> None:
+async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool, expected: str = "") -> None:
     """API, then daemon, then the ready line; a signal closes them. The API tells from the first second what goes on."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -46,7 +46,7 @@ async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool
     if exit_with_parent:
         _watch_stdin(loop, stop)
     daemon = Daemon(settings)
-    api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names)
+    api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names, expected)
     try:
         await api.reserve()
         await daemon.claim()

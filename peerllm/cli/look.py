@@ -73,8 +73,8 @@ def deployments_text(found: Status) -> str:
 
 
 def deployment_text(one: Mapping[str, Any]) -> str:
-    doing = f", {one['doing']}" if one.get("doing") else ""
-    head = f"{one['model']}: {one['state']}{doing}, coordinated by {one['coordinator']}, epoch {one['epoch']}"
+    doing = f", {one['message']}" if one.get("message") else ""
+    head = f"{one['name']}: {one['state']}{doing}, coordinated by {one['coordinator']}, epoch {one['epoch']}"
     if one.get("schedule", SCHEDULE_NAMES[0]) != SCHEDULE_NAMES[0]:
         head += f", schedule {one['schedule']}"
     if one.get("reason"):
@@ -89,15 +89,15 @@ def deployment_text(one: Mapping[str, Any]) -> str:
         bar = layer_bar(first, last, layers)
         speed = _block_ms((one.get("profiles") or {}).get(stage["device"]))
         rows.append((stage["device"], f"{first}-{last}", bar, human_bytes(stage["memory_bytes"]), speed))
-    said = f"{context_text(one)}{weights_text(one)}{speed_text(one)}{activations_text(one)}"
-    return f"{printable(head)}\n{table(rows)}{said}"
+    facts = [tell(one) for tell in (context_text, weights_text, speed_text, activations_text)]
+    return f"{printable(head)}\n{table(rows)}{''.join(facts)}"
 
 
 def context_text(one: Mapping[str, Any]) -> str:
     """How much a sequence may hold, and how many there is room for; "" where a device's version does not say."""
     if not one.get("context"):
         return ""
-    return f"\ncontext: {one['context']} tokens, prompt and answer together; {one['slots']} at once"
+    return f"\ncontext: {one['context']:,} tokens, prompt and answer together; {one['slots']} at once"
 
 
 def weights_text(one: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peerllm import __version__
 from peerllm.daemon.settings import API_PORT, CONTROL_PORT, PAIRING_PORT
-from peerllm.planner.scenario import OBJECTIVES, STRATEGIES
+from peerllm.planner.scenario.scenario import OBJECTIVES, STRATEGIES
 from peerllm.types import ACTIVATIONS, COMPUTE, QUANTIZE, SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
@@ -181,6 +181,7 @@ def _up(up: argparse.ArgumentParser) -> None:
     )
     up.add_argument("--loopback", action="store_true", help="listen on this machine only: no other machine can pair")
     up.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
+    up.add_argument("--expect", default="", help=argparse.SUPPRESS)  # the model that will be run: requests wait for it
 
 
 def _demo(demo: argparse.ArgumentParser) -> None:
@@ -226,6 +227,9 @@ def _models(command: _Command) -> None:
     run = command("run", "Divide a model over the household's devices and serve it from this one.")
     run.add_argument(
         "model", metavar="MODEL", help="a Hugging Face id, a name that `peerllm models` lists, a directory, or builtin"
+    )
+    run.add_argument(
+        "--as", dest="name", metavar="NAME", help="what to call it (default: the last part of its path or id)"
     )
     run.add_argument("--objective", choices=("latency", "throughput"), default="latency")
     run.add_argument("--context", type=positive, metavar="N", help="tokens that a sequence may hold, prompt and answer")

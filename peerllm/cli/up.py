@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     with starting(settings.data_dir):
         from peerllm.cli.device_process import live
 
-        live(settings, args.api_name, args.exit_with_parent)
+        live(settings, args.api_name, args.exit_with_parent, args.expect)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -219,8 +219,8 @@ class Daemon:
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         return self.coordinator.generate(request)
 
-    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
-        await self.coordinator.run(options, progress)
+    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
+        return await self.coordinator.run(options, progress)
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         return await self.coordinator.preview(options, progress)

@@ -102,7 +102,17 @@ class FakeHousehold:
 
     def __init__(self, model_dir: Path) -> None:
         self.tokenizer = byte_tokenizer()
-        self.model = ServedModel(DEPLOYMENT, "builtin", "serving", "", 1_700_000_000, model_dir, CONTEXT, (END,))
+        self.model = ServedModel(
+            deployment=DEPLOYMENT,
+            name="builtin",
+            model="builtin",
+            state="serving",
+            reason="",
+            created=1_700_000_000,
+            model_dir=model_dir,
+            context=CONTEXT,
+            stop_ids=(END,),
+        )
         self.served = [self.model]
         self.reply = "Hello, wörld 🏡!"
         self.endless = False
@@ -127,6 +137,7 @@ class FakeHousehold:
         self.run_done = asyncio.Event()
         self.rounded_layers: list[int] = []  # of what is planned
         self.change = asyncio.Event()
+        self.watched, self.unwatched = asyncio.Event(), asyncio.Event()  # somebody waits for a change, and no more
         self.nearby: list[dict[str, Any]] = []
         self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
         self.deployments: list[dict[str, Any]] = [deployment()]
@@ -154,10 +165,14 @@ class FakeHousehold:
         self.change = asyncio.Event()
 
     async def changed(self) -> AsyncIterator[None]:
-        while True:
-            change = self.change
-            yield
-            await change.wait()
+        try:
+            while True:
+                change = self.change
+                yield
+                self.watched.set()
+                await change.wait()
+        finally:
+            self.unwatched.set()
 
     def models(self) -> list[ServedModel]:
         return self.served
@@ -193,7 +208,7 @@ class FakeHousehold:
         finally:
             self.closed.set()
 
-    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
+    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
         self.runs.append(options)
         try:
             if options.model == "unknown":
@@ -207,6 +222,7 @@ class FakeHousehold:
                 raise InfeasibleError("huge needs 4.0 GB more than the household lends", 4_000_000_000)
             if self.run_error:
                 raise self.run_error
+            return options.name or options.model.rpartition("/")[2]
         finally:
             self.run_done.set()
 
@@ -298,16 +314,18 @@ def deployment(
     cuts: Sequence[tuple[str, int, int]] = (("laptop", 0, 4), ("mini-pc", 5, 9), ("jetson", 10, 13)),
 ) -> dict[str, Any]:
     return {
+        "id": DEPLOYMENT,
+        "name": model,
         "model": model,
+        "context": 1024,
+        "slots": 4,
+        "message": "",
         "state": state,
         "epoch": 1,
         "coordinator": "laptop",
         "reason": "",
         "measured": {},
         "progress": 1.0,
-        "doing": "",
-        "context": 4096,
-        "slots": 4,
         "weights": WEIGHTS,
         "plan": {
             "stages": [

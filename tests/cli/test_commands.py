@@ -152,12 +152,12 @@ def test_status_tells_memory_lent_and_used_and_the_context(peerllm: Run, device:
     head, first = (re.split(r"  +", line) for line in out.splitlines()[2:4])
     told = dict(zip(head, first, strict=False))  # where it computes is not said
     assert (told["MEMORY"], told["LENT"], told["USED"]) == ("8.0 GB", "20.0 MB", "12.0 MB")
-    assert "context: 4096 tokens, prompt and answer together; 4 at once\n" in out
-    assert "context: 4096 tokens" in peerllm("run", "builtin")[1]
+    assert "context: 1,024 tokens, prompt and answer together; 4 at once\n" in out
+    assert "context: 1,024 tokens" in peerllm("run", "builtin")[1]
 
 
 def test_status_tells_how_far_a_download_is(peerllm: Run, device: Served) -> None:
-    loading = deployment(state="planning") | {"plan": None, "doing": "downloading small, 2.5 GB: 40%", "context": 0}
+    loading = deployment(state="planning") | {"plan": None, "message": "downloading small, 2.5 GB: 40%", "context": 0}
     device.household.deployments = [loading]
     assert "builtin: planning, downloading small, 2.5 GB: 40%, coordinated by laptop" in peerllm("status")[1]
 

@@ -21,6 +21,6 @@ BLOCKS = {"pass": {"1": 9.0}, "block:full": {"1": 1.0, "128": 50.0}, "block:wind
 )
 def test_the_time_of_a_block_stands_beside_each_stage(profiles: dict[str, object], text: str) -> None:
     stage = {"device": "a", "first_layer": 0, "last_layer": 3, "memory_bytes": 1000}
-    one = {"model": "m", "state": "serving", "coordinator": "a", "epoch": 1, "plan": {"stages": [stage]}}
+    one = {"name": "m", "model": "m", "state": "serving", "coordinator": "a", "epoch": 1, "plan": {"stages": [stage]}}
     shown = deployment_text({**one, "profiles": profiles})
     assert shown.rstrip().endswith(text)

@@ -14,8 +14,8 @@ from peerllm.builtin import MODEL_DIR
 from peerllm.daemon.deployment.model_files import dtype_of
 from peerllm.daemon.weights.known_models import BUILTIN
 from peerllm.errors import ModelError
-from peerllm.planner.cost import layer_bytes
-from peerllm.planner.memory import working_bytes
+from peerllm.planner.cost.layer_costs import layer_bytes
+from peerllm.planner.cost.working_space import working_bytes
 from peerllm.types import Workload
 
 SPARE_BLOCKS = 0.75  # of a block's size

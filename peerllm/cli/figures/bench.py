@@ -18,9 +18,11 @@ from peerllm.cli.figures.trace import recording, writable
 from peerllm.cli.figures.trace import text as trace_text
 from peerllm.cli.served import served_here
 from peerllm.cli.terminal import human_ms, human_rate, printable, table
-from peerllm.planner.cost import lap_of
-from peerllm.planner.scenario import Scenario, parse
-from peerllm.planner.simulator import formula_tokens_per_second, simulate
+from peerllm.planner.cost.prediction import lap_of
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.scenario.scenario_parser import parse
+from peerllm.planner.simulator.run_report import formula_tokens_per_second
+from peerllm.planner.simulator.simulation import simulate
 from peerllm.types import ScheduleName, Stage, Workload, batches_of, chunk_of
 
 DRAWS = 5  # runs of the simulator that are averaged where passes vary

@@ -18,11 +18,13 @@ from peerllm.cli.exactness import exactness
 from peerllm.cli.progress import as_model, progress
 from peerllm.cli.terminal import human_bytes, human_ms, human_rate, layer_bar, printable, table
 from peerllm.errors import BadInputError, InfeasibleError, PeerLLMError, UnavailableError
-from peerllm.planner.activations import forms
-from peerllm.planner.chunks import Pipeline, in_chunks
-from peerllm.planner.cost import hop_ms, layer_ms, stage_bytes
-from peerllm.planner.scenario import Scenario, ScenarioError, parse
-from peerllm.planner.strategies import SINGLE, plan, value
+from peerllm.planner.cost.layer_costs import hop_ms, layer_ms, stage_bytes
+from peerllm.planner.scenario.json_value import ScenarioError
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.scenario.scenario_parser import parse
+from peerllm.planner.strategies.strategy_plan import SINGLE, plan, value
+from peerllm.planner.transfers.activation_forms import forms
+from peerllm.planner.transfers.prompt_chunks import Pipeline, in_chunks
 from peerllm.types import Objective, Plan, chunk_of
 
 OK, INFEASIBLE, MALFORMED = 0, 1, 2

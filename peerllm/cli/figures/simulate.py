@@ -15,10 +15,11 @@ from peerllm.cli.figures import gantt
 from peerllm.cli.figures.plan import MALFORMED, OK, Outcome, answer
 from peerllm.cli.terminal import human_ms, human_rate, printable, table
 from peerllm.errors import BadInputError, InfeasibleError
-from peerllm.planner.cost import lap_of
-from peerllm.planner.scenario import Scenario
-from peerllm.planner.simulator import Run, ScheduleName, formula_tokens_per_second, simulate
-from peerllm.types import Plan
+from peerllm.planner.cost.prediction import lap_of
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.simulator.run_report import SimulatedRun, formula_tokens_per_second
+from peerllm.planner.simulator.simulation import simulate
+from peerllm.types import Plan, ScheduleName
 
 USAGE = "usage: peerllm simulate SCENARIO.json --plot FILE.svg|FILE.png"
 BAR = 24  # characters of a utilisation bar
@@ -30,7 +31,7 @@ class Simulated:
 
     scenario: Scenario
     plan: Plan
-    run: Run
+    run: SimulatedRun
     formula_tokens_per_second: float
 
     def hops(self) -> list[tuple[str, str]]:

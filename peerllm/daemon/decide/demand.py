@@ -16,13 +16,14 @@ from peerllm.daemon.decide.device_profiles import (
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Inspected
 from peerllm.errors import BadInputError, InfeasibleError
-from peerllm.planner.activations import sent
-from peerllm.planner.chunks import Pipeline, in_chunks
-from peerllm.planner.cost import layer_bytes, stage_bytes
-from peerllm.planner.latency import plan_latency
-from peerllm.planner.memory import chunk_tokens, human_bytes, working_bytes
-from peerllm.planner.scenario import Scenario
-from peerllm.planner.throughput import plan_throughput
+from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.planner.cost.layer_costs import layer_bytes, stage_bytes
+from peerllm.planner.cost.working_space import chunk_tokens, working_bytes
+from peerllm.planner.latency.latency_plan import plan_latency
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.throughput.throughput_plan import plan_throughput
+from peerllm.planner.transfers.activation_forms import plan_with_forms
+from peerllm.planner.transfers.prompt_chunks import Pipeline, in_chunks
 from peerllm.types import (
     ACTIVATIONS,
     SCHEDULE_NAMES,
@@ -153,7 +154,8 @@ def _draw_up(
         return planned(one, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
 
     wanted: Activations = "exact" if inspected.exact else options.activations
-    found = sent(Scenario(model, rooms, links, source, None, work, ()), wanted, ITEMSIZE[inspected.dtype], solve)
+    scenario = Scenario(model, rooms, links, source, None, work, ())
+    found = plan_with_forms(scenario, wanted, ITEMSIZE[inspected.dtype], solve)
     plan = found.plan
     memory = stage_bytes(model, plan.stages, work)
     promises = dict.fromkeys(plan.devices, working)

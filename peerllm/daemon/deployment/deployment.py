@@ -30,7 +30,7 @@ from peerllm.errors import (
     RefusedError,
     UnavailableError,
 )
-from peerllm.planner.memory import human_bytes
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeviceId
 
 MAX_ATTEMPTS = 5  # plans tried one after another when devices refuse or leave, before the reason is given
@@ -41,6 +41,7 @@ LATECOMERS = 3  # times that devices are measured because some came while others
 GATHER_S = 5.0  # how long a model too large for the devices here waits for those that have not arrived
 ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
 SETTLE_S = 0.3  # changes of the household come in bursts
+UNDER_WAY = ("planning", "loading")  # states in which there is progress to tell
 FETCH_SHARE = 0.8  # of a device's progress bar, where weights travel
 
 log = logging.getLogger(__name__)
@@ -60,14 +61,14 @@ class Deployment:
         self.model_dir: Path | None = None
         self.inspected: Inspected | None = None
         self._missing_bytes = 0  # of the model's files, on this disk
-        self._share = 0.0  # how far what goes on before the loading is
         self.sequences = Admission(self.id, around.tell_engine, around.changed)
         self.watchers: list[Callable[[RunProgress], None]] = []
         self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
         self._around, self._timings = around, timings
         self.lasting = remembered  # it has served: from then on it waits for devices instead of giving up
         self._shares: dict[DeviceId, float] = {}
-        self._message = ""
+        self._message = ""  # what is being done ...
+        self._share = 0.0  # ... and how much of it, where no device loads
         self._asked: set[DeviceId] = set()  # devices that may hold something of ours
         self._free: dict[DeviceId, int] = {}  # what devices said last, fresher than what they announce
         self._trouble: asyncio.Queue[str] = asyncio.Queue(1)
@@ -130,10 +131,12 @@ class Deployment:
     def view(self) -> DeploymentView:
         plan = self.blueprint.plan if self.blueprint is not None else None
         inspected = self.inspected
-        shares = self._shares.values()
         return DeploymentView(
             deployment=self.id,
             model=self.options.model,
+            name=self.options.name,
+            context=self._context(),
+            message=self._message if self.state in UNDER_WAY else "",
             state=self.state,
             epoch=self.epoch,
             coordinator=self._around.me,
@@ -142,9 +145,7 @@ class Deployment:
             predicted=asdict(plan.predicted) if plan is not None else {},
             measured=self.sequences.measured,
             reason=self.reason,
-            progress=1.0 if self.state == "serving" else sum(shares) / len(shares) if shares else self._share,
-            doing=self._message if self.state in ("planning", "loading") else "",
-            context=self.blueprint.workload.context if self.blueprint is not None else 0,
+            progress=self._done(),
             slots=self.blueprint.workload.sequences if self.blueprint is not None else 0,
             schedule=self.options.schedule,
             activations=self.blueprint.activations if self.blueprint is not None else (),
@@ -154,21 +155,29 @@ class Deployment:
             quantize_wanted=self.options.quantize,
         )
 
-    def served(self) -> ServedModel | None:
-        """None until the model's files are known."""
-        if self.model_dir is None or self.inspected is None:
-            return None
-        context = self.blueprint.workload.context if self.blueprint is not None else self.inspected.max_context
+    def served(self) -> ServedModel:
         return ServedModel(
-            self.id,
-            self.options.model,
-            self.state,
-            self.reason,
-            self.created,
-            self.model_dir,
-            context,
-            self.inspected.stop_ids,
+            deployment=self.id,
+            name=self.options.name,
+            model=self.options.model,
+            state=self.state,
+            reason=self.reason,
+            created=self.created,
+            model_dir=self.model_dir,
+            context=self._context() or (self.inspected.max_context if self.inspected is not None else 0),
+            stop_ids=self.inspected.stop_ids if self.inspected is not None else (),
+            message=self._message if self.state in UNDER_WAY else "",
+            progress=self._done(),
         )
+
+    def _context(self) -> int:
+        return self.blueprint.workload.context if self.blueprint is not None else 0
+
+    def _done(self) -> float:
+        """How much of a download or of loading is done, 0 to 1."""
+        if self.state == "serving":
+            return 1.0
+        return sum(self._shares.values()) / len(self._shares) if self._shares else self._share
 
     async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
         """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
@@ -393,7 +402,7 @@ class Deployment:
         work = self.blueprint.workload
         self._free.clear()
         self._become("serving", "")
-        self._say("serving", f"{self.options.model} is served")
+        self._say("serving", f"{self.options.name} is served")
         self.sequences.open(Room(work.sequences, work.context, self.inspected.vocabulary, self.inspected.stop_ids))
         self._resolve(None)
 
@@ -465,10 +474,11 @@ def same_demand(a: RunOptions, b: RunOptions) -> bool:
         and b.context in (None, a.context)
         and b.slots in (None, a.slots)
         and b.prompt_chunk in (None, a.prompt_chunk)
+        and b.name in ("", a.name)
     )
 
 
 def refuse_other(a: RunOptions, b: RunOptions) -> None:
     """BadInputError where a model already runs with other options."""
     if not same_demand(a, b):
-        raise BadInputError(f"{a.model} already runs with other options; `peerllm stop {a.model}` first")
+        raise BadInputError(f"{a.model} already runs as {a.name} with other options; `peerllm stop {a.name}` first")

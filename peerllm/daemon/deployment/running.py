@@ -12,8 +12,8 @@ from peerllm.daemon.decide.demand import Blueprint
 from peerllm.daemon.decide.device_profiles import checked, link_profiles
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.errors import PeerLLMError
-from peerllm.planner.export import names_in, scenario_file
-from peerllm.planner.paces import Points, paced
+from peerllm.planner.cost.observed_times import Points, with_observed_times
+from peerllm.planner.scenario.scenario_export import names_in, scenario_file
 from peerllm.types import DeploymentId
 
 PACE_TIMEOUT_S = 5.0
@@ -34,7 +34,7 @@ async def as_it_runs(around: Surroundings, deployment: DeploymentId, blueprint: 
         links = {pair: now.get(pair, link) for pair, link in links.items()}
     paces, spreads = await stage_paces(around, deployment, blueprint)
     running = replace(
-        planned, links=links, devices=paced(planned.model, planned.devices, blueprint.plan.stages, paces)
+        planned, links=links, devices=with_observed_times(planned.model, planned.devices, blueprint.plan.stages, paces)
     )
     return {
         "scenario": scenario_file(planned),

@@ -44,7 +44,7 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError, UnavailableError
-from peerllm.planner.memory import human_bytes
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeploymentId, DeviceId
 
 LOAD_TIMEOUT_S = 3600.0  # one stage from disk

@@ -1,4 +1,4 @@
-"""The object of design §9: everything a person may want to know of the household, as this device sees it. Pure."""
+"""The status object (docs/json.md): everything a person may want to know of the household. Pure."""
 
 from __future__ import annotations
 
@@ -124,6 +124,7 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
     ]
     return {
         "id": view.deployment,
+        "name": view.name,
         "model": view.model,
         "state": view.state,
         "epoch": view.epoch,
@@ -141,10 +142,10 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
         },
         "measured": dict(view.measured),
         "profiles": dict(profiles or {}),
-        "reason": view.reason,
-        "progress": view.progress,
-        "doing": view.doing,
         "context": view.context,
+        "reason": view.reason,
+        "message": view.message,
+        "progress": view.progress,
         "slots": view.slots,
     }
 
