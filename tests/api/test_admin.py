@@ -61,6 +61,8 @@ async def test_who_asks_while_the_device_starts_waits_but_sees_that_it_does(
     for path in ("/", "/peerllm/v1/status", "/static/app.js"):
         async with owner.get(path) as answer:
             assert answer.status == 200
+    async with owner.post("/peerllm/v1/invite", json={}, headers={"Authorization": "Bearer wrong"}) as answer:
+        assert answer.status == 401, "who may not ask does not wait either"
     waiting = asyncio.create_task(post(owner, "invite"))
     models = asyncio.create_task(owner.get("/v1/models"))
     await asyncio.wait({waiting, models}, timeout=0.2)
