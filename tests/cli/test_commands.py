@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -449,6 +451,13 @@ def test_a_device_that_has_not_begun_to_listen_is_waited_for(
         wanted = f"peerllm: the device on {device.data} is still starting; ask again in a moment\n"
         assert peerllm("status") == (1, "", wanted)
     assert not (device.data / "daemon.json").exists()
+    assert "no device is running" in peerllm("status")[2]
+
+
+def test_what_a_device_left_that_was_killed_while_it_started_does_not_count(peerllm: Run, device: Served) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (device.data / "daemon.json").write_text(json.dumps({"url": "", "pid": process.pid}))
     assert "no device is running" in peerllm("status")[2]
 
 

@@ -22,6 +22,7 @@ from peerllm.cli.device import LocalDevice
 from peerllm.cli.parser import build_parser
 from peerllm.cli.up import settings_of
 from peerllm.daemon.engine_link.engine_host import EngineHost
+from peerllm.daemon.settings import Settings
 from peerllm.engine.messages import Configured
 from tests.household import READY_TIMEOUT_S, STOP_TIMEOUT_S, Device
 
@@ -88,6 +89,16 @@ async def test_it_says_at_once_that_it_starts_and_every_command_waits_for_it(
         os.kill(os.getpid(), signal.SIGTERM)
         await serving
     assert not (tmp_path / "daemon.json").exists()
+
+
+def test_what_became_of_the_memory_asked_for_is_said_where_it_is_less(tmp_path: Path) -> None:
+    me = {"lent_bytes": 4_000_000_000, "memory_bytes": 16_000_000_000}
+    plain = "kitchen is ready and lends 4.0 GB of its 16.0 GB"
+    for wish in (None, 3_000_000_000, 4_000_000_000):
+        settings = Settings(tmp_path, "kitchen", memory_bytes=wish)
+        assert device_process.ready_text(settings, me) == plain
+    more = Settings(tmp_path, "kitchen", memory_bytes=4_100_000_000)
+    assert device_process.ready_text(more, me) == f"{plain}: --memory 4.1 GB is more than it can lend"
 
 
 def test_its_first_words_come_before_anything_large_is_imported(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def note_directories(file: Path, served: Iterable[str]) -> None:
 def served_directories(file: Path) -> list[str]:
     """Those that the file names, the last served first; [] where there is none."""
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line][:MAX_DIRECTORIES]
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError):
         return []
 
