@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.demo.demo_memory import sizes_of
 from peerllm.daemon.weights.hub import hole
-from peerllm.daemon.weights.known_models import KNOWN, hub_id, memory_bytes, nearest, suggestion
+from peerllm.daemon.weights.known_models import KNOWN, MAX_SUGGESTIONS, hub_id, memory_bytes, nearest, suggestion
 from peerllm.daemon.weights.on_disk import (
     MAX_DIRECTORIES,
     in_hub_cache,
@@ -110,6 +110,7 @@ def test_names_that_may_be_meant(cache: Path) -> None:
     assert nearest("Qwen/Qwen2.5-05B-Instruct")[0] == "qwen2.5-0.5b"
     assert nearest("bultin") == ["builtin"]
     assert nearest("xyzzy") == []
+    assert len(nearest("qwen2.5-7")) == MAX_SUGGESTIONS
     cached(cache, "maker/strange-name")
     assert suggestion("maker/strange-nam") == (
         "; did you mean maker/strange-name? `peerllm models` lists what there is"
