@@ -38,7 +38,7 @@ def household(data_dir: Path) -> dict[str, int] | None:
         return None
     here = [one for one in devices if one["state"] == "online"]
     lent = sum(one["lent_bytes"] for one in here)
-    return {"lent_bytes": lent, "free_bytes": lent - sum(one["used_bytes"] for one in here)} if here else None
+    return {"lent_bytes": lent, "free_bytes": lent - sum(one["promised_bytes"] for one in here)} if here else None
 
 
 def catalogue(data_dir: Path, lent: Mapping[str, int] | None) -> dict[str, Any]:

@@ -70,9 +70,9 @@ def test_what_fits_is_said_to_the_byte(tmp_path: Path, free: int, fits: str, wor
 
 def test_only_devices_that_are_here_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devices = [
-        {"state": "online", "lent_bytes": 100, "used_bytes": 30},
-        {"state": "online", "lent_bytes": 10, "used_bytes": 0},
-        {"state": "offline", "lent_bytes": 1000, "used_bytes": 0},
+        {"state": "online", "lent_bytes": 100, "promised_bytes": 30, "used_bytes": 60},
+        {"state": "online", "lent_bytes": 10, "promised_bytes": 0, "used_bytes": 9},
+        {"state": "offline", "lent_bytes": 1000, "promised_bytes": 0, "used_bytes": 0},
     ]
 
     class Here:
@@ -83,5 +83,5 @@ def test_only_devices_that_are_here_count(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("peerllm.cli.catalogue.LocalDevice", Here)
     assert household(tmp_path) == {"lent_bytes": 110, "free_bytes": 80}
-    devices[:] = [{"state": "starting", "lent_bytes": 0, "used_bytes": 0}]
+    devices[:] = [{"state": "starting", "lent_bytes": 0, "promised_bytes": 0, "used_bytes": 0}]
     assert household(tmp_path) is None
