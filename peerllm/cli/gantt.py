@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peerllm.cli.terminal import printable
+from peerllm.cli.terminal import human_rate, printable
 from peerllm.errors import BadInputError, UnavailableError
 from peerllm.planner.scenario.scenario import Scenario
 from peerllm.planner.simulator.run_report import SimulatedRun, SimulatedSpan
@@ -141,7 +141,8 @@ def _frame(axes: Axes, run: SimulatedRun, rows: Sequence[tuple[str, str]], end: 
     part = "" if end >= run.makespan_ms else f" (the first {end:,.0f} of {run.makespan_ms:,.0f})"
     axes.set_xlabel(f"milliseconds{part}", color=INK)
     steady = run.steady_tokens_per_second
-    rate = f"{run.tokens_per_second:.4g} tokens/s" if steady is None else f"{steady:.4g} tokens/s while all decode"
+    overall = f"{human_rate(run.tokens_per_second)} tokens/s"
+    rate = overall if steady is None else f"{human_rate(steady)} tokens/s while all decode"
     groups = (
         f"{len(run.returns)} × {run.micro_batch} sequences"
         if len(run.returns) * run.micro_batch > 1

@@ -86,13 +86,17 @@ class DeploymentView:
     predicted: Mapping[str, float | str] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
-    progress: float = 0.0  # 0 to 1 while loading
+    progress: float = 0.0  # 0 to 1, of a download or of loading
     schedule: ScheduleName = "no-bubble"
     activations: tuple[ActivationForm, ...] = ()  # how hidden states go from each stage to the next
     activations_wanted: Activations = "auto"
     dtype: str = ""  # it is computed in; "": not known yet
     quantize: str = ""  # what weights are rounded to; "": not at all
     quantize_wanted: str = "auto"  # one of types.QUANTIZE
+    name: str = ""  # what people and clients call it
+    context: int = 0  # tokens that a sequence may hold, as planned; 0: there is no plan
+    slots: int = 0  # sequences served at once, as planned
+    message: str = ""  # what is being done until it serves, for people
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from peerllm.daemon.status.status import (
     link_entries,
     peer_entry,
     sighting_entry,
+    starting_status,
 )
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import ROUTE, Offers
@@ -77,9 +78,25 @@ class Daemon:
         self._free: dict[DeviceId, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pulse = Debounce(VIEW_INTERVAL_S, self._beat)
+        self._doing = ""  # while this device starts, for people
+        self._ready = asyncio.Event()
         self._started = self._closed = False
 
     # ---- life ---------------------------------------------------------------------------------------------------
+
+    async def claim(self) -> None:
+        """Take the data directory, so that `status` can be told; BadInputError if it cannot be had. Idempotent."""
+        if self._doing:
+            return
+        data = self.settings.data_dir
+        await asyncio.to_thread(data.mkdir, 0o700, True, True)
+        self._closing.callback((await asyncio.to_thread(machine.lock, data)).close)
+        self.identity: Identity = await asyncio.to_thread(load_or_create, data)
+        self._doing = "starting its engine"
+
+    async def started(self) -> None:
+        """Returns when `start` is done."""
+        await self._ready.wait()
 
     async def start(self) -> None:
         """Returns when this device can be used; raises why it cannot, with everything closed again."""
@@ -90,10 +107,8 @@ class Daemon:
             raise
 
     async def _start(self) -> None:
+        await self.claim()
         data = self.settings.data_dir
-        await asyncio.to_thread(data.mkdir, 0o700, True, True)
-        self._closing.callback((await asyncio.to_thread(machine.lock, data)).close)
-        self.identity: Identity = await asyncio.to_thread(load_or_create, data)
         self.network = Network(self.settings, self.identity, self.hello, idle=self._idle)
         self.host = EngineHost(
             self._configure,
@@ -106,6 +121,7 @@ class Daemon:
         self._closing.push_async_callback(self.host.close)
         self._closing.push_async_callback(self.network.close)
         configured = self._configured = await self.host.start()
+        self._doing = "measuring how fast this machine computes"
         self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
         self._memory_bytes = configured.memory_bytes or machine.memory_bytes()
         self.ledger = Ledger(self._lent(configured))
@@ -137,6 +153,7 @@ class Daemon:
         await network.start()
         await self.store.prune()
         await self.coordinator.start()
+        self._ready.set()
         self.poke()
 
     async def close(self) -> None:
@@ -162,6 +179,8 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """The object of design §9, and more."""
+        if not self._ready.is_set():
+            return starting_status(self.identity.device, self.settings, self._doing)
         peers, addresses = self.network.peers(), self.network.addresses
         me = {
             **device_entry(self.identity.device, self.hello(), self._view()),
@@ -200,8 +219,8 @@ class Daemon:
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         return self.coordinator.generate(request)
 
-    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
-        await self.coordinator.run(options, progress)
+    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
+        return await self.coordinator.run(options, progress)
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         return await self.coordinator.preview(options, progress)
@@ -226,6 +245,9 @@ class Daemon:
     async def invite(self) -> tuple[str, int]:
         return await self.network.open_door()
 
+    def hosts(self) -> tuple[str, ...]:
+        return self.network.addresses
+
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         return await self.network.join(code, at)
 
@@ -233,11 +255,15 @@ class Daemon:
         await self.network.leave()
 
     async def remove(self, device: str) -> None:
-        """By name, id or the start of an id."""
+        """By name, id or the start of an id; BadInputError for this device itself."""
         entries = [entry for entry in self.network.roster() if entry.device != self.identity.device]
         peers = self.network.peers()
         found = {e.device for e in entries if device in (e.device, e.name, peers[e.device].name)}
         found = found or {entry.device for entry in entries if len(device) >= 8 and entry.device.startswith(device)}
+        if not found and (
+            device == self.settings.name or (len(device) >= 8 and self.identity.device.startswith(device))
+        ):
+            raise BadInputError(f"{device} is this device; to take it out of its household type: peerllm leave")
         if not found:
             raise NotFoundError(f"no device {device!r} belongs to this household; `peerllm devices` lists them")
         if len(found) > 1:

@@ -7,12 +7,17 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Question, Release, Trouble
+from peerllm.daemon.discovery.mdns import interfaces
+from peerllm.daemon.network import Network
+from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError, PeerLLMError, RefusedError
+from peerllm.transport.identity import load_or_create
 from tests.daemon.networks import WAIT_S, Device, devices, pair
 
 ROOT = Path(__file__).parents[2]
@@ -49,8 +54,18 @@ async def test_a_wrong_code_lets_nobody_in_and_three_shut_the_door(tmp_path: Pat
 
 async def test_without_mdns_joining_says_to_use_at(tmp_path: Path) -> None:
     async with devices(tmp_path, "anna") as (anna,):
-        with pytest.raises(PairingError, match="--at HOST:PORT"):
+        with pytest.raises(PairingError, match=r"mDNS is off.*--at HOST"):
             await anna.network.join("K7-4PQ9MX", None)
+
+
+async def test_a_device_says_where_it_is_reached_without_mdns_too(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna") as (anna,):
+        assert anna.network.addresses == ("127.0.0.1",)
+    settings = Settings(tmp_path / "bert", "bert", port=0, mdns=False)
+    identity = load_or_create(settings.data_dir)
+    assert Network(settings, identity, anna.hello).addresses == interfaces().addresses
+    alone = Network(replace(settings, hosts=("127.0.0.1", "::1")), identity, anna.hello)
+    assert alone.addresses == ("127.0.0.1", "::1")
 
 
 async def test_gossip_makes_one_code_per_device_enough(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from peerllm.errors import (
     RefusedError,
     UnavailableError,
 )
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeviceId
 
 MAX_ATTEMPTS = 5  # plans tried one after another when devices refuse or leave, before the reason is given
@@ -40,6 +41,7 @@ LATECOMERS = 3  # times that devices are measured because some came while others
 GATHER_S = 5.0  # how long a model too large for the devices here waits for those that have not arrived
 ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
 SETTLE_S = 0.3  # changes of the household come in bursts
+UNDER_WAY = ("planning", "loading")  # states in which there is progress to tell
 FETCH_SHARE = 0.8  # of a device's progress bar, where weights travel
 
 log = logging.getLogger(__name__)
@@ -58,13 +60,15 @@ class Deployment:
         self.blueprint: Blueprint | None = None
         self.model_dir: Path | None = None
         self.inspected: Inspected | None = None
+        self._missing_bytes = 0  # of the model's files, on this disk
         self.sequences = Admission(self.id, around.tell_engine, around.changed)
         self.watchers: list[Callable[[RunProgress], None]] = []
         self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
         self._around, self._timings = around, timings
         self.lasting = remembered  # it has served: from then on it waits for devices instead of giving up
         self._shares: dict[DeviceId, float] = {}
-        self._message = ""
+        self._message = ""  # what is being done ...
+        self._share = 0.0  # ... and how much of it, where no device loads
         self._asked: set[DeviceId] = set()  # devices that may hold something of ours
         self._free: dict[DeviceId, int] = {}  # what devices said last, fresher than what they announce
         self._trouble: asyncio.Queue[str] = asyncio.Queue(1)
@@ -127,10 +131,12 @@ class Deployment:
     def view(self) -> DeploymentView:
         plan = self.blueprint.plan if self.blueprint is not None else None
         inspected = self.inspected
-        shares = self._shares.values()
         return DeploymentView(
             deployment=self.id,
             model=self.options.model,
+            name=self.options.name,
+            context=self._context(),
+            message=self._message if self.state in UNDER_WAY else "",
             state=self.state,
             epoch=self.epoch,
             coordinator=self._around.me,
@@ -139,7 +145,8 @@ class Deployment:
             predicted=asdict(plan.predicted) if plan is not None else {},
             measured=self.sequences.measured,
             reason=self.reason,
-            progress=1.0 if self.state == "serving" else sum(shares) / len(shares) if shares else 0.0,
+            progress=self._done(),
+            slots=self.blueprint.workload.sequences if self.blueprint is not None else 0,
             schedule=self.options.schedule,
             activations=self.blueprint.activations if self.blueprint is not None else (),
             activations_wanted=self.options.activations,
@@ -148,21 +155,29 @@ class Deployment:
             quantize_wanted=self.options.quantize,
         )
 
-    def served(self) -> ServedModel | None:
-        """None until the model's files are known."""
-        if self.model_dir is None or self.inspected is None:
-            return None
-        context = self.blueprint.workload.context if self.blueprint is not None else self.inspected.max_context
+    def served(self) -> ServedModel:
         return ServedModel(
-            self.id,
-            self.options.model,
-            self.state,
-            self.reason,
-            self.created,
-            self.model_dir,
-            context,
-            self.inspected.stop_ids,
+            deployment=self.id,
+            name=self.options.name,
+            model=self.options.model,
+            state=self.state,
+            reason=self.reason,
+            created=self.created,
+            model_dir=self.model_dir,
+            context=self._context() or (self.inspected.max_context if self.inspected is not None else 0),
+            stop_ids=self.inspected.stop_ids if self.inspected is not None else (),
+            message=self._message if self.state in UNDER_WAY else "",
+            progress=self._done(),
         )
+
+    def _context(self) -> int:
+        return self.blueprint.workload.context if self.blueprint is not None else 0
+
+    def _done(self) -> float:
+        """How much of a download or of loading is done, 0 to 1."""
+        if self.state == "serving":
+            return 1.0
+        return sum(self._shares.values()) / len(self._shares) if self._shares else self._share
 
     async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
         """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
@@ -211,20 +226,34 @@ class Deployment:
             self._finish("failed", EngineError(f"{self.options.model}: {type(error).__name__}: {error}"))
 
     async def _prepare(self) -> None:
-        """Find the model's files and read what they hold, once."""
+        """Find out what the model holds, once; what the hub tells of it suffices."""
         if self.inspected is not None:
             return
-        model = self.options.model
-        self._say("planning", f"looking for {model}")
-        self.model_dir = await self._around.resolve(
-            model, lambda share: self._say("planning", f"downloading {model}: {share:.0%}", share)
-        )
-        self._say("planning", f"reading {model}")
-        inspected = await self._around.inspect(
-            self.model_dir, dtype_of(model, self.options.dtype), self.options.quantize
-        )
-        check_options(self.options, inspected)
-        self.inspected = inspected
+        self._say("planning", f"looking for {self.options.model}")
+        async with self._around.looked_up(self.options.model) as found:
+            self.inspected = await self._read(found.directory)
+        self._missing_bytes = found.missing_bytes
+        if not found.missing_bytes:
+            self.model_dir = found.directory
+
+    async def _read(self, directory: Path) -> Inspected:
+        options = self.options
+        self._say("planning", f"reading {options.model}")
+        inspected = await self._around.inspect(directory, dtype_of(options.model, options.dtype), options.quantize)
+        check_options(options, inspected)
+        return inspected
+
+    async def _download(self) -> None:
+        """Fetch the weights, for which there is a plan."""
+        model, size = self.options.model, human_bytes(self._missing_bytes)
+
+        def told(share: float) -> None:
+            self._say("planning", f"downloading {model}, {size}: {share:.0%}", share)
+
+        told(0.0)
+        directory = await self._around.resolve(model, told, self._missing_bytes)
+        self.inspected = await self._read(directory)
+        self.model_dir = directory
 
     async def _establish(self) -> None:
         """Plan and load until a plan stands; the last reason is raised after MAX_ATTEMPTS."""
@@ -274,12 +303,14 @@ class Deployment:
         return any(c.free_bytes < c.hello.lent_bytes for c in self._around.candidates().values())
 
     async def _attempt(self, absent: set[DeviceId]) -> None:
-        assert self.inspected is not None
-        around, inspected = self._around, self.inspected
+        around = self._around
         self._become("planning", "")
-        candidates = await self._timed(absent)
-        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
-        blueprint = await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
+        candidates, blueprint = await self._planned(absent)
+        if self.model_dir is None:
+            await self._download()
+            candidates, blueprint = await self._planned(absent)  # much may have changed meanwhile
+        assert self.inspected is not None
+        inspected = self.inspected
         self.profiles = {
             around.name(device): shown(one, inspected.profile, inspected.dtype) for device, one in candidates.items()
         }
@@ -307,6 +338,14 @@ class Deployment:
         await self._unless_trouble(assign_all(around, work))
         self._say("loading", "connecting")
         await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
+
+    async def _planned(self, absent: set[DeviceId]) -> tuple[dict[DeviceId, Candidate], Blueprint]:
+        assert self.inspected is not None
+        candidates = await self._timed(absent)
+        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
+        return candidates, await asyncio.to_thread(
+            draw_up, self.options, self.inspected, candidates, self._around.me
+        )
 
     async def _timed(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
         """The devices that could take part, measured; InfeasibleError before any is measured in vain."""
@@ -363,7 +402,7 @@ class Deployment:
         work = self.blueprint.workload
         self._free.clear()
         self._become("serving", "")
-        self._say("serving", f"{self.options.model} is served")
+        self._say("serving", f"{self.options.name} is served")
         self.sequences.open(Room(work.sequences, work.context, self.inspected.vocabulary, self.inspected.stop_ids))
         self._resolve(None)
 
@@ -414,7 +453,7 @@ class Deployment:
                     future.set_exception(error)
 
     def _say(self, state: str, message: str, share: float | None = None) -> None:
-        self._message = message
+        self._message, self._share = message, share or 0.0
         shares = {self._around.name(device): value for device, value in self._shares.items()}
         if share is not None:
             shares = {self._around.name(self._around.me): share}
@@ -435,10 +474,11 @@ def same_demand(a: RunOptions, b: RunOptions) -> bool:
         and b.context in (None, a.context)
         and b.slots in (None, a.slots)
         and b.prompt_chunk in (None, a.prompt_chunk)
+        and b.name in ("", a.name)
     )
 
 
 def refuse_other(a: RunOptions, b: RunOptions) -> None:
     """BadInputError where a model already runs with other options."""
     if not same_demand(a, b):
-        raise BadInputError(f"{a.model} already runs with other options; `peerllm stop {a.model}` first")
+        raise BadInputError(f"{a.model} already runs as {a.name} with other options; `peerllm stop {a.name}` first")

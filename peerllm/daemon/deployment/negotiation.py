@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from peerllm import errors
 from peerllm.daemon.control_messages import Activate, Answer, Assign, DeploymentView, Question, Release, Reserve
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
-from peerllm.daemon.deployment.model_files import Progress
+from peerllm.daemon.deployment.model_files import ModelOnDisk, Progress
 from peerllm.engine.messages import Cancel, Inspected, Submit, TensorAt
 from peerllm.errors import LinkError, PeerLLMError
 from peerllm.types import DeploymentId, DeviceId
@@ -47,7 +48,13 @@ class Surroundings(Protocol):
         """LinkError if the device cannot be asked or does not answer in time."""
         ...
 
-    async def resolve(self, model: str, progress: Progress) -> Path: ...
+    def looked_up(self, model: str) -> AbstractAsyncContextManager[ModelOnDisk]:
+        """What is needed to inspect a model, for as long as the block runs; its weights are not downloaded for that."""
+        ...
+
+    async def resolve(self, model: str, progress: Progress, total_bytes: int) -> Path:
+        """The model's directory, downloaded first where it is not here; `total_bytes`: what is missing, 0: unknown."""
+        ...
 
     async def inspect(self, model_dir: Path, dtype: str, quantize: str) -> Inspected: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment import model_files
-from peerllm.daemon.deployment.model_files import Progress
+from peerllm.daemon.deployment.model_files import ModelOnDisk, Progress
 from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link.engine_host import EngineHost
 from peerllm.daemon.network import Network
@@ -89,8 +90,11 @@ class Home:
                 raise
             return Answer(0, type(error).__name__, str(error), free)
 
-    async def resolve(self, model: str, progress: Progress) -> Path:
-        return await model_files.resolve(model, progress)
+    def looked_up(self, model: str) -> AbstractAsyncContextManager[ModelOnDisk]:
+        return model_files.looked_up(model)
+
+    async def resolve(self, model: str, progress: Progress, total_bytes: int) -> Path:
+        return await model_files.resolve(model, progress, total_bytes)
 
     async def inspect(self, model_dir: Path, dtype: str, quantize: str) -> Inspected:
         host = self._parts.host

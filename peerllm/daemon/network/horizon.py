@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from peerllm.daemon.decide.membership import Sighted
 from peerllm.daemon.discovery.advert import Advert
-from peerllm.daemon.discovery.mdns import Discovery, Gone, Seen
+from peerllm.daemon.discovery.mdns import Discovery, Gone, Seen, interfaces
 from peerllm.daemon.network.peer import Sighting
 
 
@@ -56,8 +56,13 @@ class VisibleDevices:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """This device's own addresses, as far as they are known."""
-        return self._discovery.addresses if self._discovery is not None else ()
+        """This device's own addresses, the likeliest to be reached first."""
+        if self._discovery is not None:
+            return self._discovery.addresses
+        try:
+            return interfaces(self._interfaces).addresses
+        except OSError:
+            return ()
 
     def sighted(self, short_id: str) -> Sighted | None:
         """Where the device is seen now."""

@@ -32,9 +32,7 @@ class Knocking:
         `mdns`: why mDNS does not work, "" if it does.
         """
         if mdns:
-            raise PairingError(
-                f"the inviting device cannot be looked for ({mdns}); say where it is with --at HOST:PORT"
-            )
+            raise PairingError(f"the inviting device cannot be looked for ({mdns}); give its address with --at HOST")
         reached: list[tuple[Sighting, Place]] = []
         try:
             async with asyncio.timeout(FIND_DOOR_S):
@@ -55,7 +53,10 @@ class Knocking:
     def _nothing(self, name: str) -> str:
         seen = [f"{s.name} ({s.addresses[0]})" for s in self._sightings()][:MAX_NAMED]
         saw = f"saw only {', '.join(seen)}" if seen else "saw no other device"
-        return f"no device on this network has its door {name} open ({saw}); say where it is with --at HOST:PORT"
+        return (
+            f"no device on this network waits for a code that begins with {name} ({saw}); check the code, or give "
+            "the inviting device's address with --at HOST"
+        )
 
 
 async def reach(hosts: tuple[str, ...], port: int) -> str:

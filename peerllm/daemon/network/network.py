@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Any
 
 from aiohttp import web
@@ -61,7 +62,10 @@ class Network:
         interfaces: Sequence[str] | None = None,
         idle: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`interfaces`: addresses mDNS is spoken on, None for all; `idle`: whether links may be measured again now."""
+        """`interfaces`: this device's addresses, on which mDNS is spoken, None for all it listens on; `idle`: whether
+        links may be measured again now."""
+        if interfaces is None and all(ip_address(host).is_loopback for host in settings.hosts):
+            interfaces = settings.hosts
         self.identity = identity
         self._settings = settings
         self._hello = hello
@@ -142,7 +146,7 @@ class Network:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """This device's own addresses, as far as they are known."""
+        """Where others reach this device, the likeliest first; loopback where it listens nowhere else."""
         return self._horizon.addresses
 
     # ---- who there is ----

@@ -1,4 +1,4 @@
-"""The chat format: special tokens, the template, and the same as token ids with what to learn marked."""
+"""The chat format: special tokens, the template, and dialogues as token ids with marks on what to learn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPLATE = (
 
 
 def render(dialogue: Dialogue) -> str:
-    """The dialogue as the template writes it; a test holds the two together."""
+    """The dialogue as the template writes it; a test compares the two."""
     text = BEGIN + (f"{SYSTEM}{dialogue.system}{END}" if dialogue.system else "")
     for said, answer in dialogue.exchanges:
         text += f"{USER}{said}{END}{ASSISTANT}{answer}{END}"

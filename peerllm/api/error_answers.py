@@ -13,9 +13,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from peerllm.api.streams import STREAM, Stream
-from peerllm.errors import BadInputError, InfeasibleError, OverloadedError, PeerLLMError, UnavailableError
+from peerllm.errors import BadInputError, InfeasibleError, OverloadedError, PeerLLMError
 
-RETRY_AFTER_S = 5  # seconds a client is asked to wait for a model that is still loading
+RETRY_AFTER_S = 5  # seconds after which a client may ask again for what is not available now
 MAX_MESSAGE_CHARS = 2000  # of an error's line
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def error_response(error: PeerLLMError) -> web.Response:
     headers = {}
     if isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif isinstance(error, UnavailableError):
+    elif error.http_status == web.HTTPServiceUnavailable.status_code:
         headers["Retry-After"] = str(RETRY_AFTER_S)
     return json_response(describe(error), error.http_status, headers)
 

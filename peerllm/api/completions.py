@@ -9,12 +9,12 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from peerllm.api.answer import Answer, Shape
-from peerllm.api.chat_request import parse_chat
-from peerllm.api.errors import FieldError, describe, json_response
+from peerllm.api.answer import Completion, OpenAIObjects
+from peerllm.api.chat_request import ChatRequest, parse_chat
+from peerllm.api.error_answers import FieldError, describe, json_response
 from peerllm.api.fields import read_object
 from peerllm.api.keys import HOUSEHOLD, TASKS, TEXTS
-from peerllm.api.models import serving_model
+from peerllm.api.models import Tell, serving_model
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.api.text.stops import StopScanner
 from peerllm.daemon.facade import Chunk, GenerateRequest
@@ -24,8 +24,17 @@ from peerllm.errors import EngineError, UnavailableError
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Errors before the first sign of life have their own status; after it they are an error event, then the end."""
     chat = parse_chat(await read_object(request))
+    with request.app[TASKS].stream():
+        return await (_streamed if chat.stream else _whole)(request, chat)
+
+
+async def _begin(
+    request: web.Request, chat: ChatRequest, tell: Tell
+) -> tuple[AsyncIterator[Chunk], Completion, OpenAIObjects]:
+    """Waits for the model, encodes the prompt, asks; `tell` hears what is waited for."""
     app = request.app
-    model = serving_model(app[HOUSEHOLD], chat.model)
+    model = await serving_model(app, chat.model, tell)
+    assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
     prompt = await app[TEXTS].prompt(text, chat.messages)
     room = model.context - len(prompt)
@@ -39,16 +48,17 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         sampling=chat.sampling_with(text.defaults),
         client=f"{request.remote or ''}/{chat.user}",
     )
-    answer = Answer(text.detokenizer(frozenset(model.stop_ids)), StopScanner(chat.stops))
-    shape = Shape(model.name, chat.return_token_ids, chat.include_usage)
-    with app[TASKS].stream():
-        chunks = app[HOUSEHOLD].generate(wanted)
-        if chat.stream:
-            return await _streamed(request, chunks, answer, shape, len(prompt))
-        return await _whole(chunks, answer, shape, len(prompt))
+    answer = Completion(text.detokenizer(frozenset(model.stop_ids)), StopScanner(chat.stops))
+    objects = OpenAIObjects(model.name, len(prompt), chat.return_token_ids, chat.include_usage)
+    return app[HOUSEHOLD].generate(wanted), answer, objects
 
 
-async def _whole(chunks: AsyncIterator[Chunk], answer: Answer, shape: Shape, prompt: int) -> web.Response:
+async def _silently(_: str) -> None:
+    """Nobody hears of progress before the answer."""
+
+
+async def _whole(request: web.Request, chat: ChatRequest) -> web.Response:
+    chunks, answer, objects = await _begin(request, chat, _silently)
     pieces: list[str] = []
     async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
         async for chunk in pulse:
@@ -58,15 +68,13 @@ async def _whole(chunks: AsyncIterator[Chunk], answer: Answer, shape: Shape, pro
                 break
     if answer.finish is None:
         raise EngineError("the answer broke off without a reason; ask again")
-    return json_response(shape.whole("".join(pieces), answer, prompt))
+    return json_response(objects.whole("".join(pieces), answer))
 
 
-async def _streamed(
-    request: web.Request, chunks: AsyncIterator[Chunk], answer: Answer, shape: Shape, prompt: int
-) -> web.StreamResponse:
+async def _streamed(request: web.Request, chat: ChatRequest) -> web.StreamResponse:
     stream = Stream(request, "text/event-stream; charset=utf-8")
     try:
-        await _events(stream, chunks, answer, shape, prompt)
+        await _events(stream, *await _begin(request, chat, stream.comment))
     except asyncio.CancelledError:
         if stream.started and request.app[TASKS].closing:
             with contextlib.suppress(ConnectionError):
@@ -76,7 +84,7 @@ async def _streamed(
     return await stream.end()
 
 
-async def _events(stream: Stream, chunks: AsyncIterator[Chunk], answer: Answer, shape: Shape, prompt: int) -> None:
+async def _events(stream: Stream, chunks: AsyncIterator[Chunk], answer: Completion, objects: OpenAIObjects) -> None:
     sent = 0  # token ids
     spoke = False
     async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
@@ -88,15 +96,15 @@ async def _events(stream: Stream, chunks: AsyncIterator[Chunk], answer: Answer, 
             text = answer.feed(chunk.ids, chunk.finish, chunk.reused)
             if not spoke:
                 spoke = True
-                await stream.send(shape.role())
+                await stream.send(objects.role())
             if text:
-                await stream.send(shape.delta(text, answer.ids[sent:]))
+                await stream.send(objects.delta(text, answer.ids[sent:]))
                 sent = len(answer.ids)
             if answer.finish:
                 break
     if answer.finish is None:
         raise EngineError("the answer broke off without a reason; ask again")
-    await stream.send(shape.finish(answer.finish, answer.ids[sent:]))
-    if shape.with_usage:
-        await stream.send(shape.usage(prompt, len(answer.ids), answer.reused))
+    await stream.send(objects.finish(answer.finish, answer.ids[sent:]))
+    if objects.with_usage:
+        await stream.send(objects.usage(answer))
     await stream.write(b"data: [DONE]\n\n")
