@@ -38,7 +38,7 @@ def find_model(app: web.Application, name: str) -> ServedModel:
     models = _models(app)
     named = [one for one in models if name in (one.name, one.model)]
     if named:
-        return min(named, key=lambda one: (one.state in _GONE, one.name != name, one.state != "serving", -one.created))
+        return min(named, key=lambda one: one.name != name)
     served = [one.name for one in models if one.state not in _GONE]
     there = "this device serves none; start one with: peerllm run MODEL"
     if served:
@@ -57,12 +57,12 @@ async def serving_model(app: web.Application, name: str, tell: Tell) -> ServedMo
     UnavailableError with the reason when it takes longer than PATIENCE_S.
     """
     begun, model = time.monotonic(), find_model(app, name)
-    if _ready(model):
+    if model.state == "serving":
         return model
     async with aclosing(pulsed(each(app[HOUSEHOLD].changed()), PROGRESS_S)) as pulse:
         async for _ in pulse:
             model = _still(app, name, model)
-            if _ready(model):
+            if model.state == "serving":
                 return model
             if time.monotonic() - begun >= PATIENCE_S.get(model.state, 0.0):
                 break
@@ -70,10 +70,6 @@ async def serving_model(app: web.Application, name: str, tell: Tell) -> ServedMo
                 await tell(_progress(model))
     what = model.reason or model.message
     raise UnavailableError(f"the model {name[:200]!r} cannot answer now, it is {model.state}{what and f': {what}'}")
-
-
-def _ready(model: ServedModel) -> bool:
-    return model.state == "serving" and model.model_dir is not None
 
 
 def _still(app: web.Application, name: str, before: ServedModel) -> ServedModel:

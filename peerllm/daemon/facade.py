@@ -51,7 +51,7 @@ class ServedModel:
     state: str
     reason: str
     created: int  # unix seconds
-    model_dir: Path | None  # tokenizer.json and the chat template lie here; None until the files are found
+    model_dir: Path | None  # tokenizer.json and the chat template lie here; None until they are found
     context: int  # 0: not known yet
     stop_ids: tuple[int, ...]
     message: str = ""  # what is being done until it serves ...

@@ -134,6 +134,7 @@ class FakeHousehold:
         self.produced = 0
         self.run_gate: asyncio.Event | None = None
         self.run_error: Exception | None = None
+        self.burst = 0  # lines of progress that come at once
         self.run_done = asyncio.Event()
         self.rounded_layers: list[int] = []  # of what is planned
         self.change = asyncio.Event()
@@ -213,6 +214,8 @@ class FakeHousehold:
         try:
             if options.model == "unknown":
                 raise NotFoundError("no model 'unknown'")
+            for number in range(self.burst):
+                progress(RunProgress("planning", f"step {number}"))
             progress(RunProgress("planning", "planning over 3 devices"))
             if self.run_gate is not None:
                 await self.run_gate.wait()

@@ -114,6 +114,15 @@ async def test_run_tells_its_progress(owner: aiohttp.ClientSession, household: F
     )
 
 
+async def test_of_a_burst_of_progress_the_newest_lines_are_told(
+    owner: aiohttp.ClientSession, household: FakeHousehold
+) -> None:
+    household.burst = 2 * admin.MAX_PROGRESS
+    told = [one["message"] for one in (await lines(owner, model="builtin"))[:-1]]
+    assert len(told) == admin.MAX_PROGRESS
+    assert told[0] == f"step {household.burst + 3 - admin.MAX_PROGRESS}"
+
+
 async def test_run_that_fails_ends_with_the_error(owner: aiohttp.ClientSession) -> None:
     found = await lines(owner, model="huge")
     assert found[-1]["error"]["missing_bytes"] == 4_000_000_000
