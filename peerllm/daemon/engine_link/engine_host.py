@@ -242,7 +242,7 @@ class EngineHost:
         if time.monotonic() - self._used < IDLE_S:
             return False
         log.info("the engine holds nothing and is not needed: it ends until it is")
-        self._state, self._channel = IDLE, None
+        self._state = IDLE
         self._call(self._on_state, IDLE)
         return True
 
