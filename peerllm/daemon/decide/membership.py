@@ -76,7 +76,7 @@ class DialFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class Incompatible:
     """The device is there but cannot be used (another protocol version)."""
 
     device: DeviceId
@@ -108,7 +108,7 @@ class Tick:
     pass
 
 
-Event = Members | Sighted | Up | DialFailed | Refused | Heard | Down | Farewell | Tick
+Event = Members | Sighted | Up | DialFailed | Incompatible | Heard | Down | Farewell | Tick
 
 # ---- actions --------------------------------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class Membership:
                 return self._up(event, now)
             case DialFailed(target, reason):
                 return self._failed(target, reason, now)
-            case Refused(device, reason, target):
+            case Incompatible(device, reason, target):
                 return self._refused(device, reason, target, now)
             case Heard(link):
                 member = self._of(link)
