@@ -108,7 +108,7 @@ class Deployment:
         await self._let_go()
 
     def stir(self) -> None:
-        """The household changed: worth another try."""
+        """The household changed: a waiting deployment tries again."""
         self._stirred.set()
 
     def gone(self, device: DeviceId, reason: str) -> None:
@@ -134,7 +134,7 @@ class Deployment:
             self._trouble.put_nowait(reason)
 
     def progress(self, device: DeviceId, event: Progress) -> None:
-        """A device has come further in loading."""
+        """A device told how far it has fetched or loaded."""
         if event.epoch != self.epoch or device not in self._asked or self.state != "loading":
             return
         share = min(1.0, event.done_bytes / max(1, event.total_bytes))
@@ -393,7 +393,7 @@ class Deployment:
         self._resolve(None)
 
     async def _let_go(self) -> None:
-        """Nothing of ours stays on any device."""
+        """Release everything that this deployment holds on any device."""
         asked = set(self._asked)
         if asked:  # forgotten only afterwards: who cancels this midway starts it again
             self._search.free |= await release_all(self._around, self.id, self.epoch, asked)
@@ -449,7 +449,7 @@ class Deployment:
 
 
 def same_demand(a: RunOptions, b: RunOptions) -> bool:
-    """Whether asking for `b` changes nothing where `a` runs: what `b` leaves open is not a difference."""
+    """Whether a deployment that runs with `a` satisfies `b`; any value satisfies an option that `b` leaves open."""
     return (
         a.objective == b.objective
         and a.private == b.private

@@ -42,7 +42,7 @@ class PlanSearch:
         self._failures.note(device, epoch, promised_bytes, error, asyncio.get_running_loop().time())
 
     async def explained(self, inspected: Inspected, error: InfeasibleError, absent: set[DeviceId]) -> PeerLLMError:
-        """What a person should hear: what a device failed of, where a plan would be feasible but for that."""
+        """The error to show: a device's failure if only that keeps a plan from being feasible, else what is missing."""
         failed = self._failures.repeated(asyncio.get_running_loop().time())
         if failed is not None:
             with contextlib.suppress(InfeasibleError):
