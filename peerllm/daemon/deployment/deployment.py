@@ -316,8 +316,7 @@ class Deployment:
         if not self._timings.known(inspected, candidates.values()):
             await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
         for _ in range(LATECOMERS):
-            busy = self.options.objective == "throughput"
-            timings = await self._timings.of(inspected, candidates, lambda text: self._say("planning", text), busy)
+            timings = await self._timings.of(inspected, candidates, lambda text: self._say("planning", text))
             here = self._candidates(absent)  # measuring takes a while
             if here.keys() <= candidates.keys():
                 break
