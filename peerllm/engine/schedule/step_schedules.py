@@ -1,4 +1,4 @@
-"""Which steps enter the first stage as one batch, and when (design §5.4). Pure.
+"""Which steps enter the first stage as one batch, and when (ADR 9). Pure.
 
 What enters together stays together: no stage merges or splits a batch of steps, so that what is decided here, on the
 source, holds for the whole lap. Of n sequences that decode, as many batches as `batches_of` says are under way, each
