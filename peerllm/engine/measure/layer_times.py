@@ -22,11 +22,11 @@ from peerllm.engine.messages import FURTHER_TOKENS, PASS, LayersTimed, TimeLayer
 from peerllm.errors import RefusedError
 from peerllm.types import LayerKind, Sampling
 
-RUNS = 5  # per kind and count ...
+RUNS = 4  # per kind and count ...
 RUNS_S = 0.05  # ... but no more of slow ones than this takes
 STEPS = 6  # behind a prompt, of which the later half counts
 LIMIT_S = 6.0  # for all kinds, building them included: large models; counts left out follow from the others
-CACHE_BYTES = 128 << 20  # what a stage's other layers leave in the caches is put there before a step: so much at most
+CACHE_BYTES = 128 << 20  # of a stage's other layers, at most: caches hold no more
 LEAST_MS = 1e-4  # what is left of a layer where timing cannot tell it from the pass
 
 Check = Callable[[], None]
@@ -45,13 +45,20 @@ def time_layers(
     end = time.perf_counter() + LIMIT_S
     near: dict[LayerKind, Points] = {}
     further: dict[LayerKind, Points] = {}
+    mockups: dict[LayerKind, Mockup] = {}
     skipped: dict[LayerKind, str] = {}
-    for number, kind in enumerate(outline.kinds):
-        now = time.perf_counter()
-        until = now + max(0.0, end - now) / (len(outline.kinds) - number)
+    for kind in outline.kinds:
         try:
-            mockup = outline.plan(kind)
-            work = Work(outline, mockup, sampler, check, clock)
+            mockups[kind] = outline.plan(kind)
+        except RefusedError as error:
+            skipped[kind] = str(error)
+    spare = outline.limit_bytes - max(map(outline.nbytes, mockups.values()), default=0)
+    others = np.ones(max(0, min(CACHE_BYTES, outline.weight_bytes, spare)) // 8 + 1)
+    for number, (kind, mockup) in enumerate(mockups.items()):
+        now = time.perf_counter()
+        until = now + max(0.0, end - now) / (len(mockups) - number)
+        try:
+            work = Work(outline, mockup, others, sampler, check, clock)
         except RefusedError as error:
             skipped[kind] = str(error)
             continue
@@ -78,22 +85,26 @@ def net(
     return {PASS: ((1, round(each, 5)),), **found} if each else found
 
 
-def _middle(samples: Sequence[tuple[float, ...]], place: int) -> float:
-    """Milliseconds; the first run, which finds cold caches, does not count where there are others."""
-    return median(some[place] for some in samples[1:] or samples) * 1e3
+def _usual(seconds: Sequence[float]) -> float:
+    """Milliseconds: the lower quartile. What else the machine does only ever adds to a pass."""
+    return sorted(seconds)[len(seconds) // 4] * 1e3
 
 
 class Work:
-    """A made-up shard at work. Its last slot holds a prompt, the others a sequence each that has just begun."""
+    """A made-up shard at work. Its last slot holds a prompt, the others a sequence each that has just begun.
 
-    def __init__(self, outline: Sizes, mockup: Mockup, sampler: Sampler, check: Check, clock: Clock) -> None:
+    `others` stands for what a stage's other layers leave in the caches: it is read before every step.
+    """
+
+    def __init__(
+        self, outline: Sizes, mockup: Mockup, others: npt.NDArray[Any], sampler: Sampler, check: Check, clock: Clock
+    ) -> None:
+        self._others = others
         self._outline, self._mockup, self._sampler, self._check, self._clock = outline, mockup, sampler, check, clock
         self._is_head = mockup.layer == outline.head
         self._random = np.random.default_rng(0)
         check()
         self._shard = outline.build(mockup)
-        room = min(CACHE_BYTES, outline.limit_bytes - outline.nbytes(mockup), outline.weight_bytes)
-        self._others = np.ones(max(0, room - outline.layer_bytes.get(mockup.layer, 0)) // 8 + 1)
         self._next = [0] * mockup.sequences  # each sequence's next position
         self._draws = [Draw(Sampling(), 0, ())] * mockup.sequences
         self.counts = [1]  # in the order of their importance
@@ -120,21 +131,22 @@ class Work:
                 runs, took = len(samples[count]), sum(some[0] for some in samples[count])
                 if runs >= RUNS or (runs > 1 and took >= RUNS_S):
                     pending.remove(count)
-        near = {count: _middle(some, 0) for count, some in samples.items() if some}
+        near = {count: _usual([some[0] for some in runs]) for count, runs in samples.items() if runs}
         prompts = samples.get(CHUNK, [])
         if not prompts or len(prompts[0]) == 1:
             return near, {1: 0.0}
-        chunk, step = _middle(prompts, 1), _middle(prompts, 2)
-        return near, {1: step * FURTHER_TOKENS / (2 * CHUNK), CHUNK: chunk * FURTHER_TOKENS / CHUNK}
+        _, second, step = zip(*prompts, strict=True)
+        chunk_ms, step_ms = _usual(second) - near[CHUNK], median(step) * 1e3
+        return near, {1: step_ms * FURTHER_TOKENS / (2 * CHUNK), CHUNK: chunk_ms * FURTHER_TOKENS / CHUNK}
 
     def close(self) -> None:
         self._shard.close()
-        del self._shard, self._others
+        del self._shard
         return_memory()
 
     def _prompt(self) -> tuple[float, ...]:
-        """Seconds of a prompt's first chunk and, where it has room, what the tokens before add to its second chunk and
-        to a step: to one behind both chunks, beside one that has hardly any before it.
+        """Seconds of a prompt's first chunk and, where it has room, of its second, and what the tokens of both add to
+        a step.
         """
         slot, room = self._mockup.sequences, self._mockup.context
         first = self._pass([Segment(slot, 0, CHUNK)])
@@ -146,7 +158,7 @@ class Work:
             near.append(self._step(1))
             far.append(self._pass([Segment(slot, place, 1)]))
         # The first of them find in the caches what the chunks have left.
-        return first, second - first, median(far[STEPS // 2 :]) - median(near[STEPS // 2 :])
+        return first, second, median(far[STEPS // 2 :]) - median(near[STEPS // 2 :])
 
     def _step(self, count: int) -> float:
         """Seconds of one token each of so many sequences; one whose room is full begins anew."""
