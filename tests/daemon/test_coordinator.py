@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -160,7 +161,7 @@ async def test_a_device_that_refuses_is_planned_around(houses):
     house = houses([3, 9, 9], big=8)
     a = house["a"]
     honest = a.candidates
-    a.candidates = lambda: {d: module.replace(c, free_bytes=c.hello.lent_bytes) for d, c in honest().items()}
+    a.candidates = lambda: {d: replace(c, free_bytes=c.hello.lent_bytes) for d, c in honest().items()}
     house["b"].ledger.reserve(module_reserve(8 * BLOCK), "z" * 64, 0)
     house["b"].ledger.commit("e" * 32, 1, "z" * 64, 0)
     await a.coordinator.run(RunOptions("big"), quiet)
