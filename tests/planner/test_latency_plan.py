@@ -10,7 +10,7 @@ import pytest
 from peerllm.errors import InfeasibleError
 from peerllm.planner.latency import assignment_search
 from peerllm.planner.latency.equal_blocks import head_search
-from peerllm.planner.latency.latency_plan import assignment_problem, plan_latency
+from peerllm.planner.latency.latency_plan import assignment_problem, most_fillable, plan_latency
 from peerllm.planner.latency.mixed_layers.layer_runs import layer_runs
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Workload
 from tests.planner.brute import assignments, fits, homes_of, least_request_ms, request_ms, requests_ms
@@ -173,3 +173,17 @@ def test_beyond_the_cap_the_bound_is_still_proven(monkeypatch):
         assert plan.bound <= expected * (1 + 1e-9) <= plan.predicted.request_ms * (1 + 2e-9)
         unproven += not plan.optimal
     assert unproven
+
+
+@pytest.mark.parametrize(
+    ("room", "filled"), [(-1, -1), (2, 0), (3, 3), (5, 5), (7, 6), (8, 8), (10, 8), (11, 11), (99, 11)]
+)
+def test_a_room_is_as_large_as_the_layers_that_fill_it(room, filled):
+    assert most_fillable({3: 2, 5: 1}, room) == filled
+
+
+def test_countless_ways_to_fill_a_room_are_not_counted():
+    rare = {2 * (100 + k): 1 for k in range(13)}
+    assert most_fillable({2000: 50, **dict(list(rare.items())[:12])}, 9001) < 9001, "4,096 sums of even sizes"
+    assert most_fillable({2000: 50, **rare}, 9001) == 9001
+    assert most_fillable({}, 7) == 7
