@@ -151,6 +151,10 @@ async def test_who_waits_counts_as_a_stream(
     monkeypatch.setattr("peerllm.api.tasks.MAX_STREAMS", 1)
     async with client.post(PATH, json=ASK) as response:
         assert response.status == 429
+    become(household)
+    assert (await asyncio.wait_for(asking, BOUND_S))[0] == 200
+    async with client.post(PATH, json=ASK) as response:
+        assert response.status == 200, "the one before has made room"
 
 
 @pytest.fixture

@@ -267,9 +267,7 @@ async def test_a_device_has_one_colour_on_every_page(page: Browser, household: F
     household.touch()
     await page.until("return document.querySelector('#devices .name').innerText == 'jetson'", "the other order")
     seen = await page.run(colours)
-    assert (
-        seen == {"laptop": "var(--d0)", "jetson": "var(--d1)", "mini-pc": "var(--d2)"}
-    )
+    assert seen == {"laptop": "var(--d0)", "jetson": "var(--d1)", "mini-pc": "var(--d2)"}
     household.devices.reverse()
     household.touch()
     await page.until("return document.querySelector('#devices .name').innerText == 'laptop'", "the first order")
@@ -303,3 +301,22 @@ async def test_beyond_loopback_the_link_with_the_token_signs_in(household: FakeH
         await page.type("#prompt", "hi" + ENTER)
         await page.until(ANSWERED.format(1), "the answer")
     await server.close()
+
+
+async def test_an_element_takes_over_all_that_a_fresh_one_has(page: Browser) -> None:
+    """Attributes that are gone, handlers, style, text; children that are gone, reordered or of another kind."""
+    found = await page.run("""return import('/static/dom.js').then(({ make, update }) => {
+      const box = make('div', {});
+      const clicks = [];
+      const draw = (number, disabled, title) => update(box,
+        make('button', { key: 'b', disabled, ...(title && { title }), vars: { width: `${number}px` },
+                         onclick: () => clicks.push(number) }, `text ${number}`),
+        number === 1 && make('p', {}, 'gone'), number === 1 && make('p', {}, 'gone too'),
+        number === 1 ? make('i', {}, 'kind') : make('b', {}, 'kind'));
+      draw(1, true, 'one');
+      const button = box.firstChild;
+      draw(2, false, '');
+      button.click();
+      return [button === box.firstChild, box.innerHTML, clicks];
+    })""")
+    assert found == [True, '<button data-key="b" style="width: 2px;">text 2</button><b>kind</b>', [2]]
