@@ -12,7 +12,8 @@ import aiohttp
 import openai
 import pytest
 
-from peerllm.api import completions, models, streams
+from peerllm.api import streams
+from peerllm.api.openai import completions, models
 from peerllm.api.server import ApiServer
 from peerllm.errors import EngineError, LinkError, OverloadedError, UnavailableError
 from tests.api.fake import BOUND_S, CONTEXT, END, FakeHousehold

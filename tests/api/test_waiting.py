@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api import expected, models
+from peerllm.api import expected
+from peerllm.api.openai import models
 from peerllm.api.server import ApiServer
 from peerllm.errors import BadInputError
 from tests.api.fake import BOUND_S, FakeHousehold

@@ -202,6 +202,14 @@ async def test_several_models_can_be_started_and_each_tells_how_far_it_is(
     await page.until("return document.querySelector('#notices').hidden", "both run")
 
 
+async def test_a_model_that_was_started_is_chosen_by_its_name(page: Browser, household: FakeHousehold) -> None:
+    household.served = [household.model, replace(household.model, name="one", model="org/one")]
+    await page.click("#load summary")
+    await page.type("#run-model", "org/one" + ENTER)
+    await page.until("return document.querySelector('#model').value == 'one'", "the choice")
+    await page.until("return document.querySelector('#notices').hidden", "the end of the progress")
+
+
 async def test_what_changes_is_changed_in_place(page: Browser, household: FakeHousehold) -> None:
     """The same elements stay, so a click that began before a change ends on them, and focus is kept."""
     await page.run(
