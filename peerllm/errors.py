@@ -78,6 +78,8 @@ class LinkError(PeerLLMError, ConnectionError):
 
     http_status = 503
 
+    http_status = 503
+
 
 class FrameError(LinkError):
     """The format or the plan does not allow a frame; its link is closed."""

@@ -86,7 +86,7 @@ def _wait_for_all(first: LocalDevice, names: Sequence[str]) -> None:
     deadline = time.monotonic() + TOGETHER_S
     path = "/peerllm/v1/status"
     while True:
-        seen = {one["name"] for one in first.get(path)["devices"] if one["engine"] == "running"}
+        seen = {one["name"] for one in first.get(path)["devices"] if one["engine"] in ("running", "idle")}
         missing = [name for name in names if name not in seen]
         if not missing:
             return

@@ -104,9 +104,10 @@ class DeviceView:
     """What a device says of itself now; `promised_bytes` is what its ledger has given out of `lent_bytes`."""
 
     promised_bytes: int
-    resident_bytes: int
-    engine: str  # "running", "starting", "crashed: why"
+    resident_bytes: int  # of the engine's process, as measured; 0 while there is none
+    engine: str  # EngineHost.state
     deployments: tuple[DeploymentView, ...]  # those it coordinates
+    used_bytes: int = 0  # what is promised to deployments, and the engine's own size while it runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +291,7 @@ class Trouble:
     deployment: DeploymentId
     epoch: int
     reason: str
+    engine_died: bool = False  # else a link broke, which may be the other end's fault
 
 
 Control = (

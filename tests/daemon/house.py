@@ -72,6 +72,7 @@ class FakeEngine:
         self.loading = asyncio.Event()
         self.unloads = 0
         self.fail: Exception | None = None
+        self.most: int | None = None  # bytes of one stage; it refuses more
         self.layer_ms = dict(LAYER_MS)  # what timing layers finds, or why it cannot
         self.timing = None  # called with each TimeLayers and Measure before it is answered
         self.paces = ()  # what each stage says that batches of steps take, and how far they vary
@@ -102,6 +103,8 @@ class FakeEngine:
                 if self.fail is not None:
                     raise self.fail
                 nbytes = sum(tensor.nbytes for tensor in message.tensors)
+                if self.most is not None and nbytes > self.most:
+                    raise RefusedError(f"a stage of {nbytes} bytes does not fit")
                 self.stages[message.deployment, message.stage] = nbytes
                 self._house.check()
                 self._house.devices[self._device].worker.progress(

@@ -132,3 +132,14 @@ def test_promises_and_fences_are_bounded(monkeypatch):
     for name in "xyz":
         ledger.release(name, 1, "a")
     assert len(ledger._fences) == 2
+
+
+def test_the_fence_longest_unrenewed_goes_first(monkeypatch):
+    monkeypatch.setattr(module, "MAX_FENCES", 2)
+    ledger = Ledger(100)
+    for name, epoch in (("x", 1), ("y", 1), ("x", 2), ("z", 1)):
+        ledger.release(name, epoch, "a")
+    for name, epoch in (("x", 2), ("z", 1)):
+        with pytest.raises(RefusedError, match="is over"):
+            ledger.reserve(Reserve(name, epoch, 1, 10), "a", 0)
+    ledger.reserve(Reserve("y", 1, 1, 10), "a", 0)

@@ -64,6 +64,7 @@ def assignments(
             for t in tensors_of(inspected, stage.first_layer, stage.last_layer)
         )
         hosts, port = address(after) if after not in (source, stage.device) else ((), 0)
+        hosts = tuple(host for host in hosts if "%" not in host)  # it would name an interface of the source's
         work.setdefault(stage.device, []).append(
             StageWork(
                 stage=number,

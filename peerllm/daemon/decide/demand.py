@@ -84,12 +84,15 @@ def check_options(options: RunOptions, inspected: Inspected) -> None:
         )
 
 
-def sizes(options: RunOptions, max_context: int) -> Iterator[tuple[int, int]]:
-    """(slots, context) to try, the best first: what was asked for stays, the rest gives way, context before slots."""
+def sizes(options: RunOptions, max_context: int, least_context: int = 0) -> Iterator[tuple[int, int]]:
+    """(slots, context) to try, the best first: what was asked for stays, the rest gives way, context before slots.
+
+    `least_context` stays, too: what a running deployment has.
+    """
     context = options.context or min(max_context, DEFAULT_CONTEXT)
     slots = options.slots or DEFAULT_SLOTS
     yield slots, context
-    least = context if options.context else min(max_context, LEAST_CONTEXT)
+    least = context if options.context else min(context, max(LEAST_CONTEXT, least_context))
     while context > least:
         context = max(least, context // 2)
         yield slots, context
@@ -99,7 +102,11 @@ def sizes(options: RunOptions, max_context: int) -> Iterator[tuple[int, int]]:
 
 
 def draw_up(
-    options: RunOptions, inspected: Inspected, candidates: Mapping[DeviceId, Candidate], source: DeviceId
+    options: RunOptions,
+    inspected: Inspected,
+    candidates: Mapping[DeviceId, Candidate],
+    source: DeviceId,
+    least_context: int = 0,
 ) -> Blueprint:
     """The plan for the largest demand that fits what is free; InfeasibleError says what is missing."""
     check_options(options, inspected)
@@ -109,7 +116,7 @@ def draw_up(
             f"{options.model} is a {inspected.architecture} model in {inspected.dtype}: this device cannot compute it"
         )
     failure: InfeasibleError | None = None
-    for slots, context in sizes(options, inspected.max_context):
+    for slots, context in sizes(options, inspected.max_context, least_context):
         try:
             return _draw_up(options, inspected, fit, source, (slots, context))
         except InfeasibleError as error:

@@ -13,9 +13,9 @@ from peerllm.codec import decode, encode
 from peerllm.daemon.control_messages import DeploymentView, Progress, Trouble
 from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.deployment.deployment import Deployment, refuse_other
+from peerllm.daemon.deployment.live_scenario import as_it_runs
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.profile_requests import ProfileRequests
-from peerllm.daemon.deployment.running import as_it_runs
 from peerllm.daemon.deployment.tracing import Traces
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.status.serving_speed import measured
@@ -199,7 +199,7 @@ class Coordinator:
         if isinstance(message, Progress):
             deployment.progress(device, message)
         else:
-            deployment.trouble(device, message.epoch, message.reason)
+            deployment.trouble(device, message)
 
     def tokens(self, event: Tokens) -> None:
         deployment = self._of(event.deployment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -11,13 +12,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from peerllm.daemon.control_messages import DeploymentState, DeploymentView, Progress
+from peerllm.daemon.control_messages import DeploymentState, DeploymentView, Progress, Trouble
 from peerllm.daemon.decide.assignments import assignments, travelling
 from peerllm.daemon.decide.demand import Blueprint, check_options, draw_up
+from peerllm.daemon.decide.device_failures import DeviceFailures
 from peerllm.daemon.decide.device_profiles import Candidate, shown
-from peerllm.daemon.deployment.admission import Admission, Room
+from peerllm.daemon.deployment.admission import Admission, ServingCapacity
 from peerllm.daemon.deployment.model_files import dtype_of
-from peerllm.daemon.deployment.negotiation import Surroundings, activate_all, assign_all, release_all, reserve_all
+from peerllm.daemon.deployment.negotiation import (
+    DeviceFailedError,
+    Surroundings,
+    activate_all,
+    assign_all,
+    release_all,
+    reserve_all,
+)
 from peerllm.daemon.deployment.profile_requests import ProfileRequests
 from peerllm.daemon.facade import RunOptions, RunProgress, ServedModel
 from peerllm.engine.messages import Inspected, TensorAt
@@ -31,7 +40,7 @@ from peerllm.errors import (
     UnavailableError,
 )
 from peerllm.planner.cost.byte_sizes import human_bytes
-from peerllm.types import DeviceId
+from peerllm.types import DeviceId, Workload
 
 MAX_ATTEMPTS = 5  # plans tried one after another when devices refuse or leave, before the reason is given
 CONTENTION_S = 0.2  # wait after the first refusal; doubles, and differs from device to device
@@ -70,6 +79,8 @@ class Deployment:
         self._message = ""  # what is being done ...
         self._share = 0.0  # ... and how much of it, where no device loads
         self._asked: set[DeviceId] = set()  # devices that may hold something of ours
+        self._failures = DeviceFailures(around.me)
+        self._had: tuple[int, int] = (0, 0)  # the most slots and context that it has served with
         self._free: dict[DeviceId, int] = {}  # what devices said last, fresher than what they announce
         self._trouble: asyncio.Queue[str] = asyncio.Queue(1)
         self._stirred = asyncio.Event()
@@ -109,10 +120,18 @@ class Deployment:
         if device in self._asked and self.state in ("loading", "serving"):
             self._alarm(f"{self._around.name(device)} is gone ({reason})")
 
-    def trouble(self, device: DeviceId, epoch: int, reason: str) -> None:
+    def trouble(self, device: DeviceId, told: Trouble) -> None:
         """A device's part of the deployment is lost."""
-        if epoch == self.epoch and device in self._asked and self.state in ("loading", "serving"):
-            self._alarm(f"{self._around.name(device)}: {reason}")
+        if told.epoch == self.epoch and device in self._asked and self.state in ("loading", "serving"):
+            reason = f"{self._around.name(device)}: {told.reason}"
+            if told.engine_died:
+                self._note_failure(device, EngineError(reason))
+            self._alarm(reason)
+
+    def _note_failure(self, device: DeviceId, error: PeerLLMError) -> None:
+        """The next plan makes less use of the device."""
+        promised = self.blueprint.promises.get(device, 0) if self.blueprint is not None else 0
+        self._failures.note(device, self.epoch, promised, error, asyncio.get_running_loop().time())
 
     def _alarm(self, reason: str) -> None:
         if not self._trouble.full():  # the first reason is the one that counts
@@ -270,13 +289,13 @@ class Deployment:
                 await self._attempt(absent)
                 return
             except InfeasibleError as error:
-                failure = self._with_absent(error)
+                failure = await self._explained(error, absent)
                 if await self._gathered(until):
                     continue
                 if not self._contended():
                     break
                 self._free.clear()  # who stands in the way may be about to let go
-            except (RefusedError, LinkError, UnavailableError) as error:
+            except (RefusedError, LinkError, UnavailableError, EngineError) as error:
                 failure = error
                 await self._let_go()  # what the others have loaded for this plan would stand in the way of the next
             attempt += 1
@@ -293,6 +312,16 @@ class Deployment:
         except TimeoutError:
             return False
         return True
+
+    async def _explained(self, error: InfeasibleError, absent: set[DeviceId]) -> PeerLLMError:
+        """What a person should hear: what a device failed of, where a plan would be feasible but for that."""
+        failed = self._failures.repeated(asyncio.get_running_loop().time())
+        if failed is not None and self.inspected is not None:
+            with contextlib.suppress(InfeasibleError):
+                everyone = self._candidates(absent)
+                await asyncio.to_thread(draw_up, self.options, self.inspected, everyone, self._around.me)
+                return failed
+        return self._with_absent(error)
 
     def _with_absent(self, error: InfeasibleError) -> InfeasibleError:
         away = ", ".join(self._around.absent())
@@ -324,28 +353,52 @@ class Deployment:
         if refused is not None:
             device, answer = refused
             await self._let_go()
+            failure = RefusedError(f"{around.name(device)} cannot take part: {answer.reason}")
             if answer.error == "LinkError":
                 absent.add(device)
-            else:
+            elif answer.free_bytes < blueprint.promises[device]:
                 self._free[device] = answer.free_bytes
-            raise RefusedError(f"{around.name(device)} cannot take part: {answer.reason}")
+            else:  # it has room and refuses all the same
+                self._note_failure(device, UnavailableError(str(failure)))
+            raise failure
         self.blueprint, self._trouble = blueprint, asyncio.Queue(1)
         self._shares = dict.fromkeys(blueprint.promises, 0.0)
         self._become("loading", "")
         self._say("loading", f"loading on {', '.join(around.name(device) for device in blueprint.plan.devices)}")
         around.offer(self.id, {hashes[tensor.name]: tensor for tensor in moving})
         work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address)
-        await self._unless_trouble(assign_all(around, work))
-        self._say("loading", "connecting")
-        await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
+        try:
+            await self._unless_trouble(assign_all(around, work))
+            self._say("loading", "connecting")
+            await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
+        except DeviceFailedError as failed:
+            if not isinstance(failed.error, LinkError):  # else it is away, and no candidate until it is back
+                self._note_failure(failed.device, failed.error)
+            if failed.device != around.me and isinstance(failed.error, BadInputError):
+                raise EngineError(str(failed)) from failed  # another device may be able to
+            raise failed.error from failed
+
+    async def _best_plan(self, candidates: Mapping[DeviceId, Candidate]) -> Blueprint:
+        """With the context it had, if that is feasible at all; of such plans one that avoids what failed of late."""
+        assert self.inspected is not None
+        failure: InfeasibleError | None = None
+        usable = self._failures.usable(candidates, asyncio.get_running_loop().time())
+        for least_context in dict.fromkeys((self._had[1], 0)):
+            for chosen in usable:
+                try:
+                    return await asyncio.to_thread(
+                        draw_up, self.options, self.inspected, chosen, self._around.me, least_context
+                    )
+                except InfeasibleError as error:
+                    failure = error
+        assert failure is not None
+        raise failure
 
     async def _planned(self, absent: set[DeviceId]) -> tuple[dict[DeviceId, Candidate], Blueprint]:
         assert self.inspected is not None
         candidates = await self._timed(absent)
         self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
-        return candidates, await asyncio.to_thread(
-            draw_up, self.options, self.inspected, candidates, self._around.me
-        )
+        return candidates, await self._best_plan(candidates)
 
     async def _timed(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
         """The devices that could take part, measured; InfeasibleError before any is measured in vain."""
@@ -399,12 +452,23 @@ class Deployment:
     def _serve(self) -> None:
         assert self.blueprint is not None
         assert self.inspected is not None
-        work = self.blueprint.workload
+        work, less = self.blueprint.workload, self._less_than_before(self.blueprint.workload)
         self._free.clear()
-        self._become("serving", "")
+        if less:
+            log.warning("%s: %s", self.options.name, less)
+            self._say("serving", less)
+        self._become("serving", less)
         self._say("serving", f"{self.options.name} is served")
-        self.sequences.open(Room(work.sequences, work.context, self.inspected.vocabulary, self.inspected.stop_ids))
+        vocabulary, stop_ids = self.inspected.vocabulary, self.inspected.stop_ids
+        self.sequences.open(ServingCapacity(work.sequences, work.context, vocabulary, stop_ids))
         self._resolve(None)
+
+    def _less_than_before(self, work: Workload) -> str:
+        """What this plan gives less of than an earlier one did, for people; "" if nothing."""
+        (slots, context), self._had = self._had, (max(self._had[0], work.sequences), max(self._had[1], work.context))
+        less = [f"a context of {work.context} tokens instead of {context}"] if work.context < context else []
+        less += [f"{work.sequences} answers at once instead of {slots}"] if work.sequences < slots else []
+        return f"{' and '.join(less)}: the devices here have too little memory for more" if less else ""
 
     async def _let_go(self) -> None:
         """Nothing of ours stays on any device."""

@@ -86,6 +86,14 @@ def unless_error(answer: Answer, name: str) -> None:
         raise kind(f"{name}: {answer.reason}")
 
 
+class DeviceFailedError(PeerLLMError):
+    """A device could not do its part of a plan; `error` says why and names it."""
+
+    def __init__(self, device: DeviceId, error: PeerLLMError) -> None:
+        super().__init__(str(error))
+        self.device, self.error = device, error
+
+
 async def reserve_all(
     around: Surroundings, deployment: DeploymentId, epoch: int, promises: Mapping[DeviceId, int]
 ) -> tuple[DeviceId, Answer] | None:
@@ -104,10 +112,10 @@ async def reserve_all(
 
 
 async def assign_all(around: Surroundings, assigns: Mapping[DeviceId, Assign]) -> None:
-    """Every device loads at the same time; the first failure ends the wait for the others."""
+    """Every device loads at the same time; the first failure ends the wait for the others. DeviceFailedError."""
 
     async def one(device: DeviceId, assign: Assign) -> None:
-        unless_error(await around.ask(device, assign, ASSIGN_TIMEOUT_S), around.name(device))
+        await _done(around, device, assign, ASSIGN_TIMEOUT_S)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -118,10 +126,9 @@ async def assign_all(around: Surroundings, assigns: Mapping[DeviceId, Assign]) -
 
 
 async def activate_all(around: Surroundings, deployment: DeploymentId, epoch: int, devices: Iterable[DeviceId]) -> None:
-    """Downstream first, so that every link is dialled to a stage that is ready."""
+    """Downstream first, so that every link is dialled to a stage that is ready. DeviceFailedError."""
     for device in reversed(list(devices)):
-        answer = await around.ask(device, Activate(deployment, epoch), ACTIVATE_TIMEOUT_S)
-        unless_error(answer, around.name(device))
+        await _done(around, device, Activate(deployment, epoch), ACTIVATE_TIMEOUT_S)
 
 
 async def release_all(
@@ -137,6 +144,13 @@ async def release_all(
 
     answers = await asyncio.gather(*(one(device) for device in devices))
     return {device: answer.free_bytes for device, answer in answers if answer is not None and not answer.error}
+
+
+async def _done(around: Surroundings, device: DeviceId, question: Question, timeout_s: float) -> None:
+    try:
+        unless_error(await around.ask(device, question, timeout_s), around.name(device))
+    except PeerLLMError as error:
+        raise DeviceFailedError(device, error) from error
 
 
 def _first(group: BaseExceptionGroup[PeerLLMError]) -> PeerLLMError:

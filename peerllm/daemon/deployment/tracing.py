@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from peerllm.daemon.control_messages import Trace
-from peerllm.daemon.decide.clocks import Alignment, Reading, quickest
+from peerllm.daemon.decide.clock_alignment import Alignment, Reading, quickest
 from peerllm.daemon.decide.demand import Blueprint
 from peerllm.daemon.deployment.negotiation import Surroundings, unless_error
 from peerllm.daemon.status import chrome_trace

@@ -195,7 +195,7 @@ class Worker:
             if held.task is not None:
                 held.task.cancel()
             self._drop(deployment, held)
-            self._report(held.coordinator, Trouble(deployment, held.epoch, reason))
+            self._report(held.coordinator, Trouble(deployment, held.epoch, reason, engine_died=True))
 
     def link_lost(self, event: LinkLost) -> None:
         held = self._held.get(event.deployment)

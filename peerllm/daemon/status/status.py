@@ -22,7 +22,7 @@ def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None)
         "id": device,
         "memory_bytes": hello.memory_bytes if hello else 0,
         "lent_bytes": hello.lent_bytes if hello else 0,
-        "used_bytes": view.promised_bytes if view else 0,
+        "used_bytes": view.used_bytes if view else 0,
         "promised_bytes": view.promised_bytes if view else 0,
         "resident_bytes": view.resident_bytes if view else 0,
         "engine": view.engine if view else "",

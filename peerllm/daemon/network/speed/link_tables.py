@@ -1,4 +1,4 @@
-"""What every device measured of its own links, put together: figures for ordered pairs. Sans-I/O.
+"""Puts together what every device measured of its own links: one figure for each ordered pair. Sans-I/O.
 
 A device tells of its own links and no others; what it says of them can only make plans take or avoid them.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from peerllm.daemon.control_messages import LinkSeen, LinkTable
-from peerllm.daemon.network.speed.estimates import LinkEstimate, Source
+from peerllm.daemon.network.speed.link_estimates import LinkEstimate, Source
 from peerllm.transport.roster import MAX_MEMBERS
 from peerllm.types import DeviceId, LinkProfile
 

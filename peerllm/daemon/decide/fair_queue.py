@@ -1,8 +1,8 @@
-"""Who waits for a slot, and who is next. Sans-I/O.
+"""The queue for slots, fair between clients. Sans-I/O.
 
-First come first served within a client. A free slot goes to the client that holds the fewest, so that long answers
-bring nobody more than short ones; of equals to the one that has waited longest for its turn. A client's line may be as
-long as what is left for all the others: however many one asks for, the next to come finds room.
+Within a client: first come, first served. Between clients: a free slot goes to the client that holds the fewest slots,
+among equals to the one that has waited longest for its turn. A client may queue at most as many sequences as there are
+places left for all others, so that the next client to come always finds a place.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class FairQueue:
         return sequence
 
     def remove(self, sequence: int) -> None:
-        """Who waits no more leaves the line; unknown numbers are no matter."""
+        """Take a sequence out of the queue; unknown numbers are ignored."""
         for client, line in self._waiting.items():
             if sequence in line:
                 line.remove(sequence)

@@ -1,7 +1,7 @@
 """Another device's clock beside this one's, from questions and answers (as NTP does). Pure.
 
-An answer was given at some moment between its question and its return. Taking the middle errs by at most half of that
-time, whatever part of it was the way there; so of several tries the quickest counts.
+The other device read its clock at some moment between the question and the answer. Taking the middle of that time errs
+by at most half of it; so of several readings the one with the shortest round trip is used.
 """
 
 from __future__ import annotations

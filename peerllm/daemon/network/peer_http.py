@@ -1,4 +1,4 @@
-"""Bytes from another device over pinned mutual TLS: ranges for weights, and the probe that measures bandwidth."""
+"""HTTP between devices over pinned mutual TLS: byte ranges for weights, and the probe that measures bandwidth."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ async def _serve_probe(request: web.Request) -> web.StreamResponse:
     return response
 
 
-class Bulk:
-    """Plain HTTP requests to devices of the household; `close` when done."""
+class PeerHttp:
+    """HTTP requests to devices of the household; `start` it, `close` it when done."""
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity

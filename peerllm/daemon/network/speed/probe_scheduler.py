@@ -1,4 +1,4 @@
-"""When links are measured: new ones, and those last seen long ago; one at a time, never while anything else goes on."""
+"""When links are measured: new ones and those measured long ago, one at a time, and only while nothing else goes on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAILED_S = 120.0  # a link that could not be measured is tried again after this
 log = logging.getLogger(__name__)
 
 
-class Bandwidth:
+class ProbeScheduler:
     """Runs `measure` for each device that is `due`. One measurement at a time, so that none disturbs another."""
 
     def __init__(

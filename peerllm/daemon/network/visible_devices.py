@@ -1,4 +1,4 @@
-"""Which devices mDNS shows, and what this one shows by it."""
+"""The devices that mDNS shows at the moment, and this device's own advert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peerllm.daemon.network.peer import Sighting
 
 
 class VisibleDevices:
-    """Discovery with a memory; without mDNS (`on` false) simply empty."""
+    """Remembers every device whose advert is valid; empty where mDNS is off (`on` false)."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Finding the door that a code opens, and the address at which it can be reached."""
+"""Finds the open pairing door that a code belongs to, and an address at which it can be reached."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MAX_NAMED = 5  # devices named in the error
 Place = tuple[str, int]
 
 
-class Knocking:
-    """Waits for sightings; `news` is called after each change of them."""
+class DoorFinder:
+    """Looks through the devices that mDNS shows; `news` must be called after each change of them."""
 
     def __init__(self, sightings: Callable[[], Iterable[Sighting]]) -> None:
         self._sightings = sightings

@@ -1,4 +1,4 @@
-"""Who wants to hear of what; a callback that raises is logged and disturbs nobody else."""
+"""The callbacks registered with a Network. One that raises is logged; the others are called all the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peerllm.types import DeviceId
 log = logging.getLogger(__name__)
 
 
-class Signals:
+class NetworkCallbacks:
     """The callbacks of one Network."""
 
     def __init__(self) -> None:

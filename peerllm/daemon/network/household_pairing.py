@@ -1,4 +1,4 @@
-"""Letting a device into the household, and knocking at another household's door."""
+"""Pairing, from both sides: lets a new device into this household, or takes this device into another one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peerllm.daemon.discovery.advert import printable_name
-from peerllm.daemon.network.knocking import Knocking, Place
+from peerllm.daemon.network.door_finder import DoorFinder, Place
 from peerllm.daemon.network.peer import Sighting
 from peerllm.daemon.settings import CONTROL_PORT, Settings
 from peerllm.errors import BadInputError, PairingError
@@ -27,8 +27,8 @@ class Joined:
     control_port: int
 
 
-class Doorway:
-    """One device's pairing door, and its way through those of others."""
+class HouseholdPairing:
+    """Opens this device's pairing door, and joins through the door of another device."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Doorway:
         on_paired: Callable[[], None],
         on_change: Callable[[], None],
     ) -> None:
-        self.knocking = Knocking(sightings)
+        self.finder = DoorFinder(sightings)
         self._settings = settings
         self._identity = identity
         self._name = printable_name(settings.name)
@@ -90,12 +90,15 @@ class Doorway:
             await door.close()
 
     async def join(self, code: str, at: Place | None, mdns: str) -> Joined:
-        """Knock at `at`, or at the door of that name that mDNS finds (`mdns`: why it cannot). PairingError."""
+        """Join at the address `at`, else through the door with that name that mDNS finds. PairingError says why not.
+
+        `mdns`: why mDNS does not work, "" if it does.
+        """
         places: list[tuple[Place, int]]
         if at is not None:
             places = [(at, at[1] - PAIRING_OFFSET if at[1] > PAIRING_OFFSET else CONTROL_PORT)]
         else:
-            places = [(place, s.port) for s, place in await self.knocking.doors(door_name(code), mdns)]
+            places = [(place, s.port) for s, place in await self.finder.doors(door_name(code), mdns)]
         failure: PairingError | None = None
         for (host, port), control_port in places:
             try:

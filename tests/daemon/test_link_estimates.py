@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from peerllm.daemon.network.speed.estimates import FORGET_S, SMALL_BYTES, SPAN_BYTES, LinkEstimate, Meter
+from peerllm.daemon.network.speed.link_estimates import FORGET_S, SMALL_BYTES, SPAN_BYTES, LinkEstimate, Meter
 
 SMALL, LARGE = 2048, 64 << 10
 

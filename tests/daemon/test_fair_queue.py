@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerllm.daemon.decide.queue import FairQueue
+from peerllm.daemon.decide.fair_queue import FairQueue
 from peerllm.errors import OverloadedError
 
 

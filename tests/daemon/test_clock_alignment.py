@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peerllm.daemon.decide.clocks import Alignment, Reading, quickest
+from peerllm.daemon.decide.clock_alignment import Alignment, Reading, quickest
 
 DELAY = st.integers(0, 10**10)  # ns of one way
 TRIP = st.tuples(st.integers(0, 10**9), DELAY, DELAY)  # pause before it, way there, way back

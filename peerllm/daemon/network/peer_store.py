@@ -1,4 +1,4 @@
-"""What this device remembers of the others: what they said of themselves, and where they were last."""
+"""What this device knows of the others of its household: their Hello, their last DeviceView, their last addresses."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def whereabouts(members: Iterable[Member]) -> Whereabouts:
     return Whereabouts(tuple(Place(member.device, usable, member.port) for member, usable in hosts if usable))
 
 
-class Book:
-    """Notes about devices of the household."""
+class PeerStore:
+    """By device; `where` is what is kept on disk."""
 
     def __init__(self, known: tuple[Known, ...]) -> None:
         self.known: dict[DeviceId, Known] = {one.device: one for one in known}

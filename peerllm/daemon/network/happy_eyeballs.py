@@ -15,10 +15,10 @@ from peerllm.types import DeviceId
 
 STAGGER_S = 0.2  # head start of each address over the next
 ATTEMPT_TIMEOUT_S = 4.0
-WHO_TIMEOUT_S = 4.0
+WHO_TIMEOUT_S = 4.0  # for an address of which it is not known whose it is
 
 
-async def race(
+async def dial_first(
     session: aiohttp.ClientSession,
     identity: Identity,
     device: DeviceId,

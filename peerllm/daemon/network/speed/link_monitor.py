@@ -1,4 +1,7 @@
-"""This device's view of the household's links: measures its own, hears of the others', refines by what they carry."""
+"""What every link of the household costs: measures this device's own links, and hears what others measured of theirs.
+
+The times of real traffic refine both.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass
 
 from peerllm.daemon.control_messages import LinkTable
-from peerllm.daemon.network.speed.bandwidth import Bandwidth
-from peerllm.daemon.network.speed.estimates import Meter
-from peerllm.daemon.network.speed.linktables import LEAST_MS, LinkFigure, LinkTables, Pair, news
+from peerllm.daemon.network.speed.link_estimates import Meter
+from peerllm.daemon.network.speed.link_tables import LEAST_MS, LinkFigure, LinkTables, Pair, news
+from peerllm.daemon.network.speed.probe_scheduler import ProbeScheduler
 from peerllm.types import DeviceId
 
 FRESH_S = 600.0  # what is known of a link is good for so long
@@ -42,16 +45,17 @@ async def _no_echo(device: DeviceId, sizes: Sequence[int]) -> Sequence[Timed]:
     return ()
 
 
-class Survey:
-    """`echo` times frames to a device's engine; until it is given, hops are not measured."""
+class LinkMonitor:
+    """`echo` times frames to a device's engine, while `may_echo` says that both engines run."""
 
     def __init__(
         self, me: DeviceId, reach: LinkProbes, idle: Callable[[], bool], on_change: Callable[[], None]
     ) -> None:
         self.echo: Callable[[DeviceId, Sequence[int]], Awaitable[Sequence[Timed]]] = _no_echo
+        self.may_echo: Callable[[DeviceId], bool] = lambda device: False
         self._tables = LinkTables(me)
         self._reach, self._idle, self._on_change = reach, idle, on_change
-        self._probing = Bandwidth(
+        self._probing = ProbeScheduler(
             self._measure, reach.online, self._due, lambda: self.quiet, 1.0 + int(me[:8], 16) / 0xFFFFFFFF
         )
         self._meters: dict[DeviceId, Meter] = {}
@@ -109,7 +113,7 @@ class Survey:
         return table if table.links else None
 
     def engine_changed(self) -> None:
-        """An engine has come: hops may be measured now."""
+        """An engine has started, here or elsewhere: hops may be measured now."""
         for device in self._reach.online():
             self._probing.connected(device)
 
@@ -170,7 +174,7 @@ class Survey:
 
     def _hop_due(self, device: DeviceId) -> bool:
         estimate = self._tables.outgoing(device)
-        if estimate is None or self.echo is _no_echo:
+        if estimate is None or not self.may_echo(device):
             return False
         return estimate.at is None or time.monotonic() - estimate.at >= FRESH_S
 
