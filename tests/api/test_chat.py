@@ -350,12 +350,6 @@ async def test_model_names_with_a_slash(client: aiohttp.ClientSession, household
             assert (await response.json())["model"] == "name"
 
 
-async def test_a_name_counts_before_a_path(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
-    household.served = [replace(household.model, name="other"), household.model]
-    async with client.get("/v1/models/builtin") as response:
-        assert (await response.json())["id"] == "builtin"
-
-
 async def test_many_at_once(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:
     answers = await asyncio.gather(*(ai.chat.completions.create(**ASK) for _ in range(16)))
     assert {answer.choices[0].message.content for answer in answers} == {household.reply}

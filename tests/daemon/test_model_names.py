@@ -72,17 +72,19 @@ async def test_names_are_unique_in_the_household(house):
     assert await a.run(RunOptions("owner/small"), quiet) == "small"
     assert await b.run(RunOptions("other/small"), quiet) == "small-2"
     assert [one.name for one in (view(house["a"]), view(house["b"]))] == ["small", "small-2"]
+    assert await a.run(RunOptions("other/small"), quiet) == "small-3", "its own names count too"
     with pytest.raises(BadInputError, match="called small runs from device-a"):
         await b.run(RunOptions("small", name="small"), quiet)
     await b.stop("other/small")
-    assert [one.name for one in a.served()] == ["small"], "only its own was stopped"
+    assert [one.name for one in a.served()] == ["small", "small-3"], "only its own was stopped"
 
 
-async def test_a_name_beats_a_path(house):
-    """Two deployments here: one is called as the other's path."""
-    a = house["a"].coordinator
-    await a.run(RunOptions("owner/small", name="tiny"), quiet)
-    await a.run(RunOptions("other/small"), quiet)
+async def test_no_name_is_the_path_of_another_model(house):
+    a, b = house["a"].coordinator, house["b"].coordinator
+    await a.run(RunOptions("small", name="tiny"), quiet)
+    with pytest.raises(BadInputError, match="called small runs from device-a"):
+        await b.run(RunOptions("owner/small", name="small"), quiet)
+    assert await a.run(RunOptions("owner/small"), quiet) == "small-2"
     await a.stop("small")
     assert [one.model for one in a.served()] == ["owner/small"]
 

@@ -253,10 +253,13 @@ async def test_a_download_is_seen(page: Browser, household: FakeHousehold) -> No
 
 
 async def test_one_may_ask_while_the_model_is_loaded(page: Browser, household: FakeHousehold) -> None:
-    household.served = [replace(household.model, state="loading", message="loading on laptop", progress=0.5)]
+    household.served = [replace(household.model, state="planning", model_dir=None)]
     household.touch()
     await page.until("return document.querySelector('#banner').innerText.includes('You can ask now')", "the banner")
     await page.type("#prompt", "hi" + ENTER)
+    await page.until("return document.querySelector('.waiting')?.innerText == 'planning …'", "what it waits for")
+    household.served = [replace(household.model, state="loading", message="loading on laptop", progress=0.5)]
+    household.touch()
     await page.until("return document.querySelector('.waiting')?.innerText == 'loading on laptop (50%) …'", "progress")
     household.served = [household.model]
     household.touch()
