@@ -8,7 +8,7 @@ import pytest
 
 from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.facade import RunOptions
-from peerllm.errors import BadInputError, NotFoundError
+from peerllm.errors import BadInputError, NotFoundError, RefusedError
 from tests.daemon.house import BLOCK, House, inspected
 from tests.daemon.test_coordinator import SPARE, module_coordinator, quiet, view
 
@@ -122,3 +122,20 @@ async def test_what_is_done_until_it_serves_is_seen(house):
     a.engine.gate.set()
     await running
     assert (view(a).message, view(a).progress, view(a).context) == ("", 1.0, 64)
+
+
+async def test_what_was_downloaded_is_no_progress_of_the_next_plan(house):
+    a, seen = house["a"], []
+    house.to_download["owner/small"] = 1000
+    a.engine.fail = RefusedError("not now")
+
+    def told(line):
+        seen.append((line.message, view(a).progress))
+        if len([message for message, _ in seen if message.startswith("planning for")]) == 2:
+            a.engine.fail = None
+
+    await a.coordinator.run(RunOptions("owner/small"), told)
+    downloads, plans = [
+        [done for message, done in seen if message.startswith(what)] for what in ("downloading", "planning for")
+    ]
+    assert max(downloads) > 0 and plans == [0.0, 0.0]
