@@ -76,7 +76,8 @@ async def test_stages_are_connected_from_the_last_to_the_first(houses):
 
     a.ask = asking
     await a.coordinator.run(RunOptions("big"), quiet)
-    assert order == [stage.device for stage in view(a).stages][::-1], "who is dialled is ready"
+    first = dict.fromkeys(stage.device for stage in view(a).stages)  # a device may hold several
+    assert order == list(first)[::-1], "who is dialled is ready"
 
 
 async def test_one_device_is_enough_when_it_is(houses):
