@@ -82,8 +82,7 @@ class PlanSearch:
         if not self._timings.known(inspected, candidates.values()):
             await asyncio.to_thread(draw_up, self._options, inspected, candidates, around.me)
         for _ in range(LATECOMERS):
-            busy = self._options.objective == "throughput"
-            timings = await self._timings.of(inspected, candidates, self._say, busy)
+            timings = await self._timings.of(inspected, candidates, self._say)
             here = self._candidates(absent)  # measuring takes a while
             if here.keys() <= candidates.keys():
                 break
