@@ -218,6 +218,7 @@ class Pretended(Sizes):
     hundred tokens before them."""
 
     def __init__(self, rewinds: bool = True, context: int = CONTEXT, limit: int = PLENTY) -> None:
+        self.fullest = 0
         self.now, self.rewinds, self.held = 0.0, rewinds, dict.fromkeys(range(17), 0)
         layers = dict.fromkeys(range(8), 1000)
         super().__init__(
@@ -235,6 +236,7 @@ class Pretended(Sizes):
             if not self.rewinds and segment.position not in (0, self.held[segment.slot]):
                 raise EngineError("it only goes on")
             self.held[segment.slot] = segment.position + segment.length
+            self.fullest = max(self.fullest, self.held[segment.slot])
         before = segments[0].position // 100 if not self.is_head and len(segments) == 1 else 0
         self.now += (1 + len(inputs) + before) / 1e3
         return np.zeros((len(segments) if self.is_head else len(inputs), self.hidden_size), np.float32)
@@ -272,6 +274,13 @@ def test_a_short_context_has_no_room_for_all(
 ) -> None:
     found = Pretended(context=context).timed(monkeypatch).layer_ms
     assert [n for n, _ in found["block"]] == counts and [n for n, _ in found["attention:block"]] == further
+
+
+def test_a_sequence_whose_room_is_full_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_times, "RUNS", 60)
+    monkeypatch.setattr(layer_times, "RUNS_S", 1e9)
+    model = Pretended(rewinds=False, context=100)  # the first sequence takes part in three steps a turn
+    assert not model.timed(monkeypatch).skipped and model.fullest == 100
 
 
 def test_passes_that_are_disturbed_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
