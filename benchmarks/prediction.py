@@ -16,7 +16,7 @@ from statistics import median
 from typing import NamedTuple
 
 from benchmarks.models import LLAMA_3_2_1B, write_llama
-from peerllm.cli.demo_memory import limits, sizes_of
+from peerllm.cli.demo.demo_memory import limits, sizes_of
 from tests.household import household
 from tests.lab.smollm2 import smollm2
 

@@ -27,8 +27,8 @@ FURTHER_TOKENS = 1024
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SpanName = Literal[
     "idle", "take in", "pass", "hand on", "another model",  # of the compute thread, consecutive
-    "serialise", "enqueue",  # of the compute thread, inside those
-    "send", "receive", "held back",  # of a link
+    "serialise",  # of the compute thread, inside those
+    "send", "receive",  # of a link
 ]  # fmt: skip
 SpanKind = Literal["", "step", "prompt", "activation", "token", "release", "open"]
 

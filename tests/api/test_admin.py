@@ -54,6 +54,28 @@ async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHouse
     ]
 
 
+async def test_who_asks_while_the_device_starts_waits_but_sees_that_it_does(
+    owner: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    household.start_gate = asyncio.Event()
+    for path in ("/", "/peerllm/v1/status", "/static/app.js"):
+        async with owner.get(path) as answer:
+            assert answer.status == 200
+    async with owner.post("/peerllm/v1/invite", json={}, headers={"Authorization": "Bearer wrong"}) as answer:
+        assert answer.status == 401, "who may not ask does not wait either"
+    waiting = asyncio.create_task(post(owner, "invite"))
+    models = asyncio.create_task(owner.get("/v1/models"))
+    await asyncio.wait({waiting, models}, timeout=0.2)
+    assert not waiting.done() and not models.done() and not household.calls
+    household.start_gate.set()
+    assert (await waiting)[0] == (await models).status == 200
+    household.start_gate = asyncio.Event()
+    monkeypatch.setattr("peerllm.api.server.START_WAIT_S", 0.05)
+    async with owner.get("/v1/models") as answer:
+        assert answer.status == 503 and answer.headers["Retry-After"]
+        assert "still starting" in (await answer.json())["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("name", "body", "status", "word"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -78,6 +79,43 @@ async def test_what_is_missing_is_said_and_nothing_stays(houses):
     assert house.empty() and not house["a"].coordinator.views()
 
 
+async def test_nothing_is_downloaded_without_a_plan(houses):
+    house = houses([3, 3], huge=20, small=2)
+    house.to_download = {"huge": 1_000_000, "small": 2_000_000}
+    with pytest.raises(InfeasibleError, match="missing"):
+        await house["a"].coordinator.run(RunOptions("huge"), quiet)
+    assert (await house["a"].coordinator.preview(RunOptions("small"), quiet))["scenario"]
+    assert not house.downloads
+    await house["a"].coordinator.run(RunOptions("small"), quiet)
+    assert house.downloads == ["small"]
+
+
+async def test_a_download_is_shown_as_it_goes_and_planned_for_anew(houses):
+    house = houses([3, 3, 3], big=8)
+    house.to_download = {"big": 2_500_000_000}
+    house.download_gate.clear()
+    told = []
+    running = asyncio.ensure_future(house["a"].coordinator.run(RunOptions("big"), told.append))
+    await house.until(lambda: house.downloads)
+    seen = view(house["a"])
+    assert (seen.state, seen.progress, seen.context) == ("planning", 0.4, 0)
+    assert seen.message == told[-1].message == "downloading big, 2.50 GB: 40%"
+    assert told[-1].devices == {"device-a": 0.4}
+    assert house["a"].coordinator.served()[0].model_dir is None, "its files are not there yet"
+    house["c"].online = False
+    house.download_gate.set()
+    await asyncio.wait({running}, timeout=0.1)
+    assert not running.done(), "the plan was kept though a device of it had left"
+    await house.come_back("c")
+    await asyncio.wait_for(running, 10)
+    seen = view(house["a"])
+    assert (seen.state, seen.progress, seen.message, seen.context, seen.slots) == ("serving", 1.0, "", 64, 4)
+    entry = deployment_entry(seen, str)
+    assert (entry["context"], entry["slots"], entry["message"]) == (64, 4, "")
+    (served,) = house["a"].coordinator.served()
+    assert str(served.model_dir) == "/models/big"
+
+
 async def test_a_device_that_is_about_to_arrive_is_waited_for(houses, monkeypatch):
     house = houses([3, 3, 3], big=8)
     house["c"].online = False
@@ -123,7 +161,7 @@ async def test_a_device_that_refuses_is_planned_around(houses):
     house = houses([3, 9, 9], big=8)
     a = house["a"]
     honest = a.candidates
-    a.candidates = lambda: {d: module.replace(c, free_bytes=c.hello.lent_bytes) for d, c in honest().items()}
+    a.candidates = lambda: {d: replace(c, free_bytes=c.hello.lent_bytes) for d, c in honest().items()}
     house["b"].ledger.reserve(module_reserve(8 * BLOCK), "z" * 64, 0)
     house["b"].ledger.commit("e" * 32, 1, "z" * 64, 0)
     await a.coordinator.run(RunOptions("big"), quiet)

@@ -49,7 +49,7 @@ CONTEXTS_A_PROMPT = 16  # where that is longer, a prompt takes this part of the 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A plan and all that it fixes for its shards. `promises` is what each device must reserve."""
+    """A plan and all that its shards need to know. `promises` is what each device must reserve, in bytes."""
 
     plan: Plan
     workload: Workload
@@ -198,7 +198,7 @@ def prompt_cuts(options: RunOptions, pipeline: Pipeline, work: Workload, most: i
 def _check_sum(
     options: RunOptions, inspected: Inspected, candidates: Mapping[DeviceId, Candidate], work: Workload, working: int
 ) -> None:
-    """The plain sum first: it gives the clearest answer when a model is too large for all together."""
+    """InfeasibleError with the missing bytes if a model is too large for all devices together, whatever the plan."""
     needed = working + sum(
         layer_bytes(inspected.profile, i, work, layer.tied_to is not None)
         for i, layer in enumerate(inspected.profile.layers)

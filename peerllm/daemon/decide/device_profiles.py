@@ -74,7 +74,7 @@ def machine_contention(candidates: Iterable[Candidate]) -> dict[DeviceId, float]
 
 
 def checked(told: LayerTimes, kinds: tuple[LayerKind, ...]) -> dict[LayerKind, tuple[tuple[int, float], ...]]:
-    """Of what another device says the kinds that could be true; the rest counts as not measured."""
+    """The kinds whose times are plausible; another device may say anything, and the rest counts as not measured."""
     return {kind: points for kind in kinds if (points := told.get(kind, ())) and _plausible(points)}
 
 
@@ -179,7 +179,7 @@ def link_profiles(
     """Every ordered pair: as measured, or guessed: between two others as slow as the slower of their ways to here."""
 
     def leg(a: DeviceId, b: DeviceId) -> LinkProfile:
-        """One that was measured, or to or from the source."""
+        """A link that was measured, or one to or from the source."""
         if a in candidates and b in candidates[a].hops:
             return candidates[a].hops[b]
         other = candidates[b if a == source else a]

@@ -20,6 +20,7 @@ from peerllm.daemon.deployment.tracing import Traces
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.status.serving_speed import measured
 from peerllm.daemon.status.status import weights_form
+from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, note_directories
 from peerllm.engine.messages import TensorAt, Tokens
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError, UnavailableError
 from peerllm.planner.scenario.scenario_export import scenario_file
@@ -254,7 +255,9 @@ class Coordinator:
             if self._closing:
                 return
             options = [held.options for held in self._deployments.values() if held.lasting]
+            served = [one.model for one in options if Path(one.model).is_absolute()]
             try:
+                await asyncio.to_thread(note_directories, self._file.with_name(DIRECTORIES_FILE), served)
                 await asyncio.to_thread(_write, self._file, options)
             except OSError as error:  # the model serves all the same
                 log.warning("what runs here cannot be remembered for the next start: %s", error)

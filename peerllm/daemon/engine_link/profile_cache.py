@@ -49,12 +49,12 @@ class ProfileFile:
         self._entries: dict[str, Points] | None = None
 
     def get(self, keys: dict[LayerKind, str]) -> dict[LayerKind, Points]:
-        """Those of the kinds that are known."""
+        """The times that are known, by kind."""
         known = self._read()
         return {kind: known[key] for kind, key in keys.items() if key in known}
 
     def put(self, found: dict[str, Points]) -> None:
-        """By key; the oldest entries make room."""
+        """Keep times by key; beyond MAX_ENTRIES the oldest are dropped."""
         known = {key: points for key, points in self._read().items() if key not in found} | found
         self._entries = dict(list(known.items())[-MAX_ENTRIES:])
         scratch = self._path.with_suffix(".new")

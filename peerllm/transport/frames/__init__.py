@@ -1,20 +1,18 @@
 """The binary frames of the data plane (docs/wire.md §4): what they hold, what a plan allows, bytes both ways."""
 
-from peerllm.transport.frames.decoder import decode
+from peerllm.transport.frames.decoder import decode, kind_of
 from peerllm.transport.frames.encoder import encode, encode_buffers
-from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
-from peerllm.transport.frames.model import (
+from peerllm.transport.frames.frame import (
     SAMPLE,
-    DType,
     Frame,
     FrameKind,
     FrameSegment,
     NamedTensor,
 )
+from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
 
 __all__ = [
     "SAMPLE",
-    "DType",
     "Frame",
     "FrameKind",
     "FrameLimits",
@@ -26,4 +24,5 @@ __all__ = [
     "decode",
     "encode",
     "encode_buffers",
+    "kind_of",
 ]

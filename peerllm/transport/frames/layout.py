@@ -10,6 +10,7 @@ ALIGNMENT = 8  # bytes; header and every payload end on a multiple
 
 # magic, version, kind, stage, epoch, deployment, segments, tensors, header bytes, reserved (0)
 HEADER = Struct("<4sBBHI16sHHII")
+KIND_AT = 5
 SEGMENT = Struct("<QIIII")  # sequence, slot, position, length, flags
 TENSOR = Struct("<BBBB")  # name bytes, dtype code, rank, reserved (0); then rank sizes, then the name
 SIZE = Struct("<I")

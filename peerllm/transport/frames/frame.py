@@ -1,0 +1,97 @@
+"""What a frame is: a kind, an address (deployment, epoch, stage), runs of sequences, named tensors."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from math import prod
+
+from peerllm.types import DeploymentId
+
+MAX_NAME_BYTES = 32
+MAX_RANK = 8
+MAX_U16, MAX_U32 = 2**16 - 1, 2**32 - 1
+SAMPLE = 1  # flag of a segment: the head picks a token after it
+NAME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + "_.")
+
+
+class FrameKind(IntEnum):
+    ACTIVATION = 1  # hidden states for the next stage
+    TOKEN = 2  # picked token ids, on the way back to the source
+    RELEASE = 3  # the slots of these sequences are free
+    OPEN = 4  # a sequence begins: what the head must know to sample it
+    PARTIAL = 5  # one device's share of a sum over several
+    KEY_VALUE = 6  # what a slot keeps, on its way to another device
+    GRADIENT = 7  # of hidden states, on the way back through the stages
+    ECHO = 8  # nothing but bytes, to time a link with
+
+
+# Element types, named as in safetensors; on the wire they are counted from 1.
+ITEM_BYTES: dict[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "I32": 4, "I64": 8, "F64": 8, "BOOL": 1}
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(ITEM_BYTES, start=1)}
+DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSegment:
+    """`length` tokens of one sequence from `position` on, held in KV slot `slot`."""
+
+    sequence: int  # u64
+    slot: int  # u32
+    position: int  # u32
+    length: int  # u32
+    flags: int = 0  # SAMPLE or 0
+
+    def __post_init__(self) -> None:
+        # Decoded fields are in range by construction; what is sent must be, or struct would fail without a word.
+        if self.sequence >> 64:  # so a negative number has bits as well
+            raise ValueError(f"sequence {self.sequence} does not fit 64 bits")
+        if (self.slot | self.position | self.length | self.flags) >> 32:
+            raise ValueError(f"{self} does not fit 32 bits")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensor:
+    """`data` are the elements in row-major order, little-endian, as flat bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(self.name):
+            raise ValueError(f"tensor name {self.name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"tensor {self.name} has the unknown dtype {self.dtype!r}")
+        if len(self.shape) > MAX_RANK or not all(1 <= size <= MAX_U32 for size in self.shape):
+            raise ValueError(f"tensor {self.name} has the shape {self.shape}")
+        if self.data.nbytes != prod(self.shape) * ITEM_BYTES[self.dtype]:
+            raise ValueError(f"tensor {self.name}: {self.data.nbytes} bytes are not {self.dtype} {self.shape}")
+
+    @classmethod
+    def of(cls, name: str, dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview) -> NamedTensor:
+        """From anything contiguous with a buffer; nothing is copied."""
+        view = memoryview(data)
+        return cls(name, dtype, tuple(shape), view if view.format == "B" and view.ndim == 1 else view.cast("B"))
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    kind: FrameKind
+    deployment: DeploymentId
+    epoch: int  # u32
+    stage: int  # u16: whom it is for; the number of stages stands for the way back to the source
+    segments: tuple[FrameSegment, ...]
+    tensors: tuple[NamedTensor, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Sum of the segments' lengths."""
+        return sum(segment.length for segment in self.segments)
+
+    def tensor(self, name: str) -> NamedTensor | None:
+        """The tensor of that name, if the frame holds it."""
+        return next((tensor for tensor in self.tensors if tensor.name == name), None)
