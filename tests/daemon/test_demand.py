@@ -176,10 +176,12 @@ def test_a_prompt_takes_longer_where_devices_share_processors():
     for device, one in candidates.items():
         candidates[device] = replace(one, hello=replace(one.hello, machine="x", processors=3))
     cut, whole = RunOptions("m", prompt_chunk=16), RunOptions("m", prompt_chunk=128)
-    free, free_whole = (draw_up(options, model, candidates, A) for options in (cut, whole))
+    many = RunOptions("m", prompt_chunk=16, objective="throughput")
+    free, free_whole, free_many = (draw_up(options, model, candidates, A) for options in (cut, whole, many))
     for device, one in candidates.items():
         candidates[device] = replace(one, hello=replace(one.hello, processors=2))
-    shared, shared_whole = (draw_up(options, model, candidates, A) for options in (cut, whole))
+    shared, shared_whole, shared_many = (draw_up(options, model, candidates, A) for options in (cut, whole, many))
+    assert free_many.plan == shared_many.plan, "its layers' times are those of devices that all compute"
     assert free_whole.plan == shared_whole.plan, "a prompt in one piece keeps one device busy at a time"
     first, longer = (one.plan.predicted.time_to_first_token_ms for one in (free, shared))
     assert free.plan.stages == shared.plan.stages and first < longer < 1.5 * first

@@ -217,11 +217,12 @@ class Pretended(Sizes):
     """A model whose passes take a millisecond of a clock of their own, one more for each row, and one more for each
     hundred tokens before them."""
 
-    def __init__(self, rewinds: bool = True) -> None:
+    def __init__(self, rewinds: bool = True, context: int = CONTEXT, limit: int = PLENTY) -> None:
+        self.fullest = 0
         self.now, self.rewinds, self.held = 0.0, rewinds, dict.fromkeys(range(17), 0)
         layers = dict.fromkeys(range(8), 1000)
         super().__init__(
-            firsts(["block"] * 6), 7, 8, 16, CONTEXT, PLENTY, WorkingSpace(0, 0, 0, 0, 0, 0), layers, layers
+            firsts(["block"] * 6), 7, 8, 16, context, limit, WorkingSpace(0, 0, 0, 0, 0, 0), layers, layers
         )
 
     def build(self, mockup: Mockup) -> Any:
@@ -230,10 +231,12 @@ class Pretended(Sizes):
 
     def forward(self, inputs: np.ndarray, segments: list[Segment]) -> np.ndarray:
         assert inputs.dtype in (np.int64, np.float32) and len(inputs) == sum(segment.length for segment in segments)
+        assert all(segment.position + segment.length <= self.context for segment in segments)
         for segment in segments:
             if not self.rewinds and segment.position not in (0, self.held[segment.slot]):
                 raise EngineError("it only goes on")
             self.held[segment.slot] = segment.position + segment.length
+            self.fullest = max(self.fullest, self.held[segment.slot])
         before = segments[0].position // 100 if not self.is_head and len(segments) == 1 else 0
         self.now += (1 + len(inputs) + before) / 1e3
         return np.zeros((len(segments) if self.is_head else len(inputs), self.hidden_size), np.float32)
@@ -257,18 +260,76 @@ def test_what_passes_take_is_told_by_layer(monkeypatch: pytest.MonkeyPatch, rewi
     assert dict(found["head"]) == pytest.approx({1: 1e-4, 4: 3.0, 16: 15.0}, abs=1e-4)
 
 
-def test_one_disturbed_pass_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("context", "counts", "further"),
+    [
+        (CHUNK - 1, [1, 4, 16], [1]),
+        (CHUNK, [1, 4, 16, CHUNK], [1]),
+        (2 * CHUNK + STEPS - 1, [1, 4, 16, CHUNK], [1]),
+        (2 * CHUNK + STEPS, [1, 4, 16, CHUNK], [1, CHUNK]),
+    ],
+)
+def test_a_short_context_has_no_room_for_all(
+    monkeypatch: pytest.MonkeyPatch, context: int, counts: list[int], further: list[int]
+) -> None:
+    found = Pretended(context=context).timed(monkeypatch).layer_ms
+    assert [n for n, _ in found["block"]] == counts and [n for n, _ in found["attention:block"]] == further
+
+
+def test_a_sequence_whose_room_is_full_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_times, "RUNS", 60)
+    monkeypatch.setattr(layer_times, "RUNS_S", 1e9)
+    model = Pretended(rewinds=False, context=100)  # the first sequence takes part in three steps a turn
+    assert not model.timed(monkeypatch).skipped and model.fullest == 100
+
+
+def test_passes_that_are_disturbed_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     model, forward, passes = Pretended(), Pretended.forward, [0]
 
-    def disturbed(shard: Pretended, *args: Any) -> np.ndarray:
-        passes[0] += 1
-        shard.now += 0.5 if passes[0] % 40 == 0 else 0
-        return forward(shard, *args)
+    def disturbed(shard: Pretended, inputs: np.ndarray, segments: list[Segment]) -> np.ndarray:
+        if len(inputs) == 1 and inputs.dtype == np.int64:
+            passes[0] += 1
+            shard.now += 0.5 * (passes[0] % 2)
+        return forward(shard, inputs, segments)
 
-    monkeypatch.setattr(layer_times, "RUNS", 7)
+    monkeypatch.setattr(layer_times, "RUNS", 8)
     monkeypatch.setattr(layer_times, "RUNS_S", 1e9)
     monkeypatch.setattr(Pretended, "forward", disturbed)
     assert model.timed(monkeypatch).layer_ms["pass"] == ((1, pytest.approx(2.0)),)
+
+
+class Others:
+    """What stands for a stage's other layers: its size, and how often it was read."""
+
+    def __init__(self) -> None:
+        self.numbers, self.reads = 0, 0
+
+    def __call__(self, numbers: int) -> Others:
+        self.numbers = numbers
+        return self
+
+    def max(self) -> None:
+        self.reads += 1
+
+
+@pytest.mark.parametrize(("spare", "nbytes"), [(PLENTY, 8000), (4000, 4000), (0, 0)])
+def test_steps_find_in_the_caches_what_other_layers_leave(
+    monkeypatch: pytest.MonkeyPatch, spare: int, nbytes: int
+) -> None:
+    """As much as the model has, as caches hold, and as there is room for."""
+    model, others, steps = Pretended(context=2 * CHUNK), Others(), [0]  # no room for steps behind a prompt
+    model.limit_bytes = spare + max(model.nbytes(model.plan(kind)) for kind in model.kinds)
+    step = layer_times.Work._step
+
+    def counted(work: layer_times.Work, count: int) -> float:
+        steps[0] += 1
+        return step(work, count)
+
+    monkeypatch.setattr(layer_times.np, "ones", others)
+    monkeypatch.setattr(layer_times.Work, "_step", counted)
+    model.timed(monkeypatch)
+    assert others.numbers == nbytes // 8 + 1
+    assert others.reads == steps[0] > 0
 
 
 def test_timing_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_no_way_home_is_no_way() -> None:
 
 @pytest.mark.timeout(60)
 def test_what_costs_nothing_is_found_and_proven() -> None:
-    for seed in range(6 if FULL else 3):
+    for seed in range(6 if FULL else 2):
         asked = random_problem(seed)
         asked = replace(
             asked, cost=np.zeros_like(asked.cost), hop=np.zeros_like(asked.hop), back=np.zeros_like(asked.back)
@@ -121,25 +121,26 @@ def test_what_costs_nothing_is_found_and_proven() -> None:
 
 
 def test_rooms_beyond_counting_are_room_enough() -> None:
-    for seed in range(10 if FULL else 2):
+    for seed in range(10 if FULL else 1):
         asked = random_problem(seed)
-        enough = np.full(len(asked.room), asked.memory.sum())
-        for room in (2**61, 2**63 - 1):
-            large = assignment_search.search_mixed_layers(replace(asked, room=np.full_like(asked.room, room)))
-            assert large == assignment_search.search_mixed_layers(replace(asked, room=enough))
+        enough = assignment_search.search_mixed_layers(
+            replace(asked, room=np.full(len(asked.room), asked.memory.sum()))
+        )
+        for room in (2**61, 2**62, 2**63 - 1):
+            assert assignment_search.search_mixed_layers(replace(asked, room=np.full_like(asked.room, room))) == enough
 
 
-def test_a_sweep_gives_up_when_its_budget_is_spent() -> None:
+def test_label_setting_gives_up_when_its_budget_is_spent() -> None:
     asked = star(20)
     held = visit_table(asked, layer_runs(asked))
-    sweep = LabelSetting(
+    labels = LabelSetting(
         held,
         UsableMemory(asked),
         memory_bound(held, initial_memory_price(held)),
         np.inf,
         interchangeable_devices(asked),
     )
-    assert sweep.run(4000, budget=1) is None and not sweep.complete
+    assert labels.run(4000, budget=1) is None and not labels.complete
 
 
 def test_a_search_without_a_budget_claims_nothing() -> None:

@@ -69,7 +69,7 @@ def machine_contention(candidates: Iterable[Candidate]) -> dict[DeviceId, float]
     for group in machines.values():
         processors = max(1, *(one.hello.processors for one in group))
         threads = sum(min(max(1, one.hello.threads), processors) for one in group)
-        found |= dict.fromkeys((one.device for one in group), threads / processors if len(group) > 1 else 1.0)
+        found |= dict.fromkeys((one.device for one in group), threads / processors)
     return {device: max(1.0, longer) for device, longer in found.items()}
 
 

@@ -132,4 +132,4 @@ def _key(inspected: Inspected, one: Candidate) -> Key:
 def _abilities(hello: Hello) -> str:
     """Differs where a device's old times do not hold any more."""
     figures = sorted(hello.gbytes_per_s.items()), sorted(hello.gflops.items())
-    return repr((hello.place, hello.threads, sorted(hello.libraries.items()), *figures))
+    return repr((hello.place, sorted(hello.libraries.items()), *figures))
