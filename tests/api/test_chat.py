@@ -116,6 +116,18 @@ async def test_a_prompt_longer_than_the_context_is_refused(client: aiohttp.Clien
     assert str(CONTEXT) in error["message"]
 
 
+async def test_a_prompt_may_leave_room_for_one_token(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
+    async def ask(characters: int) -> int:
+        messages = [{"role": "user", "content": "x" * characters}]
+        async with client.post(PATH, json={"model": "builtin", "messages": messages}) as response:
+            return response.status
+
+    await ask(1)
+    most = CONTEXT - len(household.requests[0].prompt)  # a token a character, and one for the answer
+    assert [await ask(most), await ask(most + 1)] == [200, 400]
+    assert household.requests[-1].max_tokens == 1
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_stop_strings_across_tokens_cancel_the_rest(
     ai: openai.AsyncOpenAI, household: FakeHousehold, stream: bool

@@ -12,7 +12,7 @@ import pytest
 
 from peerllm.api.guard import SECURITY_HEADERS, Call, Guard, host_name, is_loopback
 from peerllm.api.server import ApiServer, create_app
-from peerllm.api.token import load_or_create_token
+from peerllm.api.token import MIN_TOKEN_CHARS, load_or_create_token
 from peerllm.errors import BadInputError
 from tests.api.fake import FakeHousehold, make_model_dir
 
@@ -279,7 +279,9 @@ def test_the_token_is_the_owners_alone_and_stays(tmp_path: Path) -> None:
 
 
 def test_a_damaged_token_is_said(tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("abc")
+    (tmp_path / "token").write_text("x" * MIN_TOKEN_CHARS + "\n")
+    assert load_or_create_token(tmp_path) == "x" * MIN_TOKEN_CHARS
+    (tmp_path / "token").write_text("x" * (MIN_TOKEN_CHARS - 1) + "\n")
     with pytest.raises(BadInputError, match="delete it"):
         load_or_create_token(tmp_path)
 

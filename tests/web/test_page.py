@@ -91,7 +91,7 @@ async def test_devices_and_layers_are_shown(page: Browser, household: FakeHouseh
     ]
     names = await page.run("return [...document.querySelectorAll('#devices .name')].map((one) => one.innerText)")
     assert names == ["laptop", "mini-pc", "jetson"]
-    assert "12 MB used of 20 MB lent" in await page.text("#devices"), "promised, where no device says what it holds"
+    assert "12 MB used of 20 MB lent" in await page.text("#devices")
     assert "context 1,024 tokens" in await page.text("#deployments")
     household.devices[0]["used_bytes"] = 7_000_000
     household.touch()
