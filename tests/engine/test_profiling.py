@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from peerllm.engine.backends import Backends
-from peerllm.engine.base import Segment
 from peerllm.engine.graph.describe import UnfitError, describe
 from peerllm.engine.graph.graph_inspect import block_kinds
 from peerllm.engine.measure import layer_times, outline
@@ -28,6 +27,7 @@ from peerllm.engine.model.torch_mockup import TorchOutline
 from peerllm.engine.model.torch_shard import TorchShard
 from peerllm.engine.sampler import SeededSampler
 from peerllm.errors import BadInputError, EngineError, ModelError, RefusedError, UnavailableError
+from peerllm.transport.frames import TokenRun
 from peerllm.types import WorkingSpace
 from tests.engine.architectures import COMMON, FAMILIES
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, stage
@@ -93,26 +93,26 @@ def test_kinds_are_those_that_the_files_have(llama: tuple[str, tuple[str, ...]],
 def test_steps_stand_behind_what_a_sequence_holds_and_a_chunk_begins_one(
     llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[int, list[Segment]]] = []
+    seen: list[tuple[int, list[TokenRun]]] = []
     forward = TorchShard.forward
 
-    def watched(shard: TorchShard, inputs: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
-        seen.append((shard.first_layer, list(segments)))
-        return forward(shard, inputs, segments)
+    def watched(shard: TorchShard, inputs: torch.Tensor, runs: list[TokenRun]) -> torch.Tensor:
+        seen.append((shard.first_layer, list(runs)))
+        return forward(shard, inputs, runs)
 
     monkeypatch.setattr(TorchShard, "forward", watched)
     monkeypatch.setattr(layer_times, "FILL_S", 1e9)
     timed(llama[0])
-    steps = [row for first, row in seen if first == 1 and all(segment.length == 1 for segment in row)]
-    assert [segment.position for segment in steps.pop(0)] == [0] * 16, "first of all each sequence begins"
+    steps = [row for first, row in seen if first == 1 and all(each.length == 1 for each in row)]
+    assert [each.position for each in steps.pop(0)] == [0] * 16, "first of all each sequence begins"
     assert {len(row) for row in steps} == {1, 4, 16}
-    assert all(segment.position == FILL for row in steps for segment in row)
-    assert all(len({segment.slot for segment in row}) == len(row) for row in steps)
+    assert all(each.position == FILL for row in steps for each in row)
+    assert all(len({each.slot for each in row}) == len(row) for row in steps)
     chunks = [row for first, row in seen if first == 1 and row[0].slot == 16]
     assert {row[0].length for row in chunks} == {32, 128} and all(row[0].position == 0 for row in chunks)
     heads = [row for first, row in seen if first == 9]
-    assert any(segment.sample for row in heads for segment in row)
-    assert all(segment.length == 1 for row in heads for segment in row if segment.sample)
+    assert any(each.sample for row in heads for each in row)
+    assert all(each.length == 1 for row in heads for each in row if each.sample)
 
 
 def test_the_fewest_tokens_and_the_most_are_timed_whatever_time_is_left(
@@ -232,14 +232,14 @@ class Pretended(Sizes):
         self.is_head = mockup.first == self.head
         return self
 
-    def forward(self, inputs: np.ndarray, segments: list[Segment]) -> np.ndarray:
-        assert inputs.dtype in (np.int64, np.float32) and len(inputs) == sum(segment.length for segment in segments)
-        for segment in segments:
-            if not self.rewinds and segment.position not in (0, self.held[segment.slot]):
+    def forward(self, inputs: np.ndarray, runs: list[TokenRun]) -> np.ndarray:
+        assert inputs.dtype in (np.int64, np.float32) and len(inputs) == sum(each.length for each in runs)
+        for each in runs:
+            if not self.rewinds and each.position not in (0, self.held[each.slot]):
                 raise EngineError("it only goes on")
-            self.held[segment.slot] = segment.position + segment.length
+            self.held[each.slot] = each.position + each.length
         self.now += (1 + len(inputs)) / 1e3
-        return np.zeros((len(segments) if self.is_head else len(inputs), self.hidden_size), np.float32)
+        return np.zeros((len(runs) if self.is_head else len(inputs), self.hidden_size), np.float32)
 
     def close(self) -> None:
         self.held = dict.fromkeys(self.held, 0)

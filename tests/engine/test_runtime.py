@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.engine.base import Progress, Segment
+from peerllm.engine.base import Progress
 from peerllm.engine.messages import (
     Cancel,
     Connect,
@@ -25,6 +25,7 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.errors import EngineError
+from peerllm.transport.frames import TokenRun
 from tests.engine.fakes import DEPLOYMENT, Broke, FakeBackend, FakeShard, engine, expected, stage
 
 pytestmark = pytest.mark.timeout(60)
@@ -42,7 +43,7 @@ async def test_many_sequences_over_few_slots(tmp_path: Path) -> None:
             assert ids == expected(range(sequence, sequence * 9 + 1), 30 + sequence) and end.finish == "length"
         sizes = {len(batch) for batch in backend.shards[0].batches}
         assert max(sizes) == 3
-        assert all(sum(segment.length for segment in batch) <= 8 for batch in backend.shards[0].batches)
+        assert all(sum(each.length for each in batch) <= 8 for batch in backend.shards[0].batches)
         load = await line.ask(QueryLoad(line.request()))
         assert load.stages == ((DEPLOYMENT, 0, 0),) and load.measured[f"{DEPLOYMENT}/0"] > 0
 
@@ -148,13 +149,13 @@ async def test_an_exception_in_a_batch_ends_its_sequences_only(tmp_path: Path) -
     async with engine(tmp_path, backend) as line:
         await line.ask(stage(line.request(), micro_batch=1))
 
-        def fail(shard: FakeShard, segments: Sequence[Segment]) -> None:
-            if segments[0].position == 10:
+        def fail(shard: FakeShard, runs: Sequence[TokenRun]) -> None:
+            if runs[0].position == 10:
                 raise MemoryError
 
         backend.before_forward = fail
         line.submit(1, [1] * 4, 50)
-        line.submit(2, [2] * 12, 50)  # chunks at 0 and 8: never a segment at 10
+        line.submit(2, [2] * 12, 50)  # chunks at 0 and 8: never a each at 10
         ids, end = await line.finished(1)
         assert len(ids) == 7 and end.finish == "error" and "out of memory" in end.error and "stage 0" in end.error
         assert (await line.finished(2))[0] == expected([2] * 12, 50)
@@ -166,7 +167,7 @@ async def test_prompts_are_computed_in_the_chunks_that_they_are_cut_into(tmp_pat
     lengths: list[int] = []
     async with engine(tmp_path, backend) as line:
         await line.ask(stage(line.request(), cuts=((1, 8), (9, 3), (12, 4))))
-        backend.before_forward = lambda shard, segments: lengths.extend(segment.length for segment in segments)
+        backend.before_forward = lambda shard, runs: lengths.extend(each.length for each in runs)
         for number, prompt in enumerate((8, 9, 12), 1):
             line.submit(number, [number] * prompt, 1)
             assert (await line.finished(number))[0] == expected([number] * prompt, 1)

@@ -38,7 +38,7 @@ class Taker(threading.Thread):
 
     def deliver(self, device: str, frame: Frame) -> None:
         self.readers.add(threading.get_ident())
-        self.inbox.put((frame.stage, frame.segments[0].position))
+        self.inbox.put((frame.stage, frame.runs[0].position))
 
     def run(self) -> None:
         while (events := self.inbox.take(wait=True)) is not None:
@@ -220,7 +220,7 @@ async def test_too_much_holds_back_whoever_leads(nodes: list[Node]) -> None:
 
     def deliver(device: str, got: Frame):  # type: ignore[no-untyped-def]
         taker.deliver(device, got)
-        return room() if got.segments[0].position == 0 else None
+        return room() if got.runs[0].position == 0 else None
 
     two.plane.expect(Ingress(one.identity.device, LIMITS), deliver)
     link = await connect(one, two)

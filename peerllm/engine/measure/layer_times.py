@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.base import Draw, Sampler, Segment
+from peerllm.engine.base import Draw, Sampler
 from peerllm.engine.measure.outline import CHUNK, SEQUENCES, Mockup, Sizes
 from peerllm.engine.messages import PASS, LayersTimed, TimeLayers
 from peerllm.engine.process.free_memory import return_memory
 from peerllm.errors import EngineError, RefusedError
+from peerllm.transport.frames import TokenRun
 from peerllm.types import LayerKind, Sampling
 
 CHUNKS = (32, CHUNK)  # tokens of one prompt; up to SEQUENCES[0] tokens are one each of as many sequences
@@ -121,12 +122,12 @@ class Work:
         """Seconds of one pass."""
         self._check()
         if count > SEQUENCES[0]:
-            return self._timed(count, [Segment(self._mockup.sequences, 0, count)])
+            return self._timed(count, [TokenRun(0, self._mockup.sequences, 0, count)])
         if any(place >= self._mockup.context for place in self._next[:count]):
             self._fill()
-        segments = [Segment(slot, self._next[slot], 1, self._is_head) for slot in range(count)]
+        runs = [TokenRun(slot, slot, self._next[slot], 1, self._is_head) for slot in range(count)]
         try:
-            took = self._timed(count, segments)
+            took = self._timed(count, runs)
         except EngineError:
             if not self._rewinds:
                 raise
@@ -137,25 +138,25 @@ class Work:
             self._next[:count] = [place + 1 for place in self._next[:count]]
         return took
 
-    def _timed(self, count: int, segments: Sequence[Segment]) -> float:
+    def _timed(self, count: int, runs: Sequence[TokenRun]) -> float:
         rows = self._rows(count)
         started = self._clock()
-        output = self._shard.forward(rows, segments)
+        output = self._shard.forward(rows, runs)
         if self._is_head:
-            self._sampler(output, self._draws[: len(segments)])
+            self._sampler(output, self._draws[: len(runs)])
         return self._clock() - started
 
     def _fill(self) -> None:
         """Give every sequence its first token, and as many sequences as time allows what they hold while timed."""
         slots, length = range(self._mockup.sequences), min(FILL, self._mockup.context // 2)
-        self._shard.forward(self._rows(len(slots)), [Segment(slot, 0, 1) for slot in slots])
+        self._shard.forward(self._rows(len(slots)), [TokenRun(slot, slot, 0, 1) for slot in slots])
         self._next = [1] * len(slots)
         until = time.perf_counter() + FILL_S
         for slot in slots if length > 1 else ():
             if time.perf_counter() >= until:
                 break
             self._check()
-            self._shard.forward(self._rows(length - 1), [Segment(slot, 1, length - 1)])
+            self._shard.forward(self._rows(length - 1), [TokenRun(slot, slot, 1, length - 1)])
             self._next[slot] = length
 
     def _rows(self, count: int) -> npt.NDArray[Any]:

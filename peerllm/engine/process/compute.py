@@ -27,10 +27,10 @@ from peerllm.engine.messages import (
 from peerllm.engine.process.free_memory import return_memory
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.process.recorder import Recorder
-from peerllm.engine.schedule.batching import Piece, Scheduler
+from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage, steps_only
 from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
-from peerllm.engine.wire.parcels import Parcel
+from peerllm.engine.wire.parcels import Parcel, TokenBatch
 from peerllm.errors import PeerLLMError, one_line
 from peerllm.transport.links import Link
 from peerllm.types import DeploymentId, DeviceId
@@ -131,27 +131,29 @@ class Compute:
             deployment.close("the engine is stopping")
         self._deployments.clear()
 
-    def _compute(self, key: StageKey, batch: list[Piece], started: float) -> None:
+    def _compute(self, key: StageKey, batch: TokenBatch, started: float) -> None:
+        """Compute a batch and hand its result on; whatever is raised there ends these sequences, not the engine."""
         identity, index = key
         deployment = self._deployments[identity]
+        stage = deployment.stages[index]
         self.batches += 1
         try:
-            result = deployment.stages[index].compute(batch)
+            try:
+                result = stage.compute(batch)
+            finally:
+                if self._recorder.on:
+                    self._recorder.lap("pass", identity, index, batch.runs, prompt=not steps_only(batch.runs))
+            deployment.computed(index, *result)
         except self._backend.broken:
             raise
-        except Exception as error:  # whatever a backend raises ends these sequences, not the engine
+        except Exception as error:
             traceback.print_exc()
-            for piece in batch:
-                deployment.fail(index, piece, f"stage {index}: {reason_of(error)}")
-            return
-        finally:
+            for run in batch.runs:
+                deployment.fail(index, run, reason_of(error))
+        else:
             if self._recorder.on:
-                self._recorder.lap("pass", identity, index, batch, prompt=not steps_only(batch))
-        stage = deployment.stages[index]
-        deployment.computed(index, result)
-        if self._recorder.on:
-            self._recorder.lap("hand on", identity)
-        stage.paced(batch, time.perf_counter() - started)
+                self._recorder.lap("hand on", identity)
+            stage.paced(batch.runs, time.perf_counter() - started)
 
     def _handle(self, event: Event) -> None:
         match event:

@@ -15,9 +15,8 @@ from time import perf_counter_ns
 from typing import Literal
 
 from peerllm.engine.messages import Record, Recorded, Span, SpanKind
-from peerllm.engine.schedule.batching import Piece
 from peerllm.errors import RefusedError
-from peerllm.transport.frames import SAMPLE, Frame, FrameKind, FrameSegment
+from peerllm.transport.frames import Frame, FrameKind, TokenRun
 from peerllm.transport.links import Parting, Watch
 from peerllm.types import DeploymentId, DeviceId
 
@@ -126,15 +125,14 @@ class Recorder(Watch):
         name: Literal["idle", "take in", "pass", "hand on"],
         deployment: DeploymentId = "",
         stage: int = -1,
-        batch: Sequence[Piece] = (),
+        runs: Sequence[TokenRun] = (),
         prompt: bool = False,
     ) -> None:
         """What the compute thread did since the last lap; `deployment` "": it was not for one alone."""
         now, since = perf_counter_ns(), self._lap_ns
         self._lap_ns = now
-        pieces = tuple((p.sequence, p.position, p.length, int(p.sample)) for p in batch[:MAX_PIECES])
-        kind: SpanKind = "" if not batch else "prompt" if prompt else "step"
-        self._add(deployment, Span(name, since, now, kind, stage, pieces=pieces))
+        kind: SpanKind = "" if not runs else "prompt" if prompt else "step"
+        self._add(deployment, Span(name, since, now, kind, stage, pieces=_pieces(runs)))
 
     # ---- from the links ---------------------------------------------------------------------------------------------
 
@@ -155,13 +153,13 @@ class Recorder(Watch):
         taken_ns: int,
         written_ns: int,
     ) -> None:
-        kind, pieces = _KINDS[parting.kind], _pieces(parting.segments)
+        kind, pieces = _KINDS[parting.kind], _pieces(parting.runs)
         waited = taken_ns - parting.encoded_ns
         where = stage, device, number, parting.nbytes
         self._add(deployment, Span("send", taken_ns, written_ns, kind, *where, waited, pieces))
 
     def received(self, device: DeviceId, frame: Frame, number: int, nbytes: int, came_ns: int, taken_ns: int) -> None:
-        kind, pieces = _KINDS[frame.kind], _pieces(frame.segments)
+        kind, pieces = _KINDS[frame.kind], _pieces(frame.runs)
         where = frame.stage, device, number, nbytes
         self._add(frame.deployment, Span("receive", came_ns, taken_ns, kind, *where, pieces=pieces))
 
@@ -184,8 +182,8 @@ class Recorder(Watch):
                 self._fallen += 1
 
 
-def _pieces(segments: Sequence[FrameSegment]) -> Pieces:
-    return tuple((s.sequence, s.position, s.length, s.flags & SAMPLE) for s in segments[:MAX_PIECES])
+def _pieces(runs: Sequence[TokenRun]) -> Pieces:
+    return tuple((run.sequence, run.position, run.length, int(run.sample)) for run in runs[:MAX_PIECES])
 
 
 def _seen_by(deployment: DeploymentId, spans: Iterable[tuple[DeploymentId, Span]]) -> Iterable[Span]:

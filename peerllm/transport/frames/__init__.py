@@ -4,25 +4,23 @@ from peerllm.transport.frames.decoder import decode
 from peerllm.transport.frames.encoder import encode, encode_buffers
 from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
 from peerllm.transport.frames.model import (
-    SAMPLE,
     DType,
     Frame,
     FrameKind,
-    FrameSegment,
     NamedTensor,
 )
+from peerllm.transport.frames.token_run import TokenRun
 
 __all__ = [
-    "SAMPLE",
     "DType",
     "Frame",
     "FrameKind",
     "FrameLimits",
     "FrameRefused",
-    "FrameSegment",
     "NamedTensor",
     "Rule",
     "TensorLimit",
+    "TokenRun",
     "decode",
     "encode",
     "encode_buffers",

@@ -86,7 +86,7 @@ class Link:
         data = b"".join((before, *buffers, ping))
         if self._watch.on:
             encoded = perf_counter_ns()
-            parting = Parting(frame.kind, frame.segments, nbytes, since, encoded)
+            parting = Parting(frame.kind, frame.runs, nbytes, since, encoded)
             at_once = self._outbox.put(data, timeout_s, parting)
             queued = encoded if at_once else perf_counter_ns()
             self._watch.queued(self.deployment, self.device, self.stage, parting, queued)
