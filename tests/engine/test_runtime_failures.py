@@ -156,8 +156,9 @@ async def test_unload_ends_sequences_and_gives_memory_back(tmp_path: Path, tmp_p
     large = make_llama(tmp_path_factory.mktemp("large"), layers=8, hidden=1024)
     async with devices(1, tmp_path) as made:
         before = (await made[0].load()).resident_bytes
-        small = await deploy(made, make_llama(tmp_path_factory.mktemp("small")), ((0, 0, 5),), context=4096)
-        aside = small.submit(prompt(5), LONG)
+        room = {"context": 20_000, "slots": 1}
+        small = await deploy(made, make_llama(tmp_path_factory.mktemp("small")), ((0, 0, 5),), **room)
+        aside = small.submit(prompt(5), 19_000)  # longer than the other takes to load, on a busy machine too
         await small.some(aside, 2)
         warm = (await made[0].load()).resident_bytes
         deployed = await deploy(made, large, ((0, 0, 9),), context=4096)
