@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from peerllm.builtin import MODEL_DIR, story_parts
+from peerllm.builtin import MODEL_DIR
 from peerllm.builtin.answering import Answerer, Messages, one
-from peerllm.builtin.dialogues import KINDS, dialogue
-from peerllm.builtin.home import Command, command, follow_up, fresh_command
-from peerllm.builtin.stories import story
-from peerllm.builtin.sums import Sum, sum_question
-from peerllm.builtin.units import unit_question
+from peerllm.builtin.exchanges import story_parts
+from peerllm.builtin.exchanges.dialogues import KINDS, dialogue
+from peerllm.builtin.exchanges.home import Command, command, follow_up, fresh_command
+from peerllm.builtin.exchanges.stories import story
+from peerllm.builtin.exchanges.sums import Sum, sum_question
+from peerllm.builtin.exchanges.units import unit_question
 
 GOAL = 0.9  # exact match of the JSON action on the held-out commands
 TEST_SEED = 977

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from peerllm.builtin.chat import encode, render
-from peerllm.builtin.dialogues import KINDS, dialogues
+from peerllm.builtin.exchanges.dialogues import KINDS, dialogues
 
 HEARD_WEIGHT = 0.1  # of the loss on what the user says; what the model says weighs 1
 _AT_ONCE = 400  # dialogues encoded together

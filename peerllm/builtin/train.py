@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.builtin.dialogues import MIXES
 from peerllm.builtin.evaluate import evaluate, print_report
+from peerllm.builtin.exchanges.dialogues import MIXES
 from peerllm.builtin.packing import Packer
 from peerllm.builtin.recipe import Recipe, build_model, build_optimizers
 from peerllm.builtin.vocabulary import train_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from peerllm.builtin.chat import BEGIN, END, PAD, SPECIALS, TEMPLATE, render
-from peerllm.builtin.dialogues import dialogues
+from peerllm.builtin.exchanges.dialogues import dialogues
 
 VOCABULARY = 2048  # tokens
 SAMPLE = 20_000  # dialogues that the merges are counted on

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.builtin.chat import ASSISTANT, END, SPECIALS, encode, render
-from peerllm.builtin.dialogues import dialogue
+from peerllm.builtin.exchanges.dialogues import dialogue
 
 MOST_BYTES = 15_000_000
 FILES = (

@@ -11,15 +11,15 @@ import pytest
 from tokenizers import Tokenizer
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.builtin.about import about
-from peerllm.builtin.dialogues import MIXES, dialogue, dialogues
-from peerllm.builtin.digits import digits
-from peerllm.builtin.home import clarified, command, follow_up
-from peerllm.builtin.phrasing import Skill
-from peerllm.builtin.skills import SKILLS
-from peerllm.builtin.stories import story
-from peerllm.builtin.sums import sum_question
-from peerllm.builtin.units import unit_question
+from peerllm.builtin.exchanges.about import about
+from peerllm.builtin.exchanges.dialogues import MIXES, dialogue, dialogues
+from peerllm.builtin.exchanges.digits import digits
+from peerllm.builtin.exchanges.home import clarified, command, follow_up
+from peerllm.builtin.exchanges.phrasing import Skill
+from peerllm.builtin.exchanges.skills import SKILLS
+from peerllm.builtin.exchanges.stories import story
+from peerllm.builtin.exchanges.sums import sum_question
+from peerllm.builtin.exchanges.units import unit_question
 
 
 def test_a_seed_decides_everything() -> None:

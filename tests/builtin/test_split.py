@@ -8,12 +8,19 @@ from random import Random
 
 import pytest
 
-from peerllm.builtin.dialogues import MIXES, dialogue
 from peerllm.builtin.evaluate import held_out_commands
-from peerllm.builtin.home import command
-from peerllm.builtin.phrasing import CARRIERS, FRESH_CARRIERS, FRESH_VERBS, HELD_OUT_CARRIERS, VARIED_CARRIERS, Phrasing
-from peerllm.builtin.skills import SKILLS
-from peerllm.builtin.sums import is_held_out
+from peerllm.builtin.exchanges.dialogues import MIXES, dialogue
+from peerllm.builtin.exchanges.home import command
+from peerllm.builtin.exchanges.phrasing import (
+    CARRIERS,
+    FRESH_CARRIERS,
+    FRESH_VERBS,
+    HELD_OUT_CARRIERS,
+    VARIED_CARRIERS,
+    Phrasing,
+)
+from peerllm.builtin.exchanges.skills import SKILLS
+from peerllm.builtin.exchanges.sums import is_held_out
 
 DRAWS = 5000
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from peerllm.engine.base import Progress
+from peerllm.engine.free_memory import trim
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.graph_shard import BlockRange, Embedding, GraphShard, make_head, make_span
 from peerllm.engine.graph.kv_slots import room_of, token_bytes
@@ -15,7 +16,6 @@ from peerllm.engine.graph.nodes import make_pool
 from peerllm.engine.graph.tensors import Checkpoint, Tensors
 from peerllm.engine.graph.weights import Product, require
 from peerllm.engine.messages import LoadStage
-from peerllm.engine.process.free_memory import trim
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.types import BITS
 

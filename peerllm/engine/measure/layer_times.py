@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.base import Draw, Sampler
+from peerllm.engine.free_memory import return_memory
 from peerllm.engine.measure.outline import CHUNK, SEQUENCES, Mockup, Sizes
 from peerllm.engine.messages import PASS, LayersTimed, TimeLayers
-from peerllm.engine.process.free_memory import return_memory
 from peerllm.errors import EngineError, RefusedError
 from peerllm.transport.frames import TokenRun
 from peerllm.types import LayerKind, Sampling

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from peerllm.engine.free_memory import trim
 from peerllm.engine.kernels.accelerator import CPU, turn
 from peerllm.engine.kernels.products import NBits, Unfolded
 from peerllm.engine.model.keeping import Matrix
 from peerllm.engine.model.loader import as_array
-from peerllm.engine.process.free_memory import trim
 from peerllm.engine.weights.rounding import block_of, packed_bytes, rounded
 
 PART_WEIGHTS = 16 << 20  # of a larger matrix so many make a product: onnxruntime holds a product twice while it is made

@@ -11,6 +11,7 @@ import torch
 
 from peerllm.engine.base import Progress, Sampler, Shard
 from peerllm.engine.families import FAMILIES
+from peerllm.engine.free_memory import empty_too
 from peerllm.engine.kernels.accelerator import BROKEN, CPU, PROCESSORS, empty_caches, find, turn
 from peerllm.engine.measure.compute_speed import measure, versions
 from peerllm.engine.measure.layer_times import time_layers
@@ -22,7 +23,6 @@ from peerllm.engine.model.tensor_names import recipes
 from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.engine.model.torch_mockup import TorchOutline
 from peerllm.engine.model.torch_shard import load_shard
-from peerllm.engine.process.free_memory import empty_too
 from peerllm.engine.sampler import SeededSampler
 from peerllm.errors import BadInputError
 

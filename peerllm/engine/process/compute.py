@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import psutil
 
 from peerllm.engine.base import Backend, Shard
+from peerllm.engine.free_memory import return_memory
 from peerllm.engine.messages import (
     Cancel,
     Done,
@@ -24,7 +25,6 @@ from peerllm.engine.messages import (
     Tokens,
     Unload,
 )
-from peerllm.engine.process.free_memory import return_memory
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.process.recorder import Recorder
 from peerllm.engine.schedule.batching import Scheduler

@@ -12,9 +12,9 @@ import traceback
 from collections.abc import Callable
 
 from peerllm.engine.base import Backend, Shard
+from peerllm.engine.free_memory import return_memory
 from peerllm.engine.messages import FromEngine, Inspect, LoadProgress, LoadStage, Measure, TimeLayers
 from peerllm.engine.process.compute import failed
-from peerllm.engine.process.free_memory import return_memory
 from peerllm.engine.process.inbox import Inbox
 from peerllm.errors import PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId

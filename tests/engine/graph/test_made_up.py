@@ -16,7 +16,7 @@ from peerllm.engine.graph.describe import describe
 from peerllm.engine.graph.nodes import make_pool
 from peerllm.engine.graph.graph_shard import make_span
 from peerllm.engine.graph.tensors import MadeUp
-from peerllm.engine.process.free_memory import return_memory
+from peerllm.engine.free_memory import return_memory
 
 described = describe({
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3, "vocab_size": 9,

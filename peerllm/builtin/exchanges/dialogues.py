@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from peerllm.builtin.about import about, meaning, out_of_scope, small_talk
-from peerllm.builtin.digits import digits
-from peerllm.builtin.effects import aside, consequence, effect
-from peerllm.builtin.home import clarified, command, follow_up
-from peerllm.builtin.stories import story
-from peerllm.builtin.sums import LARGEST, sum_question
-from peerllm.builtin.units import unit_question
+from peerllm.builtin.exchanges.about import about, meaning, out_of_scope, small_talk
+from peerllm.builtin.exchanges.digits import digits
+from peerllm.builtin.exchanges.effects import aside, consequence, effect
+from peerllm.builtin.exchanges.home import clarified, command, follow_up
+from peerllm.builtin.exchanges.stories import story
+from peerllm.builtin.exchanges.sums import LARGEST, sum_question
+from peerllm.builtin.exchanges.units import unit_question
 
 Exchange = tuple[str, str]  # what the user says, what the model answers
 

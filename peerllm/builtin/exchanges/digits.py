@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from peerllm.builtin.sums import PLACES, is_held_out, operand
+from peerllm.builtin.exchanges.sums import PLACES, is_held_out, operand
 
 Exchange = tuple[str, str]
 

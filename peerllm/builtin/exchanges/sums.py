@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from zlib import crc32
 
-from peerllm.builtin.words import spelled
+from peerllm.builtin.exchanges.words import spelled
 
 HELD_OUT_OF = 10  # one pair of operands in ten is never trained on
 LARGEST = 999

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from peerllm.builtin.sums import Sum, is_held_out
+from peerllm.builtin.exchanges.sums import Sum, is_held_out
 
 _FACTORS: tuple[tuple[str, str, int], ...] = (
     ("kilometers", "meters", 1000),

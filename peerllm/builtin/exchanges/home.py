@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from random import Random
 
-from peerllm.builtin.phrasing import (
+from peerllm.builtin.exchanges.phrasing import (
     CARRIERS,
     FRESH_CARRIERS,
     FRESH_VERBS,
@@ -17,8 +17,8 @@ from peerllm.builtin.phrasing import (
     VARIED_CARRIERS,
     Skill,
 )  # fmt: skip
-from peerllm.builtin.skills import SKILLS
-from peerllm.builtin.words import DRAW, KEY, ROOMS, Value, nonsense
+from peerllm.builtin.exchanges.skills import SKILLS
+from peerllm.builtin.exchanges.words import DRAW, KEY, ROOMS, Value, nonsense
 
 _NONSENSE_SHARE = 0.2  # of the training commands whose verb does not decide get a made-up one
 _TWO_CARRIERS_SHARE = 0.25  # of the training commands: "good morning, could you ...?"

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from peerllm.builtin.home import Command, command, draw_slots, finish
-from peerllm.builtin.phrasing import NOUNS, Skill
-from peerllm.builtin.skills import SKILLS
-from peerllm.builtin.words import KEY, Value
+from peerllm.builtin.exchanges.home import Command, command, draw_slots, finish
+from peerllm.builtin.exchanges.phrasing import NOUNS, Skill
+from peerllm.builtin.exchanges.skills import SKILLS
+from peerllm.builtin.exchanges.words import KEY, Value
 
 _HELD_OUT_SHARE = 0.6  # of the verbs told of
 _TOLD = tuple(skill for skill in SKILLS if skill.trained.deciding and skill.held_out.deciding)

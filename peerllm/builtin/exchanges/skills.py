@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peerllm.builtin.phrasing import Phrasing, Skill
+from peerllm.builtin.exchanges.phrasing import Phrasing, Skill
 
 
 def _split(clear: str, deciding: str, *cores: str) -> Phrasing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from peerllm.builtin import story_parts as parts
+from peerllm.builtin.exchanges import story_parts as parts
 
 TRIALS_SHORT, TRIALS_PLAIN, TRIALS_LONG = 1, 2, 4
 
