@@ -132,3 +132,14 @@ def test_promises_and_fences_are_bounded(monkeypatch):
     for name in "xyz":
         ledger.release(name, 1, "a")
     assert len(ledger._fences) == 2
+
+
+def test_the_fence_that_was_set_longest_ago_gives_way(monkeypatch):
+    monkeypatch.setattr(module, "MAX_FENCES", 2)
+    ledger = Ledger(100)
+    for name in "xyxz":  # x is fenced again after y
+        ledger.release(name, 3, "a")
+    for name in "xz":
+        with pytest.raises(RefusedError, match="is over"):
+            ledger.reserve(Reserve(name, 3, 1, 10), "a", 0)
+    ledger.reserve(Reserve("y", 3, 1, 10), "a", 0)

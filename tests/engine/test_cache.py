@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peerllm.engine import base
 from peerllm.engine.state.kv_cache import kv_bytes, slot_caches
-from peerllm.engine.state.states import LayerState, SlotLayer
+from peerllm.engine.state.layer_states import LayerState, SlotLayer
 from peerllm.errors import EngineError
 
 CONTEXT = 200

@@ -24,9 +24,9 @@ from peerllm.engine.messages import Hop, Submit, Tokens
 from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
-from peerllm.engine.state.idle import IdleSlots, Remains
 from peerllm.engine.state.kv_cache import slot_caches
-from peerllm.engine.state.states import LayerState
+from peerllm.engine.state.layer_states import LayerState
+from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache
 from peerllm.engine.wire.parcels import Opened, Released, from_frame, source_limits, stage_limits
 from peerllm.errors import EngineError, LinkError
 from peerllm.transport.frames import Frame, FrameRefused, TokenRun, decode, encode
@@ -319,7 +319,7 @@ TestHousehold = Household.TestCase
 )
 def test_an_empty_slot_first_then_the_one_left_longest_ago(kind: str, slots: int, lives: Any) -> None:
     """Against a list of what ended, in its order; `True` lets a sequence run on until all slots are taken."""
-    idle, ended, running = IdleSlots(slots, KINDS[kind]), [], set()
+    idle, ended, running = PrefixCache(slots, KINDS[kind]), [], set()
     for number, (client, prompt, extra, stays) in enumerate(lives):
         choice = idle.take(running, prompt, client)
         if choice is None:
@@ -342,7 +342,7 @@ def test_an_empty_slot_first_then_the_one_left_longest_ago(kind: str, slots: int
             continue
         ids = (*prompt, *[1] * extra)
         furthest = max(choice.furthest, len(ids))
-        idle.keep(slot, Remains(number, client, ids, furthest))
+        idle.keep(slot, CachedPrefix(number, client, ids, furthest))
         if idle.kept(slot):
             ended.append(Kept(slot, client, ids, furthest))
         assert len(ended) <= slots
@@ -354,11 +354,11 @@ class Kept:
 
 
 def test_another_conversation_with_the_same_beginning_leaves_a_long_one_alone() -> None:
-    idle = IdleSlots(2, Reach(True))
-    idle.keep(0, Remains(1, "", tuple(range(50)), 50))
+    idle = PrefixCache(2, Reach(True))
+    idle.keep(0, CachedPrefix(1, "", tuple(range(50)), 50))
     choice = idle.take((), [*range(10), 99, 98], "")
     assert choice is not None and (choice.slot, choice.position) == (1, 0)
-    idle.keep(1, Remains(2, "", (*range(10), 99, 98, 97), 13))
+    idle.keep(1, CachedPrefix(2, "", (*range(10), 99, 98, 97), 13))
     again = idle.take((), list(range(8)), "")  # asked once more, word for word: it is the same conversation
     assert again is not None and (again.slot, again.position) in ((0, 7), (1, 7))
 

@@ -1,4 +1,4 @@
-"""The one thread that owns the shards and the slots: fed by one inbox."""
+"""The compute thread: the one thread that owns the shards and the slots. It takes its work from one inbox."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|failed to allocate
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """A shard is ready to take over its stage."""
+    """A stage's shard was loaded."""
 
     spec: LoadStage
     shard: Shard
@@ -48,7 +48,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linked:
-    """The links of a deployment stand, by the stage that sends."""
+    """The links of a deployment stand: `outlets` by the stage that sends."""
 
     request: int
     deployment: DeploymentId
@@ -89,7 +89,7 @@ Event = Loaded | Linked | Arrived | Lost | Echoed | Unload | Submit | Cancel | Q
 
 
 def reason_of(error: BaseException) -> str:
-    """One clear line for an error of any kind."""
+    """An error of any kind as one clear line."""
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
         return "out of memory; give the deployment fewer slots, less context or more devices"
     text = one_line(error)
@@ -102,14 +102,14 @@ def failed(request: int, error: BaseException) -> Failed:
 
 
 class Compute:
-    """`run` is the body of the compute thread; everything else is called by it alone, but for `inbox.put`."""
+    """`run` is the body of the compute thread. Other threads may only call `inbox.put` and read `batches`."""
 
     def __init__(self, backend: Backend, tell: Callable[[FromEngine], None], recorder: Recorder) -> None:
         self.inbox: Inbox[Event] = Inbox()
         self._backend, self._tell, self._recorder = backend, tell, recorder
         self._schedule: Scheduler[StageKey] = Scheduler()
         self._deployments: dict[DeploymentId, LocalDeployment] = {}
-        self.batches = 0  # computed so far; any thread may read it
+        self.batches = 0  # computed so far
 
     def run(self) -> None:
         """Until the inbox is closed."""
@@ -125,7 +125,7 @@ class Compute:
                 self._recorder.lap("take in")
             if batch is not None:
                 self._compute(*batch, started)
-            # What came without work to do counts towards the next pass.
+            # Handling events that brought no batch counts towards the next pass.
             spent = time.perf_counter() - started if batch is None else 0.0
         for deployment in self._deployments.values():
             deployment.close("the engine is stopping")
@@ -233,7 +233,7 @@ class Compute:
 
 
 def start(compute: Compute, ended: Callable[[BaseException | None], None]) -> threading.Thread:
-    """The compute thread, running; `ended` is called in it when it returns, with what it died of."""
+    """Start the compute thread. It calls `ended` at its end, with the error that ended it, if any."""
 
     def body() -> None:
         try:

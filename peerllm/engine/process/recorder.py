@@ -1,7 +1,7 @@
 """What this engine did when, for `peerllm trace`: a ring of spans, filled by the compute thread and the loop.
 
-Whoever fills it looks at `on` first, which is all that it costs while nobody records. A deployment's coordinator sees
-that the compute thread was at another model, not at which, and nothing of other deployments' links.
+Callers look at `on` first, which is all that recording costs while nobody records. A deployment's coordinator sees that
+the compute thread was busy with another model, but not which one, and nothing of other deployments' links.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ THREAD_TIMEOUT_S = 5.0  # what closing gives a batch or a load under way; a proc
 
 
 class Engine:
-    """`run` serves one daemon until its line closes, or raises EngineError; `close` then gives everything back."""
+    """`run` serves one daemon until its line closes, or raises EngineError; `close` then frees everything."""
 
     def __init__(self, channel: Channel, backend: Backend) -> None:
         self._channel, self._backend = channel, backend
@@ -64,7 +64,7 @@ class Engine:
         self._parts: tuple[Compute, Loader, DataLinks] | None = None
 
     async def run(self) -> None:
-        """Reading and handling are apart, so that the end of the line is seen whatever is being handled."""
+        """Messages are read and handled by two tasks, so that the end of the line is noticed while one is handled."""
         messages: asyncio.Queue[ToEngine] = asyncio.Queue(MAX_UNHANDLED)
         reading = asyncio.create_task(self._read(messages), name="engine reads the daemon")
         handling = asyncio.create_task(self._serve(messages), name="engine handles messages")
@@ -81,7 +81,7 @@ class Engine:
             await asyncio.gather(reading, handling, return_exceptions=True)
 
     async def close(self) -> None:
-        """Ends threads and links; may be called twice."""
+        """End threads and links. Idempotent."""
         self._channel.close()
         parts, self._parts = self._parts, None
         for task in list(self._tasks):
@@ -118,10 +118,10 @@ class Engine:
         compute = Compute(self._backend, self.tell, self._recorder)
         links = DataLinks(message, compute.inbox, self.tell, self._recorder)
         await links.start(message.trusted)
-        # Last of all: its size is that of all of this.
+        # Last, because the resident size that it measures is to include all of the above.
         facts = await asyncio.to_thread(self._backend.facts, message.compute, message.threads)
-        # The libraries' hundreds of thousands of objects stay for good: a full collection would walk them each time,
-        # and hold up whatever step it falls into.
+        # The libraries' hundreds of thousands of objects are never freed: without this, each full collection would walk
+        # them and delay the step that it falls into.
         gc.collect()
         gc.freeze()
         loader = Loader(self._backend, self.tell, self._loaded, lambda: compute.batches, self._thread_ended)
@@ -135,7 +135,7 @@ class Engine:
                 compute.inbox.put(message)
             case LoadStage() | Inspect() | Measure() | TimeLayers():
                 loader.put(message)
-            case Record():  # here, not behind a pass: the answer says what the clock shows
+            case Record():  # answered here and not behind a pass, because the answer tells the present time
                 self.tell(self._recorder.answer(message))
             case Trust(trusted):
                 await self._trust(trusted, links)
@@ -169,7 +169,7 @@ class Engine:
             self._refuse(message, error)
 
     def _loaded(self, spec: LoadStage, shard: Shard) -> None:
-        """In the loader thread."""
+        """Called in the loader thread: the shard goes to the compute thread by way of the loop."""
         hand_over = self._hand_over(spec, shard)
         try:
             self._loop.call_soon_threadsafe(self._spawn, hand_over, f"hand over stage {spec.stage}")
@@ -202,7 +202,7 @@ class Engine:
                 self.tell(failed(message.request, error))
 
     def tell(self, message: FromEngine) -> None:
-        """Tells the daemon; from any thread, never waits."""
+        """Tell the daemon. Any thread may call this; it never waits."""
         with self._unsent_lock:
             self._unsent.append(message)
             waiting = len(self._unsent)

@@ -1,7 +1,7 @@
 """The source's sequences of one deployment: who holds which slot, what is fed next, when an answer ends.
 
 Pure: drawn tokens come in, runs for stage 0 and `Tokens` go out. A prompt that continues what an earlier sequence left
-in an idle slot (`IdleSlots`) is fed from there on. Prompts are fed in chunks, and clients take turns. At most
+in an idle slot (`PrefixCache`) is fed from there on. Prompts are fed in chunks, and clients take turns. At most
 CHUNKS_PER_STAGE_IN_FLIGHT × stages × the largest chunk of prompt tokens are under way at once, which bounds how many
 wait at any stage. One prompt has at most CHUNKS_PER_STAGE_IN_FLIGHT × stages chunks under way, so that a long prompt in
 small chunks keeps no other waiting.
@@ -18,7 +18,7 @@ import numpy as np
 from peerllm.engine.base import Reach, Tensor
 from peerllm.engine.messages import FinishReason, Submit, Tokens
 from peerllm.engine.schedule.prompt_turns import PromptTurns
-from peerllm.engine.state.idle import IdleSlots, Remains, SlotChoice
+from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache, SlotChoice
 from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.transport.frames import TokenRun
 from peerllm.types import Cuts, DeploymentId, chunk_of
@@ -84,7 +84,7 @@ class SourceSequences:
         self._window = window_tokens(stages, chunk)
         self._most_chunks = CHUNKS_PER_STAGE_IN_FLIGHT * stages  # of one prompt under way
         self._running: dict[int, _Running] = {}
-        self._idle = IdleSlots(slots, reach)
+        self._idle = PrefixCache(slots, reach)
         self._prompts = PromptTurns()
         self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
         self._draining: dict[int, int] = {}  # of those, by ended sequence, until its RELEASE has gone round
@@ -201,7 +201,7 @@ class SourceSequences:
         if finish != "error":
             ids = (*order.prompt, *running.said)[: running.back]
             furthest = max(choice.furthest, running.fed)
-            self._idle.keep(choice.slot, Remains(sequence, order.client, ids, furthest))
+            self._idle.keep(choice.slot, CachedPrefix(sequence, order.client, ids, furthest))
         return Tokens(self._deployment, sequence, len(running.said), (), finish, error, _first(running))
 
     def forget(self, sequence: int) -> None:
