@@ -85,19 +85,19 @@ class LocalDeployment:
             self._tell(Tokens(self.id, order.sequence, 0, (), "error", str(error)))
             return
         self._arrive(0, Opened(order.sequence, slot, order.sampling, self._source.reused(order.sequence)))
-        self._go_on(self._source)
+        self._feed(self._source)
 
     def cancel(self, sequence: int) -> None:
         if self._source is not None and sequence in self._source.running:
             self._finish(self._source, sequence, "cancelled")
-            self._go_on(self._source)
+            self._feed(self._source)
 
-    def _go_on(self, source: SourceSequences) -> None:
+    def _feed(self, source: SourceSequences) -> None:
         """Feed the first stage whatever may enter it now."""
         for steps in self._turns.steps(source.prompting, source.prompts_under_way):
-            self._take_in(0, TokenBatch(steps, source.ids(steps)))
+            self._enqueue(0, TokenBatch(steps, source.ids(steps)))
         for chunk in source.feed(self._turns.chunks(source.prompts_under_way)):
-            self._take_in(0, TokenBatch([chunk], source.ids([chunk])))
+            self._enqueue(0, TokenBatch([chunk], source.ids([chunk])))
 
     def _finish(self, source: SourceSequences, sequence: int, finish: FinishReason, error: str = "") -> None:
         slot = source.slot(sequence)
@@ -110,15 +110,15 @@ class LocalDeployment:
     def _at_source(self, parcel: Parcel) -> None:
         source = self._source
         if source is None:
-            self.breaks("the plan ends on this device, which is not its source")
+            self.interrupt("the plan ends on this device, which is not its source")
             return
         match parcel:
             case Drawn(runs, drawn):
                 for run, token in zip(runs, drawn, strict=True):
                     self._came_back(source, run, token)
-                self._go_on(source)
+                self._feed(source)
             case Released(sequence, _, reason) if sequence == ALL_SEQUENCES:
-                self.breaks(reason or "a later stage lost its link")
+                self.interrupt(reason or "a later stage lost its link")
             case Released(sequence, _, reason):
                 if not reason:
                     source.drained(sequence)
@@ -126,7 +126,7 @@ class LocalDeployment:
                     self._finish(source, sequence, "error", reason)
                 else:  # it failed after the source had ended it: not every stage keeps what it left
                     source.forget(sequence)
-                self._go_on(source)
+                self._feed(source)
             case _:
                 raise FrameError("only tokens and releases go back to the source")
 
@@ -157,11 +157,11 @@ class LocalDeployment:
             return
         stage = self.stages.get(index)
         if stage is None:
-            self.breaks(f"stage {index} is not loaded on this device")
+            self.interrupt(f"stage {index} is not loaded on this device")
             return
         match parcel:
             case TokenBatch():
-                self._take_in(index, dequantised(parcel, DTYPES[stage.spec.dtype]))
+                self._enqueue(index, dequantised(parcel, DTYPES[stage.spec.dtype]))
             case Opened(sequence, slot):
                 try:
                     stage.open(parcel)
@@ -179,7 +179,7 @@ class LocalDeployment:
             case Drawn():
                 raise FrameError("tokens go to the source only")
 
-    def _take_in(self, index: int, batch: TokenBatch) -> None:
+    def _enqueue(self, index: int, batch: TokenBatch) -> None:
         """Check runs that came together against the slots they name, and queue the sound ones together."""
         stage, key = self.stages[index], (self.id, index)
         waiting, taken = self._schedule.waiting(key), list[TokenRun]()
@@ -220,7 +220,7 @@ class LocalDeployment:
             return
         outlet = self._outlets.get(index)
         if outlet is None:
-            self.breaks(f"stage {index} has no link to the next yet")
+            self.interrupt(f"stage {index} has no link to the next yet")
             return
         try:
             outlet.send(to_frame(parcel, self.id, self.epoch, index + 1))
@@ -233,7 +233,7 @@ class LocalDeployment:
 
     # ---- breaking and ending ----------------------------------------------------------------------------------------
 
-    def breaks(self, reason: str) -> None:
+    def interrupt(self, reason: str) -> None:
         """A link is gone: on the source every sequence ends. Other devices wait for the links to be made anew."""
         if self.broken:
             return
@@ -253,7 +253,7 @@ class LocalDeployment:
         reason = f"lost the link with device {device[:8]}: {reason}"
         if ingress is not None and ingress in self.stages:
             self._arrive(ingress, Released(ALL_SEQUENCES, 0, reason))
-        self.breaks(reason)
+        self.interrupt(reason)
 
     def _drop_all(self, *indexes: int) -> None:
         for index in indexes or tuple(self.stages):

@@ -48,7 +48,7 @@ class _Running:
     chunk: int  # what is new of the prompt is fed in chunks of so many tokens
     fed: int  # tokens of prompt and answer that were put into stage 0, and those that the slot held already
     back: int  # of those, tokens that the head has seen
-    said: list[int] = field(default_factory=list)  # ids of the answer so far, all put into stage 0
+    answer: list[int] = field(default_factory=list)  # ids of the answer so far, all put into stage 0
     in_flight: deque[int] = field(default_factory=deque)  # lengths of the prompt chunks under way
 
     def feed(self, length: int) -> TokenRun:
@@ -60,7 +60,7 @@ class _Running:
     def ids(self, run: TokenRun) -> Sequence[int]:
         """The token ids of a run that was fed: of the prompt, or one of the answer."""
         start, prompt = run.position, self.order.prompt
-        return prompt[start : start + run.length] if start < len(prompt) else (self.said[start - len(prompt)],)
+        return prompt[start : start + run.length] if start < len(prompt) else (self.answer[start - len(prompt)],)
 
 
 class SourceSequences:
@@ -182,12 +182,12 @@ class SourceSequences:
             return None, None
         if token in running.order.stop_ids:
             return None, self.end(sequence, "stop")
-        start = len(running.said)
-        tokens = Tokens(self._deployment, sequence, start, (token,), reused=_first(running))
+        start = len(running.answer)
+        tokens = Tokens(self._deployment, sequence, start, (token,), reused=_reused(running))
         if start + 1 >= running.order.max_tokens or running.fed >= self._context:
             self.end(sequence, "length")
             return None, replace(tokens, finish="length")
-        running.said.append(token)
+        running.answer.append(token)
         return running.feed(1), tokens
 
     def end(self, sequence: int, finish: FinishReason, error: str = "") -> Tokens | None:
@@ -199,10 +199,10 @@ class SourceSequences:
         order, choice = running.order, running.choice
         self._prompts.remove(order.client, sequence)
         if finish != "error":
-            ids = (*order.prompt, *running.said)[: running.back]
+            ids = (*order.prompt, *running.answer)[: running.back]
             furthest = max(choice.furthest, running.fed)
             self._idle.keep(choice.slot, CachedPrefix(sequence, order.client, ids, furthest))
-        return Tokens(self._deployment, sequence, len(running.said), (), finish, error, _first(running))
+        return Tokens(self._deployment, sequence, len(running.answer), (), finish, error, _reused(running))
 
     def forget(self, sequence: int) -> None:
         """Some stage let go of what an ended sequence left in its slot: no sequence may begin with it."""
@@ -219,6 +219,6 @@ class SourceSequences:
         self._idle.clear()
 
 
-def _first(running: _Running) -> int:
+def _reused(running: _Running) -> int:
     """Prompt tokens that the slot held already: told with the answer's first token only, else 0."""
-    return 0 if running.said else running.choice.position
+    return 0 if running.answer else running.choice.position
