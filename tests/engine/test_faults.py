@@ -154,8 +154,8 @@ class Outlet:
                 self.round(parcel)
 
 
-@pytest.mark.parametrize("releases", [True, False])
-def test_what_cannot_be_sent_ends_its_sequence(releases: bool) -> None:
+@pytest.mark.parametrize(("what", "lost"), [(TokenBatch, False), (TokenBatch | Released, True), (Opened, True)])
+def test_what_cannot_be_sent_ends_its_sequence(what: Any, lost: bool) -> None:
     """Where not even the release can be sent, the link counts as lost, and the daemon hears of it."""
     told: list[Any] = []
     heard = threading.Condition()
@@ -172,7 +172,7 @@ def test_what_cannot_be_sent_ends_its_sequence(releases: bool) -> None:
         with heard:
             assert heard.wait_for(wanted, TOLD_S), told
 
-    outlet = Outlet(lambda parcel: isinstance(parcel, TokenBatch) or (not releases and isinstance(parcel, Released)))
+    outlet = Outlet(lambda parcel: isinstance(parcel, what))
     died: list[BaseException | None] = []
     compute = Compute(FakeBackend(), tell, Recorder())
     outlet.round = lambda parcel: compute._deployments[DEPLOYMENT].arrived(2, [parcel])
@@ -188,7 +188,7 @@ def test_what_cannot_be_sent_ends_its_sequence(releases: bool) -> None:
     compute.inbox.put(QueryLoad(3))
     until(lambda: any(isinstance(m, EngineLoad) for m in told))
     assert next(m for m in told if isinstance(m, EngineLoad)).stages == ((DEPLOYMENT, 0, 0),)
-    assert [m.device for m in told if isinstance(m, LinkLost)] == [PEER] * (not releases)
+    assert [m.device for m in told if isinstance(m, LinkLost)] == [PEER] * lost
     compute.inbox.close()
     thread.join(TOLD_S)
     assert died == [None]

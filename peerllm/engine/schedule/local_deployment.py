@@ -23,7 +23,7 @@ from peerllm.engine.wire.parcels import (
     dequantised,
     to_frame,
 )
-from peerllm.errors import BadInputError, FrameError, LinkError, PeerLLMError
+from peerllm.errors import BadInputError, FrameError, LinkError, PeerLLMError, one_line
 from peerllm.transport.frames import TokenRun
 from peerllm.transport.links import Link
 from peerllm.types import DeploymentId, DeviceId
@@ -227,9 +227,9 @@ class LocalDeployment:
         except LinkError as error:
             self.lost(outlet.device, None, str(error))
         except Exception as error:
-            if not isinstance(parcel, Released):  # the compute thread ends the sequences of a batch
+            if isinstance(parcel, TokenBatch | Drawn):  # whoever computed the batch ends its sequences
                 raise
-            self.lost(outlet.device, None, f"{type(error).__name__}: {error}")
+            self.lost(outlet.device, None, f"{type(error).__name__}: {one_line(error)}")
 
     # ---- breaking and ending ----------------------------------------------------------------------------------------
 
