@@ -28,7 +28,7 @@ from peerllm.engine.messages import (
     Trusted,
     Unload,
 )
-from peerllm.engine.process.compute import Compute, Linked, Loaded, start
+from peerllm.engine.process.compute import Arrived, Compute, Event, Linked, Loaded, Lost, start
 from peerllm.engine.process.data_links import DataLinks
 from peerllm.engine.process.recorder import Recorder
 from peerllm.engine.sampler import SeededSampler
@@ -37,7 +37,7 @@ from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
 from peerllm.engine.schedule.source_sequences import SourceSequences
 from peerllm.engine.wire.parcels import Opened, Released, TokenBatch, from_frame
-from peerllm.errors import EngineError
+from peerllm.errors import EngineError, LinkError
 from peerllm.transport.frames import Frame, TokenRun
 from peerllm.transport.links import DataPlane
 from peerllm.types import Sampling
@@ -194,6 +194,80 @@ def test_what_cannot_be_sent_ends_its_sequence(what: Any, lost: bool) -> None:
     assert died == [None]
 
 
+class Cut(Outlet):
+    """A link that is gone."""
+
+    def send(self, frame: Frame) -> None:
+        raise LinkError("cut")
+
+
+def here(told: list[Any], *indexes: int, stages: int) -> tuple[LocalDeployment, Scheduler[StageKey]]:
+    """These stages of a plan, each linked to the next one if that lies elsewhere."""
+    schedule: Scheduler[StageKey] = Scheduler()
+    specs = [
+        stage(1, stage=index, stages=stages, downstream=None if index + 1 in indexes else Hop(PEER, (), 1, index + 1))
+        for index in indexes
+    ]
+    deployment = LocalDeployment(specs[0], schedule, told.append)
+    for spec in specs:
+        deployment.loaded(LoadedStage(spec, FakeShard(FakeBackend(), spec), lambda logits, draws: []))
+    return deployment, schedule
+
+
+def test_nothing_is_queued_of_sequences_that_ended_while_their_batch_was_taken_in() -> None:
+    """One run of the batch is refused, the link is found cut, and that ends every sequence of the source."""
+    told: list[Any] = []
+    deployment, schedule = here(told, 0, 1, stages=3)
+    outlet = Outlet()
+    deployment.linked({1: outlet})  # type: ignore[dict-item]
+    for sequence in (1, 2):
+        deployment.submit(Submit(DEPLOYMENT, sequence, (1,), 5, (), Sampling()))
+    slots = {parcel.sequence: parcel.slot for parcel in outlet.sent}
+    deployment.linked({1: Cut()})  # type: ignore[dict-item]
+    runs = [TokenRun(1, slots[1], 0, 1, True), TokenRun(2, slots[2], 9, 1, True)]
+    deployment.arrived(1, [TokenBatch(runs, np.zeros((2, 4), np.float32))])
+    assert {m.sequence for m in told if isinstance(m, Tokens) and m.finish == "error"} == {1, 2}
+    assert schedule.next() is None
+
+
+def test_a_link_that_is_lost_again_is_told_again() -> None:
+    told: list[Any] = []
+    deployment, _ = here(told, 1, stages=3)
+    for _ in range(2):
+        deployment.linked({1: Cut()})  # type: ignore[dict-item]
+        for _ in range(2):
+            deployment.arrived(1, [Released(1, 0)])
+    assert [m.device for m in told if isinstance(m, LinkLost)] == [PEER, PEER]
+
+
+def test_events_of_a_past_epoch_change_nothing() -> None:
+    told: list[Any] = []
+    compute = Compute(FakeBackend(), told.append, Recorder())
+    hop = Hop(PEER, (), 1, 1)
+    for epoch in (1, 2):
+        spec = stage(epoch, epoch=epoch, stages=2, downstream=hop, head_device=PEER)
+        compute._handle(Loaded(spec, FakeShard(FakeBackend(), spec)))
+    compute._handle(Linked(3, DEPLOYMENT, 2, {0: Outlet()}))  # type: ignore[dict-item]
+    compute._handle(Submit(DEPLOYMENT, 1, (1,), 5, (), Sampling()))
+
+    def events(epoch: int) -> list[Event]:
+        failed, handled = Released(1, 0, "failed"), lambda: told.append("handled")
+        return [
+            Arrived(DEPLOYMENT, epoch, 2, [failed], handled),
+            Lost(DEPLOYMENT, epoch, PEER, None, "gone"),
+            Linked(epoch, DEPLOYMENT, epoch, {}),
+        ]
+
+    told.clear()
+    for event in events(1):
+        compute._handle(event)
+    assert told == ["handled", Failed(1, "RefusedError", "epoch 1 is not loaded here any more")]
+    told.clear()
+    for event in events(2):
+        compute._handle(event)
+    assert [type(one) for one in told] == [str, Tokens, LinkLost, Done] and told[1].error == "failed"
+
+
 # ---- loading and unloading -------------------------------------------------------------------------------------------
 
 
@@ -261,11 +335,8 @@ async def test_certificates_that_cannot_be_taken_end_the_engine(tmp_path: Path) 
 
 
 def test_a_stage_lets_the_window_and_a_step_a_slot_wait_and_not_a_token_more() -> None:
-    spec = stage(1, stage=1, stages=3, slots=3, chunk=8, downstream=Hop(PEER, (), 1, 2))
-    most = 2 * 3 * 8 + 3
-    schedule: Scheduler[StageKey] = Scheduler()
-    deployment = LocalDeployment(spec, schedule, lambda message: None)
-    deployment.loaded(LoadedStage(spec, FakeShard(FakeBackend(), spec), lambda logits, draws: []))
+    most = 2 * 3 * 8 + 4  # chunks under way, and a step for each slot
+    deployment, schedule = here([], 1, stages=3)
     outlet = Outlet()
     deployment.linked({1: outlet})  # type: ignore[dict-item]
 

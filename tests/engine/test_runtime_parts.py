@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from peerllm.engine.base import Reach
+from peerllm.engine.base import Draw, Reach, Tensor
 from peerllm.engine.messages import Submit
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.schedule.batching import STEPS_PER_CHUNK, Scheduler
-from peerllm.engine.schedule.loaded_stage import LoadedStage
+from peerllm.engine.schedule.loaded_stage import MEASURED_SIZES, LoadedStage
 from peerllm.engine.schedule.source_sequences import MAX_DRAINING, SourceSequences, window_tokens
 from peerllm.engine.state.slot_table import SlotTable
 from peerllm.engine.wire.parcels import (
@@ -75,6 +77,20 @@ def test_a_chunk_is_not_starved_and_never_overtaken_by_its_own_last_token() -> N
     assert order.index(("b", [1])) == STEPS_PER_CHUNK
     scheduler.drop("a", 2)
     assert take(scheduler) == ("b", [1])
+
+
+def test_steps_count_against_a_chunk_only_while_it_waits() -> None:
+    scheduler: Scheduler[str] = Scheduler()
+    scheduler.add("a")
+    for _ in range(2 * STEPS_PER_CHUNK):
+        scheduler.put("a", batch_of(run(2)))
+        take(scheduler)
+    scheduler.put("a", batch_of(run(1, 8, 0, sample=False)))
+    order = []
+    for _ in range(STEPS_PER_CHUNK + 1):
+        scheduler.put("a", batch_of(run(2)))
+        order.append(take(scheduler))
+    assert order.index(("a", [1])) == STEPS_PER_CHUNK
 
 
 def test_each_chunk_is_a_batch_and_dropped_with_its_sequence() -> None:
@@ -184,6 +200,35 @@ def test_a_doubled_token_is_refused() -> None:
     with pytest.raises(FrameError):
         sequences.came_back(run(1, 1, 2), None)
     assert sequences.came_back(run(1, 1, 2), 8)[0] is not None
+
+
+def test_an_answer_ends_where_the_context_is_full() -> None:
+    sequences = SourceSequences(DEPLOYMENT, slots=1, context=10, chunk=8, stages=1, vocabulary=VOCABULARY)
+    sequences.submit(submit(1, 8, max_tokens=9))
+    (due,) = sequences.feed()
+    for _ in range(2):
+        step, told = sequences.came_back(due, 7)
+        assert step is not None and told is not None and told.finish is None
+        due = step
+    assert due.position + due.length == 10
+    step, told = sequences.came_back(due, 7)
+    assert step is None and told is not None and (told.ids, told.finish) == ((7,), "length")
+
+
+def test_what_was_reused_is_told_with_the_first_token_alone() -> None:
+    reach = Reach(rewinds=True)
+    sequences = SourceSequences(DEPLOYMENT, slots=1, context=99, chunk=8, stages=1, vocabulary=VOCABULARY, reach=reach)
+    reused = []
+    for number in (1, 2):
+        sequences.submit(submit(number, 8, max_tokens=3))
+        (due,) = sequences.feed()
+        for _ in range(3):
+            step, told = sequences.came_back(due, 7)
+            assert told is not None
+            reused.append(told.reused)
+            due = step or due
+        sequences.drained(number)
+    assert reused == [0, 0, 0, 7, 0, 0]
 
 
 def test_numbers_and_slots_in_use_are_refused() -> None:
@@ -304,6 +349,28 @@ def test_parcels_survive_the_wire(dtype: str) -> None:
     assert list(drawn.runs) == runs and list(drawn.tokens) == [None, 2**40]
 
 
+def test_an_id_below_the_one_that_stands_for_none_is_refused() -> None:
+    frame = to_frame(Drawn([run(1), run(2)], [None, -2]), DEPLOYMENT, 1, 1)
+    with pytest.raises(FrameError, match="-2 is no token id"):
+        from_frame(frame)
+
+
+@pytest.mark.parametrize(("chunk", "micro_batch"), [(2, 6), (6, 2)])
+def test_a_link_carries_the_larger_of_a_chunk_and_a_batch_of_steps(chunk: int, micro_batch: int) -> None:
+    limits = stage_limits(stage(1, stage=1, stages=2, slots=9, chunk=chunk, micro_batch=micro_batch), 4)
+
+    def sent(*runs: TokenRun) -> None:
+        rows = np.zeros((sum(run.length for run in runs), 4), np.float32)
+        decode(encode(to_frame(TokenBatch(runs, rows), DEPLOYMENT, 1, 1)), replace(limits, max_bytes=10**6))
+
+    sent(*(run(number) for number in range(micro_batch)))
+    sent(run(0, chunk))
+    with pytest.raises(FrameError, match="of more runs"):
+        sent(*(run(number) for number in range(micro_batch + 1)))
+    with pytest.raises(FrameError, match="of more tokens"):
+        sent(run(0, 7))
+
+
 def test_of_a_plans_stages_on_one_device_the_earlier_steps_first() -> None:
     scheduler: Scheduler[str] = Scheduler()
     scheduler.add("other", "other plan", 0)
@@ -326,3 +393,35 @@ def test_a_stage_tells_how_long_steps_take_and_how_far_that_varies() -> None:
     one.paced([TokenRun(1, 0, 0, 7, True)], 9.0)  # a prompt is not counted
     ((size, mean, spread),) = one.paces
     assert size == 1 and mean == pytest.approx(3, rel=0.1) and spread == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_a_stage_tells_of_the_sizes_of_batches_that_it_met_last() -> None:
+    spec = stage(1)
+    one = LoadedStage(spec, FakeShard(FakeBackend(), spec), lambda logits, draws: [])
+
+    def paced(size: int) -> None:
+        one.paced([run(number) for number in range(size)], size / 1000)
+
+    for size in range(1, MEASURED_SIZES + 1):
+        paced(size)
+    assert [size for size, _, _ in one.paces] == list(range(1, MEASURED_SIZES + 1))
+    paced(1)
+    paced(40)
+    assert [size for size, _, _ in one.paces] == [1, *range(3, MEASURED_SIZES + 1), 40]
+    assert one.mean_step_ms == pytest.approx(40)
+
+
+def test_a_head_draws_for_the_position_after_a_run_and_forgets_a_released_answer() -> None:
+    spec, drawn = stage(1), []
+
+    def sampler(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+        drawn.extend((draw.position, list(draw.answer)) for draw in draws)
+        return [7] * len(draws)
+
+    one = LoadedStage(spec, FakeShard(FakeBackend(), spec), sampler)
+    one.open(Opened(3, 3, Sampling()))
+    for batch in (batch_of(run(3, 5, 0)), batch_of(run(3, 1, 5))):
+        result, failed = one.compute(batch)
+        assert isinstance(result, Drawn) and list(result.tokens) == [7] and not failed
+    assert drawn == [(5, []), (6, [7])]
+    assert one.release(3) and not one._answers

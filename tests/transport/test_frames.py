@@ -94,11 +94,23 @@ def test_the_largest_frame_is_exactly_the_limit() -> None:
     assert refusal.value.rule is Rule.TOO_LARGE
 
 
+def test_a_frame_has_as_many_runs_as_the_plan_allows_and_not_one_more() -> None:
+    frame = replace(ACTIVATION, kind=FrameKind.OPEN, tensors=())
+    most = replace(frame, runs=tuple(TokenRun(slot, slot, 0, 0) for slot in range(LIMITS.max_runs)))
+    assert decode(encode(most), LIMITS) == most
+    more = replace(frame, runs=(*most.runs, TokenRun(9, LIMITS.max_runs, 0, 0)))
+    with pytest.raises(FrameRefused) as refusal:
+        decode(encode(more), LIMITS)
+    assert refusal.value.rule is Rule.RUNS
+
+
 @pytest.mark.parametrize(
     ("change", "rule", "line"),
     [
         ({"epoch": 6}, Rule.EPOCH, "frame of another epoch: 7, the plan's is 6"),
+        ({"epoch": 8}, Rule.EPOCH, "frame of another epoch: 7, the plan's is 8"),
         ({"stage": 1}, Rule.STAGE, "frame for another stage: 2, this is 1"),
+        ({"stage": 3}, Rule.STAGE, "frame for another stage: 2, this is 3"),
         ({"deployment": "f" * 32}, Rule.DEPLOYMENT, f"frame of another deployment: {DEPLOYMENT}"),
         ({"slots": 5}, Rule.SLOT, "frame names a slot the plan does not have: 5 of 5"),
         ({"context": 63}, Rule.CONTEXT, "frame reaches beyond the context: 62 + 2 tokens of 63"),
