@@ -31,11 +31,11 @@ from benchmarks.edgeshard_testbed import (
     scenario,
 )
 from peerllm.errors import InfeasibleError
-from peerllm.planner.cost import stage_bytes
-from peerllm.planner.scenario import Scenario
-from peerllm.planner.simulator import ScheduleName, simulate
-from peerllm.planner.strategies import plan
-from peerllm.types import Objective, Plan
+from peerllm.planner.cost.layer_costs import stage_bytes
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.simulator.simulation import simulate
+from peerllm.planner.strategies.strategy_plan import plan
+from peerllm.types import Objective, Plan, ScheduleName
 
 PAGE = Path(__file__).parents[1] / "docs" / "edgeshard.md"
 OURS = (*STRATEGIES, "edgeshard-even", "edgeshard-paper")

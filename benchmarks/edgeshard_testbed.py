@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from peerllm.planner.scenario import Scenario
+from peerllm.planner.scenario.scenario import Scenario
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Workload
 
 SourceKind = Literal["agx", "nx"]

@@ -22,8 +22,8 @@ from typing import get_args
 from benchmarks.edgeshard_testbed import SourceKind
 from benchmarks.planner_instances import Instance, all_different, kinds, testbed
 from peerllm.errors import InfeasibleError
-from peerllm.planner.latency import plan_latency
-from peerllm.planner.throughput import plan_throughput
+from peerllm.planner.latency.latency_plan import plan_latency
+from peerllm.planner.throughput.throughput_plan import plan_throughput
 from peerllm.types import Objective, Plan
 
 PLANNERS: dict[Objective, Callable[..., Plan]] = {"latency": plan_latency, "throughput": plan_throughput}

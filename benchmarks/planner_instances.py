@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import exp, log
 
 from benchmarks.edgeshard_testbed import CLOUD_MBPS, SEQUENCES, SourceKind, scenario
-from peerllm.planner.cost import Links, kv_bytes
+from peerllm.planner.cost.layer_costs import Links, kv_bytes
 from peerllm.types import DeviceId, DeviceProfile, Layer, LinkProfile, ModelProfile, Workload
 
 Instance = tuple[ModelProfile, Mapping[DeviceId, DeviceProfile], Links, DeviceId, Workload]

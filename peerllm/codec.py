@@ -18,7 +18,7 @@ from cattrs.strategies import configure_tagged_union
 
 from peerllm.errors import LinkError
 
-MAX_MESSAGE_BYTES = 16 << 20  # a manifest of a model with many thousand tensors is the largest
+MAX_MESSAGE_BYTES = 16 << 20  # the largest message is the manifest of a model with many thousand tensors
 
 T = TypeVar("T")
 
@@ -44,13 +44,13 @@ def _converter(union: Any) -> cattrs.Converter:
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, _strict(kind))
     converter.register_structure_hook(float, _number)
-    for tagged in _unions(union):  # inner ones first: an outer one's hooks are built from theirs
+    for tagged in _unions(union):  # inner unions first: the hooks of outer ones use theirs
         configure_tagged_union(tagged, converter, tag_name="type")
     return converter
 
 
 def _unions(kind: Any) -> list[Any]:
-    """Every union of two or more message types that `kind` is or holds, the innermost first."""
+    """All unions of two or more message types in `kind`, itself included, the innermost first."""
     found: list[Any] = []
     members = [member for member in get_args(kind) if member is not Ellipsis]
     for inner in get_type_hints(kind).values() if is_dataclass(kind) else members:
@@ -61,19 +61,19 @@ def _unions(kind: Any) -> list[Any]:
 
 
 def encode(message: object, union: Any) -> bytes:
-    """`message`, one of `union`, as JSON bytes tagged with its class name."""
+    """Encode `message`, one of `union`, as JSON bytes with its class name under "type"."""
     return orjson.dumps(_converter(union).unstructure(message, unstructure_as=union))
 
 
 def decode(data: bytes | str, union: Any) -> Any:
-    """The message in `data`; LinkError if it is too large, no JSON, or not exactly one of `union`."""
+    """Decode one message of `union`; LinkError if `data` is too large, no JSON, or not exactly such a message."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise LinkError(f"message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
     try:
         return _converter(union).structure(orjson.loads(data), union)
     except (ValueError, TypeError, KeyError, AttributeError, cattrs.BaseValidationError, RecursionError) as error:
         raise LinkError(f"malformed message: {str(error)[:200] or type(error).__name__}") from error
-    except Exception as error:  # cattrs raises its own family for keys that do not belong
+    except Exception as error:  # cattrs raises its own exceptions for unknown keys
         if type(error).__module__.startswith("cattrs"):
             raise LinkError(f"malformed message: {str(error)[:200]}") from error
         raise

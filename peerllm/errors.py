@@ -1,16 +1,16 @@
-"""The one family of errors. A message says what is wrong and what to do, in one line."""
+"""All errors of peerllm. A message says in one line what is wrong and what to do."""
 
 from __future__ import annotations
 
 
 class PeerLLMError(Exception):
-    """Root of everything peerllm raises on purpose; `http_status` is what the API answers with."""
+    """Base of all errors that peerllm raises on purpose; `http_status` is the API's status for it."""
 
     http_status = 500
 
 
 class BadInputError(PeerLLMError, ValueError):
-    """What the person or the client gave cannot be used."""
+    """A person or client gave something that cannot be used."""
 
     http_status = 400
 
@@ -26,7 +26,7 @@ class ModelError(BadInputError):
 
 
 class InfeasibleError(PeerLLMError):
-    """No plan fits; `missing_bytes` is what the household lacks (0 if only the cut does not fit)."""
+    """No plan fits; `missing_bytes` is the memory that the household lacks (0: enough, but no cut fits)."""
 
     http_status = 409
 
@@ -42,7 +42,7 @@ class RefusedError(PeerLLMError):
 
 
 class OverloadedError(PeerLLMError):
-    """The bounded queue is full; ask again after `retry_after_s`."""
+    """A bounded queue is full; ask again after `retry_after_s`."""
 
     http_status = 429
 
@@ -58,13 +58,13 @@ class UnavailableError(PeerLLMError):
 
 
 class EngineError(PeerLLMError):
-    """The engine failed or died; the daemon lives on."""
+    """The engine failed or died; the daemon goes on."""
 
     http_status = 503
 
 
 class AuthenticationError(PeerLLMError, PermissionError):
-    """The other side did not prove who it is, or is not of the household."""
+    """The other side did not prove its identity, or does not belong to the household."""
 
     http_status = 401
 
@@ -74,13 +74,17 @@ class PairingError(AuthenticationError):
 
 
 class LinkError(PeerLLMError, ConnectionError):
-    """A link to another device broke or never came up."""
+    """A link to another device broke or never came up; it may be back in a moment."""
+
+    http_status = 503
+
+    http_status = 503
 
 
 class FrameError(LinkError):
-    """A frame that the format or the plan does not allow; the link it came on is closed."""
+    """The format or the plan does not allow a frame; its link is closed."""
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """What an error of any kind says, of so many characters at most."""
+    """The text of any error in one line of at most `most` characters."""
     return " ".join(str(error).split())[:most] or type(error).__name__

@@ -1,7 +1,7 @@
-"""What every room may name: ids, profiles, workloads, plans. Frozen, checked when built, free of I/O.
+"""Types that every folder uses: ids, profiles, workloads, plans. Frozen, checked when built, without I/O.
 
-Layers are counted from 0 with the embedding as layer 0 and the head (final norm, output matrix, sampler)
-as the last; ranges include both ends.
+Layers are counted from 0. The embedding is layer 0, and the head (final norm, output matrix, sampler) is the last.
+Ranges include both ends.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Objective = Literal["latency", "throughput"]
 ScheduleName = Literal["no-bubble", "bubble", "sequential"]  # in what order sequences go through the stages
 SCHEDULE_NAMES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 ActivationForm = Literal["exact", "int8"]  # hidden states on one link: in the compute dtype, or rounded
-Activations = Literal["auto", "exact", "int8"]  # what is asked for; auto: the planner decides for each link
+Activations = Literal["auto", "exact", "int8"]  # what a user asks for; auto: the planner decides for each link
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}  # what matrices can be rounded to
-QUANTIZE = ("auto", "none", *BITS)  # what is asked for; auto: 16-bit models are rounded to int8 on processors
-TORCH_KERNELS = 32  # matrix products that torch's library keeps compiled, each for one shape and count of tokens
-COMPUTE = re.compile(r"cpu|mps|cuda(:[0-9]{1,3})?")  # where a device's owner has it compute
+QUANTIZE = ("auto", "none", *BITS)  # what a user asks for; auto: int8 for 16-bit models on processors
+TORCH_KERNELS = 32  # compiled matrix products that torch's oneDNN keeps, one for each shape and number of tokens
+COMPUTE = re.compile(r"cpu|mps|cuda(:[0-9]{1,3})?")  # what `--compute` accepts
 LayerKind = str  # "embedding", "block" (or "block:<variant>" where a model mixes kinds), "head"
 DeviceId = str  # 64 hex digits: SHA-256 of the device's certificate (DER)
 DeploymentId = str  # 32 hex digits, random, made by the source
@@ -28,16 +28,16 @@ DeploymentId = str  # 32 hex digits, random, made by the source
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer's cost to hold and to send from. Bytes are in the dtype the layer is computed in."""
+    """What one layer takes in memory, and what it sends. Bytes are in the dtype that the layer is computed in."""
 
     name: str
     kind: LayerKind
     memory_bytes: int
     kv_bytes_per_token: int
     output_bytes_per_token: int
-    tied_to: int | None = None  # layer whose tensors this one shares when on the same device (costs nothing there)
+    tied_to: int | None = None  # the layer whose tensors this one shares if both are on one device
     kv_window_tokens: int | None = None  # a sliding window keeps at most this many tokens
-    state_bytes_per_sequence: int = 0  # recurrent layers
+    state_bytes_per_sequence: int = 0  # of recurrent layers
 
     def __post_init__(self) -> None:
         if min(self.memory_bytes, self.kv_bytes_per_token, self.output_bytes_per_token) < 0:
@@ -63,15 +63,15 @@ class ModelProfile:
 
 @dataclass(frozen=True, slots=True)
 class WorkingSpace:
-    """Bytes that a device takes for a model beside weights and KV, by what they grow with."""
+    """Bytes that a device needs for a model beside weights and KV, by what they are multiplied with."""
 
-    token: int  # each token of a pass: hidden states, queries, feed-forward
-    pair: int  # each token of a pass times each that it sees: attention scores, or a mask
-    position: int  # each token of a slot's room: rotation tables, one layer's keys and values in float32
-    sequence: int  # each slot: its logits
-    once: int  # whatever the pass
-    loading: int  # while a stage is loaded, when its keys and values are not there yet
-    window: int | None = None  # the most tokens that any layer looks at; None: all
+    token: int  # for each token of a pass: hidden states, queries, feed-forward
+    pair: int  # for each pair of a token of a pass and a token it attends to: attention scores, or a mask
+    position: int  # for each token of a slot's room: rotation tables, one layer's keys and values in float32
+    sequence: int  # for each slot: its logits
+    once: int  # independent of the pass
+    loading: int  # while a stage loads, before its keys and values are allocated
+    window: int | None = None  # the most tokens that any layer attends to; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class LinkProfile:
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """Links, as ordered pairs, that share one radio's airtime: only one of them carries bytes at a time."""
+    """Links, as ordered pairs, that share one radio: only one of them carries bytes at a time."""
 
     name: str
     links: frozenset[tuple[DeviceId, DeviceId]]
@@ -116,7 +116,7 @@ class Workload:
     sequences: int = 4
     context: int = 2048
     objective: Objective = "latency"
-    prompt_chunk: int | None = None  # a prompt travels in pieces of at most so many tokens, one after another
+    prompt_chunk: int | None = None  # the most tokens of a prompt in one piece; None: the prompt travels whole
 
     def __post_init__(self) -> None:
         if min(self.prompt_tokens, self.output_tokens, self.sequences, self.context, self.prompt_chunk or 1) < 1:
@@ -143,7 +143,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the cost model says of a plan (design §6). `tokens_per_second` is one request's, or the rate of all."""
+    """What the cost model says of a plan. `tokens_per_second` is one request's rate (latency) or that of all."""
 
     time_to_first_token_ms: float
     step_ms: float
@@ -156,12 +156,12 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The stages in order, covering every layer once; neighbours on one device are merged."""
+    """The stages in order. They cover every layer once; neighbours on one device are merged."""
 
     stages: tuple[Stage, ...]
     predicted: Prediction
     optimal: bool = False
-    bound: float = 0.0  # best value of the objective not ruled out: request_ms, or tokens per second for throughput
+    bound: float = 0.0  # no plan is better than this: request_ms, or tokens per second for throughput
 
     def __post_init__(self) -> None:
         expected = 0
@@ -174,29 +174,29 @@ class Plan:
 
     @property
     def devices(self) -> tuple[DeviceId, ...]:
-        """Each device once, in the order of its first stage."""
+        """The devices in the order of their first stages."""
         return tuple(dict.fromkeys(stage.device for stage in self.stages))
 
 
 def batches_of(sequences: int, micro_batch: int, micro_batches: int) -> int:
-    """Into how many micro-batches so many sequences are divided, as evenly as may be.
+    """The number of even micro-batches for so many sequences.
 
-    As many as the plan has, but no batch is empty and none larger than `micro_batch`.
+    It is the plan's `micro_batches`, but fewer if some would be empty, and more if some would exceed `micro_batch`.
     """
     return max(min(sequences, micro_batches), -(-sequences // micro_batch))
 
 
-Cuts = tuple[tuple[int, int], ...]  # of prompts: (tokens from which on, tokens of a chunk), rising; the first from 1 on
+Cuts = tuple[tuple[int, int], ...]  # (least new prompt tokens, tokens of a chunk), rising; the first is for 1
 MAX_CUTS = 64
 
 
 def chunk_of(cuts: Cuts, tokens: int) -> int:
-    """In what chunks a prompt of so many tokens travels."""
+    """The size of the chunks in which a prompt of so many tokens travels."""
     return next(chunk for least, chunk in reversed(cuts) if least <= tokens)
 
 
 def pieces_of(tokens: int, chunk: int) -> tuple[int, ...]:
-    """A prompt's tokens in chunks of which the last may be shorter."""
+    """The sizes of a prompt's chunks; the last may be smaller."""
     whole, rest = divmod(tokens, chunk)
     return (chunk,) * whole + ((rest,) if rest else ())
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 from aiohttp import web
 
-from peerllm.api.errors import error_object, json_response
+from peerllm.api.error_answers import error_object, json_response
 from peerllm.api.fields import Fields, read_object
 from peerllm.api.guard import is_loopback
-from peerllm.api.keys import HOUSEHOLD, TASKS
-from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
+from peerllm.api.keys import EXPECTED, HOUSEHOLD, TASKS
+from peerllm.api.streams import KEEP_ALIVE_S, Stream, each, pulsed
 from peerllm.daemon.facade import (
     MAX_BENCH_SEQUENCES,
     MAX_BENCH_TOKENS,
     MAX_PROMPT_CHUNK,
-    Household,
     RunOptions,
     RunProgress,
 )
@@ -42,7 +41,7 @@ async def status(request: web.Request) -> web.Response:
     household = request.app[HOUSEHOLD]
     if request.query.get("wait") in {"1", "true"}:
         with request.app[TASKS].stream():
-            async with aclosing(pulsed(_changes(household), WAIT_S)) as changes:
+            async with aclosing(pulsed(each(household.changed()), WAIT_S)) as changes:
                 await anext(changes, None)  # at once
                 await anext(changes, None)
     return json_response(household.status())
@@ -65,7 +64,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     household = request.app[HOUSEHOLD]
     stream = Stream(request, "text/event-stream; charset=utf-8")
     with request.app[TASKS].stream():
-        async with aclosing(pulsed(_changes(household), KEEP_ALIVE_S)) as changes:
+        async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
                 if changed:
                     await stream.send(household.status())
@@ -74,18 +73,12 @@ async def events(request: web.Request) -> web.StreamResponse:
     return await stream.end()
 
 
-async def _changes(household: Household) -> AsyncIterator[bool]:
-    """True for each change; the pulse between them stays None."""
-    async with aclosing(cast("AsyncGenerator[None]", household.changed())) as changes:
-        async for _ in changes:
-            yield True
-
-
 async def invite(request: web.Request) -> web.Response:
-    """Open the pairing door: {"code", "port", "expires_s"}."""
+    """Open the pairing door: {"code", "port", "hosts", "expires_s"}."""
     await read_object(request)
     code, port = await _change(request, request.app[HOUSEHOLD].invite(), "invite")
-    return json_response({"code": code, "port": port, "expires_s": INVITE_S})
+    hosts = list(request.app[HOUSEHOLD].hosts())
+    return json_response({"code": code, "port": port, "hosts": hosts, "expires_s": INVITE_S})
 
 
 async def join(request: web.Request) -> web.Response:
@@ -156,13 +149,18 @@ async def plan(request: web.Request) -> web.StreamResponse:
 
 
 async def run(request: web.Request) -> web.StreamResponse:
-    """Lines of JSON: every RunProgress, then {"ok": true} or {"error": ...}; hanging up does not stop the loading."""
+    """Lines of JSON: every RunProgress, then {"ok": true, "name": ...} or {"error": ...}.
+
+    Hanging up does not stop the loading.
+    """
     options = _run_options(await read_object(request))
-    household = request.app[HOUSEHOLD]
+    household, expected = request.app[HOUSEHOLD], request.app[EXPECTED]
 
     async def work(note: Note) -> dict[str, Any]:
-        await household.run(options, note)
-        return {"ok": True}
+        try:
+            return {"ok": True, "name": await household.run(options, note)}
+        finally:
+            expected.forget(options.model)
 
     return await _lines(request, work, f"api: run {options.model[:80]}")
 
@@ -202,6 +200,7 @@ def _run_options(fields: Fields) -> RunOptions:
         private=fields.flag("private"),
         schedule=cast("ScheduleName", fields.choice("schedule", SCHEDULE_NAMES)),
         activations=cast("Activations", fields.choice("activations", ACTIVATIONS)),
+        name=fields.text("name", MAX_TEXT_CHARS, default=""),
     )
 
 

@@ -15,7 +15,7 @@ from peerllm.errors import EngineError, UnavailableError
 
 
 @dataclass(slots=True)
-class Answer:
+class Completion:
     """Feed it every chunk; it says what text became certain and, once, why the answer ended."""
 
     detokenizer: Detokenizer
@@ -43,10 +43,11 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """What stands in every part of one answer in OpenAI's format: one id and one time per answer."""
+class OpenAIObjects:
+    """The parts of one answer as OpenAI's clients read them; all parts share one id and one time."""
 
     model: str
+    prompt_tokens: int
     with_ids: bool = False
     with_usage: bool = False
     id: str = field(default_factory=lambda: "chatcmpl-" + secrets.token_hex(12))
@@ -63,11 +64,11 @@ class Shape:
         """The last chunk of the choice: an empty delta with the reason."""
         return self._chunk({}, ids, reason)
 
-    def usage(self, prompt: int, answer: int, reused: int = 0) -> dict[str, Any]:
+    def usage(self, answer: Completion) -> dict[str, Any]:
         """After the choice, if the client asked for it: no choices, only counts."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(prompt, answer, reused)}
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(answer)}
 
-    def whole(self, text: str, answer: Answer, prompt: int) -> dict[str, Any]:
+    def whole(self, text: str, answer: Completion) -> dict[str, Any]:
         """The answer in one piece."""
         choice: dict[str, Any] = {
             "index": 0,
@@ -77,8 +78,7 @@ class Shape:
         }
         if self.with_ids:
             choice["token_ids"] = answer.ids
-        usage = _usage(prompt, len(answer.ids), answer.reused)
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage(answer)}
 
     def _chunk(self, delta: dict[str, str], ids: Sequence[int], reason: str | None) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -92,7 +92,7 @@ class Shape:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}
 
-
-def _usage(prompt: int, answer: int, reused: int) -> dict[str, Any]:
-    counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
-    return {**counts, "prompt_tokens_details": {"cached_tokens": reused}}
+    def _usage(self, answer: Completion) -> dict[str, Any]:
+        prompt, said = self.prompt_tokens, len(answer.ids)
+        counts = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": answer.reused}}

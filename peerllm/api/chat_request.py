@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peerllm.api.errors import FieldError
+from peerllm.api.error_answers import FieldError
 from peerllm.api.fields import Fields
 from peerllm.types import SAMPLING_LIMITS, Sampling
 
@@ -43,8 +43,8 @@ class ChatRequest:
     user: str
 
     def sampling_with(self, defaults: Mapping[str, float]) -> Sampling:
-        """What the client said, else what the model recommends, else temperature 1; a random seed if none was given."""
-        chosen: dict[str, Any] = {"temperature": 1.0, "seed": secrets.randbits(_SEED_BITS), **defaults, **self.sampling}
+        """What the client said, else `defaults` (ModelText.defaults); a random seed if none was given."""
+        chosen: dict[str, Any] = {"seed": secrets.randbits(_SEED_BITS), **defaults, **self.sampling}
         return Sampling(**chosen)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from peerllm.api.errors import FieldError
+from peerllm.api.error_answers import FieldError
 from peerllm.errors import BadInputError
 
 MAX_BODY_BYTES = 8 << 20  # the text of some million tokens

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from peerllm.api.errors import error_object, json_response
+from peerllm.api.error_answers import error_object, json_response
 
 ADMIN_PREFIX = "/peerllm/"
 PAGE_PATH = "/"

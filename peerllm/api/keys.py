@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from peerllm.api.expected import ExpectedModel
 from peerllm.api.guard import Guard
 from peerllm.api.tasks import Tasks
-from peerllm.api.text.store import TextStore
+from peerllm.api.text.text_store import TextStore
 from peerllm.daemon.facade import Household
 
 HOUSEHOLD: web.AppKey[Household] = web.AppKey("household", Household)
 TEXTS: web.AppKey[TextStore] = web.AppKey("texts", TextStore)
 TASKS: web.AppKey[Tasks] = web.AppKey("tasks", Tasks)
+EXPECTED: web.AppKey[ExpectedModel] = web.AppKey("expected", ExpectedModel)
 GUARD: web.AppKey[Guard] = web.AppKey("guard", Guard)

@@ -9,30 +9,40 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-from peerllm.api import admin, chat, models, page
-from peerllm.api.errors import errors_as_json
+from peerllm.api import admin, completions, models, page
+from peerllm.api.error_answers import errors_as_json
+from peerllm.api.expected import ExpectedModel
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
-from peerllm.api.keys import GUARD, HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.keys import EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.tasks import Tasks
-from peerllm.api.text.store import TextStore
+from peerllm.api.text.text_store import TextStore
 from peerllm.api.token import load_or_create_token
 from peerllm.daemon.facade import Household
-from peerllm.errors import BadInputError
+from peerllm.errors import BadInputError, UnavailableError
 
 BACKLOG = 512  # connections waiting to be accepted
 SHUTDOWN_S = 2.0  # seconds that answers under way have when the API closes
 IDLE_S = 75.0  # seconds a connection may stay open without a request
+START_WAIT_S = 60.0  # seconds a request waits for the device to start
+WHILE_STARTING = ("/peerllm/v1/status", "/peerllm/v1/events", "/peerllm/v1/process", "/static/")  # and the page
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  where this machine reaches itself
 
 
-def create_app(household: Household, token: str, loopback: bool, names: Iterable[str] = ()) -> web.Application:
-    """Every route over the household's face, behind the guard; `names`: further hosts the owner calls it by."""
+def create_app(
+    household: Household, token: str, loopback: bool, names: Iterable[str] = (), expected: str = ""
+) -> web.Application:
+    """Every route over the household's face, behind the guard; `names`: further hosts the owner calls it by.
+
+    `expected`: the model that is about to be run, "" if none is.
+    """
     guard = Guard(token, loopback, frozenset(name.lower() for name in names))
-    app = web.Application(middlewares=[guarded(guard), errors_as_json], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[guarded(guard), errors_as_json, when_started], client_max_size=MAX_BODY_BYTES)
     app[HOUSEHOLD] = household
     app[GUARD] = guard
+    app[EXPECTED] = ExpectedModel(expected)
     app[page.FILES] = page.load_files()
     app.on_response_prepare.append(add_security_headers)
     app.cleanup_ctx.append(_resources)
@@ -41,7 +51,7 @@ def create_app(household: Household, token: str, loopback: bool, names: Iterable
     app.router.add_get("/static/{name}", page.static)
     app.router.add_get("/v1/models", models.list_models)
     app.router.add_get("/v1/models/{id:.+}", models.one_model)
-    app.router.add_post("/v1/chat/completions", chat.chat_completions)
+    app.router.add_post("/v1/chat/completions", completions.chat_completions)
     app.router.add_get("/peerllm/v1/status", admin.status)
     app.router.add_get("/peerllm/v1/engine", admin.engine)
     app.router.add_get("/peerllm/v1/process", admin.process)
@@ -51,6 +61,19 @@ def create_app(household: Household, token: str, loopback: bool, names: Iterable
     for change in (*pairing, admin.bench, admin.plan, admin.run, admin.stop, admin.trace):
         app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
     return app
+
+
+@web.middleware
+async def when_started(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Who asks while the device starts waits for it, but for what shows that it does."""
+    if request.path != "/" and not request.path.startswith(WHILE_STARTING):
+        with request.app[TASKS].stream():
+            try:
+                async with asyncio.timeout(START_WAIT_S):
+                    await request.app[HOUSEHOLD].started()
+            except TimeoutError:
+                raise UnavailableError("this device is still starting; ask again in a moment") from None
+    return await handler(request)
 
 
 async def _resources(app: web.Application) -> AsyncIterator[None]:
@@ -68,10 +91,19 @@ async def _end_streams(app: web.Application) -> None:
 class ApiServer:
     """Listens on host:port. `reserve` takes the port before anything else is started, `start` begins to answer."""
 
-    def __init__(self, household: Household, host: str, port: int, data_dir: Path, names: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        household: Household,
+        host: str,
+        port: int,
+        data_dir: Path,
+        names: Iterable[str] = (),
+        expected: str = "",
+    ) -> None:
         self.host = host
         self.port = port
         self._names = (host, *names)
+        self._expected = expected
         self._household = household
         self._data_dir = data_dir
         self._socket: socket.socket | None = None
@@ -93,12 +125,12 @@ class ApiServer:
             await self.reserve()
         assert self._socket is not None
         token = load_or_create_token(self._data_dir)
-        app = create_app(self._household, token, is_loopback(self.host), self._names)
+        app = create_app(self._household, token, is_loopback(self.host), self._names, self._expected)
         runner = self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S
         )
         await runner.setup()
-        await web.SockSite(runner, self._socket).start()
+        await web.SockSite(runner, self._socket, backlog=BACKLOG).start()
 
     def _why(self, error: OSError) -> str:
         where = f"{self.host}:{self.port}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TypeVar
+from contextlib import aclosing
+from typing import TypeVar, cast
 
 import orjson
 from aiohttp import web
@@ -40,6 +41,13 @@ async def pulsed(source: AsyncIterator[T], interval_s: float) -> AsyncGenerator[
             await close()
 
 
+async def each(source: AsyncIterator[None]) -> AsyncGenerator[bool]:
+    """True for every event of `source`, so that `pulsed` can tell one from silence."""
+    async with aclosing(cast("AsyncGenerator[None]", source)) as events:
+        async for _ in events:
+            yield True
+
+
 async def _next(source: AsyncIterator[T]) -> T:
     try:
         return await anext(source)
@@ -73,7 +81,7 @@ class Stream:
 
     async def comment(self, text: str) -> None:
         """An SSE comment: clients skip it, connections live on."""
-        await self.write(f": {text}\n\n".encode())
+        await self.write(f": {' '.join(text.split())}\n\n".encode())
 
     async def write(self, data: bytes) -> None:
         try:

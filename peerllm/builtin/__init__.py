@@ -1,4 +1,4 @@
-"""The model that comes inside the package: where it lies; nothing here imports torch."""
+"""The built-in model: its files, and how it is trained and measured. This file does not import torch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Answers of the shipped model for measuring it: the plain transformers way, not peerllm's engine."""
+"""The shipped model's answers, computed by plain transformers and not by peerllm's engine, to measure the model."""
 
 from __future__ import annotations
 

@@ -74,14 +74,14 @@ def _fresh(count: int) -> list[Command]:
 
 
 def misses(folder: Path, count: int) -> list[tuple[str, str, str]]:
-    """The held-out commands gone wrong: what was said, what was wanted, what came."""
+    """The held-out commands that were answered wrongly: the command, the wanted and the given answer."""
     model, asked = Answerer(folder), held_out_commands(count)
     came = model.answers([one(c.said) for c in asked])
     return [(c.said, c.answer, a) for c, a in zip(asked, came, strict=True) if not same_action(a, c.answer)]
 
 
 def same_action(came: str, wanted: str) -> bool:
-    """Whether the last line of the answer is, letter by letter, that of the wanted one."""
+    """Whether the answer's last line equals that of the wanted answer, letter by letter."""
     return came.strip().split("\n")[-1] == wanted.rsplit("\n", maxsplit=1)[-1]
 
 
@@ -146,7 +146,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Prints the report, on wish the misses, and exits 1 where the goal is missed."""
+    """Prints the report, and the misses if asked; exits 1 if the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--count", type=int, default=600)

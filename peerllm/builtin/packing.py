@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from peerllm.builtin.chat import encode, render
+from peerllm.builtin.chat_format import encode, render
 from peerllm.builtin.exchanges.dialogues import KINDS, dialogues
 
-HEARD_WEIGHT = 0.1  # of the loss on what the user says; what the model says weighs 1
+HEARD_WEIGHT = 0.1  # weight of the loss on the user's tokens; the model's own weigh 1
 _AT_ONCE = 400  # dialogues encoded together
 
 
@@ -23,7 +23,7 @@ class Packer:
         self._tokenizer = tokenizer
         self._dialogues = islice(dialogues(seed, kinds), skip, None)
         self._encoded: Iterator[tuple[list[int], list[bool]]] = iter(())
-        self.drawn = skip  # dialogues taken so far
+        self.drawn = skip  # number of dialogues drawn so far
         self._left: tuple[list[int], list[float]] = ([], [])
 
     def _next(self) -> tuple[list[int], list[float]]:

@@ -1,4 +1,4 @@
-"""What decides the built-in model: sizes, seed, rates; and the untrained model and optimizers from them."""
+"""The recipe of the built-in model (sizes, seed, rates), and the untrained model and optimizers that follow from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Recipe:
     matrix_rate: float = 0.04  # Muon, for the matrices of the layers
     other_rate: float = 0.006  # AdamW, for the embedding and the norms
     weight_decay: float = 0.01
-    # (step, share of the full rates), straight lines between; the last but one rise is for the last mix.
+    # (step, share of the full rates), interpolated linearly; the second last rise is for the last mix.
     rates: tuple[tuple[int, float], ...] = (
         (-1, 0.0), (39, 1.0), (604, 1.0), (1000, 0.582), (1200, 0.259), (1210, 0.35), (1260, 0.35), (1400, 0.0),
         (1420, 0.35), (1470, 0.35), (1650, 0.0),
@@ -45,7 +45,7 @@ class Recipe:
     head_size: int = 32
 
     def scaled(self, steps: int, seed: int) -> Recipe:
-        """The same recipe in another number of steps and from another seed; all its turns are moved alike."""
+        """The same recipe with another number of steps and another seed; every step number in it is scaled."""
         part = steps / self.steps
         return replace(
             self,
@@ -65,7 +65,7 @@ class Recipe:
         return LONG_ROW_TOKENS if any(a <= step < b for a, b in self.long_rows) else ROW_TOKENS
 
     def rate_share(self, step: int) -> float:
-        """The share of the full learning rate at a step; nothing after the last point of `rates`."""
+        """The share of the full learning rate at a step; 0 after the last point of `rates`."""
         for (before, low), (after, high) in pairwise(self.rates):
             if before <= step <= after:
                 return low + (high - low) * (step - before) / (after - before)

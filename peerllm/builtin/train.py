@@ -80,7 +80,7 @@ class Trainer:
         self.spent_s += time.monotonic() - began
 
     def run(self, out: Path, state: Path | None) -> None:
-        """Trains to the end, on the way saving a usable model into `out` and, where wanted, the state."""
+        """Trains to the end; saves usable models into `out` meanwhile and, if asked, the training state."""
         if state and state.exists():
             self._go_on_from(state)
         self.model.train()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from peerllm.builtin.chat import BEGIN, END, PAD, SPECIALS, TEMPLATE, render
+from peerllm.builtin.chat_format import BEGIN, END, PAD, SPECIALS, TEMPLATE, render
 from peerllm.builtin.exchanges.dialogues import dialogues
 
 VOCABULARY = 2048  # tokens

@@ -1,4 +1,4 @@
-"""Writes the model folder in the Hugging Face layout, and the record of how it came about."""
+"""Writes the model folder in the Hugging Face layout, and the record of its training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from peerllm.builtin.chat import BEGIN, END, PAD
+from peerllm.builtin.chat_format import BEGIN, END, PAD
 from peerllm.builtin.packing import HEARD_WEIGHT
 from peerllm.builtin.recipe import CONTEXT_TOKENS, LONG_ROW_TOKENS, ROW_TOKENS, Recipe
 from peerllm.builtin.vocabulary import save_tokenizer
@@ -40,7 +40,7 @@ _HELD_OUT = (
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """Writes the model as float16, each file replaced in one go."""
+    """Writes the model as float16; each file is replaced atomically."""
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -67,7 +67,7 @@ def record(
     threads: int,
     report: dict[str, Any],
 ) -> None:
-    """Writes recipe.json: what was done, with what, and what was measured on the files as written."""
+    """Writes recipe.json: the recipe, versions, loss curve, and measurements of the files as written."""
     what = {
         "what": _WHAT,
         "recipe": asdict(recipe) | {"heard_weight": HEARD_WEIGHT, "row_tokens": [ROW_TOKENS, LONG_ROW_TOKENS]},

@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.served import served_here
-from peerllm.cli.terminal import printable, table
+from peerllm.cli.terminal import human_ms, human_rate, printable, table
 from peerllm.cli.trace import recording, writable
 from peerllm.cli.trace import text as trace_text
-from peerllm.planner.cost import lap_of
-from peerllm.planner.scenario import Scenario, parse
-from peerllm.planner.simulator import formula_tokens_per_second, simulate
+from peerllm.planner.cost.prediction import lap_of
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.scenario.scenario_parser import parse
+from peerllm.planner.simulator.run_report import formula_tokens_per_second
+from peerllm.planner.simulator.simulation import simulate
 from peerllm.types import ScheduleName, Stage, Workload, batches_of, chunk_of
 
 DRAWS = 5  # runs of the simulator that are averaged where passes vary
@@ -132,9 +134,9 @@ def text(model: str, prompt: int, output: int, rows: Sequence[Mapping[str, Any]]
         said, seen = one["predicted"], one["measured"]
         rate, got = said["steady_tokens_per_second"], seen["steady_tokens_per_second"]
         head.append((
-            str(one["sequences"]), _first(said["time_to_first_token_ms"]), _ms(seen["time_to_first_token_ms"]),
-            _ms(said["step_ms"]), _ms(seen["step_ms"]), "" if rate is None else f"{rate:.4g}",
-            "" if got is None else f"{got:.4g}", "" if None in (rate, got) else f"{got / rate:.2f}",
+            str(one["sequences"]), _first(said["time_to_first_token_ms"]), human_ms(seen["time_to_first_token_ms"]),
+            human_ms(said["step_ms"]), human_ms(seen["step_ms"]), "" if rate is None else human_rate(rate),
+            "" if got is None else human_rate(got), "" if None in (rate, got) else f"{got / rate:.2f}",
         ))  # fmt: skip
     begun = ", begun one after another" if apart else ""
     title = f"{printable(model)}: prompts of {prompt} tokens, answers of {output}{begun}, median of {ROUNDS}"
@@ -158,8 +160,4 @@ def _counts(most: int) -> list[int]:
 
 
 def _first(value: float | None) -> str:
-    return "" if value is None else _ms(value)
-
-
-def _ms(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
+    return "" if value is None else human_ms(value)

@@ -9,17 +9,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from peerllm.cli.device import LocalDevice
+from peerllm.cli.served import meant
 from peerllm.cli.terminal import printable
 from peerllm.cli.trace import recording, text
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
 
 COMPLETIONS = "/v1/chat/completions"
 ANSWER_TIMEOUT_S = 3600.0  # seconds a whole answer may take when it is not streamed
+HELP = """\
+/help   this list
+/exit   leave; so does Ctrl-D
+Ctrl-C  stop the answer that is being written
+Everything else is said to the model."""
 
 
 def run(args: argparse.Namespace) -> None:
     device = LocalDevice(args.data)
-    body: dict[str, Any] = {"model": args.model or only_model(device)}
+    model = meant(device.get("/peerllm/v1/status"), args.model) if args.model else only_model(device)
+    body: dict[str, Any] = {"model": model}
     if args.temperature is not None:
         body["temperature"] = args.temperature
     if args.max_tokens is not None:
@@ -75,17 +82,30 @@ def _say(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str
 
 
 def _converse(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]]) -> None:
-    """Until end of input; an answer is cut short with Ctrl-C, an error does not end the conversation."""
+    """Until /exit or the end of input; Ctrl-C ends an answer, an error does not end the conversation.
+
+    Only what is typed at a terminal is looked through for commands: a file's lines are all for the model.
+    """
     asking = sys.stdin.isatty()
     if asking:
-        print(f"{printable(body['model'])} is listening; end with Ctrl-D.")
+        print(f"You talk with {printable(body['model'])}. /help lists what you can type, /exit or Ctrl-D leaves.")
     while True:
         try:
             prompt = input("> " if asking else "")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
-        if not prompt.strip():
+        except KeyboardInterrupt:
+            if not asking:
+                raise
+            print("\nNothing is being written. Leave with /exit or Ctrl-D.")
+            continue
+        command = prompt.strip().lower() if asking else ""
+        if command == "/exit":
+            return
+        if command == "/help":
+            print(HELP)
+        if not prompt.strip() or command == "/help":
             continue
         messages.append({"role": "user", "content": prompt})
         try:
@@ -96,4 +116,6 @@ def _converse(device: LocalDevice, body: dict[str, Any], messages: list[dict[str
                 raise
             print(f"peerllm: {printable(str(error))}", file=sys.stderr)
         except KeyboardInterrupt:
+            if not asking:
+                raise
             messages.pop()

@@ -21,8 +21,9 @@ from peerllm.cli.demo_devices import DemoDevice, free_processors
 from peerllm.cli.demo_memory import limits, sizes_of
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.look import deployment_text, devices_text
-from peerllm.cli.progress import BUILTIN, show_progress
+from peerllm.cli.progress import show_progress
 from peerllm.cli.terminal import human_bytes, printable
+from peerllm.daemon.weights.known_models import BUILTIN
 from peerllm.errors import BadInputError, UnavailableError
 
 NAMES = ("laptop", "mini-pc", "jetson", "phone", "tablet", "desktop", "media-box", "old-laptop")
@@ -36,6 +37,7 @@ MAX_ANSWER_TOKENS = 80
 def run(args: argparse.Namespace) -> None:
     """Returns after Ctrl-C or SIGTERM, with every device ended."""
     model_dir = MODEL_DIR if args.model == BUILTIN else Path(args.model).expanduser().resolve()
+    model = BUILTIN if args.model == BUILTIN else str(model_dir)
     if not model_dir.is_dir():
         raise BadInputError(f"--model {args.model}: the demo takes builtin or a local directory")
     sizes = sizes_of(model_dir, SLOTS, CONTEXT)
@@ -48,22 +50,23 @@ def run(args: argparse.Namespace) -> None:
     with (
         contextlib.suppress(KeyboardInterrupt),
         tempfile.TemporaryDirectory(prefix="peerllm-demo-") as directory,
-        _devices(Path(directory), memory, args.api) as devices,
+        _devices(Path(directory), memory, args.api, model) as devices,
     ):
-        _serve(devices, BUILTIN if args.model == BUILTIN else str(model_dir), args)
+        _serve(devices, model, args)
         say("Stop with Ctrl-C.")
         devices[0].wait()
 
 
 @contextlib.contextmanager
-def _devices(directory: Path, memory: list[int], api: tuple[str, int]) -> Iterator[list[DemoDevice]]:
-    """The devices, started and ready; ended when the block is left, however that happens."""
+def _devices(directory: Path, memory: list[int], api: tuple[str, int], model: str) -> Iterator[list[DemoDevice]]:
+    """The devices, started and ready, the first told what `model` comes; ended when the block is left, in any way."""
     threads = max(1, free_processors() // len(memory))
     with contextlib.ExitStack() as stack:
         devices = []
         for index, limit in enumerate(memory):
             where = api if index == 0 else ("127.0.0.1", 0)
-            device = DemoDevice(directory / NAMES[index], NAMES[index], limit, threads, where)
+            expected = "" if index else model
+            device = DemoDevice(directory / NAMES[index], NAMES[index], limit, threads, where, expected)
             stack.callback(device.end)
             devices.append(device)
         stack.callback(_ask_all_to_end, devices)
@@ -83,7 +86,7 @@ def _wait_for_all(first: LocalDevice, names: Sequence[str]) -> None:
     deadline = time.monotonic() + TOGETHER_S
     path = "/peerllm/v1/status"
     while True:
-        seen = {one["name"] for one in first.get(path)["devices"] if one["engine"] == "running"}
+        seen = {one["name"] for one in first.get(path)["devices"] if one["engine"] in ("running", "idle")}
         missing = [name for name in names if name not in seen]
         if not missing:
             return
@@ -108,7 +111,7 @@ def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> N
     else:
         show_progress(lines)
     status = first.get("/peerllm/v1/status")
-    body = {"model": status["deployments"][0]["model"], "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
+    body = {"model": status["deployments"][0]["name"], "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
     pieces = answer_pieces(first, body, [{"role": "user", "content": QUESTION}])
     if args.json:
         print(

@@ -24,14 +24,16 @@ def free_processors() -> int:
 class DemoDevice:
     """Started at once; its standard input is a pipe we hold, whose end tells it that we are gone."""
 
-    def __init__(self, data_dir: Path, name: str, memory_bytes: int, threads: int, api: tuple[str, int]) -> None:
+    def __init__(
+        self, data_dir: Path, name: str, memory_bytes: int, threads: int, api: tuple[str, int], expected: str = ""
+    ) -> None:
         self.data_dir, self.name = data_dir, name
         data_dir.mkdir(mode=0o700, parents=True)
         host = f"[{api[0]}]" if ":" in api[0] else api[0]
         command = [
             sys.executable, "-m", "peerllm", "up", "--data", str(data_dir), "--name", name, "--port", "0",
             "--api", f"{host}:{api[1]}", "--memory", str(memory_bytes), "--threads", str(threads),
-            "--no-mdns", "--loopback", "--exit-with-parent",
+            "--no-mdns", "--loopback", "--exit-with-parent", "--expect", expected,
         ]  # fmt: skip
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)  # noqa: S603

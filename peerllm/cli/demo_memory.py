@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.daemon.deployment.model_files import BUILTIN, dtype_of
+from peerllm.daemon.deployment.model_files import dtype_of
+from peerllm.daemon.weights.known_models import BUILTIN
 from peerllm.errors import ModelError
-from peerllm.planner.cost import layer_bytes
-from peerllm.planner.memory import working_bytes
+from peerllm.planner.cost.layer_costs import layer_bytes
+from peerllm.planner.cost.working_space import working_bytes
 from peerllm.types import Workload
 
 SPARE_BLOCKS = 0.75  # of a block's size
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ModelBytes:
     """Bytes as the planner counts them, KV included."""
 
     embedding: int
@@ -35,7 +36,7 @@ class Sizes:
         return self.embedding + sum(self.blocks) + self.head + self.working
 
 
-def limits(sizes: Sizes, devices: int) -> list[int]:
+def limits(sizes: ModelBytes, devices: int) -> list[int]:
     """What each device lends; the first is the source and keeps embedding and head."""
     if devices > len(sizes.blocks):
         raise ModelError(f"the model has {len(sizes.blocks)} blocks, too few for {devices} devices")
@@ -51,7 +52,7 @@ def even_runs(count: int, parts: int) -> list[tuple[int, int]]:
     return [(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
 
 
-def sizes_of(model_dir: Path, slots: int, context: int, dtype: str = "auto", quantize: str = "auto") -> Sizes:
+def sizes_of(model_dir: Path, slots: int, context: int, dtype: str = "auto", quantize: str = "auto") -> ModelBytes:
     """In the form that `peerllm run` computes, by default or as asked; ModelError for what is no model."""
     from peerllm.engine.backends import Backends
     from peerllm.engine.messages import Inspect
@@ -62,4 +63,4 @@ def sizes_of(model_dir: Path, slots: int, context: int, dtype: str = "auto", qua
     tied = profile.layers[-1].tied_to is not None
     sizes = [layer_bytes(profile, number, work, tied) for number in range(len(profile.layers))]
     working = working_bytes(inspected.working, context, slots)
-    return Sizes(sizes[0], tuple(sizes[1:-1]), sizes[-1], working)
+    return ModelBytes(sizes[0], tuple(sizes[1:-1]), sizes[-1], working)

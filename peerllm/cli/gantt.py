@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peerllm.cli.terminal import printable
+from peerllm.cli.terminal import human_rate, printable
 from peerllm.errors import BadInputError, UnavailableError
-from peerllm.planner.scenario import Scenario
-from peerllm.planner.simulator import Run, Span
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.simulator.run_report import SimulatedRun, SimulatedSpan
 from peerllm.types import Plan
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def require() -> None:
         raise UnavailableError("charts need matplotlib: pip install 'peerllm[bench]'") from error
 
 
-def draw(run: Run, scenario: Scenario, plan: Plan, path: Path, whole: bool = False) -> None:
+def draw(run: SimulatedRun, scenario: Scenario, plan: Plan, path: Path, whole: bool = False) -> None:
     """Writes the chart; it ends after a few steps of each group unless the `whole` run is asked for."""
     require()
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def draw(run: Run, scenario: Scenario, plan: Plan, path: Path, whole: bool = Fal
         raise BadInputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def window_ms(run: Run, whole: bool = False) -> float:
+def window_ms(run: SimulatedRun, whole: bool = False) -> float:
     """Until when to draw: all prompts and a few steps of each group, at most MAX_BARS bars."""
     end = run.makespan_ms
     if not whole:
@@ -85,7 +85,7 @@ def _hex(rgb: Sequence[float]) -> str:
     return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
 
 
-def _rows(run: Run, scenario: Scenario, plan: Plan) -> list[tuple[str, str]]:
+def _rows(run: SimulatedRun, scenario: Scenario, plan: Plan) -> list[tuple[str, str]]:
     """(kind, resource) from top to bottom, along the ring: a device, then the links it sends over; media last."""
     rows: dict[tuple[str, str], None] = {}
     for place, stage in enumerate(plan.stages):
@@ -105,7 +105,7 @@ def _label(kind: str, name: str) -> str:
 
 
 def _bars(
-    axes: Axes, spans: Sequence[Span], places: dict[tuple[str, str], int], colours: Sequence[str], end: float
+    axes: Axes, spans: Sequence[SimulatedSpan], places: dict[tuple[str, str], int], colours: Sequence[str], end: float
 ) -> None:
     least = MIN_SHARE * end
     for span in spans:
@@ -123,7 +123,7 @@ def _bars(
             axes.text(middle, place, text, color=ink, fontsize=7.5, ha="center", va="center_baseline", clip_on=True)
 
 
-def _frame(axes: Axes, run: Run, rows: Sequence[tuple[str, str]], end: float) -> None:
+def _frame(axes: Axes, run: SimulatedRun, rows: Sequence[tuple[str, str]], end: float) -> None:
     axes.set_xlim(0, end or 1)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [_label(kind, name) for kind, name in rows])
@@ -141,7 +141,8 @@ def _frame(axes: Axes, run: Run, rows: Sequence[tuple[str, str]], end: float) ->
     part = "" if end >= run.makespan_ms else f" (the first {end:,.0f} of {run.makespan_ms:,.0f})"
     axes.set_xlabel(f"milliseconds{part}", color=INK)
     steady = run.steady_tokens_per_second
-    rate = f"{run.tokens_per_second:.4g} tokens/s" if steady is None else f"{steady:.4g} tokens/s while all decode"
+    overall = f"{human_rate(run.tokens_per_second)} tokens/s"
+    rate = overall if steady is None else f"{human_rate(steady)} tokens/s while all decode"
     groups = (
         f"{len(run.returns)} × {run.micro_batch} sequences"
         if len(run.returns) * run.micro_batch > 1
@@ -150,7 +151,7 @@ def _frame(axes: Axes, run: Run, rows: Sequence[tuple[str, str]], end: float) ->
     axes.set_title(f"{run.schedule}: {rate}, {groups}", loc="left", color=INK, fontsize=13, fontweight="bold", pad=12)
 
 
-def _legend(figure: Figure, run: Run, colours: Sequence[str]) -> None:
+def _legend(figure: Figure, run: SimulatedRun, colours: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color=colour, label=f"group {place + 1}") for place, colour in enumerate(colours[:LEGEND_GROUPS])]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peerllm.cli.device import LocalDevice
-from peerllm.cli.terminal import human_bytes, layer_bar, printable, table
+from peerllm.cli.terminal import human_bytes, human_ms, human_rate, layer_bar, printable, table
 from peerllm.types import SCHEDULE_NAMES
 
 Status = Mapping[str, Any]
@@ -23,6 +23,9 @@ def status(args: argparse.Namespace) -> None:
         return
     print(f"{printable(found['device']['name'])}: {device.url}\n")
     print(devices_text(found))
+    if found["devices"][0]["state"] == "starting":
+        print("\nModels that ran here before come back when it has started.")
+        return
     print(links_text(found))
     print(deployments_text(found))
 
@@ -36,10 +39,10 @@ def devices_text(found: Status) -> str:
     rows = [("DEVICE", "STATE", "MEMORY", "LENT", "USED", "COMPUTES ON", "ID")]
     for one in found["devices"]:
         here = " (this one)" if one["id"] == found["device"]["id"] else ""
-        rows.append((
-            one["name"] + here, one["state"], human_bytes(one["memory_bytes"]), human_bytes(one["lent_bytes"]),
-            human_bytes(one.get("promised_bytes", 0)), (one.get("compute") or {}).get("place", ""), one["id"][:12],
-        ))  # fmt: skip
+        known = (human_bytes(one[key]) for key in ("memory_bytes", "lent_bytes", "used_bytes"))
+        memory = known if one["memory_bytes"] else ("", "", "")  # it was never here, or is starting
+        place = (one.get("compute") or {}).get("place", "")
+        rows.append((one["name"] + here, one["state"], *memory, place, one["id"][:12]))
     lines = [table(rows)]
     lines += [f"{one['name']}: {one['problem']}" for one in found["devices"] if one.get("problem")]
     strangers = [str(one["name"]) for one in found.get("nearby", ())]
@@ -56,7 +59,8 @@ def links_text(found: Status) -> str:
     rows = [("FROM", "TO", "HOP", "ROUND TRIP", "BANDWIDTH", "")]
     for one in links[:MAX_LINKS]:
         trip = "" if one["rtt_ms"] is None else f"{one['rtt_ms']:.2f} ms"
-        rows.append((one["from"], one["to"], f"{one['hop_ms']:.2f} ms", trip, f"{one['mbps']:.4g} Mbps", one["source"]))
+        speed = f"{human_rate(one['mbps'])} Mbps"
+        rows.append((one["from"], one["to"], f"{one['hop_ms']:.2f} ms", trip, speed, one["source"]))
     more = f"... and {len(links) - MAX_LINKS} more; see --json\n" if len(links) > MAX_LINKS else ""
     return f"\n{table(rows)}\n{more}"
 
@@ -69,7 +73,7 @@ def deployments_text(found: Status) -> str:
 
 
 def deployment_text(one: Mapping[str, Any]) -> str:
-    head = f"{one['model']}: {one['state']}, coordinated by {one['coordinator']}, epoch {one['epoch']}"
+    head = f"{one['name']}: {one['state']}, coordinated by {one['coordinator']}, epoch {one['epoch']}"
     if one.get("schedule", SCHEDULE_NAMES[0]) != SCHEDULE_NAMES[0]:
         head += f", schedule {one['schedule']}"
     if one.get("reason"):
@@ -78,13 +82,21 @@ def deployment_text(one: Mapping[str, Any]) -> str:
     if not stages:
         return printable(head)
     layers = max(int(stage["last_layer"]) for stage in stages) + 1
-    rows = [("DEVICE", "LAYERS", f"of {layers}", "MEMORY", "A BLOCK")]
+    rows = [("DEVICE", "LAYERS", f"of {layers}", "MEMORY", "A BLOCK TAKES")]
     for stage in stages:
         first, last = int(stage["first_layer"]), int(stage["last_layer"])
         bar = layer_bar(first, last, layers)
         speed = _block_ms((one.get("profiles") or {}).get(stage["device"]))
         rows.append((stage["device"], f"{first}-{last}", bar, human_bytes(stage["memory_bytes"]), speed))
-    return f"{printable(head)}\n{table(rows)}{weights_text(one)}{speed_text(one)}{activations_text(one)}"
+    facts = [tell(one) for tell in (context_text, weights_text, speed_text, activations_text)]
+    return f"{printable(head)}\n{table(rows)}{''.join(facts)}"
+
+
+def context_text(one: Mapping[str, Any]) -> str:
+    """How much a sequence may hold, and how many there is room for; "" where a device's version does not say."""
+    if not one.get("context"):
+        return ""
+    return f"\ncontext: {one['context']:,} tokens, prompt and answer together; {one['slots']} at once"
 
 
 def weights_text(one: Mapping[str, Any]) -> str:
@@ -107,7 +119,8 @@ def speed_text(one: Mapping[str, Any]) -> str:
     """What was predicted and, once something was asked, what was measured."""
     said, seen = one["plan"].get("predicted") or {}, one.get("measured") or {}
     lines = [
-        f"\n{title} first token {found['time_to_first_token_ms']:.3g} ms, a step {found['step_ms']:.3g} ms"
+        f"\n{title} first token after {human_ms(found['time_to_first_token_ms'])},"
+        f" then one every {human_ms(found['step_ms'])}"
         for title, found in (("predicted:", said), ("measured: ", seen))
         if "step_ms" in found
     ]
@@ -115,12 +128,11 @@ def speed_text(one: Mapping[str, Any]) -> str:
 
 
 def _block_ms(profile: Mapping[str, Any] | None) -> str:
-    """Milliseconds of a block for one token, and how the other devices of its machine add to it; "" where unknown."""
+    """What a block takes for one token, alone and while the machine's other devices compute too; "" where unknown."""
     times = profile["alone"] if profile else {}
     blocks = [points["1"] for kind, points in times.items() if kind.startswith("block") and "1" in points]
     if not profile or not blocks:
         return ""
-    text = f"{sum(blocks) / len(blocks):.3g} ms"
-    if profile["contention"] > 1:
-        text += f", x {profile['contention']:.2g} together"
+    alone, times = sum(blocks) / len(blocks), profile["contention"]
+    text = human_ms(alone) + (f", {human_ms(alone * times)} beside the others" if times > 1 else "")
     return f"about {text}" if profile["source"] == "estimated" else text

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peerllm import __version__
-from peerllm.daemon.settings import API_PORT, CONTROL_PORT
-from peerllm.planner.scenario import OBJECTIVES, STRATEGIES
+from peerllm.daemon.settings import API_PORT, CONTROL_PORT, PAIRING_PORT
+from peerllm.planner.scenario.scenario import OBJECTIVES, STRATEGIES
 from peerllm.types import ACTIVATIONS, COMPUTE, QUANTIZE, SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
 MAX_DEVICES = 8  # of the demo: they share one machine
+MIN_MEMORY_BYTES = 10**6  # less holds no layer of any model
 MAX_RECORD_S = 600  # then the engines end a recording by themselves
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -22,12 +23,24 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
 def size(text: str) -> int:
-    """Bytes in "4GB", "512MB", "1.5GiB" or plain bytes."""
+    """Bytes in "4GB", "512MB", "1.5GiB" or plain bytes, no fewer than MIN_MEMORY_BYTES."""
     found = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or float(found[1]) * unit < 1:
+    if found is None or unit is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 4GB, 512MB or 1.5GiB")
-    return int(float(found[1]) * unit)
+    nbytes = int(float(found[1]) * unit)
+    if nbytes < MIN_MEMORY_BYTES:
+        meant = "it like 4GB or 512MB" if found[2] or nbytes < 1 else f"{found[1]}GB if you mean gigabytes"
+        counted = f"{nbytes} byte{'s' * (nbytes != 1)}"
+        raise argparse.ArgumentTypeError(f"{text!r} is {counted}, too little to lend; write {meant}")
+    return nbytes
+
+
+def pairing_address(text: str) -> tuple[str, int]:
+    """(host, port) of "HOST" or "HOST:PORT": the port is the pairing door's where none is given."""
+    if text.count(":") > 1 and not text.startswith("["):  # an IPv6 address alone
+        return text, PAIRING_PORT
+    return address(text if re.search(r":\d*$", text) else f"{text}:{PAIRING_PORT}")
 
 
 def address(text: str, lowest: int = 1) -> tuple[str, int]:
@@ -167,6 +180,7 @@ def _up(up: argparse.ArgumentParser) -> None:
     )
     up.add_argument("--loopback", action="store_true", help="listen on this machine only: no other machine can pair")
     up.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
+    up.add_argument("--expect", default="", help=argparse.SUPPRESS)  # the model that will be run: requests wait for it
 
 
 def _demo(demo: argparse.ArgumentParser) -> None:
@@ -195,17 +209,25 @@ def _pairing(command: _Command) -> None:
     invite.add_argument("--json", action="store_true")
     join = command("join", "Join the household that gave the code.")
     join.add_argument("code", metavar="CODE")
-    join.add_argument("--at", type=address, metavar="HOST:PORT", help="the inviter's pairing port, if it is not found")
+    join.add_argument(
+        "--at",
+        type=pairing_address,
+        metavar="HOST[:PORT]",
+        help=f"the inviter's address, if it is not found by itself (port {PAIRING_PORT} unless another is given)",
+    )
     leave = command("leave", "Leave the household; this device stays, alone.")
     remove = command("remove", "Put a device out of the household, such as one that was lost or sold.")
     remove.add_argument("device", metavar="DEVICE", help="its name or id, as `peerllm devices` shows them")
     for name, parser in (("invite", invite), ("join", join), ("leave", leave), ("remove", remove)):
-        parser.set_defaults(module="pairing", function=name)
+        parser.set_defaults(module="household", function=name)
 
 
 def _models(command: _Command) -> None:
     run = command("run", "Divide a model over the household's devices and serve it from this one.")
     run.add_argument("model", metavar="MODEL", help="a Hugging Face id, a local directory, or builtin")
+    run.add_argument(
+        "--as", dest="name", metavar="NAME", help="what to call it (default: the last part of its path or id)"
+    )
     run.add_argument("--objective", choices=("latency", "throughput"), default="latency")
     run.add_argument("--context", type=positive, metavar="N", help="tokens that a sequence may hold, prompt and answer")
     run.add_argument("--slots", type=positive, metavar="N", help="sequences served at once")

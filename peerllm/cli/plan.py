@@ -16,13 +16,15 @@ import orjson
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.exactness import exactness
 from peerllm.cli.progress import as_model, progress
-from peerllm.cli.terminal import human_bytes, layer_bar, printable, table
+from peerllm.cli.terminal import human_bytes, human_ms, human_rate, layer_bar, printable, table
 from peerllm.errors import BadInputError, InfeasibleError, PeerLLMError, UnavailableError
-from peerllm.planner.activations import forms
-from peerllm.planner.chunks import Pipeline, in_chunks
-from peerllm.planner.cost import hop_ms, layer_ms, stage_bytes
-from peerllm.planner.scenario import Scenario, ScenarioError, parse
-from peerllm.planner.strategies import SINGLE, plan, value
+from peerllm.planner.cost.layer_costs import hop_ms, layer_ms, stage_bytes
+from peerllm.planner.scenario.json_value import ScenarioError
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.scenario.scenario_parser import parse
+from peerllm.planner.strategies.strategy_plan import SINGLE, plan, value
+from peerllm.planner.transfers.activation_forms import forms
+from peerllm.planner.transfers.prompt_chunks import Pipeline, in_chunks
 from peerllm.types import Objective, Plan, chunk_of
 
 OK, INFEASIBLE, MALFORMED = 0, 1, 2
@@ -31,7 +33,7 @@ MAX_FILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Outcome:
     """What became of one scenario: a plan, the reason why there is none, or the error in the file."""
 
     strategy: str
@@ -91,15 +93,15 @@ def run(args: argparse.Namespace) -> int:
     return max(codes)
 
 
-def answer(name: str, strategy: str, objective: Objective) -> Answer:
+def answer(name: str, strategy: str, objective: Objective) -> Outcome:
     """Plan for one file, or for standard input."""
     try:
         return planned(read(name), strategy, objective)
     except ScenarioError as error:
-        return Answer(strategy, objective, error=str(error))
+        return Outcome(strategy, objective, error=str(error))
 
 
-def planned(scenario: Scenario, strategy: str, objective: Objective) -> Answer:
+def planned(scenario: Scenario, strategy: str, objective: Objective) -> Outcome:
     """The plan, timed, or why there is none; ScenarioError if the strategy needs what the scenario lacks."""
     started = time.perf_counter()
     try:
@@ -109,12 +111,12 @@ def planned(scenario: Scenario, strategy: str, objective: Objective) -> Answer:
         if error.missing_bytes and str(error.missing_bytes) not in reason:
             reason += f" ({error.missing_bytes} bytes)"
         took = 1000 * (time.perf_counter() - started)
-        return Answer(strategy, objective, scenario, reason=reason, solve_ms=took)
+        return Outcome(strategy, objective, scenario, reason=reason, solve_ms=took)
     took = 1000 * (time.perf_counter() - started)
-    return Answer(strategy, objective, scenario, found, solve_ms=took)
+    return Outcome(strategy, objective, scenario, found, solve_ms=took)
 
 
-def live(model: str, args: argparse.Namespace) -> Answer:
+def live(model: str, args: argparse.Namespace) -> Outcome:
     """What `run` would plan now for the household of the device that runs here."""
     body = {"model": as_model(model), "objective": args.objective, "context": args.context, "slots": args.slots,
             **exactness(args)}  # fmt: skip
@@ -133,7 +135,7 @@ def live(model: str, args: argparse.Namespace) -> Answer:
     raise UnavailableError("the device stopped before it had planned; see its log")
 
 
-def as_cut(found: Answer, most: int) -> Answer:
+def as_cut(found: Outcome, most: int) -> Outcome:
     """With the first token as it comes when prompts are cut for this plan, into chunks of at most `most` tokens."""
     if found.scenario is None or found.plan is None:
         return found
@@ -183,7 +185,7 @@ def _json(line: dict[str, Any]) -> str:
         return json.dumps(line)
 
 
-def plan_text(scenario: Scenario, found: Plan, how: Answer) -> str:
+def plan_text(scenario: Scenario, found: Plan, how: Outcome) -> str:
     """A plan for people: its stages drawn over the model's layers, and what they are predicted to do."""
     layers, batch = scenario.model.layers, found.predicted.micro_batch
     rows = [("DEVICE", "LAYERS", f"of {len(layers)}", "NEEDS", "LENDS", "COMPUTE", "HOP")]
@@ -197,41 +199,38 @@ def plan_text(scenario: Scenario, found: Plan, how: Answer) -> str:
         rows.append((
             stage.device, f"{stage.first_layer}-{stage.last_layer}",
             layer_bar(stage.first_layer, stage.last_layer, len(layers)), human_bytes(nbytes),
-            human_bytes(device.memory_bytes), _ms(sum(layer_ms(device, layer, batch) for layer in held)),
-            _ms(hop) + " as int8" * (form == "int8"),
+            human_bytes(device.memory_bytes), human_ms(sum(layer_ms(device, layer, batch) for layer in held)),
+            human_ms(hop) + " as int8" * (form == "int8"),
         ))  # fmt: skip
     head = f"{scenario.model.name}: {how.strategy}, {how.objective}; {verdict(found, how)}"
     weights = f"weights: {how.weights}\n" * bool(how.weights)
     return f"{printable(head)}\n{table(rows)}\n{printable(weights)}{printable(prediction(scenario, found, how))}"
 
 
-def verdict(found: Plan, how: Answer) -> str:
+def verdict(found: Plan, how: Outcome) -> str:
     """How good the plan is known to be."""
-    took = f"found in {_ms(how.solve_ms or 0.0)}"
+    took = f"found in {human_ms(how.solve_ms or 0.0)}"
     if how.strategy in SINGLE:
         return f"the one plan of this strategy, {took}"
     if found.optimal:
         return f"the best there is for it, {took}"
-    best = f"{_ms(found.bound)} a request" if how.objective == "latency" else f"{found.bound:.4g} tokens/s"
+    best = f"{human_ms(found.bound)} a request" if how.objective == "latency" else f"{human_rate(found.bound)} tokens/s"
     worth = value(found.predicted, how.objective)
     gap = abs(worth - found.bound) / worth if worth and isfinite(found.bound) else 1.0
     return f"not proven the best ({best} is not ruled out, {gap:.1%} from this), {took}"
 
 
-def prediction(scenario: Scenario, found: Plan, how: Answer) -> str:
+def prediction(scenario: Scenario, found: Plan, how: Outcome) -> str:
     said, work = found.predicted, scenario.workload
     chunks = how.chunk is not None and how.chunk < work.prompt_tokens
     cut = f" (of a prompt of {work.prompt_tokens}, in chunks of {how.chunk})" if chunks else ""
-    first = f"First token after {_ms(said.time_to_first_token_ms)}{cut}"
+    first = f"First token after {human_ms(said.time_to_first_token_ms)}{cut}"
     if how.objective == "latency":
-        request = f"{work.output_tokens} tokens in {_ms(said.request_ms)}, {said.tokens_per_second:.4g} tokens/s"
-        return f"{first}, then one every {_ms(said.step_ms)}: {request}. Busiest: {said.bottleneck}."
+        request = f"{work.output_tokens} tokens in {human_ms(said.request_ms)}"
+        rate = f"{human_rate(said.tokens_per_second)} tokens/s"
+        return f"{first}, then one every {human_ms(said.step_ms)}: {request}, {rate}. Busiest: {said.bottleneck}."
     groups = f"{said.micro_batches} × {said.micro_batch} sequences"
     return (
-        f"{said.tokens_per_second:.4g} tokens/s with {groups} under way, {_ms(said.step_ms)} a lap. "
+        f"{human_rate(said.tokens_per_second)} tokens/s with {groups} under way, {human_ms(said.step_ms)} a lap. "
         f"{first}. Busiest: {said.bottleneck}."
     )
-
-
-def _ms(value: float) -> str:
-    return f"{value / 1000:.3g} s" if value >= 10_000 else f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"

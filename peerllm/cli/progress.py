@@ -11,8 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from peerllm.cli.terminal import printable
+from peerllm.daemon.weights.known_models import BUILTIN
 
-BUILTIN = "builtin"
 _PERCENT = re.compile(r"\d+(\.\d+)? ?%")
 
 

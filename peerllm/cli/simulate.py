@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from peerllm.cli import gantt
-from peerllm.cli.plan import MALFORMED, OK, Answer, answer
-from peerllm.cli.terminal import printable, table
+from peerllm.cli.plan import MALFORMED, OK, Outcome, answer
+from peerllm.cli.terminal import human_ms, human_rate, printable, table
 from peerllm.errors import BadInputError, InfeasibleError
-from peerllm.planner.cost import lap_of
-from peerllm.planner.scenario import Scenario
-from peerllm.planner.simulator import Run, ScheduleName, formula_tokens_per_second, simulate
-from peerllm.types import Plan
+from peerllm.planner.cost.prediction import lap_of
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.simulator.run_report import SimulatedRun, formula_tokens_per_second
+from peerllm.planner.simulator.simulation import simulate
+from peerllm.types import Plan, ScheduleName
 
 USAGE = "usage: peerllm simulate SCENARIO.json --plot FILE.svg|FILE.png"
 BAR = 24  # characters of a utilisation bar
@@ -30,7 +31,7 @@ class Simulated:
 
     scenario: Scenario
     plan: Plan
-    run: Run
+    run: SimulatedRun
     formula_tokens_per_second: float
 
     def hops(self) -> list[tuple[str, str]]:
@@ -92,7 +93,7 @@ def _unplottable(plot: Path, scenarios: int) -> str | None:
     return None if plot.suffix.lower() in gantt.SUFFIXES else f"{plot} must end in {' or '.join(gantt.SUFFIXES)}"
 
 
-def json_line(found: Answer, schedule: ScheduleName, done: Simulated | None) -> dict[str, Any]:
+def json_line(found: Outcome, schedule: ScheduleName, done: Simulated | None) -> dict[str, Any]:
     """The JSON object; without a run its figures are null. Utilisations are shares of the makespan."""
     line: dict[str, Any] = {
         "strategy": found.strategy,
@@ -145,7 +146,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and isfinite(value) else None
 
 
-def run_text(found: Answer, done: Simulated) -> str:
+def run_text(found: Outcome, done: Simulated) -> str:
     """A run for people: a bar for each stage and each link, and the rates."""
     run, devices = done.run, done.scenario.devices
     shares, waits = run.stage_utilisation(), run.waiting_ms("compute")
@@ -153,14 +154,14 @@ def run_text(found: Answer, done: Simulated) -> str:
     for place, stage in enumerate(done.plan.stages):
         name, share = devices[stage.device].name, shares[place]
         layers = f"{stage.first_layer}-{stage.last_layer}"
-        rows.append((name, layers, bar(share), f"{share:4.0%}", ms_text(waits[name])))
+        rows.append((name, layers, bar(share), f"{share:4.0%}", human_ms(waits[name])))
     sending, queued = run.utilisation("transfer"), run.waiting_ms("transfer")
     names = [f"{a} to {b}" for a, b in done.hops()]
     rows += [("LINK", "", "SENDING", "", "")] if names else []
-    rows += [(name, "", bar(sending[name]), f"{sending[name]:4.0%}", ms_text(queued[name])) for name in names]
+    rows += [(name, "", bar(sending[name]), f"{sending[name]:4.0%}", human_ms(queued[name])) for name in names]
     air, aired = run.utilisation("air"), run.waiting_ms("air")
     rows += [("SHARED MEDIUM", "", "CARRYING", "", "")] if air else []
-    rows += [(name, "", bar(share), f"{share:4.0%}", ms_text(aired[name])) for name, share in air.items()]
+    rows += [(name, "", bar(share), f"{share:4.0%}", human_ms(aired[name])) for name, share in air.items()]
     count, tokens = len(run.returns) * run.micro_batch, len(run.returns[0])
     groups = f"{len(run.returns)} × {run.micro_batch} sequences, {tokens} tokens each"
     sequences = groups if count > 1 else f"one sequence, {tokens} tokens"
@@ -170,12 +171,12 @@ def run_text(found: Answer, done: Simulated) -> str:
 
 def rates(done: Simulated) -> str:
     run, steady = done.run, done.run.steady_tokens_per_second
-    pace = "too few tokens for a steady rate" if steady is None else f"{steady:.4g} tokens/s while all decode"
-    first = dict.fromkeys(ms_text(pick(run.time_to_first_token_ms)) for pick in (min, max))
-    step = "" if run.step_ms is None else f", then one every {ms_text(run.step_ms)}"
+    pace = "too few tokens for a steady rate" if steady is None else f"{human_rate(steady)} tokens/s while all decode"
+    first = dict.fromkeys(human_ms(pick(run.time_to_first_token_ms)) for pick in (min, max))
+    step = "" if run.step_ms is None else f", then one every {human_ms(run.step_ms)}"
     return (
-        f"{pace} (formula {done.formula_tokens_per_second:.4g}); {run.tokens_per_second:.4g} over all: "
-        f"{run.tokens} tokens in {ms_text(run.makespan_ms)}.\nFirst tokens after {' to '.join(first)}{step}."
+        f"{pace} (formula {human_rate(done.formula_tokens_per_second)}); {human_rate(run.tokens_per_second)} over all: "
+        f"{run.tokens} tokens in {human_ms(run.makespan_ms)}.\nFirst tokens after {' to '.join(first)}{step}."
     )
 
 
@@ -183,7 +184,3 @@ def bar(share: float, width: int = BAR) -> str:
     """How much of the time, in `width` characters; anything above zero shows."""
     full = min(width, max(round(share * width), share > 0))
     return "█" * full + "·" * (width - full)
-
-
-def ms_text(value: float) -> str:
-    return f"{value / 1000:.3g} s" if value >= 10_000 else f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"

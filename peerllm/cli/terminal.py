@@ -22,6 +22,23 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def human_ms(value: float) -> str:
+    """Milliseconds as a person says them: "0.42 ms", "58 ms", "5.1 s", "12 min"; two digits and never an exponent."""
+    if value < 999.5:
+        return f"{_two_digits(value)} ms"
+    return f"{_two_digits(value / 1000)} s" if value < 600_000 else f"{value / 60_000:,.0f} min"
+
+
+def _two_digits(value: float) -> str:
+    """Two digits that count where they stand behind the point; whole numbers are whole."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}".rstrip("0.") or "0"
+
+
+def human_rate(value: float) -> str:
+    """Tokens a second, or megabits: three digits, thousands set apart, never an exponent."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns wide enough for their longest cell; the first row is the heading."""
     clean = [[printable(cell).replace("\n", " ").replace("\t", " ") for cell in row] for row in rows]

@@ -22,7 +22,7 @@ What = tuple[int, int]  # a sequence, and the position its tokens begin at; (-1,
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
+class ChartBar:
     """Milliseconds from the beginning of the recording; `row` is a device, or "a → b"."""
 
     row: str
@@ -33,11 +33,11 @@ class Bar:
     prompt: bool
 
 
-def bars(trace: Mapping[str, Any]) -> list[Bar]:
+def bars(trace: Mapping[str, Any]) -> list[ChartBar]:
     """Passes, and the ways of frames with hidden states; rows in the order of the devices."""
     events: Sequence[Mapping[str, Any]] = trace["traceEvents"]
     names = {one["pid"]: str(one["args"]["name"]) for one in events if one["name"] == "process_name"}
-    found = {name: [] for name in names.values()}  # type: dict[str, list[Bar]]
+    found = {name: [] for name in names.values()}  # type: dict[str, list[ChartBar]]
     begun: dict[tuple[int, float], Mapping[str, Any]] = {}
     for one in events:
         if one["ph"] != "X":
@@ -46,7 +46,7 @@ def bars(trace: Mapping[str, Any]) -> list[Bar]:
             found[names[one["pid"]]].append(_bar(names[one["pid"]], one["ts"], one["ts"] + one["dur"], one))
         elif one["name"] == "send activation":
             begun[one["pid"], one["ts"]] = one
-    ways: dict[str, list[Bar]] = {}
+    ways: dict[str, list[ChartBar]] = {}
     started: dict[tuple[int, Any], Mapping[str, Any]] = {}
     for one in events:
         if one["ph"] == "b" and one["name"].startswith("hop to ") and (one["pid"], one["ts"]) in begun:
@@ -56,7 +56,7 @@ def bars(trace: Mapping[str, Any]) -> list[Bar]:
             row = f"{names[one['pid']]} → {first['name'].removeprefix('hop to ')}"
             sent = begun[one["pid"], first["ts"]]
             ways.setdefault(row, []).append(_bar(row, first["ts"], one["ts"], sent))
-    ordered: list[Bar] = []
+    ordered: list[ChartBar] = []
     for name, computed in found.items():
         ordered += computed
         for row, carried in ways.items():
@@ -64,12 +64,12 @@ def bars(trace: Mapping[str, Any]) -> list[Bar]:
     return ordered
 
 
-def _bar(row: str, start: float, end: float, event: Mapping[str, Any]) -> Bar:
+def _bar(row: str, start: float, end: float, event: Mapping[str, Any]) -> ChartBar:
     args = event["args"]
     sequences, positions = args.get("sequences", []), args.get("positions", [])
     what = (sequences[0], positions[0]) if len(sequences) == 1 else (-1, -1)
     tokens = args.get("tokens", 0)
-    return Bar(row, start / 1000, end / 1000, what, tokens, tokens > len(sequences))
+    return ChartBar(row, start / 1000, end / 1000, what, tokens, tokens > len(sequences))
 
 
 def draw(trace: Mapping[str, Any], path: Path) -> None:
@@ -98,7 +98,7 @@ def draw(trace: Mapping[str, Any], path: Path) -> None:
         raise BadInputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _paint(axes: Axes, shown: Iterable[Bar], places: Mapping[str, int], begin: float, length: float) -> None:
+def _paint(axes: Axes, shown: Iterable[ChartBar], places: Mapping[str, int], begin: float, length: float) -> None:
     colours = _colours(shown)
     for bar in shown:
         place, computes = places[bar.row], " → " not in bar.row
@@ -113,12 +113,12 @@ def _paint(axes: Axes, shown: Iterable[Bar], places: Mapping[str, int], begin: f
             axes.text(start + took / 2, place, label, color=ink, fontsize=7, ha="center", va="center_baseline")
 
 
-def _part(bar: Bar) -> What:
+def _part(bar: ChartBar) -> What:
     """What has a colour of its own: each chunk of a prompt, all steps of a sequence."""
     return bar.what if bar.prompt else (bar.what[0], -1)
 
 
-def _colours(shown: Iterable[Bar]) -> dict[What, str]:
+def _colours(shown: Iterable[ChartBar]) -> dict[What, str]:
     parts = dict.fromkeys(_part(bar) for bar in shown)
     return {part: GREY if part[0] < 0 else COLOURS[place % len(COLOURS)] for place, part in enumerate(parts)}
 

@@ -15,7 +15,7 @@ from peerllm.cli import timeline
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.gantt import SUFFIXES, require
 from peerllm.cli.served import served_here
-from peerllm.cli.terminal import printable, table
+from peerllm.cli.terminal import human_ms, printable, table
 from peerllm.errors import BadInputError
 
 ROUTE = "/peerllm/v1/trace"
@@ -187,7 +187,7 @@ def text(out: Path, trace: Mapping[str, Any]) -> str:
     rows = [("DEVICE", "PASSES", "COMPUTING", "IDLE", "ON THE WAY FROM IT", "OF THAT WHILE COMPUTING", "CLOCK")]
     for one in found["devices"]:
         shares = (f"{one[key]:.0%}" for key in ("computing", "idle", "on_the_way", "on_the_way_while_computing"))
-        rows.append((one["device"], str(one["passes"]), *shares, f"± {one['uncertainty_us'] / 1000:.3g} ms"))
+        rows.append((one["device"], str(one["passes"]), *shares, f"± {human_ms(one['uncertainty_us'] / 1000)}"))
     lines = [table(rows)]
     lines += [f"{name} tells nothing: {reason}" for name, reason in found["missing"].items()]
     lines += [
@@ -197,5 +197,7 @@ def text(out: Path, trace: Mapping[str, Any]) -> str:
     ]
     if not any(one["passes"] for one in found["devices"]):
         lines.append("Nothing was asked of the model meanwhile.")
-    lines.append(f"{out}: {found['events']} events in {found['seconds']:.3g} s; open it at https://ui.perfetto.dev")
+    lines.append(
+        f"{out}: {found['events']} events in {human_ms(1000 * found['seconds'])}; open it at https://ui.perfetto.dev"
+    )
     return printable("\n".join(lines))

@@ -11,13 +11,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 from peerllm.api.guard import is_loopback
 from peerllm.api.server import ApiServer
 from peerllm.api.token import TOKEN_FILE
 from peerllm.cli.device import DAEMON_FILE, write_daemon_file
+from peerllm.cli.terminal import human_bytes, printable
 from peerllm.daemon.daemon import Daemon
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise BadInputError(f"cannot use --data {settings.data_dir}: {error.strerror}") from error
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(serve(settings, args.api_name, args.exit_with_parent))
+        runner.run(serve(settings, args.api_name, args.exit_with_parent, args.expect))
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -49,8 +50,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(
         data_dir=args.data.expanduser().resolve(), name=name, port=args.port,
         api_host=args.api[0], api_port=args.api[1], memory_bytes=args.memory, threads=args.threads,
-        peers=tuple(args.peer), in_process=args.in_process, mdns=not args.no_mdns, compute=args.compute,
-        **chosen,
+        peers=tuple(args.peer), in_process=args.in_process, mdns=not (args.no_mdns or args.loopback),
+        compute=args.compute, **chosen,
     )  # fmt: skip
 
 
@@ -62,8 +63,8 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool) -> None:
-    """Daemon, then API, then the ready line; a signal closes them in the opposite order."""
+async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool, expected: str = "") -> None:
+    """API, then daemon, then the ready line; a signal closes them. The API tells from the first second what goes on."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -71,29 +72,47 @@ async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool
     if exit_with_parent:
         _watch_stdin(loop, stop)
     daemon = Daemon(settings)
-    api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names)
+    api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names, expected)
     try:
         await api.reserve()
-        if await _unless(stop, daemon.start(), "start daemon") and await _unless(stop, api.start(), "start API"):
-            await _announced(settings, api.url, stop)
+        await daemon.claim()
+        await api.start()
+        with _announced(settings, api.url):
+            if await _unless(stop, daemon.start(), "start daemon"):
+                _tell(ready_text(settings, daemon.status()["devices"][0]))
+                print(f"ready {api.url}", flush=True)
+                _notify("READY=1")
+                await stop.wait()
+                log.info("stopping")
+                _notify("STOPPING=1")
     finally:
         await api.close()
         await daemon.close()
 
 
-async def _announced(settings: Settings, url: str, stop: asyncio.Event) -> None:
-    """Everyone who waits for this device may use it, until `stop`."""
+@contextlib.contextmanager
+def _announced(settings: Settings, url: str) -> Iterator[None]:
+    """The other commands find this device, which says that it starts, and where."""
     write_daemon_file(settings.data_dir, url)
     try:
-        print(f"ready {url}", flush=True)
+        _tell(f"{settings.name} is starting, which takes up to half a minute. Page: {url}  Data: {settings.data_dir}")
         if not is_loopback(settings.api_host):
-            log.info("the page wants the token in %s: %s/?token=TOKEN", settings.data_dir / TOKEN_FILE, url)
-        _notify("READY=1")
-        await stop.wait()
-        log.info("stopping")
-        _notify("STOPPING=1")
+            _tell(f"From other machines the page asks for a token: {url}/?token=TOKEN, see {TOKEN_FILE} in the data")
+        yield
     finally:
         (settings.data_dir / DAEMON_FILE).unlink(missing_ok=True)
+
+
+def ready_text(settings: Settings, me: Mapping[str, Any]) -> str:
+    """What the device lends; where its owner asked for more than there is, what became of that."""
+    lent, wish = me["lent_bytes"], settings.memory_bytes
+    text = f"{settings.name} is ready and lends {human_bytes(lent)} of its {human_bytes(me['memory_bytes'])}"
+    return text if wish is None or wish <= lent else f"{text}: --memory {human_bytes(wish)} is more than it can lend"
+
+
+def _tell(text: str) -> None:
+    """To the person who started it; scripts read standard output."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None], name: str) -> bool:

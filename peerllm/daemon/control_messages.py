@@ -86,13 +86,17 @@ class DeploymentView:
     predicted: Mapping[str, float | str] = field(default_factory=dict)
     measured: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
-    progress: float = 0.0  # 0 to 1 while loading
+    progress: float = 0.0  # 0 to 1, of a download or of loading
     schedule: ScheduleName = "no-bubble"
     activations: tuple[ActivationForm, ...] = ()  # how hidden states go from each stage to the next
     activations_wanted: Activations = "auto"
     dtype: str = ""  # it is computed in; "": not known yet
     quantize: str = ""  # what weights are rounded to; "": not at all
     quantize_wanted: str = "auto"  # one of types.QUANTIZE
+    name: str = ""  # what people and clients call it
+    context: int = 0  # tokens that a sequence may hold, as planned; 0: there is no plan
+    slots: int = 0  # sequences served at once, as planned
+    message: str = ""  # what is being done until it serves, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +104,10 @@ class DeviceView:
     """What a device says of itself now; `promised_bytes` is what its ledger has given out of `lent_bytes`."""
 
     promised_bytes: int
-    resident_bytes: int
-    engine: str  # "running", "starting", "crashed: why"
+    resident_bytes: int  # of the engine's process, as measured; 0 while there is none
+    engine: str  # EngineHost.state
     deployments: tuple[DeploymentView, ...]  # those it coordinates
+    used_bytes: int = 0  # what is promised to deployments, and the engine's own size while it runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +291,7 @@ class Trouble:
     deployment: DeploymentId
     epoch: int
     reason: str
+    engine_died: bool = False  # else a link broke, which may be the other end's fault
 
 
 Control = (

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,10 +18,10 @@ from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment.coordinator import Coordinator
-from peerllm.daemon.deployment.surroundings import RUNNING, Home
+from peerllm.daemon.deployment.surroundings import Home
 from peerllm.daemon.deployment.worker import QUERY_TIMEOUT_S, Worker
-from peerllm.daemon.engine_link import machine
-from peerllm.daemon.engine_link.engine_host import EngineHost
+from peerllm.daemon.engine_link import engine_facts, machine
+from peerllm.daemon.engine_link.engine_host import IDLE, RUNNING, WAKING, EngineHost
 from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.network import Network
@@ -32,6 +33,7 @@ from peerllm.daemon.status.status import (
     link_entries,
     peer_entry,
     sighting_entry,
+    starting_status,
 )
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import ROUTE, Offers
@@ -39,6 +41,7 @@ from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import (
     Configure,
     Configured,
+    EngineLoad,
     FromEngine,
     LinkLost,
     LinkTimed,
@@ -53,7 +56,7 @@ from peerllm.engine.messages import (
 from peerllm.errors import BadInputError, NotFoundError, UnavailableError
 from peerllm.transport.identity import Identity, load_or_create
 from peerllm.transport.roster import RosterEntry
-from peerllm.types import DeviceId
+from peerllm.types import DeploymentId, DeviceId
 
 VIEW_INTERVAL_S = 0.25  # between two tellings of what changed here
 ECHO_TIMEOUT_S = 10.0  # dialling another device's engine and timing a few frames
@@ -75,11 +78,29 @@ class Daemon:
         self._machine = machine.fingerprint()
         self._told: DeviceView | None = None
         self._free: dict[DeviceId, int] = {}
+        self._planned: set[DeploymentId] = set()  # what others plan now
+        self._echoing: set[DeviceId] = set()  # devices that hops can be timed to now
         self._tasks: set[asyncio.Task[None]] = set()
         self._pulse = Debounce(VIEW_INTERVAL_S, self._beat)
+        self._doing = ""  # while this device starts, for people
+        self._ready = asyncio.Event()
         self._started = self._closed = False
 
     # ---- life ---------------------------------------------------------------------------------------------------
+
+    async def claim(self) -> None:
+        """Take the data directory, so that `status` can be told; BadInputError if it cannot be had. Idempotent."""
+        if self._doing:
+            return
+        data = self.settings.data_dir
+        await asyncio.to_thread(data.mkdir, 0o700, True, True)
+        self._closing.callback((await asyncio.to_thread(machine.lock, data)).close)
+        self.identity: Identity = await asyncio.to_thread(load_or_create, data)
+        self._doing = "starting its engine"
+
+    async def started(self) -> None:
+        """Returns when `start` is done."""
+        await self._ready.wait()
 
     async def start(self) -> None:
         """Returns when this device can be used; raises why it cannot, with everything closed again."""
@@ -90,10 +111,8 @@ class Daemon:
             raise
 
     async def _start(self) -> None:
+        await self.claim()
         data = self.settings.data_dir
-        await asyncio.to_thread(data.mkdir, 0o700, True, True)
-        self._closing.callback((await asyncio.to_thread(machine.lock, data)).close)
-        self.identity: Identity = await asyncio.to_thread(load_or_create, data)
         self.network = Network(self.settings, self.identity, self.hello, idle=self._idle)
         self.host = EngineHost(
             self._configure,
@@ -102,10 +121,13 @@ class Daemon:
             self._engine_ready,
             self.settings.in_process,
             self._threads,
+            needed=self._engine_needed,
+            on_state=self._engine_state,
         )
         self._closing.push_async_callback(self.host.close)
         self._closing.push_async_callback(self.network.close)
-        configured = self._configured = await self.host.start()
+        configured = self._configured = await self._engine_started(data / "engine.json")
+        self._doing = "measuring how fast this machine computes"
         self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
         self._memory_bytes = configured.memory_bytes or machine.memory_bytes()
         self.ledger = Ledger(self._lent(configured))
@@ -127,7 +149,7 @@ class Daemon:
         network = self.network
         network.add_route("GET", ROUTE, self.offers.handle)
         network.answer_with(self._answer)
-        network.survey.echo = self._echo
+        network.link_monitor.echo, network.link_monitor.may_echo = self._echo, self._may_echo
         network.listen(self._heard)
         network.on_change(self._household_changed)
         network.on_vanish(self._vanished)
@@ -137,6 +159,7 @@ class Daemon:
         await network.start()
         await self.store.prune()
         await self.coordinator.start()
+        self._ready.set()
         self.poke()
 
     async def close(self) -> None:
@@ -162,6 +185,8 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """The object of design §9, and more."""
+        if not self._ready.is_set():
+            return starting_status(self.identity.device, self.settings, self._doing)
         peers, addresses = self.network.peers(), self.network.addresses
         me = {
             **device_entry(self.identity.device, self.hello(), self._view()),
@@ -185,10 +210,12 @@ class Daemon:
 
     def _links(self) -> list[dict[str, Any]]:
         planned = link_profiles(self.home.candidates(), self.identity.device)
-        return link_entries(self.network.survey.figures(), planned, self.home.name)
+        return link_entries(self.network.link_monitor.figures(), planned, self.home.name)
 
     async def engine(self) -> dict[str, Any]:
-        """Asked of the engine itself, so that it is true now."""
+        """Asked of the engine itself, so that it is true now; an idle one is not started for it."""
+        if self.host.state == IDLE:
+            return engine_entry(EngineLoad(0, (), 0, 0, 0))
         return engine_entry(await self.host.ask(QueryLoad(self.host.next_request()), QUERY_TIMEOUT_S))
 
     def changed(self) -> AsyncIterator[None]:
@@ -200,8 +227,8 @@ class Daemon:
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         return self.coordinator.generate(request)
 
-    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
-        await self.coordinator.run(options, progress)
+    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
+        return await self.coordinator.run(options, progress)
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         return await self.coordinator.preview(options, progress)
@@ -226,6 +253,9 @@ class Daemon:
     async def invite(self) -> tuple[str, int]:
         return await self.network.open_door()
 
+    def hosts(self) -> tuple[str, ...]:
+        return self.network.addresses
+
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         return await self.network.join(code, at)
 
@@ -233,11 +263,15 @@ class Daemon:
         await self.network.leave()
 
     async def remove(self, device: str) -> None:
-        """By name, id or the start of an id."""
+        """By name, id or the start of an id; BadInputError for this device itself."""
         entries = [entry for entry in self.network.roster() if entry.device != self.identity.device]
         peers = self.network.peers()
         found = {e.device for e in entries if device in (e.device, e.name, peers[e.device].name)}
         found = found or {entry.device for entry in entries if len(device) >= 8 and entry.device.startswith(device)}
+        if not found and (
+            device == self.settings.name or (len(device) >= 8 and self.identity.device.startswith(device))
+        ):
+            raise BadInputError(f"{device} is this device; to take it out of its household type: peerllm leave")
         if not found:
             raise NotFoundError(f"no device {device!r} belongs to this household; `peerllm devices` lists them")
         if len(found) > 1:
@@ -268,9 +302,13 @@ class Daemon:
         )
 
     def _view(self) -> DeviceView:
-        return DeviceView(self.ledger.promised_bytes, self._resident_bytes(), self.host.state, self.coordinator.views())
+        promised, state = self.ledger.promised_bytes, self.host.state
+        own = self._configured.runtime_bytes if self._configured is not None and state == RUNNING else 0
+        return DeviceView(promised, self._resident_bytes(), state, self.coordinator.views(), promised + own)
 
     def _resident_bytes(self) -> int:
+        if self.host.pid is None and not self.settings.in_process:
+            return 0
         try:
             return int(psutil.Process(self.host.pid).memory_info().rss)
         except psutil.Error:
@@ -306,10 +344,29 @@ class Daemon:
             compute=self.settings.compute,
         )
 
+    async def _engine_started(self, file: Path) -> Configured:
+        """Starts the engine to learn what it can do, unless that is known: then it stays idle until it is needed.
+
+        With ports free to choose, only a running engine knows its own.
+        """
+        if self.settings.port and self.settings.compute == "cpu" and not self.settings.in_process:
+            known = await asyncio.to_thread(engine_facts.recall, file, self._threads)
+            if known is not None:
+                self.host.start_idle()
+                return replace(known, port=self.settings.data_port)
+        return await self.host.start()
+
+    def _engine_needed(self) -> bool:
+        """Whether layers are held here, or a plan is being made that may soon give this device some."""
+        if not self._started or self.ledger.promises():
+            return True
+        return any(view.state in ("planning", "loading") for view in (*self.coordinator.views(), *self.home.views()))
+
     def _lent(self, configured: Configured) -> int:
         if configured.memory_bytes:
             return machine.lent_of(self.settings.memory_bytes, configured.memory_bytes, configured.free_bytes)
-        return machine.lent_bytes(self.settings.memory_bytes, configured.runtime_bytes)
+        running = self.host.state not in (IDLE, WAKING)
+        return machine.lent_bytes(self.settings.memory_bytes, configured.runtime_bytes, running)
 
     def _trusted(self, entries: tuple[RosterEntry, ...]) -> tuple[Trusted, ...]:
         me = self.identity.device
@@ -325,15 +382,18 @@ class Daemon:
                 self.worker.link_lost(event)
             case LinkTraffic(frames, handover_s):
                 for frame in frames:
-                    self.network.survey.framed(*frame)
-                self.network.survey.handover(handover_s)
+                    self.network.link_monitor.framed(*frame)
+                self.network.link_monitor.handover(handover_s)
+
+    def _may_echo(self, device: DeviceId) -> bool:
+        """Whether both engines run: none is started only to time a link."""
+        peer = self.network.peers().get(device)
+        return peer is not None and peer.view is not None and peer.view.engine == self.host.state == RUNNING
 
     async def _echo(self, device: DeviceId, sizes: Sequence[int]) -> Sequence[tuple[int, float]]:
         """Frames of these sizes to another device's engine, timed by this one's. UnavailableError while one is away."""
-        peer = self.network.peers().get(device)
         hosts, port = self.home.address(device)
-        theirs = peer.view.engine if peer is not None and peer.view is not None else ""
-        if not hosts or not port or not theirs == self.host.state == RUNNING:
+        if not hosts or not port or not self._may_echo(device):
             raise UnavailableError(f"the engine of {self.home.name(device)} cannot be reached yet")
         asked = TimeLink(self.host.next_request(), device, hosts, port, tuple(sizes))
         timed: LinkTimed = await self.host.ask(asked, ECHO_TIMEOUT_S)
@@ -344,11 +404,17 @@ class Daemon:
             self.worker.engine_lost(reason)
             self.poke()
 
+    def _engine_state(self, state: str) -> None:
+        if self._started:
+            self.poke()
+
     def _engine_ready(self, configured: Configured) -> None:
         self._configured = configured
+        file = self.settings.data_dir / "engine.json"
+        self._spawn(asyncio.to_thread(engine_facts.save, file, self._threads, configured), "save engine facts")
         if self._started:
             self.network.set_hello_changed()
-            self.network.survey.engine_changed()
+            self.network.link_monitor.engine_changed()
             self.coordinator.stir()
             self.poke()
 
@@ -373,7 +439,19 @@ class Daemon:
         if any(nbytes > self._free.get(device, -1) for device, nbytes in free.items()):
             self.coordinator.stir()
         self._free = free
+        self._look_ahead()
         self.poke()
+
+    def _look_ahead(self) -> None:
+        """Others plan a model, or have started their engines: this device's may be needed soon, hops can be timed."""
+        planned = {view.deployment for view in self.home.views() if view.state == "planning"}
+        if planned - self._planned:
+            self.host.wake()
+        self._planned = planned
+        echoing = {device for device in self.network.peers() if self._may_echo(device)}
+        if echoing - self._echoing:
+            self.network.link_monitor.engine_changed()
+        self._echoing = echoing
 
     def _vanished(self, device: DeviceId, reason: str) -> None:
         self.coordinator.gone(device, reason)

@@ -29,6 +29,7 @@ class RunOptions:
     private: bool = False  # the head stays on the source
     schedule: ScheduleName = "no-bubble"  # the others are there to compare with
     activations: Activations = "auto"  # how hidden states travel
+    name: str = ""  # what the deployment is to be called; "": the last part of `model`
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,16 @@ class ServedModel:
     """A deployment whose source is this device, as the API needs it."""
 
     deployment: DeploymentId
-    name: str  # what clients put in "model"
+    name: str  # what clients put in "model"; `model` is understood as well
+    model: str  # as `run` was told it: a path, a hub id or "builtin"
     state: str
     reason: str
     created: int  # unix seconds
-    model_dir: Path  # tokenizer.json and the chat template lie here
-    context: int
+    model_dir: Path | None  # tokenizer.json and the chat template lie here; None until they are found
+    context: int  # 0: not known yet
     stop_ids: tuple[int, ...]
+    message: str = ""  # what is being done until it serves ...
+    progress: float = 0.0  # ... and how much of that is done, 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +83,12 @@ class Chunk:
 class Household(Protocol):
     """What the API may ask of the daemon. Errors are PeerLLMErrors with the HTTP status to answer with."""
 
+    async def started(self) -> None:
+        """Returns when the device can be used; until then only `status` and `changed` may be asked."""
+        ...
+
     def status(self) -> dict[str, Any]:
-        """The object of design §9, plus "version", "api", "links" and per device "engine",
-        "compute", "rtt_ms", "address"."""
+        """What `peerllm status --json` prints, see docs/json.md."""
         ...
 
     async def engine(self) -> dict[str, Any]:
@@ -98,8 +105,8 @@ class Household(Protocol):
         """Closing the iterator cancels the sequence on every device. EngineError if it breaks midway."""
         ...
 
-    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
-        """Returns when the deployment serves, at once if it does already; raises with the reason if it will not."""
+    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
+        """The deployment's name, when it serves (at once if it does already); raises with the reason if it will not."""
         ...
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
@@ -137,6 +144,10 @@ class Household(Protocol):
 
     async def invite(self) -> tuple[str, int]:
         """Open the pairing door: (code, port)."""
+        ...
+
+    def hosts(self) -> tuple[str, ...]:
+        """The addresses at which other devices reach this one, the likeliest first."""
         ...
 
     async def join(self, code: str, at: tuple[str, int] | None) -> str:

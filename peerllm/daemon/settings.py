@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CONTROL_PORT = 8643  # data and pairing follow it
+PAIRING_PORT = CONTROL_PORT + 2
 API_PORT = 8642
 
 

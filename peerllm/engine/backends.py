@@ -1,4 +1,4 @@
-"""What computes a model: the graph engine where its table has the family, else torch where it is installed."""
+"""Chooses what computes a model: the graph engine if its table has the family, else torch if it is installed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from peerllm.errors import ModelError
 if TYPE_CHECKING:
     from peerllm.engine.model.torch_backend import TorchBackend
 
-MOST_REASON = 300  # characters of why a configuration is not computed by graphs
+MOST_REASON = 300  # characters of the reason why the graph engine does not compute a model
 NEEDS_TORCH = "for that torch is needed: pip install 'peerllm[torch]'"
 
 
 class Backends:
-    """See base.Backend. torch is imported when a model needs it, or at the start for an accelerator."""
+    """Implements base.Backend. torch is imported when a model needs it, or at the start for an accelerator."""
 
     sampler: Sampler = SeededSampler()
 
@@ -89,12 +89,12 @@ class Backends:
         described = self._described(message.config, message.dtype, message.quantize)
         if isinstance(described, str):
             return self._with_torch(described).time_layers(message, check)
-        # This thread's own time leaves out what strangers add, but not other threads of ours.
+        # This thread's CPU time excludes other processes, but also other threads of ours.
         clock = time.thread_time if self._threads == 1 else time.perf_counter
         return time_layers(message, GraphOutline(described, message, self._threads), self.sampler, check, clock)
 
     def _described(self, config: str, dtype: str, quantize: str) -> Described | str:
-        """The model, if the graph engine is what computes it in that form; else why it does not."""
+        """The description for the graph engine, or the reason why it does not compute this model in this form."""
         if self._compute != "cpu":
             return f"the engine computes on {self._compute}"
         if dtype != "float32" and not quantize:
@@ -116,7 +116,7 @@ class Backends:
 
 
 def runtime_bytes() -> int:
-    """Resident size of this process with all that a graph needs, before there is one of a model."""
+    """Resident size of this process with everything that a graph needs, before a model is loaded."""
     graph = Graph()
     graph.add("Identity", graph.input("x", 1), output="y")
     graph.output("y", 1)

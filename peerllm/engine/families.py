@@ -1,4 +1,4 @@
-"""The model types that the architecture test has divided and found equal to the whole model, token for token."""
+"""The model types whose shards the architecture test found equal to the whole model, token for token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Freed memory back to the system, which glibc's allocator does not do by itself."""
+"""Returning freed memory to the system, which glibc's allocator does not do by itself."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _caches: list[Callable[[], None]] = []
 
 
 def empty_too(cache: Callable[[], None]) -> None:
-    """From now on `return_memory` calls `cache` as well: what a library keeps for itself."""
+    """Let `return_memory` call `cache` as well, which empties a library's own cache. Idempotent."""
     if cache not in _caches:
         _caches.append(cache)
 
 
 def return_memory() -> None:
-    """After something large was let go."""
+    """Collect garbage, empty caches and return free memory; to be called after something large was freed."""
     gc.collect()
     trim()
     for cache in _caches:
@@ -25,6 +25,6 @@ def return_memory() -> None:
 
 
 def trim() -> None:
-    """What is free already, at once."""
+    """Return memory that is free now, without collecting garbage."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)

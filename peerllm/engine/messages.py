@@ -1,7 +1,7 @@
-"""What a daemon and its engine say to each other. No torch here: the daemon imports this file.
+"""The messages between a daemon and its engine. This file must not import torch, since the daemon imports it.
 
-Requests carry `request`, a number the daemon chose; the engine answers each with exactly one message of that number
-(`Failed` when it could not), and may send events in between.
+Requests carry `request`, a number that the daemon chose. The engine answers each with exactly one message of that
+number (`Failed` if the request failed), and may send events in between.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from peerllm.types import (
     WorkingSpace,
 )
 
-PASS: LayerKind = "pass"  # noqa: S105  # in a device's layer times: what a batch costs at a stage beside its layers
+PASS: LayerKind = "pass"  # noqa: S105  # in layer times: what a batch costs at a stage beside its layers
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SpanName = Literal[
-    "idle", "take in", "pass", "hand on", "another model",  # of the compute thread, one after the other
-    "serialise", "enqueue",  # of the compute thread, within the others
+    "idle", "take in", "pass", "hand on", "another model",  # of the compute thread, consecutive
+    "serialise", "enqueue",  # of the compute thread, inside those
     "send", "receive", "held back",  # of a link
 ]  # fmt: skip
 SpanKind = Literal["", "step", "prompt", "activation", "token", "release", "open"]
@@ -34,7 +34,7 @@ SpanKind = Literal["", "step", "prompt", "activation", "token", "release", "open
 
 @dataclass(frozen=True, slots=True)
 class TensorAt:
-    """One checkpoint tensor and where its bytes lie: `path` is a file of this device, `offset` from its start."""
+    """One checkpoint tensor and the place of its bytes: `offset` in the file `path` of this device."""
 
     name: str
     dtype: str  # as in the safetensors header: "F32", "BF16", "F16", ...
@@ -57,7 +57,7 @@ class Trusted:
 
 @dataclass(frozen=True, slots=True)
 class Configure:
-    """First message. `port` 0 takes a free one; `hosts` are the addresses to listen on."""
+    """The first message. `hosts` are the addresses to listen on; `port` 0 takes a free port."""
 
     request: int
     device: DeviceId
@@ -72,33 +72,33 @@ class Configure:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """The roster changed: links of devices no longer listed are cut at once."""
+    """The roster changed: cut the links of devices that are no longer listed."""
 
     trusted: tuple[Trusted, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Measure this device's arithmetic and memory; with `window_s` instead how long a fixed piece of work takes."""
+    """Measure this device's arithmetic and memory speed; with `window_s`, time a fixed piece of work instead."""
 
     request: int
-    window_s: float = 0.0  # in which that work is done again and again
+    window_s: float = 0.0  # for how long the work is repeated
 
 
 @dataclass(frozen=True, slots=True)
 class TimeLayers:
-    """Time each kind of layer of a model, made up from its configuration, while nothing else is computed here."""
+    """Time each kind of layer of a model, with made-up weights, while nothing else is computed here."""
 
     request: int
     config: str  # config.json's text
     dtype: str
-    limit_bytes: int  # the most it may take
+    limit_bytes: int  # the most memory that this may use
     quantize: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """Read config.json and the safetensors headers of a directory; no weights are read."""
+    """Read config.json and the safetensors headers of a directory, but no weights."""
 
     request: int
     model_dir: str
@@ -108,12 +108,12 @@ class Inspect:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """The next stage's engine: where the link goes."""
+    """Where a stage's outgoing link leads: the engine of the next stage."""
 
     device: DeviceId
     hosts: tuple[str, ...]
     port: int
-    stage: int  # index in the plan; len(stages) stands for the way back to the source
+    stage: int  # its index in the plan; the number of stages stands for the way back to the source
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class LoadStage:
     deployment: DeploymentId
     epoch: int
     stage: int
-    stages: int  # how many the plan has
+    stages: int  # number of stages in the plan
     first_layer: int
     last_layer: int
     config: str  # config.json's text
@@ -132,18 +132,18 @@ class LoadStage:
     dtype: str
     slots: int
     context: int
-    chunk: int  # tokens of prompts that travel in one frame, at most
-    micro_batch: int  # sequences in one frame, at most
-    upstream: DeviceId | None  # who may send to this stage; None: it is the source's first
+    chunk: int  # the most prompt tokens in one frame
+    micro_batch: int  # the most sequences in one frame
+    upstream: DeviceId | None  # the device that may send to this stage; None: the first stage
     downstream: Hop | None  # None: the next stage (or the return) is on this device
-    head_device: DeviceId  # who may send tokens back to the source
-    limit_bytes: int | None = None  # the most its weights and KV may take; checked before any is taken
-    quantize: str = ""  # "int8", "int4": what its matrices are rounded to
-    micro_batches: int = 1  # of the plan: into so many the source divides the sequences that decode, if they are enough
-    schedule: ScheduleName = "no-bubble"  # the source's
-    cuts: Cuts = ()  # the source's: how it cuts a prompt, by the tokens of it that are new; (): always `chunk`
-    upstream_activations: ActivationForm = "exact"  # how hidden states come in ...
-    downstream_activations: ActivationForm = "exact"  # ... and go out
+    head_device: DeviceId  # the device that may send tokens back to the source
+    limit_bytes: int | None = None  # the most memory for weights and KV; checked before any is allocated
+    quantize: str = ""  # "int8" or "int4": what matrices are rounded to
+    micro_batches: int = 1  # for the source: the most batches into which it divides decoding sequences
+    schedule: ScheduleName = "no-bubble"  # for the source
+    cuts: Cuts = ()  # for the source: how it cuts prompts, by their number of new tokens; (): always `chunk`
+    upstream_activations: ActivationForm = "exact"  # the form of incoming hidden states
+    downstream_activations: ActivationForm = "exact"  # the form of outgoing hidden states
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Free all of a deployment on this device; its running sequences end with reason "error"."""
+    """Free everything of a deployment on this device; its running sequences end with reason "error"."""
 
     request: int
     deployment: DeploymentId
@@ -173,7 +173,7 @@ class Submit:
     max_tokens: int
     stop_ids: tuple[int, ...]
     sampling: Sampling
-    client: str = ""  # whose it is: what a slot holds of an earlier sequence is taken up for the same client only
+    client: str = ""  # only sequences of the same client may reuse what a slot keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class TimeLink:
-    """Time frames of these sizes to another device's engine, one at a time."""
+    """Send frames of these sizes to another device's engine, one at a time, and time them."""
 
     request: int
     device: DeviceId
@@ -197,9 +197,9 @@ class TimeLink:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Record what is done for a deployment, beginning anew; or end that and say what was done, part by part.
+    """Start a new recording of a deployment ("start"), or end it and return it in parts ("take").
 
-    "clock" does nothing: every answer says what the clock shows here.
+    "clock" does nothing else than every answer does: tell this engine's clock.
     """
 
     request: int
@@ -219,14 +219,14 @@ class QueryLoad:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a daemon wants to know of its engine."""
+    """What an engine tells its daemon about itself."""
 
-    runtime_bytes: int  # resident size of the engine with its libraries loaded and nothing else
+    runtime_bytes: int  # resident size of the engine with nothing but its libraries loaded
     versions: Mapping[str, str]  # library: version
     architectures: tuple[str, ...]  # model types it can divide
     dtypes: tuple[str, ...]
-    place: str = "cpu"  # where it computes
-    memory_bytes: int = 0  # of that place's own; 0: it is the machine's
+    place: str = "cpu"  # the device that it computes on
+    memory_bytes: int = 0  # that device's own memory; 0: it uses the machine's
     free_bytes: int = 0
 
 
@@ -238,19 +238,19 @@ class Configured(Facts):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a matrix-vector and a matrix-matrix product reach, by dtype: there is "float32"."""
+    """The speed of matrix-vector and matrix-matrix products by dtype (always with "float32")."""
 
     request: int
     gbytes_per_s: Mapping[str, float]
     gflops: Mapping[str, float]
-    work_ms: float = 0.0  # of the fixed piece of work, the mean
+    work_ms: float = 0.0  # mean time of the fixed piece of work
 
 
 @dataclass(frozen=True, slots=True)
 class LayersTimed:
-    """By layer kind, (tokens in a batch, milliseconds of one layer), rising in tokens (engine/measure/layer_times.py).
+    """For each layer kind (tokens in a batch, milliseconds of one layer), rising in tokens; see measure/layer_times.py.
 
-    The kind PASS is what a batch costs at a stage, however few its layers; the others are net of it.
+    The kind PASS is what a batch costs at a stage whatever its layers; the other kinds exclude that.
     """
 
     request: int
@@ -269,13 +269,13 @@ class Inspected:
     vocabulary: int
     max_context: int
     stop_ids: tuple[int, ...]
-    tensors: tuple[tuple[TensorAt, ...], ...]  # per layer, every tensor it owns (a tied one stands in both)
+    tensors: tuple[tuple[TensorAt, ...], ...]  # for each layer its tensors (a tied one belongs to two layers)
     working: WorkingSpace
     quantize: str = ""
 
     @property
     def exact(self) -> bool:
-        """In float32 and with weights as they are: nothing of it is ever rounded."""
+        """Whether nothing is ever rounded: computed in float32, with unrounded weights."""
         return self.dtype == "float32" and not self.quantize
 
 
@@ -294,7 +294,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`kind` is the PeerLLMError class's name."""
+    """A request failed; `kind` is the name of the PeerLLMError class."""
 
     request: int
     kind: str
@@ -303,7 +303,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """New token ids of a sequence, in order; `start` counts from 0 at the answer's first token."""
+    """New token ids of a sequence, in order; `start` is the index of the first one in the answer."""
 
     deployment: DeploymentId
     sequence: int
@@ -311,12 +311,12 @@ class Tokens:
     ids: tuple[int, ...]
     finish: FinishReason | None = None
     error: str = ""
-    reused: int = 0  # where `start` is 0: tokens of the prompt that a slot held already
+    reused: int = 0  # only with `start` 0: how many tokens of the prompt the slot held already
 
 
 @dataclass(frozen=True, slots=True)
 class LinkLost:
-    """A data link of a deployment broke (peer died, or sent what it may not)."""
+    """A data link of a deployment broke: the peer died or sent something not allowed."""
 
     deployment: DeploymentId
     device: DeviceId
@@ -325,7 +325,7 @@ class LinkLost:
 
 @dataclass(frozen=True, slots=True)
 class LinkTimed:
-    """(bytes, seconds) of the frames that TimeLink asked for, each up to its arrival at the other engine."""
+    """(bytes, seconds until arrival at the other engine) of the frames that TimeLink asked for."""
 
     request: int
     frames: tuple[tuple[int, float], ...]
@@ -335,7 +335,7 @@ class LinkTimed:
 class LinkTraffic:
     """How long some frames of running sequences took (device, bytes, seconds), at most a few a second.
 
-    `handover_s`: from an event's arrival here until the compute thread has it, where that had nothing to do.
+    `handover_s`: from an event's arrival until a compute thread without work has it.
     """
 
     frames: tuple[tuple[DeviceId, int, float], ...]
@@ -344,24 +344,24 @@ class LinkTraffic:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Something this engine did or waited for. What a frame carried, a token's id above all, is not in it."""
+    """Something that this engine did or waited for. It has no token ids and nothing else that a frame carried."""
 
     name: SpanName
     start_ns: int  # of perf_counter_ns in the engine's process
     end_ns: int
-    kind: SpanKind = ""  # of a pass or of a frame
-    stage: int = -1  # of a pass; or whom a frame is for
+    kind: SpanKind = ""  # of passes and frames
+    stage: int = -1  # of a pass, or the stage that a frame is for
     device: DeviceId = ""  # at the other end of the link
-    frame: int = 0  # its number on its connection, from 1
+    frame: int = 0  # the frame's number on its connection, from 1
     nbytes: int = 0
-    queued_ns: int = 0  # of "send": from its being bytes until the link took it up
-    # sequence, position, tokens and whether (1) the head draws a token after them
+    queued_ns: int = 0  # of "send": time from encoding until the link began to send
+    # sequence, position, tokens, and 1 if the head draws a token after them
     pieces: tuple[tuple[int, int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """Answers Record: `spans` in the order in which they ended, `left` more to take, `lost` by the ring's bound."""
+    """Answers Record: `spans` in the order in which they ended; `left` more can be taken; the ring dropped `lost`."""
 
     request: int
     clock_ns: int
@@ -372,7 +372,7 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What the engine holds now: (deployment, stage, slots in use), weights and KV bytes; for status and tests."""
+    """What the engine holds now: (deployment, stage, slots in use), bytes of weights and KV; for status and tests."""
 
     request: int
     stages: tuple[tuple[DeploymentId, int, int], ...]
@@ -380,7 +380,7 @@ class EngineLoad:
     kv_bytes: int
     resident_bytes: int
     measured: Mapping[str, float] = field(default_factory=dict)  # "<deployment>/<stage>": mean ms of a batch of steps
-    # ... and by its sequences: (sequences, ms, standard deviation as a share of that), rising
+    # ... by sequences in the batch, rising: (sequences, mean ms, standard deviation as a share of the mean)
     paces: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
     held_bytes: Mapping[DeploymentId, int] = field(default_factory=dict)  # weights and KV, by deployment
 

@@ -1,7 +1,7 @@
-"""From logits to a token. The random number is a function of seed and position alone, so a replay draws the same token.
+"""From logits to a token. The random number depends on seed and position alone, so a replay draws the same token.
 
-Order as in transformers: penalties, temperature, top-k, top-p, min-p. Penalties count the answer's own tokens: the
-prompt's ids are known to the source only, and the head may lie elsewhere.
+The order is transformers': penalties, temperature, top-k, top-p, min-p. Penalties count the answer's own tokens, since
+the head may be on another device than the source, and only the source may know the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peerllm.errors import EngineError
 from peerllm.types import Sampling
 
 Floats = npt.NDArray[np.float64]
-SORTED_AT_FIRST = 1024  # most draws fall among the likeliest tokens; only the rest sort the whole vocabulary
+SORTED_AT_FIRST = 1024  # the likeliest tokens, sorted first; the whole vocabulary is sorted only if they do not suffice
 
 
 def uniform(seed: int, position: int) -> float:
@@ -28,7 +28,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 class SeededSampler:
-    """See base.Sampler. `logits` are float32 [k, vocabulary]; EngineError if one of them is no number."""
+    """Implements base.Sampler. `logits` are float32 [k, vocabulary]; EngineError if one is not finite."""
 
     def __call__(self, logits: npt.ArrayLike, draws: Sequence[Draw]) -> list[int]:
         rows = np.asarray(logits, np.float32)
@@ -38,7 +38,7 @@ class SeededSampler:
 
 
 def pick(row: npt.NDArray[np.float32], draw: Draw) -> int:
-    """One token id from one row of logits [vocabulary]."""
+    """Draw one token id from one row of logits [vocabulary]."""
     if not np.isfinite(row).all():
         raise EngineError("the model computed logits that are no finite numbers; try --exact")
     sampling = draw.sampling
@@ -49,7 +49,7 @@ def pick(row: npt.NDArray[np.float32], draw: Draw) -> int:
 
 
 def penalise(scores: Floats, sampling: Sampling, answer: Sequence[int]) -> Floats:
-    """Lower the scores [vocabulary] of tokens that the answer holds already."""
+    """Lower the scores [vocabulary] of tokens that the answer already contains."""
     if not answer or (
         sampling.repetition_penalty == 1.0 and sampling.presence_penalty == 0.0 and sampling.frequency_penalty == 0.0
     ):
@@ -64,7 +64,7 @@ def penalise(scores: Floats, sampling: Sampling, answer: Sequence[int]) -> Float
 
 
 def _draw(scores: Floats, sampling: Sampling, number: float) -> int:
-    """Inverse of the cumulative distribution, tokens from the likeliest down, equals by id; `scores` have maximum 0."""
+    """Invert the cumulative distribution over tokens by falling score, equals by id; the largest score is 0."""
     ids = np.arange(len(scores))
     if 0 < sampling.top_k < len(scores):
         least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
@@ -90,7 +90,7 @@ def _draw(scores: Floats, sampling: Sampling, number: float) -> int:
 
 
 def _prefixes(scores: Floats, ids: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
-    """`ids` sorted by falling score, equals by id: first only the likeliest, then all."""
+    """`ids` sorted by falling score, equals by id: first only the likeliest ones, then all."""
     if len(ids) > 2 * SORTED_AT_FIRST:
         some = scores[ids]
         likely = ids[some >= np.partition(some, -SORTED_AT_FIRST)[-SORTED_AT_FIRST]]

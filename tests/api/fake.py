@@ -102,7 +102,17 @@ class FakeHousehold:
 
     def __init__(self, model_dir: Path) -> None:
         self.tokenizer = byte_tokenizer()
-        self.model = ServedModel(DEPLOYMENT, "builtin", "serving", "", 1_700_000_000, model_dir, CONTEXT, (END,))
+        self.model = ServedModel(
+            deployment=DEPLOYMENT,
+            name="builtin",
+            model="builtin",
+            state="serving",
+            reason="",
+            created=1_700_000_000,
+            model_dir=model_dir,
+            context=CONTEXT,
+            stop_ids=(END,),
+        )
         self.served = [self.model]
         self.reply = "Hello, wörld 🏡!"
         self.endless = False
@@ -116,17 +126,26 @@ class FakeHousehold:
         self.requests: list[GenerateRequest] = []
         self.runs: list[RunOptions] = []
         self.calls: list[tuple[Any, ...]] = []
+        self.start_gate: asyncio.Event | None = None  # the device is starting until it is set
+        self.pairing_port = 8645
+        self.addresses: tuple[str, ...] = ("192.168.1.7", "fd00::7", "fe80::7")
         self.asked = asyncio.Event()
         self.closed = asyncio.Event()
         self.produced = 0
         self.run_gate: asyncio.Event | None = None
         self.run_error: Exception | None = None
+        self.burst = 0  # lines of progress that come at once
         self.run_done = asyncio.Event()
         self.rounded_layers: list[int] = []  # of what is planned
         self.change = asyncio.Event()
+        self.watched, self.unwatched = asyncio.Event(), asyncio.Event()  # somebody waits for a change, and no more
         self.nearby: list[dict[str, Any]] = []
         self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
         self.deployments: list[dict[str, Any]] = [deployment()]
+
+    async def started(self) -> None:
+        if self.start_gate is not None:
+            await self.start_gate.wait()
 
     async def engine(self) -> dict[str, Any]:
         return {"stages": [], "weight_bytes": 0, "kv_bytes": 0, "resident_bytes": 0, "decode_ms": {}}
@@ -147,10 +166,14 @@ class FakeHousehold:
         self.change = asyncio.Event()
 
     async def changed(self) -> AsyncIterator[None]:
-        while True:
-            change = self.change
-            yield
-            await change.wait()
+        try:
+            while True:
+                change = self.change
+                yield
+                self.watched.set()
+                await change.wait()
+        finally:
+            self.unwatched.set()
 
     def models(self) -> list[ServedModel]:
         return self.served
@@ -186,11 +209,13 @@ class FakeHousehold:
         finally:
             self.closed.set()
 
-    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
+    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
         self.runs.append(options)
         try:
             if options.model == "unknown":
                 raise NotFoundError("no model 'unknown'")
+            for number in range(self.burst):
+                progress(RunProgress("planning", f"step {number}"))
             progress(RunProgress("planning", "planning over 3 devices"))
             if self.run_gate is not None:
                 await self.run_gate.wait()
@@ -200,6 +225,7 @@ class FakeHousehold:
                 raise InfeasibleError("huge needs 4.0 GB more than the household lends", 4_000_000_000)
             if self.run_error:
                 raise self.run_error
+            return options.name or options.model.rpartition("/")[2]
         finally:
             self.run_done.set()
 
@@ -250,7 +276,10 @@ class FakeHousehold:
 
     async def invite(self) -> tuple[str, int]:
         self.calls.append(("invite",))
-        return "K7-4PQ9MX", 8645
+        return "K7-4PQ9MX", self.pairing_port
+
+    def hosts(self) -> tuple[str, ...]:
+        return self.addresses
 
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         self.calls.append(("join", code, at))
@@ -272,6 +301,7 @@ def device(name: str, index: int, state: str = "here") -> dict[str, Any]:
         "state": state,
         "memory_bytes": 8_000_000_000,
         "lent_bytes": 20_000_000,
+        "used_bytes": 12_000_000,
         "promised_bytes": 12_000_000,
         "problem": "",
         "engine": "running",
@@ -287,7 +317,12 @@ def deployment(
     cuts: Sequence[tuple[str, int, int]] = (("laptop", 0, 4), ("mini-pc", 5, 9), ("jetson", 10, 13)),
 ) -> dict[str, Any]:
     return {
+        "id": DEPLOYMENT,
+        "name": model,
         "model": model,
+        "context": 1024,
+        "slots": 4,
+        "message": "",
         "state": state,
         "epoch": 1,
         "coordinator": "laptop",

@@ -23,7 +23,7 @@ async def owner(server: ApiServer, token: str) -> AsyncIterator[aiohttp.ClientSe
         yield session
 
 
-async def post(owner: aiohttp.ClientSession, name: str, **body: Any) -> tuple[int, Any]:
+async def post(owner: aiohttp.ClientSession, name: str, /, **body: Any) -> tuple[int, Any]:
     async with owner.post(f"/peerllm/v1/{name}", json=body) as response:
         return response.status, await response.json()
 
@@ -35,7 +35,10 @@ async def lines(owner: aiohttp.ClientSession, **body: Any) -> list[dict[str, Any
 
 
 async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHousehold) -> None:
-    assert await post(owner, "invite") == (200, {"code": "K7-4PQ9MX", "port": 8645, "expires_s": admin.INVITE_S})
+    assert await post(owner, "invite") == (
+        200,
+        {"code": "K7-4PQ9MX", "port": 8645, "hosts": ["192.168.1.7", "fd00::7", "fe80::7"], "expires_s": 120},
+    )
     assert await post(owner, "join", code="x", at="[fe80::1]:8645") == (200, {"name": "laptop"})
     assert await post(owner, "join", code="x", at=None) == (200, {"name": "laptop"})
     assert await post(owner, "leave") == (200, {"ok": True})
@@ -75,6 +78,7 @@ async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHouse
         ("run", {"model": "b", "quantize": "int2"}, 400, "one of auto, none, int8, int4"),
         ("run", {"model": "b", "dtype": "int8"}, 400, "dtype"),
         ("run", {"model": "b", "private": "no"}, 400, "private"),
+        ("run", {"model": "b", "name": 5}, 400, "name"),
         ("trace", {}, 400, "model"),
         ("trace", {"model": "builtin", "recording": 0}, 400, "recording"),
         ("trace", {"model": "builtin", "recording": 8}, 409, "over"),
@@ -87,13 +91,20 @@ async def test_refusals(owner: aiohttp.ClientSession, name: str, body: dict[str,
 
 
 async def test_run_tells_its_progress(owner: aiohttp.ClientSession, household: FakeHousehold) -> None:
-    wanted = {"context": 512, "slots": 2, "objective": "throughput", "private": True, "schedule": "bubble"}
+    wanted = {
+        "context": 512,
+        "slots": 2,
+        "objective": "throughput",
+        "private": True,
+        "schedule": "bubble",
+        "name": "home",
+    }
     found = await lines(owner, model="builtin", **wanted)
     assert found[0] == {"state": "planning", "message": "planning over 3 devices", "devices": {}}
     assert found[-2]["devices"] == {"laptop": 1.0, "mini-pc": 0.5}
-    assert found[-1] == {"ok": True}
+    assert found[-1] == {"ok": True, "name": "home"}
     options = household.runs[0]
-    assert (options.schedule, options.activations) == ("bubble", "auto")
+    assert (options.schedule, options.activations, options.name) == ("bubble", "auto", "home")
     assert (options.model, options.context, options.slots, options.objective, options.private) == (
         "builtin",
         512,
@@ -101,6 +112,15 @@ async def test_run_tells_its_progress(owner: aiohttp.ClientSession, household: F
         "throughput",
         True,
     )
+
+
+async def test_of_a_burst_of_progress_the_newest_lines_are_told(
+    owner: aiohttp.ClientSession, household: FakeHousehold
+) -> None:
+    household.burst = 2 * admin.MAX_PROGRESS
+    told = [one["message"] for one in (await lines(owner, model="builtin"))[:-1]]
+    assert len(told) == admin.MAX_PROGRESS
+    assert told[0] == f"step {household.burst + 3 - admin.MAX_PROGRESS}"
 
 
 async def test_run_that_fails_ends_with_the_error(owner: aiohttp.ClientSession) -> None:

@@ -12,9 +12,9 @@ import aiohttp
 import openai
 import pytest
 
-from peerllm.api import chat, streams
+from peerllm.api import completions, models, streams
 from peerllm.api.server import ApiServer
-from peerllm.errors import EngineError, OverloadedError, UnavailableError
+from peerllm.errors import EngineError, LinkError, OverloadedError, UnavailableError
 from tests.api.fake import BOUND_S, CONTEXT, END, FakeHousehold
 
 PATH = "/v1/chat/completions"
@@ -140,20 +140,23 @@ async def test_a_text_that_only_looked_like_a_stop_comes_out(ai: openai.AsyncOpe
 
 async def test_sampling_defaults_come_from_the_model(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:
     (household.model.model_dir / "generation_config.json").write_text(
-        json.dumps({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": "high", "repetition_penalty": 1e9})
+        json.dumps({"temperature": 1.0, "top_k": 20, "min_p": "high", "repetition_penalty": 1e9})
     )
+    await ai.chat.completions.create(**ASK)
     await ai.chat.completions.create(**ASK, top_p=0.5)
     sampling = household.requests[0].sampling
-    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.6, 0.5, 20, 0.0)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 0.95, 20, 0.0)
     assert sampling.repetition_penalty == 1.0
+    assert household.requests[1].sampling.top_p == 0.5
 
 
-async def test_without_defaults_temperature_is_one_and_seeds_differ(
+async def test_where_the_model_is_silent_sampling_is_moderate_and_seeds_differ(
     ai: openai.AsyncOpenAI, household: FakeHousehold
 ) -> None:
-    for _ in range(2):
-        await ai.chat.completions.create(**ASK)
-    assert [one.sampling.temperature for one in household.requests] == [1.0, 1.0]
+    for said in ({}, {}, {"temperature": 1, "top_p": 1}):
+        await ai.chat.completions.create(**ASK, **said)
+    asked = [(one.sampling.temperature, one.sampling.top_p) for one in household.requests]
+    assert asked == [(0.7, 0.95), (0.7, 0.95), (1.0, 1.0)]
     assert household.requests[0].sampling.seed != household.requests[1].sampling.seed
 
 
@@ -211,7 +214,7 @@ async def test_a_client_that_does_not_read_is_dropped(
 async def test_keep_alives_and_the_place_in_the_queue(
     client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(completions, "KEEP_ALIVE_S", 0.02)
     household.gate, household.queued = asyncio.Event(), [3, 2]
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         lines = [await response.content.readuntil(b"\n\n") for _ in range(4)]
@@ -260,7 +263,10 @@ async def test_a_full_queue_is_429_with_retry_after(
         assert (await response.json())["error"]["type"] == "rate_limit_error"
 
 
-async def test_a_waiting_model_is_503_with_its_reason(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
+async def test_a_waiting_model_is_503_with_its_reason(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "PATIENCE_S", {"waiting": 0.0})
     household.served = [replace(household.model, state="waiting", reason="jetson is gone; 1.2 GB are missing")]
     async with client.post(PATH, json=ASK) as response:
         assert response.status == 503
@@ -277,10 +283,20 @@ async def test_an_unknown_model_is_404_naming_the_others(ai: openai.AsyncOpenAI)
 
 async def test_a_model_started_elsewhere_says_where(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
     household.served = []
-    household.deployments[0]["coordinator"] = "mini-pc"
+    household.deployments[0].update(coordinator="mini-pc", name="short")
+    for name in ("builtin", "short"):
+        async with client.post(PATH, json={**ASK, "model": name}) as response:
+            assert response.status == 404
+            assert "mini-pc, ask there" in (await response.json())["error"]["message"]
+
+
+async def test_the_source_is_not_told_to_ask_the_source(
+    client: aiohttp.ClientSession, household: FakeHousehold
+) -> None:
+    household.served = []
     async with client.post(PATH, json=ASK) as response:
-        assert response.status == 404
-        assert "mini-pc" in (await response.json())["error"]["message"]
+        message = (await response.json())["error"]["message"]
+    assert message == "no model 'builtin' here; this device serves none; start one with: peerllm run MODEL"
 
 
 async def test_shutting_down_midway_is_an_error_event(
@@ -302,7 +318,7 @@ async def test_an_unforeseen_error_is_500_without_details(
     household.error_at_once = RuntimeError("secret detail")
     async with client.post(PATH, json=ASK) as response:
         text = await response.text()
-    assert response.status == 500
+    assert (response.status, response.headers["x-should-retry"]) == (500, "false")
     assert "secret" not in text
     household.error_at_once, household.error_midway = None, RuntimeError("secret detail")
     event = (await raw_events(client))[-1]
@@ -314,19 +330,29 @@ async def test_an_unforeseen_error_is_500_without_details(
 async def test_models(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:
     household.served = [
         household.model,
-        replace(household.model, name="org/name"),
+        replace(household.model, name="name", model="org/name"),
         replace(household.model, name="x", state="failed"),
     ]
-    assert [one.id async for one in ai.models.list()] == ["builtin", "org/name"]
+    assert [one.id async for one in ai.models.list()] == ["builtin", "name"]
     assert (await ai.models.retrieve("builtin")).owned_by == "peerllm"
     with pytest.raises(openai.NotFoundError):
         await ai.models.retrieve("gpt-9")
 
 
 async def test_model_names_with_a_slash(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
-    household.served = [replace(household.model, name="org/name")]
-    async with client.get("/v1/models/org/name") as response:
-        assert (await response.json())["id"] == "org/name"
+    household.served = [household.model, replace(household.model, name="name", model="org/name", created=1)]
+    for known in ("org/name", "name"):
+        async with client.get(f"/v1/models/{known}") as response:
+            found = await response.json()
+        assert (found["id"], found["model"]) == ("name", "org/name")
+        async with client.post(PATH, json={**ASK, "model": known}) as response:
+            assert (await response.json())["model"] == "name"
+
+
+async def test_a_name_counts_before_a_path(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
+    household.served = [replace(household.model, name="other"), household.model]
+    async with client.get("/v1/models/builtin") as response:
+        assert (await response.json())["id"] == "builtin"
 
 
 async def test_many_at_once(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:
@@ -338,3 +364,14 @@ async def test_unavailable_at_once_is_503(client: aiohttp.ClientSession, househo
     household.error_at_once = UnavailableError("the model is being stopped")
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         assert response.status == 503
+
+
+async def test_a_broken_link_is_503_and_may_be_asked_again(
+    client: aiohttp.ClientSession, household: FakeHousehold
+) -> None:
+    household.error_at_once = LinkError("the link to jetson broke")
+    async with client.post(PATH, json=ASK) as response:
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "5"
+        error = (await response.json())["error"]
+    assert (error["message"], error["type"]) == ("the link to jetson broke", "server_error")

@@ -244,9 +244,18 @@ def test_a_base_model_continues_the_text(tmp_path: Path) -> None:
     assert text_of(model_text, [*HI, {"role": "user", "content": "there"}]) == "hi\nthere"
 
 
-def test_greedy_models_say_so(tmp_path: Path) -> None:
-    assert ModelText(make_model_dir(tmp_path / "a", generation={"do_sample": False})).defaults == {"temperature": 0.0}
-    assert ModelText(make_model_dir(tmp_path / "b", generation={"top_k": 5, "seed": 3})).defaults == {"top_k": 5}
+@pytest.mark.parametrize(
+    ("said", "defaults"),
+    [
+        (None, {}),
+        ({"do_sample": False}, {"temperature": 0.0}),
+        ({"top_k": 5, "top_p": 1.0, "seed": 3}, {"top_k": 5, "top_p": 1.0}),
+        ({"top_k": 5.5, "temperature": "hot", "top_p": 1.5, "min_p": True}, {}),
+    ],
+)
+def test_sampling_follows_the_model_where_it_says_something_usable(tmp_path: Path, said: Any, defaults: Any) -> None:
+    found = ModelText(make_model_dir(tmp_path / "model", generation=said)).defaults
+    assert found == {"temperature": 0.7, "top_p": 0.95, **defaults}
 
 
 def test_damaged_files_are_model_errors(tmp_path: Path) -> None:

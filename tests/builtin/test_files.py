@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.builtin.chat import ASSISTANT, END, SPECIALS, encode, render
+from peerllm.builtin.chat_format import ASSISTANT, END, SPECIALS, encode, render
 from peerllm.builtin.exchanges.dialogues import dialogue
 
 MOST_BYTES = 15_000_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -71,13 +72,30 @@ def test_invite_ends_with_the_code(peerllm: Run) -> None:
     assert code == 0
     assert out.split()[-1] == "K7-4PQ9MX"
     code, out, _ = peerllm("invite", "--json")
-    assert json.loads(out) == {"code": "K7-4PQ9MX", "port": 8645, "expires_s": 120}
+    hosts = ["192.168.1.7", "fd00::7", "fe80::7"]
+    assert json.loads(out) == {"code": "K7-4PQ9MX", "port": 8645, "hosts": hosts, "expires_s": 120}
 
 
-def test_join(peerllm: Run, device: Served) -> None:
-    assert peerllm("join", "K7-4PQ9MX", "--at", "[fe80::1]:8645") == (0, "Joined the household of laptop.\n", "")
+@pytest.mark.parametrize(
+    ("port", "at"), [(8645, ["192.168.1.7", "fd00::7"]), (9002, ["192.168.1.7:9002", "[fd00::7]:9002"])]
+)
+def test_invite_says_where_this_device_is_reached(peerllm: Run, device: Served, port: int, at: list[str]) -> None:
+    device.household.pairing_port = port
+    typed = [line.split() for line in peerllm("invite")[1].splitlines() if "--at" in line]
+    assert typed == [["peerllm", "join", "K7-4PQ9MX", "--at", place] for place in at]
+    for words in typed:
+        assert peerllm("join", *words[2:])[0] == 0
+    places = [call[2] for call in device.household.calls if call[0] == "join"]
+    assert places == [("192.168.1.7", port), ("fd00::7", port)]
+
+
+@pytest.mark.parametrize("host", ["192.168.1.7", "laptop.local", "fe80::1"])
+def test_join(peerllm: Run, device: Served, host: str) -> None:
+    bracketed = f"[{host}]" if ":" in host else host
+    for at in (host, bracketed, f"{bracketed}:8645"):
+        assert peerllm("join", "K7-4PQ9MX", "--at", at) == (0, "Joined the household of laptop.\n", "")
     assert peerllm("join", "K7-4PQ9MX")[0] == 0
-    assert device.household.calls == [("join", "K7-4PQ9MX", ("fe80::1", 8645)), ("join", "K7-4PQ9MX", None)]
+    assert device.household.calls == [*[("join", "K7-4PQ9MX", (host, 8645))] * 3, ("join", "K7-4PQ9MX", None)]
 
 
 def test_a_wrong_code_is_one_line(peerllm: Run) -> None:
@@ -140,8 +158,17 @@ def test_names_cannot_steer_the_terminal(peerllm: Run, device: Served) -> None:
 
 def test_run(peerllm: Run, device: Served) -> None:
     code, out, err = peerllm(
-        "run", "builtin", "--context", "512", "--slots", "2", "--objective", "throughput", "--private",
-        "--schedule", "sequential",
+        "run",
+        "builtin",
+        "--context",
+        "512",
+        "--slots",
+        "2",
+        "--objective",
+        "throughput",
+        "--private",
+        "--schedule",
+        "sequential",
     )
     assert code == 0
     assert "█" in out
@@ -260,6 +287,86 @@ def test_a_conversation_remembers(peerllm: Run, device: Served, monkeypatch: pyt
     assert (code, out.split()) == (0, ["yes", "yes"])
     last = device.household.tokenizer.decode(list(device.household.requests[-1].prompt), skip_special_tokens=False)
     assert last == "<s><|user|>hi<|end|>\n<|assistant|>yes<|end|>\n<|user|>again<|end|>\n<|assistant|>"
+
+
+@pytest.fixture
+def typing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """What a person types at a terminal, line by line; an exception is raised instead. Then comes Ctrl-D."""
+
+    def types(*lines: str | type[BaseException]) -> None:
+        script = iter(lines)
+
+        def answer(_: str = "") -> str:
+            line = next(script, EOFError)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr("builtins.input", answer)
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+
+    return types
+
+
+def test_a_conversation_explains_itself_and_ends_with_exit(
+    peerllm: Run, device: Served, typing: Callable[..., None]
+) -> None:
+    typing("/help", "hi", " /EXIT ", "never said")
+    device.household.reply = "yes"
+    code, out, err = peerllm("chat")
+    assert (code, err, len(device.household.requests)) == (0, "", 1)
+    greeting, *explained, answer = out.splitlines()
+    assert "/help" in greeting and "/exit" in greeting and "Ctrl-D" in greeting
+    assert [line.split()[0] for line in explained[:3]] == ["/help", "/exit", "Ctrl-C"]
+    assert answer == "yes"
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave_and_ctrl_d_leaves(peerllm: Run, typing: Callable[..., None]) -> None:
+    typing(KeyboardInterrupt, "/help")
+    code, out, err = peerllm("chat")
+    assert (code, err) == (0, "")
+    assert out.count("Leave with /exit or Ctrl-D") == 1 and "/help   this list" in out
+
+
+def test_ctrl_c_stops_the_answer_and_the_model_forgets_the_question(
+    peerllm: Run, device: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer never ends: only the signal can let the second question be asked."""
+    household, script = device.household, iter(["tell me everything", "hi"])
+    household.endless = True
+    written = []
+
+    def typed(_: str = "") -> str:
+        line = next(script, None)
+        if line is None:
+            raise EOFError
+        if line == "hi":
+            household.endless, household.reply = False, "yes"
+            assert device.on_loop(asyncio.wait_for(household.closed.wait(), 10)), "the device goes on writing"
+        return line
+
+    def seen(text: str) -> str:
+        written.append(text)
+        if len(written) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return text
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("peerllm.cli.chat.printable", lambda text: seen(text) if household.requests else text)
+    code, out, err = peerllm("chat")
+    assert (code, err, out.splitlines()[-1]) == (0, "", "")
+    last = household.tokenizer.decode(list(household.requests[-1].prompt), skip_special_tokens=False)
+    assert last == "<s><|user|>hi<|end|>\n<|assistant|>"
+
+
+def test_lines_of_a_file_are_all_for_the_model(
+    peerllm: Run, device: Served, typing: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typing("/exit", "/help")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False)
+    device.household.reply = "yes"
+    assert peerllm("chat")[1].split() == ["yes", "yes"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo_memory import Sizes, even_runs, limits, sizes_of
+from peerllm.cli.demo_memory import ModelBytes, even_runs, limits, sizes_of
 from peerllm.errors import ModelError
 
 
@@ -21,7 +21,7 @@ from peerllm.errors import ModelError
     devices=st.integers(1, 8),
 )
 def test_only_all_together_hold_the_model(blocks: int, size: int, embedding: int, working: int, devices: int) -> None:
-    sizes = Sizes(embedding, (size,) * blocks, size // 10, working)
+    sizes = ModelBytes(embedding, (size,) * blocks, size // 10, working)
     if devices > blocks:
         with pytest.raises(ModelError, match="too few"):
             limits(sizes, devices)

@@ -9,7 +9,7 @@ import pytest
 
 from peerllm.cli import bench
 from peerllm.cli.bench import divided, predicted
-from peerllm.planner.scenario import parse
+from peerllm.planner.scenario.scenario_parser import parse
 from peerllm.types import Stage
 from tests.api.fake import SCENARIO, WEIGHTS
 from tests.cli.test_commands import Run, Served, device, peerllm

@@ -13,7 +13,7 @@ BLOCKS = {"pass": {"1": 9.0}, "block:full": {"1": 1.0, "128": 50.0}, "block:wind
     ("profiles", "text"),
     [
         ({"a": {"alone": BLOCKS, "contention": 1.0, "source": "measured"}}, "1.5 ms"),
-        ({"a": {"alone": BLOCKS, "contention": 1.75, "source": "cached"}}, "1.5 ms, x 1.8 together"),
+        ({"a": {"alone": BLOCKS, "contention": 1.75, "source": "cached"}}, "1.5 ms, 2.6 ms beside the others"),
         ({"a": {"alone": BLOCKS, "contention": 1.0, "source": "estimated"}}, "about 1.5 ms"),
         ({"a": {"alone": {"head": {"1": 1.0}}, "contention": 1.0, "source": "measured"}}, "1 kB"),
         ({}, "1 kB"),
@@ -21,6 +21,6 @@ BLOCKS = {"pass": {"1": 9.0}, "block:full": {"1": 1.0, "128": 50.0}, "block:wind
 )
 def test_the_time_of_a_block_stands_beside_each_stage(profiles: dict[str, object], text: str) -> None:
     stage = {"device": "a", "first_layer": 0, "last_layer": 3, "memory_bytes": 1000}
-    one = {"model": "m", "state": "serving", "coordinator": "a", "epoch": 1, "plan": {"stages": [stage]}}
+    one = {"name": "m", "model": "m", "state": "serving", "coordinator": "a", "epoch": 1, "plan": {"stages": [stage]}}
     shown = deployment_text({**one, "profiles": profiles})
     assert shown.rstrip().endswith(text)

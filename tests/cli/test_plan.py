@@ -14,7 +14,7 @@ import pytest
 
 from peerllm.cli.main import main
 from peerllm.cli.parser import build_parser
-from peerllm.planner.scenario import STRATEGIES
+from peerllm.planner.scenario.scenario import STRATEGIES
 
 Raw = dict[str, Any]
 KEYS = ["strategy", "objective", "feasible", "reason", "stages", "predicted", "optimal", "bound", "solve_ms"]

@@ -14,7 +14,7 @@ from peerllm.cli import gantt
 from peerllm.cli.main import main
 from peerllm.cli.plan import answer
 from peerllm.cli.simulate import bar, simulated
-from peerllm.planner.simulator import engine
+from peerllm.planner.simulator import simulation
 
 KEYS = {
     "strategy", "objective", "schedule", "feasible", "reason", "stages", "devices", "links", "media", "micro_batch",
@@ -149,7 +149,7 @@ def test_what_takes_no_time_is_null_and_not_infinite(files, capsys):
 
 
 def test_too_long_a_run_is_an_error_of_its_line(files, capsys, monkeypatch):
-    monkeypatch.setattr(engine, "MAX_SPANS", 100)
+    monkeypatch.setattr(simulation, "MAX_SPANS", 100)
     assert main(["simulate", *files(a=scenario(), b=scenario()), "--json"]) == 2
     assert all("lower the steps" in line["error"] for line in lines(capsys))
 

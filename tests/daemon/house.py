@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from peerllm.daemon.control_messages import Hello
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment.coordinator import Coordinator
+from peerllm.daemon.deployment.model_files import ModelOnDisk
 from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link.profiler import Profiler
 from peerllm.engine.messages import (
@@ -70,6 +72,7 @@ class FakeEngine:
         self.loading = asyncio.Event()
         self.unloads = 0
         self.fail: Exception | None = None
+        self.most: int | None = None  # bytes of one stage; it refuses more
         self.layer_ms = dict(LAYER_MS)  # what timing layers finds, or why it cannot
         self.timing = None  # called with each TimeLayers and Measure before it is answered
         self.paces = ()  # what each stage says that batches of steps take, and how far they vary
@@ -100,6 +103,8 @@ class FakeEngine:
                 if self.fail is not None:
                     raise self.fail
                 nbytes = sum(tensor.nbytes for tensor in message.tensors)
+                if self.most is not None and nbytes > self.most:
+                    raise RefusedError(f"a stage of {nbytes} bytes does not fit")
                 self.stages[message.deployment, message.stage] = nbytes
                 self._house.check()
                 self._house.devices[self._device].worker.progress(
@@ -231,9 +236,18 @@ class Device:
             answering.cancel()
             leaving.cancel()
 
-    async def resolve(self, model, progress):
+    @asynccontextmanager
+    async def looked_up(self, model):
         if model not in self.house.models:
             raise NotFoundError(f"{model}: no such directory")
+        missing = self.house.to_download.get(model, 0)
+        yield ModelOnDisk(Path("/outlines" if missing else "/models") / model, missing)
+
+    async def resolve(self, model, progress, total_bytes):
+        assert total_bytes == self.house.to_download[model]
+        self.house.downloads.append(model)
+        progress(0.4)
+        await self.house.download_gate.wait()
         return Path("/models") / model
 
     async def inspect(self, model_dir, dtype, quantize):
@@ -264,6 +278,10 @@ class House:
 
     def __init__(self, folder, lent, models):
         self.folder, self.models = folder, models
+        self.to_download: dict[str, int] = {}  # bytes of a model that are not on the source's disk yet
+        self.downloads: list[str] = []
+        self.download_gate = asyncio.Event()  # downloads wait for it
+        self.download_gate.set()
         self.devices: dict[str, Device] = {}
         self._departures: dict[str, asyncio.Event] = {}
         self._changes = asyncio.Event()

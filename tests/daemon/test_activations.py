@@ -16,9 +16,9 @@ from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.status.status import deployment_entry
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import BadInputError, LinkError
-from peerllm.planner.memory import working_bytes
-from peerllm.planner.scenario import parse
-from peerllm.planner.strategies import plan
+from peerllm.planner.cost.working_space import working_bytes
+from peerllm.planner.scenario.scenario_parser import parse
+from peerllm.planner.strategies.strategy_plan import plan
 from tests.daemon.house import BLOCK, House, hello, inspected
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from peerllm.daemon.network import bulk
-from peerllm.daemon.network.bulk import FAST_PROBE_S, PROBE_AIR_S, Bulk
-from peerllm.daemon.network.speed import bandwidth, survey
-from peerllm.daemon.network.speed.survey import LARGE_FRAME_S, SMALL_FRAME_S, frame_sizes
+from peerllm.daemon.network import peer_http
+from peerllm.daemon.network.peer_http import FAST_PROBE_S, PROBE_AIR_S, PeerHttp
+from peerllm.daemon.network.speed import link_monitor, probe_scheduler
+from peerllm.daemon.network.speed.link_monitor import LARGE_FRAME_S, SMALL_FRAME_S, frame_sizes
 from peerllm.errors import LinkError, UnavailableError
 from tests.daemon.networks import WAIT_S, Device, devices, pair
 
 OF = ("d" * 64, "pem", "host", 1)
 
 
-class Wire(Bulk):
+class Wire(PeerHttp):
     """A link of a known rate; the first `stalls` probes take as long as a busy processor makes them."""
 
     def __init__(self, mbps: float, stalls: int = 0) -> None:
@@ -43,7 +43,7 @@ async def test_probes_are_as_short_as_the_link_is_slow(mbps: float) -> None:
     wire = Wire(mbps)
     assert await wire.measure_mbps(*OF) == pytest.approx(mbps)
     assert sum(seconds for _, seconds in wire.probes) <= PROBE_AIR_S + 1e-9
-    assert len(wire.probes) <= 5 and max(nbytes for nbytes, _ in wire.probes) <= bulk.MAX_PROBE_BYTES
+    assert len(wire.probes) <= 5 and max(nbytes for nbytes, _ in wire.probes) <= peer_http.MAX_PROBE_BYTES
 
 
 @pytest.mark.parametrize("mbps", [5.0, 100.0, 10_000.0])
@@ -56,7 +56,7 @@ def test_frames_to_time_a_link_with_are_never_long_under_way(mbps: float) -> Non
     sizes = frame_sizes(mbps)
     small, large = sizes[0], sizes[-1]
     assert sizes == sorted(sizes) and len(set(sizes)) <= 2
-    assert small * 8e-6 / mbps <= max(SMALL_FRAME_S, survey.LEAST_FRAME_BYTES * 8e-6 / mbps)
+    assert small * 8e-6 / mbps <= max(SMALL_FRAME_S, link_monitor.LEAST_FRAME_BYTES * 8e-6 / mbps)
     assert large == small or large * 8e-6 / mbps <= LARGE_FRAME_S
 
 
@@ -70,23 +70,23 @@ async def test_a_probe_that_is_cut_short_frees_the_link_at_once(
         await asyncio.Event().wait()
         return response
 
-    monkeypatch.setattr(bulk, "_serve_probe", crawl)
-    monkeypatch.setattr(bulk, "PROBE_AIR_S", 0.1)
+    monkeypatch.setattr(peer_http, "_serve_probe", crawl)
+    monkeypatch.setattr(peer_http, "PROBE_AIR_S", 0.1)
     async with devices(tmp_path, "anna", "bert") as (anna, bert):
         aborted = asyncio.Event()
-        monkeypatch.setattr(bulk, "_abort", lambda response, was=bulk._abort: (was(response), aborted.set()))
+        monkeypatch.setattr(peer_http, "_abort", lambda response, was=peer_http._abort: (was(response), aborted.set()))
         await pair(anna, bert)
         async with asyncio.timeout(WAIT_S):
             await aborted.wait()
-        await anna.until(lambda: anna.network.survey._probing._not_before or anna.network.peers()[bert.id].mbps)
+        await anna.until(lambda: anna.network.link_monitor._probing._not_before or anna.network.peers()[bert.id].mbps)
 
 
 async def test_a_busy_device_is_not_probed_and_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bandwidth, "BUSY_S", 0.05)
+    monkeypatch.setattr(probe_scheduler, "BUSY_S", 0.05)
     busy, refused = [True], asyncio.Event()
     async with devices(tmp_path, "anna", "bert") as (anna, bert):
-        monkeypatch.setattr(bert.network.survey, "_idle", lambda: not busy[0])
-        measure = anna.network._bulk.measure_mbps
+        monkeypatch.setattr(bert.network.link_monitor, "_idle", lambda: not busy[0])
+        measure = anna.network._http.measure_mbps
 
         async def noted(*where: object) -> float:
             try:
@@ -95,7 +95,7 @@ async def test_a_busy_device_is_not_probed_and_asked_again(tmp_path: Path, monke
                 refused.set()
                 raise
 
-        monkeypatch.setattr(anna.network._bulk, "measure_mbps", noted)
+        monkeypatch.setattr(anna.network._http, "measure_mbps", noted)
         await pair(anna, bert)
         async with asyncio.timeout(WAIT_S):
             await refused.wait()
@@ -107,8 +107,8 @@ async def test_a_busy_device_is_not_probed_and_asked_again(tmp_path: Path, monke
 async def test_everybody_learns_of_every_link_and_forgets_who_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bandwidth, "BUSY_S", 0.05)
-    monkeypatch.setattr(survey, "LOOK_S", 0.05)
+    monkeypatch.setattr(probe_scheduler, "BUSY_S", 0.05)
+    monkeypatch.setattr(link_monitor, "LOOK_S", 0.05)
     echoed: list[tuple[str, int]] = []
     async with devices(tmp_path, "anna", "bert", "cleo") as everyone:
         for number, device in enumerate(everyone):
@@ -117,14 +117,14 @@ async def test_everybody_learns_of_every_link_and_forgets_who_left(
                 echoed.extend((other, size) for size in sizes)
                 return [(size, ms / 1e3 + size * 8e-9) for size in sizes]  # at 1 Gbps
 
-            device.network.survey.echo = echo
+            device.network.link_monitor.echo, device.network.link_monitor.may_echo = echo, lambda device: True
         anna, bert, cleo = everyone
         await pair(anna, bert)
         await pair(anna, cleo)
         pairs = {(a.id, b.id) for a in everyone for b in everyone if a is not b}
 
         def known(device: Device) -> dict[tuple[str, str], float]:
-            figures = device.network.survey.figures()
+            figures = device.network.link_monitor.figures()
             return {pair: round(figure.hop_ms or 0.0) for pair, figure in figures.items()}
 
         ms = {anna.id: 10, bert.id: 20, cleo.id: 30}
@@ -132,17 +132,17 @@ async def test_everybody_learns_of_every_link_and_forgets_who_left(
         for device in everyone:
             await device.until(lambda device=device: known(device) == wanted, 2 * WAIT_S)
         assert {other for other, _ in echoed} == {device.id for device in everyone}
-        anna.network.survey.framed(bert.id, 2048, 0.5)
-        assert anna.network.survey.figures()[anna.id, bert.id].source == "traffic"
-        assert not anna.network.survey.may_be_probed, "a request is being answered"
+        anna.network.link_monitor.framed(bert.id, 2048, 0.5)
+        assert anna.network.link_monitor.figures()[anna.id, bert.id].source == "traffic"
+        assert not anna.network.link_monitor.may_be_probed, "a request is being answered"
         await anna.network.remove(cleo.id)
-        await anna.until(lambda: cleo.id not in {end for pair in anna.network.survey.figures() for end in pair})
+        await anna.until(lambda: cleo.id not in {end for pair in anna.network.link_monitor.figures() for end in pair})
 
 
 async def test_downloads_refine_what_is_known(tmp_path: Path) -> None:
     async with devices(tmp_path, "anna", "bert") as (anna, bert):
         await pair(anna, bert)
-        known = anna.network.survey
+        known = anna.network.link_monitor
         clock, seen = [0.0], []
 
         async def blocks() -> AsyncIterator[bytes]:
@@ -153,7 +153,7 @@ async def test_downloads_refine_what_is_known(tmp_path: Path) -> None:
         estimate = known._tables.incoming(bert.id)
         assert estimate is not None
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(survey.time, "monotonic", lambda: clock[0])
+            patch.setattr(link_monitor.time, "monotonic", lambda: clock[0])
             async for block in known.metered(bert.id, blocks()):
                 seen.append(len(block))
                 assert not known.quiet, "a download is no time to measure"

@@ -13,9 +13,9 @@ from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.daemon.status.status import deployment_entry
 from peerllm.engine.messages import LoadStage, Submit, TimeLayers, Tokens
 from peerllm.errors import BadInputError, EngineError, InfeasibleError, NotFoundError, PeerLLMError, RefusedError
-from peerllm.planner.cost import layer_ms
-from peerllm.planner.scenario import parse
-from peerllm.planner.strategies import plan
+from peerllm.planner.cost.layer_costs import layer_ms
+from peerllm.planner.scenario.scenario_parser import parse
+from peerllm.planner.strategies.strategy_plan import plan
 from peerllm.types import Sampling, Stage
 from tests.daemon.house import BLOCK, House, inspected
 
@@ -148,7 +148,7 @@ async def test_two_deployments_at_once_never_lend_the_same_memory_twice(houses, 
     results = await asyncio.gather(
         *(house[letter].coordinator.run(RunOptions(model), quiet) for letter, model in starts), return_exceptions=True
     )
-    failures = [result for result in results if result is not None]
+    failures = [result for result in results if isinstance(result, BaseException)]
     if blocks == 4:
         assert not failures
     else:

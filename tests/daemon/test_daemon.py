@@ -121,7 +121,7 @@ async def expected(model, prompt, count):
 
 
 async def answer(daemon, model, prompt, count):
-    served = next(one for one in daemon.models() if one.name == model)
+    served = next(one for one in daemon.models() if one.model == model)
     ids, finish = [], None
     async with asyncio.timeout(BOUND_S):
         async for chunk in daemon.generate(GenerateRequest(served.deployment, prompt, count, Sampling())):
@@ -315,6 +315,9 @@ async def test_bad_wishes_are_one_clear_line(daemons, folder):
         await laptop.stop("builtin")
     with pytest.raises(NotFoundError):
         await laptop.remove("nobody")
+    for name in ("laptop", laptop.identity.device, laptop.identity.device[:8]):
+        with pytest.raises(BadInputError, match=f"{name} is this device.*peerllm leave"):
+            await laptop.remove(name)
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{")
     with pytest.raises(BadInputError) as caught:
@@ -362,7 +365,7 @@ async def test_two_sources_at_once_never_lend_the_same_memory_twice(daemons, lla
     assert max(worst) <= LENT
     assert all(taken <= promised for taken, promised in held), held
     assert any(taken for taken, _ in held)
-    failures = [result for result in results if result is not None]
+    failures = [result for result in results if isinstance(result, BaseException)]
     for failure in failures:
         assert isinstance(failure, PeerLLMError) and str(failure)
     assert len(failures) < 2

@@ -10,8 +10,9 @@ from peerllm.daemon.decide.demand import EXPECTED_PROMPT, draw_up, sizes
 from peerllm.daemon.decide.device_profiles import BATCHES, Candidate, MeasuredLayers, device_profile, link_profiles
 from peerllm.daemon.facade import RunOptions
 from peerllm.errors import BadInputError, InfeasibleError
-from peerllm.planner.chunks import Pipeline
-from peerllm.planner.memory import MAX_CHUNK, MIN_CHUNK, chunk_tokens, human_bytes, working_bytes
+from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.planner.cost.working_space import MAX_CHUNK, MIN_CHUNK, chunk_tokens, working_bytes
+from peerllm.planner.transfers.prompt_chunks import Pipeline
 from peerllm.types import WorkingSpace, chunk_of
 from tests.daemon.house import BLOCK, WORKING, hello, inspected
 

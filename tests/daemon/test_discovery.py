@@ -246,6 +246,10 @@ def test_interfaces_that_are_up_and_loopback_only_alone(monkeypatch: pytest.Monk
     monkeypatch.setattr(ifaddr, "get_adapters", lambda: [lo, lan, down])
     assert interfaces().addresses == ("10.0.0.5", "fd00::5", "fe80::5")
     assert interfaces().bind == ("10.0.0.5", 2)
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda: [adapter("eth0", 4, "10.0.0.1", "192.168.1.7"), lan])
+    with monkeypatch.context() as way_out:
+        way_out.setattr(module, "local_address", lambda: "192.168.1.7")
+        assert interfaces().addresses == ("192.168.1.7", "10.0.0.1", "10.0.0.5", "fd00::5", "fe80::5")
     monkeypatch.setattr(ifaddr, "get_adapters", lambda: [lo, down])
     assert interfaces().addresses == ("127.0.0.1", "::1")
     monkeypatch.setattr(ifaddr, "get_adapters", lambda: [down])

@@ -134,12 +134,12 @@ def test_promises_and_fences_are_bounded(monkeypatch):
     assert len(ledger._fences) == 2
 
 
-def test_the_fence_that_was_set_longest_ago_gives_way(monkeypatch):
+def test_the_fence_longest_unrenewed_goes_first(monkeypatch):
     monkeypatch.setattr(module, "MAX_FENCES", 2)
     ledger = Ledger(100)
-    for name in "xyxz":  # x is fenced again after y
-        ledger.release(name, 3, "a")
-    for name in "xz":
+    for name, epoch in (("x", 1), ("y", 1), ("x", 2), ("z", 1)):
+        ledger.release(name, epoch, "a")
+    for name, epoch in (("x", 2), ("z", 1)):
         with pytest.raises(RefusedError, match="is over"):
-            ledger.reserve(Reserve(name, 3, 1, 10), "a", 0)
-    ledger.reserve(Reserve("y", 3, 1, 10), "a", 0)
+            ledger.reserve(Reserve(name, epoch, 1, 10), "a", 0)
+    ledger.reserve(Reserve("y", 1, 1, 10), "a", 0)

@@ -11,7 +11,7 @@ from peerllm.cli.look import links_text
 from peerllm.codec import decode, encode
 from peerllm.daemon.control_messages import Control, LinkSeen, LinkTable
 from peerllm.daemon.decide.device_profiles import Candidate, link_profiles
-from peerllm.daemon.network.speed.linktables import SILENT_S, STALE_S, UNKNOWN_FRAME_MS, LinkFigure, LinkTables, news
+from peerllm.daemon.network.speed.link_tables import SILENT_S, STALE_S, UNKNOWN_FRAME_MS, LinkFigure, LinkTables, news
 from peerllm.daemon.status.status import link_entries
 from peerllm.types import LinkProfile
 from tests.daemon.house import hello

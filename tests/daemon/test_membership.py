@@ -14,6 +14,8 @@ from peerllm.daemon.decide.membership import (
     DEAD_AFTER_S,
     HEARTBEAT_S,
     LARGER_WAIT_S,
+    MAX_STATIC,
+    STALL_S,
     Action,
     Beat,
     Changed,
@@ -125,6 +127,13 @@ def test_a_device_that_stood_still_itself_gives_the_others_time_to_be_heard() ->
     assert "Cut" in kinds(machine.handle(Tick(), 60.3)), "but it is not trusted for ever"
 
 
+@pytest.mark.parametrize(("second", "trusted"), [(0.1, True), (1.0 - HEARTBEAT_S - STALL_S, False)])
+def test_how_long_it_must_have_stood_still_for_that(second: float, trusted: bool) -> None:
+    machine = online()
+    machine.handle(Tick(), second)
+    assert ("Cut" not in kinds(machine.handle(Tick(), 1.0))) is trusted
+
+
 def test_a_reset_is_noticed_at_once_and_dialled_again() -> None:
     machine = online()
     assert machine.handle(Down(LinkName(B, 1), "reset"), 2.0) == [Changed(B, "online", "offline", "reset")]
@@ -174,6 +183,12 @@ def test_a_static_peer_is_dialled_by_address_and_then_known() -> None:
     for _ in range(3):
         machine.handle(DialFailed(B, "refused"), 61.0)
     assert Dial((HOST, 8643), (HOST,), 8643) in machine.handle(Tick(), 62.0), "it may be another device's address now"
+
+
+def test_static_peers_are_bounded() -> None:
+    machine = Membership(A, tuple(("10.0.0.1", port) for port in range(1, MAX_STATIC + 10)))
+    dials = machine.handle(Members(frozenset({B})), 0.0)
+    assert [action.port for action in dials if isinstance(action, Dial)] == list(range(1, MAX_STATIC + 1))
 
 
 def test_another_device_answering_at_the_address_is_used_as_what_it_is() -> None:

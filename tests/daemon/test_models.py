@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -30,8 +31,7 @@ async def test_a_directory_is_taken_as_it_is(tmp_path, monkeypatch):
     assert await resolve(str(tmp_path), quiet) == tmp_path.resolve()
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     monkeypatch.chdir(tmp_path.parent)
-    fetched = "peerllm.daemon.deployment.model_files._download"
-    monkeypatch.setattr(fetched, lambda model, progress: resolve("builtin", progress))
+    monkeypatch.setattr("peerllm.daemon.deployment.model_files.download", lambda *_: MODEL_DIR)
     assert await resolve(tmp_path.name, quiet) == MODEL_DIR  # an id, whatever lies in the working directory
     assert await resolve(f"~/{tmp_path.name}", quiet) == tmp_path.resolve()
 
@@ -76,7 +76,7 @@ async def test_a_download_takes_data_only_and_tells_how_far_it_is(monkeypatch, t
 
     def download(model, *, tqdm_class, **options):
         seen.update(options, model=model)
-        bar = tqdm_class(total=10, name="huggingface_hub.snapshot_download", desc="x")
+        bar = tqdm_class(total=10, name="huggingface_hub.snapshot_download", desc="x", unit="B")
         for _ in range(10):
             bar.update(1)
         bar.close()
@@ -86,6 +86,7 @@ async def test_a_download_takes_data_only_and_tells_how_far_it_is(monkeypatch, t
     monkeypatch.setenv("HF_TOKEN", "secret")
     shares = []
     assert await resolve("owner/model", shares.append) == tmp_path
-    assert shares[-1] == 1.0
+    await asyncio.sleep(0)  # what the download's thread told is heard
+    assert shares == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     assert seen["token"] == "secret" and seen["model"] == "owner/model"
     assert not any("py" in pattern or "bin" in pattern for pattern in seen["allow_patterns"])

@@ -7,12 +7,19 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import ifaddr
 import pytest
 
 from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Question, Release, Trouble
+from peerllm.daemon.discovery.mdns import interfaces
+from peerllm.daemon.network import Network
+from peerllm.daemon.network.control_links import host_of
+from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError, PeerLLMError, RefusedError
+from peerllm.transport.identity import load_or_create
 from tests.daemon.networks import WAIT_S, Device, devices, pair
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +40,55 @@ async def test_pairing_makes_a_link_with_all_that_is_known(tmp_path: Path) -> No
         assert rosters == [2]
 
 
+def link_local() -> str:
+    """An IPv6 address of this machine that is valid on one interface only, with that one; "" if there is none."""
+    for adapter in ifaddr.get_adapters():
+        for ip in adapter.ips:
+            if isinstance(ip.ip, tuple) and ip.ip[0].startswith("fe80:") and ip.ip[2]:
+                return f"{ip.ip[0].partition('%')[0]}%{ip.ip[2]}"
+    return ""
+
+
+@pytest.mark.skipif(not link_local(), reason="no interface here has a link-local IPv6 address")
+async def test_who_comes_from_a_link_local_address_is_found_there_again(tmp_path: Path) -> None:
+    anna, bert = (Device(tmp_path, name, everywhere=True) for name in ("anna", "bert"))
+    try:
+        for device in (anna, bert):
+            await device.network.start()
+        code, port = await anna.network.open_door()
+        await bert.network.join(code, (link_local(), port))
+        await anna.sees(bert)
+        await bert.sees(anna)
+        for here, there in ((anna, bert), (bert, anna)):
+            assert here.network.peers()[there.id].hosts[0] == link_local()
+            await here.until(lambda here=here, there=there: here.network.peers()[there.id].mbps)  # type: ignore[misc]
+    finally:
+        for device in (anna, bert):
+            await device.network.close()
+
+
+def test_the_scope_is_part_of_an_address_where_there_is_one() -> None:
+    assert host_of(("fe80::1", 8643, 0, 4)) == "fe80::1%4" and host_of(("fd00::1", 8643, 0, 0)) == "fd00::1"
+    assert host_of(("10.0.0.1", 8643)) == "10.0.0.1" and host_of(None) == ""
+
+
+async def test_a_removal_reaches_the_engine_even_if_the_listener_fails_to_hear_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        rosters: list[int] = []
+        anna.network.on_roster(lambda entries: rosters.append(len(entries)))
+        await pair(anna, bert)
+
+        async def fail(pems: object) -> None:
+            raise OSError("no file can be opened")
+
+        monkeypatch.setattr(anna.network._server, "set_trusted", fail)
+        with pytest.raises(OSError, match="no file"):
+            await anna.network.remove(bert.id)
+        assert rosters == [2, 1]
+
+
 async def test_a_wrong_code_lets_nobody_in_and_three_shut_the_door(tmp_path: Path) -> None:
     async with devices(tmp_path, "anna", "bert") as (anna, bert):
         code, port = await anna.network.open_door()
@@ -49,8 +105,18 @@ async def test_a_wrong_code_lets_nobody_in_and_three_shut_the_door(tmp_path: Pat
 
 async def test_without_mdns_joining_says_to_use_at(tmp_path: Path) -> None:
     async with devices(tmp_path, "anna") as (anna,):
-        with pytest.raises(PairingError, match="--at HOST:PORT"):
+        with pytest.raises(PairingError, match=r"mDNS is off.*--at HOST"):
             await anna.network.join("K7-4PQ9MX", None)
+
+
+async def test_a_device_says_where_it_is_reached_without_mdns_too(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna") as (anna,):
+        assert anna.network.addresses == ("127.0.0.1",)
+    settings = Settings(tmp_path / "bert", "bert", port=0, mdns=False)
+    identity = load_or_create(settings.data_dir)
+    assert Network(settings, identity, anna.hello).addresses == interfaces().addresses
+    alone = Network(replace(settings, hosts=("127.0.0.1", "::1")), identity, anna.hello)
+    assert alone.addresses == ("127.0.0.1", "::1")
 
 
 async def test_gossip_makes_one_code_per_device_enough(tmp_path: Path) -> None:
@@ -77,7 +143,7 @@ async def test_mdns_finds_the_door_and_then_the_devices(tmp_path: Path) -> None:
 async def test_a_door_that_is_not_there_is_named_with_what_was_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peerllm.daemon.network.knocking.FIND_DOOR_S", 0.5)
+    monkeypatch.setattr("peerllm.daemon.network.door_finder.FIND_DOOR_S", 0.5)
     async with devices(tmp_path, "anna", "bert", mdns=True) as (_, bert):
         await bert.until(bert.network.sightings)
         with pytest.raises(PairingError, match=r"saw only anna \(127.0.0.1\).*--at"):

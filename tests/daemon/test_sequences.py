@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from peerllm.daemon.decide.queue import MAX_QUEUED
+from peerllm.daemon.decide.fair_queue import MAX_QUEUED
 from peerllm.daemon.deployment import admission as module
-from peerllm.daemon.deployment.admission import Admission, Room
+from peerllm.daemon.deployment.admission import Admission, ServingCapacity
 from peerllm.daemon.facade import GenerateRequest
 from peerllm.engine.messages import Cancel, Submit, Tokens
 from peerllm.errors import BadInputError, EngineError, OverloadedError, UnavailableError
@@ -55,7 +55,7 @@ async def waiting(stream):
 
 
 async def test_tokens_arrive_in_order_and_end(sequences, told):
-    sequences.open(Room(1, 100, 50, (7,)))
+    sequences.open(ServingCapacity(1, 100, 50, (7,)))
     stream = sequences.generate(ask())
     first = await waiting(stream)
     (submit,) = told
@@ -73,7 +73,7 @@ async def test_tokens_arrive_in_order_and_end(sequences, told):
 
 
 async def test_a_slot_is_given_when_the_engine_says_so_not_when_the_client_leaves(sequences, told):
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     first, second = sequences.generate(ask()), sequences.generate(ask())
     task = await waiting(first)
     assert (await chunk(second)).queued == 1
@@ -92,7 +92,7 @@ async def test_a_slot_is_given_when_the_engine_says_so_not_when_the_client_leave
 
 async def test_a_silent_engine_does_not_keep_a_slot_for_ever(sequences, told, monkeypatch):
     monkeypatch.setattr(module, "CANCEL_CONFIRM_S", 0.01)
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     first, second = sequences.generate(ask()), sequences.generate(ask())
     (await waiting(first)).cancel()
     place = await waiting(second)
@@ -108,7 +108,7 @@ async def test_a_silent_engine_does_not_keep_a_slot_for_ever(sequences, told, mo
 
 
 async def test_places_in_the_queue_are_told_as_they_change(sequences, told):
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     streams = [sequences.generate(ask(client=name)) for name in "abc"]
     running = await waiting(streams[0])
     assert [(await chunk(streams[1])).queued, (await chunk(streams[2])).queued] == [1, 2]
@@ -119,7 +119,7 @@ async def test_places_in_the_queue_are_told_as_they_change(sequences, told):
 
 
 async def test_the_queue_is_bounded(sequences):
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     streams = [sequences.generate(ask()) for _ in range(MAX_QUEUED // 2 + 2)]
     tasks = [await waiting(stream) for stream in streams]
     with pytest.raises(OverloadedError):
@@ -130,7 +130,7 @@ async def test_the_queue_is_bounded(sequences):
 
 
 async def test_a_client_that_leaves_the_queue_moves_the_others_up(sequences):
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     streams = [sequences.generate(ask(client=name)) for name in "abc"]
     running = await waiting(streams[0])
     assert [(await chunk(one)).queued for one in streams[1:]] == [1, 2]
@@ -142,7 +142,7 @@ async def test_a_client_that_leaves_the_queue_moves_the_others_up(sequences):
 
 async def test_long_answers_do_not_keep_the_slots_from_a_client_with_short_ones(sequences, told):
     """One slot after the other is given back; who holds fewer gets it, whosever turn it would be."""
-    sequences.open(Room(4, 100, 50, ()))
+    sequences.open(ServingCapacity(4, 100, 50, ()))
     clients = dict(enumerate(["long"] * 10 + ["short"] * 10))
     tasks = [await waiting(sequences.generate(ask(prompt=(n + 1,), client=clients[n]))) for n in clients]
     running = [submit for submit in told if isinstance(submit, Submit)]
@@ -168,7 +168,7 @@ async def test_a_full_queue_says_when_those_who_wait_will_be_in(sequences, told,
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))  # the loop keeps its own
     monkeypatch.setattr(sequences, "_queue", module.FairQueue(8))  # half of it for one client
     assert sequences.retry_after_s == module.RETRY_UNKNOWN_S
-    sequences.open(Room(2, 100, 50, ()))
+    sequences.open(ServingCapacity(2, 100, 50, ()))
     first = await waiting(sequences.generate(ask()))
     now[0] += seconds
     sequences.hear(Tokens(D, told.numbers(Submit)[0], 0, (1,), "length"))
@@ -184,7 +184,7 @@ async def test_a_full_queue_says_when_those_who_wait_will_be_in(sequences, told,
 
 
 async def test_lengths_are_checked_and_clamped(sequences, told):
-    sequences.open(Room(2, 10, 50, ()))
+    sequences.open(ServingCapacity(2, 10, 50, ()))
     with pytest.raises(BadInputError, match=r"10 tokens.*fit 10"):
         await chunk(sequences.generate(ask(prompt=range(10))))
     with pytest.raises(BadInputError, match="outside"):
@@ -198,7 +198,7 @@ async def test_lengths_are_checked_and_clamped(sequences, told):
 
 
 async def test_an_interruption_is_an_honest_error_and_the_queue_waits(sequences, told):
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     running, queued = sequences.generate(ask()), sequences.generate(ask())
     first = await waiting(running)
     assert (await chunk(queued)).queued == 1
@@ -207,7 +207,7 @@ async def test_an_interruption_is_an_honest_error_and_the_queue_waits(sequences,
         await first
     sequences.hear(Tokens(D, told.numbers(Submit)[0], 0, (9,)))  # late: nobody's any more
     after = await waiting(queued)
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     await asyncio.sleep(0)
     sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (4,), "stop"))
     assert (await asyncio.wait_for(after, BOUND_S)).ids == (4,)
@@ -225,7 +225,7 @@ async def test_patience_has_an_end(sequences, monkeypatch):
 
 
 async def test_a_jump_in_the_tokens_ends_the_answer(sequences, told):
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     stream = sequences.generate(ask())
     task = await waiting(stream)
     number = told.numbers(Submit)[0]
@@ -236,7 +236,7 @@ async def test_a_jump_in_the_tokens_ends_the_answer(sequences, told):
 
 
 async def test_an_error_of_the_engine_keeps_the_tokens_before_it(sequences, told):
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     stream = sequences.generate(ask())
     task = await waiting(stream)
     number = told.numbers(Submit)[0]
@@ -248,7 +248,7 @@ async def test_an_error_of_the_engine_keeps_the_tokens_before_it(sequences, told
 
 
 async def test_closed_is_closed(sequences, told):
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     task = await waiting(sequences.generate(ask()))
     sequences.close("it was stopped")
     with pytest.raises(UnavailableError, match="it was stopped"):
@@ -258,7 +258,7 @@ async def test_closed_is_closed(sequences, told):
 
 
 async def test_what_was_reused_of_a_prompt_is_told_with_every_chunk(sequences, told):
-    sequences.open(Room(1, 100, 50, ()))
+    sequences.open(ServingCapacity(1, 100, 50, ()))
     stream = sequences.generate(ask(client="10.0.0.2/anna"))
     first = await waiting(stream)
     (submit,) = told
@@ -267,3 +267,22 @@ async def test_what_was_reused_of_a_prompt_is_told_with_every_chunk(sequences, t
     assert (await first).reused == 2
     sequences.hear(Tokens(D, submit.sequence, 1, (11,), "length"))
     assert (await chunk(stream)).reused == 2
+
+
+async def test_serving_ends_the_patience_and_the_next_interruption_begins_another(sequences, told, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.02)
+    stream = sequences.generate(ask())
+    assert (await chunk(stream)).queued == 1
+    with pytest.raises(UnavailableError, match="loaded"):
+        await chunk(stream)
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    monkeypatch.setattr(module, "PATIENCE_S", 60.0)
+    sequences.interrupt("a device is gone")
+    later = sequences.generate(ask())
+    assert (await chunk(later)).queued == 1, "it waits again"
+    over = asyncio.get_running_loop().time() + 60.0
+    assert sequences._patience is not None and abs(sequences._patience.when() - over) < 5.0
+    timer = sequences._patience
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    assert timer.cancelled() and len(told.numbers(Submit)) == 1
+    await later.aclose()

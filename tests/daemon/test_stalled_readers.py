@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from peerllm.daemon.network import bulk
-from peerllm.daemon.network.bulk import MAX_PROBE_BYTES, add_probe
+from peerllm.daemon.network import peer_http
+from peerllm.daemon.network.peer_http import MAX_PROBE_BYTES, add_probe
 from peerllm.daemon.weights import offers as offers_module
 from peerllm.daemon.weights.offers import ROUTE, Offers
 from peerllm.engine.messages import TensorAt
@@ -48,8 +48,8 @@ async def _get(port: int, path: str) -> int:
 
 
 async def test_a_probe_gives_up_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "PROBE_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(bulk, "MAX_PROBE_BYTES", LARGE_BYTES)
+    monkeypatch.setattr(peer_http, "PROBE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(peer_http, "MAX_PROBE_BYTES", LARGE_BYTES)
     app = web.Application()
     add_probe(app, lambda: True)
     runner, port = await _serve(app)

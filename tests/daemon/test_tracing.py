@@ -8,7 +8,7 @@ import time
 import pytest
 
 from peerllm.daemon.control_messages import Trace
-from peerllm.daemon.decide.clocks import Alignment, Reading
+from peerllm.daemon.decide.clock_alignment import Alignment, Reading
 from peerllm.daemon.deployment import deployment as module
 from peerllm.daemon.deployment import tracing
 from peerllm.daemon.facade import RunOptions

@@ -66,6 +66,10 @@ def test_assignments_cover_the_model_and_close_the_ring(house, plan):
         assert w.downstream == (after if after != device else None)
         assert w.downstream_stage == w.stage + 1
         assert bool(w.downstream_hosts) == (after not in (A, device))
+    zoned = assignments(
+        D, 1, blueprint, model, hashes=hashes, address=lambda _: (("fe80::1%eth0", "10.0.0.1", "fe80::2%3"), 7)
+    )
+    assert zoned == made, "an address on one of the source's own interfaces helps nobody else"
     names = [t.name for w in work for t in w.tensors]
     assert sorted(names) == sorted(t.name for layer in model.tensors for t in layer)
     assert all(assign.head_device == devices[-1] for assign in made.values())
@@ -166,7 +170,7 @@ async def test_lost_links_and_engines_are_told_to_the_coordinator(house, plan, w
     assert told == [(A, Trouble(D, 1, "reset by peer"))]
     house["b"].engine.stages.clear()
     worker.engine_lost("the engine crashed")
-    assert told[-1] == (A, Trouble(D, 1, "the engine crashed"))
+    assert told[-1] == (A, Trouble(D, 1, "the engine crashed", engine_died=True))
     assert house.empty()
 
 

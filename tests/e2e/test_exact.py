@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peerllm.engine.model.torch_inspect import inspect_model
-from peerllm.planner.cost import layer_bytes
+from peerllm.planner.cost.layer_costs import layer_bytes
 from peerllm.types import Workload
 from tests.e2e import tiny
 from tests.household import Device, household

@@ -23,7 +23,7 @@ from peerllm.engine.process.engine_line import MemoryChannel, SocketChannel
 from peerllm.errors import LinkError
 
 pytestmark = pytest.mark.timeout(120)
-GONE_S = 1.0  # design §4: an engine whose daemon died exits within a second
+GONE_S = 1.0  # an engine whose daemon died exits within a second
 
 PARENT = """
 import asyncio, json, sys

@@ -18,8 +18,8 @@ from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
 from peerllm.engine.wire.parcels import TokenBatch, from_frame
-from peerllm.planner.cost import Lap
-from peerllm.planner.simulator.events import DECIDES, Agenda, Resource
+from peerllm.planner.cost.prediction import Lap
+from peerllm.planner.simulator.event_queue import DECIDES, EventQueue, Resource
 from peerllm.transport.frames import Frame, FrameKind, TokenRun
 from peerllm.types import Sampling, ScheduleName
 from tests.engine.fakes import DEPLOYMENT, stage
@@ -147,7 +147,7 @@ class World:
     micro_batch: int
     micro_batches: int
     schedule: ScheduleName = "no-bubble"
-    agenda: Agenda = field(default_factory=Agenda)
+    agenda: EventQueue = field(default_factory=EventQueue)
     tokens: dict[int, list[float]] = field(default_factory=dict)  # by sequence, when each of its tokens was there
     ends: dict[int, Tokens] = field(default_factory=dict)
     steps: list[tuple[int, list[int]]] = field(default_factory=list)  # batches computed: (stage, sequences)

@@ -12,7 +12,7 @@ from math import inf
 
 import numpy as np
 
-from peerllm.planner.cost import batch_ms, hop_ms
+from peerllm.planner.cost.layer_costs import batch_ms, hop_ms
 
 
 def time_of(device, layer, tokens):

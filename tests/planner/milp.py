@@ -12,7 +12,7 @@ from math import inf, isfinite
 
 import highspy
 
-from peerllm.planner.cost import hop_ms
+from peerllm.planner.cost.layer_costs import hop_ms
 from tests.planner.brute import prompt_of, room_of, time_of
 
 SAME = 1e-9  # relative gap at which HiGHS may stop

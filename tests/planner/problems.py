@@ -7,7 +7,8 @@ from itertools import product
 
 import numpy as np
 
-from peerllm.planner.problem import Floats, Ints, Problem
+from peerllm.planner.arrays import Floats, Ints
+from peerllm.planner.latency.assignment_problem import AssignmentProblem
 
 LAYERS = {2: 10, 3: 9, 4: 8}  # fewer than that, by number of devices
 
@@ -17,7 +18,7 @@ def _assignments(layers: int, devices: int) -> Ints:
     return np.array(list(product(range(devices), repeat=layers)))
 
 
-def least(asked: Problem) -> float:
+def least(asked: AssignmentProblem) -> float:
     """The cheapest of all assignments; infinite if there is none."""
     layers, devices = asked.cost.shape
     homes, rows = _assignments(layers, devices), np.arange(layers)
@@ -32,7 +33,7 @@ def least(asked: Problem) -> float:
     return float(total.min(initial=np.inf))
 
 
-def random_problem(seed: int) -> Problem:
+def random_problem(seed: int) -> AssignmentProblem:
     """Runs of up to three kinds of layers; rooms often exactly full."""
     r = np.random.default_rng([77, seed])
     devices = int(r.choice([2, 3, 3, 4]))
@@ -52,7 +53,7 @@ def random_problem(seed: int) -> Problem:
     cost[:2, 1:] = np.inf
     cost[:2, 0] = np.where(np.isfinite(cost[:2, 0]), cost[:2, 0], 1.0)
     back = hop[-1][:, 0].copy() if r.random() < 0.9 else np.where(r.random(devices) < 0.5, np.inf, 1.0)
-    return Problem(cost, hop, back, memory, _rooms(r, memory))
+    return AssignmentProblem(cost, hop, back, memory, _rooms(r, memory))
 
 
 def _costs(r: np.random.Generator, devices: int) -> Floats:

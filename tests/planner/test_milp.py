@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from peerllm.planner.latency import plan_latency
+from peerllm.planner.latency.latency_plan import plan_latency
 from peerllm.types import ModelProfile
 from tests.planner.brute import fits, homes_of, request_ms
 from tests.planner.brute import least_request_ms as brute_request_ms

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerllm.errors import BadInputError, InfeasibleError
-from peerllm.planner import scenario as module
-from peerllm.planner.scenario import Scenario, ScenarioError, parse
-from peerllm.planner.strategies import plan
-from peerllm.types import LinkProfile
+from peerllm.planner.scenario import scenario_parser as module
+from peerllm.planner.scenario.json_value import ScenarioError
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.scenario.scenario_export import scenario_file
+from peerllm.planner.scenario.scenario_parser import parse
+from peerllm.planner.strategies.strategy_plan import plan
+from peerllm.types import LinkProfile, Medium
 
 Raw = dict[str, Any]
 SPEED = {"block": {"1": 5.2, "32": 9.0}, "embedding": {"1": 0.1}, "head": {"1": 1.0}}
@@ -221,15 +225,85 @@ def test_the_offending_key_is_named(path: str, value: Any, text: str) -> None:
     assert len(str(caught.value)) < 500
 
 
+def points(count: int) -> Raw:
+    return {str(tokens): 1.0 for tokens in range(1, count + 1)}
+
+
+def named(count: int) -> list[Raw]:
+    return [{"name": f"{'abc'[i]}" if i < 3 else f"d{i}", "memory_bytes": 1, "layer_ms": SPEED} for i in range(count)]
+
+
+AT_THE_BOUND: list[tuple[str, Any, Any]] = [  # (key, the last value that is taken, the first that is not)
+    ("model.name", "x" * 200, "x" * 201),
+    ("model.layers.1.repeat", 1022, 1023),
+    ("model.layers.0.memory_bytes", 2**62 - 4, 2**62 - 3),  # the other four layers weigh a byte each
+    ("model.layers.0.output_bytes_per_token", 2**62, 2**62 + 1),
+    ("model.layers.1.kv_window_tokens", 2**31, 2**31 + 1),
+    ("devices", named(512), named(513)),
+    ("devices.0.memory_bytes", 0, -1),
+    ("devices.2.layer_ms.block", points(1024), points(1025)),
+    ("devices.2.layer_ms.block", {str(2**31): 1}, {str(2**31 + 1): 1}),
+    ("devices.2.layer_ms.block", {"1": 1e15}, {"1": 1.1e15}),
+    ("links.default.mbps", 1e-9, 0.9e-9),
+    ("links.default.mbps", 1e15, 1.1e15),
+    ("links.default.latency_ms", 1e15, 1.1e15),
+    ("workload.sequences", 4096, 4097),
+    ("workload.sequences", 1, 0),
+    ("workload.context", 2**31, 2**31 + 1),
+    ("workload.output_tokens", 1, 0),
+    ("workload.prompt_tokens", 2**31, 2**31 + 1),
+]
+
+
+@pytest.mark.parametrize(("path", "taken", "refused"), AT_THE_BOUND, ids=range(len(AT_THE_BOUND)))
+def test_every_limit_is_where_it_is_said_to_be(path: str, taken: Any, refused: Any) -> None:
+    parse(changed(path, taken))
+    with pytest.raises(ScenarioError):
+        parse(changed(path, refused))
+
+
 def test_a_prompt_is_not_cut_into_countless_pieces() -> None:
+    parse(changed("workload.prompt_chunk", 10, **{"workload.prompt_tokens": 40960}))
     with pytest.raises(ScenarioError, match=r"workload\.prompt_chunk"):
-        parse(changed("workload.prompt_chunk", 1, **{"workload.prompt_tokens": 10**9}))
+        parse(changed("workload.prompt_chunk", 10, **{"workload.prompt_tokens": 40961}))
 
 
 def test_tables_too_large_for_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_HOPS", 5 * 9)
+    parse(valid())
     monkeypatch.setattr(module, "MAX_HOPS", 5 * 9 - 1)
     with pytest.raises(ScenarioError, match="devices are too many for 5 layers"):
         parse(valid())
+
+
+def test_memory_is_kept_as_lent_while_its_sum_is_in_bounds() -> None:
+    def lent(*each: int) -> list[int]:
+        raw = valid()
+        for device, nbytes in zip(raw["devices"], each, strict=True):
+            device["memory_bytes"] = nbytes
+        return [one.memory_bytes for one in parse(raw).devices.values()]
+
+    assert lent(2**61, 2**61, 0) == [2**61, 2**61, 0]
+    assert lent(2**61, 2**61, 1) == [5, 5, 1]
+
+
+def test_a_written_file_reads_back_and_devices_of_one_name_stay_apart() -> None:
+    found = parse(valid())
+    assert parse(scenario_file(found)) == replace(
+        found, model=replace(found.model, layers=parse(scenario_file(found)).model.layers)
+    )
+    ids = {"a": "1111111122", "b": "2222222233", "c": "c"}
+    devices = {
+        ids[one]: replace(d, device=ids[one], name="c" if one == "c" else "box") for one, d in found.devices.items()
+    }
+    links = {(ids[a], ids[b]): link for (a, b), link in found.links.items()}
+    media = tuple(Medium(m.name, frozenset((ids[a], ids[b]) for a, b in m.links)) for m in found.media)
+    twice = replace(found, devices=devices, links=links, source=ids["a"], cloud=ids["b"], media=media)
+    again = parse(scenario_file(twice))
+    assert list(again.devices) == ["box 11111111", "box 22222222", "c"]
+    assert (again.source, again.cloud) == ("box 11111111", "box 22222222")
+    assert again.links["box 11111111", "box 22222222"] == found.links["a", "b"]
+    assert again.media[0].links == {("c", "box 11111111"), ("c", "box 22222222"), ("box 22222222", "c")}
 
 
 def test_the_error_is_bad_input() -> None:

@@ -12,7 +12,7 @@ import pytest
 from peerllm.api.server import ApiServer
 from peerllm.api.token import load_or_create_token
 from peerllm.errors import EngineError
-from tests.api.fake import WEIGHTS, FakeHousehold, make_model_dir
+from tests.api.fake import WEIGHTS, FakeHousehold, deployment, make_model_dir
 from tests.web.browser import ENTER, Browser, available, browser
 
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(not available(), reason="no chromium with chromedriver")]
@@ -91,7 +91,13 @@ async def test_devices_and_layers_are_shown(page: Browser, household: FakeHouseh
     ]
     names = await page.run("return [...document.querySelectorAll('#devices .name')].map((one) => one.innerText)")
     assert names == ["laptop", "mini-pc", "jetson"]
-    assert "12 MB used of 20 MB lent" in await page.text("#devices")
+    assert "12 MB used of 20 MB lent" in await page.text("#devices"), "promised, where no device says what it holds"
+    assert "context 1,024 tokens" in await page.text("#deployments")
+    household.devices[0]["used_bytes"] = 7_000_000
+    household.touch()
+    await page.until("return document.querySelector('#devices').innerText.includes('7.0 MB used of 20 MB')", "its use")
+    bars = "return [...document.querySelectorAll('#devices .bar i')].map((one) => one.style.width)"
+    assert await page.run(bars) == ["35%", "60%", "60%"]
     assert f"weights: {WEIGHTS}" in await page.text("#deployments")
     assert "int8" not in await page.text("#deployments")
     household.deployments[0]["plan"]["activations"] = ["exact", "int8"]
@@ -155,21 +161,119 @@ async def test_the_built_in_model_is_started_from_the_page(
     )
     household.run_gate = asyncio.Event()
     await page.click("#welcome button")
-    await page.until("return document.querySelector('#progress').innerText.includes('planning over 3')", "the progress")
+    await page.until("return document.querySelector('#notices').innerText.includes('planning over 3')", "the progress")
     household.served, household.deployments = [model], deployments
     household.run_gate.set()
     household.touch()
-    await page.until("return document.querySelector('#progress').hidden", "the end of the progress")
+    await page.until("return document.querySelector('#notices').hidden", "the end of the progress")
     await page.until("return document.querySelectorAll('.examples button:enabled').length == 4", "the examples")
     assert [one.model for one in household.runs] == ["builtin"]
 
 
-async def test_a_run_that_fails_says_why(page: Browser) -> None:
+async def test_a_run_that_fails_says_why_until_it_is_dismissed(page: Browser) -> None:
     await page.click("#load summary")
     await page.type("#run-model", "huge" + ENTER)
     await page.until(
-        "return document.querySelector('#progress .error')?.innerText.includes('4.0 GB more')", "the reason"
+        "return document.querySelector('#notices .error')?.innerText.includes('4.0 GB more')", "the reason"
     )
+    await page.click("#notices button")
+    await page.until("return document.querySelector('#notices').hidden", "nothing to tell")
+
+
+async def test_several_models_can_be_started_and_each_tells_how_far_it_is(
+    page: Browser, household: FakeHousehold
+) -> None:
+    household.run_gate = asyncio.Event()
+    await page.click("#load summary")
+    titles = "return [...document.querySelectorAll('#notices h2')].map((one) => one.innerText)"
+    await page.type("#run-model", "org/one" + ENTER)
+    await page.until("return document.querySelectorAll('#notices h2').length == 1", "the first")
+    await page.run("document.querySelector('#run-model').value = ''")
+    await page.type("#run-model", "two" + ENTER)
+    await page.until("return document.querySelectorAll('#notices h2').length == 2", "the second")
+    await page.type("#run-model", ENTER)
+    await page.until(
+        "return document.querySelector('#notices').innerText.includes('two is being started already')", "so"
+    )
+    assert await page.run(titles) == ["Starting org/one", "two is being started already"]
+    assert [one.model for one in household.runs] == ["org/one", "two"]
+    household.served = [household.model, replace(household.model, name="one", model="org/one")]
+    household.run_gate.set()
+    await page.until("return document.querySelector('#notices').hidden", "both run")
+
+
+async def test_what_changes_is_changed_in_place(page: Browser, household: FakeHousehold) -> None:
+    """The same elements stay, so a click that began before a change ends on them, and focus is kept."""
+    await page.run(
+        "window.kept = ['#deployments button', '#devices li:last-child', '.layers', '.examples button', 'option']"
+        ".map((one) => [one, document.querySelector(one)]); document.querySelector('#deployments button').focus()"
+    )
+    household.deployments[0].update(
+        reason="a reason that stands above the button", measured={"tokens_per_second": 99.0}
+    )
+    household.deployments.insert(0, deployment("another", "loading") | {"id": "e" * 32})
+    household.devices[2]["state"] = "offline"
+    household.devices.insert(1, household.devices.pop(2))
+    household.served = [replace(household.model, name="a", model="a"), household.model]
+    household.touch()
+    await page.until("return document.querySelector('#deployments').innerText.includes('measured 99')", "the change")
+    await page.until("return document.querySelectorAll('option').length == 2", "the second model")
+    assert await page.run("return document.querySelectorAll('#deployments section').length") == 2
+    assert await page.run("return window.kept.filter(([, one]) => !one.isConnected).map(([name]) => name)") == []
+    assert await page.run("return document.activeElement == window.kept[0][1]")
+    assert await page.run("return window.kept[1][1].className") == "away"
+    assert await page.run("return document.querySelector('#model').value") == "builtin", "the choice stays"
+    household.deployments[1].update(reason="", weights="")
+    household.touch()
+    await page.until("return !document.querySelector('#deployments').innerText.includes('a reason')", "no reason")
+    assert await page.run("return document.activeElement == window.kept[0][1]")
+    await page.run("window.kept[0][1].click()")
+    await page.until("return document.querySelector('#notices').hidden", "no error")
+    assert household.calls == [("stop", "builtin")]
+
+
+async def test_a_download_is_seen(page: Browser, household: FakeHousehold) -> None:
+    household.deployments[0].update(
+        name="big", model="org/big", state="planning", progress=0.42, message="downloading org/big: 42%", plan={}
+    )
+    household.touch()
+    await page.until(
+        "return document.querySelector('#deployments').innerText.includes('downloading org/big: 42%')", "it"
+    )
+    assert await page.run("return document.querySelector('#deployments .bar i').style.width") == "42%"
+    assert await page.run("return document.querySelector('#deployments h2').innerText") == "big"
+
+
+async def test_one_may_ask_while_the_model_is_loaded(page: Browser, household: FakeHousehold) -> None:
+    household.served = [replace(household.model, state="loading", message="loading on laptop", progress=0.5)]
+    household.touch()
+    await page.until("return document.querySelector('#banner').innerText.includes('You can ask now')", "the banner")
+    await page.type("#prompt", "hi" + ENTER)
+    await page.until("return document.querySelector('.waiting')?.innerText == 'loading on laptop (50%) …'", "progress")
+    household.served = [household.model]
+    household.touch()
+    await page.until(ANSWERED.format(1), "the answer")
+    assert await page.text(".message.assistant .text") == household.reply
+
+
+async def test_a_device_has_one_colour_on_every_page(page: Browser, household: FakeHousehold) -> None:
+    """By its id, whatever the order in which a page's device lists them; no two alike."""
+    colours = (
+        "return Object.fromEntries([...document.querySelectorAll('#devices li')]"
+        ".map((one) => [one.querySelector('.name').innerText, one.style.getPropertyValue('--device')]))"
+    )
+    household.devices[2]["id"] = "08" * 32  # its first choice is that of "00" * 32
+    household.devices.reverse()
+    household.touch()
+    await page.until("return document.querySelector('#devices .name').innerText == 'jetson'", "the other order")
+    seen = await page.run(colours)
+    assert (
+        seen == {"laptop": "var(--d0)", "jetson": "var(--d1)", "mini-pc": "var(--d2)"}
+    )
+    household.devices.reverse()
+    household.touch()
+    await page.until("return document.querySelector('#devices .name').innerText == 'laptop'", "the first order")
+    assert await page.run(colours) == seen
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])

@@ -15,6 +15,7 @@ from peerllm.errors import ModelError
 from peerllm.types import SAMPLING_LIMITS
 
 MAX_FILE_BYTES = 256 << 20  # of tokenizer.json and its neighbours
+FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 0.95}  # where neither the client nor the model says anything
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -93,11 +94,12 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _sampling_defaults(config: Mapping[str, Any]) -> dict[str, float]:
-    """What the model's makers recommend, where it is usable."""
-    defaults: dict[str, float] = {}
+    """What the model's makers recommend in generation_config.json; FALLBACK_SAMPLING where that is silent or absurd."""
+    defaults: dict[str, float] = dict(FALLBACK_SAMPLING)
     for name, low, high in SAMPLING_LIMITS:
-        value = config.get(name)
-        if name != "seed" and isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high:
+        value: Any = config.get(name)
+        kinds = (int,) if name == "top_k" else (int, float)
+        if name != "seed" and type(value) in kinds and low <= value <= high:
             defaults[name] = value
     if config.get("do_sample") is False:
         defaults["temperature"] = 0.0

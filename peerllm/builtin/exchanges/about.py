@@ -202,7 +202,7 @@ def small_talk(rng: Random) -> Exchange:
 
 
 def out_of_scope(rng: Random) -> Exchange:
-    """A question that so small a model cannot answer, and its saying so."""
+    """A question that so small a model cannot answer, and an answer that says so."""
     return _typed(rng, rng.choice(_OUT_OF_SCOPE).format(t=rng.choice(_TOPICS))), _NO_IDEA
 
 

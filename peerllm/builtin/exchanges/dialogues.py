@@ -54,7 +54,7 @@ ASIDE_KINDS = {
     "digits": 0.04, "story": 0.025, "about": 0.03, "talk": 0.01, "meaning": 0.015, "consequence": 0.08,
     "out_of_scope": 0.02,
 }  # fmt: skip
-# The mixes in the order in which the recipe goes through them: after the first, what was learned slowest.
+# The mixes in the recipe's order: those after the first have more of what was learned slowest.
 MIXES = (KINDS, NUMBER_KINDS, EFFECT_KINDS, VARIED_KINDS, ASIDE_KINDS)
 _SMALL_SUM = 99  # the largest operand
 _SYSTEM_SHARE = 0.12

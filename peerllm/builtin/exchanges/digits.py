@@ -1,4 +1,4 @@
-"""Reading numbers digit by digit: exercises of the later mix, since sums need digits lined up by place."""
+"""Reading numbers digit by digit: exercises of the later mixes, since sums need digits aligned by place."""
 
 from __future__ import annotations
 

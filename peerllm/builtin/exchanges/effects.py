@@ -1,4 +1,4 @@
-"""Where deciding verbs, those of the held-out split too, are met in training: told of, never obeyed.
+"""Exchanges that talk about deciding verbs, held-out ones included, without carrying them out.
 
 A held-out verb of a skill is never in an exchange that is answered with the action of that skill.
 """
@@ -13,7 +13,7 @@ from peerllm.builtin.exchanges.phrasing import NOUNS, Skill
 from peerllm.builtin.exchanges.skills import SKILLS
 from peerllm.builtin.exchanges.words import KEY, Value
 
-_HELD_OUT_SHARE = 0.6  # of the verbs told of
+_HELD_OUT_SHARE = 0.6  # of the verbs in these exchanges
 _TOLD = tuple(skill for skill in SKILLS if skill.trained.deciding and skill.held_out.deciding)
 _EFFECT = (
     "what happens if I {c}?", "if I {c}, what happens?", "what is the state after I {c}?", "suppose I {c}",

@@ -20,7 +20,7 @@ from peerllm.builtin.exchanges.phrasing import (
 from peerllm.builtin.exchanges.skills import SKILLS
 from peerllm.builtin.exchanges.words import DRAW, KEY, ROOMS, Value, nonsense
 
-_NONSENSE_SHARE = 0.2  # of the training commands whose verb does not decide get a made-up one
+_NONSENSE_SHARE = 0.2  # of the training commands whose verb does not decide, get a made-up verb
 _TWO_CARRIERS_SHARE = 0.25  # of the training commands: "good morning, could you ...?"
 _VARIED_SHARE = 0.4  # of each part of a varied command
 _LOOSE_SHARE = 0.35  # of the commands are said in lower case or without the last stop
@@ -63,7 +63,7 @@ def command(rng: Random, held_out: bool = False, skill: Skill | None = None, var
 
 
 def fresh_command(rng: Random) -> Command:
-    """A held-out command with a carrier, and where the verb does not decide a verb, of the second test set."""
+    """A held-out command with a carrier (and, where the verb does not decide, a verb) of the second test set."""
     return _command(rng, held_out=True, skill=None, varied=False, fresh=True)
 
 
@@ -111,7 +111,7 @@ def _varied(rng: Random, core: str, carrier: str) -> tuple[str, str]:
 
 
 def _made_up(rng: Random) -> str:
-    while (verb := nonsense(rng)) in _REAL_VERBS:  # by chance it could be a held-out one
+    while (verb := nonsense(rng)) in _REAL_VERBS:  # a made-up verb may equal a held-out one
         pass
     return verb
 

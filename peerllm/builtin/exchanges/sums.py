@@ -108,7 +108,7 @@ def _digits(left: int, right: int) -> list[tuple[str, int, int]]:
 
 
 def multiply(rng: Random, held_out: bool, largest: int) -> Sum | None:
-    """Small products; the table is trained whole, so only the wording differs between the splits."""
+    """Small products. The whole table is trained, so only the wording differs between the splits."""
     left, right = rng.randint(0, 12), rng.randint(0, 12)
     return Sum(_ask(rng, left, "x", right), f"{left} x {right} = {left * right}.", f"{left * right}.", "product")
 

@@ -107,5 +107,5 @@ _CODAS = ("b", "ck", "d", "ft", "g", "lp", "m", "n", "nk", "p", "rk", "sh", "sp"
 
 
 def nonsense(rng: Random) -> str:
-    """A made-up verb; it teaches that 'on', 'to 40 %' and the like decide when the verb is unknown."""
+    """A made-up verb, which teaches that words like 'on' or 'to 40 %' decide when the verb is unknown."""
     return rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)

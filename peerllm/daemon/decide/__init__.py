@@ -1,1 +1,1 @@
-"""Decisions without I/O, clocks or threads: who is here, who holds what, what fits, who waits."""
+"""Decisions without I/O, clocks or threads: membership, promised memory, plans, assignments, the queue for slots."""

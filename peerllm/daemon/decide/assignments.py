@@ -12,7 +12,8 @@ from peerllm.daemon.decide.demand import MAX_SLOTS, Blueprint
 from peerllm.daemon.decide.device_profiles import ITEMSIZE
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import BadInputError, RefusedError
-from peerllm.planner.memory import MOST_CHUNK, human_bytes
+from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.planner.cost.working_space import MOST_CHUNK
 from peerllm.types import BITS, MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cuts, DeploymentId, DeviceId
 
 MAX_CONTEXT = 1 << 20  # tokens
@@ -63,6 +64,7 @@ def assignments(
             for t in tensors_of(inspected, stage.first_layer, stage.last_layer)
         )
         hosts, port = address(after) if after not in (source, stage.device) else ((), 0)
+        hosts = tuple(host for host in hosts if "%" not in host)  # it would name an interface of the source's
         work.setdefault(stage.device, []).append(
             StageWork(
                 stage=number,

@@ -16,13 +16,14 @@ from peerllm.daemon.decide.device_profiles import (
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Inspected
 from peerllm.errors import BadInputError, InfeasibleError
-from peerllm.planner.activations import sent
-from peerllm.planner.chunks import Pipeline, in_chunks
-from peerllm.planner.cost import layer_bytes, stage_bytes
-from peerllm.planner.latency import plan_latency
-from peerllm.planner.memory import chunk_tokens, human_bytes, working_bytes
-from peerllm.planner.scenario import Scenario
-from peerllm.planner.throughput import plan_throughput
+from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.planner.cost.layer_costs import layer_bytes, stage_bytes
+from peerllm.planner.cost.working_space import chunk_tokens, working_bytes
+from peerllm.planner.latency.latency_plan import plan_latency
+from peerllm.planner.scenario.scenario import Scenario
+from peerllm.planner.throughput.throughput_plan import plan_throughput
+from peerllm.planner.transfers.activation_forms import plan_with_forms
+from peerllm.planner.transfers.prompt_chunks import Pipeline, in_chunks
 from peerllm.types import (
     ACTIVATIONS,
     SCHEDULE_NAMES,
@@ -83,12 +84,15 @@ def check_options(options: RunOptions, inspected: Inspected) -> None:
         )
 
 
-def sizes(options: RunOptions, max_context: int) -> Iterator[tuple[int, int]]:
-    """(slots, context) to try, the best first: what was asked for stays, the rest gives way, context before slots."""
+def sizes(options: RunOptions, max_context: int, least_context: int = 0) -> Iterator[tuple[int, int]]:
+    """(slots, context) to try, the best first: what was asked for stays, the rest gives way, context before slots.
+
+    `least_context` stays, too: what a running deployment has.
+    """
     context = options.context or min(max_context, DEFAULT_CONTEXT)
     slots = options.slots or DEFAULT_SLOTS
     yield slots, context
-    least = context if options.context else min(max_context, LEAST_CONTEXT)
+    least = context if options.context else min(context, max(LEAST_CONTEXT, least_context))
     while context > least:
         context = max(least, context // 2)
         yield slots, context
@@ -98,7 +102,11 @@ def sizes(options: RunOptions, max_context: int) -> Iterator[tuple[int, int]]:
 
 
 def draw_up(
-    options: RunOptions, inspected: Inspected, candidates: Mapping[DeviceId, Candidate], source: DeviceId
+    options: RunOptions,
+    inspected: Inspected,
+    candidates: Mapping[DeviceId, Candidate],
+    source: DeviceId,
+    least_context: int = 0,
 ) -> Blueprint:
     """The plan for the largest demand that fits what is free; InfeasibleError says what is missing."""
     check_options(options, inspected)
@@ -108,7 +116,7 @@ def draw_up(
             f"{options.model} is a {inspected.architecture} model in {inspected.dtype}: this device cannot compute it"
         )
     failure: InfeasibleError | None = None
-    for slots, context in sizes(options, inspected.max_context):
+    for slots, context in sizes(options, inspected.max_context, least_context):
         try:
             return _draw_up(options, inspected, fit, source, (slots, context))
         except InfeasibleError as error:
@@ -153,7 +161,8 @@ def _draw_up(
         return planned(one, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
 
     wanted: Activations = "exact" if inspected.exact else options.activations
-    found = sent(Scenario(model, rooms, links, source, None, work, ()), wanted, ITEMSIZE[inspected.dtype], solve)
+    scenario = Scenario(model, rooms, links, source, None, work, ())
+    found = plan_with_forms(scenario, wanted, ITEMSIZE[inspected.dtype], solve)
     plan = found.plan
     memory = stage_bytes(model, plan.stages, work)
     promises = dict.fromkeys(plan.devices, working)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, Literal
 
 from peerllm.daemon.control_messages import Hello
-from peerllm.daemon.network.speed.linktables import UNKNOWN_FRAME_MS
+from peerllm.daemon.network.speed.link_tables import UNKNOWN_FRAME_MS
 from peerllm.engine.messages import PASS
 from peerllm.types import DeviceId, DeviceProfile, LayerKind, LinkProfile, ModelProfile
 

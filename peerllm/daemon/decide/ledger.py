@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from peerllm.daemon.control_messages import Reserve
 from peerllm.errors import RefusedError
-from peerllm.planner.memory import human_bytes
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_PROMISES = 256  # deployments and epochs a device promises memory to at once

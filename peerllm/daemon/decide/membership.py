@@ -290,7 +290,6 @@ class Membership:
             return [Retire(event.link)]
         old, member.link = member.link, event.link
         member.heard = member.beat = now
-        member.attempt.tries = 0
         actions: list[Action] = [Use(event.device, event.link), *self._set_state(member, "online", "")]
         return [*actions, Retire(old)] if old is not None else actions
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from peerllm.daemon.decide.queue import FairQueue
+from peerllm.daemon.decide.fair_queue import FairQueue
 from peerllm.daemon.facade import Chunk, GenerateRequest
 from peerllm.engine.messages import Cancel, Submit, Tokens
 from peerllm.errors import BadInputError, EngineError, PeerLLMError, UnavailableError
@@ -39,8 +39,8 @@ class _Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """What a serving deployment offers."""
+class ServingCapacity:
+    """What a serving deployment offers its sequences."""
 
     slots: int
     context: int
@@ -59,7 +59,7 @@ class Admission:
         self._queue = FairQueue()
         self._all: dict[int, _Sequence] = {}  # queued and running
         self._running: dict[int, str] = {}  # slots and their clients; cancelled ones until the engine confirms
-        self._room: Room | None = None
+        self._room: ServingCapacity | None = None
         self._closed: PeerLLMError | None = None
         self._reason = "the model is being loaded"
         self._patience: asyncio.TimerHandle | None = None
@@ -94,7 +94,7 @@ class Admission:
         seconds = len(self._queue) * fmean(self._held_s) / self._room.slots
         return min(max(seconds, RETRY_LEAST_S), RETRY_MOST_S)
 
-    def open(self, room: Room) -> None:
+    def open(self, room: ServingCapacity) -> None:
         """The deployment serves: let in who waits."""
         self._calm()
         self._room, self._expired = room, False
@@ -190,7 +190,7 @@ class Admission:
         return sequence
 
     @staticmethod
-    def _check(request: GenerateRequest, room: Room) -> None:
+    def _check(request: GenerateRequest, room: ServingCapacity) -> None:
         if len(request.prompt) >= room.context:
             count = len(request.prompt)
             raise BadInputError(f"the prompt has {count} tokens, it and its answer must fit {room.context}; shorten it")

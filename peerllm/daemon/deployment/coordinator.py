@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peerllm.codec import decode, encode
 from peerllm.daemon.control_messages import DeploymentView, Progress, Trouble
+from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.deployment.deployment import Deployment, refuse_other
+from peerllm.daemon.deployment.live_scenario import as_it_runs
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.profile_requests import ProfileRequests
-from peerllm.daemon.deployment.running import as_it_runs
 from peerllm.daemon.deployment.tracing import Traces
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.status.serving_speed import measured
 from peerllm.daemon.status.status import weights_form
 from peerllm.engine.messages import TensorAt, Tokens
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError, UnavailableError
-from peerllm.planner.export import scenario_file
+from peerllm.planner.scenario.scenario_export import scenario_file
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_DEPLOYMENTS = 16  # models started on one device at once
@@ -36,7 +38,7 @@ class Coordinator:
         self._timings = ProfileRequests(around)
         self._traces = Traces(around)
         self._file = remembered
-        self._deployments: dict[str, Deployment] = {}  # by the name they were run under
+        self._deployments: dict[str, Deployment] = {}  # by what `run` was told: a path, a hub id or "builtin"
         self._closing = False
         self._writing = asyncio.Lock()
 
@@ -46,8 +48,9 @@ class Coordinator:
             if options.model not in self._deployments and len(self._deployments) < MAX_DEPLOYMENTS:
                 self._begin(options, remembered=True)
 
-    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> None:
-        """Returns when the model serves; raises why it does not. A model that already runs is not started again."""
+    async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
+        """The deployment's name, when it serves; raises why it does not. A model that runs is not started again."""
+        options = self._meant(options)
         while (deployment := self._deployments.get(options.model)) is not None and deployment.state == "failed":
             await self._end(deployment)  # somebody else may have started it again meanwhile
         if self._closing:
@@ -68,12 +71,14 @@ class Coordinator:
         finally:
             deployment.watchers.remove(progress)
         await self._remember()
+        return deployment.options.name
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         """What `run` would plan for now (facade.Household.preview); nothing is reserved or loaded.
 
         What the same model holds already counts as free.
         """
+        options = self._meant(options)
         deployment = Deployment(options, self._around, self._timings, False)
         deployment.watchers.append(progress)
         running = self._deployments.get(options.model)
@@ -129,18 +134,30 @@ class Coordinator:
         """The trace, as the file that chrome://tracing opens. RefusedError if that recording is over."""
         return await self._traces.end(number, self._running(model).id, model)
 
+    def _find(self, model: str) -> Deployment | None:
+        """By name, else by path or hub id."""
+        named = (held for held in self._deployments.values() if held.options.name == model)
+        return next(named, None) or self._deployments.get(model)
+
+    def _meant(self, options: RunOptions) -> RunOptions:
+        """The options with the path or hub id of a model that was asked for by its name."""
+        held = self._find(options.model)
+        if held is None:
+            return options
+        return replace(options, model=held.options.model, name=options.name or held.options.name)
+
     def _running(self, model: str) -> Deployment:
-        deployment = self._deployments.get(model)
+        deployment = self._find(model)
         if deployment is None:
             raise NotFoundError(f"{model} does not run from here; `peerllm status` lists what does")
         return deployment
 
     async def stop(self, model: str) -> None:
         """NotFoundError if no such model was started here."""
-        deployment = self._deployments.get(model)
+        deployment = self._find(model)
         if deployment is None:
             for view in self._around.views():
-                if view.model == model:
+                if model in (view.name, view.model):
                     name = self._around.name(view.coordinator)
                     raise BadInputError(f"{model} was started on {name}; stop it there")
             raise NotFoundError(f"{model} does not run; `peerllm status` lists what does")
@@ -159,8 +176,7 @@ class Coordinator:
         return any(held.sequences.running or held.sequences.queued for held in self._deployments.values())
 
     def served(self) -> list[ServedModel]:
-        models = (deployment.served() for deployment in self._deployments.values())
-        return [model for model in models if model is not None]
+        return [deployment.served() for deployment in self._deployments.values()]
 
     def views(self) -> tuple[DeploymentView, ...]:
         return tuple(deployment.view() for deployment in self._deployments.values())
@@ -183,7 +199,7 @@ class Coordinator:
         if isinstance(message, Progress):
             deployment.progress(device, message)
         else:
-            deployment.trouble(device, message.epoch, message.reason)
+            deployment.trouble(device, message)
 
     def tokens(self, event: Tokens) -> None:
         deployment = self._of(event.deployment)
@@ -209,6 +225,11 @@ class Coordinator:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _begin(self, options: RunOptions, remembered: bool) -> Deployment:
+        if remembered:  # a name that was taken meanwhile is numbered, not refused
+            name = name_for(options.name or options.model, "", self._names())
+        else:
+            name = name_for(options.model, options.name, self._names())
+        options = replace(options, name=name)
         deployment = self._deployments[options.model] = Deployment(options, self._around, self._timings, remembered)
         deployment.start()
         self._around.changed()
@@ -219,6 +240,11 @@ class Coordinator:
             del self._deployments[deployment.options.model]
         await deployment.stop()
         self._around.changed()
+
+    def _names(self) -> dict[str, str]:
+        """Every name that a deployment of the household goes by, and the device it was started on."""
+        views = [*self._around.views(), *self.views()]
+        return {name: self._around.name(view.coordinator) for view in views for name in (view.model, view.name)}
 
     def _of(self, deployment: DeploymentId) -> Deployment | None:
         return next((held for held in self._deployments.values() if held.id == deployment), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -11,13 +12,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from peerllm.daemon.control_messages import DeploymentState, DeploymentView, Progress
+from peerllm.daemon.control_messages import DeploymentState, DeploymentView, Progress, Trouble
 from peerllm.daemon.decide.assignments import assignments, travelling
 from peerllm.daemon.decide.demand import Blueprint, check_options, draw_up
+from peerllm.daemon.decide.device_failures import DeviceFailures
 from peerllm.daemon.decide.device_profiles import Candidate, shown
-from peerllm.daemon.deployment.admission import Admission, Room
+from peerllm.daemon.deployment.admission import Admission, ServingCapacity
 from peerllm.daemon.deployment.model_files import dtype_of
-from peerllm.daemon.deployment.negotiation import Surroundings, activate_all, assign_all, release_all, reserve_all
+from peerllm.daemon.deployment.negotiation import (
+    DeviceFailedError,
+    Surroundings,
+    activate_all,
+    assign_all,
+    release_all,
+    reserve_all,
+)
 from peerllm.daemon.deployment.profile_requests import ProfileRequests
 from peerllm.daemon.facade import RunOptions, RunProgress, ServedModel
 from peerllm.engine.messages import Inspected, TensorAt
@@ -30,7 +39,8 @@ from peerllm.errors import (
     RefusedError,
     UnavailableError,
 )
-from peerllm.types import DeviceId
+from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.types import DeviceId, Workload
 
 MAX_ATTEMPTS = 5  # plans tried one after another when devices refuse or leave, before the reason is given
 CONTENTION_S = 0.2  # wait after the first refusal; doubles, and differs from device to device
@@ -40,6 +50,7 @@ LATECOMERS = 3  # times that devices are measured because some came while others
 GATHER_S = 5.0  # how long a model too large for the devices here waits for those that have not arrived
 ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
 SETTLE_S = 0.3  # changes of the household come in bursts
+UNDER_WAY = ("planning", "loading")  # states in which there is progress to tell
 FETCH_SHARE = 0.8  # of a device's progress bar, where weights travel
 
 log = logging.getLogger(__name__)
@@ -58,14 +69,18 @@ class Deployment:
         self.blueprint: Blueprint | None = None
         self.model_dir: Path | None = None
         self.inspected: Inspected | None = None
+        self._missing_bytes = 0  # of the model's files, on this disk
         self.sequences = Admission(self.id, around.tell_engine, around.changed)
         self.watchers: list[Callable[[RunProgress], None]] = []
         self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
         self._around, self._timings = around, timings
         self.lasting = remembered  # it has served: from then on it waits for devices instead of giving up
         self._shares: dict[DeviceId, float] = {}
-        self._message = ""
+        self._message = ""  # what is being done ...
+        self._share = 0.0  # ... and how much of it, where no device loads
         self._asked: set[DeviceId] = set()  # devices that may hold something of ours
+        self._failures = DeviceFailures(around.me)
+        self._had: tuple[int, int] = (0, 0)  # the most slots and context that it has served with
         self._free: dict[DeviceId, int] = {}  # what devices said last, fresher than what they announce
         self._trouble: asyncio.Queue[str] = asyncio.Queue(1)
         self._stirred = asyncio.Event()
@@ -105,10 +120,18 @@ class Deployment:
         if device in self._asked and self.state in ("loading", "serving"):
             self._alarm(f"{self._around.name(device)} is gone ({reason})")
 
-    def trouble(self, device: DeviceId, epoch: int, reason: str) -> None:
+    def trouble(self, device: DeviceId, told: Trouble) -> None:
         """A device's part of the deployment is lost."""
-        if epoch == self.epoch and device in self._asked and self.state in ("loading", "serving"):
-            self._alarm(f"{self._around.name(device)}: {reason}")
+        if told.epoch == self.epoch and device in self._asked and self.state in ("loading", "serving"):
+            reason = f"{self._around.name(device)}: {told.reason}"
+            if told.engine_died:
+                self._note_failure(device, EngineError(reason))
+            self._alarm(reason)
+
+    def _note_failure(self, device: DeviceId, error: PeerLLMError) -> None:
+        """The next plan makes less use of the device."""
+        promised = self.blueprint.promises.get(device, 0) if self.blueprint is not None else 0
+        self._failures.note(device, self.epoch, promised, error, asyncio.get_running_loop().time())
 
     def _alarm(self, reason: str) -> None:
         if not self._trouble.full():  # the first reason is the one that counts
@@ -127,10 +150,12 @@ class Deployment:
     def view(self) -> DeploymentView:
         plan = self.blueprint.plan if self.blueprint is not None else None
         inspected = self.inspected
-        shares = self._shares.values()
         return DeploymentView(
             deployment=self.id,
             model=self.options.model,
+            name=self.options.name,
+            context=self._context(),
+            message=self._message if self.state in UNDER_WAY else "",
             state=self.state,
             epoch=self.epoch,
             coordinator=self._around.me,
@@ -139,7 +164,8 @@ class Deployment:
             predicted=asdict(plan.predicted) if plan is not None else {},
             measured=self.sequences.measured,
             reason=self.reason,
-            progress=1.0 if self.state == "serving" else sum(shares) / len(shares) if shares else 0.0,
+            progress=self._done(),
+            slots=self.blueprint.workload.sequences if self.blueprint is not None else 0,
             schedule=self.options.schedule,
             activations=self.blueprint.activations if self.blueprint is not None else (),
             activations_wanted=self.options.activations,
@@ -148,21 +174,29 @@ class Deployment:
             quantize_wanted=self.options.quantize,
         )
 
-    def served(self) -> ServedModel | None:
-        """None until the model's files are known."""
-        if self.model_dir is None or self.inspected is None:
-            return None
-        context = self.blueprint.workload.context if self.blueprint is not None else self.inspected.max_context
+    def served(self) -> ServedModel:
         return ServedModel(
-            self.id,
-            self.options.model,
-            self.state,
-            self.reason,
-            self.created,
-            self.model_dir,
-            context,
-            self.inspected.stop_ids,
+            deployment=self.id,
+            name=self.options.name,
+            model=self.options.model,
+            state=self.state,
+            reason=self.reason,
+            created=self.created,
+            model_dir=self.model_dir,
+            context=self._context() or (self.inspected.max_context if self.inspected is not None else 0),
+            stop_ids=self.inspected.stop_ids if self.inspected is not None else (),
+            message=self._message if self.state in UNDER_WAY else "",
+            progress=self._done(),
         )
+
+    def _context(self) -> int:
+        return self.blueprint.workload.context if self.blueprint is not None else 0
+
+    def _done(self) -> float:
+        """How much of a download or of loading is done, 0 to 1."""
+        if self.state == "serving":
+            return 1.0
+        return sum(self._shares.values()) / len(self._shares) if self._shares else self._share
 
     async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
         """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
@@ -211,20 +245,34 @@ class Deployment:
             self._finish("failed", EngineError(f"{self.options.model}: {type(error).__name__}: {error}"))
 
     async def _prepare(self) -> None:
-        """Find the model's files and read what they hold, once."""
+        """Find out what the model holds, once; what the hub tells of it suffices."""
         if self.inspected is not None:
             return
-        model = self.options.model
-        self._say("planning", f"looking for {model}")
-        self.model_dir = await self._around.resolve(
-            model, lambda share: self._say("planning", f"downloading {model}: {share:.0%}", share)
-        )
-        self._say("planning", f"reading {model}")
-        inspected = await self._around.inspect(
-            self.model_dir, dtype_of(model, self.options.dtype), self.options.quantize
-        )
-        check_options(self.options, inspected)
-        self.inspected = inspected
+        self._say("planning", f"looking for {self.options.model}")
+        async with self._around.looked_up(self.options.model) as found:
+            self.inspected = await self._read(found.directory)
+        self._missing_bytes = found.missing_bytes
+        if not found.missing_bytes:
+            self.model_dir = found.directory
+
+    async def _read(self, directory: Path) -> Inspected:
+        options = self.options
+        self._say("planning", f"reading {options.model}")
+        inspected = await self._around.inspect(directory, dtype_of(options.model, options.dtype), options.quantize)
+        check_options(options, inspected)
+        return inspected
+
+    async def _download(self) -> None:
+        """Fetch the weights, for which there is a plan."""
+        model, size = self.options.model, human_bytes(self._missing_bytes)
+
+        def told(share: float) -> None:
+            self._say("planning", f"downloading {model}, {size}: {share:.0%}", share)
+
+        told(0.0)
+        directory = await self._around.resolve(model, told, self._missing_bytes)
+        self.inspected = await self._read(directory)
+        self.model_dir = directory
 
     async def _establish(self) -> None:
         """Plan and load until a plan stands; the last reason is raised after MAX_ATTEMPTS."""
@@ -241,13 +289,13 @@ class Deployment:
                 await self._attempt(absent)
                 return
             except InfeasibleError as error:
-                failure = self._with_absent(error)
+                failure = await self._explained(error, absent)
                 if await self._gathered(until):
                     continue
                 if not self._contended():
                     break
                 self._free.clear()  # who stands in the way may be about to let go
-            except (RefusedError, LinkError, UnavailableError) as error:
+            except (RefusedError, LinkError, UnavailableError, EngineError) as error:
                 failure = error
                 await self._let_go()  # what the others have loaded for this plan would stand in the way of the next
             attempt += 1
@@ -265,6 +313,16 @@ class Deployment:
             return False
         return True
 
+    async def _explained(self, error: InfeasibleError, absent: set[DeviceId]) -> PeerLLMError:
+        """What a person should hear: what a device failed of, where a plan would be feasible but for that."""
+        failed = self._failures.repeated(asyncio.get_running_loop().time())
+        if failed is not None and self.inspected is not None:
+            with contextlib.suppress(InfeasibleError):
+                everyone = self._candidates(absent)
+                await asyncio.to_thread(draw_up, self.options, self.inspected, everyone, self._around.me)
+                return failed
+        return self._with_absent(error)
+
     def _with_absent(self, error: InfeasibleError) -> InfeasibleError:
         away = ", ".join(self._around.absent())
         return InfeasibleError(f"{error}; away: {away}", error.missing_bytes) if away else error
@@ -274,12 +332,14 @@ class Deployment:
         return any(c.free_bytes < c.hello.lent_bytes for c in self._around.candidates().values())
 
     async def _attempt(self, absent: set[DeviceId]) -> None:
-        assert self.inspected is not None
-        around, inspected = self._around, self.inspected
+        around = self._around
         self._become("planning", "")
-        candidates = await self._timed(absent)
-        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
-        blueprint = await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
+        candidates, blueprint = await self._planned(absent)
+        if self.model_dir is None:
+            await self._download()
+            candidates, blueprint = await self._planned(absent)  # much may have changed meanwhile
+        assert self.inspected is not None
+        inspected = self.inspected
         self.profiles = {
             around.name(device): shown(one, inspected.profile, inspected.dtype) for device, one in candidates.items()
         }
@@ -293,20 +353,52 @@ class Deployment:
         if refused is not None:
             device, answer = refused
             await self._let_go()
+            failure = RefusedError(f"{around.name(device)} cannot take part: {answer.reason}")
             if answer.error == "LinkError":
                 absent.add(device)
-            else:
+            elif answer.free_bytes < blueprint.promises[device]:
                 self._free[device] = answer.free_bytes
-            raise RefusedError(f"{around.name(device)} cannot take part: {answer.reason}")
+            else:  # it has room and refuses all the same
+                self._note_failure(device, UnavailableError(str(failure)))
+            raise failure
         self.blueprint, self._trouble = blueprint, asyncio.Queue(1)
         self._shares = dict.fromkeys(blueprint.promises, 0.0)
         self._become("loading", "")
         self._say("loading", f"loading on {', '.join(around.name(device) for device in blueprint.plan.devices)}")
         around.offer(self.id, {hashes[tensor.name]: tensor for tensor in moving})
         work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address)
-        await self._unless_trouble(assign_all(around, work))
-        self._say("loading", "connecting")
-        await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
+        try:
+            await self._unless_trouble(assign_all(around, work))
+            self._say("loading", "connecting")
+            await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
+        except DeviceFailedError as failed:
+            if not isinstance(failed.error, LinkError):  # else it is away, and no candidate until it is back
+                self._note_failure(failed.device, failed.error)
+            if failed.device != around.me and isinstance(failed.error, BadInputError):
+                raise EngineError(str(failed)) from failed  # another device may be able to
+            raise failed.error from failed
+
+    async def _best_plan(self, candidates: Mapping[DeviceId, Candidate]) -> Blueprint:
+        """With the context it had, if that is feasible at all; of such plans one that avoids what failed of late."""
+        assert self.inspected is not None
+        failure: InfeasibleError | None = None
+        usable = self._failures.usable(candidates, asyncio.get_running_loop().time())
+        for least_context in dict.fromkeys((self._had[1], 0)):
+            for chosen in usable:
+                try:
+                    return await asyncio.to_thread(
+                        draw_up, self.options, self.inspected, chosen, self._around.me, least_context
+                    )
+                except InfeasibleError as error:
+                    failure = error
+        assert failure is not None
+        raise failure
+
+    async def _planned(self, absent: set[DeviceId]) -> tuple[dict[DeviceId, Candidate], Blueprint]:
+        assert self.inspected is not None
+        candidates = await self._timed(absent)
+        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
+        return candidates, await self._best_plan(candidates)
 
     async def _timed(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
         """The devices that could take part, measured; InfeasibleError before any is measured in vain."""
@@ -360,12 +452,23 @@ class Deployment:
     def _serve(self) -> None:
         assert self.blueprint is not None
         assert self.inspected is not None
-        work = self.blueprint.workload
+        work, less = self.blueprint.workload, self._less_than_before(self.blueprint.workload)
         self._free.clear()
-        self._become("serving", "")
-        self._say("serving", f"{self.options.model} is served")
-        self.sequences.open(Room(work.sequences, work.context, self.inspected.vocabulary, self.inspected.stop_ids))
+        if less:
+            log.warning("%s: %s", self.options.name, less)
+            self._say("serving", less)
+        self._become("serving", less)
+        self._say("serving", f"{self.options.name} is served")
+        vocabulary, stop_ids = self.inspected.vocabulary, self.inspected.stop_ids
+        self.sequences.open(ServingCapacity(work.sequences, work.context, vocabulary, stop_ids))
         self._resolve(None)
+
+    def _less_than_before(self, work: Workload) -> str:
+        """What this plan gives less of than an earlier one did, for people; "" if nothing."""
+        (slots, context), self._had = self._had, (max(self._had[0], work.sequences), max(self._had[1], work.context))
+        less = [f"a context of {work.context} tokens instead of {context}"] if work.context < context else []
+        less += [f"{work.sequences} answers at once instead of {slots}"] if work.sequences < slots else []
+        return f"{' and '.join(less)}: the devices here have too little memory for more" if less else ""
 
     async def _let_go(self) -> None:
         """Nothing of ours stays on any device."""
@@ -414,7 +517,7 @@ class Deployment:
                     future.set_exception(error)
 
     def _say(self, state: str, message: str, share: float | None = None) -> None:
-        self._message = message
+        self._message, self._share = message, share or 0.0
         shares = {self._around.name(device): value for device, value in self._shares.items()}
         if share is not None:
             shares = {self._around.name(self._around.me): share}
@@ -435,10 +538,11 @@ def same_demand(a: RunOptions, b: RunOptions) -> bool:
         and b.context in (None, a.context)
         and b.slots in (None, a.slots)
         and b.prompt_chunk in (None, a.prompt_chunk)
+        and b.name in ("", a.name)
     )
 
 
 def refuse_other(a: RunOptions, b: RunOptions) -> None:
     """BadInputError where a model already runs with other options."""
     if not same_demand(a, b):
-        raise BadInputError(f"{a.model} already runs with other options; `peerllm stop {a.model}` first")
+        raise BadInputError(f"{a.model} already runs as {a.name} with other options; `peerllm stop {a.name}` first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from peerllm import errors
 from peerllm.daemon.control_messages import Activate, Answer, Assign, DeploymentView, Question, Release, Reserve
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
-from peerllm.daemon.deployment.model_files import Progress
+from peerllm.daemon.deployment.model_files import ModelOnDisk, Progress
 from peerllm.engine.messages import Cancel, Inspected, Submit, TensorAt
 from peerllm.errors import LinkError, PeerLLMError
 from peerllm.types import DeploymentId, DeviceId
@@ -47,7 +48,13 @@ class Surroundings(Protocol):
         """LinkError if the device cannot be asked or does not answer in time."""
         ...
 
-    async def resolve(self, model: str, progress: Progress) -> Path: ...
+    def looked_up(self, model: str) -> AbstractAsyncContextManager[ModelOnDisk]:
+        """What is needed to inspect a model, for as long as the block runs; its weights are not downloaded for that."""
+        ...
+
+    async def resolve(self, model: str, progress: Progress, total_bytes: int) -> Path:
+        """The model's directory, downloaded first where it is not here; `total_bytes`: what is missing, 0: unknown."""
+        ...
 
     async def inspect(self, model_dir: Path, dtype: str, quantize: str) -> Inspected: ...
 
@@ -79,6 +86,14 @@ def unless_error(answer: Answer, name: str) -> None:
         raise kind(f"{name}: {answer.reason}")
 
 
+class DeviceFailedError(PeerLLMError):
+    """A device could not do its part of a plan; `error` says why and names it."""
+
+    def __init__(self, device: DeviceId, error: PeerLLMError) -> None:
+        super().__init__(str(error))
+        self.device, self.error = device, error
+
+
 async def reserve_all(
     around: Surroundings, deployment: DeploymentId, epoch: int, promises: Mapping[DeviceId, int]
 ) -> tuple[DeviceId, Answer] | None:
@@ -97,10 +112,10 @@ async def reserve_all(
 
 
 async def assign_all(around: Surroundings, assigns: Mapping[DeviceId, Assign]) -> None:
-    """Every device loads at the same time; the first failure ends the wait for the others."""
+    """Every device loads at the same time; the first failure ends the wait for the others. DeviceFailedError."""
 
     async def one(device: DeviceId, assign: Assign) -> None:
-        unless_error(await around.ask(device, assign, ASSIGN_TIMEOUT_S), around.name(device))
+        await _done(around, device, assign, ASSIGN_TIMEOUT_S)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -111,10 +126,9 @@ async def assign_all(around: Surroundings, assigns: Mapping[DeviceId, Assign]) -
 
 
 async def activate_all(around: Surroundings, deployment: DeploymentId, epoch: int, devices: Iterable[DeviceId]) -> None:
-    """Downstream first, so that every link is dialled to a stage that is ready."""
+    """Downstream first, so that every link is dialled to a stage that is ready. DeviceFailedError."""
     for device in reversed(list(devices)):
-        answer = await around.ask(device, Activate(deployment, epoch), ACTIVATE_TIMEOUT_S)
-        unless_error(answer, around.name(device))
+        await _done(around, device, Activate(deployment, epoch), ACTIVATE_TIMEOUT_S)
 
 
 async def release_all(
@@ -130,6 +144,13 @@ async def release_all(
 
     answers = await asyncio.gather(*(one(device) for device in devices))
     return {device: answer.free_bytes for device, answer in answers if answer is not None and not answer.error}
+
+
+async def _done(around: Surroundings, device: DeviceId, question: Question, timeout_s: float) -> None:
+    try:
+        unless_error(await around.ask(device, question, timeout_s), around.name(device))
+    except PeerLLMError as error:
+        raise DeviceFailedError(device, error) from error
 
 
 def _first(group: BaseExceptionGroup[PeerLLMError]) -> PeerLLMError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +12,9 @@ from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment import model_files
-from peerllm.daemon.deployment.model_files import Progress
+from peerllm.daemon.deployment.model_files import ModelOnDisk, Progress
 from peerllm.daemon.deployment.worker import Worker
-from peerllm.daemon.engine_link.engine_host import EngineHost
+from peerllm.daemon.engine_link.engine_host import AVAILABLE, EngineHost
 from peerllm.daemon.network import Network
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import Offers
@@ -22,7 +23,6 @@ from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, DeviceId, LinkProfile
 
 INSPECT_TIMEOUT_S = 300.0
-RUNNING = "running"  # the engine's state in which a device can take part
 
 
 class Parts(Protocol):
@@ -57,14 +57,14 @@ class Home:
         parts = self._parts
         found: dict[DeviceId, Candidate] = {}
         hops: dict[DeviceId, dict[DeviceId, LinkProfile]] = {}
-        for (a, b), figure in parts.network.survey.figures().items():
+        for (a, b), figure in parts.network.link_monitor.figures().items():
             hops.setdefault(a, {})[b] = figure.profile
-        if parts.host.state == RUNNING:
+        if parts.host.state in AVAILABLE:
             here = hops.get(self.me, {})
             found[self.me] = Candidate(self.me, parts.hello(), parts.ledger.free_bytes, 0.0, None, hops=here)
         for device, peer in parts.network.peers().items():
             hello, view = peer.hello, peer.view
-            if peer.state == "online" and hello is not None and view is not None and view.engine == RUNNING:
+            if peer.state == "online" and hello is not None and view is not None and view.engine in AVAILABLE:
                 free = hello.lent_bytes - view.promised_bytes
                 ways = hops.get(device, {})
                 found[device] = Candidate(device, hello, free, peer.rtt_ms, peer.mbps, hops=ways)
@@ -89,8 +89,11 @@ class Home:
                 raise
             return Answer(0, type(error).__name__, str(error), free)
 
-    async def resolve(self, model: str, progress: Progress) -> Path:
-        return await model_files.resolve(model, progress)
+    def looked_up(self, model: str) -> AbstractAsyncContextManager[ModelOnDisk]:
+        return model_files.looked_up(model)
+
+    async def resolve(self, model: str, progress: Progress, total_bytes: int) -> Path:
+        return await model_files.resolve(model, progress, total_bytes)
 
     async def inspect(self, model_dir: Path, dtype: str, quantize: str) -> Inspected:
         host = self._parts.host

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from peerllm.daemon.control_messages import Trace
-from peerllm.daemon.decide.clocks import Alignment, Reading, quickest
+from peerllm.daemon.decide.clock_alignment import Alignment, Reading, quickest
 from peerllm.daemon.decide.demand import Blueprint
 from peerllm.daemon.deployment.negotiation import Surroundings, unless_error
 from peerllm.daemon.status import chrome_trace
 from peerllm.engine.messages import Recorded, Span
 from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError
-from peerllm.planner.export import names_in
+from peerllm.planner.scenario.scenario_export import names_in
 from peerllm.types import DeploymentId, DeviceId
 
 CLOCK_TRIES = 16  # readings of each clock, before and after; the quickest counts

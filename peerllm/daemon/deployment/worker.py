@@ -44,7 +44,7 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError, UnavailableError
-from peerllm.planner.memory import human_bytes
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeploymentId, DeviceId
 
 LOAD_TIMEOUT_S = 3600.0  # one stage from disk
@@ -195,7 +195,7 @@ class Worker:
             if held.task is not None:
                 held.task.cancel()
             self._drop(deployment, held)
-            self._report(held.coordinator, Trouble(deployment, held.epoch, reason))
+            self._report(held.coordinator, Trouble(deployment, held.epoch, reason, engine_died=True))
 
     def link_lost(self, event: LinkLost) -> None:
         held = self._held.get(event.deployment)

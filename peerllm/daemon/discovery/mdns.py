@@ -277,7 +277,8 @@ def interfaces(only: Sequence[str] | None = None) -> Interfaces:
     found = found or loopback
     if not found:
         raise OSError("no network interface is up")
-    addresses = tuple(sorted(found, key=_rank))[:MAX_ADDRESSES]
+    used = _used()  # a bridge of containers has an address too, but nobody else reaches that
+    addresses = tuple(sorted(found, key=lambda address: (address != used, _rank(address))))[:MAX_ADDRESSES]
     return Interfaces(tuple(dict.fromkeys(found[a] for a in addresses)), addresses)
 
 
@@ -286,6 +287,14 @@ def local_address() -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(LOCAL_PROBE)
         return str(probe.getsockname()[0])
+
+
+def _used() -> str:
+    """The address this machine would send from, "" where it has no way out."""
+    try:
+        return local_address()
+    except OSError:
+        return ""
 
 
 def _up() -> set[str] | None:

@@ -87,6 +87,7 @@ class EngineChild:
         finally:
             self.kill()
         await self.process.wait()
+        await asyncio.wait({self._watching}, timeout=DRAIN_TIMEOUT_S)
         self._watching.cancel()
         await asyncio.gather(self._watching, return_exceptions=True)
 

@@ -1,4 +1,8 @@
-"""The daemon's side of its engine: asks, tells and hears it, starts it again when it dies. Never imports torch."""
+"""The daemon's side of its engine: starts it when it is needed, asks, tells and hears it, restarts it when it dies.
+
+An engine's libraries alone take 100 to 400 MB, so the process is ended when it holds nothing and was asked nothing for
+IDLE_S; the next question starts a new one and waits for it. Never imports torch.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from peerllm.engine.messages import (
     Submit,
     ToEngine,
     Tokens,
+    Trust,
 )
 from peerllm.engine.process.engine_line import Channel, SocketChannel
 from peerllm.errors import EngineError, LinkError, PeerLLMError
@@ -32,8 +37,12 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 180.0  # libraries on a small board, from a slow card
 RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # pause before a restart; doubles each time
 HEALTHY_S = 60.0  # an engine that lived so long starts again after the first pause
+IDLE_S = 60.0  # an engine that holds nothing and was asked nothing for so long is ended
 MAX_PENDING = 1024  # questions the engine has not answered
 STOP_TIMEOUT_S = 10.0  # for the threads of an engine in this process
+STARTING, RUNNING, STOPPED = "starting", "running", "stopped"
+IDLE, WAKING = "idle", "waking"  # no process, for want of work; and a process that a question has just started
+AVAILABLE = frozenset({RUNNING, IDLE, WAKING})  # states in which the device can take part in a plan
 
 
 class _Engine(Protocol):
@@ -47,7 +56,11 @@ class _Engine(Protocol):
 
 class EngineHost:
     """Owns one engine. Callbacks run on the loop: `on_event` for what answers no question, `on_lost` with the reason
-    when a running engine died, `on_ready` after every start."""
+    when a running engine died, `on_ready` after every start, `on_state` when an engine is ended or wanted again.
+
+    `needed`: whether the engine must be kept though nothing is asked of it. One in this process is always kept: its
+    libraries would not leave the memory with it.
+    """
 
     def __init__(
         self,
@@ -57,20 +70,26 @@ class EngineHost:
         on_ready: Callable[[Configured], None],
         in_process: bool,
         threads: int,
+        *,
+        needed: Callable[[], bool] = lambda: True,
+        on_state: Callable[[str], None] = lambda state: None,
     ) -> None:
         self._configure, self._on_event, self._on_lost, self._on_ready = configure, on_event, on_lost, on_ready
         self._in_process, self._threads = in_process, threads
+        self._needed, self._on_state = needed, on_state
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._channel: Channel | None = None  # set once Configure has been sent
         self._engine: _Engine | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._first: asyncio.Future[Configured] | None = None
-        self._state = "stopped"
+        self._ready: asyncio.Future[Configured] | None = None  # the start that is awaited
+        self._wanted = asyncio.Event()  # an idle engine is asked for
+        self._used = 0.0  # when something was last asked of the engine
+        self._state = STOPPED
 
     @property
     def state(self) -> str:
-        """ "starting", "running", "crashed: why" or "stopped"."""
+        """ "starting", "running", "idle", "waking", "crashed: why" or "stopped"."""
         return self._state
 
     @property
@@ -83,19 +102,33 @@ class EngineHost:
         return next(self._numbers)
 
     async def start(self) -> Configured:
-        """Starts the engine and keeps it running; raises what was wrong if the first start fails."""
-        if self._supervisor is not None:
-            raise EngineError("the engine was started already")
-        self._first = asyncio.get_running_loop().create_future()
-        self._supervisor = asyncio.create_task(self._supervise(self._first), name="engine host")
+        """Starts the engine; raises what was wrong if this first start fails."""
+        ready = self._begin(idle=False)
         try:
-            return await asyncio.shield(self._first)
+            return await asyncio.shield(ready)
         except PeerLLMError:
             await self.close()
             raise
 
+    def start_idle(self) -> None:
+        """Takes up the engine's supervision without a process: the first question starts it."""
+        self._begin(idle=True)
+
+    def wake(self) -> None:
+        """Starts an idle engine ahead of the first question. Nothing happens in any other state."""
+        if self._state == IDLE:
+            self._state, self._ready = WAKING, asyncio.get_running_loop().create_future()
+            self._wanted.set()
+            self._call(self._on_state, WAKING)
+
     async def ask(self, message: Any, timeout_s: float) -> Any:
-        """The answer to a message that carries a request number; raises the error that the engine names."""
+        """The answer to a message that carries a request number; raises the error that the engine names.
+
+        An idle engine is started first; `timeout_s` counts from when it is ready.
+        """
+        self.wake()
+        if self._state == WAKING and self._ready is not None:
+            await asyncio.shield(self._ready)
         channel = self._channel
         if channel is None:
             raise EngineError(f"the engine is not running ({self._state})")
@@ -103,14 +136,19 @@ class EngineHost:
 
     def tell(self, message: ToEngine) -> None:
         """Sends without an answer; never raises. What a dead engine misses: sequences end, the rest it learns anew."""
+        channel = self._channel
         try:
-            if self._channel is None:
+            if channel is None:
                 raise EngineError(f"the engine is not running ({self._state})")
-            self._channel.send(message)
+            channel.send(message)
         except PeerLLMError as error:
             if isinstance(message, Submit):
                 lost = Tokens(message.deployment, message.sequence, 0, (), "error", str(error))
                 asyncio.get_running_loop().call_soon(self._hear, lost)
+            elif isinstance(message, Trust) and channel is not None:
+                # This engine would go on to serve devices that were removed; the next one is configured without them.
+                log.error("the engine cannot be told who is of the household (%s); starting it again", error)
+                channel.close()
 
     async def close(self) -> None:
         """Ends the engine: closes the line, then kills what does not go. May be called twice."""
@@ -118,45 +156,71 @@ class EngineHost:
         if supervisor is not None:
             supervisor.cancel()
             await asyncio.gather(supervisor, return_exceptions=True)
-        self._state = "stopped"
+        self._state = STOPPED
+        self._started_or(EngineError("the engine was stopped"))
 
-    async def _supervise(self, first: asyncio.Future[Configured]) -> None:
-        pause_s = RESTART_FIRST_S
+    def _begin(self, idle: bool) -> asyncio.Future[Configured]:
+        if self._supervisor is not None:
+            raise EngineError("the engine was started already")
+        ready = self._ready = asyncio.get_running_loop().create_future()
+        self._state = IDLE if idle else STARTING
+        self._supervisor = asyncio.create_task(self._supervise(idle), name="engine host")
+        return ready
+
+    def _started_or(self, why: PeerLLMError) -> None:
+        """Whoever waits for the engine's start hears why it failed."""
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(why)
+            self._ready.exception()  # whoever waits may be gone
+
+    async def _supervise(self, idle: bool) -> None:
+        pause_s, first = RESTART_FIRST_S, not idle
         while True:
-            self._state, started = "starting", time.monotonic()
+            if idle:
+                await self._wanted.wait()
+                self._wanted.clear()
+            else:
+                self._state = STARTING
+            started = time.monotonic()
             why: PeerLLMError = EngineError("the engine ended")
             try:
-                await self._live(first)
+                await self._live()
+                first, idle = False, True
+                continue
             except PeerLLMError as error:
                 why = error
             except Exception as error:  # supervision outlives whatever goes wrong in it
                 log.exception("the engine host failed")
                 why = EngineError(f"the engine cannot be run: {type(error).__name__}: {error}")
-            if not first.done():
-                first.set_exception(why)
+            was_ready, self._state, idle = self._state == RUNNING, f"crashed: {why}", False
+            self._started_or(why)
+            if first and not was_ready:
                 return
-            was_ready, self._state = self._state == "running", f"crashed: {why}"
+            first = False
             if time.monotonic() - started >= HEALTHY_S:
                 pause_s = RESTART_FIRST_S
             log.error("%s; starting the engine again in %.1f s", why, pause_s)
-            if was_ready:
-                self._call(self._on_lost, str(why))
+            self._call(self._on_lost if was_ready else self._on_state, str(why))
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RESTART_MOST_S)
 
-    async def _live(self, first: asyncio.Future[Configured]) -> None:
-        """One engine from its start to its end, which is raised."""
+    async def _live(self) -> None:
+        """One engine from its start to its end: returns if it became idle, else raises why it ended."""
         channel, engine = await self._launch()
         self._engine = engine
         hearing = asyncio.create_task(self._listen(channel), name="engine host listens")
         why: PeerLLMError = EngineError("the engine was stopped")
         try:
             configured = await self._introduce(channel, engine, hearing)
-            self._state = "running"
-            if not first.done():
-                first.set_result(configured)
+            self._state, self._used = RUNNING, time.monotonic()
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_result(configured)
             self._call(self._on_ready, configured)
-            await hearing
+            while not hearing.done() and not self._now_idle():
+                await asyncio.wait({hearing}, timeout=self._used + IDLE_S - time.monotonic())
+            if self._state == IDLE:
+                return
+            hearing.result()
             why = EngineError(await engine.ended())
             raise why
         except LinkError as error:
@@ -170,6 +234,18 @@ class EngineHost:
             channel.close()
             await engine.close()
 
+    def _now_idle(self) -> bool:
+        """Whether the engine is to be ended; from this moment on a question starts the next one."""
+        if self._pending or self._in_process or self._needed():
+            self._used = time.monotonic()
+            return False
+        if time.monotonic() - self._used < IDLE_S:
+            return False
+        log.info("the engine holds nothing and is not needed: it ends until it is")
+        self._state, self._channel = IDLE, None
+        self._call(self._on_state, IDLE)
+        return True
+
     async def _launch(self) -> tuple[Channel, _Engine]:
         if self._in_process:
             thread = _EngineThread()
@@ -178,7 +254,12 @@ class EngineHost:
             child = await EngineChild.start(self._threads)
         except OSError as error:
             raise EngineError(f"the engine cannot be started: {error}") from error
-        return await SocketChannel.on(child.socket, ToEngine, FromEngine), child
+        try:
+            return await SocketChannel.on(child.socket, ToEngine, FromEngine), child
+        except BaseException:  # closed meanwhile: nobody else knows of this process yet
+            child.socket.close()
+            await child.close()
+            raise
 
     async def _introduce(self, channel: Channel, engine: _Engine, hearing: asyncio.Task[None]) -> Configured:
         """Configures a new engine; raises why it cannot be."""
@@ -225,6 +306,7 @@ class EngineHost:
                 raise
             raise EngineError(f"the engine is not running: {error}") from error
         finally:
+            self._used = time.monotonic()
             self._pending.pop(message.request, None)
 
     def _expect(self, request: int) -> asyncio.Future[Any]:

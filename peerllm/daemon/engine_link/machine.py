@@ -36,14 +36,17 @@ def lent_of(wish: int | None, memory_bytes: int, free_bytes: int) -> int:
     return max(0, free_bytes - max(RESERVE_BYTES, int(memory_bytes * RESERVE_SHARE)))
 
 
-def lent_bytes(wish: int | None, runtime_bytes: int) -> int:
-    """What is offered: the owner's wish, or what is free now beside the engine's own `runtime_bytes` and a reserve."""
+def lent_bytes(wish: int | None, runtime_bytes: int, running: bool = True) -> int:
+    """What is offered: the owner's wish, or what is free now beside the engine's own `runtime_bytes` and a reserve.
+
+    `running`: whether the engine runs, so that what is available leaves it out already.
+    """
     total = memory_bytes()
     if wish is not None:
         return min(wish, total)
     own = psutil.Process().memory_info().rss + runtime_bytes
-    # The engine runs already: what is available leaves it out, what a cgroup allows does not.
-    free = min(int(psutil.virtual_memory().available), total - own)
+    available = int(psutil.virtual_memory().available) - (0 if running else runtime_bytes)
+    free = min(available, total - own)  # what a cgroup allows counts the engine, running or not
     return max(0, free - max(RESERVE_BYTES, int(total * RESERVE_SHARE)))
 
 

@@ -2,6 +2,6 @@
 
 from peerllm.daemon.network.network import Network
 from peerllm.daemon.network.peer import Peer, Sighting
-from peerllm.daemon.network.speed.linktables import LinkFigure
+from peerllm.daemon.network.speed.link_tables import LinkFigure
 
 __all__ = ["LinkFigure", "Network", "Peer", "Sighting"]

@@ -35,7 +35,7 @@ def named_error(answer: Answer) -> PeerLLMError:
 
 
 class Asks:
-    """Asks other devices and answers them."""
+    """Numbers this device's questions, matches the answers to them, and answers what others ask."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

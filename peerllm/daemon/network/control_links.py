@@ -1,4 +1,4 @@
-"""Carries out what membership decides: dials, accepts, keeps one channel per device, beats, cuts."""
+"""The control links of one device. Membership decides; this dials, accepts, sends heartbeats and closes links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
@@ -23,7 +23,7 @@ from peerllm.daemon.network.control_channel import (
     ProtocolMismatch,
     WebSocket,
 )
-from peerllm.daemon.network.reaching import race, who_answers
+from peerllm.daemon.network.happy_eyeballs import dial_first, who_answers
 from peerllm.errors import AuthenticationError, LinkError
 from peerllm.transport.dial import dialling_session
 from peerllm.transport.identity import Identity
@@ -39,8 +39,16 @@ FAREWELL_S = 1.0  # how long goodbyes may take
 log = logging.getLogger(__name__)
 
 
-class Watcher(Protocol):
-    """Who wants to know what happens on the links."""
+def host_of(peername: tuple[Any, ...] | None) -> str:
+    """The address of a socket's other end as it can be dialled: a link-local IPv6 one with its interface."""
+    if not peername:
+        return ""
+    scope = peername[3] if len(peername) == 4 else 0
+    return f"{peername[0]}%{scope}" if scope else str(peername[0])
+
+
+class LinkListener(Protocol):
+    """What the links need of their owner, and what they tell it."""
 
     def hello(self) -> Hello: ...
     def certificates(self) -> Mapping[DeviceId, str]: ...
@@ -50,10 +58,10 @@ class Watcher(Protocol):
     def on_message(self, device: DeviceId, message: Control) -> None: ...
 
 
-class Links:
-    """The control links of one device."""
+class ControlLinks:
+    """Keeps one channel in use per device. Feed it what happens; it does what membership answers."""
 
-    def __init__(self, identity: Identity, static: tuple[m.Address, ...], watcher: Watcher) -> None:
+    def __init__(self, identity: Identity, static: tuple[m.Address, ...], watcher: LinkListener) -> None:
         self.membership = m.Membership(identity.device, static)
         self.problems: dict[m.Address, str] = {}  # of `--peer` addresses that cannot be used
         self._identity = identity
@@ -107,7 +115,8 @@ class Links:
                 timeout=CLOSE_TIMEOUT_S, max_msg_size=FRAME_BYTES + 1, compress=False, heartbeat=None
             )
             await websocket.prepare(request)
-            await self._serve(websocket, m.LinkName(device, int(number)), device, request.remote or "", None)
+            host = host_of(request.get_extra_info("peername"))
+            await self._serve(websocket, m.LinkName(device, int(number)), device, host, None)
             return websocket
         finally:
             self._accepted[device] -= 1
@@ -202,7 +211,7 @@ class Links:
                 device = target
             if device not in certificates:
                 raise LinkError(f"{device[:8]} is no longer of the household")
-            websocket, host = await race(
+            websocket, host = await dial_first(
                 self._session,
                 self._identity,
                 device,

@@ -1,4 +1,4 @@
-"""The household as one device reaches it: who is of it, who is here, questions, told messages, pairing, bytes."""
+"""How one device reaches its household: members, presence, messages and questions, pairing, downloads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Any
 
 from aiohttp import web
@@ -25,15 +26,15 @@ from peerllm.daemon.control_messages import (
 from peerllm.daemon.decide import membership as m
 from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, Advert, printable_name
 from peerllm.daemon.network.asks import Asks, Handler
-from peerllm.daemon.network.book import Book, whereabouts
-from peerllm.daemon.network.bulk import Bulk, add_probe
-from peerllm.daemon.network.control_links import Links
-from peerllm.daemon.network.doorway import Doorway
-from peerllm.daemon.network.horizon import VisibleDevices
+from peerllm.daemon.network.control_links import ControlLinks
+from peerllm.daemon.network.household_pairing import HouseholdPairing
+from peerllm.daemon.network.network_callbacks import NetworkCallbacks, call
 from peerllm.daemon.network.network_files import Known, NetworkFiles
 from peerllm.daemon.network.peer import Peer, Sighting
-from peerllm.daemon.network.signals import Signals, call
-from peerllm.daemon.network.speed.survey import LinkProbes, Survey
+from peerllm.daemon.network.peer_http import PeerHttp, add_probe
+from peerllm.daemon.network.peer_store import PeerStore, whereabouts
+from peerllm.daemon.network.speed.link_monitor import LinkMonitor, LinkProbes
+from peerllm.daemon.network.visible_devices import VisibleDevices
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError
 from peerllm.transport.identity import Identity
@@ -50,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class Network:
-    """Everything by which this device knows the others. Callbacks run on the loop; what one raises is logged."""
+    """All that the rest of the daemon sees of other devices. Callbacks run on the loop; what one raises is logged."""
 
     def __init__(
         self,
@@ -61,31 +62,34 @@ class Network:
         interfaces: Sequence[str] | None = None,
         idle: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`interfaces`: addresses mDNS is spoken on, None for all; `idle`: whether links may be measured again now."""
+        """`interfaces`: this device's addresses, on which mDNS is spoken, None for all it listens on; `idle`: whether
+        links may be measured again now."""
+        if interfaces is None and all(ip_address(host).is_loopback for host in settings.hosts):
+            interfaces = settings.hosts
         self.identity = identity
         self._settings = settings
         self._hello = hello
         self._app = web.Application(client_max_size=MAX_CONTROL_BODY_BYTES)
         self._server = TlsServer(self._app, identity, settings.hosts, settings.port)
-        self._links = Links(identity, settings.peers, self)
+        self._links = ControlLinks(identity, settings.peers, self)
         self._asks = Asks(lambda device, message: self._links.channel(device).send(message))
-        self._bulk = Bulk(identity)
+        self._http = PeerHttp(identity)
         self._store = NetworkFiles(settings.data_dir)
-        self._signals = Signals()
+        self._callbacks = NetworkCallbacks()
         reach = LinkProbes(self._measure, self._rtts_ms, self._online, self.broadcast)
-        self.survey = Survey(identity.device, reach, idle, self._signals.changed)
+        self.link_monitor = LinkMonitor(identity.device, reach, idle, self._callbacks.changed)
         self._roster = self._store.roster(identity, printable_name(settings.name))
-        self._book = Book(self._store.known())
+        self._peer_store = PeerStore(self._store.known())
         self._view: DeviceView | None = None
-        self._horizon = VisibleDevices(settings.mdns, interfaces, self._advert, self._links.feed, self._horizon_changed)
-        self._signals.change.append(self._horizon.advertise)
-        self._doorway = Doorway(
+        self._visible = VisibleDevices(settings.mdns, interfaces, self._advert, self._links.feed, self._visible_changed)
+        self._callbacks.change.append(self._visible.advertise)
+        self._pairing = HouseholdPairing(
             settings,
             identity,
             lambda: self._roster,
             self.sightings,
             lambda: self._spawn(self._apply_roster(), "paired"),
-            self._horizon.advertise,
+            self._visible.advertise,
         )
         self._applying = asyncio.Lock()
         self._trusting: frozenset[DeviceId] = frozenset()
@@ -93,7 +97,7 @@ class Network:
         self._listening = False
         self._closed = False
         self._app.router.add_get("/control/{number}", self._links.accept)
-        add_probe(self._app, lambda: self.survey.may_be_probed)
+        add_probe(self._app, lambda: self.link_monitor.may_be_probed)
 
     # ---- life ----
 
@@ -106,25 +110,25 @@ class Network:
         await self._server.start()
         self._listening = True
         await self._links.start()
-        await self._bulk.start()
-        self.survey.start()
+        await self._http.start()
+        self.link_monitor.start()
         await self._apply_roster()
-        await self._horizon.start()
+        await self._visible.start()
 
     async def close(self) -> None:
         """Say goodbye and close everything; can be called twice."""
         if self._closed:
             return
         self._closed = True
-        await self._doorway.close()
+        await self._pairing.close()
         await self._links.close("going down")
-        await self._horizon.close()
+        await self._visible.close()
         await self._asks.close()
-        await self.survey.close()
+        await self.link_monitor.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._bulk.close()
+        await self._http.close()
         await self._server.close()
         await self._save()
 
@@ -136,14 +140,14 @@ class Network:
     @property
     def problem(self) -> str:
         """What keeps this device from finding others: why mDNS does not work, or a `--peer` that cannot be used."""
-        mdns = [self._horizon.problem] if self._horizon.problem else []
+        mdns = [self._visible.problem] if self._visible.problem else []
         peers = [f"--peer {host}:{port}: {why}" for (host, port), why in self._links.problems.items()]
         return "; ".join(mdns + peers)
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """This device's own addresses, as far as they are known."""
-        return self._horizon.addresses
+        """Where others reach this device, the likeliest first; loopback where it listens nowhere else."""
+        return self._visible.addresses
 
     # ---- who there is ----
 
@@ -157,7 +161,7 @@ class Network:
 
     def sightings(self) -> tuple[Sighting, ...]:
         """Devices heard of by mDNS that are not of the household."""
-        return self._horizon.strangers({device[:SHORT_ID_DIGITS] for device in self._roster.members()})
+        return self._visible.strangers({device[:SHORT_ID_DIGITS] for device in self._roster.members()})
 
     def _others(self) -> dict[DeviceId, RosterEntry]:
         return {device: e for device, e in self._roster.members().items() if device != self.identity.device}
@@ -167,7 +171,8 @@ class Network:
 
     def _peer(self, entry: RosterEntry) -> Peer:
         member, channel = self._links.membership.members.get(entry.device), self._links.find(entry.device)
-        return self._book.peer(entry, member, channel.rtt_ms if channel else None, self.survey.mbps(entry.device))
+        rtt_ms = channel.rtt_ms if channel else None
+        return self._peer_store.peer(entry, member, rtt_ms, self.link_monitor.mbps(entry.device))
 
     def _rtts_ms(self) -> dict[DeviceId, float]:
         channels = ((device, self._links.find(device)) for device in self._online())
@@ -201,30 +206,30 @@ class Network:
         """What this device says of itself has changed: say it again, to the household and by mDNS."""
         if self._listening:
             self.broadcast(self.hello())
-            self._horizon.advertise()
+            self._visible.advertise()
 
     def listen(self, callback: Callable[[DeviceId, Control], None]) -> None:
         """Hear what other devices tell."""
-        self._signals.message.append(callback)
+        self._callbacks.message.append(callback)
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Called after peers, their views or the roster changed; several changes at once count as one."""
-        self._signals.change.append(callback)
+        self._callbacks.change.append(callback)
 
     def on_vanish(self, callback: Callable[[DeviceId, str], None]) -> None:
         """Called when a device that was online is not any more, with the reason."""
-        self._signals.vanish.append(callback)
+        self._callbacks.vanish.append(callback)
 
     def on_roster(self, callback: Callable[[tuple[RosterEntry, ...]], None]) -> None:
         """Called at start and after each change of the household with its live members, this device among them."""
-        self._signals.roster.append(callback)
+        self._callbacks.roster.append(callback)
 
     async def get(self, device: DeviceId, path: str, offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """Exactly `length` bytes of a path on the device from `offset` on. LinkError if it breaks, NotFoundError."""
         host, port, pem = self._where(device)
         async with (
-            aclosing(self._bulk.get(device, pem, host, port, path, offset, length)) as blocks,
-            aclosing(self.survey.metered(device, blocks)) as metered,
+            aclosing(self._http.get(device, pem, host, port, path, offset, length)) as blocks,
+            aclosing(self.link_monitor.metered(device, blocks)) as metered,
         ):
             async for chunk in metered:
                 yield chunk
@@ -238,13 +243,13 @@ class Network:
 
     async def _measure(self, device: DeviceId) -> float:
         host, port, pem = self._where(device)
-        return await self._bulk.measure_mbps(device, pem, host, port)
+        return await self._http.measure_mbps(device, pem, host, port)
 
     # ---- pairing ----
 
     async def open_door(self) -> tuple[str, int]:
         """Open the pairing door; returns the code and the port. BadInputError if the port is in use."""
-        return await self._doorway.open(self.port)
+        return await self._pairing.open(self.port)
 
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         """Join the household whose door the code opens; returns the inviter's name. PairingError says why not."""
@@ -252,10 +257,10 @@ class Network:
         if others := self._others():
             name = next(iter(others.values())).name
             raise PairingError(f"this device is in a household with {name} already; run `peerllm leave` first")
-        joined = await self._doorway.join(code, at, self._horizon.blind)
+        joined = await self._pairing.join(code, at, self._visible.blind)
         inviter = joined.result.device
         self._roster.merge(joined.result.entries)
-        self._book.known[inviter] = Known(inviter, joined.result.name, (joined.host,), joined.control_port, 0)
+        self._peer_store.known[inviter] = Known(inviter, joined.result.name, (joined.host,), joined.control_port, 0)
         await self._apply_roster()
         return joined.result.name
 
@@ -289,24 +294,24 @@ class Network:
         async with self._applying:
             others = self._others()
             changed, self._trusting = self._trusting != others.keys(), frozenset(others)
-            self._book.keep_only(others)
-            self.survey.keep_only(others)
+            self._peer_store.keep_only(others)
+            self.link_monitor.keep_only(others)
             self._links.feed(m.Members(frozenset(others)))
+            if changed or not others:
+                call(self._callbacks.roster, self.roster())  # first of all: engines cut the links of who was removed
             await self._server.set_trusted(entry.certificate_pem for entry in others.values())
             self._recall(others)
             self.broadcast(Gossip(self._roster.export()))
-            if changed or not others:
-                call(self._signals.roster, self.roster())
-            self._signals.changed()
+            self._callbacks.changed()
         await self._save()
 
     def _recall(self, devices: Iterable[DeviceId]) -> None:
         """Tell membership where devices were last and where they are seen now."""
         for device in devices:
             prefix = device[:SHORT_ID_DIGITS]
-            if (known := self._book.known.get(device)) is not None:
+            if (known := self._peer_store.known.get(device)) is not None:
                 self._links.feed(m.Sighted(prefix, known.hosts, known.control_port))
-            if (sighted := self._horizon.sighted(prefix)) is not None:
+            if (sighted := self._visible.sighted(prefix)) is not None:
                 self._links.feed(sighted)
 
     def _gossip(self, device: DeviceId, gossip: Gossip) -> None:
@@ -326,7 +331,7 @@ class Network:
 
     async def _save(self) -> None:
         await self._store.save_roster(self._roster)
-        await self._store.save_known(self._book.where(self._links.membership.members, self._roster.members()))
+        await self._store.save_known(self._peer_store.where(self._links.membership.members, self._roster.members()))
 
     # ---- what the links and mDNS report ----
 
@@ -338,7 +343,7 @@ class Network:
         return {device: entry.certificate_pem for device, entry in self._others().items()}
 
     def on_hello(self, device: DeviceId, hello: Hello, host: str) -> None:
-        self._book.hellos[device] = hello
+        self._peer_store.hellos[device] = hello
 
     def on_up(self, device: DeviceId) -> None:
         self.tell(device, Gossip(self._roster.export()))
@@ -349,44 +354,44 @@ class Network:
         self.tell(device, whereabouts(others))
         for other in others:
             self.tell(other.device, whereabouts([members[device]]))
-        if (table := self.survey.connected(device)) is not None:
+        if (table := self.link_monitor.connected(device)) is not None:
             self.tell(device, table)
         self._spawn(self._save(), "save-peers")
 
     def on_state(self, change: m.Changed) -> None:
         if change.before == "online":
             log.info("%s is %s: %s", change.device[:8], change.state, change.reason)
-            self._book.views.pop(change.device, None)
-            self.survey.gone(change.device)
+            self._peer_store.views.pop(change.device, None)
+            self.link_monitor.gone(change.device)
             self._asks.vanished(change.device, change.reason)
-            call(self._signals.vanish, change.device, change.reason)
-        self._signals.changed()
+            call(self._callbacks.vanish, change.device, change.reason)
+        self._callbacks.changed()
 
     def on_message(self, device: DeviceId, message: Control) -> None:
         match message:
             case Gossip():
                 self._gossip(device, message)
             case Whereabouts():
-                for hint in self._book.hinted(message, self._others()):
+                for hint in self._peer_store.hinted(message, self._others()):
                     self._links.feed(hint)
             case Ask():
                 self._asks.asked(device, message)
             case Answer():
                 self._asks.answered(device, message)
             case LinkTable():
-                self.survey.heard(device, message)
+                self.link_monitor.heard(device, message)
             case Hello():
-                self._book.hellos[device] = message
-                self._signals.changed()
+                self._peer_store.hellos[device] = message
+                self._callbacks.changed()
             case _:
                 if isinstance(message, DeviceView):
-                    self._book.views[device] = message
-                    self._signals.changed()
-                call(self._signals.message, device, message)
+                    self._peer_store.views[device] = message
+                    self._callbacks.changed()
+                call(self._callbacks.message, device, message)
 
-    def _horizon_changed(self) -> None:
-        self._doorway.knocking.news()
-        self._signals.changed()
+    def _visible_changed(self) -> None:
+        self._pairing.finder.news()
+        self._callbacks.changed()
 
     def _advert(self) -> Advert:
         hello = self.hello()
@@ -398,9 +403,9 @@ class Network:
             memory_bytes=hello.memory_bytes,
             gbytes_per_s=max(hello.gbytes_per_s.values(), default=0.0),
             gflops=max(hello.gflops.values(), default=0.0),
-            mbps=self.survey.fastest_mbps,
-            door=self._doorway.name,
-            pairing_port=self._doorway.port,
+            mbps=self.link_monitor.fastest_mbps,
+            door=self._pairing.name,
+            pairing_port=self._pairing.port,
         )
 
     # ---- tasks ----

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from peerllm.daemon.decide.clocks import Alignment
+from peerllm.daemon.decide.clock_alignment import Alignment
 from peerllm.engine.messages import Span
 from peerllm.types import DeploymentId, DeviceId, Stage
 

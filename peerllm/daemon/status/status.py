@@ -1,13 +1,15 @@
-"""The object of design §9: everything a person may want to know of the household, as this device sees it. Pure."""
+"""The status object (docs/json.md): everything a person may want to know of the household. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from peerllm import __version__
 from peerllm.daemon.control_messages import DeploymentView, DeviceView, Hello
 from peerllm.daemon.discovery.advert import printable_name
 from peerllm.daemon.network import LinkFigure, Peer, Sighting
+from peerllm.daemon.settings import Settings
 from peerllm.engine.messages import EngineLoad
 from peerllm.types import BITS, DeploymentId, DeviceId, LinkProfile
 
@@ -20,6 +22,7 @@ def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None)
         "id": device,
         "memory_bytes": hello.memory_bytes if hello else 0,
         "lent_bytes": hello.lent_bytes if hello else 0,
+        "used_bytes": view.used_bytes if view else 0,
         "promised_bytes": view.promised_bytes if view else 0,
         "resident_bytes": view.resident_bytes if view else 0,
         "engine": view.engine if view else "",
@@ -31,6 +34,29 @@ def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None)
         if hello
         else {},
         "version": hello.version if hello else "",
+    }
+
+
+def starting_status(device: DeviceId, settings: Settings, doing: str) -> dict[str, Any]:
+    """The object of design §9 while this device is not ready: it knows its name, and `doing` says what it waits for."""
+    me = {
+        **device_entry(device, None, None),
+        "name": settings.name,
+        "state": "starting",
+        "rtt_ms": 0.0,
+        "mbps": None,
+        "address": "",
+        "problem": f"is {doing}",
+    }
+    return {
+        "device": {"id": device, "name": settings.name},
+        "devices": [me],
+        "links": [],
+        "deployments": [],
+        "version": __version__,
+        "api": f"{settings.api_host}:{settings.api_port}",
+        "network": {"port": settings.port, "problem": ""},
+        "nearby": [],
     }
 
 
@@ -98,6 +124,7 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
     ]
     return {
         "id": view.deployment,
+        "name": view.name,
         "model": view.model,
         "state": view.state,
         "epoch": view.epoch,
@@ -115,8 +142,11 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
         },
         "measured": dict(view.measured),
         "profiles": dict(profiles or {}),
+        "context": view.context,
         "reason": view.reason,
+        "message": view.message,
         "progress": view.progress,
+        "slots": view.slots,
     }
 
 

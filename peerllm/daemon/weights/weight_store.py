@@ -17,7 +17,7 @@ import aiofiles.os
 from peerllm.daemon.control_messages import TensorDigest
 from peerllm.daemon.weights.offers import offer_path
 from peerllm.errors import LinkError, ModelError, RefusedError, UnavailableError
-from peerllm.planner.memory import human_bytes
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_FETCHES = 4  # tensors fetched at once

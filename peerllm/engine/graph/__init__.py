@@ -1,1 +1,1 @@
-"""A shard as onnxruntime graphs: one call a step, without torch (ADR 16)."""
+"""A shard as a few onnxruntime graphs, without torch (ADR 16)."""

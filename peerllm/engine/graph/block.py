@@ -1,6 +1,6 @@
-"""A decoder block as operators, top to bottom. b sequences of n tokens each; either b or n is 1.
+"""A decoder block as operators, top to bottom, for b sequences of n tokens each; either b or n is 1.
 
-Shapes stand behind the lines: H hidden, h heads, g groups of keys and values, w head width, I feed-forward width.
+Trailing comments give shapes: H hidden, h heads, g groups of keys and values, w head width, I feed-forward width.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from peerllm.engine.graph.structure import Activation, Attention, Experts, Norm,
 from peerllm.engine.graph.tensors import Tensors
 from peerllm.engine.graph.weights import BlockWeights, add_experts, add_product, norm_weights, require
 
-INSIDE = 16  # the attention operator rotates heads itself if their width and what is rotated are multiples of this
+INSIDE = 16  # if a head's width and its rotated part are multiples of this, the attention operator rotates it
 
 
 class BlockGraph:
-    """Adds one block to a graph, with numbers from `tensors` in `bits` (0: float32)."""
+    """Adds one block to a graph, with weights from `tensors` rounded to `bits` (0: float32)."""
 
     def __init__(
         self, graph: Graph, weights: BlockWeights, tensors: Tensors, bits: int, context: int,
         windows: tuple[int | None, ...],
     ) -> None:  # fmt: skip
-        """`context`: positions there are; `windows`: all of the model's."""
+        """`context`: the number of positions; `windows`: those of the whole model."""
         self._graph, self._weights, self._tensors, self._bits = graph, weights, tensors, bits
         self._context, self._windows = context, windows
         self._half = bool(bits)  # keys and values are float16 where weights are rounded anyway
         self._block, self._hidden = weights.block, weights.hidden
 
     def add(self, x: str, number: int, room: int) -> str:
-        """Block `number` on x [b, n, H]; `room`: tokens of its keys and values in a slot."""
+        """Apply block `number` to x [b, n, H]; a slot has room for keys and values of `room` tokens."""
         block = self._block
         entering = self._normed(x, "before attention")  # [b, n, H]
         taken = self._attended(entering, number, room)  # [b, n, h·w]
@@ -63,7 +63,7 @@ class BlockGraph:
     # ---- attention --------------------------------------------------------------------------------------------------
 
     def _attended(self, x: str, number: int, room: int) -> str:
-        """[b, n, H] to [b, n, h·w]; keys and values are appended to the slots in place."""
+        """Attention: x [b, n, H] to [b, n, h·w]; keys and values are appended to the slots in place."""
         graph, about = self._graph, self._block.attention
         width = about.width
         made = self._product("qkv", x)  # [b, n, (h + 2g)·w]
@@ -98,7 +98,7 @@ class BlockGraph:
         return graph.add("Cast", outputs[0], to=1) if self._half else outputs[0]
 
     def _sinks(self) -> str:
-        """Scores [h] that take attention and give nothing."""
+        """Attention sinks [h]: scores that take part in the softmax and contribute no value."""
         name = self._weights.names["sinks"]
         require(self._tensors, name, (self._block.attention.heads,))
         made = self._tensors.floats(name, slice(None))
@@ -142,7 +142,7 @@ class BlockGraph:
     # ---- feed-forward -----------------------------------------------------------------------------------------------
 
     def _fed(self, x: str) -> str:
-        """[b, n, H] to the same."""
+        """The feed-forward: x [b, n, H] to [b, n, H]."""
         graph, about = self._graph, self._block.mlp
         if about.experts is None:
             return self._one(x, about.wide, about.activation, "", about.gated)
@@ -166,7 +166,7 @@ class BlockGraph:
         return self._product(f"{which}down", made)
 
     def _routed(self, x: str, experts: Experts) -> str:
-        """Each token through the experts it is sent to."""
+        """Send each token through the experts that the router chose for it."""
         graph, stacks = self._graph, self._weights.stacks
         assert stacks is not None
         rows = graph.add("Reshape", x, graph.shape(-1, self._hidden))  # [b·n, H]
@@ -176,13 +176,13 @@ class BlockGraph:
 
 
 def rope_name(rope: Rope) -> str:
-    """A short name of a rotation, the same wherever it is asked."""
+    """The name under which graphs and shard know a rotation's tables; equal rotations have equal names."""
     scaling = ",".join(f"{key}={value}" for key, value in rope.scaling)
     return f"{rope.width}/{rope.theta}/{scaling}"
 
 
 def normalise(graph: Graph, x: str, norm: Norm, weight: str, bias: str) -> str:
-    """Over the last dimension of x."""
+    """Normalise x over its last dimension."""
     if norm.kind == "rms":
         return graph.add("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=norm.eps, stash_type=1)
     inputs = (x, weight, bias) if bias else (x, weight)
@@ -190,7 +190,7 @@ def normalise(graph: Graph, x: str, norm: Norm, weight: str, bias: str) -> str:
 
 
 def activate(graph: Graph, x: str, activation: Activation) -> str:
-    """The activation's operator."""
+    """Apply an activation function to x."""
     match activation:
         case "silu":
             return graph.add("QuickGelu", x, domain=CONTRIB, alpha=1.0)

@@ -1,4 +1,4 @@
-"""From config.json to what a model is made of, by its family's line in the table; transformers is not asked."""
+"""From config.json to a description of the model, by its family's line in the table and without transformers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from peerllm.engine.graph.weights import BlockWeights, Part, Product, Stacks
 
 ROLES = ("gate", "up", "gate up", "down")
 MOST_SHOWN = 100  # characters of a value or a reason in a message
-EVEN = 8  # what the attention operator asks of a head's width
-MAX_BLOCKS = 1022  # with embedding and head as many layers as a plan has stages at most
-MAX_SIZE = 1 << 24  # of whatever a configuration counts: lists and tables are made of some of it
+EVEN = 8  # the attention operator needs heads whose width is a multiple of this
+MAX_BLOCKS = 1022  # with embedding and head this is the most stages that a plan can have
+MAX_SIZE = 1 << 24  # of any count in a configuration, since lists and tables get that long
 MAX_WIDTH = 1 << 12  # of a head
 MAX_EXPERTS = 1 << 12
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -45,15 +45,15 @@ class UnfitError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A model and the names of its tensors (plain, see tensors.plain_name)."""
+    """A model and the names of its tensors, without prefixes (see tensors.plain_name)."""
 
     model: Model
     blocks: tuple[BlockWeights, ...]
     embedding: str
-    positions: str | None  # learned ones
-    norm: str  # before the head
-    output: str  # the head's matrix ...
-    tied: bool  # ... unless it is the embedding's
+    positions: str | None  # of the learned positions
+    norm: str  # the norm before the head
+    output: str  # the head's own matrix; not used where `tied`
+    tied: bool  # the head uses the embedding's matrix
 
     @property
     def head(self) -> Product:
@@ -62,27 +62,27 @@ class Described:
 
 
 class Values:
-    """What a family reads of config.json, by this project's names; transformers' defaults where it is left out."""
+    """The values that a family reads from config.json, by our names; transformers' defaults for missing ones."""
 
     def __init__(self, config: Mapping[str, Any], family: Family) -> None:
         self._config, self._keys = config, family.keys
         self._defaults = {**COMMON, **family.defaults}
 
     def get(self, name: str, default: Any = None) -> Any:
-        """`default` where the value is null, or the family does not read it."""
+        """The value called `name`; `default` if it is null or the family does not read it."""
         key = self._keys.get(name, name)
         value = self._config[key] if name in self._defaults and key in self._config else self._defaults.get(name)
         return default if value is None else value
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number above zero."""
+        """The value as a whole number above zero; UnfitError if it is none."""
         value = self.get(name, default)
         if type(value) is not int or not 1 <= value <= MAX_SIZE:
             raise UnfitError(f"config.json's {name} is {str(value)[:MOST_SHOWN]}")
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A finite number."""
+        """The value as a finite number; UnfitError if it is none."""
         value = float(self.get(name, default))
         if not math.isfinite(value):
             raise UnfitError(f"config.json's {name} is {value}")
@@ -90,12 +90,12 @@ class Values:
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
-    """The table's line; None: the graph engine does not know this family."""
+    """The table's line for a model; None if the table does not have its family."""
     return FAMILIES.get(str(config.get("model_type")))
 
 
 def describe(config: Mapping[str, Any]) -> Described:
-    """UnfitError says what the graph engine cannot do of it."""
+    """Describe a model; UnfitError names what the graph engine cannot compute of it."""
     family = family_of(config)
     if family is None:
         raise UnfitError(f"architecture {config.get('model_type')!r} is not in the graph engine's table")
@@ -178,7 +178,7 @@ def _attention(values: Values, family: Family, number: int, kind: str, hidden: i
 
 
 def _scale(values: Values, number: int, width: int) -> float:
-    """What products of queries and keys are multiplied by."""
+    """The factor that products of queries and keys are multiplied by."""
     scale = values.number("attention_multiplier", float(values.get("query_pre_attn_scalar", width)) ** -0.5)
     if not values.get("scale_attn_weights", True):
         scale = 1.0
@@ -192,7 +192,7 @@ def _rope(values: Values, family: Family, number: int, kind: str, width: int) ->
     scaling = str(about.pop("rope_type", about.pop("type", "default")))
     theta = float(about.pop("rope_theta", None) or values.get("rope_theta"))
     part, given = values.get("partial_rotary_factor"), about.pop("partial_rotary_factor", None)
-    if part is None:  # such a family does not read it, but transformers' functions for what scales do
+    if part is None:  # the family ignores this key, but transformers' functions for scaled rotations read it
         if scaling != "default" and given not in (None, 1):
             raise UnfitError("rotary embeddings that scale, of a part that the family does not know")
         given = 1.0
@@ -210,19 +210,19 @@ def _rope(values: Values, family: Family, number: int, kind: str, width: int) ->
         raise UnfitError(f"rotary embeddings of kind {scaling!r} with {str(about)[:MOST_SHOWN]}")
     rope = Rope(rotated, theta, family.interleaved, tuple(sorted(about.items())))
     with np.errstate(all="raise", under="ignore"):
-        inverse_frequencies(rope)  # fails now where it would later
+        inverse_frequencies(rope)  # raises now what would otherwise be raised while loading
     return rope
 
 
 def _rope_parameters(values: Values, family: Family, kind: str) -> dict[str, Any]:
-    """Of layers of a kind: config.json has them for all, by kind, or in the older keys."""
+    """The rotation's parameters for a kind of layer: in config.json for all layers, by kind, or in older keys."""
     about, older = values.get("rope_parameters", {}), values.get("rope_scaling", {})
     if family.local_theta is not None:
         if kind == "sliding_attention":
             about = {"rope_theta": values.get("rope_local_base_freq", family.local_theta), **(about.get(kind) or {})}
         else:
             about = {**(about.get(kind) or {}), **older}
-        about.pop("truncate", None)  # transformers looks for it elsewhere
+        about.pop("truncate", None)  # transformers does not read it from here
         return about
     about = dict(older or about)
     if any(isinstance(value, dict) for value in about.values()):
@@ -310,9 +310,9 @@ def _qkv(family: Family, names: Mapping[str, str], about: Attention) -> tuple[Pa
     return (Part(names["qkv"], sum(rows), picked, turned=family.turned),)
 
 
-@lru_cache(1)  # blocks share it: of a hostile configuration each one's would be 128 MB
+@lru_cache(1)  # one for all blocks: a hostile configuration makes it 128 MB large
 def _by_group(groups: int, each: int, width: int) -> npt.NDArray[np.int64]:
-    """Rows of all queries, then keys, then values, of a matrix in which every group has its own of each."""
+    """The rows of a matrix with queries, keys and values for each group, ordered as queries, keys, values."""
     rows = np.arange(groups * (each + 2) * width).reshape(groups, each + 2, width)
     order = [rows[:, :each], rows[:, each : each + 1], rows[:, each + 1 :]]
     return cast(npt.NDArray[np.int64], np.concatenate([part.reshape(-1) for part in order]))

@@ -1,7 +1,7 @@
 """The families that the graph engine computes: a line or two each, verified by tests/engine/graph/test_families.py.
 
-A line says what differs from Llama: names of tensors, values that config.json may leave out, norms, rotation. What no
-line expresses is left to the torch path.
+A line says how a family differs from Llama: names of tensors, values that config.json may omit, norms, rotation. A
+model that no line can describe is left to the torch path.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peerllm.engine.graph.structure import Placement
 
 
 class ConfigReader(Protocol):
-    """See describe.Values."""
+    """Reads config.json's values for a family's functions; implemented by describe.Values."""
 
     def get(self, name: str, default: Any = None) -> Any: ...
     def whole(self, name: str, default: int | None = None) -> int: ...
@@ -101,7 +101,7 @@ GRANITE_EXPERTS = {
 
 # ---- values of config.json ----------------------------------------------------------------------------------------
 
-COMMON: Mapping[str, Any] = {  # what every family reads, and what transformers takes for what is left out
+COMMON: Mapping[str, Any] = {  # the keys that every family reads, with transformers' defaults
     "hidden_size": None, "vocab_size": None, "num_hidden_layers": None, "num_attention_heads": None,
     "num_key_value_heads": None, "head_dim": None, "intermediate_size": None, "max_position_embeddings": 2048,
     "hidden_act": "silu", "norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 10000.0,
@@ -109,7 +109,7 @@ COMMON: Mapping[str, Any] = {  # what every family reads, and what transformers 
 }  # fmt: skip
 RMS = {"norm_eps": "rms_norm_eps"}
 LAYER = {"norm_eps": "layer_norm_eps"}
-HEADS_ALONE = {"num_key_value_heads": "", "head_dim": ""}  # as many keys as queries, of hidden / heads numbers
+HEADS_ALONE = {"num_key_value_heads": "", "head_dim": ""}  # as many key heads as query heads, each hidden / heads wide
 GPT2_KEYS = {
     "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
     "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
@@ -161,12 +161,12 @@ def _smollm3_rotates(values: ConfigReader, number: int, kind: str) -> bool:
 
 def _neo_windows(values: ConfigReader, number: int) -> str:
     types = values.get("attention_types")
-    kinds = (kind for some, times in types if some for _ in range(times) for kind in some)  # as many as are asked for
+    kinds = (kind for some, times in types if some for _ in range(times) for kind in some)  # `times` may be huge
     return {"global": "full_attention", "local": "sliding_attention"}[next(islice(kinds, number, None), "")]
 
 
 def _full_at(rest: int, default: int, pattern: str = "") -> Callable[[ConfigReader, int], str]:
-    """Windows but in one of `default` layers, or of as many as config.json's `pattern` says."""
+    """One of every `default` layers (or of config.json's `pattern`) attends fully, the others in windows."""
 
     def kind(values: ConfigReader, number: int) -> str:
         every = values.get(pattern, default)
@@ -201,7 +201,7 @@ def _opt(values: ConfigReader) -> dict[str, Any]:
 
 def _phi3(values: ConfigReader) -> dict[str, Any]:
     about = values.get("rope_scaling", values.get("rope_parameters", {}))
-    longer = "short_factor" in about  # transformers calls it longrope, whatever it is called
+    longer = "short_factor" in about  # transformers treats this as longrope, whatever its name
     return {"refused": "rotary embeddings that follow the length of a sequence"} if longer else {}
 
 
@@ -218,37 +218,37 @@ def _no_changes(values: ConfigReader) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """What a family computes that Llama does not; functions are handed config.json's values."""
+    """How a family differs from Llama. Functions are given config.json's values."""
 
     names: Names = field(default_factory=lambda: LLAMA)
-    keys: Mapping[str, str] = field(default_factory=lambda: RMS)  # this project's name: config.json's; "": not read
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # beside COMMON; a value that is in neither is not read
-    by: Callable[[ConfigReader], dict[str, Any]] = _no_changes  # what config.json's values change of this line
-    refused: str | None = None  # why this configuration is not computed
-    layers: str = "layers"  # what a block's tensors begin with
+    keys: Mapping[str, str] = field(default_factory=lambda: RMS)  # our name: config.json's; "": not read
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # beside COMMON; no other values are read
+    by: Callable[[ConfigReader], dict[str, Any]] = _no_changes  # fields of this line that config.json's values change
+    refused: str | None = None  # why the graph engine does not compute this configuration
+    layers: str = "layers"  # the prefix of a block's tensors
     norm: Literal["rms", "layer"] = "rms"
     offset: float = 0.0  # added to a norm's weight
     weighted: bool = True
     placements: Norms = PRE
     parallel: bool = False
     gated: bool = True
-    activation: str | None = None  # instead of config.json's
+    activation: str | None = None  # overrides config.json's
     merged: Literal["stacked", "by group"] = "stacked"  # how one matrix holds queries, keys and values
-    turned: bool = False  # matrices are kept as [columns, rows]
-    groups: int | None = None  # instead of config.json's
+    turned: bool = False  # files hold matrices as [columns, rows]
+    groups: int | None = None  # overrides config.json's
     sinks: bool = False
-    normed: bool = False  # queries and keys are
+    normed: bool = False  # queries and keys are normalised
     head_norm: Literal["rms", "layer"] = "rms"
     norm_over: Literal["head", "each", "heads"] = "head"
     norm_after_rope: bool = False
-    interleaved: bool = False  # rotation of neighbours
-    alpha: bool = False  # "dynamic" rotation with an alpha is one with a larger base
-    local_theta: float | None = None  # rotation differs by kind of layer; the base in those with a window
+    interleaved: bool = False  # rotation turns pairs of neighbours
+    alpha: bool = False  # "dynamic" rotation with an alpha means a larger base
+    local_theta: float | None = None  # the rotation's base in layers with a window, if it differs there
     rotates: Callable[[ConfigReader, int, str], bool] = lambda values, number, kind: True
     layer_type: Callable[[ConfigReader, int], str] = lambda values, number: "full_attention"  # without layer_types
-    experts: Literal["", "each", "interleaved", "halves"] = ""  # how they lie in files, see weights.Stacks
-    scaled_embedding: bool = False  # by the square root of its width
-    position_offset: int = 0  # row of the first learned position
+    experts: Literal["", "each", "interleaved", "halves"] = ""  # how files hold them, see weights.Stacks
+    scaled_embedding: bool = False  # multiplied by the square root of its width
+    position_offset: int = 0  # the row of position 0 among learned positions
 
 
 def _unrotated(values: ConfigReader, number: int, kind: str) -> bool:

@@ -15,12 +15,12 @@ from peerllm.engine.weights.checkpoint import COMPUTED
 from peerllm.errors import ModelError
 from peerllm.types import BITS, Layer, LayerKind, ModelProfile, WorkingSpace
 
-GRAPH_BYTES = 160 << 10  # onnxruntime's for one graph, however small
-# float32 vectors alive at once in a block, and the holes that they leave in the heap: of the hidden size (or of all
-# heads' queries) and of the feed-forward's width. 4.0 of each and the queries, keys and values were seen alive.
+GRAPH_BYTES = 160 << 10  # onnxruntime's overhead for one graph of any size
+# float32 vectors that a block has at once, of the hidden size (or of all heads' queries) and of the feed-forward's
+# width, with the holes that they leave in the heap. Measured alive: 4.0 of each, and the queries, keys and values.
 HIDDEN_COPIES, WIDE_COPIES = 12, 8
-SCORE_BYTES = 6  # of a head's attention between two tokens, where scores are kept (4.5 were seen alive)
-HEADS_AT_ONCE = 8  # whose keys and values are there in float32, where float16 is what is kept
+SCORE_BYTES = 6  # per head and pair of tokens, where attention keeps its scores (4.5 were measured)
+HEADS_AT_ONCE = 8  # that attention converts from float16 to float32 at once
 DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
 
 
@@ -51,7 +51,7 @@ def profile(described: Described, name: str, quantize: str) -> ModelProfile:
 
 
 def working(described: Described, quantize: str) -> WorkingSpace:
-    """Measured with onnxruntime 1.31; see tests/lab/test_memory_lab.py."""
+    """What a pass needs beside weights and KV: measured with onnxruntime 1.31, see tests/lab/test_memory_lab.py."""
     model, bits = described.model, BITS.get(quantize, 0)
     attentions = [block.attention for block in model.blocks]
     windows = [about.window for about in attentions]
@@ -62,7 +62,7 @@ def working(described: Described, quantize: str) -> WorkingSpace:
         token=4 * (HIDDEN_COPIES * hidden + WIDE_COPIES * max(block.mlp.widest for block in model.blocks)),
         pair=SCORE_BYTES * max((about.heads for about in keeping), default=0),
         position=unfolded + sum(4 * rope.width for rope in model.ropes),
-        sequence=8 * model.vocabulary,  # logits, and those of a head's parts
+        sequence=8 * model.vocabulary,  # logits, and those of the parts of a divided head
         once=DRAW_BYTES * model.vocabulary,
         loading=MAKING_COPIES * largest_block(described, bits),
         window=None if None in windows else max(room_of(window, model.max_context) for window in windows),
@@ -70,14 +70,14 @@ def working(described: Described, quantize: str) -> WorkingSpace:
 
 
 def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
-    """See outline.kind_names."""
+    """The kind of each block, see outline.kind_names."""
     windows = [weights.block.attention.window for weights in blocks]
     kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
     return kind_names([(kind, weights.block) for kind, weights in zip(kinds, blocks, strict=True)])
 
 
 def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[tuple[TensorAt, ...], ...]:
-    """Per layer every tensor it needs; ModelError if one is missing or does not fit."""
+    """For each layer the tensors that it needs; ModelError if one is missing or does not fit."""
     checkpoint, multiplied = Checkpoint(files.values()), set[str]()
     biased: dict[str, bool] = {}
     products = [(role, one) for weights in described.blocks for role, one in weights.products.items()]

@@ -1,4 +1,4 @@
-"""Graph shards of made-up numbers: a model's layers in their true shapes, with KV room, for timing without weights."""
+"""Graph shards with made-up weights in a model's true shapes, to time its layers without its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peerllm.engine.messages import TimeLayers
 
 
 class GraphOutline(outline.Sizes):
-    """See outline.Sizes; from config.json alone."""
+    """The sizes of a model's layers from config.json alone, and shards of them; see outline.Sizes."""
 
     def __init__(self, described: Described, message: TimeLayers, threads: int) -> None:
         self._described, self._quantize, self._threads = described, message.quantize, threads
@@ -42,7 +42,7 @@ class GraphOutline(outline.Sizes):
         shapes |= dict(described.head.tensors) | {f"{described.norm}.weight": (model.hidden,)}
         tensors = MadeUp(shapes)
         embedding = None
-        if mockup.first == 0:  # one row again and again: a table is never there
+        if mockup.first == 0:  # a table of one row repeated, which takes no memory
             row = tensors.floats(f"{described.norm}.weight", slice(None))
             positions = np.broadcast_to(row, (mockup.context, model.hidden)) if described.positions else None
             table = np.broadcast_to(row, (model.vocabulary, model.hidden))

@@ -1,4 +1,4 @@
-"""A shard of a model of a known family: its blocks as a few graphs, its keys and values beside them."""
+"""A shard of a model of a known family at work: a few graphs, and the keys and values that they read and write."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from peerllm.engine.graph.weights import BlockWeights, Product, add_product, nor
 from peerllm.errors import EngineError
 from peerllm.transport.frames import TokenRun
 
-MAX_BOUND = 64  # kinds of passes (sequences, tokens, place) whose memory stays bound
-LEAST_ROWS = 16  # of the buffers that blocks hand hidden states through
+MAX_BOUND = 64  # pass shapes (sequences, tokens, first place) whose bindings are kept
+LEAST_ROWS = 16  # the least rows of the two buffers between graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,12 @@ class Embedding:
         self._table, self._scale, self._positions = table, np.float32(scale), positions
 
     def check(self, ids: npt.NDArray[Any], count: int) -> None:
-        """EngineError unless they are `count` tokens."""
+        """EngineError unless `ids` are `count` valid token ids."""
         if ids.dtype != np.int64 or ids.shape != (count,) or ids.min() < 0 or ids.max() >= len(self._table):
             raise EngineError(f"token ids are int64 [{count}] from 0 to {len(self._table) - 1}")
 
     def __call__(self, ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> Floats:
-        """float32 [n, hidden] of ids that were checked."""
+        """Embed ids that were checked: float32 [n, hidden]."""
         x = np.ascontiguousarray(self._table[ids], dtype=np.float32)
         if self._scale != 1.0:
             x = x * self._scale
@@ -56,13 +56,13 @@ class Embedding:
 
 
 class GraphShard:
-    """See base.Shard. A pass is a batch of one token each, or one chunk of one prompt."""
+    """Implements base.Shard. A pass is one token each of several sequences, or one chunk of one prompt."""
 
     def __init__(
         self, model: Model, slots: int, context: int, half: bool,
         embedding: Embedding | None, spans: Sequence[BlockRange], head: Sequence[Any], weight_bytes: int, chunk: int,
     ) -> None:  # fmt: skip
-        """`head`: the sessions that make logits, on the last shard; `half`: keys and values are float16."""
+        """`head`: the sessions that compute logits (last shard only); `half`: keys and values are float16."""
         self.hidden_size, self.vocabulary = model.hidden, model.vocabulary
         self.weight_bytes = weight_bytes
         self.weights: Mapping[int, int] = {id(self): weight_bytes}
@@ -129,7 +129,7 @@ class GraphShard:
         return outs[-1] if self._head else np.concatenate(outs)
 
     def _blocks(self, rows: npt.NDArray[Any], places: npt.NDArray[np.int64], batch: Batch) -> Floats:
-        """[b·n, hidden] through the blocks here; what is returned is overwritten by the next pass."""
+        """Rows through this shard's blocks: [b·n, hidden]. The next pass overwrites the result."""
         flat = places.reshape(-1)
         x = self._embedding(rows, flat) if self._embedding is not None else rows
         if not self._spans:
@@ -139,7 +139,7 @@ class GraphShard:
         return run.go()
 
     def _logits(self, hidden: Floats) -> Floats:
-        """float32 [k, vocabulary]."""
+        """Logits float32 [k, vocabulary] of hidden states [k, hidden]."""
         if not len(hidden):
             return np.empty((0, self.vocabulary), np.float32)
         x = np.ascontiguousarray(hidden)
@@ -152,7 +152,7 @@ class GraphShard:
             self._bound.move_to_end(key)
             return self._bound[key]
         if sequences * tokens > len(self._buffers[0]):
-            self._bound.clear()  # they hold the smaller buffers
+            self._bound.clear()  # their bindings point into the smaller buffers
             self._buffers = self._make_buffers(sequences * tokens)
         made = self._bound[key] = _Pass(self, sequences, tokens, first)
         if len(self._bound) > MAX_BOUND:
@@ -164,7 +164,7 @@ class GraphShard:
 
 
 class _Pass:
-    """The graphs bound to memory for `sequences` × `tokens` tokens at the places from `first` on."""
+    """The graphs, bound to memory for `sequences` × `tokens` tokens in the slots at places from `first` on."""
 
     def __init__(self, shard: GraphShard, sequences: int, tokens: int, first: int) -> None:
         shape, count = (sequences, tokens, shard.hidden_size), sequences * tokens
@@ -194,27 +194,27 @@ class _Pass:
             self._runs.append(bound)
 
     def take(self, x: Floats, places: npt.NDArray[np.int64], batch: Batch) -> None:
-        """What the next run computes."""
+        """Write the next run's inputs into the bound memory."""
         self._entry[:] = x
         self._places[:] = places
         for mine, given in zip((*self._last, *self._total), (*batch.last, *batch.total), strict=True):
             mine[:] = given
 
     def go(self) -> Floats:
-        """[b·n, hidden]."""
+        """Run the graphs one after the other; hidden states [b·n, hidden]."""
         for bound in self._runs:
             bound.run()
         return self._exit
 
 
 def reach_of(model: Model) -> Reach:
-    """Where sequences can be taken up again in all blocks of the model."""
+    """How far back a sequence can go in all blocks of the model."""
     rooms = [window + 2 * base.ROLLBACK_TOKENS for window in model.windows if window is not None]
     return Reach(True, min(rooms, default=None), base.ROLLBACK_TOKENS)
 
 
 def rotation_tables(model: Model, spans: Iterable[BlockRange], context: int) -> dict[str, npt.NDArray[Any]]:
-    """Cosines and sines by the graphs' names for them, those that a span asks for."""
+    """The cosines and sines that the graphs take as inputs, by the inputs' names."""
     asked = {entry.name for span in spans for entry in span.session.get_inputs()}
     made: dict[str, npt.NDArray[Any]] = {}
     for rope in model.ropes:
@@ -229,7 +229,7 @@ def rotation_tables(model: Model, spans: Iterable[BlockRange], context: int) -> 
 def make_span(
     model: Model, numbers: range, weights: Sequence[BlockWeights], tensors: Tensors, bits: int, context: int
 ) -> BlockRange:
-    """Blocks `numbers` as one graph; `weights` are theirs, in order."""
+    """Build blocks `numbers` as one graph; `weights` are those blocks' weights, in order."""
     graph = Graph()
     x = graph.input("x", "b", "n", model.hidden)
     for number, own in zip(numbers, weights, strict=True):
@@ -241,7 +241,7 @@ def make_span(
 
 
 def make_head(about: Head, hidden: int, product: Product, norm: str, tensors: Tensors, bits: int) -> Any:
-    """The session from hidden states x [k, hidden] to logits [k, rows of the product]."""
+    """Build the session that turns hidden states x [k, hidden] into logits [k, rows of the product]."""
     graph = Graph()
     x = graph.input("x", "k", hidden)
     if about.norm is not None:

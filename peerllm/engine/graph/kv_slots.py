@@ -1,8 +1,9 @@
-"""Keys and values of a shard's sequences, in memory of ours that the graphs read and write in place.
+"""Keys and values of a shard's sequences, in our own memory that the graphs read and write in place.
 
-A slot lies at a place of every buffer [slots, groups, room, width]. Sequences that step together must lie at
-neighbouring places, so that a range of a buffer is their batch; when they do not, they change places with others, which
-happens only when a batch's members change. Layers with a window keep the window: their room slides when it is full.
+Every buffer is [slots, groups, room, width]; a slot occupies one place along its first dimension. Sequences that step
+together must occupy neighbouring places, so that their batch is a slice of the buffer. If they do not, slots are moved,
+which happens only when a batch's members change. Layers with a window keep only the window: when a slot's room is full,
+its oldest tokens are dropped.
 """
 
 from __future__ import annotations
@@ -23,36 +24,36 @@ Array = npt.NDArray[Any]
 
 
 def room_of(window: int | None, context: int) -> int:
-    """Tokens of room per slot: a window, and twice what a sequence may go back, so that it rarely slides."""
+    """Tokens of room in a slot: the window and twice what a sequence may go back, so that the room rarely slides."""
     return context if window is None else min(context, window + 2 * base.ROLLBACK_TOKENS)
 
 
 def token_bytes(about: Attention, bits: int) -> int:
-    """Bytes of keys and values per token, which are float16 where weights are rounded to so many bits."""
+    """Bytes of keys and values per token: float16 where weights are rounded (`bits` above 0), else float32."""
     return 2 * about.groups * about.width * (2 if bits else 4)
 
 
 @dataclass(slots=True)
 class Group:
-    """Layers of one window, whose slots hold equally many tokens."""
+    """The layers with one size of window; a slot holds equally many tokens in all of them."""
 
     window: int | None
     room: int
-    slides: bool  # its room is smaller than a sequence may grow
-    held: list[int]  # by slot: tokens in the room, the last of its sequence
+    slides: bool  # the room is smaller than the context
+    held: list[int]  # by slot: how many of its sequence's last tokens are in the room
     stores: list[Array] = field(default_factory=list)
 
     @property
     def longest(self) -> int:
-        """Tokens of a chunk that surely fit in beside what they see."""
+        """The longest chunk that fits into the room together with the tokens that it attends to."""
         return self.room - self.window + 1 if self.slides and self.window else self.room
 
     def seen(self, position: int) -> int:
-        """Tokens before `position` that the one there sees."""
+        """How many earlier tokens the token at `position` attends to."""
         return position if self.window is None else min(position, self.window - 1)
 
     def make_room(self, slot: int, place: int, position: int, count: int) -> None:
-        """Slide, if the room is full: keep what the window and a rollback need, so that the next slide is far."""
+        """If `count` more tokens do not fit, drop the oldest ones, keeping what the window and a rollback need."""
         if (held := self.held[slot]) + count <= self.room:
             return
         kept = min(held, self.seen(position) + base.ROLLBACK_TOKENS, self.room - count)
@@ -67,17 +68,17 @@ class Batch:
 
     first: int
     order: tuple[int, ...]
-    last: tuple[Array, ...]  # int32 [places] for each group: the last token's number in its room
-    total: tuple[Array, ...]  # int32 [1] for each group: the most tokens of a room that are looked at
+    last: tuple[Array, ...]  # int32 [places] for each group: where in the room the last token is
+    total: tuple[Array, ...]  # int32 [1] for each group: the most tokens that any sequence has in the room
 
 
 class KVSlots:
-    """Of a shard. `stores[number]` are a block's keys and values."""
+    """The KV slots of a shard. `stores[number]` are a block's keys and values."""
 
     def __init__(self, blocks: Mapping[int, Attention], slots: int, context: int, half: bool) -> None:
         self._lengths = [0] * slots
-        self._place = list(range(slots))  # by slot
-        self._slot = list(range(slots))  # by place
+        self._place = list(range(slots))  # the place of each slot
+        self._slot = list(range(slots))  # the slot at each place
         self._context = context
         self.groups: dict[int | None, Group] = {}
         self.stores: dict[int, tuple[Array, Array]] = {}
@@ -91,7 +92,7 @@ class KVSlots:
 
     @property
     def longest(self) -> int:
-        """Tokens of a chunk that fit at once."""
+        """The longest chunk that fits at once, in all groups."""
         return min((group.longest for group in self.groups.values()), default=self._context)
 
     def check(self, runs: Sequence[TokenRun]) -> None:
@@ -136,7 +137,7 @@ class KVSlots:
         self._move(slot, 0)
 
     def close(self) -> None:
-        """Free the room; there are no slots any more."""
+        """Free the memory. No slot can be used afterwards."""
         self._lengths.clear()
         self.groups.clear()
         self.stores.clear()
@@ -150,7 +151,7 @@ class KVSlots:
     # ---- places -----------------------------------------------------------------------------------------------------
 
     def _gather(self, slots: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-        """Where they lie side by side: (the first place, by place the number in `slots`)."""
+        """Move `slots` to neighbouring places: (the first place, for each place the index into `slots`)."""
         rows = {slot: row for row, slot in enumerate(slots)}
         places = sorted(self._place[slot] for slot in slots)
         first, count = places[0], len(places)
@@ -164,7 +165,7 @@ class KVSlots:
         return first, tuple(rows[self._slot[place]] for place in range(first, first + count))
 
     def _best_range(self, places: set[int], count: int) -> int:
-        """The first of `count` neighbouring places that needs the fewest tokens moved."""
+        """The start of the `count` neighbouring places for which the fewest tokens must be moved."""
         starts = range(len(self._place) - count + 1)
         return min(starts, key=lambda start: (self._tokens_moved(places, start, count), start))
 
@@ -173,7 +174,7 @@ class KVSlots:
         return sum(1 + self._lengths[self._slot[place]] for place in places ^ wanted)
 
     def _swap(self, one: int, other: int) -> None:
-        """The sequences at two places change places."""
+        """Swap the sequences at two places."""
         first, second = self._slot[one], self._slot[other]
         for group in self.groups.values():
             most = max(group.held[first], group.held[second])

@@ -19,14 +19,14 @@ from peerllm.engine.messages import LoadStage
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.types import BITS
 
-# While a graph is made its weights are there as they came, as onnxruntime copies them and as it packs them: so many
-# times more than afterwards (1.65 was seen of a block, 2 of one matrix).
+# While a graph is built, its weights are in memory as we made them, as onnxruntime copied them, and packed. So building
+# needs this many times the final size on top (1.65 was measured for a block, 2 for one matrix).
 MAKING_COPIES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class ShardForm:
-    """What of a model a shard holds, and in which form."""
+    """Which part of a model a shard holds, and in which form."""
 
     described: Described
     first_layer: int
@@ -49,7 +49,7 @@ class ShardForm:
 
     @property
     def numbers(self) -> range:
-        """Its blocks, numbered from 0."""
+        """The shard's blocks, numbered from 0."""
         return range(max(self.first_layer, 1) - 1, min(self.last_layer, self.head - 1))
 
     @property
@@ -71,15 +71,15 @@ class ShardForm:
 
     @property
     def graph_bytes(self) -> int:
-        """The most weights that one graph is made of.
+        """The most bytes of weights that one graph may have.
 
-        There is room to make it where keys and values will lie later; and that to make the largest block is promised
-        (WorkingSpace.loading).
+        Building it may use the memory of the keys and values, which come later. The plan promises at least the memory
+        to build the largest block (WorkingSpace.loading).
         """
         return max(largest_block(self.described, self.bits), self.kv_bytes // MAKING_COPIES)
 
     def spans(self) -> list[range]:
-        """Its blocks in runs, each a graph."""
+        """The shard's blocks, divided into runs that become one graph each."""
         sizes, most = self.block_bytes, self.graph_bytes
         runs: list[range] = []
         start, taken = self.numbers.start, 0
@@ -91,17 +91,17 @@ class ShardForm:
         return [*runs, range(start, self.numbers.stop)] if sizes else []
 
     def head_parts(self) -> list[Product]:
-        """Rows of the output matrix in runs, each a graph."""
+        """The output matrix, divided into runs of rows that become one graph each."""
         return parts_of(self.described.head, -(-self.head_bytes // self.graph_bytes)) if self.head_bytes else []
 
 
 def largest_block(described: Described, bits: int) -> int:
-    """Bytes of its weights."""
+    """Bytes of the largest block's weights."""
     return max(weights.nbytes(bits) for weights in described.blocks)
 
 
 def parts_of(product: Product, count: int) -> list[Product]:
-    """A product of one tensor as `count` with a share of its rows each."""
+    """Divide a product of one tensor into `count` products with a share of its rows each."""
     ends = [product.rows * number // count for number in range(count + 1)]
     if count == 1:
         return [product]
@@ -142,7 +142,7 @@ def load_shard(described: Described, spec: LoadStage, threads: int, progress: Pr
 
 
 def build(shape: ShardForm, tensors: Tensors, embedding: Embedding | None, threads: int, chunk: int) -> GraphShard:
-    """The shard, graph by graph."""
+    """Build the shard, one graph after the other."""
     make_pool(threads)
     described, bits = shape.described, shape.bits
     spans: list[BlockRange] = []

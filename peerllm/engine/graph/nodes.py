@@ -1,4 +1,4 @@
-"""Building a graph for onnxruntime: operators in the order they run, weights in memory that is handed over."""
+"""Building a graph for onnxruntime: operators in the order they run, and weights that onnxruntime takes over."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 CONTRIB = "com.microsoft"
-INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products of 8-bit numbers, sums exact
+INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level for products of 8-bit numbers with exact sums
 KINDS = {
     np.dtype("float32"): 1, np.dtype("uint8"): 2, np.dtype("int32"): 6, np.dtype("int64"): 7, np.dtype("float16"): 10,
 }  # fmt: skip
 OPSET, IR = 17, 8
-INLINE_BYTES = 1024  # smaller weights stand in the model itself
+INLINE_BYTES = 1024  # smaller weights are written into the model itself
 
 
 def make_pool(threads: int) -> None:
-    """The threads of all sessions of this process, before the first one is made; the first caller's number holds."""
-    with contextlib.suppress(Fail):  # they are there already
+    """Set the thread count of all sessions of this process, before the first session; later calls change nothing."""
+    with contextlib.suppress(Fail):  # the pool exists already
         onnxruntime.set_global_thread_pool_sizes(threads, 1)
 
 
 class Graph:
-    """Operators, inputs, outputs and weights of one session; dimensions may have names."""
+    """The operators, inputs, outputs and weights of one session. Dimensions may be names."""
 
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
@@ -39,7 +39,7 @@ class Graph:
         self._fresh = 0
 
     def input(self, name: str, *shape: int | str, dtype: Any = np.float32) -> str:
-        """An input; asking for the same name twice is asking once."""
+        """Declare an input. Idempotent for one name."""
         self._inputs.setdefault(name, helper.make_tensor_value_info(name, KINDS[np.dtype(dtype)], shape))
         return name
 
@@ -47,21 +47,21 @@ class Graph:
         self._outputs.append(helper.make_tensor_value_info(name, KINDS[np.dtype(dtype)], shape))
 
     def weight(self, array: np.ndarray[Any, Any]) -> str:
-        """An array that the session keeps."""
+        """Add an array as a weight of the session."""
         name = self._name("w")
         self._weights[name] = np.ascontiguousarray(array)
         return name
 
     def shape(self, *sizes: int) -> str:
-        """A constant list of whole numbers."""
+        """Add a constant list of whole numbers."""
         return self.weight(np.array(sizes, np.int64))
 
     def number(self, value: float) -> str:
-        """A constant in float32."""
+        """Add a float32 constant."""
         return self.weight(np.array(value, np.float32))
 
     def add(self, kind: str, *inputs: str, domain: str = "", output: str = "", **attributes: Any) -> str:
-        """An operator with one output, whose name is returned."""
+        """Add an operator with one output; returns the output's name."""
         output = output or self._name(kind)
         self.node(kind, inputs, [output], domain, **attributes)
         return output
@@ -69,13 +69,13 @@ class Graph:
     def node(
         self, kind: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any
     ) -> None:
-        """An operator whose outputs have names given; an input "" is left out."""
+        """Add an operator with the given output names; an input "" is omitted."""
         while not inputs[-1]:
             inputs = inputs[:-1]
         self._nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
 
     def split(self, x: str, sizes: Sequence[int]) -> list[str]:
-        """Runs of the last dimension, one after the other."""
+        """Split the last dimension into consecutive parts of these sizes."""
         names = [self._name("Split") for _ in sizes]
         self.node("Split", [x, self.shape(*sizes)], names, axis=-1)
         return names
@@ -83,7 +83,7 @@ class Graph:
     def rounded_product(
         self, x: str, codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any], bits: int, bias: str = ""
     ) -> str:
-        """x [..., columns] times the rows whose codes and scales `rounding.rounded` made: [..., rows]."""
+        """Multiply x [..., columns] by a matrix that `rounding.rounded` made: [..., rows]."""
         rows, blocks = scales.shape
         columns = codes.shape[1] * 8 // bits
         inputs = [x, self.weight(codes.reshape(rows, blocks, -1)), self.weight(scales.reshape(-1))]
@@ -93,24 +93,24 @@ class Graph:
         )  # fmt: skip
 
     def session(self) -> onnxruntime.InferenceSession:
-        """onnxruntime's session; the weights are its own from now on."""
+        """Build the session. The session owns the weights from then on."""
         graph = helper.make_graph(self._nodes, "shard", list(self._inputs.values()), self._outputs)
         large = {name: array for name, array in self._weights.items() if array.nbytes > INLINE_BYTES}
         for name, array in self._weights.items():
-            if name not in large:  # onnxruntime reads shapes and the like while it makes the session
+            if name not in large:  # onnxruntime reads small constants, such as shapes, while it builds the session
                 graph.initializer.append(onnx.numpy_helper.from_array(array, name))
         for name, array in large.items():
             entry = graph.initializer.add(
                 name=name, data_type=KINDS[array.dtype], dims=array.shape, data_location=TensorProto.EXTERNAL
             )
-            entry.external_data.add(key="location", value="memory")  # handed over below, never a file
+            entry.external_data.add(key="location", value="memory")  # handed over below, not a file
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR)
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = 4
         options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False  # kept for each shape of input, they leave holes all over the heap
+        options.enable_mem_pattern = False  # onnxruntime keeps a pattern for each input shape, which fragments the heap
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in large.values()]
         options.add_external_initializers(list(large), values)
         self._weights = {}
@@ -122,9 +122,9 @@ class Graph:
 
 
 class BoundSession:
-    """A session and the memory it reads and writes, bound by address: nothing is copied.
+    """A session bound by address to the memory that it reads and writes, so that nothing is copied.
 
-    Arrays are contiguous; they and what they are views of must live as long as this does.
+    Arrays must be contiguous. This object keeps them alive; the memory behind a view must live as long as this object.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
@@ -133,12 +133,12 @@ class BoundSession:
         self._kept: dict[str, Any] = {}
 
     def give(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        """Read at every run from now on."""
+        """Bind an input: every later run reads this array."""
         self._kept[name] = array
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def want(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        """Written at every run from now on."""
+        """Bind an output: every later run writes to this array."""
         self._kept[name] = array
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 

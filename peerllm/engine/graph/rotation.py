@@ -10,11 +10,11 @@ import numpy as np
 from peerllm.engine.base import Floats
 from peerllm.engine.graph.structure import Rope
 
-KNOWN = frozenset(["default", "linear", "llama3", "yarn"])  # others follow the longest position
+KNOWN = frozenset(["default", "linear", "llama3", "yarn"])  # the others depend on the longest position
 
 
 def tables(rope: Rope, positions: int) -> tuple[Floats, Floats]:
-    """Cosines and sines [positions, width / 2] of positions 0 and up."""
+    """Cosines and sines [positions, width / 2] for positions from 0."""
     frequencies, factor = inverse_frequencies(rope)
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None]
     scale = np.float32(factor)
@@ -22,7 +22,7 @@ def tables(rope: Rope, positions: int) -> tuple[Floats, Floats]:
 
 
 def inverse_frequencies(rope: Rope) -> tuple[Floats, float]:
-    """Radians per position of each pair [width / 2], and what cosines and sines are multiplied by."""
+    """Radians per position of each pair [width / 2], and the factor for cosines and sines."""
     about: dict[str, Any] = dict(rope.scaling)
     kind = about.get("rope_type", "default")
     exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)

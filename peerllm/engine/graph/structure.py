@@ -1,4 +1,4 @@
-"""What a model of a known family is made of, as its graphs are built: blocks, positions, embedding, head."""
+"""The description of a model that its graphs are built from: blocks, positions, embedding, head."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Norm:
     kind: Literal["rms", "layer"]
     eps: float
     offset: float = 0.0
-    weighted: bool = True  # False: the model keeps no weight for it
+    weighted: bool = True  # False: the model has no weight for it
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
     """Rotation of queries and keys by position; `scaling` is config.json's rope_parameters without theta."""
 
-    width: int  # numbers of a head that are rotated, its first
+    width: int  # how many of a head's first numbers are rotated
     theta: float
-    interleaved: bool = False  # neighbours are a pair; else halves are
+    interleaved: bool = False  # pairs are neighbours; else one number from each half
     scaling: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
@@ -45,31 +45,31 @@ class Attention:
     window: int | None = None  # tokens that a query sees, itself included
     softcap: float = 0.0
     sinks: bool = False
-    clip: float | None = None  # queries, keys and values are cut off at ± this
-    norm: Norm | None = None  # of queries and keys ...
-    # ... of each head with one weight, of each with a weight of its own, or of all heads together
+    clip: float | None = None  # queries, keys and values are limited to ± this
+    norm: Norm | None = None  # of queries and keys
+    # "head": each head is normalised, with one weight for all; "each": with its own weight; "heads": all heads together
     norm_over: Literal["head", "each", "heads"] = "head"
     norm_after_rope: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Of `count` gated feed-forwards each token uses the `used` likeliest; weights by softmax."""
+    """`count` gated feed-forwards, of which each token uses the `used` likeliest, weighted by softmax."""
 
     count: int
     used: int
     wide: int
-    normalised: bool = True  # the weights of those used sum to one
-    alpha: float = 1.0  # gate · sigmoid(alpha · gate) · (up + beta), both limited
+    normalised: bool = True  # the weights of the used experts sum to one
+    alpha: float = 1.0  # gate · sigmoid(alpha · gate) · (up + beta), gate and up limited
     beta: float = 0.0
-    limit: float = 0.0  # 0: none
-    shared: int = 0  # width of a feed-forward that every token uses as well
-    shared_gated: bool = False  # ... weighted by a sigmoid of its own
+    limit: float = 0.0  # 0: no limit
+    shared: int = 0  # width of a feed-forward that every token uses as well; 0: none
+    shared_gated: bool = False  # the shared feed-forward is weighted by its own sigmoid
 
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """Gated: down(act(gate(x)) · up(x)); plain: down(act(up(x))); or experts."""
+    """A feed-forward. Gated: down(act(gate(x)) · up(x)); plain: down(act(up(x))); or experts."""
 
     wide: int
     activation: Activation
@@ -78,19 +78,19 @@ class FeedForward:
 
     @property
     def widest(self) -> int:
-        """Of the vectors between up and down that one token has at once."""
+        """The width of the widest vector between up and down."""
         return self.wide if self.experts is None else max(self.experts.wide, self.experts.shared)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One decoder block: which norms it has and where follows from `norms`."""
+    """One decoder block; `norms` says where it has norms."""
 
     attention: Attention
     mlp: FeedForward
     norms: tuple[tuple[Placement, Norm], ...]
     parallel: bool = False  # attention and feed-forward both read the block's input
-    residual: float = 1.0  # what both add to the residual is multiplied by this
+    residual: float = 1.0  # factor for what attention and feed-forward add to the residual
 
     def norm(self, place: Placement) -> Norm | None:
         return dict(self.norms).get(place)
@@ -98,7 +98,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Final norm and output matrix; logits are multiplied by `scale`, then capped."""
+    """Final norm and output matrix. Logits are multiplied by `scale`, then capped."""
 
     norm: Norm | None
     scale: float = 1.0
@@ -107,7 +107,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """All of it. `blocks` are in order; `family` names the line of the table."""
+    """A whole model. `family` names its line in the table."""
 
     family: str
     hidden: int
@@ -116,14 +116,14 @@ class Model:
     blocks: tuple[Block, ...]
     head: Head
     embedding_scale: float = 1.0
-    position_offset: int | None = None  # learned positions: the row of position 0; None: there are none
+    position_offset: int | None = None  # the row of position 0 among learned positions; None: no learned positions
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The different windows of its blocks, in order of appearance."""
+        """The distinct windows of the blocks, in order of appearance."""
         return tuple(dict.fromkeys(block.attention.window for block in self.blocks))
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
-        """The different rotations of its blocks, in order of appearance."""
+        """The distinct rotations of the blocks, in order of appearance."""
         return tuple(dict.fromkeys(b.attention.rope for b in self.blocks if b.attention.rope is not None))

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as float32 rows: mapped from safetensors files, never a whole matrix in float."""
+"""A checkpoint's tensors as float32 rows, mapped from safetensors files; a whole matrix is never in float32."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from peerllm.errors import ModelError
 
 Floats = npt.NDArray[np.float32]
 Rows = slice | npt.NDArray[np.int64]
-SHIFTS = 1 << 14  # of made-up numbers
-WRAPPERS = re.compile(r"^(?:(?:model|transformer|gpt_neox|decoder)\.)+")  # what checkpoints put before the same names
+SHIFTS = 1 << 14  # offsets at which made-up tensors start in the drawn numbers
+WRAPPERS = re.compile(r"^(?:(?:model|transformer|gpt_neox|decoder)\.)+")  # prefixes in some checkpoints
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without the model class's own prefixes, with which only some checkpoints are saved."""
+    """A tensor's name without the prefixes that only some checkpoints have."""
     return WRAPPERS.sub("", name)
 
 
@@ -29,16 +29,16 @@ class Tensors(Protocol):
     """Where weights come from: a checkpoint's files, or numbers made up to be timed."""
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """None: there is no such tensor."""
+        """The tensor's shape; None if there is no such tensor."""
         ...
 
     def floats(self, name: str, rows: Rows | int, turned: bool = False) -> Floats:
-        """Those rows of a matrix (of its transpose, if `turned`), or one entry of a stack, as float32."""
+        """Rows of a matrix (of its transpose, if `turned`), or one entry of a stack, as float32."""
         ...
 
 
 class Checkpoint:
-    """Tensors of safetensors files by their plain names; `count` is told of bytes read."""
+    """Tensors of safetensors files by their plain names; `count` is called with the bytes read."""
 
     def __init__(self, tensors: Iterable[TensorAt], count: Callable[[int], None] = lambda read: None) -> None:
         self._tensors = {plain_name(tensor.name): tensor for tensor in tensors}
@@ -46,7 +46,7 @@ class Checkpoint:
         self._count = count
 
     def at(self, name: str) -> TensorAt | None:
-        """Where it lies."""
+        """Where a tensor is in its file; None if there is no such tensor."""
         return self._tensors.get(name)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -60,7 +60,7 @@ class Checkpoint:
         return np.ascontiguousarray(part, dtype=np.float32)
 
     def mapped(self, name: str) -> npt.NDArray[Any]:
-        """See checkpoint.mapped."""
+        """A tensor mapped from its file, see checkpoint.mapped."""
         if name not in self._maps:
             tensor = self._tensors.get(name)
             if tensor is None:
@@ -89,5 +89,5 @@ class MadeUp:
         else:
             count = len(rows) if not isinstance(rows, slice) else len(range(*rows.indices(shape[0])))
             taken = (count, *shape[1:])
-        # onnxruntime keeps equal matrices once: blocks that are alike would be timed with warm caches.
+        # Tensors differ: onnxruntime keeps equal matrices once, so equal blocks would be timed with warm caches.
         return np.resize(self._drawn[crc32(name.encode()) % SHIFTS :], taken)

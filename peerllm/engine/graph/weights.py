@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint make which product of a block, and the products as operators of its graph."""
+"""Which tensors of a checkpoint form which matrix product of a block, and those products as operators of a graph."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from peerllm.engine.graph.tensors import Floats, Tensors
 from peerllm.engine.weights.rounding import BLOCK_BYTES, BLOCKS, block_of, rounded
 from peerllm.errors import ModelError
 
-PIECE_BYTES = 1 << 20  # of float32 rows that are read at once
+PIECE_BYTES = 1 << 20  # of float32 rows read at once
 Names = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of one tensor ("….weight", maybe with "….bias"); `turned`: they are its columns."""
+    """Rows of one tensor ("….weight", perhaps with "….bias"); `turned`: the file holds them as columns."""
 
     tensor: str
     count: int
-    rows: npt.NDArray[np.int64] | None = None  # which; None: all
+    rows: npt.NDArray[np.int64] | None = None  # row numbers; None: all rows
     turned: bool = False
     bare: bool = False  # the tensor's name has no ".weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A matrix [rows, columns] made of parts, multiplied with from the right. Routers stay in float32."""
+    """A matrix [rows, columns] made of parts; inputs are multiplied with its rows. `exact`: never rounded (routers)."""
 
     parts: tuple[Part, ...]
     columns: int
@@ -44,14 +44,14 @@ class Product:
 
     @property
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and least shapes of the tensors it needs."""
+        """Names and least shapes of the product's tensors."""
         for part in self.parts:
             least = part.count if part.rows is None else int(part.rows.max()) + 1
             shape = (self.columns, least) if part.turned else (least, self.columns)
             yield (part.tensor if part.bare else f"{part.tensor}.weight"), shape
 
     def nbytes(self, bits: int) -> int:
-        """What it takes in memory."""
+        """Memory of the product once it is loaded."""
         block = None if self.exact else block_of(self.columns)
         if not bits or block is None:
             return self.rows * self.columns * 4
@@ -59,7 +59,7 @@ class Product:
 
 
 def require(tensors: Tensors, name: str, shape: tuple[int, ...], growing: int | None = None) -> None:
-    """ModelError if a tensor is missing or has another shape; in its dimension `growing` it may have more."""
+    """ModelError if a tensor is missing or has another shape; its dimension `growing` may be larger."""
     found = tensors.shape(name)
     if found is None:
         raise ModelError(f"tensor {name} is missing from the model's files")
@@ -72,7 +72,7 @@ def require(tensors: Tensors, name: str, shape: tuple[int, ...], growing: int | 
 
 
 def check(tensors: Tensors, product: Product) -> None:
-    """ModelError names a tensor that is missing or has another shape; either all parts have biases or none has."""
+    """ModelError if a tensor of the product is missing or has another shape; all parts have biases, or none has."""
     biased = any(tensors.shape(f"{part.tensor}.bias") for part in product.parts)
     for part, (name, least) in zip(product.parts, product.tensors, strict=True):
         require(tensors, name, least, None if part.rows is None else int(part.turned))
@@ -81,7 +81,7 @@ def check(tensors: Tensors, product: Product) -> None:
 
 
 def pieces(tensors: Tensors, product: Product) -> Iterator[tuple[int, Floats]]:
-    """Its rows in float32 [some, columns], a few MB at a time, each with the number of its first."""
+    """The product's rows as float32 [some, columns], PIECE_BYTES at a time, each with its first row's number."""
     step = max(1, PIECE_BYTES // (4 * product.columns))
     start = 0
     for part in product.parts:
@@ -94,7 +94,7 @@ def pieces(tensors: Tensors, product: Product) -> Iterator[tuple[int, Floats]]:
 
 
 def bias_of(tensors: Tensors, product: Product) -> Floats | None:
-    """float32 [rows]; None if the parts have none."""
+    """The product's bias, float32 [rows]; None if its parts have none."""
     first = product.parts[0]
     if first.bare or tensors.shape(f"{first.tensor}.bias") is None:
         return None
@@ -105,7 +105,7 @@ def bias_of(tensors: Tensors, product: Product) -> Floats | None:
 
 
 def add_product(graph: Graph, x: str, product: Product, tensors: Tensors, bits: int) -> str:
-    """x [..., columns] times its rows: [..., rows]."""
+    """Add the product of x [..., columns] with the matrix: [..., rows]."""
     check(tensors, product)
     rows, columns = product.rows, product.columns
     block = None if product.exact else block_of(columns)
@@ -125,13 +125,13 @@ def add_product(graph: Graph, x: str, product: Product, tensors: Tensors, bits: 
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """Where a block's experts lie: a tensor each (`gate`: "mlp.experts.{}.gate_proj"), or all in `up` and `down`."""
+    """The tensors of a block's experts: one for each expert ("mlp.experts.{}.gate_proj"), or stacks `up` and `down`."""
 
     gate: str
     up: str
     down: str
-    # "halves": gate, then up, [experts, 2I, H], and down [experts, H, I]; "interleaved": gate and up by turns
-    # [experts, H, 2I], and down [experts, I, H], both with biases
+    # "halves": `up` is [experts, 2I, H], first all of gate, then all of up; `down` is [experts, H, I].
+    # "interleaved": `up` is [experts, H, 2I], gate and up alternating; `down` is [experts, I, H]; both have biases.
     form: Literal["each", "interleaved", "halves"] = "each"
 
     def nbytes(self, experts: Experts, hidden: int, bits: int) -> int:
@@ -140,7 +140,7 @@ class Stacks:
         return numbers * 4 if block is None else numbers * bits // 8 + numbers // block * BLOCK_BYTES
 
     def tensors(self, experts: Experts, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes."""
+        """Names and shapes of the experts' tensors."""
         count, wide = experts.count, experts.wide
         if self.form == "interleaved":
             yield self.up, (count, hidden, 2 * wide)
@@ -157,7 +157,7 @@ class Stacks:
                 yield f"{self.down.format(number)}.weight", (hidden, wide)
 
     def first(self, tensors: Tensors, experts: Experts, number: int) -> Floats:
-        """Gate and up of one expert, by turns [2I, H]."""
+        """Gate and up of one expert, rows alternating: [2I, H]."""
         if self.form == "interleaved":
             return np.ascontiguousarray(tensors.floats(self.up, number).T)
         if self.form == "halves":
@@ -168,7 +168,7 @@ class Stacks:
         return both.swapaxes(0, 1).reshape(2 * experts.wide, -1)
 
     def second(self, tensors: Tensors, number: int) -> Floats:
-        """Down of one expert [H, I]."""
+        """Down of one expert: [H, I]."""
         if self.form == "each":
             return tensors.floats(f"{self.down.format(number)}.weight", slice(None))
         made = tensors.floats(self.down, number)
@@ -176,14 +176,14 @@ class Stacks:
 
 
 def experts_block(experts: Experts, hidden: int, bits: int) -> int | None:
-    """How many weights of experts share a scale; None: they stay in float32."""
+    """How many weights of an expert share a scale; None: experts stay in float32."""
     return next((block for block in BLOCKS if bits and not hidden % block and not experts.wide % block), None)
 
 
 def add_experts(
     graph: Graph, rows: str, scores: str, experts: Experts, stacks: Stacks, hidden: int, tensors: Tensors, bits: int
 ) -> str:
-    """rows [n, H] through the experts that scores [n, experts] send them to; only those are touched."""
+    """Send rows [n, H] through the experts that scores [n, experts] choose; only those experts are computed."""
     for name, shape in stacks.tensors(experts, hidden):
         require(tensors, name, shape)
     block = experts_block(experts, hidden, bits)
@@ -218,7 +218,7 @@ def add_experts(
 
 @dataclass(frozen=True, slots=True)
 class BlockWeights:
-    """One block's tensors: its products by role, and the names of its norms and sinks by place."""
+    """One block's tensors: its products by role, and the names of its norms and sinks."""
 
     block: Block
     hidden: int
@@ -227,14 +227,14 @@ class BlockWeights:
     stacks: Stacks | None = None
 
     def nbytes(self, bits: int) -> int:
-        """What they take in memory."""
+        """Memory of the block's weights once they are loaded."""
         experts = self.block.mlp.experts
         stacks = 0 if experts is None or self.stacks is None else self.stacks.nbytes(experts, self.hidden, bits)
         vectors = 4 * self.hidden * len(self.block.norms)
         return stacks + vectors + sum(product.nbytes(bits) for product in self.products.values())
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and least shapes of all that must be there (biases need not)."""
+        """Names and least shapes of all tensors that a checkpoint must have (biases are optional)."""
         for product in self.products.values():
             yield from product.tensors
         if self.stacks is not None and self.block.mlp.experts is not None:
@@ -246,7 +246,7 @@ class BlockWeights:
             yield self.names["sinks"], (self.block.attention.heads,)
 
     def norms(self) -> Iterator[tuple[str, Norm]]:
-        """Of the block and of queries and keys, by place."""
+        """The norms of the block, its queries and its keys, with their places."""
         yield from self.block.norms
         if self.block.attention.norm is not None:
             yield "queries", self.block.attention.norm
@@ -261,14 +261,14 @@ class BlockWeights:
 
 
 def norm_tensors(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of what its weight is made of: one tensor, or ("{}") one for each head."""
+    """Names and shapes of a norm's weight: one tensor, or one for each head where the name has "{}"."""
     if "{}" not in name:
         return [(f"{name}.weight", shape)]
     return [(f"{name.format(head)}.weight", shape[1:]) for head in range(shape[0])]
 
 
 def norm_weights(graph: Graph, tensors: Tensors, norm: Norm, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
-    """A norm's weight (with its offset) and bias as weights of the graph; ones where the model keeps none."""
+    """Add a norm's weight (with its offset; ones if the model has none) and bias to the graph; "" for no bias."""
     weight = np.ones(shape, np.float32)
     if norm.weighted:
         parts = norm_tensors(name, shape)

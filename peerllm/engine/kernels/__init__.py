@@ -1,1 +1,1 @@
-"""What computes beside the graphs: rounded products that torch calls, and the accelerator that it drives."""
+"""What torch computes with: rounded matrix products, and accelerators."""

@@ -1,7 +1,7 @@
 """Where shards compute: on the processors, or on an accelerator that torch drives.
 
-There lie weights and KV and what is computed between them. Token ids and hidden states come and go by the machine's own
-memory, and so do logits: links and the sampler know nothing of places.
+Weights, KV and intermediate results are in the accelerator's memory. Token ids, hidden states and logits come and go in
+the machine's own memory, so links and the sampler need not know about accelerators.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from peerllm.errors import BadInputError
 from peerllm.types import COMPUTE
 
 CPU = torch.device("cpu")
-LEAST_FOR_MPS = "2.12"  # earlier ones attend wrongly there, without an error
+LEAST_FOR_MPS = "2.12"  # earlier versions compute attention wrongly on Metal, without an error
 _metal = threading.Lock()
 
-# After such an error nothing in this process computes there any more: it has to be started anew.
+# After such an error the accelerator does not work in this process any more; the engine must be restarted.
 BROKEN: tuple[type[BaseException], ...] = tuple(filter(None, (getattr(torch, "AcceleratorError", None),)))
 
 
 @dataclass(frozen=True, slots=True)
 class ComputePlace:
-    """`name` is for people, and for what was measured there."""
+    """A device for torch; `name` is shown to people and stored with measurements."""
 
     device: torch.device
     name: str
-    memory_bytes: int = 0  # of its own; 0: it computes in the machine's
-    free_bytes: int = 0  # of that
+    memory_bytes: int = 0  # its own memory; 0: it uses the machine's
+    free_bytes: int = 0  # free in its own memory
 
     def wait(self) -> None:
-        """Until all that was handed to it is done."""
+        """Wait until the device has done all work given to it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
@@ -46,7 +46,7 @@ PROCESSORS = ComputePlace(CPU, "cpu")
 
 
 def find(wish: str) -> ComputePlace:
-    """`cpu`, `cuda`, `cuda:N` or `mps`; BadInputError if it is none of them, or not here."""
+    """The place for `cpu`, `cuda`, `cuda:N` or `mps`; BadInputError for anything else, or if it is not available."""
     if not COMPUTE.fullmatch(wish):
         raise BadInputError(f"--compute takes cpu, cuda, cuda:N or mps, not {wish!r}")
     if wish == "cpu":
@@ -62,7 +62,7 @@ def _cuda(number: int) -> ComputePlace:
     about = torch.cuda.get_device_properties(number)
     free_bytes, memory_bytes = torch.cuda.mem_get_info(number)
     place = torch.device("cuda", number)
-    if getattr(about, "is_integrated", False):  # a Jetson's: one memory for both
+    if getattr(about, "is_integrated", False):  # as on a Jetson: processors and GPU share one memory
         return ComputePlace(place, f"cuda {about.name}")
     return ComputePlace(place, f"cuda {about.name}", memory_bytes, free_bytes)
 
@@ -72,15 +72,15 @@ def _mps() -> ComputePlace:
         raise BadInputError("--compute mps: this torch drives no Apple GPU; leave it out to compute on processors")
     if torch.__version__ < LEAST_FOR_MPS:
         raise BadInputError(f"--compute mps: torch {torch.__version__} attends wrongly there; {LEAST_FOR_MPS} does not")
-    most = int(torch.mps.recommended_max_memory())  # of the memory it shares with the processors
+    most = int(torch.mps.recommended_max_memory())  # Metal shares the processors' memory
     return ComputePlace(torch.device("mps"), "mps", most, min(most, int(psutil.virtual_memory().available)))
 
 
 def empty_caches() -> None:
-    """Give back what torch keeps of accelerators' memory."""
+    """Return accelerator memory that torch keeps for reuse."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for number in range(torch.cuda.device_count()):
-            if torch.cuda.memory_reserved(number):  # asking another device would make room on it
+            if torch.cuda.memory_reserved(number):  # touching an unused device would allocate on it
                 with torch.cuda.device(number):
                     torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
@@ -89,12 +89,12 @@ def empty_caches() -> None:
 
 
 def turn(device: torch.device) -> AbstractContextManager[object]:
-    """To be held while anything is asked of the device: Metal does not take it from two threads at once."""
+    """A lock to hold while using the device: Metal does not support two threads at once. Elsewhere it does nothing."""
     return _metal if device.type == "mps" else nullcontext()
 
 
 def bridge(model: nn.Module, device: torch.device) -> None:
-    """Embeddings that stay in their files are looked up by the processor; what they give goes to `device`."""
+    """Let the processor look up embeddings that stay in their files, and move the rows to `device`."""
     if device == CPU:
         return
 
@@ -106,7 +106,7 @@ def bridge(model: nn.Module, device: torch.device) -> None:
 
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight.device == CPU:
-            for name, buffer in module._buffers.items():  # a scale, which is applied to what was looked up
+            for name, buffer in module._buffers.items():  # such as a scale for the rows
                 module._buffers[name] = None if buffer is None else buffer.to(CPU)
             module.register_forward_pre_hook(to_table)
             module.register_forward_hook(to_device)

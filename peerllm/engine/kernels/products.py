@@ -1,4 +1,4 @@
-"""Products with rows of a matrix that `rounding.rounded` made."""
+"""Products with a matrix that `rounding.rounded` rounded, for torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.nn.functional import linear
 
 from peerllm.engine.graph.nodes import Graph
 
-ROWS_BYTES = 16 << 20  # of rows in the inputs' dtype that are unfolded at once
+ROWS_BYTES = 16 << 20  # of rows converted back to the inputs' dtype at once
 
 
 class NBits:
-    """Some rows of a matrix, by onnxruntime, which rounds inputs to 8 bits within, block by block."""
+    """Some rows of a matrix, multiplied by onnxruntime, which rounds inputs to 8 bits, block by block."""
 
     def __init__(self, codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int) -> None:
         columns = codes.shape[1] * 8 // bits
@@ -32,9 +32,9 @@ class NBits:
 
 
 class Unfolded:
-    """Some rows of a matrix on an accelerator: kept rounded, unfolded some at a time as they are multiplied with.
+    """Some rows of a matrix on an accelerator: stored rounded, and converted to floats a few at a time to multiply.
 
-    That runs wherever torch does and saves memory, not time: each weight is written and read again several times.
+    This works wherever torch does. It saves memory but no time, since each weight is written and read again.
     """
 
     def __init__(self, codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int, device: torch.device) -> None:
@@ -51,7 +51,7 @@ class Unfolded:
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _rows(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Floats [rows, columns]."""
+        """Convert codes and scales to floats [rows, columns]."""
         whole = torch.stack((codes & 15, codes >> 4), dim=2) if self._bits == 4 else codes
         blocks = whole.view(*scales.shape, -1).to(dtype).sub_(1 << (self._bits - 1))  # integers, exact in any dtype
         return blocks.mul_(scales.to(dtype).unsqueeze(2)).flatten(1)

@@ -1,1 +1,1 @@
-"""A shard of any family that transformers has, computed by its own modules in torch, one sequence after the other."""
+"""A shard of any family that transformers has: its own modules in torch compute one sequence after the other."""

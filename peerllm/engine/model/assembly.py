@@ -1,4 +1,4 @@
-"""From a whole model without data to a shard: take out what others hold, load the rest, compute what no file holds."""
+"""From a whole model without data to a shard: remove other shards' layers, load the rest, compute what no file has."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from peerllm.engine.weights.checkpoint import mapped
 from peerllm.errors import EngineError, ModelError
 from peerllm.types import BITS
 
-PATTERN = 65_537  # made-up numbers before they repeat; prime
-SPREAD = 0.05  # of made-up numbers
-MAX_TABLE_BYTES = 1 << 30  # of a shard; masks of a long context are the largest
-_Loaded = tuple[set[str], torch.Tensor, bool]  # all its names in the model, and whether it stays in its file
+PATTERN = 65_537  # how many made-up numbers are drawn before they repeat; a prime
+SPREAD = 0.05  # made-up numbers lie within ± this
+MAX_TABLE_BYTES = 1 << 30  # tables that a shard computes itself; masks of a long context are the largest
+_Loaded = tuple[set[str], torch.Tensor, bool]  # a tensor's names in the model, the tensor, whether it stays in its file
 
 
 def strip(division: Division, first: int, last: int) -> nn.Module:
-    """Take out all that belongs to other shards; returns the first module to run on what an earlier shard computed."""
+    """Remove what belongs to other shards; returns the module that takes the hidden states of the shard before."""
     model, numbers = division.model, division.numbers(first, last)
     blocks = ShardBlocks([division.blocks[number] for number in numbers])
     replace_blocks(division.owner, division.attribute, blocks, numbers.start, len(division.blocks))
@@ -43,7 +43,7 @@ def strip(division: Division, first: int, last: int) -> nn.Module:
         if needed and not (early and late and last < division.head):
             continue
         if not late and not [*original.parameters(recurse=False)]:
-            continue  # what blocks are given by, such as a rotary embedding
+            continue  # computes arguments of the blocks, as a rotary embedding does
         parent, _, attribute = name.rpartition(".")
         stand_in = BeforeBlocks(original, blocks) if needed else Absent(original)
         setattr(model.get_submodule(parent), attribute, stand_in)
@@ -56,16 +56,16 @@ def _owned(division: Division, first: int, last: int) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class ShardTensors:
-    """What of a model's tensors a shard loads, and how it keeps them."""
+    """Which of a model's tensors a shard loads, and how it keeps them."""
 
     owned: set[str]
     found: list[TensorRecipe]
     kept: Keeping
-    nbytes: int  # what they will take in memory; a tensor that two names share counts once
+    nbytes: int  # their memory once loaded; a tensor with two names counts once
 
 
 def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...], quantize: str) -> ShardTensors:
-    """For layers first..last, before the model is stripped; ModelError if a tensor is missing or does not fit."""
+    """The tensors of layers first..last; to be called before `strip`. ModelError if one is missing or does not fit."""
     owned = _owned(division, first, last)
     found = recipes(division, tensors)
     check(division, found, owned)
@@ -80,7 +80,7 @@ def plan(division: Division, first: int, last: int, tensors: tuple[TensorAt, ...
 def fill(
     division: Division, first: int, work: ShardTensors, progress: Progress, device: torch.device = CPU
 ) -> dict[int, int]:
-    """Load the tensors into the stripped model; returns what they take, see base.Shard.weights."""
+    """Load the tensors into the stripped model; returns their bytes, as base.Shard.weights has them."""
     found, tensors = work.found, [tensor for recipe in work.found for _, tensor in recipe.sources]
     total = sum({(tensor.path, tensor.offset): tensor.nbytes for tensor in tensors}.values())
     packed, done = _pack(work.kept, work.owned, device), 0
@@ -103,7 +103,7 @@ def fill(
                 count(source.nbytes)
             else:
                 own = load(recipe, division.sizes, division.model, count)
-                while own:  # what was moved is not held here as well while the next is read
+                while own:  # pop: a tensor that was moved is not held here too
                     name = next(iter(own))
                     yield fills[name], own.pop(name), False
 
@@ -111,14 +111,14 @@ def fill(
 
 
 def make_up(division: Division, first: int, last: int, kept: Keeping, device: torch.device = CPU) -> dict[int, int]:
-    """Fill the stripped model's layers first..last with made-up numbers, for timing; returns what they take."""
+    """Fill the stripped model's layers first..last with made-up numbers, for timing; returns their bytes."""
     owned = _owned(division, first, last)
     packed = _pack(kept, owned, device)
 
     def loaded() -> Iterator[_Loaded]:
         for name in owned:
             dtype, shape = division.sizes[name].dtype, tuple(division.sizes[name].shape)
-            if name in packed:  # one row again and again: the whole is never there in float
+            if name in packed:  # one row repeated: the whole is never in memory in float
                 yield {name}, made_up(shape[-1:], dtype).expand(shape), False
             else:
                 yield {name}, made_up(shape, dtype), name in kept.tables
@@ -129,7 +129,7 @@ def make_up(division: Division, first: int, last: int, kept: Keeping, device: to
 def _settle(
     division: Division, first: int, packed: dict[str, Packed], loaded: Iterator[_Loaded], device: torch.device
 ) -> dict[int, int]:
-    """Bring tensors, one after the other, to where they are computed with; what they take, in bytes by tensor."""
+    """Put loaded tensors, one after the other, into the model and on the device; returns their bytes by tensor."""
     places, weights = _places(division, first), {id(one): one.nbytes for one in packed.values()}
     for names, tensor, stays in loaded:
         for name in packed.keys() & names:
@@ -144,7 +144,7 @@ def _settle(
 
 
 def _pack(kept: Keeping, owned: set[str], device: torch.device) -> dict[str, Packed]:
-    """Modules to be filled in the places of those whose matrices are rounded, by the name of the weight."""
+    """Replace the modules whose matrices are rounded by empty `Packed` ones; by the name of the weight."""
     packed: dict[str, Packed] = {}
     for name in kept.matrices.keys() & owned:
         matrix = kept.matrices[name]
@@ -156,7 +156,7 @@ def _pack(kept: Keeping, owned: set[str], device: torch.device) -> dict[str, Pac
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; the same one, if it is there."""
+    """The tensor on the device; the same object if it is there already."""
     if tensor.device == device:
         return tensor
     with turn(device):
@@ -164,7 +164,7 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Small numbers about zero, or about one for a norm: like a model's, and no denormals, which are slow."""
+    """Small numbers around zero, or around one for a norm: like a model's, and not denormal, which would be slow."""
     if not dtype.is_floating_point:
         return torch.zeros(shape, dtype=dtype)
     # Drawing every number takes seconds for a large layer; a prime length leaves no two rows of a matrix alike.
@@ -174,7 +174,7 @@ def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _places(division: Division, first: int) -> dict[str, str]:
-    """Where a block's tensors lie in the stripped model: its list starts at this shard's first block."""
+    """The names of the blocks' tensors in the stripped model, whose list starts at this shard's first block."""
     offset = max(first, 1) - 1
     places = {}
     for name in division.sizes:
@@ -192,11 +192,11 @@ def _place(model: Any, name: str, tensor: torch.Tensor) -> None:
     else:
         tensor = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
         module._parameters[attribute] = tensor
-    tensor.__dict__["_is_hf_initialized"] = True  # transformers' mark for what it must not fill with random numbers
+    tensor.__dict__["_is_hf_initialized"] = True  # transformers' mark: do not fill this with random numbers
 
 
 def finish(division: Division, whole: Any, device: torch.device = CPU) -> None:
-    """Compute what no file holds: rotary frequencies, masks. `whole` is the configuration before it was cut."""
+    """Compute what no file has: rotary frequencies, masks. `whole` is the configuration before it was cut."""
     model, owner = division.model, division.owner
     tables = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers() if buffer.is_meta)
     if tables > MAX_TABLE_BYTES:

@@ -1,4 +1,4 @@
-"""A model's walk through its blocks: over others than its own, past what other shards hold, and without data."""
+"""Making a model run over other blocks than its own, skip modules of other shards, and run without data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROBE_TOKENS = 2
 
 
 class ShardBlocks(nn.ModuleList):
-    """The blocks a shard runs, in place of all; `begun` is set once the model starts to walk through them."""
+    """The blocks of a shard, in place of the model's whole list; iterating over them sets `begun`."""
 
     begun = False
 
@@ -31,7 +31,7 @@ class ShardBlocks(nn.ModuleList):
 
 
 def replace_blocks(owner: Any, attribute: str, blocks: ShardBlocks, first: int, total: int) -> None:
-    """Let `owner` walk through `blocks`, those from number `first` on; its config's lists per layer are cut alike."""
+    """Let `owner` run `blocks`, which start at number `first`; per-layer lists of its config are cut to match."""
     setattr(owner, attribute, blocks)
     count, whole = len(blocks), owner.config
     config = copy.copy(whole)
@@ -43,9 +43,9 @@ def replace_blocks(owner: Any, attribute: str, blocks: ShardBlocks, first: int, 
         name: getattr(whole, name, None) for name, _ in properties if not hasattr(PreTrainedConfig, name)
     }
     computed = {name: value[first : first + count] for name, value in values.items() if _per_layer(value, total)}
-    if computed:  # properties have no place in the copy itself
+    if computed:  # a copy cannot override properties, but a subclass can
         object.__setattr__(config, "__class__", type(type(whole).__name__, (type(whole),), computed))
-    owner.config = config  # the blocks keep the whole one, as they keep their numbers
+    owner.config = config  # the blocks keep the whole configuration, since they keep their numbers
 
 
 def _per_layer(value: Any, total: int) -> bool:
@@ -54,7 +54,7 @@ def _per_layer(value: Any, total: int) -> bool:
 
 @contextmanager
 def stand_in(owner: Any, attribute: str, blocks: ShardBlocks, first: int = 0) -> Iterator[None]:
-    """`blocks` in place of the owner's own, while the context lasts."""
+    """Let the owner run `blocks` instead of its own within the context."""
     kept, config = getattr(owner, attribute), owner.config
     replace_blocks(owner, attribute, blocks, first, len(kept))
     try:
@@ -65,12 +65,12 @@ def stand_in(owner: Any, attribute: str, blocks: ShardBlocks, first: int = 0) ->
 
 
 class Absent(nn.Module):
-    """In the place of a module of another shard. Vectors pass, a look-up adds nothing; neither result is used."""
+    """Replaces a module of another shard: returns vectors unchanged and zero for a look-up; nobody uses the results."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.looks_up = isinstance(original, nn.Embedding)
-        # A model's initialisation may reach for these; marked as it marks what is loaded, they are left alone.
+        # A model's initialisation may access these; marked as loaded, they are left alone.
         self.__dict__.update(weight=torch.empty(0), bias=None)
         self.__dict__["weight"].__dict__["_is_hf_initialized"] = True
 
@@ -84,7 +84,7 @@ class Absent(nn.Module):
 
 
 class BeforeBlocks(nn.Module):
-    """A module that a model runs before its blocks and again after them; the second time belongs to another shard."""
+    """Runs a module before the blocks and skips it after them, where it belongs to another shard."""
 
     def __init__(self, original: nn.Module, blocks: ShardBlocks) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class BeforeBlocks(nn.Module):
 
 
 class _Yes(TorchFunctionMode):
-    """Tensors without data are asked for their values ("is all of the mask set?"): yes."""
+    """Answers yes when a model asks a tensor without data for its value (such as "is all of the mask set?")."""
 
     _questions = (torch.Tensor.item, torch.Tensor.__bool__)
 
@@ -104,12 +104,12 @@ class _Yes(TorchFunctionMode):
         if func in self._questions and args[0].is_meta:
             return True
         if func is torch.Tensor.__contains__ and args[0].is_meta:
-            return False  # "is there padding among the token ids?": there never is
+            return False  # "is there padding among the token ids?" is always no
         return func(*args, **(kwargs or {}))
 
 
 def accepted(model: Any, **offered: Any) -> dict[str, Any]:
-    """Those of `offered` that a model's forward names among its parameters."""
+    """Those of `offered` that are parameters of the model's forward."""
     names = _parameters(type(model).forward)
     return {name: value for name, value in offered.items() if name in names}
 
@@ -120,8 +120,8 @@ def _parameters(forward: Any) -> frozenset[str]:
 
 
 def run_without_data(model: Any, cache: Any) -> None:
-    """Walk through a model on the meta device as a first chunk of tokens would."""
-    # A scaled rotary embedding looks at the positions' values, which do not exist here.
+    """Run a model on the meta device as for a first chunk of tokens."""
+    # A scaled rotary embedding would read the positions' values, which do not exist here.
     scaled = [module for module in model.modules() if getattr(module, "rope_type", "default") != "default"]
     kinds = [module.rope_type for module in scaled]
     for module, kind in zip(scaled, kinds, strict=True):

@@ -1,4 +1,4 @@
-"""config.json: from its text to a transformers configuration, and what can be said from it alone."""
+"""config.json's text as a transformers configuration, and what follows from the configuration alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from peerllm.engine.weights.checkpoint import refuse_quantised
 from peerllm.errors import ModelError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_COUNT = 1 << 15  # of layers, heads, experts, labels: configuration classes make lists that long, unasked
+MAX_COUNT = 1 << 15  # of layers, heads, experts, labels: configuration classes make lists of that length
 COUNTS = re.compile(r"(layers?|heads?|experts|labels|groups?|blocks)$")
-# What chooses the code that runs, and may name a repository for it; a part of a configuration can have it, too.
+# Keys that choose the code to run and may name a repository for it; parts of a configuration can have them, too.
 CODE_KEYS = frozenset(
     ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
 )
@@ -51,7 +51,7 @@ def parse_config(text: str) -> Any:
     try:
         config = CONFIG_MAPPING[kind].from_dict(values)
         count, hidden = text_config(config).num_hidden_layers, text_config(config).hidden_size
-    except Exception as error:  # configuration classes check themselves with every kind of exception
+    except Exception as error:  # configuration classes raise exceptions of every kind
         raise ModelError(f"config.json of {kind!r} is not usable: {one_line(error)}") from error
     if not (isinstance(count, int) and 1 <= count <= MAX_BLOCKS and isinstance(hidden, int) and hidden > 0):
         raise ModelError(f"config.json of {kind!r} is not usable: {count} layers of width {hidden}")
@@ -59,7 +59,7 @@ def parse_config(text: str) -> Any:
 
 
 def _harmless(value: dict[str, Any]) -> Any:
-    """An object without what chooses code, its counts bounded; {"__float__": "Infinity"} is transformers' infinity."""
+    """Drop keys that choose code and bound counts; {"__float__": "Infinity"} is how transformers writes infinity."""
     if value.get("__float__") in ("Infinity", "-Infinity", "NaN"):
         return float(value["__float__"])
     for key, count in value.items():

@@ -1,7 +1,7 @@
-"""Where a model can be cut: its blocks, what runs before them and what runs after, found by running it without data.
+"""Where a model can be cut: its blocks, and what runs before and after them, found by running it without data.
 
-The whole model is built on the meta device (shapes, no memory). Blocks keep the number they have in the whole model, so
-whatever they chose by that number when built is right in every shard, and no tensor has to be renamed.
+The whole model is built on the meta device (shapes, no memory). Blocks keep their numbers of the whole model, so that
+what they derive from the number (a window, a tensor's name) is right in every shard.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peerllm.engine.model.config import text_config
 from peerllm.engine.state.layer_states import ProbeCache
 from peerllm.errors import ModelError, one_line
 
-# What a block may be given besides the hidden states: all of it follows from positions, masks and the cache.
+# Arguments that a block may have beside hidden states: each shard can compute them from positions and the cache.
 BLOCK_ARGUMENTS = frozenset(
     [
         "self", "hidden_states", "hidden_state", "x", "attention_mask", "causal_mask", "sliding_attention_mask",
@@ -34,7 +34,7 @@ _building = threading.Lock()
 
 
 class _DefaultDtype(TorchFunctionMode):
-    """Floats are made in `dtype`, on this thread only (torch's own switch would reach a shard that is computing)."""
+    """Makes floats in `dtype`, on this thread only (torch's own switch would affect shards that compute meanwhile)."""
 
     _makers = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
@@ -51,18 +51,18 @@ class _DefaultDtype(TorchFunctionMode):
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """A whole model on the meta device and its seams. Names are as in the model's state dict."""
+    """A whole model on the meta device, and where it can be cut. Names are those of the model's state dict."""
 
     model: Any
     dtype: torch.dtype
     blocks: tuple[nn.Module, ...]
-    owner: Any  # the module that walks through the blocks
-    attribute: str  # its name for them
-    prefix: str  # "model.layers."
+    owner: Any  # the module that runs the blocks
+    attribute: str  # the owner's attribute that holds the blocks
+    prefix: str  # of the blocks' tensors, such as "model.layers."
     before: tuple[str, ...]  # modules that run before the first block, in order
-    after: tuple[str, ...]  # ... after the last
+    after: tuple[str, ...]  # modules that run after the last block, in order
     sizes: dict[str, torch.Tensor] = field(repr=False)  # every tensor a checkpoint must hold, on the meta device
-    tied: dict[str, str] = field(repr=False)  # tensor: the one it shares memory with
+    tied: dict[str, str] = field(repr=False)  # a tensor: the tensor that it shares memory with
 
     @property
     def head(self) -> int:
@@ -82,17 +82,17 @@ class Division:
         return self.head if module in self.after and module not in self.before else 0
 
     def names_of(self, name: str) -> set[str]:
-        """All names of the tensor called `name`: those tied to it share its memory."""
+        """All names of the tensor called `name`, those tied to it included."""
         root = self.tied.get(name, name)
         return {root, *(alias for alias, other in self.tied.items() if other == root)}
 
     def filled_by(self, name: str, made: set[str]) -> set[str]:
-        """The names that a file's tensor for `name` fills: its own, and those tied to it that no file has `made`."""
+        """The names that a tensor for `name` fills: that name, and names tied to it that no file has `made`."""
         return {name, *(self.names_of(name) - made)}
 
 
 def build(config: Any, dtype: torch.dtype) -> Any:
-    """The whole causal language model of `config` on the meta device, its floats of `dtype`."""
+    """Build the whole causal language model of `config` on the meta device, with floats of `dtype`."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -111,7 +111,7 @@ def build(config: Any, dtype: torch.dtype) -> Any:
 
 
 def divide(config: Any, dtype: torch.dtype) -> Division:
-    """Build the model and find its seams; ModelError names what keeps it from being divided."""
+    """Build the model and find where it can be cut; ModelError says why it cannot be divided."""
     model = build(config, dtype)
     kind = config.model_type
     owner, attribute, prefix = _find_blocks(model, text_config(model.config).num_hidden_layers)
@@ -146,7 +146,7 @@ def _find_blocks(model: Any, count: int) -> tuple[Any, str, str]:
 
 
 def _sides(model: Any, owner: Any, attribute: str, prefix: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the modules that run before the blocks, and after: those with tensors of their own, and leaves."""
+    """Names of the modules (with own tensors, or without children) that run before the blocks, and after them."""
     seen: tuple[dict[str, None], dict[str, None]] = ({}, {})
     empty = ShardBlocks()
     outside = [
@@ -162,7 +162,7 @@ def _sides(model: Any, owner: Any, attribute: str, prefix: str) -> tuple[tuple[s
     try:
         with stand_in(owner, attribute, empty):
             run_without_data(model, ProbeCache(len(getattr(owner, attribute))))
-    except Exception as error:  # whatever a foreign forward raises means the same here
+    except Exception as error:  # any exception of a foreign forward means the same
         raise ModelError(f"architecture {model.config.model_type!r} cannot be divided: {one_line(error)}") from error
     finally:
         for hook in hooks:

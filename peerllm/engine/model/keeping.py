@@ -1,7 +1,7 @@
-"""How a model's tensors are kept: rounded, left in their files, or as they are; and what memory each then takes.
+"""How a model's tensors are kept (rounded, left in their files, or as they are), and the memory that each then takes.
 
-It follows from the model, its files' dtypes, the dtype computed in and the quantisation alone, so that the source knows
-what every device will need. Only matrices can be rounded that are multiplied with and no more, by modules of their own.
+This follows from the model, its files' dtypes, the compute dtype and the quantisation alone, so that the source knows
+what every device will need. A matrix can be rounded only if a linear module, and nothing else, uses it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from peerllm.engine.weights.checkpoint import FILE_DTYPES
 from peerllm.engine.weights.rounding import block_of, packed_bytes
 from peerllm.types import BITS
 
-# They choose experts: small, and a token that is sent to another expert is another token.
+# Routers choose experts. They are small, and rounding one could send a token to another expert.
 ROUTERS = frozenset(["gate", "router", "shared_expert_gate", "classifier"])
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A linear module of the model; `turned`: its weight is [columns, rows], as GPT-2 keeps them."""
+    """A linear module of the model; `turned`: its weight is [columns, rows], as in GPT-2."""
 
-    parent: Any  # the module that has it
-    attribute: str  # its name there
+    parent: Any  # the module that contains the linear module
+    attribute: str  # the linear module's name in its parent
     bias: nn.Parameter | None
     rows: int
     columns: int
@@ -41,7 +41,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """`tables`: embeddings that stay in their files, of which a token reads a row; mapped pages are not our memory."""
+    """How tensors are kept. `tables`: embeddings that stay in their files, whose mapped pages are not our memory."""
 
     quantize: str
     matrices: dict[str, Matrix]
@@ -58,7 +58,7 @@ class Keeping:
 
 
 def keeping(division: Division, found: Iterable[TensorRecipe], quantize: str) -> Keeping:
-    """`found` says how the model's tensors come from the files."""
+    """Decide how tensors are kept; `found` says how the model's tensors come from the files."""
     if not quantize:
         return Keeping(quantize, {}, frozenset())
     return Keeping(quantize, matrices(division), frozenset(_tables(division, found)))
@@ -78,7 +78,7 @@ def _tables(division: Division, found: Iterable[TensorRecipe]) -> Iterable[str]:
 
 
 def matrices(division: Division) -> dict[str, Matrix]:
-    """By the weight's name in the state dict."""
+    """The matrices that can be rounded, by the weight's name in the state dict."""
     head = division.model.get_output_embeddings()
     found: dict[str, Matrix] = {}
     good: dict[object, bool] = {}
@@ -96,7 +96,7 @@ def matrices(division: Division) -> dict[str, Matrix]:
 
 
 def _add(found: dict[str, Matrix], division: Division, root: Any, name: str, module: Any, prefix: str = "") -> None:
-    """`name` is the module's in `root`, with `prefix` in the model."""
+    """Add a module if it can be rounded; its name is `name` in `root`, and `prefix` + `name` in the model."""
     if type(module) not in (nn.Linear, Conv1D) or module.weight.dtype != division.dtype:
         return
     path, _, last = name.rpartition(".")
@@ -108,7 +108,7 @@ def _add(found: dict[str, Matrix], division: Division, root: Any, name: str, mod
 
 
 class _Stand(nn.Module):
-    """Multiplies nothing, and has no weight to be asked for."""
+    """A linear module without a weight: returns an output of the right shape."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class _Stand(nn.Module):
 
 
 def _only_multiplied(division: Division, number: int) -> bool:
-    """Whether a block runs without data though its matrices are no more than modules to call."""
+    """Whether a block only calls its linear modules and never uses their weights itself."""
     block = copy.deepcopy(division.blocks[number])
     for name, module in list(block.named_modules()):
         if type(module) in (nn.Linear, Conv1D):
@@ -127,7 +127,7 @@ def _only_multiplied(division: Division, number: int) -> bool:
             rows = module.weight.shape[0] if type(module) is nn.Linear else module.weight.shape[1]
             setattr(block.get_submodule(path), last, _Stand(rows))
     cache, error = run_block(division, number, block)
-    if isinstance(error, AttributeError):  # a weight was asked for
+    if isinstance(error, AttributeError):  # the block used a weight itself
         return False
-    # Routing of experts depends on values; attention has run by then, or the model is not divided.
+    # Routing of experts needs values and may fail; by then attention has run.
     return error is None or cache.state(number, division.dtype).token_bytes > 0

@@ -1,4 +1,4 @@
-"""A shard's tensors: mapped from safetensors files and copied into memory of ours, in the dtype computed in."""
+"""A shard's tensors: mapped from safetensors files and copied into our own memory, in the compute dtype."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from peerllm.engine.model.tensor_names import TensorRecipe
 from peerllm.engine.weights.checkpoint import mapped
 from peerllm.errors import ModelError
 
-ADDED_DTYPES = {  # numpy's, which torch does not take from it
+ADDED_DTYPES = {  # dtypes that torch cannot take from numpy arrays
     torch.bfloat16: ml_dtypes.bfloat16,
     torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
     torch.float8_e5m2: ml_dtypes.float8_e5m2,
 }
 
-# Tensors in memory by where they came from: an embedding and a head that share one on disk share it here too, also
-# between two shards of this process.
+# Loaded tensors by their place on disk: an embedding and a head that share a tensor there share it in memory too, even
+# if they belong to two shards of this process.
 _loaded: weakref.WeakValueDictionary[tuple[object, ...], torch.Tensor] = weakref.WeakValueDictionary()
 
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:
-    """The array's own memory, or a copy: torch knows none that must not be written to, or is not aligned."""
+    """The array as a tensor; a copy if the array is read-only or not aligned, which torch does not support."""
     own = np.require(array, requirements=("C", "W", "A"))
     for dtype, added in ADDED_DTYPES.items():
         if own.dtype == added:
@@ -38,7 +38,7 @@ def as_tensor(array: NDArray[Any]) -> torch.Tensor:
 
 
 def as_array(tensor: torch.Tensor) -> NDArray[Any]:
-    """The memory of a tensor of the processor's."""
+    """A tensor on the processor as an array over the same memory."""
     if tensor.dtype in ADDED_DTYPES:
         bits: NDArray[Any] = tensor.view(torch.int8 if tensor.itemsize == 1 else torch.int16).numpy()
         return bits.view(ADDED_DTYPES[tensor.dtype])
@@ -49,7 +49,7 @@ def as_array(tensor: torch.Tensor) -> NDArray[Any]:
 def load(
     recipe: TensorRecipe, sizes: Mapping[str, torch.Tensor], model: Any, count: Callable[[int], None]
 ) -> dict[str, torch.Tensor]:
-    """The tensors a recipe makes, in the dtypes of `sizes`; `count` is told of bytes read. ModelError if damaged."""
+    """Make a recipe's tensors, in the dtypes of `sizes`; `count` is called with bytes read. ModelError if damaged."""
     if recipe.converter is None:
         (name,), (_, source) = recipe.targets, recipe.sources[0]
         return {name: _shared(source, sizes[name].dtype, count)}
@@ -72,7 +72,7 @@ def _shared(source: TensorAt, dtype: torch.dtype, count: Callable[[int], None]) 
 
 
 def _stack(recipe: TensorRecipe, target: torch.Tensor, count: Callable[[int], None]) -> torch.Tensor | None:
-    """Experts kept one by one in the file, stacked (and their parts joined) in place. None for other conversions."""
+    """Stack experts that the file has one by one, joining their parts. None if the recipe is another conversion."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     first, *rest = recipe.converter.operations
@@ -100,7 +100,7 @@ def _stack(recipe: TensorRecipe, target: torch.Tensor, count: Callable[[int], No
 def _convert(
     recipe: TensorRecipe, sizes: Mapping[str, torch.Tensor], model: Any, count: Callable[[int], None]
 ) -> dict[str, torch.Tensor]:
-    """Any other conversion, by transformers' own operations."""
+    """Do any other conversion with transformers' own operations."""
     for pattern, source in recipe.sources:
         recipe.converter.add_tensor(recipe.targets[0], source.name, pattern, as_tensor(mapped(source)))
         count(source.nbytes)
@@ -113,6 +113,6 @@ def _convert(
         tensor, size = made[name][0] if isinstance(made[name], list) else made[name], sizes[name]
         if tensor.shape != size.shape:
             raise ModelError(f"tensor {name} has shape {list(tensor.shape)}; the model needs {list(size.shape)}")
-        # What was not computed with still lies in its file.
+        # The copy brings tensors that no operation touched out of their files into memory.
         result[name] = torch.empty(size.shape, dtype=size.dtype).copy_(tensor)
     return result

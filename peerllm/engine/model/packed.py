@@ -1,4 +1,4 @@
-"""Linear modules with rounded weights, filled from a tensor that may lie in its file."""
+"""Linear modules with rounded weights, filled from tensors that may still be in their files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from peerllm.engine.model.keeping import Matrix
 from peerllm.engine.model.loader import as_array
 from peerllm.engine.weights.rounding import block_of, packed_bytes, rounded
 
-PART_WEIGHTS = 16 << 20  # of a larger matrix so many make a product: onnxruntime holds a product twice while it is made
+PART_WEIGHTS = 16 << 20  # larger matrices are divided, since onnxruntime has a product in memory twice while it is made
 
 
 class Packed(nn.Module):
-    """In the place of a linear module; a bias stays a parameter."""
+    """Replaces a linear module. A bias stays a parameter."""
 
     def __init__(self, matrix: Matrix, bits: int, device: torch.device) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Packed(nn.Module):
         self._parts: list[Callable[[torch.Tensor], torch.Tensor]] = []
         self.nbytes = packed_bytes(matrix.rows, matrix.columns, bits)
         self.bias = matrix.bias
-        # A model's initialisation may reach for the weight; marked as it marks what is loaded, it is left alone.
+        # A model's initialisation may access the weight; marked as loaded, it is left alone.
         self.__dict__["weight"] = torch.empty(0)
         self.weight.__dict__["_is_hf_initialized"] = True
 
@@ -35,7 +35,7 @@ class Packed(nn.Module):
         return bool(self._parts)
 
     def fill(self, weight: torch.Tensor) -> None:
-        """Of the matrix no more than a part is there twice meanwhile, and a small piece in float32."""
+        """Round the matrix part by part: at most one part is in memory twice, and a small piece in float32."""
         block = block_of(self._columns)
         assert block is not None
         rows = weight.t() if self._turned else weight
@@ -48,10 +48,10 @@ class Packed(nn.Module):
                     else Unfolded(codes, scales, self._bits, self._device)
                 )
             del codes, scales
-            trim()  # what rounding left free would lie in holes between the tensors that stay
+            trim()  # else memory freed by rounding would stay as holes between the tensors
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[..., columns] to [..., rows]."""
+        """Multiply [..., columns] to [..., rows]."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         outs = [part(flat) for part in self._parts]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

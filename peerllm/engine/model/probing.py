@@ -1,4 +1,4 @@
-"""What each block keeps of a sequence, learnt by running it without data, and how far back a sequence can go then."""
+"""What each block keeps of a sequence, found by running it without data, and how far back a sequence can go."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from peerllm.engine.model.division import Division
 from peerllm.engine.state.layer_states import FULL, WINDOWED, LayerState, ProbeCache
 from peerllm.errors import ModelError
 
-STATIC_ROPE = frozenset(["default", "linear", "yarn", "llama3", "proportional"])  # others follow the longest position
+STATIC_ROPE = frozenset(["default", "linear", "yarn", "llama3", "proportional"])  # others follow the length
 
 
 def probe(division: Division, numbers: range) -> dict[int, LayerState]:
-    """What each of the blocks `numbers` (from 0) keeps of a sequence, learnt by running one block of each kind."""
+    """What each of the blocks `numbers` (from 0) keeps of a sequence; one block of each kind is run."""
     kinds, arguments = get_layer_types_and_kwargs(text_config(division.model.config))
     known: dict[object, LayerState] = {}
     states: dict[int, LayerState] = {}
@@ -36,7 +36,7 @@ def probe(division: Division, numbers: range) -> dict[int, LayerState]:
 
 
 def run_block(division: Division, number: int, block: nn.Module) -> tuple[ProbeCache, Exception | None]:
-    """`block` alone in the place of block `number`, without data: what it would keep, and what it failed with."""
+    """Run `block` alone as block `number`, without data: what it would keep, and the exception that ended it."""
     cache = ProbeCache(len(division.blocks), *get_layer_types_and_kwargs(text_config(division.model.config)))
     try:
         with stand_in(division.owner, division.attribute, ShardBlocks([block]), number):
@@ -53,12 +53,12 @@ def _probe_block(division: Division, number: int) -> LayerState:
     cache, error = run_block(division, number, block)
     hook.remove()
     state = cache.state(number, division.dtype)
-    # Routing of experts depends on values, so it may stop there; attention has mostly run by then.
+    # Routing of experts needs values, so the run may fail there; by then attention has mostly run.
     if error is None or state.token_bytes or state.state_bytes:
         return state
     if not given:
         raise ModelError(f"block {number} cannot be measured: {error}") from error
-    # Once more on zeros that are never written, hence take no memory.
+    # Run again, on zeros. Pages that are never written take no memory.
     real = copy.deepcopy(block).to_empty(device="cpu")
     for tensor in (*real.parameters(), *real.buffers()):
         tensor.data = torch.zeros_like(tensor)
@@ -77,12 +77,12 @@ def _real(value: Any) -> Any:
 
 
 def shape_key(block: nn.Module) -> tuple[object, ...]:
-    """Equal for blocks that are built alike."""
+    """A key that is equal for blocks with the same parameters."""
     return tuple((name, tuple(t.shape), t.dtype) for name, t in block.named_parameters())
 
 
 def reach_of(model: Any, kept: Mapping[int, LayerState]) -> Reach | None:
-    """Of a model with those states; None where a prompt in one run would be computed otherwise than going on."""
+    """How far back sequences can go; None if a prompt in one run would give other numbers than continuing a slot."""
     if any(_follows_length(module) or _bounds_runs(module) for module in model.modules()):
         return None
     rewinds = all(state.kind in (FULL, *WINDOWED) and not state.state_bytes for state in kept.values())
@@ -91,7 +91,7 @@ def reach_of(model: Any, kept: Mapping[int, LayerState]) -> Reach | None:
 
 
 def _follows_length(module: Any) -> bool:
-    """A rotary embedding that depends on how long the sequence is when a token is computed."""
+    """Whether a rotary embedding depends on how long the sequence is when a token is computed."""
     kinds = getattr(module, "rope_type", "default")
     if not set(kinds.values() if isinstance(kinds, dict) else [kinds]) <= STATIC_ROPE:
         return True
@@ -100,6 +100,6 @@ def _follows_length(module: Any) -> bool:
 
 
 def _bounds_runs(module: Any) -> bool:
-    """Mamba2's time step is bounded where tokens come in a run, and not where they come one at a time."""
+    """Whether a Mamba2 module bounds its time step: it does so for runs of tokens and not for single ones."""
     limit = getattr(module, "time_step_limit", None)
     return limit is not None and tuple(limit) != (0.0, math.inf)

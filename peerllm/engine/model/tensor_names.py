@@ -1,4 +1,4 @@
-"""From a checkpoint's tensor names to a model's own, by the renamings and fusions that transformers keeps."""
+"""From a checkpoint's tensor names to the model's, by transformers' own table of renamings and fusions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from peerllm.errors import ModelError
 
 @dataclass(slots=True)
 class TensorRecipe:
-    """How one or more tensors of the model (`targets`) come from tensors of the checkpoint, in order."""
+    """How one or more tensors of the model (`targets`) are made of tensors of the checkpoint, in order."""
 
     targets: tuple[str, ...]
-    converter: Any = None  # a WeightConverter of transformers; None: taken as it is
+    converter: Any = None  # a WeightConverter of transformers; None: the tensor is taken unchanged
     sources: list[tuple[str, TensorAt]] = field(default_factory=list)  # (the converter's pattern, tensor)
 
 
 def recipes(division: Division, tensors: Iterable[TensorAt]) -> list[TensorRecipe]:
-    """A recipe for every tensor of the model that the checkpoint's tensors can make; others of theirs are left out."""
+    """A recipe for every tensor of the model that the checkpoint has; other tensors of the checkpoint are ignored."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -53,7 +53,7 @@ def recipes(division: Division, tensors: Iterable[TensorAt]) -> list[TensorRecip
 
 
 def check(division: Division, found: list[TensorRecipe], needed: Iterable[str]) -> None:
-    """ModelError names the first of `needed` that no recipe makes, or whose shape does not fit."""
+    """ModelError if a recipe's shapes do not fit, or names the first of `needed` that no recipe makes."""
     sizes = division.sizes
     for recipe in found:
         want = [tuple(sizes[name].shape) for name in recipe.targets if name in sizes]

@@ -1,4 +1,4 @@
-"""Torch and transformers as the runtime's backend: any family that can be divided, on processors or an accelerator."""
+"""The backend in torch and transformers: any family that can be divided, on processors or an accelerator."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from peerllm.errors import BadInputError
 
 
 class TorchBackend:
-    """See base.Backend."""
+    """Implements base.Backend."""
 
     sampler: Sampler = SeededSampler()
     broken = BROKEN
@@ -42,8 +42,8 @@ class TorchBackend:
         self._settle()
         try:
             runtime = runtime_bytes(find(compute).device)
-            self._place = place = find(compute)  # what is free, with the libraries' share of its memory taken
-        except RuntimeError as error:  # such as a GPU that is too old for this torch
+            self._place = place = find(compute)  # again: free memory once the libraries have taken theirs
+        except RuntimeError as error:  # for example a GPU that is too old for this torch
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise BadInputError(f"--compute {compute} does not work here: {reason}") from error
         own = place.name, place.memory_bytes, place.free_bytes
@@ -65,19 +65,19 @@ class TorchBackend:
 
     def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
         self._settle()
-        # This thread's own time says little where it waits for an accelerator, or for other threads.
+        # This thread's CPU time leaves out other threads of ours and accelerators.
         alone = self._place.device == CPU and torch.get_num_threads() == 1
         clock = time.thread_time if alone else time.perf_counter
         return time_layers(message, TorchOutline(message, self._place.device), self.sampler, check, clock)
 
     def _settle(self) -> None:
-        """Torch counts threads by the thread that calls it."""
+        """Set torch's thread count, which torch keeps for each calling thread."""
         torch.set_num_threads(self._threads)
 
 
 def runtime_bytes(device: torch.device = CPU) -> int:
-    """Resident size of this process with all that a shard needs, before any is loaded."""
-    # The first model built brings in libraries and tables that every later one shares.
+    """Resident size of this process with everything that a shard needs, before any shard is loaded."""
+    # The first model that is built loads libraries and tables that all later ones share.
     tiny = (
         '{"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, '
         '"num_attention_heads": 1, "vocab_size": 8}'
@@ -86,5 +86,5 @@ def runtime_bytes(device: torch.device = CPU) -> int:
     probe(division, range(1))
     recipes(division, ())
     if device != CPU:
-        torch.mm(*(torch.ones(1, 1, device=device) for _ in range(2))).to(CPU)  # its driver's libraries
+        torch.mm(*(torch.ones(1, 1, device=device) for _ in range(2))).to(CPU)  # loads the driver's libraries
     return int(psutil.Process().memory_info().rss)

@@ -18,10 +18,10 @@ from peerllm.engine.state.layer_states import LayerState
 from peerllm.engine.weights.checkpoint import read_model
 from peerllm.types import BITS, TORCH_KERNELS, Layer, ModelProfile, WorkingSpace
 
-LIBRARY_BYTES = 340_000_000  # torch and transformers in an engine that starts without them (322 MB were seen)
+LIBRARY_BYTES = 340_000_000  # of torch and transformers, imported when first needed (322 MB were measured)
 HIDDEN_COPIES = 8  # vectors of the hidden size alive at once in a block: residual, norm, queries, keys, values, output
 WIDE_COPIES = 3  # vectors of its widest matrix: gate, up and their product
-KERNEL_BYTES = 1 << 20  # of a compiled product in 16-bit numbers (oneDNN 3.12: 0.6 to 0.8 MB and the holes they leave)
+KERNEL_BYTES = 1 << 20  # of a compiled 16-bit product (oneDNN 3.12: 0.6 to 0.8 MB, and holes in the heap)
 DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
 
 
@@ -59,7 +59,7 @@ def inspect_model(
 
 
 def working(division: Division, quantize: str) -> WorkingSpace:
-    """The mask of a chunk is one for all heads; fused attention keeps no scores."""
+    """What a pass needs beside weights and KV. All heads share a chunk's mask; fused attention keeps no scores."""
     language, itemsize = text_config(division.model.config), division.dtype.itemsize
     vocabulary = language.vocab_size
     matrices = [tensor for block in division.blocks for tensor in block.parameters() if tensor.dim() > 1]
@@ -109,5 +109,5 @@ def _layers(division: Division, made: set[str], kept: Keeping, hidden_size: int)
 
 
 def block_kinds(division: Division, states: dict[int, LayerState]) -> list[str]:
-    """See outline.kind_names."""
+    """The kind of each block, see outline.kind_names."""
     return kind_names([(states[number].kind, shape_key(block)) for number, block in enumerate(division.blocks)])

@@ -1,4 +1,4 @@
-"""Torch shards of made-up numbers: a model's layers in their true shapes, with KV room, for timing without weights."""
+"""Torch shards with made-up weights in a model's true shapes, to time its layers without its files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peerllm.errors import BadInputError, RefusedError
 
 
 class TorchOutline(outline.Sizes):
-    """See outline.Sizes; from config.json's text alone."""
+    """The sizes of a model's layers from config.json alone, and shards of them; see outline.Sizes."""
 
     def __init__(self, message: TimeLayers, device: torch.device = CPU) -> None:
         if message.dtype not in DTYPES:
@@ -48,7 +48,7 @@ class TorchOutline(outline.Sizes):
         )
 
     def build(self, mockup: Mockup) -> TorchShard:
-        """The shard; RefusedError where an accelerator keeps more than the tensors take."""
+        """Build the shard; RefusedError if an accelerator's memory does not suffice."""
         try:
             return self._build(mockup)
         except torch.OutOfMemoryError as error:

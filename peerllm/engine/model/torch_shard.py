@@ -1,4 +1,4 @@
-"""A shard: layers first..last of a model, loaded, with room for its sequences; a smaller model of the same kind."""
+"""A shard in torch: layers first..last of a model as a smaller model of the same kind, with room for sequences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from peerllm.transport.frames import TokenRun
 
 
 class TorchShard:
-    """See base.Shard. Segments run one after the other, through transformers' own modules."""
+    """Implements base.Shard. Segments run one after the other through transformers' own modules."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class TorchShard:
         self._device, self._turn = device, turn(device)
         self.first_layer, self.last_layer = first, last
         self.weights, self.weight_bytes = weights, sum(weights.values())
-        # Beside onnxruntime's threads torch's would spin, and take the processors from them.
+        # torch's threads would spin and take the processors from onnxruntime's.
         packed = any(isinstance(module, Packed) for module in division.model.modules())
         self._threads = 1 if packed and device == CPU else torch.get_num_threads()
         text = text_config(division.model.config)
@@ -71,7 +71,7 @@ class TorchShard:
         self._dynamic = [m for m in self._model.modules() if getattr(m, "rope_type", "") == "dynamic"]
 
     def _enter_at(self, module: nn.Module) -> None:
-        """Hidden states from the stage before take the place of what `module`, the first of this shard, is given."""
+        """Let `module`, the first of this shard, take the hidden states of the stage before as its input."""
 
         def swap(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
@@ -138,7 +138,7 @@ class TorchShard:
             given["inputs_embeds"] = self._entering = inputs.to(self._device, self.dtype).unsqueeze(0)
         if wanted:
             given["logits_to_keep"] = 1
-        for module in self._dynamic:  # its scale follows the longest sequence seen; each is to have its own
+        for module in self._dynamic:  # reset: else the scale would follow the longest sequence so far
             module.max_seq_len_cached = module.original_max_seq_len + 1
         self.blocks.begun = False
         try:
@@ -160,7 +160,7 @@ class TorchShard:
 
 
 def _with_plain_strides(_: nn.Module, args: tuple[Any, ...]) -> Any:
-    """The last row cut out of many keeps their stride, for which torch copies the whole output matrix (seconds)."""
+    """Give a cut-out row plain strides: with those of its source torch copies the whole output matrix (seconds)."""
     hidden = args[0]
     return (hidden.reshape(-1, hidden.shape[-1]).view(hidden.shape), *args[1:])
 

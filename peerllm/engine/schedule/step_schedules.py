@@ -1,4 +1,4 @@
-"""Which steps enter the first stage as one batch, and when (design §5.4). Pure.
+"""Which steps enter the first stage as one batch, and when (ADR 9). Pure.
 
 No stage merges or splits a batch of steps, so what is decided here, on the source, holds for the whole lap. When n
 sequences decode, `batches_of` says how many batches are under way, each with an even share of them (n // batches, or

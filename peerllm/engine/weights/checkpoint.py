@@ -23,8 +23,8 @@ FILE_DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "BOOL": np.dtype("?"),
     "I64": np.dtype("i8"), "I32": np.dtype("i4"), "I16": np.dtype("i2"), "I8": np.dtype("i1"), "U8": np.dtype("u1"),
 }  # fmt: skip
-COMPUTED = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}  # the dtype each is computed in
-COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: what "auto" means for this model, whatever its file holds
+COMPUTED = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}  # file dtype: compute dtype
+COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: this model's "auto", whatever its files hold
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 MAX_JSON_BYTES = 64 << 20  # an index of some hundred thousand tensors
 MAX_DIMENSIONS = 8
@@ -67,7 +67,7 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def _inside(model_dir: Path, name: str) -> Path:
-    """A plain file name of the directory. Its target may be a link elsewhere, as in the hub's cache."""
+    """The path of a plain file name in the directory. It may be a link elsewhere, as in the hub's cache."""
     path = model_dir / name
     if Path(name).name != name or name in ("", ".", "..") or "\\" in name or path.suffix != ".safetensors":
         raise ModelError(f"the index names {name!r}, which is no safetensors file of the model's directory")
@@ -128,7 +128,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorA
 
 
 def mapped(tensor: TensorAt) -> npt.NDArray[Any]:
-    """The file's own numbers: its pages are the system's, no memory of ours. What is written to them stays here."""
+    """The tensor mapped from its file: the pages belong to the system. Writes to the array never reach the file."""
     name = Path(tensor.path).name
     try:
         if Path(tensor.path).stat().st_size < tensor.offset + tensor.nbytes:
@@ -143,8 +143,8 @@ class ModelFiles:
     """A model directory without its weights, and the form in which it was asked for."""
 
     directory: Path
-    config: str  # config.json's text ...
-    values: Mapping[str, Any]  # ... and what it says
+    config: str  # config.json's text
+    values: Mapping[str, Any]  # config.json, parsed
     tensors: Mapping[str, TensorAt]
     dtype: str  # to compute in
     quantize: str  # see `resolve`
@@ -164,7 +164,7 @@ class ModelFiles:
 
 
 def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bool) -> ModelFiles:
-    """`dtype` and `quantize` may be "auto", for what suits the files and where they are computed with."""
+    """Read a model directory. "auto" for `dtype` or `quantize` chooses by the files and by where they are computed."""
     directory = Path(model_dir).expanduser()
     if not directory.is_dir():
         raise ModelError(f"{directory} is no directory")
@@ -184,7 +184,7 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
 
 
 def compute_dtype(wanted: str, config: Mapping[str, Any], tensors: Iterable[TensorAt]) -> str:
-    """The dtype to compute in. "auto" is what config.json's own key says, else what most bytes of the files hold."""
+    """The dtype to compute in; "auto" is config.json's COMPUTE_DTYPE_KEY, else the dtype of most bytes in the files."""
     if wanted == "auto":
         held: Counter[str] = Counter()
         for tensor in tensors:
@@ -197,9 +197,9 @@ def compute_dtype(wanted: str, config: Mapping[str, Any], tensors: Iterable[Tens
 
 
 def resolve(quantize: str, dtype: str, accelerator: bool) -> str:
-    """What matrices are rounded to ("" is nothing) where "auto", "none" or one of BITS is asked for.
+    """What matrices are rounded to ("": they are not) if "auto", "none" or a key of BITS is asked for.
 
-    "auto" rounds what is computed in 16 bits to int8 on processors, where that is twice as fast.
+    "auto" rounds 16-bit models to int8 on processors, where that is twice as fast.
     """
     if quantize == "auto":
         return "" if accelerator or dtype == "float32" else "int8"

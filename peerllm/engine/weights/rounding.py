@@ -1,4 +1,4 @@
-"""Weights to whole numbers: symmetric, a scale for each block of neighbours in a row (as GGML's Q4_0 and Q8_0 do)."""
+"""Rounding weights to whole numbers, with one scale for each block of neighbours in a row (as GGML's Q4_0, Q8_0)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCKS = (128, 64, 32)  # weights that share a scale: the first that divides a row's length
-PIECE_BYTES = 1 << 19  # of float32 rows that are rounded at once: they stay in the processor's cache
-SESSION_BYTES = 160 << 10  # onnxruntime's for one matrix, however small
-BLOCK_BYTES = 12  # a block's scale, twice, and the sum of its codes: what onnxruntime's product keeps of it
-LEAST = 1e-37  # smaller weights are rounded to nothing: their scale has no reciprocal
-MAGIC = 1.5 * 2**23  # what is added to such a float32 is rounded to a whole number, which lies in its last bits
+PIECE_BYTES = 1 << 19  # of float32 rows rounded at once, so that they stay in the processor's cache
+SESSION_BYTES = 160 << 10  # onnxruntime's overhead for one matrix of any size
+BLOCK_BYTES = 12  # onnxruntime keeps a block's scale twice, and the sum of its codes
+LEAST = 1e-37  # smaller weights become zero, since their scale has no finite reciprocal
+MAGIC = 1.5 * 2**23  # float32: adding to it rounds a number to a whole one, in the sum's last bits
 
 
 def block_of(columns: int) -> int | None:
-    """How many weights share a scale; None: such a matrix is not rounded."""
+    """How many weights share a scale; None if matrices with so many columns are not rounded."""
     return next((block for block in BLOCKS if columns % block == 0), None)
 
 
@@ -28,11 +28,11 @@ def packed_bytes(rows: int, columns: int, bits: int) -> int:
 
 
 def rounded(rows: NDArray[Any], bits: int, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Of rows [n, columns] in any float type: codes, and float32 scales [n, columns / block].
+    """Round rows [n, columns] of any float type: codes, and float32 scales [n, columns / block].
 
     Codes are uint8: [n, columns], or of 4 bits [n, columns / 2], two in a byte, the first in the lower half.
-    weight ≈ (code - zero) · scale, with a zero of 2^(bits-1). The scale maps the weight of the largest magnitude, with
-    its sign, to the least code: the range is used to its end, which has one code more.
+    weight ≈ (code - zero) · scale, where zero is 2^(bits-1). There is one code more below zero than above, so the scale
+    (which may be negative) maps the weight of the largest magnitude to code 0.
     """
     count, columns = rows.shape
     codes = np.empty((count, columns * bits // 8), np.uint8)
@@ -54,9 +54,9 @@ def rounded(rows: NDArray[Any], bits: int, block: int) -> tuple[NDArray[np.uint8
 
 
 def _largest(blocks: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of each block the first of those with the largest magnitude, with its sign."""
+    """Each block's weight of the largest magnitude, with its sign; the first of equals."""
     high, low = blocks.reshape(-1), blocks.reshape(-1)
-    while len(high) > len(blocks):  # by pairs: numpy's own reduction of short rows is four times slower
+    while len(high) > len(blocks):  # halves the array: numpy's own reduction of short rows is four times slower
         high, low = np.maximum(high[0::2], high[1::2]), np.minimum(low[0::2], low[1::2])
     largest = np.where(high > -low, high, low)
     both = np.flatnonzero(high == -low)

@@ -43,13 +43,13 @@ async function* parts(path, body, separator, signal) {
   }
 }
 
-/** Lines of JSON; throws at the one that holds an error, and if the last is missing. */
+/** Lines of JSON, the last one with "ok"; throws at one that holds an error, and if the last is missing. */
 export async function* lines(path, body) {
   for await (const line of parts(path, body, "\n")) {
     const object = JSON.parse(line);
     if (object.error) throw new Error(object.error.message);
-    if (object.ok) return;
     yield object;
+    if (object.ok) return;
   }
   throw new Error("The connection to the device broke.");
 }

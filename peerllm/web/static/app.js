@@ -2,10 +2,11 @@
 
 import { get, lines, post } from "./api.js";
 import { Conversation } from "./chat.js";
-import { byId, make } from "./dom.js";
-import { busy, draw, drawInvitation, drawProgress, endProgress } from "./household.js";
+import { byId, make, update } from "./dom.js";
+import { draw, drawInvitation, drawNotices, nameOf } from "./household.js";
 
 const BUILTIN = "builtin";
+const ANSWERING = new Set(["planning", "loading", "serving"]); // a question asked earlier waits for the model
 const EXAMPLES = [
   ["Turn on the light in the kitchen", "a smart-home command"],
   ["What is 27 + 15?", "a sum"],
@@ -15,8 +16,9 @@ const EXAMPLES = [
 
 if (new URLSearchParams(location.search).has("token")) history.replaceState(null, "", location.pathname);
 
-const state = { status: null, models: [], running: false };
-const conversation = new Conversation(update);
+const state = { status: null, models: [] };
+const notices = new Map(); // by model or by what failed: { title, message, devices } or { error }
+const conversation = new Conversation(refresh);
 const field = byId("prompt");
 
 function banner(text) {
@@ -26,93 +28,106 @@ function banner(text) {
 
 const chosen = () => state.models.find((model) => model.id === byId("model").value);
 
-function reasonNotToSend() {
+const ready = () => ANSWERING.has(chosen()?.state);
+
+function whatToKnow() {
   const model = chosen();
   if (!state.status) return "Connecting to this device …";
-  if (!model) return "";
-  if (model.state !== "serving") return `${model.id} is ${model.state}${model.reason ? `: ${model.reason}` : ""}`;
-  return "";
+  if (!model || model.state === "serving") return "";
+  const detail = model.reason || model.message;
+  return `${model.id} is ${model.state}${detail ? `: ${detail}` : ""}${ready() ? ". You can ask now; the answer comes when it serves." : ""}`;
 }
 
-function update() {
+function refresh() {
   const writing = conversation.writing;
-  const ready = chosen()?.state === "serving";
   byId("send").hidden = writing;
-  byId("send").disabled = !ready || !field.value.trim();
+  byId("send").disabled = !ready() || !field.value.trim();
   byId("stop").hidden = !writing;
   byId("new").disabled = !conversation.messages.length;
-  field.placeholder = ready ? "Write a message" : chosen() ? "The model cannot answer now" : "No model is serving yet";
-  busy(writing);
+  field.placeholder = ready() ? "Write a message" : chosen() ? "The model cannot answer now" : "No model is serving yet";
+  document.body.classList.toggle("busy", writing); // light runs over the layers
   const away = (state.status?.devices ?? []).filter((device) => ["offline", "lost"].includes(device.state)).map((device) => device.name);
-  banner(reasonNotToSend() || (away.length ? `Not here now: ${away.join(", ")}` : ""));
-  welcome(ready);
+  banner(whatToKnow() || (away.length ? `Not here now: ${away.join(", ")}` : ""));
+  if (state.status) welcome();
 }
 
 function drawModels() {
   const picker = byId("model");
   const before = picker.value;
-  picker.replaceChildren(...state.models.map((model) => make("option", { value: model.id }, model.id)));
+  update(picker, ...state.models.map((model) => make("option", { value: model.id, key: model.id }, model.id)));
   if (state.models.some((model) => model.id === before)) picker.value = before;
   picker.parentElement.hidden = !state.models.length;
 }
 
-let welcomed = "";
-
-function welcome(ready) {
+function welcome() {
   const box = byId("welcome");
   box.hidden = conversation.messages.length > 0;
-  const elsewhere = (state.status?.deployments ?? []).filter((one) => one.state === "serving" && one.coordinator !== state.status.device.name);
-  const kind = JSON.stringify([chosen()?.id, ready, state.running, !state.status, elsewhere.map((one) => [one.model, one.coordinator])]);
-  if (kind === welcomed || !state.status) return;
-  welcomed = kind;
-  if (!chosen()) box.replaceChildren(...noModel(elsewhere));
-  else if (chosen().id === BUILTIN) box.replaceChildren(...builtin(ready));
-  else box.replaceChildren(make("h2", {}, "Ask your household"), make("p", {}, `${chosen().id} runs on the devices you see here. Nothing you write leaves them.`));
+  const model = chosen();
+  if (!model) update(box, ...noModel());
+  else if (model.model === BUILTIN) update(box, ...builtin());
+  else update(box, make("h2", {}, "Ask your household"), make("p", {}, `${model.id} runs on the devices you see here. Nothing you write leaves them.`));
 }
 
-function noModel(elsewhere) {
+function noModel() {
+  const elsewhere = state.status.deployments.find((one) => one.state === "serving" && one.coordinator !== state.status.device.name);
+  const starting = isStarting(BUILTIN);
   return [
     make("h2", {}, "No model runs on this device yet"),
     make("p", {}, "peerllm divides one model over the devices of your household. Start with the small built-in one, or run a larger one by its name."),
-    elsewhere.length && make("p", {}, `To talk to ${elsewhere[0].model}, open the page of ${elsewhere[0].coordinator}: a model answers on the device it was started on.`),
-    make("div", {}, make("button", { type: "button", disabled: state.running, onclick: () => run(BUILTIN) }, state.running ? "Starting …" : "Start the built-in model")),
-  ].filter(Boolean);
+    elsewhere && make("p", {}, `To talk to ${nameOf(elsewhere)}, open the page of ${elsewhere.coordinator}: a model answers on the device it was started on.`),
+    make("div", { key: "start" }, make("button", { type: "button", disabled: starting, onclick: () => run(BUILTIN) }, starting ? "Starting …" : "Start the built-in model")),
+  ];
 }
 
-function builtin(ready) {
+function builtin() {
   return [
     make("h2", {}, "A very small model, divided over your devices"),
     make("p", {}, "The built-in model is a demonstration. It was trained on generated dialogues only: smart-home commands, sums, questions about itself, stories. Its answers are often wrong. Load a larger model for real work."),
     make("div", { className: "examples" }, ...EXAMPLES.map(([text, what]) =>
-      make("button", { type: "button", disabled: !ready, onclick: () => send(text) }, text, make("small", {}, what)))),
+      make("button", { type: "button", disabled: !ready(), onclick: () => send(text) }, text, make("small", {}, what)))),
   ];
 }
 
-async function run(model) {
-  if (state.running) return;
-  state.running = true;
-  update();
-  let problem = "";
-  try {
-    drawProgress(model, { message: "asking the devices" });
-    for await (const line of lines("/peerllm/v1/run", { model })) drawProgress(model, line);
-    await refreshModels();
-    byId("model").value = model;
-  } catch (error) {
-    problem = `${model} does not run: ${error.message}`;
-  }
-  endProgress(problem);
-  state.running = false;
-  update();
+function notice(key, value) {
+  if (value) notices.set(key, value);
+  else notices.delete(key);
+  drawNotices(notices, (one) => notice(one, null));
+  refresh();
 }
 
-async function stop(model) {
+const isStarting = (model) => notices.has(model) && !notices.get(model).error;
+
+async function run(model) {
+  if (isStarting(model)) {
+    notice(model, { ...notices.get(model), title: `${model} is being started already` });
+    return;
+  }
+  notice(model, { title: `Starting ${model}`, message: "asking the devices" });
   try {
-    await post("/peerllm/v1/stop", { model });
+    let name = model;
+    for await (const line of lines("/peerllm/v1/run", { model })) {
+      if (line.ok) name = line.name ?? model;
+      else notice(model, { title: notices.get(model).title, ...line });
+    }
+    await refreshModels();
+    byId("model").value = name;
+    notice(model, null);
   } catch (error) {
-    endProgress(error.message);
+    notice(model, { error: `${model} does not run: ${error.message}` });
   }
 }
+
+/** Does it, and shows why it could not be done. */
+async function attempt(what, work) {
+  try {
+    await work();
+    notice(what, null);
+  } catch (error) {
+    notice(what, { error: error.message });
+  }
+}
+
+const stop = (model) => attempt(`stop ${model}`, () => post("/peerllm/v1/stop", { model }));
 
 async function refreshModels() {
   state.models = (await get("/v1/models")).data;
@@ -120,7 +135,7 @@ async function refreshModels() {
 }
 
 function send(text) {
-  if (conversation.writing || chosen()?.state !== "serving" || !text.trim()) return;
+  if (conversation.writing || !ready() || !text.trim()) return;
   field.value = "";
   grow();
   conversation.ask(chosen().id, text.trim());
@@ -130,7 +145,7 @@ function send(text) {
 function grow() {
   field.style.height = "auto";
   field.style.height = `${field.scrollHeight}px`;
-  update();
+  refresh();
 }
 
 function toggle(open) {
@@ -147,18 +162,13 @@ field.addEventListener("keydown", (event) => {
 });
 byId("form").addEventListener("submit", (event) => { event.preventDefault(); send(field.value); });
 byId("stop").addEventListener("click", () => conversation.stop());
-byId("new").addEventListener("click", () => { conversation.clear(); update(); field.focus(); });
-byId("model").addEventListener("change", update);
+byId("new").addEventListener("click", () => { conversation.clear(); refresh(); field.focus(); });
+byId("model").addEventListener("change", refresh);
 byId("toggle").addEventListener("click", () => toggle(!byId("household").classList.contains("open")));
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") toggle(false); });
 byId("run-form").addEventListener("submit", (event) => { event.preventDefault(); run(byId("run-model").value.trim()); });
-byId("invite").addEventListener("click", async () => {
-  try {
-    drawInvitation(await post("/peerllm/v1/invite"), location.hostname === "127.0.0.1" ? "ADDRESS" : location.hostname);
-  } catch (error) {
-    endProgress(error.message);
-  }
-});
+byId("invite").addEventListener("click", () => attempt("invite", async () =>
+  drawInvitation(await post("/peerllm/v1/invite"), location.hostname === "127.0.0.1" ? "ADDRESS" : location.hostname)));
 
 const events = new EventSource("/peerllm/v1/events");
 events.addEventListener("message", async (event) => {
@@ -170,7 +180,7 @@ events.addEventListener("message", async (event) => {
     banner(error.message);
     return;
   }
-  update();
+  refresh();
 });
 events.addEventListener("error", () => {
   state.status = null;

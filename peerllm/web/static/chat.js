@@ -67,6 +67,7 @@ export class Conversation {
       for await (const chunk of chat({ model, messages: mine, return_token_ids: true }, abort.signal)) {
         if (chunk.comment) {
           if (chunk.comment.startsWith("queued")) waiting.textContent = `waiting, place ${chunk.comment.slice(7)} in the queue …`;
+          else waiting.textContent = chunk.comment === "working" ? "thinking …" : `${chunk.comment} …`;
           continue;
         }
         const choice = chunk.choices[0];

@@ -1,6 +1,6 @@
 // Devices, who holds which layers, and how a model is loading.
 
-import { bar, byId, bytes, count, make } from "./dom.js";
+import { bar, byId, bytes, count, make, update } from "./dom.js";
 
 const COLOURS = 8;
 const GOOD = new Set(["serving", "online"]);
@@ -10,11 +10,21 @@ const LOADING = new Set(["planning", "loading"]);
 const badge = (state) =>
   make("span", { className: `badge ${GOOD.has(state) ? "good" : BAD.has(state) ? "bad" : "warn"}` }, state);
 
-/** A colour for each device that stays the same while the household does. */
-function colours(status) {
-  const order = status.devices.map((device) => device.name);
-  return (name) => `var(--d${Math.max(0, order.indexOf(name)) % COLOURS})`;
+/** A device's colour follows its id, so it is the same on every device's page; a colour that is taken makes way to the next. */
+function colours(devices) {
+  const found = new Map();
+  const taken = new Set();
+  for (const device of [...devices].sort((a, b) => (a.id < b.id ? -1 : 1))) {
+    let place = Number.parseInt(device.id.slice(0, 8), 16) % COLOURS;
+    while (taken.has(place) && taken.size < COLOURS) place = (place + 1) % COLOURS;
+    taken.add(place);
+    found.set(device.name, `var(--d${place})`);
+  }
+  return (name) => found.get(name) ?? "var(--soft)";
 }
+
+/** What people and clients call a deployment. */
+export const nameOf = (deployment) => deployment.name || deployment.model;
 
 const stagesOf = (deployment) => deployment.plan?.stages ?? [];
 
@@ -55,6 +65,7 @@ function rounded(deployment) {
 
 function figures(deployment) {
   const found = [];
+  if (deployment.context) found.push(`context ${deployment.context.toLocaleString("en")} tokens`);
   const predicted = deployment.plan?.predicted?.tokens_per_second;
   const measured = deployment.measured?.tokens_per_second;
   if (predicted) found.push(`predicted ${predicted.toFixed(0)} tokens/s`);
@@ -66,43 +77,45 @@ function figures(deployment) {
 function card(deployment, status, colour, stop) {
   const away = new Set(status.devices.filter((device) => BAD.has(device.state)).map((device) => device.name));
   const mine = deployment.coordinator === status.device.name;
-  return make("section", { className: "card" },
-    make("div", { className: "row" }, make("h2", {}, deployment.model), badge(deployment.state)),
-    deployment.reason ? make("p", { className: "reason" }, deployment.reason) : null,
-    LOADING.has(deployment.state) ? bar(deployment.progress, "loading") : null,
+  const name = nameOf(deployment);
+  const loading = LOADING.has(deployment.state);
+  return make("section", { className: "card", key: deployment.id },
+    make("div", { className: "row", key: "head" }, make("h2", { title: deployment.model }, name), badge(deployment.state)),
+    deployment.reason ? make("p", { className: "reason", key: "reason" }, deployment.reason) : null,
+    loading && deployment.message ? make("p", { className: "quiet", key: "message" }, deployment.message) : null,
+    loading ? bar(deployment.progress, `${name}, ${Math.round(100 * deployment.progress)} % done`) : null,
     ...(stagesOf(deployment).length ? layers(deployment, colour, away) : []),
     weights(deployment),
     rounded(deployment),
     figures(deployment),
-    mine && make("button", { className: "plain small", type: "button", onclick: () => stop(deployment.model) }, "Stop this model"));
+    mine && make("button", { className: "plain small", type: "button", key: "stop", onclick: () => stop(name) }, "Stop this model"));
 }
 
-
 function deviceItem(device, status, colour) {
-  const taken = device.promised_bytes ?? 0;
+  const used = device.used_bytes ?? device.promised_bytes ?? 0;
   const away = BAD.has(device.state);
-  const facts = [`${bytes(taken)} used of ${bytes(device.lent_bytes)} lent`];
+  const facts = [`${bytes(used)} used of ${bytes(device.lent_bytes)} lent`];
   if (device.rtt_ms > 0 && !away) facts.push(`${device.rtt_ms.toFixed(1)} ms away`);
   const place = device.compute?.place;
   if (place && place !== "cpu") facts.push(`computes on ${place}`);
   if (device.engine && device.engine !== "running" && !away) facts.push(`engine ${device.engine}`);
-  return make("li", { className: away ? "away" : "", vars: { "--device": colour(device.name) } },
+  return make("li", { className: away ? "away" : "", key: device.id, vars: { "--device": colour(device.name) } },
     make("div", { className: "row" },
       make("span", { className: "dot" }),
       make("span", { className: "name" }, device.name),
       device.id === status.device.id && make("span", { className: "here" }, "this device"),
       badge(device.state)),
-    bar(taken / device.lent_bytes, `${device.name}: ${facts[0]}`),
+    bar(used / device.lent_bytes, `${device.name}: ${facts[0]}`),
     make("p", { className: "quiet" }, facts.join(" · ")),
     device.problem ? make("p", { className: "reason" }, device.problem) : null);
 }
 
 /** Draws the whole household; `stop` is called with a model's name. */
 export function draw(status, stop) {
-  const colour = colours(status);
-  byId("devices").replaceChildren(...status.devices.map((device) => deviceItem(device, status, colour)));
+  const colour = colours(status.devices);
+  update(byId("devices"), ...status.devices.map((device) => deviceItem(device, status, colour)));
   const shown = status.deployments.filter((one) => one.state !== "stopped");
-  byId("deployments").replaceChildren(...shown.map((one) => card(one, status, colour, stop)));
+  update(byId("deployments"), ...shown.map((one) => card(one, status, colour, stop)));
   byId("toggle-text").textContent = count(status.devices.length, "device");
   const nearby = (status.nearby ?? []).map((one) => one.name);
   byId("nearby").hidden = !nearby.length;
@@ -110,26 +123,16 @@ export function draw(status, stop) {
   byId("about").textContent = `peerllm ${status.version ?? ""}`;
 }
 
-/** Lets light run over the layers while an answer is being written. */
-export function busy(writing) {
-  for (const one of document.querySelectorAll(".layers")) one.classList.toggle("busy", writing);
-}
-
-/** How far a model's loading is, one bar per device. */
-export function drawProgress(model, line) {
-  const box = byId("progress");
-  box.hidden = false;
-  box.replaceChildren(make("div", { className: "card" },
-    make("h2", {}, `Loading ${model}`),
-    make("p", { className: "quiet" }, line.message || line.state || ""),
-    ...Object.entries(line.devices ?? {}).map(([name, share]) =>
-      make("div", {}, make("p", { className: "quiet" }, `${name}, ${Math.round(100 * share)} %`), bar(share, `${name} loaded`)))));
-}
-
-export function endProgress(error) {
-  const box = byId("progress");
-  box.hidden = !error;
-  if (error) box.replaceChildren(make("div", { className: "card" }, make("p", { className: "error" }, error)));
+/** What was asked of the device and goes on, or went wrong: a card for each; `dismiss` is called with its key. */
+export function drawNotices(notices, dismiss) {
+  const box = byId("notices");
+  box.hidden = !notices.size;
+  update(box, ...[...notices].map(([key, one]) => make("div", { className: "card", key },
+    one.error ? make("p", { className: "error", role: "alert", key: "error" }, one.error) : make("h2", { key: "title" }, one.title),
+    one.error ? null : make("p", { className: "quiet", key: "message" }, one.message || ""),
+    ...Object.entries(one.devices ?? {}).map(([name, share]) => make("div", { key: `device ${name}` },
+      make("p", { className: "quiet" }, `${name}, ${Math.round(100 * share)} %`), bar(share, `${name} loaded`))),
+    one.error && make("button", { className: "plain small", type: "button", key: "dismiss", onclick: () => dismiss(key) }, "Dismiss"))));
 }
 
 /** The code for another device, big enough to read across a room. */

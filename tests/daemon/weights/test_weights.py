@@ -162,6 +162,26 @@ async def test_a_link_that_never_carries_a_byte_is_given_up(store, link, checkpo
     assert len(link.asked) == module.MAX_CUTS
 
 
+async def test_only_cuts_in_a_row_without_a_byte_between_them_count(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CUT_WAIT_S", 0.0)
+    tensor, parts = checkpoint[2], [*[0] * (module.MAX_CUTS - 1), 1] * 3
+    asked = []
+
+    async def get(device, path, offset, length):
+        asked.append(offset)
+        some = parts.pop(0) if parts else length
+        yield held(tensor)[offset : offset + some]
+        if some < length:
+            raise LinkError("the link broke")
+
+    wanted = digest(tensor)
+    await WeightStore(tmp_path / "weights", get).fetch(D, SOURCE, [wanted], quiet)
+    assert len(asked) == 3 * module.MAX_CUTS + 1 and asked[-1] == 3
+    parts[:] = [0] * module.MAX_CUTS
+    with pytest.raises(UnavailableError, match="the link broke"):
+        await WeightStore(tmp_path / "others", get).fetch(D, SOURCE, [wanted], quiet)
+
+
 async def test_wrong_bytes_are_fetched_again_once(store, link, checkpoint):
     link.spoil = 1
     wanted = digest(checkpoint[2])
@@ -189,6 +209,13 @@ async def test_a_damaged_partial_file_heals(store, link, checkpoint, tmp_path):
         await store.fetch(D, SOURCE, [wanted], quiet)
         assert hash_range(store.path(wanted.sha256), 0, wanted.nbytes) == wanted.sha256
         store.path(wanted.sha256).unlink()
+
+
+async def test_a_partial_file_that_is_complete_needs_nothing_more(store, link, checkpoint, tmp_path):
+    wanted = digest(checkpoint[2])
+    (tmp_path / "weights" / "partial" / wanted.sha256).write_bytes(held(checkpoint[2]))
+    await store.fetch(D, SOURCE, [wanted], quiet)
+    assert not link.asked and store.path(wanted.sha256).read_bytes() == held(checkpoint[2])
 
 
 async def test_a_withdrawn_offer_is_gone_and_a_path_is_no_name(store, link, checkpoint):
@@ -254,6 +281,21 @@ async def test_pruning_takes_the_longest_unused_and_never_what_is_used(link, che
     assert store.path(small.sha256).exists()
 
 
+async def test_nothing_is_pruned_up_to_the_bound_and_what_was_used_again_goes_last(link, checkpoint, tmp_path):
+    store = WeightStore(tmp_path / "weights", link.get, max_bytes=250_000)
+    small, large = digest(checkpoint[2]), digest(checkpoint[3])
+    await store.fetch(D, SOURCE, [small, large], quiet)
+    store.forget(D)
+    assert await store.prune() == 0, "exactly as much as may be kept"
+    os.utime(store.path(large.sha256), (1, 1))
+    os.utime(store.path(small.sha256), (2, 2))
+    await store.fetch("e" * 32, SOURCE, [large], quiet)
+    store.forget("e" * 32)
+    store._max_bytes -= 1
+    assert await store.prune() == small.nbytes
+    assert store.path(large.sha256).exists()
+
+
 async def test_digests_are_computed_once_per_version_of_a_file(checkpoint, tmp_path, monkeypatch):
     digests = Digests(tmp_path / "digests.json")
     first = await digests.of(checkpoint, quiet)
@@ -266,6 +308,32 @@ async def test_digests_are_computed_once_per_version_of_a_file(checkpoint, tmp_p
     again = await digests.of(checkpoint, quiet)
     key = (checkpoint[3].path, checkpoint[3].offset, 200_000)
     assert again[key] == digest(checkpoint[3]).sha256 != first[key]
+
+
+async def test_of_too_many_files_the_longest_known_are_hashed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("peerllm.daemon.weights.digests.MAX_FILES", 2)
+    hashed = []
+
+    def hashing(path, offset, nbytes, halt):
+        hashed.append(Path(path).name)
+        return hash_range(path, offset, nbytes, halt)
+
+    monkeypatch.setattr("peerllm.daemon.weights.digests.hash_range", hashing)
+    tensors = {}
+    for name in "abc":
+        (tmp_path / name).write_bytes(bytes(20))
+        tensors[name] = TensorAt(name, "U8", (20,), str(tmp_path / name), 0, 20)
+    digests = Digests(tmp_path / "digests.json")
+
+    async def of(names):
+        del hashed[:]
+        await digests.of([tensors[name] for name in names], quiet)
+        return "".join(hashed)
+
+    assert await of("ab") == "ab" and await of("ba") == ""
+    change(tensors["a"])
+    assert await of("a") == "a", "it is the newest now"
+    assert await of("c") == "c" and await of("ac") == "" and await of("b") == "b"
 
 
 async def test_a_short_or_missing_file_is_a_clear_line(checkpoint, tmp_path):

@@ -6,8 +6,10 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from peerllm.planner.cost import Lap, lap_of, merged
-from peerllm.planner.simulator import Run, simulate
+from peerllm.planner.cost.layer_costs import stages_of
+from peerllm.planner.cost.prediction import Lap, lap_of
+from peerllm.planner.simulator.run_report import SimulatedRun
+from peerllm.planner.simulator.simulation import simulate
 from peerllm.types import DeviceProfile, Layer, LinkProfile, Medium, ModelProfile, Stage, Workload
 
 Shape = Literal["once", "head", "visits"]  # each device once; the source holds the head too; any layer anywhere
@@ -25,7 +27,7 @@ class Ring:
     def where(self):
         return self.model, self.devices, self.links, self.stages
 
-    def run(self, work: Workload | None = None, **how) -> Run:
+    def run(self, work: Workload | None = None, **how) -> SimulatedRun:
         return simulate(*self.where, work or Workload(), media=self.media, **how)
 
     def lap(self, batch: int = 1) -> Lap:
@@ -63,7 +65,7 @@ def at_random(seed: int, shape: Shape = "once", shared: bool = False) -> tuple[R
     if shape == "head":
         stages.append(Stage("d0", size - 1, size - 1))
     if shape == "visits":
-        stages = list(merged(["d0", "d0", *(r.choice(names) for _ in range(size - 2))]))
+        stages = list(stages_of(["d0", "d0", *(r.choice(names) for _ in range(size - 2))]))
     blocks = (Layer(f"b{i}", "block", 0, 0, r.choice([512, 4096, 16384])) for i in range(size - 2))
     model = ModelProfile("m", (Layer("e", "embedding", 0, 0, 4096), *blocks, Layer("h", "head", 0, 0, 4)))
     devices = {}

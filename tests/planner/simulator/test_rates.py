@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerllm.planner.cost import Lap, pass_ms, predict
-from peerllm.planner.simulator import SCHEDULES, formula_tokens_per_second
+from peerllm.planner.cost.layer_costs import pass_ms
+from peerllm.planner.cost.prediction import Lap, predict_latency
+from peerllm.planner.simulator.run_report import formula_tokens_per_second
+from peerllm.planner.simulator.simulated_schedules import SCHEDULES
 from peerllm.types import Workload
 from tests.planner.simulator.rings import at_random, by_hand
 
@@ -64,7 +66,7 @@ def test_one_sequence_in_turn_takes_what_the_cost_model_predicts(chunk):
     work = Workload(prompt_tokens=20, output_tokens=7, prompt_chunk=chunk)
     for seed in range(30):
         ring, _, _ = at_random(seed, "visits")
-        said = predict(*ring.where, work)
+        said = predict_latency(*ring.where, work)
         run = ring.run(work, schedule="sequential")
         assert run.time_to_first_token_ms == (pytest.approx(said.time_to_first_token_ms),)
         assert run.makespan_ms == pytest.approx(said.request_ms)

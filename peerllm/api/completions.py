@@ -1,0 +1,110 @@
+"""POST /v1/chat/completions, whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from aiohttp import web
+
+from peerllm.api.answer import Completion, OpenAIObjects
+from peerllm.api.chat_request import ChatRequest, parse_chat
+from peerllm.api.error_answers import FieldError, describe, json_response
+from peerllm.api.fields import read_object
+from peerllm.api.keys import HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.models import Tell, serving_model
+from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
+from peerllm.api.text.stops import StopScanner
+from peerllm.daemon.facade import Chunk, GenerateRequest
+from peerllm.errors import EngineError, UnavailableError
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """Errors before the first sign of life have their own status; after it they are an error event, then the end."""
+    chat = parse_chat(await read_object(request))
+    with request.app[TASKS].stream():
+        return await (_streamed if chat.stream else _whole)(request, chat)
+
+
+async def _begin(
+    request: web.Request, chat: ChatRequest, tell: Tell
+) -> tuple[AsyncIterator[Chunk], Completion, OpenAIObjects]:
+    """Waits for the model, encodes the prompt, asks; `tell` hears what is waited for."""
+    app = request.app
+    model = await serving_model(app, chat.model, tell)
+    assert model.model_dir is not None
+    text = await app[TEXTS].model(model.deployment, model.model_dir)
+    prompt = await app[TEXTS].prompt(text, chat.messages)
+    room = model.context - len(prompt)
+    if room < 1 or not prompt:
+        what = f"the prompt has {len(prompt)} tokens; a context of {model.name} holds {model.context}, answer included"
+        raise FieldError(what, "messages", "context_length_exceeded")
+    wanted = GenerateRequest(
+        deployment=model.deployment,
+        prompt=prompt,
+        max_tokens=min(chat.max_tokens or room, room),
+        sampling=chat.sampling_with(text.defaults),
+        client=f"{request.remote or ''}/{chat.user}",
+    )
+    answer = Completion(text.detokenizer(frozenset(model.stop_ids)), StopScanner(chat.stops))
+    objects = OpenAIObjects(model.name, len(prompt), chat.return_token_ids, chat.include_usage)
+    return app[HOUSEHOLD].generate(wanted), answer, objects
+
+
+async def _silently(_: str) -> None:
+    """Nobody hears of progress before the answer."""
+
+
+async def _whole(request: web.Request, chat: ChatRequest) -> web.Response:
+    chunks, answer, objects = await _begin(request, chat, _silently)
+    pieces: list[str] = []
+    async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
+        async for chunk in pulse:
+            if chunk is not None:
+                pieces.append(answer.feed(chunk.ids, chunk.finish, chunk.reused))
+            if answer.finish:
+                break
+    if answer.finish is None:
+        raise EngineError("the answer broke off without a reason; ask again")
+    return json_response(objects.whole("".join(pieces), answer))
+
+
+async def _streamed(request: web.Request, chat: ChatRequest) -> web.StreamResponse:
+    stream = Stream(request, "text/event-stream; charset=utf-8")
+    try:
+        await _events(stream, *await _begin(request, chat, stream.comment))
+    except asyncio.CancelledError:
+        if stream.started and request.app[TASKS].closing:
+            with contextlib.suppress(ConnectionError):
+                await stream.send(describe(UnavailableError("the answer broke off: this device is shutting down")))
+                await stream.end()
+        raise
+    return await stream.end()
+
+
+async def _events(stream: Stream, chunks: AsyncIterator[Chunk], answer: Completion, objects: OpenAIObjects) -> None:
+    sent = 0  # token ids
+    spoke = False
+    async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
+        async for chunk in pulse:
+            if chunk is None or (not chunk.ids and chunk.finish is None):
+                queued = 0 if chunk is None else chunk.queued
+                await stream.comment(f"queued {queued}" if queued else "working")
+                continue
+            text = answer.feed(chunk.ids, chunk.finish, chunk.reused)
+            if not spoke:
+                spoke = True
+                await stream.send(objects.role())
+            if text:
+                await stream.send(objects.delta(text, answer.ids[sent:]))
+                sent = len(answer.ids)
+            if answer.finish:
+                break
+    if answer.finish is None:
+        raise EngineError("the answer broke off without a reason; ask again")
+    await stream.send(objects.finish(answer.finish, answer.ids[sent:]))
+    if objects.with_usage:
+        await stream.send(objects.usage(answer))
+    await stream.write(b"data: [DONE]\n\n")

@@ -1,0 +1,63 @@
+"""Downloading a model from the Hugging Face hub into its cache, with progress, and to be ended at any moment."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from peerllm.daemon.weights.hub import FILES, NOT, WORKERS, token
+from peerllm.daemon.weights.hub_errors import HaltedError, errors_of
+
+Share = Callable[[float], None]  # 0 to 1
+
+
+def download(model: str, told: Share, total_bytes: int, halt: threading.Event) -> Path:
+    """The model's directory in the hub's cache, once all is there; `total_bytes`: what is missing of it, 0: unknown.
+
+    Set `halt` to end it. Where the hub cannot be reached, what an earlier download left is taken.
+    """
+    from huggingface_hub import snapshot_download
+
+    with errors_of(model):
+        directory = snapshot_download(
+            model,
+            allow_patterns=FILES,
+            ignore_patterns=NOT,
+            max_workers=WORKERS,
+            token=token(),
+            tqdm_class=_bar(told, total_bytes, halt),  # type: ignore[arg-type]
+        )
+    return Path(directory)
+
+
+def _bar(told: Share, total_bytes: int, halt: threading.Event) -> type[tqdm[Any]]:
+    """The hub's progress bars, drawn nowhere: those that count bytes tell every further percent."""
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        percent = 0
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere()})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if halt.is_set():
+                raise HaltedError
+            result = super().update(n)
+            total = total_bytes or self.total or 0
+            if self.unit == "B" and total and int(100 * self.n / total) > Bar.percent:
+                Bar.percent = int(100 * self.n / total)
+                told(min(1.0, self.n / total))
+            return result
+
+    return Bar
+
+
+class _Nowhere:
+    def write(self, _: str) -> None: ...
+
+    def flush(self) -> None: ...

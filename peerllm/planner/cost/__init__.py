@@ -1,0 +1,1 @@
+"""The one cost model: what layers, hops, plans and working space cost."""

@@ -1,0 +1,1 @@
+"""The latency plan: any layer on any device, the least time for one request."""

@@ -1,0 +1,1 @@
+"""Latency search for any layers: label setting under a Lagrangian bound on memory."""

@@ -1,0 +1,1 @@
+"""Scenario files: what to plan for, read and written."""

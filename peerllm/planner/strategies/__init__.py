@@ -1,0 +1,1 @@
+"""EdgeShard's strategies: the exact planner, its published algorithms, and simple baselines."""

@@ -1,0 +1,205 @@
+"""A request that comes before its model serves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import pytest
+
+from peerllm.api import expected, models
+from peerllm.api.server import ApiServer
+from peerllm.errors import BadInputError
+from tests.api.fake import BOUND_S, FakeHousehold
+
+PATH = "/v1/chat/completions"
+ASK: Any = {"model": "builtin", "messages": [{"role": "user", "content": "hi"}]}
+PLANNED: dict[str, Any] = {"state": "planning", "model_dir": None, "context": 0, "stop_ids": ()}
+
+
+def become(household: FakeHousehold, **what: Any) -> None:
+    household.served = [replace(household.model, **what)]
+    household.touch()
+
+
+@pytest.fixture
+async def asking(client: aiohttp.ClientSession, household: FakeHousehold) -> AsyncIterator[asyncio.Task[Any]]:
+    """A question that came while the model was planned; it waits."""
+
+    async def ask() -> tuple[int, Any, Any]:
+        async with client.post(PATH, json=ASK) as response:
+            return response.status, await response.json(), response.headers.get("Retry-After")
+
+    household.watched.clear()
+    become(household, **PLANNED, message="looking for builtin")
+    task = asyncio.create_task(ask())
+    await asyncio.wait_for(household.watched.wait(), BOUND_S)
+    yield task
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def test_it_is_answered_when_the_model_serves(asking: asyncio.Task[Any], household: FakeHousehold) -> None:
+    become(household, state="loading")
+    assert not household.requests
+    become(household)
+    status, answer, _ = await asyncio.wait_for(asking, BOUND_S)
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, household.reply)
+
+
+async def test_a_stream_tells_what_it_waits_for(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
+    become(household, **PLANNED, message="downloading\r\nbuiltin: 42%", progress=0.42)
+    async with client.post(PATH, json={**ASK, "stream": True}) as response:
+        assert await response.content.readuntil(b"\n\n") == b": downloading builtin: 42%\n\n"
+        become(household, state="loading", message="loading on laptop", progress=0.5)
+        async with asyncio.timeout(BOUND_S):
+            while await response.content.readuntil(b"\n\n") != b": loading on laptop (50%)\n\n":
+                pass
+        become(household)
+        rest = await response.text()
+    assert rest.endswith("data: [DONE]\n\n")
+
+
+async def test_silence_is_broken_while_nothing_changes(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "PROGRESS_S", 0.01)
+    become(household, **PLANNED)
+    async with client.post(PATH, json={**ASK, "stream": True}) as response:
+        for _ in range(3):
+            assert await response.content.readuntil(b"\n\n") == b": planning\n\n"
+
+
+@pytest.mark.parametrize("state", ["planning", "loading", "waiting"])
+async def test_patience_ends(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    assert models.PATIENCE_S[state] > 0
+    monkeypatch.setattr(models, "PATIENCE_S", {state: 0.05})
+    monkeypatch.setattr(models, "PROGRESS_S", 0.01)
+    become(household, **{**PLANNED, "state": state}, reason="1 GB is missing")
+    async with client.post(PATH, json=ASK) as response:
+        assert (response.status, response.headers["Retry-After"]) == (503, "5")
+        message = (await response.json())["error"]["message"]
+    assert message == f"the model 'builtin' cannot answer now, it is {state}: 1 GB is missing"
+
+
+async def test_a_stream_that_said_something_ends_with_an_error_event(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "PATIENCE_S", {"planning": 0.05})
+    monkeypatch.setattr(models, "PROGRESS_S", 0.01)
+    become(household, **PLANNED)
+    async with client.post(PATH, json={**ASK, "stream": True}) as response:
+        last = (await response.text()).removesuffix("\n\n").split("\n\n")[-1]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["status"], "is planning" in error["message"]) == (503, True)
+
+
+async def test_a_model_that_waits_for_a_device_may_be_back_at_once(
+    client: aiohttp.ClientSession, household: FakeHousehold
+) -> None:
+    household.watched.clear()
+    become(household, state="waiting", reason="jetson is gone")
+    task = asyncio.create_task(client.post(PATH, json={**ASK, "stream": True}))
+    await asyncio.wait_for(household.watched.wait(), BOUND_S)
+    become(household)
+    async with await asyncio.wait_for(task, BOUND_S) as response:
+        assert not (await response.text()).startswith(":"), "nothing was said, so that it could still have been a 503"
+
+
+async def test_a_model_that_fails_says_why(asking: asyncio.Task[Any], household: FakeHousehold) -> None:
+    become(household, **{**PLANNED, "state": "failed"}, reason="4 GB are missing")
+    status, answer, retry = await asyncio.wait_for(asking, BOUND_S)
+    assert (status, retry) == (503, "5")
+    assert "4 GB are missing" in answer["error"]["message"]
+
+
+async def test_a_model_that_is_given_up_is_no_unknown_one(asking: asyncio.Task[Any], household: FakeHousehold) -> None:
+    household.served = []
+    household.touch()
+    status, answer, _ = await asyncio.wait_for(asking, BOUND_S)
+    assert status == 503
+    assert "stopped or could not be started" in answer["error"]["message"]
+
+
+async def test_a_client_that_hangs_up_waits_no_more(asking: asyncio.Task[Any], household: FakeHousehold) -> None:
+    household.unwatched.clear()
+    asking.cancel()
+    await asyncio.wait_for(household.unwatched.wait(), BOUND_S)
+
+
+async def test_shutting_down_while_it_waits_is_an_error_event(
+    client: aiohttp.ClientSession, household: FakeHousehold, server: ApiServer
+) -> None:
+    become(household, **PLANNED)
+    async with client.post(PATH, json={**ASK, "stream": True}) as response:
+        await response.content.readuntil(b"\n\n")
+        await server.close()
+        assert "shutting down" in await response.text()
+
+
+async def test_who_waits_counts_as_a_stream(
+    client: aiohttp.ClientSession, household: FakeHousehold, asking: asyncio.Task[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerllm.api.tasks.MAX_STREAMS", 1)
+    async with client.post(PATH, json=ASK) as response:
+        assert response.status == 429
+
+
+@pytest.fixture
+async def starting(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[aiohttp.ClientSession]:
+    """At a device that was started in order to run /models/tiny, which it does not yet."""
+    household.served = []
+    server = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", expected="/models/tiny")
+    await server.start()
+    async with aiohttp.ClientSession(server.url) as session:
+        yield session
+    await server.close()
+
+
+async def listed(client: aiohttp.ClientSession) -> list[tuple[str, str]]:
+    async with client.get("/v1/models") as response:
+        return [(one["id"], one["state"]) for one in (await response.json())["data"]]
+
+
+@pytest.mark.parametrize("name", ["tiny", "/models/tiny"])
+async def test_a_model_that_is_about_to_be_started_is_waited_for(
+    starting: aiohttp.ClientSession, household: FakeHousehold, name: str
+) -> None:
+    assert await listed(starting) == [("tiny", "planning")]
+    household.watched.clear()
+    task = asyncio.create_task(starting.post(PATH, json={**ASK, "model": name}))
+    await asyncio.wait_for(household.watched.wait(), BOUND_S)
+    become(household, name="tiny", model="/models/tiny")
+    assert (await asyncio.wait_for(task, BOUND_S)).status == 200
+    assert await listed(starting) == [("tiny", "serving")], "once"
+
+
+@pytest.mark.parametrize("error", [None, BadInputError("it cannot be read")])
+async def test_it_is_expected_no_more_once_it_was_run(
+    starting: aiohttp.ClientSession, household: FakeHousehold, error: Exception | None
+) -> None:
+    household.run_error = error
+    for model, left in (("another", [("tiny", "planning")]), ("/models/tiny", [])):
+        async with starting.post("/peerllm/v1/run", json={"model": model}, headers={"X-PeerLLM": "test"}) as response:
+            await response.text()
+        assert await listed(starting) == left
+    async with starting.post(PATH, json={**ASK, "model": "tiny"}) as response:
+        assert response.status == 404
+
+
+def test_a_model_is_expected_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(expected, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    found = expected.ExpectedModel("builtin")
+    clock[0] = expected.EXPECTED_S - 0.1
+    assert [one.name for one in found.models()] == ["builtin"]
+    clock[0] = expected.EXPECTED_S
+    assert not found.models()

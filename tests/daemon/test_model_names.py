@@ -1,0 +1,122 @@
+"""What a deployment is called, and where that name is understood."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from peerllm.daemon.decide.model_names import name_for
+from peerllm.daemon.facade import RunOptions
+from peerllm.errors import BadInputError, NotFoundError
+from tests.daemon.house import BLOCK, House, inspected
+from tests.daemon.test_coordinator import SPARE, module_coordinator, quiet, view
+
+BOTH = ("owner/small", "other/small")
+
+
+@pytest.fixture
+async def house(tmp_path):
+    found = {name: inspected(name, 2) for name in (*BOTH, "small")}
+    one = House(tmp_path, [9 * BLOCK + SPARE] * 2, found)
+    yield one
+    await one.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "taken", "name"),
+    [
+        ("builtin", (), "builtin"),
+        ("Qwen/Qwen3-4B", (), "Qwen3-4B"),
+        ("/home/me/models/SmolLM2 135M/", (), "SmolLM2 135M"),
+        ("/", (), "/"),
+        ("a/x", ("x",), "x-2"),
+        ("a/x", ("x", "x-2", "x-4"), "x-3"),
+    ],
+)
+def test_the_last_part_is_the_name_numbered_where_it_is_taken(model, taken, name):
+    assert name_for(model, "", dict.fromkeys(taken, "laptop")) == name
+
+
+def test_an_alias_is_taken_as_it_is_or_refused():
+    assert name_for("a/x", "Home-1.5:b_c+d", {"x": "laptop"}) == "Home-1.5:b_c+d"
+    assert name_for("a/x", "n" * 64, {}) == "n" * 64
+    with pytest.raises(BadInputError, match="a model called home runs from laptop already"):
+        name_for("a/x", "home", {"home": "laptop"})
+    for wrong in ("a/b", "two words", "n" * 65, "-x", "new\n", "é"):
+        with pytest.raises(BadInputError, match="is no name"):
+            name_for("a/x", wrong, {})
+
+
+async def test_every_request_understands_name_and_path(house):
+    a = house["a"].coordinator
+    assert await a.run(RunOptions("owner/small", name="home"), quiet) == "home"
+    (served,) = a.served()
+    assert (served.name, served.model) == ("home", "owner/small")
+    for known in ("home", "owner/small"):
+        assert await a.run(RunOptions(known), quiet) == "home"
+        assert (await a.preview(RunOptions(known), quiet))["scenario"]["model"]
+        assert (await a.scenario(known))["stages"]
+        with pytest.raises(BadInputError, match="started on device-a; stop it there"):
+            await house["b"].coordinator.stop(known)
+    with pytest.raises(BadInputError, match="already runs as home with other options; `peerllm stop home` first"):
+        await a.run(RunOptions("owner/small", name="other"), quiet)
+    with pytest.raises(NotFoundError):
+        await a.stop("small")
+    await a.stop("home")
+    assert not a.served()
+
+
+async def test_names_are_unique_in_the_household(house):
+    a, b = house["a"].coordinator, house["b"].coordinator
+    assert await a.run(RunOptions("owner/small"), quiet) == "small"
+    assert await b.run(RunOptions("other/small"), quiet) == "small-2"
+    assert [one.name for one in (view(house["a"]), view(house["b"]))] == ["small", "small-2"]
+    with pytest.raises(BadInputError, match="called small runs from device-a"):
+        await b.run(RunOptions("small", name="small"), quiet)
+    await b.stop("other/small")
+    assert [one.name for one in a.served()] == ["small"], "only its own was stopped"
+
+
+async def test_a_name_beats_a_path(house):
+    """Two deployments here: one is called as the other's path."""
+    a = house["a"].coordinator
+    await a.run(RunOptions("owner/small", name="tiny"), quiet)
+    await a.run(RunOptions("other/small"), quiet)
+    await a.stop("small")
+    assert [one.model for one in a.served()] == ["owner/small"]
+
+
+async def test_a_remembered_name_stays_and_is_numbered_where_it_was_taken(house):
+    await house["a"].coordinator.run(RunOptions("owner/small", name="home"), quiet)
+    await house["a"].coordinator.close()
+    await house["b"].coordinator.run(RunOptions("other/small", name="home"), quiet)
+    again = module_coordinator(house["a"])
+    await again.start()
+    await house.until(lambda: again.views()[0].state == "serving")
+    assert [one.name for one in again.served()] == ["home-2"]
+    await house["b"].coordinator.stop("home")
+    await again.close()
+    again = module_coordinator(house["a"])
+    await again.start()
+    assert [one.name for one in again.served()] == ["home"], "free again"
+
+
+async def test_what_is_done_until_it_serves_is_seen(house):
+    """Downloading and loading: in words and as a share, on every device; the context once it is planned."""
+    a = house["a"]
+    house.to_download["owner/small"] = 1000
+    house.download_gate.clear()
+    running = asyncio.create_task(a.coordinator.run(RunOptions("owner/small", context=64), quiet))
+    await house.until(lambda: a.coordinator.views() and "40%" in view(a).message)
+    assert (view(a).state, view(a).progress, view(a).context) == ("planning", 0.4, 0)
+    (served,) = a.coordinator.served()
+    assert (served.model_dir, served.progress) == (None, 0.4)
+    assert served.message == "downloading owner/small, 1.00 kB: 40%"
+    a.engine.gate.clear()
+    house.download_gate.set()
+    await house.until(lambda: view(a).state == "loading")
+    assert view(a).progress == 0.0 and "loading" in view(a).message and view(a).context == 64
+    a.engine.gate.set()
+    await running
+    assert (view(a).message, view(a).progress, view(a).context) == ("", 1.0, 64)

@@ -1,0 +1,117 @@
+"""A Hugging Face hub on loopback, for tests: the models of a folder, and what was asked of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+COMMIT = "c" * 40
+_API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?/?")
+_FILE = re.compile(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)")
+
+
+class HubServer:
+    """`bodies` counts the bytes that went out by file; `gate` holds back the bytes of whole weight files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bodies: dict[str, int] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.asked = threading.Event()  # for a whole weight file
+        self.refuse: dict[str, tuple[int, str]] = {}  # status and error code, by the beginning of a path
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.answer(self, body=True)
+
+            def do_HEAD(self) -> None:
+                hub.answer(self, body=False)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="hub")
+        self._thread.start()
+
+    def close(self) -> None:
+        self.gate.set()
+        self._server.shutdown()
+        self._thread.join(10)
+        self._server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
+        path = urlsplit(request.path).path
+        refusal = next((said for start, said in self.refuse.items() if path.startswith(start)), None)
+        if not refusal and (found := _API.fullmatch(path)) and (self.folder / found[1]).is_dir():
+            self._json(request, self._listing(found[1], found[2]))
+        elif not refusal and (found := _FILE.fullmatch(path)) and (self.folder / found[1] / found[2]).is_file():
+            self._file(request, self.folder / found[1] / found[2], body)
+        else:
+            status, code = refusal or (404, "RepoNotFound")
+            self._json(request, {"error": "no"}, status, {"X-Error-Code": code})
+
+    def _listing(self, model: str, kind: str | None) -> object:
+        files = [one for one in sorted((self.folder / model).rglob("*")) if one.is_file()]
+        named = [(one.relative_to(self.folder / model).as_posix(), one.stat().st_size) for one in files]
+        if kind == "tree":
+            return [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in named]
+        siblings = [{"rfilename": name, "size": size, "blobId": "0" * 40} for name, size in named]
+        return {"id": model, "sha": COMMIT, "siblings": siblings, "private": False, "downloads": 0, "tags": []}
+
+    def _file(self, request: BaseHTTPRequestHandler, file: Path, body: bool) -> None:
+        data, wanted = file.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        headers = {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
+        part, status = data, 200
+        if wanted:
+            first = int(wanted[1])
+            part, status = data[first : int(wanted[2]) + 1 if wanted[2] else None], 206
+            headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
+        if body and file.suffix == ".safetensors" and not wanted:
+            self.asked.set()
+            self.gate.wait()
+        if body:
+            self.bodies[file.name] = self.bodies.get(file.name, 0) + len(part)
+        self._send(request, status, headers, part, body)
+
+    def _json(
+        self, request: BaseHTTPRequestHandler, value: object, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        data = json.dumps(value).encode()
+        self._send(request, status, {"Content-Type": "application/json", **(headers or {})}, data, True)
+
+    @staticmethod
+    def _send(request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes, body: bool) -> None:
+        request.send_response(status)
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        if body and request.command != "HEAD":
+            with contextlib.suppress(ConnectionError):
+                request.wfile.write(data)
+
+
+@contextlib.contextmanager
+def hub_server(folder: Path) -> Iterator[HubServer]:
+    server = HubServer(folder)
+    try:
+        yield server
+    finally:
+        server.close()

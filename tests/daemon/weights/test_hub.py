@@ -1,0 +1,128 @@
+"""A model on the hub: what it holds is known without its weights; the download; what is already on this disk."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from peerllm.builtin import MODEL_DIR
+from peerllm.daemon.deployment.model_files import looked_up, resolve
+from peerllm.daemon.weights.hub_download import download
+from peerllm.engine.weights.checkpoint import read_tensors
+from peerllm.errors import ModelError, NotFoundError, UnavailableError
+from tests.daemon.weights.hub_server import HubServer, hub_server
+
+MODEL = "maker/small"
+WEIGHTS = "model.safetensors"
+SIZE = (MODEL_DIR / WEIGHTS).stat().st_size
+MOST_HEADER = 200_000  # bytes that may be fetched of a weight file before there is a plan
+
+
+def quiet(share: float) -> None:
+    pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """It holds the built-in model as MODEL; the cache is empty."""
+    shutil.copytree(MODEL_DIR, tmp_path / "hub" / MODEL, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    (tmp_path / "hub" / MODEL / "onnx").mkdir()
+    (tmp_path / "hub" / MODEL / "onnx" / "other.json").write_text("{}")
+    (tmp_path / "hub" / MODEL / "modeling.py").write_text("raise SystemExit")
+    with hub_server(tmp_path / "hub") as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "")
+        yield server
+
+
+def shapes(directory: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    return {name: (one.dtype, tuple(one.shape), one.nbytes) for name, one in read_tensors(directory).items()}
+
+
+async def test_an_outline_tells_all_but_the_weights(hub: HubServer) -> None:
+    async with looked_up(MODEL) as found:
+        assert found.missing_bytes > SIZE
+        assert shapes(found.directory) == shapes(MODEL_DIR)
+        assert json.loads((found.directory / "config.json").read_text()) == json.loads(
+            (MODEL_DIR / "config.json").read_text()
+        )
+        outlined = found.directory / WEIGHTS
+        assert outlined.stat().st_blocks * 512 < SIZE / 4, "the outline takes room on the disk"
+        outline = found.directory
+    assert not outline.exists()
+    assert 0 < hub.bodies[WEIGHTS] < MOST_HEADER < SIZE
+    assert not hub.asked.is_set()
+
+
+async def test_then_it_is_downloaded_with_progress_and_is_there(hub: HubServer) -> None:
+    async with looked_up(MODEL) as found:
+        missing = found.missing_bytes
+    shares: list[float] = []
+    directory = await resolve(MODEL, shares.append, missing)
+    await asyncio.sleep(0)
+    assert (directory / WEIGHTS).read_bytes() == (MODEL_DIR / WEIGHTS).read_bytes()
+    assert shares == sorted(set(shares)) and 0.9 < shares[-1] <= 1
+    assert not (directory / "modeling.py").exists() and not (directory / "onnx").exists()
+    async with looked_up(MODEL) as again:
+        assert (again.directory, again.missing_bytes) == (directory, 0)
+    hub.close()  # the network is gone, the model is not
+    async with looked_up(MODEL) as offline:
+        assert (offline.directory, offline.missing_bytes) == (directory, 0)
+    assert await resolve(MODEL, quiet) == directory
+
+
+async def test_only_weights_that_the_index_names_are_looked_at(hub: HubServer, tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / MODEL
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+    shutil.copyfile(folder / "model-00001-of-00001.safetensors", folder / "consolidated.safetensors")
+    names = dict.fromkeys(shapes(MODEL_DIR), "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    async with looked_up(MODEL) as found:
+        assert [one.name for one in found.directory.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
+        assert shapes(found.directory) == shapes(MODEL_DIR)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])
+async def test_an_index_that_is_none_does_not_hide_the_reason(hub: HubServer, tmp_path: Path, index: str) -> None:
+    """What the outline cannot use is downloaded, and said where a model is read."""
+    (tmp_path / "hub" / MODEL / "model.safetensors.index.json").write_text(index)
+    async with looked_up(MODEL) as found:
+        assert found.missing_bytes == 0
+        with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
+            read_tensors(found.directory)
+
+
+async def test_a_damaged_header_is_left_to_the_reader(hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "hub" / MODEL / WEIGHTS).write_bytes(b"\x08\0\0\0\0\0\0\0notjson!")
+    async with looked_up(MODEL) as found:
+        with pytest.raises(ModelError):
+            read_tensors(found.directory)
+
+
+async def test_gated_and_unknown_models_are_one_clear_line(hub: HubServer) -> None:
+    with pytest.raises(NotFoundError, match="no such model on the Hugging Face hub"):
+        async with looked_up("maker/none"):
+            pass
+    hub.refuse[f"/{MODEL}/resolve"] = 403, "GatedRepo"
+    with pytest.raises(ModelError, match=r"gated.*HF_TOKEN") as caught:
+        async with looked_up(MODEL):
+            pass
+    assert "\n" not in str(caught.value)
+
+
+def test_a_download_that_nobody_waits_for_ends(hub: HubServer) -> None:
+    halt = threading.Event()
+    halt.set()
+    with pytest.raises(UnavailableError, match="was stopped"):
+        download(MODEL, quiet, 0, halt)
