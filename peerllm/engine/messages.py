@@ -26,8 +26,8 @@ PASS: LayerKind = "pass"  # noqa: S105  # in layer times: what a batch costs at 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SpanName = Literal[
     "idle", "take in", "pass", "hand on", "another model",  # of the compute thread, consecutive
-    "serialise", "enqueue",  # of the compute thread, inside those
-    "send", "receive", "held back",  # of a link
+    "serialise",  # of the compute thread, inside those
+    "send", "receive",  # of a link
 ]  # fmt: skip
 SpanKind = Literal["", "step", "prompt", "activation", "token", "release", "open"]
 

@@ -49,7 +49,6 @@ async def dial(
     path: str,
     *,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
-    heartbeat_s: float | None = None,
     timeout_s: float = DIAL_TIMEOUT_S,
 ) -> aiohttp.ClientWebSocketResponse:
     """A websocket to `device` and nobody else. AuthenticationError: another answered; LinkError: no link came up.
@@ -65,7 +64,6 @@ async def dial(
                 ssl=client_context(identity, certificate_pem),
                 max_msg_size=max_message_bytes + 1,  # aiohttp refuses what reaches the limit
                 compress=0,
-                heartbeat=heartbeat_s,
                 timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
             )
     except TimeoutError as error:

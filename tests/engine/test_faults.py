@@ -36,10 +36,10 @@ from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
 from peerllm.engine.schedule.source_sequences import SourceSequences
-from peerllm.engine.wire.parcels import Opened, Released, TokenBatch, from_frame
+from peerllm.engine.wire.parcels import Opened, Released, TokenBatch, from_frame, to_frame
 from peerllm.errors import EngineError, LinkError
 from peerllm.transport.frames import Frame, TokenRun
-from peerllm.transport.links import DataPlane
+from peerllm.transport.links import STEP, DataPlane, Delivery
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, VOCABULARY, FakeBackend, FakeShard, Line, engine, expected, stage
 from tests.engine.runs import in_slot
@@ -250,10 +250,17 @@ def test_events_of_a_past_epoch_change_nothing() -> None:
     compute._handle(Linked(3, DEPLOYMENT, 2, {0: Outlet()}))  # type: ignore[dict-item]
     compute._handle(Submit(DEPLOYMENT, 1, (1,), 5, (), Sampling()))
 
+    class Taking:
+        def taken(self, delivery: Delivery) -> None:
+            told.append("handled")
+
+    taking = Taking()
+
     def events(epoch: int) -> list[Event]:
-        failed, handled = Released(1, 0, "failed"), lambda: told.append("handled")
+        failed = Released(1, 0, "failed")
+        delivery = Delivery(taking, STEP, to_frame(failed, DEPLOYMENT, epoch, 2), 0)  # type: ignore[arg-type]
         return [
-            Arrived(DEPLOYMENT, epoch, 2, [failed], handled),
+            Arrived(delivery, [failed]),
             Lost(DEPLOYMENT, epoch, PEER, None, "gone"),
             Linked(epoch, DEPLOYMENT, epoch, {}),
         ]
@@ -275,7 +282,7 @@ async def test_a_stage_that_was_unloaded_before_it_was_handed_over_is_expected_b
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most = 2
-    monkeypatch.setattr(sys.modules[DataPlane.__module__], "MAX_INGRESSES", most)
+    monkeypatch.setattr(sys.modules[DataPlane.__module__], "MAX_EXPECTED", most)
     backend = FakeBackend()
     begun, go = threading.Event(), threading.Event()
 

@@ -257,23 +257,23 @@ async def test_bad_frames_end_the_link_and_nothing_else(model: Path, tmp_path: P
                 nan.tensors[1],
             ),
         )
-        cases: list[list[Frame]] = [
-            [activation(deployed, TokenRun(1, 99, 0, 2))],  # no such slot
-            [activation(deployed, TokenRun(1, 0, 60, 8))],  # beyond the context
-            [activation(deployed, TokenRun(1, 0, 0, 2), rows=3)],
-            [activation(deployed, TokenRun(1, 0, 0, 40))],  # more than a chunk
-            [Frame(FrameKind.TOKEN, deployed.id, 1, 1, (TokenRun(1, 0, 0, 1),))],
-            [Frame(FrameKind.ACTIVATION, deployed.id, 2, 1, (TokenRun(1, 0, 0, 1),))],
-            [nan],
+        token, hidden = FrameKind.TOKEN, FrameKind.ACTIVATION
+        cases: list[tuple[Frame, str]] = [
+            (activation(deployed, TokenRun(1, 99, 0, 2)), "names a slot the plan does not have"),
+            (activation(deployed, TokenRun(1, 0, 60, 8)), "reaches beyond the context"),
+            (activation(deployed, TokenRun(1, 0, 0, 2), rows=3), "rows do not match"),
+            (activation(deployed, TokenRun(1, 0, 0, 40)), "exceeds limit"),
+            (Frame(token, deployed.id, 1, 1, (TokenRun(1, 0, 0, 1),)), "of a kind not allowed here"),
+            (Frame(hidden, deployed.id, 2, 1, (TokenRun(1, 0, 0, 1),)), "of another epoch"),
+            (nan, "bad sampling"),
         ]
-        for number, frames in enumerate(cases):
+        for frame, reason in cases:
             lying = await link()
-            count = len(victim.links_lost())
-            for frame in frames:
-                lying.send(frame)
-            await asyncio.wait_for(lying.wait_closed(), 5)
-            await victim.until(lambda: len(victim.links_lost()) > 0, 5)
-            assert len(victim.links_lost()) in (count, count + 1), number  # told once until the links are made anew
+            lying.send(frame)
+            await asyncio.wait_for(lying.wait_closed(), WAIT_S)
+            assert reason in lying.lost
+        await victim.until(lambda: len(victim.links_lost()) > 0, WAIT_S)
+        assert cases[0][1] in victim.links_lost()[0].reason
         # Frames that a link may carry, but no slot holds: ignored, or refused for their sequence alone.
         honest = await link()
         for frame in (
@@ -287,8 +287,12 @@ async def test_bad_frames_end_the_link_and_nothing_else(model: Path, tmp_path: P
             activation(deployed, TokenRun(6, 2, 0, 2)),
         ):
             honest.send(frame)
-        await healthy.some(aside, 5)
-        assert (await victim.load()).stages  # it lives
+        loaded = {(identity, index) for identity, index, _ in (await victim.load()).stages}
+        assert loaded == {(healthy.id, 0), (deployed.id, 1)}
+        assert len(victim.links_lost()) == 1, "told once until the links are made anew"
+        assert not honest.lost, honest.lost
+        so_far = len(victim.tokens(aside)[0])
+        await healthy.some(aside, so_far + 5)
         assert victim.host.state == "running"
         honest.close()
 

@@ -12,6 +12,7 @@ import pytest
 
 from peerllm.engine.base import Draw, Reach, Tensor
 from peerllm.engine.messages import Submit
+from peerllm.engine.process.data_links import most_under_way
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.schedule.batching import STEPS_PER_CHUNK, Scheduler
 from peerllm.engine.schedule.loaded_stage import MEASURED_SIZES, LoadedStage
@@ -30,6 +31,7 @@ from peerllm.engine.wire.parcels import (
 )
 from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.transport.frames import TokenRun, decode, encode
+from peerllm.transport.links import FRAME_COST_BYTES
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, VOCABULARY, FakeBackend, FakeShard, stage
 from tests.engine.runs import batch_of
@@ -425,3 +427,18 @@ def test_a_head_draws_for_the_position_after_a_run_and_forgets_a_released_answer
         assert isinstance(result, Drawn) and list(result.tokens) == [7] and not failed
     assert drawn == [(5, []), (6, [7])]
     assert one.release(3) and not one._answers
+
+
+@pytest.mark.parametrize(("stages", "chunk", "slots", "hidden"), [(2, 8, 4, 64), (8, 512, 1, 2048), (3, 1, 64, 8)])
+def test_what_a_plan_lets_be_under_way_fits_a_links_queue(stages: int, chunk: int, slots: int, hidden: int) -> None:
+    """However small the frames are that it comes in: a token each, beside the OPENs and the RELEASEs with reasons."""
+    spec = stage(1, stages=stages, chunk=chunk, slots=slots, micro_batch=1, context=100)
+    token = np.zeros((1, hidden), np.float32)
+    step = to_frame(TokenBatch([run(1)], token), DEPLOYMENT, 1, 1)
+    opened = to_frame(Opened(1, 0, Sampling()), DEPLOYMENT, 1, 1)
+    released = to_frame(Released(1, 0, "x" * 512), DEPLOYMENT, 1, 1)
+    sizes = [len(encode(frame)) + FRAME_COST_BYTES for frame in (step, opened, released)]
+    under_way = (window_tokens(stages, chunk) + slots) * sizes[0] + slots * (sizes[1] + sizes[2])
+    assert under_way <= most_under_way(spec, hidden) <= 2 * under_way
+    rounded = most_under_way(stage(1, stages=stages, chunk=chunk, slots=slots, upstream_activations="int8"), hidden)
+    assert rounded >= under_way, "what comes in rounded may go on exact"

@@ -12,7 +12,8 @@ import pytest
 from peerllm.engine.messages import Record, Recorded, Span, Unload
 from peerllm.engine.process.recorder import MAX_PART, MAX_PIECES, MAX_RECORDED, Recorder
 from peerllm.errors import RefusedError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames import FrameKind, TokenRun
+from peerllm.transport.links import SentFrame
 from tests.engine.engines import WAIT_S, Cut, deploy, devices
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, expected, stage
 from tests.engine.tiny import make_llama, prompt, reference
@@ -93,7 +94,6 @@ def test_a_coordinator_sees_that_another_model_computes_and_not_more() -> None:
         recorder.start(one)
     recorder.lap("pass", OTHER, 7, [step(1)])
     recorder.lap("hand on", OTHER)
-    recorder.held(OTHER, "d" * 64, 7, 0, 1)
     recorder.lap("idle")
     recorder.lap("pass", DEPLOYMENT, 2, [step(2)])
     spans, _ = taken(recorder)
@@ -105,7 +105,7 @@ def test_a_coordinator_sees_that_another_model_computes_and_not_more() -> None:
     ]
     assert recorder.on, "the other goes on"
     names = [span.name for span in taken(recorder, OTHER)[0]]
-    assert names == ["pass", "hand on", "held back", "idle", "another model"]
+    assert names == ["pass", "hand on", "idle", "another model"]
 
 
 def test_bounds_in_number_and_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_two_threads_fill_it_while_a_third_takes() -> None:
     def fill() -> None:
         go.wait()
         for number in range(3000):
-            recorder.held(DEPLOYMENT, "d" * 64, 1, number, number)
+            recorder.sent(DEPLOYMENT, "d" * 64, 1, number, SentFrame(FrameKind.RELEASE, (), 1, 0, 0), number, number)
 
     threads = [threading.Thread(target=fill) for _ in range(2)]
     recorder.start(DEPLOYMENT)

@@ -16,8 +16,8 @@ from peerllm.transport.frames import (
     TokenRun,
     encode,
 )
+from peerllm.transport.frames.frame import DTYPE_CODES, ITEM_BYTES
 from peerllm.transport.frames.layout import HEADER, RUN, TENSOR, padding
-from peerllm.transport.frames.model import DTYPE_CODES, ITEM_BYTES
 
 DEPLOYMENT = "0123456789abcdef" * 2
 HIDDEN = 12

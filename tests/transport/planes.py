@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from peerllm.transport.frames import Frame, FrameKind, FrameLimits, NamedTensor, TensorLimit, TokenRun
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import DataPlane, Ingress, Link
+from peerllm.transport.links import STEP, DataPlane, Delivery, Inlet, Link
 
 DEPLOYMENT = "ab" * 16
 WAIT_S = 10.0
@@ -49,9 +49,11 @@ class Node:
 
 
 def expect(node: Node, sender: Node, limits: FrameLimits = LIMITS) -> None:
-    node.plane.expect(
-        Ingress(sender.identity.device, limits), lambda device, frame: node.frames.put_nowait((device, frame))
-    )
+    def deliver(delivery: Delivery) -> None:
+        delivery.taken()
+        node.frames.put_nowait((delivery.link.device, delivery.frame))
+
+    node.plane.expect(sender.identity.device, Inlet(STEP, limits, deliver))
 
 
 async def connect(
@@ -60,8 +62,10 @@ async def connect(
     stage: int = 1,
     hosts: tuple[str, ...] = ("127.0.0.1",),
     timed: asyncio.Queue[tuple[int, float]] | None = None,
+    inlets: tuple[Inlet, ...] = (),
 ) -> Link:
-    """`timed` gets how long frames took: (bytes, seconds)."""
+    """`timed` gets how long frames took: (bytes, seconds); `inlets` are what the dialling end takes in."""
     who, port = receiver.identity, receiver.plane.port
     heard = None if timed is None else (lambda nbytes, seconds: timed.put_nowait((nbytes, seconds)))
-    return await sender.plane.connect(who.device, who.certificate_pem, hosts, port, DEPLOYMENT, 3, stage, heard)
+    at = (who.device, who.certificate_pem, hosts, port)
+    return await sender.plane.connect(*at, DEPLOYMENT, 3, stage, heard, inlets=inlets)

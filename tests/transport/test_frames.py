@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 
 from peerllm.errors import FrameError, LinkError
 from peerllm.transport.frames import (
-    DType,
     Frame,
     FrameKind,
     FrameLimits,
@@ -150,7 +149,7 @@ def test_limits_that_bound_nothing_cannot_be_made() -> None:
 
 def test_a_tensor_must_be_as_long_as_its_shape() -> None:
     with pytest.raises(ValueError, match="4 bytes are not F32"):
-        NamedTensor.of("hidden", DType.F32, (2,), bytes(4))
+        NamedTensor.of("hidden", "F32", (2,), bytes(4))
 
 
 @pytest.mark.parametrize("field", ["sequence", "slot", "position", "length"])

@@ -6,28 +6,25 @@ import asyncio
 import socket
 import ssl
 import sys
-import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import cast
 
-import aiohttp
+import psutil
 import pytest
 import uvloop
 
-from peerllm.errors import AuthenticationError, BadInputError, FrameError, LinkError, OverloadedError
-from peerllm.transport.dial import dial
-from peerllm.transport.frames import Frame, NamedTensor, encode
+from peerllm.errors import AuthenticationError, BadInputError, LinkError, OverloadedError
+from peerllm.transport.frames import NamedTensor, encode
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Outbox, dialling
-from peerllm.transport.links import outbox as outbox_module
-from peerllm.transport.links import plane as plane_module
-from peerllm.transport.links import pulse as pulse_module
+from peerllm.transport.links import MAX_ECHO_BYTES, STEP, DataPlane, Delivery, Inlet, liveness
+from peerllm.transport.links import data_plane as data_plane_module
 from peerllm.transport.links.connection import Connection
+from peerllm.transport.links.dialling import dial_link
 from peerllm.transport.links.echo import WARM_UPS
-from peerllm.transport.links.timing import LOST_S, Timing, answer
+from peerllm.transport.links.frame_timer import LOST_S, FrameTimer, answer
 from peerllm.transport.tls import client_context
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, WIDTH, Node, activation, connect, expect
 
@@ -66,21 +63,50 @@ def test_small_frames_wait_for_no_acknowledgement(
             await plane.start()
             await plane.set_trusted([other.certificate_pem])
         arrived = asyncio.Event()
-        planes[1].expect(Ingress(alice.device, LIMITS), lambda device, frame: arrived.set())
+        planes[1].expect(alice.device, Inlet(STEP, LIMITS, lambda delivery: arrived.set()))
         link = await planes[0].connect(
             bob.device, bob.certificate_pem, ["127.0.0.1"], planes[1].port, DEPLOYMENT, 3, 1
         )
         link.send(activation())
         await asyncio.wait_for(arrived.wait(), WAIT_S)
-        (receiver,) = planes[1]._receivers.values()
-        ends = link._connection, receiver._connection
-        found = [int.from_bytes(end.option(socket.IPPROTO_TCP, socket.TCP_NODELAY, 4), sys.byteorder) for end in ends]
+        (accepted,) = planes[1]._accepted.values()
+        ends = link._connection._sock, accepted._connection._sock
+        found = [end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for end in ends]
         for plane in planes:
             await plane.close()
         return found
 
     with asyncio.Runner(loop_factory=loop) as runner:
         assert all(runner.run(both()))
+
+
+def link_local() -> str | None:
+    """An address of this machine that means nothing without its scope."""
+    found = (one.address for addresses in psutil.net_if_addrs().values() for one in addresses)
+    return next((address for address in found if address.startswith("fe80:") and "%" in address), None)
+
+
+@pytest.mark.skipif(link_local() is None, reason="no link-local address here")
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_link_local_address_keeps_its_scope(
+    alice: Identity, bob: Identity, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """A device is listened for, dialled and timed there."""
+    address = link_local()
+    assert address is not None
+
+    async def time() -> int:
+        planes = [DataPlane(identity, [address], 0) for identity in (alice, bob)]
+        for plane, other in zip(planes, (bob, alice), strict=True):
+            await plane.start()
+            await plane.set_trusted([other.certificate_pem])
+        timed = await planes[0].echo(bob.device, bob.certificate_pem, [address], planes[1].port, [512])
+        for plane in planes:
+            await plane.close()
+        return len(timed)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert runner.run(time()) == 1
 
 
 async def test_what_is_queued_still_goes_when_a_link_is_closed(nodes: list[Node]) -> None:
@@ -128,15 +154,15 @@ async def test_only_the_planned_sender_is_let_in(nodes: list[Node]) -> None:
     await connect(one, two)
 
 
-async def test_what_is_not_expected_is_404_before_the_upgrade(
-    nodes: list[Node], session: aiohttp.ClientSession
-) -> None:
+@pytest.mark.parametrize("path", [f"{DEPLOYMENT}/4/1", f"{'cd' * 16}/3/1", f"{DEPLOYMENT}/3/2", "x/3/1", ""])
+async def test_what_is_not_expected_is_404_before_the_upgrade(nodes: list[Node], path: str) -> None:
     one, two, _ = nodes
     expect(two, one)
     who = two.identity
-    for path in (f"/data/{DEPLOYMENT}/4/1", f"/data/{'cd' * 16}/3/1", f"/data/{DEPLOYMENT}/3/2", "/data/x/3/1", "/"):
-        with pytest.raises(LinkError, match="HTTP 404"):
-            await dial(session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path)
+    with pytest.raises(LinkError, match="HTTP 404"):
+        await dial_link(
+            one.identity, who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, f"/data/{path}"
+        )
 
 
 @pytest.mark.parametrize("claimed_bytes", [LIMITS.max_bytes + 1, 1 << 30, 2**63 - 1])
@@ -177,76 +203,17 @@ async def test_the_largest_frame_passes(nodes: list[Node]) -> None:
     assert (await two.next_frame()).tokens == 256
 
 
-async def test_text_and_garbage_end_the_link(nodes: list[Node], session: aiohttp.ClientSession) -> None:
-    one, two, _ = nodes
-    expect(two, one)
-    who = two.identity
-    path = f"/data/{DEPLOYMENT}/3/1"
-    sends: list[tuple[Callable[[aiohttp.ClientWebSocketResponse], object], str]] = [
-        (lambda websocket: websocket.send_str("hello"), "binary frames only"),
-        (lambda websocket: websocket.send_bytes(b"PLFR"), "shorter than its header"),
-        (lambda websocket: websocket.send_bytes(b""), "shorter than its header"),
-        (lambda websocket: websocket.send_bytes(encode(activation())[:-8]), "not as long as its tensors"),
-    ]
-    for send, reason in sends:
-        websocket = await dial(
-            session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path
-        )
-        await send(websocket)  # type: ignore[misc]
-        assert reason in (await two.next_lost())[1]
-        message = await websocket.receive(timeout=WAIT_S)
-        assert message.data == aiohttp.WSCloseCode.POLICY_VIOLATION
-        assert reason in (message.extra or "")
-
-
 async def test_what_deliver_raises_ends_the_link(nodes: list[Node]) -> None:
     one, two, _ = nodes
 
-    def deliver(device: str, frame: Frame) -> None:
+    def deliver(delivery: Delivery) -> None:
         raise OverloadedError("no room for another frame")
 
-    two.plane.expect(Ingress(one.identity.device, LIMITS), deliver)
+    two.plane.expect(one.identity.device, Inlet(STEP, LIMITS, deliver))
     link = await connect(one, two)
     link.send(activation())
     assert await one.next_lost() == (two.identity.device, "no room for another frame")
     assert await two.next_lost() == (one.identity.device, "no room for another frame")
-
-
-async def test_a_stage_with_too_much_to_do_holds_its_sender_back(
-    nodes: list[Node], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, two, _ = nodes
-    monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
-    monkeypatch.setattr(pulse_module, "SILENCE_S", 0.3)
-    release = asyncio.Event()
-
-    async def hold() -> None:
-        await release.wait()
-
-    def deliver(device: str, frame: Frame) -> asyncio.Task[None]:
-        two.frames.put_nowait((device, frame))
-        return asyncio.create_task(hold())
-
-    two.plane.expect(Ingress(one.identity.device, LIMITS), deliver)
-    link = await connect(one, two)
-    large, count = 256, 200  # 50 MB, more than the sockets hold
-
-    def compute() -> str:
-        try:
-            for position in range(count):
-                link.send(activation(position, large), timeout_s=0.8)
-        except LinkError as error:
-            return str(error)
-        return ""
-
-    assert "none left within 0.8 s" in await asyncio.to_thread(compute)
-    assert two.frames.qsize() == 1
-    assert not link.closed, "a busy peer is not a dead one"
-    assert two.lost.empty()
-    release.set()
-    link.send(activation(1, large), timeout_s=WAIT_S) if len(link._outbox) < 64 else None
-    for _ in range(20):
-        await two.next_frame()
 
 
 async def test_removal_cuts_live_links_both_ways(nodes: list[Node]) -> None:
@@ -274,52 +241,24 @@ async def test_a_vanished_sender_is_noticed(nodes: list[Node]) -> None:
     assert (await two.next_lost())[0] == one.identity.device
 
 
-async def test_a_vanished_receiver_wakes_a_sender_that_waits(nodes: list[Node]) -> None:
+async def test_a_frozen_peer_is_noticed_by_its_silence(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
-    never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    two.plane.expect(Ingress(one.identity.device, LIMITS), lambda device, frame: never)
-    link = await connect(one, two)
-    full = threading.Event()
-
-    def compute() -> str:
-        position = 0
-        try:
-            while True:
-                if len(link._outbox) >= outbox_module.SEND_QUEUE_FRAMES:
-                    full.set()
-                link.send(activation(position, 256), timeout_s=WAIT_S)
-                position += 1
-        except LinkError as error:
-            return str(error)
-
-    computing = asyncio.create_task(asyncio.to_thread(compute))
-    await asyncio.to_thread(full.wait, WAIT_S)
-    never.cancel()
-    await two.plane.close()
-    assert "the link has ended" in await asyncio.wait_for(computing, WAIT_S)
-    assert (await one.next_lost())[0] == two.identity.device
-
-
-async def test_a_frozen_peer_is_noticed_by_its_silence(
-    nodes: list[Node], session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, two, _ = nodes
-    monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
-    monkeypatch.setattr(pulse_module, "SILENCE_S", 0.2)
+    monkeypatch.setattr(liveness, "BEAT_S", 0.02)
+    monkeypatch.setattr(liveness, "SILENCE_S", 0.2)
     expect(two, one)
     who = two.identity
-    path = f"/data/{DEPLOYMENT}/3/1"
     # A websocket that nobody reads or beats on: the kernel still acknowledges, as it does for a stopped process.
-    websocket = await dial(session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path)
+    path = f"/data/{DEPLOYMENT}/3/1"
+    frozen = await dial_link(one.identity, who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, path)
     _, reason = await two.next_lost()
     assert reason.startswith("nothing heard for 0.")
-    await websocket.close()
+    frozen.close()
 
 
 async def test_an_idle_link_stays(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
-    monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
-    monkeypatch.setattr(pulse_module, "SILENCE_S", 0.5)
+    monkeypatch.setattr(liveness, "BEAT_S", 0.02)
+    monkeypatch.setattr(liveness, "SILENCE_S", 0.5)
     expect(two, one)
     link = await connect(one, two)
     with pytest.raises(TimeoutError):
@@ -366,87 +305,36 @@ async def test_a_second_connection_takes_the_firsts_place(nodes: list[Node]) -> 
     assert (await two.next_frame()).runs[0].position == 1
 
 
-async def test_the_first_address_that_answers_is_taken(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_first_address_that_answers_is_taken(nodes: list[Node]) -> None:
     one, two, _ = nodes
-    monkeypatch.setattr(dialling, "STAGGER_S", 0.01)
     expect(two, one)
     link = await connect(one, two, hosts=("127.0.0.3", "127.0.0.1", "127.0.0.1"))
     link.send(activation())
     await two.next_frame()
     with pytest.raises(LinkError, match=r"127\.0\.0\.3.*cannot be reached"):
-        await connect(one, two, hosts=("127.0.0.3",))
+        await connect(one, two, hosts=("127.0.0.3", "127.0.0.4"))
     with pytest.raises(LinkError, match="no address"):
         await connect(one, two, hosts=())
 
 
 async def test_links_expected_are_bounded(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
-    monkeypatch.setattr(plane_module, "MAX_INGRESSES", 1)
+    monkeypatch.setattr(data_plane_module, "MAX_EXPECTED", 1)
     expect(two, one)
     expect(two, one)
     with pytest.raises(BadInputError, match="already expects 1"):
         expect(two, one, replace(LIMITS, stage=2))
 
 
-@dataclass
-class Pipe:
-    """A connection that takes records only while there is room for them."""
-
-    fd: int
-    room: int = 0
-    written: list[bytes] = field(default_factory=list)
-
-    def write(self, record: memoryview | bytes) -> bool:
-        if self.room <= 0:
-            return False
-        self.room -= 1
-        self.written.append(bytes(record))
-        return True
-
-
-@pytest.fixture
-def pipe() -> Iterator[Pipe]:
-    """Its descriptor says all the time that there is room."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        yield Pipe(ours.fileno())
-
-
-async def test_the_outbox_is_bounded_in_frames_and_bytes(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    box = Outbox(pipe, asyncio.get_running_loop(), max_frames=2, max_bytes=10)
-    assert box.put(b"under way"), "it was its turn at once"
-    assert not box.put(b"x" * 11)
-    with pytest.raises(LinkError, match="1 frames wait"):
-        box.put(b"x", timeout_s=0.01)
-    pipe.room = 2
-    await asyncio.wait_for(box.flushed(), WAIT_S)
-    assert pipe.written == [b"under way", b"x" * 11]
-    for frame in (b"0", b"1", b"2"):
-        box.put(frame)
-    with pytest.raises(LinkError, match="2 frames wait"):
-        await asyncio.to_thread(box.put, b"3", 0.01)
-    waits, wait = threading.Event(), box._room.wait
-    monkeypatch.setattr(box._room, "wait", lambda left: (waits.set(), wait(left)))
-    waiting = asyncio.create_task(asyncio.to_thread(box.put, b"3", WAIT_S))
-    assert await asyncio.to_thread(waits.wait, WAIT_S)
-    pipe.room = 2
-    await asyncio.wait_for(waiting, WAIT_S)
-    box.end("over")
-    box.end("again")
-    assert box.ended == "over"
-    with pytest.raises(LinkError, match="ended: over"):
-        box.put(b"4")
-    pipe.room = 9
-    await asyncio.wait_for(box.flushed(), WAIT_S)
-    assert pipe.written[2:] == [b"0", b"1", b"2", b"3"], "what was queued still goes"
-    box.detach()
-    assert issubclass(FrameError, LinkError)
-
-
 async def test_an_echo_times_frames_through_the_real_link(nodes: list[Node]) -> None:
     one, two, _ = nodes
     taken: list[tuple[str, int]] = []
-    two.plane._on_echo = lambda device, frame: taken.append((device, len(frame.tensors[0].data)))
+
+    def deliver(delivery: Delivery) -> None:
+        delivery.taken()
+        taken.append((delivery.link.device, len(delivery.frame.tensors[0].data)))
+
+    two.plane._on_echo = deliver
     who = two.identity
     at = (who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port)
     timed = await one.plane.echo(*at, [1024, 1024, MAX_ECHO_BYTES])
@@ -473,7 +361,7 @@ async def test_an_echo_is_bounded_and_for_the_household_only(nodes: list[Node]) 
 
 async def test_frames_in_use_are_timed(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
-    monkeypatch.setattr(pulse_module, "BEAT_S", 0.02)
+    monkeypatch.setattr(liveness, "BEAT_S", 0.02)
     expect(two, one)
     timed: asyncio.Queue[tuple[int, float]] = asyncio.Queue()
     link = await connect(one, two, timed=timed)
@@ -490,42 +378,42 @@ async def test_frames_in_use_are_timed(nodes: list[Node], monkeypatch: pytest.Mo
 def test_a_frames_time_is_by_both_clocks(ahead: float) -> None:
     """`ahead`: what the receiver's clock shows more than the sender's."""
     heard: list[tuple[int, float]] = []
-    timing = Timing(lambda nbytes, seconds: heard.append((nbytes, seconds)))
-    ping = timing.beat(10.0)
-    assert ping is not None and not timing.wanted and timing.beat(11.0) is None
-    timing.ponged(b"", 10.1)  # the other side's own beat
-    timing.ponged(answer(ping, 3.0 + ahead, 10.2 + ahead), 10.4)  # whatever came before a PING alone
-    assert timing.wanted and heard == [(0, pytest.approx(0.4))]
-    behind = timing.ask(100, 20.0)
-    assert behind is not None and behind != ping and not timing.wanted
-    assert timing.ask(100, 20.0) is None, "one at a time"
-    timing.ponged(ping, 20.2)  # an old one
-    timing.ponged(answer(behind, 20.3 + ahead, 20.9 + ahead), 21.5)
+    timer = FrameTimer(lambda nbytes, seconds: heard.append((nbytes, seconds)))
+    ping = timer.beat(10.0)
+    assert ping is not None and not timer.wanted and timer.beat(11.0) is None
+    timer.ponged(b"", 10.1)  # the other side's own beat
+    timer.ponged(answer(ping, 3.0 + ahead, 10.2 + ahead), 10.4)  # whatever came before a PING alone
+    assert timer.wanted and heard == [(0, pytest.approx(0.4))]
+    behind = timer.ask(100, 20.0)
+    assert behind is not None and behind != ping and not timer.wanted
+    assert timer.ask(100, 20.0) is None, "one at a time"
+    timer.ponged(ping, 20.2)  # an old one
+    timer.ponged(answer(behind, 20.3 + ahead, 20.9 + ahead), 21.5)
     assert heard[1:] == [(100, pytest.approx(0.3))], "how long the answer took is not the frame's"
-    behind = timing.ask(100, 21.0)
+    behind = timer.ask(100, 21.0)
     assert behind is not None
-    timing.handed_over(21.15)
-    timing.ponged(answer(behind, 21.25 + ahead, 21.3 + ahead), 21.5)
+    timer.handed_over(21.15)
+    timer.ponged(answer(behind, 21.25 + ahead, 21.3 + ahead), 21.5)
     assert heard[2:] == [(100, pytest.approx(0.1))], "nor is what handing it over took its sender"
-    slow = timing.beat(30.0)
+    slow = timer.beat(30.0)
     assert slow is not None
-    timing.ponged(answer(slow, 0.0, 30.1 + ahead), 32.0)  # its two ways were far from equal
-    behind = timing.ask(100, 33.0)
+    timer.ponged(answer(slow, 0.0, 30.1 + ahead), 32.0)  # its two ways were far from equal
+    behind = timer.ask(100, 33.0)
     assert behind is not None
-    timing.ponged(answer(behind, 33.25 + ahead, 33.3 + ahead), 33.5)
+    timer.ponged(answer(behind, 33.25 + ahead, 33.3 + ahead), 33.5)
     assert heard[4:] == [(100, pytest.approx(0.25))], "the quickest look at the clock counts"
-    assert timing.beat(40.0) is not None and timing.beat(40.0 + LOST_S) is not None, "a lost answer is not waited for"
-    assert Timing(None).beat(0.0) is None
+    assert timer.beat(40.0) is not None and timer.beat(40.0 + LOST_S) is not None, "a lost answer is not waited for"
+    assert FrameTimer(None).beat(0.0) is None
 
 
 def test_a_pong_of_another_length_says_nothing() -> None:
     heard: list[tuple[int, float]] = []
-    timing = Timing(lambda nbytes, seconds: heard.append((nbytes, seconds)))
-    ping = timing.beat(10.0)
+    timer = FrameTimer(lambda nbytes, seconds: heard.append((nbytes, seconds)))
+    ping = timer.beat(10.0)
     assert ping is not None
     for payload in (ping, ping + bytes(4), ping + bytes(17)):
-        timing.ponged(payload, 10.1)
-    assert not heard and timing.beat(11.0) is None
+        timer.ponged(payload, 10.1)
+    assert not heard and timer.beat(11.0) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others do not tell")

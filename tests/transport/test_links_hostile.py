@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -13,10 +14,10 @@ import pytest
 from peerllm.errors import LinkError
 from peerllm.transport.frames import encode
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import Ingress
+from peerllm.transport.links import STEP, Delivery, Inlet
 from peerllm.transport.links import acceptor as acceptor_module
-from peerllm.transport.links.websocket import BINARY, CLOSE, PING, control, goodbye, head
 from peerllm.transport.tls import client_context, server_context
+from peerllm.transport.websocket.framing import BINARY, CLOSE, PING, POLICY_VIOLATION, TEXT, control, goodbye, head
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, Node, activation, connect, expect
 
 UPGRADE = (
@@ -84,13 +85,13 @@ async def test_garbage_instead_of_tls(nodes: list[Node], garbage: bytes) -> None
     ("said", "status"),
     [
         (b"\0" * 100 + b"\r\n\r\n", b"400"),
-        (UPGRADE.replace(b"GET", b"PUT"), b"405"),
+        (UPGRADE.replace(b"GET", b"PUT"), b"400"),
         (UPGRADE.replace(b"/3/1", b"/3/2"), b"404"),
         (UPGRADE.replace(b"/3/1", b"/3/1?x=1"), b"404"),
         (UPGRADE.replace(b"/3/1", b"/+3/1"), b"404"),
-        (UPGRADE.replace(b": 13", b": 12"), b"426"),
+        (UPGRADE.replace(b": 13", b": 12"), b"400"),
         (UPGRADE.replace(b"websocket", b"h2c"), b"400"),
-        (UPGRADE[:-2] + b"X: " + b"x" * 8192 + b"\r\n\r\n", None),
+        (UPGRADE[:-2] + b"X: " + b"x" * 1024 + b"\r\n\r\n", None),
         (b"x" * 20_000, None),
         (UPGRADE + message(1), None),  # before it was agreed to
     ],
@@ -102,8 +103,26 @@ async def test_garbage_instead_of_an_upgrade(nodes: list[Node], said: bytes, sta
         writer.write(said)
         answer = await rest(reader)
         assert answer == b"" if status is None else answer.startswith(b"HTTP/1.1 " + status)
-    assert not two.plane._open and two.frames.empty()
+    assert not two.plane._links and two.frames.empty()
     await works(one, two)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "payload", "reason"),
+    [
+        (TEXT, b"hello", "binary frames only"),
+        (BINARY, b"PLFR", "shorter than its header"),
+        (BINARY, b"", "shorter than its header"),
+        (BINARY, encode(activation())[:-8], "not as long as its tensors"),
+    ],
+)
+async def test_text_and_garbage_end_the_link(nodes: list[Node], opcode: int, payload: bytes, reason: str) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    async with upgraded(one, two) as (reader, writer):
+        writer.write(head(opcode, len(payload), masked=True) + payload)
+        assert reason in (said := (await two.next_lost())[1])
+        assert (await rest(reader)).endswith(goodbye(POLICY_VIOLATION, said)), "the sender hears why"
 
 
 async def test_a_slow_handshake_and_a_slow_request_are_cut(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +157,19 @@ async def test_no_more_sockets_is_a_pause(nodes: list[Node], monkeypatch: pytest
     expect(two, one)
     monkeypatch.setattr(acceptor_module, "ACCEPT_PAUSE_S", 0.05)
 
-    class Exhausted:
-        def accept(self) -> None:
-            raise OSError(24, "Too many open files")
+    loop, accept = asyncio.get_running_loop(), socket.socket.accept
+    refused = asyncio.Event()
 
-    two.plane._acceptor._accept(Exhausted())  # type: ignore[arg-type]
+    def exhausted(listening: socket.socket) -> object:
+        if refused.is_set():
+            return accept(listening)
+        loop.call_soon(refused.set)
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(socket.socket, "accept", exhausted)
+    first = asyncio.create_task(works(one, two))
+    await asyncio.wait_for(refused.wait(), WAIT_S)
+    await first
     await works(one, two)
 
 
@@ -153,7 +180,7 @@ async def test_a_removal_in_the_middle_of_a_handshake(nodes: list[Node]) -> None
         await two.plane.set_trusted([three.identity.certificate_pem])
         writer.write(UPGRADE)
         assert await rest(reader) == b""
-    assert not two.plane._open
+    assert not two.plane._links
 
 
 @pytest.mark.parametrize("part", [1, 2, 7, 8, 9, 60, 500])
@@ -197,23 +224,40 @@ async def test_a_frame_byte_by_byte(nodes: list[Node]) -> None:
         assert [(await two.next_frame()).runs[0].position for _ in range(2)] == [5, 6]
 
 
-async def test_frames_in_one_record_are_held_back_one_by_one(nodes: list[Node]) -> None:
-    """What has been read already waits as well."""
+async def test_what_comes_after_a_broken_rule_is_kept_nowhere(nodes: list[Node]) -> None:
     one, two, _ = nodes
-    held: list[asyncio.Future[None]] = []
+    expect(two, one)
+    async with upgraded(one, two) as (reader, writer):
+        (link,) = two.plane._accepted.values()
+        writer.write(head(TEXT, 5, masked=True) + bytes(8 << 20))
+        assert "binary frames only" in (await two.next_lost())[1]
+        await rest(reader)
+        assert len(link._inbound._reader._bytes) < 1 << 16
 
-    def deliver(device: str, frame: object) -> asyncio.Future[None]:
-        held.append(asyncio.get_running_loop().create_future())
-        two.frames.put_nowait((device, frame))  # type: ignore[arg-type]
-        return held[-1]
 
-    two.plane.expect(Ingress(one.identity.device, LIMITS), deliver)
+async def test_what_lay_unread_when_a_device_was_removed_is_dropped(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
     async with upgraded(one, two) as (_, writer):
-        writer.write(b"".join(message(position) for position in range(5)))
-        for position in range(5):
-            assert (await two.next_frame()).runs[0].position == position
-            assert len(held) == position + 1 and two.frames.empty()
-            held[-1].set_result(None)
+        (link,) = two.plane._accepted.values()
+        two.plane._poller.remove(link._connection.fd)
+        writer.write(message(3))
+        assert (await asyncio.to_thread(select.select, [link._connection.fd], [], [], WAIT_S))[0]
+        await two.plane.set_trusted([])
+        link._inbound.read()
+        assert link._inbound.frames == 1 and two.frames.empty()
+
+
+async def test_frames_that_come_after_the_end_are_dropped(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    async with upgraded(one, two) as (reader, writer):
+        forgetting = asyncio.create_task(two.plane.forget(DEPLOYMENT))
+        await asyncio.wait_for(reader.readuntil(b"no longer expected"), WAIT_S)
+        writer.write(message(3) + head(BINARY, 4, masked=True) + b"PLFR")
+        writer.write(control(CLOSE, goodbye(1000, ""), masked=True))
+        await asyncio.wait_for(forgetting, WAIT_S)
+    assert two.frames.empty() and two.lost.empty()
 
 
 async def test_pings_nobody_reads_the_answers_to_are_bounded(nodes: list[Node]) -> None:
@@ -222,8 +266,8 @@ async def test_pings_nobody_reads_the_answers_to_are_bounded(nodes: list[Node]) 
     async with upgraded(one, two) as (reader, writer):
         writer.write(control(PING, b"x" * 8, masked=True) * 50_000 + message(9))
         assert (await two.next_frame()).runs[0].position == 9
-        (receiver,) = two.plane._receivers.values()
-        assert len(receiver._outbox._said) <= 1024
+        (link,) = two.plane._accepted.values()
+        assert len(link._outbox._said) <= 1024
         writer.write(control(CLOSE, goodbye(1000, ""), masked=True))
         assert (await rest(reader)).endswith(goodbye(1000, ""))
     assert two.lost.empty()
@@ -234,10 +278,10 @@ async def test_a_fault_of_ours_ends_the_link_with_its_name(
 ) -> None:
     one, two, _ = nodes
 
-    def deliver(device: str, frame: object) -> None:
+    def deliver(delivery: Delivery) -> None:
         raise KeyError("no such thing")
 
-    two.plane.expect(Ingress(one.identity.device, LIMITS), deliver)
+    two.plane.expect(one.identity.device, Inlet(STEP, LIMITS, deliver))
     link = await connect(one, two)
     link.send(activation())
     assert (await two.next_lost())[1] == "KeyError: 'no such thing'"

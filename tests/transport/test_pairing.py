@@ -13,14 +13,14 @@ from peerllm.errors import AuthenticationError, PairingError
 from peerllm.transport.identity import Identity
 from peerllm.transport.pairing import Paired, PairingDoor, door_name, join, make_code, normalise
 from peerllm.transport.pairing import door as door_module
-from peerllm.transport.pairing.messages import (
+from peerllm.transport.pairing.pairing_messages import (
     LENGTH,
     PROTOCOL_VERSION,
     Challenge,
-    Channel,
     Confirm,
-    Done,
-    Hello,
+    JoinRequest,
+    PairingChannel,
+    PairingDone,
     Possession,
 )
 from peerllm.transport.pairing.pake import Pake
@@ -171,7 +171,7 @@ async def test_a_stolen_code_does_not_pass_for_another_device(house: House, bob:
     channel.authenticate(keys.joiner_mac, keys.inviter_mac)
     await channel.send(Possession(carol.sign(b"joiner" + keys.transcript).hex()))
     with pytest.raises(PairingError):
-        await channel.receive(Done)
+        await channel.receive(PairingDone)
     writer.close()
     assert not house.paired
 
@@ -204,8 +204,8 @@ async def test_a_false_door_learns_nothing_and_is_named(bob: Identity, carol: Id
     """A door that does not know the code cannot answer the joiner's proof."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        channel = Channel(reader, writer)
-        await channel.receive(Hello)
+        channel = PairingChannel(reader, writer)
+        await channel.receive(JoinRequest)
         pake = Pake("00-000000", carol.device, bob.device, True)
         await channel.send(Challenge(PROTOCOL_VERSION, pake.share))
         await channel.receive(Confirm)
@@ -226,8 +226,8 @@ async def test_a_false_door_learns_nothing_and_is_named(bob: Identity, carol: Id
         LENGTH.pack(1 << 30),
         LENGTH.pack(5) + b"{nope",
         LENGTH.pack(2) + b"{}",
-        LENGTH.pack(20) + b'{"type":"Done","x":1',
-        LENGTH.pack(33) + b'{"type":"Done","device":"abcdefg"}'[:33],
+        LENGTH.pack(20) + b'{"type":"PairingDone","x":1',
+        LENGTH.pack(33) + b'{"type":"PairingDone","device":"abcdefg"}'[:33],
     ],
 )
 async def test_garbage_is_refused_and_the_door_stays_open(house: House, bob: Identity, raw: bytes) -> None:
@@ -247,7 +247,7 @@ async def test_garbage_is_refused_and_the_door_stays_open(house: House, bob: Ide
 )
 async def test_impossible_shares(house: House, bob: Identity, share: str) -> None:
     _, writer, channel = await _knock(house)
-    await channel.send(Hello(PROTOCOL_VERSION, bob.certificate_pem, "bob", share, 1))
+    await channel.send(JoinRequest(PROTOCOL_VERSION, bob.certificate_pem, "bob", share, 1))
     # The challenge goes out before the share is looked at: the refusal stands where the proof would.
     await channel.receive(Challenge)
     with pytest.raises(PairingError, match="impossible"):
@@ -259,7 +259,7 @@ async def test_impossible_shares(house: House, bob: Identity, share: str) -> Non
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"version": 2}, "update both devices"),
+        ({"version": 1}, "update both devices"),
         ({"certificate_pem": "x"}, "damaged"),
         ({"name": "\n"}, "cannot be a device's name"),
         ({"counter": -1}, "damaged"),
@@ -275,7 +275,7 @@ async def test_hellos_that_cannot_be(house: House, bob: Identity, change: dict[s
         "share": "42" * 33,
         "counter": 1,
     }
-    await channel.send(Hello(**(good | change)))  # type: ignore[arg-type]
+    await channel.send(JoinRequest(**(good | change)))  # type: ignore[arg-type]
     with pytest.raises(PairingError, match=line):
         await channel.receive(Challenge)
     writer.close()
@@ -292,7 +292,7 @@ async def test_a_tampered_message_after_the_proof(house: House, bob: Identity) -
     channel._sent = 1
     await channel.send(Possession(bob.sign(b"joiner" + keys.transcript).hex()))
     with pytest.raises(PairingError, match="tampered"):
-        await channel.receive(Done)
+        await channel.receive(PairingDone)
     writer.close()
 
 
@@ -368,16 +368,18 @@ def test_codes() -> None:
     assert issubclass(PairingError, AuthenticationError)
 
 
-Knock = tuple[asyncio.StreamReader, asyncio.StreamWriter, Channel]
+Knock = tuple[asyncio.StreamReader, asyncio.StreamWriter, PairingChannel]
 
 
 async def _knock(house: House, context: Callable[[], ssl.SSLContext] = knock_context) -> Knock:
     reader, writer = await asyncio.open_connection("127.0.0.1", house.door.port, ssl=context(), server_hostname="x")
-    return reader, writer, Channel(reader, writer)
+    return reader, writer, PairingChannel(reader, writer)
 
 
-async def _greet(house: House, channel: Channel, who: Identity, code: str) -> tuple[Pake, bytes, Challenge, bytes]:
+async def _greet(
+    house: House, channel: PairingChannel, who: Identity, code: str
+) -> tuple[Pake, bytes, Challenge, bytes]:
     pake = Pake(code, house.identity.device, who.device, False)
-    hello = await channel.send(Hello(PROTOCOL_VERSION, who.certificate_pem, "raw", pake.share, 1))
+    hello = await channel.send(JoinRequest(PROTOCOL_VERSION, who.certificate_pem, "raw", pake.share, 1))
     challenge, challenge_bytes = await channel.receive(Challenge)
     return pake, hello, challenge, challenge_bytes

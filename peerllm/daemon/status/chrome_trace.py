@@ -21,8 +21,8 @@ THREADS = 10_000  # a process numbers its threads from its own multiple: some vi
 COMPUTE = 1  # the first of them
 MAX_PIECES = 256  # of a span
 MAX_NUMBER = 2**32 - 1  # a position or a length
-_OF_LINKS = ("send", "receive", "held back")
-_WAITS = ("idle", "enqueue", "held back")
+_OF_LINKS = ("send", "receive")
+_WAITS = ("idle",)
 
 Event = dict[str, Any]
 At = tuple[Span, int, int]  # a span, and its start and end on the coordinator's clock

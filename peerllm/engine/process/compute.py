@@ -32,7 +32,7 @@ from peerllm.engine.schedule.loaded_stage import LoadedStage, steps_only
 from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
 from peerllm.engine.wire.parcels import Parcel, TokenBatch
 from peerllm.errors import PeerLLMError, one_line
-from peerllm.transport.links import Link
+from peerllm.transport.links import Delivery, Link
 from peerllm.types import DeploymentId, DeviceId
 
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|failed to allocate memory|bad_alloc", re.IGNORECASE)
@@ -58,13 +58,10 @@ class Linked:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrived:
-    """A checked frame came in for `stage`; `handled` is called when it waits no longer."""
+    """A checked frame came in, which carries `parcels`."""
 
-    deployment: DeploymentId
-    epoch: int
-    stage: int
+    delivery: Delivery
     parcels: Sequence[Parcel]
-    handled: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +77,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Echoed:
-    """Another device times its link to here; `handled` is called when the frame would be computed."""
-
-    handled: Callable[[], None]
+    """Another device times its link to here: this is where a step's frame would be computed."""
 
 
 Event = Loaded | Linked | Arrived | Lost | Echoed | Unload | Submit | Cancel | QueryLoad
@@ -157,11 +152,12 @@ class Compute:
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Arrived(identity, epoch, stage, parcels, handled):
-                handled()
-                deployment = self._deployments.get(identity)
-                if deployment is not None and deployment.epoch == epoch:  # else unloaded while it waited
-                    deployment.arrived(stage, parcels)
+            case Arrived(delivery, parcels):
+                delivery.taken()
+                frame = delivery.frame
+                deployment = self._deployments.get(frame.deployment)
+                if deployment is not None and deployment.epoch == frame.epoch:  # else unloaded while it waited
+                    deployment.arrived(frame.stage, parcels)
             case Submit(identity, sequence):
                 deployment = self._deployments.get(identity)
                 if deployment is None:
@@ -180,8 +176,8 @@ class Compute:
                     self._tell(Done(request))
                 else:
                     self._tell(Failed(request, "RefusedError", f"epoch {epoch} is not loaded here any more"))
-            case Echoed(handled):
-                handled()
+            case Echoed():
+                pass
             case Lost(identity, epoch, device, ingress, reason):
                 deployment = self._deployments.get(identity)
                 if deployment is not None and deployment.epoch == epoch:

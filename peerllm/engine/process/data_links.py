@@ -6,11 +6,9 @@ On the loop only, but for frames that come in: the compute thread takes those it
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from peerllm.engine.messages import (
@@ -26,51 +24,40 @@ from peerllm.engine.messages import (
 )
 from peerllm.engine.process.compute import Arrived, Echoed, Event, Linked, Lost
 from peerllm.engine.process.inbox import Inbox
+from peerllm.engine.schedule.source_sequences import window_tokens
 from peerllm.engine.wire.parcels import from_frame, source_limits, stage_limits
 from peerllm.errors import AuthenticationError, BadInputError, LinkError, RefusedError
-from peerllm.transport.frames import Frame
 from peerllm.transport.identity import load
-from peerllm.transport.links import MAX_ECHO_BYTES, DataPlane, Ingress, Link, Watch
+from peerllm.transport.links import (
+    FRAME_COST_BYTES,
+    MAX_ECHO_BYTES,
+    STEP,
+    DataPlane,
+    Delivery,
+    Inlet,
+    Link,
+    LinkObserver,
+)
 from peerllm.types import DeploymentId, DeviceId
 
 CONNECT_TIMEOUT_S = 5.0  # the next engine may not expect us yet
 CONNECT_PAUSE_S = 0.1  # between two tries
-BACKLOG_BYTES = 64 << 20  # frames that came in and the compute thread has not seen; then the senders are held back
 REPORT_S = 1.0  # between two reports of how long frames take
 MAX_REPORTED = 256  # timings in one; each link gives a few a second, the oldest give way
+SMALL_FRAME_BYTES = 1024  # no frame without hidden states has more
 MAX_SIZES = 64  # frames of one TimeLink
-FRAME_COSTS_BYTES = 16 << 10  # what a frame counts for beside its tensors, which bounds their number
 
 
-class Backlog:
-    """Bytes that wait for the compute thread."""
+def most_under_way(spec: LoadStage, hidden_size: int) -> int:
+    """Bytes of all frames that a plan lets wait on the link from `spec`'s stage, as its queue counts them.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int = BACKLOG_BYTES) -> None:
-        self._loop, self._limit = loop, limit
-        self._lock = threading.Lock()
-        self._bytes = 0
-        self._room = asyncio.Event()
-
-    def add(self, size: int) -> bool:
-        """Whether there is room for more after this."""
-        with self._lock:
-            self._bytes += size
-            if self._bytes < self._limit:
-                return True
-            self._room.clear()
-            return False
-
-    def remove(self, size: int) -> None:
-        """From any thread."""
-        with self._lock:
-            full, self._bytes = self._bytes >= self._limit, self._bytes - size
-            if full and self._bytes < self._limit:
-                with contextlib.suppress(RuntimeError):  # the loop has ended
-                    self._loop.call_soon_threadsafe(self._room.set)
-
-    async def room(self) -> None:
-        """Until there is room."""
-        await self._room.wait()
+    They are the prompts' window, a step of each sequence, and as many OPENs and RELEASEs.
+    """
+    tokens = window_tokens(spec.stages, spec.chunk) + spec.slots
+    frames = tokens + 2 * spec.slots
+    exact = stage_limits(replace(spec, upstream_activations="exact"), hidden_size)
+    all_in_one = replace(exact, max_tokens=tokens, max_runs=frames, max_bytes=0)
+    return all_in_one.largest() + frames * (FRAME_COST_BYTES + SMALL_FRAME_BYTES)
 
 
 @dataclass(slots=True)
@@ -78,6 +65,7 @@ class _Known:
     """A deployment's epoch and its stages here."""
 
     epoch: int
+    hidden_size: int
     specs: dict[int, LoadStage] = field(default_factory=dict)
     links: dict[int, Link] = field(default_factory=dict)  # by the stage that sends
 
@@ -86,17 +74,15 @@ class DataLinks:
     """The data plane of one engine."""
 
     def __init__(
-        self, configure: Configure, inbox: Inbox[Event], tell: Callable[[FromEngine], None], watch: Watch
+        self, configure: Configure, inbox: Inbox[Event], tell: Callable[[FromEngine], None], observer: LinkObserver
     ) -> None:
         self._device, self._inbox, self._tell = configure.device, inbox, tell
         identity = load(configure.certificate_path, configure.key_path)
-        self._plane = DataPlane(identity, configure.hosts, configure.port, self._lost, self._echoed, watch)
+        self._plane = DataPlane(identity, configure.hosts, configure.port, self._lost, self._echoed, observer)
         self._certificates: dict[DeviceId, str] = {}
         self._known: dict[DeploymentId, _Known] = {}
         self._loop = asyncio.get_running_loop()
-        self._backlog = Backlog(self._loop)
-        inbox.lead = self._plane.lead
-        self._echo_waits = False
+        inbox.poller = self._plane.poller
         self._timings: deque[tuple[DeviceId, int, float]] = deque(maxlen=MAX_REPORTED)
         self._reporting: asyncio.TimerHandle | None = None
 
@@ -120,12 +106,12 @@ class DataLinks:
             raise RefusedError(f"epoch {known.epoch} is loaded here; {spec.epoch} is past")
         past = None if known is None or known.epoch == spec.epoch else known.epoch
         if known is None or past is not None:
-            self._known[spec.deployment] = _Known(spec.epoch)
+            self._known[spec.deployment] = _Known(spec.epoch, hidden_size)
         self._known[spec.deployment].specs[spec.stage] = spec
         if spec.upstream not in (None, self._device):
-            self._plane.expect(Ingress(spec.upstream, stage_limits(spec, hidden_size)), self._deliver)
+            self._plane.expect(spec.upstream, Inlet(STEP, stage_limits(spec, hidden_size), self._deliver))
         if spec.stage == 0 and spec.head_device != self._device:
-            self._plane.expect(Ingress(spec.head_device, source_limits(spec)), self._deliver)
+            self._plane.expect(spec.head_device, Inlet(STEP, source_limits(spec), self._deliver))
         return past
 
     async def connect(self, message: Connect) -> Linked:
@@ -134,12 +120,12 @@ class DataLinks:
         if known is None or known.epoch != message.epoch:
             raise RefusedError(f"epoch {message.epoch} of this deployment is not loaded here")
         wanted = {
-            stage: spec.downstream
+            stage: (spec.downstream, most_under_way(spec, known.hidden_size))
             for stage, spec in known.specs.items()
             if spec.downstream is not None and (stage not in known.links or known.links[stage].closed)
         }
         dials = [
-            asyncio.create_task(self._dial(message, hop), name=f"dial stage {hop.stage} {message.deployment[:8]}")
+            asyncio.create_task(self._dial(message, *hop), name=f"dial stage {hop[0].stage} {message.deployment[:8]}")
             for hop in wanted.values()
         ]
         try:
@@ -180,7 +166,7 @@ class DataLinks:
         self._known.clear()
         await self._plane.close()
 
-    async def _dial(self, message: Connect, hop: Hop) -> Link:
+    async def _dial(self, message: Connect, hop: Hop, bound_bytes: int) -> Link:
         deadline = asyncio.get_running_loop().time() + CONNECT_TIMEOUT_S
         while True:
             pem = self._certificates.get(hop.device)
@@ -196,35 +182,28 @@ class DataLinks:
                     message.epoch,
                     hop.stage,
                     partial(self._timed, hop.device),
+                    {STEP: bound_bytes},
                 )
             except (LinkError, AuthenticationError):
                 if asyncio.get_running_loop().time() >= deadline:
                     raise
             await asyncio.sleep(CONNECT_PAUSE_S)
 
-    def _deliver(self, sender: DeviceId, frame: Frame) -> Awaitable[None] | None:
-        parcels = from_frame(frame)
-        size = FRAME_COSTS_BYTES + sum(tensor.data.nbytes for tensor in frame.tensors)
-        room = self._backlog.add(size)
-        self._inbox.put(
-            Arrived(frame.deployment, frame.epoch, frame.stage, parcels, lambda: self._backlog.remove(size))
-        )
-        return None if room else self._backlog.room()
+    def _deliver(self, delivery: Delivery) -> None:
+        """Into the inbox, on whichever thread reads; the channel's credit bounds how many frames wait there."""
+        self._inbox.put(Arrived(delivery, from_frame(delivery.frame)), always=True)
 
-    def _echoed(self, sender: DeviceId, frame: Frame) -> None:
-        """A frame goes the way of a stage's, up to the compute thread; one at a time, so that it crowds out nothing."""
-        if not self._echo_waits:
-            self._echo_waits = True
-            self._inbox.put(Echoed(self._echo_handled))
+    def _echoed(self, delivery: Delivery) -> None:
+        """A frame that times a link wakes a compute thread that waits, as a step's does, and is dropped."""
+        delivery.taken()
+        if self._inbox.empty:
+            self._inbox.put(Echoed())
             self._loop.call_soon_threadsafe(self._report_soon)
-
-    def _echo_handled(self) -> None:
-        self._echo_waits = False
 
     def _timed(self, device: DeviceId, nbytes: int, seconds: float) -> None:
         if nbytes:
             self._timings.append((device, nbytes, seconds))
-            self._report_soon()
+            self._loop.call_soon_threadsafe(self._report_soon)
 
     def _report_soon(self) -> None:
         if self._reporting is None:

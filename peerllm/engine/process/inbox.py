@@ -1,8 +1,8 @@
 """The one way into the compute thread: a bounded queue that one thread fills and one empties.
 
 Built on queue.SimpleQueue, which waits and wakes without running Python: every step of every sequence comes this way,
-with the processor's caches full of weights, where each function that is called costs microseconds. With a Lead the
-taker that waits fills it itself, with the frames that come in meanwhile.
+with the processor's caches full of weights, where each function that is called costs microseconds. A frame gets into
+it on whichever thread reads the links: the loop, or with a SharedPoller the taker itself while it waits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Generic, TypeVar
 
 from peerllm.errors import OverloadedError
-from peerllm.transport.links import Lead
+from peerllm.transport.links import SharedPoller
 
 KEPT = 1 / 16  # weight of a new hand-over in their mean
 MAX_WAITING = 8192  # events; far above what the windows of the sequences in flight allow
@@ -24,10 +24,10 @@ class Inbox(Generic[T]):
     """First in, first out; `put` never waits and raises OverloadedError when `limit` events are waiting.
 
     `put` and `close` are called by one thread (the loop's); with several, `limit` may be passed by one event for each.
-    `lead` is to be set before the first event is taken.
+    `poller` is to be set before the first event is taken.
     """
 
-    lead: Lead | None = None
+    poller: SharedPoller | None = None
 
     def __init__(self, limit: int = MAX_WAITING) -> None:
         self._limit = limit
@@ -36,6 +36,11 @@ class Inbox(Generic[T]):
         self._idle = False  # the taker waits
         self._put_at = 0.0
         self.handover_s: float | None = None  # mean time from a put until a taker that waited has it
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return self._events.empty()
 
     def put(self, event: T, always: bool = False) -> None:
         """`always` is for the few events that are bounded otherwise and must not be lost."""
@@ -56,8 +61,8 @@ class Inbox(Generic[T]):
         events = self._events
         if wait and events.empty():
             self._put_at, self._idle = 0.0, True
-            if self.lead is not None:
-                self.lead.wait(events.empty)
+            if self.poller is not None:
+                self.poller.wait(events.empty)
             event = events.get()
             self._idle = False
             if self._put_at:
@@ -71,9 +76,9 @@ class Inbox(Generic[T]):
 
     def _put(self, event: T | None) -> None:
         self._events.put(event)
-        lead = self.lead
-        if lead is not None and lead.waits:
-            lead.wake()
+        poller = self.poller
+        if poller is not None and poller.waits:
+            poller.wake()
 
     def _take(self, event: T | None, taken: list[T]) -> bool:
         if event is None:

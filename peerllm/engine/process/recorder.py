@@ -17,7 +17,7 @@ from typing import Literal
 from peerllm.engine.messages import Record, Recorded, Span, SpanKind
 from peerllm.errors import RefusedError
 from peerllm.transport.frames import Frame, FrameKind, TokenRun
-from peerllm.transport.links import Parting, Watch
+from peerllm.transport.links import LinkObserver, SentFrame
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_SPANS = 65_536  # in the ring; the oldest give way
@@ -26,7 +26,6 @@ MAX_PIECES = 256  # of a span; the rest of a larger batch is not named
 MAX_ALL_PIECES = 4 * MAX_SPANS  # of all spans in the ring: with both, it takes some 40 MB
 MAX_RECORDED = 8  # deployments recorded at once
 MAX_SECONDS = 600  # a recording that nobody ends ends by itself
-SHOWN_NS = 50_000  # a link's queue that takes a frame faster than this is not worth a span
 
 Pieces = tuple[tuple[int, int, int, int], ...]
 _KINDS: dict[FrameKind, SpanKind] = {
@@ -45,8 +44,8 @@ class _Recording:
     lost: int = 0
 
 
-class Recorder(Watch):
-    """`lap` is the compute thread's, the Watch's methods any thread's, the rest the loop's."""
+class Recorder(LinkObserver):
+    """`lap` is the compute thread's, the LinkObserver's methods any thread's, the rest the loop's."""
 
     def __init__(self, limit: int = MAX_SPANS, pieces: int = MAX_ALL_PIECES) -> None:
         self.on = False
@@ -136,35 +135,27 @@ class Recorder(Watch):
 
     # ---- from the links ---------------------------------------------------------------------------------------------
 
-    def queued(self, deployment: DeploymentId, device: DeviceId, stage: int, parting: Parting, now_ns: int) -> None:
-        kind, nbytes = _KINDS[parting.kind], parting.nbytes
-        times = parting.handed_ns, parting.encoded_ns
-        self._add(deployment, Span("serialise", *times, kind, stage, device, nbytes=nbytes))
-        if now_ns - parting.encoded_ns >= SHOWN_NS:
-            self._add(deployment, Span("enqueue", parting.encoded_ns, now_ns, kind, stage, device))
-
     def sent(
         self,
         deployment: DeploymentId,
         device: DeviceId,
         stage: int,
         number: int,
-        parting: Parting,
+        frame: SentFrame,
         taken_ns: int,
         written_ns: int,
     ) -> None:
-        kind, pieces = _KINDS[parting.kind], _pieces(parting.runs)
-        waited = taken_ns - parting.encoded_ns
-        where = stage, device, number, parting.nbytes
+        kind, pieces = _KINDS[frame.kind], _pieces(frame.runs)
+        times = frame.handed_ns, frame.encoded_ns
+        self._add(deployment, Span("serialise", *times, kind, stage, device, nbytes=frame.nbytes))
+        waited = taken_ns - frame.encoded_ns
+        where = stage, device, number, frame.nbytes
         self._add(deployment, Span("send", taken_ns, written_ns, kind, *where, waited, pieces))
 
     def received(self, device: DeviceId, frame: Frame, number: int, nbytes: int, came_ns: int, taken_ns: int) -> None:
         kind, pieces = _KINDS[frame.kind], _pieces(frame.runs)
         where = frame.stage, device, number, nbytes
         self._add(frame.deployment, Span("receive", came_ns, taken_ns, kind, *where, pieces=pieces))
-
-    def held(self, deployment: DeploymentId, device: DeviceId, stage: int, since_ns: int, until_ns: int) -> None:
-        self._add(deployment, Span("held back", since_ns, until_ns, "", stage, device))
 
     def _add(self, deployment: DeploymentId, span: Span) -> None:
         with self._lock:

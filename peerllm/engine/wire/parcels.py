@@ -152,6 +152,8 @@ def from_frame(frame: Frame) -> list[Parcel]:
             reason = frame.tensor("reason")
             text = "" if reason is None else bytes(reason.data).decode(errors="replace")
             return [Released(run.sequence, run.slot, text, run.position) for run in frame.runs]
+        case _:
+            raise FrameError(f"{frame.kind.name} is no frame of a step")
 
 
 def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:

@@ -1,18 +1,16 @@
 """The binary frames of the data plane (docs/wire.md §4): what they hold, what a plan allows, bytes both ways."""
 
-from peerllm.transport.frames.decoder import decode
+from peerllm.transport.frames.decoder import decode, kind_of
 from peerllm.transport.frames.encoder import encode, encode_buffers
-from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
-from peerllm.transport.frames.model import (
-    DType,
+from peerllm.transport.frames.frame import (
     Frame,
     FrameKind,
     NamedTensor,
 )
+from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
 from peerllm.transport.frames.token_run import TokenRun
 
 __all__ = [
-    "DType",
     "Frame",
     "FrameKind",
     "FrameLimits",
@@ -24,4 +22,5 @@ __all__ = [
     "decode",
     "encode",
     "encode_buffers",
+    "kind_of",
 ]

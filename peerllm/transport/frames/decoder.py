@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from math import prod
 
-from peerllm.transport.frames.layout import HEADER, MAGIC, RUN, SAMPLE, SIZE, TENSOR, VERSION, padding
-from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
-from peerllm.transport.frames.model import (
+from peerllm.transport.frames.frame import (
     DTYPES_BY_CODE,
     ITEM_BYTES,
     Frame,
     FrameKind,
     NamedTensor,
 )
+from peerllm.transport.frames.layout import HEADER, KIND_AT, MAGIC, RUN, SAMPLE, SIZE, TENSOR, VERSION, padding
+from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
 from peerllm.transport.frames.token_run import TokenRun
 
 BOOL_CHUNK_BYTES = 1 << 16  # truth values are looked at in pieces, so that checking takes no memory
+
+
+def kind_of(buffer: bytes | bytearray) -> int:
+    """What a frame says it is, unchecked; 0 for what is too short to say anything."""
+    return buffer[KIND_AT] if len(buffer) > KIND_AT else 0
 
 
 def decode(buffer: bytes | bytearray | memoryview, limits: FrameLimits) -> Frame:

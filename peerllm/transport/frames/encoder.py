@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from struct import error as StructError
 
+from peerllm.transport.frames.frame import DTYPE_CODES, MAX_U16, MAX_U32, Frame
 from peerllm.transport.frames.layout import HEADER, MAGIC, RUN, SIZE, TENSOR, VERSION, padding
-from peerllm.transport.frames.model import DTYPE_CODES, MAX_U16, MAX_U32, Frame
 
 
 def encode(frame: Frame) -> bytes:

@@ -8,14 +8,14 @@ from enum import StrEnum
 from math import prod
 
 from peerllm.errors import FrameError
-from peerllm.transport.frames.layout import HEADER, RUN, SIZE, TENSOR, padding
-from peerllm.transport.frames.model import (
+from peerllm.transport.frames.frame import (
     ITEM_BYTES,
     MAX_NAME_BYTES,
     MAX_RANK,
     NAME_CHARACTERS,
     FrameKind,
 )
+from peerllm.transport.frames.layout import HEADER, RUN, SIZE, TENSOR, padding
 from peerllm.types import DeploymentId
 
 HEX_DIGITS = frozenset("0123456789abcdef")

@@ -1,26 +1,38 @@
 """The engine's data plane: frames from device to device over pinned websockets, sent while the next is computed."""
 
-from peerllm.transport.links.echo import MAX_ECHO_BYTES, Timed
-from peerllm.transport.links.lead import Lead
+from peerllm.transport.links.channels import (
+    COLLECTIVE,
+    ECHO,
+    FRAME_COST_BYTES,
+    GRADIENT,
+    KEY_VALUE,
+    STEP,
+    Deliver,
+    Delivery,
+    Inlet,
+)
+from peerllm.transport.links.data_plane import DataPlane, OnLost
+from peerllm.transport.links.echo import MAX_ECHO_BYTES, FrameTime
 from peerllm.transport.links.link import Link
-from peerllm.transport.links.outbox import SEND_QUEUE_BYTES, SEND_QUEUE_FRAMES, SEND_TIMEOUT_S, Outbox
-from peerllm.transport.links.plane import DataPlane, OnLost
-from peerllm.transport.links.receiver import Deliver, Ingress
-from peerllm.transport.links.watch import Parting, Watch
+from peerllm.transport.links.observer import LinkObserver, SentFrame
+from peerllm.transport.links.poller import SharedPoller
 
 __all__ = [
+    "COLLECTIVE",
+    "ECHO",
+    "FRAME_COST_BYTES",
+    "GRADIENT",
+    "KEY_VALUE",
     "MAX_ECHO_BYTES",
-    "SEND_QUEUE_BYTES",
-    "SEND_QUEUE_FRAMES",
-    "SEND_TIMEOUT_S",
+    "STEP",
     "DataPlane",
     "Deliver",
-    "Ingress",
-    "Lead",
+    "Delivery",
+    "FrameTime",
+    "Inlet",
     "Link",
+    "LinkObserver",
     "OnLost",
-    "Outbox",
-    "Parting",
-    "Timed",
-    "Watch",
+    "SentFrame",
+    "SharedPoller",
 ]

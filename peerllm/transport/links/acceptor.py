@@ -7,15 +7,13 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from http import HTTPStatus
 
 from peerllm.errors import AuthenticationError
 from peerllm.transport.identity import Identity, certificate_device
 from peerllm.transport.links.connection import Connection, handshake, read_head
-from peerllm.transport.links.upgrade import END, MAX_HEAD_BYTES, DeclinedError, agreed, declined, read_request
 from peerllm.transport.tls import listen, peer_device, server_context
-from peerllm.transport.tls.listen import BACKLOG
-from peerllm.transport.tls.server import HANDSHAKE_TIMEOUT_S
+from peerllm.transport.tls.tls_server import HANDSHAKE_TIMEOUT_S
+from peerllm.transport.websocket.upgrade import END, MAX_HEAD_BYTES, DeclinedError, agreed, declined, read_request
 from peerllm.types import DeviceId
 
 MAX_UNFINISHED = 128  # connections at that; one more, and the one that has taken longest is cut
@@ -36,6 +34,7 @@ class Acceptor:
         self._trusted: frozenset[DeviceId] = frozenset()
         self._context = server_context(identity, ())
         self._sockets: list[socket.socket] = []
+        self._accepting: list[asyncio.Task[None]] = []
         self._unfinished: dict[asyncio.Task[None], None] = {}  # the longest under way first
 
     @property
@@ -49,7 +48,8 @@ class Acceptor:
         """Listen. BadInputError if the port is in use."""
         if not self._sockets:
             self._sockets = await listen(self._hosts, self._wanted_port)
-            self._listen()
+            loop = asyncio.get_running_loop()
+            self._accepting = [loop.create_task(self._accept(one), name="link acceptor") for one in self._sockets]
 
     def set_trusted(self, pems: Iterable[str]) -> None:
         """From now on exactly these certificates (PEM) are let in; a context cannot forget one, so it is made anew."""
@@ -60,31 +60,24 @@ class Acceptor:
 
     async def close(self) -> None:
         """Stop listening and cut what is not a link yet."""
-        loop = asyncio.get_running_loop()
-        sockets, self._sockets = self._sockets, []
-        for sock in sockets:
-            loop.remove_reader(sock)
-            sock.close()
-        for task in self._unfinished:
+        tasks = [*self._accepting, *self._unfinished]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._unfinished, return_exceptions=True)
-
-    def _listen(self) -> None:
+        await asyncio.gather(*tasks, return_exceptions=True)
         for sock in self._sockets:
-            asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+            sock.close()
+        self._sockets = []
 
-    def _accept(self, listening: socket.socket) -> None:
+    async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        for _ in range(BACKLOG):
+        while True:
             try:
-                plain, _ = listening.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
+                plain, _ = await loop.sock_accept(listening)
+            except ConnectionAbortedError:
+                continue
             except OSError:  # too many open files: whoever waits goes on waiting
-                for sock in self._sockets:
-                    loop.remove_reader(sock)
-                loop.call_later(ACCEPT_PAUSE_S, self._listen)
-                return
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
             if len(self._unfinished) >= MAX_UNFINISHED:
                 # A device that means well is done within milliseconds; so a flood cuts its own first.
                 oldest = next(iter(self._unfinished))
@@ -122,11 +115,8 @@ class Acceptor:
     def _answer(self, sock: ssl.SSLSocket, device: DeviceId, head: bytes) -> bool:
         """Whether it is a link now. An answer fits into the socket of a new connection."""
         try:
-            request = read_request(head)
-            if request.method != "GET":
-                raise DeclinedError(HTTPStatus.METHOD_NOT_ALLOWED)
-            admit = self._route(device, request.path)
-            key = request.key
+            path, key = read_request(head)
+            admit = self._route(device, path)
         except DeclinedError as error:
             with suppress(OSError):
                 sock.write(declined(error.status))

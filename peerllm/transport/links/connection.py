@@ -9,7 +9,6 @@ import struct
 import sys
 import threading
 
-from peerllm.transport.links.websocket import RECORD_BYTES
 from peerllm.types import DeviceId
 
 SIOCOUTQNSD = 0x894B  # linux/sockios.h
@@ -26,18 +25,11 @@ class Connection:
         self._lock = threading.Lock()  # OpenSSL lets one thread at a time use a connection
         self.closed = False
 
-    def read(self) -> bytes | None:
-        """At most a record; None: there is nothing now. Empty: the other side has ended."""
-        with self._lock:
-            if self.closed:
-                return b""
-            try:
-                return self._sock.read(RECORD_BYTES)
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return None
+    def read(self, room: memoryview) -> int | None:
+        """Bytes read into `room`, which has at least a record's, so that nothing stays behind unseen in OpenSSL.
 
-    def read_into(self, room: memoryview) -> int | None:
-        """The same, straight to where it is wanted: at least a record's room, so that nothing stays behind unseen."""
+        None: there is nothing now; 0: the other side has ended.
+        """
         with self._lock:
             if self.closed:
                 return 0
@@ -58,10 +50,6 @@ class Connection:
         if written < len(record):
             raise ConnectionError("a record was written in part")
         return True
-
-    def option(self, level: int, name: int, size: int) -> bytes:
-        """A socket's option; OSError if the system has none such, or the connection is closed."""
-        return self._sock.getsockopt(level, name, size)
 
     def unsent(self) -> int:
         """Bytes written that still wait here: a frame would wait behind them. 0 where nobody can tell."""

@@ -14,32 +14,25 @@ from peerllm.errors import AuthenticationError, LinkError, PeerLLMError
 from peerllm.transport.dial import DIAL_TIMEOUT_S
 from peerllm.transport.identity import Identity
 from peerllm.transport.links.connection import Connection, handshake, read_head
-from peerllm.transport.links.upgrade import END, MAX_HEAD_BYTES, read_answer, request
 from peerllm.transport.tls import client_context, peer_device
+from peerllm.transport.websocket.upgrade import END, MAX_HEAD_BYTES, read_answer, request
 from peerllm.types import DeviceId
-
-STAGGER_S = 0.3  # head start of one address over the next
 
 
 async def dial_link(
     identity: Identity, device: DeviceId, certificate_pem: str, hosts: Iterable[str], port: int, path: str
 ) -> Connection:
-    """A connection to `device` and nobody else, over the first address that answers.
+    """A connection to `device` and nobody else, over the first of the addresses that works; they are tried in turn.
 
     AuthenticationError: another answered, or it does not let this device in; LinkError: no link came up.
     """
-
-    async def attempt(host: str, delay_s: float) -> Connection:
-        await asyncio.sleep(delay_s)
-        return await _dial(identity, device, certificate_pem, host, port, path)
-
-    attempts = [
-        asyncio.create_task(attempt(host, number * STAGGER_S), name=f"dial {device[:8]} at {host}")
-        for number, host in enumerate(dict.fromkeys(hosts))
-    ]
-    if not attempts:
-        raise LinkError(f"no address is known of {device[:8]}")
-    return await _first(attempts)
+    failures: list[LinkError | AuthenticationError] = []
+    for host in dict.fromkeys(hosts):  # the first is where the daemon's own link stands
+        try:
+            return await _dial(identity, device, certificate_pem, host, port, path)
+        except (LinkError, AuthenticationError) as error:
+            failures.append(error)
+    raise failures[0] if failures else LinkError(f"no address is known of {device[:8]}")
 
 
 async def _dial(
@@ -68,7 +61,8 @@ async def _reach(host: str, port: int) -> socket.socket:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(sock, address)
+            # Of a link-local address uvloop resolves and connects without the scope, unless the host's text names it.
+            await loop.sock_connect(sock, (host, port, 0, 0) if "%" in host else address)
         except OSError as error:
             sock.close()
             failed = error
@@ -88,18 +82,15 @@ async def _secure(
         secure = sock = context.wrap_socket(plain, do_handshake_on_connect=False)
         try:
             await handshake(secure)
-        except ssl.SSLCertVerificationError as error:
-            raise AuthenticationError(f"{where} is another device, or no longer knows this one") from error
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError) as error:
-            raise LinkError(f"{where} hung up: it does not know this device (any more), or is going down") from error
-        except ssl.SSLError as error:
-            raise AuthenticationError(f"{where} is another device, or no longer knows this one") from error
-        if (found := peer_device(secure)) != device:
-            raise AuthenticationError(f"{where} turned out to be {found[:8]}")
-        key = base64.b64encode(secrets.token_bytes(16)).decode()
-        try:
+            if (found := peer_device(secure)) != device:
+                raise AuthenticationError(f"{where} turned out to be {found[:8]}")
+            key = base64.b64encode(secrets.token_bytes(16)).decode()
             secure.write(request(host, port, path, key))
             head = await read_head(secure, END, MAX_HEAD_BYTES)
+        except ssl.SSLCertVerificationError as error:
+            raise AuthenticationError(f"{where} is another device, or no longer knows this one") from error
+        except AuthenticationError:  # an OSError, too
+            raise
         except OSError as error:  # in TLS 1.3 a refusal of our certificate comes with the first read
             raise LinkError(f"{where} hung up: it does not know this device (any more), or is going down") from error
         try:
@@ -114,21 +105,3 @@ async def _secure(
         sock.close()
         raise
     return Connection(secure, device)
-
-
-async def _first(attempts: list[asyncio.Task[Connection]]) -> Connection:
-    """The first that comes up; the others are called off. If none does, the first one's error."""
-    pending = set(attempts)
-    winner: asyncio.Task[Connection] | None = None
-    try:
-        while pending and winner is None:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            winner = next((attempt for attempt in done if attempt.exception() is None), None)
-    finally:
-        for attempt in attempts:
-            if attempt is not winner:
-                attempt.cancel()
-        for attempt, result in zip(attempts, await asyncio.gather(*attempts, return_exceptions=True), strict=True):
-            if isinstance(result, Connection) and attempt is not winner:
-                result.close()
-    return (winner or attempts[0]).result()

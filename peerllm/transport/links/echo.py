@@ -20,31 +20,31 @@ ECHO_LIMITS = FrameLimits(
     deployment=NOBODY,
     epoch=0,
     stage=0,
-    kinds=(FrameKind.ACTIVATION,),
+    kinds=(FrameKind.ECHO,),
     max_runs=1,
     slots=1,
     context=1,
     max_tokens=1,
-    tensors={"hidden": TensorLimit(("U8",), 1, max_elements=MAX_ECHO_BYTES, required=True)},
+    tensors={"bytes": TensorLimit(("U8",), 1, max_elements=MAX_ECHO_BYTES, required=True)},
 )
 
-Timed = tuple[int, float]  # bytes, seconds of the way there
+FrameTime = tuple[int, float]  # bytes, seconds of the way there
 
 
-async def timed_frames(link: Link, results: asyncio.Queue[Timed], sizes: Sequence[int]) -> list[Timed]:
+async def timed_frames(link: Link, results: asyncio.Queue[FrameTime], sizes: Sequence[int]) -> list[FrameTime]:
     """Send a frame of each size in turn, each after the one before has arrived. LinkError if that takes too long.
 
     `results` is what `link` tells its timings to. Frames are handed over by another thread, as a stage's are.
     """
 
-    async def one(size: int) -> Timed:
+    async def one(size: int) -> FrameTime:
         while True:
-            link.timing.wanted = True
+            link.timer.wanted = True
             await asyncio.to_thread(link.send, _frame(size))
             if (result := await results.get())[0]:  # else the link's own beat came between
                 return result
 
-    timed: list[Timed] = []
+    timed: list[FrameTime] = []
     previous = 0
     try:
         async with asyncio.timeout(ECHO_TIMEOUT_S):
@@ -62,5 +62,5 @@ async def timed_frames(link: Link, results: asyncio.Queue[Timed], sizes: Sequenc
 
 
 def _frame(size: int) -> Frame:
-    data = NamedTensor.of("hidden", "U8", (size,), bytes(size))
-    return Frame(FrameKind.ACTIVATION, NOBODY, 0, 0, (TokenRun(0, 0, 0, 1),), (data,))
+    data = NamedTensor.of("bytes", "U8", (size,), bytes(size))
+    return Frame(FrameKind.ECHO, NOBODY, 0, 0, (TokenRun(0, 0, 0, 1),), (data,))

@@ -1,23 +1,22 @@
-"""The sending half of a connection: a bounded queue of frames, written at once by who sends them, or by the loop."""
+"""The sending half of a link: a queue for each channel, written at once by whoever sends, or by the loop."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from time import monotonic, perf_counter_ns
+from dataclasses import dataclass, field
+from time import perf_counter_ns
 from typing import NamedTuple, Protocol
 
 from peerllm.errors import LinkError
-from peerllm.transport.links.watch import Parting
-from peerllm.transport.links.websocket import RECORD_BYTES
+from peerllm.transport.links.channels import CHANNELS, FRAME_COST_BYTES, LinkChannel, grant_payload
+from peerllm.transport.links.observer import SentFrame
+from peerllm.transport.websocket.framing import BINARY, RECORD_BYTES, head
 
-SEND_QUEUE_FRAMES = 64
-SEND_QUEUE_BYTES = 64 << 20  # a single larger frame still goes, alone
-SEND_TIMEOUT_S = 60.0  # a slow stage may take its time; a dead one is noticed by its silence long before
-DIRECT_BYTES = 64 << 10  # of a frame that its sender encrypts itself; the rest goes by the loop, while it computes
+DIRECT_BYTES = 64 << 10  # of a frame that its sender encrypts itself; the loop writes the rest, while it computes
 TURN_BYTES = 256 << 10  # what the loop writes before it looks at other things
 MAX_SAID_BYTES = 1024  # PINGs, PONGs and a CLOSE that wait for a frame to be through
 
@@ -31,86 +30,118 @@ class Writes(Protocol):
 
 
 class Queued(NamedTuple):
-    """A message on its way out."""
+    """A message on its way out; `lane` is a frame's."""
 
     data: bytes
-    parting: Parting | None = None  # of a watched frame
-    frame: bool = True  # not something said
+    lane: Lane | None = None
+    cost_bytes: int = 0
+    observed: SentFrame | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One channel's queue, and what the other end has not taken of it."""
+
+    channel: LinkChannel
+    bound_bytes: int
+    queue: deque[Queued] = field(default_factory=deque)
+    queued_bytes: int = 0
+    sent_bytes: int = 0  # since the link began, as the other end counts them
+    taken_bytes: int = 0  # of those
+
+    def has_credit(self, cost_bytes: int) -> bool:
+        """Whether the other end has room for a frame that counts for so much."""
+        untaken = self.sent_bytes - self.taken_bytes
+        return not untaken or untaken + cost_bytes <= self.channel.credit_bytes
 
 
 class Outbox:
-    """`put`, `say`, `flush` and `end` from any thread, the rest on the loop.
+    """`put`, `say`, `grant`, `credit` and `end` may be called from any thread, the rest on the loop. Nothing waits.
 
-    `sent` is called (with the lock held) for each frame that was written, with when its writing began (0 unless it is
-    watched). `broke` hears, on the loop, that nothing can be written any more.
+    `masked` (with zeros) is what a client's messages are. `sent` is called (with the lock held) for each
+    frame that was written, with when its writing began (0 unless it is observed). `broke` hears, on the loop, that
+    nothing can be written any more, or that a queue was full.
     """
 
     def __init__(
         self,
         connection: Writes,
         loop: asyncio.AbstractEventLoop,
-        sent: Callable[[Parting | None, int], None] = lambda parting, began_ns: None,
+        masked: bool,
+        sent: Callable[[SentFrame | None, int], None] = lambda frame, began_ns: None,
         broke: Callable[[str], None] = lambda reason: None,
-        max_frames: int = SEND_QUEUE_FRAMES,
-        max_bytes: int = SEND_QUEUE_BYTES,
+        bounds: Mapping[LinkChannel, int] | None = None,
+        channels: Iterable[LinkChannel] = CHANNELS,
     ) -> None:
+        """`bounds` replace the channels' own."""
         self._connection, self._loop = connection, loop
-        self._sent, self._broke = sent, broke
-        self._max_frames, self._max_bytes = max_frames, max_bytes
-        self._frames: deque[Queued] = deque()
-        self._bytes = 0
+        self._masked, self._sent, self._broke = masked, sent, broke
+        bounds = bounds or {}
+        self._lanes = {one: Lane(one, bounds.get(one, one.bound_bytes)) for one in channels}
+        self._waiting = 0  # frames in all queues
         self._said = b""
+        self._due_grants: dict[LinkChannel, int] = {}
         self._now: Queued | None = None  # being written
         self._rest = memoryview(b"")  # what is left of it
         self._began_ns = 0
         self._ended = ""  # why nothing more is taken
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
         self._due = False  # the loop will write
-        self._detached = self._off = False  # nothing is written any more; the loop has been told
+        self._detached = False  # nothing is written any more
         self._over, self._empty = asyncio.Event(), asyncio.Event()
 
-    def put(self, frame: bytes, timeout_s: float = SEND_TIMEOUT_S, parting: Parting | None = None) -> bool:
-        """Write a frame, or its beginning; behind others queue it, and where the queue is full wait for room.
+    def put(self, channel: LinkChannel, nbytes: int, message: bytes, observed: SentFrame | None = None) -> None:
+        """Write the message of a frame of `nbytes`, or its beginning; behind others, or without credit, queue it.
 
-        Whether it was its turn at once. LinkError after `timeout_s`, or once the link has ended. On the loop's own
-        thread it never waits: that would stop what makes room.
+        LinkError if the link has ended; also if the channel's queue is full, which ends it.
         """
         with self._lock:
-            queued = Queued(frame, parting)
-            if self._frames and not self._ended and not self._fits(len(frame)):
-                self._wait_for_room(len(frame), timeout_s)
             if self._ended:
                 raise LinkError(f"the link has ended: {self._ended}")
-            at_once = self._now is None and not self._frames and not self._said
-            if at_once:
-                self._begin(queued)
-            else:
-                self._frames.append(queued)
-                self._bytes += len(frame)
-            if not self._due and not self._write(DIRECT_BYTES):
-                self._call_the_loop()
-            if at_once and self._ended:
+            lane, cost_bytes = self._lanes[channel], nbytes + FRAME_COST_BYTES
+            if lane.queue and lane.queued_bytes + cost_bytes > lane.bound_bytes:
+                reason = f"{len(lane.queue)} frames wait on channel {channel.name}, which is all that may"
+                self._end(reason, discard=True)
+                self._soon(self._broke, reason)
+                raise LinkError(reason)
+            lane.queue.append(Queued(message, lane, cost_bytes, observed))
+            lane.queued_bytes += cost_bytes
+            self._waiting += 1
+            self._flush()
+            if self._ended:
                 raise LinkError(f"the link has ended: {self._ended}")
-            return at_once
 
-    def say(self, message: bytes) -> bool:
-        """Send a PING, PONG or CLOSE, between frames; False if too many wait already."""
+    def say(self, opcode: int, payload: bytes) -> None:
+        """Send a PING, PONG, CLOSE or short message, between frames; left out if too many wait already."""
+        message = head(opcode, len(payload), self._masked) + payload
         with self._lock:
-            if len(self._said) + len(message) > MAX_SAID_BYTES:
+            if len(self._said) + len(message) <= MAX_SAID_BYTES:
+                self._said += message
+                self._flush()
+
+    def grant(self, channel: LinkChannel, taken_bytes: int) -> None:
+        """Tell the other end how many bytes of a channel have been taken here."""
+        with self._lock:
+            if not self._ended:
+                self._due_grants[channel] = taken_bytes
+                self._flush()
+
+    def credit(self, channel: LinkChannel, taken_bytes: int) -> bool:
+        """The other end has taken so many bytes of a channel; False if it cannot have, or had said more before."""
+        with self._lock:
+            lane = self._lanes[channel]
+            if not lane.taken_bytes <= taken_bytes <= lane.sent_bytes:
                 return False
-            self._said += message
-        self.flush()
+            lane.taken_bytes = taken_bytes
+            self._flush()
         return True
 
-    def flush(self) -> None:
-        """Write what goes; the loop goes on with the rest."""
-        with self._lock:
-            if not self._due and not self._write(DIRECT_BYTES):
-                self._call_the_loop()
+    def leaves_at_once(self, channel: LinkChannel, nbytes: int) -> bool:
+        """Whether nothing would be before a frame of so many bytes."""
+        return not self.busy and not self._waiting and self._lanes[channel].has_credit(nbytes + FRAME_COST_BYTES)
 
     def end(self, reason: str, discard: bool = False) -> None:
-        """Take nothing more; whoever waits for room gets LinkError. What is queued still goes, unless discarded."""
+        """Take nothing more. What is queued still goes, unless it is discarded."""
         with self._lock:
             self._end(reason, discard)
 
@@ -119,19 +150,20 @@ class Outbox:
         await self._over.wait()
 
     async def flushed(self) -> None:
-        """Until nothing is left to write."""
-        while not self._detached and (len(self) or self.busy):
+        """Once ended: until nothing is left to write."""
+        while True:
             self._empty.clear()
-            self.flush()
-            if not self._detached and (len(self) or self.busy):
-                await self._empty.wait()
+            with self._lock:
+                self._flush()
+                if self._detached or not (self._waiting or self.busy):
+                    return
+            await self._empty.wait()
 
     def detach(self) -> None:
         """Write nothing more; the connection is about to close."""
         with self._lock:
-            if not self._off:
-                self._detached = self._off = True
-                self._loop.remove_writer(self._connection.fd)
+            self._detached = True
+        self._loop.remove_writer(self._connection.fd)
         self._empty.set()
 
     @property
@@ -142,88 +174,84 @@ class Outbox:
     @property
     def busy(self) -> bool:
         """Whether a message is under way: what is said now comes behind it."""
-        return self._now is not None or bool(self._said)
+        return self._now is not None or bool(self._said or self._due_grants)
 
     def __len__(self) -> int:
         """Frames that wait, beside the one under way."""
-        return len(self._frames)
+        return self._waiting
 
     # ---- with the lock held -----------------------------------------------------------------------------------------
 
+    def _flush(self) -> None:
+        """Write what goes; the loop goes on with the rest."""
+        if not self._due and not self._write(DIRECT_BYTES):
+            self._due = True
+            self._soon(self._watch)
+
     def _write(self, budget: int) -> bool:
-        """Whether nothing is left."""
-        while self._now is not None or self._said or self._frames:
-            if budget <= 0 or self._detached:
-                return self._detached
-            if self._now is None:
-                self._next()
+        """Whether nothing is left that may go now."""
+        while not self._detached and (self._now is not None or self._next()):
+            if budget <= 0:
+                return False
             rest = self._rest
             record = rest if len(rest) <= RECORD_BYTES else rest[:RECORD_BYTES]
             try:
                 if not self._connection.write(record):
                     return False
             except OSError as error:
-                self._breaks(error)
+                self._end(f"cannot send: {error}", discard=True)
+                self._detached = True
+                self._soon(self._give_up)
                 return True
             budget -= len(record)
             if record is rest:
                 self._done()
             else:
                 self._rest = rest[len(record) :]
+        if self._ended and not self._waiting:  # nobody waits for it before
+            self._soon(self._empty.set)
         return True
 
-    def _breaks(self, error: OSError) -> None:
-        """Nothing can be written any more."""
-        self._end(f"cannot send: {error}", discard=True)
-        self._detached = True
-        self._soon(self._give_up)
-
-    def _next(self) -> None:
+    def _next(self) -> bool:
+        """Begin with what is to go next; False if nothing may."""
         if self._said:
-            said, self._said = self._said, b""
-            self._begin(Queued(said, frame=False))
-            return
-        queued = self._frames.popleft()
-        self._bytes -= len(queued.data)
-        self._room.notify()
-        self._begin(queued)
-
-    def _begin(self, queued: Queued) -> None:
+            queued, self._said = Queued(self._said), b""
+        elif self._due_grants:
+            grant = grant_payload(*self._due_grants.popitem())
+            queued = Queued(head(BINARY, len(grant), self._masked) + grant)
+        else:
+            for lane in self._lanes.values():
+                if lane.queue and lane.has_credit(lane.queue[0].cost_bytes):
+                    break
+            else:
+                return False
+            queued = lane.queue.popleft()
+            lane.queued_bytes -= queued.cost_bytes
+            lane.sent_bytes += queued.cost_bytes
+            self._waiting -= 1
         self._now, self._rest = queued, memoryview(queued.data)
-        self._began_ns = 0 if queued.parting is None else perf_counter_ns()
+        self._began_ns = 0 if queued.observed is None else perf_counter_ns()
+        return True
 
     def _done(self) -> None:
         done, self._now = self._now, None
-        if done is not None and done.frame:
-            self._sent(done.parting, self._began_ns)
+        if done is not None and done.lane is not None:
+            self._sent(done.observed, self._began_ns)
 
     def _end(self, reason: str, discard: bool) -> None:
-        if not self._ended:
-            self._ended = reason
+        self._ended = self._ended or reason
         if discard:
-            self._frames.clear()
-            self._bytes = 0
-        self._room.notify_all()
+            for lane in self._lanes.values():
+                lane.queue.clear()
+            self._waiting = 0
+            self._soon(self._empty.set)
         self._soon(self._over.set)
 
-    def _wait_for_room(self, size: int, timeout_s: float) -> None:
-        deadline = monotonic() + (0.0 if self._on_loop() else timeout_s)
-        while not self._ended and not self._fits(size):
-            left = deadline - monotonic()
-            if left <= 0:
-                raise LinkError(f"{len(self._frames)} frames wait and none left within {timeout_s:g} s")
-            self._room.wait(left)
-
-    def _fits(self, size: int) -> bool:
-        if not self._frames:
-            return True
-        return len(self._frames) < self._max_frames and self._bytes + size <= self._max_bytes
+    def _soon(self, call: Callable[..., object], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits there any more
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     # ---- the loop's part --------------------------------------------------------------------------------------------
-
-    def _call_the_loop(self) -> None:
-        self._due = True
-        self._soon(self._watch)
 
     def _give_up(self) -> None:
         self.detach()
@@ -235,18 +263,6 @@ class Outbox:
 
     def _writable(self) -> None:
         with self._lock:
-            if not self._write(TURN_BYTES):
-                return
-            self._due = False
-            self._loop.remove_writer(self._connection.fd)
-        self._empty.set()
-
-    def _soon(self, call: Callable[..., object], *arguments: object) -> None:
-        with suppress(RuntimeError):  # the loop has been closed: nobody waits there any more
-            self._loop.call_soon_threadsafe(call, *arguments)
-
-    def _on_loop(self) -> bool:
-        try:
-            return asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            return False
+            if self._write(TURN_BYTES):
+                self._due = False
+                self._loop.remove_writer(self._connection.fd)

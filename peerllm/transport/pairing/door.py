@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from peerllm.errors import LinkError, PairingError, PeerLLMError
 from peerllm.transport.identity import Identity, canonical_pem, certificate_device, verify
 from peerllm.transport.pairing.code import door_name, make_code
-from peerllm.transport.pairing.messages import (
-    ENTRIES_PER_MESSAGE,
+from peerllm.transport.pairing.pairing_messages import (
     PROTOCOL_VERSION,
     Challenge,
-    Channel,
     Confirm,
-    Done,
-    Entries,
-    Hello,
     Introduction,
+    JoinRequest,
+    PairingChannel,
+    PairingDone,
+    PairingRefused,
     Possession,
-    Refused,
     Welcome,
 )
 from peerllm.transport.pairing.pake import Keys, Pake
@@ -136,7 +134,7 @@ class PairingDoor:
         assert task is not None
         crowded = len(self._visits) >= MAX_WAITING
         self._visits.add(task)
-        channel = Channel(reader, writer)
+        channel = PairingChannel(reader, writer)
         try:
             if crowded:
                 await self._refuse(channel, "others are pairing right now; try again")
@@ -152,7 +150,7 @@ class PairingDoor:
                 writer.transport.abort()
             self._visits.discard(task)
 
-    async def _serve(self, channel: Channel) -> None:
+    async def _serve(self, channel: PairingChannel) -> None:
         try:
             async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
                 await self._attempt(channel)
@@ -164,13 +162,13 @@ class PairingDoor:
             if self._tries_left <= 0:
                 self._shut(f"{TRIES} tries are spent; run peerllm invite again")
 
-    async def _refuse(self, channel: Channel, reason: str) -> None:
+    async def _refuse(self, channel: PairingChannel, reason: str) -> None:
         with suppress(LinkError, TimeoutError):
             async with asyncio.timeout(REFUSE_TIMEOUT_S):
-                await channel.send(Refused(reason[:200]))
+                await channel.send(PairingRefused(reason[:200]))
 
-    async def _attempt(self, channel: Channel) -> None:
-        hello, hello_bytes = await channel.receive(Hello)
+    async def _attempt(self, channel: PairingChannel) -> None:
+        hello, hello_bytes = await channel.receive(JoinRequest)
         if not self._code:
             raise PairingError(self.closed_reason)
         if hello.version != PROTOCOL_VERSION:
@@ -203,7 +201,9 @@ class PairingDoor:
         left = f"{self._tries_left} {'try' if self._tries_left == 1 else 'tries'} left"
         raise PairingError(f"the code is wrong; {left}")
 
-    async def _exchange(self, channel: Channel, hello: Hello, name: str, joiner: DeviceId, keys: Keys) -> None:
+    async def _exchange(
+        self, channel: PairingChannel, hello: JoinRequest, name: str, joiner: DeviceId, keys: Keys
+    ) -> None:
         possession, _ = await channel.receive(Possession)
         verify(hello.certificate_pem, _bytes(possession.signature), b"joiner" + keys.transcript)
         roster = self._roster()
@@ -211,9 +211,7 @@ class PairingDoor:
         entry = roster.introduce(self._identity, pem, name, above=hello.counter)
         entries = (*(known for known in roster.vouch(self._identity) if known.device != joiner), entry)
         signature = self._identity.sign(b"inviter" + keys.transcript).hex()
-        await channel.send(Welcome(self._name, signature, len(entries)))
-        for start in range(0, len(entries), ENTRIES_PER_MESSAGE):
-            await channel.send(Entries(entries[start : start + ENTRIES_PER_MESSAGE]))
+        await channel.send(Welcome(self._name, signature, entries))
         introduction, _ = await channel.receive(Introduction)
         theirs = introduction.entry
         if (theirs.device, theirs.introducer, theirs.removed) != (self._identity.device, joiner, False):
@@ -223,7 +221,7 @@ class PairingDoor:
             raise PairingError("the household would not take the device in; remove it there first, then try again")
         self._shut("paired")
         self._on_paired(Paired(joiner, name, pem))
-        await channel.send(Done(joiner))
+        await channel.send(PairingDone(joiner))
 
 
 def _bytes(digits: str) -> bytes:

@@ -14,15 +14,14 @@ from cryptography.x509 import load_der_x509_certificate
 from peerllm.errors import AuthenticationError, LinkError, PairingError
 from peerllm.transport.identity import Identity, certificate_device, verify
 from peerllm.transport.pairing.code import normalise
-from peerllm.transport.pairing.messages import (
+from peerllm.transport.pairing.pairing_messages import (
     PROTOCOL_VERSION,
     Challenge,
-    Channel,
     Confirm,
-    Done,
-    Entries,
-    Hello,
     Introduction,
+    JoinRequest,
+    PairingChannel,
+    PairingDone,
     Possession,
     Welcome,
 )
@@ -61,7 +60,9 @@ async def join(
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(host, port, ssl=knock_context(), server_hostname="peerllm")
             try:
-                return await _knock(identity, name, code, counter, Channel(reader, writer), peer_certificate(writer))
+                return await _knock(
+                    identity, name, code, counter, PairingChannel(reader, writer), peer_certificate(writer)
+                )
             finally:
                 writer.close()
                 with suppress(OSError):
@@ -79,7 +80,7 @@ async def join(
 
 
 async def _knock(
-    identity: Identity, name: str, code: str, counter: int, channel: Channel, inviter_der: bytes
+    identity: Identity, name: str, code: str, counter: int, channel: PairingChannel, inviter_der: bytes
 ) -> JoinResult:
     try:
         inviter_pem = load_der_x509_certificate(inviter_der).public_bytes(Encoding.PEM).decode("ascii")
@@ -89,7 +90,7 @@ async def _knock(
     if inviter == identity.device:
         raise PairingError("a device cannot be paired with itself")
     pake = await asyncio.to_thread(Pake, code, inviter, identity.device, False)
-    hello = await channel.send(Hello(PROTOCOL_VERSION, identity.certificate_pem, name, pake.share, counter))
+    hello = await channel.send(JoinRequest(PROTOCOL_VERSION, identity.certificate_pem, name, pake.share, counter))
     challenge, challenge_bytes = await channel.receive(Challenge)
     if challenge.version != PROTOCOL_VERSION:
         raise PairingError(f"pairing version {challenge.version} is not {PROTOCOL_VERSION}; update both devices")
@@ -103,7 +104,8 @@ async def _knock(
     welcome, _ = await channel.receive(Welcome)
     try:
         verify(inviter_pem, bytes.fromhex(welcome.signature), b"inviter" + keys.transcript)
-        entries = await _entries(channel, welcome.entries)
+        if len(entries := welcome.entries) > MAX_ENTRIES:
+            raise PairingError(f"a household of {len(entries)} entries; at most {MAX_ENTRIES} are taken")
         for entry in entries:
             check_entry(entry)
     except (ValueError, AuthenticationError) as error:
@@ -113,17 +115,5 @@ async def _knock(
     above = max(counter, *(entry.counter for entry in entries))
     ours = sign_entry(identity, inviter_pem, welcome.name, above + 1)
     await channel.send(Introduction(ours))
-    await channel.receive(Done)
+    await channel.receive(PairingDone)
     return JoinResult(inviter, ours.name, inviter_pem, (*entries, ours))
-
-
-async def _entries(channel: Channel, count: int) -> tuple[RosterEntry, ...]:
-    if not 1 <= count <= MAX_ENTRIES:
-        raise PairingError(f"a household of {count} entries; at most {MAX_ENTRIES} are taken")
-    entries: list[RosterEntry] = []
-    while len(entries) < count:
-        message, _ = await channel.receive(Entries)
-        if not message.entries or len(entries) + len(message.entries) > count:
-            raise PairingError("the inviting device sent other entries than it said")
-        entries += message.entries
-    return tuple(entries)

@@ -9,7 +9,7 @@ from peerllm.transport.tls.contexts import (
     server_context,
 )
 from peerllm.transport.tls.listen import listen
-from peerllm.transport.tls.server import TlsServer, request_device
+from peerllm.transport.tls.tls_server import TlsServer, request_device
 
 __all__ = [
     "TlsServer",

@@ -50,8 +50,9 @@ async def _resolve(hosts: Iterable[str]) -> list[Address]:
     found: dict[Address, None] = {}
     for host in hosts:
         try:
-            infos = await asyncio.get_running_loop().getaddrinfo(
-                host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            # Not the loop's own: uvloop's loses the scope of a link-local address.
+            infos = await asyncio.to_thread(
+                socket.getaddrinfo, host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
         except OSError as error:
             raise BadInputError(f"{host} is no address of this device") from error

@@ -16,8 +16,8 @@ from peerllm.engine.process.inbox import Inbox
 from peerllm.errors import LinkError
 from peerllm.transport.frames import Frame
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import DataPlane, Ingress, Lead, Link
-from peerllm.transport.links.lead import Readers
+from peerllm.transport.links import STEP, DataPlane, Delivery, Inlet, Link, SharedPoller
+from peerllm.transport.links.poller import Poller
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, Node, activation, connect
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="epoll")
@@ -26,19 +26,20 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="epoll")
 class Taker(threading.Thread):
     """A compute thread: takes from its inbox, and works on what it took for a while, or not."""
 
-    def __init__(self, lead: Lead | None, work: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, poller: SharedPoller | None, work: Callable[[], object] = lambda: None) -> None:
         super().__init__(daemon=True)
         self.inbox: Inbox[tuple[int, int]] = Inbox()
-        self.inbox.lead = lead
+        self.inbox.poller = poller
         self.taken: list[tuple[int, int]] = []  # stage, position
         self.readers: set[int] = set()  # threads that read frames
         self._work = work
         self._goal, self._reached = 0, threading.Event()
         self.start()
 
-    def deliver(self, device: str, frame: Frame) -> None:
+    def deliver(self, delivery: Delivery) -> None:
+        delivery.taken()
         self.readers.add(threading.get_ident())
-        self.inbox.put((frame.stage, frame.runs[0].position))
+        self.inbox.put((delivery.frame.stage, delivery.frame.runs[0].position))
 
     def run(self) -> None:
         while (events := self.inbox.take(wait=True)) is not None:
@@ -60,13 +61,13 @@ class Taker(threading.Thread):
         assert not self.is_alive()
 
 
-def until_it_waits(lead: Lead) -> None:
-    while not lead.waits:
+def until_it_waits(poller: SharedPoller) -> None:
+    while not poller.waits:
         pass
 
 
 def expect(node: Node, sender: Node, taker: Taker, stage: int = 1) -> None:
-    node.plane.expect(Ingress(sender.identity.device, replace(LIMITS, stage=stage)), taker.deliver)
+    node.plane.expect(sender.identity.device, Inlet(STEP, replace(LIMITS, stage=stage), taker.deliver))
 
 
 def frame(position: int, tokens: int = 1, stage: int = 1) -> Frame:
@@ -75,15 +76,15 @@ def frame(position: int, tokens: int = 1, stage: int = 1) -> Frame:
 
 async def test_who_waits_reads_and_the_loop_sleeps(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
-    taker = Taker(two.plane.lead)
+    taker = Taker(two.plane.poller)
     expect(two, one, taker)
     link = await connect(one, two)
-    lead = two.plane.lead
-    assert lead is not None
+    poller = two.plane.poller
+    assert poller is not None
     for position in range(50):
         link.send(frame(position))
         await taker.until(position + 1)
-        await asyncio.to_thread(until_it_waits, lead)
+        await asyncio.to_thread(until_it_waits, poller)
     assert taker.taken == [(1, position) for position in range(50)]
     assert taker.readers == {taker.ident}, "no other thread had a hand in it"
     await taker.end()
@@ -92,7 +93,7 @@ async def test_who_waits_reads_and_the_loop_sleeps(nodes: list[Node], monkeypatc
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_frames_stream_in_while_the_lead_changes_hands(
+def test_frames_stream_in_while_the_reading_thread_changes(
     alice: Identity, bob: Identity, loop: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
     """Some frames come while the taker waits, others while it works, large ones between; from two senders' threads."""
@@ -110,10 +111,10 @@ def test_frames_stream_in_while_the_lead_changes_hands(
             if turns % 2:
                 sum(range(turns % 7 * 2000))
 
-        taker = Taker(planes[1].lead, work)
+        taker = Taker(planes[1].poller, work)
         links = []
         for stage in (1, 2):
-            planes[1].expect(Ingress(alice.device, replace(LIMITS, stage=stage)), taker.deliver)
+            planes[1].expect(alice.device, Inlet(STEP, replace(LIMITS, stage=stage), taker.deliver))
             links.append(
                 await planes[0].connect(
                     bob.device, bob.certificate_pem, ["127.0.0.1"], planes[1].port, DEPLOYMENT, 3, stage
@@ -141,7 +142,7 @@ def test_frames_stream_in_while_the_lead_changes_hands(
 async def test_small_frames_keep_their_place_behind_large_ones(nodes: list[Node]) -> None:
     """The loop writes the rest of a large frame while its sender goes on sending."""
     one, two, _ = nodes
-    taker = Taker(two.plane.lead)
+    taker = Taker(two.plane.poller)
     expect(two, one, taker)
     link = await connect(one, two)
     count = 120
@@ -156,9 +157,9 @@ async def test_small_frames_keep_their_place_behind_large_ones(nodes: list[Node]
     await taker.end()
 
 
-async def test_the_plane_closes_under_a_thread_that_leads(nodes: list[Node]) -> None:
+async def test_the_plane_closes_under_a_thread_that_reads(nodes: list[Node]) -> None:
     one, two, _ = nodes
-    taker = Taker(two.plane.lead)
+    taker = Taker(two.plane.poller)
     expect(two, one, taker)
     link = await connect(one, two)
     link.send(frame(1))
@@ -170,9 +171,9 @@ async def test_the_plane_closes_under_a_thread_that_leads(nodes: list[Node]) -> 
     await taker.end()
 
 
-async def test_links_end_under_a_thread_that_leads(nodes: list[Node]) -> None:
+async def test_links_end_under_a_thread_that_reads(nodes: list[Node]) -> None:
     one, two, three = nodes
-    taker = Taker(two.plane.lead)
+    taker = Taker(two.plane.poller)
     expect(two, one, taker)
     expect(two, three, taker, stage=2)
     bad, good = await connect(one, two), await connect(three, two, stage=2)
@@ -196,7 +197,7 @@ async def test_links_end_under_a_thread_that_leads(nodes: list[Node]) -> None:
 
 async def test_many_links_at_once(nodes: list[Node]) -> None:
     one, two, _ = nodes
-    taker = Taker(two.plane.lead)
+    taker = Taker(two.plane.poller)
     stages = range(80)  # more than one look at the sockets tells of
     for stage in stages:
         expect(two, one, taker, stage)
@@ -210,43 +211,18 @@ async def test_many_links_at_once(nodes: list[Node]) -> None:
     await taker.end()
 
 
-async def test_too_much_holds_back_whoever_leads(nodes: list[Node]) -> None:
-    one, two, _ = nodes
-    free = asyncio.Event()
-    taker = Taker(two.plane.lead)
-
-    async def room() -> None:
-        await free.wait()
-
-    def deliver(device: str, got: Frame):  # type: ignore[no-untyped-def]
-        taker.deliver(device, got)
-        return room() if got.runs[0].position == 0 else None
-
-    two.plane.expect(Ingress(one.identity.device, LIMITS), deliver)
-    link = await connect(one, two)
-    for position in range(20):
-        link.send(frame(position))
-    await taker.until(1)
-    (receiver,) = two.plane._receivers.values()
-    assert receiver._held and taker.taken == [(1, 0)]
-    free.set()
-    await taker.until(20)
-    assert taker.taken == [(1, position) for position in range(20)]
-    await taker.end()
-
-
 @pytest.fixture
-async def lead() -> Iterator[Lead]:
-    made = Lead(asyncio.get_running_loop())
+async def poller() -> Iterator[SharedPoller]:
+    made = SharedPoller(asyncio.get_running_loop())
     yield made  # type: ignore[misc]
     made.close()
     made.close()
 
 
-async def test_a_put_is_never_slept_through(lead: Lead) -> None:
+async def test_a_put_is_never_slept_through(poller: SharedPoller) -> None:
     """Thousands of single events, each put the moment the last was taken."""
     inbox: Inbox[int] = Inbox()
-    inbox.lead = lead
+    inbox.poller = poller
     taken: SimpleQueue[int] = SimpleQueue()
 
     def take() -> None:
@@ -267,27 +243,27 @@ async def test_a_put_is_never_slept_through(lead: Lead) -> None:
     assert not thread.is_alive()
 
 
-async def test_one_thread_leads(lead: Lead) -> None:
-    lead.wait(lambda: False)  # there is something to do already
+async def test_one_thread_waits(poller: SharedPoller) -> None:
+    poller.wait(lambda: False)  # there is something to do already
     going = True
-    thread = threading.Thread(target=lead.wait, args=(lambda: going,))
+    thread = threading.Thread(target=poller.wait, args=(lambda: going,))
     thread.start()
-    await asyncio.to_thread(until_it_waits, lead)
-    lead.wait(lambda: True)  # another one leads: it does not wait here
+    await asyncio.to_thread(until_it_waits, poller)
+    poller.wait(lambda: True)  # another one waits: it does not wait here
     going = False
-    lead.wake()
+    poller.wake()
     await asyncio.to_thread(thread.join, WAIT_S)
     assert not thread.is_alive()
-    lead.close()
-    lead.wait(lambda: True)
-    lead.wake()
+    poller.close()
+    poller.wait(lambda: True)
+    poller.wake()
 
 
 async def test_without_epoll_the_loop_reads(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
-    two.plane._readers.close()
-    two.plane._readers = Readers(asyncio.get_running_loop())
-    assert two.plane.lead is None
+    two.plane._poller.close()
+    two.plane._poller = Poller(asyncio.get_running_loop())
+    assert two.plane.poller is None
     taker = Taker(None)
     expect(two, one, taker)
     link = await connect(one, two)
@@ -307,13 +283,13 @@ async def test_a_thread_that_never_waits_leaves_no_sender_without_an_answer(node
     """A PING comes with a frame that keeps the thread at work: its answer, and each sign of life, still go."""
     one, two, _ = nodes
     go_on = threading.Event()
-    taker = Taker(two.plane.lead, work=lambda: go_on.wait(WAIT_S))
+    taker = Taker(two.plane.poller, work=lambda: go_on.wait(WAIT_S))
     expect(two, one, taker)
     timed: asyncio.Queue[tuple[int, float]] = asyncio.Queue()
     link = await connect(one, two, timed=timed)
     async with asyncio.timeout(WAIT_S):
-        await asyncio.to_thread(until_it_waits, two.plane.lead)
-        while not link.timing.wanted:
+        await asyncio.to_thread(until_it_waits, two.plane.poller)
+        while not link.timer.wanted:
             await timed.get()
         link.send(frame(0))
         await taker.until(1)

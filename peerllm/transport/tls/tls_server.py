@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 
 from aiohttp import web
 
@@ -52,10 +52,6 @@ class TlsServer:
             raise RuntimeError("the server has not been started")
         return int(self._sockets[0].getsockname()[1])
 
-    @property
-    def trusted(self) -> frozenset[DeviceId]:
-        return frozenset(self._trusted)
-
     async def start(self) -> None:
         """Listen. BadInputError if the port is in use."""
         if self._runner is not None:
@@ -74,14 +70,10 @@ class TlsServer:
         if trusted.keys() == self._trusted.keys():
             return
         self._trusted = trusted
-        self._cut(lambda device: device not in trusted)
         if self._runner is not None:
+            self._abort(self._runner, trusted)
             async with self._changing:
                 await self._accept()
-
-    def cut(self, device: DeviceId) -> None:
-        """Abort every live connection of one device."""
-        self._cut(lambda other: other == device)
 
     async def close(self) -> None:
         """Stop listening and cut every connection."""
@@ -91,7 +83,7 @@ class TlsServer:
             for sock in self._sockets:
                 sock.close()
         if runner is not None:
-            self._abort(runner, lambda device: True)
+            self._abort(runner, ())
             await runner.cleanup()
 
     async def _accept(self) -> None:
@@ -116,21 +108,16 @@ class TlsServer:
             acceptor.close()
         self._acceptors.clear()
 
-    def _cut(self, doomed: Callable[[DeviceId], bool]) -> None:
-        if self._runner is not None:
-            self._abort(self._runner, doomed)
-
-    def _abort(self, runner: web.AppRunner, doomed: Callable[[DeviceId], bool]) -> None:
+    def _abort(self, runner: web.AppRunner, trusted: Collection[DeviceId]) -> None:
+        """Cut all connections but those of devices that are trusted."""
         for connection in runner.server.connections if runner.server is not None else ():
-            transport = connection.transport
-            if transport is None:
-                continue
-            try:
-                device = peer_device(transport)
-            except AuthenticationError:
-                device = ""
-            if doomed(device):
-                transport.abort()
+            if (transport := connection.transport) is not None:
+                try:
+                    device = peer_device(transport)
+                except AuthenticationError:
+                    device = ""
+                if device not in trusted:
+                    transport.abort()
 
     @web.middleware
     async def _gate(self, request: web.Request, handler: Handler) -> web.StreamResponse:

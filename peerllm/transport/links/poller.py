@@ -16,11 +16,11 @@ from contextlib import suppress
 
 MAX_EVENTS = 64  # connections looked at in one go
 
-Read = Callable[[], None]  # takes in what has come, in turn with others
+Read = Callable[[], object]  # takes in what has come, in turn with others
 Nothing = Callable[[], bool]
 
 
-class Readers:
+class Poller:
     """The loop reads, always: where there is no epoll. All methods are for the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -38,7 +38,7 @@ class Readers:
         """Once all are removed."""
 
 
-class Lead(Readers):
+class SharedPoller(Poller):
     """One thread at a time may `wait`; `add` and `close` are for the loop, the rest is for any thread.
 
     The connections are in an epoll object, which lies in another, which the loop watches. Whether the inner one's
@@ -47,10 +47,10 @@ class Lead(Readers):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
-        self.waits = False  # somebody leads and sleeps: `wake` is due
+        self.waits = False  # a thread sleeps in `wait`: `wake` is due
         self._reads: dict[int, Read] = {}
         self._guard = threading.Lock()
-        self._led = self._closed = self._released = False
+        self._lent = self._closed = self._released = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._inner, self._outer = select.epoll(), select.epoll()
         self._inner.register(self._bell, select.EPOLLIN)
@@ -94,22 +94,22 @@ class Lead(Readers):
                 return
             self._closed = True
             self._loop.remove_reader(self._outer.fileno())
-            if self._led:
+            if self._lent:
                 os.eventfd_write(self._bell, 1)
             else:
                 self._release()
 
     def _take(self) -> bool:
         with self._guard:
-            if self._closed or self._led:
+            if self._closed or self._lent:
                 return False
-            self._led = True
+            self._lent = True
             self._outer.modify(self._inner.fileno(), 0)
             return True
 
     def _give_back(self) -> None:
         with self._guard:
-            self._led = False
+            self._lent = False
             if self._closed:
                 self._release()
             else:
@@ -133,6 +133,6 @@ class Lead(Readers):
                     os.eventfd_read(self._bell)
 
 
-def readers(loop: asyncio.AbstractEventLoop) -> Readers:
-    """A Lead where the system has what it takes."""
-    return Lead(loop) if hasattr(select, "epoll") and hasattr(os, "eventfd") else Readers(loop)
+def make_poller(loop: asyncio.AbstractEventLoop) -> Poller:
+    """A SharedPoller where the system has what it takes."""
+    return SharedPoller(loop) if hasattr(select, "epoll") and hasattr(os, "eventfd") else Poller(loop)

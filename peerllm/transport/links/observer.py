@@ -9,8 +9,8 @@ from peerllm.types import DeploymentId, DeviceId
 
 
 @dataclass(frozen=True, slots=True)
-class Parting:
-    """A frame on its way out, without what it carries. `handed`: to the link; `encoded`: bytes, before the queue."""
+class SentFrame:
+    """A frame on its way out, without what it carries: when the link got it, and since when it was bytes and waited."""
 
     kind: FrameKind
     runs: tuple[TokenRun, ...]
@@ -19,16 +19,14 @@ class Parting:
     encoded_ns: int
 
 
-class Watch:
+class LinkObserver:
     """Asked whether it is `on` before anything is noted; this one never is. Methods are called on any thread.
 
-    `number` counts a connection's frames from 1, the same at both ends. Nothing of what frames carry is handed over.
+    `number` counts the frames one end of a connection sends, from 1, the same at both ends. It never gets what frames
+    carry.
     """
 
     on = False
-
-    def queued(self, deployment: DeploymentId, device: DeviceId, stage: int, parting: Parting, now_ns: int) -> None:
-        """The frame waits in the link's queue since `now_ns`: by whoever sent it, who may have waited for room."""
 
     def sent(
         self,
@@ -36,7 +34,7 @@ class Watch:
         device: DeviceId,
         stage: int,
         number: int,
-        parting: Parting,
+        frame: SentFrame,
         taken_ns: int,
         written_ns: int,
     ) -> None:
@@ -45,8 +43,5 @@ class Watch:
     def received(self, device: DeviceId, frame: Frame, number: int, nbytes: int, came_ns: int, taken_ns: int) -> None:
         """A frame came in, was checked and handed on."""
 
-    def held(self, deployment: DeploymentId, device: DeviceId, stage: int, since_ns: int, until_ns: int) -> None:
-        """Nothing was read from the connection meanwhile, since too much waits here."""
 
-
-NOBODY_WATCHES = Watch()
+NO_OBSERVER = LinkObserver()

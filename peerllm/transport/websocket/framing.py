@@ -1,7 +1,7 @@
 """Websocket messages (RFC 6455) after the upgrade: heads out, whole messages in. Sans-I/O.
 
 Nothing is compressed or sent in fragments, and neither is accepted. What a client sends carries a mask, as the RFC
-wants of it for the sake of proxies; inside TLS there are none, so ours is zero, which costs neither side anything.
+wants of it for the sake of proxies; inside TLS there are none, so it is zero, and another is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ OK, GOING_AWAY, POLICY_VIOLATION, INTERNAL_ERROR = 1000, 1001, 1008, 1011  # cod
 MAX_CONTROL_BYTES = 125  # of a PING, PONG or CLOSE
 MAX_REASON_BYTES = 120  # what a CLOSE holds, less its code
 RECORD_BYTES = 1 << 14  # of TLS: what one read of a connection brings at most
-_UNMASK_BYTES = 1 << 16  # unmasked in pieces, so that it takes no memory
 _FINAL, _RESERVED, _MASKED = 0x80, 0x70, 0x80
 _NO_MASK = bytes(4)
 
@@ -49,7 +48,7 @@ def read_goodbye(payload: bytes | bytearray) -> tuple[int, str]:
     return int.from_bytes(payload[:2], "big"), bytes(payload[2:]).decode(errors="replace")
 
 
-class Reader:
+class MessageReader:
     """The messages in a connection's bytes, whatever pieces these come in.
 
     FrameError where the other side breaks the rules: a message of more than `max_bytes`, for one, before memory is
@@ -58,22 +57,19 @@ class Reader:
 
     def __init__(self, max_bytes: int, masked: bool) -> None:
         self._max_bytes, self._masked = max_bytes, masked
+        self._record = memoryview(bytearray(RECORD_BYTES))
         self._bytes = b""
         self._at = 0  # of these, what lies before is done with
         self._body: bytearray | None = None  # of a message that came in part
         self._have = 0  # bytes of it
-        self._opcode, self._mask = 0, _NO_MASK
-
-    def feed(self, data: bytes) -> None:
-        """These bytes came; `next` is to be called until it is None before the next ones."""
-        self._bytes = data if self._at == len(self._bytes) else self._bytes[self._at :] + data
-        self._at = 0
+        self._opcode = 0
 
     @property
-    def room(self) -> memoryview | None:
-        """Where the next bytes may be read to, instead of being fed: while a record of a message is missing."""
+    def room(self) -> memoryview:
+        """Where the next bytes are to be read to: while a record or more of a message is missing, to their place."""
         body = self._body
-        return None if body is None or len(body) - self._have < RECORD_BYTES else memoryview(body)[self._have :]
+        in_place = body is not None and len(body) - self._have >= RECORD_BYTES
+        return memoryview(body)[self._have :] if body is not None and in_place else self._record
 
     @property
     def missing(self) -> bool:
@@ -81,8 +77,12 @@ class Reader:
         return self._body is not None
 
     def filled(self, nbytes: int) -> None:
-        """So many bytes lie in `room` now."""
-        self._have += nbytes
+        """So many bytes lie in `room` now; `next` is to be called until it is None before the next ones."""
+        if self._body is not None and len(self._body) - self._have >= RECORD_BYTES:
+            self._have += nbytes
+            return
+        self._bytes = self._bytes[self._at :] + self._record[:nbytes]
+        self._at = 0
 
     def next(self) -> Message | None:
         """The next message that is complete."""
@@ -94,8 +94,7 @@ class Reader:
             end = at + size
             if end <= len(self._bytes):
                 self._at = end
-                payload = self._bytes[at:end]
-                return self._opcode, payload if self._mask == _NO_MASK else unmasked(payload, self._mask)
+                return self._opcode, self._bytes[at:end]
             self._at = at
             self._body, self._have = bytearray(size), 0
         body = self._body
@@ -106,7 +105,7 @@ class Reader:
         if self._have < len(body):
             return None
         self._body = None
-        return self._opcode, body if self._mask == _NO_MASK else unmasked(body, self._mask)
+        return self._opcode, body
 
     def _head(self) -> tuple[int, int] | None:
         """Where the next message's payload begins and how long it is; None while its head is not complete."""
@@ -138,18 +137,8 @@ class Reader:
         if self._masked:
             if len(data) < start + 4:
                 return None
-            self._mask = data[start : start + 4]
+            if data[start : start + 4] != _NO_MASK:
+                raise FrameError("a mask that is not of zeros")
             start += 4
         self._opcode = opcode
         return start, size
-
-
-def unmasked(data: bytes | bytearray, mask: bytes) -> bytearray:
-    """`data` xor the mask over and over."""
-    clear = bytearray(len(data))
-    key = int.from_bytes(mask * (_UNMASK_BYTES // 4), "little")
-    for at in range(0, len(data), _UNMASK_BYTES):
-        piece = data[at : at + _UNMASK_BYTES]
-        own = key if len(piece) == _UNMASK_BYTES else key & ((1 << 8 * len(piece)) - 1)
-        clear[at : at + len(piece)] = (int.from_bytes(piece, "little") ^ own).to_bytes(len(piece), "little")
-    return clear

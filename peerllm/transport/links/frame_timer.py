@@ -29,7 +29,7 @@ _NUMBER = struct.Struct("<Q")
 _CLOCK = struct.Struct("<qq")  # nanoseconds of the receiver's clock: the frame before was taken, the PING is answered
 
 
-class Asked(NamedTuple):
+class OutstandingPing(NamedTuple):
     """A PING under way, and how many bytes the frame before it has (0: it is alone)."""
 
     number: int
@@ -37,8 +37,8 @@ class Asked(NamedTuple):
     since: float
 
 
-class Compared(NamedTuple):
-    """One look at the other clock."""
+class ClockSample(NamedTuple):
+    """What one PING alone says about the other clock."""
 
     at: float
     round_trip_s: float
@@ -54,16 +54,16 @@ def answer(ping: bytes, taken_s: float, now_s: float) -> bytes:
     return ping[: _NUMBER.size] + _CLOCK.pack(int(taken_s * 1e9), int(now_s * 1e9))
 
 
-class Timing:
-    """Sans-I/O. `beat` and `ponged` are for the loop, the rest for any thread; times are `perf_counter`'s."""
+class FrameTimer:
+    """Sans-I/O. `beat` is for the loop, `ponged` for who reads, the rest for any thread; times are `perf_counter`'s."""
 
     def __init__(self, on_timed: OnTimed | None) -> None:
         self.wanted = False  # whether the next frame that finds the queue empty shall be timed
         self._on_timed = on_timed
         self._number = self._left = 0
-        self._asked: Asked | None = None
+        self._asked: OutstandingPing | None = None
         self._lock = threading.Lock()  # one thing is asked at a time
-        self._compared: deque[Compared] = deque(maxlen=KEPT_PINGS)
+        self._samples: deque[ClockSample] = deque(maxlen=KEPT_PINGS)
         self._handed_over: float | None = None  # when the sender of the frame that is timed was free again
 
     def ask(self, nbytes: int, since: float) -> bytes | None:
@@ -103,15 +103,15 @@ class Timing:
             self._on_timed(asked.nbytes, min(max(LEAST_S, way), now - asked.since))  # whatever the other clock does
             return
         round_trip = now - asked.since
-        self._compared.append(Compared(now, round_trip, answered - (asked.since + now) / 2))
+        self._samples.append(ClockSample(now, round_trip, answered - (asked.since + now) / 2))
         self.wanted, self._left = True, FRAMES
         self._on_timed(0, round_trip)
 
     def _ahead(self, now: float) -> float:
         """Seconds that the receiver's clock is ahead; frames are timed after a PING alone only."""
-        return min(self._compared, key=lambda one: one.doubt_s(now)).ahead_s
+        return min(self._samples, key=lambda one: one.doubt_s(now)).ahead_s
 
     def _ask(self, nbytes: int, since: float) -> bytes:
         self._number += 1
-        self._asked = Asked(self._number, nbytes, since)
+        self._asked = OutstandingPing(self._number, nbytes, since)
         return _NUMBER.pack(self._number)

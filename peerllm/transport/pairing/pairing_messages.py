@@ -13,16 +13,15 @@ from peerllm import codec
 from peerllm.errors import LinkError, PairingError
 from peerllm.transport.roster import RosterEntry
 
-PROTOCOL_VERSION = 1
-MAX_MESSAGE_BYTES = 64 << 10
+PROTOCOL_VERSION = 2
+MAX_UNPROVEN_BYTES = 64 << 10  # of a message from who has not shown yet that the code is known there
 MAC_BYTES = 32
-ENTRIES_PER_MESSAGE = 12  # entries have at most about 5 kB
 LENGTH = Struct("<I")
 SEQUENCE = Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class JoinRequest:
     """Joiner: who I am, my share of the PAKE, the highest roster counter I know."""
 
     version: int
@@ -48,7 +47,7 @@ class Confirm:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class PairingRefused:
     """Inviter: no, and why."""
 
     reason: str
@@ -63,15 +62,10 @@ class Possession:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Inviter: who I am, with the same proof; the entries follow, the newcomer's own among them."""
+    """Inviter: who I am, with the same proof, and the household, the newcomer among it."""
 
     name: str
     signature: str  # hex
-    entries: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entries:
     entries: tuple[RosterEntry, ...]
 
 
@@ -83,16 +77,16 @@ class Introduction:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class PairingDone:
     """Inviter: it is written down."""
 
     device: str
 
 
-Message = Hello | Challenge | Confirm | Refused | Possession | Welcome | Entries | Introduction | Done
+Message = JoinRequest | Challenge | Confirm | PairingRefused | Possession | Welcome | Introduction | PairingDone
 
 
-class Channel:
+class PairingChannel:
     """Messages over one TLS stream. Every failure is a PairingError or LinkError."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -100,12 +94,12 @@ class Channel:
         self._writer = writer
         self._send_key: bytes | None = None
         self._receive_key: bytes | None = None
-        self._sent = 0
-        self._received = 0
+        self._sent = self._received = 0
+        self._limit = MAX_UNPROVEN_BYTES
 
     def authenticate(self, send_key: bytes, receive_key: bytes) -> None:
         """From the next message on, both ways, nothing counts without its MAC."""
-        self._send_key, self._receive_key = send_key, receive_key
+        self._send_key, self._receive_key, self._limit = send_key, receive_key, codec.MAX_MESSAGE_BYTES
 
     async def send(self, message: Message) -> bytes:
         """Send, and return the bytes of the message itself."""
@@ -114,8 +108,8 @@ class Channel:
         if self._send_key is not None:
             payload = _mac(self._send_key, self._sent, body) + body
             self._sent += 1
-        if len(payload) > MAX_MESSAGE_BYTES:
-            raise PairingError(f"a pairing message of {len(payload)} bytes; the limit is {MAX_MESSAGE_BYTES}")
+        if len(payload) > self._limit:
+            raise PairingError(f"a pairing message of {len(payload)} bytes; the limit is {self._limit}")
         try:
             self._writer.write(LENGTH.pack(len(payload)) + payload)
             await self._writer.drain()
@@ -124,21 +118,21 @@ class Channel:
         return body
 
     async def receive(self, *kinds: type[Any]) -> tuple[Any, bytes]:
-        """The next message, of one of `kinds`, and its bytes; Refused becomes a PairingError with its reason."""
+        """The next message, of one of `kinds`, and its bytes; PairingRefused becomes a PairingError with its reason."""
         try:
             (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-            payload = await self._reader.readexactly(length) if length <= MAX_MESSAGE_BYTES else b""
+            payload = await self._reader.readexactly(length) if length <= self._limit else b""
         except (asyncio.IncompleteReadError, OSError) as error:
             raise LinkError("the other side hung up") from error
-        if length > MAX_MESSAGE_BYTES:
-            raise PairingError(f"a pairing message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
+        if length > self._limit:
+            raise PairingError(f"a pairing message of {length} bytes; the limit is {self._limit}")
         if self._receive_key is not None:
             mac, payload = payload[:MAC_BYTES], payload[MAC_BYTES:]
             if not hmac.compare_digest(mac, _mac(self._receive_key, self._received, payload)):
                 raise PairingError("a pairing message was tampered with")
             self._received += 1
         message = codec.decode(payload, Message)
-        if isinstance(message, Refused) and Refused not in kinds:
+        if isinstance(message, PairingRefused) and PairingRefused not in kinds:
             raise PairingError(message.reason[:200])
         if not isinstance(message, kinds):
             raise PairingError(f"the other side sent {type(message).__name__} out of turn")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from math import prod
 
 from peerllm.transport.frames.token_run import TokenRun
@@ -22,25 +22,16 @@ class FrameKind(IntEnum):
     TOKEN = 2  # picked token ids, on the way back to the source
     RELEASE = 3  # the slots of these sequences are free
     OPEN = 4  # a sequence begins: what the head must know to sample it
+    PARTIAL = 5  # one device's share of a sum over several
+    KEY_VALUE = 6  # what a slot keeps, on its way to another device
+    GRADIENT = 7  # of hidden states, on the way back through the stages
+    ECHO = 8  # nothing but bytes, to time a link with
 
 
-class DType(StrEnum):
-    """Element types, named as in safetensors."""
-
-    F32 = "F32"
-    BF16 = "BF16"
-    F16 = "F16"
-    I8 = "I8"
-    U8 = "U8"
-    I32 = "I32"
-    I64 = "I64"
-    F64 = "F64"
-    BOOL = "BOOL"
-
-
+# Element types, named as in safetensors; on the wire they are counted from 1.
 ITEM_BYTES: dict[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "I32": 4, "I64": 8, "F64": 8, "BOOL": 1}
-DTYPE_CODES: dict[str, int] = {dtype.value: code for code, dtype in enumerate(DType, start=1)}
-DTYPES_BY_CODE: dict[int, str] = {code: dtype for dtype, code in DTYPE_CODES.items()}
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(ITEM_BYTES, start=1)}
+DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 @dataclass(frozen=True, slots=True)

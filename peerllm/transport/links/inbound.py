@@ -1,0 +1,142 @@
+"""The reading half of a link: messages and frames, taken in by whichever thread has time for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from time import perf_counter, perf_counter_ns
+from typing import TYPE_CHECKING
+
+from peerllm.errors import FrameError
+from peerllm.transport.frames import decode, kind_of
+from peerllm.transport.links.channels import (
+    FRAME_COST_BYTES,
+    GRANT_MAGIC,
+    Delivery,
+    Inlet,
+    LinkChannel,
+    Mailbox,
+    read_grant,
+)
+from peerllm.transport.links.connection import Connection
+from peerllm.transport.links.observer import LinkObserver
+from peerllm.transport.websocket.framing import BINARY, MessageReader
+
+if TYPE_CHECKING:
+    from peerllm.transport.links.link import Link
+
+READS = 32  # records of one connection in a row, before others have their turn
+MAX_ANSWER_BYTES = 1024  # of a message to an end that takes in no frames
+
+
+class Inbound:
+    """`read` may be called by any thread, in turn. What a link hears there must be cheap.
+
+    `hear` gets PINGs, PONGs and CLOSE, `credit` what the other end has taken of a channel (false: that cannot be).
+    `fail` gets what ends the link: FrameError and what `deliver` raises; OSError if the connection broke.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        loop: asyncio.AbstractEventLoop,
+        inlets: Sequence[Inlet],
+        masked: bool,
+        link: Link,
+        hear: Callable[[int, bytes], None],
+        credit: Callable[[LinkChannel, int], bool],
+        fail: Callable[[Exception], None],
+        observer: LinkObserver,
+    ) -> None:
+        self.frames = 0  # that came in
+        self.taken_at = perf_counter()  # when the last of them was handed on
+        self.arrived_at = self.taken_at  # when anything was read last
+        self.closing = False  # frames are dropped from now on
+        self.deaf = False  # all is dropped: what comes makes no sense any more
+        self.over = False  # nothing is read any more
+        self._connection, self._loop, self._link = connection, loop, link
+        self._hear, self._credit, self._fail = hear, credit, fail
+        self._observer = observer
+        self._mailboxes = [Mailbox(inlet) for inlet in inlets]
+        self._by_kind: dict[int, Mailbox] = {kind: box for box in self._mailboxes for kind in box.inlet.limits.kinds}
+        self._by_channel = {box.inlet.channel: box for box in self._mailboxes}
+        largest = max((inlet.limits.max_bytes for inlet in inlets), default=MAX_ANSWER_BYTES)
+        self._reader = MessageReader(largest, masked)
+        self._turn = threading.Lock()  # frames are taken in one after the other, in their order
+
+    def read(self) -> bool:
+        """Take in what has come; whether there may be more."""
+        with self._turn:
+            try:
+                for _ in range(READS):
+                    if self.over or not self._fill():
+                        return False
+                    if not self._take_in():
+                        return True
+            except Exception as error:
+                self.deaf = True
+                self._fail(error)
+        return True
+
+    def take(self, delivery: Delivery) -> int | None:
+        """How much of its channel its sender shall hear to have been taken, if anything."""
+        return self._by_channel[delivery.channel].take(delivery.cost_bytes)
+
+    def _fill(self) -> bool:
+        """Whether anything came."""
+        nbytes = self._connection.read(self._reader.room)
+        if nbytes is None:
+            return False
+        if nbytes == 0:
+            raise ConnectionError
+        self.arrived_at = perf_counter()
+        if not self.deaf:
+            self._reader.filled(nbytes)
+        return True
+
+    def _take_in(self) -> bool:
+        """All messages that are complete; whether to read on at once: a larger one has begun."""
+        if self.deaf:
+            return True
+        while (message := self._reader.next()) is not None:
+            opcode, payload = message
+            if opcode != BINARY:
+                self._hear(opcode, bytes(payload))
+            elif payload[:4] == GRANT_MAGIC:
+                if not self._credit(*read_grant(payload)):
+                    raise FrameError("a grant of credit for what was not sent")
+            else:
+                self._take_in_frame(payload)
+        return self._reader.missing
+
+    def _take_in_frame(self, payload: bytes | bytearray) -> None:
+        self.frames += 1
+        if self.closing:
+            return
+        if not self._mailboxes:
+            raise FrameError("the other side spoke out of turn")
+        mailbox = self._by_kind.get(kind_of(payload), self._mailboxes[0])  # whose limits say what is wrong with it
+        came_ns = perf_counter_ns() if self._observer.on else 0
+        inlet, cost_bytes = mailbox.inlet, len(payload) + FRAME_COST_BYTES
+        frame = decode(payload, inlet.limits)
+        mailbox.add(cost_bytes)
+        delivery = Delivery(self._link, inlet.channel, frame, cost_bytes)
+        if inlet.channel.reader == "loop":
+            self._loop.call_soon_threadsafe(self._deliver_on_loop, inlet, delivery)
+        else:
+            inlet.deliver(delivery)
+        self.taken_at = perf_counter()
+        if came_ns:
+            now_ns = perf_counter_ns()
+            self._observer.received(self._link.device, frame, self.frames, len(payload), came_ns, now_ns)
+
+    def _deliver_on_loop(self, inlet: Inlet, delivery: Delivery) -> None:
+        with self._turn:
+            if self.closing or self.deaf:
+                return
+            try:
+                inlet.deliver(delivery)
+            except Exception as error:
+                self.deaf = True
+                self._fail(error)
