@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.models import LLAMA_3_2_1B, write_llama
 from benchmarks.two_devices import SLOTS, Household, pinned
-from peerllm.cli.timeline import draw
-from peerllm.cli.trace import figures
+from peerllm.cli.figures.timeline import draw
+from peerllm.cli.figures.trace import figures
 
 PROMPT, OUTPUT = 1024, 4
 PLOT = Path(__file__).parent.parent / "docs" / "overlap.png"

@@ -1,9 +1,8 @@
-"""What was predicted against what runs: two to four real devices on this machine, the built-in model.
+"""What a plan predicts for one sequence, its first token and a step, against what comes: one to three real devices.
 
-What goes into a prediction is measured while the others of the machine work: what a batch takes each stage, all told,
-and what a frame of requests takes each link, over the seconds before. Nothing is fitted end to end. The prediction is
-the simulator's; the measurement that follows is `peerllm bench`'s. Every household is set up ROUNDS times, profiles and
-all; medians count.
+The prediction is the plan's own, made from the layers' times and the links before anything is loaded; nothing is fitted
+to what came. Two devices have a core each, three share both. Every household is set up anew in each round, its layer
+times and all; medians count.
 """
 
 from __future__ import annotations
@@ -14,65 +13,86 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import NamedTuple
 
-from peerllm.cli.demo_memory import limits, sizes_of
+from benchmarks.models import LLAMA_3_2_1B, write_llama
+from peerllm.cli.demo.demo_memory import limits, sizes_of
 from tests.household import household
+from tests.lab.smollm2 import smollm2
 
-SLOTS, CONTEXT = 8, 512
-BUILTIN = Path(__file__).parent.parent / "peerllm" / "builtin" / "model"
+SLOTS, CONTEXT = 4, 2048
 TARGET = 0.15
 ROUNDS = 3
-NAMES = ("anna", "bert", "carla", "dora")
+NAMES = ("anna", "bert", "carla")
 
 
-def measure(devices: int, objective: str) -> list[dict[str, Any]]:
-    """One household: a row for each number of sequences."""
+class Row(NamedTuple):
+    """One household's milliseconds, predicted and measured."""
+
+    model: str
+    devices: int
+    prompt: int
+    first: tuple[float, float]
+    step: tuple[float, float]
+
+
+def measure(name: str, model: Path, devices: int) -> Row:
+    """One household, set up for this."""
     names = NAMES[:devices]
-    lent = limits(sizes_of(BUILTIN, SLOTS, CONTEXT), devices)
-    memory = {name: str(nbytes) for name, nbytes in zip(names, lent, strict=True)}
-    pins = {name: ["taskset", "-c", str(place % 2)] for place, name in enumerate(names)} if devices == 2 else None
+    lent = limits(sizes_of(model, SLOTS, CONTEXT), devices)
+    memory = {device: str(nbytes) for device, nbytes in zip(names, lent, strict=True)}
+    pins = {device: ["taskset", "-c", str(core)] for core, device in enumerate(names)} if devices < 3 else None
     with (
         tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory,
         household(Path(directory), names, memory=memory, prefixes=pins) as (source, *_),
     ):
-        source.cli("run", "builtin", "--slots", str(SLOTS), "--context", str(CONTEXT), "--objective", objective)
-        stages = source.status()["deployments"][0]["plan"]["stages"]
-        assert len({stage["device"] for stage in stages}) == devices, stages
-        runs = json.loads(source.cli("bench", "--json").stdout)["runs"]
-    return [{"devices": devices, "objective": objective, "stages": len(stages), **run} for run in runs]
+        source.cli("run", str(model), "--slots", str(SLOTS), "--context", str(CONTEXT))
+        plan = source.status()["deployments"][0]["plan"]
+        assert len({stage["device"] for stage in plan["stages"]}) == devices, plan
+        bench = json.loads(source.cli("bench", "--json", "--sequences", "1").stdout)
+    said, seen = plan["predicted"], bench["runs"][0]["measured"]
+    keys = ("time_to_first_token_ms", "step_ms")
+    first, step = ((said[key], seen[key]) for key in keys)
+    return Row(name, devices, bench["prompt_tokens"], first, step)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: medians over the rounds, and all their ratios."""
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: medians over the rounds, and the ratios of each."""
     lines = [
-        "| devices | sequences | predicted tokens/s | measured | measured / predicted | of each round | within 15 % |",
-        "|---|---|---|---|---|---|---|",
+        "| model | devices | first token, ms: predicted | measured | ratio | of each round "
+        "| a step, ms: predicted | measured | ratio | of each round | both within 15 % |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    cases: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    for row in rows:
-        rates = (row[name]["steady_tokens_per_second"] for name in ("predicted", "measured"))
-        cases.setdefault((row["devices"], row["sequences"]), []).append(tuple(rates))
-    for (devices, sequences), rounds in sorted(cases.items()):
-        said, seen = (median(column) for column in zip(*rounds, strict=True))
-        ratios = [got / expected for expected, got in rounds]
-        ratio, each = median(ratios), ", ".join(f"{one:.2f}" for one in ratios)
-        lines.append(
-            f"| {devices} | {sequences} | {said:.0f} | {seen:.0f} | {ratio:.2f} | {each} "
-            f"| {'yes' if abs(ratio - 1) <= TARGET else 'no'} |"
-        )
+    for model, devices in dict.fromkeys((row.model, row.devices) for row in rows):
+        some = [row for row in rows if (row.model, row.devices) == (model, devices)]
+        cells, ratios = "", []
+        for pairs in ([row.first for row in some], [row.step for row in some]):
+            each = [seen / said for said, seen in pairs]
+            said, seen = (median(column) for column in zip(*pairs, strict=True))
+            ratios.append(median(each))
+            cells += f" {said:.3g} | {seen:.3g} | {ratios[-1]:.2f} | {', '.join(f'{one:.2f}' for one in each)} |"
+        within = all(abs(ratio - 1) <= TARGET for ratio in ratios)
+        lines.append(f"| {model} | {devices} |{cells} {'yes' if within else 'no'} |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--devices", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--objective", choices=("latency", "throughput"), default="throughput")
+    parser.add_argument("--devices", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3])
+    parser.add_argument("--models", nargs="+", choices=("smollm2", "llama"), default=["smollm2", "llama"])
+    parser.add_argument("--llama", type=Path, default=Path(tempfile.gettempdir()) / "peerllm-llama-3.2-1b",
+                        help="where the model of 1.24 B random parameters lies, or is written")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    rows = [row for _ in range(args.rounds) for devices in args.devices for row in measure(devices, args.objective)]
-    print(json.dumps(rows) if args.json else table(rows))
+    found = {"smollm2": smollm2, "llama": lambda: write_llama(args.llama, LLAMA_3_2_1B)}
+    models = {name: found[name]() for name in args.models}
+    rows = [
+        measure(name, model, devices)
+        for _ in range(args.rounds)
+        for name, model in models.items()
+        for devices in args.devices
+    ]
+    print(table(rows))
 
 
 if __name__ == "__main__":

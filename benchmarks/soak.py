@@ -22,8 +22,8 @@ from benchmarks.soak_plots import plot
 from benchmarks.soak_trend import Trend, trend
 from benchmarks.soak_watch import Watch
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo import CONTEXT, NAMES, SLOTS
-from peerllm.cli.demo_memory import limits, sizes_of
+from peerllm.cli.demo.demo import CONTEXT, NAMES, SLOTS
+from peerllm.cli.demo.demo_memory import limits, sizes_of
 from tests.clients import clients
 from tests.household import Device, household
 

@@ -22,7 +22,7 @@ ALLOWED = {
     "builtin": {"builtin"},
 }
 # Imported only when it is needed: --in-process runs the engine in a thread, the demo asks what its model takes.
-LAZY_ENGINE = {"daemon/engine_link/engine_host.py", "cli/demo_memory.py"}
+LAZY_ENGINE = {"daemon/engine_link/engine_host.py", "cli/demo/demo_memory.py"}
 
 # Engine modules that a device with graphs alone runs.
 TORCH_FREE = ("peerllm.engine.process.runtime", "peerllm.engine.process.launch", "peerllm.engine.sampler")

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from peerllm.cli.device import LocalDevice
+from peerllm.cli.figures.trace import recording, text
 from peerllm.cli.served import meant
 from peerllm.cli.terminal import printable
-from peerllm.cli.trace import recording, text
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
 
 COMPLETIONS = "/v1/chat/completions"

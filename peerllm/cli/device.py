@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from urllib.parse import urlsplit
 from peerllm.errors import NotFoundError, PeerLLMError, UnavailableError
 
 DAEMON_FILE = "daemon.json"
+DEMO_FILE = "demo.json"
 TOKEN_FILE = "token"  # noqa: S105  a file's name
+START_S, LOOK_S = 15.0, 0.1  # how long a device that begins to start is waited for, and how often it is looked for
 TIMEOUT_S = 180.0  # seconds without a byte; joining and leaving speak to other devices
 RUN_TIMEOUT_S = 3600.0  # seconds between two lines of `run`: a large model may be on its way
 MAX_LINE_BYTES = 64 << 20
@@ -25,15 +28,25 @@ class AnsweredError(PeerLLMError):
 
 
 class LocalDevice:
-    """Built from DIR/daemon.json and DIR/token; NotFoundError if no device runs there."""
+    """Built from DIR/daemon.json and DIR/token; NotFoundError if no device runs there.
+
+    While none does, and a demo has left its note in DIR, the demo's first device is meant.
+    """
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
+        data_dir = demo_of(data_dir) or data_dir
+        until = time.monotonic() + START_S
+        while not (written := _read(data_dir / DAEMON_FILE)).get("url"):
+            if not _alive(written):
+                raise self._nobody()
+            if time.monotonic() > until:
+                raise UnavailableError(f"the device on {data_dir} is still starting; ask again in a moment")
+            time.sleep(LOOK_S)
+        self.url = str(written["url"])
         try:
-            written = json.loads((data_dir / DAEMON_FILE).read_bytes())
-            self.url = str(written["url"])
             self._token = (data_dir / TOKEN_FILE).read_text().strip()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise self._nobody() from error
 
     def _nobody(self) -> NotFoundError:
@@ -115,8 +128,69 @@ def _checked(value: dict[str, Any]) -> dict[str, Any]:
 
 def write_daemon_file(data_dir: Path, url: str) -> None:
     """DIR/daemon.json (0600): where the other commands find the running device."""
+    _write(data_dir / DAEMON_FILE, {"url": url, "pid": os.getpid()})
+
+
+@contextlib.contextmanager
+def starting(data_dir: Path) -> Iterator[None]:
+    """While the block runs, the other commands know that a device begins to start here, unless one runs already."""
     path = data_dir / DAEMON_FILE
+    if not _alive(_read(path)):
+        write_daemon_file(data_dir, "")
+    try:
+        yield
+    finally:
+        if _read(path).get("pid") == os.getpid():
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def demo_note(data_dir: Path, device_dir: Path) -> Iterator[bool]:
+    """While the block runs, commands for `data_dir` reach the demo's device there; False if a device of its own runs.
+
+    DIR/demo.json (0600) says so. A demo that began later has the word, and keeps it.
+    """
+    path, note = data_dir / DEMO_FILE, {"data": str(device_dir), "pid": os.getpid()}
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write(path, note)
+    except OSError:
+        yield False
+        return
+    try:
+        yield demo_of(data_dir) == device_dir
+    finally:
+        if _read(path) == note:
+            path.unlink(missing_ok=True)
+
+
+def demo_of(data_dir: Path) -> Path | None:
+    """Where the demo's device has its data; None where no demo runs, or a device of this directory does."""
+    demo = _read(data_dir / DEMO_FILE)
+    there = isinstance(demo.get("data"), str) and _alive(demo) and not _alive(_read(data_dir / DAEMON_FILE))
+    return Path(demo["data"]) if there else None
+
+
+def _alive(written: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote a file is still there: one that was killed could not take it away."""
+    if not written:
+        return False
+    import psutil
+
+    return type(written.get("pid")) is int and psutil.pid_exists(written["pid"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's object; empty where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
     fresh = path.with_suffix(".new")
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump({"url": url, "pid": os.getpid()}, file)
+        json.dump(value, file)
     fresh.replace(path)

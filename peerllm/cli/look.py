@@ -73,7 +73,8 @@ def deployments_text(found: Status) -> str:
 
 
 def deployment_text(one: Mapping[str, Any]) -> str:
-    head = f"{one['name']}: {one['state']}, coordinated by {one['coordinator']}, epoch {one['epoch']}"
+    doing = f", {one['message']}" if one.get("message") else ""
+    head = f"{one['name']}: {one['state']}{doing}, coordinated by {one['coordinator']}, epoch {one['epoch']}"
     if one.get("schedule", SCHEDULE_NAMES[0]) != SCHEDULE_NAMES[0]:
         head += f", schedule {one['schedule']}"
     if one.get("reason"):

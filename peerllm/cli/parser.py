@@ -14,6 +14,7 @@ from peerllm.planner.scenario.scenario import OBJECTIVES, STRATEGIES
 from peerllm.types import ACTIVATIONS, COMPUTE, QUANTIZE, SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
+MODULES = {"demo": "demo.demo"} | {name: f"figures.{name}" for name in ("plan", "simulate", "bench", "trace")}
 MAX_DEVICES = 8  # of the demo: they share one machine
 MIN_MEMORY_BYTES = 10**6  # less holds no layer of any model
 MAX_RECORD_S = 600  # then the engines end a recording by themselves
@@ -116,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, data: bool = True) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        one.set_defaults(module=name, function="run")
+        one.set_defaults(module=MODULES.get(name, name), function="run")
         if data:
             one.add_argument(
                 "--data", type=Path, metavar="DIR", default=default_data_dir(), help="the device's data directory"
@@ -224,7 +225,9 @@ def _pairing(command: _Command) -> None:
 
 def _models(command: _Command) -> None:
     run = command("run", "Divide a model over the household's devices and serve it from this one.")
-    run.add_argument("model", metavar="MODEL", help="a Hugging Face id, a local directory, or builtin")
+    run.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face id, a name that `peerllm models` lists, a directory, or builtin"
+    )
     run.add_argument(
         "--as", dest="name", metavar="NAME", help="what to call it (default: the last part of its path or id)"
     )
@@ -247,6 +250,9 @@ def _models(command: _Command) -> None:
         default=SCHEDULE_NAMES[0],
         help="in what order sequences go through the stages, to compare (default no-bubble)",
     )
+    models = command("models", "List the models on this disk, and what well-known ones need.")
+    models.set_defaults(module="catalogue", function="run")
+    models.add_argument("--json", action="store_true")
     stop = command("stop", "Stop serving a model and free its memory on every device.")
     stop.set_defaults(module="run", function="stop")
     stop.add_argument("model", metavar="MODEL")

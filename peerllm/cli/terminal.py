@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from collections.abc import Sequence
 
@@ -11,6 +12,11 @@ _KEPT = "\n\t"
 def printable(text: str) -> str:
     """`text` without what could steer a terminal: control, format and surrogate characters."""
     return "".join(char for char in text if char in _KEPT or unicodedata.category(char) not in {"Cc", "Cs", "Co"})
+
+
+def tell(text: str) -> None:
+    """To the person at the terminal; scripts read standard output."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def human_bytes(count: float) -> str:

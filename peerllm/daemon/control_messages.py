@@ -34,6 +34,8 @@ class Hello:
     dtypes: tuple[str, ...]
     machine: str = ""  # the same on devices that share a machine; "": unknown
     place: str = "cpu"  # where it computes: an accelerator has its name here
+    threads: int = 1  # it computes with
+    processors: int = 1  # that the machine has
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,17 +219,12 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Say how long each kind of layer takes here; with `measure` that is found out if it is not known from before.
-
-    `kinds` may be "work" alone, a fixed piece of work that no model is needed for; it is done for a moment. `company`
-    then stands for the devices of this machine that are asked the same at the same moment; "": none.
-    """
+    """Say how long each kind of layer takes here; with `measure` that is found out if it is not known from before."""
 
     config: str
     dtype: str
     kinds: tuple[LayerKind, ...]
     measure: bool
-    company: str = ""
     quantize: str = ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -299,6 +300,8 @@ class Daemon:
             dtypes=configured.dtypes,
             machine=self._machine,
             place=configured.place,
+            threads=self._threads,
+            processors=os.cpu_count() or 1,
         )
 
     def _view(self) -> DeviceView:

@@ -23,6 +23,7 @@ from peerllm.types import (
 )
 
 PASS: LayerKind = "pass"  # noqa: S105  # in layer times: what a batch costs at a stage beside its layers
+FURTHER_TOKENS = 1024
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SpanName = Literal[
     "idle", "take in", "pass", "hand on", "another model",  # of the compute thread, consecutive
@@ -30,6 +31,11 @@ SpanName = Literal[
     "send", "receive",  # of a link
 ]  # fmt: skip
 SpanKind = Literal["", "step", "prompt", "activation", "token", "release", "open"]
+
+
+def attention(kind: LayerKind) -> LayerKind:
+    """Under which name layer times tell what a block's attention to FURTHER_TOKENS more costs."""
+    return f"attention:{kind}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +85,9 @@ class Trust:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Measure this device's arithmetic and memory speed; with `window_s`, time a fixed piece of work instead."""
+    """Measure this device's arithmetic and memory speed."""
 
     request: int
-    window_s: float = 0.0  # for how long the work is repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,14 +248,15 @@ class Measured:
     request: int
     gbytes_per_s: Mapping[str, float]
     gflops: Mapping[str, float]
-    work_ms: float = 0.0  # mean time of the fixed piece of work
 
 
 @dataclass(frozen=True, slots=True)
 class LayersTimed:
     """For each layer kind (tokens in a batch, milliseconds of one layer), rising in tokens; see measure/layer_times.py.
 
-    The kind PASS is what a batch costs at a stage whatever its layers; the other kinds exclude that.
+    The kind PASS is what a batch costs at a stage whatever its layers; the other kinds exclude that, and what attention
+    to the tokens before costs: `attention(kind)` is what FURTHER_TOKENS of them add to a step of one sequence (1 token)
+    and to a chunk of a prompt.
     """
 
     request: int

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api import admin
+from peerllm.api import admin, tasks
 from peerllm.api.server import ApiServer
 from peerllm.errors import EngineError
 from tests.api.fake import BOUND_S, FakeHousehold
@@ -52,6 +52,28 @@ async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHouse
         ("remove", "jetson"),
         ("stop", "builtin"),
     ]
+
+
+async def test_who_asks_while_the_device_starts_waits_but_sees_that_it_does(
+    owner: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    household.start_gate = asyncio.Event()
+    for path in ("/", "/peerllm/v1/status", "/static/app.js"):
+        async with owner.get(path) as answer:
+            assert answer.status == 200
+    async with owner.post("/peerllm/v1/invite", json={}, headers={"Authorization": "Bearer wrong"}) as answer:
+        assert answer.status == 401, "who may not ask does not wait either"
+    waiting = asyncio.create_task(post(owner, "invite"))
+    models = asyncio.create_task(owner.get("/v1/models"))
+    await asyncio.wait({waiting, models}, timeout=0.2)
+    assert not waiting.done() and not models.done() and not household.calls
+    household.start_gate.set()
+    assert (await waiting)[0] == (await models).status == 200
+    household.start_gate = asyncio.Event()
+    monkeypatch.setattr("peerllm.api.server.START_WAIT_S", 0.05)
+    async with owner.get("/v1/models") as answer:
+        assert answer.status == 503 and answer.headers["Retry-After"]
+        assert "still starting" in (await answer.json())["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +169,20 @@ async def test_hanging_up_does_not_stop_the_loading(owner: aiohttp.ClientSession
     assert not household.run_done.is_set()
     household.run_gate.set()
     await asyncio.wait_for(household.run_done.wait(), BOUND_S)
+
+
+async def test_changes_under_way_are_bounded_and_make_room(
+    owner: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "MAX_CHANGES", 2)
+    household.run_gate = asyncio.Event()
+    under_way = [await owner.post("/peerllm/v1/run", json={"model": name}) for name in "ab"]
+    assert (await post(owner, "leave"))[0] == 429
+    household.run_gate.set()
+    for response in under_way:
+        assert '{"ok":true' in await response.text()
+    for _ in range(3):
+        assert (await post(owner, "leave"))[0] == 200
 
 
 async def test_closing_the_api_ends_a_run_under_way(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +18,11 @@ from typing import Any
 import pytest
 
 from peerllm.api.server import ApiServer
-from peerllm.cli.device import write_daemon_file
+from peerllm.cli.device import LocalDevice, starting, write_daemon_file
 from peerllm.cli.main import main
 from peerllm.cli.progress import show_progress
+from peerllm.daemon.settings import Settings
+from peerllm.daemon.status.status import starting_status
 from peerllm.errors import EngineError, OverloadedError
 from tests.api.fake import WEIGHTS, FakeHousehold, deployment, make_model_dir
 
@@ -130,6 +136,32 @@ def test_status_as_text(peerllm: Run) -> None:
     assert len(bars) == 3
     drawn = [line.split()[2] for line in bars]
     assert all("█" in column for column in zip(*drawn, strict=True)), "some layer is nobody's"
+
+
+def test_status_says_that_a_device_starts(peerllm: Run, device: Served) -> None:
+    starting = starting_status("0" * 64, Settings(device.data, "laptop"), "measuring how fast this machine computes")
+    device.household.devices, device.household.deployments = starting["devices"], []
+    code, out, err = peerllm("status")
+    assert (code, err) == (0, "")
+    assert "laptop (this one)  starting  " in out
+    assert "laptop: is measuring how fast this machine computes\n" in out
+    assert "0 B" not in out and "No model is served" not in out
+    assert starting.keys() == json.loads(peerllm("status", "--json")[1]).keys() | {"links", "network"}
+
+
+def test_status_tells_memory_lent_and_used_and_the_context(peerllm: Run, device: Served) -> None:
+    out = peerllm("status")[1]
+    head, first = (re.split(r"  +", line) for line in out.splitlines()[2:4])
+    told = dict(zip(head, first, strict=False))  # where it computes is not said
+    assert (told["MEMORY"], told["LENT"], told["USED"]) == ("8.0 GB", "20.0 MB", "12.0 MB")
+    assert "context: 1,024 tokens, prompt and answer together; 4 at once\n" in out
+    assert "context: 1,024 tokens" in peerllm("run", "builtin")[1]
+
+
+def test_status_tells_how_far_a_download_is(peerllm: Run, device: Served) -> None:
+    loading = deployment(state="planning") | {"plan": None, "message": "downloading small, 2.5 GB: 40%", "context": 0}
+    device.household.deployments = [loading]
+    assert "builtin: planning, downloading small, 2.5 GB: 40%, coordinated by laptop" in peerllm("status")[1]
 
 
 def test_troubles_and_strangers_are_told(peerllm: Run, device: Served) -> None:
@@ -397,6 +429,44 @@ def test_without_a_device_every_command_says_how_to_start_one(
     write_daemon_file(nowhere, f"http://127.0.0.1:{port}")  # of a device that was killed
     assert main([args[0], "--data", str(nowhere), *args[1:]]) == 1
     assert capsys.readouterr() == ("", wanted)
+
+
+def test_a_device_that_has_not_begun_to_listen_is_waited_for(
+    peerllm: Run, device: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    looked = []
+
+    def sleep(_: float) -> None:
+        looked.append(json.loads((device.data / "daemon.json").read_text())["url"])
+        write_daemon_file(device.data, url)
+
+    url = LocalDevice(device.data).url
+    monkeypatch.setattr("peerllm.cli.device.time.sleep", sleep)
+    (device.data / "daemon.json").unlink()
+    with starting(device.data):
+        assert peerllm("status")[0] == 0
+        assert looked == [""]
+        monkeypatch.setattr("peerllm.cli.device.START_S", -1.0)
+        write_daemon_file(device.data, "")
+        wanted = f"peerllm: the device on {device.data} is still starting; ask again in a moment\n"
+        assert peerllm("status") == (1, "", wanted)
+    assert not (device.data / "daemon.json").exists()
+    assert "no device is running" in peerllm("status")[2]
+
+
+def test_what_a_device_left_that_was_killed_while_it_started_does_not_count(peerllm: Run, device: Served) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (device.data / "daemon.json").write_text(json.dumps({"url": "", "pid": process.pid}))
+    assert "no device is running" in peerllm("status")[2]
+
+
+def test_who_begins_to_start_leaves_a_running_device_s_file_alone(device: Served, tmp_path: Path) -> None:
+    written = {"url": "http://127.0.0.1:1", "pid": os.getppid()}
+    (tmp_path / "daemon.json").write_text(json.dumps(written))
+    with starting(tmp_path):
+        assert json.loads((tmp_path / "daemon.json").read_text()) == written
+    assert json.loads((tmp_path / "daemon.json").read_text()) == written
 
 
 def test_another_program_on_the_port_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

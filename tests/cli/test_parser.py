@@ -15,7 +15,7 @@ from peerllm.cli.up import settings_of
 from peerllm.errors import BadInputError
 
 COMMANDS = (
-    *("up", "demo", "invite", "join", "leave", "run", "stop", "status", "devices", "chat"),
+    *("up", "demo", "invite", "join", "leave", "run", "stop", "status", "devices", "chat", "models"),
     *("plan", "simulate", "bench"),
 )
 WITHOUT_DATA = ("demo", "simulate")

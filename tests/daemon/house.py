@@ -24,8 +24,6 @@ from peerllm.engine.messages import (
     LayersTimed,
     LoadProgress,
     LoadStage,
-    Measure,
-    Measured,
     QueryLoad,
     Record,
     Recorded,
@@ -37,14 +35,17 @@ from peerllm.errors import EngineError, LinkError, NotFoundError, RefusedError
 from peerllm.types import Layer, ModelProfile, WorkingSpace
 
 BLOCK = 1_000_000  # bytes of one block of the toy models
-LAYER_MS = {"pass": ((1, 0.1),), "embedding": ((1, 0.01),), "block": ((1, 1.0), (128, 9.0)), "head": ((1, 0.5),)}
+LAYER_MS = {
+    "pass": ((1, 0.1),), "embedding": ((1, 0.01),), "block": ((1, 1.0), (128, 9.0)), "head": ((1, 0.5),),
+    "attention:block": ((1, 0.01), (128, 0.1)),
+}  # fmt: skip
 CONFIG = '{"num_attention_heads": 1, "intermediate_size": 8}'
 WORKING = WorkingSpace(token=500, pair=4, position=0, sequence=128, once=1024, loading=0)
 
 
 def hello(name, lent, machine=""):
-    gbytes, gflops = {"float32": 10.0}, {"float32": 50.0}
-    return Hello(1, "0", {}, name, 1, 2, lent * 2, lent, gbytes, gflops, ("llama",), ("float32",), machine)
+    speed = {"float32": 10.0}, {"float32": 50.0}
+    return Hello(1, "0", {}, name, 1, 2, lent * 2, lent, *speed, ("llama",), ("float32",), machine, processors=2)
 
 
 def inspected(name, blocks, max_context=64):
@@ -74,7 +75,7 @@ class FakeEngine:
         self.fail: Exception | None = None
         self.most: int | None = None  # bytes of one stage; it refuses more
         self.layer_ms = dict(LAYER_MS)  # what timing layers finds, or why it cannot
-        self.timing = None  # called with each TimeLayers and Measure before it is answered
+        self.timing = None  # called with each TimeLayers before it is answered
         self.paces = ()  # what each stage says that batches of steps take, and how far they vary
         self.clock_ahead_ns = 0
         self.recorded = {}  # by deployment: what is told part by part, or why nothing is
@@ -110,9 +111,6 @@ class FakeEngine:
                 self._house.devices[self._device].worker.progress(
                     LoadProgress(message.deployment, message.stage, nbytes, nbytes)
                 )
-            case Measure():
-                took = await self.timing(message) if self.timing is not None else 1.0
-                return Measured(message.request, {}, {}, work_ms=took)
             case TimeLayers():
                 if self.timing is not None:
                     await self.timing(message)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 
-from peerllm.daemon.control_messages import Pace
+from peerllm.daemon.control_messages import Activate, Pace
 from peerllm.daemon.deployment import deployment as module
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.daemon.status.status import deployment_entry
@@ -64,6 +65,21 @@ async def test_a_model_for_three_is_served_by_three(houses):
     assert set(house["a"].offers) == {seen.deployment}
 
 
+async def test_stages_are_connected_from_the_last_to_the_first(houses):
+    house = houses([3, 3, 3], big=8)
+    a, ask, order = house["a"], house["a"].ask, []
+
+    async def asking(device, question, timeout_s):
+        if isinstance(question, Activate):
+            order.append(device)
+        return await ask(device, question, timeout_s)
+
+    a.ask = asking
+    await a.coordinator.run(RunOptions("big"), quiet)
+    first = dict.fromkeys(stage.device for stage in view(a).stages)  # a device may hold several
+    assert order == list(first)[::-1], "who is dialled is ready"
+
+
 async def test_one_device_is_enough_when_it_is(houses):
     house = houses([9, 9], small=4)
     await house["a"].coordinator.run(RunOptions("small"), quiet)
@@ -76,6 +92,43 @@ async def test_what_is_missing_is_said_and_nothing_stays(houses):
     with pytest.raises(InfeasibleError, match=reason):
         await house["a"].coordinator.run(RunOptions("huge"), quiet)
     assert house.empty() and not house["a"].coordinator.views()
+
+
+async def test_nothing_is_downloaded_without_a_plan(houses):
+    house = houses([3, 3], huge=20, small=2)
+    house.to_download = {"huge": 1_000_000, "small": 2_000_000}
+    with pytest.raises(InfeasibleError, match="missing"):
+        await house["a"].coordinator.run(RunOptions("huge"), quiet)
+    assert (await house["a"].coordinator.preview(RunOptions("small"), quiet))["scenario"]
+    assert not house.downloads
+    await house["a"].coordinator.run(RunOptions("small"), quiet)
+    assert house.downloads == ["small"]
+
+
+async def test_a_download_is_shown_as_it_goes_and_planned_for_anew(houses):
+    house = houses([3, 3, 3], big=8)
+    house.to_download = {"big": 2_500_000_000}
+    house.download_gate.clear()
+    told = []
+    running = asyncio.ensure_future(house["a"].coordinator.run(RunOptions("big"), told.append))
+    await house.until(lambda: house.downloads)
+    seen = view(house["a"])
+    assert (seen.state, seen.progress, seen.context) == ("planning", 0.4, 0)
+    assert seen.message == told[-1].message == "downloading big, 2.50 GB: 40%"
+    assert told[-1].devices == {"device-a": 0.4}
+    assert house["a"].coordinator.served()[0].model_dir is None, "its files are not there yet"
+    house["c"].online = False
+    house.download_gate.set()
+    await asyncio.wait({running}, timeout=0.1)
+    assert not running.done(), "the plan was kept though a device of it had left"
+    await house.come_back("c")
+    await asyncio.wait_for(running, 10)
+    seen = view(house["a"])
+    assert (seen.state, seen.progress, seen.message, seen.context, seen.slots) == ("serving", 1.0, "", 64, 4)
+    entry = deployment_entry(seen, str)
+    assert (entry["context"], entry["slots"], entry["message"]) == (64, 4, "")
+    (served,) = house["a"].coordinator.served()
+    assert str(served.model_dir) == "/models/big"
 
 
 async def test_a_device_that_is_about_to_arrive_is_waited_for(houses, monkeypatch):
@@ -123,7 +176,7 @@ async def test_a_device_that_refuses_is_planned_around(houses):
     house = houses([3, 9, 9], big=8)
     a = house["a"]
     honest = a.candidates
-    a.candidates = lambda: {d: module.replace(c, free_bytes=c.hello.lent_bytes) for d, c in honest().items()}
+    a.candidates = lambda: {d: replace(c, free_bytes=c.hello.lent_bytes) for d, c in honest().items()}
     house["b"].ledger.reserve(module_reserve(8 * BLOCK), "z" * 64, 0)
     house["b"].ledger.commit("e" * 32, 1, "z" * 64, 0)
     await a.coordinator.run(RunOptions("big"), quiet)

@@ -13,7 +13,7 @@ from peerllm.errors import BadInputError, InfeasibleError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.planner.cost.working_space import MAX_CHUNK, MIN_CHUNK, chunk_tokens, working_bytes
 from peerllm.planner.transfers.prompt_chunks import Pipeline
-from peerllm.types import WorkingSpace, chunk_of
+from peerllm.types import WorkingSpace, Workload, chunk_of
 from tests.daemon.house import BLOCK, WORKING, hello, inspected
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -126,12 +126,13 @@ def test_profiles_follow_what_was_measured():
     model = inspected("m", 1).profile
     candidate = household(9)[A]
     slow = replace(candidate, hello=replace(candidate.hello, gbytes_per_s={"float32": 1.0}, gflops={"float32": 5.0}))
-    fast_ms, slow_ms = (dict(device_profile(c, model, "float32").layer_ms["block"]) for c in (candidate, slow))
+    profiles = [device_profile(c, model, Workload(), "float32") for c in (candidate, slow)]
+    fast_ms, slow_ms = (dict(one.layer_ms["block"]) for one in profiles)
     assert slow_ms[1] - 0.02 == pytest.approx(1.0) and fast_ms[1] - 0.02 == pytest.approx(0.1)
     assert slow_ms[256] - 0.02 == pytest.approx(2 * 250_000 * 256 / 5e6)
     assert list(slow_ms) == list(BATCHES)
     silent = replace(candidate, hello=replace(candidate.hello, gbytes_per_s={}, gflops={}))
-    assert dict(device_profile(silent, model, "float32").layer_ms["block"])[1] > fast_ms[1]
+    assert dict(device_profile(silent, model, Workload(), "float32").layer_ms["block"])[1] > fast_ms[1]
 
 
 def test_links_between_others_are_as_slow_as_the_slower_way_to_them():
@@ -161,3 +162,27 @@ def test_chunks_stay_within_their_bounds():
 )
 def test_human_bytes(nbytes, text):
     assert human_bytes(nbytes) == text
+
+
+@pytest.mark.parametrize(("context", "prompt"), [(64, 32), (2048, 128), (4096, 256)])
+def test_a_plan_expects_longer_prompts_where_the_context_is_long(context, prompt):
+    blueprint = draw_up(RunOptions("m", context=context), inspected("m", 2, max_context=4096), household(9 * BLOCK), A)
+    assert blueprint.workload.prompt_tokens == prompt
+
+
+def test_a_prompt_takes_longer_where_devices_share_processors():
+    model = inspected("m", 6, max_context=2048)
+    candidates = household(3 * BLOCK, 3 * BLOCK, 3 * BLOCK)
+    for device, one in candidates.items():
+        candidates[device] = replace(one, hello=replace(one.hello, machine="x", processors=3))
+    cut, whole = RunOptions("m", prompt_chunk=16), RunOptions("m", prompt_chunk=128)
+    many = RunOptions("m", prompt_chunk=16, objective="throughput")
+    free, free_whole, free_many = (draw_up(options, model, candidates, A) for options in (cut, whole, many))
+    for device, one in candidates.items():
+        candidates[device] = replace(one, hello=replace(one.hello, processors=2))
+    shared, shared_whole, shared_many = (draw_up(options, model, candidates, A) for options in (cut, whole, many))
+    assert free_many.plan == shared_many.plan, "its layers' times are those of devices that all compute"
+    assert free_whole.plan == shared_whole.plan, "a prompt in one piece keeps one device busy at a time"
+    first, longer = (one.plan.predicted.time_to_first_token_ms for one in (free, shared))
+    assert free.plan.stages == shared.plan.stages and first < longer < 1.5 * first
+    assert free.plan.predicted.step_ms == shared.plan.predicted.step_ms, "one device computes at a time"

@@ -201,7 +201,7 @@ async def test_trouble_of_an_earlier_epoch_or_of_a_stranger_is_none(houses):
     for letter, epoch in ((other, first.epoch), (other, now + 1), (unused, now)):
         a.coordinator.hear(house[letter].me, Trouble(first.deployment, epoch, "the engine died", engine_died=True))
     assert deployment._trouble.empty()
-    assert len(deployment._failures.usable(a.candidates(), 0.0)) == 1, "and it is held against nobody"
+    assert len(deployment._search._failures.usable(a.candidates(), 0.0)) == 1, "and it is held against nobody"
 
 
 async def test_of_two_alarms_at_once_the_first_is_the_reason_and_one_plan_answers_both(houses):
@@ -241,7 +241,7 @@ async def test_waits_between_tries_double_and_begin_anew_once_it_has_served(hous
         waits.append(seconds)
         house.changed()
         await again.acquire()
-        deployment._free.clear()
+        deployment._search.free.clear()
 
     monkeypatch.setattr(module.Deployment, "_pause", pausing)
     monkeypatch.setattr(module, "RETRY_S", 20.0)
@@ -351,6 +351,10 @@ async def test_when_a_device_leaves_the_context_stays_if_it_can_and_else_it_is_s
     submitted = a.coordinator._of(view(a).deployment).blueprint.workload
     assert (submitted.context, submitted.sequences) == got and view(a).reason.startswith(words)
     assert any(line.message.startswith(words) for line in told) and told[-1].state == "serving"
+    epoch = view(a).epoch
+    a.coordinator.hear(house["c"].me, Trouble(view(a).deployment, epoch, "reset by peer"))
+    await house.until(lambda: view(a).state == "serving" and view(a).epoch > epoch)
+    assert view(a).reason.startswith(words), "it is still less than it was at first"
     await house.come_back("b")
     house["c"].engine.stages.clear()
     house["c"].worker.engine_lost("the engine was killed")

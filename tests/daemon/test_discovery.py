@@ -209,6 +209,50 @@ def test_only_for_a_while_and_only_a_little_behind_is_late(monkeypatch: pytest.M
     assert came(8501, "true"), "who forges a high one does not hide the device for long"
 
 
+async def test_devices_and_questions_about_them_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many devices are remembered, and of so many at once it is asked where they are."""
+    known, asked = [True], asyncio.Event()
+
+    class Info:
+        def __init__(self, service: str, name: str) -> None:
+            told = replace(advert(0), short_id=name[:16])
+            self.properties = raw(to_txt(told) | {"n": "1"})
+
+        def load_from_cache(self, zeroconf: object) -> bool:
+            return known[0]
+
+        def parsed_scoped_addresses(self) -> list[str]:
+            return ["127.0.0.1"]
+
+        async def async_request(self, *_: object) -> bool:
+            await asked.wait()
+            return True
+
+    monkeypatch.setattr(module, "AsyncServiceInfo", Info)
+    monkeypatch.setattr(module, "MAX_SIGHTINGS", 3)
+    monkeypatch.setattr(module, "MAX_RESOLVING", 2)
+    seen = Watcher()
+    listening = Discovery(advert(1), seen, only=LOOPBACK)
+    names = [f"{number:016x}.{module.SERVICE}" for number in range(0x100, 0x10A)]
+
+    def look(name: str) -> int:
+        listening.add_service(None, module.SERVICE, name)  # type: ignore[arg-type]
+        return len(listening._seen)
+
+    assert [look(name) for name in names[:5]] == [1, 2, 3, 3, 3]
+    listening.remove_service(None, module.SERVICE, names[0])  # type: ignore[arg-type]
+    assert look(names[1]) == 2 and look(names[3]) == 3, "one that left makes room"
+    listening.remove_service(None, module.SERVICE, names[3])  # type: ignore[arg-type]
+    known[0] = False
+    for name in (*names[4:8], names[4]):
+        look(name)
+    assert set(listening._resolving) == {names[4][:16], names[5][:16]}
+    asked.set()
+    await asyncio.gather(*listening._resolving.values())
+    await asyncio.sleep(0)
+    assert not listening._resolving
+
+
 async def test_without_mdns_there_is_a_warning_and_later_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
     working = zeroconf.asyncio.AsyncZeroconf
 

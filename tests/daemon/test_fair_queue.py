@@ -118,3 +118,11 @@ def test_two_clients_who_always_wait_share_the_slots(first, second):
         assert abs(held["a"] - held["b"]) <= 1
         ends.sort()
         time = ends.pop(0)[0]
+
+
+def test_of_equals_the_one_that_waited_longest_for_its_turn_is_next():
+    queue = FairQueue()
+    for number, client in enumerate("aabbc"):
+        queue.add(number, client)
+    assert [queue.next({}) for _ in range(5)] == [0, 2, 4, 1, 3], "whatever they hold, for all hold the same"
+    assert queue.next({}) is None

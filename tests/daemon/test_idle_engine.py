@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import psutil
 import pytest
 import pytest_asyncio
 
 from peerllm.codec import MAX_MESSAGE_BYTES
-from peerllm.daemon.engine_link import engine_facts, engine_host
+from peerllm.daemon.engine_link import engine_facts, engine_host, machine
 from peerllm.daemon.engine_link.engine_host import EngineHost
 from peerllm.engine.messages import Configure, Configured, Measure, QueryLoad, Trust, Trusted
 from peerllm.errors import EngineError
@@ -85,10 +87,20 @@ async def owner(tmp_path, monkeypatch):
 
 
 async def test_an_engine_that_holds_nothing_is_ended_and_the_next_question_starts_another(owner: Owner) -> None:
+    waits: list[str] = []
+
+    class Wanted(asyncio.Event):
+        async def wait(self) -> Literal[True]:
+            waits.append(owner.host.state)
+            owner._news.set()
+            return await super().wait()
+
+    owner.host._wanted = Wanted()
     configured = await owner.host.start()
     pid = owner.host.pid
     assert pid is not None
-    await owner.until(lambda: owner.host.state == "idle" and owner.host.pid is None)
+    await owner.until(lambda: bool(waits))
+    assert waits == ["idle"] and owner.host.state == "idle" and owner.host.pid is None
     await asyncio.to_thread(psutil.wait_procs, [psutil.Process(pid)] if psutil.pid_exists(pid) else [], WAIT_S)
     assert not psutil.pid_exists(pid)
     assert (await owner.load()).stages == ()  # type: ignore[attr-defined]
@@ -115,13 +127,13 @@ async def test_a_question_that_takes_longer_than_that_is_answered(owner: Owner) 
     assert measured.work_ms > 0 and not owner.states
 
 
-async def test_a_question_counts_as_use(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_question_counts_as_use(owner: Owner) -> None:
     await owner.host.start()
-    monkeypatch.setattr(engine_host, "IDLE_S", 1.0)
+    before = time.monotonic()
     await owner.load()
-    since = time.monotonic()
+    assert owner.host._used > before
     await owner.until(lambda: owner.host.state == "idle")
-    assert time.monotonic() - since > 0.8
+    assert time.monotonic() - before > 0.2
 
 
 async def test_a_question_at_the_very_moment_waits_for_the_next_engine(owner: Owner) -> None:
@@ -253,3 +265,11 @@ def test_what_an_engine_can_do_is_recalled_until_something_of_it_changes(
 def test_facts_that_cannot_be_written_are_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine_facts.save(tmp_path / "none" / "engine.json", 2, FACTS)
     assert "not kept" in caplog.text
+
+
+def test_what_is_lent_leaves_room_for_an_engine_that_does_not_run_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 100 << 30)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=50 << 30))
+    assert machine.lent_bytes(None, 1 << 30) == (40 << 30), "what is available leaves the engine out already"
+    assert machine.lent_bytes(None, 1 << 30, running=False) == (39 << 30)
+    assert machine.lent_bytes(7, 1 << 30, running=False) == 7

@@ -26,10 +26,10 @@ from peerllm.daemon.decide.membership import (
     Event,
     Farewell,
     Heard,
+    Incompatible,
     LinkName,
     Members,
     Membership,
-    Refused,
     Retire,
     Sighted,
     Tick,
@@ -166,7 +166,7 @@ def test_removal_cuts_the_link_and_a_stranger_is_cut() -> None:
 def test_an_unusable_device_is_named_and_asked_seldom() -> None:
     machine = paired()
     machine.handle(Sighted(B[:16], (HOST,), 8643), 0.0)
-    machine.handle(Refused(B, "speaks protocol 9", B), 0.1)
+    machine.handle(Incompatible(B, "speaks protocol 9", B), 0.1)
     assert machine.members[B].reason == "speaks protocol 9"
     due = machine.deadline()
     assert due is not None and due > 5

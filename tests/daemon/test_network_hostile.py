@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -27,6 +28,7 @@ from peerllm.daemon.control_messages import (
 from peerllm.daemon.decide import membership
 from peerllm.daemon.network import control_channel as channel_module
 from peerllm.daemon.network.control_channel import FRAME_BYTES, MORE
+from peerllm.daemon.network.control_links import MAX_LINKS_PER_DEVICE
 from peerllm.errors import LinkError, NotFoundError, RefusedError
 from peerllm.transport.dial import dial
 from peerllm.transport.identity import load_or_create
@@ -116,6 +118,22 @@ async def test_a_member_gets_only_what_there_is(tmp_path: Path) -> None:
                     assert response.status in (400, 404), path
             async with session.get(base + "/probe/1000", ssl=context) as response:
                 assert await response.read() == bytes(1000)
+
+
+async def test_a_member_holds_so_many_links_and_no_more(tmp_path: Path) -> None:
+    async with betrayed(tmp_path) as (anna, bert), AsyncExitStack() as stack:
+        hello = text(replace(bert.hello(), control_port=1))
+        await anna.until(lambda: not anna.network._links._accepted)
+        held = []
+        for _ in range(MAX_LINKS_PER_DEVICE):
+            held.append(await stack.enter_async_context(rogue(anna, bert)))
+        with pytest.raises(LinkError, match="503"):
+            await stack.enter_async_context(rogue(anna, bert))
+        await held[0].close()
+        await anna.until(lambda: anna.network._links._accepted[bert.id] < MAX_LINKS_PER_DEVICE)
+        again = await stack.enter_async_context(rogue(anna, bert))
+        await again.send_str(hello)
+        await anna.until(lambda: anna.state(bert) == "online")
 
 
 @pytest.mark.parametrize(

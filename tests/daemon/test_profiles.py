@@ -12,26 +12,27 @@ import pytest
 from peerllm.codec import decode, encode
 from peerllm.daemon.control_messages import Answer, Ask, Control, Profile
 from peerllm.daemon.decide.device_profiles import (
-    WORK,
     Candidate,
     MeasuredLayers,
     checked,
     device_profile,
     estimated,
     kinds_of,
+    machine_contention,
     shown,
     slower_than_estimated,
 )
 from peerllm.daemon.engine_link import machine, profile_cache
 from peerllm.daemon.engine_link.profile_cache import MAX_ENTRIES, ProfileFile, layer_key
-from peerllm.daemon.engine_link.profiler import MAX_MEASURING, WORK_S, Profiler
+from peerllm.daemon.engine_link.profiler import MAX_MEASURING, Profiler
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.status.status import deployments_of
-from peerllm.engine.messages import LayersTimed, Measure, Measured, TimeLayers
+from peerllm.engine.messages import LayersTimed, TimeLayers
 from peerllm.errors import BadInputError, EngineError, InfeasibleError, OverloadedError, UnavailableError
+from peerllm.types import Workload
 from tests.daemon.house import BLOCK, CONFIG, LAYER_MS, House, hello, inspected
 
-KINDS = ("pass", "embedding", "block", "head")
+KINDS = ("pass", "embedding", "block", "head", "attention:block")
 QUESTION = Profile(CONFIG, "float32", KINDS, measure=True)
 
 
@@ -57,7 +58,7 @@ class Engine:
     """Answers TimeLayers when `gate` is open."""
 
     def __init__(self):
-        self.asked, self.layer_ms, self.work_ms = [], LAYER_MS, 1.0
+        self.asked, self.layer_ms = [], LAYER_MS
         self.begun, self.gate = asyncio.Event(), asyncio.Event()
         self.gate.set()
 
@@ -66,8 +67,6 @@ class Engine:
 
     async def ask(self, message, timeout_s):
         self.asked.append(message)
-        if isinstance(message, Measure):
-            return Measured(message.request, {}, {}, work_ms=self.work_ms)
         assert isinstance(message, TimeLayers)
         self.begun.set()
         await self.gate.wait()
@@ -102,20 +101,63 @@ def test_what_cannot_be_true_counts_as_not_measured(points):
     assert checked(told, KINDS) == {"head": ((1, 2.0), (8, 1.0))}
 
 
+LATENCY, THROUGHPUT = (Workload(128, 128, objective=objective) for objective in ("latency", "throughput"))
+
+
 def test_the_planner_stretches_times_where_all_devices_compute_and_estimates_what_is_missing():
     model = inspected("m", 4).profile
     alone = {"pass": ((1, 0.4),), "block": ((1, 1.0), (128, 9.0)), "head": ((1, 0.5),)}
     candidate = Candidate("a" * 64, hello("a", BLOCK), 9, timing=MeasuredLayers(alone, 1.5, "measured"))
-    times = device_profile(candidate, model, "float32", devices=2).layer_ms
+    times = device_profile(candidate, model, LATENCY, "float32", devices=2).layer_ms
     assert dict(times["block"]) == pytest.approx({1: 1.0 + 2 * 0.4 / 4, 128: 9.2})  # two passes over four blocks
     assert times["head"] == ((1, 0.5),)
     guess = estimated(candidate, model, "float32")["embedding"]
     assert times["embedding"] == guess
-    times = device_profile(candidate, model, "float32", devices=2, busy=True).layer_ms
+    times = device_profile(candidate, model, THROUGHPUT, "float32", devices=2).layer_ms
     assert dict(times["block"]) == pytest.approx({1: 1.5 * 1.2, 128: 1.5 * 9.2})
     assert dict(times["embedding"]) == pytest.approx({n: 1.5 * ms for n, ms in guess})
     assert set(times) == {layer.kind for layer in model.layers}
     assert kinds_of(model) == KINDS
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "window", "step", "chunk"),
+    [
+        (512, 1024, None, 1024, 192),  # the prompt and half of the answer; half of what the last chunk has before it
+        (128, 2, None, 129, 0),  # a prompt of one chunk
+        (100, 2, None, 101, 0),
+        (512, 1024, 100, 100, 100),  # a window's layer sees no further
+    ],
+)
+def test_attention_costs_what_stands_before_a_token(prompt, answer, window, step, chunk):
+    model = inspected("m", 2).profile
+    model = replace(model, layers=tuple(replace(layer, kv_window_tokens=window) for layer in model.layers))
+    times = {"block": ((1, 1.0), (4, 2.0), (128, 9.0)), "attention:block": ((1, 1.024), (128, 10.24))}
+    candidate = Candidate("a" * 64, hello("a", BLOCK), 9, timing=MeasuredLayers(times))
+    found = dict(device_profile(candidate, model, Workload(prompt, answer), "float32").layer_ms["block"])
+    each = {1: 1.0 + 0.001 * step, 4: 2.0 + 0.004 * step, 128: 9.0 + 0.01 * chunk}
+    assert found == pytest.approx(each)
+
+
+@pytest.mark.parametrize(
+    ("machines", "threads", "processors", "longer"),
+    [
+        ("xxx", (1, 1, 1), 2, (1.5, 1.5, 1.5)),
+        ("xx", (1, 1), 2, (1.0, 1.0)),
+        ("xx", (2, 1), 2, (1.5, 1.5)),
+        ("xxy", (2, 2, 2), 2, (2.0, 2.0, 1.0)),
+        ("xx", (99, 1), 2, (1.5, 1.5)),  # no device computes with more threads than there are processors
+        ("  ", (2, 2), 2, (1.0, 1.0)),  # who knows whether they share a machine
+        ("xx", (1, 1), 0, (2.0, 2.0)),
+    ],
+)
+def test_devices_that_share_a_machine_share_its_processors(machines, threads, processors, longer):
+    told = [
+        replace(hello(name, BLOCK, machine.strip()), threads=count, processors=processors)
+        for name, machine, count in zip("abc", machines, threads, strict=False)
+    ]
+    found = machine_contention([Candidate(one.name * 64, one, 9) for one in told])
+    assert tuple(found.values()) == longer
 
 
 def test_a_guess_beside_measurements_does_not_look_the_fastest():
@@ -126,7 +168,7 @@ def test_a_guess_beside_measurements_does_not_look_the_fastest():
     assert slower_than_estimated([guessed, *timed], model, "float32") == pytest.approx(3.0)
     assert slower_than_estimated([guessed, timed[2]], model, "float32") == 1.0, "never quicker than estimated"
     assert slower_than_estimated([guessed], model, "float32") == 1.0
-    times = device_profile(guessed, model, "float32", slower=3.0).layer_ms
+    times = device_profile(guessed, model, LATENCY, "float32", slower=3.0).layer_ms
     assert times["block"][0] == (1, pytest.approx(3 * block))
 
 
@@ -174,27 +216,17 @@ async def test_measured_once_kept_and_measured_again_when_damaged(tmp_path):
     assert not (await profiler(engine, tmp_path).answer(QUESTION)).cached and len(engine.asked) == 2
 
 
-@pytest.mark.parametrize("change", ["processor", "config", "dtype", "company"])
-async def test_times_hold_only_for_what_they_were_taken_with(tmp_path, change):
+@pytest.mark.parametrize("change", ["processor", "config", "dtype", "quantize", "timing"])
+async def test_times_hold_only_for_what_they_were_taken_with(tmp_path, monkeypatch, change):
     engine = Engine()
     await profiler(engine, tmp_path).answer(QUESTION)
-    values = {"config": "{}", "dtype": "bfloat16", "company": "c"}
-    given = {"config": CONFIG, "dtype": "float32", "company": ""} | {k: v for k, v in values.items() if k == change}
-    other = Profile(given["config"], given["dtype"], KINDS, measure=False, company=given["company"])
+    values = {"config": "{}", "dtype": "bfloat16", "quantize": "int8"}
+    given = {"config": CONFIG, "dtype": "float32", "quantize": ""} | {k: v for k, v in values.items() if k == change}
+    other = Profile(given["config"], given["dtype"], KINDS, measure=False, quantize=given["quantize"])
     by = "another processor" if change == "processor" else "this processor"
+    if change == "timing":
+        monkeypatch.setattr(profile_cache, "TIMED_BY", "another way")
     assert not (await profiler(engine, tmp_path, by).answer(other)).layer_ms
-
-
-async def test_the_fixed_piece_of_work_is_kept_by_who_works_beside(tmp_path):
-    engine = Engine()
-    alone, beside = (Profile("", "float32", (WORK,), True, company) for company in ("", "c"))
-    engine.work_ms = 4.0
-    await profiler(engine, tmp_path).answer(alone)
-    engine.work_ms = 6.0
-    await profiler(engine, tmp_path).answer(beside)
-    assert (await profiler(engine, tmp_path).answer(alone)).layer_ms == {WORK: ((1, 4.0),)}
-    assert (await profiler(engine, tmp_path).answer(beside)).layer_ms == {WORK: ((1, 6.0),)}
-    assert [message.window_s for message in engine.asked] == [WORK_S, WORK_S]
 
 
 async def test_who_asks_for_the_same_waits_for_the_same_and_the_rest_is_bounded(tmp_path):
@@ -252,8 +284,8 @@ def test_the_file_is_bounded_and_the_oldest_go(tmp_path, monkeypatch):
 
 
 def test_keys_do_not_run_into_each_other():
-    keys = {layer_key("ab", "c", "k", "d", ""), layer_key("a", "bc", "k", "d", ""), layer_key("ab", "c", "k", "", "d")}
-    assert len(keys | {layer_key("ab", "c", "k", "d", "", "int8")}) == 4
+    keys = {layer_key("ab", "c", "k", "d"), layer_key("a", "bc", "k", "d"), layer_key("ab", "c", "k", "", "d")}
+    assert len(keys | {layer_key("ab", "c", "k", "d", "int8")}) == 4
 
 
 # ---- a coordinator's rounds ------------------------------------------------------------------------------------------
@@ -267,10 +299,6 @@ async def run(house, model, **options):
 
 def timed(house):
     return {d.me[0]: sum(isinstance(m, TimeLayers) for m in d.engine.seen) for d in house.devices.values()}
-
-
-def worked(house):
-    return {d.me[0]: sum(isinstance(m, Measure) for m in d.engine.seen) for d in house.devices.values()}
 
 
 def profiles(house):
@@ -313,53 +341,30 @@ async def test_the_plan_follows_what_was_measured(houses):
     assert held == {"a": 2, "c": 5}, "the source keeps what it must"
 
 
-class Machine:
-    """Its engines, watched: who measures beside whom. Work takes `factor` times as long while all of them are at it."""
-
-    def __init__(self, house, letters, factor=1.5):
-        self.at_work, self.most, self.together, self.worked = set(), 0, set(), dict.fromkeys(letters, 0)
-        self._everyone, self._met, self._factor = set(letters), asyncio.Event(), factor
-        for letter in letters:
-            house[letter].engine.timing = functools.partial(self._timing, letter)
-
-    async def _timing(self, letter, message):
-        """Milliseconds of the fixed piece of work."""
-        self.at_work.add(letter)
-        self.most = max(self.most, len(self.at_work))
-        alone = not isinstance(message, Measure) or not self.worked[letter]
-        self.worked[letter] += isinstance(message, Measure)
-        if alone:
-            for _ in range(20):
-                await asyncio.sleep(0)
-        else:
-            self.together.add(letter)
-            if self.together == self._everyone:
-                self._met.set()
-            await asyncio.wait_for(self._met.wait(), 10)  # all of them at once, or this never ends
-        self.at_work.discard(letter)
-        return 8.0 if alone else 8.0 * self._factor
-
-
-@pytest.mark.parametrize(("factor", "believed"), [(1.5, 1.5), (0.9, 1.0), (50.0, 3.0), (math.nan, 1.0)])
-async def test_devices_of_one_machine_say_how_they_slow_each_other_down(houses, factor, believed):
+async def test_devices_of_one_machine_slow_each_other_down_where_all_compute(houses):
     house = houses([3, 3, 3, 3], "xxyx", big=8)
-    machine = Machine(house, "abd", factor)
-    told = await run(house, "big", objective="throughput")
-    assert machine.together == set("abd") and timed(house) == dict.fromkeys("abcd", 1)
-    assert any("device-a, device-b, device-d while all of them work" in line.message for line in told)
-    found = {name: one["contention"] for name, one in profiles(house).items()}
-    assert found == {"device-a": believed, "device-b": believed, "device-c": 1.0, "device-d": believed}
-    await house["a"].coordinator.stop("big")
     await run(house, "big", objective="throughput")
-    assert worked(house) == {"a": 2, "b": 2, "c": 0, "d": 2} or math.isnan(factor), "alone and together, and kept"
+    found = {name: one["contention"] for name, one in profiles(house).items()}
+    assert found == {"device-a": 1.5, "device-b": 1.5, "device-c": 1.0, "device-d": 1.5}
 
 
-async def test_devices_of_one_machine_are_measured_by_turns(houses):
-    """And not together for one sequence, which never keeps two of them busy at the same time."""
-    house = houses([3, 3, 3], "xxx", big=8)
-    machine = Machine(house, "abc")
+async def test_devices_of_one_machine_are_measured_by_turns_and_others_at_once(houses):
+    house = houses([3, 3, 3, 3], "xxyx", big=8)
+    at_work, seen, met = set(), [], asyncio.Event()
+
+    async def timing(letter, message):
+        at_work.add(letter)
+        seen.append(frozenset(at_work))
+        if "c" in at_work and len(at_work) > 1:
+            met.set()
+        await asyncio.wait_for(met.wait(), 10)  # the other machine's device, beside any of these
+        at_work.discard(letter)
+
+    for letter in "abcd":
+        house[letter].engine.timing = functools.partial(timing, letter)
     await run(house, "big")
-    assert machine.most == 1 and not machine.together and timed(house) == dict.fromkeys("abc", 1)
+    assert timed(house) == dict.fromkeys("abcd", 1)
+    assert max(len(some & set("abd")) for some in seen) == 1
 
 
 async def test_a_device_that_is_busy_is_estimated_and_not_asked_again_at_once(houses, caplog):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo import CONTEXT, NAMES, SLOTS
-from peerllm.cli.demo_memory import limits, sizes_of
+from peerllm.cli.demo.demo import CONTEXT, NAMES, SLOTS
+from peerllm.cli.demo.demo_memory import limits, sizes_of
 from tests.household import Device, household
 
 

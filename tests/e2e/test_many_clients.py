@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from peerllm.cli.demo import SLOTS
+from peerllm.cli.demo.demo import SLOTS
 from peerllm.daemon.decide.fair_queue import MAX_QUEUED
 from peerllm.daemon.deployment.admission import RETRY_LEAST_S, RETRY_MOST_S
 from tests.clients import Heard, clients, stream

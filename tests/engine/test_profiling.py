@@ -17,10 +17,10 @@ import torch
 from peerllm.engine.backends import Backends
 from peerllm.engine.graph.describe import UnfitError, describe
 from peerllm.engine.graph.graph_inspect import block_kinds
-from peerllm.engine.measure import layer_times, outline
-from peerllm.engine.measure.layer_times import FILL, net, time_layers
-from peerllm.engine.measure.outline import CONTEXT, MAX_BLOCKS, Mockup, Sizes, runs
-from peerllm.engine.messages import Failed, LayersTimed, TimeLayers
+from peerllm.engine.measure import layer_times
+from peerllm.engine.measure.layer_times import STEPS, net, time_layers
+from peerllm.engine.measure.outline import CHUNK, CONTEXT, Mockup, Sizes, firsts
+from peerllm.engine.messages import FURTHER_TOKENS, Failed, LayersTimed, TimeLayers, attention
 from peerllm.engine.model.assembly import made_up
 from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.engine.model.torch_mockup import TorchOutline
@@ -77,22 +77,25 @@ def test_every_kind_of_layer_is_timed(name: str) -> None:
     except UnfitError:
         kinds = list(TorchOutline(TimeLayers(1, text, "float32", PLENTY)).kinds)
     assert not found.skipped and found.request == 7
-    assert list(found.layer_ms) == ["pass", *dict.fromkeys(kinds)]
+    kinds = list(dict.fromkeys(kinds))
+    blocks = kinds[1:-1]
+    assert list(found.layer_ms) == ["pass", *kinds, *(attention(kind) for kind in blocks)]
     counts = {kind: [count for count, _ in points] for kind, points in found.layer_ms.items()}
-    assert counts.pop("pass") == [1] and counts.pop("head") == [1, 4, 16]
-    assert all(some == [1, 4, 16, 32] for some in counts.values()), "its context holds 64"
+    assert counts["pass"] == counts["embedding"] == [1] and counts["head"] == [1, 4, 16]
+    assert all(counts[kind] == [1, 4, 16] for kind in blocks), "its context holds 64: no chunk"
+    assert all(counts[attention(kind)] == [1] for kind in blocks)
     assert all(ms > 0 for points in found.layer_ms.values() for _, ms in points)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_kinds_are_those_that_the_files_have(llama: tuple[str, tuple[str, ...]], dtype: str) -> None:
     text, kinds = llama
-    assert tuple(timed(text, dtype=dtype).layer_ms) == ("pass", *kinds)
+    assert tuple(timed(text, dtype=dtype).layer_ms) == ("pass", *kinds, "attention:block")
 
 
-def test_steps_stand_behind_what_a_sequence_holds_and_a_chunk_begins_one(
-    llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["Llama", "Qwen3-Next"])
+def test_steps_begin_a_sequence_or_stand_behind_two_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers that cannot go back to where they were, too."""
     seen: list[tuple[int, list[TokenRun]]] = []
     forward = TorchShard.forward
 
@@ -101,18 +104,24 @@ def test_steps_stand_behind_what_a_sequence_holds_and_a_chunk_begins_one(
         return forward(shard, inputs, runs)
 
     monkeypatch.setattr(TorchShard, "forward", watched)
-    monkeypatch.setattr(layer_times, "FILL_S", 1e9)
-    timed(llama[0])
-    steps = [row for first, row in seen if first == 1 and all(each.length == 1 for each in row)]
-    assert [each.position for each in steps.pop(0)] == [0] * 16, "first of all each sequence begins"
+    found = timed(json.dumps(json.loads(config(name)) | {"max_position_embeddings": 512}))
+    assert not found.skipped
+    head = max(first for first, _ in seen)
+    blocks = [row for first, row in seen if 0 < first < head]
+    steps = [row for row in blocks if row[0].slot != 16]
     assert {len(row) for row in steps} == {1, 4, 16}
-    assert all(each.position == FILL for row in steps for each in row)
     assert all(len({each.slot for each in row}) == len(row) for row in steps)
-    chunks = [row for first, row in seen if first == 1 and row[0].slot == 16]
-    assert {row[0].length for row in chunks} == {32, 128} and all(row[0].position == 0 for row in chunks)
-    heads = [row for first, row in seen if first == 9]
+    assert all(each.length == 1 and each.position < 64 for row in steps for each in row)
+    prompts = [(row[0].position, row[0].length) for row in blocks if row[0].slot == 16]
+    once = [(0, CHUNK), (CHUNK, CHUNK), *((2 * CHUNK + number, 1) for number in range(STEPS))]
+    assert prompts == once * (len(prompts) // len(once))
+    heads = [row for first, row in seen if first == head]
     assert any(each.sample for row in heads for each in row)
-    assert all(each.length == 1 for row in heads for each in row if each.sample)
+    assert all(each.length == 1 for row in heads for each in row)
+    counts = {kind: [count for count, _ in points] for kind, points in found.layer_ms.items()}
+    assert counts["embedding"] == [1, CHUNK] and counts["head"] == [1, 4, 16]
+    (block, *_) = (kind for kind in counts if kind.startswith("block"))
+    assert counts[block] == [1, 4, 16, CHUNK] and counts[attention(block)] == [1, CHUNK]
 
 
 def test_the_fewest_tokens_and_the_most_are_timed_whatever_time_is_left(
@@ -122,15 +131,9 @@ def test_the_fewest_tokens_and_the_most_are_timed_whatever_time_is_left(
     monkeypatch.setattr(layer_times, "LIMIT_S", 0.0)
     found = timed(llama[0])
     counts = {kind: [count for count, _ in points] for kind, points in found.layer_ms.items()}
-    assert counts == {"pass": [1], "embedding": [1, 128], "block": [1, 128], "head": [1, 16]}
-
-
-def test_a_slow_layer_is_not_filled_for_long(
-    llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layer_times, "FILL_S", 0.0)
-    assert not timed(llama[0]).skipped
-    assert not timed(config("Falcon-H1")).skipped
+    assert counts == {
+        "pass": [1], "embedding": [1, 128], "block": [1, 128], "head": [1, 16], "attention:block": [1, 128],
+    }  # fmt: skip
 
 
 def test_made_up_numbers_are_like_a_models() -> None:
@@ -148,7 +151,7 @@ def test_what_it_takes_is_within_the_limit_and_said_before(llama: tuple[str, tup
     least = TorchOutline(TimeLayers(1, llama[0], "float32", 0))
     with pytest.raises(RefusedError, match=r"block: one layer takes \d+ bytes to time, 0 are free"):
         least.plan("block")
-    seen, smallest = set(), least.nbytes(Mockup("block", 1, 1, 1, CONTEXT))
+    seen, smallest = set(), least.nbytes(Mockup("block", 1, 1, CONTEXT))
     for limit in (smallest - 1, smallest, *range(smallest, smallest + 12_000_000, 400_000)):
         model = TorchOutline(TimeLayers(1, llama[0], "float32", limit))
         try:
@@ -160,21 +163,21 @@ def test_what_it_takes_is_within_the_limit_and_said_before(llama: tuple[str, tup
         shard = model.build(chosen)
         assert shard.weight_bytes + shard.kv_bytes < model.nbytes(chosen)
         shard.close()
-        seen.add((chosen.layers, chosen.sequences))
-    assert {(1, 1), (6, 16)} <= seen and any(layers == 3 for layers, _ in seen)
+        seen.add(chosen.sequences)
+    assert seen == {1, 4, 16}
 
 
 def test_experts_that_stay_as_they_are_count_once() -> None:
     """Only what is packed is there twice while it is packed."""
     text = json.dumps(json.loads(config("Mixtral")) | {"hidden_size": 512, "intermediate_size": 2048})
     plain, rounded = (TorchOutline(TimeLayers(1, text, "bfloat16", PLENTY, quantize=how)) for how in ("", "int4"))
-    block = Mockup("block", 1, 1, 1, CONTEXT)
+    block = Mockup("block", 1, 1, CONTEXT)
     assert rounded.nbytes(block) < 1.2 * plain.nbytes(block)
 
 
 def test_a_layer_without_room_is_left_out_and_the_rest_is_timed(llama: tuple[str, tuple[str, ...]]) -> None:
     model = TorchOutline(TimeLayers(1, llama[0], "float32", PLENTY))
-    needs = {kind: model.nbytes(Mockup(kind, *_ends(model, kind), 1, 224)) for kind in model.kinds}
+    needs = {kind: model.nbytes(Mockup(kind, model.firsts[kind], 1, CONTEXT)) for kind in model.kinds}
     found = timed(llama[0], limit=max(needs.values()) - 1)
     (largest,) = [kind for kind, nbytes in needs.items() if nbytes == max(needs.values())]
     assert set(found.skipped) == {largest} and str(needs[largest]) in found.skipped[largest]
@@ -182,19 +185,10 @@ def test_a_layer_without_room_is_left_out_and_the_rest_is_timed(llama: tuple[str
     assert set(timed(llama[0], limit=0).skipped) == set(model.kinds)
 
 
-def _ends(model: TorchOutline, kind: str) -> tuple[int, int]:
-    first = {"embedding": 0, "head": model.head}.get(kind, 1)
-    return first, first
-
-
-def test_small_blocks_are_timed_several_at_once_and_large_ones_alone(
-    llama: tuple[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert TorchOutline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == MAX_BLOCKS
-    monkeypatch.setattr(outline, "CACHED_BYTES", 1)
-    assert TorchOutline(TimeLayers(1, llama[0], "float32", PLENTY)).plan("block").layers == 1
+def test_the_first_layer_of_a_kind_is_timed() -> None:
+    assert firsts(["b", "a", "a", "b"]) == {"embedding": 0, "b": 1, "a": 2, "head": 5}
     found = TorchOutline(TimeLayers(1, config("Gemma 2"), "float32", PLENTY))
-    assert [found.plan(kind).first for kind in found.kinds] == [0, 1, 2, 5]
+    assert [found.plan(kind).layer for kind in found.kinds] == [0, 1, 2, 5]
 
 
 @pytest.mark.parametrize(("text", "dtype", "kind"), [("{}", "float32", ModelError), ("{}", "int8", BadInputError)])
@@ -207,48 +201,51 @@ def test_what_cannot_be_timed_is_refused(text: str, dtype: str, kind: type[Excep
 
 
 def test_a_pass_is_told_apart_from_its_layers() -> None:
-    passes = {"embedding": {1: 0.5, 2: 0.75}, "block": {1: 2.5, 2: 4.5}, "head": {1: 0.25}}
-    found = net(passes, {"embedding": 1, "block": 4, "head": 1})
+    passes = {"embedding": {1: 0.5, 2: 0.75}, "block": {1: 1.0, 2: 1.5}, "head": {1: 0.25}}
+    found = net(passes, {"block": {1: 0.125, 2: -1.0}})
     assert found == {
         "pass": ((1, 0.5),),
         "embedding": ((1, layer_times.LEAST_MS), (2, 0.25)),
         "block": ((1, 0.5), (2, 1.0)),
         "head": ((1, layer_times.LEAST_MS),),
+        "attention:block": ((1, 0.125), (2, layer_times.LEAST_MS)),
     }
-    assert net({"block": {1: 2.0}}, {"block": 2}) == {"block": ((1, 1.0),)}, "without an embedding none is known"
+    assert net({"block": {1: 2.0}}, {}) == {"block": ((1, 2.0),)}, "without an embedding none is known"
 
 
 class Pretended(Sizes):
-    """A model of six blocks whose passes take a millisecond, and one more for each row, of a clock of their own."""
+    """A model whose passes take a millisecond of a clock of their own, one more for each row, and one more for each
+    hundred tokens before them."""
 
-    def __init__(self, rewinds: bool = True) -> None:
+    def __init__(self, rewinds: bool = True, context: int = CONTEXT, limit: int = PLENTY) -> None:
+        self.fullest = 0
         self.now, self.rewinds, self.held = 0.0, rewinds, dict.fromkeys(range(17), 0)
         layers = dict.fromkeys(range(8), 1000)
         super().__init__(
-            runs(["block"] * 6), 7, 8, 16, CONTEXT, PLENTY, WorkingSpace(0, 0, 0, 0, 0, 0), layers, layers
+            firsts(["block"] * 6), 7, 8, 16, context, limit, WorkingSpace(0, 0, 0, 0, 0, 0), layers, layers
         )
 
     def build(self, mockup: Mockup) -> Any:
-        self.is_head = mockup.first == self.head
+        self.is_head = mockup.layer == self.head
         return self
 
     def forward(self, inputs: np.ndarray, runs: list[TokenRun]) -> np.ndarray:
         assert inputs.dtype in (np.int64, np.float32) and len(inputs) == sum(each.length for each in runs)
+        assert all(each.position + each.length <= self.context for each in runs)
         for each in runs:
             if not self.rewinds and each.position not in (0, self.held[each.slot]):
                 raise EngineError("it only goes on")
             self.held[each.slot] = each.position + each.length
-        self.now += (1 + len(inputs)) / 1e3
+            self.fullest = max(self.fullest, self.held[each.slot])
+        before = runs[0].position // 100 if not self.is_head and len(runs) == 1 else 0
+        self.now += (1 + len(inputs) + before) / 1e3
         return np.zeros((len(runs) if self.is_head else len(inputs), self.hidden_size), np.float32)
 
     def close(self) -> None:
         self.held = dict.fromkeys(self.held, 0)
 
     def timed(self, monkeypatch: pytest.MonkeyPatch) -> LayersTimed:
-        def sleep(seconds: float) -> None:
-            self.now += seconds
-
-        monkeypatch.setattr(layer_times, "time", SimpleNamespace(perf_counter=lambda: self.now, sleep=sleep))
+        monkeypatch.setattr(layer_times, "time", SimpleNamespace(perf_counter=lambda: self.now))
         message = TimeLayers(7, "", "", 0)
         return time_layers(message, self, lambda logits, draws: [0] * len(draws), lambda: None, lambda: self.now)
 
@@ -257,22 +254,82 @@ class Pretended(Sizes):
 def test_what_passes_take_is_told_by_layer(monkeypatch: pytest.MonkeyPatch, rewinds: bool) -> None:
     found = Pretended(rewinds).timed(monkeypatch).layer_ms
     assert found["pass"] == ((1, pytest.approx(2.0)),)
-    assert dict(found["block"]) == pytest.approx({n: max(1e-4, (n - 1) / 6) for n in (1, 4, 16, 32, 128)}, abs=1e-4)
+    assert dict(found["block"]) == pytest.approx({1: 1e-4, 4: 3.0, 16: 15.0, 128: 127.0}, abs=1e-4)
+    further = {1: 2.0 * FURTHER_TOKENS / 256, 128: 1.0 * FURTHER_TOKENS / 128}
+    assert dict(found["attention:block"]) == pytest.approx(further, abs=1e-3)
     assert dict(found["head"]) == pytest.approx({1: 1e-4, 4: 3.0, 16: 15.0}, abs=1e-4)
 
 
-def test_one_disturbed_pass_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("context", "counts", "further"),
+    [
+        (CHUNK - 1, [1, 4, 16], [1]),
+        (CHUNK, [1, 4, 16, CHUNK], [1]),
+        (2 * CHUNK + STEPS - 1, [1, 4, 16, CHUNK], [1]),
+        (2 * CHUNK + STEPS, [1, 4, 16, CHUNK], [1, CHUNK]),
+    ],
+)
+def test_a_short_context_has_no_room_for_all(
+    monkeypatch: pytest.MonkeyPatch, context: int, counts: list[int], further: list[int]
+) -> None:
+    found = Pretended(context=context).timed(monkeypatch).layer_ms
+    assert [n for n, _ in found["block"]] == counts and [n for n, _ in found["attention:block"]] == further
+
+
+def test_a_sequence_whose_room_is_full_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_times, "RUNS", 60)
+    monkeypatch.setattr(layer_times, "RUNS_S", 1e9)
+    model = Pretended(rewinds=False, context=100)  # the first sequence takes part in three steps a turn
+    assert not model.timed(monkeypatch).skipped and model.fullest == 100
+
+
+def test_passes_that_are_disturbed_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     model, forward, passes = Pretended(), Pretended.forward, [0]
 
-    def disturbed(shard: Pretended, *args: Any) -> np.ndarray:
-        passes[0] += 1
-        shard.now += 0.5 if passes[0] % 40 == 0 else 0
-        return forward(shard, *args)
+    def disturbed(shard: Pretended, inputs: np.ndarray, runs: list[TokenRun]) -> np.ndarray:
+        if len(inputs) == 1 and inputs.dtype == np.int64:
+            passes[0] += 1
+            shard.now += 0.5 * (passes[0] % 2)
+        return forward(shard, inputs, runs)
 
-    monkeypatch.setattr(layer_times, "RUNS", 7)
+    monkeypatch.setattr(layer_times, "RUNS", 8)
     monkeypatch.setattr(layer_times, "RUNS_S", 1e9)
     monkeypatch.setattr(Pretended, "forward", disturbed)
     assert model.timed(monkeypatch).layer_ms["pass"] == ((1, pytest.approx(2.0)),)
+
+
+class Others:
+    """What stands for a stage's other layers: its size, and how often it was read."""
+
+    def __init__(self) -> None:
+        self.numbers, self.reads = 0, 0
+
+    def __call__(self, numbers: int) -> Others:
+        self.numbers = numbers
+        return self
+
+    def max(self) -> None:
+        self.reads += 1
+
+
+@pytest.mark.parametrize(("spare", "nbytes"), [(PLENTY, 8000), (4000, 4000), (0, 0)])
+def test_steps_find_in_the_caches_what_other_layers_leave(
+    monkeypatch: pytest.MonkeyPatch, spare: int, nbytes: int
+) -> None:
+    """As much as the model has, as caches hold, and as there is room for."""
+    model, others, steps = Pretended(context=2 * CHUNK), Others(), [0]  # no room for steps behind a prompt
+    model.limit_bytes = spare + max(model.nbytes(model.plan(kind)) for kind in model.kinds)
+    step = layer_times.Work._step
+
+    def counted(work: layer_times.Work, count: int) -> float:
+        steps[0] += 1
+        return step(work, count)
+
+    monkeypatch.setattr(layer_times.np, "ones", others)
+    monkeypatch.setattr(layer_times.Work, "_step", counted)
+    model.timed(monkeypatch)
+    assert others.numbers == nbytes // 8 + 1
+    assert others.reads == steps[0] > 0
 
 
 def test_timing_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo_memory import limits, sizes_of
+from peerllm.cli.demo.demo_memory import limits, sizes_of
 from tests.household import Device
 from tests.lab.netns import Lab
 

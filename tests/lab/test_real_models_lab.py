@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo_memory import limits, sizes_of
+from peerllm.cli.demo.demo_memory import limits, sizes_of
 from peerllm.engine.backends import Backends
 from peerllm.engine.messages import Inspect, LoadStage
 from tests.engine.runs import in_slot

@@ -54,18 +54,23 @@ def rate(model, devices, links, homes, b, m, media=()):
     computes = dict.fromkeys(homes, 0.0)
     for home, layer in zip(homes, model.layers, strict=True):
         computes[home] += time_of(devices[home], layer, b)
-    hops = {}
-    for layer, (home, after) in zip(model.layers, pairwise((*homes, homes[0])), strict=True):
-        if home != after:
-            hops[home, after] = b * layer.output_bytes_per_token
-    waits = [hop_ms(links, a, z, nbytes) for (a, z), nbytes in hops.items()]
-    if inf in waits:
+    hops = [
+        ((home, after), b * layer.output_bytes_per_token)
+        for layer, (home, after) in zip(model.layers, pairwise((*homes, homes[0])), strict=True)
+        if home != after
+    ]
+    waits = dict.fromkeys((pair for pair, _ in hops), 0.0)  # a lap may take a link twice
+    for (a, z), nbytes in hops:
+        waits[a, z] += hop_ms(links, a, z, nbytes)
+    if inf in waits.values():
         return 0.0
     airtimes = [
-        sum(nbytes * 8 / (links[pair].mbps * 1000) for pair, nbytes in hops.items() if pair in medium.links)
-        for medium in media
+        sum(nbytes * 8 / (links[pair].mbps * 1000) for pair, nbytes in hops if pair in medium.links) for medium in media
     ]
-    bottleneck, ring = max(*computes.values(), *waits, *airtimes, 0.0), sum(computes.values()) + sum(waits)
+    bottleneck, ring = (
+        max(*computes.values(), *waits.values(), *airtimes, 0.0),
+        sum(computes.values()) + sum(waits.values()),
+    )
     return b * min(1 / bottleneck, m / ring) if ring else inf
 
 

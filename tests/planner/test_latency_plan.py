@@ -10,36 +10,37 @@ import pytest
 from peerllm.errors import InfeasibleError
 from peerllm.planner.latency import assignment_search
 from peerllm.planner.latency.equal_blocks import head_search
-from peerllm.planner.latency.latency_plan import assignment_problem, plan_latency
+from peerllm.planner.latency.latency_plan import assignment_problem, most_fillable, plan_latency
 from peerllm.planner.latency.mixed_layers.layer_runs import layer_runs
-from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Workload
+from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Plan, Workload
 from tests.planner.brute import assignments, fits, homes_of, least_request_ms, request_ms, requests_ms
 from tests.planner.instances import EVERY_BLOCK, FULL, Instance, hub_household, instance, seeds, shape
 
 
-def check(seed: int) -> bool:
+def check(seed: int) -> Plan | None:
     return agrees(seed, instance(seed, *shape(seed)))
 
 
-def agrees(seed: int, i: Instance) -> bool:
+def agrees(seed: int, i: Instance) -> Plan | None:
+    """The plan, which is the best there is; None if there is none."""
     expected = least_request_ms(*i.asked, working=i.working, head_on_source=i.head_on_source)
     try:
         plan = plan_latency(*i.asked, working_bytes=i.working, head_on_source=i.head_on_source)
     except InfeasibleError:
         assert math.isinf(expected), f"seed {seed}: a feasible instance was called infeasible"
-        return False
+        return None
     homes = homes_of(plan)
     assert homes[:2] == (i.source, i.source) and (not i.head_on_source or homes[-1] == i.source)
     assert fits(i.model, i.devices, homes, i.workload, i.working), f"seed {seed}: the plan breaks a limit"
     assert plan.predicted.request_ms == pytest.approx(request_ms(i.model, i.devices, i.links, homes, i.workload))
     assert plan.predicted.request_ms == pytest.approx(expected, rel=1e-9), f"seed {seed}"
     assert plan.optimal and plan.bound == plan.predicted.request_ms
-    return True
+    return plan
 
 
 @pytest.mark.parametrize("block", EVERY_BLOCK)
 def test_agrees_with_brute_force(block):
-    feasible = sum(check(seed) for seed in seeds(block))
+    feasible = sum(check(seed) is not None for seed in seeds(block))
     assert len(seeds(block)) * 0.4 < feasible < len(seeds(block)) * 0.95  # neither all trivial nor all hopeless
 
 
@@ -47,9 +48,9 @@ def test_agrees_with_brute_force(block):
 def test_agrees_with_brute_force_where_second_visits_pay(block):
     again = feasible = 0
     for seed in range(block * 40, (block + 1) * 40):
-        i = hub_household(seed)
-        feasible += agrees(seed, i)
-        again += revisits(i)
+        plan = agrees(seed, hub_household(seed))
+        feasible += plan is not None
+        again += revisits(plan)
     assert feasible > 30 and again
 
 
@@ -57,14 +58,14 @@ def test_agrees_with_brute_force_where_second_visits_pay(block):
 def test_agrees_with_brute_force_where_second_visits_pay_and_blocks_are_of_two_kinds(block):
     again = feasible = 0
     for seed in range(block * 20, (block + 1) * 20):
-        i = hub_household(seed, heavy=2 + seed // 8 % 2)
-        feasible += agrees(seed, i)
-        again += revisits(i)
+        plan = agrees(seed, hub_household(seed, heavy=2 + seed // 8 % 2))
+        feasible += plan is not None
+        again += revisits(plan)
     assert feasible > 10 and again
 
 
 def test_both_searches_agree_where_second_visits_pay():
-    """What `walk` finds for like blocks is found by the search for any layers, whose relays are others."""
+    """The search for equal blocks finds what the search for mixed layers finds, whose relays are others."""
     relays = 0
     for seed in range(80 if FULL else 30):
         i = hub_household(seed)
@@ -76,14 +77,11 @@ def test_both_searches_agree_where_second_visits_pay():
     assert relays > 8
 
 
-def revisits(i: Instance) -> bool:
+def revisits(plan: Plan | None) -> bool:
     """Whether the plan visits a device other than the source twice, or the source in the middle."""
-    try:
-        stages = plan_latency(*i.asked, working_bytes=i.working, head_on_source=i.head_on_source).stages
-    except InfeasibleError:
+    if plan is None:
         return False
-    head = len(i.model.layers) - 1
-    visits = [stage.device for stage in stages if stage.first_layer < head]
+    visits = [stage.device for stage in plan.stages if stage.first_layer < plan.stages[-1].last_layer]
     return len(visits) > len(set(visits))
 
 
@@ -173,3 +171,17 @@ def test_beyond_the_cap_the_bound_is_still_proven(monkeypatch):
         assert plan.bound <= expected * (1 + 1e-9) <= plan.predicted.request_ms * (1 + 2e-9)
         unproven += not plan.optimal
     assert unproven
+
+
+@pytest.mark.parametrize(
+    ("room", "filled"), [(-1, -1), (2, 0), (3, 3), (5, 5), (7, 6), (8, 8), (10, 8), (11, 11), (99, 11)]
+)
+def test_a_room_is_as_large_as_the_layers_that_fill_it(room, filled):
+    assert most_fillable({3: 2, 5: 1}, room) == filled
+
+
+def test_countless_ways_to_fill_a_room_are_not_counted():
+    rare = {2 * (100 + k): 1 for k in range(13)}
+    assert most_fillable({2000: 50, **dict(list(rare.items())[:12])}, 9001) < 9001, "4,096 sums of even sizes"
+    assert most_fillable({2000: 50, **rare}, 9001) == 9001
+    assert most_fillable({}, 7) == 7

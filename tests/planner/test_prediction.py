@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 
 from peerllm.planner.cost.layer_costs import batch_ms
@@ -72,3 +74,8 @@ def test_the_slowest_of_devices_hops_and_media_is_named() -> None:
 @pytest.mark.parametrize(("tokens", "ms"), [(1, 3.0), (2, 3.0), (3, 4.0), (4, 5.0), (8, 10.0)])
 def test_times_are_constant_then_linear_then_proportional(tokens: int, ms: float) -> None:
     assert batch_ms(((2, 3.0), (4, 5.0)), tokens) == ms
+
+
+def test_one_measured_size_holds_for_all_and_none_for_no_size() -> None:
+    assert [batch_ms(((2, 3.0),), tokens) for tokens in (1, 2, 3, 50)] == [3.0] * 4
+    assert batch_ms((), 1) == inf

@@ -13,7 +13,7 @@ from peerllm.errors import InfeasibleError
 from peerllm.planner.cost.layer_costs import stages_of
 from peerllm.planner.cost.prediction import predict_latency, predict_throughput
 from peerllm.planner.latency.latency_plan import plan_latency
-from peerllm.planner.replan import replan_latency
+from peerllm.planner.replan import replan_latency, replan_throughput
 from peerllm.planner.replan.migration import Holdings, LoadRates, placement_of
 from peerllm.planner.replan.neighbour_plans import neighbour_plans, ranges_of, stages_of_ranges
 from peerllm.planner.replan.net_value import ReplanHorizon
@@ -454,3 +454,45 @@ def test_what_does_not_fit_beside_the_old_layers_pauses():
         assert decision.plan.stages[-1].device == "b"  # the head goes there, and a block must leave where it is tight
         assert decision.plan.stages[0].last_layer == (4 if pauses else 3)
         assert decision.pause_ms == pytest.approx(100.0 if pauses else 0.0)  # 50 MB from the disk
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_a_plan_that_the_planner_left_unproven_is_not_called_optimal(monkeypatch, objective):
+    """Whether it is moved to or stayed with."""
+
+    def unproven(plan_of):
+        return lambda *args, **more: replace(plan_of(*args, **more), optimal=False)
+
+    actions = set()
+    for seed in range(15):
+        at = case(seed)
+        if at is None:
+            continue
+        at["workload"] = replace(at["workload"], objective=objective)
+        with monkeypatch.context() as patch:
+            patch.setattr(replan_latency, "plan_latency", unproven(plan_latency))
+            patch.setattr(replan_throughput, "plan_throughput", unproven(plan_throughput))
+            decision = replan(**at)
+        assert not decision.plan.optimal, seed
+        actions.add((decision.action, replan(**at).plan.optimal))
+    assert ("move", True) in actions and ("stay", True) in actions
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_a_move_must_gain_the_least_gain_of_what_staying_is_worth(objective):
+    moved = 0
+    for seed in range(15):
+        at = case(seed)
+        if at is None:
+            continue
+        at["workload"] = replace(at["workload"], objective=objective)
+        staying = abs((worth if objective == "latency" else tokens)(at, placement_of(at["current"].stages)))
+        decision = replan(**at)
+        if decision.action == "stay" or not staying:
+            continue
+        share = decision.gain / staying
+        assert replan(**{**at, "least_gain": share * (1 - 1e-6)}).action == "move", seed
+        stayed = replan(**{**at, "least_gain": share * (1 + 1e-6)})
+        assert stayed.action == "stay" and stayed.gain == 0 and "less than" in stayed.reason, seed
+        moved += 1
+    assert moved > 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
 import sys
@@ -10,6 +11,7 @@ import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import cast
 
 import psutil
@@ -253,6 +255,35 @@ async def test_a_frozen_peer_is_noticed_by_its_silence(nodes: list[Node], monkey
     _, reason = await two.next_lost()
     assert reason.startswith("nothing heard for 0.")
     frozen.close()
+
+
+async def test_silence_counts_from_when_the_loop_woke(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, steps = 0.0, iter([0.5, 3.0, *[0.5] * 9])
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += next(steps)
+
+    monkeypatch.setattr(liveness, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(liveness, "perf_counter", lambda: now)
+    beats: list[float] = []
+    dead: list[str] = []
+    await liveness.watch(lambda: 0.0, lambda: beats.append(now), dead.append)
+    assert dead == ["nothing heard for 2.5 s"]
+    assert beats == [0.5, 3.5, 4.0, 4.5, 5.0, 5.5], "2 s of silence are not too much yet"
+
+
+async def test_who_cannot_write_any_more_reads_to_the_end(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    link = await connect(one, two)
+    (accepted,) = two.plane._accepted.values()
+    for end in (link, accepted):
+        end._poller.remove(end._connection.fd)
+    accepted._connection.close()
+    assert (await asyncio.to_thread(select.select, [link._connection.fd], [], [], WAIT_S))[0]
+    link._cannot_send("cannot send")
+    assert (await one.next_lost())[1].startswith("the connection broke")
 
 
 async def test_an_idle_link_stays(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:

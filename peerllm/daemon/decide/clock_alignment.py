@@ -20,7 +20,7 @@ class Reading:
 
     @property
     def here_ns(self) -> int:
-        """The middle: here it was so late when the other clock was read, give or take `error_ns`."""
+        """This clock's time at which the other was read, to within `error_ns`: the middle of the round trip."""
         return (self.sent_ns + self.came_ns) // 2
 
     @property
@@ -34,13 +34,13 @@ class Reading:
 
 
 def quickest(readings: Sequence[Reading]) -> Reading:
-    """Of at least one."""
+    """The reading with the shortest round trip; `readings` must not be empty."""
     return min(readings, key=lambda reading: reading.error_ns)
 
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """A reading from before and one from after what is to be put in time; between them clocks may drift apart."""
+    """Maps the other clock's times to this one's, by a reading before and one after; clocks may drift."""
 
     before: Reading
     after: Reading
@@ -52,12 +52,12 @@ class Alignment:
 
     @property
     def drift(self) -> float:
-        """Seconds that the other clock gains in one; what the readings cannot tell apart is in it too."""
+        """Seconds that the other clock gains per second, including the readings' own error."""
         here, there = self._passed()
         return there / here - 1 if here > 0 and there > 0 else 0.0
 
     def here(self, there_ns: int) -> int:
-        """What this clock showed when the other showed that; a later moment there is never earlier here."""
+        """This clock's time at that time of the other clock; rises with it."""
         first, (here, there) = self.before, self._passed()
         since = there_ns - first.there_ns
         # Whole numbers: moments of the same clock keep their order, spans within spans stay there.

@@ -11,6 +11,7 @@ from peerllm.daemon.decide.device_profiles import (
     able,
     device_profile,
     link_profiles,
+    machine_contention,
     slower_than_estimated,
 )
 from peerllm.daemon.facade import RunOptions
@@ -43,11 +44,12 @@ LEAST_CONTEXT = 512  # what a short household still gets before it is told that 
 MAX_SLOTS = 256
 EXPECTED_PROMPT = 128  # tokens of the request that plans are made for
 EXPECTED_ANSWER = 128
+CONTEXTS_A_PROMPT = 16  # where that is longer, a prompt takes this part of the context: who asks for room uses it
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A plan and all that it fixes for its shards. `promises` is what each device must reserve."""
+    """A plan and all that its shards need to know. `promises` is what each device must reserve, in bytes."""
 
     plan: Plan
     workload: Workload
@@ -139,7 +141,7 @@ def _draw_up(
     slots, context = size
     model, space = inspected.profile, inspected.working
     work = Workload(
-        min(EXPECTED_PROMPT, max(1, context // 2)),
+        min(max(EXPECTED_PROMPT, context // CONTEXTS_A_PROMPT), max(1, context // 2)),
         min(EXPECTED_ANSWER, max(1, context // 2)),
         slots,
         context,
@@ -149,9 +151,8 @@ def _draw_up(
     working = working_bytes(space, context, slots, chunk)
     _check_sum(options, inspected, candidates, work, working)
     slower = slower_than_estimated(candidates.values(), model, inspected.dtype)
-    busy = options.objective == "throughput"  # one sequence keeps one device busy at a time, many keep all
     profiles = {
-        d: device_profile(c, model, inspected.dtype, len(candidates), busy, slower) for d, c in candidates.items()
+        d: device_profile(c, model, work, inspected.dtype, len(candidates), slower) for d, c in candidates.items()
     }
     links = link_profiles(candidates, source)
     planned = plan_throughput if options.objective == "throughput" else plan_latency
@@ -172,7 +173,9 @@ def _draw_up(
     pipeline = Pipeline(scenario.model, scenario.devices, scenario.links, plan.stages)
     chunk, cuts = prompt_cuts(options, pipeline, work, chunk)
     if options.schedule != "sequential":
-        plan = in_chunks(plan, pipeline, work.prompt_tokens, cuts)
+        alone = options.objective == "latency"  # else the layers' times are those of devices that all compute
+        crowding = max(machine_contention([candidates[d] for d in plan.devices]).values()) if alone else 1.0
+        plan = in_chunks(plan, pipeline, work.prompt_tokens, cuts, crowding)
     batch, batches = plan.predicted.micro_batch, plan.predicted.micro_batches
     if options.objective == "latency":
         # Planned for one sequence; several share the stages without one waiting for all.
@@ -195,7 +198,7 @@ def prompt_cuts(options: RunOptions, pipeline: Pipeline, work: Workload, most: i
 def _check_sum(
     options: RunOptions, inspected: Inspected, candidates: Mapping[DeviceId, Candidate], work: Workload, working: int
 ) -> None:
-    """The plain sum first: it gives the clearest answer when a model is too large for all together."""
+    """InfeasibleError with the missing bytes if a model is too large for all devices together, whatever the plan."""
     needed = working + sum(
         layer_bytes(inspected.profile, i, work, layer.tied_to is not None)
         for i, layer in enumerate(inspected.profile.layers)

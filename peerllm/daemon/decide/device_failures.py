@@ -60,7 +60,7 @@ class DeviceFailures:
         self._failures = {device: one for device, one in self._failures.items() if one.until > now}
 
     def _without(self, candidates: Mapping[DeviceId, Candidate], least: int) -> dict[DeviceId, Candidate]:
-        """The candidates, with what those with at least so many failures are trusted with."""
+        """The candidates, without those that failed at least `least` times, or with less memory for them."""
         result = {}
         for device, one in candidates.items():
             failure = self._failures.get(device)

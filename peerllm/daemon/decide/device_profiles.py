@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from peerllm.daemon.control_messages import Hello
 from peerllm.daemon.network.speed.link_tables import UNKNOWN_FRAME_MS
-from peerllm.engine.messages import PASS
-from peerllm.types import DeviceId, DeviceProfile, LayerKind, LinkProfile, ModelProfile
+from peerllm.engine.messages import FURTHER_TOKENS, PASS, attention
+from peerllm.types import DeviceId, DeviceProfile, LayerKind, LinkProfile, ModelProfile, Workload
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BATCHES = (1, 4, 16, 64, 256)  # tokens at which a layer's time is told; linear between
@@ -27,20 +27,17 @@ SLOWEST_GFLOPS = 1.0
 MOST_MEMORY_BYTES = 1 << 50  # whatever a device says: the planner adds devices up in 64 bits
 
 
-WORK: LayerKind = "work"  # in a device's times: the fixed piece of work that tells how devices slow each other down
-LayerTimes = Mapping[LayerKind, tuple[tuple[int, float], ...]]
+Points = tuple[tuple[int, float], ...]  # tokens, milliseconds
+LayerTimes = Mapping[LayerKind, Points]
 Source = Literal["measured", "cached", "estimated"]
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredLayers:
-    """What a device measured of a model's layers, alone; and how many times longer they take in company.
-
-    `contention` is measured once for the devices that share a machine, while all of them compute; 1: none, or unknown.
-    """
+    """What a device measured of a model's layers, alone; and how many times longer they take in company."""
 
     alone: LayerTimes = field(default_factory=dict)
-    contention: float = 1.0
+    contention: float = 1.0  # while all devices of its machine compute
     source: Source = "estimated"
 
 
@@ -59,11 +56,25 @@ class Candidate:
 
 def kinds_of(model: ModelProfile) -> tuple[LayerKind, ...]:
     """Everything a device is asked to time of a model."""
-    return (PASS, *dict.fromkeys(layer.kind for layer in model.layers))
+    kinds = tuple(dict.fromkeys(layer.kind for layer in model.layers))
+    return (PASS, *kinds, *(attention(kind) for kind in kinds if kind not in ("embedding", "head")))
+
+
+def machine_contention(candidates: Iterable[Candidate]) -> dict[DeviceId, float]:
+    """How many times longer each takes while all of them compute: threads of one machine share its processors."""
+    machines: dict[str, list[Candidate]] = {}
+    for one in candidates:
+        machines.setdefault(one.hello.machine or one.device, []).append(one)
+    found: dict[DeviceId, float] = {}
+    for group in machines.values():
+        processors = max(1, *(one.hello.processors for one in group))
+        threads = sum(min(max(1, one.hello.threads), processors) for one in group)
+        found |= dict.fromkeys((one.device for one in group), threads / processors)
+    return {device: max(1.0, longer) for device, longer in found.items()}
 
 
 def checked(told: LayerTimes, kinds: tuple[LayerKind, ...]) -> dict[LayerKind, tuple[tuple[int, float], ...]]:
-    """Of what another device says the kinds that could be true; the rest counts as not measured."""
+    """The kinds whose times are plausible; another device may say anything, and the rest counts as not measured."""
     return {kind: points for kind in kinds if (points := told.get(kind, ())) and _plausible(points)}
 
 
@@ -98,27 +109,46 @@ def slower_than_estimated(candidates: Iterable[Candidate], model: ModelProfile, 
 
 
 def device_profile(
-    candidate: Candidate, model: ModelProfile, dtype: str, devices: int = 1, busy: bool = False, slower: float = 1.0
+    candidate: Candidate, model: ModelProfile, work: Workload, dtype: str, devices: int = 1, slower: float = 1.0
 ) -> DeviceProfile:
-    """Layer times as measured, or else estimated; `busy`: while the other devices of its machine work too.
+    """Layer times as measured, or else estimated; with what attention adds where the workload's tokens stand.
 
-    Estimates count `slower` times.
+    For throughput all devices of a machine compute at the same time. Estimates count `slower` times.
 
     A layer has no part in what a pass costs beside its layers, but plans add up layers only. So the passes of a plan
     over `devices` are spread evenly over the model's blocks: right for even stages, little off for others.
     """
     measured, estimate = candidate.timing.alone, estimated(candidate, model, dtype)
-    stretch = candidate.timing.contention if busy else 1.0
+    stretch = candidate.timing.contention if work.objective == "throughput" else 1.0
     blocks = sum(layer.kind not in ("embedding", "head") for layer in model.layers)
+    windows = {layer.kind: layer.kv_window_tokens for layer in model.layers}
     each = sum(ms for _, ms in measured.get(PASS, ())[:1]) * devices / blocks
     times: dict[LayerKind, tuple[tuple[int, float], ...]] = {}
     for kind in estimate:
         share = 0.0 if kind in ("embedding", "head") else each
         guess = tuple((n, ms * slower) for n, ms in estimate[kind])
-        points = tuple((n, ms + share) for n, ms in measured.get(kind, ())) or guess
+        further = _further(measured.get(attention(kind), ()), work, windows.get(kind))
+        points = tuple((n, ms + share + further(n)) for n, ms in measured.get(kind, ())) or guess
         times[kind] = tuple((n, ms * stretch) for n, ms in points)
     memory = min(max(0, candidate.free_bytes), MOST_MEMORY_BYTES)
     return DeviceProfile(candidate.device, candidate.hello.name, memory, times)
+
+
+def _further(points: Points, work: Workload, window: int | None) -> Callable[[int], float]:
+    """Milliseconds that the tokens before add to a batch of n: of a prompt's chunks, else a step each of n sequences.
+
+    On average half of the prompt stands before a chunk that is not its only one, and half of the answer before a step.
+    """
+    step_ms = next((ms for n, ms in points if n == 1), 0.0)
+    chunk, chunk_ms = next(((n, ms) for n, ms in points if n > 1), (0, 0.0))
+    before_step = work.prompt_tokens + work.output_tokens / 2
+    before_chunk = max(0.0, work.prompt_tokens - chunk) / 2
+
+    def added(n: int) -> float:
+        before, ms = (before_chunk, chunk_ms * n / chunk) if chunk and n >= chunk else (before_step, step_ms * n)
+        return ms * min(before, window or before) / FURTHER_TOKENS
+
+    return added
 
 
 def estimated(candidate: Candidate, model: ModelProfile, dtype: str) -> dict[LayerKind, tuple[tuple[int, float], ...]]:
@@ -149,7 +179,7 @@ def link_profiles(
     """Every ordered pair: as measured, or guessed: between two others as slow as the slower of their ways to here."""
 
     def leg(a: DeviceId, b: DeviceId) -> LinkProfile:
-        """One that was measured, or to or from the source."""
+        """A link that was measured, or one to or from the source."""
         if a in candidates and b in candidates[a].hops:
             return candidates[a].hops[b]
         other = candidates[b if a == source else a]

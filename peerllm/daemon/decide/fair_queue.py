@@ -27,7 +27,7 @@ class FairQueue:
         return sum(len(line) for line in self._waiting.values())
 
     def add(self, sequence: int, client: str, retry_after_s: float = 5.0) -> None:
-        """OverloadedError when the queue is full, or the rest of it is kept for others; it says when to ask again."""
+        """Queue a sequence. OverloadedError, with the time to ask again, if the queue or the client's share is full."""
         own, room = len(self._waiting.get(client, ())), self._limit - len(self)
         if own >= room:
             line = f"{own} answers of yours" if room else f"{self._limit} answers"

@@ -1,4 +1,4 @@
-"""What this device has promised of the memory its owner lends. Sans-I/O; it never promises more than that in sum."""
+"""The memory that this device promised to deployments, never more in sum than its owner lends. Sans-I/O."""
 
 from __future__ import annotations
 

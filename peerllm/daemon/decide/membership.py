@@ -1,4 +1,4 @@
-"""Who of the household is here, whom to dial and which of two links to keep. Sans-I/O: `handle(event, now) -> actions`.
+"""Which devices of the household are online, whom to dial, which of two links to keep. `handle(event, now) -> actions`.
 
 Both sides of a pair may dial. A link is named by who dialled it and by the dialler's own count, so both sides see the
 same name and keep the same one of two: the one dialled by the smaller device id, then the newest.
@@ -76,7 +76,7 @@ class DialFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class Incompatible:
     """The device is there but cannot be used (another protocol version)."""
 
     device: DeviceId
@@ -108,7 +108,7 @@ class Tick:
     pass
 
 
-Event = Members | Sighted | Up | DialFailed | Refused | Heard | Down | Farewell | Tick
+Event = Members | Sighted | Up | DialFailed | Incompatible | Heard | Down | Farewell | Tick
 
 # ---- actions --------------------------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A device's state is another now."""
+    """A device's state changed."""
 
     device: DeviceId
     before: State
@@ -215,7 +215,7 @@ class Membership:
                 return self._up(event, now)
             case DialFailed(target, reason):
                 return self._failed(target, reason, now)
-            case Refused(device, reason, target):
+            case Incompatible(device, reason, target):
                 return self._refused(device, reason, target, now)
             case Heard(link):
                 member = self._of(link)
@@ -298,7 +298,7 @@ class Membership:
         return (new.dialler, -new.number) < (old.dialler, -old.number)
 
     def _settle(self, target: Target, device: DeviceId | None, now: float) -> None:
-        """A dial has ended; `device` is who answered."""
+        """A dial has ended; `device` is who answered, None if nobody did."""
         if isinstance(target, tuple):
             attempt = self._static.get(target)
             if device is not None and attempt is not None:

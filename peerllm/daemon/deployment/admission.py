@@ -88,7 +88,7 @@ class Admission:
 
     @property
     def retry_after_s(self) -> float:
-        """When those who wait now will have been let in, if answers take what they took of late; bounded."""
+        """Seconds until those who wait now have slots, if answers take as long as they did of late; bounded."""
         if not self._held_s or self._room is None:
             return RETRY_UNKNOWN_S
         seconds = len(self._queue) * fmean(self._held_s) / self._room.slots
@@ -109,7 +109,7 @@ class Admission:
             self._patience = asyncio.get_running_loop().call_later(PATIENCE_S, self._expire)
 
     def close(self, reason: str) -> None:
-        """All sequences end with an error, and every later one."""
+        """End all sequences with an error, and refuse every later one."""
         self._calm()
         self._room, self._closed = None, UnavailableError(reason)
         self._end(set(self._all), UnavailableError(reason))
@@ -222,7 +222,7 @@ class Admission:
         self._number()
 
     def _number(self) -> None:
-        """Who waits hears of a new place."""
+        """Tell waiting sequences their new place in the queue."""
         for place, number in enumerate(self._queue.order(Counter(self._running.values())), 1):
             sequence = self._all[number]
             if sequence.place != place:

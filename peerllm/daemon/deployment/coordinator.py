@@ -20,6 +20,7 @@ from peerllm.daemon.deployment.tracing import Traces
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.status.serving_speed import measured
 from peerllm.daemon.status.status import weights_form
+from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, note_directories
 from peerllm.engine.messages import TensorAt, Tokens
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError, UnavailableError
 from peerllm.planner.scenario.scenario_export import scenario_file
@@ -135,16 +136,14 @@ class Coordinator:
         return await self._traces.end(number, self._running(model).id, model)
 
     def _find(self, model: str) -> Deployment | None:
-        """By name, else by path or hub id."""
-        named = (held for held in self._deployments.values() if held.options.name == model)
-        return next(named, None) or self._deployments.get(model)
+        """By name, path or hub id: no name is another's path."""
+        known = (held for held in self._deployments.values() if model in (held.options.name, held.options.model))
+        return next(known, None)
 
     def _meant(self, options: RunOptions) -> RunOptions:
         """The options with the path or hub id of a model that was asked for by its name."""
         held = self._find(options.model)
-        if held is None:
-            return options
-        return replace(options, model=held.options.model, name=options.name or held.options.name)
+        return options if held is None else replace(options, model=held.options.model)
 
     def _running(self, model: str) -> Deployment:
         deployment = self._find(model)
@@ -254,7 +253,9 @@ class Coordinator:
             if self._closing:
                 return
             options = [held.options for held in self._deployments.values() if held.lasting]
+            served = [one.model for one in options if Path(one.model).is_absolute()]
             try:
+                await asyncio.to_thread(note_directories, self._file.with_name(DIRECTORIES_FILE), served)
                 await asyncio.to_thread(_write, self._file, options)
             except OSError as error:  # the model serves all the same
                 log.warning("what runs here cannot be remembered for the next start: %s", error)

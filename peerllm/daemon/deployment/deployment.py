@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from peerllm.daemon.control_messages import DeploymentState, DeploymentView, Progress, Trouble
 from peerllm.daemon.decide.assignments import assignments, travelling
-from peerllm.daemon.decide.demand import Blueprint, check_options, draw_up
-from peerllm.daemon.decide.device_failures import DeviceFailures
-from peerllm.daemon.decide.device_profiles import Candidate, shown
+from peerllm.daemon.decide.demand import Blueprint, check_options
+from peerllm.daemon.decide.device_profiles import shown
 from peerllm.daemon.deployment.admission import Admission, ServingCapacity
 from peerllm.daemon.deployment.model_files import dtype_of
 from peerllm.daemon.deployment.negotiation import (
@@ -27,6 +25,7 @@ from peerllm.daemon.deployment.negotiation import (
     release_all,
     reserve_all,
 )
+from peerllm.daemon.deployment.plan_search import PlanSearch
 from peerllm.daemon.deployment.profile_requests import ProfileRequests
 from peerllm.daemon.facade import RunOptions, RunProgress, ServedModel
 from peerllm.engine.messages import Inspected, TensorAt
@@ -40,13 +39,12 @@ from peerllm.errors import (
     UnavailableError,
 )
 from peerllm.planner.cost.byte_sizes import human_bytes
-from peerllm.types import DeviceId, Workload
+from peerllm.types import DeviceId
 
 MAX_ATTEMPTS = 5  # plans tried one after another when devices refuse or leave, before the reason is given
 CONTENTION_S = 0.2  # wait after the first refusal; doubles, and differs from device to device
 RETRY_S = 2.0  # a waiting deployment tries again after this, doubling ...
 RETRY_MOST_S = 60.0  # ... up to this, and whenever the household changes
-LATECOMERS = 3  # times that devices are measured because some came while others were
 GATHER_S = 5.0  # how long a model too large for the devices here waits for those that have not arrived
 ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
 SETTLE_S = 0.3  # changes of the household come in bursts
@@ -79,9 +77,7 @@ class Deployment:
         self._message = ""  # what is being done ...
         self._share = 0.0  # ... and how much of it, where no device loads
         self._asked: set[DeviceId] = set()  # devices that may hold something of ours
-        self._failures = DeviceFailures(around.me)
-        self._had: tuple[int, int] = (0, 0)  # the most slots and context that it has served with
-        self._free: dict[DeviceId, int] = {}  # what devices said last, fresher than what they announce
+        self._search = PlanSearch(options, around, timings, lambda text: self._say("planning", text))
         self._trouble: asyncio.Queue[str] = asyncio.Queue(1)
         self._stirred = asyncio.Event()
         self._outcomes: list[asyncio.Future[None]] = []
@@ -112,7 +108,7 @@ class Deployment:
         await self._let_go()
 
     def stir(self) -> None:
-        """The household changed: worth another try."""
+        """The household changed: a waiting deployment tries again."""
         self._stirred.set()
 
     def gone(self, device: DeviceId, reason: str) -> None:
@@ -131,14 +127,14 @@ class Deployment:
     def _note_failure(self, device: DeviceId, error: PeerLLMError) -> None:
         """The next plan makes less use of the device."""
         promised = self.blueprint.promises.get(device, 0) if self.blueprint is not None else 0
-        self._failures.note(device, self.epoch, promised, error, asyncio.get_running_loop().time())
+        self._search.failed(device, self.epoch, promised, error)
 
     def _alarm(self, reason: str) -> None:
         if not self._trouble.full():  # the first reason is the one that counts
             self._trouble.put_nowait(reason)
 
     def progress(self, device: DeviceId, event: Progress) -> None:
-        """A device has come further in loading."""
+        """A device told how far it has fetched or loaded."""
         if event.epoch != self.epoch or device not in self._asked or self.state != "loading":
             return
         share = min(1.0, event.done_bytes / max(1, event.total_bytes))
@@ -202,9 +198,9 @@ class Deployment:
         """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
         await self._prepare()
         assert self.inspected is not None
-        self._free = {d: one.free_bytes + held.get(d, 0) for d, one in self._around.candidates().items()}
-        candidates = await self._timed(set())
-        return await asyncio.to_thread(draw_up, self.options, self.inspected, candidates, self._around.me)
+        self._search.free = {d: one.free_bytes + held.get(d, 0) for d, one in self._around.candidates().items()}
+        _, blueprint = await self._search.plan(self.inspected, set())
+        return blueprint
 
     def own_tensors(self) -> dict[str, TensorAt]:
         """Where the tensors lie on this device."""
@@ -276,6 +272,7 @@ class Deployment:
 
     async def _establish(self) -> None:
         """Plan and load until a plan stands; the last reason is raised after MAX_ATTEMPTS."""
+        assert self.inspected is not None
         failure: PeerLLMError = UnavailableError("no plan was tried")
         absent: set[DeviceId] = set()
         self._stirred.clear()
@@ -289,12 +286,12 @@ class Deployment:
                 await self._attempt(absent)
                 return
             except InfeasibleError as error:
-                failure = await self._explained(error, absent)
+                failure = await self._search.explained(self.inspected, error, absent)
                 if await self._gathered(until):
                     continue
                 if not self._contended():
                     break
-                self._free.clear()  # who stands in the way may be about to let go
+                self._search.free.clear()  # who stands in the way may be about to let go
             except (RefusedError, LinkError, UnavailableError, EngineError) as error:
                 failure = error
                 await self._let_go()  # what the others have loaded for this plan would stand in the way of the next
@@ -313,32 +310,18 @@ class Deployment:
             return False
         return True
 
-    async def _explained(self, error: InfeasibleError, absent: set[DeviceId]) -> PeerLLMError:
-        """What a person should hear: what a device failed of, where a plan would be feasible but for that."""
-        failed = self._failures.repeated(asyncio.get_running_loop().time())
-        if failed is not None and self.inspected is not None:
-            with contextlib.suppress(InfeasibleError):
-                everyone = self._candidates(absent)
-                await asyncio.to_thread(draw_up, self.options, self.inspected, everyone, self._around.me)
-                return failed
-        return self._with_absent(error)
-
-    def _with_absent(self, error: InfeasibleError) -> InfeasibleError:
-        away = ", ".join(self._around.absent())
-        return InfeasibleError(f"{error}; away: {away}", error.missing_bytes) if away else error
-
     def _contended(self) -> bool:
         """Whether memory that the household lends is promised elsewhere."""
         return any(c.free_bytes < c.hello.lent_bytes for c in self._around.candidates().values())
 
     async def _attempt(self, absent: set[DeviceId]) -> None:
+        assert self.inspected is not None
         around = self._around
         self._become("planning", "")
-        candidates, blueprint = await self._planned(absent)
+        candidates, blueprint = await self._search.plan(self.inspected, absent)
         if self.model_dir is None:
             await self._download()
-            candidates, blueprint = await self._planned(absent)  # much may have changed meanwhile
-        assert self.inspected is not None
+            candidates, blueprint = await self._search.plan(self.inspected, absent)  # much may have changed meanwhile
         inspected = self.inspected
         self.profiles = {
             around.name(device): shown(one, inspected.profile, inspected.dtype) for device, one in candidates.items()
@@ -357,7 +340,7 @@ class Deployment:
             if answer.error == "LinkError":
                 absent.add(device)
             elif answer.free_bytes < blueprint.promises[device]:
-                self._free[device] = answer.free_bytes
+                self._search.free[device] = answer.free_bytes
             else:  # it has room and refuses all the same
                 self._note_failure(device, UnavailableError(str(failure)))
             raise failure
@@ -377,60 +360,6 @@ class Deployment:
             if failed.device != around.me and isinstance(failed.error, BadInputError):
                 raise EngineError(str(failed)) from failed  # another device may be able to
             raise failed.error from failed
-
-    async def _best_plan(self, candidates: Mapping[DeviceId, Candidate]) -> Blueprint:
-        """With the context it had, if that is feasible at all; of such plans one that avoids what failed of late."""
-        assert self.inspected is not None
-        failure: InfeasibleError | None = None
-        usable = self._failures.usable(candidates, asyncio.get_running_loop().time())
-        for least_context in dict.fromkeys((self._had[1], 0)):
-            for chosen in usable:
-                try:
-                    return await asyncio.to_thread(
-                        draw_up, self.options, self.inspected, chosen, self._around.me, least_context
-                    )
-                except InfeasibleError as error:
-                    failure = error
-        assert failure is not None
-        raise failure
-
-    async def _planned(self, absent: set[DeviceId]) -> tuple[dict[DeviceId, Candidate], Blueprint]:
-        assert self.inspected is not None
-        candidates = await self._timed(absent)
-        self._say("planning", f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
-        return candidates, await self._best_plan(candidates)
-
-    async def _timed(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
-        """The devices that could take part, measured; InfeasibleError before any is measured in vain."""
-        assert self.inspected is not None
-        around, inspected = self._around, self.inspected
-        candidates = self._candidates(absent)
-        if not self._timings.known(inspected, candidates.values()):
-            await asyncio.to_thread(draw_up, self.options, inspected, candidates, around.me)
-        for _ in range(LATECOMERS):
-            busy = self.options.objective == "throughput"
-            timings = await self._timings.of(inspected, candidates, lambda text: self._say("planning", text), busy)
-            here = self._candidates(absent)  # measuring takes a while
-            if here.keys() <= candidates.keys():
-                break
-            candidates = here
-        return {
-            device: replace(one, timing=timings[device]) if device in timings else one
-            for device, one in here.items()
-            if device in candidates  # a guess beside measurements would make it look the fastest
-        }
-
-    def _candidates(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
-        """With what is free of their memory; UnavailableError if this device is not among them."""
-        around = self._around
-        candidates = {
-            device: replace(one, free_bytes=self._free.get(device, one.free_bytes))
-            for device, one in around.candidates().items()
-            if device not in absent or device == around.me
-        }
-        if around.me not in candidates:
-            raise UnavailableError("this device's engine is not running; see `peerllm status`")
-        return candidates
 
     async def _unless_trouble(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for `work`, or raise UnavailableError as soon as a device of the plan is in trouble."""
@@ -452,8 +381,8 @@ class Deployment:
     def _serve(self) -> None:
         assert self.blueprint is not None
         assert self.inspected is not None
-        work, less = self.blueprint.workload, self._less_than_before(self.blueprint.workload)
-        self._free.clear()
+        work, less = self.blueprint.workload, self._search.served(self.blueprint.workload)
+        self._search.free.clear()
         if less:
             log.warning("%s: %s", self.options.name, less)
             self._say("serving", less)
@@ -463,18 +392,11 @@ class Deployment:
         self.sequences.open(ServingCapacity(work.sequences, work.context, vocabulary, stop_ids))
         self._resolve(None)
 
-    def _less_than_before(self, work: Workload) -> str:
-        """What this plan gives less of than an earlier one did, for people; "" if nothing."""
-        (slots, context), self._had = self._had, (max(self._had[0], work.sequences), max(self._had[1], work.context))
-        less = [f"a context of {work.context} tokens instead of {context}"] if work.context < context else []
-        less += [f"{work.sequences} answers at once instead of {slots}"] if work.sequences < slots else []
-        return f"{' and '.join(less)}: the devices here have too little memory for more" if less else ""
-
     async def _let_go(self) -> None:
-        """Nothing of ours stays on any device."""
+        """Release everything that this deployment holds on any device."""
         asked = set(self._asked)
         if asked:  # forgotten only afterwards: who cancels this midway starts it again
-            self._free |= await release_all(self._around, self.id, self.epoch, asked)
+            self._search.free |= await release_all(self._around, self.id, self.epoch, asked)
             self._asked -= asked
         self._around.withdraw(self.id)
         self._shares.clear()
@@ -491,7 +413,7 @@ class Deployment:
             await asyncio.sleep(SETTLE_S)
         except TimeoutError:
             pass
-        self._free.clear()
+        self._search.free.clear()
 
     # ---- telling --------------------------------------------------------------------------------------------------
 
@@ -527,7 +449,7 @@ class Deployment:
 
 
 def same_demand(a: RunOptions, b: RunOptions) -> bool:
-    """Whether asking for `b` changes nothing where `a` runs: what `b` leaves open is not a difference."""
+    """Whether a deployment that runs with `a` satisfies `b`; any value satisfies an option that `b` leaves open."""
     return (
         a.objective == b.objective
         and a.private == b.private

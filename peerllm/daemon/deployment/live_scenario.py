@@ -1,4 +1,4 @@
-"""A running deployment as a scenario: what it was planned for, with links and stages as they are now."""
+"""A running deployment as a scenario for the planner: as it was planned, and with the times measured since."""
 
 from __future__ import annotations
 

@@ -49,11 +49,12 @@ async def looked_up(model: str) -> AsyncIterator[ModelOnDisk]:
         return
     name = hub_id(model)
     with tempfile.TemporaryDirectory(prefix="peerllm-outline-") as scratch:
+        outline = Path(scratch) / name.rpartition("/")[2]  # a model is called as its directory is
         found = await asyncio.to_thread(hub.ask, name)
         if found is not None and (directory := found.directory) is not None:
             yield ModelOnDisk(directory)
-        elif found is not None and await asyncio.to_thread(hub.outline, found, Path(scratch)):
-            yield ModelOnDisk(Path(scratch), found.missing_bytes)
+        elif found is not None and await asyncio.to_thread(hub.outline, found, outline):
+            yield ModelOnDisk(outline, found.missing_bytes)
         else:
             yield ModelOnDisk(await resolve(model, lambda share: None))
 

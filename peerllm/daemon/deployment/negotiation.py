@@ -134,7 +134,7 @@ async def activate_all(around: Surroundings, deployment: DeploymentId, epoch: in
 async def release_all(
     around: Surroundings, deployment: DeploymentId, epoch: int, devices: Iterable[DeviceId]
 ) -> dict[DeviceId, int]:
-    """Let go everywhere; a device that cannot be reached does so by itself. What each then says is free."""
+    """Release on every device; one that cannot be reached does so by itself. Returns what each says is free then."""
 
     async def one(device: DeviceId) -> tuple[DeviceId, Answer | None]:
         try:

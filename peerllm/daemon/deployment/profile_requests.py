@@ -1,8 +1,7 @@
 """A coordinator's knowledge of how long its candidates take for a model's layers, asked for before it plans.
 
-Devices of one machine disturb each other, so they are measured one after another. How much they slow each other down
-while all of them compute is one factor for all their layers, found with a fixed piece of work: first one after another,
-then all at once. Devices of different machines are measured at the same time.
+Devices of one machine disturb each other, so they are measured one after another; devices of different machines at the
+same time.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 from peerllm.daemon.control_messages import Answer, Hello, Profile
 from peerllm.daemon.decide.device_profiles import (
-    WORK,
     Candidate,
     LayerTimes,
     MeasuredLayers,
@@ -22,10 +20,11 @@ from peerllm.daemon.decide.device_profiles import (
     able,
     checked,
     kinds_of,
+    machine_contention,
 )
 from peerllm.daemon.deployment.negotiation import Surroundings, unless_error
 from peerllm.engine.messages import Inspected
-from peerllm.errors import EngineError, PeerLLMError
+from peerllm.errors import PeerLLMError
 from peerllm.types import DeviceId, LayerKind
 
 RECALL_TIMEOUT_S = 5.0
@@ -49,24 +48,18 @@ class ProfileRequests:
         self._lock = asyncio.Lock()
 
     async def of(
-        self, inspected: Inspected, candidates: Mapping[DeviceId, Candidate], say: Say, busy: bool = False
+        self, inspected: Inspected, candidates: Mapping[DeviceId, Candidate], say: Say
     ) -> dict[DeviceId, MeasuredLayers]:
-        """What each candidate measured, now where that is unknown; "estimated" where it cannot be. Raises nothing.
-
-        `busy`: all devices will compute at the same time, so devices of one machine are to know what that costs them.
-        """
+        """What each candidate measured, now where that is unknown; "estimated" where it cannot be. Raises nothing."""
         fit = [one for one in candidates.values() if able(one, inspected.architecture, inspected.dtype)]
         machines: dict[str, list[Candidate]] = {}
         for one in sorted(fit, key=lambda one: one.device):
             machines.setdefault(one.hello.machine or one.device, []).append(one)
         groups = list(machines.values())
         async with self._lock:
-            factors = await asyncio.gather(*(self._machine(inspected, group, say, busy) for group in groups))
-        return {
-            one.device: self._timing(inspected, one, factor)
-            for group, factor in zip(groups, factors, strict=True)
-            for one in group
-        }
+            await asyncio.gather(*(self._machine(inspected, group, say) for group in groups))
+        longer = machine_contention(fit)
+        return {one.device: self._timing(inspected, one, longer[one.device]) for one in fit}
 
     def known(self, inspected: Inspected, candidates: Iterable[Candidate]) -> bool:
         """Whether every device that could be asked for its layers' times has told them."""
@@ -75,36 +68,13 @@ class ProfileRequests:
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
-    async def _machine(self, inspected: Inspected, group: list[Candidate], say: Say, busy: bool) -> float:
-        """Have the devices of one machine measured; how many times longer they take while all of them compute."""
+    async def _machine(self, inspected: Inspected, group: list[Candidate], say: Say) -> None:
+        """Have the devices of one machine measured."""
         await asyncio.gather(*(self._ask(inspected, one, measure=False) for one in group))
         for one in group:
             if self._due(inspected, one):
                 say(f"measuring {one.hello.name}")
                 await self._ask(inspected, one, measure=True)
-        if not busy or len(group) < 2:
-            return 1.0
-        say(f"measuring {', '.join(one.hello.name for one in group)} while all of them work")
-        try:
-            return await self._contention(group)
-        except PeerLLMError as error:
-            log.warning("how devices of one machine slow each other down was not measured: %s", error)
-            return 1.0
-
-    async def _contention(self, group: list[Candidate]) -> float:
-        """At least 1; and at most as if one device worked after the other."""
-        everyone = repr([(one.device, _abilities(one.hello)) for one in group])
-        company = hashlib.sha256(everyone.encode()).hexdigest()[:32]
-        alone = [await self._work_ms(one, "") for one in group]
-        together = await asyncio.gather(*(self._work_ms(one, company) for one in group))
-        return min(float(len(group)), max(1.0, sum(together) / sum(alone)))
-
-    async def _work_ms(self, one: Candidate, company: str) -> float:
-        answer = await self._around.ask(one.device, Profile("", "float32", (WORK,), True, company), MEASURE_TIMEOUT_S)
-        unless_error(answer, one.hello.name)
-        for _, ms in checked(answer.layer_ms, (WORK,)).get(WORK, ()):
-            return ms
-        raise EngineError(f"{one.hello.name} does not say how long work takes there")
 
     async def _ask(self, inspected: Inspected, one: Candidate, *, measure: bool) -> None:
         """Note what the device answers."""
@@ -150,9 +120,9 @@ class ProfileRequests:
         abilities, times, source = self._known.get(key, ("", {}, "estimated"))
         return (times, source) if times and abilities == _abilities(one.hello) else None
 
-    def _timing(self, inspected: Inspected, one: Candidate, contention: float) -> MeasuredLayers:
+    def _timing(self, inspected: Inspected, one: Candidate, longer: float) -> MeasuredLayers:
         times, source = self._get(_key(inspected, one), one) or ({}, "estimated")
-        return MeasuredLayers(times, contention, source)
+        return MeasuredLayers(times, longer, source)
 
 
 def _key(inspected: Inspected, one: Candidate) -> Key:

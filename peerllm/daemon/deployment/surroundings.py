@@ -41,7 +41,7 @@ class Parts(Protocol):
 
 
 class Home:
-    """Answers for this device itself go the same way as everyone's, only without a link."""
+    """Questions to this device itself are answered by its own worker, as for any coordinator, without a link."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts

@@ -38,7 +38,7 @@ class _Begun:
 
 
 class Traces:
-    """Of one deployment the latest recording counts; whoever began an earlier one hears so."""
+    """One recording per deployment: the latest; ending an earlier one raises RefusedError."""
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around

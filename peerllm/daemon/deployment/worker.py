@@ -189,7 +189,7 @@ class Worker:
         self._changed()
 
     def engine_lost(self, reason: str) -> None:
-        """The engine died and its memory with it: every coordinator is told."""
+        """The engine died and its memory with it: tell every coordinator that had something here."""
         for deployment, held in list(self._held.items()):
             held.over = reason
             if held.task is not None:
@@ -404,6 +404,6 @@ class Worker:
 
 
 def _seen(task: asyncio.Task[object]) -> None:
-    """A load that fails after nobody waits for it any more is expected: it was unloaded midway."""
+    """Take note of a load's error that nobody waits for any more: the deployment was released while it was loading."""
     if not task.cancelled():
         task.exception()

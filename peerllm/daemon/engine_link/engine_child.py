@@ -67,7 +67,7 @@ class EngineChild:
         return self.process.pid
 
     async def ended(self) -> str:
-        """The line is closed, so the process must be about to end: waits for that, and says why it did."""
+        """After the line was closed: wait for the process to end, and return why it did."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self.process.wait()
@@ -78,7 +78,7 @@ class EngineChild:
         return diagnose(self.process.returncode or 0, list(self._tail), oom_kills() > self._kills)
 
     async def close(self) -> None:
-        """The line is closed: wait for the process to go, then make it."""
+        """After the line was closed: wait for the process to end, and kill it if it does not."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self.process.wait()
@@ -116,7 +116,7 @@ class EngineChild:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of the engine: this one's, with the owner's bound on threads, and modules taken from nowhere but our path."""
+    """The engine's environment: this process's, with the bound on threads and with modules found on our path alone."""
     root = str(Path(peerllm.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     bounds = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))

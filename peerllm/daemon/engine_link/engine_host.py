@@ -135,7 +135,10 @@ class EngineHost:
         return await self._ask(channel, message, timeout_s)
 
     def tell(self, message: ToEngine) -> None:
-        """Sends without an answer; never raises. What a dead engine misses: sequences end, the rest it learns anew."""
+        """Sends a message that has no answer; never raises.
+
+        Without an engine a Submit ends with an error, and the rest is dropped: the next engine is configured anew.
+        """
         channel = self._channel
         try:
             if channel is None:
@@ -168,7 +171,7 @@ class EngineHost:
         return ready
 
     def _started_or(self, why: PeerLLMError) -> None:
-        """Whoever waits for the engine's start hears why it failed."""
+        """Tells whoever waits for the engine's start why it failed."""
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(why)
             self._ready.exception()  # whoever waits may be gone
@@ -242,7 +245,7 @@ class EngineHost:
         if time.monotonic() - self._used < IDLE_S:
             return False
         log.info("the engine holds nothing and is not needed: it ends until it is")
-        self._state, self._channel = IDLE, None
+        self._state = IDLE
         self._call(self._on_state, IDLE)
         return True
 
@@ -277,7 +280,7 @@ class EngineHost:
         raise EngineError(f"the engine did not start within {START_TIMEOUT_S:g} s")
 
     async def _listen(self, channel: Channel) -> None:
-        """Until the line ends."""
+        """Handles what the engine says, until its line ends."""
         while (message := await channel.receive()) is not None:
             self._hear(message)
 

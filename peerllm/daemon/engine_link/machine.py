@@ -21,7 +21,7 @@ LOCK_FILE = "daemon.lock"
 
 
 def memory_bytes() -> int:
-    """What the machine has, or what its cgroup may use if that is less."""
+    """The machine's memory, or its cgroup's limit if that is less."""
     total = int(psutil.virtual_memory().total)
     for file in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):
@@ -57,7 +57,7 @@ def processors() -> int:
 
 
 def hardware() -> str:
-    """A line that changes when a measurement of this machine no longer holds."""
+    """Names system, processor and memory: measurements hold as long as this line stays the same."""
     model = platform.processor()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

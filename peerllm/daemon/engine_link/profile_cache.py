@@ -13,6 +13,7 @@ from peerllm.types import LayerKind
 
 MAX_ENTRIES = 512  # kinds of layers, the newest
 MAX_FILE_BYTES = 4 << 20
+TIMED_BY = "2"  # another number where layers are timed in another way: older times do not hold
 
 Points = tuple[tuple[int, float], ...]
 
@@ -30,11 +31,9 @@ class _Entries:
     entries: tuple[_Entry, ...]
 
 
-def layer_key(
-    computed_by: str, config: str, kind: LayerKind, dtype: str, company: str, quantisation: str | None = None
-) -> str:
-    """What layer times hold for: who computes (hardware, threads, versions), which layer, how, and beside whom."""
-    parts = (computed_by, config, kind, dtype, quantisation or "", company)
+def layer_key(computed_by: str, config: str, kind: LayerKind, dtype: str, quantisation: str = "") -> str:
+    """What layer times hold for: who computes (hardware, threads, versions), which layer, how, and how it was timed."""
+    parts = (computed_by, config, kind, dtype, quantisation, TIMED_BY)
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
@@ -50,12 +49,12 @@ class ProfileFile:
         self._entries: dict[str, Points] | None = None
 
     def get(self, keys: dict[LayerKind, str]) -> dict[LayerKind, Points]:
-        """Those of the kinds that are known."""
+        """The times that are known, by kind."""
         known = self._read()
         return {kind: known[key] for kind, key in keys.items() if key in known}
 
     def put(self, found: dict[str, Points]) -> None:
-        """By key; the oldest entries make room."""
+        """Keep times by key; beyond MAX_ENTRIES the oldest are dropped."""
         known = {key: points for key, points in self._read().items() if key not in found} | found
         self._entries = dict(list(known.items())[-MAX_ENTRIES:])
         scratch = self._path.with_suffix(".new")

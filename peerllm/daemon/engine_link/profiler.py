@@ -14,7 +14,7 @@ from typing import Protocol
 
 from peerllm.codec import decode, encode
 from peerllm.daemon.control_messages import Answer, Profile
-from peerllm.daemon.decide.device_profiles import WORK, checked
+from peerllm.daemon.decide.device_profiles import checked
 from peerllm.daemon.engine_link.engine_host import EngineHost
 from peerllm.daemon.engine_link.machine import hardware
 from peerllm.daemon.engine_link.profile_cache import Points, ProfileFile, layer_key
@@ -24,7 +24,6 @@ from peerllm.types import LayerKind
 
 MEASURE_TIMEOUT_S = 120.0
 LAYERS_TIMEOUT_S = 60.0  # the engine may be at another model's
-WORK_S = 0.6  # for the fixed piece of work, again and again
 MAX_CONFIG_CHARACTERS = 1 << 20
 MAX_KINDS = 64
 MAX_MEASURING = 4  # models whose layers wait to be timed here
@@ -89,9 +88,7 @@ class Profiler:
         if len(question.config) > MAX_CONFIG_CHARACTERS or len(question.kinds) > MAX_KINDS:
             raise BadInputError("this model's configuration is too large")
         keys = {
-            kind: layer_key(
-                self._computed_by, question.config, kind, question.dtype, question.company, question.quantize
-            )
+            kind: layer_key(self._computed_by, question.config, kind, question.dtype, question.quantize)
             for kind in question.kinds
         }
         async with self._lock:
@@ -130,8 +127,7 @@ class Profiler:
             task.exception()  # seen, also where nobody waits any more
 
     async def _measure(self, question: Profile, keys: dict[LayerKind, str]) -> dict[LayerKind, Points]:
-        told = await (self._work(question) if WORK in question.kinds else self._layers(question))
-        found = checked(told, question.kinds)
+        found = checked(await self._layers(question), question.kinds)
         async with self._lock:
             await asyncio.to_thread(self._file.put, {keys[kind]: points for kind, points in found.items()})
         return found
@@ -146,8 +142,3 @@ class Profiler:
         for reason in answer.skipped.values():
             log.info("not timed: %s", reason)
         return answer.layer_ms
-
-    async def _work(self, question: Profile) -> Mapping[LayerKind, Points]:
-        answer = await self._engine.ask(Measure(self._engine.next_request(), WORK_S), LAYERS_TIMEOUT_S)
-        assert isinstance(answer, Measured)
-        return {WORK: ((1, answer.work_ms),)}

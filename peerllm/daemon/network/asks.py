@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def named_error(answer: Answer) -> PeerLLMError:
-    """The error an answer names; what a device does not know becomes a PeerLLMError. `free_bytes` is the answer's."""
+    """The error that an answer names, with its `free_bytes`; a plain PeerLLMError if its class is unknown here."""
     kind = getattr(errors, answer.error, None)
     if not (isinstance(kind, type) and issubclass(kind, PeerLLMError)):
         kind = PeerLLMError

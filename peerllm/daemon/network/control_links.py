@@ -238,7 +238,7 @@ class ControlLinks:
         except LinkError as error:
             log.warning("no control link with %s: %s", device[:8], error)
             if isinstance(error, ProtocolMismatch):
-                self.feed(m.Refused(device, str(error), target))
+                self.feed(m.Incompatible(device, str(error), target))
             elif target is not None:
                 self.feed(m.DialFailed(target, str(error)))
             channel.end(str(error))

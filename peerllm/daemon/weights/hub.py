@@ -65,7 +65,7 @@ class Repository:
 
 def ask(model: str) -> Repository | None:
     """What the hub holds of a model now; None where it cannot be asked, or does not show it."""
-    with quietly(f"what {model} holds"):
+    with quietly(model):
         info = _api().model_info(model, files_metadata=True, timeout=ASK_TIMEOUT_S)
         sizes = {one.rfilename: one.size or 0 for one in info.siblings or () if _wanted(one.rfilename)}
         return Repository(model, info.sha, sizes) if info.sha and sizes else None
@@ -77,7 +77,7 @@ def _wanted(name: str) -> bool:
 
 
 def outline(found: Repository, into: Path) -> bool:
-    """Make `into` a model directory without weights: config and safetensors headers; False where that cannot be.
+    """Make the folder `into`, a model directory without weights: config and headers; False where that cannot be.
 
     Each weight file has its true length but for its header's spacing, and is a hole: it takes no room on the disk.
     """
@@ -90,19 +90,21 @@ def outline(found: Repository, into: Path) -> bool:
             for key, one in said.tensors.items()
         }
 
-    with quietly(f"the headers of {found.model}"):
+    with quietly(found.model):
+        into.mkdir()
         for name in SAID:
             if name in found.sizes:
                 shutil.copyfile(api.hf_hub_download(found.model, name, revision=found.commit), into / name)
         weights = found.weights(into / INDEX)
         with ThreadPoolExecutor(WORKERS, thread_name_prefix="headers") as pool:
             for name, tensors in pool.map(header, weights):
-                _hole(into / name, tensors)
+                hole(into / name, tensors)
         return bool(weights)
     return False
 
 
-def _hole(path: Path, tensors: Mapping[str, Any]) -> None:
+def hole(path: Path, tensors: Mapping[str, Any]) -> None:
+    """A safetensors file with this header, and no data: nothing but its length."""
     header = json.dumps(tensors).encode()
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)

@@ -29,12 +29,12 @@ def download(model: str, told: Share, total_bytes: int, halt: threading.Event) -
             ignore_patterns=NOT,
             max_workers=WORKERS,
             token=token(),
-            tqdm_class=_bar(told, total_bytes, halt),  # type: ignore[arg-type]
+            tqdm_class=hub_bar(told, total_bytes, halt),  # type: ignore[arg-type]
         )
     return Path(directory)
 
 
-def _bar(told: Share, total_bytes: int, halt: threading.Event) -> type[tqdm[Any]]:
+def hub_bar(told: Share, total_bytes: int, halt: threading.Event) -> type[tqdm[Any]]:
     """The hub's progress bars, drawn nowhere: those that count bytes tell every further percent."""
 
     class Bar(tqdm):  # type: ignore[type-arg]

@@ -19,13 +19,13 @@ class HaltedError(Exception):
 
 
 @contextlib.contextmanager
-def quietly(what: str) -> Iterator[None]:
+def quietly(model: str) -> Iterator[None]:
     """Whatever the hub refuses here, the download refuses too, or does without: its error is the one to show."""
     try:
-        with errors_of(what):
+        with errors_of(model):
             yield
     except PeerLLMError as error:
-        log.info("%s", error)
+        log.debug("before its download: %s", error)
 
 
 @contextlib.contextmanager
@@ -48,8 +48,8 @@ def errors_of(model: str) -> Iterator[None]:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UnavailableError(
-            f"{model} is not on this disk and the Hugging Face hub cannot be reached; connect, or give a "
-            "directory; `peerllm models` lists what is here"
+            f"{model} is not on this disk and the Hugging Face hub cannot be reached; connect, or give a directory"
+            f"{suggestion(model) if '/' not in model else ''}"
         ) from error
     except errors.HfHubHTTPError as error:
         raise UnavailableError(f"the Hugging Face hub refuses {model}: {_line(error)}") from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
+
+from peerllm.daemon.weights.on_disk import in_hub_cache
 
 BUILTIN = "builtin"
-SCALE_BITS = 0.75  # of each rounded number: 128 of them share 12 bytes
-SPARE = 1.08  # of the weights: norms, and a little room for keys and values
+SCALE_BITS = 1.0  # of each rounded number: 64 to 128 of them share 12 bytes
+SPARE = 1.1  # of the weights: norms, what a pass works with, and a little room for keys and values
 MAX_SUGGESTIONS = 3
 LIKENESS = 0.6  # from which a name may be meant
 
@@ -78,19 +79,3 @@ def suggestion(model: str) -> str:
         return ""
     names = nearest(model, (name for name, _ in in_hub_cache()))
     return f"; did you mean {' or '.join(names)}? `peerllm models` lists what there is" if names else ""
-
-
-def in_hub_cache() -> list[tuple[str, Path]]:
-    """(id, directory) of the models that the hub's cache holds with their weights, by id."""
-    from huggingface_hub import constants
-
-    found = []
-    for repository in sorted(Path(constants.HF_HUB_CACHE).glob("models--*")):
-        try:
-            commit = (repository / "refs" / "main").read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            continue
-        directory = repository / "snapshots" / commit
-        if (directory / "config.json").is_file() and any(one.is_file() for one in directory.glob("*.safetensors")):
-            found.append((repository.name.removeprefix("models--").replace("--", "/"), directory))
-    return found

@@ -1,4 +1,4 @@
-"""The source's side: tensors of its deployments, named by their hash, in ranges, to devices of the household only."""
+"""The source's side of fetching weights: serves byte ranges of its deployments' tensors, which are named by hash."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ STALL_TIMEOUT_S = 30.0  # a device that takes not a block for so long gives up i
 
 
 def offer_path(deployment: DeploymentId, sha256: str) -> str:
-    """What to ask the source for."""
+    """The path of a tensor on the source's control port."""
     return f"/weights/{deployment}/{sha256}"
 
 
 class Offers:
-    """What may be fetched from this device now. Nothing else of its disk can be named."""
+    """The tensors that members may fetch from this device now. No request can name anything else of its disk."""
 
     def __init__(self) -> None:
         self._offers: dict[DeploymentId, dict[str, TensorAt]] = {}

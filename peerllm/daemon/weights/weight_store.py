@@ -1,4 +1,4 @@
-"""The fetching side: tensors kept as files named by their SHA-256; fetched in parts, resumed after a cut, checked."""
+"""The fetching side: tensors as files named by their SHA-256, fetched in ranges, resumed after a cut, checked."""
 
 from __future__ import annotations
 

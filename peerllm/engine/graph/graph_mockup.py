@@ -24,7 +24,7 @@ class GraphOutline(outline.Sizes):
         whole = ShardForm(described, 0, head, 1, context, message.quantize)
         kv = [ShardForm(described, n, n, 1, context, message.quantize).kv_bytes for n in range(1, head)]
         super().__init__(
-            runs=outline.runs(block_kinds(described.blocks)),
+            firsts=outline.firsts(block_kinds(described.blocks)),
             head=head,
             hidden_size=model.hidden,
             vocabulary=model.vocabulary,
@@ -37,12 +37,12 @@ class GraphOutline(outline.Sizes):
 
     def build(self, mockup: Mockup) -> GraphShard:
         described, model = self._described, self._described.model
-        shape = ShardForm(described, mockup.first, mockup.last, mockup.sequences + 1, mockup.context, self._quantize)
+        shape = ShardForm(described, mockup.layer, mockup.layer, mockup.sequences + 1, mockup.context, self._quantize)
         shapes = {name: size for number in shape.numbers for name, size in described.blocks[number].tensors()}
         shapes |= dict(described.head.tensors) | {f"{described.norm}.weight": (model.hidden,)}
         tensors = MadeUp(shapes)
         embedding = None
-        if mockup.first == 0:  # a table of one row repeated, which takes no memory
+        if mockup.layer == 0:  # a table of one row repeated, which takes no memory
             row = tensors.floats(f"{described.norm}.weight", slice(None))
             positions = np.broadcast_to(row, (mockup.context, model.hidden)) if described.positions else None
             table = np.broadcast_to(row, (model.vocabulary, model.hidden))

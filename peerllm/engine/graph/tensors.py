@@ -76,6 +76,7 @@ class MadeUp:
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
+        self._last: tuple[str, tuple[int, ...], Floats] = "", (), np.empty(0, np.float32)
         self._drawn = (np.random.default_rng(0).random(1 << 16, np.float32) - 0.5) * 0.1
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -89,5 +90,7 @@ class MadeUp:
         else:
             count = len(rows) if not isinstance(rows, slice) else len(range(*rows.indices(shape[0])))
             taken = (count, *shape[1:])
-        # Tensors differ: onnxruntime keeps equal matrices once, so equal blocks would be timed with warm caches.
-        return np.resize(self._drawn[crc32(name.encode()) % SHIFTS :], taken)
+        if self._last[:2] != (name, taken):  # the pieces of a large matrix are one array
+            # Tensors differ: onnxruntime keeps equal matrices once, so equal blocks would be timed with warm caches.
+            self._last = name, taken, np.resize(self._drawn[crc32(name.encode()) % SHIFTS :], taken)
+        return self._last[2]

@@ -118,8 +118,11 @@ def add_product(graph: Graph, x: str, product: Product, tensors: Tensors, bits: 
         return out if bias is None else graph.add("Add", out, graph.weight(bias))
     codes = np.empty((rows, columns * bits // 8), np.uint8)
     scales = np.empty((rows, columns // block), np.float32)
+    before, made = None, (codes, scales)
     for start, some in pieces(tensors, product):
-        codes[start : start + len(some)], scales[start : start + len(some)] = rounded(some, bits, block)
+        if some is not before:  # made-up ones come again and again
+            before, made = some, rounded(some, bits, block)
+        codes[start : start + len(some)], scales[start : start + len(some)] = made
     return graph.rounded_product(x, codes, scales, bits, "" if bias is None else graph.weight(bias))
 
 

@@ -33,13 +33,8 @@ def measure(message: Measure, ones: Callable[..., Any] = ONES, wait: Callable[[]
         left @ right
         wait()
 
-    def both() -> None:
-        read()
-        compute()
-
-    both()  # the first one loads libraries, or finds cold caches
-    if message.window_s > 0:
-        return Measured(message.request, {}, {}, work_ms=mean_s(both, message.window_s) * 1e3)
+    read()  # the first one loads libraries, or finds cold caches
+    compute()
     speed, arithmetic = WEIGHT_BYTES / best_s(read) / 1e9, 2 * ROWS * SIDE * SIDE / best_s(compute) / 1e9
     return Measured(message.request, {"float32": speed}, {"float32": arithmetic})
 
@@ -54,15 +49,6 @@ def best_s(work: Callable[[], object], budget_s: float = BUDGET_S) -> float:
         best = min(best, now - start)
         if now >= end:
             return best
-
-
-def mean_s(work: Callable[[], object], window_s: float) -> float:
-    """Seconds of a run, the mean of as many as fill the window."""
-    start, runs = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < window_s or not runs:
-        work()
-        runs += 1
-    return spent / runs
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 Timing depends on shapes alone, so one layer at a time is made up from the configuration, and a device too small for the
 model is timed like any other. A stage costs a pass (masks, positions, the model's own walk) and its layers: the pass is
-told apart, as the kind "pass", and layers are net of it.
+told apart, as the kind "pass", and layers are net of it. What attention adds for the tokens before is told apart too.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ import numpy.typing as npt
 from peerllm.engine.base import Draw, Sampler
 from peerllm.engine.free_memory import return_memory
 from peerllm.engine.measure.outline import CHUNK, SEQUENCES, Mockup, Sizes
-from peerllm.engine.messages import PASS, LayersTimed, TimeLayers
-from peerllm.errors import EngineError, RefusedError
+from peerllm.engine.messages import FURTHER_TOKENS, PASS, LayersTimed, TimeLayers, attention
+from peerllm.errors import RefusedError
 from peerllm.transport.frames import TokenRun
 from peerllm.types import LayerKind, Sampling
 
-CHUNKS = (32, CHUNK)  # tokens of one prompt; up to SEQUENCES[0] tokens are one each of as many sequences
-FILL = 96  # tokens that a sequence holds while its next one is timed
-FILL_S = 0.1  # to fill sequences in; those left over are timed behind their first token
-RUNS = 7  # per kind and count ...
-RUNS_S = 0.08  # ... but no more of slow ones than this takes
+RUNS = 4  # per kind and count ...
+RUNS_S = 0.05  # ... but no more of slow ones than this takes
+STEPS = 6  # behind a prompt, of which the later half counts
 LIMIT_S = 6.0  # for all kinds, building them included: large models; counts left out follow from the others
-PAUSE, PAUSE_S = 2, 0.008  # passes, at most so long: a stage waits for the others, and wakes up with cold caches
+CACHE_BYTES = 128 << 20  # of a stage's other layers, at most: caches hold no more
 LEAST_MS = 1e-4  # what is left of a layer where timing cannot tell it from the pass
 
 Check = Callable[[], None]
 Clock = Callable[[], float]  # seconds
+Points = dict[int, float]  # tokens in a batch: milliseconds
 
 
 def time_layers(
@@ -45,122 +44,141 @@ def time_layers(
     on its processor add.
     """
     end = time.perf_counter() + LIMIT_S
-    times: dict[LayerKind, dict[int, float]] = {}
-    layers: dict[LayerKind, int] = {}
+    near: dict[LayerKind, Points] = {}
+    further: dict[LayerKind, Points] = {}
+    mockups: dict[LayerKind, Mockup] = {}
     skipped: dict[LayerKind, str] = {}
-    for number, kind in enumerate(outline.kinds):
-        now = time.perf_counter()
-        until = now + max(0.0, end - now) / (len(outline.kinds) - number)
+    for kind in outline.kinds:
         try:
-            mockup = outline.plan(kind)
-            work = Work(outline, mockup, sampler, check, clock)
+            mockups[kind] = outline.plan(kind)
+        except RefusedError as error:
+            skipped[kind] = str(error)
+    spare = outline.limit_bytes - max(map(outline.nbytes, mockups.values()), default=0)
+    others = np.ones(max(0, min(CACHE_BYTES, outline.weight_bytes, spare)) // 8 + 1)
+    for number, (kind, mockup) in enumerate(mockups.items()):
+        now = time.perf_counter()
+        until = now + max(0.0, end - now) / (len(mockups) - number)
+        try:
+            work = Work(outline, mockup, others, sampler, check, clock)
         except RefusedError as error:
             skipped[kind] = str(error)
             continue
         try:
-            times[kind], layers[kind] = work.times(until), mockup.layers
+            near[kind], more = work.times(until)
+            if kind not in ("embedding", "head"):
+                further[kind] = more
         finally:
             work.close()
-    return LayersTimed(message.request, net(times, layers), skipped)
+    return LayersTimed(message.request, net(near, further), skipped)
 
 
 def net(
-    times: Mapping[LayerKind, Mapping[int, float]], layers: Mapping[LayerKind, int]
+    near: Mapping[LayerKind, Points], further: Mapping[LayerKind, Points]
 ) -> dict[LayerKind, tuple[tuple[int, float], ...]]:
     """From passes in milliseconds to layers: an embedding's is the pass itself and little more."""
-    each = times.get("embedding", {}).get(1, 0.0)
-    found = {
-        kind: tuple((n, round(max(LEAST_MS, (ms - each) / layers[kind]), 5)) for n, ms in sorted(points.items()))
-        for kind, points in times.items()
-    }
+    each = near.get("embedding", {}).get(1, 0.0)
+
+    def of_one(points: Points, besides: float) -> tuple[tuple[int, float], ...]:
+        return tuple((n, round(max(LEAST_MS, ms - besides), 5)) for n, ms in sorted(points.items()))
+
+    found = {kind: of_one(points, each) for kind, points in near.items()}
+    found |= {attention(kind): of_one(points, 0.0) for kind, points in further.items()}
     return {PASS: ((1, round(each, 5)),), **found} if each else found
 
 
-class Work:
-    """A made-up shard at work."""
+def _usual(seconds: Sequence[float]) -> float:
+    """Milliseconds: the lower quartile. What else the machine does only ever adds to a pass."""
+    return sorted(seconds)[len(seconds) // 4] * 1e3
 
-    def __init__(self, outline: Sizes, mockup: Mockup, sampler: Sampler, check: Check, clock: Clock) -> None:
+
+class Work:
+    """A made-up shard at work. Its last slot holds a prompt, the others a sequence each that has just begun.
+
+    `others` stands for what a stage's other layers leave in the caches: it is read before every step.
+    """
+
+    def __init__(
+        self, outline: Sizes, mockup: Mockup, others: npt.NDArray[Any], sampler: Sampler, check: Check, clock: Clock
+    ) -> None:
+        self._others = others
         self._outline, self._mockup, self._sampler, self._check, self._clock = outline, mockup, sampler, check, clock
-        self._is_head = mockup.first == outline.head
+        self._is_head = mockup.layer == outline.head
         self._random = np.random.default_rng(0)
         check()
         self._shard = outline.build(mockup)
-        self._rewinds = True
-        self._next: list[int] = []  # each sequence's next position
+        self._next = [0] * mockup.sequences  # each sequence's next position
         self._draws = [Draw(Sampling(), 0, ())] * mockup.sequences
-        longest = 0 if self._is_head else min(mockup.context, CHUNK)  # into the head travels one token a sequence
-        counts = [n for n in SEQUENCES if n <= mockup.sequences] + [n for n in CHUNKS if n <= longest]
-        self.counts = list(dict.fromkeys((1, max(counts), *sorted(counts))))  # in the order of their importance
+        self.counts = [1]  # in the order of their importance
+        if not self._is_head and mockup.context >= CHUNK:  # into the head travels one token a sequence
+            self.counts.append(CHUNK)
+        if mockup.layer:
+            self.counts += [n for n in SEQUENCES if 1 < n <= mockup.sequences]
 
-    def times(self, until: float) -> dict[int, float]:
-        """Milliseconds by count. All counts take turns, so that a disturbance meets all; the first run does not count.
+    def times(self, until: float) -> tuple[Points, Points]:
+        """Milliseconds by count: for sequences that have just begun, and what FURTHER_TOKENS before them add.
 
-        Each after a pause: of a request's time a stage computes in a part only.
+        All counts take turns, so that a disturbance meets all.
         """
-        self._fill()
-        samples: dict[int, list[float]] = {count: [] for count in self.counts}
+        samples: dict[int, list[tuple[float, ...]]] = {count: [] for count in self.counts}
         pending = list(self.counts)
         while pending:
             for count in list(pending):
-                # The fewest tokens and the most are timed in any case; what lies between follows.
                 if time.perf_counter() >= until and all(samples[one] for one in self.counts[:2]):
-                    pending.clear()
+                    pending.clear()  # what lies between the fewest tokens and the most follows
                     break
-                if samples[count]:
-                    time.sleep(min(PAUSE * samples[count][-1], PAUSE_S))
-                samples[count].append(self._run(count))
-                if len(samples[count]) >= RUNS or sum(samples[count]) >= RUNS_S:
+                if count != CHUNK:
+                    self._others.max()
+                samples[count].append(self._prompt() if count == CHUNK else (self._step(count),))
+                runs, took = len(samples[count]), sum(some[0] for some in samples[count])
+                if runs >= RUNS or (runs > 1 and took >= RUNS_S):
                     pending.remove(count)
-        return {count: median(some[1:] or some) * 1e3 for count, some in samples.items() if some}
+        near = {count: _usual([some[0] for some in runs]) for count, runs in samples.items() if runs}
+        prompts = samples.get(CHUNK, [])
+        if not prompts or len(prompts[0]) == 1:
+            return near, {1: 0.0}
+        _, second, step = zip(*prompts, strict=True)
+        chunk_ms, step_ms = _usual(second) - near[CHUNK], median(step) * 1e3
+        return near, {1: step_ms * FURTHER_TOKENS / (2 * CHUNK), CHUNK: chunk_ms * FURTHER_TOKENS / CHUNK}
 
     def close(self) -> None:
         self._shard.close()
         del self._shard
         return_memory()
 
-    def _run(self, count: int) -> float:
-        """Seconds of one pass."""
-        self._check()
-        if count > SEQUENCES[0]:
-            return self._timed(count, [TokenRun(0, self._mockup.sequences, 0, count)])
-        if any(place >= self._mockup.context for place in self._next[:count]):
-            self._fill()
-        runs = [TokenRun(slot, slot, self._next[slot], 1, self._is_head) for slot in range(count)]
-        try:
-            took = self._timed(count, runs)
-        except EngineError:
-            if not self._rewinds:
-                raise
-            self._rewinds = False  # a recurrent layer only goes on
-            self._fill()
-            return self._run(count)
-        if not self._rewinds:
-            self._next[:count] = [place + 1 for place in self._next[:count]]
-        return took
+    def _prompt(self) -> tuple[float, ...]:
+        """Seconds of a prompt's first chunk and, where it has room, of its second, and what the tokens of both add to
+        a step.
+        """
+        slot, room = self._mockup.sequences, self._mockup.context
+        first = self._pass([TokenRun(slot, slot, 0, CHUNK)])
+        if room < 2 * CHUNK + STEPS or not self._mockup.layer:
+            return (first,)
+        second = self._pass([TokenRun(slot, slot, CHUNK, CHUNK)])
+        near, far = [], []
+        for place in range(2 * CHUNK, 2 * CHUNK + STEPS):
+            near.append(self._step(1))
+            far.append(self._pass([TokenRun(slot, slot, place, 1)]))
+        # The first of them find in the caches what the chunks have left.
+        return first, second, median(far[STEPS // 2 :]) - median(near[STEPS // 2 :])
 
-    def _timed(self, count: int, runs: Sequence[TokenRun]) -> float:
-        rows = self._rows(count)
+    def _step(self, count: int) -> float:
+        """Seconds of one token each of so many sequences; one whose room is full begins anew."""
+        runs = [TokenRun(slot, slot, self._next[slot], 1, self._is_head) for slot in range(count)]
+        self._next[:count] = [(place + 1) % self._mockup.context for place in self._next[:count]]
+        return self._pass(runs)
+
+    def _pass(self, runs: Sequence[TokenRun]) -> float:
+        """Seconds."""
+        self._check()
+        rows = self._rows(sum(run.length for run in runs))
         started = self._clock()
         output = self._shard.forward(rows, runs)
         if self._is_head:
             self._sampler(output, self._draws[: len(runs)])
         return self._clock() - started
 
-    def _fill(self) -> None:
-        """Give every sequence its first token, and as many sequences as time allows what they hold while timed."""
-        slots, length = range(self._mockup.sequences), min(FILL, self._mockup.context // 2)
-        self._shard.forward(self._rows(len(slots)), [TokenRun(slot, slot, 0, 1) for slot in slots])
-        self._next = [1] * len(slots)
-        until = time.perf_counter() + FILL_S
-        for slot in slots if length > 1 else ():
-            if time.perf_counter() >= until:
-                break
-            self._check()
-            self._shard.forward(self._rows(length - 1), [TokenRun(slot, slot, 1, length - 1)])
-            self._next[slot] = length
-
     def _rows(self, count: int) -> npt.NDArray[Any]:
         """Token ids int64 [count], or hidden states float32 [count, hidden]."""
-        if self._mockup.first == 0:
+        if self._mockup.layer == 0:
             return self._random.integers(0, self._outline.vocabulary, count)
         return self._random.standard_normal((count, self._outline.hidden_size), dtype=np.float32)

@@ -36,7 +36,7 @@ class TorchOutline(outline.Sizes):
             layer = division.layer_of(name)
             layer_bytes[layer] = layer_bytes.get(layer, 0) + kept.nbytes(name, tensor)
         super().__init__(
-            runs=outline.runs(block_kinds(division, self._states)),
+            firsts=outline.firsts(block_kinds(division, self._states)),
             head=division.head,
             hidden_size=language.hidden_size,
             vocabulary=language.vocab_size,
@@ -57,7 +57,7 @@ class TorchOutline(outline.Sizes):
     def _build(self, mockup: Mockup) -> TorchShard:
         division = self._divide()
         whole, kept = division.owner.config, keeping(division, (), self._message.quantize)
-        layers = mockup.first, mockup.last
+        layers = mockup.layer, mockup.layer
         entry = strip(division, *layers)
         weights = make_up(division, *layers, kept, self._device)
         finish(division, whole, self._device)

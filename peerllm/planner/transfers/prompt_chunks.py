@@ -97,10 +97,14 @@ def sizes(most: int) -> list[int]:
     return [*found, most]
 
 
-def in_chunks(plan: Plan, pipeline: Pipeline, prompt: int, cuts: Cuts) -> Plan:
+def in_chunks(plan: Plan, pipeline: Pipeline, prompt: int, cuts: Cuts, crowding: float = 1.0) -> Plan:
     """The plan with the time to first token of a prompt cut by `cuts`.
 
-    Everything else stays as predicted for a prompt that travels whole.
+    Everything else stays as predicted for a prompt that travels whole. `crowding`: how many times longer its devices
+    take while all of them compute, which is not so while the prompt's first chunk enters and its last one leaves.
     """
-    first = pipeline.first_token_ms(prompt, chunk_of(cuts, prompt))
+    chunk = chunk_of(cuts, prompt)
+    first = pipeline.first_token_ms(prompt, chunk)
+    lap, devices = pipeline.first_token_ms(min(chunk, prompt), chunk), len(set(plan.devices))
+    first += (crowding - 1) * max(0.0, first - 2 * lap * (devices - 1) / devices)
     return replace(plan, predicted=replace(plan.predicted, time_to_first_token_ms=first))

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.daemon.deployment.model_files import looked_up, resolve
-from peerllm.daemon.weights.hub_download import download
+from peerllm.daemon.weights.hub import ask
+from peerllm.daemon.weights.hub_download import download, hub_bar
 from peerllm.engine.weights.checkpoint import read_tensors
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
 from tests.daemon.weights.hub_server import HubServer, hub_server
@@ -52,7 +53,7 @@ def shapes(directory: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 async def test_an_outline_tells_all_but_the_weights(hub: HubServer) -> None:
     async with looked_up(MODEL) as found:
-        assert found.missing_bytes > SIZE
+        assert found.missing_bytes > SIZE and found.directory.name == "small"
         assert shapes(found.directory) == shapes(MODEL_DIR)
         assert json.loads((found.directory / "config.json").read_text()) == json.loads(
             (MODEL_DIR / "config.json").read_text()
@@ -80,6 +81,30 @@ async def test_then_it_is_downloaded_with_progress_and_is_there(hub: HubServer) 
     async with looked_up(MODEL) as offline:
         assert (offline.directory, offline.missing_bytes) == (directory, 0)
     assert await resolve(MODEL, quiet) == directory
+
+
+def test_what_is_half_here_is_not_taken_for_all(hub: HubServer) -> None:
+    found = ask(MODEL)
+    assert found is not None and found.directory is None
+    assert found.missing_bytes == sum(found.sizes.values())
+    for name in found.sizes:
+        if name != WEIGHTS:
+            hf_hub_download(MODEL, name, revision=found.commit)
+    assert found.directory is None and found.missing_bytes == SIZE
+    hf_hub_download(MODEL, WEIGHTS, revision=found.commit)
+    assert found.directory is not None and found.missing_bytes == 0
+
+
+def test_only_bars_of_bytes_tell_how_far_a_download_is_of_all_that_is_missing() -> None:
+    shares: list[float] = []
+    bar = hub_bar(shares.append, 1000, threading.Event())
+    bar(total=600, unit="it").update(500)  # files
+    assert shares == []
+    bytes_here = bar(total=100, unit="B", name="huggingface_hub.snapshot_download")
+    for _ in range(4):
+        bytes_here.update(25)
+    bytes_here.update(2)
+    assert shares == [0.025, 0.05, 0.075, 0.1], "each percent once, of all files"
 
 
 async def test_only_weights_that_the_index_names_are_looked_at(hub: HubServer, tmp_path: Path) -> None:

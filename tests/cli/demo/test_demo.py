@@ -54,6 +54,33 @@ def test_every_device_holds_a_part_and_ends_with_the_demo(tmp_path: Path, device
         assert not list(tmp_path.glob("peerllm-*"))
 
 
+def test_a_second_terminal_reaches_it_without_options(tmp_path: Path) -> None:
+    home = {**os.environ, "TMPDIR": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "share"), "PYTHONUNBUFFERED": "1"}
+    peerllm = [sys.executable, "-m", "peerllm"]
+    argv = [*peerllm, "demo", "--api", "127.0.0.1:0", "--devices", "2", "--no-browser"]
+
+    def second(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*peerllm, *args], capture_output=True, text=True, timeout=60, check=False, env=home)
+
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=home) as process:
+        try:
+            assert process.stdout is not None
+            said = ""
+            for line in process.stdout:
+                said += line
+                if line == "Stop with Ctrl-C.\n":
+                    break
+            assert "From a second terminal: peerllm chat   (or peerllm status)\n" in said
+            status = json.loads(second("status", "--json").stdout)
+            assert [one["name"] for one in status["devices"]] == ["laptop", "mini-pc"]
+            assert "built-in model" in second("chat", "What are you?", "--temperature", "0").stdout
+        finally:
+            process.terminate()
+        assert process.wait(END_S) == 0
+    assert not list((tmp_path / "share" / "peerllm").iterdir())
+    assert "no device is running" in second("status").stderr
+
+
 def test_a_port_in_use_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     import socket
 

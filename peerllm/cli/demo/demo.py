@@ -17,10 +17,11 @@ from typing import Any
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.chat import answer_pieces
-from peerllm.cli.demo_devices import DemoDevice, free_processors
-from peerllm.cli.demo_memory import limits, sizes_of
-from peerllm.cli.device import LocalDevice
+from peerllm.cli.demo.demo_devices import DemoDevice, free_processors
+from peerllm.cli.demo.demo_memory import limits, sizes_of
+from peerllm.cli.device import LocalDevice, demo_note
 from peerllm.cli.look import deployment_text, devices_text
+from peerllm.cli.parser import default_data_dir
 from peerllm.cli.progress import show_progress
 from peerllm.cli.terminal import human_bytes, printable
 from peerllm.daemon.weights.known_models import BUILTIN
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
     sizes = sizes_of(model_dir, SLOTS, CONTEXT)
     memory = limits(sizes, args.devices)
     say = _quiet if args.json else _say
-    say(f"The model takes {human_bytes(sizes.total)} with room for {SLOTS} sequences; starting {args.devices} devices:")
+    say(f"The model takes {human_bytes(sizes.total)} with room for {SLOTS} sequences.")
+    say(f"Starting {args.devices} devices, which takes up to half a minute:")
     for name, limit in zip(NAMES, memory, strict=False):
         say(f"  {name:<12} lends {human_bytes(limit)}")
     signal.signal(signal.SIGTERM, _as_interrupt)
@@ -51,10 +53,22 @@ def run(args: argparse.Namespace) -> None:
         contextlib.suppress(KeyboardInterrupt),
         tempfile.TemporaryDirectory(prefix="peerllm-demo-") as directory,
         _devices(Path(directory), memory, args.api, model) as devices,
+        _noted(devices[0], args.json) as option,
     ):
+        say("They are ready. Pairing them, then dividing the model over them.")
         _serve(devices, model, args)
-        say("Stop with Ctrl-C.")
+        say(f"From a second terminal: peerllm chat{option}   (or peerllm status{option})\nStop with Ctrl-C.")
         devices[0].wait()
+
+
+@contextlib.contextmanager
+def _noted(device: DemoDevice, quiet: bool) -> Iterator[str]:
+    """The option with which other commands reach the demo: none, unless a device of this user runs already."""
+    if quiet:  # a script is told where the data are
+        yield ""
+        return
+    with demo_note(default_data_dir(), device.data_dir) as noted:
+        yield "" if noted else f" --data {device.data_dir}"
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peerllm.cli.gantt import COLOURS, FAINT, INK, MAX_BARS, MAX_HEIGHT, lighter, require
+from peerllm.cli.figures.gantt import COLOURS, FAINT, INK, MAX_BARS, MAX_HEIGHT, lighter, require
 from peerllm.cli.terminal import printable
 from peerllm.errors import BadInputError
 

@@ -229,7 +229,7 @@ def test_planning_needs_neither_torch_nor_the_network_libraries(tmp_path: Path) 
 @pytest.mark.parametrize("command", ["plan", "simulate"])
 def test_what_can_be_typed(command: str) -> None:
     typed = build_parser().parse_args([command, "a.json", "b.json", "--objective", "throughput", "--strategy", "even"])
-    assert (typed.module, typed.function, typed.scenarios) == (command, "run", ["a.json", "b.json"])
+    assert (typed.module, typed.function, typed.scenarios) == (f"figures.{command}", "run", ["a.json", "b.json"])
     assert (typed.objective, typed.strategy, typed.json) == ("throughput", "even", False)
     typed = build_parser().parse_args([command, "-"])
     assert (typed.objective, typed.strategy) == ("latency", "edgeshard")

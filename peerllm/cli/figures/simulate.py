@@ -11,8 +11,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from peerllm.cli import gantt
-from peerllm.cli.plan import MALFORMED, OK, Outcome, answer
+from peerllm.cli.figures import gantt
+from peerllm.cli.figures.plan import MALFORMED, OK, Outcome, answer
 from peerllm.cli.terminal import human_ms, human_rate, printable, table
 from peerllm.errors import BadInputError, InfeasibleError
 from peerllm.planner.cost.prediction import lap_of

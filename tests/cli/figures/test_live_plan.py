@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.cli import bench
-from peerllm.cli.bench import divided, predicted
+from peerllm.cli.figures import bench
+from peerllm.cli.figures.bench import divided, predicted
 from peerllm.planner.scenario.scenario_parser import parse
 from peerllm.types import Stage
 from tests.api.fake import SCENARIO, WEIGHTS

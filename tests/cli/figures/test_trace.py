@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from peerllm.cli.figures.timeline import bars
+from peerllm.cli.figures.trace import shared
 from peerllm.cli.parser import build_parser
-from peerllm.cli.timeline import bars
-from peerllm.cli.trace import shared
 from tests.api.fake import TRACE
 from tests.cli.test_commands import Run, Served, device, peerllm
 
@@ -62,7 +62,7 @@ def test_an_answer_is_recorded(peerllm: Run, device: Served, tmp_path: Path) -> 
 def test_a_round_of_its_own_is_recorded(
     peerllm: Run, device: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peerllm.cli.bench.WARM_S", 0.0)
+    monkeypatch.setattr("peerllm.cli.figures.bench.WARM_S", 0.0)
     out = tmp_path / "trace.json"
     assert peerllm("bench", "--sequences", "1", "--trace", str(out))[0] == 0
     assert records(device)[-3:] == ["record", "bench", "recorded"] and records(device).count("record") == 1

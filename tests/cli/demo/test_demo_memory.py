@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo_memory import ModelBytes, even_runs, limits, sizes_of
+from peerllm.cli.demo.demo_memory import ModelBytes, even_runs, limits, sizes_of
 from peerllm.errors import ModelError
 
 

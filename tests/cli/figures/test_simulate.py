@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from peerllm.cli import gantt
+from peerllm.cli.figures import gantt
+from peerllm.cli.figures.plan import answer
+from peerllm.cli.figures.simulate import bar, simulated
 from peerllm.cli.main import main
-from peerllm.cli.plan import answer
-from peerllm.cli.simulate import bar, simulated
 from peerllm.planner.simulator import simulation
 
 KEYS = {
@@ -214,6 +214,6 @@ def test_a_bar_shows_the_share(share, full):
 
 
 def test_matplotlib_is_imported_for_charts_alone():
-    code = "import sys, peerllm.cli.simulate; print('matplotlib' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys, peerllm.cli.figures.simulate; print('matplotlib' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["False", "False"]

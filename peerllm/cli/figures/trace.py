@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peerllm.cli import timeline
 from peerllm.cli.device import LocalDevice
-from peerllm.cli.gantt import SUFFIXES, require
+from peerllm.cli.figures import timeline
+from peerllm.cli.figures.gantt import SUFFIXES, require
 from peerllm.cli.served import served_here
 from peerllm.cli.terminal import human_ms, printable, table
 from peerllm.errors import BadInputError

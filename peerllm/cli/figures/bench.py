@@ -14,10 +14,10 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from peerllm.cli.device import LocalDevice
+from peerllm.cli.figures.trace import recording, writable
+from peerllm.cli.figures.trace import text as trace_text
 from peerllm.cli.served import served_here
 from peerllm.cli.terminal import human_ms, human_rate, printable, table
-from peerllm.cli.trace import recording, writable
-from peerllm.cli.trace import text as trace_text
 from peerllm.planner.cost.prediction import lap_of
 from peerllm.planner.scenario.scenario import Scenario
 from peerllm.planner.scenario.scenario_parser import parse

@@ -1,0 +1,1 @@
+"""`peerllm demo`: several devices on this machine."""

@@ -1,0 +1,121 @@
+"""The daemon and its API in this process, until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from typing import Any
+
+from peerllm.api.guard import is_loopback
+from peerllm.api.server import ApiServer
+from peerllm.api.token import TOKEN_FILE
+from peerllm.cli.device import DAEMON_FILE, write_daemon_file
+from peerllm.cli.terminal import human_bytes, tell
+from peerllm.daemon.daemon import Daemon
+from peerllm.daemon.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def live(settings: Settings, api_names: list[str], exit_with_parent: bool, expected: str) -> None:
+    """Returns when the device was stopped; BadInputError if it cannot start."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serve(settings, api_names, exit_with_parent, expected))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool, expected: str = "") -> None:
+    """API, then daemon, then the ready line; a signal closes them. The API tells from the first second what goes on."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if exit_with_parent:
+        _watch_stdin(loop, stop)
+    daemon = Daemon(settings)
+    api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names, expected)
+    try:
+        await api.reserve()
+        await daemon.claim()
+        await api.start()
+        with _announced(settings, api.url):
+            if await _unless(stop, daemon.start(), "start daemon"):
+                tell(ready_text(settings, daemon.status()["devices"][0]))
+                print(f"ready {api.url}", flush=True)
+                _notify("READY=1")
+                await stop.wait()
+                log.info("stopping")
+                _notify("STOPPING=1")
+    finally:
+        await api.close()
+        await daemon.close()
+
+
+@contextlib.contextmanager
+def _announced(settings: Settings, url: str) -> Iterator[None]:
+    """The other commands find this device, which says that it starts, and where."""
+    write_daemon_file(settings.data_dir, url)
+    try:
+        tell(f"The page of {settings.name}, which says how far it is: {url}")
+        if not is_loopback(settings.api_host):
+            tell(f"From other machines the page asks for a token: {url}/?token=TOKEN, see {TOKEN_FILE} in the data")
+        yield
+    finally:
+        (settings.data_dir / DAEMON_FILE).unlink(missing_ok=True)
+
+
+def ready_text(settings: Settings, me: Mapping[str, Any]) -> str:
+    """What the device lends; where its owner asked for more than there is, what became of that."""
+    lent, wish = me["lent_bytes"], settings.memory_bytes
+    text = f"{settings.name} is ready and lends {human_bytes(lent)} of its {human_bytes(me['memory_bytes'])}"
+    return text if wish is None or wish <= lent else f"{text}: --memory {human_bytes(wish)} is more than it can lend"
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None], name: str) -> bool:
+    """True when `work` is done, False if `stop` came first."""
+    doing = asyncio.create_task(work, name=name)
+    waiting = asyncio.create_task(stop.wait(), name="wait for a signal")
+    try:
+        await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            doing.result()
+            return True
+        return False
+    finally:
+        for task in (doing, waiting):
+            task.cancel()
+        await asyncio.wait({doing, waiting})
+
+
+def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Stops when standard input ends: the parent that held its other side is gone."""
+
+    def wait_for_end() -> None:
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the loop ended first
+            while os.read(0, 4096):
+                pass
+            loop.call_soon_threadsafe(stop.set)
+
+    threading.Thread(target=wait_for_end, name="wait for parent", daemon=True).start()
+
+
+def _notify(state: str) -> None:
+    """systemd's readiness protocol (sd_notify(3)); nothing where it is not asked for."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, contextlib.suppress(OSError):
+        notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)

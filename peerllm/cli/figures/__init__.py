@@ -1,0 +1,1 @@
+"""What is predicted and what is measured: plans, runs and traces, in figures and charts."""
