@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from peerllm.engine.backends import Backends
-from peerllm.engine.base import Segment, Shard
+from peerllm.engine.base import Shard
 from peerllm.engine.messages import Inspect, LoadStage
 from peerllm.engine.wire.quantised import restored, rounded
+from peerllm.transport.frames import TokenRun
 
 WINDOW, WINDOWS, CHUNK = 1024, 8, 128  # tokens, windows, tokens of one pass
 
@@ -76,8 +77,8 @@ class Chain:
         for number, shard in enumerate(self._shards[:-1]):
             if number:
                 rows = restored(*rounded(rows), rows.dtype)
-            rows = shard.forward(rows, [Segment(0, first, len(rows))])
-        return self._shards[-1].forward(rows, [Segment(slot, 0, 1, True) for slot in range(len(rows))])
+            rows = shard.forward(rows, [TokenRun(0, 0, first, len(rows))])
+        return self._shards[-1].forward(rows, [TokenRun(slot, slot, 0, 1, True) for slot in range(len(rows))])
 
     def close(self) -> None:
         for shard in self._shards:

@@ -13,24 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
+from peerllm.transport.frames import TokenRun
 from peerllm.types import Sampling
 
 ROLLBACK_TOKENS = 64  # how far a sequence can go back in layers that keep only a window
 Tensor = npt.NDArray[Any]  # C-contiguous; bfloat16 is ml_dtypes'
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A run of one sequence's tokens in a batch: `length` tokens from `position` on, in KV slot `slot`.
-
-    `position` 0 starts the slot afresh; a position below what the slot holds rolls it back to there.
-    """
-
-    slot: int
-    position: int
-    length: int
-    sample: bool = False  # the head picks a token after this segment's last position
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +53,18 @@ class Shard(Protocol):
 
     A shard with layer 0 takes token ids (int64 [n]); any other takes hidden states ([n, hidden]).
     A shard without the head returns hidden states ([n, hidden]); one with the head returns logits (float32
-    [number of segments with sample, vocabulary]), in segment order. A batch is either single tokens of several
+    [number of runs with sample, vocabulary]), in the order of the runs. A batch is either single tokens of several
     sequences or one chunk of one prompt. Arrays may be read-only.
     """
 
     hidden_size: int
+    vocabulary: int  # token ids go from 0 to one less
     weight_bytes: int
     weights: Mapping[int, int]  # bytes by tensor; what two shards of one process share has the same key in both
     kv_bytes: int
     reach: Reach | None  # where sequences can be taken up again, in the whole model; None: nowhere but at the start
 
-    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor: ...
+    def forward(self, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor: ...
     def release(self, slot: int) -> None: ...
     def close(self) -> None: ...
 

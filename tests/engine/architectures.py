@@ -26,11 +26,13 @@ import torch
 from torch import nn
 
 from peerllm.engine.backends import Backends
-from peerllm.engine.base import Backend, Segment, Shard
+from peerllm.engine.base import Backend, Shard
 from peerllm.engine.graph.describe import UnfitError, describe, family_of
 from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.messages import Inspect, Inspected, LoadStage
 from peerllm.engine.model.torch_backend import TorchBackend
+from peerllm.transport.frames import TokenRun
+from tests.engine.runs import in_slot
 
 VOCABULARY, PROMPT, ANSWER, CONTEXT = 101, 9, 8, 32
 SCALES = (1.0, 1.6, 2.5, 4.0, 6.0)
@@ -76,7 +78,7 @@ ALIBI = "no positions reach a layer: the control permutes the prompt instead"
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Answer = tuple[list[int], list[Floats]]  # greedy tokens, and the logits [vocabulary] of each
-Forward = Callable[[npt.NDArray[Any], Sequence[Segment]], npt.NDArray[Any]]
+Forward = Callable[[npt.NDArray[Any], Sequence[TokenRun]], npt.NDArray[Any]]
 Cut = tuple[tuple[int, int], ...]  # first and last layer of each shard
 
 
@@ -462,10 +464,10 @@ def generate(forwards: Sequence[Forward], prompt: Ids, chunks: tuple[int, ...]) 
     position, pieces = 0, np.split(prompt, np.cumsum(chunks)[:-1])
     while len(tokens) < ANSWER:
         carried: npt.NDArray[Any] = pieces.pop(0)
-        segment = Segment(0, position, len(carried), not pieces)
+        each = in_slot(0, position, len(carried), not pieces)
         position += len(carried)
         for forward in forwards:
-            carried = forward(carried, [segment])
+            carried = forward(carried, [each])
         if not pieces:
             logits.append(carried[0].copy())
             tokens.append(int(carried[0].argmax()))
@@ -482,14 +484,14 @@ def generate_together(shards: Sequence[Shard], prompts: Sequence[Ids], chunk: in
     logits: list[list[Floats]] = [[] for _ in prompts]
     held = [0] * len(prompts)
 
-    def run(ids: npt.NDArray[Any], segments: list[Segment]) -> None:
+    def run(ids: npt.NDArray[Any], runs: list[TokenRun]) -> None:
         for shard in shards:
-            ids = shard.forward(ids, segments)
-        for segment in segments:
-            held[segment.slot] += segment.length
-        for segment, row in zip([one for one in segments if one.sample], ids, strict=False):
-            logits[segment.slot].append(row.copy())
-            tokens[segment.slot].append(int(row.argmax()))
+            ids = shard.forward(ids, runs)
+        for each in runs:
+            held[each.slot] += each.length
+        for each, row in zip([one for one in runs if one.sample], ids, strict=False):
+            logits[each.slot].append(row.copy())
+            tokens[each.slot].append(int(row.argmax()))
 
     waiting = [
         (slot, prompts[slot][start : start + chunk])
@@ -500,9 +502,9 @@ def generate_together(shards: Sequence[Shard], prompts: Sequence[Ids], chunk: in
     while any(len(said) < ANSWER for said in tokens):
         if waiting:
             slot, piece = waiting.pop(0)
-            run(piece, [Segment(slot, held[slot], len(piece), held[slot] + len(piece) == len(prompts[slot]))])
+            run(piece, [in_slot(slot, held[slot], len(piece), held[slot] + len(piece) == len(prompts[slot]))])
         if ready := [slot for slot in next(orders) if 0 < len(tokens[slot]) < ANSWER]:
-            run(np.array([tokens[slot][-1] for slot in ready]), [Segment(slot, held[slot], 1, True) for slot in ready])
+            run(np.array([tokens[slot][-1] for slot in ready]), [in_slot(slot, held[slot], 1, True) for slot in ready])
     return list(zip(tokens, logits, strict=True))
 
 
@@ -528,7 +530,7 @@ def controls(inspected: Inspected, model: Any, prompt: Ids, tokens: list[int], f
     def same(forwards: Sequence[Forward], given: Ids = prompt) -> bool:
         return generate(forwards, given, (len(given),))[0] == tokens
 
-    def head_alone(hidden: npt.NDArray[Any], segments: Sequence[Segment]) -> npt.NDArray[Any]:
+    def head_alone(hidden: npt.NDArray[Any], runs: Sequence[TokenRun]) -> npt.NDArray[Any]:
         with torch.inference_mode():
             logits: npt.NDArray[Any] = model.get_output_embeddings()(torch.from_numpy(hidden[-1:])).numpy()
             return logits
@@ -570,7 +572,7 @@ def permute_positions(shard: Any) -> None:
         shard._blocks = lambda rows, places, batch: blocks(rows, places[:, ::-1], batch)  # type: ignore[method-assign]
     else:
         positions = shard.positions
-        shard.positions = lambda segment: positions(segment).flip(0)
+        shard.positions = lambda each: positions(each).flip(0)
 
 
 def example(family: Family, directory: Path) -> Example:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from peerllm.engine.base import Draw, Progress, Segment, Tensor
+from peerllm.engine.base import Draw, Progress, Tensor
 from peerllm.engine.messages import (
     Configure,
     Configured,
@@ -30,6 +30,7 @@ from peerllm.engine.messages import (
 from peerllm.engine.process.engine_line import MemoryChannel
 from peerllm.engine.process.runtime import Engine
 from peerllm.errors import EngineError
+from peerllm.transport.frames import TokenRun
 from peerllm.transport.identity import load_or_create
 from peerllm.types import Sampling
 
@@ -41,7 +42,7 @@ PASS_S = 1e-4  # a real pass lets go of Python's lock; one that never does leave
 class FakeShard:
     """The next token is the sum of all tokens of the slot, modulo the vocabulary: wrong whenever a slot is."""
 
-    hidden_size, weight_bytes, kv_bytes, reach = 4, 1000, 100, None
+    hidden_size, vocabulary, weight_bytes, kv_bytes, reach = 4, VOCABULARY, 1000, 100, None
 
     def __init__(self, backend: FakeBackend, spec: LoadStage) -> None:
         self.first_layer, self.last_layer = spec.first_layer, spec.last_layer
@@ -49,21 +50,21 @@ class FakeShard:
         self._backend = backend
         self._sums: dict[int, int] = {}
         self.closed = False
-        self.batches: list[list[Segment]] = []
+        self.batches: list[list[TokenRun]] = []
 
-    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
-        self.batches.append(list(segments))
-        self._backend.before_forward(self, segments)
+    def forward(self, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor:
+        self.batches.append(list(runs))
+        self._backend.before_forward(self, runs)
         time.sleep(PASS_S)
         rows, start = [], 0
-        for segment in segments:
-            ids = inputs[start : start + segment.length]
-            start += segment.length
-            base = 0 if segment.position == 0 else self._sums[segment.slot]
-            self._sums[segment.slot] = base + int(ids.sum())
-            if segment.sample:
+        for each in runs:
+            ids = inputs[start : start + each.length]
+            start += each.length
+            base = 0 if each.position == 0 else self._sums[each.slot]
+            self._sums[each.slot] = base + int(ids.sum())
+            if each.sample:
                 row = np.zeros(VOCABULARY, np.float32)
-                row[self._sums[segment.slot] % VOCABULARY] = 1
+                row[self._sums[each.slot] % VOCABULARY] = 1
                 rows.append(row)
         return np.stack(rows) if rows else np.empty((0, VOCABULARY), np.float32)
 
@@ -91,7 +92,7 @@ class FakeBackend:
 
     def __init__(self) -> None:
         self.shards: list[FakeShard] = []
-        self.before_forward: Callable[[FakeShard, Sequence[Segment]], None] = lambda shard, segments: None
+        self.before_forward: Callable[[FakeShard, Sequence[TokenRun]], None] = lambda shard, runs: None
         self.between_passes: Callable[[Callable[[], None]], None] = lambda check: check()
         self.before_load: Callable[[LoadStage, Progress], None] = lambda spec, progress: None
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 import struct
 import tracemalloc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,30 +18,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from peerllm.engine.base import Segment, Tensor
+from peerllm.engine.base import Tensor
 from peerllm.engine.messages import LoadStage, Record, Recorded, Span
 from peerllm.engine.model.torch_shard import load_shard
-from peerllm.engine.schedule.batching import Piece, Scheduler
+from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
 from peerllm.engine.wire.parcels import (
     DTYPES,
-    Activation,
     Opened,
     Parcel,
+    TokenBatch,
+    dequantised,
     from_frame,
-    lengthen,
-    shorten,
-    split,
+    quantised,
     stage_limits,
     to_frame,
 )
-from peerllm.engine.wire.quantised import restored, rounded
+from peerllm.engine.wire.quantised import dequantise, quantise
 from peerllm.errors import FrameError
-from peerllm.transport.frames import Frame, FrameRefused, NamedTensor, Rule, decode, encode
+from peerllm.transport.frames import Frame, FrameRefused, NamedTensor, Rule, TokenRun, decode, encode
 from peerllm.types import Sampling
 from tests.engine.engines import WAIT_S, Cut, Deployed, deploy, devices, stage_specs
 from tests.engine.fakes import DEPLOYMENT, stage
+from tests.engine.runs import in_slot, sequences
 from tests.engine.tiny import make_llama, prompt
 
 pytestmark = pytest.mark.timeout(240)
@@ -62,30 +63,30 @@ def hidden_states(draw: st.DrawFn) -> Tensor:
 
 @given(hidden_states())
 def test_what_comes_back_is_half_a_step_off_at_most(hidden: Tensor) -> None:
-    values, scales = rounded(hidden)
+    values, scales = quantise(hidden)
     assert values.dtype == np.int8 and np.abs(values).max() <= 127 and (scales > 0).all()
     step, exact = scales.astype(float)[:, None], hidden.astype(float)
-    off = np.abs(exact - restored(values, scales, DTYPES["float32"]).astype(float))
+    off = np.abs(exact - dequantise(values, scales, DTYPES["float32"]).astype(float))
     assert (off <= step / 2 * (1 + 1e-5)).all()
-    off = np.abs(exact - restored(values, scales, hidden.dtype).astype(float))
+    off = np.abs(exact - dequantise(values, scales, hidden.dtype).astype(float))
     assert (off <= step * (1 + 1e-5)).all()  # the nearest number there is can be as far off again
-    assert np.array_equal(rounded(hidden[:1])[0], values[:1]), "a row is right by itself"
+    assert np.array_equal(quantise(hidden[:1])[0], values[:1]), "a row is right by itself"
 
 
 @given(hidden_states())
 def test_the_wire_changes_nothing_of_it(hidden: Tensor) -> None:
-    parcel, lost = shorten(activation(hidden))
+    parcel, lost = quantised(activation(hidden))
     assert parcel is not None and not lost
     (came,) = from_frame(decode(encode(to_frame(parcel, DEPLOYMENT, 1, 1)), limits(hidden.shape[1])))
-    assert isinstance(came, Activation) and came.scales is not None
-    assert np.array_equal(came.hidden, parcel.hidden) and np.array_equal(came.scales, parcel.scales)
-    whole = lengthen(came, hidden.dtype)
-    assert whole.hidden.dtype == hidden.dtype
-    assert [piece.data.shape for piece in split(whole)] == [(1, hidden.shape[1])] * hidden.shape[0]
+    assert isinstance(came, TokenBatch) and came.scales is not None
+    assert np.array_equal(came.rows, parcel.rows) and np.array_equal(came.scales, parcel.scales)
+    whole = dequantised(came, hidden.dtype)
+    assert whole.rows.dtype == hidden.dtype
+    assert whole.rows.shape == hidden.shape and whole.runs == tuple(parcel.runs)
 
 
-def activation(hidden: Tensor) -> Activation:
-    return Activation([Piece(n + 1, n, 5, 1, True, None) for n in range(hidden.shape[0])], hidden)
+def activation(hidden: Tensor) -> TokenBatch:
+    return TokenBatch([TokenRun(n + 1, n, 5, 1, True) for n in range(hidden.shape[0])], hidden)
 
 
 def spec(**changes: Any) -> LoadStage:
@@ -109,16 +110,16 @@ def limits(width: int, **changes: Any) -> Any:
 def test_rows_that_are_not_finite_are_left_out_and_no_others(bad: float) -> None:
     hidden = np.random.default_rng(1).standard_normal((7, 8)).astype(HALF["bfloat16"])
     hidden[3, 5] = bad
-    pieces = [Piece(1, 0, 0, 2, False, None), Piece(2, 1, 0, 3, False, None), Piece(3, 2, 9, 2, True, None)]
-    parcel, lost = shorten(Activation(pieces, hidden))
-    assert lost == [pieces[1]] and parcel is not None and list(parcel.pieces) == [pieces[0], pieces[2]]
-    values, scales = rounded(hidden[[0, 1, 5, 6]])
-    assert np.array_equal(parcel.hidden, values) and np.array_equal(parcel.scales, scales)
+    runs = [TokenRun(1, 0, 0, 2, False), TokenRun(2, 1, 0, 3, False), TokenRun(3, 2, 9, 2, True)]
+    parcel, lost = quantised(TokenBatch(runs, hidden))
+    assert lost == [runs[1]] and parcel is not None and list(parcel.runs) == [runs[0], runs[2]]
+    values, scales = quantise(hidden[[0, 1, 5, 6]])
+    assert np.array_equal(parcel.rows, values) and np.array_equal(parcel.scales, scales)
     hidden[:, 0] = bad
-    assert shorten(Activation(pieces, hidden)) == (None, pieces)
+    assert quantised(TokenBatch(runs, hidden)) == (None, runs)
     largest = np.full((600, 2), ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-    one = Piece(1, 0, 0, 600, False, None)
-    assert shorten(Activation([one], largest))[1] == [], "finite, whatever its scales add up to"
+    one = TokenRun(1, 0, 0, 600, False)
+    assert quantised(TokenBatch([one], largest))[1] == [], "finite, whatever its scales add up to"
 
 
 class _Nowhere:
@@ -136,7 +137,10 @@ class _Nowhere:
 class _Passes:
     """A shard that hands on made-up rows."""
 
-    reach, hidden_size, kv_bytes = None, 4, 0
+    reach, hidden_size, vocabulary, kv_bytes = None, 4, 9, 0
+
+    def forward(self, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor:
+        return inputs
 
     def release(self, slot: int) -> None: ...
     def close(self) -> None: ...
@@ -155,15 +159,16 @@ def test_a_sequence_whose_numbers_are_not_finite_ends_and_the_others_go_on() -> 
     hidden = np.ones((2, 4), HALF["bfloat16"])
     hidden[0, 2] = math.inf
     way.frames.clear()
-    deployment.computed(0, Activation([Piece(n, n - 1, 0, 1, True, None) for n in (1, 2)], hidden))
+    batch = TokenBatch([TokenRun(n, n - 1, 0, 1, True) for n in (1, 2)], hidden)
+    deployment.computed(0, *deployment.stages[0].compute(batch))
     (released,), (sent,) = (from_frame(frame) for frame in way.frames)
     assert released.sequence == 1 and "no finite numbers" in released.reason  # type: ignore[union-attr]
-    assert isinstance(sent, Activation) and sent.scales is not None and [piece.sequence for piece in sent.pieces] == [2]
+    assert isinstance(sent, TokenBatch) and sent.scales is not None and sequences(sent) == [2]
 
 
 def frame_of(*tensors: NamedTensor, tokens: int = 2) -> Frame:
-    pieces = [Piece(1, 0, 0, tokens, True, None)]
-    exact = to_frame(Activation(pieces, np.zeros((tokens, 4), HALF["bfloat16"])), DEPLOYMENT, 1, 1)
+    runs = [TokenRun(1, 0, 0, tokens, True)]
+    exact = to_frame(TokenBatch(runs, np.zeros((tokens, 4), HALF["bfloat16"])), DEPLOYMENT, 1, 1)
     return replace(exact, tensors=tensors)
 
 
@@ -222,10 +227,10 @@ def test_what_comes_in_is_read_where_it_lies(form: str) -> None:
     """Neither a frame that is taken nor one that is refused makes a copy of a payload."""
     tokens, width = 512, 2048
     hidden = np.random.default_rng(1).standard_normal((tokens, width)).astype(HALF["bfloat16"])
-    piece = Piece(1, 0, 0, tokens, False, None)
-    parcel: Parcel | None = Activation([piece], hidden)
+    run = TokenRun(1, 0, 0, tokens, False)
+    parcel: Parcel | None = TokenBatch([run], hidden)
     if form == "int8":
-        parcel = shorten(Activation([piece], hidden))[0]
+        parcel = quantised(TokenBatch([run], hidden))[0]
     assert parcel is not None
     allowed = limits(width, upstream_activations=form, chunk=tokens)
     data = encode(to_frame(parcel, DEPLOYMENT, 1, 1))
@@ -239,7 +244,7 @@ def test_what_comes_in_is_read_where_it_lies(form: str) -> None:
         decode(data, refusing)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    read = came.hidden  # type: ignore[union-attr]
+    read = came.rows  # type: ignore[union-attr]
     assert start <= read.ctypes.data < start + len(data)
     assert peak < 1 << 16
 
@@ -269,8 +274,8 @@ def by_hand(deployed: Deployed, ids: list[int], count: int, forms: tuple[str, ..
         position = len(ids) + len(said) - 1 if said else 0
         rows = np.array(given)
         for shard, form in zip(shards, (*forms, "exact"), strict=True):
-            rows = shard.forward(rows, [Segment(0, position, len(given), True)])
-            rows = restored(*rounded(rows), rows.dtype) if form == "int8" else rows
+            rows = shard.forward(rows, [in_slot(0, position, len(given), True)])
+            rows = dequantise(*quantise(rows), rows.dtype) if form == "int8" else rows
         said.append(int(rows.argmax()))
     for shard in shards:
         shard.close()

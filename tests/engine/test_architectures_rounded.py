@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from peerllm.engine.base import Segment
 from peerllm.engine.graph import weights
 from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.types import BITS
@@ -29,6 +28,7 @@ from tests.engine.architectures import (
     tiny_model,
 )
 from tests.engine.kernels.test_rounding import restored
+from tests.engine.runs import in_slot
 
 WIDER = {"hidden_size": 64, "intermediate_size": 128, "n_inner": 128, "head_dim": 16}  # for blocks of 32 and of 128
 EXPERTS_TOO = {**EXPERTS, "moe_intermediate_size": 64}
@@ -55,7 +55,7 @@ def logits(directory: Path, quantize: str, cut: Cut = WHOLE) -> Floats:
     for position, token in enumerate(IDS):
         carried: npt.NDArray[Any] = np.array([token])
         for shard in shards:
-            carried = shard.forward(carried, [Segment(0, position, 1, True)])
+            carried = shard.forward(carried, [in_slot(0, position, 1, True)])
         rows.append(carried[0].copy())
     return np.array(rows)
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peerllm.engine import base
 from peerllm.engine.state.kv_cache import kv_bytes, slot_caches
-from peerllm.engine.state.states import LayerState, SlotLayer
+from peerllm.engine.state.layer_states import LayerState, SlotLayer
 from peerllm.errors import EngineError
 
 CONTEXT = 200
@@ -74,6 +74,22 @@ def test_goes_back_as_far_as_promised(window, moves):
         assert keys[0, 1, :, 2].tolist() == values[0, 0, :, 4].tolist() == held[offset : offset + shown]
         assert offset + shown == len(held)
         furthest = max(furthest, len(held))
+
+
+@pytest.mark.parametrize("length", [14, 18, 30])
+def test_a_window_goes_back_while_it_is_whole_and_no_further(length: int) -> None:
+    window = 5
+    ours, other = layer(window), layer(window)
+    for one in (ours, other):
+        for position in range(length):
+            one.update(tokens(position, 1, 3), tokens(position, 1, 5))
+    furthest_back = ours.held - (window - 1)
+    with pytest.raises(EngineError, match="too far back"):
+        other.seek(length - furthest_back - 1)
+    ours.seek(length - furthest_back)
+    keys, _ = ours.update(tokens(90, 1, 3), tokens(90, 1, 5))
+    start = length - furthest_back
+    assert keys[0, 0, :, 0].tolist() == [*range(start - window + 1, start), 90]
 
 
 def test_a_full_slot_refuses():

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peerllm.engine.base import Segment
 from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.engine.model.torch_shard import load_shard
 from peerllm.engine.weights import checkpoint
 from peerllm.engine.weights.checkpoint import read_header, read_tensors
 from peerllm.errors import BadInputError, ModelError, RefusedError
 from tests.engine.architectures import FAMILIES, generate, quiet, reference, save, stage, tiny_model
+from tests.engine.runs import in_slot
 
 LLAMA = next(family for family in FAMILIES if family.model_type == "llama")
 MIXTRAL = next(family for family in FAMILIES if family.model_type == "mixtral")
@@ -213,14 +213,14 @@ def test_tensors_of_other_layers_are_not_read(model):
     data[:start] = b"\xff" * start
     weights(model).write_bytes(bytes(data[:end]))
     shard = load_shard(spec)
-    assert np.isfinite(shard.forward(np.ones((3, 32), np.float32), [Segment(0, 0, 3)])).all()
+    assert np.isfinite(shard.forward(np.ones((3, 32), np.float32), [in_slot(0, 0, 3)])).all()
     assert shard.weight_bytes == inspection.profile.layers[2].memory_bytes
 
 
 def test_tensors_that_are_no_numbers_are_loaded(model):
     rewrite(model, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(float("nan")))
     shard = load_shard(stage(inspect_model(model), 1, 2))
-    assert np.isnan(shard.forward(np.ones((2, 32), np.float32), [Segment(0, 0, 2)])).any()
+    assert np.isnan(shard.forward(np.ones((2, 32), np.float32), [in_slot(0, 0, 2)])).any()
 
 
 def test_stage_without_its_tensors(model):

@@ -15,7 +15,6 @@ import torch
 
 from peerllm.cli.parser import build_parser
 from peerllm.daemon.engine_link.machine import lent_of
-from peerllm.engine.base import Segment
 from peerllm.engine.kernels import products
 from peerllm.engine.kernels.accelerator import PROCESSORS, ComputePlace, find
 from peerllm.engine.messages import Inspected, Measure, TimeLayers
@@ -26,6 +25,7 @@ from peerllm.engine.weights.rounding import rounded
 from peerllm.errors import BadInputError
 from tests.engine.architectures import FAMILIES, FULL, Family, quiet, save, stage, tiny_model
 from tests.engine.pretend import CPU, DEVICE, Pretend, a_pass, accelerator
+from tests.engine.runs import in_slot
 
 SLOTS, CONTEXT, CUT = 2, 32, 3
 PROMPTS = [3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5]
@@ -50,10 +50,10 @@ def answers(shards: list[TorchShard]) -> list[torch.Tensor]:
     found, at = [], [0, 0]
     for ids in (PROMPTS, *([[one] for one in pair] for pair in NEXT)):
         row = np.array([one for some in ids for one in some])
-        segments = [Segment(slot, at[slot], len(some), True) for slot, some in enumerate(ids)]
+        runs = [in_slot(slot, at[slot], len(some), True) for slot, some in enumerate(ids)]
         for shard in shards:
             with a_pass():
-                row = shard.forward(row, segments)
+                row = shard.forward(row, runs)
             assert type(row) is np.ndarray
         found.append(torch.from_numpy(row))
         at = [place + len(some) for place, some in zip(at, ids, strict=True)]

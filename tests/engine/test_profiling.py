@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from peerllm.engine.backends import Backends
-from peerllm.engine.base import Segment
 from peerllm.engine.graph.describe import UnfitError, describe
 from peerllm.engine.graph.graph_inspect import block_kinds
 from peerllm.engine.measure import layer_times
@@ -28,6 +27,7 @@ from peerllm.engine.model.torch_mockup import TorchOutline
 from peerllm.engine.model.torch_shard import TorchShard
 from peerllm.engine.sampler import SeededSampler
 from peerllm.errors import BadInputError, EngineError, ModelError, RefusedError, UnavailableError
+from peerllm.transport.frames import TokenRun
 from peerllm.types import WorkingSpace
 from tests.engine.architectures import COMMON, FAMILIES
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, stage
@@ -96,12 +96,12 @@ def test_kinds_are_those_that_the_files_have(llama: tuple[str, tuple[str, ...]],
 @pytest.mark.parametrize("name", ["Llama", "Qwen3-Next"])
 def test_steps_begin_a_sequence_or_stand_behind_two_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of layers that cannot go back to where they were, too."""
-    seen: list[tuple[int, list[Segment]]] = []
+    seen: list[tuple[int, list[TokenRun]]] = []
     forward = TorchShard.forward
 
-    def watched(shard: TorchShard, inputs: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
-        seen.append((shard.first_layer, list(segments)))
-        return forward(shard, inputs, segments)
+    def watched(shard: TorchShard, inputs: torch.Tensor, runs: list[TokenRun]) -> torch.Tensor:
+        seen.append((shard.first_layer, list(runs)))
+        return forward(shard, inputs, runs)
 
     monkeypatch.setattr(TorchShard, "forward", watched)
     found = timed(json.dumps(json.loads(config(name)) | {"max_position_embeddings": 512}))
@@ -110,14 +110,14 @@ def test_steps_begin_a_sequence_or_stand_behind_two_chunks(name: str, monkeypatc
     blocks = [row for first, row in seen if 0 < first < head]
     steps = [row for row in blocks if row[0].slot != 16]
     assert {len(row) for row in steps} == {1, 4, 16}
-    assert all(len({segment.slot for segment in row}) == len(row) for row in steps)
-    assert all(segment.length == 1 and segment.position < 64 for row in steps for segment in row)
+    assert all(len({each.slot for each in row}) == len(row) for row in steps)
+    assert all(each.length == 1 and each.position < 64 for row in steps for each in row)
     prompts = [(row[0].position, row[0].length) for row in blocks if row[0].slot == 16]
     once = [(0, CHUNK), (CHUNK, CHUNK), *((2 * CHUNK + number, 1) for number in range(STEPS))]
     assert prompts == once * (len(prompts) // len(once))
     heads = [row for first, row in seen if first == head]
-    assert any(segment.sample for row in heads for segment in row)
-    assert all(segment.length == 1 for row in heads for segment in row)
+    assert any(each.sample for row in heads for each in row)
+    assert all(each.length == 1 for row in heads for each in row)
     counts = {kind: [count for count, _ in points] for kind, points in found.layer_ms.items()}
     assert counts["embedding"] == [1, CHUNK] and counts["head"] == [1, 4, 16]
     (block, *_) = (kind for kind in counts if kind.startswith("block"))
@@ -229,17 +229,17 @@ class Pretended(Sizes):
         self.is_head = mockup.layer == self.head
         return self
 
-    def forward(self, inputs: np.ndarray, segments: list[Segment]) -> np.ndarray:
-        assert inputs.dtype in (np.int64, np.float32) and len(inputs) == sum(segment.length for segment in segments)
-        assert all(segment.position + segment.length <= self.context for segment in segments)
-        for segment in segments:
-            if not self.rewinds and segment.position not in (0, self.held[segment.slot]):
+    def forward(self, inputs: np.ndarray, runs: list[TokenRun]) -> np.ndarray:
+        assert inputs.dtype in (np.int64, np.float32) and len(inputs) == sum(each.length for each in runs)
+        assert all(each.position + each.length <= self.context for each in runs)
+        for each in runs:
+            if not self.rewinds and each.position not in (0, self.held[each.slot]):
                 raise EngineError("it only goes on")
-            self.held[segment.slot] = segment.position + segment.length
-            self.fullest = max(self.fullest, self.held[segment.slot])
-        before = segments[0].position // 100 if not self.is_head and len(segments) == 1 else 0
+            self.held[each.slot] = each.position + each.length
+            self.fullest = max(self.fullest, self.held[each.slot])
+        before = runs[0].position // 100 if not self.is_head and len(runs) == 1 else 0
         self.now += (1 + len(inputs) + before) / 1e3
-        return np.zeros((len(segments) if self.is_head else len(inputs), self.hidden_size), np.float32)
+        return np.zeros((len(runs) if self.is_head else len(inputs), self.hidden_size), np.float32)
 
     def close(self) -> None:
         self.held = dict.fromkeys(self.held, 0)
@@ -286,11 +286,11 @@ def test_a_sequence_whose_room_is_full_begins_anew(monkeypatch: pytest.MonkeyPat
 def test_passes_that_are_disturbed_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     model, forward, passes = Pretended(), Pretended.forward, [0]
 
-    def disturbed(shard: Pretended, inputs: np.ndarray, segments: list[Segment]) -> np.ndarray:
+    def disturbed(shard: Pretended, inputs: np.ndarray, runs: list[TokenRun]) -> np.ndarray:
         if len(inputs) == 1 and inputs.dtype == np.int64:
             passes[0] += 1
             shard.now += 0.5 * (passes[0] % 2)
-        return forward(shard, inputs, segments)
+        return forward(shard, inputs, runs)
 
     monkeypatch.setattr(layer_times, "RUNS", 8)
     monkeypatch.setattr(layer_times, "RUNS_S", 1e9)

@@ -9,11 +9,11 @@ from peerllm.engine.messages import Submit
 from peerllm.engine.schedule.prompt_turns import PromptTurns
 from peerllm.engine.schedule.source_sequences import SourceSequences
 from peerllm.types import Sampling
-from tests.engine.fakes import DEPLOYMENT
+from tests.engine.fakes import DEPLOYMENT, VOCABULARY
 
 
 def test_clients_take_turns_however_many_prompts_one_of_them_has() -> None:
-    source = SourceSequences(DEPLOYMENT, slots=4, context=64, chunk=4, stages=4)
+    source = SourceSequences(DEPLOYMENT, slots=4, context=64, chunk=4, stages=4, vocabulary=VOCABULARY)
     for sequence, client in ((1, "a"), (2, "a"), (3, "a"), (4, "b")):
         source.submit(Submit(DEPLOYMENT, sequence, tuple(range(16)), 5, (), Sampling(), client=client))
     assert [feed.sequence for feed in source.feed()] == [1, 4, 2, 4, 3, 4, 1, 4], "b has half of the window"

@@ -19,19 +19,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from peerllm.engine import base
-from peerllm.engine.base import Reach, Segment, Tensor
+from peerllm.engine.base import Reach, Tensor
 from peerllm.engine.messages import Hop, Submit, Tokens
 from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
-from peerllm.engine.state.idle import IdleSlots, Remains
 from peerllm.engine.state.kv_cache import slot_caches
-from peerllm.engine.state.states import LayerState
+from peerllm.engine.state.layer_states import LayerState
+from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache
 from peerllm.engine.wire.parcels import Opened, Released, from_frame, source_limits, stage_limits
 from peerllm.errors import EngineError, LinkError
-from peerllm.transport.frames import Frame, FrameRefused, decode, encode
+from peerllm.transport.frames import Frame, FrameRefused, TokenRun, decode, encode
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, stage
+from tests.engine.runs import in_slot
 
 STAGES, CONTEXT, CHUNK, WINDOW, SLACK = 3, 40, 4, 3, 2
 MODULUS, WORDS = 251, 4  # few words: prompts often begin alike
@@ -60,7 +61,7 @@ def expected(prompt: Sequence[int], count: int) -> list[int]:
 class Adder:
     """A shard whose output for a token is the sum of its input and all before it in the slot."""
 
-    hidden_size, weight_bytes, kv_bytes, weights = 1, 1, 1, {}
+    hidden_size, vocabulary, weight_bytes, kv_bytes, weights = 1, WORDS, 1, 1, {}
 
     def __init__(self, kind: str, slots: int, head: bool) -> None:
         self.first_layer = self.last_layer = 0
@@ -70,28 +71,28 @@ class Adder:
         self._window = slot_caches([state.kind], [state.arguments], {0: state}, slots, CONTEXT)
         self.fails = 0  # at the pass so many from now
 
-    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def forward(self, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor:
         if self.fails:
             self.fails -= 1
             if not self.fails:
                 raise EngineError("it fails on purpose")
         rows, start = [], 0
-        for segment in segments:
-            held = self._held[segment.slot]
+        for each in runs:
+            held = self._held[each.slot]
             if self._kind == "window":
-                cache = self._window[segment.slot]
-                cache.seek(segment.position)  # raises where the real cache would
-                cache.update(*torch.zeros(2, 1, 1, segment.length, 1), 0)
-                cache.advance(segment.length)
-            exact = self._kind in ("recurrent", "never") and segment.position
-            if segment.position > len(held) or (exact and segment.position != len(held)):
-                raise EngineError(f"{len(held)} held, {segment.position} wanted")
-            held[segment.position :] = inputs[start : start + segment.length].flatten().astype(int).tolist()
-            start += segment.length
-            new = np.array(sums(held)[segment.position :], np.float32)
+                cache = self._window[each.slot]
+                cache.seek(each.position)  # raises where the real cache would
+                cache.update(*torch.zeros(2, 1, 1, each.length, 1), 0)
+                cache.advance(each.length)
+            exact = self._kind in ("recurrent", "never") and each.position
+            if each.position > len(held) or (exact and each.position != len(held)):
+                raise EngineError(f"{len(held)} held, {each.position} wanted")
+            held[each.position :] = inputs[start : start + each.length].flatten().astype(int).tolist()
+            start += each.length
+            new = np.array(sums(held)[each.position :], np.float32)
             if not self._head:
                 rows.append(new[:, None])
-            elif segment.sample:
+            elif each.sample:
                 rows.append(np.eye(WORDS, dtype=np.float32)[new[-1:].astype(int) % WORDS])
         return np.concatenate(rows) if rows else np.empty((0, WORDS), np.float32)
 
@@ -154,10 +155,10 @@ class Plan:
         assert batch is not None
         deployment = self.deployments[place]
         try:
-            deployment.computed(place, deployment.stages[place].compute(batch[1]))
+            deployment.computed(place, *deployment.stages[place].compute(batch[1]))
         except EngineError as error:
-            for piece in batch[1]:
-                deployment.fail(place, piece, str(error))
+            for run in batch[1].runs:
+                deployment.fail(place, run, str(error))
 
     def waiting(self, place: int) -> int:
         return self.schedules[place].waiting((DEPLOYMENT, place))
@@ -318,7 +319,7 @@ TestHousehold = Household.TestCase
 )
 def test_an_empty_slot_first_then_the_one_left_longest_ago(kind: str, slots: int, lives: Any) -> None:
     """Against a list of what ended, in its order; `True` lets a sequence run on until all slots are taken."""
-    idle, ended, running = IdleSlots(slots, KINDS[kind]), [], set()
+    idle, ended, running = PrefixCache(slots, KINDS[kind]), [], set()
     for number, (client, prompt, extra, stays) in enumerate(lives):
         choice = idle.take(running, prompt, client)
         if choice is None:
@@ -341,7 +342,7 @@ def test_an_empty_slot_first_then_the_one_left_longest_ago(kind: str, slots: int
             continue
         ids = (*prompt, *[1] * extra)
         furthest = max(choice.furthest, len(ids))
-        idle.keep(slot, Remains(number, client, ids, furthest))
+        idle.keep(slot, CachedPrefix(number, client, ids, furthest))
         if idle.kept(slot):
             ended.append(Kept(slot, client, ids, furthest))
         assert len(ended) <= slots
@@ -353,11 +354,11 @@ class Kept:
 
 
 def test_another_conversation_with_the_same_beginning_leaves_a_long_one_alone() -> None:
-    idle = IdleSlots(2, Reach(True))
-    idle.keep(0, Remains(1, "", tuple(range(50)), 50))
+    idle = PrefixCache(2, Reach(True))
+    idle.keep(0, CachedPrefix(1, "", tuple(range(50)), 50))
     choice = idle.take((), [*range(10), 99, 98], "")
     assert choice is not None and (choice.slot, choice.position) == (1, 0)
-    idle.keep(1, Remains(2, "", (*range(10), 99, 98, 97), 13))
+    idle.keep(1, CachedPrefix(2, "", (*range(10), 99, 98, 97), 13))
     again = idle.take((), list(range(8)), "")  # asked once more, word for word: it is the same conversation
     assert again is not None and (again.slot, again.position) in ((0, 7), (1, 7))
 
@@ -373,9 +374,9 @@ def opened(plan: Plan, *parcels: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("slot", "position", "why"),
     [
-        (1, 4, "keeps 3 positions"),  # more than is there
+        (1, 4, "keeps 3 tokens"),  # more than is there
         (0, 1, "taken"),  # of a running sequence
-        (2, 1, "keeps 0 positions"),  # of nobody
+        (2, 1, "keeps 0 tokens"),  # of nobody
         (3, 1, "does not exist"),
         (1, -1, "begins at -1"),
     ],
@@ -386,7 +387,7 @@ def test_what_a_stage_does_not_hold_cannot_be_taken_up(slot: int, position: int,
         opened(plan, Opened(number, number, Sampling()))
     stage_of = plan.deployments[1].stages[1]
     for number in (0, 1):
-        stage_of.slots.extend(number, number, 0, 4)
+        stage_of.slots.extend(in_slot(number, 0, 4))
     assert opened(plan, Released(1, 1, keep=3)) == [Released(1, 1, keep=3)]
     assert stage_of.slots.idle == (1,)
     (refused,) = opened(plan, Opened(7, slot, Sampling(), position)) if slot < 3 else [_direct(stage_of, slot)]
@@ -417,7 +418,7 @@ def test_what_is_kept(parcel: Released, kept: int) -> None:
     plan = Plan("full", 2)
     opened(plan, Opened(0, 0, Sampling()))
     slots = plan.deployments[1].stages[1].slots
-    slots.extend(0, 0, 0, 4)
+    slots.extend(in_slot(0, 0, 4))
     opened(plan, parcel)
     assert len(slots) == 0 and slots._idle.get(0, 0) == kept
     opened(plan, Released(2**64 - 1, 0))

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from peerllm.engine.base import Progress, Segment
+from peerllm.engine.base import Progress
 from peerllm.engine.messages import (
     Cancel,
+    Configured,
     Connect,
     Done,
     Failed,
     Inspect,
+    LayersTimed,
     LoadProgress,
     LoadStage,
     Measure,
     Measured,
     QueryLoad,
+    TimeLayers,
     Tokens,
+    Trust,
+    Trusted,
     Unload,
 )
-from peerllm.errors import EngineError
+from peerllm.engine.process import runtime
+from peerllm.engine.process.engine_line import MemoryChannel
+from peerllm.errors import EngineError, LinkError
+from peerllm.transport.frames import TokenRun
+from peerllm.transport.identity import load_or_create
+from peerllm.transport.links import DataPlane, Link
 from tests.engine.fakes import DEPLOYMENT, Broke, FakeBackend, FakeShard, engine, expected, stage
 
 pytestmark = pytest.mark.timeout(60)
@@ -42,7 +53,7 @@ async def test_many_sequences_over_few_slots(tmp_path: Path) -> None:
             assert ids == expected(range(sequence, sequence * 9 + 1), 30 + sequence) and end.finish == "length"
         sizes = {len(batch) for batch in backend.shards[0].batches}
         assert max(sizes) == 3
-        assert all(sum(segment.length for segment in batch) <= 8 for batch in backend.shards[0].batches)
+        assert all(sum(each.length for each in batch) <= 8 for batch in backend.shards[0].batches)
         load = await line.ask(QueryLoad(line.request()))
         assert load.stages == ((DEPLOYMENT, 0, 0),) and load.measured[f"{DEPLOYMENT}/0"] > 0
 
@@ -129,6 +140,104 @@ async def test_an_accelerator_that_broke_ends_the_engine(tmp_path: Path, at: str
             await asyncio.wait_for(asyncio.shield(line.serving), 10)
 
 
+async def test_layers_are_timed_again_after_a_load_that_failed(tmp_path: Path) -> None:
+    backend = FakeBackend()
+
+    def fail(spec: LoadStage, progress: Progress) -> None:
+        raise EngineError("damaged")
+
+    backend.before_load = fail
+    async with engine(tmp_path, backend) as line:
+        assert isinstance(await line.ask(stage(line.request())), Failed)
+        assert isinstance(await line.ask(TimeLayers(line.request(), "{}", "float32", 1 << 30)), LayersTimed)
+
+
+async def test_layers_are_not_timed_while_an_answer_is_computed(tmp_path: Path) -> None:
+    backend, begun, go = FakeBackend(), threading.Event(), threading.Event()
+
+    def between(check: Callable[[], None]) -> None:
+        check()
+        begun.set()
+        assert go.wait(20)
+        check()
+
+    backend.between_passes = between
+    async with engine(tmp_path, backend) as line:
+        await line.ask(stage(line.request()))
+        request = line.request()
+        line.channel.send(TimeLayers(request, "{}", "float32", 1 << 30))
+        assert await asyncio.to_thread(begun.wait, 20)
+        line.submit(1, [1], 1)
+        await line.finished(1)
+        go.set()
+        failed = await line.until(lambda m: getattr(m, "request", None) == request)
+        assert isinstance(failed, Failed) and failed.kind == "UnavailableError"
+
+
+@pytest.mark.parametrize("over", [0, 1])
+async def test_a_daemon_that_does_not_read_counts_as_gone(monkeypatch: pytest.MonkeyPatch, over: int) -> None:
+    monkeypatch.setattr(runtime, "MAX_UNSENT", 3)
+    ours, theirs = MemoryChannel.pair()
+    running = runtime.Engine(theirs, FakeBackend())
+    for _ in range(3 + over):
+        running.tell(Done(1))  # nothing is sent before the loop has its turn
+    serving = asyncio.create_task(running.run())
+    for _ in range(3):
+        assert await ours.receive() == Done(1)
+    if over:
+        with pytest.raises(EngineError, match="does not read"):
+            await asyncio.wait_for(serving, 10)
+    else:
+        ours.close()
+        await asyncio.wait_for(serving, 10)
+    await running.close()
+
+
+async def test_a_later_epoch_ends_the_links_of_the_one_before(tmp_path: Path) -> None:
+    peer = load_or_create(tmp_path / "peer")
+    plane = DataPlane(peer, ("127.0.0.1",), 0)
+    await plane.start()
+    try:
+        async with engine(tmp_path / "me", FakeBackend()) as line:
+            me = load_or_create(tmp_path / "me")
+            port = next(m for m in line.heard if isinstance(m, Configured)).port
+            await plane.set_trusted([me.certificate_pem])
+            line.channel.send(Trust((Trusted(peer.device, peer.certificate_pem),)))
+
+            async def load(epoch: int) -> Any:
+                return await line.ask(
+                    stage(line.request(), epoch=epoch, stage=1, stages=2, upstream=peer.device, head_device=peer.device)
+                )
+
+            async def dial(epoch: int) -> Link:
+                return await plane.connect(me.device, me.certificate_pem, ("127.0.0.1",), port, DEPLOYMENT, epoch, 1)
+
+            assert isinstance(await load(1), Done)
+            before = await dial(1)
+            assert isinstance(await load(2), Done)
+            await asyncio.wait_for(before.wait_closed(), 20)
+            with pytest.raises(LinkError):
+                await dial(1)
+            refused = await load(1)
+            assert isinstance(refused, Failed) and "is past" in refused.reason
+            now = await dial(2)
+            assert not now.closed
+            now.close()
+            await now.wait_closed()
+    finally:
+        await plane.close()
+
+
+async def test_an_engine_holds_several_stages_of_one_epoch(tmp_path: Path) -> None:
+    async with engine(tmp_path, FakeBackend()) as line:
+        for place in (0, 1, 2):
+            assert isinstance(await line.ask(stage(line.request(), stage=place, stages=3)), Done)
+        refused = await line.ask(stage(line.request(), stage=1, stages=3))
+        assert isinstance(refused, Failed) and "loaded already" in refused.reason
+        held = await line.ask(QueryLoad(line.request()))
+        assert held.stages == tuple((DEPLOYMENT, place, 0) for place in (0, 1, 2))
+
+
 async def test_progress_is_throttled_and_complete(tmp_path: Path) -> None:
     backend = FakeBackend()
 
@@ -148,13 +257,13 @@ async def test_an_exception_in_a_batch_ends_its_sequences_only(tmp_path: Path) -
     async with engine(tmp_path, backend) as line:
         await line.ask(stage(line.request(), micro_batch=1))
 
-        def fail(shard: FakeShard, segments: Sequence[Segment]) -> None:
-            if segments[0].position == 10:
+        def fail(shard: FakeShard, runs: Sequence[TokenRun]) -> None:
+            if runs[0].position == 10:
                 raise MemoryError
 
         backend.before_forward = fail
         line.submit(1, [1] * 4, 50)
-        line.submit(2, [2] * 12, 50)  # chunks at 0 and 8: never a segment at 10
+        line.submit(2, [2] * 12, 50)  # chunks at 0 and 8: never a each at 10
         ids, end = await line.finished(1)
         assert len(ids) == 7 and end.finish == "error" and "out of memory" in end.error and "stage 0" in end.error
         assert (await line.finished(2))[0] == expected([2] * 12, 50)
@@ -166,7 +275,7 @@ async def test_prompts_are_computed_in_the_chunks_that_they_are_cut_into(tmp_pat
     lengths: list[int] = []
     async with engine(tmp_path, backend) as line:
         await line.ask(stage(line.request(), cuts=((1, 8), (9, 3), (12, 4))))
-        backend.before_forward = lambda shard, segments: lengths.extend(segment.length for segment in segments)
+        backend.before_forward = lambda shard, runs: lengths.extend(each.length for each in runs)
         for number, prompt in enumerate((8, 9, 12), 1):
             line.submit(number, [number] * prompt, 1)
             assert (await line.finished(number))[0] == expected([number] * prompt, 1)

@@ -14,7 +14,7 @@ import pytest
 from peerllm.engine.messages import Connect, Submit, Tokens, Trust, Trusted, Unload
 from peerllm.engine.wire.parcels import Opened, Released, to_frame
 from peerllm.errors import LinkError, RefusedError
-from peerllm.transport.frames import Frame, FrameKind, FrameSegment, NamedTensor
+from peerllm.transport.frames import Frame, FrameKind, NamedTensor, TokenRun
 from peerllm.transport.identity import load_or_create
 from peerllm.transport.links import DataPlane, Link
 from tests.engine.engines import GREEDY, WAIT_S, Cut, deploy, devices, inspect, redeploy, retrust, stage_specs
@@ -77,8 +77,8 @@ async def test_what_ends_an_answer(model: Path, tmp_path: Path) -> None:
             (deployed.submit(prompt(33), 5), "1 to 32 tokens"),
             (deployed.submit([], 5), "1 to 32 tokens"),
             (deployed.submit(ids, 0), "at least 1 token"),
-            (deployed.submit([5, 10**6], 5), "stage 0"),
-            (deployed.submit([5, -1], 5), "stage 0"),
+            (deployed.submit([5, 10**6], 5), "token ids"),
+            (deployed.submit([5, -1], 5), "token ids"),
         ):
             nothing, end = await deployed.finished(bad)
             assert nothing == [] and end.finish == "error" and message in end.error and "\n" not in end.error
@@ -156,8 +156,9 @@ async def test_unload_ends_sequences_and_gives_memory_back(tmp_path: Path, tmp_p
     large = make_llama(tmp_path_factory.mktemp("large"), layers=8, hidden=1024)
     async with devices(1, tmp_path) as made:
         before = (await made[0].load()).resident_bytes
-        small = await deploy(made, make_llama(tmp_path_factory.mktemp("small")), ((0, 0, 5),), context=4096)
-        aside = small.submit(prompt(5), LONG)
+        room = {"context": 20_000, "slots": 1}
+        small = await deploy(made, make_llama(tmp_path_factory.mktemp("small")), ((0, 0, 5),), **room)
+        aside = small.submit(prompt(5), 19_000)  # longer than the other takes to load, on a busy machine too
         await small.some(aside, 2)
         warm = (await made[0].load()).resident_bytes
         deployed = await deploy(made, large, ((0, 0, 9),), context=4096)
@@ -214,10 +215,10 @@ def fields(message: object) -> dict[str, object]:
 HIDDEN = 32
 
 
-def activation(deployed: DeployedHere, *segments: FrameSegment, rows: int | None = None) -> Frame:
-    rows = sum(segment.length for segment in segments) if rows is None else rows
+def activation(deployed: DeployedHere, *runs: TokenRun, rows: int | None = None) -> Frame:
+    rows = sum(each.length for each in runs) if rows is None else rows
     tensor = NamedTensor.of("hidden", "F32", (rows, HIDDEN), bytes(4 * rows * HIDDEN))
-    return Frame(FrameKind.ACTIVATION, deployed.id, 1, 1, segments, (tensor,))
+    return Frame(FrameKind.ACTIVATION, deployed.id, 1, 1, runs, (tensor,))
 
 
 async def test_bad_frames_end_the_link_and_nothing_else(model: Path, tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ async def test_bad_frames_end_the_link_and_nothing_else(model: Path, tmp_path: P
             nan.deployment,
             1,
             1,
-            nan.segments,
+            nan.runs,
             (
                 NamedTensor.of("sampling", "F64", (1, 7), b"\xff" * 56),
                 nan.tensors[1],
@@ -258,12 +259,12 @@ async def test_bad_frames_end_the_link_and_nothing_else(model: Path, tmp_path: P
         )
         token, hidden = FrameKind.TOKEN, FrameKind.ACTIVATION
         cases: list[tuple[Frame, str]] = [
-            (activation(deployed, FrameSegment(1, 99, 0, 2)), "names a slot the plan does not have"),
-            (activation(deployed, FrameSegment(1, 0, 60, 8)), "reaches beyond the context"),
-            (activation(deployed, FrameSegment(1, 0, 0, 2), rows=3), "rows do not match"),
-            (activation(deployed, FrameSegment(1, 0, 0, 40)), "exceeds limit"),
-            (Frame(token, deployed.id, 1, 1, (FrameSegment(1, 0, 0, 1),)), "of a kind not allowed here"),
-            (Frame(hidden, deployed.id, 2, 1, (FrameSegment(1, 0, 0, 1),)), "of another epoch"),
+            (activation(deployed, TokenRun(1, 99, 0, 2)), "names a slot the plan does not have"),
+            (activation(deployed, TokenRun(1, 0, 60, 8)), "reaches beyond the context"),
+            (activation(deployed, TokenRun(1, 0, 0, 2), rows=3), "rows do not match"),
+            (activation(deployed, TokenRun(1, 0, 0, 40)), "exceeds limit"),
+            (Frame(token, deployed.id, 1, 1, (TokenRun(1, 0, 0, 1),)), "of a kind not allowed here"),
+            (Frame(hidden, deployed.id, 2, 1, (TokenRun(1, 0, 0, 1),)), "of another epoch"),
             (nan, "bad sampling"),
         ]
         for frame, reason in cases:
@@ -276,14 +277,14 @@ async def test_bad_frames_end_the_link_and_nothing_else(model: Path, tmp_path: P
         # Frames that a link may carry, but no slot holds: ignored, or refused for their sequence alone.
         honest = await link()
         for frame in (
-            activation(deployed, FrameSegment(5, 0, 0, 2)),
+            activation(deployed, TokenRun(5, 0, 0, 2)),
             to_frame(Released(9, 3), deployed.id, 1, 1),
             opened(6, 1),
             opened(6, 1),
             opened(7, 1),
             opened(8, 2),
-            activation(deployed, FrameSegment(8, 2, 4, 2)),
-            activation(deployed, FrameSegment(6, 2, 0, 2)),
+            activation(deployed, TokenRun(8, 2, 4, 2)),
+            activation(deployed, TokenRun(6, 2, 0, 2)),
         ):
             honest.send(frame)
         loaded = {(identity, index) for identity, index, _ in (await victim.load()).stages}

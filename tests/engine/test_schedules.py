@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from peerllm.engine.schedule.batching import Piece
 from peerllm.engine.schedule.step_schedules import SCHEDULES, Bubble, NoBubble, Sequential
+from peerllm.transport.frames import TokenRun
 from peerllm.types import batches_of
 
 LAPS_UNTIL_EVEN = 2
 
 
-def step(sequence: int) -> Piece:
-    return Piece(sequence, sequence, 9, 1, True, None)
+def step(sequence: int) -> TokenRun:
+    return TokenRun(sequence, sequence, 9, 1, True)
 
 
 class Circling(RuleBasedStateMachine):

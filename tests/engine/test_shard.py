@@ -16,12 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peerllm.engine import base
-from peerllm.engine.base import Segment
 from peerllm.engine.messages import Inspected
 from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.engine.model.torch_shard import TorchShard, load_shard
 from peerllm.errors import BadInputError, EngineError
+from peerllm.transport.frames import TokenRun
 from tests.engine.architectures import FAMILIES, VOCABULARY, quiet, save, stage, tiny_model
+from tests.engine.runs import in_slot
 
 SLOTS, CONTEXT = 3, 40
 
@@ -42,10 +43,10 @@ def chain(model_type: str, *firsts: int) -> list[TorchShard]:
     return [load_shard(stage(inspection, a, b - 1, SLOTS, CONTEXT)) for a, b in zip(firsts, ends, strict=True)]
 
 
-def run(shards: list[TorchShard], ids: list[int], segments: list[Segment]) -> torch.Tensor:
+def run(shards: list[TorchShard], ids: list[int], runs: list[TokenRun]) -> torch.Tensor:
     row = np.array(ids)
     for shard in shards:
-        row = shard.forward(row, segments)
+        row = shard.forward(row, runs)
     return torch.from_numpy(row)
 
 
@@ -83,90 +84,90 @@ def test_slots_do_not_disturb_each_other(model_type, steps, seed, monkeypatch):
     generator = torch.Generator().manual_seed(seed)
     held: dict[int, list[int]] = {slot: [] for slot in range(SLOTS)}
     for packed in steps:
-        ids, segments = [], []
+        ids, runs = [], []
         for slot, count, back in packed:
             held[slot] = held[slot][: max(len(held[slot]) - back, 0)]
             if len(held[slot]) + count > CONTEXT:
                 held[slot] = []
             new = torch.randint(0, VOCABULARY, (count,), generator=generator).tolist()
-            segments.append(Segment(slot, len(held[slot]), count, sample=True))
+            runs.append(in_slot(slot, len(held[slot]), count, sample=True))
             held[slot] = held[slot] + new
             ids += new
-        logits = run(shards, ids, segments)
-        assert logits.shape == (len(segments), VOCABULARY)
-        for segment, got in zip(segments, logits, strict=True):
-            torch.testing.assert_close(got, expected(model_type, held[segment.slot]), atol=1e-4, rtol=1e-4)
+        logits = run(shards, ids, runs)
+        assert logits.shape == (len(runs), VOCABULARY)
+        for each, got in zip(runs, logits, strict=True):
+            torch.testing.assert_close(got, expected(model_type, held[each.slot]), atol=1e-4, rtol=1e-4)
 
 
 def test_only_sampled_segments_give_logits():
     shards = chain("llama", 0, 3)
     ids = list(range(3, 12))
-    segments = [Segment(0, 0, 4), Segment(1, 0, 3, sample=True), Segment(2, 0, 2)]
-    logits = run(shards, ids, segments)
+    runs = [in_slot(0, 0, 4), in_slot(1, 0, 3, sample=True), in_slot(2, 0, 2)]
+    logits = run(shards, ids, runs)
     assert logits.shape == (1, VOCABULARY)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits[0], expected("llama", ids[4:7]), atol=1e-4, rtol=1e-4)
-    assert run(shards, [5], [Segment(0, 4, 1)]).shape == (0, VOCABULARY)
-    assert shards[0].forward(np.array([5, 6]), [Segment(0, 5, 2)]).shape == (2, 32)
+    assert run(shards, [5], [in_slot(0, 4, 1)]).shape == (0, VOCABULARY)
+    assert shards[0].forward(np.array([5, 6]), [in_slot(0, 5, 2)]).shape == (2, 32)
 
 
 def test_head_alone_runs_nothing_for_segments_without_sample():
     *before, head = chain("llama", 0, 5)
-    hidden = before[0].forward(np.arange(3, 8), [Segment(0, 0, 5)])
-    assert head.forward(hidden, [Segment(0, 0, 5)]).shape == (0, VOCABULARY)
-    hidden = before[0].forward(np.array([9]), [Segment(0, 5, 1, sample=True)])
-    got = head.forward(hidden, [Segment(0, 5, 1, sample=True)])
+    hidden = before[0].forward(np.arange(3, 8), [in_slot(0, 0, 5)])
+    assert head.forward(hidden, [in_slot(0, 0, 5)]).shape == (0, VOCABULARY)
+    hidden = before[0].forward(np.array([9]), [in_slot(0, 5, 1, sample=True)])
+    got = head.forward(hidden, [in_slot(0, 5, 1, sample=True)])
     torch.testing.assert_close(torch.from_numpy(got[0]), expected("llama", [*range(3, 8), 9]), atol=1e-4, rtol=1e-4)
 
 
 def test_a_gap_is_refused_and_harms_nothing():
     shards = chain("llama", 0)
-    run(shards, [3, 4, 5], [Segment(0, 0, 3)])
+    run(shards, [3, 4, 5], [in_slot(0, 0, 3)])
     with pytest.raises(EngineError, match="gap"):
-        run(shards, [7], [Segment(0, 4, 1)])
-    got = run(shards, [6], [Segment(0, 3, 1, sample=True)])
+        run(shards, [7], [in_slot(0, 4, 1)])
+    got = run(shards, [6], [in_slot(0, 3, 1, sample=True)])
     torch.testing.assert_close(got[0], expected("llama", [3, 4, 5, 6]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("ids", "segments"),
+    ("ids", "runs"),
     [
-        ([3], [Segment(SLOTS, 0, 1)]),
-        ([3], [Segment(-1, 0, 1)]),
-        ([3], [Segment(0, -1, 1)]),
-        ([3], [Segment(0, CONTEXT, 1)]),
-        ([3] * (CONTEXT + 1), [Segment(0, 0, CONTEXT + 1)]),
-        ([3, 4], [Segment(0, 0, 1)]),
-        ([3], [Segment(0, 0, 1), Segment(1, 0, 0)]),
-        ([VOCABULARY], [Segment(0, 0, 1)]),
-        ([-1], [Segment(0, 0, 1)]),
+        ([3], [in_slot(SLOTS, 0, 1)]),
+        ([3], [in_slot(-1, 0, 1)]),
+        ([3], [in_slot(0, -1, 1)]),
+        ([3], [in_slot(0, CONTEXT, 1)]),
+        ([3] * (CONTEXT + 1), [in_slot(0, 0, CONTEXT + 1)]),
+        ([3, 4], [in_slot(0, 0, 1)]),
+        ([3], [in_slot(0, 0, 1), in_slot(1, 0, 0)]),
+        ([VOCABULARY], [in_slot(0, 0, 1)]),
+        ([-1], [in_slot(0, 0, 1)]),
     ],
 )
-def test_rows_that_cannot_be(ids, segments):
+def test_rows_that_cannot_be(ids, runs):
     with pytest.raises(BadInputError):
-        run(chain("llama", 0), ids, segments)
+        run(chain("llama", 0), ids, runs)
 
 
 def test_hidden_states_of_the_wrong_width():
     with pytest.raises(BadInputError, match="hidden states"):
-        chain("llama", 0, 2)[1].forward(np.zeros((1, 31), np.float32), [Segment(0, 0, 1)])
+        chain("llama", 0, 2)[1].forward(np.zeros((1, 31), np.float32), [in_slot(0, 0, 1)])
 
 
 def test_a_slot_holds_its_full_context():
     shards = chain("ministral", 0, 2)
     ids = torch.randint(0, VOCABULARY, (CONTEXT,), generator=torch.Generator().manual_seed(1)).tolist()
-    run(shards, ids[:-1], [Segment(1, 0, CONTEXT - 1)])
-    got = run(shards, ids[-1:], [Segment(1, CONTEXT - 1, 1, sample=True)])
+    run(shards, ids[:-1], [in_slot(1, 0, CONTEXT - 1)])
+    got = run(shards, ids[-1:], [in_slot(1, CONTEXT - 1, 1, sample=True)])
     torch.testing.assert_close(got[0], expected("ministral", ids), atol=1e-4, rtol=1e-4)
 
 
 def test_a_window_cannot_go_back_further_than_it_remembers(monkeypatch):
     monkeypatch.setattr(base, "ROLLBACK_TOKENS", 2)
     shards = chain("mistral", 0)
-    run(shards, [3 + n for n in range(30)], [Segment(0, 0, 30)])
+    run(shards, [3 + n for n in range(30)], [in_slot(0, 0, 30)])
     with pytest.raises(EngineError, match="replay"):
-        run(shards, [3], [Segment(0, 8, 1)])
-    got = run(shards, [3, 4], [Segment(0, 0, 2, sample=True)])  # afresh is always possible
+        run(shards, [3], [in_slot(0, 8, 1)])
+    got = run(shards, [3, 4], [in_slot(0, 0, 2, sample=True)])  # afresh is always possible
     torch.testing.assert_close(got[0], expected("mistral", [3, 4]), atol=1e-4, rtol=1e-4)
 
 
@@ -174,36 +175,36 @@ def test_a_window_cannot_go_back_further_than_it_remembers(monkeypatch):
 def test_recurrent_layers_take_turns_and_chunks_but_do_not_go_back(model_type):
     shards = chain(model_type, 0, 2, 4)
     a, b = [5, 9, 33, 71, 12, 8, 40], [7, 60, 2, 44]
-    run(shards, a[:4] + b[:1], [Segment(0, 0, 4), Segment(2, 0, 1)])
-    run(shards, a[4:6] + b[1:3], [Segment(0, 4, 2), Segment(2, 1, 2)])
-    got = run(shards, a[6:] + b[3:], [Segment(0, 6, 1, True), Segment(2, 3, 1, True)])
+    run(shards, a[:4] + b[:1], [in_slot(0, 0, 4), in_slot(2, 0, 1)])
+    run(shards, a[4:6] + b[1:3], [in_slot(0, 4, 2), in_slot(2, 1, 2)])
+    got = run(shards, a[6:] + b[3:], [in_slot(0, 6, 1, True), in_slot(2, 3, 1, True)])
     torch.testing.assert_close(got[0], expected(model_type, a), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got[1], expected(model_type, b), atol=1e-4, rtol=1e-4)
     with pytest.raises(EngineError, match="replay"):
-        run(shards, [3], [Segment(0, 4, 1)])
-    got = run(shards, b, [Segment(0, 0, 4, True)])
+        run(shards, [3], [in_slot(0, 4, 1)])
+    got = run(shards, b, [in_slot(0, 0, 4, True)])
     torch.testing.assert_close(got[0], expected(model_type, b), atol=1e-4, rtol=1e-4)
 
 
 def test_a_pass_that_fails_can_be_repeated(monkeypatch):
     shards = chain("llama", 0)
-    run(shards, [3, 4, 5], [Segment(0, 0, 3)])
+    run(shards, [3, 4, 5], [in_slot(0, 0, 3)])
     last = shards[0].blocks[-1]
     hook = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
     with pytest.raises(MemoryError):
-        run(shards, [6], [Segment(0, 3, 1, True)])
+        run(shards, [6], [in_slot(0, 3, 1, True)])
     hook.remove()
-    got = run(shards, [6], [Segment(0, 3, 1, True)])
+    got = run(shards, [6], [in_slot(0, 3, 1, True)])
     torch.testing.assert_close(got[0], expected("llama", [3, 4, 5, 6]), atol=1e-4, rtol=1e-4)
 
 
 def test_one_that_cannot_be_harms_no_other():
     shards = chain("mistral", 0)
     a, b = [3 + n for n in range(12)], [40 + n for n in range(7)]
-    run(shards, a[:10] + b[:6], [Segment(0, 0, 10), Segment(1, 0, 6)])
+    run(shards, a[:10] + b[:6], [in_slot(0, 0, 10), in_slot(1, 0, 6)])
     with pytest.raises(EngineError, match="gap"):
-        run(shards, [1, 2], [Segment(0, 10, 1, True), Segment(1, 9, 1, True)])
-    got = run(shards, a[10:] + b[6:], [Segment(0, 10, 2, True), Segment(1, 6, 1, True)])
+        run(shards, [1, 2], [in_slot(0, 10, 1, True), in_slot(1, 9, 1, True)])
+    got = run(shards, a[10:] + b[6:], [in_slot(0, 10, 2, True), in_slot(1, 6, 1, True)])
     torch.testing.assert_close(got[0], expected("mistral", a), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got[1], expected("mistral", b), atol=1e-4, rtol=1e-4)
 
@@ -214,24 +215,24 @@ def test_half_precision(model_type, dtype):
     """Hidden states travel in the dtype computed in, also from memory that must not be written to."""
     inspection = replace(whole(model_type)[1], dtype=dtype)
     first, second = (load_shard(stage(inspection, a, b, SLOTS, CONTEXT)) for a, b in ((0, 2), (3, 5)))
-    ids, segments = [3, 50, 7, 7, 90, 12, 4, 66, 31], [Segment(1, 0, 9, True)]
-    hidden = first.forward(np.array(ids), segments)
+    ids, runs = [3, 50, 7, 7, 90, 12, 4, 66, 31], [in_slot(1, 0, 9, True)]
+    hidden = first.forward(np.array(ids), runs)
     assert hidden.dtype == {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
     hidden.flags.writeable = False
-    got, want = torch.from_numpy(second.forward(hidden, segments)[0]), expected(model_type, ids)
+    got, want = torch.from_numpy(second.forward(hidden, runs)[0]), expected(model_type, ids)
     assert (got - want).norm() / want.norm() < (0.1 if dtype == "bfloat16" else 0.02)
 
 
 def test_release_and_close():
     shards = chain("llama", 0)
-    run(shards, [3, 4, 5], [Segment(0, 0, 3)])
+    run(shards, [3, 4, 5], [in_slot(0, 0, 3)])
     shards[0].release(0)
     with pytest.raises(EngineError, match="gap"):
-        run(shards, [6], [Segment(0, 3, 1)])
+        run(shards, [6], [in_slot(0, 3, 1)])
     shards[0].close()
     shards[0].close()
     with pytest.raises(EngineError, match="closed"):
-        run(shards, [6], [Segment(0, 0, 1)])
+        run(shards, [6], [in_slot(0, 0, 1)])
 
 
 def test_a_block_holds_neither_embedding_nor_head():
@@ -286,5 +287,5 @@ def test_scaled_rotary_embeddings(rope, tmp_path):
         ids = torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         with torch.inference_mode():
             want = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-        got = run(shards, ids, [Segment(0, 0, length, True)])
+        got = run(shards, ids, [in_slot(0, 0, length, True)])
         torch.testing.assert_close(got[0], want, atol=1e-4, rtol=1e-4)

@@ -11,9 +11,8 @@ import pytest
 
 from peerllm.engine.messages import Record, Recorded, Span, Unload
 from peerllm.engine.process.recorder import MAX_PART, MAX_PIECES, MAX_RECORDED, Recorder
-from peerllm.engine.schedule.batching import Piece
 from peerllm.errors import RefusedError
-from peerllm.transport.frames import FrameKind
+from peerllm.transport.frames import FrameKind, TokenRun
 from peerllm.transport.links import SentFrame
 from tests.engine.engines import WAIT_S, Cut, deploy, devices
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, expected, stage
@@ -24,8 +23,8 @@ OTHER = "cd" * 16
 RING: Cut = ((0, 0, 1), (1, 2, 3), (0, 4, 5))
 
 
-def piece(sequence: int, position: int = 3) -> Piece:
-    return Piece(sequence, sequence, position, 1, True, None)
+def step(sequence: int, position: int = 3) -> TokenRun:
+    return TokenRun(sequence, sequence, position, 1, True)
 
 
 def taken(recorder: Recorder, deployment: str = DEPLOYMENT) -> tuple[list[Span], int]:
@@ -45,7 +44,7 @@ def test_nothing_is_kept_unless_it_is_asked_for() -> None:
     with pytest.raises(RefusedError):
         recorder.take(DEPLOYMENT)
     recorder.start(DEPLOYMENT)
-    recorder.lap("pass", DEPLOYMENT, 0, [piece(1)])
+    recorder.lap("pass", DEPLOYMENT, 0, [step(1)])
     assert len(taken(recorder)[0]) == 1 and not recorder.on
     recorder.lap("idle")
     recorder.start(DEPLOYMENT)
@@ -60,7 +59,7 @@ def test_the_ring_keeps_the_last(count: int) -> None:
         recorder.lap("idle")
     recorder.start(DEPLOYMENT)
     for sequence in range(count):
-        recorder.lap("pass", DEPLOYMENT, 2, [piece(sequence)] * (MAX_PIECES + 1))
+        recorder.lap("pass", DEPLOYMENT, 2, [step(sequence)] * (MAX_PIECES + 1))
     spans, lost = taken(recorder)
     assert lost == max(0, count - 100)
     assert [span.pieces[0][0] for span in spans] == list(range(lost, count))
@@ -72,7 +71,7 @@ def test_large_batches_take_no_more_room() -> None:
     recorder = Recorder(100, pieces=50)
     recorder.start(DEPLOYMENT)
     for sequence in range(30):
-        recorder.lap("pass", DEPLOYMENT, 2, [piece(sequence)] * 9)
+        recorder.lap("pass", DEPLOYMENT, 2, [step(sequence)] * 9)
         recorder.lap("idle")
     spans, lost = taken(recorder)
     assert [span.pieces[0][0] for span in spans if span.pieces] == list(range(25, 30))
@@ -83,7 +82,7 @@ def test_a_long_recording_comes_in_parts() -> None:
     recorder = Recorder()
     recorder.start(DEPLOYMENT)
     for sequence in range(2 * MAX_PART + 5):
-        recorder.lap("pass", DEPLOYMENT, 2, [piece(sequence)])
+        recorder.lap("pass", DEPLOYMENT, 2, [step(sequence)])
     assert [span.pieces[0][0] for span in taken(recorder)[0]] == list(range(2 * MAX_PART + 5))
     with pytest.raises(RefusedError):
         recorder.take(DEPLOYMENT)
@@ -93,10 +92,10 @@ def test_a_coordinator_sees_that_another_model_computes_and_not_more() -> None:
     recorder = Recorder()
     for one in (DEPLOYMENT, OTHER):
         recorder.start(one)
-    recorder.lap("pass", OTHER, 7, [piece(1)])
+    recorder.lap("pass", OTHER, 7, [step(1)])
     recorder.lap("hand on", OTHER)
     recorder.lap("idle")
-    recorder.lap("pass", DEPLOYMENT, 2, [piece(2)])
+    recorder.lap("pass", DEPLOYMENT, 2, [step(2)])
     spans, _ = taken(recorder)
     assert [(span.name, span.stage, span.pieces) for span in spans] == [
         ("another model", -1, ()),

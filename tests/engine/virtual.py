@@ -12,15 +12,15 @@ from functools import partial
 
 import numpy as np
 
-from peerllm.engine.base import Draw, Segment, Tensor
+from peerllm.engine.base import Draw, Tensor
 from peerllm.engine.messages import Cancel, FromEngine, Submit, Tokens
-from peerllm.engine.schedule.batching import Piece, Scheduler
+from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
-from peerllm.engine.wire.parcels import from_frame
+from peerllm.engine.wire.parcels import TokenBatch, from_frame
 from peerllm.planner.cost.prediction import Lap
 from peerllm.planner.simulator.event_queue import DECIDES, EventQueue, Resource
-from peerllm.transport.frames import Frame, FrameKind
+from peerllm.transport.frames import Frame, FrameKind, TokenRun
 from peerllm.types import Sampling, ScheduleName
 from tests.engine.fakes import DEPLOYMENT, stage
 
@@ -61,13 +61,13 @@ class Ring:
 
 class _Shard:
     reach = None  # no slot is taken up again
-    hidden_size, kv_bytes = 1, 0
+    hidden_size, vocabulary, kv_bytes = 1, TOKEN + 1, 0
 
     def __init__(self, head: bool) -> None:
         self._head = head
 
-    def forward(self, inputs: Tensor, segments: Sequence[Segment]) -> Tensor:
-        rows = sum(one.sample for one in segments) if self._head else sum(one.length for one in segments)
+    def forward(self, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor:
+        rows = sum(one.sample for one in runs) if self._head else sum(one.length for one in runs)
         return np.zeros((rows, 1), np.float32)
 
     def release(self, slot: int) -> None: ...
@@ -106,15 +106,15 @@ class _Device:
         batch = None if self._busy else self.schedule.next()
         if batch is None:
             return
-        (_, index), pieces = batch
+        (_, index), taken = batch
         self._busy = True
-        if all(piece.length == 1 for piece in pieces):
-            self._world.steps.append((index, [piece.sequence for piece in pieces]))
-        self._world.agenda.after(self._world.takes(index, pieces), partial(self._end, index, pieces))
+        if all(run.length == 1 for run in taken.runs):
+            self._world.steps.append((index, [run.sequence for run in taken.runs]))
+        self._world.agenda.after(self._world.takes(index, taken.runs), partial(self._end, index, taken))
 
-    def _end(self, index: int, pieces: list[Piece]) -> None:
+    def _end(self, index: int, batch: TokenBatch) -> None:
         self._busy = False
-        self.deployment.computed(index, self.deployment.stages[index].compute(pieces))
+        self.deployment.computed(index, *self.deployment.stages[index].compute(batch))
         self.kick()
 
 
@@ -127,7 +127,7 @@ class _Hop:
         self._index, self._world, self._link = index, world, Resource(world.agenda)
 
     def send(self, frame: Frame) -> None:
-        carried = len(frame.segments) if frame.kind in (FrameKind.ACTIVATION, FrameKind.TOKEN) else 0
+        carried = len(frame.runs) if frame.kind in (FrameKind.ACTIVATION, FrameKind.TOKEN) else 0
         took = self._world.ring.hop_ms(self._index, carried) if carried else 0.0
         self._link.ask(lambda: self._world.agenda.after(took, partial(self._arrive, frame)))
 
@@ -184,10 +184,10 @@ class World:
             self.ends[event.sequence] = event
             self.agenda.after(0.0, partial(self.ended, event.sequence))
 
-    def takes(self, index: int, pieces: Sequence[Piece]) -> float:
-        if all(piece.length == 1 for piece in pieces):
-            return self.ring.compute_ms(index, len(pieces))
-        return self.ring.per_token * sum(piece.length for piece in pieces)
+    def takes(self, index: int, runs: Sequence[TokenRun]) -> float:
+        if all(run.length == 1 for run in runs):
+            return self.ring.compute_ms(index, len(runs))
+        return self.ring.per_token * sum(run.length for run in runs)
 
     def rate(self, skip: int = 0, of: Sequence[int] | None = None) -> float:
         """Tokens a millisecond: the sum of each sequence's rate while all decode, each past its first `skip` tokens."""

@@ -17,8 +17,8 @@ import torch
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.demo.demo_memory import limits, sizes_of
 from peerllm.engine.backends import Backends
-from peerllm.engine.base import Segment
 from peerllm.engine.messages import Inspect, LoadStage
+from tests.engine.runs import in_slot
 from tests.household import Device
 from tests.lab.netns import Lab
 from tests.lab.smollm2 import smollm2
@@ -114,7 +114,7 @@ def on_one_device(directory: Path) -> list[list[int]]:
         shard.release(0)
         given, position, answer = np.array(prompt), 0, list[int]()
         while len(answer) < TOKENS and not (answer and answer[-1] in ends):
-            logits = shard.forward(given, [Segment(0, position, len(given), sample=True)])
+            logits = shard.forward(given, [in_slot(0, position, len(given), sample=True)])
             position += len(given)
             answer.append(int(logits[0].argmax()))
             given = np.array(answer[-1:])

@@ -11,13 +11,13 @@ from peerllm.transport.frames import (
     Frame,
     FrameKind,
     FrameLimits,
-    FrameSegment,
     NamedTensor,
     TensorLimit,
+    TokenRun,
     encode,
 )
 from peerllm.transport.frames.frame import DTYPE_CODES, ITEM_BYTES
-from peerllm.transport.frames.layout import HEADER, SEGMENT, TENSOR, padding
+from peerllm.transport.frames.layout import HEADER, RUN, TENSOR, padding
 
 DEPLOYMENT = "0123456789abcdef" * 2
 HIDDEN = 12
@@ -26,13 +26,13 @@ LIMITS = FrameLimits(
     epoch=7,
     stage=2,
     kinds=(FrameKind.ACTIVATION, FrameKind.OPEN, FrameKind.RELEASE),
-    max_segments=4,
+    max_runs=4,
     slots=6,
     context=64,
     max_tokens=16,
     tensors={
         "hidden": TensorLimit(("F32", "BF16"), 2, HIDDEN, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)),
-        "mask": TensorLimit(("BOOL",), 2, 5, per_segment=True),
+        "mask": TensorLimit(("BOOL",), 2, 5, per_run=True),
         "extra": TensorLimit(("U8", "I64"), 1, max_elements=24),
         "scale": TensorLimit(("F64",), 0),
     },
@@ -43,25 +43,25 @@ LIMITS = FrameLimits(
 def frames(draw: st.DrawFn) -> Frame:
     """Any frame that LIMITS allows."""
     kind = draw(st.sampled_from(LIMITS.kinds))
-    slots = draw(st.lists(st.integers(0, LIMITS.slots - 1), min_size=1, max_size=LIMITS.max_segments, unique=True))
-    segments = []
+    slots = draw(st.lists(st.integers(0, LIMITS.slots - 1), min_size=1, max_size=LIMITS.max_runs, unique=True))
+    runs = []
     for slot in slots:
-        length = draw(st.integers(1 if kind is FrameKind.ACTIVATION else 0, LIMITS.max_tokens // LIMITS.max_segments))
+        length = draw(st.integers(1 if kind is FrameKind.ACTIVATION else 0, LIMITS.max_tokens // LIMITS.max_runs))
         position = draw(st.integers(0, LIMITS.context - length))
-        segments.append(FrameSegment(draw(st.integers(0, 2**64 - 1)), slot, position, length, draw(st.integers(0, 1))))
-    tokens = sum(segment.length for segment in segments)
+        runs.append(TokenRun(draw(st.integers(0, 2**64 - 1)), slot, position, length, draw(st.booleans())))
+    tokens = sum(each.length for each in runs)
     tensors = []
     if kind is FrameKind.ACTIVATION:
         tensors.append(_tensor(draw, "hidden", draw(st.sampled_from(["F32", "BF16"])), (tokens, HIDDEN)))
     if draw(st.booleans()):
-        data = draw(st.lists(st.integers(0, 1), min_size=5 * len(segments), max_size=5 * len(segments)))
-        tensors.append(NamedTensor.of("mask", "BOOL", (len(segments), 5), bytes(data)))
+        data = draw(st.lists(st.integers(0, 1), min_size=5 * len(runs), max_size=5 * len(runs)))
+        tensors.append(NamedTensor.of("mask", "BOOL", (len(runs), 5), bytes(data)))
     if draw(st.booleans()):
         dtype = draw(st.sampled_from(["U8", "I64"]))
         tensors.append(_tensor(draw, "extra", dtype, (draw(st.integers(1, 24)),)))
     if draw(st.booleans()):
         tensors.append(_tensor(draw, "scale", "F64", ()))
-    return Frame(kind, DEPLOYMENT, LIMITS.epoch, LIMITS.stage, tuple(segments), tuple(draw(st.permutations(tensors))))
+    return Frame(kind, DEPLOYMENT, LIMITS.epoch, LIMITS.stage, tuple(runs), tuple(draw(st.permutations(tensors))))
 
 
 def _tensor(draw: st.DrawFn, name: str, dtype: str, shape: tuple[int, ...]) -> NamedTensor:
@@ -86,9 +86,9 @@ def fields_of(frame: Frame) -> list[Field]:
     """Every field of the frame's bytes, padding and a byte of each payload included."""
     fields = list(HEADER_FIELDS)
     at = HEADER.size
-    for _ in frame.segments:
+    for _ in frame.runs:
         fields += [Field(at, 8), *(Field(at + 8 + 4 * number, 4) for number in range(4))]
-        at += SEGMENT.size
+        at += RUN.size
     for tensor in frame.tensors:
         fields += [Field(at + number, 1) for number in range(4)]
         at += TENSOR.size
@@ -148,22 +148,22 @@ def _other_dtype(frame: Frame) -> Frame:
 
 
 def _same_slot(frame: Frame) -> Frame:
-    return replace(frame, segments=(*frame.segments, frame.segments[0])[: LIMITS.max_segments])
+    return replace(frame, runs=(*frame.runs, frame.runs[0])[: LIMITS.max_runs])
 
 
 def _untrue(frame: Frame) -> Frame:
-    count = len(frame.segments)
+    count = len(frame.runs)
     mask = NamedTensor.of("mask", "BOOL", (count, 5), bytes(5 * count - 1) + b"\2")
     return replace(frame, tensors=(*(t for t in frame.tensors if t.name != "mask"), mask))
 
 
 def _too_many_tokens(frame: Frame) -> Frame:
-    return replace(frame, segments=(replace(frame.segments[0], position=0, length=17), *frame.segments[1:]))
+    return replace(frame, runs=(replace(frame.runs[0], position=0, length=17), *frame.runs[1:]))
 
 
-def _empty_segment(frame: Frame) -> Frame:
-    return replace(frame, segments=(replace(frame.segments[0], length=0), *frame.segments[1:]))
+def _empty_run(frame: Frame) -> Frame:
+    return replace(frame, runs=(replace(frame.runs[0], length=0), *frame.runs[1:]))
 
 
-REARRANGEMENTS = [_twice, _without, _flat, _other_dtype, _same_slot, _untrue, _too_many_tokens, _empty_segment]
+REARRANGEMENTS = [_twice, _without, _flat, _other_dtype, _same_slot, _untrue, _too_many_tokens, _empty_run]
 assert set(DTYPE_CODES) == set(ITEM_BYTES)

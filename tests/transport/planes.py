@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit
+from peerllm.transport.frames import Frame, FrameKind, FrameLimits, NamedTensor, TensorLimit, TokenRun
 from peerllm.transport.identity import Identity
 from peerllm.transport.links import STEP, DataPlane, Delivery, Inlet, Link
 
@@ -17,7 +17,7 @@ LIMITS = FrameLimits(
     epoch=3,
     stage=1,
     kinds=(FrameKind.ACTIVATION,),
-    max_segments=4,
+    max_runs=4,
     slots=8,
     context=1 << 20,
     max_tokens=256,
@@ -27,7 +27,7 @@ LIMITS = FrameLimits(
 
 def activation(position: int = 0, tokens: int = 1, epoch: int = 3) -> Frame:
     data = NamedTensor.of("hidden", "F32", (tokens, WIDTH), bytes([position % 256]) * (tokens * WIDTH * 4))
-    return Frame(FrameKind.ACTIVATION, DEPLOYMENT, epoch, 1, (FrameSegment(9, 0, position, tokens),), (data,))
+    return Frame(FrameKind.ACTIVATION, DEPLOYMENT, epoch, 1, (TokenRun(9, 0, position, tokens),), (data,))
 
 
 @dataclass

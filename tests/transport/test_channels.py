@@ -56,7 +56,7 @@ class Kept:
         return await asyncio.wait_for(self.came.get(), WAIT_S)
 
     async def positions(self, count: int) -> list[int]:
-        return [(await self.next()).frame.segments[0].position for _ in range(count)]
+        return [(await self.next()).frame.runs[0].position for _ in range(count)]
 
 
 async def fill(link: Link, kept: Kept, kind: FrameKind = FrameKind.ACTIVATION, more: int = 3) -> list[Delivery]:
@@ -103,7 +103,7 @@ async def test_a_full_channel_does_not_stop_another(nodes: list[Node], no_beats:
     for position in range(5):
         link.send(replace(activation(position), kind=other_kind))
         other = await goes_on.next()
-        assert other.frame.kind is other_kind and other.frame.segments[0].position == position
+        assert other.frame.kind is other_kind and other.frame.runs[0].position == position
     assert len(link._outbox) == 10 and stuck.came.empty(), "the rest has no credit"
     for delivery in got:
         delivery.taken()
@@ -134,7 +134,7 @@ async def test_one_deployments_full_queue_does_not_stop_anothers(nodes: list[Nod
 
     computing = asyncio.create_task(asyncio.to_thread(compute))
     for position in range(0, FULL + 2 * QUEUE, 50):
-        assert (await three.next_frame()).segments[0].position == position
+        assert (await three.next_frame()).runs[0].position == position
     ended = await asyncio.wait_for(computing, WAIT_S)
     assert "frames wait on channel step, which is all that may" in ended
     device, reason = await one.next_lost()

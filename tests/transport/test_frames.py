@@ -14,10 +14,10 @@ from peerllm.transport.frames import (
     FrameKind,
     FrameLimits,
     FrameRefused,
-    FrameSegment,
     NamedTensor,
     Rule,
     TensorLimit,
+    TokenRun,
     decode,
     encode,
     encode_buffers,
@@ -30,7 +30,7 @@ ACTIVATION = Frame(
     DEPLOYMENT,
     7,
     2,
-    (FrameSegment(2**63 + 1, 5, 62, 2, 1),),
+    (TokenRun(2**63 + 1, 5, 62, 2, True),),
     (NamedTensor.of("hidden", "F32", (2, HIDDEN), DATA),),
 )
 
@@ -51,7 +51,7 @@ def test_bytes_are_those_of_the_specification() -> None:
         DEPLOYMENT,
         7,
         2,
-        (FrameSegment(1, 2, 3, 4, 1),),
+        (TokenRun(1, 2, 3, 4, True),),
         (NamedTensor.of("scale", "F64", (), bytes(8)),),
     )
     assert encode(frame).hex() == (
@@ -78,14 +78,14 @@ def test_buffers_hold_the_payload_itself() -> None:
 
 
 def test_the_largest_frame_is_exactly_the_limit() -> None:
-    segments = tuple(FrameSegment(slot, slot, 0, 4) for slot in range(4))
+    runs = tuple(TokenRun(slot, slot, 0, 4) for slot in range(4))
     tensors = (
         NamedTensor.of("hidden", "F32", (16, HIDDEN), bytes(16 * HIDDEN * 4)),
         NamedTensor.of("mask", "BOOL", (4, 5), bytes(20)),
         NamedTensor.of("extra", "I64", (24,), bytes(24 * 8)),
         NamedTensor.of("scale", "F64", (), bytes(8)),
     )
-    frame = Frame(FrameKind.ACTIVATION, DEPLOYMENT, 7, 2, segments, tensors)
+    frame = Frame(FrameKind.ACTIVATION, DEPLOYMENT, 7, 2, runs, tensors)
     assert len(encode(frame)) == LIMITS.largest() == LIMITS.max_bytes
     assert decode(encode(frame), LIMITS) == frame
     with pytest.raises(FrameRefused) as refusal:
@@ -93,11 +93,23 @@ def test_the_largest_frame_is_exactly_the_limit() -> None:
     assert refusal.value.rule is Rule.TOO_LARGE
 
 
+def test_a_frame_has_as_many_runs_as_the_plan_allows_and_not_one_more() -> None:
+    frame = replace(ACTIVATION, kind=FrameKind.OPEN, tensors=())
+    most = replace(frame, runs=tuple(TokenRun(slot, slot, 0, 0) for slot in range(LIMITS.max_runs)))
+    assert decode(encode(most), LIMITS) == most
+    more = replace(frame, runs=(*most.runs, TokenRun(9, LIMITS.max_runs, 0, 0)))
+    with pytest.raises(FrameRefused) as refusal:
+        decode(encode(more), LIMITS)
+    assert refusal.value.rule is Rule.RUNS
+
+
 @pytest.mark.parametrize(
     ("change", "rule", "line"),
     [
         ({"epoch": 6}, Rule.EPOCH, "frame of another epoch: 7, the plan's is 6"),
+        ({"epoch": 8}, Rule.EPOCH, "frame of another epoch: 7, the plan's is 8"),
         ({"stage": 1}, Rule.STAGE, "frame for another stage: 2, this is 1"),
+        ({"stage": 3}, Rule.STAGE, "frame for another stage: 2, this is 3"),
         ({"deployment": "f" * 32}, Rule.DEPLOYMENT, f"frame of another deployment: {DEPLOYMENT}"),
         ({"slots": 5}, Rule.SLOT, "frame names a slot the plan does not have: 5 of 5"),
         ({"context": 63}, Rule.CONTEXT, "frame reaches beyond the context: 62 + 2 tokens of 63"),
@@ -140,9 +152,9 @@ def test_a_tensor_must_be_as_long_as_its_shape() -> None:
         NamedTensor.of("hidden", "F32", (2,), bytes(4))
 
 
-@pytest.mark.parametrize("field", ["sequence", "slot", "position", "length", "flags"])
-def test_a_segment_must_fit_its_fields(field: str) -> None:
+@pytest.mark.parametrize("field", ["sequence", "slot", "position", "length"])
+@pytest.mark.parametrize("value", [2**64, -1])
+def test_a_run_must_fit_its_fields(field: str, value: int) -> None:
+    (run,) = ACTIVATION.runs
     with pytest.raises(ValueError, match="does not fit"):
-        replace(ACTIVATION.segments[0], **{field: 2**64})
-    with pytest.raises(ValueError, match="does not fit"):
-        replace(ACTIVATION.segments[0], **{field: -1})
+        encode(replace(ACTIVATION, runs=(replace(run, **{field: value}),)))

@@ -120,7 +120,7 @@ async def test_what_is_queued_still_goes_when_a_link_is_closed(nodes: list[Node]
     link.close()
     link.close()
     for position in range(50):
-        assert (await two.next_frame()).segments[0].position == position
+        assert (await two.next_frame()).runs[0].position == position
 
 
 async def test_a_tensors_memory_may_be_used_again_at_once(nodes: list[Node]) -> None:
@@ -197,7 +197,7 @@ async def test_a_message_beyond_the_plan_is_refused_before_memory_is_taken(
 
 async def test_the_largest_frame_passes(nodes: list[Node]) -> None:
     one, two, _ = nodes
-    limits = replace(LIMITS, max_segments=1, max_bytes=0)
+    limits = replace(LIMITS, max_runs=1, max_bytes=0)
     expect(two, one, limits)
     assert len(encode(activation(tokens=256))) == limits.max_bytes
     link = await connect(one, two)
@@ -333,7 +333,7 @@ async def test_a_second_connection_takes_the_firsts_place(nodes: list[Node]) -> 
     newest = await connect(one, two)
     assert await two.next_lost() == (one.identity.device, "replaced by a new connection")
     newest.send(activation(1))
-    assert (await two.next_frame()).segments[0].position == 1
+    assert (await two.next_frame()).runs[0].position == 1
 
 
 async def test_the_first_address_that_answers_is_taken(nodes: list[Node]) -> None:

@@ -66,7 +66,7 @@ def message(position: int, tokens: int = 1) -> bytes:
 async def works(sender: Node, receiver: Node) -> None:
     link = await connect(sender, receiver)
     link.send(activation(7))
-    assert (await receiver.next_frame()).segments[0].position == 7
+    assert (await receiver.next_frame()).runs[0].position == 7
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\0" * 4096, b"GET /echo HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" * 900])
@@ -189,7 +189,7 @@ async def test_a_sender_that_stops_in_the_middle_of_a_frame(nodes: list[Node], p
     expect(two, one)
     async with upgraded(one, two) as (_, writer):
         writer.write(message(1) + message(2)[:part])
-        assert (await two.next_frame()).segments[0].position == 1
+        assert (await two.next_frame()).runs[0].position == 1
     assert "broke" in (await two.next_lost())[1]
     assert two.frames.empty()
     await works(one, two)
@@ -210,7 +210,7 @@ async def test_a_half_closed_socket_is_a_broken_link(alice: Identity, bob: Ident
             socket.socket.recv(secured, 1)  # until the other side has had enough
 
     await asyncio.to_thread(half)
-    assert (await two.next_frame()).segments[0].position == 1
+    assert (await two.next_frame()).runs[0].position == 1
     assert (await two.next_lost())[1] == "the connection broke"
 
 
@@ -221,7 +221,7 @@ async def test_a_frame_byte_by_byte(nodes: list[Node]) -> None:
         data = message(5) + control(PING, b"", masked=True) + message(6)
         for at in range(len(data)):
             writer.write(data[at : at + 1])
-        assert [(await two.next_frame()).segments[0].position for _ in range(2)] == [5, 6]
+        assert [(await two.next_frame()).runs[0].position for _ in range(2)] == [5, 6]
 
 
 async def test_what_comes_after_a_broken_rule_is_kept_nowhere(nodes: list[Node]) -> None:
@@ -265,7 +265,7 @@ async def test_pings_nobody_reads_the_answers_to_are_bounded(nodes: list[Node]) 
     expect(two, one)
     async with upgraded(one, two) as (reader, writer):
         writer.write(control(PING, b"x" * 8, masked=True) * 50_000 + message(9))
-        assert (await two.next_frame()).segments[0].position == 9
+        assert (await two.next_frame()).runs[0].position == 9
         (link,) = two.plane._accepted.values()
         assert len(link._outbox._said) <= 1024
         writer.write(control(CLOSE, goodbye(1000, ""), masked=True))

@@ -39,7 +39,7 @@ class Taker(threading.Thread):
     def deliver(self, delivery: Delivery) -> None:
         delivery.taken()
         self.readers.add(threading.get_ident())
-        self.inbox.put((delivery.frame.stage, delivery.frame.segments[0].position))
+        self.inbox.put((delivery.frame.stage, delivery.frame.runs[0].position))
 
     def run(self) -> None:
         while (events := self.inbox.take(wait=True)) is not None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine import base
-from peerllm.engine.base import Reach, Segment
+from peerllm.engine.base import Reach
 from peerllm.engine.graph.block import BlockGraph, normalise, rope_name
 from peerllm.engine.graph.kv_slots import Batch, KVSlots, room_of
 from peerllm.engine.graph.nodes import BoundSession, Graph
@@ -20,6 +20,7 @@ from peerllm.engine.graph.structure import Head, Model
 from peerllm.engine.graph.tensors import Floats, Tensors
 from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
 from peerllm.errors import EngineError
+from peerllm.transport.frames import TokenRun
 
 MAX_BOUND = 64  # pass shapes (sequences, tokens, first place) whose bindings are kept
 LEAST_ROWS = 16  # the least rows of the two buffers between graphs
@@ -75,24 +76,24 @@ class GraphShard:
         self._bound: OrderedDict[tuple[int, int, int], _Pass] = OrderedDict()
         self._buffers = self._make_buffers(max(LEAST_ROWS, min(chunk, context), slots))
 
-    def forward(self, inputs: npt.NDArray[Any], segments: Sequence[Segment]) -> npt.NDArray[Any]:
-        """Ids int64 [n] or hidden states float32 [n, hidden] to hidden states, or logits of the segments to sample."""
-        self._check(inputs, segments)
-        if len(segments) == 1 and segments[0].length > self._slots.longest:
-            return self._in_pieces(inputs, segments[0])
-        batch = self._slots.seek(segments)
-        order, length = list(batch.order), segments[0].length
-        rows = inputs if len(segments) == 1 else inputs[order]
-        starts = [segments[row].position for row in order]
+    def forward(self, inputs: npt.NDArray[Any], runs: Sequence[TokenRun]) -> npt.NDArray[Any]:
+        """Ids int64 [n] or hidden states float32 [n, hidden] to hidden states, or logits of the runs to sample."""
+        self._check(inputs, runs)
+        if len(runs) == 1 and runs[0].length > self._slots.longest:
+            return self._in_pieces(inputs, runs[0])
+        batch = self._slots.seek(runs)
+        order, length = list(batch.order), runs[0].length
+        rows = inputs if len(runs) == 1 else inputs[order]
+        starts = [runs[row].position for row in order]
         places = np.array([range(start, start + length) for start in starts], np.int64)  # [b, n]
         hidden = self._blocks(rows, places, batch)  # [b·n, hidden]
-        self._slots.advance(segments)
+        self._slots.advance(runs)
         if not self._head:
             out = np.empty_like(hidden)
-            out[order if len(segments) > 1 else slice(None)] = hidden
+            out[order if len(runs) > 1 else slice(None)] = hidden
             return out
         ends = {row: (place + 1) * length - 1 for place, row in enumerate(order)}
-        wanted = [ends[row] for row, segment in enumerate(segments) if segment.sample]
+        wanted = [ends[row] for row, run in enumerate(runs) if run.sample]
         return self._logits(hidden[wanted])
 
     def release(self, slot: int) -> None:
@@ -105,9 +106,9 @@ class GraphShard:
         self._spans, self._head, self._embedding = (), (), None
         self._slots.close()
 
-    def _check(self, inputs: npt.NDArray[Any], segments: Sequence[Segment]) -> None:
+    def _check(self, inputs: npt.NDArray[Any], runs: Sequence[TokenRun]) -> None:
         """EngineError before anything has moved: the graphs read and write by address what they are told to."""
-        lengths = [segment.length for segment in segments]
+        lengths = [run.length for run in runs]
         if not lengths or min(lengths) < 1 or max(lengths) > 1 < len(lengths):
             raise EngineError("a pass is one token each of several sequences, or a chunk of one")
         if self._embedding is not None:
@@ -115,16 +116,16 @@ class GraphShard:
         elif inputs.dtype != np.float32 or inputs.shape != (sum(lengths), self.hidden_size):
             wanted = f"float32 [{sum(lengths)}, {self.hidden_size}]"
             raise EngineError(f"hidden states are {wanted}, not {inputs.dtype} {list(inputs.shape)}")
-        self._slots.check(segments)
+        self._slots.check(runs)
 
-    def _in_pieces(self, inputs: npt.NDArray[Any], whole: Segment) -> npt.NDArray[Any]:
+    def _in_pieces(self, inputs: npt.NDArray[Any], whole: TokenRun) -> npt.NDArray[Any]:
         """A chunk longer than a window's room takes."""
         outs, longest = [], self._slots.longest
         for start in range(0, whole.length, longest):
             length = min(longest, whole.length - start)
             last = start + length == whole.length
-            piece = Segment(whole.slot, whole.position + start, length, whole.sample and last)
-            outs.append(self.forward(inputs[start : start + length], [piece]))
+            part = replace(whole, position=whole.position + start, length=length, sample=whole.sample and last)
+            outs.append(self.forward(inputs[start : start + length], [part]))
         return outs[-1] if self._head else np.concatenate(outs)
 
     def _blocks(self, rows: npt.NDArray[Any], places: npt.NDArray[np.int64], batch: Batch) -> Floats:

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine import base
-from peerllm.engine.base import Segment
 from peerllm.engine.graph.structure import Attention
 from peerllm.errors import EngineError
+from peerllm.transport.frames import TokenRun
 
 Array = npt.NDArray[Any]
 
@@ -64,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Where the sequences of a pass lie: places from `first` on; `order[i]` is the segment at place i."""
+    """Where the sequences of a pass lie: places from `first` on; `order[i]` is the run at place i."""
 
     first: int
     order: tuple[int, ...]
@@ -95,42 +95,42 @@ class KVSlots:
         """The longest chunk that fits at once, in all groups."""
         return min((group.longest for group in self.groups.values()), default=self._context)
 
-    def check(self, segments: Sequence[Segment]) -> None:
-        """EngineError unless every segment has a slot of its own, which can go on from its position and has room."""
-        if len({segment.slot for segment in segments}) < len(segments):
+    def check(self, runs: Sequence[TokenRun]) -> None:
+        """EngineError unless every run has a slot of its own, which can go on from its position and has room."""
+        if len({run.slot for run in runs}) < len(runs):
             raise EngineError("a sequence stands twice in a batch")
-        for segment in segments:
-            slot, position = segment.slot, segment.position
+        for run in runs:
+            slot, position = run.slot, run.position
             if not 0 <= slot < len(self._lengths) or position < 0:
                 raise EngineError(f"there is no position {position} of a slot {slot}")
             if position > (length := self._lengths[slot]):
                 raise EngineError(f"a gap in the sequence: {length} tokens are held, the next is for {position}")
-            if position + segment.length > self._context:
+            if position + run.length > self._context:
                 raise EngineError(f"the slot's {self._context} tokens are full")
             for group in self.groups.values():
                 if position and group.held[slot] - (length - position) < group.seen(position):
                     raise EngineError(f"position {position} is too far back for a window; replay the sequence")
 
-    def seek(self, segments: Sequence[Segment]) -> Batch:
-        """Bring the slots to the positions of segments that were checked, side by side."""
-        for segment in segments:
-            self._move(segment.slot, segment.position)
-        first, order = self._gather([segment.slot for segment in segments])
+    def seek(self, runs: Sequence[TokenRun]) -> Batch:
+        """Bring the slots to the positions of runs that were checked, side by side."""
+        for run in runs:
+            self._move(run.slot, run.position)
+        first, order = self._gather([run.slot for run in runs])
         lasts, totals = [], []
         for group in self.groups.values():
-            for segment in segments:
-                group.make_room(segment.slot, self._place[segment.slot], segment.position, segment.length)
-            ends = [group.held[segments[row].slot] + segments[row].length for row in order]
+            for run in runs:
+                group.make_room(run.slot, self._place[run.slot], run.position, run.length)
+            ends = [group.held[runs[row].slot] + runs[row].length for row in order]
             lasts.append(np.array(ends, np.int32) - np.int32(1))
             totals.append(np.array([max(ends)], np.int32))
         return Batch(first, order, tuple(lasts), tuple(totals))
 
-    def advance(self, segments: Sequence[Segment]) -> None:
+    def advance(self, runs: Sequence[TokenRun]) -> None:
         """A pass went well: what it wrote counts from now on."""
-        for segment in segments:
-            self._lengths[segment.slot] += segment.length
+        for run in runs:
+            self._lengths[run.slot] += run.length
             for group in self.groups.values():
-                group.held[segment.slot] += segment.length
+                group.held[run.slot] += run.length
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.base import Draw, Sampler, Segment
+from peerllm.engine.base import Draw, Sampler
 from peerllm.engine.free_memory import return_memory
 from peerllm.engine.measure.outline import CHUNK, SEQUENCES, Mockup, Sizes
 from peerllm.engine.messages import FURTHER_TOKENS, PASS, LayersTimed, TimeLayers, attention
 from peerllm.errors import RefusedError
+from peerllm.transport.frames import TokenRun
 from peerllm.types import LayerKind, Sampling
 
 RUNS = 4  # per kind and count ...
@@ -149,31 +150,31 @@ class Work:
         a step.
         """
         slot, room = self._mockup.sequences, self._mockup.context
-        first = self._pass([Segment(slot, 0, CHUNK)])
+        first = self._pass([TokenRun(slot, slot, 0, CHUNK)])
         if room < 2 * CHUNK + STEPS or not self._mockup.layer:
             return (first,)
-        second = self._pass([Segment(slot, CHUNK, CHUNK)])
+        second = self._pass([TokenRun(slot, slot, CHUNK, CHUNK)])
         near, far = [], []
         for place in range(2 * CHUNK, 2 * CHUNK + STEPS):
             near.append(self._step(1))
-            far.append(self._pass([Segment(slot, place, 1)]))
+            far.append(self._pass([TokenRun(slot, slot, place, 1)]))
         # The first of them find in the caches what the chunks have left.
         return first, second, median(far[STEPS // 2 :]) - median(near[STEPS // 2 :])
 
     def _step(self, count: int) -> float:
         """Seconds of one token each of so many sequences; one whose room is full begins anew."""
-        segments = [Segment(slot, self._next[slot], 1, self._is_head) for slot in range(count)]
+        runs = [TokenRun(slot, slot, self._next[slot], 1, self._is_head) for slot in range(count)]
         self._next[:count] = [(place + 1) % self._mockup.context for place in self._next[:count]]
-        return self._pass(segments)
+        return self._pass(runs)
 
-    def _pass(self, segments: Sequence[Segment]) -> float:
+    def _pass(self, runs: Sequence[TokenRun]) -> float:
         """Seconds."""
         self._check()
-        rows = self._rows(sum(segment.length for segment in segments))
+        rows = self._rows(sum(run.length for run in runs))
         started = self._clock()
-        output = self._shard.forward(rows, segments)
+        output = self._shard.forward(rows, runs)
         if self._is_head:
-            self._sampler(output, self._draws[: len(segments)])
+            self._sampler(output, self._draws[: len(runs)])
         return self._clock() - started
 
     def _rows(self, count: int) -> npt.NDArray[Any]:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from peerllm.engine.model.blocks import ShardBlocks, run_without_data, stand_in
 from peerllm.engine.model.config import text_config
-from peerllm.engine.state.states import ProbeCache
+from peerllm.engine.state.layer_states import ProbeCache
 from peerllm.errors import ModelError, one_line
 
 # Arguments that a block may have beside hidden states: each shard can compute them from positions and the cache.

@@ -16,7 +16,7 @@ from peerllm.engine.base import Reach
 from peerllm.engine.model.blocks import ShardBlocks, run_without_data, stand_in
 from peerllm.engine.model.config import text_config
 from peerllm.engine.model.division import Division
-from peerllm.engine.state.states import FULL, WINDOWED, LayerState, ProbeCache
+from peerllm.engine.state.layer_states import FULL, WINDOWED, LayerState, ProbeCache
 from peerllm.errors import ModelError
 
 STATIC_ROPE = frozenset(["default", "linear", "yarn", "llama3", "proportional"])  # others follow the length

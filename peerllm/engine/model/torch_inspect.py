@@ -14,7 +14,7 @@ from peerllm.engine.model.keeping import Keeping, keeping
 from peerllm.engine.model.packed import PART_WEIGHTS
 from peerllm.engine.model.probing import probe, shape_key
 from peerllm.engine.model.tensor_names import check, recipes
-from peerllm.engine.state.states import LayerState
+from peerllm.engine.state.layer_states import LayerState
 from peerllm.engine.weights.checkpoint import read_model
 from peerllm.types import BITS, TORCH_KERNELS, Layer, ModelProfile, WorkingSpace
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from peerllm.engine.base import Progress, Reach, Segment
+from peerllm.engine.base import Progress, Reach
 from peerllm.engine.kernels.accelerator import CPU, turn
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.model.assembly import fill, finish, plan, strip
@@ -22,8 +22,9 @@ from peerllm.engine.model.loader import as_array, as_tensor
 from peerllm.engine.model.packed import Packed
 from peerllm.engine.model.probing import probe, reach_of
 from peerllm.engine.state.kv_cache import SlotCache, kv_bytes, slot_caches
-from peerllm.engine.state.states import LayerState
+from peerllm.engine.state.layer_states import LayerState
 from peerllm.errors import BadInputError, EngineError, RefusedError
+from peerllm.transport.frames import TokenRun
 
 
 class TorchShard:
@@ -80,54 +81,54 @@ class TorchShard:
 
         module.register_forward_pre_hook(swap, with_kwargs=True)
 
-    def forward(self, inputs: NDArray[Any], segments: Sequence[Segment]) -> NDArray[Any]:
+    def forward(self, inputs: NDArray[Any], runs: Sequence[TokenRun]) -> NDArray[Any]:
         """Token ids int64 [n] or hidden states [n, hidden] in; hidden states, or float32 logits per sample, out."""
         if self._model is None:
             raise EngineError("the shard is closed")
-        self._check(inputs, segments)
+        self._check(inputs, runs)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         outputs, start, rows = [], 0, as_tensor(inputs)
         with torch.inference_mode(), self._turn:
-            for segment in segments:
-                outputs.append(as_array(self._segment(rows[start : start + segment.length], segment)))
-                start += segment.length
+            for run in runs:
+                outputs.append(as_array(self._compute(rows[start : start + run.length], run)))
+                start += run.length
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
-    def _check(self, inputs: NDArray[Any], segments: Sequence[Segment]) -> None:
-        total = sum(segment.length for segment in segments)
-        if not segments or inputs.shape[0] != total or any(segment.length < 1 for segment in segments):
-            raise BadInputError(f"{inputs.shape[0]} tokens for segments of {total}")
-        for segment in segments:
-            end = segment.position + segment.length
-            if not 0 <= segment.slot < len(self._caches) or segment.position < 0 or end > self.context:
-                raise BadInputError(f"slot {segment.slot}, positions {segment.position}..{end - 1}: no such room")
+    def _check(self, inputs: NDArray[Any], runs: Sequence[TokenRun]) -> None:
+        total = sum(run.length for run in runs)
+        if not runs or inputs.shape[0] != total or any(run.length < 1 for run in runs):
+            raise BadInputError(f"{inputs.shape[0]} tokens for runs of {total}")
+        for run in runs:
+            end = run.position + run.length
+            if not 0 <= run.slot < len(self._caches) or run.position < 0 or end > self.context:
+                raise BadInputError(f"slot {run.slot}, positions {run.position}..{end - 1}: no such room")
         if self._has_embedding:
             if inputs.dtype != np.int64 or int(inputs.min()) < 0 or int(inputs.max()) >= self.vocabulary:
                 raise BadInputError(f"token ids must be int64 from 0 to {self.vocabulary - 1}")
         elif inputs.ndim != 2 or inputs.shape[1] != self.hidden_size:
             raise BadInputError(f"hidden states must be [n, {self.hidden_size}], not {list(inputs.shape)}")
 
-    def _segment(self, inputs: torch.Tensor, segment: Segment) -> torch.Tensor:
+    def _compute(self, inputs: torch.Tensor, run: TokenRun) -> torch.Tensor:
         """[n] or [n, hidden] to what `forward` tells of it. If it fails, its slot still holds what came before it."""
-        cache = self._caches[segment.slot]
-        cache.seek(segment.position)
-        tells = segment.sample or not self._has_head
+        cache = self._caches[run.slot]
+        cache.seek(run.position)
+        tells = run.sample or not self._has_head
         if tells or self.first_layer < self.last_layer:
-            output = self._run(inputs, segment, cache)
-        cache.advance(segment.length)
+            output = self._run(inputs, run, cache)
+        cache.advance(run.length)
         return output if tells else torch.empty(0, self.vocabulary)
 
-    def positions(self, segment: Segment) -> torch.Tensor:
+    def positions(self, run: TokenRun) -> torch.Tensor:
         """int64 [n]: where each of its tokens stands in the sequence."""
-        return torch.arange(segment.position, segment.position + segment.length)
+        return torch.arange(run.position, run.position + run.length)
 
-    def _run(self, inputs: torch.Tensor, segment: Segment, cache: SlotCache) -> torch.Tensor:
+    def _run(self, inputs: torch.Tensor, run: TokenRun, cache: SlotCache) -> torch.Tensor:
         """[n] or [n, hidden] through the model: float32 logits [1, vocabulary] for a sample, else [n, hidden]."""
-        wanted = self._has_head and segment.sample
+        wanted = self._has_head and run.sample
         model = self._model if wanted else self._base
         given: dict[str, Any] = {
-            "position_ids": self.positions(segment).to(self._device).unsqueeze(0),
+            "position_ids": self.positions(run).to(self._device).unsqueeze(0),
             "past_key_values": cache,
             "use_cache": True,
         }

@@ -1,4 +1,4 @@
-"""The one thread that owns the shards and the slots: fed by one inbox."""
+"""The compute thread: the one thread that owns the shards and the slots. It takes its work from one inbox."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from peerllm.engine.messages import (
 )
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.process.recorder import Recorder
-from peerllm.engine.schedule.batching import Piece, Scheduler
+from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage, steps_only
 from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
-from peerllm.engine.wire.parcels import Parcel
+from peerllm.engine.wire.parcels import Parcel, TokenBatch
 from peerllm.errors import PeerLLMError, one_line
 from peerllm.transport.links import Delivery, Link
 from peerllm.types import DeploymentId, DeviceId
@@ -40,7 +40,7 @@ _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|failed to allocate
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """A shard is ready to take over its stage."""
+    """A stage's shard was loaded."""
 
     spec: LoadStage
     shard: Shard
@@ -48,7 +48,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linked:
-    """The links of a deployment stand, by the stage that sends."""
+    """The links of a deployment stand: `outlets` by the stage that sends."""
 
     request: int
     deployment: DeploymentId
@@ -84,7 +84,7 @@ Event = Loaded | Linked | Arrived | Lost | Echoed | Unload | Submit | Cancel | Q
 
 
 def reason_of(error: BaseException) -> str:
-    """One clear line for an error of any kind."""
+    """An error of any kind as one clear line."""
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
         return "out of memory; give the deployment fewer slots, less context or more devices"
     text = one_line(error)
@@ -97,14 +97,14 @@ def failed(request: int, error: BaseException) -> Failed:
 
 
 class Compute:
-    """`run` is the body of the compute thread; everything else is called by it alone, but for `inbox.put`."""
+    """`run` is the body of the compute thread. Other threads may only call `inbox.put` and read `batches`."""
 
     def __init__(self, backend: Backend, tell: Callable[[FromEngine], None], recorder: Recorder) -> None:
         self.inbox: Inbox[Event] = Inbox()
         self._backend, self._tell, self._recorder = backend, tell, recorder
         self._schedule: Scheduler[StageKey] = Scheduler()
         self._deployments: dict[DeploymentId, LocalDeployment] = {}
-        self.batches = 0  # computed so far; any thread may read it
+        self.batches = 0  # computed so far
 
     def run(self) -> None:
         """Until the inbox is closed."""
@@ -120,33 +120,35 @@ class Compute:
                 self._recorder.lap("take in")
             if batch is not None:
                 self._compute(*batch, started)
-            # What came without work to do counts towards the next pass.
+            # Handling events that brought no batch counts towards the next pass.
             spent = time.perf_counter() - started if batch is None else 0.0
         for deployment in self._deployments.values():
             deployment.close("the engine is stopping")
         self._deployments.clear()
 
-    def _compute(self, key: StageKey, batch: list[Piece], started: float) -> None:
+    def _compute(self, key: StageKey, batch: TokenBatch, started: float) -> None:
+        """Compute a batch and hand its result on; whatever is raised there ends these sequences, not the engine."""
         identity, index = key
         deployment = self._deployments[identity]
+        stage = deployment.stages[index]
         self.batches += 1
         try:
-            result = deployment.stages[index].compute(batch)
+            try:
+                result = stage.compute(batch)
+            finally:
+                if self._recorder.on:
+                    self._recorder.lap("pass", identity, index, batch.runs, prompt=not steps_only(batch.runs))
+            deployment.computed(index, *result)
         except self._backend.broken:
             raise
-        except Exception as error:  # whatever a backend raises ends these sequences, not the engine
+        except Exception as error:
             traceback.print_exc()
-            for piece in batch:
-                deployment.fail(index, piece, f"stage {index}: {reason_of(error)}")
-            return
-        finally:
+            for run in batch.runs:
+                deployment.fail(index, run, reason_of(error))
+        else:
             if self._recorder.on:
-                self._recorder.lap("pass", identity, index, batch, prompt=not steps_only(batch))
-        stage = deployment.stages[index]
-        deployment.computed(index, result)
-        if self._recorder.on:
-            self._recorder.lap("hand on", identity)
-        stage.paced(batch, time.perf_counter() - started)
+                self._recorder.lap("hand on", identity)
+            stage.paced(batch.runs, time.perf_counter() - started)
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -227,7 +229,7 @@ class Compute:
 
 
 def start(compute: Compute, ended: Callable[[BaseException | None], None]) -> threading.Thread:
-    """The compute thread, running; `ended` is called in it when it returns, with what it died of."""
+    """Start the compute thread. It calls `ended` at its end, with the error that ended it, if any."""
 
     def body() -> None:
         try:

@@ -56,7 +56,7 @@ def most_under_way(spec: LoadStage, hidden_size: int) -> int:
     tokens = window_tokens(spec.stages, spec.chunk) + spec.slots
     frames = tokens + 2 * spec.slots
     exact = stage_limits(replace(spec, upstream_activations="exact"), hidden_size)
-    all_in_one = replace(exact, max_tokens=tokens, max_segments=frames, max_bytes=0)
+    all_in_one = replace(exact, max_tokens=tokens, max_runs=frames, max_bytes=0)
     return all_in_one.largest() + frames * (FRAME_COST_BYTES + SMALL_FRAME_BYTES)
 
 
@@ -99,20 +99,20 @@ class DataLinks:
         self._certificates = {one.device: one.certificate_pem for one in trusted}
         await self._plane.set_trusted(self._certificates.values())
 
-    async def expect(self, spec: LoadStage, hidden_size: int) -> None:
-        """A stage is loaded: whoever feeds it may dial. A later epoch ends the links of an earlier one."""
+    def expect(self, spec: LoadStage, hidden_size: int) -> int | None:
+        """A stage is loaded: whoever feeds it may dial. Returns the epoch that it ends, whose links are to be ended."""
         known = self._known.get(spec.deployment)
         if known is not None and known.epoch > spec.epoch:
             raise RefusedError(f"epoch {known.epoch} is loaded here; {spec.epoch} is past")
-        if known is None or known.epoch < spec.epoch:
+        past = None if known is None or known.epoch == spec.epoch else known.epoch
+        if known is None or past is not None:
             self._known[spec.deployment] = _Known(spec.epoch, hidden_size)
-            if known is not None:
-                await self._plane.forget(spec.deployment, known.epoch)
         self._known[spec.deployment].specs[spec.stage] = spec
         if spec.upstream not in (None, self._device):
             self._plane.expect(spec.upstream, Inlet(STEP, stage_limits(spec, hidden_size), self._deliver))
         if spec.stage == 0 and spec.head_device != self._device:
             self._plane.expect(spec.head_device, Inlet(STEP, source_limits(spec), self._deliver))
+        return past
 
     async def connect(self, message: Connect) -> Linked:
         """Links to all next stages on other devices; those that stand are kept. LinkError if one does not come up."""
@@ -154,10 +154,11 @@ class DataLinks:
         frames = await self._plane.echo(message.device, pem, message.hosts, message.port, message.sizes)
         return LinkTimed(message.request, tuple(frames))
 
-    async def forget(self, deployment: DeploymentId) -> None:
-        """Ends all links of a deployment, in order."""
-        self._known.pop(deployment, None)
-        await self._plane.forget(deployment)
+    async def forget(self, deployment: DeploymentId, epoch: int | None = None) -> None:
+        """End all links of a deployment, or those of one past epoch, in order."""
+        if epoch is None:
+            self._known.pop(deployment, None)
+        await self._plane.forget(deployment, epoch)
 
     async def close(self) -> None:
         if self._reporting is not None:

@@ -1,7 +1,7 @@
-"""The loader thread: what takes long and must not hold up steps (loading, inspecting, measuring), one job at a time.
+"""The loader thread: one job at a time of what takes too long for the compute thread (load, inspect, measure).
 
-Layers are timed here and not in the compute thread: a single pass of a large one may take a second, for which steps
-would wait. Nothing is timed while steps are computed, nor while a stage is loaded, so memory is never taken twice.
+Layers are timed here because a single pass of a large one may take a second, for which steps would wait. Nothing is
+timed while steps are computed or while a stage is loaded, so memory is never taken twice.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Job = LoadStage | Inspect | Measure | TimeLayers
 
 
 class Loader:
-    """`finished` gets each loaded shard, `tell` every other answer; both are called in the loader thread.
+    """Calls `finished` with each loaded shard and `tell` with every other answer, both in the loader thread.
 
-    `computed` says how many batches the compute thread has done; `broken` hears of what ends the engine.
+    `computed` says how many batches the compute thread has done; `broken` is called with an error that ends the engine.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class Loader:
         self._wanted: dict[int, LoadStage] = {}  # by request: loads that nobody has abandoned or taken over
 
     def put(self, job: Job) -> None:
-        """OverloadedError if too many wait; UnavailableError for what would have to wait for a load."""
+        """Queue a job. OverloadedError if too many wait; UnavailableError if layers are to be timed during a load."""
         if isinstance(job, TimeLayers) and self._wanted:
             raise UnavailableError("a model is being loaded here; layers are timed when it is quiet")
         if isinstance(job, LoadStage):
-            with self._lock:  # first of all: the loader thread may be at the job before `put` returns
+            with self._lock:  # before the job is queued: the loader thread may begin it before `put` returns
                 self._wanted[job.request] = job
         try:
             self._jobs.put(job)
@@ -61,12 +61,12 @@ class Loader:
             raise
 
     def abandon(self, deployment: DeploymentId) -> None:
-        """Loads of a deployment that are not taken over yet fail."""
+        """Let those loads of a deployment fail that `take_over` was not called for."""
         with self._lock:
             self._wanted = {request: spec for request, spec in self._wanted.items() if spec.deployment != deployment}
 
     def take_over(self, spec: LoadStage) -> None:
-        """RefusedError if the load was abandoned; from now on it cannot be."""
+        """The load can no longer be abandoned; RefusedError if it was."""
         with self._lock:
             if self._wanted.pop(spec.request, None) is None:
                 raise RefusedError(ABANDONED)
@@ -77,7 +77,7 @@ class Loader:
         return thread
 
     def close(self) -> None:
-        """The thread ends after the job it is at."""
+        """The thread ends once its present job is done."""
         self._closed = True
         with self._lock:
             self._wanted.clear()

@@ -1,7 +1,7 @@
 """What this engine did when, for `peerllm trace`: a ring of spans, filled by the compute thread and the loop.
 
-Whoever fills it looks at `on` first, which is all that it costs while nobody records. A deployment's coordinator sees
-that the compute thread was at another model, not at which, and nothing of other deployments' links.
+Callers look at `on` first, which is all that recording costs while nobody records. A deployment's coordinator sees that
+the compute thread was busy with another model, but not which one, and nothing of other deployments' links.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from time import perf_counter_ns
 from typing import Literal
 
 from peerllm.engine.messages import Record, Recorded, Span, SpanKind
-from peerllm.engine.schedule.batching import Piece
 from peerllm.errors import RefusedError
-from peerllm.transport.frames import SAMPLE, Frame, FrameKind, FrameSegment
+from peerllm.transport.frames import Frame, FrameKind, TokenRun
 from peerllm.transport.links import LinkObserver, SentFrame
 from peerllm.types import DeploymentId, DeviceId
 
@@ -125,15 +124,14 @@ class Recorder(LinkObserver):
         name: Literal["idle", "take in", "pass", "hand on"],
         deployment: DeploymentId = "",
         stage: int = -1,
-        batch: Sequence[Piece] = (),
+        runs: Sequence[TokenRun] = (),
         prompt: bool = False,
     ) -> None:
         """What the compute thread did since the last lap; `deployment` "": it was not for one alone."""
         now, since = perf_counter_ns(), self._lap_ns
         self._lap_ns = now
-        pieces = tuple((p.sequence, p.position, p.length, int(p.sample)) for p in batch[:MAX_PIECES])
-        kind: SpanKind = "" if not batch else "prompt" if prompt else "step"
-        self._add(deployment, Span(name, since, now, kind, stage, pieces=pieces))
+        kind: SpanKind = "" if not runs else "prompt" if prompt else "step"
+        self._add(deployment, Span(name, since, now, kind, stage, pieces=_pieces(runs)))
 
     # ---- from the links ---------------------------------------------------------------------------------------------
 
@@ -147,7 +145,7 @@ class Recorder(LinkObserver):
         taken_ns: int,
         written_ns: int,
     ) -> None:
-        kind, pieces = _KINDS[frame.kind], _pieces(frame.segments)
+        kind, pieces = _KINDS[frame.kind], _pieces(frame.runs)
         times = frame.handed_ns, frame.encoded_ns
         self._add(deployment, Span("serialise", *times, kind, stage, device, nbytes=frame.nbytes))
         waited = taken_ns - frame.encoded_ns
@@ -155,7 +153,7 @@ class Recorder(LinkObserver):
         self._add(deployment, Span("send", taken_ns, written_ns, kind, *where, waited, pieces))
 
     def received(self, device: DeviceId, frame: Frame, number: int, nbytes: int, came_ns: int, taken_ns: int) -> None:
-        kind, pieces = _KINDS[frame.kind], _pieces(frame.segments)
+        kind, pieces = _KINDS[frame.kind], _pieces(frame.runs)
         where = frame.stage, device, number, nbytes
         self._add(frame.deployment, Span("receive", came_ns, taken_ns, kind, *where, pieces=pieces))
 
@@ -175,8 +173,8 @@ class Recorder(LinkObserver):
                 self._fallen += 1
 
 
-def _pieces(segments: Sequence[FrameSegment]) -> Pieces:
-    return tuple((s.sequence, s.position, s.length, s.flags & SAMPLE) for s in segments[:MAX_PIECES])
+def _pieces(runs: Sequence[TokenRun]) -> Pieces:
+    return tuple((run.sequence, run.position, run.length, int(run.sample)) for run in runs[:MAX_PIECES])
 
 
 def _seen_by(deployment: DeploymentId, spans: Iterable[tuple[DeploymentId, Span]]) -> Iterable[Span]:

@@ -1,7 +1,7 @@
-"""The engine: an I/O loop (line to the daemon, data plane), a compute thread and a loader thread, and who hears what.
+"""The engine: an I/O loop (line to the daemon, data plane), a compute thread and a loader thread.
 
-Steps never wait for the loop: tokens are fed back on the compute thread, links take frames into their queues, and what
-the daemon shall hear is collected and sent when the loop comes to it.
+A step never waits for the loop: the compute thread feeds tokens back itself, links take frames into their queues, and
+what the daemon shall hear is collected and sent when the loop has time.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from peerllm.engine.messages import (
     ToEngine,
     Tokens,
     Trust,
+    Trusted,
     Unload,
 )
 from peerllm.engine.process.compute import Compute, Loaded, failed, start
@@ -41,7 +42,7 @@ from peerllm.engine.process.data_links import DataLinks
 from peerllm.engine.process.engine_line import Channel
 from peerllm.engine.process.loading import Loader
 from peerllm.engine.process.recorder import Recorder
-from peerllm.errors import EngineError, LinkError, PeerLLMError
+from peerllm.errors import EngineError, LinkError, PeerLLMError, one_line
 
 MAX_UNHANDLED = 4096  # messages of the daemon that wait behind one being handled
 MAX_UNSENT = 65_536  # messages for the daemon that the loop has not come to; more, and the daemon counts as gone
@@ -49,7 +50,7 @@ THREAD_TIMEOUT_S = 5.0  # what closing gives a batch or a load under way; a proc
 
 
 class Engine:
-    """`run` serves one daemon until its line closes, or raises EngineError; `close` then gives everything back."""
+    """`run` serves one daemon until its line closes, or raises EngineError; `close` then frees everything."""
 
     def __init__(self, channel: Channel, backend: Backend) -> None:
         self._channel, self._backend = channel, backend
@@ -63,7 +64,7 @@ class Engine:
         self._parts: tuple[Compute, Loader, DataLinks] | None = None
 
     async def run(self) -> None:
-        """Reading and handling are apart, so that the end of the line is seen whatever is being handled."""
+        """Messages are read and handled by two tasks, so that the end of the line is noticed while one is handled."""
         messages: asyncio.Queue[ToEngine] = asyncio.Queue(MAX_UNHANDLED)
         reading = asyncio.create_task(self._read(messages), name="engine reads the daemon")
         handling = asyncio.create_task(self._serve(messages), name="engine handles messages")
@@ -80,7 +81,7 @@ class Engine:
             await asyncio.gather(reading, handling, return_exceptions=True)
 
     async def close(self) -> None:
-        """Ends threads and links; may be called twice."""
+        """End threads and links. Idempotent."""
         self._channel.close()
         parts, self._parts = self._parts, None
         for task in list(self._tasks):
@@ -117,10 +118,10 @@ class Engine:
         compute = Compute(self._backend, self.tell, self._recorder)
         links = DataLinks(message, compute.inbox, self.tell, self._recorder)
         await links.start(message.trusted)
-        # Last of all: its size is that of all of this.
+        # Last, because the resident size that it measures is to include all of the above.
         facts = await asyncio.to_thread(self._backend.facts, message.compute, message.threads)
-        # The libraries' hundreds of thousands of objects stay for good: a full collection would walk them each time,
-        # and hold up whatever step it falls into.
+        # The libraries' hundreds of thousands of objects are never freed: without this, each full collection would walk
+        # them and delay the step that it falls into.
         gc.collect()
         gc.freeze()
         loader = Loader(self._backend, self.tell, self._loaded, lambda: compute.batches, self._thread_ended)
@@ -134,10 +135,10 @@ class Engine:
                 compute.inbox.put(message)
             case LoadStage() | Inspect() | Measure() | TimeLayers():
                 loader.put(message)
-            case Record():  # here, not behind a pass: the answer says what the clock shows
+            case Record():  # answered here and not behind a pass, because the answer tells the present time
                 self.tell(self._recorder.answer(message))
             case Trust(trusted):
-                await links.trust(trusted)
+                await self._trust(trusted, links)
             case Connect():
                 self._spawn(self._connect(message, compute, links), f"connect {message.deployment[:8]}")
             case TimeLink():
@@ -146,7 +147,14 @@ class Engine:
                 loader.abandon(deployment)
                 self._recorder.forget(deployment)
                 compute.inbox.put(message, always=True)
-                await links.forget(deployment)
+                self._spawn(links.forget(deployment), f"end the links of {deployment[:8]}")
+
+    async def _trust(self, trusted: tuple[Trusted, ...], links: DataLinks) -> None:
+        """If the new list cannot be taken, the engine ends, and with it the links of whoever was removed."""
+        try:
+            await links.trust(trusted)
+        except Exception as error:
+            self._end(EngineError(f"the household's new certificates cannot be taken: {one_line(error)}"))
 
     async def _connect(self, message: Connect, compute: Compute, links: DataLinks) -> None:
         try:
@@ -161,7 +169,7 @@ class Engine:
             self._refuse(message, error)
 
     def _loaded(self, spec: LoadStage, shard: Shard) -> None:
-        """In the loader thread."""
+        """Called in the loader thread: the shard goes to the compute thread by way of the loop."""
         hand_over = self._hand_over(spec, shard)
         try:
             self._loop.call_soon_threadsafe(self._spawn, hand_over, f"hand over stage {spec.stage}")
@@ -169,29 +177,32 @@ class Engine:
             hand_over.close()
 
     async def _hand_over(self, spec: LoadStage, shard: Shard) -> None:
-        """The stage's sender is expected before the daemon hears that it is loaded."""
+        """The stage's sender is expected before the daemon hears that the stage is loaded."""
         if self._parts is None:
             return
         compute, loader, links = self._parts
-        try:
-            await links.expect(spec, shard.hidden_size)
-            loader.take_over(spec)  # from here to the inbox nothing awaits: an Unload is before both or after both
+        try:  # nothing in here awaits, so that an Unload comes before all of it or after all of it
+            loader.take_over(spec)
+            past = links.expect(spec, shard.hidden_size)
             compute.inbox.put(Loaded(spec, shard), always=True)
         except Exception as error:
             shard.close()
             self._refuse(spec, error)
+        else:
+            if past is not None:
+                await links.forget(spec.deployment, past)
 
     def _refuse(self, message: ToEngine, error: Exception) -> None:
         match message:
             case Submit(deployment, sequence):
                 self.tell(Tokens(deployment, sequence, 0, (), "error", str(error)))
-            case Trust() | Cancel():
+            case Trust() | Cancel():  # before Configure there are no links and no sequences
                 traceback.print_exception(error)
             case _:
                 self.tell(failed(message.request, error))
 
     def tell(self, message: FromEngine) -> None:
-        """Tells the daemon; from any thread, never waits."""
+        """Tell the daemon. Any thread may call this; it never waits."""
         with self._unsent_lock:
             self._unsent.append(message)
             waiting = len(self._unsent)

@@ -1,22 +1,23 @@
-"""A stage at work: its shard, who holds its slots, and at the head what sampling needs. Compute thread only."""
+"""A stage that is loaded: its shard, who holds its slots, and at the head what sampling needs. Compute thread only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
-from peerllm.engine.base import Draw, Floats, Sampler, Segment, Shard
+from peerllm.engine.base import Draw, Floats, Sampler, Shard
 from peerllm.engine.messages import LoadStage
-from peerllm.engine.schedule.batching import Piece
 from peerllm.engine.state.slot_table import SlotTable
-from peerllm.engine.wire.parcels import Activation, Drawn, Opened
+from peerllm.engine.wire.parcels import Drawn, Opened, TokenBatch, quantised
 from peerllm.errors import EngineError
+from peerllm.transport.frames import TokenRun
 from peerllm.types import Sampling
 
 MEASURED_SIZES = 16  # sizes of batches told apart; the one not met for longest is forgotten
 PACE_GAIN = 1 / 32  # weight of a new pass in the mean of its size, once there are as many
+NOT_FINITE = "the model computed hidden states that are no finite numbers; try --exact"
+
+Failures = list[tuple[TokenRun, str]]  # runs of a batch whose sequences cannot go on, and why
 
 
 class LoadedStage:
@@ -33,20 +34,20 @@ class LoadedStage:
 
     @property
     def paces(self) -> tuple[tuple[int, float, float], ...]:
-        """By sequences in a batch of steps, rising: milliseconds that one took of late, taking in and sending too.
+        """(sequences in a batch of steps, rising; mean milliseconds of late; standard deviation as a share of that).
 
-        And their standard deviation, as a share of the mean.
+        The milliseconds include taking the batch in and handing its result on.
         """
         told = ((size, mean, variance) for size, (_, mean, variance) in sorted(self._paces.items()))
         return tuple((size, mean, math.sqrt(variance) / mean if mean > 0 else 0.0) for size, mean, variance in told)
 
-    def paced(self, batch: Sequence[Piece], seconds: float) -> None:
-        """The compute thread was at `batch` for so long, all told; prompts are not counted."""
-        if not steps_only(batch):
+    def paced(self, runs: Sequence[TokenRun], seconds: float) -> None:
+        """The compute thread spent so long on a batch of these runs; only batches of steps count."""
+        if not steps_only(runs):
             return
-        count, mean, variance = self._paces.pop(len(batch), (0, 0.0, 0.0))
+        count, mean, variance = self._paces.pop(len(runs), (0, 0.0, 0.0))
         gain, off = max(PACE_GAIN, 1 / (count + 1)), seconds * 1e3 - mean
-        self._paces[len(batch)] = count + 1, mean + gain * off, (1 - gain) * (variance + gain * off * off)
+        self._paces[len(runs)] = count + 1, mean + gain * off, (1 - gain) * (variance + gain * off * off)
         if len(self._paces) > MEASURED_SIZES:
             del self._paces[next(iter(self._paces))]
 
@@ -56,13 +57,13 @@ class LoadedStage:
         return next(reversed(self._paces.values()))[1] if self._paces else None
 
     def open(self, opened: Opened) -> None:
-        """FrameError if the slot is not to be had, or not with what the sequence is to begin with."""
+        """Give a sequence its slot; FrameError if the slot is taken, or does not hold what it is to begin with."""
         self.slots.open(opened.sequence, opened.slot, opened.position)
         if self.is_head:
             self._answers[opened.sequence] = opened.sampling, []
 
     def release(self, sequence: int, keep: int = 0) -> bool:
-        """Frees a sequence's slot, in which its first `keep` tokens stay; False if it holds none."""
+        """Free a sequence's slot, in which its first `keep` tokens stay; False if the sequence holds none."""
         slot = self.slots.release(sequence, keep)
         self._answers.pop(sequence, None)
         if slot is None:
@@ -72,39 +73,50 @@ class LoadedStage:
         return True
 
     def empty(self) -> None:
-        """Nothing stays in idle slots."""
+        """Forget what idle slots keep."""
         for slot in self.slots.idle:
             self.slots.empty(slot)
             self.shard.release(slot)
 
-    def compute(self, batch: Sequence[Piece]) -> Activation | Drawn:
-        """Runs a batch of pieces through the layers, and at the head draws the tokens."""
-        inputs = batch[0].data if len(batch) == 1 else np.concatenate([piece.data for piece in batch])
-        segments = [Segment(piece.slot, piece.position, piece.length, piece.sample) for piece in batch]
-        output = self.shard.forward(inputs, segments)
-        return self._draw(batch, output) if self.is_head else Activation(batch, output)
+    def compute(self, batch: TokenBatch) -> tuple[TokenBatch | Drawn | None, Failures]:
+        """Run a batch through the layers and, at the head, draw the tokens: (what to hand on, which runs failed)."""
+        output = self.shard.forward(batch.rows, batch.runs)
+        if self.is_head:
+            return self._draw(batch.runs, output)
+        hidden = TokenBatch(batch.runs, output)
+        if self.spec.downstream_activations == "exact":
+            return hidden, []
+        rounded, lost = quantised(hidden)
+        return rounded, [(run, NOT_FINITE) for run in lost]
 
-    def _draw(self, batch: Sequence[Piece], logits: Floats) -> Drawn:
-        """`logits` are float32 [pieces to sample after, vocabulary]."""
-        asked = [piece for piece in batch if piece.sample]
-        if logits.shape[0] != len(asked):
-            raise EngineError(f"the shard gave {logits.shape[0]} rows of logits for {len(asked)} tokens to draw")
-        answers = [self._answers[piece.sequence] for piece in asked]
-        draws = [
-            Draw(sampling, piece.position + piece.length, ids)
-            for piece, (sampling, ids) in zip(asked, answers, strict=True)
-        ]
-        drawn = iter(self._sampler(logits, draws) if draws else [])
-        tokens = [next(drawn) if piece.sample else None for piece in batch]
-        for (_, ids), token in zip(answers, (token for token in tokens if token is not None), strict=True):
-            ids.append(token)
-        return Drawn(batch, tokens)
+    def _draw(self, runs: Sequence[TokenRun], logits: Floats) -> tuple[Drawn | None, Failures]:
+        """`logits` are float32 [runs to sample after, vocabulary]. A row that gives no token fails its run alone."""
+        asked = sum(run.sample for run in runs)
+        if logits.shape[0] != asked:
+            raise EngineError(f"the shard gave {logits.shape[0]} rows of logits for {asked} tokens to draw")
+        drawn: list[tuple[TokenRun, int | None]] = []
+        failed: Failures = []
+        row = 0
+        for run in runs:
+            if not run.sample:
+                drawn.append((run, None))
+                continue
+            sampling, ids = self._answers[run.sequence]
+            try:
+                (token,) = self._sampler(logits[row : row + 1], [Draw(sampling, run.position + run.length, ids)])
+            except EngineError as error:
+                failed.append((run, str(error)))
+            else:
+                ids.append(token)
+                drawn.append((run, token))
+            row += 1
+        return (Drawn(*zip(*drawn, strict=True)) if drawn else None), failed
 
     def close(self) -> None:
         self._answers.clear()
         self.shard.close()
 
 
-def steps_only(batch: Sequence[Piece]) -> bool:
-    """One token of an answer each, no prompt."""
-    return all(piece.sample and piece.length == 1 for piece in batch)
+def steps_only(runs: Sequence[TokenRun]) -> bool:
+    """Whether every run is a step."""
+    return all(run.is_step for run in runs)

@@ -1,6 +1,6 @@
-"""One deployment on this engine: the parcels of its sequences, moved between its stages, its links and its source.
+"""One deployment on this engine: moves what its sequences need between its stages, its links and its source.
 
-Compute thread only. What leaves the device goes to a Link, what the daemon shall hear to `tell`.
+Compute thread only. What leaves the device goes to a Link, what the daemon shall hear goes to `tell`.
 """
 
 from __future__ import annotations
@@ -8,33 +8,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from peerllm.engine.messages import FinishReason, FromEngine, LinkLost, LoadStage, Submit, Tokens
-from peerllm.engine.schedule.batching import Piece, Scheduler
-from peerllm.engine.schedule.loaded_stage import LoadedStage
+from peerllm.engine.schedule.batching import Scheduler
+from peerllm.engine.schedule.loaded_stage import Failures, LoadedStage
 from peerllm.engine.schedule.source_sequences import SourceSequences, window_tokens
 from peerllm.engine.schedule.step_schedules import SCHEDULES, NoBubble
 from peerllm.engine.wire.parcels import (
     ALL_SEQUENCES,
     DTYPES,
-    Activation,
     Drawn,
     Opened,
     Parcel,
     Released,
-    lengthen,
-    shorten,
-    split,
+    TokenBatch,
+    dequantised,
     to_frame,
 )
-from peerllm.errors import BadInputError, FrameError, LinkError, PeerLLMError
+from peerllm.errors import BadInputError, FrameError, LinkError, PeerLLMError, one_line
+from peerllm.transport.frames import TokenRun
 from peerllm.transport.links import Link
 from peerllm.types import DeploymentId, DeviceId
 
 StageKey = tuple[DeploymentId, int]
-NOT_FINITE = "the model computed hidden states that are no finite numbers; try --exact"
 
 
 class LocalDeployment:
-    """Stages of one epoch; `loaded` adds them one by one, `linked` opens the way to other devices."""
+    """The stages of one epoch here: `loaded` adds them one by one, `linked` sets their links to other devices."""
 
     def __init__(self, spec: LoadStage, schedule: Scheduler[StageKey], tell: Callable[[FromEngine], None]) -> None:
         self.id, self.epoch, self.count = spec.deployment, spec.epoch, spec.stages
@@ -52,8 +50,8 @@ class LocalDeployment:
         self.stages[spec.stage] = stage
         self._schedule.add((self.id, spec.stage), self.id, spec.stage)
         if spec.stage == 0:
-            reach = stage.shard.reach
-            self._source = SourceSequences(self.id, spec.slots, spec.context, spec.chunk, spec.stages, reach, spec.cuts)
+            sizes = spec.slots, spec.context, spec.chunk, spec.stages, stage.shard.vocabulary
+            self._source = SourceSequences(self.id, *sizes, stage.shard.reach, spec.cuts)
 
     @property
     def held_bytes(self) -> int:
@@ -63,7 +61,7 @@ class LocalDeployment:
         return sum(weights.values()) + sum(shard.kv_bytes for shard in shards)
 
     def linked(self, outlets: Mapping[int, Link]) -> None:
-        """The links stand; if some broke before, whatever was under way on them is gone."""
+        """The links stand. If one had broken before, every sequence is dropped: what was under way on it is gone."""
         self._outlets = dict(outlets)
         self._reported.clear()
         if not self.broken:
@@ -76,7 +74,7 @@ class LocalDeployment:
     # ---- on the source ----------------------------------------------------------------------------------------------
 
     def submit(self, order: Submit) -> None:
-        """Starts a sequence; why it cannot start is told as its end."""
+        """Start a sequence. If it cannot start, its end is told with the reason."""
         try:
             if self._source is None:
                 raise BadInputError("sequences start on the device that holds the embedding; this one does not")
@@ -87,19 +85,19 @@ class LocalDeployment:
             self._tell(Tokens(self.id, order.sequence, 0, (), "error", str(error)))
             return
         self._arrive(0, Opened(order.sequence, slot, order.sampling, self._source.reused(order.sequence)))
-        self._go_on(self._source)
+        self._feed(self._source)
 
     def cancel(self, sequence: int) -> None:
         if self._source is not None and sequence in self._source.running:
             self._finish(self._source, sequence, "cancelled")
-            self._go_on(self._source)
+            self._feed(self._source)
 
-    def _go_on(self, source: SourceSequences) -> None:
-        """Whatever may enter the first stage now does."""
-        for batch in self._turns.steps(source.prompting, source.prompts_under_way):
-            self._take_in(0, batch)
+    def _feed(self, source: SourceSequences) -> None:
+        """Feed the first stage whatever may enter it now."""
+        for steps in self._turns.steps(source.prompting, source.prompts_under_way):
+            self._enqueue(0, TokenBatch(steps, source.ids(steps)))
         for chunk in source.feed(self._turns.chunks(source.prompts_under_way)):
-            self._take_in(0, (chunk,))
+            self._enqueue(0, TokenBatch([chunk], source.ids([chunk])))
 
     def _finish(self, source: SourceSequences, sequence: int, finish: FinishReason, error: str = "") -> None:
         slot = source.slot(sequence)
@@ -112,15 +110,15 @@ class LocalDeployment:
     def _at_source(self, parcel: Parcel) -> None:
         source = self._source
         if source is None:
-            self.breaks("the plan ends on this device, which is not its source")
+            self.interrupt("the plan ends on this device, which is not its source")
             return
         match parcel:
-            case Drawn(pieces, drawn):
-                for piece, token in zip(pieces, drawn, strict=True):
-                    self._came_back(source, piece, token)
-                self._go_on(source)
+            case Drawn(runs, drawn):
+                for run, token in zip(runs, drawn, strict=True):
+                    self._came_back(source, run, token)
+                self._feed(source)
             case Released(sequence, _, reason) if sequence == ALL_SEQUENCES:
-                self.breaks(reason or "a later stage lost its link")
+                self.interrupt(reason or "a later stage lost its link")
             case Released(sequence, _, reason):
                 if not reason:
                     source.drained(sequence)
@@ -128,23 +126,23 @@ class LocalDeployment:
                     self._finish(source, sequence, "error", reason)
                 else:  # it failed after the source had ended it: not every stage keeps what it left
                     source.forget(sequence)
-                self._go_on(source)
+                self._feed(source)
             case _:
                 raise FrameError("only tokens and releases go back to the source")
 
-    def _came_back(self, source: SourceSequences, piece: Piece, token: int | None) -> None:
+    def _came_back(self, source: SourceSequences, run: TokenRun, token: int | None) -> None:
         try:
-            feed, tokens = source.came_back(piece.sequence, piece.position, piece.length, token)
+            step, tokens = source.came_back(run, token)
         except FrameError as error:
-            self._finish(source, piece.sequence, "error", str(error))
+            self._finish(source, run.sequence, "error", str(error))
             return
-        self._turns.left(piece.sequence)
-        if feed is not None:
-            self._turns.due(feed)
+        self._turns.left(run.sequence)
+        if step is not None:
+            self._turns.due(step)
         if tokens is not None:
             self._tell(tokens)
             if tokens.finish is not None:
-                self._arrive(0, Released(piece.sequence, piece.slot, keep=source.kept(piece.slot)))
+                self._arrive(0, Released(run.sequence, run.slot, keep=source.kept(run.slot)))
 
     # ---- between stages ---------------------------------------------------------------------------------------------
 
@@ -159,12 +157,11 @@ class LocalDeployment:
             return
         stage = self.stages.get(index)
         if stage is None:
-            self.breaks(f"stage {index} is not loaded on this device")
+            self.interrupt(f"stage {index} is not loaded on this device")
             return
         match parcel:
-            case Activation():
-                whole = parcel if parcel.scales is None else lengthen(parcel, DTYPES[stage.spec.dtype])
-                self._take_in(index, split(whole))
+            case TokenBatch():
+                self._enqueue(index, dequantised(parcel, DTYPES[stage.spec.dtype]))
             case Opened(sequence, slot):
                 try:
                     stage.open(parcel)
@@ -182,39 +179,36 @@ class LocalDeployment:
             case Drawn():
                 raise FrameError("tokens go to the source only")
 
-    def _take_in(self, index: int, pieces: Sequence[Piece]) -> None:
-        """What came together waits together."""
+    def _enqueue(self, index: int, batch: TokenBatch) -> None:
+        """Check runs that came together against the slots they name, and queue the sound ones together."""
         stage, key = self.stages[index], (self.id, index)
-        waiting, taken = self._schedule.waiting(key), list[Piece]()
-        for piece in pieces:
-            if piece.sequence not in stage.slots:  # released meanwhile
+        waiting, taken = self._schedule.waiting(key), list[TokenRun]()
+        for run in batch.runs:
+            if run.sequence not in stage.slots:  # released meanwhile
                 continue
             try:
-                stage.slots.extend(piece.sequence, piece.slot, piece.position, piece.length)
-                if waiting + piece.length > self._most_waiting:
+                stage.slots.extend(run)
+                if waiting + run.length > self._most_waiting:
                     raise FrameError(f"more than {self._most_waiting} tokens wait")
             except FrameError as error:
-                self.fail(index, piece, f"stage {index}: {error}")
+                self.fail(index, run, str(error))
             else:
-                taken.append(piece)
-                waiting += piece.length
-        self._schedule.put(key, *(piece for piece in taken if piece.sequence in stage.slots))  # a failure may end all
+                taken.append(run)
+                waiting += run.length
+        taken = [run for run in taken if run.sequence in stage.slots]  # one that failed may have ended all
+        if taken:
+            self._schedule.put(key, batch.only(taken))
 
-    def computed(self, index: int, result: Activation | Drawn) -> None:
-        """A stage's result, on its way."""
-        if isinstance(result, Activation) and self.stages[index].spec.downstream_activations == "int8":
-            parcel, lost = shorten(result)
-            for piece in lost:
-                self.fail(index, piece, f"stage {index}: {NOT_FINITE}")
-            if parcel is not None:
-                self._pass_on(index, parcel)
-        else:
+    def computed(self, index: int, result: TokenBatch | Drawn | None, failed: Failures) -> None:
+        """Hand on what a stage computed; the sequences that failed there end."""
+        for run, reason in failed:
+            self.fail(index, run, reason)
+        if result is not None:
             self._pass_on(index, result)
 
-    def fail(self, index: int, piece: Piece, reason: str) -> None:
-        """A sequence cannot go on at this stage: the stages after it let go, and the source hears why."""
-        self._free(self.stages[index], index, piece.sequence)
-        self._pass_on(index, Released(piece.sequence, piece.slot, reason))
+    def fail(self, index: int, run: TokenRun, reason: str) -> None:
+        """A sequence cannot go on at a stage: later stages release its slot, and the source hears why."""
+        self._arrive(index, Released(run.sequence, run.slot, f"stage {index}: {reason}"))
 
     def _free(self, stage: LoadedStage, index: int, sequence: int, keep: int = 0) -> None:
         if stage.release(sequence, keep):
@@ -226,17 +220,21 @@ class LocalDeployment:
             return
         outlet = self._outlets.get(index)
         if outlet is None:
-            self.breaks(f"stage {index} has no link to the next yet")
+            self.interrupt(f"stage {index} has no link to the next yet")
             return
         try:
             outlet.send(to_frame(parcel, self.id, self.epoch, index + 1))
         except LinkError as error:
             self.lost(outlet.device, None, str(error))
+        except Exception as error:
+            if isinstance(parcel, TokenBatch | Drawn):  # whoever computed the batch ends its sequences
+                raise
+            self.lost(outlet.device, None, f"{type(error).__name__}: {one_line(error)}")
 
     # ---- breaking and ending ----------------------------------------------------------------------------------------
 
-    def breaks(self, reason: str) -> None:
-        """A link is gone: on the source every sequence ends; elsewhere those after the break pass the word round."""
+    def interrupt(self, reason: str) -> None:
+        """A link is gone: on the source every sequence ends. Other devices wait for the links to be made anew."""
         if self.broken:
             return
         self.broken = reason
@@ -245,14 +243,17 @@ class LocalDeployment:
                 self._finish(self._source, sequence, "error", reason)
 
     def lost(self, device: DeviceId, ingress: int | None, reason: str) -> None:
-        """The link to `device` is gone; or the one from it that fed stage `ingress`: all up to the source hear it."""
+        """The link to `device` is gone, or with `ingress` the one from it that fed that stage.
+
+        The daemon hears of it, and so do the stages after `ingress` up to the source.
+        """
         if device not in self._reported:
             self._reported.add(device)
             self._tell(LinkLost(self.id, device, reason))
         reason = f"lost the link with device {device[:8]}: {reason}"
         if ingress is not None and ingress in self.stages:
             self._arrive(ingress, Released(ALL_SEQUENCES, 0, reason))
-        self.breaks(reason)
+        self.interrupt(reason)
 
     def _drop_all(self, *indexes: int) -> None:
         for index in indexes or tuple(self.stages):
@@ -262,7 +263,7 @@ class LocalDeployment:
             stage.empty()
 
     def close(self, reason: str) -> None:
-        """Ends all sequences and frees the shards."""
+        """End all sequences and free the shards."""
         self.broken = self.broken or reason
         if self._source is not None:
             for sequence in self._source.running:

@@ -19,11 +19,11 @@ class PromptTurns:
         self._waiting.setdefault(client, deque()).append(sequence)
 
     def next(self, able: Callable[[int], bool]) -> int | None:
-        """The first in turn that is `able`; who is not keeps its turn."""
+        """The first sequence in turn that is `able`; one that is not keeps its turn."""
         return next((sequence for own in self._waiting.values() for sequence in own if able(sequence)), None)
 
     def served(self, client: str, sequence: int, *, more: bool) -> None:
-        """It had its turn; the client and, if it has `more` to feed, the sequence are last now."""
+        """A sequence had its turn: its client goes last, and among the client's the sequence, if it has `more`."""
         self.remove(client, sequence)
         own = self._waiting.pop(client, deque())
         if more:
@@ -32,7 +32,7 @@ class PromptTurns:
             self._waiting[client] = own
 
     def remove(self, client: str, sequence: int) -> None:
-        """Nothing more is to be fed of it; unknown ones are no matter."""
+        """Nothing more is to be fed of a sequence. Unknown sequences are ignored."""
         own = self._waiting.get(client, deque())
         if sequence in own:
             own.remove(sequence)

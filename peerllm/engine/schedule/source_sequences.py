@@ -1,30 +1,30 @@
 """The source's sequences of one deployment: who holds which slot, what is fed next, when an answer ends.
 
-A prompt that goes on with what an earlier sequence left in an idle slot (`IdleSlots`) is fed from there on.
-
-Pure: tokens come in, pieces for stage 0 and `Tokens` go out. Prompts are fed in chunks, clients in turn, with at most
-CHUNKS_PER_STAGE_IN_FLIGHT × stages of the largest chunks' worth of tokens under way, which bounds what may wait on any
-stage; of one prompt as many chunks, so that a long one in small chunks keeps no other waiting.
+Pure: drawn tokens come in, runs for stage 0 and `Tokens` go out. A prompt that continues what an earlier sequence left
+in an idle slot (`PrefixCache`) is fed from there on. Prompts are fed in chunks, and clients take turns. At most
+CHUNKS_PER_STAGE_IN_FLIGHT × stages × the largest chunk of prompt tokens are under way at once, which bounds how many
+wait at any stage. One prompt has at most CHUNKS_PER_STAGE_IN_FLIGHT × stages chunks under way, so that a long prompt in
+small chunks keeps no other waiting.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from peerllm.engine.base import Reach
+from peerllm.engine.base import Reach, Tensor
 from peerllm.engine.messages import FinishReason, Submit, Tokens
-from peerllm.engine.schedule.batching import Piece
 from peerllm.engine.schedule.prompt_turns import PromptTurns
-from peerllm.engine.state.idle import IdleSlots, Remains, SlotChoice
+from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache, SlotChoice
 from peerllm.errors import BadInputError, FrameError, OverloadedError
+from peerllm.transport.frames import TokenRun
 from peerllm.types import Cuts, DeploymentId, chunk_of
 
 CHUNKS_PER_STAGE_IN_FLIGHT = 2  # one being computed, one waiting
-MAX_TOKEN_ID = 2**31 - 1  # no vocabulary is larger
-MAX_DRAINING = 1024  # ended sequences whose RELEASE has not gone round
+MAX_DRAINING = 1024  # ended sequences whose RELEASE has not come back to the source
 
 
 def window_tokens(stages: int, chunk: int) -> int:
@@ -46,23 +46,25 @@ class _Running:
     order: Submit
     choice: SlotChoice
     chunk: int  # what is new of the prompt is fed in chunks of so many tokens
-    fed: int  # tokens put into stage 0, prompt and answer, and those that need not be
-    back: int  # of those, tokens the head has seen
-    said: list[int] = field(default_factory=list)  # ids of the answer so far, all put into stage 0
+    fed: int  # tokens of prompt and answer that were put into stage 0, and those that the slot held already
+    back: int  # of those, tokens that the head has seen
+    answer: list[int] = field(default_factory=list)  # ids of the answer so far, all put into stage 0
     in_flight: deque[int] = field(default_factory=deque)  # lengths of the prompt chunks under way
 
-    def feed(self, length: int) -> Piece:
-        """The next `length` tokens, which are in stage 0 from now on."""
-        order, start = self.order, self.fed
+    def feed(self, length: int) -> TokenRun:
+        """The next `length` tokens, which count as put into stage 0 from now on."""
+        start = self.fed
         self.fed += length
-        prompt = len(order.prompt)
-        ids = order.prompt[start : self.fed] if start < prompt else self.said[start - prompt :]
-        data = np.array(ids, np.int64)
-        return Piece(order.sequence, self.choice.slot, start, length, sample=self.fed >= prompt, data=data)
+        return TokenRun(self.order.sequence, self.choice.slot, start, length, self.fed >= len(self.order.prompt))
+
+    def ids(self, run: TokenRun) -> Sequence[int]:
+        """The token ids of a run that was fed: of the prompt, or one of the answer."""
+        start, prompt = run.position, self.order.prompt
+        return prompt[start : start + run.length] if start < len(prompt) else (self.answer[start - len(prompt)],)
 
 
 class SourceSequences:
-    """Of one deployment on its source. Late tokens are told apart by sequence number."""
+    """Of one deployment on its source. Tokens that come late belong to a sequence number that is not running."""
 
     def __init__(
         self,
@@ -71,16 +73,18 @@ class SourceSequences:
         context: int,
         chunk: int,
         stages: int,
+        vocabulary: int,
         reach: Reach | None = None,
         cuts: Cuts = (),
     ) -> None:
         """`reach` says where idle slots can be taken up again; None: nowhere. No `cuts`: always `chunk` tokens."""
+        self._vocabulary = vocabulary
         self._deployment, self._slots, self._context = deployment, slots, context
         self._cuts = cuts or ((1, chunk),)
         self._window = window_tokens(stages, chunk)
         self._most_chunks = CHUNKS_PER_STAGE_IN_FLIGHT * stages  # of one prompt under way
         self._running: dict[int, _Running] = {}
-        self._idle = IdleSlots(slots, reach)
+        self._idle = PrefixCache(slots, reach)
         self._prompts = PromptTurns()
         self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
         self._draining: dict[int, int] = {}  # of those, by ended sequence, until its RELEASE has gone round
@@ -117,6 +121,10 @@ class SourceSequences:
             raise OverloadedError(f"{MAX_DRAINING} ended sequences are still leaving the stages; ask again later")
         if not 1 <= len(order.prompt) <= self._context:
             raise BadInputError(f"a prompt has 1 to {self._context} tokens here, not {len(order.prompt)}")
+        if min(order.prompt) < 0 or max(order.prompt) >= self._vocabulary:
+            raise BadInputError(
+                f"the prompt's token ids are not all from 0 to {self._vocabulary - 1}, as the model's are"
+            )
         if order.max_tokens < 1:
             raise BadInputError(f"an answer has at least 1 token, not {order.max_tokens}")
         taken = {running.choice.slot for running in self._running.values()}
@@ -128,10 +136,10 @@ class SourceSequences:
         self._prompts.add(order.client, order.sequence)
         return choice.slot
 
-    def feed(self, most: int | None = None) -> list[Piece]:
+    def feed(self, most: int | None = None) -> list[TokenRun]:
         """The prompt chunks that may go into stage 0 now, `most` of them at most."""
-        feeds: list[Piece] = []
-        while most is None or len(feeds) < most:
+        chunks: list[TokenRun] = []
+        while most is None or len(chunks) < most:
             sequence = self._prompts.next(lambda one: len(self._running[one].in_flight) < self._most_chunks)
             if sequence is None:
                 break
@@ -141,18 +149,21 @@ class SourceSequences:
                 break
             running.in_flight.append(length)
             self._under_way += length
-            feeds.append(running.feed(length))
-            self._prompts.served(running.order.client, sequence, more=not feeds[-1].sample)
-        return feeds
+            chunks.append(running.feed(length))
+            self._prompts.served(running.order.client, sequence, more=not chunks[-1].sample)
+        return chunks
 
-    def came_back(
-        self, sequence: int, position: int, length: int, token: int | None
-    ) -> tuple[Piece | None, Tokens | None]:
+    def ids(self, runs: Sequence[TokenRun]) -> Tensor:
+        """The token ids of runs that were fed and whose sequences still run: int64 [tokens]."""
+        return np.array([one for run in runs for one in self._running[run.sequence].ids(run)], np.int64)
+
+    def came_back(self, run: TokenRun, token: int | None) -> tuple[TokenRun | None, Tokens | None]:
         """A run passed the head, which drew `token` after it (None: it was not to).
 
         Returns the step to feed at once and what to tell the daemon; both None for a sequence that has ended.
-        FrameError if the run is not the one that is due.
+        FrameError if the run is not the one that is due, or the token is none.
         """
+        sequence, position, length = run.sequence, run.position, run.length
         running = self._running.get(sequence)
         if running is None:
             return None, None
@@ -162,8 +173,8 @@ class SourceSequences:
         sampled = position + length >= len(running.order.prompt)
         if sampled != (token is not None):
             raise FrameError(f"the head {'drew no' if sampled else 'drew a'} token at position {position + length}")
-        if token is not None and not 0 <= token <= MAX_TOKEN_ID:
-            raise FrameError(f"the head drew {token}, which is no token")
+        if token is not None and not 0 <= token < self._vocabulary:
+            raise FrameError(f"the head drew {token}, which is no token id; they go from 0 to {self._vocabulary - 1}")
         if running.in_flight:
             self._under_way -= running.in_flight.popleft()
         running.back += length
@@ -171,16 +182,16 @@ class SourceSequences:
             return None, None
         if token in running.order.stop_ids:
             return None, self.end(sequence, "stop")
-        start = len(running.said)
-        tokens = Tokens(self._deployment, sequence, start, (token,), reused=_first(running))
+        start = len(running.answer)
+        tokens = Tokens(self._deployment, sequence, start, (token,), reused=_reused(running))
         if start + 1 >= running.order.max_tokens or running.fed >= self._context:
             self.end(sequence, "length")
             return None, replace(tokens, finish="length")
-        running.said.append(token)
+        running.answer.append(token)
         return running.feed(1), tokens
 
     def end(self, sequence: int, finish: FinishReason, error: str = "") -> Tokens | None:
-        """Ends a sequence and frees its slot, idle unless it failed; None if it has ended before."""
+        """End a sequence; its slot is free, and idle unless the sequence failed. None if it had ended before."""
         running = self._running.pop(sequence, None)
         if running is None:
             return None
@@ -188,26 +199,26 @@ class SourceSequences:
         order, choice = running.order, running.choice
         self._prompts.remove(order.client, sequence)
         if finish != "error":
-            ids = (*order.prompt, *running.said)[: running.back]
+            ids = (*order.prompt, *running.answer)[: running.back]
             furthest = max(choice.furthest, running.fed)
-            self._idle.keep(choice.slot, Remains(sequence, order.client, ids, furthest))
-        return Tokens(self._deployment, sequence, len(running.said), (), finish, error, _first(running))
+            self._idle.keep(choice.slot, CachedPrefix(sequence, order.client, ids, furthest))
+        return Tokens(self._deployment, sequence, len(running.answer), (), finish, error, _reused(running))
 
     def forget(self, sequence: int) -> None:
-        """What an ended sequence left in its slot is not to be had any more."""
+        """Some stage let go of what an ended sequence left in its slot: no sequence may begin with it."""
         self._idle.forget(sequence)
 
     def drained(self, sequence: int) -> None:
-        """An ended sequence's RELEASE has gone round: nothing of it is under way."""
+        """An ended sequence's RELEASE came back from the last stage: nothing of it is under way."""
         self._under_way -= self._draining.pop(sequence, 0)
 
     def reset(self) -> None:
-        """The links are new: nothing of what has ended is under way, and the stages keep nothing."""
+        """The links are new: nothing of ended sequences is under way, and the stages keep nothing in idle slots."""
         for sequence in list(self._draining):
             self.drained(sequence)
         self._idle.clear()
 
 
-def _first(running: _Running) -> int:
-    """What the first message about an answer, and no other, tells of its prompt."""
-    return 0 if running.said else running.choice.position
+def _reused(running: _Running) -> int:
+    """Prompt tokens that the slot held already: told with the answer's first token only, else 0."""
+    return 0 if running.answer else running.choice.position

@@ -1,11 +1,11 @@
 """Which steps enter the first stage as one batch, and when (ADR 9). Pure.
 
-What enters together stays together: no stage merges or splits a batch of steps, so that what is decided here, on the
-source, holds for the whole lap. Of n sequences that decode, as many batches as `batches_of` says are under way, each
-with its even share (n // batches, or one more). A batch that is back has a seat for every one of its sequences; one too
-large leaves the rest to the next, one too small is filled up first come first served. So batches of any sizes are
-even again when each has been back twice, and no step waits longer than it takes the batches under way to come back
-(once more if a sequence ends meanwhile and fewer batches are right from then on).
+No stage merges or splits a batch of steps, so what is decided here, on the source, holds for the whole lap. When n
+sequences decode, `batches_of` says how many batches are under way, each with an even share of them (n // batches, or
+one more). When a batch comes back, the next one takes as many due steps as its share: a batch that was too large leaves
+some for the batch after it, one that was too small takes up others that are due, first come first served. So batches of
+any sizes are even again when each has come back twice. No step waits longer than the batches under way take to come
+back (once more if a sequence ends meanwhile and fewer batches are right from then on).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from peerllm.engine.schedule.batching import Piece
+from peerllm.transport.frames import TokenRun
 from peerllm.types import ScheduleName, batches_of
 
 
 class NoBubble:
-    """A batch goes on as soon as it is back; whoever is due then goes with it."""
+    """The next batch enters as soon as one is back, with whichever steps are due then."""
 
     def __init__(self, micro_batch: int, micro_batches: int) -> None:
         self._micro_batch, self._micro_batches = micro_batch, micro_batches
-        self._due: deque[Piece] = deque()
+        self._due: deque[TokenRun] = deque()
         self._batches: dict[int, set[int]] = {}  # under way: number, the sequences still in it
         self._number = 0
 
@@ -31,12 +31,12 @@ class NoBubble:
         """Batches of steps between the first stage and the head."""
         return len(self._batches)
 
-    def due(self, step: Piece) -> None:
+    def due(self, step: TokenRun) -> None:
         """A sequence's next step may enter."""
         self._due.append(step)
 
     def left(self, sequence: int) -> None:
-        """Its step is back, or it has ended; unknown sequences are no matter."""
+        """The sequence's step is back, or the sequence has ended. Unknown sequences are ignored."""
         self._due = deque(step for step in self._due if step.sequence != sequence)
         for number, members in self._batches.items():
             if sequence in members:
@@ -45,9 +45,9 @@ class NoBubble:
                     del self._batches[number]
                 return
 
-    def steps(self, prompting: bool, prompts_under_way: bool) -> list[list[Piece]]:
+    def steps(self, prompting: bool, prompts_under_way: bool) -> list[list[TokenRun]]:
         """The batches that enter now. `prompting`: prompts wait to be fed."""
-        batches: list[list[Piece]] = []
+        batches: list[list[TokenRun]] = []
         room = self._room()
         while self._due and len(batches) < room:
             batches.append(self._take())
@@ -67,7 +67,7 @@ class NoBubble:
     def _count(self) -> int:
         return batches_of(self._decoding(), self._micro_batch, self._micro_batches)
 
-    def _take(self) -> list[Piece]:
+    def _take(self) -> list[TokenRun]:
         """The next batch: its even share of all who decode, or fewer if no more are due."""
         share, over = divmod(self._decoding(), self._count())
         larger = sum(len(members) > share for members in self._batches.values())
@@ -79,7 +79,7 @@ class NoBubble:
 
 
 class Bubble(NoBubble):
-    """EdgeShard's pipeline with a barrier: a round of batches enters when the round before it is back as a whole."""
+    """EdgeShard's pipeline with a barrier: a round of batches enters when all of the round before it are back."""
 
     def _room(self) -> int:
         return 0 if self.under_way else self._count()
@@ -92,7 +92,7 @@ class Sequential(NoBubble):
         super().__init__(1, 1)
         self._stepped = False  # the last pass was a step
 
-    def steps(self, prompting: bool, prompts_under_way: bool) -> list[list[Piece]]:
+    def steps(self, prompting: bool, prompts_under_way: bool) -> list[list[TokenRun]]:
         if prompts_under_way or (prompting and self._stepped):
             return []
         batches = super().steps(prompting, prompts_under_way)

@@ -1,4 +1,4 @@
-"""KV slots: room made once for every sequence, and the view of one that a transformers model takes for its cache."""
+"""KV slots: memory taken once for all sequences, and the view of one slot that a transformers model uses as cache."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from peerllm.engine.kernels.accelerator import CPU
-from peerllm.engine.state.states import FULL, WINDOWED, HybridCounter, LayerState, SlotLayer, layer_of
+from peerllm.engine.state.layer_states import FULL, WINDOWED, HybridCounter, LayerState, SlotLayer, layer_of
 from peerllm.errors import EngineError
 
 
 class SlotCache(Cache):
-    """One slot's cache of a whole model: its own blocks hold keys and values, the others only count tokens."""
+    """One slot's cache of a whole model: the shard's own blocks hold keys and values, the others only count tokens."""
 
     def __init__(self, layers: list[Any], owned: Mapping[int, LayerState]) -> None:
         super().__init__(layers=layers)
@@ -24,7 +24,7 @@ class SlotCache(Cache):
         self.whole = True  # every layer holds the same tokens
 
     def seek(self, position: int) -> None:
-        """Bring every layer to `position` tokens; 0 starts afresh. EngineError if that is no longer possible."""
+        """Bring every layer back to `position` tokens; 0 starts afresh. EngineError if one cannot go back so far."""
         if position > self.length:
             raise EngineError(f"a gap in the sequence: {self.length} tokens are held, the next is for {position}")
         if position and not self.rewinds and (position < self.length or not self.whole):
@@ -40,7 +40,7 @@ class SlotCache(Cache):
         self.whole = False
 
     def advance(self, count: int) -> None:
-        """A pass of `count` tokens went well: let the layers that only count take note of it."""
+        """A pass of `count` tokens went well: layers that only count add them."""
         self.length += count
         self.whole = True
         for layer in self.counters:
@@ -53,7 +53,7 @@ class SlotCache(Cache):
 
 
 def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
-    """What `slot_caches` takes for these blocks."""
+    """The bytes that `slot_caches` takes for these blocks."""
     total = 0
     for state in owned.values():
         windowed = state.kind in (FULL, *WINDOWED)
@@ -70,7 +70,7 @@ def slot_caches(
     context: int,
     device: torch.device = CPU,
 ) -> list[SlotCache]:
-    """By slot its view of a shard's KV room, [slots, heads, room, width] per block, which is made at once."""
+    """One cache per slot, as views of KV room [slots, heads, room, width] per block, which is allocated here."""
     stores = {number: _room(state, slots, context, device) for number, state in owned.items()}
     return [
         SlotCache(
@@ -85,7 +85,7 @@ def slot_caches(
 
 
 def _room(state: LayerState, slots: int, context: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """For a block's keys and values, if it keeps any: [slots, heads, room, width] each."""
+    """Memory for a block's keys and values, [slots, heads, room, width] each; empty if it keeps none."""
     if state.kind not in (FULL, *WINDOWED) or not (state.keys and state.values):
         return ()
     room = state.room(context)

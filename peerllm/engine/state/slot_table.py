@@ -1,6 +1,6 @@
-"""Who holds which slot of a stage and up to which position: every frame is checked against it. Pure.
+"""Which sequence holds which slot of a stage, and how many tokens of it: every run is checked against it. Pure.
 
-An idle slot holds what a sequence left in it, for another to begin with.
+An idle slot keeps what an ended sequence left in it, for another to begin with.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peerllm.errors import FrameError
+from peerllm.transport.frames import TokenRun
 
 
 @dataclass(slots=True)
@@ -17,7 +18,7 @@ class _HeldSlot:
 
 
 class SlotTable:
-    """Of one stage. A slot belongs to one sequence from its OPEN to its RELEASE, which arrive in this order."""
+    """The slots of one stage. A sequence holds one from its OPEN to its RELEASE, which arrive in this order."""
 
     def __init__(self, slots: int, context: int) -> None:
         self._count, self._context = slots, context
@@ -51,25 +52,25 @@ class SlotTable:
         if any(held.slot == slot for held in self._held.values()):
             raise FrameError(f"slot {slot} is taken by another sequence")
         if not 0 <= position <= self._idle.get(slot, 0):
-            raise FrameError(f"slot {slot} keeps {self._idle.get(slot, 0)} positions; none begins at {position}")
+            raise FrameError(f"slot {slot} keeps {self._idle.get(slot, 0)} tokens; no sequence begins at {position}")
         self._idle.pop(slot, None)
         self._held[sequence] = _HeldSlot(slot, position)
 
-    def extend(self, sequence: int, slot: int, position: int, length: int) -> None:
-        """Takes in a run of an open sequence; FrameError unless it follows what the slot holds and fits the context."""
-        held = self._held[sequence]
-        if held.slot != slot:
-            raise FrameError(f"sequence {sequence} holds slot {held.slot}, not {slot}")
-        if position != held.tokens:
-            raise FrameError(f"slot {slot} holds {held.tokens} positions; a run starting at {position} does not follow")
-        if length < 1 or position + length > self._context:
-            raise FrameError(f"positions {position}+{length} do not fit a context of {self._context}")
-        held.tokens += length
+    def extend(self, run: TokenRun) -> None:
+        """Take in a run of an open sequence; FrameError unless it follows what the slot holds and fits the context."""
+        held = self._held[run.sequence]
+        if held.slot != run.slot:
+            raise FrameError(f"sequence {run.sequence} holds slot {held.slot}, not {run.slot}")
+        if run.position != held.tokens:
+            raise FrameError(f"slot {run.slot} holds {held.tokens} tokens; a run from {run.position} does not follow")
+        if run.length < 1 or run.position + run.length > self._context:
+            raise FrameError(f"positions {run.position}+{run.length} do not fit a context of {self._context}")
+        held.tokens += run.length
 
     def release(self, sequence: int, keep: int = 0) -> int | None:
         """The slot that became free; None if the sequence holds none.
 
-        Its first `keep` tokens are kept, if it took in so many: then it is idle.
+        With `keep`, the slot is idle and keeps the sequence's first `keep` tokens, if the sequence took in so many.
         """
         held = self._held.pop(sequence, None)
         if held is None:
@@ -79,5 +80,5 @@ class SlotTable:
         return held.slot
 
     def empty(self, slot: int) -> None:
-        """Nothing is kept in an idle slot any more."""
+        """Forget what an idle slot keeps."""
         self._idle.pop(slot, None)

@@ -1,6 +1,7 @@
-"""What travels from stage to stage, as frames of the data plane and back (docs/wire.md), and what a link may carry.
+"""What travels from stage to stage, as frames of the data plane and back (docs/wire.md §6), and what a link may carry.
 
-Within a device the same parcels are handed on as they are. A frame's stage is whom it is for; `stages` is the source.
+Stages of one device hand the same parcels on as they are. A frame names the stage that it is for; the number of stages
+stands for the source.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 from typing import Any, cast
 
@@ -16,11 +17,10 @@ import numpy as np
 
 from peerllm.engine.base import Floats, Tensor
 from peerllm.engine.messages import LoadStage
-from peerllm.engine.schedule.batching import Piece
 from peerllm.engine.weights.checkpoint import FILE_DTYPES
-from peerllm.engine.wire.quantised import restored, rounded
+from peerllm.engine.wire.quantised import dequantise, quantise
 from peerllm.errors import FrameError
-from peerllm.transport.frames import SAMPLE, Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit
+from peerllm.transport.frames import Frame, FrameKind, FrameLimits, NamedTensor, TensorLimit, TokenRun
 from peerllm.types import Sampling
 
 ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment
@@ -43,22 +43,29 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Activation:
-    """What a stage made of a batch: `hidden` is [tokens of all pieces, hidden]; their own data is what came in.
+class TokenBatch:
+    """Runs that one pass computes, and what goes in: token ids int64 [tokens] for layer 0, else [tokens, hidden].
 
-    With `scales` [tokens] it is rounded to int8, as it crosses a slow link (engine/wire/quantised.py).
+    With `scales` [tokens] the hidden states are int8, as they cross a slow link (engine/wire/quantised.py).
     """
 
-    pieces: Sequence[Piece]
-    hidden: Tensor
+    runs: Sequence[TokenRun]
+    rows: Tensor
     scales: Floats | None = None
+
+    def only(self, kept: Sequence[TokenRun]) -> TokenBatch:
+        """The batch with these of its runs alone; itself if these are all."""
+        if len(kept) == len(self.runs):
+            return self
+        mask = np.repeat([run in kept for run in self.runs], [run.length for run in self.runs])
+        return TokenBatch(kept, self.rows[mask], None if self.scales is None else self.scales[mask])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
     """Runs that passed the head and the tokens it drew after them (None: it was not to)."""
 
-    pieces: Sequence[Piece]
+    runs: Sequence[TokenRun]
     tokens: Sequence[int | None]
 
 
@@ -75,56 +82,49 @@ class Released:
     keep: int = 0
 
 
-Parcel = Opened | Activation | Drawn | Released
+Parcel = Opened | TokenBatch | Drawn | Released
 
 
-def split(activation: Activation) -> list[Piece]:
-    """The pieces, each with its rows of `hidden`."""
-    rows = np.split(activation.hidden, _starts(activation.pieces))
-    return [replace(piece, data=data) for piece, data in zip(activation.pieces, rows, strict=True)]
-
-
-def shorten(activation: Activation) -> tuple[Activation | None, list[Piece]]:
-    """The activation rounded, and the pieces left out because their numbers are not finite; None if none is left."""
-    values, scales = rounded(activation.hidden)
-    finite = np.isfinite(scales)
+def quantised(batch: TokenBatch) -> tuple[TokenBatch | None, list[TokenRun]]:
+    """The batch in int8, and the runs left out because their numbers are not finite; None if no run is left."""
+    whole = TokenBatch(batch.runs, *quantise(batch.rows))
+    finite = np.isfinite(cast(Floats, whole.scales))
     if finite.all():
-        return Activation(activation.pieces, values, scales), []
-    sound = [bool(own.all()) for own in np.split(finite, _starts(activation.pieces))]
-    kept = [piece for piece, good in zip(activation.pieces, sound, strict=True) if good]
-    lost = [piece for piece, good in zip(activation.pieces, sound, strict=True) if not good]
-    if not kept:
-        return None, lost
-    rows = np.repeat(sound, [piece.length for piece in activation.pieces])
-    return Activation(kept, values[rows], scales[rows]), lost
+        return whole, []
+    starts = list(accumulate(run.length for run in batch.runs))[:-1]
+    rows = np.split(finite, starts)
+    lost = [run for run, own in zip(batch.runs, rows, strict=True) if not own.all()]
+    kept = [run for run in batch.runs if run not in lost]
+    return whole.only(kept) if kept else None, lost
 
 
-def lengthen(parcel: Activation, dtype: np.dtype[Any]) -> Activation:
-    """The other way round, in the compute dtype."""
-    assert parcel.scales is not None
-    return Activation(parcel.pieces, restored(parcel.hidden, parcel.scales, dtype))
+def dequantised(batch: TokenBatch, dtype: np.dtype[Any]) -> TokenBatch:
+    """The batch in the compute dtype, if it came as int8; else itself."""
+    if batch.scales is None:
+        return batch
+    return TokenBatch(batch.runs, dequantise(batch.rows, batch.scales, dtype))
 
 
 def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
     """The frame that carries `parcel` to `stage`."""
-    segments: tuple[FrameSegment, ...]
+    runs: tuple[TokenRun, ...]
     tensors: tuple[NamedTensor, ...]
     match parcel:
         case Opened(sequence, slot, sampling, position):
-            kind, segments = FrameKind.OPEN, (FrameSegment(sequence, slot, position, 0),)
+            kind, runs = FrameKind.OPEN, (TokenRun(sequence, slot, position, 0),)
             tensors = _sampling_tensors(sampling)
-        case Activation(pieces, hidden, scales):
-            kind, segments = FrameKind.ACTIVATION, _segments(pieces)
-            tensors = (_tensor("hidden", hidden), *(() if scales is None else (_tensor("scale", scales),)))
-        case Drawn(pieces, tokens):
-            kind, segments = FrameKind.TOKEN, _segments(pieces)
+        case TokenBatch(given, rows, scales):
+            kind, runs = FrameKind.ACTIVATION, tuple(given)
+            tensors = (_tensor("hidden", rows), *(() if scales is None else (_tensor("scale", scales),)))
+        case Drawn(given, tokens):
+            kind, runs = FrameKind.TOKEN, tuple(given)
             ids = struct.pack(f"<{len(tokens)}q", *(NO_TOKEN if token is None else token for token in tokens))
             tensors = (NamedTensor.of("ids", "I64", (len(tokens),), ids),)
         case Released(sequence, slot, reason, keep):
-            kind, segments = FrameKind.RELEASE, (FrameSegment(sequence, slot, keep, 0),)
-            text = reason.encode()[:MAX_REASON_BYTES]
+            kind, runs = FrameKind.RELEASE, (TokenRun(sequence, slot, keep, 0),)
+            text = reason.encode(errors="replace")[:MAX_REASON_BYTES]
             tensors = (NamedTensor.of("reason", "U8", (len(text),), text),) if text else ()
-    return Frame(kind, deployment, epoch, stage, segments, tensors)
+    return Frame(kind, deployment, epoch, stage, runs, tensors)
 
 
 def from_frame(frame: Frame) -> list[Parcel]:
@@ -132,26 +132,26 @@ def from_frame(frame: Frame) -> list[Parcel]:
     match frame.kind:
         case FrameKind.OPEN:
             return [
-                Opened(segment.sequence, segment.slot, _read_sampling(frame, row), segment.position)
-                for row, segment in enumerate(frame.segments)
+                Opened(run.sequence, run.slot, _read_sampling(frame, row), run.position)
+                for row, run in enumerate(frame.runs)
             ]
         case FrameKind.ACTIVATION:
             hidden = _require(frame, "hidden")
             if hidden.dtype != "I8":
-                return [Activation(_pieces(frame), _read(hidden))]
+                return [TokenBatch(frame.runs, _read(hidden))]
             scales = _read(_require(frame, "scale"))
             if not (float(scales.min()) > 0 and float(scales.max()) < math.inf):  # NaN is neither
                 raise FrameError("a scale is no positive number")
-            return [Activation(_pieces(frame), _read(hidden), scales)]
+            return [TokenBatch(frame.runs, _read(hidden), scales)]
         case FrameKind.TOKEN:
-            ids = struct.unpack(f"<{len(frame.segments)}q", _require(frame, "ids").data)
+            ids = struct.unpack(f"<{len(frame.runs)}q", _require(frame, "ids").data)
             if min(ids) < NO_TOKEN:
                 raise FrameError(f"{min(ids)} is no token id")
-            return [Drawn(_pieces(frame), [None if token == NO_TOKEN else token for token in ids])]
+            return [Drawn(frame.runs, [None if token == NO_TOKEN else token for token in ids])]
         case FrameKind.RELEASE:
             reason = frame.tensor("reason")
             text = "" if reason is None else bytes(reason.data).decode(errors="replace")
-            return [Released(at.sequence, at.slot, text, at.position) for at in frame.segments]
+            return [Released(run.sequence, run.slot, text, run.position) for run in frame.runs]
         case _:
             raise FrameError(f"{frame.kind.name} is no frame of a step")
 
@@ -166,49 +166,31 @@ def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
     tensors = {
         "hidden": TensorLimit(known, 2, hidden_size, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)),
         **scale,
-        "sampling": TensorLimit(("F64",), 2, 7, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
-        "seed": TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.OPEN,)),
+        "sampling": TensorLimit(("F64",), 2, 7, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
+        "seed": TensorLimit(("I64",), 1, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
     }
     return _limits(spec, spec.stage, (FrameKind.OPEN, FrameKind.ACTIVATION, FrameKind.RELEASE), tensors)
 
 
 def source_limits(spec: LoadStage) -> FrameLimits:
     """What the link from the head back to the source may carry."""
-    ids = TensorLimit(("I64",), 1, per_segment=True, required=True, kinds=(FrameKind.TOKEN,))
+    ids = TensorLimit(("I64",), 1, per_run=True, required=True, kinds=(FrameKind.TOKEN,))
     return _limits(spec, spec.stages, (FrameKind.TOKEN, FrameKind.RELEASE), {"ids": ids})
 
 
-def _limits(
-    spec: LoadStage, stage: int, kinds: tuple[FrameKind, ...], tensors: dict[str, TensorLimit]
-) -> FrameLimits:
+def _limits(spec: LoadStage, stage: int, kinds: tuple[FrameKind, ...], tensors: dict[str, TensorLimit]) -> FrameLimits:
     reason = TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,))
     return FrameLimits(
         deployment=spec.deployment,
         epoch=spec.epoch,
         stage=stage,
         kinds=kinds,
-        max_segments=spec.micro_batch,
+        max_runs=spec.micro_batch,
         slots=spec.slots,
         context=spec.context,
         max_tokens=max(spec.chunk, spec.micro_batch),
         tensors={**tensors, "reason": reason},
     )
-
-
-def _starts(pieces: Sequence[Piece]) -> list[int]:
-    """Where the rows of each piece but the first begin."""
-    return list(accumulate(piece.length for piece in pieces))[:-1]
-
-
-def _segments(pieces: Sequence[Piece]) -> tuple[FrameSegment, ...]:
-    return tuple(
-        FrameSegment(piece.sequence, piece.slot, piece.position, piece.length, SAMPLE if piece.sample else 0)
-        for piece in pieces
-    )
-
-
-def _pieces(frame: Frame) -> list[Piece]:
-    return [Piece(at.sequence, at.slot, at.position, at.length, bool(at.flags & SAMPLE), None) for at in frame.segments]
 
 
 def _tensor(name: str, array: Tensor) -> NamedTensor:

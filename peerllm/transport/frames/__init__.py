@@ -3,24 +3,22 @@
 from peerllm.transport.frames.decoder import decode, kind_of
 from peerllm.transport.frames.encoder import encode, encode_buffers
 from peerllm.transport.frames.frame import (
-    SAMPLE,
     Frame,
     FrameKind,
-    FrameSegment,
     NamedTensor,
 )
 from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
+from peerllm.transport.frames.token_run import TokenRun
 
 __all__ = [
-    "SAMPLE",
     "Frame",
     "FrameKind",
     "FrameLimits",
     "FrameRefused",
-    "FrameSegment",
     "NamedTensor",
     "Rule",
     "TensorLimit",
+    "TokenRun",
     "decode",
     "encode",
     "encode_buffers",

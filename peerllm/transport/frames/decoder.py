@@ -7,14 +7,13 @@ from math import prod
 from peerllm.transport.frames.frame import (
     DTYPES_BY_CODE,
     ITEM_BYTES,
-    SAMPLE,
     Frame,
     FrameKind,
-    FrameSegment,
     NamedTensor,
 )
-from peerllm.transport.frames.layout import HEADER, KIND_AT, MAGIC, SEGMENT, SIZE, TENSOR, VERSION, padding
+from peerllm.transport.frames.layout import HEADER, KIND_AT, MAGIC, RUN, SAMPLE, SIZE, TENSOR, VERSION, padding
 from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
+from peerllm.transport.frames.token_run import TokenRun
 
 BOOL_CHUNK_BYTES = 1 << 16  # truth values are looked at in pieces, so that checking takes no memory
 
@@ -31,7 +30,7 @@ def decode(buffer: bytes | bytearray | memoryview, limits: FrameLimits) -> Frame
         raise FrameRefused(Rule.TOO_LARGE, f"{len(view)} bytes, at most {limits.max_bytes}")
     if len(view) < HEADER.size:
         raise FrameRefused(Rule.TRUNCATED, f"{len(view)} bytes")
-    magic, version, code, stage, epoch, deployment, segment_count, tensor_count, header_bytes, reserved = (
+    magic, version, code, stage, epoch, deployment, run_count, tensor_count, header_bytes, reserved = (
         HEADER.unpack_from(view)
     )
     if magic != MAGIC:
@@ -47,24 +46,24 @@ def decode(buffer: bytes | bytearray | memoryview, limits: FrameLimits) -> Frame
         raise FrameRefused(Rule.EPOCH, f"{epoch}, the plan's is {limits.epoch}")
     if stage != limits.stage:
         raise FrameRefused(Rule.STAGE, f"{stage}, this is {limits.stage}")
-    if not segment_count:
-        raise FrameRefused(Rule.NO_SEGMENTS)
-    if segment_count > limits.max_segments:
-        raise FrameRefused(Rule.SEGMENTS, f"{segment_count}, at most {limits.max_segments}")
+    if not run_count:
+        raise FrameRefused(Rule.NO_RUNS)
+    if run_count > limits.max_runs:
+        raise FrameRefused(Rule.RUNS, f"{run_count}, at most {limits.max_runs}")
     if tensor_count > len(limits.tensors):
         raise FrameRefused(Rule.TENSORS, f"{tensor_count}, at most {len(limits.tensors)}")
     if header_bytes > len(view):
         raise FrameRefused(Rule.TRUNCATED, f"a header of {header_bytes} bytes in {len(view)}")
     head = view[:header_bytes]
-    if HEADER.size + segment_count * SEGMENT.size > header_bytes:
-        raise FrameRefused(Rule.HEADER_BYTES, f"{header_bytes} bytes for {segment_count} segments")
-    segments = _segments(head, segment_count, kind, limits)
-    tokens = sum(segment.length for segment in segments)
+    if HEADER.size + run_count * RUN.size > header_bytes:
+        raise FrameRefused(Rule.HEADER_BYTES, f"{header_bytes} bytes for {run_count} runs")
+    runs = _runs(head, run_count, kind, limits)
+    tokens = sum(run.length for run in runs)
     if tokens > limits.max_tokens:
         raise FrameRefused(Rule.TOKENS, f"{tokens}, at most {limits.max_tokens}")
-    table = _table(head, HEADER.size + segment_count * SEGMENT.size, tensor_count)
-    shapes = _check_tensors(table, kind, tokens, segment_count, limits)
-    return Frame(kind, limits.deployment, epoch, stage, segments, _payloads(view, header_bytes, shapes))
+    table = _table(head, HEADER.size + run_count * RUN.size, tensor_count)
+    shapes = _check_tensors(table, kind, tokens, run_count, limits)
+    return Frame(kind, limits.deployment, epoch, stage, runs, _payloads(view, header_bytes, shapes))
 
 
 def _kind(code: int, limits: FrameLimits) -> FrameKind:
@@ -74,25 +73,23 @@ def _kind(code: int, limits: FrameLimits) -> FrameKind:
     raise FrameRefused(Rule.KIND, str(code))
 
 
-def _segments(head: memoryview, count: int, kind: FrameKind, limits: FrameLimits) -> tuple[FrameSegment, ...]:
-    segments = []
+def _runs(head: memoryview, count: int, kind: FrameKind, limits: FrameLimits) -> tuple[TokenRun, ...]:
+    runs = []
     slots = set()
-    for sequence, slot, position, length, flags in SEGMENT.iter_unpack(
-        head[HEADER.size : HEADER.size + count * SEGMENT.size]
-    ):
+    for sequence, slot, position, length, flags in RUN.iter_unpack(head[HEADER.size : HEADER.size + count * RUN.size]):
         if slot >= limits.slots:
             raise FrameRefused(Rule.SLOT, f"{slot} of {limits.slots}")
         if slot in slots:
             raise FrameRefused(Rule.SLOT_TWICE, str(slot))
         if not length and kind is FrameKind.ACTIVATION:
-            raise FrameRefused(Rule.EMPTY_SEGMENT, f"slot {slot}")
+            raise FrameRefused(Rule.EMPTY_RUN, f"slot {slot}")
         if position + length > limits.context:
             raise FrameRefused(Rule.CONTEXT, f"{position} + {length} tokens of {limits.context}")
         if flags & ~SAMPLE:
             raise FrameRefused(Rule.FLAGS, f"{flags:#x}")
         slots.add(slot)
-        segments.append(FrameSegment(sequence, slot, position, length, flags))
-    return tuple(segments)
+        runs.append(TokenRun(sequence, slot, position, length, flags == SAMPLE))
+    return tuple(runs)
 
 
 def _table(head: memoryview, at: int, count: int) -> list[tuple[bytes, int, tuple[int, ...]]]:
@@ -119,7 +116,7 @@ def _table(head: memoryview, at: int, count: int) -> list[tuple[bytes, int, tupl
 
 
 def _check_tensors(
-    table: list[tuple[bytes, int, tuple[int, ...]]], kind: FrameKind, tokens: int, segments: int, limits: FrameLimits
+    table: list[tuple[bytes, int, tuple[int, ...]]], kind: FrameKind, tokens: int, runs: int, limits: FrameLimits
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape by name, in the frame's order."""
     checked: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -133,7 +130,7 @@ def _check_tensors(
         dtype = DTYPES_BY_CODE.get(code, "")
         if dtype not in limit.dtypes:
             raise FrameRefused(Rule.DTYPE, f"{name} is {dtype or code}, not {'/'.join(limit.dtypes)}")
-        _check_shape(name, shape, limit, tokens, segments)
+        _check_shape(name, shape, limit, tokens, runs)
         checked[name] = dtype, shape
     for name, limit in limits.tensors.items():
         if limit.required and limit.applies(kind) and name not in checked:
@@ -141,15 +138,15 @@ def _check_tensors(
     return checked
 
 
-def _check_shape(name: str, shape: tuple[int, ...], limit: TensorLimit, tokens: int, segments: int) -> None:
+def _check_shape(name: str, shape: tuple[int, ...], limit: TensorLimit, tokens: int, runs: int) -> None:
     if len(shape) != limit.rank:
         raise FrameRefused(Rule.RANK, f"{name} has {len(shape)} dimensions, not {limit.rank}")
     if limit.last_dim is not None and shape[-1] != limit.last_dim:
         raise FrameRefused(Rule.SHAPE, f"{name} is {shape}, the last dimension is {limit.last_dim}")
     if limit.per_token and shape[0] != tokens:
         raise FrameRefused(Rule.ROWS, f"{name} has {shape[0]} rows for {tokens} tokens")
-    if limit.per_segment and shape[0] != segments:
-        raise FrameRefused(Rule.ROWS, f"{name} has {shape[0]} rows for {segments} segments")
+    if limit.per_run and shape[0] != runs:
+        raise FrameRefused(Rule.ROWS, f"{name} has {shape[0]} rows for {runs} runs")
     if 0 in shape:
         raise FrameRefused(Rule.SHAPE, f"{name} is {shape}, a dimension is at least 1")
     if limit.max_elements is not None and prod(shape) > limit.max_elements:

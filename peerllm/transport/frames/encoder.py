@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from struct import error as StructError
+
 from peerllm.transport.frames.frame import DTYPE_CODES, MAX_U16, MAX_U32, Frame
-from peerllm.transport.frames.layout import HEADER, MAGIC, SEGMENT, SIZE, TENSOR, VERSION, padding
+from peerllm.transport.frames.layout import HEADER, MAGIC, RUN, SIZE, TENSOR, VERSION, padding
 
 
 def encode(frame: Frame) -> bytes:
@@ -15,14 +17,17 @@ def encode_buffers(frame: Frame) -> list[bytes | memoryview]:
     """The frame as header, payload, padding, ...; payloads are not copied. ValueError if a field does not fit."""
     if not 0 <= frame.epoch <= MAX_U32 or not 0 <= frame.stage <= MAX_U16:
         raise ValueError(f"epoch {frame.epoch} or stage {frame.stage} does not fit its field")
-    if max(len(frame.segments), len(frame.tensors)) > MAX_U16:
-        raise ValueError(f"{len(frame.segments)} segments and {len(frame.tensors)} tensors do not fit one frame")
+    if max(len(frame.runs), len(frame.tensors)) > MAX_U16:
+        raise ValueError(f"{len(frame.runs)} runs and {len(frame.tensors)} tensors do not fit one frame")
     deployment = bytes.fromhex(frame.deployment)
     if len(deployment) != 16:
         raise ValueError(f"deployment {frame.deployment!r} is not 32 hex digits")
     table = bytearray()
-    for segment in frame.segments:
-        table += SEGMENT.pack(segment.sequence, segment.slot, segment.position, segment.length, segment.flags)
+    for run in frame.runs:
+        try:
+            table += RUN.pack(run.sequence, run.slot, run.position, run.length, run.sample)
+        except StructError as error:
+            raise ValueError(f"{run} does not fit its fields") from error
     for tensor in frame.tensors:
         name = tensor.name.encode("ascii")
         table += TENSOR.pack(len(name), DTYPE_CODES[tensor.dtype], len(tensor.shape), 0)
@@ -37,7 +42,7 @@ def encode_buffers(frame: Frame) -> list[bytes | memoryview]:
         frame.stage,
         frame.epoch,
         deployment,
-        len(frame.segments),
+        len(frame.runs),
         len(frame.tensors),
         HEADER.size + len(table),
         0,

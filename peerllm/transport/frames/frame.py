@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
 
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import DeploymentId
 
 MAX_NAME_BYTES = 32
 MAX_RANK = 8
 MAX_U16, MAX_U32 = 2**16 - 1, 2**32 - 1
-SAMPLE = 1  # flag of a segment: the head picks a token after it
 NAME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + "_.")
 
 
@@ -32,24 +32,6 @@ class FrameKind(IntEnum):
 ITEM_BYTES: dict[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "I32": 4, "I64": 8, "F64": 8, "BOOL": 1}
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(ITEM_BYTES, start=1)}
 DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class FrameSegment:
-    """`length` tokens of one sequence from `position` on, held in KV slot `slot`."""
-
-    sequence: int  # u64
-    slot: int  # u32
-    position: int  # u32
-    length: int  # u32
-    flags: int = 0  # SAMPLE or 0
-
-    def __post_init__(self) -> None:
-        # Decoded fields are in range by construction; what is sent must be, or struct would fail without a word.
-        if self.sequence >> 64:  # so a negative number has bits as well
-            raise ValueError(f"sequence {self.sequence} does not fit 64 bits")
-        if (self.slot | self.position | self.length | self.flags) >> 32:
-            raise ValueError(f"{self} does not fit 32 bits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +66,13 @@ class Frame:
     deployment: DeploymentId
     epoch: int  # u32
     stage: int  # u16: whom it is for; the number of stages stands for the way back to the source
-    segments: tuple[FrameSegment, ...]
+    runs: tuple[TokenRun, ...]
     tensors: tuple[NamedTensor, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Sum of the segments' lengths."""
-        return sum(segment.length for segment in self.segments)
+        """Sum of the runs' lengths."""
+        return sum(run.length for run in self.runs)
 
     def tensor(self, name: str) -> NamedTensor | None:
         """The tensor of that name, if the frame holds it."""

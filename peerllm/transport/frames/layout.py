@@ -8,10 +8,11 @@ MAGIC = b"PLFR"
 VERSION = 2
 ALIGNMENT = 8  # bytes; header and every payload end on a multiple
 
-# magic, version, kind, stage, epoch, deployment, segments, tensors, header bytes, reserved (0)
+# magic, version, kind, stage, epoch, deployment, runs, tensors, header bytes, reserved (0)
 HEADER = Struct("<4sBBHI16sHHII")
 KIND_AT = 5
-SEGMENT = Struct("<QIIII")  # sequence, slot, position, length, flags
+RUN = Struct("<QIIII")  # sequence, slot, position, length, flags
+SAMPLE = 1  # flag of a run
 TENSOR = Struct("<BBBB")  # name bytes, dtype code, rank, reserved (0); then rank sizes, then the name
 SIZE = Struct("<I")
 

@@ -15,7 +15,7 @@ from peerllm.transport.frames.frame import (
     NAME_CHARACTERS,
     FrameKind,
 )
-from peerllm.transport.frames.layout import HEADER, SEGMENT, SIZE, TENSOR, padding
+from peerllm.transport.frames.layout import HEADER, RUN, SIZE, TENSOR, padding
 from peerllm.types import DeploymentId
 
 HEX_DIGITS = frozenset("0123456789abcdef")
@@ -33,13 +33,13 @@ class Rule(StrEnum):
     DEPLOYMENT = "of another deployment"
     EPOCH = "of another epoch"
     STAGE = "for another stage"
-    NO_SEGMENTS = "without a segment"
-    SEGMENTS = "of more segments than the plan's"
+    NO_RUNS = "without a run of tokens"
+    RUNS = "of more runs than the plan's"
     TENSORS = "of more tensors than the plan's"
     HEADER_BYTES = "misstates its header's length"
     SLOT = "names a slot the plan does not have"
     SLOT_TWICE = "names a slot twice"
-    EMPTY_SEGMENT = "has an activation of no tokens"
+    EMPTY_RUN = "has an activation of no tokens"
     CONTEXT = "reaches beyond the context"
     FLAGS = "has flags that are not known"
     TOKENS = "of more tokens than the plan's"
@@ -49,7 +49,7 @@ class Rule(StrEnum):
     RANK = "holds a tensor of another rank"
     SHAPE = "holds a tensor of a shape not allowed"
     ELEMENTS = "holds a tensor of too many elements"
-    ROWS = "holds a tensor whose rows do not match the segments"
+    ROWS = "holds a tensor whose rows do not match the runs"
     MISSING = "lacks a tensor"
     LENGTH = "is not as long as its tensors"
     PADDING = "has padding that is not zero"
@@ -66,7 +66,7 @@ class FrameRefused(FrameError):
 
 @dataclass(frozen=True, slots=True)
 class TensorLimit:
-    """What one named tensor may be. `last_dim` is exact; per token or segment, the first dimension is their number.
+    """What one named tensor may be. `last_dim` is exact; per token or run, the first dimension is their number.
 
     `max_elements` bounds everything that those do not. `kinds` empty: any kind of frame may hold it.
     """
@@ -75,7 +75,7 @@ class TensorLimit:
     rank: int
     last_dim: int | None = None
     per_token: bool = False
-    per_segment: bool = False
+    per_run: bool = False
     max_elements: int | None = None
     required: bool = False
     kinds: tuple[FrameKind, ...] = ()
@@ -85,9 +85,9 @@ class TensorLimit:
             raise ValueError(f"a tensor needs known dtypes, not {self.dtypes}")
         if not 0 <= self.rank <= MAX_RANK:
             raise ValueError(f"rank {self.rank} is not 0 to {MAX_RANK}")
-        if self.per_token and self.per_segment:
-            raise ValueError("rows go with the tokens or with the segments, not with both")
-        rows = self.per_token or self.per_segment
+        if self.per_token and self.per_run:
+            raise ValueError("rows go with the tokens or with the runs, not with both")
+        rows = self.per_token or self.per_run
         if self.rank < rows + (self.last_dim is not None and not (rows and self.rank == 1)):
             raise ValueError(f"rank {self.rank} has no room for the dimensions that are fixed")
         if self.max_elements is None and self.rank > rows + (self.last_dim is not None):
@@ -96,9 +96,9 @@ class TensorLimit:
     def applies(self, kind: FrameKind) -> bool:
         return not self.kinds or kind in self.kinds
 
-    def largest_bytes(self, max_tokens: int, max_segments: int) -> int:
+    def largest_bytes(self, max_tokens: int, max_runs: int) -> int:
         """Most bytes its payload can have."""
-        known = [max_tokens] if self.per_token else [max_segments] if self.per_segment else []
+        known = [max_tokens] if self.per_token else [max_runs] if self.per_run else []
         if self.last_dim is not None and self.rank > len(known):
             known.append(self.last_dim)
         if len(known) == self.rank:
@@ -117,10 +117,10 @@ class FrameLimits:
     epoch: int
     stage: int
     kinds: tuple[FrameKind, ...]
-    max_segments: int
+    max_runs: int
     slots: int
     context: int  # tokens of one slot
-    max_tokens: int  # of all segments of one frame
+    max_tokens: int  # of all runs of one frame
     tensors: Mapping[str, TensorLimit] = field(default_factory=dict)
     max_bytes: int = 0
 
@@ -130,17 +130,17 @@ class FrameLimits:
         for name in self.tensors:
             if not 1 <= len(name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(name):
                 raise ValueError(f"tensor name {name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
-        if min(self.max_segments, self.slots, self.context, self.max_tokens) < 1:
+        if min(self.max_runs, self.slots, self.context, self.max_tokens) < 1:
             raise ValueError(f"every bound of a link is at least 1: {self}")
         if not self.max_bytes:
             object.__setattr__(self, "max_bytes", self.largest())
 
     def largest(self) -> int:
         """Bytes of the largest frame allowed: the websocket's message limit."""
-        header = HEADER.size + self.max_segments * SEGMENT.size
+        header = HEADER.size + self.max_runs * RUN.size
         payload = 0
         for name, limit in self.tensors.items():
             header += TENSOR.size + limit.rank * SIZE.size + len(name)
-            size = limit.largest_bytes(self.max_tokens, self.max_segments)
+            size = limit.largest_bytes(self.max_tokens, self.max_runs)
             payload += size + padding(size)
         return header + padding(header) + payload

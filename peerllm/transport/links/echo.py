@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from peerllm.errors import LinkError
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits, FrameSegment, NamedTensor, TensorLimit
+from peerllm.transport.frames import Frame, FrameKind, FrameLimits, NamedTensor, TensorLimit, TokenRun
 from peerllm.transport.links.link import Link
 
 ECHO_PATH = "/echo"
@@ -21,7 +21,7 @@ ECHO_LIMITS = FrameLimits(
     epoch=0,
     stage=0,
     kinds=(FrameKind.ECHO,),
-    max_segments=1,
+    max_runs=1,
     slots=1,
     context=1,
     max_tokens=1,
@@ -63,4 +63,4 @@ async def timed_frames(link: Link, results: asyncio.Queue[FrameTime], sizes: Seq
 
 def _frame(size: int) -> Frame:
     data = NamedTensor.of("bytes", "U8", (size,), bytes(size))
-    return Frame(FrameKind.ECHO, NOBODY, 0, 0, (FrameSegment(0, 0, 0, 1),), (data,))
+    return Frame(FrameKind.ECHO, NOBODY, 0, 0, (TokenRun(0, 0, 0, 1),), (data,))

@@ -103,7 +103,7 @@ class Link:
         data = b"".join((before, *buffers, ping))
         observed = None
         if self._observer.on:
-            observed = SentFrame(frame.kind, frame.segments, nbytes, since, perf_counter_ns())
+            observed = SentFrame(frame.kind, frame.runs, nbytes, since, perf_counter_ns())
         self._outbox.put(channel, nbytes, data, observed)
         if ping:
             self.timer.handed_over(perf_counter())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peerllm.transport.frames import Frame, FrameKind, FrameSegment
+from peerllm.transport.frames import Frame, FrameKind, TokenRun
 from peerllm.types import DeploymentId, DeviceId
 
 
@@ -13,7 +13,7 @@ class SentFrame:
     """A frame on its way out, without what it carries: when the link got it, and since when it was bytes and waited."""
 
     kind: FrameKind
-    segments: tuple[FrameSegment, ...]
+    runs: tuple[TokenRun, ...]
     nbytes: int
     handed_ns: int
     encoded_ns: int

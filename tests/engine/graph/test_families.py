@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerllm.engine.base import ROLLBACK_TOKENS, Segment
+from peerllm.engine.base import ROLLBACK_TOKENS
 from peerllm.engine.graph.describe import UnfitError, describe
 from peerllm.engine.graph.family import FAMILIES
 from peerllm.engine.graph.rotation import inverse_frequencies, tables
 from peerllm.engine.graph.structure import Rope
+from peerllm.transport.frames import TokenRun
 from tests.engine.graph.variants import (
     BY_KIND,
     CONTEXT,
@@ -31,6 +32,7 @@ from tests.engine.graph.variants import (
     config_of,
     make,
 )
+from tests.engine.runs import in_slot
 
 FULL = os.environ.get("PEERLLM_FULL") == "1"
 TOLERANCE = 1e-4  # of the largest logit
@@ -63,9 +65,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Made]
     return cache(one)
 
 
-def forward(model: Made, ids: Any, segments: Sequence[Segment]) -> Any:
+def forward(model: Made, ids: Any, runs: Sequence[TokenRun]) -> Any:
     for shard in model.shards:
-        ids = shard.forward(ids, segments)
+        ids = shard.forward(ids, runs)
     return ids
 
 
@@ -83,10 +85,10 @@ def walk(model: Made, draw: random.Random, passes: int) -> None:
                 back = draw.choice((1, draw.randint(1, ROLLBACK_TOKENS)))
                 lengths[slot] = min(lengths[slot], max(furthest[slot] - back, 0))
         count = 1 if len(slots) > 1 else min(draw.choice((1, 2, 7, 33, 150)), CONTEXT - lengths[slots[0]])
-        segments = [Segment(slot, lengths[slot], count, draw.random() < 0.9) for slot in slots]
+        runs = [in_slot(slot, lengths[slot], count, draw.random() < 0.9) for slot in slots]
         ids = np.concatenate([model.ids[slot, lengths[slot] : lengths[slot] + count] for slot in slots])
-        got = forward(model, ids, segments)
-        wanted = [model.logits[part.slot, part.position + count - 1] for part in segments if part.sample]
+        got = forward(model, ids, runs)
+        wanted = [model.logits[part.slot, part.position + count - 1] for part in runs if part.sample]
         assert got.shape == (len(wanted), model.logits.shape[-1])
         if wanted:
             assert np.abs(got - np.array(wanted)).max() <= tolerance
@@ -99,8 +101,8 @@ def walk(model: Made, draw: random.Random, passes: int) -> None:
 def test_logits_equal_those_of_transformers(model_type: str, number: int, made: Callable[[str, int], Made]) -> None:
     model = made(model_type, number)
     for slot in range(SLOTS):  # a long prompt at once, then steps together
-        forward(model, model.ids[slot, : CONTEXT - 3], [Segment(slot, 0, CONTEXT - 3)])
-    steps = [Segment(slot, CONTEXT - 3, 1, True) for slot in (2, 0, 1)]
+        forward(model, model.ids[slot, : CONTEXT - 3], [in_slot(slot, 0, CONTEXT - 3)])
+    steps = [in_slot(slot, CONTEXT - 3, 1, True) for slot in (2, 0, 1)]
     got = forward(model, model.ids[[2, 0, 1], CONTEXT - 3], steps)
     assert np.abs(got - model.logits[[2, 0, 1], CONTEXT - 3]).max() <= TOLERANCE * np.abs(model.logits).max()
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from peerllm.engine.backends import Backends
-from peerllm.engine.base import Segment
 from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.messages import Inspect
 from peerllm.errors import EngineError
+from peerllm.transport.frames import TokenRun
 from tests.engine.architectures import stage
+from tests.engine.runs import in_slot
 from tests.engine.tiny import make_llama
 
 SLOTS, CONTEXT = 4, 40
@@ -40,36 +41,36 @@ def tokens(*ids: int) -> Any:
     return np.array(ids, np.int64)
 
 
-WRONG: list[tuple[Any, list[Segment]]] = [
+WRONG: list[tuple[Any, list[TokenRun]]] = [
     (tokens(), []),
-    (tokens(), [Segment(1, 0, 0)]),
-    (tokens(5), [Segment(1, 0, -1)]),
-    (tokens(5), [Segment(1, -1, 1)]),
-    (tokens(5), [Segment(SLOTS, 0, 1)]),
-    (tokens(5), [Segment(-1, 0, 1)]),
-    (tokens(5), [Segment(1, 1, 1)]),
-    (tokens(5, 5), [Segment(1, 0, 1)]),
-    (tokens(5), [Segment(0, 3, 1), Segment(1, 0, 1)]),
-    (tokens(5, 5, 5), [Segment(0, 3, 1), Segment(1, 0, 1)]),
-    (tokens(5, 5), [Segment(0, 3, 1), Segment(0, 3, 1)]),
-    (tokens(5, 5, 5), [Segment(1, 0, 1), Segment(1, 0, 1), Segment(3, 0, 1)]),
-    (tokens(5, 5, 5), [Segment(0, 3, 1), Segment(1, 0, 2)]),
-    (tokens(-1), [Segment(0, 1, 1)]),
-    (tokens(10**6), [Segment(0, 1, 1)]),
-    (tokens(5).astype(np.float32), [Segment(0, 1, 1)]),
-    (tokens(5).reshape(1, 1), [Segment(0, 1, 1)]),
-    (np.full(CONTEXT + 1, 5), [Segment(1, 0, CONTEXT + 1)]),
-    (np.full(CONTEXT, 5), [Segment(0, 1, CONTEXT)]),
+    (tokens(), [in_slot(1, 0, 0)]),
+    (tokens(5), [in_slot(1, 0, -1)]),
+    (tokens(5), [in_slot(1, -1, 1)]),
+    (tokens(5), [in_slot(SLOTS, 0, 1)]),
+    (tokens(5), [in_slot(-1, 0, 1)]),
+    (tokens(5), [in_slot(1, 1, 1)]),
+    (tokens(5, 5), [in_slot(1, 0, 1)]),
+    (tokens(5), [in_slot(0, 3, 1), in_slot(1, 0, 1)]),
+    (tokens(5, 5, 5), [in_slot(0, 3, 1), in_slot(1, 0, 1)]),
+    (tokens(5, 5), [in_slot(0, 3, 1), in_slot(0, 3, 1)]),
+    (tokens(5, 5, 5), [in_slot(1, 0, 1), in_slot(1, 0, 1), in_slot(3, 0, 1)]),
+    (tokens(5, 5, 5), [in_slot(0, 3, 1), in_slot(1, 0, 2)]),
+    (tokens(-1), [in_slot(0, 1, 1)]),
+    (tokens(10**6), [in_slot(0, 1, 1)]),
+    (tokens(5).astype(np.float32), [in_slot(0, 1, 1)]),
+    (tokens(5).reshape(1, 1), [in_slot(0, 1, 1)]),
+    (np.full(CONTEXT + 1, 5), [in_slot(1, 0, CONTEXT + 1)]),
+    (np.full(CONTEXT, 5), [in_slot(0, 1, CONTEXT)]),
 ]
 
 
-@pytest.mark.parametrize(("ids", "segments"), WRONG, ids=range(len(WRONG)))
-def test_what_is_no_pass_is_refused_and_moves_nothing(load: Load, ids: Any, segments: list[Segment]) -> None:
+@pytest.mark.parametrize(("ids", "runs"), WRONG, ids=range(len(WRONG)))
+def test_what_is_no_pass_is_refused_and_moves_nothing(load: Load, ids: Any, runs: list[TokenRun]) -> None:
     shard = load(0, 5)
-    shard.forward(tokens(5, 6, 7), [Segment(0, 0, 3)])
+    shard.forward(tokens(5, 6, 7), [in_slot(0, 0, 3)])
     before = list(shard._slots._lengths)
     with pytest.raises(EngineError):
-        shard.forward(ids, segments)
+        shard.forward(ids, runs)
     assert shard._slots._lengths == before
 
 
@@ -82,7 +83,7 @@ def test_what_is_no_pass_is_refused_and_moves_nothing(load: Load, ids: Any, segm
 @pytest.mark.parametrize("first", [2, 5])
 def test_hidden_states_of_another_shape_are_refused(load: Load, hidden: Any, first: int) -> None:
     with pytest.raises(EngineError, match="hidden states are float32"):
-        load(first, 5).forward(hidden, [Segment(0, 0, 1, True)])
+        load(first, 5).forward(hidden, [in_slot(0, 0, 1, True)])
 
 
 def test_hidden_states_may_be_read_only_and_strided(load: Load) -> None:
@@ -90,8 +91,8 @@ def test_hidden_states_may_be_read_only_and_strided(load: Load) -> None:
     wide = np.random.default_rng(0).standard_normal((6, 128)).astype(np.float32)
     strided = wide[::2, ::2]
     strided.flags.writeable = False
-    expected = shard.forward(strided.copy(), [Segment(0, 0, 3, True)])
-    np.testing.assert_array_equal(shard.forward(strided, [Segment(1, 0, 3, True)]), expected)
+    expected = shard.forward(strided.copy(), [in_slot(0, 0, 3, True)])
+    np.testing.assert_array_equal(shard.forward(strided, [in_slot(1, 0, 3, True)]), expected)
 
 
 def test_a_closed_shard_computes_nothing(load: Load) -> None:
@@ -99,7 +100,7 @@ def test_a_closed_shard_computes_nothing(load: Load) -> None:
     shard.close()
     shard.close()
     with pytest.raises(EngineError):
-        shard.forward(tokens(5), [Segment(0, 0, 1, True)])
+        shard.forward(tokens(5), [in_slot(0, 0, 1, True)])
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
@@ -112,12 +113,12 @@ def test_what_is_no_number_stays_with_its_sequence(load: Load, quantize: str) ->
     draw = np.random.default_rng(0)
     rows = draw.standard_normal((2, CONTEXT, 64)).astype(np.float32)
     for slot, length in enumerate((9, 30)):
-        whole = [Segment(slot, 0, length, True)]
+        whole = [in_slot(slot, 0, length, True)]
         np.testing.assert_array_equal(
             clean.forward(rows[slot, :length], whole), poisoned.forward(rows[slot, :length], whole)
         )
     bad = np.full((1, 64), np.inf, np.float32)
-    steps = [Segment(1, 30, 1, True), Segment(2, 0, 1, True), Segment(0, 9, 1, True)]
+    steps = [in_slot(1, 30, 1, True), in_slot(2, 0, 1, True), in_slot(0, 9, 1, True)]
     one = clean.forward(np.concatenate([rows[1, 30:31], rows[0, :1], rows[0, 9:10]]), steps)
     other = poisoned.forward(np.concatenate([rows[1, 30:31], bad, rows[0, 9:10]]), steps)
     np.testing.assert_array_equal(one[[0, 2]], other[[0, 2]])

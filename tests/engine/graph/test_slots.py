@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerllm.engine import base as module
-from peerllm.engine.base import Reach, Segment
+from peerllm.engine.base import Reach
 from peerllm.engine.graph.kv_slots import Batch, KVSlots
 from peerllm.engine.graph.structure import Attention
 from peerllm.errors import EngineError
+from peerllm.transport.frames import TokenRun
+from tests.engine.runs import in_slot
 
 EXAMPLES = 1500 if os.environ.get("PEERLLM_FULL") == "1" else 150
 SLOTS, CONTEXT, ROLLBACK = 4, 48, 3
@@ -32,38 +34,38 @@ class Sequences:
         self.furthest = [0] * SLOTS
         self.fresh = itertools.count(1)
 
-    def go(self, segments: list[Segment], fails: bool) -> None:
-        """One pass: the graphs write every segment's tokens, and read what its queries see."""
-        allowed = all(REACH.allows(part.position, self.furthest[part.slot]) or not part.position for part in segments)
+    def go(self, runs: list[TokenRun], fails: bool) -> None:
+        """One pass: the graphs write every each's tokens, and read what its queries see."""
+        allowed = all(REACH.allows(part.position, self.furthest[part.slot]) or not part.position for part in runs)
         before = [list(tokens) for tokens in self.tokens]
         try:
-            self.slots.check(segments)
+            self.slots.check(runs)
         except EngineError:
             assert not allowed
             self.check(before)
             return
-        batch = self.slots.seek(segments)
-        self.written(segments, batch)
-        for part in segments:  # a pass that fails has made room all the same
+        batch = self.slots.seek(runs)
+        self.written(runs, batch)
+        for part in runs:  # a pass that fails has made room all the same
             reached = part.position + part.length
             self.furthest[part.slot] = max(self.furthest[part.slot], reached) if part.position else reached
             if fails:
                 del self.tokens[part.slot][part.position :]
         if not fails:
-            self.slots.advance(segments)
+            self.slots.advance(runs)
         self.check(self.tokens)
 
-    def written(self, segments: list[Segment], batch: Batch) -> None:
-        assert sorted(batch.order) == list(range(len(segments)))
-        assert 0 <= batch.first <= SLOTS - len(segments)
+    def written(self, runs: list[TokenRun], batch: Batch) -> None:
+        assert sorted(batch.order) == list(range(len(runs)))
+        assert 0 <= batch.first <= SLOTS - len(runs)
         for row in batch.order:
-            part = segments[row]
+            part = runs[row]
             del self.tokens[part.slot][part.position :]
             self.tokens[part.slot] += itertools.islice(self.fresh, part.length)
         for group, last, total in zip(self.slots.groups.values(), batch.last, batch.total, strict=True):
             assert total[0] == max(last) + 1 <= group.room
             for place, row in enumerate(batch.order):
-                part, end = segments[row], int(last[place]) + 1
+                part, end = runs[row], int(last[place]) + 1
                 tokens = self.tokens[part.slot]
                 for number, store in enumerate(group.stores):
                     store[batch.first + place, :, end - part.length : end] = values(tokens[part.position :], number)
@@ -111,10 +113,10 @@ def test_sequences_keep_their_keys_and_values(data: st.DataObject) -> None:
         some = data.draw(st.permutations(range(SLOTS)))
         if what == "steps":
             members = some[: data.draw(st.integers(1, SLOTS))]
-            made.go([Segment(slot, position(slot, 1), 1) for slot in members], fails)
+            made.go([in_slot(slot, position(slot, 1), 1) for slot in members], fails)
         elif what == "chunk":
             count = data.draw(st.integers(1, made.slots.longest))
-            made.go([Segment(some[0], position(some[0], count), count)], fails)
+            made.go([in_slot(some[0], position(some[0], count), count)], fails)
         else:
             made.slots.release(some[0])
             made.tokens[some[0]], made.furthest[some[0]] = [], 0
@@ -123,18 +125,18 @@ def test_sequences_keep_their_keys_and_values(data: st.DataObject) -> None:
 
 def test_a_position_beyond_what_is_held_or_the_context_is_refused() -> None:
     made = Sequences()
-    made.go([Segment(0, 0, 4)], fails=False)
-    wrong = (Segment(1, 1, 1), Segment(1, 0, CONTEXT + 1), Segment(1, -1, 1), Segment(SLOTS, 0, 1), Segment(-1, 0, 1))
-    for segment in (*wrong, Segment(0, 4, 1)):  # the last: twice
+    made.go([in_slot(0, 0, 4)], fails=False)
+    wrong = (in_slot(1, 1, 1), in_slot(1, 0, CONTEXT + 1), in_slot(1, -1, 1), in_slot(SLOTS, 0, 1), in_slot(-1, 0, 1))
+    for each in (*wrong, in_slot(0, 4, 1)):  # the last: twice
         with pytest.raises(EngineError):
-            made.slots.check([Segment(0, 4, 1), segment])
+            made.slots.check([in_slot(0, 4, 1), each])
     made.check(made.tokens)
 
 
 def test_members_of_a_batch_that_lie_side_by_side_stay_where_they_are() -> None:
     made = Sequences()
     for slot in range(SLOTS):
-        made.go([Segment(slot, 0, 5)], fails=False)
+        made.go([in_slot(slot, 0, 5)], fails=False)
     places = list(made.slots._place)
-    assert made.slots.seek([Segment(2, 5, 1), Segment(1, 5, 1)]).order == (1, 0)
+    assert made.slots.seek([in_slot(2, 5, 1), in_slot(1, 5, 1)]).order == (1, 0)
     assert made.slots._place == places

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peerllm.engine.base import Segment
 from peerllm.engine.model import packed as kernel
 from peerllm.engine.model.config import DTYPES, parse_config
 from peerllm.engine.model.division import divide
@@ -17,6 +16,7 @@ from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.engine.model.torch_shard import load_shard
 from peerllm.errors import BadInputError, RefusedError
 from tests.engine.architectures import FAMILIES, FULL, quiet, save, stage, tiny_model
+from tests.engine.runs import in_slot
 
 # Turned weights, biases, fused matrices, ties and scaled embeddings, experts, latent attention, recurrent layers.
 SHARE = ("Llama", "Qwen2", "GPT-2", "Phi-3", "Gemma", "Mixtral", "DeepSeek-V3", "Qwen3-Next", "ModernBERT (decoder)")
@@ -41,7 +41,7 @@ def shards(directory, dtype, quantize, firsts=(0, 3)):
 def logits(loaded, ids=IDS, slot=0):
     row = ids.numpy()
     for shard in loaded:
-        row = shard.forward(row, [Segment(slot, 0, len(ids), True)])
+        row = shard.forward(row, [in_slot(slot, 0, len(ids), True)])
     return torch.from_numpy(row[0])
 
 

@@ -1,4 +1,4 @@
-"""What a block keeps of a sequence: its part of a cache, and a cache without room that tells what that would be."""
+"""What a block keeps of a sequence: its layer of the cache, and a cache without room that finds out what is kept."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class LayerState:
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One slot's keys and values of one block, in room made beforehand ([1, heads, room, width] each).
 
-    With a window the last `room` tokens are kept, of which a query is shown no more than the window needs.
-    Without room (`keys` None) it stands for a block of another shard and only counts, or tells what it was given.
+    With a window, the last `room` tokens are kept, and a query is shown only as many of them as the window needs.
+    Without room (`keys` None) the layer stands for a block of another shard: it counts tokens, or notes what is given.
     """
 
     is_sliding = False
@@ -83,7 +83,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return past + query_length, self.length - past
 
     def seek(self, position: int) -> None:
-        """Forget what lies at `position` and after, or count on where this layer holds nothing itself."""
+        """Forget what lies at `position` and after. A layer without room only sets its count."""
         back = self.length - position
         if position and self.keys is not None:
             if back < 0:
@@ -111,7 +111,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return result
 
     def _slide(self, key_states: Any, value_states: Any, count: int, room: int, shown: int) -> tuple[Any, Any]:
-        """The room is full: keep what the window and a rollback need, so that the next slide is some tokens away."""
+        """The room is full: keep only what the window and a rollback need, so that the next slide is far."""
         if self.window is None:
             raise EngineError(f"the slot's {room} tokens are full")
         old = min(self.held, shown - count + base.ROLLBACK_TOKENS)
@@ -126,7 +126,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class HybridCounter(LinearAttentionAndFullAttentionLayer):  # type: ignore[no-untyped-call]
-    """Stands for a block of another shard that has both attention and a recurrent state."""
+    """A layer without room for a block of another shard that has both attention and a recurrent state."""
 
     length = 0
 
@@ -138,7 +138,7 @@ class HybridCounter(LinearAttentionAndFullAttentionLayer):  # type: ignore[no-un
 
 
 def layer_of(kind: str, arguments: Mapping[str, Any], owned: bool, *stores: torch.Tensor) -> Any:
-    """A block's part of a cache: `stores` are the room for its keys and values, if there is any."""
+    """A block's layer of a cache; `stores` are the room for its keys and values, if it has any."""
     if kind in (FULL, *WINDOWED):
         keys, values = stores or (None, None)
         return SlotLayer(arguments.get("sliding_window") if kind in WINDOWED else None, keys, values)
@@ -148,7 +148,7 @@ def layer_of(kind: str, arguments: Mapping[str, Any], owned: bool, *stores: torc
 
 
 class ProbeCache(Cache):
-    """An empty cache that learns what each block would keep."""
+    """An empty cache that notes what each block would keep."""
 
     def __init__(
         self, count: int, kinds: Sequence[str] | None = None, arguments: Sequence[Mapping[str, Any]] | None = None
@@ -158,7 +158,7 @@ class ProbeCache(Cache):
         super().__init__(layers=[layer_of(k, a, owned=True) for k, a in zip(self.kinds, self.arguments, strict=True)])
 
     def state(self, number: int, dtype: torch.dtype) -> LayerState:
-        """What block `number` keeps, after it was run."""
+        """What block `number` keeps of a sequence; known once the block has run."""
         layer: Any = self.layers[number]
         stored = getattr(layer, "given", None)
         if stored is None and getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:

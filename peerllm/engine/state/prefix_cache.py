@@ -1,7 +1,7 @@
-"""What ended sequences left in their slots, as the source knows it, and which slot a new one gets. Pure.
+"""The prefixes that ended sequences left in idle slots, as the source knows them, and which slot a new one gets. Pure.
 
-A slot is taken up again only for the client whose sequence it held: how fast an answer begins would tell another
-client what somebody else had asked.
+Only the client whose sequence a slot held may begin with what is left there: to any other client, an answer that
+begins sooner would tell what somebody else had asked.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from peerllm.engine.base import Reach
 
 
 @dataclass(frozen=True, slots=True)
-class Remains:
-    """Of the sequence that held a slot last."""
+class CachedPrefix:
+    """What the last sequence of a slot left in it."""
 
     sequence: int
     client: str
     ids: tuple[int, ...]  # computed at every stage
-    furthest: int  # tokens that a stage may have held at most since the slot began afresh, these and later ones
+    furthest: int  # the most tokens, these and later ones, that a stage may have held since the slot began afresh
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,38 +28,38 @@ class SlotChoice:
 
     slot: int
     position: int = 0
-    furthest: int = 0  # as in Remains
+    furthest: int = 0  # see CachedPrefix
 
 
-class IdleSlots:
-    """At most one Remains per slot, that is `slots` x context ids. `reach` None: nothing is ever taken up again."""
+class PrefixCache:
+    """At most one CachedPrefix per slot, that is `slots` × context ids. Without `reach` nothing is ever kept."""
 
     def __init__(self, slots: int, reach: Reach | None) -> None:
         self._slots, self._reach = slots, reach
-        self._remains: dict[int, Remains] = {}  # by slot; first the one that ended longest ago
+        self._remains: dict[int, CachedPrefix] = {}  # by slot; first the one that ended longest ago
 
-    def keep(self, slot: int, remains: Remains) -> None:
-        """A sequence ended well and has left this in its slot, if any use can be made of it."""
+    def keep(self, slot: int, remains: CachedPrefix) -> None:
+        """Remember what a sequence that ended well left in its slot, if a later one can begin with it."""
         if self._reach is not None and remains.ids and self._reach.allows(len(remains.ids), remains.furthest):
             self._remains[slot] = remains
 
     def kept(self, slot: int) -> int:
-        """Tokens that an idle slot is kept for."""
+        """How many tokens the stages are to keep in an idle slot."""
         remains = self._remains.get(slot)
         return 0 if remains is None else len(remains.ids)
 
     def forget(self, sequence: int) -> None:
-        """A stage has let go of what this sequence left."""
+        """Forget what a sequence left: some stage has let go of it."""
         self._remains = {slot: remains for slot, remains in self._remains.items() if remains.sequence != sequence}
 
     def clear(self) -> None:
         self._remains.clear()
 
     def take(self, running: Collection[int], prompt: Sequence[int], client: str) -> SlotChoice | None:
-        """A slot not `running`, idle no more: what it held up to the position stays, the rest is lost.
+        """A slot that is not `running`; it is idle no more. None: all are running.
 
-        The one that spares most of the prompt, unless it holds much else and so is another conversation with the same
-        beginning; else an empty one, lowest first; else the one that ended longest ago. None: all are running.
+        Preferred is the idle slot that spares most of the prompt, unless it holds much else, as that of another
+        conversation with the same beginning does. Then the lowest empty slot, then the slot that ended longest ago.
         """
         spared = {slot: self._spares(remains, prompt, client) for slot, remains in self._remains.items()}
         fit = [slot for slot, tokens in spared.items() if _continues(tokens, len(prompt), self.kept(slot))]
@@ -72,8 +72,8 @@ class IdleSlots:
         position = spared.get(slot, 0)
         return SlotChoice(slot, position, remains.furthest if remains is not None and position else 0)
 
-    def _spares(self, remains: Remains, prompt: Sequence[int], client: str) -> int:
-        """Tokens of a prompt that need not be computed, the last of which always must."""
+    def _spares(self, remains: CachedPrefix, prompt: Sequence[int], client: str) -> int:
+        """How many tokens of a prompt need not be computed; its last one always must be."""
         if client != remains.client or self._reach is None:
             return 0
         position = min(_common(remains.ids, tuple(prompt)), len(prompt) - 1)
@@ -81,7 +81,7 @@ class IdleSlots:
 
 
 def _continues(spared: int, prompt: int, held: int) -> bool:
-    """Whether a prompt goes on with (or repeats) what a slot holds, and does not only begin alike."""
+    """Whether a prompt continues or repeats what a slot holds, instead of only beginning alike."""
     return spared > 0 and (2 * spared >= held or spared == prompt - 1)
 
 

@@ -1,0 +1,24 @@
+"""The one record of a run of tokens, from the source's prompt to the shards and over the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRun:
+    """`length` tokens of one sequence from `position` on, in KV slot `slot`; what is computed of them lies beside it.
+
+    Position 0 starts the slot afresh; a position below what the slot holds rolls the slot back to there.
+    """
+
+    sequence: int  # u64 on the wire
+    slot: int  # u32, as the other two
+    position: int
+    length: int
+    sample: bool = False  # the head picks a token after the run's last position
+
+    @property
+    def is_step(self) -> bool:
+        """One token that the head samples after: a step of an answer, or the last token of a prompt."""
+        return self.sample and self.length == 1
