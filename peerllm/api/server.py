@@ -11,12 +11,13 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from peerllm.api import admin, completions, models, page
+from peerllm.api import admin, page
 from peerllm.api.error_answers import errors_as_json
 from peerllm.api.expected import ExpectedModel
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
 from peerllm.api.keys import EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.openai import completions, models
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
 from peerllm.api.token import load_or_create_token

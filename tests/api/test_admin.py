@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api import admin
+from peerllm.api import admin, tasks
 from peerllm.api.server import ApiServer
 from peerllm.errors import EngineError
 from tests.api.fake import BOUND_S, FakeHousehold
@@ -169,6 +169,20 @@ async def test_hanging_up_does_not_stop_the_loading(owner: aiohttp.ClientSession
     assert not household.run_done.is_set()
     household.run_gate.set()
     await asyncio.wait_for(household.run_done.wait(), BOUND_S)
+
+
+async def test_changes_under_way_are_bounded_and_make_room(
+    owner: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "MAX_CHANGES", 2)
+    household.run_gate = asyncio.Event()
+    under_way = [await owner.post("/peerllm/v1/run", json={"model": name}) for name in "ab"]
+    assert (await post(owner, "leave"))[0] == 429
+    household.run_gate.set()
+    for response in under_way:
+        assert '{"ok":true' in await response.text()
+    for _ in range(3):
+        assert (await post(owner, "leave"))[0] == 200
 
 
 async def test_closing_the_api_ends_a_run_under_way(

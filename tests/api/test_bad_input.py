@@ -10,6 +10,8 @@ import aiohttp
 import pytest
 
 from peerllm.api import fields
+from peerllm.api.error_answers import FieldError
+from peerllm.api.openai import chat_request
 from peerllm.api.server import ApiServer
 from tests.api.fake import BOUND_S, FakeHousehold
 
@@ -253,3 +255,40 @@ async def test_no_tokenizer_is_a_clear_400(client: aiohttp.ClientSession, househ
     async with client.post(PATH, json=ask()) as response:
         assert response.status == 400
         assert "tokenizer.json" in (await response.json())["error"]["message"]
+
+
+@pytest.mark.parametrize(("given", "used"), [(0, 0), (2**63 - 1, 2**63 - 1), (-1, 2**63 - 1), (-(2**63), 0)])
+async def test_any_64_bit_seed_is_a_seed(
+    client: aiohttp.ClientSession, household: FakeHousehold, given: int, used: int
+) -> None:
+    """Clients count in both directions; the sampler takes 0 to 2**63 - 1, and no two of a sign fall together."""
+    async with client.post(PATH, json=ask(seed=given)) as response:
+        assert response.status == 200
+    assert household.requests[0].sampling.seed == used
+
+
+@pytest.mark.parametrize(
+    ("body", "beyond"),
+    [
+        (ask(model="m" * chat_request.MAX_NAME_CHARS), ask(model="m" * (chat_request.MAX_NAME_CHARS + 1))),
+        (ask(stop="s" * chat_request.MAX_STOP_CHARS), ask(stop="s" * (chat_request.MAX_STOP_CHARS + 1))),
+        (ask(stop=["s"] * chat_request.MAX_STOPS), ask(stop=["s"] * (chat_request.MAX_STOPS + 1))),
+        (ask(messages=HI * chat_request.MAX_MESSAGES), ask(messages=HI * (chat_request.MAX_MESSAGES + 1))),
+        (ask(max_tokens=chat_request.MAX_TOKENS), ask(max_tokens=chat_request.MAX_TOKENS + 1)),
+        (ask(seed=2**63 - 1), ask(seed=2**63)),
+        (ask(seed=-(2**63)), ask(seed=-(2**63) - 1)),
+    ],
+)
+def test_what_is_just_within_a_bound_is_taken_and_what_is_just_beyond_is_not(body: Any, beyond: Any) -> None:
+    assert chat_request.parse_chat(fields.Fields(body)).model == body["model"]
+    with pytest.raises(FieldError):
+        chat_request.parse_chat(fields.Fields(beyond))
+
+
+async def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(server: ApiServer) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {fields.MAX_BODY_BYTES + 1}\r\n\r\n".encode())
+    status = await asyncio.wait_for(reader.readline(), BOUND_S)
+    assert status.split()[1] == b"413"
+    writer.close()

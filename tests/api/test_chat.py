@@ -12,7 +12,8 @@ import aiohttp
 import openai
 import pytest
 
-from peerllm.api import completions, models, streams
+from peerllm.api import streams
+from peerllm.api.openai import completions, models
 from peerllm.api.server import ApiServer
 from peerllm.errors import EngineError, LinkError, OverloadedError, UnavailableError
 from tests.api.fake import BOUND_S, CONTEXT, END, FakeHousehold
@@ -347,12 +348,6 @@ async def test_model_names_with_a_slash(client: aiohttp.ClientSession, household
         assert (found["id"], found["model"]) == ("name", "org/name")
         async with client.post(PATH, json={**ASK, "model": known}) as response:
             assert (await response.json())["model"] == "name"
-
-
-async def test_a_name_counts_before_a_path(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
-    household.served = [replace(household.model, name="other"), household.model]
-    async with client.get("/v1/models/builtin") as response:
-        assert (await response.json())["id"] == "builtin"
 
 
 async def test_many_at_once(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:

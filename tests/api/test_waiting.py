@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api import expected, models
+from peerllm.api import expected
+from peerllm.api.openai import models
 from peerllm.api.server import ApiServer
 from peerllm.errors import BadInputError
 from tests.api.fake import BOUND_S, FakeHousehold
@@ -151,6 +152,10 @@ async def test_who_waits_counts_as_a_stream(
     monkeypatch.setattr("peerllm.api.tasks.MAX_STREAMS", 1)
     async with client.post(PATH, json=ASK) as response:
         assert response.status == 429
+    become(household)
+    assert (await asyncio.wait_for(asking, BOUND_S))[0] == 200
+    async with client.post(PATH, json=ASK) as response:
+        assert response.status == 200, "the one before has made room"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from peerllm.daemon.control_messages import Pace
+from peerllm.daemon.control_messages import Activate, Pace
 from peerllm.daemon.deployment import deployment as module
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.daemon.status.status import deployment_entry
@@ -63,6 +63,21 @@ async def test_a_model_for_three_is_served_by_three(houses):
     assert any(line.devices == {"device-a": 1.0, "device-b": 1.0, "device-c": 1.0} for line in told)
     assert all(d.engine.held for d in house.devices.values())
     assert set(house["a"].offers) == {seen.deployment}
+
+
+async def test_stages_are_connected_from_the_last_to_the_first(houses):
+    house = houses([3, 3, 3], big=8)
+    a, ask, order = house["a"], house["a"].ask, []
+
+    async def asking(device, question, timeout_s):
+        if isinstance(question, Activate):
+            order.append(device)
+        return await ask(device, question, timeout_s)
+
+    a.ask = asking
+    await a.coordinator.run(RunOptions("big"), quiet)
+    first = dict.fromkeys(stage.device for stage in view(a).stages)  # a device may hold several
+    assert order == list(first)[::-1], "who is dialled is ready"
 
 
 async def test_one_device_is_enough_when_it_is(houses):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import psutil
 import pytest
@@ -86,10 +87,20 @@ async def owner(tmp_path, monkeypatch):
 
 
 async def test_an_engine_that_holds_nothing_is_ended_and_the_next_question_starts_another(owner: Owner) -> None:
+    waits: list[str] = []
+
+    class Wanted(asyncio.Event):
+        async def wait(self) -> Literal[True]:
+            waits.append(owner.host.state)
+            owner._news.set()
+            return await super().wait()
+
+    owner.host._wanted = Wanted()
     configured = await owner.host.start()
     pid = owner.host.pid
     assert pid is not None
-    await owner.until(lambda: owner.host.state == "idle" and owner.host.pid is None)
+    await owner.until(lambda: bool(waits))
+    assert waits == ["idle"] and owner.host.state == "idle" and owner.host.pid is None
     await asyncio.to_thread(psutil.wait_procs, [psutil.Process(pid)] if psutil.pid_exists(pid) else [], WAIT_S)
     assert not psutil.pid_exists(pid)
     assert (await owner.load()).stages == ()  # type: ignore[attr-defined]

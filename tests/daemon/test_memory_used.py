@@ -120,6 +120,13 @@ async def test_engines_run_while_layers_are_held_and_plans_are_made_without_them
             assert entry["used_bytes"] == daemon.ledger.promised_bytes + own > own > 50 << 20
             assert entry["resident_bytes"] == pytest.approx(psutil.Process(daemon.host.pid).memory_info().rss, rel=0.5)
         await until(daemons, lambda: shown(anna, "bert")["used_bytes"] == shown(bert, "bert")["used_bytes"])
+        ends = anna.identity.device, bert.identity.device
+
+        def hops() -> int:
+            figures = anna.network.link_monitor.figures()
+            return sum(pair in figures and figures[pair].hop_ms is not None for pair in (ends, ends[::-1]))
+
+        await until(daemons, lambda: hops() == 2)  # timed from engine to engine, now that both run
         await anna.stop("builtin")
         await until(daemons, lambda: idle(daemons) and not shown(anna, "bert")["used_bytes"])
 

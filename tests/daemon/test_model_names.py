@@ -8,7 +8,7 @@ import pytest
 
 from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.facade import RunOptions
-from peerllm.errors import BadInputError, NotFoundError
+from peerllm.errors import BadInputError, NotFoundError, RefusedError
 from tests.daemon.house import BLOCK, House, inspected
 from tests.daemon.test_coordinator import SPARE, module_coordinator, quiet, view
 
@@ -72,17 +72,19 @@ async def test_names_are_unique_in_the_household(house):
     assert await a.run(RunOptions("owner/small"), quiet) == "small"
     assert await b.run(RunOptions("other/small"), quiet) == "small-2"
     assert [one.name for one in (view(house["a"]), view(house["b"]))] == ["small", "small-2"]
+    assert await a.run(RunOptions("other/small"), quiet) == "small-3", "its own names count too"
     with pytest.raises(BadInputError, match="called small runs from device-a"):
         await b.run(RunOptions("small", name="small"), quiet)
     await b.stop("other/small")
-    assert [one.name for one in a.served()] == ["small"], "only its own was stopped"
+    assert [one.name for one in a.served()] == ["small", "small-3"], "only its own was stopped"
 
 
-async def test_a_name_beats_a_path(house):
-    """Two deployments here: one is called as the other's path."""
-    a = house["a"].coordinator
-    await a.run(RunOptions("owner/small", name="tiny"), quiet)
-    await a.run(RunOptions("other/small"), quiet)
+async def test_no_name_is_the_path_of_another_model(house):
+    a, b = house["a"].coordinator, house["b"].coordinator
+    await a.run(RunOptions("small", name="tiny"), quiet)
+    with pytest.raises(BadInputError, match="called small runs from device-a"):
+        await b.run(RunOptions("owner/small", name="small"), quiet)
+    assert await a.run(RunOptions("owner/small"), quiet) == "small-2"
     await a.stop("small")
     assert [one.model for one in a.served()] == ["owner/small"]
 
@@ -120,3 +122,20 @@ async def test_what_is_done_until_it_serves_is_seen(house):
     a.engine.gate.set()
     await running
     assert (view(a).message, view(a).progress, view(a).context) == ("", 1.0, 64)
+
+
+async def test_what_was_downloaded_is_no_progress_of_the_next_plan(house):
+    a, seen = house["a"], []
+    house.to_download["owner/small"] = 1000
+    a.engine.fail = RefusedError("not now")
+
+    def told(line):
+        seen.append((line.message, view(a).progress))
+        if len([message for message, _ in seen if message.startswith("planning for")]) == 2:
+            a.engine.fail = None
+
+    await a.coordinator.run(RunOptions("owner/small"), told)
+    downloads, plans = [
+        [done for message, done in seen if message.startswith(what)] for what in ("downloading", "planning for")
+    ]
+    assert max(downloads) > 0 and plans == [0.0, 0.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -182,6 +183,26 @@ async def test_a_close_does_not_wait_for_credit_of_a_receiver_that_vanished(
     await two.plane.close()
     await asyncio.wait_for(link.wait_closed(), WAIT_S)
     assert not link.lost, "it was closed on purpose"
+
+
+async def test_a_loss_is_told_at_once_in_the_middle_of_a_frame(
+    nodes: list[Node], no_beats: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other side does not even read any more, so what was begun cannot be ended."""
+    monkeypatch.setattr(link_module, "FLUSH_TIMEOUT_S", 1000.0)
+    one, two, _ = nodes
+    inlets(two, one, (STEP, LIMITS, Kept()))
+    link = await connect(one, two)
+    (accepted,) = two.plane._accepted.values()
+    two.plane._poller.remove(accepted._connection.fd)
+    for position in range(QUEUE):  # more than the system's buffers hold
+        link.send(large(position))
+    async with asyncio.timeout(WAIT_S):
+        while select.select([], [link._connection.fd], [], 0)[1]:  # noqa: ASYNC110 - the loop writes meanwhile
+            await asyncio.sleep(0)
+    assert link._outbox.busy
+    link.abort("gone")
+    assert await one.next_lost() == (two.identity.device, "gone")
 
 
 async def test_a_sender_beyond_its_credit_is_cut(nodes: list[Node]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
 import sys
@@ -10,20 +11,20 @@ import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import cast
 
-import aiohttp
 import psutil
 import pytest
 import uvloop
 
 from peerllm.errors import AuthenticationError, BadInputError, LinkError, OverloadedError
-from peerllm.transport.dial import dial
 from peerllm.transport.frames import NamedTensor, encode
 from peerllm.transport.identity import Identity
 from peerllm.transport.links import MAX_ECHO_BYTES, STEP, DataPlane, Delivery, Inlet, liveness
 from peerllm.transport.links import data_plane as data_plane_module
 from peerllm.transport.links.connection import Connection
+from peerllm.transport.links.dialling import dial_link
 from peerllm.transport.links.echo import WARM_UPS
 from peerllm.transport.links.frame_timer import LOST_S, FrameTimer, answer
 from peerllm.transport.tls import client_context
@@ -155,15 +156,15 @@ async def test_only_the_planned_sender_is_let_in(nodes: list[Node]) -> None:
     await connect(one, two)
 
 
-async def test_what_is_not_expected_is_404_before_the_upgrade(
-    nodes: list[Node], session: aiohttp.ClientSession
-) -> None:
+@pytest.mark.parametrize("path", [f"{DEPLOYMENT}/4/1", f"{'cd' * 16}/3/1", f"{DEPLOYMENT}/3/2", "x/3/1", ""])
+async def test_what_is_not_expected_is_404_before_the_upgrade(nodes: list[Node], path: str) -> None:
     one, two, _ = nodes
     expect(two, one)
     who = two.identity
-    for path in (f"/data/{DEPLOYMENT}/4/1", f"/data/{'cd' * 16}/3/1", f"/data/{DEPLOYMENT}/3/2", "/data/x/3/1", "/"):
-        with pytest.raises(LinkError, match="HTTP 404"):
-            await dial(session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path)
+    with pytest.raises(LinkError, match="HTTP 404"):
+        await dial_link(
+            one.identity, who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, f"/data/{path}"
+        )
 
 
 @pytest.mark.parametrize("claimed_bytes", [LIMITS.max_bytes + 1, 1 << 30, 2**63 - 1])
@@ -242,20 +243,47 @@ async def test_a_vanished_sender_is_noticed(nodes: list[Node]) -> None:
     assert (await two.next_lost())[0] == one.identity.device
 
 
-async def test_a_frozen_peer_is_noticed_by_its_silence(
-    nodes: list[Node], session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_frozen_peer_is_noticed_by_its_silence(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
     monkeypatch.setattr(liveness, "BEAT_S", 0.02)
     monkeypatch.setattr(liveness, "SILENCE_S", 0.2)
     expect(two, one)
     who = two.identity
-    path = f"/data/{DEPLOYMENT}/3/1"
     # A websocket that nobody reads or beats on: the kernel still acknowledges, as it does for a stopped process.
-    websocket = await dial(session, one.identity, who.device, who.certificate_pem, "127.0.0.1", two.plane.port, path)
+    path = f"/data/{DEPLOYMENT}/3/1"
+    frozen = await dial_link(one.identity, who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, path)
     _, reason = await two.next_lost()
     assert reason.startswith("nothing heard for 0.")
-    await websocket.close()
+    frozen.close()
+
+
+async def test_silence_counts_from_when_the_loop_woke(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, steps = 0.0, iter([0.5, 3.0, *[0.5] * 9])
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += next(steps)
+
+    monkeypatch.setattr(liveness, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(liveness, "perf_counter", lambda: now)
+    beats: list[float] = []
+    dead: list[str] = []
+    await liveness.watch(lambda: 0.0, lambda: beats.append(now), dead.append)
+    assert dead == ["nothing heard for 2.5 s"]
+    assert beats == [0.5, 3.5, 4.0, 4.5, 5.0, 5.5], "2 s of silence are not too much yet"
+
+
+async def test_who_cannot_write_any_more_reads_to_the_end(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    link = await connect(one, two)
+    (accepted,) = two.plane._accepted.values()
+    for end in (link, accepted):
+        end._poller.remove(end._connection.fd)
+    accepted._connection.close()
+    assert (await asyncio.to_thread(select.select, [link._connection.fd], [], [], WAIT_S))[0]
+    link._cannot_send("cannot send")
+    assert (await one.next_lost())[1].startswith("the connection broke")
 
 
 async def test_an_idle_link_stays(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -90,7 +91,7 @@ async def test_garbage_instead_of_tls(nodes: list[Node], garbage: bytes) -> None
         (UPGRADE.replace(b"/3/1", b"/+3/1"), b"404"),
         (UPGRADE.replace(b": 13", b": 12"), b"400"),
         (UPGRADE.replace(b"websocket", b"h2c"), b"400"),
-        (UPGRADE[:-2] + b"X: " + b"x" * 8192 + b"\r\n\r\n", None),
+        (UPGRADE[:-2] + b"X: " + b"x" * 1024 + b"\r\n\r\n", None),
         (b"x" * 20_000, None),
         (UPGRADE + message(1), None),  # before it was agreed to
     ],
@@ -221,6 +222,30 @@ async def test_a_frame_byte_by_byte(nodes: list[Node]) -> None:
         for at in range(len(data)):
             writer.write(data[at : at + 1])
         assert [(await two.next_frame()).segments[0].position for _ in range(2)] == [5, 6]
+
+
+async def test_what_comes_after_a_broken_rule_is_kept_nowhere(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    async with upgraded(one, two) as (reader, writer):
+        (link,) = two.plane._accepted.values()
+        writer.write(head(TEXT, 5, masked=True) + bytes(8 << 20))
+        assert "binary frames only" in (await two.next_lost())[1]
+        await rest(reader)
+        assert len(link._inbound._reader._bytes) < 1 << 16
+
+
+async def test_what_lay_unread_when_a_device_was_removed_is_dropped(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    expect(two, one)
+    async with upgraded(one, two) as (_, writer):
+        (link,) = two.plane._accepted.values()
+        two.plane._poller.remove(link._connection.fd)
+        writer.write(message(3))
+        assert (await asyncio.to_thread(select.select, [link._connection.fd], [], [], WAIT_S))[0]
+        await two.plane.set_trusted([])
+        link._inbound.read()
+        assert link._inbound.frames == 1 and two.frames.empty()
 
 
 async def test_frames_that_come_after_the_end_are_dropped(nodes: list[Node]) -> None:

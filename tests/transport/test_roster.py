@@ -195,7 +195,7 @@ def test_leaving(household: list[Roster], identities: list[Identity]) -> None:
     household[1].remove(identities[1], identities[1].device)
     assert not household[1].is_member(identities[1].device)
     with pytest.raises(AuthenticationError, match="no longer belongs"):
-        household[1].add(identities[1], identities[4].certificate_pem, "late")
+        household[1].merge([household[1].introduce(identities[1], identities[4].certificate_pem, "late")])
     household[0].merge(household[1].export())
     gossip(household[0], household[2], household[3])
     rest = {identities[number].device for number in (0, 2, 3)}
@@ -251,7 +251,7 @@ def test_a_member_cannot_make_itself_irremovable(household: list[Roster], identi
     for roster in household[:2]:
         assert not roster.is_member(rogue.device) and not roster.is_member(identities[4].device)
         assert not roster.merge((last,))
-    owner.add(identities[0], identities[5].certificate_pem, "new")  # and the household goes on
+    owner.merge([owner.introduce(identities[0], identities[5].certificate_pem, "new")])  # and the household goes on
     household[1].merge(owner.export())
     assert household[1].is_member(identities[5].device)
 
@@ -280,7 +280,7 @@ def test_bounds(household: list[Roster], identities: list[Identity], monkeypatch
     entry = household[0].introduce(identities[0], identities[4].certificate_pem, "new")
     monkeypatch.setattr(roster_module, "MAX_MEMBERS", 4)
     with pytest.raises(OverloadedError, match="4 devices"):
-        household[0].add(identities[0], identities[4].certificate_pem, "one too many")
+        household[0].merge([household[0].introduce(identities[0], identities[4].certificate_pem, "one too many")])
     assert "full" in household[0].merge((entry,)).refused[0]
     with pytest.raises(BadInputError, match="at most"):
         household[0].merge(replace(entry, counter=number) for number in range(1, MAX_ENTRIES + 2))
@@ -291,7 +291,7 @@ def test_bounds(household: list[Roster], identities: list[Identity], monkeypatch
     with pytest.raises(BadInputError):
         household[0].introduce(identities[0], identities[4].certificate_pem, "\n\t ")
     with pytest.raises(ValueError, match="own device"):
-        household[0].add(identities[1], identities[4].certificate_pem, "x")
+        household[0].merge([household[0].introduce(identities[1], identities[4].certificate_pem, "x")])
 
 
 @st.composite

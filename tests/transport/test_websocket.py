@@ -19,6 +19,7 @@ from peerllm.transport.websocket.framing import (
     OK,
     PING,
     PONG,
+    RECORD_BYTES,
     TEXT,
     MessageReader,
     control,
@@ -45,7 +46,8 @@ def read(reader: MessageReader, pieces: list[bytes]) -> list[tuple[int, bytes]]:
     for piece in pieces:
         while piece:
             room = reader.room
-            taken = min(len(room), len(piece))
+            assert len(room) >= RECORD_BYTES
+            taken = min(RECORD_BYTES, len(piece))
             room[:taken] = piece[:taken]
             reader.filled(taken)
             piece = piece[taken:]
@@ -110,6 +112,14 @@ def test_what_a_link_does_not_carry(data: bytes, reason: str) -> None:
         read(MessageReader(LIMIT, True), [data[at : at + 1] for at in range(len(data))])
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_payload_with_a_record_missing(more: int) -> None:
+    payload = bytes(range(256)) * 200
+    data = head(BINARY, len(payload), True) + payload
+    at = len(data) - 2 * RECORD_BYTES - more
+    assert read(MessageReader(LIMIT, True), [data[:at], data[at:]]) == [(BINARY, payload)]
+
+
 def test_a_server_does_not_mask() -> None:
     with pytest.raises(FrameError, match="masked"):
         read(MessageReader(LIMIT, False), [head(BINARY, 0, True)])
@@ -163,6 +173,8 @@ GOOD = request("x", 1, "/echo", KEY).decode()
         ("Connection: Upgrade", "Connection: Upgrade\r\nConnection: Upgrade"),
         ("GET ", "PUT "),
         ("Connection: Upgrade", "Connection: Upgrade\r\nX: \x00"),
+        ("Connection: Upgrade", "connection: upgrade"),
+        ("\r\n\r\n", "\r\n\r\nx"),
         ("Version: 13", "Version: 8"),
         (KEY, KEY[:-4]),
         (KEY, "!" * 24),

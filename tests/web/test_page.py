@@ -202,6 +202,14 @@ async def test_several_models_can_be_started_and_each_tells_how_far_it_is(
     await page.until("return document.querySelector('#notices').hidden", "both run")
 
 
+async def test_a_model_that_was_started_is_chosen_by_its_name(page: Browser, household: FakeHousehold) -> None:
+    household.served = [household.model, replace(household.model, name="one", model="org/one")]
+    await page.click("#load summary")
+    await page.type("#run-model", "org/one" + ENTER)
+    await page.until("return document.querySelector('#model').value == 'one'", "the choice")
+    await page.until("return document.querySelector('#notices').hidden", "the end of the progress")
+
+
 async def test_what_changes_is_changed_in_place(page: Browser, household: FakeHousehold) -> None:
     """The same elements stay, so a click that began before a change ends on them, and focus is kept."""
     await page.run(
@@ -245,10 +253,13 @@ async def test_a_download_is_seen(page: Browser, household: FakeHousehold) -> No
 
 
 async def test_one_may_ask_while_the_model_is_loaded(page: Browser, household: FakeHousehold) -> None:
-    household.served = [replace(household.model, state="loading", message="loading on laptop", progress=0.5)]
+    household.served = [replace(household.model, state="planning", model_dir=None)]
     household.touch()
     await page.until("return document.querySelector('#banner').innerText.includes('You can ask now')", "the banner")
     await page.type("#prompt", "hi" + ENTER)
+    await page.until("return document.querySelector('.waiting')?.innerText == 'planning …'", "what it waits for")
+    household.served = [replace(household.model, state="loading", message="loading on laptop", progress=0.5)]
+    household.touch()
     await page.until("return document.querySelector('.waiting')?.innerText == 'loading on laptop (50%) …'", "progress")
     household.served = [household.model]
     household.touch()
@@ -267,9 +278,7 @@ async def test_a_device_has_one_colour_on_every_page(page: Browser, household: F
     household.touch()
     await page.until("return document.querySelector('#devices .name').innerText == 'jetson'", "the other order")
     seen = await page.run(colours)
-    assert (
-        seen == {"laptop": "var(--d0)", "jetson": "var(--d1)", "mini-pc": "var(--d2)"}
-    )
+    assert seen == {"laptop": "var(--d0)", "jetson": "var(--d1)", "mini-pc": "var(--d2)"}
     household.devices.reverse()
     household.touch()
     await page.until("return document.querySelector('#devices .name').innerText == 'laptop'", "the first order")
@@ -303,3 +312,22 @@ async def test_beyond_loopback_the_link_with_the_token_signs_in(household: FakeH
         await page.type("#prompt", "hi" + ENTER)
         await page.until(ANSWERED.format(1), "the answer")
     await server.close()
+
+
+async def test_an_element_takes_over_all_that_a_fresh_one_has(page: Browser) -> None:
+    """Attributes that are gone, handlers, style, text; children that are gone, reordered or of another kind."""
+    found = await page.run("""return import('/static/dom.js').then(({ make, update }) => {
+      const box = make('div', {});
+      const clicks = [];
+      const draw = (number, disabled, title) => update(box,
+        make('button', { key: 'b', disabled, ...(title && { title }), vars: { width: `${number}px` },
+                         onclick: () => clicks.push(number) }, `text ${number}`),
+        number === 1 && make('p', {}, 'gone'), number === 1 && make('p', {}, 'gone too'),
+        number === 1 ? make('i', {}, 'kind') : make('b', {}, 'kind'));
+      draw(1, true, 'one');
+      const button = box.firstChild;
+      draw(2, false, '');
+      button.click();
+      return [button === box.firstChild, box.innerHTML, clicks];
+    })""")
+    assert found == [True, '<button data-key="b" style="width: 2px;">text 2</button><b>kind</b>', [2]]

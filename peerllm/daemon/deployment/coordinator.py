@@ -136,16 +136,14 @@ class Coordinator:
         return await self._traces.end(number, self._running(model).id, model)
 
     def _find(self, model: str) -> Deployment | None:
-        """By name, else by path or hub id."""
-        named = (held for held in self._deployments.values() if held.options.name == model)
-        return next(named, None) or self._deployments.get(model)
+        """By name, path or hub id: no name is another's path."""
+        known = (held for held in self._deployments.values() if model in (held.options.name, held.options.model))
+        return next(known, None)
 
     def _meant(self, options: RunOptions) -> RunOptions:
         """The options with the path or hub id of a model that was asked for by its name."""
         held = self._find(options.model)
-        if held is None:
-            return options
-        return replace(options, model=held.options.model, name=options.name or held.options.name)
+        return options if held is None else replace(options, model=held.options.model)
 
     def _running(self, model: str) -> Deployment:
         deployment = self._find(model)

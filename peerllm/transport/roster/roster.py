@@ -111,12 +111,6 @@ class Roster:
             raise OverloadedError(f"the household has {MAX_MEMBERS} devices, the most there can be; remove one first")
         return sign_entry(identity, certificate_pem, name, max(self.counter, above) + 1)
 
-    def add(self, identity: Identity, certificate_pem: str, name: str) -> RosterEntry:
-        """Take a newcomer in; returns the entry to hand to it and to the others."""
-        entry = self.introduce(identity, certificate_pem, name)
-        self.merge((entry,))
-        return entry
-
     def remove(self, identity: Identity, device: DeviceId) -> RosterEntry:
         """Put a device out (itself: leave). Returns its tombstone; `export()` has all that must be told."""
         self._check_member(identity)

@@ -62,14 +62,15 @@ class MessageReader:
         self._at = 0  # of these, what lies before is done with
         self._body: bytearray | None = None  # of a message that came in part
         self._have = 0  # bytes of it
+        self._in_place = False  # whether `room` is where they belong
         self._opcode = 0
 
     @property
     def room(self) -> memoryview:
         """Where the next bytes are to be read to: while a record or more of a message is missing, to their place."""
         body = self._body
-        in_place = body is not None and len(body) - self._have >= RECORD_BYTES
-        return memoryview(body)[self._have :] if body is not None and in_place else self._record
+        self._in_place = body is not None and len(body) - self._have >= RECORD_BYTES
+        return self._record if body is None or not self._in_place else memoryview(body)[self._have :]
 
     @property
     def missing(self) -> bool:
@@ -78,7 +79,7 @@ class MessageReader:
 
     def filled(self, nbytes: int) -> None:
         """So many bytes lie in `room` now; `next` is to be called until it is None before the next ones."""
-        if self._body is not None and len(self._body) - self._have >= RECORD_BYTES:
+        if self._in_place:
             self._have += nbytes
             return
         self._bytes = self._bytes[self._at :] + self._record[:nbytes]

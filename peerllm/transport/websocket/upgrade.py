@@ -1,4 +1,4 @@
-"""From HTTP/1.1 to a websocket (RFC 6455 section 4), the little of it that a link needs. Sans-I/O and strict."""
+"""From HTTP/1.1 to a websocket (RFC 6455 section 4), in the one spelling that engines use. Sans-I/O and strict."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from http import HTTPStatus
 
 from peerllm.errors import LinkError
 
-MAX_HEAD_BYTES = 8192  # of a request or an answer
+MAX_HEAD_BYTES = 1024  # of a request or an answer
 END = b"\r\n\r\n"  # of a head
 _MAGIC = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
-_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t\x80-\xff]*)")
-_REQUEST = re.compile(r"GET (/[\x21-\x7e]*) HTTP/1\.1")
-_ANSWER = re.compile(r"HTTP/1\.1 ([1-5][0-9][0-9])(?: [\x20-\x7e]*)?")
-_KEY = re.compile(r"[0-9A-Za-z+/]{22}==")  # 16 bytes in base64
+_REQUEST = re.compile(
+    rb"GET (/[\x21-\x7e]*) HTTP/1\.1\r\nHost: [\x21-\x7e]+\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    rb"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: ([0-9A-Za-z+/]{22}==)\r\n\r\n"
+)
+_STATUS = re.compile(rb"HTTP/1\.1 ([1-5][0-9][0-9])[ \r]")
 
 
 class DeclinedError(LinkError):
@@ -36,19 +37,18 @@ def request(host: str, port: int, path: str, key: str) -> bytes:
 
 
 def read_request(head: bytes) -> tuple[str, str]:
-    """Path and key of a client's whole head; DeclinedError if it does not ask for a websocket."""
-    first, fields = _lines(head)
-    found, key = _REQUEST.fullmatch(first), fields.get("sec-websocket-key", "")
-    if found and _upgrades(fields) and fields.get("sec-websocket-version") == "13" and _KEY.fullmatch(key):
-        return found[1], key
-    raise DeclinedError(HTTPStatus.BAD_REQUEST)
+    """Path and key of a client's head; DeclinedError if `request` did not write it."""
+    if (found := _REQUEST.fullmatch(head)) is None:
+        raise DeclinedError(HTTPStatus.BAD_REQUEST)
+    return found[1].decode(), found[2].decode()
 
 
 def agreed(key: str) -> bytes:
     """The answer that begins a websocket."""
+    digest = hashlib.sha1((key + _MAGIC).encode(), usedforsecurity=False).digest()
     return (
         f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Accept: {_accept(key)}\r\n\r\n"
+        f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}\r\n\r\n"
     ).encode()
 
 
@@ -58,32 +58,10 @@ def declined(status: HTTPStatus) -> bytes:
 
 
 def read_answer(head: bytes, key: str) -> int:
-    """The status in a whole head; LinkError if this is no answer, or 101 to something else than was asked."""
-    first, fields = _lines(head)
-    if (found := _ANSWER.fullmatch(first)) is None:
+    """The status in a server's head; LinkError if this is no answer, or 101 in other words than those of `agreed`."""
+    if (found := _STATUS.match(head)) is None:
         raise LinkError("it speaks no HTTP")
     status = int(found[1])
-    extras = fields.keys() & {"sec-websocket-extensions", "sec-websocket-protocol"}
-    if status == HTTPStatus.SWITCHING_PROTOCOLS and (
-        not _upgrades(fields) or extras or fields.get("sec-websocket-accept") != _accept(key)
-    ):
+    if status == HTTPStatus.SWITCHING_PROTOCOLS and head != agreed(key):
         raise LinkError("it agreed to something else than was asked for")
     return status
-
-
-def _lines(head: bytes) -> tuple[str, dict[str, str]]:
-    """First line and fields of a whole head; no line and no fields if one is malformed, or stands there twice."""
-    first, *rest = head.removesuffix(END).decode("latin-1").split("\r\n")
-    found = [_FIELD.fullmatch(line) for line in rest]
-    fields = {field[1].lower(): field[2].strip() for field in found if field is not None}
-    return (first, fields) if head.endswith(END) and len(fields) == len(rest) else ("", {})
-
-
-def _upgrades(fields: dict[str, str]) -> bool:
-    options = {option.strip().lower() for option in fields.get("connection", "").split(",")}
-    return fields.get("upgrade", "").lower() == "websocket" and "upgrade" in options
-
-
-def _accept(key: str) -> str:
-    digest = hashlib.sha1((key + _MAGIC).encode(), usedforsecurity=False).digest()
-    return base64.b64encode(digest).decode()

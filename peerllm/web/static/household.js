@@ -82,7 +82,7 @@ function card(deployment, status, colour, stop) {
   return make("section", { className: "card", key: deployment.id },
     make("div", { className: "row", key: "head" }, make("h2", { title: deployment.model }, name), badge(deployment.state)),
     deployment.reason ? make("p", { className: "reason", key: "reason" }, deployment.reason) : null,
-    loading && deployment.message ? make("p", { className: "quiet", key: "message" }, deployment.message) : null,
+    deployment.message ? make("p", { className: "quiet", key: "message" }, deployment.message) : null,
     loading ? bar(deployment.progress, `${name}, ${Math.round(100 * deployment.progress)} % done`) : null,
     ...(stagesOf(deployment).length ? layers(deployment, colour, away) : []),
     weights(deployment),

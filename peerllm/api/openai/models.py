@@ -34,11 +34,11 @@ async def one_model(request: web.Request) -> web.Response:
 
 
 def find_model(app: web.Application, name: str) -> ServedModel:
-    """The deployment of that name, else of that path or hub id; UnknownModelError names what there is instead."""
+    """The deployment of that name, path or hub id; UnknownModelError names what there is instead."""
     models = _models(app)
-    named = [one for one in models if name in (one.name, one.model)]
-    if named:
-        return min(named, key=lambda one: one.name != name)
+    for one in models:
+        if name in (one.name, one.model):
+            return one
     served = [one.name for one in models if one.state not in _GONE]
     there = "this device serves none; start one with: peerllm run MODEL"
     if served:

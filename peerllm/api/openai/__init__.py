@@ -1,0 +1,1 @@
+"""OpenAI's routes: the models, and chat completions whole or streamed."""
