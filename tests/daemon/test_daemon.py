@@ -158,9 +158,11 @@ async def test_the_builtin_model_over_three_says_what_one_device_says(daemons):
     profiles = deployment(laptop, "builtin")["profiles"]
     assert set(profiles) == {"laptop", "mini-pc", "jetson"}, "one machine; too small for all of it"
     for profile in profiles.values():
-        assert profile["source"] == "measured" and profile["contention"] == 1.0, "one sequence: one device at a time"
+        shared = sum(daemon.hello().threads for daemon in daemons) / (os.cpu_count() or 1)
+        assert profile["source"] == "measured" and profile["contention"] == pytest.approx(max(1.0, shared), abs=1e-3)
         times = profile["alone"]
-        assert set(times) == {"pass", "embedding", "block", "head"} and {"1", "4", "128"} <= set(times["block"])
+        assert set(times) == {"pass", "embedding", "block", "head", "attention:block"}
+        assert {"1", "4", "128"} <= set(times["block"])
     for daemon in daemons:
         seen = deployment(daemon, "builtin")
         assert (seen["state"], seen["epoch"], seen["coordinator"]) == ("serving", 1, "laptop")
