@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter, defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ ALLOWED = {
 }
 # Imported only when it is needed: --in-process runs the engine in a thread, the demo asks what its model takes.
 LAZY_ENGINE = {"daemon/engine_link/engine_host.py", "cli/demo/demo_memory.py"}
+
+MOST_FILES = 15  # side by side in one folder
 
 # Engine modules that a device with graphs alone runs.
 TORCH_FREE = ("peerllm.engine.process.runtime", "peerllm.engine.process.launch", "peerllm.engine.sampler")
@@ -79,3 +83,42 @@ def test_only_the_engine_and_training_import_torch() -> None:
     argv = [sys.executable, "-c", code, *modules]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_each_noun_names_one_module_and_one_class() -> None:
+    modules, classes = defaultdict(list), defaultdict(list)
+    for path in PACKAGE.rglob("*.py"):
+        if path.stem not in {"__init__", "__main__"}:
+            modules[path.stem].append(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                classes[node.name].append(path)
+    for found in (modules, classes):
+        assert not {name: paths for name, paths in found.items() if len(paths) > 1}
+
+
+def test_no_folder_is_crowded() -> None:
+    counts = Counter(path.parent for path in PACKAGE.rglob("*.py"))
+    assert not {folder: count for folder, count in counts.items() if count > MOST_FILES}
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    """Neither between modules, nor between the folders of a room that stand side by side."""
+    modules = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    arrows: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        named = {f"peerllm.{name}" for name in imports(path)}
+        arrows[module] = {name if name in modules else name.rpartition(".")[0] for name in named} - {module}
+    tuple(TopologicalSorter(arrows).static_order())  # CycleError names the circle
+
+    folders: dict[str, set[str]] = {}
+    for module, named in arrows.items():
+        folder = modules[module].parent
+        for name in named & set(modules):
+            other = modules[name].parent
+            if other not in (folder, *folder.parents) and folder not in other.parents:
+                folders.setdefault(str(folder), set()).add(str(other))
+    tuple(TopologicalSorter(folders).static_order())

@@ -250,15 +250,9 @@ def test_events_of_a_past_epoch_change_nothing() -> None:
     compute._handle(Linked(3, DEPLOYMENT, 2, {0: Outlet()}))  # type: ignore[dict-item]
     compute._handle(Submit(DEPLOYMENT, 1, (1,), 5, (), Sampling()))
 
-    class Taking:
-        def taken(self, delivery: Delivery) -> None:
-            told.append("handled")
-
-    taking = Taking()
-
     def events(epoch: int) -> list[Event]:
         failed = Released(1, 0, "failed")
-        delivery = Delivery(taking, STEP, to_frame(failed, DEPLOYMENT, epoch, 2), 0)  # type: ignore[arg-type]
+        delivery = Delivery(STEP, to_frame(failed, DEPLOYMENT, epoch, 2), 0, lambda _: told.append("handled"))
         return [
             Arrived(delivery, [failed]),
             Lost(DEPLOYMENT, epoch, PEER, None, "gone"),

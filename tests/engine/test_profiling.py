@@ -312,11 +312,11 @@ class Others:
         self.reads += 1
 
 
-@pytest.mark.parametrize(("spare", "nbytes"), [(PLENTY, 8000), (4000, 4000), (0, 0)])
+@pytest.mark.parametrize(("spare", "nbytes"), [(PLENTY, 8000), (4000, 4000), (0, 1000)])
 def test_steps_find_in_the_caches_what_other_layers_leave(
     monkeypatch: pytest.MonkeyPatch, spare: int, nbytes: int
 ) -> None:
-    """As much as the model has, as caches hold, and as there is room for."""
+    """As much as the model has, as caches hold, and as there is room for; but as much as measuring takes."""
     model, others, steps = Pretended(context=2 * CHUNK), Others(), [0]  # no room for steps behind a prompt
     model.limit_bytes = spare + max(model.nbytes(model.plan(kind)) for kind in model.kinds)
     step = layer_times.Work._step
@@ -326,6 +326,7 @@ def test_steps_find_in_the_caches_what_other_layers_leave(
         return step(work, count)
 
     monkeypatch.setattr(layer_times.np, "ones", others)
+    monkeypatch.setattr(layer_times, "WEIGHT_BYTES", 1000)
     monkeypatch.setattr(layer_times.Work, "_step", counted)
     model.timed(monkeypatch)
     assert others.numbers == nbytes // 8 + 1

@@ -25,6 +25,13 @@ LIMITS = FrameLimits(
 )
 
 
+def link_of(delivery: Delivery) -> Link:
+    """The link that a frame came in on."""
+    link = delivery.give_back.__self__  # type: ignore[attr-defined]
+    assert isinstance(link, Link)
+    return link
+
+
 def activation(position: int = 0, tokens: int = 1, epoch: int = 3) -> Frame:
     data = NamedTensor.of("hidden", "F32", (tokens, WIDTH), bytes([position % 256]) * (tokens * WIDTH * 4))
     return Frame(FrameKind.ACTIVATION, DEPLOYMENT, epoch, 1, (TokenRun(9, 0, position, tokens),), (data,))
@@ -51,7 +58,7 @@ class Node:
 def expect(node: Node, sender: Node, limits: FrameLimits = LIMITS) -> None:
     def deliver(delivery: Delivery) -> None:
         delivery.taken()
-        node.frames.put_nowait((delivery.link.device, delivery.frame))
+        node.frames.put_nowait((link_of(delivery).device, delivery.frame))
 
     node.plane.expect(sender.identity.device, Inlet(STEP, limits, deliver))
 

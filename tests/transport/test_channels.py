@@ -20,7 +20,7 @@ from peerllm.transport.links import link as link_module
 from peerllm.transport.links.channels import CHANNEL_OF_KIND, CHANNELS, LinkChannel, Mailbox, grant_payload
 from peerllm.transport.links.outbox import MAX_SAID_BYTES, Outbox
 from peerllm.transport.websocket.framing import BINARY, PING, PONG, control, head
-from tests.transport.planes import LIMITS, WAIT_S, Node, activation, connect, expect
+from tests.transport.planes import LIMITS, WAIT_S, Node, activation, connect, expect, link_of
 from tests.transport.test_links_hostile import rest, upgraded
 from tests.transport.test_poller import until_it_waits
 
@@ -310,7 +310,7 @@ async def test_frames_go_both_ways_over_one_connection(nodes: list[Node]) -> Non
     link = await connect(one, two, inlets=(Inlet(STEP, LIMITS, back.deliver),))
     link.send(activation(1))
     delivery = await there.next()
-    for answer in await fill(delivery.link, back):
+    for answer in await fill(link_of(delivery), back):
         answer.taken()
     assert await back.positions(3) == [FULL, FULL + 1, FULL + 2]
     if (poller := one.plane.poller) is not None:
@@ -318,7 +318,7 @@ async def test_frames_go_both_ways_over_one_connection(nodes: list[Node]) -> Non
         thread = threading.Thread(target=lambda: poller.wait(lambda: not ended.is_set()))
         thread.start()
         await asyncio.to_thread(until_it_waits, poller)
-        delivery.link.send(activation(9))
+        link_of(delivery).send(activation(9))
         assert await back.positions(1) == [9]
         ended.set()
         poller.wake()

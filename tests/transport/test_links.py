@@ -28,7 +28,7 @@ from peerllm.transport.links.dialling import dial_link
 from peerllm.transport.links.echo import WARM_UPS
 from peerllm.transport.links.frame_timer import LOST_S, FrameTimer, answer
 from peerllm.transport.tls import client_context
-from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, WIDTH, Node, activation, connect, expect
+from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, WIDTH, Node, activation, connect, expect, link_of
 
 
 async def test_frames_arrive_in_order_from_a_compute_thread(nodes: list[Node]) -> None:
@@ -363,7 +363,7 @@ async def test_an_echo_times_frames_through_the_real_link(nodes: list[Node]) -> 
 
     def deliver(delivery: Delivery) -> None:
         delivery.taken()
-        taken.append((delivery.link.device, len(delivery.frame.tensors[0].data)))
+        taken.append((link_of(delivery).device, len(delivery.frame.tensors[0].data)))
 
     two.plane._on_echo = deliver
     who = two.identity

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from peerllm.engine.base import Draw, Sampler
 from peerllm.engine.free_memory import return_memory
+from peerllm.engine.measure.compute_speed import WEIGHT_BYTES
 from peerllm.engine.measure.outline import CHUNK, SEQUENCES, Mockup, Sizes
 from peerllm.engine.messages import FURTHER_TOKENS, PASS, LayersTimed, TimeLayers, attention
 from peerllm.errors import RefusedError
@@ -54,7 +55,7 @@ def time_layers(
         except RefusedError as error:
             skipped[kind] = str(error)
     spare = outline.limit_bytes - max(map(outline.nbytes, mockups.values()), default=0)
-    others = np.ones(max(0, min(CACHE_BYTES, outline.weight_bytes, spare)) // 8 + 1)
+    others = np.ones(min(CACHE_BYTES, outline.weight_bytes, max(WEIGHT_BYTES, spare)) // 8 + 1)
     for number, (kind, mockup) in enumerate(mockups.items()):
         now = time.perf_counter()
         until = now + max(0.0, end - now) / (len(mockups) - number)

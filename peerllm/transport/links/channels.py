@@ -9,13 +9,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from peerllm.errors import FrameError
 from peerllm.transport.frames import Frame, FrameKind, FrameLimits
-
-if TYPE_CHECKING:
-    from peerllm.transport.links.link import Link
 
 GRANT_MAGIC = b"PLGR"
 _GRANT = struct.Struct("<4sB3sQ")  # magic, channel, zeros, bytes of it taken since the link began
@@ -72,16 +69,16 @@ def read_grant(payload: bytes | bytearray) -> tuple[LinkChannel, int]:
 
 
 class Delivery(NamedTuple):
-    """A frame that came in on a channel of `link`, and what it counts for until whoever got it calls `taken`."""
+    """A frame that came in on a channel, and what it counts for until whoever got it calls `taken`."""
 
-    link: Link
     channel: LinkChannel
     frame: Frame
     cost_bytes: int
+    give_back: Callable[[Delivery], None]  # Link.taken
 
     def taken(self) -> None:
         """Give its sender the credit back; by the channel's reader."""
-        self.link.taken(self)
+        self.give_back(self)
 
 
 Deliver = Callable[[Delivery], None]

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter, perf_counter_ns
-from typing import TYPE_CHECKING
 
 from peerllm.errors import FrameError
 from peerllm.transport.frames import decode, kind_of
@@ -22,9 +21,7 @@ from peerllm.transport.links.channels import (
 from peerllm.transport.links.connection import Connection
 from peerllm.transport.links.observer import LinkObserver
 from peerllm.transport.websocket.framing import BINARY, MessageReader
-
-if TYPE_CHECKING:
-    from peerllm.transport.links.link import Link
+from peerllm.types import DeviceId
 
 READS = 32  # records of one connection in a row, before others have their turn
 MAX_ANSWER_BYTES = 1024  # of a message to an end that takes in no frames
@@ -43,7 +40,8 @@ class Inbound:
         loop: asyncio.AbstractEventLoop,
         inlets: Sequence[Inlet],
         masked: bool,
-        link: Link,
+        device: DeviceId,
+        taken: Callable[[Delivery], None],
         hear: Callable[[int, bytes], None],
         credit: Callable[[LinkChannel, int], bool],
         fail: Callable[[Exception], None],
@@ -55,7 +53,7 @@ class Inbound:
         self.closing = False  # frames are dropped from now on
         self.deaf = False  # all is dropped: what comes makes no sense any more
         self.over = False  # nothing is read any more
-        self._connection, self._loop, self._link = connection, loop, link
+        self._connection, self._loop, self._device, self._taken = connection, loop, device, taken
         self._hear, self._credit, self._fail = hear, credit, fail
         self._observer = observer
         self._mailboxes = [Mailbox(inlet) for inlet in inlets]
@@ -121,7 +119,7 @@ class Inbound:
         inlet, cost_bytes = mailbox.inlet, len(payload) + FRAME_COST_BYTES
         frame = decode(payload, inlet.limits)
         mailbox.add(cost_bytes)
-        delivery = Delivery(self._link, inlet.channel, frame, cost_bytes)
+        delivery = Delivery(inlet.channel, frame, cost_bytes, self._taken)
         if inlet.channel.reader == "loop":
             self._loop.call_soon_threadsafe(self._deliver_on_loop, inlet, delivery)
         else:
@@ -129,7 +127,7 @@ class Inbound:
         self.taken_at = perf_counter()
         if came_ns:
             now_ns = perf_counter_ns()
-            self._observer.received(self._link.device, frame, self.frames, len(payload), came_ns, now_ns)
+            self._observer.received(self._device, frame, self.frames, len(payload), came_ns, now_ns)
 
     def _deliver_on_loop(self, inlet: Inlet, delivery: Delivery) -> None:
         with self._turn:

@@ -72,7 +72,16 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox(connection, self._loop, dialled, self._sent, self._cannot_send, bounds)
         self._inbound = Inbound(
-            connection, self._loop, inlets, not dialled, self, self._hear, self._outbox.credit, self._fail, observer
+            connection,
+            self._loop,
+            inlets,
+            not dialled,
+            self.device,
+            self.taken,
+            self._hear,
+            self._outbox.credit,
+            self._fail,
+            observer,
         )
         self._observer = observer
         self._number = 0  # of frames sent
