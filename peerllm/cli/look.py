@@ -36,11 +36,12 @@ def devices(args: argparse.Namespace) -> None:
 
 
 def devices_text(found: Status) -> str:
-    rows = [("DEVICE", "STATE", "MEMORY", "LENT", "USED", "COMPUTES ON", "ID")]
+    rows = [("DEVICE", "STATE", "MEMORY", "LENT", "USED", "ENGINE ITSELF", "COMPUTES ON", "ID")]
     for one in found["devices"]:
         here = " (this one)" if one["id"] == found["device"]["id"] else ""
-        known = (human_bytes(one[key]) for key in ("memory_bytes", "lent_bytes", "used_bytes"))
-        memory = known if one["memory_bytes"] else ("", "", "")  # it was never here, or is starting
+        own = one["used_bytes"] - one["promised_bytes"]  # libraries and what they keep: not counted in what is lent
+        known = [human_bytes(one[key]) for key in ("memory_bytes", "lent_bytes", "promised_bytes")]
+        memory = (*known, human_bytes(own) if own > 0 else "") if one["memory_bytes"] else [""] * 4  # it was never here
         place = (one.get("compute") or {}).get("place", "")
         rows.append((one["name"] + here, one["state"], *memory, place, one["id"][:12]))
     lines = [table(rows)]

@@ -301,7 +301,7 @@ def device(name: str, index: int, state: str = "here") -> dict[str, Any]:
         "state": state,
         "memory_bytes": 8_000_000_000,
         "lent_bytes": 20_000_000,
-        "used_bytes": 12_000_000,
+        "used_bytes": 112_000_000,
         "promised_bytes": 12_000_000,
         "problem": "",
         "engine": "running",

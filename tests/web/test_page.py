@@ -93,7 +93,7 @@ async def test_devices_and_layers_are_shown(page: Browser, household: FakeHouseh
     assert names == ["laptop", "mini-pc", "jetson"]
     assert "12 MB used of 20 MB lent" in await page.text("#devices")
     assert "context 1,024 tokens" in await page.text("#deployments")
-    household.devices[0]["used_bytes"] = 7_000_000
+    household.devices[0]["promised_bytes"] = 7_000_000
     household.touch()
     await page.until("return document.querySelector('#devices').innerText.includes('7.0 MB used of 20 MB')", "its use")
     bars = "return [...document.querySelectorAll('#devices .bar i')].map((one) => one.style.width)"

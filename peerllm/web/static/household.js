@@ -92,7 +92,7 @@ function card(deployment, status, colour, stop) {
 }
 
 function deviceItem(device, status, colour) {
-  const used = device.used_bytes;
+  const used = device.promised_bytes; // the engine's own size is not counted in what is lent
   const away = BAD.has(device.state);
   const facts = [`${bytes(used)} used of ${bytes(device.lent_bytes)} lent`];
   if (device.rtt_ms > 0 && !away) facts.push(`${device.rtt_ms.toFixed(1)} ms away`);
