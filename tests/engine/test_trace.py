@@ -12,8 +12,9 @@ import pytest
 from peerllm.engine.messages import Record, Recorded, Span, Unload
 from peerllm.engine.process.recorder import MAX_PART, MAX_PIECES, MAX_RECORDED, Recorder
 from peerllm.errors import RefusedError
-from peerllm.transport.frames import FrameKind, TokenRun
-from peerllm.transport.links import SentFrame
+from peerllm.transport.frames.frame import FrameKind
+from peerllm.transport.frames.token_run import TokenRun
+from peerllm.transport.links.observer import SentFrame
 from tests.engine.engines import WAIT_S, Cut, deploy, devices
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, expected, stage
 from tests.engine.tiny import make_llama, prompt, reference

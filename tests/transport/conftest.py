@@ -11,7 +11,7 @@ import pytest
 
 from peerllm.transport.dial import dialling_session
 from peerllm.transport.identity import Identity, load_or_create
-from peerllm.transport.links import DataPlane
+from peerllm.transport.links.data_plane import DataPlane
 from tests.transport.planes import Node
 
 

@@ -9,19 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from peerllm.errors import FrameError, LinkError
-from peerllm.transport.frames import (
-    Frame,
-    FrameKind,
-    FrameLimits,
-    FrameRefused,
-    NamedTensor,
-    Rule,
-    TensorLimit,
-    TokenRun,
-    decode,
-    encode,
-    encode_buffers,
-)
+from peerllm.transport.frames.decoder import decode
+from peerllm.transport.frames.encoder import encode, encode_buffers
+from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
+from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
+from peerllm.transport.frames.token_run import TokenRun
 from tests.transport.frames_support import DEPLOYMENT, HIDDEN, LIMITS, frames
 
 DATA = bytes(range(2 * HIDDEN * 4 % 256)) + bytes(2 * HIDDEN * 4 - 2 * HIDDEN * 4 % 256)

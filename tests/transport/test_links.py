@@ -19,15 +19,18 @@ import pytest
 import uvloop
 
 from peerllm.errors import AuthenticationError, BadInputError, LinkError, OverloadedError
-from peerllm.transport.frames import NamedTensor, encode
+from peerllm.transport.frames.encoder import encode
+from peerllm.transport.frames.frame import NamedTensor
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import MAX_ECHO_BYTES, STEP, DataPlane, Delivery, Inlet, liveness
 from peerllm.transport.links import data_plane as data_plane_module
+from peerllm.transport.links import liveness
+from peerllm.transport.links.channels import STEP, Delivery, Inlet
 from peerllm.transport.links.connection import Connection
+from peerllm.transport.links.data_plane import DataPlane
 from peerllm.transport.links.dialling import dial_link
-from peerllm.transport.links.echo import WARM_UPS
+from peerllm.transport.links.echo import MAX_ECHO_BYTES, WARM_UPS
 from peerllm.transport.links.frame_timer import LOST_S, FrameTimer, answer
-from peerllm.transport.tls import client_context
+from peerllm.transport.tls.contexts import client_context
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, WIDTH, Node, activation, connect, expect, link_of
 
 

@@ -11,8 +11,10 @@ import pytest
 
 from peerllm.errors import AuthenticationError, PairingError
 from peerllm.transport.identity import Identity
-from peerllm.transport.pairing import Paired, PairingDoor, door_name, join, make_code, normalise
 from peerllm.transport.pairing import door as door_module
+from peerllm.transport.pairing.code import door_name, make_code, normalise
+from peerllm.transport.pairing.door import Paired, PairingDoor
+from peerllm.transport.pairing.join import join
 from peerllm.transport.pairing.pairing_messages import (
     LENGTH,
     PROTOCOL_VERSION,
@@ -24,8 +26,8 @@ from peerllm.transport.pairing.pairing_messages import (
     Possession,
 )
 from peerllm.transport.pairing.pake import Pake
-from peerllm.transport.roster import Roster
-from peerllm.transport.tls import door_context, knock_context
+from peerllm.transport.roster.roster import Roster
+from peerllm.transport.tls.contexts import door_context, knock_context
 
 WAIT_S = 10.0
 

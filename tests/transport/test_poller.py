@@ -14,10 +14,12 @@ import uvloop
 
 from peerllm.engine.process.inbox import Inbox
 from peerllm.errors import LinkError
-from peerllm.transport.frames import Frame
+from peerllm.transport.frames.frame import Frame
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import STEP, DataPlane, Delivery, Inlet, Link, SharedPoller
-from peerllm.transport.links.poller import Poller
+from peerllm.transport.links.channels import STEP, Delivery, Inlet
+from peerllm.transport.links.data_plane import DataPlane
+from peerllm.transport.links.link import Link
+from peerllm.transport.links.poller import Poller, SharedPoller
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, Node, activation, connect
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="epoll")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from peerllm.errors import AuthenticationError, BadInputError, NotFoundError, OverloadedError
 from peerllm.transport.identity import Identity
-from peerllm.transport.roster import MAX_COUNTER, MAX_ENTRIES, Change, Roster, RosterEntry, sign_entry
 from peerllm.transport.roster import roster as roster_module
-from peerllm.transport.roster.entry import check_signature
+from peerllm.transport.roster.entry import MAX_COUNTER, RosterEntry, check_signature, sign_entry
+from peerllm.transport.roster.roster import MAX_ENTRIES, Change, Roster
 
 HISTORIES = int(os.environ.get("PEERLLM_ROSTER_HISTORIES", "25"))
 

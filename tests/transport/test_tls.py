@@ -15,7 +15,8 @@ from aiohttp import web
 from peerllm.errors import AuthenticationError, BadInputError, LinkError
 from peerllm.transport.dial import dial
 from peerllm.transport.identity import Identity
-from peerllm.transport.tls import TlsServer, client_context, peer_device, request_device, server_context
+from peerllm.transport.tls.contexts import client_context, peer_device, server_context
+from peerllm.transport.tls.tls_server import TlsServer, request_device
 from tests.transport.forged import issued_by
 
 WAIT_S = 10.0

@@ -27,7 +27,7 @@ from peerllm.daemon.network.happy_eyeballs import dial_first, who_answers
 from peerllm.errors import AuthenticationError, LinkError
 from peerllm.transport.dial import dialling_session
 from peerllm.transport.identity import Identity
-from peerllm.transport.tls import request_device
+from peerllm.transport.tls.tls_server import request_device
 from peerllm.types import DeviceId
 
 DRAIN_S = 1.0  # a duplicate link is read this long after its better was found

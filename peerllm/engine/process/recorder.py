@@ -16,8 +16,9 @@ from typing import Literal
 
 from peerllm.engine.messages import Record, Recorded, Span, SpanKind
 from peerllm.errors import RefusedError
-from peerllm.transport.frames import Frame, FrameKind, TokenRun
-from peerllm.transport.links import LinkObserver, SentFrame
+from peerllm.transport.frames.frame import Frame, FrameKind
+from peerllm.transport.frames.token_run import TokenRun
+from peerllm.transport.links.observer import LinkObserver, SentFrame
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_SPANS = 65_536  # in the ring; the oldest give way

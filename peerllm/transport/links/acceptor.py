@@ -11,7 +11,8 @@ from contextlib import suppress
 from peerllm.errors import AuthenticationError
 from peerllm.transport.identity import Identity, certificate_device
 from peerllm.transport.links.connection import Connection, handshake, read_head
-from peerllm.transport.tls import listen, peer_device, server_context
+from peerllm.transport.tls.contexts import peer_device, server_context
+from peerllm.transport.tls.listen import listen
 from peerllm.transport.tls.tls_server import HANDSHAKE_TIMEOUT_S
 from peerllm.transport.websocket.upgrade import END, MAX_HEAD_BYTES, DeclinedError, agreed, declined, read_request
 from peerllm.types import DeviceId

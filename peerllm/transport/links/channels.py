@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from peerllm.errors import FrameError
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits
+from peerllm.transport.frames.frame import Frame, FrameKind
+from peerllm.transport.frames.limits import FrameLimits
 
 GRANT_MAGIC = b"PLGR"
 _GRANT = struct.Struct("<4sB3sQ")  # magic, channel, zeros, bytes of it taken since the link began

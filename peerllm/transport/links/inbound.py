@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter, perf_counter_ns
 
 from peerllm.errors import FrameError
-from peerllm.transport.frames import decode, kind_of
+from peerllm.transport.frames.decoder import decode, kind_of
 from peerllm.transport.links.channels import (
     FRAME_COST_BYTES,
     GRANT_MAGIC,

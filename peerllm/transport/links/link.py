@@ -10,7 +10,8 @@ from typing import Any
 
 from peerllm.errors import FrameError, PeerLLMError
 from peerllm.transport.dial import CLOSE_TIMEOUT_S
-from peerllm.transport.frames import Frame, encode_buffers
+from peerllm.transport.frames.encoder import encode_buffers
+from peerllm.transport.frames.frame import Frame
 from peerllm.transport.links import liveness
 from peerllm.transport.links.channels import CHANNEL_OF_KIND, Delivery, Inlet, LinkChannel
 from peerllm.transport.links.connection import Connection

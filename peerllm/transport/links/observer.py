@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peerllm.transport.frames import Frame, FrameKind, TokenRun
+from peerllm.transport.frames.frame import Frame, FrameKind
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import DeploymentId, DeviceId
 
 

@@ -24,9 +24,10 @@ from peerllm.transport.pairing.pairing_messages import (
     Welcome,
 )
 from peerllm.transport.pairing.pake import Keys, Pake
-from peerllm.transport.roster import MAX_COUNTER, Roster
-from peerllm.transport.roster.entry import clean_name
-from peerllm.transport.tls import door_context, listen
+from peerllm.transport.roster.entry import MAX_COUNTER, clean_name
+from peerllm.transport.roster.roster import Roster
+from peerllm.transport.tls.contexts import door_context
+from peerllm.transport.tls.listen import listen
 from peerllm.types import DeviceId
 
 PAIRING_WINDOW_S = 120.0

@@ -26,9 +26,9 @@ from peerllm.transport.pairing.pairing_messages import (
     Welcome,
 )
 from peerllm.transport.pairing.pake import Pake
-from peerllm.transport.roster import MAX_ENTRIES, RosterEntry, sign_entry
-from peerllm.transport.roster.entry import check_entry, clean_name
-from peerllm.transport.tls import knock_context, peer_certificate
+from peerllm.transport.roster.entry import RosterEntry, check_entry, clean_name, sign_entry
+from peerllm.transport.roster.roster import MAX_ENTRIES
+from peerllm.transport.tls.contexts import knock_context, peer_certificate
 from peerllm.types import DeviceId
 
 JOIN_TIMEOUT_S = 30.0  # waiting for a turn at the door included

@@ -11,7 +11,7 @@ from typing import Any
 
 from peerllm import codec
 from peerllm.errors import LinkError, PairingError
-from peerllm.transport.roster import RosterEntry
+from peerllm.transport.roster.entry import RosterEntry
 
 PROTOCOL_VERSION = 2
 MAX_UNPROVEN_BYTES = 64 << 10  # of a message from who has not shown yet that the code is known there
