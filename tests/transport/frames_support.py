@@ -7,7 +7,7 @@ from math import prod
 
 from hypothesis import strategies as st
 
-from peerllm.transport.frames.encoder import encode
+from peerllm.transport.frames.encoder import encode_buffers
 from peerllm.transport.frames.frame import DTYPE_CODES, ITEM_BYTES, Frame, FrameKind, NamedTensor
 from peerllm.transport.frames.layout import HEADER, RUN, TENSOR, padding
 from peerllm.transport.frames.limits import FrameLimits, TensorLimit
@@ -31,6 +31,11 @@ LIMITS = FrameLimits(
         "scale": TensorLimit(("F64",), 0),
     },
 )
+
+
+def encode(frame: Frame) -> bytes:
+    """The whole frame as one string of bytes."""
+    return b"".join(encode_buffers(frame))
 
 
 @st.composite

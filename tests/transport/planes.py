@@ -31,7 +31,8 @@ LIMITS = FrameLimits(
 
 def link_of(delivery: Delivery) -> Link:
     """The link that a frame came in on."""
-    link = delivery.give_back.__self__  # type: ignore[attr-defined]
+    inbound = delivery.give_back.__self__  # type: ignore[attr-defined]
+    link = inbound._hear.__self__
     assert isinstance(link, Link)
     return link
 

@@ -19,7 +19,6 @@ import pytest
 import uvloop
 
 from peerllm.errors import AuthenticationError, BadInputError, LinkError, OverloadedError
-from peerllm.transport.frames.encoder import encode
 from peerllm.transport.frames.frame import NamedTensor
 from peerllm.transport.identity import Identity
 from peerllm.transport.links import data_plane as data_plane_module
@@ -31,6 +30,7 @@ from peerllm.transport.links.dialling import dial_link
 from peerllm.transport.links.echo import MAX_ECHO_BYTES, WARM_UPS
 from peerllm.transport.links.frame_timer import LOST_S, FrameTimer, answer
 from peerllm.transport.tls.contexts import client_context
+from tests.transport.frames_support import encode
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, WIDTH, Node, activation, connect, expect, link_of
 
 
@@ -205,7 +205,7 @@ async def test_the_largest_frame_passes(nodes: list[Node]) -> None:
     assert len(encode(activation(tokens=256))) == limits.max_bytes
     link = await connect(one, two)
     link.send(activation(tokens=256))
-    assert (await two.next_frame()).tokens == 256
+    assert (await two.next_frame()).runs[0].length == 256
 
 
 async def test_what_deliver_raises_ends_the_link(nodes: list[Node]) -> None:
@@ -405,7 +405,7 @@ async def test_frames_in_use_are_timed(nodes: list[Node], monkeypatch: pytest.Mo
             await asyncio.to_thread(link.send, frame)
             await two.next_frame()
     link.send(frame)
-    assert (await two.next_frame()).tokens == 3
+    assert (await two.next_frame()).runs[0].length == 3
 
 
 @pytest.mark.parametrize("ahead", [0.0, 1234.5, -9.75])

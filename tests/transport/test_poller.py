@@ -263,9 +263,9 @@ async def test_one_thread_waits(poller: SharedPoller) -> None:
 
 async def test_without_epoll_the_loop_reads(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
-    two.plane._poller.close()
-    two.plane._poller = Poller(asyncio.get_running_loop())
-    assert two.plane.poller is None
+    assert two.plane.poller is not None
+    two.plane.poller.close()
+    two.plane.poller, two.plane._poller = None, Poller(asyncio.get_running_loop())
     taker = Taker(None)
     expect(two, one, taker)
     link = await connect(one, two)

@@ -73,7 +73,7 @@ class HouseholdPairing:
                 self._name,
                 self._settings.hosts,
                 ports.pop(0),
-                lambda paired: self._on_paired(),
+                self._on_paired,
                 lambda reason: self._on_change(),
             )
             try:

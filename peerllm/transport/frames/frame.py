@@ -13,7 +13,7 @@ from peerllm.types import DeploymentId
 
 MAX_NAME_BYTES = 32
 MAX_RANK = 8
-MAX_U16, MAX_U32 = 2**16 - 1, 2**32 - 1
+MAX_U32 = 2**32 - 1
 NAME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + "_.")
 
 
@@ -68,11 +68,6 @@ class Frame:
     stage: int  # u16: whom it is for; the number of stages stands for the way back to the source
     runs: tuple[TokenRun, ...]
     tensors: tuple[NamedTensor, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Sum of the runs' lengths."""
-        return sum(run.length for run in self.runs)
 
     def tensor(self, name: str) -> NamedTensor | None:
         """The tensor of that name, if the frame holds it."""

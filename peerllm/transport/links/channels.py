@@ -75,7 +75,7 @@ class Delivery(NamedTuple):
     channel: LinkChannel
     frame: Frame
     cost_bytes: int
-    give_back: Callable[[Delivery], None]  # Link.taken
+    give_back: Callable[[Delivery], None]  # Inbound.taken
 
     def taken(self) -> None:
         """Give its sender the credit back; by the channel's reader."""

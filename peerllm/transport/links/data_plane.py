@@ -19,7 +19,7 @@ from peerllm.transport.links.echo import ECHO_LIMITS, ECHO_PATH, NOBODY, FrameTi
 from peerllm.transport.links.frame_timer import OnTimed
 from peerllm.transport.links.link import Link
 from peerllm.transport.links.observer import NO_OBSERVER, LinkObserver
-from peerllm.transport.links.poller import Poller, SharedPoller, make_poller
+from peerllm.transport.links.poller import Poller, shared_poller
 from peerllm.transport.websocket.upgrade import DeclinedError
 from peerllm.types import DeploymentId, DeviceId
 
@@ -56,18 +56,15 @@ class DataPlane:
         self._accepted: dict[Key | DeviceId, Link] = {}  # by what they were expected for; echoes by device
         self._links: set[Link] = set()  # both ways; also those that only say goodbye
         loop = asyncio.get_running_loop()
-        self._poller, self._loop_poller = make_poller(loop), Poller(loop)
+        self.poller = shared_poller(loop)  # with what a thread may read the links that take frames in
+        self._loop_poller = Poller(loop)
+        self._poller = self.poller or self._loop_poller
         self._acceptor = Acceptor(identity, hosts, port, self._route)
 
     @property
     def port(self) -> int:
         """The real port, also where 0 was asked for."""
         return self._acceptor.port
-
-    @property
-    def poller(self) -> SharedPoller | None:
-        """With what a thread may read the links that take frames in, where the system has it."""
-        return self._poller if isinstance(self._poller, SharedPoller) else None
 
     async def start(self) -> None:
         """Listen; nobody is trusted yet. BadInputError if the port is in use."""
@@ -82,7 +79,8 @@ class DataPlane:
             link.abort("the data plane is closed")
         await self._acceptor.close()
         await asyncio.gather(*(link.wait_closed() for link in links))
-        self._poller.close()
+        if self.poller is not None:
+            self.poller.close()
 
     async def set_trusted(self, pems: Iterable[str]) -> None:
         """Exactly these devices' certificates (PEM) are trusted; links with others are ended and reported lost."""

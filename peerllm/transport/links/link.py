@@ -13,7 +13,7 @@ from peerllm.transport.dial import CLOSE_TIMEOUT_S
 from peerllm.transport.frames.encoder import encode_buffers
 from peerllm.transport.frames.frame import Frame
 from peerllm.transport.links import liveness
-from peerllm.transport.links.channels import CHANNEL_OF_KIND, Delivery, Inlet, LinkChannel
+from peerllm.transport.links.channels import CHANNEL_OF_KIND, Inlet, LinkChannel
 from peerllm.transport.links.connection import Connection
 from peerllm.transport.links.frame_timer import FrameTimer, OnTimed, answer
 from peerllm.transport.links.inbound import Inbound
@@ -40,7 +40,7 @@ FLUSH_TIMEOUT_S = 2.0  # what an orderly close gives the frames still queued
 
 
 class Link:
-    """`send`, `taken` and `close` may be called from any thread, the rest on the loop.
+    """`send` and `close` may be called from any thread, the rest on the loop.
 
     `lost` is why the link broke; empty while it has not, and after either side ended it on purpose.
     """
@@ -77,10 +77,9 @@ class Link:
             self._loop,
             inlets,
             not dialled,
-            self.device,
-            self.taken,
             self._hear,
             self._outbox.credit,
+            self._outbox.grant,
             self._fail,
             observer,
         )
@@ -117,11 +116,6 @@ class Link:
         self._outbox.put(channel, nbytes, data, observed)
         if ping:
             self.timer.handed_over(perf_counter())
-
-    def taken(self, delivery: Delivery) -> None:
-        """A frame waits no longer here; by its channel's reader."""
-        if (taken_bytes := self._inbound.take(delivery)) is not None:
-            self._outbox.grant(delivery.channel, taken_bytes)
 
     def close(self, reason: str = "") -> None:
         """Take in no more frames, let those queued go (at most FLUSH_TIMEOUT_S), then end; not reported as lost."""

@@ -16,15 +16,8 @@ from peerllm.types import DeviceId
 
 HANDSHAKE_TIMEOUT_S = 10.0  # a peer that connects and says nothing
 SHUTDOWN_TIMEOUT_S = 1.0  # handlers get this long to end once their connections are gone
-DEVICE_KEY = web.RequestKey("peerllm.device", str)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def request_device(request: web.Request) -> DeviceId:
-    """Who sent this request: the fingerprint of the live connection's certificate."""
-    known = request.get(DEVICE_KEY)
-    return known if known is not None else peer_device(request)
 
 
 class TlsServer:
@@ -121,10 +114,8 @@ class TlsServer:
 
     @web.middleware
     async def _gate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        device = request_device(request)
-        if device not in self._trusted:
+        if peer_device(request) not in self._trusted:
             if request.transport is not None:
                 request.transport.abort()
             raise web.HTTPForbidden
-        request[DEVICE_KEY] = device
         return await handler(request)
