@@ -133,7 +133,7 @@ def test_two_threads_fill_it_while_a_third_takes() -> None:
     def fill() -> None:
         go.wait()
         for number in range(3000):
-            recorder.sent(DEPLOYMENT, "d" * 64, 1, number, SentFrame(FrameKind.RELEASE, (), 1, 0, 0), number, number)
+            recorder.sent((DEPLOYMENT, "d" * 64, 1), number, SentFrame(FrameKind.RELEASE, (), 1, 0, 0), number, number)
 
     threads = [threading.Thread(target=fill) for _ in range(2)]
     recorder.start(DEPLOYMENT)

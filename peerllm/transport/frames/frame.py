@@ -34,6 +34,12 @@ DTYPE_CODES = {dtype: code for code, dtype in enumerate(ITEM_BYTES, start=1)}
 DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
+def check_name(name: str) -> None:
+    """ValueError unless a tensor may have this name."""
+    if not 1 <= len(name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(name):
+        raise ValueError(f"tensor name {name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
+
+
 @dataclass(frozen=True, slots=True)
 class NamedTensor:
     """`data` are the elements in row-major order, little-endian, as flat bytes."""
@@ -44,8 +50,7 @@ class NamedTensor:
     data: memoryview
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(self.name):
-            raise ValueError(f"tensor name {self.name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
+        check_name(self.name)
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"tensor {self.name} has the unknown dtype {self.dtype!r}")
         if len(self.shape) > MAX_RANK or not all(1 <= size <= MAX_U32 for size in self.shape):

@@ -29,6 +29,7 @@ MAX_TIMED = 64  # timings of one echo that wait to be read
 
 OnLost = Callable[[DeploymentId, DeviceId, str], None]
 Key = tuple[DeploymentId, int, int]  # deployment, epoch, stage
+ECHO_KEY: Key = (NOBODY, 0, 0)
 
 
 class DataPlane:
@@ -88,7 +89,7 @@ class DataPlane:
         for link in self._links:
             if link.device not in trusted:
                 link.abort("the device was removed from the household")
-        self._acceptor.set_trusted(trusted.values())
+        self._acceptor.set_trusted(trusted)
 
     def expect(self, sender: DeviceId, *inlets: Inlet) -> None:
         """From now on `sender` may dial the link that the inlets' limits name, and its frames are taken in there."""
@@ -145,7 +146,7 @@ class DataPlane:
                 results.put_nowait((nbytes, seconds))
 
         connection = await dial_link(self._identity, device, certificate_pem, hosts, port, ECHO_PATH)
-        link = self._dialled(connection, (NOBODY, 0, 0), timed=timed)
+        link = self._dialled(connection, ECHO_KEY, timed=timed)
         try:
             return await timed_frames(link, results, sizes)
         finally:
@@ -155,7 +156,7 @@ class DataPlane:
     def _route(self, device: DeviceId, path: str) -> Admit:
         """What is to become of a connection for `path`."""
         if path == ECHO_PATH:  # any device of the household may time its link to here, over one connection at a time
-            return partial(self._accept, device, (NOBODY, 0, 0), (Inlet(ECHO, ECHO_LIMITS, self._on_echo),))
+            return partial(self._accept, ECHO_KEY, (Inlet(ECHO, ECHO_LIMITS, self._on_echo),), NO_OBSERVER)
         found = PATH.fullmatch(path)
         key = None if found is None else (found[1], int(found[2]), int(found[3]))
         if key is None or (expected := self._expected.get(key)) is None:
@@ -163,17 +164,11 @@ class DataPlane:
         sender, inlets = expected
         if device != sender:
             raise DeclinedError(HTTPStatus.FORBIDDEN)
-        return partial(self._accept, key, key, inlets, observer=self._observer)
+        return partial(self._accept, key, inlets, self._observer)
 
-    def _accept(
-        self,
-        place: Key | DeviceId,
-        key: Key,
-        inlets: Sequence[Inlet],
-        connection: Connection,
-        observer: LinkObserver = NO_OBSERVER,
-    ) -> None:
+    def _accept(self, key: Key, inlets: Sequence[Inlet], observer: LinkObserver, connection: Connection) -> None:
         """It takes the place of the one before."""
+        place = connection.device if key == ECHO_KEY else key
         previous = self._accepted.get(place)
 
         def ended(link: Link) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from time import perf_counter, perf_counter_ns
 from typing import Any
 
@@ -189,7 +190,7 @@ class Link:
         self._number += 1
         if observed is not None:
             to = self.deployment, self.device, self.stage
-            self._observer.sent(*to, self._number, observed, began_ns, perf_counter_ns())
+            self._observer.sent(to, self._number, observed, began_ns, perf_counter_ns())
 
     def _cannot_send(self, reason: str) -> None:
         while not self._connection.closed and not self._heard_the_end.is_set() and self._inbound.read():
@@ -235,8 +236,6 @@ class Link:
 
 
 async def _at_most(seconds: float, wait: Coroutine[Any, Any, object]) -> None:
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await wait
-    except TimeoutError:
-        return

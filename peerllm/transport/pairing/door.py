@@ -160,7 +160,6 @@ class PairingDoor:
         if hello.version != PROTOCOL_VERSION:
             raise PairingError(f"pairing version {hello.version} is not {PROTOCOL_VERSION}; update both devices")
         joiner = certificate_device(hello.certificate_pem)
-        name = clean_name(hello.name)
         if joiner == self._identity.device:
             raise PairingError("a device cannot be paired with itself")
         if not 0 <= hello.counter <= MAX_COUNTER // 2:
@@ -172,7 +171,7 @@ class PairingDoor:
         self._check_proof(confirm.proof, keys)
         await channel.send(Confirm(keys.inviter_proof))
         channel.authenticate(send_key=keys.inviter_mac, receive_key=keys.joiner_mac)
-        await self._exchange(channel, hello, name, joiner, keys)
+        await self._exchange(channel, hello, joiner, keys)
 
     def _check_proof(self, proof: str, keys: Keys) -> None:
         """Spends a try, right or wrong: from here on the other side may learn which it was."""
@@ -187,13 +186,11 @@ class PairingDoor:
         left = f"{self._tries_left} {'try' if self._tries_left == 1 else 'tries'} left"
         raise PairingError(f"the code is wrong; {left}")
 
-    async def _exchange(
-        self, channel: PairingChannel, hello: JoinRequest, name: str, joiner: DeviceId, keys: Keys
-    ) -> None:
+    async def _exchange(self, channel: PairingChannel, hello: JoinRequest, joiner: DeviceId, keys: Keys) -> None:
         possession, _ = await channel.receive(Possession)
         verify(hello.certificate_pem, possession.signature, b"joiner" + keys.transcript)
         roster = self._roster()
-        entry = roster.introduce(self._identity, hello.certificate_pem, name, above=hello.counter)
+        entry = roster.introduce(self._identity, hello.certificate_pem, hello.name, above=hello.counter)
         entries = (*(known for known in roster.vouch(self._identity) if known.device != joiner), entry)
         signature = self._identity.sign(b"inviter" + keys.transcript)
         await channel.send(Welcome(self._name, signature, entries))

@@ -146,12 +146,9 @@ class Roster:
         waiting.sort(key=lambda entry: (entry.removed, entry.counter, entry.signature))
         refusals: dict[RosterEntry, str] = {}
         forged: set[RosterEntry] = set()
-        progress = True
-        rounds = 0
         # An entry may rest on another of the same batch: go on while anything is still taken in.
-        while progress and rounds <= len(waiting):
+        for _ in range(len(waiting) + 1):
             progress = False
-            rounds += 1
             for entry in [entry for entry in waiting if entry not in forged]:
                 try:
                     taken = self._take(entry)
@@ -162,6 +159,8 @@ class Roster:
                 else:
                     refusals.pop(entry, None)
                     progress = progress or taken
+            if not progress:
+                break
         self._forget_oldest()
         after = self.members()
         return Change(
