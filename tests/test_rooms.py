@@ -20,7 +20,7 @@ ALLOWED = {
     "daemon": {"daemon", "planner", "transport", "engine.messages", "builtin"},
     "api": {"api", "daemon.facade", "web", "engine.messages"},
     "web": {"web"},
-    "cli": {"cli", "api", "daemon", "builtin", "web", "planner"},
+    "cli": {"cli", "api", "daemon", "builtin", "planner"},
     "builtin": {"builtin"},
 }
 # Imported only when it is needed: --in-process runs the engine in a thread, the demo asks what its model takes.

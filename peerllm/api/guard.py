@@ -79,7 +79,7 @@ class Guard:
 
     @property
     def cookie(self) -> str:
-        """Its name differs from device to device: cookies do not know ports."""
+        """The session cookie's name, one for each device: browsers share cookies between all ports of a host."""
         return "peerllm_" + hashlib.sha256(self.token.encode()).hexdigest()[:12]
 
     def refusal(self, call: Call) -> Refusal | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from peerllm.api.expected import ExpectedModel
+from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.guard import Guard
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore

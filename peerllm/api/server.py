@@ -13,7 +13,7 @@ from aiohttp.typedefs import Handler
 
 from peerllm.api import admin, page
 from peerllm.api.error_answers import errors_as_json
-from peerllm.api.expected import ExpectedModel
+from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
 from peerllm.api.keys import EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS

@@ -185,7 +185,7 @@ class Daemon:
     # ---- facade.Household -----------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """The object of design §9, and more."""
+        """The status object (docs/json.md)."""
         if not self._ready.is_set():
             return starting_status(self.identity.device, self.settings, self._doing)
         peers, addresses = self.network.peers(), self.network.addresses
@@ -318,7 +318,7 @@ class Daemon:
             return 0
 
     def poke(self) -> None:
-        """Something that `status` shows is another now."""
+        """Tell watchers that the status object changed."""
         self._pulse.poke()
 
     def _beat(self) -> None:

@@ -81,7 +81,7 @@ class Backend(Protocol):
 
     @property
     def broken(self) -> tuple[type[BaseException], ...]:
-        """After such an error nothing in this process computes any more."""
+        """Errors after which this process must be restarted."""
         ...
 
     def facts(self, compute: str = "cpu", threads: int = 1) -> Facts:
@@ -93,5 +93,5 @@ class Backend(Protocol):
     def measure(self, message: Measure) -> Measured: ...
 
     def time_layers(self, message: TimeLayers, check: Callable[[], None]) -> LayersTimed:
-        """`check` is called before every pass and raises when it shall end."""
+        """`check` is called before every pass; it raises to stop the timing."""
         ...

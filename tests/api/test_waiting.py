@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api import expected
-from peerllm.api.openai import models
+from peerllm.api import expected_model
+from peerllm.api.openai import model_wait
 from peerllm.api.server import ApiServer
 from peerllm.errors import BadInputError
 from tests.api.fake import BOUND_S, FakeHousehold
@@ -70,7 +70,7 @@ async def test_a_stream_tells_what_it_waits_for(client: aiohttp.ClientSession, h
 async def test_silence_is_broken_while_nothing_changes(
     client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "PROGRESS_S", 0.01)
+    monkeypatch.setattr(model_wait, "PROGRESS_S", 0.01)
     become(household, **PLANNED)
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         for _ in range(3):
@@ -81,9 +81,9 @@ async def test_silence_is_broken_while_nothing_changes(
 async def test_patience_ends(
     client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    assert models.PATIENCE_S[state] > 0
-    monkeypatch.setattr(models, "PATIENCE_S", {state: 0.05})
-    monkeypatch.setattr(models, "PROGRESS_S", 0.01)
+    assert model_wait.PATIENCE_S[state] > 0
+    monkeypatch.setattr(model_wait, "PATIENCE_S", {state: 0.05})
+    monkeypatch.setattr(model_wait, "PROGRESS_S", 0.01)
     become(household, **{**PLANNED, "state": state}, reason="1 GB is missing")
     async with client.post(PATH, json=ASK) as response:
         assert (response.status, response.headers["Retry-After"]) == (503, "5")
@@ -94,8 +94,8 @@ async def test_patience_ends(
 async def test_a_stream_that_said_something_ends_with_an_error_event(
     client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "PATIENCE_S", {"planning": 0.05})
-    monkeypatch.setattr(models, "PROGRESS_S", 0.01)
+    monkeypatch.setattr(model_wait, "PATIENCE_S", {"planning": 0.05})
+    monkeypatch.setattr(model_wait, "PROGRESS_S", 0.01)
     become(household, **PLANNED)
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         last = (await response.text()).removesuffix("\n\n").split("\n\n")[-1]
@@ -202,9 +202,9 @@ async def test_it_is_expected_no_more_once_it_was_run(
 
 def test_a_model_is_expected_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(expected, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    found = expected.ExpectedModel("builtin")
-    clock[0] = expected.EXPECTED_S - 0.1
+    monkeypatch.setattr(expected_model, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    found = expected_model.ExpectedModel("builtin")
+    clock[0] = expected_model.EXPECTED_S - 0.1
     assert [one.name for one in found.models()] == ["builtin"]
-    clock[0] = expected.EXPECTED_S
+    clock[0] = expected_model.EXPECTED_S
     assert not found.models()

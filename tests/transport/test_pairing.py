@@ -17,7 +17,7 @@ from peerllm.transport.pairing.door import PairingDoor
 from peerllm.transport.pairing.join import join
 from peerllm.transport.pairing.pairing_messages import (
     LENGTH,
-    PROTOCOL_VERSION,
+    PAIRING_VERSION,
     Challenge,
     Confirm,
     JoinRequest,
@@ -209,7 +209,7 @@ async def test_a_false_door_learns_nothing_and_is_named(bob: Identity, carol: Id
         channel = PairingChannel(reader, writer)
         await channel.receive(JoinRequest)
         pake = Pake("00-000000", carol.device, bob.device, True)
-        await channel.send(Challenge(PROTOCOL_VERSION, pake.share))
+        await channel.send(Challenge(PAIRING_VERSION, pake.share))
         await channel.receive(Confirm)
         await channel.send(Confirm("00" * 32))
         writer.close()
@@ -249,7 +249,7 @@ async def test_garbage_is_refused_and_the_door_stays_open(house: House, bob: Ide
 )
 async def test_impossible_shares(house: House, bob: Identity, share: str) -> None:
     _, writer, channel = await _knock(house)
-    await channel.send(JoinRequest(PROTOCOL_VERSION, bob.certificate_pem, "bob", share, 1))
+    await channel.send(JoinRequest(PAIRING_VERSION, bob.certificate_pem, "bob", share, 1))
     # The challenge goes out before the share is looked at: the refusal stands where the proof would.
     await channel.receive(Challenge)
     with pytest.raises(PairingError, match="impossible"):
@@ -271,7 +271,7 @@ async def test_impossible_shares(house: House, bob: Identity, share: str) -> Non
 async def test_hellos_that_cannot_be(house: House, bob: Identity, change: dict[str, object], line: str) -> None:
     _, writer, channel = await _knock(house)
     good: dict[str, object] = {
-        "version": PROTOCOL_VERSION,
+        "version": PAIRING_VERSION,
         "certificate_pem": bob.certificate_pem,
         "name": "bob",
         "share": "42" * 33,
@@ -382,6 +382,6 @@ async def _greet(
     house: House, channel: PairingChannel, who: Identity, code: str
 ) -> tuple[Pake, bytes, Challenge, bytes]:
     pake = Pake(code, house.identity.device, who.device, False)
-    hello = await channel.send(JoinRequest(PROTOCOL_VERSION, who.certificate_pem, "raw", pake.share, 1))
+    hello = await channel.send(JoinRequest(PAIRING_VERSION, who.certificate_pem, "raw", pake.share, 1))
     challenge, challenge_bytes = await channel.receive(Challenge)
     return pake, hello, challenge, challenge_bytes

@@ -14,7 +14,7 @@ from peerllm.api.fields import read_object
 from peerllm.api.keys import HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai.answer import Completion, OpenAIObjects
 from peerllm.api.openai.chat_request import ChatRequest, parse_chat
-from peerllm.api.openai.models import Tell, serving_model
+from peerllm.api.openai.model_wait import Tell, serving_model
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.api.text.stops import StopScanner
 from peerllm.daemon.facade import Chunk, GenerateRequest

@@ -96,7 +96,7 @@ def predicted(
     chunk: int | None = None,
     spreads: Mapping[str, Mapping[str, float]] = NO_SPREADS,
 ) -> dict[str, Any]:
-    """By the simulator, event by event, and by the formula (papers.md, EdgeShard), for so many sequences at once.
+    """By the simulator, event by event, and by EdgeShard's closed formula, for so many sequences at once.
 
     Where batches cannot be equal all take as long as the largest. `spreads`: by stage and batch, how far passes vary.
     """

@@ -136,7 +136,7 @@ def live(model: str, args: argparse.Namespace) -> Outcome:
 
 
 def as_cut(found: Outcome, most: int) -> Outcome:
-    """With the first token as it comes when prompts are cut for this plan, into chunks of at most `most` tokens."""
+    """The same outcome, the first token predicted of a prompt that is cut into chunks of at most `most` tokens."""
     if found.scenario is None or found.plan is None:
         return found
     scenario, stages = found.scenario, found.plan.stages

@@ -61,7 +61,7 @@ def kinds_of(model: ModelProfile) -> tuple[LayerKind, ...]:
 
 
 def machine_contention(candidates: Iterable[Candidate]) -> dict[DeviceId, float]:
-    """How many times longer each takes while all of them compute: threads of one machine share its processors."""
+    """How many times longer layers take while all devices of a machine compute: their threads over its processors."""
     machines: dict[str, list[Candidate]] = {}
     for one in candidates:
         machines.setdefault(one.hello.machine or one.device, []).append(one)
@@ -176,7 +176,7 @@ def shown(candidate: Candidate, model: ModelProfile, dtype: str) -> dict[str, An
 def link_profiles(
     candidates: Mapping[DeviceId, Candidate], source: DeviceId
 ) -> dict[tuple[DeviceId, DeviceId], LinkProfile]:
-    """Every ordered pair: as measured, or guessed: between two others as slow as the slower of their ways to here."""
+    """Every ordered pair; an unmeasured link of two others is guessed as the slower of their links to the source."""
 
     def leg(a: DeviceId, b: DeviceId) -> LinkProfile:
         """A link that was measured, or one to or from the source."""

@@ -73,7 +73,7 @@ class Surroundings(Protocol):
         ...
 
     def changed(self) -> None:
-        """Something that `status` shows is another now."""
+        """Tell watchers that the status object changed."""
         ...
 
 

@@ -38,7 +38,7 @@ def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None)
 
 
 def starting_status(device: DeviceId, settings: Settings, doing: str) -> dict[str, Any]:
-    """The object of design §9 while this device is not ready: it knows its name, and `doing` says what it waits for."""
+    """The status object while this device starts: its name is known, and `doing` says what it waits for."""
     me = {
         **device_entry(device, None, None),
         "name": settings.name,

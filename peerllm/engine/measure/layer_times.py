@@ -76,7 +76,7 @@ def time_layers(
 def net(
     near: Mapping[LayerKind, Points], further: Mapping[LayerKind, Points]
 ) -> dict[LayerKind, tuple[tuple[int, float], ...]]:
-    """From passes in milliseconds to layers: an embedding's is the pass itself and little more."""
+    """From passes to layers: the embedding's pass counts as what any pass costs, and is subtracted (milliseconds)."""
     each = near.get("embedding", {}).get(1, 0.0)
 
     def of_one(points: Points, besides: float) -> tuple[tuple[int, float], ...]:

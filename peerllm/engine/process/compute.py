@@ -78,7 +78,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Echoed:
-    """Another device times its link to here: this is where a step's frame would be computed."""
+    """A frame by which another device times its link, handed over to this thread; nothing is computed for it."""
 
 
 Event = Loaded | Linked | Arrived | Lost | Echoed | Unload | Submit | Cancel | QueryLoad

@@ -171,7 +171,7 @@ def _pieces(runs: Sequence[TokenRun]) -> Pieces:
 
 
 def _seen_by(deployment: DeploymentId, spans: Iterable[tuple[DeploymentId, Span]]) -> Iterable[Span]:
-    """What its coordinator may know."""
+    """What the deployment's coordinator may know: of passes of other deployments only that they took place."""
     for owner, span in spans:
         if owner in ("", deployment):
             yield span

@@ -1,4 +1,4 @@
-"""Which waiting batch this engine computes next (design §5.4). Pure: no clock, no threads.
+"""Which waiting batch this engine computes next. Pure: no clock, no threads.
 
 Steps (one token of an answer) go before prompt chunks, and the oldest step goes first. Steps that came together are
 computed together and with no others: the source alone decides how sequences are divided into batches

@@ -158,7 +158,7 @@ class SourceSequences:
         return np.array([one for run in runs for one in self._running[run.sequence].ids(run)], np.int64)
 
     def came_back(self, run: TokenRun, token: int | None) -> tuple[TokenRun | None, Tokens | None]:
-        """A run passed the head, which drew `token` after it (None: it was not to).
+        """A run passed the head, which drew `token` after it (None after a chunk that is not the prompt's last).
 
         Returns the step to feed at once and what to tell the daemon; both None for a sequence that has ended.
         FrameError if the run is not the one that is due, or the token is none.

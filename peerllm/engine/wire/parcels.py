@@ -65,7 +65,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """Runs that passed the head and the tokens it drew after them (None: it was not to)."""
+    """Runs that passed the head, each with the token drawn after it; None after all but a prompt's last chunk."""
 
     runs: Sequence[TokenRun]
     tokens: Sequence[int | None]

@@ -11,7 +11,7 @@ from peerllm.errors import LinkError, PairingError, PeerLLMError
 from peerllm.transport.identity import Identity, certificate_device, verify
 from peerllm.transport.pairing.code import door_name, make_code
 from peerllm.transport.pairing.pairing_messages import (
-    PROTOCOL_VERSION,
+    PAIRING_VERSION,
     Challenge,
     Confirm,
     Introduction,
@@ -157,15 +157,15 @@ class PairingDoor:
         hello, hello_bytes = await channel.receive(JoinRequest)
         if not self._code:
             raise PairingError(self.closed_reason)
-        if hello.version != PROTOCOL_VERSION:
-            raise PairingError(f"pairing version {hello.version} is not {PROTOCOL_VERSION}; update both devices")
+        if hello.version != PAIRING_VERSION:
+            raise PairingError(f"pairing version {hello.version} is not {PAIRING_VERSION}; update both devices")
         joiner = certificate_device(hello.certificate_pem)
         if joiner == self._identity.device:
             raise PairingError("a device cannot be paired with itself")
         if not 0 <= hello.counter <= MAX_COUNTER // 2:
             raise PairingError("the joining device's list is damaged; run peerllm leave there first")
         pake = await asyncio.to_thread(Pake, self._code, self._identity.device, joiner, True)
-        challenge_bytes = await channel.send(Challenge(PROTOCOL_VERSION, pake.share))
+        challenge_bytes = await channel.send(Challenge(PAIRING_VERSION, pake.share))
         keys = await asyncio.to_thread(pake.finish, hello.share, hello_bytes, challenge_bytes)
         confirm, _ = await channel.receive(Confirm)
         self._check_proof(confirm.proof, keys)

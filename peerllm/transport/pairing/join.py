@@ -12,7 +12,7 @@ from peerllm.errors import AuthenticationError, LinkError, PairingError
 from peerllm.transport.identity import Identity, certificate_device, verify
 from peerllm.transport.pairing.code import normalise
 from peerllm.transport.pairing.pairing_messages import (
-    PROTOCOL_VERSION,
+    PAIRING_VERSION,
     Challenge,
     Confirm,
     Introduction,
@@ -86,10 +86,10 @@ async def _knock(
     if inviter == identity.device:
         raise PairingError("a device cannot be paired with itself")
     pake = await asyncio.to_thread(Pake, code, inviter, identity.device, False)
-    hello = await channel.send(JoinRequest(PROTOCOL_VERSION, identity.certificate_pem, name, pake.share, counter))
+    hello = await channel.send(JoinRequest(PAIRING_VERSION, identity.certificate_pem, name, pake.share, counter))
     challenge, challenge_bytes = await channel.receive(Challenge)
-    if challenge.version != PROTOCOL_VERSION:
-        raise PairingError(f"pairing version {challenge.version} is not {PROTOCOL_VERSION}; update both devices")
+    if challenge.version != PAIRING_VERSION:
+        raise PairingError(f"pairing version {challenge.version} is not {PAIRING_VERSION}; update both devices")
     keys = await asyncio.to_thread(pake.finish, challenge.share, hello, challenge_bytes)
     await channel.send(Confirm(keys.joiner_proof))
     confirm, _ = await channel.receive(Confirm)

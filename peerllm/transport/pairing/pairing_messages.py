@@ -13,7 +13,7 @@ from peerllm import codec
 from peerllm.errors import LinkError, PairingError
 from peerllm.transport.roster.entry import RosterEntry
 
-PROTOCOL_VERSION = 2
+PAIRING_VERSION = 2
 MAX_UNPROVEN_BYTES = 64 << 10  # of a message from who has not shown yet that the code is known there
 MAC_BYTES = 32
 LENGTH = Struct("<I")

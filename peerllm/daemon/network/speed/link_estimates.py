@@ -71,7 +71,7 @@ class LinkEstimate:
 
     @property
     def doubtful(self) -> bool:
-        """Whether downloads were so slow that the link, or what sends over it, is another than when it was probed."""
+        """Whether downloads ran so far below the probed rate that the link should be probed again."""
         if self._probed_byte_s is None or self._byte_s.value is None:
             return False
         return self._byte_s.value > DOUBT * self._probed_byte_s

@@ -157,7 +157,7 @@ class LinkTables:
 
 
 def news(table: LinkTable, told: LinkTable | None) -> bool:
-    """Whether a table says something that what was told last does not."""
+    """Whether a table differs enough from the one that was sent last to be sent again."""
     if told is None:
         return bool(table.links)
     before = {row.device: row for row in told.links}

@@ -67,7 +67,7 @@ def test_anonymous_memory_stays_within_the_shards_own_bytes(models, model, dtype
         text=True,
         timeout=120,
         check=False,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])

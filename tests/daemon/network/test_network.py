@@ -22,7 +22,7 @@ from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError
 from peerllm.transport.identity import load_or_create
 from tests.daemon.networks import WAIT_S, Device, devices, pair
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VIEW = DeviceView(1, 2, "running", ())
 
 

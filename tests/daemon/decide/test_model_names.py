@@ -9,8 +9,8 @@ import pytest
 from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.facade import RunOptions
 from peerllm.errors import BadInputError, NotFoundError, RefusedError
+from tests.daemon.deployment.test_coordinator import SPARE, module_coordinator, quiet, view
 from tests.daemon.house import BLOCK, House, inspected
-from tests.daemon.test_coordinator import SPARE, module_coordinator, quiet, view
 
 BOTH = ("owner/small", "other/small")
 

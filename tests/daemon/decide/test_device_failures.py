@@ -14,8 +14,8 @@ from peerllm.daemon.deployment import deployment as module
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import EngineError, ModelError, RefusedError, UnavailableError
+from tests.daemon.decide.test_demand import A, B, C, household
 from tests.daemon.house import BLOCK, House, inspected
-from tests.daemon.test_demand import A, B, C, household
 
 SPARE = 100_000
 

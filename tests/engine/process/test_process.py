@@ -59,7 +59,7 @@ def test_an_engine_ends_with_its_daemon(tmp_path: Path, tmp_path_factory: pytest
 
     model = make_llama(tmp_path_factory.mktemp("model"), hidden=256 if busy else 32)
     code = PARENT.format(
-        root=str(Path(__file__).parents[2]), directory=str(tmp_path / "device"), model=str(model), busy=busy
+        root=str(Path(__file__).parents[3]), directory=str(tmp_path / "device"), model=str(model), busy=busy
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
