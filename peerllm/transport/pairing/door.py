@@ -160,6 +160,7 @@ class PairingDoor:
         if hello.version != PAIRING_VERSION:
             raise PairingError(f"pairing version {hello.version} is not {PAIRING_VERSION}; update both devices")
         joiner = certificate_device(hello.certificate_pem)
+        clean_name(hello.name)  # one that cannot be is refused here, before it costs a try
         if joiner == self._identity.device:
             raise PairingError("a device cannot be paired with itself")
         if not 0 <= hello.counter <= MAX_COUNTER // 2:
