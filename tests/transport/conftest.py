@@ -60,5 +60,6 @@ async def nodes(alice: Identity, bob: Identity, carol: Identity) -> AsyncIterato
     for node in nodes:
         await node.plane.close()
         await node.plane.close()
+        assert node.plane.poller is None or node.plane.poller._released, "its descriptors were given back"
     left = {task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith(("link ", "dial "))}
     assert left == set(), "tasks were left behind"

@@ -27,7 +27,7 @@ from peerllm.transport.links.channels import STEP, Delivery, Inlet
 from peerllm.transport.links.connection import Connection
 from peerllm.transport.links.data_plane import DataPlane
 from peerllm.transport.links.dialling import dial_link
-from peerllm.transport.links.echo import MAX_ECHO_BYTES, WARM_UPS
+from peerllm.transport.links.echo import ECHO_PATH, MAX_ECHO_BYTES, WARM_UPS
 from peerllm.transport.links.frame_timer import LOST_S, FrameTimer, answer
 from peerllm.transport.tls.contexts import client_context
 from tests.transport.frames_support import encode
@@ -379,6 +379,16 @@ async def test_an_echo_times_frames_through_the_real_link(nodes: list[Node]) -> 
     assert one.lost.empty() and two.lost.empty(), "an echo is no link of a deployment"
     assert not one.plane._links
     assert len(await one.plane.echo(*at, [512])) == 1, "once more, over another connection"
+
+
+async def test_echoes_of_two_devices_do_not_end_each_other(nodes: list[Node]) -> None:
+    two = nodes[1]
+    at = (two.identity.device, two.identity.certificate_pem, ["127.0.0.1"], two.plane.port, ECHO_PATH)
+    dialled = [await dial_link(node.identity, *at) for node in (nodes[0], nodes[2], nodes[2])]
+    assert {link.device for link in two.plane._accepted.values()} == {node.identity.device for node in nodes[::2]}
+    assert [link.closed for link in two.plane._accepted.values()] == [False, False]
+    for connection in dialled:
+        connection.close()
 
 
 async def test_an_echo_is_bounded_and_for_the_household_only(nodes: list[Node]) -> None:
