@@ -25,7 +25,7 @@ from peerllm.engine.backends import Backends
 from peerllm.engine.base import Shard
 from peerllm.engine.messages import Inspect, LoadStage
 from peerllm.engine.wire.quantised import restored, rounded
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 
 WINDOW, WINDOWS, CHUNK = 1024, 8, 128  # tokens, windows, tokens of one pass
 

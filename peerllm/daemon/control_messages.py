@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peerllm.engine.messages import Recorded
-from peerllm.transport.roster import RosterEntry
+from peerllm.transport.roster.entry import RosterEntry
 from peerllm.types import ActivationForm, Activations, Cuts, DeploymentId, DeviceId, LayerKind, ScheduleName, Stage
 
 DeploymentState = Literal["planning", "loading", "serving", "waiting", "failed", "stopped"]

@@ -56,7 +56,7 @@ from peerllm.engine.messages import (
 )
 from peerllm.errors import BadInputError, NotFoundError, UnavailableError
 from peerllm.transport.identity import Identity, load_or_create
-from peerllm.transport.roster import RosterEntry
+from peerllm.transport.roster.entry import RosterEntry
 from peerllm.types import DeploymentId, DeviceId
 
 VIEW_INTERVAL_S = 0.25  # between two tellings of what changed here

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
 
 ROLLBACK_TOKENS = 64  # how far a sequence can go back in layers that keep only a window

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import mkstemp
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -27,7 +27,7 @@ from peerllm.types import DeviceId
 
 CERTIFICATE_FILE = "device.crt"
 KEY_FILE = "device.key"
-DIRECTORY_MODE, KEY_MODE, CERTIFICATE_MODE = 0o700, 0o600, 0o644
+DIRECTORY_MODE, FILE_MODE = 0o700, 0o600
 MAX_FILE_BYTES = 16 << 10  # a damaged or foreign file is not read whole
 MAX_CERTIFICATE_BYTES = 4096  # PEM; ours have about 800
 # Boards without a clock start in 1970, and nobody renews a device: whether it still belongs is the roster's to say.
@@ -56,9 +56,9 @@ class Identity:
     key_path: Path
     _key: Ed25519PrivateKey = field(repr=False, compare=False)
 
-    def sign(self, data: bytes) -> bytes:
-        """Ed25519 signature (64 bytes) by this device."""
-        return self._key.sign(data)
+    def sign(self, data: bytes) -> str:
+        """Ed25519 signature (128 hex digits) by this device."""
+        return self._key.sign(data).hex()
 
 
 def fingerprint(der: bytes) -> DeviceId:
@@ -83,18 +83,18 @@ def load(certificate_path: Path | str, key_path: Path | str) -> Identity:
     der, public = parse_certificate(pem.decode("ascii", "replace"), where=str(certificate_path))
     key = _load_key(key_path)
     if key_path.stat().st_mode & 0o077:
-        key_path.chmod(KEY_MODE)
+        key_path.chmod(FILE_MODE)
     if _raw(key.public_key()) != _raw(public):
         raise BadInputError(f"{key_path} does not belong to {certificate_path}; move both away to get a new identity")
     return Identity(fingerprint(der), _pem(der), der, certificate_path, key_path, key)
 
 
-def verify(certificate_pem: str, signature: bytes, data: bytes) -> None:
-    """AuthenticationError unless `signature` over `data` is by the certificate's key."""
+def verify(certificate_pem: str, signature: str, data: bytes) -> None:
+    """AuthenticationError unless `signature` (hex) over `data` is by the certificate's key."""
     _, public = parse_certificate(certificate_pem)
     try:
-        public.verify(signature, data)
-    except InvalidSignature as error:
+        public.verify(bytes.fromhex(signature), data)
+    except (ValueError, InvalidSignature) as error:
         raise AuthenticationError("the signature does not match") from error
 
 
@@ -130,27 +130,22 @@ def parse_certificate(pem: str, where: str = "the certificate") -> tuple[bytes, 
 
 def _create(directory: Path) -> None:
     """Write key, then certificate, aside and then linked in: whoever is first wins, a crash leaves nothing torn."""
-    scratch = Path(mkdtemp(prefix=".identity-", dir=directory))
-    try:
-        secret = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        _place(scratch, directory / KEY_FILE, secret, KEY_MODE)
-        key = _load_key(directory / KEY_FILE)
-        _place(scratch, directory / CERTIFICATE_FILE, make_certificate(key).encode(), CERTIFICATE_MODE)
-    finally:
-        scratch.rmdir()
+    secret = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    _place(directory / KEY_FILE, secret)
+    key = _load_key(directory / KEY_FILE)
+    _place(directory / CERTIFICATE_FILE, make_certificate(key).encode())
 
 
-def _place(scratch: Path, target: Path, data: bytes, mode: int) -> None:
-    """`data` as the file `target`, unless it exists already."""
-    aside = scratch / target.name
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+def _place(target: Path, data: bytes) -> None:
+    """`data` as the file `target`, of mode FILE_MODE, unless it exists already."""
+    descriptor, aside = mkstemp(prefix=".identity-", dir=target.parent)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     with suppress(FileExistsError):
         os.link(aside, target)
-    aside.unlink()
+    Path(aside).unlink()
 
 
 def make_certificate(key: Ed25519PrivateKey) -> str:

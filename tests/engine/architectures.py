@@ -31,7 +31,7 @@ from peerllm.engine.graph.describe import UnfitError, describe, family_of
 from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.messages import Inspect, Inspected, LoadStage
 from peerllm.engine.model.torch_backend import TorchBackend
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.runs import in_slot
 
 VOCABULARY, PROMPT, ANSWER, CONTEXT = 101, 9, 8, 32

@@ -30,7 +30,7 @@ from peerllm.engine.messages import (
 from peerllm.engine.process.engine_line import MemoryChannel
 from peerllm.engine.process.runtime import Engine
 from peerllm.errors import EngineError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.transport.identity import load_or_create
 from peerllm.types import Sampling
 

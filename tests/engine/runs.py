@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from peerllm.engine.wire.parcels import TokenBatch
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 
 
 def in_slot(slot: int, position: int, length: int, sample: bool = False) -> TokenRun:

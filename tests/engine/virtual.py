@@ -20,7 +20,8 @@ from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
 from peerllm.engine.wire.parcels import TokenBatch, from_frame
 from peerllm.planner.cost.prediction import Lap
 from peerllm.planner.simulator.event_queue import DECIDES, EventQueue, Resource
-from peerllm.transport.frames import Frame, FrameKind, TokenRun
+from peerllm.transport.frames.frame import Frame, FrameKind
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling, ScheduleName
 from tests.engine.fakes import DEPLOYMENT, stage
 

@@ -11,7 +11,7 @@ import pytest
 
 from peerllm.transport.dial import dialling_session
 from peerllm.transport.identity import Identity, load_or_create
-from peerllm.transport.links import DataPlane
+from peerllm.transport.links.data_plane import DataPlane
 from tests.transport.planes import Node
 
 
@@ -60,5 +60,6 @@ async def nodes(alice: Identity, bob: Identity, carol: Identity) -> AsyncIterato
     for node in nodes:
         await node.plane.close()
         await node.plane.close()
+        assert node.plane.poller is None or node.plane.poller._released, "its descriptors were given back"
     left = {task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith(("link ", "dial "))}
     assert left == set(), "tasks were left behind"

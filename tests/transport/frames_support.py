@@ -7,17 +7,11 @@ from math import prod
 
 from hypothesis import strategies as st
 
-from peerllm.transport.frames import (
-    Frame,
-    FrameKind,
-    FrameLimits,
-    NamedTensor,
-    TensorLimit,
-    TokenRun,
-    encode,
-)
-from peerllm.transport.frames.frame import DTYPE_CODES, ITEM_BYTES
+from peerllm.transport.frames.encoder import encode_buffers
+from peerllm.transport.frames.frame import DTYPE_CODES, ITEM_BYTES, Frame, FrameKind, NamedTensor
 from peerllm.transport.frames.layout import HEADER, RUN, TENSOR, padding
+from peerllm.transport.frames.limits import FrameLimits, TensorLimit
+from peerllm.transport.frames.token_run import TokenRun
 
 DEPLOYMENT = "0123456789abcdef" * 2
 HIDDEN = 12
@@ -37,6 +31,11 @@ LIMITS = FrameLimits(
         "scale": TensorLimit(("F64",), 0),
     },
 )
+
+
+def encode(frame: Frame) -> bytes:
+    """The whole frame as one string of bytes."""
+    return b"".join(encode_buffers(frame))
 
 
 @st.composite

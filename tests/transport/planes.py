@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits, NamedTensor, TensorLimit, TokenRun
+from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
+from peerllm.transport.frames.limits import FrameLimits, TensorLimit
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import STEP, DataPlane, Delivery, Inlet, Link
+from peerllm.transport.links.channels import STEP, Delivery, Inlet
+from peerllm.transport.links.data_plane import DataPlane
+from peerllm.transport.links.link import Link
 
 DEPLOYMENT = "ab" * 16
 WAIT_S = 10.0
@@ -27,7 +31,8 @@ LIMITS = FrameLimits(
 
 def link_of(delivery: Delivery) -> Link:
     """The link that a frame came in on."""
-    link = delivery.give_back.__self__  # type: ignore[attr-defined]
+    inbound = delivery.give_back.__self__  # type: ignore[attr-defined]
+    link = inbound._hear.__self__
     assert isinstance(link, Link)
     return link
 

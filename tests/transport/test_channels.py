@@ -14,12 +14,26 @@ import pytest
 
 from peerllm.engine.process.inbox import Inbox
 from peerllm.errors import FrameError, LinkError
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits, encode
-from peerllm.transport.links import FRAME_COST_BYTES, KEY_VALUE, STEP, Delivery, Inlet, Link, liveness
+from peerllm.transport.frames.frame import Frame, FrameKind
+from peerllm.transport.frames.limits import FrameLimits
 from peerllm.transport.links import link as link_module
-from peerllm.transport.links.channels import CHANNEL_OF_KIND, CHANNELS, LinkChannel, Mailbox, grant_payload
+from peerllm.transport.links import liveness
+from peerllm.transport.links.channels import (
+    CHANNEL_OF_KIND,
+    CHANNELS,
+    FRAME_COST_BYTES,
+    KEY_VALUE,
+    STEP,
+    Delivery,
+    Inlet,
+    LinkChannel,
+    Mailbox,
+    grant_payload,
+)
+from peerllm.transport.links.link import Link
 from peerllm.transport.links.outbox import MAX_SAID_BYTES, Outbox
 from peerllm.transport.websocket.framing import BINARY, PING, PONG, control, head
+from tests.transport.frames_support import encode
 from tests.transport.planes import LIMITS, WAIT_S, Node, activation, connect, expect, link_of
 from tests.transport.test_links_hostile import rest, upgraded
 from tests.transport.test_poller import until_it_waits

@@ -9,20 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from peerllm.errors import FrameError, LinkError
-from peerllm.transport.frames import (
-    Frame,
-    FrameKind,
-    FrameLimits,
-    FrameRefused,
-    NamedTensor,
-    Rule,
-    TensorLimit,
-    TokenRun,
-    decode,
-    encode,
-    encode_buffers,
-)
-from tests.transport.frames_support import DEPLOYMENT, HIDDEN, LIMITS, frames
+from peerllm.transport.frames.decoder import decode
+from peerllm.transport.frames.encoder import encode_buffers
+from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
+from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
+from peerllm.transport.frames.token_run import TokenRun
+from tests.transport.frames_support import DEPLOYMENT, HIDDEN, LIMITS, encode, frames
 
 DATA = bytes(range(2 * HIDDEN * 4 % 256)) + bytes(2 * HIDDEN * 4 - 2 * HIDDEN * 4 % 256)
 ACTIVATION = Frame(
@@ -158,3 +150,9 @@ def test_a_run_must_fit_its_fields(field: str, value: int) -> None:
     (run,) = ACTIVATION.runs
     with pytest.raises(ValueError, match="does not fit"):
         encode(replace(ACTIVATION, runs=(replace(run, **{field: value}),)))
+
+
+@pytest.mark.parametrize("change", [{"epoch": 2**32}, {"epoch": -1}, {"stage": 2**16}, {"stage": -1}])
+def test_an_address_must_fit_its_fields(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        encode(replace(ACTIVATION, **change))  # type: ignore[arg-type]

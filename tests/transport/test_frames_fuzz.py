@@ -14,8 +14,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from peerllm.transport.frames import Frame, FrameRefused, Rule, decode, encode
-from tests.transport.frames_support import LIMITS, changed_frames, frames
+from peerllm.transport.frames.decoder import decode
+from peerllm.transport.frames.frame import Frame
+from peerllm.transport.frames.limits import FrameRefused, Rule
+from tests.transport.frames_support import LIMITS, changed_frames, encode, frames
 
 INPUTS = int(os.environ.get("PEERLLM_FUZZ_INPUTS", "10000"))
 DERANDOMIZE = os.environ.get("PEERLLM_FUZZ_SEED") != "random"

@@ -81,9 +81,13 @@ def test_a_key_of_another_device_is_noticed(tmp_path: Path) -> None:
 def test_signatures(alice: Identity, bob: Identity) -> None:
     signature = alice.sign(b"data")
     verify(alice.certificate_pem, signature, b"data")
-    for pem, data in ((alice.certificate_pem, b"Data"), (bob.certificate_pem, b"data")):
+    for pem, said, data in (
+        (alice.certificate_pem, signature, b"Data"),
+        (bob.certificate_pem, signature, b"data"),
+        (alice.certificate_pem, "not hexadecimal", b"data"),
+    ):
         with pytest.raises(AuthenticationError):
-            verify(pem, signature, data)
+            verify(pem, said, data)
 
 
 def test_the_certificate_is_for_all_times_and_both_roles(alice: Identity) -> None:

@@ -19,15 +19,18 @@ import pytest
 import uvloop
 
 from peerllm.errors import AuthenticationError, BadInputError, LinkError, OverloadedError
-from peerllm.transport.frames import NamedTensor, encode
+from peerllm.transport.frames.frame import NamedTensor
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import MAX_ECHO_BYTES, STEP, DataPlane, Delivery, Inlet, liveness
 from peerllm.transport.links import data_plane as data_plane_module
+from peerllm.transport.links import liveness
+from peerllm.transport.links.channels import STEP, Delivery, Inlet
 from peerllm.transport.links.connection import Connection
+from peerllm.transport.links.data_plane import DataPlane
 from peerllm.transport.links.dialling import dial_link
-from peerllm.transport.links.echo import WARM_UPS
+from peerllm.transport.links.echo import ECHO_PATH, MAX_ECHO_BYTES, WARM_UPS
 from peerllm.transport.links.frame_timer import LOST_S, FrameTimer, answer
-from peerllm.transport.tls import client_context
+from peerllm.transport.tls.contexts import client_context
+from tests.transport.frames_support import encode
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, WIDTH, Node, activation, connect, expect, link_of
 
 
@@ -202,7 +205,7 @@ async def test_the_largest_frame_passes(nodes: list[Node]) -> None:
     assert len(encode(activation(tokens=256))) == limits.max_bytes
     link = await connect(one, two)
     link.send(activation(tokens=256))
-    assert (await two.next_frame()).tokens == 256
+    assert (await two.next_frame()).runs[0].length == 256
 
 
 async def test_what_deliver_raises_ends_the_link(nodes: list[Node]) -> None:
@@ -378,6 +381,16 @@ async def test_an_echo_times_frames_through_the_real_link(nodes: list[Node]) -> 
     assert len(await one.plane.echo(*at, [512])) == 1, "once more, over another connection"
 
 
+async def test_echoes_of_two_devices_do_not_end_each_other(nodes: list[Node]) -> None:
+    two = nodes[1]
+    at = (two.identity.device, two.identity.certificate_pem, ["127.0.0.1"], two.plane.port, ECHO_PATH)
+    dialled = [await dial_link(node.identity, *at) for node in (nodes[0], nodes[2], nodes[2])]
+    assert {link.device for link in two.plane._accepted.values()} == {node.identity.device for node in nodes[::2]}
+    assert [link.closed for link in two.plane._accepted.values()] == [False, False]
+    for connection in dialled:
+        connection.close()
+
+
 async def test_an_echo_is_bounded_and_for_the_household_only(nodes: list[Node]) -> None:
     one, two, _ = nodes
     who = two.identity
@@ -402,7 +415,7 @@ async def test_frames_in_use_are_timed(nodes: list[Node], monkeypatch: pytest.Mo
             await asyncio.to_thread(link.send, frame)
             await two.next_frame()
     link.send(frame)
-    assert (await two.next_frame()).tokens == 3
+    assert (await two.next_frame()).runs[0].length == 3
 
 
 @pytest.mark.parametrize("ahead", [0.0, 1234.5, -9.75])

@@ -12,12 +12,12 @@ from contextlib import asynccontextmanager
 import pytest
 
 from peerllm.errors import LinkError
-from peerllm.transport.frames import encode
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import STEP, Delivery, Inlet
 from peerllm.transport.links import acceptor as acceptor_module
-from peerllm.transport.tls import client_context, server_context
+from peerllm.transport.links.channels import STEP, Delivery, Inlet
+from peerllm.transport.tls.contexts import client_context, server_context
 from peerllm.transport.websocket.framing import BINARY, CLOSE, PING, POLICY_VIOLATION, TEXT, control, goodbye, head
+from tests.transport.frames_support import encode
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, Node, activation, connect, expect
 
 UPGRADE = (

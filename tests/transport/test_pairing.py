@@ -11,8 +11,10 @@ import pytest
 
 from peerllm.errors import AuthenticationError, PairingError
 from peerllm.transport.identity import Identity
-from peerllm.transport.pairing import Paired, PairingDoor, door_name, join, make_code, normalise
 from peerllm.transport.pairing import door as door_module
+from peerllm.transport.pairing.code import door_name, make_code, normalise
+from peerllm.transport.pairing.door import PairingDoor
+from peerllm.transport.pairing.join import join
 from peerllm.transport.pairing.pairing_messages import (
     LENGTH,
     PAIRING_VERSION,
@@ -24,8 +26,8 @@ from peerllm.transport.pairing.pairing_messages import (
     Possession,
 )
 from peerllm.transport.pairing.pake import Pake
-from peerllm.transport.roster import Roster
-from peerllm.transport.tls import door_context, knock_context
+from peerllm.transport.roster.roster import Roster
+from peerllm.transport.tls.contexts import door_context, knock_context
 
 WAIT_S = 10.0
 
@@ -35,7 +37,7 @@ class House:
     identity: Identity
     roster: Roster
     door: PairingDoor
-    paired: list[Paired] = field(default_factory=list)
+    paired: list[int] = field(default_factory=list)  # members at each success
     closed: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     code: str = ""
 
@@ -55,7 +57,7 @@ class House:
 @pytest.fixture
 async def house(alice: Identity) -> AsyncIterator[House]:
     roster = Roster.create(alice, "alice")
-    paired: list[Paired] = []
+    paired: list[int] = []
     closed: asyncio.Queue[str] = asyncio.Queue()
     door = PairingDoor(
         alice,
@@ -63,7 +65,7 @@ async def house(alice: Identity) -> AsyncIterator[House]:
         "alice",
         ["127.0.0.1"],
         0,
-        paired.append,
+        lambda: paired.append(len(roster.members())),
         closed.put_nowait,
     )
     house = House(alice, roster, door, paired, closed)
@@ -81,8 +83,8 @@ async def test_the_right_code_pairs_both_sides(house: House, bob: Identity) -> N
     assert house.door.door == house.code[:2] == door_name(house.code)
     theirs = await house.join(bob, f" {house.code.lower().replace('-', ' ')} ")
     assert await house.why_closed() == "paired"
-    assert [paired.device for paired in house.paired] == [bob.device]
-    assert house.paired[0].name == "newcomer"
+    assert house.paired == [2]
+    assert house.roster.members()[bob.device].name == "newcomer"
     both = {house.identity.device, bob.device}
     assert set(theirs.members()) == set(house.roster.members()) == both
     assert theirs.members()[house.identity.device].name == "alice"
@@ -169,7 +171,7 @@ async def test_a_stolen_code_does_not_pass_for_another_device(house: House, bob:
     await channel.send(Confirm(keys.joiner_proof))
     await channel.receive(Confirm)
     channel.authenticate(keys.joiner_mac, keys.inviter_mac)
-    await channel.send(Possession(carol.sign(b"joiner" + keys.transcript).hex()))
+    await channel.send(Possession(carol.sign(b"joiner" + keys.transcript)))
     with pytest.raises(PairingError):
         await channel.receive(PairingDone)
     writer.close()
@@ -290,7 +292,7 @@ async def test_a_tampered_message_after_the_proof(house: House, bob: Identity) -
     await channel.receive(Confirm)
     channel.authenticate(keys.joiner_mac, keys.inviter_mac)
     channel._sent = 1
-    await channel.send(Possession(bob.sign(b"joiner" + keys.transcript).hex()))
+    await channel.send(Possession(bob.sign(b"joiner" + keys.transcript)))
     with pytest.raises(PairingError, match="tampered"):
         await channel.receive(PairingDone)
     writer.close()

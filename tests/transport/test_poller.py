@@ -14,10 +14,12 @@ import uvloop
 
 from peerllm.engine.process.inbox import Inbox
 from peerllm.errors import LinkError
-from peerllm.transport.frames import Frame
+from peerllm.transport.frames.frame import Frame
 from peerllm.transport.identity import Identity
-from peerllm.transport.links import STEP, DataPlane, Delivery, Inlet, Link, SharedPoller
-from peerllm.transport.links.poller import Poller
+from peerllm.transport.links.channels import STEP, Delivery, Inlet
+from peerllm.transport.links.data_plane import DataPlane
+from peerllm.transport.links.link import Link
+from peerllm.transport.links.poller import Poller, SharedPoller
 from tests.transport.planes import DEPLOYMENT, LIMITS, WAIT_S, Node, activation, connect
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="epoll")
@@ -261,9 +263,9 @@ async def test_one_thread_waits(poller: SharedPoller) -> None:
 
 async def test_without_epoll_the_loop_reads(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
-    two.plane._poller.close()
-    two.plane._poller = Poller(asyncio.get_running_loop())
-    assert two.plane.poller is None
+    assert two.plane.poller is not None
+    two.plane.poller.close()
+    two.plane.poller, two.plane._poller = None, Poller(asyncio.get_running_loop())
     taker = Taker(None)
     expect(two, one, taker)
     link = await connect(one, two)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from peerllm.errors import AuthenticationError, BadInputError, NotFoundError, OverloadedError
 from peerllm.transport.identity import Identity
-from peerllm.transport.roster import MAX_COUNTER, MAX_ENTRIES, Change, Roster, RosterEntry, sign_entry
 from peerllm.transport.roster import roster as roster_module
-from peerllm.transport.roster.entry import check_signature
+from peerllm.transport.roster.entry import MAX_COUNTER, RosterEntry, check_signature, sign_entry
+from peerllm.transport.roster.roster import MAX_ENTRIES, Change, Roster
 
 HISTORIES = int(os.environ.get("PEERLLM_ROSTER_HISTORIES", "25"))
 
@@ -147,6 +147,34 @@ def test_a_removed_device_removes_nobody_afterwards(household: list[Roster], ide
     assert not household[2].merge((late,))
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_who_left_or_was_removed_can_pair_with_strangers(
+    household: list[Roster], identities: list[Identity], left: bool
+) -> None:
+    """Nobody there is known here: they count because this device says so itself, after its own end."""
+    roster, gone, stranger = household[1], identities[1], 4
+    if left:
+        roster.remove(gone, gone.device)
+    else:
+        household[0].remove(identities[0], gone.device)
+        roster.merge(household[0].export())
+    assert not roster.members()
+    pair(household[stranger], identities[stranger], roster, gone)
+    assert {gone.device, identities[stranger].device} <= roster.members().keys()
+
+
+def test_whom_a_device_brought_in_before_it_was_removed_does_not_count_unless_it_came_back_since(
+    household: list[Roster], identities: list[Identity]
+) -> None:
+    roster, back, friend = household[0], identities[1], identities[4]
+    tombstone = roster.remove(identities[0], back.device)
+    introduction = sign_entry(back, friend.certificate_pem, "friend", tombstone.counter + 2)
+    roster.merge((sign_entry(identities[2], back.certificate_pem, "back", tombstone.counter),))
+    assert not roster.merge((introduction,)), "an introduction as high as the removal brings nobody back"
+    roster.merge((sign_entry(identities[2], back.certificate_pem, "back", tombstone.counter + 1),))
+    assert roster.merge((introduction,)).added == (friend.device,)
+
+
 def test_a_stranger_says_nothing(household: list[Roster], identities: list[Identity]) -> None:
     stranger = identities[4]
     for entry in (
@@ -192,7 +220,7 @@ def test_a_changed_entry_is_left_out(
 
 def test_leaving(household: list[Roster], identities: list[Identity]) -> None:
     """Whom the leaver introduced before stays."""
-    household[1].remove(identities[1], identities[1].device)
+    tombstone = household[1].remove(identities[1], identities[1].device)
     assert not household[1].is_member(identities[1].device)
     with pytest.raises(AuthenticationError, match="no longer belongs"):
         household[1].merge([household[1].introduce(identities[1], identities[4].certificate_pem, "late")])
@@ -202,6 +230,8 @@ def test_leaving(household: list[Roster], identities: list[Identity]) -> None:
     assert [set(household[number].members()) for number in (0, 2, 3)] == [rest] * 3
     late = sign_entry(identities[1], identities[4].certificate_pem, "late", household[0].counter + 1)
     assert not household[0].merge((late,))
+    last = sign_entry(identities[1], identities[4].certificate_pem, "last", tombstone.counter)
+    assert household[0].merge((last,)).added == (identities[4].device,)
 
 
 def test_coming_back_takes_a_new_pairing(household: list[Roster], identities: list[Identity]) -> None:

@@ -15,7 +15,8 @@ from aiohttp import web
 from peerllm.errors import AuthenticationError, BadInputError, LinkError
 from peerllm.transport.dial import dial
 from peerllm.transport.identity import Identity
-from peerllm.transport.tls import TlsServer, client_context, peer_device, request_device, server_context
+from peerllm.transport.tls.contexts import client_context, peer_device, server_context
+from peerllm.transport.tls.tls_server import TlsServer
 from tests.transport.forged import issued_by
 
 WAIT_S = 10.0
@@ -24,7 +25,7 @@ WAIT_S = 10.0
 async def _echo(request: web.Request) -> web.WebSocketResponse:
     websocket = web.WebSocketResponse()
     await websocket.prepare(request)
-    await websocket.send_str(request_device(request))
+    await websocket.send_str(peer_device(request))
     async for message in websocket:
         await websocket.send_str(message.data)
     return websocket

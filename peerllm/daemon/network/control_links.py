@@ -27,7 +27,7 @@ from peerllm.daemon.network.happy_eyeballs import dial_first, who_answers
 from peerllm.errors import AuthenticationError, LinkError
 from peerllm.transport.dial import dialling_session
 from peerllm.transport.identity import Identity
-from peerllm.transport.tls import request_device
+from peerllm.transport.tls.contexts import peer_device
 from peerllm.types import DeviceId
 
 DRAIN_S = 1.0  # a duplicate link is read this long after its better was found
@@ -103,7 +103,7 @@ class ControlLinks:
 
     async def accept(self, request: web.Request) -> web.StreamResponse:
         """GET /control/{number}: a device that dialled this one."""
-        device = request_device(request)
+        device = peer_device(request)
         number = request.match_info["number"]
         if not number.isascii() or not number.isdigit() or len(number) > 16:
             raise web.HTTPBadRequest

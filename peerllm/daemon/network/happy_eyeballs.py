@@ -10,7 +10,7 @@ import aiohttp
 from peerllm.errors import AuthenticationError, LinkError
 from peerllm.transport.dial import dial
 from peerllm.transport.identity import Identity
-from peerllm.transport.tls import client_context, peer_device
+from peerllm.transport.tls.contexts import client_context, peer_device
 from peerllm.types import DeviceId
 
 STAGGER_S = 0.2  # head start of each address over the next

@@ -11,8 +11,10 @@ from peerllm.daemon.network.peer import Sighting
 from peerllm.daemon.settings import CONTROL_PORT, Settings
 from peerllm.errors import BadInputError, PairingError
 from peerllm.transport.identity import Identity
-from peerllm.transport.pairing import JoinResult, PairingDoor, door_name, join
-from peerllm.transport.roster import Roster
+from peerllm.transport.pairing.code import door_name
+from peerllm.transport.pairing.door import PairingDoor
+from peerllm.transport.pairing.join import JoinResult, join
+from peerllm.transport.roster.roster import Roster
 
 PAIRING_OFFSET = 2  # the door's port, counted from the control port
 JOIN_TIMEOUT_S = 30.0
@@ -71,7 +73,7 @@ class HouseholdPairing:
                 self._name,
                 self._settings.hosts,
                 ports.pop(0),
-                lambda paired: self._on_paired(),
+                self._on_paired,
                 lambda reason: self._on_change(),
             )
             try:

@@ -38,9 +38,10 @@ from peerllm.daemon.network.visible_devices import VisibleDevices
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError
 from peerllm.transport.identity import Identity
-from peerllm.transport.pairing import normalise
-from peerllm.transport.roster import Roster, RosterEntry
-from peerllm.transport.tls import TlsServer
+from peerllm.transport.pairing.code import normalise
+from peerllm.transport.roster.entry import RosterEntry
+from peerllm.transport.roster.roster import Roster
+from peerllm.transport.tls.tls_server import TlsServer
 from peerllm.types import DeviceId
 
 MAX_CONTROL_BODY_BYTES = 1 << 10  # nothing is posted to the control port

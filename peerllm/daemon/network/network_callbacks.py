@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from peerllm.daemon.control_messages import Control
-from peerllm.transport.roster import RosterEntry
+from peerllm.transport.roster.entry import RosterEntry
 from peerllm.types import DeviceId
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 from peerllm import codec
 from peerllm.errors import BadInputError, LinkError
 from peerllm.transport.identity import Identity
-from peerllm.transport.roster import MAX_MEMBERS, Roster
+from peerllm.transport.roster.roster import MAX_MEMBERS, Roster
 from peerllm.types import DeviceId
 
 ROSTER_FILE = "household.json"

@@ -13,7 +13,7 @@ from yarl import URL
 
 from peerllm.errors import LinkError, NotFoundError, RefusedError, UnavailableError
 from peerllm.transport.identity import Identity
-from peerllm.transport.tls import client_context
+from peerllm.transport.tls.contexts import client_context
 from peerllm.types import DeviceId
 
 MAX_PROBE_BYTES = 4 << 20

@@ -9,7 +9,8 @@ from peerllm.daemon.decide.membership import Member, Sighted
 from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, printable_name
 from peerllm.daemon.network.network_files import Known
 from peerllm.daemon.network.peer import Peer
-from peerllm.transport.roster import MAX_MEMBERS, RosterEntry
+from peerllm.transport.roster.entry import RosterEntry
+from peerllm.transport.roster.roster import MAX_MEMBERS
 from peerllm.types import DeviceId
 
 MAX_HINTS = 4  # addresses of one device that are passed on or taken

@@ -20,7 +20,7 @@ from peerllm.engine.graph.structure import Head, Model
 from peerllm.engine.graph.tensors import Floats, Tensors
 from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
 from peerllm.errors import EngineError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 
 MAX_BOUND = 64  # pass shapes (sequences, tokens, first place) whose bindings are kept
 LEAST_ROWS = 16  # the least rows of the two buffers between graphs

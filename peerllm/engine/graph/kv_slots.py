@@ -18,7 +18,7 @@ import numpy.typing as npt
 from peerllm.engine import base
 from peerllm.engine.graph.structure import Attention
 from peerllm.errors import EngineError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 
 Array = npt.NDArray[Any]
 

@@ -21,7 +21,7 @@ from peerllm.engine.measure.compute_speed import WEIGHT_BYTES
 from peerllm.engine.measure.outline import CHUNK, SEQUENCES, Mockup, Sizes
 from peerllm.engine.messages import FURTHER_TOKENS, PASS, LayersTimed, TimeLayers, attention
 from peerllm.errors import RefusedError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import LayerKind, Sampling
 
 RUNS = 4  # per kind and count ...

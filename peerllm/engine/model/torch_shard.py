@@ -24,7 +24,7 @@ from peerllm.engine.model.probing import probe, reach_of
 from peerllm.engine.state.kv_cache import SlotCache, kv_bytes, slot_caches
 from peerllm.engine.state.layer_states import LayerState
 from peerllm.errors import BadInputError, EngineError, RefusedError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 
 
 class TorchShard:

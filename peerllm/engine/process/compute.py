@@ -32,7 +32,8 @@ from peerllm.engine.schedule.loaded_stage import LoadedStage, steps_only
 from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
 from peerllm.engine.wire.parcels import Parcel, TokenBatch
 from peerllm.errors import PeerLLMError, one_line
-from peerllm.transport.links import Delivery, Link
+from peerllm.transport.links.channels import Delivery
+from peerllm.transport.links.link import Link
 from peerllm.types import DeploymentId, DeviceId
 
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|failed to allocate memory|bad_alloc", re.IGNORECASE)

@@ -28,16 +28,11 @@ from peerllm.engine.schedule.source_sequences import window_tokens
 from peerllm.engine.wire.parcels import from_frame, source_limits, stage_limits
 from peerllm.errors import AuthenticationError, BadInputError, LinkError, RefusedError
 from peerllm.transport.identity import load
-from peerllm.transport.links import (
-    FRAME_COST_BYTES,
-    MAX_ECHO_BYTES,
-    STEP,
-    DataPlane,
-    Delivery,
-    Inlet,
-    Link,
-    LinkObserver,
-)
+from peerllm.transport.links.channels import FRAME_COST_BYTES, STEP, Delivery, Inlet
+from peerllm.transport.links.data_plane import DataPlane
+from peerllm.transport.links.echo import MAX_ECHO_BYTES
+from peerllm.transport.links.link import Link
+from peerllm.transport.links.observer import LinkObserver
 from peerllm.types import DeploymentId, DeviceId
 
 CONNECT_TIMEOUT_S = 5.0  # the next engine may not expect us yet

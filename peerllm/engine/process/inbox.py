@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Generic, TypeVar
 
 from peerllm.errors import OverloadedError
-from peerllm.transport.links import SharedPoller
+from peerllm.transport.links.poller import SharedPoller
 
 KEPT = 1 / 16  # weight of a new hand-over in their mean
 MAX_WAITING = 8192  # events; far above what the windows of the sequences in flight allow

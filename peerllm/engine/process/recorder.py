@@ -16,8 +16,9 @@ from typing import Literal
 
 from peerllm.engine.messages import Record, Recorded, Span, SpanKind
 from peerllm.errors import RefusedError
-from peerllm.transport.frames import Frame, FrameKind, TokenRun
-from peerllm.transport.links import LinkObserver, SentFrame
+from peerllm.transport.frames.frame import Frame, FrameKind
+from peerllm.transport.frames.token_run import TokenRun
+from peerllm.transport.links.observer import Destination, LinkObserver, SentFrame
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_SPANS = 65_536  # in the ring; the oldest give way
@@ -135,16 +136,8 @@ class Recorder(LinkObserver):
 
     # ---- from the links ---------------------------------------------------------------------------------------------
 
-    def sent(
-        self,
-        deployment: DeploymentId,
-        device: DeviceId,
-        stage: int,
-        number: int,
-        frame: SentFrame,
-        taken_ns: int,
-        written_ns: int,
-    ) -> None:
+    def sent(self, to: Destination, number: int, frame: SentFrame, taken_ns: int, written_ns: int) -> None:
+        deployment, device, stage = to
         kind, pieces = _KINDS[frame.kind], _pieces(frame.runs)
         times = frame.handed_ns, frame.encoded_ns
         self._add(deployment, Span("serialise", *times, kind, stage, device, nbytes=frame.nbytes))

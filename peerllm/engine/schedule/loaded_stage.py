@@ -10,7 +10,7 @@ from peerllm.engine.messages import LoadStage
 from peerllm.engine.state.slot_table import SlotTable
 from peerllm.engine.wire.parcels import Drawn, Opened, TokenBatch, quantised
 from peerllm.errors import EngineError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
 
 MEASURED_SIZES = 16  # sizes of batches told apart; the one not met for longest is forgotten

@@ -24,8 +24,8 @@ from peerllm.engine.wire.parcels import (
     to_frame,
 )
 from peerllm.errors import BadInputError, FrameError, LinkError, PeerLLMError, one_line
-from peerllm.transport.frames import TokenRun
-from peerllm.transport.links import Link
+from peerllm.transport.frames.token_run import TokenRun
+from peerllm.transport.links.link import Link
 from peerllm.types import DeploymentId, DeviceId
 
 StageKey = tuple[DeploymentId, int]

@@ -20,7 +20,7 @@ from peerllm.engine.messages import FinishReason, Submit, Tokens
 from peerllm.engine.schedule.prompt_turns import PromptTurns
 from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache, SlotChoice
 from peerllm.errors import BadInputError, FrameError, OverloadedError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Cuts, DeploymentId, chunk_of
 
 CHUNKS_PER_STAGE_IN_FLIGHT = 2  # one being computed, one waiting

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peerllm.errors import FrameError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 
 
 @dataclass(slots=True)

@@ -20,7 +20,9 @@ from peerllm.engine.messages import LoadStage
 from peerllm.engine.weights.checkpoint import FILE_DTYPES
 from peerllm.engine.wire.quantised import dequantise, quantise
 from peerllm.errors import FrameError
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits, NamedTensor, TensorLimit, TokenRun
+from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
+from peerllm.transport.frames.limits import FrameLimits, TensorLimit
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
 
 ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment

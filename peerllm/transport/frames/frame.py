@@ -13,7 +13,7 @@ from peerllm.types import DeploymentId
 
 MAX_NAME_BYTES = 32
 MAX_RANK = 8
-MAX_U16, MAX_U32 = 2**16 - 1, 2**32 - 1
+MAX_U32 = 2**32 - 1
 NAME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + "_.")
 
 
@@ -34,6 +34,12 @@ DTYPE_CODES = {dtype: code for code, dtype in enumerate(ITEM_BYTES, start=1)}
 DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
+def check_name(name: str) -> None:
+    """ValueError unless a tensor may have this name."""
+    if not 1 <= len(name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(name):
+        raise ValueError(f"tensor name {name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
+
+
 @dataclass(frozen=True, slots=True)
 class NamedTensor:
     """`data` are the elements in row-major order, little-endian, as flat bytes."""
@@ -44,8 +50,7 @@ class NamedTensor:
     data: memoryview
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(self.name):
-            raise ValueError(f"tensor name {self.name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
+        check_name(self.name)
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"tensor {self.name} has the unknown dtype {self.dtype!r}")
         if len(self.shape) > MAX_RANK or not all(1 <= size <= MAX_U32 for size in self.shape):
@@ -68,11 +73,6 @@ class Frame:
     stage: int  # u16: whom it is for; the number of stages stands for the way back to the source
     runs: tuple[TokenRun, ...]
     tensors: tuple[NamedTensor, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Sum of the runs' lengths."""
-        return sum(run.length for run in self.runs)
 
     def tensor(self, name: str) -> NamedTensor | None:
         """The tensor of that name, if the frame holds it."""

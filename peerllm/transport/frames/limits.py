@@ -8,13 +8,7 @@ from enum import StrEnum
 from math import prod
 
 from peerllm.errors import FrameError
-from peerllm.transport.frames.frame import (
-    ITEM_BYTES,
-    MAX_NAME_BYTES,
-    MAX_RANK,
-    NAME_CHARACTERS,
-    FrameKind,
-)
+from peerllm.transport.frames.frame import ITEM_BYTES, MAX_RANK, FrameKind, check_name
 from peerllm.transport.frames.layout import HEADER, RUN, SIZE, TENSOR, padding
 from peerllm.types import DeploymentId
 
@@ -128,8 +122,7 @@ class FrameLimits:
         if len(self.deployment) != 32 or not HEX_DIGITS.issuperset(self.deployment):
             raise ValueError(f"deployment {self.deployment!r} is not 32 lower-case hex digits")
         for name in self.tensors:
-            if not 1 <= len(name) <= MAX_NAME_BYTES or not NAME_CHARACTERS.issuperset(name):
-                raise ValueError(f"tensor name {name!r} is not 1 to {MAX_NAME_BYTES} of a-z 0-9 _ .")
+            check_name(name)
         if min(self.max_runs, self.slots, self.context, self.max_tokens) < 1:
             raise ValueError(f"every bound of a link is at least 1: {self}")
         if not self.max_bytes:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from peerllm.errors import AuthenticationError
-from peerllm.transport.identity import Identity, certificate_device
+from peerllm.transport.identity import Identity
 from peerllm.transport.links.connection import Connection, handshake, read_head
-from peerllm.transport.tls import listen, peer_device, server_context
+from peerllm.transport.tls.contexts import peer_device, server_context
+from peerllm.transport.tls.listen import listen
 from peerllm.transport.tls.tls_server import HANDSHAKE_TIMEOUT_S
 from peerllm.transport.websocket.upgrade import END, MAX_HEAD_BYTES, DeclinedError, agreed, declined, read_request
 from peerllm.types import DeviceId
@@ -30,30 +31,23 @@ class Acceptor:
     """
 
     def __init__(self, identity: Identity, hosts: Iterable[str], port: int, route: Route) -> None:
-        self._identity, self._hosts, self._wanted_port, self._route = identity, tuple(hosts), port, route
+        self._identity, self._hosts, self._route = identity, tuple(hosts), route
+        self.port = port  # the real one once it listens, also where 0 was asked for
         self._trusted: frozenset[DeviceId] = frozenset()
         self._context = server_context(identity, ())
         self._sockets: list[socket.socket] = []
         self._accepting: list[asyncio.Task[None]] = []
         self._unfinished: dict[asyncio.Task[None], None] = {}  # the longest under way first
 
-    @property
-    def port(self) -> int:
-        """The real port, also where 0 was asked for."""
-        if not self._sockets:
-            raise RuntimeError("the data plane has not been started")
-        return int(self._sockets[0].getsockname()[1])
-
     async def start(self) -> None:
         """Listen. BadInputError if the port is in use."""
-        if not self._sockets:
-            self._sockets = await listen(self._hosts, self._wanted_port)
-            loop = asyncio.get_running_loop()
-            self._accepting = [loop.create_task(self._accept(one), name="link acceptor") for one in self._sockets]
+        self._sockets = await listen(self._hosts, self.port)
+        self.port = int(self._sockets[0].getsockname()[1])
+        loop = asyncio.get_running_loop()
+        self._accepting = [loop.create_task(self._accept(one), name="link acceptor") for one in self._sockets]
 
-    def set_trusted(self, pems: Iterable[str]) -> None:
+    def set_trusted(self, trusted: Mapping[DeviceId, str]) -> None:
         """From now on exactly these certificates (PEM) are let in; a context cannot forget one, so it is made anew."""
-        trusted = {certificate_device(pem): pem for pem in pems}
         if trusted.keys() != self._trusted:
             self._trusted = frozenset(trusted)
             self._context = server_context(self._identity, trusted.values())
@@ -96,24 +90,20 @@ class Acceptor:
                 plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 secure = sock = self._context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
                 await handshake(secure)
-                self._known(secure)
                 head = await read_head(secure, END, MAX_HEAD_BYTES)
-            # A handshake begun before a removal may end after it: the trust of the moment counts.
-            admitted = self._answer(secure, self._known(secure), head)
+            admitted = self._answer(secure, head)
         except (OSError, TimeoutError, AuthenticationError, ValueError):
             return
         finally:
             if not admitted:
                 _hang_up(sock)
 
-    def _known(self, sock: ssl.SSLSocket) -> DeviceId:
+    def _answer(self, sock: ssl.SSLSocket, head: bytes) -> bool:
+        """Whether it is a link now. An answer fits into the socket of a new connection."""
         device = peer_device(sock)
+        # A handshake begun before a removal may end after it: the trust of the moment counts.
         if device not in self._trusted:
             raise AuthenticationError("not of this household any more")
-        return device
-
-    def _answer(self, sock: ssl.SSLSocket, device: DeviceId, head: bytes) -> bool:
-        """Whether it is a link now. An answer fits into the socket of a new connection."""
         try:
             path, key = read_request(head)
             admit = self._route(device, path)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from peerllm.errors import FrameError
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits
+from peerllm.transport.frames.frame import Frame, FrameKind
+from peerllm.transport.frames.limits import FrameLimits
 
 GRANT_MAGIC = b"PLGR"
 _GRANT = struct.Struct("<4sB3sQ")  # magic, channel, zeros, bytes of it taken since the link began
@@ -74,7 +75,7 @@ class Delivery(NamedTuple):
     channel: LinkChannel
     frame: Frame
     cost_bytes: int
-    give_back: Callable[[Delivery], None]  # Link.taken
+    give_back: Callable[[Delivery], None]  # Inbound.taken
 
     def taken(self) -> None:
         """Give its sender the credit back; by the channel's reader."""

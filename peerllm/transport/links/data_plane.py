@@ -19,7 +19,7 @@ from peerllm.transport.links.echo import ECHO_LIMITS, ECHO_PATH, NOBODY, FrameTi
 from peerllm.transport.links.frame_timer import OnTimed
 from peerllm.transport.links.link import Link
 from peerllm.transport.links.observer import NO_OBSERVER, LinkObserver
-from peerllm.transport.links.poller import Poller, SharedPoller, make_poller
+from peerllm.transport.links.poller import Poller, shared_poller
 from peerllm.transport.websocket.upgrade import DeclinedError
 from peerllm.types import DeploymentId, DeviceId
 
@@ -29,6 +29,7 @@ MAX_TIMED = 64  # timings of one echo that wait to be read
 
 OnLost = Callable[[DeploymentId, DeviceId, str], None]
 Key = tuple[DeploymentId, int, int]  # deployment, epoch, stage
+ECHO_KEY: Key = (NOBODY, 0, 0)
 
 
 class DataPlane:
@@ -56,18 +57,15 @@ class DataPlane:
         self._accepted: dict[Key | DeviceId, Link] = {}  # by what they were expected for; echoes by device
         self._links: set[Link] = set()  # both ways; also those that only say goodbye
         loop = asyncio.get_running_loop()
-        self._poller, self._loop_poller = make_poller(loop), Poller(loop)
+        self.poller = shared_poller(loop)  # with what a thread may read the links that take frames in
+        self._loop_poller = Poller(loop)
+        self._poller = self.poller or self._loop_poller
         self._acceptor = Acceptor(identity, hosts, port, self._route)
 
     @property
     def port(self) -> int:
         """The real port, also where 0 was asked for."""
         return self._acceptor.port
-
-    @property
-    def poller(self) -> SharedPoller | None:
-        """With what a thread may read the links that take frames in, where the system has it."""
-        return self._poller if isinstance(self._poller, SharedPoller) else None
 
     async def start(self) -> None:
         """Listen; nobody is trusted yet. BadInputError if the port is in use."""
@@ -82,7 +80,8 @@ class DataPlane:
             link.abort("the data plane is closed")
         await self._acceptor.close()
         await asyncio.gather(*(link.wait_closed() for link in links))
-        self._poller.close()
+        if self.poller is not None:
+            self.poller.close()
 
     async def set_trusted(self, pems: Iterable[str]) -> None:
         """Exactly these devices' certificates (PEM) are trusted; links with others are ended and reported lost."""
@@ -90,7 +89,7 @@ class DataPlane:
         for link in self._links:
             if link.device not in trusted:
                 link.abort("the device was removed from the household")
-        self._acceptor.set_trusted(trusted.values())
+        self._acceptor.set_trusted(trusted)
 
     def expect(self, sender: DeviceId, *inlets: Inlet) -> None:
         """From now on `sender` may dial the link that the inlets' limits name, and its frames are taken in there."""
@@ -147,7 +146,7 @@ class DataPlane:
                 results.put_nowait((nbytes, seconds))
 
         connection = await dial_link(self._identity, device, certificate_pem, hosts, port, ECHO_PATH)
-        link = self._dialled(connection, (NOBODY, 0, 0), timed=timed)
+        link = self._dialled(connection, ECHO_KEY, timed=timed)
         try:
             return await timed_frames(link, results, sizes)
         finally:
@@ -157,7 +156,7 @@ class DataPlane:
     def _route(self, device: DeviceId, path: str) -> Admit:
         """What is to become of a connection for `path`."""
         if path == ECHO_PATH:  # any device of the household may time its link to here, over one connection at a time
-            return partial(self._accept, device, (NOBODY, 0, 0), (Inlet(ECHO, ECHO_LIMITS, self._on_echo),))
+            return partial(self._accept, ECHO_KEY, (Inlet(ECHO, ECHO_LIMITS, self._on_echo),), NO_OBSERVER)
         found = PATH.fullmatch(path)
         key = None if found is None else (found[1], int(found[2]), int(found[3]))
         if key is None or (expected := self._expected.get(key)) is None:
@@ -165,17 +164,11 @@ class DataPlane:
         sender, inlets = expected
         if device != sender:
             raise DeclinedError(HTTPStatus.FORBIDDEN)
-        return partial(self._accept, key, key, inlets, observer=self._observer)
+        return partial(self._accept, key, inlets, self._observer)
 
-    def _accept(
-        self,
-        place: Key | DeviceId,
-        key: Key,
-        inlets: Sequence[Inlet],
-        connection: Connection,
-        observer: LinkObserver = NO_OBSERVER,
-    ) -> None:
+    def _accept(self, key: Key, inlets: Sequence[Inlet], observer: LinkObserver, connection: Connection) -> None:
         """It takes the place of the one before."""
+        place = connection.device if key == ECHO_KEY else key
         previous = self._accepted.get(place)
 
         def ended(link: Link) -> None:

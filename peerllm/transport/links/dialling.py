@@ -14,7 +14,7 @@ from peerllm.errors import AuthenticationError, LinkError, PeerLLMError
 from peerllm.transport.dial import DIAL_TIMEOUT_S
 from peerllm.transport.identity import Identity
 from peerllm.transport.links.connection import Connection, handshake, read_head
-from peerllm.transport.tls import client_context, peer_device
+from peerllm.transport.tls.contexts import client_context, peer_device
 from peerllm.transport.websocket.upgrade import END, MAX_HEAD_BYTES, read_answer, request
 from peerllm.types import DeviceId
 

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Sequence
 
 from peerllm.errors import LinkError
-from peerllm.transport.frames import Frame, FrameKind, FrameLimits, NamedTensor, TensorLimit, TokenRun
+from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
+from peerllm.transport.frames.limits import FrameLimits, TensorLimit
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.transport.links.link import Link
 
 ECHO_PATH = "/echo"

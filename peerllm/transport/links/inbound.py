@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter, perf_counter_ns
 
 from peerllm.errors import FrameError
-from peerllm.transport.frames import decode, kind_of
+from peerllm.transport.frames.decoder import decode, kind_of
 from peerllm.transport.links.channels import (
     FRAME_COST_BYTES,
     GRANT_MAGIC,
@@ -21,7 +21,6 @@ from peerllm.transport.links.channels import (
 from peerllm.transport.links.connection import Connection
 from peerllm.transport.links.observer import LinkObserver
 from peerllm.transport.websocket.framing import BINARY, MessageReader
-from peerllm.types import DeviceId
 
 READS = 32  # records of one connection in a row, before others have their turn
 MAX_ANSWER_BYTES = 1024  # of a message to an end that takes in no frames
@@ -30,7 +29,8 @@ MAX_ANSWER_BYTES = 1024  # of a message to an end that takes in no frames
 class Inbound:
     """`read` may be called by any thread, in turn. What a link hears there must be cheap.
 
-    `hear` gets PINGs, PONGs and CLOSE, `credit` what the other end has taken of a channel (false: that cannot be).
+    `hear` gets PINGs, PONGs and CLOSE, `credit` what the other end has taken of a channel (false: that cannot be),
+    `grant` what it is to be told to have been taken here.
     `fail` gets what ends the link: FrameError and what `deliver` raises; OSError if the connection broke.
     """
 
@@ -40,10 +40,9 @@ class Inbound:
         loop: asyncio.AbstractEventLoop,
         inlets: Sequence[Inlet],
         masked: bool,
-        device: DeviceId,
-        taken: Callable[[Delivery], None],
         hear: Callable[[int, bytes], None],
         credit: Callable[[LinkChannel, int], bool],
+        grant: Callable[[LinkChannel, int], None],
         fail: Callable[[Exception], None],
         observer: LinkObserver,
     ) -> None:
@@ -53,8 +52,8 @@ class Inbound:
         self.closing = False  # frames are dropped from now on
         self.deaf = False  # all is dropped: what comes makes no sense any more
         self.over = False  # nothing is read any more
-        self._connection, self._loop, self._device, self._taken = connection, loop, device, taken
-        self._hear, self._credit, self._fail = hear, credit, fail
+        self._connection, self._loop = connection, loop
+        self._hear, self._credit, self._grant, self._fail = hear, credit, grant, fail
         self._observer = observer
         self._mailboxes = [Mailbox(inlet) for inlet in inlets]
         self._by_kind: dict[int, Mailbox] = {kind: box for box in self._mailboxes for kind in box.inlet.limits.kinds}
@@ -77,9 +76,10 @@ class Inbound:
                 self._fail(error)
         return True
 
-    def take(self, delivery: Delivery) -> int | None:
-        """How much of its channel its sender shall hear to have been taken, if anything."""
-        return self._by_channel[delivery.channel].take(delivery.cost_bytes)
+    def taken(self, delivery: Delivery) -> None:
+        """A frame waits no longer here; by its channel's reader."""
+        if (taken_bytes := self._by_channel[delivery.channel].take(delivery.cost_bytes)) is not None:
+            self._grant(delivery.channel, taken_bytes)
 
     def _fill(self) -> bool:
         """Whether anything came."""
@@ -119,7 +119,7 @@ class Inbound:
         inlet, cost_bytes = mailbox.inlet, len(payload) + FRAME_COST_BYTES
         frame = decode(payload, inlet.limits)
         mailbox.add(cost_bytes)
-        delivery = Delivery(inlet.channel, frame, cost_bytes, self._taken)
+        delivery = Delivery(inlet.channel, frame, cost_bytes, self.taken)
         if inlet.channel.reader == "loop":
             self._loop.call_soon_threadsafe(self._deliver_on_loop, inlet, delivery)
         else:
@@ -127,7 +127,7 @@ class Inbound:
         self.taken_at = perf_counter()
         if came_ns:
             now_ns = perf_counter_ns()
-            self._observer.received(self._device, frame, self.frames, len(payload), came_ns, now_ns)
+            self._observer.received(self._connection.device, frame, self.frames, len(payload), came_ns, now_ns)
 
     def _deliver_on_loop(self, inlet: Inlet, delivery: Delivery) -> None:
         with self._turn:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from time import perf_counter, perf_counter_ns
 from typing import Any
 
 from peerllm.errors import FrameError, PeerLLMError
 from peerllm.transport.dial import CLOSE_TIMEOUT_S
-from peerllm.transport.frames import Frame, encode_buffers
+from peerllm.transport.frames.encoder import encode_buffers
+from peerllm.transport.frames.frame import Frame
 from peerllm.transport.links import liveness
-from peerllm.transport.links.channels import CHANNEL_OF_KIND, Delivery, Inlet, LinkChannel
+from peerllm.transport.links.channels import CHANNEL_OF_KIND, Inlet, LinkChannel
 from peerllm.transport.links.connection import Connection
 from peerllm.transport.links.frame_timer import FrameTimer, OnTimed, answer
 from peerllm.transport.links.inbound import Inbound
@@ -39,7 +41,7 @@ FLUSH_TIMEOUT_S = 2.0  # what an orderly close gives the frames still queued
 
 
 class Link:
-    """`send`, `taken` and `close` may be called from any thread, the rest on the loop.
+    """`send` and `close` may be called from any thread, the rest on the loop.
 
     `lost` is why the link broke; empty while it has not, and after either side ended it on purpose.
     """
@@ -76,10 +78,9 @@ class Link:
             self._loop,
             inlets,
             not dialled,
-            self.device,
-            self.taken,
             self._hear,
             self._outbox.credit,
+            self._outbox.grant,
             self._fail,
             observer,
         )
@@ -116,11 +117,6 @@ class Link:
         self._outbox.put(channel, nbytes, data, observed)
         if ping:
             self.timer.handed_over(perf_counter())
-
-    def taken(self, delivery: Delivery) -> None:
-        """A frame waits no longer here; by its channel's reader."""
-        if (taken_bytes := self._inbound.take(delivery)) is not None:
-            self._outbox.grant(delivery.channel, taken_bytes)
 
     def close(self, reason: str = "") -> None:
         """Take in no more frames, let those queued go (at most FLUSH_TIMEOUT_S), then end; not reported as lost."""
@@ -194,7 +190,7 @@ class Link:
         self._number += 1
         if observed is not None:
             to = self.deployment, self.device, self.stage
-            self._observer.sent(*to, self._number, observed, began_ns, perf_counter_ns())
+            self._observer.sent(to, self._number, observed, began_ns, perf_counter_ns())
 
     def _cannot_send(self, reason: str) -> None:
         while not self._connection.closed and not self._heard_the_end.is_set() and self._inbound.read():
@@ -240,8 +236,6 @@ class Link:
 
 
 async def _at_most(seconds: float, wait: Coroutine[Any, Any, object]) -> None:
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await wait
-    except TimeoutError:
-        return

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peerllm.transport.frames import Frame, FrameKind, TokenRun
+from peerllm.transport.frames.frame import Frame, FrameKind
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import DeploymentId, DeviceId
+
+Destination = tuple[DeploymentId, DeviceId, int]  # the last is the stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +31,7 @@ class LinkObserver:
 
     on = False
 
-    def sent(
-        self,
-        deployment: DeploymentId,
-        device: DeviceId,
-        stage: int,
-        number: int,
-        frame: SentFrame,
-        taken_ns: int,
-        written_ns: int,
-    ) -> None:
+    def sent(self, to: Destination, number: int, frame: SentFrame, taken_ns: int, written_ns: int) -> None:
         """The link took it from its queue and wrote it into the connection."""
 
     def received(self, device: DeviceId, frame: Frame, number: int, nbytes: int, came_ns: int, taken_ns: int) -> None:

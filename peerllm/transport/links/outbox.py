@@ -9,24 +9,17 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter_ns
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from peerllm.errors import LinkError
 from peerllm.transport.links.channels import CHANNELS, FRAME_COST_BYTES, LinkChannel, grant_payload
+from peerllm.transport.links.connection import Connection
 from peerllm.transport.links.observer import SentFrame
-from peerllm.transport.websocket.framing import BINARY, RECORD_BYTES, head
+from peerllm.transport.websocket.framing import BINARY, RECORD_BYTES, control
 
 DIRECT_BYTES = 64 << 10  # of a frame that its sender encrypts itself; the loop writes the rest, while it computes
 TURN_BYTES = 256 << 10  # what the loop writes before it looks at other things
 MAX_SAID_BYTES = 1024  # PINGs, PONGs and a CLOSE that wait for a frame to be through
-
-
-class Writes(Protocol):
-    """What an outbox needs of a connection."""
-
-    fd: int
-
-    def write(self, record: memoryview | bytes) -> bool: ...
 
 
 class Queued(NamedTuple):
@@ -65,7 +58,7 @@ class Outbox:
 
     def __init__(
         self,
-        connection: Writes,
+        connection: Connection,
         loop: asyncio.AbstractEventLoop,
         masked: bool,
         sent: Callable[[SentFrame | None, int], None] = lambda frame, began_ns: None,
@@ -84,7 +77,7 @@ class Outbox:
         self._now: Queued | None = None  # being written
         self._rest = memoryview(b"")  # what is left of it
         self._began_ns = 0
-        self._ended = ""  # why nothing more is taken
+        self.ended = ""  # why nothing more is taken; empty while it is
         self._lock = threading.Lock()
         self._due = False  # the loop will write
         self._detached = False  # nothing is written any more
@@ -96,8 +89,8 @@ class Outbox:
         LinkError if the link has ended; also if the channel's queue is full, which ends it.
         """
         with self._lock:
-            if self._ended:
-                raise LinkError(f"the link has ended: {self._ended}")
+            if self.ended:
+                raise LinkError(f"the link has ended: {self.ended}")
             lane, cost_bytes = self._lanes[channel], nbytes + FRAME_COST_BYTES
             if lane.queue and lane.queued_bytes + cost_bytes > lane.bound_bytes:
                 reason = f"{len(lane.queue)} frames wait on channel {channel.name}, which is all that may"
@@ -108,12 +101,12 @@ class Outbox:
             lane.queued_bytes += cost_bytes
             self._waiting += 1
             self._flush()
-            if self._ended:
-                raise LinkError(f"the link has ended: {self._ended}")
+            if self.ended:
+                raise LinkError(f"the link has ended: {self.ended}")
 
     def say(self, opcode: int, payload: bytes) -> None:
         """Send a PING, PONG, CLOSE or short message, between frames; left out if too many wait already."""
-        message = head(opcode, len(payload), self._masked) + payload
+        message = control(opcode, payload, self._masked)
         with self._lock:
             if len(self._said) + len(message) <= MAX_SAID_BYTES:
                 self._said += message
@@ -122,7 +115,7 @@ class Outbox:
     def grant(self, channel: LinkChannel, taken_bytes: int) -> None:
         """Tell the other end how many bytes of a channel have been taken here."""
         with self._lock:
-            if not self._ended:
+            if not self.ended:
                 self._due_grants[channel] = taken_bytes
                 self._flush()
 
@@ -167,11 +160,6 @@ class Outbox:
         self._empty.set()
 
     @property
-    def ended(self) -> str:
-        """Why nothing more is taken; empty while it is."""
-        return self._ended
-
-    @property
     def busy(self) -> bool:
         """Whether a message is under way: what is said now comes behind it."""
         return self._now is not None or bool(self._said or self._due_grants)
@@ -208,7 +196,7 @@ class Outbox:
                 self._done()
             else:
                 self._rest = rest[len(record) :]
-        if self._ended and not self._waiting:  # nobody waits for it before
+        if self.ended and not self._waiting:  # nobody waits for it before
             self._soon(self._empty.set)
         return True
 
@@ -217,8 +205,7 @@ class Outbox:
         if self._said:
             queued, self._said = Queued(self._said), b""
         elif self._due_grants:
-            grant = grant_payload(*self._due_grants.popitem())
-            queued = Queued(head(BINARY, len(grant), self._masked) + grant)
+            queued = Queued(control(BINARY, grant_payload(*self._due_grants.popitem()), self._masked))
         else:
             for lane in self._lanes.values():
                 if lane.queue and lane.has_credit(lane.queue[0].cost_bytes):
@@ -239,7 +226,7 @@ class Outbox:
             self._sent(done.observed, self._began_ns)
 
     def _end(self, reason: str, discard: bool) -> None:
-        self._ended = self._ended or reason
+        self.ended = self.ended or reason
         if discard:
             for lane in self._lanes.values():
                 lane.queue.clear()
@@ -255,7 +242,7 @@ class Outbox:
 
     def _give_up(self) -> None:
         self.detach()
-        self._broke(self._ended)
+        self._broke(self.ended)
 
     def _watch(self) -> None:
         if not self._detached:

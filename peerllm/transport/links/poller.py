@@ -34,9 +34,6 @@ class Poller:
         """Not any more; nothing happens if it was not."""
         self._loop.remove_reader(fd)
 
-    def close(self) -> None:
-        """Once all are removed."""
-
 
 class SharedPoller(Poller):
     """One thread at a time may `wait`; `add` and `close` are for the loop, the rest is for any thread.
@@ -89,6 +86,7 @@ class SharedPoller(Poller):
             self._give_back()
 
     def close(self) -> None:
+        """Once all are removed."""
         with self._guard:
             if self._closed:
                 return
@@ -133,6 +131,6 @@ class SharedPoller(Poller):
                     os.eventfd_read(self._bell)
 
 
-def make_poller(loop: asyncio.AbstractEventLoop) -> Poller:
-    """A SharedPoller where the system has what it takes."""
-    return SharedPoller(loop) if hasattr(select, "epoll") and hasattr(os, "eventfd") else Poller(loop)
+def shared_poller(loop: asyncio.AbstractEventLoop) -> SharedPoller | None:
+    """One where the system has what it takes."""
+    return SharedPoller(loop) if hasattr(select, "epoll") and hasattr(os, "eventfd") else None

@@ -6,10 +6,9 @@ import asyncio
 import hmac
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 
 from peerllm.errors import LinkError, PairingError, PeerLLMError
-from peerllm.transport.identity import Identity, canonical_pem, certificate_device, verify
+from peerllm.transport.identity import Identity, certificate_device, verify
 from peerllm.transport.pairing.code import door_name, make_code
 from peerllm.transport.pairing.pairing_messages import (
     PAIRING_VERSION,
@@ -24,9 +23,10 @@ from peerllm.transport.pairing.pairing_messages import (
     Welcome,
 )
 from peerllm.transport.pairing.pake import Keys, Pake
-from peerllm.transport.roster import MAX_COUNTER, Roster
-from peerllm.transport.roster.entry import clean_name
-from peerllm.transport.tls import door_context, listen
+from peerllm.transport.roster.entry import MAX_COUNTER, clean_name
+from peerllm.transport.roster.roster import Roster
+from peerllm.transport.tls.contexts import door_context
+from peerllm.transport.tls.listen import listen
 from peerllm.types import DeviceId
 
 PAIRING_WINDOW_S = 120.0
@@ -37,19 +37,11 @@ REFUSE_TIMEOUT_S = 1.0  # what telling a refusal, or saying goodbye, may take
 CLOSED = "the pairing window is closed; run peerllm invite again"
 
 
-@dataclass(frozen=True, slots=True)
-class Paired:
-    """A device that has just joined; the roster holds it already."""
-
-    device: DeviceId
-    name: str
-    certificate_pem: str
-
-
 class PairingDoor:
     """Invites one device. `roster` is asked for the household's list at the moment of success, and changed.
 
-    `on_paired` and `on_closed` (with the reason) run on the loop, the latter exactly once per `open`.
+    `on_paired` (the roster holds the newcomer by then) and `on_closed` (with the reason) run on the loop, the latter
+    exactly once per `open`.
     """
 
     def __init__(
@@ -59,8 +51,8 @@ class PairingDoor:
         name: str,
         hosts: Iterable[str],
         port: int,
-        on_paired: Callable[[Paired], None],
-        on_closed: Callable[[str], None] | None = None,
+        on_paired: Callable[[], None],
+        on_closed: Callable[[str], None],
     ) -> None:
         self._identity = identity
         self._roster = roster
@@ -68,14 +60,14 @@ class PairingDoor:
         self._hosts = tuple(hosts)
         self._wanted_port = port
         self._on_paired = on_paired
-        self._on_closed = on_closed or (lambda reason: None)
+        self._on_closed = on_closed
         self._servers: list[asyncio.Server] = []
         self._visits: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
         self._expiry: asyncio.TimerHandle | None = None
         self._code = ""
         self._tries_left = 0
-        self._port = 0
+        self.port = 0  # the real one while open, also where 0 was asked for
         self.closed_reason = CLOSED
 
     @property
@@ -83,20 +75,15 @@ class PairingDoor:
         return bool(self._code)
 
     @property
-    def port(self) -> int:
-        """The real port while open, also where 0 was asked for."""
-        return self._port
-
-    @property
     def door(self) -> str:
         """The public part of the code, for the advertisement; empty while closed."""
         return door_name(self._code) if self._code else ""
 
-    async def open(self, window_s: float | None = None) -> str:
+    async def open(self) -> str:
         """Listen, and return the code to tell the other device's owner. BadInputError if the port is in use."""
         await self.close()
         sockets = await listen(self._hosts, self._wanted_port)
-        self._port = int(sockets[0].getsockname()[1])
+        self.port = int(sockets[0].getsockname()[1])
         context = door_context(self._identity)
         self._code, self._tries_left, self.closed_reason = make_code(), TRIES, ""
         code = self._code
@@ -105,8 +92,7 @@ class PairingDoor:
                 self._visit, sock=sock, ssl=context, ssl_handshake_timeout=ATTEMPT_TIMEOUT_S
             )
             self._servers.append(server)
-        window_s = PAIRING_WINDOW_S if window_s is None else window_s
-        self._expiry = asyncio.get_running_loop().call_later(window_s, self._shut, CLOSED)
+        self._expiry = asyncio.get_running_loop().call_later(PAIRING_WINDOW_S, self._shut, CLOSED)
         return code
 
     async def close(self) -> None:
@@ -174,7 +160,7 @@ class PairingDoor:
         if hello.version != PAIRING_VERSION:
             raise PairingError(f"pairing version {hello.version} is not {PAIRING_VERSION}; update both devices")
         joiner = certificate_device(hello.certificate_pem)
-        name = clean_name(hello.name)
+        clean_name(hello.name)  # one that cannot be is refused here, before it costs a try
         if joiner == self._identity.device:
             raise PairingError("a device cannot be paired with itself")
         if not 0 <= hello.counter <= MAX_COUNTER // 2:
@@ -186,7 +172,7 @@ class PairingDoor:
         self._check_proof(confirm.proof, keys)
         await channel.send(Confirm(keys.inviter_proof))
         channel.authenticate(send_key=keys.inviter_mac, receive_key=keys.joiner_mac)
-        await self._exchange(channel, hello, name, joiner, keys)
+        await self._exchange(channel, hello, joiner, keys)
 
     def _check_proof(self, proof: str, keys: Keys) -> None:
         """Spends a try, right or wrong: from here on the other side may learn which it was."""
@@ -201,16 +187,13 @@ class PairingDoor:
         left = f"{self._tries_left} {'try' if self._tries_left == 1 else 'tries'} left"
         raise PairingError(f"the code is wrong; {left}")
 
-    async def _exchange(
-        self, channel: PairingChannel, hello: JoinRequest, name: str, joiner: DeviceId, keys: Keys
-    ) -> None:
+    async def _exchange(self, channel: PairingChannel, hello: JoinRequest, joiner: DeviceId, keys: Keys) -> None:
         possession, _ = await channel.receive(Possession)
-        verify(hello.certificate_pem, _bytes(possession.signature), b"joiner" + keys.transcript)
+        verify(hello.certificate_pem, possession.signature, b"joiner" + keys.transcript)
         roster = self._roster()
-        pem = canonical_pem(hello.certificate_pem)
-        entry = roster.introduce(self._identity, pem, name, above=hello.counter)
+        entry = roster.introduce(self._identity, hello.certificate_pem, hello.name, above=hello.counter)
         entries = (*(known for known in roster.vouch(self._identity) if known.device != joiner), entry)
-        signature = self._identity.sign(b"inviter" + keys.transcript).hex()
+        signature = self._identity.sign(b"inviter" + keys.transcript)
         await channel.send(Welcome(self._name, signature, entries))
         introduction, _ = await channel.receive(Introduction)
         theirs = introduction.entry
@@ -220,12 +203,5 @@ class PairingDoor:
         if not roster.is_member(joiner):
             raise PairingError("the household would not take the device in; remove it there first, then try again")
         self._shut("paired")
-        self._on_paired(Paired(joiner, name, pem))
+        self._on_paired()
         await channel.send(PairingDone(joiner))
-
-
-def _bytes(digits: str) -> bytes:
-    try:
-        return bytes.fromhex(digits)
-    except ValueError as error:
-        raise PairingError("a signature is not hexadecimal") from error

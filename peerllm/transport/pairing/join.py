@@ -8,9 +8,6 @@ import ssl
 from contextlib import suppress
 from dataclasses import dataclass
 
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import load_der_x509_certificate
-
 from peerllm.errors import AuthenticationError, LinkError, PairingError
 from peerllm.transport.identity import Identity, certificate_device, verify
 from peerllm.transport.pairing.code import normalise
@@ -26,9 +23,9 @@ from peerllm.transport.pairing.pairing_messages import (
     Welcome,
 )
 from peerllm.transport.pairing.pake import Pake
-from peerllm.transport.roster import MAX_ENTRIES, RosterEntry, sign_entry
-from peerllm.transport.roster.entry import check_entry, clean_name
-from peerllm.transport.tls import knock_context, peer_certificate
+from peerllm.transport.roster.entry import RosterEntry, check_entry, clean_name, sign_entry
+from peerllm.transport.roster.roster import MAX_ENTRIES
+from peerllm.transport.tls.contexts import knock_context, peer_certificate
 from peerllm.types import DeviceId
 
 JOIN_TIMEOUT_S = 30.0  # waiting for a turn at the door included
@@ -40,7 +37,6 @@ class JoinResult:
 
     device: DeviceId
     name: str
-    certificate_pem: str
     entries: tuple[RosterEntry, ...]
 
 
@@ -83,7 +79,7 @@ async def _knock(
     identity: Identity, name: str, code: str, counter: int, channel: PairingChannel, inviter_der: bytes
 ) -> JoinResult:
     try:
-        inviter_pem = load_der_x509_certificate(inviter_der).public_bytes(Encoding.PEM).decode("ascii")
+        inviter_pem = ssl.DER_cert_to_PEM_cert(inviter_der)
         inviter = certificate_device(inviter_pem)
     except ValueError as error:
         raise PairingError("what answers there is not a peerllm device") from error
@@ -100,10 +96,10 @@ async def _knock(
     if not hmac.compare_digest(confirm.proof.encode(), keys.inviter_proof.encode()):
         raise PairingError("the other device does not know the code; somebody may be in between: do not go on")
     channel.authenticate(send_key=keys.joiner_mac, receive_key=keys.inviter_mac)
-    await channel.send(Possession(identity.sign(b"joiner" + keys.transcript).hex()))
+    await channel.send(Possession(identity.sign(b"joiner" + keys.transcript)))
     welcome, _ = await channel.receive(Welcome)
     try:
-        verify(inviter_pem, bytes.fromhex(welcome.signature), b"inviter" + keys.transcript)
+        verify(inviter_pem, welcome.signature, b"inviter" + keys.transcript)
         if len(entries := welcome.entries) > MAX_ENTRIES:
             raise PairingError(f"a household of {len(entries)} entries; at most {MAX_ENTRIES} are taken")
         for entry in entries:
@@ -116,4 +112,4 @@ async def _knock(
     ours = sign_entry(identity, inviter_pem, welcome.name, above + 1)
     await channel.send(Introduction(ours))
     await channel.receive(PairingDone)
-    return JoinResult(inviter, ours.name, inviter_pem, (*entries, ours))
+    return JoinResult(inviter, ours.name, (*entries, ours))

@@ -7,17 +7,19 @@ import hmac
 from dataclasses import dataclass
 from hashlib import sha256
 from struct import Struct
-from typing import Any
+from typing import TypeVar
 
 from peerllm import codec
 from peerllm.errors import LinkError, PairingError
-from peerllm.transport.roster import RosterEntry
+from peerllm.transport.roster.entry import RosterEntry
 
 PAIRING_VERSION = 2
 MAX_UNPROVEN_BYTES = 64 << 10  # of a message from who has not shown yet that the code is known there
 MAC_BYTES = 32
 LENGTH = Struct("<I")
 SEQUENCE = Struct("<Q")
+
+M = TypeVar("M")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +119,8 @@ class PairingChannel:
             raise LinkError("the other side hung up") from error
         return body
 
-    async def receive(self, *kinds: type[Any]) -> tuple[Any, bytes]:
-        """The next message, of one of `kinds`, and its bytes; PairingRefused becomes a PairingError with its reason."""
+    async def receive(self, kind: type[M]) -> tuple[M, bytes]:
+        """The next message, of that kind, and its bytes; PairingRefused becomes a PairingError with its reason."""
         try:
             (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
             payload = await self._reader.readexactly(length) if length <= self._limit else b""
@@ -132,9 +134,9 @@ class PairingChannel:
                 raise PairingError("a pairing message was tampered with")
             self._received += 1
         message = codec.decode(payload, Message)
-        if isinstance(message, PairingRefused) and PairingRefused not in kinds:
+        if isinstance(message, PairingRefused):
             raise PairingError(message.reason[:200])
-        if not isinstance(message, kinds):
+        if not isinstance(message, kind):
             raise PairingError(f"the other side sent {type(message).__name__} out of turn")
         return message, payload
 

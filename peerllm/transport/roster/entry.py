@@ -53,7 +53,7 @@ def sign_entry(identity: Identity, certificate_pem: str, name: str, counter: int
     pem = canonical_pem(certificate_pem)
     device = fingerprint(parse_certificate(pem)[0])
     entry = RosterEntry(device, name, pem, identity.device, min(counter, most_counter(removed)), removed, "")
-    return replace(entry, signature=identity.sign(entry.signed_bytes()).hex())
+    return replace(entry, signature=identity.sign(entry.signed_bytes()))
 
 
 def most_counter(removed: bool) -> int:
@@ -84,7 +84,7 @@ def check_entry(entry: RosterEntry) -> None:
 def check_signature(entry: RosterEntry, introducer_pem: str) -> None:
     """ForgedError unless the introducer signed the entry."""
     try:
-        verify(introducer_pem, bytes.fromhex(entry.signature), entry.signed_bytes())
+        verify(introducer_pem, entry.signature, entry.signed_bytes())
     except (ValueError, AuthenticationError) as error:
         raise ForgedError(f"the entry of {entry.device[:8]} is not signed by {entry.introducer[:8]}") from error
 

@@ -146,12 +146,9 @@ class Roster:
         waiting.sort(key=lambda entry: (entry.removed, entry.counter, entry.signature))
         refusals: dict[RosterEntry, str] = {}
         forged: set[RosterEntry] = set()
-        progress = True
-        rounds = 0
         # An entry may rest on another of the same batch: go on while anything is still taken in.
-        while progress and rounds <= len(waiting):
+        for _ in range(len(waiting) + 1):
             progress = False
-            rounds += 1
             for entry in [entry for entry in waiting if entry not in forged]:
                 try:
                     taken = self._take(entry)
@@ -162,6 +159,8 @@ class Roster:
                 else:
                     refusals.pop(entry, None)
                     progress = progress or taken
+            if not progress:
+                break
         self._forget_oldest()
         after = self.members()
         return Change(
@@ -203,11 +202,9 @@ class Roster:
             if entry.counter > ended:
                 raise AuthenticationError(f"{signer[:8]} was already gone when it removed {entry.device[:8]}")
             return
-        if signer == self.device:
-            return  # what this device said itself it goes on believing: removed or not, it must be able to come back
-        if removed is not None and not self._member_since(signer, removed):
+        if not self._holds(entry):
             raise AuthenticationError(f"{signer[:8]} was removed; whom it introduced does not count")
-        if not alive and left is not None and entry.counter > left.counter:
+        if signer != self.device and not alive and left is not None and entry.counter > left.counter:
             raise AuthenticationError(f"{signer[:8]} had left when it introduced {entry.device[:8]}")
 
     def _void(self, tombstone: RosterEntry) -> None:
@@ -246,9 +243,14 @@ class Roster:
         return held
 
     def _holds(self, entry: RosterEntry) -> bool:
-        """Whether an introduction outlives the removals of its introducer."""
-        removed = self._removed.get(entry.introducer)
-        return removed is None or entry.introducer == self.device or self._member_since(entry.introducer, removed)
+        """Whether an introduction outlives the removals of its introducer, who may have come back since.
+
+        What this device said itself it goes on believing: removed or not, it must be able to come back.
+        """
+        removed = self._removed.get(introducer := entry.introducer)
+        if removed is None or introducer == self.device:
+            return True
+        return bool(self._added.get(introducer)) and self._top(introducer).counter > removed.counter
 
     # ---- small questions -----------------------------------------------------------------------------------------
 
@@ -284,10 +286,6 @@ class Roster:
     def _alive(self, device: DeviceId) -> bool:
         return bool(self._added.get(device)) and self._top(device).counter > self._gone_at(device)
 
-    def _member_since(self, device: DeviceId, removed: RosterEntry) -> bool:
-        """Whether the device came back after that removal."""
-        return bool(self._added.get(device)) and self._top(device).counter > removed.counter
-
     def _check_member(self, identity: Identity) -> None:
         if identity.device != self.device:
             raise ValueError("a roster is changed by its own device only")
@@ -309,4 +307,4 @@ def _sorted(entries: Iterable[RosterEntry]) -> tuple[RosterEntry, ...]:
 
 def _resign(identity: Identity, entry: RosterEntry) -> RosterEntry:
     blank = replace(entry, introducer=identity.device, signature="")
-    return replace(blank, signature=identity.sign(blank.signed_bytes()).hex())
+    return replace(blank, signature=identity.sign(blank.signed_bytes()))

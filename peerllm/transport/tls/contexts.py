@@ -12,7 +12,7 @@ from peerllm.types import DeviceId
 
 
 class HasPeer(Protocol):
-    """What knows its peer: an asyncio transport, an aiohttp websocket."""
+    """What knows its peer: an asyncio transport, an aiohttp request or websocket."""
 
     def get_extra_info(self, name: str, default: object = None) -> object: ...
 

@@ -7,6 +7,7 @@ import errno
 import socket
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from peerllm.errors import BadInputError
 
@@ -16,7 +17,7 @@ WILDCARDS = ("::", "0.0.0.0")  # noqa: S104 - compared with, not bound to
 NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT})
 
 
-Address = tuple[int, tuple[str, int, int, int]]  # family, (host, 0, flow, scope)
+Address = tuple[int, tuple[Any, ...]]  # family, (host, 0), of IPv6 (host, 0, flow, scope)
 
 
 async def listen(hosts: Iterable[str], port: int) -> list[socket.socket]:
@@ -29,24 +30,25 @@ async def listen(hosts: Iterable[str], port: int) -> list[socket.socket]:
         sockets: list[socket.socket] = []
         chosen = port
         try:
-            for family, host in addresses:
-                sock = _bind(family, host, chosen)
+            for family, address in addresses:
+                sock = _bind(family, address, chosen)
                 if sock is not None:
                     sockets.append(sock)
                     chosen = sock.getsockname()[1]
         except OSError as error:
-            _close(sockets)
+            for sock in sockets:
+                sock.close()
             if error.errno == errno.EADDRINUSE and not port and sockets:
                 continue
             raise _explained(error, chosen, addresses) from error
         if sockets:
             return sockets
         break
-    raise BadInputError(f"none of {', '.join(host[0] for _, host in addresses)} can be listened on")
+    raise BadInputError(f"none of {', '.join(address[0] for _, address in addresses)} can be listened on")
 
 
 async def _resolve(hosts: Iterable[str]) -> list[Address]:
-    """(family, (address, 0, flow, scope)) of each host, once each."""
+    """Those of each host, once each."""
     found: dict[Address, None] = {}
     for host in hosts:
         try:
@@ -57,15 +59,14 @@ async def _resolve(hosts: Iterable[str]) -> list[Address]:
         except OSError as error:
             raise BadInputError(f"{host} is no address of this device") from error
         for family, _, _, _, address in infos:
-            flow, scope = (int(address[2]), int(address[3])) if len(address) == 4 else (0, 0)
-            found[family, (str(address[0]), 0, flow, scope)] = None
+            found[family, address] = None
     if not found:
         raise BadInputError("no address to listen on")
     return list(found)
 
 
-def _bind(family: int, address: tuple[str, int, int, int], port: int) -> socket.socket | None:
-    host, _, flow, scope = address
+def _bind(family: int, address: tuple[Any, ...], port: int) -> socket.socket | None:
+    host, _, *scope = address
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
@@ -77,9 +78,7 @@ def _bind(family: int, address: tuple[str, int, int, int], port: int) -> socket.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((host, port, flow, scope))
-        else:
-            sock.bind((host, port))
+        sock.bind((host, port, *scope))
         sock.listen(BACKLOG)
         sock.setblocking(False)
     except OSError as error:
@@ -97,8 +96,3 @@ def _explained(error: OSError, port: int, addresses: list[Address]) -> BadInputE
     if error.errno == errno.EACCES:
         return BadInputError(f"port {port} may not be opened by this user; choose one above 1023 with --port")
     return BadInputError(f"cannot listen on {where}, port {port}: {error.strerror}")
-
-
-def _close(sockets: Iterable[socket.socket]) -> None:
-    for sock in sockets:
-        sock.close()

@@ -16,15 +16,8 @@ from peerllm.types import DeviceId
 
 HANDSHAKE_TIMEOUT_S = 10.0  # a peer that connects and says nothing
 SHUTDOWN_TIMEOUT_S = 1.0  # handlers get this long to end once their connections are gone
-DEVICE_KEY = web.RequestKey("peerllm.device", str)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def request_device(request: web.Request) -> DeviceId:
-    """Who sent this request: the fingerprint of the live connection's certificate."""
-    known = request.get(DEVICE_KEY)
-    return known if known is not None else peer_device(request)
 
 
 class TlsServer:
@@ -38,25 +31,17 @@ class TlsServer:
         self._app = app
         self._identity = identity
         self._hosts = tuple(hosts)
-        self._wanted_port = port
+        self.port = port  # the real one once it listens, also where 0 was asked for
         self._trusted: dict[DeviceId, str] = {}
         self._runner: web.AppRunner | None = None
         self._sockets: list[socket.socket] = []
         self._acceptors: list[asyncio.AbstractServer] = []
         self._changing = asyncio.Lock()
 
-    @property
-    def port(self) -> int:
-        """The real port, also where 0 was asked for."""
-        if not self._sockets:
-            raise RuntimeError("the server has not been started")
-        return int(self._sockets[0].getsockname()[1])
-
     async def start(self) -> None:
         """Listen. BadInputError if the port is in use."""
-        if self._runner is not None:
-            return
-        self._sockets = await listen(self._hosts, self._wanted_port)
+        self._sockets = await listen(self._hosts, self.port)
+        self.port = int(self._sockets[0].getsockname()[1])
         # A handshake begun before a removal ends after it: each request is checked against the trust of the moment.
         self._app.middlewares.insert(0, self._gate)
         self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
@@ -121,10 +106,8 @@ class TlsServer:
 
     @web.middleware
     async def _gate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        device = request_device(request)
-        if device not in self._trusted:
+        if peer_device(request) not in self._trusted:
             if request.transport is not None:
                 request.transport.abort()
             raise web.HTTPForbidden
-        request[DEVICE_KEY] = device
         return await handler(request)

@@ -33,7 +33,7 @@ def head(opcode: int, nbytes: int, masked: bool) -> bytes:
 
 
 def control(opcode: int, payload: bytes, masked: bool) -> bytes:
-    """A whole PING, PONG or CLOSE."""
+    """A whole PING, PONG or CLOSE, or another message as short."""
     return head(opcode, len(payload), masked) + payload
 
 

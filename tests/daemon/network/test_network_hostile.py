@@ -32,7 +32,7 @@ from peerllm.daemon.network.control_links import MAX_LINKS_PER_DEVICE
 from peerllm.errors import LinkError, NotFoundError, RefusedError
 from peerllm.transport.dial import dial
 from peerllm.transport.identity import load_or_create
-from peerllm.transport.tls import client_context, knock_context
+from peerllm.transport.tls.contexts import client_context, knock_context
 from tests.daemon.networks import WAIT_S, Device, devices, pair
 
 PATHS = ("/", "/control/1", "/control", "/probe/1", "/probe/4194304", "/weights/x", "/v1/models", "/status", "/door")

@@ -6,7 +6,8 @@ from peerllm.daemon.control_messages import DeviceView, Place, Whereabouts
 from peerllm.daemon.decide.membership import Member
 from peerllm.daemon.network.network_files import Known
 from peerllm.daemon.network.peer_store import MAX_HINTS, MAX_HOST_CHARS, PeerStore, whereabouts
-from peerllm.transport.roster import MAX_MEMBERS, RosterEntry
+from peerllm.transport.roster.entry import RosterEntry
+from peerllm.transport.roster.roster import MAX_MEMBERS
 from tests.daemon.house import hello
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64

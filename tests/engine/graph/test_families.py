@@ -19,7 +19,7 @@ from peerllm.engine.graph.describe import UnfitError, describe
 from peerllm.engine.graph.family import FAMILIES
 from peerllm.engine.graph.rotation import inverse_frequencies, tables
 from peerllm.engine.graph.structure import Rope
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.graph.variants import (
     BY_KIND,
     CONTEXT,

@@ -13,7 +13,7 @@ from peerllm.engine.backends import Backends
 from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.messages import Inspect
 from peerllm.errors import EngineError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.architectures import stage
 from tests.engine.runs import in_slot
 from tests.engine.tiny import make_llama

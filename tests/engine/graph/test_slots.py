@@ -15,7 +15,7 @@ from peerllm.engine.base import Reach
 from peerllm.engine.graph.kv_slots import Batch, KVSlots
 from peerllm.engine.graph.structure import Attention
 from peerllm.errors import EngineError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.runs import in_slot
 
 EXAMPLES = 1500 if os.environ.get("PEERLLM_FULL") == "1" else 150

@@ -27,7 +27,7 @@ from peerllm.engine.model.torch_mockup import TorchOutline
 from peerllm.engine.model.torch_shard import TorchShard
 from peerllm.engine.sampler import SeededSampler
 from peerllm.errors import BadInputError, EngineError, ModelError, RefusedError, UnavailableError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import WorkingSpace
 from tests.engine.architectures import COMMON, FAMILIES
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, stage

@@ -20,7 +20,7 @@ from peerllm.engine.messages import Inspected
 from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.engine.model.torch_shard import TorchShard, load_shard
 from peerllm.errors import BadInputError, EngineError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.architectures import FAMILIES, VOCABULARY, quiet, save, stage, tiny_model
 from tests.engine.runs import in_slot
 

@@ -38,8 +38,10 @@ from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
 from peerllm.engine.schedule.source_sequences import SourceSequences
 from peerllm.engine.wire.parcels import Opened, Released, TokenBatch, from_frame, to_frame
 from peerllm.errors import EngineError, LinkError
-from peerllm.transport.frames import Frame, TokenRun
-from peerllm.transport.links import STEP, DataPlane, Delivery
+from peerllm.transport.frames.frame import Frame
+from peerllm.transport.frames.token_run import TokenRun
+from peerllm.transport.links.channels import STEP, Delivery
+from peerllm.transport.links.data_plane import DataPlane
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, VOCABULARY, FakeBackend, FakeShard, Line, engine, expected, stage
 from tests.engine.runs import in_slot

@@ -33,9 +33,10 @@ from peerllm.engine.messages import (
 from peerllm.engine.process import runtime
 from peerllm.engine.process.engine_line import MemoryChannel
 from peerllm.errors import EngineError, LinkError
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.transport.identity import load_or_create
-from peerllm.transport.links import DataPlane, Link
+from peerllm.transport.links.data_plane import DataPlane
+from peerllm.transport.links.link import Link
 from tests.engine.fakes import DEPLOYMENT, Broke, FakeBackend, FakeShard, engine, expected, stage
 
 pytestmark = pytest.mark.timeout(60)

@@ -14,9 +14,11 @@ import pytest
 from peerllm.engine.messages import Connect, Submit, Tokens, Trust, Trusted, Unload
 from peerllm.engine.wire.parcels import Opened, Released, to_frame
 from peerllm.errors import LinkError, RefusedError
-from peerllm.transport.frames import Frame, FrameKind, NamedTensor, TokenRun
+from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.transport.identity import load_or_create
-from peerllm.transport.links import DataPlane, Link
+from peerllm.transport.links.data_plane import DataPlane
+from peerllm.transport.links.link import Link
 from tests.engine.engines import GREEDY, WAIT_S, Cut, deploy, devices, inspect, redeploy, retrust, stage_specs
 from tests.engine.engines import Deployed as DeployedHere
 from tests.engine.tiny import make_llama, prompt, reference

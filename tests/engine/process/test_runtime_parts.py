@@ -30,12 +30,14 @@ from peerllm.engine.wire.parcels import (
     to_frame,
 )
 from peerllm.errors import BadInputError, FrameError, OverloadedError
-from peerllm.transport.frames import TokenRun, decode, encode
-from peerllm.transport.links import FRAME_COST_BYTES
+from peerllm.transport.frames.decoder import decode
+from peerllm.transport.frames.token_run import TokenRun
+from peerllm.transport.links.channels import FRAME_COST_BYTES
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, VOCABULARY, FakeBackend, FakeShard, stage
 from tests.engine.runs import batch_of
 from tests.engine.runs import sequences as of_whom
+from tests.transport.frames_support import encode
 
 
 def run(sequence: int, length: int = 1, position: int = 5, sample: bool = True) -> TokenRun:

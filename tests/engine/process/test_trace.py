@@ -12,8 +12,9 @@ import pytest
 from peerllm.engine.messages import Record, Recorded, Span, Unload
 from peerllm.engine.process.recorder import MAX_PART, MAX_PIECES, MAX_RECORDED, Recorder
 from peerllm.errors import RefusedError
-from peerllm.transport.frames import FrameKind, TokenRun
-from peerllm.transport.links import SentFrame
+from peerllm.transport.frames.frame import FrameKind
+from peerllm.transport.frames.token_run import TokenRun
+from peerllm.transport.links.observer import SentFrame
 from tests.engine.engines import WAIT_S, Cut, deploy, devices
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, engine, expected, stage
 from tests.engine.tiny import make_llama, prompt, reference
@@ -132,7 +133,7 @@ def test_two_threads_fill_it_while_a_third_takes() -> None:
     def fill() -> None:
         go.wait()
         for number in range(3000):
-            recorder.sent(DEPLOYMENT, "d" * 64, 1, number, SentFrame(FrameKind.RELEASE, (), 1, 0, 0), number, number)
+            recorder.sent((DEPLOYMENT, "d" * 64, 1), number, SentFrame(FrameKind.RELEASE, (), 1, 0, 0), number, number)
 
     threads = [threading.Thread(target=fill) for _ in range(2)]
     recorder.start(DEPLOYMENT)

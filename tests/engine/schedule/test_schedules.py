@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from peerllm.engine.schedule.step_schedules import SCHEDULES, Bubble, NoBubble, Sequential
-from peerllm.transport.frames import TokenRun
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import batches_of
 
 LAPS_UNTIL_EVEN = 2

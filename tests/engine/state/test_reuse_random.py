@@ -29,10 +29,14 @@ from peerllm.engine.state.layer_states import LayerState
 from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache
 from peerllm.engine.wire.parcels import Opened, Released, from_frame, source_limits, stage_limits
 from peerllm.errors import EngineError, LinkError
-from peerllm.transport.frames import Frame, FrameRefused, TokenRun, decode, encode
+from peerllm.transport.frames.decoder import decode
+from peerllm.transport.frames.frame import Frame
+from peerllm.transport.frames.limits import FrameRefused
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, stage
 from tests.engine.runs import in_slot
+from tests.transport.frames_support import encode
 
 STAGES, CONTEXT, CHUNK, WINDOW, SLACK = 3, 40, 4, 3, 2
 MODULUS, WORDS = 251, 4  # few words: prompts often begin alike

@@ -37,12 +37,16 @@ from peerllm.engine.wire.parcels import (
 )
 from peerllm.engine.wire.quantised import dequantise, quantise
 from peerllm.errors import FrameError
-from peerllm.transport.frames import Frame, FrameRefused, NamedTensor, Rule, TokenRun, decode, encode
+from peerllm.transport.frames.decoder import decode
+from peerllm.transport.frames.frame import Frame, NamedTensor
+from peerllm.transport.frames.limits import FrameRefused, Rule
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
 from tests.engine.engines import WAIT_S, Cut, Deployed, deploy, devices, stage_specs
 from tests.engine.fakes import DEPLOYMENT, stage
 from tests.engine.runs import in_slot, sequences
 from tests.engine.tiny import make_llama, prompt
+from tests.transport.frames_support import encode
 
 pytestmark = pytest.mark.timeout(240)
 

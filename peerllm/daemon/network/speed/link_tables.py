@@ -11,7 +11,7 @@ from math import isfinite
 
 from peerllm.daemon.control_messages import LinkSeen, LinkTable
 from peerllm.daemon.network.speed.link_estimates import LinkEstimate, Source
-from peerllm.transport.roster import MAX_MEMBERS
+from peerllm.transport.roster.roster import MAX_MEMBERS
 from peerllm.types import DeviceId, LinkProfile
 
 STALE_S = 1800.0  # a figure older than this counts no more
