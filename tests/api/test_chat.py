@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from peerllm.api import streams
-from peerllm.api.openai import completions, models
+from peerllm.api.openai import completions, model_wait
 from peerllm.api.server import ApiServer
 from peerllm.errors import EngineError, LinkError, OverloadedError, UnavailableError
 from tests.api.fake import BOUND_S, CONTEXT, END, FakeHousehold
@@ -279,7 +279,7 @@ async def test_a_full_queue_is_429_with_retry_after(
 async def test_a_waiting_model_is_503_with_its_reason(
     client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "PATIENCE_S", {"waiting": 0.0})
+    monkeypatch.setattr(model_wait, "PATIENCE_S", {"waiting": 0.0})
     household.served = [replace(household.model, state="waiting", reason="jetson is gone; 1.2 GB are missing")]
     async with client.post(PATH, json=ASK) as response:
         assert response.status == 503

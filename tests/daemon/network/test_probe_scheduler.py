@@ -101,3 +101,22 @@ async def test_nothing_is_measured_while_something_goes_on(links: Links, monkeyp
     assert not links.measured
     links.quiet = True
     await links.count(2)
+
+
+async def test_a_link_that_came_up_while_something_went_on_is_measured_soon_after(links: Links) -> None:
+    """Two devices that met measure each other at once: who finds the other at it must not leave it at that."""
+    links.schedule._busy_s = 0.01
+    asked = asyncio.Event()
+
+    def quiet() -> bool:
+        asked.set()
+        return links.quiet
+
+    links.schedule._quiet = quiet
+    links.quiet = False
+    links.schedule.connected(A)
+    async with asyncio.timeout(BOUND_S):
+        await asked.wait()
+    assert not links.measured and module.CHECK_S > BOUND_S
+    links.quiet = True
+    await links.count(2)

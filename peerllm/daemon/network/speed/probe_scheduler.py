@@ -10,7 +10,7 @@ from peerllm.errors import PeerLLMError, UnavailableError
 from peerllm.types import DeviceId
 
 CHECK_S = 15.0  # how often it is looked whether something is due
-BUSY_S = 1.0  # a device that is busy is asked again after this, and as much longer as the device ids say
+BUSY_S = 1.0  # where this device or the other is busy it is tried again after this, longer as the device ids say
 FAILED_S = 120.0  # a link that could not be measured is tried again after this
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,12 @@ class ProbeScheduler:
             self._wake.clear()
             self._not_before = {device: at for device, at in self._not_before.items() if at > loop.time()}
             for device in list(self._online()):
-                if self._quiet() and self._due(device) and device not in self._not_before:
+                if not self._due(device) or device in self._not_before:
+                    continue
+                if self._quiet():
                     await self._one(device)
+                else:  # the other end measures the same link just now, mostly
+                    self._not_before[device] = loop.time() + self._busy_s
 
     async def _one(self, device: DeviceId) -> None:
         loop = asyncio.get_running_loop()
