@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from peerllm.api.streams import STREAM, Stream
-from peerllm.errors import BadInputError, InfeasibleError, OverloadedError, PeerLLMError
+from peerllm.errors import BadInputError, InfeasibleError, OverloadedError, PeerLLMError, one_line
 
 RETRY_AFTER_S = 5  # seconds after which a client may ask again for what is not available now
 MAX_MESSAGE_CHARS = 2000  # of an error's line
@@ -42,11 +42,6 @@ class UnknownModelError(FieldError):
     http_status = 404
 
 
-def one_line(error: BaseException) -> str:
-    """An error's text as one bounded line."""
-    return " ".join(str(error).split())[:MAX_MESSAGE_CHARS] or type(error).__name__
-
-
 def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """{"error": {...}} as OpenAI's clients expect it."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -56,7 +51,10 @@ def error_object(status: int, message: str, param: str | None = None, code: str 
 def describe(error: PeerLLMError) -> dict[str, Any]:
     """The error object of one of our own errors."""
     found = error_object(
-        error.http_status, one_line(error), getattr(error, "param", None), getattr(error, "code", None)
+        error.http_status,
+        one_line(error, MAX_MESSAGE_CHARS),
+        getattr(error, "param", None),
+        getattr(error, "code", None),
     )
     found["error"]["status"] = error.http_status
     if isinstance(error, InfeasibleError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.device import LocalDevice
-from peerllm.cli.terminal import human_bytes, printable, table
+from peerllm.cli.terminal import printable, table
 from peerllm.daemon.weights.known_models import BUILTIN, KNOWN, memory_bytes
 from peerllm.daemon.weights.on_disk import (
     DIRECTORIES_FILE,
@@ -20,6 +20,7 @@ from peerllm.daemon.weights.on_disk import (
     weights_of,
 )
 from peerllm.errors import PeerLLMError
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import BITS
 
 FITS = {"int8": "yes", "int4": "with --quantize int4", "": "no", None: "?"}

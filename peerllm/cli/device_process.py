@@ -16,9 +16,10 @@ from peerllm.api.guard import is_loopback
 from peerllm.api.server import ApiServer
 from peerllm.api.token import TOKEN_FILE
 from peerllm.cli.device import DAEMON_FILE, write_daemon_file
-from peerllm.cli.terminal import human_bytes, tell
+from peerllm.cli.terminal import tell
 from peerllm.daemon.daemon import Daemon
 from peerllm.daemon.settings import Settings
+from peerllm.planner.cost.byte_sizes import human_bytes
 
 log = logging.getLogger(__name__)
 

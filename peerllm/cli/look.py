@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from peerllm.cli.device import LocalDevice
-from peerllm.cli.terminal import human_bytes, human_ms, human_rate, layer_bar, printable, table
+from peerllm.cli.terminal import human_ms, human_rate, layer_bar, printable, table
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import SCHEDULE_NAMES
 
 Status = Mapping[str, Any]

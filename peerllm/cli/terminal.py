@@ -19,15 +19,6 @@ def tell(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
-def human_bytes(count: float) -> str:
-    """ "1.5 GB", in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit in {"B", "kB"} else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def human_ms(value: float) -> str:
     """Milliseconds as a person says them: "0.42 ms", "58 ms", "5.1 s", "12 min"; two digits and never an exponent."""
     if value < 999.5:

@@ -153,8 +153,8 @@ def test_status_tells_memory_lent_and_used_and_the_context(peerllm: Run, device:
     out = peerllm("status")[1]
     head, first = (re.split(r"  +", line) for line in out.splitlines()[2:4])
     told = dict(zip(head, first, strict=False))  # where it computes is not said
-    assert (told["MEMORY"], told["LENT"], told["USED"]) == ("8.0 GB", "20.0 MB", "12.0 MB")
-    assert told["ENGINE ITSELF"] == "100.0 MB"
+    assert (told["MEMORY"], told["LENT"], told["USED"]) == ("8.00 GB", "20.0 MB", "12.0 MB")
+    assert told["ENGINE ITSELF"] == "100 MB"
     assert "context: 1,024 tokens, prompt and answer together; 4 at once\n" in out
     assert "context: 1,024 tokens" in peerllm("run", "builtin")[1]
 

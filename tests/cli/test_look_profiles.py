@@ -15,8 +15,8 @@ BLOCKS = {"pass": {"1": 9.0}, "block:full": {"1": 1.0, "128": 50.0}, "block:wind
         ({"a": {"alone": BLOCKS, "contention": 1.0, "source": "measured"}}, "1.5 ms"),
         ({"a": {"alone": BLOCKS, "contention": 1.75, "source": "cached"}}, "1.5 ms, 2.6 ms beside the others"),
         ({"a": {"alone": BLOCKS, "contention": 1.0, "source": "estimated"}}, "about 1.5 ms"),
-        ({"a": {"alone": {"head": {"1": 1.0}}, "contention": 1.0, "source": "measured"}}, "1 kB"),
-        ({}, "1 kB"),
+        ({"a": {"alone": {"head": {"1": 1.0}}, "contention": 1.0, "source": "measured"}}, "1.00 kB"),
+        ({}, "1.00 kB"),
     ],
 )
 def test_the_time_of_a_block_stands_beside_each_stage(profiles: dict[str, object], text: str) -> None:

@@ -81,7 +81,7 @@ async def test_it_says_at_once_that_it_starts_and_every_command_waits_for_it(
             (me,) = (await asyncio.to_thread(device.get, "/peerllm/v1/status"))["devices"]
             assert (me["state"], me["problem"]) == ("online", "")
             assert re.fullmatch(
-                r"kitchen is ready and lends (.+) of its \1: --memory 999.0 TB is more than it can lend", line
+                r"kitchen is ready and lends (.+) of its \1: --memory 999 TB is more than it can lend", line
             )
             assert (await invited)["hosts"] == ["127.0.0.1", "::1"]
             assert capsys.readouterr().out == f"ready {device.url}\n"
@@ -93,12 +93,12 @@ async def test_it_says_at_once_that_it_starts_and_every_command_waits_for_it(
 
 def test_what_became_of_the_memory_asked_for_is_said_where_it_is_less(tmp_path: Path) -> None:
     me = {"lent_bytes": 4_000_000_000, "memory_bytes": 16_000_000_000}
-    plain = "kitchen is ready and lends 4.0 GB of its 16.0 GB"
+    plain = "kitchen is ready and lends 4.00 GB of its 16.0 GB"
     for wish in (None, 3_000_000_000, 4_000_000_000):
         settings = Settings(tmp_path, "kitchen", memory_bytes=wish)
         assert device_process.ready_text(settings, me) == plain
     more = Settings(tmp_path, "kitchen", memory_bytes=4_100_000_000)
-    assert device_process.ready_text(more, me) == f"{plain}: --memory 4.1 GB is more than it can lend"
+    assert device_process.ready_text(more, me) == f"{plain}: --memory 4.10 GB is more than it can lend"
 
 
 def test_its_first_words_come_before_anything_large_is_imported(tmp_path: Path) -> None:

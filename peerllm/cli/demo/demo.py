@@ -17,15 +17,17 @@ from typing import Any
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.chat import answer_pieces
-from peerllm.cli.demo.demo_devices import DemoDevice, free_processors
+from peerllm.cli.demo.demo_devices import DemoDevice
 from peerllm.cli.demo.demo_memory import limits, sizes_of
 from peerllm.cli.device import LocalDevice, demo_note
 from peerllm.cli.look import deployment_text, devices_text
 from peerllm.cli.parser import default_data_dir
 from peerllm.cli.progress import show_progress
-from peerllm.cli.terminal import human_bytes, printable
+from peerllm.cli.terminal import printable
+from peerllm.daemon.engine_link.machine import processors
 from peerllm.daemon.weights.known_models import BUILTIN
 from peerllm.errors import BadInputError, UnavailableError
+from peerllm.planner.cost.byte_sizes import human_bytes
 
 NAMES = ("laptop", "mini-pc", "jetson", "phone", "tablet", "desktop", "media-box", "old-laptop")
 TOGETHER_S = 60.0  # seconds for the devices to see each other once they have paired
@@ -74,7 +76,7 @@ def _noted(device: DemoDevice, quiet: bool) -> Iterator[str]:
 @contextlib.contextmanager
 def _devices(directory: Path, memory: list[int], api: tuple[str, int], model: str) -> Iterator[list[DemoDevice]]:
     """The devices, started and ready, the first told what `model` comes; ended when the block is left, in any way."""
-    threads = max(1, free_processors() // len(memory))
+    threads = max(1, processors() // len(memory))
     with contextlib.ExitStack() as stack:
         devices = []
         for index, limit in enumerate(memory):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import selectors
 import subprocess
 import sys
@@ -14,11 +13,6 @@ from peerllm.errors import UnavailableError
 READY_S = 120.0  # seconds to be ready; loading libraries on a busy small machine is slow
 END_S = 15.0  # seconds to end by itself
 MAX_LOG_CHARS = 1500  # of a failed device's log in the error
-
-
-def free_processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class DemoDevice:

@@ -16,8 +16,9 @@ import orjson
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.exactness import exactness
 from peerllm.cli.progress import as_model, progress
-from peerllm.cli.terminal import human_bytes, human_ms, human_rate, layer_bar, printable, table
+from peerllm.cli.terminal import human_ms, human_rate, layer_bar, printable, table
 from peerllm.errors import BadInputError, InfeasibleError, PeerLLMError, UnavailableError
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.planner.cost.layer_costs import hop_ms, layer_ms, stage_bytes
 from peerllm.planner.scenario.json_value import ScenarioError
 from peerllm.planner.scenario.scenario import Scenario

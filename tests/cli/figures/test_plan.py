@@ -151,7 +151,7 @@ def test_a_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert main(["plan", file, "--strategy", strategy, "--objective", objective]) == 0
     said = capsys.readouterr().out
     assert f"small: {strategy}, {objective}; " in said
-    assert "600 B" in said and "█" in said and "tokens/s" in said and "Busiest: " in said
+    assert "600 bytes" in said and "█" in said and "tokens/s" in said and "Busiest: " in said
 
 
 def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
