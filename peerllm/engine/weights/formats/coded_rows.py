@@ -1,0 +1,81 @@
+"""Rows of a matrix as whole numbers with scales, as files store them and as products take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Rows = slice | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRows:
+    """`rows` rows of `columns` weights: weight = (code - zero) · scale - minimum, `block` neighbours sharing those."""
+
+    bits: int  # 4 or 8
+    block: int
+    codes: npt.NDArray[np.uint8]  # [rows, columns · bits / 8]; of 4 bits two in a byte, the first in the lower half
+    scales: Floats  # [rows, columns / block]
+    zeros: npt.NDArray[np.uint8] | None = None  # [rows, columns / block], one in a byte; None: 2^(bits - 1)
+    minima: Floats | None = None  # [rows, columns / block]; None: 0
+
+    def floats(self) -> Floats:
+        """The weights in float32, [rows, columns]."""
+        rows = len(self.codes)
+        codes = self.codes
+        if self.bits == 4:
+            codes = np.stack((codes & 15, codes >> 4), axis=2).reshape(rows, -1)
+        whole = codes.reshape(rows, -1, self.block).astype(np.float32)
+        zeros = np.float32(1 << (self.bits - 1)) if self.zeros is None else self.zeros[:, :, None].astype(np.float32)
+        whole -= zeros
+        whole *= self.scales[:, :, None]
+        if self.minima is not None:
+            whole -= self.minima[:, :, None]
+        return whole.reshape(rows, -1)
+
+
+class StoredTensors(Protocol):
+    """The bytes of a checkpoint's tensors."""
+
+    def stored(self, name: str) -> npt.NDArray[Any]:
+        """A tensor as its file holds it, mapped; GGML block types as uint8 [..., rows, bytes of a row]."""
+        ...
+
+
+class WeightForm(Protocol):
+    """How a checkpoint stores the matrix called `name`; equal forms of one kind compare equal."""
+
+    @property
+    def bits(self) -> int:
+        """Of the codes that products take; 0: the form has no whole numbers, only floats (FP8)."""
+        ...
+
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def zeros(self) -> bool:
+        """Whether CodedRows has zeros."""
+        ...
+
+    @property
+    def minima(self) -> bool:
+        """Whether CodedRows has minima."""
+        ...
+
+    def tensors(self, name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the tensors that hold a matrix [rows, columns]; the first one's name has the rows."""
+        ...
+
+    def coded(self, tensors: StoredTensors, name: str, rows: Rows) -> CodedRows:
+        """Some rows of the matrix as whole numbers; ModelError if the tensors do not fit."""
+        ...
+
+    def floats(self, tensors: StoredTensors, name: str, rows: Rows) -> Floats:
+        """Some rows of the matrix in float32."""
+        ...
