@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from peerllm.engine.graph.rotation import tables
 from peerllm.engine.graph.structure import Head, Model
 from peerllm.engine.graph.tensors import Floats, Tensors
 from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
+from peerllm.engine.state.exported_state import Arrays
 from peerllm.engine.state.state_kinds import LayerState, reach_of
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
@@ -87,6 +88,9 @@ class GraphShard:
         places = np.array([range(start, start + length) for start in starts], np.int64)  # [b, n]
         hidden = self._blocks(rows, places, batch)  # [b·n, hidden]
         self._slots.advance(runs)
+        for run in runs:
+            if run.snapshot:
+                self._slots.keep_snapshot(run.slot)
         if not self._head:
             out = np.empty_like(hidden)
             out[order if len(runs) > 1 else slice(None)] = hidden
@@ -94,6 +98,14 @@ class GraphShard:
         ends = {row: (place + 1) * length - 1 for place, row in enumerate(order)}
         wanted = [ends[row] for row, run in enumerate(runs) if run.sample]
         return self._logits(hidden[wanted])
+
+    def export_state(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, Arrays]:
+        """See base.Shard."""
+        return self._slots.export(slot, blocks)
+
+    def import_state(self, slot: int, position: int, arrays: Arrays) -> None:
+        """See base.Shard."""
+        self._slots.take(slot, position, arrays)
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
@@ -123,7 +135,8 @@ class GraphShard:
         for start in range(0, whole.length, longest):
             length = min(longest, whole.length - start)
             last = start + length == whole.length
-            part = replace(whole, position=whole.position + start, length=length, sample=whole.sample and last)
+            after = {"sample": whole.sample and last, "snapshot": whole.snapshot and last}
+            part = replace(whole, position=whole.position + start, length=length, **after)
             outs.append(self.forward(inputs[start : start + length], [part]))
         return outs[-1] if self._head else np.concatenate(outs)
 
