@@ -70,8 +70,8 @@ async def turn(
 
 
 # Full attention; not packed; every layer windowed; windows beside full layers; recurrent layers beside full ones, which
-# know the last position and that of a snapshot alone; convolutions; both in every layer; recurrent layers that compute a
-# run otherwise than single tokens.
+# know the last position and that of a snapshot alone; convolutions; both in every layer; and recurrent layers that
+# compute a run otherwise than single tokens.
 GOES_BACK = {
     "llama": 99, "mpt": 99, "mistral": SLACK, "ministral": SLACK, "qwen3_next": 0, "lfm2": 0, "falcon_h1": 0,
     "granitemoehybrid": 0, "nemotron_h": -1,

@@ -560,7 +560,7 @@ def test_a_recurrent_slot_is_taken_up_at_its_end_or_at_the_snapshot_before_it(
     second = [*first, *said, 1, 1, 1, 1]
     reused, said = turn(second)
     assert reused == len(first) + 2
-    # The template renders the answer in another way: the snapshot before the prompt's last two tokens is where to begin.
+    # The template renders the answer in another way: it begins at the snapshot before the prompt's last two tokens.
     third = [*second, (said[0] + 1) % WORDS, 2, 2, 2, 2]
     reused, said = turn(third)
     assert reused == len(second) - 2
