@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peerllm.engine import base as module
 from peerllm.engine.base import Reach
 from peerllm.engine.graph.kv_slots import Batch, KVSlots
-from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and_values
+from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and_values, slot_bytes
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.runs import in_slot
@@ -93,6 +93,7 @@ class Recurrences:
         fixed = SequenceArray("recurrent", (2, 3)), SequenceArray("convolution", (4,))
         self.states = {3: LayerState(fixed=fixed), 5: keys_and_values(1, 8, "float32")}
         self.slots = KVSlots(self.states, SLOTS, CONTEXT)
+        assert self.slots.nbytes == slot_bytes(self.states.values(), SLOTS, CONTEXT)
         self.tokens: list[tuple[int, ...]] = [()] * SLOTS
         self.known: list[dict[int, tuple[int, ...]]] = [{} for _ in range(SLOTS)]  # by position
         self.fresh = itertools.count(1)

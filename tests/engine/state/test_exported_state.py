@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,6 +19,7 @@ from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.engine.model.torch_shard import TorchShard, load_shard
 from peerllm.engine.state.exported_state import exported, exported_bytes
 from peerllm.errors import BadInputError, EngineError
+from peerllm.planner.cost.layer_costs import kv_bytes
 from tests.engine.architectures import FAMILIES, quiet, save, stage, tiny_model
 from tests.engine.runs import in_slot
 
@@ -154,6 +156,32 @@ def test_a_state_that_does_not_fit_is_refused_and_moves_nothing(model_type: str,
         with pytest.raises(BadInputError):
             there.import_state(2, position, given)
     np.testing.assert_array_equal(logits([there], 2, 9, ids(1, 6)), logits([here], 2, 9, ids(1, 6)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "engine"), [("falcon_h1", "torch"), ("qwen3_next", "torch"), ("ministral", "int8")]
+)
+def test_slots_take_what_was_promised_for_them_and_no_more(model_type: str, engine: str) -> None:
+    """Snapshots included, once every slot has been full."""
+    shard: Any = load(model_type, engine)
+    promised = sum(kv_bytes(layer, SLOTS, CONTEXT) for layer in inspected(model_type, engine).profile.layers)
+    assert shard.kv_bytes == promised
+    for slot in range(SLOTS):
+        shard.forward(ids(CONTEXT - 1, 1), [replace(in_slot(slot, 0, CONTEXT - 1), snapshot=True)])
+        shard.forward(ids(1, 1), [in_slot(slot, CONTEXT - 1, 1)])
+    assert held_bytes(shard) == promised
+
+
+def held_bytes(shard: Any) -> int:
+    """Bytes of the tensors that a shard's slots hold."""
+    if not isinstance(shard, TorchShard):
+        return shard._slots.nbytes
+    found = []
+    for cache in shard._caches:
+        found += [*cache._fixed(), *cache._snapshot]
+        for layer in cache._owned.values():
+            found += [tensor for name in ("keys", "values") if (tensor := getattr(layer, name, None)) is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in found)
 
 
 @pytest.mark.parametrize(("model_type", "engine"), [("lfm2", "torch"), ("llama", "graph")])

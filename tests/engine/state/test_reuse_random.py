@@ -574,6 +574,22 @@ def test_a_recurrent_slot_is_taken_up_at_its_end_or_at_the_snapshot_before_it(
     assert turn([*third[:-4], 3, 3, 1, 1])[0] == 0
 
 
+def test_questions_that_begin_alike_are_taken_up_where_they_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_sequences, "TAIL", 2)
+    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    plan, common, reused = Plan("recurrent", 2), [1, 2, 3, 1, 2, 3, 1, 2, 3, 1], []
+    source = plan.deployments[0]
+    assert source._source is not None
+    for number, question in enumerate(([0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2], [3, 2, 1, 0], [0, 1, 0, 1])):
+        source.submit(Submit(DEPLOYMENT, number, (*common, *question), 2, (), Sampling(), "anna"))
+        reused.append(source._source.reused(number))
+        plan.settle()
+        said = [token for event in plan.told if event.sequence == number for token in event.ids]
+        assert said == expected([*common, *question], 2)
+    # The first ends with a snapshot near its end, the second with one where they part, which all others begin with.
+    assert reused == [0, 0, 10, 10, 10]
+
+
 @pytest.mark.parametrize("passes", range(4))
 def test_a_snapshot_that_not_every_stage_has_made_is_no_place_to_begin(
     passes: int, monkeypatch: pytest.MonkeyPatch
