@@ -12,19 +12,24 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.graph.family import COMMON, FAMILIES, Family
+from peerllm.engine.graph.mixers.delta_rule import delta_rule_weights, read_delta_rule
+from peerllm.engine.graph.mixers.short_convolution import convolution_weights, read_convolution
 from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
 from peerllm.engine.graph.structure import (
     Activation,
     Attention,
     Block,
+    DeltaRule,
     Experts,
     FeedForward,
     Head,
+    Mixer,
     Model,
     Norm,
     Rope,
+    ShortConvolution,
 )
-from peerllm.engine.graph.weights import BlockWeights, Part, Product, Stacks
+from peerllm.engine.graph.weights import BlockWeights, Names, Part, Product, Stacks, Vectors
 
 ROLES = ("gate", "up", "gate up", "down")
 MOST_SHOWN = 100  # characters of a value or a reason in a message
@@ -134,7 +139,7 @@ def _described(values: Values, family: Family, name: str) -> Described:
         family.position_offset if positions else None,
     )
     weights = tuple(_weights(family, block, number, hidden) for number, block in enumerate(blocks))
-    tied = bool(values.get("tie_word_embeddings"))
+    tied = bool(values.get("tie_word_embeddings")) if family.tied is None else family.tied
     return Described(model, weights, names["embedding"], positions, names["final"], names["output"], tied)
 
 
@@ -143,16 +148,26 @@ def _norm(values: Values, family: Family) -> Norm:
 
 
 def _block(values: Values, family: Family, number: int, kind: str, hidden: int) -> Block:
-    if kind not in ("full_attention", "sliding_attention"):
+    if kind not in family.mixers:
         raise UnfitError(f"layers of kind {kind!r}")
     norm = _norm(values, family)
     return Block(
-        _attention(values, family, number, kind, hidden),
+        _mixer(values, family, number, kind, hidden),
         _feed_forward(values, family, number, hidden),
         tuple((place, norm) for place in family.placements),
         bool(values.get("use_parallel_residual", family.parallel)),
         values.number("residual_multiplier", 1.0),
     )
+
+
+def _mixer(values: Values, family: Family, number: int, kind: str, hidden: int) -> Mixer:
+    match family.mixers[kind]:
+        case "attention":
+            return _attention(values, family, number, kind, hidden)
+        case "convolution":
+            return read_convolution(values, hidden)
+        case "delta rule":
+            return read_delta_rule(values)
 
 
 def _attention(values: Values, family: Family, number: int, kind: str, hidden: int) -> Attention:
@@ -174,6 +189,7 @@ def _attention(values: Values, family: Family, number: int, kind: str, hidden: i
         Norm(family.head_norm, values.number("norm_eps", 1e-5), family.offset) if normed else None,
         family.norm_over,
         family.norm_after_rope,
+        family.gated_attention,
     )  # fmt: skip
 
 
@@ -239,7 +255,8 @@ def _feed_forward(values: Values, family: Family, number: int, hidden: int) -> F
     experts = _experts(values, family, number)
     if experts is not None and ACTIVATIONS[name] != "silu":
         raise UnfitError(f"experts with activation {name!r}")
-    return FeedForward(values.whole("intermediate_size", 4 * hidden), ACTIVATIONS[name], family.gated, experts)
+    wide = family.wide or values.whole("intermediate_size", 4 * hidden)
+    return FeedForward(wide, ACTIVATIONS[name], family.gated, experts)
 
 
 def _experts(values: Values, family: Family, number: int) -> Experts | None:
@@ -267,13 +284,8 @@ def _experts(values: Values, family: Family, number: int) -> Experts | None:
 def _weights(family: Family, block: Block, number: int, hidden: int) -> BlockWeights:
     prefix = f"{family.layers}.{number}."
     names = {role: prefix + name for role, name in family.names.items()}
-    about, mlp = block.attention, block.mlp
-    turned = family.turned
-    products = {
-        "qkv": Product(_qkv(family, names, about), hidden),
-        "out": Product((Part(names["o"], hidden, turned=turned),), about.heads * about.width),
-    }
-    stacks = None
+    mlp, turned, stacks = block.mlp, family.turned, None
+    products, vectors = _mixer_weights(family, names, block.mixer, hidden)
     if mlp.experts is None:
         products |= _dense(names, mlp.wide, hidden, mlp.gated, turned)
     else:
@@ -286,7 +298,18 @@ def _weights(family: Family, block: Block, number: int, hidden: int) -> BlockWei
             products |= {f"shared {role}": product for role, product in shared.items()}
         if experts.shared_gated:
             products["shared gating"] = Product((Part(names["shared gating"], 1),), hidden, exact=True)
-    return BlockWeights(block, hidden, products, names, stacks)
+    return BlockWeights(block, hidden, products, names, stacks, vectors)
+
+
+def _mixer_weights(family: Family, names: Names, mixer: Mixer, hidden: int) -> tuple[dict[str, Product], Vectors]:
+    match mixer:
+        case Attention():
+            out = Product((Part(names["o"], hidden, turned=family.turned),), mixer.heads * mixer.width)
+            return {"qkv": Product(_qkv(family, names, mixer), hidden), "out": out}, {}
+        case ShortConvolution():
+            return convolution_weights(names, mixer, hidden)
+        case DeltaRule():
+            return delta_rule_weights(names, mixer, hidden)
 
 
 def _dense(names: Mapping[str, str], wide: int, hidden: int, gated: bool, turned: bool) -> dict[str, Product]:
@@ -302,6 +325,11 @@ def _dense(names: Mapping[str, str], wide: int, hidden: int, gated: bool, turned
 
 def _qkv(family: Family, names: Mapping[str, str], about: Attention) -> tuple[Part, ...]:
     width, rows = about.width, (about.heads * about.width, about.groups * about.width, about.groups * about.width)
+    if about.gated:  # each head's query is followed by its gate
+        both = np.arange(2 * rows[0], dtype=np.int64).reshape(about.heads, 2, width)
+        queries, gates = both[:, 0].reshape(-1), both[:, 1].reshape(-1)
+        keys = (Part(names["k"], rows[1]), Part(names["v"], rows[2]))
+        return Part(names["q"], rows[0], queries), *keys, Part(names["q"], rows[0], gates)
     if "qkv" not in names:
         return tuple(Part(names[role], count) for role, count in zip("qkv", rows, strict=True))
     if family.merged == "stacked":

@@ -19,9 +19,12 @@ class ConfigReader(Protocol):
 
     def get(self, name: str, default: Any = None) -> Any: ...
     def whole(self, name: str, default: int | None = None) -> int: ...
+    def number(self, name: str, default: float) -> float: ...
 
 
 Norms = tuple[Placement, ...]
+MixerName = Literal["attention", "convolution", "delta rule"]
+ATTENTION: Mapping[str, MixerName] = {"full_attention": "attention", "sliding_attention": "attention"}
 Names = Mapping[str, str]
 ONE: Norms = ("before attention",)
 PRE: Norms = ("before attention", "before mlp")
@@ -99,6 +102,18 @@ GRANITE_EXPERTS = {
     "shared gate up": "shared_mlp.input_linear", "shared down": "shared_mlp.output_linear",
 }  # fmt: skip
 
+LFM2 = {
+    **LLAMA, "final": "embedding_norm", "o": "self_attn.out_proj", "queries": "self_attn.q_layernorm",
+    "keys": "self_attn.k_layernorm", "mixed": "conv.in_proj", "mixer out": "conv.out_proj", "taps": "conv.conv.weight",
+    "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2",
+    "before attention": "operator_norm", "before mlp": "ffn_norm",
+}  # fmt: skip
+QWEN35 = {
+    **LLAMA, "mixed": "linear_attn.in_proj_qkv", "z": "linear_attn.in_proj_z", "beta": "linear_attn.in_proj_b",
+    "decay": "linear_attn.in_proj_a", "mixer out": "linear_attn.out_proj", "taps": "linear_attn.conv1d.weight",
+    "A": "linear_attn.A_log", "dt": "linear_attn.dt_bias", "mixer norm": "linear_attn.norm.weight",
+}  # fmt: skip
+
 # ---- values of config.json ----------------------------------------------------------------------------------------
 
 COMMON: Mapping[str, Any] = {  # the keys that every family reads, with transformers' defaults
@@ -129,6 +144,15 @@ GEMMA_DEFAULTS = {
 GEMMA2_DEFAULTS = {
     **GEMMA_DEFAULTS, **WINDOWS, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
     "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+LFM2_DEFAULTS = {
+    "rope_theta": 1e6, "num_key_value_heads": 8, "tie_word_embeddings": True, "tie_embedding": None,
+    "layer_types": None, "conv_L_cache": 3, "max_position_embeddings": 128_000,
+}  # fmt: skip
+QWEN35_DEFAULTS = {
+    **SIX, "head_dim": 256, "num_key_value_heads": 4, "partial_rotary_factor": 0.25, "layer_types": None,
+    "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
 }  # fmt: skip
 GRANITE_DEFAULTS = {
     "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
@@ -212,6 +236,26 @@ def _granite_swa(values: ConfigReader) -> dict[str, Any]:
     return {"refused": "layers with rotations of their own"} if other else {}
 
 
+def _lfm2_layers(values: ConfigReader, number: int) -> str:
+    full = values.get("full_attn_idxs")
+    return "full_attention" if full is None or number in full else "conv"
+
+
+def _lfm2(values: ConfigReader) -> dict[str, Any]:
+    tied = values.get("tie_embedding", values.get("tie_word_embeddings"))
+    width = values.whole("block_ff_dim", values.whole("intermediate_size"))
+    if values.get("block_auto_adjust_ff_dim"):
+        width = int(2 * width / 3)
+        if (factor := values.get("block_ffn_dim_multiplier")) is not None:
+            multiple = values.whole("block_multiple_of")
+            width = multiple * -(-int(factor * width) // multiple)
+    return {"wide": width, "tied": bool(tied)}
+
+
+def _qwen35_layers(values: ConfigReader, number: int) -> str:
+    return "linear_attention" if (number + 1) % values.whole("full_attention_interval") else "full_attention"
+
+
 def _no_changes(values: ConfigReader) -> dict[str, Any]:
     return {}
 
@@ -236,7 +280,11 @@ class Family:
     merged: Literal["stacked", "by group"] = "stacked"  # how one matrix holds queries, keys and values
     turned: bool = False  # files hold matrices as [columns, rows]
     groups: int | None = None  # overrides config.json's
+    wide: int | None = None  # overrides config.json's width of the feed-forward
+    tied: bool | None = None  # overrides config.json's
     sinks: bool = False
+    gated_attention: bool = False  # see structure.Attention.gated
+    mixers: Mapping[str, MixerName] = field(default_factory=lambda: ATTENTION)  # by the kind of layer
     normed: bool = False  # queries and keys are normalised
     head_norm: Literal["rms", "layer"] = "rms"
     norm_over: Literal["head", "each", "heads"] = "head"
@@ -459,6 +507,16 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "internlm3": Family(defaults={"num_key_value_heads": 2, "head_dim": 128}),
     "iquestcoder": Family(defaults={"num_key_value_heads": 8, "head_dim": 128}),
+    "lfm2": Family(
+        names=LFM2, keys={}, normed=True, layer_type=_lfm2_layers, by=_lfm2,
+        mixers={**ATTENTION, "conv": "convolution"},
+        defaults={**LFM2_DEFAULTS, "intermediate_size": 12288, "block_ff_dim": None, "block_auto_adjust_ff_dim": True,
+            "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256, "full_attn_idxs": None},
+    ),
+    "qwen3_5_text": Family(
+        names=QWEN35, offset=1.0, normed=True, gated_attention=True, layer_type=_qwen35_layers,
+        mixers={**ATTENTION, "linear_attention": "delta rule"}, defaults=QWEN35_DEFAULTS,
+    ),
     "hyperclovax": Family(
         names=HYPERCLOVAX, keys={**RMS, "logit_scale": "logits_scaling"},
         defaults={**SIX, "embedding_multiplier": 1.0, "logit_scale": 1.0, "residual_multiplier": 1.0,

@@ -7,6 +7,14 @@ from typing import Literal
 
 Placement = Literal["before attention", "after attention", "before mlp", "after mlp", "final"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
+MOST = {"channels": 1 << 20, "taps": 64, "state": 1 << 24}  # numbers that are plausible, since memory is taken for them
+
+
+def _limit(**counts: int) -> None:
+    """ValueError unless each count is plausible."""
+    for name, count in counts.items():
+        if not 1 <= count <= MOST[name]:
+            raise ValueError(f"{name} of {count}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,52 @@ class Attention:
     # "head": each head is normalised, with one weight for all; "each": with its own weight; "heads": all heads together
     norm_over: Literal["head", "each", "heads"] = "head"
     norm_after_rope: bool = False
+    gated: bool = False  # what each head gives is multiplied by the sigmoid of a gate that is made beside its query
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConvolution:
+    """c · convolution(b · x) over the last `taps` tokens, channel by channel; b, c and x are made from the input."""
+
+    channels: int
+    taps: int
+
+    def __post_init__(self) -> None:
+        _limit(channels=self.channels, taps=self.taps)
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRule:
+    """Linear attention whose state each token decays and corrects (the gated delta rule), after a short convolution.
+
+    A key head serves `heads` / `key_heads` consecutive value heads, each with a state [key_width, value_width].
+    """
+
+    key_heads: int
+    heads: int
+    key_width: int
+    value_width: int
+    taps: int  # tokens that the convolution of queries, keys and values sees
+    eps: float  # of the norm of what the heads give
+
+    def __post_init__(self) -> None:
+        _limit(channels=self.channels, state=self.heads * self.key_width * self.value_width, taps=self.taps)
+        if self.heads % self.key_heads:
+            raise ValueError(f"{self.key_heads} key heads do not divide {self.heads} value heads")
+
+    @property
+    def keys(self) -> int:
+        """The width of all keys, and of all queries."""
+        return self.key_heads * self.key_width
+
+    @property
+    def values(self) -> int:
+        return self.heads * self.value_width
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.keys + self.values
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +136,23 @@ class FeedForward:
         return self.wide if self.experts is None else max(self.experts.wide, self.experts.shared)
 
 
+Mixer = Attention | ShortConvolution | DeltaRule  # what mixes a token with those before it
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """One decoder block; `norms` says where it has norms."""
 
-    attention: Attention
+    mixer: Mixer
     mlp: FeedForward
     norms: tuple[tuple[Placement, Norm], ...]
     parallel: bool = False  # attention and feed-forward both read the block's input
     residual: float = 1.0  # factor for what attention and feed-forward add to the residual
+
+    @property
+    def attention(self) -> Attention | None:
+        """The mixer, if it attends to earlier tokens."""
+        return self.mixer if isinstance(self.mixer, Attention) else None
 
     def norm(self, place: Placement) -> Norm | None:
         return dict(self.norms).get(place)
@@ -121,9 +183,13 @@ class Model:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The distinct windows of the blocks, in order of appearance."""
-        return tuple(dict.fromkeys(block.attention.window for block in self.blocks))
+        return tuple(dict.fromkeys(about.window for about in self._attentions))
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
         """The distinct rotations of the blocks, in order of appearance."""
-        return tuple(dict.fromkeys(b.attention.rope for b in self.blocks if b.attention.rope is not None))
+        return tuple(dict.fromkeys(about.rope for about in self._attentions if about.rope is not None))
+
+    @property
+    def _attentions(self) -> list[Attention]:
+        return [block.attention for block in self.blocks if block.attention is not None]
