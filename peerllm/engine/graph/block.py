@@ -8,9 +8,11 @@ from __future__ import annotations
 from peerllm.engine.graph.builder import Builder
 from peerllm.engine.graph.mixers.attention import add_attention
 from peerllm.engine.graph.mixers.delta_rule import add_delta_rule
+from peerllm.engine.graph.mixers.latent_attention import add_latent_attention
 from peerllm.engine.graph.mixers.short_convolution import add_convolution
 from peerllm.engine.graph.nodes import CONTRIB, Graph
-from peerllm.engine.graph.structure import Activation, Attention, DeltaRule, Experts, ShortConvolution
+from peerllm.engine.graph.routing import add_routing
+from peerllm.engine.graph.structure import Activation, Attention, DeltaRule, Experts, LatentAttention, ShortConvolution
 from peerllm.engine.graph.weights import add_experts
 
 
@@ -40,6 +42,8 @@ def _mixed(builder: Builder, x: str) -> str:
     match builder.weights.block.mixer:
         case Attention() as about:
             return add_attention(builder, x, about)
+        case LatentAttention() as about:
+            return add_latent_attention(builder, x, about)
         case ShortConvolution() as about:
             return add_convolution(builder, x, about)
         case DeltaRule() as about:
@@ -80,8 +84,12 @@ def _routed(builder: Builder, x: str, experts: Experts) -> str:
     graph, weights = builder.graph, builder.weights
     assert weights.stacks is not None
     rows = graph.add("Reshape", x, graph.shape(-1, weights.hidden))  # [b·n, H]
-    scores = builder.product("router", rows)  # [b·n, experts]
+    scores, factors = builder.product("router", rows), ""  # [b·n, experts]
+    if experts.routing is not None:
+        scores, factors = add_routing(builder, scores, experts, experts.routing)
     out = add_experts(graph, rows, scores, experts, weights.stacks, weights.hidden, builder.tensors, builder.bits)
+    if factors:
+        out = graph.add("Mul", out, factors)
     return graph.add("Reshape", out, graph.add("Shape", x))
 
 

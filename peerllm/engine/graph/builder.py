@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from peerllm.engine.graph.nodes import Graph
+from peerllm.engine.graph.nodes import CONTRIB, Graph
 from peerllm.engine.graph.structure import Norm, Placement, Rope
 from peerllm.engine.graph.tensors import Floats, Tensors
-from peerllm.engine.graph.weights import BlockWeights, add_product, norm_weights, require
+from peerllm.engine.graph.weights import BlockWeights, add_product, check, norm_weights, pieces, require
 
 
 class Builder:
@@ -25,6 +25,12 @@ class Builder:
     def product(self, role: str, x: str) -> str:
         """The product of x with the matrix that has this role in the block."""
         return add_product(self.graph, x, self.weights.products[role], self.tensors, self.bits)
+
+    def matrix(self, role: str) -> Floats:
+        """The matrix that has this role in the block, in float32 [rows, columns]."""
+        product = self.weights.products[role]
+        check(self.tensors, product)
+        return np.concatenate([some for _, some in pieces(self.tensors, product)])
 
     def vector(self, role: str) -> Floats:
         """The small tensor that has this role in the block."""
@@ -64,6 +70,13 @@ class Builder:
             self.graph.input(f"{what} {dtype} {rope_name(rope)}", self.context, rope.width // 2, dtype=dtype)
             for what in ("cos", "sin")
         ]
+
+    def rotated(self, x: str, rope: Rope, heads: int) -> str:
+        """x [b, n, heads · w], each head rotated by its token's position."""
+        return self.graph.add(
+            "RotaryEmbedding", x, self.places(), *self.tables(rope), domain=CONTRIB,
+            num_heads=heads, rotary_embedding_dim=rope.width, interleaved=int(rope.interleaved),
+        )  # fmt: skip
 
     def places(self) -> str:
         """Each token's position [b, n]."""

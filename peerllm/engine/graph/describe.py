@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from peerllm.engine.graph.family import COMMON, FAMILIES, Family
 from peerllm.engine.graph.mixers.delta_rule import delta_rule_weights, read_delta_rule
+from peerllm.engine.graph.mixers.latent_attention import latent_attention_weights, read_latent_attention
 from peerllm.engine.graph.mixers.short_convolution import convolution_weights, read_convolution
 from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
 from peerllm.engine.graph.structure import (
@@ -23,6 +24,7 @@ from peerllm.engine.graph.structure import (
     Experts,
     FeedForward,
     Head,
+    LatentAttention,
     Mixer,
     Model,
     Norm,
@@ -70,11 +72,13 @@ class Values:
     """The values that a family reads from config.json, by our names; transformers' defaults for missing ones."""
 
     def __init__(self, config: Mapping[str, Any], family: Family) -> None:
-        self._config, self._keys = config, family.keys
+        self._config, self._keys, self._known = config, family.keys, family.values
         self._defaults = {**COMMON, **family.defaults}
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value called `name`; `default` if it is null or the family does not read it."""
+        if name in self._known:
+            return self._known[name]
         key = self._keys.get(name, name)
         value = self._config[key] if name in self._defaults and key in self._config else self._defaults.get(name)
         return default if value is None else value
@@ -111,7 +115,7 @@ def describe(config: Mapping[str, Any]) -> Described:
         family = replace(family, **family.by(values))
         if family.refused is not None:
             raise UnfitError(family.refused)
-        return _described(values, family, str(config["model_type"]))
+        return _described(Values(config, family), family, str(config["model_type"]))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UnfitError(f"config.json is not usable: {str(error)[:MOST_SHOWN]}") from error
 
@@ -139,7 +143,7 @@ def _described(values: Values, family: Family, name: str) -> Described:
         family.position_offset if positions else None,
     )
     weights = tuple(_weights(family, block, number, hidden) for number, block in enumerate(blocks))
-    tied = bool(values.get("tie_word_embeddings")) if family.tied is None else family.tied
+    tied = bool(values.get("tie_word_embeddings"))
     return Described(model, weights, names["embedding"], positions, names["final"], names["output"], tied)
 
 
@@ -164,6 +168,9 @@ def _mixer(values: Values, family: Family, number: int, kind: str, hidden: int) 
     match family.mixers[kind]:
         case "attention":
             return _attention(values, family, number, kind, hidden)
+        case "latent attention":
+            rope = _rope(values, family, number, kind, values.whole("qk_rope_head_dim"))
+            return read_latent_attention(values, rope)
         case "convolution":
             return read_convolution(values, hidden)
         case "delta rule":
@@ -255,12 +262,11 @@ def _feed_forward(values: Values, family: Family, number: int, hidden: int) -> F
     experts = _experts(values, family, number)
     if experts is not None and ACTIVATIONS[name] != "silu":
         raise UnfitError(f"experts with activation {name!r}")
-    wide = family.wide or values.whole("intermediate_size", 4 * hidden)
-    return FeedForward(wide, ACTIVATIONS[name], family.gated, experts)
+    return FeedForward(values.whole("intermediate_size", 4 * hidden), ACTIVATIONS[name], family.gated, experts)
 
 
 def _experts(values: Values, family: Family, number: int) -> Experts | None:
-    if not family.experts or number in values.get("mlp_only_layers", ()):
+    if not family.experts or number in values.get("mlp_only_layers", ()) or not family.sparse(values, number):
         return None
     if (number + 1) % values.get("decoder_sparse_step", 1):
         return None
@@ -268,13 +274,18 @@ def _experts(values: Values, family: Family, number: int) -> Experts | None:
     count, used = values.whole(counted), values.whole("num_experts_per_tok")
     if not used <= count <= MAX_EXPERTS:
         raise UnfitError(f"{used} of {count} experts")
+    routing = family.routing
+    if routing is not None and routing.groups_used < routing.groups:
+        each, rest = divmod(count, routing.groups)
+        if rest or each < routing.best or used > routing.groups_used * each:
+            raise UnfitError(f"{used} of {count} experts in {routing.groups} groups")
     shared = values.whole("shared_expert_intermediate_size") if values.get("shared_expert_intermediate_size") else 0
     wide = "moe_intermediate_size" if values.get("moe_intermediate_size") else "intermediate_size"
     return Experts(
         count, used, values.whole(wide),
         bool(values.get("norm_topk_prob", True)),
         values.number("swiglu_alpha", 1.0), float(family.experts == "interleaved"), values.number("swiglu_limit", 0.0),
-        shared, shared > 0 and "shared gating" in family.names,
+        shared, shared > 0 and "shared gating" in family.names, routing,
     )  # fmt: skip
 
 
@@ -290,6 +301,8 @@ def _weights(family: Family, block: Block, number: int, hidden: int) -> BlockWei
         products |= _dense(names, mlp.wide, hidden, mlp.gated, turned)
     else:
         experts = mlp.experts
+        if experts.routing is not None and experts.routing.biased:
+            vectors = {**vectors, "choice": (names["choice"], (experts.count,))}
         products["router"] = Product((Part(names["router"], experts.count),), hidden, exact=True)
         stacks = Stacks(names["expert gate"], names["expert up"], names["expert down"], family.experts or "each")
         if experts.shared:
@@ -306,6 +319,8 @@ def _mixer_weights(family: Family, names: Names, mixer: Mixer, hidden: int) -> t
         case Attention():
             out = Product((Part(names["o"], hidden, turned=family.turned),), mixer.heads * mixer.width)
             return {"qkv": Product(_qkv(family, names, mixer), hidden), "out": out}, {}
+        case LatentAttention():
+            return latent_attention_weights(names, mixer, hidden)
         case ShortConvolution():
             return convolution_weights(names, mixer, hidden)
         case DeltaRule():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol
 
-from peerllm.engine.graph.structure import Placement
+from peerllm.engine.graph.structure import Placement, Routing
 
 
 class ConfigReader(Protocol):
@@ -23,7 +23,7 @@ class ConfigReader(Protocol):
 
 
 Norms = tuple[Placement, ...]
-MixerName = Literal["attention", "convolution", "delta rule"]
+MixerName = Literal["attention", "latent attention", "convolution", "delta rule"]
 ATTENTION: Mapping[str, MixerName] = {"full_attention": "attention", "sliding_attention": "attention"}
 Names = Mapping[str, str]
 ONE: Norms = ("before attention",)
@@ -113,6 +113,19 @@ QWEN35 = {
     "decay": "linear_attn.in_proj_a", "mixer out": "linear_attn.out_proj", "taps": "linear_attn.conv1d.weight",
     "A": "linear_attn.A_log", "dt": "linear_attn.dt_bias", "mixer norm": "linear_attn.norm.weight",
 }  # fmt: skip
+LFM2_EXPERTS = {
+    **LFM2, "router": "feed_forward.gate", "choice": "feed_forward.expert_bias",
+    "expert gate": "feed_forward.experts.{}.w1", "expert up": "feed_forward.experts.{}.w3",
+    "expert down": "feed_forward.experts.{}.w2",
+}  # fmt: skip
+DEEPSEEK = {
+    **QWEN_EXPERTS, "latents": "self_attn.kv_a_proj_with_mqa", "latent norm": "self_attn.kv_a_layernorm.weight",
+    "kv": "self_attn.kv_b_proj", "query latents": "self_attn.q_a_proj", "query norm": "self_attn.q_a_layernorm.weight",
+    "q up": "self_attn.q_b_proj", "choice": "mlp.gate.e_score_correction_bias",
+    "shared gate": "mlp.shared_experts.gate_proj", "shared up": "mlp.shared_experts.up_proj",
+    "shared down": "mlp.shared_experts.down_proj",
+}  # fmt: skip
+del DEEPSEEK["shared gating"]
 
 # ---- values of config.json ----------------------------------------------------------------------------------------
 
@@ -154,6 +167,12 @@ QWEN35_DEFAULTS = {
     "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
     "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
 }  # fmt: skip
+LATENT: Mapping[str, MixerName] = {"full_attention": "latent attention"}
+LATENT_DEFAULTS = {
+    **SIX, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    "attention_bias": False,
+}  # fmt: skip
+DEEPSEEK_KEYS = {**RMS, "num_experts": "n_routed_experts", "head_dim": ""}
 GRANITE_DEFAULTS = {
     "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
 }  # fmt: skip
@@ -249,7 +268,64 @@ def _lfm2(values: ConfigReader) -> dict[str, Any]:
         if (factor := values.get("block_ffn_dim_multiplier")) is not None:
             multiple = values.whole("block_multiple_of")
             width = multiple * -(-int(factor * width) // multiple)
-    return {"wide": width, "tied": bool(tied)}
+    return {"values": {"intermediate_size": width, "tie_word_embeddings": tied}}
+
+
+def _lfm2_experts(values: ConfigReader) -> dict[str, Any]:
+    routing = Routing(
+        "sigmoid", bool(values.get("use_expert_bias")), eps=1e-6, scale=values.number("routed_scaling_factor", 1.0)
+    )
+    tied = values.get("tie_embedding", values.get("tie_word_embeddings"))
+    return {"values": {"tie_word_embeddings": tied}, "routing": routing}
+
+
+def _deepseek_v2(values: ConfigReader) -> dict[str, Any]:
+    groups, used = 1, 1
+    if (method := values.get("topk_method")) == "group_limited_greedy":
+        groups, used = values.whole("n_group"), values.whole("topk_group")
+    elif method != "greedy":
+        return {"refused": "another way of choosing experts"}
+    scale = values.number("routed_scaling_factor", 1.0)
+    return {"values": _shared(values), "routing": Routing("softmax", False, groups, used, scale=scale)}
+
+
+def _deepseek_v3(values: ConfigReader) -> dict[str, Any]:
+    groups, used = values.whole("n_group"), values.whole("topk_group")
+    scale = values.number("routed_scaling_factor", 1.0)
+    return {
+        "values": _shared(values), "routing": Routing("sigmoid", True, groups, used, best=2, eps=1e-20, scale=scale),
+        "interleaved": bool(values.get("rope_interleave")),
+    }  # fmt: skip
+
+
+def _shared(values: ConfigReader) -> dict[str, Any]:
+    width = values.whole("n_shared_experts") * values.whole("moe_intermediate_size")
+    return {"shared_expert_intermediate_size": width}
+
+
+def _youtu(values: ConfigReader) -> dict[str, Any]:
+    return {"interleaved": bool(values.get("rope_interleave"))}
+
+
+def _minicpm3(values: ConfigReader) -> dict[str, Any]:
+    hidden, layers = values.whole("hidden_size"), values.whole("num_hidden_layers")
+    depth = values.number("scale_depth", layers**0.5)
+    return {
+        "values": {
+            "residual_multiplier": depth / layers**0.5,
+            "logits_scaling": hidden / values.whole("dim_model_base", hidden),
+        }
+    }
+
+
+def _after_dense(name: str) -> Callable[[ConfigReader, int], bool]:
+    """Experts are in all layers but the first, whose number config.json has as `name`."""
+    return lambda values, number: bool(number >= (values.get(name, 0)))
+
+
+def _glm_lite_sparse(values: ConfigReader, number: int) -> bool:
+    kinds = values.get("mlp_layer_types")
+    return number > 0 if kinds is None else bool(kinds[number] == "sparse")
 
 
 def _qwen35_layers(values: ConfigReader, number: int) -> str:
@@ -280,8 +356,7 @@ class Family:
     merged: Literal["stacked", "by group"] = "stacked"  # how one matrix holds queries, keys and values
     turned: bool = False  # files hold matrices as [columns, rows]
     groups: int | None = None  # overrides config.json's
-    wide: int | None = None  # overrides config.json's width of the feed-forward
-    tied: bool | None = None  # overrides config.json's
+    values: Mapping[str, Any] = field(default_factory=dict)  # override config.json's, by our names
     sinks: bool = False
     gated_attention: bool = False  # see structure.Attention.gated
     mixers: Mapping[str, MixerName] = field(default_factory=lambda: ATTENTION)  # by the kind of layer
@@ -295,6 +370,8 @@ class Family:
     rotates: Callable[[ConfigReader, int, str], bool] = lambda values, number, kind: True
     layer_type: Callable[[ConfigReader, int], str] = lambda values, number: "full_attention"  # without layer_types
     experts: Literal["", "each", "interleaved", "halves"] = ""  # how files hold them, see weights.Stacks
+    sparse: Callable[[ConfigReader, int], bool] = lambda values, number: True  # whether a layer has experts
+    routing: Routing | None = None
     scaled_embedding: bool = False  # multiplied by the square root of its width
     position_offset: int = 0  # the row of position 0 among learned positions
 
@@ -516,6 +593,46 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5_text": Family(
         names=QWEN35, offset=1.0, normed=True, gated_attention=True, layer_type=_qwen35_layers,
         mixers={**ATTENTION, "linear_attention": "delta rule"}, defaults=QWEN35_DEFAULTS,
+    ),
+    "lfm2_moe": Family(
+        names=LFM2_EXPERTS, keys={}, normed=True, mixers={**ATTENTION, "conv": "convolution"}, experts="each",
+        by=_lfm2_experts, sparse=_after_dense("num_dense_layers"),
+        defaults={**LFM2_DEFAULTS, "intermediate_size": 7168, "moe_intermediate_size": 1792, "num_dense_layers": 2,
+            "num_experts_per_tok": 4, "num_experts": 32, "use_expert_bias": True, "routed_scaling_factor": 1.0,
+            "norm_topk_prob": True},
+    ),
+    "deepseek_v2": Family(
+        names=DEEPSEEK, mixers=LATENT, interleaved=True, experts="each", by=_deepseek_v2,
+        keys={**DEEPSEEK_KEYS, "norm_topk_prob": ""}, sparse=_after_dense("first_k_dense_replace"),
+        defaults={**LATENT_DEFAULTS, "num_experts": 64, "num_experts_per_tok": None, "moe_intermediate_size": 1407,
+            "n_shared_experts": 2, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "n_group": None,
+            "topk_group": None, "topk_method": "greedy", "norm_topk_prob": False},
+    ),
+    "deepseek_v3": Family(
+        names=DEEPSEEK, mixers=LATENT, experts="each", by=_deepseek_v3, keys=DEEPSEEK_KEYS,
+        sparse=_after_dense("first_k_dense_replace"),
+        defaults={**LATENT_DEFAULTS, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
+            "max_position_embeddings": 4096, "n_shared_experts": 1, "first_k_dense_replace": 3,
+            "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "norm_topk_prob": True,
+            "rope_interleave": True},
+    ),
+    "glm4_moe_lite": Family(
+        names=DEEPSEEK, mixers=LATENT, experts="each", by=_deepseek_v3, keys=DEEPSEEK_KEYS, sparse=_glm_lite_sparse,
+        defaults={**LATENT_DEFAULTS, "norm_eps": 1e-5, "q_lora_rank": 768, "qk_nope_head_dim": 192, "v_head_dim": 256,
+            "num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 1536, "n_shared_experts": 1,
+            "max_position_embeddings": 202752, "mlp_layer_types": None, "routed_scaling_factor": 1.8, "n_group": 1,
+            "topk_group": 1, "norm_topk_prob": True, "rope_interleave": True, "partial_rotary_factor": 1.0},
+    ),
+    "youtu": Family(
+        names=DEEPSEEK, mixers=LATENT, by=_youtu, keys={**RMS, "head_dim": ""},
+        defaults={**LATENT_DEFAULTS, "tie_word_embeddings": True, "max_position_embeddings": 131072,
+            "rope_interleave": True},
+    ),
+    "minicpm3": Family(
+        names=DEEPSEEK, mixers=LATENT, by=_minicpm3, keys={**RMS, "head_dim": "", "embedding_multiplier": "scale_emb"},
+        defaults={**LATENT_DEFAULTS, "norm_eps": 1e-5, "kv_lora_rank": 256, "q_lora_rank": 768, "qk_rope_head_dim": 32,
+            "qk_nope_head_dim": 64, "v_head_dim": None, "tie_word_embeddings": True, "max_position_embeddings": 32768,
+            "embedding_multiplier": 12, "scale_depth": 1.4, "dim_model_base": 256},
     ),
     "hyperclovax": Family(
         names=HYPERCLOVAX, keys={**RMS, "logit_scale": "logits_scaling"},

@@ -107,8 +107,55 @@ class DeltaRule:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Causal attention whose keys and values are made from one latent vector per token, which alone is kept.
+
+    A key is a product of the latent, `plain` wide, beside a rotated part that all heads share; so are queries.
+    """
+
+    heads: int
+    latent: int
+    plain: int
+    value_width: int
+    scale: float
+    rope: Rope
+    query_latent: int | None = None  # queries are made from a vector of this width; None: from the input
+    eps: float = 1e-6  # of the norms of latents, whatever config.json says
+
+    def __post_init__(self) -> None:
+        _limit(channels=self.heads * max(self.width, self.query_width, self.value_width))
+
+    @property
+    def query_width(self) -> int:
+        return self.plain + self.rope.width
+
+    @property
+    def kept(self) -> int:
+        """Of a token: its latent and the rotated part of its keys."""
+        return self.latent + self.rope.width
+
+    @property
+    def width(self) -> int:
+        """`kept`, rounded up to what the attention operator takes."""
+        return -(-self.kept // 8) * 8
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How experts are chosen where it is not by softmax alone."""
+
+    scores: Literal["softmax", "sigmoid"]
+    biased: bool = False  # a bias is added to the scores by which experts are chosen, not to their weights
+    groups: int = 1  # experts lie in so many groups, of which
+    groups_used: int = 1  # the best are used,
+    best: int = 1  # judged by the sum of so many of their best scores
+    eps: float = 0.0  # added to the sum that weights are divided by
+    scale: float = 1.0  # factor for all weights
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
-    """`count` gated feed-forwards, of which each token uses the `used` likeliest, weighted by softmax."""
+    """`count` gated feed-forwards, of which each token uses the `used` likeliest, weighted by softmax or `routing`."""
 
     count: int
     used: int
@@ -119,6 +166,7 @@ class Experts:
     limit: float = 0.0  # 0: no limit
     shared: int = 0  # width of a feed-forward that every token uses as well; 0: none
     shared_gated: bool = False  # the shared feed-forward is weighted by its own sigmoid
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +184,7 @@ class FeedForward:
         return self.wide if self.experts is None else max(self.experts.wide, self.experts.shared)
 
 
-Mixer = Attention | ShortConvolution | DeltaRule  # what mixes a token with those before it
+Mixer = Attention | LatentAttention | ShortConvolution | DeltaRule  # what mixes a token with those before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +231,8 @@ class Model:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The distinct windows of the blocks, in order of appearance."""
-        return tuple(dict.fromkeys(about.window for about in self._attentions))
+        windows = (about.window if isinstance(about, Attention) else None for about in self._attentions)
+        return tuple(dict.fromkeys(windows))
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -191,5 +240,5 @@ class Model:
         return tuple(dict.fromkeys(about.rope for about in self._attentions if about.rope is not None))
 
     @property
-    def _attentions(self) -> list[Attention]:
-        return [block.attention for block in self.blocks if block.attention is not None]
+    def _attentions(self) -> list[Attention | LatentAttention]:
+        return [block.mixer for block in self.blocks if isinstance(block.mixer, Attention | LatentAttention)]

@@ -212,7 +212,8 @@ def add_experts(
         inputs.append(graph.weight(tensors.floats(bias, slice(None))) if stacks.form == "interleaved" else "")
     about: dict[str, Any] = {
         "k": experts.used, "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": experts.alpha,
-        "activation_beta": experts.beta, "normalize_routing_weights": int(experts.normalised),
+        "activation_beta": experts.beta,
+        "normalize_routing_weights": int(experts.normalised or experts.routing is not None),
     }  # fmt: skip
     if experts.limit:
         about["swiglu_limit"] = experts.limit

@@ -65,10 +65,7 @@ def _turned(builder: Builder, x: str, about: Attention, heads: int, place: str) 
     if about.norm is not None and not about.norm_after_rope:
         x = _heads_normed(builder, x, about, heads, place)
     if about.rope is not None:
-        x = builder.graph.add(
-            "RotaryEmbedding", x, builder.places(), *builder.tables(about.rope), domain=CONTRIB,
-            num_heads=heads, rotary_embedding_dim=about.rope.width, interleaved=int(about.rope.interleaved),
-        )  # fmt: skip
+        x = builder.rotated(x, about.rope, heads)
     if about.norm is not None and about.norm_after_rope:
         x = _heads_normed(builder, x, about, heads, place)
     return x
