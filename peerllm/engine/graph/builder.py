@@ -15,12 +15,13 @@ class Builder:
 
     def __init__(
         self, graph: Graph, weights: BlockWeights, tensors: Tensors, bits: int, context: int,
-        windows: tuple[int | None, ...], number: int, room: int,
+        windows: tuple[int | None, ...], number: int,
     ) -> None:  # fmt: skip
-        """`context`: positions; `windows`: those of the whole model; `room`: tokens per slot."""
+        """`context`: the number of positions; `windows`: those of the whole model."""
         self.graph, self.weights, self.tensors, self.bits = graph, weights, tensors, bits
-        self.context, self.windows, self.number, self.room = context, windows, number, room
+        self.context, self.windows, self.number = context, windows, number
         self.half = bool(bits)  # keys and values are float16 where weights are rounded anyway
+        self._kept = weights.block.state(self.half)
 
     def product(self, role: str, x: str) -> str:
         """The product of x with the matrix that has this role in the block."""
@@ -46,12 +47,13 @@ class Builder:
         require(self.tensors, name, self.weights.vectors[role][1][:1])
         return self.graph.weight(self.tensors.floats(name, slice(None)))
 
-    def state(self, what: str, *shape: int, dtype: str = "float32") -> tuple[str, str]:
-        """Declare what the block keeps of each of b sequences: the names of what it read and what it writes."""
-        old = self.graph.input(f"{what} {self.number}", "b", *shape, dtype=dtype)
-        new = f"new {what} {self.number}"
-        self.graph.output(new, "b", *shape, dtype=dtype)
-        return old, new
+    def state(self, name: str, written: str = "new") -> tuple[str, str]:
+        """Declare an array that the block keeps: its input, and the output "new …" that is bound to the same memory."""
+        state, full = self._kept, f"{name} {self.number}"
+        shapes = {kept.name: ((kept.heads, state.room(self.context), kept.width), kept.dtype) for kept in state.tokens}
+        shape, dtype = (shapes | {fixed.name: (fixed.shape, fixed.dtype) for fixed in state.fixed})[name]
+        self.graph.output(f"{written} {full}", "b", *shape, dtype=dtype)
+        return self.graph.input(full, "b", *shape, dtype=dtype), f"{written} {full}"
 
     def normed(self, x: str, place: Placement) -> str:
         """x, normalised if the block has a norm at that place."""
@@ -82,9 +84,9 @@ class Builder:
         """Each token's position [b, n]."""
         return self.graph.input("positions", "b", "n", dtype="int64")
 
-    def held(self, window: int | None) -> list[str]:
+    def held(self) -> list[str]:
         """Where in its room each sequence's last token is, and how many tokens the longest has there."""
-        group = self.windows.index(window)
+        group = self.windows.index(self._kept.window)
         return [
             self.graph.input(f"last {group}", "b", dtype="int32"),
             self.graph.input(f"total {group}", 1, dtype="int32"),

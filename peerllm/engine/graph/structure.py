@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from peerllm.engine.state import state_kinds
+from peerllm.engine.state.state_kinds import LayerState, SequenceArray, TokenArray, keys_and_values
+
 Placement = Literal["before attention", "after attention", "before mlp", "after mlp", "final"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
 MOST = {"channels": 1 << 20, "taps": 64, "state": 1 << 24}  # numbers that are plausible, since memory is taken for them
@@ -15,6 +18,11 @@ def _limit(**counts: int) -> None:
     for name, count in counts.items():
         if not 1 <= count <= MOST[name]:
             raise ValueError(f"{name} of {count}")
+
+
+def seen(channels: int, taps: int) -> SequenceArray:
+    """What a convolution over `taps` tokens keeps of the tokens before the next."""
+    return SequenceArray("convolution", (taps - 1, channels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,15 @@ class Attention:
     norm_after_rope: bool = False
     gated: bool = False  # what each head gives is multiplied by the sigmoid of a gate that is made beside its query
 
+    @property
+    def widest(self) -> int:
+        """The width of the vectors that a block has several of at once, beside those of the hidden size."""
+        return self.heads * self.width
+
+    def state(self, half: bool) -> LayerState:
+        """What a layer keeps; `half`: keys and values in float16."""
+        return keys_and_values(self.groups, self.width, "float16" if half else "float32", self.window)
+
 
 @dataclass(frozen=True, slots=True)
 class ShortConvolution:
@@ -70,6 +87,14 @@ class ShortConvolution:
 
     def __post_init__(self) -> None:
         _limit(channels=self.channels, taps=self.taps)
+
+    @property
+    def widest(self) -> int:
+        return self.channels
+
+    def state(self, half: bool) -> LayerState:
+        """What a layer keeps, always in float32."""
+        return LayerState(fixed=(seen(self.channels, self.taps),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +130,15 @@ class DeltaRule:
         """Of the convolution: queries, keys and values."""
         return 2 * self.keys + self.values
 
+    @property
+    def widest(self) -> int:
+        return self.keys + self.values
+
+    def state(self, half: bool) -> LayerState:
+        """What a layer keeps, always in float32: sums over thousands of tokens."""
+        recurrent = SequenceArray("recurrent", (self.heads, self.key_width, self.value_width))
+        return LayerState(fixed=(seen(self.channels, self.taps), recurrent))
+
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
@@ -121,6 +155,8 @@ class LatentAttention:
     rope: Rope
     query_latent: int | None = None  # queries are made from a vector of this width; None: from the input
     eps: float = 1e-6  # of the norms of latents, whatever config.json says
+    softcap: float = 0.0
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         _limit(channels=self.heads * max(self.width, self.query_width, self.value_width))
@@ -139,6 +175,14 @@ class LatentAttention:
         """`kept`, rounded up to what the attention operator takes."""
         return -(-self.kept // 8) * 8
 
+    @property
+    def widest(self) -> int:
+        return self.heads * self.width
+
+    def state(self, half: bool) -> LayerState:
+        """What a layer keeps: one vector per token; `half`: in float16."""
+        return LayerState((TokenArray("latent", 1, self.width, "float16" if half else "float32"),))
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -151,7 +195,6 @@ class Routing:
     best: int = 1  # judged by the sum of so many of their best scores
     eps: float = 0.0  # added to the sum that weights are divided by
     scale: float = 1.0  # factor for all weights
-
 
 @dataclass(frozen=True, slots=True)
 class Experts:
@@ -205,6 +248,10 @@ class Block:
     def norm(self, place: Placement) -> Norm | None:
         return dict(self.norms).get(place)
 
+    def state(self, half: bool) -> LayerState:
+        """What the block keeps of a sequence; `half`: keys and values in float16."""
+        return self.mixer.state(half)
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -228,17 +275,21 @@ class Model:
     embedding_scale: float = 1.0
     position_offset: int | None = None  # the row of position 0 among learned positions; None: no learned positions
 
+    def states(self, half: bool = False) -> list[LayerState]:
+        """What each block keeps of a sequence."""
+        return [block.state(half) for block in self.blocks]
+
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows of the blocks, in order of appearance."""
-        windows = (about.window if isinstance(about, Attention) else None for about in self._attentions)
-        return tuple(dict.fromkeys(windows))
+        """The distinct windows of the blocks that keep tokens, in order of appearance."""
+        return state_kinds.windows(self.states())
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
         """The distinct rotations of the blocks, in order of appearance."""
-        return tuple(dict.fromkeys(about.rope for about in self._attentions if about.rope is not None))
+        return tuple(dict.fromkeys(about.rope for about in self.attentions if about.rope is not None))
 
     @property
-    def _attentions(self) -> list[Attention | LatentAttention]:
+    def attentions(self) -> list[Attention | LatentAttention]:
+        """The mixers that attend to earlier tokens."""
         return [block.mixer for block in self.blocks if isinstance(block.mixer, Attention | LatentAttention)]

@@ -33,16 +33,15 @@ def add_attention(builder: Builder, x: str, about: Attention) -> str:
             for part, heads, place in ((queries, about.heads, "queries"), (keys, about.groups, "keys"))
         ]
         given = [*turned, values]
-    dtype = "float16" if builder.half else "float32"
     if builder.half:
         given = [graph.add("Cast", part, to=10) if part else "" for part in given]
-    states = [builder.state(what, about.groups, builder.room, width, dtype=dtype) for what in ("keys", "values")]
+    states = [builder.state(name) for name in ("keys", "values")]
     rotation, rotary = ["", "", ""], {}
     if inside and about.rope is not None:
         rotation = [*builder.tables(about.rope, half=builder.half), builder.places()]
         rotary = {"do_rotary": 1, "rotary_interleaved": int(about.rope.interleaved)}
     sinks = _sinks(builder, about) if about.sinks else ""
-    inputs = [*given, *(old for old, _ in states), *builder.held(about.window), *rotation, "", sinks]
+    inputs = [*given, *(old for old, _ in states), *builder.held(), *rotation, "", sinks]
     outputs = [f"attended {builder.number}", *(new for _, new in states)]
     graph.node(
         "GroupQueryAttention", inputs, outputs, CONTRIB, num_heads=about.heads, kv_num_heads=about.groups,

@@ -48,14 +48,14 @@ def add_delta_rule(builder: Builder, x: str, about: DeltaRule) -> str:
     """x [b, n, H] to [b, n, values]; the slots keep a state [key_width, value_width] of each value head."""
     graph, heads, keys = builder.graph, about.heads, about.keys
     mixed, gate = graph.split(builder.product("mixed", x), (about.channels, about.values))
-    mixed = add_taps(builder, mixed, about.channels, about.taps, "silu")
+    mixed = add_taps(builder, mixed, "silu")
     queries, key, value = graph.split(mixed, (keys, keys, about.values))
     queries, key = (_unit(builder, part, about) for part in (queries, key))
     update, decay = graph.split(builder.product("gates", x), (heads, heads))  # [b, n, heads] each
     scale = graph.weight(-np.exp(builder.vector("A")))
     names = [f"decay {builder.number}", f"update {builder.number}"]
     graph.node("LinearAttentionGate", [decay, graph.weight(builder.vector("dt")), scale, update], names, CONTRIB)
-    old, new = builder.state("recurrent", heads, about.key_width, about.value_width)
+    old, new = builder.state("recurrent")
     out = f"recalled {builder.number}"
     graph.node(
         "LinearAttention", [queries, key, value, old, *names], [out, new], CONTRIB,

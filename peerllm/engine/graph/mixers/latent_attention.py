@@ -76,14 +76,14 @@ def add_latent_attention(builder: Builder, x: str, about: LatentAttention) -> st
 
 def _attended(builder: Builder, query: str, key: str, about: LatentAttention) -> str:
     """Queries [b, n, heads · width] over the latents so far, to which key [b, n, width] is appended."""
-    graph, dtype = builder.graph, "float16" if builder.half else "float32"
+    graph = builder.graph
     if builder.half:
         query, key = (graph.add("Cast", part, to=10) for part in (query, key))
-    old, new = builder.state("latent", 1, builder.room, about.width, dtype=dtype)
-    out, again = f"attended {builder.number}", f"again {new.removeprefix('new ')}"
-    graph.output(again, "b", 1, builder.room, about.width, dtype=dtype)  # the values, bound to the keys' memory
+    old, new = builder.state("latent")
+    _, again = builder.state("latent", "again")  # as values
+    out = f"attended {builder.number}"
     graph.node(
-        "GroupQueryAttention", [query, key, key, old, old, *builder.held(None)], [out, new, again], CONTRIB,
+        "GroupQueryAttention", [query, key, key, old, old, *builder.held()], [out, new, again], CONTRIB,
         num_heads=about.heads, kv_num_heads=1, scale=about.scale,
     )  # fmt: skip
     return graph.add("Cast", out, to=1) if builder.half else out

@@ -26,14 +26,14 @@ def add_convolution(builder: Builder, x: str, about: ShortConvolution) -> str:
     """x [b, n, H] to [b, n, channels]; the slots keep the last tokens' b · x."""
     graph, width = builder.graph, about.channels
     before, after, x = graph.split(builder.product("mixed", x), (width, width, width))  # [b, n, channels] each
-    seen = add_taps(builder, graph.add("Mul", before, x), width, about.taps)
+    seen = add_taps(builder, graph.add("Mul", before, x))
     return graph.add("Mul", after, seen)
 
 
-def add_taps(builder: Builder, x: str, channels: int, taps: int, activation: str = "none") -> str:
-    """The sum of the last `taps` tokens of x [b, n, channels], each channel with its own weights; keeps taps - 1."""
+def add_taps(builder: Builder, x: str, activation: str = "none") -> str:
+    """x [b, n, channels] convolved over the tokens: each channel's weighted sum of the last few."""
     graph = builder.graph
-    old, new = builder.state("convolution", taps - 1, channels)
+    old, new = builder.state("convolution")
     weight, out = graph.weight(builder.vector("taps")), f"convolved {builder.number}"
     graph.node(
         "CausalConvWithState", [x, weight, builder.bias("taps"), old], [out, new], CONTRIB,
