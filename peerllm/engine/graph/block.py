@@ -10,9 +10,18 @@ from peerllm.engine.graph.mixers.attention import add_attention
 from peerllm.engine.graph.mixers.delta_rule import add_delta_rule
 from peerllm.engine.graph.mixers.latent_attention import add_latent_attention
 from peerllm.engine.graph.mixers.short_convolution import add_convolution
+from peerllm.engine.graph.mixers.state_space import add_state_space
 from peerllm.engine.graph.nodes import CONTRIB, Graph
 from peerllm.engine.graph.routing import add_routing
-from peerllm.engine.graph.structure import Activation, Attention, DeltaRule, Experts, LatentAttention, ShortConvolution
+from peerllm.engine.graph.structure import (
+    Activation,
+    Attention,
+    DeltaRule,
+    Experts,
+    LatentAttention,
+    ShortConvolution,
+    StateSpace,
+)
 from peerllm.engine.graph.weights import add_experts
 
 
@@ -48,6 +57,8 @@ def _mixed(builder: Builder, x: str) -> str:
             return add_convolution(builder, x, about)
         case DeltaRule() as about:
             return add_delta_rule(builder, x, about)
+        case StateSpace() as about:
+            return add_state_space(builder, x, about)
 
 
 # ---- feed-forward ---------------------------------------------------------------------------------------------------

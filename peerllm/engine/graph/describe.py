@@ -15,6 +15,7 @@ from peerllm.engine.graph.family import COMMON, FAMILIES, Family
 from peerllm.engine.graph.mixers.delta_rule import delta_rule_weights, read_delta_rule
 from peerllm.engine.graph.mixers.latent_attention import latent_attention_weights, read_latent_attention
 from peerllm.engine.graph.mixers.short_convolution import convolution_weights, read_convolution
+from peerllm.engine.graph.mixers.state_space import read_state_space, state_space_weights
 from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
 from peerllm.engine.graph.structure import (
     Activation,
@@ -30,9 +31,11 @@ from peerllm.engine.graph.structure import (
     Norm,
     Rope,
     ShortConvolution,
+    StateSpace,
 )
 from peerllm.engine.graph.weights import BlockWeights, Names, Part, Product, Stacks, Vectors
 
+EXPERTS_KEY = "peerllm_experts"  # in config.json: "halves" where files hold all experts' gates and ups as one tensor
 ROLES = ("gate", "up", "gate up", "down")
 MOST_SHOWN = 100  # characters of a value or a reason in a message
 EVEN = 8  # the attention operator needs heads whose width is a multiple of this
@@ -113,6 +116,8 @@ def describe(config: Mapping[str, Any]) -> Described:
     values = Values(config, family)
     try:
         family = replace(family, **family.by(values))
+        if config.get(EXPERTS_KEY) == "halves" and family.experts == "each":
+            family = replace(family, experts="halves")
         if family.refused is not None:
             raise UnfitError(family.refused)
         return _described(Values(config, family), family, str(config["model_type"]))
@@ -175,6 +180,8 @@ def _mixer(values: Values, family: Family, number: int, kind: str, hidden: int) 
             return read_convolution(values, hidden)
         case "delta rule":
             return read_delta_rule(values)
+        case "state space":
+            return read_state_space(values)
 
 
 def _attention(values: Values, family: Family, number: int, kind: str, hidden: int) -> Attention:
@@ -304,7 +311,7 @@ def _weights(family: Family, block: Block, number: int, hidden: int) -> BlockWei
         if experts.routing is not None and experts.routing.biased:
             vectors = {**vectors, "choice": (names["choice"], (experts.count,))}
         products["router"] = Product((Part(names["router"], experts.count),), hidden, exact=True)
-        stacks = Stacks(names["expert gate"], names["expert up"], names["expert down"], family.experts or "each")
+        stacks = _stacks(family, names)
         if experts.shared:
             common = {role: names[f"shared {role}"] for role in ROLES if f"shared {role}" in names}
             shared = _dense(common, experts.shared, hidden, gated=True, turned=turned)
@@ -312,6 +319,13 @@ def _weights(family: Family, block: Block, number: int, hidden: int) -> BlockWei
         if experts.shared_gated:
             products["shared gating"] = Product((Part(names["shared gating"], 1),), hidden, exact=True)
     return BlockWeights(block, hidden, products, names, stacks, vectors)
+
+
+def _stacks(family: Family, names: Names) -> Stacks:
+    gate, up, down = (names[f"expert {role}"] for role in ("gate", "up", "down"))
+    if family.experts == "halves" and "{}" in gate:  # of a family whose experts mostly have tensors of their own
+        up, down = gate.replace("{}.gate_proj", "gate_up_proj"), down.replace("{}.", "")
+    return Stacks(gate, up, down, family.experts or "each")
 
 
 def _mixer_weights(family: Family, names: Names, mixer: Mixer, hidden: int) -> tuple[dict[str, Product], Vectors]:
@@ -325,6 +339,8 @@ def _mixer_weights(family: Family, names: Names, mixer: Mixer, hidden: int) -> t
             return convolution_weights(names, mixer, hidden)
         case DeltaRule():
             return delta_rule_weights(names, mixer, hidden)
+        case StateSpace():
+            return state_space_weights(names, mixer, hidden)
 
 
 def _dense(names: Mapping[str, str], wide: int, hidden: int, gated: bool, turned: bool) -> dict[str, Product]:

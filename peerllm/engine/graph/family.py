@@ -23,7 +23,7 @@ class ConfigReader(Protocol):
 
 
 Norms = tuple[Placement, ...]
-MixerName = Literal["attention", "latent attention", "convolution", "delta rule"]
+MixerName = Literal["attention", "latent attention", "convolution", "delta rule", "state space"]
 ATTENTION: Mapping[str, MixerName] = {"full_attention": "attention", "sliding_attention": "attention"}
 Names = Mapping[str, str]
 ONE: Norms = ("before attention",)
@@ -113,6 +113,12 @@ QWEN35 = {
     "decay": "linear_attn.in_proj_a", "mixer out": "linear_attn.out_proj", "taps": "linear_attn.conv1d.weight",
     "A": "linear_attn.A_log", "dt": "linear_attn.dt_bias", "mixer norm": "linear_attn.norm.weight",
 }  # fmt: skip
+QWEN35_EXPERTS = {**QWEN35, **{role: name for role, name in QWEN_EXPERTS.items() if role not in LLAMA}}
+QWEN3_NEXT = {**QWEN35_EXPERTS, "qkvz": "linear_attn.in_proj_qkvz", "ba": "linear_attn.in_proj_ba"}
+GRANITE_HYBRID = {
+    **GRANITE_EXPERTS, "mixed": "mamba.in_proj", "mixer out": "mamba.out_proj", "taps": "mamba.conv1d.weight",
+    "A": "mamba.A_log", "D": "mamba.D", "dt": "mamba.dt_bias", "mixer norm": "mamba.norm.weight",
+}  # fmt: skip
 LFM2_EXPERTS = {
     **LFM2, "router": "feed_forward.gate", "choice": "feed_forward.expert_bias",
     "expert gate": "feed_forward.experts.{}.w1", "expert up": "feed_forward.experts.{}.w3",
@@ -166,6 +172,14 @@ QWEN35_DEFAULTS = {
     **SIX, "head_dim": 256, "num_key_value_heads": 4, "partial_rotary_factor": 0.25, "layer_types": None,
     "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
     "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+}  # fmt: skip
+DELTA: Mapping[str, MixerName] = {**ATTENTION, "linear_attention": "delta rule"}
+QWEN35_MOE_DEFAULTS = {
+    **QWEN35_DEFAULTS, "num_key_value_heads": 2, "num_experts_per_tok": 8, "num_experts": 256,
+    "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+}  # fmt: skip
+MAMBA: Mapping[str, MixerName] = {
+    "attention": "attention", "full_attention": "attention", "mamba": "state space", "linear_attention": "state space",
 }  # fmt: skip
 LATENT: Mapping[str, MixerName] = {"full_attention": "latent attention"}
 LATENT_DEFAULTS = {
@@ -277,6 +291,21 @@ def _lfm2_experts(values: ConfigReader) -> dict[str, Any]:
     )
     tied = values.get("tie_embedding", values.get("tie_word_embeddings"))
     return {"values": {"tie_word_embeddings": tied}, "routing": routing}
+
+
+def _silu(values: ConfigReader) -> dict[str, Any]:
+    return {} if values.get("hidden_act") == "silu" else {"refused": "convolutions with another activation than silu"}
+
+
+def _granite_hybrid(values: ConfigReader) -> dict[str, Any]:
+    least, most = values.get("time_step_limit", (0.0, float("inf")))
+    if values.get("hidden_act") != "silu" or least > 0 or most not in (float("inf"), {"__float__": "Infinity"}):
+        return {"refused": "limited time steps, or another activation than silu"}
+    if values.get("num_local_experts"):
+        return {}
+    names = {**GRANITE_HYBRID, "gate up": GRANITE_HYBRID["shared gate up"], "down": GRANITE_HYBRID["shared down"]}
+    width = values.whole("shared_expert_intermediate_size")
+    return {"names": names, "experts": "", "values": {"intermediate_size": width}}
 
 
 def _deepseek_v2(values: ConfigReader) -> dict[str, Any]:
@@ -591,8 +620,28 @@ FAMILIES: Mapping[str, Family] = {
             "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256, "full_attn_idxs": None},
     ),
     "qwen3_5_text": Family(
-        names=QWEN35, offset=1.0, normed=True, gated_attention=True, layer_type=_qwen35_layers,
-        mixers={**ATTENTION, "linear_attention": "delta rule"}, defaults=QWEN35_DEFAULTS,
+        names=QWEN35, offset=1.0, normed=True, gated_attention=True, layer_type=_qwen35_layers, mixers=DELTA,
+        by=_silu, defaults=QWEN35_DEFAULTS,
+    ),
+    "qwen3_5_moe_text": Family(
+        names=QWEN35_EXPERTS, offset=1.0, normed=True, gated_attention=True, layer_type=_qwen35_layers, mixers=DELTA,
+        experts="each", keys={**RMS, "intermediate_size": ""}, defaults=QWEN35_MOE_DEFAULTS,
+    ),
+    "qwen3_next": Family(
+        names=QWEN3_NEXT, offset=1.0, normed=True, gated_attention=True, layer_type=_qwen35_layers, mixers=DELTA,
+        experts="each", by=_silu,
+        defaults={**QWEN35_MOE_DEFAULTS, "num_experts_per_tok": 10, "num_experts": 512, "norm_topk_prob": True,
+            "decoder_sparse_step": 1, "mlp_only_layers": ()},
+    ),
+    "granitemoehybrid": Family(
+        names=GRANITE_HYBRID, experts="halves", by=_granite_hybrid, mixers=MAMBA,
+        layer_type=lambda values, number: "linear_attention",
+        rotates=lambda values, number, kind: values.get("position_embedding_type") == "rope",
+        keys={**RMS, "shared_expert_intermediate_size": "shared_intermediate_size"},
+        defaults={**SIX, **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "shared_expert_intermediate_size": 1024, "position_embedding_type": None, "layer_types": None,
+            "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": "auto", "mamba_d_conv": 4,
+            "mamba_expand": 2, "time_step_limit": None},
     ),
     "lfm2_moe": Family(
         names=LFM2_EXPERTS, keys={}, normed=True, mixers={**ATTENTION, "conv": "convolution"}, experts="each",

@@ -55,7 +55,7 @@ def working(described: Described, quantize: str) -> WorkingSpace:
     attentions = model.attentions
     rooms = [state.kept_tokens for state in model.states() if state.tokens]
     hidden = max(model.hidden, *(block.mixer.widest for block in model.blocks))
-    keeping = [about for about in attentions if bits or about.softcap or about.sinks]
+    keeping = [about for about in attentions if bits or _keeps_scores(about)]
     unfolded = max((min(about.heads, HEADS_AT_ONCE) * about.width * 8 for about in keeping), default=0)
     return WorkingSpace(
         token=4 * (HIDDEN_COPIES * hidden + WIDE_COPIES * max(block.mlp.widest for block in model.blocks)),
@@ -71,6 +71,11 @@ def working(described: Described, quantize: str) -> WorkingSpace:
 def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
     """The kind of each block, see outline.kind_names."""
     return kind_names([(_kind(weights.block.mixer), weights.block) for weights in blocks])
+
+
+def _keeps_scores(about: Attention | LatentAttention) -> bool:
+    """Whether attention in float32 keeps its scores (in float16 it always does)."""
+    return isinstance(about, Attention) and (about.softcap > 0 or about.sinks)
 
 
 def _kind(mixer: Mixer) -> str:

@@ -141,6 +141,46 @@ class DeltaRule:
 
 
 @dataclass(frozen=True, slots=True)
+class StateSpace:
+    """Mamba-2: linear attention whose states decay, after a short convolution; keys and queries are a group's."""
+
+    heads: int
+    groups: int
+    width: int  # of a head's values
+    kept: int  # the width of keys and queries
+    taps: int  # tokens that the convolution of values, keys and queries sees
+    eps: float  # of the norm of what the heads give
+
+    def __post_init__(self) -> None:
+        _limit(channels=self.channels, state=self.heads * self.width * self.kept, taps=self.taps)
+        if self.heads % self.groups:
+            raise ValueError(f"{self.heads} heads in {self.groups} groups")
+
+    @property
+    def values(self) -> int:
+        return self.heads * self.width
+
+    @property
+    def keys(self) -> int:
+        """The width of all keys, and of all queries."""
+        return self.groups * self.kept
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: values, keys and queries."""
+        return self.values + 2 * self.keys
+
+    @property
+    def widest(self) -> int:
+        return self.keys + self.values
+
+    def state(self, half: bool) -> LayerState:
+        """What a layer keeps, always in float32."""
+        recurrent = SequenceArray("recurrent", (self.heads, self.kept, self.width))
+        return LayerState(fixed=(seen(self.channels, self.taps), recurrent))
+
+
+@dataclass(frozen=True, slots=True)
 class LatentAttention:
     """Causal attention whose keys and values are made from one latent vector per token, which alone is kept.
 
@@ -155,8 +195,6 @@ class LatentAttention:
     rope: Rope
     query_latent: int | None = None  # queries are made from a vector of this width; None: from the input
     eps: float = 1e-6  # of the norms of latents, whatever config.json says
-    softcap: float = 0.0
-    sinks: bool = False
 
     def __post_init__(self) -> None:
         _limit(channels=self.heads * max(self.width, self.query_width, self.value_width))
@@ -227,7 +265,7 @@ class FeedForward:
         return self.wide if self.experts is None else max(self.experts.wide, self.experts.shared)
 
 
-Mixer = Attention | LatentAttention | ShortConvolution | DeltaRule  # what mixes a token with those before it
+Mixer = Attention | LatentAttention | ShortConvolution | DeltaRule | StateSpace  # mixes a token with those before it
 
 
 @dataclass(frozen=True, slots=True)
