@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.base import Reach
-from peerllm.engine.graph.block import BlockGraph, normalise, rope_name
+from peerllm.engine.graph.block import add_block
+from peerllm.engine.graph.builder import Builder, normalise, rope_name
 from peerllm.engine.graph.kv_slots import Batch, KVSlots
 from peerllm.engine.graph.nodes import BoundSession, Graph
 from peerllm.engine.graph.rotation import tables
@@ -238,8 +239,7 @@ def make_span(
     graph = Graph()
     x = graph.input("x", "b", "n", model.hidden)
     for number, own in zip(numbers, weights, strict=True):
-        room = own.block.state(half=bool(bits)).room(context)
-        x = BlockGraph(graph, own, tensors, bits, context, model.windows).add(x, number, room)
+        x = add_block(Builder(graph, own, tensors, bits, context, model.windows, number), x)
     graph.add("Identity", x, output="y")
     graph.output("y", "b", "n", model.hidden)
     return BlockRange(numbers.start, numbers.stop - 1, graph.session())
