@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.messages import TensorAt
+from peerllm.engine.weights.tensor_list import TENSOR_LIST, listed_tensors
 from peerllm.errors import BadInputError, ModelError
 from peerllm.types import BITS
 
@@ -77,7 +78,9 @@ def _inside(model_dir: Path, name: str) -> Path:
 
 
 def read_tensors(model_dir: Path) -> dict[str, TensorAt]:
-    """Every tensor of the directory by name, from the headers alone; ModelError if a file is damaged."""
+    """Every tensor of the directory by name, from tensors.json or headers; ModelError if a file is damaged."""
+    if (listed := model_dir / TENSOR_LIST).is_file():
+        return listed_tensors(listed)
     tensors: dict[str, TensorAt] = {}
     for path in weight_files(model_dir):
         for tensor in read_header(path):
