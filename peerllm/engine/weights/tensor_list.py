@@ -18,8 +18,8 @@ MAX_SIDES = 8
 KINDS: Mapping[str, type] = {"name": str, "dtype": str, "shape": list, "path": str, "offset": int, "nbytes": int}
 
 
-def listed_tensors(file: Path) -> dict[str, TensorAt]:
-    """The tensors of a tensors.json by name; ModelError if one cannot be where it is said to be."""
+def listed_tensors(file: Path) -> list[TensorAt]:
+    """The tensors of a tensors.json; ModelError if one cannot be where it is said to be."""
     try:
         if file.stat().st_size > MAX_LIST_BYTES:
             raise ModelError(f"{file.name} is larger than {MAX_LIST_BYTES} bytes")
@@ -28,12 +28,10 @@ def listed_tensors(file: Path) -> dict[str, TensorAt]:
         raise ModelError(f"{file.name} cannot be read: {error}") from error
     if not isinstance(entries, list):
         raise ModelError(f"{file.name} holds no list")
-    tensors: dict[str, TensorAt] = {}
+    tensors: list[TensorAt] = []
     sizes: dict[str, int] = {}
     for entry in entries:
         tensor = _tensor(file, entry)
-        if tensor.name in tensors:
-            raise ModelError(f"{file.name} has tensor {tensor.name} twice")
         if tensor.path not in sizes:
             sizes[tensor.path] = _size(tensor.path)
         if tensor.offset + tensor.nbytes > sizes[tensor.path]:
@@ -41,7 +39,7 @@ def listed_tensors(file: Path) -> dict[str, TensorAt]:
                 f"{Path(tensor.path).name} is cut short or another file than before: tensor {tensor.name} ends at byte "
                 f"{tensor.offset + tensor.nbytes} of {sizes[tensor.path]}"
             )
-        tensors[tensor.name] = tensor
+        tensors.append(tensor)
     return tensors
 
 
