@@ -44,7 +44,7 @@ def write_gguf(model: Any, path: Path, quantised: bool = False) -> None:
     describe_model(writer, config)
     names = gguf.get_tensor_name_map(arch, blocks_of(config))
     for name, array in reordered(config, tensors_of(model, path.parent)):
-        found = name if name.startswith("rope_f") else names.get_name(name, (".weight", ".bias"))
+        found = name if name.startswith(("rope_f", "blk.")) else names.get_name(name, (".weight", ".bias"))
         assert found is not None, name
         matrix = array.ndim > 1 and array.shape[-1] % 32 == 0 and "inp" not in found
         if quantised and matrix:
@@ -231,9 +231,12 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
             yield name, array
     for name, parts in stacks.items():
         stack = np.stack([parts[number] for number in range(len(parts))])
-        yield name.replace("block_sparse_moe.experts", "feed_forward.experts").removeprefix(
-            "model." if "block_sparse" in name else ""
-        ).replace(".norms", ""), stack
+        yield (
+            name.replace("block_sparse_moe.experts", "feed_forward.experts")
+            .removeprefix("model." if "block_sparse" in name else "")
+            .replace(".norms", ""),
+            stack,
+        )
     yield from rotations(config)
 
 
