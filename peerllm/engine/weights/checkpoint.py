@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.messages import TensorAt
+from peerllm.engine.weights.tensor_list import TENSOR_LIST, listed_tensors
 from peerllm.errors import BadInputError, ModelError
 from peerllm.stored_types import stored_bytes
 from peerllm.types import BITS, STORED
@@ -91,18 +92,23 @@ def _inside(model_dir: Path, name: str) -> Path:
 
 
 def read_tensors(model_dir: Path, wanted: Wanted = lambda name: name) -> dict[str, TensorAt]:
-    """The tensors of the directory by name, from the headers alone; ModelError if a file is damaged.
+    """The tensors of the directory by name, from tensors.json or headers; ModelError if a file is damaged.
 
     `wanted` gives the name under which a tensor is known, None for one to leave out.
     """
+    listed = model_dir / TENSOR_LIST
+    found: Iterable[TensorAt]
+    if listed.is_file():
+        found = listed_tensors(listed)
+    else:
+        found = (tensor for path in weight_files(model_dir, wanted) for tensor in read_header(path))
     tensors: dict[str, TensorAt] = {}
-    for path in weight_files(model_dir, wanted):
-        for tensor in read_header(path):
-            if (name := wanted(tensor.name)) is None:
-                continue
-            if name in tensors:
-                raise ModelError(f"tensor {name} stands in {Path(tensors[name].path).name} and {path.name}")
-            tensors[name] = replace(tensor, name=name)
+    for tensor in found:
+        if (name := wanted(tensor.name)) is None:
+            continue
+        if name in tensors:
+            raise ModelError(f"tensor {name} stands in {Path(tensors[name].path).name} and {Path(tensor.path).name}")
+        tensors[name] = replace(tensor, name=name)
     return tensors
 
 
