@@ -11,15 +11,18 @@ from typing import Any
 from tqdm import tqdm
 
 from peerllm.cli.terminal import printable
+from peerllm.daemon.weights.gguf_choice import SUFFIX
 from peerllm.daemon.weights.known_models import BUILTIN
 
 _PERCENT = re.compile(r"\d+(\.\d+)? ?%")
 
 
 def as_model(name: str) -> str:
-    """A local directory as an absolute path (the device runs elsewhere), anything else as it is."""
+    """A local directory or file as an absolute path (the device runs elsewhere), anything else as it is."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if name != BUILTIN and path.is_dir() else name
+    if name == BUILTIN or not (path.is_dir() or (path.is_file() and path.suffix.lower() == SUFFIX)):
+        return name
+    return str(path.resolve()) if path.is_dir() else str(path.absolute())  # a link's name says more than its file's
 
 
 def show_progress(lines: Iterable[Mapping[str, Any]]) -> None:
