@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import numpy.typing as npt
 
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import BadInputError, ModelError
-from peerllm.types import BITS
+from peerllm.stored_types import stored_bytes
+from peerllm.types import BITS, STORED
 
 FILE_DTYPES = {
     "F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -28,7 +30,13 @@ COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: this model's "aut
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 MAX_JSON_BYTES = 64 << 20  # an index of some hundred thousand tensors
 MAX_DIMENSIONS = 8
+WRAPPERS = re.compile(r"^(?:(?:model|transformer|gpt_neox|decoder)\.)+")  # prefixes in some checkpoints
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the prefixes that only some checkpoints have."""
+    return WRAPPERS.sub("", name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -128,12 +136,20 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorA
 
 
 def mapped(tensor: TensorAt) -> npt.NDArray[Any]:
-    """The tensor mapped from its file: the pages belong to the system. Writes to the array never reach the file."""
+    """The tensor mapped from its file: the pages belong to the system. Writes to the array never reach the file.
+
+    Numbers in blocks are uint8 [..., rows, bytes of a row].
+    """
     name = Path(tensor.path).name
     try:
         if Path(tensor.path).stat().st_size < tensor.offset + tensor.nbytes:
             raise ModelError(f"{name} ends in the middle of tensor {tensor.name}; fetch it again")
-        return np.memmap(tensor.path, FILE_DTYPES[tensor.dtype], "c", tensor.offset, tensor.shape)
+        if tensor.dtype in FILE_DTYPES:
+            return np.memmap(tensor.path, FILE_DTYPES[tensor.dtype], "c", tensor.offset, tensor.shape)
+        if not tensor.shape or stored_bytes(tensor.dtype, tensor.shape) != tensor.nbytes:
+            raise ModelError(f"tensor {tensor.name} of shape {list(tensor.shape)} in {tensor.dtype} makes no sense")
+        shape = (*tensor.shape[:-1], tensor.nbytes // math.prod(tensor.shape[:-1]))
+        return np.memmap(tensor.path, np.uint8, "c", tensor.offset, shape)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be read: {error}") from error
 
@@ -147,7 +163,7 @@ class ModelFiles:
     values: Mapping[str, Any]  # config.json, parsed
     tensors: Mapping[str, TensorAt]
     dtype: str  # to compute in
-    quantize: str  # see `resolve`
+    quantize: str  # STORED, or see `resolve`
 
     @property
     def name(self) -> str:
@@ -164,23 +180,30 @@ class ModelFiles:
 
 
 def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bool) -> ModelFiles:
-    """Read a model directory. "auto" for `dtype` or `quantize` chooses by the files and by where they are computed."""
+    """Read a model directory. "auto" for `dtype` or `quantize` chooses by the files and by where they are computed.
+
+    A quantized checkpoint is computed from its own numbers, unless float32 or a rounding is asked for.
+    """
     directory = Path(model_dir).expanduser()
     if not directory.is_dir():
         raise ModelError(f"{directory} is no directory")
     values = read_json(directory / "config.json")
-    refuse_quantised(values)
     tensors = read_tensors(directory)
-    dtype = compute_dtype(dtype, values, tensors.values())
+    quantised = bool(values.get("quantization_config"))
+    if quantised and dtype != "float32" and quantize in ("auto", "none"):
+        dtype, quantize = "float32", STORED
+    else:
+        dtype = compute_dtype(dtype, values, tensors.values())
+        quantize = resolve(quantize, dtype, accelerator)
     text = (directory / "config.json").read_text(encoding="utf-8")
-    return ModelFiles(directory, text, values, tensors, dtype, resolve(quantize, dtype, accelerator))
+    return ModelFiles(directory, text, values, tensors, dtype, quantize)
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:
-    """ModelError if the checkpoint was published with rounded weights."""
+    """ModelError if the checkpoint was published with rounded weights, which torch is not given."""
     if about := config.get("quantization_config"):
         method = about.get("quant_method", "?") if isinstance(about, dict) else "?"
-        raise ModelError(f"the checkpoint is quantized ({method}); peerllm reads float checkpoints only")
+        raise ModelError(f"the checkpoint is quantized ({method}), and what torch computes must be in floats")
 
 
 def compute_dtype(wanted: str, config: Mapping[str, Any], tensors: Iterable[TensorAt]) -> str:
