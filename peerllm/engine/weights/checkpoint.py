@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.messages import TensorAt
+from peerllm.engine.weights.settled import settled
 from peerllm.errors import BadInputError, ModelError
 from peerllm.stored_types import stored_bytes
 from peerllm.types import BITS, STORED
@@ -196,6 +197,9 @@ def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bo
         dtype = compute_dtype(dtype, values, tensors.values())
         quantize = resolve(quantize, dtype, accelerator)
     text = (directory / "config.json").read_text(encoding="utf-8")
+    if isinstance(about := values.get("quantization_config"), dict) and about.get("quant_method") != "gguf":
+        values = settled(values, ((plain_name(name), tensor) for name, tensor in tensors.items()))
+        text = json.dumps(values)
     return ModelFiles(directory, text, values, tensors, dtype, quantize)
 
 

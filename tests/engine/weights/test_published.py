@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peerllm.engine.graph.describe import UnfitError, describe
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.weights.formats.coded_rows import WeightForm
 from peerllm.engine.weights.formats.published import published_forms
@@ -18,7 +19,8 @@ from tests.engine.weights.packers import METHODS, MXFP4, Array, Method, Stored, 
 
 ROWS, COLUMNS = 40, 192
 LAYER = "layers.0.self_attn.q_proj"
-CONFIG = {"model_type": "llama", "hidden_size": COLUMNS, "intermediate_size": 2 * COLUMNS, "num_attention_heads": 4}
+CONFIG = {"model_type": "llama", "hidden_size": COLUMNS, "intermediate_size": 2 * COLUMNS, "num_attention_heads": 4,
+    "vocab_size": 32, "num_hidden_layers": 1}  # fmt: skip
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "int8": "I8",
     "uint8": "U8", "float8_e4m3fn": "F8_E4M3"}  # fmt: skip
 
@@ -241,3 +243,22 @@ def test_damaged_tensors_get_a_line(data: st.DataObject) -> None:
         assert "\n" not in str(error)  # noqa: PT017
         return
     assert made_of.shape == (ROWS, COLUMNS)
+
+
+@settings(max_examples=300, deadline=None)
+@given(about=st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([4, 8, 32, -1]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
+        ["weights", "num_bits", "type", "strategy", "group_size", "format", "actorder", "a", "config_groups"]), inner),
+    max_leaves=6,
+), name=st.sampled_from(sorted(METHODS)), key=st.sampled_from(
+    ["bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic", "config_groups", "format", "fmt",
+     "weight_block_size", "version", "zero_point", "found", "floats", "sparsity_config", "quant_method"]))  # fmt: skip
+def test_hostile_configurations_get_a_line(about: Any, name: str, key: str) -> None:
+    config = {**CONFIG, "quantization_config": {**METHODS[name].about, key: about}}
+    try:
+        described = describe(config)
+    except UnfitError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        return
+    assert described.blocks
