@@ -23,6 +23,7 @@ from peerllm.engine.measure.layer_times import time_layers
 from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.weights.checkpoint import read_model
+from peerllm.engine.weights.formats import forms_of
 from peerllm.errors import ModelError
 from peerllm.types import STORED
 
@@ -65,6 +66,7 @@ class Backends:
     def inspect(self, message: Inspect) -> Inspected:
         files = read_model(message.model_dir, message.dtype, message.quantize, self._compute != "cpu")
         described = self._described(files.config, files.dtype, files.quantize)
+        forms_of(files.values)  # its reason is the clearer one
         if isinstance(described, str) and files.values.get("quantization_config"):
             raise ModelError(f"{described}; quantized checkpoints of that kind are not computed")
         if isinstance(described, str):

@@ -90,10 +90,9 @@ class Described:
         """The names of the tensors that quantized matrices are made of."""
         products = [Product((self.table,), self.model.hidden), self.head]
         products += [product for weights in self.blocks for product in weights.products.values()]
-        stacks = [weights.stacks for weights in self.blocks if weights.stacks is not None]
         parts = [(product, part) for product in products for part in product.parts if part.form is not None]
         found = {name for product, part in parts for name, _ in product.part_tensors(part)}
-        return found | {name for some in stacks for name in some.coded_tensors()}
+        return found | {name for weights in self.blocks for name in weights.coded_experts()}
 
     def _part(self, name: str) -> Part:
         return self.stored.formed(Part(name, self.model.vocabulary))
@@ -349,7 +348,13 @@ def _weights(family: Family, block: Block, number: int, hidden: int, stored: Sto
 
 def _stacks(names: Mapping[str, str], family: Family, prefix: str, stored: Stored) -> Stacks:
     if not stored.stacked:
-        return Stacks(names["expert gate"], names["expert up"], names["expert down"], family.experts or "each")
+        gate, up, down = (names[f"expert {which}"] for which in ("gate", "up", "down"))
+        kind = family.experts or "each"
+        if kind == "each":
+            forms = tuple(stored.form_of(f"{name.format(0)}.weight") for name in (gate, up, down))
+        else:
+            forms = None, stored.form_of(up), stored.form_of(down)
+        return Stacks(gate, up, down, kind, forms, stored.kept)
     gate, up, down = (f"{prefix}mlp.experts.{which}_proj" for which in ("gate", "up", "down"))
     forms = tuple(stored.form_of(f"{name}.weight") for name in (gate, up, down))
     return Stacks(gate, up, down, "apart", forms, stored.kept)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from peerllm.engine.graph.matrix_product import Layout, require
-from peerllm.engine.graph.nodes import CONTRIB, Graph
+from peerllm.engine.graph.nodes import CONTRIB, Graph, packed
 from peerllm.engine.graph.structure import Experts
 from peerllm.engine.weights.formats.coded_rows import CodedRows, WeightForm
 from peerllm.engine.weights.rounding import BLOCKS, rounded
@@ -30,20 +30,22 @@ class Stacks:
     # "interleaved": `up` is [experts, H, 2I], gate and up alternating; `down` is [experts, I, H]; both have biases.
     # "apart": `gate` and `up` are [experts, I, H], `down` is [experts, H, I]; all have biases, or none has.
     form: Literal["each", "interleaved", "halves", "apart"] = "each"
-    forms: tuple[WeightForm | None, ...] = (None, None, None)  # how gate, up and down are stored ("apart" alone)
+    # How gate, up and down are stored. Of "interleaved" `up` stands for both, as rows of a matrix [experts · 2I, H].
+    forms: tuple[WeightForm | None, ...] = (None, None, None)
     kept: bool = False  # see Part
 
     def layout(self, experts: Experts, hidden: int, bits: int) -> Layout:
         """How all matrices are held: one operator takes all in so many bits and in blocks of one size."""
         kept = [form for form in self.forms if self.kept and bits and form is not None and form.bits]
-        exact = [form for form in kept if not form.minima]
-        alike = len(exact) == len(self.forms) and not any(form.zeros for form in exact)
+        exact = [form for form in kept if _exact(form)]
+        alike = len(exact) == sum(len(self._parts(layer)) for layer in LAYERS)
         block = min((form.block for form in kept), default=BLOCKS[0])
         fitting = (size for size in (*BLOCKS, 16) if size <= block and not hidden % size and not experts.wide % size)
         found = next(fitting, None)
         if not bits or found is None or (not kept and found not in BLOCKS):
             return Layout(0)
-        return Layout(max(form.bits for form in exact) if alike else 8 if kept else bits, found)
+        zeros = any(form.zeros for form in exact)
+        return Layout(max(form.bits for form in exact) if alike else 8 if kept else bits, found, zeros)
 
     def nbytes(self, experts: Experts, hidden: int, bits: int) -> int:
         return self.layout(experts, hidden, bits).nbytes(3 * experts.count * experts.wide, hidden)
@@ -52,9 +54,12 @@ class Stacks:
         """Names and shapes of the experts' tensors."""
         count, wide = experts.count, experts.wide
         if self.form == "interleaved":
-            yield self.up, (count, hidden, 2 * wide)
+            yield from self.coded_tensors(experts, hidden)
+            if self.forms[1] is None:
+                yield self.up, (count, hidden, 2 * wide)
+            if self.forms[2] is None:
+                yield self.down, (count, wide, hidden)
             yield f"{self.up}_bias", (count, 2 * wide)
-            yield self.down, (count, wide, hidden)
             yield f"{self.down}_bias", (count, hidden)
         elif self.form == "halves":
             yield self.up, (count, 2 * wide, hidden)
@@ -64,57 +69,83 @@ class Stacks:
             yield f"{self.up}.weight", (count, wide, hidden)
             yield f"{self.down}.weight", (count, hidden, wide)
         else:
-            for number in range(count):
-                yield f"{self.gate.format(number)}.weight", (wide, hidden)
-                yield f"{self.up.format(number)}.weight", (wide, hidden)
-                yield f"{self.down.format(number)}.weight", (hidden, wide)
+            yield from self.coded_tensors(experts, hidden)
+            sizes = self._sizes(experts, hidden)
+            for name, form, size in zip((self.gate, self.up, self.down), self.forms, sizes, strict=True):
+                if form is None:
+                    yield from ((f"{name.format(number)}.weight", size) for number in range(count))
 
-    def coded_tensors(self) -> Iterator[str]:
-        """The names of the tensors that are stored in a form."""
-        for name, form in zip((self.gate, self.up, self.down), self.forms, strict=True):
-            if form is not None:
-                yield f"{name}.weight"
+    def coded_tensors(self, experts: Experts, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the tensors that are stored in a form."""
+        sizes = self._sizes(experts, hidden)
+        for name, form, (rows, columns) in zip((self.gate, self.up, self.down), self.forms, sizes, strict=True):
+            if form is None:
+                continue
+            if self.form == "apart":
+                yield f"{name}.weight", (experts.count, rows, columns)
+            elif self.form == "interleaved":
+                yield from form.tensors(name, experts.count * rows, columns)
+            else:
+                for number in range(experts.count):
+                    yield from form.tensors(f"{name.format(number)}.weight", rows, columns)
+
+    def _sizes(self, experts: Experts, hidden: int) -> list[tuple[int, int]]:
+        """Rows and columns of one expert's gate, up and down."""
+        wide = experts.wide
+        return [(wide, hidden), (2 * wide if self.form == "interleaved" else wide, hidden), (hidden, wide)]
+
+    def _stored(self, which: int, number: int, rows: int) -> tuple[str, slice]:
+        """Which rows of which matrix are gate, up or down of one expert."""
+        name = (self.gate, self.up, self.down)[which]
+        if self.form == "each":
+            return f"{name.format(number)}.weight", slice(None)
+        return name if self.form == "interleaved" else f"{name}.weight", slice(number * rows, (number + 1) * rows)
 
     def floats(self, tensors: Tensors, experts: Experts, hidden: int, number: int, layer: Layer) -> Floats:
         """A layer of one expert: gate and up, rows alternating, [2I, H], or down [H, I]."""
-        wide = experts.wide
-        if self.form == "interleaved":
-            return np.ascontiguousarray(tensors.floats((self.up, self.down)[layer], number).T)
-        if self.form == "halves":
-            made = tensors.floats((self.up, self.down)[layer], number)
-            return made if layer else _alternating(*made.reshape(2, wide, hidden))
-        sizes = [(wide, hidden), (wide, hidden), (hidden, wide)]
         read = []
-        for name, form, (rows, columns) in zip((self.gate, self.up, self.down), self.forms, sizes, strict=True):
-            if (name == self.down) != bool(layer):
-                continue
+        for which in self._parts(layer):
+            form, (rows, columns) = self.forms[which], self._sizes(experts, hidden)[which]
             if form is not None:
-                some = slice(number * rows, (number + 1) * rows)
-                read.append(tensors.decoded(form, f"{name}.weight", some, rows, columns))
+                name, some = self._stored(which, number, rows)
+                read.append(tensors.decoded(form, name, some, rows, columns))
+            elif self.form == "each":
+                read.append(tensors.floats(self._stored(which, number, rows)[0], slice(None)))
             elif self.form == "apart":
-                read.append(tensors.floats(f"{name}.weight", number))
+                read.append(tensors.floats(self._stored(which, number, rows)[0], number))
             else:
-                read.append(tensors.floats(f"{name.format(number)}.weight", slice(None)))
-        return read[0] if layer else _alternating(*read)
+                made = tensors.floats((self.gate, self.up, self.down)[which], number)
+                read.append(np.ascontiguousarray(made.T) if self.form == "interleaved" else made)
+        if self.form == "halves" and not layer:
+            read = list(read[0].reshape(2, experts.wide, hidden))
+        return read[0] if len(read) == 1 else _alternating(*read)
+
+    def _parts(self, layer: Layer) -> tuple[int, ...]:
+        """Which of gate, up and down a layer is made of."""
+        return (2,) if layer else (1,) if self.form in ("interleaved", "halves") else (0, 1)
 
     def coded(
         self, tensors: Tensors, experts: Experts, hidden: int, number: int, layer: Layer, layout: Layout
-    ) -> tuple[np.ndarray[Any, Any], Floats]:
-        """Codes and scales of a layer of one expert, its rows as in `floats`; what has minima is rounded."""
-        wide, names = experts.wide, (self.gate, self.up, self.down)
-        rows, columns = (hidden, wide) if layer else (wide, hidden)
-        mine = (2,) if layer else (0, 1)
-        forms = [self.forms[one] for one in mine]
-        if not self.kept or any(form is None or not form.bits or form.minima for form in forms):
-            return rounded(self.floats(tensors, experts, hidden, number, layer), layout.bits, layout.block)
-        some, read = slice(number * rows, (number + 1) * rows), []
-        for one, form in zip(mine, forms, strict=True):
+    ) -> CodedRows:
+        """A layer of one expert in a layout, its rows as in `floats`; what has minima or an order is rounded."""
+        parts = self._parts(layer)
+        forms = [self.forms[which] for which in parts]
+        if not self.kept or any(form is None or not form.bits or not _exact(form) for form in forms):
+            codes, scales = rounded(self.floats(tensors, experts, hidden, number, layer), layout.bits, layout.block)
+            return widened(CodedRows(layout.bits, layout.block, codes, scales), layout)
+        read = []
+        for which, form in zip(parts, forms, strict=True):
+            rows, columns = self._sizes(experts, hidden)[which]
+            name, some = self._stored(which, number, rows)
             assert form is not None
-            made = tensors.coded(form, f"{names[one]}.weight", some, rows, columns)
-            read.append(widened(made, layout))
-        if layer:
+            read.append(widened(tensors.coded(form, name, some, rows, columns), layout))
+        if len(read) == 1:
             return read[0]
-        return _alternating(read[0][0], read[1][0]), _alternating(read[0][1], read[1][1])
+        zeros = [made.zeros for made in read if made.zeros is not None]
+        return CodedRows(
+            layout.bits, layout.block, _alternating(*(made.codes for made in read)),
+            _alternating(*(made.scales for made in read)), _alternating(*zeros) if zeros else None,
+        )  # fmt: skip
 
     def bias(self, tensors: Tensors, layer: Layer) -> Floats | None:
         """The biases of all experts' layers, [experts, rows]; None if there are none."""
@@ -133,16 +164,22 @@ def _alternating(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> n
     return np.stack((first, second), axis=1).reshape(2 * len(first), -1)
 
 
-def widened(coded: CodedRows, layout: Layout) -> tuple[np.ndarray[Any, Any], Floats]:
-    """Codes and scales of the same weights in a layout without zeros, of no fewer bits and no larger blocks."""
-    codes = coded.codes
-    scales = np.repeat(coded.scales, coded.block // layout.block, axis=1)
-    if coded.bits == layout.bits and coded.zeros is None:
-        return codes, scales
-    if coded.bits == 4:
+def _exact(form: WeightForm) -> bool:
+    """Whether the operator takes the form's numbers as they are."""
+    return not form.minima and not form.ordered
+
+
+def widened(coded: CodedRows, layout: Layout) -> CodedRows:
+    """The same weights in a layout of no fewer bits and no larger blocks; with zeros if the layout has them."""
+    codes, zeros, each = coded.codes, coded.zeros, coded.block // layout.block
+    if layout.zeros and zeros is None:
+        zeros = np.full(coded.scales.shape, 1 << (coded.bits - 1), np.uint8)
+    if coded.bits < layout.bits:
         codes = np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1)
-    zeros: Any = 1 << (coded.bits - 1) if coded.zeros is None else np.repeat(coded.zeros, coded.block, axis=1)
-    return (codes + np.uint8(1 << (layout.bits - 1))) - np.asarray(zeros, np.uint8), scales
+        if zeros is None:
+            codes = codes + np.uint8((1 << (layout.bits - 1)) - (1 << (coded.bits - 1)))
+    zeros = None if zeros is None else np.repeat(zeros, each, axis=1)
+    return CodedRows(layout.bits, layout.block, codes, np.repeat(coded.scales, each, axis=1), zeros)
 
 
 def add_experts(
@@ -152,7 +189,7 @@ def add_experts(
     for name, shape in stacks.tensors(experts, hidden):
         require(tensors, name, shape)
     layout = stacks.layout(experts, hidden, bits)
-    inputs = [rows, scores]
+    inputs, zero_points = [rows, scores], []
     for layer in LAYERS:
         count, columns = (hidden, experts.wide) if layer else (2 * experts.wide, hidden)
         if not layout.bits:
@@ -163,9 +200,14 @@ def add_experts(
         else:
             codes = np.empty((experts.count, count, columns * layout.bits // 8), np.uint8)
             scales = np.empty((experts.count, count, columns // layout.block), np.float32)
+            zeros = np.empty((experts.count, count, -(-scales.shape[2] * layout.bits // 8)), np.uint8)
             for number in range(experts.count):
-                codes[number], scales[number] = stacks.coded(tensors, experts, hidden, number, layer, layout)
+                made = stacks.coded(tensors, experts, hidden, number, layer, layout)
+                codes[number], scales[number] = made.codes, made.scales
+                if made.zeros is not None:
+                    zeros[number] = packed(made.zeros, layout.bits)
             inputs += [graph.weight(codes), graph.weight(scales)]
+            zero_points += [graph.weight(zeros)] if layout.zeros else []
         bias = stacks.bias(tensors, layer)
         inputs.append("" if bias is None else graph.weight(bias))
     about: dict[str, Any] = {
@@ -176,4 +218,5 @@ def add_experts(
         about["swiglu_limit"] = experts.limit
     if not layout.bits:
         return graph.add("MoE", *inputs, domain=CONTRIB, **about)
+    inputs += ["", "", "", *zero_points] if zero_points else []
     return graph.add("QMoE", *inputs, domain=CONTRIB, expert_weight_bits=layout.bits, block_size=layout.block, **about)

@@ -26,6 +26,7 @@ class Layout:
     block: int = 0  # numbers that share a scale
     zeros: bool = False
     minima: bool = False
+    ordered: bool = False  # the columns' order may be another than the input's
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Memory of the rows once they are loaded."""
@@ -55,7 +56,7 @@ class Part:
         """How the part is held where other matrices are rounded to `bits` (0: float32)."""
         form = self.form if self.kept else None
         if bits and form is not None and form.bits:
-            return Layout(form.bits, form.block, form.zeros, form.minima)
+            return Layout(form.bits, form.block, form.zeros, form.minima, form.ordered)
         block = block_of(columns)
         return Layout(0) if not bits or block is None else Layout(bits, block)
 
@@ -158,7 +159,11 @@ def bias_of(tensors: Tensors, product: Product) -> Floats | None:
 def add_product(graph: Graph, x: str, product: Product, tensors: Tensors, bits: int) -> str:
     """Add the product of x [b, n, columns] with the matrix: [b, n, rows]."""
     check(tensors, product)
-    made = [_add_run(graph, x, layout, run, tensors) for layout, run in product.runs(bits)]
+    made = [
+        _add_run(graph, x, layout, alike, tensors)
+        for layout, run in product.runs(bits)
+        for alike in (_by_order(run, tensors) if layout.ordered else [run])
+    ]
     return made[0] if len(made) == 1 else graph.add("Concat", *made, axis=-1)
 
 
@@ -172,12 +177,26 @@ def _add_run(graph: Graph, x: str, layout: Layout, product: Product, tensors: Te
         out = graph.add("MatMul", x, graph.weight(matrix))
         return out if bias is None else graph.add("Add", out, graph.weight(bias))
     made = coded(product, layout, tensors)
+    if made.order is not None:
+        x = graph.add("Gather", x, graph.weight(made.order), axis=-1)
     out = graph.coded_product(x, made, "" if bias is None else graph.weight(bias))
     if made.minima is None:
         return out
     # weight = … - minimum: a block's minimum is multiplied with the sum of the block's inputs
     sums = graph.block_sums(x, columns, layout.block)  # [b, n, blocks]
     return graph.add("Sub", out, graph.add("FusedMatMul", sums, graph.weight(made.minima), domain=CONTRIB, transB=1))
+
+
+def _by_order(product: Product, tensors: Tensors) -> list[Product]:
+    """Consecutive parts with the same order of columns, each run as a product of its own."""
+    runs: list[tuple[npt.NDArray[np.int64] | None, list[Part]]] = []
+    for part in product.parts:
+        order = part.coded(tensors, product.columns, 0, 1).order
+        if runs and np.array_equal(runs[-1][0], order):  # type: ignore[arg-type]
+            runs[-1][1].append(part)
+        else:
+            runs.append((order, [part]))
+    return [replace(product, parts=tuple(parts)) for _, parts in runs]
 
 
 def coded(product: Product, layout: Layout, tensors: Tensors) -> CodedRows:
@@ -204,4 +223,5 @@ def coded(product: Product, layout: Layout, tensors: Tensors) -> CodedRows:
         if minima is not None:
             assert made.minima is not None
             minima[where] = made.minima
-    return CodedRows(layout.bits, layout.block, codes, scales, zeros, minima)
+    assert made is not None
+    return CodedRows(layout.bits, layout.block, codes, scales, zeros, minima, made.order)

@@ -53,6 +53,11 @@ class BlockWeights:
         if self.block.attention.sinks:
             yield self.names["sinks"], (self.block.attention.heads,)
 
+    def coded_experts(self) -> Iterator[str]:
+        """The names of the experts' tensors that are stored in a form."""
+        if self.stacks is not None and self.block.mlp.experts is not None:
+            yield from (name for name, _ in self.stacks.coded_tensors(self.block.mlp.experts, self.hidden))
+
     def norms(self) -> Iterator[tuple[str, Norm]]:
         """The norms of the block, its queries and its keys, with their places."""
         yield from self.block.norms

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.messages import TensorAt
+from peerllm.engine.weights.settled import settled
 from peerllm.engine.weights.tensor_list import TENSOR_LIST, listed_tensors
 from peerllm.errors import BadInputError, ModelError
 from peerllm.stored_types import stored_bytes
@@ -216,6 +217,9 @@ def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bo
     else:
         dtype = compute_dtype(dtype, values, tensors.values())
         quantize = resolve(quantize, dtype, accelerator)
+    if isinstance(about := values.get("quantization_config"), dict) and about.get("quant_method") != "gguf":
+        values = settled(values, ((plain_name(name), tensor) for name, tensor in tensors.items()))
+        text = json.dumps(values)
     return ModelFiles(directory, text, values, tensors, dtype, quantize)
 
 

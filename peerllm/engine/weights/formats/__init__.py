@@ -8,6 +8,7 @@ from typing import Any
 from peerllm.engine.weights.checkpoint import plain_name
 from peerllm.engine.weights.formats.coded_rows import WeightForm
 from peerllm.engine.weights.formats.ggml import GGMLForm
+from peerllm.engine.weights.formats.published import published_forms
 from peerllm.errors import ModelError
 
 FormOf = Callable[[str], WeightForm | None]  # by a matrix' plain name, as a float checkpoint has it; None: floats
@@ -21,7 +22,9 @@ def forms_of(config: Mapping[str, Any]) -> FormOf:
     method = about.get("quant_method") if isinstance(about, dict) else None
     if method == "gguf":
         return _ggml_forms(about)
-    raise ModelError(f"checkpoints quantized by {str(method)[:32]!r} are not read")
+    if method is None:
+        raise ModelError("config.json's quantization_config names no quant_method")
+    return published_forms(about, config)
 
 
 def _ggml_forms(about: Mapping[str, Any]) -> FormOf:

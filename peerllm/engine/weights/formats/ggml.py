@@ -39,6 +39,10 @@ class GGMLForm:
     def minima(self) -> bool:
         return BLOCK_TYPES[self.stored_type].minima
 
+    @property
+    def ordered(self) -> bool:
+        return False
+
     def tensors(self, name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield name, (rows, columns)
 
