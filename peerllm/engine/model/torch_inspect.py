@@ -12,9 +12,8 @@ from peerllm.engine.model.config import DTYPES, max_context, parse_config, text_
 from peerllm.engine.model.division import Division, divide
 from peerllm.engine.model.keeping import Keeping, keeping
 from peerllm.engine.model.packed import PART_WEIGHTS
-from peerllm.engine.model.probing import probe, shape_key
+from peerllm.engine.model.probing import layer_kinds, probe, shape_key
 from peerllm.engine.model.tensor_names import check, recipes
-from peerllm.engine.state.layer_states import CacheLayerState
 from peerllm.engine.weights.checkpoint import read_model
 from peerllm.types import BITS, TORCH_KERNELS, Layer, ModelProfile, WorkingSpace
 
@@ -89,7 +88,7 @@ def _layers(division: Division, made: set[str], kept: Keeping, hidden_size: int)
         for a, b in division.tied.items()
     )
     states = probe(division, range(len(division.blocks)))
-    kinds = block_kinds(division, states)
+    kinds = block_kinds(division)
     sent = hidden_size * division.dtype.itemsize
     layers = [Layer("embedding", "embedding", sizes[0], 0, sent)]
     for number, state in states.items():
@@ -101,13 +100,13 @@ def _layers(division: Division, made: set[str], kept: Keeping, hidden_size: int)
                 state.token_bytes,
                 sent,
                 kv_window_tokens=state.kept_tokens,
-                state_bytes_per_sequence=state.state_bytes,
+                state_bytes_per_sequence=state.sequence_bytes,
             )
         )
     head = Layer("head", "head", sizes[division.head], 0, 4, tied_to=0 if tied else None)
     return (*layers, head)
 
 
-def block_kinds(division: Division, states: dict[int, CacheLayerState]) -> list[str]:
+def block_kinds(division: Division) -> list[str]:
     """The kind of each block, see outline.kind_names."""
-    return kind_names([(states[number].kind, shape_key(block)) for number, block in enumerate(division.blocks)])
+    return kind_names([(k, shape_key(block)) for k, block in zip(layer_kinds(division), division.blocks, strict=True)])
