@@ -85,10 +85,17 @@ def likeness(some: Floats, others: Floats) -> float:
     return float(np.median((some * others).sum(1) / lengths))
 
 
-CASES = [(family, method) for family in ("Llama", "Qwen3-MoE") for method in METHODS] + [("gpt-oss", "MXFP4")]
+OFTEN = {  # the others are marked slow
+    ("Llama", "GPTQ 4 bits, in order of activations"), ("Llama", "GPTQ 8 bits, zeros, groups of 48"), ("Llama", "AWQ"),
+    ("Llama", "compressed-tensors 4 bits, zeros"), ("Llama", "FP8, small tiles"), ("Qwen3-MoE", "AWQ"),
+    ("Qwen3-MoE", "GPTQ 4 bits"), ("Qwen3-MoE", "compressed-tensors FP8"), ("gpt-oss", "MXFP4"),
+}  # fmt: skip
+CASES = [*((family, method) for family in ("Llama", "Qwen3-MoE") for method in METHODS), ("gpt-oss", "MXFP4")]
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(
+    ("family", "method"), [pytest.param(*case, marks=() if case in OFTEN else pytest.mark.slow) for case in CASES]
+)
 def test_tokens_are_those_of_the_weights_in_float32(family: str, method: str, tmp_path: Path) -> None:
     place, model = made(family, method, tmp_path)
     prompt = IDS[:PROMPT]
