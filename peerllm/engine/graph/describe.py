@@ -37,6 +37,8 @@ MAX_BLOCKS = 1022  # with embedding and head this is the most stages that a plan
 MAX_SIZE = 1 << 24  # of any count in a configuration, since lists and tables get that long
 MAX_WIDTH = 1 << 12  # of a head
 MAX_EXPERTS = 1 << 12
+SCALING_VALUES = (float, int, str, tuple, type(None))
+DIVISORS = ("divisors", "long_divisors")  # of rotations, see rotation.py
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2", "quick_gelu": "quick_gelu",
@@ -258,7 +260,8 @@ def _rope(values: Values, family: Family, number: int, kind: str, width: int) ->
         about = {"rope_type": scaling, "original_max_position_embeddings": length, **about}
     if scaling not in KNOWN or rotated > width:
         raise UnfitError(f"rotary embeddings of kind {scaling!r}, {rotated} of {width} numbers")
-    if not math.isfinite(theta) or not all(isinstance(value, float | int | str | None) for value in about.values()):
+    about |= {key: tuple(map(float, about[key])) for key in DIVISORS if key in about}
+    if not math.isfinite(theta) or not all(isinstance(value, SCALING_VALUES) for value in about.values()):
         raise UnfitError(f"rotary embeddings of kind {scaling!r} with {str(about)[:MOST_SHOWN]}")
     rope = Rope(rotated, theta, family.interleaved, tuple(sorted(about.items())))
     with np.errstate(all="raise", under="ignore"):
