@@ -46,7 +46,7 @@ def write_gguf(model: Any, path: Path, quantised: bool = False) -> None:
     for name, array in reordered(config, tensors_of(model, path.parent)):
         found = name if name.startswith(("rope_f", "blk.")) else names.get_name(name, (".weight", ".bias"))
         assert found is not None, name
-        matrix = array.ndim > 1 and array.shape[-1] % 32 == 0 and "inp" not in found
+        matrix = array.ndim > 1 and array.shape[-1] % 32 == 0 and "inp" not in found and "position" not in found
         if quantised and matrix:
             raw = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0)
             writer.add_tensor(found, raw, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -82,11 +82,13 @@ def describe_model(writer: Any, config: Mapping[str, Any]) -> None:
 
     hidden, heads = first("hidden_size", "n_embd"), first("num_attention_heads", "n_head")
     width = config.get("head_dim") or hidden // heads
+    own = config["model_type"] in ("gpt2", "gpt_bigcode", "falcon")
+    wide = first("n_inner", "ffn_hidden_size") if own else config["intermediate_size"]
     known: list[tuple[Callable[[Any], None], Any]] = [
         (writer.add_block_count, blocks_of(config)),
         (writer.add_context_length, first("max_position_embeddings", "n_positions")),
         (writer.add_embedding_length, hidden),
-        (writer.add_feed_forward_length, first("intermediate_size", "n_inner", "ffn_hidden_size") or 4 * hidden),
+        (writer.add_feed_forward_length, wide or 4 * hidden),
         (writer.add_head_count, heads),
         (writer.add_head_count_kv, first("num_kv_heads", "num_key_value_heads")),
         (writer.add_layer_norm_rms_eps, config.get("rms_norm_eps")),
