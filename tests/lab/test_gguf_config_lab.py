@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from tests.lab.real_gguf import FILES, real_gguf
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 OURS = {"quantization_config", "layer_types", "rope_local_base_freq", "rope_theta", "rope_scaling"}
-LATER_START_S = 0.2
 
 
 @pytest.fixture(scope="module", params=sorted(FILES))
@@ -43,10 +41,3 @@ def test_every_tensor_has_its_place(file: Path, tmp_path: Path) -> None:
     theirs = {(int(one.data_offset), int(one.n_bytes), one.tensor_type.name) for one in gguf.GGUFReader(file).tensors}
     assert {(one.offset, one.nbytes, one.dtype) for one in tensors.values()} == theirs
     assert len(tensors) == len(read_gguf(file).tensors)
-
-
-def test_a_later_start_reads_nothing_again(file: Path, tmp_path: Path) -> None:
-    directory = model_directory([file], tmp_path)
-    start = time.perf_counter()
-    assert model_directory([file], tmp_path) == directory
-    assert time.perf_counter() - start < LATER_START_S
