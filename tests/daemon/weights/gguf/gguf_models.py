@@ -42,6 +42,8 @@ def write_gguf(model: Any, path: Path, quantised: bool = False) -> None:
     arch = ARCHES[config["model_type"]]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     describe_model(writer, config)
+    for key, value in vocabulary(config["vocab_size"]).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     names = gguf.get_tensor_name_map(arch, blocks_of(config))
     for name, array in reordered(config, tensors_of(model, path.parent)):
         found = name if name.startswith(("rope_f", "blk.")) else names.get_name(name, (".weight", ".bias"))
@@ -56,6 +58,15 @@ def write_gguf(model: Any, path: Path, quantised: bool = False) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def vocabulary(count: int) -> dict[str, Any]:
+    """Metadata of a tokenizer with so many tokens."""
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab", *(f"<{number}>" for number in range(3, count))],
+        "tokenizer.ggml.token_type": [1] * count, "tokenizer.ggml.merges": ["a b"],
+    }  # fmt: skip
 
 
 def tensors_of(model: Any, directory: Path) -> Tensors:

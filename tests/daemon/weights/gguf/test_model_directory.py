@@ -18,6 +18,7 @@ from peerllm.daemon.weights.gguf.hyperparameters import Hyperparameters
 from peerllm.daemon.weights.gguf.model_directory import MOST_KEPT, model_directory
 from peerllm.engine.weights.checkpoint import read_tensors
 from peerllm.errors import ModelError
+from tests.daemon.weights.gguf.gguf_models import vocabulary
 
 HIDDEN, HEADS, GROUPS, WIDTH, WIDE, TOKENS = 64, 4, 2, 16, 96, 40
 FLOATS = np.float32
@@ -47,7 +48,7 @@ def write(
         "block_count": 2, "embedding_length": HIDDEN, "attention.head_count": HEADS, "context_length": 512,
         "attention.head_count_kv": GROUPS, "feed_forward_length": WIDE, "attention.layer_norm_rms_epsilon": 1e-5,
     }  # fmt: skip
-    for key, value in {**about, **values}.items():
+    for key, value in {**about, **vocabulary(TOKENS), **values}.items():
         full = key if key.startswith("tokenizer.") else f"{arch}.{key}"
         if value is not None:
             writer.add_key_value(full, value, gguf.GGUFValueType.get_type(value))
@@ -148,7 +149,7 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
     names = [tmp_path / f"m-{number:05}-of-00002.gguf" for number in (1, 2)]
     ends = {"token_embd.weight": np.ones((TOKENS, HIDDEN), FLOATS), "output_norm.weight": np.ones(HIDDEN, FLOATS)}
     write(names[0], {**ends, **matrices(range(1))}, (0, 2, 20))
-    write(names[1], matrices(range(1, 2)), (1, 2, 20), block_count=None, embedding_length=None)
+    write(names[1], matrices(range(1, 2)), (1, 2, 20), block_count=None, **dict.fromkeys(vocabulary(1)))
     directory = model_directory(names, tmp_path / "cache")
     assert directory.name == "m"
     tensors = read_tensors(directory)
@@ -225,19 +226,27 @@ def test_queries_keys_and_values_in_one_matrix_are_parted(tmp_path: Path) -> Non
 
 
 def test_answers_end_at_the_tokens_that_the_file_names_or_that_are_known_to(tmp_path: Path) -> None:
-    tokens = ["a", "<s>", "</s>", "<|eot_id|>", "<|im_end|>", "<|end|>"]
+    tokens = [*vocabulary(TOKENS)["tokenizer.ggml.tokens"][:-2], "<|im_end|>", "</s>"]
     about = {
-        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1, 3, 3, 3, 3, 3],
-        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 0,
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": TOKENS - 1,
         "tokenizer.ggml.padding_token_id": 5,
     }  # fmt: skip
     directory = model_directory([write(tmp_path / "m.gguf", **about)], tmp_path / "cache")
     generation = json.loads((directory / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 1, "eos_token_id": [0, 2, 3, 4, 5], "pad_token_id": 5}
-    about["tokenizer.ggml.tokens"] = [*tokens[:4], "<|return|>", "<|end|>"]
-    directory = model_directory([write(tmp_path / "other.gguf", **about)], tmp_path / "cache")
-    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == [0, 2, 3, 4]
-    assert config_of(directory)["bos_token_id"] == 1
+    assert generation == {"bos_token_id": 1, "eos_token_id": [TOKENS - 1, TOKENS - 2], "pad_token_id": 5}
+    config = config_of(directory)
+    assert [config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")] == [1, TOKENS - 1, 5]
+
+
+def test_its_tokenizer_is_that_of_the_file(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    directory = model_directory([write(tmp_path / "m.gguf")], tmp_path / "cache")
+    assert Tokenizer.from_file(str(directory / "tokenizer.json")).encode("aba").ids == [2, 0]
+    with pytest.raises(ModelError, match=f"has {TOKENS + 1} tokens and an embedding of {TOKENS}"):
+        model_directory([write(tmp_path / "n.gguf", **vocabulary(TOKENS + 1))], tmp_path / "cache")
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        model_directory([write(tmp_path / "o.gguf", **{"tokenizer.ggml.model": None})], tmp_path / "cache")
 
 
 SCALINGS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
