@@ -36,18 +36,18 @@ NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"}
 TURNED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
-def write_gguf(model: Any, path: Path, quantised: bool = False) -> None:
-    """Write a model; `quantised`: matrices as Q8_0 where their rows allow it."""
+def write_gguf(model: Any, path: Path, quantised: bool = False, name: str = "") -> None:
+    """Write a model; `quantised`: matrices as Q8_0 where their rows allow it; `name`: of another architecture."""
     config = model.config.to_dict()
     arch = ARCHES[config["model_type"]]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer = gguf.GGUFWriter(path, name or gguf.MODEL_ARCH_NAMES[arch])
     describe_model(writer, config)
     for key, value in vocabulary(config["vocab_size"]).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     names = gguf.get_tensor_name_map(arch, blocks_of(config))
-    for name, array in reordered(config, tensors_of(model, path.parent)):
-        found = name if name.startswith(("rope_f", "blk.")) else names.get_name(name, (".weight", ".bias"))
-        assert found is not None, name
+    for theirs, array in reordered(config, tensors_of(model, path.parent)):
+        found = theirs if theirs.startswith(("rope_f", "blk.")) else names.get_name(theirs, (".weight", ".bias"))
+        assert found is not None, theirs
         matrix = array.ndim > 1 and array.shape[-1] % 32 == 0 and "inp" not in found and "position" not in found
         if quantised and matrix:
             raw = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0)

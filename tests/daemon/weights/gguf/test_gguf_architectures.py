@@ -16,6 +16,7 @@ import torch
 from peerllm.daemon.weights.gguf.architectures import ARCHITECTURES
 from peerllm.daemon.weights.gguf.model_directory import model_directory
 from peerllm.engine.graph.describe import describe
+from peerllm.engine.weights.checkpoint import read_tensors
 from tests.daemon.weights.gguf.gguf_models import ARCHES, write_gguf
 from tests.engine.graph.variants import CONTEXT, EXPERTS, GRANITE, LINEAR, LLAMA3, YARN, load, model_of
 from tests.engine.runs import in_slot
@@ -94,6 +95,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "seed_oss": ({"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}, {}),
     "hunyuan_v1_dense": ({},),
 }  # fmt: skip
+# Architectures of other names for what the family computes with text alone.
+ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral3": ("llama", {}), "internlm2": ("llama", {}), "exaone": ("llama", {"paired": False}),
+    "qwen2vl": ("qwen2", {}), "qwen3vl": ("qwen3", {}), "qwen3vlmoe": ("qwen3_moe", {}),
+}  # fmt: skip
 CASES = [
     pytest.param(kind, values, id=f"{kind}-{number}", marks=[] if number == 0 else [pytest.mark.slow])
     for kind, variants in VARIANTS.items()
@@ -146,8 +152,21 @@ def test_logits_equal_those_of_transformers(kind: str, values: dict[str, Any], t
 
 def test_every_architecture_has_a_variant() -> None:
     tested = {gguf.MODEL_ARCH_NAMES[ARCHES[kind]] for kind in VARIANTS}
-    assert tested | {"mistral3"} == set(ARCHITECTURES)
+    assert tested | ALIKE.keys() == set(ARCHITECTURES)
     assert CONTEXT > LENGTH > 64  # of LONG's: further divisors are used
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_files_that_differ_in_their_architectures_name_alone_are_alike(name: str, tmp_path: Path) -> None:
+    kind, changes = ALIKE[name]
+    model = made(kind, {**VARIANTS[kind][0], **LLAMA3} if kind == "llama" else VARIANTS[kind][0])
+    write_gguf(model, tmp_path / "m.gguf")
+    write_gguf(model, tmp_path / "n.gguf", name=name)
+    one, other = (model_directory([tmp_path / file], tmp_path / "cache") for file in ("m.gguf", "n.gguf"))
+    config = json.loads((one / "config.json").read_text())
+    config["quantization_config"] |= changes
+    assert json.loads((other / "config.json").read_text()) == config
+    assert read_tensors(one).keys() == read_tensors(other).keys()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "qwen3_moe"])
