@@ -97,6 +97,28 @@ async def test_the_offending_field_is_named(
 
 
 @pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
+        {"type": "input_image", "image_url": "https://example.org/a.png"},
+        {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}},
+        {"type": "file", "file": {"file_id": "x"}},
+        {"type": "refusal", "refusal": "no"},
+    ],
+    ids=lambda part: part["type"],
+)
+async def test_a_part_that_is_no_text_is_refused_before_anything_is_computed(
+    client: aiohttp.ClientSession, household: FakeHousehold, part: dict[str, Any]
+) -> None:
+    content = [{"type": "text", "text": "What is this?"}, part]
+    async with client.post(PATH, json=ask(messages=[{"role": "user", "content": content}], stream=True)) as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["param"], error["code"]) == (400, "messages[0].content[1]", "unsupported_content")
+    assert f"parts of type '{part['type']}' cannot be read: models read text only here" in error["message"]
+    assert not household.requests
+
+
+@pytest.mark.parametrize(
     "extra",
     [
         {"unknown": {"deep": [1]}},

@@ -71,6 +71,15 @@ LINEAR: dict[str, Any] = {
 MAMBA: dict[str, Any] = {
     "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4,
 }  # fmt: skip
+LLAMA4: dict[str, Any] = {
+    **EXPERTS, "intermediate_size_mlp": 48, "attention_chunk_size": 6, "no_rope_layers": [1, 1, 1, 0],
+    "interleave_moe_layer_step": 2,
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_heads": 2,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+MROPE = {"rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default"}}
 UNPLACED = "attention without positions: the control permutes the prompt instead"
 ALIBI = "no positions reach a layer: the control permutes the prompt instead"
 
@@ -93,6 +102,7 @@ class Family:
     positions: bool = True  # False: the control permutes the prompt
     norm: bool = True  # False: there is no final norm
     note: str = ""
+    beside: dict[str, Any] | None = None  # of a wrapper: what stands beside its language model in config.json
 
 
 FAMILIES = [
@@ -316,13 +326,7 @@ FAMILIES = [
     Family(
         "Llama 4 (text)",
         "llama4_text",
-        {
-            **EXPERTS,
-            "intermediate_size_mlp": 48,
-            "attention_chunk_size": 6,
-            "no_rope_layers": [1, 1, 1, 0],
-            "interleave_moe_layer_step": 2,
-        },
+        LLAMA4,
         note="attention in chunks, experts, a layer without rotation",
     ),
     Family("OLMo hybrid", "olmo_hybrid", LINEAR, note="recurrent layers"),
@@ -348,7 +352,33 @@ FAMILIES = [
     Family("IQuest-Coder", "iquestcoder"),
     Family("GPT-SW3", "gpt-sw3"),
     Family("Laguna", "laguna", {**EXPERTS, **WINDOWS}, note="windows, experts"),
-]
+    *(
+        Family(name, kind, {**config, "model_type": text}, note=f"the language model (`{text}`) beside a vision model",
+            beside={"vision_config": {**VISION, **vision}, "image_token_id": 2, "image_token_index": 2, **outer})
+        for name, kind, text, config, vision, outer in [
+            ("Gemma 3", "gemma3", "gemma3_text", {**WINDOWS, "query_pre_attn_scalar": 8},
+                {"model_type": "siglip_vision_model"}, {"mm_tokens_per_image": 4}),
+            ("Mistral 3", "mistral3", "mistral", {"sliding_window": 5}, {"model_type": "pixtral"}, {}),
+            ("Mistral 3 (Ministral)", "mistral3", "ministral3", {}, {"model_type": "pixtral"}, {}),
+            ("LLaVA", "llava", "llama", {}, {"model_type": "clip_vision_model"}, {}),
+            ("LLaVA-NeXT", "llava_next", "mistral", {}, {"model_type": "clip_vision_model"}, {}),
+            ("SmolVLM", "smolvlm", "llama", {}, {}, {"scale_factor": 1}),
+            ("Idefics 3", "idefics3", "llama", {}, {}, {"scale_factor": 1}),
+            ("InternVL", "internvl", "qwen2", {}, {}, {}),
+            ("Qwen2-VL", "qwen2_vl", "qwen2_vl_text", MROPE, {"embed_dim": 16, "hidden_size": 32, "depth": 1}, {}),
+            ("Qwen2.5-VL", "qwen2_5_vl", "qwen2_5_vl_text", MROPE,
+                {"out_hidden_size": 32, "depth": 1, "fullatt_block_indexes": [0]}, {}),
+            ("Qwen3-VL", "qwen3_vl", "qwen3_vl_text",
+                {"rope_parameters": {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_type": "default"}},
+                {"out_hidden_size": 32, "depth": 1, "deepstack_visual_indexes": [0]}, {}),
+            ("Qwen3.5", "qwen3_5", "qwen3_5_text", LINEAR, {"out_hidden_size": 32, "depth": 1}, {}),
+            ("Qwen3.5-MoE", "qwen3_5_moe", "qwen3_5_moe_text",
+                {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16}, {"out_hidden_size": 32, "depth": 1}, {}),
+            ("Llama 4", "llama4", "llama4_text", LLAMA4, {"vision_output_dim": 16, "projector_input_dim": 16,
+                "projector_output_dim": 16}, {}),
+        ]
+    ),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -397,12 +427,14 @@ class Outcome:
 
 def tiny_model(family: Family, scale: float, seed: int) -> Any:
     """A random model whose every tensor matters: norms are not ones, biases not zeros."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    values = {key: value for key, value in COMMON.items() if key not in family.without}
-    config = AutoConfig.for_model(family.model_type, **{**values, **family.config})
+    values = {key: value for key, value in COMMON.items() if key not in family.without} | family.config
+    values = values if family.beside is None else {**family.beside, "text_config": values}
+    config = AutoConfig.for_model(family.model_type, **values)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    kind: Any = AutoModelForCausalLM if family.beside is None else AutoModelForImageTextToText
+    model = kind.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -419,10 +451,8 @@ def tiny_model(family: Family, scale: float, seed: int) -> Any:
 
 def save(model: Any, directory: Path) -> Any:
     """Write a model's files and read it back as transformers does."""
-    from transformers import AutoModelForCausalLM
-
     model.save_pretrained(directory)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return type(model).from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def inspect(directory: Path, backend: Backend | None = None, quantize: str = "auto") -> Inspected:

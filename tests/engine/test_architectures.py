@@ -11,6 +11,7 @@ import pytest
 
 from peerllm.engine.families import FAMILIES as SUPPORTED
 from peerllm.engine.graph.family import FAMILIES as GRAPH
+from peerllm.wrapped_models import WRAPPERS
 from tests.engine.architectures import FAMILIES, LAYERS, Cut, Example, every_cut, examine, share
 
 THROUGH_TORCH_TOO = 4  # by default every such one of the graph engine's families
@@ -49,7 +50,8 @@ def test_so_does_every_cut(number: int, examples: Callable[[str], Example]) -> N
 
 
 def test_what_is_offered_is_what_was_tested() -> None:
-    assert {family.model_type for family in FAMILIES} == SUPPORTED
+    assert {family.model_type for family in FAMILIES if family.beside is None} == SUPPORTED
+    assert {family.model_type for family in FAMILIES if family.beside is not None} == set(WRAPPERS)
     assert len(SUPPORTED) >= 40
     assert MUST_BE_GRAPHS <= set(GRAPH) <= SUPPORTED
     assert len(every_cut()) == 15

@@ -141,7 +141,9 @@ def _part(value: object, where: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         raise FieldError(f"{where} must be an object with a type", where)
     if value["type"] != "text":
-        raise FieldError(f"{where}: {value['type'][:40]} is not supported, only text is", where, "unsupported_content")
+        kind = value["type"][:40]
+        what = f"{where}: parts of type {kind!r} cannot be read: models read text only here, send text parts"
+        raise FieldError(what, where, "unsupported_content")
     if not isinstance(value.get("text"), str):
         raise FieldError(f"{where}.text must be a string", f"{where}.text")
     return str(value["text"])

@@ -14,7 +14,7 @@ from peerllm.engine.model.keeping import Keeping, keeping
 from peerllm.engine.model.packed import PART_WEIGHTS
 from peerllm.engine.model.probing import probe, shape_key
 from peerllm.engine.model.tensor_names import check, recipes
-from peerllm.engine.state.layer_states import LayerState
+from peerllm.engine.state.layer_states import CacheLayerState
 from peerllm.engine.weights.checkpoint import read_model
 from peerllm.types import BITS, TORCH_KERNELS, Layer, ModelProfile, WorkingSpace
 
@@ -108,6 +108,6 @@ def _layers(division: Division, made: set[str], kept: Keeping, hidden_size: int)
     return (*layers, head)
 
 
-def block_kinds(division: Division, states: dict[int, LayerState]) -> list[str]:
+def block_kinds(division: Division, states: dict[int, CacheLayerState]) -> list[str]:
     """The kind of each block, see outline.kind_names."""
     return kind_names([(states[number].kind, shape_key(block)) for number, block in enumerate(division.blocks)])

@@ -1,1 +1,1 @@
-"""GGUF files as model directories: only their header and metadata are read here, never weights."""
+"""GGUF files as model directories: header, split files, configuration, vocabulary. No weights are read."""
