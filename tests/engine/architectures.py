@@ -75,6 +75,18 @@ LLAMA4: dict[str, Any] = {
     **EXPERTS, "intermediate_size_mlp": 48, "attention_chunk_size": 6, "no_rope_layers": [1, 1, 1, 0],
     "interleave_moe_layer_step": 2,
 }  # fmt: skip
+SHARED: dict[str, Any] = {  # four blocks that are one layer to cut at
+    "num_hidden_layers": 7, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention",
+        "sliding_attention", "full_attention"],
+}  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    **WINDOWS, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+    "final_logit_softcapping": 30.0,
+}  # fmt: skip
+GEMMA3N: dict[str, Any] = {
+    **GEMMA4, "altup_num_inputs": 3, "laurel_rank": 4,
+}  # fmt: skip
 VISION: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_heads": 2,
     "image_size": 16, "patch_size": 8,
@@ -352,6 +364,34 @@ FAMILIES = [
     Family("IQuest-Coder", "iquestcoder"),
     Family("GPT-SW3", "gpt-sw3"),
     Family("Laguna", "laguna", {**EXPERTS, **WINDOWS}, note="windows, experts"),
+    Family("Gemma 4 (text)", "gemma4_text", GEMMA4, note="windows, heads of two widths, inputs for each layer"),
+    Family(
+        "Gemma 4 (shared keys)",
+        "gemma4_text",
+        {**GEMMA4, **SHARED, "use_double_wide_mlp": True},
+        note="as above; the last four blocks share keys and values and are one layer to cut at",
+    ),
+    Family(
+        "Gemma 4 (dense)",
+        "gemma4_text",
+        {**GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        note="windows, heads of two widths, keys as values",
+    ),
+    Family(
+        "Gemma 4 (experts)",
+        "gemma4_text",
+        {
+            **GEMMA4, **EXPERTS, "hidden_size_per_layer_input": 0, "enable_moe_block": True, "top_k_experts": 2,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        },
+        note="windows, heads of two widths, keys as values, experts beside a dense feed-forward",
+    ),
+    Family(
+        "Gemma 3n (text)",
+        "gemma3n_text",
+        {**GEMMA3N, **SHARED, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]},
+        note="windows, three streams, inputs for each layer; the last four blocks share keys and values",
+    ),
     *(
         Family(name, kind, {**config, "model_type": text}, note=f"the language model (`{text}`) beside a vision model",
             beside={"vision_config": {**VISION, **vision}, "image_token_id": 2, "image_token_index": 2, **outer})
@@ -398,6 +438,10 @@ class Example:
     def layers(self) -> int:
         return len(self.inspected.profile.layers)
 
+    @property
+    def blocks(self) -> int:
+        return int(self.family.config.get("num_hidden_layers", LAYERS - 2))
+
 
 @dataclass
 class Outcome:
@@ -437,7 +481,8 @@ def tiny_model(family: Family, scale: float, seed: int) -> Any:
     model = kind.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in model.named_parameters():
+        scalars = [(name, tensor) for name, tensor in model.named_buffers() if name.endswith("layer_scalar")]
+        for name, tensor in [*model.named_parameters(), *scalars]:
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.dim() >= 2 and min(tensor.shape[-2:]) > 1:
                 fan_in = tensor.shape[-1]
@@ -561,17 +606,18 @@ def controls(inspected: Inspected, model: Any, prompt: Ids, tokens: list[int], f
         return generate(forwards, given, (len(given),))[0] == tokens
 
     def head_alone(hidden: npt.NDArray[Any], runs: Sequence[TokenRun]) -> npt.NDArray[Any]:
-        with torch.inference_mode():
-            logits: npt.NDArray[Any] = model.get_output_embeddings()(torch.from_numpy(hidden[-1:])).numpy()
+        matrix = model.get_output_embeddings()
+        with torch.inference_mode():  # of several streams the first one
+            logits: npt.NDArray[Any] = matrix(torch.from_numpy(hidden[-1:, : matrix.in_features])).numpy()
             return logits
 
     if not same(chain):
         blind.append("nothing is changed")
-    for number in range(last - 1):
+    for number in range(last - 1 if graph else len(shards[0].blocks)):
         if graph:
             skipped = same([*chain[: number + 1], *chain[number + 2 :]])
         else:
-            hook = shards[0].blocks[number].register_forward_hook(skip, with_kwargs=True)
+            hook = shards[0].blocks[number].register_forward_hook(skip, with_kwargs=True, prepend=True)
             skipped = same(chain)
             hook.remove()
         if skipped:
@@ -649,8 +695,8 @@ def examine(made: Example, chosen: Sequence[Cut] | None = None, torch_too: Cut |
     if made.blind:
         outcome.error = f"controls that change nothing: {', '.join(made.blind)}"
         return outcome
-    outcome.blocks = made.layers - 2
-    skips = f"{outcome.blocks} skips"
+    outcome.blocks = made.blocks
+    skips = f"{made.blocks} skips"
     order = "positions" if family.positions else "prompt order"
     outcome.controls = ", ".join([skips, order, *(["final norm"] if family.norm else [])])
     shards: dict[tuple[int, int], Shard] = {}

@@ -16,7 +16,7 @@ from peerllm.engine.base import Reach
 from peerllm.engine.model.blocks import ShardBlocks, run_without_data, stand_in
 from peerllm.engine.model.config import text_config
 from peerllm.engine.model.division import Division
-from peerllm.engine.state.layer_states import FULL, WINDOWED, LayerState, ProbeCache
+from peerllm.engine.state.layer_states import FULL, UNKEPT, WINDOWED, LayerState, ProbeCache
 from peerllm.errors import ModelError
 
 STATIC_ROPE = frozenset(["default", "linear", "yarn", "llama3", "proportional"])  # others follow the length
@@ -28,6 +28,9 @@ def probe(division: Division, numbers: range) -> dict[int, LayerState]:
     known: dict[object, LayerState] = {}
     states: dict[int, LayerState] = {}
     for number in numbers:
+        if kinds[number] == UNKEPT:
+            states[number] = LayerState(UNKEPT, {}, None, None, division.dtype)
+            continue
         key = (kinds[number], str(arguments[number]), shape_key(division.blocks[number]))
         if key not in known:
             known[key] = _probe_block(division, number)
@@ -36,10 +39,15 @@ def probe(division: Division, numbers: range) -> dict[int, LayerState]:
 
 
 def run_block(division: Division, number: int, block: nn.Module) -> tuple[ProbeCache, Exception | None]:
-    """Run `block` alone as block `number`, without data: what it would keep, and the exception that ended it."""
+    """Run `block` as block `number`, without data: what it would keep, and the exception that ended it.
+
+    It runs alone, or after those of its unit, whose keys and values it may use.
+    """
     cache = ProbeCache(len(division.blocks), *get_layer_types_and_kwargs(text_config(division.model.config)))
     try:
-        with stand_in(division.owner, division.attribute, ShardBlocks([block]), number):
+        first = division.units[division.unit_of(number)].start
+        blocks = ShardBlocks([*division.blocks[first:number], block])
+        with stand_in(division.owner, division.attribute, blocks, first):
             run_without_data(division.model, cache)
     except Exception as error:  # a foreign forward may raise anything
         return cache, error
@@ -85,7 +93,7 @@ def reach_of(model: Any, kept: Mapping[int, LayerState]) -> Reach | None:
     """How far back sequences can go; None if a prompt in one run would give other numbers than continuing a slot."""
     if any(_follows_length(module) or _bounds_runs(module) for module in model.modules()):
         return None
-    rewinds = all(state.kind in (FULL, *WINDOWED) and not state.state_bytes for state in kept.values())
+    rewinds = all(state.kind in (FULL, *WINDOWED, UNKEPT) and not state.state_bytes for state in kept.values())
     rooms = [state.kept_tokens for state in kept.values() if state.kept_tokens is not None]
     return Reach(rewinds, min(rooms, default=None), base.ROLLBACK_TOKENS)
 

@@ -38,13 +38,15 @@ class TorchOutline(outline.Sizes):
         super().__init__(
             firsts=outline.firsts(block_kinds(division, self._states)),
             head=division.head,
-            hidden_size=language.hidden_size,
             vocabulary=language.vocab_size,
             context=context,
             limit_bytes=message.limit_bytes,
             working=working(division, message.quantize),
             layer_bytes=layer_bytes,
-            kv_bytes={number + 1: kv_bytes({number: state}, 1, context) for number, state in self._states.items()},
+            kv_bytes={
+                layer: kv_bytes({number: self._states[number] for number in unit}, 1, context)
+                for layer, unit in enumerate(division.units, 1)
+            },
         )
 
     def build(self, mockup: Mockup) -> TorchShard:

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from peerllm.engine.kernels.accelerator import CPU
-from peerllm.engine.state.layer_states import FULL, WINDOWED, HybridCounter, LayerState, SlotLayer, layer_of
+from peerllm.engine.state.layer_states import FULL, UNKEPT, WINDOWED, HybridCounter, LayerState, SlotLayer, layer_of
 from peerllm.errors import EngineError
 
 
@@ -19,7 +19,7 @@ class SlotCache(Cache):
     def __init__(self, layers: list[Any], owned: Mapping[int, LayerState]) -> None:
         super().__init__(layers=layers)
         self.counters = [layer for number, layer in enumerate(layers) if number not in owned]
-        self.rewinds = all(isinstance(layers[number], SlotLayer) for number in owned)
+        self.rewinds = all(isinstance(layers[n], SlotLayer) or state.kind == UNKEPT for n, state in owned.items())
         self.length = 0
         self.whole = True  # every layer holds the same tokens
 

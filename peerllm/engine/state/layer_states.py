@@ -19,6 +19,7 @@ from peerllm.engine import base
 from peerllm.errors import EngineError
 
 FULL, WINDOWED = "full_attention", ("sliding_attention", "chunked_attention")
+UNKEPT = "dummy"  # a block that keeps nothing of its own
 
 
 @dataclass(frozen=True, slots=True)
