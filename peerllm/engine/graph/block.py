@@ -12,6 +12,7 @@ from peerllm.engine.graph.structure import Activation, Attention, Experts, Norm,
 from peerllm.engine.graph.tensors import Tensors
 from peerllm.engine.graph.weights import BlockWeights, add_experts, add_product, norm_weights, require
 
+KEPT = ("keys", "values")
 INSIDE = 16  # if a head's width and its rotated part are multiples of this, the attention operator rotates it
 
 
@@ -83,11 +84,11 @@ class BlockGraph:
         if self._half:
             given = [graph.add("Cast", part, to=10) if part else "" for part in given]
         group = self._windows.index(about.window)
-        stored = [graph.input(f"{what} {number}", "b", about.groups, room, width, dtype=dtype) for what in ("k", "v")]
+        stored = [graph.input(f"{what} {number}", "b", about.groups, room, width, dtype=dtype) for what in KEPT]
         seen = [graph.input(f"last {group}", "b", dtype="int32"), graph.input(f"total {group}", 1, dtype="int32")]
         rotation = [*self._tables(about.rope, half=self._half), self._places()] if inside else ["", "", ""]
         inputs = [*given, *stored, *seen, *rotation, "", self._sinks() if about.sinks else ""]
-        outputs = [f"attended {number}", f"new k {number}", f"new v {number}"]
+        outputs = [f"attended {number}", *(f"new {what} {number}" for what in KEPT)]
         rotary = {"do_rotary": 1, "rotary_interleaved": int(about.rope.interleaved)} if inside and about.rope else {}
         graph.node(
             "GroupQueryAttention", inputs, outputs, CONTRIB, num_heads=about.heads, kv_num_heads=about.groups,

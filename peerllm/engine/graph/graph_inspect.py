@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from peerllm.engine.graph.describe import Described
-from peerllm.engine.graph.kv_slots import room_of, token_bytes
 from peerllm.engine.graph.load import MAKING_COPIES, ShardForm, largest_block
 from peerllm.engine.graph.tensors import Checkpoint
 from peerllm.engine.graph.weights import BlockWeights, check, require
@@ -32,17 +31,16 @@ def profile(described: Described, name: str, quantize: str) -> ModelProfile:
     positions = 4 * model.hidden * model.max_context if described.positions else 0
     layers = [Layer("embedding", "embedding", positions, 0, sent)]
     kinds = block_kinds(described.blocks)
-    for number, (weights, kind, nbytes) in enumerate(zip(described.blocks, kinds, shape.block_bytes, strict=True)):
-        about = weights.block.attention
-        window = None if about.window is None else room_of(about.window, model.max_context)
+    for number, (kind, nbytes, state) in enumerate(zip(kinds, shape.block_bytes, shape.states.values(), strict=True)):
         layers.append(
             Layer(
                 f"block {number}",
                 kind,
                 nbytes + GRAPH_BYTES,
-                token_bytes(about, shape.bits),
+                state.token_bytes,
                 sent,
-                kv_window_tokens=window,
+                kv_window_tokens=None if state.kept_tokens is None else state.room(model.max_context),
+                state_bytes_per_sequence=state.sequence_bytes,
             )
         )
     graphs = -(-shape.head_bytes // largest_block(described, shape.bits))
@@ -54,7 +52,7 @@ def working(described: Described, quantize: str) -> WorkingSpace:
     """What a pass needs beside weights and KV: measured with onnxruntime 1.31, see tests/lab/test_memory_lab.py."""
     model, bits = described.model, BITS.get(quantize, 0)
     attentions = [block.attention for block in model.blocks]
-    windows = [about.window for about in attentions]
+    rooms = [state.kept_tokens for state in model.states() if state.tokens]
     hidden = max(model.hidden, *(about.heads * about.width for about in attentions))
     keeping = [about for about in attentions if bits or about.softcap or about.sinks]
     unfolded = max((min(about.heads, HEADS_AT_ONCE) * about.width * 8 for about in keeping), default=0)
@@ -65,7 +63,7 @@ def working(described: Described, quantize: str) -> WorkingSpace:
         sequence=8 * model.vocabulary,  # logits, and those of the parts of a divided head
         once=DRAW_BYTES * model.vocabulary,
         loading=MAKING_COPIES * largest_block(described, bits),
-        window=None if None in windows else max(room_of(window, model.max_context) for window in windows),
+        window=max((min(room or 0, model.max_context) for room in rooms), default=1) if None not in rooms else None,
     )
 
 

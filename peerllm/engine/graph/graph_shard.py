@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine import base
 from peerllm.engine.base import Reach
 from peerllm.engine.graph.block import BlockGraph, normalise, rope_name
-from peerllm.engine.graph.kv_slots import Batch, KVSlots, room_of
+from peerllm.engine.graph.kv_slots import Batch, KVSlots
 from peerllm.engine.graph.nodes import BoundSession, Graph
 from peerllm.engine.graph.rotation import tables
 from peerllm.engine.graph.structure import Head, Model
 from peerllm.engine.graph.tensors import Floats, Tensors
 from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
+from peerllm.engine.state.state_kinds import LayerState, reach_of
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
 
@@ -59,18 +59,17 @@ class GraphShard:
     """Implements base.Shard. A pass is one token each of several sequences, or one chunk of one prompt."""
 
     def __init__(
-        self, model: Model, slots: int, context: int, half: bool,
+        self, model: Model, states: Mapping[int, LayerState], slots: int, context: int,
         embedding: Embedding | None, spans: Sequence[BlockRange], head: Sequence[Any], weight_bytes: int, chunk: int,
     ) -> None:  # fmt: skip
-        """`head`: the sessions that compute logits (last shard only); `half`: keys and values are float16."""
+        """`head`: the sessions that compute logits (last shard only); `states`: what each block keeps."""
         self.hidden_size, self.vocabulary = model.hidden, model.vocabulary
         self.weight_bytes = weight_bytes
         self.weights: Mapping[int, int] = {id(self): weight_bytes}
-        self.reach: Reach | None = reach_of(model)
+        self.reach: Reach | None = reach_of(model.states())
         self._model, self._embedding, self._spans, self._head = model, embedding, spans, head
-        numbers = [number for span in spans for number in range(span.first, span.last + 1)]
-        self._slots = KVSlots({number: model.blocks[number].attention for number in numbers}, slots, context, half)
-        self.kv_bytes = sum(store.nbytes for pair in self._slots.stores.values() for store in pair)
+        self._slots = KVSlots(states, slots, context)
+        self.kv_bytes = self._slots.nbytes
         self._windows = tuple(self._slots.groups)
         self._tables = rotation_tables(model, spans, context)
         self._bound: OrderedDict[tuple[int, int, int], _Pass] = OrderedDict()
@@ -184,13 +183,12 @@ class _Pass:
             for group, window in enumerate(shard._windows):
                 given[f"last {windows.index(window)}"] = self._last[group]
                 given[f"total {windows.index(window)}"] = self._total[group]
-            for block in range(span.first, span.last + 1):
-                for what, store in zip("kv", shard._slots.stores[block], strict=True):
-                    given[f"{what} {block}"] = part = store[first : first + sequences]
-                    bound.want(f"new {what} {block}", part)
+            given |= {name: store[first : first + sequences] for name, store in shard._slots.stores.items()}
             for name in asked:
                 bound.give(name, given[name])
             bound.want("y", ends[1 - number % 2].reshape(shape))
+            for output in {entry.name for entry in span.session.get_outputs()} - {"y"}:
+                bound.want(output, given[output.partition(" ")[2]])  # "new keys 3" is written where "keys 3" was read
             self._runs.append(bound)
 
     def take(self, x: Floats, places: npt.NDArray[np.int64], batch: Batch) -> None:
@@ -205,12 +203,6 @@ class _Pass:
         for bound in self._runs:
             bound.run()
         return self._exit
-
-
-def reach_of(model: Model) -> Reach:
-    """How far back a sequence can go in all blocks of the model."""
-    rooms = [window + 2 * base.ROLLBACK_TOKENS for window in model.windows if window is not None]
-    return Reach(True, min(rooms, default=None), base.ROLLBACK_TOKENS)
 
 
 def rotation_tables(model: Model, spans: Iterable[BlockRange], context: int) -> dict[str, npt.NDArray[Any]]:
@@ -233,7 +225,7 @@ def make_span(
     graph = Graph()
     x = graph.input("x", "b", "n", model.hidden)
     for number, own in zip(numbers, weights, strict=True):
-        room = room_of(own.block.attention.window, context)
+        room = own.block.state(half=bool(bits)).room(context)
         x = BlockGraph(graph, own, tensors, bits, context, model.windows).add(x, number, room)
     graph.add("Identity", x, output="y")
     graph.output("y", "b", "n", model.hidden)

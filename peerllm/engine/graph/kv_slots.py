@@ -1,9 +1,12 @@
-"""Keys and values of a shard's sequences, in our own memory that the graphs read and write in place.
+"""What a shard's layers keep of its sequences, in our own memory that the graphs read and write in place.
 
-Every buffer is [slots, groups, room, width]; a slot occupies one place along its first dimension. Sequences that step
-together must occupy neighbouring places, so that their batch is a slice of the buffer. If they do not, slots are moved,
-which happens only when a batch's members change. Layers with a window keep only the window: when a slot's room is full,
-its oldest tokens are dropped.
+What is kept for each token lies in buffers [slots, heads, room, width], what is kept once for a sequence in buffers
+[slots, ...]; a slot occupies one place along the first dimension. Sequences that step together must occupy neighbouring
+places, so that their batch is a slice of the buffer. If they do not, slots are moved, which happens only when a batch's
+members change. Layers with a window keep only the window: when a slot's room is full, its oldest tokens are dropped.
+
+onnxruntime's operators read the whole state of a sequence before they write it (1.31: 4,536 runs of CausalConvWithState
+and LinearAttention in place and apart were equal in every bit), so one buffer is input and output.
 """
 
 from __future__ import annotations
@@ -16,26 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine import base
-from peerllm.engine.graph.structure import Attention
+from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
 
 Array = npt.NDArray[Any]
 
 
-def room_of(window: int | None, context: int) -> int:
-    """Tokens of room in a slot: the window and twice what a sequence may go back, so that the room rarely slides."""
-    return context if window is None else min(context, window + 2 * base.ROLLBACK_TOKENS)
-
-
-def token_bytes(about: Attention, bits: int) -> int:
-    """Bytes of keys and values per token: float16 where weights are rounded (`bits` above 0), else float32."""
-    return 2 * about.groups * about.width * (2 if bits else 4)
-
-
 @dataclass(slots=True)
 class Group:
-    """The layers with one size of window; a slot holds equally many tokens in all of them."""
+    """The buffers of layers with one size of window; a slot holds equally many tokens in all of them."""
 
     window: int | None
     room: int
@@ -73,22 +66,34 @@ class Batch:
 
 
 class KVSlots:
-    """The KV slots of a shard. `stores[number]` are a block's keys and values."""
+    """The slots of a shard. `stores` has each block's buffers by the names of graph inputs: "keys 3", "recurrent 0"."""
 
-    def __init__(self, blocks: Mapping[int, Attention], slots: int, context: int, half: bool) -> None:
+    def __init__(self, states: Mapping[int, LayerState], slots: int, context: int) -> None:
         self._lengths = [0] * slots
         self._place = list(range(slots))  # the place of each slot
         self._slot = list(range(slots))  # the slot at each place
         self._context = context
         self.groups: dict[int | None, Group] = {}
-        self.stores: dict[int, tuple[Array, Array]] = {}
-        dtype = np.float16 if half else np.float32
-        for number, about in blocks.items():
-            room = room_of(about.window, context)
-            group = self.groups.setdefault(about.window, Group(about.window, room, room < context, [0] * slots))
-            keys, values = (np.zeros((slots, about.groups, room, about.width), dtype) for _ in "kv")
-            self.stores[number] = keys, values
-            group.stores += [keys, values]
+        self.stores: dict[str, Array] = {}
+        self._fixed: list[Array] = []
+        self._snapshots: list[Array] = []  # of those, by slot
+        self._fixed_at: list[int | None] = [0] * slots  # the position that they stand at; None: a pass failed
+        self._snapshot_at = [0] * slots  # 0: there is none
+        for number, state in states.items():
+            if state.tokens:
+                room = state.room(context)
+                group = Group(state.window, room, room < context, [0] * slots)
+                group = self.groups.setdefault(state.window, group)
+            for kept in state.tokens:
+                store: Array = np.zeros((slots, kept.heads, room, kept.width), kept.dtype)
+                self.stores[f"{kept.name} {number}"] = store
+                group.stores.append(store)
+            for fixed in state.fixed:
+                store = np.zeros((slots, *fixed.shape), fixed.dtype)
+                self.stores[f"{fixed.name} {number}"] = store
+                self._fixed.append(store)
+                self._snapshots.append(np.zeros_like(store))
+        self.nbytes = sum(store.nbytes for store in (*self.stores.values(), *self._snapshots))
 
     @property
     def longest(self) -> int:
@@ -107,6 +112,8 @@ class KVSlots:
                 raise EngineError(f"a gap in the sequence: {length} tokens are held, the next is for {position}")
             if position + run.length > self._context:
                 raise EngineError(f"the slot's {self._context} tokens are full")
+            if self._fixed and position and position not in (self._fixed_at[slot], self._snapshot_at[slot]):
+                raise EngineError(f"a recurrent layer cannot go back to position {position}; replay the sequence")
             for group in self.groups.values():
                 if position and group.held[slot] - (length - position) < group.seen(position):
                     raise EngineError(f"position {position} is too far back for a window; replay the sequence")
@@ -115,6 +122,7 @@ class KVSlots:
         """Bring the slots to the positions of runs that were checked, side by side."""
         for run in runs:
             self._move(run.slot, run.position)
+            self._fixed_at[run.slot] = None  # until the pass has gone well
         first, order = self._gather([run.slot for run in runs])
         lasts, totals = [], []
         for group in self.groups.values():
@@ -129,8 +137,15 @@ class KVSlots:
         """A pass went well: what it wrote counts from now on."""
         for run in runs:
             self._lengths[run.slot] += run.length
+            self._fixed_at[run.slot] = self._lengths[run.slot]
             for group in self.groups.values():
                 group.held[run.slot] += run.length
+
+    def keep_snapshot(self, slot: int) -> None:
+        """Keep a copy of what the slot keeps once for its sequence, for a later run that begins at this position."""
+        for store, copy in zip(self._fixed, self._snapshots, strict=True):
+            copy[slot] = store[self._place[slot]]
+        self._snapshot_at[slot] = self._lengths[slot]
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
@@ -141,12 +156,20 @@ class KVSlots:
         self._lengths.clear()
         self.groups.clear()
         self.stores.clear()
+        self._fixed.clear()
+        self._snapshots.clear()
 
     def _move(self, slot: int, position: int) -> None:
         back = self._lengths[slot] - position
         for group in self.groups.values():
             group.held[slot] = max(group.held[slot] - back, 0) if position else 0
         self._lengths[slot] = position
+        if position != self._fixed_at[slot]:
+            for store, copy in zip(self._fixed, self._snapshots, strict=True):
+                store[self._place[slot]] = copy[slot] if position else 0
+            self._fixed_at[slot] = position
+        if position < self._snapshot_at[slot]:
+            self._snapshot_at[slot] = 0
 
     # ---- places -----------------------------------------------------------------------------------------------------
 
@@ -182,5 +205,7 @@ class KVSlots:
                 kept = store[one, :, :most].copy()
                 store[one, :, :most] = store[other, :, :most]
                 store[other, :, :most] = kept
+        for store in self._fixed:
+            store[[one, other]] = store[[other, one]]
         self._slot[one], self._slot[other] = second, first
         self._place[first], self._place[second] = other, one

@@ -11,11 +11,11 @@ from peerllm.engine.base import Progress
 from peerllm.engine.free_memory import trim
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.graph_shard import BlockRange, Embedding, GraphShard, make_head, make_span
-from peerllm.engine.graph.kv_slots import room_of, token_bytes
 from peerllm.engine.graph.nodes import make_pool
 from peerllm.engine.graph.tensors import Checkpoint, Tensors
 from peerllm.engine.graph.weights import Product, require
 from peerllm.engine.messages import LoadStage
+from peerllm.engine.state.state_kinds import LayerState, slot_bytes
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.types import BITS
 
@@ -65,9 +65,13 @@ class ShardForm:
         return sum(self.block_bytes) + self.head_bytes
 
     @property
+    def states(self) -> dict[int, LayerState]:
+        """What each of the shard's blocks keeps of a sequence."""
+        return {number: self.described.blocks[number].block.state(half=bool(self.bits)) for number in self.numbers}
+
+    @property
     def kv_bytes(self) -> int:
-        blocks = [self.described.blocks[number].block.attention for number in self.numbers]
-        return sum(self.slots * room_of(about.window, self.context) * token_bytes(about, self.bits) for about in blocks)
+        return slot_bytes(self.states.values(), self.slots, self.context)
 
     @property
     def graph_bytes(self) -> int:
@@ -155,5 +159,5 @@ def build(shape: ShardForm, tensors: Tensors, embedding: Embedding | None, threa
         head.append(make_head(described.model.head, described.model.hidden, product, described.norm, tensors, bits))
         trim()
     return GraphShard(
-        described.model, shape.slots, shape.context, bool(bits), embedding, spans, head, shape.weight_bytes, chunk
+        described.model, shape.states, shape.slots, shape.context, embedding, spans, head, shape.weight_bytes, chunk
     )  # fmt: skip

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from peerllm.engine.state import state_kinds
+from peerllm.engine.state.state_kinds import LayerState, keys_and_values
+
 Placement = Literal["before attention", "after attention", "before mlp", "after mlp", "final"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
 
@@ -51,6 +54,10 @@ class Attention:
     norm_over: Literal["head", "each", "heads"] = "head"
     norm_after_rope: bool = False
 
+    def state(self, half: bool) -> LayerState:
+        """What a layer keeps; `half`: keys and values in float16."""
+        return keys_and_values(self.groups, self.width, "float16" if half else "float32", self.window)
+
 
 @dataclass(frozen=True, slots=True)
 class Experts:
@@ -95,6 +102,10 @@ class Block:
     def norm(self, place: Placement) -> Norm | None:
         return dict(self.norms).get(place)
 
+    def state(self, half: bool) -> LayerState:
+        """What the block keeps of a sequence; `half`: keys and values in float16."""
+        return self.attention.state(half)
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -118,10 +129,14 @@ class Model:
     embedding_scale: float = 1.0
     position_offset: int | None = None  # the row of position 0 among learned positions; None: no learned positions
 
+    def states(self, half: bool = False) -> list[LayerState]:
+        """What each block keeps of a sequence."""
+        return [block.state(half) for block in self.blocks]
+
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows of the blocks, in order of appearance."""
-        return tuple(dict.fromkeys(block.attention.window for block in self.blocks))
+        """The distinct windows of the blocks that keep tokens, in order of appearance."""
+        return state_kinds.windows(self.states())
 
     @property
     def ropes(self) -> tuple[Rope, ...]:

@@ -16,20 +16,20 @@ from peerllm.engine.base import Reach
 from peerllm.engine.model.blocks import ShardBlocks, run_without_data, stand_in
 from peerllm.engine.model.config import text_config
 from peerllm.engine.model.division import Division
-from peerllm.engine.state.layer_states import FULL, UNKEPT, WINDOWED, LayerState, ProbeCache
+from peerllm.engine.state.layer_states import FULL, UNKEPT, WINDOWED, CacheLayerState, ProbeCache
 from peerllm.errors import ModelError
 
 STATIC_ROPE = frozenset(["default", "linear", "yarn", "llama3", "proportional"])  # others follow the length
 
 
-def probe(division: Division, numbers: range) -> dict[int, LayerState]:
+def probe(division: Division, numbers: range) -> dict[int, CacheLayerState]:
     """What each of the blocks `numbers` (from 0) keeps of a sequence; one block of each kind is run."""
     kinds, arguments = get_layer_types_and_kwargs(text_config(division.model.config))
-    known: dict[object, LayerState] = {}
-    states: dict[int, LayerState] = {}
+    known: dict[object, CacheLayerState] = {}
+    states: dict[int, CacheLayerState] = {}
     for number in numbers:
         if kinds[number] == UNKEPT:
-            states[number] = LayerState(UNKEPT, {}, None, None, division.dtype)
+            states[number] = CacheLayerState(UNKEPT, {}, None, None, division.dtype)
             continue
         key = (kinds[number], str(arguments[number]), shape_key(division.blocks[number]))
         if key not in known:
@@ -54,7 +54,7 @@ def run_block(division: Division, number: int, block: nn.Module) -> tuple[ProbeC
     return cache, None
 
 
-def _probe_block(division: Division, number: int) -> LayerState:
+def _probe_block(division: Division, number: int) -> CacheLayerState:
     block = division.blocks[number]
     given: list[Any] = []
     hook = block.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
@@ -89,7 +89,7 @@ def shape_key(block: nn.Module) -> tuple[object, ...]:
     return tuple((name, tuple(t.shape), t.dtype) for name, t in block.named_parameters())
 
 
-def reach_of(model: Any, kept: Mapping[int, LayerState]) -> Reach | None:
+def reach_of(model: Any, kept: Mapping[int, CacheLayerState]) -> Reach | None:
     """How far back sequences can go; None if a prompt in one run would give other numbers than continuing a slot."""
     if any(_follows_length(module) or _bounds_runs(module) for module in model.modules()):
         return None

@@ -14,7 +14,7 @@ from peerllm.engine.model.keeping import Keeping, keeping
 from peerllm.engine.model.packed import PART_WEIGHTS
 from peerllm.engine.model.probing import probe, shape_key
 from peerllm.engine.model.tensor_names import check, recipes
-from peerllm.engine.state.layer_states import LayerState
+from peerllm.engine.state.layer_states import CacheLayerState
 from peerllm.engine.weights.checkpoint import read_model
 from peerllm.types import BITS, TORCH_KERNELS, Layer, ModelProfile, WorkingSpace
 
@@ -119,7 +119,7 @@ def _layers(division: Division, made: set[str], kept: Keeping) -> tuple[Layer, .
     return (*layers, head)
 
 
-def block_kinds(division: Division, states: dict[int, LayerState]) -> list[str]:
+def block_kinds(division: Division, states: dict[int, CacheLayerState]) -> list[str]:
     """The kind of each layer between embedding and head, see outline.kind_names."""
     first = [states[unit.start].kind for unit in division.units]
     shapes = [tuple(shape_key(division.blocks[number]) for number in unit) for unit in division.units]

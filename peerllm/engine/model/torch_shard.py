@@ -23,7 +23,7 @@ from peerllm.engine.model.packed import Packed
 from peerllm.engine.model.probing import probe, reach_of
 from peerllm.engine.model.rows import Rows
 from peerllm.engine.state.kv_cache import SlotCache, kv_bytes, slot_caches
-from peerllm.engine.state.layer_states import LayerState
+from peerllm.engine.state.layer_states import CacheLayerState
 from peerllm.errors import BadInputError, EngineError, RefusedError
 from peerllm.transport.frames.token_run import TokenRun
 
@@ -36,7 +36,7 @@ class TorchShard:
         division: Division,
         first: int,
         last: int,
-        states: Mapping[int, LayerState],
+        states: Mapping[int, CacheLayerState],
         slots: int,
         context: int,
         weights: Mapping[int, int],

@@ -8,15 +8,22 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from peerllm.engine.kernels.accelerator import CPU
-from peerllm.engine.state.layer_states import FULL, UNKEPT, WINDOWED, HybridCounter, LayerState, SlotLayer, layer_of
+from peerllm.engine.state.layer_states import (
+    FULL,
+    UNKEPT,
+    WINDOWED,
+    CacheLayerState,
+    HybridCounter,
+    SlotLayer,
+    layer_of,
+)
 from peerllm.errors import EngineError
 
 
 class SlotCache(Cache):
     """One slot's cache of a whole model: the shard's own blocks hold keys and values, the others only count tokens."""
 
-    def __init__(self, layers: list[Any], owned: Mapping[int, LayerState]) -> None:
+    def __init__(self, layers: list[Any], owned: Mapping[int, CacheLayerState]) -> None:
         super().__init__(layers=layers)
         self.counters = [layer for number, layer in enumerate(layers) if number not in owned]
         self.rewinds = all(isinstance(layers[n], SlotLayer) or state.kind == UNKEPT for n, state in owned.items())
@@ -52,7 +59,7 @@ class SlotCache(Cache):
                     layer.length = self.length
 
 
-def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
+def kv_bytes(owned: Mapping[int, CacheLayerState], slots: int, context: int) -> int:
     """The bytes that `slot_caches` takes for these blocks."""
     total = 0
     for state in owned.values():
@@ -65,10 +72,10 @@ def kv_bytes(owned: Mapping[int, LayerState], slots: int, context: int) -> int:
 def slot_caches(
     kinds: Sequence[str],
     arguments: Sequence[Mapping[str, Any]],
-    owned: Mapping[int, LayerState],
+    owned: Mapping[int, CacheLayerState],
     slots: int,
     context: int,
-    device: torch.device = CPU,
+    device: torch.device | None = None,
 ) -> list[SlotCache]:
     """One cache per slot, as views of KV room [slots, heads, room, width] per block, which is allocated here."""
     stores = {number: _room(state, slots, context, device) for number, state in owned.items()}
@@ -84,7 +91,7 @@ def slot_caches(
     ]
 
 
-def _room(state: LayerState, slots: int, context: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+def _room(state: CacheLayerState, slots: int, context: int, device: torch.device | None) -> tuple[torch.Tensor, ...]:
     """Memory for a block's keys and values, [slots, heads, room, width] each; empty if it keeps none."""
     if state.kind not in (FULL, *WINDOWED) or not (state.keys and state.values):
         return ()

@@ -23,7 +23,7 @@ UNKEPT = "dummy"  # a block that keeps nothing of its own
 
 
 @dataclass(frozen=True, slots=True)
-class LayerState:
+class CacheLayerState:
     """What one block keeps of a sequence: keys and values per token [heads, width], and state of a fixed size."""
 
     kind: str  # transformers' layer type
@@ -158,7 +158,7 @@ class ProbeCache(Cache):
         self.arguments = arguments or [{}] * count
         super().__init__(layers=[layer_of(k, a, owned=True) for k, a in zip(self.kinds, self.arguments, strict=True)])
 
-    def state(self, number: int, dtype: torch.dtype) -> LayerState:
+    def state(self, number: int, dtype: torch.dtype) -> CacheLayerState:
         """What block `number` keeps of a sequence; known once the block has run."""
         layer: Any = self.layers[number]
         stored = getattr(layer, "given", None)
@@ -172,4 +172,4 @@ class ProbeCache(Cache):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             kept = [*layer.conv_states.values(), *layer.recurrent_states.values()]
             held = sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
-        return LayerState(self.kinds[number], self.arguments[number], shapes[0], shapes[1], dtype, held)
+        return CacheLayerState(self.kinds[number], self.arguments[number], shapes[0], shapes[1], dtype, held)

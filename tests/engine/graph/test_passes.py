@@ -107,9 +107,8 @@ def test_a_closed_shard_computes_nothing(load: Load) -> None:
 def test_what_is_no_number_stays_with_its_sequence(load: Load, quantize: str) -> None:
     """In the room that a slot does not use, and in sequences beside it."""
     clean, poisoned = load(2, 5, quantize), load(2, 5, quantize)
-    for pair in poisoned._slots.stores.values():
-        for store in pair:
-            store[:] = np.nan
+    for store in poisoned._slots.stores.values():
+        store[:] = np.nan
     draw = np.random.default_rng(0)
     rows = draw.standard_normal((2, CONTEXT, 64)).astype(np.float32)
     for slot, length in enumerate((9, 30)):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peerllm.engine import base as module
 from peerllm.engine.base import Reach
 from peerllm.engine.graph.kv_slots import Batch, KVSlots
-from peerllm.engine.graph.structure import Attention
+from peerllm.engine.state.state_kinds import keys_and_values
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.runs import in_slot
@@ -28,8 +28,8 @@ class Sequences:
     """The slots, and beside them what each should hold: its tokens, numbered as they were written."""
 
     def __init__(self) -> None:
-        blocks = {number: Attention(2, 2, 8, 1.0, window=window) for number, window in enumerate(WINDOWS)}
-        self.slots = KVSlots(blocks, SLOTS, CONTEXT, half=False)
+        states = {number: keys_and_values(2, 8, "float32", window) for number, window in enumerate(WINDOWS)}
+        self.slots = KVSlots(states, SLOTS, CONTEXT)
         self.tokens: list[list[int]] = [[] for _ in range(SLOTS)]
         self.furthest = [0] * SLOTS
         self.fresh = itertools.count(1)

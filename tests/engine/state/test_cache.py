@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peerllm.engine import base
 from peerllm.engine.state.kv_cache import kv_bytes, slot_caches
-from peerllm.engine.state.layer_states import LayerState, SlotLayer
+from peerllm.engine.state.layer_states import CacheLayerState, SlotLayer
 from peerllm.errors import EngineError
 
 CONTEXT = 200
@@ -23,7 +23,7 @@ def short_memory(monkeypatch):
 
 def layer(window: int | None) -> SlotLayer:
     kind = "full_attention" if window is None else "sliding_attention"
-    state = LayerState(kind, {} if window is None else {"sliding_window": window}, (2, 3), (2, 5), torch.float32)
+    state = CacheLayerState(kind, {} if window is None else {"sliding_window": window}, (2, 3), (2, 5), torch.float32)
     return slot_caches([kind], [state.arguments], {0: state}, 2, CONTEXT)[1].layers[0]
 
 
@@ -100,7 +100,7 @@ def test_a_full_slot_refuses():
 
 
 def test_a_windowed_layer_takes_no_more_room_than_told():
-    state = LayerState("sliding_attention", {"sliding_window": 10}, (2, 3), (2, 5), torch.float16)
+    state = CacheLayerState("sliding_attention", {"sliding_window": 10}, (2, 3), (2, 5), torch.float16)
     stored = slot_caches(["sliding_attention"], [state.arguments], {0: state}, 3, 10_000)[0].layers[0].keys
     assert stored.shape[2] == state.kept_tokens
     assert kv_bytes({0: state}, 3, 10_000) == 3 * state.kept_tokens * 2 * (3 + 5) * 2
@@ -108,7 +108,7 @@ def test_a_windowed_layer_takes_no_more_room_than_told():
 
 
 def test_layers_of_other_shards_only_count():
-    state = LayerState("full_attention", {}, (2, 3), (2, 3), torch.float32)
+    state = CacheLayerState("full_attention", {}, (2, 3), (2, 3), torch.float32)
     one = slot_caches(["full_attention"] * 2 + ["linear_attention"], [{}, {}, {}], {1: state}, 1, 50)[0]
     one.seek(0)
     one.layers[1].update(tokens(0, 7, 3), tokens(0, 7, 3))

@@ -25,7 +25,7 @@ from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.state.kv_cache import slot_caches
-from peerllm.engine.state.layer_states import LayerState
+from peerllm.engine.state.layer_states import CacheLayerState
 from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache
 from peerllm.engine.wire.parcels import Opened, Released, from_frame, source_limits, stage_limits
 from peerllm.errors import EngineError, LinkError
@@ -71,7 +71,7 @@ class Adder:
         self.first_layer = self.last_layer = 0
         self.reach, self._kind, self._head = KINDS[kind], kind, head
         self._held: list[list[int]] = [[] for _ in range(slots)]
-        state = LayerState("sliding_attention", {"sliding_window": WINDOW}, (1, 1), (1, 1), torch.float32)
+        state = CacheLayerState("sliding_attention", {"sliding_window": WINDOW}, (1, 1), (1, 1), torch.float32)
         self._window = slot_caches([state.kind], [state.arguments], {0: state}, slots, CONTEXT)
         self.fails = 0  # at the pass so many from now
 
