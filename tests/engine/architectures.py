@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peerllm.engine.backends import Backends
@@ -115,6 +116,7 @@ class Family:
     norm: bool = True  # False: there is no final norm
     note: str = ""
     beside: dict[str, Any] | None = None  # of a wrapper: what stands beside its language model in config.json
+    by_hand: bool = False  # the wrapper's files are written here, not by transformers
 
 
 FAMILIES = [
@@ -392,6 +394,10 @@ FAMILIES = [
         {**GEMMA3N, **SHARED, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]},
         note="windows, three streams, inputs for each layer; the last four blocks share keys and values",
     ),
+    Family(
+        "Gemma 3n", "gemma3n", {**GEMMA3N, **SHARED, "model_type": "gemma3n_text"}, beside={}, by_hand=True,
+        note="the language model (`gemma3n_text`), put beside other tensors by hand (its vision model needs `timm`)",
+    ),
     *(
         Family(name, kind, {**config, "model_type": text}, note=f"the language model (`{text}`) beside a vision model",
             beside={"vision_config": {**VISION, **vision}, "image_token_id": 2, "image_token_index": 2, **outer})
@@ -414,6 +420,10 @@ FAMILIES = [
             ("Qwen3.5", "qwen3_5", "qwen3_5_text", LINEAR, {"out_hidden_size": 32, "depth": 1}, {}),
             ("Qwen3.5-MoE", "qwen3_5_moe", "qwen3_5_moe_text",
                 {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16}, {"out_hidden_size": 32, "depth": 1}, {}),
+            ("Gemma 4", "gemma4", "gemma4_text", {**GEMMA4, **SHARED, "pad_token_id": 0},
+                {"head_dim": 8, "num_key_value_heads": 2}, {"audio_config": None}),
+            ("Gemma 4 (unified)", "gemma4_unified", "gemma4_unified_text",
+                {**WINDOWS, "global_head_dim": 16, "pad_token_id": 0}, {"num_soft_tokens": 4}, {"audio_config": None}),
             ("Llama 4", "llama4", "llama4_text", LLAMA4, {"vision_output_dim": 16, "projector_input_dim": 16,
                 "projector_output_dim": 16}, {}),
         ]
@@ -474,10 +484,11 @@ def tiny_model(family: Family, scale: float, seed: int) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     values = {key: value for key, value in COMMON.items() if key not in family.without} | family.config
-    values = values if family.beside is None else {**family.beside, "text_config": values}
-    config = AutoConfig.for_model(family.model_type, **values)
+    alone = family.beside is None or family.by_hand
+    values = values if alone else {**family.beside, "text_config": values}
+    config = AutoConfig.for_model(values.pop("model_type", family.model_type), **values)
     torch.manual_seed(seed)
-    kind: Any = AutoModelForCausalLM if family.beside is None else AutoModelForImageTextToText
+    kind: Any = AutoModelForCausalLM if alone else AutoModelForImageTextToText
     model = kind.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -498,6 +509,16 @@ def save(model: Any, directory: Path) -> Any:
     """Write a model's files and read it back as transformers does."""
     model.save_pretrained(directory)
     return type(model).from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def wrap(family: Family, directory: Path) -> None:
+    """Turn a language model's files into those of a wrapper, with a tensor of another part among them."""
+    config = json.loads((directory / "config.json").read_text())
+    outer = {"model_type": family.model_type, "text_config": config, "vision_config": {"hidden_size": 16}}
+    (directory / "config.json").write_text(json.dumps(outer))
+    tensors = load_file(directory / "model.safetensors")
+    named = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    save_file({**named, "model.vision_tower.norm.weight": torch.ones(16)}, directory / "model.safetensors")
 
 
 def inspect(directory: Path, backend: Backend | None = None, quantize: str = "auto") -> Inspected:
@@ -658,6 +679,8 @@ def example(family: Family, directory: Path) -> Example:
         model = save(tiny_model(family, scale, seed), place)
         prompt = torch.randint(3, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(seed + 7)).numpy()
         tokens, logits = reference(model, prompt)
+        if family.by_hand:
+            wrap(family, place)
         inspected = inspect(place)
         blind = ["answer of one token"]
         if len(set(tokens)) >= DISTINCT:
