@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from peerllm.engine.graph import weights
+from peerllm.engine.graph.experts import Stacks
 from peerllm.engine.graph.graph_shard import GraphShard
+from peerllm.engine.graph.matrix_product import Part
+from peerllm.engine.weights.rounding import block_of, rounded
 from peerllm.types import BITS
 from tests.engine.architectures import (
     EXPERTS,
@@ -35,6 +37,7 @@ EXPERTS_TOO = {**EXPERTS, "moe_intermediate_size": 64}
 SHARED = {"shared_expert_intermediate_size": 64, "shared_intermediate_size": 64}
 DENSE = ("Llama", "Qwen2", "Gemma 2", "GPT-2", "Phi", "Phi-3", "GPT-NeoX", "Falcon", "OLMo 2")
 MIXED = ("Mixtral", "Qwen2-MoE", "Granite-MoE (shared)", "gpt-oss")
+ROUTERS = ("mlp.gate", "router", "router.layer", "shared_expert_gate")  # are never rounded
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 24)
 WHOLE: Cut = ((0, LAYERS - 1),)
 
@@ -69,21 +72,19 @@ def likeness(some: Floats, others: Floats) -> float:
 def restoring(patch: pytest.MonkeyPatch, bits: int) -> None:
     """Graphs in float32 are made of the weights that rounded ones stand for."""
 
-    def rounded(rows: Floats) -> Floats:
-        block = weights.block_of(rows.shape[1])
+    def meant(rows: Floats) -> Floats:
+        block = block_of(rows.shape[1])
         assert block is not None
-        return np.asarray(restored(*weights.rounded(rows, bits, block), bits))
+        return np.asarray(restored(*rounded(rows, bits, block), bits))
 
-    pieces, first, second = weights.pieces, weights.Stacks.first, weights.Stacks.second
-    patch.setattr(weights.Stacks, "first", lambda *about: rounded(first(*about)))
-    patch.setattr(weights.Stacks, "second", lambda *about: rounded(second(*about)))
-    patch.setattr(
-        weights,
-        "pieces",
-        lambda tensors, product: (
-            (start, rows if product.exact else rounded(rows)) for start, rows in pieces(tensors, product)
-        ),
-    )
+    one, expert = Part.floats, Stacks.floats
+
+    def part(self: Part, *about: Any) -> Floats:
+        rows = one(self, *about)
+        return rows if self.tensor.endswith(ROUTERS) else meant(rows)
+
+    patch.setattr(Stacks, "floats", lambda *about: meant(expert(*about)))
+    patch.setattr(Part, "floats", part)
 
 
 @pytest.mark.parametrize("quantize", BITS)

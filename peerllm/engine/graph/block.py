@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from peerllm.engine.graph.experts import add_experts
+from peerllm.engine.graph.matrix_product import add_product, require
 from peerllm.engine.graph.nodes import CONTRIB, Graph
 from peerllm.engine.graph.structure import Activation, Attention, Experts, Norm, Placement, Rope
-from peerllm.engine.graph.tensors import Tensors
-from peerllm.engine.graph.weights import BlockWeights, add_experts, add_product, norm_weights, require
+from peerllm.engine.graph.weights import BlockWeights, norm_weights
+from peerllm.engine.weights.tensors import Tensors
 
 KEPT = ("keys", "values")
 INSIDE = 16  # if a head's width and its rotated part are multiples of this, the attention operator rotates it

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.load import MAKING_COPIES, ShardForm, largest_block
-from peerllm.engine.graph.tensors import Checkpoint
-from peerllm.engine.graph.weights import BlockWeights, check, require
+from peerllm.engine.graph.matrix_product import Product, check, require
+from peerllm.engine.graph.weights import BlockWeights
 from peerllm.engine.measure.outline import kind_names
 from peerllm.engine.messages import TensorAt
-from peerllm.engine.weights.checkpoint import COMPUTED
+from peerllm.engine.weights.checkpoint import COMPUTED, plain_name
+from peerllm.engine.weights.tensors import Checkpoint
 from peerllm.errors import ModelError
-from peerllm.types import BITS, Layer, LayerKind, ModelProfile, WorkingSpace
+from peerllm.types import MATRIX_BITS, Layer, LayerKind, ModelProfile, WorkingSpace
 
 GRAPH_BYTES = 160 << 10  # onnxruntime's overhead for one graph of any size
 # float32 vectors that a block has at once, of the hidden size (or of all heads' queries) and of the feed-forward's
@@ -50,7 +51,7 @@ def profile(described: Described, name: str, quantize: str) -> ModelProfile:
 
 def working(described: Described, quantize: str) -> WorkingSpace:
     """What a pass needs beside weights and KV: measured with onnxruntime 1.31, see tests/lab/test_memory_lab.py."""
-    model, bits = described.model, BITS.get(quantize, 0)
+    model, bits = described.model, MATRIX_BITS[quantize]
     attentions = [block.attention for block in model.blocks]
     rooms = [state.kept_tokens for state in model.states() if state.tokens]
     hidden = max(model.hidden, *(about.heads * about.width for about in attentions))
@@ -71,12 +72,13 @@ def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
     """The kind of each block, see outline.kind_names."""
     windows = [weights.block.attention.window for weights in blocks]
     kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    return kind_names([(kind, weights.block) for kind, weights in zip(kinds, blocks, strict=True)])
+    built = [(weights.block, weights.forms) for weights in blocks]
+    return kind_names(list(zip(kinds, built, strict=True)))
 
 
 def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[tuple[TensorAt, ...], ...]:
     """For each layer the tensors that it needs; ModelError if one is missing or does not fit."""
-    checkpoint, multiplied = Checkpoint(files.values()), set[str]()
+    checkpoint, multiplied, coded = Checkpoint(files.values()), set[str](), described.coded_tensors()
     biased: dict[str, bool] = {}
     products = [(role, one) for weights in described.blocks for role, one in weights.products.items()]
     for role, product in (("head", described.head), *products):
@@ -94,13 +96,12 @@ def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[
             names += [name, name.removesuffix("weight") + "bias"] if name.endswith(".weight") else [name]
         tensors = [tensor for name in dict.fromkeys(names) if (tensor := checkpoint.at(name)) is not None]
         for tensor in tensors:
-            if tensor.dtype not in COMPUTED:
+            if tensor.dtype not in COMPUTED and plain_name(tensor.name) not in coded:
                 raise ModelError(f"tensor {tensor.name} holds {tensor.dtype}, which is not computed with")
         return tuple(tensors)
 
     model = described.model
-    table = (model.vocabulary, model.hidden)
-    embedding: list[tuple[str, tuple[int, ...]]] = [(f"{described.embedding}.weight", table)]
+    embedding = list(Product((described.table,), model.hidden).tensors)
     if described.positions:
         positions = f"{described.positions}.weight"
         embedding.append((positions, checkpoint.shape(positions) or (0, model.hidden)))

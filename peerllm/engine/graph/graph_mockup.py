@@ -8,10 +8,10 @@ from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.graph_inspect import block_kinds, working
 from peerllm.engine.graph.graph_shard import Embedding, GraphShard
 from peerllm.engine.graph.load import ShardForm, build
-from peerllm.engine.graph.tensors import MadeUp
 from peerllm.engine.measure import outline
 from peerllm.engine.measure.outline import CHUNK, CONTEXT, Mockup
 from peerllm.engine.messages import TimeLayers
+from peerllm.engine.weights.tensors import MadeUp
 
 
 class GraphOutline(outline.Sizes):
