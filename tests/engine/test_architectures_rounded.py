@@ -35,8 +35,8 @@ from tests.engine.runs import in_slot
 WIDER = {"hidden_size": 64, "intermediate_size": 128, "n_inner": 128, "head_dim": 16}  # for blocks of 32 and of 128
 EXPERTS_TOO = {**EXPERTS, "moe_intermediate_size": 64}
 SHARED = {"shared_expert_intermediate_size": 64, "shared_intermediate_size": 64}
-DENSE = ("Llama", "Qwen2", "Gemma 2", "GPT-2", "Phi", "Phi-3", "GPT-NeoX", "Falcon", "OLMo 2")
-MIXED = ("Mixtral", "Qwen2-MoE", "Granite-MoE (shared)", "gpt-oss")
+DENSE = ("Llama", "Qwen2", "Gemma 2", "GPT-2", "Phi", "Phi-3", "GPT-NeoX", "Falcon", "OLMo 2", "LFM2", "Qwen3.5 (text)")
+MIXED = ("Mixtral", "Qwen2-MoE", "Granite-MoE (shared)", "gpt-oss", "DeepSeek-V3", "Granite hybrid")
 ROUTERS = ("mlp.gate", "router", "router.layer", "shared_expert_gate")  # are never rounded
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 24)
 WHOLE: Cut = ((0, LAYERS - 1),)

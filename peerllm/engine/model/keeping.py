@@ -134,4 +134,4 @@ def _only_multiplied(division: Division, number: int) -> bool:
     if isinstance(error, AttributeError):  # the block used a weight itself
         return False
     # Routing of experts needs values and may fail; by then attention has run.
-    return error is None or cache.state(number, division.dtype).token_bytes > 0
+    return error is None or cache.state(number).token_bytes > 0

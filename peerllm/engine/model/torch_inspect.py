@@ -12,9 +12,8 @@ from peerllm.engine.model.config import DTYPES, max_context, parse_config, text_
 from peerllm.engine.model.division import Division, divide
 from peerllm.engine.model.keeping import Keeping, keeping
 from peerllm.engine.model.packed import PART_WEIGHTS
-from peerllm.engine.model.probing import probe, shape_key
+from peerllm.engine.model.probing import layer_kinds, probe, shape_key
 from peerllm.engine.model.tensor_names import check, recipes
-from peerllm.engine.state.layer_states import CacheLayerState
 from peerllm.engine.weights.checkpoint import read_model
 from peerllm.types import BITS, TORCH_KERNELS, Layer, ModelProfile, WorkingSpace
 
@@ -93,7 +92,7 @@ def _layers(division: Division, made: set[str], kept: Keeping) -> tuple[Layer, .
         for a, b in division.tied.items()
     )
     states = probe(division, range(len(division.blocks)))
-    kinds = block_kinds(division, states)
+    kinds = block_kinds(division)
     width, itemsize = division.layout.width, division.dtype.itemsize
     layers = [Layer("embedding", "embedding", sizes[0], 0, width(0) * itemsize)]
     for number, unit in enumerate(division.units, 1):
@@ -111,7 +110,7 @@ def _layers(division: Division, made: set[str], kept: Keeping) -> tuple[Layer, .
                 sum(state.token_bytes for state in full),
                 width(unit.stop) * itemsize,
                 kv_window_tokens=window,
-                state_bytes_per_sequence=sum(state.state_bytes for state in held)
+                state_bytes_per_sequence=sum(state.sequence_bytes for state in held)
                 + sum((state.kept_tokens or 0) * state.token_bytes for state in rest),
             )
         )
@@ -119,8 +118,8 @@ def _layers(division: Division, made: set[str], kept: Keeping) -> tuple[Layer, .
     return (*layers, head)
 
 
-def block_kinds(division: Division, states: dict[int, CacheLayerState]) -> list[str]:
+def block_kinds(division: Division) -> list[str]:
     """The kind of each layer between embedding and head, see outline.kind_names."""
-    first = [states[unit.start].kind for unit in division.units]
-    shapes = [tuple(shape_key(division.blocks[number]) for number in unit) for unit in division.units]
-    return kind_names(list(zip(first, shapes, strict=True)))
+    kinds, units = layer_kinds(division), division.units
+    shapes = [tuple(shape_key(division.blocks[number]) for number in unit) for unit in units]
+    return kind_names([(kinds[unit.start], shape) for unit, shape in zip(units, shapes, strict=True)])

@@ -15,7 +15,6 @@ from peerllm.engine.model.keeping import keeping
 from peerllm.engine.model.probing import probe
 from peerllm.engine.model.torch_inspect import block_kinds, working
 from peerllm.engine.model.torch_shard import TorchShard
-from peerllm.engine.state.kv_cache import kv_bytes
 from peerllm.errors import BadInputError, RefusedError
 
 
@@ -36,7 +35,7 @@ class TorchOutline(outline.Sizes):
             layer = division.layer_of(name)
             layer_bytes[layer] = layer_bytes.get(layer, 0) + kept.nbytes(name, tensor)
         super().__init__(
-            firsts=outline.firsts(block_kinds(division, self._states)),
+            firsts=outline.firsts(block_kinds(division)),
             head=division.head,
             vocabulary=language.vocab_size,
             context=context,
@@ -44,7 +43,7 @@ class TorchOutline(outline.Sizes):
             working=working(division, message.quantize),
             layer_bytes=layer_bytes,
             kv_bytes={
-                layer: kv_bytes({number: self._states[number] for number in unit}, 1, context)
+                layer: sum(self._states[number].nbytes(context) for number in unit)
                 for layer, unit in enumerate(division.units, 1)
             },
         )
