@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from peerllm.daemon.facade import ServedModel
+from peerllm.daemon.facade import ServedModel, short_name
 
 EXPECTED_S = 300.0  # seconds after which it is expected no more
 
@@ -28,7 +28,7 @@ class ExpectedModel:
         return [
             ServedModel(
                 deployment="",
-                name=self._model.rstrip("/").rpartition("/")[2],
+                name=short_name(self._model),
                 model=self._model,
                 state="planning",
                 reason="",

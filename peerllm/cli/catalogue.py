@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peerllm.builtin import MODEL_DIR
+from peerllm.builtin import BUILTIN, MODEL_DIR
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.terminal import printable, table
-from peerllm.daemon.weights.known_models import BUILTIN, KNOWN, memory_bytes
+from peerllm.daemon.weights.known_models import KNOWN, memory_bytes, stored_memory_bytes
 from peerllm.daemon.weights.on_disk import (
     DIRECTORIES_FILE,
-    holds_model,
+    Paths,
     in_hub_cache,
+    model_at,
     served_directories,
     weights_of,
 )
-from peerllm.errors import PeerLLMError
+from peerllm.errors import ModelError, PeerLLMError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import BITS
-
-FITS = {"int8": "yes", "int4": "with --quantize int4", "": "no", None: "?"}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,54 +45,68 @@ def household(data_dir: Path) -> dict[str, int] | None:
 def catalogue(data_dir: Path, lent: Mapping[str, int] | None) -> dict[str, Any]:
     """The object of `peerllm models --json`."""
     short = {one.hub_id: one.name for one in KNOWN}
-    cached = dict(in_hub_cache())
-    places = {BUILTIN: MODEL_DIR} | {short.get(name, name): directory for name, directory in cached.items()}
-    served = (Path(name) for name in served_directories(data_dir / DIRECTORIES_FILE))
-    places |= {str(directory): directory for directory in served if holds_model(directory)}
+    cached = in_hub_cache()
+    places: dict[str, Paths] = {BUILTIN: (MODEL_DIR,)}
+    places |= {one.name: (one.package.path,) for one in KNOWN if one.package is not None and one.package.here}
+    places |= {short.get(name, name): paths for name, paths in cached.items()}
+    for name in served_directories(data_dir / DIRECTORIES_FILE):
+        with contextlib.suppress(ModelError):
+            places |= {name: paths} if (paths := model_at(Path(name))) else {}
     on_disk = []
-    for name, directory in places.items():
-        size, numbers = weights_of(directory)
-        on_disk.append({"name": name, "path": str(directory), "bytes": size, **needs(numbers, lent)})
+    for name, paths in places.items():
+        held = weights_of(paths)
+        about = {"name": name, "path": str(paths[0]), "bytes": held.nbytes, "form": held.form}
+        on_disk.append({**about, **needs(held.numbers, stored_memory_bytes(held), lent)})
     known = [
         {
             "name": one.name,
             "hub_id": one.hub_id,
             "layers": one.layers,
             "download_bytes": one.download_bytes,
-            "gated": one.gated,
-            "on_disk": one.hub_id in cached,
-            **needs(one.millions * 10**6, lent),
+            "form": one.form or "BF16",
+            "on_disk": one.name in places,
+            **needs(one.millions * 10**6, one.stored_memory_bytes, lent),
         }
         for one in KNOWN
     ]
     return {"household": dict(lent) if lent is not None else None, "on_disk": on_disk, "known": known}
 
 
-def needs(parameters: int, lent: Mapping[str, int] | None) -> dict[str, Any]:
-    """About how much memory, rounded to each width; `fits`: the widest that the household has free, "" none."""
-    sizes = {name: memory_bytes(parameters, bits) for name, bits in BITS.items()}
+def needs(parameters: int, stored: int, lent: Mapping[str, int] | None) -> dict[str, Any]:
+    """About how much memory, in each form; `fits`: the first form for which the household has room, "" none.
+
+    `stored`: bytes of memory as the files store it; 0: 16-bit numbers, which are rounded while they are loaded.
+    """
+    sizes = {"stored": stored or None}
+    sizes |= {name: memory_bytes(parameters, bits) if parameters else None for name, bits in BITS.items()}
     fits = None
-    if lent is not None and parameters:
-        fits = next((name for name, size in sizes.items() if size <= lent["free_bytes"]), "")
+    if lent is not None and (stored or parameters):
+        fits = next((name for name, size in sizes.items() if size and size <= lent["free_bytes"]), "")
     return {"parameters": parameters, **{f"{name}_bytes": size for name, size in sizes.items()}, "fits": fits}
 
 
 def text(found: Mapping[str, Any]) -> str:
-    rows = [("ON THIS DISK", "SIZE", "MEMORY AT INT8", "AT INT4", "FITS")]
-    rows += [(one["name"], human_bytes(one["bytes"]), *_needs(one)) for one in found["on_disk"]]
-    more = [("WELL KNOWN", "DOWNLOAD", "MEMORY AT INT8", "AT INT4", "FITS", "")]
+    rows = [("ON THIS DISK", "FORM", "SIZE", "MEMORY", "AT INT4", "FITS")]
+    rows += [(one["name"], one["form"], human_bytes(one["bytes"]), *_needs(one)) for one in found["on_disk"]]
+    more = [("WELL KNOWN", "FORM", "DOWNLOAD", "MEMORY", "AT INT4", "FITS", "")]
     for one in found["known"]:
-        about = "is on this disk" if one["on_disk"] else "needs an account (HF_TOKEN)" if one["gated"] else ""
-        more.append((one["name"], human_bytes(one["download_bytes"]), *_needs(one), about))
+        about = "is on this disk" if one["on_disk"] else ""
+        more.append((one["name"], one["form"], human_bytes(one["download_bytes"]), *_needs(one), about))
     lent = found["household"]
     if lent is None:
         here = "No device runs here: start one with `peerllm up` to see what fits."
     else:
         here = f"The devices here lend {human_bytes(lent['lent_bytes'])}, {human_bytes(lent['free_bytes'])} are free."
-    how = "Run one with `peerllm run NAME`; any other by its Hugging Face id (owner/name) or directory."
+    how = (
+        "MEMORY is about what all devices together lend: 16-bit models are rounded to 8 bits, GGUF files are not.\n"
+        "Run one with `peerllm run NAME`; any other by its Hugging Face id (owner/name, of GGUF files also\n"
+        "owner/name:Q4_K_M), its directory or its .gguf file."
+    )
     return printable(f"{table(rows)}\n\n{table(more)}\n\n{here}\n{how}")
 
 
 def _needs(one: Mapping[str, Any]) -> tuple[str, ...]:
-    sizes = (human_bytes(one[f"{name}_bytes"]) if one["parameters"] else "?" for name in BITS)
-    return (*sizes, FITS[one["fits"]])
+    usual = "stored" if one["stored_bytes"] else "int8"
+    sizes = (one[f"{usual}_bytes"], one["int4_bytes"])
+    fits = {None: "?", "": "no", usual: "yes"}.get(one["fits"], f"with --quantize {one['fits']}")
+    return (*(human_bytes(size) if size else "?" for size in sizes), fits)

@@ -200,7 +200,10 @@ def _demo(demo: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help=f"where the first device's page listens (default 127.0.0.1:{API_PORT})",
     )
-    demo.add_argument("--model", default="builtin", help="builtin, or a local directory (default builtin)")
+    demo.add_argument(
+        "--model",
+        help="whatever `peerllm run` takes (default: smollm2, a real language model; builtin where that cannot be had)",
+    )
     demo.add_argument("--no-browser", action="store_true", help="do not open the page in a browser")
     demo.add_argument("--json", action="store_true", help="one JSON object once the model serves")
 
@@ -226,7 +229,10 @@ def _pairing(command: _Command) -> None:
 def _models(command: _Command) -> None:
     run = command("run", "Divide a model over the household's devices and serve it from this one.")
     run.add_argument(
-        "model", metavar="MODEL", help="a Hugging Face id, a name that `peerllm models` lists, a directory, or builtin"
+        "model",
+        metavar="MODEL",
+        help="a Hugging Face id (owner/name, of GGUF files also owner/name:Q4_K_M), a name that `peerllm models` "
+        "lists, a directory, a .gguf file, or builtin",
     )
     run.add_argument(
         "--as", dest="name", metavar="NAME", help="what to call it (default: the last part of its path or id)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,16 +11,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from peerllm.builtin import BUILTIN
 from peerllm.cli.terminal import printable
-from peerllm.daemon.weights.known_models import BUILTIN
+from peerllm.daemon.weights.gguf_choice import SUFFIX
 
 _PERCENT = re.compile(r"\d+(\.\d+)? ?%")
 
 
 def as_model(name: str) -> str:
-    """A local directory as an absolute path (the device runs elsewhere), anything else as it is."""
+    """A local directory or file as an absolute path (the device runs elsewhere), anything else as it is."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if name != BUILTIN and path.is_dir() else name
+    if name == BUILTIN or not (path.is_dir() or (path.is_file() and path.suffix.lower() == SUFFIX)):
+        return name
+    return str(path.resolve()) if path.is_dir() else str(path.absolute())  # a link's name says more than its file's
 
 
 def show_progress(lines: Iterable[Mapping[str, Any]]) -> None:
@@ -33,27 +37,37 @@ def progress(lines: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
 
     On stderr, with a bar per device on a terminal.
     """
-    bars: dict[str, tqdm[Any]] = {}
-    said = ""
-    try:
+    with contextlib.closing(ProgressBars()) as bars:
         for line in lines:
-            message = printable(str(line.get("message") or ""))
-            kind = _PERCENT.sub("", message)
-            if kind and kind != said:
-                said = kind
-                tqdm.write(f"{line.get('state')}: {message}", file=sys.stderr)
-            if sys.stderr.isatty():
-                _move(bars, line.get("devices") or {})
+            bars.show(f"{line.get('state')}: ", str(line.get("message") or ""), line.get("devices") or {})
             yield line
-    finally:
-        for bar in bars.values():
+
+
+class ProgressBars:
+    """Lines of text, and below them, on a terminal, a bar for each thing that goes on."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm[Any]] = {}
+        self._said = ""
+
+    def show(self, state: str, message: str, shares: Mapping[str, float]) -> None:
+        """`shares`: how much is done, 0 to 1, by the bar's name."""
+        message = printable(message)
+        kind = _PERCENT.sub("", message)
+        if kind and kind != self._said:
+            self._said = kind
+            tqdm.write(f"{state}{message}", file=sys.stderr)
+        if sys.stderr.isatty():
+            for name, share in shares.items():
+                self._move(printable(name), share)
+
+    def _move(self, name: str, share: float) -> None:
+        if name not in self._bars:
+            self._bars[name] = tqdm(total=100, desc=name[:24], unit="%", leave=False, position=len(self._bars),
+                                    bar_format="{desc:<24} {bar} {percentage:3.0f} %")  # fmt: skip
+        self._bars[name].n = round(100 * min(1.0, max(0.0, float(share))))
+        self._bars[name].refresh()
+
+    def close(self) -> None:
+        for bar in self._bars.values():
             bar.close()
-
-
-def _move(bars: dict[str, tqdm[Any]], shares: Mapping[str, float]) -> None:
-    for name, share in shares.items():
-        if name not in bars:
-            bars[name] = tqdm(total=100, desc=printable(name)[:24], unit="%", leave=False, position=len(bars),
-                              bar_format="{desc:<24} {bar} {percentage:3.0f} %")  # fmt: skip
-        bars[name].n = round(100 * min(1.0, max(0.0, float(share))))
-        bars[name].refresh()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from peerllm.engine.messages import FinishReason
@@ -13,13 +14,21 @@ from peerllm.types import Activations, DeploymentId, Objective, Sampling, Schedu
 MAX_PROMPT_CHUNK = 4096
 MAX_BENCH_SEQUENCES = 256
 MAX_BENCH_TOKENS = 4096  # of a prompt, and of an answer
+_GGUF = ".gguf"
+_PART = re.compile(r"-\d{5}-of-\d{5}$")  # of a model in several files
+
+
+def short_name(model: str) -> str:
+    """What a model is called where nobody names it: the last part of its path or hub id, of a GGUF file its stem."""
+    name = PurePath(model).name or model
+    return _PART.sub("", name[: -len(_GGUF)]) if name.lower().endswith(_GGUF) and len(name) > len(_GGUF) else name
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """What `peerllm run` asks for. `context` and `slots` None: chosen by the coordinator."""
 
-    model: str  # Hugging Face id, local directory or "builtin"
+    model: str  # Hugging Face id (with a quantisation behind a colon), path, well-known name or "builtin"
     objective: Objective = "latency"
     context: int | None = None
     slots: int | None = None
@@ -29,7 +38,7 @@ class RunOptions:
     private: bool = False  # the head stays on the source
     schedule: ScheduleName = "no-bubble"  # the others are there to compare with
     activations: Activations = "auto"  # how hidden states travel
-    name: str = ""  # what the deployment is to be called; "": the last part of `model`
+    name: str = ""  # what the deployment is to be called; "": its `short_name`
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,9 @@ from peerllm.engine.measure.layer_times import time_layers
 from peerllm.engine.messages import Facts, Inspect, Inspected, LayersTimed, LoadStage, Measure, Measured, TimeLayers
 from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.weights.checkpoint import read_model
+from peerllm.engine.weights.formats import forms_of
 from peerllm.errors import ModelError
+from peerllm.types import STORED
 
 if TYPE_CHECKING:
     from peerllm.engine.model.torch_backend import TorchBackend
@@ -64,6 +66,9 @@ class Backends:
     def inspect(self, message: Inspect) -> Inspected:
         files = read_model(message.model_dir, message.dtype, message.quantize, self._compute != "cpu")
         described = self._described(files.config, files.dtype, files.quantize)
+        forms_of(files.values)  # its reason is the clearer one
+        if isinstance(described, str) and files.values.get("quantization_config"):
+            raise ModelError(f"{described}; quantized checkpoints of that kind are not computed")
         if isinstance(described, str):
             return self._with_torch(described).inspect(message)
         model = described.model
@@ -101,7 +106,7 @@ class Backends:
             return f"weights in {dtype} are to stay as they are (--quantize int8 rounds them, --exact takes float32)"
         try:
             values: Any = json.loads(config)
-            return describe(values) if isinstance(values, dict) else "config.json holds no JSON object"
+            return describe(values, quantize == STORED) if isinstance(values, dict) else "config.json is no JSON object"
         except (UnfitError, ValueError, RecursionError) as error:
             return str(error)[:MOST_REASON]
 

@@ -13,8 +13,10 @@ from huggingface_hub import constants
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.catalogue import catalogue, household, text
 from peerllm.cli.main import main
-from peerllm.daemon.weights.known_models import KNOWN, memory_bytes
-from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE
+from peerllm.daemon.weights.known_models import KNOWN, memory_bytes, stored_memory_bytes
+from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, weights_of
+from peerllm.planner.cost.byte_sizes import human_bytes
+from tests.daemon.weights.gguf_files import ROWS, gguf_file
 
 SMALL = KNOWN[0]
 INT8, INT4 = (memory_bytes(SMALL.millions * 10**6, bits) for bits in (8, 4))
@@ -23,6 +25,7 @@ INT8, INT4 = (memory_bytes(SMALL.millions * 10**6, bits) for bits in (8, 4))
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "hub"
 
 
@@ -52,6 +55,37 @@ def test_without_a_device_it_lists_what_is_here(
     assert "No device runs here" in out and "maker/name" in out and str(served) in out
 
 
+def test_gguf_files_are_listed_with_quantisation_and_what_they_need_as_they_are(tmp_path: Path, cache: Path) -> None:
+    """Those of the hub's cache, those that were served by their path, and a well-known model's data package."""
+    served = gguf_file(tmp_path / "mine.Q8_0.gguf")
+    (tmp_path / DIRECTORIES_FILE).write_text(f"{served}\n{tmp_path / 'gone.gguf'}\n")
+    repository = cache / "models--maker--name-GGUF"
+    cached = gguf_file(repository / "snapshots" / "c0ffee" / "name-Q4_K_M.gguf")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee")
+    assert SMALL.package is not None
+    gguf_file(SMALL.package.path, rows=1000)
+    with SMALL.package.path.open("ab") as file:
+        file.truncate(SMALL.package.file_bytes)
+    found = catalogue(tmp_path, {"lent_bytes": 10**9, "free_bytes": stored_memory_bytes(weights_of((served,)))})
+    assert [one["name"] for one in found["on_disk"]] == ["builtin", SMALL.name, "maker/name-GGUF:Q4_K_M", str(served)]
+    assert [one["form"] for one in found["on_disk"]] == ["F16", "Q4_1", "Q4_K_M", "Q8_0"]
+    mine = entry({"on_disk": found["on_disk"], "known": []}, str(served))
+    assert mine["bytes"] == served.stat().st_size and mine["stored_bytes"] == int(1.1 * 2 * ROWS * 32 * 9 / 8)
+    assert (mine["fits"], mine["parameters"]) == ("stored", 2 * ROWS * 32)
+    assert next(one["on_disk"] for one in found["known"] if one["name"] == SMALL.name)
+    (line,) = (line for line in text(found).splitlines() if line.startswith("maker/name-GGUF:Q4_K_M "))
+    assert line.split()[1:4] == ["Q4_K_M", *human_bytes(cached.stat().st_size).split()] and line.endswith("yes")
+
+
+def test_well_known_gguf_models_are_counted_as_they_are_stored(tmp_path: Path) -> None:
+    found = catalogue(tmp_path, {"lent_bytes": 10**12, "free_bytes": 10**12})
+    one = entry(found, "qwen3-4b")
+    assert (one["form"], one["hub_id"], one["fits"]) == ("Q4_K_M", "Qwen/Qwen3-4B-GGUF:Q4_K_M", "stored")
+    assert 2.4e9 < one["download_bytes"] < 2.6e9 < 5e9 < one["stored_bytes"] < 6e9
+    assert entry(found, "smollm2-360m")["stored_bytes"] is None and entry(found, "smollm2-360m")["form"] == "BF16"
+
+
 @pytest.mark.parametrize(
     ("free", "fits", "word"),
     [
@@ -64,7 +98,7 @@ def test_without_a_device_it_lists_what_is_here(
 def test_what_fits_is_said_to_the_byte(tmp_path: Path, free: int, fits: str, word: str) -> None:
     found = catalogue(tmp_path, {"lent_bytes": 2 * free, "free_bytes": free})
     assert entry(found, SMALL.name)["fits"] == fits
-    (line,) = (line for line in text(found).splitlines() if line.startswith(SMALL.name))
+    (line,) = (line for line in text(found).splitlines() if line.startswith(f"{SMALL.name} "))
     assert line.endswith(word)
 
 

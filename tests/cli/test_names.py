@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from peerllm.cli.figures.plan import is_scenario
 from tests.cli.test_commands import Run, Served, device, peerllm
 
 __all__ = ["device", "peerllm"]  # fixtures
@@ -45,6 +46,22 @@ def test_name_directory_and_path_mean_the_same_model(peerllm: Run, device: Serve
     assert (household.runs[0].model, household.calls[-1]) == (sent, ("stop", sent))
     peerllm("trace", meant, "--seconds", "0.01", "--out", str(device.data / "trace.json"))
     assert ("record", "home") in household.calls
+
+
+def test_a_gguf_file_is_sent_as_an_absolute_path_and_no_other_file_is(
+    peerllm: Run, device: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "real.gguf").write_bytes(b"GGUF")
+    (tmp_path / "link.GGUF").symlink_to("real.gguf")
+    (tmp_path / "notes").write_text("no model")
+    for typed in ("link.GGUF", "~/link.GGUF", str(tmp_path / "link.GGUF"), "notes", "owner/x:Q4_K_M", "gone.gguf"):
+        assert peerllm("run", typed)[0] == 0
+    file = str(tmp_path / "link.GGUF")
+    sent = [run.model for run in device.household.runs]
+    assert sent == [file, file, file, "notes", "owner/x:Q4_K_M", "gone.gguf"]
+    assert not is_scenario("link.GGUF") and is_scenario("notes")
 
 
 def test_another_devices_model_is_named_with_its_device(peerllm: Run, device: Served, named: str) -> None:

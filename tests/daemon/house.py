@@ -235,7 +235,7 @@ class Device:
             leaving.cancel()
 
     @asynccontextmanager
-    async def looked_up(self, model):
+    async def looked_up(self, model, tell):
         if model not in self.house.models:
             raise NotFoundError(f"{model}: no such directory")
         missing = self.house.to_download.get(model, 0)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peerllm.daemon.weights.gguf.model_directory import model_directory
 
 from benchmarks.quality import Chain, Way
 from peerllm.api.text.model_text import ModelText
 from peerllm.cli.demo.demo_memory import limits, sizes_of
+from peerllm.daemon.weights.gguf.model_directory import model_directory
 from tests.lab.real_gguf import FILES, real_gguf
 from tests.lab.test_real_models_lab import API, ASK, NAMES, hosts
 

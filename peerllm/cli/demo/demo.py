@@ -15,52 +15,52 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from peerllm.builtin import MODEL_DIR
 from peerllm.cli.chat import answer_pieces
 from peerllm.cli.demo.demo_devices import DemoDevice
 from peerllm.cli.demo.demo_memory import limits, sizes_of
+from peerllm.cli.demo.demo_model import DemoModel, demo_model
 from peerllm.cli.device import LocalDevice, demo_note
 from peerllm.cli.look import deployment_text, devices_text
 from peerllm.cli.parser import default_data_dir
 from peerllm.cli.progress import show_progress
 from peerllm.cli.terminal import printable
+from peerllm.daemon.deployment.model_files import GGUF_CACHE
 from peerllm.daemon.engine_link.machine import processors
-from peerllm.daemon.weights.known_models import BUILTIN
-from peerllm.errors import BadInputError, UnavailableError
+from peerllm.errors import UnavailableError
 from peerllm.planner.cost.byte_sizes import human_bytes
 
 NAMES = ("laptop", "mini-pc", "jetson", "phone", "tablet", "desktop", "media-box", "old-laptop")
 TOGETHER_S = 60.0  # seconds for the devices to see each other once they have paired
 SLOTS = 4
 CONTEXT = 1024  # tokens
-QUESTION = "What are you?"
 MAX_ANSWER_TOKENS = 80
 
 
 def run(args: argparse.Namespace) -> None:
     """Returns after Ctrl-C or SIGTERM, with every device ended."""
-    model_dir = MODEL_DIR if args.model == BUILTIN else Path(args.model).expanduser().resolve()
-    model = BUILTIN if args.model == BUILTIN else str(model_dir)
-    if not model_dir.is_dir():
-        raise BadInputError(f"--model {args.model}: the demo takes builtin or a local directory")
-    sizes = sizes_of(model_dir, SLOTS, CONTEXT)
-    memory = limits(sizes, args.devices)
     say = _quiet if args.json else _say
-    say(f"The model takes {human_bytes(sizes.total)} with room for {SLOTS} sequences.")
-    say(f"Starting {args.devices} devices, which takes up to half a minute:")
-    for name, limit in zip(NAMES, memory, strict=False):
-        say(f"  {name:<12} lends {human_bytes(limit)}")
     signal.signal(signal.SIGTERM, _as_interrupt)
     with (
         contextlib.suppress(KeyboardInterrupt),
         tempfile.TemporaryDirectory(prefix="peerllm-demo-") as directory,
-        _devices(Path(directory), memory, args.api, model) as devices,
-        _noted(devices[0], args.json) as option,
     ):
-        say("They are ready. Pairing them, then dividing the model over them.")
-        _serve(devices, model, args)
-        say(f"From a second terminal: peerllm chat{option}   (or peerllm status{option})\nStop with Ctrl-C.")
-        devices[0].wait()
+        model = demo_model(args.model, Path(directory) / NAMES[0] / GGUF_CACHE, args.json)
+        if model.instead:
+            say(f"{model.instead}\nSo this is the built-in model, which knows little; it shows that everything works.")
+        sizes = sizes_of(model.directory, SLOTS, CONTEXT)
+        memory = limits(sizes, args.devices)
+        say(f"{model.name} takes {human_bytes(sizes.total)} with room for {SLOTS} sequences.")
+        say(f"Starting {args.devices} devices, which takes up to half a minute:")
+        for name, limit in zip(NAMES, memory, strict=False):
+            say(f"  {name:<12} lends {human_bytes(limit)}")
+        with (
+            _devices(Path(directory), memory, args.api, model.name) as devices,
+            _noted(devices[0], args.json) as option,
+        ):
+            say("They are ready. Pairing them, then dividing the model over them.")
+            _serve(devices, model, args)
+            say(f"From a second terminal: peerllm chat{option}   (or peerllm status{option})\nStop with Ctrl-C.")
+            devices[0].wait()
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ def _wait_for_all(first: LocalDevice, names: Sequence[str]) -> None:
         path = "/peerllm/v1/status?wait=1"
 
 
-def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> None:
+def _serve(devices: list[DemoDevice], model: DemoModel, args: argparse.Namespace) -> None:
     """Pair them, divide the model, show who holds what, ask one question."""
     first = LocalDevice(devices[0].data_dir)
     for device in devices[1:]:
@@ -119,7 +119,7 @@ def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> N
         at = f"127.0.0.1:{invitation['port']}"
         LocalDevice(device.data_dir).post("/peerllm/v1/join", {"code": invitation["code"], "at": at})
     _wait_for_all(first, [device.name for device in devices])
-    body = {"model": model, "slots": SLOTS, "context": CONTEXT}
+    body = {"model": model.name, "slots": SLOTS, "context": CONTEXT}
     lines = first.lines("/peerllm/v1/run", body)
     if args.json:
         for _ in lines:
@@ -128,13 +128,13 @@ def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> N
         show_progress(lines)
     status = first.get("/peerllm/v1/status")
     body = {"model": status["deployments"][0]["name"], "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
-    pieces = answer_pieces(first, body, [{"role": "user", "content": QUESTION}])
+    pieces = answer_pieces(first, body, [{"role": "user", "content": model.question}])
     if args.json:
         print(
             json.dumps(
                 {
                     "url": first.url,
-                    "question": QUESTION,
+                    "question": model.question,
                     "answer": "".join(pieces),
                     "status": status,
                     "devices": [{"name": one.name, "data": str(one.data_dir)} for one in devices],
@@ -143,7 +143,7 @@ def _serve(devices: list[DemoDevice], model: str, args: argparse.Namespace) -> N
             flush=True,
         )
         return
-    print(f"\n{devices_text(status)}\n\n{deployment_text(status['deployments'][0])}\n\n> {QUESTION}")
+    print(f"\n{devices_text(status)}\n\n{deployment_text(status['deployments'][0])}\n\n> {model.question}")
     for piece in pieces:
         print(printable(piece), end="", flush=True)
     print(f"\n\nThe page: {first.url}", flush=True)

@@ -22,7 +22,7 @@ class DemoDevice:
         self, data_dir: Path, name: str, memory_bytes: int, threads: int, api: tuple[str, int], expected: str = ""
     ) -> None:
         self.data_dir, self.name = data_dir, name
-        data_dir.mkdir(mode=0o700, parents=True)
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         host = f"[{api[0]}]" if ":" in api[0] else api[0]
         command = [
             sys.executable, "-m", "peerllm", "up", "--data", str(data_dir), "--name", name, "--port", "0",

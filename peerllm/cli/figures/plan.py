@@ -17,6 +17,7 @@ from peerllm.cli.device import LocalDevice
 from peerllm.cli.exactness import exactness
 from peerllm.cli.progress import as_model, progress
 from peerllm.cli.terminal import human_ms, human_rate, layer_bar, printable, table
+from peerllm.daemon.weights.gguf_choice import SUFFIX
 from peerllm.errors import BadInputError, InfeasibleError, PeerLLMError, UnavailableError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.planner.cost.layer_costs import hop_ms, layer_ms, stage_bytes
@@ -149,7 +150,11 @@ def as_cut(found: Outcome, most: int) -> Outcome:
 
 def is_scenario(argument: str) -> bool:
     """Whether an argument means a scenario file rather than a model."""
-    return argument == STDIN or argument.endswith(".json") or (Path(argument).exists() and not Path(argument).is_dir())
+    return argument == STDIN or argument.endswith(".json") or _is_other_file(Path(argument))
+
+
+def _is_other_file(path: Path) -> bool:
+    return path.exists() and not path.is_dir() and path.suffix.lower() != SUFFIX
 
 
 def read(name: str) -> Scenario:

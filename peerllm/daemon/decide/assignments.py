@@ -14,17 +14,13 @@ from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.planner.cost.working_space import MOST_CHUNK
-from peerllm.types import BITS, MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cuts, DeploymentId, DeviceId
+from peerllm.stored_types import FLOATS, STORED_TYPES, stored_bytes
+from peerllm.types import MATRIX_BITS, MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cuts, DeploymentId, DeviceId
 
 MAX_CONTEXT = 1 << 20  # tokens
 MAX_TENSORS = 65536  # of one assignment
 MAX_DIMENSIONS = 8  # of one tensor
 MAX_EPOCH = 2**32 - 1  # a frame has no room for more
-FILE_BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
-    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8,
-}  # fmt: skip
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 DEPLOYMENT = re.compile(r"[0-9a-f]{32}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 Address = tuple[tuple[str, ...], int]  # hosts, the best first, and the data plane's port
@@ -146,7 +142,7 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
             raise BadInputError("what is computed in float32 stays exact: its activations are not rounded")
         for tensor in work.tensors:
             _check_tensor(tensor, own)
-    if assign.quantize not in ("", *BITS):
+    if assign.quantize not in MATRIX_BITS:
         raise BadInputError(f"unknown quantisation {assign.quantize!r}")
     tensors = [tensor for work in assign.work for tensor in work.tensors]
     sizes = [weight_bytes([tensor], assign.dtype, assign.quantize) for tensor in {t.name: t for t in tensors}.values()]
@@ -169,10 +165,9 @@ def _check_tensor(tensor: TensorDigest, own: bool) -> None:
         raise BadInputError(f"tensor {tensor.name} has {len(tensor.shape)} dimensions, at most {MAX_DIMENSIONS}")
     if any(side < 0 for side in tensor.shape) or tensor.nbytes < 0:
         raise BadInputError(f"tensor {tensor.name} has a negative size")
-    bits = FILE_BITS.get(tensor.dtype)
-    if bits is None:
+    if tensor.dtype not in STORED_TYPES:
         raise BadInputError(f"tensor {tensor.name} has the unknown dtype {tensor.dtype!r}")
-    if prod(tensor.shape) * bits != tensor.nbytes * 8:
+    if stored_bytes(tensor.dtype, tensor.shape) != tensor.nbytes:
         raise BadInputError(
             f"tensor {tensor.name} of shape {tensor.shape} in {tensor.dtype} is not {tensor.nbytes} bytes"
         )

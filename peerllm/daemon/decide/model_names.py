@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from itertools import count
-from pathlib import PurePath
 
+from peerllm.daemon.facade import short_name
 from peerllm.errors import BadInputError
 
 ALIAS = re.compile(r"[A-Za-z0-9][\w.:+-]{0,63}")  # no slash: never taken for a path or a hub id
 
 
 def name_for(model: str, alias: str, taken: Mapping[str, str]) -> str:
-    """`alias`, or the last part of a path or hub id, numbered from 2 where a deployment has it already.
+    """`alias`, or the short name of a path or hub id, numbered from 2 where a deployment has it already.
 
     `taken` says on which device each name stands; BadInputError where the alias is one of them, or no usable name.
     """
     if not alias:
-        short = PurePath(model).name or model
+        short = short_name(model)
         numbered = (short if number == 1 else f"{short}-{number}" for number in count(1))
         return next(name for name in numbered if name not in taken)
     if not ALIAS.fullmatch(alias):

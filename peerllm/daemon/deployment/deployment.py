@@ -77,7 +77,7 @@ class Deployment:
         self._message = ""  # what is being done ...
         self._share = 0.0  # ... and how much of it, where no device loads
         self._asked: set[DeviceId] = set()  # devices that may hold something of ours
-        self._search = PlanSearch(options, around, timings, lambda text: self._say("planning", text))
+        self._search = PlanSearch(options, around, timings, self._planning)
         self._trouble: asyncio.Queue[str] = asyncio.Queue(1)
         self._stirred = asyncio.Event()
         self._outcomes: list[asyncio.Future[None]] = []
@@ -245,11 +245,14 @@ class Deployment:
         if self.inspected is not None:
             return
         self._say("planning", f"looking for {self.options.model}")
-        async with self._around.looked_up(self.options.model) as found:
+        async with self._around.looked_up(self.options.model, self._planning) as found:
             self.inspected = await self._read(found.directory)
         self._missing_bytes = found.missing_bytes
         if not found.missing_bytes:
             self.model_dir = found.directory
+
+    def _planning(self, message: str, share: float | None = None) -> None:
+        self._say("planning", message, share)
 
     async def _read(self, directory: Path) -> Inspected:
         options = self.options

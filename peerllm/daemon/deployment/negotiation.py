@@ -12,7 +12,7 @@ from peerllm import errors
 from peerllm.daemon.control_messages import Activate, Answer, Assign, DeploymentView, Question, Release, Reserve
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
-from peerllm.daemon.deployment.model_files import ModelOnDisk, Progress
+from peerllm.daemon.deployment.model_files import ModelOnDisk, Progress, Tell
 from peerllm.engine.messages import Cancel, Inspected, Submit, TensorAt
 from peerllm.errors import LinkError, PeerLLMError
 from peerllm.types import DeploymentId, DeviceId
@@ -48,7 +48,7 @@ class Surroundings(Protocol):
         """LinkError if the device cannot be asked or does not answer in time."""
         ...
 
-    def looked_up(self, model: str) -> AbstractAsyncContextManager[ModelOnDisk]:
+    def looked_up(self, model: str, tell: Tell) -> AbstractAsyncContextManager[ModelOnDisk]:
         """What is needed to inspect a model, for as long as the block runs; its weights are not downloaded for that."""
         ...
 

@@ -12,10 +12,11 @@ from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment import model_files
-from peerllm.daemon.deployment.model_files import ModelOnDisk, Progress
+from peerllm.daemon.deployment.model_files import ModelOnDisk, Progress, Tell
 from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link.engine_host import AVAILABLE, EngineHost
 from peerllm.daemon.network import Network
+from peerllm.daemon.settings import Settings
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import Offers
 from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, TensorAt
@@ -28,6 +29,7 @@ INSPECT_TIMEOUT_S = 300.0
 class Parts(Protocol):
     """What is needed of the daemon."""
 
+    settings: Settings
     network: Network
     host: EngineHost
     ledger: Ledger
@@ -46,6 +48,7 @@ class Home:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self.me: DeviceId = parts.network.identity.device
+        self._gguf_cache = parts.settings.data_dir / model_files.GGUF_CACHE
 
     def name(self, device: DeviceId) -> str:
         if device == self.me:
@@ -89,11 +92,11 @@ class Home:
                 raise
             return Answer(0, type(error).__name__, str(error), free)
 
-    def looked_up(self, model: str) -> AbstractAsyncContextManager[ModelOnDisk]:
-        return model_files.looked_up(model)
+    def looked_up(self, model: str, tell: Tell) -> AbstractAsyncContextManager[ModelOnDisk]:
+        return model_files.looked_up(model, self._gguf_cache, tell)
 
     async def resolve(self, model: str, progress: Progress, total_bytes: int) -> Path:
-        return await model_files.resolve(model, progress, total_bytes)
+        return await model_files.resolve(model, self._gguf_cache, progress, total_bytes)
 
     async def inspect(self, model_dir: Path, dtype: str, quantize: str) -> Inspected:
         host = self._parts.host

@@ -11,7 +11,7 @@ from peerllm.daemon.discovery.advert import printable_name
 from peerllm.daemon.network import LinkFigure, Peer, Sighting
 from peerllm.daemon.settings import Settings
 from peerllm.engine.messages import EngineLoad
-from peerllm.types import BITS, DeploymentId, DeviceId, LinkProfile
+from peerllm.types import BITS, STORED, DeploymentId, DeviceId, LinkProfile
 
 Name = Callable[[DeviceId], str]
 
@@ -104,6 +104,8 @@ def weights_form(dtype: str, quantize: str, wanted: str) -> str:
     """How weights are held, for people; "" while that is not known."""
     if not dtype:
         return ""
+    if quantize == STORED:
+        return "as in the file"
     if quantize not in BITS:
         return f"{'float32' if dtype == 'float32' else '16-bit'}, not rounded"
     if wanted == "auto":  # which rounds 16-bit models alone

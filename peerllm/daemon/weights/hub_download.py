@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,29 +10,30 @@ from typing import Any
 
 from tqdm import tqdm
 
-from peerllm.daemon.weights.hub import FILES, NOT, WORKERS, token
+from peerllm.daemon.weights.hub import WORKERS, Repository, token
 from peerllm.daemon.weights.hub_errors import HaltedError, errors_of
 
 Share = Callable[[float], None]  # 0 to 1
 
 
-def download(model: str, told: Share, total_bytes: int, halt: threading.Event) -> Path:
-    """The model's directory in the hub's cache, once all is there; `total_bytes`: what is missing of it, 0: unknown.
+def download(found: Repository, told: Share, total_bytes: int, halt: threading.Event) -> tuple[Path, ...]:
+    """The model directory or GGUF files in the hub's cache, once all is there.
 
-    Set `halt` to end it. Where the hub cannot be reached, what an earlier download left is taken.
+    `total_bytes`: what is missing of it, 0: unknown. Set `halt` to end it; what came so far is kept for later.
     """
     from huggingface_hub import snapshot_download
 
-    with errors_of(model):
+    names = [glob.escape(name) for name in found.sizes]
+    with errors_of(found.model):
         directory = snapshot_download(
-            model,
-            allow_patterns=FILES,
-            ignore_patterns=NOT,
+            found.model,
+            allow_patterns=names,
             max_workers=WORKERS,
             token=token(),
             tqdm_class=hub_bar(told, total_bytes, halt),  # type: ignore[arg-type]
         )
-    return Path(directory)
+    place = Path(directory)
+    return (place,) if found.gguf is None else tuple(place / name for name in found.gguf.files)
 
 
 def hub_bar(told: Share, total_bytes: int, halt: threading.Event) -> type[tqdm[Any]]:

@@ -6,6 +6,7 @@ Trailing comments give shapes: H hidden, I feed-forward width.
 from __future__ import annotations
 
 from peerllm.engine.graph.builder import Builder
+from peerllm.engine.graph.experts import add_experts
 from peerllm.engine.graph.mixers.attention import add_attention
 from peerllm.engine.graph.mixers.delta_rule import add_delta_rule
 from peerllm.engine.graph.mixers.latent_attention import add_latent_attention
@@ -22,7 +23,6 @@ from peerllm.engine.graph.structure import (
     ShortConvolution,
     StateSpace,
 )
-from peerllm.engine.graph.weights import add_experts
 
 
 def add_block(builder: Builder, x: str) -> str:

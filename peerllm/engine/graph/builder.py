@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from peerllm.engine.graph.matrix_product import add_product, check, pieces, require
 from peerllm.engine.graph.nodes import CONTRIB, Graph
 from peerllm.engine.graph.structure import Norm, Placement, Rope
-from peerllm.engine.graph.tensors import Floats, Tensors
-from peerllm.engine.graph.weights import BlockWeights, add_product, check, norm_weights, pieces, require
+from peerllm.engine.graph.weights import BlockWeights, norm_weights
+from peerllm.engine.weights.tensors import Floats, Tensors
 
 
 class Builder:
@@ -31,7 +32,8 @@ class Builder:
         """The matrix that has this role in the block, in float32 [rows, columns]."""
         product = self.weights.products[role]
         check(self.tensors, product)
-        return np.concatenate([some for _, some in pieces(self.tensors, product)])
+        read = [part.floats(self.tensors, product.columns, first, last) for _, part, first, last in pieces(product)]
+        return np.concatenate(read)
 
     def vector(self, role: str) -> Floats:
         """The small tensor that has this role in the block."""

@@ -11,7 +11,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from peerllm.engine.graph.experts import Stacks
 from peerllm.engine.graph.family import COMMON, FAMILIES, Family
+from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.mixers.delta_rule import delta_rule_weights, read_delta_rule
 from peerllm.engine.graph.mixers.latent_attention import latent_attention_weights, read_latent_attention
 from peerllm.engine.graph.mixers.short_convolution import convolution_weights, read_convolution
@@ -33,9 +35,11 @@ from peerllm.engine.graph.structure import (
     ShortConvolution,
     StateSpace,
 )
-from peerllm.engine.graph.weights import BlockWeights, Names, Part, Product, Stacks, Vectors
+from peerllm.engine.graph.weights import BlockWeights, Names, Vectors
+from peerllm.engine.weights.checkpoint import STACKED_EXPERTS_KEY
+from peerllm.engine.weights.formats import FormOf, forms_of
+from peerllm.errors import ModelError
 
-EXPERTS_KEY = "peerllm_experts"  # in config.json: "halves" where files hold all experts' gates and ups as one tensor
 ROLES = ("gate", "up", "gate up", "down")
 MOST_SHOWN = 100  # characters of a value or a reason in a message
 EVEN = 8  # the attention operator needs heads whose width is a multiple of this
@@ -43,6 +47,8 @@ MAX_BLOCKS = 1022  # with embedding and head this is the most stages that a plan
 MAX_SIZE = 1 << 24  # of any count in a configuration, since lists and tables get that long
 MAX_WIDTH = 1 << 12  # of a head
 MAX_EXPERTS = 1 << 12
+SCALING_VALUES = (float, int, str, tuple, type(None))
+DIVISORS = ("divisors", "long_divisors")  # of rotations, see rotation.py
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2", "quick_gelu": "quick_gelu",
@@ -54,8 +60,23 @@ class UnfitError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """What config.json's quantization_config says about matrices and norms."""
+
+    form_of: FormOf
+    kept: bool = False  # products compute with the file's numbers
+    paired: bool = False  # rows of queries and keys that are rotated together are neighbours
+    offset: bool = False  # norms' weights have their offset added
+    stacked: bool = False  # experts are stacks of gate, up and down, whatever the family
+
+    def formed(self, part: Part) -> Part:
+        """The part, and how its tensor is stored."""
+        return replace(part, form=self.form_of(part.name), kept=self.kept)
+
+
+@dataclass(frozen=True, slots=True)
 class Described:
-    """A model and the names of its tensors, without prefixes (see tensors.plain_name)."""
+    """A model and the names of its tensors, without prefixes (see checkpoint.plain_name)."""
 
     model: Model
     blocks: tuple[BlockWeights, ...]
@@ -64,11 +85,27 @@ class Described:
     norm: str  # the norm before the head
     output: str  # the head's own matrix; not used where `tied`
     tied: bool  # the head uses the embedding's matrix
+    stored: Stored
+
+    @property
+    def table(self) -> Part:
+        """The embedding's matrix."""
+        return self._part(self.embedding)
 
     @property
     def head(self) -> Product:
-        name = self.embedding if self.tied else self.output
-        return Product((Part(name, self.model.vocabulary),), self.model.hidden)
+        return Product((self._part(self.embedding if self.tied else self.output),), self.model.hidden)
+
+    def coded_tensors(self) -> set[str]:
+        """The names of the tensors that quantized matrices are made of."""
+        products = [Product((self.table,), self.model.hidden), self.head]
+        products += [product for weights in self.blocks for product in weights.products.values()]
+        parts = [(product, part) for product in products for part in product.parts if part.form is not None]
+        found = {name for product, part in parts for name, _ in product.part_tensors(part)}
+        return found | {name for weights in self.blocks for name in weights.coded_experts()}
+
+    def _part(self, name: str) -> Part:
+        return self.stored.formed(Part(name, self.model.vocabulary))
 
 
 class Values:
@@ -106,8 +143,11 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     return FAMILIES.get(str(config.get("model_type")))
 
 
-def describe(config: Mapping[str, Any]) -> Described:
-    """Describe a model; UnfitError names what the graph engine cannot compute of it."""
+def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
+    """Describe a model; UnfitError names what the graph engine cannot compute of it.
+
+    `kept`: products compute with the numbers of a quantized checkpoint.
+    """
     family = family_of(config)
     if family is None:
         raise UnfitError(f"architecture {config.get('model_type')!r} is not in the graph engine's table")
@@ -116,16 +156,30 @@ def describe(config: Mapping[str, Any]) -> Described:
     values = Values(config, family)
     try:
         family = replace(family, **family.by(values))
-        if config.get(EXPERTS_KEY) == "halves" and family.experts == "each":
+        if config.get(STACKED_EXPERTS_KEY) and family.experts == "each":
             family = replace(family, experts="halves")
         if family.refused is not None:
             raise UnfitError(family.refused)
-        return _described(Values(config, family), family, str(config["model_type"]))
+        stored = _stored(config, kept)
+        if stored.offset:
+            family = replace(family, offset=0.0)
+        return _described(Values(config, family), family, str(config["model_type"]), stored)
+    except ModelError as error:
+        raise UnfitError(str(error)) from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UnfitError(f"config.json is not usable: {str(error)[:MOST_SHOWN]}") from error
 
 
-def _described(values: Values, family: Family, name: str) -> Described:
+def _stored(config: Mapping[str, Any], kept: bool) -> Stored:
+    about = config.get("quantization_config") or {}
+    experts = about.get("experts")
+    if experts not in (None, "stacked"):
+        raise UnfitError(f"experts stored as {str(experts)[:MOST_SHOWN]!r}")
+    paired, offset = (about.get(key) is True for key in ("paired", "norm_offset_added"))
+    return Stored(forms_of(config), kept, paired, offset, experts is not None)
+
+
+def _described(values: Values, family: Family, name: str, stored: Stored) -> Described:
     hidden, vocabulary, count = (values.whole(key) for key in ("hidden_size", "vocab_size", "num_hidden_layers"))
     if count > MAX_BLOCKS:
         raise UnfitError(f"{count} layers; at most {MAX_BLOCKS} are taken")
@@ -147,9 +201,9 @@ def _described(values: Values, family: Family, name: str) -> Described:
         math.sqrt(hidden) if family.scaled_embedding else values.number("embedding_multiplier", 1.0),
         family.position_offset if positions else None,
     )
-    weights = tuple(_weights(family, block, number, hidden) for number, block in enumerate(blocks))
+    weights = tuple(_weights(family, block, number, hidden, stored) for number, block in enumerate(blocks))
     tied = bool(values.get("tie_word_embeddings"))
-    return Described(model, weights, names["embedding"], positions, names["final"], names["output"], tied)
+    return Described(model, weights, names["embedding"], positions, names["final"], names["output"], tied, stored)
 
 
 def _norm(values: Values, family: Family) -> Norm:
@@ -236,7 +290,8 @@ def _rope(values: Values, family: Family, number: int, kind: str, width: int) ->
         about = {"rope_type": scaling, "original_max_position_embeddings": length, **about}
     if scaling not in KNOWN or rotated > width:
         raise UnfitError(f"rotary embeddings of kind {scaling!r}, {rotated} of {width} numbers")
-    if not math.isfinite(theta) or not all(isinstance(value, float | int | str | None) for value in about.values()):
+    about |= {key: tuple(map(float, about[key])) for key in DIVISORS if key in about}
+    if not math.isfinite(theta) or not all(isinstance(value, SCALING_VALUES) for value in about.values()):
         raise UnfitError(f"rotary embeddings of kind {scaling!r} with {str(about)[:MOST_SHOWN]}")
     rope = Rope(rotated, theta, family.interleaved, tuple(sorted(about.items())))
     with np.errstate(all="raise", under="ignore"):
@@ -299,11 +354,11 @@ def _experts(values: Values, family: Family, number: int) -> Experts | None:
 # ---- names of tensors ---------------------------------------------------------------------------------------------
 
 
-def _weights(family: Family, block: Block, number: int, hidden: int) -> BlockWeights:
+def _weights(family: Family, block: Block, number: int, hidden: int, stored: Stored) -> BlockWeights:
     prefix = f"{family.layers}.{number}."
     names = {role: prefix + name for role, name in family.names.items()}
     mlp, turned, stacks = block.mlp, family.turned, None
-    products, vectors = _mixer_weights(family, names, block.mixer, hidden)
+    products, vectors = _mixer_weights(family, names, block.mixer, hidden, stored.paired)
     if mlp.experts is None:
         products |= _dense(names, mlp.wide, hidden, mlp.gated, turned)
     else:
@@ -311,28 +366,25 @@ def _weights(family: Family, block: Block, number: int, hidden: int) -> BlockWei
         if experts.routing is not None and experts.routing.biased:
             vectors = {**vectors, "choice": (names["choice"], (experts.count,))}
         products["router"] = Product((Part(names["router"], experts.count),), hidden, exact=True)
-        stacks = _stacks(family, names)
+        stacks = _stacks(names, family, prefix, stored)
         if experts.shared:
             common = {role: names[f"shared {role}"] for role in ROLES if f"shared {role}" in names}
             shared = _dense(common, experts.shared, hidden, gated=True, turned=turned)
             products |= {f"shared {role}": product for role, product in shared.items()}
         if experts.shared_gated:
             products["shared gating"] = Product((Part(names["shared gating"], 1),), hidden, exact=True)
+    for role, product in products.items():
+        products[role] = replace(product, parts=tuple(stored.formed(part) for part in product.parts))
     return BlockWeights(block, hidden, products, names, stacks, vectors)
 
 
-def _stacks(family: Family, names: Names) -> Stacks:
-    gate, up, down = (names[f"expert {role}"] for role in ("gate", "up", "down"))
-    if family.experts == "halves" and "{}" in gate:  # of a family whose experts mostly have tensors of their own
-        up, down = gate.replace("{}.gate_proj", "gate_up_proj"), down.replace("{}.", "")
-    return Stacks(gate, up, down, family.experts or "each")
-
-
-def _mixer_weights(family: Family, names: Names, mixer: Mixer, hidden: int) -> tuple[dict[str, Product], Vectors]:
+def _mixer_weights(
+    family: Family, names: Names, mixer: Mixer, hidden: int, paired: bool
+) -> tuple[dict[str, Product], Vectors]:
     match mixer:
         case Attention():
             out = Product((Part(names["o"], hidden, turned=family.turned),), mixer.heads * mixer.width)
-            return {"qkv": Product(_qkv(family, names, mixer), hidden), "out": out}, {}
+            return {"qkv": Product(_qkv(family, names, mixer, paired), hidden), "out": out}, {}
         case LatentAttention():
             return latent_attention_weights(names, mixer, hidden)
         case ShortConvolution():
@@ -341,6 +393,22 @@ def _mixer_weights(family: Family, names: Names, mixer: Mixer, hidden: int) -> t
             return delta_rule_weights(names, mixer, hidden)
         case StateSpace():
             return state_space_weights(names, mixer, hidden)
+
+
+def _stacks(names: Mapping[str, str], family: Family, prefix: str, stored: Stored) -> Stacks:
+    if not stored.stacked:
+        gate, up, down = (names[f"expert {which}"] for which in ("gate", "up", "down"))
+        kind = family.experts or "each"
+        if kind == "halves" and "{}" in gate:  # of a family whose experts mostly have tensors of their own
+            up, down = gate.replace("{}.gate_proj", "gate_up_proj"), down.replace("{}.", "")
+        if kind == "each":
+            forms = tuple(stored.form_of(f"{name.format(0)}.weight") for name in (gate, up, down))
+        else:
+            forms = None, stored.form_of(up), stored.form_of(down)
+        return Stacks(gate, up, down, kind, forms, stored.kept)
+    gate, up, down = (f"{prefix}mlp.experts.{which}_proj" for which in ("gate", "up", "down"))
+    forms = tuple(stored.form_of(f"{name}.weight") for name in (gate, up, down))
+    return Stacks(gate, up, down, "apart", forms, stored.kept)
 
 
 def _dense(names: Mapping[str, str], wide: int, hidden: int, gated: bool, turned: bool) -> dict[str, Product]:
@@ -354,19 +422,29 @@ def _dense(names: Mapping[str, str], wide: int, hidden: int, gated: bool, turned
     return {"up": Product(up, hidden), "down": Product((Part(names["down"], hidden, turned=turned),), wide)}
 
 
-def _qkv(family: Family, names: Mapping[str, str], about: Attention) -> tuple[Part, ...]:
+def _qkv(family: Family, names: Mapping[str, str], about: Attention, paired: bool) -> tuple[Part, ...]:
     width, rows = about.width, (about.heads * about.width, about.groups * about.width, about.groups * about.width)
     if about.gated:  # each head's query is followed by its gate
         both = np.arange(2 * rows[0], dtype=np.int64).reshape(about.heads, 2, width)
         queries, gates = both[:, 0].reshape(-1), both[:, 1].reshape(-1)
         keys = (Part(names["k"], rows[1]), Part(names["v"], rows[2]))
-        return Part(names["q"], rows[0], queries), *keys, Part(names["q"], rows[0], gates)
+        query, gate = (Part(names["q"], rows[0], some, whole=2 * rows[0]) for some in (queries, gates))
+        return query, *keys, gate
     if "qkv" not in names:
-        return tuple(Part(names[role], count) for role, count in zip("qkv", rows, strict=True))
+        turned = [paired and role != "v" for role in "qkv"]
+        order = [_by_half(count // width, width) if turn else None for count, turn in zip(rows, turned, strict=True)]
+        return tuple(Part(names[role], count, some) for role, count, some in zip("qkv", rows, order, strict=True))
     if family.merged == "stacked":
         return (Part(names["qkv"], sum(rows), turned=family.turned),)
     picked = _by_group(about.groups, about.heads // about.groups, width)
     return (Part(names["qkv"], sum(rows), picked, turned=family.turned),)
+
+
+@lru_cache(2)  # one for queries and one for keys
+def _by_half(heads: int, width: int) -> npt.NDArray[np.int64]:
+    """Where rows of heads whose rotated pairs are neighbours stand in the order of both halves of a head."""
+    rows = np.arange(heads * width).reshape(heads, width // 2, 2)
+    return cast(npt.NDArray[np.int64], rows.swapaxes(1, 2).reshape(-1))
 
 
 @lru_cache(1)  # one for all blocks: a hostile configuration makes it 128 MB large

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping
 
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.load import MAKING_COPIES, ShardForm, largest_block
+from peerllm.engine.graph.matrix_product import Product, check, require
 from peerllm.engine.graph.structure import Attention, LatentAttention, Mixer
-from peerllm.engine.graph.tensors import Checkpoint
-from peerllm.engine.graph.weights import BlockWeights, check, require
+from peerllm.engine.graph.weights import BlockWeights
 from peerllm.engine.measure.outline import kind_names
 from peerllm.engine.messages import TensorAt
-from peerllm.engine.weights.checkpoint import COMPUTED
+from peerllm.engine.weights.checkpoint import COMPUTED, plain_name
+from peerllm.engine.weights.tensors import Checkpoint
 from peerllm.errors import ModelError
-from peerllm.types import BITS, Layer, LayerKind, ModelProfile, WorkingSpace
+from peerllm.types import MATRIX_BITS, Layer, LayerKind, ModelProfile, WorkingSpace
 
 GRAPH_BYTES = 160 << 10  # onnxruntime's overhead for one graph of any size
 # float32 vectors that a block has at once, of the hidden size (or of all heads' queries) and of the feed-forward's
@@ -51,11 +52,10 @@ def profile(described: Described, name: str, quantize: str) -> ModelProfile:
 
 def working(described: Described, quantize: str) -> WorkingSpace:
     """What a pass needs beside weights and KV: measured with onnxruntime 1.31, see tests/lab/test_memory_lab.py."""
-    model, bits = described.model, BITS.get(quantize, 0)
-    attentions = model.attentions
+    model, bits = described.model, MATRIX_BITS[quantize]
     rooms = [state.kept_tokens for state in model.states() if state.tokens]
     hidden = max(model.hidden, *(block.mixer.widest for block in model.blocks))
-    keeping = [about for about in attentions if bits or _keeps_scores(about)]
+    keeping = [about for about in model.attentions if bits or _keeps_scores(about)]
     unfolded = max((min(about.heads, HEADS_AT_ONCE) * about.width * 8 for about in keeping), default=0)
     return WorkingSpace(
         token=4 * (HIDDEN_COPIES * hidden + WIDE_COPIES * max(block.mlp.widest for block in model.blocks)),
@@ -70,12 +70,7 @@ def working(described: Described, quantize: str) -> WorkingSpace:
 
 def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
     """The kind of each block, see outline.kind_names."""
-    return kind_names([(_kind(weights.block.mixer), weights.block) for weights in blocks])
-
-
-def _keeps_scores(about: Attention | LatentAttention) -> bool:
-    """Whether attention in float32 keeps its scores (in float16 it always does)."""
-    return isinstance(about, Attention) and (about.softcap > 0 or about.sinks)
+    return kind_names([(_kind(weights.block.mixer), (weights.block, weights.forms)) for weights in blocks])
 
 
 def _kind(mixer: Mixer) -> str:
@@ -84,9 +79,14 @@ def _kind(mixer: Mixer) -> str:
     return "latent_attention" if isinstance(mixer, LatentAttention) else "recurrent"
 
 
+def _keeps_scores(about: Attention | LatentAttention) -> bool:
+    """Whether attention in float32 keeps its scores (in float16 it always does)."""
+    return isinstance(about, Attention) and (about.softcap > 0 or about.sinks)
+
+
 def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[tuple[TensorAt, ...], ...]:
     """For each layer the tensors that it needs; ModelError if one is missing or does not fit."""
-    checkpoint, multiplied = Checkpoint(files.values()), set[str]()
+    checkpoint, multiplied, coded = Checkpoint(files.values()), set[str](), described.coded_tensors()
     biased: dict[str, bool] = {}
     products = [(role, one) for weights in described.blocks for role, one in weights.products.items()]
     for role, product in (("head", described.head), *products):
@@ -101,16 +101,16 @@ def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[
         for name, shape in needed:
             if name not in multiplied:
                 require(checkpoint, name, shape)
-            names += [name, name.removesuffix("weight") + "bias"] if name.endswith(".weight") else [name]
+            multiplies = name.endswith(".weight") or name in coded
+            names += [name, f"{name.rpartition('.')[0]}.bias"] if multiplies else [name]
         tensors = [tensor for name in dict.fromkeys(names) if (tensor := checkpoint.at(name)) is not None]
         for tensor in tensors:
-            if tensor.dtype not in COMPUTED:
+            if tensor.dtype not in COMPUTED and plain_name(tensor.name) not in coded:
                 raise ModelError(f"tensor {tensor.name} holds {tensor.dtype}, which is not computed with")
         return tuple(tensors)
 
     model = described.model
-    table = (model.vocabulary, model.hidden)
-    embedding: list[tuple[str, tuple[int, ...]]] = [(f"{described.embedding}.weight", table)]
+    embedding = list(Product((described.table,), model.hidden).tensors)
     if described.positions:
         positions = f"{described.positions}.weight"
         embedding.append((positions, checkpoint.shape(positions) or (0, model.hidden)))

@@ -8,10 +8,10 @@ from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.graph_inspect import block_kinds, working
 from peerllm.engine.graph.graph_shard import Embedding, GraphShard
 from peerllm.engine.graph.load import ShardForm, build
-from peerllm.engine.graph.tensors import MadeUp
 from peerllm.engine.measure import outline
 from peerllm.engine.measure.outline import CHUNK, CONTEXT, Mockup
 from peerllm.engine.messages import TimeLayers
+from peerllm.engine.weights.tensors import MadeUp
 
 
 class GraphOutline(outline.Sizes):
@@ -26,7 +26,6 @@ class GraphOutline(outline.Sizes):
         super().__init__(
             firsts=outline.firsts(block_kinds(described.blocks)),
             head=head,
-            hidden_size=model.hidden,
             vocabulary=model.vocabulary,
             context=context,
             limit_bytes=message.limit_bytes,

@@ -14,13 +14,14 @@ from peerllm.engine.base import Reach
 from peerllm.engine.graph.block import add_block
 from peerllm.engine.graph.builder import Builder, normalise, rope_name
 from peerllm.engine.graph.kv_slots import Batch, KVSlots
+from peerllm.engine.graph.matrix_product import Product, add_product
 from peerllm.engine.graph.nodes import BoundSession, Graph
 from peerllm.engine.graph.rotation import tables
 from peerllm.engine.graph.structure import Head, Model
-from peerllm.engine.graph.tensors import Floats, Tensors
-from peerllm.engine.graph.weights import BlockWeights, Product, add_product, norm_weights
+from peerllm.engine.graph.weights import BlockWeights, norm_weights
 from peerllm.engine.state.exported_state import Arrays
 from peerllm.engine.state.state_kinds import LayerState, reach_of
+from peerllm.engine.weights.tensors import CodedTable, Floats, Tensors
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
 
@@ -40,7 +41,7 @@ class BlockRange:
 class Embedding:
     """Looks token ids up in a table that stays in its file, and adds learned positions."""
 
-    def __init__(self, table: npt.NDArray[Any], scale: float, positions: Floats | None) -> None:
+    def __init__(self, table: npt.NDArray[Any] | CodedTable, scale: float, positions: Floats | None) -> None:
         """`table` [vocabulary, hidden], `positions` [context, hidden]."""
         self._table, self._scale, self._positions = table, np.float32(scale), positions
 
@@ -155,8 +156,8 @@ class GraphShard:
         """Logits float32 [k, vocabulary] of hidden states [k, hidden]."""
         if not len(hidden):
             return np.empty((0, self.vocabulary), np.float32)
-        x = np.ascontiguousarray(hidden)
-        logits = [session.run(None, {"x": x})[0] for session in self._head]
+        x = np.ascontiguousarray(hidden)[None]
+        logits = [session.run(None, {"x": x})[0][0] for session in self._head]
         return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
 
     def _pass(self, sequences: int, tokens: int, first: int) -> _Pass:
@@ -246,9 +247,9 @@ def make_span(
 
 
 def make_head(about: Head, hidden: int, product: Product, norm: str, tensors: Tensors, bits: int) -> Any:
-    """Build the session that turns hidden states x [k, hidden] into logits [k, rows of the product]."""
+    """Build the session that turns hidden states x [1, k, hidden] into logits [1, k, rows of the product]."""
     graph = Graph()
-    x = graph.input("x", "k", hidden)
+    x = graph.input("x", 1, "k", hidden)
     if about.norm is not None:
         made = norm_weights(graph, tensors, about.norm, norm, (hidden,))
         x = normalise(graph, x, about.norm, *made)
@@ -259,5 +260,5 @@ def make_head(about: Head, hidden: int, product: Product, norm: str, tensors: Te
         cap = graph.number(about.softcap)
         out = graph.add("Mul", graph.add("Tanh", graph.add("Div", out, cap)), cap)
     graph.add("Identity", out, output="logits")
-    graph.output("logits", "k", product.rows)
+    graph.output("logits", 1, "k", product.rows)
     return graph.session()

@@ -11,13 +11,13 @@ from peerllm.engine.base import Progress
 from peerllm.engine.free_memory import trim
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.graph_shard import BlockRange, Embedding, GraphShard, make_head, make_span
+from peerllm.engine.graph.matrix_product import Product, check, require
 from peerllm.engine.graph.nodes import make_pool
-from peerllm.engine.graph.tensors import Checkpoint, Tensors
-from peerllm.engine.graph.weights import Product, require
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.state.state_kinds import LayerState, slot_bytes
+from peerllm.engine.weights.tensors import Checkpoint, CodedTable, Tensors
 from peerllm.errors import BadInputError, RefusedError
-from peerllm.types import BITS
+from peerllm.types import MATRIX_BITS
 
 # While a graph is built, its weights are in memory as we made them, as onnxruntime copied them, and packed. So building
 # needs this many times the final size on top (1.65 was measured for a block, 2 for one matrix).
@@ -45,7 +45,7 @@ class ShardForm:
 
     @property
     def bits(self) -> int:
-        return BITS[self.quantize] if self.quantize else 0
+        return MATRIX_BITS[self.quantize]
 
     @property
     def numbers(self) -> range:
@@ -133,13 +133,15 @@ def load_shard(described: Described, spec: LoadStage, threads: int, progress: Pr
     checkpoint = Checkpoint(spec.tensors, count)
     embedding = None
     if shape.first_layer == 0:
-        name, model, positions = f"{described.embedding}.weight", described.model, None
-        require(checkpoint, name, (model.vocabulary, model.hidden))
+        table, model, positions = described.table, described.model, None
+        check(checkpoint, Product((table,), model.hidden))
         if described.positions is not None:
             learned, start = f"{described.positions}.weight", model.position_offset or 0
-            require(checkpoint, learned, (start + spec.context, model.hidden), growing=0)
+            require(checkpoint, learned, (start + spec.context, model.hidden), growing=(0,))
             positions = checkpoint.floats(learned, slice(start, start + spec.context))
-        embedding = Embedding(checkpoint.mapped(name), model.embedding_scale, positions)
+        sizes = model.vocabulary, model.hidden
+        rows = CodedTable(checkpoint, table.form, table.name, sizes) if table.form else checkpoint.mapped(table.name)
+        embedding = Embedding(rows, model.embedding_scale, positions)
     shard = build(shape, checkpoint, embedding, threads, spec.chunk)
     progress(total, total)
     return shard

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.numpy_helper
 import onnxruntime
 from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+from peerllm.engine.weights.formats.coded_rows import CodedRows
 
 CONTRIB = "com.microsoft"
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level for products of 8-bit numbers with exact sums
@@ -20,6 +23,14 @@ KINDS = {
 }  # fmt: skip
 OPSET, IR = 17, 8
 INLINE_BYTES = 1024  # smaller weights are written into the model itself
+
+
+def packed(numbers: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Numbers uint8 [rows, …] as MatMulNBits takes zero points: of 4 bits two in a byte, the first one lower."""
+    if bits == 8:
+        return np.ascontiguousarray(numbers)
+    even = np.pad(numbers, ((0, 0), (0, numbers.shape[1] % 2)))
+    return even[:, 0::2] | (even[:, 1::2] << np.uint8(4))
 
 
 def make_pool(threads: int) -> None:
@@ -36,6 +47,7 @@ class Graph:
         self._inputs: dict[str, Any] = {}
         self._outputs: list[Any] = []
         self._weights: dict[str, np.ndarray[Any, Any]] = {}
+        self._sums: dict[tuple[str, int], str] = {}  # see block_sums
         self._fresh = 0
 
     def input(self, name: str, *shape: int | str, dtype: Any = np.float32) -> str:
@@ -80,17 +92,22 @@ class Graph:
         self.node("Split", [x, self.shape(*sizes)], names, axis=-1)
         return names
 
-    def rounded_product(
-        self, x: str, codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any], bits: int, bias: str = ""
-    ) -> str:
-        """Multiply x [..., columns] by a matrix that `rounding.rounded` made: [..., rows]."""
-        rows, blocks = scales.shape
-        columns = codes.shape[1] * 8 // bits
-        inputs = [x, self.weight(codes.reshape(rows, blocks, -1)), self.weight(scales.reshape(-1))]
+    def coded_product(self, x: str, coded: CodedRows, bias: str = "") -> str:
+        """Multiply x [..., columns] by a matrix without its minima: [..., rows]."""
+        rows, blocks = coded.scales.shape
+        inputs = [x, self.weight(coded.codes.reshape(rows, blocks, -1)), self.weight(coded.scales.reshape(-1))]
+        inputs += ["" if coded.zeros is None else self.weight(packed(coded.zeros, coded.bits)), "", bias]
         return self.add(
-            "MatMulNBits", *inputs, *(("", "", bias) if bias else ()), domain=CONTRIB,
-            K=columns, N=rows, bits=bits, block_size=columns // blocks, accuracy_level=INT8_ACTIVATIONS,
+            "MatMulNBits", *inputs, domain=CONTRIB, K=blocks * coded.block, N=rows, bits=coded.bits,
+            block_size=coded.block, accuracy_level=INT8_ACTIVATIONS,
         )  # fmt: skip
+
+    def block_sums(self, x: str, columns: int, block: int) -> str:
+        """The sums of every `block` neighbours of x [b, n, columns]: [b, n, blocks], once for each x."""
+        if (x, block) not in self._sums:
+            apart = self.add("Reshape", x, self.shape(0, 0, columns // block, block))
+            self._sums[x, block] = self.add("ReduceSum", apart, self.shape(-1), keepdims=0)
+        return self._sums[x, block]
 
     def session(self) -> onnxruntime.InferenceSession:
         """Build the session. The session owns the weights from then on."""

@@ -10,19 +10,22 @@ import numpy as np
 from peerllm.engine.base import Floats
 from peerllm.engine.graph.structure import Rope
 
-KNOWN = frozenset(["default", "linear", "llama3", "yarn"])  # the others depend on the longest position
+KNOWN = frozenset(["default", "linear", "llama3", "yarn", "divided"])  # the others depend on the longest position
 
 
 def tables(rope: Rope, positions: int) -> tuple[Floats, Floats]:
     """Cosines and sines [positions, width / 2] for positions from 0."""
-    frequencies, factor = inverse_frequencies(rope)
+    frequencies, factor = inverse_frequencies(rope, positions)
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None]
     scale = np.float32(factor)
     return np.cos(angles) * scale, np.sin(angles) * scale
 
 
-def inverse_frequencies(rope: Rope) -> tuple[Floats, float]:
-    """Radians per position of each pair [width / 2], and the factor for cosines and sines."""
+def inverse_frequencies(rope: Rope, positions: int = 0) -> tuple[Floats, float]:
+    """Radians per position of each pair [width / 2], and the factor for cosines and sines.
+
+    `positions`: how many there are at the most.
+    """
     about: dict[str, Any] = dict(rope.scaling)
     kind = about.get("rope_type", "default")
     exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
@@ -37,6 +40,8 @@ def inverse_frequencies(rope: Rope) -> tuple[Floats, float]:
             return _llama3(plain, about), 1.0
         case "yarn":
             return _yarn(powers, rope, about)
+        case "divided":
+            return _divided(plain, about, positions)
     raise ValueError(f"unknown rotation {kind!r}")
 
 
@@ -78,3 +83,16 @@ def _yarn(powers: Floats, rope: Rope, about: dict[str, Any]) -> tuple[Floats, fl
     kept = 1 - ramp
     plain, stretched = 1.0 / powers, 1.0 / (np.float32(factor) * powers)
     return (stretched * (1 - kept) + plain * kept).astype(np.float32), float(attention)
+
+
+def _divided(plain: Floats, about: dict[str, Any], positions: int) -> tuple[Floats, float]:
+    """Frequencies over divisors from a GGUF file: one list, or one for short contexts and one for longer ones.
+
+    As in llama.cpp the context that is served chooses the list. (transformers' "longrope" lets each sequence choose and
+    change in its middle, when keys have been rotated already.)
+    """
+    lists = {key: np.asarray(about[key], np.float32) for key in ("divisors", "long_divisors") if key in about}
+    if any(some.shape != plain.shape or not (some > 0).all() for some in lists.values()):
+        raise ValueError(f"divisors for {len(plain)} frequencies")
+    longer = "long_divisors" in lists and positions > about["original_max_position_embeddings"]
+    return plain / lists["long_divisors" if longer else "divisors"], float(about.get("attention_factor", 1.0))

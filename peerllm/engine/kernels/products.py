@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import linear
 
 from peerllm.engine.graph.nodes import Graph
+from peerllm.engine.weights.formats.coded_rows import CodedRows
 
 ROWS_BYTES = 16 << 20  # of rows converted back to the inputs' dtype at once
 
@@ -19,8 +20,8 @@ class NBits:
 
     def __init__(self, codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int) -> None:
         columns = codes.shape[1] * 8 // bits
-        graph = Graph()
-        out = graph.rounded_product(graph.input("x", "n", columns), codes, scales, bits)
+        graph, rows = Graph(), CodedRows(bits, columns // scales.shape[1], codes, scales)
+        out = graph.coded_product(graph.input("x", "n", columns), rows)
         graph.add("Identity", out, output="y")
         graph.output("y", "n", len(codes))
         self._session: Any = graph.session()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.messages import TensorAt
+from peerllm.engine.weights.settled import settled
+from peerllm.engine.weights.tensor_list import TENSOR_LIST, listed_tensors
 from peerllm.errors import BadInputError, ModelError
-from peerllm.types import BITS
+from peerllm.stored_types import stored_bytes
+from peerllm.types import BITS, STORED
 from peerllm.wrapped_models import WRAPPERS, text_tensor, text_values
 
 FILE_DTYPES = {
@@ -26,11 +30,19 @@ FILE_DTYPES = {
 }  # fmt: skip
 COMPUTED = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}  # file dtype: compute dtype
 COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: this model's "auto", whatever its files hold
+STACKED_EXPERTS_KEY = "peerllm_stacked_experts"  # there: the files hold the experts of a layer as two tensors
+STACKED_EXPERTS = "mlp.experts.gate_up_proj"
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 MAX_JSON_BYTES = 64 << 20  # an index of some hundred thousand tensors
 MAX_DIMENSIONS = 8
+PREFIXES = re.compile(r"^(?:(?:model|transformer|gpt_neox|decoder)\.)+")  # that only some checkpoints have
 Wanted = Callable[[str], str | None]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the prefixes that only some checkpoints have."""
+    return PREFIXES.sub("", name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -83,18 +95,23 @@ def _inside(model_dir: Path, name: str) -> Path:
 
 
 def read_tensors(model_dir: Path, wanted: Wanted = lambda name: name) -> dict[str, TensorAt]:
-    """The tensors of the directory by name, from the headers alone; ModelError if a file is damaged.
+    """The tensors of the directory by name, from tensors.json or headers; ModelError if a file is damaged.
 
     `wanted` gives the name under which a tensor is known, None for one to leave out.
     """
+    listed = model_dir / TENSOR_LIST
+    found: Iterable[TensorAt]
+    if listed.is_file():
+        found = listed_tensors(listed)
+    else:
+        found = (tensor for path in weight_files(model_dir, wanted) for tensor in read_header(path))
     tensors: dict[str, TensorAt] = {}
-    for path in weight_files(model_dir, wanted):
-        for tensor in read_header(path):
-            if (name := wanted(tensor.name)) is None:
-                continue
-            if name in tensors:
-                raise ModelError(f"tensor {name} stands in {Path(tensors[name].path).name} and {path.name}")
-            tensors[name] = replace(tensor, name=name)
+    for tensor in found:
+        if (name := wanted(tensor.name)) is None:
+            continue
+        if name in tensors:
+            raise ModelError(f"tensor {name} stands in {Path(tensors[name].path).name} and {Path(tensor.path).name}")
+        tensors[name] = replace(tensor, name=name)
     return tensors
 
 
@@ -137,12 +154,20 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorA
 
 
 def mapped(tensor: TensorAt) -> npt.NDArray[Any]:
-    """The tensor mapped from its file: the pages belong to the system. Writes to the array never reach the file."""
+    """The tensor mapped from its file: the pages belong to the system. Writes to the array never reach the file.
+
+    Numbers in blocks are uint8 [..., rows, bytes of a row].
+    """
     name = Path(tensor.path).name
     try:
         if Path(tensor.path).stat().st_size < tensor.offset + tensor.nbytes:
             raise ModelError(f"{name} ends in the middle of tensor {tensor.name}; fetch it again")
-        return np.memmap(tensor.path, FILE_DTYPES[tensor.dtype], "c", tensor.offset, tensor.shape)
+        if tensor.dtype in FILE_DTYPES:
+            return np.memmap(tensor.path, FILE_DTYPES[tensor.dtype], "c", tensor.offset, tensor.shape)
+        if not tensor.shape or stored_bytes(tensor.dtype, tensor.shape) != tensor.nbytes:
+            raise ModelError(f"tensor {tensor.name} of shape {list(tensor.shape)} in {tensor.dtype} makes no sense")
+        shape = (*tensor.shape[:-1], tensor.nbytes // math.prod(tensor.shape[:-1]))
+        return np.memmap(tensor.path, np.uint8, "c", tensor.offset, shape)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be read: {error}") from error
 
@@ -156,7 +181,7 @@ class ModelFiles:
     values: Mapping[str, Any]  # the same, parsed
     tensors: Mapping[str, TensorAt]
     dtype: str  # to compute in
-    quantize: str  # see `resolve`
+    quantize: str  # STORED, or see `resolve`
 
     @property
     def name(self) -> str:
@@ -175,30 +200,39 @@ class ModelFiles:
 def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bool) -> ModelFiles:
     """Read a model directory; of a wrapper (wrapped_models.WRAPPERS) its language model alone.
 
-    "auto" for `dtype` or `quantize` chooses by the files and by where they are computed.
+    "auto" for `dtype` or `quantize` chooses by the files and by where they are computed. A quantized checkpoint is
+    computed from its own numbers, unless float32 or a rounding is asked for.
     """
     directory = Path(model_dir).expanduser()
     if not directory.is_dir():
         raise ModelError(f"{directory} is no directory")
     values = read_json(directory / "config.json")
     text = (directory / "config.json").read_text(encoding="utf-8")
-    refuse_quantised(values)
     if str(values.get("model_type")) in WRAPPERS:
         tensors = read_tensors(directory, text_tensor)
         values = text_values(values, headed="lm_head.weight" in tensors)
-        refuse_quantised(values)
         text = json.dumps(values)
     else:
         tensors = read_tensors(directory)
-    dtype = compute_dtype(dtype, values, tensors.values())
-    return ModelFiles(directory, text, values, tensors, dtype, resolve(quantize, dtype, accelerator))
+    if any(name.endswith(STACKED_EXPERTS) for name in tensors):
+        values = {**values, STACKED_EXPERTS_KEY: True}
+        text = json.dumps(values)
+    if values.get("quantization_config") and dtype != "float32" and quantize in ("auto", "none"):
+        dtype, quantize = "float32", STORED
+    else:
+        dtype = compute_dtype(dtype, values, tensors.values())
+        quantize = resolve(quantize, dtype, accelerator)
+    if isinstance(about := values.get("quantization_config"), dict) and about.get("quant_method") != "gguf":
+        values = settled(values, ((plain_name(name), tensor) for name, tensor in tensors.items()))
+        text = json.dumps(values)
+    return ModelFiles(directory, text, values, tensors, dtype, quantize)
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:
-    """ModelError if the checkpoint was published with rounded weights."""
+    """ModelError if the checkpoint was published with rounded weights, which torch is not given."""
     if about := config.get("quantization_config"):
         method = about.get("quant_method", "?") if isinstance(about, dict) else "?"
-        raise ModelError(f"the checkpoint is quantized ({method}); peerllm reads float checkpoints only")
+        raise ModelError(f"the checkpoint is quantized ({method}), and what torch computes must be in floats")
 
 
 def compute_dtype(wanted: str, config: Mapping[str, Any], tensors: Iterable[TensorAt]) -> str:

@@ -19,8 +19,9 @@ SERVE_S = 240  # seconds until the demo serves, on a busy machine
 END_S = 40
 
 
-def demo(directory: Path, *args: str) -> subprocess.Popen[str]:
+def demo(directory: Path, *args: str, model: str | None = "builtin") -> subprocess.Popen[str]:
     argv = [sys.executable, "-m", "peerllm", "demo", "--api", "127.0.0.1:0", "--json", *args]
+    argv += ["--model", model] if model else []
     return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(directory)})
 
 
@@ -54,10 +55,27 @@ def test_every_device_holds_a_part_and_ends_with_the_demo(tmp_path: Path, device
         assert not list(tmp_path.glob("peerllm-*"))
 
 
+def test_a_real_model_is_divided_and_answers(tmp_path: Path) -> None:
+    """SmolLM2, from the hub or the package index; where neither can be had the test is skipped."""
+    with demo(tmp_path, model=None) as process:
+        try:
+            assert process.stdout is not None
+            found: dict[str, Any] = json.loads(process.stdout.readline())
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(END_S) == 0
+    deployment = found["status"]["deployments"][0]
+    if deployment["model"] == "builtin":
+        pytest.skip("neither the hub nor the package index has SmolLM2")
+    assert (deployment["model"], deployment["state"]) == ("smollm2", "serving")
+    assert {stage["device"] for stage in deployment["plan"]["stages"]} == {"laptop", "mini-pc", "jetson"}
+    assert found["question"] == "What is the capital of France?" and "Paris" in found["answer"]
+
+
 def test_a_second_terminal_reaches_it_without_options(tmp_path: Path) -> None:
     home = {**os.environ, "TMPDIR": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "share"), "PYTHONUNBUFFERED": "1"}
     peerllm = [sys.executable, "-m", "peerllm"]
-    argv = [*peerllm, "demo", "--api", "127.0.0.1:0", "--devices", "2", "--no-browser"]
+    argv = [*peerllm, "demo", "--model", "builtin", "--api", "127.0.0.1:0", "--devices", "2", "--no-browser"]
 
     def second(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*peerllm, *args], capture_output=True, text=True, timeout=60, check=False, env=home)
@@ -85,7 +103,8 @@ def test_a_port_in_use_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        argv = [sys.executable, "-m", "peerllm", "demo", "--api", f"127.0.0.1:{taken.getsockname()[1]}"]
+        api = f"127.0.0.1:{taken.getsockname()[1]}"
+        argv = [sys.executable, "-m", "peerllm", "demo", "--model", "builtin", "--api", api]
         started = time.monotonic()
         done = subprocess.run(argv, capture_output=True, text=True, timeout=SERVE_S, check=False,
                               env={**os.environ, "TMPDIR": str(tmp_path)})  # fmt: skip

@@ -12,6 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "c" * 40
 _API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?/?")
 _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)")
@@ -27,6 +30,7 @@ class HubServer:
         self.gate.set()
         self.asked = threading.Event()  # for a whole weight file
         self.refuse: dict[str, tuple[int, str]] = {}  # status and error code, by the beginning of a path
+        self.closed = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -47,12 +51,16 @@ class HubServer:
         self._thread.start()
 
     def close(self) -> None:
+        self.closed = True
         self.gate.set()
         self._server.shutdown()
         self._thread.join(10)
         self._server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
+        if self.closed:  # connections that were kept open are no way round
+            request.close_connection = True
+            return
         path = urlsplit(request.path).path
         refusal = next((said for start, said in self.refuse.items() if path.startswith(start)), None)
         if not refusal and (found := _API.fullmatch(path)) and (self.folder / found[1]).is_dir():
@@ -83,7 +91,7 @@ class HubServer:
             first = int(wanted[1])
             part, status = data[first : int(wanted[2]) + 1 if wanted[2] else None], 206
             headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
-        if body and file.suffix == ".safetensors" and not wanted:
+        if body and file.suffix in (".safetensors", ".gguf") and not wanted:
             self.asked.set()
             self.gate.wait()
         if body:
@@ -109,8 +117,15 @@ class HubServer:
 
 
 @contextlib.contextmanager
-def hub_server(folder: Path) -> Iterator[HubServer]:
+def hub_server(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The hub that huggingface_hub asks meanwhile, with `cache` as its cache."""
     server = HubServer(folder)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "")
     try:
         yield server
     finally:

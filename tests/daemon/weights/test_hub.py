@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import hf_hub_download
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.daemon.deployment.model_files import looked_up, resolve
-from peerllm.daemon.weights.hub import ask
+from peerllm.daemon.weights.hub import ask, hole
 from peerllm.daemon.weights.hub_download import download, hub_bar
 from peerllm.engine.weights.checkpoint import read_tensors
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
@@ -26,7 +26,14 @@ SIZE = (MODEL_DIR / WEIGHTS).stat().st_size
 MOST_HEADER = 200_000  # bytes that may be fetched of a weight file before there is a plan
 
 
+NO_GGUF = Path("/nowhere")  # a place for what GGUF files become
+
+
 def quiet(share: float) -> None:
+    pass
+
+
+def untold(message: str, share: float | None = None) -> None:
     pass
 
 
@@ -37,13 +44,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     (tmp_path / "hub" / MODEL / "onnx").mkdir()
     (tmp_path / "hub" / MODEL / "onnx" / "other.json").write_text("{}")
     (tmp_path / "hub" / MODEL / "modeling.py").write_text("raise SystemExit")
-    with hub_server(tmp_path / "hub") as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "")
+    with hub_server(tmp_path / "hub", tmp_path / "cache", monkeypatch) as server:
         yield server
 
 
@@ -52,7 +53,7 @@ def shapes(directory: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 
 async def test_an_outline_tells_all_but_the_weights(hub: HubServer) -> None:
-    async with looked_up(MODEL) as found:
+    async with looked_up(MODEL, NO_GGUF, untold) as found:
         assert found.missing_bytes > SIZE and found.directory.name == "small"
         assert shapes(found.directory) == shapes(MODEL_DIR)
         assert json.loads((found.directory / "config.json").read_text()) == json.loads(
@@ -67,32 +68,32 @@ async def test_an_outline_tells_all_but_the_weights(hub: HubServer) -> None:
 
 
 async def test_then_it_is_downloaded_with_progress_and_is_there(hub: HubServer) -> None:
-    async with looked_up(MODEL) as found:
+    async with looked_up(MODEL, NO_GGUF, untold) as found:
         missing = found.missing_bytes
     shares: list[float] = []
-    directory = await resolve(MODEL, shares.append, missing)
+    directory = await resolve(MODEL, NO_GGUF, shares.append, missing)
     await asyncio.sleep(0)
     assert (directory / WEIGHTS).read_bytes() == (MODEL_DIR / WEIGHTS).read_bytes()
     assert shares == sorted(set(shares)) and 0.9 < shares[-1] <= 1
     assert not (directory / "modeling.py").exists() and not (directory / "onnx").exists()
-    async with looked_up(MODEL) as again:
+    async with looked_up(MODEL, NO_GGUF, untold) as again:
         assert (again.directory, again.missing_bytes) == (directory, 0)
     hub.close()  # the network is gone, the model is not
-    async with looked_up(MODEL) as offline:
+    async with looked_up(MODEL, NO_GGUF, untold) as offline:
         assert (offline.directory, offline.missing_bytes) == (directory, 0)
-    assert await resolve(MODEL, quiet) == directory
+    assert await resolve(MODEL, NO_GGUF, quiet) == directory
 
 
 def test_what_is_half_here_is_not_taken_for_all(hub: HubServer) -> None:
     found = ask(MODEL)
-    assert found is not None and found.directory is None
+    assert found.paths == ()
     assert found.missing_bytes == sum(found.sizes.values())
     for name in found.sizes:
         if name != WEIGHTS:
             hf_hub_download(MODEL, name, revision=found.commit)
-    assert found.directory is None and found.missing_bytes == SIZE
+    assert found.paths == () and found.missing_bytes == SIZE
     hf_hub_download(MODEL, WEIGHTS, revision=found.commit)
-    assert found.directory is not None and found.missing_bytes == 0
+    assert len(found.paths) == 1 and found.missing_bytes == 0
 
 
 def test_only_bars_of_bytes_tell_how_far_a_download_is_of_all_that_is_missing() -> None:
@@ -113,16 +114,44 @@ async def test_only_weights_that_the_index_names_are_looked_at(hub: HubServer, t
     shutil.copyfile(folder / "model-00001-of-00001.safetensors", folder / "consolidated.safetensors")
     names = dict.fromkeys(shapes(MODEL_DIR), "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    async with looked_up(MODEL) as found:
+    async with looked_up(MODEL, NO_GGUF, untold) as found:
         assert [one.name for one in found.directory.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
         assert shapes(found.directory) == shapes(MODEL_DIR)
+
+
+def parts_of_a_wrapper(folder: Path, model_type: str) -> None:
+    """Three weight files: one of the language model, one of the vision model, one that no index names."""
+    for file in folder.glob("*"):
+        if file.is_file():
+            file.unlink()
+    weights = {"a": "language_model.model.norm.weight", "b": "vision_tower.norm.weight", "c": "consolidated.weight"}
+    for name, tensor in weights.items():
+        hole(folder / f"{name}.safetensors", {tensor: {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}})
+    index = {weights[name]: f"{name}.safetensors" for name in "ab"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "text_config": {}}))
+
+
+@pytest.mark.parametrize(("model_type", "fetched"), [("mistral3", {"a"}), ("unwrapped", {"a", "b"})])
+async def test_files_of_the_vision_model_alone_are_neither_counted_nor_downloaded(
+    hub: HubServer, tmp_path: Path, model_type: str, fetched: set[str]
+) -> None:
+    folder = tmp_path / "hub" / MODEL
+    parts_of_a_wrapper(folder, model_type)
+    found = ask(MODEL)
+    weights = {f"{name}.safetensors" for name in fetched}
+    assert {name for name in found.sizes if name.endswith(".safetensors")} == weights
+    assert found.missing_bytes == sum((folder / name).stat().st_size for name in weights)  # of the rest, all is here
+    (directory,) = download(found, quiet, 0, threading.Event())
+    assert {one.name for one in directory.glob("*.safetensors")} == weights
+    assert ask(MODEL).paths == (directory,)
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])
 async def test_an_index_that_is_none_does_not_hide_the_reason(hub: HubServer, tmp_path: Path, index: str) -> None:
     """What the outline cannot use is downloaded, and said where a model is read."""
     (tmp_path / "hub" / MODEL / "model.safetensors.index.json").write_text(index)
-    async with looked_up(MODEL) as found:
+    async with looked_up(MODEL, NO_GGUF, untold) as found:
         assert found.missing_bytes == 0
         with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
             read_tensors(found.directory)
@@ -130,18 +159,18 @@ async def test_an_index_that_is_none_does_not_hide_the_reason(hub: HubServer, tm
 
 async def test_a_damaged_header_is_left_to_the_reader(hub: HubServer, tmp_path: Path) -> None:
     (tmp_path / "hub" / MODEL / WEIGHTS).write_bytes(b"\x08\0\0\0\0\0\0\0notjson!")
-    async with looked_up(MODEL) as found:
+    async with looked_up(MODEL, NO_GGUF, untold) as found:
         with pytest.raises(ModelError):
             read_tensors(found.directory)
 
 
 async def test_gated_and_unknown_models_are_one_clear_line(hub: HubServer) -> None:
     with pytest.raises(NotFoundError, match="no such model on the Hugging Face hub"):
-        async with looked_up("maker/none"):
+        async with looked_up("maker/none", NO_GGUF, untold):
             pass
     hub.refuse[f"/{MODEL}/resolve"] = 403, "GatedRepo"
     with pytest.raises(ModelError, match=r"gated.*HF_TOKEN") as caught:
-        async with looked_up(MODEL):
+        async with looked_up(MODEL, NO_GGUF, untold):
             pass
     assert "\n" not in str(caught.value)
 
@@ -150,4 +179,4 @@ def test_a_download_that_nobody_waits_for_ends(hub: HubServer) -> None:
     halt = threading.Event()
     halt.set()
     with pytest.raises(UnavailableError, match="was stopped"):
-        download(MODEL, quiet, 0, halt)
+        download(ask(MODEL), quiet, 0, halt)

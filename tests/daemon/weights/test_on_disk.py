@@ -14,9 +14,19 @@ from huggingface_hub import constants
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.demo.demo_memory import sizes_of
 from peerllm.daemon.weights.hub import hole
-from peerllm.daemon.weights.known_models import KNOWN, MAX_SUGGESTIONS, hub_id, memory_bytes, nearest, suggestion
+from peerllm.daemon.weights.known_models import (
+    FORMS,
+    KNOWN,
+    MAX_SUGGESTIONS,
+    hub_name,
+    memory_bytes,
+    nearest,
+    stored_memory_bytes,
+    suggestion,
+)
 from peerllm.daemon.weights.on_disk import (
     MAX_DIRECTORIES,
+    WeightFiles,
     in_hub_cache,
     note_directories,
     served_directories,
@@ -43,13 +53,13 @@ def cached(cache: Path, name: str) -> Path:
 
 
 def test_the_hub_s_cache_is_listed_with_what_is_whole(cache: Path) -> None:
-    assert in_hub_cache() == []
+    assert in_hub_cache() == {}
     first, second = cached(cache, "maker/a-b"), cached(cache, "maker/c")
     (cached(cache, "maker/half") / "model.safetensors").unlink()
     (cached(cache, "maker/bare") / "config.json").unlink()
     (cache / "models--maker--odd").mkdir()
     (cache / "datasets--maker--set").mkdir()
-    assert in_hub_cache() == [("maker/a-b", first), ("maker/c", second)]
+    assert in_hub_cache() == {"maker/a-b": (first,), "maker/c": (second,)}
 
 
 def test_directories_are_remembered_the_last_served_first(tmp_path: Path) -> None:
@@ -64,13 +74,18 @@ def test_directories_are_remembered_the_last_served_first(tmp_path: Path) -> Non
 
 
 def test_weights_are_counted_by_their_headers(tmp_path: Path) -> None:
-    size, numbers = weights_of(MODEL_DIR)
+    held = weights_of((MODEL_DIR,))
+    size, numbers = held.nbytes, held.numbers
+    assert held.form == "F16"
     assert size == sum(one.stat().st_size for one in MODEL_DIR.glob("*.safetensors"))
     assert 0.9 * size < 2 * numbers <= size, "16-bit numbers"
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 8)
-    assert weights_of(tmp_path) == (8, 0)
+    assert weights_of((tmp_path,)) == WeightFiles(8)
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0[]")
-    assert weights_of(tmp_path) == (10, 0)
+    assert weights_of((tmp_path,)) == WeightFiles(10)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    assert weights_of((tmp_path,)) == WeightFiles(10, {}, "gptq", stored=True)
+    assert stored_memory_bytes(weights_of((tmp_path,))) == 12 and stored_memory_bytes(held) == 0
 
 
 def smollm2(directory: Path) -> Path:
@@ -99,7 +114,7 @@ def smollm2(directory: Path) -> Path:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_about_what_a_model_needs_is_what_the_planner_counts(tmp_path: Path, bits: int) -> None:
-    numbers = weights_of(smollm2(tmp_path))[1]
+    numbers = weights_of((smollm2(tmp_path),)).numbers
     assert numbers == pytest.approx(134.5e6, rel=0.001)
     sizes = sizes_of(tmp_path, 1, 128, "bfloat16", f"int{bits}")
     assert sum(sizes.blocks) + sizes.head == pytest.approx(memory_bytes(numbers, bits), rel=0.12)
@@ -119,7 +134,11 @@ def test_names_that_may_be_meant(cache: Path) -> None:
 
 
 def test_short_names_are_ids_of_the_hub() -> None:
-    assert hub_id("smollm2") == hub_id("SmolLM2") == "HuggingFaceTB/SmolLM2-1.7B-Instruct"
-    assert hub_id("maker/name") == "maker/name"
+    assert hub_name("smollm2") == hub_name("SmolLM2") == ("HuggingFaceTB/SmolLM2-135M-Instruct", "")
+    assert hub_name("qwen3-4b") == ("Qwen/Qwen3-4B-GGUF", "Q4_K_M")
+    assert hub_name("Qwen3-4B:q8_0") == ("Qwen/Qwen3-4B-GGUF", "q8_0")
+    assert hub_name("maker/name") == ("maker/name", "")
+    assert hub_name("maker/name:file.gguf") == ("maker/name", "file.gguf")
+    assert {one.form for one in KNOWN} <= set(FORMS)
     assert len({one.name for one in KNOWN}) == len({one.hub_id for one in KNOWN}) == len(KNOWN)
     assert all("/" in one.hub_id and one.name == one.name.lower() for one in KNOWN)

@@ -15,7 +15,7 @@ from peerllm.engine.backends import runtime_bytes
 from peerllm.engine.graph.describe import describe
 from peerllm.engine.graph.nodes import make_pool
 from peerllm.engine.graph.graph_shard import make_span
-from peerllm.engine.graph.tensors import MadeUp
+from peerllm.engine.weights.tensors import MadeUp
 from peerllm.engine.free_memory import return_memory
 
 described = describe({

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peerllm.engine.graph import weights
+from peerllm.engine.graph import matrix_product
+from peerllm.engine.graph.matrix_product import Part, Product, add_product
 from peerllm.engine.graph.nodes import Graph
-from peerllm.engine.graph.tensors import MadeUp
-from peerllm.engine.graph.weights import Part, Product, add_product
 from peerllm.engine.weights.rounding import rounded
+from peerllm.engine.weights.tensors import MadeUp
 
 ROWS, COLUMNS = 24, 64
 
@@ -28,13 +28,13 @@ class Stored:
 
 @pytest.mark.parametrize("tensors", [Stored(), MadeUp({"a.weight": (ROWS, COLUMNS)})])
 def test_pieces_of_a_matrix_are_rounded_each(monkeypatch: pytest.MonkeyPatch, tensors: Stored | MadeUp) -> None:
-    monkeypatch.setattr(weights, "PIECE_BYTES", 8 * 4 * COLUMNS)
+    monkeypatch.setattr(matrix_product, "PIECE_BYTES", 8 * 4 * COLUMNS)
     product, made = Product((Part("a", ROWS),), COLUMNS), []
-    monkeypatch.setattr(Graph, "rounded_product", lambda graph, x, codes, scales, *about: made.append((codes, scales)))
+    monkeypatch.setattr(Graph, "coded_product", lambda graph, x, coded, *about: made.append(coded) or "y")
     add_product(Graph(), "x", product, tensors, 8)
     pieces = [tensors.floats("a.weight", slice(start, start + 8)) for start in range(0, ROWS, 8)]
     codes, scales = rounded(np.concatenate(pieces), 8, 64)
-    assert (made[0][0] == codes).all() and (made[0][1] == scales).all()
+    assert (made[0].codes == codes).all() and (made[0].scales == scales).all()
 
 
 def test_made_up_tensors_of_one_shape_differ() -> None:

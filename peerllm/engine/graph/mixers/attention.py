@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from peerllm.engine.graph.builder import Builder
+from peerllm.engine.graph.matrix_product import require
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.structure import Attention
-from peerllm.engine.graph.weights import require
 
 INSIDE = 16  # if a head's width and its rotated part are multiples of this, the attention operator rotates it
 

@@ -6,10 +6,11 @@ import numpy as np
 
 from peerllm.engine.graph.builder import Builder, ones, rms
 from peerllm.engine.graph.family import ConfigReader, Names
+from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.mixers.short_convolution import add_taps
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.structure import DeltaRule
-from peerllm.engine.graph.weights import Part, Product, Vectors
+from peerllm.engine.graph.weights import Vectors
 
 UNIT_EPS = 1e-6  # added to the squared length of queries and keys
 

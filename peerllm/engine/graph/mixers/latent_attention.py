@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from peerllm.engine.graph.builder import Builder, rms
 from peerllm.engine.graph.family import ConfigReader, Names
+from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.rotation import magnitude
 from peerllm.engine.graph.structure import LatentAttention, Rope
-from peerllm.engine.graph.tensors import Floats
-from peerllm.engine.graph.weights import Part, Product, Vectors
+from peerllm.engine.graph.weights import Vectors
+from peerllm.engine.weights.tensors import Floats
 
 
 def read_latent_attention(values: ConfigReader, rope: Rope | None) -> LatentAttention:

@@ -6,10 +6,11 @@ import numpy as np
 
 from peerllm.engine.graph.builder import Builder, ones, rms
 from peerllm.engine.graph.family import ConfigReader, Names
+from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.mixers.short_convolution import add_taps
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.structure import StateSpace
-from peerllm.engine.graph.weights import Part, Product, Vectors
+from peerllm.engine.graph.weights import Vectors
 
 
 def read_state_space(values: ConfigReader) -> StateSpace:
@@ -25,9 +26,12 @@ def read_state_space(values: ConfigReader) -> StateSpace:
 def state_space_weights(names: Names, about: StateSpace, hidden: int) -> tuple[dict[str, Product], Vectors]:
     first = about.values + about.channels
     rows = np.arange(first + about.heads, dtype=np.int64)
+    mixed, steps = (
+        Part(names["mixed"], len(some), some, whole=len(rows)) for some in (rows[:first], rows[first:])
+    )
     products = {
-        "mixed": Product((Part(names["mixed"], first, rows[:first]),), hidden),
-        "steps": Product((Part(names["mixed"], about.heads, rows[first:]),), hidden, exact=True),  # they are exponents
+        "mixed": Product((mixed,), hidden),
+        "steps": Product((steps,), hidden, exact=True),  # they become exponents
         "out": Product((Part(names["mixer out"], hidden),), about.values),
     }
     return products, {

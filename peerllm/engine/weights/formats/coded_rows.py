@@ -23,9 +23,10 @@ class CodedRows:
     scales: Floats  # [rows, columns / block]
     zeros: npt.NDArray[np.uint8] | None = None  # [rows, columns / block], one in a byte; None: 2^(bits - 1)
     minima: Floats | None = None  # [rows, columns / block]; None: 0
+    order: npt.NDArray[np.int64] | None = None  # column i of the codes is column order[i] of the matrix; None: i
 
     def floats(self) -> Floats:
-        """The weights in float32, [rows, columns]."""
+        """The weights in float32, [rows, columns], in the matrix's own order of columns."""
         rows = len(self.codes)
         codes = self.codes
         if self.bits == 4:
@@ -36,7 +37,12 @@ class CodedRows:
         whole *= self.scales[:, :, None]
         if self.minima is not None:
             whole -= self.minima[:, :, None]
-        return whole.reshape(rows, -1)
+        weights = whole.reshape(rows, -1)
+        if self.order is None:
+            return weights
+        restored = np.empty_like(weights)
+        restored[:, self.order] = weights
+        return restored
 
 
 class StoredTensors(Protocol):
@@ -66,6 +72,11 @@ class WeightForm(Protocol):
     @property
     def minima(self) -> bool:
         """Whether CodedRows has minima."""
+        ...
+
+    @property
+    def ordered(self) -> bool:
+        """Whether CodedRows may have an order of columns."""
         ...
 
     def tensors(self, name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:

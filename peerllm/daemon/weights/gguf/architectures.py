@@ -1,0 +1,280 @@
+"""The architectures of GGUF files whose models are computed: a line or two each, verified by tests of this folder.
+
+A line says which family of transformers an architecture is, what llama.cpp calls its tensors, and how they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peerllm.daemon.weights.gguf.hyperparameters import Hyperparameters
+
+Names = Mapping[str, str]
+More = Callable[[Hyperparameters], dict[str, Any]]
+
+# ---- names of tensors: llama.cpp's in a block (without blk.N.) or beside them, and transformers' -------------------
+
+LLAMA: Names = {
+    "token_embd": "embed_tokens", "output_norm": "norm",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+NORMED = {**LLAMA, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+EXPERTS: Names = {
+    "ffn_gate_inp": "mlp.gate", "ffn_gate_exps": "mlp.experts.gate_proj", "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj", "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj", "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}  # fmt: skip
+POSTED = {
+    **NORMED, "post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+GEMMA2 = {**POSTED, "ffn_norm": "pre_feedforward_layernorm"}
+FC = {**LLAMA, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
+PHI = {
+    **LLAMA, "output_norm": "final_layernorm", "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}  # fmt: skip
+GATE_UP = {**LLAMA, "ffn_up": "mlp.gate_up_proj"}
+GLM4 = {**GATE_UP, "post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
+GPT2: Names = {
+    "token_embd": "wte", "position_embd": "wpe", "output_norm": "ln_f", "attn_norm": "ln_1", "ffn_norm": "ln_2",
+    "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
+}  # fmt: skip
+NEOX: Names = {
+    "token_embd": "embed_in", "output_norm": "final_layer_norm", "output": "embed_out",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_qkv": "attention.query_key_value", "attn_output": "attention.dense",
+    "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
+}  # fmt: skip
+FALCON: Names = {
+    **NEOX, "token_embd": "word_embeddings", "output_norm": "ln_f", "output": "lm_head",
+    "attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense",
+}  # fmt: skip
+GPT_OSS = {
+    **LLAMA, **EXPERTS, "ffn_gate_inp": "mlp.router", "attn_sinks": "self_attn.sinks",
+    "post_attention_norm": "post_attention_layernorm",
+}  # fmt: skip
+MIXTRAL = {**LLAMA, **EXPERTS, "ffn_gate_inp": "block_sparse_moe.gate"}
+GRANITE_MOE = {**LLAMA, **EXPERTS, "ffn_gate_inp": "block_sparse_moe.router.layer"}
+
+# ---- keys of config.json --------------------------------------------------------------------------------------------
+
+LAYER: Names = {"rms_norm_eps": "layer_norm_eps"}
+GPT2_KEYS: Names = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "rms_norm_eps": "layer_norm_epsilon",
+    "head_dim": "",
+}  # fmt: skip
+
+
+MOE = "moe_intermediate_size"
+
+
+def _llama(values: Hyperparameters) -> dict[str, Any]:
+    if not values.whole("expert_count", 0):
+        return {}
+    return {"model_type": "mixtral", **values.experts("num_local_experts")}
+
+
+def _mistral3(values: Hyperparameters) -> dict[str, Any]:
+    if values.number("attention.temperature_scale", 0.0) or values.number("rope.scaling.yarn_log_multiplier", 0.0):
+        raise values.wrong("scales its attention by position, which is not computed")
+    return {}
+
+
+def _qwen2_moe(values: Hyperparameters) -> dict[str, Any]:
+    shared = values.rows("ffn_up_shexp")
+    return {**values.experts("num_experts", MOE, False), "shared_expert_intermediate_size": shared or 0}
+
+
+def _qwen3_moe(values: Hyperparameters) -> dict[str, Any]:
+    return values.experts("num_experts", MOE, True)
+
+
+def _gemma2(values: Hyperparameters) -> dict[str, Any]:
+    return {
+        **_gemma_scale(values, layers_27b=46),
+        "attn_logit_softcapping": values.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": values.number("final_logit_softcapping", 30.0),
+        **values.windows(2, default=4096),
+    }
+
+
+def _gemma3(values: Hyperparameters) -> dict[str, Any]:
+    local = values.number("rope.freq_base_swa", 10000.0)
+    about = {"rope_local_base_freq": local, **_gemma_scale(values, layers_27b=62), **values.windows(6)}
+    if capped := values.number("final_logit_softcapping", 0.0):
+        about["final_logit_softcapping"] = capped
+    return about
+
+
+def _gemma_scale(values: Hyperparameters, layers_27b: int) -> dict[str, Any]:
+    """The largest model of each generation scales by hidden size over heads; the file does not say so."""
+    heads, width = values.whole("attention.head_count"), values.width
+    return {"query_pre_attn_scalar": values.hidden // heads if values.blocks == layers_27b else width}
+
+
+def _olmo2(values: Hyperparameters) -> dict[str, Any]:
+    if not values.whole("attention.sliding_window", 0):
+        return {}
+    theta = values.number("rope.freq_base", 10000.0)
+    local = {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", theta)}
+    scaled = {"rope_type": "default", "rope_theta": theta, **values.scaling()}
+    rotations = {"sliding_attention": local, "full_attention": scaled}
+    return {"model_type": "olmo3", "rope_scaling": None, "rope_parameters": rotations, **values.windows(4)}
+
+
+def _granite(values: Hyperparameters) -> dict[str, Any]:
+    if not values.get("rope.scaling.finetuned", True):
+        raise values.wrong("rotates nothing by position, which is not computed")
+    return {
+        "attention_multiplier": values.number("attention.scale", 0.0) or values.width**-0.5,
+        "embedding_multiplier": values.number("embedding_scale", 1.0),
+        "residual_multiplier": values.number("residual_scale", 1.0),
+        "logits_scaling": values.number("logit_scale", 1.0),
+    }
+
+
+def _granite_moe(values: Hyperparameters) -> dict[str, Any]:
+    about = {**_granite(values), **values.experts("num_local_experts")}
+    if shared := values.rows("ffn_up_shexp"):
+        about |= {"model_type": "granitemoeshared", "shared_intermediate_size": shared}
+    return about
+
+
+def _gpt_oss(values: Hyperparameters) -> dict[str, Any]:
+    scaling = values.scaling()
+    if scaling.get("rope_type") == "yarn":
+        scaling["truncate"] = False
+    return {"rope_scaling": scaling or None, **values.experts("num_local_experts"), **values.windows(2)}
+
+
+def _falcon(values: Hyperparameters) -> dict[str, Any]:
+    two = values.has("attn_norm_2")
+    new = two or values.groups > 1
+    return {
+        "new_decoder_architecture": new, "num_ln_in_parallel_attn": 2 if two else 1, "multi_query": True,
+        "parallel_attn": True, "alibi": False, "bias": False, "num_kv_heads": values.groups,
+    }  # fmt: skip
+
+
+def _stablelm(values: Hyperparameters) -> dict[str, Any]:
+    parallel = bool(values.get("use_parallel_residual", False)) and not values.has("ffn_norm")
+    return {"use_parallel_residual": parallel, "qk_layernorm": values.has("attn_q_norm")}
+
+
+def _cohere(values: Hyperparameters) -> dict[str, Any]:
+    return {"logit_scale": values.number("logit_scale", 1.0), "use_qk_norm": values.has("attn_q_norm")}
+
+
+def _cohere2(values: Hyperparameters) -> dict[str, Any]:
+    return {"logit_scale": values.number("logit_scale", 1.0), **values.windows(4)}
+
+
+def _glm4(values: Hyperparameters) -> dict[str, Any]:
+    if any(values.get("rope.dimension_sections", ())):
+        raise values.wrong("rotates by places in an image, which is not computed")
+    return {}
+
+
+def _exaone4(values: Hyperparameters) -> dict[str, Any]:
+    return values.windows(4, default=0)
+
+
+def _olmo(values: Hyperparameters) -> dict[str, Any]:
+    return {"clip_qkv": values.number("attention.clamp_kqv", 0.0) or None}
+
+
+def _phi3(values: Hyperparameters) -> dict[str, Any]:
+    return {"sliding_window": values.whole("attention.sliding_window", 0) or None}
+
+
+def _nothing(values: Hyperparameters) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class GGUFArchitecture:
+    """How an architecture's files differ from Llama's."""
+
+    model_type: str
+    names: Names = field(default_factory=lambda: LLAMA)
+    keys: Names = field(default_factory=dict)  # config.json's, where a family has its own; "": it has none
+    more: More = _nothing  # values of config.json that are this architecture's own
+    prefix: str = "model."
+    layers: str = "layers"
+    paired: bool = False  # rows of queries and keys are stored so that rotation turns neighbours
+    norm_offset_added: bool = False  # norms' weights have the 1 added that the family adds
+    partial: bool = False  # a part of each head may be rotated; config.json has partial_rotary_factor
+    renamed: Callable[[Hyperparameters], Names] = lambda values: {}  # names that some files of it have
+
+
+ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
+    "llama": GGUFArchitecture("llama", MIXTRAL, more=_llama, paired=True),
+    "mistral3": GGUFArchitecture("llama", more=_mistral3, paired=True),
+    "internlm2": GGUFArchitecture("llama", paired=True),
+    "exaone": GGUFArchitecture("llama"),
+    "qwen2": GGUFArchitecture("qwen2"),
+    "qwen2vl": GGUFArchitecture("qwen2"),  # positions of text alone are rotated as in qwen2; so too in qwen3vl
+    "qwen2moe": GGUFArchitecture("qwen2_moe", {**LLAMA, **EXPERTS}, more=_qwen2_moe),
+    "qwen3": GGUFArchitecture("qwen3", NORMED),
+    "qwen3vl": GGUFArchitecture("qwen3", NORMED),
+    "qwen3moe": GGUFArchitecture("qwen3_moe", {**NORMED, **EXPERTS}, more=_qwen3_moe),
+    "qwen3vlmoe": GGUFArchitecture("qwen3_moe", {**NORMED, **EXPERTS}, more=_qwen3_moe),
+    "gemma": GGUFArchitecture("gemma", norm_offset_added=True),
+    "gemma2": GGUFArchitecture("gemma2", GEMMA2, more=_gemma2, norm_offset_added=True),
+    "gemma3": GGUFArchitecture("gemma3_text", GEMMA2, more=_gemma3, norm_offset_added=True),
+    "phi2": GGUFArchitecture("phi", PHI, LAYER, partial=True),
+    "phi3": GGUFArchitecture("phi3", {**GATE_UP, "attn_qkv": "self_attn.qkv_proj"}, more=_phi3, partial=True),
+    "granite": GGUFArchitecture("granite", more=_granite, paired=True),
+    "granitemoe": GGUFArchitecture("granitemoe", GRANITE_MOE, more=_granite_moe, paired=True),
+    "olmo": GGUFArchitecture("olmo", more=_olmo, paired=True),
+    "olmo2": GGUFArchitecture("olmo2", POSTED, more=_olmo2),
+    "olmoe": GGUFArchitecture(
+        "olmoe", {**NORMED, **EXPERTS}, more=lambda values: values.experts("num_experts", normalised=False)
+    ),
+    "starcoder2": GGUFArchitecture("starcoder2", FC, {"rms_norm_eps": "norm_epsilon"}),
+    "gpt-oss": GGUFArchitecture("gpt_oss", GPT_OSS, more=_gpt_oss),
+    "stablelm": GGUFArchitecture(
+        "stablelm",
+        {**LLAMA, "attn_q_norm": "self_attn.q_layernorm.norms.{}", "attn_k_norm": "self_attn.k_layernorm.norms.{}"},
+        {**LAYER, "head_dim": ""}, _stablelm, partial=True,
+    ),
+    "command-r": GGUFArchitecture("cohere", NORMED, LAYER, _cohere),
+    "cohere2": GGUFArchitecture("cohere2", LLAMA, {**LAYER, "head_dim": ""}, _cohere2),
+    "glm4": GGUFArchitecture("glm4", GLM4, more=_glm4, partial=True),
+    "chatglm": GGUFArchitecture("glm", GATE_UP, partial=True),
+    "falcon": GGUFArchitecture(
+        "falcon", FALCON,
+        {"rms_norm_eps": "layer_norm_epsilon", "intermediate_size": "ffn_hidden_size", "head_dim": ""},
+        _falcon, "transformer.", "h",
+        renamed=lambda values: {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"} if values.has("attn_norm_2") else {},
+    ),
+    "gpt2": GGUFArchitecture("gpt2", GPT2, GPT2_KEYS, prefix="transformer.", layers="h"),
+    "starcoder": GGUFArchitecture(
+        "gpt_bigcode", GPT2, GPT2_KEYS, lambda values: {"multi_query": values.groups == 1}, "transformer.", "h"
+    ),
+    "gptneox": GGUFArchitecture(
+        "gpt_neox", NEOX,
+        {**LAYER, "head_dim": "", "partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
+        lambda values: {"use_parallel_residual": bool(values.get("use_parallel_residual", True))}, "gpt_neox.",
+        partial=True,
+    ),
+    "nemotron": GGUFArchitecture(
+        "nemotron", LLAMA, {"rms_norm_eps": "norm_eps"}, norm_offset_added=True, partial=True
+    ),
+    "exaone4": GGUFArchitecture("exaone4", POSTED, more=_exaone4),
+    "smollm3": GGUFArchitecture("smollm3", paired=True),
+    "arcee": GGUFArchitecture("arcee", paired=True),
+    "ernie4_5": GGUFArchitecture("ernie4_5"),
+    "seed_oss": GGUFArchitecture("seed_oss", {**LLAMA, "post_attention_norm": "post_attention_layernorm"}),
+    "hunyuan-dense": GGUFArchitecture(
+        "hunyuan_v1_dense",
+        {**LLAMA, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+    ),
+}  # fmt: skip

@@ -1,0 +1,88 @@
+"""The header of a GGUF file on the Hugging Face hub, without its weights: ranges of its first bytes until it ends."""
+
+from __future__ import annotations
+
+from peerllm.errors import ModelError
+
+FIRST_BYTES = 4 << 20  # the metadata of most files: a vocabulary of 150,000 tokens; doubled until the header ends
+MAX_HEADER_BYTES = 100 << 20
+MAX_DEPTH = 4  # of arrays in arrays
+_STRING, _ARRAY = 8, 9
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by a value's type
+
+
+def gguf_header(model: str, name: str, commit: str, token: str | None, timeout_s: float) -> bytes:
+    """The file's beginning, to the end of its header or a little further; ModelError if it is no GGUF file."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    url, headers = hf_hub_url(model, name, revision=commit), build_hf_headers(token=token)
+    data, wanted = b"", FIRST_BYTES
+    while len(data) < MAX_HEADER_BYTES:
+        part = {"Range": f"bytes={len(data)}-{wanted - 1}"}
+        response = get_session().get(url, headers={**headers, **part}, timeout=timeout_s)
+        hf_raise_for_status(response)
+        data += response.content[: wanted - len(data)]
+        if header_ends(data):
+            return data
+        if len(data) < wanted:
+            break
+        wanted *= 2
+    raise ModelError(f"{name} of {model} has no complete GGUF header")
+
+
+def header_ends(data: bytes) -> bool:
+    """Whether a GGUF file's header ends within its first bytes; ModelError if it is none."""
+    if data[:4] != b"GGUF"[: len(data)]:
+        raise ModelError("the file does not begin as GGUF files do")
+    walk = HeaderWalk(data)
+    try:
+        walk.skip(8)  # magic, version
+        tensors, entries = walk.number(8), walk.number(8)
+        for _ in range(entries):
+            walk.string()
+            walk.value(walk.number(4))
+        for _ in range(tensors):
+            walk.string()
+            walk.skip(8 * walk.number(4) + 4 + 8)  # sides, type, offset
+    except EOFError:
+        return False
+    return True
+
+
+class HeaderWalk:
+    """A place in the bytes; EOFError where they end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def skip(self, count: int) -> None:
+        self._at += count
+        if self._at > len(self._data):
+            raise EOFError
+
+    def number(self, width: int) -> int:
+        self.skip(width)
+        return int.from_bytes(self._data[self._at - width : self._at], "little")
+
+    def string(self) -> None:
+        self.skip(self.number(8))
+
+    def value(self, kind: int, depth: int = 0) -> None:
+        if kind == _STRING:
+            self.string()
+        elif kind == _ARRAY and depth < MAX_DEPTH:
+            inner, count = self.number(4), self.number(8)
+            if inner in _WIDTHS:
+                self.skip(count * _WIDTHS[inner])
+            else:
+                for _ in range(count):
+                    self.value(inner, depth + 1)
+        elif kind in _WIDTHS:
+            self.skip(_WIDTHS[kind])
+        else:
+            raise ModelError(f"a value of the unknown type {kind} stands in the GGUF header")
