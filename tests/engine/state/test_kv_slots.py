@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from peerllm.engine import base as module
 from peerllm.engine.base import Reach
-from peerllm.engine.graph.kv_slots import Batch, KVSlots
+from peerllm.engine.state.kv_slots import Batch, KVSlots
 from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and_values, slot_bytes
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
