@@ -218,6 +218,9 @@ def test_tokens_are_found_in_text_as_their_kind_says() -> None:
     metadata["general.architecture"] = "llama"
     tokenizer = Tokenizer.from_buffer(tokenizer_files(metadata)["tokenizer.json"])
     assert tokenizer.encode("<|user|> the").ids == [1, user, *spm_ids("  the")]
+    byte_level_phi = GPT2 | {"general.architecture": "phi3"}
+    tokenizer = Tokenizer.from_buffer(tokenizer_files(byte_level_phi)["tokenizer.json"])
+    assert tokenizer.decode(tokenizer.encode("<|im_end|> the").ids, skip_special_tokens=False) == "<|im_end|> the"
 
 
 def test_pieces_of_one_score_are_merged_in_their_order() -> None:
@@ -331,7 +334,7 @@ def test_what_cannot_be_read_gets_one_line(metadata: dict[str, Any], said: str) 
 
 
 @pytest.mark.parametrize(("bound", "value"), [("MAX_TOKENS", 100), ("MAX_CHARS", 500)])
-def test_huge_lists_are_refused(monkeypatch: pytest.MonkeyPatch, bound: str, value: int) -> None:
+def test_long_lists_are_refused(monkeypatch: pytest.MonkeyPatch, bound: str, value: int) -> None:
     monkeypatch.setattr(token_table, bound, value)
     with pytest.raises(ModelError, match="tokens has over"):
         tokenizer_files(GPT2)
