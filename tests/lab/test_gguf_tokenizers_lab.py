@@ -22,10 +22,11 @@ CONVERSATION = [
     {"role": "assistant", "content": "Paris."},
     {"role": "user", "content": " And\tof Österreich?\n"},
 ]
-WORDS = (
-    "The|house| |  |\n|\n\n\n|\t|it's|WE'LL|.|?!|=====|größer|où|é|家里|わたし|дом|🏡|👨\u200d👩\u200d👧|नमस्ते|e\u0301|\u00a0"
-    "|<b>|<end_of_turn>|def f(x):\n    return x"
-).split("|")
+WORDS = [
+    "The", "house", " ", "  ", "\n", "\n\n\n", "\t", "it's", "WE'LL", ".", "?!", "=====", "größer", "où", "é", "家里",
+    "わたし", "дом", "🏡", "👨\u200d👩\u200d👧", "नमस्ते", "e\u0301", "\u00a0", "<b>", "<end_of_turn>", "<|im_end|>",
+    "def f(x):\n    return x",
+]  # fmt: skip
 RECORDED = {  # what llama.cpp makes of digits, which transformers does not split in SmolLM2's file
     SMOLLM2: ("In 2026    1 a  33!", [788, 216, 34, 32, 34, 38, 289, 33, 253, 256, 35, 35, 17]),
     GEMMA: (
@@ -50,7 +51,7 @@ def both(name: str) -> tuple[ModelText, Any]:
 
 def texts(count: int) -> list[str]:
     rng = random.Random(7)
-    return ["".join(rng.choices([*WORDS, "<|im_end|>"], k=rng.randint(1, 30))) for _ in range(count)]
+    return ["".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(count)]
 
 
 @pytest.mark.parametrize("name", FILES)

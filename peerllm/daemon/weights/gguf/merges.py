@@ -21,9 +21,8 @@ def listed_merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[M
     """The merges that the file lists; each joins two tokens to a third."""
     merges = []
     for line in texts(metadata, "merges", MAX_MERGES):
-        at = line.find(" ", 1)  # a piece may begin with a space, but has none within
-        left, right = line[:at], line[at + 1 :]
-        if at < 0 or left not in ids or right not in ids or left + right not in ids:
+        left, _, right = line.partition(" ")
+        if left not in ids or right not in ids or left + right not in ids:
             raise ModelError(f"the GGUF file merges {line[:80]!r}, which are not two of its tokens that make a third")
         merges.append((left, right))
     return merges

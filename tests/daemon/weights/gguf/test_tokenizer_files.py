@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from peerllm.api.text.model_text import ModelText
-from peerllm.daemon.weights.gguf import token_table
+from peerllm.daemon.weights.gguf import merges, token_table
 from peerllm.daemon.weights.gguf.token_table import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from peerllm.daemon.weights.gguf.tokenizer_files import stop_ids, tokenizer_files
 from peerllm.errors import ModelError
@@ -314,6 +314,7 @@ GPT2 = gpt2_metadata(byte_level("gpt-2"), "gpt-2")
         (GPT2 | {"tokenizer.ggml.merges": ["th"]}, "merges 'th'"),
         (GPT2 | {"tokenizer.ggml.merges": ["t 家"]}, "merges 't 家'"),
         (GPT2 | {"tokenizer.ggml.merges": ["! !"]}, "merges '! !'"),
+        (GPT2 | {"tokenizer.ggml.merges": ["家 t"]}, "merges '家 t'"),
         (GPT2 | {"tokenizer.ggml.add_bos_token": 1}, "neither true nor false"),
         (
             {k: v for k, v in GPT2.items() if "bos" not in k} | {"tokenizer.ggml.add_bos_token": True},
@@ -338,6 +339,21 @@ def test_long_lists_are_refused(monkeypatch: pytest.MonkeyPatch, bound: str, val
     monkeypatch.setattr(token_table, bound, value)
     with pytest.raises(ModelError, match="tokens has over"):
         tokenizer_files(GPT2)
+
+
+def test_too_many_characters_to_cut_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merges, "MAX_SPLITS", 1000)
+    with pytest.raises(ModelError, match="more than 1000 characters"):
+        tokenizer_files(spm_metadata())
+
+
+def test_tokens_without_text_keep_their_places() -> None:
+    changes: dict[str, Any] = {
+        "tokenizer.ggml.tokens": [*GPT2["tokenizer.ggml.tokens"], "", "", "<last>"],
+        "tokenizer.ggml.token_type": [*GPT2["tokenizer.ggml.token_type"], NORMAL, NORMAL, CONTROL],
+    }
+    tokenizer = Tokenizer.from_buffer(tokenizer_files(GPT2 | changes)["tokenizer.json"])
+    assert tokenizer.encode("<last>").ids == [len(GPT2["tokenizer.ggml.tokens"]) + 2]
 
 
 VALUES = st.one_of(
