@@ -203,17 +203,32 @@ def test_sentence_piece_ids_are_those_of_its_rule(prefix: bool, text: str, after
 def test_tokens_are_found_in_text_as_their_kind_says() -> None:
     metadata = spm_metadata()
     metadata["general.architecture"] = "phi3"
-    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "<|user|>", "<b>", "[PAD9]", "<|end|>"]
-    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], CONTROL, USER_DEFINED, 5, NORMAL]
-    metadata["tokenizer.ggml.scores"] = [*metadata["tokenizer.ggml.scores"], *[-1000.0] * 4]
+    metadata["tokenizer.ggml.tokens"] = [
+        *metadata["tokenizer.ggml.tokens"],
+        "<|user|>",
+        "<b>",
+        "[PAD9]",
+        "<|end|>",
+        "<EOT>",
+    ]
+    metadata["tokenizer.ggml.token_type"] = [
+        *metadata["tokenizer.ggml.token_type"],
+        CONTROL,
+        USER_DEFINED,
+        5,
+        NORMAL,
+        USER_DEFINED,
+    ]
+    metadata["tokenizer.ggml.scores"] = [*metadata["tokenizer.ggml.scores"], *[-1000.0] * 5]
     tokenizer = Tokenizer.from_buffer(tokenizer_files(metadata)["tokenizer.json"])
     count = tokenizer.get_vocab_size()
-    user, bold, padding, end = range(count - 4, count)
+    user, bold, padding, end, turn = range(count - 5, count)
     added = tokenizer.get_added_tokens_decoder()
-    assert set(added) == {0, 1, 2, user, bold, end} and padding not in added
+    assert set(added) == {0, 1, 2, user, bold, end, turn} and padding not in added
     assert {number for number, one in added.items() if not one.special} == {bold}
     the = spm_ids(" the")
     assert tokenizer.encode("<|user|>\n <s><|end|>the<b>the").ids == [1, user, 1, end, *the, bold, *the]
+    assert tokenizer.encode("<s> the").ids == [1, 1, *spm_ids("  the")]
     assert tokenizer.decode([bold, *the, user]) == "<b> the"
     metadata["general.architecture"] = "llama"
     tokenizer = Tokenizer.from_buffer(tokenizer_files(metadata)["tokenizer.json"])
