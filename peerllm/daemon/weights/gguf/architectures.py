@@ -164,8 +164,7 @@ def _falcon(values: Hyperparameters) -> dict[str, Any]:
 
 
 def _stablelm(values: Hyperparameters) -> dict[str, Any]:
-    parallel = bool(values.get("use_parallel_residual", False)) and not values.has("ffn_norm")
-    return {"use_parallel_residual": parallel, "qk_layernorm": values.has("attn_q_norm")}
+    return {"use_parallel_residual": not values.has("ffn_norm"), "qk_layernorm": values.has("attn_q_norm")}
 
 
 def _cohere(values: Hyperparameters) -> dict[str, Any]:
