@@ -81,7 +81,7 @@ async def test_a_plan_needs_the_header_alone(
     monkeypatch.setattr(hub_header, "FIRST_BYTES", 1000)  # doubled until the header ends
     said: list[str] = []
     async with looked_up(MODEL, tmp_path / "kept", lambda text, share: said.append(text)) as found:
-        assert found.missing_bytes == (folder / Q4).stat().st_size
+        assert found.missing_bytes == (folder / Q4).stat().st_size and found.form == "Q4_K_M"
         assert made.files == [[Q4]] and made.tensors["output.weight"] == (WIDE, 32)
         assert made.blocks < 100_000, "the outline takes room on the disk"
         outline = found.directory
@@ -104,7 +104,7 @@ async def test_only_what_is_meant_is_downloaded_and_is_there_without_the_hub(
     assert shares and shares == sorted(set(shares)) and shares[-1] == pytest.approx(1, abs=0.02)
     sent = sum(hub.bodies.values())
     async with looked_up(MODEL + tag, tmp_path / "kept", lambda text, share: None) as again:
-        assert (again.directory, again.missing_bytes) == (directory, 0)
+        assert (again.directory, again.missing_bytes) == (directory, 0) and again.form in ("Q4_K_M", "Q8_0", "BF16")
     assert await resolve(MODEL + tag, tmp_path / "kept", quiet) == directory
     assert made.files == [files] * 3 and sum(hub.bodies.values()) == sent
     hub.close()
