@@ -73,7 +73,7 @@ def test_every_kind_of_layer_is_timed(name: str) -> None:
     text = config(name)
     found = Backends().time_layers(TimeLayers(7, text, "float32", PLENTY), lambda: None)
     try:
-        kinds = ["embedding", *block_kinds(describe(json.loads(text)).blocks), "head"]
+        kinds = ["embedding", *block_kinds(describe(json.loads(text))), "head"]
     except UnfitError:
         kinds = list(TorchOutline(TimeLayers(1, text, "float32", PLENTY)).kinds)
     assert not found.skipped and found.request == 7
