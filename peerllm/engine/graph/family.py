@@ -394,7 +394,10 @@ def _gemma4_block(values: ConfigReader, number: int, kind: str) -> dict[str, Any
     found: dict[str, Any] = {"keys_as_values": full and alike}
     about = values.get("per_layer_config")
     if about is not None:
-        found |= about.get(str(number), {})
+        own = {int(key): value for key, value in about.items()}.get(number, {})  # keys such as "05"
+        if own.keys() - {"head_dim", "num_key_value_heads"}:
+            raise ValueError("layers that differ in more than their heads")
+        found |= own
     elif full:
         found["head_dim"] = values.whole("global_head_dim")
         if alike and (groups := values.get("num_global_key_value_heads")) is not None:

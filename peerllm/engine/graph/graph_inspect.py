@@ -35,7 +35,8 @@ def profile(described: Described, name: str, quantize: str) -> ModelProfile:
     made = shape.embedding_bytes + GRAPH_BYTES if shape.embedding_bytes else 0
     layers = [Layer("embedding", "embedding", positions + made, 0, 4 * model.width(0))]  # float32 travels
     for unit, kind in zip(model.units, block_kinds(described), strict=True):
-        token_bytes, kept_tokens, sequence_bytes = together(shape.states[number] for number in unit)
+        states = [shape.states[number] for number in unit]
+        token_bytes, kept_tokens, sequence_bytes = together(states, model.max_context)
         layers.append(
             Layer(
                 f"block {unit.start}" if len(unit) == 1 else f"blocks {unit.start} to {unit.stop - 1}",

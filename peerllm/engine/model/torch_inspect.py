@@ -94,10 +94,11 @@ def _layers(division: Division, made: set[str], kept: Keeping) -> tuple[Layer, .
     )
     states = probe(division, range(len(division.blocks)))
     kinds = block_kinds(division)
+    context = max_context(division.model.config)
     width, itemsize = division.layout.width, division.dtype.itemsize
     layers = [Layer("embedding", "embedding", sizes[0], 0, width(0) * itemsize)]
     for number, unit in enumerate(division.units, 1):
-        token_bytes, kept_tokens, sequence_bytes = together(states[block] for block in unit)
+        token_bytes, kept_tokens, sequence_bytes = together((states[block] for block in unit), context)
         layers.append(
             Layer(
                 f"block {unit.start}" if len(unit) == 1 else f"blocks {unit.start} to {unit.stop - 1}",

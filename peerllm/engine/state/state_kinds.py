@@ -103,16 +103,17 @@ def inseparable(makers: Sequence[int | None]) -> tuple[range, ...]:
     return tuple(runs)
 
 
-def together(states: Iterable[LayerState]) -> tuple[int, int | None, int]:
+def together(states: Iterable[LayerState], context: int) -> tuple[int, int | None, int]:
     """What several blocks keep, as one layer: bytes for each token, the most tokens kept, bytes for each sequence.
 
+    `context`: the most tokens of a sequence.
     Where some keep a window and others everything, the windows count as if they were always full.
     """
     kept = list(states)
     rooms = {state.kept_tokens for state in kept if state.tokens}
     room = rooms.pop() if len(rooms) == 1 else None
     fixed = sum(state.sequence_bytes for state in kept)
-    fixed += sum((state.kept_tokens or 0) * state.token_bytes for state in kept if state.kept_tokens != room)
+    fixed += sum(state.room(context) * state.token_bytes for state in kept if state.kept_tokens != room)
     return sum(state.token_bytes for state in kept if state.kept_tokens == room), room, fixed
 
 
