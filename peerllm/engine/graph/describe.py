@@ -37,10 +37,10 @@ from peerllm.engine.graph.structure import (
     StateSpace,
 )
 from peerllm.engine.graph.weights import BlockWeights, Names, OwnInputs, Vectors
+from peerllm.engine.weights.checkpoint import STACKED_EXPERTS_KEY
 from peerllm.engine.weights.formats import FormOf, forms_of
 from peerllm.errors import ModelError
 
-EXPERTS_KEY = "peerllm_experts"  # in config.json: "halves" where files hold all experts' gates and ups as one tensor
 ROLES = ("gate", "up", "gate up", "down")
 MOST_SHOWN = 100  # characters of a value or a reason in a message
 EVEN = 8  # the attention operator needs heads whose width is a multiple of this
@@ -167,7 +167,7 @@ def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
     values = Values(config, family)
     try:
         family = replace(family, **family.by(values))
-        if config.get(EXPERTS_KEY) == "halves" and family.experts == "each":
+        if config.get(STACKED_EXPERTS_KEY) and family.experts == "each":
             family = replace(family, experts="halves")
         if family.refused is not None:
             raise UnfitError(family.refused)

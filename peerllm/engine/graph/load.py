@@ -149,7 +149,7 @@ def load_shard(described: Described, spec: LoadStage, threads: int, progress: Pr
         check(checkpoint, Product((table,), model.hidden))
         if described.positions is not None:
             learned, start = f"{described.positions}.weight", model.position_offset or 0
-            require(checkpoint, learned, (start + spec.context, model.hidden), growing=0)
+            require(checkpoint, learned, (start + spec.context, model.hidden), growing=(0,))
             positions = checkpoint.floats(learned, slice(start, start + spec.context))
         make_pool(threads)
         own, made = described.own_inputs, None
