@@ -174,6 +174,8 @@ def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
         stored = _stored(config, kept)
         if stored.offset:
             family = replace(family, offset=0.0)
+        if stored.stacked:
+            family = _in_gguf(family)
         return _described(Values(config, family), family, str(config["model_type"]), stored)
     except ModelError as error:
         raise UnfitError(str(error)) from error
@@ -188,6 +190,14 @@ def _stored(config: Mapping[str, Any], kept: bool) -> Stored:
         raise UnfitError(f"experts stored as {str(experts)[:MOST_SHOWN]!r}")
     paired, offset = (about.get(key) is True for key in ("paired", "norm_offset_added"))
     return Stored(forms_of(config), kept, paired, offset, experts is not None)
+
+
+def _in_gguf(family: Family) -> Family:
+    """The family as GGUF files hold it: matrices by rows, all queries before all keys, shared gate and up apart."""
+    names = dict(family.names)
+    if names.pop("shared gate up", None):
+        names |= {f"shared {role}": f"mlp.shared_expert.{role}_proj" for role in ("gate", "up", "down")}
+    return replace(family, names=names, merged="stacked", turned=False)
 
 
 def _described(values: Values, family: Family, name: str, stored: Stored) -> Described:
