@@ -611,3 +611,25 @@ def test_a_snapshot_that_not_every_stage_has_made_is_no_place_to_begin(
     assert source._source.reused(2) == (3 if passes == 3 else 0)
     plan.settle()
     assert [token for event in plan.told if event.sequence == 2 for token in event.ids] == expected([*prompt, 3, 3], 3)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_slot_that_some_stage_went_on_in_has_lost_its_end(ahead: bool) -> None:
+    """The sequence is cancelled while its next step waits at the first stage, or was computed there."""
+    plan, prompt = Plan("recurrent", 1), [1, 2, 3]
+    source = plan.deployments[0]
+    source.submit(Submit(DEPLOYMENT, 1, tuple(prompt), 9, (), Sampling()))
+    for place in range(STAGES):
+        plan.compute(place)
+        while plan.wires[place].frames:
+            plan.deliver(place)
+    if ahead:
+        plan.compute(0)
+    source.cancel(1)
+    plan.settle()
+    again = [*prompt, *expected(prompt, 1), 2]
+    source.submit(Submit(DEPLOYMENT, 2, tuple(again), 2, (), Sampling()))
+    assert source._source is not None
+    assert source._source.reused(2) == 0
+    plan.settle()
+    assert [token for event in plan.told if event.sequence == 2 for token in event.ids] == expected(again, 2)
