@@ -588,6 +588,10 @@ def test_questions_that_begin_alike_are_taken_up_where_they_part(monkeypatch: py
         assert said == expected([*common, *question], 2)
     # The first ends with a snapshot near its end, the second with one where they part, which all others begin with.
     assert reused == [0, 0, 10, 10, 10]
+    for number in (6, 7):  # a prompt that is the beginning of earlier ones: its own last tokens are what will differ
+        source.submit(Submit(DEPLOYMENT, number, tuple(common[:9]), 1, (), Sampling(), "anna"))
+        assert source._source.reused(number) == (0 if number == 6 else 7)
+        plan.settle()
 
 
 @pytest.mark.parametrize("passes", range(4))
