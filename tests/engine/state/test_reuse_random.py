@@ -566,7 +566,9 @@ def test_a_recurrent_slot_is_taken_up_at_its_end_or_at_the_snapshot_before_it(
     assert reused == len(second) - 2
     # The prompt itself again, and a prompt whose last tokens differ from it.
     made = plan.shards[0].snapshots
-    assert turn(third)[0] == len(third) - 2
+    reused, said = turn(third)
+    assert reused == len(third) - 2
+    assert turn([*third, *said, 1, 1, 1])[0] == len(third) + 2
     assert plan.shards[0].snapshots == made, "what is new of the prompt is too short for another"
     changed = [*third[:-1], 3]
     assert turn(changed)[0] == len(third) - 2
