@@ -278,10 +278,8 @@ def _lfm2(values: ConfigReader) -> dict[str, Any]:
     tied = values.get("tie_embedding", values.get("tie_word_embeddings"))
     width = values.whole("block_ff_dim", values.whole("intermediate_size"))
     if values.get("block_auto_adjust_ff_dim"):
-        width = int(2 * width / 3)
-        if (factor := values.get("block_ffn_dim_multiplier")) is not None:
-            multiple = values.whole("block_multiple_of")
-            width = multiple * -(-int(factor * width) // multiple)
+        multiple, factor = values.whole("block_multiple_of"), values.number("block_ffn_dim_multiplier", 1.0)
+        width = multiple * -(-int(factor * int(2 * width / 3)) // multiple)
     return {"values": {"intermediate_size": width, "tie_word_embeddings": tied}}
 
 
