@@ -59,7 +59,7 @@ class Shard(Protocol):
     sequences or one chunk of one prompt. Arrays may be read-only.
     """
 
-    hidden_size: int
+    hidden_size: int  # numbers in a row that comes in, or of layer 0 in one that goes out; none that goes out is longer
     vocabulary: int  # token ids go from 0 to one less
     weight_bytes: int
     weights: Mapping[int, int]  # bytes by tensor; what two shards of one process share has the same key in both

@@ -23,8 +23,19 @@ MUST_BE_GRAPHS = {
 }  # fmt: skip
 LAYOUTS = {"OPT (350m layout)", "Falcon (ALiBi)"}  # which the graph engine leaves to torch
 
+OFTEN = {  # of the quantized variants, those that are not marked slow
+    "Llama: GPTQ 4 bits, in order of activations", "Qwen2: GPTQ 4 bits, zeros", "Gemma 3: compressed-tensors 4 bits",
+    "Qwen3-MoE: compressed-tensors FP8", "Mixtral: AWQ", "gpt-oss: MXFP4",
+}  # fmt: skip
+
 pytestmark = pytest.mark.usefixtures("calm")
-every_family = pytest.mark.parametrize("number", range(len(FAMILIES)), ids=lambda number: FAMILIES[number].name)
+every_family = pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, id=one.name, marks=pytest.mark.slow if one.quantised and one.name not in OFTEN else ())
+        for number, one in enumerate(FAMILIES)
+    ],
+)
 
 
 def passes(number: int, examples: Callable[[str], Example], chosen: list[Cut], torch_too: Cut | None) -> None:

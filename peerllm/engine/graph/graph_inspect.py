@@ -101,7 +101,8 @@ def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[
         for name, shape in needed:
             if name not in multiplied:
                 require(checkpoint, name, shape)
-            names += [name, name.removesuffix("weight") + "bias"] if name.endswith(".weight") else [name]
+            multiplies = name.endswith(".weight") or name in coded
+            names += [name, f"{name.rpartition('.')[0]}.bias"] if multiplies else [name]
         tensors = [tensor for name in dict.fromkeys(names) if (tensor := checkpoint.at(name)) is not None]
         for tensor in tensors:
             if tensor.dtype not in COMPUTED and plain_name(tensor.name) not in coded:

@@ -137,7 +137,7 @@ def load_shard(described: Described, spec: LoadStage, threads: int, progress: Pr
         check(checkpoint, Product((table,), model.hidden))
         if described.positions is not None:
             learned, start = f"{described.positions}.weight", model.position_offset or 0
-            require(checkpoint, learned, (start + spec.context, model.hidden), growing=0)
+            require(checkpoint, learned, (start + spec.context, model.hidden), growing=(0,))
             positions = checkpoint.floats(learned, slice(start, start + spec.context))
         sizes = model.vocabulary, model.hidden
         rows = CodedTable(checkpoint, table.form, table.name, sizes) if table.form else checkpoint.mapped(table.name)

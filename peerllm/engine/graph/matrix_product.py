@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.graph.nodes import CONTRIB, Graph
+from peerllm.engine.weights.checkpoint import MAX_DIMENSIONS
 from peerllm.engine.weights.formats.coded_rows import CodedRows, WeightForm
 from peerllm.engine.weights.rounding import BLOCK_BYTES, block_of, rounded
 from peerllm.engine.weights.tensors import Floats, Rows, Tensors
@@ -113,13 +114,13 @@ class Product:
         return sum(layout.nbytes(run.rows, run.columns) for layout, run in self.runs(bits))
 
 
-def require(tensors: Tensors, name: str, shape: tuple[int, ...], growing: int | None = None) -> None:
-    """ModelError if a tensor is missing or has another shape; its dimension `growing` may be larger."""
+def require(tensors: Tensors, name: str, shape: tuple[int, ...], growing: Collection[int] = ()) -> None:
+    """ModelError if a tensor is missing or has another shape; its dimensions `growing` may be larger."""
     found = tensors.shape(name)
     if found is None:
         raise ModelError(f"tensor {name} is missing from the model's files")
     fits = len(found) == len(shape) and all(
-        have == need or (place == growing and have > need)
+        have == need or (place in growing and have > need)
         for place, (have, need) in enumerate(zip(found, shape, strict=True))
     )
     if not fits:
@@ -130,10 +131,15 @@ def check(tensors: Tensors, product: Product) -> None:
     """ModelError if a tensor of the product is missing or has another shape; all parts have biases, or none has."""
     biased = any(tensors.shape(f"{part.tensor}.bias") for part in product.parts)
     for part in product.parts:
+        growing = () if part.rows is None else (int(part.turned),) if part.form is None else range(MAX_DIMENSIONS)
         for name, least in product.part_tensors(part):
-            require(tensors, name, least, None if part.rows is None else int(part.turned))
-        if biased and not part.bare and (found := None if part.form else tensors.shape(part.name)) is not None:
+            require(tensors, name, least, growing)
+        if not biased or part.bare:
+            continue
+        if part.form is None and (found := tensors.shape(part.name)) is not None:
             require(tensors, f"{part.tensor}.bias", (found[part.turned],))
+        elif part.rows is None:
+            require(tensors, f"{part.tensor}.bias", (part.count,))
 
 
 def pieces(product: Product) -> Iterator[tuple[int, Part, int, int]]:

@@ -17,7 +17,7 @@ from peerllm.engine.model.blocks import ShardBlocks, run_without_data, stand_in
 from peerllm.engine.model.config import text_config
 from peerllm.engine.model.division import Division
 from peerllm.engine.state import state_kinds
-from peerllm.engine.state.layer_states import REWINDS, SNAPSHOTS_OF, ProbeCache
+from peerllm.engine.state.layer_states import REWINDS, SNAPSHOTS_OF, UNKEPT, ProbeCache
 from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import ModelError
 
@@ -30,6 +30,9 @@ def probe(division: Division, numbers: range) -> dict[int, LayerState]:
     known: dict[object, LayerState] = {}
     states: dict[int, LayerState] = {}
     for number in numbers:
+        if kinds[number] == UNKEPT:
+            states[number] = LayerState()
+            continue
         key = (kinds[number], str(arguments[number]), shape_key(division.blocks[number]))
         if key not in known:
             known[key] = _probe_block(division, number)
@@ -38,10 +41,15 @@ def probe(division: Division, numbers: range) -> dict[int, LayerState]:
 
 
 def run_block(division: Division, number: int, block: nn.Module) -> tuple[ProbeCache, Exception | None]:
-    """Run `block` alone as block `number`, without data: what it would keep, and the exception that ended it."""
+    """Run `block` as block `number`, without data: what it would keep, and the exception that ended it.
+
+    It runs alone, or after those of its unit, whose keys and values it may use.
+    """
     cache = ProbeCache(len(division.blocks), *get_layer_types_and_kwargs(text_config(division.model.config)))
     try:
-        with stand_in(division.owner, division.attribute, ShardBlocks([block]), number):
+        first = division.units[division.unit_of(number)].start
+        blocks = ShardBlocks([*division.blocks[first:number], block])
+        with stand_in(division.owner, division.attribute, blocks, first):
             run_without_data(division.model, cache)
     except Exception as error:  # a foreign forward may raise anything
         return cache, error

@@ -37,13 +37,15 @@ class TorchOutline(outline.Sizes):
         super().__init__(
             firsts=outline.firsts(block_kinds(division)),
             head=division.head,
-            hidden_size=language.hidden_size,
             vocabulary=language.vocab_size,
             context=context,
             limit_bytes=message.limit_bytes,
             working=working(division, message.quantize),
             layer_bytes=layer_bytes,
-            kv_bytes={number + 1: state.nbytes(context) for number, state in self._states.items()},
+            kv_bytes={
+                layer: sum(self._states[number].nbytes(context) for number in unit)
+                for layer, unit in enumerate(division.units, 1)
+            },
         )
 
     def build(self, mockup: Mockup) -> TorchShard:

@@ -21,6 +21,7 @@ from peerllm.engine.model.division import Division, divide
 from peerllm.engine.model.loader import as_array, as_tensor
 from peerllm.engine.model.packed import Packed
 from peerllm.engine.model.probing import probe, reach_of
+from peerllm.engine.model.rows import Rows
 from peerllm.engine.state.exported_state import Arrays, check_imported, chosen
 from peerllm.engine.state.kv_cache import SlotCache, slot_caches
 from peerllm.engine.state.state_kinds import LayerState, slot_bytes
@@ -51,7 +52,8 @@ class TorchShard:
         packed = any(isinstance(module, Packed) for module in division.model.modules())
         self._threads = 1 if packed and device == CPU else torch.get_num_threads()
         text = text_config(division.model.config)
-        self.hidden_size: int = text.hidden_size
+        layout, numbers = division.layout, division.numbers(first, last)
+        self.hidden_size: int = layout.width(numbers.start)
         self.vocabulary: int = text.vocab_size
         self.context = context
         self.dtype = division.dtype
@@ -65,6 +67,7 @@ class TorchShard:
         self._states = states
         self.kv_bytes = slot_bytes(states.values(), slots, context)
         self._entering: torch.Tensor | None = None
+        self._rows = None if layout.plain else Rows(layout, division.owner, self.blocks, numbers, self._has_embedding)
         if not self._has_embedding:
             self._enter_at(entry)
         matrix = self._model.get_output_embeddings() if self._has_head else None
@@ -136,8 +139,11 @@ class TorchShard:
             "past_key_values": cache,
             "use_cache": True,
         }
+        carried: dict[str, torch.Tensor] = {}
         if self._has_embedding:
             given["input_ids"] = inputs.to(self._device).unsqueeze(0)
+        elif self._rows is not None:
+            self._entering, carried = self._rows.take(inputs.to(self._device, self.dtype))
         else:
             given["inputs_embeds"] = self._entering = inputs.to(self._device, self.dtype).unsqueeze(0)
         if wanted:
@@ -146,10 +152,13 @@ class TorchShard:
             module.max_seq_len_cached = module.original_max_seq_len + 1
         self.blocks.begun = False
         try:
-            output = model(**accepted(model, **given))
+            output = model(**accepted(model, **given), **carried)
         finally:
             self._entering = None
-        told: torch.Tensor = output.logits[0, -1:].float() if wanted else output[0][0]
+        if wanted:
+            told: torch.Tensor = output.logits[0, -1:].float()
+        else:
+            told = output[0][0] if self._rows is None else self._rows.made()
         return told.to(CPU).contiguous()
 
     def export_state(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, Arrays]:

@@ -150,8 +150,10 @@ class SourceSequences:
             raise OverloadedError(f"all {self._slots} slots are taken; wait for a sequence to end")
         chunk = chunk_of(self._cuts, len(order.prompt) - choice.position)
         self._running[order.sequence] = running = _Running(order, choice, chunk, choice.position, choice.position)
-        if self._snapshots and len(order.prompt) - TAIL - choice.position >= LEAST_BEFORE_SNAPSHOT:
-            running.snapshot = len(order.prompt) - TAIL
+        if self._snapshots:
+            tail = len(order.prompt) - TAIL
+            place = min(choice.parting or tail, tail)
+            running.snapshot = place if place - choice.position >= LEAST_BEFORE_SNAPSHOT else 0
         self._prompts.add(order.client, order.sequence)
         return choice.slot
 
@@ -220,7 +222,8 @@ class SourceSequences:
         if finish != "error":
             ids = (*order.prompt, *running.answer)[: running.back]
             furthest, settled = max(choice.furthest, running.fed), running.fed == running.back
-            left = CachedPrefix(sequence, order.client, ids, furthest, settled, running.kept_snapshot)
+            body = len(order.prompt) - TAIL
+            left = CachedPrefix(sequence, order.client, ids, furthest, settled, running.kept_snapshot, body)
             self._idle.keep(choice.slot, left)
         return Tokens(self._deployment, sequence, len(running.answer), (), finish, error, _reused(running))
 

@@ -19,8 +19,9 @@ from peerllm.engine.state.state_kinds import LayerState, SequenceArray, TokenArr
 from peerllm.errors import EngineError
 
 FULL, WINDOWED = "full_attention", ("sliding_attention", "chunked_attention")
+UNKEPT = "dummy"  # transformers' type of a layer that keeps nothing of its own
 # transformers' layer types that a sequence can go back in, and those of which SlotCache keeps a snapshot.
-REWINDS, SNAPSHOTS_OF = (FULL, *WINDOWED, "dummy"), ("linear_attention", "conv", "hybrid")
+REWINDS, SNAPSHOTS_OF = (FULL, *WINDOWED, UNKEPT), ("linear_attention", "conv", "hybrid")
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

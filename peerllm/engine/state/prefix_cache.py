@@ -22,6 +22,7 @@ class CachedPrefix:
     furthest: int  # the most tokens, these and later ones, that a stage may have held since the slot began afresh
     settled: bool = True  # no stage has computed a token beyond `ids`
     snapshot: int = 0  # the position of which every stage keeps a snapshot; 0: none
+    body: int = 0  # tokens of the prompt, without the last ones, which templates often render anew
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -37,6 +38,7 @@ class SlotChoice:
     position: int = 0
     furthest: int = 0  # see CachedPrefix
     snapshot: int = 0  # the position of which the slot keeps a snapshot; 0: none
+    parting: int = 0  # where the prompt parts from an earlier one inside of that one's body: others may part there too
 
 
 class PrefixCache:
@@ -70,9 +72,11 @@ class PrefixCache:
         what the slot holds, instead of only beginning alike as another conversation does. Then the lowest empty slot,
         then the slot that ended longest ago.
         """
-        spared, fit = dict[int, int](), list[int]()
+        spared, fit, parting = dict[int, int](), list[int](), 0
         for idle, remains in self._remains.items():
             common = _common(remains.ids, tuple(prompt)) if client == remains.client else 0
+            if common < remains.body:
+                parting = max(parting, common)
             spared[idle] = self._start(remains, min(common, len(prompt) - 1))  # the last token must be computed
             if spared[idle] and (2 * common >= len(remains.ids) or common >= len(prompt) - 1):
                 fit.append(idle)
@@ -83,8 +87,8 @@ class PrefixCache:
             return None
         left, position = self._remains.pop(slot, None), spared.get(slot, 0)
         if left is None or not position:
-            return SlotChoice(slot)
-        return SlotChoice(slot, position, left.furthest, left.snapshot if left.snapshot <= position else 0)
+            return SlotChoice(slot, parting=parting)
+        return SlotChoice(slot, position, left.furthest, left.snapshot if left.snapshot <= position else 0, parting)
 
     def _start(self, remains: CachedPrefix, most: int) -> int:
         """The last position up to `most` where a sequence can take the slot up; 0: nowhere but afresh."""

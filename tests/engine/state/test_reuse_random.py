@@ -560,7 +560,7 @@ def test_a_recurrent_slot_is_taken_up_at_its_end_or_at_the_snapshot_before_it(
     second = [*first, *said, 1, 1, 1, 1]
     reused, said = turn(second)
     assert reused == len(first) + 2
-    # The template renders the answer in another way: the snapshot before the prompt's last two tokens is where to begin.
+    # The template renders the answer in another way: it begins at the snapshot before the prompt's last two tokens.
     third = [*second, (said[0] + 1) % WORDS, 2, 2, 2, 2]
     reused, said = turn(third)
     assert reused == len(second) - 2
@@ -572,6 +572,22 @@ def test_a_recurrent_slot_is_taken_up_at_its_end_or_at_the_snapshot_before_it(
     assert turn([*third[:-4], 3, 3])[0] == 0
     assert turn([*third[:-4], 3, 3, 1], "ben")[0] == 0
     assert turn([*third[:-4], 3, 3, 1, 1])[0] == 0
+
+
+def test_questions_that_begin_alike_are_taken_up_where_they_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_sequences, "TAIL", 2)
+    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    plan, common, reused = Plan("recurrent", 2), [1, 2, 3, 1, 2, 3, 1, 2, 3, 1], []
+    source = plan.deployments[0]
+    assert source._source is not None
+    for number, question in enumerate(([0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2], [3, 2, 1, 0], [0, 1, 0, 1])):
+        source.submit(Submit(DEPLOYMENT, number, (*common, *question), 2, (), Sampling(), "anna"))
+        reused.append(source._source.reused(number))
+        plan.settle()
+        said = [token for event in plan.told if event.sequence == number for token in event.ids]
+        assert said == expected([*common, *question], 2)
+    # The first ends with a snapshot near its end, the second with one where they part, which all others begin with.
+    assert reused == [0, 0, 10, 10, 10]
 
 
 @pytest.mark.parametrize("passes", range(4))
@@ -586,9 +602,8 @@ def test_a_snapshot_that_not_every_stage_has_made_is_no_place_to_begin(
     source.submit(Submit(DEPLOYMENT, 1, tuple(prompt), 3, (), Sampling()))
     for place in range(passes):
         plan.compute(place)
-        for _ in range(2 if place == 0 else 1):  # the OPEN goes before the chunk
-            if plan.wires[place].frames:
-                plan.deliver(place)
+        while plan.wires[place].frames and (place < passes - 1 or passes == STAGES):
+            plan.deliver(place)
     source.cancel(1)
     plan.settle()
     source.submit(Submit(DEPLOYMENT, 2, (*prompt, 3, 3), 3, (), Sampling()))
