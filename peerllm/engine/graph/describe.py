@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -68,6 +68,7 @@ class Stored:
     paired: bool = False  # rows of queries and keys that are rotated together are neighbours
     offset: bool = False  # norms' weights have their offset added
     stacked: bool = False  # experts are stacks of gate, up and down, whatever the family
+    recurrent: Mapping[str, bool] = field(default_factory=dict)  # see structure.DeltaRule
 
     def formed(self, part: Part) -> Part:
         """The part, and how its tensor is stored."""
@@ -163,6 +164,7 @@ def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
         stored = _stored(config, kept)
         if stored.offset:
             family = replace(family, offset=0.0)
+        family = replace(family, values={**family.values, **stored.recurrent})
         return _described(Values(config, family), family, str(config["model_type"]), stored)
     except ModelError as error:
         raise UnfitError(str(error)) from error
@@ -176,7 +178,8 @@ def _stored(config: Mapping[str, Any], kept: bool) -> Stored:
     if experts not in (None, "stacked"):
         raise UnfitError(f"experts stored as {str(experts)[:MOST_SHOWN]!r}")
     paired, offset = (about.get(key) is True for key in ("paired", "norm_offset_added"))
-    return Stored(forms_of(config), kept, paired, offset, experts is not None)
+    recurrent = {key: about.get(key) is True for key in ("value_heads_tiled", "decays_stored")}
+    return Stored(forms_of(config), kept, paired, offset, experts is not None, recurrent)
 
 
 def _described(values: Values, family: Family, name: str, stored: Stored) -> Described:

@@ -1,4 +1,4 @@
-"""Layers that keep convolutions, recurrent states or latents: batches, chunks, what they keep, and how files hold them."""
+"""Layers that keep convolutions, recurrent states or latents: batches, chunks, what they keep; experts in stacks."""
 
 from __future__ import annotations
 

@@ -62,6 +62,24 @@ GPT_OSS = {
 MIXTRAL = {**LLAMA, **EXPERTS, "ffn_gate_inp": "block_sparse_moe.gate"}
 GRANITE_MOE = {**LLAMA, **EXPERTS, "ffn_gate_inp": "block_sparse_moe.router.layer"}
 
+LFM2 = {
+    **NORMED, "token_embd_norm": "embedding_norm", "attn_norm": "operator_norm", "ffn_norm": "ffn_norm",
+    "attn_q_norm": "self_attn.q_layernorm", "attn_k_norm": "self_attn.k_layernorm",
+    "attn_output": "self_attn.out_proj", "shortconv.in_proj": "conv.in_proj", "shortconv.out_proj": "conv.out_proj",
+    "shortconv.conv.weight": "conv.conv.weight", "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}  # fmt: skip
+LFM2_MOE = {
+    **EXPERTS, **LFM2, "ffn_gate_inp": "feed_forward.gate", "exp_probs_b.bias": "feed_forward.expert_bias",
+}  # fmt: skip
+QWEN35 = {
+    **NORMED, "post_attention_norm": "post_attention_layernorm", "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z", "ssm_alpha": "linear_attn.in_proj_a", "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_out": "linear_attn.out_proj", "ssm_norm.weight": "linear_attn.norm.weight",
+    "ssm_conv1d.weight": "linear_attn.conv1d.weight", "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+}  # fmt: skip
+
 # ---- keys of config.json --------------------------------------------------------------------------------------------
 
 LAYER: Names = {"rms_norm_eps": "layer_norm_eps"}
@@ -194,6 +212,38 @@ def _phi3(values: Hyperparameters) -> dict[str, Any]:
     return {"sliding_window": values.whole("attention.sliding_window", 0) or None}
 
 
+def _lfm2(values: Hyperparameters) -> dict[str, Any]:
+    if values.whole("attention.sliding_window", 0):
+        raise values.wrong("has sliding windows, which are not computed")
+    return {
+        "conv_L_cache": values.whole("shortconv.l_cache"), "layer_types": values.kinds("shortconv.conv.weight", "conv"),
+        "block_auto_adjust_ff_dim": False,
+    }  # fmt: skip
+
+
+def _lfm2_moe(values: Hyperparameters) -> dict[str, Any]:
+    dense = values.whole("leading_dense_block_count", 0)
+    return {**_lfm2(values), **values.experts("num_experts", MOE, dense=dense), "num_dense_layers": dense}
+
+
+def _qwen35(values: Hyperparameters) -> dict[str, Any]:
+    heads = values.whole("ssm.time_step_rank")
+    return {
+        "linear_num_key_heads": values.whole("ssm.group_count"), "linear_num_value_heads": heads,
+        "linear_key_head_dim": values.whole("ssm.state_size"),
+        "linear_value_head_dim": values.whole("ssm.inner_size") // max(heads, 1),
+        "linear_conv_kernel_dim": values.whole("ssm.conv_kernel"),
+        "layer_types": values.kinds("ssm_a", "linear_attention"),
+    }  # fmt: skip
+
+
+def _qwen35_moe(values: Hyperparameters) -> dict[str, Any]:
+    return {
+        **_qwen35(values), **values.experts("num_experts", MOE),
+        "shared_expert_intermediate_size": values.rows("ffn_up_shexp"),
+    }  # fmt: skip
+
+
 def _nothing(values: Hyperparameters) -> dict[str, Any]:
     return {}
 
@@ -210,6 +260,8 @@ class GGUFArchitecture:
     layers: str = "layers"
     paired: bool = False  # rows of queries and keys are stored so that rotation turns neighbours
     norm_offset_added: bool = False  # norms' weights have the 1 added that the family adds
+    decays_stored: bool = False  # -exp(A_log) stands in the place of A_log
+    value_heads_tiled: bool = False  # those of one key head do not lie side by side, but one behind the other's
     partial: bool = False  # a part of each head may be rotated; config.json has partial_rotary_factor
     renamed: Callable[[Hyperparameters], Names] = lambda values: {}  # names that some files of it have
 
@@ -273,6 +325,16 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "arcee": GGUFArchitecture("arcee", paired=True),
     "ernie4_5": GGUFArchitecture("ernie4_5"),
     "seed_oss": GGUFArchitecture("seed_oss", {**LLAMA, "post_attention_norm": "post_attention_layernorm"}),
+    "lfm2": GGUFArchitecture("lfm2", LFM2, {"rms_norm_eps": "norm_eps"}, _lfm2),
+    "lfm2moe": GGUFArchitecture("lfm2_moe", LFM2_MOE, {"rms_norm_eps": "norm_eps"}, _lfm2_moe),
+    "qwen35": GGUFArchitecture(
+        "qwen3_5_text", QWEN35, more=_qwen35, norm_offset_added=True, decays_stored=True, value_heads_tiled=True,
+        partial=True,
+    ),
+    "qwen35moe": GGUFArchitecture(
+        "qwen3_5_moe_text", {**QWEN35, **EXPERTS}, more=_qwen35_moe, norm_offset_added=True, decays_stored=True,
+        value_heads_tiled=True, partial=True,
+    ),
     "hunyuan-dense": GGUFArchitecture(
         "hunyuan_v1_dense",
         {**LLAMA, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from peerllm.daemon.weights.gguf.architectures import ARCHITECTURES, GGUFArchitecture
@@ -16,6 +17,7 @@ from peerllm.errors import ModelError
 # Read into config.json, or for training and other programs only.
 UNNAMED = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 UNNAMED_IN_BLOCKS = frozenset({"attn_rot_embd.weight", "attn_rot_embd"})
+CONVOLUTIONS = ("conv.weight", "conv1d.weight")
 FLOATS = frozenset({"F32", "F16", "BF16"})
 TOKENS: Mapping[str, str] = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
@@ -44,6 +46,8 @@ def translate(header: GGUFHeader) -> Translation:
         "types": {tensor.name: tensor.dtype for tensor in tensors if tensor.dtype not in FLOATS},
         "paired": architecture.paired,
         "norm_offset_added": architecture.norm_offset_added,
+        "decays_stored": architecture.decays_stored,
+        "value_heads_tiled": architecture.value_heads_tiled,
         "experts": "stacked",
     }
     table = token_table(metadata)
@@ -101,7 +105,9 @@ def _named(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[st
         if rest in UNNAMED if block is None else (block[0] >= values.blocks or rest in UNNAMED_IN_BLOCKS):
             continue
         stem, _, end = rest.rpartition(".")
-        if block is None and stem == "output":
+        if rest in names:  # small tensors, whose names in transformers end otherwise
+            yield replace(tensor, name=f"{prefix}{names[rest]}", shape=_small_shape(rest, tensor.shape))
+        elif block is None and stem == "output":
             yield replace(tensor, name=f"{names.get(stem, 'lm_head')}.{end}")
         elif stem == "attn_qkv" and stem not in names and "attn_q" in names:
             yield from _parted(
@@ -117,6 +123,11 @@ def _named(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[st
             yield replace(tensor, name=f"{prefix}{names[stem]}.{end}", shape=(1, *tensor.shape))
         else:
             yield replace(tensor, name=f"{prefix}{names[stem]}.{end}")
+
+
+def _small_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that transformers gives a convolution's weights, or a vector."""
+    return (shape[0], 1, shape[1]) if name.endswith(CONVOLUTIONS) and len(shape) == 2 else (prod(shape),)
 
 
 def _parted(values: Hyperparameters, tensor: TensorAt, names: list[str]) -> Iterator[TensorAt]:

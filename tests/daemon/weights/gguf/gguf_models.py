@@ -29,10 +29,11 @@ ARCHES = {
     "cohere": ARCH.COMMAND_R, "cohere2": ARCH.COHERE2, "glm": ARCH.CHATGLM, "glm4": ARCH.GLM4, "falcon": ARCH.FALCON,
     "gpt2": ARCH.GPT2, "gpt_bigcode": ARCH.STARCODER, "gpt_neox": ARCH.GPTNEOX, "nemotron": ARCH.NEMOTRON,
     "exaone4": ARCH.EXAONE4, "smollm3": ARCH.SMOLLM3, "arcee": ARCH.ARCEE, "ernie4_5": ARCH.ERNIE4_5,
-    "seed_oss": ARCH.SEED_OSS, "hunyuan_v1_dense": ARCH.HUNYUAN_DENSE,
+    "seed_oss": ARCH.SEED_OSS, "hunyuan_v1_dense": ARCH.HUNYUAN_DENSE, "lfm2": ARCH.LFM2, "lfm2_moe": ARCH.LFM2MOE,
+    "qwen3_5_text": ARCH.QWEN35, "qwen3_5_moe_text": ARCH.QWEN35MOE,
 }  # fmt: skip
 PAIRED = {"llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "olmo", "smollm3", "arcee"}
-NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"}
+NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron", "qwen3_5_text", "qwen3_5_moe_text"}
 TURNED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
@@ -203,11 +204,39 @@ def phi3(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_sliding_window(config.get("sliding_window") or 0)
 
 
+def lfm2(writer: Any, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_rms_eps(config["norm_eps"])
+    writer.add_shortconv_l_cache(config["conv_L_cache"])
+    groups = config["num_key_value_heads"]
+    writer.add_head_count_kv([groups if kind == "full_attention" else 0 for kind in config["layer_types"]])
+    if config.get("block_auto_adjust_ff_dim"):
+        width, multiple = int(2 * config["intermediate_size"] / 3), config["block_multiple_of"]
+        writer.add_feed_forward_length(-(-int(config["block_ffn_dim_multiplier"] * width) // multiple) * multiple)
+    if "moe_intermediate_size" in config:
+        qwen_moe(writer, config)
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def qwen35(writer: Any, config: Mapping[str, Any]) -> None:
+    heads = config["linear_num_value_heads"]
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(heads * config["linear_value_head_dim"])
+    writer.add_full_attention_interval(2)
+    writer.add_rope_dimension_sections([11, 11, 10, 0])
+    if "moe_intermediate_size" in config:
+        qwen_moe(writer, config)
+
+
 MORE: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
     "qwen2_moe": qwen_moe, "qwen3_moe": qwen_moe, "gemma2": gemma2, "gemma3_text": gemma2, "granite": granite,
     "granitemoe": granite, "granitemoeshared": granite, "gpt_oss": gpt_oss, "cohere": cohere, "cohere2": cohere,
     "olmo": olmo, "olmo3": pattern, "exaone4": pattern, "stablelm": parallel, "gpt_neox": parallel, "phi3": phi3,
-    "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1),
+    "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1), "lfm2": lfm2, "lfm2_moe": lfm2,
+    "qwen3_5_text": qwen35, "qwen3_5_moe_text": qwen35,
 }  # fmt: skip
 
 
@@ -219,8 +248,12 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
     kind = config["model_type"]
     stacks: dict[str, dict[int, Array]] = {}
     for name, array in tensors.items():
-        if kind in NORMS_PLUS_ONE and name.endswith("norm.weight"):
+        if kind in NORMS_PLUS_ONE and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
             array = array + 1
+        if "linear_attn." in name:
+            name, array = name.replace(".dt_bias", ".dt_proj.bias"), tiled(config, name, array)
+        if name.endswith(("conv.conv.weight", "conv1d.weight")):
+            array = array.squeeze(1)
         if kind in PAIRED and re.search(r"\.[qk]_proj\.(weight|bias)$", name):
             count = config["num_attention_heads" if ".q_proj" in name else "num_key_value_heads"]
             array = permuted(array, count)
@@ -240,17 +273,41 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
             yield from parted(name, array)
         elif name.endswith("sinks"):
             yield f"{name}.weight", array
+        elif name.endswith("expert_bias"):
+            yield f"{name}.bias", array
         else:
             yield name, array
     for name, parts in stacks.items():
         stack = np.stack([parts[number] for number in range(len(parts))])
         yield (
             name.replace("block_sparse_moe.experts", "feed_forward.experts")
-            .removeprefix("model." if "block_sparse" in name else "")
+            .removeprefix("model." if "block_sparse" in name or "feed_forward" in name else "")
             .replace(".norms", ""),
             stack,
         )
     yield from rotations(config)
+
+
+def tiled(config: Mapping[str, Any], name: str, array: Array) -> Array:
+    """Value heads, of which first comes the first one of each key head; and decays as they are used."""
+    keys, heads, width = (config[f"linear_{key}"] for key in ("num_key_heads", "num_value_heads", "value_head_dim"))
+    apart = 2 * keys * config["linear_key_head_dim"]  # rows of queries and keys
+
+    def turned(some: Array, each: int) -> Array:
+        return some.reshape(keys, heads // keys, each, *some.shape[1:]).swapaxes(0, 1).reshape(some.shape)
+
+    match name.rpartition("linear_attn.")[2].split(".")[0]:
+        case "in_proj_qkv" | "conv1d":
+            return np.concatenate([array[:apart], turned(array[apart:], width)])
+        case "in_proj_z":
+            return turned(array, width)
+        case "out_proj":
+            return turned(array.T, width).T
+        case "A_log":
+            return -np.exp(turned(array, 1))
+        case "in_proj_a" | "in_proj_b" | "dt_bias":
+            return turned(array, 1)
+    return array
 
 
 def permuted(array: Array, heads: int) -> Array:

@@ -18,7 +18,19 @@ from peerllm.daemon.weights.gguf.model_directory import model_directory
 from peerllm.engine.graph.describe import describe
 from peerllm.engine.weights.checkpoint import read_tensors
 from tests.daemon.weights.gguf.gguf_models import ARCHES, write_gguf
-from tests.engine.graph.variants import CONTEXT, EXPERTS, GRANITE, LINEAR, LLAMA3, YARN, load, model_of
+from tests.engine.graph.variants import (
+    CONTEXT,
+    DELTA,
+    DELTA_ALONE,
+    EXPERTS,
+    GRANITE,
+    HALF_ROTATED,
+    LINEAR,
+    LLAMA3,
+    YARN,
+    load,
+    model_of,
+)
 from tests.engine.runs import in_slot
 
 FULL = os.environ.get("PEERLLM_FULL") == "1"
@@ -29,6 +41,7 @@ SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, 
 WIDER = {**SHAPE, "head_dim": 24}
 EACH = {**SHAPE, "num_key_value_heads": 4}  # heads that share nothing
 WINDOW = {"sliding_window": 21}
+FEW_TYPES = {"layer_types": ["linear_attention", "full_attention"]}
 LONG = {
     "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 5000.0, "original_max_position_embeddings": 64,
@@ -94,6 +107,18 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "ernie4_5": ({"use_bias": True, **WIDER}, {}),
     "seed_oss": ({"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}, {}),
     "hunyuan_v1_dense": ({},),
+    "lfm2": (
+        {"layer_types": ["conv", "full_attention"], "conv_L_cache": 4, "block_multiple_of": 16},
+        {"layer_types": ["full_attention", "conv"], "block_ff_dim": 48, "block_auto_adjust_ff_dim": False},
+    ),
+    "lfm2_moe": (
+        {
+            **EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "qwen3_5_text": ({**DELTA, **FEW_TYPES}, {**DELTA_ALONE, **FEW_TYPES, **HALF_ROTATED}),
+    "qwen3_5_moe_text": ({**DELTA, **FEW_TYPES, **EXPERTS, "shared_expert_intermediate_size": 40},),
 }  # fmt: skip
 # Architectures of other names for what the family computes with text alone.
 ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
