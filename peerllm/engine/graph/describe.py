@@ -165,6 +165,8 @@ def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
         if stored.offset:
             family = replace(family, offset=0.0)
         family = replace(family, values={**family.values, **stored.recurrent})
+        if stored.stacked:
+            family = _in_gguf(family)
         return _described(Values(config, family), family, str(config["model_type"]), stored)
     except ModelError as error:
         raise UnfitError(str(error)) from error
@@ -180,6 +182,17 @@ def _stored(config: Mapping[str, Any], kept: bool) -> Stored:
     paired, offset = (about.get(key) is True for key in ("paired", "norm_offset_added"))
     recurrent = {key: about.get(key) is True for key in ("value_heads_tiled", "decays_stored")}
     return Stored(forms_of(config), kept, paired, offset, experts is not None, recurrent)
+
+
+def _in_gguf(family: Family) -> Family:
+    """The family as GGUF files hold it: matrices by rows, all queries before all keys, shared gate and up apart."""
+    names = dict(family.names)
+    if names.get("gate up") == names.get("shared gate up") is not None:  # what serves as a shared expert elsewhere
+        del names["gate up"]
+        names |= {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
+    if names.pop("shared gate up", None):
+        names |= {f"shared {role}": f"mlp.shared_expert.{role}_proj" for role in ("gate", "up", "down")}
+    return replace(family, names=names, merged="stacked", turned=False)
 
 
 def _described(values: Values, family: Family, name: str, stored: Stored) -> Described:

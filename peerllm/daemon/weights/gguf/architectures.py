@@ -80,6 +80,12 @@ QWEN35 = {
     "ssm_a": "linear_attn.A_log",
 }  # fmt: skip
 
+GRANITE_HYBRID = {
+    **GRANITE_MOE, "ssm_in": "mamba.in_proj", "ssm_out": "mamba.out_proj", "ssm_conv1d.weight": "mamba.conv1d.weight",
+    "ssm_conv1d.bias": "mamba.conv1d.bias", "ssm_a": "mamba.A_log", "ssm_d": "mamba.D", "ssm_dt.bias": "mamba.dt_bias",
+    "ssm_norm.weight": "mamba.norm.weight",
+}  # fmt: skip
+
 # ---- keys of config.json --------------------------------------------------------------------------------------------
 
 LAYER: Names = {"rms_norm_eps": "layer_norm_eps"}
@@ -150,6 +156,10 @@ def _olmo2(values: Hyperparameters) -> dict[str, Any]:
 def _granite(values: Hyperparameters) -> dict[str, Any]:
     if not values.get("rope.scaling.finetuned", True):
         raise values.wrong("rotates nothing by position, which is not computed")
+    return _granite_factors(values)
+
+
+def _granite_factors(values: Hyperparameters) -> dict[str, Any]:
     return {
         "attention_multiplier": values.number("attention.scale", 0.0) or values.width**-0.5,
         "embedding_multiplier": values.number("embedding_scale", 1.0),
@@ -182,8 +192,7 @@ def _falcon(values: Hyperparameters) -> dict[str, Any]:
 
 
 def _stablelm(values: Hyperparameters) -> dict[str, Any]:
-    parallel = bool(values.get("use_parallel_residual", False)) and not values.has("ffn_norm")
-    return {"use_parallel_residual": parallel, "qk_layernorm": values.has("attn_q_norm")}
+    return {"use_parallel_residual": not values.has("ffn_norm"), "qk_layernorm": values.has("attn_q_norm")}
 
 
 def _cohere(values: Hyperparameters) -> dict[str, Any]:
@@ -224,6 +233,18 @@ def _lfm2(values: Hyperparameters) -> dict[str, Any]:
 def _lfm2_moe(values: Hyperparameters) -> dict[str, Any]:
     dense = values.whole("leading_dense_block_count", 0)
     return {**_lfm2(values), **values.experts("num_experts", MOE, dense=dense), "num_dense_layers": dense}
+
+
+def _granite_hybrid(values: Hyperparameters) -> dict[str, Any]:
+    heads, experts = values.whole("ssm.time_step_rank"), values.whole("expert_count", 0)
+    return {
+        **_granite_factors(values), **(values.experts("num_local_experts") if experts else {"num_local_experts": 0}),
+        "shared_intermediate_size": values.rows("ffn_up_shexp" if experts else "ffn_up"),
+        "position_embedding_type": "rope" if values.get("rope.scaling.finetuned", True) else None,
+        "mamba_n_heads": heads, "mamba_d_head": values.whole("ssm.inner_size") // max(heads, 1),
+        "mamba_n_groups": values.whole("ssm.group_count"), "mamba_d_state": values.whole("ssm.state_size"),
+        "mamba_d_conv": values.whole("ssm.conv_kernel"), "layer_types": values.kinds("ssm_a", "mamba"),
+    }  # fmt: skip
 
 
 def _qwen35(values: Hyperparameters) -> dict[str, Any]:
@@ -327,6 +348,9 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "seed_oss": GGUFArchitecture("seed_oss", {**LLAMA, "post_attention_norm": "post_attention_layernorm"}),
     "lfm2": GGUFArchitecture("lfm2", LFM2, {"rms_norm_eps": "norm_eps"}, _lfm2),
     "lfm2moe": GGUFArchitecture("lfm2_moe", LFM2_MOE, {"rms_norm_eps": "norm_eps"}, _lfm2_moe),
+    "granitehybrid": GGUFArchitecture(
+        "granitemoehybrid", GRANITE_HYBRID, more=_granite_hybrid, paired=True, decays_stored=True
+    ),
     "qwen35": GGUFArchitecture(
         "qwen3_5_text", QWEN35, more=_qwen35, norm_offset_added=True, decays_stored=True, value_heads_tiled=True,
         partial=True,

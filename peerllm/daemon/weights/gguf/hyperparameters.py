@@ -58,17 +58,17 @@ class Hyperparameters:
         return float(value)
 
     def _groups(self, heads: int) -> int:
-        """Key and value heads; of blocks that attend to nothing arrays say 0."""
-        value = self.get("attention.head_count_kv", heads)
-        if isinstance(value, array) and len(attending := set(value) - {0}) == 1:
-            return int(attending.pop())
+        """Heads of keys and values; an array has zeros for blocks without attention."""
+        given = self.get("attention.head_count_kv")
+        if isinstance(given, array) and len(set(given) - {0}) == 1:
+            return int(max(given))
         return self.whole("attention.head_count_kv", heads)
 
     # ---- tensors ----------------------------------------------------------------------------------------------------
 
-    def has(self, stem: str) -> bool:
-        """Whether the first block has a tensor "`stem`.weight"."""
-        return f"blk.0.{stem}.weight" in self._tensors
+    def has(self, stem: str, block: int = 0) -> bool:
+        """Whether a block has a tensor "`stem`.weight"."""
+        return f"blk.{block}.{stem}.weight" in self._tensors
 
     def rows(self, stem: str) -> int | None:
         """Rows of a matrix that is the same in all blocks which have it; None if none has it."""
@@ -100,7 +100,7 @@ class Hyperparameters:
         if normalised is not None:
             about["norm_topk_prob"] = bool(self.get("expert_weights_norm", normalised))
         for number in range(dense, self.blocks):
-            if f"blk.{number}.ffn_up_exps.weight" not in self._tensors:
+            if not self.has("ffn_up_exps", number):
                 raise self.wrong(f"has no stacks of experts in block {number}, which is not computed")
         return about
 

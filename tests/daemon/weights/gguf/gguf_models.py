@@ -30,9 +30,11 @@ ARCHES = {
     "gpt2": ARCH.GPT2, "gpt_bigcode": ARCH.STARCODER, "gpt_neox": ARCH.GPTNEOX, "nemotron": ARCH.NEMOTRON,
     "exaone4": ARCH.EXAONE4, "smollm3": ARCH.SMOLLM3, "arcee": ARCH.ARCEE, "ernie4_5": ARCH.ERNIE4_5,
     "seed_oss": ARCH.SEED_OSS, "hunyuan_v1_dense": ARCH.HUNYUAN_DENSE, "lfm2": ARCH.LFM2, "lfm2_moe": ARCH.LFM2MOE,
-    "qwen3_5_text": ARCH.QWEN35, "qwen3_5_moe_text": ARCH.QWEN35MOE,
+    "qwen3_5_text": ARCH.QWEN35, "qwen3_5_moe_text": ARCH.QWEN35MOE, "granitemoehybrid": ARCH.GRANITE_HYBRID,
 }  # fmt: skip
-PAIRED = {"llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "olmo", "smollm3", "arcee"}
+PAIRED = {
+    "llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "granitemoehybrid", "olmo", "smollm3", "arcee",
+}  # fmt: skip
 NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron", "qwen3_5_text", "qwen3_5_moe_text"}
 TURNED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
@@ -102,7 +104,7 @@ def describe_model(writer: Any, config: Mapping[str, Any]) -> None:
         (writer.add_embedding_length, hidden),
         (writer.add_feed_forward_length, wide or 4 * hidden),
         (writer.add_head_count, heads),
-        (writer.add_head_count_kv, first("num_kv_heads", "num_key_value_heads")),
+        (writer.add_head_count_kv, first("num_kv_heads", "num_key_value_heads")),  # a later value takes its place
         (writer.add_layer_norm_rms_eps, config.get("rms_norm_eps")),
         (writer.add_layer_norm_eps, first("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")),
         (writer.add_expert_count, first("num_local_experts", "num_experts")),
@@ -218,6 +220,18 @@ def lfm2(writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
 
+def granite_hybrid(writer: Any, config: Mapping[str, Any]) -> None:
+    granite(writer, config)
+    writer.add_ssm_conv_kernel(config["mamba_d_conv"])
+    writer.add_ssm_state_size(config["mamba_d_state"])
+    writer.add_ssm_group_count(config["mamba_n_groups"])
+    writer.add_ssm_inner_size(config["mamba_n_heads"] * config["mamba_d_head"])
+    writer.add_ssm_time_step_rank(config["mamba_n_heads"])
+    groups = config["num_key_value_heads"]
+    writer.add_head_count_kv([groups if kind == "full_attention" else 0 for kind in config["layer_types"]])
+    writer.add_rope_scaling_finetuned(config["position_embedding_type"] == "rope")
+
+
 def qwen35(writer: Any, config: Mapping[str, Any]) -> None:
     heads = config["linear_num_value_heads"]
     writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
@@ -236,7 +250,7 @@ MORE: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
     "granitemoe": granite, "granitemoeshared": granite, "gpt_oss": gpt_oss, "cohere": cohere, "cohere2": cohere,
     "olmo": olmo, "olmo3": pattern, "exaone4": pattern, "stablelm": parallel, "gpt_neox": parallel, "phi3": phi3,
     "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1), "lfm2": lfm2, "lfm2_moe": lfm2,
-    "qwen3_5_text": qwen35, "qwen3_5_moe_text": qwen35,
+    "qwen3_5_text": qwen35, "qwen3_5_moe_text": qwen35, "granitemoehybrid": granite_hybrid,
 }  # fmt: skip
 
 
@@ -252,6 +266,8 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
             array = array + 1
         if "linear_attn." in name:
             name, array = name.replace(".dt_bias", ".dt_proj.bias"), tiled(config, name, array)
+        if "mamba." in name:
+            name, array = name.replace(".dt_bias", ".dt_proj.bias"), mamba(config, name, array)
         if name.endswith(("conv.conv.weight", "conv1d.weight")):
             array = array.squeeze(1)
         if kind in PAIRED and re.search(r"\.[qk]_proj\.(weight|bias)$", name):
@@ -270,7 +286,7 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
         elif found := re.fullmatch(r"(.*experts|.*layernorm\.norms)\.(\d+)(\..*)", name):
             stacks.setdefault(found[1] + found[3], {})[int(found[2])] = array
         elif "experts" in name or "input_linear" in name or "shared_mlp" in name:
-            yield from parted(name, array)
+            yield from parted(name, array, bool(config.get("num_local_experts", 1)))
         elif name.endswith("sinks"):
             yield f"{name}.weight", array
         elif name.endswith("expert_bias"):
@@ -310,6 +326,13 @@ def tiled(config: Mapping[str, Any], name: str, array: Array) -> Array:
     return array
 
 
+def mamba(config: Mapping[str, Any], name: str, array: Array) -> Array:
+    """Vectors as columns, norms by group; and decays as they are used."""
+    if name.endswith(("A_log", "mamba.D")):
+        return (-np.exp(array) if name.endswith("A_log") else array)[:, None]
+    return array.reshape(config["mamba_n_groups"], -1) if name.endswith("norm.weight") else array
+
+
 def permuted(array: Array, heads: int) -> Array:
     """Rows of both halves of a head taken in turns."""
     return array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
@@ -323,15 +346,15 @@ def grouped(array: Array, groups: int, each: int) -> Array:
     return np.concatenate([part.reshape(-1, *array.shape[1:]) for part in parts])
 
 
-def parted(name: str, array: Array) -> Iterator[tuple[str, Array]]:
+def parted(name: str, array: Array, experts: bool) -> Iterator[tuple[str, Array]]:
     """Stacks of experts, and feed-forwards that hold gate and up in one matrix."""
     block = name.split(".")[2]
     if "input_linear" in name:
-        end = "shexp" if "shared_mlp" in name else "exps"
+        end = ("_shexp" if experts else "") if "shared_mlp" in name else "_exps"
         for role, some in zip(("gate", "up"), np.split(array, 2, axis=-2), strict=True):
-            yield f"blk.{block}.ffn_{role}_{end}.weight", np.ascontiguousarray(some)
+            yield f"blk.{block}.ffn_{role}{end}.weight", np.ascontiguousarray(some)
     elif name.endswith("shared_mlp.output_linear.weight"):
-        yield f"blk.{block}.ffn_down_shexp.weight", array
+        yield f"blk.{block}.ffn_down{'_shexp' if experts else ''}.weight", array
     elif name.endswith("output_linear.weight"):
         yield f"blk.{block}.ffn_down_exps.weight", array
     else:  # gpt-oss: gate and up alternate, matrices lie on their sides

@@ -27,6 +27,7 @@ from tests.engine.graph.variants import (
     HALF_ROTATED,
     LINEAR,
     LLAMA3,
+    MAMBA,
     YARN,
     load,
     model_of,
@@ -116,6 +117,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
             **EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1,
             "block_auto_adjust_ff_dim": False,
         },
+    ),
+    "granitemoehybrid": (
+        {
+            **GRANITE, **MAMBA, "layer_types": ["mamba", "attention"], "mamba_n_groups": 2, "num_local_experts": 0,
+            "shared_intermediate_size": 24, "position_embedding_type": "rope",
+        },
+        {**GRANITE, **EXPERTS, **MAMBA, "layer_types": ["attention", "mamba"], "shared_intermediate_size": 24},
     ),
     "qwen3_5_text": ({**DELTA, **FEW_TYPES}, {**DELTA_ALONE, **FEW_TYPES, **HALF_ROTATED}),
     "qwen3_5_moe_text": ({**DELTA, **FEW_TYPES, **EXPERTS, "shared_expert_intermediate_size": 40},),
