@@ -198,6 +198,7 @@ class LatentAttention:
     rope: Rope
     query_latent: int | None = None  # queries are made from a vector of this width; None: from the input
     eps: float = 1e-6  # of the norms of latents, whatever config.json says
+    apart: bool = False  # files hold the matrices for keys and for values apart
 
     def __post_init__(self) -> None:
         _limit(channels=self.heads * max(self.width, self.query_width, self.value_width))

@@ -86,6 +86,15 @@ GRANITE_HYBRID = {
     "ssm_norm.weight": "mamba.norm.weight",
 }  # fmt: skip
 
+DEEPSEEK2 = {
+    **LLAMA, **EXPERTS, "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm", "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj", "attn_v_b": "self_attn.v_b_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj", "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj", "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+}  # fmt: skip
+
 # ---- keys of config.json --------------------------------------------------------------------------------------------
 
 LAYER: Names = {"rms_norm_eps": "layer_norm_eps"}
@@ -97,6 +106,7 @@ GPT2_KEYS: Names = {
 
 
 MOE = "moe_intermediate_size"
+SIGMOID = 2  # by which experts are chosen, as files number it
 
 
 def _llama(values: Hyperparameters) -> dict[str, Any]:
@@ -247,6 +257,38 @@ def _granite_hybrid(values: Hyperparameters) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _deepseek2(values: Hyperparameters) -> dict[str, Any]:
+    """DeepSeek V2 and V3, GLM-4.7-Flash (which computes as V3 does) and Youtu (which has no experts)."""
+    turned, scaling = values.whole("rope.dimension_count"), values.scaling()
+    if weight := values.number("rope.scaling.yarn_log_multiplier", 0.0):
+        scaling |= {"mscale": 10 * weight, "mscale_all_dim": 10 * weight}
+    about: dict[str, Any] = {
+        "model_type": "youtu", "kv_lora_rank": values.whole("attention.kv_lora_rank"),
+        "q_lora_rank": values.whole("attention.q_lora_rank", 0) or None, "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": values.whole("attention.key_length_mla", values.width) - turned,
+        "v_head_dim": values.whole("attention.value_length_mla", values.whole("attention.value_length", 0)),
+        "num_key_value_heads": values.whole("attention.head_count"), "rope_scaling": scaling or None,
+        "peerllm_kv_apart": values.has("attn_k_b"),
+    }  # fmt: skip
+    wide = values.rows("ffn_up_exps")
+    if wide is None:
+        return about
+    groups, scale = values.whole("expert_group_count", 0) or 1, values.number("expert_weights_scale", 0.0) or 1.0
+    dense, normalised = values.whole("leading_dense_block_count", 0), bool(values.get("expert_weights_norm", False))
+    about |= {
+        "n_routed_experts": values.whole("expert_count"), "num_experts_per_tok": values.whole("expert_used_count"),
+        "moe_intermediate_size": wide, "n_shared_experts": (values.rows("ffn_up_shexp") or 0) // wide,
+        "first_k_dense_replace": dense, "routed_scaling_factor": scale, "n_group": groups,
+        "topk_group": values.whole("expert_group_used_count", 0) or groups,
+    }  # fmt: skip
+    if values.whole("expert_gating_func", 1) == SIGMOID:
+        return {**about, "model_type": "deepseek_v3", "norm_topk_prob": normalised}
+    if normalised:
+        raise values.wrong("has experts whose softmax weights are made to sum to one, which is not computed")
+    method = "greedy" if groups == 1 else "group_limited_greedy"
+    return {**about, "model_type": "deepseek_v2", "topk_method": method}
+
+
 def _qwen35(values: Hyperparameters) -> dict[str, Any]:
     heads = values.whole("ssm.time_step_rank")
     return {
@@ -283,6 +325,7 @@ class GGUFArchitecture:
     norm_offset_added: bool = False  # norms' weights have the 1 added that the family adds
     decays_stored: bool = False  # -exp(A_log) stands in the place of A_log
     value_heads_tiled: bool = False  # those of one key head do not lie side by side, but one behind the other's
+    latent: bool = False  # keys and values are made of latents: their widths are others
     partial: bool = False  # a part of each head may be rotated; config.json has partial_rotary_factor
     renamed: Callable[[Hyperparameters], Names] = lambda values: {}  # names that some files of it have
 
@@ -351,6 +394,7 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "granitehybrid": GGUFArchitecture(
         "granitemoehybrid", GRANITE_HYBRID, more=_granite_hybrid, paired=True, decays_stored=True
     ),
+    "deepseek2": GGUFArchitecture("deepseek_v3", DEEPSEEK2, {"head_dim": ""}, _deepseek2, latent=True),
     "qwen35": GGUFArchitecture(
         "qwen3_5_text", QWEN35, more=_qwen35, norm_offset_added=True, decays_stored=True, value_heads_tiled=True,
         partial=True,

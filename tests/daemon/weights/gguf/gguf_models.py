@@ -31,6 +31,7 @@ ARCHES = {
     "exaone4": ARCH.EXAONE4, "smollm3": ARCH.SMOLLM3, "arcee": ARCH.ARCEE, "ernie4_5": ARCH.ERNIE4_5,
     "seed_oss": ARCH.SEED_OSS, "hunyuan_v1_dense": ARCH.HUNYUAN_DENSE, "lfm2": ARCH.LFM2, "lfm2_moe": ARCH.LFM2MOE,
     "qwen3_5_text": ARCH.QWEN35, "qwen3_5_moe_text": ARCH.QWEN35MOE, "granitemoehybrid": ARCH.GRANITE_HYBRID,
+    "deepseek_v2": ARCH.DEEPSEEK2, "deepseek_v3": ARCH.DEEPSEEK2, "youtu": ARCH.DEEPSEEK2,
 }  # fmt: skip
 PAIRED = {
     "llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "granitemoehybrid", "olmo", "smollm3", "arcee",
@@ -232,6 +233,35 @@ def granite_hybrid(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_rope_scaling_finetuned(config["position_embedding_type"] == "rope")
 
 
+def deepseek2(writer: Any, config: Mapping[str, Any]) -> None:
+    rank, turned, plain = (config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"))
+    writer.add_head_count_kv(1)
+    writer.add_kv_lora_rank(rank)
+    if config["q_lora_rank"] is not None:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_key_length(rank + turned)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(plain + turned)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(turned)
+    if (weight := config["rope_parameters"].get("mscale_all_dim")) is not None:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * weight)
+    if "n_routed_experts" not in config:
+        return
+    kinds = gguf.ExpertGatingFuncType
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_gating_func(kinds.SIGMOID if config["model_type"] == "deepseek_v3" else kinds.SOFTMAX)
+    if config["model_type"] == "deepseek_v3":
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+    if config["n_group"]:
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+
+
 def qwen35(writer: Any, config: Mapping[str, Any]) -> None:
     heads = config["linear_num_value_heads"]
     writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
@@ -251,6 +281,7 @@ MORE: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
     "olmo": olmo, "olmo3": pattern, "exaone4": pattern, "stablelm": parallel, "gpt_neox": parallel, "phi3": phi3,
     "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1), "lfm2": lfm2, "lfm2_moe": lfm2,
     "qwen3_5_text": qwen35, "qwen3_5_moe_text": qwen35, "granitemoehybrid": granite_hybrid,
+    "deepseek_v2": deepseek2, "deepseek_v3": deepseek2, "youtu": deepseek2,
 }  # fmt: skip
 
 
@@ -281,11 +312,18 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
             groups = config["num_kv_heads"]
             array = grouped(array, groups, config["num_attention_heads"] // groups)
         array = np.ascontiguousarray(array)
+        if name.endswith("kv_b_proj.weight"):
+            plain, rank = config["qk_nope_head_dim"], config["kv_lora_rank"]
+            both = array.reshape(config["num_attention_heads"], -1, rank)
+            yield name.replace("kv_b", "k_b"), np.ascontiguousarray(both[:, :plain].swapaxes(1, 2))
+            yield name.replace("kv_b", "v_b"), np.ascontiguousarray(both[:, plain:])
+            continue
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         if kind == "cohere2" and name.endswith(".bias"):
             assert not array.any()
         elif found := re.fullmatch(r"(.*experts|.*layernorm\.norms)\.(\d+)(\..*)", name):
             stacks.setdefault(found[1] + found[3], {})[int(found[2])] = array
-        elif "experts" in name or "input_linear" in name or "shared_mlp" in name:
+        elif ("experts" in name and "shared_experts" not in name) or "input_linear" in name or "shared_mlp" in name:
             yield from parted(name, array, bool(config.get("num_local_experts", 1)))
         elif name.endswith("sinks"):
             yield f"{name}.weight", array

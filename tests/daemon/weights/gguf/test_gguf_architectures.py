@@ -28,6 +28,9 @@ from tests.engine.graph.variants import (
     LINEAR,
     LLAMA3,
     MAMBA,
+    MLA,
+    MLA_EVEN,
+    ROUTED,
     YARN,
     load,
     model_of,
@@ -125,6 +128,18 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         },
         {**GRANITE, **EXPERTS, **MAMBA, "layer_types": ["attention", "mamba"], "shared_intermediate_size": 24},
     ),
+    "deepseek_v2": (
+        {**ROUTED, **MLA, "routed_scaling_factor": 1.7},
+        {**ROUTED, **MLA_EVEN, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
+    ),
+    "deepseek_v3": (
+        {
+            **ROUTED, **MLA, "n_group": 3, "topk_group": 2,
+            "rope_parameters": {**YARN["rope_parameters"], "mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+        {**ROUTED, **MLA_EVEN, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    ),
+    "youtu": (MLA,),
     "qwen3_5_text": ({**DELTA, **FEW_TYPES}, {**DELTA_ALONE, **FEW_TYPES, **HALF_ROTATED}),
     "qwen3_5_moe_text": ({**DELTA, **FEW_TYPES, **EXPERTS, "shared_expert_intermediate_size": 40},),
 }  # fmt: skip
@@ -154,6 +169,8 @@ def _calm() -> Iterator[None]:
 
 def made(kind: str, values: dict[str, Any]) -> Any:
     shape = {key: value for key, value in SHAPE.items() if kind != "falcon" or key != "head_dim"}
+    if "kv_lora_rank" in values:
+        shape = {key: value for key, value in shape.items() if key not in ("head_dim", "num_key_value_heads")}
     return model_of(kind, 3, {**FEW, **shape, **values})
 
 
