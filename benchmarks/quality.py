@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from peerllm.engine.backends import Backends
 from peerllm.engine.base import Shard
 from peerllm.engine.messages import Inspect, LoadStage
-from peerllm.engine.wire.quantised import restored, rounded
+from peerllm.engine.wire.quantised import dequantise, quantise
 from peerllm.transport.frames.token_run import TokenRun
 
 WINDOW, WINDOWS, CHUNK = 1024, 8, 128  # tokens, windows, tokens of one pass
@@ -95,7 +95,7 @@ class Chain:
         rows: NDArray[Any] = window[first : first + CHUNK]
         for number, shard in enumerate(self._shards[:-1]):
             if number and not self._exact_hops:
-                rows = restored(*rounded(rows), rows.dtype)
+                rows = dequantise(*quantise(rows), rows.dtype)
             rows = shard.forward(rows, [TokenRun(0, 0, first, len(rows))])
         return self._shards[-1].forward(rows, [TokenRun(slot, slot, 0, 1, True) for slot in range(len(rows))])
 

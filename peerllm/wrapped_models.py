@@ -30,6 +30,13 @@ QWEN2_VL = Wrapper(
 QWEN3_VL = {"rope_theta": 500000.0, "max_position_embeddings": 128000}
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("gemma3_text"),
+    "gemma3n": Wrapper("gemma3n_text"),
+    "gemma4": Wrapper("gemma4_text"),
+    "gemma4_unified": Wrapper(
+        "gemma4_text",
+        left_out={"max_position_embeddings": 262144, "sliding_window": 1024},
+        always={"hidden_size_per_layer_input": 0, "enable_moe_block": False},
+    ),
     "idefics3": Wrapper(),
     "internvl": Wrapper(usual="qwen2"),
     "llama4": Wrapper("llama4_text"),

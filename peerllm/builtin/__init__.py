@@ -2,4 +2,5 @@
 
 from pathlib import Path
 
+BUILTIN = "builtin"  # what it is called
 MODEL_DIR: Path = Path(__file__).resolve().parent / "model"

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peerllm.builtin import MODEL_DIR
+from peerllm.builtin import BUILTIN, MODEL_DIR
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.terminal import printable, table
-from peerllm.daemon.weights.gguf_choice import SUFFIX
-from peerllm.daemon.weights.known_models import BUILTIN, KNOWN, memory_bytes, stored_memory_bytes
+from peerllm.daemon.weights.known_models import KNOWN, memory_bytes, stored_memory_bytes
 from peerllm.daemon.weights.on_disk import (
     DIRECTORIES_FILE,
     Paths,
@@ -25,8 +24,6 @@ from peerllm.daemon.weights.on_disk import (
 from peerllm.errors import ModelError, PeerLLMError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import BITS
-
-FITS = {"stored": "yes", "int8": "yes", "int4": "with --quantize int4", "": "no", None: "?"}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,9 +55,8 @@ def catalogue(data_dir: Path, lent: Mapping[str, int] | None) -> dict[str, Any]:
     on_disk = []
     for name, paths in places.items():
         held = weights_of(paths)
-        stored = held.nbytes if paths[0].suffix.lower() == SUFFIX else 0
         about = {"name": name, "path": str(paths[0]), "bytes": held.nbytes, "form": held.form}
-        on_disk.append({**about, **needs(held.numbers, stored, lent)})
+        on_disk.append({**about, **needs(held.numbers, stored_memory_bytes(held), lent)})
     known = [
         {
             "name": one.name,
@@ -69,7 +65,7 @@ def catalogue(data_dir: Path, lent: Mapping[str, int] | None) -> dict[str, Any]:
             "download_bytes": one.download_bytes,
             "form": one.form or "BF16",
             "on_disk": one.name in places,
-            **needs(one.millions * 10**6, one.download_bytes if one.form else 0, lent),
+            **needs(one.millions * 10**6, one.stored_memory_bytes, lent),
         }
         for one in KNOWN
     ]
@@ -79,14 +75,13 @@ def catalogue(data_dir: Path, lent: Mapping[str, int] | None) -> dict[str, Any]:
 def needs(parameters: int, stored: int, lent: Mapping[str, int] | None) -> dict[str, Any]:
     """About how much memory, in each form; `fits`: the first form for which the household has room, "" none.
 
-    `stored`: bytes of files that are computed as they are; 0: 16-bit numbers, which are rounded while they are loaded.
+    `stored`: bytes of memory as the files store it; 0: 16-bit numbers, which are rounded while they are loaded.
     """
-    sizes = {"stored": stored_memory_bytes(stored) if stored else None}
+    sizes = {"stored": stored or None}
     sizes |= {name: memory_bytes(parameters, bits) if parameters else None for name, bits in BITS.items()}
     fits = None
     if lent is not None and (stored or parameters):
-        usual = {name: size for name, size in sizes.items() if size and not (name == "int8" and stored)}
-        fits = next((name for name, size in usual.items() if size <= lent["free_bytes"]), "")
+        fits = next((name for name, size in sizes.items() if size and size <= lent["free_bytes"]), "")
     return {"parameters": parameters, **{f"{name}_bytes": size for name, size in sizes.items()}, "fits": fits}
 
 
@@ -111,5 +106,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def _needs(one: Mapping[str, Any]) -> tuple[str, ...]:
-    sizes = (one["stored_bytes"] or one["int8_bytes"], one["int4_bytes"])
-    return (*(human_bytes(size) if size else "?" for size in sizes), FITS[one["fits"]])
+    usual = "stored" if one["stored_bytes"] else "int8"
+    sizes = (one[f"{usual}_bytes"], one["int4_bytes"])
+    fits = {None: "?", "": "no", usual: "yes"}.get(one["fits"], f"with --quantize {one['fits']}")
+    return (*(human_bytes(size) if size else "?" for size in sizes), fits)

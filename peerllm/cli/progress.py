@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from peerllm.builtin import BUILTIN
 from peerllm.cli.terminal import printable
 from peerllm.daemon.weights.gguf_choice import SUFFIX
-from peerllm.daemon.weights.known_models import BUILTIN
 
 _PERCENT = re.compile(r"\d+(\.\d+)? ?%")
 

@@ -5,7 +5,7 @@ A backend knows layers, positions and slots. It does not know what a token means
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,17 +34,19 @@ class Draw:
 class Reach:
     """Where a slot's sequence can be taken up again in all blocks of a model, whichever stages hold them."""
 
-    rewinds: bool  # False: recurrent layers know the last position alone
+    rewinds: bool  # False: some layers know the last position alone, and those of which they keep a snapshot
     room: int | None = None  # tokens that the narrowest window's slot keeps; None: no block forgets a token
     slack: int = 0  # tokens behind those that a window needs which are left when a slot's room is full
+    snapshots: bool = True  # False: layers that do not rewind cannot keep a snapshot either
 
-    def allows(self, position: int, furthest: int) -> bool:
+    def allows(self, position: int, furthest: int, known: Collection[int] = ()) -> bool:
         """Whether a slot can go on from `position`; `furthest` is the most it has held since it began afresh.
 
-        The slack counts from there: going back does not bring back what was dropped.
+        The slack counts from there: going back does not bring back what was dropped. `known` are the positions for
+        which the layers that do not rewind have their states.
         """
-        if not self.rewinds:
-            return position == furthest
+        if not self.rewinds and position not in known:
+            return False
         return self.room is None or furthest <= self.room or furthest - position <= self.slack
 
 
@@ -57,7 +59,7 @@ class Shard(Protocol):
     sequences or one chunk of one prompt. Arrays may be read-only.
     """
 
-    hidden_size: int
+    hidden_size: int  # numbers in a row that comes in, or of layer 0 in one that goes out; none that goes out is longer
     vocabulary: int  # token ids go from 0 to one less
     weight_bytes: int
     weights: Mapping[int, int]  # bytes by tensor; what two shards of one process share has the same key in both
@@ -66,6 +68,15 @@ class Shard(Protocol):
 
     def forward(self, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor: ...
     def release(self, slot: int) -> None: ...
+
+    def export_state(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, dict[str, Tensor]]:
+        """(Tokens of the slot's sequence, its state as exported_state.exported describes it), of some blocks or all."""
+        ...
+
+    def import_state(self, slot: int, position: int, arrays: dict[str, Tensor]) -> None:
+        """Begin the slot with a state of all blocks; BadInputError before anything has moved if it does not fit."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -278,11 +278,17 @@ class Inspected:
     tensors: tuple[tuple[TensorAt, ...], ...]  # for each layer its tensors (a tied one belongs to two layers)
     working: WorkingSpace
     quantize: str = ""
+    mixed_rows: bool = False  # what travels between stages is more than hidden states, whose sizes differ
 
     @property
     def exact(self) -> bool:
         """Whether nothing is ever rounded: computed in float32, with unrounded weights."""
         return self.dtype == "float32" and not self.quantize
+
+    @property
+    def exact_rows(self) -> bool:
+        """Whether what travels between stages must not be rounded."""
+        return self.exact or self.mixed_rows
 
 
 @dataclass(frozen=True, slots=True)

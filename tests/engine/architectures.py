@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peerllm.engine.backends import Backends
@@ -76,6 +77,18 @@ LLAMA4: dict[str, Any] = {
     **EXPERTS, "intermediate_size_mlp": 48, "attention_chunk_size": 6, "no_rope_layers": [1, 1, 1, 0],
     "interleave_moe_layer_step": 2,
 }  # fmt: skip
+SHARED: dict[str, Any] = {  # four blocks that are one layer to cut at
+    "num_hidden_layers": 7, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention",
+        "sliding_attention", "full_attention"],
+}  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    **WINDOWS, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+    "final_logit_softcapping": 30.0,
+}  # fmt: skip
+GEMMA3N: dict[str, Any] = {
+    **GEMMA4, "altup_num_inputs": 3, "laurel_rank": 4,
+}  # fmt: skip
 VISION: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_heads": 2,
     "image_size": 16, "patch_size": 8,
@@ -105,6 +118,7 @@ class Family:
     note: str = ""
     beside: dict[str, Any] | None = None  # of a wrapper: what stands beside its language model in config.json
     quantised: str = ""  # by which method its files are, see quantising.quantise
+    by_hand: bool = False  # the wrapper's files are written here, not by transformers
 
 
 FAMILIES = [
@@ -354,6 +368,38 @@ FAMILIES = [
     Family("IQuest-Coder", "iquestcoder"),
     Family("GPT-SW3", "gpt-sw3"),
     Family("Laguna", "laguna", {**EXPERTS, **WINDOWS}, note="windows, experts"),
+    Family("Gemma 4 (text)", "gemma4_text", GEMMA4, note="windows, heads of two widths, inputs for each layer"),
+    Family(
+        "Gemma 4 (shared keys)",
+        "gemma4_text",
+        {**GEMMA4, **SHARED, "use_double_wide_mlp": True},
+        note="as above; the last four blocks share keys and values and are one layer to cut at",
+    ),
+    Family(
+        "Gemma 4 (dense)",
+        "gemma4_text",
+        {**GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        note="windows, heads of two widths, keys as values",
+    ),
+    Family(
+        "Gemma 4 (experts)",
+        "gemma4_text",
+        {
+            **GEMMA4, **EXPERTS, "hidden_size_per_layer_input": 0, "enable_moe_block": True, "top_k_experts": 2,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        },
+        note="windows, heads of two widths, keys as values, experts beside a dense feed-forward",
+    ),
+    Family(
+        "Gemma 3n (text)",
+        "gemma3n_text",
+        {**GEMMA3N, **SHARED, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]},
+        note="windows, three streams, inputs for each layer; the last four blocks share keys and values",
+    ),
+    Family(
+        "Gemma 3n", "gemma3n", {**GEMMA3N, **SHARED, "model_type": "gemma3n_text"}, beside={}, by_hand=True,
+        note="the language model (`gemma3n_text`), put beside other tensors by hand (its vision model needs `timm`)",
+    ),
     *(
         Family(name, kind, {**config, "model_type": text}, note=f"the language model (`{text}`) beside a vision model",
             beside={"vision_config": {**VISION, **vision}, "image_token_id": 2, "image_token_index": 2, **outer})
@@ -376,6 +422,10 @@ FAMILIES = [
             ("Qwen3.5", "qwen3_5", "qwen3_5_text", LINEAR, {"out_hidden_size": 32, "depth": 1}, {}),
             ("Qwen3.5-MoE", "qwen3_5_moe", "qwen3_5_moe_text",
                 {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16}, {"out_hidden_size": 32, "depth": 1}, {}),
+            ("Gemma 4", "gemma4", "gemma4_text", {**GEMMA4, **SHARED, "pad_token_id": 0},
+                {"head_dim": 8, "num_key_value_heads": 2}, {"audio_config": None}),
+            ("Gemma 4 (unified)", "gemma4_unified", "gemma4_unified_text",
+                {**WINDOWS, "global_head_dim": 16, "pad_token_id": 0}, {"num_soft_tokens": 4}, {"audio_config": None}),
             ("Llama 4", "llama4", "llama4_text", LLAMA4, {"vision_output_dim": 16, "projector_input_dim": 16,
                 "projector_output_dim": 16}, {}),
         ]
@@ -422,6 +472,10 @@ class Example:
     def layers(self) -> int:
         return len(self.inspected.profile.layers)
 
+    @property
+    def blocks(self) -> int:
+        return int(self.family.config.get("num_hidden_layers", LAYERS - 2))
+
 
 @dataclass
 class Outcome:
@@ -454,14 +508,16 @@ def tiny_model(family: Family, scale: float, seed: int) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     values = {key: value for key, value in COMMON.items() if key not in family.without} | family.config
-    values = values if family.beside is None else {**family.beside, "text_config": values}
-    config = AutoConfig.for_model(family.model_type, **values)
+    alone = family.beside is None or family.by_hand
+    values = values if alone else {**family.beside, "text_config": values}
+    config = AutoConfig.for_model(values.pop("model_type", family.model_type), **values)
     torch.manual_seed(seed)
-    kind: Any = AutoModelForCausalLM if family.beside is None else AutoModelForImageTextToText
+    kind: Any = AutoModelForCausalLM if alone else AutoModelForImageTextToText
     model = kind.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in model.named_parameters():
+        scalars = [(name, tensor) for name, tensor in model.named_buffers() if name.endswith("layer_scalar")]
+        for name, tensor in [*model.named_parameters(), *scalars]:
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.dim() >= 2 and min(tensor.shape[-2:]) > 1:
                 fan_in = tensor.shape[-1]
@@ -481,6 +537,16 @@ def save(model: Any, directory: Path, quantised: str = "") -> Any:
         meant = directory / "floats"
         quantise(directory, quantised, meant)
     return type(model).from_pretrained(meant, dtype=torch.float32).eval()
+
+
+def wrap(family: Family, directory: Path) -> None:
+    """Turn a language model's files into those of a wrapper, with a tensor of another part among them."""
+    config = json.loads((directory / "config.json").read_text())
+    outer = {"model_type": family.model_type, "text_config": config, "vision_config": {"hidden_size": 16}}
+    (directory / "config.json").write_text(json.dumps(outer))
+    tensors = load_file(directory / "model.safetensors")
+    named = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    save_file({**named, "model.vision_tower.norm.weight": torch.ones(16)}, directory / "model.safetensors")
 
 
 def inspect(directory: Path, backend: Backend | None = None, quantize: str = "auto") -> Inspected:
@@ -589,17 +655,18 @@ def controls(inspected: Inspected, model: Any, prompt: Ids, tokens: list[int], f
         return generate(forwards, given, (len(given),))[0] == tokens
 
     def head_alone(hidden: npt.NDArray[Any], runs: Sequence[TokenRun]) -> npt.NDArray[Any]:
-        with torch.inference_mode():
-            logits: npt.NDArray[Any] = model.get_output_embeddings()(torch.from_numpy(hidden[-1:])).numpy()
+        matrix = model.get_output_embeddings()
+        with torch.inference_mode():  # of several streams the first one
+            logits: npt.NDArray[Any] = matrix(torch.from_numpy(hidden[-1:, : matrix.in_features])).numpy()
             return logits
 
     if not same(chain):
         blind.append("nothing is changed")
-    for number in range(last - 1):
+    for number in range(last - 1 if graph else len(shards[0].blocks)):
         if graph:
             skipped = same([*chain[: number + 1], *chain[number + 2 :]])
         else:
-            hook = shards[0].blocks[number].register_forward_hook(skip, with_kwargs=True)
+            hook = shards[0].blocks[number].register_forward_hook(skip, with_kwargs=True, prepend=True)
             skipped = same(chain)
             hook.remove()
         if skipped:
@@ -640,6 +707,8 @@ def example(family: Family, directory: Path) -> Example:
         model = save(tiny_model(family, scale, seed), place, family.quantised)
         prompt = torch.randint(3, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(seed + 7)).numpy()
         tokens, logits = reference(model, prompt)
+        if family.by_hand:
+            wrap(family, place)
         inspected = inspect(place)
         blind = ["answer of one token"]
         if len(set(tokens)) >= DISTINCT:
@@ -677,8 +746,8 @@ def examine(made: Example, chosen: Sequence[Cut] | None = None, torch_too: Cut |
     if made.blind:
         outcome.error = f"controls that change nothing: {', '.join(made.blind)}"
         return outcome
-    outcome.blocks = made.layers - 2
-    skips = f"{outcome.blocks} skips"
+    outcome.blocks = made.blocks
+    skips = f"{made.blocks} skips"
     order = "positions" if family.positions else "prompt order"
     outcome.controls = ", ".join([skips, order, *(["final norm"] if family.norm else [])])
     shards: dict[tuple[int, int], Shard] = {}

@@ -36,8 +36,12 @@ WIDER = {"hidden_size": 64, "intermediate_size": 128, "n_inner": 128, "head_dim"
 EXPERTS_TOO = {**EXPERTS, "moe_intermediate_size": 64}
 SHARED = {"shared_expert_intermediate_size": 64, "shared_intermediate_size": 64}
 DENSE = ("Llama", "Qwen2", "Gemma 2", "GPT-2", "Phi", "Phi-3", "GPT-NeoX", "Falcon", "OLMo 2")
-MIXED = ("Mixtral", "Qwen2-MoE", "Granite-MoE (shared)", "gpt-oss")
-ROUTERS = ("mlp.gate", "router", "router.layer", "shared_expert_gate")  # are never rounded
+GATED = ("LFM2", "Qwen3.5 (text)")  # roundings of numbers that are multiplied with each other
+MIXED = ("Mixtral", "Qwen2-MoE", "Granite-MoE (shared)", "gpt-oss", "DeepSeek-V3", "Granite hybrid")
+EXACT = (  # are never rounded
+    "mlp.gate", "router", "router.layer", "shared_expert_gate", "in_proj_a", "in_proj_b", "kv_b_proj",
+)  # fmt: skip
+STEPS = "mamba.in_proj"  # of its rows the last, one for each head, are never rounded
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 24)
 WHOLE: Cut = ((0, LAYERS - 1),)
 
@@ -47,6 +51,7 @@ pytestmark = pytest.mark.usefixtures("calm")
 def wider(name: str) -> Family:
     family = next(family for family in FAMILIES if family.name == name)
     more = {**WIDER, **(EXPERTS_TOO | SHARED if name in MIXED else {})}
+    more |= {"mamba_d_head": 32} if name == "Granite hybrid" else {}
     return replace(family, config={**family.config, **{k: v for k, v in more.items() if k not in family.without}})
 
 
@@ -81,14 +86,15 @@ def restoring(patch: pytest.MonkeyPatch, bits: int) -> None:
 
     def part(self: Part, *about: Any) -> Floats:
         rows = one(self, *about)
-        return rows if self.tensor.endswith(ROUTERS) else meant(rows)
+        exact = self.tensor.endswith(EXACT) or (self.tensor.endswith(STEPS) and self.count < 8)
+        return rows if exact or block_of(rows.shape[1]) is None else meant(rows)
 
     patch.setattr(Stacks, "floats", lambda *about: meant(expert(*about)))
     patch.setattr(Part, "floats", part)
 
 
 @pytest.mark.parametrize("quantize", BITS)
-@pytest.mark.parametrize("name", [*DENSE, *MIXED])
+@pytest.mark.parametrize("name", [*DENSE, *GATED, *MIXED])
 def test_rounded_graphs_say_what_their_weights_stand_for(name: str, quantize: str, tmp_path: Path) -> None:
     save(tiny_model(wider(name), 1.0, 0), tmp_path)
     whole, exact = logits(tmp_path, quantize), logits(tmp_path, "none")
@@ -97,7 +103,8 @@ def test_rounded_graphs_say_what_their_weights_stand_for(name: str, quantize: st
     with pytest.MonkeyPatch.context() as patch:
         restoring(patch, BITS[quantize])
         meant = logits(tmp_path, "none")
-    assert likeness(whole, meant) > (0.95 if name in MIXED else 0.999), "but for inputs, which are rounded as well"
+    least = 0.95 if name in MIXED else 0.99 if name in GATED else 0.999
+    assert likeness(whole, meant) > least, "but for inputs, which are rounded as well"
     assert likeness(whole, exact) > {"int8": 0.97, "int4": 0.7}[quantize]
     skipped = logits(tmp_path, quantize, ((0, LAYERS - 3), (LAYERS - 1, LAYERS - 1)))
     assert likeness(skipped, meant) < 0.94, "a control: without its last block"

@@ -10,9 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from peerllm.builtin import MODEL_DIR
+from peerllm.builtin import BUILTIN, MODEL_DIR
 from peerllm.daemon.deployment.model_files import dtype_of
-from peerllm.daemon.weights.known_models import BUILTIN
 from peerllm.errors import ModelError
 from peerllm.planner.cost.layer_costs import layer_bytes
 from peerllm.planner.cost.working_space import working_bytes

@@ -7,10 +7,9 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from peerllm.builtin import MODEL_DIR
+from peerllm.builtin import BUILTIN, MODEL_DIR
 from peerllm.cli.progress import ProgressBars, as_model
 from peerllm.daemon.deployment.model_files import Tell, looked_up, resolve
-from peerllm.daemon.weights.known_models import BUILTIN
 from peerllm.errors import PeerLLMError
 from peerllm.planner.cost.byte_sizes import human_bytes
 

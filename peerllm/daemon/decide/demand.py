@@ -78,6 +78,10 @@ def check_options(options: RunOptions, inspected: Inspected) -> None:
         raise BadInputError(f"--activations is one of {', '.join(ACTIVATIONS)}, not {options.activations}")
     if options.activations == "int8" and inspected.exact:
         raise BadInputError(f"{options.model} is computed in float32, which stays exact: no --activations int8 for it")
+    if options.activations == "int8" and inspected.exact_rows:
+        raise BadInputError(
+            f"{options.model} sends more than hidden states between devices, which stays exact: no --activations int8"
+        )
     if options.slots is not None and not 1 <= options.slots <= MAX_SLOTS:
         raise BadInputError(f"--slots must lie in 1..{MAX_SLOTS}, not {options.slots}")
     if options.context is not None and not 1 <= options.context <= inspected.max_context:
@@ -161,7 +165,7 @@ def _draw_up(
     def solve(one: ModelProfile) -> Plan:
         return planned(one, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
 
-    wanted: Activations = "exact" if inspected.exact else options.activations
+    wanted: Activations = "exact" if inspected.exact_rows else options.activations
     scenario = Scenario(model, rooms, links, source, None, work, ())
     found = plan_with_forms(scenario, wanted, ITEMSIZE[inspected.dtype], solve)
     plan = found.plan

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from peerllm.builtin import MODEL_DIR
+from peerllm.builtin import BUILTIN, MODEL_DIR
 from peerllm.daemon.weights import hub
 from peerllm.daemon.weights.data_package import fetch_package
 from peerllm.daemon.weights.gguf.model_directory import model_directory
 from peerllm.daemon.weights.gguf_choice import SUFFIX
 from peerllm.daemon.weights.hub_download import download
-from peerllm.daemon.weights.known_models import BUILTIN, hub_name, known, suggestion
+from peerllm.daemon.weights.known_models import hub_name, known, suggestion
 from peerllm.daemon.weights.on_disk import Paths, cached, gguf_file, model_at
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
 from peerllm.planner.cost.byte_sizes import human_bytes

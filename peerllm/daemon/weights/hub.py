@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from peerllm.daemon.weights.gguf_choice import GgufModel, chosen, gguf_models
 from peerllm.daemon.weights.hub_errors import errors_of, quietly
 from peerllm.daemon.weights.hub_header import gguf_header
 from peerllm.errors import ModelError, NotFoundError
+from peerllm.wrapped_models import WRAPPERS, text_tensor
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -25,7 +26,8 @@ NOT = ["*/*"]  # other formats of the same weights lie in folders
 WORKERS = 4  # files downloaded at once
 ASK_TIMEOUT_S = 10.0
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-SAID = ("config.json", "generation_config.json", INDEX)  # what tells of a model, besides the headers of its weights
+CONFIG = "config.json"
+SAID = (CONFIG, "generation_config.json", INDEX)  # what tells of a model, besides the headers of its weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +62,24 @@ class Repository:
         found = try_to_load_from_cache(self.model, name, revision=self.commit)
         return Path(found) if isinstance(found, str) else None
 
-    def weights(self, index: Path) -> list[str]:
-        """The safetensors files that a loader would read: those that the index names, where there is one."""
+    def weights(self, directory: Path) -> list[str]:
+        """The safetensors files that a loader would read: those in which the index names a tensor that is needed.
+
+        `directory` has the index, where there is one, and config.json: of a wrapper only the language model counts.
+        """
         held = [name for name in self.sizes if name.endswith(".safetensors")]
-        if index.is_file():
-            try:
-                named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(f"{INDEX} of {self.model} has no usable weight_map") from error
-            return [name for name in held if name in named]
-        return [SINGLE] if SINGLE in held else held
+        if not (directory / INDEX).is_file():
+            return [SINGLE] if SINGLE in held else held
+        try:
+            index, config = (
+                json.loads((directory / name).read_text(encoding="utf-8")) if name in self.sizes else {}
+                for name in (INDEX, CONFIG)
+            )
+            wrapped = config.get("model_type") in list(WRAPPERS)
+            named = {file for tensor, file in index["weight_map"].items() if not wrapped or text_tensor(tensor)}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{INDEX} of {self.model} has no usable weight_map") from error
+        return [name for name in held if name in named]
 
 
 def ask(model: str, tag: str = "", timeout_s: float = ASK_TIMEOUT_S) -> Repository:
@@ -88,7 +98,22 @@ def ask(model: str, tag: str = "", timeout_s: float = ASK_TIMEOUT_S) -> Reposito
         return Repository(model, commit, {name: sizes[name] for name in one.files}, one, tuple(ggufs))
     if not plain:
         raise NotFoundError(f"{model} holds neither safetensors nor GGUF files")
-    return Repository(model, commit, plain)
+    return _needed(Repository(model, commit, plain))
+
+
+def _needed(found: Repository) -> Repository:
+    """The files without the weights that no loader would read; all, where that cannot be told."""
+    if sum(name.endswith(".safetensors") for name in found.sizes) < 2:
+        return found
+    with errors_of(found.model):
+        told = [name for name in SAID if name in found.sizes]
+        said = [_api().hf_hub_download(found.model, name, revision=found.commit) for name in told]
+    try:
+        weights = found.weights(Path(said[0]).parent) if said else []
+    except ModelError:  # told where the model is read
+        return found
+    sizes = {name: size for name, size in found.sizes.items() if name in weights or not name.endswith(".safetensors")}
+    return replace(found, sizes=sizes) if weights else found
 
 
 def _wanted(name: str) -> bool:
@@ -127,7 +152,7 @@ def _outline_directory(found: Repository, into: Path) -> bool:
     for name in SAID:
         if name in found.sizes:
             shutil.copyfile(api.hf_hub_download(found.model, name, revision=found.commit), into / name)
-    weights = found.weights(into / INDEX)
+    weights = found.weights(into)
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="headers") as pool:
         for name, tensors in pool.map(header, weights):
             hole(into / name, tensors)

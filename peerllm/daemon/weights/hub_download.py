@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from peerllm.daemon.weights.hub import FILES, NOT, WORKERS, Repository, token
+from peerllm.daemon.weights.hub import WORKERS, Repository, token
 from peerllm.daemon.weights.hub_errors import HaltedError, errors_of
 
 Share = Callable[[float], None]  # 0 to 1
@@ -23,12 +23,11 @@ def download(found: Repository, told: Share, total_bytes: int, halt: threading.E
     """
     from huggingface_hub import snapshot_download
 
-    names = None if found.gguf is None else [glob.escape(name) for name in found.gguf.files]
+    names = [glob.escape(name) for name in found.sizes]
     with errors_of(found.model):
         directory = snapshot_download(
             found.model,
-            allow_patterns=names or FILES,
-            ignore_patterns=None if names else NOT,
+            allow_patterns=names,
             max_workers=WORKERS,
             token=token(),
             tqdm_class=hub_bar(told, total_bytes, halt),  # type: ignore[arg-type]

@@ -6,17 +6,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from peerllm.builtin import BUILTIN
 from peerllm.daemon.weights.data_package import DataPackage
-from peerllm.daemon.weights.on_disk import in_hub_cache
+from peerllm.daemon.weights.gguf.architectures import ARCHITECTURES
+from peerllm.daemon.weights.on_disk import WeightFiles, in_hub_cache
 
-BUILTIN = "builtin"
 SCALE_BITS = 1.0  # of each rounded number: 64 to 128 of them share 12 bytes
 SPARE = 1.1  # of the weights: norms, what a pass works with, and a little room for keys and values
-STORED_SPARE = 1.4  # of a GGUF file: besides, scales and minima take more room in memory than in the file
 MAX_SUGGESTIONS = 3
 LIKENESS = 0.6  # from which a name may be meant
-# Bits of a number in a file of each form, the embedding's included. "": a safetensors repository of 16-bit numbers.
-FORMS = {"": 16.0, "Q8_0": 8.5, "Q4_K_M": 5.0, "MXFP4": 4.6}
+# Bits of a number in files of a form, and in memory where it is computed as it is stored: scales and minima of blocks
+# take more room there. "": a safetensors repository of 16-bit numbers.
+FORMS = {"": (16.0, 0.0), "Q8_0": (8.5, 11.5), "Q4_K_M": (5.0, 10.0), "MXFP4": (4.6, 11.0)}
+# Bits of a number in memory, by GGML type; others are rounded to 8 bits.
+MEMORY_BITS = {
+    "Q4_0": 7.0, "Q4_1": 8.6, "Q4_K": 8.6, "Q5_0": 11.0, "Q8_0": 11.0, "IQ4_NL": 11.0, "IQ4_XS": 11.0, "MXFP4": 11.0,
+    "Q5_1": 12.6, "Q5_K": 12.6, "Q6_K": 14.0, "Q3_K": 10.0, "Q2_K": 13.0,
+}  # fmt: skip
+PUBLISHED_SPARE = 1.25  # of the files of a checkpoint that was published in rounded numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,7 @@ class KnownModel:
     """
 
     name: str
+    architecture: str  # as GGUF files name it
     hub_id: str
     millions: int  # of parameters
     layers: int
@@ -38,7 +46,12 @@ class KnownModel:
 
     @property
     def download_bytes(self) -> int:
-        return int(self.millions * 10**6 * FORMS[self.form] / 8)
+        return int(self.millions * 10**6 * FORMS[self.form][0] / 8)
+
+    @property
+    def stored_memory_bytes(self) -> int:
+        """About what all devices together lend to it as it is stored; 0: it is rounded."""
+        return int(SPARE * self.millions * 10**6 * FORMS[self.form][1] / 8)
 
 
 def memory_bytes(parameters: float, bits: int) -> int:
@@ -46,9 +59,12 @@ def memory_bytes(parameters: float, bits: int) -> int:
     return int(SPARE * parameters * (bits + SCALE_BITS) / 8)
 
 
-def stored_memory_bytes(nbytes: int) -> int:
-    """About what all devices together lend to a model of GGUF files, which are computed as they are stored."""
-    return int(STORED_SPARE * nbytes)
+def stored_memory_bytes(files: WeightFiles) -> int:
+    """About what all devices together lend to a model that is computed as it is stored; 0: it is rounded."""
+    if not files.stored:
+        return 0
+    bits = sum(count * MEMORY_BITS.get(dtype, 8.0 + SCALE_BITS) for dtype, count in files.counts.items())
+    return int(SPARE * bits / 8) if files.counts else int(PUBLISHED_SPARE * files.nbytes)
 
 
 SMOLLM2_PACKAGE = DataPackage(
@@ -58,51 +74,51 @@ SMOLLM2_PACKAGE = DataPackage(
     file_bytes=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-KNOWN = (
-    KnownModel("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", 135, 30, SMOLLM2_PACKAGE),
-    KnownModel("smollm2-360m", "HuggingFaceTB/SmolLM2-360M-Instruct", 362, 32),
-    KnownModel("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B-Instruct-GGUF:Q4_K_M", 1711, 24),
-    KnownModel("smollm3", "ggml-org/SmolLM3-3B-GGUF:Q4_K_M", 3075, 36),
-    KnownModel("qwen3-0.6b", "Qwen/Qwen3-0.6B-GGUF:Q8_0", 596, 28),
-    KnownModel("qwen3-1.7b", "Qwen/Qwen3-1.7B-GGUF:Q8_0", 1721, 28),
-    KnownModel("qwen3-4b", "Qwen/Qwen3-4B-GGUF:Q4_K_M", 4022, 36),
-    KnownModel("qwen3-8b", "Qwen/Qwen3-8B-GGUF:Q4_K_M", 8191, 36),
-    KnownModel("qwen3-14b", "Qwen/Qwen3-14B-GGUF:Q4_K_M", 14768, 40),
-    KnownModel("qwen3-32b", "Qwen/Qwen3-32B-GGUF:Q4_K_M", 32762, 64),
-    KnownModel("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B-GGUF:Q4_K_M", 30532, 48),
-    KnownModel("qwen3.5-0.8b", "unsloth/Qwen3.5-0.8B-GGUF:Q4_K_M", 752, 24),
-    KnownModel("qwen3.5-2b", "unsloth/Qwen3.5-2B-GGUF:Q4_K_M", 1881, 24),
-    KnownModel("qwen3.5-4b", "unsloth/Qwen3.5-4B-GGUF:Q4_K_M", 4206, 32),
-    KnownModel("qwen3.5-9b", "unsloth/Qwen3.5-9B-GGUF:Q4_K_M", 8954, 32),
-    KnownModel("qwen3.5-27b", "unsloth/Qwen3.5-27B-GGUF:Q4_K_M", 26896, 64),
-    KnownModel("qwen3.5-35b-a3b", "unsloth/Qwen3.5-35B-A3B-GGUF:Q4_K_M", 34661, 40),
-    KnownModel("gemma3-270m", "ggml-org/gemma-3-270m-it-GGUF:Q8_0", 268, 18),
-    KnownModel("gemma3-1b", "ggml-org/gemma-3-1b-it-GGUF:Q4_K_M", 1000, 26),
-    KnownModel("gemma3-4b", "ggml-org/gemma-3-4b-it-GGUF:Q4_K_M", 3880, 34),
-    KnownModel("gemma3-12b", "ggml-org/gemma-3-12b-it-GGUF:Q4_K_M", 11766, 48),
-    KnownModel("gemma3-27b", "ggml-org/gemma-3-27b-it-GGUF:Q4_K_M", 27009, 62),
-    KnownModel("gemma4-e2b", "unsloth/gemma-4-E2B-it-GGUF:Q4_K_M", 5100, 35),
-    KnownModel("gemma4-e4b", "unsloth/gemma-4-E4B-it-GGUF:Q4_K_M", 7996, 42),
-    KnownModel("gemma4-26b-a4b", "ggml-org/gemma-4-26B-A4B-it-GGUF:Q4_K_M", 25200, 30),
-    KnownModel("gemma4-31b", "ggml-org/gemma-4-31B-it-GGUF:Q4_K_M", 30700, 60),
-    KnownModel("gpt-oss-20b", "ggml-org/gpt-oss-20b-GGUF:MXFP4", 20915, 24),
-    KnownModel("gpt-oss-120b", "ggml-org/gpt-oss-120b-GGUF:MXFP4", 116829, 36),
-    KnownModel("llama3.2-1b", "unsloth/Llama-3.2-1B-Instruct-GGUF:Q4_K_M", 1236, 16),
-    KnownModel("llama3.2-3b", "unsloth/Llama-3.2-3B-Instruct-GGUF:Q4_K_M", 3213, 28),
-    KnownModel("llama3.1-8b", "bartowski/Meta-Llama-3.1-8B-Instruct-GGUF:Q4_K_M", 8030, 32),
-    KnownModel("llama3.3-70b", "bartowski/Llama-3.3-70B-Instruct-GGUF:Q4_K_M", 70554, 80),
-    KnownModel("lfm2-350m", "LiquidAI/LFM2-350M-GGUF:Q4_K_M", 354, 16),
-    KnownModel("lfm2-1.2b", "LiquidAI/LFM2-1.2B-GGUF:Q4_K_M", 1170, 16),
-    KnownModel("lfm2-2.6b", "LiquidAI/LFM2-2.6B-GGUF:Q4_K_M", 2569, 30),
-    KnownModel("granite4-micro", "ibm-granite/granite-4.0-micro-GGUF:Q4_K_M", 3403, 40),
-    KnownModel("granite4-h-tiny", "ibm-granite/granite-4.0-h-tiny-GGUF:Q4_K_M", 6939, 40),
-    KnownModel("mistral-7b", "bartowski/Mistral-7B-Instruct-v0.3-GGUF:Q4_K_M", 7248, 32),
-    KnownModel("phi4-mini", "unsloth/Phi-4-mini-instruct-GGUF:Q4_K_M", 3836, 32),
-    KnownModel("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct", 494, 24),
-    KnownModel("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B-Instruct", 1544, 28),
-    KnownModel("qwen2.5-7b", "bartowski/Qwen2.5-7B-Instruct-GGUF:Q4_K_M", 7616, 28),
-    KnownModel("qwen2.5-72b", "bartowski/Qwen2.5-72B-Instruct-GGUF:Q4_K_M", 72706, 80),
+_LISTED = (
+    KnownModel("smollm2", "llama", "HuggingFaceTB/SmolLM2-135M-Instruct", 135, 30, SMOLLM2_PACKAGE),
+    KnownModel("smollm2-360m", "llama", "HuggingFaceTB/SmolLM2-360M-Instruct", 362, 32),
+    KnownModel("smollm2-1.7b", "llama", "HuggingFaceTB/SmolLM2-1.7B-Instruct-GGUF:Q4_K_M", 1711, 24),
+    KnownModel("smollm3", "smollm3", "ggml-org/SmolLM3-3B-GGUF:Q4_K_M", 3075, 36),
+    KnownModel("qwen3-0.6b", "qwen3", "Qwen/Qwen3-0.6B-GGUF:Q8_0", 596, 28),
+    KnownModel("qwen3-1.7b", "qwen3", "Qwen/Qwen3-1.7B-GGUF:Q8_0", 1721, 28),
+    KnownModel("qwen3-4b", "qwen3", "Qwen/Qwen3-4B-GGUF:Q4_K_M", 4022, 36),
+    KnownModel("qwen3-8b", "qwen3", "Qwen/Qwen3-8B-GGUF:Q4_K_M", 8191, 36),
+    KnownModel("qwen3-14b", "qwen3", "Qwen/Qwen3-14B-GGUF:Q4_K_M", 14768, 40),
+    KnownModel("qwen3-32b", "qwen3", "Qwen/Qwen3-32B-GGUF:Q4_K_M", 32762, 64),
+    KnownModel("qwen3-30b-a3b", "qwen3moe", "Qwen/Qwen3-30B-A3B-GGUF:Q4_K_M", 30532, 48),
+    KnownModel("qwen3.5-0.8b", "qwen35", "unsloth/Qwen3.5-0.8B-GGUF:Q4_K_M", 752, 24),
+    KnownModel("qwen3.5-2b", "qwen35", "unsloth/Qwen3.5-2B-GGUF:Q4_K_M", 1881, 24),
+    KnownModel("qwen3.5-4b", "qwen35", "unsloth/Qwen3.5-4B-GGUF:Q4_K_M", 4206, 32),
+    KnownModel("qwen3.5-9b", "qwen35", "unsloth/Qwen3.5-9B-GGUF:Q4_K_M", 8954, 32),
+    KnownModel("qwen3.5-27b", "qwen35", "unsloth/Qwen3.5-27B-GGUF:Q4_K_M", 26896, 64),
+    KnownModel("qwen3.5-35b-a3b", "qwen35moe", "unsloth/Qwen3.5-35B-A3B-GGUF:Q4_K_M", 34661, 40),
+    KnownModel("gemma3-270m", "gemma3", "ggml-org/gemma-3-270m-it-GGUF:Q8_0", 268, 18),
+    KnownModel("gemma3-1b", "gemma3", "ggml-org/gemma-3-1b-it-GGUF:Q4_K_M", 1000, 26),
+    KnownModel("gemma3-4b", "gemma3", "ggml-org/gemma-3-4b-it-GGUF:Q4_K_M", 3880, 34),
+    KnownModel("gemma3-12b", "gemma3", "ggml-org/gemma-3-12b-it-GGUF:Q4_K_M", 11766, 48),
+    KnownModel("gemma3-27b", "gemma3", "ggml-org/gemma-3-27b-it-GGUF:Q4_K_M", 27009, 62),
+    KnownModel("gemma4-e2b", "gemma4", "unsloth/gemma-4-E2B-it-GGUF:Q4_K_M", 5100, 35),
+    KnownModel("gemma4-e4b", "gemma4", "unsloth/gemma-4-E4B-it-GGUF:Q4_K_M", 7996, 42),
+    KnownModel("gemma4-26b-a4b", "gemma4", "ggml-org/gemma-4-26B-A4B-it-GGUF:Q4_K_M", 25200, 30),
+    KnownModel("gemma4-31b", "gemma4", "ggml-org/gemma-4-31B-it-GGUF:Q4_K_M", 30700, 60),
+    KnownModel("gpt-oss-20b", "gpt-oss", "ggml-org/gpt-oss-20b-GGUF:MXFP4", 20915, 24),
+    KnownModel("gpt-oss-120b", "gpt-oss", "ggml-org/gpt-oss-120b-GGUF:MXFP4", 116829, 36),
+    KnownModel("llama3.2-1b", "llama", "unsloth/Llama-3.2-1B-Instruct-GGUF:Q4_K_M", 1236, 16),
+    KnownModel("llama3.2-3b", "llama", "unsloth/Llama-3.2-3B-Instruct-GGUF:Q4_K_M", 3213, 28),
+    KnownModel("llama3.1-8b", "llama", "bartowski/Meta-Llama-3.1-8B-Instruct-GGUF:Q4_K_M", 8030, 32),
+    KnownModel("llama3.3-70b", "llama", "bartowski/Llama-3.3-70B-Instruct-GGUF:Q4_K_M", 70554, 80),
+    KnownModel("lfm2-350m", "lfm2", "LiquidAI/LFM2-350M-GGUF:Q4_K_M", 354, 16),
+    KnownModel("lfm2-1.2b", "lfm2", "LiquidAI/LFM2-1.2B-GGUF:Q4_K_M", 1170, 16),
+    KnownModel("lfm2-2.6b", "lfm2", "LiquidAI/LFM2-2.6B-GGUF:Q4_K_M", 2569, 30),
+    KnownModel("granite4-micro", "granite", "ibm-granite/granite-4.0-micro-GGUF:Q4_K_M", 3403, 40),
+    KnownModel("granite4-h-tiny", "granitehybrid", "ibm-granite/granite-4.0-h-tiny-GGUF:Q4_K_M", 6939, 40),
+    KnownModel("mistral-7b", "llama", "bartowski/Mistral-7B-Instruct-v0.3-GGUF:Q4_K_M", 7248, 32),
+    KnownModel("qwen2.5-0.5b", "qwen2", "Qwen/Qwen2.5-0.5B-Instruct", 494, 24),
+    KnownModel("qwen2.5-1.5b", "qwen2", "Qwen/Qwen2.5-1.5B-Instruct", 1544, 28),
+    KnownModel("qwen2.5-7b", "qwen2", "bartowski/Qwen2.5-7B-Instruct-GGUF:Q4_K_M", 7616, 28),
+    KnownModel("qwen2.5-72b", "qwen2", "bartowski/Qwen2.5-72B-Instruct-GGUF:Q4_K_M", 72706, 80),
 )
+KNOWN = tuple(one for one in _LISTED if one.architecture in ARCHITECTURES)  # nothing is listed that does not run
 _BY_NAME = {one.name: one for one in KNOWN}
 
 

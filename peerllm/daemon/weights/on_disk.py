@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from peerllm.daemon.weights.gguf.header import read_gguf
@@ -115,35 +115,54 @@ class WeightFiles:
     """What a model's files hold, by their headers."""
 
     nbytes: int = 0
-    numbers: int = 0  # 0: the files do not tell
+    counts: Mapping[str, int] = field(default_factory=dict)  # numbers by type; {}: the files do not tell
     form: str = ""  # quantisation, or the type of most numbers
+    stored: bool = False  # in a form that is computed as it is
+
+    @property
+    def numbers(self) -> int:
+        return sum(self.counts.values())
 
 
 def weights_of(paths: Paths) -> WeightFiles:
     """Of a model directory or of GGUF files; a damaged one holds no numbers."""
-    numbers: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     files = [file for path in paths for file in (path.glob("*.safetensors") if path.is_dir() else (path,))]
     size = 0
     for file in files:
         try:
             size += file.stat().st_size
-            for dtype, count in _gguf_numbers(file) if file.suffix.lower() == SUFFIX else _safetensors_numbers(file):
-                numbers[dtype] += count
+            counts.update(_gguf_numbers(file) if file.suffix.lower() == SUFFIX else _safetensors_numbers(file))
         except (ModelError, OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-    form = quantisation(files[0].name) if files else ""
-    return WeightFiles(size, numbers.total(), form or max(numbers, key=numbers.__getitem__, default=""))
+    if method := _published_as(paths[0] / "config.json"):  # several numbers lie in one of the files'
+        return WeightFiles(size, {}, method, stored=True)
+    most = max(counts, key=counts.__getitem__, default="")
+    one = files[0] if files else Path()
+    return WeightFiles(size, counts, quantisation(one.name) or most, one.suffix.lower() == SUFFIX)
 
 
-def _gguf_numbers(file: Path) -> Iterator[tuple[str, int]]:
+def _published_as(config: Path) -> str:
+    """How a checkpoint was rounded before it was published, by its config.json; "" if it was not."""
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["quantization_config"]["quant_method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _gguf_numbers(file: Path) -> Counter[str]:
+    counts: Counter[str] = Counter()
     for tensor in read_gguf(file).tensors.values():
-        yield tensor.dtype, math.prod(tensor.shape)
+        counts[tensor.dtype] += math.prod(tensor.shape)
+    return counts
 
 
-def _safetensors_numbers(file: Path) -> Iterator[tuple[str, int]]:
+def _safetensors_numbers(file: Path) -> Counter[str]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length)) if length <= MAX_HEADER_BYTES else {}
+    counts: Counter[str] = Counter()
     for name, one in header.items():
         if name != "__metadata__":
-            yield one["dtype"], math.prod(one["shape"])
+            counts[one["dtype"]] += math.prod(one["shape"])
+    return counts

@@ -14,19 +14,29 @@ import numpy.typing as npt
 from peerllm.engine.graph.experts import Stacks
 from peerllm.engine.graph.family import COMMON, FAMILIES, Family
 from peerllm.engine.graph.matrix_product import Part, Product
+from peerllm.engine.graph.mixers.delta_rule import delta_rule_weights, read_delta_rule
+from peerllm.engine.graph.mixers.latent_attention import latent_attention_weights, read_latent_attention
+from peerllm.engine.graph.mixers.short_convolution import convolution_weights, read_convolution
+from peerllm.engine.graph.mixers.state_space import read_state_space, state_space_weights
 from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
 from peerllm.engine.graph.structure import (
     Activation,
     Attention,
     Block,
+    DeltaRule,
     Experts,
     FeedForward,
     Head,
+    LatentAttention,
+    Mixer,
     Model,
     Norm,
     Rope,
+    ShortConvolution,
+    StateSpace,
 )
-from peerllm.engine.graph.weights import BlockWeights
+from peerllm.engine.graph.weights import BlockWeights, Names, Vectors
+from peerllm.engine.weights.checkpoint import STACKED_EXPERTS_KEY
 from peerllm.engine.weights.formats import FormOf, forms_of
 from peerllm.errors import ModelError
 
@@ -102,11 +112,13 @@ class Values:
     """The values that a family reads from config.json, by our names; transformers' defaults for missing ones."""
 
     def __init__(self, config: Mapping[str, Any], family: Family) -> None:
-        self._config, self._keys = config, family.keys
+        self._config, self._keys, self._known = config, family.keys, family.values
         self._defaults = {**COMMON, **family.defaults}
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value called `name`; `default` if it is null or the family does not read it."""
+        if name in self._known:
+            return self._known[name]
         key = self._keys.get(name, name)
         value = self._config[key] if name in self._defaults and key in self._config else self._defaults.get(name)
         return default if value is None else value
@@ -144,12 +156,14 @@ def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
     values = Values(config, family)
     try:
         family = replace(family, **family.by(values))
+        if config.get(STACKED_EXPERTS_KEY) and family.experts == "each":
+            family = replace(family, experts="halves")
         if family.refused is not None:
             raise UnfitError(family.refused)
         stored = _stored(config, kept)
         if stored.offset:
             family = replace(family, offset=0.0)
-        return _described(values, family, str(config["model_type"]), stored)
+        return _described(Values(config, family), family, str(config["model_type"]), stored)
     except ModelError as error:
         raise UnfitError(str(error)) from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -197,16 +211,31 @@ def _norm(values: Values, family: Family) -> Norm:
 
 
 def _block(values: Values, family: Family, number: int, kind: str, hidden: int) -> Block:
-    if kind not in ("full_attention", "sliding_attention"):
+    if kind not in family.mixers:
         raise UnfitError(f"layers of kind {kind!r}")
     norm = _norm(values, family)
     return Block(
-        _attention(values, family, number, kind, hidden),
+        _mixer(values, family, number, kind, hidden),
         _feed_forward(values, family, number, hidden),
         tuple((place, norm) for place in family.placements),
         bool(values.get("use_parallel_residual", family.parallel)),
         values.number("residual_multiplier", 1.0),
     )
+
+
+def _mixer(values: Values, family: Family, number: int, kind: str, hidden: int) -> Mixer:
+    match family.mixers[kind]:
+        case "attention":
+            return _attention(values, family, number, kind, hidden)
+        case "latent attention":
+            rope = _rope(values, family, number, kind, values.whole("qk_rope_head_dim"))
+            return read_latent_attention(values, rope)
+        case "convolution":
+            return read_convolution(values, hidden)
+        case "delta rule":
+            return read_delta_rule(values)
+        case "state space":
+            return read_state_space(values)
 
 
 def _attention(values: Values, family: Family, number: int, kind: str, hidden: int) -> Attention:
@@ -228,6 +257,7 @@ def _attention(values: Values, family: Family, number: int, kind: str, hidden: i
         Norm(family.head_norm, values.number("norm_eps", 1e-5), family.offset) if normed else None,
         family.norm_over,
         family.norm_after_rope,
+        family.gated_attention,
     )  # fmt: skip
 
 
@@ -298,7 +328,7 @@ def _feed_forward(values: Values, family: Family, number: int, hidden: int) -> F
 
 
 def _experts(values: Values, family: Family, number: int) -> Experts | None:
-    if not family.experts or number in values.get("mlp_only_layers", ()):
+    if not family.experts or number in values.get("mlp_only_layers", ()) or not family.sparse(values, number):
         return None
     if (number + 1) % values.get("decoder_sparse_step", 1):
         return None
@@ -306,13 +336,18 @@ def _experts(values: Values, family: Family, number: int) -> Experts | None:
     count, used = values.whole(counted), values.whole("num_experts_per_tok")
     if not used <= count <= MAX_EXPERTS:
         raise UnfitError(f"{used} of {count} experts")
+    routing = family.routing
+    if routing is not None and routing.groups_used < routing.groups:
+        each, rest = divmod(count, routing.groups)
+        if rest or each < routing.best or used > routing.groups_used * each:
+            raise UnfitError(f"{used} of {count} experts in {routing.groups} groups")
     shared = values.whole("shared_expert_intermediate_size") if values.get("shared_expert_intermediate_size") else 0
     wide = "moe_intermediate_size" if values.get("moe_intermediate_size") else "intermediate_size"
     return Experts(
         count, used, values.whole(wide),
         bool(values.get("norm_topk_prob", True)),
         values.number("swiglu_alpha", 1.0), float(family.experts == "interleaved"), values.number("swiglu_limit", 0.0),
-        shared, shared > 0 and "shared gating" in family.names,
+        shared, shared > 0 and "shared gating" in family.names, routing,
     )  # fmt: skip
 
 
@@ -322,17 +357,14 @@ def _experts(values: Values, family: Family, number: int) -> Experts | None:
 def _weights(family: Family, block: Block, number: int, hidden: int, stored: Stored) -> BlockWeights:
     prefix = f"{family.layers}.{number}."
     names = {role: prefix + name for role, name in family.names.items()}
-    about, mlp = block.attention, block.mlp
-    turned = family.turned
-    products = {
-        "qkv": Product(_qkv(family, names, about, stored.paired), hidden),
-        "out": Product((Part(names["o"], hidden, turned=turned),), about.heads * about.width),
-    }
-    stacks = None
+    mlp, turned, stacks = block.mlp, family.turned, None
+    products, vectors = _mixer_weights(family, names, block.mixer, hidden, stored.paired)
     if mlp.experts is None:
         products |= _dense(names, mlp.wide, hidden, mlp.gated, turned)
     else:
         experts = mlp.experts
+        if experts.routing is not None and experts.routing.biased:
+            vectors = {**vectors, "choice": (names["choice"], (experts.count,))}
         products["router"] = Product((Part(names["router"], experts.count),), hidden, exact=True)
         stacks = _stacks(names, family, prefix, stored)
         if experts.shared:
@@ -343,13 +375,32 @@ def _weights(family: Family, block: Block, number: int, hidden: int, stored: Sto
             products["shared gating"] = Product((Part(names["shared gating"], 1),), hidden, exact=True)
     for role, product in products.items():
         products[role] = replace(product, parts=tuple(stored.formed(part) for part in product.parts))
-    return BlockWeights(block, hidden, products, names, stacks)
+    return BlockWeights(block, hidden, products, names, stacks, vectors)
+
+
+def _mixer_weights(
+    family: Family, names: Names, mixer: Mixer, hidden: int, paired: bool
+) -> tuple[dict[str, Product], Vectors]:
+    match mixer:
+        case Attention():
+            out = Product((Part(names["o"], hidden, turned=family.turned),), mixer.heads * mixer.width)
+            return {"qkv": Product(_qkv(family, names, mixer, paired), hidden), "out": out}, {}
+        case LatentAttention():
+            return latent_attention_weights(names, mixer, hidden)
+        case ShortConvolution():
+            return convolution_weights(names, mixer, hidden)
+        case DeltaRule():
+            return delta_rule_weights(names, mixer, hidden)
+        case StateSpace():
+            return state_space_weights(names, mixer, hidden)
 
 
 def _stacks(names: Mapping[str, str], family: Family, prefix: str, stored: Stored) -> Stacks:
     if not stored.stacked:
         gate, up, down = (names[f"expert {which}"] for which in ("gate", "up", "down"))
         kind = family.experts or "each"
+        if kind == "halves" and "{}" in gate:  # of a family whose experts mostly have tensors of their own
+            up, down = gate.replace("{}.gate_proj", "gate_up_proj"), down.replace("{}.", "")
         if kind == "each":
             forms = tuple(stored.form_of(f"{name.format(0)}.weight") for name in (gate, up, down))
         else:
@@ -373,6 +424,12 @@ def _dense(names: Mapping[str, str], wide: int, hidden: int, gated: bool, turned
 
 def _qkv(family: Family, names: Mapping[str, str], about: Attention, paired: bool) -> tuple[Part, ...]:
     width, rows = about.width, (about.heads * about.width, about.groups * about.width, about.groups * about.width)
+    if about.gated:  # each head's query is followed by its gate
+        both = np.arange(2 * rows[0], dtype=np.int64).reshape(about.heads, 2, width)
+        queries, gates = both[:, 0].reshape(-1), both[:, 1].reshape(-1)
+        keys = (Part(names["k"], rows[1]), Part(names["v"], rows[2]))
+        query, gate = (Part(names["q"], rows[0], some, whole=2 * rows[0]) for some in (queries, gates))
+        return query, *keys, gate
     if "qkv" not in names:
         turned = [paired and role != "v" for role in "qkv"]
         order = [_by_half(count // width, width) if turn else None for count, turn in zip(rows, turned, strict=True)]

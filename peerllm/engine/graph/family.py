@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol
 
-from peerllm.engine.graph.structure import Placement
+from peerllm.engine.graph.structure import Placement, Routing
 
 
 class ConfigReader(Protocol):
@@ -19,9 +19,12 @@ class ConfigReader(Protocol):
 
     def get(self, name: str, default: Any = None) -> Any: ...
     def whole(self, name: str, default: int | None = None) -> int: ...
+    def number(self, name: str, default: float) -> float: ...
 
 
 Norms = tuple[Placement, ...]
+MixerName = Literal["attention", "latent attention", "convolution", "delta rule", "state space"]
+ATTENTION: Mapping[str, MixerName] = {"full_attention": "attention", "sliding_attention": "attention"}
 Names = Mapping[str, str]
 ONE: Norms = ("before attention",)
 PRE: Norms = ("before attention", "before mlp")
@@ -99,6 +102,37 @@ GRANITE_EXPERTS = {
     "shared gate up": "shared_mlp.input_linear", "shared down": "shared_mlp.output_linear",
 }  # fmt: skip
 
+LFM2 = {
+    **LLAMA, "final": "embedding_norm", "o": "self_attn.out_proj", "queries": "self_attn.q_layernorm",
+    "keys": "self_attn.k_layernorm", "mixed": "conv.in_proj", "mixer out": "conv.out_proj", "taps": "conv.conv.weight",
+    "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2",
+    "before attention": "operator_norm", "before mlp": "ffn_norm",
+}  # fmt: skip
+QWEN35 = {
+    **LLAMA, "mixed": "linear_attn.in_proj_qkv", "z": "linear_attn.in_proj_z", "beta": "linear_attn.in_proj_b",
+    "decay": "linear_attn.in_proj_a", "mixer out": "linear_attn.out_proj", "taps": "linear_attn.conv1d.weight",
+    "A": "linear_attn.A_log", "dt": "linear_attn.dt_bias", "mixer norm": "linear_attn.norm.weight",
+}  # fmt: skip
+QWEN35_EXPERTS = {**QWEN35, **{role: name for role, name in QWEN_EXPERTS.items() if role not in LLAMA}}
+QWEN3_NEXT = {**QWEN35_EXPERTS, "qkvz": "linear_attn.in_proj_qkvz", "ba": "linear_attn.in_proj_ba"}
+GRANITE_HYBRID = {
+    **GRANITE_EXPERTS, "mixed": "mamba.in_proj", "mixer out": "mamba.out_proj", "taps": "mamba.conv1d.weight",
+    "A": "mamba.A_log", "D": "mamba.D", "dt": "mamba.dt_bias", "mixer norm": "mamba.norm.weight",
+}  # fmt: skip
+LFM2_EXPERTS = {
+    **LFM2, "router": "feed_forward.gate", "choice": "feed_forward.expert_bias",
+    "expert gate": "feed_forward.experts.{}.w1", "expert up": "feed_forward.experts.{}.w3",
+    "expert down": "feed_forward.experts.{}.w2",
+}  # fmt: skip
+DEEPSEEK = {
+    **QWEN_EXPERTS, "latents": "self_attn.kv_a_proj_with_mqa", "latent norm": "self_attn.kv_a_layernorm.weight",
+    "kv": "self_attn.kv_b_proj", "query latents": "self_attn.q_a_proj", "query norm": "self_attn.q_a_layernorm.weight",
+    "q up": "self_attn.q_b_proj", "choice": "mlp.gate.e_score_correction_bias",
+    "shared gate": "mlp.shared_experts.gate_proj", "shared up": "mlp.shared_experts.up_proj",
+    "shared down": "mlp.shared_experts.down_proj",
+}  # fmt: skip
+del DEEPSEEK["shared gating"]
+
 # ---- values of config.json ----------------------------------------------------------------------------------------
 
 COMMON: Mapping[str, Any] = {  # the keys that every family reads, with transformers' defaults
@@ -130,6 +164,29 @@ GEMMA2_DEFAULTS = {
     **GEMMA_DEFAULTS, **WINDOWS, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
     "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
 }  # fmt: skip
+LFM2_DEFAULTS = {
+    "rope_theta": 1e6, "num_key_value_heads": 8, "tie_word_embeddings": True, "tie_embedding": None,
+    "layer_types": None, "conv_L_cache": 3, "max_position_embeddings": 128_000,
+}  # fmt: skip
+QWEN35_DEFAULTS = {
+    **SIX, "head_dim": 256, "num_key_value_heads": 4, "partial_rotary_factor": 0.25, "layer_types": None,
+    "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+}  # fmt: skip
+DELTA: Mapping[str, MixerName] = {**ATTENTION, "linear_attention": "delta rule"}
+QWEN35_MOE_DEFAULTS = {
+    **QWEN35_DEFAULTS, "num_key_value_heads": 2, "num_experts_per_tok": 8, "num_experts": 256,
+    "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+}  # fmt: skip
+MAMBA: Mapping[str, MixerName] = {
+    "attention": "attention", "full_attention": "attention", "mamba": "state space", "linear_attention": "state space",
+}  # fmt: skip
+LATENT: Mapping[str, MixerName] = {"full_attention": "latent attention"}
+LATENT_DEFAULTS = {
+    **SIX, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    "attention_bias": False,
+}  # fmt: skip
+DEEPSEEK_KEYS = {**RMS, "num_experts": "n_routed_experts", "head_dim": ""}
 GRANITE_DEFAULTS = {
     "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
 }  # fmt: skip
@@ -212,6 +269,98 @@ def _granite_swa(values: ConfigReader) -> dict[str, Any]:
     return {"refused": "layers with rotations of their own"} if other else {}
 
 
+def _lfm2_layers(values: ConfigReader, number: int) -> str:
+    full = values.get("full_attn_idxs")
+    return "full_attention" if full is None or number in full else "conv"
+
+
+def _lfm2(values: ConfigReader) -> dict[str, Any]:
+    tied = values.get("tie_embedding", values.get("tie_word_embeddings"))
+    width = values.whole("block_ff_dim", values.whole("intermediate_size"))
+    if values.get("block_auto_adjust_ff_dim"):
+        width = int(2 * width / 3)
+        if (factor := values.get("block_ffn_dim_multiplier")) is not None:
+            multiple = values.whole("block_multiple_of")
+            width = multiple * -(-int(factor * width) // multiple)
+    return {"values": {"intermediate_size": width, "tie_word_embeddings": tied}}
+
+
+def _lfm2_experts(values: ConfigReader) -> dict[str, Any]:
+    routing = Routing(
+        "sigmoid", bool(values.get("use_expert_bias")), eps=1e-6, scale=values.number("routed_scaling_factor", 1.0)
+    )
+    tied = values.get("tie_embedding", values.get("tie_word_embeddings"))
+    return {"values": {"tie_word_embeddings": tied}, "routing": routing}
+
+
+def _silu(values: ConfigReader) -> dict[str, Any]:
+    return {} if values.get("hidden_act") == "silu" else {"refused": "convolutions with another activation than silu"}
+
+
+def _granite_hybrid(values: ConfigReader) -> dict[str, Any]:
+    least, most = values.get("time_step_limit", (0.0, float("inf")))
+    if values.get("hidden_act") != "silu" or least > 0 or most not in (float("inf"), {"__float__": "Infinity"}):
+        return {"refused": "limited time steps, or another activation than silu"}
+    if values.get("num_local_experts"):
+        return {}
+    names = {**GRANITE_HYBRID, "gate up": GRANITE_HYBRID["shared gate up"], "down": GRANITE_HYBRID["shared down"]}
+    width = values.whole("shared_expert_intermediate_size")
+    return {"names": names, "experts": "", "values": {"intermediate_size": width}}
+
+
+def _deepseek_v2(values: ConfigReader) -> dict[str, Any]:
+    groups, used = 1, 1
+    if (method := values.get("topk_method")) == "group_limited_greedy":
+        groups, used = values.whole("n_group"), values.whole("topk_group")
+    elif method != "greedy":
+        return {"refused": "another way of choosing experts"}
+    scale = values.number("routed_scaling_factor", 1.0)
+    return {"values": _shared(values), "routing": Routing("softmax", False, groups, used, scale=scale)}
+
+
+def _deepseek_v3(values: ConfigReader) -> dict[str, Any]:
+    groups, used = values.whole("n_group"), values.whole("topk_group")
+    scale = values.number("routed_scaling_factor", 1.0)
+    return {
+        "values": _shared(values), "routing": Routing("sigmoid", True, groups, used, best=2, eps=1e-20, scale=scale),
+        "interleaved": bool(values.get("rope_interleave")),
+    }  # fmt: skip
+
+
+def _shared(values: ConfigReader) -> dict[str, Any]:
+    width = values.whole("n_shared_experts") * values.whole("moe_intermediate_size")
+    return {"shared_expert_intermediate_size": width}
+
+
+def _youtu(values: ConfigReader) -> dict[str, Any]:
+    return {"interleaved": bool(values.get("rope_interleave"))}
+
+
+def _minicpm3(values: ConfigReader) -> dict[str, Any]:
+    hidden, layers = values.whole("hidden_size"), values.whole("num_hidden_layers")
+    depth = values.number("scale_depth", layers**0.5)
+    return {
+        "values": {
+            "residual_multiplier": depth / layers**0.5,
+            "logits_scaling": hidden / values.whole("dim_model_base", hidden),
+        }
+    }
+
+
+def _after_dense(name: str) -> Callable[[ConfigReader, int], bool]:
+    """Experts are in all layers but the first, whose number config.json has as `name`."""
+    return lambda values, number: bool(number >= (values.get(name, 0)))
+
+
+def _glm_lite_sparse(values: ConfigReader, number: int) -> bool:
+    kinds = values.get("mlp_layer_types")
+    return number > 0 if kinds is None else bool(kinds[number] == "sparse")
+
+
+def _qwen35_layers(values: ConfigReader, number: int) -> str:
+    return "linear_attention" if (number + 1) % values.whole("full_attention_interval") else "full_attention"
+
+
 def _no_changes(values: ConfigReader) -> dict[str, Any]:
     return {}
 
@@ -236,7 +385,10 @@ class Family:
     merged: Literal["stacked", "by group"] = "stacked"  # how one matrix holds queries, keys and values
     turned: bool = False  # files hold matrices as [columns, rows]
     groups: int | None = None  # overrides config.json's
+    values: Mapping[str, Any] = field(default_factory=dict)  # override config.json's, by our names
     sinks: bool = False
+    gated_attention: bool = False  # see structure.Attention.gated
+    mixers: Mapping[str, MixerName] = field(default_factory=lambda: ATTENTION)  # by the kind of layer
     normed: bool = False  # queries and keys are normalised
     head_norm: Literal["rms", "layer"] = "rms"
     norm_over: Literal["head", "each", "heads"] = "head"
@@ -247,6 +399,8 @@ class Family:
     rotates: Callable[[ConfigReader, int, str], bool] = lambda values, number, kind: True
     layer_type: Callable[[ConfigReader, int], str] = lambda values, number: "full_attention"  # without layer_types
     experts: Literal["", "each", "interleaved", "halves"] = ""  # how files hold them, see weights.Stacks
+    sparse: Callable[[ConfigReader, int], bool] = lambda values, number: True  # whether a layer has experts
+    routing: Routing | None = None
     scaled_embedding: bool = False  # multiplied by the square root of its width
     position_offset: int = 0  # the row of position 0 among learned positions
 
@@ -459,6 +613,76 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "internlm3": Family(defaults={"num_key_value_heads": 2, "head_dim": 128}),
     "iquestcoder": Family(defaults={"num_key_value_heads": 8, "head_dim": 128}),
+    "lfm2": Family(
+        names=LFM2, keys={}, normed=True, layer_type=_lfm2_layers, by=_lfm2,
+        mixers={**ATTENTION, "conv": "convolution"},
+        defaults={**LFM2_DEFAULTS, "intermediate_size": 12288, "block_ff_dim": None, "block_auto_adjust_ff_dim": True,
+            "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256, "full_attn_idxs": None},
+    ),
+    "qwen3_5_text": Family(
+        names=QWEN35, offset=1.0, normed=True, gated_attention=True, layer_type=_qwen35_layers, mixers=DELTA,
+        by=_silu, defaults=QWEN35_DEFAULTS,
+    ),
+    "qwen3_5_moe_text": Family(
+        names=QWEN35_EXPERTS, offset=1.0, normed=True, gated_attention=True, layer_type=_qwen35_layers, mixers=DELTA,
+        experts="each", keys={**RMS, "intermediate_size": ""}, defaults=QWEN35_MOE_DEFAULTS,
+    ),
+    "qwen3_next": Family(
+        names=QWEN3_NEXT, offset=1.0, normed=True, gated_attention=True, layer_type=_qwen35_layers, mixers=DELTA,
+        experts="each", by=_silu,
+        defaults={**QWEN35_MOE_DEFAULTS, "num_experts_per_tok": 10, "num_experts": 512, "norm_topk_prob": True,
+            "decoder_sparse_step": 1, "mlp_only_layers": ()},
+    ),
+    "granitemoehybrid": Family(
+        names=GRANITE_HYBRID, experts="halves", by=_granite_hybrid, mixers=MAMBA,
+        layer_type=lambda values, number: "linear_attention",
+        rotates=lambda values, number, kind: values.get("position_embedding_type") == "rope",
+        keys={**RMS, "shared_expert_intermediate_size": "shared_intermediate_size"},
+        defaults={**SIX, **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "shared_expert_intermediate_size": 1024, "position_embedding_type": None, "layer_types": None,
+            "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": "auto", "mamba_d_conv": 4,
+            "mamba_expand": 2, "time_step_limit": None},
+    ),
+    "lfm2_moe": Family(
+        names=LFM2_EXPERTS, keys={}, normed=True, mixers={**ATTENTION, "conv": "convolution"}, experts="each",
+        by=_lfm2_experts, sparse=_after_dense("num_dense_layers"),
+        defaults={**LFM2_DEFAULTS, "intermediate_size": 7168, "moe_intermediate_size": 1792, "num_dense_layers": 2,
+            "num_experts_per_tok": 4, "num_experts": 32, "use_expert_bias": True, "routed_scaling_factor": 1.0,
+            "norm_topk_prob": True},
+    ),
+    "deepseek_v2": Family(
+        names=DEEPSEEK, mixers=LATENT, interleaved=True, experts="each", by=_deepseek_v2,
+        keys={**DEEPSEEK_KEYS, "norm_topk_prob": ""}, sparse=_after_dense("first_k_dense_replace"),
+        defaults={**LATENT_DEFAULTS, "num_experts": 64, "num_experts_per_tok": None, "moe_intermediate_size": 1407,
+            "n_shared_experts": 2, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "n_group": None,
+            "topk_group": None, "topk_method": "greedy", "norm_topk_prob": False},
+    ),
+    "deepseek_v3": Family(
+        names=DEEPSEEK, mixers=LATENT, experts="each", by=_deepseek_v3, keys=DEEPSEEK_KEYS,
+        sparse=_after_dense("first_k_dense_replace"),
+        defaults={**LATENT_DEFAULTS, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
+            "max_position_embeddings": 4096, "n_shared_experts": 1, "first_k_dense_replace": 3,
+            "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "norm_topk_prob": True,
+            "rope_interleave": True},
+    ),
+    "glm4_moe_lite": Family(
+        names=DEEPSEEK, mixers=LATENT, experts="each", by=_deepseek_v3, keys=DEEPSEEK_KEYS, sparse=_glm_lite_sparse,
+        defaults={**LATENT_DEFAULTS, "norm_eps": 1e-5, "q_lora_rank": 768, "qk_nope_head_dim": 192, "v_head_dim": 256,
+            "num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 1536, "n_shared_experts": 1,
+            "max_position_embeddings": 202752, "mlp_layer_types": None, "routed_scaling_factor": 1.8, "n_group": 1,
+            "topk_group": 1, "norm_topk_prob": True, "rope_interleave": True, "partial_rotary_factor": 1.0},
+    ),
+    "youtu": Family(
+        names=DEEPSEEK, mixers=LATENT, by=_youtu, keys={**RMS, "head_dim": ""},
+        defaults={**LATENT_DEFAULTS, "tie_word_embeddings": True, "max_position_embeddings": 131072,
+            "rope_interleave": True},
+    ),
+    "minicpm3": Family(
+        names=DEEPSEEK, mixers=LATENT, by=_minicpm3, keys={**RMS, "head_dim": "", "embedding_multiplier": "scale_emb"},
+        defaults={**LATENT_DEFAULTS, "norm_eps": 1e-5, "kv_lora_rank": 256, "q_lora_rank": 768, "qk_rope_head_dim": 32,
+            "qk_nope_head_dim": 64, "v_head_dim": None, "tie_word_embeddings": True, "max_position_embeddings": 32768,
+            "embedding_multiplier": 12, "scale_depth": 1.4, "dim_model_base": 256},
+    ),
     "hyperclovax": Family(
         names=HYPERCLOVAX, keys={**RMS, "logit_scale": "logits_scaling"},
         defaults={**SIX, "embedding_multiplier": 1.0, "logit_scale": 1.0, "residual_multiplier": 1.0,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.load import MAKING_COPIES, ShardForm, largest_block
 from peerllm.engine.graph.matrix_product import Product, check, require
+from peerllm.engine.graph.structure import Attention, LatentAttention, Mixer
 from peerllm.engine.graph.weights import BlockWeights
 from peerllm.engine.measure.outline import kind_names
 from peerllm.engine.messages import TensorAt
@@ -52,10 +53,9 @@ def profile(described: Described, name: str, quantize: str) -> ModelProfile:
 def working(described: Described, quantize: str) -> WorkingSpace:
     """What a pass needs beside weights and KV: measured with onnxruntime 1.31, see tests/lab/test_memory_lab.py."""
     model, bits = described.model, MATRIX_BITS[quantize]
-    attentions = [block.attention for block in model.blocks]
     rooms = [state.kept_tokens for state in model.states() if state.tokens]
-    hidden = max(model.hidden, *(about.heads * about.width for about in attentions))
-    keeping = [about for about in attentions if bits or about.softcap or about.sinks]
+    hidden = max(model.hidden, *(block.mixer.widest for block in model.blocks))
+    keeping = [about for about in model.attentions if bits or _keeps_scores(about)]
     unfolded = max((min(about.heads, HEADS_AT_ONCE) * about.width * 8 for about in keeping), default=0)
     return WorkingSpace(
         token=4 * (HIDDEN_COPIES * hidden + WIDE_COPIES * max(block.mlp.widest for block in model.blocks)),
@@ -70,10 +70,18 @@ def working(described: Described, quantize: str) -> WorkingSpace:
 
 def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
     """The kind of each block, see outline.kind_names."""
-    windows = [weights.block.attention.window for weights in blocks]
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    built = [(weights.block, weights.forms) for weights in blocks]
-    return kind_names(list(zip(kinds, built, strict=True)))
+    return kind_names([(_kind(weights.block.mixer), (weights.block, weights.forms)) for weights in blocks])
+
+
+def _kind(mixer: Mixer) -> str:
+    if isinstance(mixer, Attention):
+        return "full_attention" if mixer.window is None else "sliding_attention"
+    return "latent_attention" if isinstance(mixer, LatentAttention) else "recurrent"
+
+
+def _keeps_scores(about: Attention | LatentAttention) -> bool:
+    """Whether attention in float32 keeps its scores (in float16 it always does)."""
+    return isinstance(about, Attention) and (about.softcap > 0 or about.sinks)
 
 
 def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[tuple[TensorAt, ...], ...]:

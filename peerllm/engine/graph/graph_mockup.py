@@ -26,7 +26,6 @@ class GraphOutline(outline.Sizes):
         super().__init__(
             firsts=outline.firsts(block_kinds(described.blocks)),
             head=head,
-            hidden_size=model.hidden,
             vocabulary=model.vocabulary,
             context=context,
             limit_bytes=message.limit_bytes,

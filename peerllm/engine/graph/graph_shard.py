@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.base import Reach
-from peerllm.engine.graph.block import BlockGraph, normalise, rope_name
+from peerllm.engine.graph.block import add_block
+from peerllm.engine.graph.builder import Builder, normalise, rope_name
 from peerllm.engine.graph.kv_slots import Batch, KVSlots
 from peerllm.engine.graph.matrix_product import Product, add_product
 from peerllm.engine.graph.nodes import BoundSession, Graph
 from peerllm.engine.graph.rotation import tables
 from peerllm.engine.graph.structure import Head, Model
 from peerllm.engine.graph.weights import BlockWeights, norm_weights
+from peerllm.engine.state.exported_state import Arrays
 from peerllm.engine.state.state_kinds import LayerState, reach_of
 from peerllm.engine.weights.tensors import CodedTable, Floats, Tensors
 from peerllm.errors import EngineError
@@ -88,6 +90,9 @@ class GraphShard:
         places = np.array([range(start, start + length) for start in starts], np.int64)  # [b, n]
         hidden = self._blocks(rows, places, batch)  # [b·n, hidden]
         self._slots.advance(runs)
+        for run in runs:
+            if run.snapshot:
+                self._slots.keep_snapshot(run.slot)
         if not self._head:
             out = np.empty_like(hidden)
             out[order if len(runs) > 1 else slice(None)] = hidden
@@ -95,6 +100,14 @@ class GraphShard:
         ends = {row: (place + 1) * length - 1 for place, row in enumerate(order)}
         wanted = [ends[row] for row, run in enumerate(runs) if run.sample]
         return self._logits(hidden[wanted])
+
+    def export_state(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, Arrays]:
+        """See base.Shard."""
+        return self._slots.export(slot, blocks)
+
+    def import_state(self, slot: int, position: int, arrays: Arrays) -> None:
+        """See base.Shard."""
+        self._slots.take(slot, position, arrays)
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
@@ -124,7 +137,8 @@ class GraphShard:
         for start in range(0, whole.length, longest):
             length = min(longest, whole.length - start)
             last = start + length == whole.length
-            part = replace(whole, position=whole.position + start, length=length, sample=whole.sample and last)
+            after = {"sample": whole.sample and last, "snapshot": whole.snapshot and last}
+            part = replace(whole, position=whole.position + start, length=length, **after)
             outs.append(self.forward(inputs[start : start + length], [part]))
         return outs[-1] if self._head else np.concatenate(outs)
 
@@ -226,8 +240,7 @@ def make_span(
     graph = Graph()
     x = graph.input("x", "b", "n", model.hidden)
     for number, own in zip(numbers, weights, strict=True):
-        room = own.block.state(half=bool(bits)).room(context)
-        x = BlockGraph(graph, own, tensors, bits, context, model.windows).add(x, number, room)
+        x = add_block(Builder(graph, own, tensors, bits, context, model.windows, number), x)
     graph.add("Identity", x, output="y")
     graph.output("y", "b", "n", model.hidden)
     return BlockRange(numbers.start, numbers.stop - 1, graph.session())

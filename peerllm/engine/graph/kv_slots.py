@@ -11,7 +11,7 @@ and LinearAttention in place and apart were equal in every bit), so one buffer i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine import base
+from peerllm.engine.state.exported_state import Arrays, check_imported, chosen
 from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
@@ -72,7 +73,7 @@ class KVSlots:
         self._lengths = [0] * slots
         self._place = list(range(slots))  # the place of each slot
         self._slot = list(range(slots))  # the slot at each place
-        self._context = context
+        self._context, self._states = context, states
         self.groups: dict[int | None, Group] = {}
         self.stores: dict[str, Array] = {}
         self._fixed: list[Array] = []
@@ -146,6 +147,35 @@ class KVSlots:
         for store, copy in zip(self._fixed, self._snapshots, strict=True):
             copy[slot] = store[self._place[slot]]
         self._snapshot_at[slot] = self._lengths[slot]
+
+    def export(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, Arrays]:
+        """(The slot's tokens, its state as exported_state.exported describes it); EngineError after a failed pass."""
+        place, length = self._place[slot], self._lengths[slot]
+        if not length or length != self._fixed_at[slot]:
+            raise EngineError("the slot holds no sequence, or a pass failed; there is no state to export")
+        found: Arrays = {}
+        for number, state in chosen(self._states, blocks).items():
+            for kept in state.tokens:
+                held = self.groups[state.window].held[slot]
+                found[f"{number}.{kept.name}"] = array = np.zeros(
+                    (kept.heads, state.room(length), kept.width), kept.dtype
+                )
+                array[:, array.shape[1] - held :] = self.stores[f"{kept.name} {number}"][place, :, :held]
+            for fixed in state.fixed:
+                found[f"{number}.{fixed.name}"] = self.stores[f"{fixed.name} {number}"][place].copy()
+        return length, found
+
+    def take(self, slot: int, position: int, arrays: Arrays) -> None:
+        """Begin the slot anew with a state that `export` gave elsewhere; BadInputError if it does not fit."""
+        check_imported(self._states, position, self._context, arrays)
+        self._move(slot, 0)
+        for name, array in arrays.items():
+            number, _, kept = name.partition(".")
+            store = self.stores[f"{kept} {number}"][self._place[slot]]
+            (store if store.shape == array.shape else store[:, : array.shape[1]])[:] = array
+        self._lengths[slot] = self._fixed_at[slot] = position
+        for group in self.groups.values():
+            group.held[slot] = min(position, group.room)
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""

@@ -47,6 +47,7 @@ class Part:
     bare: bool = False  # the tensor's name has no ".weight"
     form: WeightForm | None = None  # how a quantized checkpoint stores the tensor; None: floats
     kept: bool = False  # products compute with the form's numbers
+    whole: int | None = None  # how many rows the tensor has, where `rows` are some of them
 
     @property
     def name(self) -> str:
@@ -97,7 +98,7 @@ class Product:
             yield from self.part_tensors(part)
 
     def part_tensors(self, part: Part) -> Iterator[tuple[str, tuple[int, ...]]]:
-        least = part.count if part.rows is None else int(part.rows.max()) + 1
+        least = part.whole or (part.count if part.rows is None else int(part.rows.max()) + 1)
         if part.form is not None:
             yield from part.form.tensors(part.name, least, self.columns)
         else:

@@ -60,7 +60,7 @@ class Graph:
 
     def weight(self, array: np.ndarray[Any, Any]) -> str:
         """Add an array as a weight of the session."""
-        name = self._name("w")
+        name = self.fresh("w")
         self._weights[name] = np.ascontiguousarray(array)
         return name
 
@@ -74,7 +74,7 @@ class Graph:
 
     def add(self, kind: str, *inputs: str, domain: str = "", output: str = "", **attributes: Any) -> str:
         """Add an operator with one output; returns the output's name."""
-        output = output or self._name(kind)
+        output = output or self.fresh(kind)
         self.node(kind, inputs, [output], domain, **attributes)
         return output
 
@@ -88,7 +88,7 @@ class Graph:
 
     def split(self, x: str, sizes: Sequence[int]) -> list[str]:
         """Split the last dimension into consecutive parts of these sizes."""
-        names = [self._name("Split") for _ in sizes]
+        names = [self.fresh("Split") for _ in sizes]
         self.node("Split", [x, self.shape(*sizes)], names, axis=-1)
         return names
 
@@ -133,7 +133,8 @@ class Graph:
         self._weights = {}
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def _name(self, kind: str) -> str:
+    def fresh(self, kind: str) -> str:
+        """A name that no other operator or weight has."""
         self._fresh += 1
         return f"{kind} {self._fresh}"
 

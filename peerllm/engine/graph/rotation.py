@@ -56,13 +56,14 @@ def _llama3(plain: Floats, about: dict[str, Any]) -> Floats:
     return np.where(medium, mixed, out).astype(np.float32)
 
 
+def magnitude(factor: float, weight: float = 1.0) -> float:
+    """By how much queries and keys grow where positions are stretched by `factor`."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
 def _yarn(powers: Floats, rope: Rope, about: dict[str, Any]) -> tuple[Floats, float]:
     factor, width, theta = about["factor"], rope.width, rope.theta
     length = about["original_max_position_embeddings"]
-
-    def magnitude(scale: float, weight: float = 1.0) -> float:
-        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
-
     attention = about.get("attention_factor")
     if attention is None:
         weight, all_dims = about.get("mscale"), about.get("mscale_all_dim")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 
@@ -15,23 +16,25 @@ from peerllm.engine.weights.formats.coded_rows import WeightForm
 from peerllm.engine.weights.tensors import Tensors
 
 Names = Mapping[str, str]
+Vectors = Mapping[str, tuple[str, tuple[int, ...]]]  # by role: a small tensor, which stays float32, and its shape
 
 
 @dataclass(frozen=True, slots=True)
 class BlockWeights:
-    """One block's tensors: its products by role, and the names of its norms and sinks."""
+    """One block's tensors: its products and small tensors by role, and the names of its norms and sinks."""
 
     block: Block
     hidden: int
     products: Mapping[str, Product]
     names: Names
     stacks: Stacks | None = None
+    vectors: Vectors = field(default_factory=dict)
 
     def nbytes(self, bits: int) -> int:
         """Memory of the block's weights once they are loaded."""
         experts = self.block.mlp.experts
         stacks = 0 if experts is None or self.stacks is None else self.stacks.nbytes(experts, self.hidden, bits)
-        vectors = 4 * self.hidden * len(self.block.norms)
+        vectors = 4 * self.hidden * len(self.block.norms) + 4 * sum(prod(shape) for _, shape in self.vectors.values())
         return stacks + vectors + sum(product.nbytes(bits) for product in self.products.values())
 
     @property
@@ -50,7 +53,8 @@ class BlockWeights:
         for place, norm in self.norms():
             if norm.weighted:
                 yield from norm_tensors(self.names[place], self.norm_shape(place))
-        if self.block.attention.sinks:
+        yield from self.vectors.values()
+        if self.block.attention is not None and self.block.attention.sinks:
             yield self.names["sinks"], (self.block.attention.heads,)
 
     def coded_experts(self) -> Iterator[str]:
@@ -61,13 +65,13 @@ class BlockWeights:
     def norms(self) -> Iterator[tuple[str, Norm]]:
         """The norms of the block, its queries and its keys, with their places."""
         yield from self.block.norms
-        if self.block.attention.norm is not None:
+        if self.block.attention is not None and self.block.attention.norm is not None:
             yield "queries", self.block.attention.norm
             yield "keys", self.block.attention.norm
 
     def norm_shape(self, place: str) -> tuple[int, ...]:
         about = self.block.attention
-        if place not in ("queries", "keys"):
+        if about is None or place not in ("queries", "keys"):
             return (self.hidden,)
         heads = about.heads if place == "queries" else about.groups
         return {"head": (about.width,), "each": (heads, about.width), "heads": (heads * about.width,)}[about.norm_over]

@@ -182,4 +182,4 @@ class Work:
         """Token ids int64 [count], or hidden states float32 [count, hidden]."""
         if self._mockup.layer == 0:
             return self._random.integers(0, self._outline.vocabulary, count)
-        return self._random.standard_normal((count, self._outline.hidden_size), dtype=np.float32)
+        return self._random.standard_normal((count, self._shard.hidden_size), dtype=np.float32)

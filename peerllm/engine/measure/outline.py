@@ -33,7 +33,6 @@ class Sizes:
 
     firsts: Mapping[LayerKind, int]  # see `firsts`
     head: int  # the number of the last layer
-    hidden_size: int
     vocabulary: int
     context: int  # tokens of room that each sequence timed has
     limit_bytes: int  # the most that a mock-up may take

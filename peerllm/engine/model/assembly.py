@@ -19,6 +19,7 @@ from peerllm.engine.model.division import Division
 from peerllm.engine.model.keeping import Keeping, keeping
 from peerllm.engine.model.loader import as_array, as_tensor, load
 from peerllm.engine.model.packed import Packed
+from peerllm.engine.model.rows import Passing
 from peerllm.engine.model.tensor_names import TensorRecipe, check, recipes
 from peerllm.engine.weights.checkpoint import mapped
 from peerllm.errors import EngineError, ModelError
@@ -34,7 +35,13 @@ def strip(division: Division, first: int, last: int) -> nn.Module:
     """Remove what belongs to other shards; returns the module that takes the hidden states of the shard before."""
     model, numbers = division.model, division.numbers(first, last)
     blocks = ShardBlocks([division.blocks[number] for number in numbers])
-    replace_blocks(division.owner, division.attribute, blocks, numbers.start, len(division.blocks))
+    start, total = numbers.start, len(division.blocks)
+    if not blocks and not division.layout.plain:
+        blocks.append(Passing())
+        start = min(start, total - 1)
+    replace_blocks(division.owner, division.attribute, blocks, start, total)
+    if hasattr(division.owner, "first_kv_shared_layer_idx"):
+        division.owner.first_kv_shared_layer_idx = -1  # a block's place in the model, which is another one in a shard
     entry: nn.Module = blocks[0] if len(blocks) else model.get_submodule(division.after[0])
     for name in dict.fromkeys((*division.before, *division.after)):
         original = model.get_submodule(name)
@@ -175,7 +182,7 @@ def made_up(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def _places(division: Division, first: int) -> dict[str, str]:
     """The names of the blocks' tensors in the stripped model, whose list starts at this shard's first block."""
-    offset = max(first, 1) - 1
+    offset = division.numbers(first, division.head).start
     places = {}
     for name in division.sizes:
         if name.startswith(division.prefix):

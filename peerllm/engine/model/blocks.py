@@ -37,7 +37,8 @@ def replace_blocks(owner: Any, attribute: str, blocks: ShardBlocks, first: int, 
     config = copy.copy(whole)
     lists = {name: value for name, value in whole.__dict__.items() if _per_layer(value, total)}
     config.__dict__.update({name: value[first : first + count] for name, value in lists.items()})
-    config.__dict__[whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = count
+    if not getattr(whole, "hidden_size_per_layer_input", 0):  # else it also says how wide a table's rows are
+        config.__dict__[whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = count
     properties = inspect.getmembers_static(type(whole), lambda member: isinstance(member, property))
     values: dict[str, Any] = {
         name: getattr(whole, name, None) for name, _ in properties if not hasattr(PreTrainedConfig, name)

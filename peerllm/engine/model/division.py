@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from peerllm.engine.model.blocks import ShardBlocks, run_without_data, stand_in
 from peerllm.engine.model.config import text_config
+from peerllm.engine.model.rows import RowLayout, row_layout
 from peerllm.engine.state.layer_states import ProbeCache
 from peerllm.errors import ModelError, one_line
 
@@ -28,6 +29,7 @@ BLOCK_ARGUMENTS = frozenset(
         "encoder_attn_mask", "head_mask", "layer_head_mask", "alibi", "position_bias", "position_ids",
         "position_embeddings", "cache_position", "past_key_values", "past_key_value", "layer_past", "use_cache",
         "output_attentions", "output_router_logits", "kwargs",
+        "per_layer_input", "shared_kv_states",  # see rows.RowLayout and Division.units
     ]
 )  # fmt: skip
 _building = threading.Lock()
@@ -51,7 +53,11 @@ class _DefaultDtype(TorchFunctionMode):
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """A whole model on the meta device, and where it can be cut. Names are those of the model's state dict."""
+    """A whole model on the meta device, and where it can be cut. Names are those of the model's state dict.
+
+    Layer 0 is the embedding, the last one the head, and between them each is a unit: one block, or the blocks that
+    cannot be separated since the later ones use keys and values of the earlier ones.
+    """
 
     model: Any
     dtype: torch.dtype
@@ -63,21 +69,34 @@ class Division:
     after: tuple[str, ...]  # modules that run after the last block, in order
     sizes: dict[str, torch.Tensor] = field(repr=False)  # every tensor a checkpoint must hold, on the meta device
     tied: dict[str, str] = field(repr=False)  # a tensor: the tensor that it shares memory with
+    units: tuple[range, ...]  # the numbers of the blocks of each layer between embedding and head
 
     @property
     def head(self) -> int:
         """The number of the last layer; the embedding is 0."""
-        return len(self.blocks) + 1
+        return len(self.units) + 1
 
     def numbers(self, first: int, last: int) -> range:
         """The blocks among layers first..last, numbered from 0."""
-        return range(max(first, 1) - 1, min(last, self.head - 1))
+        units = self.units[max(first, 1) - 1 : last]
+        start = units[0].start if units else (len(self.blocks) if first else 0)
+        return range(start, units[-1].stop if units else start)
+
+    @property
+    def layout(self) -> RowLayout:
+        return row_layout(self.model.config)
+
+    def unit_of(self, block: int) -> int:
+        """The index of the unit that a block belongs to."""
+        if len(self.units) == len(self.blocks):
+            return block
+        return next(index for index, unit in enumerate(self.units) if block in unit)
 
     def layer_of(self, name: str) -> int:
         """Which layer owns the tensor called `name` in the state dict."""
         if name.startswith(self.prefix):
             number = name[len(self.prefix) :].split(".", 1)[0]
-            return int(number) + 1
+            return self.unit_of(int(number)) + 1
         module = name.rpartition(".")[0]
         return self.head if module in self.after and module not in self.before else 0
 
@@ -129,7 +148,21 @@ def divide(config: Any, dtype: torch.dtype) -> Division:
     }
     tied.update(getattr(model, "all_tied_weights_keys", {}))
     sizes = dict(model.state_dict(keep_vars=True))
-    return Division(model, dtype, blocks, owner, attribute, prefix, before, after, sizes, tied)
+    units = inseparable(text_config(model.config), len(blocks))
+    return Division(model, dtype, blocks, owner, attribute, prefix, before, after, sizes, tied, units)
+
+
+def inseparable(text: Any, count: int) -> tuple[range, ...]:
+    """The blocks 0..count - 1 as units, see Division."""
+    modes = getattr(text, "kv_sharing_modes", None) or [None] * count
+    users = [number for number, mode in enumerate(modes) if mode == "reuse"]
+    if not users:
+        return tuple(range(number, number + 1) for number in range(count))
+    kinds = {text.layer_types[number] for number in users}
+    makers = [number for number, mode in enumerate(modes) if mode == "store" and text.layer_types[number] in kinds]
+    start = min(makers)
+    single = (range(number, number + 1) for number in range(count) if number < start or number > users[-1])
+    return tuple(sorted((*single, range(start, users[-1] + 1)), key=lambda unit: unit.start))
 
 
 def _find_blocks(model: Any, count: int) -> tuple[Any, str, str]:

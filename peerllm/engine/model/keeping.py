@@ -27,6 +27,9 @@ from peerllm.types import BITS
 ROUTERS = frozenset(["gate", "router", "shared_expert_gate", "classifier"])
 
 
+PER_LAYER = "embed_tokens_per_layer.weight"  # larger than all else of its model together, and looked up only
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """A linear module of the model; `turned`: its weight is [columns, rows], as in GPT-2."""
@@ -59,9 +62,10 @@ class Keeping:
 
 def keeping(division: Division, found: Iterable[TensorRecipe], quantize: str) -> Keeping:
     """Decide how tensors are kept; `found` says how the model's tensors come from the files."""
+    tables = frozenset(_tables(division, found))
     if not quantize:
-        return Keeping(quantize, {}, frozenset())
-    return Keeping(quantize, matrices(division), frozenset(_tables(division, found)))
+        return Keeping(quantize, {}, frozenset(name for name in tables if name.endswith(PER_LAYER)))
+    return Keeping(quantize, matrices(division), tables)
 
 
 def _tables(division: Division, found: Iterable[TensorRecipe]) -> Iterable[str]:
@@ -130,4 +134,4 @@ def _only_multiplied(division: Division, number: int) -> bool:
     if isinstance(error, AttributeError):  # the block used a weight itself
         return False
     # Routing of experts needs values and may fail; by then attention has run.
-    return error is None or cache.state(number, division.dtype).token_bytes > 0
+    return error is None or cache.state(number).token_bytes > 0

@@ -5,29 +5,34 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from peerllm.engine import base
 from peerllm.engine.base import Reach
 from peerllm.engine.model.blocks import ShardBlocks, run_without_data, stand_in
 from peerllm.engine.model.config import text_config
 from peerllm.engine.model.division import Division
-from peerllm.engine.state.layer_states import FULL, WINDOWED, CacheLayerState, ProbeCache
+from peerllm.engine.state import state_kinds
+from peerllm.engine.state.layer_states import REWINDS, SNAPSHOTS_OF, UNKEPT, ProbeCache
+from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import ModelError
 
 STATIC_ROPE = frozenset(["default", "linear", "yarn", "llama3", "proportional"])  # others follow the length
 
 
-def probe(division: Division, numbers: range) -> dict[int, CacheLayerState]:
+def probe(division: Division, numbers: range) -> dict[int, LayerState]:
     """What each of the blocks `numbers` (from 0) keeps of a sequence; one block of each kind is run."""
     kinds, arguments = get_layer_types_and_kwargs(text_config(division.model.config))
-    known: dict[object, CacheLayerState] = {}
-    states: dict[int, CacheLayerState] = {}
+    known: dict[object, LayerState] = {}
+    states: dict[int, LayerState] = {}
     for number in numbers:
+        if kinds[number] == UNKEPT:
+            states[number] = LayerState()
+            continue
         key = (kinds[number], str(arguments[number]), shape_key(division.blocks[number]))
         if key not in known:
             known[key] = _probe_block(division, number)
@@ -36,25 +41,30 @@ def probe(division: Division, numbers: range) -> dict[int, CacheLayerState]:
 
 
 def run_block(division: Division, number: int, block: nn.Module) -> tuple[ProbeCache, Exception | None]:
-    """Run `block` alone as block `number`, without data: what it would keep, and the exception that ended it."""
+    """Run `block` as block `number`, without data: what it would keep, and the exception that ended it.
+
+    It runs alone, or after those of its unit, whose keys and values it may use.
+    """
     cache = ProbeCache(len(division.blocks), *get_layer_types_and_kwargs(text_config(division.model.config)))
     try:
-        with stand_in(division.owner, division.attribute, ShardBlocks([block]), number):
+        first = division.units[division.unit_of(number)].start
+        blocks = ShardBlocks([*division.blocks[first:number], block])
+        with stand_in(division.owner, division.attribute, blocks, first):
             run_without_data(division.model, cache)
     except Exception as error:  # a foreign forward may raise anything
         return cache, error
     return cache, None
 
 
-def _probe_block(division: Division, number: int) -> CacheLayerState:
+def _probe_block(division: Division, number: int) -> LayerState:
     block = division.blocks[number]
     given: list[Any] = []
     hook = block.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
     cache, error = run_block(division, number, block)
     hook.remove()
-    state = cache.state(number, division.dtype)
+    state = cache.state(number)
     # Routing of experts needs values, so the run may fail there; by then attention has mostly run.
-    if error is None or state.token_bytes or state.state_bytes:
+    if error is None or state.tokens or state.fixed:
         return state
     if not given:
         raise ModelError(f"block {number} cannot be measured: {error}") from error
@@ -65,7 +75,7 @@ def _probe_block(division: Division, number: int) -> CacheLayerState:
     args, kwargs = _real(given[0])
     with torch.inference_mode():
         real(*args, **kwargs)
-    return cache.state(number, division.dtype)
+    return cache.state(number)
 
 
 def _real(value: Any) -> Any:
@@ -81,13 +91,20 @@ def shape_key(block: nn.Module) -> tuple[object, ...]:
     return tuple((name, tuple(t.shape), t.dtype) for name, t in block.named_parameters())
 
 
-def reach_of(model: Any, kept: Mapping[int, CacheLayerState]) -> Reach | None:
+def reach_of(division: Division, kept: Mapping[int, LayerState]) -> Reach | None:
     """How far back sequences can go; None if a prompt in one run would give other numbers than continuing a slot."""
-    if any(_follows_length(module) or _bounds_runs(module) for module in model.modules()):
+    if any(_follows_length(module) or _bounds_runs(module) for module in division.model.modules()):
         return None
-    rewinds = all(state.kind in (FULL, *WINDOWED) and not state.state_bytes for state in kept.values())
-    rooms = [state.kept_tokens for state in kept.values() if state.kept_tokens is not None]
-    return Reach(rewinds, min(rooms, default=None), base.ROLLBACK_TOKENS)
+    kinds = set(layer_kinds(division))
+    reach = state_kinds.reach_of(kept.values())
+    if not kinds <= {*REWINDS, *SNAPSHOTS_OF}:
+        reach = replace(reach, rewinds=False, snapshots=False)
+    return reach
+
+
+def layer_kinds(division: Division) -> list[str]:
+    """transformers' layer type of each block."""
+    return list(get_layer_types_and_kwargs(text_config(division.model.config))[0])
 
 
 def _follows_length(module: Any) -> bool:

@@ -12,15 +12,15 @@ from peerllm.engine.model.config import DTYPES, max_context, parse_config, text_
 from peerllm.engine.model.division import Division, divide
 from peerllm.engine.model.keeping import Keeping, keeping
 from peerllm.engine.model.packed import PART_WEIGHTS
-from peerllm.engine.model.probing import probe, shape_key
+from peerllm.engine.model.probing import layer_kinds, probe, shape_key
 from peerllm.engine.model.tensor_names import check, recipes
-from peerllm.engine.state.layer_states import CacheLayerState
 from peerllm.engine.weights.checkpoint import read_model
 from peerllm.types import BITS, TORCH_KERNELS, Layer, ModelProfile, WorkingSpace
 
 LIBRARY_BYTES = 340_000_000  # of torch and transformers, imported when first needed (322 MB were measured)
 HIDDEN_COPIES = 8  # vectors of the hidden size alive at once in a block: residual, norm, queries, keys, values, output
 WIDE_COPIES = 3  # vectors of its widest matrix: gate, up and their product
+ROW_COPIES = 3  # of a row of several parts (rows.py): as it came, its parts, and as it is handed on
 KERNEL_BYTES = 1 << 20  # of a compiled 16-bit product (oneDNN 3.12: 0.6 to 0.8 MB, and holes in the heap)
 DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
 
@@ -44,7 +44,7 @@ def inspect_model(
     language, kept = text_config(config), keeping(division, found, files.quantize)
     return Inspected(
         request,
-        profile=ModelProfile(files.name, _layers(division, made, kept, language.hidden_size)),
+        profile=ModelProfile(files.name, _layers(division, made, kept)),
         architecture=config.model_type,
         config=files.config,
         dtype=files.dtype,
@@ -55,6 +55,7 @@ def inspect_model(
         stop_ids=files.stop_ids,
         tensors=tuple(tuple(sources[number].values()) for number in range(division.head + 1)),
         working=working(division, files.quantize),
+        mixed_rows=not division.layout.plain,
     )
 
 
@@ -65,7 +66,8 @@ def working(division: Division, quantize: str) -> WorkingSpace:
     matrices = [tensor for block in division.blocks for tensor in block.parameters() if tensor.dim() > 1]
     wide = max((side for matrix in matrices for side in matrix.shape[-2:]), default=0)
     largest = max((matrix.numel() for matrix in matrices), default=0)
-    vectors = HIDDEN_COPIES * language.hidden_size + WIDE_COPIES * wide
+    vectors = HIDDEN_COPIES * language.hidden_size * division.layout.streams + WIDE_COPIES * wide
+    vectors += 0 if division.layout.plain else ROW_COPIES * division.layout.width(0)
     kernels = TORCH_KERNELS * KERNEL_BYTES if itemsize == 2 and not quantize else 0
     return WorkingSpace(
         token=vectors * (4 if quantize else itemsize),  # rounded matrices take and give float32
@@ -77,37 +79,47 @@ def working(division: Division, quantize: str) -> WorkingSpace:
     )
 
 
-def _layers(division: Division, made: set[str], kept: Keeping, hidden_size: int) -> tuple[Layer, ...]:
+def _layers(division: Division, made: set[str], kept: Keeping) -> tuple[Layer, ...]:
     sizes: dict[int, int] = defaultdict(int)
     for name, tensor in division.sizes.items():
         sizes[division.layer_of(name)] += kept.nbytes(name, tensor)
+    stored = {id(tensor) for tensor in division.sizes.values()}
     for number, block in enumerate(division.blocks):
-        stored = {id(tensor) for tensor in division.sizes.values()}
-        sizes[number + 1] += sum(b.numel() * b.element_size() for b in block.buffers() if id(b) not in stored)
+        layer = division.unit_of(number) + 1
+        sizes[layer] += sum(b.numel() * b.element_size() for b in block.buffers() if id(b) not in stored)
     tied = not kept.matrices and any(
         {division.layer_of(a), division.layer_of(b)} == {0, division.head} and not {a, b} <= made
         for a, b in division.tied.items()
     )
     states = probe(division, range(len(division.blocks)))
-    kinds = block_kinds(division, states)
-    sent = hidden_size * division.dtype.itemsize
-    layers = [Layer("embedding", "embedding", sizes[0], 0, sent)]
-    for number, state in states.items():
+    kinds = block_kinds(division)
+    width, itemsize = division.layout.width, division.dtype.itemsize
+    layers = [Layer("embedding", "embedding", sizes[0], 0, width(0) * itemsize)]
+    for number, unit in enumerate(division.units, 1):
+        held = [states[block] for block in unit]
+        windows = {state.kept_tokens for state in held if state.token_bytes}
+        window = windows.pop() if len(windows) == 1 else None
+        # Of a unit with windows and full attention, the windows count as if they were always full.
+        full = [state for state in held if state.kept_tokens == window]
+        rest = [state for state in held if state.kept_tokens != window]
         layers.append(
             Layer(
-                f"block {number}",
-                kinds[number],
-                sizes[number + 1],
-                state.token_bytes,
-                sent,
-                kv_window_tokens=state.kept_tokens,
-                state_bytes_per_sequence=state.state_bytes,
+                f"block {unit.start}" if len(unit) == 1 else f"blocks {unit.start} to {unit.stop - 1}",
+                kinds[number - 1],
+                sizes[number],
+                sum(state.token_bytes for state in full),
+                width(unit.stop) * itemsize,
+                kv_window_tokens=window,
+                state_bytes_per_sequence=sum(state.sequence_bytes for state in held)
+                + sum((state.kept_tokens or 0) * state.token_bytes for state in rest),
             )
         )
     head = Layer("head", "head", sizes[division.head], 0, 4, tied_to=0 if tied else None)
     return (*layers, head)
 
 
-def block_kinds(division: Division, states: dict[int, CacheLayerState]) -> list[str]:
-    """The kind of each block, see outline.kind_names."""
-    return kind_names([(states[number].kind, shape_key(block)) for number, block in enumerate(division.blocks)])
+def block_kinds(division: Division) -> list[str]:
+    """The kind of each layer between embedding and head, see outline.kind_names."""
+    kinds, units = layer_kinds(division), division.units
+    shapes = [tuple(shape_key(division.blocks[number]) for number in unit) for unit in units]
+    return kind_names([(kinds[unit.start], shape) for unit, shape in zip(units, shapes, strict=True)])

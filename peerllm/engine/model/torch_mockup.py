@@ -15,7 +15,6 @@ from peerllm.engine.model.keeping import keeping
 from peerllm.engine.model.probing import probe
 from peerllm.engine.model.torch_inspect import block_kinds, working
 from peerllm.engine.model.torch_shard import TorchShard
-from peerllm.engine.state.kv_cache import kv_bytes
 from peerllm.errors import BadInputError, RefusedError
 
 
@@ -36,15 +35,17 @@ class TorchOutline(outline.Sizes):
             layer = division.layer_of(name)
             layer_bytes[layer] = layer_bytes.get(layer, 0) + kept.nbytes(name, tensor)
         super().__init__(
-            firsts=outline.firsts(block_kinds(division, self._states)),
+            firsts=outline.firsts(block_kinds(division)),
             head=division.head,
-            hidden_size=language.hidden_size,
             vocabulary=language.vocab_size,
             context=context,
             limit_bytes=message.limit_bytes,
             working=working(division, message.quantize),
             layer_bytes=layer_bytes,
-            kv_bytes={number + 1: kv_bytes({number: state}, 1, context) for number, state in self._states.items()},
+            kv_bytes={
+                layer: sum(self._states[number].nbytes(context) for number in unit)
+                for layer, unit in enumerate(division.units, 1)
+            },
         )
 
     def build(self, mockup: Mockup) -> TorchShard:

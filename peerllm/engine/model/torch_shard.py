@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ from peerllm.engine.model.division import Division, divide
 from peerllm.engine.model.loader import as_array, as_tensor
 from peerllm.engine.model.packed import Packed
 from peerllm.engine.model.probing import probe, reach_of
-from peerllm.engine.state.kv_cache import SlotCache, kv_bytes, slot_caches
-from peerllm.engine.state.layer_states import CacheLayerState
+from peerllm.engine.model.rows import Rows
+from peerllm.engine.state.exported_state import Arrays, check_imported, chosen
+from peerllm.engine.state.kv_cache import SlotCache, slot_caches
+from peerllm.engine.state.state_kinds import LayerState, slot_bytes
 from peerllm.errors import BadInputError, EngineError, RefusedError
 from peerllm.transport.frames.token_run import TokenRun
 
@@ -35,7 +37,7 @@ class TorchShard:
         division: Division,
         first: int,
         last: int,
-        states: Mapping[int, CacheLayerState],
+        states: Mapping[int, LayerState],
         slots: int,
         context: int,
         weights: Mapping[int, int],
@@ -50,7 +52,8 @@ class TorchShard:
         packed = any(isinstance(module, Packed) for module in division.model.modules())
         self._threads = 1 if packed and device == CPU else torch.get_num_threads()
         text = text_config(division.model.config)
-        self.hidden_size: int = text.hidden_size
+        layout, numbers = division.layout, division.numbers(first, last)
+        self.hidden_size: int = layout.width(numbers.start)
         self.vocabulary: int = text.vocab_size
         self.context = context
         self.dtype = division.dtype
@@ -61,8 +64,10 @@ class TorchShard:
         self._has_embedding, self._has_head = first == 0, last == division.head
         with self._turn:
             self._caches = slot_caches(*get_layer_types_and_kwargs(text), states, slots, context, device)
-        self.kv_bytes = kv_bytes(states, slots, context)
+        self._states = states
+        self.kv_bytes = slot_bytes(states.values(), slots, context)
         self._entering: torch.Tensor | None = None
+        self._rows = None if layout.plain else Rows(layout, division.owner, self.blocks, numbers, self._has_embedding)
         if not self._has_embedding:
             self._enter_at(entry)
         matrix = self._model.get_output_embeddings() if self._has_head else None
@@ -117,6 +122,8 @@ class TorchShard:
         if tells or self.first_layer < self.last_layer:
             output = self._run(inputs, run, cache)
         cache.advance(run.length)
+        if run.snapshot:
+            cache.keep_snapshot()
         return output if tells else torch.empty(0, self.vocabulary)
 
     def positions(self, run: TokenRun) -> torch.Tensor:
@@ -132,8 +139,11 @@ class TorchShard:
             "past_key_values": cache,
             "use_cache": True,
         }
+        carried: dict[str, torch.Tensor] = {}
         if self._has_embedding:
             given["input_ids"] = inputs.to(self._device).unsqueeze(0)
+        elif self._rows is not None:
+            self._entering, carried = self._rows.take(inputs.to(self._device, self.dtype))
         else:
             given["inputs_embeds"] = self._entering = inputs.to(self._device, self.dtype).unsqueeze(0)
         if wanted:
@@ -142,11 +152,29 @@ class TorchShard:
             module.max_seq_len_cached = module.original_max_seq_len + 1
         self.blocks.begun = False
         try:
-            output = model(**accepted(model, **given))
+            output = model(**accepted(model, **given), **carried)
         finally:
             self._entering = None
-        told: torch.Tensor = output.logits[0, -1:].float() if wanted else output[0][0]
+        if wanted:
+            told: torch.Tensor = output.logits[0, -1:].float()
+        else:
+            told = output[0][0] if self._rows is None else self._rows.made()
         return told.to(CPU).contiguous()
+
+    def export_state(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, Arrays]:
+        """See base.Shard."""
+        states = chosen(self._states, blocks)
+        with torch.inference_mode(), self._turn:
+            cache = self._caches[slot]
+            found = cache.export(states)
+            return cache.length, {name: as_array(tensor.to(CPU)) for name, tensor in found.items()}
+
+    def import_state(self, slot: int, position: int, arrays: Arrays) -> None:
+        """See base.Shard."""
+        check_imported(self._states, position, self.context, arrays)
+        with torch.inference_mode(), self._turn:
+            given = {name: as_tensor(array).to(self._device) for name, array in arrays.items()}
+            self._caches[slot].take(position, given, self._states)
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
@@ -177,8 +205,8 @@ def load_shard(
         raise BadInputError(f"layers {first}..{last} of a model whose last is {division.head}")
     every, whole = probe(division, range(len(division.blocks))), division.owner.config
     states = {number: every[number] for number in division.numbers(first, last)}
-    needed = kv_bytes(states, spec.slots, spec.context)
-    reach = reach_of(division.model, every)
+    needed = slot_bytes(states.values(), spec.slots, spec.context)
+    reach = reach_of(division, every)
     work = plan(division, first, last, spec.tensors, spec.quantize)
     if spec.limit_bytes is not None and work.nbytes + needed > spec.limit_bytes:
         held = f"weights of {work.nbytes} bytes and KV of {needed}"

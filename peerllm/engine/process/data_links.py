@@ -60,7 +60,7 @@ class _Known:
     """A deployment's epoch and its stages here."""
 
     epoch: int
-    hidden_size: int
+    hidden_size: int = 0  # numbers in the longest row of a token that may come or go
     specs: dict[int, LoadStage] = field(default_factory=dict)
     links: dict[int, Link] = field(default_factory=dict)  # by the stage that sends
 
@@ -101,7 +101,8 @@ class DataLinks:
             raise RefusedError(f"epoch {known.epoch} is loaded here; {spec.epoch} is past")
         past = None if known is None or known.epoch == spec.epoch else known.epoch
         if known is None or past is not None:
-            self._known[spec.deployment] = _Known(spec.epoch, hidden_size)
+            self._known[spec.deployment] = known = _Known(spec.epoch)
+        known.hidden_size = max(known.hidden_size, hidden_size)
         self._known[spec.deployment].specs[spec.stage] = spec
         if spec.upstream not in (None, self._device):
             self._plane.expect(spec.upstream, Inlet(STEP, stage_limits(spec, hidden_size), self._deliver))

@@ -24,6 +24,8 @@ from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Cuts, DeploymentId, chunk_of
 
 CHUNKS_PER_STAGE_IN_FLIGHT = 2  # one being computed, one waiting
+TAIL = 8  # tokens at a prompt's end, after the snapshot: chat templates render the answer's beginning anew next time
+LEAST_BEFORE_SNAPSHOT = 32  # new tokens before a snapshot: for fewer, the extra pass costs more than it spares
 MAX_DRAINING = 1024  # ended sequences whose RELEASE has not come back to the source
 
 
@@ -48,6 +50,7 @@ class _Running:
     chunk: int  # what is new of the prompt is fed in chunks of so many tokens
     fed: int  # tokens of prompt and answer that were put into stage 0, and those that the slot held already
     back: int  # of those, tokens that the head has seen
+    snapshot: int = 0  # where a chunk of the prompt ends with a new snapshot; 0: nowhere
     answer: list[int] = field(default_factory=list)  # ids of the answer so far, all put into stage 0
     in_flight: deque[int] = field(default_factory=deque)  # lengths of the prompt chunks under way
 
@@ -55,7 +58,20 @@ class _Running:
         """The next `length` tokens, which count as put into stage 0 from now on."""
         start = self.fed
         self.fed += length
-        return TokenRun(self.order.sequence, self.choice.slot, start, length, self.fed >= len(self.order.prompt))
+        ends, kept = self.fed >= len(self.order.prompt), self.fed == self.snapshot
+        return TokenRun(self.order.sequence, self.choice.slot, start, length, ends, kept)
+
+    @property
+    def prompt_left(self) -> int:
+        """Tokens of the prompt that are to be fed, up to the snapshot if that is ahead."""
+        return (self.snapshot if self.fed < self.snapshot else len(self.order.prompt)) - self.fed
+
+    @property
+    def kept_snapshot(self) -> int:
+        """The position of which every stage keeps a snapshot; 0: none, or the new one has not reached all of them."""
+        if self.fed < self.snapshot or not self.snapshot:
+            return self.choice.snapshot
+        return self.snapshot if self.back >= self.snapshot else 0
 
     def ids(self, run: TokenRun) -> Sequence[int]:
         """The token ids of a run that was fed: of the prompt, or one of the answer."""
@@ -85,6 +101,7 @@ class SourceSequences:
         self._most_chunks = CHUNKS_PER_STAGE_IN_FLIGHT * stages  # of one prompt under way
         self._running: dict[int, _Running] = {}
         self._idle = PrefixCache(slots, reach)
+        self._snapshots = reach is not None and not reach.rewinds and reach.snapshots
         self._prompts = PromptTurns()
         self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
         self._draining: dict[int, int] = {}  # of those, by ended sequence, until its RELEASE has gone round
@@ -132,7 +149,11 @@ class SourceSequences:
         if choice is None:
             raise OverloadedError(f"all {self._slots} slots are taken; wait for a sequence to end")
         chunk = chunk_of(self._cuts, len(order.prompt) - choice.position)
-        self._running[order.sequence] = _Running(order, choice, chunk, fed=choice.position, back=choice.position)
+        self._running[order.sequence] = running = _Running(order, choice, chunk, choice.position, choice.position)
+        if self._snapshots:
+            tail = len(order.prompt) - TAIL
+            place = min(choice.parting or tail, tail)
+            running.snapshot = place if place - choice.position >= LEAST_BEFORE_SNAPSHOT else 0
         self._prompts.add(order.client, order.sequence)
         return choice.slot
 
@@ -144,7 +165,7 @@ class SourceSequences:
             if sequence is None:
                 break
             running = self._running[sequence]
-            length = chunk_length(len(running.order.prompt) - running.fed, running.chunk)
+            length = chunk_length(running.prompt_left, running.chunk)
             if self._under_way + length > self._window:
                 break
             running.in_flight.append(length)
@@ -200,8 +221,10 @@ class SourceSequences:
         self._prompts.remove(order.client, sequence)
         if finish != "error":
             ids = (*order.prompt, *running.answer)[: running.back]
-            furthest = max(choice.furthest, running.fed)
-            self._idle.keep(choice.slot, CachedPrefix(sequence, order.client, ids, furthest))
+            furthest, settled = max(choice.furthest, running.fed), running.fed == running.back
+            body = len(order.prompt) - TAIL
+            left = CachedPrefix(sequence, order.client, ids, furthest, settled, running.kept_snapshot, body)
+            self._idle.keep(choice.slot, left)
         return Tokens(self._deployment, sequence, len(running.answer), (), finish, error, _reused(running))
 
     def forget(self, sequence: int) -> None:

@@ -6,28 +6,50 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
-from peerllm.engine.state.layer_states import FULL, WINDOWED, CacheLayerState, HybridCounter, SlotLayer, layer_of
+from peerllm.engine.state.layer_states import (
+    FULL,
+    WINDOWED,
+    HybridCounter,
+    SlotLayer,
+    fixed_arrays,
+    layer_of,
+    put_fixed,
+)
+from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import EngineError
 
 
 class SlotCache(Cache):
-    """One slot's cache of a whole model: the shard's own blocks hold keys and values, the others only count tokens."""
+    """One slot's cache of a whole model: the shard's own blocks hold their states, the others only count tokens."""
 
-    def __init__(self, layers: list[Any], owned: Mapping[int, CacheLayerState]) -> None:
+    def __init__(self, layers: list[Any], owned: Mapping[int, LayerState]) -> None:
         super().__init__(layers=layers)
         self.counters = [layer for number, layer in enumerate(layers) if number not in owned]
-        self.rewinds = all(isinstance(layers[number], SlotLayer) for number in owned)
+        self._owned = {number: layers[number] for number in owned}
+        self._rewinds = all(isinstance(layer, SlotLayer | DummyLayer) for layer in self._owned.values())
+        self._snapshot: list[torch.Tensor] = []  # of what the blocks keep once for a sequence
+        self._snapshot_at = 0  # 0: there is none
         self.length = 0
         self.whole = True  # every layer holds the same tokens
 
     def seek(self, position: int) -> None:
-        """Bring every layer back to `position` tokens; 0 starts afresh. EngineError if one cannot go back so far."""
+        """Bring every layer back to `position` tokens; 0 starts afresh. EngineError if one cannot go back there."""
         if position > self.length:
             raise EngineError(f"a gap in the sequence: {self.length} tokens are held, the next is for {position}")
-        if position and not self.rewinds and (position < self.length or not self.whole):
-            raise EngineError("a recurrent layer cannot go back; replay the sequence from its start")
+        if position and not self._rewinds and (position < self.length or not self.whole):
+            if position != self._snapshot_at:
+                raise EngineError(f"a recurrent layer cannot go back to position {position}; replay the sequence")
+            self._restore(position)
+        if position < self._snapshot_at:
+            self._snapshot_at = 0
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 layer.seek(position)
@@ -40,37 +62,81 @@ class SlotCache(Cache):
 
     def advance(self, count: int) -> None:
         """A pass of `count` tokens went well: layers that only count add them."""
-        self.length += count
+        self._count(self.length + count)
+
+    def keep_snapshot(self) -> None:
+        """Keep a copy of what recurrent blocks hold now, for a later run that begins at this position."""
+        if len(self._snapshot) != len(fixed := self._fixed()):
+            self._snapshot = [torch.empty_like(tensor) for tensor in fixed]
+        for kept, tensor in zip(self._snapshot, fixed, strict=True):
+            kept.copy_(tensor)
+        self._snapshot_at = self.length
+
+    def export(self, states: Mapping[int, LayerState]) -> dict[str, torch.Tensor]:
+        """The arrays that `exported_state.exported` names."""
+        if not (self.whole and self.length):
+            raise EngineError("the slot holds no sequence, or a pass failed; there is no state to export")
+        found: dict[str, torch.Tensor] = {}
+        for number, state in states.items():
+            layer = self._owned[number]
+            for kept in state.tokens:
+                tensor: torch.Tensor = getattr(layer, kept.name)
+                held = layer.held if isinstance(layer, SlotLayer) else tensor.shape[2]
+                rows = min(held, state.room(self.length))
+                one = found[f"{number}.{kept.name}"] = tensor.new_zeros(kept.heads, state.room(self.length), kept.width)
+                one[:, one.shape[1] - rows :] = tensor[0, :, held - rows : held]
+            found |= {f"{number}.{name}": tensor[0].clone() for name, tensor in fixed_arrays(layer)}
+        return found
+
+    def take(self, position: int, given: Mapping[str, torch.Tensor], states: Mapping[int, LayerState]) -> None:
+        """Begin the slot anew with the state that `export` gave elsewhere, after `position` tokens; it was checked."""
+        self.seek(0)
+        for number, state in states.items():
+            layer = self._owned[number]
+            if state.tokens:
+                layer.update(*(given[f"{number}.{kept.name}"].unsqueeze(0) for kept in state.tokens))
+            if isinstance(layer, SlotLayer):
+                layer.length = position
+            for kept in state.fixed:
+                put_fixed(layer, kept.name, given[f"{number}.{kept.name}"].unsqueeze(0))
+        self._count(position)
+
+    def _count(self, length: int) -> None:
+        self.length = length
         self.whole = True
         for layer in self.counters:
             if isinstance(layer, SlotLayer):
-                layer.seek(self.length)
+                layer.seek(length)
             elif isinstance(layer, LinearAttentionCacheLayerMixin):
                 layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
                 if isinstance(layer, HybridCounter):
-                    layer.length = self.length
+                    layer.length = length
 
+    def _restore(self, position: int) -> None:
+        for tensor, kept in zip(self._fixed(), self._snapshot, strict=True):
+            tensor.copy_(kept)
+        for layer in self._owned.values():
+            if isinstance(layer, LinearAttentionAndFullAttentionLayer):
+                DynamicLayer.crop(layer, position - layer.get_seq_length())
 
-def kv_bytes(owned: Mapping[int, CacheLayerState], slots: int, context: int) -> int:
-    """The bytes that `slot_caches` takes for these blocks."""
-    total = 0
-    for state in owned.values():
-        windowed = state.kind in (FULL, *WINDOWED)
-        kept = (state.room(context) if state.keys and state.values else 0) if windowed else context
-        total += slots * (state.state_bytes + kept * state.token_bytes)
-    return total
+    def _fixed(self) -> list[torch.Tensor]:
+        return [tensor for layer in self._owned.values() for _, tensor in fixed_arrays(layer)]
 
 
 def slot_caches(
     kinds: Sequence[str],
     arguments: Sequence[Mapping[str, Any]],
-    owned: Mapping[int, CacheLayerState],
+    owned: Mapping[int, LayerState],
     slots: int,
     context: int,
     device: torch.device | None = None,
 ) -> list[SlotCache]:
     """One cache per slot, as views of KV room [slots, heads, room, width] per block, which is allocated here."""
-    stores = {number: _room(state, slots, context, device) for number, state in owned.items()}
+    stores = {
+        number: _room(state, slots, context, device)
+        for number, state in owned.items()
+        if kinds[number] in (FULL, *WINDOWED)
+    }
     return [
         SlotCache(
             [
@@ -83,12 +149,11 @@ def slot_caches(
     ]
 
 
-def _room(state: CacheLayerState, slots: int, context: int, device: torch.device | None) -> tuple[torch.Tensor, ...]:
-    """Memory for a block's keys and values, [slots, heads, room, width] each; empty if it keeps none."""
-    if state.kind not in (FULL, *WINDOWED) or not (state.keys and state.values):
-        return ()
-    room = state.room(context)
+def _room(state: LayerState, slots: int, context: int, device: torch.device | None) -> tuple[torch.Tensor, ...]:
+    """Memory for what a block keeps for each token: [slots, heads, room, width]."""
     return tuple(
-        torch.empty(slots, heads, room, width, dtype=state.dtype, device=device)
-        for heads, width in (state.keys, state.values)
+        torch.empty(
+            slots, kept.heads, state.room(context), kept.width, dtype=getattr(torch, kept.dtype), device=device
+        )
+        for kept in state.tokens
     )

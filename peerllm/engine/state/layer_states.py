@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,40 +15,13 @@ from transformers.cache_utils import (
 )
 
 from peerllm.engine import base
+from peerllm.engine.state.state_kinds import LayerState, SequenceArray, TokenArray
 from peerllm.errors import EngineError
 
 FULL, WINDOWED = "full_attention", ("sliding_attention", "chunked_attention")
-
-
-@dataclass(frozen=True, slots=True)
-class CacheLayerState:
-    """What one block keeps of a sequence: keys and values per token [heads, width], and state of a fixed size."""
-
-    kind: str  # transformers' layer type
-    arguments: Mapping[str, Any]
-    keys: tuple[int, int] | None
-    values: tuple[int, int] | None
-    dtype: torch.dtype
-    state_bytes: int = 0
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of keys and values per token."""
-        return sum(shape[0] * shape[1] for shape in (self.keys, self.values) if shape) * self.dtype.itemsize
-
-    @property
-    def window(self) -> int | None:
-        """Tokens that a query sees, itself included; None for all."""
-        return self.arguments.get("sliding_window") if self.kind in WINDOWED else None
-
-    @property
-    def kept_tokens(self) -> int | None:
-        """The most tokens of a sequence that are kept; None for all."""
-        return None if self.window is None else self.window + 2 * base.ROLLBACK_TOKENS
-
-    def room(self, context: int) -> int:
-        """Tokens of room per slot."""
-        return context if self.kept_tokens is None else min(context, self.kept_tokens)
+UNKEPT = "dummy"  # transformers' type of a layer that keeps nothing of its own
+# transformers' layer types that a sequence can go back in, and those of which SlotCache keeps a snapshot.
+REWINDS, SNAPSHOTS_OF = (FULL, *WINDOWED, UNKEPT), ("linear_attention", "conv", "hybrid")
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -157,18 +129,42 @@ class ProbeCache(Cache):
         self.arguments = arguments or [{}] * count
         super().__init__(layers=[layer_of(k, a, owned=True) for k, a in zip(self.kinds, self.arguments, strict=True)])
 
-    def state(self, number: int, dtype: torch.dtype) -> CacheLayerState:
+    def state(self, number: int) -> LayerState:
         """What block `number` keeps of a sequence; known once the block has run."""
         layer: Any = self.layers[number]
         stored = getattr(layer, "given", None)
         if stored is None and getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
             stored = layer.keys, layer.values
-        shapes: list[tuple[int, int] | None] = [None, None]
-        if stored is not None:
-            shapes = [(tensor.shape[1], tensor.shape[-1]) for tensor in stored]
-            dtype = stored[0].dtype
-        held = 0
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            kept = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-            held = sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
-        return CacheLayerState(self.kinds[number], self.arguments[number], shapes[0], shapes[1], dtype, held)
+        kept = zip(("keys", "values"), stored or (), strict=False)
+        return LayerState(
+            tuple(TokenArray(name, one.shape[1], one.shape[-1], dtype_name(one)) for name, one in kept),
+            tuple(SequenceArray(name, tuple(one.shape[1:]), dtype_name(one)) for name, one in fixed_arrays(layer)),
+            self.arguments[number].get("sliding_window") if self.kinds[number] != FULL else None,
+        )
+
+
+def fixed_arrays(layer: Any) -> list[tuple[str, torch.Tensor]]:
+    """What a layer of a cache keeps once for a sequence [1, ...], by names as in state_kinds."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return []
+    return [
+        (f"{name}_{index}" if index else name, tensor)
+        for name, states in (("convolution", layer.conv_states), ("recurrent", layer.recurrent_states))
+        for index, tensor in states.items()
+        if tensor is not None
+    ]
+
+
+def put_fixed(layer: Any, name: str, tensor: torch.Tensor) -> None:
+    """Set what `fixed_arrays` gives under `name`."""
+    which, _, index = name.partition("_")
+    if which == "convolution":
+        layer.update_conv_state(tensor, state_idx=int(index or 0))
+    else:
+        layer.update_recurrent_state(tensor, state_idx=int(index or 0))
+        layer.has_previous_state[int(index or 0)] = True
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """The tensor's dtype as numpy names it."""
+    return str(tensor.dtype).removeprefix("torch.")

@@ -20,6 +20,14 @@ class CachedPrefix:
     client: str
     ids: tuple[int, ...]  # computed at every stage
     furthest: int  # the most tokens, these and later ones, that a stage may have held since the slot began afresh
+    settled: bool = True  # no stage has computed a token beyond `ids`
+    snapshot: int = 0  # the position of which every stage keeps a snapshot; 0: none
+    body: int = 0  # tokens of the prompt, without the last ones, which templates often render anew
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """The positions for which every stage has the states of its recurrent layers."""
+        return (self.snapshot, len(self.ids)) if self.settled else (self.snapshot,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,8 @@ class SlotChoice:
     slot: int
     position: int = 0
     furthest: int = 0  # see CachedPrefix
+    snapshot: int = 0  # the position of which the slot keeps a snapshot; 0: none
+    parting: int = 0  # where the prompt parts from an earlier one inside of that one's body: others may part there too
 
 
 class PrefixCache:
@@ -40,7 +50,7 @@ class PrefixCache:
 
     def keep(self, slot: int, remains: CachedPrefix) -> None:
         """Remember what a sequence that ended well left in its slot, if a later one can begin with it."""
-        if self._reach is not None and remains.ids and self._reach.allows(len(remains.ids), remains.furthest):
+        if self._start(remains, len(remains.ids)):
             self._remains[slot] = remains
 
     def kept(self, slot: int) -> int:
@@ -58,31 +68,35 @@ class PrefixCache:
     def take(self, running: Collection[int], prompt: Sequence[int], client: str) -> SlotChoice | None:
         """A slot that is not `running`; it is idle no more. None: all are running.
 
-        Preferred is the idle slot that spares most of the prompt, unless it holds much else, as that of another
-        conversation with the same beginning does. Then the lowest empty slot, then the slot that ended longest ago.
+        Preferred is the idle slot that spares most of the prompt, if the prompt continues or repeats at least half of
+        what the slot holds, instead of only beginning alike as another conversation does. Then the lowest empty slot,
+        then the slot that ended longest ago.
         """
-        spared = {slot: self._spares(remains, prompt, client) for slot, remains in self._remains.items()}
-        fit = [slot for slot, tokens in spared.items() if _continues(tokens, len(prompt), self.kept(slot))]
+        spared, fit, parting = dict[int, int](), list[int](), 0
+        for idle, remains in self._remains.items():
+            common = _common(remains.ids, tuple(prompt)) if client == remains.client else 0
+            if common < remains.body:
+                parting = max(parting, common)
+            spared[idle] = self._start(remains, min(common, len(prompt) - 1))  # the last token must be computed
+            if spared[idle] and (2 * common >= len(remains.ids) or common >= len(prompt) - 1):
+                fit.append(idle)
         empty = (slot for slot in range(self._slots) if slot not in running and slot not in self._remains)
         oldest = next(iter(self._remains), None)
         slot = max(fit, key=spared.__getitem__) if fit else next(empty, oldest)
         if slot is None:
             return None
-        remains = self._remains.pop(slot, None)
-        position = spared.get(slot, 0)
-        return SlotChoice(slot, position, remains.furthest if remains is not None and position else 0)
+        left, position = self._remains.pop(slot, None), spared.get(slot, 0)
+        if left is None or not position:
+            return SlotChoice(slot, parting=parting)
+        return SlotChoice(slot, position, left.furthest, left.snapshot if left.snapshot <= position else 0, parting)
 
-    def _spares(self, remains: CachedPrefix, prompt: Sequence[int], client: str) -> int:
-        """How many tokens of a prompt need not be computed; its last one always must be."""
-        if client != remains.client or self._reach is None:
+    def _start(self, remains: CachedPrefix, most: int) -> int:
+        """The last position up to `most` where a sequence can take the slot up; 0: nowhere but afresh."""
+        reach = self._reach
+        if reach is None:
             return 0
-        position = min(_common(remains.ids, tuple(prompt)), len(prompt) - 1)
-        return position if self._reach.allows(position, remains.furthest) else 0
-
-
-def _continues(spared: int, prompt: int, held: int) -> bool:
-    """Whether a prompt continues or repeats what a slot holds, instead of only beginning alike."""
-    return spared > 0 and (2 * spared >= held or spared == prompt - 1)
+        places = [most] if reach.rewinds else [place for place in remains.known if place <= most]
+        return max((place for place in places if reach.allows(place, remains.furthest, remains.known)), default=0)
 
 
 def _common(some: tuple[int, ...], others: tuple[int, ...]) -> int:

@@ -83,6 +83,10 @@ class LayerState:
         """Bytes of one slot."""
         return self.room(context) * self.token_bytes + self.sequence_bytes
 
+    def exported_bytes(self, position: int) -> int:
+        """Bytes of a sequence's state after `position` tokens (exported_state.py)."""
+        return self.room(position) * self.token_bytes + sum(array.nbytes for array in self.fixed)
+
 
 def slot_bytes(states: Iterable[LayerState], slots: int, context: int) -> int:
     """Bytes that layers take for all their slots."""

@@ -30,6 +30,8 @@ FILE_DTYPES = {
 }  # fmt: skip
 COMPUTED = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}  # file dtype: compute dtype
 COMPUTE_DTYPE_KEY = "peerllm_compute_dtype"  # in config.json: this model's "auto", whatever its files hold
+STACKED_EXPERTS_KEY = "peerllm_stacked_experts"  # there: the files hold the experts of a layer as two tensors
+STACKED_EXPERTS = "mlp.experts.gate_up_proj"
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 MAX_JSON_BYTES = 64 << 20  # an index of some hundred thousand tensors
 MAX_DIMENSIONS = 8
@@ -212,6 +214,9 @@ def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bo
         text = json.dumps(values)
     else:
         tensors = read_tensors(directory)
+    if any(name.endswith(STACKED_EXPERTS) for name in tensors):
+        values = {**values, STACKED_EXPERTS_KEY: True}
+        text = json.dumps(values)
     if values.get("quantization_config") and dtype != "float32" and quantize in ("auto", "none"):
         dtype, quantize = "float32", STORED
     else:

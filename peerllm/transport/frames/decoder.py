@@ -11,7 +11,18 @@ from peerllm.transport.frames.frame import (
     FrameKind,
     NamedTensor,
 )
-from peerllm.transport.frames.layout import HEADER, KIND_AT, MAGIC, RUN, SAMPLE, SIZE, TENSOR, VERSION, padding
+from peerllm.transport.frames.layout import (
+    HEADER,
+    KIND_AT,
+    MAGIC,
+    RUN,
+    SAMPLE,
+    SIZE,
+    SNAPSHOT,
+    TENSOR,
+    VERSION,
+    padding,
+)
 from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
 from peerllm.transport.frames.token_run import TokenRun
 
@@ -85,10 +96,10 @@ def _runs(head: memoryview, count: int, kind: FrameKind, limits: FrameLimits) ->
             raise FrameRefused(Rule.EMPTY_RUN, f"slot {slot}")
         if position + length > limits.context:
             raise FrameRefused(Rule.CONTEXT, f"{position} + {length} tokens of {limits.context}")
-        if flags & ~SAMPLE:
+        if flags & ~(SAMPLE | SNAPSHOT):
             raise FrameRefused(Rule.FLAGS, f"{flags:#x}")
         slots.add(slot)
-        runs.append(TokenRun(sequence, slot, position, length, flags == SAMPLE))
+        runs.append(TokenRun(sequence, slot, position, length, bool(flags & SAMPLE), bool(flags & SNAPSHOT)))
     return tuple(runs)
 
 

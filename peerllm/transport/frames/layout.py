@@ -12,7 +12,7 @@ ALIGNMENT = 8  # bytes; header and every payload end on a multiple
 HEADER = Struct("<4sBBHI16sHHII")
 KIND_AT = 5
 RUN = Struct("<QIIII")  # sequence, slot, position, length, flags
-SAMPLE = 1  # flag of a run
+SAMPLE, SNAPSHOT = 1, 2  # flags of a run
 TENSOR = Struct("<BBBB")  # name bytes, dtype code, rank, reserved (0); then rank sizes, then the name
 SIZE = Struct("<I")
 

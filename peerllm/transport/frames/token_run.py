@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class TokenRun:
     """`length` tokens of one sequence from `position` on, in KV slot `slot`; what is computed of them lies beside it.
 
-    Position 0 starts the slot afresh; a position below what the slot holds rolls the slot back to there.
+    Position 0 starts the slot afresh; a position below what the slot holds rolls the slot back to there (where layers
+    are recurrent, only to a snapshot).
     """
 
     sequence: int  # u64 on the wire
@@ -17,6 +18,7 @@ class TokenRun:
     position: int
     length: int
     sample: bool = False  # the head picks a token after the run's last position
+    snapshot: bool = False  # every stage keeps a copy of its recurrent states after it, in place of an earlier one
 
     @property
     def is_step(self) -> bool:

@@ -65,6 +65,10 @@ def test_slow_links_are_rounded_fast_ones_and_float32_never_are():
     assert drawn(2.0, dtype="float32").activations == ("exact", "exact")
     assert drawn(2.0, dtype="float32") == drawn(2.0, "exact", dtype="float32")
     assert drawn(2.0, dtype="float16").activations == ("int8", "int8")
+    mixed = replace(model(), mixed_rows=True)
+    assert draw_up(RunOptions("big"), mixed, candidates(2.0), A).activations == ("exact", "exact")
+    with pytest.raises(BadInputError, match="more than hidden states"):
+        draw_up(RunOptions("big", activations="int8"), mixed, candidates(2.0), A)
     with pytest.raises(BadInputError, match="stays exact"):
         drawn(2.0, "int8", dtype="float32")
     with pytest.raises(BadInputError, match="--activations"):

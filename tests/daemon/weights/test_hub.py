@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.daemon.deployment.model_files import looked_up, resolve
-from peerllm.daemon.weights.hub import ask
+from peerllm.daemon.weights.hub import ask, hole
 from peerllm.daemon.weights.hub_download import download, hub_bar
 from peerllm.engine.weights.checkpoint import read_tensors
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
@@ -117,6 +117,34 @@ async def test_only_weights_that_the_index_names_are_looked_at(hub: HubServer, t
     async with looked_up(MODEL, NO_GGUF, untold) as found:
         assert [one.name for one in found.directory.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
         assert shapes(found.directory) == shapes(MODEL_DIR)
+
+
+def parts_of_a_wrapper(folder: Path, model_type: str) -> None:
+    """Three weight files: one of the language model, one of the vision model, one that no index names."""
+    for file in folder.glob("*"):
+        if file.is_file():
+            file.unlink()
+    weights = {"a": "language_model.model.norm.weight", "b": "vision_tower.norm.weight", "c": "consolidated.weight"}
+    for name, tensor in weights.items():
+        hole(folder / f"{name}.safetensors", {tensor: {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}})
+    index = {weights[name]: f"{name}.safetensors" for name in "ab"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "text_config": {}}))
+
+
+@pytest.mark.parametrize(("model_type", "fetched"), [("mistral3", {"a"}), ("unwrapped", {"a", "b"})])
+async def test_files_of_the_vision_model_alone_are_neither_counted_nor_downloaded(
+    hub: HubServer, tmp_path: Path, model_type: str, fetched: set[str]
+) -> None:
+    folder = tmp_path / "hub" / MODEL
+    parts_of_a_wrapper(folder, model_type)
+    found = ask(MODEL)
+    weights = {f"{name}.safetensors" for name in fetched}
+    assert {name for name in found.sizes if name.endswith(".safetensors")} == weights
+    assert found.missing_bytes == sum((folder / name).stat().st_size for name in weights)  # of the rest, all is here
+    (directory,) = download(found, quiet, 0, threading.Event())
+    assert {one.name for one in directory.glob("*.safetensors")} == weights
+    assert ask(MODEL).paths == (directory,)
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])

@@ -21,6 +21,7 @@ from peerllm.daemon.weights.known_models import (
     hub_name,
     memory_bytes,
     nearest,
+    stored_memory_bytes,
     suggestion,
 )
 from peerllm.daemon.weights.on_disk import (
@@ -82,6 +83,9 @@ def test_weights_are_counted_by_their_headers(tmp_path: Path) -> None:
     assert weights_of((tmp_path,)) == WeightFiles(8)
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0[]")
     assert weights_of((tmp_path,)) == WeightFiles(10)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    assert weights_of((tmp_path,)) == WeightFiles(10, {}, "gptq", stored=True)
+    assert stored_memory_bytes(weights_of((tmp_path,))) == 12 and stored_memory_bytes(held) == 0
 
 
 def smollm2(directory: Path) -> Path:

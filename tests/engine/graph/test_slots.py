@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peerllm.engine import base as module
 from peerllm.engine.base import Reach
 from peerllm.engine.graph.kv_slots import Batch, KVSlots
-from peerllm.engine.state.state_kinds import keys_and_values
+from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and_values, slot_bytes
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.runs import in_slot
@@ -84,6 +84,92 @@ class Sequences:
                 for number, store in enumerate(group.stores):
                     wanted = values(own[len(own) - held :], number)
                     np.testing.assert_array_equal(store[place, :, :held], wanted)
+
+
+class Recurrences:
+    """Slots of layers that keep fixed arrays, beside what each sequence is: the tokens that it has taken in."""
+
+    def __init__(self) -> None:
+        fixed = SequenceArray("recurrent", (2, 3)), SequenceArray("convolution", (4,))
+        self.states = {3: LayerState(fixed=fixed), 5: keys_and_values(1, 8, "float32")}
+        self.slots = KVSlots(self.states, SLOTS, CONTEXT)
+        assert self.slots.nbytes == slot_bytes(self.states.values(), SLOTS, CONTEXT)
+        self.tokens: list[tuple[int, ...]] = [()] * SLOTS
+        self.known: list[dict[int, tuple[int, ...]]] = [{} for _ in range(SLOTS)]  # by position
+        self.fresh = itertools.count(1)
+
+    def go(self, runs: list[TokenRun], fails: bool) -> None:
+        allowed = all(not run.position or run.position in self.known[run.slot] for run in runs)
+        try:
+            self.slots.check(runs)
+        except EngineError:
+            assert not allowed
+            return
+        assert allowed
+        batch = self.slots.seek(runs)
+        for place, row in enumerate(batch.order):
+            run = runs[row]
+            known = self.known[run.slot]
+            before = known[run.position] if run.position else ()
+            self.holds(batch.first + place, before)
+            self.tokens[run.slot] = (*before, *itertools.islice(self.fresh, run.length))
+            for number, store in enumerate(self.slots._fixed):
+                store[batch.first + place] = told(self.tokens[run.slot], number)
+            snapshots = {at: one for at, one in known.items() if at == self.snapshot(run.slot) and at <= run.position}
+            self.known[run.slot] = snapshots | ({} if fails else {len(self.tokens[run.slot]): self.tokens[run.slot]})
+        if not fails:
+            self.slots.advance(runs)
+
+    def snapshot(self, slot: int) -> int:
+        return self.slots._snapshot_at[slot]
+
+    def keep(self, slot: int) -> None:
+        length = len(self.tokens[slot])
+        if self.known[slot].get(length) == self.tokens[slot] and length:
+            self.slots.keep_snapshot(slot)
+            self.known[slot] = {length: self.tokens[slot]}
+
+    def holds(self, place: int, tokens: tuple[int, ...]) -> None:
+        for number, store in enumerate(self.slots._fixed):
+            np.testing.assert_array_equal(store[place], told(tokens, number) if tokens else 0)
+
+
+def told(tokens: tuple[int, ...], number: int) -> float:
+    """What a fixed array is full of after these tokens."""
+    return float(hash(tokens) % 2**20 + number)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(data=st.data())
+def test_sequences_keep_their_recurrent_states(data: st.DataObject) -> None:
+    made = Recurrences()
+
+    def position(slot: int, count: int) -> int:
+        places = [0, len(made.tokens[slot]), len(made.tokens[slot]), *made.known[slot], data.draw(st.integers(0, 9))]
+        return min(data.draw(st.sampled_from(places)), CONTEXT - count)
+
+    for _ in range(data.draw(st.integers(1, 25))):
+        what = data.draw(st.sampled_from(("steps", "steps", "chunk", "snapshot", "snapshot", "release", "moved")))
+        fails = data.draw(st.integers(0, 9)) == 0
+        some = data.draw(st.permutations(range(SLOTS)))
+        one, other = some[:2]
+        if what == "steps":
+            members = some[: data.draw(st.integers(1, SLOTS))]
+            made.go([in_slot(slot, position(slot, 1), 1) for slot in members], fails)
+        elif what == "chunk":
+            made.go([in_slot(one, position(one, 7), 7)], fails)
+        elif what == "snapshot":
+            made.keep(one)
+        elif what == "release":
+            made.slots.release(one)
+            made.tokens[one], made.known[one] = (), {}
+        elif len(made.tokens[one]) in made.known[one]:  # to another slot
+            made.slots.take(other, *made.slots.export(one))
+            made.tokens[other] = made.tokens[one]
+            made.known[other] = {len(made.tokens[one]): made.tokens[one]}
+        else:
+            with pytest.raises(EngineError, match="no state to export"):
+                made.slots.export(one)
 
 
 def values(tokens: list[int], number: int) -> np.ndarray:

@@ -46,6 +46,25 @@ BY_KIND = {
 }  # fmt: skip
 GEMMA = {**WINDOWS, "query_pre_attn_scalar": 11}
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.8, "attention_multiplier": 0.3}
+LFM2 = {"layer_types": ["conv", "full_attention"] * 2}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 16,
+}  # fmt: skip
+DELTA_ALONE = {**DELTA, "layer_types": ["linear_attention"] * 4, "linear_num_value_heads": 2, "linear_key_head_dim": 12}
+MAMBA = {
+    "layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": "auto",
+    "mamba_chunk_size": 16,
+}  # fmt: skip
+HALF_ROTATED = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}
+MLA = {
+    "q_lora_rank": 16, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 16,
+}  # fmt: skip
+MLA_EVEN = {**MLA, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8}
+ROUTED = {
+    "num_experts": 6, "num_local_experts": 6, "n_routed_experts": 6, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+}  # fmt: skip
 ALONE = ({}, {})
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # by model type: what each of its variants sets
     "llama": (
@@ -124,6 +143,53 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # by model type: what each 
     "cwm": (WINDOWS, {"sliding_window": 21}),
     "internlm3": ({}, {"attention_bias": True, "mlp_bias": True}),
     "iquestcoder": ALONE,
+    "lfm2": (
+        {**LFM2, "block_ff_dim": 48, "conv_L_cache": 4}, {**LFM2, "conv_bias": True, "block_multiple_of": 16},
+        {"full_attn_idxs": [2], "block_auto_adjust_ff_dim": False, "tie_embedding": False},
+    ),
+    "lfm2_moe": (
+        {**ROUTED, **LFM2, "num_dense_layers": 1, "routed_scaling_factor": 1.5},
+        {**ROUTED, **LFM2, "use_expert_bias": False, "norm_topk_prob": False},
+    ),
+    "qwen3_5_text": (
+        {**DELTA, **HALF_ROTATED, "tie_word_embeddings": True}, {**DELTA, **WIDER, "attention_bias": True}, DELTA_ALONE,
+    ),
+    "qwen3_5_moe_text": (
+        {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 24},
+        {**EXPERTS, **DELTA_ALONE, "shared_expert_intermediate_size": 40, "layer_types": None},
+    ),
+    "qwen3_next": (
+        {**EXPERTS, **DELTA, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
+        {
+            **EXPERTS, **DELTA, **HALF_ROTATED, "shared_expert_intermediate_size": 24, "norm_topk_prob": False,
+            "linear_num_value_heads": 2, "decoder_sparse_step": 2,
+        },
+    ),
+    "granitemoehybrid": (
+        {**GRANITE, **EXPERTS, **MAMBA, "shared_intermediate_size": 24},
+        {
+            **MAMBA, "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_head": "auto", "mamba_proj_bias": True,
+            "num_local_experts": 0, "shared_intermediate_size": 24, "position_embedding_type": "rope",
+        },
+        {**EXPERTS, **MAMBA, "mamba_conv_bias": False, "shared_intermediate_size": 24, "attention_bias": True},
+    ),
+    "deepseek_v2": (
+        {**ROUTED, **MLA, "routed_scaling_factor": 1.7, "attention_bias": True, "mlp_bias": True},
+        {**ROUTED, **MLA_EVEN, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
+    ),
+    "deepseek_v3": (
+        {**ROUTED, **MLA, "n_group": 3, "topk_group": 2},
+        {**ROUTED, **MLA_EVEN, "n_group": 2, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
+        {
+            **ROUTED, **MLA, "n_group": 1, "topk_group": 1,
+            "rope_parameters": {**YARN["rope_parameters"], "mscale": 0.7, "mscale_all_dim": 0.9},
+        },
+    ),
+    "glm4_moe_lite": (
+        {**ROUTED, **MLA, "n_group": 1}, {**ROUTED, **MLA_EVEN, "mlp_layer_types": ["sparse", "dense"] * 2},
+    ),
+    "youtu": (MLA, {**MLA_EVEN, "rope_interleave": False, "tie_word_embeddings": False}),
+    "minicpm3": (MLA, {**MLA_EVEN, "v_head_dim": None, "scale_depth": None, "dim_model_base": None, "scale_emb": 3}),
     "hyperclovax": ({**GRANITE, "attention_multiplier": None}, {**GRANITE, "use_post_norm": False}),
 }  # fmt: skip
 
@@ -152,8 +218,10 @@ def model_of(model_type: str, number: int, values: dict[str, Any]) -> Any:
 
     sizes: dict[str, Any] = {"num_hidden_layers": LAYERS, "intermediate_size": 56, "max_position_embeddings": CONTEXT}
     shape = SHAPES[number % len(SHAPES)]
-    if model_type == "falcon":  # it counts the width itself
+    if model_type == "falcon" or "kv_lora_rank" in values:  # they count the width themselves
         shape = {key: value for key, value in shape.items() if key != "head_dim"}
+    if "kv_lora_rank" in values:
+        shape["num_key_value_heads"] = shape["num_attention_heads"]
     config = config_of(model_type, **{**sizes, **shape, **values})
     torch.manual_seed(number)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
@@ -174,7 +242,7 @@ def make(model_type: str, number: int, values: dict[str, Any], directory: Path) 
         model.save_pretrained(directory)
     ids = np.random.default_rng(number).integers(0, model.config.vocab_size, (SLOTS, CONTEXT))
     with torch.inference_mode():
-        logits = model(torch.from_numpy(ids)).logits.numpy()
+        logits = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
     described = describe(json.loads((directory / "config.json").read_text()))
     cut = number % (LAYERS + 1)
     spans = (0, cut), (cut + 1, LAYERS + 1)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peerllm.engine import base
-from peerllm.engine.state.kv_cache import kv_bytes, slot_caches
-from peerllm.engine.state.layer_states import CacheLayerState, SlotLayer
+from peerllm.engine.state.kv_cache import slot_caches
+from peerllm.engine.state.layer_states import SlotLayer
+from peerllm.engine.state.state_kinds import LayerState, TokenArray, keys_and_values, slot_bytes
 from peerllm.errors import EngineError
 
 CONTEXT = 200
@@ -23,8 +24,12 @@ def short_memory(monkeypatch):
 
 def layer(window: int | None) -> SlotLayer:
     kind = "full_attention" if window is None else "sliding_attention"
-    state = CacheLayerState(kind, {} if window is None else {"sliding_window": window}, (2, 3), (2, 5), torch.float32)
-    return slot_caches([kind], [state.arguments], {0: state}, 2, CONTEXT)[1].layers[0]
+    arguments = {} if window is None else {"sliding_window": window}
+    return slot_caches([kind], [arguments], {0: kept("float32", window)}, 2, CONTEXT)[1].layers[0]
+
+
+def kept(dtype: str, window: int | None = None) -> LayerState:
+    return LayerState((TokenArray("keys", 2, 3, dtype), TokenArray("values", 2, 5, dtype)), (), window)
 
 
 def tokens(start: int, count: int, width: int) -> torch.Tensor:
@@ -100,15 +105,15 @@ def test_a_full_slot_refuses():
 
 
 def test_a_windowed_layer_takes_no_more_room_than_told():
-    state = CacheLayerState("sliding_attention", {"sliding_window": 10}, (2, 3), (2, 5), torch.float16)
-    stored = slot_caches(["sliding_attention"], [state.arguments], {0: state}, 3, 10_000)[0].layers[0].keys
+    state = kept("float16", 10)
+    stored = slot_caches(["sliding_attention"], [{"sliding_window": 10}], {0: state}, 3, 10_000)[0].layers[0].keys
     assert stored.shape[2] == state.kept_tokens
-    assert kv_bytes({0: state}, 3, 10_000) == 3 * state.kept_tokens * 2 * (3 + 5) * 2
+    assert slot_bytes([state], 3, 10_000) == 3 * state.kept_tokens * 2 * (3 + 5) * 2
     assert state.kept_tokens == 18
 
 
 def test_layers_of_other_shards_only_count():
-    state = CacheLayerState("full_attention", {}, (2, 3), (2, 3), torch.float32)
+    state = keys_and_values(2, 3, "float32")
     one = slot_caches(["full_attention"] * 2 + ["linear_attention"], [{}, {}, {}], {1: state}, 1, 50)[0]
     one.seek(0)
     one.layers[1].update(tokens(0, 7, 3), tokens(0, 7, 3))

@@ -12,6 +12,7 @@ import pytest_asyncio
 import torch
 
 from peerllm.engine import base
+from peerllm.engine.schedule import source_sequences
 from peerllm.types import Sampling
 from tests.engine.architectures import FAMILIES, VOCABULARY, save, tiny_model
 from tests.engine.engines import GREEDY, Cut, Deployed, Device, deploy, devices
@@ -69,8 +70,13 @@ async def turn(
 
 
 # Full attention; not packed; every layer windowed; windows beside full layers; recurrent layers beside full ones, which
-# know the last position alone; recurrent layers that compute a run otherwise than single tokens.
-GOES_BACK = {"llama": 99, "mpt": 99, "mistral": SLACK, "ministral": SLACK, "qwen3_next": 0, "nemotron_h": -1}
+# know the last position and that of a snapshot alone; convolutions; both in every layer; and recurrent layers that
+# compute a run otherwise than single tokens.
+GOES_BACK = {
+    "llama": 99, "mpt": 99, "mistral": SLACK, "ministral": SLACK, "qwen3_next": 0, "lfm2": 0, "falcon_h1": 0,
+    "granitemoehybrid": 0, "nemotron_h": -1,
+}  # fmt: skip
+TAIL = 3  # tokens between a snapshot and the prompt's end
 
 
 @pytest.mark.parametrize("model_type", GOES_BACK)
@@ -78,6 +84,8 @@ async def test_a_conversation_says_what_the_whole_model_says(
     model_type: str, made: list[Device], models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "ROLLBACK_TOKENS", SLACK)
+    monkeypatch.setattr(source_sequences, "TAIL", TAIL)
+    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 4)
     most = GOES_BACK[model_type]
     directory, model = models(model_type)
     deployed = await deploy(made, directory, CUT, chunk=7)
@@ -89,13 +97,14 @@ async def test_a_conversation_says_what_the_whole_model_says(
         drawn = await turn(deployed, second, "nobody", DRAWN)
         said, reused = await turn(deployed, second)
         assert (said, reused) == (whole(model, second), len(first) + ANSWER - 1 if most >= 0 else 0)
-        held = [*second, *said[:-1]]
+        held, snapshot = [*second, *said[:-1]], len(second) - TAIL
         for back, seed in ((3, 3), (15, 4)):  # the last words, and then whole turns, were taken back
             start = held[:-back]
             prompt = [*start, *ids(5, seed)]
             said, reused = await turn(deployed, prompt)
-            assert (said, reused) == (whole(model, prompt), len(start) if back <= most else 0)
-            held = [*prompt, *said[:-1]]
+            known = snapshot if most == 0 and snapshot <= len(start) else 0
+            assert (said, reused) == (whole(model, prompt), len(start) if back <= most else known)
+            held, snapshot = [*prompt, *said[:-1]], len(prompt) - TAIL
         # What is drawn follows from seed and position, and penalties from the answer alone.
         assert drawn[1] == 0
         await turn(deployed, first, "ben")

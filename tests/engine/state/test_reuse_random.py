@@ -20,13 +20,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from peerllm.engine import base
 from peerllm.engine.base import Reach, Tensor
+from peerllm.engine.graph.kv_slots import KVSlots
 from peerllm.engine.messages import Hop, Submit, Tokens
+from peerllm.engine.schedule import source_sequences
 from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.state.kv_cache import slot_caches
-from peerllm.engine.state.layer_states import CacheLayerState
-from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache
+from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache, _common
+from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and_values
 from peerllm.engine.wire.parcels import Opened, Released, from_frame, source_limits, stage_limits
 from peerllm.errors import EngineError, LinkError
 from peerllm.transport.frames.decoder import decode
@@ -44,6 +46,8 @@ KINDS: dict[str, Reach | None] = {
     "full": Reach(True),
     "window": Reach(True, WINDOW + 2 * SLACK, SLACK),
     "recurrent": Reach(False),
+    "hybrid": Reach(False, WINDOW + 2 * SLACK, SLACK),
+    "exact end": Reach(False, snapshots=False),
     "never": None,
 }
 
@@ -62,8 +66,19 @@ def expected(prompt: Sequence[int], count: int) -> list[int]:
     return said
 
 
+RECURRENT = LayerState(fixed=(SequenceArray("recurrent", (1,)),))  # the sum so far
+STATES = {
+    "recurrent": {0: RECURRENT},
+    "exact end": {0: RECURRENT},
+    "hybrid": {0: RECURRENT, 1: keys_and_values(1, 1, "float32", WINDOW)},
+}
+
+
 class Adder:
-    """A shard whose output for a token is the sum of its input and all before it in the slot."""
+    """A shard whose output for a token is the sum of its input and all before it in the slot.
+
+    Recurrent ones keep that sum in the slots of the graph engine, the others all inputs in lists.
+    """
 
     hidden_size, vocabulary, weight_bytes, kv_bytes, weights = 1, WORDS, 1, 1, {}
 
@@ -71,15 +86,19 @@ class Adder:
         self.first_layer = self.last_layer = 0
         self.reach, self._kind, self._head = KINDS[kind], kind, head
         self._held: list[list[int]] = [[] for _ in range(slots)]
-        state = CacheLayerState("sliding_attention", {"sliding_window": WINDOW}, (1, 1), (1, 1), torch.float32)
-        self._window = slot_caches([state.kind], [state.arguments], {0: state}, slots, CONTEXT)
+        state = keys_and_values(1, 1, "float32", WINDOW)
+        self._window = slot_caches(["sliding_attention"], [{"sliding_window": WINDOW}], {0: state}, slots, CONTEXT)
+        self._slots = KVSlots(STATES.get(kind, {}), slots, CONTEXT)
         self.fails = 0  # at the pass so many from now
+        self.snapshots = 0
 
     def forward(self, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor:
-        if self.fails:
-            self.fails -= 1
-            if not self.fails:
-                raise EngineError("it fails on purpose")
+        fails = self.fails == 1
+        self.fails = max(self.fails - 1, 0)
+        if self._kind in STATES:
+            return self._recur(inputs, runs, fails)
+        if fails:
+            raise EngineError("it fails on purpose")
         rows, start = [], 0
         for each in runs:
             held = self._held[each.slot]
@@ -88,7 +107,7 @@ class Adder:
                 cache.seek(each.position)  # raises where the real cache would
                 cache.update(*torch.zeros(2, 1, 1, each.length, 1), 0)
                 cache.advance(each.length)
-            exact = self._kind in ("recurrent", "never") and each.position
+            exact = self._kind == "never" and each.position
             if each.position > len(held) or (exact and each.position != len(held)):
                 raise EngineError(f"{len(held)} held, {each.position} wanted")
             held[each.position :] = inputs[start : start + each.length].flatten().astype(int).tolist()
@@ -100,8 +119,31 @@ class Adder:
                 rows.append(np.eye(WORDS, dtype=np.float32)[new[-1:].astype(int) % WORDS])
         return np.concatenate(rows) if rows else np.empty((0, WORDS), np.float32)
 
+    def _recur(self, inputs: Tensor, runs: Sequence[TokenRun], fails: bool) -> Tensor:
+        slots, rows, start = self._slots, [], 0
+        slots.check(runs)
+        slots.seek(runs)
+        for each in runs:
+            total = slots.stores["recurrent 0"][slots._place[each.slot]]
+            sum_so_far = (total + inputs[start : start + each.length].reshape(-1).cumsum()) % MODULUS
+            total[:] = sum_so_far[-1]
+            start += each.length
+            if not self._head:
+                rows.append(sum_so_far.astype(np.float32)[:, None])
+            elif each.sample:
+                rows.append(np.eye(WORDS, dtype=np.float32)[sum_so_far[-1:].astype(int) % WORDS])
+        if fails:
+            raise EngineError("it fails on purpose")
+        slots.advance(runs)
+        for each in runs:
+            if each.snapshot:
+                self.snapshots += 1
+                slots.keep_snapshot(each.slot)
+        return np.concatenate(rows) if rows else np.empty((0, WORDS), np.float32)
+
     def release(self, slot: int) -> None:
         self._held[slot] = []
+        self._slots.release(slot)
         self._window[slot].seek(0)
 
     def close(self) -> None: ...
@@ -184,12 +226,15 @@ class Household(RuleBasedStateMachine):
     """Clients talk on, begin anew, hang up; stages fail and links break."""
 
     @initialize(
-        kind=st.sampled_from(["window", "window", "recurrent", "full", "never"]),
+        kind=st.sampled_from(["window", "window", "recurrent", "recurrent", "hybrid", "exact end", "full", "never"]),
         slots=st.integers(1, 3),
         faults=st.sampled_from([False, False, True]),
     )
     def begin(self, kind: str, slots: int, faults: bool) -> None:
-        self._slack, base.ROLLBACK_TOKENS = base.ROLLBACK_TOKENS, SLACK
+        self._patched = pytest.MonkeyPatch()
+        self._patched.setattr(base, "ROLLBACK_TOKENS", SLACK)
+        self._patched.setattr(source_sequences, "TAIL", 2)
+        self._patched.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 2)
         self.plan, self.slots, self.faults = Plan(kind, slots), slots, faults
         self.source = self.plan.deployments[0]._source
         self.orders: dict[int, Submit] = {}
@@ -206,7 +251,7 @@ class Household(RuleBasedStateMachine):
             assert len(deployment.stages[place].slots) == 0
             for slot, remains in self.source._idle._remains.items():
                 assert self.went_wrong or kept[slot] == len(remains.ids)
-        base.ROLLBACK_TOKENS = self._slack
+        self._patched.undo()
 
     def answer(self, number: int) -> tuple[list[int], Tokens | None]:
         said: list[int] = []
@@ -336,8 +381,11 @@ def test_an_empty_slot_first_then_the_one_left_longest_ago(kind: str, slots: int
         if position:
             assert found is not None and found.client == client and position < len(prompt)
             assert found.ids[:position] == tuple(prompt)[:position]
-            assert KINDS[kind].allows(position, found.furthest) and choice.furthest == found.furthest
-        if found is not None and not (position and (2 * position >= len(found.ids) or position == len(prompt) - 1)):
+            known = (len(found.ids), found.snapshot)
+            assert KINDS[kind].allows(position, found.furthest, known) and choice.furthest == found.furthest
+            assert choice.snapshot == (found.snapshot if found.snapshot <= position else 0)
+        common = 0 if found is None else _common(found.ids, tuple(prompt))
+        if found is not None and not (position and (2 * common >= len(found.ids) or common >= len(prompt) - 1)):
             assert found is ended[0], "another was left longer ago"
             assert len(running) + len(ended) == slots, "a slot was empty"
         ended = [kept for kept in ended if kept.slot != slot]
@@ -346,15 +394,18 @@ def test_an_empty_slot_first_then_the_one_left_longest_ago(kind: str, slots: int
             continue
         ids = (*prompt, *[1] * extra)
         furthest = max(choice.furthest, len(ids))
-        idle.keep(slot, CachedPrefix(number, client, ids, furthest))
+        snapshot = max(len(prompt) - 2, 0) if kind in ("recurrent", "hybrid") else 0
+        left = CachedPrefix(number, client, ids, furthest, True, snapshot)
+        idle.keep(slot, left)
         if idle.kept(slot):
-            ended.append(Kept(slot, client, ids, furthest))
+            ended.append(Kept(slot, left))
         assert len(ended) <= slots
 
 
 class Kept:
-    def __init__(self, slot: int, client: str, ids: tuple[int, ...], furthest: int) -> None:
-        self.slot, self.client, self.ids, self.furthest = slot, client, ids, furthest
+    def __init__(self, slot: int, left: CachedPrefix) -> None:
+        self.slot, self.client, self.ids, self.furthest = slot, left.client, left.ids, left.furthest
+        self.snapshot = left.snapshot
 
 
 def test_another_conversation_with_the_same_beginning_leaves_a_long_one_alone() -> None:
@@ -479,3 +530,84 @@ def test_going_back_again_and_again_brings_back_nothing_that_slid_out(monkeypatc
         prompt = [*prompt[:-SLACK], number % WORDS]
     assert reused[:3] == [0, 18, 0]
     assert len(set(reused)) > 2
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "hybrid"])
+def test_a_recurrent_slot_is_taken_up_at_its_end_or_at_the_snapshot_before_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "ROLLBACK_TOKENS", CONTEXT)  # the window is not to matter here
+    monkeypatch.setattr(source_sequences, "TAIL", 2)
+    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    monkeypatch.setitem(KINDS, "hybrid", Reach(False, CONTEXT, CONTEXT))
+    plan, numbers = Plan(kind, 1), itertools.count(1)
+
+    def turn(prompt: list[int], client: str = "anna") -> tuple[int, list[int]]:
+        """(tokens reused, the answer)"""
+        number, source = next(numbers), plan.deployments[0]
+        source.submit(Submit(DEPLOYMENT, number, tuple(prompt), 3, (), Sampling(), client))
+        assert source._source is not None
+        reused = source._source.reused(number)
+        plan.settle()
+        said = [token for event in plan.told if event.sequence == number for token in event.ids]
+        assert said == expected(prompt, 3)
+        return reused, said
+
+    first = [1, 2, 3, 1, 2, 3, 1, 2]
+    reused, said = turn(first)
+    assert reused == 0 and [shard.snapshots for shard in plan.shards] == [1, 1, 1]
+    # The client sends the answer back as it was: all but its last token, which was drawn and not computed, is there.
+    second = [*first, *said, 1, 1, 1, 1]
+    reused, said = turn(second)
+    assert reused == len(first) + 2
+    # The template renders the answer in another way: it begins at the snapshot before the prompt's last two tokens.
+    third = [*second, (said[0] + 1) % WORDS, 2, 2, 2, 2]
+    reused, said = turn(third)
+    assert reused == len(second) - 2
+    # The prompt itself again, and a prompt whose last tokens differ from it.
+    assert turn(third)[0] == len(third) - 2
+    changed = [*third[:-1], 3]
+    assert turn(changed)[0] == len(third) - 2
+    # What differs before the snapshot begins afresh, and so does another client, who leaves nothing to the first.
+    assert turn([*third[:-4], 3, 3])[0] == 0
+    assert turn([*third[:-4], 3, 3, 1], "ben")[0] == 0
+    assert turn([*third[:-4], 3, 3, 1, 1])[0] == 0
+
+
+def test_questions_that_begin_alike_are_taken_up_where_they_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_sequences, "TAIL", 2)
+    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    plan, common, reused = Plan("recurrent", 2), [1, 2, 3, 1, 2, 3, 1, 2, 3, 1], []
+    source = plan.deployments[0]
+    assert source._source is not None
+    for number, question in enumerate(([0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2], [3, 2, 1, 0], [0, 1, 0, 1])):
+        source.submit(Submit(DEPLOYMENT, number, (*common, *question), 2, (), Sampling(), "anna"))
+        reused.append(source._source.reused(number))
+        plan.settle()
+        said = [token for event in plan.told if event.sequence == number for token in event.ids]
+        assert said == expected([*common, *question], 2)
+    # The first ends with a snapshot near its end, the second with one where they part, which all others begin with.
+    assert reused == [0, 0, 10, 10, 10]
+
+
+@pytest.mark.parametrize("passes", range(4))
+def test_a_snapshot_that_not_every_stage_has_made_is_no_place_to_begin(
+    passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sequence is cancelled after the chunk before the snapshot has passed so many stages."""
+    monkeypatch.setattr(source_sequences, "TAIL", 2)
+    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    plan, prompt = Plan("recurrent", 1), [1, 2, 3, 1, 2]
+    source = plan.deployments[0]
+    source.submit(Submit(DEPLOYMENT, 1, tuple(prompt), 3, (), Sampling()))
+    for place in range(passes):
+        plan.compute(place)
+        while plan.wires[place].frames and (place < passes - 1 or passes == STAGES):
+            plan.deliver(place)
+    source.cancel(1)
+    plan.settle()
+    source.submit(Submit(DEPLOYMENT, 2, (*prompt, 3, 3), 3, (), Sampling()))
+    assert source._source is not None
+    assert source._source.reused(2) == (3 if passes == 3 else 0)
+    plan.settle()
+    assert [token for event in plan.told if event.sequence == 2 for token in event.ids] == expected([*prompt, 3, 3], 3)

@@ -92,6 +92,10 @@ def _qwen2_moe(values: Hyperparameters) -> dict[str, Any]:
     return {**values.experts("num_experts", MOE, False), "shared_expert_intermediate_size": shared or 0}
 
 
+def _qwen3_moe(values: Hyperparameters) -> dict[str, Any]:
+    return values.experts("num_experts", MOE, True)
+
+
 def _gemma2(values: Hyperparameters) -> dict[str, Any]:
     return {
         **_gemma_scale(values, layers_27b=46),
@@ -213,12 +217,15 @@ class GGUFArchitecture:
 ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "llama": GGUFArchitecture("llama", MIXTRAL, more=_llama, paired=True),
     "mistral3": GGUFArchitecture("llama", more=_mistral3, paired=True),
+    "internlm2": GGUFArchitecture("llama", paired=True),
+    "exaone": GGUFArchitecture("llama"),
     "qwen2": GGUFArchitecture("qwen2"),
+    "qwen2vl": GGUFArchitecture("qwen2"),  # positions of text alone are rotated as in qwen2; so too in qwen3vl
     "qwen2moe": GGUFArchitecture("qwen2_moe", {**LLAMA, **EXPERTS}, more=_qwen2_moe),
     "qwen3": GGUFArchitecture("qwen3", NORMED),
-    "qwen3moe": GGUFArchitecture(
-        "qwen3_moe", {**NORMED, **EXPERTS}, more=lambda values: values.experts("num_experts", MOE, True)
-    ),
+    "qwen3vl": GGUFArchitecture("qwen3", NORMED),
+    "qwen3moe": GGUFArchitecture("qwen3_moe", {**NORMED, **EXPERTS}, more=_qwen3_moe),
+    "qwen3vlmoe": GGUFArchitecture("qwen3_moe", {**NORMED, **EXPERTS}, more=_qwen3_moe),
     "gemma": GGUFArchitecture("gemma", norm_offset_added=True),
     "gemma2": GGUFArchitecture("gemma2", GEMMA2, more=_gemma2, norm_offset_added=True),
     "gemma3": GGUFArchitecture("gemma3_text", GEMMA2, more=_gemma3, norm_offset_added=True),

@@ -82,10 +82,10 @@ class Hyperparameters:
         }  # fmt: skip
         if normalised is not None:
             about["norm_topk_prob"] = bool(self.get("expert_weights_norm", normalised))
-        dense = [number for number in range(self.blocks) if f"blk.{number}.ffn_up_exps.weight" not in self._tensors]
-        if dense and width == "intermediate_size":
-            raise self.wrong(f"has no experts in block {dense[0]}")
-        return {**about, "mlp_only_layers": dense} if dense else about
+        for number in range(self.blocks):
+            if f"blk.{number}.ffn_up_exps.weight" not in self._tensors:
+                raise self.wrong(f"has no stacks of experts in block {number}, which is not computed")
+        return about
 
     def windows(self, every: int, default: int = 0) -> dict[str, Any]:
         """Windows in all blocks but one of `every`, unless the file says in which."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.daemon.weights.gguf.token_table import BYTE, CONTROL, UNKNOWN, TokenTable, numbers
+from peerllm.daemon.weights.gguf.token_table import BYTE, CONTROL, UNKNOWN, TokenTable, numbers, texts
 from peerllm.errors import ModelError
 
 MAX_MERGES = 1 << 22
@@ -20,11 +20,8 @@ Merge = tuple[str, str]
 
 def listed_merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[Merge]:
     """The merges that the file lists; each joins two tokens to a third."""
-    lines = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(lines, list) or len(lines) > MAX_MERGES or not all(isinstance(one, str) for one in lines):
-        raise ModelError("the GGUF file's tokenizer.ggml.merges is no list of merges, so its tokenizer cannot be built")
     merges = []
-    for line in lines:
+    for line in texts(metadata, "merges", MAX_MERGES):
         at = line.find(" ", 1)  # a piece may begin with a space, but has none within
         left, right = line[:at], line[at + 1 :]
         if at < 0 or left not in ids or right not in ids or left + right not in ids:
@@ -37,7 +34,7 @@ def scored_merges(metadata: Mapping[str, Any], table: TokenTable, ids: Mapping[s
     """The merges that SentencePiece does: of all neighbours that make a token, those that make the best one first."""
     scores = numbers(metadata, "scores", len(table.tokens))
     if scores is None or np.isnan(scores).any():
-        raise ModelError("the GGUF file has no tokenizer.ggml.scores, so its tokenizer cannot be built")
+        raise ModelError("the GGUF file's tokenizer.ggml.scores are missing, or are not numbers")
     whole = np.isin(table.kinds, (UNKNOWN, CONTROL, BYTE))  # never made from pieces
     order = _best_first(scores, whole)
     lengths = np.fromiter(map(len, table.tokens), np.int64, len(table.tokens))[order]

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from peerllm.daemon.weights.gguf.header import GGUFHeader, read_gguf
+from peerllm.daemon.weights.gguf.tokenizer_files import tokenizer_files
 from peerllm.daemon.weights.gguf.translation import translate
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
@@ -86,6 +87,7 @@ def _joined(headers: Sequence[GGUFHeader]) -> GGUFHeader:
 def _contents(header: GGUFHeader) -> dict[str, bytes]:
     translation = translate(header)
     return {
+        **tokenizer_files(header.metadata),
         "config.json": _json(translation.config),
         "generation_config.json": _json(translation.generation),
         "tensors.json": orjson.dumps([asdict(tensor) for tensor in translation.tensors]),

@@ -87,15 +87,15 @@ _SPLITS = {
 }
 
 
-def text_split(name: str | None) -> TextSplit:
+def text_split(name: object) -> TextSplit:
     """The way that a file names; ModelError for one that is not known."""
     if name is None or name == "default":
         raise ModelError(
             "the GGUF file does not say how its tokenizer splits words (tokenizer.ggml.pre): "
             "take a newer conversion of this model"
         )
-    if name not in _SPLITS:
+    if not isinstance(name, str) or name not in _SPLITS:
         raise ModelError(
-            f"the GGUF file's tokenizer splits words in an unknown way: tokenizer.ggml.pre is {name[:80]!r}"
+            f"the GGUF file's tokenizer splits words in an unknown way: tokenizer.ggml.pre is {str(name)[:80]!r}"
         )
     return _SPLITS[name]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from peerllm.errors import ModelError
 
 MAX_TOKENS = 1 << 20
-MAX_TOKEN_CHARS = 4096
+MAX_CHARS = 1 << 25  # of all tokens, or of all merges; those of Gemma 4 have 5 million
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 _NAMES = ("bos", "eos", "unknown", "padding", "eot", "eom")  # tokenizer.ggml.NAME_token_id
 
@@ -57,33 +57,45 @@ TOKENIZER_MODELS = ("gpt2", "llama", "gemma4")
 def token_table(metadata: Mapping[str, Any]) -> TokenTable:
     """What a GGUF file says of its tokens; ModelError where that is missing, inconsistent or unknown."""
     model = metadata.get("tokenizer.ggml.model")
-    if model not in TOKENIZER_MODELS:
-        raise ModelError(
-            "the GGUF file has no tokenizer (tokenizer.ggml.model)"
-            if model is None
-            else f"the GGUF file's tokenizer is of the kind {str(model)[:80]!r}; "
-            f"known are {', '.join(TOKENIZER_MODELS)}"
-        )
-    listed = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(listed, list) or not listed or not all(isinstance(one, str) for one in listed):
-        raise ModelError("the GGUF file's tokenizer.ggml.tokens is no list of tokens")
-    if len(listed) > MAX_TOKENS or max(map(len, listed)) > MAX_TOKEN_CHARS:
-        raise ModelError(
-            f"the GGUF file's tokenizer is larger than {MAX_TOKENS} tokens of at most {MAX_TOKEN_CHARS} characters"
-        )
+    if model is None:
+        raise ModelError("the GGUF file has no tokenizer (tokenizer.ggml.model)")
+    if not isinstance(model, str) or model not in TOKENIZER_MODELS:
+        known = ", ".join(TOKENIZER_MODELS)
+        raise ModelError(f"the GGUF file's tokenizer is of the kind {str(model)[:80]!r}; known are {known}")
+    listed = texts(metadata, "tokens", MAX_TOKENS)
+    if not listed:
+        raise ModelError("the GGUF file's tokenizer has no tokens")
     tokens = [text or f"[EMPTY_{number}]" for number, text in enumerate(listed)]
     if len(set(tokens)) != len(tokens):
         raise ModelError("the GGUF file's tokenizer.ggml.tokens names a token twice")
     kinds = numbers(metadata, "token_type", len(tokens))
     ids: dict[str, int] = dict(_SPM_IDS) if model == "llama" else {}
     for name in _NAMES:
-        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if number is not None:
-            ids[name] = int(number)
-    for name, number in ids.items():
-        if not 0 <= number < len(tokens):
-            raise ModelError(f"the GGUF file's {name} token is number {number}, but there are {len(tokens)} tokens")
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id", ids.get(name))
+        if number is None:
+            continue
+        if not isinstance(number, (int, np.integer)) or not 0 <= number < len(tokens):
+            raise ModelError(f"the GGUF file's {name} token is {str(number)[:80]}, but it has {len(tokens)} tokens")
+        ids[name] = int(number)
     return TokenTable(model, tokens, np.ones(len(tokens), np.int64) if kinds is None else kinds.astype(np.int64), ids)
+
+
+def flag(metadata: Mapping[str, Any], name: str, usual: bool) -> bool:
+    """A yes or no of the file, `usual` where it says neither."""
+    found = metadata.get(f"tokenizer.ggml.{name}", usual)
+    if not isinstance(found, (bool, np.bool_)):
+        raise ModelError(f"the GGUF file's tokenizer.ggml.{name} is neither true nor false")
+    return bool(found)
+
+
+def texts(metadata: Mapping[str, Any], name: str, most: int) -> list[str]:
+    """A list of at most `most` texts."""
+    found = metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ModelError(f"the GGUF file's tokenizer.ggml.{name} is not a list of texts")
+    if len(found) > most or sum(map(len, found)) > MAX_CHARS:
+        raise ModelError(f"the GGUF file's tokenizer.ggml.{name} has over {most} texts, or over {MAX_CHARS} characters")
+    return found
 
 
 def numbers(metadata: Mapping[str, Any], name: str, count: int) -> npt.NDArray[Any] | None:
@@ -92,6 +104,6 @@ def numbers(metadata: Mapping[str, Any], name: str, count: int) -> npt.NDArray[A
     if found is None:
         return None
     array: npt.NDArray[Any] = np.asarray(found)
-    if array.ndim != 1 or array.dtype.kind not in "iuf" or len(array) != count:
+    if array.ndim != 1 or array.dtype.kind not in "if" or len(array) != count:
         raise ModelError(f"the GGUF file's tokenizer.ggml.{name} is not one number for each of its {count} tokens")
     return array

@@ -10,7 +10,7 @@ import orjson
 
 from peerllm.daemon.weights.gguf.merges import listed_merges, scored_merges
 from peerllm.daemon.weights.gguf.text_splits import TextSplit, text_split
-from peerllm.daemon.weights.gguf.token_table import CONTROL, UNKNOWN, USER_DEFINED, TokenTable, token_table
+from peerllm.daemon.weights.gguf.token_table import CONTROL, UNKNOWN, USER_DEFINED, TokenTable, flag, token_table
 from peerllm.errors import ModelError
 
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json that is read
@@ -30,7 +30,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> Mapping[str, bytes]:
         bos = split.starts_with_bos
     else:
         merges = scored_merges(metadata, table, ids) if table.model == "llama" else listed_merges(metadata, ids)
-        prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", table.model == "llama"))
+        prefix = flag(metadata, "add_space_prefix", table.model == "llama")
         steps = _sentence_piece(table, merges, prefix)
         bos = True
     steps["model"]["vocab"] = ids
@@ -110,7 +110,7 @@ def _post_processor(metadata: Mapping[str, Any], table: TokenTable, bos: bool) -
     around: list[list[Json]] = []
     for name, usual in (("bos", bos and "bos" in table.ids), ("eos", False)):
         around.append([])
-        if not metadata.get(f"tokenizer.ggml.add_{name}_token", usual):
+        if not flag(metadata, f"add_{name}_token", usual):
             continue
         if name not in table.ids:
             raise ModelError(f"the GGUF file adds a token {name} to texts, but does not say which that is")

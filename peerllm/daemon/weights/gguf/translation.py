@@ -9,6 +9,7 @@ from typing import Any
 from peerllm.daemon.weights.gguf.architectures import ARCHITECTURES, GGUFArchitecture
 from peerllm.daemon.weights.gguf.header import GGUFHeader, shown
 from peerllm.daemon.weights.gguf.hyperparameters import Hyperparameters, block_of_tensor
+from peerllm.daemon.weights.gguf.token_table import token_table
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 
@@ -16,15 +17,7 @@ from peerllm.errors import ModelError
 UNNAMED = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 UNNAMED_IN_BLOCKS = frozenset({"attn_rot_embd.weight", "attn_rot_embd"})
 FLOATS = frozenset({"F32", "F16", "BF16"})
-# Tokens that end an answer, by their text: files name one or two of them, models use all that they have.
-ENDS = frozenset({
-    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>", "<|end_of_text|>",
-    "<|return|>", "<|call|>", "<EOT>", "[EOT]", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
-})  # fmt: skip
-HARMONY = "<|return|>"  # where answers end with this, "<|end|>" only ends a part of one
-CONTROL = 3  # the type of such tokens
-ENDING_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-TOKEN_KEYS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+TOKENS: Mapping[str, str] = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,27 +46,13 @@ def translate(header: GGUFHeader) -> Translation:
         "norm_offset_added": architecture.norm_offset_added,
         "experts": "stacked",
     }
-    ends = {ours: value for ours, key in TOKEN_KEYS.items() if (value := _id(metadata, key)) is not None}
+    table = token_table(metadata)
+    ends: dict[str, Any] = {key: table.ids[name] for key, name in TOKENS.items() if name in table.ids}
     config = {**_config(architecture, values, header.tensors), **ends, "quantization_config": stored}
-    stops = {"eos_token_id": found} if (found := stop_ids(metadata)) else {}
+    if config["vocab_size"] != len(table.tokens):
+        raise values.wrong(f"has {len(table.tokens)} tokens and an embedding of {config['vocab_size']}")
+    stops = {"eos_token_id": list(found)} if (found := table.stop_ids()) else {}
     return Translation(config, {**ends, **stops}, tensors)
-
-
-def _id(metadata: Mapping[str, Any], key: str) -> int | None:
-    value = metadata.get(f"tokenizer.ggml.{key}")
-    return value if type(value) is int and 0 <= value < 1 << 31 else None
-
-
-def stop_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """Ids of the tokens that end an answer."""
-    found = {value for key in ENDING_KEYS if (value := _id(metadata, key)) is not None}
-    tokens, kinds = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
-    if isinstance(tokens, list):
-        ends = ENDS - {"<|end|>"} if HARMONY in tokens else ENDS
-        for number, token in enumerate(tokens):
-            if token in ends and (kinds is None or (number < len(kinds) and kinds[number] == CONTROL)):
-                found.add(number)
-    return sorted(found)
 
 
 def _config(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[str, TensorAt]) -> dict[str, Any]:

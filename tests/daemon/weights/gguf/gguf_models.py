@@ -36,17 +36,19 @@ NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"}
 TURNED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
-def write_gguf(model: Any, path: Path, quantised: bool = False) -> None:
-    """Write a model; `quantised`: matrices as Q8_0 where their rows allow it."""
+def write_gguf(model: Any, path: Path, quantised: bool = False, name: str = "") -> None:
+    """Write a model; `quantised`: matrices as Q8_0 where their rows allow it; `name`: of another architecture."""
     config = model.config.to_dict()
     arch = ARCHES[config["model_type"]]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer = gguf.GGUFWriter(path, name or gguf.MODEL_ARCH_NAMES[arch])
     describe_model(writer, config)
+    for key, value in vocabulary(config["vocab_size"]).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     names = gguf.get_tensor_name_map(arch, blocks_of(config))
-    for name, array in reordered(config, tensors_of(model, path.parent)):
-        found = name if name.startswith(("rope_f", "blk.")) else names.get_name(name, (".weight", ".bias"))
-        assert found is not None, name
-        matrix = array.ndim > 1 and array.shape[-1] % 32 == 0 and "inp" not in found
+    for theirs, array in reordered(config, tensors_of(model, path.parent)):
+        found = theirs if theirs.startswith(("rope_f", "blk.")) else names.get_name(theirs, (".weight", ".bias"))
+        assert found is not None, theirs
+        matrix = array.ndim > 1 and array.shape[-1] % 32 == 0 and "inp" not in found and "position" not in found
         if quantised and matrix:
             raw = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0)
             writer.add_tensor(found, raw, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -56,6 +58,15 @@ def write_gguf(model: Any, path: Path, quantised: bool = False) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def vocabulary(count: int) -> dict[str, Any]:
+    """Metadata of a tokenizer with so many tokens."""
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab", *(f"<{number}>" for number in range(3, count))],
+        "tokenizer.ggml.token_type": [1] * count, "tokenizer.ggml.merges": ["a b"],
+    }  # fmt: skip
 
 
 def tensors_of(model: Any, directory: Path) -> Tensors:
@@ -82,11 +93,13 @@ def describe_model(writer: Any, config: Mapping[str, Any]) -> None:
 
     hidden, heads = first("hidden_size", "n_embd"), first("num_attention_heads", "n_head")
     width = config.get("head_dim") or hidden // heads
+    own = config["model_type"] in ("gpt2", "gpt_bigcode", "falcon")
+    wide = first("n_inner", "ffn_hidden_size") if own else config["intermediate_size"]
     known: list[tuple[Callable[[Any], None], Any]] = [
         (writer.add_block_count, blocks_of(config)),
         (writer.add_context_length, first("max_position_embeddings", "n_positions")),
         (writer.add_embedding_length, hidden),
-        (writer.add_feed_forward_length, first("intermediate_size", "n_inner", "ffn_hidden_size") or 4 * hidden),
+        (writer.add_feed_forward_length, wide or 4 * hidden),
         (writer.add_head_count, heads),
         (writer.add_head_count_kv, first("num_kv_heads", "num_key_value_heads")),
         (writer.add_layer_norm_rms_eps, config.get("rms_norm_eps")),

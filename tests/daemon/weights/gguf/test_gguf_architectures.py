@@ -16,6 +16,7 @@ import torch
 from peerllm.daemon.weights.gguf.architectures import ARCHITECTURES
 from peerllm.daemon.weights.gguf.model_directory import model_directory
 from peerllm.engine.graph.describe import describe
+from peerllm.engine.weights.checkpoint import read_tensors
 from tests.daemon.weights.gguf.gguf_models import ARCHES, write_gguf
 from tests.engine.graph.variants import CONTEXT, EXPERTS, GRANITE, LINEAR, LLAMA3, YARN, load, model_of
 from tests.engine.runs import in_slot
@@ -50,7 +51,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "qwen2": ({}, WIDER),
     "qwen2_moe": ({**EXPERTS, "shared_expert_intermediate_size": 40},),
     "qwen3": (WIDER, {"attention_bias": True, **YARN}),
-    "qwen3_moe": ({**EXPERTS, "norm_topk_prob": True}, {**EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3_moe": ({**EXPERTS, "norm_topk_prob": True},),
     "gemma": (WIDER,),
     "gemma2": ({**WINDOW, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},),
     "gemma3_text": (
@@ -93,6 +94,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "ernie4_5": ({"use_bias": True, **WIDER}, {}),
     "seed_oss": ({"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}, {}),
     "hunyuan_v1_dense": ({},),
+}  # fmt: skip
+# Architectures of other names for what the family computes with text alone.
+ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral3": ("llama", {}), "internlm2": ("llama", {}), "exaone": ("llama", {"paired": False}),
+    "qwen2vl": ("qwen2", {}), "qwen3vl": ("qwen3", {}), "qwen3vlmoe": ("qwen3_moe", {}),
 }  # fmt: skip
 CASES = [
     pytest.param(kind, values, id=f"{kind}-{number}", marks=[] if number == 0 else [pytest.mark.slow])
@@ -146,8 +152,21 @@ def test_logits_equal_those_of_transformers(kind: str, values: dict[str, Any], t
 
 def test_every_architecture_has_a_variant() -> None:
     tested = {gguf.MODEL_ARCH_NAMES[ARCHES[kind]] for kind in VARIANTS}
-    assert tested | {"mistral3"} == set(ARCHITECTURES)
+    assert tested | ALIKE.keys() == set(ARCHITECTURES)
     assert CONTEXT > LENGTH > 64  # of LONG's: further divisors are used
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_files_that_differ_in_their_architectures_name_alone_are_alike(name: str, tmp_path: Path) -> None:
+    kind, changes = ALIKE[name]
+    model = made(kind, {**VARIANTS[kind][0], **LLAMA3} if kind == "llama" else VARIANTS[kind][0])
+    write_gguf(model, tmp_path / "m.gguf")
+    write_gguf(model, tmp_path / "n.gguf", name=name)
+    one, other = (model_directory([tmp_path / file], tmp_path / "cache") for file in ("m.gguf", "n.gguf"))
+    config = json.loads((one / "config.json").read_text())
+    config["quantization_config"] |= changes
+    assert json.loads((other / "config.json").read_text()) == config
+    assert read_tensors(one).keys() == read_tensors(other).keys()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "qwen3_moe"])
@@ -156,7 +175,7 @@ def test_coded_matrices_are_those_that_the_file_holds(kind: str, tmp_path: Path)
     model = made(kind, {**VARIANTS[kind][0], "intermediate_size": 64, "moe_intermediate_size": 32})
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            turned = "c_" in name
+            turned = "c_" in name and tensor.dim() == 2
             matrix = tensor.T if turned else tensor
             if tensor.dim() > 1 and matrix.shape[-1] % 32 == 0 and "gate.weight" not in name and "wpe" not in name:
                 raw = gguf.quants.quantize(matrix.contiguous().numpy(), gguf.GGMLQuantizationType.Q8_0)
