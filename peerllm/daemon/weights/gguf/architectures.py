@@ -59,6 +59,13 @@ GPT_OSS = {
     **LLAMA, **EXPERTS, "ffn_gate_inp": "mlp.router", "attn_sinks": "self_attn.sinks",
     "post_attention_norm": "post_attention_layernorm",
 }  # fmt: skip
+LFM2: Names = {
+    **NORMED, "token_embd_norm": "embedding_norm", "attn_norm": "operator_norm", "ffn_norm": "ffn_norm",
+    "attn_output": "self_attn.out_proj", "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm", "shortconv.conv": "conv.conv", "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj", "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}  # fmt: skip
 MIXTRAL = {**LLAMA, **EXPERTS, "ffn_gate_inp": "block_sparse_moe.gate"}
 GRANITE_MOE = {**LLAMA, **EXPERTS, "ffn_gate_inp": "block_sparse_moe.router.layer"}
 
@@ -164,8 +171,7 @@ def _falcon(values: Hyperparameters) -> dict[str, Any]:
 
 
 def _stablelm(values: Hyperparameters) -> dict[str, Any]:
-    parallel = bool(values.get("use_parallel_residual", False)) and not values.has("ffn_norm")
-    return {"use_parallel_residual": parallel, "qk_layernorm": values.has("attn_q_norm")}
+    return {"use_parallel_residual": not values.has("ffn_norm"), "qk_layernorm": values.has("attn_q_norm")}
 
 
 def _cohere(values: Hyperparameters) -> dict[str, Any]:
@@ -192,6 +198,13 @@ def _olmo(values: Hyperparameters) -> dict[str, Any]:
 
 def _phi3(values: Hyperparameters) -> dict[str, Any]:
     return {"sliding_window": values.whole("attention.sliding_window", 0) or None}
+
+
+def _lfm2(values: Hyperparameters) -> dict[str, Any]:
+    kinds = ["full_attention" if values.has("attn_q", number) else "conv" for number in range(values.blocks)]
+    return {
+        "layer_types": kinds, "conv_L_cache": values.whole("shortconv.l_cache"), "block_auto_adjust_ff_dim": False,
+    }  # fmt: skip
 
 
 def _nothing(values: Hyperparameters) -> dict[str, Any]:
@@ -269,6 +282,7 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
         "nemotron", LLAMA, {"rms_norm_eps": "norm_eps"}, norm_offset_added=True, partial=True
     ),
     "exaone4": GGUFArchitecture("exaone4", POSTED, more=_exaone4),
+    "lfm2": GGUFArchitecture("lfm2", LFM2, {"rms_norm_eps": "norm_eps"}, _lfm2),
     "smollm3": GGUFArchitecture("smollm3", paired=True),
     "arcee": GGUFArchitecture("arcee", paired=True),
     "ernie4_5": GGUFArchitecture("ernie4_5"),

@@ -28,7 +28,7 @@ class Hyperparameters:
         self.blocks = self.whole("block_count") - self.whole("nextn_predict_layers", 0)
         self.hidden = self.whole("embedding_length")
         heads = self.whole("attention.head_count")
-        self.groups = self.whole("attention.head_count_kv", heads)
+        self.groups = self._groups(heads)
         self.width = self.whole("attention.key_length", self.hidden // max(heads, 1))
 
     def wrong(self, what: str) -> ModelError:
@@ -57,11 +57,18 @@ class Hyperparameters:
             raise self.wrong(f"says {key} is {str(value)[:MOST_SHOWN]}")
         return float(value)
 
+    def _groups(self, heads: int) -> int:
+        """Heads of keys and values; an array has zeros for blocks without attention."""
+        given = self.get("attention.head_count_kv")
+        if isinstance(given, array) and len(set(given) - {0}) == 1:
+            return int(max(given))
+        return self.whole("attention.head_count_kv", heads)
+
     # ---- tensors ----------------------------------------------------------------------------------------------------
 
-    def has(self, stem: str) -> bool:
-        """Whether the first block has a tensor "`stem`.weight"."""
-        return f"blk.0.{stem}.weight" in self._tensors
+    def has(self, stem: str, block: int = 0) -> bool:
+        """Whether a block has a tensor "`stem`.weight"."""
+        return f"blk.{block}.{stem}.weight" in self._tensors
 
     def rows(self, stem: str) -> int | None:
         """Rows of a matrix that is the same in all blocks which have it; None if none has it."""
@@ -83,7 +90,7 @@ class Hyperparameters:
         if normalised is not None:
             about["norm_topk_prob"] = bool(self.get("expert_weights_norm", normalised))
         for number in range(self.blocks):
-            if f"blk.{number}.ffn_up_exps.weight" not in self._tensors:
+            if not self.has("ffn_up_exps", number):
                 raise self.wrong(f"has no stacks of experts in block {number}, which is not computed")
         return about
 

@@ -113,6 +113,8 @@ def _named(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[st
             yield from _rows(tensor, f"{prefix}{names[stem]}.{end}")
         elif stem == "attn_sinks":
             yield replace(tensor, name=f"{prefix}{names[stem]}")
+        elif stem == "shortconv.conv" and len(tensor.shape) == 2:
+            yield replace(tensor, name=f"{prefix}{names[stem]}.{end}", shape=(tensor.shape[0], 1, tensor.shape[1]))
         elif stem == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:
             yield replace(tensor, name=f"{prefix}{names[stem]}.{end}", shape=(1, *tensor.shape))
         else:

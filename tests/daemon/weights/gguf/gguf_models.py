@@ -29,7 +29,7 @@ ARCHES = {
     "cohere": ARCH.COMMAND_R, "cohere2": ARCH.COHERE2, "glm": ARCH.CHATGLM, "glm4": ARCH.GLM4, "falcon": ARCH.FALCON,
     "gpt2": ARCH.GPT2, "gpt_bigcode": ARCH.STARCODER, "gpt_neox": ARCH.GPTNEOX, "nemotron": ARCH.NEMOTRON,
     "exaone4": ARCH.EXAONE4, "smollm3": ARCH.SMOLLM3, "arcee": ARCH.ARCEE, "ernie4_5": ARCH.ERNIE4_5,
-    "seed_oss": ARCH.SEED_OSS, "hunyuan_v1_dense": ARCH.HUNYUAN_DENSE,
+    "lfm2": ARCH.LFM2, "seed_oss": ARCH.SEED_OSS, "hunyuan_v1_dense": ARCH.HUNYUAN_DENSE,
 }  # fmt: skip
 PAIRED = {"llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "olmo", "smollm3", "arcee"}
 NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"}
@@ -101,7 +101,7 @@ def describe_model(writer: Any, config: Mapping[str, Any]) -> None:
         (writer.add_embedding_length, hidden),
         (writer.add_feed_forward_length, wide or 4 * hidden),
         (writer.add_head_count, heads),
-        (writer.add_head_count_kv, first("num_kv_heads", "num_key_value_heads")),
+        (writer.add_head_count_kv, first("num_kv_heads", "num_key_value_heads")),  # a later value takes its place
         (writer.add_layer_norm_rms_eps, config.get("rms_norm_eps")),
         (writer.add_layer_norm_eps, first("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")),
         (writer.add_expert_count, first("num_local_experts", "num_experts")),
@@ -199,6 +199,13 @@ def parallel(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_parallel_residual(config["use_parallel_residual"])
 
 
+def lfm2(writer: Any, config: Mapping[str, Any]) -> None:
+    groups = config["num_key_value_heads"]
+    writer.add_head_count_kv([groups if kind == "full_attention" else 0 for kind in config["layer_types"]])
+    writer.add_shortconv_l_cache(config["conv_L_cache"])
+    writer.add_layer_norm_rms_eps(config["norm_eps"])
+
+
 def phi3(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_sliding_window(config.get("sliding_window") or 0)
 
@@ -207,7 +214,7 @@ MORE: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
     "qwen2_moe": qwen_moe, "qwen3_moe": qwen_moe, "gemma2": gemma2, "gemma3_text": gemma2, "granite": granite,
     "granitemoe": granite, "granitemoeshared": granite, "gpt_oss": gpt_oss, "cohere": cohere, "cohere2": cohere,
     "olmo": olmo, "olmo3": pattern, "exaone4": pattern, "stablelm": parallel, "gpt_neox": parallel, "phi3": phi3,
-    "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1),
+    "lfm2": lfm2, "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1),
 }  # fmt: skip
 
 
@@ -231,6 +238,8 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
         if kind == "falcon" and "query_key_value" in name:
             groups = config["num_kv_heads"]
             array = grouped(array, groups, config["num_attention_heads"] // groups)
+        if name.endswith("conv.conv.weight"):
+            array = array.squeeze(1)
         array = np.ascontiguousarray(array)
         if kind == "cohere2" and name.endswith(".bias"):
             assert not array.any()

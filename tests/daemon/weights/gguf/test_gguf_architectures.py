@@ -91,6 +91,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "smollm3": ({"num_hidden_layers": 4},),
     "arcee": ({"mlp_bias": True, **YARN}, {}),
+    "lfm2": (
+        {
+            "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 4,
+            "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False,
+        },
+    ),
     "ernie4_5": ({"use_bias": True, **WIDER}, {}),
     "seed_oss": ({"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}, {}),
     "hunyuan_v1_dense": ({},),

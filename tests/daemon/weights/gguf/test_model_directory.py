@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from peerllm.daemon.weights.gguf import model_directory as module
-from peerllm.daemon.weights.gguf.hyperparameters import Hyperparameters
 from peerllm.daemon.weights.gguf.model_directory import MOST_KEPT, model_directory
 from peerllm.engine.weights.checkpoint import read_tensors
 from peerllm.errors import ModelError
@@ -290,23 +289,3 @@ def test_unusable_divisors_are_named(divisors: Any, values: dict[str, Any], said
     tensors = {"token_embd.weight": np.ones((TOKENS, HIDDEN), FLOATS), "rope_freqs.weight": divisors}
     with pytest.raises(ModelError, match=said):
         model_directory([write(tmp_path / "m.gguf", tensors, **values)], tmp_path / "cache")
-
-
-def test_a_pattern_of_windows_in_the_file_goes_before_the_usual(tmp_path: Path) -> None:
-    def kinds(pattern: Any) -> list[str]:
-        metadata = {
-            "general.architecture": "gemma3", "gemma3.block_count": 4, "gemma3.embedding_length": 64,
-            "gemma3.attention.head_count": 4, "gemma3.attention.sliding_window": 8,
-        }  # fmt: skip
-        if pattern is not None:
-            metadata["gemma3.attention.sliding_window_pattern"] = pattern
-        return [kind[0] for kind in Hyperparameters("m.gguf", metadata, {}).windows(2)["layer_types"]]
-
-    from array import array
-
-    assert kinds(None) == ["s", "f", "s", "f"]
-    assert kinds(3) == ["s", "s", "f", "s"]
-    assert kinds(array("B", [0, 1, 1, 1])) == ["f", "s", "s", "s"]
-    for bad in (array("B", [1]), "x", 0):
-        with pytest.raises(ModelError, match="sliding_window_pattern"):
-            kinds(bad)
