@@ -13,7 +13,6 @@ import numpy.typing as npt
 from peerllm.engine.base import Reach
 from peerllm.engine.graph.block import add_block
 from peerllm.engine.graph.builder import Builder, normalise, rope_name
-from peerllm.engine.graph.kv_slots import Batch, KVSlots
 from peerllm.engine.graph.matrix_product import Product, add_product
 from peerllm.engine.graph.nodes import BoundSession, Graph
 from peerllm.engine.graph.rotation import tables
@@ -21,6 +20,7 @@ from peerllm.engine.graph.row_maker import Embedding
 from peerllm.engine.graph.structure import Head, Model
 from peerllm.engine.graph.weights import BlockWeights, norm_weights
 from peerllm.engine.state.exported_state import Arrays
+from peerllm.engine.state.kv_slots import Batch, KVSlots
 from peerllm.engine.state.state_kinds import LayerState, reach_of
 from peerllm.engine.weights.tensors import Floats, Tensors
 from peerllm.errors import EngineError
