@@ -188,7 +188,7 @@ def test_files_that_differ_in_their_architectures_name_alone_are_alike(name: str
     assert read_tensors(one).keys() == read_tensors(other).keys()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gemma4_text", "gpt2", "qwen3_moe"])
 def test_coded_matrices_are_those_that_the_file_holds(kind: str, tmp_path: Path) -> None:
     """Q8_0, dequantised by the gguf library into the model that transformers computes."""
     model = made(kind, {**VARIANTS[kind][0], "intermediate_size": 64, "moe_intermediate_size": 32})
