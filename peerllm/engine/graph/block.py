@@ -25,8 +25,19 @@ from peerllm.engine.graph.structure import (
 )
 
 
-def add_block(builder: Builder, x: str) -> str:
-    """Apply the builder's block to x [b, n, H]."""
+def add_block(builder: Builder, x: str, own: str = "") -> str:
+    """Apply the builder's block to x [b, n, H]; `own`: the input that it alone reads."""
+    graph, block = builder.graph, builder.weights.block
+    x = _applied(builder, x)
+    if block.own_input:
+        gate = activate(graph, builder.product("own gate", x), block.mlp.activation)
+        made = builder.product("own out", graph.add("Mul", gate, own))
+        x = graph.add("Add", x, builder.normed(made, "after own input"))
+    return graph.add("Mul", x, graph.weight(builder.vector("scalar"))) if block.scaled else x
+
+
+def _applied(builder: Builder, x: str) -> str:
+    """Attention and feed-forward."""
     graph, block = builder.graph, builder.weights.block
 
     def plus(x: str, delta: str) -> str:

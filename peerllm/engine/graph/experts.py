@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from peerllm.engine.graph.matrix_product import Layout, require
-from peerllm.engine.graph.nodes import CONTRIB, Graph, packed
+from peerllm.engine.graph.nodes import CONTRIB, INT8_ACTIVATIONS, Graph, packed
 from peerllm.engine.graph.structure import Experts
 from peerllm.engine.weights.formats.coded_rows import CodedRows, WeightForm
 from peerllm.engine.weights.rounding import BLOCKS, rounded
@@ -219,4 +219,5 @@ def add_experts(
     if not layout.bits:
         return graph.add("MoE", *inputs, domain=CONTRIB, **about)
     inputs += ["", "", "", *zero_points] if zero_points else []
-    return graph.add("QMoE", *inputs, domain=CONTRIB, expert_weight_bits=layout.bits, block_size=layout.block, **about)
+    about |= {"expert_weight_bits": layout.bits, "block_size": layout.block, "accuracy_level": INT8_ACTIVATIONS}
+    return graph.add("QMoE", *inputs, domain=CONTRIB, **about)
