@@ -34,6 +34,11 @@ POSTED = {
     **NORMED, "post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
 }  # fmt: skip
 GEMMA2 = {**POSTED, "ffn_norm": "pre_feedforward_layernorm"}
+GEMMA4 = {
+    **GEMMA2, "per_layer_token_embd": "embed_tokens_per_layer", "per_layer_model_proj": "per_layer_model_projection",
+    "per_layer_proj_norm": "per_layer_projection_norm", "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection", "post_norm": "post_per_layer_input_norm", "layer_output_scale": "layer_scalar",
+}  # fmt: skip
 FC = {**LLAMA, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 PHI = {
     **LLAMA, "output_norm": "final_layernorm", "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1",
@@ -145,6 +150,43 @@ def _gemma3(values: Hyperparameters) -> dict[str, Any]:
     if capped := values.number("final_logit_softcapping", 0.0):
         about["final_logit_softcapping"] = capped
     return about
+
+
+def _gemma4(values: Hyperparameters) -> dict[str, Any]:
+    about = values.windows(6)
+    kinds, full = about["layer_types"], about["layer_types"].index("full_attention")
+    shared = values.whole("attention.shared_kv_layers", 0)
+    groups = values.each("attention.head_count_kv", values.whole("attention.head_count"))
+    wide = values.each("feed_forward_length", 0)
+    first = values.blocks - shared  # that makes no keys and values
+    expected = [groups[full] if kind == "full_attention" else groups[0] for kind in kinds]
+    double = wide[-1] == 2 * wide[0]
+    if groups != expected or wide != wide[:1] * first + [wide[0] * (1 + double)] * shared or kinds[0] == kinds[full]:
+        raise values.wrong("has blocks that differ in another way than is computed")
+    alike = not values.has("attn_v", full)
+    if groups[0] != groups[full] and not alike:
+        raise values.wrong("has more heads of keys in some blocks than in others, which is not computed")
+    rotations = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", 10000.0)},
+        "full_attention": {
+            "rope_type": "proportional", "rope_theta": values.number("rope.freq_base", 1e6),
+            "partial_rotary_factor": values.turning(values.width),
+        },
+    }  # fmt: skip
+    return {
+        **about, "rope_scaling": None, "rope_parameters": rotations, "global_head_dim": values.width,
+        "head_dim": values.whole("attention.key_length_swa"), "attention_k_eq_v": alike,
+        "num_global_key_value_heads": groups[full], "num_kv_shared_layers": shared, "use_double_wide_mlp": double,
+        "hidden_size_per_layer_input": values.whole("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": values.rows_beside("per_layer_token_embd") or 1,
+        "final_logit_softcapping": values.number("final_logit_softcapping", 0.0) or None,
+    }  # fmt: skip
+
+
+def _no_experts(values: Hyperparameters) -> Names:
+    if values.whole("expert_count", 0):
+        raise values.wrong("has experts beside a feed-forward, which is not computed")
+    return {}
 
 
 def _gemma_scale(values: Hyperparameters, layers_27b: int) -> dict[str, Any]:
@@ -327,6 +369,7 @@ class GGUFArchitecture:
     value_heads_tiled: bool = False  # those of one key head do not lie side by side, but one behind the other's
     latent: bool = False  # keys and values are made of latents: their widths are others
     partial: bool = False  # a part of each head may be rotated; config.json has partial_rotary_factor
+    mixed: bool = False  # blocks differ in their heads of keys and in their feed-forwards
     renamed: Callable[[Hyperparameters], Names] = lambda values: {}  # names that some files of it have
 
 
@@ -345,6 +388,7 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "gemma": GGUFArchitecture("gemma", norm_offset_added=True),
     "gemma2": GGUFArchitecture("gemma2", GEMMA2, more=_gemma2, norm_offset_added=True),
     "gemma3": GGUFArchitecture("gemma3_text", GEMMA2, more=_gemma3, norm_offset_added=True),
+    "gemma4": GGUFArchitecture("gemma4_text", GEMMA4, more=_gemma4, mixed=True, renamed=_no_experts),
     "phi2": GGUFArchitecture("phi", PHI, LAYER, partial=True),
     "phi3": GGUFArchitecture("phi3", {**GATE_UP, "attn_qkv": "self_attn.qkv_proj"}, more=_phi3, partial=True),
     "granite": GGUFArchitecture("granite", more=_granite, paired=True),

@@ -19,6 +19,7 @@ UNNAMED = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_fact
 UNNAMED_IN_BLOCKS = frozenset({"attn_rot_embd.weight", "attn_rot_embd"})
 LATENT_STACKS = ("attn_k_b", "attn_v_b")  # a matrix for each head
 CONVOLUTIONS = ("conv.weight", "conv1d.weight")
+BARE = frozenset({"attn_sinks", "layer_output_scale"})  # whose names in transformers have no ".weight"
 FLOATS = frozenset({"F32", "F16", "BF16"})
 TOKENS: Mapping[str, str] = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
@@ -67,15 +68,18 @@ def _config(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[s
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise values.wrong("has no embedding (token_embd.weight): it is no language model")
+    wide = 4 * values.hidden
     config: dict[str, Any] = {
         "model_type": about.model_type,
         "hidden_size": values.hidden,
         "vocab_size": embedding.shape[0],
         "num_hidden_layers": values.blocks,
         "num_attention_heads": heads,
-        "num_key_value_heads": values.groups,
+        "num_key_value_heads": values.each("attention.head_count_kv", heads)[0] if about.mixed else values.groups,
         "head_dim": width,
-        "intermediate_size": values.whole("feed_forward_length", 4 * values.hidden),
+        "intermediate_size": values.each("feed_forward_length", wide)[0]
+        if about.mixed
+        else values.whole("feed_forward_length", wide),
         "max_position_embeddings": values.whole("context_length"),
         "rms_norm_eps": values.number("attention.layer_norm_rms_epsilon", 0.0)
         or values.number("attention.layer_norm_epsilon", 1e-5),
@@ -118,7 +122,7 @@ def _named(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[st
             raise values.wrong(f"has the tensor {shown(tensor.name)}, which is not known there")
         elif "{}" in names[stem]:
             yield from _rows(tensor, f"{prefix}{names[stem]}.{end}")
-        elif stem == "attn_sinks":
+        elif stem in BARE:
             yield replace(tensor, name=f"{prefix}{names[stem]}")
         elif stem in LATENT_STACKS and len(tensor.shape) == 3:
             shape = tensor.shape[0] * tensor.shape[1], tensor.shape[2]

@@ -23,6 +23,7 @@ ARCH = gguf.MODEL_ARCH
 ARCHES = {
     "llama": ARCH.LLAMA, "mixtral": ARCH.LLAMA, "qwen2": ARCH.QWEN2, "qwen2_moe": ARCH.QWEN2MOE, "qwen3": ARCH.QWEN3,
     "qwen3_moe": ARCH.QWEN3MOE, "gemma": ARCH.GEMMA, "gemma2": ARCH.GEMMA2, "gemma3_text": ARCH.GEMMA3,
+    "gemma4_text": ARCH.GEMMA4,
     "phi": ARCH.PHI2, "phi3": ARCH.PHI3, "granite": ARCH.GRANITE, "granitemoe": ARCH.GRANITE_MOE,
     "granitemoeshared": ARCH.GRANITE_MOE, "olmo": ARCH.OLMO, "olmo2": ARCH.OLMO2, "olmo3": ARCH.OLMO2,
     "olmoe": ARCH.OLMOE, "starcoder2": ARCH.STARCODER2, "gpt_oss": ARCH.GPT_OSS, "stablelm": ARCH.STABLELM,
@@ -114,7 +115,7 @@ def describe_model(writer: Any, config: Mapping[str, Any]) -> None:
     for add, value in known:
         if value is not None:
             add(value)
-    if "head_dim" in config and not config["model_type"].startswith(("granite", "falcon", "glm")):
+    if "head_dim" in config and not config["model_type"].startswith(("granite", "falcon", "glm", "gemma4")):
         writer.add_key_length(width)
         writer.add_value_length(width)
     rope(writer, config, width)
@@ -130,7 +131,7 @@ def rope(writer: Any, config: Mapping[str, Any], width: int) -> None:
     if (local := about.get("sliding_attention", {}).get("rope_theta")) is not None:
         writer.add_rope_freq_base_swa(local)
     part = full.get("partial_rotary_factor", 1.0)
-    if config["model_type"] not in ("gpt2", "gpt_bigcode", "gemma2", "qwen2"):
+    if config["model_type"] not in ("gpt2", "gpt_bigcode", "gemma2", "gemma4_text", "qwen2"):
         writer.add_rope_dimension_count(int(width * part))
     if full.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -169,6 +170,26 @@ def gemma2(writer: Any, config: Mapping[str, Any]) -> None:
     ):
         if config.get(key) is not None:
             add(config[key])
+
+
+def gemma4(writer: Any, config: Mapping[str, Any]) -> None:
+    gemma2(writer, config)
+    full = [kind == "full_attention" for kind in config["layer_types"]]
+    own = {int(key): value for key, value in config["per_layer_config"].items()}[full.index(True)]
+    width, groups = own["head_dim"], own.get("num_key_value_heads", config["num_key_value_heads"])
+    shared = config["num_kv_shared_layers"]
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_sliding_window_pattern([not one for one in full])
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(width)
+    for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
+        add(config["head_dim"])
+    if config["use_double_wide_mlp"]:
+        wide = config["intermediate_size"]
+        writer.add_feed_forward_length([wide] * (len(full) - shared) + [2 * wide] * shared)
+    if groups != config["num_key_value_heads"]:
+        writer.add_head_count_kv([groups if one else config["num_key_value_heads"] for one in full])
 
 
 def granite(writer: Any, config: Mapping[str, Any]) -> None:
@@ -276,7 +297,8 @@ def qwen35(writer: Any, config: Mapping[str, Any]) -> None:
 
 
 MORE: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
-    "qwen2_moe": qwen_moe, "qwen3_moe": qwen_moe, "gemma2": gemma2, "gemma3_text": gemma2, "granite": granite,
+    "qwen2_moe": qwen_moe, "qwen3_moe": qwen_moe, "gemma2": gemma2, "gemma3_text": gemma2, "gemma4_text": gemma4,
+    "granite": granite,
     "granitemoe": granite, "granitemoeshared": granite, "gpt_oss": gpt_oss, "cohere": cohere, "cohere2": cohere,
     "olmo": olmo, "olmo3": pattern, "exaone4": pattern, "stablelm": parallel, "gpt_neox": parallel, "phi3": phi3,
     "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1), "lfm2": lfm2, "lfm2_moe": lfm2,
@@ -325,7 +347,7 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
             stacks.setdefault(found[1] + found[3], {})[int(found[2])] = array
         elif ("experts" in name and "shared_experts" not in name) or "input_linear" in name or "shared_mlp" in name:
             yield from parted(name, array, bool(config.get("num_local_experts", 1)))
-        elif name.endswith("sinks"):
+        elif name.endswith(("sinks", "layer_scalar")):
             yield f"{name}.weight", array
         elif name.endswith("expert_bias"):
             yield f"{name}.bias", array
@@ -407,6 +429,11 @@ def parted(name: str, array: Array, experts: bool) -> Iterator[tuple[str, Array]
 def rotations(config: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
     """The divisors of frequencies that llama.cpp wants as tensors."""
     about = config.get("rope_parameters") or {}
+    if (full := about.get("full_attention", {})).get("rope_type") == "proportional":
+        own = {int(key): value for key, value in config["per_layer_config"].items()}
+        pairs = own[config["layer_types"].index("full_attention")]["head_dim"] // 2
+        turned = int(2 * pairs * full["partial_rotary_factor"] / 2)
+        yield "rope_freqs.weight", np.array([1.0] * turned + [1e30] * (pairs - turned), np.float32)
     if about.get("rope_type") == "longrope":
         yield "rope_factors_short.weight", np.array(about["short_factor"], np.float32)
         yield "rope_factors_long.weight", np.array(about["long_factor"], np.float32)

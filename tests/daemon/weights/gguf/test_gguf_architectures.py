@@ -58,6 +58,11 @@ LOCAL = {
         "full_attention": YARN["rope_parameters"], "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
     }
 }  # fmt: skip
+GEMMA4 = {
+    "num_hidden_layers": 6, "num_kv_shared_layers": 2, "global_head_dim": 32, "vocab_size_per_layer_input": 70,
+    "final_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}  # fmt: skip
 # Of each model type the first is what every run checks. What a file cannot say (a window of Mistral's, a scale of one
 # family's attention) is not varied.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -74,6 +79,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "gemma3_text": (
         {**WINDOW, **LOCAL, "query_pre_attn_scalar": 16, "num_hidden_layers": 7, "final_logit_softcapping": 3.0},
         {**WINDOW, "query_pre_attn_scalar": 16},
+    ),
+    "gemma4_text": (
+        {**GEMMA4, **WINDOW, "hidden_size_per_layer_input": 32, "use_double_wide_mlp": True},
+        {
+            **WINDOW, "hidden_size_per_layer_input": 0, "num_hidden_layers": 3, "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1, "global_head_dim": 40,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
     ),
     "phi": ({**EACH, "intermediate_size": 256},),
     "phi3": ({**WINDOW, "max_position_embeddings": 4096, **LONG}, LONG, {}),
@@ -184,7 +197,7 @@ def computed(path: Path, ids: Any) -> tuple[Any, dict[str, Any]]:
     directory = model_directory([path], path.parent / "cache")
     config = json.loads((directory / "config.json").read_text())
     described = describe(config)
-    shard = load(described, directory, 0, len(described.blocks) + 1)
+    shard = load(described, directory, 0, len(described.model.units) + 1)
     shard.forward(ids[:-1], [in_slot(0, 0, len(ids) - 1)])
     return shard.forward(ids[-1:], [in_slot(0, len(ids) - 1, 1, True)])[0], config
 
@@ -219,7 +232,7 @@ def test_files_that_differ_in_their_architectures_name_alone_are_alike(name: str
     assert read_tensors(one).keys() == read_tensors(other).keys()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gemma4_text", "gpt2", "qwen3_moe"])
 def test_coded_matrices_are_those_that_the_file_holds(kind: str, tmp_path: Path) -> None:
     """Q8_0, dequantised by the gguf library into the model that transformers computes."""
     model = made(kind, {**VARIANTS[kind][0], "intermediate_size": 64, "moe_intermediate_size": 32})
