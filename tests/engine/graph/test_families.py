@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from tests.engine.runs import in_slot
 FULL = os.environ.get("PEERLLM_FULL") == "1"
 TOLERANCE = 1e-4  # of the largest logit
 CASES = [(model_type, number) for model_type, variants in VARIANTS.items() for number in range(len(variants))]
-NUMBERS = {case: place for place, case in enumerate(CASES)}
+NUMBERS = {case: crc32(f"{case}".encode()) for case in CASES}  # a new variant changes no other's weights
 SIZES = {
     "hidden_size", "n_embd", "vocab_size", "num_hidden_layers", "n_layer", "num_layers", "num_attention_heads",
     "num_heads", "n_head", "intermediate_size", "max_position_embeddings", "n_positions",
@@ -154,6 +155,21 @@ OLDER: list[dict[str, Any]] = [
     {"model_type": "cohere2", "head_dim": 64},
     {"model_type": "exaone4", "sliding_window_pattern": "LLLG", "layer_types": ["full_attention"] * 32},
     {"model_type": "granite", "attention_multiplier": 0.0078125, "final_logit_softcapping": 3.0},
+    {"model_type": "lfm2", "full_attn_idxs": [2, 5], "block_ff_dim": 1000, "tie_embedding": False},
+    {"model_type": "lfm2", "block_ffn_dim_multiplier": 1.3, "rope_theta": 5000.0, "head_dim": 64},
+    {"model_type": "lfm2_moe", "tie_embedding": False, "layer_types": ["conv", "full_attention"] * 16},
+    {"model_type": "qwen3_5_text", "full_attention_interval": 3, "rope_theta": 1e7},
+    {"model_type": "qwen3_5_text", "rope_parameters": {"partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2]}},
+    {"model_type": "qwen3_5_moe_text", "partial_rotary_factor": 0.5, "norm_topk_prob": False},
+    {"model_type": "qwen3_next", "decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": False},
+    {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["mamba", "attention"] * 16},
+    {"model_type": "granitemoehybrid", "position_embedding_type": "rope", "time_step_limit": [0.0, float("inf")]},
+    {"model_type": "deepseek_v2", "num_experts_per_tok": 6, "norm_topk_prob": True, "v_head_dim": 64},
+    {"model_type": "deepseek_v3", "rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    {"model_type": "deepseek_v3", "rope_interleave": False, "q_lora_rank": None, "head_dim": 4},
+    {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense", "dense", "sparse"] + ["dense"] * 44},
+    {"model_type": "minicpm3", "scale_emb": 3, "scale_depth": None, "dim_model_base": None, "v_head_dim": None},
+    {"model_type": "youtu", "rope_theta": 1.6e6, "tie_word_embeddings": False},
 ]
 
 
@@ -193,6 +209,24 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("olmoe", {"clip_qkv": 8.0}),
     ("granite_swa", {"layer_rope_theta": [1e4, 0] * 12}),
     ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    ("lfm2", {"conv_L_cache": 0, "full_attn_idxs": []}),
+    ("lfm2", {"layer_types": ["conv", "linear_attention"] * 16}),
+    ("qwen3_5_text", {"hidden_act": "gelu"}),
+    ("qwen3_5_text", {"linear_num_value_heads": 33}),
+    ("qwen3_5_text", {"linear_key_head_dim": 1 << 23}),
+    ("qwen3_next", {"hidden_act": "relu"}),
+    ("granitemoehybrid", {"hidden_act": "gelu"}),
+    ("granitemoehybrid", {"time_step_limit": [0.001, 0.1]}),
+    ("granitemoehybrid", {"mamba_n_groups": 3}),
+    ("granitemoehybrid", {"mamba_d_head": 1 << 23}),
+    ("deepseek_v3", {"topk_group": 1, "num_experts_per_tok": 64}),
+    ("deepseek_v3", {"n_group": 7}),
+    ("deepseek_v3", {"q_lora_rank": None, "attention_bias": True}),
+    ("deepseek_v3", {"qk_rope_head_dim": 3}),
+    ("deepseek_v3", {"kv_lora_rank": 1 << 23}),
+    ("deepseek_v3", {"rope_scaling": {"rope_type": "yarn", "factor": None, "mscale_all_dim": 1.0}}),
+    ("glm4_moe_lite", {"partial_rotary_factor": 0.5}),
+    ("minicpm3", {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}),
 ]
 
 
