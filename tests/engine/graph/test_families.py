@@ -148,6 +148,7 @@ OLDER: list[dict[str, Any]] = [
     {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}, **BY_KIND},
     {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     {"model_type": "gemma3_text", **LINEAR},
+    {"model_type": "gemma4_text", "layer_types": ["full_attention", *["sliding_attention"] * 29]},
     {"model_type": "olmo3", "rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": False}},
     {"model_type": "llama", "layer_types": ["sliding_attention"] * 32, "sliding_window": 7, "logit_scale": 2.0},
     {"model_type": "llama", "num_key_value_heads": None, "head_dim": None, "partial_rotary_factor": 0.5},
