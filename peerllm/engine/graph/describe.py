@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from peerllm.engine.graph.blocks.delta_rule import delta_rule_weights, read_delta_rule
+from peerllm.engine.graph.blocks.latent_attention import latent_attention_weights, read_latent_attention
+from peerllm.engine.graph.blocks.short_convolution import convolution_weights, read_convolution
+from peerllm.engine.graph.blocks.state_space import read_state_space, state_space_weights
 from peerllm.engine.graph.experts import Stacks
 from peerllm.engine.graph.family import COMMON, FAMILIES, Family
 from peerllm.engine.graph.matrix_product import Part, Product
-from peerllm.engine.graph.mixers.delta_rule import delta_rule_weights, read_delta_rule
-from peerllm.engine.graph.mixers.latent_attention import latent_attention_weights, read_latent_attention
-from peerllm.engine.graph.mixers.short_convolution import convolution_weights, read_convolution
-from peerllm.engine.graph.mixers.state_space import read_state_space, state_space_weights
 from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
 from peerllm.engine.graph.structure import (
     Activation,
@@ -69,6 +69,7 @@ class Stored:
     paired: bool = False  # rows of queries and keys that are rotated together are neighbours
     offset: bool = False  # norms' weights have their offset added
     stacked: bool = False  # experts are stacks of gate, up and down, whatever the family
+    recurrent: Mapping[str, bool] = field(default_factory=dict)  # see structure.DeltaRule
 
     def formed(self, part: Part) -> Part:
         """The part, and how its tensor is stored."""
@@ -174,6 +175,7 @@ def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
         stored = _stored(config, kept)
         if stored.offset:
             family = replace(family, offset=0.0)
+        family = replace(family, values={**family.values, **stored.recurrent})
         if stored.stacked:
             family = _in_gguf(family)
         return _described(Values(config, family), family, str(config["model_type"]), stored)
@@ -189,12 +191,16 @@ def _stored(config: Mapping[str, Any], kept: bool) -> Stored:
     if experts not in (None, "stacked"):
         raise UnfitError(f"experts stored as {str(experts)[:MOST_SHOWN]!r}")
     paired, offset = (about.get(key) is True for key in ("paired", "norm_offset_added"))
-    return Stored(forms_of(config), kept, paired, offset, experts is not None)
+    recurrent = {key: about.get(key) is True for key in ("value_heads_tiled", "decays_stored")}
+    return Stored(forms_of(config), kept, paired, offset, experts is not None, recurrent)
 
 
 def _in_gguf(family: Family) -> Family:
     """The family as GGUF files hold it: matrices by rows, all queries before all keys, shared gate and up apart."""
     names = dict(family.names)
+    if names.get("gate up") == names.get("shared gate up") is not None:  # what serves as a shared expert elsewhere
+        del names["gate up"]
+        names |= {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
     if names.pop("shared gate up", None):
         names |= {f"shared {role}": f"mlp.shared_expert.{role}_proj" for role in ("gate", "up", "down")}
     return replace(family, names=names, merged="stacked", turned=False)

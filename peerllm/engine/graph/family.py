@@ -132,7 +132,8 @@ LFM2_EXPERTS = {
 }  # fmt: skip
 DEEPSEEK = {
     **QWEN_EXPERTS, "latents": "self_attn.kv_a_proj_with_mqa", "latent norm": "self_attn.kv_a_layernorm.weight",
-    "kv": "self_attn.kv_b_proj", "query latents": "self_attn.q_a_proj", "query norm": "self_attn.q_a_layernorm.weight",
+    "kv": "self_attn.kv_b_proj", "kv keys": "self_attn.k_b_proj", "kv values": "self_attn.v_b_proj",
+    "query latents": "self_attn.q_a_proj", "query norm": "self_attn.q_a_layernorm.weight",
     "q up": "self_attn.q_b_proj", "choice": "mlp.gate.e_score_correction_bias",
     "shared gate": "mlp.shared_experts.gate_proj", "shared up": "mlp.shared_experts.up_proj",
     "shared down": "mlp.shared_experts.down_proj",
@@ -190,7 +191,7 @@ MAMBA: Mapping[str, MixerName] = {
 LATENT: Mapping[str, MixerName] = {"full_attention": "latent attention"}
 LATENT_DEFAULTS = {
     **SIX, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-    "attention_bias": False,
+    "attention_bias": False, "peerllm_kv_apart": False,
 }  # fmt: skip
 DEEPSEEK_KEYS = {**RMS, "num_experts": "n_routed_experts", "head_dim": ""}
 GRANITE_DEFAULTS = {
@@ -284,10 +285,8 @@ def _lfm2(values: ConfigReader) -> dict[str, Any]:
     tied = values.get("tie_embedding", values.get("tie_word_embeddings"))
     width = values.whole("block_ff_dim", values.whole("intermediate_size"))
     if values.get("block_auto_adjust_ff_dim"):
-        width = int(2 * width / 3)
-        if (factor := values.get("block_ffn_dim_multiplier")) is not None:
-            multiple = values.whole("block_multiple_of")
-            width = multiple * -(-int(factor * width) // multiple)
+        multiple, factor = values.whole("block_multiple_of"), values.number("block_ffn_dim_multiplier", 1.0)
+        width = multiple * -(-int(factor * int(2 * width / 3)) // multiple)
     return {"values": {"intermediate_size": width, "tie_word_embeddings": tied}}
 
 

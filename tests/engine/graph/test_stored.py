@@ -13,7 +13,10 @@ import numpy.typing as npt
 import pytest
 
 from peerllm.engine.backends import Backends
+from peerllm.engine.graph.describe import describe
+from peerllm.engine.graph.experts import LAYERS as LAYERS_OF_EXPERTS
 from peerllm.engine.messages import LoadStage, TensorAt
+from peerllm.engine.weights.tensors import Checkpoint
 from tests.engine.runs import in_slot
 from tests.engine.weights.ggml_tensors import File, blocks_of, read
 
@@ -93,3 +96,73 @@ def test_the_numbers_of_the_file_are_computed_with(paired: bool, tmp_path: Path)
     assert np.median(rougher) < np.median(likeness), "rounded again, since that was asked for"
     turned = {**config, "quantization_config": {**config["quantization_config"], "paired": not paired}}
     assert not np.allclose(logits(turned, blocks, ""), meant), "a control"
+
+
+# ---- experts ------------------------------------------------------------------------------------------------------
+
+EXPERTS, NARROW = 4, 256
+MIXED: dict[str, Any] = {
+    **CONFIG, "model_type": "qwen3_moe", "num_experts": EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True,
+    "moe_intermediate_size": NARROW,
+}  # fmt: skip
+EXPERT_SHAPES = {"gate_proj": (NARROW, HIDDEN), "up_proj": (NARROW, HIDDEN), "down_proj": (HIDDEN, NARROW)}
+STACKED = "mlp.experts"
+
+
+def write_experts(
+    root: Path, kinds: tuple[str, str, str]
+) -> tuple[dict[str, Any], list[TensorAt], dict[str, Any], list[TensorAt]]:
+    """As `write`, with stacks of experts in `kinds`; in float32 they are a tensor each."""
+    config, blocks, floats = write(root, paired=False)
+    more, types = (File(root / "experts"), File(root / "floats of experts")), config["quantization_config"]["types"]
+    for number in range(LAYERS):
+        layer = f"model.layers.{number}"
+        router = np.random.default_rng(number).standard_normal((EXPERTS, HIDDEN)).astype(np.float32)
+        for file in more:
+            file.add(f"{layer}.mlp.gate.weight", "F32", router.shape, router)
+            for which in ("q_norm", "k_norm"):
+                file.add(f"{layer}.self_attn.{which}.weight", "F32", (WIDTH,), np.ones(WIDTH, np.float32))
+        for (which, (rows, columns)), kind in zip(EXPERT_SHAPES.items(), kinds, strict=True):
+            data = blocks_of(kind, EXPERTS * rows, columns, seed=100 + number)
+            more[0].add(f"{layer}.{STACKED}.{which}.weight", kind, (EXPERTS, rows, columns), data)
+            types[f"{layer}.{STACKED}.{which}.weight"] = kind
+            for expert, own in enumerate(read(kind, data).reshape(EXPERTS, rows, columns)):
+                more[1].add(f"{layer}.{STACKED}.{expert}.{which}.weight", "F32", (rows, columns), own)
+    about = {**config["quantization_config"], "experts": "stacked"}
+    return {**MIXED, "quantization_config": about}, blocks + more[0].tensors, MIXED, floats + more[1].tensors
+
+
+@pytest.mark.parametrize(
+    ("kinds", "layout", "exact"),
+    [
+        (("Q4_0", "Q4_0", "Q4_0"), (4, 32), True),
+        (("Q3_K", "Q3_K", "Q4_0"), (4, 16), True),
+        (("Q4_0", "Q4_0", "Q6_K"), (8, 16), True),
+        (("MXFP4", "Q8_0", "IQ4_NL"), (8, 32), True),
+        (("Q4_K", "Q4_K", "Q6_K"), (8, 16), False),
+        (("Q5_K", "Q5_K", "Q5_1"), (8, 32), False),
+    ],
+)
+def test_experts_are_the_files(
+    kinds: tuple[str, str, str], layout: tuple[int, int], exact: bool, tmp_path: Path
+) -> None:
+    config, blocks, whole, floats = write_experts(tmp_path, kinds)
+    meant = logits(whole, floats, "")
+    assert np.array_equal(logits(config, blocks, ""), meant), "in float32 bit for bit"
+    described, tensors = describe(config, kept=True), Checkpoint(blocks)
+    weights = described.blocks[0]
+    experts, stacks = weights.block.mlp.experts, weights.stacks
+    assert experts is not None and stacks is not None
+    held = stacks.layout(experts, HIDDEN, 8)
+    assert (held.bits, held.block) == layout
+    for layer in LAYERS_OF_EXPERTS:
+        made = stacks.coded(tensors, experts, HIDDEN, 1, layer, held).floats()
+        numbers = stacks.floats(tensors, experts, HIDDEN, 1, layer)
+        if exact or (layer and kinds[2] == "Q6_K"):
+            assert np.array_equal(made, numbers)
+        else:
+            assert not np.array_equal(made, numbers), "what has minima is rounded ..."
+            assert np.abs(made - numbers).max() < np.abs(numbers).max() / 200, "... to 8 bits"
+    kept = logits(config, blocks, "stored")
+    likeness = (kept * meant).sum(1) / np.linalg.norm(kept, axis=1) / np.linalg.norm(meant, axis=1)
+    assert np.median(likeness) > 0.99, "inputs are rounded, which may send a token elsewhere"

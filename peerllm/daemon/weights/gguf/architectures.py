@@ -64,15 +64,41 @@ GPT_OSS = {
     **LLAMA, **EXPERTS, "ffn_gate_inp": "mlp.router", "attn_sinks": "self_attn.sinks",
     "post_attention_norm": "post_attention_layernorm",
 }  # fmt: skip
-LFM2: Names = {
-    **NORMED, "token_embd_norm": "embedding_norm", "attn_norm": "operator_norm", "ffn_norm": "ffn_norm",
-    "attn_output": "self_attn.out_proj", "attn_q_norm": "self_attn.q_layernorm",
-    "attn_k_norm": "self_attn.k_layernorm", "shortconv.conv": "conv.conv", "shortconv.in_proj": "conv.in_proj",
-    "shortconv.out_proj": "conv.out_proj", "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3",
-    "ffn_down": "feed_forward.w2",
-}  # fmt: skip
 MIXTRAL = {**LLAMA, **EXPERTS, "ffn_gate_inp": "block_sparse_moe.gate"}
 GRANITE_MOE = {**LLAMA, **EXPERTS, "ffn_gate_inp": "block_sparse_moe.router.layer"}
+
+LFM2 = {
+    **NORMED, "token_embd_norm": "embedding_norm", "attn_norm": "operator_norm", "ffn_norm": "ffn_norm",
+    "attn_q_norm": "self_attn.q_layernorm", "attn_k_norm": "self_attn.k_layernorm",
+    "attn_output": "self_attn.out_proj", "shortconv.in_proj": "conv.in_proj", "shortconv.out_proj": "conv.out_proj",
+    "shortconv.conv.weight": "conv.conv.weight", "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}  # fmt: skip
+LFM2_MOE = {
+    **EXPERTS, **LFM2, "ffn_gate_inp": "feed_forward.gate", "exp_probs_b.bias": "feed_forward.expert_bias",
+}  # fmt: skip
+QWEN35 = {
+    **NORMED, "post_attention_norm": "post_attention_layernorm", "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z", "ssm_alpha": "linear_attn.in_proj_a", "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_out": "linear_attn.out_proj", "ssm_norm.weight": "linear_attn.norm.weight",
+    "ssm_conv1d.weight": "linear_attn.conv1d.weight", "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+}  # fmt: skip
+
+GRANITE_HYBRID = {
+    **GRANITE_MOE, "ssm_in": "mamba.in_proj", "ssm_out": "mamba.out_proj", "ssm_conv1d.weight": "mamba.conv1d.weight",
+    "ssm_conv1d.bias": "mamba.conv1d.bias", "ssm_a": "mamba.A_log", "ssm_d": "mamba.D", "ssm_dt.bias": "mamba.dt_bias",
+    "ssm_norm.weight": "mamba.norm.weight",
+}  # fmt: skip
+
+DEEPSEEK2 = {
+    **LLAMA, **EXPERTS, "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm", "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj", "attn_v_b": "self_attn.v_b_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj", "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj", "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+}  # fmt: skip
 
 # ---- keys of config.json --------------------------------------------------------------------------------------------
 
@@ -85,6 +111,7 @@ GPT2_KEYS: Names = {
 
 
 MOE = "moe_intermediate_size"
+SIGMOID = 2  # by which experts are chosen, as files number it
 
 
 def _llama(values: Hyperparameters) -> dict[str, Any]:
@@ -181,6 +208,10 @@ def _olmo2(values: Hyperparameters) -> dict[str, Any]:
 def _granite(values: Hyperparameters) -> dict[str, Any]:
     if not values.get("rope.scaling.finetuned", True):
         raise values.wrong("rotates nothing by position, which is not computed")
+    return _granite_factors(values)
+
+
+def _granite_factors(values: Hyperparameters) -> dict[str, Any]:
     return {
         "attention_multiplier": values.number("attention.scale", 0.0) or values.width**-0.5,
         "embedding_multiplier": values.number("embedding_scale", 1.0),
@@ -243,9 +274,78 @@ def _phi3(values: Hyperparameters) -> dict[str, Any]:
 
 
 def _lfm2(values: Hyperparameters) -> dict[str, Any]:
-    kinds = ["full_attention" if values.has("attn_q", number) else "conv" for number in range(values.blocks)]
+    if values.whole("attention.sliding_window", 0):
+        raise values.wrong("has sliding windows, which are not computed")
     return {
-        "layer_types": kinds, "conv_L_cache": values.whole("shortconv.l_cache"), "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": values.whole("shortconv.l_cache"), "layer_types": values.kinds("shortconv.conv.weight", "conv"),
+        "block_auto_adjust_ff_dim": False,
+    }  # fmt: skip
+
+
+def _lfm2_moe(values: Hyperparameters) -> dict[str, Any]:
+    dense = values.whole("leading_dense_block_count", 0)
+    return {**_lfm2(values), **values.experts("num_experts", MOE, dense=dense), "num_dense_layers": dense}
+
+
+def _granite_hybrid(values: Hyperparameters) -> dict[str, Any]:
+    heads, experts = values.whole("ssm.time_step_rank"), values.whole("expert_count", 0)
+    return {
+        **_granite_factors(values), **(values.experts("num_local_experts") if experts else {"num_local_experts": 0}),
+        "shared_intermediate_size": values.rows("ffn_up_shexp" if experts else "ffn_up"),
+        "position_embedding_type": "rope" if values.get("rope.scaling.finetuned", True) else None,
+        "mamba_n_heads": heads, "mamba_d_head": values.whole("ssm.inner_size") // max(heads, 1),
+        "mamba_n_groups": values.whole("ssm.group_count"), "mamba_d_state": values.whole("ssm.state_size"),
+        "mamba_d_conv": values.whole("ssm.conv_kernel"), "layer_types": values.kinds("ssm_a", "mamba"),
+    }  # fmt: skip
+
+
+def _deepseek2(values: Hyperparameters) -> dict[str, Any]:
+    """DeepSeek V2 and V3, GLM-4.7-Flash (which computes as V3 does) and Youtu (which has no experts)."""
+    turned, scaling = values.whole("rope.dimension_count"), values.scaling()
+    if weight := values.number("rope.scaling.yarn_log_multiplier", 0.0):
+        scaling |= {"mscale": 10 * weight, "mscale_all_dim": 10 * weight}
+    about: dict[str, Any] = {
+        "model_type": "youtu", "kv_lora_rank": values.whole("attention.kv_lora_rank"),
+        "q_lora_rank": values.whole("attention.q_lora_rank", 0) or None, "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": values.whole("attention.key_length_mla", values.width) - turned,
+        "v_head_dim": values.whole("attention.value_length_mla", values.whole("attention.value_length", 0)),
+        "num_key_value_heads": values.whole("attention.head_count"), "rope_scaling": scaling or None,
+        "peerllm_kv_apart": values.has("attn_k_b"),
+    }  # fmt: skip
+    wide = values.rows("ffn_up_exps")
+    if wide is None:
+        return about
+    groups, scale = values.whole("expert_group_count", 0) or 1, values.number("expert_weights_scale", 0.0) or 1.0
+    dense, normalised = values.whole("leading_dense_block_count", 0), bool(values.get("expert_weights_norm", False))
+    about |= {
+        "n_routed_experts": values.whole("expert_count"), "num_experts_per_tok": values.whole("expert_used_count"),
+        "moe_intermediate_size": wide, "n_shared_experts": (values.rows("ffn_up_shexp") or 0) // wide,
+        "first_k_dense_replace": dense, "routed_scaling_factor": scale, "n_group": groups,
+        "topk_group": values.whole("expert_group_used_count", 0) or groups,
+    }  # fmt: skip
+    if values.whole("expert_gating_func", 1) == SIGMOID:
+        return {**about, "model_type": "deepseek_v3", "norm_topk_prob": normalised}
+    if normalised:
+        raise values.wrong("has experts whose softmax weights are made to sum to one, which is not computed")
+    method = "greedy" if groups == 1 else "group_limited_greedy"
+    return {**about, "model_type": "deepseek_v2", "topk_method": method}
+
+
+def _qwen35(values: Hyperparameters) -> dict[str, Any]:
+    heads = values.whole("ssm.time_step_rank")
+    return {
+        "linear_num_key_heads": values.whole("ssm.group_count"), "linear_num_value_heads": heads,
+        "linear_key_head_dim": values.whole("ssm.state_size"),
+        "linear_value_head_dim": values.whole("ssm.inner_size") // max(heads, 1),
+        "linear_conv_kernel_dim": values.whole("ssm.conv_kernel"),
+        "layer_types": values.kinds("ssm_a", "linear_attention"),
+    }  # fmt: skip
+
+
+def _qwen35_moe(values: Hyperparameters) -> dict[str, Any]:
+    return {
+        **_qwen35(values), **values.experts("num_experts", MOE),
+        "shared_expert_intermediate_size": values.rows("ffn_up_shexp"),
     }  # fmt: skip
 
 
@@ -265,6 +365,9 @@ class GGUFArchitecture:
     layers: str = "layers"
     paired: bool = False  # rows of queries and keys are stored so that rotation turns neighbours
     norm_offset_added: bool = False  # norms' weights have the 1 added that the family adds
+    decays_stored: bool = False  # -exp(A_log) stands in the place of A_log
+    value_heads_tiled: bool = False  # those of one key head do not lie side by side, but one behind the other's
+    latent: bool = False  # keys and values are made of latents: their widths are others
     partial: bool = False  # a part of each head may be rotated; config.json has partial_rotary_factor
     mixed: bool = False  # blocks differ in their heads of keys and in their feed-forwards
     renamed: Callable[[Hyperparameters], Names] = lambda values: {}  # names that some files of it have
@@ -326,11 +429,24 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
         "nemotron", LLAMA, {"rms_norm_eps": "norm_eps"}, norm_offset_added=True, partial=True
     ),
     "exaone4": GGUFArchitecture("exaone4", POSTED, more=_exaone4),
-    "lfm2": GGUFArchitecture("lfm2", LFM2, {"rms_norm_eps": "norm_eps"}, _lfm2),
     "smollm3": GGUFArchitecture("smollm3", paired=True),
     "arcee": GGUFArchitecture("arcee", paired=True),
     "ernie4_5": GGUFArchitecture("ernie4_5"),
     "seed_oss": GGUFArchitecture("seed_oss", {**LLAMA, "post_attention_norm": "post_attention_layernorm"}),
+    "lfm2": GGUFArchitecture("lfm2", LFM2, {"rms_norm_eps": "norm_eps"}, _lfm2),
+    "lfm2moe": GGUFArchitecture("lfm2_moe", LFM2_MOE, {"rms_norm_eps": "norm_eps"}, _lfm2_moe),
+    "granitehybrid": GGUFArchitecture(
+        "granitemoehybrid", GRANITE_HYBRID, more=_granite_hybrid, paired=True, decays_stored=True
+    ),
+    "deepseek2": GGUFArchitecture("deepseek_v3", DEEPSEEK2, {"head_dim": ""}, _deepseek2, latent=True),
+    "qwen35": GGUFArchitecture(
+        "qwen3_5_text", QWEN35, more=_qwen35, norm_offset_added=True, decays_stored=True, value_heads_tiled=True,
+        partial=True,
+    ),
+    "qwen35moe": GGUFArchitecture(
+        "qwen3_5_moe_text", {**QWEN35, **EXPERTS}, more=_qwen35_moe, norm_offset_added=True, decays_stored=True,
+        value_heads_tiled=True, partial=True,
+    ),
     "hunyuan-dense": GGUFArchitecture(
         "hunyuan_v1_dense",
         {**LLAMA, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},

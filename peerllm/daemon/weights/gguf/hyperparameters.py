@@ -88,6 +88,11 @@ class Hyperparameters:
                 return tensor.shape[-2] if len(tensor.shape) > 1 else 1
         return None
 
+    def kinds(self, name: str, kind: str) -> list[str]:
+        """Each block's kind: `kind` where it has the tensor `name`, else attention."""
+        found = (f"blk.{number}.{name}" in self._tensors for number in range(self.blocks))
+        return [kind if one else "full_attention" for one in found]
+
     def rows_beside(self, stem: str) -> int | None:
         """Rows of a matrix beside the blocks; None if there is none."""
         tensor = self._tensors.get(f"{stem}.weight")
@@ -95,8 +100,13 @@ class Hyperparameters:
 
     # ---- parts of config.json ---------------------------------------------------------------------------------------
 
-    def experts(self, count: str, width: str = "intermediate_size", normalised: bool | None = None) -> dict[str, Any]:
-        """Experts; `count` and `width` are the family's keys for how many there are and how wide each is."""
+    def experts(
+        self, count: str, width: str = "intermediate_size", normalised: bool | None = None, dense: int = 0
+    ) -> dict[str, Any]:
+        """Experts; `count` and `width` are the family's keys for how many there are and how wide each is.
+
+        The first `dense` blocks have none.
+        """
         if self.number("expert_weights_scale", 1.0) not in (0.0, 1.0) or self.whole("expert_group_count", 0) > 1:
             raise self.wrong("chooses experts by groups or scales them, which is not computed")
         about: dict[str, Any] = {
@@ -105,7 +115,7 @@ class Hyperparameters:
         }  # fmt: skip
         if normalised is not None:
             about["norm_topk_prob"] = bool(self.get("expert_weights_norm", normalised))
-        for number in range(self.blocks):
+        for number in range(dense, self.blocks):
             if not self.has("ffn_up_exps", number):
                 raise self.wrong(f"has no stacks of experts in block {number}, which is not computed")
         return about

@@ -30,10 +30,14 @@ ARCHES = {
     "cohere": ARCH.COMMAND_R, "cohere2": ARCH.COHERE2, "glm": ARCH.CHATGLM, "glm4": ARCH.GLM4, "falcon": ARCH.FALCON,
     "gpt2": ARCH.GPT2, "gpt_bigcode": ARCH.STARCODER, "gpt_neox": ARCH.GPTNEOX, "nemotron": ARCH.NEMOTRON,
     "exaone4": ARCH.EXAONE4, "smollm3": ARCH.SMOLLM3, "arcee": ARCH.ARCEE, "ernie4_5": ARCH.ERNIE4_5,
-    "lfm2": ARCH.LFM2, "seed_oss": ARCH.SEED_OSS, "hunyuan_v1_dense": ARCH.HUNYUAN_DENSE,
+    "seed_oss": ARCH.SEED_OSS, "hunyuan_v1_dense": ARCH.HUNYUAN_DENSE, "lfm2": ARCH.LFM2, "lfm2_moe": ARCH.LFM2MOE,
+    "qwen3_5_text": ARCH.QWEN35, "qwen3_5_moe_text": ARCH.QWEN35MOE, "granitemoehybrid": ARCH.GRANITE_HYBRID,
+    "deepseek_v2": ARCH.DEEPSEEK2, "deepseek_v3": ARCH.DEEPSEEK2, "youtu": ARCH.DEEPSEEK2,
 }  # fmt: skip
-PAIRED = {"llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "olmo", "smollm3", "arcee"}
-NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"}
+PAIRED = {
+    "llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "granitemoehybrid", "olmo", "smollm3", "arcee",
+}  # fmt: skip
+NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron", "qwen3_5_text", "qwen3_5_moe_text"}
 TURNED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
@@ -220,15 +224,76 @@ def parallel(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_parallel_residual(config["use_parallel_residual"])
 
 
-def lfm2(writer: Any, config: Mapping[str, Any]) -> None:
-    groups = config["num_key_value_heads"]
-    writer.add_head_count_kv([groups if kind == "full_attention" else 0 for kind in config["layer_types"]])
-    writer.add_shortconv_l_cache(config["conv_L_cache"])
-    writer.add_layer_norm_rms_eps(config["norm_eps"])
-
-
 def phi3(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_sliding_window(config.get("sliding_window") or 0)
+
+
+def lfm2(writer: Any, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_rms_eps(config["norm_eps"])
+    writer.add_shortconv_l_cache(config["conv_L_cache"])
+    groups = config["num_key_value_heads"]
+    writer.add_head_count_kv([groups if kind == "full_attention" else 0 for kind in config["layer_types"]])
+    if config.get("block_auto_adjust_ff_dim"):
+        width, multiple = int(2 * config["intermediate_size"] / 3), config["block_multiple_of"]
+        writer.add_feed_forward_length(-(-int(config["block_ffn_dim_multiplier"] * width) // multiple) * multiple)
+    if "moe_intermediate_size" in config:
+        qwen_moe(writer, config)
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def granite_hybrid(writer: Any, config: Mapping[str, Any]) -> None:
+    granite(writer, config)
+    writer.add_ssm_conv_kernel(config["mamba_d_conv"])
+    writer.add_ssm_state_size(config["mamba_d_state"])
+    writer.add_ssm_group_count(config["mamba_n_groups"])
+    writer.add_ssm_inner_size(config["mamba_n_heads"] * config["mamba_d_head"])
+    writer.add_ssm_time_step_rank(config["mamba_n_heads"])
+    groups = config["num_key_value_heads"]
+    writer.add_head_count_kv([groups if kind == "full_attention" else 0 for kind in config["layer_types"]])
+    writer.add_rope_scaling_finetuned(config["position_embedding_type"] == "rope")
+
+
+def deepseek2(writer: Any, config: Mapping[str, Any]) -> None:
+    rank, turned, plain = (config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"))
+    writer.add_head_count_kv(1)
+    writer.add_kv_lora_rank(rank)
+    if config["q_lora_rank"] is not None:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_key_length(rank + turned)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(plain + turned)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(turned)
+    if (weight := config["rope_parameters"].get("mscale_all_dim")) is not None:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * weight)
+    if "n_routed_experts" not in config:
+        return
+    kinds = gguf.ExpertGatingFuncType
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_gating_func(kinds.SIGMOID if config["model_type"] == "deepseek_v3" else kinds.SOFTMAX)
+    if config["model_type"] == "deepseek_v3":
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+    if config["n_group"]:
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+
+
+def qwen35(writer: Any, config: Mapping[str, Any]) -> None:
+    heads = config["linear_num_value_heads"]
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(heads * config["linear_value_head_dim"])
+    writer.add_full_attention_interval(2)
+    writer.add_rope_dimension_sections([11, 11, 10, 0])
+    if "moe_intermediate_size" in config:
+        qwen_moe(writer, config)
 
 
 MORE: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
@@ -236,7 +301,9 @@ MORE: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
     "granite": granite,
     "granitemoe": granite, "granitemoeshared": granite, "gpt_oss": gpt_oss, "cohere": cohere, "cohere2": cohere,
     "olmo": olmo, "olmo3": pattern, "exaone4": pattern, "stablelm": parallel, "gpt_neox": parallel, "phi3": phi3,
-    "lfm2": lfm2, "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1),
+    "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1), "lfm2": lfm2, "lfm2_moe": lfm2,
+    "qwen3_5_text": qwen35, "qwen3_5_moe_text": qwen35, "granitemoehybrid": granite_hybrid,
+    "deepseek_v2": deepseek2, "deepseek_v3": deepseek2, "youtu": deepseek2,
 }  # fmt: skip
 
 
@@ -248,8 +315,14 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
     kind = config["model_type"]
     stacks: dict[str, dict[int, Array]] = {}
     for name, array in tensors.items():
-        if kind in NORMS_PLUS_ONE and name.endswith("norm.weight"):
+        if kind in NORMS_PLUS_ONE and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
             array = array + 1
+        if "linear_attn." in name:
+            name, array = name.replace(".dt_bias", ".dt_proj.bias"), tiled(config, name, array)
+        if "mamba." in name:
+            name, array = name.replace(".dt_bias", ".dt_proj.bias"), mamba(config, name, array)
+        if name.endswith(("conv.conv.weight", "conv1d.weight")):
+            array = array.squeeze(1)
         if kind in PAIRED and re.search(r"\.[qk]_proj\.(weight|bias)$", name):
             count = config["num_attention_heads" if ".q_proj" in name else "num_key_value_heads"]
             array = permuted(array, count)
@@ -260,28 +333,64 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
         if kind == "falcon" and "query_key_value" in name:
             groups = config["num_kv_heads"]
             array = grouped(array, groups, config["num_attention_heads"] // groups)
-        if name.endswith("conv.conv.weight"):
-            array = array.squeeze(1)
         array = np.ascontiguousarray(array)
+        if name.endswith("kv_b_proj.weight"):
+            plain, rank = config["qk_nope_head_dim"], config["kv_lora_rank"]
+            both = array.reshape(config["num_attention_heads"], -1, rank)
+            yield name.replace("kv_b", "k_b"), np.ascontiguousarray(both[:, :plain].swapaxes(1, 2))
+            yield name.replace("kv_b", "v_b"), np.ascontiguousarray(both[:, plain:])
+            continue
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         if kind == "cohere2" and name.endswith(".bias"):
             assert not array.any()
         elif found := re.fullmatch(r"(.*experts|.*layernorm\.norms)\.(\d+)(\..*)", name):
             stacks.setdefault(found[1] + found[3], {})[int(found[2])] = array
-        elif "experts" in name or "input_linear" in name or "shared_mlp" in name:
-            yield from parted(name, array)
+        elif ("experts" in name and "shared_experts" not in name) or "input_linear" in name or "shared_mlp" in name:
+            yield from parted(name, array, bool(config.get("num_local_experts", 1)))
         elif name.endswith(("sinks", "layer_scalar")):
             yield f"{name}.weight", array
+        elif name.endswith("expert_bias"):
+            yield f"{name}.bias", array
         else:
             yield name, array
     for name, parts in stacks.items():
         stack = np.stack([parts[number] for number in range(len(parts))])
         yield (
             name.replace("block_sparse_moe.experts", "feed_forward.experts")
-            .removeprefix("model." if "block_sparse" in name else "")
+            .removeprefix("model." if "block_sparse" in name or "feed_forward" in name else "")
             .replace(".norms", ""),
             stack,
         )
     yield from rotations(config)
+
+
+def tiled(config: Mapping[str, Any], name: str, array: Array) -> Array:
+    """Value heads, of which first comes the first one of each key head; and decays as they are used."""
+    keys, heads, width = (config[f"linear_{key}"] for key in ("num_key_heads", "num_value_heads", "value_head_dim"))
+    apart = 2 * keys * config["linear_key_head_dim"]  # rows of queries and keys
+
+    def turned(some: Array, each: int) -> Array:
+        return some.reshape(keys, heads // keys, each, *some.shape[1:]).swapaxes(0, 1).reshape(some.shape)
+
+    match name.rpartition("linear_attn.")[2].split(".")[0]:
+        case "in_proj_qkv" | "conv1d":
+            return np.concatenate([array[:apart], turned(array[apart:], width)])
+        case "in_proj_z":
+            return turned(array, width)
+        case "out_proj":
+            return turned(array.T, width).T
+        case "A_log":
+            return -np.exp(turned(array, 1))
+        case "in_proj_a" | "in_proj_b" | "dt_bias":
+            return turned(array, 1)
+    return array
+
+
+def mamba(config: Mapping[str, Any], name: str, array: Array) -> Array:
+    """Vectors as columns, norms by group; and decays as they are used."""
+    if name.endswith(("A_log", "mamba.D")):
+        return (-np.exp(array) if name.endswith("A_log") else array)[:, None]
+    return array.reshape(config["mamba_n_groups"], -1) if name.endswith("norm.weight") else array
 
 
 def permuted(array: Array, heads: int) -> Array:
@@ -297,15 +406,15 @@ def grouped(array: Array, groups: int, each: int) -> Array:
     return np.concatenate([part.reshape(-1, *array.shape[1:]) for part in parts])
 
 
-def parted(name: str, array: Array) -> Iterator[tuple[str, Array]]:
+def parted(name: str, array: Array, experts: bool) -> Iterator[tuple[str, Array]]:
     """Stacks of experts, and feed-forwards that hold gate and up in one matrix."""
     block = name.split(".")[2]
     if "input_linear" in name:
-        end = "shexp" if "shared_mlp" in name else "exps"
+        end = ("_shexp" if experts else "") if "shared_mlp" in name else "_exps"
         for role, some in zip(("gate", "up"), np.split(array, 2, axis=-2), strict=True):
-            yield f"blk.{block}.ffn_{role}_{end}.weight", np.ascontiguousarray(some)
+            yield f"blk.{block}.ffn_{role}{end}.weight", np.ascontiguousarray(some)
     elif name.endswith("shared_mlp.output_linear.weight"):
-        yield f"blk.{block}.ffn_down_shexp.weight", array
+        yield f"blk.{block}.ffn_down{'_shexp' if experts else ''}.weight", array
     elif name.endswith("output_linear.weight"):
         yield f"blk.{block}.ffn_down_exps.weight", array
     else:  # gpt-oss: gate and up alternate, matrices lie on their sides
