@@ -40,8 +40,6 @@ def strip(division: Division, first: int, last: int) -> nn.Module:
         blocks.append(Passing())
         start = min(start, total - 1)
     replace_blocks(division.owner, division.attribute, blocks, start, total)
-    if hasattr(division.owner, "first_kv_shared_layer_idx"):
-        division.owner.first_kv_shared_layer_idx = -1  # a block's place in the model, which is another one in a shard
     entry: nn.Module = blocks[0] if len(blocks) else model.get_submodule(division.after[0])
     for name in dict.fromkeys((*division.before, *division.after)):
         original = model.get_submodule(name)

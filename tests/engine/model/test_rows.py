@@ -12,7 +12,9 @@ import pytest
 from peerllm.engine.backends import Backends
 from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.messages import Inspected, TimeLayers
+from peerllm.engine.model.packed import Packed
 from peerllm.engine.model.torch_backend import TorchBackend
+from peerllm.engine.model.torch_shard import TorchShard
 from tests.engine.architectures import CONTEXT, FAMILIES, VOCABULARY, cuts, inspect, load, save, tiny_model
 from tests.engine.runs import in_slot
 
@@ -120,6 +122,9 @@ def test_a_sequence_can_go_back_though_some_blocks_keep_nothing(model: Subject) 
 def test_rounded_weights_say_nearly_the_same_at_every_cut(model: Subject) -> None:
     exact, whole = (forward(model.load((0, 5), quantize=quantize)) for quantize in ("none", "int8"))
     assert 0 < np.linalg.norm(whole - exact) < 0.2 * np.linalg.norm(exact)
+    (last,) = model.load((4, 4), quantize="int8")
+    if isinstance(last, TorchShard):
+        assert any(isinstance(module, Packed) for module in last.blocks[-1].modules()), "of a block without own keys"
     for cut in cuts(6, 2) if isinstance(model.backend, Backends) else [((0, 2), (3, 5))]:
         np.testing.assert_allclose(forward(model.load(*cut, quantize="int8")), whole, atol=1e-4)
 
