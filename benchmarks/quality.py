@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peerllm.daemon.weights.gguf.model_directory import model_directory
 from tokenizers import Tokenizer
 
+from peerllm.daemon.weights.gguf.model_directory import model_directory
 from peerllm.engine.backends import Backends
 from peerllm.engine.base import Shard
 from peerllm.engine.messages import Inspect, LoadStage

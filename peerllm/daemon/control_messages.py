@@ -99,6 +99,7 @@ class DeploymentView:
     context: int = 0  # tokens that a sequence may hold, as planned; 0: there is no plan
     slots: int = 0  # sequences served at once, as planned
     message: str = ""  # what is being done until it serves, for people
+    form: str = ""  # the quantisation of its GGUF files, as they are called
 
 
 @dataclass(frozen=True, slots=True)

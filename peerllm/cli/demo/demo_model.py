@@ -35,6 +35,8 @@ def demo_model(asked: str | None, cache: Path, quiet: bool) -> DemoModel:
 
     `cache` is the source's, for what GGUF files become.
     """
+    if asked == BUILTIN:
+        return DemoModel(BUILTIN, MODEL_DIR)
     name = as_model(asked or FIRST)
     with contextlib.closing(ProgressBars()) as bars:
 

@@ -89,7 +89,7 @@ class Coordinator:
             "scenario": scenario_file(found.scenario),
             "most_chunk": found.chunk,
             "rounded_layers": list(found.rounded_layers),
-            "weights": weights_form(view.dtype, view.quantize, view.quantize_wanted),
+            "weights": weights_form(view),
         }
 
     async def scenario(self, model: str) -> dict[str, Any]:

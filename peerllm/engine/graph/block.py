@@ -6,14 +6,14 @@ Trailing comments give shapes: H hidden, I feed-forward width.
 from __future__ import annotations
 
 from peerllm.engine.graph.builder import Builder
-from peerllm.engine.graph.experts import add_experts
+from peerllm.engine.graph.matrices.experts import add_experts
+from peerllm.engine.graph.matrices.routing import add_routing
 from peerllm.engine.graph.mixers.attention import add_attention
 from peerllm.engine.graph.mixers.delta_rule import add_delta_rule
 from peerllm.engine.graph.mixers.latent_attention import add_latent_attention
 from peerllm.engine.graph.mixers.short_convolution import add_convolution
 from peerllm.engine.graph.mixers.state_space import add_state_space
 from peerllm.engine.graph.nodes import CONTRIB, Graph
-from peerllm.engine.graph.routing import add_routing
 from peerllm.engine.graph.structure import (
     Activation,
     Attention,
@@ -25,8 +25,19 @@ from peerllm.engine.graph.structure import (
 )
 
 
-def add_block(builder: Builder, x: str) -> str:
-    """Apply the builder's block to x [b, n, H]."""
+def add_block(builder: Builder, x: str, own: str = "") -> str:
+    """Apply the builder's block to x [b, n, H]; `own`: the input that it alone reads."""
+    graph, block = builder.graph, builder.weights.block
+    x = _applied(builder, x)
+    if block.own_input:
+        gate = activate(graph, builder.product("own gate", x), block.mlp.activation)
+        made = builder.product("own out", graph.add("Mul", gate, own))
+        x = graph.add("Add", x, builder.normed(made, "after own input"))
+    return graph.add("Mul", x, graph.weight(builder.vector("scalar"))) if block.scaled else x
+
+
+def _applied(builder: Builder, x: str) -> str:
+    """Attention and feed-forward."""
     graph, block = builder.graph, builder.weights.block
 
     def plus(x: str, delta: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from peerllm.engine.graph.matrix_product import add_product, check, pieces, require
+from peerllm.engine.graph.matrices.matrix_product import add_product, check, pieces, require
 from peerllm.engine.graph.nodes import CONTRIB, Graph
 from peerllm.engine.graph.structure import Norm, Placement, Rope
 from peerllm.engine.graph.weights import BlockWeights, norm_weights
@@ -22,7 +22,9 @@ class Builder:
         self.graph, self.weights, self.tensors, self.bits = graph, weights, tensors, bits
         self.context, self.windows, self.number = context, windows, number
         self.half = bool(bits)  # keys and values are float16 where weights are rounded anyway
-        self._kept = weights.block.state(self.half)
+        self._kept = weights.block.read(self.half)
+        attention = weights.block.attention
+        self.maker = number if attention is None or attention.maker is None else attention.maker
 
     def product(self, role: str, x: str) -> str:
         """The product of x with the matrix that has this role in the block."""
@@ -50,8 +52,8 @@ class Builder:
         return self.graph.weight(self.tensors.floats(name, slice(None)))
 
     def state(self, name: str, written: str = "new") -> tuple[str, str]:
-        """Declare an array that the block keeps: its input, and the output "new …" that is bound to the same memory."""
-        state, full = self._kept, f"{name} {self.number}"
+        """Declare an array that the block reads: its input, and the output "new …" that is bound to the same memory."""
+        state, full = self._kept, f"{name} {self.maker}"
         shapes = {kept.name: ((kept.heads, state.room(self.context), kept.width), kept.dtype) for kept in state.tokens}
         shape, dtype = (shapes | {fixed.name: (fixed.shape, fixed.dtype) for fixed in state.fixed})[name]
         self.graph.output(f"{written} {full}", "b", *shape, dtype=dtype)
@@ -66,6 +68,14 @@ class Builder:
         weights = self.weights
         made = norm_weights(self.graph, self.tensors, norm, weights.names[place], weights.norm_shape(place))
         return normalise(self.graph, x, norm, *made)
+
+    def heads_normed(self, x: str, norm: Norm, place: str, heads: int, width: int) -> str:
+        """x [b, n, heads · width], each head normalised by itself."""
+        graph = self.graph
+        apart = graph.add("Reshape", x, graph.shape(0, -1, heads, width))  # [b, n, heads, w]
+        own = norm.weighted
+        apart = self.normalise(apart, norm, place) if own else rms(graph, apart, ones(graph, width), norm.eps)
+        return graph.add("Reshape", apart, graph.shape(0, -1, heads * width))
 
     def tables(self, rope: Rope, half: bool = False) -> list[str]:
         """Cosines and sines of all positions [context, rotated / 2]."""

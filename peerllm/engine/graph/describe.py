@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.graph.experts import Stacks
 from peerllm.engine.graph.family import COMMON, FAMILIES, Family
-from peerllm.engine.graph.matrix_product import Part, Product
+from peerllm.engine.graph.matrices.experts import Stacks
+from peerllm.engine.graph.matrices.matrix_product import Part, Product
 from peerllm.engine.graph.mixers.delta_rule import delta_rule_weights, read_delta_rule
 from peerllm.engine.graph.mixers.latent_attention import latent_attention_weights, read_latent_attention
 from peerllm.engine.graph.mixers.short_convolution import convolution_weights, read_convolution
@@ -35,7 +36,7 @@ from peerllm.engine.graph.structure import (
     ShortConvolution,
     StateSpace,
 )
-from peerllm.engine.graph.weights import BlockWeights, Names, Vectors
+from peerllm.engine.graph.weights import BlockWeights, Names, OwnInputs, Vectors
 from peerllm.engine.weights.checkpoint import STACKED_EXPERTS_KEY
 from peerllm.engine.weights.formats import FormOf, forms_of
 from peerllm.errors import ModelError
@@ -68,6 +69,7 @@ class Stored:
     paired: bool = False  # rows of queries and keys that are rotated together are neighbours
     offset: bool = False  # norms' weights have their offset added
     stacked: bool = False  # experts are stacks of gate, up and down, whatever the family
+    recurrent: Mapping[str, bool] = field(default_factory=dict)  # see structure.DeltaRule
 
     def formed(self, part: Part) -> Part:
         """The part, and how its tensor is stored."""
@@ -86,6 +88,7 @@ class Described:
     output: str  # the head's own matrix; not used where `tied`
     tied: bool  # the head uses the embedding's matrix
     stored: Stored
+    own_inputs: OwnInputs | None = None  # how the inputs of single blocks are made
 
     @property
     def table(self) -> Part:
@@ -99,6 +102,8 @@ class Described:
     def coded_tensors(self) -> set[str]:
         """The names of the tensors that quantized matrices are made of."""
         products = [Product((self.table,), self.model.hidden), self.head]
+        if self.own_inputs is not None:
+            products += [Product((self.own_inputs.table,), self.own_inputs.width), self.own_inputs.projection]
         products += [product for weights in self.blocks for product in weights.products.values()]
         parts = [(product, part) for product in products for part in product.parts if part.form is not None]
         found = {name for product, part in parts for name, _ in product.part_tensors(part)}
@@ -115,10 +120,17 @@ class Values:
         self._config, self._keys, self._known = config, family.keys, family.values
         self._defaults = {**COMMON, **family.defaults}
 
+    def including(self, known: Mapping[str, Any]) -> Values:
+        """These values, but for those that are known to be others."""
+        made = copy(self)
+        made._known = {**self._known, **known}
+        return made
+
     def get(self, name: str, default: Any = None) -> Any:
         """The value called `name`; `default` if it is null or the family does not read it."""
         if name in self._known:
-            return self._known[name]
+            value = self._known[name]
+            return default if value is None else value
         key = self._keys.get(name, name)
         value = self._config[key] if name in self._defaults and key in self._config else self._defaults.get(name)
         return default if value is None else value
@@ -151,7 +163,7 @@ def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
     family = family_of(config)
     if family is None:
         raise UnfitError(f"architecture {config.get('model_type')!r} is not in the graph engine's table")
-    if config.get("per_layer_config"):
+    if config.get("per_layer_config") and "per_layer_config" not in family.defaults:
         raise UnfitError("layers with configurations of their own")
     values = Values(config, family)
     try:
@@ -163,6 +175,9 @@ def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
         stored = _stored(config, kept)
         if stored.offset:
             family = replace(family, offset=0.0)
+        family = replace(family, values={**family.values, **stored.recurrent})
+        if stored.stacked:
+            family = _in_gguf(family)
         return _described(Values(config, family), family, str(config["model_type"]), stored)
     except ModelError as error:
         raise UnfitError(str(error)) from error
@@ -176,7 +191,19 @@ def _stored(config: Mapping[str, Any], kept: bool) -> Stored:
     if experts not in (None, "stacked"):
         raise UnfitError(f"experts stored as {str(experts)[:MOST_SHOWN]!r}")
     paired, offset = (about.get(key) is True for key in ("paired", "norm_offset_added"))
-    return Stored(forms_of(config), kept, paired, offset, experts is not None)
+    recurrent = {key: about.get(key) is True for key in ("value_heads_tiled", "decays_stored")}
+    return Stored(forms_of(config), kept, paired, offset, experts is not None, recurrent)
+
+
+def _in_gguf(family: Family) -> Family:
+    """The family as GGUF files hold it: matrices by rows, all queries before all keys, shared gate and up apart."""
+    names = dict(family.names)
+    if names.get("gate up") == names.get("shared gate up") is not None:  # what serves as a shared expert elsewhere
+        del names["gate up"]
+        names |= {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
+    if names.pop("shared gate up", None):
+        names |= {f"shared {role}": f"mlp.shared_expert.{role}_proj" for role in ("gate", "up", "down")}
+    return replace(family, names=names, merged="stacked", turned=False)
 
 
 def _described(values: Values, family: Family, name: str, stored: Stored) -> Described:
@@ -202,8 +229,14 @@ def _described(values: Values, family: Family, name: str, stored: Stored) -> Des
         family.position_offset if positions else None,
     )
     weights = tuple(_weights(family, block, number, hidden, stored) for number, block in enumerate(blocks))
-    tied = bool(values.get("tie_word_embeddings"))
-    return Described(model, weights, names["embedding"], positions, names["final"], names["output"], tied, stored)
+    tied, own = bool(values.get("tie_word_embeddings")), None
+    if each := blocks[0].own_input:
+        sizes = values.whole("vocab_size_per_layer_input"), count * each
+        roles = ("own inputs", "own projection")
+        table, projection = (stored.formed(Part(names[role], rows)) for role, rows in zip(roles, sizes, strict=True))
+        own = OwnInputs(table, Product((projection,), hidden), names["own norm"], _norm(values, family), each)
+    final, output = names["final"], names["output"]
+    return Described(model, weights, names["embedding"], positions, final, output, tied, stored, own)
 
 
 def _norm(values: Values, family: Family) -> Norm:
@@ -213,13 +246,18 @@ def _norm(values: Values, family: Family) -> Norm:
 def _block(values: Values, family: Family, number: int, kind: str, hidden: int) -> Block:
     if kind not in family.mixers:
         raise UnfitError(f"layers of kind {kind!r}")
-    norm = _norm(values, family)
+    norm, values = _norm(values, family), values.including(family.by_block(values, number, kind))
+    own = values.get(family.own_input, 0) if family.own_input else 0
+    if own:
+        values.whole(family.own_input)
     return Block(
         _mixer(values, family, number, kind, hidden),
         _feed_forward(values, family, number, hidden),
         tuple((place, norm) for place in family.placements),
         bool(values.get("use_parallel_residual", family.parallel)),
         values.number("residual_multiplier", 1.0),
+        own,
+        family.scaled_blocks,
     )
 
 
@@ -258,6 +296,9 @@ def _attention(values: Values, family: Family, number: int, kind: str, hidden: i
         family.norm_over,
         family.norm_after_rope,
         family.gated_attention,
+        Norm("rms", values.number("norm_eps", 1e-5), weighted=False) if family.value_norm else None,
+        bool(values.get("keys_as_values")),
+        values.get("maker"),
     )  # fmt: skip
 
 
@@ -276,6 +317,8 @@ def _rope(values: Values, family: Family, number: int, kind: str, width: int) ->
     scaling = str(about.pop("rope_type", about.pop("type", "default")))
     theta = float(about.pop("rope_theta", None) or values.get("rope_theta"))
     part, given = values.get("partial_rotary_factor"), about.pop("partial_rotary_factor", None)
+    if scaling == "proportional":  # the whole head, but most of its pairs by nothing
+        about["partial_rotary_factor"], given = given, None
     if part is None:  # the family ignores this key, but transformers' functions for scaled rotations read it
         if scaling != "default" and given not in (None, 1):
             raise UnfitError("rotary embeddings that scale, of a part that the family does not know")
@@ -359,6 +402,11 @@ def _weights(family: Family, block: Block, number: int, hidden: int, stored: Sto
     names = {role: prefix + name for role, name in family.names.items()}
     mlp, turned, stacks = block.mlp, family.turned, None
     products, vectors = _mixer_weights(family, names, block.mixer, hidden, stored.paired)
+    if block.own_input:
+        products["own gate"] = Product((Part(names["own gate"], block.own_input),), hidden)
+        products["own out"] = Product((Part(names["own out"], hidden),), block.own_input)
+    if block.scaled:
+        vectors = {**vectors, "scalar": (names["scalar"], (1,))}
     if mlp.experts is None:
         products |= _dense(names, mlp.wide, hidden, mlp.gated, turned)
     else:
@@ -433,7 +481,9 @@ def _qkv(family: Family, names: Mapping[str, str], about: Attention, paired: boo
     if "qkv" not in names:
         turned = [paired and role != "v" for role in "qkv"]
         order = [_by_half(count // width, width) if turn else None for count, turn in zip(rows, turned, strict=True)]
-        return tuple(Part(names[role], count, some) for role, count, some in zip("qkv", rows, order, strict=True))
+        made = "q" if about.maker is not None else "qk" if about.keys_as_values else "qkv"
+        parts = zip(made, rows, order, strict=False)
+        return tuple(Part(names[role], count, some) for role, count, some in parts)
     if family.merged == "stacked":
         return (Part(names["qkv"], sum(rows), turned=family.turned),)
     picked = _by_group(about.groups, about.heads // about.groups, width)

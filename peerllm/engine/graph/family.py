@@ -43,6 +43,12 @@ LLAMA: Names = {
 VAULTGEMMA = {**LLAMA, "before mlp": "pre_feedforward_layernorm"}
 POSTED = {**LLAMA, "after attention": "post_attention_layernorm", "after mlp": "post_feedforward_layernorm"}
 GEMMA2 = {**POSTED, "before mlp": "pre_feedforward_layernorm"}
+GEMMA4 = {
+    **GEMMA2, "own gate": "per_layer_input_gate", "own out": "per_layer_projection",
+    "after own input": "post_per_layer_input_norm", "scalar": "layer_scalar",
+    "own inputs": "embed_tokens_per_layer", "own projection": "per_layer_model_projection",
+    "own norm": "per_layer_projection_norm",
+}  # fmt: skip
 HUNYUAN = {**LLAMA, "queries": "self_attn.query_layernorm", "keys": "self_attn.key_layernorm"}
 HYPERCLOVAX = {**LLAMA, "after attention": "post_norm1", "after mlp": "post_norm2"}
 STABLELM = {**LLAMA, "queries": "self_attn.q_layernorm.norms.{}", "keys": "self_attn.k_layernorm.norms.{}"}
@@ -126,7 +132,8 @@ LFM2_EXPERTS = {
 }  # fmt: skip
 DEEPSEEK = {
     **QWEN_EXPERTS, "latents": "self_attn.kv_a_proj_with_mqa", "latent norm": "self_attn.kv_a_layernorm.weight",
-    "kv": "self_attn.kv_b_proj", "query latents": "self_attn.q_a_proj", "query norm": "self_attn.q_a_layernorm.weight",
+    "kv": "self_attn.kv_b_proj", "kv keys": "self_attn.k_b_proj", "kv values": "self_attn.v_b_proj",
+    "query latents": "self_attn.q_a_proj", "query norm": "self_attn.q_a_layernorm.weight",
     "q up": "self_attn.q_b_proj", "choice": "mlp.gate.e_score_correction_bias",
     "shared gate": "mlp.shared_experts.gate_proj", "shared up": "mlp.shared_experts.up_proj",
     "shared down": "mlp.shared_experts.down_proj",
@@ -184,7 +191,7 @@ MAMBA: Mapping[str, MixerName] = {
 LATENT: Mapping[str, MixerName] = {"full_attention": "latent attention"}
 LATENT_DEFAULTS = {
     **SIX, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-    "attention_bias": False,
+    "attention_bias": False, "peerllm_kv_apart": False,
 }  # fmt: skip
 DEEPSEEK_KEYS = {**RMS, "num_experts": "n_routed_experts", "head_dim": ""}
 GRANITE_DEFAULTS = {
@@ -278,10 +285,8 @@ def _lfm2(values: ConfigReader) -> dict[str, Any]:
     tied = values.get("tie_embedding", values.get("tie_word_embeddings"))
     width = values.whole("block_ff_dim", values.whole("intermediate_size"))
     if values.get("block_auto_adjust_ff_dim"):
-        width = int(2 * width / 3)
-        if (factor := values.get("block_ffn_dim_multiplier")) is not None:
-            multiple = values.whole("block_multiple_of")
-            width = multiple * -(-int(factor * width) // multiple)
+        multiple, factor = values.whole("block_multiple_of"), values.number("block_ffn_dim_multiplier", 1.0)
+        width = multiple * -(-int(factor * int(2 * width / 3)) // multiple)
     return {"values": {"intermediate_size": width, "tie_word_embeddings": tied}}
 
 
@@ -365,6 +370,47 @@ def _no_changes(values: ConfigReader) -> dict[str, Any]:
     return {}
 
 
+def _gemma4(values: ConfigReader) -> dict[str, Any]:
+    if values.get("enable_moe_block"):
+        return {"refused": "experts beside a feed-forward"}
+    if values.get("use_bidirectional_attention") not in (None, "vision"):
+        return {"refused": "attention in both directions"}
+    known: dict[str, Any] = {}
+    if (kinds := values.get("layer_types")) is not None:
+        known["layer_types"] = [*kinds[:-1], "full_attention"]  # as transformers has it
+    placements = (*SANDWICH, "after own input") if values.get("hidden_size_per_layer_input") else SANDWICH
+    return {"values": known, "placements": placements}
+
+
+def _gemma4_layers(values: ConfigReader, number: int) -> str:
+    return "full_attention" if number in (values.whole("num_hidden_layers") - 1, number // 6 * 6 + 5) else (
+        "sliding_attention"
+    )
+
+
+def _gemma4_block(values: ConfigReader, number: int, kind: str) -> dict[str, Any]:
+    full, alike = kind == "full_attention", values.get("attention_k_eq_v")
+    found: dict[str, Any] = {"keys_as_values": full and alike}
+    about = values.get("per_layer_config")
+    if about is not None:
+        own = {int(key): value for key, value in about.items()}.get(number, {})  # keys such as "05"
+        if own.keys() - {"head_dim", "num_key_value_heads"}:
+            raise ValueError("layers that differ in more than their heads")
+        found |= own
+    elif full:
+        found["head_dim"] = values.whole("global_head_dim")
+        if alike and (groups := values.get("num_global_key_value_heads")) is not None:
+            found["num_key_value_heads"] = groups
+    count, kinds = values.whole("num_hidden_layers"), values.get("layer_types")
+    shared = count - values.get("num_kv_shared_layers")
+    if number >= shared:
+        known = kinds or [_gemma4_layers(values, one) for one in range(count)]
+        found["maker"] = max(one for one in range(shared) if known[one] == kind)
+        if values.get("use_double_wide_mlp"):
+            found["intermediate_size"] = 2 * values.whole("intermediate_size")
+    return found
+
+
 @dataclass(frozen=True)
 class Family:
     """How a family differs from Llama. Functions are given config.json's values."""
@@ -401,6 +447,10 @@ class Family:
     experts: Literal["", "each", "interleaved", "halves"] = ""  # how files hold them, see weights.Stacks
     sparse: Callable[[ConfigReader, int], bool] = lambda values, number: True  # whether a layer has experts
     routing: Routing | None = None
+    by_block: Callable[[ConfigReader, int, str], Mapping[str, Any]] = lambda values, number, kind: {}  # values of one
+    value_norm: bool = False  # each head's values are normalised, without a weight
+    own_input: str = ""  # the value that says how many numbers of an input each block alone reads
+    scaled_blocks: bool = False  # each block has a number that what comes out of it is multiplied by
     scaled_embedding: bool = False  # multiplied by the square root of its width
     position_offset: int = 0  # the row of position 0 among learned positions
 
@@ -463,6 +513,18 @@ FAMILIES: Mapping[str, Family] = {
         normed=True, layer_type=_full_at(-1, 6, "sliding_window_pattern"), local_theta=10000.0,
         defaults={**GEMMA2_DEFAULTS, "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 1e6,
             "sliding_window_pattern": 6, "rope_local_base_freq": None},
+    ),
+    "gemma4_text": _gemma2(
+        names=GEMMA4, offset=0.0, normed=True, value_norm=True, layer_type=_gemma4_layers, local_theta=10000.0,
+        own_input="hidden_size_per_layer_input", scaled_blocks=True, by=_gemma4, by_block=_gemma4_block,
+        keys={**RMS, "hidden_act": "hidden_activation", "attention_multiplier": "", "rope_scaling": ""},
+        defaults={**GEMMA2_DEFAULTS, "query_pre_attn_scalar": None, "attn_logit_softcapping": None,
+            "final_logit_softcapping": None, "attention_multiplier": 1.0, "max_position_embeddings": 131072,
+            "sliding_window": 512, "global_head_dim": 512, "num_global_key_value_heads": None,
+            "attention_k_eq_v": False, "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144,
+            "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "enable_moe_block": False,
+            "per_layer_config": None, "rope_parameters": {"full_attention": {"rope_type": "proportional",
+            "partial_rotary_factor": 0.25, "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 10000.0}}},
     ),
     "phi": Family(
         names=PHI, keys=LAYER, norm="layer", head_norm="layer", placements=ONE, parallel=True, gated=False,

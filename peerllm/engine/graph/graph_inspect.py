@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.load import MAKING_COPIES, ShardForm, largest_block
-from peerllm.engine.graph.matrix_product import Product, check, require
+from peerllm.engine.graph.matrices.matrix_product import Product, check, require
 from peerllm.engine.graph.structure import Attention, LatentAttention, Mixer
-from peerllm.engine.graph.weights import BlockWeights
 from peerllm.engine.measure.outline import kind_names
 from peerllm.engine.messages import TensorAt
+from peerllm.engine.state.state_kinds import together
 from peerllm.engine.weights.checkpoint import COMPUTED, plain_name
 from peerllm.engine.weights.tensors import Checkpoint
 from peerllm.errors import ModelError
@@ -20,6 +21,7 @@ GRAPH_BYTES = 160 << 10  # onnxruntime's overhead for one graph of any size
 # float32 vectors that a block has at once, of the hidden size (or of all heads' queries) and of the feed-forward's
 # width, with the holes that they leave in the heap. Measured alive: 4.0 of each, and the queries, keys and values.
 HIDDEN_COPIES, WIDE_COPIES = 12, 8
+ROW_COPIES = 4  # of the blocks' own inputs: as they came, in both buffers between graphs, and as they are handed on
 SCORE_BYTES = 6  # per head and pair of tokens, where attention keeps its scores (4.5 were measured)
 HEADS_AT_ONCE = 8  # that attention converts from float16 to float32 at once
 DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, their order and sums
@@ -28,21 +30,22 @@ DRAW_BYTES = 64  # per token id, while one token is drawn: scores in float64, th
 def profile(described: Described, name: str, quantize: str) -> ModelProfile:
     """The layers as the planner sees them. The embedding stays in its file and takes no memory."""
     model = described.model
-    sent = model.hidden * 4  # hidden states travel in float32
-    shape = ShardForm(described, 0, len(described.blocks) + 1, 1, model.max_context, quantize)
+    shape = ShardForm(described, 0, len(model.units) + 1, 1, model.max_context, quantize)
     positions = 4 * model.hidden * model.max_context if described.positions else 0
-    layers = [Layer("embedding", "embedding", positions, 0, sent)]
-    kinds = block_kinds(described.blocks)
-    for number, (kind, nbytes, state) in enumerate(zip(kinds, shape.block_bytes, shape.states.values(), strict=True)):
+    made = shape.embedding_bytes + GRAPH_BYTES if shape.embedding_bytes else 0
+    layers = [Layer("embedding", "embedding", positions + made, 0, 4 * model.width(0))]  # float32 travels
+    for unit, kind in zip(model.units, block_kinds(described), strict=True):
+        states = [shape.states[number] for number in unit]
+        token_bytes, kept_tokens, sequence_bytes = together(states, model.max_context)
         layers.append(
             Layer(
-                f"block {number}",
+                f"block {unit.start}" if len(unit) == 1 else f"blocks {unit.start} to {unit.stop - 1}",
                 kind,
-                nbytes + GRAPH_BYTES,
-                state.token_bytes,
-                sent,
-                kv_window_tokens=None if state.kept_tokens is None else state.room(model.max_context),
-                state_bytes_per_sequence=state.sequence_bytes,
+                sum(shape.block_bytes[number] + GRAPH_BYTES for number in unit),
+                token_bytes,
+                4 * model.width(unit.stop),
+                kv_window_tokens=None if kept_tokens is None else min(kept_tokens, model.max_context),
+                state_bytes_per_sequence=sequence_bytes,
             )
         )
     graphs = -(-shape.head_bytes // largest_block(described, shape.bits))
@@ -57,8 +60,9 @@ def working(described: Described, quantize: str) -> WorkingSpace:
     hidden = max(model.hidden, *(block.mixer.widest for block in model.blocks))
     keeping = [about for about in model.attentions if bits or _keeps_scores(about)]
     unfolded = max((min(about.heads, HEADS_AT_ONCE) * about.width * 8 for about in keeping), default=0)
+    rows = ROW_COPIES * (model.width(0) - model.hidden)
     return WorkingSpace(
-        token=4 * (HIDDEN_COPIES * hidden + WIDE_COPIES * max(block.mlp.widest for block in model.blocks)),
+        token=4 * (rows + HIDDEN_COPIES * hidden + WIDE_COPIES * max(block.mlp.widest for block in model.blocks)),
         pair=SCORE_BYTES * max((about.heads for about in keeping), default=0),
         position=unfolded + sum(4 * rope.width for rope in model.ropes),
         sequence=8 * model.vocabulary,  # logits, and those of the parts of a divided head
@@ -68,9 +72,11 @@ def working(described: Described, quantize: str) -> WorkingSpace:
     )
 
 
-def block_kinds(blocks: tuple[BlockWeights, ...]) -> list[LayerKind]:
-    """The kind of each block, see outline.kind_names."""
-    return kind_names([(_kind(weights.block.mixer), (weights.block, weights.forms)) for weights in blocks])
+def block_kinds(described: Described) -> list[LayerKind]:
+    """The kind of each layer between embedding and head, see outline.kind_names."""
+    units = [[described.blocks[number] for number in unit] for unit in described.model.units]
+    alike = [tuple((weights.block, weights.forms) for weights in unit) for unit in units]
+    return kind_names([(_kind(unit[0].block.mixer), key) for unit, key in zip(units, alike, strict=True)])
 
 
 def _kind(mixer: Mixer) -> str:
@@ -114,7 +120,11 @@ def layer_tensors(described: Described, files: Mapping[str, TensorAt]) -> tuple[
     if described.positions:
         positions = f"{described.positions}.weight"
         embedding.append((positions, checkpoint.shape(positions) or (0, model.hidden)))
+    if described.own_inputs is not None:
+        check(checkpoint, described.own_inputs.projection)
+        embedding += described.own_inputs.tensors()
     head = list(described.head.tensors)
     if model.head.norm is not None and model.head.norm.weighted:
         head.append((f"{described.norm}.weight", (model.hidden,)))
-    return found(embedding), *(found(weights.tensors()) for weights in described.blocks), found(head)
+    units = ([described.blocks[number].tensors() for number in unit] for unit in model.units)
+    return found(embedding), *(found(chain(*unit)) for unit in units), found(head)

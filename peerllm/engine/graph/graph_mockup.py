@@ -6,8 +6,9 @@ import numpy as np
 
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.graph_inspect import block_kinds, working
-from peerllm.engine.graph.graph_shard import Embedding, GraphShard
+from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.graph.load import ShardForm, build
+from peerllm.engine.graph.row_maker import Embedding, make_own_inputs
 from peerllm.engine.measure import outline
 from peerllm.engine.measure.outline import CHUNK, CONTEXT, Mockup
 from peerllm.engine.messages import TimeLayers
@@ -19,18 +20,19 @@ class GraphOutline(outline.Sizes):
 
     def __init__(self, described: Described, message: TimeLayers, threads: int) -> None:
         self._described, self._quantize, self._threads = described, message.quantize, threads
-        model, head = described.model, len(described.blocks) + 1
+        model, head = described.model, len(described.model.units) + 1
         context = max(2, min(CONTEXT, model.max_context))
         whole = ShardForm(described, 0, head, 1, context, message.quantize)
         kv = [ShardForm(described, n, n, 1, context, message.quantize).kv_bytes for n in range(1, head)]
+        units = [sum(whole.block_bytes[number] for number in unit) for unit in model.units]
         super().__init__(
-            firsts=outline.firsts(block_kinds(described.blocks)),
+            firsts=outline.firsts(block_kinds(described)),
             head=head,
             vocabulary=model.vocabulary,
             context=context,
             limit_bytes=message.limit_bytes,
             working=working(described, message.quantize),
-            layer_bytes=dict(enumerate([0, *whole.block_bytes, whole.head_bytes])),
+            layer_bytes=dict(enumerate([whole.embedding_bytes, *units, whole.head_bytes])),
             kv_bytes=dict(enumerate(kv, 1)),
         )
 
@@ -45,5 +47,11 @@ class GraphOutline(outline.Sizes):
             row = tensors.floats(f"{described.norm}.weight", slice(None))
             positions = np.broadcast_to(row, (mockup.context, model.hidden)) if described.positions else None
             table = np.broadcast_to(row, (model.vocabulary, model.hidden))
-            embedding = Embedding(table, model.embedding_scale, positions)
+            own, made = described.own_inputs, None
+            if own is not None:
+                tensors = MadeUp(dict(own.tensors()))
+                row = tensors.floats(f"{own.norm}.weight", slice(None))
+                inputs = np.broadcast_to(np.resize(row, own.width), (own.table.count, own.width))
+                made = inputs, own.each, make_own_inputs(own, model.hidden, tensors, shape.bits)
+            embedding = Embedding(table, model.embedding_scale, positions, made)
         return build(shape, tensors, embedding, self._threads, CHUNK)

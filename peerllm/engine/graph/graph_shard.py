@@ -13,15 +13,16 @@ import numpy.typing as npt
 from peerllm.engine.base import Reach
 from peerllm.engine.graph.block import add_block
 from peerllm.engine.graph.builder import Builder, normalise, rope_name
-from peerllm.engine.graph.kv_slots import Batch, KVSlots
-from peerllm.engine.graph.matrix_product import Product, add_product
+from peerllm.engine.graph.matrices.matrix_product import Product, add_product
 from peerllm.engine.graph.nodes import BoundSession, Graph
 from peerllm.engine.graph.rotation import tables
+from peerllm.engine.graph.row_maker import Embedding
 from peerllm.engine.graph.structure import Head, Model
 from peerllm.engine.graph.weights import BlockWeights, norm_weights
 from peerllm.engine.state.exported_state import Arrays
+from peerllm.engine.state.kv_slots import Batch, KVSlots
 from peerllm.engine.state.state_kinds import LayerState, reach_of
-from peerllm.engine.weights.tensors import CodedTable, Floats, Tensors
+from peerllm.engine.weights.tensors import Floats, Tensors
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
 
@@ -38,26 +39,6 @@ class BlockRange:
     session: Any
 
 
-class Embedding:
-    """Looks token ids up in a table that stays in its file, and adds learned positions."""
-
-    def __init__(self, table: npt.NDArray[Any] | CodedTable, scale: float, positions: Floats | None) -> None:
-        """`table` [vocabulary, hidden], `positions` [context, hidden]."""
-        self._table, self._scale, self._positions = table, np.float32(scale), positions
-
-    def check(self, ids: npt.NDArray[Any], count: int) -> None:
-        """EngineError unless `ids` are `count` valid token ids."""
-        if ids.dtype != np.int64 or ids.shape != (count,) or ids.min() < 0 or ids.max() >= len(self._table):
-            raise EngineError(f"token ids are int64 [{count}] from 0 to {len(self._table) - 1}")
-
-    def __call__(self, ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> Floats:
-        """Embed ids that were checked: float32 [n, hidden]."""
-        x = np.ascontiguousarray(self._table[ids], dtype=np.float32)
-        if self._scale != 1.0:
-            x = x * self._scale
-        return x if self._positions is None else x + self._positions[places]
-
-
 class GraphShard:
     """Implements base.Shard. A pass is one token each of several sequences, or one chunk of one prompt."""
 
@@ -66,7 +47,8 @@ class GraphShard:
         embedding: Embedding | None, spans: Sequence[BlockRange], head: Sequence[Any], weight_bytes: int, chunk: int,
     ) -> None:  # fmt: skip
         """`head`: the sessions that compute logits (last shard only); `states`: what each block keeps."""
-        self.hidden_size, self.vocabulary = model.hidden, model.vocabulary
+        first = min(states, default=len(model.blocks))
+        self.hidden_size, self.vocabulary = model.width(0 if embedding else first), model.vocabulary
         self.weight_bytes = weight_bytes
         self.weights: Mapping[int, int] = {id(self): weight_bytes}
         self.reach: Reach | None = reach_of(model.states())
@@ -165,7 +147,7 @@ class GraphShard:
         if key in self._bound:
             self._bound.move_to_end(key)
             return self._bound[key]
-        if sequences * tokens > len(self._buffers[0]):
+        if sequences * tokens * self.hidden_size > len(self._buffers[0]):
             self._bound.clear()  # their bindings point into the smaller buffers
             self._buffers = self._make_buffers(sequences * tokens)
         made = self._bound[key] = _Pass(self, sequences, tokens, first)
@@ -174,16 +156,22 @@ class GraphShard:
         return made
 
     def _make_buffers(self, rows: int) -> list[Floats]:
-        return [np.empty((rows, self.hidden_size), np.float32) for _ in range(2)]
+        return [np.empty(rows * self.hidden_size, np.float32) for _ in range(2)]
 
 
 class _Pass:
     """The graphs, bound to memory for `sequences` × `tokens` tokens in the slots at places from `first` on."""
 
     def __init__(self, shard: GraphShard, sequences: int, tokens: int, first: int) -> None:
-        shape, count = (sequences, tokens, shard.hidden_size), sequences * tokens
-        ends = [buffer[:count] for buffer in shard._buffers]
-        self._entry, self._exit = ends[0], ends[len(shard._spans) % 2]
+        count, width = sequences * tokens, shard._model.width
+
+        def rows(number: int) -> Floats:
+            """Those before graph `number`, in one buffer and the other by turns."""
+            spans = shard._spans
+            numbers = width(spans[number].first if number < len(spans) else spans[-1].last + 1)
+            return shard._buffers[number % 2][: count * numbers].reshape(count, numbers)
+
+        self._entry, self._exit = rows(0), rows(len(shard._spans))
         self._places = np.empty((sequences, tokens), np.int64)
         self._last = [np.empty(sequences, np.int32) for _ in shard._windows]
         self._total = [np.empty(1, np.int32) for _ in shard._windows]
@@ -193,7 +181,7 @@ class _Pass:
             bound = BoundSession(span.session)
             asked = {entry.name for entry in span.session.get_inputs()}
             given: dict[str, npt.NDArray[Any]] = {
-                "x": ends[number % 2].reshape(shape), "positions": self._places, **shard._tables,
+                "x": rows(number).reshape(sequences, tokens, -1), "positions": self._places, **shard._tables,
             }  # fmt: skip
             for group, window in enumerate(shard._windows):
                 given[f"last {windows.index(window)}"] = self._last[group]
@@ -201,7 +189,7 @@ class _Pass:
             given |= {name: store[first : first + sequences] for name, store in shard._slots.stores.items()}
             for name in asked:
                 bound.give(name, given[name])
-            bound.want("y", ends[1 - number % 2].reshape(shape))
+            bound.want("y", rows(number + 1).reshape(sequences, tokens, -1))
             for output in {entry.name for entry in span.session.get_outputs()} - {"y"}:
                 bound.want(output, given[output.partition(" ")[2]])  # "new keys 3" is written where "keys 3" was read
             self._runs.append(bound)
@@ -238,11 +226,20 @@ def make_span(
 ) -> BlockRange:
     """Build blocks `numbers` as one graph; `weights` are those blocks' weights, in order."""
     graph = Graph()
-    x = graph.input("x", "b", "n", model.hidden)
-    for number, own in zip(numbers, weights, strict=True):
-        x = add_block(Builder(graph, own, tensors, bits, context, model.windows, number), x)
-    graph.add("Identity", x, output="y")
-    graph.output("y", "b", "n", model.hidden)
+    entering, leaving = model.width(numbers.start), model.width(numbers.stop)
+    x, later, inputs = graph.input("x", "b", "n", entering), "", [""] * len(numbers)
+    if entering > model.hidden:
+        each = [model.blocks[number].own_input for number in numbers]
+        sizes = [model.hidden, *each, *([leaving - model.hidden] if leaving > model.hidden else [])]
+        x, *inputs = graph.split(x, sizes)
+        later = inputs.pop() if leaving > model.hidden else ""
+    for number, own, read in zip(numbers, weights, inputs, strict=True):
+        x = add_block(Builder(graph, own, tensors, bits, context, model.windows, number), x, read)
+    if later:
+        graph.add("Concat", x, later, output="y", axis=-1)
+    else:
+        graph.add("Identity", x, output="y")
+    graph.output("y", "b", "n", leaving)
     return BlockRange(numbers.start, numbers.stop - 1, graph.session())
 
 

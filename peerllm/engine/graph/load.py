@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from peerllm.engine.base import Progress
 from peerllm.engine.free_memory import trim
 from peerllm.engine.graph.describe import Described
-from peerllm.engine.graph.graph_shard import BlockRange, Embedding, GraphShard, make_head, make_span
-from peerllm.engine.graph.matrix_product import Product, check, require
+from peerllm.engine.graph.graph_shard import BlockRange, GraphShard, make_head, make_span
+from peerllm.engine.graph.matrices.matrix_product import Part, Product, check, require
 from peerllm.engine.graph.nodes import make_pool
+from peerllm.engine.graph.row_maker import Embedding, make_own_inputs
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.state.state_kinds import LayerState, slot_bytes
 from peerllm.engine.weights.tensors import Checkpoint, CodedTable, Tensors
@@ -41,7 +44,7 @@ class ShardForm:
 
     @property
     def head(self) -> int:
-        return len(self.described.blocks) + 1
+        return len(self.described.model.units) + 1
 
     @property
     def bits(self) -> int:
@@ -50,7 +53,9 @@ class ShardForm:
     @property
     def numbers(self) -> range:
         """The shard's blocks, numbered from 0."""
-        return range(max(self.first_layer, 1) - 1, min(self.last_layer, self.head - 1))
+        units = self.described.model.units[max(self.first_layer, 1) - 1 : self.last_layer]
+        start = units[0].start if units else 0
+        return range(start, units[-1].stop if units else start)
 
     @property
     def block_bytes(self) -> list[int]:
@@ -62,7 +67,13 @@ class ShardForm:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(self.block_bytes) + self.head_bytes
+        return self.embedding_bytes + sum(self.block_bytes) + self.head_bytes
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Of the embedding; tables stay in their files."""
+        own = self.described.own_inputs
+        return own.nbytes(self.bits) if own is not None and self.first_layer == 0 else 0
 
     @property
     def states(self) -> dict[int, LayerState]:
@@ -100,8 +111,9 @@ class ShardForm:
 
 
 def largest_block(described: Described, bits: int) -> int:
-    """Bytes of the largest block's weights."""
-    return max(weights.nbytes(bits) for weights in described.blocks)
+    """Bytes of the largest block's weights, or of what makes the blocks' own inputs."""
+    own = 0 if described.own_inputs is None else described.own_inputs.nbytes(bits)
+    return max(own, *(weights.nbytes(bits) for weights in described.blocks))
 
 
 def parts_of(product: Product, count: int) -> list[Product]:
@@ -139,12 +151,23 @@ def load_shard(described: Described, spec: LoadStage, threads: int, progress: Pr
             learned, start = f"{described.positions}.weight", model.position_offset or 0
             require(checkpoint, learned, (start + spec.context, model.hidden), growing=(0,))
             positions = checkpoint.floats(learned, slice(start, start + spec.context))
-        sizes = model.vocabulary, model.hidden
-        rows = CodedTable(checkpoint, table.form, table.name, sizes) if table.form else checkpoint.mapped(table.name)
-        embedding = Embedding(rows, model.embedding_scale, positions)
+        make_pool(threads)
+        own, made = described.own_inputs, None
+        if own is not None:
+            check(checkpoint, Product((own.table,), own.width))
+            session = make_own_inputs(own, model.hidden, checkpoint, shape.bits)
+            made = mapped_table(checkpoint, own.table, own.width), own.each, session
+        embedding = Embedding(mapped_table(checkpoint, table, model.hidden), model.embedding_scale, positions, made)
     shard = build(shape, checkpoint, embedding, threads, spec.chunk)
     progress(total, total)
     return shard
+
+
+def mapped_table(checkpoint: Checkpoint, part: Part, columns: int) -> npt.NDArray[Any] | CodedTable:
+    """An embedding's rows, which stay in their file."""
+    if part.form is not None:
+        return CodedTable(checkpoint, part.form, part.name, (part.count, columns))
+    return checkpoint.mapped(part.name)
 
 
 def build(shape: ShardForm, tensors: Tensors, embedding: Embedding | None, threads: int, chunk: int) -> GraphShard:

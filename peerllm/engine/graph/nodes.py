@@ -48,6 +48,7 @@ class Graph:
         self._outputs: list[Any] = []
         self._weights: dict[str, np.ndarray[Any, Any]] = {}
         self._sums: dict[tuple[str, int], str] = {}  # see block_sums
+        self.made: dict[str, str] = {}  # results that several blocks use
         self._fresh = 0
 
     def input(self, name: str, *shape: int | str, dtype: Any = np.float32) -> str:

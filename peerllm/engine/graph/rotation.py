@@ -10,7 +10,8 @@ import numpy as np
 from peerllm.engine.base import Floats
 from peerllm.engine.graph.structure import Rope
 
-KNOWN = frozenset(["default", "linear", "llama3", "yarn", "divided"])  # the others depend on the longest position
+# The others depend on the longest position.
+KNOWN = frozenset(["default", "linear", "llama3", "yarn", "divided", "proportional"])
 
 
 def tables(rope: Rope, positions: int) -> tuple[Floats, Floats]:
@@ -40,6 +41,10 @@ def inverse_frequencies(rope: Rope, positions: int = 0) -> tuple[Floats, float]:
             return _llama3(plain, about), 1.0
         case "yarn":
             return _yarn(powers, rope, about)
+        case "proportional":  # the last pairs of a head do not turn
+            turned = int(float(about.get("partial_rotary_factor") or 1.0) * rope.width // 2)
+            plain[turned:] = 0.0
+            return plain / np.float32(about.get("factor") or 1.0), 1.0
         case "divided":
             return _divided(plain, about, positions)
     raise ValueError(f"unknown rotation {kind!r}")

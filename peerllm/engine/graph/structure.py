@@ -8,7 +8,7 @@ from typing import Literal
 from peerllm.engine.state import state_kinds
 from peerllm.engine.state.state_kinds import LayerState, SequenceArray, TokenArray, keys_and_values
 
-Placement = Literal["before attention", "after attention", "before mlp", "after mlp", "final"]
+Placement = Literal["before attention", "after attention", "before mlp", "after mlp", "after own input", "final"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
 MOST = {"channels": 1 << 20, "taps": 64, "state": 1 << 24}  # numbers that are plausible, since memory is taken for them
 
@@ -67,6 +67,9 @@ class Attention:
     norm_over: Literal["head", "each", "heads"] = "head"
     norm_after_rope: bool = False
     gated: bool = False  # what each head gives is multiplied by the sigmoid of a gate that is made beside its query
+    value_norm: Norm | None = None  # of each head's values, without a weight
+    keys_as_values: bool = False  # values are what keys are before their norm and rotation
+    maker: int | None = None  # the block whose keys and values are used; this one makes none
 
     @property
     def widest(self) -> int:
@@ -75,6 +78,10 @@ class Attention:
 
     def state(self, half: bool) -> LayerState:
         """What a layer keeps; `half`: keys and values in float16."""
+        return self.read(half) if self.maker is None else LayerState()
+
+    def read(self, half: bool) -> LayerState:
+        """What a layer reads, of its own or of its maker's."""
         return keys_and_values(self.groups, self.width, "float16" if half else "float32", self.window)
 
 
@@ -101,7 +108,7 @@ class ShortConvolution:
 class DeltaRule:
     """Linear attention whose state each token decays and corrects (the gated delta rule), after a short convolution.
 
-    A key head serves `heads` / `key_heads` consecutive value heads, each with a state [key_width, value_width].
+    A key head serves `heads` / `key_heads` value heads, each with a state [key_width, value_width].
     """
 
     key_heads: int
@@ -110,6 +117,8 @@ class DeltaRule:
     value_width: int
     taps: int  # tokens that the convolution of queries, keys and values sees
     eps: float  # of the norm of what the heads give
+    tiled: bool = False  # value head j belongs to key head j % key_heads, not to j // (heads / key_heads)
+    decays_stored: bool = False  # files hold -exp(A_log) in the place of A_log
 
     def __post_init__(self) -> None:
         _limit(channels=self.channels, state=self.heads * self.key_width * self.value_width, taps=self.taps)
@@ -150,6 +159,7 @@ class StateSpace:
     kept: int  # the width of keys and queries
     taps: int  # tokens that the convolution of values, keys and queries sees
     eps: float  # of the norm of what the heads give
+    decays_stored: bool = False  # files hold -exp(A_log) in the place of A_log
 
     def __post_init__(self) -> None:
         _limit(channels=self.channels, state=self.heads * self.width * self.kept, taps=self.taps)
@@ -195,6 +205,7 @@ class LatentAttention:
     rope: Rope
     query_latent: int | None = None  # queries are made from a vector of this width; None: from the input
     eps: float = 1e-6  # of the norms of latents, whatever config.json says
+    apart: bool = False  # files hold the matrices for keys and for values apart
 
     def __post_init__(self) -> None:
         _limit(channels=self.heads * max(self.width, self.query_width, self.value_width))
@@ -277,6 +288,8 @@ class Block:
     norms: tuple[tuple[Placement, Norm], ...]
     parallel: bool = False  # attention and feed-forward both read the block's input
     residual: float = 1.0  # factor for what attention and feed-forward add to the residual
+    own_input: int = 0  # numbers of an input that this block alone reads, after the feed-forward; 0: none
+    scaled: bool = False  # what comes out is multiplied by a number from the checkpoint
 
     @property
     def attention(self) -> Attention | None:
@@ -289,6 +302,10 @@ class Block:
     def state(self, half: bool) -> LayerState:
         """What the block keeps of a sequence; `half`: keys and values in float16."""
         return self.mixer.state(half)
+
+    def read(self, half: bool) -> LayerState:
+        """What the block reads of a sequence, its own or that of the block whose keys and values it uses."""
+        return self.mixer.read(half) if isinstance(self.mixer, Attention) else self.mixer.state(half)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +329,16 @@ class Model:
     head: Head
     embedding_scale: float = 1.0
     position_offset: int | None = None  # the row of position 0 among learned positions; None: no learned positions
+
+    def width(self, block: int) -> int:
+        """Numbers in a row before block `block`: the hidden state, and the inputs of the blocks from there on."""
+        return self.hidden + sum(one.own_input for one in self.blocks[block:])
+
+    @property
+    def units(self) -> tuple[range, ...]:
+        """The blocks of each layer between embedding and head: those that share keys and values are one layer."""
+        mixers = (block.mixer for block in self.blocks)
+        return state_kinds.inseparable([mixer.maker if isinstance(mixer, Attention) else None for mixer in mixers])
 
     def states(self, half: bool = False) -> list[LayerState]:
         """What each block keeps of a sequence."""

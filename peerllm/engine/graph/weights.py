@@ -8,8 +8,8 @@ from math import prod
 
 import numpy as np
 
-from peerllm.engine.graph.experts import Stacks
-from peerllm.engine.graph.matrix_product import Product, require
+from peerllm.engine.graph.matrices.experts import Stacks
+from peerllm.engine.graph.matrices.matrix_product import Part, Product, require
 from peerllm.engine.graph.nodes import Graph
 from peerllm.engine.graph.structure import Block, Norm
 from peerllm.engine.weights.formats.coded_rows import WeightForm
@@ -17,6 +17,31 @@ from peerllm.engine.weights.tensors import Tensors
 
 Names = Mapping[str, str]
 Vectors = Mapping[str, tuple[str, tuple[int, ...]]]  # by role: a small tensor, which stays float32, and its shape
+
+
+@dataclass(frozen=True, slots=True)
+class OwnInputs:
+    """What makes the inputs that single blocks read: rows of `table` by token id, and a product with the embedding."""
+
+    table: Part
+    projection: Product
+    norm: str
+    about: Norm
+    each: int  # numbers for each block
+
+    @property
+    def width(self) -> int:
+        return self.projection.rows
+
+    def nbytes(self, bits: int) -> int:
+        """Memory once they are loaded; the table stays in its file."""
+        return self.projection.nbytes(bits) + 4 * self.each
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and least shapes of the tensors."""
+        yield from Product((self.table,), self.width).tensors
+        yield from self.projection.tensors
+        yield f"{self.norm}.weight", (self.each,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +92,8 @@ class BlockWeights:
         yield from self.block.norms
         if self.block.attention is not None and self.block.attention.norm is not None:
             yield "queries", self.block.attention.norm
-            yield "keys", self.block.attention.norm
+            if self.block.attention.maker is None:
+                yield "keys", self.block.attention.norm
 
     def norm_shape(self, place: str) -> tuple[int, ...]:
         about = self.block.attention

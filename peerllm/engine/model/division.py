@@ -19,6 +19,7 @@ from peerllm.engine.model.blocks import ShardBlocks, run_without_data, stand_in
 from peerllm.engine.model.config import text_config
 from peerllm.engine.model.rows import RowLayout, row_layout
 from peerllm.engine.state.layer_states import ProbeCache
+from peerllm.engine.state.state_kinds import inseparable
 from peerllm.errors import ModelError, one_line
 
 # Arguments that a block may have beside hidden states: each shard can compute them from positions and the cache.
@@ -148,21 +149,15 @@ def divide(config: Any, dtype: torch.dtype) -> Division:
     }
     tied.update(getattr(model, "all_tied_weights_keys", {}))
     sizes = dict(model.state_dict(keep_vars=True))
-    units = inseparable(text_config(model.config), len(blocks))
+    units = inseparable(makers(text_config(model.config), len(blocks)))
     return Division(model, dtype, blocks, owner, attribute, prefix, before, after, sizes, tied, units)
 
 
-def inseparable(text: Any, count: int) -> tuple[range, ...]:
-    """The blocks 0..count - 1 as units, see Division."""
+def makers(text: Any, count: int) -> list[int | None]:
+    """For each block the one whose keys and values it uses instead of its own, if any."""
     modes = getattr(text, "kv_sharing_modes", None) or [None] * count
-    users = [number for number, mode in enumerate(modes) if mode == "reuse"]
-    if not users:
-        return tuple(range(number, number + 1) for number in range(count))
-    kinds = {text.layer_types[number] for number in users}
-    makers = [number for number, mode in enumerate(modes) if mode == "store" and text.layer_types[number] in kinds]
-    start = min(makers)
-    single = (range(number, number + 1) for number in range(count) if number < start or number > users[-1])
-    return tuple(sorted((*single, range(start, users[-1] + 1)), key=lambda unit: unit.start))
+    kept = {text.layer_types[number]: number for number, mode in enumerate(modes) if mode == "store"}
+    return [kept[text.layer_types[number]] if mode == "reuse" else None for number, mode in enumerate(modes)]
 
 
 def _find_blocks(model: Any, count: int) -> tuple[Any, str, str]:

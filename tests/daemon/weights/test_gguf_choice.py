@@ -45,6 +45,8 @@ def test_models_are_whole_and_the_preferred_one_comes_first() -> None:
     assert found[-1].files == ("BF16/m-BF16-00001-of-00002.gguf", "BF16/m-BF16-00002-of-00002.gguf")
     assert found[-1].nbytes == 1600
     assert gguf_models({"a-IQ1_S.gguf": 1, "b-IQ2_M.gguf": 2, "c-F16.gguf": 9})[0].quantisation == "F16"
+    odd = gguf_models({"a-IQ1_S.gguf": 2, "b-IQ2_M.gguf": 1})
+    assert [one.nbytes for one in odd] == [1, 2], "the smallest first"
     for number, name in enumerate(PREFERRED):
         rest = {f"m-{other}.gguf": 1 for other in reversed(PREFERRED[number:])}
         assert chosen("o/r", gguf_models(rest), "").quantisation == name

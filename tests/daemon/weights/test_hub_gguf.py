@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -80,7 +81,7 @@ async def test_a_plan_needs_the_header_alone(
     monkeypatch.setattr(hub_header, "FIRST_BYTES", 1000)  # doubled until the header ends
     said: list[str] = []
     async with looked_up(MODEL, tmp_path / "kept", lambda text, share: said.append(text)) as found:
-        assert found.missing_bytes == (folder / Q4).stat().st_size
+        assert found.missing_bytes == (folder / Q4).stat().st_size and found.form == "Q4_K_M"
         assert made.files == [[Q4]] and made.tensors["output.weight"] == (WIDE, 32)
         assert made.blocks < 100_000, "the outline takes room on the disk"
         outline = found.directory
@@ -101,6 +102,11 @@ async def test_only_what_is_meant_is_downloaded_and_is_there_without_the_hub(
     assert directory.parent == tmp_path / "kept"
     assert made.files == [files] and set(hub.bodies) == set(files)
     assert shares and shares == sorted(set(shares)) and shares[-1] == pytest.approx(1, abs=0.02)
+    sent = sum(hub.bodies.values())
+    async with looked_up(MODEL + tag, tmp_path / "kept", lambda text, share: None) as again:
+        assert (again.directory, again.missing_bytes) == (directory, 0) and again.form in ("Q4_K_M", "Q8_0", "BF16")
+    assert await resolve(MODEL + tag, tmp_path / "kept", quiet) == directory
+    assert made.files == [files] * 3 and sum(hub.bodies.values()) == sent
     hub.close()
     async with looked_up(MODEL + tag, tmp_path / "kept", lambda text, share: None) as offline:
         assert (offline.directory, offline.missing_bytes) == (directory, 0)
@@ -127,6 +133,33 @@ async def test_of_both_forms_safetensors_are_taken_unless_a_quantisation_is_name
     assert made.files == [[Q8]]
     assert list(in_hub_cache()) == [MODEL, f"{MODEL}:Q8_0"]
     assert await resolve(MODEL, tmp_path / "kept", quiet) == plain
+    hub.close()
+    assert await resolve(MODEL, tmp_path / "kept", quiet) == plain
+    await resolve(f"{MODEL}:Q8_0", tmp_path / "kept", quiet)
+    assert made.files == [[Q8]] * 2
+
+
+async def test_a_hub_that_hangs_does_not_keep_what_is_here(
+    hub: HubServer, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = await resolve(f"{MODEL}:Q8_0", tmp_path / "kept", quiet)
+    monkeypatch.setattr(model_files, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(model_files.hub, "ASK_TIMEOUT_S", 1000.0)
+    never = threading.Event()
+    monkeypatch.setattr(model_files.hub, "ask", lambda *_: never.wait(60))
+    async with asyncio.timeout(20):
+        assert await resolve(f"{MODEL}:Q8_0", tmp_path / "kept", quiet) == directory
+    never.set()
+
+
+async def test_where_there_is_no_choice_none_is_told(
+    hub: HubServer, folder: Path, made: Made, tmp_path: Path
+) -> None:
+    for file in (Q8, *PARTS):
+        (folder / file).unlink()
+    said: list[str] = []
+    async with looked_up(MODEL, tmp_path / "kept", lambda text, share: said.append(text)):
+        assert made.files == [[Q4]] and said == []
 
 
 async def test_other_programs_names_for_the_hub_are_understood(hub: HubServer, made: Made, tmp_path: Path) -> None:

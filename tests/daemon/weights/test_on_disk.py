@@ -32,8 +32,10 @@ from peerllm.daemon.weights.on_disk import (
     served_directories,
     weights_of,
 )
+from peerllm.stored_types import stored_bytes
 
 COMMIT = "c" * 40
+Shape = tuple[int, ...]
 
 
 @pytest.fixture
@@ -88,28 +90,55 @@ def test_weights_are_counted_by_their_headers(tmp_path: Path) -> None:
     assert stored_memory_bytes(weights_of((tmp_path,))) == 12 and stored_memory_bytes(held) == 0
 
 
-def smollm2(directory: Path) -> Path:
-    """SmolLM2-135M without its weights: a configuration and the tensors' shapes."""
-    hidden, wide, narrow, words = 576, 1536, 192, 49152
+def llama(hidden: int, wide: int, narrow: int, words: int, blocks: int) -> tuple[dict[str, Any], dict[str, Shape]]:
+    """A Llama's configuration and its tensors' shapes."""
     config = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "num_hidden_layers": 30,
-        "intermediate_size": wide, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": words,
-        "max_position_embeddings": 8192, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
+        "num_hidden_layers": blocks, "intermediate_size": wide, "num_attention_heads": hidden // 64,
+        "num_key_value_heads": narrow // 64, "vocab_size": words, "max_position_embeddings": 8192,
+        "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     }  # fmt: skip
-    layer = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
+    layer: dict[str, Shape] = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
     layer |= {f"self_attn.{name}_proj": (narrow, hidden) for name in "kv"}
     layer |= {"mlp.up_proj": (wide, hidden), "mlp.gate_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
     layer |= {f"{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
-    shapes = {f"layers.{n}.{name}": shape for n in range(30) for name, shape in layer.items()}
-    shapes |= {"embed_tokens": (words, hidden), "norm": (hidden,)}
+    shapes = {f"model.layers.{n}.{name}.weight": shape for n in range(blocks) for name, shape in layer.items()}
+    return config, {**shapes, "model.embed_tokens.weight": (words, hidden), "model.norm.weight": (hidden,)}
+
+
+def smollm2(directory: Path) -> Path:
+    """SmolLM2-135M without its weights: a configuration and the tensors' shapes."""
+    config, shapes = llama(576, 1536, 192, 49152, 30)
     header: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * math.prod(shape)
-        header[f"model.{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     (directory / "config.json").write_text(json.dumps(config))
     hole(directory / "model.safetensors", header)
     return directory
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
+def test_about_what_gguf_files_need_is_what_the_planner_counts(tmp_path: Path, kind: str) -> None:
+    config, shapes = llama(512, 1536, 256, 32768, 8)
+    types = {name: kind if len(shape) == 2 else "F32" for name, shape in shapes.items()}
+    tensors: list[dict[str, Any]] = []
+    end = 0
+    for name, shape in shapes.items():
+        size = stored_bytes(types[name], shape) or 0
+        place = {"path": str(tmp_path / "x.gguf"), "offset": end, "nbytes": size}
+        tensors.append({"name": name, "dtype": types[name], "shape": shape, **place})
+        end += size
+    with (tmp_path / "x.gguf").open("wb") as file:
+        file.truncate(end)
+    matrices = {name: kind for name in types if types[name] == kind}
+    config["quantization_config"] = {"quant_method": "gguf", "types": matrices, "paired": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tensors.json").write_text(json.dumps(tensors))
+    sizes = sizes_of(tmp_path, 1, 128)
+    held = WeightFiles(end, {kind: sum(math.prod(shapes[name]) for name in matrices)}, kind, stored=True)
+    assert sum(sizes.blocks) + sizes.head == pytest.approx(stored_memory_bytes(held), rel=0.12)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -215,7 +215,7 @@ def test_what_is_not_read_says_what_to_take_instead(tmp_path: Path) -> None:
     for change, why in (
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "'bitsandbytes', which"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "to 3 bits, which"),
-        ({"model_type": "lfm2"}, "not in the graph engine's table; quantized checkpoints of that kind"),
+        ({"model_type": "bloom"}, "not in the graph engine's table; quantized checkpoints of that kind"),
     ):
         (place / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ModelError, match=why) as refused:

@@ -14,7 +14,7 @@ import pytest
 
 from peerllm.engine.backends import Backends
 from peerllm.engine.graph.describe import describe
-from peerllm.engine.graph.experts import LAYERS as LAYERS_OF_EXPERTS
+from peerllm.engine.graph.matrices.experts import LAYERS as LAYERS_OF_EXPERTS
 from peerllm.engine.messages import LoadStage, TensorAt
 from peerllm.engine.weights.tensors import Checkpoint
 from tests.engine.runs import in_slot
@@ -70,7 +70,13 @@ def logits(config: dict[str, Any], tensors: list[TensorAt], quantize: str) -> np
         1, "d", 1, 0, 1, 0, LAYERS + 1, json.dumps(config), tuple(tensors), "float32", 1, 32, 16, 1, None, None, "me",
         quantize=quantize,
     )  # fmt: skip
-    shard = Backends().load(spec, lambda done, total: None)
+    loading = True
+
+    def told(done: int, total: int) -> None:
+        assert loading, "rows of the embedding that are looked up are not loaded"
+
+    shard = Backends().load(spec, told)
+    loading = False
     shard.forward(IDS[:8], [in_slot(0, 0, 8, False)])
     rows = [shard.forward(IDS[n : n + 1], [in_slot(0, n, 1, True)])[0].copy() for n in range(8, len(IDS))]
     shard.close()

@@ -45,6 +45,10 @@ BY_KIND = {
     }
 }  # fmt: skip
 GEMMA = {**WINDOWS, "query_pre_attn_scalar": 11}
+GEMMA4_SHARED = {
+    "sliding_window": 21, "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2, "global_head_dim": 40, "hidden_activation": "gelu", "vocab_size_per_layer_input": 200,
+}  # fmt: skip
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.8, "attention_multiplier": 0.3}
 LFM2 = {"layer_types": ["conv", "full_attention"] * 2}
 DELTA = {
@@ -94,6 +98,15 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # by model type: what each 
     "vaultgemma": (GEMMA,),
     "gemma3_text": (
         GEMMA, {**GEMMA, **BY_KIND}, {"sliding_window": 21, "sliding_window_pattern": 3, "rope_local_base_freq": 700.0},
+    ),
+    "gemma4_text": (
+        {**WINDOWS, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 150},
+        {**WINDOWS, **GEMMA4_SHARED, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 16},
+        {**GEMMA4_SHARED, "final_logit_softcapping": 3.0, "hidden_size_per_layer_input": 24},
+        {
+            **WINDOWS, "global_head_dim": 24, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision",
+        },
     ),
     "phi": ({}, {"qk_layernorm": True}, {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 500.0}}),
     "phi3": ({}, {"sliding_window": 21}),
@@ -232,6 +245,9 @@ def model_of(model_type: str, number: int, values: dict[str, Any]) -> Any:
                 tensor.add_((0.4 if name.endswith("weight") else 0.1) * noise)
             else:
                 tensor.copy_(noise * (1.0 if "embed" in name or "wte" in name else SCALE / tensor.shape[-1] ** 0.5))
+        for name, tensor in model.named_buffers():
+            if name.endswith("bias"):  # by which experts are chosen
+                tensor.add_(0.3 * torch.randn(tensor.shape))
     return model
 
 
@@ -244,8 +260,9 @@ def make(model_type: str, number: int, values: dict[str, Any], directory: Path) 
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
     described = describe(json.loads((directory / "config.json").read_text()))
-    cut = number % (LAYERS + 1)
-    spans = (0, cut), (cut + 1, LAYERS + 1)
+    last = len(described.model.units) + 1
+    cut = number % last
+    spans = (0, cut), (cut + 1, last)
     return Made(described, (load(described, directory, *spans[0]), load(described, directory, *spans[1])), ids, logits)
 
 

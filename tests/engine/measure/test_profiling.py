@@ -73,7 +73,7 @@ def test_every_kind_of_layer_is_timed(name: str) -> None:
     text = config(name)
     found = Backends().time_layers(TimeLayers(7, text, "float32", PLENTY), lambda: None)
     try:
-        kinds = ["embedding", *block_kinds(describe(json.loads(text)).blocks), "head"]
+        kinds = ["embedding", *block_kinds(describe(json.loads(text))), "head"]
     except UnfitError:
         kinds = list(TorchOutline(TimeLayers(1, text, "float32", PLENTY)).kinds)
     assert not found.skipped and found.request == 7
@@ -217,13 +217,14 @@ class Pretended(Sizes):
     """A model whose passes take a millisecond of a clock of their own, one more for each row, and one more for each
     hundred tokens before them."""
 
+    hidden_size = 8
+
     def __init__(self, rewinds: bool = True, context: int = CONTEXT, limit: int = PLENTY) -> None:
         self.fullest = 0
         self.now, self.rewinds, self.held = 0.0, rewinds, dict.fromkeys(range(17), 0)
         layers = dict.fromkeys(range(8), 1000)
-        super().__init__(
-            firsts(["block"] * 6), 7, 8, 16, context, limit, WorkingSpace(0, 0, 0, 0, 0, 0), layers, layers
-        )
+        space = WorkingSpace(0, 0, 0, 0, 0, 0)
+        super().__init__(firsts(["block"] * 6), 7, 16, context, limit, space, layers, layers)
 
     def build(self, mockup: Mockup) -> Any:
         self.is_head = mockup.layer == self.head

@@ -20,13 +20,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from peerllm.engine import base
 from peerllm.engine.base import Reach, Tensor
-from peerllm.engine.graph.kv_slots import KVSlots
 from peerllm.engine.messages import Hop, Submit, Tokens
 from peerllm.engine.schedule import source_sequences
 from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.state.kv_cache import slot_caches
+from peerllm.engine.state.kv_slots import KVSlots
 from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache, _common
 from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and_values
 from peerllm.engine.wire.parcels import Opened, Released, from_frame, source_limits, stage_limits

@@ -50,7 +50,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"nbytes": 135}, "malformed"),
     ({"shape": [2, 63]}, "malformed"),
     ({"shape": [-2, -64]}, "malformed"),
-    ({"shape": [1] * 8 + [64]}, "malformed"),
+    ({"shape": [1] * 8 + [64], "nbytes": 68}, "malformed"),
     ({"shape": "2, 64"}, "malformed"),
     ({"dtype": "Q9_9"}, "malformed"),
     ({"name": 7}, "malformed"),

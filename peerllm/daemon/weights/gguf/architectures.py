@@ -34,6 +34,11 @@ POSTED = {
     **NORMED, "post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
 }  # fmt: skip
 GEMMA2 = {**POSTED, "ffn_norm": "pre_feedforward_layernorm"}
+GEMMA4 = {
+    **GEMMA2, "per_layer_token_embd": "embed_tokens_per_layer", "per_layer_model_proj": "per_layer_model_projection",
+    "per_layer_proj_norm": "per_layer_projection_norm", "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection", "post_norm": "post_per_layer_input_norm", "layer_output_scale": "layer_scalar",
+}  # fmt: skip
 FC = {**LLAMA, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 PHI = {
     **LLAMA, "output_norm": "final_layernorm", "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1",
@@ -62,6 +67,39 @@ GPT_OSS = {
 MIXTRAL = {**LLAMA, **EXPERTS, "ffn_gate_inp": "block_sparse_moe.gate"}
 GRANITE_MOE = {**LLAMA, **EXPERTS, "ffn_gate_inp": "block_sparse_moe.router.layer"}
 
+LFM2 = {
+    **NORMED, "token_embd_norm": "embedding_norm", "attn_norm": "operator_norm", "ffn_norm": "ffn_norm",
+    "attn_q_norm": "self_attn.q_layernorm", "attn_k_norm": "self_attn.k_layernorm",
+    "attn_output": "self_attn.out_proj", "shortconv.in_proj": "conv.in_proj", "shortconv.out_proj": "conv.out_proj",
+    "shortconv.conv.weight": "conv.conv.weight", "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}  # fmt: skip
+LFM2_MOE = {
+    **EXPERTS, **LFM2, "ffn_gate_inp": "feed_forward.gate", "exp_probs_b.bias": "feed_forward.expert_bias",
+}  # fmt: skip
+QWEN35 = {
+    **NORMED, "post_attention_norm": "post_attention_layernorm", "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z", "ssm_alpha": "linear_attn.in_proj_a", "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_out": "linear_attn.out_proj", "ssm_norm.weight": "linear_attn.norm.weight",
+    "ssm_conv1d.weight": "linear_attn.conv1d.weight", "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+}  # fmt: skip
+
+GRANITE_HYBRID = {
+    **GRANITE_MOE, "ssm_in": "mamba.in_proj", "ssm_out": "mamba.out_proj", "ssm_conv1d.weight": "mamba.conv1d.weight",
+    "ssm_conv1d.bias": "mamba.conv1d.bias", "ssm_a": "mamba.A_log", "ssm_d": "mamba.D", "ssm_dt.bias": "mamba.dt_bias",
+    "ssm_norm.weight": "mamba.norm.weight",
+}  # fmt: skip
+
+DEEPSEEK2 = {
+    **LLAMA, **EXPERTS, "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm", "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj", "attn_v_b": "self_attn.v_b_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj", "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj", "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+}  # fmt: skip
+
 # ---- keys of config.json --------------------------------------------------------------------------------------------
 
 LAYER: Names = {"rms_norm_eps": "layer_norm_eps"}
@@ -73,6 +111,7 @@ GPT2_KEYS: Names = {
 
 
 MOE = "moe_intermediate_size"
+SIGMOID = 2  # by which experts are chosen, as files number it
 
 
 def _llama(values: Hyperparameters) -> dict[str, Any]:
@@ -113,6 +152,43 @@ def _gemma3(values: Hyperparameters) -> dict[str, Any]:
     return about
 
 
+def _gemma4(values: Hyperparameters) -> dict[str, Any]:
+    about = values.windows(6)
+    kinds, full = about["layer_types"], about["layer_types"].index("full_attention")
+    shared = values.whole("attention.shared_kv_layers", 0)
+    groups = values.each("attention.head_count_kv", values.whole("attention.head_count"))
+    wide = values.each("feed_forward_length", 0)
+    first = values.blocks - shared  # that makes no keys and values
+    expected = [groups[full] if kind == "full_attention" else groups[0] for kind in kinds]
+    double = wide[-1] == 2 * wide[0]
+    if groups != expected or wide != wide[:1] * first + [wide[0] * (1 + double)] * shared or kinds[0] == kinds[full]:
+        raise values.wrong("has blocks that differ in another way than is computed")
+    alike = not values.has("attn_v", full)
+    if groups[0] != groups[full] and not alike:
+        raise values.wrong("has more heads of keys in some blocks than in others, which is not computed")
+    rotations = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", 10000.0)},
+        "full_attention": {
+            "rope_type": "proportional", "rope_theta": values.number("rope.freq_base", 1e6),
+            "partial_rotary_factor": values.turning(values.width),
+        },
+    }  # fmt: skip
+    return {
+        **about, "rope_scaling": None, "rope_parameters": rotations, "global_head_dim": values.width,
+        "head_dim": values.whole("attention.key_length_swa"), "attention_k_eq_v": alike,
+        "num_global_key_value_heads": groups[full], "num_kv_shared_layers": shared, "use_double_wide_mlp": double,
+        "hidden_size_per_layer_input": values.whole("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": values.rows_beside("per_layer_token_embd") or 1,
+        "final_logit_softcapping": values.number("final_logit_softcapping", 0.0) or None,
+    }  # fmt: skip
+
+
+def _no_experts(values: Hyperparameters) -> Names:
+    if values.whole("expert_count", 0):
+        raise values.wrong("has experts beside a feed-forward, which is not computed")
+    return {}
+
+
 def _gemma_scale(values: Hyperparameters, layers_27b: int) -> dict[str, Any]:
     """The largest model of each generation scales by hidden size over heads; the file does not say so."""
     heads, width = values.whole("attention.head_count"), values.width
@@ -132,6 +208,10 @@ def _olmo2(values: Hyperparameters) -> dict[str, Any]:
 def _granite(values: Hyperparameters) -> dict[str, Any]:
     if not values.get("rope.scaling.finetuned", True):
         raise values.wrong("rotates nothing by position, which is not computed")
+    return _granite_factors(values)
+
+
+def _granite_factors(values: Hyperparameters) -> dict[str, Any]:
     return {
         "attention_multiplier": values.number("attention.scale", 0.0) or values.width**-0.5,
         "embedding_multiplier": values.number("embedding_scale", 1.0),
@@ -164,8 +244,7 @@ def _falcon(values: Hyperparameters) -> dict[str, Any]:
 
 
 def _stablelm(values: Hyperparameters) -> dict[str, Any]:
-    parallel = bool(values.get("use_parallel_residual", False)) and not values.has("ffn_norm")
-    return {"use_parallel_residual": parallel, "qk_layernorm": values.has("attn_q_norm")}
+    return {"use_parallel_residual": not values.has("ffn_norm"), "qk_layernorm": values.has("attn_q_norm")}
 
 
 def _cohere(values: Hyperparameters) -> dict[str, Any]:
@@ -194,6 +273,82 @@ def _phi3(values: Hyperparameters) -> dict[str, Any]:
     return {"sliding_window": values.whole("attention.sliding_window", 0) or None}
 
 
+def _lfm2(values: Hyperparameters) -> dict[str, Any]:
+    if values.whole("attention.sliding_window", 0):
+        raise values.wrong("has sliding windows, which are not computed")
+    return {
+        "conv_L_cache": values.whole("shortconv.l_cache"), "layer_types": values.kinds("shortconv.conv.weight", "conv"),
+        "block_auto_adjust_ff_dim": False,
+    }  # fmt: skip
+
+
+def _lfm2_moe(values: Hyperparameters) -> dict[str, Any]:
+    dense = values.whole("leading_dense_block_count", 0)
+    return {**_lfm2(values), **values.experts("num_experts", MOE, dense=dense), "num_dense_layers": dense}
+
+
+def _granite_hybrid(values: Hyperparameters) -> dict[str, Any]:
+    heads, experts = values.whole("ssm.time_step_rank"), values.whole("expert_count", 0)
+    return {
+        **_granite_factors(values), **(values.experts("num_local_experts") if experts else {"num_local_experts": 0}),
+        "shared_intermediate_size": values.rows("ffn_up_shexp" if experts else "ffn_up"),
+        "position_embedding_type": "rope" if values.get("rope.scaling.finetuned", True) else None,
+        "mamba_n_heads": heads, "mamba_d_head": values.whole("ssm.inner_size") // max(heads, 1),
+        "mamba_n_groups": values.whole("ssm.group_count"), "mamba_d_state": values.whole("ssm.state_size"),
+        "mamba_d_conv": values.whole("ssm.conv_kernel"), "layer_types": values.kinds("ssm_a", "mamba"),
+    }  # fmt: skip
+
+
+def _deepseek2(values: Hyperparameters) -> dict[str, Any]:
+    """DeepSeek V2 and V3, GLM-4.7-Flash (which computes as V3 does) and Youtu (which has no experts)."""
+    turned, scaling = values.whole("rope.dimension_count"), values.scaling()
+    if weight := values.number("rope.scaling.yarn_log_multiplier", 0.0):
+        scaling |= {"mscale": 10 * weight, "mscale_all_dim": 10 * weight}
+    about: dict[str, Any] = {
+        "model_type": "youtu", "kv_lora_rank": values.whole("attention.kv_lora_rank"),
+        "q_lora_rank": values.whole("attention.q_lora_rank", 0) or None, "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": values.whole("attention.key_length_mla", values.width) - turned,
+        "v_head_dim": values.whole("attention.value_length_mla", values.whole("attention.value_length", 0)),
+        "num_key_value_heads": values.whole("attention.head_count"), "rope_scaling": scaling or None,
+        "peerllm_kv_apart": values.has("attn_k_b"),
+    }  # fmt: skip
+    wide = values.rows("ffn_up_exps")
+    if wide is None:
+        return about
+    groups, scale = values.whole("expert_group_count", 0) or 1, values.number("expert_weights_scale", 0.0) or 1.0
+    dense, normalised = values.whole("leading_dense_block_count", 0), bool(values.get("expert_weights_norm", False))
+    about |= {
+        "n_routed_experts": values.whole("expert_count"), "num_experts_per_tok": values.whole("expert_used_count"),
+        "moe_intermediate_size": wide, "n_shared_experts": (values.rows("ffn_up_shexp") or 0) // wide,
+        "first_k_dense_replace": dense, "routed_scaling_factor": scale, "n_group": groups,
+        "topk_group": values.whole("expert_group_used_count", 0) or groups,
+    }  # fmt: skip
+    if values.whole("expert_gating_func", 1) == SIGMOID:
+        return {**about, "model_type": "deepseek_v3", "norm_topk_prob": normalised}
+    if normalised:
+        raise values.wrong("has experts whose softmax weights are made to sum to one, which is not computed")
+    method = "greedy" if groups == 1 else "group_limited_greedy"
+    return {**about, "model_type": "deepseek_v2", "topk_method": method}
+
+
+def _qwen35(values: Hyperparameters) -> dict[str, Any]:
+    heads = values.whole("ssm.time_step_rank")
+    return {
+        "linear_num_key_heads": values.whole("ssm.group_count"), "linear_num_value_heads": heads,
+        "linear_key_head_dim": values.whole("ssm.state_size"),
+        "linear_value_head_dim": values.whole("ssm.inner_size") // max(heads, 1),
+        "linear_conv_kernel_dim": values.whole("ssm.conv_kernel"),
+        "layer_types": values.kinds("ssm_a", "linear_attention"),
+    }  # fmt: skip
+
+
+def _qwen35_moe(values: Hyperparameters) -> dict[str, Any]:
+    return {
+        **_qwen35(values), **values.experts("num_experts", MOE),
+        "shared_expert_intermediate_size": values.rows("ffn_up_shexp"),
+    }  # fmt: skip
+
+
 def _nothing(values: Hyperparameters) -> dict[str, Any]:
     return {}
 
@@ -210,7 +365,11 @@ class GGUFArchitecture:
     layers: str = "layers"
     paired: bool = False  # rows of queries and keys are stored so that rotation turns neighbours
     norm_offset_added: bool = False  # norms' weights have the 1 added that the family adds
+    decays_stored: bool = False  # -exp(A_log) stands in the place of A_log
+    value_heads_tiled: bool = False  # those of one key head do not lie side by side, but one behind the other's
+    latent: bool = False  # keys and values are made of latents: their widths are others
     partial: bool = False  # a part of each head may be rotated; config.json has partial_rotary_factor
+    mixed: bool = False  # blocks differ in their heads of keys and in their feed-forwards
     renamed: Callable[[Hyperparameters], Names] = lambda values: {}  # names that some files of it have
 
 
@@ -229,6 +388,7 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "gemma": GGUFArchitecture("gemma", norm_offset_added=True),
     "gemma2": GGUFArchitecture("gemma2", GEMMA2, more=_gemma2, norm_offset_added=True),
     "gemma3": GGUFArchitecture("gemma3_text", GEMMA2, more=_gemma3, norm_offset_added=True),
+    "gemma4": GGUFArchitecture("gemma4_text", GEMMA4, more=_gemma4, mixed=True, renamed=_no_experts),
     "phi2": GGUFArchitecture("phi", PHI, LAYER, partial=True),
     "phi3": GGUFArchitecture("phi3", {**GATE_UP, "attn_qkv": "self_attn.qkv_proj"}, more=_phi3, partial=True),
     "granite": GGUFArchitecture("granite", more=_granite, paired=True),
@@ -273,6 +433,20 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "arcee": GGUFArchitecture("arcee", paired=True),
     "ernie4_5": GGUFArchitecture("ernie4_5"),
     "seed_oss": GGUFArchitecture("seed_oss", {**LLAMA, "post_attention_norm": "post_attention_layernorm"}),
+    "lfm2": GGUFArchitecture("lfm2", LFM2, {"rms_norm_eps": "norm_eps"}, _lfm2),
+    "lfm2moe": GGUFArchitecture("lfm2_moe", LFM2_MOE, {"rms_norm_eps": "norm_eps"}, _lfm2_moe),
+    "granitehybrid": GGUFArchitecture(
+        "granitemoehybrid", GRANITE_HYBRID, more=_granite_hybrid, paired=True, decays_stored=True
+    ),
+    "deepseek2": GGUFArchitecture("deepseek_v3", DEEPSEEK2, {"head_dim": ""}, _deepseek2, latent=True),
+    "qwen35": GGUFArchitecture(
+        "qwen3_5_text", QWEN35, more=_qwen35, norm_offset_added=True, decays_stored=True, value_heads_tiled=True,
+        partial=True,
+    ),
+    "qwen35moe": GGUFArchitecture(
+        "qwen3_5_moe_text", {**QWEN35, **EXPERTS}, more=_qwen35_moe, norm_offset_added=True, decays_stored=True,
+        value_heads_tiled=True, partial=True,
+    ),
     "hunyuan-dense": GGUFArchitecture(
         "hunyuan_v1_dense",
         {**LLAMA, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},

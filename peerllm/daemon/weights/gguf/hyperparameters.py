@@ -14,6 +14,7 @@ from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 
 MAX_WHOLE = 1 << 40
+NO_TURN = 1e20  # a frequency divided by this turns nothing
 MAX_DIVISORS = 1 << 12  # half a head's width
 BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)")
 MOST_SHOWN = 60  # characters of a value in a message
@@ -28,7 +29,7 @@ class Hyperparameters:
         self.blocks = self.whole("block_count") - self.whole("nextn_predict_layers", 0)
         self.hidden = self.whole("embedding_length")
         heads = self.whole("attention.head_count")
-        self.groups = self.whole("attention.head_count_kv", heads)
+        self._heads = heads
         self.width = self.whole("attention.key_length", self.hidden // max(heads, 1))
 
     def wrong(self, what: str) -> ModelError:
@@ -57,11 +58,28 @@ class Hyperparameters:
             raise self.wrong(f"says {key} is {str(value)[:MOST_SHOWN]}")
         return float(value)
 
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values; an array has zeros for blocks without attention."""
+        given = self.get("attention.head_count_kv")
+        if isinstance(given, array) and len(set(given) - {0}) == 1:
+            return int(max(given))
+        return self.whole("attention.head_count_kv", self._heads)
+
+    def each(self, key: str, default: int) -> list[int]:
+        """The value of every block, which may differ."""
+        given = self.get(key, default)
+        if not isinstance(given, array):
+            return [self.whole(key, default)] * self.blocks
+        if len(given) < self.blocks or not all(type(one) is int and 0 < one <= MAX_WHOLE for one in given):
+            raise self.wrong(f"says {key} is {str(list(given))[:MOST_SHOWN]}")
+        return list(given[: self.blocks])
+
     # ---- tensors ----------------------------------------------------------------------------------------------------
 
-    def has(self, stem: str) -> bool:
-        """Whether the first block has a tensor "`stem`.weight"."""
-        return f"blk.0.{stem}.weight" in self._tensors
+    def has(self, stem: str, block: int = 0) -> bool:
+        """Whether a block has a tensor "`stem`.weight"."""
+        return f"blk.{block}.{stem}.weight" in self._tensors
 
     def rows(self, stem: str) -> int | None:
         """Rows of a matrix that is the same in all blocks which have it; None if none has it."""
@@ -70,10 +88,25 @@ class Hyperparameters:
                 return tensor.shape[-2] if len(tensor.shape) > 1 else 1
         return None
 
+    def kinds(self, name: str, kind: str) -> list[str]:
+        """Each block's kind: `kind` where it has the tensor `name`, else attention."""
+        found = (f"blk.{number}.{name}" in self._tensors for number in range(self.blocks))
+        return [kind if one else "full_attention" for one in found]
+
+    def rows_beside(self, stem: str) -> int | None:
+        """Rows of a matrix beside the blocks; None if there is none."""
+        tensor = self._tensors.get(f"{stem}.weight")
+        return None if tensor is None or len(tensor.shape) != 2 else tensor.shape[0]
+
     # ---- parts of config.json ---------------------------------------------------------------------------------------
 
-    def experts(self, count: str, width: str = "intermediate_size", normalised: bool | None = None) -> dict[str, Any]:
-        """Experts; `count` and `width` are the family's keys for how many there are and how wide each is."""
+    def experts(
+        self, count: str, width: str = "intermediate_size", normalised: bool | None = None, dense: int = 0
+    ) -> dict[str, Any]:
+        """Experts; `count` and `width` are the family's keys for how many there are and how wide each is.
+
+        The first `dense` blocks have none.
+        """
         if self.number("expert_weights_scale", 1.0) not in (0.0, 1.0) or self.whole("expert_group_count", 0) > 1:
             raise self.wrong("chooses experts by groups or scales them, which is not computed")
         about: dict[str, Any] = {
@@ -82,8 +115,8 @@ class Hyperparameters:
         }  # fmt: skip
         if normalised is not None:
             about["norm_topk_prob"] = bool(self.get("expert_weights_norm", normalised))
-        for number in range(self.blocks):
-            if f"blk.{number}.ffn_up_exps.weight" not in self._tensors:
+        for number in range(dense, self.blocks):
+            if not self.has("ffn_up_exps", number):
                 raise self.wrong(f"has no stacks of experts in block {number}, which is not computed")
         return about
 
@@ -129,6 +162,14 @@ class Hyperparameters:
             if value := self.number(f"rope.scaling.{key}", 0.0):
                 about[ours] = value
         return about
+
+    def turning(self, width: int) -> float:
+        """The share of a head's pairs that are rotated at all, where the file gives the others a huge divisor."""
+        found = self._divisors("rope_freqs.weight") or [1.0] * (width // 2)
+        turned = found.count(1.0)
+        if len(found) != width // 2 or found[:turned] != [1.0] * turned or any(one < NO_TURN for one in found[turned:]):
+            raise self.wrong("divides its rotations in a way that is not computed")
+        return turned * 2 / width
 
     def _divisors(self, name: str) -> list[float]:
         """The numbers of a small float32 tensor; empty if there is none."""

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from peerllm.daemon.weights.gguf.token_table import BYTE, CONTROL, UNKNOWN, TokenTable, numbers, texts
+from peerllm.daemon.weights.gguf.token_table import numbers, texts
 from peerllm.errors import ModelError
 
 MAX_MERGES = 1 << 22
@@ -22,46 +21,28 @@ def listed_merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[M
     """The merges that the file lists; each joins two tokens to a third."""
     merges = []
     for line in texts(metadata, "merges", MAX_MERGES):
-        at = line.find(" ", 1)  # a piece may begin with a space, but has none within
-        left, right = line[:at], line[at + 1 :]
-        if at < 0 or left not in ids or right not in ids or left + right not in ids:
+        left, _, right = line.partition(" ")
+        if left not in ids or right not in ids or left + right not in ids:
             raise ModelError(f"the GGUF file merges {line[:80]!r}, which are not two of its tokens that make a third")
         merges.append((left, right))
     return merges
 
 
-def scored_merges(metadata: Mapping[str, Any], table: TokenTable, ids: Mapping[str, int]) -> list[Merge]:
+def scored_merges(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[Merge]:
     """The merges that SentencePiece does: of all neighbours that make a token, those that make the best one first."""
-    scores = numbers(metadata, "scores", len(table.tokens))
+    scores = numbers(metadata, "scores", len(tokens))
     if scores is None or np.isnan(scores).any():
         raise ModelError("the GGUF file's tokenizer.ggml.scores are missing, or are not numbers")
-    whole = np.isin(table.kinds, (UNKNOWN, CONTROL, BYTE))  # never made from pieces
-    order = _best_first(scores, whole)
-    lengths = np.fromiter(map(len, table.tokens), np.int64, len(table.tokens))[order]
-    if lengths.sum() > MAX_SPLITS or lengths.max(initial=0) > MAX_PIECE_CHARS:
+    lengths = [len(token) for token in tokens]
+    if sum(lengths) > MAX_SPLITS or max(lengths) > MAX_PIECE_CHARS:
         raise ModelError(
-            f"the GGUF file's pieces have more than {MAX_SPLITS} characters, or one has more than {MAX_PIECE_CHARS}"
+            f"the GGUF file's tokens have more than {MAX_SPLITS} characters, or one has more than {MAX_PIECE_CHARS}"
         )
-    return _cuts(
-        [table.tokens[one] for one in order], ids.keys() - {table.tokens[one] for one in whole.nonzero()[0].tolist()}
-    )
-
-
-def _best_first(scores: npt.NDArray[Any], whole: npt.NDArray[np.bool_]) -> list[int]:
-    """Ids of the pieces that can be made; of equal scores the first, which was learned first."""
-    order = np.argsort(-scores.astype(np.float64), kind="stable")
-    found: list[int] = order[~whole[order]].tolist()
-    return found
-
-
-def _cuts(pieces: Sequence[str], known: set[str]) -> list[Merge]:
-    """Each piece cut in two wherever both halves are pieces."""
-    merges = []
-    for piece in pieces:
-        for at in range(len(piece) - 1, 0, -1):
-            left = piece[:at]
-            if left in known:
-                right = piece[at:]
-                if right in known:
-                    merges.append((left, right))
+    best_first = np.argsort(-scores.astype(np.float64), kind="stable")  # of equal scores the one learned first
+    known, merges = set(tokens), []
+    for number in best_first.tolist():
+        token = tokens[number]
+        for at in range(len(token) - 1, 0, -1):
+            if token[:at] in known and token[at:] in known:
+                merges.append((token[:at], token[at:]))
     return merges

@@ -29,7 +29,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> Mapping[str, bytes]:
         steps = _byte_level(split, listed_merges(metadata, ids))
         bos = split.starts_with_bos
     else:
-        merges = scored_merges(metadata, table, ids) if table.model == "llama" else listed_merges(metadata, ids)
+        merges = scored_merges(metadata, table.tokens) if table.model == "llama" else listed_merges(metadata, ids)
         prefix = flag(metadata, "add_space_prefix", table.model == "llama")
         steps = _sentence_piece(table, merges, prefix)
         bos = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from peerllm.daemon.weights.gguf.architectures import ARCHITECTURES, GGUFArchitecture
@@ -16,6 +17,9 @@ from peerllm.errors import ModelError
 # Read into config.json, or for training and other programs only.
 UNNAMED = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 UNNAMED_IN_BLOCKS = frozenset({"attn_rot_embd.weight", "attn_rot_embd"})
+LATENT_STACKS = ("attn_k_b", "attn_v_b")  # a matrix for each head
+CONVOLUTIONS = ("conv.weight", "conv1d.weight")
+BARE = frozenset({"attn_sinks", "layer_output_scale"})  # whose names in transformers have no ".weight"
 FLOATS = frozenset({"F32", "F16", "BF16"})
 TOKENS: Mapping[str, str] = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
@@ -44,6 +48,8 @@ def translate(header: GGUFHeader) -> Translation:
         "types": {tensor.name: tensor.dtype for tensor in tensors if tensor.dtype not in FLOATS},
         "paired": architecture.paired,
         "norm_offset_added": architecture.norm_offset_added,
+        "decays_stored": architecture.decays_stored,
+        "value_heads_tiled": architecture.value_heads_tiled,
         "experts": "stacked",
     }
     table = token_table(metadata)
@@ -57,20 +63,23 @@ def translate(header: GGUFHeader) -> Translation:
 
 def _config(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[str, TensorAt]) -> dict[str, Any]:
     heads, width = values.whole("attention.head_count"), values.width
-    if not heads or values.whole("attention.value_length", width) != width:
+    if not heads or (values.whole("attention.value_length", width) != width and not about.latent):
         raise values.wrong("has keys and values of different widths, which is not computed")
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise values.wrong("has no embedding (token_embd.weight): it is no language model")
+    wide = 4 * values.hidden
     config: dict[str, Any] = {
         "model_type": about.model_type,
         "hidden_size": values.hidden,
         "vocab_size": embedding.shape[0],
         "num_hidden_layers": values.blocks,
         "num_attention_heads": heads,
-        "num_key_value_heads": values.groups,
+        "num_key_value_heads": values.each("attention.head_count_kv", heads)[0] if about.mixed else values.groups,
         "head_dim": width,
-        "intermediate_size": values.whole("feed_forward_length", 4 * values.hidden),
+        "intermediate_size": values.each("feed_forward_length", wide)[0]
+        if about.mixed
+        else values.whole("feed_forward_length", wide),
         "max_position_embeddings": values.whole("context_length"),
         "rms_norm_eps": values.number("attention.layer_norm_rms_epsilon", 0.0)
         or values.number("attention.layer_norm_epsilon", 1e-5),
@@ -81,9 +90,9 @@ def _config(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[s
     rotated = values.whole("rope.dimension_count", width)
     if about.partial:
         config["partial_rotary_factor"] = rotated / width
-    elif rotated != width and "position_embd.weight" not in tensors:
+    elif rotated != width and "position_embd.weight" not in tensors and not about.latent:
         raise values.wrong(f"rotates {rotated} of {width} numbers of a head, which is not computed")
-    if about.keys.get("head_dim") == "" and width * heads != values.hidden:
+    if about.keys.get("head_dim") == "" and width * heads != values.hidden and not about.latent:
         raise values.wrong(f"has {heads} heads of width {width}, which is not computed")
     config = {about.keys.get(key, key): value for key, value in config.items()}
     config.pop("", None)
@@ -101,7 +110,9 @@ def _named(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[st
         if rest in UNNAMED if block is None else (block[0] >= values.blocks or rest in UNNAMED_IN_BLOCKS):
             continue
         stem, _, end = rest.rpartition(".")
-        if block is None and stem == "output":
+        if rest in names:  # small tensors, whose names in transformers end otherwise
+            yield replace(tensor, name=f"{prefix}{names[rest]}", shape=_small_shape(rest, tensor.shape))
+        elif block is None and stem == "output":
             yield replace(tensor, name=f"{names.get(stem, 'lm_head')}.{end}")
         elif stem == "attn_qkv" and stem not in names and "attn_q" in names:
             yield from _parted(
@@ -111,12 +122,20 @@ def _named(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[st
             raise values.wrong(f"has the tensor {shown(tensor.name)}, which is not known there")
         elif "{}" in names[stem]:
             yield from _rows(tensor, f"{prefix}{names[stem]}.{end}")
-        elif stem == "attn_sinks":
+        elif stem in BARE:
             yield replace(tensor, name=f"{prefix}{names[stem]}")
+        elif stem in LATENT_STACKS and len(tensor.shape) == 3:
+            shape = tensor.shape[0] * tensor.shape[1], tensor.shape[2]
+            yield replace(tensor, name=f"{prefix}{names[stem]}.{end}", shape=shape)
         elif stem == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:
             yield replace(tensor, name=f"{prefix}{names[stem]}.{end}", shape=(1, *tensor.shape))
         else:
             yield replace(tensor, name=f"{prefix}{names[stem]}.{end}")
+
+
+def _small_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that transformers gives a convolution's weights, or a vector."""
+    return (shape[0], 1, shape[1]) if name.endswith(CONVOLUTIONS) and len(shape) == 2 else (prod(shape),)
 
 
 def _parted(values: Hyperparameters, tensor: TensorAt, names: list[str]) -> Iterator[TensorAt]:

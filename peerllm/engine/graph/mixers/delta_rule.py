@@ -6,11 +6,12 @@ import numpy as np
 
 from peerllm.engine.graph.builder import Builder, ones, rms
 from peerllm.engine.graph.family import ConfigReader, Names
-from peerllm.engine.graph.matrix_product import Part, Product
+from peerllm.engine.graph.matrices.matrix_product import Part, Product
 from peerllm.engine.graph.mixers.short_convolution import add_taps
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.structure import DeltaRule
 from peerllm.engine.graph.weights import Vectors
+from peerllm.engine.weights.tensors import Floats
 
 UNIT_EPS = 1e-6  # added to the squared length of queries and keys
 
@@ -20,6 +21,7 @@ def read_delta_rule(values: ConfigReader) -> DeltaRule:
         values.whole("linear_num_key_heads"), values.whole("linear_num_value_heads"),
         values.whole("linear_key_head_dim"), values.whole("linear_value_head_dim"),
         values.whole("linear_conv_kernel_dim"), values.number("norm_eps", 1e-6),
+        bool(values.get("value_heads_tiled")), bool(values.get("decays_stored")),
     )  # fmt: skip
 
 
@@ -52,18 +54,27 @@ def add_delta_rule(builder: Builder, x: str, about: DeltaRule) -> str:
     mixed = add_taps(builder, mixed, "silu")
     queries, key, value = graph.split(mixed, (keys, keys, about.values))
     queries, key = (_unit(builder, part, about) for part in (queries, key))
+    serving = about.key_heads
+    if about.tiled:  # the operator gives each key head consecutive value heads
+        serving, copies = heads, heads // about.key_heads
+        queries, key = (graph.add("Concat", *[part] * copies, axis=-1) for part in (queries, key))
     update, decay = graph.split(builder.product("gates", x), (heads, heads))  # [b, n, heads] each
-    scale = graph.weight(-np.exp(builder.vector("A")))
+    scale = graph.weight(decays(builder.vector("A"), about.decays_stored))
     names = [f"decay {builder.number}", f"update {builder.number}"]
     graph.node("LinearAttentionGate", [decay, graph.weight(builder.vector("dt")), scale, update], names, CONTRIB)
     old, new = builder.state("recurrent")
     out = f"recalled {builder.number}"
     graph.node(
         "LinearAttention", [queries, key, value, old, *names], [out, new], CONTRIB,
-        update_rule="gated_delta", q_num_heads=about.key_heads, kv_num_heads=heads,
+        update_rule="gated_delta", q_num_heads=serving, kv_num_heads=heads,
     )  # fmt: skip
     weight = graph.weight(builder.vector("mixer norm"))
     return graph.add("GatedRMSNorm", out, weight, gate, domain=CONTRIB, activation="silu", epsilon=about.eps)
+
+
+def decays(stored: Floats, ready: bool) -> Floats:
+    """By how much a head's state decays in a step of length one: -exp(A_log), which some files hold ready."""
+    return stored if ready else -np.exp(stored)
 
 
 def _unit(builder: Builder, x: str, about: DeltaRule) -> str:

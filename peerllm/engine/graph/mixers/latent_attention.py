@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from peerllm.engine.graph.builder import Builder, rms
 from peerllm.engine.graph.family import ConfigReader, Names
-from peerllm.engine.graph.matrix_product import Part, Product
+from peerllm.engine.graph.matrices.matrix_product import Part, Product
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.rotation import magnitude
 from peerllm.engine.graph.structure import LatentAttention, Rope
@@ -28,17 +28,23 @@ def read_latent_attention(values: ConfigReader, rope: Rope | None) -> LatentAtte
     if rank is None and values.get("attention_bias"):
         raise ValueError("biases of latents but not of queries")
     width = values.whole("v_head_dim", values.whole("hidden_size") // heads)
-    return LatentAttention(heads, values.whole("kv_lora_rank"), plain, width, scale, rope, rank)
+    apart = bool(values.get("peerllm_kv_apart"))
+    return LatentAttention(heads, values.whole("kv_lora_rank"), plain, width, scale, rope, rank, apart=apart)
 
 
 def latent_attention_weights(names: Names, about: LatentAttention, hidden: int) -> tuple[dict[str, Product], Vectors]:
     queries, latents = about.heads * about.query_width, Part(names["latents"], about.kept)
     vectors = {"latent norm": (names["latent norm"], (about.latent,))}
-    products = {
-        # Multiplied head by head, for which there is no rounded product.
-        "kv": Product((Part(names["kv"], about.heads * (about.plain + about.value_width)),), about.latent, exact=True),
-        "out": Product((Part(names["o"], hidden),), about.heads * about.value_width),
-    }
+    products = {"out": Product((Part(names["o"], hidden),), about.heads * about.value_width)}
+    # The others are multiplied head by head, for which there is no rounded product.
+    if about.apart:
+        products |= {
+            "keys": Product((Part(names["kv keys"], about.heads * about.latent),), about.plain, exact=True),
+            "values": Product((Part(names["kv values"], about.heads * about.value_width),), about.latent, exact=True),
+        }
+    else:
+        rows = about.heads * (about.plain + about.value_width)
+        products["kv"] = Product((Part(names["kv"], rows),), about.latent, exact=True)
     if about.query_latent is None:
         products["latents"] = Product((Part(names["q"], queries), latents), hidden)
     else:
@@ -57,10 +63,10 @@ def add_latent_attention(builder: Builder, x: str, about: LatentAttention) -> st
     if about.query_latent is not None:
         queries = rms(graph, queries, graph.weight(builder.vector("query norm")), about.eps)
         queries = builder.product("queries", queries)  # [b, n, heads · query_width]
-    matrix = builder.matrix("kv").reshape(heads, about.plain + about.value_width, latent)
+    keys, values = _matrices(builder, about)
     apart = graph.add("Reshape", queries, graph.shape(0, -1, heads, about.query_width))
     plain, query_turned = graph.split(apart, (about.plain, rotated))
-    plain = _by_head(builder, plain, matrix[:, : about.plain], lead)  # [b, n, heads, latent]
+    plain = _by_head(builder, plain, keys, lead)  # [b, n, heads, latent]
     query_turned = graph.add("Reshape", query_turned, graph.shape(0, -1, heads * rotated))
     query_turned = builder.rotated(query_turned, about.rope, heads)
     query_turned = graph.add("Reshape", query_turned, graph.shape(0, -1, heads, rotated))
@@ -71,8 +77,18 @@ def add_latent_attention(builder: Builder, x: str, about: LatentAttention) -> st
     out = _attended(builder, query, key, about)
     out = graph.add("Reshape", out, graph.shape(0, -1, heads, about.width))
     out = graph.split(out, (latent, about.width - latent))[0]
-    out = _by_head(builder, out, matrix[:, about.plain :].swapaxes(1, 2), lead)
+    out = _by_head(builder, out, values, lead)
     return graph.add("Reshape", out, graph.shape(0, -1, heads * about.value_width))
+
+
+def _matrices(builder: Builder, about: LatentAttention) -> tuple[Floats, Floats]:
+    """What makes keys and values of latents, for each head [heads, plain, latent] and [heads, latent, value_width]."""
+    heads, latent = about.heads, about.latent
+    if about.apart:
+        keys = builder.matrix("keys").reshape(heads, latent, about.plain).swapaxes(1, 2)
+        return keys, builder.matrix("values").reshape(heads, about.value_width, latent).swapaxes(1, 2)
+    both = builder.matrix("kv").reshape(heads, about.plain + about.value_width, latent)
+    return both[:, : about.plain], both[:, about.plain :].swapaxes(1, 2)
 
 
 def _attended(builder: Builder, query: str, key: str, about: LatentAttention) -> str:

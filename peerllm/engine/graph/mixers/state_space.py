@@ -6,7 +6,8 @@ import numpy as np
 
 from peerllm.engine.graph.builder import Builder, ones, rms
 from peerllm.engine.graph.family import ConfigReader, Names
-from peerllm.engine.graph.matrix_product import Part, Product
+from peerllm.engine.graph.matrices.matrix_product import Part, Product
+from peerllm.engine.graph.mixers.delta_rule import decays
 from peerllm.engine.graph.mixers.short_convolution import add_taps
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.structure import StateSpace
@@ -19,7 +20,7 @@ def read_state_space(values: ConfigReader) -> StateSpace:
         width = values.whole("mamba_expand") * values.whole("hidden_size") // heads
     return StateSpace(
         heads, values.whole("mamba_n_groups"), width, values.whole("mamba_d_state"), values.whole("mamba_d_conv"),
-        values.number("norm_eps", 1e-6),
+        values.number("norm_eps", 1e-6), bool(values.get("decays_stored")),
     )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def add_state_space(builder: Builder, x: str, about: StateSpace) -> str:
     entering, key, query = graph.split(mixed, (about.values, about.keys, about.keys))
     step = graph.add("Add", builder.product("steps", x), graph.weight(builder.vector("dt")))
     step = graph.add("Softplus", step)  # [b, n, heads]
-    decay = graph.add("Mul", step, graph.weight(-np.exp(builder.vector("A"))))
+    decay = graph.add("Mul", step, graph.weight(decays(builder.vector("A"), about.decays_stored)))
     value = graph.add("Reshape", entering, graph.shape(0, -1, heads, about.width))
     value = graph.add("Mul", value, graph.add("Unsqueeze", step, graph.shape(3)))
     value = graph.add("Reshape", value, graph.shape(0, -1, about.values))

@@ -53,7 +53,7 @@ class CompressedForm(GroupedForm):
         if self.packed_zeros:
             return unpacked(held(tensors, name, "int32", shape).T, self.bits)[:, :rows].T
         found = held(tensors, name, "int8", shape).reshape(-1, groups).view(np.uint8) + np.uint8(1 << (self.bits - 1))
-        return np.broadcast_to(found & np.uint8((1 << self.bits) - 1), (rows, groups))
+        return np.broadcast_to(found, (rows, groups))
 
     def _zeros_shape(self, rows: int, groups: int) -> tuple[int, ...]:
         if self.single:

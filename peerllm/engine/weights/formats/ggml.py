@@ -51,7 +51,7 @@ class GGMLForm:
         _, size = STORED_TYPES[self.stored_type]
         if stored.dtype != np.uint8 or stored.ndim < 2 or stored.shape[-1] % size:
             raise ModelError(f"tensor {name} is no matrix of type {self.stored_type}, as config.json says")
-        some = np.ascontiguousarray(stored.reshape(-1, stored.shape[-1])[rows])
+        some = np.ascontiguousarray(stored.reshape(-1, stored.shape[-1])[rows])  # of a stack, all matrices' rows
         count = len(some)
         codes, scales, minima = kind.unpack(some.reshape(-1, size))
         scales = scales.reshape(count, -1)

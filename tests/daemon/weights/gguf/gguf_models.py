@@ -23,16 +23,21 @@ ARCH = gguf.MODEL_ARCH
 ARCHES = {
     "llama": ARCH.LLAMA, "mixtral": ARCH.LLAMA, "qwen2": ARCH.QWEN2, "qwen2_moe": ARCH.QWEN2MOE, "qwen3": ARCH.QWEN3,
     "qwen3_moe": ARCH.QWEN3MOE, "gemma": ARCH.GEMMA, "gemma2": ARCH.GEMMA2, "gemma3_text": ARCH.GEMMA3,
+    "gemma4_text": ARCH.GEMMA4,
     "phi": ARCH.PHI2, "phi3": ARCH.PHI3, "granite": ARCH.GRANITE, "granitemoe": ARCH.GRANITE_MOE,
     "granitemoeshared": ARCH.GRANITE_MOE, "olmo": ARCH.OLMO, "olmo2": ARCH.OLMO2, "olmo3": ARCH.OLMO2,
     "olmoe": ARCH.OLMOE, "starcoder2": ARCH.STARCODER2, "gpt_oss": ARCH.GPT_OSS, "stablelm": ARCH.STABLELM,
     "cohere": ARCH.COMMAND_R, "cohere2": ARCH.COHERE2, "glm": ARCH.CHATGLM, "glm4": ARCH.GLM4, "falcon": ARCH.FALCON,
     "gpt2": ARCH.GPT2, "gpt_bigcode": ARCH.STARCODER, "gpt_neox": ARCH.GPTNEOX, "nemotron": ARCH.NEMOTRON,
     "exaone4": ARCH.EXAONE4, "smollm3": ARCH.SMOLLM3, "arcee": ARCH.ARCEE, "ernie4_5": ARCH.ERNIE4_5,
-    "seed_oss": ARCH.SEED_OSS, "hunyuan_v1_dense": ARCH.HUNYUAN_DENSE,
+    "seed_oss": ARCH.SEED_OSS, "hunyuan_v1_dense": ARCH.HUNYUAN_DENSE, "lfm2": ARCH.LFM2, "lfm2_moe": ARCH.LFM2MOE,
+    "qwen3_5_text": ARCH.QWEN35, "qwen3_5_moe_text": ARCH.QWEN35MOE, "granitemoehybrid": ARCH.GRANITE_HYBRID,
+    "deepseek_v2": ARCH.DEEPSEEK2, "deepseek_v3": ARCH.DEEPSEEK2, "youtu": ARCH.DEEPSEEK2,
 }  # fmt: skip
-PAIRED = {"llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "olmo", "smollm3", "arcee"}
-NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"}
+PAIRED = {
+    "llama", "mixtral", "granite", "granitemoe", "granitemoeshared", "granitemoehybrid", "olmo", "smollm3", "arcee",
+}  # fmt: skip
+NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron", "qwen3_5_text", "qwen3_5_moe_text"}
 TURNED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
@@ -101,7 +106,7 @@ def describe_model(writer: Any, config: Mapping[str, Any]) -> None:
         (writer.add_embedding_length, hidden),
         (writer.add_feed_forward_length, wide or 4 * hidden),
         (writer.add_head_count, heads),
-        (writer.add_head_count_kv, first("num_kv_heads", "num_key_value_heads")),
+        (writer.add_head_count_kv, first("num_kv_heads", "num_key_value_heads")),  # a later value takes its place
         (writer.add_layer_norm_rms_eps, config.get("rms_norm_eps")),
         (writer.add_layer_norm_eps, first("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")),
         (writer.add_expert_count, first("num_local_experts", "num_experts")),
@@ -110,7 +115,7 @@ def describe_model(writer: Any, config: Mapping[str, Any]) -> None:
     for add, value in known:
         if value is not None:
             add(value)
-    if "head_dim" in config and not config["model_type"].startswith(("granite", "falcon", "glm")):
+    if "head_dim" in config and not config["model_type"].startswith(("granite", "falcon", "glm", "gemma4")):
         writer.add_key_length(width)
         writer.add_value_length(width)
     rope(writer, config, width)
@@ -126,7 +131,7 @@ def rope(writer: Any, config: Mapping[str, Any], width: int) -> None:
     if (local := about.get("sliding_attention", {}).get("rope_theta")) is not None:
         writer.add_rope_freq_base_swa(local)
     part = full.get("partial_rotary_factor", 1.0)
-    if config["model_type"] not in ("gpt2", "gpt_bigcode", "gemma2", "qwen2"):
+    if config["model_type"] not in ("gpt2", "gpt_bigcode", "gemma2", "gemma4_text", "qwen2"):
         writer.add_rope_dimension_count(int(width * part))
     if full.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -167,6 +172,26 @@ def gemma2(writer: Any, config: Mapping[str, Any]) -> None:
             add(config[key])
 
 
+def gemma4(writer: Any, config: Mapping[str, Any]) -> None:
+    gemma2(writer, config)
+    full = [kind == "full_attention" for kind in config["layer_types"]]
+    own = {int(key): value for key, value in config["per_layer_config"].items()}[full.index(True)]
+    width, groups = own["head_dim"], own.get("num_key_value_heads", config["num_key_value_heads"])
+    shared = config["num_kv_shared_layers"]
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_sliding_window_pattern([not one for one in full])
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(width)
+    for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
+        add(config["head_dim"])
+    if config["use_double_wide_mlp"]:
+        wide = config["intermediate_size"]
+        writer.add_feed_forward_length([wide] * (len(full) - shared) + [2 * wide] * shared)
+    if groups != config["num_key_value_heads"]:
+        writer.add_head_count_kv([groups if one else config["num_key_value_heads"] for one in full])
+
+
 def granite(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_attention_scale(config["attention_multiplier"])
     writer.add_embedding_scale(config["embedding_multiplier"])
@@ -203,11 +228,82 @@ def phi3(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_sliding_window(config.get("sliding_window") or 0)
 
 
+def lfm2(writer: Any, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_rms_eps(config["norm_eps"])
+    writer.add_shortconv_l_cache(config["conv_L_cache"])
+    groups = config["num_key_value_heads"]
+    writer.add_head_count_kv([groups if kind == "full_attention" else 0 for kind in config["layer_types"]])
+    if config.get("block_auto_adjust_ff_dim"):
+        width, multiple = int(2 * config["intermediate_size"] / 3), config["block_multiple_of"]
+        writer.add_feed_forward_length(-(-int(config["block_ffn_dim_multiplier"] * width) // multiple) * multiple)
+    if "moe_intermediate_size" in config:
+        qwen_moe(writer, config)
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def granite_hybrid(writer: Any, config: Mapping[str, Any]) -> None:
+    granite(writer, config)
+    writer.add_ssm_conv_kernel(config["mamba_d_conv"])
+    writer.add_ssm_state_size(config["mamba_d_state"])
+    writer.add_ssm_group_count(config["mamba_n_groups"])
+    writer.add_ssm_inner_size(config["mamba_n_heads"] * config["mamba_d_head"])
+    writer.add_ssm_time_step_rank(config["mamba_n_heads"])
+    groups = config["num_key_value_heads"]
+    writer.add_head_count_kv([groups if kind == "full_attention" else 0 for kind in config["layer_types"]])
+    writer.add_rope_scaling_finetuned(config["position_embedding_type"] == "rope")
+
+
+def deepseek2(writer: Any, config: Mapping[str, Any]) -> None:
+    rank, turned, plain = (config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"))
+    writer.add_head_count_kv(1)
+    writer.add_kv_lora_rank(rank)
+    if config["q_lora_rank"] is not None:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_key_length(rank + turned)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(plain + turned)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(turned)
+    if (weight := config["rope_parameters"].get("mscale_all_dim")) is not None:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * weight)
+    if "n_routed_experts" not in config:
+        return
+    kinds = gguf.ExpertGatingFuncType
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_gating_func(kinds.SIGMOID if config["model_type"] == "deepseek_v3" else kinds.SOFTMAX)
+    if config["model_type"] == "deepseek_v3":
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+    if config["n_group"]:
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+
+
+def qwen35(writer: Any, config: Mapping[str, Any]) -> None:
+    heads = config["linear_num_value_heads"]
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(heads * config["linear_value_head_dim"])
+    writer.add_full_attention_interval(2)
+    writer.add_rope_dimension_sections([11, 11, 10, 0])
+    if "moe_intermediate_size" in config:
+        qwen_moe(writer, config)
+
+
 MORE: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
-    "qwen2_moe": qwen_moe, "qwen3_moe": qwen_moe, "gemma2": gemma2, "gemma3_text": gemma2, "granite": granite,
+    "qwen2_moe": qwen_moe, "qwen3_moe": qwen_moe, "gemma2": gemma2, "gemma3_text": gemma2, "gemma4_text": gemma4,
+    "granite": granite,
     "granitemoe": granite, "granitemoeshared": granite, "gpt_oss": gpt_oss, "cohere": cohere, "cohere2": cohere,
     "olmo": olmo, "olmo3": pattern, "exaone4": pattern, "stablelm": parallel, "gpt_neox": parallel, "phi3": phi3,
-    "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1),
+    "gpt_bigcode": lambda writer, config: writer.add_head_count_kv(1), "lfm2": lfm2, "lfm2_moe": lfm2,
+    "qwen3_5_text": qwen35, "qwen3_5_moe_text": qwen35, "granitemoehybrid": granite_hybrid,
+    "deepseek_v2": deepseek2, "deepseek_v3": deepseek2, "youtu": deepseek2,
 }  # fmt: skip
 
 
@@ -219,8 +315,14 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
     kind = config["model_type"]
     stacks: dict[str, dict[int, Array]] = {}
     for name, array in tensors.items():
-        if kind in NORMS_PLUS_ONE and name.endswith("norm.weight"):
+        if kind in NORMS_PLUS_ONE and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
             array = array + 1
+        if "linear_attn." in name:
+            name, array = name.replace(".dt_bias", ".dt_proj.bias"), tiled(config, name, array)
+        if "mamba." in name:
+            name, array = name.replace(".dt_bias", ".dt_proj.bias"), mamba(config, name, array)
+        if name.endswith(("conv.conv.weight", "conv1d.weight")):
+            array = array.squeeze(1)
         if kind in PAIRED and re.search(r"\.[qk]_proj\.(weight|bias)$", name):
             count = config["num_attention_heads" if ".q_proj" in name else "num_key_value_heads"]
             array = permuted(array, count)
@@ -232,25 +334,63 @@ def reordered(config: Mapping[str, Any], tensors: Tensors) -> Iterator[tuple[str
             groups = config["num_kv_heads"]
             array = grouped(array, groups, config["num_attention_heads"] // groups)
         array = np.ascontiguousarray(array)
+        if name.endswith("kv_b_proj.weight"):
+            plain, rank = config["qk_nope_head_dim"], config["kv_lora_rank"]
+            both = array.reshape(config["num_attention_heads"], -1, rank)
+            yield name.replace("kv_b", "k_b"), np.ascontiguousarray(both[:, :plain].swapaxes(1, 2))
+            yield name.replace("kv_b", "v_b"), np.ascontiguousarray(both[:, plain:])
+            continue
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         if kind == "cohere2" and name.endswith(".bias"):
             assert not array.any()
         elif found := re.fullmatch(r"(.*experts|.*layernorm\.norms)\.(\d+)(\..*)", name):
             stacks.setdefault(found[1] + found[3], {})[int(found[2])] = array
-        elif "experts" in name or "input_linear" in name or "shared_mlp" in name:
-            yield from parted(name, array)
-        elif name.endswith("sinks"):
+        elif ("experts" in name and "shared_experts" not in name) or "input_linear" in name or "shared_mlp" in name:
+            yield from parted(name, array, bool(config.get("num_local_experts", 1)))
+        elif name.endswith(("sinks", "layer_scalar")):
             yield f"{name}.weight", array
+        elif name.endswith("expert_bias"):
+            yield f"{name}.bias", array
         else:
             yield name, array
     for name, parts in stacks.items():
         stack = np.stack([parts[number] for number in range(len(parts))])
         yield (
             name.replace("block_sparse_moe.experts", "feed_forward.experts")
-            .removeprefix("model." if "block_sparse" in name else "")
+            .removeprefix("model." if "block_sparse" in name or "feed_forward" in name else "")
             .replace(".norms", ""),
             stack,
         )
     yield from rotations(config)
+
+
+def tiled(config: Mapping[str, Any], name: str, array: Array) -> Array:
+    """Value heads, of which first comes the first one of each key head; and decays as they are used."""
+    keys, heads, width = (config[f"linear_{key}"] for key in ("num_key_heads", "num_value_heads", "value_head_dim"))
+    apart = 2 * keys * config["linear_key_head_dim"]  # rows of queries and keys
+
+    def turned(some: Array, each: int) -> Array:
+        return some.reshape(keys, heads // keys, each, *some.shape[1:]).swapaxes(0, 1).reshape(some.shape)
+
+    match name.rpartition("linear_attn.")[2].split(".")[0]:
+        case "in_proj_qkv" | "conv1d":
+            return np.concatenate([array[:apart], turned(array[apart:], width)])
+        case "in_proj_z":
+            return turned(array, width)
+        case "out_proj":
+            return turned(array.T, width).T
+        case "A_log":
+            return -np.exp(turned(array, 1))
+        case "in_proj_a" | "in_proj_b" | "dt_bias":
+            return turned(array, 1)
+    return array
+
+
+def mamba(config: Mapping[str, Any], name: str, array: Array) -> Array:
+    """Vectors as columns, norms by group; and decays as they are used."""
+    if name.endswith(("A_log", "mamba.D")):
+        return (-np.exp(array) if name.endswith("A_log") else array)[:, None]
+    return array.reshape(config["mamba_n_groups"], -1) if name.endswith("norm.weight") else array
 
 
 def permuted(array: Array, heads: int) -> Array:
@@ -266,15 +406,15 @@ def grouped(array: Array, groups: int, each: int) -> Array:
     return np.concatenate([part.reshape(-1, *array.shape[1:]) for part in parts])
 
 
-def parted(name: str, array: Array) -> Iterator[tuple[str, Array]]:
+def parted(name: str, array: Array, experts: bool) -> Iterator[tuple[str, Array]]:
     """Stacks of experts, and feed-forwards that hold gate and up in one matrix."""
     block = name.split(".")[2]
     if "input_linear" in name:
-        end = "shexp" if "shared_mlp" in name else "exps"
+        end = ("_shexp" if experts else "") if "shared_mlp" in name else "_exps"
         for role, some in zip(("gate", "up"), np.split(array, 2, axis=-2), strict=True):
-            yield f"blk.{block}.ffn_{role}_{end}.weight", np.ascontiguousarray(some)
+            yield f"blk.{block}.ffn_{role}{end}.weight", np.ascontiguousarray(some)
     elif name.endswith("shared_mlp.output_linear.weight"):
-        yield f"blk.{block}.ffn_down_shexp.weight", array
+        yield f"blk.{block}.ffn_down{'_shexp' if experts else ''}.weight", array
     elif name.endswith("output_linear.weight"):
         yield f"blk.{block}.ffn_down_exps.weight", array
     else:  # gpt-oss: gate and up alternate, matrices lie on their sides
@@ -289,6 +429,11 @@ def parted(name: str, array: Array) -> Iterator[tuple[str, Array]]:
 def rotations(config: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
     """The divisors of frequencies that llama.cpp wants as tensors."""
     about = config.get("rope_parameters") or {}
+    if (full := about.get("full_attention", {})).get("rope_type") == "proportional":
+        own = {int(key): value for key, value in config["per_layer_config"].items()}
+        pairs = own[config["layer_types"].index("full_attention")]["head_dim"] // 2
+        turned = int(2 * pairs * full["partial_rotary_factor"] / 2)
+        yield "rope_freqs.weight", np.array([1.0] * turned + [1e30] * (pairs - turned), np.float32)
     if about.get("rope_type") == "longrope":
         yield "rope_factors_short.weight", np.array(about["short_factor"], np.float32)
         yield "rope_factors_long.weight", np.array(about["long_factor"], np.float32)

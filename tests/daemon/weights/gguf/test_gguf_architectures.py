@@ -18,7 +18,23 @@ from peerllm.daemon.weights.gguf.model_directory import model_directory
 from peerllm.engine.graph.describe import describe
 from peerllm.engine.weights.checkpoint import read_tensors
 from tests.daemon.weights.gguf.gguf_models import ARCHES, write_gguf
-from tests.engine.graph.variants import CONTEXT, EXPERTS, GRANITE, LINEAR, LLAMA3, YARN, load, model_of
+from tests.engine.graph.variants import (
+    CONTEXT,
+    DELTA,
+    DELTA_ALONE,
+    EXPERTS,
+    GRANITE,
+    HALF_ROTATED,
+    LINEAR,
+    LLAMA3,
+    MAMBA,
+    MLA,
+    MLA_EVEN,
+    ROUTED,
+    YARN,
+    load,
+    model_of,
+)
 from tests.engine.runs import in_slot
 
 FULL = os.environ.get("PEERLLM_FULL") == "1"
@@ -29,6 +45,7 @@ SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, 
 WIDER = {**SHAPE, "head_dim": 24}
 EACH = {**SHAPE, "num_key_value_heads": 4}  # heads that share nothing
 WINDOW = {"sliding_window": 21}
+FEW_TYPES = {"layer_types": ["linear_attention", "full_attention"]}
 LONG = {
     "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 5000.0, "original_max_position_embeddings": 64,
@@ -40,6 +57,11 @@ LOCAL = {
     "rope_parameters": {
         "full_attention": YARN["rope_parameters"], "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
     }
+}  # fmt: skip
+GEMMA4 = {
+    "num_hidden_layers": 6, "num_kv_shared_layers": 2, "global_head_dim": 32, "vocab_size_per_layer_input": 70,
+    "final_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
 }  # fmt: skip
 # Of each model type the first is what every run checks. What a file cannot say (a window of Mistral's, a scale of one
 # family's attention) is not varied.
@@ -57,6 +79,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "gemma3_text": (
         {**WINDOW, **LOCAL, "query_pre_attn_scalar": 16, "num_hidden_layers": 7, "final_logit_softcapping": 3.0},
         {**WINDOW, "query_pre_attn_scalar": 16},
+    ),
+    "gemma4_text": (
+        {**GEMMA4, **WINDOW, "hidden_size_per_layer_input": 32, "use_double_wide_mlp": True},
+        {
+            **WINDOW, "hidden_size_per_layer_input": 0, "num_hidden_layers": 3, "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1, "global_head_dim": 40,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
     ),
     "phi": ({**EACH, "intermediate_size": 256},),
     "phi3": ({**WINDOW, "max_position_embeddings": 4096, **LONG}, LONG, {}),
@@ -94,6 +124,37 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "ernie4_5": ({"use_bias": True, **WIDER}, {}),
     "seed_oss": ({"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}, {}),
     "hunyuan_v1_dense": ({},),
+    "lfm2": (
+        {"layer_types": ["conv", "full_attention"], "conv_L_cache": 4, "block_multiple_of": 16},
+        {"layer_types": ["full_attention", "conv"], "block_ff_dim": 48, "block_auto_adjust_ff_dim": False},
+    ),
+    "lfm2_moe": (
+        {
+            **EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "granitemoehybrid": (
+        {
+            **GRANITE, **MAMBA, "layer_types": ["mamba", "attention"], "mamba_n_groups": 2, "num_local_experts": 0,
+            "shared_intermediate_size": 24, "position_embedding_type": "rope",
+        },
+        {**GRANITE, **EXPERTS, **MAMBA, "layer_types": ["attention", "mamba"], "shared_intermediate_size": 24},
+    ),
+    "deepseek_v2": (
+        {**ROUTED, **MLA, "routed_scaling_factor": 1.7},
+        {**ROUTED, **MLA_EVEN, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
+    ),
+    "deepseek_v3": (
+        {
+            **ROUTED, **MLA, "n_group": 3, "topk_group": 2,
+            "rope_parameters": {**YARN["rope_parameters"], "mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+        {**ROUTED, **MLA_EVEN, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    ),
+    "youtu": (MLA,),
+    "qwen3_5_text": ({**DELTA, **FEW_TYPES}, {**DELTA_ALONE, **FEW_TYPES, **HALF_ROTATED}),
+    "qwen3_5_moe_text": ({**DELTA, **FEW_TYPES, **EXPERTS, "shared_expert_intermediate_size": 40},),
 }  # fmt: skip
 # Architectures of other names for what the family computes with text alone.
 ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -121,6 +182,8 @@ def _calm() -> Iterator[None]:
 
 def made(kind: str, values: dict[str, Any]) -> Any:
     shape = {key: value for key, value in SHAPE.items() if kind != "falcon" or key != "head_dim"}
+    if "kv_lora_rank" in values:
+        shape = {key: value for key, value in shape.items() if key not in ("head_dim", "num_key_value_heads")}
     return model_of(kind, 3, {**FEW, **shape, **values})
 
 
@@ -134,7 +197,7 @@ def computed(path: Path, ids: Any) -> tuple[Any, dict[str, Any]]:
     directory = model_directory([path], path.parent / "cache")
     config = json.loads((directory / "config.json").read_text())
     described = describe(config)
-    shard = load(described, directory, 0, len(described.blocks) + 1)
+    shard = load(described, directory, 0, len(described.model.units) + 1)
     shard.forward(ids[:-1], [in_slot(0, 0, len(ids) - 1)])
     return shard.forward(ids[-1:], [in_slot(0, len(ids) - 1, 1, True)])[0], config
 
@@ -169,7 +232,7 @@ def test_files_that_differ_in_their_architectures_name_alone_are_alike(name: str
     assert read_tensors(one).keys() == read_tensors(other).keys()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gemma4_text", "gpt2", "qwen3_moe"])
 def test_coded_matrices_are_those_that_the_file_holds(kind: str, tmp_path: Path) -> None:
     """Q8_0, dequantised by the gguf library into the model that transformers computes."""
     model = made(kind, {**VARIANTS[kind][0], "intermediate_size": 64, "moe_intermediate_size": 32})

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from peerllm.daemon.weights.gguf import model_directory as module
-from peerllm.daemon.weights.gguf.hyperparameters import Hyperparameters
 from peerllm.daemon.weights.gguf.model_directory import MOST_KEPT, model_directory
 from peerllm.engine.weights.checkpoint import read_tensors
 from peerllm.errors import ModelError
@@ -95,8 +94,11 @@ def test_it_is_written_once_for_a_file_as_it_is(tmp_path: Path, monkeypatch: pyt
     other = model_directory([file], tmp_path / "cache")
     assert other != first
     os.utime(file, ns=(1, 1))
-    assert model_directory([file], tmp_path / "cache") not in (first, other)
-    assert read == [file, file]
+    third = model_directory([file], tmp_path / "cache")
+    write(file)
+    os.utime(file, ns=(1, 1))  # another size alone
+    assert len({first, other, third, model_directory([file], tmp_path / "cache")}) == 4
+    assert read == [file, file, file]
 
 
 def test_two_at_once_write_one(tmp_path: Path) -> None:
@@ -114,6 +116,15 @@ def test_two_at_once_write_one(tmp_path: Path) -> None:
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [found[0].parent.name]
 
 
+def test_who_comes_second_leaves_what_is_there(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    for content in (b"first", b"second"):
+        module._write({"a": content}, place, "m")
+    assert (place / "m" / "a").read_bytes() == b"first"
+    with pytest.raises(OSError, match="place"):
+        module._write({"a": b"third"}, place, "another name")
+
+
 def test_those_that_were_not_used_for_longest_go(tmp_path: Path) -> None:
     file, cache = write(tmp_path / "m.gguf"), tmp_path / "cache"
     kept = model_directory([file], cache)
@@ -121,11 +132,15 @@ def test_those_that_were_not_used_for_longest_go(tmp_path: Path) -> None:
     for number in range(MOST_KEPT + 3):
         (cache / f"old{number}").mkdir()
         os.utime(cache / f"old{number}", (now - 1000 + number, now - 1000 + number))
+    os.utime(kept.parent, (1, 1))
     model_directory([file], cache)  # used now; nothing is written, nothing goes
+    (cache / ".new-one").mkdir()  # being written
+    os.utime(cache / ".new-one", (1, 1))
     os.utime(file, ns=(1, 1))
     new = model_directory([file], cache)
     left = {entry.name for entry in cache.iterdir()}
-    assert len(left) == MOST_KEPT
+    assert len(left) == MOST_KEPT + 1
+    assert ".new-one" in left
     assert {kept.parent.name, new.parent.name, f"old{MOST_KEPT + 2}"} <= left
     assert "old4" not in left
 
@@ -179,6 +194,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"expert_count": 4, "expert_used_count": 2}, "no stacks of experts in block 0"),
     ({"expert_count": 4, "expert_used_count": 2, "expert_group_count": 2}, "experts by groups"),
     ({"tensors": {}}, "has no embedding"),
+    ({"arch": "stablelm", "attention.key_length": 24, "attention.value_length": 24}, "has 4 heads of width 24"),
 ]
 
 
@@ -290,23 +306,3 @@ def test_unusable_divisors_are_named(divisors: Any, values: dict[str, Any], said
     tensors = {"token_embd.weight": np.ones((TOKENS, HIDDEN), FLOATS), "rope_freqs.weight": divisors}
     with pytest.raises(ModelError, match=said):
         model_directory([write(tmp_path / "m.gguf", tensors, **values)], tmp_path / "cache")
-
-
-def test_a_pattern_of_windows_in_the_file_goes_before_the_usual(tmp_path: Path) -> None:
-    def kinds(pattern: Any) -> list[str]:
-        metadata = {
-            "general.architecture": "gemma3", "gemma3.block_count": 4, "gemma3.embedding_length": 64,
-            "gemma3.attention.head_count": 4, "gemma3.attention.sliding_window": 8,
-        }  # fmt: skip
-        if pattern is not None:
-            metadata["gemma3.attention.sliding_window_pattern"] = pattern
-        return [kind[0] for kind in Hyperparameters("m.gguf", metadata, {}).windows(2)["layer_types"]]
-
-    from array import array
-
-    assert kinds(None) == ["s", "f", "s", "f"]
-    assert kinds(3) == ["s", "s", "f", "s"]
-    assert kinds(array("B", [0, 1, 1, 1])) == ["f", "s", "s", "s"]
-    for bad in (array("B", [1]), "x", 0):
-        with pytest.raises(ModelError, match="sliding_window_pattern"):
-            kinds(bad)

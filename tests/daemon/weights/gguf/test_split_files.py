@@ -68,5 +68,21 @@ def test_what_holds_no_file_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_each_model_is_listed_once() -> None:
-    names = [*reversed(PARTS), "b.GGUF", "a.gguf", "sub/a.gguf", "mmproj.gguf", "config.json", "M-00001-of-00002.gguf"]
-    assert one_of_each(names) == ["M-00001-of-00002.gguf", PARTS[0], "a.gguf", "b.GGUF", "sub/a.gguf"]
+    names = [
+        *reversed(PARTS),
+        "b.GGUF",
+        "a.gguf",
+        "sub/a.gguf",
+        "mmproj.gguf",
+        "config.json",
+        "M-00001-of-00002.gguf",
+        f"{PARTS[0][:-6]}4.gguf",
+    ]
+    assert one_of_each(names) == [
+        "M-00001-of-00002.gguf",
+        PARTS[0],
+        f"{PARTS[0][:-6]}4.gguf",
+        "a.gguf",
+        "b.GGUF",
+        "sub/a.gguf",
+    ]

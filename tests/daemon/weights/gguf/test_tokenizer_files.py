@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from peerllm.api.text.model_text import ModelText
-from peerllm.daemon.weights.gguf import token_table
+from peerllm.daemon.weights.gguf import merges, token_table
 from peerllm.daemon.weights.gguf.token_table import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from peerllm.daemon.weights.gguf.tokenizer_files import stop_ids, tokenizer_files
 from peerllm.errors import ModelError
@@ -203,21 +203,39 @@ def test_sentence_piece_ids_are_those_of_its_rule(prefix: bool, text: str, after
 def test_tokens_are_found_in_text_as_their_kind_says() -> None:
     metadata = spm_metadata()
     metadata["general.architecture"] = "phi3"
-    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "<|user|>", "<b>", "[PAD9]", "<|end|>"]
-    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], CONTROL, USER_DEFINED, 5, NORMAL]
-    metadata["tokenizer.ggml.scores"] = [*metadata["tokenizer.ggml.scores"], *[-1000.0] * 4]
+    metadata["tokenizer.ggml.tokens"] = [
+        *metadata["tokenizer.ggml.tokens"],
+        "<|user|>",
+        "<b>",
+        "[PAD9]",
+        "<|end|>",
+        "<EOT>",
+    ]
+    metadata["tokenizer.ggml.token_type"] = [
+        *metadata["tokenizer.ggml.token_type"],
+        CONTROL,
+        USER_DEFINED,
+        5,
+        NORMAL,
+        USER_DEFINED,
+    ]
+    metadata["tokenizer.ggml.scores"] = [*metadata["tokenizer.ggml.scores"], *[-1000.0] * 5]
     tokenizer = Tokenizer.from_buffer(tokenizer_files(metadata)["tokenizer.json"])
     count = tokenizer.get_vocab_size()
-    user, bold, padding, end = range(count - 4, count)
+    user, bold, padding, end, turn = range(count - 5, count)
     added = tokenizer.get_added_tokens_decoder()
-    assert set(added) == {0, 1, 2, user, bold, end} and padding not in added
+    assert set(added) == {0, 1, 2, user, bold, end, turn} and padding not in added
     assert {number for number, one in added.items() if not one.special} == {bold}
     the = spm_ids(" the")
     assert tokenizer.encode("<|user|>\n <s><|end|>the<b>the").ids == [1, user, 1, end, *the, bold, *the]
+    assert tokenizer.encode("<s> the").ids == [1, 1, *spm_ids("  the")]
     assert tokenizer.decode([bold, *the, user]) == "<b> the"
     metadata["general.architecture"] = "llama"
     tokenizer = Tokenizer.from_buffer(tokenizer_files(metadata)["tokenizer.json"])
     assert tokenizer.encode("<|user|> the").ids == [1, user, *spm_ids("  the")]
+    byte_level_phi = GPT2 | {"general.architecture": "phi3"}
+    tokenizer = Tokenizer.from_buffer(tokenizer_files(byte_level_phi)["tokenizer.json"])
+    assert tokenizer.decode(tokenizer.encode("<|im_end|> the").ids, skip_special_tokens=False) == "<|im_end|> the"
 
 
 def test_pieces_of_one_score_are_merged_in_their_order() -> None:
@@ -311,6 +329,7 @@ GPT2 = gpt2_metadata(byte_level("gpt-2"), "gpt-2")
         (GPT2 | {"tokenizer.ggml.merges": ["th"]}, "merges 'th'"),
         (GPT2 | {"tokenizer.ggml.merges": ["t 家"]}, "merges 't 家'"),
         (GPT2 | {"tokenizer.ggml.merges": ["! !"]}, "merges '! !'"),
+        (GPT2 | {"tokenizer.ggml.merges": ["家 t"]}, "merges '家 t'"),
         (GPT2 | {"tokenizer.ggml.add_bos_token": 1}, "neither true nor false"),
         (
             {k: v for k, v in GPT2.items() if "bos" not in k} | {"tokenizer.ggml.add_bos_token": True},
@@ -331,10 +350,25 @@ def test_what_cannot_be_read_gets_one_line(metadata: dict[str, Any], said: str) 
 
 
 @pytest.mark.parametrize(("bound", "value"), [("MAX_TOKENS", 100), ("MAX_CHARS", 500)])
-def test_huge_lists_are_refused(monkeypatch: pytest.MonkeyPatch, bound: str, value: int) -> None:
+def test_long_lists_are_refused(monkeypatch: pytest.MonkeyPatch, bound: str, value: int) -> None:
     monkeypatch.setattr(token_table, bound, value)
     with pytest.raises(ModelError, match="tokens has over"):
         tokenizer_files(GPT2)
+
+
+def test_too_many_characters_to_cut_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merges, "MAX_SPLITS", 1000)
+    with pytest.raises(ModelError, match="more than 1000 characters"):
+        tokenizer_files(spm_metadata())
+
+
+def test_tokens_without_text_keep_their_places() -> None:
+    changes: dict[str, Any] = {
+        "tokenizer.ggml.tokens": [*GPT2["tokenizer.ggml.tokens"], "", "", "<last>"],
+        "tokenizer.ggml.token_type": [*GPT2["tokenizer.ggml.token_type"], NORMAL, NORMAL, CONTROL],
+    }
+    tokenizer = Tokenizer.from_buffer(tokenizer_files(GPT2 | changes)["tokenizer.json"])
+    assert tokenizer.encode("<last>").ids == [len(GPT2["tokenizer.ggml.tokens"]) + 2]
 
 
 VALUES = st.one_of(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from peerllm.engine import base as module
 from peerllm.engine.base import Reach
-from peerllm.engine.graph.kv_slots import Batch, KVSlots
+from peerllm.engine.state.kv_slots import Batch, KVSlots
 from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and_values, slot_bytes
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
@@ -170,6 +170,27 @@ def test_sequences_keep_their_recurrent_states(data: st.DataObject) -> None:
         else:
             with pytest.raises(EngineError, match="no state to export"):
                 made.slots.export(one)
+
+
+def test_a_snapshot_stays_with_its_sequence_wherever_the_slot_lies() -> None:
+    made = Recurrences()
+    for slot in range(SLOTS):
+        made.go([in_slot(slot, 0, 5 + slot)], fails=False)
+    made.go([in_slot(0, 5, 1), in_slot(3, 8, 1)], fails=False)
+    assert made.slots._place != list(range(SLOTS))
+    for slot in range(SLOTS):
+        made.keep(slot)
+    kept = [made.snapshot(slot) for slot in range(SLOTS)]
+    assert kept == [6, 6, 7, 9]
+    made.go([in_slot(slot, kept[slot], 1) for slot in (1, 2)], fails=False)
+    made.go([in_slot(slot, kept[slot], 1) for slot in (0, 3)], fails=False)
+    made.go([in_slot(slot, kept[slot] + 1, 1) for slot in (2, 0)], fails=False)
+    for slot in range(SLOTS):  # `go` compares what is there with what the snapshot was made of
+        made.go([in_slot(slot, kept[slot], 2)], fails=slot == 1)
+    # A sequence that begins afresh has no snapshot, even where it grows beyond the old one.
+    made.go([in_slot(0, 0, 20)], fails=False)
+    with pytest.raises(EngineError, match="cannot go back"):
+        made.slots.check([in_slot(0, 6, 1)])
 
 
 def values(tokens: list[int], number: int) -> np.ndarray:

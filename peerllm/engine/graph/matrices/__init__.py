@@ -1,0 +1,1 @@
+"""Products with matrices of a checkpoint as operators of a graph: dense, and experts."""
