@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from peerllm.engine.graph.experts import Stacks
 from peerllm.engine.graph.graph_shard import GraphShard
-from peerllm.engine.graph.matrices.experts import Stacks
-from peerllm.engine.graph.matrices.matrix_product import Part
+from peerllm.engine.graph.matrix_product import Part
 from peerllm.engine.weights.rounding import block_of, rounded
 from peerllm.types import BITS
 from tests.engine.architectures import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from peerllm.engine.graph.matrices.matrix_product import add_product, check, pieces, require
+from peerllm.engine.graph.matrix_product import add_product, check, pieces, require
 from peerllm.engine.graph.nodes import CONTRIB, Graph
 from peerllm.engine.graph.structure import Norm, Placement, Rope
 from peerllm.engine.graph.weights import BlockWeights, norm_weights

@@ -12,9 +12,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from peerllm.engine.graph.experts import Stacks
 from peerllm.engine.graph.family import COMMON, FAMILIES, Family
-from peerllm.engine.graph.matrices.experts import Stacks
-from peerllm.engine.graph.matrices.matrix_product import Part, Product
+from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.mixers.delta_rule import delta_rule_weights, read_delta_rule
 from peerllm.engine.graph.mixers.latent_attention import latent_attention_weights, read_latent_attention
 from peerllm.engine.graph.mixers.short_convolution import convolution_weights, read_convolution

@@ -7,7 +7,7 @@ from itertools import chain
 
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.load import MAKING_COPIES, ShardForm, largest_block
-from peerllm.engine.graph.matrices.matrix_product import Product, check, require
+from peerllm.engine.graph.matrix_product import Product, check, require
 from peerllm.engine.graph.structure import Attention, LatentAttention, Mixer
 from peerllm.engine.measure.outline import kind_names
 from peerllm.engine.messages import TensorAt

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from peerllm.engine.base import Reach
 from peerllm.engine.graph.block import add_block
 from peerllm.engine.graph.builder import Builder, normalise, rope_name
-from peerllm.engine.graph.matrices.matrix_product import Product, add_product
+from peerllm.engine.graph.matrix_product import Product, add_product
 from peerllm.engine.graph.nodes import BoundSession, Graph
 from peerllm.engine.graph.rotation import tables
 from peerllm.engine.graph.row_maker import Embedding

@@ -13,7 +13,7 @@ from peerllm.engine.base import Progress
 from peerllm.engine.free_memory import trim
 from peerllm.engine.graph.describe import Described
 from peerllm.engine.graph.graph_shard import BlockRange, GraphShard, make_head, make_span
-from peerllm.engine.graph.matrices.matrix_product import Part, Product, check, require
+from peerllm.engine.graph.matrix_product import Part, Product, check, require
 from peerllm.engine.graph.nodes import make_pool
 from peerllm.engine.graph.row_maker import Embedding, make_own_inputs
 from peerllm.engine.messages import LoadStage

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.graph.builder import normalise
-from peerllm.engine.graph.matrices.matrix_product import add_product
+from peerllm.engine.graph.matrix_product import add_product
 from peerllm.engine.graph.nodes import Graph
 from peerllm.engine.graph.weights import OwnInputs, norm_weights
 from peerllm.engine.weights.tensors import CodedTable, Floats, Tensors

@@ -8,8 +8,8 @@ from math import prod
 
 import numpy as np
 
-from peerllm.engine.graph.matrices.experts import Stacks
-from peerllm.engine.graph.matrices.matrix_product import Part, Product, require
+from peerllm.engine.graph.experts import Stacks
+from peerllm.engine.graph.matrix_product import Part, Product, require
 from peerllm.engine.graph.nodes import Graph
 from peerllm.engine.graph.structure import Block, Norm
 from peerllm.engine.weights.formats.coded_rows import WeightForm

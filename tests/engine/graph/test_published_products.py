@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from peerllm.engine.graph.matrices.experts import Stacks, add_experts
-from peerllm.engine.graph.matrices.matrix_product import Part, Product, add_product
+from peerllm.engine.graph.experts import Stacks, add_experts
+from peerllm.engine.graph.matrix_product import Part, Product, add_product
 from peerllm.engine.graph.nodes import Graph, make_pool
 from peerllm.engine.graph.structure import Experts
 from peerllm.engine.messages import TensorAt

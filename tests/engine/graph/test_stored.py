@@ -14,7 +14,7 @@ import pytest
 
 from peerllm.engine.backends import Backends
 from peerllm.engine.graph.describe import describe
-from peerllm.engine.graph.matrices.experts import LAYERS as LAYERS_OF_EXPERTS
+from peerllm.engine.graph.experts import LAYERS as LAYERS_OF_EXPERTS
 from peerllm.engine.messages import LoadStage, TensorAt
 from peerllm.engine.weights.tensors import Checkpoint
 from tests.engine.runs import in_slot

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peerllm.engine.graph.matrices import matrix_product
-from peerllm.engine.graph.matrices.matrix_product import Part, Product, add_product
+from peerllm.engine.graph import matrix_product
+from peerllm.engine.graph.matrix_product import Part, Product, add_product
 from peerllm.engine.graph.nodes import Graph
 from peerllm.engine.weights.rounding import rounded
 from peerllm.engine.weights.tensors import MadeUp

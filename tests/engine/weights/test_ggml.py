@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peerllm.engine.graph.matrices.matrix_product import Part, Product, add_product
+from peerllm.engine.graph.matrix_product import Part, Product, add_product
 from peerllm.engine.graph.nodes import Graph, make_pool
 from peerllm.engine.weights.formats.ggml import GGMLForm
 from peerllm.engine.weights.formats.ggml_blocks import BLOCK_TYPES

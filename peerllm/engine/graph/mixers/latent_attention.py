@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from peerllm.engine.graph.builder import Builder, rms
 from peerllm.engine.graph.family import ConfigReader, Names
-from peerllm.engine.graph.matrices.matrix_product import Part, Product
+from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.rotation import magnitude
 from peerllm.engine.graph.structure import LatentAttention, Rope

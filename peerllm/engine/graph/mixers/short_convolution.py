@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peerllm.engine.graph.builder import Builder
 from peerllm.engine.graph.family import ConfigReader, Names
-from peerllm.engine.graph.matrices.matrix_product import Part, Product
+from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.structure import ShortConvolution
 from peerllm.engine.graph.weights import Vectors

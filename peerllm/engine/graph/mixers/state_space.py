@@ -6,7 +6,7 @@ import numpy as np
 
 from peerllm.engine.graph.builder import Builder, ones, rms
 from peerllm.engine.graph.family import ConfigReader, Names
-from peerllm.engine.graph.matrices.matrix_product import Part, Product
+from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.mixers.delta_rule import decays
 from peerllm.engine.graph.mixers.short_convolution import add_taps
 from peerllm.engine.graph.nodes import CONTRIB

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from peerllm.engine.graph.matrices.matrix_product import Layout, require
+from peerllm.engine.graph.matrix_product import Layout, require
 from peerllm.engine.graph.nodes import CONTRIB, INT8_ACTIVATIONS, Graph, packed
 from peerllm.engine.graph.structure import Experts
 from peerllm.engine.weights.formats.coded_rows import CodedRows, WeightForm

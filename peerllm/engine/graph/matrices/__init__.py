@@ -1,1 +1,0 @@
-"""Products with matrices of a checkpoint as operators of a graph: dense, and experts."""
