@@ -45,7 +45,7 @@ def write_gguf(model: Path, out: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(32)  # mostly bfloat16
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"<{number}>" for number in range(config["vocab_size"])])
     writer.add_token_types([TokenType.NORMAL] * config["vocab_size"])
     writer.add_token_merges(["< 0"])

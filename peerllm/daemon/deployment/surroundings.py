@@ -12,11 +12,12 @@ from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment import model_files
-from peerllm.daemon.deployment.model_files import ModelOnDisk, Progress, Tell
+from peerllm.daemon.deployment.model_files import ModelOnDisk, Tell
 from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link.engine_host import AVAILABLE, EngineHost
 from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
+from peerllm.daemon.threads import Progress
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import Offers
 from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, TensorAt

@@ -12,13 +12,13 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from peerllm.engine.graph.blocks.delta_rule import delta_rule_weights, read_delta_rule
+from peerllm.engine.graph.blocks.latent_attention import latent_attention_weights, read_latent_attention
+from peerllm.engine.graph.blocks.short_convolution import convolution_weights, read_convolution
+from peerllm.engine.graph.blocks.state_space import read_state_space, state_space_weights
 from peerllm.engine.graph.experts import Stacks
 from peerllm.engine.graph.family import COMMON, FAMILIES, Family
 from peerllm.engine.graph.matrix_product import Part, Product
-from peerllm.engine.graph.mixers.delta_rule import delta_rule_weights, read_delta_rule
-from peerllm.engine.graph.mixers.latent_attention import latent_attention_weights, read_latent_attention
-from peerllm.engine.graph.mixers.short_convolution import convolution_weights, read_convolution
-from peerllm.engine.graph.mixers.state_space import read_state_space, state_space_weights
 from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
 from peerllm.engine.graph.structure import (
     Activation,

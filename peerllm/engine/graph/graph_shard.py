@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.base import Reach
-from peerllm.engine.graph.block import add_block
-from peerllm.engine.graph.builder import Builder, normalise, rope_name
+from peerllm.engine.graph.blocks.block import add_block
+from peerllm.engine.graph.blocks.builder import Builder, normalise, rope_name
 from peerllm.engine.graph.matrix_product import Product, add_product
 from peerllm.engine.graph.nodes import BoundSession, Graph
 from peerllm.engine.graph.rotation import tables

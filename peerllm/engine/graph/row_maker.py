@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.graph.builder import normalise
+from peerllm.engine.graph.blocks.builder import normalise
 from peerllm.engine.graph.matrix_product import add_product
 from peerllm.engine.graph.nodes import Graph
 from peerllm.engine.graph.weights import OwnInputs, norm_weights

@@ -128,6 +128,7 @@ def test_an_index_that_does_not_answer_is_given_up(index: Path, monkeypatch: pyt
     halt.set()
     with pytest.raises(UnavailableError, match="was stopped"):
         fetch_package(package, untold, halt)
+    monkeypatch.setattr(data_package, "ANSWER_S", 60.0)
     monkeypatch.setattr(data_package, "PIP", ("-m", "no_such_module"))
     with pytest.raises(UnavailableError, match=r"cannot be had from the package index: .*No module named"):
         fetched(package)

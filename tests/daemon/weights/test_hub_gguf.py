@@ -111,8 +111,10 @@ async def test_only_what_is_meant_is_downloaded_and_is_there_without_the_hub(
     async with looked_up(MODEL + tag, tmp_path / "kept", lambda text, share: None) as offline:
         assert (offline.directory, offline.missing_bytes) == (directory, 0)
     assert await resolve(MODEL + tag, tmp_path / "kept", quiet) == directory
-    with pytest.raises(UnavailableError, match="cannot be reached"):
+    with pytest.raises(UnavailableError, match=f"^{MODEL}:Q2_K is not on this disk, and the .* hub cannot be reached"):
         await resolve(f"{MODEL}:Q2_K", tmp_path / "kept", quiet)
+    with pytest.raises(UnavailableError, match="; did you mean smollm2"):
+        await resolve("smolm2", tmp_path / "kept", quiet)
 
 
 async def test_a_quantisation_that_is_not_there_lists_those_that_are(hub: HubServer, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def model_of(model_type: str, number: int, values: dict[str, Any]) -> Any:
             else:
                 tensor.copy_(noise * (1.0 if "embed" in name or "wte" in name else SCALE / tensor.shape[-1] ** 0.5))
         for name, tensor in model.named_buffers():
-            if name.endswith("bias"):  # by which experts are chosen
+            if name.endswith(("expert_bias", "correction_bias")):  # by which experts are chosen
                 tensor.add_(0.3 * torch.randn(tensor.shape))
     return model
 

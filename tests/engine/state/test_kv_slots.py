@@ -139,7 +139,7 @@ def told(tokens: tuple[int, ...], number: int) -> float:
     return float(hash(tokens) % 2**20 + number)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 @given(data=st.data())
 def test_sequences_keep_their_recurrent_states(data: st.DataObject) -> None:
     made = Recurrences()

@@ -588,6 +588,10 @@ def test_questions_that_begin_alike_are_taken_up_where_they_part(monkeypatch: py
         assert said == expected([*common, *question], 2)
     # The first ends with a snapshot near its end, the second with one where they part, which all others begin with.
     assert reused == [0, 0, 10, 10, 10]
+    for number in (6, 7):  # a prompt that is the beginning of earlier ones: its own last tokens are what will differ
+        source.submit(Submit(DEPLOYMENT, number, tuple(common[:9]), 1, (), Sampling(), "anna"))
+        assert source._source.reused(number) == (0 if number == 6 else 7)
+        plan.settle()
 
 
 @pytest.mark.parametrize("passes", range(4))
@@ -611,3 +615,25 @@ def test_a_snapshot_that_not_every_stage_has_made_is_no_place_to_begin(
     assert source._source.reused(2) == (3 if passes == 3 else 0)
     plan.settle()
     assert [token for event in plan.told if event.sequence == 2 for token in event.ids] == expected([*prompt, 3, 3], 3)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_slot_that_some_stage_went_on_in_has_lost_its_end(ahead: bool) -> None:
+    """The sequence is cancelled while its next step waits at the first stage, or was computed there."""
+    plan, prompt = Plan("recurrent", 1), [1, 2, 3]
+    source = plan.deployments[0]
+    source.submit(Submit(DEPLOYMENT, 1, tuple(prompt), 9, (), Sampling()))
+    for place in range(STAGES):
+        plan.compute(place)
+        while plan.wires[place].frames:
+            plan.deliver(place)
+    if ahead:
+        plan.compute(0)
+    source.cancel(1)
+    plan.settle()
+    again = [*prompt, *expected(prompt, 1), 2]
+    source.submit(Submit(DEPLOYMENT, 2, tuple(again), 2, (), Sampling()))
+    assert source._source is not None
+    assert source._source.reused(2) == 0
+    plan.settle()
+    assert [token for event in plan.told if event.sequence == 2 for token in event.ids] == expected(again, 2)

@@ -96,7 +96,7 @@ class GroupedForm(ABC):
         base = base_name(name)
         found = self.read(tensors, base, rows)
         codes, columns, order = found.codes, found.codes.shape[1] * 8 // self.bits, None
-        if columns % self.block:
+        if not columns or columns % self.block:
             raise ModelError(f"{name}: rows of {columns} weights cannot be divided into blocks of {self.block}")
         if found.places is not None and (order := self._order(base, found.places, columns)) is not None:
             apart = np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1) if self.bits == 4 else codes

@@ -147,7 +147,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "deepseek_v3": (
         {
-            **ROUTED, **MLA, "n_group": 3, "topk_group": 2,
+            **ROUTED, **MLA, "n_group": 3, "topk_group": 1,
             "rope_parameters": {**YARN["rope_parameters"], "mscale": 0.7, "mscale_all_dim": 0.7},
         },
         {**ROUTED, **MLA_EVEN, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},

@@ -5,15 +5,15 @@ Trailing comments give shapes: H hidden, I feed-forward width.
 
 from __future__ import annotations
 
-from peerllm.engine.graph.builder import Builder
+from peerllm.engine.graph.blocks.attention import add_attention
+from peerllm.engine.graph.blocks.builder import Builder
+from peerllm.engine.graph.blocks.delta_rule import add_delta_rule
+from peerllm.engine.graph.blocks.latent_attention import add_latent_attention
+from peerllm.engine.graph.blocks.routing import add_routing
+from peerllm.engine.graph.blocks.short_convolution import add_convolution
+from peerllm.engine.graph.blocks.state_space import add_state_space
 from peerllm.engine.graph.experts import add_experts
-from peerllm.engine.graph.mixers.attention import add_attention
-from peerllm.engine.graph.mixers.delta_rule import add_delta_rule
-from peerllm.engine.graph.mixers.latent_attention import add_latent_attention
-from peerllm.engine.graph.mixers.short_convolution import add_convolution
-from peerllm.engine.graph.mixers.state_space import add_state_space
 from peerllm.engine.graph.nodes import CONTRIB, Graph
-from peerllm.engine.graph.routing import add_routing
 from peerllm.engine.graph.structure import (
     Activation,
     Attention,

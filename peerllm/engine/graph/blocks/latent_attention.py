@@ -6,7 +6,7 @@ of one group that all heads share. In graphs both are the same memory.
 
 from __future__ import annotations
 
-from peerllm.engine.graph.builder import Builder, rms
+from peerllm.engine.graph.blocks.builder import Builder, rms
 from peerllm.engine.graph.family import ConfigReader, Names
 from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.nodes import CONTRIB

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from peerllm.engine.graph.builder import Builder
+from peerllm.engine.graph.blocks.builder import Builder
 from peerllm.engine.graph.matrix_product import require
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.structure import Attention

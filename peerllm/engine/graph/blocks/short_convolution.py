@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peerllm.engine.graph.builder import Builder
+from peerllm.engine.graph.blocks.builder import Builder
 from peerllm.engine.graph.family import ConfigReader, Names
 from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.nodes import CONTRIB

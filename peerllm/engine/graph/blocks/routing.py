@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peerllm.engine.graph.builder import Builder
+from peerllm.engine.graph.blocks.builder import Builder
 from peerllm.engine.graph.structure import Experts, Routing
 
 NEVER = -1e30  # a score whose exponential is zero

@@ -1,1 +1,0 @@
-"""What mixes a token with those before it: attention, convolutions, recurrences; a file each."""
