@@ -99,15 +99,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # by model type: what each 
     "gemma3_text": (
         GEMMA, {**GEMMA, **BY_KIND}, {"sliding_window": 21, "sliding_window_pattern": 3, "rope_local_base_freq": 700.0},
     ),
-    "gemma4_text": (
-        {**WINDOWS, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 150},
-        {**WINDOWS, **GEMMA4_SHARED, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 16},
-        {**GEMMA4_SHARED, "final_logit_softcapping": 3.0, "hidden_size_per_layer_input": 24},
-        {
-            **WINDOWS, "global_head_dim": 24, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
-            "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision",
-        },
-    ),
     "phi": ({}, {"qk_layernorm": True}, {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 500.0}}),
     "phi3": ({}, {"sliding_window": 21}),
     "persimmon": ({}, {"qk_layernorm": False}),
@@ -204,6 +195,15 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # by model type: what each 
     "youtu": (MLA, {**MLA_EVEN, "rope_interleave": False, "tie_word_embeddings": False}),
     "minicpm3": (MLA, {**MLA_EVEN, "v_head_dim": None, "scale_depth": None, "dim_model_base": None, "scale_emb": 3}),
     "hyperclovax": ({**GRANITE, "attention_multiplier": None}, {**GRANITE, "use_post_norm": False}),
+    "gemma4_text": (
+        {**WINDOWS, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 150},
+        {**WINDOWS, **GEMMA4_SHARED, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 16},
+        {**GEMMA4_SHARED, "final_logit_softcapping": 3.0, "hidden_size_per_layer_input": 24},
+        {
+            **WINDOWS, "global_head_dim": 24, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision",
+        },
+    ),
 }  # fmt: skip
 
 
