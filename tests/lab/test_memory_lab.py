@@ -8,13 +8,17 @@ compile many matrix products.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from peerllm.daemon.control_messages import Hello
@@ -23,6 +27,7 @@ from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Inspected, Measure, TimeLayers
 from tests.engine.engines import WAIT_S, Deployed, Device, inspect, redeploy
+from tests.engine.weights.ggml_tensors import File, blocks_of
 from tests.lab.cgroups import MemoryGroup, why_no_memory_groups
 
 pytestmark = [
@@ -31,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(bool(why_no_memory_groups()), reason=why_no_memory_groups()),
 ]
 FULL = os.environ.get("PEERLLM_FULL") == "1"  # also divided over two devices
-KINDS = ("int8", "int4", "float32", "bfloat16")  # the last by torch, which comes in only then
+KINDS = ("int8", "int4", "stored", "float32", "bfloat16")  # the last by torch, which comes in only then
 CASES = [(kind, 1) for kind in KINDS] + [(kind, 2) for kind in KINDS if FULL]
 MARGIN = 1.1  # of the budget
 SLOTS, CONTEXT = 4, 512
@@ -39,8 +44,8 @@ ANSWER = 16  # tokens
 LENGTHS = range(2, 98, 3)  # of the prompts at the end
 VOCABULARY = 32_000
 ROUNDED = ("int8", "int4")  # from bfloat16
-LAYERS = {"int8": 16, "int4": 24, "float32": 3, "bfloat16": 7}  # about a quarter of a gigabyte each
-OF_TWO = {"int8": 1.0, "int4": 1.2, "float32": 1.1, "bfloat16": 2.4}  # of all weights, what each of two lends
+LAYERS = {"int8": 16, "int4": 24, "stored": 16, "float32": 3, "bfloat16": 7}  # about a quarter of a gigabyte each
+OF_TWO = {"int8": 1.0, "int4": 1.2, "stored": 1.2, "float32": 1.1, "bfloat16": 2.4}  # of all weights, what one lends
 
 
 def make_model(directory: Path, kind: str) -> Path:
@@ -52,8 +57,37 @@ def make_model(directory: Path, kind: str) -> Path:
         num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
+    if kind == "stored":
+        return write_blocks(directory, config.to_dict())
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(directory)
+    return directory
+
+
+def write_blocks(directory: Path, config: dict[str, Any]) -> Path:
+    """The same model with a GGUF file's mix of Q4_K and Q6_K, as its model directory has it."""
+    directory.mkdir()
+    hidden, wide, file, types = config["hidden_size"], config["intermediate_size"], File(directory / "blocks"), {}
+
+    def add(name: str, kind: str, *shape: int) -> None:
+        types[name] = kind
+        file.add(name, kind, shape, blocks_of(kind, *shape))
+
+    for number in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{number}."
+        for role, rows in (("q", hidden), ("k", hidden // 2), ("o", hidden)):
+            add(f"{layer}self_attn.{role}_proj.weight", "Q4_K", rows, hidden)
+        add(f"{layer}self_attn.v_proj.weight", "Q6_K", hidden // 2, hidden)
+        for role in ("gate", "up"):
+            add(f"{layer}mlp.{role}_proj.weight", "Q4_K", wide, hidden)
+        add(f"{layer}mlp.down_proj.weight", ("Q4_K", "Q6_K")[number % 2], hidden, wide)
+        for which in ("input", "post_attention"):
+            file.add(f"{layer}{which}_layernorm.weight", "F32", (hidden,), np.ones(hidden, np.float32))
+    add("model.embed_tokens.weight", "Q6_K", VOCABULARY, hidden)
+    file.add("model.norm.weight", "F32", (hidden,), np.ones(hidden, np.float32))
+    about = {"quant_method": "gguf", "types": types, "paired": True}
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": about}))
+    (directory / "tensors.json").write_text(json.dumps([asdict(tensor) for tensor in file.tensors]))
     return directory
 
 

@@ -33,7 +33,8 @@ class Layout:
         """Memory of the rows once they are loaded."""
         if not self.bits:
             return rows * columns * 4
-        return rows * columns * self.bits // 8 + rows * (columns // self.block) * (BLOCK_BYTES + 4 * self.minima)
+        each = BLOCK_BYTES + self.zeros + 4 * self.minima  # of a block
+        return rows * columns * self.bits // 8 + rows * (columns // self.block) * each
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,6 @@ def put_fixed(layer: Any, name: str, tensor: torch.Tensor) -> None:
         layer.update_conv_state(tensor, state_idx=int(index or 0))
     else:
         layer.update_recurrent_state(tensor, state_idx=int(index or 0))
-        layer.has_previous_state[int(index or 0)] = True
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

@@ -88,7 +88,7 @@ class PrefixCache:
         left, position = self._remains.pop(slot, None), spared.get(slot, 0)
         if left is None or not position:
             return SlotChoice(slot, parting=parting)
-        return SlotChoice(slot, position, left.furthest, left.snapshot if left.snapshot <= position else 0, parting)
+        return SlotChoice(slot, position, left.furthest, left.snapshot, parting)
 
     def _start(self, remains: CachedPrefix, most: int) -> int:
         """The last position up to `most` where a sequence can take the slot up; 0: nowhere but afresh."""

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -36,8 +37,12 @@ from tests.engine.runs import in_slot
 
 FULL = os.environ.get("PEERLLM_FULL") == "1"
 TOLERANCE = 1e-4  # of the largest logit
+# The delta rule's heads give almost nothing at some positions, which their norm then makes large: there float32 differs
+# from float64 by up to 5e-4 of the largest logit in transformers and in graphs, and elsewhere by 1e-6.
+RARELY, MOSTLY = 2e-3, 1e-5
+NORMED_HEADS = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
 CASES = [(model_type, number) for model_type, variants in VARIANTS.items() for number in range(len(variants))]
-NUMBERS = {case: place for place, case in enumerate(CASES)}
+NUMBERS = {case: crc32(f"{case}".encode()) for case in CASES}  # a new variant changes no other's weights
 SIZES = {
     "hidden_size", "n_embd", "vocab_size", "num_hidden_layers", "n_layer", "num_layers", "num_attention_heads",
     "num_heads", "n_head", "intermediate_size", "max_position_embeddings", "n_positions",
@@ -72,13 +77,14 @@ def forward(model: Made, ids: Any, runs: Sequence[TokenRun]) -> Any:
     return ids
 
 
-def walk(model: Made, draw: random.Random, passes: int) -> None:
-    """Passes as a scheduler could ask for them; every logit is compared."""
+def walk(model: Made, draw: random.Random, passes: int, tolerance: float) -> list[float]:
+    """Passes as a scheduler could ask for them; every logit is compared: by how much each token's differed."""
+    found: list[float] = []
     lengths, furthest = [0] * SLOTS, [0] * SLOTS
     for slot in range(SLOTS):
         for shard in model.shards:
             shard.release(slot)
-    tolerance = TOLERANCE * np.abs(model.logits).max()
+    largest = np.abs(model.logits).max()
     anywhere = not any(state.fixed for state in model.described.model.states())  # else only to the beginning
     for _ in range(passes):
         slots = draw.sample(range(SLOTS), draw.randint(1, SLOTS))
@@ -93,10 +99,12 @@ def walk(model: Made, draw: random.Random, passes: int) -> None:
         wanted = [model.logits[part.slot, part.position + count - 1] for part in runs if part.sample]
         assert got.shape == (len(wanted), model.logits.shape[-1])
         if wanted:
-            assert np.abs(got - np.array(wanted)).max() <= tolerance
+            found += (np.abs(got - np.array(wanted)).max(1) / largest).tolist()
+            assert max(found) <= tolerance
         for slot in slots:
             lengths[slot] += count
             furthest[slot] = max(furthest[slot], lengths[slot])
+    return found
 
 
 @pytest.mark.parametrize(("model_type", "number"), CASES)
@@ -106,12 +114,14 @@ def test_logits_equal_those_of_transformers(model_type: str, number: int, made: 
         forward(model, model.ids[slot, : CONTEXT - 3], [in_slot(slot, 0, CONTEXT - 3)])
     steps = [in_slot(slot, CONTEXT - 3, 1, True) for slot in (2, 0, 1)]
     got = forward(model, model.ids[[2, 0, 1], CONTEXT - 3], steps)
-    assert np.abs(got - model.logits[[2, 0, 1], CONTEXT - 3]).max() <= TOLERANCE * np.abs(model.logits).max()
+    tolerance = RARELY if model_type in NORMED_HEADS else TOLERANCE
+    assert np.abs(got - model.logits[[2, 0, 1], CONTEXT - 3]).max() <= tolerance * np.abs(model.logits).max()
 
     @settings(max_examples=25 if FULL else 2, deadline=None)
     @given(seed=st.integers(0, 2**32))
     def walks(seed: int) -> None:
-        walk(model, random.Random(seed), 30 if FULL else 12)
+        found = walk(model, random.Random(seed), 30 if FULL else 12, tolerance)
+        assert model_type not in NORMED_HEADS or np.median([0.0, *found]) <= MOSTLY
 
     walks()
 
@@ -216,7 +226,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_5_text", {"linear_key_head_dim": 1 << 23}),
     ("qwen3_next", {"hidden_act": "relu"}),
     ("granitemoehybrid", {"hidden_act": "gelu"}),
-    ("granitemoehybrid", {"time_step_limit": [0.001, 0.1]}),
+    ("granitemoehybrid", {"time_step_limit": [0.001, float("inf")]}),
+    ("granitemoehybrid", {"time_step_limit": [0.0, 0.1]}),
     ("granitemoehybrid", {"mamba_n_groups": 3}),
     ("granitemoehybrid", {"mamba_d_head": 1 << 23}),
     ("deepseek_v3", {"topk_group": 1, "num_experts_per_tok": 64}),

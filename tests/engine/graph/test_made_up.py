@@ -18,10 +18,14 @@ from peerllm.engine.graph.graph_shard import make_span
 from peerllm.engine.weights.tensors import MadeUp
 from peerllm.engine.free_memory import return_memory
 
-described = describe({
+config = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3, "vocab_size": 9,
     "num_attention_heads": 8,
-})
+}
+if len(sys.argv) > 2:
+    names = [name for weights in describe(config).blocks for name, shape in weights.tensors() if len(shape) > 1]
+    config["quantization_config"] = {"quant_method": "gguf", "types": dict.fromkeys(names, sys.argv[2])}
+described = describe(config, kept=len(sys.argv) > 2)
 tensors = MadeUp({name: shape for weights in described.blocks for name, shape in weights.tensors()})
 bits, process = int(sys.argv[1]), psutil.Process()
 make_pool(1)
@@ -34,9 +38,9 @@ print(json.dumps([process.memory_info().rss - before, weights]))
 """
 
 
-@pytest.mark.parametrize("bits", [0, 8])
-def test_every_block_lies_in_memory(bits: int) -> None:
-    argv = [sys.executable, "-c", PROBE, str(bits)]
+@pytest.mark.parametrize("form", [("0",), ("8",), ("8", "Q4_K"), ("8", "Q6_K")])
+def test_every_block_lies_in_memory(form: tuple[str, ...]) -> None:
+    argv = [sys.executable, "-c", PROBE, *form]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=120)
     taken, weights = json.loads(done.stdout)
     assert 0.9 * weights < taken

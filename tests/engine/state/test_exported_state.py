@@ -190,3 +190,14 @@ def held_bytes(shard: Any) -> int:
 def test_there_is_nothing_to_export_of_an_empty_slot(model_type: str, engine: str) -> None:
     with pytest.raises(EngineError, match="no state to export"):
         load(model_type, engine).export_state(1)
+
+
+@pytest.mark.parametrize(("model_type", "engine"), [("lfm2", "torch"), ("lfm2", "graph")])
+def test_a_sequence_that_begins_afresh_has_no_snapshot(model_type: str, engine: str) -> None:
+    shard = load(model_type, engine)
+    shard.forward(ids(9, 1), [replace(in_slot(1, 0, 9), snapshot=True)])
+    logits([shard], 1, 9, ids(1, 2))
+    logits([shard], 1, 9, ids(1, 2))  # at the snapshot
+    logits([shard], 1, 0, ids(12, 3))
+    with pytest.raises(EngineError, match="cannot go back"):
+        logits([shard], 1, 9, ids(1, 2))

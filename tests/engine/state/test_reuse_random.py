@@ -565,13 +565,31 @@ def test_a_recurrent_slot_is_taken_up_at_its_end_or_at_the_snapshot_before_it(
     reused, said = turn(third)
     assert reused == len(second) - 2
     # The prompt itself again, and a prompt whose last tokens differ from it.
-    assert turn(third)[0] == len(third) - 2
+    made = plan.shards[0].snapshots
+    reused, said = turn(third)
+    assert reused == len(third) - 2
+    assert turn([*third, *said, 1, 1, 1])[0] == len(third) + 2
+    assert plan.shards[0].snapshots == made, "what is new of the prompt is too short for another"
     changed = [*third[:-1], 3]
     assert turn(changed)[0] == len(third) - 2
     # What differs before the snapshot begins afresh, and so does another client, who leaves nothing to the first.
     assert turn([*third[:-4], 3, 3])[0] == 0
     assert turn([*third[:-4], 3, 3, 1], "ben")[0] == 0
     assert turn([*third[:-4], 3, 3, 1, 1])[0] == 0
+
+
+def test_a_window_that_has_slid_is_not_brought_back_by_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "ROLLBACK_TOKENS", SLACK)
+    monkeypatch.setattr(source_sequences, "TAIL", 2)
+    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    plan, prompt = Plan("hybrid", 1), [1, 2, 3] * 4
+    source = plan.deployments[0]
+    assert source._source is not None
+    for number, text in enumerate((prompt, [*prompt, 0, 0, 0, 0, 0])):
+        source.submit(Submit(DEPLOYMENT, number, tuple(text), 4, (), Sampling()))
+        assert source._source.reused(number) == 0
+        plan.settle()
+        assert [t for event in plan.told if event.sequence == number for t in event.ids] == expected(text, 4)
 
 
 def test_questions_that_begin_alike_are_taken_up_where_they_part(monkeypatch: pytest.MonkeyPatch) -> None:
