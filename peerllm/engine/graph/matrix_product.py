@@ -217,7 +217,7 @@ def coded(product: Product, layout: Layout, tensors: Tensors) -> CodedRows:
     before, made = None, None
     for start, part, first, last in pieces(product):
         if part.kept and part.form is not None and part.form.bits:
-            made = part.coded(tensors, product.columns, first, last)
+            made = part.coded(tensors, product.columns, first, last).centred()
         else:
             some = part.floats(tensors, product.columns, first, last)
             if some is not before:  # made-up ones come again and again

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 
 from peerllm.engine.graph.matrix_product import Part, Product, add_product
 from peerllm.engine.graph.nodes import Graph, make_pool
@@ -65,3 +67,38 @@ def test_what_is_no_such_tensor_is_refused(tmp_path: Path) -> None:
         GGMLForm("Q6_K").floats(tensors, "a.weight", slice(None))
     with pytest.raises(ModelError, match="'Q9_Z' are not computed"):
         GGMLForm("Q9_Z")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if GGMLForm(kind).minima])
+def test_zeros_take_up_what_they_can_of_the_minima(kind: str, tmp_path: Path) -> None:
+    tensors, numbers = checkpoint(tmp_path / "file", kind)
+    stored = GGMLForm(kind).coded(tensors, "a.weight", slice(None))
+    made = stored.centred()
+    assert made.minima is not None and stored.minima is not None
+    widest = np.abs(stored.minima).max() + 32 * np.abs(stored.scales).max()
+    assert np.abs(made.floats() - numbers).max() <= 1e-6 * widest
+    with np.errstate(all="ignore"):
+        places = stored.minima / stored.scales
+    reached = (places >= 0) & (places <= (15 if stored.zeros is not None else 1 << (stored.bits - 1)))
+    assert reached.any()
+    assert (np.abs(made.minima[reached]) <= 0.5001 * np.abs(made.scales[reached])).all()
+    assert np.array_equal(made.minima[places < 0], stored.minima[places < 0])
+
+
+def test_inputs_rounded_to_8_bits_err_no_more_for_minima(tmp_path: Path) -> None:
+    """Weights about 0 in blocks with a minimum, as files hold them; without centred zeros the error is 1 %."""
+    rng = np.random.default_rng(0)
+    blocks = quantize(rng.standard_normal((64, COLUMNS)).astype(np.float32), GGMLQuantizationType.Q4_1)
+    file = File(tmp_path / "file")
+    file.add("model.a.weight", "Q4_1", (64, COLUMNS), blocks)
+    make_pool(1)
+    graph = Graph()
+    product = Product((Part("a", 64, form=GGMLForm("Q4_1"), kept=True),), COLUMNS)
+    out = add_product(graph, graph.input("x", 1, "n", COLUMNS), product, Checkpoint(file.tensors), 8)
+    graph.add("Identity", out, output="y")
+    graph.output("y", 1, "n", 64)
+    x = rng.standard_normal((1, 8, COLUMNS)).astype(np.float32)
+    (y,) = graph.session().run(None, {"x": x})
+    exact = x[0] @ read("Q4_1", blocks).T
+    error = np.sqrt(np.square(y[0] - exact).mean() / np.square(exact).mean())
+    assert error < 0.007

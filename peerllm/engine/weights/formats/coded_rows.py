@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +43,24 @@ class CodedRows:
         restored = np.empty_like(weights)
         restored[:, self.order] = weights
         return restored
+
+    def centred(self) -> CodedRows:
+        """The same weights (to float32's last bit), with zeros that take up as much of the minima as whole numbers can.
+
+        A product rounds its inputs to 8 bits for the codes but not for the minima, and what rounding does to an input
+        is multiplied with code - zero. Codes that all lie above their zero would make that error about twice as large.
+        """
+        if self.minima is None:
+            return self
+        most = 15 if self.zeros is not None else 1 << (self.bits - 1)
+        with np.errstate(all="ignore"):  # a scale may be 0
+            shift = np.nan_to_num(np.rint(self.minima / self.scales), nan=0.0, posinf=0.0, neginf=0.0).clip(0, most)
+        minima = self.minima - shift * self.scales
+        if self.zeros is not None:
+            return replace(self, zeros=shift.astype(np.uint8), minima=minima)
+        both = 17 if self.bits == 4 else 1  # two codes in a byte
+        apart = self.codes.reshape(*self.scales.shape, -1) - (shift * both).astype(np.uint8)[:, :, None]
+        return replace(self, codes=apart.reshape(self.codes.shape), minima=minima)
 
 
 class StoredTensors(Protocol):
