@@ -3,9 +3,8 @@
 Ours is a real daemon with its engine, asked through its API; theirs are the programs `llama-bench` and
 `llama-batched-bench` of --llama (or LLAMA_BIN), a folder. Both are asked in turn, round by round; medians. Without
 --model a model of Llama-3.2-1B's shape is written with random weights, and its GGUF files: bfloat16, which int8 (the
-default for such a checkpoint) stands beside, and Q4_0, head included, beside int4. Without --llama only ours is
-measured. Other programs on
-these cores spoil it.
+default for such a checkpoint) stands beside, and Q4_0, head included, beside int4. With --files both sides read the
+same GGUF files instead, as they are. Without --llama only ours is measured. Other programs on these cores spoil it.
 """
 
 from __future__ import annotations
@@ -31,10 +30,11 @@ Rates = Mapping[str, float]
 
 @contextmanager
 def daemon(root: Path, model: Path, threads: int, kind: str) -> Iterator[Callable[[], Rates]]:
-    """A device that serves the model with weights of that kind, and how to measure it."""
+    """A device that serves the model with weights of that kind (a GGUF file as it is), and how to measure it."""
     options = ("--no-mdns", "--threads", str(threads))
-    with household(root / kind, [kind], memory="8GB", options=options) as (one,):
-        one.cli("run", str(model), "--slots", str(AT_ONCE), "--context", str(CONTEXT), "--quantize", kind)
+    form = () if model.suffix == ".gguf" else ("--quantize", kind)
+    with household(root / kind, ["device"], memory="8GB", options=options) as (one,):
+        one.cli("run", str(model), "--slots", str(AT_ONCE), "--context", str(CONTEXT), *form)
         yield lambda: ours(one, str(model))
 
 
@@ -65,12 +65,12 @@ def theirs(programs: Path, gguf: Path, threads: int) -> Rates:
     return {"decode": alone["decode"], "prefill": alone["prefill"], "eight": together["speed_tg"]}
 
 
-def measure(threads: int, rounds: int, model: Path, programs: Path | None, against: Mapping[str, Path],
-            kinds: Sequence[str], root: Path) -> dict[str, dict[str, Rates]]:  # fmt: skip
+def measure(threads: int, rounds: int, models: Mapping[str, Path], programs: Path | None, against: Mapping[str, Path],
+            root: Path) -> dict[str, dict[str, Rates]]:  # fmt: skip
     """By kind: medians of ours and theirs."""
     seen: dict[str, dict[str, list[Rates]]] = {}
     with ExitStack() as stack:
-        daemons = {kind: stack.enter_context(daemon(root, model, threads, kind)) for kind in kinds}
+        daemons = {kind: stack.enter_context(daemon(root, model, threads, kind)) for kind, model in models.items()}
         for rates in daemons.values():
             rates()  # once unmeasured
         for turn in range(rounds):
@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="*", default=["int8", "int4"], help="with `none` the checkpoint as it is")
     parser.add_argument("--model", type=Path, help="a model directory")
     parser.add_argument("--against", nargs="*", default=[], metavar="int4=FILE", help="a GGUF file for each kind")
+    parser.add_argument("--files", nargs="*", default=[], type=Path, help="GGUF files, instead of all that")
     parser.add_argument("--llama", type=Path, default=os.environ.get("LLAMA_BIN"), help="a folder of its programs")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
@@ -114,13 +115,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     programs = None if args.llama is None else Path(args.llama)
     with tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory:
         root = Path(directory)
-        model = args.model or write_llama(root / "model", LLAMA_3_2_1B)
-        if programs is not None and args.model is None:
+        if args.files:
+            models = against = {file.stem: file.resolve() for file in args.files}
+        else:
+            model = args.model or write_llama(root / "model", LLAMA_3_2_1B)
+            models = dict.fromkeys(args.kinds, model)
+        if programs is not None and args.model is None and not args.files:
             from benchmarks.llama_cpp import write_both
 
-            against = write_both(model, root, programs)
-        found = measure(args.threads, args.rounds, model, programs, against, args.kinds, root)
-    partners = {kind: file.stem if args.against else PARTNERS[kind] for kind, file in against.items()}
+            against = write_both(models[args.kinds[0]], root, programs)
+        found = measure(args.threads, args.rounds, models, programs, against, root)
+    named = args.against or args.files
+    partners = {kind: file.stem if named else PARTNERS[kind] for kind, file in against.items()}
     print(json.dumps(found) if args.json else table(found, partners))
 
 

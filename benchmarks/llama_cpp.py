@@ -46,7 +46,8 @@ def write_gguf(model: Path, out: Path) -> None:
     writer.add_file_type(32)  # mostly bfloat16
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"<{number}>" for number in range(config["vocab_size"])])
+    words = ["<", "0", "<0", *(f"<{number}>" for number in range(3, config["vocab_size"]))]
+    writer.add_token_list(words)
     writer.add_token_types([TokenType.NORMAL] * config["vocab_size"])
     writer.add_token_merges(["< 0"])
     tensors = read_tensors(model)
