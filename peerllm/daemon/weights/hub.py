@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]  # never code, never pickles
-NOT = ["*/*"]  # other formats of the same weights lie in folders
+NOT = ["*/*", "tensors.json"]  # other formats of the same weights lie in folders; the list names files of this disk
 WORKERS = 4  # files downloaded at once
 ASK_TIMEOUT_S = 10.0
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -77,7 +77,7 @@ class Repository:
             )
             wrapped = config.get("model_type") in list(WRAPPERS)
             named = {file for tensor, file in index["weight_map"].items() if not wrapped or text_tensor(tensor)}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{INDEX} of {self.model} has no usable weight_map") from error
         return [name for name in held if name in named]
 

@@ -6,6 +6,7 @@ from peerllm.errors import ModelError
 
 FIRST_BYTES = 4 << 20  # the metadata of most files: a vocabulary of 150,000 tokens; doubled until the header ends
 MAX_HEADER_BYTES = 100 << 20
+PARTIAL = 206  # the status of an answer with the range that was asked for
 MAX_DEPTH = 4  # of arrays in arrays
 _STRING, _ARRAY = 8, 9
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by a value's type
@@ -21,14 +22,22 @@ def gguf_header(model: str, name: str, commit: str, token: str | None, timeout_s
     )
 
     url, headers = hf_hub_url(model, name, revision=commit), build_hf_headers(token=token)
-    data, wanted = b"", FIRST_BYTES
+    data, wanted = bytearray(), FIRST_BYTES
     while len(data) < MAX_HEADER_BYTES:
         part = {"Range": f"bytes={len(data)}-{wanted - 1}"}
-        response = get_session().get(url, headers={**headers, **part}, timeout=timeout_s)
-        hf_raise_for_status(response)
-        data += response.content[: wanted - len(data)]
-        if header_ends(data):
-            return data
+        asked = {**headers, **part, "Accept-Encoding": "identity"}
+        with get_session().stream("GET", url, headers=asked, timeout=timeout_s) as response:
+            if response.is_error:
+                response.read()
+            hf_raise_for_status(response)
+            if data and response.status_code != PARTIAL:
+                raise ModelError(f"the hub gives no parts of {name}")
+            for block in response.iter_raw():  # a server that ignores the range sends the whole file
+                data += block[: wanted - len(data)]
+                if len(data) >= wanted:
+                    break
+        if header_ends(bytes(data)):
+            return bytes(data)
         if len(data) < wanted:
             break
         wanted *= 2

@@ -133,7 +133,7 @@ def weights_of(paths: Paths) -> WeightFiles:
         try:
             size += file.stat().st_size
             counts.update(_gguf_numbers(file) if file.suffix.lower() == SUFFIX else _safetensors_numbers(file))
-        except (ModelError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ModelError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     if method := _published_as(paths[0] / "config.json"):  # several numbers lie in one of the files'
         return WeightFiles(size, {}, method, stored=True)
@@ -146,7 +146,7 @@ def _published_as(config: Path) -> str:
     """How a checkpoint was rounded before it was published, by its config.json; "" if it was not."""
     try:
         return str(json.loads(config.read_text(encoding="utf-8"))["quantization_config"]["quant_method"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

@@ -48,6 +48,7 @@ MAX_BLOCKS = 1022  # with embedding and head this is the most stages that a plan
 MAX_SIZE = 1 << 24  # of any count in a configuration, since lists and tables get that long
 MAX_WIDTH = 1 << 12  # of a head
 MAX_EXPERTS = 1 << 12
+MAX_ROW = 1 << 20  # numbers that travel for a token
 SCALING_VALUES = (float, int, str, tuple, type(None))
 DIVISORS = ("divisors", "long_divisors")  # of rotations, see rotation.py
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -228,6 +229,8 @@ def _described(values: Values, family: Family, name: str, stored: Stored) -> Des
         math.sqrt(hidden) if family.scaled_embedding else values.number("embedding_multiplier", 1.0),
         family.position_offset if positions else None,
     )
+    if model.width(0) > MAX_ROW:
+        raise UnfitError(f"rows of {model.width(0)} numbers")
     weights = tuple(_weights(family, block, number, hidden, stored) for number, block in enumerate(blocks))
     tied, own = bool(values.get("tie_word_embeddings")), None
     if each := blocks[0].own_input:

@@ -139,8 +139,9 @@ def check(tensors: Tensors, product: Product) -> None:
             continue
         if part.form is None and (found := tensors.shape(part.name)) is not None:
             require(tensors, f"{part.tensor}.bias", (found[part.turned],))
-        elif part.rows is None:
-            require(tensors, f"{part.tensor}.bias", (part.count,))
+        else:
+            rows = part.whole or (part.count if part.rows is None else int(part.rows.max()) + 1)
+            require(tensors, f"{part.tensor}.bias", (rows,), () if part.rows is None else (0,))
 
 
 def pieces(product: Product) -> Iterator[tuple[int, Part, int, int]]:

@@ -15,7 +15,7 @@ from peerllm.errors import ModelError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_COUNT = 1 << 15  # of layers, heads, experts, labels: configuration classes make lists of that length
-COUNTS = re.compile(r"(layers?|heads?|experts|labels|groups?|blocks)$")
+COUNTS = re.compile(r"(layers?|heads?|experts|labels|groups?|blocks|num_inputs)$")
 # Keys that choose the code to run and may name a repository for it; parts of a configuration can have them, too.
 CODE_KEYS = frozenset(
     ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from peerllm.engine.graph.describe import MAX_ROW
 from peerllm.engine.model.blocks import ShardBlocks
 from peerllm.engine.model.config import text_config
+from peerllm.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,10 @@ def row_layout(config: Any) -> RowLayout:
     """How the model of a configuration lays out its rows."""
     text = text_config(config)
     each, streams = (getattr(text, name, 0) for name in ("hidden_size_per_layer_input", "altup_num_inputs"))
-    return RowLayout(text.hidden_size, streams or 1, each or 0, text.num_hidden_layers)
+    layout = RowLayout(text.hidden_size, streams or 1, each or 0, text.num_hidden_layers)
+    if layout.width(0) > MAX_ROW:
+        raise ModelError(f"config.json is not usable: rows of {layout.width(0)} numbers")
+    return layout
 
 
 class Passing(nn.Module):

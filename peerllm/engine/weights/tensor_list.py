@@ -34,6 +34,8 @@ def listed_tensors(file: Path) -> list[TensorAt]:
         tensor = _tensor(file, entry)
         if tensor.path not in sizes:
             sizes[tensor.path] = _size(tensor.path)
+            if not tensor.path.lower().endswith(".gguf"):  # a copied directory must not name other files of this disk
+                raise ModelError(f"{file.name} names {tensor.path[:200]}, which is no GGUF file")
         if tensor.offset + tensor.nbytes > sizes[tensor.path]:
             raise ModelError(
                 f"{Path(tensor.path).name} is cut short or another file than before: tensor {tensor.name} ends at byte "

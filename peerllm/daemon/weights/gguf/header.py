@@ -27,6 +27,7 @@ MAX_HEADER_BYTES = 100 << 20  # Python's strings take several times what they ta
 MAX_NAME_BYTES = 1 << 16  # of keys and of tensors' names, as the format says
 MAX_TENSOR_NAME_BYTES = 256
 MAX_DIMENSIONS = 4
+MAX_TENSORS = 1 << 16  # as one assignment may name
 MOST_SHOWN = 60  # characters of a name in a message
 # The metadata's kinds of numbers, by their number in the format: codes of struct and array.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -75,6 +76,8 @@ class _Walk:
         if version not in VERSIONS:
             raise self._wrong(f"has version {version} of the format; versions {VERSIONS[0]} and {VERSIONS[1]} are read")
         tensors, values = self._u64(), self._u64()
+        if MAX_TENSORS < tensors <= (self._end - self._at) // LEAST_TENSOR:  # larger claims are told with the file's size, below
+            raise self._wrong(f"has {tensors} tensors; at most {MAX_TENSORS} are taken")
         metadata: dict[str, Any] = {}
         for _ in self._counted(values, LEAST_VALUE, "values"):
             key = self._text("a key", MAX_NAME_BYTES)

@@ -14,6 +14,8 @@ from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 
 MAX_WHOLE = 1 << 40
+MAX_BLOCKS = 1022  # as the engine takes
+MAX_HEADS = 1 << 15
 NO_TURN = 1e20  # a frequency divided by this turns nothing
 MAX_DIVISORS = 1 << 12  # half a head's width
 BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)")
@@ -27,10 +29,14 @@ class Hyperparameters:
         self._file, self._metadata, self._tensors = file, metadata, tensors
         self.architecture = str(metadata.get("general.architecture", ""))
         self.blocks = self.whole("block_count") - self.whole("nextn_predict_layers", 0)
+        if not 1 <= self.blocks <= MAX_BLOCKS:
+            raise self.wrong(f"has {self.blocks} blocks; 1 to {MAX_BLOCKS} are taken")
         self.hidden = self.whole("embedding_length")
         heads = self.whole("attention.head_count")
         self._heads = heads
         self.width = self.whole("attention.key_length", self.hidden // max(heads, 1))
+        if not 1 <= heads <= MAX_HEADS or not self.width:
+            raise self.wrong(f"has {heads} heads of width {self.width}")
 
     def wrong(self, what: str) -> ModelError:
         return ModelError(f"{self._file} (architecture {self.architecture}) {what}")

@@ -13,6 +13,7 @@ from peerllm.errors import ModelError
 MAX_MERGES = 1 << 22
 MAX_SPLITS = 1 << 24  # places where tokens could be cut in two, over all tokens; Gemma's 262,144 have 1.7 million
 MAX_PIECE_CHARS = 512
+MAX_MERGE_CHARS = 1 << 27  # of all merges that follow from scores
 
 Merge = tuple[str, str]
 
@@ -39,10 +40,14 @@ def scored_merges(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[Me
             f"the GGUF file's tokens have more than {MAX_SPLITS} characters, or one has more than {MAX_PIECE_CHARS}"
         )
     best_first = np.argsort(-scores.astype(np.float64), kind="stable")  # of equal scores the one learned first
-    known, merges = set(tokens), []
+    known, merges, chars = {token: token for token in tokens}, [], 0
     for number in best_first.tolist():
         token = tokens[number]
         for at in range(len(token) - 1, 0, -1):
-            if token[:at] in known and token[at:] in known:
-                merges.append((token[:at], token[at:]))
+            left, right = known.get(token[:at]), known.get(token[at:])
+            if left is not None and right is not None:
+                chars += len(token)
+                if chars > MAX_MERGE_CHARS or len(merges) >= MAX_MERGES:
+                    raise ModelError("the GGUF file's tokens can be merged in more ways than those of any model")
+                merges.append((left, right))
     return merges

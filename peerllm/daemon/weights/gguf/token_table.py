@@ -103,7 +103,7 @@ def numbers(metadata: Mapping[str, Any], name: str, count: int) -> npt.NDArray[A
     found = metadata.get(f"tokenizer.ggml.{name}")
     if found is None:
         return None
-    array: npt.NDArray[Any] = np.asarray(found)
+    array: npt.NDArray[Any] = np.asarray(() if isinstance(found, str | list) else found)
     if array.ndim != 1 or array.dtype.kind not in "if" or len(array) != count:
         raise ModelError(f"the GGUF file's tokenizer.ggml.{name} is not one number for each of its {count} tokens")
     return array

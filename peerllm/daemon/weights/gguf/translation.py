@@ -121,6 +121,8 @@ def _named(about: GGUFArchitecture, values: Hyperparameters, tensors: Mapping[st
         elif stem not in names or end not in ("weight", "bias"):
             raise values.wrong(f"has the tensor {shown(tensor.name)}, which is not known there")
         elif "{}" in names[stem]:
+            if tensor.shape[0] > values.whole("attention.head_count"):
+                raise values.wrong(f"has {shown(tensor.name)} of shape {list(tensor.shape)}, more than its heads")
             yield from _rows(tensor, f"{prefix}{names[stem]}.{end}")
         elif stem in BARE:
             yield replace(tensor, name=f"{prefix}{names[stem]}")

@@ -43,7 +43,7 @@ class FP8Form:
         numbers = np.arange(count)[rows] // (down or count)
         made = np.asarray(stored[rows]).astype(np.float32)
         some = scales.reshape(_tiles(count, down), _tiles(columns, across))[numbers]
-        made *= np.repeat(some, across or columns, axis=1)[:, :columns]
+        made *= np.repeat(some, min(across or columns, columns), axis=1)[:, :columns]
         return made
 
     def _shape(self, rows: int, columns: int) -> tuple[int, ...]:
