@@ -12,7 +12,9 @@ STORED_TYPES: Mapping[str, tuple[int, int]] = {
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
     "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "MXFP4": (32, 17),
 }  # fmt: skip
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+PLAIN_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+FLOATS = PLAIN_FLOATS | {"F8_E4M3", "F8_E5M2"}
+TENSOR_LIST = "tensors.json"  # names, by absolute path, the files in which a directory's tensors lie (GGUF)
 
 
 def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int | None:

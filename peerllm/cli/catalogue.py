@@ -65,7 +65,8 @@ def catalogue(data_dir: Path, lent: Mapping[str, int] | None) -> dict[str, Any]:
             "download_bytes": one.download_bytes,
             "form": one.form or "BF16",
             "on_disk": one.name in places,
-            **needs(one.millions * 10**6, one.stored_memory_bytes, lent),
+            **needs(one.loaded, one.stored_memory_bytes, lent),
+            "parameters": one.millions * 10**6,
         }
         for one in KNOWN
     ]

@@ -93,7 +93,7 @@ class DeploymentView:
     activations: tuple[ActivationForm, ...] = ()  # how hidden states go from each stage to the next
     activations_wanted: Activations = "auto"
     dtype: str = ""  # it is computed in; "": not known yet
-    quantize: str = ""  # what weights are rounded to; "": not at all
+    quantize: str = ""  # a key of types.MATRIX_BITS: what weights are rounded to; "": not at all
     quantize_wanted: str = "auto"  # one of types.QUANTIZE
     name: str = ""  # what people and clients call it
     context: int = 0  # tokens that a sequence may hold, as planned; 0: there is no plan

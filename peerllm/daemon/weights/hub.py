@@ -16,13 +16,14 @@ from peerllm.daemon.weights.gguf_choice import GgufModel, chosen, gguf_models
 from peerllm.daemon.weights.hub_errors import errors_of, quietly
 from peerllm.daemon.weights.hub_header import gguf_header
 from peerllm.errors import ModelError, NotFoundError
+from peerllm.stored_types import TENSOR_LIST
 from peerllm.wrapped_models import WRAPPERS, text_tensor
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]  # never code, never pickles
-NOT = ["*/*", "tensors.json"]  # other formats of the same weights lie in folders; the list names files of this disk
+NOT = ["*/*", TENSOR_LIST]  # other formats of the same weights lie in folders; a list would name files of this disk
 WORKERS = 4  # files downloaded at once
 ASK_TIMEOUT_S = 10.0
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import glob
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from peerllm.daemon.threads import Progress
 from peerllm.daemon.weights.hub import WORKERS, Repository, token
 from peerllm.daemon.weights.hub_errors import HaltedError, errors_of
 
-Share = Callable[[float], None]  # 0 to 1
 
-
-def download(found: Repository, told: Share, total_bytes: int, halt: threading.Event) -> tuple[Path, ...]:
+def download(found: Repository, told: Progress, total_bytes: int, halt: threading.Event) -> tuple[Path, ...]:
     """The model directory or GGUF files in the hub's cache, once all is there.
 
     `total_bytes`: what is missing of it, 0: unknown. Set `halt` to end it; what came so far is kept for later.
@@ -36,7 +34,7 @@ def download(found: Repository, told: Share, total_bytes: int, halt: threading.E
     return (place,) if found.gguf is None else tuple(place / name for name in found.gguf.files)
 
 
-def hub_bar(told: Share, total_bytes: int, halt: threading.Event) -> type[tqdm[Any]]:
+def hub_bar(told: Progress, total_bytes: int, halt: threading.Event) -> type[tqdm[Any]]:
     """The hub's progress bars, drawn nowhere: those that count bytes tell every further percent."""
 
     class Bar(tqdm):  # type: ignore[type-arg]

@@ -1,15 +1,15 @@
-"""The header of a GGUF file on the Hugging Face hub, without its weights: ranges of its first bytes until it ends."""
+"""The header of a GGUF file on the Hugging Face hub, without its weights: first bytes, more until it ends."""
 
 from __future__ import annotations
 
+import struct
+
+from peerllm.daemon.weights.gguf.header import ARRAY, MAGIC, MAX_HEADER_BYTES, NUMBERS, STRING
 from peerllm.errors import ModelError
 
 FIRST_BYTES = 4 << 20  # the metadata of most files: a vocabulary of 150,000 tokens; doubled until the header ends
-MAX_HEADER_BYTES = 100 << 20
 PARTIAL = 206  # the status of an answer with the range that was asked for
-MAX_DEPTH = 4  # of arrays in arrays
-_STRING, _ARRAY = 8, 9
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes, by a value's type
+_WIDTHS = {kind: struct.calcsize(f"<{code}") for kind, code in NUMBERS.items()}  # bytes, by a value's kind
 
 
 def gguf_header(model: str, name: str, commit: str, token: str | None, timeout_s: float) -> bytes:
@@ -46,7 +46,7 @@ def gguf_header(model: str, name: str, commit: str, token: str | None, timeout_s
 
 def header_ends(data: bytes) -> bool:
     """Whether a GGUF file's header ends within its first bytes; ModelError if it is none."""
-    if data[:4] != b"GGUF"[: len(data)]:
+    if data[:4] != MAGIC[: len(data)]:
         raise ModelError("the file does not begin as GGUF files do")
     walk = HeaderWalk(data)
     try:
@@ -81,16 +81,18 @@ class HeaderWalk:
     def string(self) -> None:
         self.skip(self.number(8))
 
-    def value(self, kind: int, depth: int = 0) -> None:
-        if kind == _STRING:
+    def value(self, kind: int) -> None:
+        if kind == STRING:
             self.string()
-        elif kind == _ARRAY and depth < MAX_DEPTH:
+        elif kind == ARRAY:
             inner, count = self.number(4), self.number(8)
             if inner in _WIDTHS:
                 self.skip(count * _WIDTHS[inner])
-            else:
+            elif inner == STRING:
                 for _ in range(count):
-                    self.value(inner, depth + 1)
+                    self.string()
+            else:  # header.py refuses arrays of arrays too
+                raise ModelError(f"an array of the type {inner} stands in the GGUF header")
         elif kind in _WIDTHS:
             self.skip(_WIDTHS[kind])
         else:

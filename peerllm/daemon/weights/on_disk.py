@@ -135,7 +135,7 @@ def weights_of(paths: Paths) -> WeightFiles:
             counts.update(_gguf_numbers(file) if file.suffix.lower() == SUFFIX else _safetensors_numbers(file))
         except (ModelError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-    if method := _published_as(paths[0] / "config.json"):  # several numbers lie in one of the files'
+    if method := _published_as(paths[0] / "config.json"):  # a word of its files holds several weights
         return WeightFiles(size, {}, method, stored=True)
     most = max(counts, key=counts.__getitem__, default="")
     one = files[0] if files else Path()

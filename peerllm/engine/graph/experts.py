@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 
 from peerllm.engine.graph.matrix_product import Layout, require
-from peerllm.engine.graph.nodes import CONTRIB, INT8_ACTIVATIONS, Graph, packed
+from peerllm.engine.graph.nodes import CONTRIB, INT8_ACTIVATIONS, Graph, packed_zeros
 from peerllm.engine.graph.structure import Experts
 from peerllm.engine.weights.formats.coded_rows import CodedRows, WeightForm
-from peerllm.engine.weights.rounding import BLOCKS, rounded
+from peerllm.engine.weights.rounding import BLOCKS, halves, rounded
 from peerllm.engine.weights.tensors import Floats, Tensors
 
 LAYERS: tuple[Literal[0], Literal[1]] = (0, 1)  # gate and up together, and down
@@ -175,7 +175,7 @@ def widened(coded: CodedRows, layout: Layout) -> CodedRows:
     if layout.zeros and zeros is None:
         zeros = np.full(coded.scales.shape, 1 << (coded.bits - 1), np.uint8)
     if coded.bits < layout.bits:
-        codes = np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1)
+        codes = halves(codes)
         if zeros is None:
             codes = codes + np.uint8((1 << (layout.bits - 1)) - (1 << (coded.bits - 1)))
     zeros = None if zeros is None else np.repeat(zeros, each, axis=1)
@@ -205,7 +205,7 @@ def add_experts(
                 made = stacks.coded(tensors, experts, hidden, number, layer, layout)
                 codes[number], scales[number] = made.codes, made.scales
                 if made.zeros is not None:
-                    zeros[number] = packed(made.zeros, layout.bits)
+                    zeros[number] = packed_zeros(made.zeros, layout.bits)
             inputs += [graph.weight(codes), graph.weight(scales)]
             zero_points += [graph.weight(zeros)] if layout.zeros else []
         bias = stacks.bias(tensors, layer)

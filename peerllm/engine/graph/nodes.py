@@ -25,7 +25,7 @@ OPSET, IR = 17, 8
 INLINE_BYTES = 1024  # smaller weights are written into the model itself
 
 
-def packed(numbers: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+def packed_zeros(numbers: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Numbers uint8 [rows, …] as MatMulNBits takes zero points: of 4 bits two in a byte, the first one lower."""
     if bits == 8:
         return np.ascontiguousarray(numbers)
@@ -97,7 +97,7 @@ class Graph:
         """Multiply x [..., columns] by a matrix without its minima: [..., rows]."""
         rows, blocks = coded.scales.shape
         inputs = [x, self.weight(coded.codes.reshape(rows, blocks, -1)), self.weight(coded.scales.reshape(-1))]
-        inputs += ["" if coded.zeros is None else self.weight(packed(coded.zeros, coded.bits)), "", bias]
+        inputs += ["" if coded.zeros is None else self.weight(packed_zeros(coded.zeros, coded.bits)), "", bias]
         return self.add(
             "MatMulNBits", *inputs, domain=CONTRIB, K=blocks * coded.block, N=rows, bits=coded.bits,
             block_size=coded.block, accuracy_level=INT8_ACTIVATIONS,

@@ -1,4 +1,4 @@
-"""The safetensors files of a model directory: which tensors there are and where. No weights are read."""
+"""A model directory: its configuration, and which tensors there are in which files. No weights are read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.weights.settled import settled
-from peerllm.engine.weights.tensor_list import TENSOR_LIST, listed_tensors
+from peerllm.engine.weights.tensor_list import listed_tensors
 from peerllm.errors import BadInputError, ModelError
-from peerllm.stored_types import stored_bytes
+from peerllm.stored_types import TENSOR_LIST, stored_bytes
 from peerllm.types import BITS, STORED
 from peerllm.wrapped_models import WRAPPERS, text_tensor, text_values
 
@@ -79,7 +79,7 @@ def weight_files(model_dir: Path, wanted: Wanted = lambda name: name) -> list[Pa
         return found
     if any(True for pattern in PICKLES for _ in model_dir.glob(pattern)):
         raise ModelError(
-            f"{model_dir} has no safetensors files; peerllm reads safetensors only, convert the model first"
+            f"{model_dir} holds pickles, which peerllm never reads; take the model's safetensors or GGUF files instead"
         )
     raise ModelError(f"{model_dir} holds no weights (*.safetensors)")
 

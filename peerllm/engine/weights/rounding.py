@@ -64,6 +64,11 @@ def _largest(blocks: NDArray[np.float32]) -> NDArray[np.float32]:
     return largest
 
 
+def halves(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The reverse of `nibbles`: the two 4-bit codes of each byte, [..., 2 · bytes]."""
+    return np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:-1], -1)
+
+
 def nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Two 4-bit codes in a byte, the first in the lower half: [rows, columns / 2]."""
     pairs = codes.view("<u2")

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peerllm.engine.messages import TensorAt
+from peerllm.stored_types import PLAIN_FLOATS
 
-FLOATS = ("F32", "F16", "BF16", "F64")
 SCALES = ("weight_scale_inv", "weight_scale")
 EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 
@@ -23,7 +23,7 @@ def settled(config: Mapping[str, Any], tensors: Iterable[tuple[str, TensorAt]]) 
     floats, found = set[str](), dict[str, Any]()
     for name, tensor in tensors:
         layer, _, kind = name.rpartition(".")
-        if kind == "weight" and len(tensor.shape) > 1 and tensor.dtype in FLOATS:
+        if kind == "weight" and len(tensor.shape) > 1 and tensor.dtype in PLAIN_FLOATS:
             floats.add(EXPERT.sub(".experts.0.", layer))
         elif kind in SCALES:
             found |= {"scale": kind, "scale_sides": len(tensor.shape)}

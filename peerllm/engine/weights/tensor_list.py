@@ -12,7 +12,6 @@ from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 from peerllm.stored_types import stored_bytes
 
-TENSOR_LIST = "tensors.json"
 MAX_LIST_BYTES = 64 << 20
 MAX_SIDES = 8
 KINDS: Mapping[str, type] = {"name": str, "dtype": str, "shape": list, "path": str, "offset": int, "nbytes": int}

@@ -35,6 +35,13 @@ async def test_builtin_is_in_the_package_and_computes_in_float32():
     assert dtype_of("other", "bfloat16") == "bfloat16"
 
 
+async def test_a_list_of_tensors_that_others_wrote_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tensors.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"tensors\.json, which is for GGUF files"):
+        await resolve(str(tmp_path), NO_GGUF, quiet)
+
+
 @pytest.mark.usefixtures("hub_files")
 async def test_a_directory_is_taken_as_it_is(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"config\.json"):

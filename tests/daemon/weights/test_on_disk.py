@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.demo.demo_memory import sizes_of
+from peerllm.daemon.weights.gguf.architectures import ARCHITECTURES
 from peerllm.daemon.weights.hub import hole
 from peerllm.daemon.weights.known_models import (
     FORMS,
@@ -169,5 +170,6 @@ def test_short_names_are_ids_of_the_hub() -> None:
     assert hub_name("maker/name") == ("maker/name", "")
     assert hub_name("maker/name:file.gguf") == ("maker/name", "file.gguf")
     assert {one.form for one in KNOWN} <= set(FORMS)
+    assert {one.architecture for one in KNOWN} <= set(ARCHITECTURES)
     assert len({one.name for one in KNOWN}) == len({one.hub_id for one in KNOWN}) == len(KNOWN)
     assert all("/" in one.hub_id and one.name == one.name.lower() for one in KNOWN)

@@ -134,7 +134,7 @@ def test_pickles_are_not_read(model):
     with pytest.raises(ModelError, match="holds no weights"):
         inspect_model(model)
     (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    with pytest.raises(ModelError, match="safetensors only"):
+    with pytest.raises(ModelError, match="holds pickles, which peerllm never reads"):
         inspect_model(model)
 
 

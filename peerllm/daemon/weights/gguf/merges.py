@@ -40,7 +40,9 @@ def scored_merges(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[Me
             f"the GGUF file's tokens have more than {MAX_SPLITS} characters, or one has more than {MAX_PIECE_CHARS}"
         )
     best_first = np.argsort(-scores.astype(np.float64), kind="stable")  # of equal scores the one learned first
-    known, merges, chars = {token: token for token in tokens}, [], 0
+    known = {token: token for token in tokens}
+    merges: list[Merge] = []
+    chars = 0
     for number in best_first.tolist():
         token = tokens[number]
         for at in range(len(token) - 1, 0, -1):

@@ -14,15 +14,16 @@ from typing import Any
 
 import orjson
 
+from peerllm.daemon.facade import short_name
 from peerllm.daemon.weights.gguf.header import GGUFHeader, read_gguf
 from peerllm.daemon.weights.gguf.tokenizer_files import tokenizer_files
 from peerllm.daemon.weights.gguf.translation import translate
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
+from peerllm.stored_types import TENSOR_LIST
 
 FORM = 1  # of these directories: another number makes all of them anew
 MOST_KEPT = 32  # directories, of some megabytes each; the longest unused go first
-SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
 def model_directory(files: Sequence[Path], cache_root: Path) -> Path:
@@ -32,7 +33,7 @@ def model_directory(files: Sequence[Path], cache_root: Path) -> Path:
     """
     files = [file.absolute() for file in files]
     place = cache_root / _key(files)
-    directory = place / directory_name(files[0])
+    directory = place / short_name(files[0].name)
     if directory.is_dir():
         with contextlib.suppress(OSError):
             os.utime(place)  # used now
@@ -45,13 +46,6 @@ def model_directory(files: Sequence[Path], cache_root: Path) -> Path:
     except OSError as error:
         raise ModelError(f"the model's description cannot be written to {cache_root}: {error}") from error
     return directory
-
-
-def directory_name(file: Path) -> str:
-    """What a model is called after its (first) file."""
-    stem = file.name[: -len(file.suffix)]
-    head, _, tail = stem.rpartition("-00001-of-")
-    return head if head and tail.isdigit() else stem
 
 
 def _key(files: Sequence[Path]) -> str:
@@ -90,7 +84,7 @@ def _contents(header: GGUFHeader) -> dict[str, bytes]:
         **tokenizer_files(header.metadata),
         "config.json": _json(translation.config),
         "generation_config.json": _json(translation.generation),
-        "tensors.json": orjson.dumps([asdict(tensor) for tensor in translation.tensors]),
+        TENSOR_LIST: orjson.dumps([asdict(tensor) for tensor in translation.tensors]),
     }
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from peerllm.daemon.weights.gguf_choice import BESIDE, SUFFIX
 from peerllm.errors import ModelError
 
 PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
@@ -26,10 +27,10 @@ def gguf_files(path: Path) -> list[Path]:
 
 
 def one_of_each(names: Iterable[str]) -> list[str]:
-    """The first file of each model among names of files, in order; projectors for images are no models."""
+    """The first file of each model among names of files, in order; BESIDE are no models."""
     models: dict[tuple[str, str], str] = {}
     for name in sorted(names):
-        if name.lower().endswith(".gguf") and "mmproj" not in name.lower():
+        if name.lower().endswith(SUFFIX) and not BESIDE.search(name.rpartition("/")[2]):
             found = PART.fullmatch(name)
             models.setdefault((found["name"], found["count"]) if found else (name, ""), name)
     return list(models.values())

@@ -13,6 +13,7 @@ from peerllm.daemon.weights.gguf.hyperparameters import Hyperparameters, block_o
 from peerllm.daemon.weights.gguf.token_table import token_table
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
+from peerllm.stored_types import PLAIN_FLOATS
 
 # Read into config.json, or for training and other programs only.
 UNNAMED = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
@@ -20,7 +21,6 @@ UNNAMED_IN_BLOCKS = frozenset({"attn_rot_embd.weight", "attn_rot_embd"})
 LATENT_STACKS = ("attn_k_b", "attn_v_b")  # a matrix for each head
 CONVOLUTIONS = ("conv.weight", "conv1d.weight")
 BARE = frozenset({"attn_sinks", "layer_output_scale"})  # whose names in transformers have no ".weight"
-FLOATS = frozenset({"F32", "F16", "BF16"})
 TOKENS: Mapping[str, str] = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
@@ -45,7 +45,7 @@ def translate(header: GGUFHeader) -> Translation:
     tensors = tuple(_named(architecture, values, header.tensors))
     stored = {
         "quant_method": "gguf",
-        "types": {tensor.name: tensor.dtype for tensor in tensors if tensor.dtype not in FLOATS},
+        "types": {tensor.name: tensor.dtype for tensor in tensors if tensor.dtype not in PLAIN_FLOATS},
         "paired": architecture.paired,
         "norm_offset_added": architecture.norm_offset_added,
         "decays_stored": architecture.decays_stored,

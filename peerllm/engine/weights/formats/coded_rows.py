@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from peerllm.engine.weights.rounding import halves
+
 Floats = npt.NDArray[np.float32]
 Rows = slice | npt.NDArray[np.int64]
 
@@ -30,7 +32,7 @@ class CodedRows:
         rows = len(self.codes)
         codes = self.codes
         if self.bits == 4:
-            codes = np.stack((codes & 15, codes >> 4), axis=2).reshape(rows, -1)
+            codes = halves(codes)
         whole = codes.reshape(rows, -1, self.block).astype(np.float32)
         zeros = np.float32(1 << (self.bits - 1)) if self.zeros is None else self.zeros[:, :, None].astype(np.float32)
         whole -= zeros

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine.weights.formats.coded_rows import CodedRows, Floats, Rows, StoredTensors
-from peerllm.engine.weights.rounding import nibbles
+from peerllm.engine.weights.rounding import halves, nibbles
 from peerllm.errors import ModelError
 
 Codes = npt.NDArray[np.uint8]
@@ -47,7 +47,7 @@ def unpacked(words: npt.NDArray[Any], bits: int) -> Codes:
     held_bytes = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
     if bits == 8:
         return held_bytes
-    return np.stack((held_bytes & 15, held_bytes >> 4), axis=-1).reshape(*held_bytes.shape[:-1], -1)
+    return halves(held_bytes)
 
 
 def packed(codes: Codes, bits: int) -> Codes:
@@ -99,7 +99,7 @@ class GroupedForm(ABC):
         if not columns or columns % self.block:
             raise ModelError(f"{name}: rows of {columns} weights cannot be divided into blocks of {self.block}")
         if found.places is not None and (order := self._order(base, found.places, columns)) is not None:
-            apart = np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1) if self.bits == 4 else codes
+            apart = halves(codes) if self.bits == 4 else codes
             codes = packed(apart[:, order], self.bits)
         zeros = None if found.zeros is None else self._spread(found.zeros, columns)
         return CodedRows(self.bits, self.block, codes, self._spread(found.scales, columns), zeros, order=order)

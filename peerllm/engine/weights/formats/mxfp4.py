@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from peerllm.engine.weights.formats.coded_rows import CodedRows, Floats, Rows, StoredTensors
+from peerllm.engine.weights.formats.ggml_blocks import MXFP4
 from peerllm.engine.weights.formats.grouped_form import held
+from peerllm.engine.weights.rounding import halves
 from peerllm.errors import ModelError
 
 BLOCK = 32
-LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # twice the 4-bit floats
 BIAS = 128  # of the exponents: 127, and one for the doubling
 UNDEFINED = 255  # an exponent that stands for no number
 # The two codes of a byte, as one number, which is looked up ten times as fast as two.
-_PAIRS = (LEVELS[np.stack((np.arange(256) & 15, np.arange(256) >> 4), axis=1)] + 128).astype(np.uint8).view(np.uint16)
+_PAIRS = (MXFP4.view(np.uint8) ^ np.uint8(128))[halves(np.arange(256, dtype=np.uint8)[:, None])].view(np.uint16)
 
 
 @dataclass(frozen=True, slots=True)

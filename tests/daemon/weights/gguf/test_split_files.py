@@ -74,6 +74,7 @@ def test_each_model_is_listed_once() -> None:
         "a.gguf",
         "sub/a.gguf",
         "mmproj.gguf",
+        "imatrix.gguf",
         "config.json",
         "M-00001-of-00002.gguf",
         f"{PARTS[0][:-6]}4.gguf",
