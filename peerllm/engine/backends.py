@@ -12,7 +12,7 @@ import psutil
 
 from peerllm.engine.base import Progress, Sampler, Shard
 from peerllm.engine.families import FAMILIES
-from peerllm.engine.graph import family
+from peerllm.engine.graph import table
 from peerllm.engine.graph.describe import Described, UnfitError, describe
 from peerllm.engine.graph.graph_inspect import layer_tensors, profile, working
 from peerllm.engine.graph.graph_mockup import GraphOutline
@@ -53,7 +53,7 @@ class Backends:
         if compute != "cpu":
             return self._with_torch(f"--compute {compute}").facts(compute, threads)
         has_torch = all(find_spec(name) is not None for name in ("torch", "transformers"))
-        families = FAMILIES if has_torch else family.FAMILIES
+        families = FAMILIES if has_torch else table.FAMILIES
         dtypes = ("float32", "bfloat16", "float16") if has_torch else ("float32",)
         return Facts(runtime_bytes(), versions(), tuple(sorted(families)), dtypes)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from peerllm.engine.graph import family
+from peerllm.engine.graph import table
 
 FAMILIES: frozenset[str] = frozenset(
     [
-        *family.FAMILIES,
+        *table.FAMILIES,
         "afmoe", "apertus", "bamba", "biogpt", "bitnet", "bloom", "codegen", "cohere2_moe", "dbrx", "diffllama",
         "doge", "dots1", "ernie4_5_moe", "exaone_moe", "falcon_h1", "gemma3n_text", "glm4_moe",
         "gpt-sw3", "gpt_neox_japanese", "hunyuan_v1_moe", "hy_v3", "jetmoe", "laguna", "llama4_text", "mellum",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from peerllm.engine.families import FAMILIES as SUPPORTED
-from peerllm.engine.graph.family import FAMILIES as GRAPH
+from peerllm.engine.graph.table import FAMILIES as GRAPH
 from peerllm.wrapped_models import WRAPPERS
 from tests.engine.architectures import FAMILIES, LAYERS, Cut, Example, Family, every_cut, examine, share
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from peerllm.engine.base import ROLLBACK_TOKENS
 from peerllm.engine.graph.describe import UnfitError, describe
-from peerllm.engine.graph.family import FAMILIES
 from peerllm.engine.graph.rotation import inverse_frequencies, tables
 from peerllm.engine.graph.structure import Rope
+from peerllm.engine.graph.table import FAMILIES
 from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.graph.variants import (
     BY_KIND,

@@ -7,11 +7,12 @@ of one group that all heads share. In graphs both are the same memory.
 from __future__ import annotations
 
 from peerllm.engine.graph.blocks.builder import Builder, rms
-from peerllm.engine.graph.family import ConfigReader, Names
 from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.rotation import magnitude
 from peerllm.engine.graph.structure import LatentAttention, Rope
+from peerllm.engine.graph.table.family import ConfigReader
+from peerllm.engine.graph.table.names import Names
 from peerllm.engine.graph.weights import Vectors
 from peerllm.engine.weights.tensors import Floats
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from peerllm.engine.graph.blocks.builder import Builder
-from peerllm.engine.graph.family import ConfigReader, Names
 from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.structure import ShortConvolution
+from peerllm.engine.graph.table.family import ConfigReader
+from peerllm.engine.graph.table.names import Names
 from peerllm.engine.graph.weights import Vectors
 
 

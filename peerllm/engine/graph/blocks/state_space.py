@@ -7,10 +7,11 @@ import numpy as np
 from peerllm.engine.graph.blocks.builder import Builder, ones, rms
 from peerllm.engine.graph.blocks.delta_rule import decays
 from peerllm.engine.graph.blocks.short_convolution import add_taps
-from peerllm.engine.graph.family import ConfigReader, Names
 from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.nodes import CONTRIB
 from peerllm.engine.graph.structure import StateSpace
+from peerllm.engine.graph.table.family import ConfigReader
+from peerllm.engine.graph.table.names import Names
 from peerllm.engine.graph.weights import Vectors
 
 
