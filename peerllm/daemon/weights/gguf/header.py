@@ -76,7 +76,7 @@ class _Walk:
         if version not in VERSIONS:
             raise self._wrong(f"has version {version} of the format; versions {VERSIONS[0]} and {VERSIONS[1]} are read")
         tensors, values = self._u64(), self._u64()
-        if MAX_TENSORS < tensors <= (self._end - self._at) // LEAST_TENSOR:  # larger claims are told with the file's size, below
+        if MAX_TENSORS < tensors <= (self._end - self._at) // LEAST_TENSOR:  # a larger claim is told below
             raise self._wrong(f"has {tensors} tensors; at most {MAX_TENSORS} are taken")
         metadata: dict[str, Any] = {}
         for _ in self._counted(values, LEAST_VALUE, "values"):

@@ -103,7 +103,9 @@ def numbers(metadata: Mapping[str, Any], name: str, count: int) -> npt.NDArray[A
     found = metadata.get(f"tokenizer.ggml.{name}")
     if found is None:
         return None
-    array: npt.NDArray[Any] = np.asarray(() if isinstance(found, str | list) else found)
+    if isinstance(found, str) or (isinstance(found, list) and any(isinstance(one, str) for one in found)):
+        found = ()  # numpy gives every text the room of the longest
+    array: npt.NDArray[Any] = np.asarray(found)
     if array.ndim != 1 or array.dtype.kind not in "if" or len(array) != count:
         raise ModelError(f"the GGUF file's tokenizer.ggml.{name} is not one number for each of its {count} tokens")
     return array
