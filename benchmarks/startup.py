@@ -1,5 +1,7 @@
 """How long `peerllm run` takes until a model on disk serves: three devices of this machine, 1 GB of random weights.
 
+With --model FILE.gguf --alone one device serves that file.
+
 The first run times layers, hashes and fetches; the second finds all of that in the devices' data. Processor seconds
 stand beside, for they tell more where a machine has other work.
 """
@@ -37,11 +39,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "peerllm-1gb",
                         help="where the model lies, or is written")  # fmt: skip
+    parser.add_argument("--alone", action="store_true", help="one device, which lends enough, with all processors")
     args = parser.parse_args(argv)
-    model = write_llama(args.model, SHAPE)
+    model = args.model.resolve() if args.model.suffix == ".gguf" else write_llama(args.model, SHAPE)
+    names, memory = (NAMES[:1], "8GB") if args.alone else (NAMES, MEMORY)
+    options = ["--no-mdns", *(["--threads", str(psutil.cpu_count())] if args.alone else [])]
     with (
         tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory,
-        household(Path(directory), NAMES, memory=MEMORY) as devices,
+        household(Path(directory), names, memory=memory, options=options) as devices,
     ):
         for run in ("first", "second"):
             began, worked = time.monotonic(), processor_s(devices)

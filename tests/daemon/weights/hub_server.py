@@ -31,6 +31,7 @@ class HubServer:
         self.asked = threading.Event()  # for a whole weight file
         self.refuse: dict[str, tuple[int, str]] = {}  # status and error code, by the beginning of a path
         self.closed = False
+        self.parts = True  # False: whole files, whatever range is asked for
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -87,7 +88,7 @@ class HubServer:
             "Accept-Ranges": "bytes",
         }
         part, status = data, 200
-        if wanted:
+        if wanted and self.parts:
             first = int(wanted[1])
             part, status = data[first : int(wanted[2]) + 1 if wanted[2] else None], 206
             headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(data)}"

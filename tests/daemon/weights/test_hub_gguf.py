@@ -90,6 +90,15 @@ async def test_a_plan_needs_the_header_alone(
     assert said == [f"taking Q4_K_M of {MODEL}, which also has Q8_0, BF16"]
 
 
+async def test_a_hub_that_gives_no_parts_is_not_read_twice(
+    hub: HubServer, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_header, "FIRST_BYTES", 1000)
+    hub.parts = False
+    with pytest.raises(ModelError, match="gives no parts"):
+        hub_header.gguf_header(MODEL, Q4, "main", None, 10.0)
+
+
 @pytest.mark.parametrize(
     ("tag", "files"), [("", [Q4]), (":q8_0", [Q8]), (f":{Q8}", [Q8]), (":bf16", [part[5:] for part in PARTS])]
 )

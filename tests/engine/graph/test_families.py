@@ -200,6 +200,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}),
     ("llama", BY_KIND),
     ("llama", {"hidden_act": "xielu"}),
+    ("gemma4_text", {"hidden_size_per_layer_input": 1 << 20}),
     ("llama", {"head_dim": 20}),
     ("llama", {"num_key_value_heads": 5}),
     ("llama", {"per_layer_config": {"0": {"num_key_value_heads": 4}}}),

@@ -58,6 +58,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"path": "m.gguf"}, "malformed"),
     ({"path": "/gone/m.gguf"}, "/gone/m.gguf is gone"),
     ({"path": "/dev"}, "/dev is gone"),
+    ({"path": "/etc/passwd"}, "/etc/passwd, which is no GGUF file"),
     ({"path": "/a\0b"}, "/a\0b"),
 ]
 

@@ -85,3 +85,17 @@ def test_a_pattern_of_windows_in_the_file_goes_before_the_usual() -> None:
     for bad in (array("B", [1]), "x", 0):
         with pytest.raises(ModelError, match="sliding_window_pattern"):
             kinds(bad)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"block_count": 1 << 39}, "blocks; 1 to 1022 are taken"),
+        ({"block_count": 2, "nextn_predict_layers": 2}, "has 0 blocks"),
+        ({"attention.key_length": 0}, "heads of width 0"),
+        ({"attention.head_count": 1 << 39}, "heads of width"),
+    ],
+)
+def test_counts_are_bounded_before_lists_are_that_long(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        hyperparameters("gemma2", values)

@@ -319,6 +319,7 @@ GPT2 = gpt2_metadata(byte_level("gpt-2"), "gpt-2")
         (GPT2 | {"tokenizer.ggml.tokens": ["a", "a"]}, "twice"),
         (GPT2 | {"tokenizer.ggml.token_type": [1]}, "one number for each"),
         (GPT2 | {"tokenizer.ggml.token_type": ["x"] * len(GPT2["tokenizer.ggml.tokens"])}, "one number for each"),
+        (GPT2 | {"tokenizer.ggml.token_type": [""] * 10**5 + ["x" * 10**5]}, "one number for each"),
         (GPT2 | {"tokenizer.ggml.eos_token_id": 10**6}, "eos token is 1000000"),
         (GPT2 | {"tokenizer.ggml.eos_token_id": "0"}, "eos token is 0"),
         (GPT2 | {"tokenizer.ggml.pre": None}, "does not say how"),
@@ -386,3 +387,9 @@ def test_metadata_of_any_kind_is_read_or_refused(changes: dict[str, Any], scored
     except ModelError:
         return
     Tokenizer.from_buffer(files["tokenizer.json"])
+
+
+def test_more_merges_than_any_model_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merges, "MAX_MERGE_CHARS", 100)
+    with pytest.raises(ModelError, match="merged in more ways"):
+        tokenizer_files(spm_metadata(tokens=[*sentence_pieces()[0][:-20], *("a" * (n + 1) for n in range(20))]))
