@@ -33,7 +33,7 @@ PROMPTS = (
     "How far is the moon?", "Describe a rainy day in a city.", "What are the colours of the rainbow?",
     "Write a polite letter that declines an invitation.",
 )  # fmt: skip
-ASKED = PROMPTS if os.environ.get("PEERLLM_FULL") == "1" else PROMPTS[:4]
+ASKED = PROMPTS if os.environ.get("PEERLLM_FULL") == "1" else PROMPTS[:3]
 
 
 @pytest.fixture(params=sorted(FILES))
