@@ -392,4 +392,4 @@ def test_metadata_of_any_kind_is_read_or_refused(changes: dict[str, Any], scored
 def test_more_merges_than_any_model_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merges, "MAX_MERGE_CHARS", 100)
     with pytest.raises(ModelError, match="merged in more ways"):
-        tokenizer_files(spm_metadata(tokens=[*sentence_pieces()[0][:-20], *("a" * (n + 1) for n in range(20))]))
+        tokenizer_files(spm_metadata(tokens=[*sentence_pieces()[0][:-20], *("龘" * (n + 1) for n in range(20))]))
