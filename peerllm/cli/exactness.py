@@ -12,6 +12,8 @@ from peerllm.types import BITS
 class UsageError(BadInputError):
     """Options that contradict each other."""
 
+EXACT = {"dtype": "float32", "quantize": "none", "activations": "exact"}  # of a request to run or plan
+
 
 def exactness(args: argparse.Namespace) -> dict[str, Any]:
     """The request's "quantize" and "activations", and "dtype" where --exact fixes it; UsageError if they contradict."""
@@ -20,4 +22,4 @@ def exactness(args: argparse.Namespace) -> dict[str, Any]:
     for option, asked in (("--quantize", args.quantize), ("--activations", args.activations)):
         if asked in BITS:
             raise UsageError(f"--exact rounds nothing: leave out {option} {asked}")
-    return {"dtype": "float32", "quantize": "none", "activations": "exact"}
+    return EXACT

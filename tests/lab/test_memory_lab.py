@@ -67,7 +67,7 @@ def make_model(directory: Path, kind: str) -> Path:
 def write_blocks(directory: Path, config: dict[str, Any]) -> Path:
     """The same model with a GGUF file's mix of Q4_K and Q6_K, as its model directory has it."""
     directory.mkdir()
-    hidden, wide, file, types = config["hidden_size"], config["intermediate_size"], File(directory / "blocks"), {}
+    hidden, wide, file, types = config["hidden_size"], config["intermediate_size"], File(directory / "blocks.gguf"), {}
 
     def add(name: str, kind: str, *shape: int) -> None:
         types[name] = kind

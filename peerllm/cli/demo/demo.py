@@ -20,6 +20,7 @@ from peerllm.cli.demo.demo_devices import DemoDevice
 from peerllm.cli.demo.demo_memory import limits, sizes_of
 from peerllm.cli.demo.demo_model import DemoModel, demo_model
 from peerllm.cli.device import LocalDevice, demo_note
+from peerllm.cli.exactness import EXACT
 from peerllm.cli.look import deployment_text, devices_text
 from peerllm.cli.parser import default_data_dir
 from peerllm.cli.progress import show_progress
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         model = demo_model(args.model, Path(directory) / NAMES[0] / GGUF_CACHE, args.json)
         if model.instead:
             say(f"{model.instead}\nSo this is the built-in model, which knows little; it shows that everything works.")
-        sizes = sizes_of(model.directory, SLOTS, CONTEXT)
+        sizes = sizes_of(model.directory, SLOTS, CONTEXT, *(("float32", "none") if model.exact else ()))
         memory = limits(sizes, args.devices)
         say(f"{model.name} takes {human_bytes(sizes.total)} with room for {SLOTS} sequences.")
         say(f"Starting {args.devices} devices, which takes up to half a minute:")
@@ -119,7 +120,7 @@ def _serve(devices: list[DemoDevice], model: DemoModel, args: argparse.Namespace
         at = f"127.0.0.1:{invitation['port']}"
         LocalDevice(device.data_dir).post("/peerllm/v1/join", {"code": invitation["code"], "at": at})
     _wait_for_all(first, [device.name for device in devices])
-    body = {"model": model.name, "slots": SLOTS, "context": CONTEXT}
+    body = {"model": model.name, "slots": SLOTS, "context": CONTEXT, **(EXACT if model.exact else {})}
     lines = first.lines("/peerllm/v1/run", body)
     if args.json:
         for _ in lines:

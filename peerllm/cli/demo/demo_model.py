@@ -26,6 +26,11 @@ class DemoModel:
     instead: str = ""
 
     @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded: so small a model says something else after rounding, and is fast without."""
+        return self.name == FIRST
+
+    @property
     def question(self) -> str:
         return ITS_OWN_QUESTION if self.name == BUILTIN else QUESTION
 

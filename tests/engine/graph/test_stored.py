@@ -42,7 +42,7 @@ def halves(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
 
 def write(root: Path, paired: bool) -> tuple[dict[str, Any], list[TensorAt], list[TensorAt]]:
     """config.json, the tensors in blocks, and the same numbers in float32."""
-    blocks, floats, types = File(root / "blocks"), File(root / "floats"), {}
+    blocks, floats, types = File(root / "blocks.gguf"), File(root / "floats"), {}
 
     def add(name: str, kind: str, shape: tuple[int, int], heads: int = 0) -> None:
         data = blocks_of(kind, *shape, seed=len(types))
