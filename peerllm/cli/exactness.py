@@ -8,11 +8,11 @@ from typing import Any
 from peerllm.errors import BadInputError
 from peerllm.types import BITS
 
+EXACT = {"dtype": "float32", "quantize": "none", "activations": "exact"}  # of a request to run or plan
+
 
 class UsageError(BadInputError):
     """Options that contradict each other."""
-
-EXACT = {"dtype": "float32", "quantize": "none", "activations": "exact"}  # of a request to run or plan
 
 
 def exactness(args: argparse.Namespace) -> dict[str, Any]:
