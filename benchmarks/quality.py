@@ -121,6 +121,7 @@ def read(model: Chain, windows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[An
 def windows_of(directory: Path, text: Path, count: int, length: int, begins: bool) -> list[NDArray[np.int64]]:
     """The text's first windows; `begins`: the first token of each becomes the one that begins a text, if there is."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # "<unk>" in the text is text, as llama.cpp reads it
     ids = np.array(tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=begins).ids, np.int64)
     windows = [ids[start : start + length].copy() for start in range(0, count * length, length)]
     empty = tokenizer.encode("").ids
