@@ -834,6 +834,25 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def walked(inspected: Inspected, cut: Cut, ids: Floats) -> Floats:
+    """Logits [n, vocabulary] of token ids [n] that a cut's shards, all of them graphs, take in one at a time."""
+    shards = load(inspected, cut)
+    assert all(isinstance(shard, GraphShard) for shard in shards)
+    rows = []
+    for position, token in enumerate(ids):
+        carried: npt.NDArray[Any] = np.array([token])
+        for shard in shards:
+            carried = shard.forward(carried, [in_slot(0, position, 1, True)])
+        rows.append(carried[0].copy())
+    return np.array(rows)
+
+
+def likeness(some: Floats, others: Floats) -> float:
+    """The median over positions of the cosine of their logits: rounding sends some tokens to another expert."""
+    lengths = np.linalg.norm(some, axis=1) * np.linalg.norm(others, axis=1)
+    return float(np.median((some * others).sum(1) / lengths))
+
+
 def main() -> int:
     """Examine every family (or those named) and print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from peerllm.engine.graph.experts import Stacks
-from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.graph.matrix_product import Part
 from peerllm.engine.weights.rounding import block_of, rounded
 from peerllm.types import BITS
@@ -25,12 +23,12 @@ from tests.engine.architectures import (
     Floats,
     cuts,
     inspect,
-    load,
+    likeness,
     save,
     tiny_model,
+    walked,
 )
 from tests.engine.kernels.test_rounding import restored
-from tests.engine.runs import in_slot
 
 WIDER = {"hidden_size": 64, "intermediate_size": 128, "n_inner": 128, "head_dim": 16}  # for blocks of 32 and of 128
 EXPERTS_TOO = {**EXPERTS, "moe_intermediate_size": 64}
@@ -57,21 +55,7 @@ def wider(name: str) -> Family:
 
 def logits(directory: Path, quantize: str, cut: Cut = WHOLE) -> Floats:
     """[n, vocabulary], of one token at a time."""
-    shards = load(inspect(directory, quantize=quantize), cut)
-    assert all(isinstance(shard, GraphShard) for shard in shards)
-    rows = []
-    for position, token in enumerate(IDS):
-        carried: npt.NDArray[Any] = np.array([token])
-        for shard in shards:
-            carried = shard.forward(carried, [in_slot(0, position, 1, True)])
-        rows.append(carried[0].copy())
-    return np.array(rows)
-
-
-def likeness(some: Floats, others: Floats) -> float:
-    """The median over positions of the cosine of their logits: rounding sends some tokens to another expert."""
-    lengths = np.linalg.norm(some, axis=1) * np.linalg.norm(others, axis=1)
-    return float(np.median((some * others).sum(1) / lengths))
+    return walked(inspect(directory, quantize=quantize), cut, IDS)
 
 
 def restoring(patch: pytest.MonkeyPatch, bits: int) -> None:

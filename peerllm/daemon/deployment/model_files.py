@@ -28,6 +28,7 @@ GGUF_CACHE = "gguf"  # in the data directory: the model directories that GGUF fi
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(:\w[\w./-]{0,199})?")
 PREFIXES = ("hf.co/", "huggingface.co/")  # which other programs want before a hub id
 PATIENCE_S = 4.0  # seconds until the hub must have answered, where the model is to be had elsewhere too
+ALONE_S = 30.0  # the same where only the hub has it
 
 Tell = Callable[[str, float | None], None]  # what is being done, and how much of it
 
@@ -144,7 +145,7 @@ async def _asked(model: str) -> hub.Repository:
     repository, tag = hub_name(_plain(model))
     one = known(model)
     here = await asyncio.to_thread(cached, repository, tag)
-    patience = PATIENCE_S if here or (one is not None and one.package is not None) else 3 * hub.ASK_TIMEOUT_S
+    patience = PATIENCE_S if here or (one is not None and one.package is not None) else ALONE_S
     try:
         async with asyncio.timeout(patience):
             return await aside(lambda: hub.ask(repository, tag, min(patience, hub.ASK_TIMEOUT_S)))

@@ -16,11 +16,11 @@ MAX_SUGGESTIONS = 3
 LIKENESS = 0.6  # from which a name may be meant
 # Bits of a number in files of a form, and in memory where it is computed as it is stored: scales and minima of blocks
 # take more room there. "": a safetensors repository of 16-bit numbers.
-FORMS = {"": (16.0, 0.0), "Q8_0": (8.5, 11.5), "Q4_K_M": (5.0, 10.0), "MXFP4": (4.6, 11.5)}
-# Bits of a number in memory, by GGML type; others are rounded to 8 bits.
+FORMS = {"": (16.0, 0.0), "Q8_0": (8.5, 11.0), "Q4_K_M": (5.0, 10.0), "MXFP4": (4.6, 11.0)}
+# Bits of a number in memory, by GGML type (docs/formats.md has the bytes); others are rounded to 8 bits.
 MEMORY_BITS = {
-    "Q4_0": 7.5, "Q4_1": 8.5, "Q4_K": 8.5, "Q5_0": 11.5, "Q8_0": 11.5, "IQ4_NL": 11.5, "IQ4_XS": 11.5, "MXFP4": 11.5,
-    "Q5_1": 12.5, "Q5_K": 12.5, "Q6_K": 14.5, "Q3_K": 10.5, "Q2_K": 12.5,
+    "Q4_0": 7.0, "Q4_1": 8.25, "Q4_K": 8.25, "Q5_0": 11.0, "Q8_0": 11.0, "IQ4_NL": 11.0, "IQ4_XS": 11.0, "MXFP4": 11.0,
+    "Q5_1": 12.0, "Q5_K": 12.0, "Q6_K": 14.0, "Q3_K": 10.0, "Q2_K": 12.0,
 }  # fmt: skip
 PUBLISHED_SPARE = 1.25  # of the files of a checkpoint that was published in rounded numbers
 

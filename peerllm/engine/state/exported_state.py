@@ -29,11 +29,6 @@ def exported(states: Mapping[int, LayerState], position: int) -> dict[str, tuple
     return found
 
 
-def exported_bytes(states: Mapping[int, LayerState], position: int) -> int:
-    """Bytes of all these arrays together."""
-    return sum(state.exported_bytes(position) for state in states.values())
-
-
 def check_imported(
     states: Mapping[int, LayerState], position: int, context: int, arrays: Mapping[str, npt.NDArray[Any]]
 ) -> None:

@@ -83,10 +83,6 @@ class LayerState:
         """Bytes of one slot."""
         return self.room(context) * self.token_bytes + self.sequence_bytes
 
-    def exported_bytes(self, position: int) -> int:
-        """Bytes of a sequence's state after `position` tokens (exported_state.py)."""
-        return self.room(position) * self.token_bytes + sum(array.nbytes for array in self.fixed)
-
 
 def inseparable(makers: Sequence[int | None]) -> tuple[range, ...]:
     """Blocks as runs that no cut may part: a block uses the keys and values of the block `makers[number]`, if any."""

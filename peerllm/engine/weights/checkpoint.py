@@ -177,8 +177,7 @@ class ModelFiles:
     """A model directory without its weights, and the form in which it was asked for."""
 
     directory: Path
-    config: str  # config.json's text; of a wrapper, what it says of its language model
-    values: Mapping[str, Any]  # the same, parsed
+    values: Mapping[str, Any]  # config.json; of a wrapper, what it says of its language model
     tensors: Mapping[str, TensorAt]
     dtype: str  # to compute in
     quantize: str  # STORED, or see `resolve`
@@ -186,6 +185,11 @@ class ModelFiles:
     @property
     def name(self) -> str:
         return self.directory.resolve().name
+
+    @property
+    def config(self) -> str:
+        """The values as JSON."""
+        return json.dumps(self.values)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -207,16 +211,13 @@ def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bo
     if not directory.is_dir():
         raise ModelError(f"{directory} is no directory")
     values = read_json(directory / "config.json")
-    text = (directory / "config.json").read_text(encoding="utf-8")
     if str(values.get("model_type")) in WRAPPERS:
         tensors = read_tensors(directory, text_tensor)
         values = text_values(values, headed="lm_head.weight" in tensors)
-        text = json.dumps(values)
     else:
         tensors = read_tensors(directory)
     if any(name.endswith(STACKED_EXPERTS) for name in tensors):
         values = {**values, STACKED_EXPERTS_KEY: True}
-        text = json.dumps(values)
     if values.get("quantization_config") and dtype != "float32" and quantize in ("auto", "none"):
         dtype, quantize = "float32", STORED
     else:
@@ -224,8 +225,7 @@ def read_model(model_dir: str | Path, dtype: str, quantize: str, accelerator: bo
         quantize = resolve(quantize, dtype, accelerator)
     if isinstance(about := values.get("quantization_config"), dict) and about.get("quant_method") != "gguf":
         values = settled(values, ((plain_name(name), tensor) for name, tensor in tensors.items()))
-        text = json.dumps(values)
-    return ModelFiles(directory, text, values, tensors, dtype, quantize)
+    return ModelFiles(directory, values, tensors, dtype, quantize)
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:

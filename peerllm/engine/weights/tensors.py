@@ -40,7 +40,7 @@ class Tensors(Protocol):
 
 
 class Checkpoint:
-    """Tensors of safetensors files by their plain names; `count` is called with the bytes read."""
+    """Tensors of safetensors or GGUF files by their plain names; `count` is called with the bytes read."""
 
     def __init__(self, tensors: Iterable[TensorAt], count: Callable[[int], None] = lambda read: None) -> None:
         self._tensors = {plain_name(tensor.name): tensor for tensor in tensors}

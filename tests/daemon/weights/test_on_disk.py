@@ -173,3 +173,10 @@ def test_short_names_are_ids_of_the_hub() -> None:
     assert {one.architecture for one in KNOWN} <= set(ARCHITECTURES)
     assert len({one.name for one in KNOWN}) == len({one.hub_id for one in KNOWN}) == len(KNOWN)
     assert all("/" in one.hub_id and one.name == one.name.lower() for one in KNOWN)
+
+
+def test_a_header_nested_without_end_is_a_damaged_one(tmp_path: Path) -> None:
+    nested = b"[" * 200_000
+    (tmp_path / "model.safetensors").write_bytes(len(nested).to_bytes(8, "little") + nested)
+    (tmp_path / "config.json").write_bytes(nested)
+    assert weights_of((tmp_path,)).numbers == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 from zlib import crc32
@@ -50,18 +50,6 @@ SIZES = {
 NEEDED = {"deepseek_v2": {"num_experts_per_tok": 6}}  # the class has no default with which it works
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _calm() -> Iterator[None]:
-    import transformers
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Made]:
     def one(model_type: str, number: int) -> Made:
@@ -69,6 +57,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Made]
         return make(model_type, place, VARIANTS[model_type][number], tmp_path_factory.mktemp("model"))
 
     return cache(one)
+
+
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 def forward(model: Made, ids: Any, runs: Sequence[TokenRun]) -> Any:

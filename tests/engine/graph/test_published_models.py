@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from peerllm.engine.backends import Backends
-from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.graph.load import ShardForm
 from peerllm.engine.messages import Inspect, Inspected, TimeLayers
 from peerllm.engine.weights.checkpoint import mapped, read_tensors
@@ -32,12 +30,13 @@ from tests.engine.architectures import (
     cuts,
     difference,
     generate,
+    likeness,
     load,
     reference,
     tiny_model,
+    walked,
 )
 from tests.engine.quantising import quantise, write
-from tests.engine.runs import in_slot
 from tests.engine.weights.packers import METHODS, Array
 
 WIDER = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_attention_heads": 4}
@@ -68,21 +67,7 @@ def made(family: str, method: str, directory: Path) -> tuple[Path, Any]:
 
 def logits(inspected: Inspected, cut: Cut = WHOLE) -> Floats:
     """[n, vocabulary], of one token at a time."""
-    shards = load(inspected, cut)
-    assert all(isinstance(shard, GraphShard) for shard in shards)
-    rows = []
-    for position, token in enumerate(IDS):
-        carried: npt.NDArray[Any] = np.array([token])
-        for shard in shards:
-            carried = shard.forward(carried, [in_slot(0, position, 1, True)])
-        rows.append(carried[0].copy())
-    return np.array(rows)
-
-
-def likeness(some: Floats, others: Floats) -> float:
-    """The median over positions of the cosine of their logits: rounding sends some tokens to another expert."""
-    lengths = np.linalg.norm(some, axis=1) * np.linalg.norm(others, axis=1)
-    return float(np.median((some * others).sum(1) / lengths))
+    return walked(inspected, cut, IDS)
 
 
 OFTEN = {  # the others are marked slow

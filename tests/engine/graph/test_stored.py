@@ -5,9 +5,11 @@ with whole numbers.
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -15,8 +17,11 @@ import pytest
 from peerllm.engine.backends import Backends
 from peerllm.engine.graph.describe import describe
 from peerllm.engine.graph.experts import LAYERS as LAYERS_OF_EXPERTS
+from peerllm.engine.graph.matrix_product import check
 from peerllm.engine.messages import LoadStage, TensorAt
+from peerllm.engine.weights.formats import forms_of
 from peerllm.engine.weights.tensors import Checkpoint
+from peerllm.errors import ModelError
 from tests.engine.runs import in_slot
 from tests.engine.weights.ggml_tensors import File, blocks_of, read
 
@@ -166,3 +171,34 @@ def test_experts_are_the_files(
     kept = logits(config, blocks, "stored")
     likeness = (kept * meant).sum(1) / np.linalg.norm(kept, axis=1) / np.linalg.norm(meant, axis=1)
     assert np.median(likeness) > 0.99, "inputs are rounded, which may send a token elsewhere"
+
+
+@pytest.mark.parametrize("biased", ["v", "qv", "short q"])
+def test_biases_of_some_parts_alone_are_refused(tmp_path: Path, biased: str) -> None:
+    """Rows of queries and keys are stored in another order; their biases count all the same."""
+    config, blocks, _ = write(tmp_path, paired=True)
+    more = File(tmp_path / "more.gguf")
+    sizes = {"q": HEADS * WIDTH, "k": GROUPS * WIDTH, "v": GROUPS * WIDTH}
+    for role in "qkv" if biased.startswith("short") else biased:
+        size = sizes[role] - (biased == f"short {role}")
+        more.add(f"model.layers.0.self_attn.{role}_proj.bias", "F32", (size,), np.zeros(size, np.float32))
+    product = describe(config).blocks[0].products["qkv"]
+    with pytest.raises(ModelError, match=r"self_attn\.[qk]_proj\.bias"):
+        check(Checkpoint([*blocks, *more.tensors]), product)
+
+
+def test_tiles_wider_than_a_matrix_take_no_memory_for_what_is_not_there() -> None:
+    matrix = {"w.weight": np.ones((64, 16), ml_dtypes.float8_e4m3fn), "w.weight_scale_inv": np.full((1, 1), 2.0, "f4")}
+
+    class Held:
+        def stored(self, name: str) -> npt.NDArray[Any]:
+            return matrix[name]
+
+    config = {"quant_method": "fp8", "weight_block_size": [64, 65536], "found": {"scale": "weight_scale_inv"}}
+    form = forms_of({"model_type": "llama", "quantization_config": {**config, "floats": []}})("w.weight")
+    assert form is not None
+    tracemalloc.start()
+    floats = form.floats(Held(), "w.weight", slice(None))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(floats, np.full((64, 16), 2, np.float32)) and most < 1 << 20

@@ -18,7 +18,7 @@ from peerllm.engine.base import Shard
 from peerllm.engine.messages import Inspect, Inspected
 from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.engine.model.torch_shard import TorchShard, load_shard
-from peerllm.engine.state.exported_state import exported, exported_bytes
+from peerllm.engine.state.exported_state import exported
 from peerllm.errors import BadInputError, EngineError
 from peerllm.planner.cost.layer_costs import kv_bytes
 from tests.engine.architectures import FAMILIES, quiet, save, stage, tiny_model
@@ -106,7 +106,6 @@ def test_a_sequence_goes_on_elsewhere(model_type: str, engine: str) -> None:
     wanted = exported(states_of(here), length)
     assert position == length
     assert {name: (array.shape, str(array.dtype)) for name, array in arrays.items()} == wanted
-    assert sum(array.nbytes for array in arrays.values()) == exported_bytes(states_of(here), length)
     begun([there], 2, seed=3)  # what was there is forgotten
     there.import_state(2, position, arrays)
     for step in range(6):

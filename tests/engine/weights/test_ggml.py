@@ -86,7 +86,7 @@ def test_zeros_take_up_what_they_can_of_the_minima(kind: str, tmp_path: Path) ->
 
 
 def test_inputs_rounded_to_8_bits_err_no_more_for_minima(tmp_path: Path) -> None:
-    """Weights about 0 in blocks with a minimum, as files hold them; without centred zeros the error is 1 %."""
+    """Weights about 0 in blocks with a minimum, as files hold them; without centred zeros the error is 1.7 %."""
     rng = np.random.default_rng(0)
     blocks = quantize(rng.standard_normal((64, COLUMNS)).astype(np.float32), GGMLQuantizationType.Q4_1)
     file = File(tmp_path / "file")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peerllm.engine.graph.table.family import (
+    EPS_1E6,
     GRANITE_DEFAULTS,
     HEADS_ALONE,
     LAYER,
@@ -15,7 +16,6 @@ from peerllm.engine.graph.table.family import (
     QWEN_WINDOWS,
     RMS,
     SANDWICH,
-    SIX,
     WINDOWS,
     ConfigReader,
     Family,
@@ -62,13 +62,13 @@ def _granite_swa(values: ConfigReader) -> dict[str, Any]:
 
 
 DENSE_FAMILIES: Mapping[str, Family] = {
-    "llama": Family(defaults=SIX),
-    "mistral": Family(layer_type=windows, defaults={**SIX, "sliding_window": 4096, "num_key_value_heads": 8}),
-    "ministral": Family(layer_type=windows, defaults={**SIX, **WINDOWS, "num_key_value_heads": 8}),
-    "qwen2": Family(layer_type=qwen_windows, defaults={**SIX, **QWEN_WINDOWS, "num_key_value_heads": 32}),
+    "llama": Family(defaults=EPS_1E6),
+    "mistral": Family(layer_type=windows, defaults={**EPS_1E6, "sliding_window": 4096, "num_key_value_heads": 8}),
+    "ministral": Family(layer_type=windows, defaults={**EPS_1E6, **WINDOWS, "num_key_value_heads": 8}),
+    "qwen2": Family(layer_type=qwen_windows, defaults={**EPS_1E6, **QWEN_WINDOWS, "num_key_value_heads": 32}),
     "qwen3": Family(
         layer_type=qwen_windows, normed=True,
-        defaults={**SIX, **QWEN_WINDOWS, "num_key_value_heads": 32, "head_dim": 128},
+        defaults={**EPS_1E6, **QWEN_WINDOWS, "num_key_value_heads": 32, "head_dim": 128},
     ),
     "phi": Family(
         names=PHI, keys=LAYER, norm="layer", head_norm="layer", placements=ONE, parallel=True, gated=False,
@@ -108,7 +108,7 @@ DENSE_FAMILIES: Mapping[str, Family] = {
         names=POSTED, placements=POST, normed=True, norm_over="heads", layer_type=full_at(-1, 4), local_theta=500000.0,
         defaults={**WINDOWS, "rope_theta": 500000.0},
     ),
-    "granite": Family(defaults={**SIX, **GRANITE_DEFAULTS}),
+    "granite": Family(defaults={**EPS_1E6, **GRANITE_DEFAULTS}),
     "granite_swa": Family(
         layer_type=full_at(0, 4), sinks=True, by=_granite_swa,
         defaults={**GRANITE_DEFAULTS, **WINDOWS, "num_key_value_heads": 4, "sliding_window": 128,
@@ -124,7 +124,7 @@ DENSE_FAMILIES: Mapping[str, Family] = {
     ),
     "smollm3": Family(
         layer_type=_smollm3_windows, rotates=_smollm3_rotates,
-        defaults={**SIX, **WINDOWS, "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 2e6,
+        defaults={**EPS_1E6, **WINDOWS, "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 2e6,
             "sliding_window": None, "use_sliding_window": False, "no_rope_layers": None, "no_rope_layer_interval": 4},
     ),
     "exaone4": Family(
@@ -136,7 +136,7 @@ DENSE_FAMILIES: Mapping[str, Family] = {
         interleaved=True,
         defaults={"num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True, "rope_theta": 500000.0},
     ),
-    "seed_oss": Family(defaults={**SIX, "num_key_value_heads": 8, "head_dim": 128}),
+    "seed_oss": Family(defaults={**EPS_1E6, "num_key_value_heads": 8, "head_dim": 128}),
     "hunyuan_v1_dense": Family(names=HUNYUAN, normed=True, norm_after_rope=True, alpha=True),
     "arcee": Family(gated=False, defaults={"hidden_act": "relu2"}),
     "helium": Family(
@@ -157,7 +157,7 @@ DENSE_FAMILIES: Mapping[str, Family] = {
     "iquestcoder": Family(defaults={"num_key_value_heads": 8, "head_dim": 128}),
     "hyperclovax": Family(
         names=HYPERCLOVAX, keys={**RMS, "logit_scale": "logits_scaling"},
-        defaults={**SIX, "embedding_multiplier": 1.0, "logit_scale": 1.0, "residual_multiplier": 1.0,
+        defaults={**EPS_1E6, "embedding_multiplier": 1.0, "logit_scale": 1.0, "residual_multiplier": 1.0,
             "attention_multiplier": None, "use_post_norm": True},
         by=lambda values: {"placements": SANDWICH if values.get("use_post_norm") else PRE},
     ),

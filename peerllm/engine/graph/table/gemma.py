@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peerllm.engine.graph.table.family import PRE, RMS, SANDWICH, SIX, WINDOWS, ConfigReader, Family, full_at
+from peerllm.engine.graph.table.family import EPS_1E6, PRE, RMS, SANDWICH, WINDOWS, ConfigReader, Family, full_at
 from peerllm.engine.graph.table.names import GEMMA2, GEMMA4, VAULTGEMMA
 
 GEMMA_DEFAULTS = {
-    **SIX, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16,
-    "use_bidirectional_attention": None,
+    **EPS_1E6, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256,
+    "num_key_value_heads": 16, "use_bidirectional_attention": None,
 }  # fmt: skip
 GEMMA2_DEFAULTS = {
     **GEMMA_DEFAULTS, **WINDOWS, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,

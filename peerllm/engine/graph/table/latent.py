@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from peerllm.engine.graph.structure import Routing
-from peerllm.engine.graph.table.family import RMS, SIX, ConfigReader, Family, MixerName, after_dense
+from peerllm.engine.graph.table.family import EPS_1E6, RMS, ConfigReader, Family, MixerName, after_dense
 from peerllm.engine.graph.table.names import DEEPSEEK
 
 LATENT: Mapping[str, MixerName] = {"full_attention": "latent attention"}
 LATENT_DEFAULTS = {
-    **SIX, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-    "attention_bias": False, "peerllm_kv_apart": False,
+    **EPS_1E6, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+    "v_head_dim": 128, "attention_bias": False, "peerllm_kv_apart": False,
 }  # fmt: skip
 DEEPSEEK_KEYS = {**RMS, "num_experts": "n_routed_experts", "head_dim": ""}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peerllm.engine.graph.table.family import (
+    EPS_1E6,
     GRANITE_DEFAULTS,
     POST,
     QWEN_WINDOWS,
     RMS,
-    SIX,
     WINDOWS,
     ConfigReader,
     Family,
@@ -38,12 +38,12 @@ MIXTURES_FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2_moe": Family(
         names=QWEN_EXPERTS, layer_type=_qwen2_moe_windows, experts="each",
-        defaults={**SIX, **QWEN_WINDOWS, **QWEN_MOE, "num_key_value_heads": 16,
+        defaults={**EPS_1E6, **QWEN_WINDOWS, **QWEN_MOE, "num_key_value_heads": 16,
             "shared_expert_intermediate_size": 5632},
     ),
     "qwen3_moe": Family(
         names=QWEN_EXPERTS, layer_type=qwen_windows, experts="each", normed=True,
-        defaults={**SIX, **QWEN_MOE, "num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False,
+        defaults={**EPS_1E6, **QWEN_MOE, "num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False,
             "num_experts_per_tok": 8, "num_experts": 128, "moe_intermediate_size": 768},
     ),
     "olmoe": Family(
@@ -53,16 +53,17 @@ MIXTURES_FAMILIES: Mapping[str, Family] = {
     ),
     "flex_olmo": Family(
         names=FLEX_OLMO, placements=POST, normed=True, norm_over="heads", experts="each",
-        defaults={**SIX, "rope_theta": 500000.0, "num_experts_per_tok": 5, "num_experts": 7, "norm_topk_prob": False},
+        defaults={**EPS_1E6, "rope_theta": 500000.0, "num_experts_per_tok": 5, "num_experts": 7,
+            "norm_topk_prob": False},
     ),
     "granitemoe": Family(
         names=GRANITE_EXPERTS, experts="halves",
-        defaults={**SIX, **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
+        defaults={**EPS_1E6, **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
     ),
     "granitemoeshared": Family(
         names=GRANITE_EXPERTS, experts="halves",
         keys={**RMS, "shared_expert_intermediate_size": "shared_intermediate_size"},
-        defaults={**SIX, **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2,
+        defaults={**EPS_1E6, **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2,
             "shared_expert_intermediate_size": 0},
     ),
     "gpt_oss": Family(

@@ -8,9 +8,9 @@ from typing import Any
 from peerllm.engine.graph.structure import Routing
 from peerllm.engine.graph.table.family import (
     ATTENTION,
+    EPS_1E6,
     GRANITE_DEFAULTS,
     RMS,
-    SIX,
     ConfigReader,
     Family,
     MixerName,
@@ -23,7 +23,7 @@ LFM2_DEFAULTS = {
     "layer_types": None, "conv_L_cache": 3, "max_position_embeddings": 128_000,
 }  # fmt: skip
 QWEN35_DEFAULTS = {
-    **SIX, "head_dim": 256, "num_key_value_heads": 4, "partial_rotary_factor": 0.25, "layer_types": None,
+    **EPS_1E6, "head_dim": 256, "num_key_value_heads": 4, "partial_rotary_factor": 0.25, "layer_types": None,
     "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
     "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
 }  # fmt: skip
@@ -104,7 +104,7 @@ RECURRENT_FAMILIES: Mapping[str, Family] = {
         layer_type=lambda values, number: "linear_attention",
         rotates=lambda values, number, kind: values.get("position_embedding_type") == "rope",
         keys={**RMS, "shared_expert_intermediate_size": "shared_intermediate_size"},
-        defaults={**SIX, **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2,
+        defaults={**EPS_1E6, **GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2,
             "shared_expert_intermediate_size": 1024, "position_embedding_type": None, "layer_types": None,
             "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": "auto", "mamba_d_conv": 4,
             "mamba_expand": 2, "time_step_limit": None},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from peerllm.daemon.weights.gguf.model_directory import model_directory
 from peerllm.engine.graph.describe import describe
 from peerllm.engine.weights.checkpoint import read_tensors
 from tests.daemon.weights.gguf.gguf_models import ARCHES, write_gguf
+from tests.engine.conftest import calm  # noqa: F401 (a fixture)
 from tests.engine.graph.variants import (
     CONTEXT,
     DELTA,
@@ -168,16 +168,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _calm() -> Iterator[None]:
-    import transformers
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("calm")
 
 
 def made(kind: str, values: dict[str, Any]) -> Any:

@@ -306,3 +306,11 @@ def test_unusable_divisors_are_named(divisors: Any, values: dict[str, Any], said
     tensors = {"token_embd.weight": np.ones((TOKENS, HIDDEN), FLOATS), "rope_freqs.weight": divisors}
     with pytest.raises(ModelError, match=said):
         model_directory([write(tmp_path / "m.gguf", tensors, **values)], tmp_path / "cache")
+
+
+def test_norms_of_more_heads_than_there_are_are_refused(tmp_path: Path) -> None:
+    """Each row of such a tensor becomes one of its own, and a file may claim billions of rows."""
+    many = {"blk.0.attn_q_norm.weight": np.ones((HEADS + 1, WIDTH), FLOATS)}
+    file = write(tmp_path / "m.gguf", {**matrices(range(2)), **many}, arch="stablelm")
+    with pytest.raises(ModelError, match="more than its heads"):
+        model_directory([file], tmp_path / "cache")
