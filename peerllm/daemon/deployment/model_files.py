@@ -155,10 +155,11 @@ async def _asked(model: str) -> hub.Repository:
 
 async def _without_hub(model: str, error: UnavailableError, progress: Progress) -> Paths:
     """What was downloaded before, or the data package of a known model; else UnavailableError with the hub's reason."""
-    if paths := await asyncio.to_thread(cached, *hub_name(_plain(model))):
+    repository, tag = hub_name(_plain(model))
+    if paths := await asyncio.to_thread(cached, repository, tag):
         return paths
     one = known(model)
-    if one is None or (package := one.package) is None:
+    if one is None or (package := one.package) is None or tag.upper() not in ("", quantisation(package.file).upper()):
         hint = "" if "/" in model else suggestion(model)
         raise UnavailableError(f"{model} is not on this disk, and {error}{hint}") from error
     try:

@@ -178,6 +178,8 @@ async def test_where_the_hub_does_not_answer_the_package_is_taken(
             assert found.directory.name == FILE
         with pytest.raises(UnavailableError, match="cannot be reached"):
             await resolve("maker/other", tmp_path / "kept", untold)
+        with pytest.raises(UnavailableError, match="small:Q9_9 is not on this disk"):
+            await resolve("small:Q9_9", tmp_path / "kept", untold)
         monkeypatch.setattr(model_files.hub, "ask", None)
         assert (await resolve("small", tmp_path / "kept", untold)).name == FILE, "what is here needs no hub"
     assert said and "again" not in said

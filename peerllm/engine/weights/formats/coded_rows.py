@@ -50,7 +50,7 @@ class CodedRows:
         """The same weights (to float32's last bit), with zeros that take up as much of the minima as whole numbers can.
 
         A product rounds its inputs to 8 bits for the codes but not for the minima, and what rounding does to an input
-        is multiplied with code - zero. Codes that all lie above their zero would make that error about three times as large.
+        is multiplied with code - zero. Codes that all lie above their zero triple that error.
         """
         if self.minima is None:
             return self
