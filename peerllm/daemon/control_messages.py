@@ -103,6 +103,16 @@ class DeploymentView:
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """Layers first..last of a deployment that a device has loaded, and the last epoch in which it had them."""
+
+    deployment: DeploymentId
+    epoch: int
+    first_layer: int
+    last_layer: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceView:
     """What a device says of itself now; `promised_bytes` is what its ledger has given out of `lent_bytes`."""
 
@@ -111,6 +121,8 @@ class DeviceView:
     engine: str  # EngineHost.state
     deployments: tuple[DeploymentView, ...]  # those it coordinates
     used_bytes: int = 0  # what is promised to deployments, and the engine's own size while it runs
+    holdings: tuple[Holding, ...] = ()
+    leaving: str = ""  # why it asks to hold nothing any more (going down, paused, on battery); "": it does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +184,17 @@ class StageWork:
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Promise `nbytes` to this deployment's epoch for `lease_s`; committed by Assign, else it lapses."""
+    """Promise `nbytes` to this deployment's epoch for `lease_s`; committed by Assign, else it lapses.
+
+    While earlier epochs of the deployment stand, only `added_bytes` come on top of what they were promised (None: all):
+    the shards that both use are in memory once.
+    """
 
     deployment: DeploymentId
     epoch: int
     nbytes: int
     lease_s: float
+    added_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +228,23 @@ class Activate:
 
 
 @dataclass(frozen=True, slots=True)
+class Carry:
+    """Copy what layers first..last keep of the running sequences to the device that takes them over (CarryState)."""
+
+    deployment: DeploymentId
+    epoch: int
+    first_layer: int
+    last_layer: int
+    to_epoch: int
+    to_stage: int
+    to_device: DeviceId
+    to_hosts: tuple[str, ...]
+    to_port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
-    """Let go of a deployment (all its epochs up to `epoch`)."""
+    """Let go of a deployment (all its epochs up to `epoch`); what a later epoch uses stays."""
 
     deployment: DeploymentId
     epoch: int

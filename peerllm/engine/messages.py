@@ -161,11 +161,45 @@ class Connect:
 
 
 @dataclass(frozen=True, slots=True)
-class Unload:
-    """Free everything of a deployment on this device; its running sequences end with reason "error"."""
+class Switch:
+    """On the source: from now on sequences run in this epoch, whose links stand; running ones change between two steps.
+
+    Answered with Done when no sequence runs in an earlier epoch any more. Sequences whose keys and values a stage of
+    the new epoch lacks are computed again from their token ids, through the last layer that lacks them.
+    """
 
     request: int
     deployment: DeploymentId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class CarryState:
+    """On a device that holds layers first..last in `epoch`: copy what they keep of every sequence to another device.
+
+    That one has loaded the layers for `to_epoch`. Decoding goes on meanwhile. Answered with Done when what stood at the
+    beginning has arrived; what was computed since is computed again there after the switch.
+    """
+
+    request: int
+    deployment: DeploymentId
+    epoch: int
+    first_layer: int
+    last_layer: int
+    to_epoch: int
+    to: Hop  # the stage of `to_epoch` that holds these layers
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """End a deployment's epochs up to `epoch` on this device (None: all) and free the shards that no later epoch uses.
+
+    The last epoch's running sequences end with reason "error".
+    """
+
+    request: int
+    deployment: DeploymentId
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +213,7 @@ class Submit:
     stop_ids: tuple[int, ...]
     sampling: Sampling
     client: str = ""  # only sequences of the same client may reuse what a slot keeps
+    answer: tuple[int, ...] = ()  # ids of the answer that are known already: it goes on after them
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,10 +433,32 @@ class EngineLoad:
 
 
 ToEngine = (
-    Configure | Trust | Measure | TimeLayers | Inspect | LoadStage | Connect | Unload | Submit | Cancel | TimeLink
-    | Record | QueryLoad
+    Configure
+    | Trust
+    | Measure
+    | TimeLayers
+    | Inspect
+    | LoadStage
+    | Connect
+    | Unload
+    | Submit
+    | Cancel
+    | TimeLink
+    | Record
+    | QueryLoad
 )
 FromEngine = (
-    Configured | Measured | LayersTimed | Inspected | LoadProgress | Done | Failed | Tokens | LinkLost | LinkTimed
-    | LinkTraffic | Recorded | EngineLoad
+    Configured
+    | Measured
+    | LayersTimed
+    | Inspected
+    | LoadProgress
+    | Done
+    | Failed
+    | Tokens
+    | LinkLost
+    | LinkTimed
+    | LinkTraffic
+    | Recorded
+    | EngineLoad
 )

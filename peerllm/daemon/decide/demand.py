@@ -185,9 +185,7 @@ def _draw_up(
         # Planned for one sequence; several share the stages without one waiting for all.
         batches = min(slots, len(plan.devices))
         batch = -(-slots // batches)
-    return Blueprint(
-        plan, work, chunk, cuts, batch, batches, options.schedule, memory, promises, scenario, found.forms
-    )
+    return Blueprint(plan, work, chunk, cuts, batch, batches, options.schedule, memory, promises, scenario, found.forms)
 
 
 def prompt_cuts(options: RunOptions, pipeline: Pipeline, work: Workload, most: int) -> tuple[int, Cuts]:

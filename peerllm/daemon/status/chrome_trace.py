@@ -147,9 +147,7 @@ def _tracks(recording: Recording, pid: int, spans: Sequence[At]) -> dict[tuple[s
     return tracks
 
 
-def _named(
-    recording: Recording, device: DeviceId, pid: int, tracks: Mapping[Any, tuple[int, str]]
-) -> Iterator[Event]:
+def _named(recording: Recording, device: DeviceId, pid: int, tracks: Mapping[Any, tuple[int, str]]) -> Iterator[Event]:
     trace = recording.traces[device]
 
     def meta(what: str, tid: int, key: str, value: object) -> Event:

@@ -21,7 +21,13 @@ Generate = Callable[[GenerateRequest], AsyncIterator[Chunk]]
 
 
 async def measured(
-    generate: Generate, deployment: DeploymentId, vocabulary: int, *, sequences: int, prompt: int, output: int,
+    generate: Generate,
+    deployment: DeploymentId,
+    vocabulary: int,
+    *,
+    sequences: int,
+    prompt: int,
+    output: int,
     apart: bool = False,
 ) -> dict[str, Any]:
     """`sequences` answers of exactly `output` tokens, greedy, to made-up prompts; milliseconds and tokens/s.

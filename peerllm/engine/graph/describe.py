@@ -373,5 +373,3 @@ def _experts(values: Values, family: Family, number: int) -> Experts | None:
         values.number("swiglu_alpha", 1.0), float(family.experts == "interleaved"), values.number("swiglu_limit", 0.0),
         shared, shared > 0 and "shared gating" in family.names, routing,
     )  # fmt: skip
-
-

@@ -245,6 +245,7 @@ class Routing:
     eps: float = 0.0  # added to the sum that weights are divided by
     scale: float = 1.0  # factor for all weights
 
+
 @dataclass(frozen=True, slots=True)
 class Experts:
     """`count` gated feed-forwards, of which each token uses the `used` likeliest, weighted by softmax or `routing`."""

@@ -152,8 +152,6 @@ def slot_caches(
 def _room(state: LayerState, slots: int, context: int, device: torch.device | None) -> tuple[torch.Tensor, ...]:
     """Memory for what a block keeps for each token: [slots, heads, room, width]."""
     return tuple(
-        torch.empty(
-            slots, kept.heads, state.room(context), kept.width, dtype=getattr(torch, kept.dtype), device=device
-        )
+        torch.empty(slots, kept.heads, state.room(context), kept.width, dtype=getattr(torch, kept.dtype), device=device)
         for kept in state.tokens
     )

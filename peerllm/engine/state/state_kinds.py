@@ -133,5 +133,3 @@ def keys_and_values(heads: int, width: int, dtype: str, window: int | None = Non
 def windows(states: Iterable[LayerState]) -> tuple[int | None, ...]:
     """The distinct windows of layers that keep something for each token, in order of appearance."""
     return tuple(dict.fromkeys(state.window for state in states if state.tokens))
-
-

@@ -28,9 +28,7 @@ def read_state_space(values: ConfigReader) -> StateSpace:
 def state_space_weights(names: Names, about: StateSpace, hidden: int) -> tuple[dict[str, Product], Vectors]:
     first = about.values + about.channels
     rows = np.arange(first + about.heads, dtype=np.int64)
-    mixed, steps = (
-        Part(names["mixed"], len(some), some, whole=len(rows)) for some in (rows[:first], rows[first:])
-    )
+    mixed, steps = (Part(names["mixed"], len(some), some, whole=len(rows)) for some in (rows[:first], rows[first:]))
     products = {
         "mixed": Product((mixed,), hidden),
         "steps": Product((steps,), hidden, exact=True),  # they become exponents
