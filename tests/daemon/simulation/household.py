@@ -91,8 +91,6 @@ class SimulatedHousehold:
         """The daemon and its engine die; a connection that is not cut breaks at once."""
         self.machines[name].die()
         self._break_links(name)
-        if self.paths.open(name, self.source_name):
-            self._later(0.01, lambda: self._offline(name, "connection closed"))
         self.look(name)
 
     def restart(self, name: str) -> None:
@@ -104,8 +102,11 @@ class SimulatedHousehold:
             if other != name:
                 self.paths.reset(name, other)
         self.workers[name] = self._worker(name)
-        if self.paths.open(name, self.source_name) and self._condition[name] != "gone":
-            self._offline(name, "connection closed")
+        if self._condition[name] != "gone":
+            if self.paths.open(name, self.source_name):
+                self._offline(name, "connection closed")
+            else:
+                self._break_control(name)  # it is noticed when the path is mended
         self.look(name)
 
     def crash_engine(self, name: str) -> None:
@@ -197,7 +198,10 @@ class SimulatedHousehold:
             if self._unheard[name] is not None or self._condition[name] != "online" or name in self._broken:
                 self._unheard[name] = None
                 self._later(self.random.choice((0.01, 0.1, 0.5)), lambda: self._heard(name))
-        elif self._unheard[name] is None:
+            return
+        if not self.machines[name].alive and self.paths.open(name, self.source_name):
+            self._later(0.01, lambda: self._closed(name))
+        if self._unheard[name] is None:
             since = self._unheard[name] = self.time.now
             self._later(SILENT_S, lambda: self._silent(name, since))
             self._later(OFFLINE_S, lambda: self._offline(name, "silent for a minute", since))
@@ -250,6 +254,10 @@ class SimulatedHousehold:
         self._break_control(name)
         self.paths.reset(name, self.source_name)
         self.look(name)
+
+    def _closed(self, name: str) -> None:
+        if not self.machines[name].alive:
+            self._offline(name, "connection closed")
 
     def _break_control(self, name: str) -> None:
         self._broken.add(name)
