@@ -43,10 +43,12 @@ class Device:
         self.network = Network(settings, identity, self.hello, interfaces=only)
         self.id = identity.device
         self.vanished: list[tuple[str, str]] = []
+        self.states: list[tuple[str, str, bool]] = []
         self.told: list[tuple[str, object]] = []
         self.changed = asyncio.Event()
         self.network.on_change(self.changed.set)
         self.network.on_vanish(lambda device, reason: self.vanished.append((device, reason)))
+        self.network.on_state(lambda device, _, state, reason, renewed: self.states.append((device, state, renewed)))
         self.network.listen(self._hear)
 
     def _hear(self, device: str, message: object) -> None:

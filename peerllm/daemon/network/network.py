@@ -218,8 +218,13 @@ class Network:
         self._callbacks.change.append(callback)
 
     def on_vanish(self, callback: Callable[[DeviceId, str], None]) -> None:
-        """Called when a device that was online is not any more, with the reason."""
+        """Called when a device that was online or silent is offline or has left, with the reason."""
         self._callbacks.vanish.append(callback)
+
+    def on_state(self, callback: Callable[[DeviceId, m.State, m.State, str, bool], None]) -> None:
+        """Called with each change of a device's state: device, state before, state, reason, and whether it is reached
+        over another connection than before, so that what was under way may be lost."""
+        self._callbacks.state.append(callback)
 
     def on_roster(self, callback: Callable[[tuple[RosterEntry, ...]], None]) -> None:
         """Called at start and after each change of the household with its live members, this device among them."""
@@ -347,6 +352,11 @@ class Network:
         self._peer_store.hellos[device] = hello
 
     def on_up(self, device: DeviceId) -> None:
+        self._greet(device)
+        self._spawn(self._save(), "save-peers")
+
+    def _greet(self, device: DeviceId) -> None:
+        """Tell a device that is here all that it may have missed."""
         self.tell(device, Gossip(self._roster.export()))
         if self._view is not None:
             self.tell(device, self._view)
@@ -357,15 +367,22 @@ class Network:
             self.tell(other.device, whereabouts([members[device]]))
         if (table := self.link_monitor.connected(device)) is not None:
             self.tell(device, table)
-        self._spawn(self._save(), "save-peers")
 
-    def on_state(self, change: m.Changed) -> None:
-        if change.before == "online":
-            log.info("%s is %s: %s", change.device[:8], change.state, change.reason)
-            self._peer_store.views.pop(change.device, None)
-            self.link_monitor.gone(change.device)
-            self._asks.vanished(change.device, change.reason)
-            call(self._callbacks.vanish, change.device, change.reason)
+    def on_member(self, change: m.Changed) -> None:
+        device, before, state, reason = change.device, change.before, change.state, change.reason
+        if before in m.LINKED:
+            log.info("%s is %s: %s", device[:8], state, reason or ("reached anew" if change.renewed else "heard again"))
+            if change.renewed:
+                self._asks.vanished(device, "the connection was made anew")
+            elif state not in m.LINKED:
+                self._peer_store.views.pop(device, None)
+                self.link_monitor.gone(device)
+                self._asks.vanished(device, reason)
+            elif state == "online":
+                self._greet(device)
+        call(self._callbacks.state, device, before, state, reason, change.renewed)
+        if before in m.LINKED and state not in m.LINKED:
+            call(self._callbacks.vanish, device, reason)
         self._callbacks.changed()
 
     def on_message(self, device: DeviceId, message: Control) -> None:

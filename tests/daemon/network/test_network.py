@@ -308,7 +308,10 @@ async def test_the_same_port_twice_is_said_plainly(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-async def test_a_frozen_device_is_noticed_and_comes_back(tmp_path: Path) -> None:
+async def test_a_frozen_device_is_silent_and_questions_wait_for_it_a_killed_one_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerllm.daemon.network.happy_eyeballs.ATTEMPT_TIMEOUT_S", 0.3)
     async with devices(tmp_path, "anna") as (anna,):
         code, port = await anna.network.open_door()
         process = await asyncio.create_subprocess_exec(
@@ -329,15 +332,22 @@ async def test_a_frozen_device_is_noticed_and_comes_back(tmp_path: Path) -> None
             await anna.until(lambda: anna.network.peers()[device].rtt_ms)
             os.kill(process.pid, signal.SIGSTOP)
             frozen = time.monotonic()
-            await anna.until(lambda: anna.vanished)
+            await anna.until(lambda: anna.state(device) == "silent")
             assert time.monotonic() - frozen <= 1.5
-            assert "silent" in anna.vanished[0][1]
+            assert "silent" in anna.network.peers()[device].problem and not anna.vanished
+            question = asyncio.ensure_future(anna.network.ask(device, Release("d", 1), WAIT_S))
+            await anna.until(lambda: anna.network._links.membership.members[device].attempt.tries, 30)
+            assert not question.done(), "though it was dialled anew in vain"
             os.kill(process.pid, signal.SIGCONT)
             await anna.until(lambda: anna.state(device) == "online", 30)
+            with pytest.raises(PeerLLMError, match="no questions yet"):
+                await question
             process.kill()
             killed = time.monotonic()
-            await anna.until(lambda: len(anna.vanished) == 2)
-            assert time.monotonic() - killed <= 1.0
+            await anna.until(lambda: anna.vanished)
+            assert time.monotonic() - killed <= 1.0 and anna.state(device) == "offline"
+            assert [state for _, state, _ in anna.states] == ["online", "silent", "online", "offline"]
+            assert [renewed for *_, renewed in anna.states] == [True, False, False, False]
         finally:
             if process.returncode is None:
                 process.kill()
