@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -139,6 +140,11 @@ async def main(directory: str, name: str, options: list[str]) -> None:
         while line := (await reader.readline()).decode().split():
             if line[0] == "invite":
                 print("code", *await device.network.open_door(), flush=True)
+            elif line[0] == "busy":  # the loop stands, threads do not
+                end = time.monotonic() + float(line[1])
+                while time.monotonic() < end:
+                    pass
+                print("free", flush=True)
             elif line[0] == "join":
                 at = (line[2], int(line[3])) if len(line) > 2 else None
                 print("joined", await device.network.join(line[1], at), flush=True)

@@ -53,7 +53,7 @@ class LinkListener(Protocol):
     def hello(self) -> Hello: ...
     def certificates(self) -> Mapping[DeviceId, str]: ...
     def on_hello(self, device: DeviceId, hello: Hello, host: str) -> None: ...
-    def on_up(self, device: DeviceId) -> None: ...
+    def on_up(self, device: DeviceId, address: str) -> None: ...
     def on_member(self, change: m.Changed) -> None: ...
     def on_message(self, device: DeviceId, message: Control) -> None: ...
 
@@ -230,7 +230,7 @@ class ControlLinks:
             self.feed(m.DialFailed(target, str(error)))
             return
         member = self.membership.members.get(device)
-        if target == device and member is not None and member.state == "online":  # it was heard meanwhile
+        if target == device and member is not None and member.link is not None and not member.quiet:  # it was heard
             await websocket.close()
             self.feed(m.DialFailed(target, "another link stands"))
             return
@@ -266,7 +266,8 @@ class ControlLinks:
             self._watcher.on_hello(device, hello, host)
             self.feed(m.Up(link, device, host, hello.control_port, target))
             if self._using.get(device) is channel:
-                self._watcher.on_up(device)
+                address = host_of(websocket.get_extra_info("peername"))
+                self._watcher.on_up(device, address or host)
             reason = await channel.run(lambda: self.feed(m.Heard(link)), lambda message: self._take(channel, message))
         finally:
             self._channels.pop(link, None)
