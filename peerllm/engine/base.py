@@ -111,8 +111,11 @@ class Shard(Protocol):
         """
         ...
 
-    def settle(self, slot: int) -> int:
-        """For how many tokens every block has its rows by now; the slot holds those from now on, and takes no parts."""
+    def settle(self, slot: int) -> tuple[int, int]:
+        """The tokens of which every block has its rows by now, and what Reach.allows takes as the furthest of them.
+
+        The slot holds those from now on, and takes no parts.
+        """
         ...
 
     def close(self) -> None: ...

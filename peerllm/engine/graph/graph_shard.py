@@ -110,7 +110,7 @@ class GraphShard:
         """See base.Shard."""
         self._slots.add(slot, part)
 
-    def settle(self, slot: int) -> int:
+    def settle(self, slot: int) -> tuple[int, int]:
         """See base.Shard."""
         return self._slots.settle(slot)
 

@@ -204,13 +204,15 @@ class TorchShard:
         with torch.inference_mode(), self._turn:
             cache.add(part.block, {name: as_tensor(one).to(self._device) for name, one in part.rows.items()}, *where)
 
-    def settle(self, slot: int) -> int:
+    def settle(self, slot: int) -> tuple[int, int]:
         """See base.Shard."""
         arriving, cache = self._arriving.pop(slot, None), self._caches[slot]
-        tokens, starts = (0, {}) if arriving is None or cache.length else arriving.settle()
+        if arriving is None or cache.length:
+            raise EngineError(f"nothing has arrived for slot {slot}")
+        tokens, furthest, starts = arriving.settle()
         if tokens:
             cache.begin(tokens, starts)
-        return cache.length
+        return tokens, furthest
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""

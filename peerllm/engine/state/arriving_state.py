@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from peerllm.engine import base
 from peerllm.engine.base import RowForms, StatePart
 from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import BadInputError
@@ -69,14 +70,20 @@ class ArrivingSlot:
         self._ranges[part.block] = range(start - kept, stop)
         return start - known.start - kept, kept
 
-    def settle(self) -> tuple[int, dict[int, int]]:
-        """(How many tokens every block holds, by block the first token of its room); no tokens if a window lacks some.
+    def settle(self) -> tuple[int, int, dict[int, int]]:
+        """How many tokens every block holds, what Reach.allows takes as the furthest, by block the room's first token.
 
-        Blocks that keep nothing hold whatever there is.
+        No tokens if a window lacks some that it needs to go on. Blocks that keep nothing hold whatever there is.
         """
         kept = {number: state for number, state in self._states.items() if state.tokens}
         tokens = min((self._ranges[number].stop if number in self._ranges else 0 for number in kept), default=0)
-        for number, state in kept.items():
-            if tokens and tokens - self._ranges[number].start < state.seen(tokens):
-                return 0, {}
-        return tokens, {number: self._ranges[number].start for number in kept} if tokens else {}
+        starts = {number: self._ranges[number].start for number in kept} if tokens else {}
+        furthest = tokens
+        for number, start in starts.items():
+            state = kept[number]
+            if tokens - start < state.seen(tokens):
+                return 0, 0, {}
+            if start:  # as if the room had been full until so far
+                least = start + state.seen(self._context) + base.ROLLBACK_TOKENS
+                furthest = max(furthest, least, state.room(self._context) + 1)
+        return tokens, furthest, starts

@@ -205,12 +205,12 @@ class KVSlots:
             store[:, row : row + part.length] = rows.reshape(part.length, *store.shape[::2]).swapaxes(0, 1)
         group.held[slot] = max(group.held[slot], row + part.length)  # they move with the slot's place
 
-    def settle(self, slot: int) -> int:
-        """Let a sequence begin with what has arrived for its slot: for how many tokens that is complete."""
+    def settle(self, slot: int) -> tuple[int, int]:
+        """Let a sequence begin with what has arrived for its slot: (tokens that are complete, see ArrivingSlot)."""
         arriving = self._arriving.pop(slot, None)
-        if arriving is None or self._lengths[slot]:
-            return self._lengths[slot]
-        tokens, starts = arriving.settle()
+        if arriving is None:
+            raise EngineError(f"nothing has arrived for slot {slot}")
+        tokens, furthest, starts = arriving.settle()
         firsts = {window: 0 for window in self.groups}
         for block, start in starts.items():
             window = self.states[block].window
@@ -224,7 +224,7 @@ class KVSlots:
         self._lengths[slot] = self._fixed_at[slot] = tokens
         for window, group in self.groups.items():
             group.held[slot] = tokens - firsts[window] if tokens else 0
-        return tokens
+        return tokens, furthest
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""

@@ -15,7 +15,7 @@ from peerllm.engine import base
 from peerllm.engine.base import Shard, StatePart
 from peerllm.engine.state.arriving_state import ArrivingSlot
 from peerllm.engine.state.kv_slots import KVSlots
-from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and_values
+from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and_values, reach_of
 from peerllm.errors import BadInputError, EngineError
 from tests.engine.runs import in_slot
 from tests.engine.state.test_exported_state import CONTEXT, HEAD, SLACK, ids, load, logits, same
@@ -78,7 +78,7 @@ def test_a_sequence_goes_on_where_its_state_was_carried(model_type: str, engine:
             there.together(0, 2)
 
     carry(here.shard, 1, there.shard, 1, most, 17, between)
-    assert there.shard.settle(1) == 17
+    assert there.shard.settle(1)[0] == 17
     there.lengths[1] = 17
     while there.lengths[1] < here.lengths[1]:
         there.go(1)
@@ -103,7 +103,7 @@ def test_what_came_since_may_follow_and_the_least_counts(model_type: str, engine
         there.shard.import_part(2, here.shard.export_part(1, block, 17, 25))
     there.shard.import_part(2, here.shard.export_part(1, blocks[-1], 17, 22))
     there.shard.import_part(2, here.shard.export_part(1, blocks[-1], 20, 24))  # some of it again
-    assert there.shard.settle(2) == 24 == there.shard.settle(2)
+    assert there.shard.settle(2)[0] == 24
     tokens = ids(CONTEXT, 1)
     for position in range(24, 30):
         same(*(logits([one], slot, position, tokens[position : position + 1]) for one, slot in
@@ -117,9 +117,9 @@ def test_nothing_is_held_until_every_block_has_its_rows(model_type: str, engine:
     *most, last = here.row_forms(0, HEAD)
     for block in most:
         there.import_part(1, here.export_part(1, block, here.held(1, block).start, 17))
-    assert there.settle(1) == 0
+    assert there.settle(1) == (0, 0)
     there.import_part(1, here.export_part(1, last, here.held(1, last).start, 17))
-    assert there.settle(1) == 0, "what was settled is forgotten"
+    assert there.settle(1) == (0, 0), "what was settled is forgotten"
     logits([there], 1, 0, ids(17, 1))
     same(*(logits([shard], 1, 17, ids(1, 2)) for shard in (here, there)), here)
 
@@ -132,7 +132,8 @@ def test_a_sequence_that_begins_afresh_takes_nothing_over(model_type: str, engin
         carry(here, 1, there, 1, 60, 9, lambda: None)
         begins()
         there.release(1)
-        assert there.settle(1) == 0
+        with pytest.raises(EngineError, match="nothing has arrived"):
+            there.settle(1)
 
 
 @pytest.mark.parametrize(("model_type", "engine"), [("ministral", "torch"), ("ministral", "graph")])
@@ -187,7 +188,7 @@ def test_a_part_that_does_not_fit_changes_nothing(wrong: StatePart) -> None:
     with pytest.raises(BadInputError):
         slots.add(1, wrong)
     assert all((store == before[name]).all() for name, store in slots.stores.items())
-    assert slots.settle(1) == 4
+    assert slots.settle(1) == (4, 4)
 
 
 @settings(max_examples=300)
@@ -206,8 +207,11 @@ def test_every_row_is_its_tokens_whatever_arrives_in_whatever_order(parts: list[
         else:
             slots.add(0, part(block, start, count))
             stops[block] = start + count
-    tokens = slots.settle(0)
+    tokens, furthest = slots.settle(0) if any(stops.values()) else (0, 0)
     assert tokens in (0, min(stops.values()))
+    for position in range(1, tokens):
+        if reach_of(STATES.values()).allows(position, furthest):
+            slots.check([in_slot(0, position, 1)])
     for block in STATES if tokens else ():
         held = slots.held(0, block)
         assert held.stop == tokens and len(held) >= STATES[block].seen(tokens)
@@ -223,7 +227,7 @@ def test_rows_change_their_place_with_their_slot() -> None:
     slots.advance(runs)
     for block, start in ((3, 6), (4, 0)):
         slots.add(1, part(block, start, 8 - start))
-    assert slots.settle(1) == 8
+    assert slots.settle(1) == (8, 8)
     for rows in slots.part(1, 3, 0, 8).rows.values():
         assert (rows == np.arange(8)[:, None]).all()
 
