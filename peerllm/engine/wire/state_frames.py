@@ -36,10 +36,8 @@ def part_tokens(forms: RowForms) -> int:
     return max(1, PART_BYTES // max(sizes, default=1))
 
 
-def state_limits(spec: LoadStage, form: str, forms: RowForms) -> FrameLimits | None:
-    """What a link may carry that brings these blocks' state to `spec`'s stage; None: nothing, they keep nothing."""
-    if not forms:
-        return None
+def state_limits(spec: LoadStage, form: str, forms: RowForms) -> FrameLimits:
+    """What a link may carry that brings these blocks' state to `spec`'s stage; there is at least one."""
     blocks = [
         {
             f"{form}.{block}.{name}": TensorLimit((DTYPE_NAMES[np.dtype(dtype)],), 2, count, per_token=True)

@@ -51,9 +51,7 @@ def spec() -> LoadStage:
 
 
 def limits(forms: RowForms = FORMS, form: str = "graph") -> FrameLimits:
-    found = state_limits(spec(), form, forms)
-    assert found is not None
-    return found
+    return state_limits(spec(), form, forms)
 
 
 def frame(carried: CarriedPart, form: str = "graph") -> Any:
@@ -159,12 +157,11 @@ def test_frames_are_bounded_by_one_block_whatever_the_model() -> None:
     large = row_forms({block: keys_and_values(8, 128, "float16") for block in range(100)}, [range(100)])
     assert part_tokens(large) == PART_BYTES // (2 * 8 * 128 * 2)
     found = state_limits(stage(1, slots=8, context=8192), "graph", large)
-    assert found is not None and PART_BYTES < found.max_bytes < PART_BYTES + 1024
+    assert PART_BYTES < found.max_bytes < PART_BYTES + 1024
     huge = row_forms({0: keys_and_values(512, 128, "float32")}, [range(1)])
     assert part_tokens(huge) == 1
     found = state_limits(stage(1, slots=8, context=8192), "graph", huge)
-    assert found is not None and found.max_tokens == 1
-    assert state_limits(spec(), "graph", {}) is None
+    assert found.max_tokens == 1
 
 
 def test_a_claim_of_more_takes_no_memory() -> None:
