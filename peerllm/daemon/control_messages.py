@@ -107,6 +107,8 @@ class DeploymentView:
     slots: int = 0  # sequences served at once, as planned
     message: str = ""  # what is being done until it serves, for people
     form: str = ""  # the quantisation of its GGUF files, as they are called
+    created: int = 0  # unix seconds
+    missing_bytes: int = 0  # memory that the household lacks for it; 0: none, or it is not known
 
 
 @dataclass(frozen=True, slots=True)
