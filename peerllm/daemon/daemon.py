@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from peerllm import PROTOCOL_VERSION, __version__
-from peerllm.daemon.control_messages import Answer, Control, DeviceView, Hello, Progress, Question, Trouble
+from peerllm.daemon.control_messages import Answer, Control, DeviceView, Have, Hello, Progress, Question, Trouble
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
@@ -48,7 +48,10 @@ from peerllm.daemon.status.status import (
     starting_status,
 )
 from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
+from peerllm.daemon.weights.hub import token
 from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.stage_weights import StageWeights
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import (
     Configure,
@@ -145,17 +148,18 @@ class Daemon:
         self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
         self._memory_bytes = configured.memory_bytes or machine.memory_bytes()
         self.ledger = Ledger(self._lent(configured))
-        self.offers, self.digests = Offers(), Digests(data / "digests.json")
-        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.network.get)
+        self.digests = Digests(data / "digests.json")
+        peers = NetworkPeers(self.network)
+        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.identity.device, peers)
+        self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
         self.worker = Worker(
             self.identity.device,
             self.ledger,
             self.host,
-            self.store,
+            StageWeights(self.identity.device, self.store, self.digests, self.coordinator.own_tensors, token),
             Profiler(self.host, lambda: self.ledger.free_bytes, self._compute.key, data / "profiles.json"),
-            own_tensors=self.coordinator.own_tensors,
             address=self.home.address,
             report=self._report,
             changed=self.poke,
@@ -449,6 +453,8 @@ class Daemon:
     # ---- the household ----------------------------------------------------------------------------------------------
 
     async def _answer(self, device: DeviceId, question: Question) -> Answer:
+        if isinstance(question, Have):
+            return await asyncio.to_thread(self.offers.answer, question)
         return await self.worker.answer(device, question)
 
     def _heard(self, device: DeviceId, message: Control) -> None:
