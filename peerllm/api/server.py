@@ -18,6 +18,7 @@ from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
 from peerllm.api.keys import EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai import completions, models
+from peerllm.api.peer_api import PeerApi
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
 from peerllm.api.token import load_or_create_token
@@ -52,7 +53,7 @@ def create_app(
     app.router.add_get("/static/{name}", page.static)
     app.router.add_get("/v1/models", models.list_models)
     app.router.add_get("/v1/models/{id:.+}", models.one_model)
-    app.router.add_post("/v1/chat/completions", completions.chat_completions)
+    app.router.add_post(completions.CHAT_PATH, completions.chat_completions)
     app.router.add_get("/peerllm/v1/status", admin.status)
     app.router.add_get("/peerllm/v1/engine", admin.engine)
     app.router.add_get("/peerllm/v1/process", admin.process)
@@ -131,6 +132,7 @@ class ApiServer:
             app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S
         )
         await runner.setup()
+        self._household.answer_peers(PeerApi(app))
         await web.SockSite(runner, self._socket, backlog=BACKLOG).start()
 
     def _why(self, error: OSError) -> str:
