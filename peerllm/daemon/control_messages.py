@@ -47,6 +47,13 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class HeartbeatKey:
+    """The sender's half of the key with which the two devices make heartbeats in datagrams (64 hex digits)."""
+
+    half: str
+
+
+@dataclass(frozen=True, slots=True)
 class Goodbye:
     reason: str
 
@@ -327,5 +334,6 @@ class Trouble:
 
 
 Control = (
-    Hello | Heartbeat | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer | Progress | Trouble
-)
+    Hello | Heartbeat | HeartbeatKey | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer
+    | Progress | Trouble
+)  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from typing import Any
 
 from aiohttp import web
 
@@ -51,6 +52,11 @@ class TlsServer:
         await self._runner.setup()
         async with self._changing:
             await self._accept()
+
+    @property
+    def addresses(self) -> list[tuple[int, tuple[Any, ...]]]:
+        """Family and address of each listening socket."""
+        return [(sock.family, sock.getsockname()) for sock in self._sockets]
 
     async def set_trusted(self, pems: Iterable[str]) -> None:
         """From now on exactly these certificates (PEM) are let in; live connections of others are cut at once."""
