@@ -43,7 +43,8 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
         laptop, mini = (FakeHousehold(make_model_dir(tmp_path / name)) for name in ("laptop", "mini"))
         mini.id = MINI
         servers = [
-            ApiServer(one, "127.0.0.1", 0, tmp_path / f"data{index}") for index, one in enumerate((laptop, mini))
+            ApiServer(one, "127.0.0.1", 0, tmp_path / f"data{index}", in_process=True)
+            for index, one in enumerate((laptop, mini))
         ]
         for server in servers:
             await server.start()
@@ -261,7 +262,7 @@ async def test_of_two_models_of_one_name_the_one_that_serves_then_the_own(pair: 
 
 async def test_shutting_down_ends_a_relayed_stream_with_an_error(pair: Pair, tmp_path: Path) -> None:
     pair.laptop.endless, pair.laptop.pace_s = True, 0.01
-    second = ApiServer(pair.mini, "127.0.0.1", 0, tmp_path / "again")
+    second = ApiServer(pair.mini, "127.0.0.1", 0, tmp_path / "again", in_process=True)
     await second.start()
     async with aiohttp.ClientSession(second.url) as session, session.post(PATH, json={**ASK, "stream": True}) as answer:
         await answer.content.readuntil(b"\n\n")

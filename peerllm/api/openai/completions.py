@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from peerllm.api.error_answers import FieldError, describe, json_response
+from peerllm.api.error_answers import describe, json_response
 from peerllm.api.fields import read_object
 from peerllm.api.keys import HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai.answer import Completion, OpenAIObjects
@@ -58,11 +58,8 @@ async def _begin(
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
-    prompt = await app[TEXTS].prompt(text, chat.messages)
+    prompt = await app[TEXTS].prompt(text, chat.messages, model.context)
     room = model.context - len(prompt)
-    if room < 1 or not prompt:
-        what = f"the prompt has {len(prompt)} tokens; a context of {model.name} holds {model.context}, answer included"
-        raise FieldError(what, "messages", "context_length_exceeded")
     wanted = GenerateRequest(
         deployment=model.deployment,
         prompt=prompt,
