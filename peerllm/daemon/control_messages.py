@@ -47,6 +47,13 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class HeartbeatKey:
+    """The sender's half of the key with which the two devices make heartbeats in datagrams (64 hex digits)."""
+
+    half: str
+
+
+@dataclass(frozen=True, slots=True)
 class Goodbye:
     reason: str
 
@@ -100,6 +107,8 @@ class DeploymentView:
     slots: int = 0  # sequences served at once, as planned
     message: str = ""  # what is being done until it serves, for people
     form: str = ""  # the quantisation of its GGUF files, as they are called
+    created: int = 0  # unix seconds
+    missing_bytes: int = 0  # memory that the household lacks for it; 0: none, or it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,5 +362,6 @@ class Trouble:
 
 
 Control = (
-    Hello | Heartbeat | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer | Progress | Trouble
-)
+    Hello | Heartbeat | HeartbeatKey | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer
+    | Progress | Trouble
+)  # fmt: skip

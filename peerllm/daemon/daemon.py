@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,20 @@ from peerllm.daemon.deployment.worker import QUERY_TIMEOUT_S, Worker
 from peerllm.daemon.engine_link import engine_facts, machine
 from peerllm.daemon.engine_link.engine_host import IDLE, RUNNING, WAKING, EngineHost
 from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
-from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
+from peerllm.daemon.facade import (
+    Chunk,
+    GenerateRequest,
+    PeerHandler,
+    RelayedAnswer,
+    RunOptions,
+    RunProgress,
+    ServedModel,
+)
 from peerllm.daemon.network import Network
+from peerllm.daemon.relay import relay_door
+from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
+from peerllm.daemon.status.household_models import HouseholdModels
 from peerllm.daemon.status.status import (
     deployments_of,
     device_entry,
@@ -89,6 +100,8 @@ class Daemon:
         self._doing = ""  # while this device starts, for people
         self._ready = asyncio.Event()
         self._started = self._closed = False
+        self._relay_door = relay_door.RelayDoor()
+        self._models = HouseholdModels()
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -158,7 +171,9 @@ class Daemon:
             changed=self.poke,
         )
         network = self.network
+        self._relay = RelayClient(network.post)
         network.add_route("GET", ROUTE, self.offers.handle)
+        network.add_route("POST", relay_door.ROUTE, self._relay_door.handle)
         network.answer_with(self._answer)
         network.link_monitor.echo, network.link_monitor.may_echo = self._echo, self._may_echo
         network.listen(self._heard)
@@ -233,7 +248,17 @@ class Daemon:
         return self._pulse.watch()
 
     def models(self) -> list[ServedModel]:
-        return self.coordinator.served()
+        if not self._ready.is_set():
+            return []
+        return [*self.coordinator.served(), *self._models.others(self.home.name)]
+
+    def relay(
+        self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes
+    ) -> AbstractAsyncContextManager[RelayedAnswer]:
+        return self._relay.ask(source, path, headers, body)
+
+    def answer_peers(self, handler: PeerHandler) -> None:
+        self._relay_door.handler = handler
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         return self.coordinator.generate(request)
@@ -454,6 +479,8 @@ class Daemon:
         if any(nbytes > self._free.get(device, -1) for device, nbytes in free.items()):
             self.coordinator.stir()
         self._free = free
+        peers = self.network.peers()
+        self._models.hear(peers, {device: peer.view.deployments for device, peer in peers.items() if peer.view})
         self._look_ahead()
         self.poke()
 
@@ -469,6 +496,7 @@ class Daemon:
         self._echoing = echoing
 
     def _vanished(self, device: DeviceId, reason: str) -> None:
+        self._relay.vanished(device, reason)
         self.coordinator.gone(device, reason)
         self._spawn(self.worker.vanished(device), f"let go for {device[:8]}")
 
