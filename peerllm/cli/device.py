@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from peerllm.errors import NotFoundError, PeerLLMError, UnavailableError
+from peerllm.saved_files import replace_file
 
 DAEMON_FILE = "daemon.json"
 DEMO_FILE = "demo.json"
@@ -196,7 +197,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    fresh = path.with_suffix(".new")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(value, file)
-    fresh.replace(path)
+    replace_file(path, json.dumps(value).encode())

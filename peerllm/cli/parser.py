@@ -159,6 +159,12 @@ def _up(up: argparse.ArgumentParser) -> None:
         help="a further host name the API answers to when it listens on loopback (repeatable)",
     )
     up.add_argument("--memory", type=size, metavar="SIZE", help="the most it lends, like 4GB (default: what is free)")
+    up.add_argument(
+        "--cache",
+        type=size,
+        metavar="SIZE",
+        help="the most that weights fetched from other devices or the hub take on its disk (default: 107GB)",
+    )
     up.add_argument("--threads", type=positive, metavar="N", help="processors it lends (default: all)")
     up.add_argument(
         "--compute",

@@ -53,6 +53,10 @@ def put(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
+def gone(path: str) -> None:
+    Path(path).unlink()
+
+
 class Hashing:
     """Which files are hashed."""
 
@@ -205,7 +209,7 @@ async def test_a_short_or_missing_file_is_a_clear_line_and_a_damaged_memory_none
     os.truncate(beyond.path, 105)
     with pytest.raises(ModelError, match="ends before"):
         await digests.of([beyond], quiet)
-    os.unlink(beyond.path)
+    gone(beyond.path)
     with pytest.raises(ModelError, match="cannot be read"):
         await digests.of([beyond], quiet)
     os.mkfifo(beyond.path)
