@@ -85,8 +85,8 @@ class SavedFile:
                 await asyncio.to_thread(replace_file, self._path, data)
             except OSError as error:
                 if not quiet:
-                    log.error("%s; until then a restart will not know what changed",
-                              disk_error(error, self._path.parent, self._what))  # fmt: skip
+                    why = disk_error(error, self._path.parent, self._what)
+                    log.error("%s; it is tried again every %g s", why, RETRY_S)
                 return False
             self.written = data
             return True
