@@ -177,6 +177,13 @@ class StruckHousehold:
         self.devices[host].start().wait_ready()
         self.wait(f"{self.names[host]} online", lambda: self.online(host))
 
+    def revive_stopped(self, host: int) -> None:
+        """Wait until the device has ended by itself, and start it again."""
+        process = self.devices[host].process
+        assert process is not None
+        process.wait(WAIT_S)
+        self.revive(host)
+
     @contextlib.contextmanager
     def frozen(self, host: int) -> Iterator[None]:
         self.signal(host, signal.SIGSTOP)
