@@ -173,7 +173,7 @@ class ControlChannel:
         parts = bytearray()
         budget = self._shares.budget(self.device)
         while True:
-            while (wait_s := budget.wait_s(time.monotonic())) > 0.0:
+            if (wait_s := budget.wait_s(time.monotonic())) > 0.0:
                 await asyncio.sleep(wait_s)
             frame = await self._websocket.receive()
             if frame.type is aiohttp.WSMsgType.TEXT:

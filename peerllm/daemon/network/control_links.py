@@ -270,13 +270,13 @@ class ControlLinks:
             if self._using.get(device) is channel:
                 address = host_of(websocket.get_extra_info("peername"))
                 self._watcher.on_up(device, address or host)
-            reason = await channel.run(lambda: self.feed(m.Heard(link)), lambda message: self._take(channel, message))
+            await channel.run(lambda: self.feed(m.Heard(link)), lambda message: self._take(channel, message))
         finally:
             self._channels.pop(link, None)
             if not self._channels:
                 self._none_left.set()
             channel.end("closed")
-        self.feed(m.Down(link, reason))
+            self.feed(m.Down(link, channel.ended.result()))  # also where the lost connection cancels this
 
     def _take(self, channel: ControlChannel, message: Control) -> None:
         if isinstance(message, Goodbye):

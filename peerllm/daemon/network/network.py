@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
@@ -26,6 +26,7 @@ from peerllm.daemon.control_messages import (
 )
 from peerllm.daemon.decide import membership as m
 from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, Advert, printable_name
+from peerllm.daemon.facade import RelayedAnswer
 from peerllm.daemon.network.asks import Asks, Handler
 from peerllm.daemon.network.control_links import ControlLinks
 from peerllm.daemon.network.heartbeats.heartbeat_thread import HeartbeatThread
@@ -46,7 +47,7 @@ from peerllm.transport.roster.roster import Roster
 from peerllm.transport.tls.tls_server import TlsServer
 from peerllm.types import DeviceId
 
-MAX_CONTROL_BODY_BYTES = 1 << 10  # nothing is posted to the control port
+MAX_CONTROL_BODY_BYTES = 1 << 10  # nothing is posted to the control port but what the API takes, by its own bound
 
 Route = Callable[[web.Request], Any]
 
@@ -244,6 +245,15 @@ class Network:
         ):
             async for chunk in metered:
                 yield chunk
+
+    @asynccontextmanager
+    async def post(
+        self, device: DeviceId, path: str, headers: Mapping[str, str], body: bytes
+    ) -> AsyncIterator[RelayedAnswer]:
+        """What the device answers to a POST at its control port. LinkError if it is away or the link breaks."""
+        host, port, pem = self._where(device)
+        async with self._http.post(device, pem, host, port, path, headers, body) as answer:
+            yield answer
 
     def _where(self, device: DeviceId) -> tuple[str, int, str]:
         channel = self._links.channel(device)

@@ -45,7 +45,10 @@ class TlsServer:
         self.port = int(self._sockets[0].getsockname()[1])
         # A handshake begun before a removal ends after it: each request is checked against the trust of the moment.
         self._app.middlewares.insert(0, self._gate)
-        self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
+        # A handler ends with its connection: what is computed for a device that hung up is computed for nobody.
+        self._runner = web.AppRunner(
+            self._app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S, handler_cancellation=True
+        )
         await self._runner.setup()
         async with self._changing:
             await self._accept()
