@@ -16,8 +16,9 @@ from peerllm.api.error_answers import errors_as_json
 from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
-from peerllm.api.keys import EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.keys import ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai import completions, models
+from peerllm.api.openai.answer_store import AnswerStore
 from peerllm.api.peer_api import PeerApi
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
@@ -54,6 +55,7 @@ def create_app(
     app.on_response_prepare.append(add_security_headers)
     app[TEXTS] = TextStore(in_process)
     app[TASKS] = Tasks()
+    app[ANSWERS] = AnswerStore()
     app.cleanup_ctx.append(_resources)
     app.on_shutdown.append(_end_streams)
     app.router.add_get("/", page.page)
@@ -88,11 +90,13 @@ async def when_started(request: web.Request, handler: Handler) -> web.StreamResp
 async def _resources(app: web.Application) -> AsyncIterator[None]:
     yield
     await app[TASKS].close()
+    await app[ANSWERS].close()
     await app[TEXTS].close()
 
 
 async def _end_streams(app: web.Application) -> None:
     await app[TASKS].close()
+    await app[ANSWERS].close()
 
 
 class ApiServer:
