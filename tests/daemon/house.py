@@ -267,6 +267,9 @@ class Device:
     async def hashes(self, tensors, progress):
         return {tensor.name: f"{abs(hash(tensor.name)):064x}"[-64:] for tensor in tensors}
 
+    async def hub_places(self, tensors):
+        return self.house.hub_places
+
     def tell_engine(self, message):
         self.told.append(message)
         self.house.changed()
@@ -288,6 +291,7 @@ class House:
         self.downloads: list[str] = []
         self.download_gate = asyncio.Event()  # downloads wait for it
         self.download_gate.set()
+        self.hub_places = None
         self.devices: dict[str, Device] = {}
         self._departures: dict[str, asyncio.Event] = {}
         self._changes = asyncio.Event()

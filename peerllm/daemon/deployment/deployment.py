@@ -357,7 +357,8 @@ class Deployment:
         self._shares = dict.fromkeys(blueprint.promises, 0.0)
         self._become("loading", "")
         self._say("loading", f"loading on {', '.join(around.name(device) for device in blueprint.plan.devices)}")
-        work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address)
+        hub = await around.hub_places(self.own_tensors().values())
+        work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address, hub=hub)
         try:
             await self._unless_trouble(assign_all(around, work))
             self._say("loading", "connecting")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ from typing import Protocol
 from peerllm.daemon.control_messages import Answer, DeploymentView, Hello, Question
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
+from peerllm.daemon.decide.hub_places import HubPlaces, hub_key
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment import model_files
 from peerllm.daemon.deployment.model_files import ModelOnDisk, Tell
@@ -19,6 +21,8 @@ from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
 from peerllm.daemon.threads import Progress
 from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.hub_outline import Outlines
+from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, TensorAt
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeviceId, LinkProfile
@@ -35,6 +39,7 @@ class Parts(Protocol):
     ledger: Ledger
     worker: Worker
     digests: Digests
+    store: WeightStore
 
     def hello(self) -> Hello: ...
 
@@ -48,6 +53,7 @@ class Home:
         self._parts = parts
         self.me: DeviceId = parts.network.identity.device
         self._gguf_cache = parts.settings.data_dir / model_files.GGUF_CACHE
+        self.outlines = Outlines(parts.settings.data_dir / model_files.OUTLINES)
 
     def name(self, device: DeviceId) -> str:
         if device == self.me:
@@ -107,8 +113,18 @@ class Home:
         wanted = list(tensors)
         if not wanted:
             return {}
+        if (hub := await self.hub_places(wanted)) is not None:  # "" where nobody has fetched it yet
+            keys = {t.name: hub_key(hub.origin, hub.files[t.path], t.offset, t.nbytes) for t in wanted}
+            return {name: self._parts.store.known(key) for name, key in keys.items()}
         found = await self._parts.digests.of(wanted, lambda done, total: progress(done / max(1, total)))
         return {tensor.name: found[tensor.path, tensor.offset, tensor.nbytes] for tensor in wanted}
+
+    async def hub_places(self, tensors: Iterable[TensorAt]) -> HubPlaces | None:
+        return await asyncio.to_thread(self.outlines.places, {tensor.path for tensor in tensors})
+
+    def own_tensors(self, tensors: Mapping[str, TensorAt]) -> dict[str, TensorAt]:
+        """Those of them that have bytes in files of this device: an outline has none."""
+        return {name: tensor for name, tensor in tensors.items() if not self.outlines.holds(tensor.path)}
 
     def tell_engine(self, message: Submit | Cancel) -> None:
         self._parts.host.tell(message)
