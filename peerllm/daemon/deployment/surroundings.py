@@ -67,12 +67,14 @@ class Home:
         hops: dict[DeviceId, dict[DeviceId, LinkProfile]] = {}
         for (a, b), figure in parts.network.link_monitor.figures().items():
             hops.setdefault(a, {})[b] = figure.profile
-        if parts.host.state in AVAILABLE:
+        if parts.host.state in AVAILABLE and not parts.ledger.leaving:
             here = hops.get(self.me, {})
             found[self.me] = Candidate(self.me, parts.hello(), parts.ledger.free_bytes, 0.0, None, hops=here)
         for device, peer in parts.network.peers().items():
             hello, view = peer.hello, peer.view
-            if peer.state == "online" and hello is not None and view is not None and view.engine in AVAILABLE:
+            if peer.state != "online" or hello is None or view is None or view.leaving:
+                continue
+            if view.engine in AVAILABLE:
                 free = hello.lent_bytes - view.promised_bytes
                 ways = hops.get(device, {})
                 found[device] = Candidate(device, hello, free, peer.rtt_ms, peer.mbps, hops=ways)

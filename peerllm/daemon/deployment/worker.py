@@ -215,6 +215,16 @@ class Worker:
         for deployment, held in list(self._held.items()):
             await self._let_go(deployment, held.epoch)
 
+    async def let_go_all(self, reason: str) -> None:
+        """The owner's limits allow nothing any more: unload everything and tell the coordinators why."""
+        for deployment, held in list(self._held.items()):
+            held.over = reason
+            await self._let_go(deployment, held.epoch)
+            self._report(held.coordinator, Trouble(deployment, held.epoch, reason))
+        for promise in self.ledger.promises():  # of what was not loaded yet
+            self.ledger.release(promise.deployment, promise.epoch, promise.coordinator)
+        self._changed()
+
     # ---- the questions ---------------------------------------------------------------------------------------
 
     def _reserve(self, sender: DeviceId, asked: Reserve) -> None:
