@@ -18,6 +18,7 @@ SILENT_S = 1.0  # as membership has it
 OFFLINE_S = 60.0
 CONNECT_S = 2.0  # a data link that does not come about by then does not
 SLOTS = 3
+DOUBLED = 0.02  # share of frames that arrive a second time, late
 
 
 @dataclass
@@ -54,6 +55,7 @@ class SimulatedHousehold:
         self._unheard: dict[str, float | None] = dict.fromkeys(names)  # since when
         self.leaving: set[str] = set()
         self._broken: set[str] = set()  # connections with the source that broke and do not stand again yet
+        self._links: dict[tuple[int, str, str], int] = {}  # epoch, from, to: the breaks before it was made
         self.answers: list[ModelAnswer] = []
         self.coordinator = ModelCoordinator(self, random)
 
@@ -130,12 +132,15 @@ class SimulatedHousehold:
         def reached() -> bool:
             return all(self.paths.open(name, to) and self._answers(to) for to in after)
 
-        if reached():
-            then()
-        else:
-            self.time.after(
-                CONNECT_S, lambda: self.machines[name].do(lambda: then() if reached() else fail("nobody answers"))
-            )
+        def dial() -> None:
+            if reached():
+                for to in after:
+                    self._links[epoch, name, to] = self.paths.resets(name, to)
+                then()
+            else:
+                fail("nobody answers")
+
+        self.time.after(0.0 if reached() else CONNECT_S, lambda: self.machines[name].do(dial))
 
     def _answers(self, name: str) -> bool:
         return self.machines[name].alive and not self.machines[name].frozen
@@ -144,6 +149,9 @@ class SimulatedHousehold:
         if self.workers[name] is not worker:
             return  # an earlier life's
         to = ring[stage][0] if stage < len(ring) else self.source_name
+        back = frame.kind == "replay" and stage == len(ring)  # which may go back over a link that comes from there
+        if to != name and not back and self._links.get((frame.epoch, name, to)) != self.paths.resets(name, to):
+            return  # the link broke
 
         def arrive() -> None:
             if stage == len(ring):
@@ -152,6 +160,8 @@ class SimulatedHousehold:
                 engine.hear(stage, frame)
 
         self.paths.send(name, to, arrive, f"data {frame.epoch}")
+        if self.random.random() < DOUBLED:
+            self.paths.send(name, to, arrive, f"late {self.random.random()}", later_s=self.random.uniform(0.1, 3.0))
 
     def _break_links(self, name: str) -> None:
         """Whoever has a data link with it notices, if the path is open."""
