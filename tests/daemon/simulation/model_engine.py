@@ -54,7 +54,7 @@ class ModelFrame:
 
 
 @dataclass(slots=True)
-class _Slot:
+class ModelSlot:
     sequence: int = -1
     kept: list[int] = field(default_factory=list)  # after each token
 
@@ -66,7 +66,7 @@ class ModelEngine:
     name: str
     recurrent: bool
     send: Callable[[Ring, int, ModelFrame], None]
-    slots: dict[int, dict[int, _Slot]] = field(default_factory=dict)  # by loaded layer and slot
+    slots: dict[int, dict[int, ModelSlot]] = field(default_factory=dict)  # by loaded layer and slot
     rings: dict[int, Ring] = field(default_factory=dict)  # by epoch
     current: dict[int, tuple[int, int]] = field(default_factory=dict)  # slot: sequence and epoch
     fed: dict[int, int] = field(default_factory=dict)  # slot: the token that follows in this epoch; -1: any may
@@ -95,8 +95,8 @@ class ModelEngine:
         elif self.current.get(frame.slot) == (frame.sequence, frame.epoch) and self._fits(first, last, frame):
             self._compute(ring, stage, frame)
 
-    def _slot(self, number: int, frame: ModelFrame) -> _Slot:
-        slot = self.slots[number].setdefault(frame.slot, _Slot())
+    def _slot(self, number: int, frame: ModelFrame) -> ModelSlot:
+        slot = self.slots[number].setdefault(frame.slot, ModelSlot())
         if slot.sequence != frame.sequence:
             slot.sequence, slot.kept = frame.sequence, []
         return slot
@@ -134,7 +134,7 @@ class ModelEngine:
                 if self.recurrent and position == 0:
                     slot.kept.clear()
                 upto = len(slot.kept) if self.recurrent else position  # it goes on from the state that it has
-                kept, x = layer(number, slot.kept[upto - 1] if upto else 0, x)
+                kept, x = layer(number, slot.kept[upto - 1] if 0 < upto <= len(slot.kept) else 0, x)
                 slot.kept[upto : upto + 1] = [kept]
                 out.append(x)
             xs = tuple(out)
@@ -145,4 +145,4 @@ class ModelEngine:
         """State that another device kept of a layer, for sequences that are not computed here yet."""
         for slot, (sequence, values) in kept.items():
             if number in self.slots and self.current.get(slot, (-1, -1))[1] < epoch:
-                self.slots[number][slot] = _Slot(sequence, values)
+                self.slots[number][slot] = ModelSlot(sequence, values)

@@ -8,6 +8,7 @@ go of. "pause": what is back in time is not replaced. "noise": plans do not flap
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,8 @@ from peerllm.daemon.decide.deployment_life.rules import DeploymentRules
 from peerllm.daemon.decide.deployment_life.situation import Establishing, HouseholdDevices, PlanInHand
 from peerllm.daemon.decide.ledger import Ledger
 from tests.daemon.simulation.history import History
-from tests.daemon.simulation.model_engine import ModelEngine
+from tests.daemon.simulation.model_coordinator import ModelCoordinator
+from tests.daemon.simulation.model_engine import ModelEngine, ModelSlot
 from tests.daemon.simulation.model_source import ModelSource
 from tests.daemon.simulation.model_worker import ModelWorker
 
@@ -33,11 +35,10 @@ Patch = pytest.MonkeyPatch
 
 
 def short_silences(seed: int) -> None:
-    """Silences of less than two seconds: answers wait, and nothing else happens."""
+    """Silences of less than two seconds: answers pause, and nobody says that the deployment waits."""
     history = History(seed, {"blip": 3, "one_way": 1, "freeze": 3}, (0.3, 0.9, 1.3), resets=False, apart_s=3.0)
     history.run()
-    coordinator = history.house.coordinator
-    assert coordinator.gave_up or (coordinator.moves, coordinator.waits) == (1, 0), "\n".join(coordinator.log)
+    assert history.house.coordinator.waits == 0, "\n".join(history.house.coordinator.log)
 
 
 def noise(seed: int) -> None:
@@ -45,6 +46,11 @@ def noise(seed: int) -> None:
     history = History(seed, {"conditions": 1}, most=200, least=100, until=NOISE_S)
     history.run()
     assert history.house.coordinator.moves <= 1 + pacing.MOVES
+
+
+def scarce_memory(seed: int) -> None:
+    """Other models come and go, and devices with them."""
+    History(seed, {"memory": 3, "leave": 2, "die": 2}).run()
 
 
 def refusals(seed: int) -> None:
@@ -82,17 +88,11 @@ def carries_a_wrong_state(patch: Patch) -> None:
 
 def keeps_the_state_of_the_last_sequence(patch: Patch) -> None:
     def slot(self: ModelEngine, number: int, frame: Any) -> Any:
-        found = self.slots[number].setdefault(frame.slot, _slot_type()())
+        found = self.slots[number].setdefault(frame.slot, ModelSlot())
         found.sequence = frame.sequence
         return found
 
     patch.setattr(ModelEngine, "_slot", slot)
-
-
-def _slot_type() -> Any:
-    from tests.daemon.simulation import model_engine
-
-    return model_engine._Slot
 
 
 def obeys_every_coordinator(patch: Patch) -> None:
@@ -145,8 +145,6 @@ def _answers_after_abandon(patch: Patch) -> None:
         if isinstance(action, on.Abandon):
             self._later(0.05, lambda: self.feed(on.Established(action.epoch)))
 
-    from tests.daemon.simulation.model_coordinator import ModelCoordinator
-
     wrapped(patch, ModelCoordinator, "_do", do)
 
 
@@ -182,11 +180,6 @@ def without(patch: Patch, rule: Any) -> None:
 
 def keeps_a_plan_whose_device_is_gone(patch: Patch) -> None:
     without(patch, DeploymentRules.give_up_target)
-
-
-def carries_on_though_it_broke(patch: Patch) -> None:
-    """It waits for the copies of a device that is gone; the wait has a bound, so answers only come late."""
-    without(patch, DeploymentRules.stop_carrying)
 
 
 def tries_at_once_again(patch: Patch) -> None:
@@ -296,8 +289,8 @@ MISTAKES: list[tuple[str, Callable[[Patch], None], Callable[[int], None]]] = [
     ("4", keeps_a_plan_whose_device_is_gone, anything),
     ("6", tries_at_once_again, refusals),
     ("6", retries_without_a_wait, refusals),
-    ("8", promises_what_it_has_not, anything),
-    ("8", counts_too_little, anything),
+    ("8", promises_what_it_has_not, scarce_memory),
+    ("8", counts_too_little, scarce_memory),
     ("8", makes_no_room, anything),
     ("epochs", switches_before_it_stands, anything),
     ("epochs", releases_before_it_is_switched_to, anything),
@@ -310,28 +303,33 @@ MISTAKES: list[tuple[str, Callable[[Patch], None], Callable[[int], None]]] = [
 ]
 
 
-def caught_after(history: Callable[[int], None]) -> int | None:
-    for seed in range(MOST_HISTORIES):
-        try:
-            history(seed)
-        except AssertionError:
-            return seed + 1
-        except (IndexError, KeyError) as error:  # the model itself has no answer to it
-            return -seed - 1 if error else None
-    return None
+RARE = {forgets_broken_links, forgets_lost_engines, tries_at_once_again, counts_too_little}  # caught late, so slowly
 
 
-@pytest.mark.parametrize(("invariant", "mistake", "history"), MISTAKES, ids=lambda one: getattr(one, "__name__", one))
+@pytest.mark.parametrize(
+    ("mistake", "history"),
+    [
+        pytest.param(mistake, history, id=f"{kind}-{mistake.__name__}", marks=[pytest.mark.slow] * (mistake in RARE))
+        for kind, mistake, history in MISTAKES
+    ],
+)
 def test_a_planted_mistake_is_caught(
-    invariant: str, mistake: Callable[[Patch], None], history: Callable[[int], None], monkeypatch: Patch
+    mistake: Callable[[Patch], None], history: Callable[[int], None], monkeypatch: Patch
 ) -> None:
+    def histories() -> None:
+        for seed in range(MOST_HISTORIES):
+            history(seed)
+
     mistake(monkeypatch)
-    n = caught_after(history)
-    print(invariant, mistake.__name__, n)
-    assert n is not None
+    with pytest.raises(AssertionError):
+        histories()
 
 
-@pytest.mark.parametrize("history", [short_silences, noise])
+def test_each_invariant_has_two_mistakes() -> None:
+    assert min(Counter(kind for kind, _, _ in MISTAKES).values()) >= 2
+
+
+@pytest.mark.parametrize("history", [short_silences, noise, refusals, scarce_memory])
 def test_nothing_is_caught_without_a_mistake(history: Callable[[int], None]) -> None:
-    for seed in range(200 if os.environ.get("PEERLLM_FULL") == "1" else 8):
+    for seed in range(500 if os.environ.get("PEERLLM_FULL") == "1" else 8):
         history(seed)
