@@ -11,7 +11,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from peerllm.api import admin, page
+from peerllm.api import admin, owner_routes, page
 from peerllm.api.error_answers import errors_as_json
 from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.fields import MAX_BODY_BYTES
@@ -71,6 +71,10 @@ def create_app(
     pairing = admin.invite, admin.join, admin.leave, admin.remove
     for change in (*pairing, admin.bench, admin.plan, admin.run, admin.stop, admin.trace):
         app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
+    app.router.add_get("/peerllm/v1/limits", owner_routes.limits)
+    app.router.add_post("/peerllm/v1/limits", owner_routes.set_limits)
+    app.router.add_post("/peerllm/v1/pause", owner_routes.pause)
+    app.router.add_post("/peerllm/v1/resume", owner_routes.resume)
     return app
 
 

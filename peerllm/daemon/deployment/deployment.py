@@ -357,8 +357,8 @@ class Deployment:
         self._shares = dict.fromkeys(blueprint.promises, 0.0)
         self._become("loading", "")
         self._say("loading", f"loading on {', '.join(around.name(device) for device in blueprint.plan.devices)}")
-        around.offer(self.id, {hashes[tensor.name]: tensor for tensor in moving})
-        work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address)
+        hub = await around.hub_places(self.own_tensors().values())
+        work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address, hub=hub)
         try:
             await self._unless_trouble(assign_all(around, work))
             self._say("loading", "connecting")
@@ -407,7 +407,6 @@ class Deployment:
         if asked:  # forgotten only afterwards: who cancels this midway starts it again
             self._search.free |= await release_all(self._around, self.id, self.epoch, asked)
             self._asked -= asked
-        self._around.withdraw(self.id)
         self._shares.clear()
 
     async def _pause(self, seconds: float) -> None:
