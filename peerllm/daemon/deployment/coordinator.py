@@ -24,6 +24,7 @@ from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, note_directories
 from peerllm.engine.messages import TensorAt, Tokens
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError, UnavailableError
 from peerllm.planner.scenario.scenario_export import scenario_file
+from peerllm.saved_files import replace_file
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_DEPLOYMENTS = 16  # models started on one device at once
@@ -276,6 +277,4 @@ def _read(file: Path) -> list[RunOptions]:
 
 
 def _write(file: Path, options: list[RunOptions]) -> None:
-    scratch = file.with_suffix(".new")
-    scratch.write_bytes(b"".join(encode(one, RunOptions) + b"\n" for one in options))
-    scratch.replace(file)
+    replace_file(file, b"".join(encode(one, RunOptions) + b"\n" for one in options))
