@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
+from peerllm.daemon.owner.limits_file import changed
 from peerllm.errors import InfeasibleError, NotFoundError, PairingError, RefusedError
 
 DEPLOYMENT = "d" * 32
@@ -128,6 +131,7 @@ class FakeHousehold:
         self.calls: list[tuple[Any, ...]] = []
         self.start_gate: asyncio.Event | None = None  # the device is starting until it is set
         self.pairing_port = 8645
+        self.owner, self.leaving = OwnerLimits(), ""
         self.addresses: tuple[str, ...] = ("192.168.1.7", "fd00::7", "fe80::7")
         self.asked = asyncio.Event()
         self.closed = asyncio.Event()
@@ -142,6 +146,13 @@ class FakeHousehold:
         self.nearby: list[dict[str, Any]] = []
         self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
         self.deployments: list[dict[str, Any]] = [deployment()]
+
+    def limits(self) -> dict[str, Any]:
+        return {**asdict(self.owner), "leaving": "paused by its owner" if self.owner.paused else self.leaving}
+
+    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        self.owner = changed(self.owner, changes)
+        return self.limits()
 
     async def started(self) -> None:
         if self.start_gate is not None:
