@@ -66,7 +66,9 @@ async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool
     if exit_with_parent:
         _watch_stdin(loop, stop, hurry)
     daemon = Daemon(settings)
-    api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names, expected)
+    api = ApiServer(
+        daemon, settings.api_host, settings.api_port, settings.data_dir, api_names, expected, settings.in_process
+    )
     try:
         await api.reserve()
         await daemon.claim()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from peerllm import PROTOCOL_VERSION, __version__
-from peerllm.daemon.control_messages import Answer, Control, DeviceView, Hello, Progress, Question, Trouble
+from peerllm.daemon.control_messages import Answer, Control, DeviceView, Have, Hello, Progress, Question, Trouble
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
@@ -26,12 +26,23 @@ from peerllm.daemon.deployment.worker import QUERY_TIMEOUT_S, Worker
 from peerllm.daemon.engine_link import engine_facts, machine
 from peerllm.daemon.engine_link.engine_host import IDLE, RUNNING, WAKING, EngineHost
 from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
-from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
+from peerllm.daemon.facade import (
+    Chunk,
+    GenerateRequest,
+    PeerHandler,
+    RelayedAnswer,
+    RunOptions,
+    RunProgress,
+    ServedModel,
+)
 from peerllm.daemon.network import Network
 from peerllm.daemon.owner.lending import Lending
 from peerllm.daemon.owner.limits_file import recalled
 from peerllm.daemon.owner.machine_reading import read_machine
+from peerllm.daemon.relay import relay_door
+from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
+from peerllm.daemon.status.household_models import HouseholdModels
 from peerllm.daemon.status.status import (
     deployments_of,
     device_entry,
@@ -42,7 +53,10 @@ from peerllm.daemon.status.status import (
     starting_status,
 )
 from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
+from peerllm.daemon.weights.hub import token
 from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.stage_weights import StageWeights
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import (
     Configure,
@@ -91,6 +105,8 @@ class Daemon:
         self._doing = ""  # while this device starts, for people
         self._ready = asyncio.Event()
         self._started = self._closed = False
+        self._relay_door = relay_door.RelayDoor()
+        self._models = HouseholdModels()
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -139,8 +155,10 @@ class Daemon:
         self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
         self._memory_bytes = configured.memory_bytes or machine.memory_bytes()
         self.ledger = Ledger(self.lent_now(limits))
-        self.offers, self.digests = Offers(), Digests(data / "digests.json")
-        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.network.get)
+        self.digests = Digests(data / "digests.json")
+        peers = NetworkPeers(self.network)
+        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.identity.device, peers)
+        self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
         free, key = (lambda: self.ledger.free_bytes), self._compute.key
@@ -149,9 +167,14 @@ class Daemon:
             self.identity.device,
             self.ledger,
             self.host,
-            self.store,
+            StageWeights(
+                self.identity.device,
+                self.store,
+                self.digests,
+                lambda deployment: self.home.own_tensors(self.coordinator.own_tensors(deployment)),
+                token,
+            ),
             self._profiler,
-            own_tensors=self.coordinator.own_tensors,
             address=self.home.address,
             report=self._report,
             changed=self.poke,
@@ -160,7 +183,9 @@ class Daemon:
         read = partial(read_machine, memory=memory)
         self.lending = Lending(self, data, limits, self.settings.given_limits, read)
         network = self.network
+        self._relay = RelayClient(network.post)
         network.add_route("GET", ROUTE, self.offers.handle)
+        network.add_route("POST", relay_door.ROUTE, self._relay_door.handle)
         network.answer_with(self._answer)
         network.link_monitor.echo, network.link_monitor.may_echo = self._echo, self._may_echo
         network.listen(self._heard)
@@ -255,7 +280,17 @@ class Daemon:
         return self._pulse.watch()
 
     def models(self) -> list[ServedModel]:
-        return self.coordinator.served()
+        if not self._ready.is_set():
+            return []
+        return [*self.coordinator.served(), *self._models.others(self.home.name)]
+
+    def relay(
+        self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes
+    ) -> AbstractAsyncContextManager[RelayedAnswer]:
+        return self._relay.ask(source, path, headers, body)
+
+    def answer_peers(self, handler: PeerHandler) -> None:
+        self._relay_door.handler = handler
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         if self.lending.going:
@@ -489,6 +524,8 @@ class Daemon:
     # ---- the household ----------------------------------------------------------------------------------------------
 
     async def _answer(self, device: DeviceId, question: Question) -> Answer:
+        if isinstance(question, Have):
+            return await asyncio.to_thread(self.offers.answer, question)
         return await self.worker.answer(device, question)
 
     def _heard(self, device: DeviceId, message: Control) -> None:
@@ -507,6 +544,8 @@ class Daemon:
         if any(nbytes > self._free.get(device, -1) for device, nbytes in free.items()):
             self.coordinator.stir()
         self._free = free
+        peers = self.network.peers()
+        self._models.hear(peers, {device: peer.view.deployments for device, peer in peers.items() if peer.view})
         self._look_ahead()
         self.poke()
 
@@ -522,6 +561,7 @@ class Daemon:
         self._echoing = echoing
 
     def _vanished(self, device: DeviceId, reason: str) -> None:
+        self._relay.vanished(device, reason)
         self.coordinator.gone(device, reason)
         self._spawn(self.worker.vanished(device), f"let go for {device[:8]}")
 
