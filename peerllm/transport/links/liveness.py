@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 BEAT_S = 0.5  # a PING or an unasked-for PONG: the loop sends it, a busy compute thread does not delay it
-SILENCE_S = 2.0  # nothing for so long: the peer is dead, frozen or cut off
+SILENCE_S = 60.0  # nothing for so long: nobody waits for the peer any more; one that wakes up before goes on
 
 
 async def watch(arrived_at: Callable[[], float], beat: Callable[[], None], dead: Callable[[str], None]) -> None:
