@@ -21,7 +21,6 @@ from peerllm.engine.state.layer_states import (
     SlotLayer,
     fixed_arrays,
     layer_of,
-    put_fixed,
 )
 from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import EngineError
@@ -72,34 +71,35 @@ class SlotCache(Cache):
             kept.copy_(tensor)
         self._snapshot_at = self.length
 
-    def export(self, states: Mapping[int, LayerState]) -> dict[str, torch.Tensor]:
-        """The arrays that `exported_state.exported` names."""
-        if not (self.whole and self.length):
-            raise EngineError("the slot holds no sequence, or a pass failed; there is no state to export")
-        found: dict[str, torch.Tensor] = {}
-        for number, state in states.items():
-            layer = self._owned[number]
-            for kept in state.tokens:
-                tensor: torch.Tensor = getattr(layer, kept.name)
-                held = layer.held if isinstance(layer, SlotLayer) else tensor.shape[2]
-                rows = min(held, state.room(self.length))
-                one = found[f"{number}.{kept.name}"] = tensor.new_zeros(kept.heads, state.room(self.length), kept.width)
-                one[:, one.shape[1] - rows :] = tensor[0, :, held - rows : held]
-            found |= {f"{number}.{name}": tensor[0].clone() for name, tensor in fixed_arrays(layer)}
-        return found
+    def held(self, block: int) -> range:
+        """The tokens whose rows a block has; none while it is not known (a pass failed)."""
+        layer = self._owned[block]
+        return range(self.length - layer.held, self.length) if self.whole else range(0)
 
-    def take(self, position: int, given: Mapping[str, torch.Tensor], states: Mapping[int, LayerState]) -> None:
-        """Begin the slot anew with the state that `export` gave elsewhere, after `position` tokens; it was checked."""
-        self.seek(0)
-        for number, state in states.items():
+    def part(self, block: int, start: int, stop: int, state: LayerState) -> dict[str, torch.Tensor]:
+        """Rows [tokens, heads × width] of tokens start..stop - 1, by array; EngineError if the block lacks some."""
+        held, layer = self.held(block), self._owned[block]
+        if not held.start <= start < stop <= held.stop:
+            raise EngineError(f"block {block} holds tokens {held.start}..{held.stop - 1}, not {start}..{stop - 1}")
+        stores = {kept.name: getattr(layer, kept.name)[0] for kept in state.tokens}
+        rows = slice(start - held.start, stop - held.start)
+        copies = {name: store[:, rows].transpose(0, 1).clone() for name, store in stores.items()}
+        return {name: copy.reshape(stop - start, -1) for name, copy in copies.items()}
+
+    def add(self, block: int, rows: Mapping[str, torch.Tensor], dropped: int, row: int) -> None:
+        """Write rows of a part where `ArrivingSlot.place` says; the slot is empty."""
+        for name, given in rows.items():
+            store = getattr(self._owned[block], name)[0]
+            if dropped:
+                store[:, :row] = store[:, dropped : dropped + row].clone()
+            store[:, row : row + len(given)] = given.reshape(len(given), store.shape[0], -1).transpose(0, 1)
+
+    def begin(self, tokens: int, starts: Mapping[int, int]) -> None:
+        """The slot's sequence begins with `tokens` tokens that were added; `starts` as ArrivingSlot.settle says."""
+        for number, start in starts.items():
             layer = self._owned[number]
-            if state.tokens:
-                layer.update(*(given[f"{number}.{kept.name}"].unsqueeze(0) for kept in state.tokens))
-            if isinstance(layer, SlotLayer):
-                layer.length = position
-            for kept in state.fixed:
-                put_fixed(layer, kept.name, given[f"{number}.{kept.name}"].unsqueeze(0))
-        self._count(position)
+            layer.length, layer.held = tokens, tokens - start
+        self._count(tokens)
 
     def _count(self, length: int) -> None:
         self.length = length
