@@ -5,28 +5,44 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from peerllm import PROTOCOL_VERSION, __version__
-from peerllm.daemon.control_messages import Answer, Control, DeviceView, Hello, Progress, Question, Trouble
+from peerllm.daemon.control_messages import Answer, Control, DeviceView, Have, Hello, Progress, Question, Trouble
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
+from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.deployment.coordinator import Coordinator
 from peerllm.daemon.deployment.surroundings import Home
 from peerllm.daemon.deployment.worker import QUERY_TIMEOUT_S, Worker
 from peerllm.daemon.engine_link import engine_facts, machine
 from peerllm.daemon.engine_link.engine_host import IDLE, RUNNING, WAKING, EngineHost
 from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
-from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
+from peerllm.daemon.facade import (
+    Chunk,
+    GenerateRequest,
+    PeerHandler,
+    RelayedAnswer,
+    RunOptions,
+    RunProgress,
+    ServedModel,
+)
 from peerllm.daemon.network import Network
+from peerllm.daemon.owner.lending import Lending
+from peerllm.daemon.owner.limits_file import recalled
+from peerllm.daemon.owner.machine_reading import read_machine
+from peerllm.daemon.relay import relay_door
+from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
+from peerllm.daemon.status.household_models import HouseholdModels
 from peerllm.daemon.status.status import (
     deployments_of,
     device_entry,
@@ -37,7 +53,10 @@ from peerllm.daemon.status.status import (
     starting_status,
 )
 from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
+from peerllm.daemon.weights.hub import token
 from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.stage_weights import StageWeights
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import (
     Configure,
@@ -71,7 +90,7 @@ class Daemon:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._threads = settings.threads or machine.processors()
+        self._threads = 1  # that are lent
         self._closing = AsyncExitStack()
         self._configured: Configured | None = None
         self._compute = ComputeSpeed("", {}, {})
@@ -86,6 +105,8 @@ class Daemon:
         self._doing = ""  # while this device starts, for people
         self._ready = asyncio.Event()
         self._started = self._closed = False
+        self._relay_door = relay_door.RelayDoor()
+        self._models = HouseholdModels()
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -114,6 +135,8 @@ class Daemon:
     async def _start(self) -> None:
         await self.claim()
         data = self.settings.data_dir
+        limits = await asyncio.to_thread(recalled, data, self.settings.given_limits)
+        self._threads = limits.threads or machine.processors()
         self.network = Network(self.settings, self.identity, self.hello, idle=self._idle)
         self.host = EngineHost(
             self._configure,
@@ -131,24 +154,38 @@ class Daemon:
         self._doing = "measuring how fast this machine computes"
         self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
         self._memory_bytes = configured.memory_bytes or machine.memory_bytes()
-        self.ledger = Ledger(self._lent(configured))
-        self.offers, self.digests = Offers(), Digests(data / "digests.json")
-        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.network.get)
+        self.ledger = Ledger(self.lent_now(limits))
+        self.digests = Digests(data / "digests.json")
+        peers = NetworkPeers(self.network)
+        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.identity.device, peers)
+        self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
+        free, key = (lambda: self.ledger.free_bytes), self._compute.key
+        self._profiler = Profiler(self.host, free, key, data / "profiles.json")
         self.worker = Worker(
             self.identity.device,
             self.ledger,
             self.host,
-            self.store,
-            Profiler(self.host, lambda: self.ledger.free_bytes, self._compute.key, data / "profiles.json"),
-            own_tensors=self.coordinator.own_tensors,
+            StageWeights(
+                self.identity.device,
+                self.store,
+                self.digests,
+                lambda deployment: self.home.own_tensors(self.coordinator.own_tensors(deployment)),
+                token,
+            ),
+            self._profiler,
             address=self.home.address,
             report=self._report,
             changed=self.poke,
         )
+        memory = not configured.memory_bytes  # an accelerator's own is not the machine's
+        read = partial(read_machine, memory=memory)
+        self.lending = Lending(self, data, limits, self.settings.given_limits, read)
         network = self.network
+        self._relay = RelayClient(network.post)
         network.add_route("GET", ROUTE, self.offers.handle)
+        network.add_route("POST", relay_door.ROUTE, self._relay_door.handle)
         network.answer_with(self._answer)
         network.link_monitor.echo, network.link_monitor.may_echo = self._echo, self._may_echo
         network.listen(self._heard)
@@ -157,11 +194,31 @@ class Daemon:
         network.on_roster(self._roster_changed)
         self._started = True
         self._closing.push_async_callback(self._let_go)
+        self._closing.push_async_callback(self.lending.close)
+        await self.lending.start()
         await network.start()
         await self.store.prune()
         await self.coordinator.start()
         self._ready.set()
         self.poke()
+
+    async def farewell(self, reason: str, within_s: float) -> None:
+        """Hold nothing any more: returns when others took over and answers under way are done, or time is up."""
+        if self._ready.is_set():
+            self.lending.go(reason)
+            if not await self.lending.gone(self.identity.device, lambda: self.coordinator.busy, within_s):
+                log.info("%g s are over; what is still held here is let go of", within_s)
+
+    async def sleep(self, within_s: float) -> None:
+        """The machine is about to sleep: a farewell, and goodbye to the household until `wake`."""
+        await self.farewell("going to sleep", within_s)
+        if self._ready.is_set():
+            await self.network.say_goodbye("going to sleep")
+
+    def wake(self) -> None:
+        """It is awake again."""
+        if self._ready.is_set():
+            self.lending.go("")
 
     async def close(self) -> None:
         """Stop what was started here, say goodbye, end the engine. May be called twice."""
@@ -223,9 +280,21 @@ class Daemon:
         return self._pulse.watch()
 
     def models(self) -> list[ServedModel]:
-        return self.coordinator.served()
+        if not self._ready.is_set():
+            return []
+        return [*self.coordinator.served(), *self._models.others(self.home.name)]
+
+    def relay(
+        self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes
+    ) -> AbstractAsyncContextManager[RelayedAnswer]:
+        return self._relay.ask(source, path, headers, body)
+
+    def answer_peers(self, handler: PeerHandler) -> None:
+        self._relay_door.handler = handler
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        if self.lending.going:
+            raise UnavailableError(f"{self.settings.name} is {self.lending.leaving}")
         return self.coordinator.generate(request)
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
@@ -279,6 +348,40 @@ class Daemon:
             raise BadInputError(f"{len(found)} devices are called {device!r}; give the id instead")
         await self.network.remove(found.pop())
 
+    def limits(self) -> dict[str, Any]:
+        return {**asdict(self.lending.limits), "leaving": self.lending.leaving}
+
+    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        await self.lending.change(changes)
+        return self.limits()
+
+    # ---- lending.Lender -------------------------------------------------------------------------------------------
+
+    def lent_now(self, limits: OwnerLimits) -> int:
+        configured = self._configured
+        assert configured is not None
+        if configured.memory_bytes:
+            return machine.lent_of(limits.memory_bytes, configured.memory_bytes, configured.free_bytes)
+        running = self.host.state not in (IDLE, WAKING)
+        return machine.lent_bytes(limits.memory_bytes, configured.runtime_bytes, running)
+
+    def lending_changed(self) -> None:
+        self.network.set_hello_changed()
+        self.coordinator.stir()
+        self.poke()
+
+    async def let_go(self, reason: str) -> None:
+        await self.worker.let_go_all(reason)
+
+    async def restart_engine(self, threads: int | None) -> None:
+        self._threads = threads or machine.processors()
+        self.host.renew(self._threads)
+        assert self._configured is not None
+        measured_in = self.settings.data_dir / "measured.json"
+        self._compute = await measured(self.host, self._configured, self._threads, measured_in)
+        self._profiler.computed_by(self._compute.key)
+        self.lending_changed()
+
     # ---- what this device says of itself -------------------------------------------------------------------------
 
     def hello(self) -> Hello:
@@ -293,7 +396,7 @@ class Daemon:
             control_port=self.settings.port,
             data_port=configured.port,
             memory_bytes=self._memory_bytes,
-            lent_bytes=self.ledger.lent_bytes,
+            lent_bytes=self.ledger.offered_bytes,
             gbytes_per_s=self._compute.gbytes_per_s,
             gflops=self._compute.gflops,
             architectures=configured.architectures,
@@ -307,7 +410,8 @@ class Daemon:
     def _view(self) -> DeviceView:
         promised, state = self.ledger.promised_bytes, self.host.state
         own = self._configured.runtime_bytes if self._configured is not None and state == RUNNING else 0
-        return DeviceView(promised, self._resident_bytes(), state, self.coordinator.views(), promised + own)
+        resident, leaving = self._resident_bytes(), self.ledger.leaving
+        return DeviceView(promised, resident, state, self.coordinator.views(), promised + own, leaving=leaving)
 
     def _resident_bytes(self) -> int:
         if self.host.pid is None and not self.settings.in_process:
@@ -320,6 +424,8 @@ class Daemon:
     def poke(self) -> None:
         """Tell watchers that the status object changed."""
         self._pulse.poke()
+        if self._started:
+            self.lending.look()
 
     def _beat(self) -> None:
         """Something changed: tell the others, if it is something that they see."""
@@ -364,12 +470,6 @@ class Daemon:
         if not self._started or self.ledger.promises():
             return True
         return any(view.state in ("planning", "loading") for view in (*self.coordinator.views(), *self.home.views()))
-
-    def _lent(self, configured: Configured) -> int:
-        if configured.memory_bytes:
-            return machine.lent_of(self.settings.memory_bytes, configured.memory_bytes, configured.free_bytes)
-        running = self.host.state not in (IDLE, WAKING)
-        return machine.lent_bytes(self.settings.memory_bytes, configured.runtime_bytes, running)
 
     def _trusted(self, entries: tuple[RosterEntry, ...]) -> tuple[Trusted, ...]:
         me = self.identity.device
@@ -424,6 +524,8 @@ class Daemon:
     # ---- the household ----------------------------------------------------------------------------------------------
 
     async def _answer(self, device: DeviceId, question: Question) -> Answer:
+        if isinstance(question, Have):
+            return await asyncio.to_thread(self.offers.answer, question)
         return await self.worker.answer(device, question)
 
     def _heard(self, device: DeviceId, message: Control) -> None:
@@ -442,6 +544,8 @@ class Daemon:
         if any(nbytes > self._free.get(device, -1) for device, nbytes in free.items()):
             self.coordinator.stir()
         self._free = free
+        peers = self.network.peers()
+        self._models.hear(peers, {device: peer.view.deployments for device, peer in peers.items() if peer.view})
         self._look_ahead()
         self.poke()
 
@@ -457,6 +561,7 @@ class Daemon:
         self._echoing = echoing
 
     def _vanished(self, device: DeviceId, reason: str) -> None:
+        self._relay.vanished(device, reason)
         self.coordinator.gone(device, reason)
         self._spawn(self.worker.vanished(device), f"let go for {device[:8]}")
 

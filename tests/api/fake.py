@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
-from peerllm.errors import InfeasibleError, NotFoundError, PairingError, RefusedError
+from peerllm.daemon.facade import (
+    Chunk,
+    GenerateRequest,
+    PeerHandler,
+    RelayedAnswer,
+    RunOptions,
+    RunProgress,
+    ServedModel,
+)
+from peerllm.errors import InfeasibleError, LinkError, NotFoundError, PairingError, RefusedError
 
 DEPLOYMENT = "d" * 32
 CONTEXT = 256
@@ -116,13 +127,14 @@ class FakeHousehold:
         self.served = [self.model]
         self.reply = "Hello, wörld 🏡!"
         self.endless = False
-        self.pace_s = 0.0  # between two tokens of an endless answer
+        self.pace_s = 0.0  # between two tokens; all of an answer that ends come at once where it is 0
         self.queued: list[int] = []
         self.error_at_once: Exception | None = None
         self.error_midway: Exception | None = None
         self.finish: Any = "stop"
         self.reused = 0  # of a prompt's tokens
         self.gate: asyncio.Event | None = None  # holds the answer back until set
+        self.middle: asyncio.Event | None = None  # holds back the rest of an answer, after its fourth token
         self.requests: list[GenerateRequest] = []
         self.runs: list[RunOptions] = []
         self.calls: list[tuple[Any, ...]] = []
@@ -142,6 +154,9 @@ class FakeHousehold:
         self.nearby: list[dict[str, Any]] = []
         self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
         self.deployments: list[dict[str, Any]] = [deployment()]
+        self.id = "a" * 64
+        self.peers: dict[str, str] = {}  # where other devices take what is relayed to them, by device
+        self.handler: PeerHandler | None = None
 
     async def started(self) -> None:
         if self.start_gate is not None:
@@ -182,6 +197,42 @@ class FakeHousehold:
         ids: list[int] = self.tokenizer.encode(text).ids
         return ids
 
+    @asynccontextmanager
+    async def relay(
+        self, source: str, path: str, headers: Mapping[str, str], body: bytes
+    ) -> AsyncIterator[RelayedAnswer]:
+        """Over plain HTTP, with the errors of the real one."""
+        if source not in self.peers:
+            raise LinkError(f"{source[:8]} is away")
+        asked = {**headers, "X-Device": self.id}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(self.peers[source] + path, headers=asked, data=body) as response,
+        ):
+            yield RelayedAnswer(response.status, response.headers, pieces(response))
+
+    def answer_peers(self, handler: PeerHandler) -> None:
+        self.handler = handler
+
+    @asynccontextmanager
+    async def control_port(self) -> AsyncIterator[str]:
+        """Where the devices of `relay` reach this one."""
+
+        async def take(request: web.Request) -> web.StreamResponse:
+            assert self.handler is not None
+            return await self.handler(request, request.headers["X-Device"])
+
+        app = web.Application(client_max_size=1024)  # as the real port
+        app.router.add_route("*", "/{path:.*}", take)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
+
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         self.requests.append(request)
         self.asked.set()
@@ -203,6 +254,10 @@ class FakeHousehold:
                     yield Chunk((), "length")
                     return
                 yield Chunk((one,), reused=self.reused)
+                if self.pace_s:
+                    await asyncio.sleep(self.pace_s)
+                if self.middle is not None and index == 3:
+                    await self.middle.wait()
                 if self.error_midway and index == 3:
                     raise self.error_midway
             yield Chunk((END,) if self.finish == "stop" else (), self.finish)
@@ -292,6 +347,14 @@ class FakeHousehold:
 
     async def remove(self, name: str) -> None:
         self.calls.append(("remove", name))
+
+
+async def pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    try:
+        async for piece in response.content.iter_any():
+            yield piece
+    except aiohttp.ClientError as error:
+        raise LinkError(f"the answer broke off: {error}") from error
 
 
 def device(name: str, index: int, state: str = "here") -> dict[str, Any]:

@@ -27,6 +27,7 @@ from peerllm.engine.messages import (
     LoadStage,
     QueryLoad,
     Submit,
+    Switch,
     Tokens,
     Trust,
     Trusted,
@@ -43,7 +44,6 @@ _sequences = itertools.count(1)  # of all deployments, so that an engine's event
 
 class Device:
     """One device: an identity, an engine host, and all that its engine said."""
-
 
     def __init__(self, directory: Path, in_process: bool = False, hosts: tuple[str, ...] = ("127.0.0.1",)) -> None:
         self.identity = load_or_create(directory)
@@ -152,9 +152,10 @@ class Deployed:
         sampling: Sampling = GREEDY,
         stop_ids: Sequence[int] = (),
         client: str = "",
+        answer: Sequence[int] = (),
     ) -> int:
         sequence = next(_sequences)
-        order = Submit(self.id, sequence, tuple(prompt), max_tokens, tuple(stop_ids), sampling, client)
+        order = Submit(self.id, sequence, tuple(prompt), max_tokens, tuple(stop_ids), sampling, client, tuple(answer))
         self.source.host.tell(order)
         return sequence
 
@@ -181,10 +182,14 @@ class Deployed:
     def cancel(self, sequence: int) -> None:
         self.source.host.tell(Cancel(self.id, sequence))
 
-    async def unload(self) -> None:
+    async def unload(self, epoch: int | None = None) -> None:
         await asyncio.gather(
-            *(device.host.ask(Unload(device.host.next_request(), self.id), WAIT_S) for device in self.devices)
+            *(device.host.ask(Unload(device.host.next_request(), self.id, epoch), WAIT_S) for device in self.devices)
         )
+
+    async def switch(self) -> None:
+        """Sequences change to the last epoch that was loaded."""
+        await self.source.host.ask(Switch(self.source.host.next_request(), self.id, self.epoch), WAIT_S)
 
     async def slots_used(self) -> dict[tuple[int, int], int]:
         """By (device, stage)."""

@@ -83,7 +83,7 @@ def test_an_unpaired_host_gets_nothing_anywhere(lab: Lab, devices: list[Device],
     assert kinds["clo"] and kinds["tls"] and kinds["4xx"], kinds  # each way of refusing was met
     offered = {what: came for what, came in found[lab.address(1)].items() if what.startswith("api plain")}
     assert all(came.startswith("4xx 401") for came in offered.values()), offered
-    for path in ("/v1/chat/completions", "/peerllm/v1/run", "/control/1", f"/weights/{'0' * 32}/{'0' * 64}",
+    for path in ("/v1/chat/completions", "/peerllm/v1/run", "/control/1", f"/weights/{'0' * 64}",
                  "/probe/1024", f"/data/{'0' * 32}/1/0"):
         assert any(what.endswith(path) for what in offered), f"{path} was not tried"
 

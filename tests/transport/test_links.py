@@ -69,9 +69,7 @@ def test_small_frames_wait_for_no_acknowledgement(
             await plane.set_trusted([other.certificate_pem])
         arrived = asyncio.Event()
         planes[1].expect(alice.device, Inlet(STEP, LIMITS, lambda delivery: arrived.set()))
-        link = await planes[0].connect(
-            bob.device, bob.certificate_pem, ["127.0.0.1"], planes[1].port, DEPLOYMENT, 3, 1
-        )
+        link = await planes[0].connect(bob.device, bob.certificate_pem, ["127.0.0.1"], planes[1].port, DEPLOYMENT, 3, 1)
         link.send(activation())
         await asyncio.wait_for(arrived.wait(), WAIT_S)
         (accepted,) = planes[1]._accepted.values()
@@ -165,9 +163,7 @@ async def test_what_is_not_expected_is_404_before_the_upgrade(nodes: list[Node],
     expect(two, one)
     who = two.identity
     with pytest.raises(LinkError, match="HTTP 404"):
-        await dial_link(
-            one.identity, who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, f"/data/{path}"
-        )
+        await dial_link(one.identity, who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, f"/data/{path}")
 
 
 @pytest.mark.parametrize("claimed_bytes", [LIMITS.max_bytes + 1, 1 << 30, 2**63 - 1])
@@ -261,7 +257,7 @@ async def test_a_frozen_peer_is_noticed_by_its_silence(nodes: list[Node], monkey
 
 
 async def test_silence_counts_from_when_the_loop_woke(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, steps = 0.0, iter([0.5, 3.0, *[0.5] * 9])
+    now, steps = 0.0, iter([0.5, 3.0, *[0.5] * 200])
 
     async def sleep(seconds: float) -> None:
         nonlocal now
@@ -269,11 +265,12 @@ async def test_silence_counts_from_when_the_loop_woke(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(liveness, "asyncio", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(liveness, "perf_counter", lambda: now)
+    monkeypatch.setattr(liveness, "SILENCE_S", 2.0)
     beats: list[float] = []
     dead: list[str] = []
     await liveness.watch(lambda: 0.0, lambda: beats.append(now), dead.append)
-    assert dead == ["nothing heard for 2.5 s"]
-    assert beats == [0.5, 3.5, 4.0, 4.5, 5.0, 5.5], "2 s of silence are not too much yet"
+    assert dead == ["nothing heard for 60.5 s"]
+    assert beats == [0.5, 3.5, *(3.5 + 0.5 * beat for beat in range(1, 121))], "60 s of silence are not too much yet"
 
 
 async def test_who_cannot_write_any_more_reads_to_the_end(nodes: list[Node]) -> None:

@@ -63,6 +63,7 @@ class Deployment:
         self.created = int(time.time())
         self.state: DeploymentState = "planning"
         self.reason = ""
+        self._lacking_bytes = 0  # of the household's memory, where it waits for that
         self.epoch = 0
         self.blueprint: Blueprint | None = None
         self.model_dir: Path | None = None
@@ -170,6 +171,8 @@ class Deployment:
             quantize=inspected.quantize if inspected is not None else "",
             quantize_wanted=self.options.quantize,
             form=self._form,
+            created=self.created,
+            missing_bytes=self._lacking_bytes,
         )
 
     def served(self) -> ServedModel:
@@ -181,10 +184,11 @@ class Deployment:
             reason=self.reason,
             created=self.created,
             model_dir=self.model_dir,
-            context=self._context() or (self.inspected.max_context if self.inspected is not None else 0),
+            context=self._context(),
             stop_ids=self.inspected.stop_ids if self.inspected is not None else (),
             message=self._message if self.state in UNDER_WAY else "",
             progress=self._done(),
+            missing_bytes=self._lacking_bytes,
         )
 
     def _context(self) -> int:
@@ -222,7 +226,7 @@ class Deployment:
                     await self._let_go()
                     if not self.lasting:
                         raise
-                    self._become("waiting", str(error))
+                    self._become("waiting", str(error), getattr(error, "missing_bytes", 0))
                     self._resolve(error)
                     tries += 1
                     await self._pause(min(RETRY_MOST_S, RETRY_S * 2.0 ** min(tries - 1, 8)))
@@ -353,8 +357,8 @@ class Deployment:
         self._shares = dict.fromkeys(blueprint.promises, 0.0)
         self._become("loading", "")
         self._say("loading", f"loading on {', '.join(around.name(device) for device in blueprint.plan.devices)}")
-        around.offer(self.id, {hashes[tensor.name]: tensor for tensor in moving})
-        work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address)
+        hub = await around.hub_places(self.own_tensors().values())
+        work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address, hub=hub)
         try:
             await self._unless_trouble(assign_all(around, work))
             self._say("loading", "connecting")
@@ -403,7 +407,6 @@ class Deployment:
         if asked:  # forgotten only afterwards: who cancels this midway starts it again
             self._search.free |= await release_all(self._around, self.id, self.epoch, asked)
             self._asked -= asked
-        self._around.withdraw(self.id)
         self._shares.clear()
 
     async def _pause(self, seconds: float) -> None:
@@ -422,8 +425,8 @@ class Deployment:
 
     # ---- telling --------------------------------------------------------------------------------------------------
 
-    def _become(self, state: DeploymentState, reason: str) -> None:
-        self.state, self.reason = state, reason
+    def _become(self, state: DeploymentState, reason: str, lacking_bytes: int = 0) -> None:
+        self.state, self.reason, self._lacking_bytes = state, reason, lacking_bytes
         if state in ("waiting", "planning"):
             self.blueprint = None
         self._around.changed()

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, assert_never
+from typing import Any, Literal, Protocol, assert_never
 
 from peerllm.daemon.control_messages import (
     Activate,
     Answer,
     Assign,
+    Have,
     Pace,
     Profile,
     Progress,
@@ -24,7 +25,6 @@ from peerllm.daemon.control_messages import (
     Release,
     Reserve,
     StageWork,
-    TensorDigest,
     Trace,
     Trouble,
 )
@@ -74,17 +74,15 @@ class ProfileAnswers(Protocol):
 
 
 class Fetcher(Protocol):
-    """What the worker needs of the store of weights."""
+    """What the worker needs of weights (StageWeights)."""
 
     async def fetch(
-        self,
-        deployment: DeploymentId,
-        source: DeviceId,
-        tensors: tuple[TensorDigest, ...],
-        progress: Callable[[int, int], None],
-    ) -> None: ...
+        self, assign: Assign, coordinator: DeviceId, told: Callable[[Literal["fetch", "check"], int, int], None]
+    ) -> dict[str, TensorAt]: ...
 
-    def path(self, sha256: str) -> object: ...
+    async def verify(
+        self, tensors: Iterable[TensorAt], told: Callable[[Literal["fetch", "check"], int, int], None]
+    ) -> bool: ...
 
     def forget(self, deployment: DeploymentId) -> None: ...
 
@@ -113,17 +111,16 @@ class Worker:
         me: DeviceId,
         ledger: Ledger,
         engine: LoadingEngine,
-        store: Fetcher,
+        weights: Fetcher,
         profiler: ProfileAnswers,
         *,
-        own_tensors: Callable[[DeploymentId], Mapping[str, TensorAt]],
         address: Callable[[DeviceId], Address],
         report: Callable[[DeviceId, Progress | Trouble], None],
         changed: Callable[[], None],
     ) -> None:
-        self._me, self.ledger, self._engine, self._store = me, ledger, engine, store
+        self._me, self.ledger, self._engine, self._weights = me, ledger, engine, weights
         self._profiler = profiler
-        self._own_tensors, self._address = own_tensors, address
+        self._address = address
         self._report, self._changed = report, changed
         self._held: dict[DeploymentId, _HeldDeployment] = {}
         self._lapsing: asyncio.TimerHandle | None = None
@@ -147,6 +144,8 @@ class Worker:
                     return await self._paces(sender, deployment)
                 case Trace():
                     return Answer(0, recorded=await self._record(sender, question))
+                case Have():
+                    return Answer(0)  # answered by Offers
                 case _:
                     assert_never(question)
         except PeerLLMError as error:
@@ -216,6 +215,16 @@ class Worker:
         for deployment, held in list(self._held.items()):
             await self._let_go(deployment, held.epoch)
 
+    async def let_go_all(self, reason: str) -> None:
+        """The owner's limits allow nothing any more: unload everything and tell the coordinators why."""
+        for deployment, held in list(self._held.items()):
+            held.over = reason
+            await self._let_go(deployment, held.epoch)
+            self._report(held.coordinator, Trouble(deployment, held.epoch, reason))
+        for promise in self.ledger.promises():  # of what was not loaded yet
+            self.ledger.release(promise.deployment, promise.epoch, promise.coordinator)
+        self._changed()
+
     # ---- the questions ---------------------------------------------------------------------------------------
 
     def _reserve(self, sender: DeviceId, asked: Reserve) -> None:
@@ -265,13 +274,25 @@ class Worker:
             raise EngineError(f"loading failed: {error}") from error
 
     async def _take_over(self, assign: Assign, held: _HeldDeployment, sender: DeviceId, promised: int) -> None:
-        wanted = tuple({t.name: t for work in assign.work for t in work.tensors}.values())
         held.total_bytes = max(1, sum(t.nbytes for work in assign.work for t in work.tensors))
-        if sender == self._me:
-            own = self._own_tensors(assign.deployment)
-        else:
-            await self._fetch(assign, held, sender, wanted)
-            own = {tensor.name: self._kept(tensor) for tensor in wanted}
+        own = await self._fetch(assign, held, sender)
+        check = asyncio.create_task(
+            self._weights.verify(own.values(), lambda *_: None), name=f"check {assign.deployment[:8]}"
+        )
+        check.add_done_callback(_seen)
+        try:
+            await self._load(assign, held, promised, own)
+            if not await check:  # what changed on the disk was removed
+                await self._engine.ask(Unload(self._engine.next_request(), assign.deployment), UNLOAD_TIMEOUT_S)
+                own = await self._fetch(assign, held, sender)
+                if not await self._weights.verify(own.values(), lambda *_: None):
+                    raise UnavailableError("its disk changes weights while they are used")
+                await self._load(assign, held, promised, own)
+        finally:
+            check.cancel()
+        held.loaded = True
+
+    async def _load(self, assign: Assign, held: _HeldDeployment, promised: int, own: Mapping[str, TensorAt]) -> None:
         here: set[str] = set()  # tensors loaded for it
         taken = 0
         for work in assign.work:
@@ -285,7 +306,6 @@ class Worker:
             await asyncio.shield(held.load)
             taken = await self._check_taken(assign.deployment)
             here |= {tensor.name for tensor in work.tensors}
-        held.loaded = True
 
     async def _check_taken(self, deployment: DeploymentId) -> int:
         """What the engine holds for it; RefusedError if it holds more than is promised to everybody."""
@@ -298,20 +318,15 @@ class Worker:
             raise RefusedError(f"the shards take {human_bytes(taken)}, {promised} are promised")
         return load.held_bytes.get(deployment, 0)
 
-    async def _fetch(
-        self, assign: Assign, held: _HeldDeployment, source: DeviceId, wanted: tuple[TensorDigest, ...]
-    ) -> None:
-        def progress(done: int, total: int) -> None:
+    async def _fetch(self, assign: Assign, held: _HeldDeployment, source: DeviceId) -> dict[str, TensorAt]:
+        def progress(_: str, done: int, total: int) -> None:
             held.total_bytes = max(1, total)
             self._tell(assign.deployment, held, "fetch", done)
 
         total = held.total_bytes
-        await self._store.fetch(assign.deployment, source, wanted, progress)
+        own = await self._weights.fetch(assign, source, progress)
         held.total_bytes = total
-
-    def _kept(self, tensor: TensorDigest) -> TensorAt:
-        path = str(self._store.path(tensor.sha256))
-        return TensorAt(tensor.name, tensor.dtype, tensor.shape, path, 0, tensor.nbytes)
+        return own
 
     def _spec(self, assign: Assign, work: StageWork, own: Mapping[str, TensorAt], limit: int) -> LoadStage:
         hop = None
@@ -390,7 +405,7 @@ class Worker:
 
     def _drop(self, deployment: DeploymentId, held: _HeldDeployment) -> None:
         self._held.pop(deployment, None)
-        self._store.forget(deployment)
+        self._weights.forget(deployment)
         self.ledger.release(deployment, held.epoch, held.coordinator)
         self._changed()
 
@@ -403,7 +418,7 @@ class Worker:
             self._report(held.coordinator, Progress(deployment, held.epoch, phase, done, held.total_bytes))
 
 
-def _seen(task: asyncio.Task[object]) -> None:
+def _seen(task: asyncio.Task[Any]) -> None:
     """Take note of a load's error that nobody waits for any more: the deployment was released while it was loading."""
     if not task.cancelled():
         task.exception()
