@@ -20,7 +20,8 @@ from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment.coordinator import Coordinator
 from peerllm.daemon.deployment.surroundings import Home
-from peerllm.daemon.deployment.worker import QUERY_TIMEOUT_S, Worker
+from peerllm.daemon.deployment.epoch_loading import QUERY_TIMEOUT_S
+from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link import engine_facts, machine
 from peerllm.daemon.engine_link.engine_host import IDLE, RUNNING, WAKING, EngineHost
 from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
@@ -307,7 +308,14 @@ class Daemon:
     def _view(self) -> DeviceView:
         promised, state = self.ledger.promised_bytes, self.host.state
         own = self._configured.runtime_bytes if self._configured is not None and state == RUNNING else 0
-        return DeviceView(promised, self._resident_bytes(), state, self.coordinator.views(), promised + own)
+        return DeviceView(
+            promised,
+            self._resident_bytes(),
+            state,
+            self.coordinator.views(),
+            promised + own,
+            holdings=self.worker.holdings(),
+        )
 
     def _resident_bytes(self) -> int:
         if self.host.pid is None and not self.settings.in_process:
@@ -404,7 +412,9 @@ class Daemon:
 
     def _engine_lost(self, reason: str) -> None:
         if self._started:
+            self.coordinator.device_is(self.identity.device, "gone", f"lost its engine ({reason})")
             self.worker.engine_lost(reason)
+            self.coordinator.told(self.identity.device, ())
             self.poke()
 
     def _engine_state(self, state: str) -> None:
@@ -418,7 +428,7 @@ class Daemon:
         if self._started:
             self.network.set_hello_changed()
             self.network.link_monitor.engine_changed()
-            self.coordinator.stir()
+            self.coordinator.device_is(self.identity.device, "online")
             self.poke()
 
     # ---- the household ----------------------------------------------------------------------------------------------
@@ -429,6 +439,17 @@ class Daemon:
     def _heard(self, device: DeviceId, message: Control) -> None:
         if isinstance(message, Progress | Trouble):
             self.coordinator.hear(device, message)
+        elif isinstance(message, DeviceView):
+            self.coordinator.told(device, message.holdings)
+            self._seen(device, message)
+
+    def _seen(self, device: DeviceId, view: DeviceView) -> None:
+        """A device that is here says how it does."""
+        if view.leaving:
+            self.coordinator.device_is(device, "leaving", f"is leaving: {view.leaving}")
+        else:
+            self.coordinator.device_is(device, "online")
+        self.worker.back(device)
 
     def _report(self, device: DeviceId, message: Progress | Trouble) -> None:
         """To the coordinator of a deployment, which may be this device's own."""
@@ -440,7 +461,7 @@ class Daemon:
     def _household_changed(self) -> None:
         free = {device: one.free_bytes for device, one in self.home.candidates().items()}
         if any(nbytes > self._free.get(device, -1) for device, nbytes in free.items()):
-            self.coordinator.stir()
+            self.coordinator.stir("memory was freed")
         self._free = free
         self._look_ahead()
         self.poke()
@@ -457,8 +478,8 @@ class Daemon:
         self._echoing = echoing
 
     def _vanished(self, device: DeviceId, reason: str) -> None:
-        self.coordinator.gone(device, reason)
-        self._spawn(self.worker.vanished(device), f"let go for {device[:8]}")
+        self.coordinator.device_is(device, "gone", f"is gone ({reason})")
+        self.worker.away(device)
 
     def _roster_changed(self, entries: tuple[RosterEntry, ...]) -> None:
         self.host.tell(Trust(self._trusted(entries)))

@@ -1,4 +1,7 @@
-"""The memory that this device promised to deployments, never more in sum than its owner lends. Sans-I/O."""
+"""The memory that this device promised to deployments, never more in sum than its owner lends. Sans-I/O.
+
+Epochs of a deployment that stand side by side share what both load, so a later one counts only what it adds.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,42 @@ class Promise:
     deployment: DeploymentId
     epoch: int
     coordinator: DeviceId
-    nbytes: int
+    nbytes: int  # all that the epoch needs ...
+    added_bytes: int  # ... and the part of it that was not promised to earlier epochs when it was reserved
     until: float | None
+
+
+class EpochSum:
+    """What one device holds or will hold for one deployment, all its epochs together; the pure sum behind a ledger."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._epochs: dict[int, tuple[int, int]] = {}  # epoch: (all that it needs, what it added when it came)
+
+    def __bool__(self) -> bool:
+        return bool(self._epochs)
+
+    def __contains__(self, epoch: int) -> bool:
+        return epoch in self._epochs
+
+    def add(self, epoch: int, nbytes: int, added_bytes: int | None) -> None:
+        """Count an epoch; beside earlier ones only `added_bytes`, where those are told."""
+        added = nbytes if added_bytes is None or not self._epochs else added_bytes
+        self._epochs[epoch] = nbytes, added
+        self.nbytes += added
+
+    def end(self, first: int, last: int) -> None:
+        """Epochs first..last are over. What remains needs no more than before, and no more than the sum of each."""
+        for epoch in sorted((one for one in self._epochs if first <= one <= last), reverse=True):
+            latest = epoch == max(self._epochs)
+            _, added = self._epochs.pop(epoch)
+            rest = sum(nbytes for nbytes, _ in self._epochs.values())
+            self.nbytes = min(self.nbytes - (added if latest else 0), rest)
+
+    @property
+    def first(self) -> int:
+        """The earliest epoch."""
+        return min(self._epochs)
 
 
 class Ledger:
@@ -32,15 +69,20 @@ class Ledger:
     def __init__(self, lent_bytes: int) -> None:
         self.lent_bytes = lent_bytes
         self._promises: dict[tuple[DeploymentId, int], Promise] = {}
+        self._sums: dict[DeploymentId, EpochSum] = {}
         self._fences: OrderedDict[tuple[DeploymentId, DeviceId], int] = OrderedDict()
 
     @property
     def promised_bytes(self) -> int:
-        return sum(promise.nbytes for promise in self._promises.values())
+        return sum(one.nbytes for one in self._sums.values())
 
     @property
     def free_bytes(self) -> int:
         return self.lent_bytes - self.promised_bytes
+
+    def promised_to(self, deployment: DeploymentId) -> int:
+        """All that is promised to a deployment, what its epochs share counted once."""
+        return self._sums[deployment].nbytes if deployment in self._sums else 0
 
     def promises(self) -> tuple[Promise, ...]:
         return tuple(self._promises.values())
@@ -51,20 +93,27 @@ class Ledger:
     def reserve(self, asked: Reserve, coordinator: DeviceId, now: float) -> None:
         """Promise memory for a bounded time; asking again with the same size renews it. RefusedError says why not."""
         self.lapse(now)
-        if asked.nbytes < 0 or not 0 < asked.lease_s <= MAX_LEASE_S:
+        if min(asked.nbytes, asked.added_bytes or 0) < 0 or not 0 < asked.lease_s <= MAX_LEASE_S:
             raise RefusedError(f"a reservation of {asked.nbytes} bytes for {asked.lease_s} s makes no sense")
         self._check_turn(asked.deployment, asked.epoch, coordinator)
         key = (asked.deployment, asked.epoch)
         held = self._promises.get(key)
         if held is not None and held.until is None:
             raise RefusedError("this epoch is already committed here; release it first")
-        free = self.free_bytes + (held.nbytes if held is not None else 0)
-        if asked.nbytes > free:
+        others = {one.epoch for one in self._promises.values() if one.deployment == asked.deployment} - {asked.epoch}
+        needed = asked.nbytes if asked.added_bytes is None or not others else asked.added_bytes
+        free = self.free_bytes + (held.added_bytes if held is not None else 0)
+        if needed > free:
             lent = human_bytes(self.lent_bytes)
-            raise RefusedError(f"{human_bytes(asked.nbytes)} are asked for, {human_bytes(free)} of {lent} are free")
+            raise RefusedError(f"{human_bytes(needed)} are asked for, {human_bytes(free)} of {lent} are free")
         if held is None and len(self._promises) >= MAX_PROMISES:
             raise RefusedError(f"{MAX_PROMISES} promises are given already; stop a model first")
-        self._promises[key] = Promise(asked.deployment, asked.epoch, coordinator, asked.nbytes, now + asked.lease_s)
+        if held is not None:
+            self._drop(held)
+        self._sums.setdefault(asked.deployment, EpochSum()).add(asked.epoch, asked.nbytes, asked.added_bytes)
+        self._promises[key] = Promise(
+            asked.deployment, asked.epoch, coordinator, asked.nbytes, needed, now + asked.lease_s
+        )
 
     def commit(self, deployment: DeploymentId, epoch: int, coordinator: DeviceId, now: float) -> Promise:
         """Keep a promise until it is released; RefusedError if it lapsed or is another coordinator's."""
@@ -79,14 +128,17 @@ class Ledger:
         held = self._promises[deployment, epoch] = replace(held, until=None)
         return held
 
-    def release(self, deployment: DeploymentId, epoch: int, coordinator: DeviceId) -> None:
+    def release(self, deployment: DeploymentId, epoch: int, coordinator: DeviceId, only: bool = False) -> None:
         """Take back the promises to a coordinator's deployment up to `epoch`, and refuse it those epochs from now on.
+
+        `only`: earlier epochs keep theirs.
 
         Nobody but the coordinator is refused anything: a device must not be able to shut out another's deployment.
         """
-        for key, held in list(self._promises.items()):
-            if held.deployment == deployment and held.epoch <= epoch and held.coordinator == coordinator:
-                del self._promises[key]
+        for held in list(self._promises.values()):
+            over = held.epoch == epoch if only else held.epoch <= epoch
+            if held.deployment == deployment and over and held.coordinator == coordinator:
+                self._drop(held)
         fence = (deployment, coordinator)
         self._fences[fence] = max(epoch, self._fences.pop(fence, epoch))
         while len(self._fences) > MAX_FENCES:
@@ -96,8 +148,15 @@ class Ledger:
         """Drop the uncommitted promises whose time is over."""
         gone = [promise for promise in self._promises.values() if promise.until is not None and promise.until <= now]
         for promise in gone:
-            del self._promises[promise.deployment, promise.epoch]
+            self._drop(promise)
         return gone
+
+    def _drop(self, promise: Promise) -> None:
+        del self._promises[promise.deployment, promise.epoch]
+        epochs = self._sums[promise.deployment]
+        epochs.end(promise.epoch, promise.epoch)
+        if not epochs:
+            del self._sums[promise.deployment]
 
     def _check_turn(self, deployment: DeploymentId, epoch: int, coordinator: DeviceId) -> None:
         if epoch <= self._fences.get((deployment, coordinator), -1):

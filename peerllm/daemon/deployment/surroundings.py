@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -20,11 +20,12 @@ from peerllm.daemon.settings import Settings
 from peerllm.daemon.threads import Progress
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import Offers
-from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, TensorAt
+from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, Switch, TensorAt
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, DeviceId, LinkProfile
 
 INSPECT_TIMEOUT_S = 300.0
+SWITCH_TIMEOUT_S = 600.0  # long prompts may have to be computed again
 
 
 class Parts(Protocol):
@@ -120,6 +121,10 @@ class Home:
 
     def tell_engine(self, message: Submit | Cancel) -> None:
         self._parts.host.tell(message)
+
+    def switch(self, deployment: DeploymentId, epoch: int) -> Awaitable[None]:
+        host = self._parts.host
+        return host.put(Switch(host.next_request(), deployment, epoch), SWITCH_TIMEOUT_S)
 
     def views(self) -> Iterable[DeploymentView]:
         peers = self._parts.network.peers().values()
