@@ -23,11 +23,38 @@ STOP_TIMEOUT_S = 20
 class Device:
     """One `peerllm up` process; `prefix` puts it into a namespace or on a core."""
 
-    def __init__(self, data_dir: Path, name: str, *, memory: str = "2GB", options: Sequence[str] = (),
-                 prefix: Sequence[str] = (), api: str = "127.0.0.1:0", port: int = 0) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        name: str,
+        *,
+        memory: str = "2GB",
+        options: Sequence[str] = (),
+        prefix: Sequence[str] = (),
+        api: str = "127.0.0.1:0",
+        port: int = 0,
+    ) -> None:
         self.data_dir, self.name, self.prefix = data_dir, name, list(prefix)
-        self.argv = [*prefix, sys.executable, "-m", "peerllm", "up", "--data", str(data_dir), "--name", name,
-                     "--port", str(port), "--api", api, "--memory", memory, "--threads", "1", *options]
+        self.argv = [
+            *prefix,
+            sys.executable,
+            "-m",
+            "peerllm",
+            "up",
+            "--data",
+            str(data_dir),
+            "--name",
+            name,
+            "--port",
+            str(port),
+            "--api",
+            api,
+            "--memory",
+            memory,
+            "--threads",
+            "1",
+            *options,
+        ]
         self.process: subprocess.Popen[str] | None = None
         self.url = ""
 
@@ -35,8 +62,9 @@ class Device:
         """Launch; `wait_ready` afterwards, so that several start at once."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
         self.log = (self.data_dir / "log.txt").open("ab")
-        self.process = subprocess.Popen(self.argv, stdout=subprocess.PIPE, stderr=self.log, text=True,
-                                        env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        self.process = subprocess.Popen(
+            self.argv, stdout=subprocess.PIPE, stderr=self.log, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
         return self
 
     def wait_ready(self) -> Device:
@@ -60,11 +88,17 @@ class Device:
 
     def cli(self, command: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`peerllm COMMAND --data DIR ARGS` where this device lives."""
-        done = subprocess.run([*self.prefix, sys.executable, "-m", "peerllm", command, "--data", str(self.data_dir),
-                               *args], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            [*self.prefix, sys.executable, "-m", "peerllm", command, "--data", str(self.data_dir), *args],
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
         if check and done.returncode:
-            raise AssertionError(f"{self.name}: {command} {args} ended with {done.returncode}: {done.stderr}\n"
-                                 f"{self.log_tail()}")
+            raise AssertionError(
+                f"{self.name}: {command} {args} ended with {done.returncode}: {done.stderr}\n{self.log_tail()}"
+            )
         return done
 
     def status(self) -> dict[str, Any]:
@@ -76,8 +110,12 @@ class Device:
 
     def post(self, path: str, body: Mapping[str, Any], timeout: float = COMMAND_TIMEOUT_S) -> Any:
         """JSON in, JSON out, at the device's API (devices outside namespaces)."""
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), method="POST", headers={
-            "Content-Type": "application/json", "Authorization": f"Bearer {self.token()}"})
+        request = urllib.request.Request(
+            self.url + path,
+            json.dumps(body).encode(),
+            method="POST",
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.token()}"},
+        )
         with urllib.request.urlopen(request, timeout=timeout) as response:
             return json.load(response)
 
@@ -110,12 +148,25 @@ def pair(inviter: Device, joiner: Device, host: str = "127.0.0.1") -> None:
 
 
 @contextlib.contextmanager
-def household(directory: Path, names: Sequence[str], *, memory: str | Mapping[str, str] = "2GB",
-              options: Sequence[str] = ("--no-mdns",), prefixes: Mapping[str, Sequence[str]] | None = None,
-              ) -> Iterator[list[Device]]:
+def household(
+    directory: Path,
+    names: Sequence[str],
+    *,
+    memory: str | Mapping[str, str] = "2GB",
+    options: Sequence[str] = ("--no-mdns",),
+    prefixes: Mapping[str, Sequence[str]] | None = None,
+) -> Iterator[list[Device]]:
     """Paired devices on loopback, the first one the inviter; ended when the block is left."""
-    devices = [Device(directory / name, name, memory=memory if isinstance(memory, str) else memory[name],
-                      options=options, prefix=(prefixes or {}).get(name, ())) for name in names]
+    devices = [
+        Device(
+            directory / name,
+            name,
+            memory=memory if isinstance(memory, str) else memory[name],
+            options=options,
+            prefix=(prefixes or {}).get(name, ()),
+        )
+        for name in names
+    ]
     try:
         for device in devices:
             device.start()

@@ -122,7 +122,13 @@ class FakeEngine:
                 paces = {f"{deployment}/{stage}": self.paces for deployment, stage, _ in held if self.paces}
                 by_deployment = {one: sum(n for key, n in self.stages.items() if key[0] == one) for one, _, _ in held}
                 return EngineLoad(
-                    message.request, held, self.held, 0, self.held, paces=paces, held_bytes=by_deployment,
+                    message.request,
+                    held,
+                    self.held,
+                    0,
+                    self.held,
+                    paces=paces,
+                    held_bytes=by_deployment,
                 )
             case Record():
                 if message.want == "take":

@@ -12,8 +12,12 @@ from openai import OpenAI
 url, token, model, max_tokens, question = sys.argv[1:]
 client = OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0)
 stream = client.chat.completions.create(
-    model=model, messages=[{"role": "user", "content": question}], stream=True, max_tokens=int(max_tokens),
-    temperature=0, stream_options={"include_usage": True},
+    model=model,
+    messages=[{"role": "user", "content": question}],
+    stream=True,
+    max_tokens=int(max_tokens),
+    temperature=0,
+    stream_options={"include_usage": True},
 )
 for event in stream:
     if event.choices and event.choices[0].delta.content:

@@ -122,9 +122,14 @@ def test_a_port_in_use(device: Device, tmp_path: Path, option: str) -> None:
     with socket.socket() as taken:
         port = taken_below_the_ephemeral(taken)
         taken.listen()
-        second = Device(tmp_path / "second", "second", memory="1MB", options=["--no-mdns"],
-                        port=port if option == "--port" else 0,
-                        api=f"127.0.0.1:{port}" if option == "--api" else "127.0.0.1:0").start()
+        second = Device(
+            tmp_path / "second",
+            "second",
+            memory="1MB",
+            options=["--no-mdns"],
+            port=port if option == "--port" else 0,
+            api=f"127.0.0.1:{port}" if option == "--api" else "127.0.0.1:0",
+        ).start()
         assert second.process is not None
         try:
             assert second.process.wait(120) == 1
@@ -161,8 +166,11 @@ def test_the_same_data_directory_twice(device: Device) -> None:
     (b'{"model":"nothing","messages":[{"role":"user","content":"x"}]}', 404), (b" " * (64 << 20), 413),
 ])  # fmt: skip
 def test_requests_that_cannot_be_answered(device: Device, body: bytes, status: int) -> None:
-    request = urllib.request.Request(f"{device.url}/v1/chat/completions", body, headers={
-        "Content-Type": "application/json", "Authorization": f"Bearer {device.token()}"})
+    request = urllib.request.Request(
+        f"{device.url}/v1/chat/completions",
+        body,
+        headers={"Content-Type": "application/json", "Authorization": f"Bearer {device.token()}"},
+    )
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             got, answer = response.status, response.read()

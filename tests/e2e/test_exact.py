@@ -29,8 +29,10 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Device]]:
 def slots_for(directory: Path) -> int:
     """How many slots of the whole context make the model need SHARE × MEMORY."""
     profile = inspect_model(str(directory), "auto").profile
-    weights = sum(layer_bytes(profile, index, Workload(sequences=1, context=1), bool(layer.tied_to is not None))
-                  for index, layer in enumerate(profile.layers))
+    weights = sum(
+        layer_bytes(profile, index, Workload(sequences=1, context=1), bool(layer.tied_to is not None))
+        for index, layer in enumerate(profile.layers)
+    )
     a_slot = tiny.CONTEXT * sum(layer.kv_bytes_per_token for layer in profile.layers)
     return int((SHARE * MEMORY - weights) / a_slot)
 
@@ -45,8 +47,13 @@ def test_three_daemons_say_what_one_device_says(devices: list[Device], family: s
     try:
         deployment = source.status()["deployments"][0]
         assert {stage["device"] for stage in deployment["plan"]["stages"]} == set(NAMES), deployment
-        body = {"model": deployment["model"], "temperature": 0, "max_tokens": TOKENS, "return_token_ids": True,
-                "messages": [{"role": "user", "content": QUESTION}]}
+        body = {
+            "model": deployment["model"],
+            "temperature": 0,
+            "max_tokens": TOKENS,
+            "return_token_ids": True,
+            "messages": [{"role": "user", "content": QUESTION}],
+        }
         choice = source.post("/v1/chat/completions", body)["choices"][0]
     finally:
         source.cli("stop", deployment["model"])

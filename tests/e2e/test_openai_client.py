@@ -19,13 +19,17 @@ CANCEL_TIMEOUT_S = 20.0
 
 
 def talk(device: Device, tokens: int) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "tests.e2e.talker", device.url, device.token(), "builtin",
-                             str(tokens), STORY], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.e2e.talker", device.url, device.token(), "builtin", str(tokens), STORY],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def engine(device: Device) -> dict[str, Any]:
-    request = urllib.request.Request(f"{device.url}/peerllm/v1/engine",
-                                     headers={"Authorization": f"Bearer {device.token()}"})
+    request = urllib.request.Request(
+        f"{device.url}/peerllm/v1/engine", headers={"Authorization": f"Bearer {device.token()}"}
+    )
     with urllib.request.urlopen(request, timeout=30) as response:
         found: dict[str, Any] = json.load(response)
     return found

@@ -14,7 +14,7 @@ from tests.household import household
 QUESTION = "What are you?"
 TOKENS = 12
 CONTEXT = 256
-WITHOUT = '''
+WITHOUT = """
 from importlib.machinery import PathFinder
 
 whole = PathFinder.find_spec
@@ -25,7 +25,7 @@ def find_spec(name, path=None, target=None):
 
 
 PathFinder.find_spec = find_spec
-'''
+"""
 
 
 @pytest.fixture
@@ -43,7 +43,12 @@ def test_two_devices_run_the_built_in_model(tmp_path: Path) -> None:
         laptop.cli("run", "builtin", "--slots", "2", "--context", str(CONTEXT))
         assert laptop.status()["devices"][0]["engine"] == "running"
         assert laptop.cli("chat", QUESTION, "--temperature", "0", "--max-tokens", str(TOKENS)).stdout.strip()
-        body = {"model": "builtin", "temperature": 0, "max_tokens": TOKENS, "return_token_ids": True,
-                "messages": [{"role": "user", "content": QUESTION}]}
+        body = {
+            "model": "builtin",
+            "temperature": 0,
+            "max_tokens": TOKENS,
+            "return_token_ids": True,
+            "messages": [{"role": "user", "content": QUESTION}],
+        }
         said = laptop.post("/v1/chat/completions", body)["choices"][0]["token_ids"]
     assert said == tiny.answer(MODEL_DIR, QUESTION, TOKENS)

@@ -14,15 +14,29 @@ from peerllm.builtin import MODEL_DIR
 BLOCKS = 6
 CONTEXT = 512
 _COMMON: dict[str, Any] = {"vocab_size": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_LLAMA_LIKE = {**_COMMON, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": BLOCKS,
-               "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+_LLAMA_LIKE = {
+    **_COMMON,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA_LIKE,
     "qwen3": {**_LLAMA_LIKE, "head_dim": 16},
     "gemma": {**_LLAMA_LIKE, "head_dim": 16},
     "gpt2": {**_COMMON, "n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": CONTEXT},
-    "opt": {**_COMMON, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": BLOCKS, "num_attention_heads": 4,
-            "max_position_embeddings": CONTEXT, "word_embed_proj_dim": 64},
+    "opt": {
+        **_COMMON,
+        "hidden_size": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "word_embed_proj_dim": 64,
+    },
 }
 SCALE = 6.0  # at the usual scale a random model repeats one token whatever its layers do
 
@@ -47,9 +61,10 @@ def make(family: str, directory: Path, seed: int = 1) -> Path:
 def answer(directory: Path, question: str, tokens: int) -> list[int]:
     """What transformers says, greedily, on one device."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                           return_tensors="pt", return_dict=True)["input_ids"]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.inference_mode():
         made = model.generate(prompt, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
-    return [int(token) for token in made[0, prompt.shape[1]:]]
+    return [int(token) for token in made[0, prompt.shape[1] :]]

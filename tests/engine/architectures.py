@@ -554,9 +554,7 @@ def inspect(directory: Path, backend: Backend | None = None, quantize: str = "au
     return (backend or Backends()).inspect(Inspect(1, str(directory), "float32", quantize))
 
 
-def stage(
-    inspected: Inspected, first: int, last: int, slots: int = 1, context: int = CONTEXT
-) -> LoadStage:
+def stage(inspected: Inspected, first: int, last: int, slots: int = 1, context: int = CONTEXT) -> LoadStage:
     """The order to load layers first..last."""
     tensors = tuple(tensor for layer in inspected.tensors[first : last + 1] for tensor in layer)
     return LoadStage(

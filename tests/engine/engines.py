@@ -44,7 +44,6 @@ _sequences = itertools.count(1)  # of all deployments, so that an engine's event
 class Device:
     """One device: an identity, an engine host, and all that its engine said."""
 
-
     def __init__(self, directory: Path, in_process: bool = False, hosts: tuple[str, ...] = ("127.0.0.1",)) -> None:
         self.identity = load_or_create(directory)
         self.id = self.identity.device

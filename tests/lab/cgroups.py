@@ -1,8 +1,8 @@
 """Memory limits for real processes: a control group of the kernel's memory controller (version 1), gone with its block.
 
-    with MemoryGroup() as group:
-        python = group.launcher(directory)  # in place of sys.executable: the process is inside from its first page on
-        group.limit(400 << 20)
+with MemoryGroup() as group:
+    python = group.launcher(directory)  # in place of sys.executable: the process is inside from its first page on
+    group.limit(400 << 20)
 """
 
 from __future__ import annotations

@@ -26,14 +26,25 @@ from tests.api.fake import FakeHousehold
 
 TIMEOUT_S = 5.0
 PORTS = {"api": 8642, "control": 8643, "data": 8644, "pairing": 8645}
-FILLED_IN = {"name": "app.js", "id": "builtin", "number": "1", "nbytes": "1024", "deployment": "0" * 32,
-             "sha256": "0" * 64, "epoch": "1", "stage": "0"}
+FILLED_IN = {
+    "name": "app.js",
+    "id": "builtin",
+    "number": "1",
+    "nbytes": "1024",
+    "deployment": "0" * 32,
+    "sha256": "0" * 64,
+    "epoch": "1",
+    "stage": "0",
+}
 
 
 def routes_of(app: web.Application) -> list[tuple[str, str]]:
     """Every route an application has, parameters filled in."""
-    return [(route.method, route.resource.canonical.format(**FILLED_IN)) for route in app.router.routes()
-            if route.method != "HEAD" and route.resource is not None]
+    return [
+        (route.method, route.resource.canonical.format(**FILLED_IN))
+        for route in app.router.routes()
+        if route.method != "HEAD" and route.resource is not None
+    ]
 
 
 def every_route(directory: Path) -> list[tuple[str, str]]:
@@ -64,8 +75,9 @@ def no_certificate() -> ssl.SSLContext:
 async def attempt(session: aiohttp.ClientSession, method: str, url: str, tls: ssl.SSLContext | None) -> str:
     """What one request gets, as a word."""
     try:
-        async with session.request(method, url, ssl=tls if tls is not None else True, json={"model": "builtin"},
-                                   allow_redirects=False) as response:
+        async with session.request(
+            method, url, ssl=tls if tls is not None else True, json={"model": "builtin"}, allow_redirects=False
+        ) as response:
             body = await response.read()
             return f"{response.status // 100}xx {response.status} {body[:120]!r}"
     except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError, ssl.SSLError) as error:

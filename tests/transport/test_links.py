@@ -69,9 +69,7 @@ def test_small_frames_wait_for_no_acknowledgement(
             await plane.set_trusted([other.certificate_pem])
         arrived = asyncio.Event()
         planes[1].expect(alice.device, Inlet(STEP, LIMITS, lambda delivery: arrived.set()))
-        link = await planes[0].connect(
-            bob.device, bob.certificate_pem, ["127.0.0.1"], planes[1].port, DEPLOYMENT, 3, 1
-        )
+        link = await planes[0].connect(bob.device, bob.certificate_pem, ["127.0.0.1"], planes[1].port, DEPLOYMENT, 3, 1)
         link.send(activation())
         await asyncio.wait_for(arrived.wait(), WAIT_S)
         (accepted,) = planes[1]._accepted.values()
@@ -165,9 +163,7 @@ async def test_what_is_not_expected_is_404_before_the_upgrade(nodes: list[Node],
     expect(two, one)
     who = two.identity
     with pytest.raises(LinkError, match="HTTP 404"):
-        await dial_link(
-            one.identity, who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, f"/data/{path}"
-        )
+        await dial_link(one.identity, who.device, who.certificate_pem, ["127.0.0.1"], two.plane.port, f"/data/{path}")
 
 
 @pytest.mark.parametrize("claimed_bytes", [LIMITS.max_bytes + 1, 1 << 30, 2**63 - 1])

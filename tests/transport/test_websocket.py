@@ -155,7 +155,6 @@ def test_both_sides_agree() -> None:
     assert read_answer(declined(HTTPStatus.NOT_FOUND), KEY) == 404
 
 
-
 GOOD = request("x", 1, "/echo", KEY).decode()
 
 

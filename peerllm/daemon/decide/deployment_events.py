@@ -1,7 +1,9 @@
 """What happens to a deployment and what is to be done about it: the words between its decider and its coordinator.
 
-The decider turns events into actions and touches nothing. The coordinator carries the actions out and answers each one
-that says so with exactly one of its events, unless a later action abandons it.
+The decider turns events into actions and touches nothing. The coordinator carries the actions out in their order, and
+answers MakePlan, Establish, Renew, CarryOver and SwitchTo with exactly one event each, at any later time.
+A later MakePlan or SwitchTo takes the place of an earlier one that is not answered yet; Abandon that of the Establish,
+Renew and CarryOver of its epoch. Answers that come all the same are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ DeviceCondition = Literal["online", "silent", "gone", "leaving"]
 
 @dataclass(frozen=True, slots=True)
 class DeviceIs:
-    """A device's condition changed; `renewed`: it is reached over a new connection, so its data links may be dead."""
+    """A device's condition changed; `renewed`: it is reached over a new connection, so its data links may be dead.
+
+    Told of every device of the household before the first Asked or DeadlineReached, and of this device when its engine
+    can be used (again). `reason` names the device, for people.
+    """
 
     device: DeviceId
     condition: DeviceCondition
@@ -31,7 +37,7 @@ class DeviceIs:
 
 @dataclass(frozen=True, slots=True)
 class EngineLost:
-    """All that a device had loaded is gone with its engine; it can be used again."""
+    """All that a device had loaded is gone with its engine; it can be used again. `epoch`: the last it had work in."""
 
     device: DeviceId
     epoch: int
@@ -40,11 +46,12 @@ class EngineLost:
 
 @dataclass(frozen=True, slots=True)
 class LinksLost:
-    """A data link of a device broke; what is loaded on both sides of it is still there."""
+    """A data link between two devices broke; what is loaded on both sides of it is still there."""
 
-    device: DeviceId
+    device: DeviceId  # who tells it
     epoch: int
     reason: str
+    other: DeviceId | None = None  # at the other end, where that is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +84,23 @@ class NoPlan:
     number: int
     reason: str
     lasting: bool = False
+    contended: bool = False  # memory that the household lends is promised elsewhere, and may soon be let go of
 
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """Answers Establish: every stage of the epoch is loaded and its links stand."""
+    """Answers Establish and Renew: every stage of the epoch is loaded and its links stand."""
 
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class NotEstablished:
-    """Answers Establish: a device refused or failed; None: none in particular. Nothing is left of the epoch."""
+    """Answers Establish and Renew: that failed, and nothing is left of the epoch.
+
+    The next plans do without the `device` if they can. None: none is to blame, or the one that refused can be used for
+    less, which the search for plans knows.
+    """
 
     epoch: int
     device: DeviceId | None
@@ -138,7 +150,7 @@ class MakePlan:
 class Establish:
     """Reserve, load and link the plan of that number as this epoch, beside the running one.
 
-    With `first_release` what earlier epochs hold is let go of before, since both do not fit.
+    With `first_release` what earlier epochs hold and this one does not use is let go of before, since both do not fit.
     """
 
     epoch: int
@@ -169,7 +181,7 @@ class CarryOver:
 
 @dataclass(frozen=True, slots=True)
 class SwitchTo:
-    """New sequences begin in this epoch, running ones change to it between two steps."""
+    """New sequences begin in this epoch, running ones change to it between two steps. It ends an earlier SwitchTo."""
 
     epoch: int
 

@@ -69,9 +69,7 @@ def running(channel: ControlChannel) -> asyncio.Task[str]:
     return asyncio.ensure_future(channel.run(lambda: None, lambda message: None))
 
 
-async def test_a_heartbeat_passes_between_the_parts_of_a_large_message(
-    channel: ControlChannel, socket: Socket
-) -> None:
+async def test_a_heartbeat_passes_between_the_parts_of_a_large_message(channel: ControlChannel, socket: Socket) -> None:
     channel.send(Goodbye("x" * (2 * PART_BYTES)))
     channel.send(Goodbye("after"))
     socket.on_send = lambda data: channel.beat() if len(socket.sent) == 1 else None

@@ -163,9 +163,7 @@ async def test_a_hub_that_hangs_does_not_keep_what_is_here(
     never.set()
 
 
-async def test_where_there_is_no_choice_none_is_told(
-    hub: HubServer, folder: Path, made: Made, tmp_path: Path
-) -> None:
+async def test_where_there_is_no_choice_none_is_told(hub: HubServer, folder: Path, made: Made, tmp_path: Path) -> None:
     for file in (Q8, *PARTS):
         (folder / file).unlink()
     said: list[str] = []

@@ -19,8 +19,19 @@ from tests.engine.architectures import FAMILIES, FULL, quiet, save, stage, tiny_
 from tests.engine.runs import in_slot
 
 # Turned weights, biases, fused matrices, ties and scaled embeddings, experts, latent attention, recurrent layers.
-SHARE = ("Llama", "Qwen2", "GPT-2", "Phi-3", "Gemma", "Mixtral", "DeepSeek-V3", "Qwen3-Next", "ModernBERT (decoder)",
-    "Gemma 3n (text)", "Gemma 4 (experts)")
+SHARE = (
+    "Llama",
+    "Qwen2",
+    "GPT-2",
+    "Phi-3",
+    "Gemma",
+    "Mixtral",
+    "DeepSeek-V3",
+    "Qwen3-Next",
+    "ModernBERT (decoder)",
+    "Gemma 3n (text)",
+    "Gemma 4 (experts)",
+)
 CHOSEN = [family for family in FAMILIES if FULL or family.name in SHARE]
 IDS = torch.tensor([3, 5, 7, 11, 13, 17, 19, 23, 29])
 FAR = 0.4  # of the logits' length: a matrix in a wrong place is farther off, rounding to 8 bits nearer

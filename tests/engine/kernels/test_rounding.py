@@ -22,7 +22,6 @@ def apart(codes):
     return np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1)
 
 
-
 def random(shape: tuple[int, ...], seed: int = 0, size: float = 1.0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(shape) * size).astype(np.float32)
 

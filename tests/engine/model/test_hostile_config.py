@@ -31,8 +31,15 @@ LLAMA = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_
 
 @pytest.mark.parametrize(
     "key",
-    ["num_labels", "num_hidden_layers", "num_attention_heads", "num_experts", "n_routed_experts", "n_layer",
-     "altup_num_inputs"],
+    [
+        "num_labels",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_experts",
+        "n_routed_experts",
+        "n_layer",
+        "altup_num_inputs",
+    ],
 )
 def test_counts_are_bounded_before_a_list_is_made_of_them(key: str) -> None:
     with pytest.raises(ModelError, match=f"not usable: {key}.*{MAX_COUNT}"):

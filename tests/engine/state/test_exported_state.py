@@ -159,9 +159,7 @@ def test_a_state_that_does_not_fit_is_refused_and_moves_nothing(model_type: str,
     np.testing.assert_array_equal(logits([there], 2, 9, ids(1, 6)), logits([here], 2, 9, ids(1, 6)))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "engine"), [("lfm2", "torch"), ("qwen3_next", "graph"), ("ministral", "int8")]
-)
+@pytest.mark.parametrize(("model_type", "engine"), [("lfm2", "torch"), ("qwen3_next", "graph"), ("ministral", "int8")])
 def test_slots_take_what_was_promised_for_them_and_no_more(model_type: str, engine: str) -> None:
     """Snapshots included, once every slot has been full."""
     shard: Any = load(model_type, engine)

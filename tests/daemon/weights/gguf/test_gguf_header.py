@@ -242,9 +242,7 @@ def test_memory_is_as_the_header_is_large(filling: tuple[int, list[object]], tmp
     assert len(read_gguf(tmp_path / "m.gguf").metadata["k"]) == len(filling[1])
 
 
-def test_more_tensors_than_one_assignment_may_name_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_tensors_than_one_assignment_may_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written(tmp_path / "m.gguf", sample())
     assert len(read_gguf(file).tensors) == 3
     monkeypatch.setattr("peerllm.daemon.weights.gguf.header.MAX_TENSORS", 2)
