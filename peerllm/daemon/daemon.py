@@ -19,11 +19,11 @@ from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment.coordinator import Coordinator
-from peerllm.daemon.deployment.surroundings import Home
 from peerllm.daemon.deployment.epoch_loading import QUERY_TIMEOUT_S
+from peerllm.daemon.deployment.surroundings import Home
 from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link import engine_facts, machine
-from peerllm.daemon.engine_link.engine_host import IDLE, RUNNING, WAKING, EngineHost
+from peerllm.daemon.engine_link.engine_host import AVAILABLE, IDLE, RUNNING, WAKING, EngineHost
 from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.network import Network
@@ -160,6 +160,7 @@ class Daemon:
         self._closing.push_async_callback(self._let_go)
         await network.start()
         await self.store.prune()
+        self._first_look()
         await self.coordinator.start()
         self._ready.set()
         self.poke()
@@ -412,9 +413,8 @@ class Daemon:
 
     def _engine_lost(self, reason: str) -> None:
         if self._started:
-            self.coordinator.device_is(self.identity.device, "gone", f"lost its engine ({reason})")
             self.worker.engine_lost(reason)
-            self.coordinator.told(self.identity.device, ())
+            self.coordinator.device_is(self.identity.device, "gone", f"lost its engine ({reason})")
             self.poke()
 
     def _engine_state(self, state: str) -> None:
@@ -442,6 +442,14 @@ class Daemon:
         elif isinstance(message, DeviceView):
             self.coordinator.told(device, message.holdings)
             self._seen(device, message)
+
+    def _first_look(self) -> None:
+        """How each device of the household is when this one starts."""
+        if self.host.state in AVAILABLE:
+            self.coordinator.device_is(self.identity.device, "online")
+        for device, peer in self.network.peers().items():
+            if peer.view is None:
+                self.coordinator.device_is(device, "gone", "is not here")
 
     def _seen(self, device: DeviceId, view: DeviceView) -> None:
         """A device that is here says how it does."""

@@ -277,7 +277,7 @@ class Coordinator:
             if self._closing:
                 return
             lasting = [held for held in self._deployments.values() if held.lasting]
-            remembered = [RememberedDeployment(held.options, held.id, held.epoch) for held in lasting]
+            remembered = [RememberedDeployment(held.remembered_as, held.id, held.epoch) for held in lasting]
             served = [held.options.model for held in lasting if Path(held.options.model).is_absolute()]
             try:
                 await asyncio.to_thread(note_directories, self._file.with_name(DIRECTORIES_FILE), served)

@@ -74,8 +74,6 @@ log = logging.getLogger(__name__)
 class Decider(Protocol):
     """The pure part: from what happens to what is to be done (decide/deployment_decider.py)."""
 
-    epoch: int  # the last number that is used up
-
     def handle(self, event: DeploymentEvent, now: float) -> list[DeploymentAction]: ...
 
     def deadline(self) -> float | None: ...
@@ -99,25 +97,28 @@ class Deployment:
     ) -> None:
         self.id = remembered.deployment if remembered is not None else secrets.token_hex(16)
         self.options = options
+        self.remembered_as = remembered.options if remembered is not None else options
         self.created = int(time.time())
         self.state: DeploymentState = "planning"
         self.reason = ""
         self.lasting = remembered is not None  # it has served: from then on it waits for devices instead of giving up
         self.report = ProgressReport(around.me, around.name, around.changed)
-        self.model = DescribedModel(options, around, self._planning)
+        self.model = DescribedModel(options, around, self._tell)
         self.sequences = Admission(self.id, around.tell_engine, around.changed)
         self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
         self._around, self._served = around, served
-        self._search = PlanSearch(options, around, timings, self._planning)
+        self._search = PlanSearch(options, around, timings, self._tell)
         self._holdings = HouseholdHoldings()
-        self._negotiation = EpochNegotiation(around, self.id, self._holdings, self.report)
-        self._decider = decider(around.me, self.lasting, remembered.epoch + EPOCHS_AHEAD if remembered else 0)
+        self._negotiation = EpochNegotiation(around, self.id, self._holdings, self._tell, self._loading)
+        self.epoch = remembered.epoch + EPOCHS_AHEAD if remembered is not None else 0  # the last number used up
+        self._decider = decider(around.me, self.lasting, self.epoch)
         self._events: deque[DeploymentEvent] = deque()
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
         self._plans: dict[int, Blueprint] = {}  # by the number of their MakePlan
         self._epochs: dict[int, Epoch] = {}  # that stand, or are being established
         self._running: Epoch | None = None  # the one that sequences are computed in
+        self._released_before = 0  # epochs before this one were let go of
         self._coming: Epoch | None = None  # the last one that was to be established
         self._cached: dict[DeviceId, frozenset[int]] = {}  # layers that devices have fetched
         self._failure: PeerLLMError | None = None  # the last, with its class
@@ -187,11 +188,6 @@ class Deployment:
         """A device told how far it has fetched or loaded."""
         if self._coming is not None and event.epoch == self._coming.number and self.state == "loading":
             self.report.loaded(device, event)
-
-    @property
-    def epoch(self) -> int:
-        """The last epoch's number."""
-        return self._decider.epoch
 
     @property
     def blueprint(self) -> Blueprint | None:
@@ -326,7 +322,7 @@ class Deployment:
         before = self._tasks.pop(what, None)
         if before is not None:
             before.cancel()
-        task = asyncio.create_task(work, name=f"{what} {self.options.model}")
+        task = asyncio.create_task(work, name=f"{what}: {self.options.model}")
         self._tasks[what] = task
         task.add_done_callback(lambda done: self._worked(what, done))
 
@@ -383,7 +379,7 @@ class Deployment:
             loaded[device] = self._holdings.layers(device, size)
             held[device] = self._holdings.promised_bytes(device) or shard_bytes(inspected.profile, size, shards)
         moving = None
-        if running is not None or loaded:
+        if size != (0, 0):
             everything = frozenset(range(len(inspected.profile.layers)))
             cached = self._cached | ({self._around.me: everything} if self.model.model_dir is not None else {})
             current = running.blueprint.plan if running is not None else None
@@ -418,18 +414,24 @@ class Deployment:
 
     def _establish(self, epoch: Epoch, make_room: bool) -> None:
         self._coming = self._epochs[epoch.number] = epoch
-        if self.state != "serving":
-            self._become("loading", "")
+        self.epoch = epoch.number
         self._work("establish", self._established(epoch, make_room))
+
+    def _loading(self, epoch: Epoch) -> None:
+        """Every device of an epoch has room for it, and begins to load."""
+        if self.state != "serving":
+            self.report.begin(epoch.blueprint.promises)
+            self._become("loading", "")
+            self._tell(f"loading on {', '.join(self._around.name(device) for device in epoch.devices)}")
 
     async def _established(self, epoch: Epoch, make_room: bool) -> None:
         inspected, me = self.model.inspected, self._around.me
         assert inspected is not None
         try:
-            await self._negotiation.establish(epoch, inspected, make_room, quiet=self.state == "serving")
+            await self._negotiation.establish(epoch, inspected, make_room)
         except PeerLLMError as error:
             number, devices = epoch.number, epoch.blueprint.promises
-            self._background(f"undo {number}", self._negotiation.let_go(number, devices, only=True))
+            self._work(f"undo {number}", self._negotiation.let_go(number, devices, only=True))
             device, cause = failure_of(error)
             self._epochs.pop(epoch.number, None)
             self._failure = EngineError(str(cause)) if device != me and isinstance(cause, BadInputError) else cause
@@ -472,7 +474,7 @@ class Deployment:
                 task.cancel()
         epoch = self._epochs.pop(number, None)
         if epoch is not None:
-            self._background(f"abandon {number}", self._negotiation.let_go(number, epoch.blueprint.promises, only=True))
+            self._work(f"abandon {number}", self._negotiation.let_go(number, epoch.blueprint.promises, only=True))
 
     async def _carry(self, epoch: Epoch) -> None:
         before = self._running
@@ -499,22 +501,17 @@ class Deployment:
             self._feed(Switched(epoch.number, f"the engine did not switch: {error}"))
             return
         self._feed(Switched(epoch.number))
-        if self._running is epoch and self._holdings.of_before(epoch.number):
+        if self._running is epoch and self._released_before < epoch.number:
             self._release_before(epoch.number)  # what the decider did not know of, or let go of already
 
     def _release_before(self, number: int) -> None:
         self._epochs = {one: epoch for one, epoch in self._epochs.items() if one >= number}
         if self._running is not None and self._running.number < number:
             self._running = None
+        self._released_before = max(number, self._released_before)
         devices = self._holdings.of_before(number)
         if devices:
-            self._background(f"release before {number}", self._negotiation.let_go(number - 1, devices))
-
-    def _background(self, what: str, work: Coroutine[Any, Any, object]) -> None:
-        async def done() -> None:
-            await work
-
-        self._work(what, done())
+            self._work(f"release before {number}", self._negotiation.let_go(number - 1, devices))
 
     # ---- states ---------------------------------------------------------------------------------------------------
 
@@ -539,7 +536,7 @@ class Deployment:
 
     async def _let_go(self) -> None:
         """Release everything that this deployment holds on any device."""
-        await self._negotiation.let_go(max(self.epoch, 0), self._holdings.devices)
+        await self._negotiation.let_go(self.epoch, self._holdings.devices)
         self._negotiation.withdraw()
 
     def _become(self, state: DeploymentState, reason: str) -> None:
@@ -569,9 +566,10 @@ class Deployment:
                 else:
                     future.set_exception(error)
 
-    def _planning(self, message: str, share: float | None = None) -> None:
+    def _tell(self, message: str, share: float | None = None) -> None:
+        """Say what is being done, unless it serves meanwhile."""
         if self.state != "serving":
-            self.report.say("planning", message, share)
+            self.report.say("loading" if self.state == "loading" else "planning", message, share)
 
 
 def same_demand(a: RunOptions, b: RunOptions) -> bool:

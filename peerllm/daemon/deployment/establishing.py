@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peerllm.daemon.control_messages import Answer
@@ -18,7 +18,6 @@ from peerllm.daemon.deployment.negotiation import (
     release,
     reserve,
 )
-from peerllm.daemon.deployment.progress_report import ProgressReport
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import PeerLLMError, RefusedError
 from peerllm.types import DeploymentId, DeviceId
@@ -55,38 +54,41 @@ class Epoch:
 
 
 class EpochNegotiation:
-    """One deployment's talk with the devices of its plans; `holdings` is kept up to date with what they answer."""
+    """One deployment's talk with the devices of its plans; `holdings` is kept up to date with what they answer.
+
+    `say` tells people what is done and how much of it, `reserved` is called when the devices begin to load an epoch.
+    """
 
     def __init__(
-        self, around: Surroundings, deployment: DeploymentId, holdings: HouseholdHoldings, report: ProgressReport
+        self,
+        around: Surroundings,
+        deployment: DeploymentId,
+        holdings: HouseholdHoldings,
+        say: Callable[[str, float | None], None],
+        reserved: Callable[[Epoch], None],
     ) -> None:
         self._around, self._deployment = around, deployment
-        self._holdings, self._report = holdings, report
+        self._holdings, self._say, self._reserved = holdings, say, reserved
         self._ending: dict[DeviceId, set[asyncio.Task[object]]] = {}  # releases that devices have not answered yet
         self._offered: dict[str, TensorAt] = {}  # by hash: what devices of any epoch may fetch
 
-    async def establish(self, epoch: Epoch, inspected: Inspected, make_room: bool, quiet: bool) -> None:
+    async def establish(self, epoch: Epoch, inspected: Inspected, make_room: bool) -> None:
         """Load and link an epoch beside those that stand; raises DeviceRefusedError or DeviceFailedError.
 
-        `make_room`: where a device has no room beside earlier epochs, those are let go of there first. `quiet`: people
-        are not told, for the deployment serves meanwhile.
+        `make_room`: where a device has no room beside earlier epochs, those are let go of there first.
         """
         around, blueprint = self._around, epoch.blueprint
         moving = travelling(blueprint, inspected, around.me)
-        hashes = await around.hashes(moving, lambda share: self._hashing(share, quiet))
+        hashes = await around.hashes(moving, self._hashing)
         await self._reserve_all(epoch, make_room)
-        if not quiet:
-            self._report.begin(blueprint.promises)
-            names = ", ".join(around.name(device) for device in epoch.devices)
-            self._report.say("loading", f"loading on {names}")
+        self._reserved(epoch)
         self._offered |= {hashes[tensor.name]: tensor for tensor in moving}
         around.offer(self._deployment, self._offered)
         work = assignments(self._deployment, epoch.number, blueprint, inspected, hashes=hashes, address=around.address)
         await assign_all(around, work)
         for stage in blueprint.plan.stages:
             self._holdings.load(stage.device, epoch.number, (stage.first_layer, stage.last_layer), epoch.size)
-        if not quiet:
-            self._report.say("loading", "connecting")
+        self._say("connecting", None)
         await activate_all(around, self._deployment, epoch.number, epoch.devices)
 
     async def let_go(self, number: int, devices: Iterable[DeviceId], only: bool = False) -> None:
@@ -111,9 +113,8 @@ class EpochNegotiation:
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
-    def _hashing(self, share: float, quiet: bool) -> None:
-        if not quiet:
-            self._report.say("planning", f"hashing the weights that will travel: {share:.0%}", share)
+    def _hashing(self, share: float) -> None:
+        self._say(f"hashing the weights that will travel: {share:.0%}", share)
 
     async def _reserve_all(self, epoch: Epoch, make_room: bool) -> None:
         """In the one order that all coordinators use, so that the first of two rivals wins all."""

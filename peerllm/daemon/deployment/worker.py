@@ -140,8 +140,8 @@ class Worker:
                 epoch.over = reason
                 if epoch.task is not None:
                     epoch.task.cancel()
-                self._drop(held, epoch)
                 self._report(held.coordinator, Trouble(held.deployment, epoch.number, reason, engine_died=True))
+                self._drop(held, epoch)
 
     def link_lost(self, event: LinkLost) -> None:
         """A data link of a deployment broke."""
