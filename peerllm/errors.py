@@ -41,6 +41,12 @@ class RefusedError(PeerLLMError):
     http_status = 409
 
 
+class DiskFullError(RefusedError):
+    """There is no room on a device's disk, or in its owner's bound on cached weights; it goes on when there is."""
+
+    http_status = 507
+
+
 class OverloadedError(PeerLLMError):
     """A bounded queue is full; ask again after `retry_after_s`."""
 

@@ -156,6 +156,8 @@ async def run(request: web.Request) -> web.StreamResponse:
     options = _run_options(await read_object(request))
     household, expected = request.app[HOUSEHOLD], request.app[EXPECTED]
 
+    expected.expect(options.model, options.name)
+
     async def work(note: Note) -> dict[str, Any]:
         try:
             return {"ok": True, "name": await household.run(options, note)}

@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from peerllm.api.streams import STREAM, Stream
-from peerllm.errors import BadInputError, InfeasibleError, OverloadedError, PeerLLMError, one_line
+from peerllm.errors import BadInputError, OverloadedError, PeerLLMError, one_line
 
 RETRY_AFTER_S = 5  # seconds after which a client may ask again for what is not available now
 MAX_MESSAGE_CHARS = 2000  # of an error's line
@@ -37,7 +37,7 @@ class FieldError(BadInputError):
 
 
 class UnknownModelError(FieldError):
-    """No deployment of that name has its source here."""
+    """The household has no deployment of that name."""
 
     http_status = 404
 
@@ -57,8 +57,9 @@ def describe(error: PeerLLMError) -> dict[str, Any]:
         getattr(error, "code", None),
     )
     found["error"]["status"] = error.http_status
-    if isinstance(error, InfeasibleError):
-        found["error"]["missing_bytes"] = error.missing_bytes
+    for name in ("loading", "missing_bytes"):  # how far a model is, and what memory it lacks
+        if value := getattr(error, name, None):
+            found["error"][name] = value
     return found
 
 

@@ -1,4 +1,4 @@
-"""The model that is about to be started here: known before there is a deployment, so that requests can wait for it."""
+"""Models that are about to be started here: known before there is a deployment, so that requests can wait for them."""
 
 from __future__ import annotations
 
@@ -6,36 +6,43 @@ import time
 
 from peerllm.daemon.facade import ServedModel, short_name
 
-EXPECTED_S = 300.0  # seconds after which it is expected no more
+EXPECTED_S = 300.0  # seconds after which a model is expected no more
+MAX_EXPECTED = 64
 
 
 class ExpectedModel:
     """Who starts a device in order to run a model there (`peerllm demo`) names it at the start; "": none."""
 
     def __init__(self, model: str) -> None:
-        self._model = model
-        self._until = time.monotonic() + EXPECTED_S
+        self._until: dict[tuple[str, str], float] = {}  # by model and name
+        if model:
+            self.expect(model)
+
+    def expect(self, model: str, name: str = "") -> None:
+        """Somebody has asked to run this model, under this name if one is given."""
+        if len(self._until) < MAX_EXPECTED:
+            self._until[model, name or short_name(model)] = time.monotonic() + EXPECTED_S
 
     def forget(self, model: str) -> None:
         """This model was run: the household knows more of it."""
-        if model == self._model:
-            self._model = ""
+        self._until = {key: until for key, until in self._until.items() if key[0] != model}
 
     def models(self) -> list[ServedModel]:
-        """As if it were being planned; empty where none is expected."""
-        if not self._model or time.monotonic() >= self._until:
-            return []
-        return [
-            ServedModel(
-                deployment="",
-                name=short_name(self._model),
-                model=self._model,
-                state="planning",
-                reason="",
-                created=0,
-                model_dir=None,
-                context=0,
-                stop_ids=(),
-                message="the devices are being started",
-            )
-        ]
+        """As if they were being planned; empty where none is expected."""
+        now = time.monotonic()
+        return [_planned(model, name) for (model, name), until in self._until.items() if now < until]
+
+
+def _planned(model: str, name: str) -> ServedModel:
+    return ServedModel(
+        deployment="",
+        name=name,
+        model=model,
+        state="planning",
+        reason="",
+        created=0,
+        model_dir=None,
+        context=0,
+        stop_ids=(),
+        message="the devices are being started",
+    )

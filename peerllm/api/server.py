@@ -18,6 +18,7 @@ from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
 from peerllm.api.keys import EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai import completions, models
+from peerllm.api.peer_api import PeerApi
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
 from peerllm.api.token import load_or_create_token
@@ -33,11 +34,16 @@ _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S1
 
 
 def create_app(
-    household: Household, token: str, loopback: bool, names: Iterable[str] = (), expected: str = ""
+    household: Household,
+    token: str,
+    loopback: bool,
+    names: Iterable[str] = (),
+    expected: str = "",
+    in_process: bool = False,
 ) -> web.Application:
     """Every route over the household's face, behind the guard; `names`: further hosts the owner calls it by.
 
-    `expected`: the model that is about to be run, "" if none is.
+    `expected`: the model that is about to be run, "" if none is; `in_process`: child processes are not welcome.
     """
     guard = Guard(token, loopback, frozenset(name.lower() for name in names))
     app = web.Application(middlewares=[guarded(guard), errors_as_json, when_started], client_max_size=MAX_BODY_BYTES)
@@ -46,13 +52,15 @@ def create_app(
     app[EXPECTED] = ExpectedModel(expected)
     app[page.FILES] = page.load_files()
     app.on_response_prepare.append(add_security_headers)
+    app[TEXTS] = TextStore(in_process)
+    app[TASKS] = Tasks()
     app.cleanup_ctx.append(_resources)
     app.on_shutdown.append(_end_streams)
     app.router.add_get("/", page.page)
     app.router.add_get("/static/{name}", page.static)
     app.router.add_get("/v1/models", models.list_models)
     app.router.add_get("/v1/models/{id:.+}", models.one_model)
-    app.router.add_post("/v1/chat/completions", completions.chat_completions)
+    app.router.add_post(completions.CHAT_PATH, completions.chat_completions)
     app.router.add_get("/peerllm/v1/status", admin.status)
     app.router.add_get("/peerllm/v1/engine", admin.engine)
     app.router.add_get("/peerllm/v1/process", admin.process)
@@ -78,11 +86,9 @@ async def when_started(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 async def _resources(app: web.Application) -> AsyncIterator[None]:
-    app[TEXTS] = TextStore()
-    app[TASKS] = Tasks()
     yield
     await app[TASKS].close()
-    app[TEXTS].close()
+    await app[TEXTS].close()
 
 
 async def _end_streams(app: web.Application) -> None:
@@ -100,11 +106,12 @@ class ApiServer:
         data_dir: Path,
         names: Iterable[str] = (),
         expected: str = "",
+        in_process: bool = False,
     ) -> None:
         self.host = host
         self.port = port
         self._names = (host, *names)
-        self._expected = expected
+        self._expected, self._in_process = expected, in_process
         self._household = household
         self._data_dir = data_dir
         self._socket: socket.socket | None = None
@@ -126,11 +133,12 @@ class ApiServer:
             await self.reserve()
         assert self._socket is not None
         token = load_or_create_token(self._data_dir)
-        app = create_app(self._household, token, is_loopback(self.host), self._names, self._expected)
+        app = create_app(self._household, token, is_loopback(self.host), self._names, self._expected, self._in_process)
         runner = self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S
         )
         await runner.setup()
+        self._household.answer_peers(PeerApi(app))
         await web.SockSite(runner, self._socket, backlog=BACKLOG).start()
 
     def _why(self, error: OSError) -> str:

@@ -171,6 +171,12 @@ def demo_of(data_dir: Path) -> Path | None:
     return Path(demo["data"]) if there else None
 
 
+def running_pid(data_dir: Path) -> int | None:
+    """The process of the device that runs on a data directory; None where none does."""
+    written = _read(data_dir / DAEMON_FILE)
+    return int(written["pid"]) if _alive(written) else None
+
+
 def _alive(written: Mapping[str, Any]) -> bool:
     """Whether the process that wrote a file is still there: one that was killed could not take it away."""
     if not written:

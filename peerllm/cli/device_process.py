@@ -7,15 +7,15 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 from peerllm.api.guard import is_loopback
 from peerllm.api.server import ApiServer
 from peerllm.api.token import TOKEN_FILE
 from peerllm.cli.device import DAEMON_FILE, write_daemon_file
+from peerllm.cli.service.systemd_notify import notify, watchdog_fed
 from peerllm.cli.terminal import tell
 from peerllm.daemon.daemon import Daemon
 from peerllm.daemon.settings import Settings
@@ -47,26 +47,28 @@ async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool
     if exit_with_parent:
         _watch_stdin(loop, stop)
     daemon = Daemon(settings)
-    api = ApiServer(daemon, settings.api_host, settings.api_port, settings.data_dir, api_names, expected)
+    api = ApiServer(
+        daemon, settings.api_host, settings.api_port, settings.data_dir, api_names, expected, settings.in_process
+    )
     try:
         await api.reserve()
         await daemon.claim()
         await api.start()
-        with _announced(settings, api.url):
+        async with watchdog_fed(), _announced(settings, api.url):
             if await _unless(stop, daemon.start(), "start daemon"):
                 tell(ready_text(settings, daemon.status()["devices"][0]))
                 print(f"ready {api.url}", flush=True)
-                _notify("READY=1")
+                notify("READY=1")
                 await stop.wait()
                 log.info("stopping")
-                _notify("STOPPING=1")
+                notify("STOPPING=1")
     finally:
         await api.close()
         await daemon.close()
 
 
-@contextlib.contextmanager
-def _announced(settings: Settings, url: str) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def _announced(settings: Settings, url: str) -> AsyncIterator[None]:
     """The other commands find this device, which says that it starts, and where."""
     write_daemon_file(settings.data_dir, url)
     try:
@@ -111,12 +113,3 @@ def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
             loop.call_soon_threadsafe(stop.set)
 
     threading.Thread(target=wait_for_end, name="wait for parent", daemon=True).start()
-
-
-def _notify(state: str) -> None:
-    """systemd's readiness protocol (sd_notify(3)); nothing where it is not asked for."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, contextlib.suppress(OSError):
-        notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)

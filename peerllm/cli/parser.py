@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peerllm import __version__
+from peerllm.cli.service.unit_files import DROP_INS
 from peerllm.daemon.settings import API_PORT, CONTROL_PORT, PAIRING_PORT
 from peerllm.planner.scenario.scenario import OBJECTIVES, STRATEGIES
 from peerllm.types import ACTIVATIONS, COMPUTE, QUANTIZE, SCHEDULE_NAMES
@@ -130,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     _models(command)
     _looking(command)
     _planning(command)
+    _service(command("service", "Run this device as a service, which starts with the machine.", data=False))
     return parser
 
 
@@ -342,3 +344,27 @@ def _planning(command: _Command) -> None:
     bench.add_argument("--trace", type=Path, metavar="FILE", help="one more round: write what every device did when")
     simulate.add_argument("--steps", type=positive, metavar="N", help="tokens that each sequence generates")
     simulate.add_argument("--plot", type=Path, metavar="FILE", help="draw a Gantt chart (.svg or .png)")
+
+
+def _service(service: argparse.ArgumentParser) -> None:
+    doing = service.add_subparsers(metavar="install|uninstall|status", required=True)
+    for name, text in (
+        ("install", "Start this device with the machine, or anew with other options."),
+        ("uninstall", "Take the service away; its data stay."),
+        ("status", "Say whether a service is installed, and whether it runs."),
+    ):
+        one = doing.add_parser(name, help=text, description=text, allow_abbrev=False)
+        one.set_defaults(module="service.service_commands", function=name)
+        one.add_argument("--system", action="store_true", help="of the whole machine, as root; else of this user")
+        if name == "install":
+            one.add_argument(
+                "--with",
+                dest="with_",
+                action="append",
+                default=[],
+                choices=DROP_INS,
+                help="what it needs besides (cuda, jetson), or may not have: any network but the home's own (lan-only)",
+            )
+            one.add_argument("options", nargs="*", metavar="-- OPTIONS", help="of `peerllm up`, like -- --name kitchen")
+        if name == "status":
+            one.add_argument("--json", action="store_true")

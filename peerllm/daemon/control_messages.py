@@ -47,6 +47,13 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class HeartbeatKey:
+    """The sender's half of the key with which the two devices make heartbeats in datagrams (64 hex digits)."""
+
+    half: str
+
+
+@dataclass(frozen=True, slots=True)
 class Goodbye:
     reason: str
 
@@ -100,6 +107,8 @@ class DeploymentView:
     slots: int = 0  # sequences served at once, as planned
     message: str = ""  # what is being done until it serves, for people
     form: str = ""  # the quantisation of its GGUF files, as they are called
+    created: int = 0  # unix seconds
+    missing_bytes: int = 0  # memory that the household lacks for it; 0: none, or it is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +166,29 @@ class LinkTable:
 
 
 @dataclass(frozen=True, slots=True)
+class HubFiles:
+    """Files of a repository on the Hugging Face hub at one commit; its address is each device's own setting."""
+
+    model: str  # owner/name
+    commit: str  # 40 hex digits
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorDigest:
-    """One tensor of the manifest: which bytes a device may ask the source for, and what they must hash to."""
+    """One tensor of the manifest: what its bytes must hash to, and where the hub has them.
+
+    `sha256` is "" for a tensor that nobody has fetched from the hub yet, and for one that lies on the source itself.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     sha256: str
+    file: int = -1  # which of Assign.hub's files holds it; -1: only devices have it
+    offset: int = 0  # in that file
+    fetcher: DeviceId = ""  # who gets it from the source or the hub, for all; "": whoever needs it
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +246,7 @@ class Assign:
     head_device: DeviceId
     quantize: str = ""
     cuts: Cuts = ()  # as in LoadStage
+    hub: HubFiles | None = None  # where tensors come from that no device has
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +313,17 @@ class Trace:
     want: Literal["clock", "start", "take"]
 
 
-Question = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace
+@dataclass(frozen=True, slots=True)
+class Have:
+    """Say which of these tensors can be fetched from you.
+
+    Each key is a SHA-256, or the key of a tensor's place on the hub (`hub_key`) while its SHA-256 is not known.
+    """
+
+    keys: tuple[str, ...]
+
+
+Question = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace | Have
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +345,8 @@ class Answer:
     stage_ms: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # of a Pace, by stage number
     stage_spread: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # ... share of those
     recorded: Recorded | None = None  # of a Trace
+    held: tuple[str, ...] = ()  # of a Have, by key: the tensor's SHA-256, "" for one that is not here
+    coming: tuple[int, ...] = ()  # ... places of the keys whose tensors are being fetched now
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,5 +372,6 @@ class Trouble:
 
 
 Control = (
-    Hello | Heartbeat | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer | Progress | Trouble
-)
+    Hello | Heartbeat | HeartbeatKey | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer
+    | Progress | Trouble
+)  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import psutil
 
 from peerllm import PROTOCOL_VERSION, __version__
-from peerllm.daemon.control_messages import Answer, Control, DeviceView, Hello, Progress, Question, Trouble
+from peerllm.daemon.control_messages import Answer, Control, DeviceView, Have, Hello, Progress, Question, Trouble
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
+from peerllm.daemon.decide.membership import LINKED, State
 from peerllm.daemon.deployment.coordinator import Coordinator
 from peerllm.daemon.deployment.epoch_loading import QUERY_TIMEOUT_S
 from peerllm.daemon.deployment.surroundings import Home
@@ -25,9 +26,20 @@ from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link import engine_facts, machine
 from peerllm.daemon.engine_link.engine_host import AVAILABLE, IDLE, RUNNING, WAKING, EngineHost
 from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
-from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
+from peerllm.daemon.facade import (
+    Chunk,
+    GenerateRequest,
+    PeerHandler,
+    RelayedAnswer,
+    RunOptions,
+    RunProgress,
+    ServedModel,
+)
 from peerllm.daemon.network import Network
+from peerllm.daemon.relay import relay_door
+from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
+from peerllm.daemon.status.household_models import HouseholdModels
 from peerllm.daemon.status.status import (
     deployments_of,
     device_entry,
@@ -38,7 +50,10 @@ from peerllm.daemon.status.status import (
     starting_status,
 )
 from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
+from peerllm.daemon.weights.hub import token
 from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.stage_weights import StageWeights
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import (
     Configure,
@@ -81,12 +96,15 @@ class Daemon:
         self._told: DeviceView | None = None
         self._free: dict[DeviceId, int] = {}
         self._planned: set[DeploymentId] = set()  # what others plan now
+        self._renewed: set[DeviceId] = set()  # devices reached anew that have not said yet how they do
         self._echoing: set[DeviceId] = set()  # devices that hops can be timed to now
         self._tasks: set[asyncio.Task[None]] = set()
         self._pulse = Debounce(VIEW_INTERVAL_S, self._beat)
         self._doing = ""  # while this device starts, for people
         self._ready = asyncio.Event()
         self._started = self._closed = False
+        self._relay_door = relay_door.RelayDoor()
+        self._models = HouseholdModels()
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -133,28 +151,31 @@ class Daemon:
         self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
         self._memory_bytes = configured.memory_bytes or machine.memory_bytes()
         self.ledger = Ledger(self._lent(configured))
-        self.offers, self.digests = Offers(), Digests(data / "digests.json")
-        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.network.get)
+        self.digests = Digests(data / "digests.json")
+        peers = NetworkPeers(self.network)
+        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.identity.device, peers)
+        self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
         self.worker = Worker(
             self.identity.device,
             self.ledger,
             self.host,
-            self.store,
+            StageWeights(self.identity.device, self.store, self.digests, self.coordinator.own_tensors, token),
             Profiler(self.host, lambda: self.ledger.free_bytes, self._compute.key, data / "profiles.json"),
-            own_tensors=self.coordinator.own_tensors,
             address=self.home.address,
             report=self._report,
             changed=self.poke,
         )
         network = self.network
+        self._relay = RelayClient(network.post)
         network.add_route("GET", ROUTE, self.offers.handle)
+        network.add_route("POST", relay_door.ROUTE, self._relay_door.handle)
         network.answer_with(self._answer)
         network.link_monitor.echo, network.link_monitor.may_echo = self._echo, self._may_echo
         network.listen(self._heard)
         network.on_change(self._household_changed)
-        network.on_vanish(self._vanished)
+        network.on_state(self._device_state)
         network.on_roster(self._roster_changed)
         self._started = True
         self._closing.push_async_callback(self._let_go)
@@ -225,7 +246,17 @@ class Daemon:
         return self._pulse.watch()
 
     def models(self) -> list[ServedModel]:
-        return self.coordinator.served()
+        if not self._ready.is_set():
+            return []
+        return [*self.coordinator.served(), *self._models.others(self.home.name)]
+
+    def relay(
+        self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes
+    ) -> AbstractAsyncContextManager[RelayedAnswer]:
+        return self._relay.ask(source, path, headers, body)
+
+    def answer_peers(self, handler: PeerHandler) -> None:
+        self._relay_door.handler = handler
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         return self.coordinator.generate(request)
@@ -434,6 +465,8 @@ class Daemon:
     # ---- the household ----------------------------------------------------------------------------------------------
 
     async def _answer(self, device: DeviceId, question: Question) -> Answer:
+        if isinstance(question, Have):
+            return await asyncio.to_thread(self.offers.answer, question)
         return await self.worker.answer(device, question)
 
     def _heard(self, device: DeviceId, message: Control) -> None:
@@ -453,11 +486,13 @@ class Daemon:
 
     def _seen(self, device: DeviceId, view: DeviceView) -> None:
         """A device that is here says how it does."""
-        if view.leaving:
-            self.coordinator.device_is(device, "leaving", f"is leaving: {view.leaving}")
-        else:
-            self.coordinator.device_is(device, "online")
         self.worker.back(device)
+        renewed = device in self._renewed
+        self._renewed.discard(device)
+        if view.leaving:
+            self.coordinator.device_is(device, "leaving", f"is leaving: {view.leaving}", renewed)
+        else:
+            self.coordinator.device_is(device, "online", renewed=renewed)
 
     def _report(self, device: DeviceId, message: Progress | Trouble) -> None:
         """To the coordinator of a deployment, which may be this device's own."""
@@ -471,6 +506,8 @@ class Daemon:
         if any(nbytes > self._free.get(device, -1) for device, nbytes in free.items()):
             self.coordinator.stir("memory was freed")
         self._free = free
+        peers = self.network.peers()
+        self._models.hear(peers, {device: peer.view.deployments for device, peer in peers.items() if peer.view})
         self._look_ahead()
         self.poke()
 
@@ -485,9 +522,25 @@ class Daemon:
             self.network.link_monitor.engine_changed()
         self._echoing = echoing
 
-    def _vanished(self, device: DeviceId, reason: str) -> None:
-        self.coordinator.device_is(device, "gone", f"is gone ({reason})")
-        self.worker.away(device)
+    def _device_state(self, device: DeviceId, before: State, state: State, reason: str, renewed: bool) -> None:
+        """Membership says how a device is; over a new connection the device itself says then what it has loaded."""
+        if renewed:
+            self._renewed.add(device)
+        match state:
+            case "online":
+                if before == "silent" and not renewed:
+                    self.worker.back(device)
+                    self.coordinator.device_is(device, "online")
+            case "silent":
+                self.worker.away(device)
+                self.coordinator.device_is(device, "silent", f"is {reason}")
+            case "offline" | "left":
+                if before in LINKED:
+                    self._relay.vanished(device, reason)
+                self.worker.away(device)
+                self.coordinator.device_is(device, "gone", f"is gone ({reason})")
+            case "connecting":
+                pass
 
     def _roster_changed(self, entries: tuple[RosterEntry, ...]) -> None:
         self.host.tell(Trust(self._trusted(entries)))

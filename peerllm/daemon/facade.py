@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
+from aiohttp import web
+
 from peerllm.engine.messages import FinishReason
-from peerllm.types import Activations, DeploymentId, Objective, Sampling, ScheduleName
+from peerllm.types import Activations, DeploymentId, DeviceId, Objective, Sampling, ScheduleName
 
 MAX_PROMPT_CHUNK = 4096
 MAX_BENCH_SEQUENCES = 256
@@ -52,7 +55,7 @@ class RunProgress:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A deployment whose source is this device, as the API needs it."""
+    """A deployment of the household as the API needs it; only its source has `model_dir` and `stop_ids`."""
 
     deployment: DeploymentId
     name: str  # what clients put in "model"; `model` is understood as well
@@ -65,6 +68,20 @@ class ServedModel:
     stop_ids: tuple[int, ...]
     message: str = ""  # what is being done until it serves ...
     progress: float = 0.0  # ... and how much of that is done, 0 to 1
+    missing_bytes: int = 0  # memory that the household lacks for it
+    source: DeviceId = ""  # the device that answers for it; "": this one, or none now
+
+
+@dataclass(frozen=True, slots=True)
+class RelayedAnswer:
+    """What another device answered; `body` comes piece by piece as it is sent there."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: AsyncIterator[bytes]
+
+
+PeerHandler = Callable[[web.Request, DeviceId], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +126,22 @@ class Household(Protocol):
         """Yields at once, then after every change of `status`, at most a few times a second."""
         ...
 
-    def models(self) -> list[ServedModel]: ...
+    def models(self) -> list[ServedModel]:
+        """Every model of the household, whichever device it was started on; those started here first."""
+        ...
+
+    def relay(
+        self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes
+    ) -> AbstractAsyncContextManager[RelayedAnswer]:
+        """POST to another device's API; leaving early hangs up there. LinkError while it cannot be reached.
+
+        LinkError also ends a body when that device vanishes.
+        """
+        ...
+
+    def answer_peers(self, handler: PeerHandler) -> None:
+        """Let `handler` answer what other devices of the household relay to this one, from now on."""
+        ...
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """Closing the iterator cancels the sequence on every device. EngineError if it breaks midway."""

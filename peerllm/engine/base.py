@@ -19,6 +19,7 @@ from peerllm.types import Sampling
 ROLLBACK_TOKENS = 64  # how far a sequence can go back in layers that keep only a window
 Tensor = npt.NDArray[Any]  # C-contiguous; bfloat16 is ml_dtypes'
 Floats = npt.NDArray[np.float32]
+RowForms = Mapping[int, Mapping[str, tuple[int, str]]]  # by block: array: (numbers for each token, numpy's dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,19 @@ class Reach:
         return self.room is None or furthest <= self.room or furthest - position <= self.slack
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StatePart:
+    """Rows [tokens, numbers] by array of what a block keeps of the tokens from `start` on."""
+
+    block: int
+    start: int
+    rows: Mapping[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        return len(next(iter(self.rows.values())))
+
+
 class Shard(Protocol):
     """Layers first..last of a model, loaded, with KV room for `slots` sequences of `context` tokens.
 
@@ -65,6 +79,7 @@ class Shard(Protocol):
     weights: Mapping[int, int]  # bytes by tensor; what two shards of one process share has the same key in both
     kv_bytes: int
     reach: Reach | None  # where sequences can be taken up again, in the whole model; None: nowhere but at the start
+    form: str  # only shards of one form understand each other's state
 
     def forward(self, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor: ...
     def release(self, slot: int) -> None: ...
@@ -75,6 +90,32 @@ class Shard(Protocol):
 
     def import_state(self, slot: int, position: int, arrays: dict[str, Tensor]) -> None:
         """Begin the slot with a state of all blocks; BadInputError before anything has moved if it does not fit."""
+        ...
+
+    def row_forms(self, first_layer: int, last_layer: int) -> RowForms:
+        """What those of its blocks keep of each token that are of these layers; nothing if state goes only whole."""
+        ...
+
+    def held(self, slot: int, block: int) -> range:
+        """The tokens whose rows `export_part` can copy."""
+        ...
+
+    def export_part(self, slot: int, block: int, start: int, stop: int) -> StatePart:
+        """A copy of the rows of tokens start..stop - 1; EngineError if they are not all held."""
+        ...
+
+    def import_part(self, slot: int, part: StatePart) -> None:
+        """Take in a part of a sequence's state. Nothing moves if it raises.
+
+        EngineError: the slot is not empty. BadInputError: the part does not fit, or does not follow what came before.
+        """
+        ...
+
+    def settle(self, slot: int) -> tuple[int, int]:
+        """The tokens of which every block has its rows by now, and what Reach.allows takes as the furthest of them.
+
+        The slot holds those from now on, and takes no parts.
+        """
         ...
 
     def close(self) -> None: ...

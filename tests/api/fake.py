@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
-from peerllm.errors import InfeasibleError, NotFoundError, PairingError, RefusedError
+from peerllm.daemon.facade import (
+    Chunk,
+    GenerateRequest,
+    PeerHandler,
+    RelayedAnswer,
+    RunOptions,
+    RunProgress,
+    ServedModel,
+)
+from peerllm.errors import InfeasibleError, LinkError, NotFoundError, PairingError, RefusedError
 
 DEPLOYMENT = "d" * 32
 CONTEXT = 256
@@ -142,6 +153,9 @@ class FakeHousehold:
         self.nearby: list[dict[str, Any]] = []
         self.devices: list[dict[str, Any]] = [device("laptop", 0), device("mini-pc", 1), device("jetson", 2)]
         self.deployments: list[dict[str, Any]] = [deployment()]
+        self.id = "a" * 64
+        self.peers: dict[str, str] = {}  # where other devices take what is relayed to them, by device
+        self.handler: PeerHandler | None = None
 
     async def started(self) -> None:
         if self.start_gate is not None:
@@ -181,6 +195,42 @@ class FakeHousehold:
     def ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text).ids
         return ids
+
+    @asynccontextmanager
+    async def relay(
+        self, source: str, path: str, headers: Mapping[str, str], body: bytes
+    ) -> AsyncIterator[RelayedAnswer]:
+        """Over plain HTTP, with the errors of the real one."""
+        if source not in self.peers:
+            raise LinkError(f"{source[:8]} is away")
+        asked = {**headers, "X-Device": self.id}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(self.peers[source] + path, headers=asked, data=body) as response,
+        ):
+            yield RelayedAnswer(response.status, response.headers, pieces(response))
+
+    def answer_peers(self, handler: PeerHandler) -> None:
+        self.handler = handler
+
+    @asynccontextmanager
+    async def control_port(self) -> AsyncIterator[str]:
+        """Where the devices of `relay` reach this one."""
+
+        async def take(request: web.Request) -> web.StreamResponse:
+            assert self.handler is not None
+            return await self.handler(request, request.headers["X-Device"])
+
+        app = web.Application(client_max_size=1024)  # as the real port
+        app.router.add_route("*", "/{path:.*}", take)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         self.requests.append(request)
@@ -292,6 +342,14 @@ class FakeHousehold:
 
     async def remove(self, name: str) -> None:
         self.calls.append(("remove", name))
+
+
+async def pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    try:
+        async for piece in response.content.iter_any():
+            yield piece
+    except aiohttp.ClientError as error:
+        raise LinkError(f"the answer broke off: {error}") from error
 
 
 def device(name: str, index: int, state: str = "here") -> dict[str, Any]:

@@ -294,22 +294,14 @@ async def test_an_unknown_model_is_404_naming_the_others(ai: openai.AsyncOpenAI)
     assert caught.value.code == "model_not_found"
 
 
-async def test_a_model_started_elsewhere_says_where(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
-    household.served = []
-    household.deployments[0].update(coordinator="mini-pc", name="short")
-    for name in ("builtin", "short"):
-        async with client.post(PATH, json={**ASK, "model": name}) as response:
-            assert response.status == 404
-            assert "mini-pc, ask there" in (await response.json())["error"]["message"]
-
-
-async def test_the_source_is_not_told_to_ask_the_source(
-    client: aiohttp.ClientSession, household: FakeHousehold
+async def test_a_household_without_models_says_how_to_start_one(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(model_wait, "UNKNOWN_S", 0.01)
     household.served = []
     async with client.post(PATH, json=ASK) as response:
         message = (await response.json())["error"]["message"]
-    assert message == "no model 'builtin' here; this device serves none; start one with: peerllm run MODEL"
+    assert message == "no model 'builtin' here; start one with: peerllm run MODEL"
 
 
 async def test_shutting_down_midway_is_an_error_event(

@@ -18,7 +18,7 @@ from peerllm.api.text.model_text import ModelText
 from peerllm.api.text.stops import StopScanner
 from peerllm.api.text.template import ChatTemplate
 from peerllm.errors import BadInputError, ModelError
-from tests.api.fake import byte_tokenizer, make_model_dir
+from tests.api.fake import CONTEXT, byte_tokenizer, make_model_dir
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -223,7 +223,7 @@ def test_a_broken_template_is_a_model_error() -> None:
 
 
 def text_of(model_text: ModelText, messages: Any = HI) -> str:
-    return byte_tokenizer().decode(model_text.prompt(messages), skip_special_tokens=False)
+    return byte_tokenizer().decode(model_text.prompt(messages, CONTEXT), skip_special_tokens=False)
 
 
 def test_the_template_file_comes_first(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ async def test_who_waits_counts_as_a_stream(
 async def starting(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[aiohttp.ClientSession]:
     """At a device that was started in order to run /models/tiny, which it does not yet."""
     household.served = []
-    server = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", expected="/models/tiny")
+    server = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", expected="/models/tiny", in_process=True)
     await server.start()
     async with aiohttp.ClientSession(server.url) as session:
         yield session
@@ -189,8 +189,12 @@ async def test_a_model_that_is_about_to_be_started_is_waited_for(
 
 @pytest.mark.parametrize("error", [None, BadInputError("it cannot be read")])
 async def test_it_is_expected_no_more_once_it_was_run(
-    starting: aiohttp.ClientSession, household: FakeHousehold, error: Exception | None
+    starting: aiohttp.ClientSession,
+    household: FakeHousehold,
+    error: Exception | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(model_wait, "UNKNOWN_S", 0.01)
     household.run_error = error
     for model, left in (("another", [("tiny", "planning")]), ("/models/tiny", [])):
         async with starting.post("/peerllm/v1/run", json={"model": model}, headers={"X-PeerLLM": "test"}) as response:
@@ -198,6 +202,60 @@ async def test_it_is_expected_no_more_once_it_was_run(
         assert await listed(starting) == left
     async with starting.post(PATH, json={**ASK, "model": "tiny"}) as response:
         assert response.status == 404
+
+
+async def test_a_question_just_before_run_is_typed_waits_for_it(
+    client: aiohttp.ClientSession, household: FakeHousehold
+) -> None:
+    household.served, household.run_gate = [], asyncio.Event()
+    household.watched.clear()
+    asking = asyncio.create_task(client.post(PATH, json=ASK))
+    await asyncio.wait_for(household.watched.wait(), BOUND_S)
+    running = asyncio.create_task(client.post("/peerllm/v1/run", json={"model": "builtin"}, headers={"X-PeerLLM": "1"}))
+    async with asyncio.timeout(BOUND_S):
+        while not household.runs:
+            household.watched.clear()
+            household.touch()
+            await household.watched.wait()
+    assert await listed(client) == [("builtin", "planning")], "before there is a deployment"
+    become(household)
+    assert (await asyncio.wait_for(asking, BOUND_S)).status == 200
+    household.run_gate.set()
+    await asyncio.wait_for(running, BOUND_S)
+
+
+async def test_an_unknown_name_is_404_at_once_where_there_are_models(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_wait, "UNKNOWN_S", 2 * BOUND_S)
+    async with asyncio.timeout(BOUND_S), client.post(PATH, json={**ASK, "model": "gpt-9"}) as response:
+        assert response.status == 404
+
+
+async def test_a_refusal_says_how_far_the_model_is(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_wait, "PATIENCE_S", {})
+    become(household, **{**PLANNED, "state": "loading"}, message="loading on laptop", progress=0.426)
+    async with client.post(PATH, json=ASK) as response:
+        error = (await response.json())["error"]
+    assert error["loading"] == {"stage": "loading", "percent": 43, "message": "loading on laptop"}
+    assert "missing_bytes" not in error
+    become(household, state="waiting", reason="builtin needs 1.2 GB more", missing_bytes=1_200_000_000)
+    async with client.post(PATH, json=ASK) as response:
+        error = (await response.json())["error"]
+    assert error["missing_bytes"] == 1_200_000_000 and "loading" not in error and response.headers["Retry-After"]
+
+
+async def test_who_waits_long_for_a_device_is_told(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model_wait.PATIENCE_S["waiting"] > model_wait.QUIET_S
+    monkeypatch.setattr(model_wait, "QUIET_S", 0.02)
+    monkeypatch.setattr(model_wait, "PROGRESS_S", 0.01)
+    become(household, state="waiting", reason="jetson is gone")
+    async with client.post(PATH, json={**ASK, "stream": True}) as response:
+        assert await response.content.readuntil(b"\n\n") == b": jetson is gone\n\n"
 
 
 def test_a_model_is_expected_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:

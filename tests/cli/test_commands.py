@@ -41,7 +41,7 @@ class Served:
 
     async def _make(self, directory: Path) -> FakeHousehold:
         household = FakeHousehold(make_model_dir(directory / "model"))
-        self._server = ApiServer(household, "127.0.0.1", 0, self.data)
+        self._server = ApiServer(household, "127.0.0.1", 0, self.data, in_process=True)
         await self._server.start()
         write_daemon_file(self.data, self._server.url)
         return household

@@ -200,22 +200,30 @@ class FakeEngine:
 
 
 class FakeStore:
-    """Fetches nothing and says it did."""
+    """Fetches nothing and says it did (StageWeights)."""
 
-    def __init__(self):
+    def __init__(self, own_tensors, me):
         self.used = set()
         self.fetching = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
+        self._own, self._me = own_tensors, me
+        self.damaged: list[bool] = []  # what the next looks at the bytes find
 
-    async def fetch(self, deployment, source, tensors, progress):
-        self.used.add(deployment)
-        self.fetching.set()
-        await self.gate.wait()
-        progress(1, 1)
+    async def fetch(self, assign, coordinator, told):
+        own = self._own(assign.deployment) if coordinator == self._me else {}
+        wanted = {tensor.name: tensor for work in assign.work for tensor in work.tensors}
+        if missing := [tensor for name, tensor in wanted.items() if name not in own]:
+            self.used.add(assign.deployment)
+            self.fetching.set()
+            await self.gate.wait()
+            told("fetch", 1, 1)
+        return {name: one for name, one in own.items() if name in wanted} | {
+            one.name: TensorAt(one.name, one.dtype, one.shape, f"/kept/{one.sha256}", 0, one.nbytes) for one in missing
+        }
 
-    def path(self, sha256):
-        return Path("/kept") / sha256
+    async def verify(self, tensors, told):
+        return not (self.damaged and self.damaged.pop(0))
 
     def forget(self, deployment):
         self.used.discard(deployment)
@@ -231,14 +239,13 @@ class Device:
     online: bool = True
     machine: str = ""
     told: list = field(default_factory=list)
-    offers: dict = field(default_factory=dict)
     switched: list = field(default_factory=list)
 
     def __post_init__(self):
         self.ledger = Ledger(self.lent)
         self.engine = FakeEngine(self.house, self.me)
-        self.store = FakeStore()
         self.coordinator = Coordinator(self, self.house.folder / f"{self.me[:4]}.jsonl")
+        self.store = FakeStore(self.coordinator.own_tensors, self.me)
         self.worker = Worker(
             self.me,
             self.ledger,
@@ -247,7 +254,6 @@ class Device:
             Profiler(
                 self.engine, lambda: self.ledger.free_bytes, self.me[:4], self.house.folder / f"{self.me[:4]}.profiles"
             ),
-            own_tensors=self.coordinator.own_tensors,
             address=lambda device: (("127.0.0.1",), 1),
             report=self.report,
             changed=self.tell,
@@ -319,12 +325,6 @@ class Device:
 
     async def hashes(self, tensors, progress):
         return {tensor.name: f"{abs(hash(tensor.name)):064x}"[-64:] for tensor in tensors}
-
-    def offer(self, deployment, tensors):
-        self.offers[deployment] = tensors
-
-    def withdraw(self, deployment):
-        self.offers.pop(deployment, None)
 
     def tell_engine(self, message):
         self.told.append(message)

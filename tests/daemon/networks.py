@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -43,10 +44,12 @@ class Device:
         self.network = Network(settings, identity, self.hello, interfaces=only)
         self.id = identity.device
         self.vanished: list[tuple[str, str]] = []
+        self.states: list[tuple[str, str, bool]] = []
         self.told: list[tuple[str, object]] = []
         self.changed = asyncio.Event()
         self.network.on_change(self.changed.set)
         self.network.on_vanish(lambda device, reason: self.vanished.append((device, reason)))
+        self.network.on_state(lambda device, _, state, reason, renewed: self.states.append((device, state, renewed)))
         self.network.listen(self._hear)
 
     def _hear(self, device: str, message: object) -> None:
@@ -137,6 +140,11 @@ async def main(directory: str, name: str, options: list[str]) -> None:
         while line := (await reader.readline()).decode().split():
             if line[0] == "invite":
                 print("code", *await device.network.open_door(), flush=True)
+            elif line[0] == "busy":  # the loop stands, threads do not
+                end = time.monotonic() + float(line[1])
+                while time.monotonic() < end:
+                    pass
+                print("free", flush=True)
             elif line[0] == "join":
                 at = (line[2], int(line[3])) if len(line) > 2 else None
                 print("joined", await device.network.join(line[1], at), flush=True)

@@ -265,6 +265,7 @@ async def test_silence_counts_from_when_the_loop_woke(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(liveness, "asyncio", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(liveness, "perf_counter", lambda: now)
+    monkeypatch.setattr(liveness, "SILENCE_S", 2.0)
     beats: list[float] = []
     dead: list[str] = []
     await liveness.watch(lambda: 0.0, lambda: beats.append(now), dead.append)

@@ -1,56 +1,83 @@
-"""A request for a model that is still planned or loaded waits for it, within bounds."""
+"""A request for a model that cannot answer yet waits for it, within bounds, and is told what it waits for."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
+from typing import Any
 
 from aiohttp import web
 
 from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import HOUSEHOLD
-from peerllm.api.openai.models import find_model
+from peerllm.api.openai.models import find_model, nothing_served
 from peerllm.api.streams import each, pulsed
 from peerllm.daemon.facade import ServedModel
 from peerllm.errors import UnavailableError
 
-PATIENCE_S: Mapping[str, float] = {"planning": 120.0, "loading": 120.0, "waiting": 5.0}  # seconds, by a model's state
+PATIENCE_S: Mapping[str, float] = {"planning": 120.0, "loading": 120.0, "waiting": 30.0}  # seconds, by a model's state
 PROGRESS_S = 1.0  # seconds between two words to a client that waits
+QUIET_S = 5.0  # seconds in which one that waits for a device hears nothing: it may yet be refused with a status
+UNKNOWN_S = 1.5  # seconds a name may stay unknown while the household has no model: somebody may just have typed `run`
 
 Tell = Callable[[str], Awaitable[None]]
 
 
-async def serving_model(app: web.Application, name: str, tell: Tell) -> ServedModel:
-    """The deployment of that name once it serves; `tell` hears meanwhile what is being done.
+class ModelWaitError(UnavailableError):
+    """The model cannot answer now; `loading` says how far it is, `missing_bytes` what memory it lacks."""
 
-    UnavailableError with the reason when it takes longer than PATIENCE_S.
+    def __init__(self, message: str, model: ServedModel) -> None:
+        super().__init__(message)
+        self.loading: dict[str, Any] | None = None
+        if model.state in ("planning", "loading"):
+            self.loading = {"stage": model.state, "percent": round(100 * model.progress), "message": model.message}
+        self.missing_bytes = model.missing_bytes
+
+
+async def answering_model(app: web.Application, name: str, tell: Tell, only_here: bool = False) -> ServedModel:
+    """The deployment of that name, once it serves here, or at once if another device is its source (it waits there).
+
+    `tell` hears meanwhile what is being done. ModelWaitError with the reason when it takes longer than PATIENCE_S.
     """
-    begun, model = time.monotonic(), find_model(app, name)
-    if model.state == "serving":
+    begun, model = time.monotonic(), await _known(app, name, only_here)
+    if model.source or model.state == "serving":
         return model
     async with aclosing(pulsed(each(app[HOUSEHOLD].changed()), PROGRESS_S)) as pulse:
         async for _ in pulse:
-            model = _still(app, name, model)
-            if model.state == "serving":
+            model = _still(app, name, only_here, model)
+            if model.source or model.state == "serving":
                 return model
-            if time.monotonic() - begun >= PATIENCE_S.get(model.state, 0.0):
+            waited = time.monotonic() - begun
+            if waited >= PATIENCE_S.get(model.state, 0.0):
                 break
-            if model.state != "waiting":
+            if model.state != "waiting" or waited >= QUIET_S:
                 await tell(_progress(model))
     what = model.reason or model.message
-    raise UnavailableError(f"the model {name[:200]!r} cannot answer now, it is {model.state}{what and f': {what}'}")
+    text = f"the model {name[:200]!r} cannot answer now, it is {model.state}{what and f': {what}'}"
+    raise ModelWaitError(text, model)
 
 
-def _still(app: web.Application, name: str, before: ServedModel) -> ServedModel:
-    """The model as it is now; UnavailableError, not 404, if it was stopped while the client waited."""
+async def _known(app: web.Application, name: str, only_here: bool) -> ServedModel:
+    """The model as it is; UnknownModelError at once where there are others, after UNKNOWN_S where there is none."""
+    begun = time.monotonic()
+    if not only_here and nothing_served(app):
+        async with aclosing(pulsed(each(app[HOUSEHOLD].changed()), UNKNOWN_S)) as pulse:
+            async for _ in pulse:
+                if not nothing_served(app) or time.monotonic() - begun >= UNKNOWN_S:
+                    break
+    return find_model(app, name, only_here)
+
+
+def _still(app: web.Application, name: str, only_here: bool, before: ServedModel) -> ServedModel:
+    """The model as it is now; ModelWaitError, not 404, if it was stopped while the client waited."""
     try:
-        return find_model(app, name)
+        return find_model(app, name, only_here)
     except UnknownModelError as error:
         text = f"the model {before.name!r} was stopped or could not be started; start it again with: peerllm run"
-        raise UnavailableError(text) from error
+        raise ModelWaitError(text, before) from error
 
 
 def _progress(model: ServedModel) -> str:
-    text = model.message or model.state
+    text = model.message or (model.reason if model.state == "waiting" else "") or model.state
     return f"{text} ({model.progress:.0%})" if model.progress and "%" not in text else text

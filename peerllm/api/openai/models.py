@@ -11,12 +11,14 @@ from peerllm.api.keys import EXPECTED, HOUSEHOLD
 from peerllm.daemon.facade import ServedModel
 
 _GONE = ("failed", "stopped")  # states of deployments that clients need not see
+_BEST = ("serving", "loading", "planning", "waiting")  # of several deployments of one name the first is meant
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """The models whose source is this device, those that are about to be started among them."""
-    found = [_object(model) for model in _models(request.app) if model.state not in _GONE]
-    return json_response({"object": "list", "data": found})
+    """The household's models, the oldest first: the same on every device. Those about to be started here come last."""
+    found = [model for model in _models(request.app) if model.state not in _GONE]
+    found.sort(key=lambda model: (not model.created, model.created, model.name))
+    return json_response({"object": "list", "data": [_object(model) for model in found]})
 
 
 async def one_model(request: web.Request) -> web.Response:
@@ -24,27 +26,28 @@ async def one_model(request: web.Request) -> web.Response:
     return json_response(_object(find_model(request.app, request.match_info["id"])))
 
 
-def find_model(app: web.Application, name: str) -> ServedModel:
-    """The deployment of that name, path or hub id; UnknownModelError names what there is instead."""
-    models = _models(app)
-    for one in models:
-        if name in (one.name, one.model):
-            return one
-    served = [one.name for one in models if one.state not in _GONE]
-    there = "this device serves none; start one with: peerllm run MODEL"
-    if served:
-        there = f"this device serves: {', '.join(served)}"
-    status = app[HOUSEHOLD].status()
-    for deployment in status.get("deployments", ()):
-        elsewhere = deployment.get("coordinator") != status["device"]["name"]
-        if elsewhere and name in (deployment.get("name"), deployment.get("model")):
-            there = f"it was started on {deployment.get('coordinator')}, ask there; {there}"
+def find_model(app: web.Application, name: str, only_here: bool = False) -> ServedModel:
+    """The deployment of that name, path or hub id; UnknownModelError names what there is instead.
+
+    `only_here`: those whose source is this device.
+    """
+    models = [model for model in _models(app) if not (only_here and model.source)]
+    found = [model for model in models if name in (model.name, model.model)]
+    if found:
+        return min(found, key=lambda model: _BEST.index(model.state) if model.state in _BEST else len(_BEST))
+    served = dict.fromkeys(model.name for model in models if model.state not in _GONE)
+    there = f"the household serves: {', '.join(served)}" if served else "start one with: peerllm run MODEL"
     raise UnknownModelError(f"no model {name[:200]!r} here; {there}", "model", "model_not_found")
+
+
+def nothing_served(app: web.Application) -> bool:
+    """Whether the household has no model at all, not even one under way."""
+    return all(model.state in _GONE for model in _models(app))
 
 
 def _models(app: web.Application) -> list[ServedModel]:
     models = app[HOUSEHOLD].models()
-    started = {one.model for one in models}
+    started = {known for one in models if not one.source for known in (one.model, one.name)}
     return [*models, *(one for one in app[EXPECTED].models() if one.model not in started)]
 
 

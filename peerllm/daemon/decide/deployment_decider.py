@@ -145,6 +145,8 @@ class DeploymentDecider:
         elif joined or device == rules.me:
             rules.attempts.shunned.discard(device)
             rules.attempts.hope()
+            if isinstance(rules.under_way, BackingOff):
+                rules.under_way = Idle()
         if running is None or device not in running.devices:
             if joined and device != rules.me:
                 rules.comparisons.joined(device, rules.devices.distrusted_until(device), now)

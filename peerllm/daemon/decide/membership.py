@@ -1,7 +1,12 @@
 """Which devices of the household are online, whom to dial, which of two links to keep. `handle(event, now) -> actions`.
 
-Both sides of a pair may dial. A link is named by who dialled it and by the dialler's own count, so both sides see the
-same name and keep the same one of two: the one dialled by the smaller device id, then the newest.
+Both sides of a pair may dial. A link is named by who dialled it and by a number above those of all links that the
+dialler knew between the two, so both sides see the same name and keep the same one of two: the one with the larger
+number, of equal ones that dialled by the smaller device id.
+
+Silence is not death: a device of which nothing was heard for SILENT_AFTER_S keeps its link and is dialled anew beside
+it. It is offline when the connection closes, or after GRACE_S without a message over its link. A device whose
+heartbeats come as datagrams while its link is quiet is slow, not silent: it is dialled anew as well, but stays online.
 """
 
 from __future__ import annotations
@@ -14,10 +19,13 @@ from typing import Literal, assert_never
 from peerllm.types import DeviceId
 
 HEARTBEAT_S = 0.25
-DEAD_AFTER_S = 1.0  # silence after which a device counts as vanished
+SILENT_AFTER_S = 1.0  # without a sign of life: the device is silent
+GRACE_S = 60.0  # without a message over its link: nobody waits for it any longer
+SLOW = f"busy or hard to reach: it is alive, but has sent nothing over its control link for {SILENT_AFTER_S:g} s"
 STALL_S = 0.25  # a device that itself stood still this long gives the others as much time to be heard
 BACKOFF_FIRST_S = 0.25
 BACKOFF_MOST_S = 15.0
+QUIET_BACKOFF_S = 1.0  # the longest wait between two dials of a device that may be back at any moment
 BACKOFF_JITTER = 0.25  # share of the wait, either way
 LARGER_WAIT_S = 0.3  # the larger device id lets the smaller dial first, so that duplicates are rare
 MAX_HOSTS = 16  # addresses kept per device
@@ -25,14 +33,15 @@ MAX_STATIC = 64  # `--peer` addresses
 STATIC_AGAIN_TRIES = 3  # failed dials of a device before the `--peer` address it once had is tried for itself
 PATIENT_TRIES = 6  # backoff for a device that said goodbye or cannot be used: it will come by itself
 
-State = Literal["connecting", "online", "offline", "left"]
+State = Literal["connecting", "online", "silent", "offline", "left"]
+LINKED: frozenset[State] = frozenset({"online", "silent"})  # a link to the device stands
 Address = tuple[str, int]
 Target = DeviceId | Address  # a device, or an address of which only TLS will say who it is
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class LinkName:
-    """A control link: who dialled it, and the dialler's count."""
+    """A control link: who dialled it, and a number that the dialler gives it."""
 
     dialler: DeviceId
     number: int
@@ -86,7 +95,16 @@ class Incompatible:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
+    """A message came over a link."""
+
     link: LinkName
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatHeard:
+    """A heartbeat of the device came beside its link."""
+
+    device: DeviceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +126,7 @@ class Tick:
     pass
 
 
-Event = Members | Sighted | Up | DialFailed | Incompatible | Heard | Down | Farewell | Tick
+Event = Members | Sighted | Up | DialFailed | Incompatible | Heard | HeartbeatHeard | Down | Farewell | Tick
 
 # ---- actions --------------------------------------------------------------------------------------------------------
 
@@ -148,12 +166,16 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A device's state changed."""
+    """A device's state or the reason for it changed, or (`renewed`) it is reached over another connection than before.
+
+    What was sent over the connection before may be lost if the device was silent.
+    """
 
     device: DeviceId
     before: State
     state: State
     reason: str
+    renewed: bool = False
 
 
 Action = Dial | Use | Retire | Cut | Beat | Changed
@@ -179,7 +201,10 @@ class Member:
     port: int = 0  # the first heard of, or what the device itself said over a link
     claimed: int = 0  # another port it was sighted at since; 0: none
     link: LinkName | None = None
-    heard: float = 0.0
+    since: float = 0.0  # `link` stands
+    heard: float = 0.0  # over the link or beside it
+    link_heard: float = 0.0
+    quiet: bool = False  # nothing came over the link for SILENT_AFTER_S
     beat: float = 0.0
     attempt: Attempt = field(default_factory=Attempt)
 
@@ -218,10 +243,9 @@ class Membership:
             case Incompatible(device, reason, target):
                 return self._refused(device, reason, target, now)
             case Heard(link):
-                member = self._of(link)
-                if member is not None:
-                    member.heard = now
-                return []
+                return self._heard(link, now)
+            case HeartbeatHeard(device):
+                return self._heartbeat_heard(device, now)
             case Down(link, reason):
                 return self._down(link, "offline", reason, now)
             case Farewell(link, reason):
@@ -237,15 +261,36 @@ class Membership:
         times += [a.due for address, a in self._static.items() if self._wants_static(address, a)]
         for member in self._members.values():
             if member.link is not None:
-                times += [member.beat + HEARTBEAT_S, member.heard + DEAD_AFTER_S]
+                times.append(member.beat + HEARTBEAT_S)
+                times.append(member.link_heard + (GRACE_S if member.quiet else SILENT_AFTER_S))
+                if member.state == "online":
+                    times.append(member.heard + SILENT_AFTER_S)
         return min(times, default=None)
 
     def _of(self, link: LinkName) -> Member | None:
         return next((m for m in self._members.values() if m.link == link), None)
 
-    def _set_state(self, member: Member, state: State, reason: str) -> list[Action]:
-        before, member.state, member.reason = member.state, state, reason
-        return [Changed(member.device, before, state, reason)] if before != state else []
+    def _set_state(self, member: Member, state: State, reason: str, renewed: bool = False) -> list[Action]:
+        before, old_reason = member.state, member.reason
+        member.state, member.reason = state, reason
+        if (before, old_reason) == (state, reason) and not renewed:
+            return []
+        return [Changed(member.device, before, state, reason, renewed)]
+
+    def _heard(self, link: LinkName, now: float) -> list[Action]:
+        member = self._of(link)
+        if member is None:
+            return []
+        member.heard = member.link_heard = now
+        member.quiet = False
+        return self._set_state(member, "online", "")
+
+    def _heartbeat_heard(self, device: DeviceId, now: float) -> list[Action]:
+        member = self._members.get(device)
+        if member is None or member.link is None:
+            return []
+        member.heard = now
+        return self._set_state(member, "online", SLOW if member.quiet else "")
 
     def _set_members(self, devices: frozenset[DeviceId], now: float) -> list[Action]:
         actions: list[Action] = []
@@ -270,7 +315,7 @@ class Membership:
                 member.port = event.port
             else:
                 member.claimed = event.port
-            if event.fresh and member.link is None:
+            if event.fresh and self._unheard(member):
                 first = now + (LARGER_WAIT_S if self.me > member.device else 0.0)
                 member.attempt.tries = min(member.attempt.tries, 1)
                 member.attempt.due = min(member.attempt.due, first)
@@ -286,16 +331,23 @@ class Membership:
         if event.host:
             member.hosts = tuple(dict.fromkeys((event.host, *member.hosts)))[:MAX_HOSTS]
         member.port, member.claimed = event.port or member.port, 0
-        if member.link is not None and not self._better(event.link, member.link):
+        old = member.link
+        if old is not None and not self._better(event.link, member, old):
             return [Retire(event.link)]
-        old, member.link = member.link, event.link
-        member.heard = member.beat = now
-        actions: list[Action] = [Use(event.device, event.link), *self._set_state(member, "online", "")]
+        # The other side dials beside a link that stands if it has not heard this one for a while. Two links that come
+        # up at the same time only mean that both dialled.
+        unheard = event.link.dialler == member.device and now - member.since >= SILENT_AFTER_S
+        renewed = old is None or member.quiet or unheard
+        member.link, member.since, member.quiet = event.link, now, False
+        member.heard = member.link_heard = member.beat = now
+        actions: list[Action] = [Use(event.device, event.link), *self._set_state(member, "online", "", renewed)]
         return [*actions, Retire(old)] if old is not None else actions
 
     @staticmethod
-    def _better(new: LinkName, old: LinkName) -> bool:
-        return (new.dialler, -new.number) < (old.dialler, -old.number)
+    def _better(new: LinkName, member: Member, old: LinkName) -> bool:
+        if member.quiet and new.dialler == member.device:
+            return True  # it knows nothing of the old link any more, for it may have started again with another clock
+        return (-new.number, new.dialler) < (-old.number, old.dialler)
 
     def _settle(self, target: Target, device: DeviceId | None, now: float) -> None:
         """A dial has ended; `device` is who answered, None if nobody did."""
@@ -310,7 +362,9 @@ class Membership:
             return
         attempt.dialling = False
         if device is None or (not isinstance(target, tuple) and target != device):
-            attempt.due = now + backoff_s(self.me, target, attempt.tries)
+            wait = backoff_s(self.me, target, attempt.tries)
+            quiet = not isinstance(target, tuple) and self._members[target].quiet
+            attempt.due = now + (min(wait, QUIET_BACKOFF_S) if quiet else wait)
             attempt.tries += 1
         else:
             attempt.tries = 0
@@ -336,7 +390,7 @@ class Membership:
         member = self._of(link)
         if member is None:
             return []
-        member.link = None
+        member.link, member.quiet = None, False
         member.attempt.tries = PATIENT_TRIES if state == "left" else 0
         wait = LARGER_WAIT_S if self.me > member.device else 0.0
         member.attempt.due = now + backoff_s(self.me, member.device, member.attempt.tries) + wait
@@ -345,29 +399,42 @@ class Membership:
     def _tick(self, now: float) -> list[Action]:
         if self._ticked is not None and now - self._ticked > HEARTBEAT_S + STALL_S:
             for member in self._members.values():
-                member.heard = max(member.heard, now - DEAD_AFTER_S + STALL_S)
+                least = now - SILENT_AFTER_S + STALL_S
+                member.heard, member.link_heard = max(member.heard, least), max(member.link_heard, least)
         self._ticked = now
         actions: list[Action] = []
         for member in list(self._members.values()):
             link = member.link
             if link is None:
                 continue
-            if now - member.heard >= DEAD_AFTER_S:
-                reason = f"silent for {DEAD_AFTER_S:g} s"
+            if now - member.link_heard >= GRACE_S:
+                reason = f"silent for {GRACE_S:g} s"
                 actions += [Cut(link, reason), *self._down(link, "offline", reason, now)]
-            elif now - member.beat >= HEARTBEAT_S:
+                continue
+            if now - member.link_heard >= SILENT_AFTER_S and not member.quiet:
+                member.quiet = True
+                member.attempt.tries = 0
+                member.attempt.due = now + (LARGER_WAIT_S if self.me > member.device else 0.0)
+            if now - member.heard >= SILENT_AFTER_S:
+                actions += self._set_state(member, "silent", f"silent for {SILENT_AFTER_S:g} s")
+            elif member.quiet and member.state == "online":
+                actions += self._set_state(member, "online", SLOW)
+            if now - member.beat >= HEARTBEAT_S:
                 member.beat = now
                 actions.append(Beat(link))
         return [*actions, *self._dials(now)]
 
     @staticmethod
-    def _wants_dial(member: Member) -> bool:
-        return member.link is None and not member.attempt.dialling and bool(member.hosts) and member.port > 0
+    def _unheard(member: Member) -> bool:
+        return member.link is None or member.quiet
+
+    def _wants_dial(self, member: Member) -> bool:
+        return self._unheard(member) and not member.attempt.dialling and bool(member.hosts) and member.port > 0
 
     def _wants_static(self, address: Address, attempt: Attempt) -> bool:
         member = self._members.get(self._static_device.get(address, ""))
         # The device's own address list has this one; the address itself is only tried again if it may be another's now.
-        lost = member is None or (member.link is None and member.attempt.tries >= STATIC_AGAIN_TRIES)
+        lost = member is None or (self._unheard(member) and member.attempt.tries >= STATIC_AGAIN_TRIES)
         return bool(self._members) and not attempt.dialling and lost
 
     def _dials(self, now: float) -> list[Action]:

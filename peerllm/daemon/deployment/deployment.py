@@ -222,6 +222,8 @@ class Deployment:
             quantize=inspected.quantize if inspected is not None else "",
             quantize_wanted=self.options.quantize,
             form=self.model.form,
+            created=self.created,
+            missing_bytes=self._missing_bytes(),
         )
 
     def served(self) -> ServedModel:
@@ -234,11 +236,16 @@ class Deployment:
             reason=self.reason,
             created=self.created,
             model_dir=self.model.model_dir,
-            context=self._context() or (inspected.max_context if inspected is not None else 0),
+            context=self._context(),
             stop_ids=inspected.stop_ids if inspected is not None else (),
             message=self._message(),
             progress=self._done(),
+            missing_bytes=self._missing_bytes(),
         )
+
+    def _missing_bytes(self) -> int:
+        """Of the household's memory, where the deployment waits for that; 0: not, or it is not known."""
+        return getattr(self._failure, "missing_bytes", 0) if self.state == "waiting" else 0
 
     def _message(self) -> str:
         return self.report.message if self.state in UNDER_WAY else ""
@@ -309,6 +316,7 @@ class Deployment:
             case BecomeWaiting(reason):
                 log.warning("%s does not go on for now: %s", self.options.model, reason)
                 self.sequences.hold(reason)
+                self._failure = self._as_error(reason)
                 self._become("waiting", reason)
                 self._resolve(self._as_error(reason))
             case GiveUp(reason):
@@ -537,7 +545,6 @@ class Deployment:
     async def _let_go(self) -> None:
         """Release everything that this deployment holds on any device."""
         await self._negotiation.let_go(self.epoch, self._holdings.devices)
-        self._negotiation.withdraw()
 
     def _become(self, state: DeploymentState, reason: str) -> None:
         self.state, self.reason = state, reason

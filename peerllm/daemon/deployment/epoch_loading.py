@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Protocol
 
-from peerllm.daemon.control_messages import Assign, Progress, StageWork, TensorDigest
+from peerllm.daemon.control_messages import Assign, Progress, StageWork
 from peerllm.daemon.decide.assignments import Address, weight_bytes
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment.held_deployment import HeldDeployment, HeldEpoch
-from peerllm.engine.messages import EngineLoad, Hop, LoadStage, QueryLoad, TensorAt
+from peerllm.engine.messages import EngineLoad, Hop, LoadStage, QueryLoad, TensorAt, Unload
 from peerllm.errors import RefusedError, UnavailableError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeploymentId, DeviceId
 
 LOAD_TIMEOUT_S = 3600.0  # one stage from disk
 QUERY_TIMEOUT_S = 10.0
+UNLOAD_TIMEOUT_S = 30.0
 MAX_HOSTS = 16  # addresses tried for the next device
 PROGRESS_S = 0.1  # between two Progress of one epoch
 
@@ -31,17 +32,15 @@ class LoadingEngine(Protocol):
 
 
 class Fetcher(Protocol):
-    """What the worker needs of the store of weights."""
+    """What the worker needs of weights (StageWeights)."""
 
     async def fetch(
-        self,
-        deployment: DeploymentId,
-        source: DeviceId,
-        tensors: tuple[TensorDigest, ...],
-        progress: Callable[[int, int], None],
-    ) -> None: ...
+        self, assign: Assign, coordinator: DeviceId, told: Callable[[Literal["fetch", "check"], int, int], None]
+    ) -> dict[str, TensorAt]: ...
 
-    def path(self, sha256: str) -> object: ...
+    async def verify(
+        self, tensors: Iterable[TensorAt], told: Callable[[Literal["fetch", "check"], int, int], None]
+    ) -> bool: ...
 
     def forget(self, deployment: DeploymentId) -> None: ...
 
@@ -54,24 +53,38 @@ class EpochLoading:
         me: DeviceId,
         ledger: Ledger,
         engine: LoadingEngine,
-        store: Fetcher,
-        own_tensors: Callable[[DeploymentId], Mapping[str, TensorAt]],
+        weights: Fetcher,
         address: Callable[[DeviceId], Address],
         tell: Callable[[DeviceId, Progress], None],
     ) -> None:
-        self._me, self._ledger, self._engine, self._store = me, ledger, engine, store
-        self._own_tensors, self._address, self._tell = own_tensors, address, tell
+        self._me, self._ledger, self._engine, self._weights = me, ledger, engine, weights
+        self._address, self._tell = address, tell
 
     async def load(self, held: HeldDeployment, epoch: HeldEpoch) -> None:
         """Returns when every stage of the epoch here is loaded; raises why one is not."""
+        epoch.total_bytes = max(1, sum(t.nbytes for work in epoch.assign.work for t in work.tensors))
+        own = await self._fetch(held, epoch)
+        name = f"check {held.deployment[:8]}"
+        check = asyncio.create_task(self._weights.verify(own.values(), lambda *_: None), name=name)
+        check.add_done_callback(_seen)
+        try:
+            await self._load_stages(held, epoch, own)
+            if not await check:  # what changed on the disk was removed
+                await self._engine.ask(
+                    Unload(self._engine.next_request(), held.deployment, epoch.number, only=len(held.epochs) > 1),
+                    UNLOAD_TIMEOUT_S,
+                )
+                held.shards.end(epoch.number, epoch.number)
+                own = await self._fetch(held, epoch)
+                if not await self._weights.verify(own.values(), lambda *_: None):
+                    raise UnavailableError("its disk changes weights while they are used")
+                await self._load_stages(held, epoch, own)
+        finally:
+            check.cancel()
+        epoch.loaded = True
+
+    async def _load_stages(self, held: HeldDeployment, epoch: HeldEpoch, own: Mapping[str, TensorAt]) -> None:
         assign = epoch.assign
-        wanted = tuple({t.name: t for work in assign.work for t in work.tensors}.values())
-        epoch.total_bytes = max(1, sum(t.nbytes for work in assign.work for t in work.tensors))
-        if held.coordinator == self._me:
-            own = self._own_tensors(assign.deployment)
-        else:
-            await self._fetch(held, epoch, wanted)
-            own = {tensor.name: self._kept(tensor) for tensor in wanted}
         here: set[str] = set()  # tensors loaded for it
         taken = await self._taken(assign.deployment)
         for work in assign.work:
@@ -87,7 +100,6 @@ class EpochLoading:
             held.shards.load(assign.epoch, (work.first_layer, work.last_layer), (assign.slots, assign.context))
             taken = await self._taken(assign.deployment)
             here |= {tensor.name for tensor in work.tensors}
-        epoch.loaded = True
 
     def progressed(self, held: HeldDeployment, stage: int, done_bytes: int) -> None:
         """The engine has read so much of a stage."""
@@ -117,18 +129,15 @@ class EpochLoading:
             raise RefusedError(f"the shards take {human_bytes(taken)}, {promised} are promised")
         return load.held_bytes.get(deployment, 0)
 
-    async def _fetch(self, held: HeldDeployment, epoch: HeldEpoch, wanted: tuple[TensorDigest, ...]) -> None:
-        def progress(done: int, total: int) -> None:
+    async def _fetch(self, held: HeldDeployment, epoch: HeldEpoch) -> dict[str, TensorAt]:
+        def progress(_: str, done: int, total: int) -> None:
             epoch.total_bytes = max(1, total)
             self._report(held, epoch, "fetch", done)
 
         total = epoch.total_bytes
-        await self._store.fetch(held.deployment, held.coordinator, wanted, progress)
+        own = await self._weights.fetch(epoch.assign, held.coordinator, progress)
         epoch.total_bytes = total
-
-    def _kept(self, tensor: TensorDigest) -> TensorAt:
-        path = str(self._store.path(tensor.sha256))
-        return TensorAt(tensor.name, tensor.dtype, tensor.shape, path, 0, tensor.nbytes)
+        return own
 
     def _spec(self, assign: Assign, work: StageWork, own: Mapping[str, TensorAt], limit: int) -> LoadStage:
         hop = None
@@ -168,7 +177,7 @@ class EpochLoading:
             self._tell(held.coordinator, Progress(held.deployment, epoch.number, phase, done, epoch.total_bytes))
 
 
-def _seen(task: asyncio.Task[object]) -> None:
+def _seen(task: asyncio.Task[Any]) -> None:
     """Take note of a load's error that nobody waits for any more: the deployment was released while it was loading."""
     if not task.cancelled():
         task.exception()

@@ -18,7 +18,7 @@ from peerllm.daemon.deployment.negotiation import (
     release,
     reserve,
 )
-from peerllm.engine.messages import Inspected, TensorAt
+from peerllm.engine.messages import Inspected
 from peerllm.errors import PeerLLMError, RefusedError
 from peerllm.types import DeploymentId, DeviceId
 
@@ -70,7 +70,6 @@ class EpochNegotiation:
         self._around, self._deployment = around, deployment
         self._holdings, self._say, self._reserved = holdings, say, reserved
         self._ending: dict[DeviceId, set[asyncio.Task[object]]] = {}  # releases that devices have not answered yet
-        self._offered: dict[str, TensorAt] = {}  # by hash: what devices of any epoch may fetch
 
     async def establish(self, epoch: Epoch, inspected: Inspected, make_room: bool) -> None:
         """Load and link an epoch beside those that stand; raises DeviceRefusedError or DeviceFailedError.
@@ -82,8 +81,6 @@ class EpochNegotiation:
         hashes = await around.hashes(moving, self._hashing)
         await self._reserve_all(epoch, make_room)
         self._reserved(epoch)
-        self._offered |= {hashes[tensor.name]: tensor for tensor in moving}
-        around.offer(self._deployment, self._offered)
         work = assignments(self._deployment, epoch.number, blueprint, inspected, hashes=hashes, address=around.address)
         await assign_all(around, work)
         for stage in blueprint.plan.stages:
@@ -105,11 +102,6 @@ class EpochNegotiation:
                 self._holdings.end(device, number, only)
         finally:
             ending.discard(task)
-
-    def withdraw(self) -> None:
-        """Nobody may fetch its weights any more."""
-        self._offered.clear()
-        self._around.withdraw(self._deployment)
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 

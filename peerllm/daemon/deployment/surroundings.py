@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,6 @@ from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
 from peerllm.daemon.threads import Progress
 from peerllm.daemon.weights.digests import Digests
-from peerllm.daemon.weights.offers import Offers
 from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, Switch, TensorAt
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, DeviceId, LinkProfile
@@ -36,7 +35,6 @@ class Parts(Protocol):
     host: EngineHost
     ledger: Ledger
     worker: Worker
-    offers: Offers
     digests: Digests
 
     def hello(self) -> Hello: ...
@@ -112,12 +110,6 @@ class Home:
             return {}
         found = await self._parts.digests.of(wanted, lambda done, total: progress(done / max(1, total)))
         return {tensor.name: found[tensor.path, tensor.offset, tensor.nbytes] for tensor in wanted}
-
-    def offer(self, deployment: DeploymentId, tensors: Mapping[str, TensorAt]) -> None:
-        self._parts.offers.offer(deployment, tensors)
-
-    def withdraw(self, deployment: DeploymentId) -> None:
-        self._parts.offers.withdraw(deployment)
 
     def tell_engine(self, message: Submit | Cancel) -> None:
         self._parts.host.tell(message)

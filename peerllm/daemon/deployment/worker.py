@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol, assert_never
 
@@ -19,6 +19,7 @@ from peerllm.daemon.control_messages import (
     Answer,
     Assign,
     Carry,
+    Have,
     Holding,
     Pace,
     Profile,
@@ -31,7 +32,13 @@ from peerllm.daemon.control_messages import (
 )
 from peerllm.daemon.decide.assignments import Address, check
 from peerllm.daemon.decide.ledger import Ledger
-from peerllm.daemon.deployment.epoch_loading import QUERY_TIMEOUT_S, EpochLoading, Fetcher, LoadingEngine
+from peerllm.daemon.deployment.epoch_loading import (
+    QUERY_TIMEOUT_S,
+    UNLOAD_TIMEOUT_S,
+    EpochLoading,
+    Fetcher,
+    LoadingEngine,
+)
 from peerllm.daemon.deployment.held_deployment import HeldDeployment, HeldEpoch
 from peerllm.engine.messages import (
     CarryState,
@@ -42,7 +49,6 @@ from peerllm.engine.messages import (
     QueryLoad,
     Record,
     Recorded,
-    TensorAt,
     Unload,
 )
 from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError, UnavailableError
@@ -51,7 +57,6 @@ from peerllm.types import DeploymentId, DeviceId
 GRACE_S = 60.0  # what is loaded stays so long after its coordinator was last online
 CONNECT_TIMEOUT_S = 20.0
 CARRY_TIMEOUT_S = 60.0
-UNLOAD_TIMEOUT_S = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -72,17 +77,16 @@ class Worker:
         me: DeviceId,
         ledger: Ledger,
         engine: LoadingEngine,
-        store: Fetcher,
+        weights: Fetcher,
         profiler: ProfileAnswers,
         *,
-        own_tensors: Callable[[DeploymentId], Mapping[str, TensorAt]],
         address: Callable[[DeviceId], Address],
         report: Callable[[DeviceId, Progress | Trouble], None],
         changed: Callable[[], None],
     ) -> None:
-        self._me, self.ledger, self._engine, self._store = me, ledger, engine, store
+        self._me, self.ledger, self._engine, self._weights = me, ledger, engine, weights
         self._profiler = profiler
-        self._loading = EpochLoading(me, ledger, engine, store, own_tensors, address, report)
+        self._loading = EpochLoading(me, ledger, engine, weights, address, report)
         self._report, self._changed = report, changed
         self._held: dict[DeploymentId, HeldDeployment] = {}
         self._reserving = asyncio.Lock()
@@ -112,6 +116,8 @@ class Worker:
                     return await self._paces(sender, deployment)
                 case Trace():
                     return Answer(0, recorded=await self._record(sender, question))
+                case Have():
+                    return Answer(0)  # answered by Offers
                 case _:
                     assert_never(question)
         except PeerLLMError as error:
@@ -356,6 +362,6 @@ class Worker:
         held.ended(epoch.number)
         if not held.epochs and self._held.get(held.deployment) is held:
             del self._held[held.deployment]
-            self._store.forget(held.deployment)
+            self._weights.forget(held.deployment)
         self.ledger.release(held.deployment, epoch.number, held.coordinator, only=True)
         self._changed()

@@ -1,4 +1,7 @@
-"""Questions and their answers over control links: numbered, bounded, failed at once when the device vanishes."""
+"""Questions and their answers over control links: numbered, bounded, failed at once when the device vanishes.
+
+A question to a silent device waits on; if the device is reached over another connection then, the question fails.
+"""
 
 from __future__ import annotations
 

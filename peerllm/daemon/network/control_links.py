@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import aiohttp
 from aiohttp import web
 
-from peerllm.daemon.control_messages import Control, Goodbye, Hello
+from peerllm.daemon.control_messages import Control, DeviceView, Goodbye, Hello, LinkTable
 from peerllm.daemon.decide import membership as m
 from peerllm.daemon.network.control_channel import (
     CLOSE_TIMEOUT_S,
@@ -53,8 +53,8 @@ class LinkListener(Protocol):
     def hello(self) -> Hello: ...
     def certificates(self) -> Mapping[DeviceId, str]: ...
     def on_hello(self, device: DeviceId, hello: Hello, host: str) -> None: ...
-    def on_up(self, device: DeviceId) -> None: ...
-    def on_state(self, change: m.Changed) -> None: ...
+    def on_up(self, device: DeviceId, address: str) -> None: ...
+    def on_member(self, change: m.Changed) -> None: ...
     def on_message(self, device: DeviceId, message: Control) -> None: ...
 
 
@@ -74,6 +74,7 @@ class ControlLinks:
         self._session: aiohttp.ClientSession | None = None
         # Grows over restarts too where there is a clock, so that of two links a device dialled the newest is known.
         self._numbers = itertools.count(time.time_ns() // 1000)
+        self._largest: dict[DeviceId, int] = {}  # number of a link with it
         self._none_left = asyncio.Event()
         self._none_left.set()
         self._closing = False
@@ -107,7 +108,8 @@ class ControlLinks:
         number = request.match_info["number"]
         if not number.isascii() or not number.isdigit() or len(number) > 16:
             raise web.HTTPBadRequest
-        if self._closing or self._accepted[device] >= MAX_LINKS_PER_DEVICE:
+        link = m.LinkName(device, int(number))
+        if self._closing or self._accepted[device] >= MAX_LINKS_PER_DEVICE or link in self._channels:
             raise web.HTTPServiceUnavailable
         self._accepted[device] += 1
         try:
@@ -116,7 +118,7 @@ class ControlLinks:
             )
             await websocket.prepare(request)
             host = host_of(request.get_extra_info("peername"))
-            await self._serve(websocket, m.LinkName(device, int(number)), device, host, None)
+            await self._serve(websocket, link, device, host, None)
             return websocket
         finally:
             self._accepted[device] -= 1
@@ -172,10 +174,10 @@ class ControlLinks:
             case m.Beat(link):
                 if (channel := self._channels.get(link)) is not None:
                     channel.beat()
-            case m.Changed(device, _, state, _):
-                if state != "online":
+            case m.Changed(device, _, state):
+                if state not in m.LINKED:
                     self._using.pop(device, None)
-                self._watcher.on_state(action)
+                self._watcher.on_member(action)
 
     def _end_later(self, link: m.LinkName) -> None:
         channel = self._channels.get(link)
@@ -202,7 +204,7 @@ class ControlLinks:
     async def _dial(self, order: m.Dial) -> None:
         assert self._session is not None
         certificates = self._watcher.certificates()
-        target, number = order.target, next(self._numbers)
+        target = order.target
         try:
             if isinstance(target, tuple):
                 device = await who_answers(self._identity, certificates.values(), *target)
@@ -211,6 +213,7 @@ class ControlLinks:
                 device = target
             if device not in certificates:
                 raise LinkError(f"{device[:8]} is no longer of the household")
+            number = self._next_number(device)
             websocket, host = await dial_first(
                 self._session,
                 self._identity,
@@ -226,7 +229,17 @@ class ControlLinks:
                 self.problems[target] = str(error)
             self.feed(m.DialFailed(target, str(error)))
             return
+        member = self.membership.members.get(device)
+        if target == device and member is not None and member.link is not None and not member.quiet:  # it was heard
+            await websocket.close()
+            self.feed(m.DialFailed(target, "another link stands"))
+            return
         await self._serve(websocket, m.LinkName(self._identity.device, number), device, host, order)
+
+    def _next_number(self, device: DeviceId) -> int:
+        """Above those of all links with the device, whoever dialled them: the newest link is kept."""
+        number = self._largest[device] = max(next(self._numbers), self._largest.get(device, 0) + 1)
+        return number
 
     async def _serve(
         self, websocket: WebSocket, link: m.LinkName, device: DeviceId, host: str, order: m.Dial | None
@@ -247,21 +260,25 @@ class ControlLinks:
         if self._closing:
             channel.end("going down")
         self._channels[link] = channel
+        self._largest[device] = max(self._largest.get(device, 0), link.number)
         self._none_left.clear()
         try:
             self._watcher.on_hello(device, hello, host)
             self.feed(m.Up(link, device, host, hello.control_port, target))
             if self._using.get(device) is channel:
-                self._watcher.on_up(device)
-            reason = await channel.run(lambda: self.feed(m.Heard(link)), lambda message: self._take(channel, message))
+                address = host_of(websocket.get_extra_info("peername"))
+                self._watcher.on_up(device, address or host)
+            await channel.run(lambda: self.feed(m.Heard(link)), lambda message: self._take(channel, message))
         finally:
             self._channels.pop(link, None)
             if not self._channels:
                 self._none_left.set()
             channel.end("closed")
-        self.feed(m.Down(link, reason))
+            self.feed(m.Down(link, channel.ended.result()))  # also where the lost connection cancels this
 
     def _take(self, channel: ControlChannel, message: Control) -> None:
         if isinstance(message, Goodbye):
             self.feed(m.Farewell(channel.link, message.reason[:200]))
+        if isinstance(message, (Hello, DeviceView, LinkTable)) and self._using.get(channel.device) is not channel:
+            return  # it was held up on a link that is not used any more, and is told anew over the other
         self._watcher.on_message(channel.device, message)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
@@ -18,6 +18,7 @@ from peerllm.daemon.control_messages import (
     Control,
     DeviceView,
     Gossip,
+    HeartbeatKey,
     Hello,
     LinkTable,
     Question,
@@ -25,8 +26,10 @@ from peerllm.daemon.control_messages import (
 )
 from peerllm.daemon.decide import membership as m
 from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, Advert, printable_name
+from peerllm.daemon.facade import RelayedAnswer
 from peerllm.daemon.network.asks import Asks, Handler
 from peerllm.daemon.network.control_links import ControlLinks
+from peerllm.daemon.network.heartbeats.heartbeat_thread import HeartbeatThread
 from peerllm.daemon.network.household_pairing import HouseholdPairing
 from peerllm.daemon.network.network_callbacks import NetworkCallbacks, call
 from peerllm.daemon.network.network_files import Known, NetworkFiles
@@ -44,7 +47,7 @@ from peerllm.transport.roster.roster import Roster
 from peerllm.transport.tls.tls_server import TlsServer
 from peerllm.types import DeviceId
 
-MAX_CONTROL_BODY_BYTES = 1 << 10  # nothing is posted to the control port
+MAX_CONTROL_BODY_BYTES = 1 << 10  # nothing is posted to the control port but what the API takes, by its own bound
 
 Route = Callable[[web.Request], Any]
 
@@ -73,6 +76,7 @@ class Network:
         self._app = web.Application(client_max_size=MAX_CONTROL_BODY_BYTES)
         self._server = TlsServer(self._app, identity, settings.hosts, settings.port)
         self._links = ControlLinks(identity, settings.peers, self)
+        self._heartbeats = HeartbeatThread(identity.device, lambda device: self._links.feed(m.HeartbeatHeard(device)))
         self._asks = Asks(lambda device, message: self._links.channel(device).send(message))
         self._http = PeerHttp(identity)
         self._store = NetworkFiles(settings.data_dir)
@@ -110,6 +114,7 @@ class Network:
         """Listen, advertise, dial. BadInputError if the port is in use."""
         await self._server.start()
         self._listening = True
+        self._heartbeats.start(self._server.addresses)
         await self._links.start()
         await self._http.start()
         self.link_monitor.start()
@@ -123,6 +128,7 @@ class Network:
         self._closed = True
         await self._pairing.close()
         await self._links.close("going down")
+        await self._heartbeats.close()
         await self._visible.close()
         await self._asks.close()
         await self.link_monitor.close()
@@ -218,8 +224,13 @@ class Network:
         self._callbacks.change.append(callback)
 
     def on_vanish(self, callback: Callable[[DeviceId, str], None]) -> None:
-        """Called when a device that was online is not any more, with the reason."""
+        """Called when a device that was online or silent is offline or has left, with the reason."""
         self._callbacks.vanish.append(callback)
+
+    def on_state(self, callback: Callable[[DeviceId, m.State, m.State, str, bool], None]) -> None:
+        """Called with each change of a device's state: device, state before, state, reason, and whether it is reached
+        over another connection than before, so that what was under way may be lost."""
+        self._callbacks.state.append(callback)
 
     def on_roster(self, callback: Callable[[tuple[RosterEntry, ...]], None]) -> None:
         """Called at start and after each change of the household with its live members, this device among them."""
@@ -234,6 +245,15 @@ class Network:
         ):
             async for chunk in metered:
                 yield chunk
+
+    @asynccontextmanager
+    async def post(
+        self, device: DeviceId, path: str, headers: Mapping[str, str], body: bytes
+    ) -> AsyncIterator[RelayedAnswer]:
+        """What the device answers to a POST at its control port. LinkError if it is away or the link breaks."""
+        host, port, pem = self._where(device)
+        async with self._http.post(device, pem, host, port, path, headers, body) as answer:
+            yield answer
 
     def _where(self, device: DeviceId) -> tuple[str, int, str]:
         channel = self._links.channel(device)
@@ -297,6 +317,7 @@ class Network:
             changed, self._trusting = self._trusting != others.keys(), frozenset(others)
             self._peer_store.keep_only(others)
             self.link_monitor.keep_only(others)
+            self._heartbeats.keep_only(others)
             self._links.feed(m.Members(frozenset(others)))
             if changed or not others:
                 call(self._callbacks.roster, self.roster())  # first of all: engines cut the links of who was removed
@@ -346,7 +367,14 @@ class Network:
     def on_hello(self, device: DeviceId, hello: Hello, host: str) -> None:
         self._peer_store.hellos[device] = hello
 
-    def on_up(self, device: DeviceId) -> None:
+    def on_up(self, device: DeviceId, address: str) -> None:
+        self._heartbeats.set_address(device, address, self._links.membership.members[device].port)
+        self._greet(device)
+        self._spawn(self._save(), "save-peers")
+
+    def _greet(self, device: DeviceId) -> None:
+        """Tell a device that is here all that it may have missed."""
+        self.tell(device, HeartbeatKey(self._heartbeats.half_for(device)))
         self.tell(device, Gossip(self._roster.export()))
         if self._view is not None:
             self.tell(device, self._view)
@@ -357,21 +385,31 @@ class Network:
             self.tell(other.device, whereabouts([members[device]]))
         if (table := self.link_monitor.connected(device)) is not None:
             self.tell(device, table)
-        self._spawn(self._save(), "save-peers")
 
-    def on_state(self, change: m.Changed) -> None:
-        if change.before == "online":
-            log.info("%s is %s: %s", change.device[:8], change.state, change.reason)
-            self._peer_store.views.pop(change.device, None)
-            self.link_monitor.gone(change.device)
-            self._asks.vanished(change.device, change.reason)
-            call(self._callbacks.vanish, change.device, change.reason)
+    def on_member(self, change: m.Changed) -> None:
+        device, before, state, reason = change.device, change.before, change.state, change.reason
+        if before in m.LINKED:
+            log.info("%s is %s: %s", device[:8], state, reason or ("reached anew" if change.renewed else "heard again"))
+            if change.renewed:
+                self._asks.vanished(device, "the connection was made anew")
+            elif state not in m.LINKED:
+                self._peer_store.views.pop(device, None)
+                self.link_monitor.gone(device)
+                self._asks.vanished(device, reason)
+            elif before == "silent":
+                self._greet(device)
+        if before != state or change.renewed:
+            call(self._callbacks.state, device, before, state, reason, change.renewed)
+        if before in m.LINKED and state not in m.LINKED:
+            call(self._callbacks.vanish, device, reason)
         self._callbacks.changed()
 
     def on_message(self, device: DeviceId, message: Control) -> None:
         match message:
             case Gossip():
                 self._gossip(device, message)
+            case HeartbeatKey():
+                self._heartbeats.set_key(device, message.half)
             case Whereabouts():
                 for hint in self._peer_store.hinted(message, self._others()):
                     self._links.feed(hint)

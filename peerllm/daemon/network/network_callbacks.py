@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 
 from peerllm.daemon.control_messages import Control
+from peerllm.daemon.decide.membership import State
 from peerllm.transport.roster.entry import RosterEntry
 from peerllm.types import DeviceId
 
@@ -18,6 +19,7 @@ class NetworkCallbacks:
 
     def __init__(self) -> None:
         self.message: list[Callable[[DeviceId, Control], None]] = []
+        self.state: list[Callable[[DeviceId, State, State, str, bool], None]] = []
         self.vanish: list[Callable[[DeviceId, str], None]] = []
         self.roster: list[Callable[[tuple[RosterEntry, ...]], None]] = []
         self.change: list[Callable[[], None]] = []

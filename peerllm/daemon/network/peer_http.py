@@ -1,16 +1,18 @@
-"""HTTP between devices over pinned mutual TLS: byte ranges for weights, and the probe that measures bandwidth."""
+"""HTTP between devices over pinned mutual TLS: byte ranges for weights, the bandwidth probe, people's requests."""
 
 from __future__ import annotations
 
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 
 import aiohttp
 from aiohttp import web
 from yarl import URL
 
+from peerllm.daemon.facade import RelayedAnswer
 from peerllm.errors import LinkError, NotFoundError, RefusedError, UnavailableError
 from peerllm.transport.identity import Identity
 from peerllm.transport.tls.contexts import client_context
@@ -29,6 +31,7 @@ STALL_TIMEOUT_S = 10.0  # without a byte
 MAX_CONNECTIONS = 32
 MAX_CONNECTIONS_PER_DEVICE = 4
 MAX_CONTEXTS = 128
+MAX_RELAYED = 512  # answers of other devices under way at once; the API streams no more
 
 _probing = web.AppKey("probing", asyncio.Lock)
 _free: web.AppKey[Callable[[], bool]] = web.AppKey("free")
@@ -71,6 +74,7 @@ class PeerHttp:
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
         self._session: aiohttp.ClientSession | None = None
+        self._relaying: aiohttp.ClientSession | None = None  # answers take long and must not keep downloads waiting
         self._contexts: dict[str, ssl.SSLContext] = {}  # by certificate, so that connections are used again
 
     async def start(self) -> None:
@@ -79,10 +83,17 @@ class PeerHttp:
         self._session = aiohttp.ClientSession(
             connector=connector, timeout=timeout, trust_env=False, auto_decompress=False
         )
+        self._relaying = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=MAX_RELAYED),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+            trust_env=False,
+            auto_decompress=False,
+        )
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for session in (self._session, self._relaying):
+            if session is not None:
+                await session.close()
 
     async def get(
         self, device: DeviceId, certificate_pem: str, host: str, port: int, path: str, offset: int, length: int
@@ -115,6 +126,35 @@ class PeerHttp:
             raise LinkError(f"{where} broke off after {got} bytes: {error or type(error).__name__}") from error
         if got != length:
             raise LinkError(f"{where} ended after {got} of {length} bytes")
+
+    @asynccontextmanager
+    async def post(
+        self,
+        device: DeviceId,
+        certificate_pem: str,
+        host: str,
+        port: int,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+    ) -> AsyncIterator[RelayedAnswer]:
+        """The answer to a POST, its body as it comes; it may take as long as it likes. LinkError if the link breaks.
+
+        An answer that is left before its end is cut off, so that the device stops at once.
+        """
+        assert self._relaying is not None
+        url = URL.build(scheme="https", host=host, port=port, path=path)
+        context = self._context(certificate_pem)
+        try:
+            response = await self._relaying.post(url, ssl=context, headers=headers, data=body, allow_redirects=False)
+        except (aiohttp.ClientError, OSError) as error:
+            raise LinkError(f"{device[:8]} cannot be asked: {error or type(error).__name__}") from error
+        try:
+            yield RelayedAnswer(response.status, response.headers, _pieces(response, device))
+        finally:
+            if not response.content.at_eof():
+                _abort(response)
+            response.release()
 
     def _context(self, certificate_pem: str) -> ssl.SSLContext:
         if certificate_pem not in self._contexts:
@@ -164,6 +204,14 @@ class PeerHttp:
             start, first = asked, 0
         seconds = max(end - start, 1e-6)
         return (got - first) * 8 / 1e6 / seconds, seconds
+
+
+async def _pieces(response: aiohttp.ClientResponse, device: DeviceId) -> AsyncGenerator[bytes, None]:
+    try:
+        async for piece in response.content.iter_any():
+            yield piece
+    except (aiohttp.ClientError, OSError) as error:
+        raise LinkError(f"the answer of {device[:8]} broke off: {error or type(error).__name__}") from error
 
 
 def _abort(response: aiohttp.ClientResponse) -> None:

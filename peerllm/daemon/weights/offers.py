@@ -1,48 +1,59 @@
-"""The source's side of fetching weights: serves byte ranges of its deployments' tensors, which are named by hash."""
+"""What other devices may fetch from here: any tensor of the store, and of the files that were hashed, by SHA-256."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from typing import BinaryIO, Protocol
 
-import aiofiles
-import aiofiles.os
 from aiohttp import web
 
+from peerllm.daemon.control_messages import Answer, Have
+from peerllm.daemon.weights.exchange.holders import KEY, answer
 from peerllm.engine.messages import TensorAt
-from peerllm.types import DeploymentId
+from peerllm.regular_files import open_regular
 
-ROUTE = "/weights/{deployment}/{sha256}"
+ROUTE = "/weights/{sha256}"
 BLOCK_BYTES = 1 << 20
 MAX_TRANSFERS = 16  # tensors sent at once; more wait their turn
 STALL_TIMEOUT_S = 30.0  # a device that takes not a block for so long gives up its turn
 
 
-def offer_path(deployment: DeploymentId, sha256: str) -> str:
-    """The path of a tensor on the source's control port."""
-    return f"/weights/{deployment}/{sha256}"
+class OwnTensors(Protocol):
+    """Tensors of this disk by SHA-256."""
+
+    def find(self, sha256: str) -> TensorAt | None: ...
+
+
+class KeptTensors(OwnTensors, Protocol):
+    """Those of the store, which knows places on the hub too (holders.TensorStock)."""
+
+    def held(self, key: str) -> str: ...
+
+    def coming(self, key: str) -> bool: ...
 
 
 class Offers:
-    """The tensors that members may fetch from this device now. No request can name anything else of its disk."""
+    """Serves byte ranges to members of the household. No request can name anything else of the disk."""
 
-    def __init__(self) -> None:
-        self._offers: dict[DeploymentId, dict[str, TensorAt]] = {}
+    def __init__(self, kept: KeptTensors, own: OwnTensors) -> None:
+        self._kept, self._own = kept, own
         self._turns = asyncio.Semaphore(MAX_TRANSFERS)
 
-    def offer(self, deployment: DeploymentId, tensors: Mapping[str, TensorAt]) -> None:
-        """`tensors` by SHA-256; replaces what was offered for this deployment."""
-        self._offers[deployment] = dict(tensors)
+    def held(self, key: str) -> str:
+        return self._kept.held(key) or (key if self._own.find(key) is not None else "")
 
-    def withdraw(self, deployment: DeploymentId) -> None:
-        self._offers.pop(deployment, None)
+    def coming(self, key: str) -> bool:
+        return self._kept.coming(key)
+
+    def answer(self, question: Have) -> Answer:
+        return answer(self, question)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """GET with an optional Range of one part; the listener has already proved that a member asks."""
-        tensors = self._offers.get(request.match_info["deployment"], {})
-        tensor = tensors.get(request.match_info["sha256"])
+        sha256 = request.match_info["sha256"]
+        tensor = (self._kept.find(sha256) or self._own.find(sha256)) if KEY.fullmatch(sha256) else None
         if tensor is None:
-            raise web.HTTPNotFound(text="no such tensor is offered")
+            raise web.HTTPNotFound(text="no such tensor is here")
         try:
             asked = request.http_range
         except ValueError:
@@ -57,28 +68,32 @@ class Offers:
         if partial:
             response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{tensor.nbytes}"
         async with self._turns:
-            await self._send(request, response, tensor, start, stop)
+            try:
+                file = await asyncio.to_thread(open_regular, tensor.path)
+            except OSError:
+                raise web.HTTPNotFound(text="the file is gone") from None
+            try:
+                await self._send(request, response, file, tensor.offset + start, stop - start)
+            finally:
+                await asyncio.to_thread(file.close)
         return response
 
     @staticmethod
     async def _send(
-        request: web.Request, response: web.StreamResponse, tensor: TensorAt, start: int, stop: int
+        request: web.Request, response: web.StreamResponse, file: BinaryIO, offset: int, length: int
     ) -> None:
-        if not await aiofiles.os.path.isfile(tensor.path):
-            raise web.HTTPGone(text="the source's file is gone")
-        async with aiofiles.open(tensor.path, "rb") as file:
-            await file.seek(tensor.offset + start)
-            await response.prepare(request)
-            while start < stop:
-                block = await file.read(min(BLOCK_BYTES, stop - start))
-                if not block:  # the file was cut short: end early, the other side counts
-                    return
-                try:
-                    async with asyncio.timeout(STALL_TIMEOUT_S):
-                        await response.write(block)
-                except TimeoutError:  # it resumes later; others wait for their turn
-                    if request.transport is not None:
-                        request.transport.abort()
-                    return
-                start += len(block)
+        file.seek(offset)
+        await response.prepare(request)
+        while length > 0:
+            block = await asyncio.to_thread(file.read, min(BLOCK_BYTES, length))
+            if not block:  # the file was cut short: end early, the other side counts
+                return
+            try:
+                async with asyncio.timeout(STALL_TIMEOUT_S):
+                    await response.write(block)
+            except TimeoutError:  # it resumes later; others wait for their turn
+                if request.transport is not None:
+                    request.transport.abort()
+                return
+            length -= len(block)
         await response.write_eof()

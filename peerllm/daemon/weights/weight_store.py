@@ -1,65 +1,103 @@
-"""The fetching side: tensors as files named by their SHA-256, fetched in ranges, resumed after a cut, checked."""
+"""The cache of weights: tensors as files named by their SHA-256, fetched from wherever they are, checked, bounded.
+
+What a deployment uses is never removed; of the rest the longest unused goes first when the owner's bound or the disk
+asks for room. A file counts as good only after this process has hashed it: disks change bytes silently.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
-from weakref import WeakValueDictionary
 
-import aiofiles
-import aiofiles.os
-
-from peerllm.daemon.control_messages import TensorDigest
-from peerllm.daemon.weights.offers import offer_path
-from peerllm.errors import LinkError, ModelError, RefusedError, UnavailableError
+from peerllm.daemon.control_messages import HubFiles, TensorDigest
+from peerllm.daemon.saved_file import disk_error
+from peerllm.daemon.weights.digests import Stat, hash_all, hash_range, identity
+from peerllm.daemon.weights.exchange.holders import KEY, WeightPeers
+from peerllm.daemon.weights.exchange.hub_ranges import HubRanges
+from peerllm.daemon.weights.exchange.known_hashes import KnownHashes
+from peerllm.daemon.weights.exchange.tensor_fetch import HUB, TensorFetch
+from peerllm.daemon.weights.exchange.wanted_tensor import WantedTensor, bytes_of, hub_key
+from peerllm.engine.messages import TensorAt
+from peerllm.errors import DiskFullError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeploymentId, DeviceId
 
-MAX_FETCHES = 4  # tensors fetched at once
-MAX_CUTS = 6  # connections lost in a row, without one byte between them, before a fetch fails
-CUT_WAIT_S = 0.25  # before the first new try; doubles each time
-WRITE_BYTES = 1 << 20  # gathered before it is hashed and written
 SPARE_DISK_BYTES = 256 << 20  # left free on the disk
-MAX_STORE_BYTES = 100 << 30  # tensors no deployment uses are kept up to this sum; the longest unused go first
+MAX_STORE_BYTES = 100 << 30  # unless the owner says otherwise
+EMPTY = hashlib.sha256().hexdigest()
 
-Get = Callable[[DeviceId, str, int, int], AsyncIterator[bytes]]  # device, path, offset, length
+Told = Callable[[int, int], None]  # bytes done, bytes in all
+
+log = logging.getLogger(__name__)
 
 
 class WeightStore:
-    """A directory of tensors. What a deployment uses is never pruned."""
+    """`find`, `held` and `coming` say what is here; `fetch` gets what is not."""
 
-    def __init__(self, directory: Path, get: Get, max_bytes: int = MAX_STORE_BYTES) -> None:
-        self._directory = directory
-        self._partial = directory / "partial"
-        self._get = get
-        self._max_bytes = max_bytes
+    def __init__(self, directory: Path, me: DeviceId, peers: WeightPeers, max_bytes: int | None = None) -> None:
+        self._directory, self._partial = directory, directory / "partial"
+        self._me, self._peers = me, peers
+        self._max_bytes = MAX_STORE_BYTES if max_bytes is None else max_bytes
         self._used: dict[DeploymentId, frozenset[str]] = {}
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._partial.mkdir(parents=True, exist_ok=True)
+        self._coming: dict[str, asyncio.Future[None]] = {}  # by key
+        self._checked: dict[str, Stat] = {}  # by SHA-256: what this process has hashed
+        self._known = KnownHashes(directory / "hub.txt")
+        try:
+            self._partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # the disk is full: told where there is something to be fetched
+            log.warning("%s", disk_error(error, directory, "the cache of weights"))
 
     def path(self, sha256: str) -> Path:
         return self._directory / sha256
+
+    def keeps(self, tensor: TensorAt) -> bool:
+        """Whether it lies in this store."""
+        return Path(tensor.path).parent == self._directory
+
+    def find(self, sha256: str) -> TensorAt | None:
+        """Where a tensor of that hash lies; None if it is not here."""
+        try:
+            nbytes = self.path(sha256).stat().st_size if KEY.fullmatch(sha256) else -1
+        except OSError:
+            return None
+        return TensorAt("", "U8", (nbytes,), str(self.path(sha256)), 0, nbytes) if nbytes >= 0 else None
+
+    def held(self, key: str) -> str:
+        """The SHA-256 of a tensor that is here, by that or by its key on the hub; ""."""
+        sha256 = self._known.get(key) or key
+        return sha256 if self.find(sha256) is not None else ""
+
+    def coming(self, key: str) -> bool:
+        return key in self._coming
+
+    def known(self, key: str) -> str:
+        """The SHA-256 of a tensor by its key on the hub; "" until some device has fetched it."""
+        return self._known.get(key)
 
     async def fetch(
         self,
         deployment: DeploymentId,
         source: DeviceId,
         tensors: Sequence[TensorDigest],
-        progress: Callable[[int, int], None],
-    ) -> None:
-        """Have all `tensors` on disk, whole and checked. Raises what went wrong; what came so far is kept for later."""
-        wanted = {tensor.sha256: tensor for tensor in tensors}
-        self._used[deployment] = frozenset(wanted)
-        held = {sha for sha, tensor in wanted.items() if await self._size(self.path(sha)) == tensor.nbytes}
-        missing = [tensor for sha, tensor in wanted.items() if sha not in held]
-        total = sum(tensor.nbytes for tensor in wanted.values())
-        done = total - sum(tensor.nbytes for tensor in missing)
-        await self._check_disk(missing)
+        progress: Told,
+        hub: HubFiles | None = None,
+        token: str | None = None,
+    ) -> dict[str, TensorAt]:
+        """Have all `tensors` on disk; where they lie, by name. What came stays for later, whatever is raised.
+
+        `verify` tells whether those that were here before are still good.
+        """
+        wanted = {tensor.key: tensor for tensor in (self._wanted(tensor, hub) for tensor in tensors)}
+        self._used[deployment] = frozenset(wanted) | {tensor.sha256 for tensor in wanted.values()}
+        missing = await asyncio.to_thread(self._missing, wanted.values())
+        total = bytes_of(wanted.values())
+        done = total - bytes_of(missing)
         progress(done, total)
 
         def count(nbytes: int) -> None:
@@ -67,156 +105,194 @@ class WeightStore:
             done += nbytes
             progress(done, total)
 
-        turns = asyncio.Semaphore(MAX_FETCHES)
+        while missing:
+            mine = [tensor for tensor in missing if tensor.key not in self._coming]
+            if mine:
+                await self._fetch(mine, source, hub, token, count)
+            else:  # for another deployment
+                await asyncio.wait({self._coming[tensor.key] for tensor in missing})
+            before, missing = missing, await asyncio.to_thread(self._missing, missing)
+            if not mine:
+                count(bytes_of(before) - bytes_of(missing))
+        self._used[deployment] = frozenset(tensor.sha256 for tensor in wanted.values())
+        await asyncio.to_thread(self._touch, self._used[deployment])
+        found = {tensor.name: wanted[self._key(tensor, hub)].sha256 for tensor in tensors}
+        return {
+            one.name: TensorAt(one.name, one.dtype, one.shape, str(self.path(found[one.name])), 0, one.nbytes)
+            for one in tensors
+        }
 
-        async def one(tensor: TensorDigest) -> None:
-            async with turns:
-                await self._one(deployment, source, tensor, count)
+    async def verify(self, tensors: Iterable[TensorAt], progress: Told) -> list[str]:
+        """Hash those that this process has not hashed yet; the names of damaged ones, which are removed."""
+        loop, halt = asyncio.get_running_loop(), threading.Event()
+        names = {tensor.path: tensor.name for tensor in tensors}
+
+        def told(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(progress, done, total)
 
         try:
-            async with asyncio.TaskGroup() as group:
-                for tensor in missing:
-                    group.create_task(one(tensor), name=f"fetch {tensor.name}")
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        for sha in held:
-            await asyncio.to_thread(os.utime, self.path(sha))  # used now: pruned last
-        if missing:
-            await self.prune()
+            return await asyncio.to_thread(self._verify, names, told, halt)
+        finally:
+            halt.set()
 
     def forget(self, deployment: DeploymentId) -> None:
-        """The deployment is over: its tensors may be pruned."""
+        """The deployment is over: its tensors may be removed."""
         self._used.pop(deployment, None)
 
     async def prune(self) -> int:
         """Remove the longest unused tensors beyond the bound; the bytes freed."""
-        used = frozenset[str]().union(*self._used.values())
-        return await asyncio.to_thread(self._prune, used)
+        return await asyncio.to_thread(self._prune, self._in_use(), 0, 0)
 
-    def _prune(self, used: frozenset[str]) -> int:
-        files = [file for folder in (self._directory, self._partial) for file in folder.iterdir() if file.is_file()]
-        stats = sorted(((file.stat(), file) for file in files), key=lambda pair: pair[0].st_mtime)
+    # ---- fetching ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _key(tensor: TensorDigest, hub: HubFiles | None) -> str:
+        return tensor.sha256 or hub_key(hub, tensor) if hub is not None else tensor.sha256
+
+    def _wanted(self, digest: TensorDigest, hub: HubFiles | None) -> WantedTensor:
+        tensor = WantedTensor(digest, self._key(digest, hub), self._partial)
+        tensor.sha256 = tensor.sha256 or self._known.get(tensor.key)
+        return tensor
+
+    def _missing(self, wanted: Iterable[WantedTensor]) -> list[WantedTensor]:
+        missing = []
+        for tensor in wanted:
+            tensor.sha256 = tensor.sha256 or self._known.get(tensor.key)
+            found = self.find(tensor.sha256)
+            if found is None or found.nbytes != tensor.nbytes:
+                missing.append(tensor)
+        return missing
+
+    async def _fetch(
+        self,
+        missing: Sequence[WantedTensor],
+        source: DeviceId,
+        hub: HubFiles | None,
+        token: str | None,
+        count: Callable[[int], None],
+    ) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._coming |= dict.fromkeys((tensor.key for tensor in missing), done)
+        ranges = HubRanges(hub, token) if hub is not None else None
+        try:
+            await asyncio.to_thread(self._check_room, missing, self._in_use())
+            count(await asyncio.to_thread(lambda: sum(tensor.resume() for tensor in missing)))
+            await TensorFetch(self._me, source, missing, self._peers, ranges, self._finish, count).run()
+        except OSError as error:
+            if error.errno is None:  # an error of ours, which is an OSError too
+                raise
+            raise disk_error(error, self._directory, "weights") from error
+        finally:
+            for tensor in missing:
+                self._coming.pop(tensor.key, None)
+            done.set_result(None)
+            if ranges is not None:
+                await ranges.close()
+
+    async def _finish(self, tensor: WantedTensor) -> bool:
+        """A tensor's bytes are complete: keep them if they are the right ones."""
+        sha256 = await asyncio.to_thread(hash_range, tensor.path, 0, tensor.nbytes) if tensor.nbytes else EMPTY
+        if tensor.sha256 != sha256:
+            if tensor.digest.sha256 or (tensor.sha256 and tensor.senders != {HUB}):
+                return False
+            if tensor.sha256:
+                log.warning("the hub's bytes of tensor %s are others than a device said", tensor.digest.name)
+            tensor.sha256 = sha256
+        await asyncio.to_thread(self._keep, tensor)
+        return True
+
+    def _keep(self, tensor: WantedTensor) -> None:
+        place = self.path(tensor.sha256)
+        if not tensor.nbytes:
+            tensor.path.touch()
+        tensor.path.replace(place)
+        self._checked[tensor.sha256] = identity(place)
+        if tensor.key != tensor.sha256:
+            self._known.add(tensor.key, tensor.sha256)
+
+    def _touch(self, used: Iterable[str]) -> None:
+        """They were used now: removed last. That changes a file's times, but not what was found of it."""
+        for sha256 in used:
+            try:
+                before = identity(self.path(sha256))
+                os.utime(self.path(sha256))
+                if self._checked.get(sha256) == before:
+                    self._checked[sha256] = identity(self.path(sha256))
+            except OSError:  # told by whoever loads it
+                continue
+
+    def _verify(self, names: dict[str, str], progress: Told, halt: threading.Event) -> list[str]:
+        wanted, damaged = dict[str, Stat](), list[str]()
+        for path in names:
+            try:
+                now = identity(path)
+            except OSError:
+                damaged.append(path)
+                continue
+            if self._checked.get(Path(path).name) != now:
+                wanted[path] = now
+        found = hash_all(((path, 0, stat[1]) for path, stat in wanted.items()), progress, halt)
+        for (path, _, _), sha256 in found.items():
+            if sha256 == Path(path).name:
+                self._checked[sha256] = wanted[path]
+            else:
+                damaged.append(path)
+        for path in damaged:
+            log.warning("tensor %s changed on this disk (%s); it is removed and fetched again", names[path], path)
+            self._checked.pop(Path(path).name, None)
+            Path(path).unlink(missing_ok=True)
+        return [names[path] for path in damaged]
+
+    # ---- room ----------------------------------------------------------------------------------------------------
+
+    def _in_use(self) -> frozenset[str]:
+        return frozenset[str]().union(self._coming, *self._used.values())
+
+    def _check_room(self, missing: Sequence[WantedTensor], used: frozenset[str]) -> None:
+        try:
+            self._partial.mkdir(parents=True, exist_ok=True)
+            partial = sum(file.stat().st_size for file in self._partial.iterdir() if file.name in used)
+            needed = max(0, bytes_of(missing) - partial)
+            free = shutil.disk_usage(self._directory).free - SPARE_DISK_BYTES
+            self._prune(used, needed, max(0, needed - free))
+            left = self._max_bytes - sum(stat.st_size for stat, _ in self._files())
+            free = shutil.disk_usage(self._directory).free - SPARE_DISK_BYTES
+        except OSError as error:
+            raise disk_error(error, self._directory, "weights") from error
+        if needed > left:
+            raise DiskFullError(
+                f"{human_bytes(needed)} of weights do not fit this device's cache, which may take "
+                f"{human_bytes(self._max_bytes)}; allow more with --cache, or stop another model"
+            )
+        if needed > free:
+            short, all_of_it = human_bytes(needed - free), human_bytes(needed)
+            raise DiskFullError(
+                f"the disk lacks {short} for {all_of_it} of weights at {self._directory}; free some space"
+            )
+
+    def _files(self) -> list[tuple[os.stat_result, Path]]:
+        found = []
+        for folder in (self._directory, self._partial):
+            for file in folder.iterdir():
+                if KEY.fullmatch(file.name):
+                    try:
+                        found.append((file.stat(), file))
+                    except FileNotFoundError:
+                        continue
+        return found
+
+    def _prune(self, used: frozenset[str], needed: int, short: int) -> int:
+        """Remove until `needed` more bytes keep the bound and `short` bytes are free."""
+        try:
+            stats = sorted(self._files(), key=lambda pair: pair[0].st_mtime)
+        except OSError as error:
+            log.warning("the cache of weights cannot be read: %s", error)
+            return 0
         total, freed = sum(stat.st_size for stat, _ in stats), 0
         for stat, file in stats:
-            if total - freed <= self._max_bytes:
+            if total - freed + needed <= self._max_bytes and freed >= short:
                 break
             if file.name not in used:
                 file.unlink(missing_ok=True)
                 freed += stat.st_size
         return freed
-
-    async def _check_disk(self, missing: Sequence[TensorDigest]) -> None:
-        needed = sum(tensor.nbytes for tensor in missing)
-        free = (await asyncio.to_thread(shutil.disk_usage, self._directory)).free - SPARE_DISK_BYTES
-        if needed > free:
-            short, all_of_it = human_bytes(needed - free), human_bytes(needed)
-            raise RefusedError(
-                f"the disk lacks {short} for {all_of_it} of weights at {self._directory}; free some space"
-            )
-
-    async def _one(
-        self, deployment: DeploymentId, source: DeviceId, tensor: TensorDigest, count: Callable[[int], None]
-    ) -> None:
-        lock = self._locks.setdefault(tensor.sha256, asyncio.Lock())
-        async with lock:
-            if await self._size(self.path(tensor.sha256)) == tensor.nbytes:
-                count(tensor.nbytes)  # another deployment has just fetched it
-                return
-            for again in (True, False):
-                if await self._complete(deployment, source, tensor, count):
-                    return
-                count(-tensor.nbytes)
-                if not again:
-                    raise ModelError(
-                        f"tensor {tensor.name} came twice with other bytes than the source announced; "
-                        "check the model's files there"
-                    )
-
-    async def _complete(
-        self, deployment: DeploymentId, source: DeviceId, tensor: TensorDigest, count: Callable[[int], None]
-    ) -> bool:
-        """Continue the partial file to its end; False (and no file) if the bytes are not those announced."""
-        partial = self._partial / tensor.sha256
-        async with aiofiles.open(partial, "a+b") as file:
-            transfer = _Transfer(file, tensor, count)
-            await transfer.resume()
-            cuts = 0
-            while transfer.have < tensor.nbytes:
-                before, reason = transfer.have, "the source ended early"
-                left = tensor.nbytes - before
-                try:
-                    blocks = self._get(source, offer_path(deployment, tensor.sha256), before, left)
-                    await transfer.receive(blocks)
-                except (LinkError, OSError, TimeoutError) as error:
-                    reason = str(error) or type(error).__name__
-                cuts = 0 if transfer.have > before else cuts + 1
-                if cuts >= MAX_CUTS:
-                    raise UnavailableError(f"weights cannot be fetched: {reason}")
-                if transfer.have < tensor.nbytes:
-                    await asyncio.sleep(CUT_WAIT_S * 2**cuts)
-            await transfer.sync()
-        if transfer.sha256 != tensor.sha256:
-            await aiofiles.os.remove(partial)
-            return False
-        await aiofiles.os.replace(partial, self.path(tensor.sha256))
-        return True
-
-    @staticmethod
-    async def _size(path: Path) -> int:
-        try:
-            return (await aiofiles.os.stat(path)).st_size
-        except FileNotFoundError:
-            return -1
-
-
-class _Transfer:
-    """A partial file and the hash of exactly what it holds."""
-
-    def __init__(self, file: Any, tensor: TensorDigest, count: Callable[[int], None]) -> None:
-        self._file, self._tensor, self._count = file, tensor, count
-        self._digest = hashlib.sha256()
-        self.have = 0
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    async def resume(self) -> None:
-        """Hash what an earlier fetch left; start afresh if that is more than the tensor has."""
-        await self._file.seek(0, os.SEEK_END)
-        if await self._file.tell() > self._tensor.nbytes:
-            await self._file.truncate(0)
-        await self._file.seek(0)
-        while block := await self._file.read(WRITE_BYTES):
-            await self._take(block)
-
-    async def receive(self, blocks: AsyncIterator[bytes]) -> None:
-        """Append what one request brings; whatever ends it, nothing that came is lost."""
-        gathered = bytearray()
-        try:
-            async for block in blocks:
-                gathered += block
-                if self.have + len(gathered) > self._tensor.nbytes:
-                    gathered.clear()
-                    raise LinkError(f"the source sends more than tensor {self._tensor.name} holds")
-                if len(gathered) >= WRITE_BYTES:
-                    data = bytes(gathered)
-                    gathered.clear()
-                    await self._file.write(data)
-                    await self._take(data)
-        finally:
-            close = getattr(blocks, "aclose", None)
-            if close is not None:
-                await close()
-            if gathered:
-                await self._file.write(bytes(gathered))
-                await self._take(bytes(gathered))
-
-    async def sync(self) -> None:
-        await self._file.flush()
-        await asyncio.to_thread(os.fsync, self._file.fileno())
-
-    async def _take(self, data: bytes) -> None:
-        await asyncio.to_thread(self._digest.update, data)
-        self.have += len(data)
-        self._count(len(data))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.base import Reach
+from peerllm.engine.base import Reach, RowForms, StatePart
 from peerllm.engine.graph.blocks.block import add_block
 from peerllm.engine.graph.blocks.builder import Builder, normalise, rope_name
 from peerllm.engine.graph.matrix_product import Product, add_product
@@ -19,6 +19,7 @@ from peerllm.engine.graph.rotation import tables
 from peerllm.engine.graph.row_maker import Embedding
 from peerllm.engine.graph.structure import Head, Model
 from peerllm.engine.graph.weights import BlockWeights, norm_weights
+from peerllm.engine.state.arriving_state import row_forms
 from peerllm.engine.state.exported_state import Arrays
 from peerllm.engine.state.kv_slots import Batch, KVSlots
 from peerllm.engine.state.state_kinds import LayerState, reach_of
@@ -41,6 +42,8 @@ class BlockRange:
 
 class GraphShard:
     """Implements base.Shard. A pass is one token each of several sequences, or one chunk of one prompt."""
+
+    form = "graph"
 
     def __init__(
         self, model: Model, states: Mapping[int, LayerState], slots: int, context: int,
@@ -90,6 +93,26 @@ class GraphShard:
     def import_state(self, slot: int, position: int, arrays: Arrays) -> None:
         """See base.Shard."""
         self._slots.take(slot, position, arrays)
+
+    def row_forms(self, first_layer: int, last_layer: int) -> RowForms:
+        """See base.Shard."""
+        return row_forms(self._slots.states, self._model.units[max(first_layer, 1) - 1 : last_layer])
+
+    def held(self, slot: int, block: int) -> range:
+        """See base.Shard."""
+        return self._slots.held(slot, block)
+
+    def export_part(self, slot: int, block: int, start: int, stop: int) -> StatePart:
+        """See base.Shard."""
+        return self._slots.part(slot, block, start, stop)
+
+    def import_part(self, slot: int, part: StatePart) -> None:
+        """See base.Shard."""
+        self._slots.add(slot, part)
+
+    def settle(self, slot: int) -> tuple[int, int]:
+        """See base.Shard."""
+        return self._slots.settle(slot)
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""

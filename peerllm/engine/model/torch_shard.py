@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from peerllm.engine.base import Progress, Reach
+from peerllm.engine.base import Progress, Reach, RowForms, StatePart
 from peerllm.engine.kernels.accelerator import CPU, turn
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.model.assembly import fill, finish, plan, strip
@@ -22,6 +22,7 @@ from peerllm.engine.model.loader import as_array, as_tensor
 from peerllm.engine.model.packed import Packed
 from peerllm.engine.model.probing import probe, reach_of
 from peerllm.engine.model.rows import Rows
+from peerllm.engine.state.arriving_state import ArrivingSlot, row_forms
 from peerllm.engine.state.exported_state import Arrays, check_imported, chosen
 from peerllm.engine.state.kv_cache import SlotCache, slot_caches
 from peerllm.engine.state.state_kinds import LayerState, slot_bytes
@@ -31,6 +32,8 @@ from peerllm.transport.frames.token_run import TokenRun
 
 class TorchShard:
     """Implements base.Shard. Segments run one after the other through transformers' own modules."""
+
+    form = "torch"
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class TorchShard:
         reach: Reach | None,
         device: torch.device,
     ) -> None:
-        self._device, self._turn = device, turn(device)
+        self._units, self._device, self._turn = division.units, device, turn(device)
         self.first_layer, self.last_layer = first, last
         self.weights, self.weight_bytes = weights, sum(weights.values())
         # torch's threads would spin and take the processors from onnxruntime's.
@@ -64,8 +67,9 @@ class TorchShard:
         self._has_embedding, self._has_head = first == 0, last == division.head
         with self._turn:
             self._caches = slot_caches(*get_layer_types_and_kwargs(text), states, slots, context, device)
-        self._states = states
+        self.states = states
         self.kv_bytes = slot_bytes(states.values(), slots, context)
+        self._arriving: dict[int, ArrivingSlot] = {}
         self._entering: torch.Tensor | None = None
         self._rows = None if layout.plain else Rows(layout, division.owner, self.blocks, numbers, self._has_embedding)
         if not self._has_embedding:
@@ -117,6 +121,7 @@ class TorchShard:
     def _compute(self, inputs: torch.Tensor, run: TokenRun) -> torch.Tensor:
         """[n] or [n, hidden] to what `forward` tells of it. If it fails, its slot still holds what came before it."""
         cache = self._caches[run.slot]
+        self._arriving.pop(run.slot, None)
         cache.seek(run.position)
         tells = run.sample or not self._has_head
         if tells or self.first_layer < self.last_layer:
@@ -163,7 +168,7 @@ class TorchShard:
 
     def export_state(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, Arrays]:
         """See base.Shard."""
-        states = chosen(self._states, blocks)
+        states = chosen(self.states, blocks)
         with torch.inference_mode(), self._turn:
             cache = self._caches[slot]
             found = cache.export(states)
@@ -171,13 +176,47 @@ class TorchShard:
 
     def import_state(self, slot: int, position: int, arrays: Arrays) -> None:
         """See base.Shard."""
-        check_imported(self._states, position, self.context, arrays)
+        check_imported(self.states, position, self.context, arrays)
         with torch.inference_mode(), self._turn:
             given = {name: as_tensor(array).to(self._device) for name, array in arrays.items()}
-            self._caches[slot].take(position, given, self._states)
+            self._caches[slot].take(position, given, self.states)
+
+    def row_forms(self, first_layer: int, last_layer: int) -> RowForms:
+        """See base.Shard."""
+        return row_forms(self.states, self._units[max(first_layer, 1) - 1 : last_layer])
+
+    def held(self, slot: int, block: int) -> range:
+        """See base.Shard."""
+        return self._caches[slot].held(block)
+
+    def export_part(self, slot: int, block: int, start: int, stop: int) -> StatePart:
+        """See base.Shard."""
+        with torch.inference_mode(), self._turn:
+            rows = self._caches[slot].part(block, start, stop, self.states[block])
+            return StatePart(block, start, {name: as_array(one.to(CPU)) for name, one in rows.items()})
+
+    def import_part(self, slot: int, part: StatePart) -> None:
+        """See base.Shard."""
+        cache = self._caches[slot]
+        if cache.length:
+            raise EngineError(f"slot {slot} holds a sequence")
+        where = self._arriving.setdefault(slot, ArrivingSlot(self.states, self.context)).place(part)
+        with torch.inference_mode(), self._turn:
+            cache.add(part.block, {name: as_tensor(one).to(self._device) for name, one in part.rows.items()}, *where)
+
+    def settle(self, slot: int) -> tuple[int, int]:
+        """See base.Shard."""
+        arriving, cache = self._arriving.pop(slot, None), self._caches[slot]
+        if arriving is None or cache.length:
+            raise EngineError(f"nothing has arrived for slot {slot}")
+        tokens, furthest, starts = arriving.settle()
+        if tokens:
+            cache.begin(tokens, starts)
+        return tokens, furthest
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
+        self._arriving.pop(slot, None)
         with torch.inference_mode(), self._turn:
             self._caches[slot].seek(0)
 

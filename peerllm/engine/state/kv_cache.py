@@ -101,6 +101,36 @@ class SlotCache(Cache):
                 put_fixed(layer, kept.name, given[f"{number}.{kept.name}"].unsqueeze(0))
         self._count(position)
 
+    def held(self, block: int) -> range:
+        """The tokens whose rows a block has; none while it is not known (a pass failed)."""
+        layer = self._owned[block]
+        return range(self.length - layer.held, self.length) if self.whole else range(0)
+
+    def part(self, block: int, start: int, stop: int, state: LayerState) -> dict[str, torch.Tensor]:
+        """Rows [tokens, heads × width] of tokens start..stop - 1, by array; EngineError if the block lacks some."""
+        held, layer = self.held(block), self._owned[block]
+        if not held.start <= start < stop <= held.stop:
+            raise EngineError(f"block {block} holds tokens {held.start}..{held.stop - 1}, not {start}..{stop - 1}")
+        stores = {kept.name: getattr(layer, kept.name)[0] for kept in state.tokens}
+        rows = slice(start - held.start, stop - held.start)
+        copies = {name: store[:, rows].transpose(0, 1).clone() for name, store in stores.items()}
+        return {name: copy.reshape(stop - start, -1) for name, copy in copies.items()}
+
+    def add(self, block: int, rows: Mapping[str, torch.Tensor], dropped: int, row: int) -> None:
+        """Write rows of a part where `ArrivingSlot.place` says; the slot is empty."""
+        for name, given in rows.items():
+            store = getattr(self._owned[block], name)[0]
+            if dropped:
+                store[:, :row] = store[:, dropped : dropped + row].clone()
+            store[:, row : row + len(given)] = given.reshape(len(given), store.shape[0], -1).transpose(0, 1)
+
+    def begin(self, tokens: int, starts: Mapping[int, int]) -> None:
+        """The slot's sequence begins with `tokens` tokens that were added; `starts` as ArrivingSlot.settle says."""
+        for number, start in starts.items():
+            layer = self._owned[number]
+            layer.length, layer.held = tokens, tokens - start
+        self._count(tokens)
+
     def _count(self, length: int) -> None:
         self.length = length
         self.whole = True

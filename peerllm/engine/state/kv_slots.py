@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from peerllm.engine import base
+from peerllm.engine.base import StatePart
+from peerllm.engine.state.arriving_state import ArrivingSlot
 from peerllm.engine.state.exported_state import Arrays, check_imported, chosen
 from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import EngineError
@@ -31,7 +33,7 @@ Array = npt.NDArray[Any]
 class Group:
     """The buffers of layers with one size of window; a slot holds equally many tokens in all of them."""
 
-    window: int | None
+    state: LayerState  # of one of the layers
     room: int
     slides: bool  # the room is smaller than the context
     held: list[int]  # by slot: how many of its sequence's last tokens are in the room
@@ -40,17 +42,13 @@ class Group:
     @property
     def longest(self) -> int:
         """The longest chunk that fits into the room together with the tokens that it attends to."""
-        return self.room - self.window + 1 if self.slides and self.window else self.room
-
-    def seen(self, position: int) -> int:
-        """How many earlier tokens the token at `position` attends to."""
-        return position if self.window is None else min(position, self.window - 1)
+        return self.room - self.state.seen(self.room) if self.slides else self.room
 
     def make_room(self, slot: int, place: int, position: int, count: int) -> None:
         """If `count` more tokens do not fit, drop the oldest ones, keeping what the window and a rollback need."""
         if (held := self.held[slot]) + count <= self.room:
             return
-        kept = min(held, self.seen(position) + base.ROLLBACK_TOKENS, self.room - count)
+        kept = min(held, self.state.seen(position) + base.ROLLBACK_TOKENS, self.room - count)
         for store in self.stores:
             store[place, :, :kept] = store[place, :, held - kept : held].copy()
         self.held[slot] = kept
@@ -73,17 +71,18 @@ class KVSlots:
         self._lengths = [0] * slots
         self._place = list(range(slots))  # the place of each slot
         self._slot = list(range(slots))  # the slot at each place
-        self._context, self._states = context, states
+        self._context, self.states = context, states
         self.groups: dict[int | None, Group] = {}
         self.stores: dict[str, Array] = {}
         self._fixed: list[Array] = []
         self._snapshots: list[Array] = []  # of those, by slot
         self._fixed_at: list[int | None] = [0] * slots  # the position that they stand at; None: a pass failed
         self._snapshot_at = [0] * slots  # 0: there is none
+        self._arriving: dict[int, ArrivingSlot] = {}  # by slot
         for number, state in states.items():
             if state.tokens:
                 room = state.room(context)
-                group = Group(state.window, room, room < context, [0] * slots)
+                group = Group(state, room, room < context, [0] * slots)
                 group = self.groups.setdefault(state.window, group)
             for kept in state.tokens:
                 store: Array = np.zeros((slots, kept.heads, room, kept.width), kept.dtype)
@@ -116,7 +115,7 @@ class KVSlots:
             if self._fixed and position and position not in (self._fixed_at[slot], self._snapshot_at[slot]):
                 raise EngineError(f"a recurrent layer cannot go back to position {position}; replay the sequence")
             for group in self.groups.values():
-                if position and group.held[slot] - (length - position) < group.seen(position):
+                if position and group.held[slot] - (length - position) < group.state.seen(position):
                     raise EngineError(f"position {position} is too far back for a window; replay the sequence")
 
     def seek(self, runs: Sequence[TokenRun]) -> Batch:
@@ -154,7 +153,7 @@ class KVSlots:
         if not length or length != self._fixed_at[slot]:
             raise EngineError("the slot holds no sequence, or a pass failed; there is no state to export")
         found: Arrays = {}
-        for number, state in chosen(self._states, blocks).items():
+        for number, state in chosen(self.states, blocks).items():
             for kept in state.tokens:
                 held = self.groups[state.window].held[slot]
                 found[f"{number}.{kept.name}"] = array = np.zeros(
@@ -167,7 +166,7 @@ class KVSlots:
 
     def take(self, slot: int, position: int, arrays: Arrays) -> None:
         """Begin the slot anew with a state that `export` gave elsewhere; BadInputError if it does not fit."""
-        check_imported(self._states, position, self._context, arrays)
+        check_imported(self.states, position, self._context, arrays)
         self._move(slot, 0)
         for name, array in arrays.items():
             number, _, kept = name.partition(".")
@@ -176,6 +175,56 @@ class KVSlots:
         self._lengths[slot] = self._fixed_at[slot] = position
         for group in self.groups.values():
             group.held[slot] = min(position, group.room)
+
+    def held(self, slot: int, block: int) -> range:
+        """The tokens whose rows a block has."""
+        length = self._lengths[slot]
+        return range(length - self.groups[self.states[block].window].held[slot], length)
+
+    def part(self, slot: int, block: int, start: int, stop: int) -> StatePart:
+        """A copy of the rows of tokens start..stop - 1; EngineError if the block does not have them all."""
+        held, state = self.held(slot, block), self.states[block]
+        if not held.start <= start < stop <= held.stop:
+            raise EngineError(f"block {block} holds tokens {held.start}..{held.stop - 1}, not {start}..{stop - 1}")
+        rows = slice(start - held.start, stop - held.start)
+        stores = {kept.name: self.stores[f"{kept.name} {block}"][self._place[slot], :, rows] for kept in state.tokens}
+        copies = {name: store.swapaxes(0, 1).copy() for name, store in stores.items()}
+        return StatePart(block, start, {name: copy.reshape(len(copy), -1) for name, copy in copies.items()})
+
+    def add(self, slot: int, part: StatePart) -> None:
+        """Take in a part of a state for an empty slot; EngineError if it is not, BadInputError if it does not fit."""
+        if self._lengths[slot]:
+            raise EngineError(f"slot {slot} holds a sequence")
+        arriving = self._arriving.setdefault(slot, ArrivingSlot(self.states, self._context))
+        dropped, row = arriving.place(part)
+        group, place = self.groups[self.states[part.block].window], self._place[slot]
+        for name, rows in part.rows.items():
+            store = self.stores[f"{name} {part.block}"][place]
+            if dropped:
+                store[:, :row] = store[:, dropped : dropped + row].copy()
+            store[:, row : row + part.length] = rows.reshape(part.length, *store.shape[::2]).swapaxes(0, 1)
+        group.held[slot] = max(group.held[slot], row + part.length)  # they move with the slot's place
+
+    def settle(self, slot: int) -> tuple[int, int]:
+        """Let a sequence begin with what has arrived for its slot: (tokens that are complete, see ArrivingSlot)."""
+        arriving = self._arriving.pop(slot, None)
+        if arriving is None:
+            raise EngineError(f"nothing has arrived for slot {slot}")
+        tokens, furthest, starts = arriving.settle()
+        firsts = {window: 0 for window in self.groups}
+        for block, start in starts.items():
+            window = self.states[block].window
+            firsts[window] = max(firsts[window], start)  # layers of a group hold equally many tokens
+        for block, start in starts.items():
+            state = self.states[block]
+            if late := firsts[state.window] - start:
+                for kept in state.tokens:
+                    store = self.stores[f"{kept.name} {block}"][self._place[slot]]
+                    store[:, : tokens - start - late] = store[:, late : tokens - start].copy()
+        self._lengths[slot] = self._fixed_at[slot] = tokens
+        for window, group in self.groups.items():
+            group.held[slot] = tokens - firsts[window] if tokens else 0
+        return tokens, furthest
 
     def release(self, slot: int) -> None:
         """Forget the slot's sequence."""
@@ -188,8 +237,11 @@ class KVSlots:
         self.stores.clear()
         self._fixed.clear()
         self._snapshots.clear()
+        self._arriving.clear()
 
     def _move(self, slot: int, position: int) -> None:
+        if not position:
+            self._arriving.pop(slot, None)
         back = self._lengths[slot] - position
         for group in self.groups.values():
             group.held[slot] = max(group.held[slot] - back, 0) if position else 0

@@ -79,6 +79,10 @@ class LayerState:
         """Tokens of room per slot."""
         return context if self.kept_tokens is None else min(context, self.kept_tokens)
 
+    def seen(self, position: int) -> int:
+        """How many earlier tokens the token at `position` attends to."""
+        return position if self.window is None else min(position, self.window - 1)
+
     def nbytes(self, context: int) -> int:
         """Bytes of one slot."""
         return self.room(context) * self.token_bytes + self.sequence_bytes

@@ -18,6 +18,7 @@ import numpy as np
 from peerllm.engine.base import Floats, Tensor
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.weights.checkpoint import FILE_DTYPES
+from peerllm.engine.wire.frame_arrays import DTYPE_NAMES, to_array, to_tensor
 from peerllm.engine.wire.quantised import dequantise, quantise
 from peerllm.errors import FrameError
 from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
@@ -30,7 +31,6 @@ NO_TOKEN = -1  # in a TOKEN: the run passed the head, which was not to draw
 MAX_REASON_BYTES = 512
 
 DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
-_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
 
 
@@ -117,7 +117,7 @@ def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
             tensors = _sampling_tensors(sampling)
         case TokenBatch(given, rows, scales):
             kind, runs = FrameKind.ACTIVATION, tuple(given)
-            tensors = (_tensor("hidden", rows), *(() if scales is None else (_tensor("scale", scales),)))
+            tensors = (to_tensor("hidden", rows), *(() if scales is None else (to_tensor("scale", scales),)))
         case Drawn(given, tokens):
             kind, runs = FrameKind.TOKEN, tuple(given)
             ids = struct.pack(f"<{len(tokens)}q", *(NO_TOKEN if token is None else token for token in tokens))
@@ -140,11 +140,11 @@ def from_frame(frame: Frame) -> list[Parcel]:
         case FrameKind.ACTIVATION:
             hidden = _require(frame, "hidden")
             if hidden.dtype != "I8":
-                return [TokenBatch(frame.runs, _read(hidden))]
-            scales = _read(_require(frame, "scale"))
+                return [TokenBatch(frame.runs, to_array(hidden))]
+            scales = to_array(_require(frame, "scale"))
             if not (float(scales.min()) > 0 and float(scales.max()) < math.inf):  # NaN is neither
                 raise FrameError("a scale is no positive number")
-            return [TokenBatch(frame.runs, _read(hidden), scales)]
+            return [TokenBatch(frame.runs, to_array(hidden), scales)]
         case FrameKind.TOKEN:
             ids = struct.unpack(f"<{len(frame.runs)}q", _require(frame, "ids").data)
             if min(ids) < NO_TOKEN:
@@ -160,7 +160,7 @@ def from_frame(frame: Frame) -> list[Parcel]:
 
 def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
     """What the link into `spec`'s stage may carry."""
-    known = tuple(_NAMES[dtype] for name, dtype in DTYPES.items() if spec.dtype in ("auto", name))
+    known = tuple(DTYPE_NAMES[dtype] for name, dtype in DTYPES.items() if spec.dtype in ("auto", name))
     scale = {}
     if spec.upstream_activations == "int8":
         known = ("I8",)
@@ -193,17 +193,6 @@ def _limits(spec: LoadStage, stage: int, kinds: tuple[FrameKind, ...], tensors: 
         max_tokens=max(spec.chunk, spec.micro_batch),
         tensors={**tensors, "reason": reason},
     )
-
-
-def _tensor(name: str, array: Tensor) -> NamedTensor:
-    """A view of the array's memory."""
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # numpy exports no buffer of bfloat16
-    return NamedTensor(name, _NAMES[array.dtype], array.shape, flat.data)
-
-
-def _read(tensor: NamedTensor) -> Tensor:
-    """A view of the frame's memory."""
-    return np.frombuffer(tensor.data, FILE_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def _sampling_tensors(sampling: Sampling) -> tuple[NamedTensor, ...]:

@@ -48,7 +48,8 @@ STEP = LinkChannel(
 COLLECTIVE = LinkChannel(2, "collective", (FrameKind.PARTIAL,), 16 << 20, 16 << 20, "compute")
 ECHO = LinkChannel(5, "echo", (FrameKind.ECHO,), 1 << 20, 1 << 20, "compute")
 GRADIENT = LinkChannel(4, "gradient", (FrameKind.GRADIENT,), 64 << 20, 64 << 20, "loop")
-KEY_VALUE = LinkChannel(3, "key-value", (FrameKind.KEY_VALUE,), 16 << 20, 64 << 20, "loop")
+# Little on the way: steps of other links queue behind it in the same router.
+KEY_VALUE = LinkChannel(3, "key-value", (FrameKind.KEY_VALUE,), 512 << 10, 8 << 20, "loop")
 
 CHANNELS = (STEP, COLLECTIVE, ECHO, GRADIENT, KEY_VALUE)
 _BY_NUMBER = {channel.number: channel for channel in CHANNELS}

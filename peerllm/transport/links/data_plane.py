@@ -23,12 +23,13 @@ from peerllm.transport.links.poller import Poller, shared_poller
 from peerllm.transport.websocket.upgrade import DeclinedError
 from peerllm.types import DeploymentId, DeviceId
 
-PATH = re.compile(r"/data/([0-9a-f]{32})/([0-9]{1,10})/([0-9]{1,5})")  # deployment, epoch, stage
+PATH = re.compile(r"/(data|state)/([0-9a-f]{32})/([0-9]{1,10})/([0-9]{1,5})")  # deployment, epoch, stage
 MAX_EXPECTED = 1024  # links this device expects at once; a plan has no more stages
 MAX_TIMED = 64  # timings of one echo that wait to be read
 
 OnLost = Callable[[DeploymentId, DeviceId, str], None]
-Key = tuple[DeploymentId, int, int]  # deployment, epoch, stage
+# Deployment, epoch, stage; and the sender, if it brings slots' state, which several may.
+Key = tuple[DeploymentId, int, int] | tuple[DeploymentId, int, int, DeviceId]
 ECHO_KEY: Key = (NOBODY, 0, 0)
 
 
@@ -37,6 +38,7 @@ class DataPlane:
 
     `on_lost` (on the loop; deployment, device, reason) tells of each link that broke, either way; of none that either
     side ended on purpose. What is expected has one connection: a new one of the same sender takes the old one's place.
+    `/state/...` brings a stage sequences' state, from several senders; nobody is told of how those links end.
     `on_echo` gets the frames with which others time their links to here (`echo`); `observer` hears of all others.
     """
 
@@ -91,10 +93,15 @@ class DataPlane:
                 link.abort("the device was removed from the household")
         self._acceptor.set_trusted(trusted)
 
-    def expect(self, sender: DeviceId, *inlets: Inlet) -> None:
-        """From now on `sender` may dial the link that the inlets' limits name, and its frames are taken in there."""
+    def expect(self, sender: DeviceId, *inlets: Inlet, carries: bool = False) -> None:
+        """From now on `sender` may dial the link that the inlets' limits name, and its frames are taken in there.
+
+        `carries`: it brings state, as other senders may.
+        """
         limits = inlets[0].limits
-        key = (limits.deployment, limits.epoch, limits.stage)
+        key: Key = (limits.deployment, limits.epoch, limits.stage)
+        if carries:
+            key = (*key, sender)
         if key not in self._expected and len(self._expected) >= MAX_EXPECTED:
             raise BadInputError(f"this device already expects {MAX_EXPECTED} links")
         self._expected[key] = (sender, inlets)
@@ -124,15 +131,16 @@ class DataPlane:
         timed: OnTimed | None = None,
         bounds: Mapping[LinkChannel, int] | None = None,
         inlets: Sequence[Inlet] = (),
+        carries: bool = False,
     ) -> Link:
         """A link to a stage, over the first address that answers. LinkError or AuthenticationError if none does.
 
         `timed` hears how long some of its frames took; `bounds` replace the channels' own; `inlets` are what is taken
-        in at this end.
+        in at this end. `carries`: it brings state.
         """
-        path = f"/data/{deployment}/{epoch}/{stage}"
+        path = f"/{'state' if carries else 'data'}/{deployment}/{epoch}/{stage}"
         connection = await dial_link(self._identity, device, certificate_pem, hosts, port, path)
-        key = (deployment, epoch, stage)
+        key: Key = (deployment, epoch, stage, self._identity.device) if carries else (deployment, epoch, stage)
         return self._dialled(connection, key, inlets=inlets, bounds=bounds, timed=timed, observer=self._observer)
 
     async def echo(
@@ -158,8 +166,12 @@ class DataPlane:
         if path == ECHO_PATH:  # any device of the household may time its link to here, over one connection at a time
             return partial(self._accept, ECHO_KEY, (Inlet(ECHO, ECHO_LIMITS, self._on_echo),), NO_OBSERVER)
         found = PATH.fullmatch(path)
-        key = None if found is None else (found[1], int(found[2]), int(found[3]))
-        if key is None or (expected := self._expected.get(key)) is None:
+        if found is None:
+            raise DeclinedError(HTTPStatus.NOT_FOUND)
+        key: Key = found[2], int(found[3]), int(found[4])
+        if found[1] == "state":
+            key = (*key, device)
+        if (expected := self._expected.get(key)) is None:
             raise DeclinedError(HTTPStatus.NOT_FOUND)
         sender, inlets = expected
         if device != sender:
@@ -174,9 +186,11 @@ class DataPlane:
         def ended(link: Link) -> None:
             if self._accepted.get(place) is link:
                 del self._accepted[place]
-            self._ended(link)
+            if len(key) == len(ECHO_KEY):
+                self._ended(link)
 
-        link = Link(connection, *key, ended, self._poller, dialled=False, inlets=inlets, observer=observer)
+        poller = self._poller if len(key) == len(ECHO_KEY) else self._loop_poller
+        link = Link(connection, *key[:3], ended, poller, dialled=False, inlets=inlets, observer=observer)
         self._accepted[place] = self._kept(link)
         if previous is not None:
             previous.replace()
@@ -184,7 +198,8 @@ class DataPlane:
     def _dialled(self, connection: Connection, key: Key, inlets: Sequence[Inlet] = (), **how: Any) -> Link:
         """Where no frames come back the loop reads: grants and PONGs must not wake who waits for frames."""
         poller = self._poller if inlets else self._loop_poller
-        return self._kept(Link(connection, *key, self._ended, poller, dialled=True, inlets=inlets, **how))
+        ended = self._ended if len(key) == len(ECHO_KEY) else lambda link: None
+        return self._kept(Link(connection, *key[:3], ended, poller, dialled=True, inlets=inlets, **how))
 
     def _kept(self, link: Link) -> Link:
         self._links.add(link)

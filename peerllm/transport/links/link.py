@@ -118,6 +118,10 @@ class Link:
         if ping:
             self.timer.handed_over(perf_counter())
 
+    async def drained(self, channel: LinkChannel) -> None:
+        """Until no frame waits for credit or the line on a channel, or the link has ended; for bulk senders."""
+        await self._outbox.drained(channel)
+
     def close(self, reason: str = "") -> None:
         """Take in no more frames, let those queued go (at most FLUSH_TIMEOUT_S), then end; not reported as lost."""
         self._orderly = self._inbound.closing = True

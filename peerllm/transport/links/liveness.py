@@ -1,4 +1,7 @@
-"""Noticing a dead peer. Each side beats, whatever else it does, and counts how long nothing at all has arrived."""
+"""Noticing a dead peer. Each side beats, whatever else it does, and counts how long nothing at all has arrived.
+
+Silence is not death: whether to go on without a silent device is decided over the control links, much sooner.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 BEAT_S = 0.5  # a PING or an unasked-for PONG: the loop sends it, a busy compute thread does not delay it
-SILENCE_S = 2.0  # nothing for so long: the peer is dead, frozen or cut off
+SILENCE_S = 60.0  # nothing for so long: the peer will not be back
 
 
 async def watch(arrived_at: Callable[[], float], beat: Callable[[], None], dead: Callable[[str], None]) -> None:

@@ -41,6 +41,7 @@ class Lane:
     queued_bytes: int = 0
     sent_bytes: int = 0  # since the link began, as the other end counts them
     taken_bytes: int = 0  # of those
+    empty: asyncio.Event | None = None  # of whoever waits until the queue is empty
 
     def has_credit(self, cost_bytes: int) -> bool:
         """Whether the other end has room for a frame that counts for so much."""
@@ -142,6 +143,15 @@ class Outbox:
         """Until `end` was called."""
         await self._over.wait()
 
+    async def drained(self, channel: LinkChannel) -> None:
+        """Until no frame waits on a channel, or the link has ended."""
+        with self._lock:
+            lane = self._lanes[channel]
+            if not lane.queue or self.ended:
+                return
+            lane.empty = lane.empty or asyncio.Event()
+        await lane.empty.wait()
+
     async def flushed(self) -> None:
         """Once ended: until nothing is left to write."""
         while True:
@@ -216,9 +226,16 @@ class Outbox:
             lane.queued_bytes -= queued.cost_bytes
             lane.sent_bytes += queued.cost_bytes
             self._waiting -= 1
+            if lane.empty is not None and not lane.queue:
+                self._tell_empty(lane)
         self._now, self._rest = queued, memoryview(queued.data)
         self._began_ns = 0 if queued.observed is None else perf_counter_ns()
         return True
+
+    def _tell_empty(self, lane: Lane) -> None:
+        if lane.empty is not None:
+            self._soon(lane.empty.set)
+            lane.empty = None
 
     def _done(self) -> None:
         done, self._now = self._now, None
@@ -227,6 +244,8 @@ class Outbox:
 
     def _end(self, reason: str, discard: bool) -> None:
         self.ended = self.ended or reason
+        for lane in self._lanes.values():
+            self._tell_empty(lane)
         if discard:
             for lane in self._lanes.values():
                 lane.queue.clear()

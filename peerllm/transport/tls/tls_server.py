@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from typing import Any
 
 from aiohttp import web
 
@@ -44,10 +45,18 @@ class TlsServer:
         self.port = int(self._sockets[0].getsockname()[1])
         # A handshake begun before a removal ends after it: each request is checked against the trust of the moment.
         self._app.middlewares.insert(0, self._gate)
-        self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
+        # A handler ends with its connection: what is computed for a device that hung up is computed for nobody.
+        self._runner = web.AppRunner(
+            self._app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S, handler_cancellation=True
+        )
         await self._runner.setup()
         async with self._changing:
             await self._accept()
+
+    @property
+    def addresses(self) -> list[tuple[int, tuple[Any, ...]]]:
+        """Family and address of each listening socket."""
+        return [(sock.family, sock.getsockname()) for sock in self._sockets]
 
     async def set_trusted(self, pems: Iterable[str]) -> None:
         """From now on exactly these certificates (PEM) are let in; live connections of others are cut at once."""

@@ -3,7 +3,7 @@
 import { get, lines, post } from "./api.js";
 import { Conversation } from "./chat.js";
 import { byId, make, update } from "./dom.js";
-import { draw, drawInvitation, drawNotices, nameOf } from "./household.js";
+import { draw, drawInvitation, drawNotices } from "./household.js";
 
 const BUILTIN = "builtin";
 const ANSWERING = new Set(["planning", "loading", "serving"]); // a question asked earlier waits for the model
@@ -69,12 +69,10 @@ function welcome() {
 }
 
 function noModel() {
-  const elsewhere = state.status.deployments.find((one) => one.state === "serving" && one.coordinator !== state.status.device.name);
   const starting = isStarting(BUILTIN);
   return [
-    make("h2", {}, "No model runs on this device yet"),
+    make("h2", {}, "No model runs in this household yet"),
     make("p", {}, "peerllm divides one model over the devices of your household. Start with the small built-in one, or run a larger one by its name."),
-    elsewhere && make("p", {}, `To talk to ${nameOf(elsewhere)}, open the page of ${elsewhere.coordinator}: a model answers on the device it was started on.`),
     make("div", { key: "start" }, make("button", { type: "button", disabled: starting, onclick: () => run(BUILTIN) }, starting ? "Starting …" : "Start the built-in model")),
   ];
 }

@@ -96,7 +96,7 @@ class Household:
             case ["plan", number, "is", *rest]:
                 beside = rest[-1:] != ["alone"]
                 return on.PlanFound(int(number), self.stages(text), stay=False, beside=beside, reason=reason)
-            case ["plan", number, "cannot", "be", *why]:
+            case ["plan", number, "cannot", *why]:
                 return on.NoPlan(int(number), reason, "ever" in why, "contended" in why)
             case ["epoch", epoch, "stands"]:
                 return on.Established(int(epoch))

@@ -152,6 +152,21 @@ async def test_release_ends_a_load_midway(house, plan, worker, stuck):
     assert house.empty()
 
 
+async def test_weights_that_changed_on_the_disk_are_fetched_and_loaded_again_before_they_serve(house, plan, worker):
+    engine, store = house["b"].engine, house["b"].store
+    store.damaged = [True, False]
+    await reserve(worker, plan[0].promises[B])
+    assert not (await worker.answer(A, plan[1])).error
+    kinds = [type(message).__name__ for message in engine.seen if isinstance(message, LoadStage | Unload)]
+    assert kinds == ["LoadStage", "Unload", "LoadStage"] and not store.damaged
+    await worker.answer(A, Release(D, 1))
+    store.damaged = [True, True]
+    await reserve(worker, plan[0].promises[B], epoch=2)
+    answer = await worker.answer(A, replace(plan[1], epoch=2))
+    assert answer.error == "UnavailableError" and "its disk changes weights" in answer.reason
+    assert house.empty()
+
+
 async def test_an_engine_that_fails_gives_its_reason_and_the_memory_back(house, plan, worker):
     house["b"].engine.fail = EngineError("not enough address space")
     await reserve(worker, plan[0].promises[B])

@@ -19,7 +19,7 @@ class Owner:
     def certificates(self) -> dict[str, str]:
         return {}
 
-    def on_state(self, change: m.Changed) -> None: ...
+    def on_member(self, change: m.Changed) -> None: ...
 
 
 @pytest.mark.parametrize("nearer_first", [True, False])

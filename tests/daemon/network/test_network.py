@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Questio
 from peerllm.daemon.discovery.mdns import interfaces
 from peerllm.daemon.network import Network
 from peerllm.daemon.network.control_links import host_of
+from peerllm.daemon.network.heartbeats.heartbeat_thread import HeartbeatThread
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError, PeerLLMError, RefusedError
 from peerllm.transport.identity import load_or_create
@@ -307,41 +310,111 @@ async def test_the_same_port_twice_is_said_plainly(tmp_path: Path) -> None:
         await other.network.close()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-async def test_a_frozen_device_is_noticed_and_comes_back(tmp_path: Path) -> None:
-    async with devices(tmp_path, "anna") as (anna,):
-        code, port = await anna.network.open_door()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tests.daemon.networks",
-            str(tmp_path),
-            "bert",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            cwd=ROOT,
-        )
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(f"join {code} 127.0.0.1 {port}\n".encode())
-            await anna.until(lambda: [p.state for p in anna.network.peers().values()] == ["online"], 30)
-            device = next(iter(anna.network.peers()))
-            await anna.until(lambda: anna.network.peers()[device].rtt_ms)
-            os.kill(process.pid, signal.SIGSTOP)
-            frozen = time.monotonic()
-            await anna.until(lambda: anna.vanished)
-            assert time.monotonic() - frozen <= 1.5
-            assert "silent" in anna.vanished[0][1]
-            os.kill(process.pid, signal.SIGCONT)
-            await anna.until(lambda: anna.state(device) == "online", 30)
+@pytest.mark.parametrize("datagrams", [True, False])
+async def test_a_link_on_which_nothing_comes_is_made_anew_and_nobody_is_called_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, datagrams: bool
+) -> None:
+    if not datagrams:
+        monkeypatch.setattr(HeartbeatThread, "start", lambda self, addresses: None)
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        both = ((anna, bert), (bert, anna))
+
+        async def never(device: str, question: Question) -> Answer:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        for here, there in both:
+            here.network.answer_with(never)
+            await here.until(lambda here=here, there=there: here.network.peers()[there.id].rtt_ms)  # type: ignore[misc]
+        old = {here: here.network._links.channel(there.id) for here, there in both}
+        asks = [asyncio.ensure_future(here.network.ask(there.id, Release("d", 1), WAIT_S)) for here, there in both]
+        await asyncio.sleep(0)
+        old[anna]._websocket._writer.transport.pause_reading()  # type: ignore[union-attr]
+        await anna.until(lambda: anna.network._links.find(bert.id) is not old[anna])
+        await bert.until(lambda: bert.network._links.find(anna.id) is not old[bert])
+        for ask in asks:
+            with pytest.raises(LinkError, match="made anew"):
+                await ask
+        states = ["online"] if datagrams else ["silent", "online"]
+        assert [state for _, state, _ in anna.states] == ["online", *states]
+        assert [renewed for *_, renewed in anna.states][1:] == [state == "online" for state in states]
+        assert bert.states == [(anna.id, "online", True)] * 2
+        assert not anna.vanished and not bert.vanished
+        for here, there in both:
+            large = Trouble("d", 1, "over the new link")
+            here.network.tell(there.id, large)
+            await there.until(lambda here=here, there=there, one=large: (here.id, one) in there.told)  # type: ignore[misc]
+
+
+@asynccontextmanager
+async def program(directory: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Another device as a program of its own; commands go to its stdin."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tests.daemon.networks",
+        str(directory),
+        "bert",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
             process.kill()
-            killed = time.monotonic()
-            await anna.until(lambda: len(anna.vanished) == 2)
-            assert time.monotonic() - killed <= 1.0
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+        await process.wait()
+
+
+async def joined(anna: Device, process: asyncio.subprocess.Process) -> str:
+    """Have the program join anna's household; returns its id."""
+    code, port = await anna.network.open_door()
+    assert process.stdin is not None
+    process.stdin.write(f"join {code} 127.0.0.1 {port}\n".encode())
+    await anna.until(lambda: [p.state for p in anna.network.peers().values()] == ["online"], 30)
+    device = next(iter(anna.network.peers()))
+    await anna.until(lambda: anna.network.peers()[device].rtt_ms)
+    return device
+
+
+async def test_a_busy_device_is_slow_and_not_suspected(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna") as (anna,), program(tmp_path) as process:
+        device = await joined(anna, process)
+        link = anna.network._links.channel(device)
+        assert process.stdin is not None
+        process.stdin.write(b"busy 1.8\n")
+        await anna.until(lambda: "busy" in anna.network.peers()[device].problem)
+        await anna.until(lambda: not anna.network.peers()[device].problem)
+        assert anna.states == [(device, "online", True)] and anna.network._links.channel(device) is link
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+async def test_a_frozen_device_is_silent_and_questions_wait_for_it_a_killed_one_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerllm.daemon.network.happy_eyeballs.ATTEMPT_TIMEOUT_S", 0.3)
+    async with devices(tmp_path, "anna") as (anna,), program(tmp_path) as process:
+        device = await joined(anna, process)
+        os.kill(process.pid, signal.SIGSTOP)
+        frozen = time.monotonic()
+        await anna.until(lambda: anna.state(device) == "silent")
+        assert time.monotonic() - frozen <= 1.5
+        assert "silent" in anna.network.peers()[device].problem and not anna.vanished
+        question = asyncio.ensure_future(anna.network.ask(device, Release("d", 1), WAIT_S))
+        await anna.until(lambda: anna.network._links.membership.members[device].attempt.tries, 30)
+        assert not question.done(), "though it was dialled anew in vain"
+        os.kill(process.pid, signal.SIGCONT)
+        await anna.until(lambda: anna.state(device) == "online", 30)
+        with pytest.raises(PeerLLMError, match="no questions yet"):
+            await question
+        process.kill()
+        killed = time.monotonic()
+        await anna.until(lambda: anna.vanished)
+        assert time.monotonic() - killed <= 1.0 and anna.state(device) == "offline"
+        assert [state for _, state, _ in anna.states] == ["online", "silent", "online", "offline"]
+        assert [renewed for *_, renewed in anna.states] == [True, False, False, False]
 
 
 def test_what_is_due_already_is_no_fault_of_the_loop(tmp_path: Path) -> None:

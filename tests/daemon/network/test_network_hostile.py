@@ -41,7 +41,7 @@ PATHS = ("/", "/control/1", "/control", "/probe/1", "/probe/4194304", "/weights/
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A websocket driven by hand sends no heartbeats."""
-    monkeypatch.setattr(membership, "DEAD_AFTER_S", 60.0)
+    monkeypatch.setattr(membership, "SILENT_AFTER_S", 60.0)
 
 
 def text(message: Control) -> str:

@@ -13,7 +13,9 @@ from aiohttp import web
 from peerllm.daemon.network import peer_http
 from peerllm.daemon.network.peer_http import MAX_PROBE_BYTES, add_probe
 from peerllm.daemon.weights import offers as offers_module
+from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import TensorAt
 
 WAIT_S = 10.0
@@ -64,12 +66,13 @@ async def test_weights_give_up_their_turn(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(offers_module, "MAX_TRANSFERS", 1)
     monkeypatch.setattr(offers_module, "STALL_TIMEOUT_S", 0.3)
     (tmp_path / "file").write_bytes(bytes(LARGE_BYTES))
-    offers = Offers()
-    large, small = (TensorAt("t", "U8", (size,), str(tmp_path / "file"), 0, size) for size in (LARGE_BYTES, 100))
-    offers.offer("d", {"large": large, "small": small})
+    digests = Digests(tmp_path / "digests.json")
+    tensors = [TensorAt("t", "U8", (size,), str(tmp_path / "file"), 0, size) for size in (LARGE_BYTES, 100)]
+    large, small = (await digests.of(tensors, lambda done, total: None)).values()
+    offers = Offers(WeightStore(tmp_path / "weights", "a" * 64, None), digests)  # type: ignore[arg-type]
     app = web.Application()
     app.router.add_get(ROUTE, offers.handle)
     runner, port = await _serve(app)
-    with await _ask_and_sleep(port, "/weights/d/large"):
-        assert await _get(port, "/weights/d/small") == 100
+    with await _ask_and_sleep(port, f"/weights/{large}"):
+        assert await _get(port, f"/weights/{small}") == 100
     await runner.cleanup()

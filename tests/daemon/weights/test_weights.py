@@ -1,230 +1,274 @@
-"""Weights over a real socket: ranges, cuts, lies, damage, the disk, the bound."""
+"""Weights over real sockets: ranges, cuts, lies, damage, several places at once."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-from collections import namedtuple
-from contextlib import asynccontextmanager
+from collections import Counter
 from pathlib import Path
 
 import aiohttp
 import pytest
-from aiohttp import web
 
-from peerllm.daemon.control_messages import TensorDigest
-from peerllm.daemon.weights import weight_store as module
-from peerllm.daemon.weights.digests import Digests, hash_range
-from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.control_messages import Have
+from peerllm.daemon.weights.digests import hash_range
+from peerllm.daemon.weights.exchange import tensor_fetch, wanted_tensor
+from peerllm.daemon.weights.exchange.holders import MAX_KEYS
 from peerllm.daemon.weights.weight_store import WeightStore
-from peerllm.engine.messages import TensorAt
-from peerllm.errors import LinkError, ModelError, NotFoundError, RefusedError, UnavailableError
+from peerllm.errors import BadInputError, LinkError, ModelError, UnavailableError
+from tests.daemon.weights.weight_house import DEPLOYMENT, Peers, WeightHouse, checkpoint, digest, held, quiet
 
-D = "d" * 32
-SOURCE = "a" * 64
-
-
-class Link:
-    """GETs with a Range to one port; cuts after `cut_after` bytes while `cuts` last, or changes the bytes."""
-
-    def __init__(self):
-        self.port, self.asked, self.cuts, self.cut_after, self.spoil = 0, [], 0, 0, 0
-        self.hang, self.hanging = False, asyncio.Event()
-
-    async def get(self, device, path, offset, length):
-        assert device == SOURCE
-        self.asked.append((path, offset, length))
-        if self.hang and offset:
-            self.hanging.set()
-            await asyncio.Event().wait()
-        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
-        got = 0
-        async with (
-            aiohttp.ClientSession() as session,
-            session.get(f"http://127.0.0.1:{self.port}{path}", headers=headers) as response,
-        ):
-            if response.status == 404:
-                raise NotFoundError(path)
-            assert response.status == 206
-            assert response.headers["Content-Range"].startswith(f"bytes {offset}-")
-            async for block in response.content.iter_chunked(1 << 14):
-                if self.spoil:
-                    self.spoil -= 1
-                    block = bytes(len(block))
-                if self.cuts and got + len(block) > self.cut_after:
-                    self.cuts -= 1
-                    yield block[: self.cut_after - got]
-                    raise LinkError("the link broke")
-                got += len(block)
-                yield block
+SIZES = (0, 4, 50_000, 200_000)
 
 
-@asynccontextmanager
-async def serving(offers):
-    app = web.Application()
-    app.router.add_get(ROUTE, offers.handle)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    yield runner.addresses[0][1]
-    await runner.cleanup()
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(tensor_fetch, "CUT_WAIT_S", 0.0001)
+    monkeypatch.setattr(tensor_fetch, "LEAST_LOOK_S", 0.001)
+    monkeypatch.setattr(tensor_fetch, "LOOK_S", 0.05)
+    monkeypatch.setattr(tensor_fetch, "OUT_S", 0.05)
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
-    """A file of 300 kB with tensors in it, and their digests."""
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(os.urandom(300_000))
-    tensors, start = [], 100
-    for i, nbytes in enumerate((0, 4, 50_000, 200_000)):
-        tensors.append(TensorAt(f"t{i}", "U8", (nbytes,), str(path), start, nbytes))
-        start += nbytes + 7
-    return tensors
-
-
-def digest(tensor, sha256=None):
-    sha256 = sha256 or hash_range(tensor.path, tensor.offset, tensor.nbytes)
-    return TensorDigest(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, sha256)
+def tensors(tmp_path):
+    return checkpoint(tmp_path / "model.safetensors", SIZES)
 
 
 @pytest.fixture
-async def link(checkpoint):
-    offers = Offers()
-    offers.offer(D, {digest(tensor).sha256: tensor for tensor in checkpoint})
-    async with serving(offers) as port:
-        made = Link()
-        made.port, made.offers = port, offers
+async def house(tmp_path):
+    """Three devices: "a" is the source."""
+    async with WeightHouse(tmp_path, "abc") as made:
         yield made
 
 
 @pytest.fixture
-def store(tmp_path, link, monkeypatch):
-    monkeypatch.setattr(module, "CUT_WAIT_S", 0.001)
-    return WeightStore(tmp_path / "weights", link.get)
+async def manifest(house, tensors):
+    return await house["a"].hash(tensors)
 
 
-def held(tensor):
-    return Path(tensor.path).read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+class Fault:
+    """Cuts the first connections of a device after so many bytes, or spoils what it sends."""
+
+    def __init__(self, cuts=0, after=0, spoil=0):
+        self.cuts, self.after, self.spoil = cuts, after, spoil
+        self.hang, self.hanging = False, asyncio.Event()
+        self.seen = Counter()
+
+    async def __call__(self, path, offset, block):
+        if self.hang:
+            self.hanging.set()
+            await asyncio.Event().wait()
+        if self.spoil:
+            self.spoil -= 1
+            return bytes(len(block))
+        self.seen[path] += len(block)
+        if self.cuts and self.seen[path] > self.after:
+            self.cuts -= 1
+            self.seen.clear()
+            raise LinkError("the link broke")
+        return block
 
 
-def change(tensor):
-    path, place = Path(tensor.path), tensor.offset
-    data = path.read_bytes()
-    path.write_bytes(data[:place] + b"changed!" + data[place + 8 :])
-    os.utime(path, (5, 5))
+# ---- one place ---------------------------------------------------------------------------------------------------
 
 
-def quiet(done, total):
-    pass
-
-
-async def test_tensors_come_whole_and_are_fetched_once(store, link, checkpoint):
-    seen = []
-    digests = [digest(tensor) for tensor in checkpoint]
-    await store.fetch(D, SOURCE, digests, lambda done, total: seen.append((done, total)))
-    for tensor, wanted in zip(checkpoint, digests, strict=True):
-        assert store.path(wanted.sha256).read_bytes() == held(tensor)
+async def test_tensors_come_whole_and_are_fetched_once(house, manifest, tensors):
+    seen, b = [], house["b"]
+    found = await b.fetch(house["a"], manifest, lambda done, total: seen.append((done, total)))
+    for tensor, wanted in zip(tensors, manifest, strict=True):
+        assert b.has(wanted, tensor)
+        at = found[tensor.name]
+        assert (at.path, at.offset, at.nbytes) == (str(b.store.path(wanted.sha256)), 0, tensor.nbytes)
     assert seen[-1] == (250_004, 250_004) and seen == sorted(seen)
-    asked = len(link.asked)
-    await store.fetch("e" * 32, SOURCE, digests, quiet)
-    assert len(link.asked) == asked
+    asked = len(house["a"].asked)
+    await b.fetch(house["a"], manifest, deployment="e" * 32)
+    assert len(house["a"].asked) == asked
 
 
-async def test_a_cut_is_continued_where_it_broke(store, link, checkpoint):
-    link.cuts, link.cut_after = 3, 40_000
-    wanted = digest(checkpoint[3])
-    await store.fetch(D, SOURCE, [wanted], quiet)
-    assert [offset for _, offset, _ in link.asked] == [0, 40_000, 80_000, 120_000]
-    assert hash_range(store.path(wanted.sha256), 0, wanted.nbytes) == wanted.sha256
+async def test_a_cut_is_continued_where_it_broke(house, manifest, tensors):
+    house["a"].fault = Fault(cuts=3, after=40_000)
+    await house["b"].fetch(house["a"], manifest[3:])
+    offsets = [offset for _, _, offset, _ in house["a"].asked]
+    assert len(offsets) == 4 and offsets == sorted(set(offsets)) and offsets[1] > 30_000
+    assert house["b"].has(manifest[3], tensors[3])
+    assert sum(house["a"].sent.values()) == 200_000, "no byte came twice"
 
 
-async def test_a_fetch_given_up_is_continued_by_the_next(store, link, checkpoint, tmp_path):
-    wanted = digest(checkpoint[3])
-    link.cuts, link.cut_after, link.hang = 1, 64_000, True
-    task = asyncio.ensure_future(store.fetch(D, SOURCE, [wanted], quiet))
-    await asyncio.wait_for(link.hanging.wait(), 10)
+async def test_a_fetch_given_up_is_continued_by_the_next(house, manifest, tensors, tmp_path):
+    a, b = house["a"], house["b"]
+    a.fault = fault = Fault(cuts=1, after=64_000)
+    a.fault.hang = False
+
+    async def then_hang(path, offset, block):
+        if offset > 64_000:
+            fault.hang = True
+        return await fault(path, offset, block)
+
+    a.fault = then_hang
+    task = asyncio.ensure_future(b.fetch(a, manifest[3:]))
+    await asyncio.wait_for(fault.hanging.wait(), 10)
     task.cancel()
     await asyncio.wait({task})
-    link.hang = False
-    del link.asked[:]
-    partial = (tmp_path / "weights" / "partial" / wanted.sha256).stat().st_size
-    await WeightStore(tmp_path / "weights", link.get).fetch(D, SOURCE, [wanted], quiet)
-    assert link.asked[0][1] == partial > 0
-    assert hash_range(store.path(wanted.sha256), 0, wanted.nbytes) == wanted.sha256
+    partial = (tmp_path / "b" / "weights" / "partial" / manifest[3].sha256).stat().st_size
+    a.fault = None
+    a.asked.clear()
+    again = WeightStore(tmp_path / "b" / "weights", b.me, Peers(house, b.me))
+    await again.fetch(DEPLOYMENT, a.me, manifest[3:], quiet)
+    assert a.asked[0][2] == partial > 0
+    assert b.has(manifest[3], tensors[3])
 
 
-async def test_a_link_that_never_carries_a_byte_is_given_up(store, link, checkpoint):
-    link.cuts, link.cut_after = 1000, 0
+async def test_a_link_that_never_carries_a_byte_is_given_up_with_its_reason(house, manifest, monkeypatch):
+    monkeypatch.setattr(tensor_fetch, "PATIENCE_S", 0.3)
+    house["a"].fault = Fault(cuts=10**6)
     with pytest.raises(UnavailableError, match="the link broke"):
-        await store.fetch(D, SOURCE, [digest(checkpoint[3])], quiet)
-    assert len(link.asked) == module.MAX_CUTS
+        await house["b"].fetch(house["a"], manifest[3:])
+    assert len(house["a"].asked) >= tensor_fetch.MAX_CUTS
 
 
-async def test_only_cuts_in_a_row_without_a_byte_between_them_count(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CUT_WAIT_S", 0.0)
-    tensor, parts = checkpoint[2], [*[0] * (module.MAX_CUTS - 1), 1] * 3
-    asked = []
-
-    async def get(device, path, offset, length):
-        asked.append(offset)
-        some = parts.pop(0) if parts else length
-        yield held(tensor)[offset : offset + some]
-        if some < length:
-            raise LinkError("the link broke")
-
-    wanted = digest(tensor)
-    await WeightStore(tmp_path / "weights", get).fetch(D, SOURCE, [wanted], quiet)
-    assert len(asked) == 3 * module.MAX_CUTS + 1 and asked[-1] == 3
-    parts[:] = [0] * module.MAX_CUTS
-    with pytest.raises(UnavailableError, match="the link broke"):
-        await WeightStore(tmp_path / "others", get).fetch(D, SOURCE, [wanted], quiet)
+async def test_what_nobody_has_is_given_up_after_a_while(house, tensors, monkeypatch):
+    monkeypatch.setattr(tensor_fetch, "PATIENCE_S", 0.2)
+    with pytest.raises(UnavailableError, match="no device of the household has them"):
+        await house["b"].fetch(house["a"], [digest(tensors[3])])  # which "a" has not hashed
 
 
-async def test_wrong_bytes_are_fetched_again_once(store, link, checkpoint):
-    link.spoil = 1
-    wanted = digest(checkpoint[2])
-    seen = []
-    await store.fetch(D, SOURCE, [wanted], lambda done, _: seen.append(done))
-    assert [offset for _, offset, _ in link.asked] == [0, 0]
-    assert hash_range(store.path(wanted.sha256), 0, wanted.nbytes) == wanted.sha256
-    assert seen[-1] == wanted.nbytes and min(seen) == 0
+async def test_a_source_that_lies_is_named_not_asked_again_and_leaves_nothing(house, manifest, tmp_path, caplog):
+    house["a"].fault = Fault(spoil=10**6)
+    with pytest.raises(ModelError, match=r"t2 cannot be had: device-a sent other bytes.*check the model's files"):
+        await house["b"].fetch(house["a"], manifest[2:3])
+    assert len(house["a"].asked) == 1 and "device-a sent other bytes for tensor t2" in caplog.text
+    assert [file for file in (tmp_path / "b").rglob("*") if file.is_file()] == []
 
 
-async def test_a_source_that_lies_is_refused_and_leaves_nothing(store, link, checkpoint, tmp_path):
-    lie = digest(checkpoint[2], sha256="f" * 64)
-    link.offers.offer(D, {"f" * 64: checkpoint[2]})
-    with pytest.raises(ModelError, match="came twice with other bytes"):
-        await store.fetch(D, SOURCE, [lie], quiet)
-    assert len(link.asked) == 2
-    assert [file for file in (tmp_path / "weights").rglob("*") if file.is_file()] == []
-
-
-async def test_a_damaged_partial_file_heals(store, link, checkpoint, tmp_path):
-    wanted = digest(checkpoint[2])
-    partial = tmp_path / "weights" / "partial" / wanted.sha256
-    for damage in (b"\0" * 1000, b"\0" * (wanted.nbytes + 1), b"\0" * wanted.nbytes):
+async def test_a_damaged_partial_file_heals(house, manifest, tensors, tmp_path):
+    b = house["b"]
+    partial = tmp_path / "b" / "weights" / "partial" / manifest[2].sha256
+    for damage in (b"\0" * 1000, b"\0" * (tensors[2].nbytes + 1), b"\0" * tensors[2].nbytes):
         partial.write_bytes(damage)
-        await store.fetch(D, SOURCE, [wanted], quiet)
-        assert hash_range(store.path(wanted.sha256), 0, wanted.nbytes) == wanted.sha256
-        store.path(wanted.sha256).unlink()
+        seen = []
+        await b.fetch(house["a"], manifest[2:3], lambda done, _, seen=seen: seen.append(done))
+        assert b.has(manifest[2], tensors[2])
+        assert seen[-1] == tensors[2].nbytes and min(seen) == 0
+        b.store.path(manifest[2].sha256).unlink()
 
 
-async def test_a_partial_file_that_is_complete_needs_nothing_more(store, link, checkpoint, tmp_path):
-    wanted = digest(checkpoint[2])
-    (tmp_path / "weights" / "partial" / wanted.sha256).write_bytes(held(checkpoint[2]))
-    await store.fetch(D, SOURCE, [wanted], quiet)
-    assert not link.asked and store.path(wanted.sha256).read_bytes() == held(checkpoint[2])
+async def test_a_partial_file_that_is_complete_needs_nothing_more(house, manifest, tensors, tmp_path):
+    (tmp_path / "b" / "weights" / "partial" / manifest[2].sha256).write_bytes(held(tensors[2]))
+    await house["b"].fetch(house["a"], manifest[2:3])
+    assert not house["a"].asked and house["b"].has(manifest[2], tensors[2])
 
 
-async def test_a_withdrawn_offer_is_gone_and_a_path_is_no_name(store, link, checkpoint):
-    link.offers.withdraw(D)
-    with pytest.raises(NotFoundError):
-        await store.fetch(D, SOURCE, [digest(checkpoint[2])], quiet)
+async def test_two_deployments_fetch_a_tensor_once(house, manifest):
+    b = house["b"]
+    told = []
+    await asyncio.gather(
+        b.fetch(house["a"], manifest[3:]),
+        b.fetch(house["a"], manifest[3:], lambda *done: told.append(done), deployment="e" * 32),
+    )
+    assert len(house["a"].asked) == 1 and told[-1] == (200_000, 200_000)
+
+
+# ---- several places ----------------------------------------------------------------------------------------------
+
+
+async def test_the_source_sends_each_byte_once_although_two_devices_need_all(house, tmp_path):
+    """The manifest names for each tensor the one that gets it from the source; the other waits and takes it there."""
+    many = checkpoint(tmp_path / "many", [30_000] * 40)
+    fetchers = [house["bc"[n % 2]].me for n in range(40)]
+    manifest = [digest(one, fetcher=who) for one, who in zip(many, fetchers, strict=True)]
+    await house["a"].hash(many)
+    await asyncio.gather(*(house[letter].fetch(house["a"], manifest) for letter in "bc"))
+    for letter in "bc":
+        assert all(house[letter].has(wanted, one) for wanted, one in zip(manifest, many, strict=True))
+    sent = sum(house["a"].sent.values())
+    assert sent == 40 * 30_000, f"the source sent {sent / 40 / 30_000:.2f} times the model"
+
+
+async def test_a_device_that_shall_fetch_for_all_and_does_not_is_not_waited_for(house, manifest, tensors, monkeypatch):
+    monkeypatch.setattr(tensor_fetch, "BEGIN_S", 0.05)
+    mine = [digest(tensors[3], fetcher=house["c"].me)]
+    await house["b"].fetch(house["a"], mine)
+    assert house["b"].has(mine[0], tensors[3])
+    house["c"].online = False
+    monkeypatch.setattr(tensor_fetch, "BEGIN_S", 1000.0)
+    mine = [digest(tensors[2], fetcher=house["c"].me)]
+    await asyncio.wait_for(house["b"].fetch(house["a"], mine), 10)
+
+
+async def test_two_devices_that_have_it_share_the_work_and_the_source_has_none(house, tmp_path, monkeypatch):
+    monkeypatch.setattr(wanted_tensor, "STEAL_BYTES", 100_000)
+    monkeypatch.setattr(tensor_fetch, "WRITE_BYTES", 1 << 14)
+    many = checkpoint(tmp_path / "many", [200_000] * 6 + [4_000_000])
+    manifest = await house["a"].hash(many)
+    await house["b"].fetch(house["a"], manifest)
+    async with WeightHouse(tmp_path / "more", "xabc") as other:  # the same stores, and a fourth device
+        for letter in "abc":
+            other[letter].store, other[letter].offers._kept = house[letter].store, house[letter].store
+            other[letter].offers._own = house[letter].digests
+        await house["c"].fetch(house["b"], manifest)  # now two have it
+        x = other["x"]
+        await x.fetch(other["a"], manifest)
+        assert all(x.has(wanted, one) for wanted, one in zip(manifest, many, strict=True))
+        assert not other["a"].sent, "the source sent what others have"
+        shares = [sum(other[letter].sent.values()) for letter in "bc"]
+        assert min(shares) > 0.15 * sum(shares), shares
+        large = f"/weights/{manifest[-1].sha256}"
+        assert other["b"].sent[large] and other["c"].sent[large], "the largest tensor came from one device alone"
+
+
+async def test_a_device_that_dies_in_the_middle_is_replaced(house, manifest, tensors):
+    a, b, c = house["a"], house["b"], house["c"]
+    await c.fetch(a, manifest)
+
+    async def die(path, offset, block):
+        if offset > 50_000:
+            c.online = False
+            raise LinkError("it is gone")
+        return block
+
+    c.fault = die
+    a.sent.clear()
+    await b.fetch(a, manifest[3:])
+    assert b.has(manifest[3], tensors[3]) and sum(c.sent.values()) >= 50_000
+    assert sum(a.sent.values()) + sum(c.sent.values()) == 200_000, "what the dead one sent was kept"
+
+
+async def test_a_bad_copy_is_fetched_elsewhere_and_its_device_named(house, manifest, tensors, caplog):
+    a, b, c = house["a"], house["b"], house["c"]
+    await c.fetch(a, manifest)
+    path = c.store.path(manifest[3].sha256)
+    data = bytearray(path.read_bytes())
+    data[1000:1064] = os.urandom(64)
+    path.write_bytes(data)
+    await b.fetch(a, manifest)
+    assert all(b.has(wanted, one) for wanted, one in zip(manifest, tensors, strict=True))
+    assert "device-c sent other bytes for tensor t3" in caplog.text and caplog.text.count("other bytes") == 1
+    assert len([one for one in c.asked if one[1].endswith(manifest[3].sha256)]) == 1
+
+
+async def test_of_two_that_sent_parts_the_one_that_lies_is_found(house, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(wanted_tensor, "STEAL_BYTES", 100_000)
+    (large,) = checkpoint(tmp_path / "large", [3_000_000])
+    a, b = house["a"], house["b"]
+    manifest = await a.hash([large])
+    for letter in "bc":
+        await house[letter].fetch(a, manifest)
+    house["c"].fault = Fault(spoil=10**6)
+    async with WeightHouse(tmp_path / "more", "x") as other:
+        x = other["x"]
+        x.store._peers.house = house
+        await x.store.fetch(DEPLOYMENT, a.me, manifest, quiet)
+        assert x.has(manifest[0], large)
+    assert sum(b.sent.values()) > 0 and "device-b" not in caplog.text
+
+
+# ---- what is asked and told ----------------------------------------------------------------------------------------
+
+
+async def test_a_path_is_no_name(house, manifest):
     async with aiohttp.ClientSession() as session:
-        for path in (f"/weights/{D}/..%2f..%2fetc%2fpasswd", f"/weights/{D}/", "/weights/x/y", f"/weights/{D}/%2fetc"):
-            async with session.get(f"http://127.0.0.1:{link.port}{path}") as response:
+        for name in ("..%2f..%2fetc%2fpasswd", "", "x", "%2fetc", "hub.txt"):
+            async with session.get(f"http://127.0.0.1:{house['a'].port}/weights/{name}") as response:
                 assert response.status == 404
 
 
@@ -242,105 +286,52 @@ async def test_a_withdrawn_offer_is_gone_and_a_path_is_no_name(store, link, chec
         ("bytes=0-1,3-4", 400, 0, 0),
     ],
 )
-async def test_ranges(link, checkpoint, header, status, start, stop):
-    tensor = checkpoint[2]
-    url = f"http://127.0.0.1:{link.port}/weights/{D}/{digest(tensor).sha256}"
+async def test_ranges(house, manifest, tensors, header, status, start, stop):
+    url = f"http://127.0.0.1:{house['a'].port}/weights/{manifest[2].sha256}"
     async with (
         aiohttp.ClientSession() as session,
         session.get(url, headers={"Range": header} if header else {}) as response,
     ):
         assert response.status == status
         if status < 300:
-            assert await response.read() == held(tensor)[start:stop]
+            assert await response.read() == held(tensors[2])[start:stop]
 
 
-async def test_two_deployments_fetch_a_tensor_once(store, link, checkpoint):
-    wanted, other = digest(checkpoint[3]), "e" * 32
-    link.offers.offer(other, {wanted.sha256: checkpoint[3]})  # either may be the one that fetches
-    await asyncio.gather(store.fetch(D, SOURCE, [wanted], quiet), store.fetch(other, SOURCE, [wanted], quiet))
-    assert len(link.asked) == 1
+async def test_a_file_that_changed_or_became_a_pipe_is_not_served(house, manifest, tensors):
+    path, url = Path(tensors[2].path), f"http://127.0.0.1:{house['a'].port}/weights/{manifest[2].sha256}"
+    async with aiohttp.ClientSession() as session:
+        for change in (lambda: os.utime(path, (5, 5)), path.unlink, lambda: os.mkfifo(path)):
+            change()
+            async with session.get(url) as response:
+                assert response.status == 404
+            assert house["a"].offers.answer(Have((manifest[2].sha256,))).held == ("",)
 
 
-async def test_a_full_disk_is_said_before_anything_is_fetched(store, link, checkpoint, monkeypatch):
-    usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(0, 0, module.SPARE_DISK_BYTES + 1000))
-    with pytest.raises(RefusedError, match=r"lacks 199 kB for 200 kB"):
-        await store.fetch(D, SOURCE, [digest(checkpoint[3])], quiet)
-    assert not link.asked
+async def test_who_has_what_is_asked_in_bounded_lists_of_hashes(house, manifest):
+    told = house["a"].offers.answer(Have(("0" * 64, manifest[2].sha256)))
+    assert told.held == ("", manifest[2].sha256) and told.coming == ()
+    for keys in (("x",), ("../" * 21 + "x",), ("0" * 64,) * (MAX_KEYS + 1)):
+        with pytest.raises(BadInputError):
+            house["a"].offers.answer(Have(keys))
+    for stranger in ("hub.txt", "partial", "digests.json"):
+        assert house["b"].offers.held(stranger) == ""
 
 
-async def test_pruning_takes_the_longest_unused_and_never_what_is_used(link, checkpoint, tmp_path):
-    store = WeightStore(tmp_path / "weights", link.get, max_bytes=210_000)
-    small, large = digest(checkpoint[2]), digest(checkpoint[3])
-    await store.fetch(D, SOURCE, [small, large], quiet)
-    assert await store.prune() == 0
-    store.forget(D)
-    os.utime(store.path(large.sha256), (1, 1))
-    os.utime(store.path(small.sha256), (2, 2))
-    assert await store.prune() == large.nbytes
-    assert store.path(small.sha256).exists()
+async def test_more_tensors_than_one_look_asks_about_come_all(house, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_fetch, "MAX_ASKED", 10)
+    many = checkpoint(tmp_path / "many", [10] * 45)
+    manifest = await house["a"].hash(many)
+    await house["b"].fetch(house["a"], manifest)
+    assert all(hash_range(house["b"].store.path(one.sha256), 0, 10) == one.sha256 for one in manifest)
 
 
-async def test_nothing_is_pruned_up_to_the_bound_and_what_was_used_again_goes_last(link, checkpoint, tmp_path):
-    store = WeightStore(tmp_path / "weights", link.get, max_bytes=250_000)
-    small, large = digest(checkpoint[2]), digest(checkpoint[3])
-    await store.fetch(D, SOURCE, [small, large], quiet)
-    store.forget(D)
-    assert await store.prune() == 0, "exactly as much as may be kept"
-    os.utime(store.path(large.sha256), (1, 1))
-    os.utime(store.path(small.sha256), (2, 2))
-    await store.fetch("e" * 32, SOURCE, [large], quiet)
-    store.forget("e" * 32)
-    store._max_bytes -= 1
-    assert await store.prune() == small.nbytes
-    assert store.path(large.sha256).exists()
+async def test_a_device_that_answers_nonsense_has_nothing(house, manifest, tensors, monkeypatch):
+    from dataclasses import replace
 
-
-async def test_digests_are_computed_once_per_version_of_a_file(checkpoint, tmp_path, monkeypatch):
-    digests = Digests(tmp_path / "digests.json")
-    first = await digests.of(checkpoint, quiet)
-    assert first[checkpoint[3].path, checkpoint[3].offset, 200_000] == digest(checkpoint[3]).sha256
-    assert first[checkpoint[0].path, checkpoint[0].offset, 0] == hashlib.sha256().hexdigest()
-    with monkeypatch.context() as patched:
-        patched.setattr("peerllm.daemon.weights.digests.hash_range", None)
-        assert await Digests(tmp_path / "digests.json").of(checkpoint, quiet) == first
-    change(checkpoint[3])
-    again = await digests.of(checkpoint, quiet)
-    key = (checkpoint[3].path, checkpoint[3].offset, 200_000)
-    assert again[key] == digest(checkpoint[3]).sha256 != first[key]
-
-
-async def test_of_too_many_files_the_longest_known_are_hashed_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("peerllm.daemon.weights.digests.MAX_FILES", 2)
-    hashed = []
-
-    def hashing(path, offset, nbytes, halt):
-        hashed.append(Path(path).name)
-        return hash_range(path, offset, nbytes, halt)
-
-    monkeypatch.setattr("peerllm.daemon.weights.digests.hash_range", hashing)
-    tensors = {}
-    for name in "abc":
-        (tmp_path / name).write_bytes(bytes(20))
-        tensors[name] = TensorAt(name, "U8", (20,), str(tmp_path / name), 0, 20)
-    digests = Digests(tmp_path / "digests.json")
-
-    async def of(names):
-        del hashed[:]
-        await digests.of([tensors[name] for name in names], quiet)
-        return "".join(hashed)
-
-    assert await of("ab") == "ab" and await of("ba") == ""
-    change(tensors["a"])
-    assert await of("a") == "a", "it is the newest now"
-    assert await of("c") == "c" and await of("ac") == "" and await of("b") == "b"
-
-
-async def test_a_short_or_missing_file_is_a_clear_line(checkpoint, tmp_path):
-    digests = Digests(tmp_path / "digests.json")
-    (tmp_path / "digests.json").write_text("not json")
-    beyond = TensorAt("t", "U8", (10,), checkpoint[0].path, 299_999, 10)
-    with pytest.raises(ModelError, match="ends before"):
-        await digests.of([beyond], quiet)
-    with pytest.raises(ModelError, match="cannot be read"):
-        await digests.of([TensorAt("t", "U8", (1,), str(tmp_path / "none"), 0, 1)], quiet)
+    real = house["c"].offers.answer
+    for nonsense in (("",), ("x" * 64,) * 4, ("0" * 64,) * 4):
+        monkeypatch.setattr(house["c"].offers, "answer", lambda asked, said=nonsense: replace(real(asked), held=said))
+        await house["b"].fetch(house["a"], manifest)
+        assert not house["c"].asked
+        for one in manifest:
+            house["b"].store.path(one.sha256).unlink()

@@ -67,7 +67,7 @@ def load(model_type: str, engine: str, first: int = 0, last: int = HEAD) -> Shar
 
 
 def states_of(shard: Any) -> Any:
-    return shard._states if isinstance(shard, TorchShard) else shard._slots._states
+    return shard.states if isinstance(shard, TorchShard) else shard._slots.states
 
 
 def ids(count: int, seed: int) -> Any:

@@ -69,8 +69,8 @@ class Sequences:
                 tokens = self.tokens[part.slot]
                 for number, store in enumerate(group.stores):
                     store[batch.first + place, :, end - part.length : end] = values(tokens[part.position :], number)
-                    seen = min(len(tokens), end, part.length + (group.window or CONTEXT) - 1)
-                    assert seen == min(len(tokens), part.length + (group.window or CONTEXT) - 1)
+                    seen = min(len(tokens), end, part.length + (group.state.window or CONTEXT) - 1)
+                    assert seen == min(len(tokens), part.length + (group.state.window or CONTEXT) - 1)
                     held = store[batch.first + place, :, end - seen : end]
                     np.testing.assert_array_equal(held, values(tokens[len(tokens) - seen :], number))
 
@@ -80,7 +80,7 @@ class Sequences:
             place = self.slots._place[slot]
             for group in self.slots.groups.values():
                 held = group.held[slot]
-                assert group.seen(len(own)) <= held <= len(own)
+                assert group.state.seen(len(own)) <= held <= len(own)
                 for number, store in enumerate(group.stores):
                     wanted = values(own[len(own) - held :], number)
                     np.testing.assert_array_equal(store[place, :, :held], wanted)

@@ -135,10 +135,10 @@ class Comparisons:
         self._joins = {device: due for device, due in self._joins.items() if device not in known}
         self._conditions_due = inf
 
-    def cancelled(self) -> None:
+    def cancelled(self, unusable: frozenset[DeviceId]) -> None:
         """That search, or the move, was broken off: what it was begun for is due again."""
         joins, due = self._begun_for
-        self._joins = joins | self._joins
+        self._joins = {device: at for device, at in joins.items() if device not in unusable} | self._joins
         self._conditions_due = min(self._conditions_due, due)
 
     def stayed(self, now: float) -> None:

@@ -21,7 +21,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from peerllm.daemon.decide.deployment_events import (
     Abandon,
@@ -70,7 +70,7 @@ class DeploymentRules:
         self.comparisons = Comparisons()
         self._number = 0  # of the last MakePlan
         self._waiting_since = 0.0
-        self._note_told = ""
+        self._told = ""  # the last note or reason
         self._holding: set[DeviceId] = set()  # devices that may hold something ...
         self._missed: set[DeviceId] = set()  # ... and those that could not be told to let go of it
 
@@ -88,12 +88,11 @@ class DeploymentRules:
         if not self.serving or not outage:
             return None
         assert self.running is not None
-        for device in self.devices.given_up(self.running.devices, now):
-            self.devices.lose(device, now)
+        self._lose(self.running.devices, now)
         self.attempts.repair_after(now - self.running.since, now)
-        self.serving, self._waiting_since = False, now
-        without = self.devices.unusable()
-        return [BecomeWaiting(f"{outage}; {self.attempts.reason}" if self.attempts.hopeless(without) else outage)]
+        self._waiting_since = now
+        hopeless = self.attempts.hopeless(self.devices.unusable())
+        return self._stop_serving(f"{outage}; {self.attempts.reason}" if hopeless else outage)
 
     def give_up_target(self, now: float) -> Done:
         work = self.under_way
@@ -107,6 +106,7 @@ class DeploymentRules:
             out |= self.devices.of(devices - {self.me}, "leaving")
         if not out:
             return None
+        self._lose(devices, now)
         return self.abandon(work)
 
     def keep_running_plan(self, now: float) -> Done:
@@ -161,9 +161,9 @@ class DeploymentRules:
         if work.beside or self.running is None:
             self._holding |= {stage.device for stage in work.stages}
             return [Establish(self.epoch, work.number)]
-        stops: list[DeploymentAction] = [BecomeWaiting(work.reason)] if self.serving else []
+        stops = self._stop_serving(work.reason) if self.serving else []
         self._let_go_of({stage.device for stage in work.stages})
-        self.running, self.serving = None, False
+        self.running = None
         return [*stops, Establish(self.epoch, work.number, first_release=True)]
 
     def let_go(self, now: float) -> Done:
@@ -257,6 +257,7 @@ class DeploymentRules:
         doubted = self.doubted(now) if careful else frozenset[DeviceId]()
         without = self.devices.unusable() | (doubted - used if why == "gain" else doubted)
         self.comparisons.begin(without)
+        self.devices.leave_out(without)
         self.under_way = Planning(self._number, why, because, careful)
         return [MakePlan(self._number, without, compare=why == "gain")]
 
@@ -294,7 +295,7 @@ class DeploymentRules:
     def wait(self, reason: str, now: float) -> list[DeploymentAction]:
         """No plan works now: try again later, and at once when devices change."""
         self.attempts.give_up(self.devices.unusable(), reason, now)
-        return [] if self.serving or (self.running is not None and not self.outage(now)) else [BecomeWaiting(reason)]
+        return [] if self.serving else self._stop_serving(reason)
 
     def end(self, reason: str) -> list[DeploymentAction]:
         self.under_way = Ended()
@@ -302,7 +303,7 @@ class DeploymentRules:
 
     def abandon(self, work: Planning | PlanInHand | Establishing | Carrying) -> list[DeploymentAction]:
         self.under_way = Idle()
-        self.comparisons.cancelled()
+        self.comparisons.cancelled(self.devices.unusable())
         if not isinstance(work, Establishing | Carrying):
             return []
         self._missed |= self.devices.of(self._holding, "silent", "gone")
@@ -316,16 +317,26 @@ class DeploymentRules:
 
     def stay(self, note: str) -> list[DeploymentAction]:
         """It stays as it is; people are told why, once."""
-        if note == self._note_told or not self.serving:
+        if note == self._told or not self.serving:
             return []
-        self._note_told = note
+        self._told = note
         return [BecomeServing(note)]
 
+    def _lose(self, devices: Collection[DeviceId], now: float) -> None:
+        for device in self.devices.given_up(devices, now):
+            self.devices.lose(device, now)
+
+    def _stop_serving(self, reason: str) -> list[DeploymentAction]:
+        if not self.serving and reason == self._told:
+            return []
+        self.serving, self._told = False, reason
+        return [BecomeWaiting(reason)]
+
     def _serve(self) -> None:
-        self.serving, self._note_told = True, ""
+        self.serving, self._told = True, ""
         self.attempts.forget()
 
-    def _let_go_of(self, kept: frozenset[DeviceId] | set[DeviceId]) -> None:
+    def _let_go_of(self, kept: Collection[DeviceId]) -> None:
         """Devices are told to let go, those that cannot be told now are told when they are here again."""
         self._missed = set(self.devices.of(self._holding, "silent", "gone"))
-        self._holding = self._missed | kept
+        self._holding = self._missed | set(kept)

@@ -112,11 +112,12 @@ class RunningPlan:
 
 
 @dataclass(slots=True)
-class _Known:
+class _DeviceFacts:
     condition: DeviceCondition
     since: float
     reason: str
     lost: bool = False  # this absence counts as a loss
+    left_out: bool = False  # a plan was searched without it
 
 
 class HouseholdDevices:
@@ -124,21 +125,22 @@ class HouseholdDevices:
 
     def __init__(self, me: DeviceId) -> None:
         self._me = me
-        self._known: dict[DeviceId, _Known] = {}
+        self._known: dict[DeviceId, _DeviceFacts] = {}
         self._losses: dict[DeviceId, list[float]] = {}
 
     def note(self, event: DeviceIs, now: float) -> bool:
-        """Whether it can be used anew: it was never heard of, or it was lost, failed or left and is online again."""
+        """Whether it can be used anew: it is new, or is online again and was lost, failed, left or was left out."""
         before = self._known.get(event.device)
         if before is not None and before.condition == event.condition and not before.lost:
             before.reason = event.reason or before.reason
             return False
         reason = event.reason or f"{event.device[:8]} is {event.condition}"
         absent = event.condition in ("silent", "gone")
-        self._known[event.device] = _Known(event.condition, now, reason, absent and before is not None and before.lost)
+        lost, left_out = (before.lost, before.left_out) if before is not None and absent else (False, False)
+        self._known[event.device] = _DeviceFacts(event.condition, now, reason, lost, left_out)
         if event.condition == "gone" and before is not None and before.condition != "leaving":
             self.lose(event.device, now)
-        joined = before is None or before.lost or before.condition in ("gone", "leaving")
+        joined = before is None or before.lost or before.left_out or before.condition in ("gone", "leaving")
         return event.condition == "online" and joined
 
     def lose(self, device: DeviceId, now: float) -> None:
@@ -151,7 +153,12 @@ class HouseholdDevices:
         """It lost what it had loaded."""
         times = [then for then in self._losses.get(device, []) if now - then < FORGIVEN_S]
         self._losses[device] = [*times[1 - MAX_LOSSES :], now]
-        self._known.setdefault(device, _Known("online", now, "")).lost = True
+        self._known.setdefault(device, _DeviceFacts("online", now, "")).lost = True
+
+    def leave_out(self, devices: Collection[DeviceId]) -> None:
+        """A plan is searched without them."""
+        for device in self.of(devices, "silent", "gone", "leaving"):
+            self._known[device].left_out = True
 
     def of(self, devices: Collection[DeviceId], *conditions: DeviceCondition) -> frozenset[DeviceId]:
         """Those in one of the conditions."""

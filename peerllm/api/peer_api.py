@@ -1,0 +1,35 @@
+"""What other devices of the household may ask of this one's API: answers of the models started here, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+
+from aiohttp import web
+
+from peerllm.api.error_answers import error_object, errors_as_json, json_response
+from peerllm.api.fields import MAX_BODY_BYTES
+from peerllm.api.openai.completions import CHAT_PATH, answer_chat
+from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
+from peerllm.api.peers.remote_answer import CLIENT_HEADER
+from peerllm.types import DeviceId
+
+Answer = Callable[[web.Application, web.Request, Caller], Awaitable[web.StreamResponse]]
+ROUTES: Mapping[str, Answer] = {CHAT_PATH: answer_chat}
+
+
+class PeerApi:
+    """A facade.PeerHandler over the API's application. A request that was relayed once is never relayed again."""
+
+    def __init__(self, app: web.Application) -> None:
+        self._app = app
+
+    async def __call__(self, request: web.Request, device: DeviceId) -> web.StreamResponse:
+        answer = ROUTES.get("/" + request.match_info["path"])
+        if answer is None or request.method != "POST":
+            return json_response(error_object(404, "this is not answered for other devices"), 404)
+        caller = Caller(request.headers.get(CLIENT_HEADER, "")[:MAX_CLIENT_CHARS], device)
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            return await answer(self._app, request, caller)
+
+        return await errors_as_json(request.clone(client_max_size=MAX_BODY_BYTES), handler)

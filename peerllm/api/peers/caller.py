@@ -1,0 +1,26 @@
+"""Who asks: what fairness between clients goes by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+MAX_CLIENT_CHARS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """`client` tells clients apart; `device` is the device that relayed the request, "" for a client of this one."""
+
+    client: str
+    device: str = ""
+
+    def group(self, user: str) -> str:
+        """The name under which slots are shared out: no device can speak for a client of another one."""
+        return f"device:{self.device}/{self.client}/{user}" if self.device else f"{self.client}/{user}"
+
+
+def caller_of(request: web.Request) -> Caller:
+    """A client of this device, by its address."""
+    return Caller(request.remote or "")

@@ -1,0 +1,1 @@
+"""peerllm as a service of systemd."""

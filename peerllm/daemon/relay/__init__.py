@@ -1,0 +1,1 @@
+"""People's requests that another device answers: sent there, and taken from there."""

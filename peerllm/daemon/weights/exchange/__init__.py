@@ -1,0 +1,1 @@
+"""Tensors by content: who has which, fetched from several places at once, offered to others."""

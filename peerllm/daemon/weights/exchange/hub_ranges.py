@@ -1,0 +1,85 @@
+"""Byte ranges of files on the Hugging Face hub, at the address that is this device's own setting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator
+
+import aiohttp
+
+from peerllm.daemon.control_messages import HubFiles, TensorDigest
+from peerllm.errors import BadInputError, LinkError, NotFoundError, UnavailableError
+
+CONNECT_TIMEOUT_S = 15.0
+STALL_TIMEOUT_S = 30.0  # without a byte
+CHUNK_BYTES = 256 << 10
+MAX_FILES = 1000  # of one model
+MAX_OFFSET = 1 << 62
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+FILE = re.compile(r"(?:[A-Za-z0-9_][\w.+-]{0,127}/){0,4}[A-Za-z0-9_][\w.+-]{0,191}\.(?:safetensors|gguf)", re.ASCII)
+
+
+def check_hub(hub: HubFiles) -> None:
+    """BadInputError unless another device names a repository, a commit and weight files, and nothing else."""
+    named = REPOSITORY.fullmatch(hub.model) and ".." not in hub.model and COMMIT.fullmatch(hub.commit)
+    if not named or not 1 <= len(hub.files) <= MAX_FILES or not all(map(FILE.fullmatch, hub.files)):
+        raise BadInputError("no repository, commit and weight files of the Hugging Face hub")
+
+
+def check_place(hub: HubFiles | None, tensor: TensorDigest) -> None:
+    """BadInputError if a tensor is said to lie where the hub cannot have it."""
+    files = len(hub.files) if hub is not None else 0
+    if not -1 <= tensor.file < files or not 0 <= tensor.offset < MAX_OFFSET:
+        raise BadInputError(f"tensor {tensor.name} has no place in the files of the hub")
+
+
+class HubRanges:
+    """`token`: of this device's owner, None for what another device asks for: it would get what only the owner may."""
+
+    def __init__(self, hub: HubFiles, token: str | None) -> None:
+        self._hub, self._token = hub, token
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def get(self, file: int, offset: int, length: int) -> AsyncGenerator[bytes, None]:
+        """Exactly `length` bytes from `offset` on. LinkError if the connection breaks; NotFoundError."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S)
+            self._session = aiohttp.ClientSession(timeout=timeout, trust_env=True, auto_decompress=False)
+        name = self._hub.files[file]
+        url = hf_hub_url(self._hub.model, name, revision=self._hub.commit)
+        headers = build_hf_headers(token=self._token or False)
+        headers |= {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
+        got = 0
+        try:
+            async with self._session.get(url, headers=headers) as response:
+                _check(response.status, self._hub.model, name)
+                async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                    part = chunk[: length - got]
+                    got += len(part)
+                    yield part
+                    if len(part) < len(chunk):
+                        break
+        except (aiohttp.ClientError, OSError) as error:
+            if isinstance(error, LinkError):
+                raise
+            raise LinkError(f"the Hugging Face hub cannot be reached: {error or type(error).__name__}") from error
+        if got != length:
+            raise LinkError(f"the hub ended {name} after {got} of {length} bytes")
+
+
+def _check(status: int, model: str, name: str) -> None:
+    if status in (401, 403, 404, 416):
+        raise NotFoundError(f"the hub does not give {name} of {model} (HTTP {status})")
+    if status == 200:
+        raise NotFoundError(f"the hub gives no parts of {name}")
+    if status != 206:
+        raise UnavailableError(f"the hub answers HTTP {status} for {name} of {model}")

@@ -1,0 +1,275 @@
+"""An answer of another device: passed on unchanged, cancelled with its client, refused where it must not go."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from peerllm.api.openai import completions, model_wait
+from peerllm.api.peers import remote_answer
+from peerllm.api.server import ApiServer
+from peerllm.daemon.facade import ServedModel
+from peerllm.errors import EngineError, OverloadedError
+from tests.api.fake import BOUND_S, FakeHousehold, make_model_dir
+
+PATH = "/v1/chat/completions"
+ASK: Any = {"model": "builtin", "messages": [{"role": "user", "content": "hi"}]}
+LAPTOP, MINI = "a" * 64, "b" * 64
+
+
+class Pair:
+    """The laptop serves the model, the mini PC relays."""
+
+    def __init__(self, laptop: FakeHousehold, mini: FakeHousehold, here: str, control: str, server: ApiServer) -> None:
+        self.laptop, self.mini, self.here, self.control, self.server = laptop, mini, here, control, server
+        self.session: aiohttp.ClientSession
+
+    def elsewhere(self, **what: Any) -> ServedModel:
+        """The laptop's model as the mini PC sees it."""
+        return replace(self.laptop.model, model_dir=None, stop_ids=(), source=LAPTOP, **what)
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
+    async with AsyncExitStack() as stack:
+        laptop, mini = (FakeHousehold(make_model_dir(tmp_path / name)) for name in ("laptop", "mini"))
+        mini.id = MINI
+        servers = [
+            ApiServer(one, "127.0.0.1", 0, tmp_path / f"data{index}", in_process=True)
+            for index, one in enumerate((laptop, mini))
+        ]
+        for server in servers:
+            await server.start()
+            stack.push_async_callback(server.close)
+        control = await stack.enter_async_context(laptop.control_port())
+        found = Pair(laptop, mini, servers[1].url, control, servers[0])
+        mini.served, mini.peers = [found.elsewhere()], {LAPTOP: control}
+        found.session = await stack.enter_async_context(aiohttp.ClientSession(found.here))
+        yield found
+
+
+async def test_an_answer_is_the_sources_own(pair: Pair) -> None:
+    async with pair.session.post(PATH, json=ASK) as response:
+        answer = await response.json()
+    assert (response.status, answer["choices"][0]["message"]["content"]) == (200, pair.laptop.reply)
+    async with pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        text = await response.text()
+    assert response.content_type == "text/event-stream"
+    events = [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n")[:-2]]
+    said = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+    assert said == pair.laptop.reply and text.endswith("data: [DONE]\n\n")
+    assert not pair.mini.requests
+
+
+async def test_tokens_come_one_by_one(pair: Pair) -> None:
+    pair.laptop.endless, pair.laptop.pace_s = True, 0.01
+    async with pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        async with asyncio.timeout(BOUND_S):
+            for _ in range(5):
+                assert (await response.content.readuntil(b"\n\n")).startswith(b"data: ")
+    assert pair.laptop.produced < 200, "the answer was not awaited whole"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_cancels_at_the_source(pair: Pair, stream: bool) -> None:
+    pair.laptop.gate = asyncio.Event()
+    task = asyncio.create_task(pair.session.post(PATH, json={**ASK, "stream": stream}))
+    await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
+    task.cancel()
+    await asyncio.wait_for(pair.laptop.closed.wait(), BOUND_S)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_refusals_keep_status_headers_and_words(pair: Pair, stream: bool) -> None:
+    pair.laptop.error_at_once = OverloadedError("the queue is full: 64 requests wait", 2.3)
+    async with pair.session.post(PATH, json={**ASK, "stream": stream}) as response:
+        error = (await response.json())["error"]
+    assert (response.status, response.headers["Retry-After"]) == (429, "3")
+    assert error["message"] == "the queue is full: 64 requests wait"
+
+
+async def test_an_error_midway_comes_through_as_it_was(pair: Pair) -> None:
+    pair.laptop.error_midway = EngineError("the engine on jetson died: out of memory")
+    async with pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        events = (await response.text()).removesuffix("\n\n").split("\n\n")
+    assert "out of memory" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
+    assert not any("[DONE]" in event for event in events)
+
+
+async def test_a_source_that_dies_midway_ends_the_stream_with_an_error(pair: Pair) -> None:
+    pair.laptop.endless, pair.laptop.pace_s = True, 0.01
+    async with pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        await response.content.readuntil(b"\n\n")
+        closing = asyncio.create_task(pair.server.close())
+        events = (await response.text()).removesuffix("\n\n").split("\n\n")
+        await closing
+    assert "error" in json.loads(events[-1].removeprefix("data: "))
+    assert not any("[DONE]" in event for event in events)
+
+
+class Torn:
+    """A control port that sends what it is told, then cuts the connection."""
+
+    def __init__(self, *parts: bytes) -> None:
+        self.parts = parts
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for part in self.parts:
+            writer.write(b"%x\r\n%s\r\n" % (len(part), part))
+        await writer.drain()
+        if not self.parts[-1].endswith(b"stay"):
+            writer.close()
+
+    async def start(self) -> tuple[asyncio.Server, str]:
+        server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        return server, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_an_event_that_broke_off_is_not_passed_on(pair: Pair) -> None:
+    server, pair.mini.peers[LAPTOP] = await Torn(b'data: {"whole":1}\n\ndata: {"ha').start()
+    async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        events = (await response.text()).removesuffix("\n\n").split("\n\n")
+    assert events[0] == 'data: {"whole":1}'
+    assert json.loads(events[1].removeprefix("data: "))["error"]["status"] == 503
+
+
+async def test_an_event_without_an_end_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_answer, "MAX_EVENT_BYTES", 100)
+    server, pair.mini.peers[LAPTOP] = await Torn(b"data: 1\n\n", b"x" * 200, b"stay").start()
+    async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        assert "without an end" in await asyncio.wait_for(response.text(), BOUND_S)
+
+
+async def test_a_large_answer_in_one_piece_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_answer, "MAX_WHOLE_BYTES", 100)
+    async with pair.session.post(PATH, json=ASK) as response:
+        assert response.status == 503 and "larger than" in (await response.json())["error"]["message"]
+
+
+async def test_a_silent_source_keeps_the_client_connected(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_answer, "SILENCE_S", 0.02)
+    server, pair.mini.peers[LAPTOP] = await Torn(b"data: 1\n\n", b"data: stay").start()
+    async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        assert await response.content.readuntil(b"\n\n") == b"data: 1\n\n"
+        assert await response.content.readuntil(b"\n\n") == b": the device of builtin is silent\n\n"
+
+
+async def test_a_source_that_cannot_be_reached_is_503(pair: Pair) -> None:
+    pair.mini.peers.clear()
+    async with pair.session.post(PATH, json=ASK) as response:
+        assert (response.status, response.headers["Retry-After"]) == (503, "5")
+
+
+async def test_the_source_waits_and_its_progress_comes_through(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.laptop.served = [replace(pair.laptop.model, state="loading", message="loading", progress=0.43)]
+    pair.mini.served = [pair.elsewhere()]
+    async with pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        assert await response.content.readuntil(b"\n\n") == b": loading (43%)\n\n"
+        pair.laptop.served = [pair.laptop.model]
+        pair.laptop.touch()
+        assert (await response.text()).endswith("data: [DONE]\n\n")
+
+
+async def test_a_refusal_after_comments_is_the_last_event(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This device had said that it waits, before the model turned out to be another's, which refuses."""
+    monkeypatch.setattr(model_wait, "PROGRESS_S", 0.01)
+    pair.laptop.error_at_once = OverloadedError("the queue is full", 2.0)
+    pair.mini.served = [replace(pair.mini.model, state="planning", message="looking")]
+    async with pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        assert (await response.content.readuntil(b"\n\n")).startswith(b": looking")
+        pair.mini.served = [pair.elsewhere()]
+        pair.mini.touch()
+        last = (await response.text()).removesuffix("\n\n").split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the queue is full"
+
+
+async def test_a_relayed_request_is_never_relayed_again(pair: Pair) -> None:
+    """Each believes that the other is the source."""
+    pair.laptop.served = [replace(pair.elsewhere(), source=MINI)]
+    async with pair.mini.control_port() as back:
+        pair.laptop.peers = {MINI: back}
+        async with pair.session.post(PATH, json=ASK) as response:
+            assert response.status == 404
+    assert not pair.mini.requests and not pair.laptop.requests
+
+
+async def test_peers_reach_answers_only(pair: Pair) -> None:
+    headers = {"X-Device": MINI, "X-PeerLLM": "page"}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        for path in ("/peerllm/v1/stop", "/peerllm/v1/run", "/peerllm/v1/status", "/v1/models", "/", "//v1/models",
+                     "/v1/../peerllm/v1/stop", "/v1%2fchat/completions/x"):  # fmt: skip
+            async with session.post(pair.control + path, json={"model": "builtin"}) as response:
+                assert response.status == 404, path
+        async with session.get(pair.control + PATH) as response:
+            assert response.status == 404
+        async with session.post(pair.control + PATH, data=b"x" * (9 << 20)) as response:
+            assert response.status == 413
+        async with session.post(pair.control + PATH, data=b"{") as response:
+            assert response.status == 400
+    assert not pair.laptop.calls and not pair.laptop.runs
+
+
+async def test_a_device_cannot_speak_for_clients_of_another(pair: Pair) -> None:
+    async with aiohttp.ClientSession(pair.server.url) as local, local.post(PATH, json=ASK) as response:
+        await response.read()
+    async with pair.session.post(PATH, json={**ASK, "user": "u"}) as response:
+        await response.read()
+    forged = {"X-Device": MINI, remote_answer.CLIENT_HEADER: "127.0.0.1" + "x" * 999}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(pair.control + PATH, json=ASK, headers=forged) as response,
+    ):
+        await response.read()
+    local_, relayed, long = (request.client for request in pair.laptop.requests)
+    assert local_ == "127.0.0.1/"
+    assert relayed == f"device:{MINI}/127.0.0.1/u"
+    assert long.startswith(f"device:{MINI}/127.0.0.1x") and len(long) < 300
+
+
+async def test_every_device_lists_every_model(pair: Pair) -> None:
+    async def listed(url: str) -> Any:
+        async with aiohttp.ClientSession(url) as session, session.get("/v1/models") as response:
+            return await response.json()
+
+    own = replace(pair.mini.model, name="mine", model="/models/mine", deployment="e" * 32, created=5)
+    pair.mini.served = [own, pair.elsewhere()]
+    pair.laptop.served = [pair.laptop.model, replace(own, source=MINI)]
+    first, second = await listed(pair.server.url), await listed(pair.here)
+    assert first == second and [one["id"] for one in first["data"]] == ["mine", "builtin"]
+
+
+async def test_of_two_models_of_one_name_the_one_that_serves_then_the_own(pair: Pair) -> None:
+    own = replace(pair.mini.model, deployment="e" * 32)
+    pair.mini.served = [own, pair.elsewhere()]
+    async with pair.session.post(PATH, json=ASK) as response:
+        await response.read()
+    assert len(pair.mini.requests) == 1
+    pair.mini.served = [replace(own, state="failed"), pair.elsewhere()]
+    async with pair.session.post(PATH, json=ASK) as response:
+        await response.read()
+    assert len(pair.laptop.requests) == 1
+
+
+async def test_shutting_down_ends_a_relayed_stream_with_an_error(pair: Pair, tmp_path: Path) -> None:
+    pair.laptop.endless, pair.laptop.pace_s = True, 0.01
+    second = ApiServer(pair.mini, "127.0.0.1", 0, tmp_path / "again", in_process=True)
+    await second.start()
+    async with aiohttp.ClientSession(second.url) as session, session.post(PATH, json={**ASK, "stream": True}) as answer:
+        await answer.content.readuntil(b"\n\n")
+        await second.close()
+        assert "shutting down" in await answer.text()
+    await asyncio.wait_for(pair.laptop.closed.wait(), BOUND_S)
+
+
+def test_the_path_is_the_one_that_clients_use() -> None:
+    assert completions.CHAT_PATH == PATH

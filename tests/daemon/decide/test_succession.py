@@ -1,0 +1,286 @@
+"""Succession: by hand, rule by rule; then many devices whose messages are late, lost and reordered."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from peerllm.daemon.decide import succession as s
+
+PLAN = s.CoordinatedPlan("d", "a", "a", ("a", "b", "c"), 5, serving=True)
+
+
+def follower(me: str, plan: s.CoordinatedPlan = PLAN, equipped: bool = True) -> s.Succession:
+    made = s.Succession(me)
+    made.handle(s.PlanTold(plan), 0.0)
+    for other in set(plan.devices) - {me}:
+        made.handle(s.PresenceChanged(other, "online"), 0.0)
+    made.handle(s.Equipped(plan.deployment, equipped), 0.0)
+    return made
+
+
+def lose(one: s.Succession, presence: s.Presence = "gone", at: float = 10.0) -> None:
+    one.handle(s.PresenceChanged("a", presence), at)
+
+
+def test_the_next_in_the_plans_order_asks_for_votes_and_takes_over() -> None:
+    b, c = follower("b"), follower("c")
+    lose(b)
+    lose(c)
+    assert b.deadline() == 10.0 + s.GONE_S
+    assert c.deadline() == 10.0 + s.GONE_S + s.TURN_S
+    assert b.handle(s.TurnCame(), 11.0) == [s.AskVotes(PLAN, 1, ("c",))]
+    assert c.handle(s.VoteAsked("b", PLAN, 1), 11.0) == [s.Obey("d", "b", 1)]
+    assert b.handle(s.VoteCame("c", "d", 1, True), 11.1) == [s.TakeOver("d", 6)]
+    assert (b.coordinators["d"], c.coordinators["d"]) == ("b", "b")
+    assert c.deadline() is None
+
+
+def test_a_silent_coordinator_is_waited_for_longer_than_one_that_is_gone() -> None:
+    b = follower("b")
+    lose(b, "silent")
+    assert b.deadline() == 10.0 + s.SILENT_S
+    assert b.handle(s.TurnCame(), 10.0 + s.GONE_S) == []
+    b.handle(s.PresenceChanged("a", "online"), 11.5)
+    assert b.deadline() is None
+
+
+@pytest.mark.parametrize(("asked", "reason"), [
+    (s.VoteAsked("x", PLAN, 1), "not both"),
+    (s.VoteAsked("x", replace(PLAN, devices=("a", "c", "x")), 1), "the candidate is not"),
+    (s.VoteAsked("b", replace(PLAN, devices=("a", "b", "e")), 1), "not both"),
+    (s.VoteAsked("b", replace(PLAN, epoch=4), 1), "epoch 5"),
+    (s.VoteAsked("b", replace(PLAN, deployment="ended"), 1), "has ended"),
+])  # fmt: skip
+def test_a_vote_is_refused(asked: s.VoteAsked, reason: str) -> None:
+    c = follower("c")
+    c.handle(s.DeploymentOver("ended", "a", ended=True), 1.0)
+    lose(c)
+    (answer,) = c.handle(asked, 11.0)
+    assert isinstance(answer, s.Refuse)
+    assert reason in answer.reason
+
+
+def test_who_hears_the_coordinator_gives_no_vote() -> None:
+    c = follower("c")
+    (answer,) = c.handle(s.VoteAsked("b", PLAN, 1), 11.0)
+    assert isinstance(answer, s.Refuse)
+    assert c.coordinators["d"] == "a"
+
+
+def test_who_knows_nothing_of_a_deployment_obeys_whom_it_votes_for() -> None:
+    c = s.Succession("c")
+    assert c.handle(s.VoteAsked("b", PLAN, 3), 11.0) == [s.Obey("d", "b", 3)]
+    assert c.coordinators["d"] == "b"
+
+
+def test_one_vote_a_term() -> None:
+    plan = replace(PLAN, devices=("a", "b", "c", "e"))
+    c = follower("c", plan)
+    lose(c)
+    assert c.handle(s.VoteAsked("b", plan, 1), 11.0) == [s.Obey("d", "b", 1)]
+    (second,) = c.handle(s.VoteAsked("e", plan, 1), 11.0)
+    assert isinstance(second, s.Refuse)
+    assert c.handle(s.VoteAsked("e", plan, 2), 11.0) == [s.Obey("d", "e", 2)]  # b has not taken over
+    c.handle(s.PlanTold(replace(plan, coordinator="e", epoch=9)), 12.0)
+    (late,) = c.handle(s.VoteAsked("b", replace(plan, epoch=9), 3), 13.0)
+    assert isinstance(late, s.Refuse)  # e has
+    assert c.coordinators["d"] == "e"
+
+
+def test_a_vote_in_vain_binds_for_a_bounded_time() -> None:
+    c = follower("c")
+    lose(c)
+    c.handle(s.VoteAsked("b", PLAN, 1), 11.0)
+    c.handle(s.PlanTold(PLAN), 12.0)
+    assert c.coordinators["d"] == "b"
+    c.handle(s.PlanTold(PLAN), 11.1 + s.BOUND_S)
+    assert c.coordinators["d"] == "a"
+
+
+def test_of_two_devices_the_survivor_serves_anew() -> None:
+    plan = replace(PLAN, devices=("a", "b"))
+    b = follower("b", plan)
+    lose(b)
+    assert b.handle(s.TurnCame(), 11.0) == []
+    assert b.handle(s.TurnCame(), 10.0 + s.ANEW_S) == [s.ServeAnew("d")]
+    assert b.handle(s.TurnCame(), 100.0) == []
+    assert b.deadline() is None
+
+
+def test_who_is_not_equipped_does_not_stand() -> None:
+    b = follower("b", equipped=False)
+    lose(b)
+    assert b.deadline() is None
+    b.handle(s.Equipped("d"), 12.0)
+    assert b.deadline() == 12.0
+
+
+def test_votes_too_few_are_asked_for_again_in_a_later_term() -> None:
+    b = follower("b", replace(PLAN, devices=("a", "b", "c", "e", "f")))
+    lose(b)
+    b.handle(s.TurnCame(), 11.0)
+    assert b.handle(s.VoteCame("c", "d", 1, True), 11.1) == []
+    assert b.handle(s.VoteCame("x", "d", 1, True), 11.1) == []  # not of the plan
+    assert b.handle(s.VoteCame("e", "d", 2, True), 11.1) == []  # of no term that was asked for
+    due = b.deadline()
+    assert due == 11.0 + s.VOTE_S
+    b.handle(s.TurnCame(), due)
+    (again,) = b.handle(s.TurnCame(), due + s.TURN_S)
+    assert isinstance(again, s.AskVotes)
+    assert again.term == 2
+
+
+def test_when_both_serve_the_origin_goes_on_and_the_other_drains_first() -> None:
+    b = follower("b")
+    lose(b)
+    b.handle(s.TurnCame(), 11.0)
+    b.handle(s.VoteCame("c", "d", 1, True), 11.1)
+    b.handle(s.PlanTold(replace(PLAN, coordinator="b", epoch=9)), 12.0)
+    b.handle(s.StreamsChanged("d", True), 12.0)
+    assert b.handle(s.PlanTold(replace(PLAN, epoch=6)), 20.0) == [s.Drain("d")]
+    assert b.handle(s.PlanTold(replace(PLAN, epoch=6)), 21.0) == []  # once
+    assert b.handle(s.StreamsChanged("d", False), 25.0) == [s.GiveWay("d", "a")]
+
+
+def test_an_origin_that_does_not_serve_gives_way_to_one_that_does() -> None:
+    a = s.Succession("a")
+    a.handle(s.PlanTold(replace(PLAN, serving=False)), 0.0)
+    found = a.handle(s.PlanTold(replace(PLAN, coordinator="b", epoch=9)), 1.0)
+    assert found == [s.Drain("d"), s.GiveWay("d", "b")]
+
+
+def test_a_deployment_begun_anew_gives_way_to_the_one_it_was_begun_for() -> None:
+    b = follower("b", replace(PLAN, devices=("a", "b")))
+    lose(b)
+    b.handle(s.TurnCame(), 10.0 + s.ANEW_S)
+    b.handle(s.PlanTold(s.CoordinatedPlan("e", "b", "b", ("b",), 1, serving=True, succeeds="d")), 20.0)
+    found = b.handle(s.PlanTold(replace(PLAN, devices=("a", "b"))), 30.0)
+    assert found == [s.Drain("e"), s.GiveWay("e", "a")]
+
+
+class Island:
+    """Some devices with a clock; messages are late, lost and reordered, links are cut and devices stop."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = random.Random(seed)
+        self.names = "abcde"[: self.dice.randint(2, 5)]
+        self.now, self.count = 0.0, 0
+        self.nodes = {name: s.Succession(name) for name in self.names}
+        self.last: dict[tuple[str, str], float] = {}
+        self.dead: set[str] = set()
+        self.cut: set[frozenset[str]] = set()
+        self.queue: list[tuple[float, int, str, str, s.SuccessionEvent]] = []
+        self.plan = s.CoordinatedPlan("d", "a", "a", tuple(self.names), 1, serving=True)
+        self.plans: dict[str, dict[str, s.CoordinatedPlan]] = {name: {} for name in self.names}
+        self.plans["a"]["d"] = self.plan
+        for name in self.names:
+            self.nodes[name].handle(s.PlanTold(self.plan), 0.0)
+            self.nodes[name].handle(s.Equipped("d"), 0.0)
+        self.seen = {(x, y): "online" for x in self.names for y in self.names if x != y}
+
+    def connected(self, x: str, y: str) -> bool:
+        return not {x, y} & self.dead and frozenset((x, y)) not in self.cut
+
+    def send(self, sender: str, receiver: str, event: s.SuccessionEvent) -> None:
+        """Late by up to half a second; what one device sends to another comes in order."""
+        self.count += 1
+        way = sender, receiver
+        at = self.last[way] = max(self.now + self.dice.random() * 0.5, self.last.get(way, 0.0))
+        self.queue.append((at, self.count, sender, receiver, event))
+
+    def coordinate(self, name: str, plan: s.CoordinatedPlan) -> None:
+        self.plans[name][plan.deployment] = plan
+        self.do(name, self.nodes[name].handle(s.PlanTold(plan), self.now))
+
+    def do(self, name: str, actions: list[s.SuccessionAction], asked: s.VoteAsked | None = None) -> None:
+        for action in actions:
+            match action:
+                case s.AskVotes(plan, term, devices):
+                    for device in devices:
+                        self.send(name, device, s.VoteAsked(name, plan, term))
+                case s.Obey(deployment, candidate, term):
+                    assert asked is not None
+                    self.send(name, candidate, s.VoteCame(name, deployment, term, True))
+                case s.Refuse(deployment, candidate):
+                    assert asked is not None
+                    self.send(name, candidate, s.VoteCame(name, deployment, asked.term, False))
+                case s.TakeOver(deployment, epoch):
+                    self.coordinate(name, replace(self.plan, coordinator=name, epoch=epoch + 1))
+                case s.ServeAnew(deployment):
+                    anew = s.CoordinatedPlan(f"anew {name}", name, name, (name,), 1, serving=True, succeeds=deployment)
+                    self.coordinate(name, anew)
+                case s.GiveWay(deployment):
+                    del self.plans[name][deployment]
+                    for other in self.names:
+                        if other != name:
+                            self.send(name, other, s.DeploymentOver(deployment, name))
+                case _:
+                    pass
+
+    def look(self) -> None:
+        """What each device sees of the others, and what coordinators tell."""
+        for (x, y), before in self.seen.items():
+            presence: s.Presence = "online" if self.connected(x, y) else "gone" if y in self.dead else "silent"
+            if presence != before and x not in self.dead:
+                self.seen[x, y] = presence
+                self.do(x, self.nodes[x].handle(s.PresenceChanged(y, presence), self.now))
+        for coordinator, plans in self.plans.items():
+            for other in [name for name in self.names if name != coordinator]:
+                for plan in plans.values():
+                    self.send(coordinator, other, s.PlanTold(plan))
+                for over in sorted({"d", f"anew {coordinator}"} - plans.keys()):
+                    self.send(coordinator, other, s.DeploymentOver(over, coordinator))
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.1
+            if self.dice.random() < 0.3:
+                self.look()
+            due = sorted((one for one in self.queue if one[0] <= self.now), key=lambda one: one[:2])
+            self.queue = [one for one in self.queue if one[0] > self.now]
+            for _, _, sender, receiver, event in due:
+                if self.connected(sender, receiver):
+                    asked = event if isinstance(event, s.VoteAsked) else None
+                    self.do(receiver, self.nodes[receiver].handle(event, self.now), asked)
+            for name in self.names:
+                if name not in self.dead:
+                    self.do(name, self.nodes[name].handle(s.TurnCame(), self.now))
+            self.check()
+
+    def leaders(self) -> list[tuple[str, str]]:
+        return [(name, one) for name, plans in self.plans.items() if name not in self.dead for one in plans]
+
+    def check(self) -> None:
+        """At most one coordinator has a majority that obeys it."""
+        strong = [name for name, deployment in self.leaders() if deployment == "d"
+                  and 2 * sum(self.nodes[x].coordinators.get("d") == name for x in self.names) > len(self.names)]
+        assert len(strong) <= 1, strong
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_one_coordinator_is_left_whatever_happens(seed: int) -> None:
+    island = Island(seed)
+    for _ in range(island.dice.randint(1, 6)):
+        island.run(island.dice.random() * 12)
+        match island.dice.randint(0, 2):
+            case 0:
+                island.cut.add(frozenset(island.dice.sample(island.names, 2)))
+            case 1:
+                island.cut.clear()
+            case 2:
+                here = set(island.dice.sample(island.names, island.dice.randint(1, len(island.names) - 1)))
+                island.cut = {frozenset((x, y)) for x in here for y in set(island.names) - here}
+    if island.dice.random() < 0.5:
+        island.run(1.0)
+        island.dead.add("a")
+    island.cut.clear()
+    island.run(40.0)
+    assert len(island.leaders()) == 1, f"seed {seed}: {island.leaders()}"
+    ((leader, deployment),) = island.leaders()
+    if deployment == "d":
+        obeyed = {island.nodes[name].coordinators.get("d") for name in island.names if name not in island.dead}
+        assert obeyed == {leader}, f"seed {seed}: {obeyed}"

@@ -1,0 +1,228 @@
+"""One history: a household, and faults at times drawn from a seed. What must hold is checked all the while."""
+
+from __future__ import annotations
+
+from random import Random
+
+from peerllm.daemon.control_messages import Reserve
+from peerllm.daemon.decide import deployment_events as on
+from peerllm.errors import RefusedError
+from tests.daemon.simulation.household import SimulatedHousehold
+from tests.daemon.simulation.model_worker import LAYER_BYTES
+
+FAULTS_S = 30.0  # faults happen until then
+HEAL_S = 2.0  # after which all that was broken is mended
+SERVES_S = 45.0  # within which it serves again, and all answers end
+
+
+class WrongHistoryError(AssertionError):
+    """What happened when it went wrong, for whoever replays the seed."""
+
+
+def household(random: Random) -> SimulatedHousehold:
+    """Two to six devices that can hold the model together."""
+    layers, count = random.randint(4, 6), random.randint(2, 6)
+    while True:
+        lent = [random.randint(1, layers) for _ in range(count)]
+        if sum(lent) >= layers:
+            return SimulatedHousehold(random, layers, lent, recurrent=random.random() < 0.25)
+
+
+class History:
+    def __init__(self, seed: int, faults: int | None = None) -> None:
+        self.random = Random(seed)
+        self.house = household(self.random)
+        self.faults: list[str] = []
+        self._foreign = 0
+        random, house = self.random, self.house
+        for _ in range(random.randint(2, 5)):
+            prompt = tuple(random.randrange(50_000) for _ in range(random.randint(1, 12)))
+            seed, tokens = random.randrange(1 << 30), random.randint(5, 40)
+            house.time.at(random.uniform(0, 20), lambda p=prompt, s=seed, t=tokens: house.ask(p, s, t))
+        for _ in range(random.randint(1, 12) if faults is None else faults):
+            house.time.at(random.uniform(1, FAULTS_S), self._fault)
+        for name in house.machines:
+            house.paths.slow[name] = random.choice((0.0, 0.02, 0.1))
+
+    def run(self) -> None:
+        house = self.house
+        try:
+            house.start()
+            house.time.run(FAULTS_S)
+            house.time.at(FAULTS_S + HEAL_S, self._heal)
+            house.time.run(FAULTS_S + HEAL_S + SERVES_S, self._ended)
+            if house.coordinator.gave_up:  # which it may only if it never served
+                return
+            assert house.coordinator.serving, "it does not serve again, though nothing stands in its way"
+            assert all(answer.done for answer in house.answers), "an answer does not end"
+        except AssertionError as error:
+            story = "\n".join([*self.faults, *house.coordinator.log])
+            raise WrongHistoryError(f"{error}\n{story}") from error
+
+    def _ended(self) -> bool:
+        coordinator = self.house.coordinator
+        done = coordinator.serving and all(answer.done for answer in self.house.answers)
+        return coordinator.gave_up or (done and self.house.time.now > FAULTS_S + HEAL_S + 1)
+
+    # ---- faults ---------------------------------------------------------------------------------------------------
+
+    def _fault(self) -> None:
+        random, house = self.random, self.house
+        kinds = [
+            self._blip, self._one_way, self._freeze, self._die, self._engine, self._reset, self._leave, self._memory,
+            self._refusal, self._conditions, self._rival, self._partition, self._cancel,
+        ]  # fmt: skip
+        weights = [4, 2, 4, 4, 3, 3, 2, 1, 2, 2, 1, 1, 1]
+        fault = random.choices(kinds, weights)[0]
+        others = [name for name in house.machines if name != house.source_name]
+        fault(random.choice(others), random.choice((0.3, 0.9, 1.5, 2.5, 4.0, 12.0)))
+
+    def _note(self, text: str) -> None:
+        self.faults.append(f"{self.house.time.now:8.3f} fault: {text}")
+
+    def _mend(self, a: str, b: str) -> None:
+        for pair in ((a, b), (b, a)):
+            self.house.paths.mend(*pair)
+        for name in {a, b} - {self.house.source_name}:
+            self.house.look(name)
+
+    def _cut(self, a: str, b: str, seconds: float, ways: int) -> None:
+        house = self.house
+        for pair in [(a, b), (b, a)][:ways]:
+            house.paths.cut(*pair)
+        resets = self.random.random() < 0.3
+        for name in {a, b} - {house.source_name}:
+            house.look(name)
+
+        def mend() -> None:
+            if resets:
+                house.reset(a, b)
+            self._mend(a, b)
+
+        house.time.after(seconds, mend)
+
+    def _blip(self, name: str, seconds: float) -> None:
+        other = self.random.choice([one for one in self.house.machines if one != name])
+        self._note(f"{name} and {other} do not hear each other for {seconds} s")
+        self._cut(name, other, seconds, ways=2)
+
+    def _one_way(self, name: str, seconds: float) -> None:
+        other = self.random.choice([one for one in self.house.machines if one != name])
+        a, b = self.random.choice(((name, other), (other, name)))
+        self._note(f"{b} does not hear {a} for {seconds} s")
+        self._cut(a, b, seconds, ways=1)
+
+    def _partition(self, _: str, seconds: float) -> None:
+        names = list(self.house.machines)
+        side = self.random.sample(names, self.random.randint(1, len(names) - 1))
+        self._note(f"{side} are cut off for {seconds} s")
+        for a in side:
+            for b in set(names) - set(side):
+                self._cut(a, b, seconds, ways=2)
+
+    def _freeze(self, name: str, seconds: float) -> None:
+        if self.random.random() < 0.2:
+            name, seconds = self.house.source_name, min(seconds, 2.5)
+        self._note(f"{name} stands still for {seconds} s")
+        machine, house = self.house.machines[name], self.house
+        if machine.frozen or not machine.alive:
+            return
+        machine.frozen, life = True, machine.born
+        self._look_all(name)
+
+        def thaw() -> None:
+            if machine.born == life and machine.frozen:
+                machine.thaw()
+                self._look_all(name)
+
+        house.time.after(seconds, thaw)
+
+    def _look_all(self, name: str) -> None:
+        for one in self.house.machines if name == self.house.source_name else (name,):
+            if one != self.house.source_name:
+                self.house.look(one)
+
+    def _die(self, name: str, seconds: float) -> None:
+        if self.house.machines[name].alive:
+            self._note(f"{name} dies for {seconds} s")
+            self.house.kill(name)
+            self.house.time.after(seconds, lambda: self.house.restart(name))
+
+    def _engine(self, name: str, _: float) -> None:
+        name = self.random.choice((name, self.house.source_name))
+        self._note(f"{name} loses its engine")
+        self.house.crash_engine(name)
+
+    def _reset(self, name: str, _: float) -> None:
+        other = self.random.choice([one for one in self.house.machines if one != name])
+        self._note(f"connections between {name} and {other} break")
+        if self.house.machines[name].alive and self.house.machines[other].alive:
+            self.house.reset(name, other)
+
+    def _leave(self, name: str, seconds: float) -> None:
+        self._note(f"{name} asks to hold nothing for {seconds} s")
+        self.house.leave(name, True)
+        self.house.time.after(seconds, lambda: self.house.leave(name, False))
+
+    def _memory(self, name: str, seconds: float) -> None:
+        """Another model takes what memory is left, for a while."""
+        ledger, now = self.house.workers[name].ledger, self.house.time.now
+        nbytes = min(ledger.free_bytes, self.random.randint(1, 3) * LAYER_BYTES)
+        self._foreign += 1
+        other = f"{self._foreign:032x}"
+        self._note(f"another model takes {nbytes} bytes of {name} for {seconds} s")
+        ledger.reserve(Reserve(other, 1, nbytes, 600.0), "another", now)
+        ledger.commit(other, 1, "another", now)
+        self.house.time.after(seconds, lambda: ledger.release(other, 1, "another"))
+        self.house.time.after(seconds, lambda: self._conditions(name, 0.0))
+
+    def _refusal(self, name: str, _: float) -> None:
+        self._note(f"{name} refuses the next question")
+        self.house.workers[name].refusals += 1
+
+    def _conditions(self, *_: object) -> None:
+        house = self.house
+        house.control(house.source_name, house.source_name, lambda: house.coordinator.feed(on.ConditionsChanged("")))
+
+    def _rival(self, name: str, _: float) -> None:
+        """Another device gives orders for the deployment; a device that obeys one coordinator refuses."""
+        worker = self.house.workers[name]
+        if not any(p.deployment == self.house.deployment for p in worker.ledger.promises()):
+            return
+        self._note(f"a rival asks {name} for the deployment")
+        before = worker.ledger.promises()
+        try:
+            worker.ledger.reserve(Reserve(self.house.deployment, 10_000, 0, 10.0), "rival", self.house.time.now)
+        except RefusedError:
+            pass
+        else:
+            raise AssertionError("a device obeys two coordinators")
+        worker.release("rival", 10_000, False, lambda reply: None)
+        worker.ledger.release(self.house.deployment, 10_000, "rival")
+        assert set(worker.ledger.promises()) <= set(before)
+        kept = [p for p in before if p.until is None]
+        assert set(kept) <= set(worker.ledger.promises()), "a rival released what another coordinator holds"
+
+    def _cancel(self, *_: object) -> None:
+        if self.house.answers:
+            number = self.random.randrange(len(self.house.answers))
+            self._note(f"the client of answer {number} hangs up")
+            self.house.cancel(number)
+
+    def _heal(self) -> None:
+        self._note("all is mended")
+        house = self.house
+        for machine in house.machines.values():
+            if machine.frozen:
+                machine.thaw()
+        for name in house.machines:
+            house.restart(name)
+            house.workers[name].refusals = 0
+            for other in house.machines:
+                if other != name:
+                    house.paths.mend(name, other)
+        for name in set(house.machines) - {house.source_name}:
+            if name in house.leaving:
+                house.leave(name, False)
+            house.look(name)
+        self._conditions()

@@ -1,0 +1,62 @@
+"""Which models a device lists that others are the source of."""
+
+from __future__ import annotations
+
+from peerllm.daemon.control_messages import DeploymentView
+from peerllm.daemon.status.household_models import AWAITED_S, HouseholdModels
+
+A, B = "a" * 64, "b" * 64
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def view(deployment: str, state: str = "serving") -> DeploymentView:
+    return DeploymentView(deployment, "/models/m", state, 1, A, (), (), name="m", created=7, context=64)  # type: ignore[arg-type]
+
+
+def listed(models: HouseholdModels) -> list[tuple[str, str, str]]:
+    return [(one.deployment, one.state, one.source) for one in models.others(lambda device: f"device-{device[0]}")]
+
+
+def test_what_devices_here_say_is_listed_as_they_say_it() -> None:
+    models = HouseholdModels(Clock())
+    models.hear([A, B], {A: [view("1"), view("2", "loading")]})
+    assert listed(models) == [("1", "serving", A), ("2", "loading", A)]
+    models.hear([A, B], {A: [view("2")]})
+    assert listed(models) == [("2", "serving", A)], "one that was stopped is forgotten at once"
+
+
+def test_a_model_whose_source_is_away_is_waited_for_a_while() -> None:
+    clock = Clock()
+    models = HouseholdModels(clock)
+    models.hear([A, B], {A: [view("1")]})
+    clock.now = 5.0
+    models.hear([A, B], {})
+    assert listed(models) == [("1", "waiting", "")]
+    (one,) = models.others(lambda device: "laptop")
+    assert one.reason == "laptop, where it was started, is not here"
+    clock.now = AWAITED_S
+    assert listed(models)
+    clock.now = AWAITED_S + 0.1
+    assert not listed(models)
+
+
+def test_its_successor_takes_its_place() -> None:
+    models = HouseholdModels(Clock())
+    models.hear([A, B], {A: [view("1")]})
+    models.hear([A, B], {B: [view("1")]})
+    assert listed(models) == [("1", "serving", B)]
+    models.hear([A, B], {A: [], B: [view("1")]})
+    assert listed(models) == [("1", "serving", B)]
+
+
+def test_a_device_that_was_removed_is_forgotten() -> None:
+    models = HouseholdModels(Clock())
+    models.hear([A, B], {A: [view("1")]})
+    models.hear([B], {})
+    assert not listed(models)
