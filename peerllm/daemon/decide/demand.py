@@ -135,14 +135,13 @@ def sizes_from(options: RunOptions, max_context: int, least_context: int, moving
 
     Where it serves, what was asked for comes first: it may have become possible.
     """
-    best_first = list(sizes(options, max_context, least_context))
-    had = moving.size
-    if had not in best_first:
-        yield from (had, *best_first)
-    elif moving.compare:
-        yield from best_first
-    else:
-        yield from best_first[best_first.index(had) :]
+    slots, context = had = moving.size
+    others = [one for one in sizes(options, max_context, least_context) if one != had]
+    larger = [one for one in others if one[0] >= slots and one[1] >= context]
+    if moving.compare:
+        yield from larger
+    yield had
+    yield from (one for one in others if one not in larger)
 
 
 def draw_up(

@@ -130,7 +130,8 @@ class Admission:
         self._running.clear()
 
     def suspend(self) -> None:
-        """End the running sequences in the engine; `open` gives them to it anew, as slots are free."""
+        """End the running sequences in the engine; `open`, which follows, gives them to it anew as slots are free."""
+        self._room = None
         for number in sorted(self._running.keys() & self._all.keys(), key=lambda one: self._all[one].submitted):
             sequence = self._all.pop(number)
             self._give_up(number)

@@ -120,6 +120,7 @@ class Deployment:
         self._running: Epoch | None = None  # the one that sequences are computed in
         self._released_before = 0  # epochs before this one were let go of
         self._coming: Epoch | None = None  # the last one that was to be established
+        self._lessened: Epoch | None = None  # the last that serves less than an earlier one did
         self._cached: dict[DeviceId, frozenset[int]] = {}  # layers that devices have fetched
         self._failure: PeerLLMError | None = None  # the last, with its class
         self._outcomes: list[asyncio.Future[None]] = []
@@ -173,6 +174,9 @@ class Deployment:
 
     def trouble(self, device: DeviceId, told: Trouble) -> None:
         """A device's part of the deployment is lost, or one of its links."""
+        epoch = self._epochs.get(told.epoch)
+        if epoch is None or device not in epoch.devices:  # of an epoch that is over, or of no device of it
+            return
         reason = f"{self._around.name(device)}: {told.reason}"
         if not told.engine_died:
             self._feed(LinksLost(device, told.epoch, reason, told.other))
@@ -358,22 +362,20 @@ class Deployment:
             if contended:
                 self._search.free.clear()  # who stands in the way may be about to let go
             self._feed(NoPlan(asked.number, str(error), not isinstance(error, PASSING), contended))
+            if self.state == "planning" and self.lasting and self._tasks.get("plan") is asyncio.current_task():
+                self._become("waiting", str(error))
             return
         self._plans[asked.number] = searched.blueprint
         while len(self._plans) > MAX_PLANS:
             del self._plans[next(iter(self._plans))]
-        decision, running = searched.decision, self._running
+        decision, running, work = searched.decision, self._running, searched.blueprint.workload
+        reason = decision.reason if decision is not None else ""
+        if decision is None and running is not None:
+            reason = f"move to serve {work.sequences} answers at once with a context of {work.context} tokens"
         same = running is not None and running.blueprint.plan.stages == searched.blueprint.plan.stages
         stay = asked.compare and same and decision is not None and decision.action == "stay"
-        self._feed(
-            PlanFound(
-                asked.number,
-                searched.blueprint.plan.stages,
-                stay,
-                self._beside(searched),
-                decision.reason if decision is not None else "",
-            )
-        )
+        stages = searched.blueprint.plan.stages
+        self._feed(PlanFound(asked.number, stages, stay, self._beside(searched), reason))
 
     async def _searched(self, asked: MakePlan) -> PlanSearched:
         inspected = self.model.inspected
@@ -441,9 +443,9 @@ class Deployment:
             number, devices = epoch.number, epoch.blueprint.promises
             self._work(f"undo {number}", self._negotiation.let_go(number, devices, only=True))
             device, cause = failure_of(error)
-            self._epochs.pop(epoch.number, None)
             self._failure = EngineError(str(cause)) if device != me and isinstance(cause, BadInputError) else cause
             blamed = self._blamed(device, epoch, error)
+            self._epochs.pop(epoch.number, None)
             lasting = device == me and not isinstance(cause, PASSING)
             self._feed(NotEstablished(epoch.number, blamed, str(cause), lasting))
         else:
@@ -462,9 +464,7 @@ class Deployment:
             self._note_failure(error.device, epoch.number, UnavailableError(str(error)))
             return device
         cause = failure_of(error)[1]
-        if device is not None and not isinstance(
-            cause, LinkError
-        ):  # else it is away, and no candidate until it is back
+        if device is not None and not isinstance(cause, LinkError):  # else it is away
             self._note_failure(device, epoch.number, cause)
             return None
         return device
@@ -541,6 +541,9 @@ class Deployment:
         self.sequences.open(ServingCapacity(work.sequences, work.context, inspected.vocabulary, inspected.stop_ids))
         self._resolve(None)
         self._served()
+        if less and epoch is not self._lessened:
+            self._lessened = epoch
+            self._feed(ConditionsChanged("it serves less than it did"))  # another device may be here by now
 
     async def _let_go(self) -> None:
         """Release everything that this deployment holds on any device."""
