@@ -7,7 +7,8 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.decide.membership import LINKED, State
+from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.deployment.coordinator import Coordinator
 from peerllm.daemon.deployment.epoch_loading import QUERY_TIMEOUT_S
 from peerllm.daemon.deployment.surroundings import Home
@@ -36,6 +38,9 @@ from peerllm.daemon.facade import (
     ServedModel,
 )
 from peerllm.daemon.network import Network
+from peerllm.daemon.owner.lending import Lending
+from peerllm.daemon.owner.limits_file import recalled
+from peerllm.daemon.owner.machine_reading import read_machine
 from peerllm.daemon.relay import relay_door
 from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
@@ -87,7 +92,7 @@ class Daemon:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._threads = settings.threads or machine.processors()
+        self._threads = 1  # that are lent
         self._closing = AsyncExitStack()
         self._configured: Configured | None = None
         self._compute = ComputeSpeed("", {}, {})
@@ -133,6 +138,8 @@ class Daemon:
     async def _start(self) -> None:
         await self.claim()
         data = self.settings.data_dir
+        limits = await asyncio.to_thread(recalled, data, self.settings.given_limits)
+        self._threads = limits.threads or machine.processors()
         self.network = Network(self.settings, self.identity, self.hello, idle=self._idle)
         self.host = EngineHost(
             self._configure,
@@ -150,23 +157,34 @@ class Daemon:
         self._doing = "measuring how fast this machine computes"
         self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
         self._memory_bytes = configured.memory_bytes or machine.memory_bytes()
-        self.ledger = Ledger(self._lent(configured))
+        self.ledger = Ledger(self.lent_now(limits))
         self.digests = Digests(data / "digests.json")
         peers = NetworkPeers(self.network)
         self.store = await asyncio.to_thread(WeightStore, data / "weights", self.identity.device, peers)
         self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
+        free, key = (lambda: self.ledger.free_bytes), self._compute.key
+        self._profiler = Profiler(self.host, free, key, data / "profiles.json")
         self.worker = Worker(
             self.identity.device,
             self.ledger,
             self.host,
-            StageWeights(self.identity.device, self.store, self.digests, self.coordinator.own_tensors, token),
-            Profiler(self.host, lambda: self.ledger.free_bytes, self._compute.key, data / "profiles.json"),
+            StageWeights(
+                self.identity.device,
+                self.store,
+                self.digests,
+                lambda deployment: self.home.own_tensors(self.coordinator.own_tensors(deployment)),
+                token,
+            ),
+            self._profiler,
             address=self.home.address,
             report=self._report,
             changed=self.poke,
         )
+        memory = not configured.memory_bytes  # an accelerator's own is not the machine's
+        read = partial(read_machine, memory=memory)
+        self.lending = Lending(self, data, limits, self.settings.given_limits, read)
         network = self.network
         self._relay = RelayClient(network.post)
         network.add_route("GET", ROUTE, self.offers.handle)
@@ -179,12 +197,32 @@ class Daemon:
         network.on_roster(self._roster_changed)
         self._started = True
         self._closing.push_async_callback(self._let_go)
+        self._closing.push_async_callback(self.lending.close)
+        await self.lending.start()
         await network.start()
         await self.store.prune()
         self._first_look()
         await self.coordinator.start()
         self._ready.set()
         self.poke()
+
+    async def farewell(self, reason: str, within_s: float) -> None:
+        """Hold nothing any more: returns when others took over and answers under way are done, or time is up."""
+        if self._ready.is_set():
+            self.lending.go(reason)
+            if not await self.lending.gone(self.identity.device, lambda: self.coordinator.busy, within_s):
+                log.info("%g s are over; what is still held here is let go of", within_s)
+
+    async def sleep(self, within_s: float) -> None:
+        """The machine is about to sleep: a farewell, and goodbye to the household until `wake`."""
+        await self.farewell("going to sleep", within_s)
+        if self._ready.is_set():
+            await self.network.say_goodbye("going to sleep")
+
+    def wake(self) -> None:
+        """It is awake again."""
+        if self._ready.is_set():
+            self.lending.go("")
 
     async def close(self) -> None:
         """Stop what was started here, say goodbye, end the engine. May be called twice."""
@@ -259,6 +297,8 @@ class Daemon:
         self._relay_door.handler = handler
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        if self.lending.going:
+            raise UnavailableError(f"{self.settings.name} is {self.lending.leaving}")
         return self.coordinator.generate(request)
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
@@ -312,6 +352,40 @@ class Daemon:
             raise BadInputError(f"{len(found)} devices are called {device!r}; give the id instead")
         await self.network.remove(found.pop())
 
+    def limits(self) -> dict[str, Any]:
+        return {**asdict(self.lending.limits), "leaving": self.lending.leaving}
+
+    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        await self.lending.change(changes)
+        return self.limits()
+
+    # ---- lending.Lender -------------------------------------------------------------------------------------------
+
+    def lent_now(self, limits: OwnerLimits) -> int:
+        configured = self._configured
+        assert configured is not None
+        if configured.memory_bytes:
+            return machine.lent_of(limits.memory_bytes, configured.memory_bytes, configured.free_bytes)
+        running = self.host.state not in (IDLE, WAKING)
+        return machine.lent_bytes(limits.memory_bytes, configured.runtime_bytes, running)
+
+    def lending_changed(self) -> None:
+        self.network.set_hello_changed()
+        self.coordinator.stir("what a device lends has changed")
+        self.poke()
+
+    async def let_go(self, reason: str) -> None:
+        await self.worker.let_go_all(reason)
+
+    async def restart_engine(self, threads: int | None) -> None:
+        self._threads = threads or machine.processors()
+        self.host.renew(self._threads)
+        assert self._configured is not None
+        measured_in = self.settings.data_dir / "measured.json"
+        self._compute = await measured(self.host, self._configured, self._threads, measured_in)
+        self._profiler.computed_by(self._compute.key)
+        self.lending_changed()
+
     # ---- what this device says of itself -------------------------------------------------------------------------
 
     def hello(self) -> Hello:
@@ -326,7 +400,7 @@ class Daemon:
             control_port=self.settings.port,
             data_port=configured.port,
             memory_bytes=self._memory_bytes,
-            lent_bytes=self.ledger.lent_bytes,
+            lent_bytes=self.ledger.offered_bytes,
             gbytes_per_s=self._compute.gbytes_per_s,
             gflops=self._compute.gflops,
             architectures=configured.architectures,
@@ -347,6 +421,7 @@ class Daemon:
             self.coordinator.views(),
             promised + own,
             holdings=self.worker.holdings(),
+            leaving=self.ledger.leaving,
         )
 
     def _resident_bytes(self) -> int:
@@ -360,6 +435,8 @@ class Daemon:
     def poke(self) -> None:
         """Tell watchers that the status object changed."""
         self._pulse.poke()
+        if self._started:
+            self.lending.look()
 
     def _beat(self) -> None:
         """Something changed: tell the others, if it is something that they see."""
@@ -404,12 +481,6 @@ class Daemon:
         if not self._started or self.ledger.promises():
             return True
         return any(view.state in ("planning", "loading") for view in (*self.coordinator.views(), *self.home.views()))
-
-    def _lent(self, configured: Configured) -> int:
-        if configured.memory_bytes:
-            return machine.lent_of(self.settings.memory_bytes, configured.memory_bytes, configured.free_bytes)
-        running = self.host.state not in (IDLE, WAKING)
-        return machine.lent_bytes(self.settings.memory_bytes, configured.runtime_bytes, running)
 
     def _trusted(self, entries: tuple[RosterEntry, ...]) -> tuple[Trusted, ...]:
         me = self.identity.device

@@ -198,6 +198,14 @@ class Household(Protocol):
 
     async def leave(self) -> None: ...
 
+    def limits(self) -> dict[str, Any]:
+        """What the owner allows (decide/owner_limits.OwnerLimits), and "leaving": why nothing is lent now, or ""."""
+        ...
+
+    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Set some of them, for now and later starts; gives all. BadInputError names what is no limit."""
+        ...
+
     async def remove(self, device: str) -> None:
         """Remove a device (name or id) from the household."""
         ...

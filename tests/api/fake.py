@@ -127,13 +127,14 @@ class FakeHousehold:
         self.served = [self.model]
         self.reply = "Hello, wörld 🏡!"
         self.endless = False
-        self.pace_s = 0.0  # between two tokens of an endless answer
+        self.pace_s = 0.0  # between two tokens; all of an answer that ends come at once where it is 0
         self.queued: list[int] = []
         self.error_at_once: Exception | None = None
         self.error_midway: Exception | None = None
         self.finish: Any = "stop"
         self.reused = 0  # of a prompt's tokens
         self.gate: asyncio.Event | None = None  # holds the answer back until set
+        self.middle: asyncio.Event | None = None  # holds back the rest of an answer, after its fourth token
         self.requests: list[GenerateRequest] = []
         self.runs: list[RunOptions] = []
         self.calls: list[tuple[Any, ...]] = []
@@ -253,6 +254,10 @@ class FakeHousehold:
                     yield Chunk((), "length")
                     return
                 yield Chunk((one,), reused=self.reused)
+                if self.pace_s:
+                    await asyncio.sleep(self.pace_s)
+                if self.middle is not None and index == 3:
+                    await self.middle.wait()
                 if self.error_midway and index == 3:
                     raise self.error_midway
             yield Chunk((END,) if self.finish == "stop" else (), self.finish)

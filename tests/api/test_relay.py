@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ class Pair:
     def __init__(self, laptop: FakeHousehold, mini: FakeHousehold, here: str, control: str, server: ApiServer) -> None:
         self.laptop, self.mini, self.here, self.control, self.server = laptop, mini, here, control, server
         self.session: aiohttp.ClientSession
+        self.cut: Callable[[], Awaitable[None]]  # closes the laptop's control port
 
     def elsewhere(self, **what: Any) -> ServedModel:
         """The laptop's model as the mini PC sees it."""
@@ -49,9 +50,11 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
         for server in servers:
             await server.start()
             stack.push_async_callback(server.close)
-        control = await stack.enter_async_context(laptop.control_port())
+        ports = await stack.enter_async_context(AsyncExitStack())
+        control = await ports.enter_async_context(laptop.control_port())
         found = Pair(laptop, mini, servers[1].url, control, servers[0])
         mini.served, mini.peers = [found.elsewhere()], {LAPTOP: control}
+        found.cut = ports.aclose
         found.session = await stack.enter_async_context(aiohttp.ClientSession(found.here))
         yield found
 
@@ -273,3 +276,68 @@ async def test_shutting_down_ends_a_relayed_stream_with_an_error(pair: Pair, tmp
 
 def test_the_path_is_the_one_that_clients_use() -> None:
     assert completions.CHAT_PATH == PATH
+
+
+KEY = {"Idempotency-Key": "7c0d2b1e"}
+
+
+async def test_an_answer_with_a_key_is_found_through_any_device(pair: Pair) -> None:
+    async with aiohttp.ClientSession(pair.server.url) as local, local.post(PATH, json=ASK, headers=KEY) as response:
+        first = await response.json()
+    async with pair.session.post(PATH, json=ASK, headers=KEY) as response:
+        assert await response.json() == first
+    last = {**KEY, "Last-Event-ID": "5"}
+    async with pair.session.post(PATH, json={**ASK, "stream": True}, headers=last) as response:
+        assert b'{"content":", w' in await response.content.readuntil(b"\n\n")
+    async with pair.session.post(PATH, json={**ASK, "max_tokens": 3}, headers=KEY) as response:
+        assert response.status == 422
+    assert len(pair.laptop.requests) == 1
+
+
+async def test_a_stream_with_a_key_goes_on_after_its_link_broke(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "RETRY_S", 0.01)
+    pair.laptop.middle = asyncio.Event()
+    async with (
+        pair.laptop.control_port() as again,
+        pair.session.post(PATH, json={**ASK, "stream": True}, headers=KEY) as response,
+    ):
+        heard = b""
+        async with asyncio.timeout(BOUND_S):
+            while b"id: 4\n" not in heard:
+                heard += await response.content.readuntil(b"\n\n")
+            pair.mini.peers.clear()
+            await pair.cut()
+            while b": the device of builtin is lost" not in heard:
+                heard += await response.content.readuntil(b"\n\n")
+        pair.mini.peers[LAPTOP] = again
+        pair.laptop.middle.set()
+        heard += await response.read()
+    events = [json.loads(line[6:]) for line in heard.split(b"\n") if line.startswith(b"data: {")]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == pair.laptop.reply
+    assert len({event["id"] for event in events}) == 1 and heard.endswith(b"data: [DONE]\n\n")
+    assert len(pair.laptop.requests) == 1
+
+
+async def test_it_is_sought_for_a_bounded_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "RETRY_S", 0.01)
+    monkeypatch.setattr(completions, "RESUME_S", 0.1)
+    pair.mini.peers.clear()
+    async with pair.session.post(PATH, json=ASK, headers=KEY) as response:
+        assert response.status == 503
+    async with pair.session.post(PATH, json={**ASK, "stream": True}, headers=KEY) as response:
+        last = (await response.text()).removesuffix("\n\n").split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["status"] == 503
+
+
+async def test_a_stream_leaves_a_silent_device_once_another_answers(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mini PC itself takes the model over, where the answer is not kept: the stream ends with an honest error."""
+    monkeypatch.setattr(remote_answer, "SILENCE_S", 0.02)
+    monkeypatch.setattr(completions, "RETRY_S", 0.01)
+    server, pair.mini.peers[LAPTOP] = await Torn(b"id: 1\ndata: 1\n\n", b"data: stay").start()
+    async with server, pair.session.post(PATH, json={**ASK, "stream": True}, headers=KEY) as response:
+        assert await response.content.readuntil(b"\n\n") == b"id: 1\ndata: 1\n\n"
+        pair.mini.served = [pair.mini.model]
+        last = (await asyncio.wait_for(response.text(), BOUND_S)).removesuffix("\n\n").split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["status"] == 409

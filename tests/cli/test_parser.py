@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from peerllm.cli.main import main
-from peerllm.cli.parser import address, build_parser, default_data_dir, port, size
+from peerllm.cli.options.argument_types import address, port, size
+from peerllm.cli.parser import build_parser, default_data_dir
 from peerllm.cli.up import settings_of
 from peerllm.errors import BadInputError
 

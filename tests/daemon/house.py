@@ -194,9 +194,7 @@ class FakeEngine:
                 epochs -= {one for one in epochs if over(one)}
                 if not epochs:
                     del self.shards[key]
-        self.epochs = {
-            key: one for key, one in self.epochs.items() if key[0] != message.deployment or not over(key[1])
-        }
+        self.epochs = {key: one for key, one in self.epochs.items() if key[0] != message.deployment or not over(key[1])}
 
 
 class FakeStore:
@@ -326,6 +324,9 @@ class Device:
     async def hashes(self, tensors, progress):
         return {tensor.name: f"{abs(hash(tensor.name)):064x}"[-64:] for tensor in tensors}
 
+    async def hub_places(self, tensors):
+        return self.house.hub_places
+
     def tell_engine(self, message):
         self.told.append(message)
         self.house.changed()
@@ -357,6 +358,7 @@ class House:
         self.download_gate.set()
         self.switch_gate = asyncio.Event()  # engines' sequences change their epoch when it is open
         self.switch_gate.set()
+        self.hub_places = None
         self.devices: dict[str, Device] = {}
         self._departures: dict[str, asyncio.Event] = {}
         self._changes = asyncio.Event()

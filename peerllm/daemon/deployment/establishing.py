@@ -81,7 +81,10 @@ class EpochNegotiation:
         hashes = await around.hashes(moving, self._hashing)
         await self._reserve_all(epoch, make_room)
         self._reserved(epoch)
-        work = assignments(self._deployment, epoch.number, blueprint, inspected, hashes=hashes, address=around.address)
+        hub = await around.hub_places(tensor for layer in inspected.tensors for tensor in layer)
+        work = assignments(
+            self._deployment, epoch.number, blueprint, inspected, hashes=hashes, address=around.address, hub=hub
+        )
         await assign_all(around, work)
         for stage in blueprint.plan.stages:
             self._holdings.load(stage.device, epoch.number, (stage.first_layer, stage.last_layer), epoch.size)

@@ -13,6 +13,7 @@ from peerllm import errors
 from peerllm.daemon.control_messages import Activate, Answer, Assign, Carry, DeploymentView, Question, Release, Reserve
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
+from peerllm.daemon.decide.hub_places import HubPlaces
 from peerllm.daemon.deployment.model_files import ModelOnDisk, Tell
 from peerllm.daemon.threads import Progress
 from peerllm.engine.messages import Cancel, Inspected, Submit, TensorAt
@@ -65,7 +66,11 @@ class Surroundings(Protocol):
     async def inspect(self, model_dir: Path, dtype: str, quantize: str) -> Inspected: ...
 
     async def hashes(self, tensors: Iterable[TensorAt], progress: Progress) -> dict[str, str]:
-        """SHA-256 by tensor name."""
+        """SHA-256 by tensor name; "" for one on the hub that nobody has fetched yet."""
+        ...
+
+    async def hub_places(self, tensors: Iterable[TensorAt]) -> HubPlaces | None:
+        """Where the hub has the tensors, if each device may fetch its own from there."""
         ...
 
     def tell_engine(self, message: Submit | Cancel) -> None: ...

@@ -173,6 +173,18 @@ class Worker:
         for held in list(self._held.values()):
             await self._let_go(held, held.epochs)
 
+    async def let_go_all(self, reason: str) -> None:
+        """The owner's limits allow nothing any more: unload everything and tell the coordinators why."""
+        for held in list(self._held.values()):
+            number = held.last_epoch
+            for epoch in held.epochs.values():
+                epoch.over = reason
+            await self._let_go(held, held.epochs)
+            self._report(held.coordinator, Trouble(held.deployment, number, reason, engine_died=True))
+        for promise in self.ledger.promises():  # of what was not loaded yet
+            self.ledger.release(promise.deployment, promise.epoch, promise.coordinator)
+        self._changed()
+
     # ---- the questions ---------------------------------------------------------------------------------------
 
     async def _reserve(self, sender: DeviceId, asked: Reserve) -> None:

@@ -121,6 +121,14 @@ class EngineHost:
             self._wanted.set()
             self._call(self._on_state, WAKING)
 
+    def renew(self, threads: int) -> None:
+        """The next engine has so many threads; one that runs is ended, and the next question starts another."""
+        self._threads = threads
+        if self._channel is not None and self._state == RUNNING:
+            self._state = IDLE
+            self._channel.close()
+            self._call(self._on_state, IDLE)
+
     async def ask(self, message: Any, timeout_s: float) -> Any:
         """The answer to a message that carries a request number; raises the error that the engine names.
 

@@ -23,7 +23,7 @@ from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, stage
 from tests.engine.runs import in_slot
-from tests.engine.state.test_exported_state import load
+from tests.engine.state.test_arriving_state import load
 
 EXAMPLES = 300 if os.environ.get("PEERLLM_FULL") == "1" else 12
 SLOTS, CONTEXT, HEAD = 3, 60, 5

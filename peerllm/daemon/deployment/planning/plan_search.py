@@ -144,7 +144,7 @@ class PlanSearch:
             if device not in absent or device == around.me
         }
         if around.me not in candidates:
-            raise UnavailableError("this device's engine is not running; see `peerllm status`")
+            raise UnavailableError("this device takes no part now: it is paused, or its engine does not run")
         return candidates
 
     def _free(self, one: Candidate) -> int:
