@@ -58,10 +58,12 @@ async def main(url: str, token: str) -> None:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     timeout = aiohttp.ClientTimeout(total=TOTAL_S)
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(url, headers=headers, timeout=timeout, connector=connector) as session:
-        async with asyncio.TaskGroup() as group:
-            while line := await reader.readline():
-                group.create_task(listen(session, json.loads(line)))
+    async with (
+        aiohttp.ClientSession(url, headers=headers, timeout=timeout, connector=connector) as session,
+        asyncio.TaskGroup() as group,
+    ):
+        while line := await reader.readline():
+            group.create_task(listen(session, json.loads(line)))
 
 
 if __name__ == "__main__":
