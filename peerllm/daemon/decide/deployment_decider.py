@@ -142,7 +142,7 @@ class DeploymentDecider:
         joined = rules.devices.note(event, now)
         if event.condition != "online":
             rules.comparisons.away(device)
-        elif joined or device == rules.me:
+        elif joined:
             rules.attempts.shunned.discard(device)
             rules.attempts.hope()
             if isinstance(rules.under_way, BackingOff):
@@ -161,9 +161,11 @@ class DeploymentDecider:
         if running is not None and device in running.devices and running.epoch <= epoch:
             running.engines_lost[device] = reason
         rules.devices.fail(device, now)
-        if not isinstance(target, Establishing | Carrying) or target.epoch > epoch:
+        if not isinstance(target, Establishing | Carrying) or all(stage.device != device for stage in target.stages):
             return []
-        if any(stage.device == device for stage in target.stages):
+        if isinstance(target, Establishing) and target.renewal:
+            return rules.abandon(target)
+        if target.epoch <= epoch:
             return [*rules.abandon(target), *rules.fail(target, device, reason, now)]
         return []
 

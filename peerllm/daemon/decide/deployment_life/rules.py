@@ -158,7 +158,7 @@ class DeploymentRules:
             return None
         self.epoch += 1
         self.under_way = Establishing(self.epoch, work.why, work.because, work.stages)
-        if work.beside or self.running is None:
+        if work.beside:
             self._holding |= {stage.device for stage in work.stages}
             return [Establish(self.epoch, work.number)]
         stops = self._stop_serving(work.reason) if self.serving else []
