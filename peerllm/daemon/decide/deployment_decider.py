@@ -163,8 +163,8 @@ class DeploymentDecider:
         rules.devices.fail(device, now)
         if not isinstance(target, Establishing | Carrying) or all(stage.device != device for stage in target.stages):
             return []
-        if isinstance(target, Establishing) and target.renewal:
-            return rules.abandon(target)
+        if isinstance(target, Establishing) and target.renewal and running is not None and not running.doubtful:
+            return rules.abandon(target)  # else that it was lost is known, and it is loaded again
         if target.epoch <= epoch:
             return [*rules.abandon(target), *rules.fail(target, device, reason, now)]
         return []
@@ -199,9 +199,8 @@ class DeploymentDecider:
             return []
         if rules.lasting:
             return rules.wait(event.reason, now)
-        absent = rules.devices.unusable()
-        if not event.lasting and now < self._gather_until and absent:
-            rules.attempts.give_up(absent, event.reason, now, until=self._gather_until)
+        if not event.lasting and now < self._gather_until and rules.devices.unusable():
+            rules.attempts.give_up(rules.planned_without, event.reason, now, until=self._gather_until)
             return []
         if event.lasting or not event.contended:
             return rules.end(event.reason)
