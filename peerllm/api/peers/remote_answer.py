@@ -18,6 +18,7 @@ from peerllm.errors import LinkError
 
 CLIENT_HEADER = "X-PeerLLM-Client"  # which of the relaying device's clients asks
 SILENCE_S = 6.0  # seconds after which the client is told that its answer's device is silent; it tells something each 5
+MAX_SILENCES = 15  # in a row: longer than membership waits for a device that is silent altogether
 MAX_WHOLE_BYTES = 64 << 20  # of an answer in one piece
 MAX_EVENT_BYTES = 4 << 20  # of one event of a stream
 _JSON, _EVENTS = "application/json", "text/event-stream"
@@ -63,14 +64,18 @@ class RemoteAnswer:
 
     async def _events(self, stream: Stream, answer: RelayedAnswer) -> None:
         """Whole events only, so that one that broke off is not followed by another in its middle."""
-        held, ended = b"", False
+        held, ended, silences = b"", False, 0
         async with aclosing(pulsed(answer.body, SILENCE_S)) as pieces:
             async for piece in pieces:
                 if piece is None:
                     if self.moved():
                         raise LinkError("another device answers for it now")
+                    silences += 1
+                    if silences > MAX_SILENCES:
+                        raise LinkError(f"its device said nothing for {SILENCE_S * MAX_SILENCES:g} s")
                     await stream.comment(f"the device of {self.model.name} is silent")
                     continue
+                silences = 0
                 whole, mark, held = (held + piece).rpartition(b"\n\n")
                 if mark:
                     await stream.write(whole + mark)
@@ -79,7 +84,7 @@ class RemoteAnswer:
                         self.repeat.last = ids[-1].decode()
                 if len(held) > MAX_EVENT_BYTES:
                     raise LinkError("its device sends an event without an end")
-        if held or not ended:
+        if not ended:
             raise LinkError("its device broke it off")
 
 
