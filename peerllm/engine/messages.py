@@ -195,12 +195,13 @@ class CarryState:
 class Unload:
     """End a deployment's epochs up to `epoch` on this device (None: all) and free the shards that no later epoch uses.
 
-    The last epoch's running sequences end with reason "error".
+    The last epoch's running sequences end with reason "error". `only`: earlier epochs stand, and keep their shards.
     """
 
     request: int
     deployment: DeploymentId
     epoch: int | None = None
+    only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

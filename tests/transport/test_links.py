@@ -257,7 +257,7 @@ async def test_a_frozen_peer_is_noticed_by_its_silence(nodes: list[Node], monkey
 
 
 async def test_silence_counts_from_when_the_loop_woke(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, steps = 0.0, iter([0.5, 3.0, *[0.5] * 200])
+    now, steps = 0.0, iter([0.5, 3.0, *[0.5] * 9])
 
     async def sleep(seconds: float) -> None:
         nonlocal now
@@ -269,8 +269,8 @@ async def test_silence_counts_from_when_the_loop_woke(monkeypatch: pytest.Monkey
     beats: list[float] = []
     dead: list[str] = []
     await liveness.watch(lambda: 0.0, lambda: beats.append(now), dead.append)
-    assert dead == ["nothing heard for 60.5 s"]
-    assert beats == [0.5, 3.5, *(3.5 + 0.5 * beat for beat in range(1, 121))], "60 s of silence are not too much yet"
+    assert dead == ["nothing heard for 2.5 s"]
+    assert beats == [0.5, 3.5, 4.0, 4.5, 5.0, 5.5], "2 s of silence are not too much yet"
 
 
 async def test_who_cannot_write_any_more_reads_to_the_end(nodes: list[Node]) -> None:
