@@ -104,6 +104,10 @@ class Profiler:
         found = await self._shared(question, keys)
         return Answer(0, layer_ms={kind: found[kind] for kind in question.kinds if kind in found})
 
+    def computed_by(self, key: str) -> None:
+        """The engine has other processors now: what was measured with those before does not hold for it."""
+        self._computed_by = key
+
     async def close(self) -> None:
         """Nothing is measured any more; may be called twice."""
         for task in self._measuring.values():
