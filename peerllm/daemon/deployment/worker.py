@@ -32,14 +32,14 @@ from peerllm.daemon.control_messages import (
 )
 from peerllm.daemon.decide.assignments import Address, check
 from peerllm.daemon.decide.ledger import Ledger
-from peerllm.daemon.deployment.epoch_loading import (
+from peerllm.daemon.deployment.loading.epoch_loading import (
     QUERY_TIMEOUT_S,
     UNLOAD_TIMEOUT_S,
     EpochLoading,
     Fetcher,
     LoadingEngine,
 )
-from peerllm.daemon.deployment.held_deployment import HeldDeployment, HeldEpoch
+from peerllm.daemon.deployment.loading.held_deployment import HeldDeployment, HeldEpoch
 from peerllm.engine.messages import (
     CarryState,
     Connect,

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from peerllm.daemon.control_messages import Assign, Progress, StageWork
 from peerllm.daemon.decide.assignments import Address, weight_bytes
 from peerllm.daemon.decide.ledger import Ledger
-from peerllm.daemon.deployment.held_deployment import HeldDeployment, HeldEpoch
+from peerllm.daemon.deployment.loading.held_deployment import HeldDeployment, HeldEpoch
 from peerllm.engine.messages import EngineLoad, Hop, LoadStage, QueryLoad, TensorAt, Unload
 from peerllm.errors import RefusedError, UnavailableError
 from peerllm.planner.cost.byte_sizes import human_bytes
