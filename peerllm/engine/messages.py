@@ -369,6 +369,7 @@ class LinkLost:
     deployment: DeploymentId
     device: DeviceId
     reason: str
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +432,8 @@ class EngineLoad:
     # ... by sequences in the batch, rising: (sequences, mean ms, standard deviation as a share of the mean)
     paces: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
     held_bytes: Mapping[DeploymentId, int] = field(default_factory=dict)  # weights and KV, by deployment
+    replayed_tokens: int = 0  # that the stages here computed again, since the engine started
+    dropped_frames: int = 0  # runs and tokens that came late, twice or for nobody
 
 
 ToEngine = (
@@ -441,6 +444,7 @@ ToEngine = (
     | Inspect
     | LoadStage
     | Connect
+    | Switch
     | Unload
     | Submit
     | Cancel

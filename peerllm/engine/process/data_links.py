@@ -57,9 +57,8 @@ def most_under_way(spec: LoadStage, hidden_size: int) -> int:
 
 @dataclass(slots=True)
 class _Known:
-    """A deployment's epoch and its stages here."""
+    """The stages here of one epoch of a deployment."""
 
-    epoch: int
     hidden_size: int = 0  # numbers in the longest row of a token that may come or go
     specs: dict[int, LoadStage] = field(default_factory=dict)
     links: dict[int, Link] = field(default_factory=dict)  # by the stage that sends
@@ -75,7 +74,7 @@ class DataLinks:
         identity = load(configure.certificate_path, configure.key_path)
         self._plane = DataPlane(identity, configure.hosts, configure.port, self._lost, self._echoed, observer)
         self._certificates: dict[DeviceId, str] = {}
-        self._known: dict[DeploymentId, _Known] = {}
+        self._known: dict[DeploymentId, dict[int, _Known]] = {}  # by epoch
         self._loop = asyncio.get_running_loop()
         inbox.poller = self._plane.poller
         self._timings: deque[tuple[DeviceId, int, float]] = deque(maxlen=MAX_REPORTED)
@@ -94,26 +93,23 @@ class DataLinks:
         self._certificates = {one.device: one.certificate_pem for one in trusted}
         await self._plane.set_trusted(self._certificates.values())
 
-    def expect(self, spec: LoadStage, hidden_size: int) -> int | None:
-        """A stage is loaded: whoever feeds it may dial. Returns the epoch that it ends, whose links are to be ended."""
-        known = self._known.get(spec.deployment)
-        if known is not None and known.epoch > spec.epoch:
-            raise RefusedError(f"epoch {known.epoch} is loaded here; {spec.epoch} is past")
-        past = None if known is None or known.epoch == spec.epoch else known.epoch
-        if known is None or past is not None:
-            self._known[spec.deployment] = known = _Known(spec.epoch)
+    def expect(self, spec: LoadStage, hidden_size: int) -> None:
+        """A stage is loaded: whoever feeds it may dial. Links of other epochs stand."""
+        epochs = self._known.setdefault(spec.deployment, {})
+        if any(epoch > spec.epoch for epoch in epochs):
+            raise RefusedError(f"epoch {max(epochs)} is loaded here; {spec.epoch} is past")
+        known = epochs.setdefault(spec.epoch, _Known())
         known.hidden_size = max(known.hidden_size, hidden_size)
-        self._known[spec.deployment].specs[spec.stage] = spec
+        known.specs[spec.stage] = spec
         if spec.upstream not in (None, self._device):
             self._plane.expect(spec.upstream, Inlet(STEP, stage_limits(spec, hidden_size), self._deliver))
         if spec.stage == 0 and spec.head_device != self._device:
             self._plane.expect(spec.head_device, Inlet(STEP, source_limits(spec), self._deliver))
-        return past
 
     async def connect(self, message: Connect) -> Linked:
         """Links to all next stages on other devices; those that stand are kept. LinkError if one does not come up."""
-        known = self._known.get(message.deployment)
-        if known is None or known.epoch != message.epoch:
+        known = self._find(message.deployment, message.epoch)
+        if known is None:
             raise RefusedError(f"epoch {message.epoch} of this deployment is not loaded here")
         wanted = {
             stage: (spec.downstream, most_under_way(spec, known.hidden_size))
@@ -133,7 +129,7 @@ class DataLinks:
                 if isinstance(link, Link):
                     link.close()
             raise
-        if self._known.get(message.deployment) is not known:
+        if self._find(message.deployment, message.epoch) is not known:
             for link in links:
                 link.close()
             raise RefusedError("the deployment was stopped while it was being connected")
@@ -151,8 +147,11 @@ class DataLinks:
         return LinkTimed(message.request, tuple(frames))
 
     async def forget(self, deployment: DeploymentId, epoch: int | None = None) -> None:
-        """End all links of a deployment, or those of one past epoch, in order."""
-        if epoch is None:
+        """End all links of a deployment, or those of its epochs up to `epoch`, in order."""
+        epochs = self._known.get(deployment, {})
+        for one in [one for one in epochs if epoch is None or one <= epoch]:
+            del epochs[one]
+        if not epochs:
             self._known.pop(deployment, None)
         await self._plane.forget(deployment, epoch)
 
@@ -211,16 +210,15 @@ class DataLinks:
         self._timings.clear()
         self._tell(LinkTraffic(frames, self._inbox.handover_s))
 
-    def _lost(self, deployment: DeploymentId, device: DeviceId, reason: str) -> None:
-        known = self._known.get(deployment)
+    def _lost(self, link: Link) -> None:
+        known = self._find(link.deployment, link.epoch)
         if known is None:
             return
-        dead = [stage for stage, link in known.links.items() if link.device == device and link.closed]
-        for stage in dead:
+        dialled = [stage for stage, own in known.links.items() if own is link]
+        for stage in dialled:
             del known.links[stage]
-        fed: list[int | None] = [stage for stage, spec in known.specs.items() if spec.upstream == device]
-        if 0 in known.specs and known.specs[0].head_device == device:
-            fed.append(known.specs[0].stages)
-        # The plane does not say which way: a closed link of ours tells; else it was what that device feeds.
-        for ingress in [None] if dead else fed:
-            self._inbox.put(Lost(deployment, known.epoch, device, ingress, reason), always=True)
+        ingress = None if dialled else link.stage
+        self._inbox.put(Lost(link.deployment, link.epoch, link.device, ingress, link.lost), always=True)
+
+    def _find(self, deployment: DeploymentId, epoch: int) -> _Known | None:
+        return self._known.get(deployment, {}).get(epoch)
