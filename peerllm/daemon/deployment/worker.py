@@ -153,7 +153,7 @@ class Worker:
         """A data link of a deployment broke."""
         held = self._held.get(event.deployment)
         if held is not None:
-            self._report(held.coordinator, Trouble(event.deployment, held.last_epoch, event.reason, other=event.device))
+            self._report(held.coordinator, Trouble(event.deployment, event.epoch, event.reason, other=event.device))
 
     def progress(self, event: LoadProgress) -> None:
         """The engine has read so much of a stage."""

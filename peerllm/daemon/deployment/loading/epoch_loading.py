@@ -86,11 +86,12 @@ class EpochLoading:
     async def _load_stages(self, held: HeldDeployment, epoch: HeldEpoch, own: Mapping[str, TensorAt]) -> None:
         assign = epoch.assign
         here: set[str] = set()  # tensors loaded for it
-        taken = await self._taken(assign.deployment)
+        promise = self._ledger.promise(assign.deployment, assign.epoch)
+        room = promise.nbytes if promise is not None else 0  # for all of the epoch, what it takes over counted too
+        before = taken = await self._taken(assign.deployment)
         for work in assign.work:
             again = [tensor for tensor in work.tensors if tensor.name in here]  # which a later stage shares
-            room = self._ledger.promised_to(assign.deployment) - taken
-            limit = room + weight_bytes(again, assign.dtype, assign.quantize)
+            limit = room - (taken - before) + weight_bytes(again, assign.dtype, assign.quantize)
             spec = self._spec(assign, work, own, limit)
             epoch.load = asyncio.create_task(
                 self._engine.ask(spec, LOAD_TIMEOUT_S), name=f"engine load {assign.deployment[:8]}/{work.stage}"
