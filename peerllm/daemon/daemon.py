@@ -160,7 +160,8 @@ class Daemon:
         self.ledger = Ledger(self.lent_now(limits))
         self.digests = Digests(data / "digests.json")
         peers = NetworkPeers(self.network)
-        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.identity.device, peers)
+        me, most = self.identity.device, self.settings.cache_bytes
+        self.store = await asyncio.to_thread(WeightStore, data / "weights", me, peers, most)
         self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")

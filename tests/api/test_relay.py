@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api.openai import completions, model_wait
+from peerllm.api import peer_api
+from peerllm.api.openai import answer_store, completions, model_wait
 from peerllm.api.peers import remote_answer
 from peerllm.api.server import ApiServer
 from peerllm.daemon.facade import ServedModel
@@ -130,7 +131,9 @@ class Torn:
         for part in self.parts:
             writer.write(b"%x\r\n%s\r\n" % (len(part), part))
         await writer.drain()
-        if not self.parts[-1].endswith(b"stay"):
+        if self.parts[-1].endswith((b"end", b"\n\n")):
+            writer.write(b"0\r\n\r\n")
+        elif not self.parts[-1].endswith(b"stay"):
             writer.close()
 
     async def start(self) -> tuple[asyncio.Server, str]:
@@ -138,12 +141,14 @@ class Torn:
         return server, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-async def test_an_event_that_broke_off_is_not_passed_on(pair: Pair) -> None:
-    server, pair.mini.peers[LAPTOP] = await Torn(b'data: {"whole":1}\n\ndata: {"ha').start()
+@pytest.mark.parametrize("rest", [b'data: {"ha', b"data: the end", b"data: 2\n\n"])
+async def test_a_stream_that_broke_off_ends_with_an_error(pair: Pair, rest: bytes) -> None:
+    """Torn, or brought to an orderly end before its last event."""
+    server, pair.mini.peers[LAPTOP] = await Torn(b'data: {"whole":1}\n\n', rest).start()
     async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
         events = (await response.text()).removesuffix("\n\n").split("\n\n")
-    assert events[0] == 'data: {"whole":1}'
-    assert json.loads(events[1].removeprefix("data: "))["error"]["status"] == 503
+    assert events[0] == 'data: {"whole":1}' and events[1:-1] in ([], ["data: 2"])
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["status"] == 503
 
 
 async def test_an_event_without_an_end_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +222,38 @@ async def test_peers_reach_answers_only(pair: Pair) -> None:
             assert response.status == 404
         async with session.post(pair.control + PATH, data=b"x" * (9 << 20)) as response:
             assert response.status == 413
+        async with session.post(pair.control + PATH, data=chunked(b" " * (1 << 20), 9)) as response:
+            assert response.status == 413, "also where no length was told"
         async with session.post(pair.control + PATH, data=b"{") as response:
             assert response.status == 400
     assert not pair.laptop.calls and not pair.laptop.runs
+
+
+async def chunked(piece: bytes, count: int) -> AsyncIterator[bytes]:
+    for _ in range(count):
+        yield piece
+
+
+async def test_one_device_cannot_take_all_streams(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_api, "MAX_OF_DEVICE", 1)
+    pair.laptop.gate = asyncio.Event()
+    first = asyncio.create_task(pair.session.post(PATH, json=ASK))
+    await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
+    async with pair.session.post(PATH, json=ASK) as response:
+        assert response.status == 429 and response.headers["Retry-After"]
+    pair.laptop.gate.set()
+    assert (await first).status == 200
+    async with pair.session.post(PATH, json=ASK) as response:
+        assert response.status == 200
+
+
+async def test_kept_answers_of_a_device_share_its_bound(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_store, "MAX_KEPT_OF_CLIENT", 2)
+    for user in ("u", "v", "w", "u"):
+        key = {"Idempotency-Key": f"key of {user}"}
+        async with pair.session.post(PATH, json={**ASK, "user": user}, headers=key) as response:
+            assert response.status == 200
+    assert len(pair.laptop.requests) == 4, "the first made way for the third"
 
 
 async def test_a_device_cannot_speak_for_clients_of_another(pair: Pair) -> None:

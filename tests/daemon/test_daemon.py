@@ -17,6 +17,7 @@ import transformers
 from peerllm.builtin import MODEL_DIR
 from peerllm.daemon.control_messages import Trace
 from peerllm.daemon.daemon import Daemon
+from peerllm.daemon.decide import owner_limits
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.daemon.settings import Settings
 from peerllm.daemon.weights import hub_header
@@ -288,6 +289,49 @@ async def test_a_device_that_leaves_and_returns(daemons, llama, folder):
     except UnavailableError:  # a slow machine: its patience was over first, which was said
         pass
     assert await answer(laptop, name, [9, 9], 6) == await expected(model, [9, 9], 6)
+
+
+async def test_a_device_that_is_paused_is_done_without_and_used_again_when_it_is_resumed(daemons, llama, monkeypatch):
+    monkeypatch.setattr(owner_limits, "FAREWELL_S", 0.3)
+    name, model = llama
+    laptop, mini = daemons[LAPTOP], daemons[MINI]
+    told = await mini.set_limits({"paused": True})
+    assert told["leaving"] == "paused by its owner" and mini.ledger.promised_bytes  # until others had time to take over
+    await until(daemons, lambda: nothing_left([mini]) and deployment(laptop, name)["state"] == "waiting")
+    seen = {entry["name"]: entry for entry in laptop.status()["devices"]}
+    assert (seen["mini-pc"]["state"], seen["mini-pc"]["leaving"]) == ("online", "paused by its owner")
+    assert "mini-pc" in deployment(laptop, name)["reason"]
+    assert mini.identity.device not in laptop.home.candidates() and mini.identity.device not in mini.home.candidates()
+    await mini.set_limits({"paused": False})
+    await until(daemons, lambda: deployment(laptop, name)["state"] == "serving")
+    assert mini.ledger.promised_bytes and await answer(laptop, name, [9, 9], 6) == await expected(model, [9, 9], 6)
+
+
+async def test_a_farewell_is_over_when_others_have_nothing_here_any_more_and_answers_are_done(daemons, llama):
+    name, _ = llama
+    laptop, mini = daemons[LAPTOP], daemons[MINI]
+    (served,) = laptop.models()
+    leaving = asyncio.create_task(mini.farewell("going down", BOUND_S))
+    await until([laptop], lambda: laptop.network.peers()[mini.identity.device].view.leaving == "going down")
+    with pytest.raises(UnavailableError, match="mini-pc is going down"):
+        mini.generate(GenerateRequest(served.deployment, (1,), 1, Sampling()))
+    stream = laptop.generate(GenerateRequest(served.deployment, (1, 2), 20, Sampling()))
+    async with asyncio.timeout(BOUND_S):
+        await anext(stream)
+        own = asyncio.create_task(laptop.farewell("going down", BOUND_S))
+        async for _ in stream:
+            assert not own.done()
+        await own
+        laptop.wake()
+        await laptop.farewell("going down", BOUND_S)  # nothing is under way: at once
+        laptop.wake()
+    assert nothing_left([mini]) == leaving.done()
+    await laptop.stop(name)
+    async with asyncio.timeout(BOUND_S):
+        await leaving
+    mini.wake()
+    await laptop.run(RunOptions(name, **ROOM), quiet)
+    assert mini.ledger.promised_bytes
 
 
 async def test_what_served_is_served_again_after_a_restart(daemons, llama, folder):

@@ -74,7 +74,7 @@ async def _answered(
                 if repeat.last is not None:
                     raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
                 begin = _begin(app, chat, model, caller)
-                app[ANSWERS].begin(repeat.key, repeat.fingerprint, caller.group(chat.user), begin)
+                app[ANSWERS].begin(repeat.key, repeat.fingerprint, caller.payer(chat.user), begin)
             break
         remote = RemoteAnswer(app[HOUSEHOLD], model, caller, repeat, partial(_moved, app, model))
         try:

@@ -22,6 +22,7 @@ MAX_WHOLE_BYTES = 64 << 20  # of an answer in one piece
 MAX_EVENT_BYTES = 4 << 20  # of one event of a stream
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _KEPT = ("Retry-After", "x-should-retry")  # headers that mean the same here
+_LAST = re.compile(rb'data: (\[DONE\]|\{"error":)')  # with one of these every stream ends
 _ID = re.compile(rb"(?:^|\n)id: ([0-9]{1,10}|end)\n")
 
 
@@ -63,7 +64,7 @@ class RemoteAnswer:
 
     async def _events(self, stream: Stream, answer: RelayedAnswer) -> None:
         """Whole events only, so that one that broke off is not followed by another in its middle."""
-        held, name = b"", self.model.name
+        held, name, ended = b"", self.model.name, False
         async with aclosing(pulsed(answer.body, SILENCE_S)) as pieces:
             async for piece in pieces:
                 if piece is None:
@@ -74,11 +75,12 @@ class RemoteAnswer:
                 whole, mark, held = (held + piece).rpartition(b"\n\n")
                 if mark:
                     await stream.write(whole + mark)
+                    ended = _LAST.search(whole.rpartition(b"\n\n")[2]) is not None
                     if self.repeat is not None and (ids := _ID.findall(whole)):
                         self.repeat.last = ids[-1].decode()
                 if len(held) > MAX_EVENT_BYTES:
                     raise LinkError(f"the device of {name} sends an event without an end")
-        if held:
+        if held or not ended:
             raise LinkError(f"the answer of {name} broke off")
 
 

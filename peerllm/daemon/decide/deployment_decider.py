@@ -154,7 +154,7 @@ class DeploymentDecider:
         if event.condition == "gone":
             running.doubtful = running.doubtful or rules.devices.reason(device)
         elif event.renewed:
-            running.links_lost = running.links_lost or (event.reason or f"{device[:8]} is reached anew")
+            running.renewed = True
 
     def _note_engine(self, device: DeviceId, epoch: int, reason: str, now: float) -> list[DeploymentAction]:
         rules, running, target = self._rules, self._rules.running, self._rules.under_way

@@ -10,6 +10,7 @@ from pathlib import Path
 from peerllm.codec import decode, encode
 from peerllm.daemon.facade import RunOptions
 from peerllm.errors import LinkError
+from peerllm.saved_files import replace_file
 from peerllm.types import DeploymentId
 
 MAX_REMEMBERED = 64  # lines read
@@ -43,6 +44,4 @@ def recall(file: Path) -> list[RememberedDeployment]:
 
 def remember(file: Path, deployments: Iterable[RememberedDeployment]) -> None:
     """Replaces the file as a whole; raises OSError."""
-    scratch = file.with_suffix(".new")
-    scratch.write_bytes(b"".join(encode(one, RememberedDeployment) + b"\n" for one in deployments))
-    scratch.replace(file)
+    replace_file(file, b"".join(encode(one, RememberedDeployment) + b"\n" for one in deployments))

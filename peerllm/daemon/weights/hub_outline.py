@@ -17,12 +17,12 @@ from pathlib import Path
 
 from peerllm.daemon.control_messages import HubFiles
 from peerllm.daemon.decide.hub_places import HubPlaces, usable
-from peerllm.daemon.saved_file import disk_error
 from peerllm.daemon.weights.gguf_choice import chosen, gguf_models
 from peerllm.daemon.weights.hub import ASK_TIMEOUT_S, WEIGHTS, WORKERS, Repository, api, token
 from peerllm.daemon.weights.hub_errors import errors_of
 from peerllm.daemon.weights.hub_header import weight_header
 from peerllm.errors import ModelError, PeerLLMError
+from peerllm.saved_files import disk_error
 
 ABOUT = "outline.json"
 GGUF = "gguf"  # in an outline: the model directory that its GGUF files became

@@ -8,7 +8,7 @@
 | `keep_running_plan` | the device that the plan under way does without is back, and lost nothing | Abandon |
 | `stop_comparing` | the running plan lost something while another is searched that may be better | forget the search |
 | `stop_carrying` | the same while state is copied to the next plan | SwitchTo |
-| `renew_links` | all devices are here, but links broke | Renew |
+| `renew_links` | all devices are here, but links broke or may have: one is reached over another connection | Renew |
 | `serve_on` | all devices are here again, and nothing was lost | BecomeServing |
 | `plan` | no plan runs; a device of the running plan is silent, lost something, or is leaving | MakePlan without it |
 | `establish` | a plan is found, and it is sure that it is needed | Establish |
@@ -131,7 +131,7 @@ class DeploymentRules:
 
     def renew_links(self, now: float) -> Done:
         running = self.running
-        if not isinstance(self.under_way, Idle) or running is None or not (running.links_lost or running.doubtful):
+        if not isinstance(self.under_way, Idle) or running is None or not running.links_doubted:
             return None
         if self.suspects() or running.engines_lost or not self.attempts.may_renew(now):
             return None
@@ -154,7 +154,7 @@ class DeploymentRules:
 
     def establish(self, now: float) -> Done:
         work = self.under_way
-        if not isinstance(work, PlanInHand) or (work.why == "loss" and not self.outage(now)):
+        if not isinstance(work, PlanInHand) or (work.why == "loss" and self.suspects() and not self.outage(now)):
             return None
         self.epoch += 1
         self.under_way = Establishing(self.epoch, work.why, work.because, work.stages)
@@ -212,7 +212,7 @@ class DeploymentRules:
         running = self.running
         if running is None:
             return "start" if self.begun else None
-        if self.suspects() or running.engines_lost or running.links_lost or running.doubtful:
+        if self.suspects() or running.engines_lost or running.links_doubted:
             return "loss"
         return "leave" if self.devices.of(running.devices - {self.me}, "leaving") else None
 
@@ -275,6 +275,8 @@ class DeploymentRules:
     ) -> list[DeploymentAction]:
         """The plan under way could not be established, or broke before it was switched to."""
         self.under_way = Idle()
+        if isinstance(work, Establishing) and work.renewal and self.running is not None:
+            self.running.links_lost = self.running.links_lost or reason
         if lasting and not self.lasting:
             return self.end(reason)
         if work.why == "gain" and self.running is not None:

@@ -100,8 +100,13 @@ class RunningPlan:
     replaces: bool  # earlier epochs stand until it is switched to
     switching: bool = True
     links_lost: str = ""  # why its links must be made anew
+    renewed: bool = False  # a device of it is reached over another connection, so its links may be lost
     doubtful: str = ""  # why a device of it may have lost what it had loaded
     engines_lost: dict[DeviceId, str] = field(default_factory=dict)  # why, by device
+
+    @property
+    def links_doubted(self) -> bool:
+        return self.renewed or bool(self.links_lost or self.doubtful)
 
     @property
     def devices(self) -> frozenset[DeviceId]:
