@@ -61,8 +61,15 @@ def _unions(kind: Any) -> list[Any]:
 
 
 def encode(message: object, union: Any) -> bytes:
-    """Encode `message`, one of `union`, as JSON bytes with its class name under "type"."""
-    return orjson.dumps(_converter(union).unstructure(message, unstructure_as=union))
+    """Encode `message`, one of `union`, as JSON bytes that, in a union of several, begin with its class name."""
+    return orjson.dumps(_type_first(_converter(union).unstructure(message, unstructure_as=union)))
+
+
+def _type_first(raw: Any) -> Any:
+    """The same with the class name first, also of a message in it: who reads knows it before the rest has come."""
+    if type(raw) is not dict or "type" not in raw:
+        return raw
+    return {"type": raw["type"], **{key: _type_first(value) for key, value in raw.items()}}
 
 
 def decode(data: bytes | str, union: Any) -> Any:

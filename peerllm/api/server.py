@@ -11,19 +11,21 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from peerllm.api import admin, page
+from peerllm.api import admin, owner_routes, page
 from peerllm.api.error_answers import errors_as_json
 from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
-from peerllm.api.keys import EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.keys import ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai import completions, models
+from peerllm.api.openai.answer_store import AnswerStore
 from peerllm.api.peer_api import PeerApi
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
 from peerllm.api.token import load_or_create_token
 from peerllm.daemon.facade import Household
 from peerllm.errors import BadInputError, UnavailableError
+from peerllm.transport.listening.http_acceptor import HttpAcceptor
 
 BACKLOG = 512  # connections waiting to be accepted
 SHUTDOWN_S = 2.0  # seconds that answers under way have when the API closes
@@ -34,11 +36,16 @@ _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S1
 
 
 def create_app(
-    household: Household, token: str, loopback: bool, names: Iterable[str] = (), expected: str = ""
+    household: Household,
+    token: str,
+    loopback: bool,
+    names: Iterable[str] = (),
+    expected: str = "",
+    in_process: bool = False,
 ) -> web.Application:
     """Every route over the household's face, behind the guard; `names`: further hosts the owner calls it by.
 
-    `expected`: the model that is about to be run, "" if none is.
+    `expected`: the model that is about to be run, "" if none is; `in_process`: child processes are not welcome.
     """
     guard = Guard(token, loopback, frozenset(name.lower() for name in names))
     app = web.Application(middlewares=[guarded(guard), errors_as_json, when_started], client_max_size=MAX_BODY_BYTES)
@@ -47,6 +54,9 @@ def create_app(
     app[EXPECTED] = ExpectedModel(expected)
     app[page.FILES] = page.load_files()
     app.on_response_prepare.append(add_security_headers)
+    app[TEXTS] = TextStore(in_process)
+    app[TASKS] = Tasks()
+    app[ANSWERS] = AnswerStore()
     app.cleanup_ctx.append(_resources)
     app.on_shutdown.append(_end_streams)
     app.router.add_get("/", page.page)
@@ -62,6 +72,10 @@ def create_app(
     pairing = admin.invite, admin.join, admin.leave, admin.remove
     for change in (*pairing, admin.bench, admin.plan, admin.run, admin.stop, admin.trace):
         app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
+    app.router.add_get("/peerllm/v1/limits", owner_routes.limits)
+    app.router.add_post("/peerllm/v1/limits", owner_routes.set_limits)
+    app.router.add_post("/peerllm/v1/pause", owner_routes.pause)
+    app.router.add_post("/peerllm/v1/resume", owner_routes.resume)
     return app
 
 
@@ -79,15 +93,15 @@ async def when_started(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 async def _resources(app: web.Application) -> AsyncIterator[None]:
-    app[TEXTS] = TextStore()
-    app[TASKS] = Tasks()
     yield
     await app[TASKS].close()
-    app[TEXTS].close()
+    await app[ANSWERS].close()
+    await app[TEXTS].close()
 
 
 async def _end_streams(app: web.Application) -> None:
     await app[TASKS].close()
+    await app[ANSWERS].close()
 
 
 class ApiServer:
@@ -101,15 +115,17 @@ class ApiServer:
         data_dir: Path,
         names: Iterable[str] = (),
         expected: str = "",
+        in_process: bool = False,
     ) -> None:
         self.host = host
         self.port = port
         self._names = (host, *names)
-        self._expected = expected
+        self._expected, self._in_process = expected, in_process
         self._household = household
         self._data_dir = data_dir
         self._socket: socket.socket | None = None
         self._runner: web.AppRunner | None = None
+        self._acceptor = HttpAcceptor()
 
     async def reserve(self) -> None:
         """BadInputError if this address cannot be had."""
@@ -127,13 +143,14 @@ class ApiServer:
             await self.reserve()
         assert self._socket is not None
         token = load_or_create_token(self._data_dir)
-        app = create_app(self._household, token, is_loopback(self.host), self._names, self._expected)
+        app = create_app(self._household, token, is_loopback(self.host), self._names, self._expected, self._in_process)
+        app.middlewares.insert(0, self._acceptor.bounded)
         runner = self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S
         )
         await runner.setup()
         self._household.answer_peers(PeerApi(app))
-        await web.SockSite(runner, self._socket, backlog=BACKLOG).start()
+        self._acceptor.start(runner, (self._socket,))
 
     def _why(self, error: OSError) -> str:
         where = f"{self.host}:{self.port}"
@@ -150,6 +167,7 @@ class ApiServer:
     async def close(self) -> None:
         """Ends what is under way and stops listening; may be called twice."""
         runner, self._runner = self._runner, None
+        await self._acceptor.close()
         if runner is not None:
             await runner.cleanup()
         if self._socket is not None:

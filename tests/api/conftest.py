@@ -17,7 +17,7 @@ async def household(tmp_path: Path) -> FakeHousehold:
 
 @pytest.fixture
 async def server(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[ApiServer]:
-    one = ApiServer(household, "127.0.0.1", 0, tmp_path / "data")
+    one = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", in_process=True)
     await one.start()
     yield one
     await one.close()

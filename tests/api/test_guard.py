@@ -179,7 +179,7 @@ def routes(household: FakeHousehold) -> list[tuple[str, str]]:
 
 @pytest.fixture
 async def exposed(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[ApiServer]:
-    one = ApiServer(household, "0.0.0.0", 0, tmp_path / "exposed")
+    one = ApiServer(household, "0.0.0.0", 0, tmp_path / "exposed", in_process=True)
     await one.start()
     yield one
     await one.close()

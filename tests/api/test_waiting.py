@@ -162,7 +162,7 @@ async def test_who_waits_counts_as_a_stream(
 async def starting(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[aiohttp.ClientSession]:
     """At a device that was started in order to run /models/tiny, which it does not yet."""
     household.served = []
-    server = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", expected="/models/tiny")
+    server = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", expected="/models/tiny", in_process=True)
     await server.start()
     async with aiohttp.ClientSession(server.url) as session:
         yield session

@@ -30,7 +30,7 @@ async def household(tmp_path: Path) -> FakeHousehold:
 
 @pytest.fixture
 async def server(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[ApiServer]:
-    one = ApiServer(household, "127.0.0.1", 0, tmp_path / "data")
+    one = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", in_process=True)
     await one.start()
     yield one
     await one.close()
@@ -303,7 +303,7 @@ async def test_nothing_is_wider_than_the_screen(page: Browser, household: FakeHo
 
 
 async def test_beyond_loopback_the_link_with_the_token_signs_in(household: FakeHousehold, tmp_path: Path) -> None:
-    server = ApiServer(household, "0.0.0.0", 0, tmp_path / "open")
+    server = ApiServer(household, "0.0.0.0", 0, tmp_path / "open", in_process=True)
     await server.start()
     async with browser() as page:
         await page.open(f"{server.url}/?token={load_or_create_token(tmp_path / 'open')}")

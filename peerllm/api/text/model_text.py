@@ -1,4 +1,4 @@
-"""All of a model directory that has to do with text: tokenizer, chat template, special tokens, sampling defaults."""
+"""What a model directory says of text: tokenizer, chat template, special tokens, sampling defaults."""
 
 from __future__ import annotations
 
@@ -9,53 +9,79 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer
 
-from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.template import ChatTemplate, Message
-from peerllm.errors import ModelError
+from peerllm.api.text.text_bounds import bounds_of
+from peerllm.errors import BadInputError, ModelError
 from peerllm.types import SAMPLING_LIMITS
 
-MAX_FILE_BYTES = 256 << 20  # of tokenizer.json and its neighbours
+MAX_TOKENIZER_BYTES = 64 << 20  # of tokenizer.json; the largest in use have 35 MB
+MAX_FILE_BYTES = 16 << 20  # of its neighbours
 FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 0.95}  # where neither the client nor the model says anything
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
+class PromptLengthError(BadInputError):
+    """The prompt does not fit the context."""
+
+
 class ModelText:
-    """Built from files, so in a worker thread; afterwards safe to use from several threads."""
+    """Built from files, which are foreign: this belongs into a process of its own (text_process.py)."""
 
     def __init__(self, model_dir: Path) -> None:
         path = model_dir / "tokenizer.json"
         if not path.is_file():
             raise ModelError(f"the model in {model_dir.name!r} has no tokenizer.json, so it cannot read text")
+        data = _read(path, MAX_TOKENIZER_BYTES)
         try:
-            self._tokenizer = Tokenizer.from_buffer(_read(path))
+            parts = orjson.loads(data)
+            self._bounds = bounds_of(parts)
+            self.decoder = _decoder(parts)
+            del parts  # it takes more memory than the tokenizer
+            self._tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exceptions
             raise ModelError(f"tokenizer.json of {model_dir.name!r} cannot be read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._special = special_ids(self._tokenizer)
         config = _json(model_dir / "tokenizer_config.json")
         source = _template_source(model_dir, config)
         self._template = ChatTemplate(source, _special_tokens(config)) if source else None
         self.defaults = _sampling_defaults(_json(model_dir / "generation_config.json"))
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to where the answer begins.
+    def prompt(self, messages: Sequence[Message], context: int, most_bytes: int | None = None) -> list[int]:
+        """Token ids up to where the answer begins; PromptLengthError if `context` has no room for one more.
 
-        A base model (no chat template) continues the messages' text, joined by line breaks.
+        A base model (no chat template) continues the messages' text, joined by line breaks. A text that cannot fit, or
+        is larger than `most_bytes`, is refused before it is encoded.
         """
         if self._template is None:
             text = "\n".join(str(message["content"]) for message in messages)
-            return list(self._tokenizer.encode(text).ids)
-        return list(self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids)
+        else:
+            text = self._template.render(messages)
+        if self._bounds.too_long(text, context - 1):
+            most = self._bounds.most_bytes(context - 1)
+            what = f"the prompt has {len(text.encode())} bytes; a context of {context} tokens holds less than {most}"
+            raise PromptLengthError(f"{what}: shorten it")
+        if most_bytes is not None and len(text.encode()) > most_bytes:
+            raise PromptLengthError(f"the prompt has {len(text.encode())} bytes; this device takes {most_bytes}")
+        ids = list(self._tokenizer.encode(text, add_special_tokens=self._template is None).ids)
+        if not 0 < len(ids) < context:
+            what = f"the prompt has {len(ids)} tokens; the model's context holds {context}, answer included"
+            raise PromptLengthError(what)
+        return ids
 
-    def detokenizer(self, silent: frozenset[int]) -> Detokenizer:
-        """For one answer; ids in `silent` have no text, nor have the special ones."""
-        return Detokenizer(self._tokenizer, silent | self._special)
+
+def _decoder(parts: Mapping[str, Any]) -> bytes:
+    """What of a tokenizer.json turns ids into text, as one: it loads in a fraction of the time and memory."""
+    model = dict(parts["model"])
+    if model.get("type") == "BPE":
+        model["merges"] = []
+    unused = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "truncation", "padding"))
+    return orjson.dumps({**parts, **unused, "model": model})
 
 
-def _read(path: Path) -> bytes:
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ModelError(f"{path.name} is larger than {MAX_FILE_BYTES} bytes")
+def _read(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
+    if path.stat().st_size > most_bytes:
+        raise ModelError(f"{path.name} is larger than {most_bytes} bytes")
     return path.read_bytes()
 
 

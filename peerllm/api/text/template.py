@@ -1,7 +1,6 @@
 """The model's chat template: foreign code, so it runs in jinja's sandbox with its steps and its output bounded.
 
-What the bounds do not reach: one expression that builds a huge string in a single call. A template comes from the
-directory that the owner chose to run, never from another device.
+What these bounds do not reach, as strings that double, ends at those of the process (text_child.py).
 """
 
 from __future__ import annotations
@@ -114,6 +113,8 @@ class ChatTemplate:
                         raise _TemplateStopError(f"it writes more than {MAX_RENDERED_CHARS} characters")
         except _Refusal as error:
             raise BadInputError(f"the model's chat template refuses these messages: {error}") from error
+        except MemoryError:
+            raise
         except Exception as error:  # whatever foreign code may raise
             line = f"{type(error).__name__}: {error}" if not isinstance(error, _TemplateStopError) else str(error)
             raise BadInputError(f"the model's chat template failed: {line[:300]}") from error

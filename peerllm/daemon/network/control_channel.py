@@ -1,4 +1,8 @@
-"""One control websocket: Hello first both ways, then messages; large ones in parts, so that heartbeats pass between."""
+"""One control websocket: Hello first both ways, then messages; large ones in parts, so that heartbeats pass between.
+
+What comes is bounded by its class before it is taken in, and by what the other device may send and keep this one busy
+with; over that, nothing more is read from it, and TCP makes it wait.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,14 @@ import orjson
 from aiohttp import web
 
 from peerllm.codec import MAX_MESSAGE_BYTES, decode, encode
-from peerllm.daemon.control_messages import Control, Heartbeat, Hello
+from peerllm.daemon.control_messages import Ask, Control, Heartbeat, Hello
 from peerllm.daemon.decide.membership import LinkName
+from peerllm.daemon.network.limits.message_sizes import MOST_OPENING_BYTES, check_class, check_size
+from peerllm.daemon.network.limits.traffic_budget import TrafficBudget
 from peerllm.errors import LinkError
 from peerllm.types import DeviceId
 
+LARGE_BYTES = 256 << 10  # a message of more is decoded in a thread, one at a time of all links
 PART_BYTES = 64 << 10  # a text frame holds a whole message of at most this; a binary frame a part of a larger one
 MORE, LAST = b"\x01", b"\x00"  # a part's first byte
 FRAME_BYTES = PART_BYTES + 1
@@ -42,14 +49,29 @@ class ProtocolMismatch(LinkError):
         super().__init__(f"{name} speaks protocol {theirs}, this device {ours}: update {older}")
 
 
+class ReadingShares:
+    """What the channels of one device share: the budget of each other device, and who may have a thread decode."""
+
+    def __init__(self) -> None:
+        self.decoding = asyncio.Semaphore(1)
+        self._budgets: dict[DeviceId, TrafficBudget] = {}  # of the devices that belong or have belonged
+
+    def budget(self, device: DeviceId) -> TrafficBudget:
+        """The same for all channels with the device, also for those after these."""
+        return self._budgets.setdefault(device, TrafficBudget(time.monotonic()))
+
+
 class ControlChannel:
     """Messages with one device over one websocket. `run` owns the websocket and its tasks and ends with the reason."""
 
-    def __init__(self, websocket: WebSocket, link: LinkName, device: DeviceId, host: str) -> None:
+    def __init__(
+        self, websocket: WebSocket, link: LinkName, device: DeviceId, host: str, shares: ReadingShares | None = None
+    ) -> None:
         self.link = link
         self.device = device
         self.host = host
         self._websocket = websocket
+        self._shares = shares or ReadingShares()
         self._queue: deque[bytes] = deque()
         self._urgent: deque[bytes] = deque()
         self._queued_bytes = 0
@@ -88,8 +110,7 @@ class ControlChannel:
     def send(self, message: Control, urgent: bool = False) -> None:
         """Queue a message. LinkError if it is too large; a device that takes nothing any more is cut."""
         data = encode(message, Control)
-        if len(data) > MAX_MESSAGE_BYTES:
-            raise LinkError(f"a {type(message).__name__} of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
+        check_size(data[:MOST_OPENING_BYTES], len(data))
         if self._ended.done() or self._flush is not None:
             return
         waiting = len(self._queue) + len(self._urgent)
@@ -150,27 +171,39 @@ class ControlChannel:
 
     async def _read(self, on_heard: Callable[[], None], on_message: Callable[[Control], None]) -> str:
         parts = bytearray()
+        budget = self._shares.budget(self.device)
         while True:
+            if (wait_s := budget.wait_s(time.monotonic())) > 0.0:
+                await asyncio.sleep(wait_s)
             frame = await self._websocket.receive()
             if frame.type is aiohttp.WSMsgType.TEXT:
-                data: bytes | str = frame.data
+                data = frame.data.encode()
             elif frame.type is aiohttp.WSMsgType.BINARY:
                 part: bytes = frame.data
-                if part[:1] not in (MORE, LAST) or len(parts) + len(part) - 1 > MAX_MESSAGE_BYTES:
+                if part[:1] not in (MORE, LAST):
                     raise LinkError("a part of a message that is not allowed")
                 parts += memoryview(part)[1:]
+                check_size(bytes(parts[:MOST_OPENING_BYTES]), len(parts))
                 on_heard()
                 if part[:1] == MORE:
+                    budget.spend(len(part), 0.0, time.monotonic())
                     continue
                 data, parts = bytes(parts), bytearray()
             else:
                 return _why(frame)
-            message = decode(data, Control)
+            check_size(data[:MOST_OPENING_BYTES], len(data))
+            if len(data) <= LARGE_BYTES:
+                message, busy_s = _decoded(data)
+            else:
+                async with self._shares.decoding:
+                    message, busy_s = await asyncio.to_thread(_decoded, data)
+            began = time.thread_time()
             on_heard()
             if isinstance(message, Heartbeat):
                 self._heartbeat(message)
             else:
                 on_message(message)
+            budget.spend(len(frame.data), busy_s + time.thread_time() - began, time.monotonic())
 
     def _heartbeat(self, beat: Heartbeat) -> None:
         if not beat.echo:
@@ -205,6 +238,14 @@ class ControlChannel:
         data = self._urgent.popleft()
         self._queued_bytes -= len(data)
         await self._websocket.send_str(data.decode())
+
+
+def _decoded(data: bytes) -> tuple[Control, float]:
+    """The message, and the seconds that a processor worked on it."""
+    began = time.thread_time()
+    message: Control = decode(data, Control)
+    check_class(data[:MOST_OPENING_BYTES], message.body if isinstance(message, Ask) else message)
+    return message, time.thread_time() - began
 
 
 def _greeting(data: str, ours: int) -> Hello:

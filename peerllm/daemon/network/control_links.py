@@ -21,6 +21,7 @@ from peerllm.daemon.network.control_channel import (
     FRAME_BYTES,
     ControlChannel,
     ProtocolMismatch,
+    ReadingShares,
     WebSocket,
 )
 from peerllm.daemon.network.happy_eyeballs import dial_first, who_answers
@@ -67,6 +68,7 @@ class ControlLinks:
         self._identity = identity
         self._watcher = watcher
         self._channels: dict[m.LinkName, ControlChannel] = {}
+        self._shares = ReadingShares()
         self._using: dict[DeviceId, ControlChannel] = {}
         self._accepted: Counter[DeviceId] = Counter()
         self._dials: set[asyncio.Task[None]] = set()
@@ -245,7 +247,7 @@ class ControlLinks:
         self, websocket: WebSocket, link: m.LinkName, device: DeviceId, host: str, order: m.Dial | None
     ) -> None:
         target = order.target if order is not None else None
-        channel = ControlChannel(websocket, link, device, host)
+        channel = ControlChannel(websocket, link, device, host, self._shares)
         try:
             hello = await channel.greet(self._watcher.hello())
         except LinkError as error:

@@ -10,14 +10,16 @@ import aiohttp
 import pytest
 
 from peerllm.codec import decode
-from peerllm.daemon.control_messages import Control, DeviceView, Goodbye, Heartbeat
+from peerllm.daemon.control_messages import Answer, Control, DeviceView, Goodbye, Heartbeat
 from peerllm.daemon.decide.membership import LinkName
 from peerllm.daemon.network import control_channel as module
 from peerllm.daemon.network.control_channel import LAST, MORE, PART_BYTES, ControlChannel
+from peerllm.daemon.network.limits.message_sizes import SMALL_BYTES
 from peerllm.errors import LinkError
 
 A = "a" * 64
 BOUND_S = 10.0
+LARGE = Answer(1, "", "x" * (2 * PART_BYTES))
 
 
 class Socket:
@@ -70,7 +72,7 @@ def running(channel: ControlChannel) -> asyncio.Task[str]:
 
 
 async def test_a_heartbeat_passes_between_the_parts_of_a_large_message(channel: ControlChannel, socket: Socket) -> None:
-    channel.send(Goodbye("x" * (2 * PART_BYTES)))
+    channel.send(LARGE)
     channel.send(Goodbye("after"))
     socket.on_send = lambda data: channel.beat() if len(socket.sent) == 1 else None
     task = running(channel)
@@ -78,7 +80,7 @@ async def test_a_heartbeat_passes_between_the_parts_of_a_large_message(channel: 
     kinds = [data[:1] if isinstance(data, bytes) else type(decode(data, Control)) for data in socket.sent]
     assert kinds == [MORE, Heartbeat, MORE, LAST, Goodbye]
     whole = b"".join(part[1:] for part in socket.sent if isinstance(part, bytes))
-    assert decode(whole, Control) == Goodbye("x" * (2 * PART_BYTES))
+    assert decode(whole, Control) == LARGE
     channel.end("done")
     assert await task == "done"
 
@@ -102,7 +104,7 @@ async def test_what_was_sent_waits_no_more(
     monkeypatch.setattr(module, "MAX_QUEUED_BYTES", 3 * PART_BYTES)
     task = running(channel)
     for number in range(1, 6):
-        channel.send(Goodbye("x" * (PART_BYTES - 100)))
+        channel.send(Answer(1, "", "x" * (PART_BYTES - 300)))
         channel.beat()
         await socket.count(2 * number)
     assert not channel.ended.done() and channel._queued_bytes == 0
@@ -121,7 +123,9 @@ async def test_bytes_are_bounded_too(channel: ControlChannel, monkeypatch: pytes
 
 async def test_a_message_too_large_is_the_senders_error_and_the_link_lives(channel: ControlChannel) -> None:
     with pytest.raises(LinkError, match="the limit is"):
-        channel.send(Goodbye("x" * module.MAX_MESSAGE_BYTES))
+        channel.send(Answer(1, "", "x" * module.MAX_MESSAGE_BYTES))
+    with pytest.raises(LinkError, match=r"a Goodbye of .* the limit is"):
+        channel.send(Goodbye("x" * SMALL_BYTES))
     assert not channel.ended.done()
     channel.send(DeviceView(1, 2, "running", ()))
     assert len(channel._queue) == 1

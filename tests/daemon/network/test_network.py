@@ -15,7 +15,7 @@ from pathlib import Path
 import ifaddr
 import pytest
 
-from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Question, Release, Trouble
+from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Holding, Question, Release, Trouble
 from peerllm.daemon.discovery.mdns import interfaces
 from peerllm.daemon.network import Network
 from peerllm.daemon.network.control_links import host_of
@@ -231,9 +231,13 @@ async def test_told_messages_views_and_goodbye(tmp_path: Path) -> None:
         def broken(device: str, message: object) -> None:
             raise ZeroDivisionError("a broken listener disturbs nobody")
 
-        large = Trouble("d", 1, "x" * 3_000_000)  # in parts, heartbeats in between
+        many = tuple(Holding("d" * 32, epoch, 1, 2) for epoch in range(4000))
+        large = DeviceView(1, 2, "running", (), holdings=many)  # in parts, heartbeats in between
         bert.network.tell(anna.id, large)
-        await anna.until(lambda: (bert.id, large) in anna.told)
+        bert.network.tell(anna.id, Trouble("d", 1, "after"))
+        await anna.until(lambda: (bert.id, Trouble("d", 1, "after")) in anna.told)
+        views = [one for device, one in anna.told if device == bert.id and not isinstance(one, Goodbye)]
+        assert views[-2:] == [large, Trouble("d", 1, "after")], "in order, though a thread has decoded the first"
         bert.network.listen(broken)
         await anna.network.close()
         await bert.until(lambda: bert.state(anna) == "left")

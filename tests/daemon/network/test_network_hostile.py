@@ -29,6 +29,7 @@ from peerllm.daemon.decide import membership
 from peerllm.daemon.network import control_channel as channel_module
 from peerllm.daemon.network.control_channel import FRAME_BYTES, MORE
 from peerllm.daemon.network.control_links import MAX_LINKS_PER_DEVICE
+from peerllm.daemon.network.limits import message_sizes
 from peerllm.errors import LinkError, NotFoundError, RefusedError
 from peerllm.transport.dial import dial
 from peerllm.transport.identity import load_or_create
@@ -173,12 +174,13 @@ async def test_malformed_messages_end_the_link_and_nothing_else(tmp_path: Path, 
 
 
 async def test_a_message_in_endless_parts_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel_module, "MAX_MESSAGE_BYTES", 300_000)
+    monkeypatch.setitem(message_sizes.MAX_BYTES, "Answer", 300_000)
     async with betrayed(tmp_path) as (anna, bert), rogue(anna, bert) as websocket:
         await websocket.send_str(text(bert.hello()))
+        await websocket.send_bytes(MORE + b'{"type":"Answer","reason":"')
         for _ in range(6):
             await websocket.send_bytes(MORE + bytes(60_000))
-        assert "part" in await closed(websocket)
+        assert "the limit is 300000" in await closed(websocket)
 
 
 async def test_odd_but_legal_messages_change_nothing(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
 
-from peerllm.daemon.decide import deployment_events as on
-from peerllm.daemon.decide.deployment_decider import DeploymentDecider
+from peerllm.daemon.decide.deployment_life import deployment_events as on
+from peerllm.daemon.decide.deployment_life.deployment_decider import DeploymentDecider
 from peerllm.types import Stage
 from tests.daemon.simulation.model_engine import Ring
 from tests.daemon.simulation.model_worker import LAYER_BYTES, ModelWorker, Reply

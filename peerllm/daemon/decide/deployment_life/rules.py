@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from peerllm.daemon.decide.deployment_events import (
+from peerllm.daemon.decide.deployment_life.deployment_events import (
     Abandon,
     BecomeServing,
     BecomeWaiting,

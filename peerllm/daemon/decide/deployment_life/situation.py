@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peerllm.daemon.decide.deployment_events import DeviceCondition, DeviceIs
+from peerllm.daemon.decide.deployment_life.deployment_events import DeviceCondition, DeviceIs
 from peerllm.types import DeviceId, Stage
 
 GO_ON_S = 1.0  # after it was told to be silent, and so after two seconds of silence, a device is not waited for ...

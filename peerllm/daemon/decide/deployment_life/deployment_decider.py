@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import inf
 from typing import assert_never
 
-from peerllm.daemon.decide.deployment_events import (
+from peerllm.daemon.decide.deployment_life.deployment_events import (
     Asked,
     Carried,
     CarryOver,

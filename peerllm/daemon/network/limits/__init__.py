@@ -1,0 +1,1 @@
+"""How large each control message may be, and how much of this device one other may keep busy."""
