@@ -143,7 +143,7 @@ class DeploymentRules:
         return [Renew(self.epoch)]
 
     def serve_on(self, _: float) -> Done:
-        if self.serving or not isinstance(self.under_way, Idle) or not self.whole():
+        if self.serving or not isinstance(self.under_way, Idle | Establishing) or not self.whole():
             return None
         self._serve()
         return [BecomeServing()]
