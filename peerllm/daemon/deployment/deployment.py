@@ -236,7 +236,7 @@ class Deployment:
                 one = self._events.popleft()
                 actions = self._decider.handle(one, asyncio.get_running_loop().time())
                 if actions:
-                    log.debug("%s: %s: %s", self.options.model, one, actions)
+                    log.info("%s: %s: %s", self.options.model, one, actions)
                 for action in actions:
                     self._do(action)
         finally:
@@ -372,7 +372,8 @@ class Deployment:
             self._note_failure(error.device, epoch.number, UnavailableError(str(error)))
             return device
         cause = failure_of(error)[1]
-        if device is not None and not isinstance(cause, LinkError):  # else it is away
+        renewed = self._running is not None and epoch.blueprint is self._running.blueprint
+        if device is not None and not isinstance(cause, LinkError) and not renewed:  # else it is away, or tells why itself
             self._note_failure(device, epoch.number, cause)
             return None
         return device
