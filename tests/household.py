@@ -84,7 +84,7 @@ class Device:
         raise AssertionError(f"{self.name} was not ready in {READY_TIMEOUT_S} s:\n{self.log_tail()}")
 
     def log_tail(self) -> str:
-        return (self.data_dir / "log.txt").read_text(errors="replace")[-12000:]
+        return (self.data_dir / "log.txt").read_text(errors="replace")[-3000:]
 
     def cli(self, command: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`peerllm COMMAND --data DIR ARGS` where this device lives."""

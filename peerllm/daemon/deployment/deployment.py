@@ -107,7 +107,9 @@ class Deployment:
         self._search = PlanSearch(options, around, timings, self._tell)
         self._holdings = HouseholdHoldings()
         self.plans = NextPlan(around, self._search, self._holdings, self.model)
-        self._negotiation = EpochNegotiation(around, self.id, self._holdings, self._tell, self._loading)
+        self._negotiation = EpochNegotiation(
+            around, self.id, self._holdings, self._tell, self._loading, self.plans.loaded
+        )
         self.epoch = remembered.epoch + EPOCHS_AHEAD if remembered is not None else 0  # the last number used up
         self._decider = decider(around.me, self.lasting, self.epoch)
         self._events: deque[DeploymentEvent] = deque()
@@ -236,7 +238,7 @@ class Deployment:
                 one = self._events.popleft()
                 actions = self._decider.handle(one, asyncio.get_running_loop().time())
                 if actions:
-                    log.info("%s: %s: %s", self.options.model, one, actions)
+                    log.debug("%s: %s: %s", self.options.model, one, actions)
                 for action in actions:
                     self._do(action)
         finally:
@@ -373,7 +375,9 @@ class Deployment:
             return device
         cause = failure_of(error)[1]
         renewed = self._running is not None and epoch.blueprint is self._running.blueprint
-        if device is not None and not isinstance(cause, LinkError) and not renewed:  # else it is away, or tells why itself
+        if (
+            device is not None and not isinstance(cause, LinkError) and not renewed
+        ):  # else it is away, or tells why itself
             self._note_failure(device, epoch.number, cause)
             return None
         return device
