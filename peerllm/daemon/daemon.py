@@ -287,7 +287,9 @@ class Daemon:
     def models(self) -> list[ServedModel]:
         if not self._ready.is_set():
             return []
-        return [*self.coordinator.served(), *self._models.others(self.home.name)]
+        own = self.coordinator.served()
+        here = {model.deployment for model in own}
+        return [*own, *(model for model in self._models.others(self.home.name) if model.deployment not in here)]
 
     def relay(
         self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes

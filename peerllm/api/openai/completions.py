@@ -79,10 +79,10 @@ async def _answered(
         remote = RemoteAnswer(app[HOUSEHOLD], model, caller, repeat, partial(_moved, app, model))
         try:
             return await remote.pass_on(request, CHAT_PATH, stream)
-        except LinkError:
+        except LinkError as error:
             until = until or time.monotonic() + RESUME_S
             if repeat is None or time.monotonic() >= until:
-                raise
+                raise LinkError(f"no answer of {model.name} to its end: {error}; ask again in a moment") from error
             if stream is not None:
                 await stream.comment(f"the device of {model.name} is lost, looking for the answer")
             await asyncio.sleep(RETRY_S)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peerllm.daemon.control_messages import DeploymentView, Holding, Progress, Trouble
-from peerllm.daemon.decide.deployment_events import ConditionsChanged, DeviceCondition, DeviceIs
+from peerllm.daemon.decide.deployment_life.deployment_events import ConditionsChanged, DeviceCondition, DeviceIs
 from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.deployment.deployment import Deployment
 from peerllm.daemon.deployment.negotiation import Surroundings

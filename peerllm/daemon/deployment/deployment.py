@@ -13,8 +13,8 @@ from typing import Any, Protocol, assert_never
 from peerllm.daemon.control_messages import DeploymentState, Holding, Progress, Trouble
 from peerllm.daemon.decide.assignments import carried
 from peerllm.daemon.decide.demand import Blueprint
-from peerllm.daemon.decide.deployment_decider import DeploymentDecider
-from peerllm.daemon.decide.deployment_events import (
+from peerllm.daemon.decide.deployment_life.deployment_decider import DeploymentDecider
+from peerllm.daemon.decide.deployment_life.deployment_events import (
     Abandon,
     Asked,
     BecomeServing,
@@ -70,7 +70,7 @@ log = logging.getLogger(__name__)
 
 
 class Decider(Protocol):
-    """The pure part: from what happens to what is to be done (decide/deployment_decider.py)."""
+    """The pure part: from what happens to what is to be done (decide/deployment_life/deployment_decider.py)."""
 
     def handle(self, event: DeploymentEvent, now: float) -> list[DeploymentAction]: ...
 

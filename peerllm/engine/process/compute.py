@@ -33,7 +33,9 @@ from peerllm.engine.schedule.epoch_ring import RingCounts, StageKey
 from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import LoadedStage, steps_only
 from peerllm.engine.schedule.local_deployment import LocalDeployment
+from peerllm.engine.schedule.state_export import StateExport
 from peerllm.engine.wire.parcels import Parcel, TokenBatch
+from peerllm.engine.wire.state_frames import CarriedPart
 from peerllm.errors import PeerLLMError, RefusedError, one_line
 from peerllm.transport.links.channels import Delivery
 from peerllm.transport.links.link import Link
@@ -92,7 +94,26 @@ class Echoed:
     """A frame by which another device times its link, handed over to this thread; nothing is computed for it."""
 
 
-Event = Loaded | Linked | Arrived | Lost | Echoed | Hurry | Switch | Unload | Submit | Cancel | QueryLoad
+@dataclass(frozen=True, slots=True, eq=False)
+class StateCame:
+    """A checked frame came in that carries a part of a sequence's state."""
+
+    delivery: Delivery
+    carried: CarriedPart
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CarryTurn:
+    """Some of a CarryState's work is to be done; `reply` gets what to send (nothing: all is done), or what failed."""
+
+    export: StateExport
+    reply: Callable[[list[CarriedPart], Exception | None], None]
+
+
+Event = (
+    Loaded | Linked | Arrived | Lost | Echoed | Hurry | StateCame | CarryTurn | Switch | Unload | Submit | Cancel
+    | QueryLoad
+)  # fmt: skip
 
 
 def reason_of(error: BaseException) -> str:
@@ -175,6 +196,18 @@ class Compute:
                 frame = delivery.frame
                 if (deployment := self._deployments.get(frame.deployment)) is not None:  # else unloaded while it waited
                     deployment.arrived(frame.epoch, frame.stage, parcels)
+            case StateCame(delivery, carried):
+                delivery.taken()
+                frame = delivery.frame
+                if (deployment := self._deployments.get(frame.deployment)) is not None:
+                    deployment.state_came(frame.epoch, frame.stage, carried)
+            case CarryTurn(export, reply):
+                try:
+                    parts = export.turn(self._deployment(export.message.deployment))
+                except Exception as error:  # of one CarryState, which fails
+                    reply([], error)
+                else:
+                    reply(parts, None)
             case Submit(identity, sequence):
                 try:
                     self._deployment(identity).submit(event)

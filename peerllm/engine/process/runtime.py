@@ -19,6 +19,7 @@ from typing import Any
 from peerllm.engine.base import Backend
 from peerllm.engine.messages import (
     Cancel,
+    CarryState,
     Configure,
     Configured,
     Connect,
@@ -153,6 +154,8 @@ class Engine:
                 self._switching.add(message.request)
                 compute.inbox.put(message, always=True)
                 self._spawn(self._hurry(message, compute), f"hurry {deployment[:8]}")
+            case CarryState():
+                self._spawn(self._carry(message, links), f"carry state of {message.deployment[:8]}")
             case Unload(_, deployment, epoch, only):
                 loader.abandon(deployment, epoch, only)
                 if epoch is None:
@@ -179,6 +182,14 @@ class Engine:
             await asyncio.sleep(HURRY_S)
             compute.inbox.put(Hurry(message.deployment), always=True)
 
+    async def _carry(self, message: CarryState, links: DataLinks) -> None:
+        try:
+            await links.carry(message)
+        except Exception as error:  # what a coordinator asks for must not end the engine
+            self._refuse(message, error)
+        else:
+            self.tell(Done(message.request))
+
     async def _time(self, message: TimeLink, links: DataLinks) -> None:
         try:
             self.tell(await links.time(message))
@@ -200,7 +211,7 @@ class Engine:
         compute, loader, links = self._parts
         try:  # nothing in here awaits, so that an Unload comes before all of it or after all of it
             loader.take_over(spec)
-            links.expect(spec, chain[0].shard.hidden_size)
+            links.expect(spec, chain[0].shard.hidden_size, [one.shard for one in fresh])
             compute.inbox.put(Loaded(spec, chain, fresh), always=True)
         except Exception as error:
             for one in fresh:

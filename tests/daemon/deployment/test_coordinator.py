@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 
 from peerllm.daemon.control_messages import Activate, Pace
-from peerllm.daemon.decide import deployment_decider
-from peerllm.daemon.decide.deployment_life import pacing
+from peerllm.daemon.decide.deployment_life import deployment_decider, pacing
 from peerllm.daemon.deployment import worker as worker_module
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.daemon.status.status import deployment_entry

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from peerllm.daemon.control_messages import Reserve
-from peerllm.daemon.decide import deployment_events as on
+from peerllm.daemon.decide.deployment_life import deployment_events as on
 from peerllm.errors import RefusedError
 from tests.daemon.simulation.household import SimulatedHousehold
 from tests.daemon.simulation.model_worker import LAYER_BYTES

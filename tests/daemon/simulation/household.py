@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from peerllm.daemon.decide import deployment_events as on
+from peerllm.daemon.decide.deployment_life import deployment_events as on
 from peerllm.types import DeviceId
 from tests.daemon.simulation.model_coordinator import ModelCoordinator
 from tests.daemon.simulation.model_engine import ModelFrame, Ring, reference

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
-from peerllm.daemon.decide import deployment_events as on
 from peerllm.daemon.decide import membership as by
+from peerllm.daemon.decide.deployment_life import deployment_events as on
 from peerllm.daemon.decide.membership import LinkName, Membership
 
 if TYPE_CHECKING:

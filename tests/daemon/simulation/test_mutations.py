@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from peerllm.daemon.decide import deployment_events as on
-from peerllm.daemon.decide.deployment_decider import DeploymentDecider
+from peerllm.daemon.decide.deployment_life import deployment_events as on
 from peerllm.daemon.decide.deployment_life import pacing, situation
+from peerllm.daemon.decide.deployment_life.deployment_decider import DeploymentDecider
 from peerllm.daemon.decide.deployment_life.pacing import Attempts, Comparisons
 from peerllm.daemon.decide.deployment_life.rules import DeploymentRules
 from peerllm.daemon.decide.deployment_life.situation import Establishing, HouseholdDevices, PlanInHand

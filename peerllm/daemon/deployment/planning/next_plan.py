@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peerllm.daemon.decide.demand import USE, Blueprint, Moving, added_bytes, shard_bytes
-from peerllm.daemon.decide.deployment_events import MakePlan, PlanFound
+from peerllm.daemon.decide.deployment_life.deployment_events import MakePlan, PlanFound
 from peerllm.daemon.decide.device_profiles import shown
 from peerllm.daemon.decide.holdings import HouseholdHoldings
 from peerllm.daemon.deployment.described_model import DescribedModel
