@@ -383,19 +383,8 @@ async def joined(anna: Device, process: asyncio.subprocess.Process) -> str:
     return device
 
 
-async def test_a_busy_device_is_slow_and_not_suspected(tmp_path: Path) -> None:
-    async with devices(tmp_path, "anna") as (anna,), program(tmp_path) as process:
-        device = await joined(anna, process)
-        link = anna.network._links.channel(device)
-        assert process.stdin is not None
-        process.stdin.write(b"busy 1.8\n")
-        await anna.until(lambda: "busy" in anna.network.peers()[device].problem)
-        await anna.until(lambda: not anna.network.peers()[device].problem)
-        assert anna.states == [(device, "online", True)] and anna.network._links.channel(device) is link
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-async def test_a_frozen_device_is_silent_and_questions_wait_for_it_a_killed_one_is_gone(
+async def test_a_busy_device_is_slow_a_frozen_one_silent_and_waited_for_a_killed_one_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peerllm.daemon.network.happy_eyeballs.ATTEMPT_TIMEOUT_S", 0.3)
