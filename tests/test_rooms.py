@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "peerllm"
-SHARED = {"types", "errors", "codec", "regular_files", "stored_types", "wrapped_models", "__init__"}
+SHARED = {"types", "errors", "codec", "regular_files", "saved_files", "stored_types", "wrapped_models", "__init__"}
 ALLOWED = {
     "planner": {"planner"},
     "transport": {"transport"},

@@ -6,6 +6,7 @@ from aiohttp import web
 
 from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.guard import Guard
+from peerllm.api.openai.answer_store import AnswerStore
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
 from peerllm.daemon.facade import Household
@@ -14,4 +15,5 @@ HOUSEHOLD: web.AppKey[Household] = web.AppKey("household", Household)
 TEXTS: web.AppKey[TextStore] = web.AppKey("texts", TextStore)
 TASKS: web.AppKey[Tasks] = web.AppKey("tasks", Tasks)
 EXPECTED: web.AppKey[ExpectedModel] = web.AppKey("expected", ExpectedModel)
+ANSWERS: web.AppKey[AnswerStore] = web.AppKey("answers", AnswerStore)
 GUARD: web.AppKey[Guard] = web.AppKey("guard", Guard)

@@ -11,13 +11,14 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from peerllm.api import admin, page
+from peerllm.api import admin, owner_routes, page
 from peerllm.api.error_answers import errors_as_json
 from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
-from peerllm.api.keys import EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.keys import ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai import completions, models
+from peerllm.api.openai.answer_store import AnswerStore
 from peerllm.api.peer_api import PeerApi
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
@@ -55,6 +56,7 @@ def create_app(
     app.on_response_prepare.append(add_security_headers)
     app[TEXTS] = TextStore(in_process)
     app[TASKS] = Tasks()
+    app[ANSWERS] = AnswerStore()
     app.cleanup_ctx.append(_resources)
     app.on_shutdown.append(_end_streams)
     app.router.add_get("/", page.page)
@@ -70,6 +72,10 @@ def create_app(
     pairing = admin.invite, admin.join, admin.leave, admin.remove
     for change in (*pairing, admin.bench, admin.plan, admin.run, admin.stop, admin.trace):
         app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
+    app.router.add_get("/peerllm/v1/limits", owner_routes.limits)
+    app.router.add_post("/peerllm/v1/limits", owner_routes.set_limits)
+    app.router.add_post("/peerllm/v1/pause", owner_routes.pause)
+    app.router.add_post("/peerllm/v1/resume", owner_routes.resume)
     return app
 
 
@@ -89,11 +95,13 @@ async def when_started(request: web.Request, handler: Handler) -> web.StreamResp
 async def _resources(app: web.Application) -> AsyncIterator[None]:
     yield
     await app[TASKS].close()
+    await app[ANSWERS].close()
     await app[TEXTS].close()
 
 
 async def _end_streams(app: web.Application) -> None:
     await app[TASKS].close()
+    await app[ANSWERS].close()
 
 
 class ApiServer:

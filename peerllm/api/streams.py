@@ -74,10 +74,10 @@ class Stream:
     def started(self) -> bool:
         return self._response.prepared
 
-    async def send(self, body: object) -> None:
-        """One SSE event of JSON, or one line of JSON."""
-        data = orjson.dumps(body)
-        await self.write(b"data: " + data + b"\n\n" if self._sse else data + b"\n")
+    async def send(self, body: object, event_id: str | None = None) -> None:
+        """One SSE event of JSON, with its id if it has one, or one line of JSON."""
+        data, head = orjson.dumps(body), f"id: {event_id}\n".encode() if event_id is not None else b""
+        await self.write(head + b"data: " + data + b"\n\n" if self._sse else data + b"\n")
 
     async def comment(self, text: str) -> None:
         """An SSE comment: clients skip it, connections live on."""

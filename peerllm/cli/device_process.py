@@ -9,17 +9,24 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 from peerllm.api.guard import is_loopback
 from peerllm.api.server import ApiServer
 from peerllm.api.token import TOKEN_FILE
-from peerllm.cli.device import DAEMON_FILE, write_daemon_file
+from peerllm.cli.device import DAEMON_FILE, daemon_note
+from peerllm.cli.service.sleep_watch import sleep_watched
 from peerllm.cli.service.systemd_notify import notify, watchdog_fed
 from peerllm.cli.terminal import tell
 from peerllm.daemon.daemon import Daemon
 from peerllm.daemon.settings import Settings
 from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.saved_files import SavedFile
+
+FAREWELL_S = 10.0  # for others to take over what this device holds, and for answers under way here
+INTERRUPTED_S = 2.0  # that at Ctrl-C
+SLEEP_S = 4.0  # before the machine sleeps: logind waits for 5
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +46,26 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool, expected: str = "") -> None:
-    """API, then daemon, then the ready line; a signal closes them. The API tells from the first second what goes on."""
-    stop = asyncio.Event()
+    """API, then daemon, then the ready line; a signal ends them with a farewell, a second one without.
+
+    The API tells from the first second what goes on.
+    """
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    farewell_s = FAREWELL_S
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+
+    def asked_to_end(within_s: float) -> None:
+        nonlocal farewell_s
+        if stop.is_set():
+            hurry.set()
+        else:
+            farewell_s = within_s
+            stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, asked_to_end, FAREWELL_S)
+    loop.add_signal_handler(signal.SIGINT, asked_to_end, INTERRUPTED_S)
     if exit_with_parent:
-        _watch_stdin(loop, stop)
+        _watch_stdin(loop, stop, hurry)
     daemon = Daemon(settings)
     api = ApiServer(
         daemon, settings.api_host, settings.api_port, settings.data_dir, api_names, expected, settings.in_process
@@ -59,9 +79,11 @@ async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool
                 tell(ready_text(settings, daemon.status()["devices"][0]))
                 print(f"ready {api.url}", flush=True)
                 notify("READY=1")
-                await stop.wait()
+                async with sleep_watched(partial(daemon.sleep, SLEEP_S), daemon.wake):
+                    await stop.wait()
                 log.info("stopping")
                 notify("STOPPING=1")
+                await _unless(hurry, daemon.farewell("going down", farewell_s), "say farewell")
     finally:
         await api.close()
         await daemon.close()
@@ -70,13 +92,15 @@ async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool
 @contextlib.asynccontextmanager
 async def _announced(settings: Settings, url: str) -> AsyncIterator[None]:
     """The other commands find this device, which says that it starts, and where."""
-    write_daemon_file(settings.data_dir, url)
+    note = SavedFile(settings.data_dir / DAEMON_FILE, "where other commands find this device")
+    await note.save(daemon_note(url))
     try:
         tell(f"The page of {settings.name}, which says how far it is: {url}")
         if not is_loopback(settings.api_host):
             tell(f"From other machines the page asks for a token: {url}/?token=TOKEN, see {TOKEN_FILE} in the data")
         yield
     finally:
+        await note.close()
         (settings.data_dir / DAEMON_FILE).unlink(missing_ok=True)
 
 
@@ -103,13 +127,14 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None], name: st
         await asyncio.wait({doing, waiting})
 
 
-def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    """Stops when standard input ends: the parent that held its other side is gone."""
+def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """Stops at once when standard input ends: the parent that held its other side is gone."""
 
     def wait_for_end() -> None:
         with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the loop ended first
             while os.read(0, 4096):
                 pass
+            loop.call_soon_threadsafe(hurry.set)
             loop.call_soon_threadsafe(stop.set)
 
     threading.Thread(target=wait_for_end, name="wait for parent", daemon=True).start()

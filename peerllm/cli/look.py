@@ -44,7 +44,7 @@ def devices_text(found: Status) -> str:
         known = [human_bytes(one[key]) for key in ("memory_bytes", "lent_bytes", "promised_bytes")]
         memory = (*known, human_bytes(own) if own > 0 else "") if one["memory_bytes"] else [""] * 4  # it was never here
         place = (one.get("compute") or {}).get("place", "")
-        rows.append((one["name"] + here, one["state"], *memory, place, one["id"][:12]))
+        rows.append((one["name"] + here, one.get("leaving") or one["state"], *memory, place, one["id"][:12]))
     lines = [table(rows)]
     lines += [f"{one['name']}: {one['problem']}" for one in found["devices"] if one.get("problem")]
     strangers = [str(one["name"]) for one in found.get("nearby", ())]

@@ -4,100 +4,31 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from peerllm import __version__
+from peerllm.cli.options.argument_types import (
+    MAX_RECORD_S,
+    address,
+    compute_place,
+    listening_address,
+    pairing_address,
+    port,
+    positive,
+    seconds,
+    size,
+    temperature,
+)
+from peerllm.cli.options.limit_options import add_limits
 from peerllm.cli.service.unit_files import DROP_INS
 from peerllm.daemon.settings import API_PORT, CONTROL_PORT, PAIRING_PORT
 from peerllm.planner.scenario.scenario import OBJECTIVES, STRATEGIES
-from peerllm.types import ACTIVATIONS, COMPUTE, QUANTIZE, SCHEDULE_NAMES
+from peerllm.types import ACTIVATIONS, QUANTIZE, SCHEDULE_NAMES
 
 _Command = Callable[..., argparse.ArgumentParser]
 MODULES = {"demo": "demo.demo"} | {name: f"figures.{name}" for name in ("plan", "simulate", "bench", "trace")}
 MAX_DEVICES = 8  # of the demo: they share one machine
-MIN_MEMORY_BYTES = 10**6  # less holds no layer of any model
-MAX_RECORD_S = 600  # then the engines end a recording by themselves
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
-
-
-def size(text: str) -> int:
-    """Bytes in "4GB", "512MB", "1.5GiB" or plain bytes, no fewer than MIN_MEMORY_BYTES."""
-    found = _SIZE.fullmatch(text.strip())
-    unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 4GB, 512MB or 1.5GiB")
-    nbytes = int(float(found[1]) * unit)
-    if nbytes < MIN_MEMORY_BYTES:
-        meant = "it like 4GB or 512MB" if found[2] or nbytes < 1 else f"{found[1]}GB if you mean gigabytes"
-        counted = f"{nbytes} byte{'s' * (nbytes != 1)}"
-        raise argparse.ArgumentTypeError(f"{text!r} is {counted}, too little to lend; write {meant}")
-    return nbytes
-
-
-def pairing_address(text: str) -> tuple[str, int]:
-    """(host, port) of "HOST" or "HOST:PORT": the port is the pairing door's where none is given."""
-    if text.count(":") > 1 and not text.startswith("["):  # an IPv6 address alone
-        return text, PAIRING_PORT
-    return address(text if re.search(r":\d*$", text) else f"{text}:{PAIRING_PORT}")
-
-
-def address(text: str, lowest: int = 1) -> tuple[str, int]:
-    """(host, port) of "HOST:PORT"; an IPv6 host stands in brackets."""
-    host, colon, port = text.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not colon or not bare or (":" in bare and bare == host) or not port.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    if not lowest <= int(port) <= 65535:
-        raise argparse.ArgumentTypeError(f"{port} is no port; ports go from {lowest} to 65535")
-    return bare, int(port)
-
-
-def listening_address(text: str) -> tuple[str, int]:
-    """Like `address`; port 0 takes a free one."""
-    return address(text, lowest=0)
-
-
-def port(text: str) -> int:
-    """A port to listen on; 0 takes free ones. Two more above it are used."""
-    if not text.isdecimal() or int(text) > 65533:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; ports go from 0 to 65533 here")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def compute_place(text: str) -> str:
-    if COMPUTE.fullmatch(text):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N and mps")
-
-
-def temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no temperature; write a number from 0 to 100")
-    return value
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= MAX_RECORD_S:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write seconds, at most {MAX_RECORD_S}")
-    return value
 
 
 def default_data_dir() -> Path:
@@ -131,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _models(command)
     _looking(command)
     _planning(command)
+    _lending(command)
     _service(command("service", "Run this device as a service, which starts with the machine.", data=False))
     return parser
 
@@ -158,8 +90,13 @@ def _up(up: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a further host name the API answers to when it listens on loopback (repeatable)",
     )
-    up.add_argument("--memory", type=size, metavar="SIZE", help="the most it lends, like 4GB (default: what is free)")
-    up.add_argument("--threads", type=positive, metavar="N", help="processors it lends (default: all)")
+    add_limits(up)
+    up.add_argument(
+        "--cache",
+        type=size,
+        metavar="SIZE",
+        help="the most that weights fetched from other devices or the hub take on its disk (default: 107GB)",
+    )
     up.add_argument(
         "--compute",
         type=compute_place,
@@ -313,6 +250,16 @@ def _looking(command: _Command) -> None:
     trace.add_argument("--read", type=Path, metavar="FILE", help="record nothing: tell of a trace recorded before")
     trace.add_argument("--plot", type=Path, metavar="FILE", help="draw computing and sending (.svg or .png)")
     trace.add_argument("--json", action="store_true", help="what was written, in figures")
+
+
+def _lending(command: _Command) -> None:
+    pause = command("pause", "Lend nothing until `peerllm resume`, also after a restart; others take over.")
+    resume = command("resume", "Lend again.")
+    limits = command("limits", "Show what this device lends and when, or change it while it runs.")
+    add_limits(limits)
+    limits.add_argument("--json", action="store_true")
+    for name, parser in (("pause", pause), ("resume", resume), ("limits", limits)):
+        parser.set_defaults(module="service.lending_commands", function=name)
 
 
 def _planning(command: _Command) -> None:

@@ -7,7 +7,8 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from peerllm.daemon.control_messages import Answer, Control, DeviceView, Have, H
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
+from peerllm.daemon.decide.membership import LINKED, State
+from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.deployment.coordinator import Coordinator
+from peerllm.daemon.deployment.loading.epoch_loading import QUERY_TIMEOUT_S
 from peerllm.daemon.deployment.surroundings import Home
-from peerllm.daemon.deployment.worker import QUERY_TIMEOUT_S, Worker
+from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link import engine_facts, machine
-from peerllm.daemon.engine_link.engine_host import IDLE, RUNNING, WAKING, EngineHost
+from peerllm.daemon.engine_link.engine_host import AVAILABLE, IDLE, RUNNING, WAKING, EngineHost
 from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
 from peerllm.daemon.facade import (
     Chunk,
@@ -34,6 +38,9 @@ from peerllm.daemon.facade import (
     ServedModel,
 )
 from peerllm.daemon.network import Network
+from peerllm.daemon.owner.lending import Lending
+from peerllm.daemon.owner.limits_file import recalled
+from peerllm.daemon.owner.machine_reading import read_machine
 from peerllm.daemon.relay import relay_door
 from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
@@ -85,7 +92,7 @@ class Daemon:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._threads = settings.threads or machine.processors()
+        self._threads = 1  # that are lent
         self._closing = AsyncExitStack()
         self._configured: Configured | None = None
         self._compute = ComputeSpeed("", {}, {})
@@ -94,6 +101,7 @@ class Daemon:
         self._told: DeviceView | None = None
         self._free: dict[DeviceId, int] = {}
         self._planned: set[DeploymentId] = set()  # what others plan now
+        self._renewed: set[DeviceId] = set()  # devices reached anew that have not said yet how they do
         self._echoing: set[DeviceId] = set()  # devices that hops can be timed to now
         self._tasks: set[asyncio.Task[None]] = set()
         self._pulse = Debounce(VIEW_INTERVAL_S, self._beat)
@@ -130,6 +138,8 @@ class Daemon:
     async def _start(self) -> None:
         await self.claim()
         data = self.settings.data_dir
+        limits = await asyncio.to_thread(recalled, data, self.settings.given_limits)
+        self._threads = limits.threads or machine.processors()
         self.network = Network(self.settings, self.identity, self.hello, idle=self._idle)
         self.host = EngineHost(
             self._configure,
@@ -147,23 +157,35 @@ class Daemon:
         self._doing = "measuring how fast this machine computes"
         self._compute = await measured(self.host, configured, self._threads, data / "measured.json")
         self._memory_bytes = configured.memory_bytes or machine.memory_bytes()
-        self.ledger = Ledger(self._lent(configured))
+        self.ledger = Ledger(self.lent_now(limits))
         self.digests = Digests(data / "digests.json")
         peers = NetworkPeers(self.network)
-        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.identity.device, peers)
+        me, most = self.identity.device, self.settings.cache_bytes
+        self.store = await asyncio.to_thread(WeightStore, data / "weights", me, peers, most)
         self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
+        free, key = (lambda: self.ledger.free_bytes), self._compute.key
+        self._profiler = Profiler(self.host, free, key, data / "profiles.json")
         self.worker = Worker(
             self.identity.device,
             self.ledger,
             self.host,
-            StageWeights(self.identity.device, self.store, self.digests, self.coordinator.own_tensors, token),
-            Profiler(self.host, lambda: self.ledger.free_bytes, self._compute.key, data / "profiles.json"),
+            StageWeights(
+                self.identity.device,
+                self.store,
+                self.digests,
+                lambda deployment: self.home.own_tensors(self.coordinator.own_tensors(deployment)),
+                token,
+            ),
+            self._profiler,
             address=self.home.address,
             report=self._report,
             changed=self.poke,
         )
+        memory = not configured.memory_bytes  # an accelerator's own is not the machine's
+        read = partial(read_machine, memory=memory)
+        self.lending = Lending(self, data, limits, self.settings.given_limits, read)
         network = self.network
         self._relay = RelayClient(network.post)
         network.add_route("GET", ROUTE, self.offers.handle)
@@ -172,15 +194,36 @@ class Daemon:
         network.link_monitor.echo, network.link_monitor.may_echo = self._echo, self._may_echo
         network.listen(self._heard)
         network.on_change(self._household_changed)
-        network.on_vanish(self._vanished)
+        network.on_state(self._device_state)
         network.on_roster(self._roster_changed)
         self._started = True
         self._closing.push_async_callback(self._let_go)
+        self._closing.push_async_callback(self.lending.close)
+        await self.lending.start()
         await network.start()
         await self.store.prune()
+        self._first_look()
         await self.coordinator.start()
         self._ready.set()
         self.poke()
+
+    async def farewell(self, reason: str, within_s: float) -> None:
+        """Hold nothing any more: returns when others took over and answers under way are done, or time is up."""
+        if self._ready.is_set():
+            self.lending.go(reason)
+            if not await self.lending.gone(self.identity.device, lambda: self.coordinator.busy, within_s):
+                log.info("%g s are over; what is still held here is let go of", within_s)
+
+    async def sleep(self, within_s: float) -> None:
+        """The machine is about to sleep: a farewell, and goodbye to the household until `wake`."""
+        await self.farewell("going to sleep", within_s)
+        if self._ready.is_set():
+            await self.network.say_goodbye("going to sleep")
+
+    def wake(self) -> None:
+        """It is awake again."""
+        if self._ready.is_set():
+            self.lending.go("")
 
     async def close(self) -> None:
         """Stop what was started here, say goodbye, end the engine. May be called twice."""
@@ -244,7 +287,9 @@ class Daemon:
     def models(self) -> list[ServedModel]:
         if not self._ready.is_set():
             return []
-        return [*self.coordinator.served(), *self._models.others(self.home.name)]
+        own = self.coordinator.served()
+        here = {model.deployment for model in own}
+        return [*own, *(model for model in self._models.others(self.home.name) if model.deployment not in here)]
 
     def relay(
         self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes
@@ -255,6 +300,8 @@ class Daemon:
         self._relay_door.handler = handler
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        if self.lending.going:
+            raise UnavailableError(f"{self.settings.name} is {self.lending.leaving}")
         return self.coordinator.generate(request)
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
@@ -308,6 +355,40 @@ class Daemon:
             raise BadInputError(f"{len(found)} devices are called {device!r}; give the id instead")
         await self.network.remove(found.pop())
 
+    def limits(self) -> dict[str, Any]:
+        return {**asdict(self.lending.limits), "leaving": self.lending.leaving}
+
+    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        await self.lending.change(changes)
+        return self.limits()
+
+    # ---- lending.Lender -------------------------------------------------------------------------------------------
+
+    def lent_now(self, limits: OwnerLimits) -> int:
+        configured = self._configured
+        assert configured is not None
+        if configured.memory_bytes:
+            return machine.lent_of(limits.memory_bytes, configured.memory_bytes, configured.free_bytes)
+        running = self.host.state not in (IDLE, WAKING)
+        return machine.lent_bytes(limits.memory_bytes, configured.runtime_bytes, running)
+
+    def lending_changed(self) -> None:
+        self.network.set_hello_changed()
+        self.coordinator.stir("what a device lends has changed")
+        self.poke()
+
+    async def let_go(self, reason: str) -> None:
+        await self.worker.let_go_all(reason)
+
+    async def restart_engine(self, threads: int | None) -> None:
+        self._threads = threads or machine.processors()
+        self.host.renew(self._threads)
+        assert self._configured is not None
+        measured_in = self.settings.data_dir / "measured.json"
+        self._compute = await measured(self.host, self._configured, self._threads, measured_in)
+        self._profiler.computed_by(self._compute.key)
+        self.lending_changed()
+
     # ---- what this device says of itself -------------------------------------------------------------------------
 
     def hello(self) -> Hello:
@@ -322,7 +403,7 @@ class Daemon:
             control_port=self.settings.port,
             data_port=configured.port,
             memory_bytes=self._memory_bytes,
-            lent_bytes=self.ledger.lent_bytes,
+            lent_bytes=self.ledger.offered_bytes,
             gbytes_per_s=self._compute.gbytes_per_s,
             gflops=self._compute.gflops,
             architectures=configured.architectures,
@@ -336,7 +417,15 @@ class Daemon:
     def _view(self) -> DeviceView:
         promised, state = self.ledger.promised_bytes, self.host.state
         own = self._configured.runtime_bytes if self._configured is not None and state == RUNNING else 0
-        return DeviceView(promised, self._resident_bytes(), state, self.coordinator.views(), promised + own)
+        return DeviceView(
+            promised,
+            self._resident_bytes(),
+            state,
+            self.coordinator.views(),
+            promised + own,
+            holdings=self.worker.holdings(),
+            leaving=self.ledger.leaving,
+        )
 
     def _resident_bytes(self) -> int:
         if self.host.pid is None and not self.settings.in_process:
@@ -349,6 +438,8 @@ class Daemon:
     def poke(self) -> None:
         """Tell watchers that the status object changed."""
         self._pulse.poke()
+        if self._started:
+            self.lending.look()
 
     def _beat(self) -> None:
         """Something changed: tell the others, if it is something that they see."""
@@ -394,12 +485,6 @@ class Daemon:
             return True
         return any(view.state in ("planning", "loading") for view in (*self.coordinator.views(), *self.home.views()))
 
-    def _lent(self, configured: Configured) -> int:
-        if configured.memory_bytes:
-            return machine.lent_of(self.settings.memory_bytes, configured.memory_bytes, configured.free_bytes)
-        running = self.host.state not in (IDLE, WAKING)
-        return machine.lent_bytes(self.settings.memory_bytes, configured.runtime_bytes, running)
-
     def _trusted(self, entries: tuple[RosterEntry, ...]) -> tuple[Trusted, ...]:
         me = self.identity.device
         return tuple(Trusted(entry.device, entry.certificate_pem) for entry in entries if entry.device != me)
@@ -434,6 +519,7 @@ class Daemon:
     def _engine_lost(self, reason: str) -> None:
         if self._started:
             self.worker.engine_lost(reason)
+            self.coordinator.device_is(self.identity.device, "gone", f"lost its engine ({reason})")
             self.poke()
 
     def _engine_state(self, state: str) -> None:
@@ -447,7 +533,7 @@ class Daemon:
         if self._started:
             self.network.set_hello_changed()
             self.network.link_monitor.engine_changed()
-            self.coordinator.stir()
+            self.coordinator.device_is(self.identity.device, "online")
             self.poke()
 
     # ---- the household ----------------------------------------------------------------------------------------------
@@ -460,6 +546,27 @@ class Daemon:
     def _heard(self, device: DeviceId, message: Control) -> None:
         if isinstance(message, Progress | Trouble):
             self.coordinator.hear(device, message)
+        elif isinstance(message, DeviceView):
+            self.coordinator.told(device, message.holdings)
+            self._seen(device, message)
+
+    def _first_look(self) -> None:
+        """How each device of the household is when this one starts."""
+        if self.host.state in AVAILABLE:
+            self.coordinator.device_is(self.identity.device, "online")
+        for device, peer in self.network.peers().items():
+            if peer.view is None:
+                self.coordinator.device_is(device, "gone", "is not here")
+
+    def _seen(self, device: DeviceId, view: DeviceView) -> None:
+        """A device that is here says how it does."""
+        self.worker.back(device)
+        renewed = device in self._renewed
+        self._renewed.discard(device)
+        if view.leaving:
+            self.coordinator.device_is(device, "leaving", f"is leaving: {view.leaving}", renewed)
+        else:
+            self.coordinator.device_is(device, "online", renewed=renewed)
 
     def _report(self, device: DeviceId, message: Progress | Trouble) -> None:
         """To the coordinator of a deployment, which may be this device's own."""
@@ -471,7 +578,7 @@ class Daemon:
     def _household_changed(self) -> None:
         free = {device: one.free_bytes for device, one in self.home.candidates().items()}
         if any(nbytes > self._free.get(device, -1) for device, nbytes in free.items()):
-            self.coordinator.stir()
+            self.coordinator.stir("memory was freed")
         self._free = free
         peers = self.network.peers()
         self._models.hear(peers, {device: peer.view.deployments for device, peer in peers.items() if peer.view})
@@ -489,10 +596,25 @@ class Daemon:
             self.network.link_monitor.engine_changed()
         self._echoing = echoing
 
-    def _vanished(self, device: DeviceId, reason: str) -> None:
-        self._relay.vanished(device, reason)
-        self.coordinator.gone(device, reason)
-        self._spawn(self.worker.vanished(device), f"let go for {device[:8]}")
+    def _device_state(self, device: DeviceId, before: State, state: State, reason: str, renewed: bool) -> None:
+        """Membership says how a device is; over a new connection the device itself says then what it has loaded."""
+        if renewed:
+            self._renewed.add(device)
+        match state:
+            case "online":
+                if before == "silent" and not renewed:
+                    self.worker.back(device)
+                    self.coordinator.device_is(device, "online")
+            case "silent":
+                self.worker.away(device)
+                self.coordinator.device_is(device, "silent", f"is {reason}")
+            case "offline" | "left":
+                if before in LINKED:
+                    self._relay.vanished(device, reason)
+                self.worker.away(device)
+                self.coordinator.device_is(device, "gone", f"is gone ({reason})")
+            case "connecting":
+                pass
 
     def _roster_changed(self, entries: tuple[RosterEntry, ...]) -> None:
         self.host.tell(Trust(self._trusted(entries)))

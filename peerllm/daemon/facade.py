@@ -94,6 +94,7 @@ class GenerateRequest:
     sampling: Sampling
     client: str = ""
     ignore_stop: bool = False  # go on to max_tokens whatever the model says
+    patience_s: float | None = None  # how long it waits for a deployment that does not serve; None: as usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +197,14 @@ class Household(Protocol):
         ...
 
     async def leave(self) -> None: ...
+
+    def limits(self) -> dict[str, Any]:
+        """What the owner allows (decide/owner_limits.OwnerLimits), and "leaving": why nothing is lent now, or ""."""
+        ...
+
+    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Set some of them, for now and later starts; gives all. BadInputError names what is no limit."""
+        ...
 
     async def remove(self, device: str) -> None:
         """Remove a device (name or id) from the household."""

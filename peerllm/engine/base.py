@@ -19,7 +19,7 @@ from peerllm.types import Sampling
 ROLLBACK_TOKENS = 64  # how far a sequence can go back in layers that keep only a window
 Tensor = npt.NDArray[Any]  # C-contiguous; bfloat16 is ml_dtypes'
 Floats = npt.NDArray[np.float32]
-RowForms = Mapping[int, Mapping[str, tuple[int, str]]]  # by block: array: (numbers for each token, numpy's dtype)
+RowForms = Mapping[int, Mapping[str, tuple[int, str]]]  # by block: array: (numbers in a row, numpy's name of the dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,10 @@ class Reach:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StatePart:
-    """Rows [tokens, numbers] by array of what a block keeps of the tokens from `start` on."""
+    """Rows [tokens, numbers] by array of what a block keeps of the tokens from `start` on.
+
+    Or what it keeps once for a sequence: one row, as it is after the token `start`.
+    """
 
     block: int
     start: int
@@ -62,6 +65,14 @@ class StatePart:
     @property
     def length(self) -> int:
         return len(next(iter(self.rows.values())))
+
+
+@dataclass(frozen=True, slots=True)
+class StateForms:
+    """What can be taken of blocks' state in parts: what they keep of each token, and what they keep of a sequence."""
+
+    tokens: RowForms
+    fixed: RowForms
 
 
 class Shard(Protocol):
@@ -84,24 +95,24 @@ class Shard(Protocol):
     def forward(self, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor: ...
     def release(self, slot: int) -> None: ...
 
-    def export_state(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, dict[str, Tensor]]:
-        """(Tokens of the slot's sequence, its state as exported_state.exported describes it), of some blocks or all."""
-        ...
-
-    def import_state(self, slot: int, position: int, arrays: dict[str, Tensor]) -> None:
-        """Begin the slot with a state of all blocks; BadInputError before anything has moved if it does not fit."""
-        ...
-
-    def row_forms(self, first_layer: int, last_layer: int) -> RowForms:
-        """What those of its blocks keep of each token that are of these layers; nothing if state goes only whole."""
+    def state_forms(self, first_layer: int, last_layer: int) -> StateForms:
+        """Of its blocks that are of these layers."""
         ...
 
     def held(self, slot: int, block: int) -> range:
         """The tokens whose rows `export_part` can copy."""
         ...
 
+    def steady(self, slot: int) -> int:
+        """The last position of which state can be taken while the sequence goes on: its end, or its snapshot."""
+        ...
+
     def export_part(self, slot: int, block: int, start: int, stop: int) -> StatePart:
         """A copy of the rows of tokens start..stop - 1; EngineError if they are not all held."""
+        ...
+
+    def export_fixed(self, slot: int, block: int, position: int) -> StatePart:
+        """A copy of what the block keeps once for the sequence, after `position` tokens; EngineError if it has not."""
         ...
 
     def import_part(self, slot: int, part: StatePart) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import aiohttp
 from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.facade import (
     Chunk,
     GenerateRequest,
@@ -22,6 +24,7 @@ from peerllm.daemon.facade import (
     RunProgress,
     ServedModel,
 )
+from peerllm.daemon.owner.limits_file import changed
 from peerllm.errors import InfeasibleError, LinkError, NotFoundError, PairingError, RefusedError
 
 DEPLOYMENT = "d" * 32
@@ -127,18 +130,20 @@ class FakeHousehold:
         self.served = [self.model]
         self.reply = "Hello, wörld 🏡!"
         self.endless = False
-        self.pace_s = 0.0  # between two tokens of an endless answer
+        self.pace_s = 0.0  # between two tokens; all of an answer that ends come at once where it is 0
         self.queued: list[int] = []
         self.error_at_once: Exception | None = None
         self.error_midway: Exception | None = None
         self.finish: Any = "stop"
         self.reused = 0  # of a prompt's tokens
         self.gate: asyncio.Event | None = None  # holds the answer back until set
+        self.middle: asyncio.Event | None = None  # holds back the rest of an answer, after its fourth token
         self.requests: list[GenerateRequest] = []
         self.runs: list[RunOptions] = []
         self.calls: list[tuple[Any, ...]] = []
         self.start_gate: asyncio.Event | None = None  # the device is starting until it is set
         self.pairing_port = 8645
+        self.owner, self.leaving = OwnerLimits(), ""
         self.addresses: tuple[str, ...] = ("192.168.1.7", "fd00::7", "fe80::7")
         self.asked = asyncio.Event()
         self.closed = asyncio.Event()
@@ -156,6 +161,13 @@ class FakeHousehold:
         self.id = "a" * 64
         self.peers: dict[str, str] = {}  # where other devices take what is relayed to them, by device
         self.handler: PeerHandler | None = None
+
+    def limits(self) -> dict[str, Any]:
+        return {**asdict(self.owner), "leaving": "paused by its owner" if self.owner.paused else self.leaving}
+
+    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        self.owner = changed(self.owner, changes)
+        return self.limits()
 
     async def started(self) -> None:
         if self.start_gate is not None:
@@ -253,6 +265,10 @@ class FakeHousehold:
                     yield Chunk((), "length")
                     return
                 yield Chunk((one,), reused=self.reused)
+                if self.pace_s:
+                    await asyncio.sleep(self.pace_s)
+                if self.middle is not None and index == 3:
+                    await self.middle.wait()
                 if self.error_midway and index == 3:
                     raise self.error_midway
             yield Chunk((END,) if self.finish == "stop" else (), self.finish)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import ssl
 import subprocess
 import time
@@ -115,3 +116,36 @@ def test_a_paired_device_reaches_answers_only(demo: list[Device]) -> None:
         done = subprocess.run([*curl, base + path], capture_output=True, text=True, timeout=30, check=False)
         assert done.stdout == wanted, path
     assert get(demo[0], "/v1/models")["data"][0]["state"] == "serving"
+
+
+async def test_an_answer_goes_on_at_another_device(demo: list[Device]) -> None:
+    """Begun at one device that is not the source, its client hangs up and goes on at the other."""
+    key = {"Idempotency-Key": secrets.token_hex(8)}
+    body = {"model": "builtin", "messages": [{"role": "user", "content": STORY}], "max_tokens": 60, "stream": True,
+            "temperature": 1, "return_token_ids": True}  # fmt: skip
+    ids: list[int] = []
+    last = ""
+
+    async def hear(device: Device, headers: dict[str, str], most: int) -> None:
+        nonlocal last
+        async with (
+            clients(device.url, device.token()) as session,
+            session.post("/v1/chat/completions", json=body, headers=headers) as response,
+        ):
+            assert response.status == 200
+            async for line in response.content:
+                if line.startswith(b"id: "):
+                    last = line[4:].decode().strip()
+                elif line.startswith(b"data: {"):
+                    ids.extend(json.loads(line[6:])["choices"][0]["token_ids"])
+                    if len(ids) >= most:
+                        return
+
+    await hear(demo[1], key, 5)
+    await hear(demo[2], {**key, "Last-Event-ID": last}, 1000)
+    async with (
+        clients(demo[0].url, demo[0].token()) as session,
+        session.post("/v1/chat/completions", json={**body, "stream": False}, headers=key) as response,
+    ):
+        assert (await response.json())["choices"][0]["token_ids"] == ids
+    assert last == "end" and len(ids) <= 60

@@ -26,9 +26,12 @@ class Completion:
 
     def feed(self, ids: Sequence[int], finish: FinishReason | None, reused: int = 0) -> str:
         """The text that is certain now; raises where the answer broke off."""
-        self.ids.extend(ids)
         self.reused = max(self.reused, reused)
-        text = self.scanner.push(self.detokenizer.push(ids))
+        text = ""
+        for one in ids:  # singly, so that the text after so many tokens does not depend on how they came
+            if not self.scanner.stopped:
+                self.ids.append(one)
+                text += self.scanner.push(self.detokenizer.push((one,)))
         if self.scanner.stopped:
             self.finish = "stop"
         elif finish == "error":

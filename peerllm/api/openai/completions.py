@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 
 from aiohttp import web
 
-from peerllm.api.error_answers import describe, json_response
+from peerllm.api.error_answers import UnknownModelError, describe, json_response
 from peerllm.api.fields import read_object
-from peerllm.api.keys import HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.keys import ANSWERS, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai.answer import Completion, OpenAIObjects
+from peerllm.api.openai.answer_store import NotKeptError
 from peerllm.api.openai.chat_request import ChatRequest, parse_chat
+from peerllm.api.openai.kept_answer import BegunAnswer
 from peerllm.api.openai.model_wait import answering_model
+from peerllm.api.openai.models import find_model
 from peerllm.api.peers.caller import Caller, caller_of
-from peerllm.api.peers.remote_answer import pass_on
+from peerllm.api.peers.remote_answer import RemoteAnswer
+from peerllm.api.repeat import END, Repeat, repeat_of
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
-from peerllm.api.text.stops import StopScanner
 from peerllm.daemon.facade import Chunk, GenerateRequest, ServedModel
-from peerllm.errors import EngineError, UnavailableError
+from peerllm.errors import EngineError, LinkError, UnavailableError
 
 CHAT_PATH = "/v1/chat/completions"
+RESUME_S = 60.0  # seconds in which an answer with a key is sought again after the device that gave it was lost
+RETRY_S = 0.5  # seconds between two tries
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -32,18 +40,12 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 async def answer_chat(app: web.Application, request: web.Request, caller: Caller) -> web.StreamResponse:
     """Errors before the first sign of life have their own status; after it they are an error event, then the end."""
-    chat = parse_chat(await read_object(request))
+    fields = await read_object(request)
+    chat, repeat = parse_chat(fields), repeat_of(request, fields.body)
     stream = Stream(request, "text/event-stream; charset=utf-8") if chat.stream else None
     with app[TASKS].stream():
         try:
-            model = await answering_model(app, chat.model, stream.comment if stream else _silently, bool(caller.device))
-            if model.source:
-                return await pass_on(app, request, CHAT_PATH, model, caller, stream)
-            begun = await _begin(app, chat, model, caller)
-            if stream is None:
-                return await _whole(*begun)
-            await _events(stream, *begun)
-            return await stream.end()
+            return await _answered(app, request, caller, chat, repeat, stream)
         except asyncio.CancelledError:
             if stream is not None and stream.started and app[TASKS].closing:
                 with contextlib.suppress(ConnectionError):
@@ -52,9 +54,55 @@ async def answer_chat(app: web.Application, request: web.Request, caller: Caller
             raise
 
 
-async def _begin(
-    app: web.Application, chat: ChatRequest, model: ServedModel, caller: Caller
-) -> tuple[AsyncIterator[Chunk], Completion, OpenAIObjects]:
+async def _answered(
+    app: web.Application,
+    request: web.Request,
+    caller: Caller,
+    chat: ChatRequest,
+    repeat: Repeat | None,
+    stream: Stream | None,
+) -> web.StreamResponse:
+    """By this device or by the model's source; a lost source is sought again where the answer has a key."""
+    until = None
+    while repeat is None or app[ANSWERS].find(repeat.key, repeat.fingerprint) is None:
+        model = await answering_model(app, chat.model, stream.comment if stream else _silently, bool(caller.device))
+        if not model.source:
+            if repeat is None:
+                begun = await _begin(app, chat, model, caller)
+                return await _told(begun.chunks, begun.completion(), begun.objects, stream, None)
+            if app[ANSWERS].find(repeat.key, repeat.fingerprint) is None:
+                if repeat.last is not None:
+                    raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
+                begin = _begin(app, chat, model, caller)
+                app[ANSWERS].begin(repeat.key, repeat.fingerprint, caller.payer(chat.user), begin)
+            break
+        remote = RemoteAnswer(app[HOUSEHOLD], model, caller, repeat, partial(_moved, app, model))
+        try:
+            return await remote.pass_on(request, CHAT_PATH, stream)
+        except LinkError as error:
+            until = until or time.monotonic() + RESUME_S
+            if repeat is None or time.monotonic() >= until:
+                raise LinkError(f"no answer of {model.name} to its end: {error}; ask again in a moment") from error
+            if stream is not None:
+                await stream.comment(f"the device of {model.name} is lost, looking for the answer")
+            await asyncio.sleep(RETRY_S)
+    kept = app[ANSWERS].find(repeat.key, repeat.fingerprint)
+    assert kept is not None
+    with app[ANSWERS].reading(kept):
+        begun = await kept.started()
+        objects = replace(begun.objects, with_ids=chat.return_token_ids, with_usage=chat.include_usage)
+        return await _told(kept.chunks(), begun.completion(), objects, stream, repeat)
+
+
+def _moved(app: web.Application, model: ServedModel) -> bool:
+    """Whether another device answers for it now."""
+    try:
+        return find_model(app, model.name).source != model.source
+    except UnknownModelError:
+        return False  # it may be listed again in a moment
+
+
+async def _begin(app: web.Application, chat: ChatRequest, model: ServedModel, caller: Caller) -> BegunAnswer:
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
@@ -67,13 +115,25 @@ async def _begin(
         sampling=chat.sampling_with(text.defaults),
         client=caller.group(chat.user),
     )
-    answer = Completion(text.detokenizer(frozenset(model.stop_ids)), StopScanner(chat.stops))
     objects = OpenAIObjects(model.name, len(prompt), chat.return_token_ids, chat.include_usage)
-    return app[HOUSEHOLD].generate(wanted), answer, objects
+    return BegunAnswer(app[HOUSEHOLD].generate(wanted), objects, text, frozenset(model.stop_ids), chat.stops)
 
 
 async def _silently(_: str) -> None:
     """Nobody hears of progress before the answer."""
+
+
+async def _told(
+    chunks: AsyncIterator[Chunk],
+    answer: Completion,
+    objects: OpenAIObjects,
+    stream: Stream | None,
+    repeat: Repeat | None,
+) -> web.StreamResponse:
+    if stream is None:
+        return await _whole(chunks, answer, objects)
+    await _events(stream, chunks, answer, objects, repeat)
+    return await stream.end()
 
 
 async def _whole(chunks: AsyncIterator[Chunk], answer: Completion, objects: OpenAIObjects) -> web.Response:
@@ -89,27 +149,39 @@ async def _whole(chunks: AsyncIterator[Chunk], answer: Completion, objects: Open
     return json_response(objects.whole("".join(pieces), answer))
 
 
-async def _events(stream: Stream, chunks: AsyncIterator[Chunk], answer: Completion, objects: OpenAIObjects) -> None:
+async def _events(
+    stream: Stream,
+    chunks: AsyncIterator[Chunk],
+    answer: Completion,
+    objects: OpenAIObjects,
+    repeat: Repeat | None,
+) -> None:
+    """With `repeat`, events have ids, and those that the client has are not sent again."""
+    had = repeat.tokens if repeat is not None else 0
+    spoke = repeat is not None and repeat.last is not None
     sent = 0  # token ids
-    spoke = False
     async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
         async for chunk in pulse:
             if chunk is None or (not chunk.ids and chunk.finish is None):
                 queued = 0 if chunk is None else chunk.queued
                 await stream.comment(f"queued {queued}" if queued else "working")
                 continue
-            text = answer.feed(chunk.ids, chunk.finish, chunk.reused)
+            known = max(0, had - len(answer.ids))
+            answer.feed(chunk.ids[:known], None)
+            sent = max(sent, min(had, len(answer.ids)))
+            text = answer.feed(chunk.ids[known:], chunk.finish, chunk.reused)
             if not spoke:
                 spoke = True
-                await stream.send(objects.role())
+                await stream.send(objects.role(), "0" if repeat else None)
             if text:
-                await stream.send(objects.delta(text, answer.ids[sent:]))
+                await stream.send(objects.delta(text, answer.ids[sent:]), str(len(answer.ids)) if repeat else None)
                 sent = len(answer.ids)
             if answer.finish:
                 break
     if answer.finish is None:
         raise EngineError("the answer broke off without a reason; ask again")
-    await stream.send(objects.finish(answer.finish, answer.ids[sent:]))
+    if repeat is None or repeat.last != END:
+        await stream.send(objects.finish(answer.finish, answer.ids[sent:]), END if repeat else None)
     if objects.with_usage:
         await stream.send(objects.usage(answer))
     await stream.write(b"data: [DONE]\n\n")

@@ -2,64 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 import orjson
 from aiohttp import web
 
-from peerllm.api.keys import HOUSEHOLD
 from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
+from peerllm.api.repeat import KEY_HEADER, LAST_HEADER, Repeat
 from peerllm.api.streams import Stream, pulsed
-from peerllm.daemon.facade import RelayedAnswer, ServedModel
+from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
 from peerllm.errors import LinkError
 
 CLIENT_HEADER = "X-PeerLLM-Client"  # which of the relaying device's clients asks
-SILENCE_S = 10.0  # seconds after which the client is told that its answer's device is silent
+SILENCE_S = 6.0  # seconds after which the client is told that its answer's device is silent; it tells something each 5
+MAX_SILENCES = 15  # in a row: longer than membership waits for a device that is silent altogether
 MAX_WHOLE_BYTES = 64 << 20  # of an answer in one piece
 MAX_EVENT_BYTES = 4 << 20  # of one event of a stream
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _KEPT = ("Retry-After", "x-should-retry")  # headers that mean the same here
+_LAST = re.compile(rb'data: (\[DONE\]|\{"error":)')  # with one of these every stream ends
+_ID = re.compile(rb"(?:^|\n)id: ([0-9]{1,10}|end)\n")
 
 
-async def pass_on(
-    app: web.Application, request: web.Request, path: str, model: ServedModel, caller: Caller, stream: Stream | None
-) -> web.StreamResponse:
-    """What the model's source answers to this request: status, errors and events unchanged.
+@dataclass(frozen=True, slots=True)
+class RemoteAnswer:
+    """`moved` says whether another device answers for the model by now."""
 
-    `stream` may have begun with comments; then a refusal becomes its last event. LinkError if the source is lost.
-    """
-    headers = {"Content-Type": _JSON, CLIENT_HEADER: caller.client[:MAX_CLIENT_CHARS]}
-    async with app[HOUSEHOLD].relay(model.source, path, headers, await request.read()) as answer:
-        kind = answer.headers.get("Content-Type", "").partition(";")[0]
-        if stream is not None and answer.status == web.HTTPOk.status_code and kind == _EVENTS:
-            await _events(stream, answer, model.name)
+    household: Household
+    model: ServedModel
+    caller: Caller
+    repeat: Repeat | None
+    moved: Callable[[], bool]
+
+    async def pass_on(self, request: web.Request, path: str, stream: Stream | None) -> web.StreamResponse:
+        """What the model's source answers to this request: status, errors and events unchanged.
+
+        `stream` may have begun already; then a refusal becomes its last event. LinkError if the source is lost;
+        `repeat` then has the last event that the client got.
+        """
+        headers = {"Content-Type": _JSON, CLIENT_HEADER: self.caller.client[:MAX_CLIENT_CHARS]}
+        if self.repeat is not None:
+            headers[KEY_HEADER] = self.repeat.key
+            if self.repeat.last is not None:
+                headers[LAST_HEADER] = self.repeat.last
+        async with self.household.relay(self.model.source, path, headers, await request.read()) as answer:
+            kind = answer.headers.get("Content-Type", "").partition(";")[0]
+            if stream is not None and answer.status == web.HTTPOk.status_code and kind == _EVENTS:
+                await self._events(stream, answer)
+                return await stream.end()
+            if kind != _JSON or not 200 <= answer.status < 600:
+                raise LinkError(f"its device answered with HTTP {answer.status} {kind[:40]!r}")
+            body = await _whole(answer.body)
+        if stream is not None and stream.started:
+            await stream.send(orjson.Fragment(body))
             return await stream.end()
-        if kind != _JSON or not 200 <= answer.status < 600:
-            raise LinkError(f"the device of {model.name} answered with HTTP {answer.status} {kind!r}")
-        body = await _whole(answer.body)
-    if stream is not None and stream.started:
-        await stream.send(orjson.Fragment(body))
-        return await stream.end()
-    kept = {name: answer.headers[name] for name in _KEPT if name in answer.headers}
-    return web.Response(body=body, status=answer.status, content_type=_JSON, headers=kept)
+        kept = {header: answer.headers[header] for header in _KEPT if header in answer.headers}
+        return web.Response(body=body, status=answer.status, content_type=_JSON, headers=kept)
 
-
-async def _events(stream: Stream, answer: RelayedAnswer, name: str) -> None:
-    """Whole events only, so that one that broke off is not followed by another in its middle."""
-    held = b""
-    async with aclosing(pulsed(answer.body, SILENCE_S)) as pieces:
-        async for piece in pieces:
-            if piece is None:
-                await stream.comment(f"the device of {name} is silent")
-                continue
-            whole, mark, held = (held + piece).rpartition(b"\n\n")
-            if mark:
-                await stream.write(whole + mark)
-            if len(held) > MAX_EVENT_BYTES:
-                raise LinkError(f"the device of {name} sends an event without an end")
-    if held:
-        raise LinkError(f"the answer of {name} broke off")
+    async def _events(self, stream: Stream, answer: RelayedAnswer) -> None:
+        """Whole events only, so that one that broke off is not followed by another in its middle."""
+        held, ended, silences = b"", False, 0
+        async with aclosing(pulsed(answer.body, SILENCE_S)) as pieces:
+            async for piece in pieces:
+                if piece is None:
+                    if self.moved():
+                        raise LinkError("another device answers for it now")
+                    silences += 1
+                    if silences > MAX_SILENCES:
+                        raise LinkError(f"its device said nothing for {SILENCE_S * MAX_SILENCES:g} s")
+                    await stream.comment(f"the device of {self.model.name} is silent")
+                    continue
+                silences = 0
+                whole, mark, held = (held + piece).rpartition(b"\n\n")
+                if mark:
+                    await stream.write(whole + mark)
+                    ended = _LAST.search(whole.rpartition(b"\n\n")[2]) is not None
+                    if self.repeat is not None and (ids := _ID.findall(whole)):
+                        self.repeat.last = ids[-1].decode()
+                if len(held) > MAX_EVENT_BYTES:
+                    raise LinkError("its device sends an event without an end")
+        if not ended:
+            raise LinkError("its device broke it off")
 
 
 async def _whole(body: AsyncIterator[bytes]) -> bytes:
@@ -68,5 +94,5 @@ async def _whole(body: AsyncIterator[bytes]) -> bytes:
         pieces.append(piece)
         size += len(piece)
         if size > MAX_WHOLE_BYTES:
-            raise LinkError(f"another device's answer is larger than {MAX_WHOLE_BYTES} bytes")
+            raise LinkError(f"it is larger than {MAX_WHOLE_BYTES} bytes")
     return b"".join(pieces)

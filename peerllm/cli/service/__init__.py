@@ -1,1 +1,1 @@
-"""peerllm as a service of systemd."""
+"""This device as its owner runs it: a service of systemd, sleep, and what it lends."""

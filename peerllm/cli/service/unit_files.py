@@ -100,9 +100,10 @@ def check_readable() -> None:
         for one in (path, *path.parents):
             if one in HIDDEN or not one.stat().st_mode & (0o1 if one.is_dir() else 0o4):
                 raise BadInputError(
-                    f"a system service cannot read {found}, where this peerllm runs from ({one} is closed to it); "
-                    "install it for everybody: sudo python3 -m venv /opt/peerllm && "
-                    "sudo /opt/peerllm/bin/pip install peerllm && sudo /opt/peerllm/bin/peerllm service install --system"
+                    f"a system service cannot read {found}, where this peerllm runs from ({one} is closed); "
+                    "install it for all: sudo python3 -m venv /opt/peerllm && "
+                    "sudo /opt/peerllm/bin/pip install peerllm && "
+                    "sudo /opt/peerllm/bin/peerllm service install --system"
                 )
 
 

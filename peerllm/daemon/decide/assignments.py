@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 
-from peerllm.daemon.control_messages import Assign, StageWork, TensorDigest
+from peerllm.daemon.control_messages import Assign, Carry, StageWork, TensorDigest
 from peerllm.daemon.decide.demand import MAX_SLOTS, Blueprint
 from peerllm.daemon.decide.device_profiles import ITEMSIZE
+from peerllm.daemon.decide.hub_places import HubPlaces, check_hub, check_place
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.planner.cost.working_space import MOST_CHUNK
 from peerllm.stored_types import FLOATS, STORED_TYPES, stored_bytes
-from peerllm.types import MATRIX_BITS, MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cuts, DeploymentId, DeviceId
+from peerllm.types import MATRIX_BITS, MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cuts, DeploymentId, DeviceId, Stage
 
 MAX_CONTEXT = 1 << 20  # tokens
 MAX_TENSORS = 65536  # of one assignment
@@ -47,18 +48,28 @@ def assignments(
     *,
     hashes: Mapping[str, str],
     address: Callable[[DeviceId], Address],
+    hub: HubPlaces | None = None,
 ) -> dict[DeviceId, Assign]:
-    """One Assign per device of the plan; `hashes` by tensor name, for the tensors that travel."""
+    """One Assign per device of the plan; `hashes` by tensor name, for the tensors that travel.
+
+    With `hub` no device need have them: "" is the hash of one that nobody has fetched yet.
+    """
     stages = blueprint.plan.stages
     source = stages[0].device
+    fetchers = _fetchers(blueprint, inspected, None if hub is not None else source)
+
+    def digest(tensor: TensorAt, device: DeviceId) -> TensorDigest:
+        sha256 = hashes.get(tensor.name, HERE) if hub is not None or device == source else hashes[tensor.name]
+        place = (hub.files[tensor.path], tensor.offset) if hub is not None else (-1, 0)
+        fetcher = fetchers.get(tensor.name, "")
+        return TensorDigest(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, sha256, *place, fetcher=fetcher)
+
     forms = (*blueprint.activations, "exact")  # of the way back to the source, too: it carries tokens
     work: dict[DeviceId, list[StageWork]] = {}
     for number, stage in enumerate(stages):
         after = stages[(number + 1) % len(stages)].device
-        digests = tuple(
-            TensorDigest(t.name, t.dtype, t.shape, t.nbytes, HERE if stage.device == source else hashes[t.name])
-            for t in tensors_of(inspected, stage.first_layer, stage.last_layer)
-        )
+        here = tensors_of(inspected, stage.first_layer, stage.last_layer)
+        digests = tuple(digest(tensor, stage.device) for tensor in here)
         hosts, port = address(after) if after not in (source, stage.device) else ((), 0)
         hosts = tuple(host for host in hosts if "%" not in host)  # it would name an interface of the source's
         work.setdefault(stage.device, []).append(
@@ -94,9 +105,39 @@ def assignments(
             head_device=stages[-1].device,
             quantize=inspected.quantize,
             cuts=blueprint.cuts,
+            hub=hub.origin if hub is not None else None,
         )
         for device, mine in work.items()
     }
+
+
+def carried(
+    deployment: DeploymentId,
+    before: tuple[int, Sequence[Stage]],
+    after: tuple[int, Sequence[Stage]],
+    address: Callable[[DeviceId], Address],
+) -> list[tuple[DeviceId, Carry]]:
+    """Who copies what to whom between two (epoch, stages): each run of layers that changes its device."""
+    result = []
+    for old in before[1]:
+        for number, new in enumerate(after[1]):
+            first, last = max(old.first_layer, new.first_layer), min(old.last_layer, new.last_layer)
+            if first <= last and old.device != new.device:
+                hosts, port = address(new.device)
+                hosts = tuple(host for host in hosts if "%" not in host)
+                carry = Carry(deployment, before[0], first, last, after[0], number, new.device, hosts, port)
+                result.append((old.device, carry))
+    return result
+
+
+def _fetchers(blueprint: Blueprint, inspected: Inspected, source: DeviceId | None) -> dict[str, DeviceId]:
+    """For each tensor that several devices need the first of them, which gets it for all; `source` has all already."""
+    needed: dict[str, dict[DeviceId, None]] = {}
+    for stage in blueprint.plan.stages:
+        if stage.device != source:
+            for tensor in tensors_of(inspected, stage.first_layer, stage.last_layer):
+                needed.setdefault(tensor.name, {})[stage.device] = None
+    return {name: next(iter(devices)) for name, devices in needed.items() if len(devices) > 1}
 
 
 def weight_bytes(tensors: Sequence[TensorDigest], dtype: str, quantize: str) -> int:
@@ -132,6 +173,7 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
         if not 1 <= value <= most:
             raise BadInputError(f"an assignment's {name} must lie in 1..{most}, not {value}")
     _check_cuts(assign.cuts, assign.chunk)
+    check_hub(assign.hub)
     if len({work.stage for work in assign.work}) != len(assign.work):
         raise BadInputError("a stage is assigned twice")
     for work in assign.work:
@@ -142,6 +184,7 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
             raise BadInputError("what is computed in float32 stays exact: its activations are not rounded")
         for tensor in work.tensors:
             _check_tensor(tensor, own)
+            check_place(assign.hub, tensor)
     if assign.quantize not in MATRIX_BITS:
         raise BadInputError(f"unknown quantisation {assign.quantize!r}")
     tensors = [tensor for work in assign.work for tensor in work.tensors]
@@ -171,5 +214,6 @@ def _check_tensor(tensor: TensorDigest, own: bool) -> None:
         raise BadInputError(
             f"tensor {tensor.name} of shape {tensor.shape} in {tensor.dtype} is not {tensor.nbytes} bytes"
         )
-    if not own and not SHA256.fullmatch(tensor.sha256):
+    known = SHA256.fullmatch(tensor.sha256) or (tensor.sha256 == HERE and (own or tensor.file >= 0))
+    if not known:
         raise BadInputError(f"tensor {tensor.name} has no SHA-256")

@@ -68,6 +68,8 @@ class Ledger:
 
     def __init__(self, lent_bytes: int) -> None:
         self.lent_bytes = lent_bytes
+        self.leaving = ""  # why nothing is promised any more
+        self.full = False  # the machine has no memory for more than is promised already
         self._promises: dict[tuple[DeploymentId, int], Promise] = {}
         self._sums: dict[DeploymentId, EpochSum] = {}
         self._fences: OrderedDict[tuple[DeploymentId, DeviceId], int] = OrderedDict()
@@ -78,7 +80,12 @@ class Ledger:
 
     @property
     def free_bytes(self) -> int:
-        return self.lent_bytes - self.promised_bytes
+        return 0 if self.leaving or self.full else self.lent_bytes - self.promised_bytes
+
+    @property
+    def offered_bytes(self) -> int:
+        """What the household is told that this device lends."""
+        return min(self.lent_bytes, self.promised_bytes) if self.full else self.lent_bytes
 
     def promised_to(self, deployment: DeploymentId) -> int:
         """All that is promised to a deployment, what its epochs share counted once."""
@@ -93,6 +100,8 @@ class Ledger:
     def reserve(self, asked: Reserve, coordinator: DeviceId, now: float) -> None:
         """Promise memory for a bounded time; asking again with the same size renews it. RefusedError says why not."""
         self.lapse(now)
+        if self.leaving:
+            raise RefusedError(f"it takes part in nothing now: {self.leaving}")
         if min(asked.nbytes, asked.added_bytes or 0) < 0 or not 0 < asked.lease_s <= MAX_LEASE_S:
             raise RefusedError(f"a reservation of {asked.nbytes} bytes for {asked.lease_s} s makes no sense")
         self._check_turn(asked.deployment, asked.epoch, coordinator)

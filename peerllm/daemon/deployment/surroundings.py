@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Awaitable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ from typing import Protocol
 from peerllm.daemon.control_messages import Answer, DeploymentView, Hello, Question
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
+from peerllm.daemon.decide.hub_places import HubPlaces, hub_key
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment import model_files
 from peerllm.daemon.deployment.model_files import ModelOnDisk, Tell
@@ -19,11 +21,14 @@ from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
 from peerllm.daemon.threads import Progress
 from peerllm.daemon.weights.digests import Digests
-from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, TensorAt
+from peerllm.daemon.weights.hub_outline import Outlines
+from peerllm.daemon.weights.weight_store import WeightStore
+from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, Switch, TensorAt
 from peerllm.errors import PeerLLMError
-from peerllm.types import DeviceId, LinkProfile
+from peerllm.types import DeploymentId, DeviceId, LinkProfile
 
 INSPECT_TIMEOUT_S = 300.0
+SWITCH_TIMEOUT_S = 600.0  # long prompts may have to be computed again
 
 
 class Parts(Protocol):
@@ -35,6 +40,7 @@ class Parts(Protocol):
     ledger: Ledger
     worker: Worker
     digests: Digests
+    store: WeightStore
 
     def hello(self) -> Hello: ...
 
@@ -48,6 +54,7 @@ class Home:
         self._parts = parts
         self.me: DeviceId = parts.network.identity.device
         self._gguf_cache = parts.settings.data_dir / model_files.GGUF_CACHE
+        self.outlines = Outlines(parts.settings.data_dir / model_files.OUTLINES)
 
     def name(self, device: DeviceId) -> str:
         if device == self.me:
@@ -61,12 +68,14 @@ class Home:
         hops: dict[DeviceId, dict[DeviceId, LinkProfile]] = {}
         for (a, b), figure in parts.network.link_monitor.figures().items():
             hops.setdefault(a, {})[b] = figure.profile
-        if parts.host.state in AVAILABLE:
+        if parts.host.state in AVAILABLE and not parts.ledger.leaving:
             here = hops.get(self.me, {})
             found[self.me] = Candidate(self.me, parts.hello(), parts.ledger.free_bytes, 0.0, None, hops=here)
         for device, peer in parts.network.peers().items():
             hello, view = peer.hello, peer.view
-            if peer.state == "online" and hello is not None and view is not None and view.engine in AVAILABLE:
+            if peer.state != "online" or hello is None or view is None or view.leaving:
+                continue
+            if view.engine in AVAILABLE:
                 free = hello.lent_bytes - view.promised_bytes
                 ways = hops.get(device, {})
                 found[device] = Candidate(device, hello, free, peer.rtt_ms, peer.mbps, hops=ways)
@@ -107,11 +116,25 @@ class Home:
         wanted = list(tensors)
         if not wanted:
             return {}
+        if (hub := await self.hub_places(wanted)) is not None:  # "" where nobody has fetched it yet
+            keys = {t.name: hub_key(hub.origin, hub.files[t.path], t.offset, t.nbytes) for t in wanted}
+            return {name: self._parts.store.known(key) for name, key in keys.items()}
         found = await self._parts.digests.of(wanted, lambda done, total: progress(done / max(1, total)))
         return {tensor.name: found[tensor.path, tensor.offset, tensor.nbytes] for tensor in wanted}
 
+    async def hub_places(self, tensors: Iterable[TensorAt]) -> HubPlaces | None:
+        return await asyncio.to_thread(self.outlines.places, {tensor.path for tensor in tensors})
+
+    def own_tensors(self, tensors: Mapping[str, TensorAt]) -> dict[str, TensorAt]:
+        """Those of them that have bytes in files of this device: an outline has none."""
+        return {name: tensor for name, tensor in tensors.items() if not self.outlines.holds(tensor.path)}
+
     def tell_engine(self, message: Submit | Cancel) -> None:
         self._parts.host.tell(message)
+
+    def switch(self, deployment: DeploymentId, epoch: int) -> Awaitable[None]:
+        host = self._parts.host
+        return host.put(Switch(host.next_request(), deployment, epoch), SWITCH_TIMEOUT_S)
 
     def views(self) -> Iterable[DeploymentView]:
         peers = self._parts.network.peers().values()

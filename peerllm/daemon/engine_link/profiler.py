@@ -20,6 +20,7 @@ from peerllm.daemon.engine_link.machine import hardware
 from peerllm.daemon.engine_link.profile_cache import Points, ProfileFile, layer_key
 from peerllm.engine.messages import Configured, LayersTimed, Measure, Measured, TimeLayers
 from peerllm.errors import BadInputError, EngineError, LinkError, OverloadedError, UnavailableError
+from peerllm.saved_files import replace_file
 from peerllm.types import LayerKind
 
 MEASURE_TIMEOUT_S = 120.0
@@ -55,7 +56,10 @@ async def measured(host: EngineHost, configured: Configured, threads: int, file:
         return ComputeSpeed(key, {}, {})
     assert isinstance(answer, Measured)
     found = ComputeSpeed(key, answer.gbytes_per_s, answer.gflops)
-    await asyncio.to_thread(file.write_bytes, encode(found, ComputeSpeed))
+    try:
+        await asyncio.to_thread(replace_file, file, encode(found, ComputeSpeed))
+    except OSError as error:
+        log.warning("how fast this machine computes is not kept for the next start: %s", error)
     return found
 
 
@@ -99,6 +103,10 @@ class Profiler:
             return Answer(0)
         found = await self._shared(question, keys)
         return Answer(0, layer_ms={kind: found[kind] for kind in question.kinds if kind in found})
+
+    def computed_by(self, key: str) -> None:
+        """The engine has other processors now: what was measured with those before does not hold for it."""
+        self._computed_by = key
 
     async def close(self) -> None:
         """Nothing is measured any more; may be called twice."""

@@ -17,6 +17,7 @@ from peerllm.daemon.control_messages import (
     Ask,
     Control,
     DeviceView,
+    Goodbye,
     Gossip,
     HeartbeatKey,
     Hello,
@@ -138,6 +139,7 @@ class Network:
         await self._http.close()
         await self._server.close()
         await self._save()
+        await self._store.close()
 
     @property
     def port(self) -> int:
@@ -208,6 +210,10 @@ class Network:
             self._view = message
         for device in self._online():
             self.tell(device, message)
+
+    async def say_goodbye(self, reason: str) -> None:
+        """End all links for now, so that nobody waits for this device; they come back by themselves."""
+        await self._links.last_words(self._online(), Goodbye(reason), reason)
 
     def set_hello_changed(self) -> None:
         """What this device says of itself has changed: say it again, to the household and by mDNS."""

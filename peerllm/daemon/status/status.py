@@ -26,6 +26,7 @@ def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None)
         "promised_bytes": view.promised_bytes if view else 0,
         "resident_bytes": view.resident_bytes if view else 0,
         "engine": view.engine if view else "",
+        "leaving": view.leaving if view else "",
         "compute": {
             "place": printable_name(hello.place),
             "gbytes_per_s": dict(hello.gbytes_per_s),

@@ -18,14 +18,15 @@ from pathlib import Path
 
 import orjson
 
-from peerllm.daemon.saved_file import replace_file
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 from peerllm.regular_files import open_regular
+from peerllm.saved_files import replace_file
 
 BLOCK_BYTES = 4 << 20
 PROGRESS_S = 0.1  # between two tellings
 MAX_FILES = 4096  # checkpoint files remembered; the longest known are forgotten first
+WORTH_TELLING_BYTES = 100 << 20
 MOST_NAMED = 3  # tensors in a message
 HASH_THREADS = min(4, os.cpu_count() or 1)
 
@@ -194,7 +195,8 @@ def hash_all(wanted: Iterable[Key], progress: Told, halt: threading.Event) -> di
         except BaseException:
             halt.set()
             raise
-    if seconds := time.monotonic() - begun:
+    seconds = time.monotonic() - begun
+    if total >= WORTH_TELLING_BYTES and seconds:
         log.info("hashed %.0f MB of weights at %.1f GB/s", total / 1e6, total / 1e9 / seconds)
     return found
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peerllm.daemon.weights.gguf_choice import GgufModel, chosen, gguf_models
-from peerllm.daemon.weights.hub_errors import errors_of, quietly
-from peerllm.daemon.weights.hub_header import gguf_header
+from peerllm.daemon.weights.hub_errors import errors_of
 from peerllm.errors import ModelError, NotFoundError
 from peerllm.stored_types import TENSOR_LIST
 from peerllm.wrapped_models import WRAPPERS, text_tensor
@@ -29,6 +26,7 @@ ASK_TIMEOUT_S = 10.0
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIG = "config.json"
 SAID = (CONFIG, "generation_config.json", INDEX)  # what tells of a model, besides the headers of its weights
+WEIGHTS = (".safetensors", ".gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +41,7 @@ class Repository:
     sizes: Mapping[str, int]
     gguf: GgufModel | None = None
     choice: tuple[GgufModel, ...] = ()
+    shared: bool = True  # everyone may have it: no terms to be accepted, no owner to be known
 
     @property
     def missing_bytes(self) -> int:
@@ -89,17 +88,17 @@ def ask(model: str, tag: str = "", timeout_s: float = ASK_TIMEOUT_S) -> Reposito
     One clear line where the hub cannot be asked (UnavailableError), does not show the model or does not have it.
     """
     with errors_of(model):
-        info = _api().model_info(model, files_metadata=True, timeout=timeout_s)
+        info = api().model_info(model, files_metadata=True, timeout=timeout_s)
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
     plain = {name: size for name, size in sizes.items() if _wanted(name)}
     ggufs = gguf_models(sizes)
-    commit = info.sha or ""
+    commit, shared = info.sha or "", not info.gated and not info.private
     if tag or (ggufs and not any(name.endswith(".safetensors") for name in plain)):
         one = chosen(model, ggufs, tag)
-        return Repository(model, commit, {name: sizes[name] for name in one.files}, one, tuple(ggufs))
+        return Repository(model, commit, {name: sizes[name] for name in one.files}, one, tuple(ggufs), shared)
     if not plain:
         raise NotFoundError(f"{model} holds neither safetensors nor GGUF files")
-    return _needed(Repository(model, commit, plain))
+    return _needed(Repository(model, commit, plain, shared=shared))
 
 
 def _needed(found: Repository) -> Repository:
@@ -108,7 +107,7 @@ def _needed(found: Repository) -> Repository:
         return found
     with errors_of(found.model):
         told = [name for name in SAID if name in found.sizes]
-        said = [_api().hf_hub_download(found.model, name, revision=found.commit) for name in told]
+        said = [api().hf_hub_download(found.model, name, revision=found.commit) for name in told]
     try:
         weights = found.weights(Path(said[0]).parent) if said else []
     except ModelError:  # told where the model is read
@@ -121,58 +120,11 @@ def _wanted(name: str) -> bool:
     return any(fnmatch(name, one) for one in FILES) and not any(fnmatch(name, one) for one in NOT)
 
 
-def outline(found: Repository, into: Path) -> tuple[Path, ...]:
-    """Make, in the new folder `into`, a model directory or GGUF files without weights; () where that cannot be.
-
-    Each weight file has its header and its true length (but for the header's spacing), and is a hole: it takes no
-    room on the disk.
-    """
-    with quietly(found.model):
-        into.mkdir()
-        if found.gguf is None:
-            return (into,) if _outline_directory(found, into) else ()
-        made = [into / name.rpartition("/")[2] for name in found.gguf.files]
-        for name, path in zip(found.gguf.files, made, strict=True):
-            with path.open("wb") as file:
-                file.write(gguf_header(found.model, name, found.commit, token(), ASK_TIMEOUT_S))
-                file.truncate(max(file.tell(), found.sizes[name]))
-        return tuple(made)
-    return ()
-
-
-def _outline_directory(found: Repository, into: Path) -> bool:
-    api = _api()
-
-    def header(name: str) -> tuple[str, dict[str, Any]]:
-        said = api.parse_safetensors_file_metadata(found.model, name, revision=found.commit, timeout=ASK_TIMEOUT_S)
-        return name, {
-            key: {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": list(one.data_offsets)}
-            for key, one in said.tensors.items()
-        }
-
-    for name in SAID:
-        if name in found.sizes:
-            shutil.copyfile(api.hf_hub_download(found.model, name, revision=found.commit), into / name)
-    weights = found.weights(into)
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="headers") as pool:
-        for name, tensors in pool.map(header, weights):
-            hole(into / name, tensors)
-    return bool(weights)
-
-
-def hole(path: Path, tensors: Mapping[str, Any]) -> None:
-    """A safetensors file with this header, and no data: nothing but its length."""
-    header = json.dumps(tensors).encode()
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + max((one["data_offsets"][1] for one in tensors.values()), default=0))
-
-
 def token() -> str | None:
     return os.environ.get("HF_TOKEN") or None
 
 
-def _api() -> HfApi:
+def api() -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(token=token())

@@ -1,19 +1,39 @@
-"""The header of a GGUF file on the Hugging Face hub, without its weights: first bytes, more until it ends."""
+"""The header of a weight file on the Hugging Face hub, without its weights: first bytes, more until it ends."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 from peerllm.daemon.weights.gguf.header import ARRAY, MAGIC, MAX_HEADER_BYTES, NUMBERS, STRING
+from peerllm.daemon.weights.gguf_choice import SUFFIX
 from peerllm.errors import ModelError
 
 FIRST_BYTES = 4 << 20  # the metadata of most files: a vocabulary of 150,000 tokens; doubled until the header ends
+FIRST_SAFETENSORS_BYTES = 256 << 10  # of some thousand tensors
 PARTIAL = 206  # the status of an answer with the range that was asked for
 _WIDTHS = {kind: struct.calcsize(f"<{code}") for kind, code in NUMBERS.items()}  # bytes, by a value's kind
 
 
-def gguf_header(model: str, name: str, commit: str, token: str | None, timeout_s: float) -> bytes:
-    """The file's beginning, to the end of its header or a little further; ModelError if it is no GGUF file."""
+def weight_header(model: str, name: str, commit: str, token: str | None, timeout_s: float) -> bytes:
+    """The beginning of a GGUF or safetensors file, to the end of its header or a little further; ModelError."""
+    if name.lower().endswith(SUFFIX):
+        return _beginning(model, name, commit, token, timeout_s, FIRST_BYTES, header_ends)
+    data = _beginning(model, name, commit, token, timeout_s, FIRST_SAFETENSORS_BYTES, _safetensors_ends)
+    return data[: 8 + int.from_bytes(data[:8], "little")]
+
+
+def _safetensors_ends(data: bytes) -> bool:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) >= 8 and length > MAX_HEADER_BYTES - 8:
+        raise ModelError("the file does not begin as safetensors files do")
+    return len(data) >= 8 + length
+
+
+def _beginning(
+    model: str, name: str, commit: str, token: str | None, timeout_s: float, first: int, ends: Callable[[bytes], bool]
+) -> bytes:
+    """The first bytes, and more until `ends` is content."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         build_hf_headers,
@@ -22,7 +42,7 @@ def gguf_header(model: str, name: str, commit: str, token: str | None, timeout_s
     )
 
     url, headers = hf_hub_url(model, name, revision=commit), build_hf_headers(token=token)
-    data, wanted = bytearray(), FIRST_BYTES
+    data, wanted = bytearray(), first
     while len(data) < MAX_HEADER_BYTES:
         part = {"Range": f"bytes={len(data)}-{wanted - 1}"}
         asked = {**headers, **part, "Accept-Encoding": "identity"}
@@ -36,12 +56,12 @@ def gguf_header(model: str, name: str, commit: str, token: str | None, timeout_s
                 data += block[: wanted - len(data)]
                 if len(data) >= wanted:
                     break
-        if header_ends(bytes(data)):
+        if ends(bytes(data)):
             return bytes(data)
         if len(data) < wanted:
             break
         wanted *= 2
-    raise ModelError(f"{name} of {model} has no complete GGUF header")
+    raise ModelError(f"{name} of {model} has no complete header")
 
 
 def header_ends(data: bytes) -> bool:

@@ -13,6 +13,7 @@ from peerllm.daemon.weights.gguf.header import read_gguf
 from peerllm.daemon.weights.gguf.split_files import gguf_files
 from peerllm.daemon.weights.gguf_choice import SUFFIX, GgufModel, chosen, gguf_models, quantisation
 from peerllm.errors import ModelError, PeerLLMError
+from peerllm.saved_files import replace_file
 
 DIRECTORIES_FILE = "directories.txt"
 MAX_DIRECTORIES = 64  # remembered, the last served first
@@ -97,9 +98,7 @@ def _holds_gguf_alone(directory: Path) -> bool:
 def note_directories(file: Path, served: Iterable[str]) -> None:
     """Remember these directories before those that the file names."""
     names = list(dict.fromkeys([*served, *served_directories(file)]))[:MAX_DIRECTORIES]
-    scratch = file.with_suffix(".new")
-    scratch.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    scratch.replace(file)
+    replace_file(file, "".join(f"{name}\n" for name in names).encode())
 
 
 def served_directories(file: Path) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Literal
 
 from peerllm.daemon.control_messages import Assign, TensorDigest
 from peerllm.daemon.weights.digests import Digests
-from peerllm.daemon.weights.exchange.hub_ranges import check_hub
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import TensorAt
+from peerllm.errors import ModelError
 from peerllm.types import DeploymentId, DeviceId
 
 Phase = Literal["fetch", "check"]
@@ -38,11 +38,11 @@ class StageWeights:
     async def fetch(self, assign: Assign, coordinator: DeviceId, told: Told) -> dict[str, TensorAt]:
         """Where every tensor of the assignment lies on this disk, by name."""
         mine = coordinator == self._me
-        if assign.hub is not None:
-            check_hub(assign.hub)
         own = self._own_tensors(assign.deployment) if mine else {}
         found = {tensor.name: own[tensor.name] for tensor in tensors_of(assign) if tensor.name in own}
         missing = [tensor for tensor in tensors_of(assign) if tensor.name not in found]
+        if gone := [tensor.name for tensor in missing if not tensor.sha256 and tensor.file < 0]:
+            raise ModelError(f"tensor {gone[0]} is missing from the model's files")
         if missing:
             token = self._token() if mine else None  # a member must not get what only this device's owner may
             found |= await self._store.fetch(

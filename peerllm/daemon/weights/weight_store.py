@@ -16,16 +16,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from peerllm.daemon.control_messages import HubFiles, TensorDigest
-from peerllm.daemon.saved_file import disk_error
+from peerllm.daemon.decide.hub_places import hub_key
 from peerllm.daemon.weights.digests import Stat, hash_all, hash_range, identity
 from peerllm.daemon.weights.exchange.holders import KEY, WeightPeers
 from peerllm.daemon.weights.exchange.hub_ranges import HubRanges
 from peerllm.daemon.weights.exchange.known_hashes import KnownHashes
 from peerllm.daemon.weights.exchange.tensor_fetch import HUB, TensorFetch
-from peerllm.daemon.weights.exchange.wanted_tensor import WantedTensor, bytes_of, hub_key
+from peerllm.daemon.weights.exchange.wanted_tensor import WantedTensor, bytes_of
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import DiskFullError
 from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.saved_files import disk_error
 from peerllm.types import DeploymentId, DeviceId
 
 SPARE_DISK_BYTES = 256 << 20  # left free on the disk
@@ -147,7 +148,9 @@ class WeightStore:
 
     @staticmethod
     def _key(tensor: TensorDigest, hub: HubFiles | None) -> str:
-        return tensor.sha256 or hub_key(hub, tensor) if hub is not None else tensor.sha256
+        if tensor.sha256 or hub is None:
+            return tensor.sha256
+        return hub_key(hub, tensor.file, tensor.offset, tensor.nbytes)
 
     def _wanted(self, digest: TensorDigest, hub: HubFiles | None) -> WantedTensor:
         tensor = WantedTensor(digest, self._key(digest, hub), self._partial)

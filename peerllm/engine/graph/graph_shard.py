@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from peerllm.engine.base import Reach, RowForms, StatePart
+from peerllm.engine.base import Reach, StateForms, StatePart
 from peerllm.engine.graph.blocks.block import add_block
 from peerllm.engine.graph.blocks.builder import Builder, normalise, rope_name
 from peerllm.engine.graph.matrix_product import Product, add_product
@@ -19,8 +19,7 @@ from peerllm.engine.graph.rotation import tables
 from peerllm.engine.graph.row_maker import Embedding
 from peerllm.engine.graph.structure import Head, Model
 from peerllm.engine.graph.weights import BlockWeights, norm_weights
-from peerllm.engine.state.arriving_state import row_forms
-from peerllm.engine.state.exported_state import Arrays
+from peerllm.engine.state.arriving_state import state_forms
 from peerllm.engine.state.kv_slots import Batch, KVSlots
 from peerllm.engine.state.state_kinds import LayerState, reach_of
 from peerllm.engine.weights.tensors import Floats, Tensors
@@ -86,25 +85,25 @@ class GraphShard:
         wanted = [ends[row] for row, run in enumerate(runs) if run.sample]
         return self._logits(hidden[wanted])
 
-    def export_state(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, Arrays]:
+    def state_forms(self, first_layer: int, last_layer: int) -> StateForms:
         """See base.Shard."""
-        return self._slots.export(slot, blocks)
-
-    def import_state(self, slot: int, position: int, arrays: Arrays) -> None:
-        """See base.Shard."""
-        self._slots.take(slot, position, arrays)
-
-    def row_forms(self, first_layer: int, last_layer: int) -> RowForms:
-        """See base.Shard."""
-        return row_forms(self._slots.states, self._model.units[max(first_layer, 1) - 1 : last_layer])
+        return state_forms(self._slots.states, self._model.units[max(first_layer, 1) - 1 : last_layer])
 
     def held(self, slot: int, block: int) -> range:
         """See base.Shard."""
         return self._slots.held(slot, block)
 
+    def steady(self, slot: int) -> int:
+        """See base.Shard."""
+        return self._slots.steady(slot)
+
     def export_part(self, slot: int, block: int, start: int, stop: int) -> StatePart:
         """See base.Shard."""
         return self._slots.part(slot, block, start, stop)
+
+    def export_fixed(self, slot: int, block: int, position: int) -> StatePart:
+        """See base.Shard."""
+        return self._slots.fixed_part(slot, block, position)
 
     def import_part(self, slot: int, part: StatePart) -> None:
         """See base.Shard."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from peerllm.engine.base import Progress, Reach, RowForms, StatePart
+from peerllm.engine.base import Progress, Reach, StateForms, StatePart
 from peerllm.engine.kernels.accelerator import CPU, turn
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.model.assembly import fill, finish, plan, strip
@@ -22,8 +22,7 @@ from peerllm.engine.model.loader import as_array, as_tensor
 from peerllm.engine.model.packed import Packed
 from peerllm.engine.model.probing import probe, reach_of
 from peerllm.engine.model.rows import Rows
-from peerllm.engine.state.arriving_state import ArrivingSlot, row_forms
-from peerllm.engine.state.exported_state import Arrays, check_imported, chosen
+from peerllm.engine.state.arriving_state import ArrivingSlot, state_forms
 from peerllm.engine.state.kv_cache import SlotCache, slot_caches
 from peerllm.engine.state.state_kinds import LayerState, slot_bytes
 from peerllm.errors import BadInputError, EngineError, RefusedError
@@ -166,28 +165,18 @@ class TorchShard:
             told = output[0][0] if self._rows is None else self._rows.made()
         return told.to(CPU).contiguous()
 
-    def export_state(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, Arrays]:
-        """See base.Shard."""
-        states = chosen(self.states, blocks)
-        with torch.inference_mode(), self._turn:
-            cache = self._caches[slot]
-            found = cache.export(states)
-            return cache.length, {name: as_array(tensor.to(CPU)) for name, tensor in found.items()}
-
-    def import_state(self, slot: int, position: int, arrays: Arrays) -> None:
-        """See base.Shard."""
-        check_imported(self.states, position, self.context, arrays)
-        with torch.inference_mode(), self._turn:
-            given = {name: as_tensor(array).to(self._device) for name, array in arrays.items()}
-            self._caches[slot].take(position, given, self.states)
-
-    def row_forms(self, first_layer: int, last_layer: int) -> RowForms:
-        """See base.Shard."""
-        return row_forms(self.states, self._units[max(first_layer, 1) - 1 : last_layer])
+    def state_forms(self, first_layer: int, last_layer: int) -> StateForms:
+        """See base.Shard. Shards with recurrent blocks give none: transformers' own layers hold those."""
+        forms = state_forms(self.states, self._units[max(first_layer, 1) - 1 : last_layer])
+        return StateForms({}, {}) if any(state.fixed for state in self.states.values()) else forms
 
     def held(self, slot: int, block: int) -> range:
         """See base.Shard."""
         return self._caches[slot].held(block)
+
+    def steady(self, slot: int) -> int:
+        """See base.Shard."""
+        return self._caches[slot].length
 
     def export_part(self, slot: int, block: int, start: int, stop: int) -> StatePart:
         """See base.Shard."""
@@ -195,12 +184,18 @@ class TorchShard:
             rows = self._caches[slot].part(block, start, stop, self.states[block])
             return StatePart(block, start, {name: as_array(one.to(CPU)) for name, one in rows.items()})
 
+    def export_fixed(self, slot: int, block: int, position: int) -> StatePart:
+        """See base.Shard."""
+        raise EngineError("recurrent states are not taken from here")
+
     def import_part(self, slot: int, part: StatePart) -> None:
         """See base.Shard."""
         cache = self._caches[slot]
         if cache.length:
             raise EngineError(f"slot {slot} holds a sequence")
         where = self._arriving.setdefault(slot, ArrivingSlot(self.states, self.context)).place(part)
+        if where is None:
+            raise EngineError("recurrent states are not taken in here")
         with torch.inference_mode(), self._turn:
             cache.add(part.block, {name: as_tensor(one).to(self._device) for name, one in part.rows.items()}, *where)
 

@@ -1,70 +1,71 @@
 """What has come of a slot's state from another shard, part by part, and where the next part goes. Pure.
 
-A part is the rows of some consecutive tokens of one block. Parts of a block follow each other; one that begins earlier
-replaces what lies there and after. A window takes its first part at any token, and drops its oldest rows when its room
-is full, so that a sequence can be taken over while it goes on elsewhere.
+A part is the rows of some consecutive tokens of one block, or what the block keeps once for a sequence. Parts of a
+block follow each other; one that begins earlier replaces what lies there and after. A window takes its first part at
+any token, and drops its oldest rows when its room is full, so that a sequence can be taken over while it goes on
+elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import numpy as np
 
 from peerllm.engine import base
-from peerllm.engine.base import RowForms, StatePart
+from peerllm.engine.base import StateForms, StatePart
 from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import BadInputError
 
 
-def row_forms(states: Mapping[int, LayerState], units: Sequence[range]) -> RowForms:
-    """What a shard's blocks in `units` keep of each token; nothing if the shard keeps what every token changes."""
-    if any(state.fixed for state in states.values()):
-        return {}
-    kept = {block: states[block].tokens for unit in units for block in unit if block in states}
-    return {
-        block: {one.name: (one.heads * one.width, one.dtype) for one in arrays}
-        for block, arrays in kept.items()
-        if arrays
-    }
+def state_forms(states: Mapping[int, LayerState], units: Sequence[range]) -> StateForms:
+    """What a shard's blocks in `units` keep."""
+    kept = {block: states[block] for unit in units for block in unit if block in states}
+    tokens = {block: {a.name: (a.heads * a.width, a.dtype) for a in state.tokens} for block, state in kept.items()}
+    fixed = {block: {a.name: (prod(a.shape), a.dtype) for a in state.fixed} for block, state in kept.items()}
+    return StateForms(*({block: arrays for block, arrays in one.items() if arrays} for one in (tokens, fixed)))
 
 
-def check_part(states: Mapping[int, LayerState], part: StatePart, context: int) -> LayerState:
-    """The state of the part's block; BadInputError unless the part is rows of it within the context."""
-    state = states.get(part.block)
-    if state is None or not state.tokens:
-        raise BadInputError(f"block {part.block} keeps nothing of a token here")
-    if part.rows.keys() != {kept.name for kept in state.tokens}:
-        raise BadInputError(f"block {part.block} keeps {[kept.name for kept in state.tokens]}, not {list(part.rows)}")
-    count = part.length
-    if not 1 <= count <= state.room(context) or not 0 <= part.start <= context - count:
-        raise BadInputError(f"positions {part.start}+{count} do not fit a room of {state.room(context)}")
-    for kept in state.tokens:
-        rows, wanted = part.rows[kept.name], (count, kept.heads * kept.width)
-        if rows.shape != wanted or rows.dtype != np.dtype(kept.dtype):
-            raise BadInputError(f"{kept.name} of block {part.block} are {kept.dtype} {list(wanted)}")
-    return state
+def check_part(states: Mapping[int, LayerState], part: StatePart, context: int) -> bool:
+    """Whether the part is of what a block keeps once; BadInputError unless it is that, or rows within the context."""
+    state = states.get(part.block, LayerState())
+    forms = state_forms({0: state}, [range(1)])
+    fixed = part.rows.keys() == forms.fixed.get(0, {}).keys()
+    wanted = (forms.fixed if fixed else forms.tokens).get(0, {})
+    if not wanted or part.rows.keys() != wanted.keys():
+        raise BadInputError(f"block {part.block} keeps no {sorted(part.rows)} here")
+    count, most = part.length, 1 if fixed else state.room(context)
+    if not 1 <= count <= most or not 0 <= part.start <= context - count:
+        raise BadInputError(f"positions {part.start}+{count} do not fit a room of {most}")
+    for name, (numbers, dtype) in wanted.items():
+        rows = part.rows[name]
+        if rows.shape != (count, numbers) or rows.dtype != np.dtype(dtype):
+            raise BadInputError(f"{name} of block {part.block} are {dtype} {[count, numbers]}")
+    return fixed
 
 
 class ArrivingSlot:
-    """The tokens whose rows lie in one slot so far, by block."""
+    """The tokens whose rows lie in one slot so far, by block, and after which token what is kept once is."""
 
     def __init__(self, states: Mapping[int, LayerState], context: int) -> None:
         self._states, self._context = states, context
         self._ranges: dict[int, range] = {}  # the first row of a block's room is of the range's first token
+        self._fixed = {number: 0 for number, state in states.items() if state.fixed}
 
-    def place(self, part: StatePart) -> tuple[int, int]:
-        """(Rows to drop from the front of the block's room, row at which the part goes then), which counts as done.
+    def place(self, part: StatePart) -> tuple[int, int] | None:
+        """Take note of a part: (rows to drop from the front of the block's room, row at which the part goes then).
 
-        BadInputError if the part does not fit, or does not follow what came before.
+        None: it is of what the block keeps once. BadInputError if it does not fit or follow what came before.
         """
-        state = check_part(self._states, part, self._context)
+        if check_part(self._states, part, self._context):
+            self._fixed[part.block] = part.start + 1
+            return None
+        state = self._states[part.block]
         known, start, stop = self._ranges.get(part.block, range(0)), part.start, part.start + part.length
         if not known.start <= start <= known.stop:
             if start and state.kept_tokens is None:
-                raise BadInputError(
-                    f"{known.stop} tokens of block {part.block} are here, a part from {start} does not follow"
-                )
+                raise BadInputError(f"{known.stop} tokens of block {part.block} are here, not those before {start}")
             known = range(start, start)
         kept = min(start - known.start, state.room(self._context) - part.length)
         self._ranges[part.block] = range(start - kept, stop)
@@ -76,7 +77,11 @@ class ArrivingSlot:
         No tokens if a window lacks some that it needs to go on. Blocks that keep nothing hold whatever there is.
         """
         kept = {number: state for number, state in self._states.items() if state.tokens}
-        tokens = min((self._ranges[number].stop if number in self._ranges else 0 for number in kept), default=0)
+        ends = [self._ranges[number].stop if number in self._ranges else 0 for number in kept]
+        fixed = set(self._fixed.values())  # of a sequence that can be at one place only
+        tokens = min([*ends, *fixed], default=0) if len(fixed) < 2 else 0
+        if fixed and tokens not in fixed:
+            tokens = 0
         starts = {number: self._ranges[number].start for number in kept} if tokens else {}
         furthest = tokens
         for number, start in starts.items():

@@ -21,7 +21,6 @@ from peerllm.engine.state.layer_states import (
     SlotLayer,
     fixed_arrays,
     layer_of,
-    put_fixed,
 )
 from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import EngineError
@@ -71,35 +70,6 @@ class SlotCache(Cache):
         for kept, tensor in zip(self._snapshot, fixed, strict=True):
             kept.copy_(tensor)
         self._snapshot_at = self.length
-
-    def export(self, states: Mapping[int, LayerState]) -> dict[str, torch.Tensor]:
-        """The arrays that `exported_state.exported` names."""
-        if not (self.whole and self.length):
-            raise EngineError("the slot holds no sequence, or a pass failed; there is no state to export")
-        found: dict[str, torch.Tensor] = {}
-        for number, state in states.items():
-            layer = self._owned[number]
-            for kept in state.tokens:
-                tensor: torch.Tensor = getattr(layer, kept.name)
-                held = layer.held if isinstance(layer, SlotLayer) else tensor.shape[2]
-                rows = min(held, state.room(self.length))
-                one = found[f"{number}.{kept.name}"] = tensor.new_zeros(kept.heads, state.room(self.length), kept.width)
-                one[:, one.shape[1] - rows :] = tensor[0, :, held - rows : held]
-            found |= {f"{number}.{name}": tensor[0].clone() for name, tensor in fixed_arrays(layer)}
-        return found
-
-    def take(self, position: int, given: Mapping[str, torch.Tensor], states: Mapping[int, LayerState]) -> None:
-        """Begin the slot anew with the state that `export` gave elsewhere, after `position` tokens; it was checked."""
-        self.seek(0)
-        for number, state in states.items():
-            layer = self._owned[number]
-            if state.tokens:
-                layer.update(*(given[f"{number}.{kept.name}"].unsqueeze(0) for kept in state.tokens))
-            if isinstance(layer, SlotLayer):
-                layer.length = position
-            for kept in state.fixed:
-                put_fixed(layer, kept.name, given[f"{number}.{kept.name}"].unsqueeze(0))
-        self._count(position)
 
     def held(self, block: int) -> range:
         """The tokens whose rows a block has; none while it is not known (a pass failed)."""

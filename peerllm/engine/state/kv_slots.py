@@ -11,7 +11,7 @@ and LinearAttention in place and apart were equal in every bit), so one buffer i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,6 @@ import numpy.typing as npt
 from peerllm.engine import base
 from peerllm.engine.base import StatePart
 from peerllm.engine.state.arriving_state import ArrivingSlot
-from peerllm.engine.state.exported_state import Arrays, check_imported, chosen
 from peerllm.engine.state.state_kinds import LayerState
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
@@ -76,6 +75,7 @@ class KVSlots:
         self.stores: dict[str, Array] = {}
         self._fixed: list[Array] = []
         self._snapshots: list[Array] = []  # of those, by slot
+        self._snapshot_of: dict[str, Array] = {}  # by the name in `stores`
         self._fixed_at: list[int | None] = [0] * slots  # the position that they stand at; None: a pass failed
         self._snapshot_at = [0] * slots  # 0: there is none
         self._arriving: dict[int, ArrivingSlot] = {}  # by slot
@@ -92,7 +92,8 @@ class KVSlots:
                 store = np.zeros((slots, *fixed.shape), fixed.dtype)
                 self.stores[f"{fixed.name} {number}"] = store
                 self._fixed.append(store)
-                self._snapshots.append(np.zeros_like(store))
+                copies = self._snapshot_of[f"{fixed.name} {number}"] = np.zeros_like(store)
+                self._snapshots.append(copies)
         self.nbytes = sum(store.nbytes for store in (*self.stores.values(), *self._snapshots))
 
     @property
@@ -147,35 +148,6 @@ class KVSlots:
             copy[slot] = store[self._place[slot]]
         self._snapshot_at[slot] = self._lengths[slot]
 
-    def export(self, slot: int, blocks: Collection[int] | None = None) -> tuple[int, Arrays]:
-        """(The slot's tokens, its state as exported_state.exported describes it); EngineError after a failed pass."""
-        place, length = self._place[slot], self._lengths[slot]
-        if not length or length != self._fixed_at[slot]:
-            raise EngineError("the slot holds no sequence, or a pass failed; there is no state to export")
-        found: Arrays = {}
-        for number, state in chosen(self.states, blocks).items():
-            for kept in state.tokens:
-                held = self.groups[state.window].held[slot]
-                found[f"{number}.{kept.name}"] = array = np.zeros(
-                    (kept.heads, state.room(length), kept.width), kept.dtype
-                )
-                array[:, array.shape[1] - held :] = self.stores[f"{kept.name} {number}"][place, :, :held]
-            for fixed in state.fixed:
-                found[f"{number}.{fixed.name}"] = self.stores[f"{fixed.name} {number}"][place].copy()
-        return length, found
-
-    def take(self, slot: int, position: int, arrays: Arrays) -> None:
-        """Begin the slot anew with a state that `export` gave elsewhere; BadInputError if it does not fit."""
-        check_imported(self.states, position, self._context, arrays)
-        self._move(slot, 0)
-        for name, array in arrays.items():
-            number, _, kept = name.partition(".")
-            store = self.stores[f"{kept} {number}"][self._place[slot]]
-            (store if store.shape == array.shape else store[:, : array.shape[1]])[:] = array
-        self._lengths[slot] = self._fixed_at[slot] = position
-        for group in self.groups.values():
-            group.held[slot] = min(position, group.room)
-
     def held(self, slot: int, block: int) -> range:
         """The tokens whose rows a block has."""
         length = self._lengths[slot]
@@ -191,13 +163,33 @@ class KVSlots:
         copies = {name: store.swapaxes(0, 1).copy() for name, store in stores.items()}
         return StatePart(block, start, {name: copy.reshape(len(copy), -1) for name, copy in copies.items()})
 
+    def steady(self, slot: int) -> int:
+        """The last position of which state can be taken while the sequence goes on."""
+        return self._snapshot_at[slot] if self._fixed else self._lengths[slot]
+
+    def fixed_part(self, slot: int, block: int, position: int) -> StatePart:
+        """A copy of what a block keeps once; EngineError if it is not of that position, nor a snapshot of it."""
+        if position < 1 or position not in (self._fixed_at[slot], self._snapshot_at[slot]):
+            raise EngineError(f"there is no state after {position} tokens of slot {slot}")
+        now = position == self._fixed_at[slot]
+        names = [kept.name for kept in self.states[block].fixed]
+        arrays = {name: self.stores[f"{name} {block}"][self._place[slot]] if now
+                  else self._snapshot_of[f"{name} {block}"][slot] for name in names}  # fmt: skip
+        return StatePart(block, position - 1, {name: array.reshape(1, -1).copy() for name, array in arrays.items()})
+
     def add(self, slot: int, part: StatePart) -> None:
         """Take in a part of a state for an empty slot; EngineError if it is not, BadInputError if it does not fit."""
         if self._lengths[slot]:
             raise EngineError(f"slot {slot} holds a sequence")
         arriving = self._arriving.setdefault(slot, ArrivingSlot(self.states, self._context))
-        dropped, row = arriving.place(part)
-        group, place = self.groups[self.states[part.block].window], self._place[slot]
+        where, place = arriving.place(part), self._place[slot]
+        if where is None:
+            self._fixed_at[slot] = None  # until all of it has come
+            for name, rows in part.rows.items():
+                store = self.stores[f"{name} {part.block}"]
+                store[place] = rows.reshape(store.shape[1:])
+            return
+        (dropped, row), group = where, self.groups[self.states[part.block].window]
         for name, rows in part.rows.items():
             store = self.stores[f"{name} {part.block}"][place]
             if dropped:
@@ -221,7 +213,7 @@ class KVSlots:
                 for kept in state.tokens:
                     store = self.stores[f"{kept.name} {block}"][self._place[slot]]
                     store[:, : tokens - start - late] = store[:, late : tokens - start].copy()
-        self._lengths[slot] = self._fixed_at[slot] = tokens
+        self._lengths[slot], self._fixed_at[slot] = tokens, tokens or None
         for window, group in self.groups.items():
             group.held[slot] = tokens - firsts[window] if tokens else 0
         return tokens, furthest
@@ -237,6 +229,7 @@ class KVSlots:
         self.stores.clear()
         self._fixed.clear()
         self._snapshots.clear()
+        self._snapshot_of.clear()
         self._arriving.clear()
 
     def _move(self, slot: int, position: int) -> None:

@@ -155,15 +155,6 @@ def fixed_arrays(layer: Any) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-def put_fixed(layer: Any, name: str, tensor: torch.Tensor) -> None:
-    """Set what `fixed_arrays` gives under `name`."""
-    which, _, index = name.partition("_")
-    if which == "convolution":
-        layer.update_conv_state(tensor, state_idx=int(index or 0))
-    else:
-        layer.update_recurrent_state(tensor, state_idx=int(index or 0))
-
-
 def dtype_name(tensor: torch.Tensor) -> str:
     """The tensor's dtype as numpy names it."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -1,16 +1,18 @@
 """Parts of a slot's state as KEY_VALUE frames and back (docs/wire.md §6), and what a link that carries them may carry.
 
 A frame has one run, the tokens whose rows it carries, and a tensor [tokens, numbers] for each array of one block, which
-is called FORM.BLOCK.ARRAY, such as "graph.3.keys": shards of another form lay their rows out in another way.
+is called FORM.BLOCK.ARRAY, such as "graph.3.keys": shards of another form lay their rows out in another way. What a
+block keeps once for a sequence is a row, of the last token that it has taken in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from peerllm.engine.base import RowForms, StatePart
+from peerllm.engine.base import StateForms, StatePart
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.wire.frame_arrays import DTYPE_NAMES, to_array, to_tensor
 from peerllm.errors import FrameError
@@ -30,26 +32,31 @@ class CarriedPart:
     part: StatePart
 
 
-def part_tokens(forms: RowForms) -> int:
+def part_tokens(forms: StateForms) -> int:
     """The most tokens in one part of these blocks."""
-    sizes = (sum(count * np.dtype(dtype).itemsize for count, dtype in arrays.values()) for arrays in forms.values())
-    return max(1, PART_BYTES // max(sizes, default=1))
+    rows = forms.tokens.values()
+    sizes = (sum(count * np.dtype(dtype).itemsize for count, dtype in arrays.values()) for arrays in rows)
+    return max(1, PART_BYTES // max(sizes, default=PART_BYTES))
 
 
-def state_limits(spec: LoadStage, form: str, forms: RowForms) -> FrameLimits:
+def state_limits(spec: LoadStage, form: str, forms: StateForms) -> FrameLimits:
     """What a link may carry that brings these blocks' state to `spec`'s stage; there is at least one."""
-    blocks = [
-        {
-            f"{form}.{block}.{name}": TensorLimit((DTYPE_NAMES[np.dtype(dtype)],), 2, count, per_token=True)
-            for name, (count, dtype) in arrays.items()
-        }
-        for block, arrays in forms.items()
+    most = min(spec.context, part_tokens(forms))
+    kinds, bounds = (FrameKind.KEY_VALUE,), (1, spec.slots, spec.context)
+    each = [
+        FrameLimits(spec.deployment, spec.epoch, spec.stage, kinds, *bounds, tokens, _limits(form, block, arrays))
+        for tokens, of in ((most, forms.tokens), (1, forms.fixed))
+        for block, arrays in of.items()
     ]
-    tokens = min(spec.context, part_tokens(forms))
-    kinds, bounds = (FrameKind.KEY_VALUE,), (1, spec.slots, spec.context, tokens)
-    each = [FrameLimits(spec.deployment, spec.epoch, spec.stage, kinds, *bounds, tensors) for tensors in blocks]
-    every = {name: limit for tensors in blocks for name, limit in tensors.items()}
-    return replace(each[0], tensors=every, max_bytes=max(limits.max_bytes for limits in each))
+    every = {name: limit for one in each for name, limit in one.tensors.items()}
+    return replace(each[0], max_tokens=most, tensors=every, max_bytes=max(one.max_bytes for one in each))
+
+
+def _limits(form: str, block: int, arrays: Mapping[str, tuple[int, str]]) -> dict[str, TensorLimit]:
+    return {
+        f"{form}.{block}.{name}": TensorLimit((DTYPE_NAMES[np.dtype(dtype)],), 2, count, per_token=True)
+        for name, (count, dtype) in arrays.items()
+    }
 
 
 def to_state_frame(carried: CarriedPart, form: str, deployment: str, epoch: int, stage: int) -> Frame:

@@ -184,7 +184,7 @@ def test_a_system_service_needs_an_installation_that_everybody_may_read(
             folder.chmod(0o711)  # pytest's own folders
     check_readable()
     (tmp_path / "opt").chmod(0o700)
-    with pytest.raises(BadInputError, match=r"opt is closed to it.*sudo python3 -m venv /opt/peerllm"):
+    with pytest.raises(BadInputError, match=r"opt is closed.*sudo python3 -m venv /opt/peerllm"):
         check_readable()
     (tmp_path / "opt").chmod(0o755)
     monkeypatch.setattr(unit_files, "HIDDEN", (tmp_path,))

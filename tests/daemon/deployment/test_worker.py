@@ -182,8 +182,8 @@ async def test_lost_links_and_engines_are_told_to_the_coordinator(house, plan, w
     told.clear()
     worker.link_lost(LinkLost(D, C, "reset by peer"))
     worker.link_lost(LinkLost("e" * 32, C, "of another deployment"))
-    assert told == [(A, Trouble(D, 1, "reset by peer"))]
-    house["b"].engine.stages.clear()
+    assert told == [(A, Trouble(D, 1, "reset by peer", other=C))]
+    house["b"].engine.clear()
     worker.engine_lost("the engine crashed")
     assert told[-1] == (A, Trouble(D, 1, "the engine crashed", engine_died=True))
     assert house.empty()

@@ -7,9 +7,10 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -31,6 +32,10 @@ class HubServer:
         self.asked = threading.Event()  # for a whole weight file
         self.refuse: dict[str, tuple[int, str]] = {}  # status and error code, by the beginning of a path
         self.closed = False
+        self.gated = False
+        self.cuts = 0  # so many answers with a range end after half of it
+        self.ranges: list[tuple[str, str]] = []  # that were asked for, by file
+        self._lock = threading.Lock()
         self.parts = True  # False: whole files, whatever range is asked for
         hub = self
 
@@ -78,7 +83,15 @@ class HubServer:
         if kind == "tree":
             return [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in named]
         siblings = [{"rfilename": name, "size": size, "blobId": "0" * 40} for name, size in named]
-        return {"id": model, "sha": COMMIT, "siblings": siblings, "private": False, "downloads": 0, "tags": []}
+        return {
+            "id": model,
+            "sha": COMMIT,
+            "siblings": siblings,
+            "private": False,
+            "gated": self.gated,
+            "downloads": 0,
+            "tags": [],
+        }
 
     def _file(self, request: BaseHTTPRequestHandler, file: Path, body: bool) -> None:
         data, wanted = file.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
@@ -95,9 +108,15 @@ class HubServer:
         if body and file.suffix in (".safetensors", ".gguf") and not wanted:
             self.asked.set()
             self.gate.wait()
+        cut = False
         if body:
-            self.bodies[file.name] = self.bodies.get(file.name, 0) + len(part)
-        self._send(request, status, headers, part, body)
+            with self._lock:
+                cut = bool(wanted) and self.cuts > 0
+                self.cuts -= cut
+                sent = len(part) // 2 if cut else len(part)
+                self.bodies[file.name] = self.bodies.get(file.name, 0) + sent
+                self.ranges.append((file.name, request.headers.get("Range", "")))
+        self._send(request, status, headers, part, body, cut)
 
     def _json(
         self, request: BaseHTTPRequestHandler, value: object, status: int = 200, headers: dict[str, str] | None = None
@@ -106,7 +125,14 @@ class HubServer:
         self._send(request, status, {"Content-Type": "application/json", **(headers or {})}, data, True)
 
     @staticmethod
-    def _send(request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes, body: bool) -> None:
+    def _send(
+        request: BaseHTTPRequestHandler,
+        status: int,
+        headers: dict[str, str],
+        data: bytes,
+        body: bool,
+        cut: bool = False,
+    ) -> None:
         request.send_response(status)
         for name, value in headers.items():
             request.send_header(name, value)
@@ -114,7 +140,16 @@ class HubServer:
         request.end_headers()
         if body and request.command != "HEAD":
             with contextlib.suppress(ConnectionError):
-                request.wfile.write(data)
+                request.wfile.write(data[: len(data) // 2] if cut else data)
+            request.close_connection = request.close_connection or cut
+
+
+def hole(path: Path, tensors: Mapping[str, Any]) -> None:
+    """A safetensors file with this header, and no data: nothing but its length."""
+    header = json.dumps(tensors).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + max((one["data_offsets"][1] for one in tensors.values()), default=0))
 
 
 @contextlib.contextmanager

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,19 +16,18 @@ from huggingface_hub import hf_hub_download
 
 from peerllm.builtin import MODEL_DIR
 from peerllm.daemon.deployment.model_files import looked_up, resolve
-from peerllm.daemon.weights.hub import ask, hole
+from peerllm.daemon.weights import hub_outline
+from peerllm.daemon.weights.hub import ask
 from peerllm.daemon.weights.hub_download import download, hub_bar
+from peerllm.daemon.weights.hub_outline import Outlines
 from peerllm.engine.weights.checkpoint import read_tensors
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
-from tests.daemon.weights.hub_server import HubServer, hub_server
+from tests.daemon.weights.hub_server import HubServer, hole, hub_server
 
 MODEL = "maker/small"
 WEIGHTS = "model.safetensors"
 SIZE = (MODEL_DIR / WEIGHTS).stat().st_size
-MOST_HEADER = 200_000  # bytes that may be fetched of a weight file before there is a plan
-
-
-NO_GGUF = Path("/nowhere")  # a place for what GGUF files become
+MOST_HEADER = 300_000  # bytes that may be fetched of a weight file before there is a plan
 
 
 def quiet(share: float) -> None:
@@ -35,6 +36,12 @@ def quiet(share: float) -> None:
 
 def untold(message: str, share: float | None = None) -> None:
     pass
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A place for what GGUF files become; outlines lie beside it."""
+    return tmp_path / "data" / "gguf"
 
 
 @pytest.fixture
@@ -52,36 +59,61 @@ def shapes(directory: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     return {name: (one.dtype, tuple(one.shape), one.nbytes) for name, one in read_tensors(directory).items()}
 
 
-async def test_an_outline_tells_all_but_the_weights(hub: HubServer) -> None:
-    async with looked_up(MODEL, NO_GGUF, untold) as found:
-        assert found.missing_bytes > SIZE and found.directory.name == "small"
-        assert shapes(found.directory) == shapes(MODEL_DIR)
-        assert json.loads((found.directory / "config.json").read_text()) == json.loads(
-            (MODEL_DIR / "config.json").read_text()
-        )
-        outlined = found.directory / WEIGHTS
-        assert outlined.stat().st_blocks * 512 < SIZE / 4, "the outline takes room on the disk"
-        outline = found.directory
-    assert not outline.exists()
-    assert 0 < hub.bodies[WEIGHTS] < MOST_HEADER < SIZE
+async def test_an_outline_tells_all_but_the_weights_and_stays(hub: HubServer, kept: Path) -> None:
+    async with looked_up(MODEL, kept, untold) as found:
+        assert found.missing_bytes == 0 and found.directory.name == "small", "nothing is downloaded as a whole"
+    outlined, whole = read_tensors(found.directory), read_tensors(MODEL_DIR)
+    assert {name: replace(one, path="") for name, one in outlined.items()} == {
+        name: replace(one, path="") for name, one in whole.items()
+    }, "each tensor lies where it lies on the hub"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (found.directory / name).read_bytes() == (MODEL_DIR / name).read_bytes()
+    weights = found.directory / WEIGHTS
+    assert weights.stat().st_blocks * 512 < SIZE / 4, "the outline takes room on the disk"
+    assert weights.stat().st_size == SIZE
+    assert 0 < hub.bodies[WEIGHTS] <= MOST_HEADER < SIZE
     assert not hub.asked.is_set()
+    assert not (found.directory / "modeling.py").exists() and not (found.directory / "onnx").exists()
+    sent = dict(hub.bodies)
+    async with looked_up(MODEL, kept, untold) as again:
+        assert again == found
+    assert hub.bodies == sent, "what is outlined is not fetched again"
+    hub.close()  # the network is gone, the outline is not
+    async with looked_up(MODEL, kept, untold) as offline:
+        assert offline == found
 
 
-async def test_then_it_is_downloaded_with_progress_and_is_there(hub: HubServer) -> None:
-    async with looked_up(MODEL, NO_GGUF, untold) as found:
+async def test_what_the_owner_alone_may_have_is_downloaded_as_a_whole_by_its_source(hub: HubServer, kept: Path) -> None:
+    hub.gated = True
+    async with looked_up(MODEL, kept, untold) as found:
         missing = found.missing_bytes
+    assert SIZE <= missing < 1.1 * SIZE
     shares: list[float] = []
-    directory = await resolve(MODEL, NO_GGUF, shares.append, missing)
+    directory = await resolve(MODEL, kept, shares.append, missing)
     await asyncio.sleep(0)
     assert (directory / WEIGHTS).read_bytes() == (MODEL_DIR / WEIGHTS).read_bytes()
     assert shares == sorted(set(shares)) and 0.9 < shares[-1] <= 1
     assert not (directory / "modeling.py").exists() and not (directory / "onnx").exists()
-    async with looked_up(MODEL, NO_GGUF, untold) as again:
+    async with looked_up(MODEL, kept, untold) as again:
         assert (again.directory, again.missing_bytes) == (directory, 0)
     hub.close()  # the network is gone, the model is not
-    async with looked_up(MODEL, NO_GGUF, untold) as offline:
+    async with looked_up(MODEL, kept, untold) as offline:
         assert (offline.directory, offline.missing_bytes) == (directory, 0)
-    assert await resolve(MODEL, NO_GGUF, quiet) == directory
+    assert await resolve(MODEL, kept, quiet) == directory
+
+
+async def test_of_many_outlines_the_longest_unused_goes(
+    hub: HubServer, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_outline, "MOST_KEPT", 2)
+    for name in "abc":
+        shutil.copytree(tmp_path / "hub" / MODEL, tmp_path / "hub" / "maker" / name)
+    outlines = Outlines(kept.parent / "outlines")
+    for when, name in enumerate("abac", 1):
+        async with looked_up(f"maker/{name}", kept, untold) as found:
+            if name != "c":
+                os.utime(found.directory.parent, (when, when))
+    assert [bool(outlines.kept(f"maker/{name}", "")) for name in "abc"] == [True, False, True]
 
 
 def test_what_is_half_here_is_not_taken_for_all(hub: HubServer) -> None:
@@ -108,13 +140,13 @@ def test_only_bars_of_bytes_tell_how_far_a_download_is_of_all_that_is_missing() 
     assert shares == [0.025, 0.05, 0.075, 0.1], "each percent once, of all files"
 
 
-async def test_only_weights_that_the_index_names_are_looked_at(hub: HubServer, tmp_path: Path) -> None:
+async def test_only_weights_that_the_index_names_are_looked_at(hub: HubServer, kept: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hub" / MODEL
     (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
     shutil.copyfile(folder / "model-00001-of-00001.safetensors", folder / "consolidated.safetensors")
     names = dict.fromkeys(shapes(MODEL_DIR), "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    async with looked_up(MODEL, NO_GGUF, untold) as found:
+    async with looked_up(MODEL, kept, untold) as found:
         assert [one.name for one in found.directory.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
         assert shapes(found.directory) == shapes(MODEL_DIR)
 
@@ -148,29 +180,31 @@ async def test_files_of_the_vision_model_alone_are_neither_counted_nor_downloade
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])
-async def test_an_index_that_is_none_does_not_hide_the_reason(hub: HubServer, tmp_path: Path, index: str) -> None:
+async def test_an_index_that_is_none_does_not_hide_the_reason(
+    hub: HubServer, kept: Path, tmp_path: Path, index: str
+) -> None:
     """What the outline cannot use is downloaded, and said where a model is read."""
     (tmp_path / "hub" / MODEL / "model.safetensors.index.json").write_text(index)
-    async with looked_up(MODEL, NO_GGUF, untold) as found:
+    async with looked_up(MODEL, kept, untold) as found:
         assert found.missing_bytes == 0
         with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
             read_tensors(found.directory)
 
 
-async def test_a_damaged_header_is_left_to_the_reader(hub: HubServer, tmp_path: Path) -> None:
+async def test_a_damaged_header_is_left_to_the_reader(hub: HubServer, kept: Path, tmp_path: Path) -> None:
     (tmp_path / "hub" / MODEL / WEIGHTS).write_bytes(b"\x08\0\0\0\0\0\0\0notjson!")
-    async with looked_up(MODEL, NO_GGUF, untold) as found:
+    async with looked_up(MODEL, kept, untold) as found:
         with pytest.raises(ModelError):
             read_tensors(found.directory)
 
 
-async def test_gated_and_unknown_models_are_one_clear_line(hub: HubServer) -> None:
+async def test_gated_and_unknown_models_are_one_clear_line(hub: HubServer, kept: Path) -> None:
     with pytest.raises(NotFoundError, match="no such model on the Hugging Face hub"):
-        async with looked_up("maker/none", NO_GGUF, untold):
+        async with looked_up("maker/none", kept, untold):
             pass
     hub.refuse[f"/{MODEL}/resolve"] = 403, "GatedRepo"
     with pytest.raises(ModelError, match=r"gated.*HF_TOKEN") as caught:
-        async with looked_up(MODEL, NO_GGUF, untold):
+        async with looked_up(MODEL, kept, untold):
             pass
     assert "\n" not in str(caught.value)
 

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from peerllm.daemon.deployment.model_files import looked_up, resolve
 from peerllm.daemon.weights import hub_header
 from peerllm.daemon.weights.gguf.header import read_gguf
 from peerllm.daemon.weights.hub_header import header_ends
+from peerllm.daemon.weights.hub_outline import Outlines
 from peerllm.daemon.weights.on_disk import in_hub_cache, weights_of
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
 from tests.daemon.weights.gguf_files import ROWS, gguf_file
@@ -81,12 +83,24 @@ async def test_a_plan_needs_the_header_alone(
     monkeypatch.setattr(hub_header, "FIRST_BYTES", 1000)  # doubled until the header ends
     said: list[str] = []
     async with looked_up(MODEL, tmp_path / "kept", lambda text, share: said.append(text)) as found:
-        assert found.missing_bytes == (folder / Q4).stat().st_size and found.form == "Q4_K_M"
+        assert found.missing_bytes == 0 and found.form == "Q4_K_M", "nothing is downloaded as a whole"
         assert made.files == [[Q4]] and made.tensors["output.weight"] == (WIDE, 32)
         assert made.blocks < 100_000, "the outline takes room on the disk"
-        outline = found.directory
-    assert not outline.exists() and not (tmp_path / "kept").exists()
-    assert set(hub.bodies) == {Q4} and 0 < hub.bodies[Q4] < 40_000 < found.missing_bytes
+    outlined = tmp_path / "outlines"
+    assert outlined in found.directory.parents and not (tmp_path / "kept").exists()
+    (outline,) = outlined.rglob(Q4)
+    assert read_gguf(outline).tensors == {
+        name: replace(one, path=str(outline)) for name, one in read_gguf(folder / Q4).tensors.items()
+    }, "each tensor lies where it lies on the hub"
+    assert set(hub.bodies) == {Q4} and 0 < hub.bodies[Q4] < 40_000 < (folder / Q4).stat().st_size
+    places = Outlines(outlined).places([str(outline)])
+    assert places is not None and places.origin.files == (Q4,) and places.files == {str(outline): 0}
+    hub.close()
+    async with looked_up(f"{MODEL}:q4_k_m", tmp_path / "kept", lambda text, share: None) as offline:
+        assert offline.directory.name == found.directory.name
+    with pytest.raises(UnavailableError, match=f"^{MODEL}:Q2_K is not on this disk"):
+        async with looked_up(f"{MODEL}:Q2_K", tmp_path / "kept", lambda text, share: None):
+            pass
     assert said == [f"taking Q4_K_M of {MODEL}, which also has Q8_0, BF16"]
 
 
@@ -96,7 +110,7 @@ async def test_a_hub_that_gives_no_parts_is_not_read_twice(
     monkeypatch.setattr(hub_header, "FIRST_BYTES", 1000)
     hub.parts = False
     with pytest.raises(ModelError, match="gives no parts"):
-        hub_header.gguf_header(MODEL, Q4, "main", None, 10.0)
+        hub_header.weight_header(MODEL, Q4, "main", None, 10.0)
 
 
 @pytest.mark.parametrize(

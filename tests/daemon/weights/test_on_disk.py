@@ -14,7 +14,6 @@ from huggingface_hub import constants
 from peerllm.builtin import MODEL_DIR
 from peerllm.cli.demo.demo_memory import sizes_of
 from peerllm.daemon.weights.gguf.architectures import ARCHITECTURES
-from peerllm.daemon.weights.hub import hole
 from peerllm.daemon.weights.known_models import (
     FORMS,
     KNOWN,
@@ -34,6 +33,7 @@ from peerllm.daemon.weights.on_disk import (
     weights_of,
 )
 from peerllm.stored_types import stored_bytes
+from tests.daemon.weights.hub_server import hole
 
 COMMIT = "c" * 40
 Shape = tuple[int, ...]

@@ -195,6 +195,11 @@ async def test_a_device_that_shall_fetch_for_all_and_does_not_is_not_waited_for(
     await asyncio.wait_for(house["b"].fetch(house["a"], mine), 10)
 
 
+async def test_what_the_source_fetches_for_all_is_had_as_soon_as_it_is_there(house, manifest, tensors):
+    mine = [digest(tensors[3], fetcher=house["a"].me)]
+    await asyncio.wait_for(house["b"].fetch(house["a"], mine), tensor_fetch.BEGIN_S / 2)
+
+
 async def test_two_devices_that_have_it_share_the_work_and_the_source_has_none(house, tmp_path, monkeypatch):
     monkeypatch.setattr(wanted_tensor, "STEAL_BYTES", 100_000)
     monkeypatch.setattr(tensor_fetch, "WRITE_BYTES", 1 << 14)

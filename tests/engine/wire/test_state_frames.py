@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peerllm.engine.base import RowForms, StatePart
+from peerllm.engine.base import StateForms, StatePart
 from peerllm.engine.messages import LoadStage
-from peerllm.engine.state.arriving_state import row_forms
+from peerllm.engine.state.arriving_state import state_forms
 from peerllm.engine.state.kv_slots import KVSlots
-from peerllm.engine.state.state_kinds import LayerState, TokenArray, keys_and_values
+from peerllm.engine.state.state_kinds import LayerState, SequenceArray, TokenArray, keys_and_values
 from peerllm.engine.wire.state_frames import (
     PART_BYTES,
     CarriedPart,
@@ -42,15 +42,17 @@ STATES = {
     4: LayerState((TokenArray("keys", 2, 6, "bfloat16"), TokenArray("values", 2, 4, "bfloat16"))),
     5: LayerState((TokenArray("latent", 1, 10, "float32"),)),
     6: LayerState(),  # uses another block's
+    7: LayerState((), (SequenceArray("recurrent", (2, 3, 4)), SequenceArray("convolution", (5,)))),
 }
-FORMS = row_forms(STATES, [range(2, 7)])
+FORMS = state_forms(STATES, [range(2, 8)])
+EVERY = {**FORMS.tokens, **FORMS.fixed}
 
 
 def spec() -> LoadStage:
     return stage(1, stage=2, stages=3, epoch=4, slots=SLOTS, context=CONTEXT)
 
 
-def limits(forms: RowForms = FORMS, form: str = "graph") -> FrameLimits:
+def limits(forms: StateForms = FORMS, form: str = "graph") -> FrameLimits:
     return state_limits(spec(), form, forms)
 
 
@@ -60,12 +62,12 @@ def frame(carried: CarriedPart, form: str = "graph") -> Any:
 
 @st.composite
 def parts(draw: st.DrawFn) -> CarriedPart:
-    block = draw(st.sampled_from(sorted(FORMS)))
-    count = draw(st.integers(1, 9))
+    block = draw(st.sampled_from(sorted(EVERY)))
+    count = draw(st.integers(1, 9)) if block in FORMS.tokens else 1
     start = draw(st.integers(0, CONTEXT - count))
     random = np.random.default_rng(draw(st.integers(0, 9)))
     rows = {name: random.standard_normal((count, numbers)).astype(dtype)
-            for name, (numbers, dtype) in FORMS[block].items()}  # fmt: skip
+            for name, (numbers, dtype) in EVERY[block].items()}  # fmt: skip
     return CarriedPart(draw(st.integers(0, 2**64 - 1)), draw(st.integers(0, SLOTS - 1)), StatePart(block, start, rows))
 
 
@@ -80,7 +82,7 @@ def test_what_arrives_is_what_was_sent(sent: CarriedPart) -> None:
 
 
 def part(block: int = 2, start: int = 3, count: int = 4) -> CarriedPart:
-    rows = {name: np.ones((count, numbers), dtype) for name, (numbers, dtype) in FORMS[block].items()}
+    rows = {name: np.ones((count, numbers), dtype) for name, (numbers, dtype) in EVERY[block].items()}
     return CarriedPart(9, 1, StatePart(block, start, rows))
 
 
@@ -154,14 +156,17 @@ def test_no_other_stage_epoch_or_kind_is_meant() -> None:
 
 def test_frames_are_bounded_by_one_block_whatever_the_model() -> None:
     """Of a large model with 100 blocks, and of one whose tokens alone are larger than a part."""
-    large = row_forms({block: keys_and_values(8, 128, "float16") for block in range(100)}, [range(100)])
+    large = state_forms({block: keys_and_values(8, 128, "float16") for block in range(100)}, [range(100)])
     assert part_tokens(large) == PART_BYTES // (2 * 8 * 128 * 2)
     found = state_limits(stage(1, slots=8, context=8192), "graph", large)
     assert PART_BYTES < found.max_bytes < PART_BYTES + 1024
-    huge = row_forms({0: keys_and_values(512, 128, "float32")}, [range(1)])
+    huge = state_forms({0: keys_and_values(512, 128, "float32")}, [range(1)])
     assert part_tokens(huge) == 1
     found = state_limits(stage(1, slots=8, context=8192), "graph", huge)
     assert found.max_tokens == 1
+    recurrent = state_forms({0: LayerState((), (SequenceArray("recurrent", (32, 128, 128)),))}, [range(1)])
+    found = state_limits(stage(1, slots=8, context=8192), "graph", recurrent)
+    assert 2 << 20 < found.max_bytes < (2 << 20) + 1024 and found.max_tokens == 1
 
 
 def test_a_claim_of_more_takes_no_memory() -> None:

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncGenerator
 
 import aiohttp
 
-from peerllm.daemon.control_messages import HubFiles, TensorDigest
-from peerllm.errors import BadInputError, LinkError, NotFoundError, UnavailableError
+from peerllm.daemon.control_messages import HubFiles
+from peerllm.errors import LinkError, NotFoundError, UnavailableError
 
 CONNECT_TIMEOUT_S = 15.0
 STALL_TIMEOUT_S = 30.0  # without a byte
 CHUNK_BYTES = 256 << 10
-MAX_FILES = 1000  # of one model
-MAX_OFFSET = 1 << 62
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}")
-FILE = re.compile(r"(?:[A-Za-z0-9_][\w.+-]{0,127}/){0,4}[A-Za-z0-9_][\w.+-]{0,191}\.(?:safetensors|gguf)", re.ASCII)
-
-
-def check_hub(hub: HubFiles) -> None:
-    """BadInputError unless another device names a repository, a commit and weight files, and nothing else."""
-    named = REPOSITORY.fullmatch(hub.model) and ".." not in hub.model and COMMIT.fullmatch(hub.commit)
-    if not named or not 1 <= len(hub.files) <= MAX_FILES or not all(map(FILE.fullmatch, hub.files)):
-        raise BadInputError("no repository, commit and weight files of the Hugging Face hub")
-
-
-def check_place(hub: HubFiles | None, tensor: TensorDigest) -> None:
-    """BadInputError if a tensor is said to lie where the hub cannot have it."""
-    files = len(hub.files) if hub is not None else 0
-    if not -1 <= tensor.file < files or not 0 <= tensor.offset < MAX_OFFSET:
-        raise BadInputError(f"tensor {tensor.name} has no place in the files of the hub")
 
 
 class HubRanges:

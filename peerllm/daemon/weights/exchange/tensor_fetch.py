@@ -130,6 +130,8 @@ class TensorFetch:
         fetcher = tensor.digest.fetcher
         if fetcher in ("", self._me) or fetcher in tensor.unfit or fetcher not in self._peers.devices():
             return False
+        if fetcher in tensor.places:
+            return False
         waited = time.monotonic() - self._began
         return waited < BEGIN_S or (waited < FETCHER_MOST_S and tensor.key in self._seen.coming.get(fetcher, ()))
 

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from peerllm.daemon.control_messages import HubFiles, TensorDigest
+from peerllm.daemon.control_messages import TensorDigest
 
 STEAL_BYTES = 8 << 20  # what is left of a range is divided between two senders if it is at least this
-
-
-def hub_key(hub: HubFiles, tensor: TensorDigest) -> str:
-    """What a tensor is called while nobody knows its SHA-256: a hash of its place on the hub."""
-    place = "\0".join(("hub", hub.model, hub.commit, hub.files[tensor.file], f"{tensor.offset}:{tensor.nbytes}"))
-    return hashlib.sha256(place.encode()).hexdigest()
 
 
 class Piece:

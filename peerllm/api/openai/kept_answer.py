@@ -1,0 +1,113 @@
+"""One answer that was asked for with an Idempotency-Key: computed once, read by whoever shows the key."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import cast
+
+from peerllm.api.openai.answer import Completion, OpenAIObjects
+from peerllm.api.text.stops import StopScanner
+from peerllm.api.text.text_store import AnswerText
+from peerllm.daemon.facade import Chunk
+from peerllm.engine.messages import FinishReason
+from peerllm.errors import EngineError, UnavailableError
+
+
+@dataclass(frozen=True, slots=True)
+class BegunAnswer:
+    """An answer whose prompt is encoded: what its tokens come from, and what turns them into text and objects."""
+
+    chunks: AsyncIterator[Chunk]
+    objects: OpenAIObjects
+    text: AnswerText
+    silent: frozenset[int]  # ids without text
+    stops: Sequence[str]
+
+    def completion(self) -> Completion:
+        """The text of the answer from its first token on."""
+        return Completion(self.text.detokenizer(self.silent), StopScanner(self.stops))
+
+
+@dataclass(slots=True)
+class KeptAnswer:
+    """`fingerprint` is of the body that asked for it, `client` who is charged for it."""
+
+    key: str
+    fingerprint: bytes
+    client: str
+    begun: BegunAnswer | None = None  # None: the prompt is being encoded
+    ids: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+    error: BaseException | None = None
+    reused: int = 0  # tokens of the prompt that were computed for an earlier one
+    queued: int = 0
+    readers: int = 0
+    _changes: int = 0
+    _change: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def over(self) -> bool:
+        return self.finish is not None or self.error is not None
+
+    async def compute(self, begin: asyncio.Future[BegunAnswer]) -> None:
+        """Fill it up to its end, or to the first stop string."""
+        try:
+            self.begun = await begin
+            self._changed()
+            completion = self.begun.completion()
+            async with aclosing(cast("AsyncGenerator[Chunk]", self.begun.chunks)) as chunks:
+                async for chunk in chunks:
+                    self.queued, self.reused = chunk.queued, max(self.reused, chunk.reused)
+                    self.ids += chunk.ids
+                    completion.feed(chunk.ids, chunk.finish)
+                    self.finish = chunk.finish or ("stop" if completion.scanner.stopped else None)
+                    self._changed()
+                    if self.finish is not None:
+                        return
+            raise EngineError("the answer broke off without a reason; ask again")
+        except asyncio.CancelledError:
+            self.error = UnavailableError("the answer broke off: this device is shutting down")
+            raise
+        except BaseException as error:
+            self.error, self.finish = error, None
+            raise
+        finally:
+            self._changed()
+
+    async def started(self) -> BegunAnswer:
+        """What turns its tokens into text; raises why there is none."""
+        while self.begun is None:
+            if self.error is not None:
+                raise self.error
+            await self._next(self._changes)
+        return self.begun
+
+    async def chunks(self) -> AsyncGenerator[Chunk]:
+        """All tokens from the first on, then those that come; as facade.Household.generate gives them."""
+        told, queued = 0, 0
+        while True:
+            seen, fresh = self._changes, tuple(self.ids[told:])
+            told += len(fresh)
+            if fresh or self.finish is not None:
+                yield Chunk(fresh, self.finish, reused=self.reused)
+            elif self.queued and self.queued != queued:
+                queued = self.queued
+                yield Chunk((), queued=queued)
+            if self.finish is not None:
+                return
+            if self.error is not None:
+                raise self.error
+            await self._next(seen)
+
+    def _changed(self) -> None:
+        self._changes += 1
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def _next(self, seen: int) -> None:
+        """Returns when something has changed since `seen`."""
+        if self._changes == seen:
+            await self._change.wait()

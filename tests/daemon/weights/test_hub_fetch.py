@@ -1,0 +1,232 @@
+"""Tensors from the hub: each device fetches its own by ranges, no byte twice, and everyone else gets them from it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from peerllm.builtin import MODEL_DIR
+from peerllm.daemon.control_messages import HubFiles
+from peerllm.daemon.decide.hub_places import check_hub, check_place, hub_key
+from peerllm.daemon.weights.digests import hash_range
+from peerllm.daemon.weights.exchange import tensor_fetch
+from peerllm.daemon.weights.exchange.known_hashes import KnownHashes
+from peerllm.daemon.weights.weight_store import WeightStore
+from peerllm.engine.weights.checkpoint import read_tensors
+from peerllm.errors import BadInputError, ModelError
+from tests.daemon.weights.hub_server import COMMIT, hub_server
+from tests.daemon.weights.weight_house import DEPLOYMENT, Peers, WeightHouse, checkpoint, digest, held, quiet
+
+MODEL, WEIGHTS = "maker/small", "model.safetensors"
+BUFFERED = 1 << 20  # bytes of one connection that are lost with it
+HUB = HubFiles(MODEL, COMMIT, (WEIGHTS,))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(tensor_fetch, "CUT_WAIT_S", 0.0001)
+    monkeypatch.setattr(tensor_fetch, "LEAST_LOOK_S", 0.001)
+    monkeypatch.setattr(tensor_fetch, "LOOK_S", 0.05)
+    monkeypatch.setattr(tensor_fetch, "OUT_S", 0.05)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    shutil.copytree(MODEL_DIR, tmp_path / "hub" / MODEL, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    with hub_server(tmp_path / "hub", tmp_path / "cache", monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+async def house(tmp_path):
+    async with WeightHouse(tmp_path, "abc") as made:
+        yield made
+
+
+def manifest(tensors=None, **more):
+    """What a source tells of tensors that nobody has hashed."""
+    tensors = own_tensors() if tensors is None else tensors
+    return [digest(one, "", file=0, offset=one.offset, **more) for one in tensors]
+
+
+def own_tensors():
+    return sorted(read_tensors(MODEL_DIR).values(), key=lambda one: one.offset)
+
+
+def total(tensors):
+    return sum(one.nbytes for one in tensors)
+
+
+async def test_a_device_fetches_its_own_tensors_and_no_other_byte(hub, house):
+    tensors = own_tensors()
+    mine = tensors[: len(tensors) // 2]
+    seen = []
+    found = await house["b"].fetch(house["a"], manifest(mine), lambda *done: seen.append(done), hub=HUB)
+    for tensor in mine:
+        at = found[tensor.name]
+        assert house["b"].store.path(at.path.rpartition("/")[2]).read_bytes() == held(tensor)
+        assert hash_range(at.path, 0, at.nbytes) == at.path.rpartition("/")[2]
+    assert seen[-1] == (total(mine), total(mine)) and seen == sorted(seen)
+    assert hub.bodies[WEIGHTS] == total(mine) and len(hub.ranges) < len(mine), "neighbours come in one request"
+
+
+async def test_each_byte_crosses_the_uplink_once_whoever_needs_it(hub, house):
+    """Three devices; all need some tensors of each other, and all of them the last third."""
+    tensors = own_tensors()
+    third = len(tensors) // 3
+    parts = {"a": tensors[:third], "b": tensors[third : 2 * third], "c": tensors[2 * third :]}
+    shared = tensors[2 * third :]
+
+    def assigned(letter):
+        mine = [one for one in parts[letter] if one not in shared]
+        return manifest(mine) + manifest(shared, fetcher=house["b"].me)
+
+    await asyncio.gather(*(house[one].fetch(house["a"], assigned(one), hub=HUB) for one in "abc"))
+    assert hub.bodies[WEIGHTS] == total(tensors)
+    # Later another plan: the others have all that "a" lacks, so the hub is not asked again.
+    await house["a"].fetch(house["a"], manifest(), hub=HUB, deployment="e" * 32)
+    assert hub.bodies[WEIGHTS] == total(tensors)
+    for wanted, tensor in zip(manifest(), tensors, strict=True):
+        key = hub_key(HUB, 0, wanted.offset, wanted.nbytes)
+        assert house["a"].store.path(house["a"].store.known(key)).read_bytes() == held(tensor)
+
+
+async def test_a_download_that_broke_goes_on_where_it_was(hub, house, tmp_path):
+    tensors = own_tensors()
+    hub.cuts = 7
+    await house["b"].fetch(house["a"], manifest(), hub=HUB)
+    assert hub.cuts == 0
+    assert hub.bodies[WEIGHTS] < total(tensors) + 7 * BUFFERED, "only what was under way came twice"
+    large = max(tensors, key=lambda one: one.nbytes)
+    half = large.nbytes // 2
+    (wanted,) = manifest([large])
+    partial = tmp_path / "c" / "weights" / "partial" / hub_key(HUB, 0, wanted.offset, wanted.nbytes)
+    partial.write_bytes(held(large)[:half])  # as it lies there after a restart
+    house["b"].online = False
+    hub.bodies.clear()
+    await house["c"].fetch(house["a"], [wanted], hub=HUB)
+    assert hub.bodies[WEIGHTS] == large.nbytes - half
+
+
+async def test_what_was_fetched_once_is_known_by_its_hash_after_a_restart_too(hub, house, tmp_path):
+    await house["b"].fetch(house["a"], manifest(), hub=HUB)
+    hub.bodies.clear()
+    again = WeightStore(tmp_path / "b" / "weights", house["b"].me, Peers(house, house["b"].me))
+    await again.fetch(DEPLOYMENT, house["a"].me, manifest(), quiet, HUB)
+    assert not hub.bodies
+    one = manifest()[5]
+    key = hub_key(HUB, 0, one.offset, one.nbytes)
+    assert again.held(key) == again.known(key) != ""
+    hub.refuse["/"] = 503, "Down"
+    other = await house["c"].fetch(house["a"], [replace(one, sha256=again.known(key))], hub=HUB)
+    assert other[one.name].nbytes == one.nbytes
+
+
+async def test_a_device_that_lies_about_a_hash_is_found_out_by_its_bytes_or_by_the_hub(hub, house, tmp_path, caplog):
+    """It says that a tensor has the hash of other bytes: what others say differs, so the hub decides."""
+    tensor = own_tensors()[3]
+    (wanted,) = manifest([tensor])
+    key = hub_key(HUB, 0, wanted.offset, wanted.nbytes)
+    (other,) = checkpoint(tmp_path / "other", [tensor.nbytes])
+    await house["c"].hash([other])
+    lie = digest(other).sha256
+    house["c"].store._known.add(key, lie)
+    house["c"].offers.held = lambda asked: lie
+    await house["a"].fetch(house["a"], [wanted], hub=HUB)
+    house["a"].store._known = KnownHashes(tmp_path / "none")
+    (house["a"].folder / "weights" / lie).unlink(missing_ok=True)
+    await house["a"].fetch(house["a"], [wanted], hub=HUB, deployment="e" * 32)
+    honest = hash_range(tensor.path, tensor.offset, tensor.nbytes)
+    await house["b"].fetch(house["a"], [replace(wanted, sha256=honest)], hub=HUB)
+    assert house["b"].store.path(honest).read_bytes() == held(tensor), "a hash of the manifest is never another's"
+
+
+async def test_a_hub_whose_bytes_are_others_than_the_manifest_s_is_named(hub, house, tmp_path):
+    tensor = own_tensors()[3]
+    data = bytearray((tmp_path / "hub" / MODEL / WEIGHTS).read_bytes())
+    data[tensor.offset : tensor.offset + 64] = os.urandom(64)
+    (tmp_path / "hub" / MODEL / WEIGHTS).write_bytes(data)
+    honest = hash_range(tensor.path, tensor.offset, tensor.nbytes)
+    with pytest.raises(ModelError, match="the hub sent other bytes than the manifest says"):
+        await house["b"].fetch(house["a"], [digest(tensor, honest, file=0, offset=tensor.offset)], hub=HUB)
+
+
+@pytest.mark.parametrize(
+    ("parts", "refusal"), [(False, None), (True, (403, "GatedRepo")), (True, (404, "EntryNotFound"))]
+)
+async def test_a_hub_that_does_not_give_it_is_one_clear_line(hub, house, parts, refusal):
+    hub.parts = parts
+    if refusal:
+        hub.refuse[f"/{MODEL}/resolve"] = refusal
+    with pytest.raises(ModelError, match=r"tensor .* cannot be had: the hub does not give it"):
+        await house["b"].fetch(house["a"], manifest()[:3], hub=HUB)
+
+
+async def test_the_owner_s_token_is_used_for_the_owner_s_models_alone(hub, house, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    sent = []
+    real = hub._file
+    monkeypatch.setattr(
+        hub, "_file", lambda asked, *rest: (sent.append(asked.headers.get("Authorization")), real(asked, *rest))
+    )
+    await house["b"].fetch(house["a"], manifest()[:1], hub=HUB)
+    await house["c"].store.fetch(DEPLOYMENT, house["c"].me, manifest()[1:2], quiet, HUB, "secret")
+    assert sent == [None, "Bearer secret"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        replace(HUB, model="http://evil/x"), replace(HUB, model="../up"), replace(HUB, model="a/../b"),
+        replace(HUB, model="a/b/c"), replace(HUB, model="a\n/b"), replace(HUB, model="a?b"),
+        replace(HUB, commit="main"),
+        replace(HUB, commit="C" * 40), replace(HUB, files=()), replace(HUB, files=("../x.safetensors",)),
+        replace(HUB, files=("/etc/x.gguf",)), replace(HUB, files=("a/../x.gguf",)), replace(HUB, files=("x.bin",)),
+        replace(HUB, files=("http://x/y.gguf",)), replace(HUB, files=("x.gguf?y",)),
+        replace(HUB, files=("x.gguf#y.gguf",)),
+        replace(HUB, files=("%2e%2e/x.gguf",)), replace(HUB, files=("x.gguf",) * 1001),
+        replace(HUB, files=("x.gguf\n",)),
+    ],
+)  # fmt: skip
+def test_no_address_comes_from_another_device(bad):
+    check_hub(HUB)
+    check_hub(None)
+    with pytest.raises(BadInputError):
+        check_hub(bad)
+
+
+def test_no_place_outside_the_named_files_is_taken():
+    (one,) = manifest(own_tensors()[:1])
+    check_place(HUB, one)
+    for hub, bad in (
+        (HUB, replace(one, file=1)),
+        (HUB, replace(one, file=-2)),
+        (None, one),
+        (HUB, replace(one, offset=-1)),
+    ):
+        with pytest.raises(BadInputError):
+            check_place(hub, bad)
+
+
+def test_known_hashes_outlive_a_line_that_was_cut_short(tmp_path):
+    file = tmp_path / "hub.txt"
+    KnownHashes(file).add("a" * 64, "b" * 64)
+    file.write_bytes(file.read_bytes() + b"\n" + b"c" * 70)
+    known = KnownHashes(file)
+    known.add("d" * 64, "e" * 64)
+    again = KnownHashes(file)
+    assert [again.get(one * 64) for one in "acd"] == ["b" * 64, "", "e" * 64]
+
+
+def test_known_hashes_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("peerllm.daemon.weights.exchange.known_hashes.MAX_KNOWN", 4)
+    known = KnownHashes(tmp_path / "hub.txt")
+    for number in range(9):
+        known.add(f"{number:064x}", "b" * 64)
+    again = KnownHashes(tmp_path / "hub.txt")
+    kept = [number for number in range(9) if again.get(f"{number:064x}")]
+    assert len(kept) <= 4 and kept[-1] == 8 and kept == [number for number in range(9) if known.get(f"{number:064x}")]
