@@ -16,6 +16,7 @@ import ifaddr
 import pytest
 
 from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Holding, Question, Release, Trouble
+from peerllm.daemon.decide import membership as m
 from peerllm.daemon.discovery.mdns import interfaces
 from peerllm.daemon.network import Network
 from peerllm.daemon.network.control_links import host_of
@@ -349,6 +350,15 @@ async def test_a_link_on_which_nothing_comes_is_made_anew_and_nobody_is_called_g
             large = Trouble("d", 1, "over the new link")
             here.network.tell(there.id, large)
             await there.until(lambda here=here, there=there, one=large: (here.id, one) in there.told)  # type: ignore[misc]
+
+
+async def test_a_dial_that_was_not_needed_after_all_changes_nothing(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        links, before = anna.network._links, anna.network._links.channel(bert.id)
+        await links._dial(m.Dial(bert.id, ("127.0.0.1",), bert.network.port))
+        assert links.channel(bert.id) is before and list(links._channels.values()) == [before]
+        assert (anna.states, bert.states) == ([(bert.id, "online", True)], [(anna.id, "online", True)])
 
 
 @asynccontextmanager
