@@ -346,6 +346,9 @@ async def test_a_link_on_which_nothing_comes_is_made_anew_and_nobody_is_called_g
         assert [renewed for *_, renewed in anna.states][1:] == [state == "online" for state in states]
         assert bert.states == [(anna.id, "online", True)] * 2
         assert not anna.vanished and not bert.vanished
+        late = DeviceView(99, 2, "held up on the old link", ())
+        anna.network._links._take(old[anna], late)
+        assert anna.network.peers()[bert.id].view != late
         for here, there in both:
             large = Trouble("d", 1, "over the new link")
             here.network.tell(there.id, large)
