@@ -149,6 +149,7 @@ class LoadStage:
     cuts: Cuts = ()  # for the source: how it cuts prompts, by their number of new tokens; (): always `chunk`
     upstream_activations: ActivationForm = "exact"  # the form of incoming hidden states
     downstream_activations: ActivationForm = "exact"  # the form of outgoing hidden states
+    state_from: tuple[DeviceId, ...] = ()  # who may bring what sequences keep in the layers that are loaded anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,6 +446,7 @@ ToEngine = (
     | LoadStage
     | Connect
     | Switch
+    | CarryState
     | Unload
     | Submit
     | Cancel

@@ -122,6 +122,15 @@ class SlotTable:
         found = (held for held in self._held.values() if held.epoch == epoch)
         return [(held.sequence, held.slot, held.computed, held.furthest) for held in found]
 
+    def holds(self, sequence: int, slot: int, epoch: int | None = None) -> bool:
+        """Whether a sequence is computed in this slot, in an epoch if one is given."""
+        held = self._held.get(sequence)
+        return held is not None and held.slot == slot and epoch in (None, held.epoch)
+
+    def taken(self, slot: int) -> bool:
+        """Whether a slot is a sequence's, or keeps what an ended one left."""
+        return slot in self._by_slot
+
     def release(self, sequence: int, keep: int = 0, epoch: int | None = None) -> int | None:
         """The slot that became free; None if the sequence holds none, or is computed in another epoch.
 

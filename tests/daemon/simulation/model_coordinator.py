@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RESERVE_S, ACTIVATE_S, RELEASE_S, CARRY_S, SWITCH_S = 5.0, 10.0, 30.0, 10.0, 10.0  # that an answer is waited for
 ASSIGN_S = 120.0
-MOST_ACTIONS, ACTIONS_S = 32, 5.0  # so many in this time; a decider that tries without a wait takes more
+MOST_ACTIONS, ACTIONS_S = 48, 5.0  # so many in this time; a decider that tries without a wait takes more
 AWAY = "it cannot be reached"
 
 Question = Callable[[ModelWorker, Reply], None]

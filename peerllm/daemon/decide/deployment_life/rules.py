@@ -68,7 +68,8 @@ class DeploymentRules:
         self.devices = HouseholdDevices(me)
         self.attempts = Attempts(me)
         self.comparisons = Comparisons()
-        self._number = 0  # of the last MakePlan
+        self._number = 0  # of the last MakePlan ...
+        self.planned_without = frozenset[DeviceId]()  # ... and the devices that could not be used then
         self._waiting_since = 0.0
         self._told = ""  # the last note or reason
         self._holding: set[DeviceId] = set()  # devices that may hold something ...
@@ -158,7 +159,7 @@ class DeploymentRules:
             return None
         self.epoch += 1
         self.under_way = Establishing(self.epoch, work.why, work.because, work.stages)
-        if work.beside or self.running is None:
+        if work.beside:
             self._holding |= {stage.device for stage in work.stages}
             return [Establish(self.epoch, work.number)]
         stops = self._stop_serving(work.reason) if self.serving else []
@@ -255,7 +256,8 @@ class DeploymentRules:
         used = self.running.devices - {self.me} if self.running is not None else frozenset[DeviceId]()
         because = self.devices.of(used, "silent", "gone", "leaving")
         doubted = self.doubted(now) if careful else frozenset[DeviceId]()
-        without = self.devices.unusable() | (doubted - used if why == "gain" else doubted)
+        self.planned_without = self.devices.unusable()
+        without = self.planned_without | (doubted - used if why == "gain" else doubted)
         self.comparisons.begin(without)
         self.devices.leave_out(without)
         self.under_way = Planning(self._number, why, because, careful)
@@ -296,7 +298,7 @@ class DeploymentRules:
 
     def wait(self, reason: str, now: float) -> list[DeploymentAction]:
         """No plan works now: try again later, and at once when devices change."""
-        self.attempts.give_up(self.devices.unusable(), reason, now)
+        self.attempts.give_up(self.planned_without, reason, now)
         return [] if self.serving else self._stop_serving(reason)
 
     def end(self, reason: str) -> list[DeploymentAction]:
