@@ -158,9 +158,8 @@ def test_before_sleep_it_is_waited_for_where_the_bus_knows_its_user(container: C
     """dbus-daemon knows no user that exists only while a service runs, so the install says to make one."""
     assert "useradd --system peerllm" in container.peerllm("service", "install", "--system")
     assert "peerllm" not in container.run("systemd-inhibit", "--list", "--no-pager", "--no-legend")
-    container.run("useradd", "--system", "peerllm")
+    container.run("sh", "-c", "systemctl stop peerllm; useradd --system peerllm; systemctl start peerllm")
     assert "useradd" not in container.peerllm("service", "install", "--system")
-    container.run("systemctl", "restart", "peerllm")
     until(container, "systemd-inhibit --list --no-pager | grep -q 'peerllm.*sleep.*delay'")
     assert json.loads(container.peerllm("status", "--data", DATA, "--json"))["device"]["name"]  # the same data
     container.peerllm("service", "uninstall", "--system")

@@ -52,9 +52,8 @@ def install(args: argparse.Namespace) -> None:
     if not args.system and not lingers():
         print("To start it with the machine, before anybody logs in, type: loginctl enable-linger")
     if args.system and not bus_knows_user():
-        print(
-            "To hand over before the machine sleeps it needs a user that the bus knows: sudo useradd --system peerllm"
-        )
+        print("To hand over before the machine sleeps it needs a user that the bus knows; make one with:")
+        print("  sudo sh -c 'systemctl stop peerllm; useradd --system peerllm; systemctl start peerllm'")
 
 
 def uninstall(args: argparse.Namespace) -> None:
