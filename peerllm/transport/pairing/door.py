@@ -122,9 +122,6 @@ class PairingDoor:
         self._code, self.closed_reason = "", reason
         if self._expiry is not None:
             self._expiry.cancel()
-        for sock in self._sockets:
-            with suppress(OSError):  # not every system does this; there it is closed in a moment
-                sock.shutdown(socket.SHUT_RDWR)
         self._stopping = asyncio.get_running_loop().create_task(self._stop_listening(), name="pairing door closing")
         self._on_closed(reason)
 
@@ -136,6 +133,9 @@ class PairingDoor:
             sock.close()
 
     def _take(self, sock: socket.socket, host: str, context: ssl.SSLContext) -> None:
+        if not self._code:  # it came while the door was being shut
+            sock.close()
+            return
         visit = asyncio.get_running_loop().create_task(self._visit(sock, host, context), name="pairing visit")
         self._visits.add(visit)
         visit.add_done_callback(self._visits.discard)
