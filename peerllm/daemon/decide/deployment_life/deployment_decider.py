@@ -142,7 +142,7 @@ class DeploymentDecider:
         joined = rules.devices.note(event, now)
         if event.condition != "online":
             rules.comparisons.away(device)
-        elif joined:
+        elif joined or event.renewed:
             rules.attempts.shunned.discard(device)
             rules.attempts.hope()
             if isinstance(rules.under_way, BackingOff):
