@@ -215,7 +215,7 @@ class DeploymentDecider:
 
     def _note_switched(self, epoch: int, reason: str) -> list[DeploymentAction]:
         rules, running = self._rules, self._rules.running
-        if running is None or running.epoch != epoch or not running.switching:
+        if running is None or running.epoch != epoch:
             return []
         if reason:
             running.links_lost = running.links_lost or reason
