@@ -18,7 +18,7 @@ ALLOWED = {
     "transport": {"transport"},
     "engine": {"engine", "transport"},
     "daemon": {"daemon", "planner", "transport", "engine.messages", "builtin"},
-    "api": {"api", "daemon.facade", "web", "engine.messages"},
+    "api": {"api", "daemon.facade", "web", "engine.messages", "transport.listening"},
     "web": {"web"},
     "cli": {"cli", "api", "daemon", "builtin", "planner"},
     "builtin": {"builtin"},

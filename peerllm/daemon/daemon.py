@@ -22,7 +22,7 @@ from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.decide.membership import LINKED, State
 from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.deployment.coordinator import Coordinator
-from peerllm.daemon.deployment.epoch_loading import QUERY_TIMEOUT_S
+from peerllm.daemon.deployment.loading.epoch_loading import QUERY_TIMEOUT_S
 from peerllm.daemon.deployment.surroundings import Home
 from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link import engine_facts, machine
@@ -287,7 +287,9 @@ class Daemon:
     def models(self) -> list[ServedModel]:
         if not self._ready.is_set():
             return []
-        return [*self.coordinator.served(), *self._models.others(self.home.name)]
+        own = self.coordinator.served()
+        here = {model.deployment for model in own}
+        return [*own, *(model for model in self._models.others(self.home.name) if model.deployment not in here)]
 
     def relay(
         self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes

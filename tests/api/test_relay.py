@@ -169,7 +169,9 @@ async def test_a_silent_source_keeps_the_client_connected(pair: Pair, monkeypatc
     server, pair.mini.peers[LAPTOP] = await Torn(b"data: 1\n\n", b"data: stay").start()
     async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
         assert await response.content.readuntil(b"\n\n") == b"data: 1\n\n"
-        assert await response.content.readuntil(b"\n\n") == b": the device of builtin is silent\n\n"
+        for _ in range(remote_answer.MAX_SILENCES):
+            assert await response.content.readuntil(b"\n\n") == b": the device of builtin is silent\n\n"
+        assert b"said nothing" in await response.read(), "but not for ever"
 
 
 async def test_a_source_that_cannot_be_reached_is_503(pair: Pair) -> None:
@@ -350,6 +352,21 @@ async def test_a_stream_with_a_key_goes_on_after_its_link_broke(pair: Pair, monk
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == pair.laptop.reply
     assert len({event["id"] for event in events}) == 1 and heard.endswith(b"data: [DONE]\n\n")
     assert len(pair.laptop.requests) == 1
+
+
+async def test_a_source_that_shuts_down_is_sought_elsewhere(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last words are not the end for an answer with a key; nobody has it here, and the stream says so."""
+    monkeypatch.setattr(completions, "RETRY_S", 0.01)
+    pair.laptop.endless, pair.laptop.pace_s = True, 0.01
+    async with pair.session.post(PATH, json={**ASK, "stream": True}, headers=KEY) as response:
+        while b"id: 2\n" not in await response.content.readuntil(b"\n\n"):
+            pass
+        pair.mini.served = [pair.mini.model]
+        closing = asyncio.create_task(pair.server.close())
+        text = await asyncio.wait_for(response.text(), BOUND_S)
+        await closing
+    assert "shutting down" not in text and ": the device of builtin is lost" in text
+    assert json.loads(text.removesuffix("\n\n").split("\n\n")[-1][6:])["error"]["status"] == 409
 
 
 async def test_it_is_sought_for_a_bounded_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

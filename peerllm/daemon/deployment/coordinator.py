@@ -12,7 +12,7 @@ from typing import Any
 from peerllm.daemon.control_messages import DeploymentView, Holding, Progress, Trouble
 from peerllm.daemon.decide.deployment_life.deployment_events import ConditionsChanged, DeviceCondition, DeviceIs
 from peerllm.daemon.decide.model_names import name_for
-from peerllm.daemon.deployment.deployment import Deployment, refuse_other
+from peerllm.daemon.deployment.deployment import Deployment
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.live_scenario import as_it_runs
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
@@ -88,7 +88,8 @@ class Coordinator:
         deployment.report.watchers.append(progress)
         running = self._deployments.get(options.model)
         held = running.blueprint.promises if running is not None and running.blueprint is not None else {}
-        found, view = await deployment.preview(held), deployment.view()
+        found = await deployment.preview(held)
+        view = deployment.shown().view({})
         return {
             "scenario": scenario_file(found.scenario),
             "most_chunk": found.chunk,
@@ -179,14 +180,16 @@ class Coordinator:
         return any(held.sequences.running or held.sequences.queued for held in self._deployments.values())
 
     def served(self) -> list[ServedModel]:
-        return [deployment.served() for deployment in self._deployments.values()]
+        return [deployment.shown().served() for deployment in self._deployments.values()]
 
     def views(self) -> tuple[DeploymentView, ...]:
-        return tuple(deployment.view() for deployment in self._deployments.values())
+        return tuple(
+            deployment.shown().view(deployment.sequences.measured) for deployment in self._deployments.values()
+        )
 
     def profiles(self) -> dict[DeploymentId, Mapping[str, Any]]:
         """What the plans made here went by: device name to its layer times."""
-        return {deployment.id: deployment.profiles for deployment in self._deployments.values()}
+        return {deployment.id: deployment.plans.profiles for deployment in self._deployments.values()}
 
     def own_tensors(self, deployment: DeploymentId) -> dict[str, TensorAt]:
         """Where the tensors of a deployment lie on this device."""
@@ -284,3 +287,25 @@ class Coordinator:
                 await asyncio.to_thread(remember, self._file, remembered)
             except OSError as error:  # the model serves all the same
                 log.warning("what runs here cannot be remembered for the next start: %s", error)
+
+
+def same_demand(a: RunOptions, b: RunOptions) -> bool:
+    """Whether a deployment that runs with `a` satisfies `b`; any value satisfies an option that `b` leaves open."""
+    return (
+        a.objective == b.objective
+        and a.private == b.private
+        and b.dtype in ("auto", a.dtype)
+        and b.quantize in ("auto", a.quantize)
+        and a.schedule == b.schedule
+        and b.activations in ("auto", a.activations)
+        and b.context in (None, a.context)
+        and b.slots in (None, a.slots)
+        and b.prompt_chunk in (None, a.prompt_chunk)
+        and b.name in ("", a.name)
+    )
+
+
+def refuse_other(a: RunOptions, b: RunOptions) -> None:
+    """BadInputError where a model already runs with other options."""
+    if not same_demand(a, b):
+        raise BadInputError(f"{a.model} already runs as {a.name} with other options; `peerllm stop {a.name}` first")

@@ -8,12 +8,11 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import asdict
 from typing import Any, Protocol, assert_never
 
-from peerllm.daemon.control_messages import DeploymentState, DeploymentView, Holding, Progress, Trouble
+from peerllm.daemon.control_messages import DeploymentState, Holding, Progress, Trouble
 from peerllm.daemon.decide.assignments import carried
-from peerllm.daemon.decide.demand import Blueprint, Moving, added_bytes, shard_bytes
+from peerllm.daemon.decide.demand import Blueprint
 from peerllm.daemon.decide.deployment_life.deployment_decider import DeploymentDecider
 from peerllm.daemon.decide.deployment_life.deployment_events import (
     Abandon,
@@ -35,23 +34,24 @@ from peerllm.daemon.decide.deployment_life.deployment_events import (
     MakePlan,
     NoPlan,
     NotEstablished,
-    PlanFound,
     ReleaseBefore,
     Renew,
     Switched,
     SwitchTo,
 )
-from peerllm.daemon.decide.device_profiles import shown
 from peerllm.daemon.decide.holdings import HouseholdHoldings
 from peerllm.daemon.deployment.admission import Admission, ServingCapacity
 from peerllm.daemon.deployment.described_model import DescribedModel
 from peerllm.daemon.deployment.establishing import DeviceRefusedError, Epoch, EpochNegotiation, failure_of
 from peerllm.daemon.deployment.negotiation import Surroundings, carry_all
-from peerllm.daemon.deployment.planning.plan_search import PlanSearch, PlanSearched
+from peerllm.daemon.deployment.planning.conditions_reader import read_conditions
+from peerllm.daemon.deployment.planning.next_plan import NextPlan
+from peerllm.daemon.deployment.planning.plan_search import PlanSearch
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
 from peerllm.daemon.deployment.progress_report import ProgressReport
 from peerllm.daemon.deployment.remembered import RememberedDeployment
-from peerllm.daemon.facade import RunOptions, ServedModel
+from peerllm.daemon.deployment.shown_deployment import ShownDeployment
+from peerllm.daemon.facade import RunOptions
 from peerllm.errors import (
     BadInputError,
     EngineError,
@@ -63,9 +63,7 @@ from peerllm.errors import (
 )
 from peerllm.types import DeviceId
 
-UNDER_WAY = ("planning", "loading")  # states in which there is progress to tell
 PASSING = (InfeasibleError, RefusedError, LinkError, UnavailableError, EngineError)  # a later try may succeed
-MAX_PLANS = 4  # found and not established, kept for the decider to choose from
 EPOCHS_AHEAD = 1000  # a restarted deployment goes on so many after the last epoch that was written down
 
 log = logging.getLogger(__name__)
@@ -105,23 +103,23 @@ class Deployment:
         self.report = ProgressReport(around.me, around.name, around.changed)
         self.model = DescribedModel(options, around, self._tell)
         self.sequences = Admission(self.id, around.tell_engine, around.changed)
-        self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
         self._around, self._served = around, served
         self._search = PlanSearch(options, around, timings, self._tell)
         self._holdings = HouseholdHoldings()
-        self._negotiation = EpochNegotiation(around, self.id, self._holdings, self._tell, self._loading)
+        self.plans = NextPlan(around, self._search, self._holdings, self.model)
+        self._negotiation = EpochNegotiation(
+            around, self.id, self._holdings, self._tell, self._loading, self.plans.loaded
+        )
         self.epoch = remembered.epoch + EPOCHS_AHEAD if remembered is not None else 0  # the last number used up
         self._decider = decider(around.me, self.lasting, self.epoch)
         self._events: deque[DeploymentEvent] = deque()
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
-        self._plans: dict[int, Blueprint] = {}  # by the number of their MakePlan
         self._epochs: dict[int, Epoch] = {}  # that stand, or are being established
         self._running: Epoch | None = None  # the one that sequences are computed in
         self._released_before = 0  # epochs before this one were let go of
         self._coming: Epoch | None = None  # the last one that was to be established
         self._lessened: Epoch | None = None  # the last that serves less than an earlier one did
-        self._cached: dict[DeviceId, frozenset[int]] = {}  # layers that devices have fetched
         self._failure: PeerLLMError | None = None  # the last, with its class
         self._outcomes: list[asyncio.Future[None]] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by what they do; one at a time of each
@@ -136,6 +134,7 @@ class Deployment:
         for event in devices:
             self._feed(event)
         self._feed(DeadlineReached())
+        self._work("watch", self._watch())
 
     async def outcome(self) -> None:
         """Returns when it serves; raises why it does not, now or at the end of the attempt under way."""
@@ -200,65 +199,23 @@ class Deployment:
             return self._running.blueprint
         return self._coming.blueprint if self.state == "loading" and self._coming is not None else None
 
-    def view(self) -> DeploymentView:
-        blueprint, inspected = self.blueprint, self.model.inspected
-        plan = blueprint.plan if blueprint is not None else None
-        return DeploymentView(
+    def shown(self) -> ShownDeployment:
+        """As others see it now."""
+        serving = self.state == "serving" and self._running is not None
+        return ShownDeployment(
             deployment=self.id,
-            model=self.options.model,
-            name=self.options.name,
-            context=self._context(),
-            message=self._message(),
-            state=self.state,
-            epoch=self._running.number if self.state == "serving" and self._running is not None else self.epoch,
+            options=self.options,
             coordinator=self._around.me,
-            stages=plan.stages if plan is not None else (),
-            stage_memory_bytes=blueprint.stage_memory_bytes if blueprint is not None else (),
-            predicted=asdict(plan.predicted) if plan is not None else {},
-            measured=self.sequences.measured,
-            reason=self.reason,
-            progress=self._done(),
-            slots=blueprint.workload.sequences if blueprint is not None else 0,
-            schedule=self.options.schedule,
-            activations=blueprint.activations if blueprint is not None else (),
-            activations_wanted=self.options.activations,
-            dtype=inspected.dtype if inspected is not None else "",
-            quantize=inspected.quantize if inspected is not None else "",
-            quantize_wanted=self.options.quantize,
-            form=self.model.form,
-            created=self.created,
-            missing_bytes=self._missing_bytes(),
-        )
-
-    def served(self) -> ServedModel:
-        inspected = self.model.inspected
-        return ServedModel(
-            deployment=self.id,
-            name=self.options.name,
-            model=self.options.model,
+            model=self.model,
             state=self.state,
             reason=self.reason,
             created=self.created,
-            model_dir=self.model.model_dir,
-            context=self._context(),
-            stop_ids=inspected.stop_ids if inspected is not None else (),
-            message=self._message(),
-            progress=self._done(),
-            missing_bytes=self._missing_bytes(),
+            epoch=self._running.number if serving and self._running is not None else self.epoch,
+            blueprint=self.blueprint,
+            message=self.report.message,
+            progress=1.0 if serving else self.report.done,
+            missing_bytes=getattr(self._failure, "missing_bytes", 0) if self.state == "waiting" else 0,
         )
-
-    def _missing_bytes(self) -> int:
-        """Of the household's memory, where the deployment waits for that; 0: not, or it is not known."""
-        return getattr(self._failure, "missing_bytes", 0) if self.state == "waiting" else 0
-
-    def _message(self) -> str:
-        return self.report.message if self.state in UNDER_WAY else ""
-
-    def _context(self) -> int:
-        return self.blueprint.workload.context if self.blueprint is not None else 0
-
-    def _done(self) -> float:
-        return 1.0 if self.state == "serving" else self.report.done
 
     async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
         """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
@@ -303,7 +260,7 @@ class Deployment:
                 self._work("plan", self._make_plan(action))
             case Establish(number, plan, first_release):
                 make_room = first_release or self._running is None
-                self._establish(Epoch(number, self._plans[plan]), make_room)
+                self._establish(Epoch(number, self.plans.found(plan)), make_room)
             case Renew(number):
                 assert self._running is not None
                 self._establish(Epoch(number, self._running.blueprint), make_room=False)
@@ -350,75 +307,29 @@ class Deployment:
     # ---- planning -------------------------------------------------------------------------------------------------
 
     async def _make_plan(self, asked: MakePlan) -> None:
+        running = self._running
         try:
             await self.model.describe()
-            searched = await self._searched(asked)
+            found = await self.plans.find(asked, running, self.sequences.in_flight)
             if self.model.model_dir is None:
                 await self.model.fetch()
-                searched = await self._searched(asked)  # much may have changed meanwhile
+                found = await self.plans.find(asked, running, self.sequences.in_flight)  # much may have changed
         except PeerLLMError as error:
             self._failure = error
-            contended = isinstance(error, InfeasibleError) and self._contended()
-            if contended:
-                self._search.free.clear()  # who stands in the way may be about to let go
+            contended = isinstance(error, InfeasibleError) and self.plans.contended()
             self._feed(NoPlan(asked.number, str(error), not isinstance(error, PASSING), contended))
             if self.state == "planning" and self.lasting and self._tasks.get("plan") is asyncio.current_task():
                 self._become("waiting", str(error))
             return
-        self._plans[asked.number] = searched.blueprint
-        while len(self._plans) > MAX_PLANS:
-            del self._plans[next(iter(self._plans))]
-        decision, running, work = searched.decision, self._running, searched.blueprint.workload
-        reason = decision.reason if decision is not None else ""
-        if decision is None and running is not None:
-            reason = f"move to serve {work.sequences} answers at once with a context of {work.context} tokens"
-        same = running is not None and running.blueprint.plan.stages == searched.blueprint.plan.stages
-        stay = asked.compare and same and decision is not None and decision.action == "stay"
-        stages = searched.blueprint.plan.stages
-        self._feed(PlanFound(asked.number, stages, stay, self._beside(searched), reason))
+        self._feed(found)
 
-    async def _searched(self, asked: MakePlan) -> PlanSearched:
-        inspected = self.model.inspected
-        assert inspected is not None
-        running, size = self._running, self._holdings.size
-        if running is not None:
-            size = running.size
-        held, loaded = dict[DeviceId, int](), dict[DeviceId, frozenset[int]]()
-        for device in self._holdings.devices:
-            shards = self._holdings.shards(device, size)
-            loaded[device] = self._holdings.layers(device, size)
-            held[device] = self._holdings.promised_bytes(device) or shard_bytes(inspected.profile, size, shards)
-        moving = None
-        if size != (0, 0):
-            everything = frozenset(range(len(inspected.profile.layers)))
-            cached = self._cached | ({self._around.me: everything} if self.model.model_dir is not None else {})
-            current = running.blueprint.plan if running is not None else None
-            moving = Moving(current, size, loaded, cached, self.sequences.in_flight, asked.compare)
-        try:
-            searched = await self._search.plan(inspected, asked.without, moving, held)
-        except InfeasibleError as error:
-            raise await self._search.explained(inspected, error, asked.without, held) from error
-        self.profiles = {
-            self._around.name(device): shown(one, inspected.profile, inspected.dtype)
-            for device, one in searched.candidates.items()
-        }
-        return searched
+    async def _watch(self) -> None:
+        def serving() -> Epoch | None:
+            return self._running if self.state == "serving" and self.sequences.running else None
 
-    def _beside(self, searched: PlanSearched) -> bool:
-        """Whether the plan fits beside all that is loaded."""
-        blueprint, free = searched.blueprint, self._around.candidates()
-        size = blueprint.workload.sequences, blueprint.workload.context
-        for device in blueprint.promises:
-            shards = self._holdings.shards(device, size)
-            room = self._search.free.get(device, free[device].free_bytes if device in free else 0)
-            if added_bytes(blueprint, device, shards) > room:
-                return False
-        return True
-
-    def _contended(self) -> bool:
-        """Whether memory that the household lends is promised elsewhere."""
-        found = self._around.candidates()
-        return any(c.free_bytes + self._holdings.promised_bytes(d) < c.hello.lent_bytes for d, c in found.items())
+        await read_conditions(
+            self._around, self.id, serving, self._search.slower, lambda why: self._feed(ConditionsChanged(why))
+        )
 
     # ---- epochs ---------------------------------------------------------------------------------------------------
 
@@ -449,8 +360,7 @@ class Deployment:
             lasting = device == me and not isinstance(cause, PASSING)
             self._feed(NotEstablished(epoch.number, blamed, str(cause), lasting))
         else:
-            for device in epoch.devices:
-                self._cached[device] = self._cached.get(device, frozenset()) | epoch.layers(device)
+            self.plans.fetched(epoch)
             self._feed(Established(epoch.number))
 
     def _blamed(self, device: DeviceId | None, epoch: Epoch, error: PeerLLMError) -> DeviceId | None:
@@ -464,7 +374,10 @@ class Deployment:
             self._note_failure(error.device, epoch.number, UnavailableError(str(error)))
             return device
         cause = failure_of(error)[1]
-        if device is not None and not isinstance(cause, LinkError):  # else it is away
+        renewed = self._running is not None and epoch.blueprint is self._running.blueprint
+        if (
+            device is not None and not isinstance(cause, LinkError) and not renewed
+        ):  # else it is away, or tells why itself
             self._note_failure(device, epoch.number, cause)
             return None
         return device
@@ -580,25 +493,3 @@ class Deployment:
         """Say what is being done, unless it serves meanwhile."""
         if self.state != "serving":
             self.report.say("loading" if self.state == "loading" else "planning", message, share)
-
-
-def same_demand(a: RunOptions, b: RunOptions) -> bool:
-    """Whether a deployment that runs with `a` satisfies `b`; any value satisfies an option that `b` leaves open."""
-    return (
-        a.objective == b.objective
-        and a.private == b.private
-        and b.dtype in ("auto", a.dtype)
-        and b.quantize in ("auto", a.quantize)
-        and a.schedule == b.schedule
-        and b.activations in ("auto", a.activations)
-        and b.context in (None, a.context)
-        and b.slots in (None, a.slots)
-        and b.prompt_chunk in (None, a.prompt_chunk)
-        and b.name in ("", a.name)
-    )
-
-
-def refuse_other(a: RunOptions, b: RunOptions) -> None:
-    """BadInputError where a model already runs with other options."""
-    if not same_demand(a, b):
-        raise BadInputError(f"{a.model} already runs as {a.name} with other options; `peerllm stop {a.name}` first")

@@ -32,14 +32,14 @@ from peerllm.daemon.control_messages import (
 )
 from peerllm.daemon.decide.assignments import Address, check
 from peerllm.daemon.decide.ledger import Ledger
-from peerllm.daemon.deployment.epoch_loading import (
+from peerllm.daemon.deployment.loading.epoch_loading import (
     QUERY_TIMEOUT_S,
     UNLOAD_TIMEOUT_S,
     EpochLoading,
     Fetcher,
     LoadingEngine,
 )
-from peerllm.daemon.deployment.held_deployment import HeldDeployment, HeldEpoch
+from peerllm.daemon.deployment.loading.held_deployment import HeldDeployment, HeldEpoch
 from peerllm.engine.messages import (
     CarryState,
     Connect,
@@ -153,7 +153,7 @@ class Worker:
         """A data link of a deployment broke."""
         held = self._held.get(event.deployment)
         if held is not None:
-            self._report(held.coordinator, Trouble(event.deployment, held.last_epoch, event.reason, other=event.device))
+            self._report(held.coordinator, Trouble(event.deployment, event.epoch, event.reason, other=event.device))
 
     def progress(self, event: LoadProgress) -> None:
         """The engine has read so much of a stage."""

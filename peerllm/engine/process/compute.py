@@ -239,8 +239,8 @@ class Compute:
                 deployment = self._deployments.get(identity)
                 if deployment is not None and epoch in deployment.rings:
                     deployment.rings[epoch].lost(device, ingress, reason)
-            case Unload(request, identity, epoch):
-                self._unload(identity, epoch, "the deployment was stopped")
+            case Unload(request, identity, epoch, only):
+                self._unload(identity, epoch, only, "the deployment was stopped")
                 self._tell(Done(request))
             case QueryLoad(request):
                 self._tell(self._load(request))
@@ -270,12 +270,12 @@ class Compute:
         self._shards[identity] = deployment.shards
         self._tell(Done(spec.request))
 
-    def _unload(self, identity: DeploymentId, epoch: int | None, reason: str) -> None:
+    def _unload(self, identity: DeploymentId, epoch: int | None, only: bool, reason: str) -> None:
         deployment = self._deployments.get(identity)
         if deployment is None:
             return
-        if epoch is not None and max(deployment.rings) > epoch:
-            deployment.unload(epoch)
+        if epoch is not None and any(one != epoch if only else one > epoch for one in deployment.rings):
+            deployment.unload(epoch, only)
             self._shards[identity] = deployment.shards
         else:
             del self._deployments[identity]

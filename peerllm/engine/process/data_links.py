@@ -174,14 +174,14 @@ class DataLinks:
         frames = await self._plane.echo(message.device, pem, message.hosts, message.port, message.sizes)
         return LinkTimed(message.request, tuple(frames))
 
-    async def forget(self, deployment: DeploymentId, epoch: int | None = None) -> None:
-        """End all links of a deployment, or those of its epochs up to `epoch`, in order."""
+    async def forget(self, deployment: DeploymentId, epoch: int | None = None, only: bool = False) -> None:
+        """End all links of a deployment, in order; or those of its epochs up to `epoch`, or of that one alone."""
         epochs = self._known.get(deployment, {})
-        for one in [one for one in epochs if epoch is None or one <= epoch]:
+        for one in [one for one in epochs if epoch is None or (one == epoch if only else one <= epoch)]:
             del epochs[one]
         if not epochs:
             self._known.pop(deployment, None)
-        await self._plane.forget(deployment, epoch)
+        await self._plane.forget(deployment, epoch, only)
 
     async def close(self) -> None:
         if self._reporting is not None:

@@ -156,12 +156,12 @@ class Engine:
                 self._spawn(self._hurry(message, compute), f"hurry {deployment[:8]}")
             case CarryState():
                 self._spawn(self._carry(message, links), f"carry state of {message.deployment[:8]}")
-            case Unload(_, deployment, epoch):
-                loader.abandon(deployment, epoch)
+            case Unload(_, deployment, epoch, only):
+                loader.abandon(deployment, epoch, only)
                 if epoch is None:
                     self._recorder.forget(deployment)
                 compute.inbox.put(message, always=True)
-                self._spawn(links.forget(deployment, epoch), f"end the links of {deployment[:8]}")
+                self._spawn(links.forget(deployment, epoch, only), f"end the links of {deployment[:8]}")
 
     async def _trust(self, trusted: tuple[Trusted, ...], links: DataLinks) -> None:
         """If the new list cannot be taken, the engine ends, and with it the links of whoever was removed."""

@@ -37,7 +37,6 @@ class HeldShard:
         slots = SlotTable(spec.slots, spec.context, shard.reach)
         return cls(spec.first_layer, spec.last_layer, form_of(spec), shard, slots)
 
-
     def take_part(self, carried: CarriedPart) -> None:
         """Take in a part of the state of a sequence that another stage still computes.
 

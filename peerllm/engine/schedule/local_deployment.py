@@ -80,10 +80,14 @@ class LocalDeployment:
         except (KeyError, PeerLLMError):
             self._counts.dropped_frames += 1
 
-    def unload(self, epoch: int) -> None:
-        """End the epochs up to this one and free the shards that no later one uses. There must be a later one."""
+    def unload(self, epoch: int, only: bool = False) -> None:
+        """End the epochs up to this one, or this one alone, and free the shards that no other uses.
+
+        There must be another.
+        """
         before = self.shards
-        ended = [self.rings.pop(one) for one in sorted(self.rings) if one <= epoch]
+        over = [one for one in sorted(self.rings) if (one == epoch if only else one <= epoch)]
+        ended = [self.rings.pop(one) for one in over]
         for ring in ended:
             ring.close()
             if self.feed is not None:

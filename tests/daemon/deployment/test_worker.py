@@ -180,7 +180,7 @@ async def test_lost_links_and_engines_are_told_to_the_coordinator(house, plan, w
     worker._report = lambda device, message: told.append((device, message))
     await loaded(worker, plan)
     told.clear()
-    worker.link_lost(LinkLost(D, C, "reset by peer"))
+    worker.link_lost(LinkLost(D, C, "reset by peer", 1))
     worker.link_lost(LinkLost("e" * 32, C, "of another deployment"))
     assert told == [(A, Trouble(D, 1, "reset by peer", other=C))]
     house["b"].engine.clear()

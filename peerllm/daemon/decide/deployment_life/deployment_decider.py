@@ -142,7 +142,7 @@ class DeploymentDecider:
         joined = rules.devices.note(event, now)
         if event.condition != "online":
             rules.comparisons.away(device)
-        elif joined or device == rules.me:
+        elif joined:
             rules.attempts.shunned.discard(device)
             rules.attempts.hope()
             if isinstance(rules.under_way, BackingOff):
@@ -161,9 +161,11 @@ class DeploymentDecider:
         if running is not None and device in running.devices and running.epoch <= epoch:
             running.engines_lost[device] = reason
         rules.devices.fail(device, now)
-        if not isinstance(target, Establishing | Carrying) or target.epoch > epoch:
+        if not isinstance(target, Establishing | Carrying) or all(stage.device != device for stage in target.stages):
             return []
-        if any(stage.device == device for stage in target.stages):
+        if isinstance(target, Establishing) and target.renewal and running is not None and not running.doubtful:
+            return rules.abandon(target)  # else that it was lost is known, and it is loaded again
+        if target.epoch <= epoch:
             return [*rules.abandon(target), *rules.fail(target, device, reason, now)]
         return []
 
@@ -197,9 +199,8 @@ class DeploymentDecider:
             return []
         if rules.lasting:
             return rules.wait(event.reason, now)
-        absent = rules.devices.unusable()
-        if not event.lasting and now < self._gather_until and absent:
-            rules.attempts.give_up(absent, event.reason, now, until=self._gather_until)
+        if not event.lasting and now < self._gather_until and rules.devices.unusable():
+            rules.attempts.give_up(rules.planned_without, event.reason, now, until=self._gather_until)
             return []
         if event.lasting or not event.contended:
             return rules.end(event.reason)
@@ -214,7 +215,7 @@ class DeploymentDecider:
 
     def _note_switched(self, epoch: int, reason: str) -> list[DeploymentAction]:
         rules, running = self._rules, self._rules.running
-        if running is None or running.epoch != epoch or not running.switching:
+        if running is None or running.epoch != epoch:
             return []
         if reason:
             running.links_lost = running.links_lost or reason

@@ -140,12 +140,12 @@ class HouseholdDevices:
             before.reason = event.reason or before.reason
             return False
         reason = event.reason or f"{event.device[:8]} is {event.condition}"
-        absent = event.condition in ("silent", "gone")
+        absent = before is not None and event.condition != "online"
         lost, left_out = (before.lost, before.left_out) if before is not None and absent else (False, False)
         self._known[event.device] = _DeviceFacts(event.condition, now, reason, lost, left_out)
-        if event.condition == "gone" and before is not None and before.condition != "leaving":
+        if event.condition in ("gone", "leaving") and before is not None:
             self.lose(event.device, now)
-        joined = before is None or before.lost or before.left_out or before.condition in ("gone", "leaving")
+        joined = before is None or before.lost or before.left_out or before.condition == "gone"
         return event.condition == "online" and joined
 
     def lose(self, device: DeviceId, now: float) -> None:
@@ -197,4 +197,4 @@ class HouseholdDevices:
         return losses[-1] + min(DISTRUST_MOST_S, DISTRUST_FIRST_S * 2.0 ** (len(losses) - 2))
 
     def distrusted(self, now: float) -> frozenset[DeviceId]:
-        return frozenset(d for d in self._losses if d != self._me and now < self.distrusted_until(d))
+        return frozenset(device for device in self._losses if now < self.distrusted_until(device))

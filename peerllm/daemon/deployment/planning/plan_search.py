@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from peerllm.daemon.decide.demand import Blueprint, Moving, draw_up, redraw
-from peerllm.daemon.decide.device_failures import DeviceFailures
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.deployment.negotiation import Surroundings
+from peerllm.daemon.deployment.planning.device_failures import DeviceFailures
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Inspected

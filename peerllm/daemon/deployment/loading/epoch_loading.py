@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from peerllm.daemon.control_messages import Assign, Progress, StageWork
 from peerllm.daemon.decide.assignments import Address, weight_bytes
 from peerllm.daemon.decide.ledger import Ledger
-from peerllm.daemon.deployment.held_deployment import HeldDeployment, HeldEpoch
+from peerllm.daemon.deployment.loading.held_deployment import HeldDeployment, HeldEpoch
 from peerllm.engine.messages import EngineLoad, Hop, LoadStage, QueryLoad, TensorAt, Unload
 from peerllm.errors import RefusedError, UnavailableError
 from peerllm.planner.cost.byte_sizes import human_bytes
@@ -86,11 +86,12 @@ class EpochLoading:
     async def _load_stages(self, held: HeldDeployment, epoch: HeldEpoch, own: Mapping[str, TensorAt]) -> None:
         assign = epoch.assign
         here: set[str] = set()  # tensors loaded for it
-        taken = await self._taken(assign.deployment)
+        promise = self._ledger.promise(assign.deployment, assign.epoch)
+        room = promise.nbytes if promise is not None else 0  # for all of the epoch, what it takes over counted too
+        before = taken = await self._taken(assign.deployment)
         for work in assign.work:
             again = [tensor for tensor in work.tensors if tensor.name in here]  # which a later stage shares
-            room = self._ledger.promised_to(assign.deployment) - taken
-            limit = room + weight_bytes(again, assign.dtype, assign.quantize)
+            limit = room - (taken - before) + weight_bytes(again, assign.dtype, assign.quantize)
             spec = self._spec(assign, work, own, limit)
             epoch.load = asyncio.create_task(
                 self._engine.ask(spec, LOAD_TIMEOUT_S), name=f"engine load {assign.deployment[:8]}/{work.stage}"
