@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RESERVE_S, ACTIVATE_S, RELEASE_S, CARRY_S, SWITCH_S = 5.0, 10.0, 30.0, 10.0, 10.0  # that an answer is waited for
 ASSIGN_S = 120.0
-MOST_ACTIONS, ACTIONS_S = 48, 5.0  # so many in this time; a decider that tries without a wait takes more
+MOST_ACTIONS, MOST_IN_VAIN, RATE_S = 48, 14, 5.0  # actions, and searches in vain; without waits there are more
 AWAY = "it cannot be reached"
 
 Question = Callable[[ModelWorker, Reply], None]
@@ -47,6 +47,7 @@ class ModelCoordinator:
         self.switching: int | None = None
         self.moves = self.waits = 0
         self._acted: deque[float] = deque(maxlen=MOST_ACTIONS)
+        self._in_vain: deque[float] = deque(maxlen=MOST_IN_VAIN)
         self._pending: dict[str, list[Callable[[str], None]]] = {}
         self._deadlines = 0
         self.log: list[str] = []
@@ -65,8 +66,8 @@ class ModelCoordinator:
         for action in actions:
             self.log.append(f"              -> {action}")
             self._acted.append(now)
-            hasty = len(self._acted) == MOST_ACTIONS and now - self._acted[0] < ACTIONS_S
-            assert not hasty, f"{MOST_ACTIONS} actions in {ACTIONS_S} s: it never rests"
+            hasty = len(self._acted) == MOST_ACTIONS and now - self._acted[0] < RATE_S
+            assert not hasty, f"{MOST_ACTIONS} actions in {RATE_S} s: it never rests"
             self._do(action)
         self._deadlines += 1
         number, due = self._deadlines, self.decider.deadline()
@@ -189,6 +190,9 @@ class ModelCoordinator:
 
     def _planned(self, number: int, ring: Ring | None, compare: bool) -> None:
         if ring is None:
+            now = self._house.time.now
+            self._in_vain.append(now)
+            assert len(self._in_vain) < MOST_IN_VAIN or now - self._in_vain[0] > RATE_S, "it searches without a wait"
             self.feed(on.NoPlan(number, "too little memory", contended=self._random.random() < 0.3))
             return
         running = self.epochs[self.running].ring if self.running is not None else None
