@@ -22,7 +22,7 @@ from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.planner.cost.layer_costs import layer_bytes, stage_bytes
 from peerllm.planner.cost.working_space import chunk_tokens, working_bytes
 from peerllm.planner.latency.latency_plan import plan_latency
-from peerllm.planner.replan.migration import Holdings
+from peerllm.planner.replan.migration import DISK_MBPS, Holdings, LoadRates
 from peerllm.planner.replan.net_value import ReplanHorizon
 from peerllm.planner.replan.replan_decision import ReplanDecision, replan
 from peerllm.planner.scenario.scenario import Scenario
@@ -47,6 +47,7 @@ DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 2048  # tokens
 LEAST_CONTEXT = 512  # what a short household still gets before it is told that the model is too large
 MAX_SLOTS = 256
+LEAST_GAIN = 0.1  # of the time that requests take: links that are timed anew differ by less, and plans would flap
 USE = ReplanHorizon(ms=600_000.0, requests=20.0)  # what a move must pay for itself in
 REPAIR = ReplanHorizon(ms=30_000.0, requests=1.0)  # the same where answers wait: the pause counts most
 EXPECTED_PROMPT = 128  # tokens of the request that plans are made for
@@ -64,6 +65,7 @@ class Moving:
     cached: Mapping[DeviceId, frozenset[int]]  # layers on each device's own disk
     in_flight: tuple[int, ...]  # tokens so far of each running sequence
     compare: bool  # the current plan serves: leave it only for a better one
+    load_mbps: float = DISK_MBPS  # as fast as devices loaded of late
 
     @property
     def horizon(self) -> ReplanHorizon:
@@ -236,6 +238,7 @@ def _draw_up(
                 one, profiles, links, source, work,
                 current=moving.current, held=Holdings(moving.loaded, moving.cached), horizon=moving.horizon,
                 in_flight=moving.in_flight, working_bytes=working, head_on_source=options.private,
+                rates=LoadRates(moving.load_mbps), least_gain=LEAST_GAIN,
             )  # fmt: skip
             decisions[decision.plan.stages] = decision
             return decision.plan

@@ -107,7 +107,9 @@ class Deployment:
         self._search = PlanSearch(options, around, timings, self._tell)
         self._holdings = HouseholdHoldings()
         self.plans = NextPlan(around, self._search, self._holdings, self.model)
-        self._negotiation = EpochNegotiation(around, self.id, self._holdings, self._tell, self._loading)
+        self._negotiation = EpochNegotiation(
+            around, self.id, self._holdings, self._tell, self._loading, self.plans.loaded
+        )
         self.epoch = remembered.epoch + EPOCHS_AHEAD if remembered is not None else 0  # the last number used up
         self._decider = decider(around.me, self.lasting, self.epoch)
         self._events: deque[DeploymentEvent] = deque()
@@ -372,7 +374,10 @@ class Deployment:
             self._note_failure(error.device, epoch.number, UnavailableError(str(error)))
             return device
         cause = failure_of(error)[1]
-        if device is not None and not isinstance(cause, LinkError):  # else it is away
+        renewed = self._running is not None and epoch.blueprint is self._running.blueprint
+        if (
+            device is not None and not isinstance(cause, LinkError) and not renewed
+        ):  # else it is away, or tells why itself
             self._note_failure(device, epoch.number, cause)
             return None
         return device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -56,7 +57,8 @@ class Epoch:
 class EpochNegotiation:
     """One deployment's talk with the devices of its plans; `holdings` is kept up to date with what they answer.
 
-    `say` tells people what is done and how much of it, `reserved` is called when the devices begin to load an epoch.
+    `say` tells people what is done and how much of it, `reserved` is called when the devices begin to load an epoch,
+    `loaded` with the most bytes that one of them had to load, and the seconds that all took.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class EpochNegotiation:
         holdings: HouseholdHoldings,
         say: Callable[[str, float | None], None],
         reserved: Callable[[Epoch], None],
+        loaded: Callable[[int, float], None],
     ) -> None:
         self._around, self._deployment = around, deployment
-        self._holdings, self._say, self._reserved = holdings, say, reserved
+        self._holdings, self._say, self._reserved, self._loaded = holdings, say, reserved, loaded
         self._ending: dict[DeviceId, set[asyncio.Task[object]]] = {}  # releases that devices have not answered yet
 
     async def establish(self, epoch: Epoch, inspected: Inspected, make_room: bool) -> None:
@@ -85,7 +88,10 @@ class EpochNegotiation:
         work = assignments(
             self._deployment, epoch.number, blueprint, inspected, hashes=hashes, address=around.address, hub=hub
         )
+        fresh = max(self._added_bytes(epoch, device) for device in epoch.devices)
+        began = time.monotonic()
         await assign_all(around, work)
+        self._loaded(fresh, time.monotonic() - began)
         for stage in blueprint.plan.stages:
             self._holdings.load(stage.device, epoch.number, (stage.first_layer, stage.last_layer), epoch.size)
         self._say("connecting", None)

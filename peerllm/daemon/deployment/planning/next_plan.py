@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peerllm.daemon.decide.demand import Blueprint, Moving, added_bytes, shard_bytes
+from peerllm.daemon.decide.demand import USE, Blueprint, Moving, added_bytes, shard_bytes
 from peerllm.daemon.decide.deployment_life.deployment_events import MakePlan, PlanFound
 from peerllm.daemon.decide.device_profiles import shown
 from peerllm.daemon.decide.holdings import HouseholdHoldings
@@ -15,8 +15,11 @@ from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.plan_search import PlanSearch, PlanSearched
 from peerllm.engine.messages import Inspected
 from peerllm.errors import InfeasibleError
+from peerllm.planner.replan.migration import DISK_MBPS
+from peerllm.planner.replan.replan_decision import ReplanDecision
 from peerllm.types import DeviceId
 
+WORTH_A_PAUSE = 0.25  # of the time that requests take, or of the tokens
 MAX_PLANS = 4  # found and not established, kept for the decider to choose from
 
 
@@ -28,6 +31,7 @@ class NextPlan:
     ) -> None:
         self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
         self._around, self._search, self._holdings, self._model = around, search, holdings, model
+        self._load_mbps = DISK_MBPS
         self._found: dict[int, Blueprint] = {}  # by the number of their MakePlan
         self._fetched: dict[DeviceId, frozenset[int]] = {}  # layers that devices have on their disks
 
@@ -44,8 +48,18 @@ class NextPlan:
         if decision is None and running is not None:
             reason = f"move to serve {work.sequences} answers at once with a context of {work.context} tokens"
         same = running is not None and running.blueprint.plan.stages == stages
-        stay = asked.compare and same and decision is not None and decision.action == "stay"
-        return PlanFound(asked.number, stages, stay, self._beside(blueprint), reason)
+        stay, beside = (
+            asked.compare and same and decision is not None and decision.action == "stay",
+            self._beside(blueprint),
+        )
+        if asked.compare and not beside and decision is not None and _share(decision, blueprint) < WORTH_A_PAUSE:
+            stay, reason = True, "stay: a better plan does not fit beside this one, and gains too little for a pause"
+        return PlanFound(asked.number, stages, stay, beside, reason)
+
+    def loaded(self, nbytes: int, seconds: float) -> None:
+        """A device took so long to load that much."""
+        if nbytes > 0 and seconds > 0:
+            self._load_mbps = min(DISK_MBPS, nbytes * 8 / 1e6 / seconds)
 
     def found(self, number: int) -> Blueprint:
         """The plan that answered the MakePlan of that number, one of the last few."""
@@ -78,7 +92,7 @@ class NextPlan:
             everything = frozenset(range(len(inspected.profile.layers)))
             cached = self._fetched | ({self._around.me: everything} if self._model.model_dir is not None else {})
             current = running.blueprint.plan if running is not None else None
-            moving = Moving(current, size, loaded, cached, in_flight, asked.compare)
+            moving = Moving(current, size, loaded, cached, in_flight, asked.compare, self._load_mbps)
         try:
             searched = await self._search.plan(inspected, asked.without, moving, held)
         except InfeasibleError as error:
@@ -98,3 +112,11 @@ class NextPlan:
             if added_bytes(blueprint, device, self._holdings.shards(device, size)) > room:
                 return False
         return True
+
+
+def _share(decision: ReplanDecision, blueprint: Blueprint) -> float:
+    """What moving gains, as a share of what is done in the time that it must pay for itself in."""
+    predicted = decision.plan.predicted
+    if blueprint.workload.objective == "latency":
+        return decision.gain / (USE.requests * predicted.request_ms + decision.gain)
+    return decision.gain / (predicted.tokens_per_second * USE.ms / 1000)
