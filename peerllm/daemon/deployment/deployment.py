@@ -106,7 +106,7 @@ class Deployment:
         self._around, self._served = around, served
         self._search = PlanSearch(options, around, timings, self._tell)
         self._holdings = HouseholdHoldings()
-        self.plans = NextPlan(around, self._search, self._holdings, self.model)
+        self.plans = NextPlan(options, around, self._search, self._holdings, self.model)
         self._negotiation = EpochNegotiation(
             around, self.id, self._holdings, self._tell, self._loading, self.plans.loaded
         )
