@@ -443,7 +443,6 @@ class Deployment:
         work = epoch.blueprint.workload
         less, began = self._search.served(work), self.state != "serving"
         self._search.free.clear()
-        self.report.begin(())
         if less:
             log.warning("%s: %s", self.options.name, less)
             self.report.say("serving", less)
@@ -451,6 +450,7 @@ class Deployment:
         self._become("serving", "; ".join(filter(None, (less, note))))
         if began:
             self.report.say("serving", f"{self.options.name} is served")
+        self.report.begin(())
         self.sequences.open(ServingCapacity(work.sequences, work.context, inspected.vocabulary, inspected.stop_ids))
         self._resolve(None)
         self._served()
