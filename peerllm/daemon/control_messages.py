@@ -113,12 +113,17 @@ class DeploymentView:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Layers first..last of a deployment that a device has loaded, and the last epoch in which it had them."""
+    """A shard, layers first..last of a deployment, that a device has loaded, and the last epoch that uses it.
+
+    A later epoch uses it again if it has room for as many `slots` of as much `context`.
+    """
 
     deployment: DeploymentId
     epoch: int
     first_layer: int
     last_layer: int
+    slots: int = 0
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,10 +274,14 @@ class Carry:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Let go of a deployment (all its epochs up to `epoch`); what a later epoch uses stays."""
+    """Let go of a deployment (all its epochs up to `epoch`); what a later epoch uses stays.
+
+    `only`: earlier epochs stand, and what they use stays too.
+    """
 
     deployment: DeploymentId
     epoch: int
+    only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +323,7 @@ class Have:
     keys: tuple[str, ...]
 
 
-Question = Reserve | Assign | Activate | Release | Profile | Pace | Trace | Have
+Question = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace | Have
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +368,7 @@ class Trouble:
     epoch: int
     reason: str
     engine_died: bool = False  # else a link broke, which may be the other end's fault
+    other: DeviceId | None = None  # at the other end of that link
 
 
 Control = (

@@ -149,6 +149,7 @@ class LoadStage:
     cuts: Cuts = ()  # for the source: how it cuts prompts, by their number of new tokens; (): always `chunk`
     upstream_activations: ActivationForm = "exact"  # the form of incoming hidden states
     downstream_activations: ActivationForm = "exact"  # the form of outgoing hidden states
+    state_from: tuple[DeviceId, ...] = ()  # who may bring what sequences keep in the layers that are loaded anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +195,13 @@ class CarryState:
 class Unload:
     """End a deployment's epochs up to `epoch` on this device (None: all) and free the shards that no later epoch uses.
 
-    The last epoch's running sequences end with reason "error".
+    The last epoch's running sequences end with reason "error". `only`: earlier epochs stand, and keep their shards.
     """
 
     request: int
     deployment: DeploymentId
     epoch: int | None = None
+    only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +370,7 @@ class LinkLost:
     deployment: DeploymentId
     device: DeviceId
     reason: str
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +433,8 @@ class EngineLoad:
     # ... by sequences in the batch, rising: (sequences, mean ms, standard deviation as a share of the mean)
     paces: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
     held_bytes: Mapping[DeploymentId, int] = field(default_factory=dict)  # weights and KV, by deployment
+    replayed_tokens: int = 0  # that the stages here computed again, since the engine started
+    dropped_frames: int = 0  # runs and tokens that came late, twice or for nobody
 
 
 ToEngine = (
@@ -440,6 +445,8 @@ ToEngine = (
     | Inspect
     | LoadStage
     | Connect
+    | Switch
+    | CarryState
     | Unload
     | Submit
     | Cancel

@@ -48,11 +48,15 @@ def pick(row: npt.NDArray[np.float32], draw: Draw) -> int:
     return _draw((scores - scores.max()) / sampling.temperature, sampling, uniform(sampling.seed, draw.position))
 
 
+def penalises(sampling: Sampling) -> bool:
+    """Whether a token's chances depend on the answer so far."""
+    penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    return penalties != (1.0, 0.0, 0.0)
+
+
 def penalise(scores: Floats, sampling: Sampling, answer: Sequence[int]) -> Floats:
     """Lower the scores [vocabulary] of tokens that the answer already contains."""
-    if not answer or (
-        sampling.repetition_penalty == 1.0 and sampling.presence_penalty == 0.0 and sampling.frequency_penalty == 0.0
-    ):
+    if not answer or not penalises(sampling):
         return scores
     ids, counts = np.unique(np.asarray(answer, dtype=np.int64), return_counts=True)
     there = (ids >= 0) & (ids < len(scores))

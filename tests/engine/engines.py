@@ -27,6 +27,7 @@ from peerllm.engine.messages import (
     LoadStage,
     QueryLoad,
     Submit,
+    Switch,
     Tokens,
     Trust,
     Trusted,
@@ -151,9 +152,10 @@ class Deployed:
         sampling: Sampling = GREEDY,
         stop_ids: Sequence[int] = (),
         client: str = "",
+        answer: Sequence[int] = (),
     ) -> int:
         sequence = next(_sequences)
-        order = Submit(self.id, sequence, tuple(prompt), max_tokens, tuple(stop_ids), sampling, client)
+        order = Submit(self.id, sequence, tuple(prompt), max_tokens, tuple(stop_ids), sampling, client, tuple(answer))
         self.source.host.tell(order)
         return sequence
 
@@ -180,10 +182,14 @@ class Deployed:
     def cancel(self, sequence: int) -> None:
         self.source.host.tell(Cancel(self.id, sequence))
 
-    async def unload(self) -> None:
+    async def unload(self, epoch: int | None = None) -> None:
         await asyncio.gather(
-            *(device.host.ask(Unload(device.host.next_request(), self.id), WAIT_S) for device in self.devices)
+            *(device.host.ask(Unload(device.host.next_request(), self.id, epoch), WAIT_S) for device in self.devices)
         )
+
+    async def switch(self) -> None:
+        """Sequences change to the last epoch that was loaded."""
+        await self.source.host.ask(Switch(self.source.host.next_request(), self.id, self.epoch), WAIT_S)
 
     async def slots_used(self) -> dict[tuple[int, int], int]:
         """By (device, stage)."""

@@ -15,8 +15,10 @@ import numpy as np
 from peerllm.engine.base import Draw, Tensor
 from peerllm.engine.messages import Cancel, FromEngine, Submit, Tokens
 from peerllm.engine.schedule.batching import Scheduler
+from peerllm.engine.schedule.epoch_ring import StageKey
+from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import LoadedStage
-from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
+from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.wire.parcels import TokenBatch, from_frame
 from peerllm.planner.cost.prediction import Lap
 from peerllm.planner.simulator.event_queue import DECIDES, EventQueue, Resource
@@ -95,10 +97,12 @@ class _Device:
             )
             for index in mine
         ]  # fmt: skip
-        self.deployment = LocalDeployment(specs[0], self.schedule, world.hear)
+        self.deployment = LocalDeployment(DEPLOYMENT, self.schedule, world.hear)
         for spec in specs:
-            self.deployment.loaded(LoadedStage(spec, _Shard(spec.stage == len(ring.homes) - 1), _draw))  # type: ignore[arg-type]
-        self.deployment.linked({index: _Hop(index, world) for index in mine if ring.next_home(index) != number})
+            self.deployment.loaded(
+                LoadedStage(spec, [HeldShard.of(spec, _Shard(spec.stage == len(ring.homes) - 1))], _draw)
+            )  # type: ignore[arg-type]
+        self.deployment.linked(1, {index: _Hop(index, world) for index in mine if ring.next_home(index) != number})
 
     def kick(self) -> None:
         self._world.agenda.after(0.0, self._begin, DECIDES)
@@ -107,7 +111,7 @@ class _Device:
         batch = None if self._busy else self.schedule.next()
         if batch is None:
             return
-        (_, index), taken = batch
+        (_, _, index), taken = batch
         self._busy = True
         if all(run.length == 1 for run in taken.runs):
             self._world.steps.append((index, [run.sequence for run in taken.runs]))
@@ -115,7 +119,7 @@ class _Device:
 
     def _end(self, index: int, batch: TokenBatch) -> None:
         self._busy = False
-        self.deployment.computed(index, *self.deployment.stages[index].compute(batch))
+        self.deployment.rings[1].computed(index, *self.deployment.rings[1].stages[index].compute(batch))
         self.kick()
 
 
@@ -135,7 +139,7 @@ class _Hop:
     def _arrive(self, frame: Frame) -> None:
         self._link.free()
         device = self._world.devices[self._world.ring.next_home(self._index)]
-        device.deployment.arrived(frame.stage, from_frame(frame))
+        device.deployment.arrived(1, frame.stage, from_frame(frame))
         device.kick()
 
 

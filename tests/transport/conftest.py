@@ -12,6 +12,7 @@ import pytest
 from peerllm.transport.dial import dialling_session
 from peerllm.transport.identity import Identity, load_or_create
 from peerllm.transport.links.data_plane import DataPlane
+from peerllm.transport.links.link import Link
 from tests.transport.planes import Node
 
 
@@ -48,8 +49,8 @@ async def nodes(alice: Identity, bob: Identity, carol: Identity) -> AsyncIterato
     for identity in (alice, bob, carol):
         heard: list[Node] = []
 
-        def lost(deployment: str, device: str, reason: str, heard: list[Node] = heard) -> None:
-            heard[0].lost.put_nowait((deployment, device, reason))
+        def lost(link: Link, heard: list[Node] = heard) -> None:
+            heard[0].lost.put_nowait((link.deployment, link.device, link.lost))
 
         node = Node(identity, DataPlane(identity, ["127.0.0.1"], 0, lost))
         heard.append(node)

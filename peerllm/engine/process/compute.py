@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from peerllm.engine.base import Backend, Shard
+from peerllm.engine.base import Backend
 from peerllm.engine.free_memory import return_memory
 from peerllm.engine.messages import (
     Cancel,
@@ -22,16 +22,21 @@ from peerllm.engine.messages import (
     LoadStage,
     QueryLoad,
     Submit,
+    Switch,
     Tokens,
     Unload,
 )
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.process.recorder import Recorder
 from peerllm.engine.schedule.batching import Scheduler
+from peerllm.engine.schedule.epoch_ring import RingCounts, StageKey
+from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import LoadedStage, steps_only
-from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
+from peerllm.engine.schedule.local_deployment import LocalDeployment
+from peerllm.engine.schedule.state_export import StateExport
 from peerllm.engine.wire.parcels import Parcel, TokenBatch
-from peerllm.errors import PeerLLMError, one_line
+from peerllm.engine.wire.state_frames import CarriedPart
+from peerllm.errors import PeerLLMError, RefusedError, one_line
 from peerllm.transport.links.channels import Delivery
 from peerllm.transport.links.link import Link
 from peerllm.types import DeploymentId, DeviceId
@@ -41,10 +46,11 @@ _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|failed to allocate
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """A stage's shard was loaded."""
+    """What was missing of a stage was loaded: `fresh` of its shards; the others were there already."""
 
     spec: LoadStage
-    shard: Shard
+    chain: tuple[HeldShard, ...]
+    fresh: tuple[HeldShard, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,12 +82,38 @@ class Lost:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Hurry:
+    """Some time has passed since Switch, which is not answered yet."""
+
+    deployment: DeploymentId
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Echoed:
     """A frame by which another device times its link, handed over to this thread; nothing is computed for it."""
 
 
-Event = Loaded | Linked | Arrived | Lost | Echoed | Unload | Submit | Cancel | QueryLoad
+@dataclass(frozen=True, slots=True, eq=False)
+class StateCame:
+    """A checked frame came in that carries a part of a sequence's state."""
+
+    delivery: Delivery
+    carried: CarriedPart
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CarryTurn:
+    """Some of a CarryState's work is to be done; `reply` gets what to send (nothing: all is done), or what failed."""
+
+    export: StateExport
+    reply: Callable[[list[CarriedPart], Exception | None], None]
+
+
+Event = (
+    Loaded | Linked | Arrived | Lost | Echoed | Hurry | StateCame | CarryTurn | Switch | Unload | Submit | Cancel
+    | QueryLoad
+)  # fmt: skip
 
 
 def reason_of(error: BaseException) -> str:
@@ -98,14 +130,20 @@ def failed(request: int, error: BaseException) -> Failed:
 
 
 class Compute:
-    """`run` is the body of the compute thread. Other threads may only call `inbox.put` and read `batches`."""
+    """`run` is the body of the compute thread. Others may only call `inbox.put` and `shards`, and read `batches`."""
 
     def __init__(self, backend: Backend, tell: Callable[[FromEngine], None], recorder: Recorder) -> None:
         self.inbox: Inbox[Event] = Inbox()
         self._backend, self._tell, self._recorder = backend, tell, recorder
         self._schedule: Scheduler[StageKey] = Scheduler()
         self._deployments: dict[DeploymentId, LocalDeployment] = {}
+        self._shards: dict[DeploymentId, tuple[HeldShard, ...]] = {}  # for other threads to read
+        self._counts = RingCounts()
         self.batches = 0  # computed so far
+
+    def shards(self, deployment: DeploymentId) -> tuple[HeldShard, ...]:
+        """What is loaded of a deployment."""
+        return self._shards.get(deployment, ())
 
     def run(self) -> None:
         """Until the inbox is closed."""
@@ -129,9 +167,9 @@ class Compute:
 
     def _compute(self, key: StageKey, batch: TokenBatch, started: float) -> None:
         """Compute a batch and hand its result on; whatever is raised there ends these sequences, not the engine."""
-        identity, index = key
-        deployment = self._deployments[identity]
-        stage = deployment.stages[index]
+        identity, epoch, index = key
+        ring = self._deployments[identity].rings[epoch]
+        stage = ring.stages[index]
         self.batches += 1
         try:
             try:
@@ -139,13 +177,13 @@ class Compute:
             finally:
                 if self._recorder.on:
                     self._recorder.lap("pass", identity, index, batch.runs, prompt=not steps_only(batch.runs))
-            deployment.computed(index, *result)
+            ring.computed(index, *result)
         except self._backend.broken:
             raise
         except Exception as error:
             traceback.print_exc()
             for run in batch.runs:
-                deployment.fail(index, run, reason_of(error))
+                ring.fail(index, run, reason_of(error))
         else:
             if self._recorder.on:
                 self._recorder.lap("hand on", identity)
@@ -156,24 +194,42 @@ class Compute:
             case Arrived(delivery, parcels):
                 delivery.taken()
                 frame = delivery.frame
-                deployment = self._deployments.get(frame.deployment)
-                if deployment is not None and deployment.epoch == frame.epoch:  # else unloaded while it waited
-                    deployment.arrived(frame.stage, parcels)
-            case Submit(identity, sequence):
-                deployment = self._deployments.get(identity)
-                if deployment is None:
-                    self._tell(Tokens(identity, sequence, 0, (), "error", "this deployment is not loaded here"))
+                if (deployment := self._deployments.get(frame.deployment)) is not None:  # else unloaded while it waited
+                    deployment.arrived(frame.epoch, frame.stage, parcels)
+            case StateCame(delivery, carried):
+                delivery.taken()
+                frame = delivery.frame
+                if (deployment := self._deployments.get(frame.deployment)) is not None:
+                    deployment.state_came(frame.epoch, frame.stage, carried)
+            case CarryTurn(export, reply):
+                try:
+                    parts = export.turn(self._deployment(export.message.deployment))
+                except Exception as error:  # of one CarryState, which fails
+                    reply([], error)
                 else:
-                    deployment.submit(event)
+                    reply(parts, None)
+            case Submit(identity, sequence):
+                try:
+                    self._deployment(identity).submit(event)
+                except PeerLLMError as error:
+                    self._tell(Tokens(identity, sequence, len(event.answer), (), "error", str(error)))
             case Cancel(identity, sequence):
                 if identity in self._deployments:
                     self._deployments[identity].cancel(sequence)
-            case Loaded(spec, shard):
-                self._loaded(spec, shard)
+            case Switch(request, identity):
+                try:
+                    self._deployment(identity).switch(event)
+                except PeerLLMError as error:
+                    self._tell(failed(request, error))
+            case Hurry(identity):
+                if identity in self._deployments:
+                    self._deployments[identity].hurry()
+            case Loaded():
+                self._loaded(event)
             case Linked(request, identity, epoch, outlets):
                 deployment = self._deployments.get(identity)
-                if deployment is not None and deployment.epoch == epoch:
-                    deployment.linked(outlets)
+                if deployment is not None and epoch in deployment.rings:
+                    deployment.linked(epoch, outlets)
                     self._tell(Done(request))
                 else:
                     self._tell(Failed(request, "RefusedError", f"epoch {epoch} is not loaded here any more"))
@@ -181,51 +237,68 @@ class Compute:
                 pass
             case Lost(identity, epoch, device, ingress, reason):
                 deployment = self._deployments.get(identity)
-                if deployment is not None and deployment.epoch == epoch:
-                    deployment.lost(device, ingress, reason)
-            case Unload(request, identity):
-                self._unload(identity, "the deployment was stopped")
+                if deployment is not None and epoch in deployment.rings:
+                    deployment.rings[epoch].lost(device, ingress, reason)
+            case Unload(request, identity, epoch, only):
+                self._unload(identity, epoch, only, "the deployment was stopped")
                 self._tell(Done(request))
             case QueryLoad(request):
                 self._tell(self._load(request))
 
-    def _loaded(self, spec: LoadStage, shard: Shard) -> None:
-        deployment = self._deployments.get(spec.deployment)
-        if deployment is not None and deployment.epoch > spec.epoch:
-            shard.close()
-            self._tell(Failed(spec.request, "RefusedError", f"epoch {spec.epoch} is past"))
-            return
-        if deployment is not None and deployment.epoch < spec.epoch:
-            self._unload(spec.deployment, "another plan took over")
-            deployment = None
+    def _deployment(self, identity: DeploymentId) -> LocalDeployment:
+        deployment = self._deployments.get(identity)
         if deployment is None:
-            deployment = LocalDeployment(spec, self._schedule, self._tell)
-            self._deployments[spec.deployment] = deployment
-        if spec.stage in deployment.stages:
-            shard.close()
-            self._tell(Failed(spec.request, "RefusedError", f"stage {spec.stage} is loaded already; unload it first"))
+            raise RefusedError("this deployment is not loaded here")
+        return deployment
+
+    def _loaded(self, event: Loaded) -> None:
+        spec, identity = event.spec, event.spec.deployment
+        deployment = self._deployments.get(identity)
+        there = {*event.fresh, *(() if deployment is None else deployment.shards)}
+        try:
+            if not there.issuperset(event.chain):
+                raise RefusedError("layers that were loaded already were unloaded meanwhile; ask again")
+            if deployment is None:
+                deployment = LocalDeployment(identity, self._schedule, self._tell, self._counts)
+            deployment.loaded(LoadedStage(spec, event.chain, self._backend.sampler))
+        except PeerLLMError as error:
+            for one in event.fresh:
+                one.shard.close()
+            self._tell(failed(spec.request, error))
             return
-        deployment.loaded(LoadedStage(spec, shard, self._backend.sampler))
+        self._deployments[identity] = deployment
+        self._shards[identity] = deployment.shards
         self._tell(Done(spec.request))
 
-    def _unload(self, identity: DeploymentId, reason: str) -> None:
-        deployment = self._deployments.pop(identity, None)
-        if deployment is not None:
+    def _unload(self, identity: DeploymentId, epoch: int | None, only: bool, reason: str) -> None:
+        deployment = self._deployments.get(identity)
+        if deployment is None:
+            return
+        if epoch is not None and any(one != epoch if only else one > epoch for one in deployment.rings):
+            deployment.unload(epoch, only)
+            self._shards[identity] = deployment.shards
+        else:
+            del self._deployments[identity]
+            self._shards.pop(identity, None)
             deployment.close(reason)
-            del deployment
-            return_memory()
+        del deployment
+        return_memory()
 
     def _load(self, request: int) -> EngineLoad:
-        stages = [(d.id, index, stage) for d in self._deployments.values() for index, stage in sorted(d.stages.items())]
+        rings = [(d.id, ring) for d in self._deployments.values() for _, ring in sorted(d.rings.items())]
+        stages = [(identity, index, one) for identity, ring in rings for index, one in sorted(ring.stages.items())]
+        shards = [one.shard for deployment in self._deployments.values() for one in deployment.shards]
         return EngineLoad(
             request,
-            tuple((identity, index, len(stage.slots)) for identity, index, stage in stages),
-            sum({key: nbytes for _, _, stage in stages for key, nbytes in stage.shard.weights.items()}.values()),
-            sum(stage.shard.kv_bytes for _, _, stage in stages),
+            tuple((identity, index, stage.in_use) for identity, index, stage in stages),
+            sum({key: nbytes for shard in shards for key, nbytes in shard.weights.items()}.values()),
+            sum(shard.kv_bytes for shard in shards),
             psutil.Process().memory_info().rss,
             {f"{i}/{index}": stage.mean_step_ms for i, index, stage in stages if stage.mean_step_ms is not None},
             {f"{i}/{index}": stage.paces for i, index, stage in stages if stage.paces},
             {identity: deployment.held_bytes for identity, deployment in self._deployments.items()},
+            self._counts.replayed_tokens,
+            self._counts.dropped_frames,
         )
 
 

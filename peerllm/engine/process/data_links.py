@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
+from peerllm.engine.base import Shard, StateForms
 from peerllm.engine.messages import (
+    CarryState,
     Configure,
     Connect,
     FromEngine,
@@ -22,13 +25,15 @@ from peerllm.engine.messages import (
     TimeLink,
     Trusted,
 )
-from peerllm.engine.process.compute import Arrived, Echoed, Event, Linked, Lost
+from peerllm.engine.process.carrying import carry
+from peerllm.engine.process.compute import Arrived, Echoed, Event, Linked, Lost, StateCame
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.schedule.source_sequences import window_tokens
 from peerllm.engine.wire.parcels import from_frame, source_limits, stage_limits
+from peerllm.engine.wire.state_frames import from_state_frame, state_limits
 from peerllm.errors import AuthenticationError, BadInputError, LinkError, RefusedError
 from peerllm.transport.identity import load
-from peerllm.transport.links.channels import FRAME_COST_BYTES, STEP, Delivery, Inlet
+from peerllm.transport.links.channels import FRAME_COST_BYTES, KEY_VALUE, STEP, Delivery, Inlet
 from peerllm.transport.links.data_plane import DataPlane
 from peerllm.transport.links.echo import MAX_ECHO_BYTES
 from peerllm.transport.links.link import Link
@@ -57,9 +62,8 @@ def most_under_way(spec: LoadStage, hidden_size: int) -> int:
 
 @dataclass(slots=True)
 class _Known:
-    """A deployment's epoch and its stages here."""
+    """The stages here of one epoch of a deployment."""
 
-    epoch: int
     hidden_size: int = 0  # numbers in the longest row of a token that may come or go
     specs: dict[int, LoadStage] = field(default_factory=dict)
     links: dict[int, Link] = field(default_factory=dict)  # by the stage that sends
@@ -75,7 +79,7 @@ class DataLinks:
         identity = load(configure.certificate_path, configure.key_path)
         self._plane = DataPlane(identity, configure.hosts, configure.port, self._lost, self._echoed, observer)
         self._certificates: dict[DeviceId, str] = {}
-        self._known: dict[DeploymentId, _Known] = {}
+        self._known: dict[DeploymentId, dict[int, _Known]] = {}  # by epoch
         self._loop = asyncio.get_running_loop()
         inbox.poller = self._plane.poller
         self._timings: deque[tuple[DeviceId, int, float]] = deque(maxlen=MAX_REPORTED)
@@ -94,26 +98,43 @@ class DataLinks:
         self._certificates = {one.device: one.certificate_pem for one in trusted}
         await self._plane.set_trusted(self._certificates.values())
 
-    def expect(self, spec: LoadStage, hidden_size: int) -> int | None:
-        """A stage is loaded: whoever feeds it may dial. Returns the epoch that it ends, whose links are to be ended."""
-        known = self._known.get(spec.deployment)
-        if known is not None and known.epoch > spec.epoch:
-            raise RefusedError(f"epoch {known.epoch} is loaded here; {spec.epoch} is past")
-        past = None if known is None or known.epoch == spec.epoch else known.epoch
-        if known is None or past is not None:
-            self._known[spec.deployment] = known = _Known(spec.epoch)
+    def expect(self, spec: LoadStage, hidden_size: int, fresh: Sequence[Shard] = ()) -> None:
+        """A stage is loaded: whoever feeds it may dial. Links of other epochs stand.
+
+        So may those who have what sequences keep in the stage's layers that were not here before: in `fresh`.
+        """
+        epochs = self._known.setdefault(spec.deployment, {})
+        if any(epoch > spec.epoch for epoch in epochs):
+            raise RefusedError(f"epoch {max(epochs)} is loaded here; {spec.epoch} is past")
+        known = epochs.setdefault(spec.epoch, _Known())
         known.hidden_size = max(known.hidden_size, hidden_size)
-        self._known[spec.deployment].specs[spec.stage] = spec
+        known.specs[spec.stage] = spec
         if spec.upstream not in (None, self._device):
             self._plane.expect(spec.upstream, Inlet(STEP, stage_limits(spec, hidden_size), self._deliver))
         if spec.stage == 0 and spec.head_device != self._device:
             self._plane.expect(spec.head_device, Inlet(STEP, source_limits(spec), self._deliver))
-        return past
+
+        kept = [shard.state_forms(spec.first_layer, spec.last_layer) for shard in fresh if spec.state_from]
+        forms = StateForms(*({block: arrays for one in some for block, arrays in one.items()}
+                             for some in ([one.tokens for one in kept], [one.fixed for one in kept])))  # fmt: skip
+        if forms.tokens or forms.fixed:
+            inlet = Inlet(KEY_VALUE, state_limits(spec, fresh[0].form, forms), self._deliver_state)
+            for device in set(spec.state_from) - {self._device}:
+                self._plane.expect(device, inlet, carries=True)
+
+    async def carry(self, message: CarryState) -> None:
+        """Until another device's stage has what CarryState asks for. LinkError, AuthenticationError or RefusedError.
+
+        On this device sequences take along what they need when they enter the epoch.
+        """
+        if message.to.device != self._device:
+            link = await self._dial(message.to, message.deployment, message.to_epoch, carries=True)
+            await carry(message, self._inbox, link)
 
     async def connect(self, message: Connect) -> Linked:
         """Links to all next stages on other devices; those that stand are kept. LinkError if one does not come up."""
-        known = self._known.get(message.deployment)
-        if known is None or known.epoch != message.epoch:
+        known = self._find(message.deployment, message.epoch)
+        if known is None:
             raise RefusedError(f"epoch {message.epoch} of this deployment is not loaded here")
         wanted = {
             stage: (spec.downstream, most_under_way(spec, known.hidden_size))
@@ -121,8 +142,11 @@ class DataLinks:
             if spec.downstream is not None and (stage not in known.links or known.links[stage].closed)
         }
         dials = [
-            asyncio.create_task(self._dial(message, *hop), name=f"dial stage {hop[0].stage} {message.deployment[:8]}")
-            for hop in wanted.values()
+            asyncio.create_task(
+                self._dial(hop, message.deployment, message.epoch, partial(self._timed, hop.device), {STEP: bound}),
+                name=f"dial stage {hop.stage} {message.deployment[:8]}",
+            )
+            for hop, bound in wanted.values()
         ]
         try:
             links = await asyncio.gather(*dials)
@@ -133,7 +157,7 @@ class DataLinks:
                 if isinstance(link, Link):
                     link.close()
             raise
-        if self._known.get(message.deployment) is not known:
+        if self._find(message.deployment, message.epoch) is not known:
             for link in links:
                 link.close()
             raise RefusedError("the deployment was stopped while it was being connected")
@@ -150,11 +174,14 @@ class DataLinks:
         frames = await self._plane.echo(message.device, pem, message.hosts, message.port, message.sizes)
         return LinkTimed(message.request, tuple(frames))
 
-    async def forget(self, deployment: DeploymentId, epoch: int | None = None) -> None:
-        """End all links of a deployment, or those of one past epoch, in order."""
-        if epoch is None:
+    async def forget(self, deployment: DeploymentId, epoch: int | None = None, only: bool = False) -> None:
+        """End all links of a deployment, in order; or those of its epochs up to `epoch`, or of that one alone."""
+        epochs = self._known.get(deployment, {})
+        for one in [one for one in epochs if epoch is None or (one == epoch if only else one <= epoch)]:
+            del epochs[one]
+        if not epochs:
             self._known.pop(deployment, None)
-        await self._plane.forget(deployment, epoch)
+        await self._plane.forget(deployment, epoch, only)
 
     async def close(self) -> None:
         if self._reporting is not None:
@@ -162,24 +189,15 @@ class DataLinks:
         self._known.clear()
         await self._plane.close()
 
-    async def _dial(self, message: Connect, hop: Hop, bound_bytes: int) -> Link:
+    async def _dial(self, hop: Hop, deployment: DeploymentId, epoch: int, *how: Any, **more: Any) -> Link:
         deadline = asyncio.get_running_loop().time() + CONNECT_TIMEOUT_S
         while True:
             pem = self._certificates.get(hop.device)
             try:
                 if pem is None:
                     raise AuthenticationError(f"device {hop.device[:8]} is not of this household")
-                return await self._plane.connect(
-                    hop.device,
-                    pem,
-                    hop.hosts,
-                    hop.port,
-                    message.deployment,
-                    message.epoch,
-                    hop.stage,
-                    partial(self._timed, hop.device),
-                    {STEP: bound_bytes},
-                )
+                at = hop.device, pem, hop.hosts, hop.port
+                return await self._plane.connect(*at, deployment, epoch, hop.stage, *how, **more)
             except (LinkError, AuthenticationError):
                 if asyncio.get_running_loop().time() >= deadline:
                     raise
@@ -188,6 +206,10 @@ class DataLinks:
     def _deliver(self, delivery: Delivery) -> None:
         """Into the inbox, on whichever thread reads; the channel's credit bounds how many frames wait there."""
         self._inbox.put(Arrived(delivery, from_frame(delivery.frame)), always=True)
+
+    def _deliver_state(self, delivery: Delivery) -> None:
+        """On the loop; as `_deliver`."""
+        self._inbox.put(StateCame(delivery, from_state_frame(delivery.frame)), always=True)
 
     def _echoed(self, delivery: Delivery) -> None:
         """A frame that times a link wakes a compute thread that waits, as a step's does, and is dropped."""
@@ -211,16 +233,15 @@ class DataLinks:
         self._timings.clear()
         self._tell(LinkTraffic(frames, self._inbox.handover_s))
 
-    def _lost(self, deployment: DeploymentId, device: DeviceId, reason: str) -> None:
-        known = self._known.get(deployment)
+    def _lost(self, link: Link) -> None:
+        known = self._find(link.deployment, link.epoch)
         if known is None:
             return
-        dead = [stage for stage, link in known.links.items() if link.device == device and link.closed]
-        for stage in dead:
+        dialled = [stage for stage, own in known.links.items() if own is link]
+        for stage in dialled:
             del known.links[stage]
-        fed: list[int | None] = [stage for stage, spec in known.specs.items() if spec.upstream == device]
-        if 0 in known.specs and known.specs[0].head_device == device:
-            fed.append(known.specs[0].stages)
-        # The plane does not say which way: a closed link of ours tells; else it was what that device feeds.
-        for ingress in [None] if dead else fed:
-            self._inbox.put(Lost(deployment, known.epoch, device, ingress, reason), always=True)
+        ingress = None if dialled else link.stage
+        self._inbox.put(Lost(link.deployment, link.epoch, link.device, ingress, link.lost), always=True)
+
+    def _find(self, deployment: DeploymentId, epoch: int) -> _Known | None:
+        return self._known.get(deployment, {}).get(epoch)

@@ -10,12 +10,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
-from peerllm.engine.base import Backend, Shard
+from peerllm.engine.base import Backend, Progress
 from peerllm.engine.free_memory import return_memory
 from peerllm.engine.messages import FromEngine, Inspect, LoadProgress, LoadStage, Measure, TimeLayers
 from peerllm.engine.process.compute import failed
 from peerllm.engine.process.inbox import Inbox
+from peerllm.engine.schedule.held_shard import HeldShard, held_bytes, missing, usable
 from peerllm.errors import PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId
 
@@ -24,25 +26,29 @@ PROGRESS_S = 0.1  # seconds between two LoadProgress of a stage
 ABANDONED = "the deployment was stopped while it was loading"
 
 Job = LoadStage | Inspect | Measure | TimeLayers
+Shards = tuple[HeldShard, ...]
 
 
 class Loader:
-    """Calls `finished` with each loaded shard and `tell` with every other answer, both in the loader thread.
+    """Calls `finished` with each stage's shards and `tell` with every other answer, both in the loader thread.
 
-    `computed` says how many batches the compute thread has done; `broken` is called with an error that ends the engine.
+    `finished` gets all shards of the stage, and those of them that were loaded for it; `held` says what is loaded of a
+    deployment already. `computed` says how many batches the compute thread has done; `broken` is called with an error
+    that ends the engine.
     """
 
     def __init__(
         self,
         backend: Backend,
         tell: Callable[[FromEngine], None],
-        finished: Callable[[LoadStage, Shard], None],
+        finished: Callable[[LoadStage, Shards, Shards], None],
         computed: Callable[[], int] = lambda: 0,
         broken: Callable[[BaseException], None] = lambda error: None,
+        held: Callable[[DeploymentId], Shards] = lambda deployment: (),
     ) -> None:
         self._jobs: Inbox[Job] = Inbox(MAX_JOBS)
         self._backend, self._tell, self._finished = backend, tell, finished
-        self._computed, self._broken, self._closed = computed, broken, False
+        self._computed, self._broken, self._held, self._closed = computed, broken, held, False
         self._lock = threading.Lock()
         self._wanted: dict[int, LoadStage] = {}  # by request: loads that nobody has abandoned or taken over
 
@@ -60,10 +66,17 @@ class Loader:
                 self._wanted.pop(job.request, None)
             raise
 
-    def abandon(self, deployment: DeploymentId) -> None:
-        """Let those loads of a deployment fail that `take_over` was not called for."""
+    def abandon(self, deployment: DeploymentId, epoch: int | None = None, only: bool = False) -> None:
+        """Let those loads of a deployment, for epochs up to `epoch` or for that one alone, fail that `take_over` was
+        not called for."""
+
+        def wanted(spec: LoadStage) -> bool:
+            if spec.deployment != deployment:
+                return True
+            return epoch is not None and (spec.epoch > epoch or (only and spec.epoch < epoch))
+
         with self._lock:
-            self._wanted = {request: spec for request, spec in self._wanted.items() if spec.deployment != deployment}
+            self._wanted = {request: spec for request, spec in self._wanted.items() if wanted(spec)}
 
     def take_over(self, spec: LoadStage) -> None:
         """The load can no longer be abandoned; RefusedError if it was."""
@@ -136,11 +149,24 @@ class Loader:
                 last = now
                 self._tell(LoadProgress(spec.deployment, spec.stage, done, total))
 
+        fresh: list[HeldShard] = []
         try:
             progress(0, max(1, sum(tensor.nbytes for tensor in spec.tensors)))
-            shard = self._backend.load(spec, progress)
+            chain = usable(self._held(spec.deployment), spec)
+            for part in missing(chain, spec):
+                fresh.append(self._load_part(spec, part, held_bytes([*chain, *fresh]), progress))
         except Exception:
             with self._lock:
                 self._wanted.pop(spec.request, None)
+            for one in fresh:
+                one.shard.close()
             raise
-        self._finished(spec, shard)
+        whole = sorted([*chain, *fresh], key=lambda one: one.first_layer)
+        self._finished(spec, tuple(whole), tuple(fresh))
+
+    def _load_part(self, spec: LoadStage, part: tuple[int, int], taken_bytes: int, progress: Progress) -> HeldShard:
+        """Layers of a stage that are missing; the stage's other shards take `taken_bytes` of what is promised."""
+        limit = None if spec.limit_bytes is None else spec.limit_bytes - taken_bytes
+        first, last = part
+        wanted = replace(spec, first_layer=first, last_layer=last, limit_bytes=limit)
+        return HeldShard.of(wanted, self._backend.load(wanted, progress))

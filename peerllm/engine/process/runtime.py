@@ -16,12 +16,15 @@ from collections.abc import Coroutine
 from dataclasses import asdict
 from typing import Any
 
-from peerllm.engine.base import Backend, Shard
+from peerllm.engine.base import Backend
 from peerllm.engine.messages import (
     Cancel,
+    CarryState,
     Configure,
     Configured,
     Connect,
+    Done,
+    Failed,
     FromEngine,
     Inspect,
     LoadStage,
@@ -29,6 +32,7 @@ from peerllm.engine.messages import (
     QueryLoad,
     Record,
     Submit,
+    Switch,
     TimeLayers,
     TimeLink,
     ToEngine,
@@ -37,15 +41,16 @@ from peerllm.engine.messages import (
     Trusted,
     Unload,
 )
-from peerllm.engine.process.compute import Compute, Loaded, failed, start
+from peerllm.engine.process.compute import Compute, Hurry, Loaded, failed, start
 from peerllm.engine.process.data_links import DataLinks
 from peerllm.engine.process.engine_line import Channel
-from peerllm.engine.process.loading import Loader
+from peerllm.engine.process.loading import Loader, Shards
 from peerllm.engine.process.recorder import Recorder
 from peerllm.errors import EngineError, LinkError, PeerLLMError, one_line
 
 MAX_UNHANDLED = 4096  # messages of the daemon that wait behind one being handled
 MAX_UNSENT = 65_536  # messages for the daemon that the loop has not come to; more, and the daemon counts as gone
+HURRY_S = 0.1  # between two looks at whether an epoch that is left still brings something back
 THREAD_TIMEOUT_S = 5.0  # what closing gives a batch or a load under way; a process of its own does not wait
 
 
@@ -62,6 +67,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads: list[threading.Thread] = []
         self._parts: tuple[Compute, Loader, DataLinks] | None = None
+        self._switching: set[int] = set()  # requests of Switch that are not answered yet
 
     async def run(self) -> None:
         """Messages are read and handled by two tasks, so that the end of the line is noticed while one is handled."""
@@ -124,7 +130,8 @@ class Engine:
         # them and delay the step that it falls into.
         gc.collect()
         gc.freeze()
-        loader = Loader(self._backend, self.tell, self._loaded, lambda: compute.batches, self._thread_ended)
+        batches = lambda: compute.batches  # noqa: E731
+        loader = Loader(self._backend, self.tell, self._loaded, batches, self._thread_ended, compute.shards)
         self._parts = compute, loader, links
         self._threads = [start(compute, self._thread_ended), loader.start()]
         self.tell(Configured(**asdict(facts), request=message.request, port=links.port))
@@ -143,11 +150,18 @@ class Engine:
                 self._spawn(self._connect(message, compute, links), f"connect {message.deployment[:8]}")
             case TimeLink():
                 self._spawn(self._time(message, links), f"time the link to {message.device[:8]}")
-            case Unload(_, deployment):
-                loader.abandon(deployment)
-                self._recorder.forget(deployment)
+            case Switch(_, deployment):
+                self._switching.add(message.request)
                 compute.inbox.put(message, always=True)
-                self._spawn(links.forget(deployment), f"end the links of {deployment[:8]}")
+                self._spawn(self._hurry(message, compute), f"hurry {deployment[:8]}")
+            case CarryState():
+                self._spawn(self._carry(message, links), f"carry state of {message.deployment[:8]}")
+            case Unload(_, deployment, epoch, only):
+                loader.abandon(deployment, epoch, only)
+                if epoch is None:
+                    self._recorder.forget(deployment)
+                compute.inbox.put(message, always=True)
+                self._spawn(links.forget(deployment, epoch, only), f"end the links of {deployment[:8]}")
 
     async def _trust(self, trusted: tuple[Trusted, ...], links: DataLinks) -> None:
         """If the new list cannot be taken, the engine ends, and with it the links of whoever was removed."""
@@ -162,40 +176,52 @@ class Engine:
         except Exception as error:  # what a coordinator asks for must not end the engine
             self._refuse(message, error)
 
+    async def _hurry(self, message: Switch, compute: Compute) -> None:
+        """Tell the compute thread that time passes until the switch is answered: it may be waiting for what is lost."""
+        while message.request in self._switching:
+            await asyncio.sleep(HURRY_S)
+            compute.inbox.put(Hurry(message.deployment), always=True)
+
+    async def _carry(self, message: CarryState, links: DataLinks) -> None:
+        try:
+            await links.carry(message)
+        except Exception as error:  # what a coordinator asks for must not end the engine
+            self._refuse(message, error)
+        else:
+            self.tell(Done(message.request))
+
     async def _time(self, message: TimeLink, links: DataLinks) -> None:
         try:
             self.tell(await links.time(message))
         except PeerLLMError as error:
             self._refuse(message, error)
 
-    def _loaded(self, spec: LoadStage, shard: Shard) -> None:
-        """Called in the loader thread: the shard goes to the compute thread by way of the loop."""
-        hand_over = self._hand_over(spec, shard)
+    def _loaded(self, spec: LoadStage, chain: Shards, fresh: Shards) -> None:
+        """Called in the loader thread: the shards go to the compute thread by way of the loop."""
+        hand_over = self._hand_over(spec, chain, fresh)
         try:
             self._loop.call_soon_threadsafe(self._spawn, hand_over, f"hand over stage {spec.stage}")
         except RuntimeError:  # the loop has ended
             hand_over.close()
 
-    async def _hand_over(self, spec: LoadStage, shard: Shard) -> None:
+    async def _hand_over(self, spec: LoadStage, chain: Shards, fresh: Shards) -> None:
         """The stage's sender is expected before the daemon hears that the stage is loaded."""
         if self._parts is None:
             return
         compute, loader, links = self._parts
         try:  # nothing in here awaits, so that an Unload comes before all of it or after all of it
             loader.take_over(spec)
-            past = links.expect(spec, shard.hidden_size)
-            compute.inbox.put(Loaded(spec, shard), always=True)
+            links.expect(spec, chain[0].shard.hidden_size, [one.shard for one in fresh])
+            compute.inbox.put(Loaded(spec, chain, fresh), always=True)
         except Exception as error:
-            shard.close()
+            for one in fresh:
+                one.shard.close()
             self._refuse(spec, error)
-        else:
-            if past is not None:
-                await links.forget(spec.deployment, past)
 
     def _refuse(self, message: ToEngine, error: Exception) -> None:
         match message:
             case Submit(deployment, sequence):
-                self.tell(Tokens(deployment, sequence, 0, (), "error", str(error)))
+                self.tell(Tokens(deployment, sequence, len(message.answer), (), "error", str(error)))
             case Trust() | Cancel():  # before Configure there are no links and no sequences
                 traceback.print_exception(error)
             case _:
@@ -217,6 +243,8 @@ class Engine:
             self._unsent.clear()
         try:
             for message in messages:
+                if isinstance(message, Done | Failed):
+                    self._switching.discard(message.request)
                 self._channel.send(message)
         except LinkError as error:
             self._end(error)

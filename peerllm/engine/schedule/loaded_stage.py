@@ -1,14 +1,15 @@
-"""A stage that is loaded: its shard, who holds its slots, and at the head what sampling needs. Compute thread only."""
+"""A stage that is loaded: its shards, and at the head what sampling needs. Compute thread only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from peerllm.engine.base import Draw, Floats, Sampler, Shard
+from peerllm.engine.base import Draw, Floats, Sampler
 from peerllm.engine.messages import LoadStage
-from peerllm.engine.state.slot_table import SlotTable
+from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.wire.parcels import Drawn, Opened, TokenBatch, quantised
+from peerllm.engine.wire.state_frames import CarriedPart
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
@@ -21,11 +22,10 @@ Failures = list[tuple[TokenRun, str]]  # runs of a batch whose sequences cannot 
 
 
 class LoadedStage:
-    """The layers of one LoadStage, loaded."""
+    """The layers of one LoadStage: shards, one after the other, that stages of other epochs may use too."""
 
-    def __init__(self, spec: LoadStage, shard: Shard, sampler: Sampler) -> None:
-        self.spec, self.shard = spec, shard
-        self.slots = SlotTable(spec.slots, spec.context)
+    def __init__(self, spec: LoadStage, chain: Sequence[HeldShard], sampler: Sampler) -> None:
+        self.spec, self.chain = spec, tuple(chain)
         self.is_head = spec.stage == spec.stages - 1
         self._sampler = sampler
         self._answers: dict[int, tuple[Sampling, list[int]]] = {}  # at the head, by sequence: its ids so far
@@ -56,38 +56,79 @@ class LoadedStage:
         """Mean time of batches of as many steps as the last; None before the first."""
         return next(reversed(self._paces.values()))[1] if self._paces else None
 
-    def open(self, opened: Opened) -> None:
-        """Give a sequence its slot; FrameError if the slot is taken, or does not hold what it is to begin with."""
-        self.slots.open(opened.sequence, opened.slot, opened.position)
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self.chain[0].slots
+
+    @property
+    def in_use(self) -> int:
+        """Slots of sequences that are computed in this stage's epoch."""
+        return max(one.slots.in_use(self.spec.epoch) for one in self.chain)
+
+    def open(self, opened: Opened, answer: Sequence[int] = (), others: Sequence[HeldShard] = ()) -> Opened:
+        """Let a sequence in, after the tokens that its slot is to hold; the parcel with what is lacking of them.
+
+        `answer`: its ids so far, at the head. `others`: the deployment's shards on this device. FrameError if the slot
+        does not exist.
+        """
+        sequence, position = opened.sequence, opened.position
+        for one in self._up_to(opened.through):
+            one.take_over(sequence, opened.slot, self.spec.epoch, position, others)
+            found = one.slots.enter(sequence, opened.slot, position, self.spec.epoch, opened.after)
+            if found < position:
+                opened = opened.lacks(one.last_layer, found)
         if self.is_head:
-            self._answers[opened.sequence] = opened.sampling, []
+            self._answers[sequence] = opened.sampling, list(answer)
+        return opened
+
+    def take_part(self, carried: CarriedPart) -> None:
+        """See HeldShard."""
+        for one in self.chain:
+            forms = one.shard.state_forms(one.first_layer, one.last_layer)
+            if carried.part.block in (*forms.tokens, *forms.fixed):
+                one.take_part(carried)
+
+    def standing(self, sequence: int, slot: int) -> set[int]:
+        """The sequences of which something may wait that an OPEN for this sequence and slot makes void."""
+        return set().union(*(one.slots.standing(sequence, slot) for one in self.chain))
+
+    def extend(self, run: TokenRun) -> bool:
+        """Take in a run; False if it is to be dropped, FrameError if its sequence cannot go on (see SlotTable)."""
+        if run.through < 0:
+            taken = [one.slots.extend(run, self.spec.epoch) for one in self.chain]
+        else:
+            taken = [one.slots.extend(run, self.spec.epoch) for one in self._up_to(run.through)]
+        return bool(taken) and all(taken)
 
     def release(self, sequence: int, keep: int = 0) -> bool:
-        """Free a sequence's slot, in which its first `keep` tokens stay; False if the sequence holds none."""
-        slot = self.slots.release(sequence, keep)
+        """Free a sequence's slot, in which its first `keep` tokens stay; False if it is not computed in this epoch."""
         self._answers.pop(sequence, None)
-        if slot is None:
-            return False
-        if slot not in self.slots.idle:
-            self.shard.release(slot)
-        return True
-
-    def empty(self) -> None:
-        """Forget what idle slots keep."""
-        for slot in self.slots.idle:
-            self.slots.empty(slot)
-            self.shard.release(slot)
+        free = [(one, one.slots.release(sequence, keep, self.spec.epoch)) for one in self.chain]
+        for one, slot in free:
+            if slot is not None and not one.slots.kept(slot):
+                one.shard.release(slot)
+        return any(slot is not None for _, slot in free)
 
     def compute(self, batch: TokenBatch) -> tuple[TokenBatch | Drawn | None, Failures]:
         """Run a batch through the layers and, at the head, draw the tokens: (what to hand on, which runs failed)."""
-        output = self.shard.forward(batch.rows, batch.runs)
+        runs, through = batch.runs, batch.runs[0].through
+        output = batch.rows
+        for one in self.chain if through < 0 else self._up_to(through):
+            output = one.shard.forward(output, runs)
+            for run in runs:
+                one.slots.computed(run)
+        if 0 <= through <= self.spec.last_layer:  # chunks are batches of their own
+            return Drawn(runs, [None] * len(runs)), []
         if self.is_head:
-            return self._draw(batch.runs, output)
-        hidden = TokenBatch(batch.runs, output)
+            return self._draw(runs, output)
+        hidden = TokenBatch(runs, output)
         if self.spec.downstream_activations == "exact":
             return hidden, []
         rounded, lost = quantised(hidden)
         return rounded, [(run, NOT_FINITE) for run in lost]
+
+    def _up_to(self, layer: int) -> list[HeldShard]:
+        """The shards whose layers are not after `layer`; all if that is -1."""
+        return [one for one in self.chain if layer < 0 or one.last_layer <= layer]
 
     def _draw(self, runs: Sequence[TokenRun], logits: Floats) -> tuple[Drawn | None, Failures]:
         """`logits` are float32 [runs to sample after, vocabulary]. A row that gives no token fails its run alone."""
@@ -111,10 +152,6 @@ class LoadedStage:
                 drawn.append((run, token))
             row += 1
         return (Drawn(*zip(*drawn, strict=True)) if drawn else None), failed
-
-    def close(self) -> None:
-        self._answers.clear()
-        self.shard.close()
 
 
 def steps_only(runs: Sequence[TokenRun]) -> bool:

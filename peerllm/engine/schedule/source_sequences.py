@@ -1,80 +1,37 @@
 """The source's sequences of one deployment: who holds which slot, what is fed next, when an answer ends.
 
-Pure: drawn tokens come in, runs for stage 0 and `Tokens` go out. A prompt that continues what an earlier sequence left
-in an idle slot (`PrefixCache`) is fed from there on. Prompts are fed in chunks, and clients take turns. At most
-CHUNKS_PER_STAGE_IN_FLIGHT × stages × the largest chunk of prompt tokens are under way at once, which bounds how many
-wait at any stage. One prompt has at most CHUNKS_PER_STAGE_IN_FLIGHT × stages chunks under way, so that a long prompt in
-small chunks keeps no other waiting.
+Pure: drawn tokens come in, runs for stage 0 and `Tokens` go out. A sequence is computed in one epoch at a time; it
+enters one with an OPEN that goes round and tells what the stages lack of it, which is then fed again. A prompt that
+continues what an earlier sequence left in an idle slot (`PrefixCache`) is fed from there on. Prompts are fed in chunks,
+and clients take turns. At most CHUNKS_PER_STAGE_IN_FLIGHT × stages × the largest chunk of prompt tokens are under way
+at once, which bounds how many wait at any stage. One prompt has at most CHUNKS_PER_STAGE_IN_FLIGHT × stages chunks
+under way, so that a long prompt in small chunks keeps no other waiting.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
 from peerllm.engine.base import Reach, Tensor
-from peerllm.engine.messages import FinishReason, Submit, Tokens
+from peerllm.engine.messages import FinishReason, LoadStage, Submit, Tokens
 from peerllm.engine.schedule.prompt_turns import PromptTurns
-from peerllm.engine.state.prefix_cache import CachedPrefix, PrefixCache, SlotChoice
+from peerllm.engine.schedule.running_sequence import RunningSequence
+from peerllm.engine.state.prefix_cache import PrefixCache
+from peerllm.engine.wire.parcels import Opened
 from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Cuts, DeploymentId, chunk_of
 
 CHUNKS_PER_STAGE_IN_FLIGHT = 2  # one being computed, one waiting
-TAIL = 8  # tokens at a prompt's end, after the snapshot: chat templates render the answer's beginning anew next time
-LEAST_BEFORE_SNAPSHOT = 32  # new tokens before a snapshot: for fewer, the extra pass costs more than it spares
 MAX_DRAINING = 1024  # ended sequences whose RELEASE has not come back to the source
 
 
 def window_tokens(stages: int, chunk: int) -> int:
     """How many prompt tokens of a deployment may be under way at once."""
     return CHUNKS_PER_STAGE_IN_FLIGHT * stages * chunk
-
-
-def chunk_length(left: int, chunk: int) -> int:
-    """How many of a prompt's `left` tokens go next; none is left over by itself, if chunks are of 3 or more.
-
-    A recurrent model may compute a single token in another way than a run of them (Nemotron-H bounds its time step in
-    runs only), and prompts are to be computed as they would be in one run.
-    """
-    return chunk - 1 if left == chunk + 1 and chunk > 2 else min(chunk, left)
-
-
-@dataclass(slots=True)
-class _Running:
-    order: Submit
-    choice: SlotChoice
-    chunk: int  # what is new of the prompt is fed in chunks of so many tokens
-    fed: int  # tokens of prompt and answer that were put into stage 0, and those that the slot held already
-    back: int  # of those, tokens that the head has seen
-    snapshot: int = 0  # where a chunk of the prompt ends with a new snapshot; 0: nowhere
-    answer: list[int] = field(default_factory=list)  # ids of the answer so far, all put into stage 0
-    in_flight: deque[int] = field(default_factory=deque)  # lengths of the prompt chunks under way
-
-    def feed(self, length: int) -> TokenRun:
-        """The next `length` tokens, which count as put into stage 0 from now on."""
-        start = self.fed
-        self.fed += length
-        ends, kept = self.fed >= len(self.order.prompt), self.fed == self.snapshot
-        return TokenRun(self.order.sequence, self.choice.slot, start, length, ends, kept)
-
-    @property
-    def prompt_left(self) -> int:
-        """Tokens of the prompt that are to be fed, up to the snapshot if that is ahead."""
-        return (self.snapshot if self.fed < self.snapshot else len(self.order.prompt)) - self.fed
-
-    @property
-    def kept_snapshot(self) -> int:
-        """The position of which every stage keeps a snapshot, once the head has seen the tokens before it; 0: none."""
-        return self.snapshot if 0 < self.snapshot <= self.fed else self.choice.snapshot
-
-    def ids(self, run: TokenRun) -> Sequence[int]:
-        """The token ids of a run that was fed: of the prompt, or one of the answer."""
-        start, prompt = run.position, self.order.prompt
-        return prompt[start : start + run.length] if start < len(prompt) else (self.answer[start - len(prompt)],)
 
 
 class SourceSequences:
@@ -90,19 +47,23 @@ class SourceSequences:
         vocabulary: int,
         reach: Reach | None = None,
         cuts: Cuts = (),
+        epoch: int = 0,
     ) -> None:
         """`reach` says where idle slots can be taken up again; None: nowhere. No `cuts`: always `chunk` tokens."""
-        self._vocabulary = vocabulary
-        self._deployment, self._slots, self._context = deployment, slots, context
-        self._cuts = cuts or ((1, chunk),)
-        self._window = window_tokens(stages, chunk)
-        self._most_chunks = CHUNKS_PER_STAGE_IN_FLIGHT * stages  # of one prompt under way
-        self._running: dict[int, _Running] = {}
-        self._idle = PrefixCache(slots, reach)
-        self._snapshots = reach is not None and not reach.rewinds and reach.snapshots
+        self._vocabulary, self._deployment = vocabulary, deployment
+        self._plan(slots, context, chunk, stages, cuts, epoch)
+        self._running: dict[int, RunningSequence] = {}
+        self._idle, self._reach = PrefixCache(slots, reach), reach
         self._prompts = PromptTurns()
         self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
-        self._draining: dict[int, int] = {}  # of those, by ended sequence, until its RELEASE has gone round
+        self._draining: dict[int, tuple[int, int]] = {}  # of those, by ended sequence, until its RELEASE comes back
+
+    def _plan(self, slots: int, context: int, chunk: int, stages: int, cuts: Cuts, epoch: int) -> None:
+        self.epoch = epoch  # in which sequences are fed
+        self._slots, self.context = slots, context
+        self._cuts, self._chunk = cuts or ((1, chunk),), chunk
+        self._window = window_tokens(stages, chunk)
+        self._most_chunks = CHUNKS_PER_STAGE_IN_FLIGHT * stages  # of one prompt under way
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -120,6 +81,26 @@ class SourceSequences:
     def slot(self, sequence: int) -> int:
         return self._running[sequence].choice.slot
 
+    def epoch_of(self, sequence: int) -> int | None:
+        """In which epoch a sequence is computed; None: in none now, or it has ended."""
+        running = self._running.get(sequence)
+        return None if running is None else running.epoch
+
+    def is_under_way(self, sequence: int) -> bool:
+        """Whether tokens of a running sequence were fed that are not back."""
+        running = self._running[sequence]
+        return running.fed > running.back
+
+    def is_late(self, run: TokenRun) -> bool:
+        """Whether a run that came back has come back before, was given up, or is of a sequence that has ended."""
+        running = self._running.get(run.sequence)
+        return running is None or running.awaited or run.position < running.back
+
+    def answer(self, sequence: int) -> Sequence[int]:
+        """The ids of an answer so far."""
+        running = self._running.get(sequence)
+        return () if running is None else running.answer
+
     def reused(self, sequence: int) -> int:
         """How many tokens of its prompt a running sequence found in its slot."""
         return self._running[sequence].choice.position
@@ -134,9 +115,9 @@ class SourceSequences:
             raise BadInputError(f"sequence {order.sequence} is in use; every sequence needs a number of its own")
         if len(self._draining) >= MAX_DRAINING:
             raise OverloadedError(f"{MAX_DRAINING} ended sequences are still leaving the stages; ask again later")
-        if not 1 <= len(order.prompt) <= self._context:
-            raise BadInputError(f"a prompt has 1 to {self._context} tokens here, not {len(order.prompt)}")
-        if min(order.prompt) < 0 or max(order.prompt) >= self._vocabulary:
+        if not 1 <= len(order.prompt) <= self.context:
+            raise BadInputError(f"a prompt has 1 to {self.context} tokens here, not {len(order.prompt)}")
+        if not all(0 <= one < self._vocabulary for one in (*order.prompt, *order.answer)):
             raise BadInputError(
                 f"the prompt's token ids are not all from 0 to {self._vocabulary - 1}, as the model's are"
             )
@@ -146,31 +127,111 @@ class SourceSequences:
         choice = self._idle.take(taken, order.prompt, order.client)
         if choice is None:
             raise OverloadedError(f"all {self._slots} slots are taken; wait for a sequence to end")
-        chunk = chunk_of(self._cuts, len(order.prompt) - choice.position)
-        self._running[order.sequence] = running = _Running(order, choice, chunk, choice.position, choice.position)
-        if self._snapshots:
-            tail = len(order.prompt) - TAIL
-            place = min(choice.parting or tail, tail)
-            running.snapshot = place if place - choice.position >= LEAST_BEFORE_SNAPSHOT else 0
-        self._prompts.add(order.client, order.sequence)
+        self._running[order.sequence] = running = RunningSequence(order, choice, self.epoch)
+        if order.answer:  # the stages may still have all of it
+            running.fed = running.back = len(order.prompt) + len(order.answer) - 1
+            running.sure = False
+        if self._reach is not None and not self._reach.rewinds and self._reach.snapshots:
+            running.plan_snapshot()
+        self._cut(running)
+        if running.left:
+            self._prompts.add(order.client, order.sequence)
         return choice.slot
+
+    # ---- entering epochs --------------------------------------------------------------------------------------------
+
+    def change_to(self, plan: LoadStage) -> None:
+        """From now on sequences are fed in the epoch of `plan`; those that run are to `leave` theirs and `enter` it."""
+        if plan.slots != self._slots:
+            self._idle = PrefixCache(plan.slots, self._reach)
+        self._plan(plan.slots, plan.context, plan.chunk, plan.stages, plan.cuts, plan.epoch)
+
+    def leave(self, sequence: int) -> None:
+        """What is under way of a sequence does not count any more; it is fed nothing until it enters an epoch."""
+        running = self._running[sequence]
+        self._under_way -= sum(running.in_flight)
+        self._prompts.remove(running.order.client, sequence)
+        running.leave()
+
+    def leave_behind(self, epoch: int) -> None:
+        """Nothing that ended in an epoch, or in an earlier one, comes back any more."""
+        for sequence in [one for one, (left, _) in self._draining.items() if left <= epoch]:
+            self.drained(sequence)
+
+    def fits(self, sequence: int) -> bool:
+        """Whether a running sequence has room in the stages of the epoch."""
+        running = self._running[sequence]
+        return running.choice.slot < self._slots and max(running.back, len(running.order.prompt)) <= self.context
+
+    def opened(self, sequence: int) -> Opened:
+        """What goes round when a sequence enters the epoch, or asks again what the stages hold."""
+        running = self._running[sequence]
+        running.attempt += 1
+        running.awaited = True
+        order, choice = running.order, running.choice
+        after = choice.after if running.back == choice.position else 0
+        where = running.back, after, running.through, running.attempt
+        return Opened(order.sequence, choice.slot, order.sampling, *where)
+
+    def enter(self, sequence: int) -> tuple[Opened, TokenRun | None]:
+        """A sequence that had left its epoch is fed again in the present one: what goes round, and its step if due."""
+        running = self._running[sequence]
+        running.epoch = self.epoch
+        return self.opened(sequence), self._go_on(running)
+
+    def came_round(self, opened: Opened) -> tuple[Opened, TokenRun | None] | None:
+        """An OPEN is back. If stages lack something, the sequence goes back to there: see `enter`."""
+        running = self._running.get(opened.sequence)
+        if running is None or not running.awaited or opened.attempt != running.attempt:
+            return None
+        running.awaited = False
+        if opened.lacking < 0:
+            running.sure = running.sure or running.through < 0
+            return None
+        place = opened.held if 0 < opened.held < opened.position and running.attempts_left() else 0
+        self._under_way -= sum(running.in_flight)
+        self._prompts.remove(running.order.client, opened.sequence)
+        running.go_back(place, opened.lacking)
+        return self.opened(opened.sequence), self._go_on(running)
+
+    def _go_on(self, running: RunningSequence) -> TokenRun | None:
+        self._cut(running)
+        if running.left:
+            self._prompts.add(running.order.client, running.order.sequence)
+            return None
+        return running.feed(1)
+
+    def _cut(self, running: RunningSequence) -> None:
+        """Decide in what chunks the sequence's tokens are fed; those that must be computed as before keep theirs."""
+        running.exact = self._reach is None
+        if not running.exact or not running.chunk:
+            running.chunk = chunk_of(self._cuts, max(1, running.end - (0 if running.exact else running.fed)))
+        running.chunk = min(running.chunk, self._chunk)
+
+    # ---- feeding ----------------------------------------------------------------------------------------------------
 
     def feed(self, most: int | None = None) -> list[TokenRun]:
         """The prompt chunks that may go into stage 0 now, `most` of them at most."""
         chunks: list[TokenRun] = []
         while most is None or len(chunks) < most:
-            sequence = self._prompts.next(lambda one: len(self._running[one].in_flight) < self._most_chunks)
+            sequence = self._prompts.next(self._may_feed)
             if sequence is None:
                 break
             running = self._running[sequence]
-            length = chunk_length(running.prompt_left, running.chunk)
+            length = running.next_length
             if self._under_way + length > self._window:
                 break
             running.in_flight.append(length)
             self._under_way += length
             chunks.append(running.feed(length))
-            self._prompts.served(running.order.client, sequence, more=not chunks[-1].sample)
+            self._prompts.served(running.order.client, sequence, more=bool(running.left))
+            if running.left and running.fed == running.goal:
+                self._cut(running)
         return chunks
+
+    def _may_feed(self, sequence: int) -> bool:
+        running = self._running[sequence]
+        return running.epoch == self.epoch and len(running.in_flight) < self._most_chunks
 
     def ids(self, runs: Sequence[TokenRun]) -> Tensor:
         """The token ids of runs that were fed and whose sequences still run: int64 [tokens]."""
@@ -179,17 +240,17 @@ class SourceSequences:
     def came_back(self, run: TokenRun, token: int | None) -> tuple[TokenRun | None, Tokens | None]:
         """A run passed the head, which drew `token` after it (None after a chunk that is not the prompt's last).
 
-        Returns the step to feed at once and what to tell the daemon; both None for a sequence that has ended.
-        FrameError if the run is not the one that is due, or the token is none.
+        Returns the step to feed at once and what to tell the daemon; both None for a sequence that has ended, and for
+        what came late. FrameError if the run is not the one that is due, or the token is none.
         """
         sequence, position, length = run.sequence, run.position, run.length
         running = self._running.get(sequence)
-        if running is None:
+        if running is None or self.is_late(run):
             return None, None
         due = running.in_flight[0] if running.in_flight else 1
         if position != running.back or length != due or position + length > running.fed:
             raise FrameError(f"positions {position}+{length} came back, {running.back}+{due} were due")
-        sampled = position + length >= len(running.order.prompt)
+        sampled = position + length >= max(len(running.order.prompt), running.goal + 1)
         if sampled != (token is not None):
             raise FrameError(f"the head {'drew no' if sampled else 'drew a'} token at position {position + length}")
         if token is not None and not 0 <= token < self._vocabulary:
@@ -198,32 +259,37 @@ class SourceSequences:
             self._under_way -= running.in_flight.popleft()
         running.back += length
         if token is None:
-            return None, None
+            return self._passed(running), None
         if token in running.order.stop_ids:
             return None, self.end(sequence, "stop")
         start = len(running.answer)
-        tokens = Tokens(self._deployment, sequence, start, (token,), reused=_reused(running))
-        if start + 1 >= running.order.max_tokens or running.fed >= self._context:
+        tokens = Tokens(self._deployment, sequence, start, (token,), reused=running.reused)
+        if start + 1 >= running.order.max_tokens or running.fed >= self.context:
             self.end(sequence, "length")
             return None, replace(tokens, finish="length")
         running.answer.append(token)
         return running.feed(1), tokens
+
+    def _passed(self, running: RunningSequence) -> TokenRun | None:
+        """A chunk is back that no token was drawn after: the step that may be due now."""
+        if running.through < 0 or running.back < running.goal:
+            return None
+        running.through, running.sure = -1, True
+        return running.feed(1) if running.goal >= len(running.order.prompt) else None
+
+    # ---- ending -----------------------------------------------------------------------------------------------------
 
     def end(self, sequence: int, finish: FinishReason, error: str = "") -> Tokens | None:
         """End a sequence; its slot is free, and idle unless the sequence failed. None if it had ended before."""
         running = self._running.pop(sequence, None)
         if running is None:
             return None
-        self._draining[sequence] = sum(running.in_flight)
-        order, choice = running.order, running.choice
-        self._prompts.remove(order.client, sequence)
+        if running.epoch is not None:
+            self._draining[sequence] = running.epoch, sum(running.in_flight)
+        self._prompts.remove(running.order.client, sequence)
         if finish != "error":
-            ids = (*order.prompt, *running.answer)[: running.back]
-            furthest, settled = max(choice.furthest, running.fed), running.fed == running.back
-            body = len(order.prompt) - TAIL
-            left = CachedPrefix(sequence, order.client, ids, furthest, settled, running.kept_snapshot, body)
-            self._idle.keep(choice.slot, left)
-        return Tokens(self._deployment, sequence, len(running.answer), (), finish, error, _reused(running))
+            self._idle.keep(running.choice.slot, running.left_behind())
+        return Tokens(self._deployment, sequence, len(running.answer), (), finish, error, running.reused)
 
     def forget(self, sequence: int) -> None:
         """Some stage let go of what an ended sequence left in its slot: no sequence may begin with it."""
@@ -231,15 +297,4 @@ class SourceSequences:
 
     def drained(self, sequence: int) -> None:
         """An ended sequence's RELEASE came back from the last stage: nothing of it is under way."""
-        self._under_way -= self._draining.pop(sequence, 0)
-
-    def reset(self) -> None:
-        """The links are new: nothing of ended sequences is under way, and the stages keep nothing in idle slots."""
-        for sequence in list(self._draining):
-            self.drained(sequence)
-        self._idle.clear()
-
-
-def _reused(running: _Running) -> int:
-    """Prompt tokens that the slot held already: told with the answer's first token only, else 0."""
-    return 0 if running.answer else running.choice.position
+        self._under_way -= self._draining.pop(sequence, (0, 0))[1]

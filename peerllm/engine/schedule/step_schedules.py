@@ -35,6 +35,10 @@ class NoBubble:
         """A sequence's next step may enter."""
         self._due.append(step)
 
+    def waits(self, sequence: int) -> bool:
+        """Whether the sequence's next step is due and has not entered."""
+        return any(step.sequence == sequence for step in self._due)
+
     def left(self, sequence: int) -> None:
         """The sequence's step is back, or the sequence has ended. Unknown sequences are ignored."""
         self._due = deque(step for step in self._due if step.sequence != sequence)

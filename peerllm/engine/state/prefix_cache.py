@@ -38,6 +38,7 @@ class SlotChoice:
     position: int = 0
     furthest: int = 0  # see CachedPrefix
     snapshot: int = 0  # the position of which the slot keeps a snapshot; 0: none
+    after: int = 0  # the ended sequence that left the first `position` tokens
     parting: int = 0  # where the prompt parts from an earlier one inside of that one's body: others may part there too
 
 
@@ -88,7 +89,7 @@ class PrefixCache:
         left, position = self._remains.pop(slot, None), spared.get(slot, 0)
         if left is None or not position:
             return SlotChoice(slot, parting=parting)
-        return SlotChoice(slot, position, left.furthest, left.snapshot, parting)
+        return SlotChoice(slot, position, left.furthest, left.snapshot, left.sequence, parting)
 
     def _start(self, remains: CachedPrefix, most: int) -> int:
         """The last position up to `most` where a sequence can take the slot up; 0: nowhere but afresh."""

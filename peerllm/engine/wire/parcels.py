@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from peerllm.errors import FrameError
 from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
 from peerllm.transport.frames.limits import FrameLimits, TensorLimit
 from peerllm.transport.frames.token_run import TokenRun
+from peerllm.transport.links.channels import STEP
 from peerllm.types import Sampling
 
 ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment
@@ -31,17 +32,33 @@ NO_TOKEN = -1  # in a TOKEN: the run passed the head, which was not to draw
 MAX_REASON_BYTES = 512
 
 DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
+_Entry = tuple[int, int, int, int, int]
+_ENTRY = struct.Struct("<Qqqqq")  # after, through, attempt, lacking, held
 _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A sequence begins in `slot`, with the first `position` tokens that an earlier one left there."""
+    """A sequence enters an epoch, in `slot`, after its first `position` tokens; it goes round to the source.
+
+    On the way each stage adds what it lacks of them.
+    """
 
     sequence: int
     slot: int
     sampling: Sampling
     position: int = 0
+    after: int = 0  # the ended sequence that left those tokens in the slot; 0: they are its own
+    through: int = -1  # only layers up to this one are asked; -1: all
+    attempt: int = 0  # counts what the source has sent of these
+    lacking: int = -1  # the last layer of the last shard that cannot go on from `position`; -1: there is none
+    held: int = 0  # where all shards can go on that cannot go on from `position`
+    answer: Sequence[int] = ()  # the answer so far, if the head counts its tokens and is not on the source
+
+    def lacks(self, layer: int, held: int) -> Opened:
+        """With a shard added, whose last layer is `layer` and which can go on from `held` only."""
+        least = held if self.lacking < 0 else min(held, self.held)
+        return replace(self, lacking=max(self.lacking, layer), held=least)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +82,10 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """Runs that passed the head, each with the token drawn after it; None after all but a prompt's last chunk."""
+    """Runs that passed the head, each with the token drawn after it; None after all but a prompt's last chunk.
+
+    Runs that are computed again pass the last layer that needs them instead, and then go round to the source as these.
+    """
 
     runs: Sequence[TokenRun]
     tokens: Sequence[int | None]
@@ -114,7 +134,7 @@ def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
     match parcel:
         case Opened(sequence, slot, sampling, position):
             kind, runs = FrameKind.OPEN, (TokenRun(sequence, slot, position, 0),)
-            tensors = _sampling_tensors(sampling)
+            tensors = (*_sampling_tensors(sampling), *_entry_tensors(parcel))
         case TokenBatch(given, rows, scales):
             kind, runs = FrameKind.ACTIVATION, tuple(given)
             tensors = (to_tensor("hidden", rows), *(() if scales is None else (to_tensor("scale", scales),)))
@@ -133,9 +153,12 @@ def from_frame(frame: Frame) -> list[Parcel]:
     """What a checked frame carries; FrameError where its values, not its shape, are wrong."""
     match frame.kind:
         case FrameKind.OPEN:
+            entries = _ENTRY.iter_unpack(_require(frame, "entry").data)
+            answer = frame.tensor("answer")
+            ids = () if answer is None else tuple(to_array(answer).tolist())
             return [
-                Opened(run.sequence, run.slot, _read_sampling(frame, row), run.position)
-                for row, run in enumerate(frame.runs)
+                Opened(run.sequence, run.slot, _read_sampling(frame, row), run.position, *cast(_Entry, entry), ids)
+                for row, (run, entry) in enumerate(zip(frame.runs, entries, strict=True))
             ]
         case FrameKind.ACTIVATION:
             hidden = _require(frame, "hidden")
@@ -168,20 +191,24 @@ def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
     tensors = {
         "hidden": TensorLimit(known, 2, hidden_size, per_token=True, required=True, kinds=(FrameKind.ACTIVATION,)),
         **scale,
-        "sampling": TensorLimit(("F64",), 2, 7, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
-        "seed": TensorLimit(("I64",), 1, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
+        "answer": TensorLimit(("I64",), 1, max_elements=spec.context, kinds=(FrameKind.OPEN,)),
     }
-    return _limits(spec, spec.stage, (FrameKind.OPEN, FrameKind.ACTIVATION, FrameKind.RELEASE), tensors)
+    return _limits(spec, spec.stage, tuple(STEP.kinds), tensors)
 
 
 def source_limits(spec: LoadStage) -> FrameLimits:
     """What the link from the head back to the source may carry."""
-    ids = TensorLimit(("I64",), 1, per_run=True, required=True, kinds=(FrameKind.TOKEN,))
-    return _limits(spec, spec.stages, (FrameKind.TOKEN, FrameKind.RELEASE), {"ids": ids})
+    return _limits(spec, spec.stages, (FrameKind.TOKEN, FrameKind.RELEASE, FrameKind.OPEN), {})
 
 
 def _limits(spec: LoadStage, stage: int, kinds: tuple[FrameKind, ...], tensors: dict[str, TensorLimit]) -> FrameLimits:
-    reason = TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,))
+    tensors = tensors | {
+        "sampling": TensorLimit(("F64",), 2, 7, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
+        "seed": TensorLimit(("I64",), 1, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
+        "entry": TensorLimit(("I64",), 2, 5, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
+        "ids": TensorLimit(("I64",), 1, per_run=True, required=True, kinds=(FrameKind.TOKEN,)),
+        "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
+    }
     return FrameLimits(
         deployment=spec.deployment,
         epoch=spec.epoch,
@@ -191,7 +218,7 @@ def _limits(spec: LoadStage, stage: int, kinds: tuple[FrameKind, ...], tensors: 
         slots=spec.slots,
         context=spec.context,
         max_tokens=max(spec.chunk, spec.micro_batch),
-        tensors={**tensors, "reason": reason},
+        tensors=tensors,
     )
 
 
@@ -201,6 +228,13 @@ def _sampling_tensors(sampling: Sampling) -> tuple[NamedTensor, ...]:
         NamedTensor.of("sampling", "F64", (1, 7), _SAMPLING.pack(*numbers)),
         NamedTensor.of("seed", "I64", (1,), struct.pack("<q", seed)),
     )
+
+
+def _entry_tensors(opened: Opened) -> list[NamedTensor]:
+    entry = _ENTRY.pack(opened.after, opened.through, opened.attempt, opened.lacking, opened.held)
+    ids = struct.pack(f"<{len(opened.answer)}q", *opened.answer)
+    answer = [NamedTensor.of("answer", "I64", (len(opened.answer),), ids)] if opened.answer else []
+    return [NamedTensor.of("entry", "I64", (1, 5), entry), *answer]
 
 
 def _read_sampling(frame: Frame, row: int) -> Sampling:

@@ -87,7 +87,8 @@ def _kind(code: int, limits: FrameLimits) -> FrameKind:
 def _runs(head: memoryview, count: int, kind: FrameKind, limits: FrameLimits) -> tuple[TokenRun, ...]:
     runs = []
     slots = set()
-    for sequence, slot, position, length, flags in RUN.iter_unpack(head[HEADER.size : HEADER.size + count * RUN.size]):
+    table = head[HEADER.size : HEADER.size + count * RUN.size]
+    for sequence, slot, position, length, flags, after in RUN.iter_unpack(table):
         if slot >= limits.slots:
             raise FrameRefused(Rule.SLOT, f"{slot} of {limits.slots}")
         if slot in slots:
@@ -99,7 +100,8 @@ def _runs(head: memoryview, count: int, kind: FrameKind, limits: FrameLimits) ->
         if flags & ~(SAMPLE | SNAPSHOT):
             raise FrameRefused(Rule.FLAGS, f"{flags:#x}")
         slots.add(slot)
-        runs.append(TokenRun(sequence, slot, position, length, bool(flags & SAMPLE), bool(flags & SNAPSHOT)))
+        sample, snapshot = bool(flags & SAMPLE), bool(flags & SNAPSHOT)
+        runs.append(TokenRun(sequence, slot, position, length, sample, snapshot, after - 1))
     return tuple(runs)
 
 

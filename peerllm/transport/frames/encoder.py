@@ -28,7 +28,7 @@ def _head(frame: Frame) -> bytes:
     table = bytearray()
     for run in frame.runs:
         flags = SAMPLE * run.sample | SNAPSHOT * run.snapshot
-        table += RUN.pack(run.sequence, run.slot, run.position, run.length, flags)
+        table += RUN.pack(run.sequence, run.slot, run.position, run.length, flags, run.through + 1)
     for tensor in frame.tensors:
         name = tensor.name.encode("ascii")
         table += TENSOR.pack(len(name), DTYPE_CODES[tensor.dtype], len(tensor.shape), 0)

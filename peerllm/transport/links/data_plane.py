@@ -27,7 +27,7 @@ PATH = re.compile(r"/(data|state)/([0-9a-f]{32})/([0-9]{1,10})/([0-9]{1,5})")  #
 MAX_EXPECTED = 1024  # links this device expects at once; a plan has no more stages
 MAX_TIMED = 64  # timings of one echo that wait to be read
 
-OnLost = Callable[[DeploymentId, DeviceId, str], None]
+OnLost = Callable[[Link], None]
 # Deployment, epoch, stage; and the sender, if it brings slots' state, which several may.
 Key = tuple[DeploymentId, int, int] | tuple[DeploymentId, int, int, DeviceId]
 ECHO_KEY: Key = (NOBODY, 0, 0)
@@ -36,8 +36,8 @@ ECHO_KEY: Key = (NOBODY, 0, 0)
 class DataPlane:
     """Serves and dials `/data/{deployment}/{epoch}/{stage}`. All methods are for the loop it was started on.
 
-    `on_lost` (on the loop; deployment, device, reason) tells of each link that broke, either way; of none that either
-    side ended on purpose. What is expected has one connection: a new one of the same sender takes the old one's place.
+    `on_lost` (on the loop) tells of each link that broke, either way, and why (`lost`); of none that either side ended
+    on purpose. What is expected has one connection: a new one of the same sender takes the old one's place.
     `/state/...` brings a stage sequences' state, from several senders; nobody is told of how those links end.
     `on_echo` gets the frames with which others time their links to here (`echo`); `observer` hears of all others.
     """
@@ -53,7 +53,7 @@ class DataPlane:
     ) -> None:
         self._identity = identity
         self._observer = observer
-        self._on_lost = on_lost or (lambda deployment, device, reason: None)
+        self._on_lost = on_lost or (lambda link: None)
         self._on_echo = on_echo or (lambda delivery: delivery.taken())
         self._expected: dict[Key, tuple[DeviceId, Sequence[Inlet]]] = {}
         self._accepted: dict[Key | DeviceId, Link] = {}  # by what they were expected for; echoes by device
@@ -75,7 +75,7 @@ class DataPlane:
 
     async def close(self) -> None:
         """End every link, tell of none, stop listening."""
-        self._on_lost = lambda deployment, device, reason: None
+        self._on_lost = lambda link: None
         self._expected.clear()
         links = list(self._links)
         for link in links:
@@ -106,11 +106,15 @@ class DataPlane:
             raise BadInputError(f"this device already expects {MAX_EXPECTED} links")
         self._expected[key] = (sender, inlets)
 
-    async def forget(self, deployment: DeploymentId, epoch: int | None = None) -> None:
-        """End the links of a deployment (of one epoch only, if given), both ways; none is reported lost."""
+    async def forget(self, deployment: DeploymentId, epoch: int | None = None, only: bool = False) -> None:
+        """End the links of a deployment, both ways; none is reported lost.
+
+        `epoch`: those of epochs up to that one, or of that one alone.
+        """
 
         def named(key_deployment: DeploymentId, key_epoch: int) -> bool:
-            return key_deployment == deployment and epoch in (None, key_epoch)
+            over = epoch is None or (key_epoch == epoch if only else key_epoch <= epoch)
+            return key_deployment == deployment and over
 
         for key in [key for key in self._expected if named(*key[:2])]:
             del self._expected[key]
@@ -208,4 +212,4 @@ class DataPlane:
 
     def _ended(self, link: Link) -> None:
         if link.lost and link.deployment != NOBODY:
-            self._on_lost(link.deployment, link.device, link.lost)
+            self._on_lost(link)

@@ -14,6 +14,7 @@ import pytest
 
 from peerllm.engine.base import Draw, Tensor
 from peerllm.engine.messages import (
+    Cancel,
     Connect,
     Done,
     EngineLoad,
@@ -23,6 +24,7 @@ from peerllm.engine.messages import (
     LoadStage,
     QueryLoad,
     Submit,
+    Switch,
     Tokens,
     Trust,
     Trusted,
@@ -33,8 +35,10 @@ from peerllm.engine.process.data_links import DataLinks
 from peerllm.engine.process.recorder import Recorder
 from peerllm.engine.sampler import SeededSampler
 from peerllm.engine.schedule.batching import Scheduler
+from peerllm.engine.schedule.epoch_ring import StageKey
+from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import LoadedStage
-from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
+from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.schedule.source_sequences import SourceSequences
 from peerllm.engine.wire.parcels import Opened, Released, TokenBatch, from_frame, to_frame
 from peerllm.errors import EngineError, LinkError
@@ -158,7 +162,7 @@ class Outlet:
 
 @pytest.mark.parametrize(("what", "lost"), [(TokenBatch, False), (TokenBatch | Released, True), (Opened, True)])
 def test_what_cannot_be_sent_ends_its_sequence(what: Any, lost: bool) -> None:
-    """Where not even the release can be sent, the link counts as lost, and the daemon hears of it."""
+    """Where not even the release can be sent, the link counts as lost: the daemon hears of it, and sequences wait."""
     told: list[Any] = []
     heard = threading.Condition()
 
@@ -177,16 +181,24 @@ def test_what_cannot_be_sent_ends_its_sequence(what: Any, lost: bool) -> None:
     outlet = Outlet(lambda parcel: isinstance(parcel, what))
     died: list[BaseException | None] = []
     compute = Compute(FakeBackend(), tell, Recorder())
-    outlet.round = lambda parcel: compute._deployments[DEPLOYMENT].arrived(2, [parcel])
+    outlet.round = lambda parcel: compute._deployments[DEPLOYMENT].arrived(1, 2, [parcel])
     thread = start(compute, died.append)
     spec = stage(1, stages=2, downstream=Hop(PEER, (), 1, 1), head_device=PEER)
-    compute.inbox.put(Loaded(spec, FakeShard(FakeBackend(), spec)))
+    compute.inbox.put(loaded(spec))
     compute.inbox.put(Linked(2, DEPLOYMENT, 1, {0: outlet}))  # type: ignore[dict-item]
     for sequence in (1, 2):
         compute.inbox.put(Submit(DEPLOYMENT, sequence, (1,), 5, (), Sampling()))
+        if lost:
+            continue
         until(lambda sequence=sequence: ended(sequence))
         end = ended(sequence)
         assert end is not None and end.finish == "error" and "\n" not in end.error
+    if lost:
+        until(lambda: any(isinstance(m, LinkLost) for m in told))
+        for sequence in (1, 2):
+            compute.inbox.put(Cancel(DEPLOYMENT, sequence))
+            until(lambda sequence=sequence: ended(sequence))
+            assert ended(sequence).finish == "cancelled"
     compute.inbox.put(QueryLoad(3))
     until(lambda: any(isinstance(m, EngineLoad) for m in told))
     assert next(m for m in told if isinstance(m, EngineLoad)).stages == ((DEPLOYMENT, 0, 0),)
@@ -194,6 +206,11 @@ def test_what_cannot_be_sent_ends_its_sequence(what: Any, lost: bool) -> None:
     compute.inbox.close()
     thread.join(TOLD_S)
     assert died == [None]
+
+
+def loaded(spec: LoadStage) -> Loaded:
+    held = HeldShard.of(spec, FakeShard(FakeBackend(), spec))
+    return Loaded(spec, (held,), (held,))
 
 
 class Cut(Outlet):
@@ -210,35 +227,44 @@ def here(told: list[Any], *indexes: int, stages: int) -> tuple[LocalDeployment, 
         stage(1, stage=index, stages=stages, downstream=None if index + 1 in indexes else Hop(PEER, (), 1, index + 1))
         for index in indexes
     ]
-    deployment = LocalDeployment(specs[0], schedule, told.append)
+    deployment = LocalDeployment(DEPLOYMENT, schedule, told.append)
     for spec in specs:
-        deployment.loaded(LoadedStage(spec, FakeShard(FakeBackend(), spec), lambda logits, draws: []))
+        held = HeldShard.of(spec, FakeShard(FakeBackend(), spec))
+        deployment.loaded(LoadedStage(spec, [held], lambda logits, draws: []))
     return deployment, schedule
 
 
-def test_nothing_is_queued_of_sequences_that_ended_while_their_batch_was_taken_in() -> None:
-    """One run of the batch is refused, the link is found cut, and that ends every sequence of the source."""
+def test_what_is_under_way_when_a_link_is_found_cut_counts_no_more() -> None:
+    """One run of a batch does not follow, its release finds the link cut: sequences wait for new links, and go on."""
     told: list[Any] = []
     deployment, schedule = here(told, 0, 1, stages=3)
     outlet = Outlet()
-    deployment.linked({1: outlet})  # type: ignore[dict-item]
+    deployment.linked(1, {1: outlet})  # type: ignore[dict-item]
     for sequence in (1, 2):
         deployment.submit(Submit(DEPLOYMENT, sequence, (1,), 5, (), Sampling()))
     slots = {parcel.sequence: parcel.slot for parcel in outlet.sent}
-    deployment.linked({1: Cut()})  # type: ignore[dict-item]
+    deployment.rings[1].linked({1: Cut()})  # type: ignore[dict-item]
     runs = [TokenRun(1, slots[1], 0, 1, True), TokenRun(2, slots[2], 9, 1, True)]
-    deployment.arrived(1, [TokenBatch(runs, np.zeros((2, 4), np.float32))])
-    assert {m.sequence for m in told if isinstance(m, Tokens) and m.finish == "error"} == {1, 2}
-    assert schedule.next() is None
+    deployment.arrived(1, 1, [TokenBatch(runs, np.zeros((2, 4), np.float32))])
+    assert [type(m) for m in told] == [LinkLost] and told[0].epoch == 1
+    source = deployment.feed.sequences
+    assert source.running == (1, 2) and not source.prompts_under_way
+    outlet.sent.clear()
+    deployment.linked(1, {1: outlet})  # type: ignore[dict-item]
+    assert [(type(parcel), parcel.sequence, parcel.position) for parcel in outlet.sent] == [
+        (Opened, 1, 0),
+        (Opened, 2, 0),
+    ]
+    assert schedule.waiting((DEPLOYMENT, 1, 0)) == 2 and schedule.waiting((DEPLOYMENT, 1, 1)) == 0
 
 
 def test_a_link_that_is_lost_again_is_told_again() -> None:
     told: list[Any] = []
     deployment, _ = here(told, 1, stages=3)
     for _ in range(2):
-        deployment.linked({1: Cut()})  # type: ignore[dict-item]
+        deployment.linked(1, {1: Cut()})  # type: ignore[dict-item]
         for _ in range(2):
-            deployment.arrived(1, [Released(1, 0)])
+            deployment.arrived(1, 1, [Released(1, 0)])
     assert [m.device for m in told if isinstance(m, LinkLost)] == [PEER, PEER]
 
 
@@ -248,8 +274,9 @@ def test_events_of_a_past_epoch_change_nothing() -> None:
     hop = Hop(PEER, (), 1, 1)
     for epoch in (1, 2):
         spec = stage(epoch, epoch=epoch, stages=2, downstream=hop, head_device=PEER)
-        compute._handle(Loaded(spec, FakeShard(FakeBackend(), spec)))
-    compute._handle(Linked(3, DEPLOYMENT, 2, {0: Outlet()}))  # type: ignore[dict-item]
+        compute._handle(loaded(spec))
+        compute._handle(Linked(3, DEPLOYMENT, epoch, {0: Outlet()}))  # type: ignore[dict-item]
+    compute._handle(Switch(3, DEPLOYMENT, 2))
     compute._handle(Submit(DEPLOYMENT, 1, (1,), 5, (), Sampling()))
 
     def events(epoch: int) -> list[Event]:
@@ -261,6 +288,11 @@ def test_events_of_a_past_epoch_change_nothing() -> None:
             Linked(epoch, DEPLOYMENT, epoch, {}),
         ]
 
+    told.clear()
+    for event in events(1):
+        compute._handle(event)
+    assert told == ["handled", LinkLost(DEPLOYMENT, PEER, "gone", 1), Done(1)], "the sequence runs in the other"
+    compute._handle(Unload(5, DEPLOYMENT, 1))
     told.clear()
     for event in events(1):
         compute._handle(event)
@@ -341,19 +373,19 @@ def test_a_stage_lets_the_window_and_a_step_a_slot_wait_and_not_a_token_more() -
     most = 2 * 3 * 8 + 4  # chunks under way, and a step for each slot
     deployment, schedule = here([], 1, stages=3)
     outlet = Outlet()
-    deployment.linked({1: outlet})  # type: ignore[dict-item]
+    deployment.linked(1, {1: outlet})  # type: ignore[dict-item]
 
     def comes(slot: int, position: int, length: int) -> None:
         rows = np.zeros((length, 4), np.float32)
-        deployment.arrived(1, [TokenBatch([in_slot(slot, position, length)], rows)])
+        deployment.arrived(1, 1, [TokenBatch([in_slot(slot, position, length)], rows)])
 
     for slot in (1, 2):
-        deployment.arrived(1, [Opened(slot, slot, Sampling())])
+        deployment.arrived(1, 1, [Opened(slot, slot, Sampling())])
     comes(1, 0, most - 1)
     comes(2, 0, 2)
     assert isinstance(outlet.sent[-1], Released) and f"more than {most} tokens wait" in outlet.sent[-1].reason
-    assert schedule.waiting((DEPLOYMENT, 1)) == most - 1
+    assert schedule.waiting((DEPLOYMENT, 1, 1)) == most - 1
     comes(1, most - 1, 1)
-    assert len(outlet.sent) == 3 and schedule.waiting((DEPLOYMENT, 1)) == most, "so many may wait"
+    assert len(outlet.sent) == 3 and schedule.waiting((DEPLOYMENT, 1, 1)) == most, "so many may wait"
     comes(1, most, 1)
-    assert outlet.sent[-1].sequence == 1 and schedule.waiting((DEPLOYMENT, 1)) == 0
+    assert outlet.sent[-1].sequence == 1 and schedule.waiting((DEPLOYMENT, 1, 1)) == 0

@@ -22,7 +22,7 @@ def test_a_load_that_ends_before_put_returns_was_wanted(monkeypatch: pytest.Monk
             failures.append(message)
             ended.set()
 
-    def finished(spec: Any, shard: Any) -> None:
+    def finished(spec: Any, chain: Any, fresh: Any) -> None:
         loader.take_over(spec)
         ended.set()
 

@@ -165,4 +165,4 @@ def test_a_cancelled_sequence_holds_nobody_up(schedule: ScheduleName) -> None:
     world.run()
     assert {world.ends[sequence].finish for sequence in (0, 1, 2, 3)} == {"cancelled"}
     assert [len(world.tokens[sequence]) for sequence in (4, 5)] == [30, 30]
-    assert not any(len(stage.slots) for device in world.devices for stage in device.deployment.stages.values())
+    assert not any(one.in_use for device in world.devices for one in device.deployment.rings[1].stages.values())

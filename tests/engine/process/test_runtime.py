@@ -24,6 +24,7 @@ from peerllm.engine.messages import (
     Measure,
     Measured,
     QueryLoad,
+    Switch,
     TimeLayers,
     Tokens,
     Trust,
@@ -194,7 +195,7 @@ async def test_a_daemon_that_does_not_read_counts_as_gone(monkeypatch: pytest.Mo
     await running.close()
 
 
-async def test_a_later_epoch_ends_the_links_of_the_one_before(tmp_path: Path) -> None:
+async def test_epochs_have_links_of_their_own_until_they_are_unloaded(tmp_path: Path) -> None:
     peer = load_or_create(tmp_path / "peer")
     plane = DataPlane(peer, ("127.0.0.1",), 0)
     await plane.start()
@@ -216,12 +217,14 @@ async def test_a_later_epoch_ends_the_links_of_the_one_before(tmp_path: Path) ->
             assert isinstance(await load(1), Done)
             before = await dial(1)
             assert isinstance(await load(2), Done)
+            now = await dial(2)
+            assert not before.closed and not now.closed
+            assert isinstance(await line.ask(Unload(line.request(), DEPLOYMENT, 1)), Done)
             await asyncio.wait_for(before.wait_closed(), 20)
             with pytest.raises(LinkError):
                 await dial(1)
             refused = await load(1)
             assert isinstance(refused, Failed) and "is past" in refused.reason
-            now = await dial(2)
             assert not now.closed
             now.close()
             await now.wait_closed()
@@ -298,21 +301,30 @@ async def test_a_long_prompt_is_served_beside_an_endless_answer(tmp_path: Path) 
         await line.until(lambda m: isinstance(m, Tokens) and m.finish == "length" and m.sequence == 1)
 
 
-async def test_a_later_epoch_takes_over_and_an_earlier_one_is_refused(tmp_path: Path) -> None:
+async def test_a_later_epoch_uses_what_is_loaded_and_takes_the_answers_over(tmp_path: Path) -> None:
     backend = FakeBackend()
     async with engine(tmp_path, backend) as line:
         await line.ask(stage(line.request(), epoch=2))
-        line.submit(1, [1], 900_000)
+        line.submit(1, [1], 400)
         await line.until(lambda m: isinstance(m, Tokens))
         assert (await line.ask(stage(line.request(), epoch=1))).kind == "RefusedError"
         assert (await line.ask(stage(line.request(), epoch=2))).kind == "RefusedError"
         assert isinstance(await line.ask(stage(line.request(), epoch=3)), Done)
-        assert (await line.finished(1))[1].finish == "error"
-        assert [shard.closed for shard in backend.shards] == [True, True, True, False]
-        assert (await line.ask(Connect(line.request(), DEPLOYMENT, 2))).kind == "RefusedError"
+        assert isinstance(await line.ask(Connect(line.request(), DEPLOYMENT, 2)), Done)
         assert isinstance(await line.ask(Connect(line.request(), DEPLOYMENT, 3)), Done)
+        assert (await line.ask(Switch(line.request(), DEPLOYMENT, 4))).kind == "RefusedError"
+        assert (await line.ask(Switch(line.request(), OTHER, 3))).kind == "RefusedError"
+        assert isinstance(await line.ask(Switch(line.request(), DEPLOYMENT, 3)), Done)
+        assert isinstance(await line.ask(Unload(line.request(), DEPLOYMENT, 2)), Done)
+        assert (await line.ask(Connect(line.request(), DEPLOYMENT, 2))).kind == "RefusedError"
+        ids, end = await line.finished(1)
+        assert ids == expected([1], 400) and end.finish == "length"
+        held = await line.ask(QueryLoad(line.request()))
+        assert len(backend.shards) == 1 and held.held_bytes == {DEPLOYMENT: 1100} and held.replayed_tokens == 0
         line.submit(2, [7], 5)
         assert (await line.finished(2))[0] == expected([7], 5)
+        assert isinstance(await line.ask(Unload(line.request(), DEPLOYMENT, 3)), Done)
+        assert backend.shards[0].closed
 
 
 async def test_other_questions(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from peerllm.engine.messages import Submit
 from peerllm.engine.process.data_links import most_under_way
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.schedule.batching import STEPS_PER_CHUNK, Scheduler
+from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import MEASURED_SIZES, LoadedStage
 from peerllm.engine.schedule.source_sequences import MAX_DRAINING, SourceSequences, window_tokens
 from peerllm.engine.state.slot_table import SlotTable
@@ -183,7 +184,7 @@ def test_a_long_prompt_in_small_chunks_leaves_room_for_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("position", "length", "token"), [(4, 4, None), (0, 3, None), (0, 4, 7), (0, 0, None), (-1, 4, None), (0, 8, None)]
+    ("position", "length", "token"), [(4, 4, None), (0, 3, None), (0, 4, 7), (0, 0, None), (0, 8, None)]
 )
 def test_a_run_that_is_not_due_is_refused(position: int, length: int, token: int | None) -> None:
     sequences = SourceSequences(DEPLOYMENT, slots=1, context=1000, chunk=4, stages=2, vocabulary=VOCABULARY)
@@ -193,14 +194,13 @@ def test_a_run_that_is_not_due_is_refused(position: int, length: int, token: int
         sequences.came_back(run(1, length, position), token)
 
 
-def test_a_doubled_token_is_refused() -> None:
+def test_a_doubled_token_is_dropped() -> None:
     sequences = SourceSequences(DEPLOYMENT, slots=1, context=1000, chunk=4, stages=2, vocabulary=VOCABULARY)
     sequences.submit(submit(1, 2))
     sequences.feed()
     step, _ = sequences.came_back(run(1, 2, 0), 9)
     assert step is not None and (step.position, step.sample) == (2, True) and sequences.ids([step]).tolist() == [9]
-    with pytest.raises(FrameError):
-        sequences.came_back(run(1, 2, 0), 9)
+    assert sequences.is_late(run(1, 2, 0)) and sequences.came_back(run(1, 2, 0), 9) == (None, None)
     with pytest.raises(FrameError):
         sequences.came_back(run(1, 1, 2), None)
     assert sequences.came_back(run(1, 1, 2), 8)[0] is not None
@@ -252,7 +252,7 @@ def test_numbers_and_slots_in_use_are_refused() -> None:
     sequences.end(2, "cancelled")
     with pytest.raises(OverloadedError, match="leaving"):
         sequences.submit(submit(9999, 3))
-    sequences.reset()
+    sequences.leave_behind(0)
     assert sequences.submit(submit(9999, 3)) == 1
 
 
@@ -297,18 +297,21 @@ def test_random_lives_never_exceed_the_window_or_lose_a_token() -> None:
 
 def test_slots() -> None:
     slots = SlotTable(2, 10)
-    slots.open(1, 0)
-    for bad in ((1, 1), (2, 0), (2, 2), (2, -1)):
+    assert slots.enter(1, 0) == 0
+    for missing in (2, -1):
         with pytest.raises(FrameError):
-            slots.open(*bad)
-    slots.extend(TokenRun(1, 0, 0, 4))
-    for bad in ((1, 0, 0, 4), (1, 1, 4, 1), (1, 0, 5, 1), (1, 0, 4, 7), (1, 0, 4, 0)):
+            slots.enter(2, missing)
+    assert slots.extend(TokenRun(1, 0, 0, 4))
+    for bad in ((1, 1, 4, 1), (1, 0, 5, 1), (1, 0, 4, 7), (1, 0, 4, 0)):
         with pytest.raises(FrameError):
             slots.extend(TokenRun(*bad))
-    slots.extend(TokenRun(1, 0, 4, 6))
-    assert slots.release(1) == 0 and slots.release(1) is None
-    slots.open(2, 0)
-    slots.extend(TokenRun(2, 0, 0, 1))
+    late = (1, 0, 0, 4), (2, 0, 4, 1), (2, 1, 0, 1)
+    assert not any(slots.extend(TokenRun(*one)) for one in late), "it came twice, or of nobody"
+    assert not slots.extend(TokenRun(1, 0, 4, 6), epoch=1), "of another epoch"
+    assert slots.extend(TokenRun(1, 0, 4, 6))
+    assert slots.release(1, epoch=1) is None and slots.release(1) == 0 and slots.release(1) is None
+    assert slots.enter(2, 0) == 0
+    assert slots.extend(TokenRun(2, 0, 0, 1))
 
 
 def test_the_inbox_is_bounded_and_ends() -> None:
@@ -390,7 +393,7 @@ def test_of_a_plans_stages_on_one_device_the_earlier_steps_first() -> None:
 
 def test_a_stage_tells_how_long_steps_take_and_how_far_that_varies() -> None:
     spec = stage(1)
-    one = LoadedStage(spec, FakeShard(FakeBackend(), spec), lambda logits, draws: [])
+    one = LoadedStage(spec, [HeldShard.of(spec, FakeShard(FakeBackend(), spec))], lambda logits, draws: [])
     step = [TokenRun(1, 0, 0, 1, True)]
     for seconds in (0.002, 0.004) * 40:
         one.paced(step, seconds)
@@ -401,7 +404,7 @@ def test_a_stage_tells_how_long_steps_take_and_how_far_that_varies() -> None:
 
 def test_a_stage_tells_of_the_sizes_of_batches_that_it_met_last() -> None:
     spec = stage(1)
-    one = LoadedStage(spec, FakeShard(FakeBackend(), spec), lambda logits, draws: [])
+    one = LoadedStage(spec, [HeldShard.of(spec, FakeShard(FakeBackend(), spec))], lambda logits, draws: [])
 
     def paced(size: int) -> None:
         one.paced([run(number) for number in range(size)], size / 1000)
@@ -422,7 +425,7 @@ def test_a_head_draws_for_the_position_after_a_run_and_forgets_a_released_answer
         drawn.extend((draw.position, list(draw.answer)) for draw in draws)
         return [7] * len(draws)
 
-    one = LoadedStage(spec, FakeShard(FakeBackend(), spec), sampler)
+    one = LoadedStage(spec, [HeldShard.of(spec, FakeShard(FakeBackend(), spec))], sampler)
     one.open(Opened(3, 3, Sampling()))
     for batch in (batch_of(run(3, 5, 0)), batch_of(run(3, 1, 5))):
         result, failed = one.compute(batch)

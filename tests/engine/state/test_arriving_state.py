@@ -31,13 +31,16 @@ from tests.engine.runs import in_slot
 
 SLOTS, CONTEXT, SLACK, HEAD = 3, 60, 4, 5
 # Keys and values of all tokens and of a window; rounded to 16 bits; latent vectors.
-FAST = [("ministral", "torch"), ("ministral", "graph"), ("ministral", "int8"), ("deepseek_v3", "graph")]
+FAST = [("ministral", "torch"), ("ministral", "graph")]
 # Convolutions and recurrent states, beside attention or alone.
 RECURRENT = [
     ("lfm2", "graph"), ("qwen3_next", "graph"), ("qwen3_next", "int8"),
     pytest.param("granitemoehybrid", "graph", marks=pytest.mark.slow),
 ]  # fmt: skip
-SLOW = [("llama", "torch"), ("mistral", "torch"), ("deepseek_v3", "torch"), ("llama", "graph"), ("mistral", "graph")]
+SLOW = [
+    ("llama", "torch"), ("mistral", "torch"), ("deepseek_v3", "torch"), ("llama", "graph"), ("mistral", "graph"),
+    ("ministral", "int8"), ("deepseek_v3", "graph"),
+]  # fmt: skip
 KINDS = [*FAST, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in SLOW)]
 
 

@@ -12,7 +12,7 @@ import pytest_asyncio
 import torch
 
 from peerllm.engine import base
-from peerllm.engine.schedule import source_sequences
+from peerllm.engine.schedule import running_sequence
 from peerllm.types import Sampling
 from tests.engine.architectures import FAMILIES, VOCABULARY, save, tiny_model
 from tests.engine.engines import GREEDY, Cut, Deployed, Device, deploy, devices
@@ -84,8 +84,8 @@ async def test_a_conversation_says_what_the_whole_model_says(
     model_type: str, made: list[Device], models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "ROLLBACK_TOKENS", SLACK)
-    monkeypatch.setattr(source_sequences, "TAIL", TAIL)
-    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 4)
+    monkeypatch.setattr(running_sequence, "TAIL", TAIL)
+    monkeypatch.setattr(running_sequence, "LEAST_BEFORE_SNAPSHOT", 4)
     most = GOES_BACK[model_type]
     directory, model = models(model_type)
     deployed = await deploy(made, directory, CUT, chunk=7)

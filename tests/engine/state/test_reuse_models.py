@@ -16,8 +16,9 @@ from peerllm.engine import base
 from peerllm.engine.base import Shard
 from peerllm.engine.messages import Submit, Tokens
 from peerllm.engine.sampler import SeededSampler
-from peerllm.engine.schedule import source_sequences
+from peerllm.engine.schedule import running_sequence
 from peerllm.engine.schedule.batching import Scheduler
+from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.types import Sampling
@@ -53,9 +54,9 @@ class Household:
             stage(1, stage=place, stages=len(stages), slots=SLOTS, context=CONTEXT, chunk=7, downstream=None)
             for place in range(len(stages))
         ]
-        self.deployment = LocalDeployment(specs[0], self._schedule, self.told.append)  # type: ignore[arg-type]
+        self.deployment = LocalDeployment(DEPLOYMENT, self._schedule, self.told.append)  # type: ignore[arg-type]
         for spec, shard in zip(specs, stages, strict=True):
-            self.deployment.loaded(LoadedStage(spec, shard, SeededSampler()))
+            self.deployment.loaded(LoadedStage(spec, [HeldShard.of(spec, shard)], SeededSampler()))
         self._sequence = 0
 
     def submit(self, client: str, prompt: Sequence[int], count: int) -> int:
@@ -66,8 +67,8 @@ class Household:
 
     def settle(self) -> None:
         while (batch := self._schedule.next()) is not None:
-            (_, place), runs = batch
-            self.deployment.computed(place, *self.deployment.stages[place].compute(runs))
+            (_, _, place), runs = batch
+            self.deployment.rings[1].computed(place, *self.deployment.rings[1].stages[place].compute(runs))
 
     def answer(self, sequence: int) -> tuple[list[int], int]:
         """(its ids, how many of the prompt's tokens were reused)"""
@@ -97,8 +98,8 @@ TURN = st.tuples(
 @pytest.mark.parametrize(("model_type", "engine"), MODELS)
 def test_answers_are_those_of_a_fresh_run(model_type: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "ROLLBACK_TOKENS", 4)
-    monkeypatch.setattr(source_sequences, "TAIL", 2)
-    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    monkeypatch.setattr(running_sequence, "TAIL", 2)
+    monkeypatch.setattr(running_sequence, "LEAST_BEFORE_SNAPSHOT", 3)
     whole, reused_tokens = load(model_type, engine), 0
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)

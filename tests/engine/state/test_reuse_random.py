@@ -21,8 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from peerllm.engine import base
 from peerllm.engine.base import Reach, Tensor
 from peerllm.engine.messages import Hop, Submit, Tokens
-from peerllm.engine.schedule import source_sequences
+from peerllm.engine.schedule import running_sequence
 from peerllm.engine.schedule.batching import Scheduler
+from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.state.kv_cache import slot_caches
@@ -175,10 +176,20 @@ class Plan:
         self.limits = []
         for place in range(STAGES):
             hop = Hop("d" * 64, (), 1, place + 1)
-            spec = stage(1, stage=place, stages=STAGES, slots=slots, context=CONTEXT, chunk=CHUNK, downstream=hop)
-            self.deployments.append(LocalDeployment(spec, self.schedules[place], self._hear))
+            spec = stage(
+                1,
+                stage=place,
+                stages=STAGES,
+                first_layer=place,
+                last_layer=place,
+                slots=slots,
+                context=CONTEXT,
+                chunk=CHUNK,
+                downstream=hop,
+            )
+            self.deployments.append(LocalDeployment(DEPLOYMENT, self.schedules[place], self._hear))
             self.shards.append(Adder(kind, slots, place == STAGES - 1))
-            self.deployments[place].loaded(LoadedStage(spec, self.shards[place], _greedy))
+            self.deployments[place].loaded(LoadedStage(spec, [HeldShard.of(spec, self.shards[place])], _greedy))
             self.limits.append(stage_limits(spec, 1) if place else source_limits(spec))
         self.link()
 
@@ -189,25 +200,25 @@ class Plan:
     def link(self) -> None:
         self.wires = [Wire() for _ in range(STAGES)]  # by the stage that sends
         for place, deployment in enumerate(self.deployments):
-            deployment.linked({place: self.wires[place]})
+            deployment.linked(1, {place: self.wires[place]})
 
     def deliver(self, sender: int) -> None:
         receiver = (sender + 1) % STAGES
         frame = decode(self.wires[sender].frames.popleft(), self.limits[receiver])
-        self.deployments[receiver].arrived(sender + 1, from_frame(frame))
+        self.deployments[receiver].arrived(1, sender + 1, from_frame(frame))
 
     def compute(self, place: int) -> None:
         batch = self.schedules[place].next()
         assert batch is not None
         deployment = self.deployments[place]
         try:
-            deployment.computed(place, *deployment.stages[place].compute(batch[1]))
+            deployment.rings[1].computed(place, *deployment.rings[1].stages[place].compute(batch[1]))
         except EngineError as error:
             for run in batch[1].runs:
-                deployment.fail(place, run, str(error))
+                deployment.rings[1].fail(place, run, str(error))
 
     def waiting(self, place: int) -> int:
-        return self.schedules[place].waiting((DEPLOYMENT, place))
+        return self.schedules[place].waiting((DEPLOYMENT, 1, place))
 
     def settle(self) -> None:
         while any(wire.frames for wire in self.wires) or any(self.waiting(place) for place in range(STAGES)):
@@ -233,10 +244,10 @@ class Household(RuleBasedStateMachine):
     def begin(self, kind: str, slots: int, faults: bool) -> None:
         self._patched = pytest.MonkeyPatch()
         self._patched.setattr(base, "ROLLBACK_TOKENS", SLACK)
-        self._patched.setattr(source_sequences, "TAIL", 2)
-        self._patched.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 2)
+        self._patched.setattr(running_sequence, "TAIL", 2)
+        self._patched.setattr(running_sequence, "LEAST_BEFORE_SNAPSHOT", 2)
         self.plan, self.slots, self.faults = Plan(kind, slots), slots, faults
-        self.source = self.plan.deployments[0]._source
+        self.source = self.plan.deployments[0].feed.sequences
         self.orders: dict[int, Submit] = {}
         self.went_wrong = False
 
@@ -247,10 +258,10 @@ class Household(RuleBasedStateMachine):
         for number in self.orders:
             self.check(number, settled=True)
         for place, deployment in enumerate(self.plan.deployments):
-            kept = deployment.stages[place].slots._idle
-            assert len(deployment.stages[place].slots) == 0
+            held = deployment.rings[1].stages[place].chain[0].slots
+            assert held.in_use(1) == 0
             for slot, remains in self.source._idle._remains.items():
-                assert self.went_wrong or kept[slot] == len(remains.ids)
+                assert self.went_wrong or held.kept(slot) == len(remains.ids)
         self._patched.undo()
 
     def answer(self, number: int) -> tuple[list[int], Tokens | None]:
@@ -332,11 +343,10 @@ class Household(RuleBasedStateMachine):
         self.went_wrong = True
         self.plan.wires[place].cut = True
         self.plan.wires[place].frames.clear()
-        self.plan.deployments[place].lost("d" * 64, None, "cut")
-        self.plan.deployments[(place + 1) % STAGES].lost("d" * 64, (place + 1) % STAGES, "cut")
+        self.plan.deployments[place].rings[1].lost("d" * 64, None, "cut")
+        self.plan.deployments[(place + 1) % STAGES].rings[1].lost("d" * 64, (place + 1) % STAGES, "cut")
         self.plan.settle()
         self.plan.link()
-        assert not self.source._idle._remains
 
     @invariant()
     def every_slot_has_one_holder(self) -> None:
@@ -421,45 +431,44 @@ def test_another_conversation_with_the_same_beginning_leaves_a_long_one_alone() 
 def opened(plan: Plan, *parcels: Any) -> list[Any]:
     """What stage 1 sends on after these have come from the source's engine, as frames."""
     for parcel in parcels:
-        plan.deployments[1].arrived(1, [parcel])
+        plan.deployments[1].arrived(1, 1, [parcel])
     frames, plan.wires[1].frames = plan.wires[1].frames, deque()
     return [came for raw in frames for came in from_frame(decode(raw, plan.limits[2]))]
 
 
 @pytest.mark.parametrize(
-    ("slot", "position", "why"),
+    ("slot", "position", "after", "held"),
     [
-        (1, 4, "keeps 3 tokens"),  # more than is there
-        (0, 1, "taken"),  # of a running sequence
-        (2, 1, "keeps 0 tokens"),  # of nobody
-        (3, 1, "does not exist"),
-        (1, -1, "begins at -1"),
+        (1, 4, 1, 4),  # computed, though it was not asked to be kept
+        (1, 5, 1, 4),  # more than is there
+        (1, 3, 0, 0),  # of another sequence than the one that left it
+        (2, 1, 1, 0),  # of nobody
     ],
 )
-def test_what_a_stage_does_not_hold_cannot_be_taken_up(slot: int, position: int, why: str) -> None:
+def test_a_stage_tells_what_it_lacks(slot: int, position: int, after: int, held: int) -> None:
     plan = Plan("full", 3)
+    held_slots = plan.deployments[1].rings[1].stages[1].chain[0].slots
     for number in (0, 1):
         opened(plan, Opened(number, number, Sampling()))
-    stage_of = plan.deployments[1].stages[1]
-    for number in (0, 1):
-        stage_of.slots.extend(in_slot(number, 0, 4))
+        run = in_slot(number, 0, 4)
+        assert held_slots.extend(run, 1)
+        held_slots.computed(run)
     assert opened(plan, Released(1, 1, keep=3)) == [Released(1, 1, keep=3)]
-    assert stage_of.slots.idle == (1,)
-    (refused,) = opened(plan, Opened(7, slot, Sampling(), position)) if slot < 3 else [_direct(stage_of, slot)]
-    assert isinstance(refused, Released) and why in refused.reason and not refused.keep
-    assert 7 not in stage_of.slots
-    good = Opened(8, 1, Sampling(), 3)
-    assert opened(plan, good) == [good]
-    assert stage_of.slots.idle == ()
+    assert held_slots.kept(1) == 3
+    asked = Opened(7, slot, Sampling(), position, after)
+    told = asked if held == position else asked.lacks(1, held)
+    assert opened(plan, asked) == [told]
+    assert 7 in held_slots and held_slots.kept(1) == (3 if slot != 1 else 0)
 
 
-def _direct(stage_of: LoadedStage, slot: int) -> Released:
-    """A frame with such a slot does not get past the decoder."""
-    from peerllm.errors import FrameError
-
-    with pytest.raises(FrameError) as error:
-        stage_of.open(Opened(7, slot, Sampling(), 1))
-    return Released(7, slot, str(error.value))
+def test_a_sequence_whose_release_was_lost_makes_way() -> None:
+    plan = Plan("full", 1)
+    held_slots = plan.deployments[1].rings[1].stages[1].chain[0].slots
+    opened(plan, Opened(0, 0, Sampling()))
+    assert held_slots.extend(in_slot(0, 0, 4), 1)
+    asked = Opened(7, 0, Sampling())
+    assert opened(plan, asked) == [asked]
+    assert 0 not in held_slots and 7 in held_slots
 
 
 @pytest.mark.parametrize(("parcel", "kept"), [
@@ -467,22 +476,20 @@ def _direct(stage_of: LoadedStage, slot: int) -> Released:
     (Released(0, 0, "failed", keep=2), 0),
     (Released(0, 0), 0),
     (Released(0, 0, keep=4), 4),
-    (Released(2**64 - 1, 0, keep=2), 0),
 ])  # fmt: skip
 def test_what_is_kept(parcel: Released, kept: int) -> None:
     plan = Plan("full", 2)
     opened(plan, Opened(0, 0, Sampling()))
-    slots = plan.deployments[1].stages[1].slots
-    slots.extend(in_slot(0, 0, 4))
+    slots, run = plan.deployments[1].rings[1].stages[1].chain[0].slots, in_slot(0, 0, 4)
+    assert slots.extend(run, 1)
+    slots.computed(run)
     opened(plan, parcel)
-    assert len(slots) == 0 and slots._idle.get(0, 0) == kept
-    opened(plan, Released(2**64 - 1, 0))
-    assert slots.idle == ()
+    assert 0 not in slots and slots.kept(0) == kept
 
 
 def test_a_position_beyond_the_context_is_refused_by_the_decoder() -> None:
     plan = Plan("full", 1)
-    plan.deployments[0]._pass_on(0, Opened(1, 0, Sampling(), CONTEXT + 1))
+    plan.deployments[0].rings[1]._pass_on(0, Opened(1, 0, Sampling(), CONTEXT + 1))
     with pytest.raises(FrameRefused, match="context"):
         plan.deliver(0)
 
@@ -496,8 +503,8 @@ def test_a_failure_after_the_end_is_heard() -> None:
     plan.deliver(0)
     plan.deliver(0)
     plan.compute(1)
-    for sender in (1, 1, 2):
-        if sender == 2:
+    for sender in (1, 1, 2, 2):
+        if sender == 2 and plan.waiting(2):
             plan.compute(2)
         plan.deliver(sender)
     plan.shards[1].fails = 1
@@ -505,9 +512,9 @@ def test_a_failure_after_the_end_is_heard() -> None:
     plan.deliver(0)
     plan.compute(1)
     source.cancel(1)
-    assert source._source is not None and source._source.kept(0) == 4
+    assert source.feed is not None and source.feed.sequences.kept(0) == 4
     plan.settle()
-    assert source._source.kept(0) == 0
+    assert source.feed.sequences.kept(0) == 0
     for number, fails in ((2, True), (3, False)):  # nor after one that failed while it ran
         plan.shards[1].fails = 3 * fails
         source.submit(Submit(DEPLOYMENT, number, (1, 1, 1, 1), 5, (), Sampling()))
@@ -523,8 +530,8 @@ def test_going_back_again_and_again_brings_back_nothing_that_slid_out(monkeypatc
     for number in range(1, 10):
         source = plan.deployments[0]
         source.submit(Submit(DEPLOYMENT, number, tuple(prompt), 1, (), Sampling()))
-        assert source._source is not None
-        reused.append(source._source.reused(number))
+        assert source.feed is not None
+        reused.append(source.feed.sequences.reused(number))
         plan.settle()
         assert plan.told[-1].finish == "length" and list(plan.told[-1].ids) == expected(prompt, 1)
         prompt = [*prompt[:-SLACK], number % WORDS]
@@ -537,8 +544,8 @@ def test_a_recurrent_slot_is_taken_up_at_its_end_or_at_the_snapshot_before_it(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "ROLLBACK_TOKENS", CONTEXT)  # the window is not to matter here
-    monkeypatch.setattr(source_sequences, "TAIL", 2)
-    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    monkeypatch.setattr(running_sequence, "TAIL", 2)
+    monkeypatch.setattr(running_sequence, "LEAST_BEFORE_SNAPSHOT", 3)
     monkeypatch.setitem(KINDS, "hybrid", Reach(False, CONTEXT, CONTEXT))
     plan, numbers = Plan(kind, 1), itertools.count(1)
 
@@ -546,8 +553,8 @@ def test_a_recurrent_slot_is_taken_up_at_its_end_or_at_the_snapshot_before_it(
         """(tokens reused, the answer)"""
         number, source = next(numbers), plan.deployments[0]
         source.submit(Submit(DEPLOYMENT, number, tuple(prompt), 3, (), Sampling(), client))
-        assert source._source is not None
-        reused = source._source.reused(number)
+        assert source.feed is not None
+        reused = source.feed.sequences.reused(number)
         plan.settle()
         said = [token for event in plan.told if event.sequence == number for token in event.ids]
         assert said == expected(prompt, 3)
@@ -580,27 +587,27 @@ def test_a_recurrent_slot_is_taken_up_at_its_end_or_at_the_snapshot_before_it(
 
 def test_a_window_that_has_slid_is_not_brought_back_by_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "ROLLBACK_TOKENS", SLACK)
-    monkeypatch.setattr(source_sequences, "TAIL", 2)
-    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    monkeypatch.setattr(running_sequence, "TAIL", 2)
+    monkeypatch.setattr(running_sequence, "LEAST_BEFORE_SNAPSHOT", 3)
     plan, prompt = Plan("hybrid", 1), [1, 2, 3] * 4
     source = plan.deployments[0]
-    assert source._source is not None
+    assert source.feed is not None
     for number, text in enumerate((prompt, [*prompt, 0, 0, 0, 0, 0])):
         source.submit(Submit(DEPLOYMENT, number, tuple(text), 4, (), Sampling()))
-        assert source._source.reused(number) == 0
+        assert source.feed.sequences.reused(number) == 0
         plan.settle()
         assert [t for event in plan.told if event.sequence == number for t in event.ids] == expected(text, 4)
 
 
 def test_questions_that_begin_alike_are_taken_up_where_they_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_sequences, "TAIL", 2)
-    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    monkeypatch.setattr(running_sequence, "TAIL", 2)
+    monkeypatch.setattr(running_sequence, "LEAST_BEFORE_SNAPSHOT", 3)
     plan, common, reused = Plan("recurrent", 2), [1, 2, 3, 1, 2, 3, 1, 2, 3, 1], []
     source = plan.deployments[0]
-    assert source._source is not None
+    assert source.feed is not None
     for number, question in enumerate(([0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2], [3, 2, 1, 0], [0, 1, 0, 1])):
         source.submit(Submit(DEPLOYMENT, number, (*common, *question), 2, (), Sampling(), "anna"))
-        reused.append(source._source.reused(number))
+        reused.append(source.feed.sequences.reused(number))
         plan.settle()
         said = [token for event in plan.told if event.sequence == number for token in event.ids]
         assert said == expected([*common, *question], 2)
@@ -608,7 +615,7 @@ def test_questions_that_begin_alike_are_taken_up_where_they_part(monkeypatch: py
     assert reused == [0, 0, 10, 10, 10]
     for number in (6, 7):  # a prompt that is the beginning of earlier ones: its own last tokens are what will differ
         source.submit(Submit(DEPLOYMENT, number, tuple(common[:9]), 1, (), Sampling(), "anna"))
-        assert source._source.reused(number) == (0 if number == 6 else 7)
+        assert source.feed.sequences.reused(number) == (0 if number == 6 else 7)
         plan.settle()
 
 
@@ -617,8 +624,8 @@ def test_a_snapshot_that_not_every_stage_has_made_is_no_place_to_begin(
     passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sequence is cancelled after the chunk before the snapshot has passed so many stages."""
-    monkeypatch.setattr(source_sequences, "TAIL", 2)
-    monkeypatch.setattr(source_sequences, "LEAST_BEFORE_SNAPSHOT", 3)
+    monkeypatch.setattr(running_sequence, "TAIL", 2)
+    monkeypatch.setattr(running_sequence, "LEAST_BEFORE_SNAPSHOT", 3)
     plan, prompt = Plan("recurrent", 1), [1, 2, 3, 1, 2]
     source = plan.deployments[0]
     source.submit(Submit(DEPLOYMENT, 1, tuple(prompt), 3, (), Sampling()))
@@ -629,8 +636,8 @@ def test_a_snapshot_that_not_every_stage_has_made_is_no_place_to_begin(
     source.cancel(1)
     plan.settle()
     source.submit(Submit(DEPLOYMENT, 2, (*prompt, 3, 3), 3, (), Sampling()))
-    assert source._source is not None
-    assert source._source.reused(2) == (3 if passes == 3 else 0)
+    assert source.feed is not None
+    assert source.feed.sequences.reused(2) == (3 if passes == 3 else 0)
     plan.settle()
     assert [token for event in plan.told if event.sequence == 2 for token in event.ids] == expected([*prompt, 3, 3], 3)
 
@@ -651,7 +658,7 @@ def test_a_slot_that_some_stage_went_on_in_has_lost_its_end(ahead: bool) -> None
     plan.settle()
     again = [*prompt, *expected(prompt, 1), 2]
     source.submit(Submit(DEPLOYMENT, 2, tuple(again), 2, (), Sampling()))
-    assert source._source is not None
-    assert source._source.reused(2) == 0
+    assert source.feed is not None
+    assert source.feed.sequences.reused(2) == 0
     plan.settle()
     assert [token for event in plan.told if event.sequence == 2 for token in event.ids] == expected(again, 2)

@@ -22,8 +22,10 @@ from peerllm.engine.base import Tensor
 from peerllm.engine.messages import LoadStage, Record, Recorded, Span
 from peerllm.engine.model.torch_shard import load_shard
 from peerllm.engine.schedule.batching import Scheduler
+from peerllm.engine.schedule.epoch_ring import StageKey
+from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import LoadedStage
-from peerllm.engine.schedule.local_deployment import LocalDeployment, StageKey
+from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.wire.parcels import (
     DTYPES,
     Opened,
@@ -154,17 +156,17 @@ def test_a_sequence_whose_numbers_are_not_finite_ends_and_the_others_go_on() -> 
     schedule: Scheduler[StageKey] = Scheduler()
     first = stage(0, stages=2, dtype="bfloat16", downstream="away", downstream_activations="int8", head_device="next")
     told: list[Any] = []
-    deployment = LocalDeployment(first, schedule, told.append)
-    deployment.loaded(LoadedStage(first, _Passes(), lambda logits, draws: []))  # type: ignore[arg-type]
+    deployment = LocalDeployment(DEPLOYMENT, schedule, told.append)
+    deployment.loaded(LoadedStage(first, [HeldShard.of(first, _Passes())], lambda logits, draws: []))  # type: ignore[arg-type]
     way = _Nowhere()
-    deployment.linked({0: way})
+    deployment.linked(1, {0: way})
     for sequence in (1, 2):
-        deployment.arrived(0, [Opened(sequence, sequence - 1, Sampling())])
+        deployment.arrived(1, 0, [Opened(sequence, sequence - 1, Sampling())])
     hidden = np.ones((2, 4), HALF["bfloat16"])
     hidden[0, 2] = math.inf
     way.frames.clear()
     batch = TokenBatch([TokenRun(n, n - 1, 0, 1, True) for n in (1, 2)], hidden)
-    deployment.computed(0, *deployment.stages[0].compute(batch))
+    deployment.rings[1].computed(0, *deployment.rings[1].stages[0].compute(batch))
     (released,), (sent,) = (from_frame(frame) for frame in way.frames)
     assert released.sequence == 1 and "no finite numbers" in released.reason  # type: ignore[union-attr]
     assert isinstance(sent, TokenBatch) and sent.scales is not None and sequences(sent) == [2]

@@ -1,0 +1,118 @@
+"""A loaded shard, known by what it holds, and the slots of the sequences in it. Stages of several epochs may use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from peerllm.engine.base import Shard
+from peerllm.engine.messages import LoadStage
+from peerllm.engine.state.slot_table import SlotTable
+from peerllm.engine.wire.state_frames import CarriedPart
+from peerllm.errors import EngineError, PeerLLMError
+
+Form = tuple[str, str, str, int, int]  # config, dtype, quantize, slots, context
+
+
+def form_of(spec: LoadStage) -> Form:
+    """What shards of a deployment must have in common to belong to one stage."""
+    return spec.config, spec.dtype, spec.quantize, spec.slots, spec.context
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldShard:
+    """Layers first..last of a deployment's model, in one form."""
+
+    first_layer: int
+    last_layer: int
+    form: Form
+    shard: Shard
+    slots: SlotTable
+    arriving: dict[int, int] = field(default_factory=dict)  # by slot: the sequence whose state is carried here
+
+    @classmethod
+    def of(cls, spec: LoadStage, shard: Shard) -> HeldShard:
+        """The shard that was loaded for `spec`."""
+        slots = SlotTable(spec.slots, spec.context, shard.reach)
+        return cls(spec.first_layer, spec.last_layer, form_of(spec), shard, slots)
+
+    def take_part(self, carried: CarriedPart) -> None:
+        """Take in a part of the state of a sequence that another stage still computes.
+
+        EngineError if its slot is in use, BadInputError if the part does not fit; then nothing is left of its state.
+        """
+        sequence, slot = carried.sequence, carried.slot
+        if self.slots.taken(slot):
+            raise EngineError(f"slot {slot} is in use")
+        if self.arriving.get(slot) != sequence:
+            self.forget(slot)
+        try:
+            self.shard.import_part(slot, carried.part)
+        except PeerLLMError:
+            self.forget(slot)
+            raise
+        self.arriving[slot] = sequence
+
+    def take_over(self, sequence: int, slot: int, epoch: int, position: int, others: Iterable[HeldShard]) -> None:
+        """A sequence enters an epoch in a slot: what was carried here of it is its own, another's is forgotten.
+
+        So is what `others` on this device, which had these layers before, have of its first `position` tokens.
+        """
+        if position and not self.slots.taken(slot):
+            for one in others:
+                if one is not self and one.form == self.form and one.slots.holds(sequence, slot):
+                    self._copy(one, sequence, slot, position)
+        if self.arriving.get(slot) == sequence:
+            del self.arriving[slot]
+            tokens, furthest = self.shard.settle(slot)
+            if tokens:
+                self.slots.adopt(sequence, slot, epoch, tokens, furthest)
+        elif slot in self.arriving:
+            self.forget(slot)
+
+    def _copy(self, one: HeldShard, sequence: int, slot: int, position: int) -> None:
+        mine, theirs = (shard.state_forms(self.first_layer, self.last_layer) for shard in (self.shard, one.shard))
+        with suppress(PeerLLMError):  # then it is computed again
+            for block in mine.tokens.keys() & theirs.tokens.keys():
+                held = one.shard.held(slot, block)
+                stop = min(position, held.stop)
+                if held.start < stop:
+                    part = one.shard.export_part(slot, block, held.start, stop)
+                    self.take_part(CarriedPart(sequence, slot, part))
+            for block in mine.fixed.keys() & theirs.fixed.keys():
+                part = one.shard.export_fixed(slot, block, position)
+                self.take_part(CarriedPart(sequence, slot, part))
+
+    def forget(self, slot: int) -> None:
+        """Drop what was carried here for a slot."""
+        self.arriving.pop(slot, None)
+        self.shard.release(slot)
+
+
+def usable(held: Iterable[HeldShard], spec: LoadStage) -> list[HeldShard]:
+    """Those that can be part of `spec`'s stage, in the order of their layers, none of them overlapping."""
+    chain: list[HeldShard] = []
+    inside = (one for one in held if one.form == form_of(spec) and _is_inside(one, spec))
+    for one in sorted(inside, key=lambda one: (one.first_layer, -one.last_layer)):
+        if not chain or one.first_layer > chain[-1].last_layer:
+            chain.append(one)
+    return chain
+
+
+def missing(chain: Sequence[HeldShard], spec: LoadStage) -> list[tuple[int, int]]:
+    """(first, last) of each run of `spec`'s layers that no shard of the chain has."""
+    firsts = [spec.first_layer, *(one.last_layer + 1 for one in chain)]
+    lasts = [*(one.first_layer - 1 for one in chain), spec.last_layer]
+    return [(first, last) for first, last in zip(firsts, lasts, strict=True) if first <= last]
+
+
+def held_bytes(shards: Iterable[HeldShard]) -> int:
+    """Weights and KV; what two of them share counts once."""
+    every = {id(one): one.shard for one in shards}.values()
+    weights = {key: nbytes for shard in every for key, nbytes in shard.weights.items()}
+    return sum(weights.values()) + sum(shard.kv_bytes for shard in every)
+
+
+def _is_inside(one: HeldShard, spec: LoadStage) -> bool:
+    return spec.first_layer <= one.first_layer and one.last_layer <= spec.last_layer
