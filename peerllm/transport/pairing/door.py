@@ -122,6 +122,9 @@ class PairingDoor:
         self._code, self.closed_reason = "", reason
         if self._expiry is not None:
             self._expiry.cancel()
+        for sock in self._sockets:
+            with suppress(OSError):  # not every system does this; there it is closed in a moment
+                sock.shutdown(socket.SHUT_RDWR)
         self._stopping = asyncio.get_running_loop().create_task(self._stop_listening(), name="pairing door closing")
         self._on_closed(reason)
 
