@@ -354,6 +354,21 @@ async def test_a_stream_with_a_key_goes_on_after_its_link_broke(pair: Pair, monk
     assert len(pair.laptop.requests) == 1
 
 
+async def test_a_source_that_shuts_down_is_sought_elsewhere(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last words are not the end for an answer with a key; nobody has it here, and the stream says so."""
+    monkeypatch.setattr(completions, "RETRY_S", 0.01)
+    pair.laptop.endless, pair.laptop.pace_s = True, 0.01
+    async with pair.session.post(PATH, json={**ASK, "stream": True}, headers=KEY) as response:
+        while b"id: 2\n" not in await response.content.readuntil(b"\n\n"):
+            pass
+        pair.mini.served = [pair.mini.model]
+        closing = asyncio.create_task(pair.server.close())
+        text = await asyncio.wait_for(response.text(), BOUND_S)
+        await closing
+    assert "shutting down" not in text and ": the device of builtin is lost" in text
+    assert json.loads(text.removesuffix("\n\n").split("\n\n")[-1][6:])["error"]["status"] == 409
+
+
 async def test_it_is_sought_for_a_bounded_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(completions, "RETRY_S", 0.01)
     monkeypatch.setattr(completions, "RESUME_S", 0.1)

@@ -33,16 +33,6 @@ class Answer:
     over: dict[str, Any] | None = None
     comments: list[str] = field(default_factory=list)
 
-    @property
-    def longest_gap_s(self) -> float:
-        return max((b - a for a, b in zip(self.times, self.times[1:], strict=False)), default=0.0)
-
-    def gap_after(self, instant: float) -> float:
-        """Seconds from the last token before `instant` (or that itself) to the first one after it."""
-        before = [at for at in self.times if at <= instant]
-        after = [at for at in self.times if at > instant]
-        return after[0] - max(before[-1], instant) if before and after else 0.0
-
 
 class Listener:
     """Streams answers from one device, from within its namespace."""

@@ -23,10 +23,10 @@ from peerllm.api.openai.model_wait import answering_model
 from peerllm.api.openai.models import find_model
 from peerllm.api.peers.caller import Caller, caller_of
 from peerllm.api.peers.remote_answer import RemoteAnswer
-from peerllm.api.repeat import END, Repeat, repeat_of
+from peerllm.api.repeat import END, DeviceLeavingError, Repeat, repeat_of
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.daemon.facade import Chunk, GenerateRequest, ServedModel
-from peerllm.errors import EngineError, LinkError, UnavailableError
+from peerllm.errors import EngineError, LinkError
 
 CHAT_PATH = "/v1/chat/completions"
 RESUME_S = 60.0  # seconds in which an answer with a key is sought again after the device that gave it was lost
@@ -49,7 +49,9 @@ async def answer_chat(app: web.Application, request: web.Request, caller: Caller
         except asyncio.CancelledError:
             if stream is not None and stream.started and app[TASKS].closing:
                 with contextlib.suppress(ConnectionError):
-                    await stream.send(describe(UnavailableError("the answer broke off: this device is shutting down")))
+                    await stream.send(
+                        describe(DeviceLeavingError("the answer broke off: this device is shutting down"))
+                    )
                     await stream.end()
             raise
 

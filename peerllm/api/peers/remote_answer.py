@@ -11,7 +11,7 @@ import orjson
 from aiohttp import web
 
 from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
-from peerllm.api.repeat import KEY_HEADER, LAST_HEADER, Repeat
+from peerllm.api.repeat import KEY_HEADER, LAST_HEADER, DeviceLeavingError, Repeat
 from peerllm.api.streams import Stream, pulsed
 from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
 from peerllm.errors import LinkError
@@ -24,6 +24,7 @@ MAX_EVENT_BYTES = 4 << 20  # of one event of a stream
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _KEPT = ("Retry-After", "x-should-retry")  # headers that mean the same here
 _LAST = re.compile(rb'data: (\[DONE\]|\{"error":)')  # with one of these every stream ends
+_LEAVING = f'"code":"{DeviceLeavingError.code}"'.encode()
 _ID = re.compile(rb"(?:^|\n)id: ([0-9]{1,10}|end)\n")
 
 
@@ -78,8 +79,11 @@ class RemoteAnswer:
                 silences = 0
                 whole, mark, held = (held + piece).rpartition(b"\n\n")
                 if mark:
+                    last = whole.rpartition(b"\n\n")[2]
+                    if self.repeat is not None and last.startswith(b'data: {"error":') and _LEAVING in last:
+                        raise LinkError("its device is shutting down")
                     await stream.write(whole + mark)
-                    ended = _LAST.search(whole.rpartition(b"\n\n")[2]) is not None
+                    ended = _LAST.search(last) is not None
                     if self.repeat is not None and (ids := _ID.findall(whole)):
                         self.repeat.last = ids[-1].decode()
                 if len(held) > MAX_EVENT_BYTES:

@@ -349,7 +349,8 @@ class Deployment:
         inspected, me = self.model.inspected, self._around.me
         assert inspected is not None
         try:
-            await self._negotiation.establish(epoch, inspected, make_room)
+            before = () if self._running is None else self._running.blueprint.plan.stages
+            await self._negotiation.establish(epoch, inspected, make_room, before)
         except PeerLLMError as error:
             number, devices = epoch.number, epoch.blueprint.promises
             self._work(f"undo {number}", self._negotiation.let_go(number, devices, only=True))

@@ -128,7 +128,7 @@ class SourceFeed:
                 for run, token in zip(runs, drawn, strict=True):
                     self._came_back(ring, run, token)
             case Opened(sequence):
-                if self.sequences.epoch_of(sequence) == ring.epoch == self.sequences.epoch:
+                if self.sequences.epoch_of(sequence) == ring.epoch:
                     self._opened(ring, parcel)
             case Released(sequence, _, reason) if sequence == ALL_SEQUENCES:
                 ring.interrupt(reason or "a later stage lost its link")
@@ -199,9 +199,13 @@ class SourceFeed:
     def _opened(self, ring: EpochRing, opened: Opened) -> None:
         """What the stages lack of a sequence is known: it is fed again from where all of them can go on."""
         again = self.sequences.came_round(opened)
-        if again is not None:
-            self._turns.left(opened.sequence)
+        if again is None:
+            return
+        self._turns.left(opened.sequence)
+        if ring is self.ring:
             self._send(ring, *again)
+        else:
+            self.sequences.leave(opened.sequence)
 
     def _send(self, ring: EpochRing, opened: Opened, step: TokenRun | None) -> None:
         """What breaks or comes back within `give` finds the sequence as it is after it."""

@@ -16,7 +16,7 @@ from peerllm.daemon.deployment import worker as worker_module
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Connect, LinkLost, LoadStage, Unload
 from peerllm.errors import BadInputError, EngineError, LinkError, RefusedError
-from peerllm.types import MAX_CUTS
+from peerllm.types import MAX_CUTS, Stage
 from tests.daemon.house import BLOCK, House, inspected
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -71,6 +71,13 @@ def test_assignments_cover_the_model_and_close_the_ring(house, plan):
         D, 1, blueprint, model, hashes=hashes, address=lambda _: (("fe80::1%eth0", "10.0.0.1", "fe80::2%3"), 7)
     )
     assert zoned == made, "an address on one of the source's own interfaces helps nobody else"
+    before = [Stage(A, 0, 2), Stage(C, 3, 4), Stage(B, 5, 9)]
+    moved = assignments(D, 1, blueprint, model, hashes=hashes, address=lambda _: ((), 7), before=before)
+    for w in (w for assign in moved.values() for w in assign.work):
+        held = {old.device for old in before if old.first_layer <= w.last_layer and w.first_layer <= old.last_layer}
+        assert set(w.state_from) == held - {devices[w.stage]}
+        assert not work[w.stage].state_from
+    assert any(w.state_from for assign in moved.values() for w in assign.work)
     names = [t.name for w in work for t in w.tensors]
     assert sorted(names) == sorted(t.name for layer in model.tensors for t in layer)
     assert all(assign.head_device == devices[-1] for assign in made.values())

@@ -15,7 +15,7 @@ FAULTS_S = 30.0  # faults happen until then
 HEAL_S = 2.0  # after which all that was broken is mended
 RECURRENT = 0.25  # share of the models that cannot go back
 MEMBERSHIP = 8  # one history in so many has the real membership
-SERVES_S = 45.0  # within which it serves again, and all answers end
+SERVES_S = 20.0  # within which it serves again, and all answers end
 
 
 class WrongHistoryError(AssertionError):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 RESERVE_S, ACTIVATE_S, RELEASE_S, CARRY_S, SWITCH_S = 5.0, 10.0, 30.0, 10.0, 10.0  # that an answer is waited for
 ASSIGN_S = 120.0
-MOST_ACTIONS, ACTIONS_S = 48, 5.0  # so many in this time; a decider that tries without a wait takes more
+# Actions, searches in vain and attempts that fail; without waits there are more.
+MOST_ACTIONS, MOST_IN_VAIN, MOST_FAILED, RATE_S = 48, 14, 10, 5.0
 AWAY = "it cannot be reached"
 
 Question = Callable[[ModelWorker, Reply], None]
@@ -47,6 +48,8 @@ class ModelCoordinator:
         self.switching: int | None = None
         self.moves = self.waits = 0
         self._acted: deque[float] = deque(maxlen=MOST_ACTIONS)
+        self._failed: deque[float] = deque(maxlen=MOST_FAILED)
+        self._in_vain: deque[float] = deque(maxlen=MOST_IN_VAIN)
         self._pending: dict[str, list[Callable[[str], None]]] = {}
         self._deadlines = 0
         self.log: list[str] = []
@@ -65,8 +68,8 @@ class ModelCoordinator:
         for action in actions:
             self.log.append(f"              -> {action}")
             self._acted.append(now)
-            hasty = len(self._acted) == MOST_ACTIONS and now - self._acted[0] < ACTIONS_S
-            assert not hasty, f"{MOST_ACTIONS} actions in {ACTIONS_S} s: it never rests"
+            hasty = len(self._acted) == MOST_ACTIONS and now - self._acted[0] < RATE_S
+            assert not hasty, f"{MOST_ACTIONS} actions in {RATE_S} s: it never rests"
             self._do(action)
         self._deadlines += 1
         number, due = self._deadlines, self.decider.deadline()
@@ -189,6 +192,9 @@ class ModelCoordinator:
 
     def _planned(self, number: int, ring: Ring | None, compare: bool) -> None:
         if ring is None:
+            now = self._house.time.now
+            self._in_vain.append(now)
+            assert len(self._in_vain) < MOST_IN_VAIN or now - self._in_vain[0] > RATE_S, "it searches without a wait"
             self.feed(on.NoPlan(number, "too little memory", contended=self._random.random() < 0.3))
             return
         running = self.epochs[self.running].ring if self.running is not None else None
@@ -268,6 +274,9 @@ class ModelCoordinator:
                 return
             self.epochs[epoch].state = "failed"
             self._undo(epoch)
+            now = self._house.time.now
+            self._failed.append(now)
+            assert len(self._failed) < MOST_FAILED or now - self._failed[0] > RATE_S, "it tries without a wait"
             blamed = None if "are free" in reason else name
             self.feed(on.NotEstablished(epoch, blamed, reason))
 

@@ -6,7 +6,7 @@
 | `say_waiting` | the running plan lost a device, an engine or a link, or one is silent for 2 s | BecomeWaiting |
 | `give_up_target` | the plan under way uses a device that is gone, leaving or silent for 2 s | Abandon |
 | `keep_running_plan` | the device that the plan under way does without is back, and lost nothing | Abandon |
-| `stop_comparing` | the running plan lost something while another is searched that may be better | forget the search |
+| `stop_searching` | the running plan loses something, and a plan is searched for a lesser reason | forget the search |
 | `stop_carrying` | the same while state is copied to the next plan | SwitchTo |
 | `renew_links` | all devices are here, but links broke or may have: one is reached over another connection | Renew |
 | `serve_on` | all devices are here again, and nothing was lost | BecomeServing |
@@ -51,6 +51,7 @@ from peerllm.daemon.decide.deployment_life.situation import (
 )
 from peerllm.types import DeviceId
 
+BETTER_PLANNED_ANEW = {("gain", "leave"), ("gain", "loss"), ("leave", "loss")}  # what it is searched for, is needed for
 GRACE_S = 60.0  # what is loaded for a deployment that cannot go on stays loaded for so long
 
 Done = list[DeploymentAction] | None  # None: the rule does not apply
@@ -120,9 +121,9 @@ class DeploymentRules:
             return None
         return self.abandon(work)
 
-    def stop_comparing(self, now: float) -> Done:
+    def stop_searching(self, now: float) -> Done:
         work = self.under_way
-        if not isinstance(work, Planning) or work.why not in ("gain", "leave") or self.need() != "loss":
+        if not isinstance(work, Planning) or (work.why, self.need()) not in BETTER_PLANNED_ANEW:
             return None
         return self.abandon(work)
 
@@ -142,7 +143,7 @@ class DeploymentRules:
         return [Renew(self.epoch)]
 
     def serve_on(self, _: float) -> Done:
-        if self.serving or not isinstance(self.under_way, Idle) or not self.whole():
+        if self.serving or not isinstance(self.under_way, Idle | Establishing) or not self.whole():
             return None
         self._serve()
         return [BecomeServing()]
@@ -195,7 +196,7 @@ class DeploymentRules:
         say_waiting,
         give_up_target,
         keep_running_plan,
-        stop_comparing,
+        stop_searching,
         stop_carrying,
         renew_links,
         serve_on,

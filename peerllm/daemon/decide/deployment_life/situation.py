@@ -197,4 +197,4 @@ class HouseholdDevices:
         return losses[-1] + min(DISTRUST_MOST_S, DISTRUST_FIRST_S * 2.0 ** (len(losses) - 2))
 
     def distrusted(self, now: float) -> frozenset[DeviceId]:
-        return frozenset(d for d in self._losses if d != self._me and now < self.distrusted_until(d))
+        return frozenset(device for device in self._losses if now < self.distrusted_until(device))
