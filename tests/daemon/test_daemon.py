@@ -277,7 +277,7 @@ async def test_a_device_that_leaves_and_returns(daemons, llama, folder):
         [laptop],
         lambda: deployment(laptop, name)["state"] == "waiting" and "missing" in deployment(laptop, name)["reason"],
     )
-    assert nothing_left([laptop, daemons[JETSON]])
+    assert not nothing_left([laptop, daemons[JETSON]]), "what they have stays loaded for a while"
     (served,) = laptop.models()
     assert served.state == "waiting"
     waiting = asyncio.create_task(answer(laptop, name, [9, 9], 6))  # patient clients are served when it is back
