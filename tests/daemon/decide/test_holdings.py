@@ -38,12 +38,13 @@ def test_a_sum_is_never_less_than_what_the_epochs_hold_together(history):
     """Epochs as sets of layers of one byte each: they come one after another, and end in any order."""
     total, standing = EpochSum(), dict[int, frozenset[int]]()
     for number, (layers, whole, ended) in enumerate(history):
-        there = frozenset().union(*standing.values())
+        there, before = frozenset().union(*standing.values()), total.nbytes
         total.add(number, len(layers), None if whole and not standing else len(layers - there))
         standing[number] = layers
         if ended in standing:
             total.end(ended, ended)
             del standing[ended]
+            assert ended != number or total.nbytes == before, "given up at once, it leaves nothing behind"
         held = frozenset().union(*standing.values())
         assert len(held) <= total.nbytes <= sum(map(len, standing.values()))
         if len(standing) == 1:
