@@ -18,8 +18,11 @@ _KINDS = (
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
-class NotRegularError(OSError):
-    """A pipe, device, socket or directory stands where a file belongs."""
+class UnfitFileError(OSError):
+    """A pipe, device, socket or directory stands where a file belongs, or the file is too large."""
+
+    def __str__(self) -> str:
+        return f"it {self.strerror}"
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -40,10 +43,10 @@ def read_regular(path: str | Path, most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size <= most:
             return file.read(size)
-    raise OSError(errno.EFBIG, f"is larger than {most} bytes", str(path))
+    raise UnfitFileError(errno.EFBIG, f"is larger than {most} bytes", str(path))
 
 
 def _check(path: str | Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
-        raise NotRegularError(errno.EINVAL, f"is {kind}, no regular file", str(path))
+        raise UnfitFileError(errno.EINVAL, f"is {kind}, no regular file", str(path))

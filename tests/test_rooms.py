@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "peerllm"
-SHARED = {"types", "errors", "codec", "regular_files", "stored_types", "wrapped_models", "__init__"}
+SHARED = {"types", "errors", "codec", "regular_files", "saved_files", "stored_types", "wrapped_models", "__init__"}
 ALLOWED = {
     "planner": {"planner"},
     "transport": {"transport"},
     "engine": {"engine", "transport"},
     "daemon": {"daemon", "planner", "transport", "engine.messages", "builtin"},
-    "api": {"api", "daemon.facade", "web", "engine.messages"},
+    "api": {"api", "daemon.facade", "web", "engine.messages", "transport.listening"},
     "web": {"web"},
     "cli": {"cli", "api", "daemon", "builtin", "planner"},
     "builtin": {"builtin"},

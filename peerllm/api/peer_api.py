@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from peerllm.api.error_answers import error_object, errors_as_json, json_response
+from peerllm.api.error_answers import error_object, error_response, errors_as_json, json_response
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.openai.completions import CHAT_PATH, answer_chat
 from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
 from peerllm.api.peers.remote_answer import CLIENT_HEADER
+from peerllm.errors import OverloadedError
 from peerllm.types import DeviceId
+
+MAX_OF_DEVICE = 128  # answers under way for one device: a quarter of tasks.MAX_STREAMS
 
 Answer = Callable[[web.Application, web.Request, Caller], Awaitable[web.StreamResponse]]
 ROUTES: Mapping[str, Answer] = {CHAT_PATH: answer_chat}
@@ -22,14 +26,23 @@ class PeerApi:
 
     def __init__(self, app: web.Application) -> None:
         self._app = app
+        self._under_way: Counter[DeviceId] = Counter()
 
     async def __call__(self, request: web.Request, device: DeviceId) -> web.StreamResponse:
         answer = ROUTES.get("/" + request.match_info["path"])
         if answer is None or request.method != "POST":
             return json_response(error_object(404, "this is not answered for other devices"), 404)
+        if self._under_way[device] >= MAX_OF_DEVICE:
+            return error_response(OverloadedError(f"{MAX_OF_DEVICE} answers for your device are under way already"))
         caller = Caller(request.headers.get(CLIENT_HEADER, "")[:MAX_CLIENT_CHARS], device)
 
         async def handler(request: web.Request) -> web.StreamResponse:
             return await answer(self._app, request, caller)
 
-        return await errors_as_json(request.clone(client_max_size=MAX_BODY_BYTES), handler)
+        self._under_way[device] += 1
+        try:
+            return await errors_as_json(request.clone(client_max_size=MAX_BODY_BYTES), handler)
+        finally:
+            self._under_way[device] -= 1
+            if not self._under_way[device]:
+                del self._under_way[device]

@@ -11,6 +11,7 @@ import orjson
 from aiohttp import web
 
 from peerllm.api.error_answers import FieldError
+from peerllm.errors import UnavailableError
 
 KEY_HEADER = "Idempotency-Key"
 LAST_HEADER = "Last-Event-ID"
@@ -18,6 +19,12 @@ MAX_KEY_CHARS = 255
 END = "end"  # the id of an answer's last event; the others are numbered by the tokens that they complete
 _MAX_DIGITS = 10
 _FORM = ("stream", "stream_options", "return_token_ids")  # fields that change how an answer is told, not the answer
+
+
+class DeviceLeavingError(UnavailableError):
+    """The device that answers shuts down; with a key the answer may go on elsewhere."""
+
+    code = "device_leaving"
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from peerllm.api.text.text_store import TextStore
 from peerllm.api.token import load_or_create_token
 from peerllm.daemon.facade import Household
 from peerllm.errors import BadInputError, UnavailableError
+from peerllm.transport.listening.http_acceptor import HttpAcceptor
 
 BACKLOG = 512  # connections waiting to be accepted
 SHUTDOWN_S = 2.0  # seconds that answers under way have when the API closes
@@ -124,6 +125,7 @@ class ApiServer:
         self._data_dir = data_dir
         self._socket: socket.socket | None = None
         self._runner: web.AppRunner | None = None
+        self._acceptor = HttpAcceptor()
 
     async def reserve(self) -> None:
         """BadInputError if this address cannot be had."""
@@ -142,12 +144,13 @@ class ApiServer:
         assert self._socket is not None
         token = load_or_create_token(self._data_dir)
         app = create_app(self._household, token, is_loopback(self.host), self._names, self._expected, self._in_process)
+        app.middlewares.insert(0, self._acceptor.bounded)
         runner = self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S
         )
         await runner.setup()
         self._household.answer_peers(PeerApi(app))
-        await web.SockSite(runner, self._socket, backlog=BACKLOG).start()
+        self._acceptor.start(runner, (self._socket,))
 
     def _why(self, error: OSError) -> str:
         where = f"{self.host}:{self.port}"
@@ -164,6 +167,7 @@ class ApiServer:
     async def close(self) -> None:
         """Ends what is under way and stops listening; may be called twice."""
         runner, self._runner = self._runner, None
+        await self._acceptor.close()
         if runner is not None:
             await runner.cleanup()
         if self._socket is not None:

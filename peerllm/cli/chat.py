@@ -54,12 +54,12 @@ def _ask(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str
 
 
 def only_model(device: LocalDevice) -> str:
-    """The one model this device serves; NotFoundError if there is none, or a choice to be made."""
+    """The one model of the household; NotFoundError if there is none, or a choice to be made."""
     names = [one["id"] for one in device.get("/v1/models")["data"]]
     if not names:
-        raise NotFoundError("this device serves no model; start one with: peerllm run builtin")
+        raise NotFoundError("the household has no model; start one with: peerllm run builtin")
     if len(names) > 1:
-        raise NotFoundError(f"this device serves several models; choose one with --model: {', '.join(names)}")
+        raise NotFoundError(f"the household has several models; choose one with --model: {', '.join(names)}")
     return str(names[0])
 
 

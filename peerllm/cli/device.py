@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from peerllm.errors import NotFoundError, PeerLLMError, UnavailableError
+from peerllm.saved_files import replace_file
 
 DAEMON_FILE = "daemon.json"
 DEMO_FILE = "demo.json"
@@ -126,9 +127,14 @@ def _checked(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def daemon_note(url: str) -> bytes:
+    """What DIR/daemon.json says: where the other commands find the running device."""
+    return json.dumps({"url": url, "pid": os.getpid()}).encode()
+
+
 def write_daemon_file(data_dir: Path, url: str) -> None:
-    """DIR/daemon.json (0600): where the other commands find the running device."""
-    _write(data_dir / DAEMON_FILE, {"url": url, "pid": os.getpid()})
+    """DIR/daemon.json (0600), from now on."""
+    replace_file(data_dir / DAEMON_FILE, daemon_note(url))
 
 
 @contextlib.contextmanager
@@ -136,7 +142,8 @@ def starting(data_dir: Path) -> Iterator[None]:
     """While the block runs, the other commands know that a device begins to start here, unless one runs already."""
     path = data_dir / DAEMON_FILE
     if not _alive(_read(path)):
-        write_daemon_file(data_dir, "")
+        with contextlib.suppress(OSError):  # the disk is full: the device says so
+            write_daemon_file(data_dir, "")
     try:
         yield
     finally:
@@ -196,7 +203,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    fresh = path.with_suffix(".new")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(value, file)
-    fresh.replace(path)
+    replace_file(path, json.dumps(value).encode())

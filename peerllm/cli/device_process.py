@@ -15,13 +15,14 @@ from typing import Any
 from peerllm.api.guard import is_loopback
 from peerllm.api.server import ApiServer
 from peerllm.api.token import TOKEN_FILE
-from peerllm.cli.device import DAEMON_FILE, write_daemon_file
+from peerllm.cli.device import DAEMON_FILE, daemon_note
 from peerllm.cli.service.sleep_watch import sleep_watched
 from peerllm.cli.service.systemd_notify import notify, watchdog_fed
 from peerllm.cli.terminal import tell
 from peerllm.daemon.daemon import Daemon
 from peerllm.daemon.settings import Settings
 from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.saved_files import SavedFile
 
 FAREWELL_S = 10.0  # for others to take over what this device holds, and for answers under way here
 INTERRUPTED_S = 2.0  # that at Ctrl-C
@@ -91,13 +92,15 @@ async def serve(settings: Settings, api_names: list[str], exit_with_parent: bool
 @contextlib.asynccontextmanager
 async def _announced(settings: Settings, url: str) -> AsyncIterator[None]:
     """The other commands find this device, which says that it starts, and where."""
-    write_daemon_file(settings.data_dir, url)
+    note = SavedFile(settings.data_dir / DAEMON_FILE, "where other commands find this device")
+    await note.save(daemon_note(url))
     try:
         tell(f"The page of {settings.name}, which says how far it is: {url}")
         if not is_loopback(settings.api_host):
             tell(f"From other machines the page asks for a token: {url}/?token=TOKEN, see {TOKEN_FILE} in the data")
         yield
     finally:
+        await note.close()
         (settings.data_dir / DAEMON_FILE).unlink(missing_ok=True)
 
 

@@ -6,11 +6,13 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from peerllm.cli.exactness import UsageError
 from peerllm.cli.parser import build_parser
 from peerllm.cli.terminal import printable
 from peerllm.errors import PeerLLMError
+from peerllm.saved_files import FULL, disk_error
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -26,6 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE if isinstance(error, UsageError) else FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes
+        return FAILED
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = Path(error.filename or getattr(args, "data", "."))
+        print(f"peerllm: {disk_error(error, place, 'what is needed')}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -17,6 +17,7 @@ from peerllm.cli.options.argument_types import (
     port,
     positive,
     seconds,
+    size,
     temperature,
 )
 from peerllm.cli.options.limit_options import add_limits
@@ -90,6 +91,12 @@ def _up(up: argparse.ArgumentParser) -> None:
         help="a further host name the API answers to when it listens on loopback (repeatable)",
     )
     add_limits(up)
+    up.add_argument(
+        "--cache",
+        type=size,
+        metavar="SIZE",
+        help="the most that weights fetched from other devices or the hub take on its disk (default: 107GB)",
+    )
     up.add_argument(
         "--compute",
         type=compute_place,

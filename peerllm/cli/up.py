@@ -45,6 +45,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(
         data_dir=args.data.expanduser().resolve(), name=name, port=args.port,
         api_host=args.api[0], api_port=args.api[1], memory_bytes=args.memory, threads=args.threads,
+        cache_bytes=args.cache,
         peers=tuple(args.peer), in_process=args.in_process, mdns=not (args.no_mdns or args.loopback),
         compute=args.compute, hours=args.hours, battery_percent=args.battery, hot_celsius=args.hot, **chosen,
     )  # fmt: skip

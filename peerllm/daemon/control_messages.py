@@ -113,12 +113,17 @@ class DeploymentView:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Layers first..last of a deployment that a device has loaded, and the last epoch in which it had them."""
+    """A shard, layers first..last of a deployment, that a device has loaded, and the last epoch that uses it.
+
+    A later epoch uses it again if it has room for as many `slots` of as much `context`.
+    """
 
     deployment: DeploymentId
     epoch: int
     first_layer: int
     last_layer: int
+    slots: int = 0
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +206,7 @@ class StageWork:
     downstream_port: int = 0  # of its data plane
     upstream_activations: ActivationForm = "exact"  # how hidden states come from there ...
     downstream_activations: ActivationForm = "exact"  # ... and go there
+    state_from: tuple[DeviceId, ...] = ()  # who had some of its layers, and may bring what sequences keep in them
 
 
 # ---- what an Ask may carry, and what answers it -------------------------------------------------------------------
@@ -269,10 +275,14 @@ class Carry:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Let go of a deployment (all its epochs up to `epoch`); what a later epoch uses stays."""
+    """Let go of a deployment (all its epochs up to `epoch`); what a later epoch uses stays.
+
+    `only`: earlier epochs stand, and what they use stays too.
+    """
 
     deployment: DeploymentId
     epoch: int
+    only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +324,7 @@ class Have:
     keys: tuple[str, ...]
 
 
-Question = Reserve | Assign | Activate | Release | Profile | Pace | Trace | Have
+Question = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace | Have
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +369,7 @@ class Trouble:
     epoch: int
     reason: str
     engine_died: bool = False  # else a link broke, which may be the other end's fault
+    other: DeviceId | None = None  # at the other end of that link
 
 
 Control = (

@@ -19,12 +19,14 @@ from peerllm.daemon.control_messages import Answer, Control, DeviceView, Have, H
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
+from peerllm.daemon.decide.membership import LINKED, State
 from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.deployment.coordinator import Coordinator
+from peerllm.daemon.deployment.loading.epoch_loading import QUERY_TIMEOUT_S
 from peerllm.daemon.deployment.surroundings import Home
-from peerllm.daemon.deployment.worker import QUERY_TIMEOUT_S, Worker
+from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link import engine_facts, machine
-from peerllm.daemon.engine_link.engine_host import IDLE, RUNNING, WAKING, EngineHost
+from peerllm.daemon.engine_link.engine_host import AVAILABLE, IDLE, RUNNING, WAKING, EngineHost
 from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
 from peerllm.daemon.facade import (
     Chunk,
@@ -99,6 +101,7 @@ class Daemon:
         self._told: DeviceView | None = None
         self._free: dict[DeviceId, int] = {}
         self._planned: set[DeploymentId] = set()  # what others plan now
+        self._renewed: set[DeviceId] = set()  # devices reached anew that have not said yet how they do
         self._echoing: set[DeviceId] = set()  # devices that hops can be timed to now
         self._tasks: set[asyncio.Task[None]] = set()
         self._pulse = Debounce(VIEW_INTERVAL_S, self._beat)
@@ -157,7 +160,8 @@ class Daemon:
         self.ledger = Ledger(self.lent_now(limits))
         self.digests = Digests(data / "digests.json")
         peers = NetworkPeers(self.network)
-        self.store = await asyncio.to_thread(WeightStore, data / "weights", self.identity.device, peers)
+        me, most = self.identity.device, self.settings.cache_bytes
+        self.store = await asyncio.to_thread(WeightStore, data / "weights", me, peers, most)
         self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
@@ -190,7 +194,7 @@ class Daemon:
         network.link_monitor.echo, network.link_monitor.may_echo = self._echo, self._may_echo
         network.listen(self._heard)
         network.on_change(self._household_changed)
-        network.on_vanish(self._vanished)
+        network.on_state(self._device_state)
         network.on_roster(self._roster_changed)
         self._started = True
         self._closing.push_async_callback(self._let_go)
@@ -198,6 +202,7 @@ class Daemon:
         await self.lending.start()
         await network.start()
         await self.store.prune()
+        self._first_look()
         await self.coordinator.start()
         self._ready.set()
         self.poke()
@@ -282,7 +287,9 @@ class Daemon:
     def models(self) -> list[ServedModel]:
         if not self._ready.is_set():
             return []
-        return [*self.coordinator.served(), *self._models.others(self.home.name)]
+        own = self.coordinator.served()
+        here = {model.deployment for model in own}
+        return [*own, *(model for model in self._models.others(self.home.name) if model.deployment not in here)]
 
     def relay(
         self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes
@@ -367,7 +374,7 @@ class Daemon:
 
     def lending_changed(self) -> None:
         self.network.set_hello_changed()
-        self.coordinator.stir()
+        self.coordinator.stir("what a device lends has changed")
         self.poke()
 
     async def let_go(self, reason: str) -> None:
@@ -410,8 +417,15 @@ class Daemon:
     def _view(self) -> DeviceView:
         promised, state = self.ledger.promised_bytes, self.host.state
         own = self._configured.runtime_bytes if self._configured is not None and state == RUNNING else 0
-        resident, leaving = self._resident_bytes(), self.ledger.leaving
-        return DeviceView(promised, resident, state, self.coordinator.views(), promised + own, leaving=leaving)
+        return DeviceView(
+            promised,
+            self._resident_bytes(),
+            state,
+            self.coordinator.views(),
+            promised + own,
+            holdings=self.worker.holdings(),
+            leaving=self.ledger.leaving,
+        )
 
     def _resident_bytes(self) -> int:
         if self.host.pid is None and not self.settings.in_process:
@@ -505,6 +519,7 @@ class Daemon:
     def _engine_lost(self, reason: str) -> None:
         if self._started:
             self.worker.engine_lost(reason)
+            self.coordinator.device_is(self.identity.device, "gone", f"lost its engine ({reason})")
             self.poke()
 
     def _engine_state(self, state: str) -> None:
@@ -518,7 +533,7 @@ class Daemon:
         if self._started:
             self.network.set_hello_changed()
             self.network.link_monitor.engine_changed()
-            self.coordinator.stir()
+            self.coordinator.device_is(self.identity.device, "online")
             self.poke()
 
     # ---- the household ----------------------------------------------------------------------------------------------
@@ -531,6 +546,27 @@ class Daemon:
     def _heard(self, device: DeviceId, message: Control) -> None:
         if isinstance(message, Progress | Trouble):
             self.coordinator.hear(device, message)
+        elif isinstance(message, DeviceView):
+            self.coordinator.told(device, message.holdings)
+            self._seen(device, message)
+
+    def _first_look(self) -> None:
+        """How each device of the household is when this one starts."""
+        if self.host.state in AVAILABLE:
+            self.coordinator.device_is(self.identity.device, "online")
+        for device, peer in self.network.peers().items():
+            if peer.view is None:
+                self.coordinator.device_is(device, "gone", "is not here")
+
+    def _seen(self, device: DeviceId, view: DeviceView) -> None:
+        """A device that is here says how it does."""
+        self.worker.back(device)
+        renewed = device in self._renewed
+        self._renewed.discard(device)
+        if view.leaving:
+            self.coordinator.device_is(device, "leaving", f"is leaving: {view.leaving}", renewed)
+        else:
+            self.coordinator.device_is(device, "online", renewed=renewed)
 
     def _report(self, device: DeviceId, message: Progress | Trouble) -> None:
         """To the coordinator of a deployment, which may be this device's own."""
@@ -542,7 +578,7 @@ class Daemon:
     def _household_changed(self) -> None:
         free = {device: one.free_bytes for device, one in self.home.candidates().items()}
         if any(nbytes > self._free.get(device, -1) for device, nbytes in free.items()):
-            self.coordinator.stir()
+            self.coordinator.stir("memory was freed")
         self._free = free
         peers = self.network.peers()
         self._models.hear(peers, {device: peer.view.deployments for device, peer in peers.items() if peer.view})
@@ -560,10 +596,25 @@ class Daemon:
             self.network.link_monitor.engine_changed()
         self._echoing = echoing
 
-    def _vanished(self, device: DeviceId, reason: str) -> None:
-        self._relay.vanished(device, reason)
-        self.coordinator.gone(device, reason)
-        self._spawn(self.worker.vanished(device), f"let go for {device[:8]}")
+    def _device_state(self, device: DeviceId, before: State, state: State, reason: str, renewed: bool) -> None:
+        """Membership says how a device is; over a new connection the device itself says then what it has loaded."""
+        if renewed:
+            self._renewed.add(device)
+        match state:
+            case "online":
+                if before == "silent" and not renewed:
+                    self.worker.back(device)
+                    self.coordinator.device_is(device, "online")
+            case "silent":
+                self.worker.away(device)
+                self.coordinator.device_is(device, "silent", f"is {reason}")
+            case "offline" | "left":
+                if before in LINKED:
+                    self._relay.vanished(device, reason)
+                self.worker.away(device)
+                self.coordinator.device_is(device, "gone", f"is gone ({reason})")
+            case "connecting":
+                pass
 
     def _roster_changed(self, entries: tuple[RosterEntry, ...]) -> None:
         self.host.tell(Trust(self._trusted(entries)))

@@ -94,6 +94,7 @@ class GenerateRequest:
     sampling: Sampling
     client: str = ""
     ignore_stop: bool = False  # go on to max_tokens whatever the model says
+    patience_s: float | None = None  # how long it waits for a deployment that does not serve; None: as usual
 
 
 @dataclass(frozen=True, slots=True)

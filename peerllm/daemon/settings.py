@@ -21,6 +21,7 @@ class Settings:
     api_host: str = "127.0.0.1"
     api_port: int = API_PORT
     memory_bytes: int | None = None  # None: what the machine has free, less a reserve
+    cache_bytes: int | None = None  # the most that cached weights may take on the disk; None: MAX_STORE_BYTES
     threads: int | None = None  # None: the machine's cores
     compute: str = "cpu"  # or an accelerator: "cuda", "cuda:N", "mps"
     peers: tuple[tuple[str, int], ...] = field(default=())  # static peers' control ports

@@ -149,6 +149,7 @@ class LoadStage:
     cuts: Cuts = ()  # for the source: how it cuts prompts, by their number of new tokens; (): always `chunk`
     upstream_activations: ActivationForm = "exact"  # the form of incoming hidden states
     downstream_activations: ActivationForm = "exact"  # the form of outgoing hidden states
+    state_from: tuple[DeviceId, ...] = ()  # who may bring what sequences keep in the layers that are loaded anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +195,13 @@ class CarryState:
 class Unload:
     """End a deployment's epochs up to `epoch` on this device (None: all) and free the shards that no later epoch uses.
 
-    The last epoch's running sequences end with reason "error".
+    The last epoch's running sequences end with reason "error". `only`: earlier epochs stand, and keep their shards.
     """
 
     request: int
     deployment: DeploymentId
     epoch: int | None = None
+    only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,6 +446,7 @@ ToEngine = (
     | LoadStage
     | Connect
     | Switch
+    | CarryState
     | Unload
     | Submit
     | Cancel

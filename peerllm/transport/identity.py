@@ -139,13 +139,15 @@ def _create(directory: Path) -> None:
 def _place(target: Path, data: bytes) -> None:
     """`data` as the file `target`, of mode FILE_MODE, unless it exists already."""
     descriptor, aside = mkstemp(prefix=".identity-", dir=target.parent)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    with suppress(FileExistsError):
-        os.link(aside, target)
-    Path(aside).unlink()
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(aside, target)
+    finally:
+        Path(aside).unlink()
 
 
 def make_certificate(key: Ed25519PrivateKey) -> str:

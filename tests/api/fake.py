@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import aiohttp
 from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.facade import (
     Chunk,
     GenerateRequest,
@@ -22,6 +24,7 @@ from peerllm.daemon.facade import (
     RunProgress,
     ServedModel,
 )
+from peerllm.daemon.owner.limits_file import changed
 from peerllm.errors import InfeasibleError, LinkError, NotFoundError, PairingError, RefusedError
 
 DEPLOYMENT = "d" * 32
@@ -140,6 +143,7 @@ class FakeHousehold:
         self.calls: list[tuple[Any, ...]] = []
         self.start_gate: asyncio.Event | None = None  # the device is starting until it is set
         self.pairing_port = 8645
+        self.owner, self.leaving = OwnerLimits(), ""
         self.addresses: tuple[str, ...] = ("192.168.1.7", "fd00::7", "fe80::7")
         self.asked = asyncio.Event()
         self.closed = asyncio.Event()
@@ -157,6 +161,13 @@ class FakeHousehold:
         self.id = "a" * 64
         self.peers: dict[str, str] = {}  # where other devices take what is relayed to them, by device
         self.handler: PeerHandler | None = None
+
+    def limits(self) -> dict[str, Any]:
+        return {**asdict(self.owner), "leaving": "paused by its owner" if self.owner.paused else self.leaving}
+
+    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        self.owner = changed(self.owner, changes)
+        return self.limits()
 
     async def started(self) -> None:
         if self.start_gate is not None:

@@ -54,6 +54,19 @@ async def test_simple_changes(owner: aiohttp.ClientSession, household: FakeHouse
     ]
 
 
+async def test_the_owner_s_limits(owner: aiohttp.ClientSession) -> None:
+    async with owner.get("/peerllm/v1/limits") as response:
+        assert (await response.json())["battery_percent"] == 15
+    status, found = await post(owner, "limits", hours=[1200, 480], threads=2, battery_percent=0)
+    assert status == 200
+    assert (found["hours"], found["threads"], found["battery_percent"], found["leaving"]) == ([1200, 480], 2, None, "")
+    assert (await post(owner, "pause"))[1]["leaving"] == "paused by its owner"
+    assert (await post(owner, "resume"))[1]["paused"] is False
+    for wrong in ({"threads": -1}, {"threads": "2"}, {"hours": [1]}, {"colour": 1}):
+        status, found = await post(owner, "limits", **wrong)
+        assert status == 400 and next(iter(wrong)) in found["error"]["message"]
+
+
 async def test_who_asks_while_the_device_starts_waits_but_sees_that_it_does(
     owner: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
 ) -> None:

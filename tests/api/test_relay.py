@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api.openai import completions, model_wait
+from peerllm.api import peer_api
+from peerllm.api.openai import answer_store, completions, model_wait
 from peerllm.api.peers import remote_answer
 from peerllm.api.server import ApiServer
 from peerllm.daemon.facade import ServedModel
@@ -130,7 +131,9 @@ class Torn:
         for part in self.parts:
             writer.write(b"%x\r\n%s\r\n" % (len(part), part))
         await writer.drain()
-        if not self.parts[-1].endswith(b"stay"):
+        if self.parts[-1].endswith((b"end", b"\n\n")):
+            writer.write(b"0\r\n\r\n")
+        elif not self.parts[-1].endswith(b"stay"):
             writer.close()
 
     async def start(self) -> tuple[asyncio.Server, str]:
@@ -138,12 +141,14 @@ class Torn:
         return server, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-async def test_an_event_that_broke_off_is_not_passed_on(pair: Pair) -> None:
-    server, pair.mini.peers[LAPTOP] = await Torn(b'data: {"whole":1}\n\ndata: {"ha').start()
+@pytest.mark.parametrize("rest", [b'data: {"ha', b"data: the end", b"data: 2\n\n"])
+async def test_a_stream_that_broke_off_ends_with_an_error(pair: Pair, rest: bytes) -> None:
+    """Torn, or brought to an orderly end before its last event."""
+    server, pair.mini.peers[LAPTOP] = await Torn(b'data: {"whole":1}\n\n', rest).start()
     async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
         events = (await response.text()).removesuffix("\n\n").split("\n\n")
-    assert events[0] == 'data: {"whole":1}'
-    assert json.loads(events[1].removeprefix("data: "))["error"]["status"] == 503
+    assert events[0] == 'data: {"whole":1}' and events[1:-1] in ([], ["data: 2"])
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["status"] == 503
 
 
 async def test_an_event_without_an_end_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +169,9 @@ async def test_a_silent_source_keeps_the_client_connected(pair: Pair, monkeypatc
     server, pair.mini.peers[LAPTOP] = await Torn(b"data: 1\n\n", b"data: stay").start()
     async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
         assert await response.content.readuntil(b"\n\n") == b"data: 1\n\n"
-        assert await response.content.readuntil(b"\n\n") == b": the device of builtin is silent\n\n"
+        for _ in range(remote_answer.MAX_SILENCES):
+            assert await response.content.readuntil(b"\n\n") == b": the device of builtin is silent\n\n"
+        assert b"said nothing" in await response.read(), "but not for ever"
 
 
 async def test_a_source_that_cannot_be_reached_is_503(pair: Pair) -> None:
@@ -217,9 +224,38 @@ async def test_peers_reach_answers_only(pair: Pair) -> None:
             assert response.status == 404
         async with session.post(pair.control + PATH, data=b"x" * (9 << 20)) as response:
             assert response.status == 413
+        async with session.post(pair.control + PATH, data=chunked(b" " * (1 << 20), 9)) as response:
+            assert response.status == 413, "also where no length was told"
         async with session.post(pair.control + PATH, data=b"{") as response:
             assert response.status == 400
     assert not pair.laptop.calls and not pair.laptop.runs
+
+
+async def chunked(piece: bytes, count: int) -> AsyncIterator[bytes]:
+    for _ in range(count):
+        yield piece
+
+
+async def test_one_device_cannot_take_all_streams(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_api, "MAX_OF_DEVICE", 1)
+    pair.laptop.gate = asyncio.Event()
+    first = asyncio.create_task(pair.session.post(PATH, json=ASK))
+    await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
+    async with pair.session.post(PATH, json=ASK) as response:
+        assert response.status == 429 and response.headers["Retry-After"]
+    pair.laptop.gate.set()
+    assert (await first).status == 200
+    async with pair.session.post(PATH, json=ASK) as response:
+        assert response.status == 200
+
+
+async def test_kept_answers_of_a_device_share_its_bound(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_store, "MAX_KEPT_OF_CLIENT", 2)
+    for user in ("u", "v", "w", "u"):
+        key = {"Idempotency-Key": f"key of {user}"}
+        async with pair.session.post(PATH, json={**ASK, "user": user}, headers=key) as response:
+            assert response.status == 200
+    assert len(pair.laptop.requests) == 4, "the first made way for the third"
 
 
 async def test_a_device_cannot_speak_for_clients_of_another(pair: Pair) -> None:
@@ -316,6 +352,21 @@ async def test_a_stream_with_a_key_goes_on_after_its_link_broke(pair: Pair, monk
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == pair.laptop.reply
     assert len({event["id"] for event in events}) == 1 and heard.endswith(b"data: [DONE]\n\n")
     assert len(pair.laptop.requests) == 1
+
+
+async def test_a_source_that_shuts_down_is_sought_elsewhere(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last words are not the end for an answer with a key; nobody has it here, and the stream says so."""
+    monkeypatch.setattr(completions, "RETRY_S", 0.01)
+    pair.laptop.endless, pair.laptop.pace_s = True, 0.01
+    async with pair.session.post(PATH, json={**ASK, "stream": True}, headers=KEY) as response:
+        while b"id: 2\n" not in await response.content.readuntil(b"\n\n"):
+            pass
+        pair.mini.served = [pair.mini.model]
+        closing = asyncio.create_task(pair.server.close())
+        text = await asyncio.wait_for(response.text(), BOUND_S)
+        await closing
+    assert "shutting down" not in text and ": the device of builtin is lost" in text
+    assert json.loads(text.removesuffix("\n\n").split("\n\n")[-1][6:])["error"]["status"] == 409
 
 
 async def test_it_is_sought_for_a_bounded_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

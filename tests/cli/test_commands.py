@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,35 @@ def peerllm(device: Served, capsys: pytest.CaptureFixture[str]) -> Run:
         return code, out, err
 
     return run
+
+
+def test_pause_and_resume_say_what_follows(peerllm: Run, device: Served) -> None:
+    code, out, _ = peerllm("pause")
+    assert code == 0 and "peerllm resume" in out and device.household.owner.paused
+    code, out, _ = peerllm("resume")
+    assert (code, out, device.household.owner.paused) == (0, "Resumed: this device lends again.\n", False)
+    device.household.leaving = "paused: on battery, 24 %"
+    assert peerllm("resume")[1] == "Resumed, but it still lends nothing: paused: on battery, 24 %\n"
+
+
+def test_limits_are_shown_and_changed_one_by_one(peerllm: Run, device: Served) -> None:
+    before = device.household.owner
+    assert peerllm("limits")[1].splitlines()[1].startswith("memory      what is free")
+    assert device.household.owner == before
+    argv = ("--memory", "4GB", "--threads", "2", "--hours", "20:30-8", "--battery", "30", "--hot", "90")
+    code, out, _ = peerllm("limits", *argv)
+    assert code == 0
+    for text in ("at most 4.00 GB", "processors  2", "from 20:30 to 8:00", "down to 30 %", "below 90 °C", "Now: lends"):
+        assert text in out
+    found = json.loads(peerllm("limits", "--hot", "off", "--json")[1])
+    assert (found["memory_bytes"], found["hours"], found["hot_celsius"]) == (4_000_000_000, [1230, 480], None)
+    peerllm("limits", "--memory", "free", "--threads", "all", "--hours", "always", "--battery", "off")
+    assert device.household.owner == replace(before, battery_percent=None)
+
+
+def test_a_device_that_leaves_says_why_in_the_table(peerllm: Run, device: Served) -> None:
+    device.household.devices[1]["leaving"] = "paused: on battery, 24 %"
+    assert re.search(r"mini-pc +paused: on battery, 24 % ", peerllm("status")[1])
 
 
 def test_invite_ends_with_the_code(peerllm: Run) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from peerllm.cli.main import main
-from peerllm.cli.options.argument_types import address, port, size
+from peerllm.cli.options.argument_types import address, hours, port, size
 from peerllm.cli.parser import build_parser, default_data_dir
 from peerllm.cli.up import settings_of
 from peerllm.errors import BadInputError
 
 COMMANDS = (
     *("up", "demo", "invite", "join", "leave", "run", "stop", "status", "devices", "chat", "models"),
-    *("plan", "simulate", "bench"),
+    *("plan", "simulate", "bench", "pause", "resume", "limits"),
 )
 WITHOUT_DATA = ("demo", "simulate")
 
@@ -70,6 +70,60 @@ def test_a_size_that_lends_nothing_is_refused_with_what_may_be_meant(text: str, 
 )
 def test_addresses(text: str, expected: tuple[str, int]) -> None:
     assert address(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("20-8", (1200, 480)),
+        ("20:30-7:05", (1230, 425)),
+        ("0-24", (0, 1440)),
+        ("8-24", (480, 1440)),
+        ("always", (0, 1440)),
+    ],
+)
+def test_hours(text: str, expected: tuple[int, int]) -> None:
+    assert hours(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "20", "20-", "8-8", "25-8", "8-24:30", "8:60-9", "-1-5", "a-b", "8.5-9", "20-8-9"]
+)
+def test_what_are_no_hours(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="hours"):
+        hours(text)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "field", "expected"),
+    [
+        ("--memory", "free", "memory_bytes", 0), ("--memory", "4GB", "memory_bytes", 4 * 10**9),
+        ("--threads", "all", "threads", 0), ("--threads", "2", "threads", 2),
+        ("--battery", "off", "battery_percent", 0), ("--battery", "30", "battery_percent", 30),
+        ("--hot", "off", "hot_celsius", 0), ("--hot", "90", "hot_celsius", 90),
+    ],
+)  # fmt: skip
+def test_limits_of_a_device(option: str, text: str, field: str, expected: float) -> None:
+    given = settings_of(build_parser().parse_args(["up", option, text])).given_limits
+    assert given == {**dict.fromkeys(given), field: expected}
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--battery", "0"),
+        ("--battery", "100"),
+        ("--battery", "30%"),
+        ("--hot", "20"),
+        ("--hot", "nan"),
+        ("--threads", "0"),
+    ],
+)
+def test_what_is_no_limit_of_a_device(option: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("up", "limits"):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([command, option, text])
+        assert option in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["a", "a:", ":1", "a:0", "a:65536", "::1:80", "a:-1", "a:1x", "[]:1", ""])

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from peerllm.daemon.control_messages import Hello
 from peerllm.daemon.decide.device_profiles import Candidate
+from peerllm.daemon.decide.holdings import reused
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment.coordinator import Coordinator
 from peerllm.daemon.deployment.model_files import ModelOnDisk
 from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link.profiler import Profiler
 from peerllm.engine.messages import (
+    CarryState,
     Connect,
     Done,
     EngineLoad,
@@ -66,11 +68,14 @@ class FakeEngine:
     def __init__(self, house, device):
         self._house, self._device = house, device
         self._numbers = itertools.count(1)
-        self.stages: dict[tuple[str, int], int] = {}
+        self.shards: dict[tuple, tuple[int, set[int]]] = {}  # (deployment, layers, size): bytes, and who uses it
+        self.epochs: dict[tuple[str, int], set[int]] = {}  # (deployment, epoch): stages
+        self.carried: list[object] = []
         self.seen: list[object] = []
         self.gate = asyncio.Event()  # loads wait for it
         self.gate.set()
         self.loading = asyncio.Event()
+        self.loaded: list[tuple[int, int]] = []  # shards, in the order in which they were loaded
         self.unloads = 0
         self.fail: Exception | None = None
         self.most: int | None = None  # bytes of one stage; it refuses more
@@ -85,7 +90,15 @@ class FakeEngine:
 
     @property
     def held(self):
-        return sum(self.stages.values())
+        return sum(nbytes for nbytes, _ in self.shards.values())
+
+    @property
+    def stages(self):
+        return {(deployment, stage) for (deployment, _), stages in self.epochs.items() for stage in stages}
+
+    def clear(self):
+        self.shards.clear()
+        self.epochs.clear()
 
     def clock(self):
         return time.perf_counter_ns() + self.clock_ahead_ns
@@ -103,10 +116,7 @@ class FakeEngine:
                     raise RefusedError("the deployment was stopped while it was loading")
                 if self.fail is not None:
                     raise self.fail
-                nbytes = sum(tensor.nbytes for tensor in message.tensors)
-                if self.most is not None and nbytes > self.most:
-                    raise RefusedError(f"a stage of {nbytes} bytes does not fit")
-                self.stages[message.deployment, message.stage] = nbytes
+                nbytes = self._load(message)
                 self._house.check()
                 self._house.devices[self._device].worker.progress(
                     LoadProgress(message.deployment, message.stage, nbytes, nbytes)
@@ -118,9 +128,11 @@ class FakeEngine:
                     raise self.layer_ms
                 return LayersTimed(message.request, self.layer_ms, {})
             case QueryLoad():
-                held = tuple((deployment, stage, 0) for deployment, stage in self.stages)
+                held = tuple((deployment, stage, 0) for deployment, stage in sorted(self.stages))
                 paces = {f"{deployment}/{stage}": self.paces for deployment, stage, _ in held if self.paces}
-                by_deployment = {one: sum(n for key, n in self.stages.items() if key[0] == one) for one, _, _ in held}
+                by_deployment = {
+                    one: sum(n for key, (n, _) in self.shards.items() if key[0] == one) for one, _, _ in held
+                }
                 return EngineLoad(
                     message.request,
                     held,
@@ -142,10 +154,47 @@ class FakeEngine:
             case Unload():
                 self.unloads += 1
                 self.gate.set()
-                self.stages = {key: value for key, value in self.stages.items() if key[0] != message.deployment}
+                self._unload(message)
+            case CarryState():
+                assert (message.deployment, message.epoch) in self.epochs, "what is carried is not here"
+                self.carried.append(message)
             case Connect():
-                assert any(key[0] == message.deployment for key in self.stages), "connected before it was loaded"
+                assert (message.deployment, message.epoch) in self.epochs, "connected before it was loaded"
         return Done(message.request)
+
+    def _load(self, spec):
+        """Bytes that are new: shards that lie within the stage are used again."""
+        size, layers = (spec.slots, spec.context), (spec.first_layer, spec.last_layer)
+        there = [key[1] for key in self.shards if key[0] == spec.deployment and key[2] == size]
+        used, missing = reused(layers, there)
+        each = {t.name: t.nbytes for t in spec.tensors}
+        sizes = [each[name] for name in each]
+        new = 0
+        for first, last in missing:
+            nbytes = sum(sizes[first - spec.first_layer : last - spec.first_layer + 1])
+            if self.most is not None and nbytes > self.most:
+                raise RefusedError(f"a stage of {nbytes} bytes does not fit")
+            new += nbytes
+        assert spec.limit_bytes >= new, "more is loaded than there is room for"
+        for first, last in missing:
+            nbytes = sum(sizes[first - spec.first_layer : last - spec.first_layer + 1])
+            self.shards[spec.deployment, (first, last), size] = nbytes, set()
+            self.loaded.append((first, last))
+        for one in (*used, *missing):
+            self.shards[spec.deployment, one, size][1].add(spec.epoch)
+        self.epochs.setdefault((spec.deployment, spec.epoch), set()).add(spec.stage)
+        return new
+
+    def _unload(self, message):
+        def over(epoch):
+            return message.epoch is None or (epoch == message.epoch if message.only else epoch <= message.epoch)
+
+        for key, (_, epochs) in list(self.shards.items()):
+            if key[0] == message.deployment:
+                epochs -= {one for one in epochs if over(one)}
+                if not epochs:
+                    del self.shards[key]
+        self.epochs = {key: one for key, one in self.epochs.items() if key[0] != message.deployment or not over(key[1])}
 
 
 class FakeStore:
@@ -188,6 +237,7 @@ class Device:
     online: bool = True
     machine: str = ""
     told: list = field(default_factory=list)
+    switched: list = field(default_factory=list)
 
     def __post_init__(self):
         self.ledger = Ledger(self.lent)
@@ -204,8 +254,15 @@ class Device:
             ),
             address=lambda device: (("127.0.0.1",), 1),
             report=self.report,
-            changed=self.house.changed,
+            changed=self.tell,
         )
+
+    def tell(self):
+        """As a DeviceView: the others hear what is loaded here."""
+        for one in self.house.devices.values():
+            if self.online and one.online and one is not self:
+                one.coordinator.told(self.me, self.worker.holdings())
+        self.house.changed()
 
     def report(self, coordinator, message):
         if self.online:
@@ -274,6 +331,14 @@ class Device:
         self.told.append(message)
         self.house.changed()
 
+    def switch(self, deployment, epoch):
+        self.switched.append(epoch)
+
+        async def done():
+            await self.house.switch_gate.wait()
+
+        return done()
+
     def views(self):
         return [v for d in self.house.devices.values() if d is not self for v in d.coordinator.views()]
 
@@ -291,6 +356,8 @@ class House:
         self.downloads: list[str] = []
         self.download_gate = asyncio.Event()  # downloads wait for it
         self.download_gate.set()
+        self.switch_gate = asyncio.Event()  # engines' sequences change their epoch when it is open
+        self.switch_gate.set()
         self.hub_places = None
         self.devices: dict[str, Device] = {}
         self._departures: dict[str, asyncio.Event] = {}
@@ -298,6 +365,9 @@ class House:
         for letter, nbytes in zip("abcdefgh", lent, strict=False):
             device = letter * 64
             self.devices[device] = Device(self, device, nbytes)
+        for one in self.devices.values():
+            for device in self.devices:
+                one.coordinator.device_is(device, "online")
 
     def __getitem__(self, letter):
         return self.devices[letter * 64]
@@ -331,18 +401,30 @@ class House:
         gone = self[letter]
         gone.online = False
         self.departure(gone.me).set()
-        gone.engine.stages.clear()
+        gone.engine.clear()
         gone.worker.engine_lost("the daemon died")
+        self.part(letter, "gone")
+
+    def part(self, letter, condition="silent"):
+        """The device is not heard of any more; what it has loaded stays."""
+        gone = self[letter]
+        gone.online = False
+        if condition == "gone":
+            self.departure(gone.me).set()
         for device in self.devices.values():
             if device is not gone:
-                device.coordinator.gone(gone.me, "it vanished")
-                await device.worker.vanished(gone.me)
+                device.coordinator.device_is(gone.me, condition, f"is {condition}")
+                device.worker.away(gone.me)
 
     async def come_back(self, letter):
         self[letter].online = True
         self._departures.pop(self[letter].me, None)
         for device in self.devices.values():
-            device.coordinator.stir()
+            if device is not self[letter]:
+                device.coordinator.told(self[letter].me, self[letter].worker.holdings())
+                device.coordinator.device_is(self[letter].me, "online")
+                device.worker.back(self[letter].me)
+                self[letter].worker.back(device.me)
 
     async def close(self):
         for device in self.devices.values():

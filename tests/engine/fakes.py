@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from peerllm.engine.base import Draw, Progress, Tensor
+from peerllm.engine.base import Draw, Progress, StateForms, Tensor
 from peerllm.engine.messages import (
     Configure,
     Configured,
@@ -67,6 +67,9 @@ class FakeShard:
                 row[self._sums[each.slot] % VOCABULARY] = 1
                 rows.append(row)
         return np.stack(rows) if rows else np.empty((0, VOCABULARY), np.float32)
+
+    def state_forms(self, first_layer: int, last_layer: int) -> StateForms:
+        return StateForms({}, {})
 
     def release(self, slot: int) -> None:
         self._sums.pop(slot, None)

@@ -6,6 +6,7 @@ Building the root takes a minute and the network, so it is kept, by release, und
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import signal
@@ -21,7 +22,8 @@ import psutil
 import peerllm
 
 RELEASE, PYTHON = "bookworm", (3, 11)
-PACKAGES = "systemd,systemd-sysv,dbus,python3"
+# The last three: for services of users, and so that the bus and logind know whom a service runs as and what it may.
+PACKAGES = "systemd,systemd-sysv,dbus,python3,libpam-systemd,libnss-systemd,polkitd"
 BUILD_S, BOOT_S, HALT_S, COMMAND_S = 600, 90, 60, 300
 INSTALLED = "/opt/peerllm"  # in the container: an environment that everybody may read
 _MAKE_VENV = (
@@ -42,7 +44,8 @@ def why_not() -> str:
 
 def built_root() -> Path:
     """A root directory to copy from; RuntimeError if it cannot be built, as without the archive's servers."""
-    cache = Path(tempfile.gettempdir()) / f"peerllm-lab-{RELEASE}"
+    kind = hashlib.sha256(PACKAGES.encode()).hexdigest()[:8]
+    cache = Path(tempfile.gettempdir()) / f"peerllm-lab-{RELEASE}-{kind}"
     if (cache / "etc/os-release").exists() and (cache / ".complete").exists():
         return cache
     shutil.rmtree(cache, ignore_errors=True)

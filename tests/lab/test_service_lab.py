@@ -154,6 +154,41 @@ def test_uninstall_takes_away_what_install_made_and_nothing_else(container: Cont
     assert "No service was installed" in container.peerllm("service", "uninstall", "--system")
 
 
+def test_before_sleep_it_is_waited_for_where_the_bus_knows_its_user(container: Container, before: str) -> None:
+    """dbus-daemon knows no user that exists only while a service runs, so the install says to make one."""
+    assert "useradd --system peerllm" in container.peerllm("service", "install", "--system")
+    assert "peerllm" not in container.run("systemd-inhibit", "--list", "--no-pager", "--no-legend")
+    container.run("sh", "-c", "systemctl stop peerllm; useradd --system peerllm; systemctl start peerllm")
+    assert "useradd" not in container.peerllm("service", "install", "--system")
+    until(container, "systemd-inhibit --list --no-pager | grep -q 'peerllm.*sleep.*delay'")
+    assert json.loads(container.peerllm("status", "--data", DATA, "--json"))["device"]["name"]  # the same data
+    container.peerllm("service", "uninstall", "--system")
+    assert "peerllm" not in container.run("systemd-inhibit", "--list", "--no-pager", "--no-legend")
+
+
+def test_a_service_of_one_user_starts_with_the_machine_where_that_user_lingers(container: Container) -> None:
+    def ann(*arguments: str) -> str:
+        environment = ("env", "-C", "/", "XDG_RUNTIME_DIR=/run/user/1000", "HOME=/home/ann")
+        return container.run("runuser", "-u", "ann", "--", *environment, f"{INSTALLED}/bin/python", "-m", "peerllm",
+                             *arguments)  # fmt: skip
+
+    container.run("useradd", "--create-home", "--uid", "1000", "ann")
+    container.run("systemctl", "start", "user@1000")  # as logging in does
+    assert "loginctl enable-linger" in ann("service", "install", "--", "--name", "ann's")
+    assert json.loads(ann("service", "status", "--json"))["starts_without_login"] is False
+    container.run("loginctl", "enable-linger", "ann")
+    assert json.loads(ann("service", "status", "--json"))["starts_without_login"] is True
+    ann("run", "builtin")
+    container.halt()
+    container.boot()
+    until(container, "test -e /home/ann/.local/share/peerllm/daemon.json")
+    python = f"{INSTALLED}/bin/python -m peerllm status"
+    until(container, f"runuser -u ann -- env HOME=/home/ann {python} | grep -q 'builtin: serving'")
+    assert "peerllm" in ann("chat", QUESTION, "--temperature", "0")
+    assert "stopped and disabled" in ann("service", "uninstall")
+    assert not container.run("sh", "-c", "find /home/ann/.config/systemd -type f -o -type l").strip()
+
+
 def test_the_packages_in_the_container_are_those_of_this_checkout(container: Container) -> None:
     import peerllm
 

@@ -142,7 +142,7 @@ async def test_a_slow_handshake_and_a_slow_request_are_cut(nodes: list[Node], mo
 async def test_a_flood_of_handshakes_keeps_nobody_out(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
     expect(two, one)
-    monkeypatch.setattr(acceptor_module, "MAX_UNFINISHED", 4)
+    monkeypatch.setattr(two.plane._acceptor._unfinished, "_most", 4)
     mute = [await asyncio.open_connection("127.0.0.1", two.plane.port) for _ in range(12)]
     await works(one, two)
     assert len(two.plane._acceptor._unfinished) <= 4
@@ -155,8 +155,6 @@ async def test_a_flood_of_handshakes_keeps_nobody_out(nodes: list[Node], monkeyp
 async def test_no_more_sockets_is_a_pause(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _ = nodes
     expect(two, one)
-    monkeypatch.setattr(acceptor_module, "ACCEPT_PAUSE_S", 0.05)
-
     loop, accept = asyncio.get_running_loop(), socket.socket.accept
     refused = asyncio.Event()
 

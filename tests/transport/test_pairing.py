@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -309,15 +310,36 @@ async def test_a_stalling_peer_does_not_hold_the_door_shut(
     stalling[1].close()
 
 
-async def test_attempts_queue_up_to_a_bound(house: House, bob: Identity, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door_module, "MAX_WAITING", 2)
-    first, second = await _knock(house), await _knock(house)
-    _, _, _ = first
-    await _greet(house, first[2], bob, house.code)  # both have been taken in by now
-    with pytest.raises(PairingError, match="others are pairing"):
-        await house.join(bob)
-    for _, writer, _ in (first, second):
+async def test_who_knocks_and_says_nothing_makes_way(house: House, bob: Identity) -> None:
+    silent = [await asyncio.open_connection("127.0.0.1", house.door.port) for _ in range(10)]
+    secured = [await _knock(house) for _ in range(3 * door_module.MAX_WAITING)]
+    assert len(house.door._waiting) <= door_module.MAX_WAITING
+    for reader, _ in silent:
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), door_module.ATTEMPT_TIMEOUT_S / 2) == b"", "the first make way"
+    await house.join(bob)
+    for writer in (writer for _, writer, *_ in (*silent, *secured)):
         writer.close()
+
+
+async def test_who_is_being_served_does_not_make_way(house: House, bob: Identity) -> None:
+    _, writer, channel = await _knock(house)
+    await _greet(house, channel, bob, house.code)
+    flood = [await _knock(house) for _ in range(3 * door_module.MAX_WAITING)]
+    await channel.send(Confirm("00" * 32))
+    with pytest.raises(PairingError, match="the code is wrong"):
+        await channel.receive(Confirm)
+    for one in (writer, *(writer for _, writer, _ in flood)):
+        one.close()
+
+
+async def test_one_address_has_one_place_in_the_line(house: House, bob: Identity, alice: Identity) -> None:
+    for _ in range(3):  # they greet in due form, and then leave the door waiting
+        await _greet(house, (await _knock(house))[2], bob, house.code)
+    lines = house.door._lines
+    assert list(lines) == ["127.0.0.1"] and lines["127.0.0.1"].locked()
+    waiting = house.door._turn._waiters
+    assert not waiting, "of this address none but the one being served has come to the turn"
 
 
 async def test_attempts_at_once_count_one_by_one(house: House, bob: Identity) -> None:

@@ -217,7 +217,7 @@ async def test_sessions_are_not_resumed(alice: Identity, bob: Identity) -> None:
 async def test_a_silent_peer_does_not_hold_a_handshake_for_ever(
     alice: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peerllm.transport.tls.tls_server.HANDSHAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("peerllm.transport.listening.http_acceptor.FIRST_REQUEST_TIMEOUT_S", 0.2)
     server = TlsServer(web.Application(), alice, ["127.0.0.1"], 0)
     await server.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)

@@ -23,10 +23,10 @@ from peerllm.api.openai.model_wait import answering_model
 from peerllm.api.openai.models import find_model
 from peerllm.api.peers.caller import Caller, caller_of
 from peerllm.api.peers.remote_answer import RemoteAnswer
-from peerllm.api.repeat import END, Repeat, repeat_of
+from peerllm.api.repeat import END, DeviceLeavingError, Repeat, repeat_of
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.daemon.facade import Chunk, GenerateRequest, ServedModel
-from peerllm.errors import EngineError, LinkError, UnavailableError
+from peerllm.errors import EngineError, LinkError
 
 CHAT_PATH = "/v1/chat/completions"
 RESUME_S = 60.0  # seconds in which an answer with a key is sought again after the device that gave it was lost
@@ -49,7 +49,9 @@ async def answer_chat(app: web.Application, request: web.Request, caller: Caller
         except asyncio.CancelledError:
             if stream is not None and stream.started and app[TASKS].closing:
                 with contextlib.suppress(ConnectionError):
-                    await stream.send(describe(UnavailableError("the answer broke off: this device is shutting down")))
+                    await stream.send(
+                        describe(DeviceLeavingError("the answer broke off: this device is shutting down"))
+                    )
                     await stream.end()
             raise
 
@@ -74,15 +76,15 @@ async def _answered(
                 if repeat.last is not None:
                     raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
                 begin = _begin(app, chat, model, caller)
-                app[ANSWERS].begin(repeat.key, repeat.fingerprint, caller.group(chat.user), begin)
+                app[ANSWERS].begin(repeat.key, repeat.fingerprint, caller.payer(chat.user), begin)
             break
         remote = RemoteAnswer(app[HOUSEHOLD], model, caller, repeat, partial(_moved, app, model))
         try:
             return await remote.pass_on(request, CHAT_PATH, stream)
-        except LinkError:
+        except LinkError as error:
             until = until or time.monotonic() + RESUME_S
             if repeat is None or time.monotonic() >= until:
-                raise
+                raise LinkError(f"no answer of {model.name} to its end: {error}; ask again in a moment") from error
             if stream is not None:
                 await stream.comment(f"the device of {model.name} is lost, looking for the answer")
             await asyncio.sleep(RETRY_S)

@@ -16,6 +16,10 @@ class Caller:
     client: str
     device: str = ""
 
+    def payer(self, user: str) -> str:
+        """Whose share of what is kept for clients is used: of another device's clients that device's."""
+        return self.device or self.group(user)
+
     def group(self, user: str) -> str:
         """The name under which slots are shared out: no device can speak for a client of another one."""
         return f"device:{self.device}/{self.client}/{user}" if self.device else f"{self.client}/{user}"

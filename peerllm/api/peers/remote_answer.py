@@ -11,17 +11,20 @@ import orjson
 from aiohttp import web
 
 from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
-from peerllm.api.repeat import KEY_HEADER, LAST_HEADER, Repeat
+from peerllm.api.repeat import KEY_HEADER, LAST_HEADER, DeviceLeavingError, Repeat
 from peerllm.api.streams import Stream, pulsed
 from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
 from peerllm.errors import LinkError
 
 CLIENT_HEADER = "X-PeerLLM-Client"  # which of the relaying device's clients asks
 SILENCE_S = 6.0  # seconds after which the client is told that its answer's device is silent; it tells something each 5
+MAX_SILENCES = 15  # in a row: longer than membership waits for a device that is silent altogether
 MAX_WHOLE_BYTES = 64 << 20  # of an answer in one piece
 MAX_EVENT_BYTES = 4 << 20  # of one event of a stream
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _KEPT = ("Retry-After", "x-should-retry")  # headers that mean the same here
+_LAST = re.compile(rb'data: (\[DONE\]|\{"error":)')  # with one of these every stream ends
+_LEAVING = f'"code":"{DeviceLeavingError.code}"'.encode()
 _ID = re.compile(rb"(?:^|\n)id: ([0-9]{1,10}|end)\n")
 
 
@@ -46,14 +49,13 @@ class RemoteAnswer:
             headers[KEY_HEADER] = self.repeat.key
             if self.repeat.last is not None:
                 headers[LAST_HEADER] = self.repeat.last
-        name = self.model.name
         async with self.household.relay(self.model.source, path, headers, await request.read()) as answer:
             kind = answer.headers.get("Content-Type", "").partition(";")[0]
             if stream is not None and answer.status == web.HTTPOk.status_code and kind == _EVENTS:
                 await self._events(stream, answer)
                 return await stream.end()
             if kind != _JSON or not 200 <= answer.status < 600:
-                raise LinkError(f"the device of {name} answered with HTTP {answer.status} {kind!r}")
+                raise LinkError(f"its device answered with HTTP {answer.status} {kind[:40]!r}")
             body = await _whole(answer.body)
         if stream is not None and stream.started:
             await stream.send(orjson.Fragment(body))
@@ -63,23 +65,31 @@ class RemoteAnswer:
 
     async def _events(self, stream: Stream, answer: RelayedAnswer) -> None:
         """Whole events only, so that one that broke off is not followed by another in its middle."""
-        held, name = b"", self.model.name
+        held, ended, silences = b"", False, 0
         async with aclosing(pulsed(answer.body, SILENCE_S)) as pieces:
             async for piece in pieces:
                 if piece is None:
                     if self.moved():
-                        raise LinkError(f"another device answers for {name} now")
-                    await stream.comment(f"the device of {name} is silent")
+                        raise LinkError("another device answers for it now")
+                    silences += 1
+                    if silences > MAX_SILENCES:
+                        raise LinkError(f"its device said nothing for {SILENCE_S * MAX_SILENCES:g} s")
+                    await stream.comment(f"the device of {self.model.name} is silent")
                     continue
+                silences = 0
                 whole, mark, held = (held + piece).rpartition(b"\n\n")
                 if mark:
+                    last = whole.rpartition(b"\n\n")[2]
+                    if self.repeat is not None and last.startswith(b'data: {"error":') and _LEAVING in last:
+                        raise LinkError("its device is shutting down")
                     await stream.write(whole + mark)
+                    ended = _LAST.search(last) is not None
                     if self.repeat is not None and (ids := _ID.findall(whole)):
                         self.repeat.last = ids[-1].decode()
                 if len(held) > MAX_EVENT_BYTES:
-                    raise LinkError(f"the device of {name} sends an event without an end")
-        if held:
-            raise LinkError(f"the answer of {name} broke off")
+                    raise LinkError("its device sends an event without an end")
+        if not ended:
+            raise LinkError("its device broke it off")
 
 
 async def _whole(body: AsyncIterator[bytes]) -> bytes:
@@ -88,5 +98,5 @@ async def _whole(body: AsyncIterator[bytes]) -> bytes:
         pieces.append(piece)
         size += len(piece)
         if size > MAX_WHOLE_BYTES:
-            raise LinkError(f"another device's answer is larger than {MAX_WHOLE_BYTES} bytes")
+            raise LinkError(f"it is larger than {MAX_WHOLE_BYTES} bytes")
     return b"".join(pieces)

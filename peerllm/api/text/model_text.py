@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from peerllm.api.text.template import ChatTemplate, Message
 from peerllm.api.text.text_bounds import bounds_of
 from peerllm.errors import BadInputError, ModelError
+from peerllm.regular_files import UnfitFileError, read_regular
 from peerllm.types import SAMPLING_LIMITS
 
 MAX_TOKENIZER_BYTES = 64 << 20  # of tokenizer.json; the largest in use have 35 MB
@@ -80,9 +81,12 @@ def _decoder(parts: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
-    if path.stat().st_size > most_bytes:
-        raise ModelError(f"{path.name} is larger than {most_bytes} bytes")
-    return path.read_bytes()
+    try:
+        return read_regular(path, most_bytes)
+    except UnfitFileError as error:
+        raise ModelError(f"{path.name} {error.strerror}") from error
+    except OSError as error:
+        raise ModelError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -17,7 +17,6 @@ import orjson
 from peerllm.api.text.model_text import ModelText
 from peerllm.errors import BadInputError, PeerLLMError
 
-MEMORY_BYTES = 3 << 29  # of data that the process may hold: what the largest tokenizers in use take, and as much again
 MAX_MESSAGE_BYTES = 160 << 20  # a tokenizer's file within JSON
 MAX_MODELS = 2  # texts kept in memory
 LENGTH_BYTES = 4
@@ -27,7 +26,8 @@ _WORST_FIRST = "1000"  # which process the kernel ends where memory runs out
 class TextWork:
     """The questions that there are; a text is read when it is first asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_bytes: int = 0) -> None:
+        self._memory_bytes = memory_bytes  # that the process may hold; 0: as much as there is
         self._models: OrderedDict[str, ModelText] = OrderedDict()
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class TextWork:
             return {"error": type(error).__name__, "message": str(error)}
         except MemoryError:
             self._models.clear()
-            return {"error": BadInputError.__name__, "message": too_much(question)}
+            return {"error": BadInputError.__name__, "message": too_much(question, memory_text(self._memory_bytes))}
 
     def _model(self, model_dir: str) -> ModelText:
         if model_dir not in self._models:
@@ -52,7 +52,11 @@ class TextWork:
         return self._models[model_dir]
 
 
-def too_much(question: dict[str, Any], what: str = f"more than {MEMORY_BYTES >> 20} MiB of memory") -> str:
+def memory_text(nbytes: int) -> str:
+    return f"more than {nbytes >> 20} MiB of memory" if nbytes else "more memory than there is"
+
+
+def too_much(question: dict[str, Any], what: str) -> str:
     """Why a question that took too much was not answered."""
     if "messages" in question:
         return f"preparing this prompt takes {what}; shorten it"
@@ -73,11 +77,11 @@ def framed(message: dict[str, Any]) -> bytes:
     return len(data).to_bytes(LENGTH_BYTES, "big") + data
 
 
-def _limit() -> None:
+def _limit(memory_bytes: int) -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):  # systems without limits, or with stricter ones
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a prompt is nobody's business
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_WORST_FIRST, encoding="ascii")
@@ -85,8 +89,9 @@ def _limit() -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for the daemon, which closes the pipe
-    _limit()
-    work, out = TextWork(), sys.stdout.buffer
+    memory_bytes = int(sys.argv[1])
+    _limit(memory_bytes)
+    work, out = TextWork(memory_bytes), sys.stdout.buffer
     while (question := read(sys.stdin.buffer)) is not None:
         out.write(framed(work.answer(question)))
         out.flush()

@@ -12,9 +12,10 @@ from typing import Any
 import orjson
 
 import peerllm
-from peerllm.api.text.text_child import LENGTH_BYTES, MAX_MESSAGE_BYTES, framed, too_much
+from peerllm.api.text.text_child import LENGTH_BYTES, MAX_MESSAGE_BYTES, framed, memory_text, too_much
 from peerllm.errors import BadInputError
 
+MEMORY_BYTES = 3 << 29  # of data that the process may hold: three times what the largest tokenizers in use take
 PREPARE_S = 10.0  # seconds that one question may take once the process works at it ...
 OPEN_S = 60.0  # ... or read a tokenizer
 CLOSE_S = 1.0  # from the closed pipe to SIGKILL
@@ -73,7 +74,7 @@ class TextProcess:
             raise BadInputError(too_much(question, f"longer than {seconds:g} s")) from error
         except (asyncio.IncompleteReadError, OSError) as error:
             await self._end()
-            raise BadInputError(too_much(question)) from error
+            raise BadInputError(too_much(question, memory_text(MEMORY_BYTES))) from error
         except BaseException:
             await self._end()
             raise
@@ -98,7 +99,7 @@ class TextProcess:
         self._opened.clear()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "peerllm.api.text.text_child"),
+            *("-m", "peerllm.api.text.text_child", str(MEMORY_BYTES)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,  # a traceback could hold what somebody typed

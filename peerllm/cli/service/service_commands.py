@@ -10,7 +10,7 @@ from typing import Any
 
 from peerllm.cli.device import running_pid
 from peerllm.cli.exactness import UsageError
-from peerllm.cli.service.service_manager import ServiceManager, lingers
+from peerllm.cli.service.service_manager import ServiceManager, bus_knows_user, lingers
 from peerllm.cli.service.unit_files import SYSTEM_DATA, UNIT, UnitFiles, check_readable
 from peerllm.cli.terminal import printable, tell
 from peerllm.errors import BadInputError, RefusedError
@@ -41,9 +41,7 @@ def install(args: argparse.Namespace) -> None:
         manager.run("daemon-reload")
     if state.get("UnitFileState") != "enabled":
         manager.run("enable", UNIT)
-        done.append(
-            "enabled it: it starts with the machine" if args.system else "enabled it: it starts when you log in"
-        )
+        done.append(f"enabled it: {_starts(args.system)}")
     if done or state.get("ActiveState") != "active":
         tell("Starting it; the first time it measures this machine, which takes up to half a minute.")
         manager.run("restart", UNIT)
@@ -53,6 +51,9 @@ def install(args: argparse.Namespace) -> None:
     print(f"Its data: {data}" + (f"   (so: sudo peerllm status --data {data})" if args.system else ""))
     if not args.system and not lingers():
         print("To start it with the machine, before anybody logs in, type: loginctl enable-linger")
+    if args.system and not bus_knows_user():
+        print("To hand over before the machine sleeps it needs a user that the bus knows; make one with:")
+        print("  sudo sh -c 'systemctl stop peerllm; useradd --system peerllm; systemctl start peerllm'")
 
 
 def uninstall(args: argparse.Namespace) -> None:
@@ -100,7 +101,7 @@ def status(args: argparse.Namespace) -> None:
     if found["unit"] is None:
         print(f"No service is installed; install one with: peerllm service install{option}")
         return
-    starts = "starts with the machine" if found["starts_without_login"] else "starts when you log in"
+    starts = _starts(args.system)
     drop_ins = f" with {', '.join(found['drop_ins'])}" if found["drop_ins"] else ""
     starts = starts if found["enabled"] else "not enabled"
     print(f"{found['unit']}{drop_ins}: {found['state']} ({found['detail']}), {starts}")
@@ -111,6 +112,10 @@ def status(args: argparse.Namespace) -> None:
         print(f"Why it does not run: {manager.journal}")
     if not args.system and not found["starts_without_login"]:
         print("To start it with the machine, before anybody logs in, type: loginctl enable-linger")
+
+
+def _starts(system: bool) -> str:
+    return "starts with the machine" if system or lingers() else "starts when you log in"
 
 
 def _needs_root(error: PermissionError) -> BadInputError:

@@ -13,6 +13,7 @@ from peerllm.cli.service.unit_files import UNIT
 from peerllm.errors import BadInputError, UnavailableError
 
 RUNS = Path("/run/systemd/system")  # there where systemd is what manages services
+PASSWD = Path("/etc/passwd")
 LINGERING = Path("/var/lib/systemd/linger")
 TIMEOUT_S = 360.0  # starting waits until the device is ready, the first time until it has measured itself
 SHOWN = ("LoadState", "UnitFileState", "ActiveState", "SubState", "MainPID", "NRestarts", "Result")
@@ -56,6 +57,15 @@ class ServiceManager:
     @property
     def journal(self) -> str:
         return f"journalctl {'--user ' if self._scope else ''}-u peerllm"
+
+
+def bus_knows_user() -> bool:
+    """Whether logind may be asked by the system's service: dbus-daemon refuses users that exist while they run only."""
+    if shutil.which("dbus-daemon") is None or shutil.which("dbus-broker") is not None:
+        return True
+    return any(
+        line.startswith("peerllm:") for line in PASSWD.read_text(encoding="utf-8", errors="replace").splitlines()
+    )
 
 
 def lingers() -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 
-from peerllm.daemon.control_messages import Assign, StageWork, TensorDigest
+from peerllm.daemon.control_messages import Assign, Carry, StageWork, TensorDigest
 from peerllm.daemon.decide.demand import MAX_SLOTS, Blueprint
 from peerllm.daemon.decide.device_profiles import ITEMSIZE
 from peerllm.daemon.decide.hub_places import HubPlaces, check_hub, check_place
@@ -16,7 +16,7 @@ from peerllm.errors import BadInputError, RefusedError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.planner.cost.working_space import MOST_CHUNK
 from peerllm.stored_types import FLOATS, STORED_TYPES, stored_bytes
-from peerllm.types import MATRIX_BITS, MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cuts, DeploymentId, DeviceId
+from peerllm.types import MATRIX_BITS, MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cuts, DeploymentId, DeviceId, Stage
 
 MAX_CONTEXT = 1 << 20  # tokens
 MAX_TENSORS = 65536  # of one assignment
@@ -49,10 +49,12 @@ def assignments(
     hashes: Mapping[str, str],
     address: Callable[[DeviceId], Address],
     hub: HubPlaces | None = None,
+    before: Sequence[Stage] = (),
 ) -> dict[DeviceId, Assign]:
     """One Assign per device of the plan; `hashes` by tensor name, for the tensors that travel.
 
-    With `hub` no device need have them: "" is the hash of one that nobody has fetched yet.
+    `before`: the stages in which sequences run now. With `hub` no device need have the tensors: "" is the hash of one
+    that nobody has fetched yet.
     """
     stages = blueprint.plan.stages
     source = stages[0].device
@@ -85,6 +87,7 @@ def assignments(
                 downstream_port=port,
                 upstream_activations=forms[number - 1] if number else "exact",
                 downstream_activations=forms[number],
+                state_from=tuple(sorted({old.device for old, _, _ in _moved(before, stage)})),
             )
         )
     return {
@@ -109,6 +112,31 @@ def assignments(
         )
         for device, mine in work.items()
     }
+
+
+def carried(
+    deployment: DeploymentId,
+    before: tuple[int, Sequence[Stage]],
+    after: tuple[int, Sequence[Stage]],
+    address: Callable[[DeviceId], Address],
+) -> list[tuple[DeviceId, Carry]]:
+    """Who copies what to whom between two (epoch, stages): each run of layers that changes its device."""
+    result = []
+    for number, new in enumerate(after[1]):
+        for old, first, last in _moved(before[1], new):
+            hosts, port = address(new.device)
+            hosts = tuple(host for host in hosts if "%" not in host)
+            carry = Carry(deployment, before[0], first, last, after[0], number, new.device, hosts, port)
+            result.append((old.device, carry))
+    return result
+
+
+def _moved(before: Sequence[Stage], new: Stage) -> Iterator[tuple[Stage, int, int]]:
+    """(Stage of another device, first, last) of each run of layers that `new` takes over from one."""
+    for old in before:
+        first, last = max(old.first_layer, new.first_layer), min(old.last_layer, new.last_layer)
+        if first <= last and old.device != new.device:
+            yield old, first, last
 
 
 def _fetchers(blueprint: Blueprint, inspected: Inspected, source: DeviceId | None) -> dict[str, DeviceId]:

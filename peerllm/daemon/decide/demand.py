@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peerllm.daemon.decide.device_profiles import (
@@ -14,6 +14,7 @@ from peerllm.daemon.decide.device_profiles import (
     machine_contention,
     slower_than_estimated,
 )
+from peerllm.daemon.decide.holdings import reused
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Inspected
 from peerllm.errors import BadInputError, InfeasibleError
@@ -21,6 +22,9 @@ from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.planner.cost.layer_costs import layer_bytes, stage_bytes
 from peerllm.planner.cost.working_space import chunk_tokens, working_bytes
 from peerllm.planner.latency.latency_plan import plan_latency
+from peerllm.planner.replan.migration import DISK_MBPS, Holdings, LoadRates
+from peerllm.planner.replan.net_value import ReplanHorizon
+from peerllm.planner.replan.replan_decision import ReplanDecision, replan
 from peerllm.planner.scenario.scenario import Scenario
 from peerllm.planner.throughput.throughput_plan import plan_throughput
 from peerllm.planner.transfers.activation_forms import plan_with_forms
@@ -35,6 +39,7 @@ from peerllm.types import (
     ModelProfile,
     Plan,
     ScheduleName,
+    Stage,
     Workload,
 )
 
@@ -42,9 +47,29 @@ DEFAULT_SLOTS = 4
 DEFAULT_CONTEXT = 2048  # tokens
 LEAST_CONTEXT = 512  # what a short household still gets before it is told that the model is too large
 MAX_SLOTS = 256
+LEAST_GAIN = 0.1  # of the time that requests take: links that are timed anew differ by less, and plans would flap
+USE = ReplanHorizon(ms=600_000.0, requests=20.0)  # what a move must pay for itself in
+REPAIR = ReplanHorizon(ms=30_000.0, requests=1.0)  # the same where answers wait: the pause counts most
 EXPECTED_PROMPT = 128  # tokens of the request that plans are made for
 EXPECTED_ANSWER = 128
 CONTEXTS_A_PROMPT = 16  # where that is longer, a prompt takes this part of the context: who asks for room uses it
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """What a plan starts from that follows another one."""
+
+    current: Plan | None  # the plan that serves, or did
+    size: tuple[int, int]  # slots and context of what is loaded; (0, 0): nothing is
+    loaded: Mapping[DeviceId, frozenset[int]]  # layers in memory, of that size
+    cached: Mapping[DeviceId, frozenset[int]]  # layers on each device's own disk
+    in_flight: tuple[int, ...]  # tokens so far of each running sequence
+    compare: bool  # the current plan serves: leave it only for a better one
+    load_mbps: float = DISK_MBPS  # as fast as devices loaded of late
+
+    @property
+    def horizon(self) -> ReplanHorizon:
+        return USE if self.compare else REPAIR
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +132,20 @@ def sizes(options: RunOptions, max_context: int, least_context: int = 0) -> Iter
         yield slots, context
 
 
+def sizes_from(options: RunOptions, max_context: int, least_context: int, moving: Moving) -> Iterator[tuple[int, int]]:
+    """(slots, context) to try after another plan: as it had, so that what is loaded can be used, else the next smaller.
+
+    Where it serves, what was asked for comes first: it may have become possible.
+    """
+    slots, context = had = moving.size
+    others = [one for one in sizes(options, max_context, least_context) if one != had]
+    larger = [one for one in others if one[0] >= slots and one[1] >= context]
+    if moving.compare:
+        yield from larger
+    yield had
+    yield from (one for one in others if one not in larger)
+
+
 def draw_up(
     options: RunOptions,
     inspected: Inspected,
@@ -115,6 +154,34 @@ def draw_up(
     least_context: int = 0,
 ) -> Blueprint:
     """The plan for the largest demand that fits what is free; InfeasibleError says what is missing."""
+    each = sizes(options, inspected.max_context, least_context)
+    return _largest(options, inspected, candidates, source, each, None)[0]
+
+
+def redraw(
+    options: RunOptions,
+    inspected: Inspected,
+    candidates: Mapping[DeviceId, Candidate],
+    source: DeviceId,
+    least_context: int,
+    moving: Moving,
+) -> tuple[Blueprint, ReplanDecision | None]:
+    """The plan to move to, or the current one, with what moving costs counted; as `draw_up` otherwise.
+
+    The candidates' free memory includes what they hold for this deployment. None: of another size than before.
+    """
+    each = sizes_from(options, inspected.max_context, least_context, moving)
+    return _largest(options, inspected, candidates, source, each, moving)
+
+
+def _largest(
+    options: RunOptions,
+    inspected: Inspected,
+    candidates: Mapping[DeviceId, Candidate],
+    source: DeviceId,
+    each: Iterator[tuple[int, int]],
+    moving: Moving | None,
+) -> tuple[Blueprint, ReplanDecision | None]:
     check_options(options, inspected)
     fit = {d: c for d, c in candidates.items() if d == source or able(c, inspected.architecture, inspected.dtype)}
     if not able(candidates[source], inspected.architecture, inspected.dtype):
@@ -122,9 +189,9 @@ def draw_up(
             f"{options.model} is a {inspected.architecture} model in {inspected.dtype}: this device cannot compute it"
         )
     failure: InfeasibleError | None = None
-    for slots, context in sizes(options, inspected.max_context, least_context):
+    for size in each:
         try:
-            return _draw_up(options, inspected, fit, source, (slots, context))
+            return _draw_up(options, inspected, fit, source, size, moving)
         except InfeasibleError as error:
             failure = error
     assert failure is not None
@@ -141,7 +208,8 @@ def _draw_up(
     candidates: Mapping[DeviceId, Candidate],
     source: DeviceId,
     size: tuple[int, int],
-) -> Blueprint:
+    moving: Moving | None,
+) -> tuple[Blueprint, ReplanDecision | None]:
     slots, context = size
     model, space = inspected.profile, inspected.working
     work = Workload(
@@ -151,7 +219,7 @@ def _draw_up(
         context,
         options.objective,
     )
-    chunk = min(options.prompt_chunk or chunk_tokens(space, context), context)
+    chunk = most_chunk(options, inspected, context)
     working = working_bytes(space, context, slots, chunk)
     _check_sum(options, inspected, candidates, work, working)
     slower = slower_than_estimated(candidates.values(), model, inspected.dtype)
@@ -162,7 +230,18 @@ def _draw_up(
     planned = plan_throughput if options.objective == "throughput" else plan_latency
     rooms = {d: replace(one, memory_bytes=max(0, one.memory_bytes - working)) for d, one in profiles.items()}
 
+    decisions: dict[tuple[Stage, ...], ReplanDecision] = {}
+
     def solve(one: ModelProfile) -> Plan:
+        if moving is not None and moving.size == size:
+            decision = replan(
+                one, profiles, links, source, work,
+                current=moving.current, held=Holdings(moving.loaded, moving.cached), horizon=moving.horizon,
+                in_flight=moving.in_flight, working_bytes=working, head_on_source=options.private,
+                rates=LoadRates(moving.load_mbps), least_gain=LEAST_GAIN,
+            )  # fmt: skip
+            decisions[decision.plan.stages] = decision
+            return decision.plan
         return planned(one, profiles, links, source, work, working_bytes=working, head_on_source=options.private)
 
     wanted: Activations = "exact" if inspected.exact_rows else options.activations
@@ -185,7 +264,43 @@ def _draw_up(
         # Planned for one sequence; several share the stages without one waiting for all.
         batches = min(slots, len(plan.devices))
         batch = -(-slots // batches)
-    return Blueprint(plan, work, chunk, cuts, batch, batches, options.schedule, memory, promises, scenario, found.forms)
+    found_print = Blueprint(
+        plan, work, chunk, cuts, batch, batches, options.schedule, memory, promises, scenario, found.forms
+    )
+    return found_print, decisions.get(plan.stages)
+
+
+def shard_bytes(model: ModelProfile, size: tuple[int, int], shards: Sequence[tuple[int, int]]) -> int:
+    """The weights and KV of shards of that size, without working space."""
+    work = Workload(sequences=max(1, size[0]), context=max(1, size[1]))
+    layers = {layer for first, last in shards for layer in range(first, last + 1)}
+    return sum(layer_bytes(model, i, work, beside=model.layers[i].tied_to in layers) for i in layers)
+
+
+def held_bytes(
+    options: RunOptions, inspected: Inspected, size: tuple[int, int], shards: Sequence[tuple[int, int]]
+) -> int:
+    """What a device promised for these shards of that size: working space, weights and KV."""
+    if not shards:
+        return 0
+    slots, context = size
+    chunk = most_chunk(options, inspected, context)
+    return working_bytes(inspected.working, context, slots, chunk) + shard_bytes(inspected.profile, size, shards)
+
+
+def most_chunk(options: RunOptions, inspected: Inspected, context: int) -> int:
+    """The most tokens of a prompt in one pass, which working space is promised for."""
+    return min(options.prompt_chunk or chunk_tokens(inspected.working, context), context)
+
+
+def added_bytes(blueprint: Blueprint, device: DeviceId, loaded: Sequence[tuple[int, int]]) -> int:
+    """What a device needs for a plan beyond what it has promised for `loaded`, its shards of the plan's size."""
+    stages = [(s.first_layer, s.last_layer) for s in blueprint.plan.stages if s.device == device]
+    kept = [one for stage in stages for one in reused(stage, loaded)[0]]
+    size = blueprint.workload.sequences, blueprint.workload.context
+    needed = blueprint.promises.get(device, 0)
+    working = needed - shard_bytes(blueprint.scenario.model, size, stages)
+    return max(0, needed - shard_bytes(blueprint.scenario.model, size, kept) - (working if kept else 0))
 
 
 def prompt_cuts(options: RunOptions, pipeline: Pipeline, work: Workload, most: int) -> tuple[int, Cuts]:

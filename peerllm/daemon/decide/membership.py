@@ -413,7 +413,6 @@ class Membership:
                 continue
             if now - member.link_heard >= SILENT_AFTER_S and not member.quiet:
                 member.quiet = True
-                member.attempt.tries = 0
                 member.attempt.due = now + (LARGER_WAIT_S if self.me > member.device else 0.0)
             if now - member.heard >= SILENT_AFTER_S:
                 actions += self._set_state(member, "silent", f"silent for {SILENT_AFTER_S:g} s")

@@ -1,9 +1,14 @@
-"""The source's sequences of one deployment: admitted when a slot is free, else queued; their tokens handed on."""
+"""The source's sequences of one deployment: admitted when a slot is free, else queued; their tokens handed on.
+
+Nothing ends because devices come and go: what runs is kept with its prompt and the ids of its answer, and waits, or is
+given to the engine anew after the ids that are known.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
@@ -17,10 +22,12 @@ from peerllm.errors import BadInputError, EngineError, PeerLLMError, Unavailable
 from peerllm.types import DeploymentId
 
 PATIENCE_S = 30.0  # how long a queued sequence waits for a deployment that does not serve
+RUNNING_PATIENCE_S = 600.0  # the same of a sequence that was running
 CANCEL_CONFIRM_S = 15.0  # after this the slot of a cancelled sequence counts as free even if the engine is silent
 MEASURED_ANSWERS = 16  # the last answers that `measured` is the mean of
 RETRY_UNKNOWN_S, RETRY_LEAST_S, RETRY_MOST_S = 5.0, 1.0, 60.0  # what one who finds the queue full is told
-_numbers = itertools.count(1)
+# Stages keep what they computed for a sequence's number: one of an earlier start of this daemon must not come again.
+_numbers = itertools.count(secrets.randbits(48))
 
 
 @dataclass(slots=True)
@@ -34,8 +41,9 @@ class _Sequence:
     submitted: float = 0.0  # 0: still queued
     place: int = 0  # in the queue, from 1
     first: float = 0.0
-    count: int = 0  # tokens so far
+    answer: list[int] = field(default_factory=list)  # ids so far
     reused: int = 0  # of the prompt's tokens
+    until: float | None = None  # when it has waited long enough; None: the deployment serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,7 @@ class ServingCapacity:
 
 
 class Admission:
-    """`open` when the deployment serves, `interrupt` when it stops serving for now, `close` for good."""
+    """`open` when the deployment serves, `hold` while it does not go on, `close` when it is over."""
 
     def __init__(
         self, deployment: DeploymentId, tell: Callable[[Submit | Cancel], None], changed: Callable[[], None]
@@ -57,13 +65,14 @@ class Admission:
         self._deployment = deployment
         self._tell, self._changed = tell, changed
         self._queue = FairQueue()
-        self._all: dict[int, _Sequence] = {}  # queued and running
+        self._all: dict[int, _Sequence] = {}  # queued, running and to be resumed
         self._running: dict[int, str] = {}  # slots and their clients; cancelled ones until the engine confirms
+        self._resumed: deque[int] = deque()  # they ran, and the engine does not have them any more
         self._room: ServingCapacity | None = None
         self._closed: PeerLLMError | None = None
         self._reason = "the model is being loaded"
+        self._held_since: float | None = None  # that it does not serve; None: it serves, or nobody has waited yet
         self._patience: asyncio.TimerHandle | None = None
-        self._expired = False
         self._answers: deque[tuple[float, float]] = deque(maxlen=MEASURED_ANSWERS)  # first token ms, step ms
         self._held_s: deque[float] = deque(maxlen=MEASURED_ANSWERS)  # how long those answers held their slots
 
@@ -94,49 +103,81 @@ class Admission:
         seconds = len(self._queue) * fmean(self._held_s) / self._room.slots
         return min(max(seconds, RETRY_LEAST_S), RETRY_MOST_S)
 
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        """How many tokens each answer under way has, its prompt counted."""
+        return tuple(len(s.request.prompt) + len(s.answer) for s in self._all.values() if s.submitted)
+
     def open(self, room: ServingCapacity) -> None:
-        """The deployment serves: let in who waits."""
-        self._calm()
-        self._room, self._expired = room, False
+        """The deployment serves: let in who waits, those first that were running."""
+        self._room, self._held_since = room, None
+        for sequence in self._all.values():
+            sequence.until = None
         self._admit()
 
-    def interrupt(self, reason: str) -> None:
-        """Running sequences end with an error; queued ones wait on for PATIENCE_S."""
-        self._room, self._reason = None, reason
-        self._end(self._running.keys() & self._all.keys(), EngineError(reason))
+    def hold(self, reason: str) -> None:
+        """The deployment does not go on for now: running sequences wait RUNNING_PATIENCE_S, queued ones PATIENCE_S."""
+        self._reason = reason
+        if self._room is not None or self._held_since is None:
+            self._room, self._held_since = None, time.monotonic()
+            for sequence in self._all.values():
+                self._bound(sequence)
+        self._wake()
+
+    def engine_lost(self) -> None:
+        """This device's engine knows none of its sequences any more: each is given to the next one where it stood."""
+        self._resume(sorted(self._running.keys() & self._all.keys(), key=lambda one: self._all[one].submitted))
         self._running.clear()
-        if self._patience is None:
-            self._patience = asyncio.get_running_loop().call_later(PATIENCE_S, self._expire)
+
+    def suspend(self) -> None:
+        """End the running sequences in the engine; `open`, which follows, gives them to it anew as slots are free."""
+        self._room = None
+        for number in sorted(self._running.keys() & self._all.keys(), key=lambda one: self._all[one].submitted):
+            sequence = self._all.pop(number)
+            self._give_up(number)
+            sequence.number = next(_numbers)  # what the engine still says of the old one is nobody's
+            self._all[sequence.number] = sequence
+            self._resumed.append(sequence.number)
 
     def close(self, reason: str) -> None:
         """End all sequences with an error, and refuse every later one."""
-        self._calm()
         self._room, self._closed = None, UnavailableError(reason)
         self._end(set(self._all), UnavailableError(reason))
         self._running.clear()
+        self._wake()
 
     def hear(self, event: Tokens) -> None:
-        """New tokens from the engine."""
+        """New tokens from the engine. What repeats known ones is ignored."""
         if event.finish is not None:
             self._running.pop(event.sequence, None)
         sequence = self._all.get(event.sequence)
         if sequence is not None:
-            if event.start != sequence.count:
-                text = f"the engine's tokens jump from {sequence.count} to {event.start}"
-                self._end({event.sequence}, EngineError(text))
-                self._give_up(event.sequence)
-            else:
-                now = time.monotonic()
-                if not sequence.count and event.ids:
-                    sequence.first = now
-                sequence.count += len(event.ids)
-                sequence.reused = max(sequence.reused, event.reused)
-                sequence.events.put_nowait(event)
-                if event.finish is not None:
-                    del self._all[event.sequence]
-                    self._note(sequence, now)
+            self._take(sequence, event)
         if event.finish is not None:
             self._admit()
+
+    def _take(self, sequence: _Sequence, event: Tokens) -> None:
+        known = len(sequence.answer)
+        if event.start > known:
+            self._end({event.sequence}, EngineError(f"the engine's tokens jump from {known} to {event.start}"))
+            self._give_up(event.sequence)
+            return
+        now, ids = time.monotonic(), event.ids[known - event.start :]
+        if not known and ids:
+            sequence.first = now
+        sequence.answer += ids
+        sequence.reused = max(sequence.reused, event.reused)
+        lost = event.finish == "error" and self._room is None  # it comes of what the deployment waits for
+        if ids or (event.finish is not None and not lost):
+            finish = None if lost else event.finish
+            sequence.events.put_nowait(
+                Tokens(self._deployment, sequence.number, known, ids, finish, event.error, event.reused)
+            )
+        if lost:
+            self._resume([sequence.number])
+        elif event.finish is not None:
+            del self._all[sequence.number]
+            self._note(sequence, now)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """Chunks up to the one with `finish`. Closing it early cancels the sequence and frees its slot."""
@@ -175,17 +216,21 @@ class Admission:
     def _accept(self, request: GenerateRequest) -> _Sequence:
         if self._closed is not None:
             raise UnavailableError(str(self._closed))
-        if self._room is None and self._expired:
-            raise UnavailableError(self._reason)
         if not request.prompt or request.max_tokens < 1:
             raise BadInputError("the prompt is empty" if not request.prompt else "max_tokens must be at least 1")
+        now = time.monotonic()
         if self._room is not None:
             self._check(request, self._room)
-        elif self._patience is None:
-            self._patience = asyncio.get_running_loop().call_later(PATIENCE_S, self._expire)
+        elif self._held_since is None:
+            self._held_since = now
+        elif request.patience_s is None and now >= self._held_since + PATIENCE_S:  # others waited in vain
+            raise UnavailableError(self._reason)
         sequence = _Sequence(next(_numbers), request, request.max_tokens)
         self._queue.add(sequence.number, request.client, self.retry_after_s)
         self._all[sequence.number] = sequence
+        if self._room is None:
+            self._bound(sequence)
+            self._wake()
         self._admit()
         return sequence
 
@@ -198,28 +243,41 @@ class Admission:
             raise BadInputError(f"the prompt holds a token id outside 0..{room.vocabulary - 1}")
 
     def _admit(self) -> None:
-        """Give free slots to who is next."""
+        """Give free slots to who is next; those come first that had one before."""
         while self._room is not None and len(self._running) < self._room.slots:
-            number = self._queue.next(Counter(self._running.values()))
+            if self._resumed:
+                number: int | None = self._resumed.popleft()
+            else:
+                number = self._queue.next(Counter(self._running.values()))
             if number is None:
                 break
-            sequence, request = self._all[number], self._all[number].request
-            try:
-                self._check(request, self._room)
-            except BadInputError as error:  # it was queued before the context was known
-                self._end({number}, error)
-                continue
-            sequence.submitted = time.monotonic()
-            self._running[number] = request.client
-            fits = min(sequence.max_tokens, self._room.context - len(request.prompt))
-            stop_ids = () if request.ignore_stop else self._room.stop_ids
-            self._tell(
-                Submit(
-                    self._deployment, number, tuple(request.prompt), fits, stop_ids, request.sampling, request.client
-                )
-            )
-            sequence.events.put_nowait(None)
+            self._submit(self._all[number], self._room)
         self._number()
+
+    def _submit(self, sequence: _Sequence, room: ServingCapacity) -> None:
+        request, known = sequence.request, tuple(sequence.answer)
+        try:
+            self._check(request, room)
+        except BadInputError as error:  # the context was not known, or was larger
+            self._end({sequence.number}, error)
+            return
+        fits = min(sequence.max_tokens, room.context - len(request.prompt))
+        if len(known) >= fits:  # what fits the new context is there already
+            sequence.events.put_nowait(Tokens(self._deployment, sequence.number, len(known), (), "length"))
+            del self._all[sequence.number]
+            return
+        sequence.submitted = sequence.submitted or time.monotonic()
+        self._running[sequence.number] = request.client
+        stop_ids = () if request.ignore_stop else room.stop_ids
+        prompt, sampling = tuple(request.prompt), request.sampling
+        self._tell(
+            Submit(self._deployment, sequence.number, prompt, fits, stop_ids, sampling, request.client, answer=known)
+        )
+        sequence.events.put_nowait(None)
+
+    def _resume(self, numbers: list[int]) -> None:
+        """They ran, and are to be given to the engine again, in the order in which they began."""
+        self._resumed.extend(number for number in numbers if number not in self._resumed)
 
     def _number(self) -> None:
         """Tell waiting sequences their new place in the queue."""
@@ -236,7 +294,9 @@ class Admission:
             return
         if sequence.number in self._running:
             self._give_up(sequence.number)
-        elif not sequence.submitted:
+        elif sequence.submitted:
+            self._resumed.remove(sequence.number)
+        else:
             self._queue.remove(sequence.number)
             self._number()
 
@@ -254,20 +314,37 @@ class Admission:
     def _end(self, numbers: set[int], error: PeerLLMError) -> None:
         for number in numbers:
             self._queue.remove(number)
+            if number in self._resumed:
+                self._resumed.remove(number)
             self._all.pop(number).events.put_nowait(error)
 
     def _note(self, sequence: _Sequence, now: float) -> None:
-        if sequence.count and sequence.submitted:
-            step = 1000 * (now - sequence.first) / (sequence.count - 1) if sequence.count > 1 else 0.0
+        count = len(sequence.answer)
+        if count and sequence.submitted:
+            step = 1000 * (now - sequence.first) / (count - 1) if count > 1 else 0.0
             self._answers.append((1000 * (sequence.first - sequence.submitted), step))
             self._held_s.append(now - sequence.submitted)
             self._changed()
 
-    def _expire(self) -> None:
-        self._patience, self._expired = None, True
-        self._end(set(self._all), UnavailableError(self._reason))
+    # ---- how long sequences wait for a deployment that does not serve ------------------------------------------------
 
-    def _calm(self) -> None:
+    def _bound(self, sequence: _Sequence) -> None:
+        asked = sequence.request.patience_s
+        patience_s = RUNNING_PATIENCE_S if sequence.submitted else PATIENCE_S if asked is None else asked
+        sequence.until = time.monotonic() + patience_s
+
+    def _wake(self) -> None:
+        """End whoever has waited long enough; come back when the next has."""
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+        if self._room is not None:
+            return
+        now = time.monotonic()
+        tired = {number for number, one in self._all.items() if one.until is not None and one.until <= now}
+        for number in tired & self._running.keys():
+            self._give_up(number)
+        self._end(tired, UnavailableError(self._reason))
+        due = min((one.until for one in self._all.values() if one.until is not None), default=None)
+        if due is not None:
+            self._patience = asyncio.get_running_loop().call_later(max(0.0, due - now), self._wake)

@@ -9,20 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peerllm.codec import decode, encode
-from peerllm.daemon.control_messages import DeploymentView, Progress, Trouble
+from peerllm.daemon.control_messages import DeploymentView, Holding, Progress, Trouble
+from peerllm.daemon.decide.deployment_life.deployment_events import ConditionsChanged, DeviceCondition, DeviceIs
 from peerllm.daemon.decide.model_names import name_for
-from peerllm.daemon.deployment.deployment import Deployment, refuse_other
-from peerllm.daemon.deployment.live_scenario import as_it_runs
+from peerllm.daemon.deployment.deployment import Deployment
 from peerllm.daemon.deployment.negotiation import Surroundings
-from peerllm.daemon.deployment.profile_requests import ProfileRequests
+from peerllm.daemon.deployment.planning.live_scenario import as_it_runs
+from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
+from peerllm.daemon.deployment.remembered import RememberedDeployment, recall, remember
 from peerllm.daemon.deployment.tracing import Traces
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.status.serving_speed import measured
 from peerllm.daemon.status.status import weights_form
 from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, note_directories
 from peerllm.engine.messages import TensorAt, Tokens
-from peerllm.errors import BadInputError, LinkError, NotFoundError, PeerLLMError, UnavailableError
+from peerllm.errors import BadInputError, NotFoundError, PeerLLMError, UnavailableError
 from peerllm.planner.scenario.scenario_export import scenario_file
 from peerllm.types import DeploymentId, DeviceId
 
@@ -40,14 +41,17 @@ class Coordinator:
         self._traces = Traces(around)
         self._file = remembered
         self._deployments: dict[str, Deployment] = {}  # by what `run` was told: a path, a hub id or "builtin"
+        self._devices: dict[DeviceId, DeviceIs] = {}  # how each device of the household is
+        self._holdings: dict[DeviceId, tuple[Holding, ...]] = {}  # what each has loaded
+        self._remembering: asyncio.Task[None] | None = None
         self._closing = False
         self._writing = asyncio.Lock()
 
     async def start(self) -> None:
         """Bring back the models that were serving when this device last stopped."""
-        for options in await asyncio.to_thread(_read, self._file):
-            if options.model not in self._deployments and len(self._deployments) < MAX_DEPLOYMENTS:
-                self._begin(options, remembered=True)
+        for one in await asyncio.to_thread(recall, self._file):
+            if one.options.model not in self._deployments and len(self._deployments) < MAX_DEPLOYMENTS:
+                self._begin(one.options, one)
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
         """The deployment's name, when it serves; raises why it does not. A model that runs is not started again."""
@@ -59,10 +63,10 @@ class Coordinator:
         if deployment is None:
             if len(self._deployments) >= MAX_DEPLOYMENTS:
                 raise BadInputError(f"{MAX_DEPLOYMENTS} models run from this device already; stop one first")
-            deployment = self._begin(options, remembered=False)
+            deployment = self._begin(options, None)
         else:
             refuse_other(deployment.options, options)
-        deployment.watchers.append(progress)
+        deployment.report.watchers.append(progress)
         try:
             await deployment.outcome()
         except PeerLLMError:
@@ -70,7 +74,7 @@ class Coordinator:
                 await self._end(deployment)
             raise
         finally:
-            deployment.watchers.remove(progress)
+            deployment.report.watchers.remove(progress)
         await self._remember()
         return deployment.options.name
 
@@ -80,11 +84,12 @@ class Coordinator:
         What the same model holds already counts as free.
         """
         options = self._meant(options)
-        deployment = Deployment(options, self._around, self._timings, False)
-        deployment.watchers.append(progress)
+        deployment = Deployment(options, self._around, self._timings)
+        deployment.report.watchers.append(progress)
         running = self._deployments.get(options.model)
         held = running.blueprint.promises if running is not None and running.blueprint is not None else {}
-        found, view = await deployment.preview(held), deployment.view()
+        found = await deployment.preview(held)
+        view = deployment.shown().view({})
         return {
             "scenario": scenario_file(found.scenario),
             "most_chunk": found.chunk,
@@ -108,7 +113,7 @@ class Coordinator:
     ) -> dict[str, Any]:
         """Measured now, beside whatever else goes on. BadInputError if it does not fit the deployment's slots."""
         deployment = self._running(model)
-        if deployment.state != "serving" or deployment.blueprint is None or deployment.inspected is None:
+        if deployment.state != "serving" or deployment.blueprint is None or deployment.model.inspected is None:
             raise UnavailableError(f"{model} is {deployment.state}; wait until it serves")
         work = deployment.blueprint.workload
         if sequences > work.sequences or prompt_tokens + output_tokens > work.context:
@@ -117,7 +122,7 @@ class Coordinator:
         return await measured(
             deployment.sequences.generate,
             deployment.id,
-            deployment.inspected.vocabulary,
+            deployment.model.inspected.vocabulary,
             sequences=sequences,
             prompt=prompt_tokens,
             output=output_tokens,
@@ -175,19 +180,21 @@ class Coordinator:
         return any(held.sequences.running or held.sequences.queued for held in self._deployments.values())
 
     def served(self) -> list[ServedModel]:
-        return [deployment.served() for deployment in self._deployments.values()]
+        return [deployment.shown().served() for deployment in self._deployments.values()]
 
     def views(self) -> tuple[DeploymentView, ...]:
-        return tuple(deployment.view() for deployment in self._deployments.values())
+        return tuple(
+            deployment.shown().view(deployment.sequences.measured) for deployment in self._deployments.values()
+        )
 
     def profiles(self) -> dict[DeploymentId, Mapping[str, Any]]:
         """What the plans made here went by: device name to its layer times."""
-        return {deployment.id: deployment.profiles for deployment in self._deployments.values()}
+        return {deployment.id: deployment.plans.profiles for deployment in self._deployments.values()}
 
     def own_tensors(self, deployment: DeploymentId) -> dict[str, TensorAt]:
         """Where the tensors of a deployment lie on this device."""
         held = self._of(deployment)
-        return held.own_tensors() if held is not None else {}
+        return held.model.own_tensors() if held is not None else {}
 
     # ---- what happens -------------------------------------------------------------------------------------------
 
@@ -205,14 +212,28 @@ class Coordinator:
         if deployment is not None:
             deployment.sequences.hear(event)
 
-    def gone(self, device: DeviceId, reason: str) -> None:
-        for deployment in self._deployments.values():
-            deployment.gone(device, reason)
+    def device_is(self, device: DeviceId, condition: DeviceCondition, reason: str = "", renewed: bool = False) -> None:
+        """A device's condition changed; `renewed`: it is reached over another connection than before."""
+        known = self._devices.get(device)
+        if known is not None and known.condition == condition and not renewed:
+            return
+        event = DeviceIs(device, condition, f"{self._around.name(device)} {reason}" if reason else "", renewed)
+        self._devices[device] = replace(event, renewed=False)
+        self._happened(event)
 
-    def stir(self) -> None:
-        """A device came, or memory became free: waiting deployments try again."""
-        for deployment in self._deployments.values():
-            deployment.stir()
+    def told(self, device: DeviceId, holdings: tuple[Holding, ...]) -> None:
+        """A device says what it has loaded."""
+        self._holdings[device] = holdings
+        for deployment in list(self._deployments.values()):
+            deployment.told(device, holdings)
+
+    def stir(self, reason: str) -> None:
+        """Memory became free, or figures changed: waiting deployments try again, others compare their plans."""
+        self._happened(ConditionsChanged(reason))
+
+    def _happened(self, event: DeviceIs | ConditionsChanged) -> None:
+        for deployment in list(self._deployments.values()):
+            deployment.happened(event)
 
     async def close(self) -> None:
         """Stop all deployments; they stay remembered. May be called twice."""
@@ -223,14 +244,16 @@ class Coordinator:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _begin(self, options: RunOptions, remembered: bool) -> Deployment:
-        if remembered:  # a name that was taken meanwhile is numbered, not refused
+    def _begin(self, options: RunOptions, remembered: RememberedDeployment | None) -> Deployment:
+        if remembered is not None:  # a name that was taken meanwhile is numbered, not refused
             name = name_for(options.name or options.model, "", self._names())
         else:
             name = name_for(options.model, options.name, self._names())
         options = replace(options, name=name)
-        deployment = self._deployments[options.model] = Deployment(options, self._around, self._timings, remembered)
-        deployment.start()
+        deployment = self._deployments[options.model] = Deployment(
+            options, self._around, self._timings, remembered=remembered, served=self._note_served
+        )
+        deployment.start(self._devices.values(), self._holdings)
         self._around.changed()
         return deployment
 
@@ -248,34 +271,41 @@ class Coordinator:
     def _of(self, deployment: DeploymentId) -> Deployment | None:
         return next((held for held in self._deployments.values() if held.id == deployment), None)
 
+    def _note_served(self) -> None:
+        """A deployment serves, perhaps in a later epoch than what is written down."""
+        self._remembering = asyncio.create_task(self._remember(), name="remember deployments")
+
     async def _remember(self) -> None:
         async with self._writing:
             if self._closing:
                 return
-            options = [held.options for held in self._deployments.values() if held.lasting]
-            served = [one.model for one in options if Path(one.model).is_absolute()]
+            lasting = [held for held in self._deployments.values() if held.lasting]
+            remembered = [RememberedDeployment(held.remembered_as, held.id, held.epoch) for held in lasting]
+            served = [held.options.model for held in lasting if Path(held.options.model).is_absolute()]
             try:
                 await asyncio.to_thread(note_directories, self._file.with_name(DIRECTORIES_FILE), served)
-                await asyncio.to_thread(_write, self._file, options)
+                await asyncio.to_thread(remember, self._file, remembered)
             except OSError as error:  # the model serves all the same
                 log.warning("what runs here cannot be remembered for the next start: %s", error)
 
 
-def _read(file: Path) -> list[RunOptions]:
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError:
-        return []
-    result = []
-    for line in lines[:MAX_DEPLOYMENTS]:
-        try:
-            result.append(decode(line, RunOptions))
-        except LinkError as error:
-            log.warning("%s: a line was skipped: %s", file, error)
-    return result
+def same_demand(a: RunOptions, b: RunOptions) -> bool:
+    """Whether a deployment that runs with `a` satisfies `b`; any value satisfies an option that `b` leaves open."""
+    return (
+        a.objective == b.objective
+        and a.private == b.private
+        and b.dtype in ("auto", a.dtype)
+        and b.quantize in ("auto", a.quantize)
+        and a.schedule == b.schedule
+        and b.activations in ("auto", a.activations)
+        and b.context in (None, a.context)
+        and b.slots in (None, a.slots)
+        and b.prompt_chunk in (None, a.prompt_chunk)
+        and b.name in ("", a.name)
+    )
 
 
-def _write(file: Path, options: list[RunOptions]) -> None:
-    scratch = file.with_suffix(".new")
-    scratch.write_bytes(b"".join(encode(one, RunOptions) + b"\n" for one in options))
-    scratch.replace(file)
+def refuse_other(a: RunOptions, b: RunOptions) -> None:
+    """BadInputError where a model already runs with other options."""
+    if not same_demand(a, b):
+        raise BadInputError(f"{a.model} already runs as {a.name} with other options; `peerllm stop {a.name}` first")

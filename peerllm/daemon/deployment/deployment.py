@@ -1,4 +1,4 @@
-"""One model's life on its source: planned, loaded, served, and planned again when a device of it is gone."""
+"""One model's life on its source: what happens goes to its decider, and what that wants done is done here."""
 
 from __future__ import annotations
 
@@ -6,29 +6,52 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from typing import Any, Protocol, assert_never
 
-from peerllm.daemon.control_messages import DeploymentState, DeploymentView, Progress, Trouble
-from peerllm.daemon.decide.assignments import assignments, travelling
-from peerllm.daemon.decide.demand import Blueprint, check_options
-from peerllm.daemon.decide.device_profiles import shown
-from peerllm.daemon.deployment.admission import Admission, ServingCapacity
-from peerllm.daemon.deployment.model_files import dtype_of
-from peerllm.daemon.deployment.negotiation import (
-    DeviceFailedError,
-    Surroundings,
-    activate_all,
-    assign_all,
-    release_all,
-    reserve_all,
+from peerllm.daemon.control_messages import DeploymentState, Holding, Progress, Trouble
+from peerllm.daemon.decide.assignments import carried
+from peerllm.daemon.decide.demand import Blueprint
+from peerllm.daemon.decide.deployment_life.deployment_decider import DeploymentDecider
+from peerllm.daemon.decide.deployment_life.deployment_events import (
+    Abandon,
+    Asked,
+    BecomeServing,
+    BecomeWaiting,
+    Carried,
+    CarryOver,
+    ConditionsChanged,
+    DeadlineReached,
+    DeploymentAction,
+    DeploymentEvent,
+    DeviceIs,
+    EngineLost,
+    Establish,
+    Established,
+    GiveUp,
+    LinksLost,
+    MakePlan,
+    NoPlan,
+    NotEstablished,
+    ReleaseBefore,
+    Renew,
+    Switched,
+    SwitchTo,
 )
-from peerllm.daemon.deployment.plan_search import PlanSearch
-from peerllm.daemon.deployment.profile_requests import ProfileRequests
-from peerllm.daemon.facade import RunOptions, RunProgress, ServedModel
-from peerllm.engine.messages import Inspected, TensorAt
+from peerllm.daemon.decide.holdings import HouseholdHoldings
+from peerllm.daemon.deployment.admission import Admission, ServingCapacity
+from peerllm.daemon.deployment.described_model import DescribedModel
+from peerllm.daemon.deployment.establishing import DeviceRefusedError, Epoch, EpochNegotiation, failure_of
+from peerllm.daemon.deployment.negotiation import Surroundings, carry_all
+from peerllm.daemon.deployment.planning.conditions_reader import read_conditions
+from peerllm.daemon.deployment.planning.next_plan import NextPlan
+from peerllm.daemon.deployment.planning.plan_search import PlanSearch
+from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
+from peerllm.daemon.deployment.progress_report import ProgressReport
+from peerllm.daemon.deployment.remembered import RememberedDeployment
+from peerllm.daemon.deployment.shown_deployment import ShownDeployment
+from peerllm.daemon.facade import RunOptions
 from peerllm.errors import (
     BadInputError,
     EngineError,
@@ -38,404 +61,425 @@ from peerllm.errors import (
     RefusedError,
     UnavailableError,
 )
-from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeviceId
 
-MAX_ATTEMPTS = 5  # plans tried one after another when devices refuse or leave, before the reason is given
-CONTENTION_S = 0.2  # wait after the first refusal; doubles, and differs from device to device
-RETRY_S = 2.0  # a waiting deployment tries again after this, doubling ...
-RETRY_MOST_S = 60.0  # ... up to this, and whenever the household changes
-GATHER_S = 5.0  # how long a model too large for the devices here waits for those that have not arrived
-ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
-SETTLE_S = 0.3  # changes of the household come in bursts
-UNDER_WAY = ("planning", "loading")  # states in which there is progress to tell
-FETCH_SHARE = 0.8  # of a device's progress bar, where weights travel
+PASSING = (InfeasibleError, RefusedError, LinkError, UnavailableError, EngineError)  # a later try may succeed
+EPOCHS_AHEAD = 1000  # a restarted deployment goes on so many after the last epoch that was written down
 
 log = logging.getLogger(__name__)
 
 
-class Deployment:
-    """Owned by the coordinator: `start` it, `stop` it; `outcome` waits for the way it goes."""
+class Decider(Protocol):
+    """The pure part: from what happens to what is to be done (decide/deployment_life/deployment_decider.py)."""
 
-    def __init__(self, options: RunOptions, around: Surroundings, timings: ProfileRequests, remembered: bool) -> None:
-        self.id = secrets.token_hex(16)
+    def handle(self, event: DeploymentEvent, now: float) -> list[DeploymentAction]: ...
+
+    def deadline(self) -> float | None: ...
+
+
+class Deployment:
+    """Owned by the coordinator: `start` it, `stop` it; `outcome` waits for the way it goes.
+
+    `served` is called whenever it serves, in a new epoch or again.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        around: Surroundings,
+        timings: ProfileRequests,
+        *,
+        remembered: RememberedDeployment | None = None,
+        served: Callable[[], None] = lambda: None,
+        decider: Callable[[DeviceId, bool, int], Decider] = DeploymentDecider,
+    ) -> None:
+        self.id = remembered.deployment if remembered is not None else secrets.token_hex(16)
         self.options = options
+        self.remembered_as = remembered.options if remembered is not None else options
         self.created = int(time.time())
         self.state: DeploymentState = "planning"
         self.reason = ""
-        self._lacking_bytes = 0  # of the household's memory, where it waits for that
-        self.epoch = 0
-        self.blueprint: Blueprint | None = None
-        self.model_dir: Path | None = None
-        self.inspected: Inspected | None = None
-        self._missing_bytes = 0  # of the model's files, on this disk
-        self._form = ""  # of those files, see ModelOnDisk
+        self.lasting = remembered is not None  # it has served: from then on it waits for devices instead of giving up
+        self.report = ProgressReport(around.me, around.name, around.changed)
+        self.model = DescribedModel(options, around, self._tell)
         self.sequences = Admission(self.id, around.tell_engine, around.changed)
-        self.watchers: list[Callable[[RunProgress], None]] = []
-        self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
-        self._around, self._timings = around, timings
-        self.lasting = remembered  # it has served: from then on it waits for devices instead of giving up
-        self._shares: dict[DeviceId, float] = {}
-        self._message = ""  # what is being done ...
-        self._share = 0.0  # ... and how much of it, where no device loads
-        self._asked: set[DeviceId] = set()  # devices that may hold something of ours
-        self._search = PlanSearch(options, around, timings, self._planning)
-        self._trouble: asyncio.Queue[str] = asyncio.Queue(1)
-        self._stirred = asyncio.Event()
+        self._around, self._served = around, served
+        self._search = PlanSearch(options, around, timings, self._tell)
+        self._holdings = HouseholdHoldings()
+        self.plans = NextPlan(options, around, self._search, self._holdings, self.model)
+        self._negotiation = EpochNegotiation(
+            around, self.id, self._holdings, self._tell, self._loading, self.plans.loaded
+        )
+        self.epoch = remembered.epoch + EPOCHS_AHEAD if remembered is not None else 0  # the last number used up
+        self._decider = decider(around.me, self.lasting, self.epoch)
+        self._events: deque[DeploymentEvent] = deque()
+        self._handling = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._epochs: dict[int, Epoch] = {}  # that stand, or are being established
+        self._running: Epoch | None = None  # the one that sequences are computed in
+        self._released_before = 0  # epochs before this one were let go of
+        self._coming: Epoch | None = None  # the last one that was to be established
+        self._lessened: Epoch | None = None  # the last that serves less than an earlier one did
+        self._failure: PeerLLMError | None = None  # the last, with its class
         self._outcomes: list[asyncio.Future[None]] = []
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # by what they do; one at a time of each
+        self._ended = False
 
     # ---- what the coordinator does with it ----------------------------------------------------------------------
 
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._live(), name=f"deployment {self.options.model}")
+    def start(self, devices: Iterable[DeviceIs], holdings: Mapping[DeviceId, tuple[Holding, ...]]) -> None:
+        """`devices`: how each of the household is now; `holdings`: what they have loaded."""
+        for device, told in holdings.items():
+            self._holdings.told(device, [one for one in told if one.deployment == self.id])
+        for event in devices:
+            self._feed(event)
+        self._feed(DeadlineReached())
+        self._work("watch", self._watch())
 
     async def outcome(self) -> None:
         """Returns when it serves; raises why it does not, now or at the end of the attempt under way."""
         if self.state == "serving":
             return
-        if self._task is None or self._task.done():
+        if self._ended:
             raise UnavailableError(self.reason or "the deployment has ended")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._outcomes.append(future)
-        self._stirred.set()
+        self._feed(Asked())
         await future
 
     async def stop(self) -> None:
         """End everything, here and on the other devices."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
         self._finish("stopped", UnavailableError(f"{self.options.model} was stopped"))
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._let_go()
 
-    def stir(self) -> None:
-        """The household changed: a waiting deployment tries again."""
-        self._stirred.set()
+    def happened(self, event: DeviceIs | ConditionsChanged) -> None:
+        """The household changed."""
+        self._feed(event)
 
-    def gone(self, device: DeviceId, reason: str) -> None:
-        """A device is no longer reachable."""
-        if device in self._asked and self.state in ("loading", "serving"):
-            self._alarm(f"{self._around.name(device)} is gone ({reason})")
+    def told(self, device: DeviceId, holdings: Iterable[Holding]) -> None:
+        """A device says what it has loaded; what it should have for the running epoch and has not is lost."""
+        self._holdings.told(device, [one for one in holdings if one.deployment == self.id])
+        running = self._running
+        if running is not None and self._holdings.promised_in(device, running.number):
+            missing = running.layers(device) - self._holdings.layers(device, running.size)
+            if missing:
+                self._holdings.lost(device)
+                name = self._around.name(device)
+                self._feed(EngineLost(device, running.number, f"{name} no longer has what it had loaded"))
 
     def trouble(self, device: DeviceId, told: Trouble) -> None:
-        """A device's part of the deployment is lost."""
-        if told.epoch == self.epoch and device in self._asked and self.state in ("loading", "serving"):
-            reason = f"{self._around.name(device)}: {told.reason}"
-            if told.engine_died:
-                self._note_failure(device, EngineError(reason))
-            self._alarm(reason)
-
-    def _note_failure(self, device: DeviceId, error: PeerLLMError) -> None:
-        """The next plan makes less use of the device."""
-        promised = self.blueprint.promises.get(device, 0) if self.blueprint is not None else 0
-        self._search.failed(device, self.epoch, promised, error)
-
-    def _alarm(self, reason: str) -> None:
-        if not self._trouble.full():  # the first reason is the one that counts
-            self._trouble.put_nowait(reason)
+        """A device's part of the deployment is lost, or one of its links."""
+        epoch = self._epochs.get(told.epoch)
+        if epoch is None or device not in epoch.devices:  # of an epoch that is over, or of no device of it
+            return
+        reason = f"{self._around.name(device)}: {told.reason}"
+        if not told.engine_died:
+            self._feed(LinksLost(device, told.epoch, reason, told.other))
+            return
+        if device == self._around.me:
+            self.sequences.hold(reason)  # until the next engine has its stages
+            self.sequences.engine_lost()
+        self._note_failure(device, told.epoch, EngineError(reason))
+        self._holdings.lost(device)
+        self._feed(EngineLost(device, told.epoch, reason))
 
     def progress(self, device: DeviceId, event: Progress) -> None:
         """A device told how far it has fetched or loaded."""
-        if event.epoch != self.epoch or device not in self._asked or self.state != "loading":
-            return
-        share = min(1.0, event.done_bytes / max(1, event.total_bytes))
-        if device != self._around.me:
-            share = share * FETCH_SHARE if event.phase == "fetch" else FETCH_SHARE + share * (1 - FETCH_SHARE)
-        self._shares[device] = max(share, self._shares.get(device, 0.0))
-        self._say("loading", self._message)
+        if self._coming is not None and event.epoch == self._coming.number and self.state == "loading":
+            self.report.loaded(device, event)
 
-    def view(self) -> DeploymentView:
-        plan = self.blueprint.plan if self.blueprint is not None else None
-        inspected = self.inspected
-        return DeploymentView(
+    @property
+    def blueprint(self) -> Blueprint | None:
+        """The plan that is loaded or that serves; None while there is none."""
+        if self.state == "serving" and self._running is not None:
+            return self._running.blueprint
+        return self._coming.blueprint if self.state == "loading" and self._coming is not None else None
+
+    def shown(self) -> ShownDeployment:
+        """As others see it now."""
+        serving = self.state == "serving" and self._running is not None
+        return ShownDeployment(
             deployment=self.id,
-            model=self.options.model,
-            name=self.options.name,
-            context=self._context(),
-            message=self._message if self.state in UNDER_WAY else "",
-            state=self.state,
-            epoch=self.epoch,
+            options=self.options,
             coordinator=self._around.me,
-            stages=plan.stages if plan is not None else (),
-            stage_memory_bytes=self.blueprint.stage_memory_bytes if self.blueprint is not None else (),
-            predicted=asdict(plan.predicted) if plan is not None else {},
-            measured=self.sequences.measured,
-            reason=self.reason,
-            progress=self._done(),
-            slots=self.blueprint.workload.sequences if self.blueprint is not None else 0,
-            schedule=self.options.schedule,
-            activations=self.blueprint.activations if self.blueprint is not None else (),
-            activations_wanted=self.options.activations,
-            dtype=inspected.dtype if inspected is not None else "",
-            quantize=inspected.quantize if inspected is not None else "",
-            quantize_wanted=self.options.quantize,
-            form=self._form,
-            created=self.created,
-            missing_bytes=self._lacking_bytes,
-        )
-
-    def served(self) -> ServedModel:
-        return ServedModel(
-            deployment=self.id,
-            name=self.options.name,
-            model=self.options.model,
+            model=self.model,
             state=self.state,
             reason=self.reason,
             created=self.created,
-            model_dir=self.model_dir,
-            context=self._context(),
-            stop_ids=self.inspected.stop_ids if self.inspected is not None else (),
-            message=self._message if self.state in UNDER_WAY else "",
-            progress=self._done(),
-            missing_bytes=self._lacking_bytes,
+            epoch=self._running.number if serving and self._running is not None else self.epoch,
+            blueprint=self.blueprint,
+            message=self.report.message,
+            progress=1.0 if serving else self.report.done,
+            missing_bytes=getattr(self._failure, "missing_bytes", 0) if self.state == "waiting" else 0,
         )
-
-    def _context(self) -> int:
-        return self.blueprint.workload.context if self.blueprint is not None else 0
-
-    def _done(self) -> float:
-        """How much of a download or of loading is done, 0 to 1."""
-        if self.state == "serving":
-            return 1.0
-        return sum(self._shares.values()) / len(self._shares) if self._shares else self._share
 
     async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
         """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
-        await self._prepare()
-        assert self.inspected is not None
+        inspected = await self.model.describe()
         self._search.free = {d: one.free_bytes + held.get(d, 0) for d, one in self._around.candidates().items()}
-        _, blueprint = await self._search.plan(self.inspected, set())
-        return blueprint
+        return (await self._search.plan(inspected, frozenset())).blueprint
 
-    def own_tensors(self) -> dict[str, TensorAt]:
-        """Where the tensors lie on this device."""
-        layers = self.inspected.tensors if self.inspected is not None else ()
-        return {tensor.name: tensor for layer in layers for tensor in layer}
+    # ---- events in, actions out -----------------------------------------------------------------------------------
 
-    # ---- its life -------------------------------------------------------------------------------------------------
-
-    async def _live(self) -> None:
-        tries = 0
-        try:
-            while True:
-                try:
-                    await self._prepare()
-                    await self._establish()
-                except (InfeasibleError, RefusedError, LinkError, UnavailableError, EngineError) as error:
-                    await self._let_go()
-                    if not self.lasting:
-                        raise
-                    self._become("waiting", str(error), getattr(error, "missing_bytes", 0))
-                    self._resolve(error)
-                    tries += 1
-                    await self._pause(min(RETRY_MOST_S, RETRY_S * 2.0 ** min(tries - 1, 8)))
-                    continue
-                tries, self.lasting = 0, True
-                self._serve()
-                reason = await self._trouble.get()
-                log.warning("%s stopped serving: %s", self.options.model, reason)
-                self.sequences.interrupt(reason)
-                self._become("waiting", reason)
-                await self._let_go()
-        except PeerLLMError as error:
-            await self._let_go()
-            self._finish("failed", error)
-        except Exception as error:
-            log.exception("deployment %s", self.options.model)
-            await self._let_go()
-            self._finish("failed", EngineError(f"{self.options.model}: {type(error).__name__}: {error}"))
-
-    async def _prepare(self) -> None:
-        """Find out what the model holds, once; what the hub tells of it suffices."""
-        if self.inspected is not None:
+    def _feed(self, event: DeploymentEvent) -> None:
+        """Actions that at once cause events do not interrupt those that come after them."""
+        if self._ended:
             return
-        self._say("planning", f"looking for {self.options.model}")
-        async with self._around.looked_up(self.options.model, self._planning) as found:
-            self.inspected = await self._read(found.directory)
-        self._missing_bytes, self._form = found.missing_bytes, found.form
-        if not found.missing_bytes:
-            self.model_dir = found.directory
-
-    def _planning(self, message: str, share: float | None = None) -> None:
-        self._say("planning", message, share)
-
-    async def _read(self, directory: Path) -> Inspected:
-        options = self.options
-        self._say("planning", f"reading {options.model}")
-        inspected = await self._around.inspect(directory, dtype_of(options.model, options.dtype), options.quantize)
-        check_options(options, inspected)
-        return inspected
-
-    async def _download(self) -> None:
-        """Fetch the weights, for which there is a plan."""
-        model, size = self.options.model, human_bytes(self._missing_bytes)
-
-        def told(share: float) -> None:
-            self._say("planning", f"downloading {model}, {size}: {share:.0%}", share)
-
-        told(0.0)
-        directory = await self._around.resolve(model, told, self._missing_bytes)
-        self.inspected = await self._read(directory)
-        self.model_dir = directory
-
-    async def _establish(self) -> None:
-        """Plan and load until a plan stands; the last reason is raised after MAX_ATTEMPTS."""
-        assert self.inspected is not None
-        failure: PeerLLMError = UnavailableError("no plan was tried")
-        absent: set[DeviceId] = set()
-        self._stirred.clear()
-        until = asyncio.get_running_loop().time() + (0.0 if self.lasting else GATHER_S)
-        attempt = 0
-        while attempt < MAX_ATTEMPTS:
-            if attempt:
-                spread = 1 + int(self._around.me[:8], 16) / 2**32
-                await asyncio.sleep(CONTENTION_S * 2 ** (attempt - 1) * spread)
-            try:
-                await self._attempt(absent)
-                return
-            except InfeasibleError as error:
-                failure = await self._search.explained(self.inspected, error, absent)
-                if await self._gathered(until):
-                    continue
-                if not self._contended():
-                    break
-                self._search.free.clear()  # who stands in the way may be about to let go
-            except (RefusedError, LinkError, UnavailableError, EngineError) as error:
-                failure = error
-                await self._let_go()  # what the others have loaded for this plan would stand in the way of the next
-            attempt += 1
-        raise failure
-
-    async def _gathered(self, until: float) -> bool:
-        """Too little memory, but devices of the household are not here yet: whether something changed in time."""
-        if not self._around.absent():
-            return False
-        self._stirred.clear()
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
         try:
-            async with asyncio.timeout_at(until):
-                await self._stirred.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    def _contended(self) -> bool:
-        """Whether memory that the household lends is promised elsewhere."""
-        return any(c.free_bytes < c.hello.lent_bytes for c in self._around.candidates().values())
-
-    async def _attempt(self, absent: set[DeviceId]) -> None:
-        assert self.inspected is not None
-        around = self._around
-        self._become("planning", "")
-        candidates, blueprint = await self._search.plan(self.inspected, absent)
-        if self.model_dir is None:
-            await self._download()
-            candidates, blueprint = await self._search.plan(self.inspected, absent)  # much may have changed meanwhile
-        inspected = self.inspected
-        self.profiles = {
-            around.name(device): shown(one, inspected.profile, inspected.dtype) for device, one in candidates.items()
-        }
-        moving = travelling(blueprint, inspected, around.me)
-        hashes = await around.hashes(
-            moving, lambda share: self._say("planning", f"hashing the weights that will travel: {share:.0%}", share)
-        )
-        self.epoch += 1
-        self._asked |= set(blueprint.promises)
-        refused = await reserve_all(around, self.id, self.epoch, blueprint.promises)
-        if refused is not None:
-            device, answer = refused
-            await self._let_go()
-            failure = RefusedError(f"{around.name(device)} cannot take part: {answer.reason}")
-            if answer.error == "LinkError":
-                absent.add(device)
-            elif answer.free_bytes < blueprint.promises[device]:
-                self._search.free[device] = answer.free_bytes
-            else:  # it has room and refuses all the same
-                self._note_failure(device, UnavailableError(str(failure)))
-            raise failure
-        self.blueprint, self._trouble = blueprint, asyncio.Queue(1)
-        self._shares = dict.fromkeys(blueprint.promises, 0.0)
-        self._become("loading", "")
-        self._say("loading", f"loading on {', '.join(around.name(device) for device in blueprint.plan.devices)}")
-        hub = await around.hub_places(self.own_tensors().values())
-        work = assignments(self.id, self.epoch, blueprint, inspected, hashes=hashes, address=around.address, hub=hub)
-        try:
-            await self._unless_trouble(assign_all(around, work))
-            self._say("loading", "connecting")
-            await self._unless_trouble(activate_all(around, self.id, self.epoch, blueprint.plan.devices))
-        except DeviceFailedError as failed:
-            if not isinstance(failed.error, LinkError):  # else it is away, and no candidate until it is back
-                self._note_failure(failed.device, failed.error)
-            if failed.device != around.me and isinstance(failed.error, BadInputError):
-                raise EngineError(str(failed)) from failed  # another device may be able to
-            raise failed.error from failed
-
-    async def _unless_trouble(self, work: Coroutine[Any, Any, None]) -> None:
-        """Wait for `work`, or raise UnavailableError as soon as a device of the plan is in trouble."""
-        doing = asyncio.create_task(work, name=f"establish {self.options.model}")
-        alarm = asyncio.create_task(self._trouble.get(), name=f"trouble of {self.options.model}")
-        try:
-            await asyncio.wait({doing, alarm}, return_when=asyncio.FIRST_COMPLETED)
-            if doing.done():
-                doing.result()
-            if alarm.done():  # also where both came at once: nobody else would hear of it
-                raise UnavailableError(alarm.result())
+            while self._events:
+                one = self._events.popleft()
+                actions = self._decider.handle(one, asyncio.get_running_loop().time())
+                if actions:
+                    log.debug("%s: %s: %s", self.options.model, one, actions)
+                for action in actions:
+                    self._do(action)
         finally:
-            for task in (doing, alarm):
-                task.cancel()
-            await asyncio.wait({doing, alarm})
-            if not doing.cancelled():
-                doing.exception()  # seen, also where the trouble came first
+            self._handling = False
+        self._set_timer()
 
-    def _serve(self) -> None:
-        assert self.blueprint is not None
-        assert self.inspected is not None
-        work, less = self.blueprint.workload, self._search.served(self.blueprint.workload)
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        due = None if self._ended else self._decider.deadline()
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_at(due, self._feed, DeadlineReached())
+
+    def _do(self, action: DeploymentAction) -> None:
+        match action:
+            case MakePlan():
+                if self.state != "serving":
+                    self._become("planning", "")
+                self._work("plan", self._make_plan(action))
+            case Establish(number, plan, first_release):
+                make_room = first_release or self._running is None
+                self._establish(Epoch(number, self.plans.found(plan)), make_room)
+            case Renew(number):
+                assert self._running is not None
+                self._establish(Epoch(number, self._running.blueprint), make_room=False)
+            case Abandon(number):
+                self._abandon(number)
+            case CarryOver(number):
+                self._work("carry", self._carry(self._epochs[number]))
+            case SwitchTo(number):
+                self._switch(self._epochs[number])
+            case ReleaseBefore(number):
+                self._release_before(number)
+            case BecomeServing(note):
+                self._serve(note)
+            case BecomeWaiting(reason):
+                log.warning("%s does not go on for now: %s", self.options.model, reason)
+                self.sequences.hold(reason)
+                self._failure = self._as_error(reason)
+                self._become("waiting", reason)
+                self._resolve(self._as_error(reason))
+            case GiveUp(reason):
+                self._finish("failed", self._as_error(reason))
+                self._work("let go", self._let_go())
+            case _:
+                assert_never(action)
+
+    def _work(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do it in the background, in place of what is still being done of the same kind."""
+        before = self._tasks.pop(what, None)
+        if before is not None:
+            before.cancel()
+        task = asyncio.create_task(work, name=f"{what}: {self.options.model}")
+        self._tasks[what] = task
+        task.add_done_callback(lambda done: self._worked(what, done))
+
+    def _worked(self, what: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(what) is task:
+            del self._tasks[what]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=error)
+            failed = EngineError(f"{self.options.model}: {type(error).__name__}: {error}")
+            self._finish("failed", failed)
+            self._work("let go", self._let_go())
+
+    # ---- planning -------------------------------------------------------------------------------------------------
+
+    async def _make_plan(self, asked: MakePlan) -> None:
+        running = self._running
+        try:
+            await self.model.describe()
+            found = await self.plans.find(asked, running, self.sequences.in_flight)
+            if self.model.model_dir is None:
+                await self.model.fetch()
+                found = await self.plans.find(asked, running, self.sequences.in_flight)  # much may have changed
+        except PeerLLMError as error:
+            self._failure = error
+            contended = isinstance(error, InfeasibleError) and self.plans.contended()
+            self._feed(NoPlan(asked.number, str(error), not isinstance(error, PASSING), contended))
+            if self.state == "planning" and self.lasting and self._tasks.get("plan") is asyncio.current_task():
+                self._become("waiting", str(error))
+            return
+        self._feed(found)
+
+    async def _watch(self) -> None:
+        def serving() -> Epoch | None:
+            return self._running if self.state == "serving" and self.sequences.running else None
+
+        await read_conditions(
+            self._around, self.id, serving, self._search.slower, lambda why: self._feed(ConditionsChanged(why))
+        )
+
+    # ---- epochs ---------------------------------------------------------------------------------------------------
+
+    def _establish(self, epoch: Epoch, make_room: bool) -> None:
+        self._coming = self._epochs[epoch.number] = epoch
+        self.epoch = epoch.number
+        self._work("establish", self._established(epoch, make_room))
+
+    def _loading(self, epoch: Epoch) -> None:
+        """Every device of an epoch has room for it, and begins to load."""
+        if self.state != "serving":
+            self.report.begin(epoch.blueprint.promises)
+            self._become("loading", "")
+            self._tell(f"loading on {', '.join(self._around.name(device) for device in epoch.devices)}")
+
+    async def _established(self, epoch: Epoch, make_room: bool) -> None:
+        inspected, me = self.model.inspected, self._around.me
+        assert inspected is not None
+        try:
+            before = () if self._running is None else self._running.blueprint.plan.stages
+            await self._negotiation.establish(epoch, inspected, make_room, before)
+        except PeerLLMError as error:
+            number, devices = epoch.number, epoch.blueprint.promises
+            self._work(f"undo {number}", self._negotiation.let_go(number, devices, only=True))
+            device, cause = failure_of(error)
+            self._failure = EngineError(str(cause)) if device != me and isinstance(cause, BadInputError) else cause
+            blamed = self._blamed(device, epoch, error)
+            self._epochs.pop(epoch.number, None)
+            lasting = device == me and not isinstance(cause, PASSING)
+            self._feed(NotEstablished(epoch.number, blamed, str(cause), lasting))
+        else:
+            self.plans.fetched(epoch)
+            self._feed(Established(epoch.number))
+
+    def _blamed(self, device: DeviceId | None, epoch: Epoch, error: PeerLLMError) -> DeviceId | None:
+        """The device that the next plan is to do without; None if it can be used for less, or is away."""
+        if isinstance(error, DeviceRefusedError):
+            if error.away:
+                return device
+            if error.wanted_bytes > error.free_bytes:
+                self._search.free[error.device] = error.free_bytes
+                return None
+            self._note_failure(error.device, epoch.number, UnavailableError(str(error)))
+            return device
+        cause = failure_of(error)[1]
+        renewed = self._running is not None and epoch.blueprint is self._running.blueprint
+        if (
+            device is not None and not isinstance(cause, LinkError) and not renewed
+        ):  # else it is away, or tells why itself
+            self._note_failure(device, epoch.number, cause)
+            return None
+        return device
+
+    def _note_failure(self, device: DeviceId, epoch: int, error: PeerLLMError) -> None:
+        """The next plan makes less use of the device."""
+        known = self._epochs.get(epoch)
+        promised = known.blueprint.promises.get(device, 0) if known is not None else 0
+        self._search.failed(device, epoch, promised, error)
+
+    def _abandon(self, number: int) -> None:
+        for what in ("establish", "carry"):
+            task = self._tasks.pop(what, None)
+            if task is not None:
+                task.cancel()
+        epoch = self._epochs.pop(number, None)
+        if epoch is not None:
+            self._work(f"abandon {number}", self._negotiation.let_go(number, epoch.blueprint.promises, only=True))
+
+    async def _carry(self, epoch: Epoch) -> None:
+        before = self._running
+        if before is not None and before.size == epoch.size and self.sequences.in_flight:
+            stages = (before.number, before.blueprint.plan.stages), (epoch.number, epoch.blueprint.plan.stages)
+            await carry_all(self._around, carried(self.id, *stages, self._around.address))
+        self._feed(Carried(epoch.number))
+
+    def _switch(self, epoch: Epoch) -> None:
+        before, self._running = self._running, epoch
+        if before is not None and before.size != epoch.size:
+            self.sequences.suspend()  # no slot of the old size is any of the new ones
+        try:
+            done = self._around.switch(self.id, epoch.number)
+        except PeerLLMError as error:
+            self._feed(Switched(epoch.number, f"the engine did not switch: {error}"))
+        else:
+            self._work("switch", self._switched(epoch, done))
+
+    async def _switched(self, epoch: Epoch, done: Awaitable[None]) -> None:
+        try:
+            await done
+        except PeerLLMError as error:
+            self._feed(Switched(epoch.number, f"the engine did not switch: {error}"))
+            return
+        self._feed(Switched(epoch.number))
+        if self._running is epoch and self._released_before < epoch.number:
+            self._release_before(epoch.number)  # what the decider did not know of, or let go of already
+
+    def _release_before(self, number: int) -> None:
+        self._epochs = {one: epoch for one, epoch in self._epochs.items() if one >= number}
+        if self._running is not None and self._running.number < number:
+            self._running = None
+        self._released_before = max(number, self._released_before)
+        devices = self._holdings.of_before(number)
+        if devices:
+            self._work(f"release before {number}", self._negotiation.let_go(number - 1, devices))
+
+    # ---- states ---------------------------------------------------------------------------------------------------
+
+    def _serve(self, note: str) -> None:
+        epoch, inspected = self._running, self.model.inspected
+        assert epoch is not None
+        assert inspected is not None
+        work = epoch.blueprint.workload
+        less, began = self._search.served(work), self.state != "serving"
         self._search.free.clear()
         if less:
             log.warning("%s: %s", self.options.name, less)
-            self._say("serving", less)
-        self._become("serving", less)
-        self._say("serving", f"{self.options.name} is served")
-        vocabulary, stop_ids = self.inspected.vocabulary, self.inspected.stop_ids
-        self.sequences.open(ServingCapacity(work.sequences, work.context, vocabulary, stop_ids))
+            self.report.say("serving", less)
+        self.lasting = True
+        self._become("serving", "; ".join(filter(None, (less, note))))
+        if began:
+            self.report.say("serving", f"{self.options.name} is served")
+        self.report.begin(())
+        self.sequences.open(ServingCapacity(work.sequences, work.context, inspected.vocabulary, inspected.stop_ids))
         self._resolve(None)
+        self._served()
+        if less and epoch is not self._lessened:
+            self._lessened = epoch
+            self._feed(ConditionsChanged("it serves less than it did"))  # another device may be here by now
 
     async def _let_go(self) -> None:
         """Release everything that this deployment holds on any device."""
-        asked = set(self._asked)
-        if asked:  # forgotten only afterwards: who cancels this midway starts it again
-            self._search.free |= await release_all(self._around, self.id, self.epoch, asked)
-            self._asked -= asked
-        self._shares.clear()
+        await self._negotiation.let_go(self.epoch, self._holdings.devices)
 
-    async def _pause(self, seconds: float) -> None:
-        """Wait for the household to change, `seconds` at most."""
-        away = self._around.absent()
-        await asyncio.sleep(min(ECHO_S, seconds))
-        if self._around.absent() == away:
-            self._stirred.clear()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stirred.wait()
-            await asyncio.sleep(SETTLE_S)
-        except TimeoutError:
-            pass
-        self._search.free.clear()
-
-    # ---- telling --------------------------------------------------------------------------------------------------
-
-    def _become(self, state: DeploymentState, reason: str, lacking_bytes: int = 0) -> None:
-        self.state, self.reason, self._lacking_bytes = state, reason, lacking_bytes
-        if state in ("waiting", "planning"):
-            self.blueprint = None
+    def _become(self, state: DeploymentState, reason: str) -> None:
+        self.state, self.reason = state, reason
         self._around.changed()
 
     def _finish(self, state: DeploymentState, error: PeerLLMError) -> None:
-        self.state, self.reason, self.blueprint = state, str(error), None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._ended = True
+        self.state, self.reason = state, str(error)
         self.sequences.close(str(error))
         self._resolve(error)
         self._around.changed()
+
+    def _as_error(self, reason: str) -> PeerLLMError:
+        """The error whose text the decider was told, with its class."""
+        failure = self._failure
+        return failure if failure is not None and str(failure) == reason else UnavailableError(reason)
 
     def _resolve(self, error: PeerLLMError | None) -> None:
         waiting, self._outcomes = self._outcomes, []
@@ -446,33 +490,7 @@ class Deployment:
                 else:
                     future.set_exception(error)
 
-    def _say(self, state: str, message: str, share: float | None = None) -> None:
-        self._message, self._share = message, share or 0.0
-        shares = {self._around.name(device): value for device, value in self._shares.items()}
-        if share is not None:
-            shares = {self._around.name(self._around.me): share}
-        for watcher in self.watchers:
-            watcher(RunProgress(state, message, shares))
-        self._around.changed()
-
-
-def same_demand(a: RunOptions, b: RunOptions) -> bool:
-    """Whether a deployment that runs with `a` satisfies `b`; any value satisfies an option that `b` leaves open."""
-    return (
-        a.objective == b.objective
-        and a.private == b.private
-        and b.dtype in ("auto", a.dtype)
-        and b.quantize in ("auto", a.quantize)
-        and a.schedule == b.schedule
-        and b.activations in ("auto", a.activations)
-        and b.context in (None, a.context)
-        and b.slots in (None, a.slots)
-        and b.prompt_chunk in (None, a.prompt_chunk)
-        and b.name in ("", a.name)
-    )
-
-
-def refuse_other(a: RunOptions, b: RunOptions) -> None:
-    """BadInputError where a model already runs with other options."""
-    if not same_demand(a, b):
-        raise BadInputError(f"{a.model} already runs as {a.name} with other options; `peerllm stop {a.name}` first")
+    def _tell(self, message: str, share: float | None = None) -> None:
+        """Say what is being done, unless it serves meanwhile."""
+        if self.state != "serving":
+            self.report.say("loading" if self.state == "loading" else "planning", message, share)

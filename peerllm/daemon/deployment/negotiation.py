@@ -1,15 +1,16 @@
-"""A coordinator's talk with the devices of a plan: reserve, assign, activate, release. Errors name the device."""
+"""A coordinator's talk with the devices of a plan: reserve, assign, activate, carry, release. Errors name it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Awaitable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
 from peerllm import errors
-from peerllm.daemon.control_messages import Activate, Answer, Assign, DeploymentView, Question, Release, Reserve
+from peerllm.daemon.control_messages import Activate, Answer, Assign, Carry, DeploymentView, Question, Release, Reserve
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.hub_places import HubPlaces
@@ -23,7 +24,11 @@ LEASE_S = 30.0  # from the first reservation to the last assignment
 RESERVE_TIMEOUT_S = 5.0
 ASSIGN_TIMEOUT_S = 6 * 3600.0  # a large model over a slow link; a device that vanishes ends it at once
 ACTIVATE_TIMEOUT_S = 30.0
+CARRY_TIMEOUT_S = 75.0
 RELEASE_TIMEOUT_S = 75.0  # a stage in the middle of loading is first brought to an end
+
+
+log = logging.getLogger(__name__)
 
 
 class Surroundings(Protocol):
@@ -70,6 +75,10 @@ class Surroundings(Protocol):
 
     def tell_engine(self, message: Submit | Cancel) -> None: ...
 
+    def switch(self, deployment: DeploymentId, epoch: int) -> Awaitable[None]:
+        """Tell this device's engine at once that sequences run in that epoch from now on; done when all do."""
+        ...
+
     def views(self) -> Iterable[DeploymentView]:
         """The deployments that other devices coordinate."""
         ...
@@ -96,21 +105,15 @@ class DeviceFailedError(PeerLLMError):
         self.device, self.error = device, error
 
 
-async def reserve_all(
-    around: Surroundings, deployment: DeploymentId, epoch: int, promises: Mapping[DeviceId, int]
-) -> tuple[DeviceId, Answer] | None:
-    """Reserve on each device, in the one order that all coordinators use, so that the first of two rivals wins all.
-
-    None when every device promised; else the first that did not, with its answer. Nothing is released here.
-    """
-    for device in sorted(promises):
-        try:
-            answer = await around.ask(device, Reserve(deployment, epoch, promises[device], LEASE_S), RESERVE_TIMEOUT_S)
-        except LinkError as error:
-            return device, Answer(0, "LinkError", str(error))
-        if answer.error:
-            return device, answer
-    return None
+async def reserve(
+    around: Surroundings, device: DeviceId, deployment: DeploymentId, epoch: int, nbytes: int, added_bytes: int
+) -> Answer:
+    """The device's answer; one of error "LinkError" if it could not be asked."""
+    question = Reserve(deployment, epoch, nbytes, LEASE_S, added_bytes)
+    try:
+        return await around.ask(device, question, RESERVE_TIMEOUT_S)
+    except LinkError as error:
+        return Answer(0, "LinkError", str(error))
 
 
 async def assign_all(around: Surroundings, assigns: Mapping[DeviceId, Assign]) -> None:
@@ -133,19 +136,25 @@ async def activate_all(around: Surroundings, deployment: DeploymentId, epoch: in
         await _done(around, device, Activate(deployment, epoch), ACTIVATE_TIMEOUT_S)
 
 
-async def release_all(
-    around: Surroundings, deployment: DeploymentId, epoch: int, devices: Iterable[DeviceId]
-) -> dict[DeviceId, int]:
-    """Release on every device; one that cannot be reached does so by itself. Returns what each says is free then."""
+async def release(around: Surroundings, device: DeviceId, deployment: DeploymentId, epoch: int, only: bool) -> bool:
+    """Release all epochs up to that one, or that one alone. Whether the device could be reached, and did it."""
+    try:
+        answer = await around.ask(device, Release(deployment, epoch, only), RELEASE_TIMEOUT_S)
+    except PeerLLMError:
+        return False
+    return not answer.error
 
-    async def one(device: DeviceId) -> tuple[DeviceId, Answer | None]:
+
+async def carry_all(around: Surroundings, carried: Iterable[tuple[DeviceId, Carry]]) -> None:
+    """Have each device copy what it keeps of running sequences; what fails is computed again, and is no error."""
+
+    async def one(device: DeviceId, question: Carry) -> None:
         try:
-            return device, await around.ask(device, Release(deployment, epoch), RELEASE_TIMEOUT_S)
-        except PeerLLMError:
-            return device, None
+            unless_error(await around.ask(device, question, CARRY_TIMEOUT_S), around.name(device))
+        except PeerLLMError as error:
+            log.info("%s is computed again: %s", f"layers {question.first_layer}..{question.last_layer}", error)
 
-    answers = await asyncio.gather(*(one(device) for device in devices))
-    return {device: answer.free_bytes for device, answer in answers if answer is not None and not answer.error}
+    await asyncio.gather(*(one(device, question) for device, question in carried))
 
 
 async def _done(around: Surroundings, device: DeviceId, question: Question, timeout_s: float) -> None:

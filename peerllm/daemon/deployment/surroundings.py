@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
@@ -23,11 +23,12 @@ from peerllm.daemon.threads import Progress
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.hub_outline import Outlines
 from peerllm.daemon.weights.weight_store import WeightStore
-from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, TensorAt
+from peerllm.engine.messages import Cancel, Inspect, Inspected, Submit, Switch, TensorAt
 from peerllm.errors import PeerLLMError
-from peerllm.types import DeviceId, LinkProfile
+from peerllm.types import DeploymentId, DeviceId, LinkProfile
 
 INSPECT_TIMEOUT_S = 300.0
+SWITCH_TIMEOUT_S = 600.0  # long prompts may have to be computed again
 
 
 class Parts(Protocol):
@@ -130,6 +131,10 @@ class Home:
 
     def tell_engine(self, message: Submit | Cancel) -> None:
         self._parts.host.tell(message)
+
+    def switch(self, deployment: DeploymentId, epoch: int) -> Awaitable[None]:
+        host = self._parts.host
+        return host.put(Switch(host.next_request(), deployment, epoch), SWITCH_TIMEOUT_S)
 
     def views(self) -> Iterable[DeploymentView]:
         peers = self._parts.network.peers().values()

@@ -130,6 +130,8 @@ def diagnose(code: int, tail: list[str], oom_killed: bool) -> str:
         return "the engine ran out of memory; lend less with --memory, or run a smaller model"
     if code == -signal.SIGKILL:
         return "the engine was killed (SIGKILL), by hand or by the system for want of memory"
+    if code == -getattr(signal, "SIGBUS", 0):
+        return "a model's file became shorter while it was used, or its disk failed (SIGBUS); put the whole file back"
     if code < 0:
         try:
             name = signal.Signals(-code).name

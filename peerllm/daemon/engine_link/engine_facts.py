@@ -13,6 +13,7 @@ from peerllm.codec import decode, encode
 from peerllm.daemon.engine_link.machine import hardware
 from peerllm.engine.messages import Configured
 from peerllm.errors import LinkError
+from peerllm.saved_files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,8 @@ def recall(file: Path, threads: int) -> Configured | None:
 
 def save(file: Path, threads: int, configured: Configured) -> None:
     """Blocking; a failure is told in the log."""
-    scratch = file.with_suffix(".new")
     try:
-        scratch.write_bytes(encode(_SavedFacts(_key(threads), configured), _SavedFacts))
-        scratch.replace(file)
+        replace_file(file, encode(_SavedFacts(_key(threads), configured), _SavedFacts))
     except OSError as error:
         log.warning("what the engine can do is not kept for the next start: %s", error)
 

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from peerllm import errors
@@ -141,6 +141,18 @@ class EngineHost:
         if channel is None:
             raise EngineError(f"the engine is not running ({self._state})")
         return await self._ask(channel, message, timeout_s)
+
+    def put(self, message: Any, timeout_s: float) -> Coroutine[Any, Any, Any]:
+        """As `ask`, but sent before this returns, ahead of all that is told later. EngineError if no engine runs."""
+        if self._channel is None:
+            raise EngineError(f"the engine is not running ({self._state})")
+        answer = self._expect(message.request)
+        try:
+            self._channel.send(message)
+        except LinkError as error:
+            self._pending.pop(message.request, None)
+            raise EngineError(f"the engine is not running: {error}") from error
+        return self._answered(answer, message, timeout_s)
 
     def tell(self, message: ToEngine) -> None:
         """Sends a message that has no answer; never raises.
@@ -308,14 +320,17 @@ class EngineHost:
         answer = self._expect(message.request)
         try:
             channel.send(message)
+        except LinkError as error:
+            self._pending.pop(message.request, None)
+            raise EngineError(f"the engine is not running: {error}") from error
+        return await self._answered(answer, message, timeout_s)
+
+    async def _answered(self, answer: asyncio.Future[Any], message: Any, timeout_s: float) -> Any:
+        try:
             async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
             raise EngineError(f"the engine did not answer {type(message).__name__} within {timeout_s:g} s") from None
-        except LinkError as error:
-            if answer.done():  # the engine's own answer
-                raise
-            raise EngineError(f"the engine is not running: {error}") from error
         finally:
             self._used = time.monotonic()
             self._pending.pop(message.request, None)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peerllm.codec import decode, encode
 from peerllm.errors import LinkError
+from peerllm.saved_files import replace_file
 from peerllm.types import LayerKind
 
 MAX_ENTRIES = 512  # kinds of layers, the newest
@@ -57,11 +58,9 @@ class ProfileFile:
         """Keep times by key; beyond MAX_ENTRIES the oldest are dropped."""
         known = {key: points for key, points in self._read().items() if key not in found} | found
         self._entries = dict(list(known.items())[-MAX_ENTRIES:])
-        scratch = self._path.with_suffix(".new")
         try:
             entries = tuple(_Entry(key, points) for key, points in self._entries.items())
-            scratch.write_bytes(encode(_Entries(entries), _Entries))
-            scratch.replace(self._path)
+            replace_file(self._path, encode(_Entries(entries), _Entries))
         except OSError as error:
             log.warning("layer times cannot be kept for the next start: %s", error)
 

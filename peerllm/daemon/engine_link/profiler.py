@@ -20,6 +20,7 @@ from peerllm.daemon.engine_link.machine import hardware
 from peerllm.daemon.engine_link.profile_cache import Points, ProfileFile, layer_key
 from peerllm.engine.messages import Configured, LayersTimed, Measure, Measured, TimeLayers
 from peerllm.errors import BadInputError, EngineError, LinkError, OverloadedError, UnavailableError
+from peerllm.saved_files import replace_file
 from peerllm.types import LayerKind
 
 MEASURE_TIMEOUT_S = 120.0
@@ -55,7 +56,10 @@ async def measured(host: EngineHost, configured: Configured, threads: int, file:
         return ComputeSpeed(key, {}, {})
     assert isinstance(answer, Measured)
     found = ComputeSpeed(key, answer.gbytes_per_s, answer.gflops)
-    await asyncio.to_thread(file.write_bytes, encode(found, ComputeSpeed))
+    try:
+        await asyncio.to_thread(replace_file, file, encode(found, ComputeSpeed))
+    except OSError as error:
+        log.warning("how fast this machine computes is not kept for the next start: %s", error)
     return found
 
 

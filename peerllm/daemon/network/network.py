@@ -139,6 +139,7 @@ class Network:
         await self._http.close()
         await self._server.close()
         await self._save()
+        await self._store.close()
 
     @property
     def port(self) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from peerllm import codec
 from peerllm.errors import BadInputError, LinkError
+from peerllm.saved_files import SavedFile
 from peerllm.transport.identity import Identity
 from peerllm.transport.roster.roster import MAX_MEMBERS, Roster
 from peerllm.types import DeviceId
@@ -42,8 +41,10 @@ class NetworkFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._written: dict[str, bytes] = {}
-        self._turn = asyncio.Lock()
+        self._files = {
+            ROSTER_FILE: SavedFile(directory / ROSTER_FILE, "the household's list of devices"),
+            PEERS_FILE: SavedFile(directory / PEERS_FILE, "where the other devices were"),
+        }
 
     def roster(self, identity: Identity, name: str) -> Roster:
         """The household as it was; a household of one if there was none. BadInputError if the file is damaged."""
@@ -69,10 +70,14 @@ class NetworkFiles:
         return file.peers[:MAX_MEMBERS]
 
     async def save_roster(self, roster: Roster) -> None:
-        await self._write(ROSTER_FILE, roster.save())
+        await self._files[ROSTER_FILE].save(roster.save())
 
     async def save_known(self, known: tuple[Known, ...]) -> None:
-        await self._write(PEERS_FILE, codec.encode(PeersFile(known), PeersFile))
+        await self._files[PEERS_FILE].save(codec.encode(PeersFile(known), PeersFile))
+
+    async def close(self) -> None:
+        for file in self._files.values():
+            await file.close()
 
     def _read(self, name: str) -> bytes | None:
         path = self._directory / name
@@ -83,30 +88,5 @@ class NetworkFiles:
             return None
         except OSError as error:
             raise BadInputError(f"{path} cannot be read: {error.strerror}") from error
-        self._written[name] = data
+        self._files[name].written = data
         return data
-
-    async def _write(self, name: str, data: bytes) -> None:
-        async with self._turn:
-            if self._written.get(name) == data:
-                return
-            try:
-                await asyncio.to_thread(_replace, self._directory / name, data)
-            except OSError as error:
-                log.error("%s cannot be written (%s); a restart will not know what changed", name, error)
-                return
-            self._written[name] = data
-
-
-def _replace(path: Path, data: bytes) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.new")
-    try:
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -148,9 +148,9 @@ class PeerHttp:
         try:
             response = await self._relaying.post(url, ssl=context, headers=headers, data=body, allow_redirects=False)
         except (aiohttp.ClientError, OSError) as error:
-            raise LinkError(f"{device[:8]} cannot be asked: {error or type(error).__name__}") from error
+            raise LinkError("the device that answers for it cannot be reached") from error
         try:
-            yield RelayedAnswer(response.status, response.headers, _pieces(response, device))
+            yield RelayedAnswer(response.status, response.headers, _pieces(response))
         finally:
             if not response.content.at_eof():
                 _abort(response)
@@ -206,12 +206,12 @@ class PeerHttp:
         return (got - first) * 8 / 1e6 / seconds, seconds
 
 
-async def _pieces(response: aiohttp.ClientResponse, device: DeviceId) -> AsyncGenerator[bytes, None]:
+async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
     try:
         async for piece in response.content.iter_any():
             yield piece
     except (aiohttp.ClientError, OSError) as error:
-        raise LinkError(f"the answer of {device[:8]} broke off: {error or type(error).__name__}") from error
+        raise LinkError("the device that answered was lost") from error
 
 
 def _abort(response: aiohttp.ClientResponse) -> None:

@@ -37,7 +37,7 @@ class RelayClient:
         except TimeoutError as error:
             if not scope.expired():
                 raise
-            raise LinkError("the device that answers is gone") from error
+            raise LinkError("the device that answers for it is gone") from error
         finally:
             scopes.discard(scope)
             if not scopes:

@@ -38,15 +38,19 @@ class HouseholdModels:
 
     def others(self, name: Callable[[DeviceId], str]) -> list[ServedModel]:
         """Models that other devices answer for; of one whose source is away nobody does, and its state is "waiting"."""
-        now, found = self._clock(), dict[DeploymentId, ServedModel]()
+        now, found = self._clock(), dict[DeploymentId, tuple[tuple[bool, int], ServedModel]]()
         for device, told in self._told.items():
             here = device in self._here
             if not here and now - told.at > AWAITED_S:
                 continue
             for view in told.deployments:
-                if here or view.deployment not in found:  # its successor tells of it too
-                    found[view.deployment] = _model(view, device if here else "", name(device))
-        return list(found.values())
+                rank = (
+                    here,
+                    view.epoch,
+                )  # its successor may tell of it too: who is here and knows the latest plan counts
+                if view.deployment not in found or rank > found[view.deployment][0]:
+                    found[view.deployment] = rank, _model(view, device if here else "", name(device))
+        return [model for _, model in found.values()]
 
 
 def _model(view: DeploymentView, source: DeviceId, name: str) -> ServedModel:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import orjson
 
-from peerllm.daemon.saved_file import replace_file
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
 from peerllm.regular_files import open_regular
+from peerllm.saved_files import replace_file
 
 BLOCK_BYTES = 4 << 20
 PROGRESS_S = 0.1  # between two tellings

@@ -23,6 +23,33 @@ def weight_header(model: str, name: str, commit: str, token: str | None, timeout
     return data[: 8 + int.from_bytes(data[:8], "little")]
 
 
+def weight_part(
+    model: str, name: str, commit: str, token: str | None, timeout_s: float, offset: int, nbytes: int
+) -> bytes:
+    """The bytes from an offset on, fewer where the file ends; ModelError where the hub gives no parts."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    url, headers = hf_hub_url(model, name, revision=commit), build_hf_headers(token=token)
+    asked = {**headers, "Range": f"bytes={offset}-{offset + nbytes - 1}", "Accept-Encoding": "identity"}
+    data = bytearray()
+    with get_session().stream("GET", url, headers=asked, timeout=timeout_s) as response:
+        if response.is_error:
+            response.read()
+        hf_raise_for_status(response)
+        if offset and response.status_code != PARTIAL:
+            raise ModelError(f"the hub gives no parts of {name}")
+        for block in response.iter_raw():  # a server that ignores the range sends the whole file
+            data += block[: nbytes - len(data)]
+            if len(data) >= nbytes:
+                break
+    return bytes(data)
+
+
 def _safetensors_ends(data: bytes) -> bool:
     length = int.from_bytes(data[:8], "little")
     if len(data) >= 8 and length > MAX_HEADER_BYTES - 8:
@@ -34,28 +61,9 @@ def _beginning(
     model: str, name: str, commit: str, token: str | None, timeout_s: float, first: int, ends: Callable[[bytes], bool]
 ) -> bytes:
     """The first bytes, and more until `ends` is content."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        get_session,
-        hf_raise_for_status,
-    )
-
-    url, headers = hf_hub_url(model, name, revision=commit), build_hf_headers(token=token)
     data, wanted = bytearray(), first
     while len(data) < MAX_HEADER_BYTES:
-        part = {"Range": f"bytes={len(data)}-{wanted - 1}"}
-        asked = {**headers, **part, "Accept-Encoding": "identity"}
-        with get_session().stream("GET", url, headers=asked, timeout=timeout_s) as response:
-            if response.is_error:
-                response.read()
-            hf_raise_for_status(response)
-            if data and response.status_code != PARTIAL:
-                raise ModelError(f"the hub gives no parts of {name}")
-            for block in response.iter_raw():  # a server that ignores the range sends the whole file
-                data += block[: wanted - len(data)]
-                if len(data) >= wanted:
-                    break
+        data += weight_part(model, name, commit, token, timeout_s, len(data), wanted - len(data))
         if ends(bytes(data)):
             return bytes(data)
         if len(data) < wanted:

@@ -17,16 +17,19 @@ from pathlib import Path
 
 from peerllm.daemon.control_messages import HubFiles
 from peerllm.daemon.decide.hub_places import HubPlaces, usable
-from peerllm.daemon.saved_file import disk_error
+from peerllm.daemon.weights.gguf.header import read_gguf
+from peerllm.daemon.weights.gguf.translation import UNNAMED
 from peerllm.daemon.weights.gguf_choice import chosen, gguf_models
 from peerllm.daemon.weights.hub import ASK_TIMEOUT_S, WEIGHTS, WORKERS, Repository, api, token
 from peerllm.daemon.weights.hub_errors import errors_of
-from peerllm.daemon.weights.hub_header import weight_header
+from peerllm.daemon.weights.hub_header import weight_header, weight_part
 from peerllm.errors import ModelError, PeerLLMError
+from peerllm.saved_files import disk_error
 
 ABOUT = "outline.json"
 GGUF = "gguf"  # in an outline: the model directory that its GGUF files became
 MAX_SMALL_BYTES = 256 << 20  # of tokenizer.json and its like
+MAX_FILLED_IN_BYTES = 64 << 10
 MOST_KEPT = 32  # outlines; the longest unused go first
 
 
@@ -116,15 +119,31 @@ class Outlines:
         )
         with ThreadPoolExecutor(WORKERS, thread_name_prefix="headers") as pool:
             for name, data in zip(weights, pool.map(header, weights), strict=True):
-                with (directory / name.rpartition("/")[2]).open("wb") as file:
+                path = directory / name.rpartition("/")[2]
+                with path.open("wb") as file:
                     file.write(data)
                     file.truncate(max(len(data), found.sizes[name]))
+                if found.gguf is not None:
+                    _fill_in(found, name, path)
 
     def _tidy(self, new: Path) -> None:
         """Remove the outlines that were not used for longest."""
         places = sorted((one.parent for one in self.root.glob(f"*/*/{ABOUT}")), key=lambda one: one.stat().st_mtime)
         for place in [one for one in places if one != new][: max(0, len(places) - MOST_KEPT)]:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _fill_in(found: Repository, name: str, path: Path) -> None:
+    """Fetch the small tensors of a GGUF file that its translation reads."""
+    tensors = read_gguf(path).tensors
+    with path.open("r+b") as file:
+        for tensor in (tensors[one] for one in UNNAMED if one in tensors):
+            if tensor.nbytes > MAX_FILLED_IN_BYTES:
+                continue  # the translation refuses it
+            place = tensor.offset, tensor.nbytes
+            data = weight_part(found.model, name, found.commit, token(), ASK_TIMEOUT_S, *place)
+            file.seek(tensor.offset)
+            file.write(data)
 
 
 def _key(found: Repository) -> str:

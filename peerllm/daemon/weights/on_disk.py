@@ -13,10 +13,13 @@ from peerllm.daemon.weights.gguf.header import read_gguf
 from peerllm.daemon.weights.gguf.split_files import gguf_files
 from peerllm.daemon.weights.gguf_choice import SUFFIX, GgufModel, chosen, gguf_models, quantisation
 from peerllm.errors import ModelError, PeerLLMError
+from peerllm.regular_files import open_regular, read_regular
+from peerllm.saved_files import replace_file
 
 DIRECTORIES_FILE = "directories.txt"
 MAX_DIRECTORIES = 64  # remembered, the last served first
 MAX_HEADER_BYTES = 100 << 20  # of a safetensors file
+MAX_CONFIG_BYTES = 64 << 20
 
 Paths = tuple[Path, ...]  # a model: its directory, or its GGUF files
 
@@ -97,9 +100,7 @@ def _holds_gguf_alone(directory: Path) -> bool:
 def note_directories(file: Path, served: Iterable[str]) -> None:
     """Remember these directories before those that the file names."""
     names = list(dict.fromkeys([*served, *served_directories(file)]))[:MAX_DIRECTORIES]
-    scratch = file.with_suffix(".new")
-    scratch.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    scratch.replace(file)
+    replace_file(file, "".join(f"{name}\n" for name in names).encode())
 
 
 def served_directories(file: Path) -> list[str]:
@@ -145,7 +146,7 @@ def weights_of(paths: Paths) -> WeightFiles:
 def _published_as(config: Path) -> str:
     """How a checkpoint was rounded before it was published, by its config.json; "" if it was not."""
     try:
-        return str(json.loads(config.read_text(encoding="utf-8"))["quantization_config"]["quant_method"])
+        return str(json.loads(read_regular(config, MAX_CONFIG_BYTES))["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
@@ -158,7 +159,7 @@ def _gguf_numbers(file: Path) -> Counter[str]:
 
 
 def _safetensors_numbers(file: Path) -> Counter[str]:
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length)) if length <= MAX_HEADER_BYTES else {}
     counts: Counter[str] = Counter()

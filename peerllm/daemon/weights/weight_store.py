@@ -17,7 +17,6 @@ from pathlib import Path
 
 from peerllm.daemon.control_messages import HubFiles, TensorDigest
 from peerllm.daemon.decide.hub_places import hub_key
-from peerllm.daemon.saved_file import disk_error
 from peerllm.daemon.weights.digests import Stat, hash_all, hash_range, identity
 from peerllm.daemon.weights.exchange.holders import KEY, WeightPeers
 from peerllm.daemon.weights.exchange.hub_ranges import HubRanges
@@ -27,6 +26,7 @@ from peerllm.daemon.weights.exchange.wanted_tensor import WantedTensor, bytes_of
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import DiskFullError
 from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.saved_files import disk_error
 from peerllm.types import DeploymentId, DeviceId
 
 SPARE_DISK_BYTES = 256 << 20  # left free on the disk

@@ -33,7 +33,9 @@ from peerllm.engine.schedule.epoch_ring import RingCounts, StageKey
 from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import LoadedStage, steps_only
 from peerllm.engine.schedule.local_deployment import LocalDeployment
+from peerllm.engine.schedule.state_export import StateExport
 from peerllm.engine.wire.parcels import Parcel, TokenBatch
+from peerllm.engine.wire.state_frames import CarriedPart
 from peerllm.errors import PeerLLMError, RefusedError, one_line
 from peerllm.transport.links.channels import Delivery
 from peerllm.transport.links.link import Link
@@ -92,7 +94,26 @@ class Echoed:
     """A frame by which another device times its link, handed over to this thread; nothing is computed for it."""
 
 
-Event = Loaded | Linked | Arrived | Lost | Echoed | Hurry | Switch | Unload | Submit | Cancel | QueryLoad
+@dataclass(frozen=True, slots=True, eq=False)
+class StateCame:
+    """A checked frame came in that carries a part of a sequence's state."""
+
+    delivery: Delivery
+    carried: CarriedPart
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CarryTurn:
+    """Some of a CarryState's work is to be done; `reply` gets what to send (nothing: all is done), or what failed."""
+
+    export: StateExport
+    reply: Callable[[list[CarriedPart], Exception | None], None]
+
+
+Event = (
+    Loaded | Linked | Arrived | Lost | Echoed | Hurry | StateCame | CarryTurn | Switch | Unload | Submit | Cancel
+    | QueryLoad
+)  # fmt: skip
 
 
 def reason_of(error: BaseException) -> str:
@@ -175,6 +196,18 @@ class Compute:
                 frame = delivery.frame
                 if (deployment := self._deployments.get(frame.deployment)) is not None:  # else unloaded while it waited
                     deployment.arrived(frame.epoch, frame.stage, parcels)
+            case StateCame(delivery, carried):
+                delivery.taken()
+                frame = delivery.frame
+                if (deployment := self._deployments.get(frame.deployment)) is not None:
+                    deployment.state_came(frame.epoch, frame.stage, carried)
+            case CarryTurn(export, reply):
+                try:
+                    parts = export.turn(self._deployment(export.message.deployment))
+                except Exception as error:  # of one CarryState, which fails
+                    reply([], error)
+                else:
+                    reply(parts, None)
             case Submit(identity, sequence):
                 try:
                     self._deployment(identity).submit(event)
@@ -206,8 +239,8 @@ class Compute:
                 deployment = self._deployments.get(identity)
                 if deployment is not None and epoch in deployment.rings:
                     deployment.rings[epoch].lost(device, ingress, reason)
-            case Unload(request, identity, epoch):
-                self._unload(identity, epoch, "the deployment was stopped")
+            case Unload(request, identity, epoch, only):
+                self._unload(identity, epoch, only, "the deployment was stopped")
                 self._tell(Done(request))
             case QueryLoad(request):
                 self._tell(self._load(request))
@@ -237,12 +270,12 @@ class Compute:
         self._shards[identity] = deployment.shards
         self._tell(Done(spec.request))
 
-    def _unload(self, identity: DeploymentId, epoch: int | None, reason: str) -> None:
+    def _unload(self, identity: DeploymentId, epoch: int | None, only: bool, reason: str) -> None:
         deployment = self._deployments.get(identity)
         if deployment is None:
             return
-        if epoch is not None and max(deployment.rings) > epoch:
-            deployment.unload(epoch)
+        if epoch is not None and any(one != epoch if only else one > epoch for one in deployment.rings):
+            deployment.unload(epoch, only)
             self._shards[identity] = deployment.shards
         else:
             del self._deployments[identity]

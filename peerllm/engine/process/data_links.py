@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
+from peerllm.engine.base import Shard, StateForms
 from peerllm.engine.messages import (
+    CarryState,
     Configure,
     Connect,
     FromEngine,
@@ -22,13 +25,15 @@ from peerllm.engine.messages import (
     TimeLink,
     Trusted,
 )
-from peerllm.engine.process.compute import Arrived, Echoed, Event, Linked, Lost
+from peerllm.engine.process.carrying import carry
+from peerllm.engine.process.compute import Arrived, Echoed, Event, Linked, Lost, StateCame
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.schedule.source_sequences import window_tokens
 from peerllm.engine.wire.parcels import from_frame, source_limits, stage_limits
+from peerllm.engine.wire.state_frames import from_state_frame, state_limits
 from peerllm.errors import AuthenticationError, BadInputError, LinkError, RefusedError
 from peerllm.transport.identity import load
-from peerllm.transport.links.channels import FRAME_COST_BYTES, STEP, Delivery, Inlet
+from peerllm.transport.links.channels import FRAME_COST_BYTES, KEY_VALUE, STEP, Delivery, Inlet
 from peerllm.transport.links.data_plane import DataPlane
 from peerllm.transport.links.echo import MAX_ECHO_BYTES
 from peerllm.transport.links.link import Link
@@ -93,8 +98,11 @@ class DataLinks:
         self._certificates = {one.device: one.certificate_pem for one in trusted}
         await self._plane.set_trusted(self._certificates.values())
 
-    def expect(self, spec: LoadStage, hidden_size: int) -> None:
-        """A stage is loaded: whoever feeds it may dial. Links of other epochs stand."""
+    def expect(self, spec: LoadStage, hidden_size: int, fresh: Sequence[Shard] = ()) -> None:
+        """A stage is loaded: whoever feeds it may dial. Links of other epochs stand.
+
+        So may those who have what sequences keep in the stage's layers that were not here before: in `fresh`.
+        """
         epochs = self._known.setdefault(spec.deployment, {})
         if any(epoch > spec.epoch for epoch in epochs):
             raise RefusedError(f"epoch {max(epochs)} is loaded here; {spec.epoch} is past")
@@ -105,6 +113,23 @@ class DataLinks:
             self._plane.expect(spec.upstream, Inlet(STEP, stage_limits(spec, hidden_size), self._deliver))
         if spec.stage == 0 and spec.head_device != self._device:
             self._plane.expect(spec.head_device, Inlet(STEP, source_limits(spec), self._deliver))
+
+        kept = [shard.state_forms(spec.first_layer, spec.last_layer) for shard in fresh if spec.state_from]
+        forms = StateForms(*({block: arrays for one in some for block, arrays in one.items()}
+                             for some in ([one.tokens for one in kept], [one.fixed for one in kept])))  # fmt: skip
+        if forms.tokens or forms.fixed:
+            inlet = Inlet(KEY_VALUE, state_limits(spec, fresh[0].form, forms), self._deliver_state)
+            for device in set(spec.state_from) - {self._device}:
+                self._plane.expect(device, inlet, carries=True)
+
+    async def carry(self, message: CarryState) -> None:
+        """Until another device's stage has what CarryState asks for. LinkError, AuthenticationError or RefusedError.
+
+        On this device sequences take along what they need when they enter the epoch.
+        """
+        if message.to.device != self._device:
+            link = await self._dial(message.to, message.deployment, message.to_epoch, carries=True)
+            await carry(message, self._inbox, link)
 
     async def connect(self, message: Connect) -> Linked:
         """Links to all next stages on other devices; those that stand are kept. LinkError if one does not come up."""
@@ -117,8 +142,11 @@ class DataLinks:
             if spec.downstream is not None and (stage not in known.links or known.links[stage].closed)
         }
         dials = [
-            asyncio.create_task(self._dial(message, *hop), name=f"dial stage {hop[0].stage} {message.deployment[:8]}")
-            for hop in wanted.values()
+            asyncio.create_task(
+                self._dial(hop, message.deployment, message.epoch, partial(self._timed, hop.device), {STEP: bound}),
+                name=f"dial stage {hop.stage} {message.deployment[:8]}",
+            )
+            for hop, bound in wanted.values()
         ]
         try:
             links = await asyncio.gather(*dials)
@@ -146,14 +174,14 @@ class DataLinks:
         frames = await self._plane.echo(message.device, pem, message.hosts, message.port, message.sizes)
         return LinkTimed(message.request, tuple(frames))
 
-    async def forget(self, deployment: DeploymentId, epoch: int | None = None) -> None:
-        """End all links of a deployment, or those of its epochs up to `epoch`, in order."""
+    async def forget(self, deployment: DeploymentId, epoch: int | None = None, only: bool = False) -> None:
+        """End all links of a deployment, in order; or those of its epochs up to `epoch`, or of that one alone."""
         epochs = self._known.get(deployment, {})
-        for one in [one for one in epochs if epoch is None or one <= epoch]:
+        for one in [one for one in epochs if epoch is None or (one == epoch if only else one <= epoch)]:
             del epochs[one]
         if not epochs:
             self._known.pop(deployment, None)
-        await self._plane.forget(deployment, epoch)
+        await self._plane.forget(deployment, epoch, only)
 
     async def close(self) -> None:
         if self._reporting is not None:
@@ -161,24 +189,15 @@ class DataLinks:
         self._known.clear()
         await self._plane.close()
 
-    async def _dial(self, message: Connect, hop: Hop, bound_bytes: int) -> Link:
+    async def _dial(self, hop: Hop, deployment: DeploymentId, epoch: int, *how: Any, **more: Any) -> Link:
         deadline = asyncio.get_running_loop().time() + CONNECT_TIMEOUT_S
         while True:
             pem = self._certificates.get(hop.device)
             try:
                 if pem is None:
                     raise AuthenticationError(f"device {hop.device[:8]} is not of this household")
-                return await self._plane.connect(
-                    hop.device,
-                    pem,
-                    hop.hosts,
-                    hop.port,
-                    message.deployment,
-                    message.epoch,
-                    hop.stage,
-                    partial(self._timed, hop.device),
-                    {STEP: bound_bytes},
-                )
+                at = hop.device, pem, hop.hosts, hop.port
+                return await self._plane.connect(*at, deployment, epoch, hop.stage, *how, **more)
             except (LinkError, AuthenticationError):
                 if asyncio.get_running_loop().time() >= deadline:
                     raise
@@ -187,6 +206,10 @@ class DataLinks:
     def _deliver(self, delivery: Delivery) -> None:
         """Into the inbox, on whichever thread reads; the channel's credit bounds how many frames wait there."""
         self._inbox.put(Arrived(delivery, from_frame(delivery.frame)), always=True)
+
+    def _deliver_state(self, delivery: Delivery) -> None:
+        """On the loop; as `_deliver`."""
+        self._inbox.put(StateCame(delivery, from_state_frame(delivery.frame)), always=True)
 
     def _echoed(self, delivery: Delivery) -> None:
         """A frame that times a link wakes a compute thread that waits, as a step's does, and is dropped."""

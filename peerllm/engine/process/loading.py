@@ -66,11 +66,14 @@ class Loader:
                 self._wanted.pop(job.request, None)
             raise
 
-    def abandon(self, deployment: DeploymentId, epoch: int | None = None) -> None:
-        """Let those loads of a deployment, for epochs up to `epoch`, fail that `take_over` was not called for."""
+    def abandon(self, deployment: DeploymentId, epoch: int | None = None, only: bool = False) -> None:
+        """Let those loads of a deployment, for epochs up to `epoch` or for that one alone, fail that `take_over` was
+        not called for."""
 
         def wanted(spec: LoadStage) -> bool:
-            return spec.deployment != deployment or (epoch is not None and spec.epoch > epoch)
+            if spec.deployment != deployment:
+                return True
+            return epoch is not None and (spec.epoch > epoch or (only and spec.epoch < epoch))
 
         with self._lock:
             self._wanted = {request: spec for request, spec in self._wanted.items() if wanted(spec)}

@@ -19,6 +19,7 @@ from typing import Any
 from peerllm.engine.base import Backend
 from peerllm.engine.messages import (
     Cancel,
+    CarryState,
     Configure,
     Configured,
     Connect,
@@ -153,12 +154,14 @@ class Engine:
                 self._switching.add(message.request)
                 compute.inbox.put(message, always=True)
                 self._spawn(self._hurry(message, compute), f"hurry {deployment[:8]}")
-            case Unload(_, deployment, epoch):
-                loader.abandon(deployment, epoch)
+            case CarryState():
+                self._spawn(self._carry(message, links), f"carry state of {message.deployment[:8]}")
+            case Unload(_, deployment, epoch, only):
+                loader.abandon(deployment, epoch, only)
                 if epoch is None:
                     self._recorder.forget(deployment)
                 compute.inbox.put(message, always=True)
-                self._spawn(links.forget(deployment, epoch), f"end the links of {deployment[:8]}")
+                self._spawn(links.forget(deployment, epoch, only), f"end the links of {deployment[:8]}")
 
     async def _trust(self, trusted: tuple[Trusted, ...], links: DataLinks) -> None:
         """If the new list cannot be taken, the engine ends, and with it the links of whoever was removed."""
@@ -178,6 +181,14 @@ class Engine:
         while message.request in self._switching:
             await asyncio.sleep(HURRY_S)
             compute.inbox.put(Hurry(message.deployment), always=True)
+
+    async def _carry(self, message: CarryState, links: DataLinks) -> None:
+        try:
+            await links.carry(message)
+        except Exception as error:  # what a coordinator asks for must not end the engine
+            self._refuse(message, error)
+        else:
+            self.tell(Done(message.request))
 
     async def _time(self, message: TimeLink, links: DataLinks) -> None:
         try:
@@ -200,7 +211,7 @@ class Engine:
         compute, loader, links = self._parts
         try:  # nothing in here awaits, so that an Unload comes before all of it or after all of it
             loader.take_over(spec)
-            links.expect(spec, chain[0].shard.hidden_size)
+            links.expect(spec, chain[0].shard.hidden_size, [one.shard for one in fresh])
             compute.inbox.put(Loaded(spec, chain, fresh), always=True)
         except Exception as error:
             for one in fresh:

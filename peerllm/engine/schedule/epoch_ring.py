@@ -11,6 +11,7 @@ from typing import Protocol
 
 from peerllm.engine.messages import FromEngine, LinkLost, LoadStage
 from peerllm.engine.schedule.batching import Scheduler
+from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import Failures, LoadedStage
 from peerllm.engine.schedule.source_sequences import window_tokens
 from peerllm.engine.wire.parcels import (
@@ -68,13 +69,15 @@ class EpochRing:
         tell: Callable[[FromEngine], None],
         counts: RingCounts,
         void: Callable[[int, LoadedStage], None],
+        shards: Callable[[], Sequence[HeldShard]],
     ) -> None:
-        """`void` forgets what waits of a sequence for a stage's shards, in any epoch."""
+        """`void` forgets what waits of a sequence for a stage's shards, in any epoch; `shards` are all here."""
         self.id, self.epoch, self.count = spec.deployment, spec.epoch, spec.stages
         self.stages: dict[int, LoadedStage] = {}
         self.broken = ""  # why what is under way is lost, until the links are made anew
         self._most_waiting = window_tokens(spec.stages, spec.chunk) + spec.slots  # at one stage, by the source's window
         self._schedule, self._tell, self._counts, self._void = schedule, tell, counts, void
+        self._shards = shards
         self._outlets: dict[int, Link] = {}  # by the stage that sends
         self._reported: set[DeviceId] = set()  # told to the daemon as lost
 
@@ -155,7 +158,7 @@ class EpochRing:
         if stage.is_head and self.end is not None:
             answer = self.end.answer(opened.sequence)
         try:
-            passed = stage.open(opened, answer)
+            passed = stage.open(opened, answer, self._shards())
         except FrameError as error:
             self._pass_on(index, Released(opened.sequence, opened.slot, str(error)))
             return

@@ -9,6 +9,7 @@ from peerllm.engine.base import Draw, Floats, Sampler
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.wire.parcels import Drawn, Opened, TokenBatch, quantised
+from peerllm.engine.wire.state_frames import CarriedPart
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
@@ -63,21 +64,31 @@ class LoadedStage:
         """Slots of sequences that are computed in this stage's epoch."""
         return max(one.slots.in_use(self.spec.epoch) for one in self.chain)
 
-    def open(self, opened: Opened, answer: Sequence[int] = ()) -> Opened | None:
+    def open(self, opened: Opened, answer: Sequence[int] = (), others: Sequence[HeldShard] = ()) -> Opened | None:
         """Let a sequence in, after the tokens that its slot is to hold; the parcel with what is lacking of them.
 
-        None if it came late. `answer`: its ids so far, at the head. FrameError if the slot does not exist.
+        None if it came late. `answer`: its ids so far, at the head. `others`: the deployment's shards on this device.
+        FrameError if the slot does not exist.
         """
         sequence, position = opened.sequence, opened.position
-        for one in self._up_to(opened.through):
+        asked = self._up_to(opened.through)
+        if any(one.slots.is_late(sequence, opened.slot, opened.attempt) for one in asked):
+            return None
+        for one in asked:
+            one.take_over(sequence, opened.slot, self.spec.epoch, position, others)
             found = one.slots.enter(sequence, opened.slot, position, self.spec.epoch, opened.after, opened.attempt)
-            if found is None:
-                return None
             if found < position:
                 opened = opened.lacks(one.last_layer, found)
         if self.is_head:
             self._answers[sequence] = opened.sampling, list(answer)
         return opened
+
+    def take_part(self, carried: CarriedPart) -> None:
+        """See HeldShard."""
+        for one in self.chain:
+            forms = one.shard.state_forms(one.first_layer, one.last_layer)
+            if carried.part.block in (*forms.tokens, *forms.fixed):
+                one.take_part(carried)
 
     def standing(self, sequence: int, slot: int) -> set[int]:
         """The sequences of which something may wait that an OPEN for this sequence and slot makes void."""

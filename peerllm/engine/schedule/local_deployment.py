@@ -14,7 +14,8 @@ from peerllm.engine.schedule.held_shard import HeldShard, held_bytes
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.source_feed import SourceFeed
 from peerllm.engine.wire.parcels import Parcel
-from peerllm.errors import BadInputError, RefusedError
+from peerllm.engine.wire.state_frames import CarriedPart
+from peerllm.errors import BadInputError, PeerLLMError, RefusedError
 from peerllm.transport.links.link import Link
 from peerllm.types import DeploymentId
 
@@ -53,7 +54,8 @@ class LocalDeployment:
         if ring is not None and spec.stage in ring.stages:
             raise RefusedError(f"stage {spec.stage} is loaded already; unload it first")
         if ring is None:
-            ring = self.rings[spec.epoch] = EpochRing(spec, self._schedule, self._tell, self._counts, self._void)
+            about = self._schedule, self._tell, self._counts, self._void, lambda: self.shards
+            ring = self.rings[spec.epoch] = EpochRing(spec, *about)
         ring.loaded(stage)
         if spec.stage == 0:
             self._take_in(ring)
@@ -71,10 +73,21 @@ class LocalDeployment:
         if ring is not None:
             ring.arrived(stage, parcels)
 
-    def unload(self, epoch: int) -> None:
-        """End the epochs up to this one and free the shards that no later one uses. There must be a later one."""
+    def state_came(self, epoch: int, stage: int, carried: CarriedPart) -> None:
+        """A part of a sequence's state came for a stage of an epoch; it is dropped if it is of no use there."""
+        try:
+            self.rings[epoch].stages[stage].take_part(carried)
+        except (KeyError, PeerLLMError):
+            self._counts.dropped_frames += 1
+
+    def unload(self, epoch: int, only: bool = False) -> None:
+        """End the epochs up to this one, or this one alone, and free the shards that no other uses.
+
+        There must be another.
+        """
         before = self.shards
-        ended = [self.rings.pop(one) for one in sorted(self.rings) if one <= epoch]
+        over = [one for one in sorted(self.rings) if (one == epoch if only else one <= epoch)]
+        ended = [self.rings.pop(one) for one in over]
         for ring in ended:
             ring.close()
             if self.feed is not None:

@@ -53,23 +53,25 @@ class SlotTable:
         there = self._by_slot.get(slot)
         return ({sequence} & self._held.keys()) | (set() if there is None or there.idle else {there.sequence})
 
+    def is_late(self, sequence: int, slot: int, attempt: int) -> bool:
+        """Whether a later OPEN than that of this number has come for the sequence, or for another in its slot."""
+        there, own = self._by_slot.get(slot), self._held.get(sequence)
+        if own is not None and own.attempt == attempt > 0:
+            return True
+        return any(other is not None and other.attempt > attempt for other in (there, own))
+
     def enter(
         self, sequence: int, slot: int, position: int = 0, epoch: int = 0, after: int = 0, attempt: int = 0
-    ) -> int | None:
-        """A sequence begins in an epoch, or goes on there, after its first `position` tokens.
+    ) -> int:
+        """A sequence begins in an epoch, or goes on there, after its first `position` tokens; not if that `is_late`.
 
         They are its own, or those of the ended sequence `after`, whose text begins with the same ones. Returns
         `position`, or where it can go on of what the layers hold, if that is less. Another sequence in the slot has
-        ended, though its RELEASE did not come. None: the OPEN came late, `attempt` is not above that of a later one.
-        FrameError if the slot does not exist.
+        ended, though its RELEASE did not come. FrameError if the slot does not exist.
         """
         if not 0 <= slot < self._count:
             raise FrameError(f"slot {slot} does not exist; there are {self._count}")
         there, own = self._by_slot.get(slot), self._held.get(sequence)
-        if any(other is not None and other.attempt > attempt for other in (there, own)):
-            return None
-        if own is not None and own.attempt == attempt > 0:
-            return None
         mine = there if there is not None and there.sequence in (sequence, after) else None
         for other in (own, there):
             if other is not None and other is not mine:
@@ -129,6 +131,15 @@ class SlotTable:
         """(sequence, slot, tokens computed, the most it has held) of each sequence that is computed in an epoch."""
         found = (held for held in self._held.values() if held.epoch == epoch)
         return [(held.sequence, held.slot, held.computed, held.furthest) for held in found]
+
+    def holds(self, sequence: int, slot: int, epoch: int | None = None) -> bool:
+        """Whether a sequence is computed in this slot, in an epoch if one is given."""
+        held = self._held.get(sequence)
+        return held is not None and held.slot == slot and epoch in (None, held.epoch)
+
+    def taken(self, slot: int) -> bool:
+        """Whether a slot is a sequence's, or keeps what an ended one left."""
+        return slot in self._by_slot
 
     def release(self, sequence: int, keep: int = 0, epoch: int | None = None) -> int | None:
         """The slot that became free; None if the sequence holds none, or is computed in another epoch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from peerllm.engine.messages import TensorAt
 from peerllm.engine.weights.settled import settled
 from peerllm.engine.weights.tensor_list import listed_tensors
 from peerllm.errors import BadInputError, ModelError
+from peerllm.regular_files import open_regular, read_regular
 from peerllm.stored_types import TENSOR_LIST, stored_bytes
 from peerllm.types import BITS, STORED
 from peerllm.wrapped_models import WRAPPERS, text_tensor, text_values
@@ -48,9 +50,7 @@ def plain_name(name: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ModelError if it is missing, too large or no object."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise ModelError(f"{path.name} is missing from {path.parent}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -118,8 +118,8 @@ def read_tensors(model_dir: Path, wanted: Wanted = lambda name: name) -> dict[st
 def read_header(path: Path) -> list[TensorAt]:
     """The tensors of one file; ModelError if its header lies about sizes or the file is cut short."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise ModelError(f"{path.name} is no complete safetensors file ({size} bytes)")
@@ -160,14 +160,15 @@ def mapped(tensor: TensorAt) -> npt.NDArray[Any]:
     """
     name = Path(tensor.path).name
     try:
-        if Path(tensor.path).stat().st_size < tensor.offset + tensor.nbytes:
-            raise ModelError(f"{name} ends in the middle of tensor {tensor.name}; fetch it again")
-        if tensor.dtype in FILE_DTYPES:
-            return np.memmap(tensor.path, FILE_DTYPES[tensor.dtype], "c", tensor.offset, tensor.shape)
-        if not tensor.shape or stored_bytes(tensor.dtype, tensor.shape) != tensor.nbytes:
-            raise ModelError(f"tensor {tensor.name} of shape {list(tensor.shape)} in {tensor.dtype} makes no sense")
-        shape = (*tensor.shape[:-1], tensor.nbytes // math.prod(tensor.shape[:-1]))
-        return np.memmap(tensor.path, np.uint8, "c", tensor.offset, shape)
+        with open_regular(tensor.path) as file:
+            if os.fstat(file.fileno()).st_size < tensor.offset + tensor.nbytes:
+                raise ModelError(f"{name} ends in the middle of tensor {tensor.name}; fetch it again")
+            if tensor.dtype in FILE_DTYPES:
+                return np.memmap(file, FILE_DTYPES[tensor.dtype], "c", tensor.offset, tensor.shape)
+            if not tensor.shape or stored_bytes(tensor.dtype, tensor.shape) != tensor.nbytes:
+                raise ModelError(f"tensor {tensor.name} of shape {list(tensor.shape)} in {tensor.dtype} makes no sense")
+            shape = (*tensor.shape[:-1], tensor.nbytes // math.prod(tensor.shape[:-1]))
+            return np.memmap(file, np.uint8, "c", tensor.offset, shape)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be read: {error}") from error
 

@@ -10,6 +10,7 @@ import orjson
 
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
+from peerllm.regular_files import read_regular
 from peerllm.stored_types import stored_bytes
 
 MAX_LIST_BYTES = 64 << 20
@@ -20,9 +21,7 @@ KINDS: Mapping[str, type] = {"name": str, "dtype": str, "shape": list, "path": s
 def listed_tensors(file: Path) -> list[TensorAt]:
     """The tensors of a tensors.json; ModelError if one cannot be where it is said to be."""
     try:
-        if file.stat().st_size > MAX_LIST_BYTES:
-            raise ModelError(f"{file.name} is larger than {MAX_LIST_BYTES} bytes")
-        entries = orjson.loads(file.read_bytes())
+        entries = orjson.loads(read_regular(file, MAX_LIST_BYTES))
     except (OSError, orjson.JSONDecodeError, RecursionError) as error:
         raise ModelError(f"{file.name} cannot be read: {error}") from error
     if not isinstance(entries, list):

@@ -11,14 +11,14 @@ from contextlib import suppress
 from peerllm.errors import AuthenticationError
 from peerllm.transport.identity import Identity
 from peerllm.transport.links.connection import Connection, handshake, read_head
+from peerllm.transport.listening.accepting import accept_all
+from peerllm.transport.listening.waiting_connections import WaitingConnections, most_waiting
 from peerllm.transport.tls.contexts import peer_device, server_context
 from peerllm.transport.tls.listen import listen
-from peerllm.transport.tls.tls_server import HANDSHAKE_TIMEOUT_S
 from peerllm.transport.websocket.upgrade import END, MAX_HEAD_BYTES, DeclinedError, agreed, declined, read_request
 from peerllm.types import DeviceId
 
-MAX_UNFINISHED = 128  # connections at that; one more, and the one that has taken longest is cut
-ACCEPT_PAUSE_S = 1.0  # while the system has no more sockets
+HANDSHAKE_TIMEOUT_S = 10.0  # TLS and the request together
 
 Admit = Callable[[Connection], None]
 Route = Callable[[DeviceId, str], Admit]  # who asks for which path; DeclinedError
@@ -37,14 +37,15 @@ class Acceptor:
         self._context = server_context(identity, ())
         self._sockets: list[socket.socket] = []
         self._accepting: list[asyncio.Task[None]] = []
-        self._unfinished: dict[asyncio.Task[None], None] = {}  # the longest under way first
+        self._unfinished: WaitingConnections[asyncio.Task[None]] = WaitingConnections(most_waiting())
 
     async def start(self) -> None:
         """Listen. BadInputError if the port is in use."""
         self._sockets = await listen(self._hosts, self.port)
         self.port = int(self._sockets[0].getsockname()[1])
         loop = asyncio.get_running_loop()
-        self._accepting = [loop.create_task(self._accept(one), name="link acceptor") for one in self._sockets]
+        accepting = [accept_all(one, self._take, self._make_way) for one in self._sockets]
+        self._accepting = [loop.create_task(one, name="link acceptor") for one in accepting]
 
     def set_trusted(self, trusted: Mapping[DeviceId, str]) -> None:
         """From now on exactly these certificates (PEM) are let in; a context cannot forget one, so it is made anew."""
@@ -62,24 +63,16 @@ class Acceptor:
             sock.close()
         self._sockets = []
 
-    async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                plain, _ = await loop.sock_accept(listening)
-            except ConnectionAbortedError:
-                continue
-            except OSError:  # too many open files: whoever waits goes on waiting
-                await asyncio.sleep(ACCEPT_PAUSE_S)
-                continue
-            if len(self._unfinished) >= MAX_UNFINISHED:
-                # A device that means well is done within milliseconds; so a flood cuts its own first.
-                oldest = next(iter(self._unfinished))
-                oldest.cancel()
-                del self._unfinished[oldest]
-            task = loop.create_task(self._admit(plain), name="link handshake")
-            self._unfinished[task] = None
-            task.add_done_callback(lambda task: self._unfinished.pop(task, None))
+    def _take(self, plain: socket.socket, host: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._admit(plain), name="link handshake")
+        task.add_done_callback(self._unfinished.discard)
+        task.add_done_callback(lambda _: plain.close())  # an admitted one has been taken over by TLS
+        if (crowded := self._unfinished.add(task, host)) is not None:
+            crowded.cancel()
+
+    def _make_way(self) -> None:
+        if (task := self._unfinished.make_way()) is not None:
+            task.cancel()
 
     async def _admit(self, plain: socket.socket) -> None:
         sock: socket.socket = plain

@@ -106,11 +106,15 @@ class DataPlane:
             raise BadInputError(f"this device already expects {MAX_EXPECTED} links")
         self._expected[key] = (sender, inlets)
 
-    async def forget(self, deployment: DeploymentId, epoch: int | None = None) -> None:
-        """End the links of a deployment (of epochs up to `epoch` only, if given), both ways; none is reported lost."""
+    async def forget(self, deployment: DeploymentId, epoch: int | None = None, only: bool = False) -> None:
+        """End the links of a deployment, both ways; none is reported lost.
+
+        `epoch`: those of epochs up to that one, or of that one alone.
+        """
 
         def named(key_deployment: DeploymentId, key_epoch: int) -> bool:
-            return key_deployment == deployment and (epoch is None or key_epoch <= epoch)
+            over = epoch is None or (key_epoch == epoch if only else key_epoch <= epoch)
+            return key_deployment == deployment and over
 
         for key in [key for key in self._expected if named(*key[:2])]:
             del self._expected[key]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import socket
+import ssl
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
 from peerllm.errors import LinkError, PairingError, PeerLLMError
 from peerllm.transport.identity import Identity, certificate_device, verify
+from peerllm.transport.listening.accepting import accept_all
+from peerllm.transport.listening.waiting_connections import WaitingConnections, share_of
 from peerllm.transport.pairing.code import door_name, make_code
 from peerllm.transport.pairing.pairing_messages import (
     PAIRING_VERSION,
@@ -32,7 +37,7 @@ from peerllm.types import DeviceId
 PAIRING_WINDOW_S = 120.0
 TRIES = 3
 ATTEMPT_TIMEOUT_S = 10.0  # one attempt at a time holds the door, and no longer
-MAX_WAITING = 8  # connections, the one being served included
+MAX_WAITING = 8  # connections, besides the one being served; one more, and the oldest of the address with most goes
 REFUSE_TIMEOUT_S = 1.0  # what telling a refusal, or saying goodbye, may take
 CLOSED = "the pairing window is closed; run peerllm invite again"
 
@@ -61,9 +66,13 @@ class PairingDoor:
         self._wanted_port = port
         self._on_paired = on_paired
         self._on_closed = on_closed
-        self._servers: list[asyncio.Server] = []
+        self._sockets: list[socket.socket] = []
+        self._accepting: list[asyncio.Task[None]] = []
+        self._stopping: asyncio.Task[None] | None = None
         self._visits: set[asyncio.Task[None]] = set()
-        self._turn = asyncio.Lock()
+        self._waiting: WaitingConnections[asyncio.Task[None]] = WaitingConnections(MAX_WAITING)
+        self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each address one waits ...
+        self._turn = asyncio.Lock()  # ... for this
         self._expiry: asyncio.TimerHandle | None = None
         self._code = ""
         self._tries_left = 0
@@ -82,18 +91,19 @@ class PairingDoor:
     async def open(self) -> str:
         """Listen, and return the code to tell the other device's owner. BadInputError if the port is in use."""
         await self.close()
-        sockets = await listen(self._hosts, self._wanted_port)
-        self.port = int(sockets[0].getsockname()[1])
-        context = door_context(self._identity)
+        self._sockets = await listen(self._hosts, self._wanted_port)
+        self.port = int(self._sockets[0].getsockname()[1])
         self._code, self._tries_left, self.closed_reason = make_code(), TRIES, ""
-        code = self._code
-        for sock in sockets:
-            server = await asyncio.start_server(
-                self._visit, sock=sock, ssl=context, ssl_handshake_timeout=ATTEMPT_TIMEOUT_S
-            )
-            self._servers.append(server)
-        self._expiry = asyncio.get_running_loop().call_later(PAIRING_WINDOW_S, self._shut, CLOSED)
-        return code
+        context = door_context(self._identity)
+
+        def take(sock: socket.socket, host: str) -> None:
+            self._take(sock, host, context)
+
+        loop = asyncio.get_running_loop()
+        accepting = [accept_all(sock, take, self._make_way) for sock in self._sockets]
+        self._accepting = [loop.create_task(one, name="pairing door") for one in accepting]
+        self._expiry = loop.call_later(PAIRING_WINDOW_S, self._shut, CLOSED)
+        return self._code
 
     async def close(self) -> None:
         """Shut the door now, whatever the state; cuts an attempt that has not succeeded yet."""
@@ -102,6 +112,8 @@ class PairingDoor:
         for visit in visits:
             visit.cancel()
         await asyncio.gather(*visits, return_exceptions=True)
+        if self._stopping is not None:
+            await self._stopping
 
     def _shut(self, reason: str) -> None:
         """No more visitors; those that wait are told."""
@@ -110,51 +122,77 @@ class PairingDoor:
         self._code, self.closed_reason = "", reason
         if self._expiry is not None:
             self._expiry.cancel()
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
+        for sock in self._sockets:
+            with suppress(OSError):  # not every system does this; there it is closed in a moment
+                sock.shutdown(socket.SHUT_RDWR)
+        self._stopping = asyncio.get_running_loop().create_task(self._stop_listening(), name="pairing door closing")
         self._on_closed(reason)
 
-    async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        crowded = len(self._visits) >= MAX_WAITING
-        self._visits.add(task)
-        channel = PairingChannel(reader, writer)
+    async def _stop_listening(self) -> None:
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        for sock in self._sockets:
+            sock.close()
+
+    def _take(self, sock: socket.socket, host: str, context: ssl.SSLContext) -> None:
+        if not self._code:  # it came while the door was being shut
+            sock.close()
+            return
+        visit = asyncio.get_running_loop().create_task(self._visit(sock, host, context), name="pairing visit")
+        self._visits.add(visit)
+        visit.add_done_callback(self._visits.discard)
+        visit.add_done_callback(self._waiting.discard)
+        visit.add_done_callback(lambda _: sock.close())
+        if (crowded := self._waiting.add(visit, host)) is not None:
+            crowded.cancel()
+
+    def _make_way(self) -> None:
+        if (visit := self._waiting.make_way()) is not None:
+            visit.cancel()
+
+    async def _visit(self, sock: socket.socket, host: str, context: ssl.SSLContext) -> None:
         try:
-            if crowded:
-                await self._refuse(channel, "others are pairing right now; try again")
-                return
-            async with self._turn:
-                await self._serve(channel)
+            reader, writer = await _secured(sock, context)
+        except OSError:  # a TLS refusal, or its time is over
+            return
+        try:
+            await self._serve(PairingChannel(reader, writer), host)
         finally:
             writer.close()
             try:
                 async with asyncio.timeout(REFUSE_TIMEOUT_S):
                     await writer.wait_closed()
             except (TimeoutError, OSError):  # the other side does not say goodbye
+                pass
+            finally:
                 writer.transport.abort()
-            self._visits.discard(task)
 
-    async def _serve(self, channel: PairingChannel) -> None:
+    async def _serve(self, channel: PairingChannel, host: str) -> None:
+        visit, line = asyncio.current_task(), self._lines.setdefault(share_of(host), asyncio.Lock())
+        assert visit is not None
         try:
-            async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
-                await self._attempt(channel)
+            async with asyncio.timeout(ATTEMPT_TIMEOUT_S):  # who says nothing has no turn
+                hello, hello_bytes = await channel.receive(JoinRequest)
+            async with line, self._turn:
+                self._waiting.discard(visit)
+                try:
+                    async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                        await self._attempt(channel, hello, hello_bytes)
+                finally:
+                    if self._tries_left <= 0:
+                        self._shut(f"{TRIES} tries are spent; run peerllm invite again")
         except TimeoutError:
             await self._refuse(channel, f"the pairing took longer than {ATTEMPT_TIMEOUT_S:g} s; try again")
         except PeerLLMError as error:
             await self._refuse(channel, str(error))
-        finally:
-            if self._tries_left <= 0:
-                self._shut(f"{TRIES} tries are spent; run peerllm invite again")
 
     async def _refuse(self, channel: PairingChannel, reason: str) -> None:
         with suppress(LinkError, TimeoutError):
             async with asyncio.timeout(REFUSE_TIMEOUT_S):
                 await channel.send(PairingRefused(reason[:200]))
 
-    async def _attempt(self, channel: PairingChannel) -> None:
-        hello, hello_bytes = await channel.receive(JoinRequest)
+    async def _attempt(self, channel: PairingChannel, hello: JoinRequest, hello_bytes: bytes) -> None:
         if not self._code:
             raise PairingError(self.closed_reason)
         if hello.version != PAIRING_VERSION:
@@ -205,3 +243,14 @@ class PairingDoor:
         self._shut("paired")
         self._on_paired()
         await channel.send(PairingDone(joiner))
+
+
+async def _secured(sock: socket.socket, context: ssl.SSLContext) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """The connection once TLS is done, for which it has ATTEMPT_TIMEOUT_S; OSError."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(reader)
+    transport, _ = await loop.connect_accepted_socket(
+        lambda: protocol, sock, ssl=context, ssl_handshake_timeout=ATTEMPT_TIMEOUT_S
+    )
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)

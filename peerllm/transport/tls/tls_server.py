@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from aiohttp import web
 
 from peerllm.errors import AuthenticationError
 from peerllm.transport.identity import Identity, certificate_device
+from peerllm.transport.listening.http_acceptor import Handler, HttpAcceptor
 from peerllm.transport.tls.contexts import peer_device, server_context
-from peerllm.transport.tls.listen import BACKLOG, listen
+from peerllm.transport.tls.listen import listen
 from peerllm.types import DeviceId
 
-HANDSHAKE_TIMEOUT_S = 10.0  # a peer that connects and says nothing
+MAX_REQUESTS_PER_DEVICE = 128  # under way at once, control links among them
+IDLE_S = 75.0  # a connection may stay open without a request
 SHUTDOWN_TIMEOUT_S = 1.0  # handlers get this long to end once their connections are gone
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class TlsServer:
     """Serves `app` on every host at one port, to devices given to `set_trusted` and nobody else (at first: nobody).
 
-    A TLS context cannot forget a certificate, so every change of trust starts a new acceptor on the same listening
-    sockets: none closes, and connections of devices that stay trusted live on.
+    A TLS context cannot forget a certificate, so every change of trust makes a new one for the connections that come;
+    those of devices that stay trusted live on.
     """
 
     def __init__(self, app: web.Application, identity: Identity, hosts: Iterable[str], port: int) -> None:
@@ -36,22 +36,25 @@ class TlsServer:
         self._trusted: dict[DeviceId, str] = {}
         self._runner: web.AppRunner | None = None
         self._sockets: list[socket.socket] = []
-        self._acceptors: list[asyncio.AbstractServer] = []
-        self._changing = asyncio.Lock()
+        self._acceptor = HttpAcceptor(server_context(identity, ()))
+        self._requests: Counter[DeviceId] = Counter()
 
     async def start(self) -> None:
         """Listen. BadInputError if the port is in use."""
         self._sockets = await listen(self._hosts, self.port)
         self.port = int(self._sockets[0].getsockname()[1])
         # A handshake begun before a removal ends after it: each request is checked against the trust of the moment.
-        self._app.middlewares.insert(0, self._gate)
+        self._app.middlewares[:0] = (self._acceptor.bounded, self._gate)
         # A handler ends with its connection: what is computed for a device that hung up is computed for nobody.
         self._runner = web.AppRunner(
-            self._app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S, handler_cancellation=True
+            self._app,
+            access_log=None,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            handler_cancellation=True,
+            keepalive_timeout=IDLE_S,
         )
         await self._runner.setup()
-        async with self._changing:
-            await self._accept()
+        self._acceptor.start(self._runner, self._sockets)
 
     @property
     def addresses(self) -> list[tuple[int, tuple[Any, ...]]]:
@@ -63,44 +66,20 @@ class TlsServer:
         trusted = {certificate_device(pem): pem for pem in pems}
         if trusted.keys() == self._trusted.keys():
             return
+        self._acceptor.context = server_context(self._identity, trusted.values())
         self._trusted = trusted
         if self._runner is not None:
             self._abort(self._runner, trusted)
-            async with self._changing:
-                await self._accept()
 
     async def close(self) -> None:
         """Stop listening and cut every connection."""
         runner, self._runner = self._runner, None
-        async with self._changing:
-            self._stop_accepting()
-            for sock in self._sockets:
-                sock.close()
+        await self._acceptor.close()
+        for sock in self._sockets:
+            sock.close()
         if runner is not None:
             self._abort(runner, ())
             await runner.cleanup()
-
-    async def _accept(self) -> None:
-        self._stop_accepting()
-        if self._runner is None or self._runner.server is None:
-            return
-        context = server_context(self._identity, self._trusted.values())
-        loop = asyncio.get_running_loop()
-        for sock in self._sockets:
-            # The duplicate shares the kernel's queue: who connects between two acceptors waits there.
-            acceptor = await loop.create_server(
-                self._runner.server,
-                sock=sock.dup(),
-                ssl=context,
-                backlog=BACKLOG,
-                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
-            )
-            self._acceptors.append(acceptor)
-
-    def _stop_accepting(self) -> None:
-        for acceptor in self._acceptors:
-            acceptor.close()
-        self._acceptors.clear()
 
     def _abort(self, runner: web.AppRunner, trusted: Collection[DeviceId]) -> None:
         """Cut all connections but those of devices that are trusted."""
@@ -115,8 +94,17 @@ class TlsServer:
 
     @web.middleware
     async def _gate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if peer_device(request) not in self._trusted:
+        device = peer_device(request)
+        if device not in self._trusted:
             if request.transport is not None:
                 request.transport.abort()
             raise web.HTTPForbidden
-        return await handler(request)
+        if self._requests[device] >= MAX_REQUESTS_PER_DEVICE:
+            raise web.HTTPServiceUnavailable(text=f"{MAX_REQUESTS_PER_DEVICE} requests of this device are under way")
+        self._requests[device] += 1
+        try:
+            return await handler(request)
+        finally:
+            self._requests[device] -= 1
+            if not self._requests[device]:
+                del self._requests[device]

@@ -94,6 +94,7 @@ function card(deployment, status, colour, stop) {
 function deviceItem(device, status, colour) {
   const used = device.promised_bytes; // the engine's own size is not counted in what is lent
   const away = BAD.has(device.state);
+  const leaving = away ? "" : device.leaving; // why it lends nothing now
   const facts = [`${bytes(used)} used of ${bytes(device.lent_bytes)} lent`];
   if (device.rtt_ms > 0 && !away) facts.push(`${device.rtt_ms.toFixed(1)} ms away`);
   const place = device.compute?.place;
@@ -104,9 +105,10 @@ function deviceItem(device, status, colour) {
       make("span", { className: "dot" }),
       make("span", { className: "name" }, device.name),
       device.id === status.device.id && make("span", { className: "here" }, "this device"),
-      badge(device.state)),
+      badge(leaving ? (leaving.startsWith("paused") ? "paused" : "leaving") : device.state)),
     bar(used / device.lent_bytes, `${device.name}: ${facts[0]}`),
     make("p", { className: "quiet" }, facts.join(" · ")),
+    leaving ? make("p", { className: "reason" }, leaving) : null,
     device.problem ? make("p", { className: "reason" }, device.problem) : null);
 }
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from peerllm.daemon.decide import deployment_events as on
-from peerllm.daemon.decide.deployment_decider import DeploymentDecider
+from peerllm.daemon.decide.deployment_life import deployment_events as on
+from peerllm.daemon.decide.deployment_life.deployment_decider import DeploymentDecider
 from peerllm.types import Stage
 
 MOST_DEADLINES = 60  # between two events; more is a decider that never rests

@@ -129,6 +129,10 @@ def test_silence_is_noticed_in_a_second_but_the_link_is_kept_for_the_grace() -> 
     assert story.times(Cut) == [GRACE_S]
     assert len(story.times(Beat)) == GRACE_S / HEARTBEAT_S - 1, "heartbeats go on: it may hear them"
     assert "silent for 60 s" in story.machine.members[B].reason
+    for _ in range(12):
+        story.machine.handle(DialFailed(B, "no answer"), GRACE_S)
+    due = story.machine.deadline()
+    assert due is not None and due > GRACE_S + BACKOFF_MOST_S / 2, "nobody waits for it any more"
 
 
 def test_a_silent_device_is_dialled_anew_beside_its_link_often_and_in_turn() -> None:
@@ -463,14 +467,14 @@ class World:
             self.feed(side, Tick())
 
     def settle(self) -> None:
-        for _ in range(400):
+        for _ in range(200):
             while self.dials or self.events[0] or self.events[1]:
                 while self.dials:
                     self.finish_dial(0, True)
                 for side in (0, 1):
                     while self.events[side]:
                         self.deliver(side, 0)
-            self.step_time(0.1)
+            self.step_time(0.2)
 
 
 choices = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 7), st.booleans()), max_size=80)

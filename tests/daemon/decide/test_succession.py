@@ -256,8 +256,12 @@ class Island:
 
     def check(self) -> None:
         """At most one coordinator has a majority that obeys it."""
-        strong = [name for name, deployment in self.leaders() if deployment == "d"
-                  and 2 * sum(self.nodes[x].coordinators.get("d") == name for x in self.names) > len(self.names)]
+        strong = [
+            name
+            for name, deployment in self.leaders()
+            if deployment == "d"
+            and 2 * sum(self.nodes[x].coordinators.get("d") == name for x in self.names) > len(self.names)
+        ]
         assert len(strong) <= 1, strong
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from peerllm.daemon.control_messages import Activate, Pace
-from peerllm.daemon.deployment import deployment as module
+from peerllm.daemon.decide.deployment_life import deployment_decider, pacing
+from peerllm.daemon.deployment import worker as worker_module
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.daemon.status.status import deployment_entry
 from peerllm.engine.messages import LoadStage, Submit, TimeLayers, Tokens
@@ -25,9 +26,11 @@ SPARE = 100_000  # working space and ends, beside the blocks
 
 @pytest.fixture
 async def houses(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SETTLE_S", 0.0)
-    monkeypatch.setattr(module, "CONTENTION_S", 0.01)
-    monkeypatch.setattr(module, "RETRY_S", 5.0)
+    monkeypatch.setattr(pacing, "RETRY_SETTLE_S", 0.0)
+    monkeypatch.setattr(pacing, "JOIN_SETTLE_S", 0.0)
+    monkeypatch.setattr(pacing, "SETTLE_S", 0.0)
+    monkeypatch.setattr(pacing, "CONTENTION_S", 0.01)
+    monkeypatch.setattr(pacing, "RETRY_S", 5.0)
     made = []
 
     def make(lent, **models):
@@ -116,7 +119,7 @@ async def test_a_download_is_shown_as_it_goes_and_planned_for_anew(houses):
     assert seen.message == told[-1].message == "downloading big, 2.50 GB: 40%"
     assert told[-1].devices == {"device-a": 0.4}
     assert house["a"].coordinator.served()[0].model_dir is None, "its files are not there yet"
-    house["c"].online = False
+    house.part("c", "gone")
     house.download_gate.set()
     await asyncio.wait({running}, timeout=0.1)
     assert not running.done(), "the plan was kept though a device of it had left"
@@ -132,15 +135,15 @@ async def test_a_download_is_shown_as_it_goes_and_planned_for_anew(houses):
 
 async def test_a_device_that_is_about_to_arrive_is_waited_for(houses, monkeypatch):
     house = houses([3, 3, 3], big=8)
-    house["c"].online = False
+    house.part("c", "gone")
     running = asyncio.ensure_future(house["a"].coordinator.run(RunOptions("big"), quiet))
     await asyncio.wait({running}, timeout=0.2)
     assert not running.done()
     await house.come_back("c")
     await asyncio.wait_for(running, 10)
     await house["a"].coordinator.stop("big")
-    monkeypatch.setattr(module, "GATHER_S", 0.05)
-    house["c"].online = False
+    monkeypatch.setattr(deployment_decider, "GATHER_S", 0.05)
+    house.part("c", "gone")
     with pytest.raises(InfeasibleError, match=r"missing.*away: device-c"):
         await house["a"].coordinator.run(RunOptions("big"), quiet)
 
@@ -211,7 +214,7 @@ async def test_two_deployments_at_once_never_lend_the_same_memory_twice(houses, 
     assert len(serving) == 2 - len(failures)
 
 
-async def test_a_device_that_vanishes_ends_answers_honestly_and_the_rest_plan_anew(houses):
+async def test_a_device_that_vanishes_is_planned_around_and_the_answer_goes_on(houses):
     house = houses([3, 6, 6], big=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("big"), quiet)
@@ -222,10 +225,13 @@ async def test_a_device_that_vanishes_ends_answers_honestly_and_the_rest_plan_an
     a.coordinator.tokens(Tokens(view(a).deployment, a.told[0].sequence, 0, (3,)))
     assert (await answer).ids == (3,)
     await house.vanish(other)
-    with pytest.raises(EngineError, match=f"device-{other} is gone"):
-        await anext(stream)
+    answer = asyncio.ensure_future(anext(stream))
     await house.until(lambda: view(a).state == "serving")
     assert view(a).epoch > 1 and other not in {stage.device[0] for stage in view(a).stages}
+    assert a.switched == [1, view(a).epoch] and len(a.told) == 1, "the engine has the sequence and takes it along"
+    a.coordinator.tokens(Tokens(view(a).deployment, a.told[0].sequence, 0, (3,)))  # told again: nothing new
+    a.coordinator.tokens(Tokens(view(a).deployment, a.told[0].sequence, 1, (4,), "length"))
+    assert (await answer).ids == (4,)
 
 
 async def test_without_enough_memory_it_waits_and_says_so_until_a_device_returns(houses):
@@ -234,9 +240,11 @@ async def test_without_enough_memory_it_waits_and_says_so_until_a_device_returns
     await a.coordinator.run(RunOptions("big"), quiet)
     await house.vanish("b")
     await house.until(lambda: view(a).state == "waiting" and "missing" in view(a).reason)
-    assert not a.engine.stages and not house["c"].ledger.promised_bytes
+    loaded = a.engine.loaded[:], house["c"].engine.loaded[:]
+    assert all(loaded), "what they have stays loaded"
     await house.come_back("b")
     await house.until(lambda: view(a).state == "serving")
+    assert loaded == (a.engine.loaded, house["c"].engine.loaded), "nothing is loaded twice"
 
 
 async def test_a_vanishing_device_while_loading_does_not_hang_the_run(houses):
@@ -256,13 +264,14 @@ async def test_a_vanishing_device_while_loading_does_not_hang_the_run(houses):
     assert slow not in {stage.device[0] for stage in view(a).stages}
 
 
-async def test_a_coordinator_that_vanishes_leaves_nothing_behind(houses):
+async def test_a_coordinator_that_vanishes_leaves_nothing_behind_after_the_grace(houses, monkeypatch):
     house = houses([3, 3, 3], big=8)
     await house["a"].coordinator.run(RunOptions("big"), quiet)
     assert house["b"].engine.stages and house["c"].engine.stages
+    monkeypatch.setattr(worker_module, "GRACE_S", 0.05)
     await house.vanish("a")
-    for letter in "bc":
-        assert not house[letter].engine.stages and not house[letter].ledger.promised_bytes
+    assert house["b"].engine.stages and house["c"].engine.stages, "a short absence costs nothing"
+    await house.until(lambda: not any(house[one].engine.stages or house[one].ledger.promised_bytes for one in "bc"))
     assert not house["b"].store.used
 
 
@@ -270,7 +279,7 @@ async def test_a_crashed_engine_is_trouble_and_is_planned_again(houses):
     house = houses([3, 3, 3], big=8)
     a, b = house["a"], house["b"]
     await a.coordinator.run(RunOptions("big"), quiet)
-    b.engine.stages.clear()
+    b.engine.clear()
     b.worker.engine_lost("the engine ran out of memory")
     await house.until(lambda: view(a).epoch > 1 and view(a).state == "serving")
     assert b.engine.stages
@@ -315,15 +324,16 @@ async def test_who_started_it_is_said_to_who_stops_it_elsewhere(houses):
 async def test_what_served_is_brought_back_after_a_restart(houses):
     house = houses([3, 3, 3], big=8)
     await house["a"].coordinator.run(RunOptions("big", slots=2, schedule="bubble"), quiet)
+    before = view(house["a"])
     await house["a"].coordinator.close()
     again = module_coordinator(house["a"])
-    house["c"].online = False
+    house.part("c", "gone")
     await again.start()
     await house.until(lambda: again.views() and again.views()[0].state == "waiting")
-    house["c"].online = True
-    again.stir()
+    await house.come_back("c")
     await house.until(lambda: again.views()[0].state == "serving")
     assert [model.name for model in again.served()] == ["big"]
+    assert (again.views()[0].deployment, again.views()[0].epoch > before.epoch) == (before.deployment, True)
     assert deployment_entry(again.views()[0], str)["schedule"] == "bubble"
     assert all({spec.schedule for spec in d.engine.seen if isinstance(spec, LoadStage)} == {"bubble"}
                for d in house.devices.values())  # fmt: skip
@@ -336,8 +346,11 @@ async def test_what_served_is_brought_back_after_a_restart(houses):
 def module_coordinator(device):
     from peerllm.daemon.deployment.coordinator import Coordinator
 
+    known = device.coordinator._devices
     device.coordinator = Coordinator(device, device.house.folder / f"{device.me[:4]}.jsonl")
-    device.worker._own_tensors = device.coordinator.own_tensors
+    for event in known.values():
+        device.coordinator.device_is(event.device, event.condition, event.reason)
+    device.store._own = device.coordinator.own_tensors
     return device.coordinator
 
 

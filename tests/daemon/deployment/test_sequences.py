@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -197,25 +198,119 @@ async def test_lengths_are_checked_and_clamped(sequences, told):
     task.cancel()
 
 
-async def test_an_interruption_is_an_honest_error_and_the_queue_waits(sequences, told):
+async def test_nothing_ends_while_the_deployment_is_held_and_the_engine_keeps_its_sequences(sequences, told):
     sequences.open(ServingCapacity(1, 100, 50, ()))
     running, queued = sequences.generate(ask()), sequences.generate(ask())
     first = await waiting(running)
     assert (await chunk(queued)).queued == 1
-    sequences.interrupt("laptop is gone")
-    with pytest.raises(EngineError, match="laptop is gone"):
-        await first
-    sequences.hear(Tokens(D, told.numbers(Submit)[0], 0, (9,)))  # late: nobody's any more
-    after = await waiting(queued)
+    sequences.hold("laptop is gone")
+    number = told.numbers(Submit)[0]
+    sequences.hear(Tokens(D, number, 0, (9,)))  # it was under way
+    assert (await first).ids == (9,)
+    second = await waiting(running)
     sequences.open(ServingCapacity(1, 100, 50, ()))
-    await asyncio.sleep(0)
+    assert told.numbers(Submit) == [number], "the engine has it"
+    sequences.hear(Tokens(D, number, 0, (9, 4), "stop"))  # told again in part
+    assert (await second).ids == (4,)
+    after = await waiting(queued)
     sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (4,), "stop"))
     assert (await asyncio.wait_for(after, BOUND_S)).ids == (4,)
 
 
+async def test_what_an_engine_took_with_it_is_given_to_the_next_where_it_stood(sequences, told):
+    sequences.open(ServingCapacity(3, 100, 50, (7,)))
+    streams = [sequences.generate(ask(prompt=(n,), most=20)) for n in (1, 2, 3)]
+    tasks = [await waiting(stream) for stream in streams]
+    numbers = told.numbers(Submit)
+    sequences.hear(Tokens(D, numbers[1], 0, (10, 11)))
+    assert (await tasks[1]).ids == (10, 11) and sorted(sequences.in_flight) == [1, 1, 3]
+    sequences.hold("the engine crashed")
+    sequences.hear(Tokens(D, numbers[0], 0, (), "error", "the engine is not running"))  # no answer's fault
+    sequences.engine_lost()
+    tasks[2].cancel()  # its client leaves meanwhile
+    await asyncio.wait({tasks[2]})
+    del told[:]
+    sequences.open(ServingCapacity(3, 100, 50, (7,)))
+    again = {submit.sequence: submit for submit in told if isinstance(submit, Submit)}
+    assert again[numbers[1]] == Submit(D, numbers[1], (2,), 20, (7,), Sampling(), "", (10, 11))
+    assert again[numbers[0]].answer == () and numbers[2] not in again
+    task = await waiting(streams[1])
+    sequences.hear(Tokens(D, numbers[1], 2, (12,), "length"))
+    assert ((await task).ids, (await asyncio.wait({tasks[0]}, timeout=0))[0]) == ((12,), set())
+    tasks[0].cancel()
+
+
+async def test_fewer_slots_let_the_rest_wait_and_go_on_before_the_queue(sequences, told):
+    sequences.open(ServingCapacity(2, 100, 50, ()))
+    streams = [sequences.generate(ask(prompt=(n,), most=20)) for n in (1, 2, 3)]
+    tasks = [await waiting(stream) for stream in streams[:2]]
+    assert (await chunk(streams[2])).queued == 1
+    numbers = told.numbers(Submit)
+    for number in numbers:
+        sequences.hear(Tokens(D, number, 0, (10,)))
+    assert [(await task).ids for task in tasks] == [(10,), (10,)]
+    sequences.suspend()
+    assert told.numbers(Cancel) == numbers
+    for number in numbers:
+        sequences.hear(Tokens(D, number, 1, (), "cancelled"))
+    sequences.open(ServingCapacity(1, 3, 50, ()))
+    one = told[-1]
+    assert (one.prompt, one.answer, one.max_tokens) == ((1,), (10,), 2) and one.sequence not in numbers
+    task = await waiting(streams[0])
+    sequences.hear(Tokens(D, one.sequence, 1, (11,), "length"))
+    assert (await task).ids == (11,)
+    other = told[-1]
+    assert (other.prompt, other.answer) == ((2,), (10,)), "it had a slot before the third came"
+    sequences.hear(Tokens(D, other.sequence, 1, (), "stop"))
+    assert (await chunk(streams[1])).finish == "stop" and told[-1].prompt == (3,)
+    third = await waiting(streams[2])
+    third.cancel()
+
+
+async def test_a_smaller_context_that_is_full_already_ends_the_answer_there(sequences, told):
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    stream = sequences.generate(ask(prompt=(1,), most=20))
+    task = await waiting(stream)
+    sequences.hear(Tokens(D, told[0].sequence, 0, (10, 11)))
+    assert (await task).ids == (10, 11)
+    sequences.suspend()
+    sequences.hear(Tokens(D, told[0].sequence, 2, (), "cancelled"))
+    sequences.open(ServingCapacity(1, 3, 50, ()))
+    assert (await chunk(stream)).finish == "length" and len(told.numbers(Submit)) == 1
+
+
+async def test_running_answers_wait_longer_than_the_queue_but_not_for_ever(sequences, told, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(module, "RUNNING_PATIENCE_S", 0.05)
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    running, queued = sequences.generate(ask()), sequences.generate(ask())
+    first = await waiting(running)
+    assert (await chunk(queued)).queued == 1
+    sequences.hold("two devices are missing")
+    with pytest.raises(UnavailableError, match="two devices are missing"):
+        await chunk(queued)
+    assert not first.done()
+    with pytest.raises(UnavailableError, match="two devices are missing"):
+        await asyncio.wait_for(first, BOUND_S)
+    assert told.numbers(Cancel) == told.numbers(Submit)
+
+
+async def test_who_asks_to_wait_longer_does(sequences, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE_S", 0.01)
+    sequences.hold("two devices are missing")
+    impatient = sequences.generate(ask())
+    assert (await chunk(impatient)).queued == 1
+    with pytest.raises(UnavailableError):
+        await chunk(impatient)
+    patient = sequences.generate(replace(ask(), patience_s=60.0))
+    assert (await chunk(patient)).queued == 1
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    await patient.aclose()
+
+
 async def test_patience_has_an_end(sequences, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE_S", 0.02)
-    sequences.interrupt("two devices are missing")
+    sequences.hold("two devices are missing")
     stream = sequences.generate(ask())
     assert (await chunk(stream)).queued == 1
     with pytest.raises(UnavailableError, match="two devices are missing"):
@@ -277,12 +372,9 @@ async def test_serving_ends_the_patience_and_the_next_interruption_begins_anothe
         await chunk(stream)
     sequences.open(ServingCapacity(1, 100, 50, ()))
     monkeypatch.setattr(module, "PATIENCE_S", 60.0)
-    sequences.interrupt("a device is gone")
+    sequences.hold("a device is gone")
     later = sequences.generate(ask())
     assert (await chunk(later)).queued == 1, "it waits again"
-    over = asyncio.get_running_loop().time() + 60.0
-    assert sequences._patience is not None and abs(sequences._patience.when() - over) < 5.0
-    timer = sequences._patience
     sequences.open(ServingCapacity(1, 100, 50, ()))
-    assert timer.cancelled() and len(told.numbers(Submit)) == 1
+    assert len(told.numbers(Submit)) == 1
     await later.aclose()

@@ -9,7 +9,6 @@ import pytest
 
 from peerllm.daemon.control_messages import Trace
 from peerllm.daemon.decide.clock_alignment import Alignment, Reading
-from peerllm.daemon.deployment import deployment as module
 from peerllm.daemon.deployment import tracing
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.status import chrome_trace
@@ -25,8 +24,6 @@ A, B = "a" * 64, "b" * 64
 
 @pytest.fixture
 async def house(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SETTLE_S", 0.0)
-    monkeypatch.setattr(module, "CONTENTION_S", 0.01)
     made = House(tmp_path, [4 * BLOCK + 100_000] * 2, {"big": inspected("big", 6)})
     yield made
     await made.close()

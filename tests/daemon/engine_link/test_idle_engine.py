@@ -263,6 +263,7 @@ def test_what_an_engine_can_do_is_recalled_until_something_of_it_changes(
 
 
 def test_facts_that_cannot_be_written_are_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "none").write_text("a file, where the directory should be")
     engine_facts.save(tmp_path / "none" / "engine.json", 2, FACTS)
     assert "not kept" in caplog.text
 

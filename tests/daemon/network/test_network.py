@@ -16,6 +16,7 @@ import ifaddr
 import pytest
 
 from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Holding, Question, Release, Trouble
+from peerllm.daemon.decide import membership as m
 from peerllm.daemon.discovery.mdns import interfaces
 from peerllm.daemon.network import Network
 from peerllm.daemon.network.control_links import host_of
@@ -345,10 +346,33 @@ async def test_a_link_on_which_nothing_comes_is_made_anew_and_nobody_is_called_g
         assert [renewed for *_, renewed in anna.states][1:] == [state == "online" for state in states]
         assert bert.states == [(anna.id, "online", True)] * 2
         assert not anna.vanished and not bert.vanished
+        late = DeviceView(99, 2, "held up on the old link", ())
+        anna.network._links._take(old[anna], late)
+        assert anna.network.peers()[bert.id].view != late
         for here, there in both:
             large = Trouble("d", 1, "over the new link")
             here.network.tell(there.id, large)
             await there.until(lambda here=here, there=there, one=large: (here.id, one) in there.told)  # type: ignore[misc]
+
+
+async def test_a_device_that_is_heard_again_is_told_what_it_missed(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        member = anna.network._links.membership._members[bert.id]
+        member.state = "silent"
+        anna.network.broadcast(VIEW)
+        assert member.link is not None
+        anna.network._links.feed(m.Heard(member.link))
+        await bert.until(lambda: bert.network.peers()[anna.id].view == VIEW)
+
+
+async def test_a_dial_that_was_not_needed_after_all_changes_nothing(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        links, before = anna.network._links, anna.network._links.channel(bert.id)
+        await links._dial(m.Dial(bert.id, ("127.0.0.1",), bert.network.port))
+        assert links.channel(bert.id) is before and list(links._channels.values()) == [before]
+        assert (anna.states, bert.states) == ([(bert.id, "online", True)], [(anna.id, "online", True)])
 
 
 @asynccontextmanager
@@ -383,19 +407,8 @@ async def joined(anna: Device, process: asyncio.subprocess.Process) -> str:
     return device
 
 
-async def test_a_busy_device_is_slow_and_not_suspected(tmp_path: Path) -> None:
-    async with devices(tmp_path, "anna") as (anna,), program(tmp_path) as process:
-        device = await joined(anna, process)
-        link = anna.network._links.channel(device)
-        assert process.stdin is not None
-        process.stdin.write(b"busy 1.8\n")
-        await anna.until(lambda: "busy" in anna.network.peers()[device].problem)
-        await anna.until(lambda: not anna.network.peers()[device].problem)
-        assert anna.states == [(device, "online", True)] and anna.network._links.channel(device) is link
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-async def test_a_frozen_device_is_silent_and_questions_wait_for_it_a_killed_one_is_gone(
+async def test_a_busy_device_is_slow_a_frozen_one_silent_and_waited_for_a_killed_one_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peerllm.daemon.network.happy_eyeballs.ATTEMPT_TIMEOUT_S", 0.3)

@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from peerllm.daemon.control_messages import Reserve
-from peerllm.daemon.decide import deployment_events as on
+from peerllm.daemon.decide.deployment_life import deployment_events as on
 from peerllm.errors import RefusedError
 from tests.daemon.simulation.household import SimulatedHousehold
 from tests.daemon.simulation.model_worker import LAYER_BYTES
 
 FAULTS_S = 30.0  # faults happen until then
 HEAL_S = 2.0  # after which all that was broken is mended
-SERVES_S = 45.0  # within which it serves again, and all answers end
+RECURRENT = 0.25  # share of the models that cannot go back
+MEMBERSHIP = 8  # one history in so many has the real membership
+SERVES_S = 20.0  # within which it serves again, and all answers end
 
 
 class WrongHistoryError(AssertionError):
     """What happened when it went wrong, for whoever replays the seed."""
 
 
-def household(random: Random) -> SimulatedHousehold:
+def household(random: Random, real_membership: bool) -> SimulatedHousehold:
     """Two to six devices that can hold the model together."""
     layers, count = random.randint(4, 6), random.randint(2, 6)
     while True:
         lent = [random.randint(1, layers) for _ in range(count)]
         if sum(lent) >= layers:
-            return SimulatedHousehold(random, layers, lent, recurrent=random.random() < 0.25)
+            return SimulatedHousehold(random, layers, lent, random.random() < RECURRENT, real_membership)
+
+
+# kind of fault, and how often it comes
+FAULTS = {
+    "blip": 4, "one_way": 2, "freeze": 4, "die": 4, "engine": 3, "reset": 3, "leave": 2, "memory": 1, "refusal": 2,
+    "stubborn": 1, "conditions": 2, "rival": 1, "partition": 1, "cancel": 1,
+}  # fmt: skip
+SECONDS = (0.3, 0.9, 1.5, 2.5, 4.0, 12.0)
 
 
 class History:
-    def __init__(self, seed: int, faults: int | None = None) -> None:
+    """`faults`: how often each kind comes; `seconds`: how long one lasts; `until`: the time in which they come.
+
+    `apart_s`: the time from one to the next, if that is not random. `resets`: connections may break with a cut.
+    """
+
+    def __init__(
+        self, seed: int, faults: Mapping[str, int] = FAULTS, seconds: Sequence[float] = SECONDS,
+        least: int = 1, most: int = 12, until: float = FAULTS_S, apart_s: float = 0.0, resets: bool = True,
+    ) -> None:  # fmt: skip
         self.random = Random(seed)
-        self.house = household(self.random)
-        self.faults: list[str] = []
+        self.house = household(self.random, real_membership=seed % MEMBERSHIP == 0)
+        self.story: list[str] = []
+        self._kinds, self._seconds, self._until, self._resets = faults, seconds, until, resets
         self._foreign = 0
         random, house = self.random, self.house
         for _ in range(random.randint(2, 5)):
             prompt = tuple(random.randrange(50_000) for _ in range(random.randint(1, 12)))
             seed, tokens = random.randrange(1 << 30), random.randint(5, 40)
             house.time.at(random.uniform(0, 20), lambda p=prompt, s=seed, t=tokens: house.ask(p, s, t))
-        for _ in range(random.randint(1, 12) if faults is None else faults):
-            house.time.at(random.uniform(1, FAULTS_S), self._fault)
+        for number in range(random.randint(least, most)):
+            house.time.at(1 + number * apart_s if apart_s else random.uniform(1, until), self._fault)
         for name in house.machines:
             house.paths.slow[name] = random.choice((0.0, 0.02, 0.1))
 
@@ -48,50 +68,45 @@ class History:
         house = self.house
         try:
             house.start()
-            house.time.run(FAULTS_S)
-            house.time.at(FAULTS_S + HEAL_S, self._heal)
-            house.time.run(FAULTS_S + HEAL_S + SERVES_S, self._ended)
+            house.time.at(self._until + HEAL_S, self._heal)
+            house.time.run(self._until + HEAL_S + SERVES_S, self._ended)
             if house.coordinator.gave_up:  # which it may only if it never served
                 return
             assert house.coordinator.serving, "it does not serve again, though nothing stands in its way"
             assert all(answer.done for answer in house.answers), "an answer does not end"
         except AssertionError as error:
-            story = "\n".join([*self.faults, *house.coordinator.log])
+            story = "\n".join([*self.story, *house.coordinator.log])
             raise WrongHistoryError(f"{error}\n{story}") from error
 
     def _ended(self) -> bool:
         coordinator = self.house.coordinator
         done = coordinator.serving and all(answer.done for answer in self.house.answers)
-        return coordinator.gave_up or (done and self.house.time.now > FAULTS_S + HEAL_S + 1)
+        return coordinator.gave_up or (done and self.house.time.now > self._until + HEAL_S + 1)
 
     # ---- faults ---------------------------------------------------------------------------------------------------
 
     def _fault(self) -> None:
         random, house = self.random, self.house
-        kinds = [
-            self._blip, self._one_way, self._freeze, self._die, self._engine, self._reset, self._leave, self._memory,
-            self._refusal, self._conditions, self._rival, self._partition, self._cancel,
-        ]  # fmt: skip
-        weights = [4, 2, 4, 4, 3, 3, 2, 1, 2, 2, 1, 1, 1]
-        fault = random.choices(kinds, weights)[0]
+        kind = random.choices(list(self._kinds), self._kinds.values())[0]
+        fault: Callable[[str, float], None] = getattr(self, f"_{kind}")
         others = [name for name in house.machines if name != house.source_name]
-        fault(random.choice(others), random.choice((0.3, 0.9, 1.5, 2.5, 4.0, 12.0)))
+        fault(random.choice(others), random.choice(self._seconds))
 
     def _note(self, text: str) -> None:
-        self.faults.append(f"{self.house.time.now:8.3f} fault: {text}")
+        self.story.append(f"{self.house.time.now:8.3f} fault: {text}")
 
     def _mend(self, a: str, b: str) -> None:
         for pair in ((a, b), (b, a)):
             self.house.paths.mend(*pair)
-        for name in {a, b} - {self.house.source_name}:
+        for name in (a, b):
             self.house.look(name)
 
     def _cut(self, a: str, b: str, seconds: float, ways: int) -> None:
         house = self.house
         for pair in [(a, b), (b, a)][:ways]:
             house.paths.cut(*pair)
-        resets = self.random.random() < 0.3
-        for name in {a, b} - {house.source_name}:
+        resets = self._resets and self.random.random() < 0.3
+        for name in (a, b):
             house.look(name)
 
         def mend() -> None:
@@ -139,8 +154,7 @@ class History:
 
     def _look_all(self, name: str) -> None:
         for one in self.house.machines if name == self.house.source_name else (name,):
-            if one != self.house.source_name:
-                self.house.look(one)
+            self.house.look(one)
 
     def _die(self, name: str, seconds: float) -> None:
         if self.house.machines[name].alive:
@@ -179,6 +193,16 @@ class History:
     def _refusal(self, name: str, _: float) -> None:
         self._note(f"{name} refuses the next question")
         self.house.workers[name].refusals += 1
+
+    def _stubborn(self, name: str, seconds: float) -> None:
+        self._note(f"{name} refuses all questions for {seconds} s")
+        worker = self.house.workers[name]
+        worker.refusals += 10_000
+
+        def relent() -> None:
+            worker.refusals = 0
+
+        self.house.time.after(seconds, relent)
 
     def _conditions(self, *_: object) -> None:
         house = self.house
@@ -221,8 +245,7 @@ class History:
             for other in house.machines:
                 if other != name:
                     house.paths.mend(name, other)
-        for name in set(house.machines) - {house.source_name}:
+        for name in house.machines:
             if name in house.leaving:
                 house.leave(name, False)
             house.look(name)
-        self._conditions()

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from peerllm.daemon.decide import deployment_events as on
+from peerllm.daemon.decide.deployment_life import deployment_events as on
 from peerllm.types import DeviceId
 from tests.daemon.simulation.model_coordinator import ModelCoordinator
 from tests.daemon.simulation.model_engine import ModelFrame, Ring, reference
 from tests.daemon.simulation.model_source import ModelSource
 from tests.daemon.simulation.model_worker import DEPLOYMENT, GRACE_S, ModelWorker, Reply
+from tests.daemon.simulation.sight import MembershipSight, PlainSight, Sight
 from tests.daemon.simulation.virtual_time import Machine, Paths, VirtualTime
 
-SILENT_S = 1.0  # as membership has it
-OFFLINE_S = 60.0
 CONNECT_S = 2.0  # a data link that does not come about by then does not
 SLOTS = 3
+DOUBLED = 0.02  # share of frames that arrive a second time, late
 
 
 @dataclass
@@ -40,7 +40,7 @@ class ModelAnswer:
 class SimulatedHousehold:
     deployment = DEPLOYMENT
 
-    def __init__(self, random: Random, layers: int, lent: list[int], recurrent: bool) -> None:
+    def __init__(self, random: Random, layers: int, lent: list[int], recurrent: bool, real_membership: bool) -> None:
         self.random, self.layers, self.recurrent = random, layers, recurrent
         self.time = VirtualTime()
         names = [f"{number:08x}" for number in range(len(lent))]
@@ -50,17 +50,15 @@ class SimulatedHousehold:
         self.lent = dict(zip(names, lent, strict=True))
         self.workers = {name: self._worker(name) for name in names}
         self.source = self._source()
-        self._condition: dict[str, str] = dict.fromkeys(names, "online")  # as the source's membership has it
-        self._unheard: dict[str, float | None] = dict.fromkeys(names)  # since when
         self.leaving: set[str] = set()
-        self._broken: set[str] = set()  # connections with the source that broke and do not stand again yet
+        self._links: dict[tuple[int, str, str], int] = {}  # epoch, from, to: the breaks before it was made
         self.answers: list[ModelAnswer] = []
         self.coordinator = ModelCoordinator(self, random)
+        self.sight: Sight = MembershipSight(self) if real_membership else PlainSight(self)
 
     def start(self) -> None:
-        for name in self.machines:
-            self.coordinator.conditions[name] = "online"
-            self.coordinator.decider.handle(on.DeviceIs(name, "online"), 0.0)
+        self.coordinator.feed(on.DeviceIs(self.source_name, "online"))
+        self.sight.start()
         self.coordinator.feed(on.Asked())
 
     # ---- devices --------------------------------------------------------------------------------------------------
@@ -75,7 +73,7 @@ class SimulatedHousehold:
             if what == "engine":
                 self._engine_gone(name, epoch)
             else:
-                self.control(name, self.source_name, lambda: self.coordinator.feed(on.DeviceIs(name, "online")))
+                self.control(name, self.source_name, lambda: self._ready(name))
 
         worker = ModelWorker(
             name, self.lent[name], self.recurrent, self.time, self.random,
@@ -102,21 +100,21 @@ class SimulatedHousehold:
             if other != name:
                 self.paths.reset(name, other)
         self.workers[name] = self._worker(name)
-        if self._condition[name] != "gone":
-            if self.paths.open(name, self.source_name):
-                self._offline(name, "connection closed")
-            else:
-                self._break_control(name)  # it is noticed when the path is mended
         self.look(name)
 
     def crash_engine(self, name: str) -> None:
         if self.machines[name].alive:
             self.workers[name].crash_engine()
 
+    def _ready(self, name: str) -> None:
+        """Its engine runs again."""
+        if name == self.source_name or self.sight.condition(name) == "online":
+            self.become(name, "online")
+
     def _engine_gone(self, name: str, epoch: int) -> None:
         if name == self.source_name:
             self.source = self._source()
-            self._later(0.001, lambda: self.coordinator.engine_lost(name, epoch))
+            self.at_source(0.001, lambda: self.coordinator.engine_lost(name, epoch))
         else:
             self.control(name, self.source_name, lambda: self.coordinator.engine_lost(name, epoch))
         self._break_links(name)
@@ -128,22 +126,28 @@ class SimulatedHousehold:
         after = {ring[(n + 1) % len(ring)][0] for n, (device, _, _) in enumerate(ring) if device == name} - {name}
 
         def reached() -> bool:
-            return all(self.paths.open(name, to) and self._answers(to) for to in after)
+            return all(self.paths.open(name, to) and self.answers_now(to) for to in after)
 
-        if reached():
-            then()
-        else:
-            self.time.after(
-                CONNECT_S, lambda: self.machines[name].do(lambda: then() if reached() else fail("nobody answers"))
-            )
+        def dial() -> None:
+            if reached():
+                for to in after:
+                    self._links[epoch, name, to] = self.paths.resets(name, to)
+                then()
+            else:
+                fail("nobody answers")
 
-    def _answers(self, name: str) -> bool:
+        self.time.after(0.0 if reached() else CONNECT_S, lambda: self.machines[name].do(dial))
+
+    def answers_now(self, name: str) -> bool:
         return self.machines[name].alive and not self.machines[name].frozen
 
     def forward(self, name: str, worker: ModelWorker, ring: Ring, stage: int, frame: ModelFrame) -> None:
         if self.workers[name] is not worker:
             return  # an earlier life's
         to = ring[stage][0] if stage < len(ring) else self.source_name
+        back = frame.kind == "replay" and stage == len(ring)  # which may go back over a link that comes from there
+        if to != name and not back and self._links.get((frame.epoch, name, to)) != self.paths.resets(name, to):
+            return  # the link broke
 
         def arrive() -> None:
             if stage == len(ring):
@@ -152,6 +156,8 @@ class SimulatedHousehold:
                 engine.hear(stage, frame)
 
         self.paths.send(name, to, arrive, f"data {frame.epoch}")
+        if self.random.random() < DOUBLED:
+            self.paths.send(name, to, arrive, f"late {self.random.random()}", later_s=self.random.uniform(0.1, 3.0))
 
     def _break_links(self, name: str) -> None:
         """Whoever has a data link with it notices, if the path is open."""
@@ -173,18 +179,13 @@ class SimulatedHousehold:
         self.paths.reset(a, b)
         self._link_lost(a, b)
         self._link_lost(b, a)
-        if self.source_name in (a, b):
-            name = b if a == self.source_name else a
-            if self._condition[name] == "silent":  # it is reached anew, without ever having been gone
-                self._break_control(name)
-            else:
-                self._offline(name, "connection reset")
+        for name in (a, b):
             self.look(name)
 
     # ---- what the source hears ------------------------------------------------------------------------------------
 
     def connected(self, name: str) -> bool:
-        return name == self.source_name or (self._condition[name] != "gone" and name not in self._broken)
+        return name == self.source_name or self.sight.connected(name)
 
     def control(self, a: str, b: str, call: Callable[[], None]) -> None:
         """A message over the control connection with the source, if that stands."""
@@ -192,37 +193,27 @@ class SimulatedHousehold:
             self.paths.send(a, b, call)
 
     def look(self, name: str) -> None:
-        """Something changed: is the device heard?"""
-        heard = self._answers(name) and self.paths.open(name, self.source_name) and not self._stands_still
-        if heard:
-            if self._unheard[name] is not None or self._condition[name] != "online" or name in self._broken:
-                self._unheard[name] = None
-                self._later(self.random.choice((0.01, 0.1, 0.5)), lambda: self._heard(name))
-            return
-        if not self.machines[name].alive and self.paths.open(name, self.source_name):
-            self._later(0.01, lambda: self._closed(name))
-        if self._unheard[name] is None:
-            since = self._unheard[name] = self.time.now
-            self._later(SILENT_S, lambda: self._silent(name, since))
-            self._later(OFFLINE_S, lambda: self._offline(name, "silent for a minute", since))
+        """Something changed that decides whether the source hears the device."""
+        if name != self.source_name:
+            self.sight.look(name)
 
-    @property
-    def _stands_still(self) -> bool:
-        return self.machines[self.source_name].frozen
-
-    def _later(self, delay: float, call: Callable[[], None]) -> None:
-        self.time.after(delay, lambda: self.machines[self.source_name].do(call))
-
-    def _heard(self, name: str) -> None:
-        if self._unheard[name] is not None:
-            return
-        anew = self._condition[name] == "gone" or name in self._broken
-        if self._condition[name] == "online" and not anew:
-            return
-        self._broken.discard(name)
-        self._become(name, "online", renewed=anew)
-        if anew:
+    def become(self, name: str, condition: on.DeviceCondition, reason: str = "", renewed: bool = False) -> None:
+        """The source's membership says so."""
+        if condition == "gone" or renewed:
+            self.coordinator.lost(name)
+        if condition == "online" and name in self.leaving:
+            condition = "leaving"
+        self.coordinator.feed(on.DeviceIs(name, condition, reason or f"{name} is {condition}", renewed))
+        if renewed and self.random.random() < 0.5:  # else it is not told in time
             self._tell_holdings(name)
+        worker, life = self.workers[name], self.machines[name].born
+        if condition == "gone":  # the device counts for itself, too
+
+            def grace() -> None:
+                if self.machines[name].born == life and self.sight.condition(name) == "gone":
+                    worker.drop()
+
+            self.time.after(GRACE_S, lambda: self.machines[name].do(grace))
 
     def _tell_holdings(self, name: str) -> None:
         """Over its new connection the device says what it has loaded."""
@@ -240,47 +231,15 @@ class SimulatedHousehold:
             layers = frozenset(engine.slots) if engine is not None else frozenset[int]()
             self.control(name, self.source_name, lambda: told(layers, born))
 
-        if self.random.random() < 0.5:  # else it is not told in time
-            self.control(self.source_name, name, tell)
-
-    def _silent(self, name: str, since: float) -> None:
-        if self._unheard[name] == since and self._condition[name] == "online":
-            self._become(name, "silent")
-
-    def _offline(self, name: str, reason: str, since: float | None = None) -> None:
-        if self._condition[name] == "gone" or (since is not None and self._unheard[name] != since):
-            return
-        self._become(name, "gone", reason)
-        self._break_control(name)
-        self.paths.reset(name, self.source_name)
-        self.look(name)
-
-    def _closed(self, name: str) -> None:
-        if not self.machines[name].alive:
-            self._offline(name, "connection closed")
-
-    def _break_control(self, name: str) -> None:
-        self._broken.add(name)
-        self.coordinator.lost(name)
-
-    def _become(self, name: str, condition: on.DeviceCondition, reason: str = "", renewed: bool = False) -> None:
-        self._condition[name] = condition
-        if condition == "online" and name in self.leaving:
-            condition = "leaving"
-        self.coordinator.feed(on.DeviceIs(name, condition, reason or f"{name} is {condition}", renewed))
-        worker, life = self.workers[name], self.machines[name].born
-        if condition == "gone":  # the device counts for itself, too
-
-            def grace() -> None:
-                if self.machines[name].born == life and self._condition[name] == "gone":
-                    worker.drop()
-
-            self.time.after(GRACE_S, lambda: self.machines[name].do(grace))
+        self.control(self.source_name, name, tell)
 
     def leave(self, name: str, leaving: bool) -> None:
         (self.leaving.add if leaving else self.leaving.discard)(name)
-        if self._condition[name] == "online" and self._unheard[name] is None:
-            self._become(name, "online")
+        if self.sight.condition(name) == "online":
+            self.become(name, "online")
+
+    def at_source(self, delay: float, call: Callable[[], None]) -> None:
+        self.time.after(delay, lambda: self.machines[self.source_name].do(call))
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
@@ -325,7 +284,7 @@ class SimulatedHousehold:
                 self.coordinator.feed(on.Carried(epoch))
 
         if not waiting:
-            self._later(0.0, lambda: done(-1))
+            self.at_source(0.0, lambda: done(-1))
         for number in sorted(waiting):
             self._carry(number, home[number], new[number], epoch, lambda number=number: done(number))
 

@@ -5,13 +5,14 @@ It checks what each action presupposes: epochs only grow, what is switched to st
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
 
-from peerllm.daemon.decide import deployment_events as on
-from peerllm.daemon.decide.deployment_decider import DeploymentDecider
+from peerllm.daemon.decide.deployment_life import deployment_events as on
+from peerllm.daemon.decide.deployment_life.deployment_decider import DeploymentDecider
 from peerllm.types import Stage
 from tests.daemon.simulation.model_engine import Ring
 from tests.daemon.simulation.model_worker import LAYER_BYTES, ModelWorker, Reply
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 RESERVE_S, ACTIVATE_S, RELEASE_S, CARRY_S, SWITCH_S = 5.0, 10.0, 30.0, 10.0, 10.0  # that an answer is waited for
 ASSIGN_S = 120.0
-MOST_ACTIONS = 600  # of one history
+# Actions, searches in vain and attempts that fail; without waits there are more.
+MOST_ACTIONS, MOST_IN_VAIN, MOST_FAILED, RATE_S = 48, 14, 10, 5.0
 AWAY = "it cannot be reached"
 
 Question = Callable[[ModelWorker, Reply], None]
@@ -44,7 +46,10 @@ class ModelCoordinator:
         self.running: int | None = None
         self.serving = self.served = self.gave_up = False
         self.switching: int | None = None
-        self.moves = self.actions = 0
+        self.moves = self.waits = 0
+        self._acted: deque[float] = deque(maxlen=MOST_ACTIONS)
+        self._failed: deque[float] = deque(maxlen=MOST_FAILED)
+        self._in_vain: deque[float] = deque(maxlen=MOST_IN_VAIN)
         self._pending: dict[str, list[Callable[[str], None]]] = {}
         self._deadlines = 0
         self.log: list[str] = []
@@ -62,8 +67,9 @@ class ModelCoordinator:
             self.log.append(f"{now:8.3f} {event}")
         for action in actions:
             self.log.append(f"              -> {action}")
-            self.actions += 1
-            assert self.actions <= MOST_ACTIONS, "it never rests"
+            self._acted.append(now)
+            hasty = len(self._acted) == MOST_ACTIONS and now - self._acted[0] < RATE_S
+            assert not hasty, f"{MOST_ACTIONS} actions in {RATE_S} s: it never rests"
             self._do(action)
         self._deadlines += 1
         number, due = self._deadlines, self.decider.deadline()
@@ -79,7 +85,7 @@ class ModelCoordinator:
         match action:
             case on.MakePlan(number, without, compare):
                 ring = self._plan(without, compare)
-                delay = self._random.choice((0.01, 0.05, 0.3, 1.5))
+                delay = self._random.choice((0.01, 0.01, 0.05, 0.05, 0.05, 0.3, 1.5))
                 self._later(delay, lambda: self._planned(number, ring, compare))
             case on.Establish(epoch, number, first_release):
                 ring, beside = self.plans[number]
@@ -118,6 +124,7 @@ class ModelCoordinator:
                 self._house.admit()
             case on.BecomeWaiting():
                 self.serving = False
+                self.waits += 1
             case on.GiveUp():
                 assert not self.served, "it gives up though it has served"
                 self.gave_up = True
@@ -185,6 +192,9 @@ class ModelCoordinator:
 
     def _planned(self, number: int, ring: Ring | None, compare: bool) -> None:
         if ring is None:
+            now = self._house.time.now
+            self._in_vain.append(now)
+            assert len(self._in_vain) < MOST_IN_VAIN or now - self._in_vain[0] > RATE_S, "it searches without a wait"
             self.feed(on.NoPlan(number, "too little memory", contended=self._random.random() < 0.3))
             return
         running = self.epochs[self.running].ring if self.running is not None else None
@@ -264,6 +274,9 @@ class ModelCoordinator:
                 return
             self.epochs[epoch].state = "failed"
             self._undo(epoch)
+            now = self._house.time.now
+            self._failed.append(now)
+            assert len(self._failed) < MOST_FAILED or now - self._failed[0] > RATE_S, "it tries without a wait"
             blamed = None if "are free" in reason else name
             self.feed(on.NotEstablished(epoch, blamed, reason))
 
@@ -278,6 +291,7 @@ class ModelCoordinator:
             self.ask(name, lambda w, reply: w.release(self.me, epoch, False, reply), RELEASE_S, lambda _: None)
 
     def _check_unused(self, epoch: int) -> None:
+        assert not self.serving or self.switching is None, "it lets go of epochs before all sequences have changed"
         for running in self._house.source.sequences.values():
             assert not self.serving or running.epoch >= epoch, f"epoch {running.epoch} is released, and still used"
 

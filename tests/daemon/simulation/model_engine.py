@@ -54,7 +54,7 @@ class ModelFrame:
 
 
 @dataclass(slots=True)
-class _Slot:
+class ModelSlot:
     sequence: int = -1
     kept: list[int] = field(default_factory=list)  # after each token
 
@@ -66,9 +66,10 @@ class ModelEngine:
     name: str
     recurrent: bool
     send: Callable[[Ring, int, ModelFrame], None]
-    slots: dict[int, dict[int, _Slot]] = field(default_factory=dict)  # by loaded layer and slot
+    slots: dict[int, dict[int, ModelSlot]] = field(default_factory=dict)  # by loaded layer and slot
     rings: dict[int, Ring] = field(default_factory=dict)  # by epoch
     current: dict[int, tuple[int, int]] = field(default_factory=dict)  # slot: sequence and epoch
+    fed: dict[int, int] = field(default_factory=dict)  # slot: the token that follows in this epoch; -1: any may
 
     def load(self, epoch: int, ring: Ring) -> None:
         self.rings[epoch] = ring
@@ -90,20 +91,21 @@ class ModelEngine:
             return  # an epoch that is over
         _, first, last = ring[stage]
         if frame.kind == "open":
-            if self.current.get(frame.slot, (-1, -1))[1] > frame.epoch:
-                return  # late
-            self.current[frame.slot] = frame.sequence, frame.epoch
             self._open(ring, stage, frame)
         elif self.current.get(frame.slot) == (frame.sequence, frame.epoch) and self._fits(first, last, frame):
             self._compute(ring, stage, frame)
 
-    def _slot(self, number: int, frame: ModelFrame) -> _Slot:
-        slot = self.slots[number].setdefault(frame.slot, _Slot())
+    def _slot(self, number: int, frame: ModelFrame) -> ModelSlot:
+        slot = self.slots[number].setdefault(frame.slot, ModelSlot())
         if slot.sequence != frame.sequence:
             slot.sequence, slot.kept = frame.sequence, []
         return slot
 
     def _open(self, ring: Ring, stage: int, frame: ModelFrame) -> None:
+        before, now = self.current.get(frame.slot, (-1, -1)), (frame.sequence, frame.epoch)
+        if before[1] > frame.epoch or (before[1] == frame.epoch and before[0] >= frame.sequence):
+            return  # late, or doubled
+        self.current[frame.slot], self.fed[frame.slot] = now, -1
         _, first, last = ring[stage]
         lacking, has = frame.last, frame.has
         for number in range(first, last + 1):
@@ -117,25 +119,23 @@ class ModelEngine:
 
     def _fits(self, first: int, last: int, frame: ModelFrame) -> bool:
         """Whether the tokens follow what the layers have; frames that are doubled or late do not."""
-        upto = last if frame.kind == "step" else min(last, frame.last)
-        kept = [len(self._slot(number, frame).kept) for number in range(first, upto + 1)]
-        return all(n == frame.start if frame.kind == "step" else n >= frame.start for n in kept)
+        if frame.kind == "replay":
+            return self.fed[frame.slot] in (-1, frame.start) and first <= frame.last
+        return all(len(self._slot(number, frame).kept) == frame.start for number in range(first, last + 1))
 
     def _compute(self, ring: Ring, stage: int, frame: ModelFrame) -> None:
         _, first, last = ring[stage]
         through = last if frame.kind == "step" else min(last, frame.last)
         xs = frame.xs
+        self.fed[frame.slot] = frame.start + len(xs)
         for number in range(first, through + 1):
             slot, out = self._slot(number, frame), []
             for position, x in enumerate(xs, frame.start):
-                if self.recurrent and frame.kind == "replay" and position == 0:
+                if self.recurrent and position == 0:
                     slot.kept.clear()
-                before = slot.kept[position - 1] if position else 0
-                kept, x = layer(number, before, x)
-                if position < len(slot.kept):
-                    slot.kept[position] = kept
-                else:
-                    slot.kept.append(kept)
+                upto = len(slot.kept) if self.recurrent else position  # it goes on from the state that it has
+                kept, x = layer(number, slot.kept[upto - 1] if 0 < upto <= len(slot.kept) else 0, x)
+                slot.kept[upto : upto + 1] = [kept]
                 out.append(x)
             xs = tuple(out)
         ends = frame.kind == "replay" and first <= frame.last <= last
@@ -145,4 +145,4 @@ class ModelEngine:
         """State that another device kept of a layer, for sequences that are not computed here yet."""
         for slot, (sequence, values) in kept.items():
             if number in self.slots and self.current.get(slot, (-1, -1))[1] < epoch:
-                self.slots[number][slot] = _Slot(sequence, values)
+                self.slots[number][slot] = ModelSlot(sequence, values)

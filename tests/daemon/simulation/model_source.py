@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tests.daemon.simulation.model_engine import ModelFrame, token_of
 
@@ -19,7 +19,7 @@ class Running:
     left: int  # tokens still to come
     epoch: int = -1
     phase: str = "waiting"
-    acks: int = 0
+    starts: list[int] = field(default_factory=list)  # of replayed chunks whose end is not heard of yet
 
     @property
     def position(self) -> int:
@@ -70,20 +70,22 @@ class ModelSource:
             self._replay(running, frame.last, frame.has)
             self._check_switched()
         elif frame.kind == "replay":
-            running.acks -= 1
-            if not running.acks:
+            del running.starts[0]
+            if not running.starts:
                 self._step(running)
         else:
             self._token(running, frame)
 
     def expected(self, running: Running, frame: ModelFrame) -> bool:
+        if frame.kind == "replay" and not running.starts:
+            return False
         phase = {"open": "opening", "replay": "replaying", "step": "stepping"}[frame.kind]
-        fits = frame.kind == "replay" or frame.start == running.position
+        fits = frame.start == (running.starts[0] if frame.kind == "replay" else running.position)
         return running.phase == phase and running.epoch == frame.epoch and fits
 
     def _replay(self, running: Running, last: int, has: int) -> None:
         starts = range(has, running.position, CHUNK) if last >= 0 else range(0)
-        running.phase, running.acks = "replaying", len(starts)
+        running.phase, running.starts = "replaying", list(starts)
         for start in starts:
             xs = tuple(running.ids[start : min(start + CHUNK, running.position)])
             self._send(ModelFrame("replay", running.epoch, running.sequence, running.slot, start, xs, last))

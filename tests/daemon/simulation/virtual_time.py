@@ -99,10 +99,11 @@ class Paths:
     def resets(self, a: str, b: str) -> int:
         return self._resets.get(frozenset((a, b)), 0)
 
-    def send(self, a: str, b: str, call: Call, channel: str = "control") -> None:
+    def send(self, a: str, b: str, call: Call, channel: str = "control", later_s: float = 0.0) -> None:
         """Have it called on b, after what was sent on this channel before; never if the connection breaks first."""
         lives, resets = (self._machines[a].born, self._machines[b].born), self.resets(a, b)
         delay = 0.0005 if a == b else self._random.choice((0.002, 0.005, 0.02)) + self.slow.get(b, 0.0)
+        delay += later_s
         due = max(self._time.now + delay, self._last.get((a, b, channel), 0.0))
         self._last[a, b, channel] = due
 

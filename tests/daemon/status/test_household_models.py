@@ -15,8 +15,8 @@ class Clock:
         return self.now
 
 
-def view(deployment: str, state: str = "serving") -> DeploymentView:
-    return DeploymentView(deployment, "/models/m", state, 1, A, (), (), name="m", created=7, context=64)  # type: ignore[arg-type]
+def view(deployment: str, state: str = "serving", epoch: int = 1) -> DeploymentView:
+    return DeploymentView(deployment, "/models/m", state, epoch, A, (), (), name="m", created=7, context=64)  # type: ignore[arg-type]
 
 
 def listed(models: HouseholdModels) -> list[tuple[str, str, str]]:
@@ -51,6 +51,10 @@ def test_its_successor_takes_its_place() -> None:
     models.hear([A, B], {A: [view("1")]})
     models.hear([A, B], {B: [view("1")]})
     assert listed(models) == [("1", "serving", B)]
+    models.hear([A, B], {A: [view("1", epoch=2)], B: [view("1", "loading", epoch=3)]})
+    assert listed(models) == [("1", "loading", B)], "both are here: the later plan counts"
+    models.hear([A, B], {A: [view("1", "loading", epoch=3)], B: [view("1", epoch=2)]})
+    assert listed(models) == [("1", "loading", A)]
     models.hear([A, B], {A: [], B: [view("1")]})
     assert listed(models) == [("1", "serving", B)]
 

@@ -20,7 +20,7 @@ from peerllm.daemon.weights.hub_header import header_ends
 from peerllm.daemon.weights.hub_outline import Outlines
 from peerllm.daemon.weights.on_disk import in_hub_cache, weights_of
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
-from tests.daemon.weights.gguf_files import ROWS, gguf_file
+from tests.daemon.weights.gguf_files import ROWS, SMALL, gguf_file
 from tests.daemon.weights.hub_server import HubServer, hub_server
 
 MODEL = "maker/small-GGUF"
@@ -92,6 +92,11 @@ async def test_a_plan_needs_the_header_alone(
     assert read_gguf(outline).tensors == {
         name: replace(one, path=str(outline)) for name, one in read_gguf(folder / Q4).tensors.items()
     }, "each tensor lies where it lies on the hub"
+    original, outlined_bytes = (folder / Q4).read_bytes(), outline.read_bytes()
+    small = read_gguf(outline).tensors["rope_freqs.weight"]
+    assert outlined_bytes[small.offset :][: small.nbytes] == original[small.offset :][: small.nbytes] != bytes(64)
+    large = read_gguf(outline).tensors["token_embd.weight"]
+    assert not any(outlined_bytes[large.offset + 40_000 :][:1000])
     assert set(hub.bodies) == {Q4} and 0 < hub.bodies[Q4] < 40_000 < (folder / Q4).stat().st_size
     places = Outlines(outlined).places([str(outline)])
     assert places is not None and places.origin.files == (Q4,) and places.files == {str(outline): 0}
@@ -210,7 +215,7 @@ def test_a_header_ends_where_the_tensors_are_told(tmp_path: Path) -> None:
     data = gguf_file(tmp_path / "x.gguf", words=20).read_bytes()
     whole = next(size for size in range(len(data)) if header_ends(data[:size]))
     assert all(not header_ends(data[:size]) for size in range(whole))
-    assert len(data) - whole - 2 * ROWS * 32 * 4 < 32, "only the alignment is between the header and the weights"
+    assert len(data) - whole - 2 * ROWS * 32 * 4 - SMALL * 4 < 64, "only alignment is between header and weights"
     with pytest.raises(ModelError):
         header_ends(b"GGML" + data[4:])
     with pytest.raises(ModelError, match="unknown type 99"):
@@ -222,7 +227,7 @@ def test_a_header_ends_where_the_tensors_are_told(tmp_path: Path) -> None:
 def test_what_gguf_files_hold_is_told_by_their_headers(tmp_path: Path) -> None:
     held = weights_of((gguf_file(tmp_path / "a-Q4_0.gguf"), gguf_file(tmp_path / "b.gguf")))
     size = sum(file.stat().st_size for file in tmp_path.glob("*.gguf"))
-    assert (held.nbytes, held.numbers, held.form) == (size, 4 * ROWS * 32, "Q4_0")
+    assert (held.nbytes, held.numbers, held.form) == (size, 2 * (2 * ROWS * 32 + SMALL), "Q4_0")
     assert weights_of((tmp_path / "b.gguf",)).form == "F32"
     (tmp_path / "c.gguf").write_bytes(b"GGUF" * 9)
     assert weights_of((tmp_path / "c.gguf",)).numbers == 0

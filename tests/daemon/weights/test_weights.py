@@ -10,7 +10,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from peerllm.daemon.control_messages import Have
+from peerllm.codec import encode
+from peerllm.daemon.control_messages import Ask, Control, Have
+from peerllm.daemon.network.limits.message_sizes import check_size
 from peerllm.daemon.weights.digests import hash_range
 from peerllm.daemon.weights.exchange import tensor_fetch, wanted_tensor
 from peerllm.daemon.weights.exchange.holders import MAX_KEYS
@@ -320,6 +322,11 @@ async def test_who_has_what_is_asked_in_bounded_lists_of_hashes(house, manifest)
             house["a"].offers.answer(Have(keys))
     for stranger in ("hub.txt", "partial", "digests.json"):
         assert house["b"].offers.held(stranger) == ""
+
+
+def test_the_longest_question_is_no_larger_than_a_device_takes():
+    asked = encode(Ask(2**31, Have(("f" * 64,) * MAX_KEYS)), Control)
+    check_size(asked[:128], len(asked))
 
 
 async def test_more_tensors_than_one_look_asks_about_come_all(house, tmp_path, monkeypatch):

@@ -129,6 +129,15 @@ class Recurrences:
             self.slots.keep_snapshot(slot)
             self.known[slot] = {length: self.tokens[slot]}
 
+    def move(self, slot: int, to: int, position: int) -> None:
+        """Its state as it is or was at a position goes to another slot; what is there is forgotten."""
+        self.slots.release(to)
+        self.slots.add(to, self.slots.fixed_part(slot, 3, position))
+        self.slots.add(to, self.slots.part(slot, 5, 0, position))
+        assert self.slots.settle(to) == (position, position)
+        self.tokens[to] = self.known[slot][position]
+        self.known[to] = {position: self.tokens[to]}
+
     def holds(self, place: int, tokens: tuple[int, ...]) -> None:
         for number, store in enumerate(self.slots._fixed):
             np.testing.assert_array_equal(store[place], told(tokens, number) if tokens else 0)
@@ -163,13 +172,11 @@ def test_sequences_keep_their_recurrent_states(data: st.DataObject) -> None:
         elif what == "release":
             made.slots.release(one)
             made.tokens[one], made.known[one] = (), {}
-        elif len(made.tokens[one]) in made.known[one]:  # to another slot
-            made.slots.take(other, *made.slots.export(one))
-            made.tokens[other] = made.tokens[one]
-            made.known[other] = {len(made.tokens[one]): made.tokens[one]}
+        elif made.known[one]:
+            made.move(one, other, data.draw(st.sampled_from(sorted(made.known[one]))))
         else:
-            with pytest.raises(EngineError, match="no state to export"):
-                made.slots.export(one)
+            with pytest.raises(EngineError, match="no state after"):
+                made.slots.fixed_part(one, 3, len(made.tokens[one]))
 
 
 def test_a_snapshot_stays_with_its_sequence_wherever_the_slot_lies() -> None:

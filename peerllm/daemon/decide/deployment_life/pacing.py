@@ -106,6 +106,7 @@ class Comparisons:
         self._joins: dict[DeviceId, float] = {}  # when to compare for the sake of a device that joined
         self._conditions_due = inf  # when to compare for the sake of changed conditions
         self._after = 0.0
+        self._failed_until = 0.0  # better plans could not be established: conditions alone are no reason before
         self._failures = 0
         self._moved: deque[float] = deque(maxlen=MOVES)  # for better conditions
         self._begun_for: tuple[dict[DeviceId, float], float] = ({}, inf)  # what the search under way knows of
@@ -125,7 +126,7 @@ class Comparisons:
     def at(self) -> float:
         """When the next is due."""
         ration = self._moved[0] + MOVES_S if len(self._moved) == MOVES else 0.0
-        due = min([max(self._conditions_due, ration), *self._joins.values()])
+        due = min([max(self._conditions_due, ration, self._failed_until), *self._joins.values()])
         return max(due, self._after)
 
     def begin(self, without: frozenset[DeviceId]) -> None:
@@ -150,6 +151,10 @@ class Comparisons:
             self._moved.append(now)
 
     def failed(self, now: float) -> None:
-        """The better plan could not be established."""
-        self._after = now + min(GAIN_RETRY_S * 2.0 ** min(self._failures, 8), MOVES_S)
+        """The better plan could not be established: what it was begun for is due again after a while."""
+        self._failed_until = now + min(GAIN_RETRY_S * 2.0 ** min(self._failures, 8), MOVES_S)
         self._failures += 1
+        joins, _ = self._begun_for
+        self._joins = dict.fromkeys(joins, self._failed_until) | self._joins
+        self._conditions_due = min(self._conditions_due, self._failed_until)
+        self._after = now + COMPARE_EVERY_S

@@ -6,9 +6,9 @@
 | `say_waiting` | the running plan lost a device, an engine or a link, or one is silent for 2 s | BecomeWaiting |
 | `give_up_target` | the plan under way uses a device that is gone, leaving or silent for 2 s | Abandon |
 | `keep_running_plan` | the device that the plan under way does without is back, and lost nothing | Abandon |
-| `stop_comparing` | the running plan lost something while another is searched that may be better | forget the search |
+| `stop_searching` | the running plan loses something, and a plan is searched for a lesser reason | forget the search |
 | `stop_carrying` | the same while state is copied to the next plan | SwitchTo |
-| `renew_links` | all devices are here, but links broke | Renew |
+| `renew_links` | all devices are here, but links broke or may have: one is reached over another connection | Renew |
 | `serve_on` | all devices are here again, and nothing was lost | BecomeServing |
 | `plan` | no plan runs; a device of the running plan is silent, lost something, or is leaving | MakePlan without it |
 | `establish` | a plan is found, and it is sure that it is needed | Establish |
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from peerllm.daemon.decide.deployment_events import (
+from peerllm.daemon.decide.deployment_life.deployment_events import (
     Abandon,
     BecomeServing,
     BecomeWaiting,
@@ -51,6 +51,7 @@ from peerllm.daemon.decide.deployment_life.situation import (
 )
 from peerllm.types import DeviceId
 
+BETTER_PLANNED_ANEW = {("gain", "leave"), ("gain", "loss"), ("leave", "loss")}  # what it is searched for, is needed for
 GRACE_S = 60.0  # what is loaded for a deployment that cannot go on stays loaded for so long
 
 Done = list[DeploymentAction] | None  # None: the rule does not apply
@@ -68,7 +69,8 @@ class DeploymentRules:
         self.devices = HouseholdDevices(me)
         self.attempts = Attempts(me)
         self.comparisons = Comparisons()
-        self._number = 0  # of the last MakePlan
+        self._number = 0  # of the last MakePlan ...
+        self.planned_without = frozenset[DeviceId]()  # ... and the devices that could not be used then
         self._waiting_since = 0.0
         self._told = ""  # the last note or reason
         self._holding: set[DeviceId] = set()  # devices that may hold something ...
@@ -119,9 +121,9 @@ class DeploymentRules:
             return None
         return self.abandon(work)
 
-    def stop_comparing(self, now: float) -> Done:
+    def stop_searching(self, now: float) -> Done:
         work = self.under_way
-        if not isinstance(work, Planning) or work.why not in ("gain", "leave") or self.need() != "loss":
+        if not isinstance(work, Planning) or (work.why, self.need()) not in BETTER_PLANNED_ANEW:
             return None
         return self.abandon(work)
 
@@ -131,7 +133,7 @@ class DeploymentRules:
 
     def renew_links(self, now: float) -> Done:
         running = self.running
-        if not isinstance(self.under_way, Idle) or running is None or not (running.links_lost or running.doubtful):
+        if not isinstance(self.under_way, Idle) or running is None or not running.links_doubted:
             return None
         if self.suspects() or running.engines_lost or not self.attempts.may_renew(now):
             return None
@@ -141,7 +143,7 @@ class DeploymentRules:
         return [Renew(self.epoch)]
 
     def serve_on(self, _: float) -> Done:
-        if self.serving or not isinstance(self.under_way, Idle) or not self.whole():
+        if self.serving or not isinstance(self.under_way, Idle | Establishing) or not self.whole():
             return None
         self._serve()
         return [BecomeServing()]
@@ -154,11 +156,11 @@ class DeploymentRules:
 
     def establish(self, now: float) -> Done:
         work = self.under_way
-        if not isinstance(work, PlanInHand) or (work.why == "loss" and not self.outage(now)):
+        if not isinstance(work, PlanInHand) or (work.why == "loss" and self.suspects() and not self.outage(now)):
             return None
         self.epoch += 1
         self.under_way = Establishing(self.epoch, work.why, work.because, work.stages)
-        if work.beside or self.running is None:
+        if work.beside:
             self._holding |= {stage.device for stage in work.stages}
             return [Establish(self.epoch, work.number)]
         stops = self._stop_serving(work.reason) if self.serving else []
@@ -194,7 +196,7 @@ class DeploymentRules:
         say_waiting,
         give_up_target,
         keep_running_plan,
-        stop_comparing,
+        stop_searching,
         stop_carrying,
         renew_links,
         serve_on,
@@ -212,7 +214,7 @@ class DeploymentRules:
         running = self.running
         if running is None:
             return "start" if self.begun else None
-        if self.suspects() or running.engines_lost or running.links_lost or running.doubtful:
+        if self.suspects() or running.engines_lost or running.links_doubted:
             return "loss"
         return "leave" if self.devices.of(running.devices - {self.me}, "leaving") else None
 
@@ -255,7 +257,8 @@ class DeploymentRules:
         used = self.running.devices - {self.me} if self.running is not None else frozenset[DeviceId]()
         because = self.devices.of(used, "silent", "gone", "leaving")
         doubted = self.doubted(now) if careful else frozenset[DeviceId]()
-        without = self.devices.unusable() | (doubted - used if why == "gain" else doubted)
+        self.planned_without = self.devices.unusable()
+        without = self.planned_without | (doubted - used if why == "gain" else doubted)
         self.comparisons.begin(without)
         self.devices.leave_out(without)
         self.under_way = Planning(self._number, why, because, careful)
@@ -275,6 +278,8 @@ class DeploymentRules:
     ) -> list[DeploymentAction]:
         """The plan under way could not be established, or broke before it was switched to."""
         self.under_way = Idle()
+        if isinstance(work, Establishing) and work.renewal and self.running is not None:
+            self.running.links_lost = self.running.links_lost or reason
         if lasting and not self.lasting:
             return self.end(reason)
         if work.why == "gain" and self.running is not None:
@@ -294,7 +299,7 @@ class DeploymentRules:
 
     def wait(self, reason: str, now: float) -> list[DeploymentAction]:
         """No plan works now: try again later, and at once when devices change."""
-        self.attempts.give_up(self.devices.unusable(), reason, now)
+        self.attempts.give_up(self.planned_without, reason, now)
         return [] if self.serving else self._stop_serving(reason)
 
     def end(self, reason: str) -> list[DeploymentAction]:

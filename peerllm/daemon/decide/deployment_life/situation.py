@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peerllm.daemon.decide.deployment_events import DeviceCondition, DeviceIs
+from peerllm.daemon.decide.deployment_life.deployment_events import DeviceCondition, DeviceIs
 from peerllm.types import DeviceId, Stage
 
 GO_ON_S = 1.0  # after it was told to be silent, and so after two seconds of silence, a device is not waited for ...
@@ -100,8 +100,13 @@ class RunningPlan:
     replaces: bool  # earlier epochs stand until it is switched to
     switching: bool = True
     links_lost: str = ""  # why its links must be made anew
+    renewed: bool = False  # a device of it is reached over another connection, so its links may be lost
     doubtful: str = ""  # why a device of it may have lost what it had loaded
     engines_lost: dict[DeviceId, str] = field(default_factory=dict)  # why, by device
+
+    @property
+    def links_doubted(self) -> bool:
+        return self.renewed or bool(self.links_lost or self.doubtful)
 
     @property
     def devices(self) -> frozenset[DeviceId]:
@@ -135,12 +140,12 @@ class HouseholdDevices:
             before.reason = event.reason or before.reason
             return False
         reason = event.reason or f"{event.device[:8]} is {event.condition}"
-        absent = event.condition in ("silent", "gone")
+        absent = before is not None and event.condition != "online"
         lost, left_out = (before.lost, before.left_out) if before is not None and absent else (False, False)
         self._known[event.device] = _DeviceFacts(event.condition, now, reason, lost, left_out)
-        if event.condition == "gone" and before is not None and before.condition != "leaving":
+        if event.condition in ("gone", "leaving") and before is not None:
             self.lose(event.device, now)
-        joined = before is None or before.lost or before.left_out or before.condition in ("gone", "leaving")
+        joined = before is None or before.lost or before.left_out or before.condition == "gone"
         return event.condition == "online" and joined
 
     def lose(self, device: DeviceId, now: float) -> None:
@@ -192,4 +197,4 @@ class HouseholdDevices:
         return losses[-1] + min(DISTRUST_MOST_S, DISTRUST_FIRST_S * 2.0 ** (len(losses) - 2))
 
     def distrusted(self, now: float) -> frozenset[DeviceId]:
-        return frozenset(d for d in self._losses if d != self._me and now < self.distrusted_until(d))
+        return frozenset(device for device in self._losses if now < self.distrusted_until(device))

@@ -19,6 +19,7 @@ MAX_BYTES = {
     "Gossip": _GOSSIP,
     "Assign": MAX_MESSAGE_BYTES,  # asks that name every tensor, or carry a model's config
     "Profile": MAX_MESSAGE_BYTES,
+    "Have": 128 << 10,  # MAX_KEYS hashes
     "Answer": MAX_MESSAGE_BYTES,  # what an engine has recorded
 }
 _CLASS = re.compile(rb'\{"type":"(?:Ask","number":-?[0-9]{1,20},"body":\{"type":")?([A-Za-z]{1,40})"')

@@ -6,8 +6,8 @@ import logging
 import threading
 from pathlib import Path
 
-from peerllm.daemon.saved_file import replace_file
 from peerllm.daemon.weights.exchange.holders import KEY
+from peerllm.saved_files import replace_file
 
 MAX_KNOWN = 1 << 17  # tensors; the longest known are forgotten first
 LINE_BYTES = 2 * 64 + 2

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
-from peerllm.daemon.weights.exchange.holders import HolderTable, WeightPeers, look
+from peerllm.daemon.weights.exchange.holders import MAX_KEYS, HolderTable, WeightPeers, look
 from peerllm.daemon.weights.exchange.hub_ranges import HubRanges
 from peerllm.daemon.weights.exchange.wanted_tensor import Piece, WantedTensor
 from peerllm.errors import LinkError, ModelError, NotFoundError, UnavailableError
@@ -29,8 +29,8 @@ MAX_LANES = 16  # in all
 MAX_CUTS = 4  # connections lost in a row, without one byte between them, before a place is left out ...
 OUT_S = 5.0  # ... for so long
 CUT_WAIT_S = 0.25  # before the first new try; doubles each time
-LOOK_S, LEAST_LOOK_S = 2.0, 0.1  # between two looks at who has what, while something is waited for
-MAX_ASKED = 4096  # tensors of one look; the others' turn comes when these are here
+LOOK_S, LEAST_LOOK_S = 2.0, 0.25  # between two looks at who has what, while something is waited for
+MAX_ASKED = MAX_KEYS  # tensors of one look; the others' turn comes when these are here
 PATIENCE_S = 30.0  # without a byte from anywhere, before a fetch fails
 BEGIN_S, FETCHER_MOST_S = 10.0, 3600.0  # until another device that fetches a tensor for all has begun, and is done
 WRITE_BYTES = 1 << 20  # gathered before it is written
@@ -57,7 +57,8 @@ class TensorFetch:
     ) -> None:
         self._me, self._source, self._peers, self._hub = me, source, peers, hub
         self._finish, self._count = finish, count
-        self._open = {tensor.key: tensor for tensor in tensors}
+        mine_first = sorted(tensors, key=lambda one: one.digest.fetcher not in ("", me))
+        self._open = {tensor.key: tensor for tensor in mine_first}
         self._asked: list[WantedTensor] = []  # in the last look
         self._queues: dict[str, deque[WantedTensor]] = {}
         self._lanes: dict[str, int] = {}

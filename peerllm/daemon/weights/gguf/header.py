@@ -6,7 +6,6 @@ takes it seconds), and it loops as often as a count in the file says, past the f
 
 from __future__ import annotations
 
-import mmap
 import struct
 import sys
 from array import array
@@ -17,12 +16,14 @@ from typing import Any
 
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
+from peerllm.regular_files import open_regular
 from peerllm.stored_types import STORED_TYPES, stored_bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT = 32  # bytes
+FIRST_BYTES = 16 << 20  # read at first: most headers are smaller
 MAX_HEADER_BYTES = 100 << 20  # Python's strings take several times what they take in the file; 15 MB is the most seen
 MAX_NAME_BYTES = 1 << 16  # of keys and of tensors' names, as the format says
 MAX_TENSOR_NAME_BYTES = 256
@@ -48,20 +49,30 @@ class GGUFHeader:
 def read_gguf(path: Path) -> GGUFHeader:
     """Read a file's header; ModelError says in one line what is wrong with it."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
+        with open_regular(path) as file:  # read, not mapped: a file that shrinks meanwhile would kill the process
+            size, wanted = file.seek(0, 2), FIRST_BYTES
             if size < 24:
                 raise ModelError(f"{path.name} is no GGUF file ({size} bytes)")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Walk(path, data, size).header()
+            while True:
+                file.seek(0)
+                data = file.read(min(wanted, size))
+                size = size if len(data) == min(wanted, size) else len(data)
+                try:
+                    return _Walk(path, data, size).header()
+                except _MoreNeededError:
+                    wanted *= 4
     except OSError as error:
         raise ModelError(f"{path.name} cannot be read: {error}") from error
+
+
+class _MoreNeededError(Exception):
+    """The header goes on behind the bytes that were read."""
 
 
 class _Walk:
     """Reads one value after the other; whatever would pass the end of the file is a ModelError before it is read."""
 
-    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
+    def __init__(self, path: Path, data: bytes, size: int) -> None:
         self._path, self._data, self._size = path, data, size
         self._end = min(size, MAX_HEADER_BYTES)
         self._at = 0
@@ -102,6 +113,8 @@ class _Walk:
             if self._end < self._size:
                 raise self._wrong(f"has a header of more than {MAX_HEADER_BYTES >> 20} MB, which no model needs")
             raise self._wrong(f"is cut short or damaged: its header goes on behind its {self._size} bytes")
+        if start + count > len(self._data):
+            raise _MoreNeededError
         self._at = start + count
         return start
 
@@ -151,12 +164,14 @@ class _Walk:
 
     def _texts(self, key: str, count: int) -> list[str]:
         self._counted(count, 8, f"strings in {shown(key)}")
-        data, end, at = self._data, self._end, self._at
+        data, end, at = self._data, min(self._end, len(self._data)), self._at
         texts: list[str] = []
         add: Callable[[str], None] = texts.append
         for _ in range(count):  # some hundred thousand: nothing is called that need not be
             start = at + 8
             if start > end or (at := start + U64(data, at)[0]) > end:
+                if end < self._end:
+                    raise _MoreNeededError
                 self._at = min(start, end)
                 self._take(self._size)  # says that the file ends here
             try:

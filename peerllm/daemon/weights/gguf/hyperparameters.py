@@ -12,6 +12,7 @@ import numpy as np
 
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
+from peerllm.regular_files import open_regular
 
 MAX_WHOLE = 1 << 40
 MAX_BLOCKS = 1022  # as the engine takes
@@ -184,7 +185,7 @@ class Hyperparameters:
             return []
         if tensor.dtype != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > MAX_DIVISORS:
             raise self.wrong(f"has {name} of {tensor.dtype} {list(tensor.shape)}")
-        with open(tensor.path, "rb") as file:  # noqa: PTH123
+        with open_regular(tensor.path) as file:
             file.seek(tensor.offset)
             found = np.frombuffer(file.read(tensor.nbytes), "<f4")
         if len(found) != tensor.shape[0] or not (np.isfinite(found) & (found > 0)).all():

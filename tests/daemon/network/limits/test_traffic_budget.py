@@ -26,16 +26,16 @@ def flood(nbytes: int, busy_s: float, seconds: float) -> int:
 @pytest.mark.parametrize("nbytes", [0, 100, 60_000, 16 << 20])
 def test_in_the_long_run_so_many_bytes_a_second_are_read_and_a_burst_before(nbytes: int) -> None:
     counted = nbytes + MESSAGE_BYTES
-    assert flood(nbytes, 0.0, 1000.0) * counted == pytest.approx((1000.0 + BURST_S) * BYTES_PER_S, abs=counted)
+    assert flood(nbytes, 0.0, 100.0) * counted == pytest.approx((100.0 + BURST_S) * BYTES_PER_S, abs=counted)
 
 
 def test_messages_that_keep_the_device_busy_get_a_share_of_its_time() -> None:
-    assert flood(100, 0.05, 1000.0) * 0.05 == pytest.approx((1000.0 + BURST_S) * BUSY_SHARE, rel=0.05)
+    assert flood(100, 0.05, 100.0) * 0.05 == pytest.approx((100.0 + BURST_S) * BUSY_SHARE, rel=0.1)
 
 
 def test_one_that_behaves_never_waits_and_saves_no_more_than_a_burst() -> None:
     budget = TrafficBudget(0.0)
-    for step in range(100_000):
+    for step in range(10_000):
         assert budget.wait_s(step / 8) == 0.0
         budget.spend(2000, 0.001, step / 8)
     now = 1e6

@@ -5,19 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from peerllm.daemon.decide.demand import Blueprint, draw_up
-from peerllm.daemon.decide.device_failures import DeviceFailures
+from peerllm.daemon.decide.demand import Blueprint, Moving, draw_up, redraw
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.deployment.negotiation import Surroundings
-from peerllm.daemon.deployment.profile_requests import ProfileRequests
+from peerllm.daemon.deployment.planning.device_failures import DeviceFailures
+from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Inspected
 from peerllm.errors import InfeasibleError, PeerLLMError, UnavailableError
+from peerllm.planner.replan.replan_decision import ReplanDecision
 from peerllm.types import DeviceId, Workload
 
 LATECOMERS = 3  # times that devices are measured because some came while others were
+SLOWER_S = 600.0  # a device found slower than it was measured counts as that for so long
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSearched:
+    """A plan and the devices that it was made from. `decision`: stay or move, where there was a plan before."""
+
+    candidates: dict[DeviceId, Candidate]
+    blueprint: Blueprint
+    decision: ReplanDecision | None = None
 
 
 class PlanSearch:
@@ -29,24 +40,43 @@ class PlanSearch:
         self.free: dict[DeviceId, int] = {}  # what devices said last, fresher than what they announce
         self._options, self._around, self._timings, self._say = options, around, timings, say
         self._failures = DeviceFailures(around.me)
+        self._slower: dict[DeviceId, tuple[float, float]] = {}  # how many times longer than measured, and until when
         self._had: tuple[int, int] = (0, 0)  # the most slots and context that it has served with
 
-    async def plan(self, inspected: Inspected, absent: set[DeviceId]) -> tuple[dict[DeviceId, Candidate], Blueprint]:
-        """The devices that could take part, measured, and the plan for them; InfeasibleError says what is missing."""
-        candidates = await self._timed(inspected, absent)
-        self._say(f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
-        return candidates, await self._best(inspected, candidates)
+    async def plan(
+        self,
+        inspected: Inspected,
+        absent: frozenset[DeviceId],
+        moving: Moving | None = None,
+        held: Mapping[DeviceId, int] | None = None,
+    ) -> PlanSearched:
+        """The plan for the devices that could take part, measured first; InfeasibleError says what is missing.
+
+        `held`: what is promised to this deployment already, by device, and so free for it.
+        """
+        candidates = await self._timed(inspected, absent, held or {})
+        if moving is None or not moving.compare:  # else nobody waits for it
+            self._say(f"planning for {len(candidates)} device{'s' * (len(candidates) > 1)}")
+        return await self._best(inspected, candidates, moving)
 
     def failed(self, device: DeviceId, epoch: int, promised_bytes: int, error: PeerLLMError) -> None:
         """The device failed in the plan of that epoch: the next one makes less use of it."""
         self._failures.note(device, epoch, promised_bytes, error, asyncio.get_running_loop().time())
 
-    async def explained(self, inspected: Inspected, error: InfeasibleError, absent: set[DeviceId]) -> PeerLLMError:
+    def slower(self, device: DeviceId, times: float) -> None:
+        """The device's layers take so many times what they took when the running plan began."""
+        now = asyncio.get_running_loop().time()
+        before, until = self._slower.get(device, (1.0, 0.0))
+        self._slower[device] = (before if until > now else 1.0) * times, now + SLOWER_S
+
+    async def explained(
+        self, inspected: Inspected, error: InfeasibleError, absent: frozenset[DeviceId], held: Mapping[DeviceId, int]
+    ) -> PeerLLMError:
         """The error to show: a device's failure if only that keeps a plan from being feasible, else what is missing."""
         failed = self._failures.repeated(asyncio.get_running_loop().time())
         if failed is not None:
             with contextlib.suppress(InfeasibleError):
-                everyone = self._candidates(absent)
+                everyone = self._candidates(absent, held)
                 await asyncio.to_thread(draw_up, self._options, inspected, everyone, self._around.me)
                 return failed
         return self._with_absent(error)
@@ -60,50 +90,78 @@ class PlanSearch:
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
-    async def _best(self, inspected: Inspected, candidates: Mapping[DeviceId, Candidate]) -> Blueprint:
+    async def _best(
+        self, inspected: Inspected, candidates: dict[DeviceId, Candidate], moving: Moving | None
+    ) -> PlanSearched:
         """With the context it had, if that is feasible at all; of such plans one that avoids what failed of late."""
         failure: InfeasibleError | None = None
         usable = self._failures.usable(candidates, asyncio.get_running_loop().time())
+        if moving is not None and moving.compare:  # a plan that serves is not left for a device's first failure
+            usable = usable[-1:]
         for least_context in dict.fromkeys((self._had[1], 0)):
             for chosen in usable:
                 try:
-                    return await asyncio.to_thread(
-                        draw_up, self._options, inspected, chosen, self._around.me, least_context
+                    if moving is None:
+                        drawn = await asyncio.to_thread(
+                            draw_up, self._options, inspected, chosen, self._around.me, least_context
+                        )
+                        return PlanSearched(candidates, drawn)
+                    moved = await asyncio.to_thread(
+                        redraw, self._options, inspected, chosen, self._around.me, least_context, moving
                     )
+                    return PlanSearched(candidates, *moved)
                 except InfeasibleError as error:
                     failure = error
         assert failure is not None
         raise failure
 
-    async def _timed(self, inspected: Inspected, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
+    async def _timed(
+        self, inspected: Inspected, absent: frozenset[DeviceId], held: Mapping[DeviceId, int]
+    ) -> dict[DeviceId, Candidate]:
         """The devices that could take part, measured; InfeasibleError before any is measured in vain."""
         around = self._around
-        candidates = self._candidates(absent)
+        candidates = self._candidates(absent, held)
         if not self._timings.known(inspected, candidates.values()):
             await asyncio.to_thread(draw_up, self._options, inspected, candidates, around.me)
         for _ in range(LATECOMERS):
             timings = await self._timings.of(inspected, candidates, self._say)
-            here = self._candidates(absent)  # measuring takes a while
+            here = self._candidates(absent, held)  # measuring takes a while
             if here.keys() <= candidates.keys():
                 break
             candidates = here
         return {
-            device: replace(one, timing=timings[device]) if device in timings else one
+            device: self._as_slow(replace(one, timing=timings[device]) if device in timings else one)
             for device, one in here.items()
             if device in candidates  # a guess beside measurements would make it look the fastest
         }
 
-    def _candidates(self, absent: set[DeviceId]) -> dict[DeviceId, Candidate]:
+    def _candidates(self, absent: frozenset[DeviceId], held: Mapping[DeviceId, int]) -> dict[DeviceId, Candidate]:
         """With what is free of their memory; UnavailableError if this device is not among them."""
         around = self._around
         candidates = {
-            device: replace(one, free_bytes=self.free.get(device, one.free_bytes))
+            device: replace(one, free_bytes=self._free(one) + held.get(device, 0))
             for device, one in around.candidates().items()
             if device not in absent or device == around.me
         }
         if around.me not in candidates:
             raise UnavailableError("this device takes no part now: it is paused, or its engine does not run")
         return candidates
+
+    def _free(self, one: Candidate) -> int:
+        return self.free.get(one.device, one.free_bytes)
+
+    def _as_slow(self, one: Candidate) -> Candidate:
+        """The device with the times that were observed of late in place of those it measured."""
+        times, until = self._slower.get(one.device, (1.0, 0.0))
+        if until <= asyncio.get_running_loop().time():
+            return one
+        hello = replace(
+            one.hello,
+            gbytes_per_s={kind: speed / times for kind, speed in one.hello.gbytes_per_s.items()},
+            gflops={kind: speed / times for kind, speed in one.hello.gflops.items()},
+        )
+        alone = {k: tuple((n, ms * times) for n, ms in points) for k, points in one.timing.alone.items()}
+        return replace(one, hello=hello, timing=replace(one.timing, alone=alone))
 
     def _with_absent(self, error: InfeasibleError) -> InfeasibleError:
         away = ", ".join(self._around.absent())

@@ -9,8 +9,10 @@ import pytest
 
 from peerllm.daemon.control_messages import Activate, Answer, Progress, Release, Reserve, Trouble
 from peerllm.daemon.decide.demand import sizes
-from peerllm.daemon.decide.device_failures import FAILURE_S, DeviceFailures
-from peerllm.daemon.deployment import deployment as module
+from peerllm.daemon.decide.deployment_life import pacing
+from peerllm.daemon.deployment import progress_report
+from peerllm.daemon.deployment.establishing import EpochNegotiation
+from peerllm.daemon.deployment.planning.device_failures import FAILURE_S, DeviceFailures
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import EngineError, ModelError, RefusedError, UnavailableError
@@ -22,9 +24,13 @@ SPARE = 100_000
 
 @pytest.fixture
 async def houses(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SETTLE_S", 0.0)
-    monkeypatch.setattr(module, "ECHO_S", 0.0)
-    monkeypatch.setattr(module, "CONTENTION_S", 0.01)
+    monkeypatch.setattr(pacing, "RETRY_SETTLE_S", 0.0)
+    monkeypatch.setattr(pacing, "JOIN_SETTLE_S", 0.0)
+    monkeypatch.setattr(pacing, "SETTLE_S", 0.0)
+    monkeypatch.setattr(pacing, "CONTENTION_S", 0.01)
+    monkeypatch.setattr(pacing, "ECHO_S", 0.0)
+    monkeypatch.setattr(pacing, "QUICK_REPAIRS", 99)
+    monkeypatch.setattr(pacing, "COMPARE_EVERY_S", 0.05)
     made = []
 
     def make(lent, **models):
@@ -143,18 +149,17 @@ async def test_the_only_plan_is_not_tried_for_ever_and_the_reason_is_the_devices
     await a.coordinator.run(RunOptions("m"), quiet)
     before = loads(house, "b")
     b.engine.fail = UnavailableError("the processor is on fire")
-    b.engine.stages.clear()
+    b.engine.clear()
     b.worker.engine_lost("the engine crashed (SIGILL)")
     await house.until(lambda: view(a).state == "waiting" and "on fire" in view(a).reason)
     assert view(a).reason == "device-b: the processor is on fire"
     assert loads(house, "b") == before + 1, "the crash was its first failure"
     states, changed = [], a.changed
     a.changed = lambda: (states.append(view(a).state), changed())
-    a.coordinator.stir()
+    a.coordinator.stir("memory was freed")
     await house.until(lambda: "planning" in states and states[-1] == "waiting")
     a.changed = changed
     assert loads(house, "b") == before + 1 and "on fire" in view(a).reason
-    assert house.empty()
 
 
 async def test_a_broken_link_is_held_against_nobody(houses):
@@ -200,7 +205,8 @@ async def test_trouble_of_an_earlier_epoch_or_of_a_stranger_is_none(houses):
     now = view(a).epoch
     for letter, epoch in ((other, first.epoch), (other, now + 1), (unused, now)):
         a.coordinator.hear(house[letter].me, Trouble(first.deployment, epoch, "the engine died", engine_died=True))
-    assert deployment._trouble.empty()
+    await asyncio.sleep(0)
+    assert view(a).epoch == now and view(a).state == "serving"
     assert len(deployment._search._failures.usable(a.candidates(), 0.0)) == 1, "and it is held against nobody"
 
 
@@ -231,32 +237,6 @@ async def test_trouble_at_the_moment_when_all_is_connected_is_not_lost(houses):
     a.ask = asking
     await asyncio.wait_for(a.coordinator.run(RunOptions("m"), quiet), 20)
     assert view(a).state == "serving" and view(a).epoch == 2
-
-
-async def test_waits_between_tries_double_and_begin_anew_once_it_has_served(houses, monkeypatch):
-    house = houses([3, 3, 3], m=inspected("m", 8))
-    a, waits, again = house["a"], [], asyncio.Semaphore(0)
-
-    async def pausing(deployment, seconds):
-        waits.append(seconds)
-        house.changed()
-        await again.acquire()
-        deployment._search.free.clear()
-
-    monkeypatch.setattr(module.Deployment, "_pause", pausing)
-    monkeypatch.setattr(module, "RETRY_S", 20.0)
-    await a.coordinator.run(RunOptions("m"), quiet)
-    for _ in range(2):
-        del waits[:]
-        await house.vanish("b")
-        for tried in (1, 2, 3):
-            await house.until(lambda tried=tried: len(waits) == tried)
-            again.release()
-        await house.until(lambda: len(waits) == 4)
-        assert waits == [20.0, 40.0, module.RETRY_MOST_S, module.RETRY_MOST_S]
-        await house.come_back("b")
-        again.release()
-        await house.until(lambda: view(a).state == "serving")
 
 
 async def test_trouble_that_comes_while_a_plan_is_given_up_does_not_end_the_next(houses):
@@ -290,10 +270,10 @@ async def test_progress_counts_for_its_epoch_and_never_falls(houses):
 
     def after(epoch, phase, done):
         a.coordinator.hear(b.me, Progress(deployment, epoch, phase, done, 100))
-        return a.coordinator._of(deployment)._shares[b.me]
+        return a.coordinator._of(deployment).report._shares[b.me]
 
     before = after(1, "load", 0)
-    assert before >= module.FETCH_SHARE > after(0, "load", 100) - 0.1 and after(2, "load", 100) == before
+    assert before >= progress_report.FETCH_SHARE > after(0, "load", 100) - 0.1 and after(2, "load", 100) == before
     further = after(1, "load", 50)
     assert further > before and after(1, "load", 20) == further and after(1, "fetch", 100) == further
     assert after(1, "load", 500) == 1.0
@@ -304,15 +284,15 @@ async def test_progress_counts_for_its_epoch_and_never_falls(houses):
 async def test_plans_that_are_refused_are_tried_so_often_and_no_more(houses, monkeypatch):
     house, tried = houses([9], m=inspected("m", 4)), []
 
-    async def refused(deployment, absent):
+    async def refused(*_):
         tried.append(1)
         raise RefusedError("not now")
 
-    monkeypatch.setattr(module.Deployment, "_attempt", refused)
-    monkeypatch.setattr(module, "CONTENTION_S", 0.0)
+    monkeypatch.setattr(EpochNegotiation, "establish", refused)
+    monkeypatch.setattr(pacing, "CONTENTION_S", 0.0)
     with pytest.raises(RefusedError, match="not now"):
         await house["a"].coordinator.run(RunOptions("m"), quiet)
-    assert len(tried) == module.MAX_ATTEMPTS
+    assert len(tried) == pacing.MAX_ATTEMPTS
 
 
 # ---- what a new plan keeps ----
@@ -344,7 +324,7 @@ async def test_when_a_device_leaves_the_context_stays_if_it_can_and_else_it_is_s
     house = houses(lent, m=thirsty())
     a, told = house["a"], []
     await a.coordinator.run(RunOptions("m"), quiet)
-    a.coordinator._of(view(a).deployment).watchers.append(told.append)
+    a.coordinator._of(view(a).deployment).report.watchers.append(told.append)
     assert view(a).reason == "" and a.coordinator.served()[0].context == 2048
     await house.vanish("b")
     await house.until(lambda: view(a).state == "serving" and "b" not in used(a))
@@ -356,7 +336,7 @@ async def test_when_a_device_leaves_the_context_stays_if_it_can_and_else_it_is_s
     await house.until(lambda: view(a).state == "serving" and view(a).epoch > epoch)
     assert view(a).reason.startswith(words), "it is still less than it was at first"
     await house.come_back("b")
-    house["c"].engine.stages.clear()
+    house["c"].engine.clear()
     house["c"].worker.engine_lost("the engine was killed")
     await house.until(lambda: view(a).state == "serving" and not view(a).reason)
     assert a.coordinator.served()[0].context == 2048

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import inf
 from typing import assert_never
 
-from peerllm.daemon.decide.deployment_events import (
+from peerllm.daemon.decide.deployment_life.deployment_events import (
     Asked,
     Carried,
     CarryOver,
@@ -142,7 +142,7 @@ class DeploymentDecider:
         joined = rules.devices.note(event, now)
         if event.condition != "online":
             rules.comparisons.away(device)
-        elif joined or device == rules.me:
+        elif joined or event.renewed:
             rules.attempts.shunned.discard(device)
             rules.attempts.hope()
             if isinstance(rules.under_way, BackingOff):
@@ -154,18 +154,23 @@ class DeploymentDecider:
         if event.condition == "gone":
             running.doubtful = running.doubtful or rules.devices.reason(device)
         elif event.renewed:
-            running.links_lost = running.links_lost or (event.reason or f"{device[:8]} is reached anew")
+            running.renewed = True
 
     def _note_engine(self, device: DeviceId, epoch: int, reason: str, now: float) -> list[DeploymentAction]:
         rules, running, target = self._rules, self._rules.running, self._rules.under_way
-        if running is not None and device in running.devices and running.epoch <= epoch:
+        hit = running is not None and device in running.devices and running.epoch <= epoch
+        known = running is not None and bool(running.doubtful)  # a renewal loads it again already
+        if running is not None and hit:
             running.engines_lost[device] = reason
-        rules.devices.fail(device, now)
-        if not isinstance(target, Establishing | Carrying) or target.epoch > epoch:
+            if not known:
+                rules.devices.fail(device, now)
+        if not isinstance(target, Establishing | Carrying) or all(stage.device != device for stage in target.stages):
             return []
-        if any(stage.device == device for stage in target.stages):
+        if target.epoch <= epoch:
+            rules.devices.fail(device, now)
             return [*rules.abandon(target), *rules.fail(target, device, reason, now)]
-        return []
+        renews = isinstance(target, Establishing) and target.renewal
+        return rules.abandon(target) if renews and hit and not known else []
 
     def _note_links(self, event: LinksLost, now: float) -> list[DeploymentAction]:
         rules, running, target = self._rules, self._rules.running, self._rules.under_way
@@ -197,9 +202,8 @@ class DeploymentDecider:
             return []
         if rules.lasting:
             return rules.wait(event.reason, now)
-        absent = rules.devices.unusable()
-        if not event.lasting and now < self._gather_until and absent:
-            rules.attempts.give_up(absent, event.reason, now, until=self._gather_until)
+        if not event.lasting and now < self._gather_until and rules.devices.unusable():
+            rules.attempts.give_up(rules.planned_without, event.reason, now, until=self._gather_until)
             return []
         if event.lasting or not event.contended:
             return rules.end(event.reason)
@@ -214,7 +218,7 @@ class DeploymentDecider:
 
     def _note_switched(self, epoch: int, reason: str) -> list[DeploymentAction]:
         rules, running = self._rules, self._rules.running
-        if running is None or running.epoch != epoch or not running.switching:
+        if running is None or running.epoch != epoch:
             return []
         if reason:
             running.links_lost = running.links_lost or reason

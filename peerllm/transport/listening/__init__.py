@@ -1,0 +1,1 @@
+"""Taking in connections at any port without letting the ones that say nothing keep the others out."""
