@@ -29,6 +29,7 @@ from peerllm.engine.schedule.held_shard import HeldShard, missing, usable
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.schedule.running_sequence import chunk_length
+from peerllm.engine.schedule.source_feed import MOST_PATIENCE_S
 from peerllm.engine.state.arriving_state import ArrivingSlot, state_forms
 from peerllm.engine.state.state_kinds import LayerState, TokenArray
 from peerllm.engine.wire.parcels import from_frame, source_limits, stage_limits
@@ -321,8 +322,7 @@ class Epochs(RuleBasedStateMachine):
         self.world.load(cut)
         self.world.switch(self.world.epoch)
         self.world.settle()
-        clock = itertools.count(1e9, 1e6)
-        self.world.devices[0].deployment.feed._clock = lambda: next(clock)
+        self.world.devices[0].deployment.feed._old_at -= MOST_PATIENCE_S + 1
         self.world.devices[0].deployment.hurry()
         self.world.settle()
         assert any(isinstance(one, Done) and one.request == self.world.epoch for one in self.world.told)
