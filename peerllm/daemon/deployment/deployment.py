@@ -106,7 +106,7 @@ class Deployment:
         self._around, self._served = around, served
         self._search = PlanSearch(options, around, timings, self._tell)
         self._holdings = HouseholdHoldings()
-        self.plans = NextPlan(around, self._search, self._holdings, self.model)
+        self.plans = NextPlan(options, around, self._search, self._holdings, self.model)
         self._negotiation = EpochNegotiation(
             around, self.id, self._holdings, self._tell, self._loading, self.plans.loaded
         )
@@ -444,7 +444,6 @@ class Deployment:
         work = epoch.blueprint.workload
         less, began = self._search.served(work), self.state != "serving"
         self._search.free.clear()
-        self.report.begin(())
         if less:
             log.warning("%s: %s", self.options.name, less)
             self.report.say("serving", less)
@@ -452,6 +451,7 @@ class Deployment:
         self._become("serving", "; ".join(filter(None, (less, note))))
         if began:
             self.report.say("serving", f"{self.options.name} is served")
+        self.report.begin(())
         self.sequences.open(ServingCapacity(work.sequences, work.context, inspected.vocabulary, inspected.stop_ids))
         self._resolve(None)
         self._served()

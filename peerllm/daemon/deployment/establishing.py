@@ -21,6 +21,7 @@ from peerllm.daemon.deployment.negotiation import (
 )
 from peerllm.engine.messages import Inspected
 from peerllm.errors import PeerLLMError, RefusedError
+from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeploymentId, DeviceId, Stage
 
 
@@ -84,7 +85,13 @@ class EpochNegotiation:
         """
         around, blueprint = self._around, epoch.blueprint
         moving = travelling(blueprint, inspected, around.me)
-        hashes = await around.hashes(moving, self._hashing)
+        begun, total = time.monotonic(), sum(tensor.nbytes for tensor in moving)
+
+        def hashing(share: float) -> None:
+            rate = human_bytes(round(share * total / max(1e-3, time.monotonic() - begun)))
+            self._say(f"hashing the weights that will travel: {share:.0%}, {rate} a second", share)
+
+        hashes = await around.hashes(moving, hashing)
         await self._reserve_all(epoch, make_room)
         self._reserved(epoch)
         hub = await around.hub_places(tensor for layer in inspected.tensors for tensor in layer)
@@ -117,9 +124,6 @@ class EpochNegotiation:
             ending.discard(task)
 
     # ---- inside ---------------------------------------------------------------------------------------------------
-
-    def _hashing(self, share: float) -> None:
-        self._say(f"hashing the weights that will travel: {share:.0%}", share)
 
     async def _reserve_all(self, epoch: Epoch, make_room: bool) -> None:
         """In the one order that all coordinators use, so that the first of two rivals wins all."""
