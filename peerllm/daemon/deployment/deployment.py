@@ -183,7 +183,8 @@ class Deployment:
         if device == self._around.me:
             self.sequences.hold(reason)  # until the next engine has its stages
             self.sequences.engine_lost()
-        self._note_failure(device, told.epoch, EngineError(reason))
+        if self._running is None or self._running.number != told.epoch:  # one that served is the decider's to judge
+            self._note_failure(device, told.epoch, EngineError(reason))
         self._holdings.lost(device)
         self._feed(EngineLost(device, told.epoch, reason))
 
