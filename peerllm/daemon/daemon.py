@@ -15,7 +15,17 @@ from typing import Any
 import psutil
 
 from peerllm import PROTOCOL_VERSION, __version__
-from peerllm.daemon.control_messages import Answer, Control, DeviceView, Have, Hello, Progress, Question, Trouble
+from peerllm.daemon.control_messages import (
+    Answer,
+    Control,
+    DeploymentView,
+    DeviceView,
+    Have,
+    Hello,
+    Progress,
+    Question,
+    Trouble,
+)
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
@@ -85,6 +95,15 @@ ECHO_TIMEOUT_S = 10.0  # dialling another device's engine and timing a few frame
 CLOSE_TIMEOUT_S = 8.0  # for letting go of deployments on other devices before this one leaves
 
 log = logging.getLogger(__name__)
+
+
+def may_need_engines(view: DeploymentView) -> bool:
+    """Whether a device without layers of this deployment may need its engine at once.
+
+    An engine takes 100 MB and seconds to start, for which an answer would wait when another device of its plan is lost.
+    """
+    several = len({stage.device for stage in view.stages}) > 1
+    return view.state in ("planning", "loading") or (view.state == "serving" and several)
 
 
 class Daemon:
@@ -480,10 +499,11 @@ class Daemon:
         return await self.host.start()
 
     def _engine_needed(self) -> bool:
-        """Whether layers are held here, or a plan is being made that may soon give this device some."""
+        """Whether layers are held here, or may soon be."""
         if not self._started or self.ledger.promises():
             return True
-        return any(view.state in ("planning", "loading") for view in (*self.coordinator.views(), *self.home.views()))
+        views = (*self.coordinator.views(), *self.home.views())
+        return any(may_need_engines(view) for view in views)
 
     def _trusted(self, entries: tuple[RosterEntry, ...]) -> tuple[Trusted, ...]:
         me = self.identity.device
