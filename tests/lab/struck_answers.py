@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -52,6 +55,26 @@ class StruckAnswers:
             assert not over["error"], f"{what}: {over}"
             assert answer.ids == expected, f"{what}: other tokens from {first_difference(answer.ids, expected)}"
             assert over["finish"], f"{what}: it ended early"
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Ask again and again meanwhile; each answer is checked."""
+        stop = threading.Event()
+
+        def ask() -> int:
+            rounds = 0
+            while not stop.is_set() or rounds == 0:
+                self.check([self.household.listener.ask(request) for request in self._asked], f"round {rounds}")
+                rounds += 1
+            return rounds
+
+        with ThreadPoolExecutor(1) as thread:
+            asking = thread.submit(ask)
+            try:
+                yield
+            finally:
+                stop.set()
+                asking.result()
 
     def survive(self, kind: str, host: int, what: str = "") -> None:
         """Strike when the answers have begun, check them, and bring the device back."""
