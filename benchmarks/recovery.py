@@ -18,11 +18,8 @@ from statistics import median, quantiles
 
 import psutil
 
-from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo.demo_memory import limits, sizes_of
 from tests.clients import body
-from tests.lab.netns import Lab
-from tests.lab.struck_household import Answer, StruckHousehold
+from tests.lab.struck_household import Answer, StruckHousehold, serving
 
 NAMES = ("laptop", "mini-pc", "jetson")
 SLOTS, CONTEXT = 2, 512
@@ -50,9 +47,7 @@ class Trial:
         return answer
 
     def settled(self) -> None:
-        house = self.household
-        house.wait("everyone online", lambda: all(house.online(host) for host in range(1, len(NAMES))))
-        house.wait("serving with another device", lambda: house.deployment()["state"] == "serving" and house.holders())
+        self.household.settled()
 
     def struck(self, fault: Callable[[int], None], restore: Callable[[int], None]) -> tuple[float, float]:
         """The pause in seconds, and in usual gaps; SystemExit where the tokens are not the same."""
@@ -98,18 +93,11 @@ def faults(trial: Trial, freeze_s: float) -> dict[str, tuple[Callable[[int], Non
 @contextmanager
 def started(directory: Path, model: str, holders: int) -> Iterator[Trial]:
     """`holders`: how many devices it takes to hold the model."""
-    sizes = limits(sizes_of(MODEL_DIR if model == "builtin" else Path(model), SLOTS, CONTEXT), holders)
-    memory = [sizes[0], *[max(sizes)] * (len(NAMES) - 1)]
-    with Lab(len(NAMES)) as lab:
-        household = StruckHousehold(lab, directory, NAMES, memory)
-        try:
-            household.start()
-            household.devices[0].cli("run", model, "--slots", str(SLOTS), "--context", str(CONTEXT))
-            trial = Trial(household, household.deployment()["name"])
-            trial.usual = trial.whole().ids
-            yield trial
-        finally:
-            household.stop()
+    path = None if model == "builtin" else Path(model)
+    with serving(directory, path, NAMES, holders, SLOTS, CONTEXT) as household:
+        trial = Trial(household, household.deployment()["name"])
+        trial.usual = trial.whole().ids
+        yield trial
 
 
 def main(argv: Sequence[str] | None = None) -> None:
