@@ -19,6 +19,7 @@ from statistics import median, quantiles
 
 import psutil
 
+from peerllm.builtin import BUILTIN
 from tests.clients import body
 from tests.lab.struck_household import Answer, StruckHousehold, serving
 
