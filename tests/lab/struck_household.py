@@ -166,6 +166,11 @@ class StruckHousehold:
         found: dict[str, Any] = self.status()["deployments"][0]
         return found
 
+    def told(self) -> str:
+        """For a test that fails: what the source says of the model, and the ends of all logs."""
+        logs = (f"{device.name}:\n{device.log_tail()}" for device in self.devices if device.data_dir.exists())
+        return "\n".join([f"{self.deployment()}", *logs])
+
     def stages(self) -> list[str]:
         """The devices of the plan, in its order."""
         return [stage["device"] for stage in self.deployment()["plan"]["stages"]]
@@ -178,7 +183,7 @@ class StruckHousehold:
         """Until `condition()` holds; looks again and again, since nothing tells a test of another process's state."""
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s} s: {self.status()}"
+            assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s} s: {self.told()}"
             time.sleep(0.1)
 
     def online(self, host: int) -> bool:

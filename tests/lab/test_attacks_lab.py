@@ -1,6 +1,6 @@
 """Attacks, each while four answers are streamed over two devices: none is disturbed, and each gets one clear line.
 
-Floods of connections and messages are in test_floods_lab.py. The disk of each device is 32 megabytes in memory.
+Floods of connections and messages are in test_floods_lab.py. The devices share a small disk in memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 NAMES = ("laptop", "mini-pc")
 STREAMS, CONTEXT, TOKENS = 4, 512, 160
 SPARE = 8 << 20  # bytes lent besides: for another model
-DISK = "32m"
+DISK = "320m"  # a cache of weights leaves 256 MB of it free
 
 
 @pytest.fixture(scope="module")
@@ -108,31 +108,30 @@ def test_a_pipe_in_a_models_place(house: StruckHousehold, answers: StruckAnswers
     assert "model.safetensors" in done.stderr and len(done.stderr.strip().splitlines()) <= 3, done.stderr
 
 
-def test_a_full_disk(house: StruckHousehold, answers: StruckAnswers, disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk(house: StruckHousehold, answers: StruckAnswers, disk: Path) -> None:
     filler = disk / "filler"
     try:
         with undisturbed(house, answers):
-            with filler.open("wb", buffering=0) as file:
-                try:
-                    while True:
-                        file.write(bytes(4096))
-                except OSError:
-                    pass
-            assert house.get(0, "/peerllm/v1/limits", {"battery_percent": 20})[0] in (503, 507)
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            for host in (0, 1):
+                status, _, said = house.get(host, "/peerllm/v1/limits", {"battery_percent": 20})
+                assert (status, said["battery_percent"]) == (200, 20), "it holds, though it cannot be kept"
         psutil.Process(house.engine(1)).kill()  # starts again on the full disk
         answers.check(answers.begin(1), "after an engine's end on a full disk")
     finally:
         filler.unlink(missing_ok=True)
     house.settled()
-    status, _, said = house.get(0, "/peerllm/v1/limits", {"battery_percent": 20})
-    assert (status, said["battery_percent"]) == (200, 20)
-    house.get(0, "/peerllm/v1/limits", {"battery_percent": 0})
+    for host in (0, 1):
+        house.get(host, "/peerllm/v1/limits", {"battery_percent": 0})
+        assert "limits" in (house.devices[host].data_dir / "limits.json").read_text()
 
 
 def test_changed_bytes_in_every_cached_tensor(house: StruckHousehold, answers: StruckAnswers) -> None:
     """Found before they are used, named in the log, fetched again: the answers that waited are the same."""
     cached = [path for path in (house.devices[1].data_dir / "weights").iterdir() if len(path.name) == 64]
-    assert len(cached) > 10
+    assert len(cached) >= 9, "a block has so many"
     good = {path: path.read_bytes() for path in cached}
     begun = answers.begin()
     house.kill(1)

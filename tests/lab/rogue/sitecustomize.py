@@ -8,8 +8,7 @@ if "peerllm.engine" in sys.orig_argv:
     from dataclasses import replace
 
     from peerllm.engine.schedule.epoch_ring import EpochRing
-    from peerllm.engine.wire.parcels import Drawn, Opened, Released, TokenBatch
-    from peerllm.types import Sampling
+    from peerllm.engine.wire.parcels import Drawn, Released, TokenBatch
 
     _pass_on, _turns = EpochRing._pass_on, itertools.count(1)
 
@@ -21,7 +20,5 @@ if "peerllm.engine" in sys.orig_argv:
         unknown = [replace(run, sequence=run.sequence ^ (turn << 20)) for run in parcel.runs]
         _pass_on(self, index, replace(parcel, runs=unknown))
         _pass_on(self, index, Released(unknown[0].sequence, unknown[0].slot, "made up" if turn % 8 else ""))
-        if turn % 16 == 0:
-            _pass_on(self, index, Opened(unknown[0].sequence, unknown[0].slot, Sampling(), position=3))
 
     EpochRing._pass_on = _lie
