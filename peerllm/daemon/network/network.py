@@ -229,10 +229,6 @@ class Network:
         """Called after peers, their views or the roster changed; several changes at once count as one."""
         self._callbacks.change.append(callback)
 
-    def on_vanish(self, callback: Callable[[DeviceId, str], None]) -> None:
-        """Called when a device that was online or silent is offline or has left, with the reason."""
-        self._callbacks.vanish.append(callback)
-
     def on_state(self, callback: Callable[[DeviceId, m.State, m.State, str, bool], None]) -> None:
         """Called with each change of a device's state: device, state before, state, reason, and whether it is reached
         over another connection than before, so that what was under way may be lost."""
@@ -406,8 +402,6 @@ class Network:
                 self._greet(device)
         if before != state or change.renewed:
             call(self._callbacks.state, device, before, state, reason, change.renewed)
-        if before in m.LINKED and state not in m.LINKED:
-            call(self._callbacks.vanish, device, reason)
         self._callbacks.changed()
 
     def on_message(self, device: DeviceId, message: Control) -> None:
