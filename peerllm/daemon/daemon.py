@@ -65,9 +65,10 @@ from peerllm.daemon.status.status import (
     starting_status,
 )
 from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.exchange.holders import ROUTE
 from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
 from peerllm.daemon.weights.hub import token
-from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.offers import Offers
 from peerllm.daemon.weights.stage_weights import StageWeights
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import (

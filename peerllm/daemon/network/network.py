@@ -164,6 +164,11 @@ class Network:
         """Every other device of the household, here or away."""
         return {device: self._peer(entry) for device, entry in self._others().items()}
 
+    def name(self, device: DeviceId) -> str:
+        """What people call another device; the start of its id if it is not of the household."""
+        entry = self._others().get(device)
+        return self._peer(entry).name if entry is not None else device[:8]
+
     def roster(self) -> tuple[RosterEntry, ...]:
         """The household's live members, this device among them."""
         return tuple(self._roster.members().values())

@@ -12,7 +12,6 @@ from peerllm.daemon.weights.exchange.holders import KEY, answer
 from peerllm.engine.messages import TensorAt
 from peerllm.regular_files import open_regular
 
-ROUTE = "/weights/{sha256}"
 BLOCK_BYTES = 1 << 20
 MAX_TRANSFERS = 16  # tensors sent at once; more wait their turn
 STALL_TIMEOUT_S = 30.0  # a device that takes not a block for so long gives up its turn
