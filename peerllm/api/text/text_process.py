@@ -31,7 +31,7 @@ class TextProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._opened: set[str] = set()  # directories that the process has read
         self._rest: asyncio.TimerHandle | None = None
-        self._asking: set[asyncio.Task[dict[str, Any]]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # questions, and the ends of processes that left
 
     @property
     def pid(self) -> int | None:
@@ -42,12 +42,12 @@ class TextProcess:
         """The answer; BadInputError if the process exceeds its memory or its time over it."""
         # A client that hangs up must not leave half a message in the pipe: what was begun is brought to its end.
         task = asyncio.create_task(self._ask(question), name="api: ask the text process")
-        self._asking.add(task)
+        self._tasks.add(task)
         task.add_done_callback(self._done)
         return await asyncio.shield(task)
 
-    def _done(self, task: asyncio.Task[dict[str, Any]]) -> None:
-        self._asking.discard(task)
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # read, also where nobody waits any more
 
@@ -113,11 +113,11 @@ class TextProcess:
             self._process.stdin.close()
             leaving, self._process = self._process, None
             task = asyncio.create_task(self._gone(leaving), name="api: text process ends")
-            self._asking.add(task)
+            self._tasks.add(task)
             task.add_done_callback(self._done)
 
     @staticmethod
-    async def _gone(process: asyncio.subprocess.Process) -> dict[str, Any]:
+    async def _gone(process: asyncio.subprocess.Process) -> None:
         try:
             async with asyncio.timeout(CLOSE_S):
                 await process.wait()
@@ -125,7 +125,6 @@ class TextProcess:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-        return {}
 
     async def _end(self) -> None:
         process, self._process = self._process, None
@@ -138,7 +137,7 @@ class TextProcess:
         """End the process, whatever it does. May be called twice."""
         if self._rest is not None:
             self._rest.cancel()
-        for task in self._asking:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._end()
