@@ -29,7 +29,7 @@ from peerllm.daemon.control_messages import (
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
 from peerllm.daemon.decide.ledger import Ledger
-from peerllm.daemon.decide.membership import LINKED, State
+from peerllm.daemon.decide.membership import State
 from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.deployment.coordinator import Coordinator
 from peerllm.daemon.deployment.loading.epoch_loading import QUERY_TIMEOUT_S
@@ -65,9 +65,10 @@ from peerllm.daemon.status.status import (
     starting_status,
 )
 from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.exchange.holders import ROUTE
 from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
 from peerllm.daemon.weights.hub import token
-from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.offers import Offers
 from peerllm.daemon.weights.stage_weights import StageWeights
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import (
@@ -633,8 +634,7 @@ class Daemon:
                 self.worker.away(device)
                 self.coordinator.device_is(device, "silent", f"is {reason}")
             case "offline" | "left":
-                if before in LINKED:
-                    self._relay.vanished(device, reason)
+                self._relay.vanished(device)
                 self.worker.away(device)
                 self.coordinator.device_is(device, "gone", f"is gone ({reason})")
             case "connecting":

@@ -33,7 +33,7 @@ class TextProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._opened: set[str] = set()  # directories that the process has read
         self._rest: asyncio.TimerHandle | None = None
-        self._asking: set[asyncio.Task[dict[str, Any]]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # questions, and the ends of processes that left
         self._closed = False
 
     @property
@@ -46,13 +46,13 @@ class TextProcess:
         await self._turn.acquire()  # who hangs up before its turn leaves nothing behind
         # A client that hangs up must not leave half a message in the pipe: what was begun is brought to its end.
         task = asyncio.create_task(self._ask(question), name="api: ask the text process")
-        self._asking.add(task)
+        self._tasks.add(task)
         task.add_done_callback(self._done)
         task.add_done_callback(lambda _: self._turn.release())
         return await asyncio.shield(task)
 
-    def _done(self, task: asyncio.Task[dict[str, Any]]) -> None:
-        self._asking.discard(task)
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # read, also where nobody waits any more
 
@@ -120,11 +120,11 @@ class TextProcess:
             self._process.stdin.close()
             leaving, self._process = self._process, None
             task = asyncio.create_task(self._gone(leaving), name="api: text process ends")
-            self._asking.add(task)
+            self._tasks.add(task)
             task.add_done_callback(self._done)
 
     @staticmethod
-    async def _gone(process: asyncio.subprocess.Process) -> dict[str, Any]:
+    async def _gone(process: asyncio.subprocess.Process) -> None:
         try:
             async with asyncio.timeout(CLOSE_S):
                 await process.wait()
@@ -132,7 +132,6 @@ class TextProcess:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-        return {}
 
     async def _end(self) -> None:
         process, self._process = self._process, None
@@ -146,7 +145,7 @@ class TextProcess:
         self._closed = True
         if self._rest is not None:
             self._rest.cancel()
-        for task in self._asking:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._end()

@@ -32,6 +32,7 @@ from peerllm.daemon.control_messages import (
 )
 from peerllm.daemon.decide.assignments import Address, check
 from peerllm.daemon.decide.ledger import Ledger, added_to
+from peerllm.daemon.decide.membership import GRACE_S
 from peerllm.daemon.deployment.loading.epoch_loading import (
     QUERY_TIMEOUT_S,
     UNLOAD_TIMEOUT_S,
@@ -54,7 +55,6 @@ from peerllm.engine.messages import (
 from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId, DeviceId
 
-GRACE_S = 60.0  # what is loaded stays so long after its coordinator was last online
 CONNECT_TIMEOUT_S = 20.0
 CARRY_TIMEOUT_S = 60.0
 

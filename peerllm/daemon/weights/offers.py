@@ -16,7 +16,6 @@ from peerllm.regular_files import open_regular
 from peerllm.transport.tls.contexts import peer_device
 from peerllm.types import DeviceId
 
-ROUTE = "/weights/{sha256}"
 BLOCK_BYTES = 1 << 20
 MAX_TRANSFERS = 16  # tensors sent at once; more wait their turn ...
 MAX_TRANSFERS_OF_DEVICE = 4  # ... as they do of one device, which may read as slowly as it likes; it asks for no more

@@ -15,7 +15,8 @@ from peerllm.daemon.network import peer_http
 from peerllm.daemon.network.peer_http import MAX_PROBE_BYTES, add_probe
 from peerllm.daemon.weights import offers as offers_module
 from peerllm.daemon.weights.digests import Digests
-from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.exchange.holders import ROUTE
+from peerllm.daemon.weights.offers import Offers
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import TensorAt
 
