@@ -18,6 +18,7 @@ from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.facade import (
     Chunk,
     GenerateRequest,
+    InheritedAnswer,
     PeerHandler,
     RelayedAnswer,
     RunOptions,
@@ -221,6 +222,9 @@ class FakeHousehold:
             session.post(self.peers[source] + path, headers=asked, data=body) as response,
         ):
             yield RelayedAnswer(response.status, response.headers, pieces(response))
+
+    def inherit_answers(self, handler: Callable[[InheritedAnswer], None]) -> None:
+        self.inherit = handler
 
     def answer_peers(self, handler: PeerHandler) -> None:
         self.handler = handler

@@ -18,6 +18,7 @@ from peerllm.api.keys import ANSWERS, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai.answer import Completion, OpenAIObjects
 from peerllm.api.openai.answer_store import NotKeptError
 from peerllm.api.openai.chat_request import ChatRequest, parse_chat
+from peerllm.api.openai.inherited_answers import kept_of
 from peerllm.api.openai.kept_answer import BegunAnswer
 from peerllm.api.openai.model_wait import answering_model
 from peerllm.api.openai.models import find_model
@@ -64,7 +65,7 @@ async def _answered(
     repeat: Repeat | None,
     stream: Stream | None,
 ) -> web.StreamResponse:
-    """By this device or by the model's source; a lost source is sought again where the answer has a key."""
+    """By this device or by the model's source; a lost source is sought again where nothing came, or with a key."""
     until = None
     while repeat is None or app[ANSWERS].find(repeat.key, repeat.fingerprint) is None:
         model = await answering_model(app, chat.model, stream.comment if stream else _silently, bool(caller.device))
@@ -75,7 +76,7 @@ async def _answered(
             if app[ANSWERS].find(repeat.key, repeat.fingerprint) is None:
                 if repeat.last is not None:
                     raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
-                begin = _begin(app, chat, model, caller)
+                begin = _begin(app, chat, model, caller, repeat)
                 app[ANSWERS].begin(repeat.key, repeat.fingerprint, caller.payer(chat.user), begin)
             break
         remote = RemoteAnswer(app[HOUSEHOLD], model, caller, repeat, partial(_moved, app, model))
@@ -83,7 +84,7 @@ async def _answered(
             return await remote.pass_on(request, CHAT_PATH, stream)
         except LinkError as error:
             until = until or time.monotonic() + RESUME_S
-            if repeat is None or time.monotonic() >= until:
+            if (repeat is None and remote.begun) or time.monotonic() >= until:
                 raise LinkError(f"no answer of {model.name} to its end: {error}; ask again in a moment") from error
             if stream is not None:
                 await stream.comment(f"the device of {model.name} is lost, looking for the answer")
@@ -104,20 +105,23 @@ def _moved(app: web.Application, model: ServedModel) -> bool:
         return False  # it may be listed again in a moment
 
 
-async def _begin(app: web.Application, chat: ChatRequest, model: ServedModel, caller: Caller) -> BegunAnswer:
+async def _begin(
+    app: web.Application, chat: ChatRequest, model: ServedModel, caller: Caller, repeat: Repeat | None = None
+) -> BegunAnswer:
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
     prompt = await app[TEXTS].prompt(text, chat.messages, model.context)
     room = model.context - len(prompt)
+    objects = OpenAIObjects(model.name, len(prompt), chat.return_token_ids, chat.include_usage)
     wanted = GenerateRequest(
         deployment=model.deployment,
         prompt=prompt,
         max_tokens=min(chat.max_tokens or room, room),
         sampling=chat.sampling_with(text.defaults),
         client=caller.group(chat.user),
+        kept=kept_of(repeat, caller.payer(chat.user), objects, chat.stops) if repeat is not None else "",
     )
-    objects = OpenAIObjects(model.name, len(prompt), chat.return_token_ids, chat.include_usage)
     return BegunAnswer(app[HOUSEHOLD].generate(wanted), objects, text, frozenset(model.stop_ids), chat.stops)
 
 

@@ -25,18 +25,20 @@ _JSON, _EVENTS = "application/json", "text/event-stream"
 _KEPT = ("Retry-After", "x-should-retry")  # headers that mean the same here
 _LAST = re.compile(rb'data: (\[DONE\]|\{"error":)')  # with one of these every stream ends
 _LEAVING = f'"code":"{DeviceLeavingError.code}"'.encode()
+_DATA = re.compile(rb"(?:^|\n)data: ")
 _ID = re.compile(rb"(?:^|\n)id: ([0-9]{1,10}|end)\n")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RemoteAnswer:
-    """`moved` says whether another device answers for the model by now."""
+    """`moved` says whether another device answers for the model by now; `begun`: the client has some of the answer."""
 
     household: Household
     model: ServedModel
     caller: Caller
     repeat: Repeat | None
     moved: Callable[[], bool]
+    begun: bool = False
 
     async def pass_on(self, request: web.Request, path: str, stream: Stream | None) -> web.StreamResponse:
         """What the model's source answers to this request: status, errors and events unchanged.
@@ -82,6 +84,7 @@ class RemoteAnswer:
                     last = whole.rpartition(b"\n\n")[2]
                     if self.repeat is not None and last.startswith(b'data: {"error":') and _LEAVING in last:
                         raise LinkError("its device is shutting down")
+                    self.begun = self.begun or _DATA.search(whole) is not None
                     await stream.write(whole + mark)
                     ended = _LAST.search(last) is not None
                     if self.repeat is not None and (ids := _ID.findall(whole)):

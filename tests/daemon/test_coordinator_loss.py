@@ -1,0 +1,107 @@
+"""Real devices: the one that a model was started on is killed; the others go on, and so do answers with a key."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from peerllm.builtin import MODEL_DIR
+from peerllm.cli.demo.demo_memory import sizes_of
+from tests.clients import PATH, body, clients
+from tests.household import Device, household
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+NAMES = ("laptop", "mini-pc", "jetson")
+SLOTS, CONTEXT = 2, 512
+TOKENS = 300
+ANSWER_S = 10.0  # another device answers within this
+REQUESTS: tuple[dict[str, Any], ...] = (
+    body("Tell me a story about a fox.", TOKENS, stream=True),
+    body("Tell me a story.", TOKENS, stream=True, temperature=0.9, seed=3, frequency_penalty=0.4),
+)
+
+
+def memory() -> list[int]:
+    """The first device has room for the ends and two blocks; the others for those and half of the blocks, and more."""
+    sizes = sizes_of(MODEL_DIR, SLOTS, CONTEXT)
+    ends, block = sizes.embedding + sizes.head, max(sizes.blocks)
+    spare = block // 2
+    rest = (sum(sizes.blocks) + ends) // 2 + spare
+    first = sizes.working + ends + sum(sizes.blocks) - rest - block
+    return [first, sizes.working + rest, sizes.working + rest]
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Device]]:
+    lent = dict(zip(NAMES, map(str, memory()), strict=True))
+    with household(tmp_path_factory.mktemp("loss"), NAMES, memory=lent) as made:
+        online = ["online"] * len(NAMES)
+        wait("all together", lambda: all([one["state"] for one in d.status()["devices"]] == online for d in made))
+        made[0].cli("run", "builtin", "--slots", str(SLOTS), "--context", str(CONTEXT))
+        yield made
+
+
+def deployments(device: Device) -> list[dict[str, Any]]:
+    return list(device.status()["deployments"])
+
+
+async def streamed(
+    device: Device, request: dict[str, Any], key: str = "", last: str = "", until: int | None = None
+) -> tuple[list[int], str]:
+    """Token ids, and the last event's id; up to `until` ids."""
+    ids, seen = list[int](), last
+    headers = ({"Idempotency-Key": key} if key else {}) | ({"Last-Event-ID": last} if last else {})
+    async with clients(device.url, device.token()) as session, session.post(
+        PATH, json=request, headers=headers
+    ) as response:
+        assert response.status == 200, await response.text()
+        async for raw in response.content:
+            line = raw.decode().strip()
+            if line.startswith("id: "):
+                seen = line[4:]
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                assert "error" not in event, event
+                for choice in event["choices"]:
+                    ids += choice.get("token_ids", [])
+            if until is not None and len(ids) >= until:
+                break
+    return ids, seen
+
+
+def wait(what: str, condition: Any, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen"
+        time.sleep(0.1)
+
+
+def test_the_coordinator_of_three_is_killed(devices: list[Device]) -> None:
+    first, second, third = devices
+    (before,) = deployments(third)
+    assert {one["device"] for one in before["plan"]["stages"]} == set(NAMES)
+    asyncio.run(_killed(first, second, third, before))
+
+
+async def _killed(first: Device, second: Device, third: Device, before: dict[str, Any]) -> None:
+    undisturbed = [(await streamed(third, request))[0] for request in REQUESTS]
+    wait("two followers", lambda: all("can follow" in one.log_tail() for one in (second, third)))
+    begun = [await streamed(third, request, f"key {n}", until=20) for n, request in enumerate(REQUESTS)]
+    reading = [asyncio.create_task(streamed(third, request, f"read {n}")) for n, request in enumerate(REQUESTS[:0])]
+    await asyncio.sleep(0.3)
+    first.process.send_signal(signal.SIGKILL)  # type: ignore[union-attr]
+    killed = time.monotonic()
+    await streamed(third, body("Hello", 3, stream=True))
+    print("answered again after", time.monotonic() - killed)
+    assert time.monotonic() - killed < ANSWER_S
+    for device in (third, second):
+        for number, (request, (ids, last)) in enumerate(zip(REQUESTS, begun, strict=True)):
+            rest, _ = await streamed(device, request, f"key {number}", last)
+            assert ids + rest == undisturbed[number]
+    await asyncio.gather(*reading)
