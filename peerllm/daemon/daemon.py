@@ -231,7 +231,7 @@ class Daemon:
         if self._ready.is_set():
             self.lending.go(reason)
             self.successor.copies.going = True
-            if not await self.lending.gone(self.identity.device, lambda: self.coordinator.busy, within_s):
+            if not await self.lending.gone(self.successor.online, lambda: self.coordinator.busy, within_s):
                 log.info("%g s are over; what is still held here is let go of", within_s)
 
     async def sleep(self, within_s: float) -> None:
@@ -401,6 +401,7 @@ class Daemon:
         return machine.lent_bytes(limits.memory_bytes, configured.runtime_bytes, running)
 
     def lending_changed(self) -> None:
+        self.successor.lends(not self.ledger.leaving)
         self.network.set_hello_changed()
         self.coordinator.stir("what a device lends has changed")
         self.poke()

@@ -92,6 +92,7 @@ class Successor:
         self._stages: dict[DeploymentId, tuple[Stage, ...]] = {}  # of the last plan that each deployment had
         self._told: dict[DeviceId, set[DeploymentId]] = {}  # what each device said that it coordinates
         self._online: set[DeviceId] = set()
+        self._lends = True
         self._streaming: dict[DeploymentId, bool] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,6 +129,18 @@ class Successor:
             self.copies.again(device)
         self._feed(PresenceChanged(device, presence))
         self._see_to_equipment()
+
+    def online(self, device: DeviceId) -> bool:
+        """Whether another device is heard."""
+        return device in self._online
+
+    def lends(self, lends: bool) -> None:
+        """Whether this device takes part: one that does not follows in nothing."""
+        if lends != self._lends:
+            self._lends = lends
+            for deployment in self._decider.followed:
+                if self._equipment.get(deployment) is not None:
+                    self._feed(Equipped(deployment, lends))
 
     def hear(self, device: DeviceId, message: AnswerCopied | AnswerGrew) -> None:
         """A coordinator tells of answers that this device would go on with."""
@@ -280,7 +293,7 @@ class Successor:
 
     def _equipped(self, deployment: DeploymentId) -> None:
         log.info("this device can follow in %s", deployment[:8])
-        self._feed(Equipped(deployment))
+        self._feed(Equipped(deployment, self._lends))
 
     # ---- others follow this device ----------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.plan_search import PlanSearch, PlanSearched
 from peerllm.engine.messages import Inspected
 from peerllm.errors import InfeasibleError
+from peerllm.planner.cost.working_space import working_bytes
 from peerllm.planner.replan.migration import DISK_MBPS
 from peerllm.planner.replan.replan_decision import ReplanDecision
 from peerllm.types import DeviceId
@@ -86,7 +87,10 @@ class NextPlan:
         for device in self._holdings.devices:
             shards = self._holdings.shards(device, size)
             loaded[device] = self._holdings.layers(device, size)
-            held[device] = self._holdings.promised_bytes(device) or shard_bytes(inspected.profile, size, shards)
+            held[device] = self._holdings.promised_bytes(device)
+            if shards and not held[device]:  # it was promised to an earlier coordinator
+                working = working_bytes(inspected.working, size[1], size[0])
+                held[device] = shard_bytes(inspected.profile, size, shards) + working
         moving = None
         if size != (0, 0):
             everything = frozenset(range(len(inspected.profile.layers)))
