@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from peerllm.daemon.weights.hub import hole
 from peerllm.engine.weights.checkpoint import read_model
 from peerllm.errors import ModelError
 from peerllm.wrapped_models import WRAPPERS, text_tensor, text_values
+from tests.daemon.weights.hub_server import hole
 
 LAYER = "layers.0.self_attn.q_proj.weight"
 TEXT: dict[str, Any] = {"model_type": "mistral", "hidden_size": 8, "num_hidden_layers": 1}

@@ -218,6 +218,7 @@ class StageWork:
     downstream_port: int = 0  # of its data plane
     upstream_activations: ActivationForm = "exact"  # how hidden states come from there ...
     downstream_activations: ActivationForm = "exact"  # ... and go there
+    state_from: tuple[DeviceId, ...] = ()  # who had some of its layers, and may bring what sequences keep in them
 
 
 # ---- what an Ask may carry, and what answers it -------------------------------------------------------------------

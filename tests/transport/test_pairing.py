@@ -316,10 +316,21 @@ async def test_who_knocks_and_says_nothing_makes_way(house: House, bob: Identity
     assert len(house.door._waiting) <= door_module.MAX_WAITING
     for reader, _ in silent:
         with contextlib.suppress(ConnectionError):
-            assert await asyncio.wait_for(reader.read(), WAIT_S) == b"", "the first make way"
+            assert await asyncio.wait_for(reader.read(), door_module.ATTEMPT_TIMEOUT_S / 2) == b"", "the first make way"
     await house.join(bob)
     for writer in (writer for _, writer, *_ in (*silent, *secured)):
         writer.close()
+
+
+async def test_who_is_being_served_does_not_make_way(house: House, bob: Identity) -> None:
+    _, writer, channel = await _knock(house)
+    await _greet(house, channel, bob, house.code)
+    flood = [await _knock(house) for _ in range(3 * door_module.MAX_WAITING)]
+    await channel.send(Confirm("00" * 32))
+    with pytest.raises(PairingError, match="the code is wrong"):
+        await channel.receive(Confirm)
+    for one in (writer, *(writer for _, writer, _ in flood)):
+        one.close()
 
 
 async def test_one_address_has_one_place_in_the_line(house: House, bob: Identity, alice: Identity) -> None:

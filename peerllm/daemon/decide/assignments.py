@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 
@@ -49,10 +49,12 @@ def assignments(
     hashes: Mapping[str, str],
     address: Callable[[DeviceId], Address],
     hub: HubPlaces | None = None,
+    before: Sequence[Stage] = (),
 ) -> dict[DeviceId, Assign]:
     """One Assign per device of the plan; `hashes` by tensor name, for the tensors that travel.
 
-    With `hub` no device need have them: "" is the hash of one that nobody has fetched yet.
+    `before`: the stages in which sequences run now. With `hub` no device need have the tensors: "" is the hash of one
+    that nobody has fetched yet.
     """
     stages = blueprint.plan.stages
     source = stages[0].device
@@ -85,6 +87,7 @@ def assignments(
                 downstream_port=port,
                 upstream_activations=forms[number - 1] if number else "exact",
                 downstream_activations=forms[number],
+                state_from=tuple(sorted({old.device for old, _, _ in _moved(before, stage)})),
             )
         )
     return {
@@ -119,15 +122,21 @@ def carried(
 ) -> list[tuple[DeviceId, Carry]]:
     """Who copies what to whom between two (epoch, stages): each run of layers that changes its device."""
     result = []
-    for old in before[1]:
-        for number, new in enumerate(after[1]):
-            first, last = max(old.first_layer, new.first_layer), min(old.last_layer, new.last_layer)
-            if first <= last and old.device != new.device:
-                hosts, port = address(new.device)
-                hosts = tuple(host for host in hosts if "%" not in host)
-                carry = Carry(deployment, before[0], first, last, after[0], number, new.device, hosts, port)
-                result.append((old.device, carry))
+    for number, new in enumerate(after[1]):
+        for old, first, last in _moved(before[1], new):
+            hosts, port = address(new.device)
+            hosts = tuple(host for host in hosts if "%" not in host)
+            carry = Carry(deployment, before[0], first, last, after[0], number, new.device, hosts, port)
+            result.append((old.device, carry))
     return result
+
+
+def _moved(before: Sequence[Stage], new: Stage) -> Iterator[tuple[Stage, int, int]]:
+    """(Stage of another device, first, last) of each run of layers that `new` takes over from one."""
+    for old in before:
+        first, last = max(old.first_layer, new.first_layer), min(old.last_layer, new.last_layer)
+        if first <= last and old.device != new.device:
+            yield old, first, last
 
 
 def _fetchers(blueprint: Blueprint, inspected: Inspected, source: DeviceId | None) -> dict[str, DeviceId]:

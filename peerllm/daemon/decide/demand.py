@@ -219,7 +219,7 @@ def _draw_up(
         context,
         options.objective,
     )
-    chunk = min(options.prompt_chunk or chunk_tokens(space, context), context)
+    chunk = most_chunk(options, inspected, context)
     working = working_bytes(space, context, slots, chunk)
     _check_sum(options, inspected, candidates, work, working)
     slower = slower_than_estimated(candidates.values(), model, inspected.dtype)
@@ -275,6 +275,22 @@ def shard_bytes(model: ModelProfile, size: tuple[int, int], shards: Sequence[tup
     work = Workload(sequences=max(1, size[0]), context=max(1, size[1]))
     layers = {layer for first, last in shards for layer in range(first, last + 1)}
     return sum(layer_bytes(model, i, work, beside=model.layers[i].tied_to in layers) for i in layers)
+
+
+def held_bytes(
+    options: RunOptions, inspected: Inspected, size: tuple[int, int], shards: Sequence[tuple[int, int]]
+) -> int:
+    """What a device promised for these shards of that size: working space, weights and KV."""
+    if not shards:
+        return 0
+    slots, context = size
+    chunk = most_chunk(options, inspected, context)
+    return working_bytes(inspected.working, context, slots, chunk) + shard_bytes(inspected.profile, size, shards)
+
+
+def most_chunk(options: RunOptions, inspected: Inspected, context: int) -> int:
+    """The most tokens of a prompt in one pass, which working space is promised for."""
+    return min(options.prompt_chunk or chunk_tokens(inspected.working, context), context)
 
 
 def added_bytes(blueprint: Blueprint, device: DeviceId, loaded: Sequence[tuple[int, int]]) -> int:

@@ -199,7 +199,6 @@ class OwnerDecider:
             self._no_more = True
         if short_s >= SHORT_S and self._holds.promised_bytes and not self._too_full:
             self._too_full, self._held_bytes = True, self._holds.promised_bytes
-            self._roomy.since = None
         elif roomy_s >= CALM_S:
             self._too_full = self._no_more = False
 

@@ -110,7 +110,7 @@ class Deployment:
         self._around, self._served = around, served
         self._search = PlanSearch(options, around, timings, self._tell)
         self._holdings = HouseholdHoldings()
-        self.plans = NextPlan(around, self._search, self._holdings, self.model)
+        self.plans = NextPlan(options, around, self._search, self._holdings, self.model)
         self._negotiation = EpochNegotiation(
             around, self.id, self._holdings, self._tell, self._loading, self.plans.loaded
         )
@@ -198,7 +198,8 @@ class Deployment:
         if device == self._around.me:
             self.sequences.hold(reason)  # until the next engine has its stages
             self.sequences.engine_lost()
-        self._note_failure(device, told.epoch, EngineError(reason))
+        if self._running is None or self._running.number != told.epoch:  # one that served is the decider's to judge
+            self._note_failure(device, told.epoch, EngineError(reason))
         self._holdings.lost(device)
         self._feed(EngineLost(device, told.epoch, reason))
 
@@ -365,7 +366,8 @@ class Deployment:
         inspected, me = self.model.inspected, self._around.me
         assert inspected is not None
         try:
-            await self._negotiation.establish(epoch, inspected, make_room)
+            before = () if self._running is None else self._running.blueprint.plan.stages
+            await self._negotiation.establish(epoch, inspected, make_room, before)
         except PeerLLMError as error:
             number, devices = epoch.number, epoch.blueprint.promises
             self._work(f"undo {number}", self._negotiation.let_go(number, devices, only=True))
@@ -459,7 +461,6 @@ class Deployment:
         work = epoch.blueprint.workload
         less, began = self._search.served(work), self.state != "serving"
         self._search.free.clear()
-        self.report.begin(())
         if less:
             log.warning("%s: %s", self.options.name, less)
             self.report.say("serving", less)
@@ -467,6 +468,7 @@ class Deployment:
         self._become("serving", "; ".join(filter(None, (less, note))))
         if began:
             self.report.say("serving", f"{self.options.name} is served")
+        self.report.begin(())
         self.sequences.open(ServingCapacity(work.sequences, work.context, inspected.vocabulary, inspected.stop_ids))
         self._resolve(None)
         self._served()

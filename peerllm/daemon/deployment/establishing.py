@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from peerllm.daemon.control_messages import Answer
@@ -21,7 +21,8 @@ from peerllm.daemon.deployment.negotiation import (
 )
 from peerllm.engine.messages import Inspected
 from peerllm.errors import PeerLLMError, RefusedError
-from peerllm.types import DeploymentId, DeviceId
+from peerllm.planner.cost.byte_sizes import human_bytes
+from peerllm.types import DeploymentId, DeviceId, Stage
 
 
 class DeviceRefusedError(RefusedError):
@@ -74,20 +75,30 @@ class EpochNegotiation:
         self._holdings, self._say, self._reserved, self._loaded = holdings, say, reserved, loaded
         self._ending: dict[DeviceId, set[asyncio.Task[object]]] = {}  # releases that devices have not answered yet
 
-    async def establish(self, epoch: Epoch, inspected: Inspected, make_room: bool) -> None:
+    async def establish(
+        self, epoch: Epoch, inspected: Inspected, make_room: bool, before: Sequence[Stage] = ()
+    ) -> None:
         """Load and link an epoch beside those that stand; raises DeviceRefusedError or DeviceFailedError.
 
-        `make_room`: where a device has no room beside earlier epochs, those are let go of there first.
+        `before`: the stages in which sequences run now. `make_room`: where a device has no room beside earlier epochs,
+        those are let go of there first.
         """
         around, blueprint = self._around, epoch.blueprint
         moving = travelling(blueprint, inspected, around.me)
-        hashes = await around.hashes(moving, self._hashing)
+        begun, total = time.monotonic(), sum(tensor.nbytes for tensor in moving)
+
+        def hashing(share: float) -> None:
+            rate = human_bytes(round(share * total / max(1e-3, time.monotonic() - begun)))
+            self._say(f"hashing the weights that will travel: {share:.0%}, {rate} a second", share)
+
+        hashes = await around.hashes(moving, hashing)
         await self._reserve_all(epoch, make_room)
         self._reserved(epoch)
         hub = await around.hub_places(tensor for layer in inspected.tensors for tensor in layer)
         work = assignments(
-            self._deployment, epoch.number, blueprint, inspected, hashes=hashes, address=around.address, hub=hub
-        )
+            self._deployment, epoch.number, blueprint, inspected, hashes=hashes, address=around.address, hub=hub,
+            before=before,
+        )  # fmt: skip
         fresh = max(self._added_bytes(epoch, device) for device in epoch.devices)
         began = time.monotonic()
         await assign_all(around, work)
@@ -113,9 +124,6 @@ class EpochNegotiation:
             ending.discard(task)
 
     # ---- inside ---------------------------------------------------------------------------------------------------
-
-    def _hashing(self, share: float) -> None:
-        self._say(f"hashing the weights that will travel: {share:.0%}", share)
 
     async def _reserve_all(self, epoch: Epoch, make_room: bool) -> None:
         """In the one order that all coordinators use, so that the first of two rivals wins all."""

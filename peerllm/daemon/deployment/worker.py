@@ -217,7 +217,9 @@ class Worker:
         """Whether memory was freed of deployments whose coordinators are away, the one longest away first."""
         needed = asked.nbytes if asked.added_bytes is None else asked.added_bytes
         graced = [h for h in self._held.values() if h.coordinator in self._away and h.deployment != asked.deployment]
-        if needed > self.ledger.free_bytes + sum(self.ledger.promised_to(held.deployment) for held in graced):
+        if self.ledger.leaving or needed > self.ledger.free_bytes + sum(
+            self.ledger.promised_to(held.deployment) for held in graced
+        ):
             return False
         for held in sorted(graced, key=lambda one: self._away.get(one.coordinator, 0.0)):
             if needed <= self.ledger.free_bytes:

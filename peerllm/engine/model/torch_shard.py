@@ -120,7 +120,6 @@ class TorchShard:
     def _compute(self, inputs: torch.Tensor, run: TokenRun) -> torch.Tensor:
         """[n] or [n, hidden] to what `forward` tells of it. If it fails, its slot still holds what came before it."""
         cache = self._caches[run.slot]
-        self._arriving.pop(run.slot, None)
         cache.seek(run.position)
         tells = run.sample or not self._has_head
         if tells or self.first_layer < self.last_layer:

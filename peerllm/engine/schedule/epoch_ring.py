@@ -162,6 +162,9 @@ class EpochRing:
         except FrameError as error:
             self._pass_on(index, Released(opened.sequence, opened.slot, str(error)))
             return
+        if passed is None:
+            self._counts.dropped_frames += 1
+            return
         for sequence in standing:
             self._void(sequence, stage)
         self._pass_on(index, replace(passed, answer=()) if stage.is_head else passed)

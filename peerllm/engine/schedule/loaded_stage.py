@@ -64,16 +64,19 @@ class LoadedStage:
         """Slots of sequences that are computed in this stage's epoch."""
         return max(one.slots.in_use(self.spec.epoch) for one in self.chain)
 
-    def open(self, opened: Opened, answer: Sequence[int] = (), others: Sequence[HeldShard] = ()) -> Opened:
+    def open(self, opened: Opened, answer: Sequence[int] = (), others: Sequence[HeldShard] = ()) -> Opened | None:
         """Let a sequence in, after the tokens that its slot is to hold; the parcel with what is lacking of them.
 
-        `answer`: its ids so far, at the head. `others`: the deployment's shards on this device. FrameError if the slot
-        does not exist.
+        None if it came late. `answer`: its ids so far, at the head. `others`: the deployment's shards on this device.
+        FrameError if the slot does not exist.
         """
         sequence, position = opened.sequence, opened.position
-        for one in self._up_to(opened.through):
+        asked = self._up_to(opened.through)
+        if any(one.slots.is_late(sequence, opened.slot, opened.attempt) for one in asked):
+            return None
+        for one in asked:
             one.take_over(sequence, opened.slot, self.spec.epoch, position, others)
-            found = one.slots.enter(sequence, opened.slot, position, self.spec.epoch, opened.after)
+            found = one.slots.enter(sequence, opened.slot, position, self.spec.epoch, opened.after, opened.attempt)
             if found < position:
                 opened = opened.lacks(one.last_layer, found)
         if self.is_head:

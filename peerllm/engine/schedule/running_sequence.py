@@ -43,8 +43,8 @@ class RunningSequence:
     furthest: int = 0  # see CachedPrefix
     goal: int = 0
     through: int = -1
-    attempt: int = 0  # OPENs sent
-    awaited: bool = False  # the last of them is to come back
+    attempt: int = 0  # the number of its last OPEN
+    awaited: bool = False  # which is to come back
     partial: int = 0  # how often it went back to what stages still held since it entered the epoch
     sure: bool = True  # the stages hold the tokens up to `back`, and none that lack it have gone further
     exact: bool = False  # tokens that are computed again must go through the layers in the same runs as before

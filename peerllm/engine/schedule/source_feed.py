@@ -21,6 +21,7 @@ from peerllm.errors import FrameError, PeerLLMError
 from peerllm.transport.frames.token_run import TokenRun
 
 LEAST_PATIENCE_S = 0.25  # an epoch that is left has so long to bring back what is under way, at least
+MOST_PATIENCE_S = 5.0
 PATIENCE_LAPS = 3  # ... and so many times as long as it lately took at most until something came back
 KEPT = 31 / 32  # of that time, at each thing that comes back
 
@@ -47,7 +48,7 @@ class SourceFeed:
         self._id, self._rings, self._tell, self._counts, self._clock = spec.deployment, rings, tell, counts, clock
         self._turns = SCHEDULES[spec.schedule](spec.micro_batch, spec.micro_batches)
         self._switches: list[Switch] = []  # not answered yet
-        self._fed_at = self._old_at = clock()  # when something was fed after a pause, or came back; from an old epoch
+        self._fed_at = self._old_at = clock()  # when a sequence entered, or something came back; from an old epoch
         self._longest_s = 0.0  # until something came back, of late
 
     # ---- from the daemon --------------------------------------------------------------------------------------------
@@ -62,8 +63,6 @@ class SourceFeed:
         except PeerLLMError as error:
             self._tell(Tokens(self._id, order.sequence, len(order.answer), (), "error", str(error)))
             return
-        if len(self.sequences.running) == 1:
-            self._fed_at = self._clock()
         self.sequences.leave(order.sequence)
         self._enter_waiting()
         self._feed()
@@ -103,7 +102,7 @@ class SourceFeed:
 
     def hurry(self) -> None:
         """Time has passed: what an old epoch does not bring back is given up."""
-        patience_s = max(LEAST_PATIENCE_S, PATIENCE_LAPS * self._longest_s)
+        patience_s = min(max(LEAST_PATIENCE_S, PATIENCE_LAPS * self._longest_s), MOST_PATIENCE_S)
         if self._switches and self._clock() - self._old_at > patience_s:
             self._move(at_once=True)
             self._feed()
@@ -192,6 +191,7 @@ class SourceFeed:
             if self.sequences.epoch_of(sequence) is not None:
                 continue
             if self.sequences.fits(sequence):
+                self._fed_at = self._clock()
                 self._send(ring, *self.sequences.enter(sequence))
             else:
                 self._finish(sequence, "error", "the new plan has too little room for this answer")

@@ -56,6 +56,7 @@ class SourceSequences:
         self._idle, self._reach = PrefixCache(slots, reach), reach
         self._prompts = PromptTurns()
         self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
+        self._opens = epoch << 32  # OPENs sent; above those of a source before this one, whose epochs were earlier
         self._draining: dict[int, tuple[int, int]] = {}  # of those, by ended sequence, until its RELEASE comes back
 
     def _plan(self, slots: int, context: int, chunk: int, stages: int, cuts: Cuts, epoch: int) -> None:
@@ -166,8 +167,8 @@ class SourceSequences:
     def opened(self, sequence: int) -> Opened:
         """What goes round when a sequence enters the epoch, or asks again what the stages hold."""
         running = self._running[sequence]
-        running.attempt += 1
-        running.awaited = True
+        self._opens += 1
+        running.attempt, running.awaited = self._opens, True
         order, choice = running.order, running.choice
         after = choice.after if running.back == choice.position else 0
         where = running.back, after, running.through, running.attempt

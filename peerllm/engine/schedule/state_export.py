@@ -36,9 +36,8 @@ class StateExport:
             raise RefusedError(f"epoch {message.epoch} is not loaded here any more")
         if self._parts is None:
             first, last = message.first_layer, message.last_layer
-            chains = (one for stage in ring.stages.values() for one in stage.chain)
-            shards = [one for one in chains if one.first_layer <= last and first <= one.last_layer]
-            self.form = shards[0].shard.form if shards else ""
+            shards = [one for stage in ring.stages.values() for one in stage.chain]
+            self.form = shards[0].shard.form
             self._parts = parts_of(shards, message.epoch, first, last)
         taken: list[CarriedPart] = []
         nbytes = 0

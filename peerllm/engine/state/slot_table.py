@@ -25,6 +25,7 @@ class _HeldSlot:
     snapshot: int = 0  # the position of which recurrent layers keep a snapshot; 0: none
     short: bool = False  # it was to go on where it cannot: runs from there came too early
     idle: bool = False  # the sequence has ended
+    attempt: int = 0  # the number of its last OPEN; they rise over all sequences and epochs
 
 
 class SlotTable:
@@ -52,8 +53,17 @@ class SlotTable:
         there = self._by_slot.get(slot)
         return ({sequence} & self._held.keys()) | (set() if there is None or there.idle else {there.sequence})
 
-    def enter(self, sequence: int, slot: int, position: int = 0, epoch: int = 0, after: int = 0) -> int:
-        """A sequence begins in an epoch, or goes on there, after its first `position` tokens.
+    def is_late(self, sequence: int, slot: int, attempt: int) -> bool:
+        """Whether a later OPEN than that of this number has come for the sequence, or for another in its slot."""
+        there, own = self._by_slot.get(slot), self._held.get(sequence)
+        if own is not None and own.attempt == attempt > 0:
+            return True
+        return any(other is not None and other.attempt > attempt for other in (there, own))
+
+    def enter(
+        self, sequence: int, slot: int, position: int = 0, epoch: int = 0, after: int = 0, attempt: int = 0
+    ) -> int:
+        """A sequence begins in an epoch, or goes on there, after its first `position` tokens; not if that `is_late`.
 
         They are its own, or those of the ended sequence `after`, whose text begins with the same ones. Returns
         `position`, or where it can go on of what the layers hold, if that is less. Another sequence in the slot has
@@ -61,9 +71,9 @@ class SlotTable:
         """
         if not 0 <= slot < self._count:
             raise FrameError(f"slot {slot} does not exist; there are {self._count}")
-        there = self._by_slot.get(slot)
+        there, own = self._by_slot.get(slot), self._held.get(sequence)
         mine = there if there is not None and there.sequence in (sequence, after) else None
-        for other in (self._held.get(sequence), there):
+        for other in (own, there):
             if other is not None and other is not mine:
                 self._forget(other)
         if mine is None:
@@ -71,7 +81,7 @@ class SlotTable:
         self._held.pop(mine.sequence, None)
         self._held[sequence] = mine
         found = self._place(mine, position)
-        mine.sequence, mine.epoch, mine.tokens, mine.idle = sequence, epoch, found, False
+        mine.sequence, mine.epoch, mine.attempt, mine.tokens, mine.idle = sequence, epoch, attempt, found, False
         mine.short = found < position
         return found
 

@@ -136,6 +136,9 @@ class PairingDoor:
             sock.close()
 
     def _take(self, sock: socket.socket, host: str, context: ssl.SSLContext) -> None:
+        if not self._code:  # it came while the door was being shut
+            sock.close()
+            return
         visit = asyncio.get_running_loop().create_task(self._visit(sock, host, context), name="pairing visit")
         self._visits.add(visit)
         visit.add_done_callback(self._visits.discard)

@@ -127,19 +127,20 @@ async def test_a_signal_of_somebody_else_puts_nobody_to_sleep(address: str, logi
     from dbus_fast.aio import MessageBus
 
     begun: asyncio.Queue[str] = asyncio.Queue()
+    woken = asyncio.Event()
 
     async def before() -> None:
         begun.put_nowait("farewell")
 
     stranger = await MessageBus(bus_address=address).connect()
-    async with asyncio.timeout(BOUND_S), sleep_watched(before, lambda: None, address):
+    async with asyncio.timeout(BOUND_S), sleep_watched(before, woken.set, address):
         await logind.asked.get()
         for path, member in ((PATH, "PrepareForSleep"), (PATH, "PrepareForShutdown"), ("/x", "PrepareForSleep")):
             await stranger.send(Message.new_signal(path, MANAGER, member, "b", [True]))
         await logind.signal(True)
-        await begun.get()
-        await asyncio.sleep(0)
-        assert begun.empty()
+        await logind.signal(False)
+        await woken.wait()
+        assert begun.qsize() == 1
     stranger.disconnect()
 
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 
 from peerllm.codec import decode, encode
-from peerllm.daemon.control_messages import Activate, Ask, Control, Release, Reserve, Trouble
+from peerllm.daemon.control_messages import Activate, Ask, Carry, Control, Release, Reserve, Trouble
 from peerllm.daemon.decide.assignments import assignments, check, travelling
 from peerllm.daemon.decide.demand import draw_up
+from peerllm.daemon.deployment import worker as worker_module
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Connect, LinkLost, LoadStage, Unload
 from peerllm.errors import BadInputError, EngineError, LinkError, RefusedError
-from peerllm.types import MAX_CUTS
+from peerllm.types import MAX_CUTS, Stage
 from tests.daemon.house import BLOCK, House, inspected
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -70,6 +71,13 @@ def test_assignments_cover_the_model_and_close_the_ring(house, plan):
         D, 1, blueprint, model, hashes=hashes, address=lambda _: (("fe80::1%eth0", "10.0.0.1", "fe80::2%3"), 7)
     )
     assert zoned == made, "an address on one of the source's own interfaces helps nobody else"
+    before = [Stage(A, 0, 2), Stage(C, 3, 4), Stage(B, 5, 9)]
+    moved = assignments(D, 1, blueprint, model, hashes=hashes, address=lambda _: ((), 7), before=before)
+    for w in (w for assign in moved.values() for w in assign.work):
+        held = {old.device for old in before if old.first_layer <= w.last_layer and w.first_layer <= old.last_layer}
+        assert set(w.state_from) == held - {devices[w.stage]}
+        assert not work[w.stage].state_from
+    assert any(w.state_from for assign in moved.values() for w in assign.work)
     names = [t.name for w in work for t in w.tensors]
     assert sorted(names) == sorted(t.name for layer in model.tensors for t in layer)
     assert all(assign.head_device == devices[-1] for assign in made.values())
@@ -287,3 +295,102 @@ def test_stages_must_rise_and_be_assigned_once(plan):
     for wrong in ((work, work), (replace(work, first_layer=5, last_layer=4),), (replace(work, stage=99),)):
         with pytest.raises(BadInputError):
             check(replace(assign, work=wrong), 10**12, own=False)
+
+
+# ---- epochs side by side, and coordinators that are away ----
+
+
+async def side_by_side(house, worker, plan):
+    """Epoch 2 gives b one layer more than epoch 1, which stands."""
+    blueprint, assign = plan
+    await loaded(worker, plan)
+    (work,) = assign.work
+    last = work.last_layer + 1
+    model = inspected("big", 8)
+    more = replace(
+        work, last_layer=last, tensors=(*work.tensors, replace(work.tensors[-1], name=model.tensors[last][0].name))
+    )
+    nbytes, added = blueprint.promises[B] + BLOCK, BLOCK
+    house["b"].ledger.lent_bytes = house["b"].lent = nbytes
+    assert (await worker.answer(A, Reserve(D, 2, nbytes, 10))).error == "RefusedError", "there is no room for both"
+    assert not (await worker.answer(A, Reserve(D, 2, nbytes, 10, added))).error
+    assert not (await worker.answer(A, replace(assign, epoch=2, work=(more,)))).error
+    return work, more
+
+
+async def test_a_later_epoch_stands_beside_the_earlier_and_shares_its_shards(house, plan, worker):
+    work, more = await side_by_side(house, worker, plan)
+    engine, ledger = house["b"].engine, house["b"].ledger
+    assert engine.loaded == [(work.first_layer, work.last_layer), (more.last_layer, more.last_layer)]
+    assert ledger.promised_bytes == plan[0].promises[B] + BLOCK
+    assert [(h.epoch, h.first_layer, h.last_layer) for h in worker.holdings()] == [
+        (2, work.first_layer, work.last_layer), (2, more.last_layer, more.last_layer),
+    ]  # fmt: skip
+    for epoch in (1, 2):
+        assert not (await worker.answer(A, Activate(D, epoch))).error
+    answer = await worker.answer(A, Release(D, 1))
+    assert not answer.error and ledger.promised_bytes == plan[0].promises[B] + BLOCK and len(engine.shards) == 2
+    assert (await worker.answer(A, Activate(D, 1))).error == "RefusedError"
+    await worker.answer(A, Release(D, 2))
+    assert house.empty()
+
+
+async def test_a_later_epoch_alone_is_given_up_and_the_earlier_keeps_its_own(house, plan, worker):
+    work, _ = await side_by_side(house, worker, plan)
+    assert not (await worker.answer(A, Release(D, 2, only=True))).error
+    assert house["b"].ledger.promised_bytes == plan[0].promises[B]
+    assert [(h.epoch, h.first_layer, h.last_layer) for h in worker.holdings()] == [
+        (1, work.first_layer, work.last_layer)
+    ]
+    assert not (await worker.answer(A, Activate(D, 1))).error
+    assert (await worker.answer(A, Reserve(D, 2, 1, 10))).error == "RefusedError", "an epoch that is over stays over"
+
+
+async def test_state_is_copied_by_the_engine_to_where_this_device_or_the_coordinator_reaches_it(house, plan, worker):
+    await loaded(worker, plan)
+    carry = Carry(D, 1, 4, 5, 2, 3, C, ("10.0.0.9",), 9)
+    assert not (await worker.answer(A, carry)).error
+    (asked,) = house["b"].engine.carried
+    assert (asked.first_layer, asked.last_layer, asked.to_epoch, asked.to.stage) == (4, 5, 2, 3)
+    assert asked.to.hosts == ("127.0.0.1", "10.0.0.9")
+    assert (await worker.answer(A, replace(carry, epoch=2))).error == "RefusedError"
+    assert (await worker.answer(C, carry)).error == "RefusedError"
+
+
+async def test_a_coordinator_that_is_back_within_the_grace_finds_everything_loaded(house, plan, worker, monkeypatch):
+    monkeypatch.setattr(worker_module, "GRACE_S", 0.05)
+    await loaded(worker, plan)
+    worker.away(A)
+    worker.back(A)
+    worker.away(C)  # another's absence is nothing to it
+    await asyncio.sleep(0.1)
+    assert worker.holdings() and not (await worker.answer(A, Activate(D, 1))).error
+    worker.away(A)
+    worker.away(A)  # told again: the time runs from the first
+    await house.until(lambda: not worker.holdings())
+    assert house.empty()
+
+
+async def test_who_needs_the_room_gets_that_of_a_coordinator_that_is_away_and_of_no_other(house, plan, worker):
+    await loaded(worker, plan)
+    other, lent = "e" * 32, house["b"].lent
+    assert (await worker.answer(C, Reserve(other, 1, lent, 10))).error == "RefusedError"
+    worker.away(A)
+    assert (await worker.answer(C, Reserve(other, 1, lent + 1, 10))).error == "RefusedError"
+    assert worker.holdings(), "nothing is let go of in vain"
+    free = house["b"].ledger.free_bytes
+    assert not (await worker.answer(C, Reserve(other, 1, free, 10))).error and worker.holdings(), "there is room"
+    await worker.answer(C, Release(other, 1))
+    assert not (await worker.answer(C, Reserve(other, 2, lent, 10))).error
+    assert not worker.holdings() and not house["b"].engine.shards
+    await worker.answer(C, Release(other, 2))
+
+
+async def test_a_dead_engine_is_told_for_each_epoch(house, plan, worker):
+    await side_by_side(house, worker, plan)
+    told = []
+    worker._report = lambda device, message: told.append(message)
+    house["b"].engine.clear()
+    worker.engine_lost("killed")
+    assert told == [Trouble(D, epoch, "killed", engine_died=True) for epoch in (1, 2)]
+    assert house.empty() and not worker.holdings()

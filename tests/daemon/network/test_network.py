@@ -355,6 +355,17 @@ async def test_a_link_on_which_nothing_comes_is_made_anew_and_nobody_is_called_g
             await there.until(lambda here=here, there=there, one=large: (here.id, one) in there.told)  # type: ignore[misc]
 
 
+async def test_a_device_that_is_heard_again_is_told_what_it_missed(tmp_path: Path) -> None:
+    async with devices(tmp_path, "anna", "bert") as (anna, bert):
+        await pair(anna, bert)
+        member = anna.network._links.membership._members[bert.id]
+        member.state = "silent"
+        anna.network.broadcast(VIEW)
+        assert member.link is not None
+        anna.network._links.feed(m.Heard(member.link))
+        await bert.until(lambda: bert.network.peers()[anna.id].view == VIEW)
+
+
 async def test_a_dial_that_was_not_needed_after_all_changes_nothing(tmp_path: Path) -> None:
     async with devices(tmp_path, "anna", "bert") as (anna, bert):
         await pair(anna, bert)

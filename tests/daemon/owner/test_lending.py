@@ -200,5 +200,16 @@ async def test_it_starts_without_lending_where_it_was_paused(tmp_path):
         await lender.lending.close()
 
 
+async def test_it_is_looked_at_before_it_lends_anything(tmp_path):
+    lender = FakeLender()
+    low = MachineRead(battery_percent=3.0)
+    lender.lending = Lending(lender, tmp_path, OwnerLimits(), GIVEN, lambda limits: low)
+    await lender.lending.start()
+    try:
+        assert lender.ledger.leaving == "paused: on battery, 3 %"
+    finally:
+        await lender.lending.close()
+
+
 def test_the_defaults_are_plain_json():
     assert json.loads(json.dumps(asdict(OwnerLimits())))["battery_percent"] == 15

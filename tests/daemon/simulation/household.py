@@ -73,7 +73,7 @@ class SimulatedHousehold:
             if what == "engine":
                 self._engine_gone(name, epoch)
             else:
-                self.control(name, self.source_name, lambda: self.coordinator.feed(on.DeviceIs(name, "online")))
+                self.control(name, self.source_name, lambda: self._ready(name))
 
         worker = ModelWorker(
             name, self.lent[name], self.recurrent, self.time, self.random,
@@ -105,6 +105,11 @@ class SimulatedHousehold:
     def crash_engine(self, name: str) -> None:
         if self.machines[name].alive:
             self.workers[name].crash_engine()
+
+    def _ready(self, name: str) -> None:
+        """Its engine runs again."""
+        if name == self.source_name or self.sight.condition(name) == "online":
+            self.become(name, "online")
 
     def _engine_gone(self, name: str, epoch: int) -> None:
         if name == self.source_name:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 RESERVE_S, ACTIVATE_S, RELEASE_S, CARRY_S, SWITCH_S = 5.0, 10.0, 30.0, 10.0, 10.0  # that an answer is waited for
 ASSIGN_S = 120.0
-MOST_ACTIONS, MOST_IN_VAIN, RATE_S = 48, 14, 5.0  # actions, and searches in vain; without waits there are more
+# Actions, searches in vain and attempts that fail; without waits there are more.
+MOST_ACTIONS, MOST_IN_VAIN, MOST_FAILED, RATE_S = 48, 14, 10, 5.0
 AWAY = "it cannot be reached"
 
 Question = Callable[[ModelWorker, Reply], None]
@@ -47,6 +48,7 @@ class ModelCoordinator:
         self.switching: int | None = None
         self.moves = self.waits = 0
         self._acted: deque[float] = deque(maxlen=MOST_ACTIONS)
+        self._failed: deque[float] = deque(maxlen=MOST_FAILED)
         self._in_vain: deque[float] = deque(maxlen=MOST_IN_VAIN)
         self._pending: dict[str, list[Callable[[str], None]]] = {}
         self._deadlines = 0
@@ -272,6 +274,9 @@ class ModelCoordinator:
                 return
             self.epochs[epoch].state = "failed"
             self._undo(epoch)
+            now = self._house.time.now
+            self._failed.append(now)
+            assert len(self._failed) < MOST_FAILED or now - self._failed[0] > RATE_S, "it tries without a wait"
             blamed = None if "are free" in reason else name
             self.feed(on.NotEstablished(epoch, blamed, reason))
 

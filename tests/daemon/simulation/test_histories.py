@@ -27,5 +27,6 @@ def test_some_histories() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_many_histories() -> None:
     run(range(QUICK, FULL if os.environ.get("PEERLLM_FULL") == "1" else SHARE))

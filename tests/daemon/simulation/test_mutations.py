@@ -55,7 +55,7 @@ def scarce_memory(seed: int) -> None:
 
 def refusals(seed: int) -> None:
     """Devices refuse everything for a while, die, and come back."""
-    History(seed, {"stubborn": 3, "die": 1}).run()
+    History(seed, {"stubborn": 3, "die": 2}, (4.0, 12.0), least=8).run()
 
 
 def anything(seed: int) -> None:

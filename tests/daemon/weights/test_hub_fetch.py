@@ -10,11 +10,14 @@ from dataclasses import replace
 import pytest
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.daemon.control_messages import HubFiles
+from peerllm.daemon.control_messages import Assign, HubFiles, StageWork
+from peerllm.daemon.decide.assignments import check
 from peerllm.daemon.decide.hub_places import check_hub, check_place, hub_key
 from peerllm.daemon.weights.digests import hash_range
 from peerllm.daemon.weights.exchange import tensor_fetch
 from peerllm.daemon.weights.exchange.known_hashes import KnownHashes
+from peerllm.daemon.weights.exchange.wanted_tensor import Piece, WantedTensor
+from peerllm.daemon.weights.stage_weights import StageWeights
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.weights.checkpoint import read_tensors
 from peerllm.errors import BadInputError, ModelError
@@ -230,3 +233,46 @@ def test_known_hashes_are_bounded(tmp_path, monkeypatch):
     again = KnownHashes(tmp_path / "hub.txt")
     kept = [number for number in range(9) if again.get(f"{number:064x}")]
     assert len(kept) <= 4 and kept[-1] == 8 and kept == [number for number in range(9) if known.get(f"{number:064x}")]
+
+
+def test_an_assignment_is_refused_before_anything_is_asked_for():
+    tensor = digest(own_tensors()[3], "", file=0, offset=own_tensors()[3].offset)
+    work = StageWork(0, 0, 1, (tensor,), None, None, 1)
+    assign = Assign(DEPLOYMENT, 1, "m", "{}", "float32", 1, 8, 8, 1, 1, "no-bubble", 1, (work,), "a" * 64, hub=HUB)
+    check(assign, 1 << 30, own=False)
+    for bad in (replace(assign, hub=None), replace(assign, hub=replace(HUB, model="../up"))):
+        with pytest.raises(BadInputError):
+            check(bad, 1 << 30, own=False)
+    for unknown in (replace(tensor, file=1), replace(tensor, file=-1)):
+        with pytest.raises(BadInputError):
+            check(replace(assign, work=(replace(work, tensors=(unknown,)),)), 1 << 30, own=False)
+
+
+async def test_another_device_s_assignment_gets_no_token():
+    seen = []
+
+    class Store:
+        async def fetch(self, deployment, source, tensors, progress, hub, token):
+            seen.append(token)
+            return {}
+
+    weights = StageWeights("a" * 64, Store(), None, lambda _: {}, lambda: "secret")
+    work = StageWork(0, 0, 1, tuple(manifest()[:1]), None, None, 1)
+    assign = Assign(DEPLOYMENT, 1, "m", "{}", "float32", 1, 8, 8, 1, 1, "no-bubble", 1, (work,), "a" * 64, hub=HUB)
+    for coordinator in ("a" * 64, "b" * 64):
+        await weights.fetch(assign, coordinator, quiet)
+    assert seen == ["secret", None]
+
+
+def test_of_a_tensor_that_several_sent_its_beginning_is_kept(tmp_path):
+    """A file with a gap would pass for a beginning after a restart."""
+    one = WantedTensor(digest(own_tensors()[0], "0" * 64), "0" * 64, tmp_path)
+    one.resume()
+    first = one.take("b")
+    first.stop = 1000
+    one.running.append(second := Piece(one, 5000, one.nbytes))
+    one.write(first, bytes(600))
+    one.write(second, bytes(100))
+    one.keep_beginning()
+    assert one.path.stat().st_size == 600
+    assert WantedTensor(one.digest, "0" * 64, tmp_path).resume() == 600

@@ -215,7 +215,7 @@ def test_a_header_ends_where_the_tensors_are_told(tmp_path: Path) -> None:
     data = gguf_file(tmp_path / "x.gguf", words=20).read_bytes()
     whole = next(size for size in range(len(data)) if header_ends(data[:size]))
     assert all(not header_ends(data[:size]) for size in range(whole))
-    assert len(data) - whole - 2 * ROWS * 32 * 4 - SMALL * 4 < 64, "only the alignment is between the header and the weights"
+    assert len(data) - whole - 2 * ROWS * 32 * 4 - SMALL * 4 < 64, "only alignment is between header and weights"
     with pytest.raises(ModelError):
         header_ends(b"GGML" + data[4:])
     with pytest.raises(ModelError, match="unknown type 99"):

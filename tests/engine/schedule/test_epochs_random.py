@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from peerllm.engine import base
-from peerllm.engine.base import Reach, Tensor
+from peerllm.engine.base import Reach, StateForms, StatePart, Tensor
 from peerllm.engine.messages import Done, Failed, Hop, LoadStage, Submit, Switch, Tokens
 from peerllm.engine.schedule import running_sequence
 from peerllm.engine.schedule.batching import Scheduler
@@ -28,6 +29,9 @@ from peerllm.engine.schedule.held_shard import HeldShard, missing, usable
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.schedule.running_sequence import chunk_length
+from peerllm.engine.schedule.source_feed import MOST_PATIENCE_S
+from peerllm.engine.state.arriving_state import ArrivingSlot, state_forms
+from peerllm.engine.state.state_kinds import LayerState, TokenArray
 from peerllm.engine.wire.parcels import from_frame, source_limits, stage_limits
 from peerllm.errors import LinkError
 from peerllm.transport.frames.decoder import decode
@@ -40,6 +44,7 @@ from tests.transport.frames_support import encode
 
 EXAMPLES = 1000 if os.environ.get("PEERLLM_FULL") == "1" else 20
 LAYERS, CONTEXT, CHUNK, DEVICES = 5, 40, 4, 4
+RECURRENT = ("recurrent", "exact end")
 CUTS: list[list[tuple[int, int]]] = []  # (device, last layer) of each stage
 for _homes in itertools.product(range(DEVICES), repeat=LAYERS):
     _runs = [(home, len(list(group))) for home, group in itertools.groupby(_homes)]
@@ -82,6 +87,8 @@ class Layers:
         self.weights = {id(self): 1}
         self._marks = kind == "never" and first == 0
         self._layers = [Adder(kind, slots, head=layer == LAYERS - 1) for layer in range(first, last + 1)]
+        self._kind, self._by_number = kind, dict(zip(range(first, last + 1), self._layers, strict=True))
+        self._arriving: dict[int, ArrivingSlot] = {}
         self.closed = False
 
     def forward(self, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor:
@@ -96,8 +103,53 @@ class Layers:
         return inputs
 
     def release(self, slot: int) -> None:
+        self._arriving.pop(slot, None)
         for layer in self._layers:
             layer.release(slot)
+
+    # What a layer keeps goes to another shard as it would from a real one; windows do not.
+
+    @property
+    def _states(self) -> dict[int, LayerState]:
+        if self._kind in RECURRENT:
+            return {number: layer._slots.states[0] for number, layer in self._by_number.items()}
+        inputs = LayerState((TokenArray("inputs", 1, 1, "float32"),))
+        return dict.fromkeys(self._by_number, inputs) if self._kind in ("full", "never") else {}
+
+    def state_forms(self, first_layer: int, last_layer: int) -> StateForms:
+        return state_forms(self._states, [range(first_layer, last_layer + 1)])
+
+    def held(self, slot: int, block: int) -> range:
+        layer = self._by_number[block]
+        return layer._slots.held(slot, 0) if self._kind in RECURRENT else range(len(layer._held[slot]))
+
+    def export_part(self, slot: int, block: int, start: int, stop: int) -> StatePart:
+        layer = self._by_number[block]
+        if self._kind in RECURRENT:
+            return replace(layer._slots.part(slot, 0, start, stop), block=block)
+        return StatePart(block, start, {"inputs": np.array(layer._held[slot][start:stop], np.float32)[:, None]})
+
+    def export_fixed(self, slot: int, block: int, position: int) -> StatePart:
+        return replace(self._by_number[block]._slots.fixed_part(slot, 0, position), block=block)
+
+    def import_part(self, slot: int, part: StatePart) -> None:
+        layer = self._by_number[part.block]
+        where = self._arriving.setdefault(slot, ArrivingSlot(self._states, CONTEXT)).place(part)
+        if self._kind in RECURRENT:
+            layer._slots.add(slot, replace(part, block=0))
+        elif where is not None:
+            layer._held[slot][where[1] :] = part.rows["inputs"][:, 0].astype(int).tolist()
+
+    def settle(self, slot: int) -> tuple[int, int]:
+        tokens, furthest, _ = self._arriving.pop(slot).settle()
+        if not tokens:
+            self.release(slot)
+        for layer in self._layers if tokens else ():
+            if self._kind in RECURRENT:
+                assert layer._slots.settle(slot)[0] == tokens
+            else:
+                del layer._held[slot][tokens:]
+        return tokens, furthest
 
     def close(self) -> None:
         self.closed = True
@@ -270,8 +322,7 @@ class Epochs(RuleBasedStateMachine):
         self.world.load(cut)
         self.world.switch(self.world.epoch)
         self.world.settle()
-        clock = itertools.count(1e9, 1e6)
-        self.world.devices[0].deployment.feed._clock = lambda: next(clock)
+        self.world.devices[0].deployment.feed._old_at -= MOST_PATIENCE_S + 1
         self.world.devices[0].deployment.hurry()
         self.world.settle()
         assert any(isinstance(one, Done) and one.request == self.world.epoch for one in self.world.told)

@@ -209,8 +209,10 @@ def test_sequences_that_end_are_left_and_those_that_begin_are_taken() -> None:
     assert household.carry(work)
     household.holder.release(1)
     household.go(2, 1, 60)
-    while household.carry(work):
-        pass
+    parts = work.turn(household.old)
+    assert {carried.sequence for carried in parts} == {2}
+    for carried in parts:
+        household.new.state_came(2, 1, carried)
     assert household.enters(2, 1, 60).lacking == -1
     rows_are_right(household.heir, 1, 60)
 
@@ -276,6 +278,9 @@ def test_state_of_a_sequence_that_nobody_knows_is_forgotten_when_its_slot_is_nee
     assert (opened.lacking, opened.held) == (4, 0)
     whole(household, 1, 1)
     assert household.counts.dropped_frames == 2, "the slot is in use"
+    household.heir.chain[0].shard.forward(None, [TokenRun(1, 1, 0, 5)])
+    household.heir.release(1)
+    assert household.enters(666, 1, 20).lacking == 4
 
 
 def test_of_two_sequences_for_one_slot_the_later_counts() -> None:
@@ -283,7 +288,10 @@ def test_of_two_sequences_for_one_slot_the_later_counts() -> None:
     whole(household, 666, 1)
     household.new.state_came(2, 1, part(1, 1))
     household.new.state_came(2, 1, part(666, 1, 3))
-    assert household.enters(1, 1, 20).held == 0
+    assert household.enters(1, 1, 20).lacking == 4
+    whole(household, 666, 0)
+    household.new.state_came(2, 1, part(4, 0))
+    assert household.enters(4, 0, 20).lacking == 4, "the other block's rows are another's"
     whole(household, 5, 2)
     whole(household, 1, 3)
     assert household.enters(5, 2, 20).lacking == -1
@@ -295,7 +303,7 @@ def test_a_part_that_does_not_fit_spoils_only_its_own_sequence() -> None:
         whole(household, sequence, sequence)
     for wrong in (part(1, 1, start=30), part(1, 1, width=1), part(1, 1, block=9)):
         household.new.state_came(2, 1, wrong)
-    assert household.enters(1, 1, 20).held == 0
+    assert household.enters(1, 1, 20).lacking == 4
     assert household.enters(2, 2, 20).lacking == -1
 
 

@@ -30,6 +30,7 @@ from tests.engine.architectures import FAMILIES, quiet, save, stage, tiny_model
 from tests.engine.runs import in_slot
 
 SLOTS, CONTEXT, SLACK, HEAD = 3, 60, 4, 5
+WINDOW = 5  # of ministral's
 # Keys and values of all tokens and of a window; rounded to 16 bits; latent vectors.
 FAST = [("ministral", "torch"), ("ministral", "graph")]
 # Convolutions and recurrent states, beside attention or alone.
@@ -213,6 +214,11 @@ def test_what_came_since_may_follow_and_the_least_counts(model_type: str, engine
     there.shard.import_part(2, here.shard.export_part(1, blocks[-1], 17, 22))
     there.shard.import_part(2, here.shard.export_part(1, blocks[-1], 20, 24))  # some of it again
     assert there.shard.settle(2)[0] == 24
+    for block in blocks:
+        both = range(max(shard.held(slot, block).start for shard, slot in ((here.shard, 1), (there.shard, 2))), 24)
+        one, other = (shard.export_part(slot, block, both.start, 24).rows
+                      for shard, slot in ((here.shard, 1), (there.shard, 2)))  # fmt: skip
+        assert len(both) > WINDOW and all((one[name] == other[name]).all() for name in one)
     tokens = ids(CONTEXT, 1)
     for position in range(24, 30):
         same(*(logits([one], slot, position, tokens[position : position + 1]) for one, slot in

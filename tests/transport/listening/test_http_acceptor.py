@@ -41,6 +41,7 @@ class Served:
         app.router.add_get("/", self._get)
         app.router.add_get("/wait", self._wait)
         app.router.add_post("/", self._post)
+        app.router.add_post("/wait", self._wait)
         self.runner = web.AppRunner(app, access_log=None, keepalive_timeout=75.0, handler_cancellation=True)
         self.socket = socket.create_server(("0.0.0.0", 0))
         self.port: int = self.socket.getsockname()[1]
@@ -49,6 +50,7 @@ class Served:
         return web.Response(text="here")
 
     async def _wait(self, request: web.Request) -> web.Response:
+        await request.read()
         self.asked.release()
         await self.go.wait()
         return web.Response(text="here")
@@ -183,6 +185,32 @@ def test_idle_connections_and_bodies_that_never_come_make_way_for_others_of_thei
 
 
 @pytest.mark.parametrize("loop", LOOPS)
+def test_a_body_that_has_come_makes_its_request_one_that_is_under_way(loop: Any) -> None:
+    async def test() -> None:
+        async with served() as one:
+            asking = await connect(one)
+            asking[1].write(b"POST /wait HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab")
+            refused = await connect(one)
+            assert await ask(refused) == b"here"
+            refused[1].write(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab")
+            assert b"404" in await refused[0].readuntil(b"\r\n\r\n")
+            assert len(one.acceptor._idle) == 2, "its body has not come, and nobody waits for it"
+            for _, writer in (asking, refused):
+                writer.write(b"cde")
+            await one.asked.acquire()
+            assert await ask(await connect(one)) == b"here"
+            assert len(one.acceptor._idle) == 2, "the refused one and the last"
+            for _ in range(2 * MOST):
+                assert await ask(await connect(one)) == b"here"
+            one.go.set()
+            assert (await asking[0].readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+            for _, writer in (asking, refused):
+                writer.close()
+
+    on(loop, test)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_tls_that_is_never_done_makes_way(loop: Any, alice: Identity, bob: Identity) -> None:
     async def test() -> None:
         async with served(server_context(alice, [bob.certificate_pem])) as one:
@@ -204,7 +232,8 @@ async def test_without_descriptors_one_makes_way_and_the_next_is_taken(monkeypat
     monkeypatch.setattr(accepting, "ACCEPT_PAUSE_S", 0.01)
     async with served() as one:
         silent = await connect(one)
-        assert await ask(mine := await connect(one)) == b"here"
+        mine = await connect(one)
+        assert await ask(mine) == b"here"
         accept, held = socket.socket.accept, [True]
 
         def exhausted(listening: socket.socket) -> object:

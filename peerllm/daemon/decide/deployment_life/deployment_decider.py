@@ -142,7 +142,7 @@ class DeploymentDecider:
         joined = rules.devices.note(event, now)
         if event.condition != "online":
             rules.comparisons.away(device)
-        elif joined:
+        elif joined or event.renewed:
             rules.attempts.shunned.discard(device)
             rules.attempts.hope()
             if isinstance(rules.under_way, BackingOff):
@@ -158,16 +158,19 @@ class DeploymentDecider:
 
     def _note_engine(self, device: DeviceId, epoch: int, reason: str, now: float) -> list[DeploymentAction]:
         rules, running, target = self._rules, self._rules.running, self._rules.under_way
-        if running is not None and device in running.devices and running.epoch <= epoch:
+        hit = running is not None and device in running.devices and running.epoch <= epoch
+        known = running is not None and bool(running.doubtful)  # a renewal loads it again already
+        if running is not None and hit:
             running.engines_lost[device] = reason
-        rules.devices.fail(device, now)
+            if not known:
+                rules.devices.fail(device, now)
         if not isinstance(target, Establishing | Carrying) or all(stage.device != device for stage in target.stages):
             return []
-        if isinstance(target, Establishing) and target.renewal and running is not None and not running.doubtful:
-            return rules.abandon(target)  # else that it was lost is known, and it is loaded again
         if target.epoch <= epoch:
+            rules.devices.fail(device, now)
             return [*rules.abandon(target), *rules.fail(target, device, reason, now)]
-        return []
+        renews = isinstance(target, Establishing) and target.renewal
+        return rules.abandon(target) if renews and hit and not known else []
 
     def _note_links(self, event: LinksLost, now: float) -> list[DeploymentAction]:
         rules, running, target = self._rules, self._rules.running, self._rules.under_way

@@ -38,6 +38,7 @@ class Attempts:
         self._hopeless: frozenset[DeviceId] | None = None  # without these devices there was no plan ...
         self._retry_at = 0.0  # ... which is not tried again before
         self._given_up_at = -inf
+        self._changed = False  # conditions, since the last search began
         self._unstable = 0
         self._not_before = 0.0
         self._renewed: deque[float] = deque(maxlen=RENEWALS)
@@ -56,14 +57,21 @@ class Attempts:
         """There is no plan without these devices: do not try before the time is over, or something changes."""
         self._hopeless, self.reason, self._given_up_at, self.failed = without, reason, now, 0
         self._retry_at = now + min(RETRY_MOST_S, RETRY_S * 2.0 ** min(self._waits, 8)) if until is None else until
+        if self._changed:  # the search did not know of it
+            self._retry_at = min(self._retry_at, now + RETRY_S)
         self._waits += 1
         self.shunned.clear()
+
+    def begin(self) -> None:
+        """A plan is searched."""
+        self._changed = False
 
     def hope(self) -> None:
         """A device came, so the next attempt may begin at once."""
         self._hopeless = None
 
     def conditions_changed(self, now: float) -> None:
+        self._changed = True
         if now - self._given_up_at > ECHO_S:
             self._retry_at = min(self._retry_at, now + RETRY_SETTLE_S)
 

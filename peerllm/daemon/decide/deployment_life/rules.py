@@ -259,6 +259,7 @@ class DeploymentRules:
         doubted = self.doubted(now) if careful else frozenset[DeviceId]()
         self.planned_without = self.devices.unusable()
         without = self.planned_without | (doubted - used if why == "gain" else doubted)
+        self.attempts.begin()
         self.comparisons.begin(without)
         self.devices.leave_out(without)
         self.under_way = Planning(self._number, why, because, careful)

@@ -169,6 +169,7 @@ class EpochLoading:
             cuts=assign.cuts,
             upstream_activations=work.upstream_activations,
             downstream_activations=work.downstream_activations,
+            state_from=work.state_from,
         )
 
     def _report(self, held: HeldDeployment, epoch: HeldEpoch, phase: Literal["fetch", "load"], done: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peerllm.daemon.decide.demand import USE, Blueprint, Moving, added_bytes, shard_bytes
+from peerllm.daemon.decide.demand import USE, Blueprint, Moving, added_bytes, held_bytes
 from peerllm.daemon.decide.deployment_life.deployment_events import MakePlan, PlanFound
 from peerllm.daemon.decide.device_profiles import shown
 from peerllm.daemon.decide.holdings import HouseholdHoldings
@@ -13,9 +13,9 @@ from peerllm.daemon.deployment.described_model import DescribedModel
 from peerllm.daemon.deployment.establishing import Epoch
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.plan_search import PlanSearch, PlanSearched
+from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Inspected
 from peerllm.errors import InfeasibleError
-from peerllm.planner.cost.working_space import working_bytes
 from peerllm.planner.replan.migration import DISK_MBPS
 from peerllm.planner.replan.replan_decision import ReplanDecision
 from peerllm.types import DeviceId
@@ -28,10 +28,16 @@ class NextPlan:
     """One deployment's, kept from plan to plan."""
 
     def __init__(
-        self, around: Surroundings, search: PlanSearch, holdings: HouseholdHoldings, model: DescribedModel
+        self,
+        options: RunOptions,
+        around: Surroundings,
+        search: PlanSearch,
+        holdings: HouseholdHoldings,
+        model: DescribedModel,
     ) -> None:
         self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
-        self._around, self._search, self._holdings, self._model = around, search, holdings, model
+        self._options, self._around, self._search = options, around, search
+        self._holdings, self._model = holdings, model
         self._load_mbps = DISK_MBPS
         self._found: dict[int, Blueprint] = {}  # by the number of their MakePlan
         self._fetched: dict[DeviceId, frozenset[int]] = {}  # layers that devices have on their disks
@@ -87,10 +93,8 @@ class NextPlan:
         for device in self._holdings.devices:
             shards = self._holdings.shards(device, size)
             loaded[device] = self._holdings.layers(device, size)
-            held[device] = self._holdings.promised_bytes(device)
-            if shards and not held[device]:  # it was promised to an earlier coordinator
-                working = working_bytes(inspected.working, size[1], size[0])
-                held[device] = shard_bytes(inspected.profile, size, shards) + working
+            promised = self._holdings.promised_bytes(device)
+            held[device] = promised or held_bytes(self._options, inspected, size, shards)
         moving = None
         if size != (0, 0):
             everything = frozenset(range(len(inspected.profile.layers)))
