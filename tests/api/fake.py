@@ -258,7 +258,7 @@ class FakeHousehold:
                 yield Chunk((), queued=place)
             if self.gate is not None:
                 await self.gate.wait()
-            ids = self.ids(self.reply)
+            ids = self.ids(self.reply)[len(request.answer) :]
             while self.endless:
                 self.produced += 1
                 yield Chunk((ids[self.produced % len(ids)],))

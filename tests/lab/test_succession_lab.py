@@ -1,0 +1,76 @@
+"""Coordinators that are cut off from the others: two that serve the same model meet again, and one is left."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clients import body
+from tests.lab.netns import Lab
+from tests.lab.struck_household import Listener, StruckHousehold
+
+FULL = bool(os.environ.get("PEERLLM_FULL"))
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+MEMORY = 60_000_000  # each holds the built-in model alone
+TOKENS = 900
+ROOM = ("--objective", "throughput", "--slots", "2", "--context", "1024")
+REQUEST: dict[str, Any] = body("Tell me a story about a fox.", TOKENS, stream=True, ignore_eos=True)
+FIRST_TOKENS = 6
+SETTLE_S = 60.0
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[StruckHousehold]:
+    with Lab(2) as lab:
+        household = StruckHousehold(lab, tmp_path, ("laptop", "mini-pc"), [MEMORY, MEMORY])
+        try:
+            household.start()
+            household.devices[0].cli("run", "builtin", *ROOM)
+            yield household
+        finally:
+            household.stop()
+
+
+def test_two_that_were_cut_apart_and_both_serve_are_one_again(apart: StruckHousehold) -> None:
+    first, second = apart.devices
+    apart.wait("both in the plan", lambda: apart.holders() == [1])
+    apart.wait("a follower", lambda: "can follow" in second.log_tail())
+    undisturbed = apart.listener.ask(REQUEST)
+    assert apart.listener.wait_over(undisturbed)["status"] == 200
+    there = Listener(apart.lab, 1, second)
+    try:
+        kept = apart.listener.ask(REQUEST)
+        apart.listener.wait_tokens(kept, FIRST_TOKENS)
+        with apart.unplugged(1):
+            apart.listener.wait_tokens(kept, len(kept.ids) + 20)
+
+            def serving_anew() -> bool:
+                return any(one["state"] == "serving" and one["coordinator"] == "mini-pc"
+                           for one in second.status()["deployments"])
+
+            apart.wait("a deployment of its own", serving_anew)
+            here = apart.listener.ask(REQUEST)
+            over = there.ask(REQUEST)
+            apart.listener.wait_tokens(here, FIRST_TOKENS)
+            there.wait_tokens(over, FIRST_TOKENS)
+        for listener, answer in ((apart.listener, kept), (apart.listener, here), (there, over)):
+            end = listener.wait_over(answer)
+            assert (end["status"], end["error"]) == (200, ""), end
+            assert answer.ids == undisturbed.ids
+
+        def one_left() -> bool:
+            found = [device.status()["deployments"] for device in apart.devices]
+            return all([(one["state"], one["coordinator"]) for one in each] == [("serving", "laptop")] for each in found)
+
+        apart.wait("one coordinator is left", one_left, SETTLE_S)
+        time.sleep(1.0)
+        again = there.ask(REQUEST)
+        assert there.wait_over(again)["status"] == 200
+        assert again.ids == undisturbed.ids
+    finally:
+        there.close()
