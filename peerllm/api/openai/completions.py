@@ -31,6 +31,7 @@ from peerllm.errors import EngineError, LinkError
 
 CHAT_PATH = "/v1/chat/completions"
 RESUME_S = 60.0  # seconds in which an answer with a key is sought again after the device that gave it was lost
+SOUGHT_S = 15.0  # the same of one without a key of which nothing has come: longer than another takes to follow
 RETRY_S = 0.5  # seconds between two tries
 
 
@@ -83,7 +84,7 @@ async def _answered(
         try:
             return await remote.pass_on(request, CHAT_PATH, stream)
         except LinkError as error:
-            until = until or time.monotonic() + RESUME_S
+            until = until or time.monotonic() + (SOUGHT_S if repeat is None else RESUME_S)
             if (repeat is None and remote.begun) or time.monotonic() >= until:
                 raise LinkError(f"no answer of {model.name} to its end: {error}; ask again in a moment") from error
             if stream is not None:

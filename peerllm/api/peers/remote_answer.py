@@ -31,7 +31,7 @@ _ID = re.compile(rb"(?:^|\n)id: ([0-9]{1,10}|end)\n")
 
 @dataclass(slots=True)
 class RemoteAnswer:
-    """`moved` says whether another device answers for the model by now; `begun`: the client has some of the answer."""
+    """`moved` says whether another device answers for the model by now; `begun`: some of it has come."""
 
     household: Household
     model: ServedModel
@@ -58,6 +58,7 @@ class RemoteAnswer:
                 return await stream.end()
             if kind != _JSON or not 200 <= answer.status < 600:
                 raise LinkError(f"its device answered with HTTP {answer.status} {kind[:40]!r}")
+            self.begun = True
             body = await _whole(answer.body)
         if stream is not None and stream.started:
             await stream.send(orjson.Fragment(body))

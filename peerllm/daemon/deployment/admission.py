@@ -222,6 +222,7 @@ class Admission:
                     return
         finally:
             self._leave(sequence)
+            self._changed()
 
     def _accept(self, request: GenerateRequest) -> _Sequence:
         if self._closed is not None:

@@ -102,6 +102,7 @@ class Successor:
 
     def told(self, device: DeviceId, views: Iterable[DeploymentView]) -> None:
         """A device, perhaps this one, says what it coordinates."""
+        self._see_streams()
         views = [view for view in views if view.coordinator == device]
         before, self._told[device] = self._told.get(device, set()), {view.deployment for view in views}
         for over in before - self._told[device]:
@@ -116,6 +117,8 @@ class Successor:
     def look(self) -> None:
         """Something changed on this device."""
         self.told(self.me, self._parts.coordinator.views())
+
+    def _see_streams(self) -> None:
         streaming = self._parts.coordinator.streaming
         for deployment, busy in streaming.items():
             if busy != self._streaming.get(deployment, False):
