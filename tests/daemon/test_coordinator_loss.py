@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 NAMES = ("laptop", "mini-pc", "jetson")
 SLOTS, CONTEXT = 2, 512
 TOKENS = 300
+FIRST_TOKENS = 20
 ANSWER_S = 10.0  # another device answers within this
 SETTLE_S = 12.0  # in which a device that is back would be taken in
 REQUESTS: tuple[dict[str, Any], ...] = (
@@ -54,9 +55,14 @@ def deployments(device: Device) -> list[dict[str, Any]]:
 
 
 async def streamed(
-    device: Device, request: dict[str, Any], key: str = "", last: str = "", until: int | None = None
+    device: Device,
+    request: dict[str, Any],
+    key: str = "",
+    last: str = "",
+    until: int | None = None,
+    begun: asyncio.Event | None = None,
 ) -> tuple[list[int], str]:
-    """Token ids, and the last event's id; up to `until` ids."""
+    """Token ids, and the last event's id; up to `until` ids. `begun` is set when FIRST_TOKENS are there."""
     ids, seen = list[int](), last
     headers = ({"Idempotency-Key": key} if key else {}) | ({"Last-Event-ID": last} if last else {})
     async with (
@@ -75,6 +81,8 @@ async def streamed(
                     ids += choice.get("token_ids", [])
             if until is not None and len(ids) >= until:
                 break
+            if begun is not None and len(ids) >= FIRST_TOKENS:
+                begun.set()
     return ids, seen
 
 
@@ -95,15 +103,20 @@ def test_the_coordinator_of_three_is_killed(devices: list[Device]) -> None:
 async def _killed(first: Device, second: Device, third: Device) -> None:
     undisturbed = [(await streamed(third, request))[0] for request in REQUESTS]
     wait("two followers", lambda: all("can follow" in one.log_tail() for one in (second, third)))
-    begun = [await streamed(third, request, f"key {n}", until=20) for n, request in enumerate(REQUESTS)]
+    with_key, without = REQUESTS
+    flowing = asyncio.Event()
+    reading = asyncio.create_task(streamed(third, without, begun=flowing))
+    await flowing.wait()
+    had, last = await streamed(third, with_key, "key", until=FIRST_TOKENS)
+    assert not reading.done()
     first.kill()
     killed = time.monotonic()
     await streamed(third, body("Hello", 3, stream=True))
     assert time.monotonic() - killed < ANSWER_S
     for device in (third, second):
-        for number, (request, (ids, last)) in enumerate(zip(REQUESTS, begun, strict=True)):
-            rest, _ = await streamed(device, request, f"key {number}", last)
-            assert ids + rest == undisturbed[number]
+        rest, _ = await streamed(device, with_key, "key", last)
+        assert had + rest == undisturbed[0]
+    assert (await reading)[0] == undisturbed[1], "a stream that was read on another device went on"
 
 
 def test_its_return_changes_no_coordinator_and_at_most_one_plan(devices: list[Device]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from aiohttp import web
 
@@ -24,7 +25,7 @@ from peerllm.api.openai.model_wait import answering_model
 from peerllm.api.openai.models import find_model
 from peerllm.api.peers.caller import Caller, caller_of
 from peerllm.api.peers.remote_answer import RemoteAnswer
-from peerllm.api.repeat import END, DeviceLeavingError, Repeat, repeat_of
+from peerllm.api.repeat import END, FLEETING_HEADER, DeviceLeavingError, Repeat, fleeting, repeat_of
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.daemon.facade import Chunk, GenerateRequest, ServedModel
 from peerllm.errors import EngineError, LinkError
@@ -44,10 +45,12 @@ async def answer_chat(app: web.Application, request: web.Request, caller: Caller
     """Errors before the first sign of life have their own status; after it they are an error event, then the end."""
     fields = await read_object(request)
     chat, repeat = parse_chat(fields), repeat_of(request, fields.body)
+    if repeat is not None:
+        repeat.fleeting = bool(caller.device) and FLEETING_HEADER in request.headers
     stream = Stream(request, "text/event-stream; charset=utf-8") if chat.stream else None
     with app[TASKS].stream():
         try:
-            return await _answered(app, request, caller, chat, repeat, stream)
+            return await _answered(app, request, caller, chat, repeat, stream, fields.body)
         except asyncio.CancelledError:
             if stream is not None and stream.started and app[TASKS].closing:
                 with contextlib.suppress(ConnectionError):
@@ -65,9 +68,10 @@ async def _answered(
     chat: ChatRequest,
     repeat: Repeat | None,
     stream: Stream | None,
+    body: Any,
 ) -> web.StreamResponse:
-    """By this device or by the model's source; a lost source is sought again where nothing came, or with a key."""
-    until = None
+    """By this device or by the model's source; when that is lost, who goes on is sought, and asked for the rest."""
+    until, relayed = None, repeat or fleeting(body)
     while repeat is None or app[ANSWERS].find(repeat.key, repeat.fingerprint) is None:
         model = await answering_model(app, chat.model, stream.comment if stream else _silently, bool(caller.device))
         if not model.source:
@@ -78,14 +82,16 @@ async def _answered(
                 if repeat.last is not None:
                     raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
                 begin = _begin(app, chat, model, caller, repeat)
-                app[ANSWERS].begin(repeat.key, repeat.fingerprint, caller.payer(chat.user), begin)
+                payer = caller.payer(chat.user)
+                app[ANSWERS].begin(repeat.key, repeat.fingerprint, payer, begin, repeat.fleeting)
             break
-        remote = RemoteAnswer(app[HOUSEHOLD], model, caller, repeat, partial(_moved, app, model))
+        remote = RemoteAnswer(app[HOUSEHOLD], model, caller, relayed, partial(_moved, app, model))
         try:
             return await remote.pass_on(request, CHAT_PATH, stream)
         except LinkError as error:
-            until = until or time.monotonic() + (SOUGHT_S if repeat is None else RESUME_S)
-            if (repeat is None and remote.begun) or time.monotonic() >= until:
+            resumed = repeat is not None or relayed.last is not None
+            until = until or time.monotonic() + (RESUME_S if resumed else SOUGHT_S)
+            if time.monotonic() >= until or (remote.begun and not resumed):
                 raise LinkError(f"no answer of {model.name} to its end: {error}; ask again in a moment") from error
             if stream is not None:
                 await stream.comment(f"the device of {model.name} is lost, looking for the answer")

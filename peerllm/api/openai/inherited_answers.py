@@ -29,7 +29,7 @@ def kept_of(repeat: Repeat, payer: str, objects: OpenAIObjects, stops: Sequence[
     """What another device's API needs besides tokens to go on with an answer."""
     told = {
         "form": FORM, "key": repeat.key, "fingerprint": repeat.fingerprint.hex(), "payer": payer, "stops": list(stops),
-        "model": objects.model, "id": objects.id, "created": objects.created,
+        "model": objects.model, "id": objects.id, "created": objects.created, "fleeting": repeat.fleeting,
     }  # fmt: skip
     return orjson.dumps(told).decode()
 
@@ -46,7 +46,8 @@ def go_on(app: web.Application, answer: InheritedAnswer) -> None:
         if told["form"] != FORM:
             raise ValueError("another form")
         if app[ANSWERS].find(key, fingerprint) is None:
-            app[ANSWERS].begin(key, fingerprint, str(told["payer"]), _begin(app, answer, objects, stops))
+            begin = _begin(app, answer, objects, stops)
+            app[ANSWERS].begin(key, fingerprint, str(told["payer"]), begin, told["fleeting"] is True)
     except (PeerLLMError, LookupError, TypeError, ValueError) as error:
         log.warning("an answer that another device began is not gone on with: %s", error)
 

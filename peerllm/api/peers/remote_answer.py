@@ -11,7 +11,7 @@ import orjson
 from aiohttp import web
 
 from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
-from peerllm.api.repeat import KEY_HEADER, LAST_HEADER, DeviceLeavingError, Repeat
+from peerllm.api.repeat import FLEETING_HEADER, KEY_HEADER, LAST_HEADER, DeviceLeavingError, Repeat
 from peerllm.api.streams import Stream, pulsed
 from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
 from peerllm.errors import LinkError
@@ -25,6 +25,7 @@ _JSON, _EVENTS = "application/json", "text/event-stream"
 _KEPT = ("Retry-After", "x-should-retry")  # headers that mean the same here
 _LAST = re.compile(rb'data: (\[DONE\]|\{"error":)')  # with one of these every stream ends
 _LEAVING = f'"code":"{DeviceLeavingError.code}"'.encode()
+_IDS = re.compile(rb"(?m)^id: (?:[0-9]{1,10}|end)\n")
 _DATA = re.compile(rb"(?:^|\n)data: ")
 _ID = re.compile(rb"(?:^|\n)id: ([0-9]{1,10}|end)\n")
 
@@ -36,7 +37,7 @@ class RemoteAnswer:
     household: Household
     model: ServedModel
     caller: Caller
-    repeat: Repeat | None
+    repeat: Repeat
     moved: Callable[[], bool]
     begun: bool = False
 
@@ -46,11 +47,15 @@ class RemoteAnswer:
         `stream` may have begun already; then a refusal becomes its last event. LinkError if the source is lost;
         `repeat` then has the last event that the client got.
         """
-        headers = {"Content-Type": _JSON, CLIENT_HEADER: self.caller.client[:MAX_CLIENT_CHARS]}
-        if self.repeat is not None:
-            headers[KEY_HEADER] = self.repeat.key
-            if self.repeat.last is not None:
-                headers[LAST_HEADER] = self.repeat.last
+        headers = {
+            "Content-Type": _JSON,
+            CLIENT_HEADER: self.caller.client[:MAX_CLIENT_CHARS],
+            KEY_HEADER: self.repeat.key,
+        }
+        if self.repeat.last is not None:
+            headers[LAST_HEADER] = self.repeat.last
+        if self.repeat.fleeting:
+            headers[FLEETING_HEADER] = "1"
         async with self.household.relay(self.model.source, path, headers, await request.read()) as answer:
             kind = answer.headers.get("Content-Type", "").partition(";")[0]
             if stream is not None and answer.status == web.HTTPOk.status_code and kind == _EVENTS:
@@ -83,12 +88,13 @@ class RemoteAnswer:
                 whole, mark, held = (held + piece).rpartition(b"\n\n")
                 if mark:
                     last = whole.rpartition(b"\n\n")[2]
-                    if self.repeat is not None and last.startswith(b'data: {"error":') and _LEAVING in last:
+                    if last.startswith(b'data: {"error":') and _LEAVING in last:
                         raise LinkError("its device is shutting down")
                     self.begun = self.begun or _DATA.search(whole) is not None
-                    await stream.write(whole + mark)
+                    ids = _ID.findall(whole)
+                    await stream.write((_IDS.sub(b"", whole) if self.repeat.fleeting else whole) + mark)
                     ended = _LAST.search(last) is not None
-                    if self.repeat is not None and (ids := _ID.findall(whole)):
+                    if ids:
                         self.repeat.last = ids[-1].decode()
                 if len(held) > MAX_EVENT_BYTES:
                     raise LinkError("its device sends an event without an end")
