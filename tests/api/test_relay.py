@@ -201,10 +201,29 @@ async def test_a_silent_source_keeps_the_client_connected(pair: Pair, monkeypatc
         assert b"said nothing" in await response.read(), "but not for ever"
 
 
-async def test_a_source_that_cannot_be_reached_is_503(pair: Pair) -> None:
+async def test_a_source_that_cannot_be_reached_is_503(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "SOUGHT_S", 0.0)
     pair.mini.peers.clear()
     async with pair.session.post(PATH, json=ASK) as response:
         assert (response.status, response.headers["Retry-After"]) == (503, "5")
+
+
+async def test_an_answer_of_which_nothing_has_come_is_sought_again_without_a_key(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completions, "RETRY_S", 0.0)
+    peers, tries = dict(pair.mini.peers), 0
+    relay = pair.mini.relay
+
+    def lost_once(*asked: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        pair.mini.peers = {} if tries == 1 else peers
+        return relay(*asked)
+
+    monkeypatch.setattr(pair.mini, "relay", lost_once)
+    async with pair.session.post(PATH, json=ASK) as response:
+        assert (response.status, tries) == (200, 2)
 
 
 async def test_the_source_waits_and_its_progress_comes_through(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,15 @@ class Ledger:
         while len(self._fences) > MAX_FENCES:
             self._fences.popitem(last=False)
 
+    def hand_over(self, deployment: DeploymentId, coordinator: DeviceId) -> None:
+        """A deployment has another coordinator: what was kept for it stays, what was only reserved is dropped."""
+        for key, held in list(self._promises.items()):
+            if held.deployment == deployment and held.coordinator != coordinator:
+                if held.until is not None:
+                    self._drop(held)
+                else:
+                    self._promises[key] = replace(held, coordinator=coordinator)
+
     def lapse(self, now: float) -> list[Promise]:
         """Drop the uncommitted promises whose time is over."""
         gone = [promise for promise in self._promises.values() if promise.until is not None and promise.until <= now]

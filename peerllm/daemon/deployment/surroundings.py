@@ -111,8 +111,11 @@ class Home:
 
     async def hashes(self, tensors: Iterable[TensorAt], progress: Progress) -> dict[str, str]:
         wanted = list(tensors)
-        if not wanted:
-            return {}
+        inherited = {one.name: Path(one.path).name for one in wanted if self._parts.store.keeps(one)}
+        wanted = [one for one in wanted if one.name not in inherited]
+        return inherited | (await self._hashed(wanted, progress) if wanted else {})
+
+    async def _hashed(self, wanted: list[TensorAt], progress: Progress) -> dict[str, str]:
         if (hub := await self.hub_places(wanted)) is not None:  # "" where nobody has fetched it yet
             keys = {t.name: hub_key(hub.origin, hub.files[t.path], t.offset, t.nbytes) for t in wanted}
             return {name: self._parts.store.known(key) for name, key in keys.items()}

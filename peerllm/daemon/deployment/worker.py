@@ -21,6 +21,7 @@ from peerllm.daemon.control_messages import (
     Carry,
     Have,
     Holding,
+    Inherit,
     Pace,
     Profile,
     Progress,
@@ -29,6 +30,7 @@ from peerllm.daemon.control_messages import (
     Reserve,
     Trace,
     Trouble,
+    Vote,
 )
 from peerllm.daemon.decide.assignments import Address, check
 from peerllm.daemon.decide.ledger import Ledger, added_to
@@ -116,8 +118,8 @@ class Worker:
                     return await self._paces(sender, deployment)
                 case Trace():
                     return Answer(0, recorded=await self._record(sender, question))
-                case Have():
-                    return Answer(0)  # answered by Offers
+                case Have() | Inherit() | Vote():
+                    return Answer(0)  # answered by Offers and Successor
                 case _:
                     assert_never(question)
         except PeerLLMError as error:
@@ -129,6 +131,19 @@ class Worker:
         return tuple(one for deployment in sorted(self._held) for one in self._held[deployment].holdings())
 
     # ---- what happens ---------------------------------------------------------------------------------------------
+
+    def obey(self, deployment: DeploymentId, coordinator: DeviceId) -> None:
+        """A deployment has another coordinator, which what is loaded for it obeys from now on."""
+        held = self._held.get(deployment)
+        if held is not None and held.coordinator != coordinator:
+            log.info("%s obeys %s now", deployment[:8], coordinator[:8])
+            held.coordinator = coordinator
+        self.ledger.hand_over(deployment, coordinator)
+
+    async def let_go(self, deployment: DeploymentId) -> None:
+        """Unload what is held of a deployment, whoever coordinates it."""
+        if (held := self._held.get(deployment)) is not None:
+            await self._let_go(held, held.epochs)
 
     def away(self, device: DeviceId) -> None:
         """A device is not heard of any more: what it holds here as a coordinator is kept for GRACE_S."""
