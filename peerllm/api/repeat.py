@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from peerllm.errors import UnavailableError
 
 KEY_HEADER = "Idempotency-Key"
 LAST_HEADER = "Last-Event-ID"
+FLEETING_HEADER = "X-PeerLLM-Fleeting"  # between devices: the key is not the client's, whose hanging up ends the answer
 MAX_KEY_CHARS = 255
 END = "end"  # the id of an answer's last event; the others are numbered by the tokens that they complete
 _MAX_DIGITS = 10
@@ -29,11 +31,15 @@ class DeviceLeavingError(UnavailableError):
 
 @dataclass(slots=True)
 class Repeat:
-    """`last` is the id of the last event that the client has, None if it has none."""
+    """`last` is the id of the last event that the client has, None if it has none.
+
+    `fleeting`: the device that relays the answer made the key, to go on if this one is lost; the client knows of none.
+    """
 
     key: str
     fingerprint: bytes  # of the body
     last: str | None = None
+    fleeting: bool = False
 
     @property
     def tokens(self) -> int:
@@ -41,6 +47,11 @@ class Repeat:
         if self.last is None:
             return 0
         return sys.maxsize if self.last == END else int(self.last)
+
+
+def fleeting(body: Any) -> Repeat:
+    """For an answer that is relayed and has no key."""
+    return Repeat(secrets.token_hex(16), _fingerprint(body), fleeting=True)
 
 
 def repeat_of(request: web.Request, body: Any) -> Repeat | None:
@@ -52,5 +63,9 @@ def repeat_of(request: web.Request, body: Any) -> Repeat | None:
         raise FieldError(f"{KEY_HEADER} must have 1 to {MAX_KEY_CHARS} printable ASCII characters", KEY_HEADER)
     if last is not None and last != END and not (last.isascii() and last.isdigit() and len(last) <= _MAX_DIGITS):
         raise FieldError(f"{LAST_HEADER} must be an id that this answer's events had", LAST_HEADER)
+    return Repeat(key, _fingerprint(body), last)
+
+
+def _fingerprint(body: Any) -> bytes:
     asked = {name: value for name, value in body.items() if name not in _FORM}
-    return Repeat(key, hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest(), last)
+    return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()

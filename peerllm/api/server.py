@@ -6,6 +6,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -17,7 +18,7 @@ from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
 from peerllm.api.keys import ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
-from peerllm.api.openai import completions, models
+from peerllm.api.openai import completions, inherited_answers, models
 from peerllm.api.openai.answer_store import AnswerStore
 from peerllm.api.peer_api import PeerApi
 from peerllm.api.tasks import Tasks
@@ -150,6 +151,7 @@ class ApiServer:
         )
         await runner.setup()
         self._household.answer_peers(PeerApi(app))
+        self._household.inherit_answers(partial(inherited_answers.go_on, app))
         self._acceptor.start(runner, (self._socket,))
 
     def _why(self, error: OSError) -> str:

@@ -9,9 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peerllm.daemon.decide.succession import CoordinatedPlan
 from peerllm.engine.messages import Recorded
 from peerllm.transport.roster.entry import RosterEntry
-from peerllm.types import ActivationForm, Activations, Cuts, DeploymentId, DeviceId, LayerKind, ScheduleName, Stage
+from peerllm.types import (
+    ActivationForm,
+    Activations,
+    Cuts,
+    DeploymentId,
+    DeviceId,
+    LayerKind,
+    Sampling,
+    ScheduleName,
+    Stage,
+)
 
 DeploymentState = Literal["planning", "loading", "serving", "waiting", "failed", "stopped"]
 
@@ -109,6 +120,7 @@ class DeploymentView:
     form: str = ""  # the quantisation of its GGUF files, as they are called
     created: int = 0  # unix seconds
     missing_bytes: int = 0  # memory that the household lacks for it; 0: none, or it is not known
+    succeeds: DeploymentId = ""  # the deployment that this one was begun anew for
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +205,7 @@ class TensorDigest:
 
 @dataclass(frozen=True, slots=True)
 class StageWork:
-    """One stage a device shall take over, complete but for the weights, which it fetches from the source."""
+    """One stage a device shall take over, complete but for the weights, which it fetches from whoever has them."""
 
     stage: int
     first_layer: int
@@ -324,7 +336,26 @@ class Have:
     keys: tuple[str, ...]
 
 
-Question = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace | Have
+@dataclass(frozen=True, slots=True)
+class Inherit:
+    """A device of the plan asks its coordinator for what only that one has, so as to follow it.
+
+    The answer names files by SHA-256, to be fetched like weights. `complete`: the device has all of it now.
+    """
+
+    deployment: DeploymentId
+    complete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """Obey me in this deployment, whose coordinator is lost: the answer is the vote (decide/succession.py)."""
+
+    plan: CoordinatedPlan
+    term: int
+
+
+Question = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace | Have | Inherit | Vote
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +379,7 @@ class Answer:
     recorded: Recorded | None = None  # of a Trace
     held: tuple[str, ...] = ()  # of a Have, by key: the tensor's SHA-256, "" for one that is not here
     coming: tuple[int, ...] = ()  # ... places of the keys whose tensors are being fetched now
+    inherited: tuple[TensorDigest, ...] = ()  # of an Inherit: files
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +404,32 @@ class Trouble:
     other: DeviceId | None = None  # at the other end of that link
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerCopied:
+    """A coordinator tells its successor of an answer under way that has a key; ids that come follow (AnswerGrew)."""
+
+    deployment: DeploymentId
+    answer: str  # what AnswerGrew calls it
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    client: str
+    kept: str  # what only the API understands
+    ids: tuple[int, ...]  # so far
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerGrew:
+    """More ids of that answer, from `start` on; `over`: it is complete, or forgotten."""
+
+    deployment: DeploymentId
+    answer: str
+    start: int
+    ids: tuple[int, ...]
+    over: bool = False
+
+
 Control = (
     Hello | Heartbeat | HeartbeatKey | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer
-    | Progress | Trouble
+    | Progress | Trouble | AnswerCopied | AnswerGrew
 )  # fmt: skip

@@ -17,14 +17,18 @@ import psutil
 from peerllm import PROTOCOL_VERSION, __version__
 from peerllm.daemon.control_messages import (
     Answer,
+    AnswerCopied,
+    AnswerGrew,
     Control,
     DeploymentView,
     DeviceView,
     Have,
     Hello,
+    Inherit,
     Progress,
     Question,
     Trouble,
+    Vote,
 )
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_profiles import link_profiles
@@ -41,6 +45,7 @@ from peerllm.daemon.engine_link.profiler import ComputeSpeed, Profiler, measured
 from peerllm.daemon.facade import (
     Chunk,
     GenerateRequest,
+    InheritedAnswer,
     PeerHandler,
     RelayedAnswer,
     RunOptions,
@@ -64,10 +69,12 @@ from peerllm.daemon.status.status import (
     sighting_entry,
     starting_status,
 )
+from peerllm.daemon.successor.successor import Successor
 from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.exchange.holders import ROUTE
 from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
 from peerllm.daemon.weights.hub import token
-from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.offers import Offers
 from peerllm.daemon.weights.stage_weights import StageWeights
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import (
@@ -127,6 +134,7 @@ class Daemon:
         self._doing = ""  # while this device starts, for people
         self._ready = asyncio.Event()
         self._started = self._closed = False
+        self._inherit: Callable[[InheritedAnswer], None] | None = None
         self._relay_door = relay_door.RelayDoor()
         self._models = HouseholdModels()
 
@@ -202,6 +210,8 @@ class Daemon:
             report=self._report,
             changed=self.poke,
         )
+        self.successor = Successor(self)
+        self.successor.handler = self._inherit
         memory = not configured.memory_bytes  # an accelerator's own is not the machine's
         read = partial(read_machine, memory=memory)
         self.lending = Lending(self, data, limits, self.settings.given_limits, read)
@@ -222,7 +232,8 @@ class Daemon:
         await network.start()
         await self.store.prune()
         self._first_look()
-        await self.coordinator.start()
+        await self.successor.others_heard()
+        await self.coordinator.start(lambda deployment: self.successor.models.load(deployment).at_hand)
         self._ready.set()
         self.poke()
 
@@ -230,7 +241,8 @@ class Daemon:
         """Hold nothing any more: returns when others took over and answers under way are done, or time is up."""
         if self._ready.is_set():
             self.lending.go(reason)
-            if not await self.lending.gone(self.identity.device, lambda: self.coordinator.busy, within_s):
+            self.successor.copies.going = True
+            if not await self.lending.gone(self.successor.online, lambda: self.coordinator.busy, within_s):
                 log.info("%g s are over; what is still held here is let go of", within_s)
 
     async def sleep(self, within_s: float) -> None:
@@ -243,6 +255,7 @@ class Daemon:
         """It is awake again."""
         if self._ready.is_set():
             self.lending.go("")
+            self.successor.copies.going = False
 
     async def close(self) -> None:
         """Stop what was started here, say goodbye, end the engine. May be called twice."""
@@ -255,7 +268,8 @@ class Daemon:
     async def _let_go(self) -> None:
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self.coordinator.close()
+                await self.successor.close()
+                await self.coordinator.close(self.successor.goes_on)
                 await self.worker.close()
         except TimeoutError:
             log.warning("letting go of deployments took over %g s; leaving anyway", CLOSE_TIMEOUT_S)
@@ -307,7 +321,7 @@ class Daemon:
         if not self._ready.is_set():
             return []
         own = self.coordinator.served()
-        here = {model.deployment for model in own}
+        here = {model.deployment for model in own if model.state != "stopped"}
         return [*own, *(model for model in self._models.others(self.home.name) if model.deployment not in here)]
 
     def relay(
@@ -321,7 +335,13 @@ class Daemon:
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         if self.lending.going:
             raise UnavailableError(f"{self.settings.name} is {self.lending.leaving}")
-        return self.coordinator.generate(request)
+        chunks = self.coordinator.generate(request)
+        return self.successor.copies.copied(request, chunks) if request.kept else chunks
+
+    def inherit_answers(self, handler: Callable[[InheritedAnswer], None]) -> None:
+        self._inherit = handler
+        if self._started:
+            self.successor.handler = handler
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
         return await self.coordinator.run(options, progress)
@@ -392,6 +412,7 @@ class Daemon:
         return machine.lent_bytes(limits.memory_bytes, configured.runtime_bytes, running)
 
     def lending_changed(self) -> None:
+        self.successor.lends(not self.ledger.leaving)
         self.network.set_hello_changed()
         self.coordinator.stir("what a device lends has changed")
         self.poke()
@@ -462,6 +483,8 @@ class Daemon:
 
     def _beat(self) -> None:
         """Something changed: tell the others, if it is something that they see."""
+        if self._ready.is_set():
+            self.successor.look()
         view = self._view()
         told = replace(view, resident_bytes=0)
         if told != self._told:
@@ -561,6 +584,8 @@ class Daemon:
     async def _answer(self, device: DeviceId, question: Question) -> Answer:
         if isinstance(question, Have):
             return await asyncio.to_thread(self.offers.answer, question)
+        if isinstance(question, Inherit | Vote):
+            return await self.successor.answer(device, question)
         return await self.worker.answer(device, question)
 
     def _heard(self, device: DeviceId, message: Control) -> None:
@@ -569,11 +594,18 @@ class Daemon:
         elif isinstance(message, DeviceView):
             self.coordinator.told(device, message.holdings)
             self._seen(device, message)
+            self.successor.told(device, message.deployments)
+        elif isinstance(message, AnswerCopied | AnswerGrew):
+            self.successor.hear(device, message)
 
     def _first_look(self) -> None:
         """How each device of the household is when this one starts."""
         if self.host.state in AVAILABLE:
             self.coordinator.device_is(self.identity.device, "online")
+        self._note_absent()
+
+    def _note_absent(self) -> None:
+        """Devices of the household that have not said anything: models wait a moment for them."""
         for device, peer in self.network.peers().items():
             if peer.view is None:
                 self.coordinator.device_is(device, "gone", "is not here")
@@ -622,15 +654,18 @@ class Daemon:
             self._renewed.add(device)
         match state:
             case "online":
+                self.successor.presence(device, "online")
                 if before == "silent" and not renewed:
                     self.worker.back(device)
                     self.coordinator.device_is(device, "online")
             case "silent":
+                self.successor.presence(device, "silent")
                 self.worker.away(device)
                 self.coordinator.device_is(device, "silent", f"is {reason}")
             case "offline" | "left":
+                self._relay.vanished(device)
                 if before in LINKED:
-                    self._relay.vanished(device, reason)
+                    self.successor.presence(device, "gone")
                 self.worker.away(device)
                 self.coordinator.device_is(device, "gone", f"is gone ({reason})")
             case "connecting":
@@ -638,6 +673,7 @@ class Daemon:
 
     def _roster_changed(self, entries: tuple[RosterEntry, ...]) -> None:
         self.host.tell(Trust(self._trusted(entries)))
+        self._note_absent()
         self.poke()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:

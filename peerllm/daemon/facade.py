@@ -95,6 +95,21 @@ class GenerateRequest:
     client: str = ""
     ignore_stop: bool = False  # go on to max_tokens whatever the model says
     patience_s: float | None = None  # how long it waits for a deployment that does not serve; None: as usual
+    answer: Sequence[int] = ()  # ids of the answer that are known already: it goes on after them
+    kept: str = ""  # what the API needs to go on with the answer on another device; "": it ends with this one
+
+
+@dataclass(frozen=True, slots=True)
+class InheritedAnswer:
+    """An answer that another device began and cannot go on with; `kept` is what its API said of it."""
+
+    deployment: DeploymentId
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: Sampling
+    client: str
+    kept: str
+    ids: Sequence[int]  # so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +156,10 @@ class Household(Protocol):
 
     def answer_peers(self, handler: PeerHandler) -> None:
         """Let `handler` answer what other devices of the household relay to this one, from now on."""
+        ...
+
+    def inherit_answers(self, handler: Callable[[InheritedAnswer], None]) -> None:
+        """Let `handler` go on with answers whose source is lost, from now on."""
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:

@@ -18,6 +18,7 @@ from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.facade import (
     Chunk,
     GenerateRequest,
+    InheritedAnswer,
     PeerHandler,
     RelayedAnswer,
     RunOptions,
@@ -222,6 +223,9 @@ class FakeHousehold:
         ):
             yield RelayedAnswer(response.status, response.headers, pieces(response))
 
+    def inherit_answers(self, handler: Callable[[InheritedAnswer], None]) -> None:
+        self.inherit = handler
+
     def answer_peers(self, handler: PeerHandler) -> None:
         self.handler = handler
 
@@ -254,7 +258,7 @@ class FakeHousehold:
                 yield Chunk((), queued=place)
             if self.gate is not None:
                 await self.gate.wait()
-            ids = self.ids(self.reply)
+            ids = self.ids(self.reply)[len(request.answer) :]
             while self.endless:
                 self.produced += 1
                 yield Chunk((ids[self.produced % len(ids)],))

@@ -44,14 +44,25 @@ class AnswerStore:
             raise ReusedKeyError("this Idempotency-Key was used with another body; take a fresh one")
         return kept
 
-    def begin(self, key: str, fingerprint: bytes, client: str, begin: Coroutine[Any, Any, BegunAnswer]) -> KeptAnswer:
-        """A new answer under a key that is free; OverloadedError if no room can be made for it."""
+    def begin(
+        self,
+        key: str,
+        fingerprint: bytes,
+        client: str,
+        begin: Coroutine[Any, Any, BegunAnswer],
+        fleeting: bool = False,
+    ) -> KeptAnswer:
+        """A new answer under a key that is free; OverloadedError if no room can be made for it.
+
+        `fleeting`: it ends with its reader, and takes no room when it is over.
+        """
         try:
-            self._make_room(client)
+            if not fleeting:
+                self._make_room(client)
         except OverloadedError:
             begin.close()
             raise
-        kept = self._answers[key] = KeptAnswer(key, fingerprint, client)
+        kept = self._answers[key] = KeptAnswer(key, fingerprint, client, fleeting)
         task = asyncio.create_task(self._compute(kept, begin), name="api: kept answer")
         self._tasks[key] = task
         task.add_done_callback(lambda _: self._tasks.pop(key, None))
@@ -65,7 +76,9 @@ class AnswerStore:
             yield
         finally:
             kept.readers -= 1
-            if not kept.readers and not kept.over:
+            if kept.fleeting and not kept.readers:
+                self._drop(kept)
+            elif not kept.readers and not kept.over:
                 self._later(ALONE_S, kept)
 
     async def _compute(self, kept: KeptAnswer, begin: Coroutine[Any, Any, BegunAnswer]) -> None:
@@ -78,14 +91,16 @@ class AnswerStore:
             self._drop(kept)
             raise
         else:
-            self._later(KEPT_S, kept)
+            if self._answers.get(kept.key) is kept:
+                self._later(KEPT_S, kept)
             self._bound_tokens()
         finally:
             encoding.cancel()
 
     def _make_room(self, client: str) -> None:
-        own = [kept for kept in self._answers.values() if kept.client == client]
-        crowd = own if len(own) >= MAX_KEPT_OF_CLIENT else list(self._answers.values())
+        everyone = [kept for kept in self._answers.values() if not kept.fleeting]
+        own = [kept for kept in everyone if kept.client == client]
+        crowd = own if len(own) >= MAX_KEPT_OF_CLIENT else everyone
         if len(own) < MAX_KEPT_OF_CLIENT and len(crowd) < MAX_KEPT:
             return
         oldest = next((kept for kept in crowd if kept.over and not kept.readers), None)

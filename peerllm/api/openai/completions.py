@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from aiohttp import web
 
@@ -18,18 +19,20 @@ from peerllm.api.keys import ANSWERS, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai.answer import Completion, OpenAIObjects
 from peerllm.api.openai.answer_store import NotKeptError
 from peerllm.api.openai.chat_request import ChatRequest, parse_chat
+from peerllm.api.openai.inherited_answers import kept_of
 from peerllm.api.openai.kept_answer import BegunAnswer
 from peerllm.api.openai.model_wait import answering_model
 from peerllm.api.openai.models import find_model
 from peerllm.api.peers.caller import Caller, caller_of
 from peerllm.api.peers.remote_answer import RemoteAnswer
-from peerllm.api.repeat import END, DeviceLeavingError, Repeat, repeat_of
+from peerllm.api.repeat import END, FLEETING_HEADER, DeviceLeavingError, Repeat, fleeting, repeat_of
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.daemon.facade import Chunk, GenerateRequest, ServedModel
 from peerllm.errors import EngineError, LinkError
 
 CHAT_PATH = "/v1/chat/completions"
 RESUME_S = 60.0  # seconds in which an answer with a key is sought again after the device that gave it was lost
+SOUGHT_S = 15.0  # the same of one without a key of which nothing has come: longer than another takes to follow
 RETRY_S = 0.5  # seconds between two tries
 
 
@@ -42,10 +45,12 @@ async def answer_chat(app: web.Application, request: web.Request, caller: Caller
     """Errors before the first sign of life have their own status; after it they are an error event, then the end."""
     fields = await read_object(request)
     chat, repeat = parse_chat(fields), repeat_of(request, fields.body)
+    if repeat is not None:
+        repeat.fleeting = bool(caller.device) and FLEETING_HEADER in request.headers
     stream = Stream(request, "text/event-stream; charset=utf-8") if chat.stream else None
     with app[TASKS].stream():
         try:
-            return await _answered(app, request, caller, chat, repeat, stream)
+            return await _answered(app, request, caller, chat, repeat, stream, fields.body)
         except asyncio.CancelledError:
             if stream is not None and stream.started and app[TASKS].closing:
                 with contextlib.suppress(ConnectionError):
@@ -63,9 +68,10 @@ async def _answered(
     chat: ChatRequest,
     repeat: Repeat | None,
     stream: Stream | None,
+    body: Any,
 ) -> web.StreamResponse:
-    """By this device or by the model's source; a lost source is sought again where the answer has a key."""
-    until = None
+    """By this device or by the model's source; when that is lost, who goes on is sought, and asked for the rest."""
+    until, relayed = None, repeat or fleeting(body)
     while repeat is None or app[ANSWERS].find(repeat.key, repeat.fingerprint) is None:
         model = await answering_model(app, chat.model, stream.comment if stream else _silently, bool(caller.device))
         if not model.source:
@@ -75,15 +81,17 @@ async def _answered(
             if app[ANSWERS].find(repeat.key, repeat.fingerprint) is None:
                 if repeat.last is not None:
                     raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
-                begin = _begin(app, chat, model, caller)
-                app[ANSWERS].begin(repeat.key, repeat.fingerprint, caller.payer(chat.user), begin)
+                begin = _begin(app, chat, model, caller, repeat)
+                payer = caller.payer(chat.user)
+                app[ANSWERS].begin(repeat.key, repeat.fingerprint, payer, begin, repeat.fleeting)
             break
-        remote = RemoteAnswer(app[HOUSEHOLD], model, caller, repeat, partial(_moved, app, model))
+        remote = RemoteAnswer(app[HOUSEHOLD], model, caller, relayed, partial(_moved, app, model))
         try:
             return await remote.pass_on(request, CHAT_PATH, stream)
         except LinkError as error:
-            until = until or time.monotonic() + RESUME_S
-            if repeat is None or time.monotonic() >= until:
+            resumed = repeat is not None or relayed.last is not None
+            until = until or time.monotonic() + (RESUME_S if resumed else SOUGHT_S)
+            if time.monotonic() >= until or (remote.begun and not resumed):
                 raise LinkError(f"no answer of {model.name} to its end: {error}; ask again in a moment") from error
             if stream is not None:
                 await stream.comment(f"the device of {model.name} is lost, looking for the answer")
@@ -104,20 +112,23 @@ def _moved(app: web.Application, model: ServedModel) -> bool:
         return False  # it may be listed again in a moment
 
 
-async def _begin(app: web.Application, chat: ChatRequest, model: ServedModel, caller: Caller) -> BegunAnswer:
+async def _begin(
+    app: web.Application, chat: ChatRequest, model: ServedModel, caller: Caller, repeat: Repeat | None = None
+) -> BegunAnswer:
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
     prompt = await app[TEXTS].prompt(text, chat.messages, model.context)
     room = model.context - len(prompt)
+    objects = OpenAIObjects(model.name, len(prompt), chat.return_token_ids, chat.include_usage)
     wanted = GenerateRequest(
         deployment=model.deployment,
         prompt=prompt,
         max_tokens=min(chat.max_tokens or room, room),
         sampling=chat.sampling_with(text.defaults),
         client=caller.group(chat.user),
+        kept=kept_of(repeat, caller.payer(chat.user), objects, chat.stops) if repeat is not None else "",
     )
-    objects = OpenAIObjects(model.name, len(prompt), chat.return_token_ids, chat.include_usage)
     return BegunAnswer(app[HOUSEHOLD].generate(wanted), objects, text, frozenset(model.stop_ids), chat.stops)
 
 

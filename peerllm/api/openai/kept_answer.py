@@ -33,11 +33,12 @@ class BegunAnswer:
 
 @dataclass(slots=True)
 class KeptAnswer:
-    """`fingerprint` is of the body that asked for it, `client` who is charged for it."""
+    """`fingerprint` is of the body that asked for it, `client` who is charged for it; `fleeting` as in Repeat."""
 
     key: str
     fingerprint: bytes
     client: str
+    fleeting: bool = False
     begun: BegunAnswer | None = None  # None: the prompt is being encoded
     ids: list[int] = field(default_factory=list)
     finish: FinishReason | None = None

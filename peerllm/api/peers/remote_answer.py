@@ -11,7 +11,7 @@ import orjson
 from aiohttp import web
 
 from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
-from peerllm.api.repeat import KEY_HEADER, LAST_HEADER, DeviceLeavingError, Repeat
+from peerllm.api.repeat import FLEETING_HEADER, KEY_HEADER, LAST_HEADER, DeviceLeavingError, Repeat
 from peerllm.api.streams import Stream, pulsed
 from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
 from peerllm.errors import LinkError
@@ -25,18 +25,21 @@ _JSON, _EVENTS = "application/json", "text/event-stream"
 _KEPT = ("Retry-After", "x-should-retry")  # headers that mean the same here
 _LAST = re.compile(rb'data: (\[DONE\]|\{"error":)')  # with one of these every stream ends
 _LEAVING = f'"code":"{DeviceLeavingError.code}"'.encode()
+_IDS = re.compile(rb"(?m)^id: (?:[0-9]{1,10}|end)\n")
+_DATA = re.compile(rb"(?:^|\n)data: ")
 _ID = re.compile(rb"(?:^|\n)id: ([0-9]{1,10}|end)\n")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RemoteAnswer:
-    """`moved` says whether another device answers for the model by now."""
+    """`moved` says whether another device answers for the model by now; `begun`: some of it has come."""
 
     household: Household
     model: ServedModel
     caller: Caller
-    repeat: Repeat | None
+    repeat: Repeat
     moved: Callable[[], bool]
+    begun: bool = False
 
     async def pass_on(self, request: web.Request, path: str, stream: Stream | None) -> web.StreamResponse:
         """What the model's source answers to this request: status, errors and events unchanged.
@@ -44,11 +47,15 @@ class RemoteAnswer:
         `stream` may have begun already; then a refusal becomes its last event. LinkError if the source is lost;
         `repeat` then has the last event that the client got.
         """
-        headers = {"Content-Type": _JSON, CLIENT_HEADER: self.caller.client[:MAX_CLIENT_CHARS]}
-        if self.repeat is not None:
-            headers[KEY_HEADER] = self.repeat.key
-            if self.repeat.last is not None:
-                headers[LAST_HEADER] = self.repeat.last
+        headers = {
+            "Content-Type": _JSON,
+            CLIENT_HEADER: self.caller.client[:MAX_CLIENT_CHARS],
+            KEY_HEADER: self.repeat.key,
+        }
+        if self.repeat.last is not None:
+            headers[LAST_HEADER] = self.repeat.last
+        if self.repeat.fleeting:
+            headers[FLEETING_HEADER] = "1"
         async with self.household.relay(self.model.source, path, headers, await request.read()) as answer:
             kind = answer.headers.get("Content-Type", "").partition(";")[0]
             if stream is not None and answer.status == web.HTTPOk.status_code and kind == _EVENTS:
@@ -56,6 +63,7 @@ class RemoteAnswer:
                 return await stream.end()
             if kind != _JSON or not 200 <= answer.status < 600:
                 raise LinkError(f"its device answered with HTTP {answer.status} {kind[:40]!r}")
+            self.begun = True
             body = await _whole(answer.body)
         if stream is not None and stream.started:
             await stream.send(orjson.Fragment(body))
@@ -65,7 +73,7 @@ class RemoteAnswer:
 
     async def _events(self, stream: Stream, answer: RelayedAnswer) -> None:
         """Whole events only, so that one that broke off is not followed by another in its middle."""
-        held, ended, silences = b"", False, 0
+        held, ended, silences = bytearray(), False, 0
         async with aclosing(pulsed(answer.body, SILENCE_S)) as pieces:
             async for piece in pieces:
                 if piece is None:
@@ -77,14 +85,19 @@ class RemoteAnswer:
                     await stream.comment(f"the device of {self.model.name} is silent")
                     continue
                 silences = 0
-                whole, mark, held = (held + piece).rpartition(b"\n\n")
-                if mark:
+                looked = max(0, len(held) - 1)  # in small pieces, too, each byte is looked at once
+                held += piece
+                if (end := held.rfind(b"\n\n", looked)) >= 0:
+                    whole = bytes(held[:end])
+                    del held[: end + 2]
                     last = whole.rpartition(b"\n\n")[2]
-                    if self.repeat is not None and last.startswith(b'data: {"error":') and _LEAVING in last:
+                    if last.startswith(b'data: {"error":') and _LEAVING in last:
                         raise LinkError("its device is shutting down")
-                    await stream.write(whole + mark)
+                    self.begun = self.begun or _DATA.search(whole) is not None
+                    ids = _ID.findall(whole)
+                    await stream.write((_IDS.sub(b"", whole) if self.repeat.fleeting else whole) + b"\n\n")
                     ended = _LAST.search(last) is not None
-                    if self.repeat is not None and (ids := _ID.findall(whole)):
+                    if ids:
                         self.repeat.last = ids[-1].decode()
                 if len(held) > MAX_EVENT_BYTES:
                     raise LinkError("its device sends an event without an end")

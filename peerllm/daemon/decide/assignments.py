@@ -192,7 +192,7 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
         if exact and "int8" in (work.upstream_activations, work.downstream_activations):
             raise BadInputError("what is computed in float32 stays exact: its activations are not rounded")
         for tensor in work.tensors:
-            _check_tensor(tensor, own)
+            check_tensor(tensor, own)
             check_place(assign.hub, tensor)
     if assign.quantize not in MATRIX_BITS:
         raise BadInputError(f"unknown quantisation {assign.quantize!r}")
@@ -212,7 +212,8 @@ def _check_cuts(cuts: Cuts, most: int) -> None:
         raise BadInputError(f"an assignment's cuts make no sense with chunks of at most {most} tokens")
 
 
-def _check_tensor(tensor: TensorDigest, own: bool) -> None:
+def check_tensor(tensor: TensorDigest, own: bool) -> None:
+    """BadInputError unless a tensor that another device names can be one; `own`: it may have no hash."""
     if len(tensor.shape) > MAX_DIMENSIONS:  # the product of thousands would take minutes
         raise BadInputError(f"tensor {tensor.name} has {len(tensor.shape)} dimensions, at most {MAX_DIMENSIONS}")
     if any(side < 0 for side in tensor.shape) or tensor.nbytes < 0:

@@ -4,8 +4,9 @@ A deployment's devices, in the order of its plan, follow each other. The first o
 source needs asks the others for their votes. A device votes once in a term, only while it does not hear the coordinator
 itself, and from then on obeys whom it voted for. With the votes of a strict majority of the plan's devices the
 candidate takes the deployment over as it is loaded. Without sight of a majority (always so with two devices) it serves
-the model as a new deployment, if it can hold it. When both meet again, the device that the model was started on goes
-on, if it serves; the other takes no new sequences, ends those that it streams, and lets go.
+the model as a new deployment, if it can hold it. When two meet again, one takes no new sequences, ends those that it
+streams, and lets go: of one deployment the coordinator that its devices do not obey any more, which is the one of the
+earlier epoch; else the one that was begun anew, if the other serves.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Literal, assert_never
 from peerllm.types import DeploymentId, DeviceId
 
 GONE_S = 1.0  # a coordinator whose process ended may be back at once: a restart takes less than what follows
-SILENT_S = 3.0  # a silent coordinator is waited for this long; its own devices go on without it no sooner
+SILENT_S = 5.0  # a silent coordinator is waited for this long; its own devices go on without it no sooner
 TURN_S = 1.5  # each further device in the plan's order waits this much longer
 VOTE_S = 2.0  # votes that have not come by then count as refused; the next term begins a turn later
 BOUND_S = 5.0  # a vote binds for so long, unless its candidate takes over
 ANEW_S = 6.0  # without a majority in sight for so long the model is served as a new deployment
+EPOCHS_OF_TERM = 2000  # more than a coordinator uses up that nobody obeys; one that restarts skips a thousand
 MAX_DEPLOYMENTS_KNOWN = 256
 
 Presence = Literal["online", "silent", "gone"]
@@ -33,7 +35,6 @@ class CoordinatedPlan:
 
     deployment: DeploymentId
     coordinator: DeviceId
-    origin: DeviceId  # the device that the model was started on
     devices: tuple[DeviceId, ...]
     epoch: int
     serving: bool
@@ -159,9 +160,10 @@ class ServeAnew:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Let the deployment take no new sequences: it ends when those that run have ended."""
+    """Let the deployment take no new sequences: it ends when those that run have ended. `to` goes on with it."""
 
     deployment: DeploymentId
+    to: DeviceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +251,17 @@ class Succession:
             self._own, self.me
         )
 
+    @property
+    def followed(self) -> Mapping[DeploymentId, CoordinatedPlan]:
+        """The deployments that other devices coordinate."""
+        return {one: known.plan for one, known in self._followed.items()}
+
     # ---- hearing of deployments -----------------------------------------------------------------------------------
 
     def _own_plan(self, plan: CoordinatedPlan) -> list[SuccessionAction]:
         self._own[plan.deployment] = plan
-        rival = self._followed.get(plan.deployment)
-        return self._met(plan, rival.plan) if rival is not None and rival.lost_at is None else []
+        here = [known.plan for known in self._followed.values() if known.lost_at is None]
+        return [action for other in here if _related(plan, other) for action in self._met(plan, other)]
 
     def _told(self, plan: CoordinatedPlan, now: float) -> list[SuccessionAction]:
         known = self._followed.get(plan.deployment)
@@ -396,7 +403,7 @@ class Succession:
             candidacy.votes.add(came.voter)
         if not self._majority(known, len(candidacy.votes)):
             return []
-        epoch, deployment = known.plan.epoch + came.term, came.deployment
+        epoch, deployment = known.plan.epoch + EPOCHS_OF_TERM * came.term, came.deployment
         self._own[deployment] = replace(known.plan, coordinator=self.me, serving=False)
         del self._followed[deployment]
         return [TakeOver(deployment, epoch)]
@@ -408,17 +415,17 @@ class Succession:
         if own.deployment in self._yielding or not self._gives_way(own, other):
             return []
         self._yielding[own.deployment] = other.coordinator
-        drain: list[SuccessionAction] = [Drain(own.deployment)]
+        drain: list[SuccessionAction] = [Drain(own.deployment, other.coordinator)]
         return drain + self._drained(own.deployment)
 
     def _gives_way(self, own: CoordinatedPlan, other: CoordinatedPlan) -> bool:
         """Never both, and never neither once each knows what the other says of itself."""
-        if own.deployment != other.deployment and bool(own.succeeds) != bool(other.succeeds):
-            return bool(own.succeeds)  # what was begun anew gives way to what it was begun for
+        if own.deployment == other.deployment:  # a majority obeys the later one, and refuses the other everything
+            return (own.epoch, own.coordinator) < (other.epoch, other.coordinator)
         if own.serving != other.serving:
             return other.serving
-        if (own.coordinator == own.origin) != (other.coordinator == other.origin):
-            return other.coordinator == other.origin
+        if bool(own.succeeds) != bool(other.succeeds):
+            return bool(own.succeeds)  # what was begun anew gives way to what it was begun for
         return (own.epoch, own.coordinator) < (other.epoch, other.coordinator)
 
     def _drained(self, deployment: DeploymentId) -> list[SuccessionAction]:

@@ -92,6 +92,11 @@ class Admission:
         return len(self._running)
 
     @property
+    def busy(self) -> bool:
+        """Whether any sequence runs or waits."""
+        return bool(self._all)
+
+    @property
     def queued(self) -> int:
         return len(self._queue)
 
@@ -141,10 +146,15 @@ class Admission:
 
     def close(self, reason: str) -> None:
         """End all sequences with an error, and refuse every later one."""
-        self._room, self._closed = None, UnavailableError(reason)
+        self.refuse(reason)
+        self._room = None
         self._end(set(self._all), UnavailableError(reason))
         self._running.clear()
         self._wake()
+
+    def refuse(self, reason: str) -> None:
+        """Refuse every later sequence; those that are here go on."""
+        self._closed = UnavailableError(reason)
 
     def hear(self, event: Tokens) -> None:
         """New tokens from the engine. What repeats known ones is ignored."""
@@ -163,7 +173,7 @@ class Admission:
             self._give_up(event.sequence)
             return
         now, ids = time.monotonic(), event.ids[known - event.start :]
-        if not known and ids:
+        if not sequence.first and ids:
             sequence.first = now
         sequence.answer += ids
         sequence.reused = max(sequence.reused, event.reused)
@@ -212,6 +222,7 @@ class Admission:
                     return
         finally:
             self._leave(sequence)
+            self._changed()
 
     def _accept(self, request: GenerateRequest) -> _Sequence:
         if self._closed is not None:
@@ -225,7 +236,7 @@ class Admission:
             self._held_since = now
         elif request.patience_s is None and now >= self._held_since + PATIENCE_S:  # others waited in vain
             raise UnavailableError(self._reason)
-        sequence = _Sequence(next(_numbers), request, request.max_tokens)
+        sequence = _Sequence(next(_numbers), request, request.max_tokens, answer=list(request.answer))
         self._queue.add(sequence.number, request.client, self.retry_after_s)
         self._all[sequence.number] = sequence
         if self._room is None:
@@ -319,8 +330,8 @@ class Admission:
             self._all.pop(number).events.put_nowait(error)
 
     def _note(self, sequence: _Sequence, now: float) -> None:
-        count = len(sequence.answer)
-        if count and sequence.submitted:
+        count = len(sequence.answer) - len(sequence.request.answer)
+        if count and sequence.first and sequence.submitted:
             step = 1000 * (now - sequence.first) / (count - 1) if count > 1 else 0.0
             self._answers.append((1000 * (sequence.first - sequence.submitted), step))
             self._held_s.append(now - sequence.submitted)

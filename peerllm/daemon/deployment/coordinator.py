@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from peerllm.daemon.control_messages import DeploymentView, Holding, Progress, T
 from peerllm.daemon.decide.deployment_life.deployment_events import ConditionsChanged, DeviceCondition, DeviceIs
 from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.deployment.deployment import Deployment
+from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.live_scenario import as_it_runs
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
@@ -47,11 +49,79 @@ class Coordinator:
         self._closing = False
         self._writing = asyncio.Lock()
 
-    async def start(self) -> None:
-        """Bring back the models that were serving when this device last stopped."""
-        for one in await asyncio.to_thread(recall, self._file):
-            if one.options.model not in self._deployments and len(self._deployments) < MAX_DEPLOYMENTS:
+    async def start(self, inherited: Callable[[DeploymentId], ModelAtHand] | None = None) -> None:
+        """Bring back the models that were serving when this device last stopped, if nobody else goes on with them.
+
+        `inherited` gives the model of a deployment that this device took over; UnavailableError.
+        """
+        remembered = await asyncio.to_thread(recall, self._file)
+        for one in remembered:
+            if self.elsewhere(one.deployment) or len(self._deployments) >= MAX_DEPLOYMENTS:
+                log.info("%s is not started again: another device goes on with it", one.options.name)
+                continue
+            if one.inherited:
+                try:
+                    at_hand = (await asyncio.to_thread(inherited, one.inherited)) if inherited is not None else None
+                except UnavailableError as error:
+                    log.warning("%s is not started again: %s", one.options.name, error)
+                    continue
+                self._begin(one.options, one, at_hand)
+            elif one.options.model not in self._deployments:
                 self._begin(one.options, one)
+        if len(remembered) > len(self._deployments):
+            await self._remember()
+
+    def elsewhere(self, deployment: DeploymentId) -> bool:
+        """Whether another device coordinates it, or one that was begun anew for it."""
+        return any(deployment in (view.deployment, view.succeeds) for view in self._around.views())
+
+    def take_over(
+        self, options: RunOptions, at_hand: ModelAtHand, deployment: DeploymentId, epoch: int, created: int
+    ) -> None:
+        """Coordinate a deployment of another device from now on, with epochs after `epoch`."""
+        remembered = RememberedDeployment(options, deployment, epoch, inherited=deployment)
+        self._begin(options, remembered, at_hand, created)
+
+    def serve_anew(
+        self, options: RunOptions, at_hand: ModelAtHand, succeeds: DeploymentId, created: int
+    ) -> DeploymentId:
+        """Serve what another device served as a deployment of its own; its id."""
+        anew = secrets.token_hex(16)
+        remembered = RememberedDeployment(options, anew, 0, inherited=succeeds, succeeds=succeeds)
+        self._begin(options, remembered, at_hand, created)
+        return anew
+
+    async def could_serve(self, options: RunOptions, at_hand: ModelAtHand, held: Mapping[DeviceId, int]) -> bool:
+        """Whether there is a plan for a model if `held` bytes were free besides."""
+        try:
+            await Deployment(options, self._around, self._timings, at_hand=at_hand).preview(held)
+        except PeerLLMError as error:
+            log.info("%s cannot be served from here: %s", options.name, error)
+            return False
+        return True
+
+    def drain(self, deployment: DeploymentId, to: str) -> None:
+        """The deployment takes no new sequences: device `to` goes on with it."""
+        if (held := self._of(deployment)) is not None:
+            held.drain(to)
+
+    async def give_way(self, deployment: DeploymentId) -> None:
+        """Stop coordinating a deployment that another device goes on with."""
+        if (held := self._of(deployment)) is not None:
+            await self._end(held)
+            await self._remember()
+
+    def left(self, deployment: DeploymentId) -> tuple[RunOptions, int, DescribedModel]:
+        """What a follower is told of a deployment that runs here, and its model; NotFoundError."""
+        held = self._of(deployment)
+        if held is None or held.model.inspected is None or held.model.model_dir is None:
+            raise NotFoundError("no such deployment runs here")
+        return held.options, held.created, held.model
+
+    @property
+    def streaming(self) -> dict[DeploymentId, bool]:
+        """For each deployment here whether sequences of it run or wait."""
+        return {held.id: held.sequences.busy for held in self._deployments.values()}
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
         """The deployment's name, when it serves; raises why it does not. A model that runs is not started again."""
@@ -235,31 +305,42 @@ class Coordinator:
         for deployment in list(self._deployments.values()):
             deployment.happened(event)
 
-    async def close(self) -> None:
-        """Stop all deployments; they stay remembered. May be called twice."""
+    async def close(self, left: Callable[[DeploymentId], bool] = lambda _: False) -> None:
+        """Stop all deployments; they stay remembered. Other devices keep what they go on with (`left`). Idempotent."""
         self._closing = True
         deployments = list(self._deployments.values())
         self._deployments.clear()
-        await asyncio.gather(*(deployment.stop() for deployment in deployments))
+        await asyncio.gather(*(deployment.stop(left(deployment.id)) for deployment in deployments))
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _begin(self, options: RunOptions, remembered: RememberedDeployment | None) -> Deployment:
-        if remembered is not None:  # a name that was taken meanwhile is numbered, not refused
+    def _begin(
+        self,
+        options: RunOptions,
+        remembered: RememberedDeployment | None,
+        at_hand: ModelAtHand | None = None,
+        created: int = 0,
+    ) -> Deployment:
+        if at_hand is not None:  # it goes on under the name that clients know
+            name = options.name
+        elif remembered is not None:  # a name that was taken meanwhile is numbered, not refused
             name = name_for(options.name or options.model, "", self._names())
         else:
             name = name_for(options.model, options.name, self._names())
         options = replace(options, name=name)
-        deployment = self._deployments[options.model] = Deployment(
-            options, self._around, self._timings, remembered=remembered, served=self._note_served
+        deployment = Deployment(
+            options, self._around, self._timings, remembered=remembered, at_hand=at_hand, served=self._note_served
         )
+        deployment.created = created or deployment.created
+        key = options.model if options.model not in self._deployments else deployment.id
+        self._deployments[key] = deployment
         deployment.start(self._devices.values(), self._holdings)
         self._around.changed()
         return deployment
 
     async def _end(self, deployment: Deployment) -> None:
-        if self._deployments.get(deployment.options.model) is deployment:
-            del self._deployments[deployment.options.model]
+        for key in [key for key, held in self._deployments.items() if held is deployment]:
+            del self._deployments[key]
         await deployment.stop()
         self._around.changed()
 
@@ -280,8 +361,12 @@ class Coordinator:
             if self._closing:
                 return
             lasting = [held for held in self._deployments.values() if held.lasting]
-            remembered = [RememberedDeployment(held.remembered_as, held.id, held.epoch) for held in lasting]
-            served = [held.options.model for held in lasting if Path(held.options.model).is_absolute()]
+            remembered = [
+                RememberedDeployment(held.remembered_as, held.id, held.epoch, held.inherited, held.succeeds)
+                for held in lasting
+            ]
+            own = [held.options.model for held in lasting if not held.inherited]
+            served = [model for model in own if Path(model).is_absolute()]
             try:
                 await asyncio.to_thread(note_directories, self._file.with_name(DIRECTORIES_FILE), served)
                 await asyncio.to_thread(remember, self._file, remembered)

@@ -41,7 +41,7 @@ from peerllm.daemon.decide.deployment_life.deployment_events import (
 )
 from peerllm.daemon.decide.holdings import HouseholdHoldings
 from peerllm.daemon.deployment.admission import Admission, ServingCapacity
-from peerllm.daemon.deployment.described_model import DescribedModel
+from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
 from peerllm.daemon.deployment.establishing import DeviceRefusedError, Epoch, EpochNegotiation, failure_of
 from peerllm.daemon.deployment.negotiation import Surroundings, carry_all
 from peerllm.daemon.deployment.planning.conditions_reader import read_conditions
@@ -90,6 +90,7 @@ class Deployment:
         timings: ProfileRequests,
         *,
         remembered: RememberedDeployment | None = None,
+        at_hand: ModelAtHand | None = None,
         served: Callable[[], None] = lambda: None,
         decider: Callable[[DeviceId, bool, int], Decider] = DeploymentDecider,
     ) -> None:
@@ -99,9 +100,12 @@ class Deployment:
         self.created = int(time.time())
         self.state: DeploymentState = "planning"
         self.reason = ""
+        self.inherited = remembered.inherited if remembered is not None else ""
+        self.succeeds = remembered.succeeds if remembered is not None else ""
+        self.yields_to = ""  # the name of the device that goes on with it, while this one ends its answers
         self.lasting = remembered is not None  # it has served: from then on it waits for devices instead of giving up
         self.report = ProgressReport(around.me, around.name, around.changed)
-        self.model = DescribedModel(options, around, self._tell)
+        self.model = DescribedModel(options, around, self._tell, at_hand)
         self.sequences = Admission(self.id, around.tell_engine, around.changed)
         self._around, self._served = around, served
         self._search = PlanSearch(options, around, timings, self._tell)
@@ -147,14 +151,25 @@ class Deployment:
         self._feed(Asked())
         await future
 
-    async def stop(self) -> None:
-        """End everything, here and on the other devices."""
+    def drain(self, to: str) -> None:
+        """Take no new sequences: device `to` goes on with it. Those that run end, where they can go on."""
+        self.yields_to = to
+        reason = f"{to} serves {self.options.name} now; ask again"
+        if self.state == "serving":
+            self.sequences.refuse(reason)
+        else:
+            self.sequences.close(reason)
+        self._around.changed()
+
+    async def stop(self, left: bool = False) -> None:
+        """End everything, here and on the other devices; `left`: those keep it for the device that goes on."""
         self._finish("stopped", UnavailableError(f"{self.options.model} was stopped"))
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._let_go()
+        if not left:
+            await self._let_go()
 
     def happened(self, event: DeviceIs | ConditionsChanged) -> None:
         """The household changed."""
@@ -202,20 +217,21 @@ class Deployment:
 
     def shown(self) -> ShownDeployment:
         """As others see it now."""
-        serving = self.state == "serving" and self._running is not None
+        serving = self.state == "serving" and self._running is not None and not self.yields_to
         return ShownDeployment(
             deployment=self.id,
             options=self.options,
             coordinator=self._around.me,
             model=self.model,
-            state=self.state,
-            reason=self.reason,
+            state="stopped" if self.yields_to else self.state,
+            reason=f"{self.yields_to} goes on with it" if self.yields_to else self.reason,
             created=self.created,
             epoch=self._running.number if serving and self._running is not None else self.epoch,
             blueprint=self.blueprint,
             message=self.report.message,
             progress=1.0 if serving else self.report.done,
             missing_bytes=getattr(self._failure, "missing_bytes", 0) if self.state == "waiting" else 0,
+            succeeds=self.succeeds,
         )
 
     async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:

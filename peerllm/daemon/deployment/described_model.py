@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from peerllm.daemon.decide.demand import check_options
@@ -15,13 +16,22 @@ from peerllm.planner.cost.byte_sizes import human_bytes
 Say = Callable[[str, float | None], None]  # what is being done, and how much of it
 
 
+@dataclass(frozen=True, slots=True)
+class ModelAtHand:
+    """A model that need not be looked for; `form` as in ModelOnDisk."""
+
+    inspected: Inspected
+    directory: Path
+    form: str
+
+
 class DescribedModel:
     """`inspected` and `model_dir` are None until they are found."""
 
-    def __init__(self, options: RunOptions, around: Surroundings, say: Say) -> None:
-        self.inspected: Inspected | None = None
-        self.model_dir: Path | None = None
-        self.form = ""  # the quantisation of its GGUF files, see ModelOnDisk
+    def __init__(self, options: RunOptions, around: Surroundings, say: Say, at_hand: ModelAtHand | None = None) -> None:
+        self.inspected = at_hand.inspected if at_hand is not None else None
+        self.model_dir = at_hand.directory if at_hand is not None else None
+        self.form = at_hand.form if at_hand is not None else ""  # the quantisation of its GGUF files, see ModelOnDisk
         self._missing_bytes = 0  # of its files, on this disk
         self._options, self._around, self._say = options, around, say
 

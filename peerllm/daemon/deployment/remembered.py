@@ -20,11 +20,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RememberedDeployment:
-    """A deployment that served; `epoch` is the last that did when this was written."""
+    """A deployment that served; `epoch` is the last that did when this was written.
+
+    `inherited`: of the deployment whose model this device inherited; "": the options say where the model is.
+    """
 
     options: RunOptions
     deployment: DeploymentId
     epoch: int
+    inherited: DeploymentId = ""
+    succeeds: DeploymentId = ""
 
 
 def recall(file: Path) -> list[RememberedDeployment]:

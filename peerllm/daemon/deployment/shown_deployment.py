@@ -29,6 +29,7 @@ class ShownDeployment:
     message: str
     progress: float
     missing_bytes: int
+    succeeds: DeploymentId = ""
 
     def view(self, measured: dict[str, float]) -> DeploymentView:
         """For every device of the household; no text, no token ids."""
@@ -59,6 +60,7 @@ class ShownDeployment:
             form=self.model.form,
             created=self.created,
             missing_bytes=self.missing_bytes,
+            succeeds=self.succeeds,
         )
 
     def served(self) -> ServedModel:

@@ -57,10 +57,7 @@ class Home:
         self.outlines = Outlines(parts.settings.data_dir / model_files.OUTLINES)
 
     def name(self, device: DeviceId) -> str:
-        if device == self.me:
-            return self._parts.hello().name
-        peer = self._parts.network.peers().get(device)
-        return peer.name if peer is not None else device[:8]
+        return self._parts.hello().name if device == self.me else self._parts.network.name(device)
 
     def candidates(self) -> dict[DeviceId, Candidate]:
         parts = self._parts
@@ -114,8 +111,11 @@ class Home:
 
     async def hashes(self, tensors: Iterable[TensorAt], progress: Progress) -> dict[str, str]:
         wanted = list(tensors)
-        if not wanted:
-            return {}
+        inherited = {one.name: Path(one.path).name for one in wanted if self._parts.store.keeps(one)}
+        wanted = [one for one in wanted if one.name not in inherited]
+        return inherited | (await self._hashed(wanted, progress) if wanted else {})
+
+    async def _hashed(self, wanted: list[TensorAt], progress: Progress) -> dict[str, str]:
         if (hub := await self.hub_places(wanted)) is not None:  # "" where nobody has fetched it yet
             keys = {t.name: hub_key(hub.origin, hub.files[t.path], t.offset, t.nbytes) for t in wanted}
             return {name: self._parts.store.known(key) for name, key in keys.items()}

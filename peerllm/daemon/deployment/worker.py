@@ -21,6 +21,7 @@ from peerllm.daemon.control_messages import (
     Carry,
     Have,
     Holding,
+    Inherit,
     Pace,
     Profile,
     Progress,
@@ -29,9 +30,11 @@ from peerllm.daemon.control_messages import (
     Reserve,
     Trace,
     Trouble,
+    Vote,
 )
 from peerllm.daemon.decide.assignments import Address, check
-from peerllm.daemon.decide.ledger import Ledger
+from peerllm.daemon.decide.ledger import Ledger, added_to
+from peerllm.daemon.decide.membership import GRACE_S
 from peerllm.daemon.deployment.loading.epoch_loading import (
     QUERY_TIMEOUT_S,
     UNLOAD_TIMEOUT_S,
@@ -54,7 +57,6 @@ from peerllm.engine.messages import (
 from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId, DeviceId
 
-GRACE_S = 60.0  # what is loaded stays so long after its coordinator was last online
 CONNECT_TIMEOUT_S = 20.0
 CARRY_TIMEOUT_S = 60.0
 
@@ -116,8 +118,8 @@ class Worker:
                     return await self._paces(sender, deployment)
                 case Trace():
                     return Answer(0, recorded=await self._record(sender, question))
-                case Have():
-                    return Answer(0)  # answered by Offers
+                case Have() | Inherit() | Vote():
+                    return Answer(0)  # answered by Offers and Successor
                 case _:
                     assert_never(question)
         except PeerLLMError as error:
@@ -129,6 +131,19 @@ class Worker:
         return tuple(one for deployment in sorted(self._held) for one in self._held[deployment].holdings())
 
     # ---- what happens ---------------------------------------------------------------------------------------------
+
+    def obey(self, deployment: DeploymentId, coordinator: DeviceId) -> None:
+        """A deployment has another coordinator, which what is loaded for it obeys from now on."""
+        held = self._held.get(deployment)
+        if held is not None and held.coordinator != coordinator:
+            log.info("%s obeys %s now", deployment[:8], coordinator[:8])
+            held.coordinator = coordinator
+        self.ledger.hand_over(deployment, coordinator)
+
+    async def let_go(self, deployment: DeploymentId) -> None:
+        """Unload what is held of a deployment, whoever coordinates it."""
+        if (held := self._held.get(deployment)) is not None:
+            await self._let_go(held, held.epochs)
 
     def away(self, device: DeviceId) -> None:
         """A device is not heard of any more: what it holds here as a coordinator is kept for GRACE_S."""
@@ -200,7 +215,7 @@ class Worker:
 
     async def _made_room(self, asked: Reserve) -> bool:
         """Whether memory was freed of deployments whose coordinators are away, the one longest away first."""
-        needed = asked.nbytes if asked.added_bytes is None else asked.added_bytes
+        needed = added_to(self.ledger.promised_to(asked.deployment), asked.nbytes, asked.added_bytes)
         graced = [h for h in self._held.values() if h.coordinator in self._away and h.deployment != asked.deployment]
         if self.ledger.leaving or needed > self.ledger.free_bytes + sum(
             self.ledger.promised_to(held.deployment) for held in graced

@@ -126,12 +126,12 @@ class Lending:
         self._going = bool(reason)
         self._handle(Going(reason))
 
-    async def gone(self, me: DeviceId, busy: Callable[[], bool], within_s: float) -> bool:
-        """Wait until nothing is held for other devices' deployments and no answer is under way; False: time is up."""
+    async def gone(self, here: Callable[[DeviceId], bool], busy: Callable[[], bool], within_s: float) -> bool:
+        """Wait until nothing is held for devices that are `here`, and no answer is under way; False: time is up."""
         ledger = self._lender.ledger
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while busy() or any(promise.coordinator != me for promise in ledger.promises()):
+                while busy() or any(here(promise.coordinator) for promise in ledger.promises()):
                     self._looked.clear()
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(LOOK_S):

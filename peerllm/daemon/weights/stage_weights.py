@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from peerllm.daemon.control_messages import Assign, TensorDigest
@@ -39,8 +41,14 @@ class StageWeights:
         """Where every tensor of the assignment lies on this disk, by name."""
         mine = coordinator == self._me
         own = self._own_tensors(assign.deployment) if mine else {}
+        inherited = {name: Path(one.path).name for name, one in own.items() if self._store.keeps(one)}
+        own = {name: one for name, one in own.items() if name not in inherited}
         found = {tensor.name: own[tensor.name] for tensor in tensors_of(assign) if tensor.name in own}
-        missing = [tensor for tensor in tensors_of(assign) if tensor.name not in found]
+        missing = [
+            replace(tensor, sha256=inherited.get(tensor.name, tensor.sha256))
+            for tensor in tensors_of(assign)
+            if tensor.name not in found
+        ]
         if gone := [tensor.name for tensor in missing if not tensor.sha256 and tensor.file < 0]:
             raise ModelError(f"tensor {gone[0]} is missing from the model's files")
         if missing:

@@ -9,7 +9,7 @@ import pytest
 
 from peerllm.daemon.decide import succession as s
 
-PLAN = s.CoordinatedPlan("d", "a", "a", ("a", "b", "c"), 5, serving=True)
+PLAN = s.CoordinatedPlan("d", "a", ("a", "b", "c"), 5, serving=True)
 
 
 def follower(me: str, plan: s.CoordinatedPlan = PLAN, equipped: bool = True) -> s.Succession:
@@ -33,7 +33,7 @@ def test_the_next_in_the_plans_order_asks_for_votes_and_takes_over() -> None:
     assert c.deadline() == 10.0 + s.GONE_S + s.TURN_S
     assert b.handle(s.TurnCame(), 11.0) == [s.AskVotes(PLAN, 1, ("c",))]
     assert c.handle(s.VoteAsked("b", PLAN, 1), 11.0) == [s.Obey("d", "b", 1)]
-    assert b.handle(s.VoteCame("c", "d", 1, True), 11.1) == [s.TakeOver("d", 6)]
+    assert b.handle(s.VoteCame("c", "d", 1, True), 11.1) == [s.TakeOver("d", 5 + s.EPOCHS_OF_TERM)]
     assert (b.coordinators["d"], c.coordinators["d"]) == ("b", "b")
     assert c.deadline() is None
 
@@ -133,32 +133,52 @@ def test_votes_too_few_are_asked_for_again_in_a_later_term() -> None:
     assert again.term == 2
 
 
-def test_when_both_serve_the_origin_goes_on_and_the_other_drains_first() -> None:
+def test_whom_the_devices_left_drains_and_gives_way_to_the_one_that_took_over() -> None:
+    a = s.Succession("a")
+    a.handle(s.PlanTold(PLAN), 0.0)
+    a.handle(s.StreamsChanged("d", True), 12.0)
+    taken = replace(PLAN, coordinator="b", epoch=9, serving=False)
+    assert a.handle(s.PlanTold(taken), 20.0) == [s.Drain("d", "b")]
+    assert a.handle(s.PlanTold(taken), 21.0) == []  # once
+    assert a.handle(s.StreamsChanged("d", False), 25.0) == [s.GiveWay("d", "b")]
+    assert a.coordinators["d"] == "b"
+
+
+def test_who_took_over_goes_on_whatever_the_old_coordinator_says() -> None:
     b = follower("b")
     lose(b)
     b.handle(s.TurnCame(), 11.0)
     b.handle(s.VoteCame("c", "d", 1, True), 11.1)
-    b.handle(s.PlanTold(replace(PLAN, coordinator="b", epoch=9)), 12.0)
-    b.handle(s.StreamsChanged("d", True), 12.0)
-    assert b.handle(s.PlanTold(replace(PLAN, epoch=6)), 20.0) == [s.Drain("d")]
-    assert b.handle(s.PlanTold(replace(PLAN, epoch=6)), 21.0) == []  # once
-    assert b.handle(s.StreamsChanged("d", False), 25.0) == [s.GiveWay("d", "a")]
+    b.handle(s.PlanTold(replace(PLAN, coordinator="b", epoch=9, serving=False)), 12.0)
+    assert b.handle(s.PlanTold(replace(PLAN, epoch=6)), 20.0) == []
 
 
-def test_an_origin_that_does_not_serve_gives_way_to_one_that_does() -> None:
+def test_what_was_begun_anew_goes_on_until_the_one_it_was_begun_for_serves() -> None:
+    here = s.CoordinatedPlan("e", "b", ("b",), 1, serving=True, succeeds="d")
+    b, waits = s.Succession("b"), replace(PLAN, serving=False)
+    b.handle(s.PlanTold(here), 0.0)
+    assert b.handle(s.PlanTold(waits), 1.0) == []
     a = s.Succession("a")
-    a.handle(s.PlanTold(replace(PLAN, serving=False)), 0.0)
-    found = a.handle(s.PlanTold(replace(PLAN, coordinator="b", epoch=9)), 1.0)
-    assert found == [s.Drain("d"), s.GiveWay("d", "b")]
+    a.handle(s.PlanTold(waits), 0.0)
+    assert a.handle(s.PlanTold(replace(here, serving=False)), 1.0) == []
+    assert a.handle(s.PlanTold(here), 1.0) == [s.Drain("d", "b"), s.GiveWay("d", "b")]
+    assert b.handle(s.PlanTold(PLAN), 3.0) == [s.Drain("e", "a"), s.GiveWay("e", "a")]
+
+
+def test_whoever_begins_to_serve_last_looks_at_the_others_again() -> None:
+    b = s.Succession("b")
+    b.handle(s.PlanTold(PLAN), 0.0)
+    found = b.handle(s.PlanTold(s.CoordinatedPlan("e", "b", ("b",), 1, serving=True, succeeds="d")), 1.0)
+    assert found == [s.Drain("e", "a"), s.GiveWay("e", "a")]
 
 
 def test_a_deployment_begun_anew_gives_way_to_the_one_it_was_begun_for() -> None:
     b = follower("b", replace(PLAN, devices=("a", "b")))
     lose(b)
     b.handle(s.TurnCame(), 10.0 + s.ANEW_S)
-    b.handle(s.PlanTold(s.CoordinatedPlan("e", "b", "b", ("b",), 1, serving=True, succeeds="d")), 20.0)
+    b.handle(s.PlanTold(s.CoordinatedPlan("e", "b", ("b",), 1, serving=True, succeeds="d")), 20.0)
     found = b.handle(s.PlanTold(replace(PLAN, devices=("a", "b"))), 30.0)
-    assert found == [s.Drain("e"), s.GiveWay("e", "a")]
+    assert found == [s.Drain("e", "a"), s.GiveWay("e", "a")]
 
 
 class Island:
@@ -173,7 +193,7 @@ class Island:
         self.dead: set[str] = set()
         self.cut: set[frozenset[str]] = set()
         self.queue: list[tuple[float, int, str, str, s.SuccessionEvent]] = []
-        self.plan = s.CoordinatedPlan("d", "a", "a", tuple(self.names), 1, serving=True)
+        self.plan = s.CoordinatedPlan("d", "a", tuple(self.names), 1, serving=True)
         self.plans: dict[str, dict[str, s.CoordinatedPlan]] = {name: {} for name in self.names}
         self.plans["a"]["d"] = self.plan
         for name in self.names:
@@ -210,7 +230,7 @@ class Island:
                 case s.TakeOver(deployment, epoch):
                     self.coordinate(name, replace(self.plan, coordinator=name, epoch=epoch + 1))
                 case s.ServeAnew(deployment):
-                    anew = s.CoordinatedPlan(f"anew {name}", name, name, (name,), 1, serving=True, succeeds=deployment)
+                    anew = s.CoordinatedPlan(f"anew {name}", name, (name,), 1, serving=True, succeeds=deployment)
                     self.coordinate(name, anew)
                 case s.GiveWay(deployment):
                     del self.plans[name][deployment]

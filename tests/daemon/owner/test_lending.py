@@ -171,7 +171,7 @@ async def test_a_farewell_waits_for_what_others_have_here_and_for_answers_and_no
     lender.promise()
     busy = True
     lender.lending.go("going down")
-    waiting = asyncio.create_task(lender.lending.gone(ME, lambda: busy, BOUND_S))
+    waiting = asyncio.create_task(lender.lending.gone(OTHER.__eq__, lambda: busy, BOUND_S))
     done, _ = await asyncio.wait({waiting}, timeout=0.15)
     assert not done
     lender.release()
@@ -179,13 +179,13 @@ async def test_a_farewell_waits_for_what_others_have_here_and_for_answers_and_no
     assert not done  # an answer is under way
     busy = False
     assert await waiting
-    assert not await lender.lending.gone(ME, lambda: True, 0.01)
+    assert not await lender.lending.gone(OTHER.__eq__, lambda: True, 0.01)
 
 
 async def test_what_this_device_holds_for_its_own_models_keeps_nobody_waiting(lender):
     lender.promise(coordinator=ME)
     lender.lending.go("going down")
-    assert await lender.lending.gone(ME, lambda: False, 0.0)
+    assert await lender.lending.gone(OTHER.__eq__, lambda: False, 0.0)
     lender.lending.go("")
     assert lender.lending.leaving == "" and not lender.lending.going
 

@@ -20,6 +20,9 @@ MAX_BYTES = {
     "Assign": MAX_MESSAGE_BYTES,  # asks that name every tensor, or carry a model's config
     "Profile": MAX_MESSAGE_BYTES,
     "Have": 128 << 10,  # MAX_KEYS hashes
+    "Vote": 64 << 10,  # a plan's devices
+    "AnswerCopied": 4 << 20,  # prompt ids
+    "AnswerGrew": 64 << 10,  # ids of a tenth of a second
     "Answer": MAX_MESSAGE_BYTES,  # what an engine has recorded
 }
 _CLASS = re.compile(rb'\{"type":"(?:Ask","number":-?[0-9]{1,20},"body":\{"type":")?([A-Za-z]{1,40})"')

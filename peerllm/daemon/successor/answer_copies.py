@@ -1,0 +1,129 @@
+"""Copies of answers under way on the device that would go on with them: told by the source, held by its successor.
+
+A copy may be behind: what an answer's next tokens are follows from any of its beginnings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import cast
+
+from peerllm.daemon.control_messages import AnswerCopied, AnswerGrew
+from peerllm.daemon.facade import Chunk, GenerateRequest, InheritedAnswer
+from peerllm.types import DeploymentId, DeviceId
+
+FLUSH_S = 0.1  # between two tellings of ids
+MAX_PROMPT_TOKENS = 1 << 18  # an answer to a longer prompt is not copied
+MAX_COPIES = 256  # held here, of all deployments; the oldest go first
+MAX_TOKENS = 4 << 20  # of all of them, their prompts counted
+
+Tell = Callable[[DeviceId, AnswerCopied | AnswerGrew], None]
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    request: GenerateRequest
+    name: str
+    ids: list[int]
+    told_to: DeviceId | None = None  # who has a copy ...
+    told: int = 0  # ... and how many ids of it
+
+
+class AnswerCopies:
+    """On the source. `successor` says who follows in a deployment now, None: nobody is ready to."""
+
+    def __init__(self, tell: Tell, successor: Callable[[DeploymentId], DeviceId | None]) -> None:
+        self._tell, self._successor = tell, successor
+        self._under_way: dict[str, _UnderWay] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self.going = False  # this device goes down: who follows may go on with what breaks off here
+
+    async def copied(self, request: GenerateRequest, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+        """The same chunks, their ids told to the successor as they come."""
+        digest = hashlib.sha256(f"{request.deployment} {request.kept}".encode()).hexdigest()[:32]
+        answer = self._under_way[digest] = _UnderWay(request, digest, list(request.answer))
+        self._see_to_timer()
+        try:
+            async with aclosing(cast("AsyncGenerator[Chunk]", chunks)) as inner:
+                async for chunk in inner:
+                    answer.ids += chunk.ids
+                    yield chunk
+        finally:
+            if self._under_way.get(digest) is answer:
+                del self._under_way[digest]
+            if answer.told_to is not None and not self.going:
+                self._tell(answer.told_to, AnswerGrew(request.deployment, digest, len(answer.ids), (), over=True))
+
+    def again(self, device: DeviceId) -> None:
+        """The device may have missed something, or begins to follow: tell it all anew."""
+        for answer in self._under_way.values():
+            if answer.told_to == device:
+                answer.told_to = None
+
+    def flush(self) -> None:
+        """Tell what is new."""
+        for answer in self._under_way.values():
+            request, to = answer.request, self._successor(answer.request.deployment)
+            if to is None or len(request.prompt) > MAX_PROMPT_TOKENS:
+                continue
+            if to != answer.told_to:
+                self._tell(to, AnswerCopied(
+                    request.deployment, answer.name, tuple(request.prompt), request.max_tokens, request.sampling,
+                    request.client, request.kept, tuple(answer.ids),
+                ))  # fmt: skip
+            elif len(answer.ids) > answer.told:
+                fresh = tuple(answer.ids[answer.told :])
+                self._tell(to, AnswerGrew(request.deployment, answer.name, answer.told, fresh))
+            answer.told_to, answer.told = to, len(answer.ids)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _see_to_timer(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self._due)
+
+    def _due(self) -> None:
+        self._timer = None
+        self.flush()
+        if self._under_way:
+            self._see_to_timer()
+
+
+class HeldCopies:
+    """On the successor."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[DeploymentId, str], InheritedAnswer] = {}  # the oldest first
+
+    def hear(self, message: AnswerCopied | AnswerGrew) -> None:
+        """From the deployment's coordinator. Ids that do not follow those that are here are left out."""
+        key = message.deployment, message.answer
+        if isinstance(message, AnswerCopied):
+            sampled = message.prompt, message.max_tokens, message.sampling, message.client, message.kept
+            self._held[key] = InheritedAnswer(message.deployment, *sampled, list(message.ids))
+            self._bound()
+        elif message.over:
+            self._held.pop(key, None)
+        elif (held := self._held.get(key)) is not None and message.start == len(held.ids):
+            cast("list[int]", held.ids).extend(message.ids)
+
+    def take(self, deployment: DeploymentId, to: DeploymentId) -> list[InheritedAnswer]:
+        """All of a deployment, as answers of the deployment `to` that goes on with them."""
+        found = [one for key, one in self._held.items() if key[0] == deployment]
+        self.forget(deployment)
+        return [replace(one, deployment=to) for one in found]
+
+    def forget(self, deployment: DeploymentId) -> None:
+        self._held = {key: one for key, one in self._held.items() if key[0] != deployment}
+
+    def _bound(self) -> None:
+        tokens = sum(len(one.prompt) + len(one.ids) for one in self._held.values())
+        while len(self._held) > 1 and (len(self._held) > MAX_COPIES or tokens > MAX_TOKENS):
+            oldest = self._held.pop(next(iter(self._held)))
+            tokens -= len(oldest.prompt) + len(oldest.ids)

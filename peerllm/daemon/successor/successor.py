@@ -1,0 +1,329 @@
+"""This device's part when coordinators are lost and found: what happens goes to its decider, what that wants is done.
+
+The decider is pure (decide/succession.py); questions, fetching, loading and answers are here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any, Protocol, assert_never
+
+from peerllm.daemon.control_messages import (
+    Answer,
+    AnswerCopied,
+    AnswerGrew,
+    DeploymentView,
+    Inherit,
+    Vote,
+)
+from peerllm.daemon.decide.succession import (
+    VOTE_S,
+    AskVotes,
+    CoordinatedPlan,
+    DeploymentOver,
+    Drain,
+    Equipped,
+    GiveWay,
+    Obey,
+    PlanTold,
+    Presence,
+    PresenceChanged,
+    Refuse,
+    ServeAnew,
+    StreamsChanged,
+    Succession,
+    SuccessionAction,
+    SuccessionEvent,
+    TakeOver,
+    TurnCame,
+    VoteAsked,
+    VoteCame,
+)
+from peerllm.daemon.deployment.coordinator import Coordinator
+from peerllm.daemon.deployment.surroundings import Home
+from peerllm.daemon.deployment.worker import Worker
+from peerllm.daemon.facade import InheritedAnswer
+from peerllm.daemon.network import Network
+from peerllm.daemon.settings import Settings
+from peerllm.daemon.successor.answer_copies import AnswerCopies, HeldCopies
+from peerllm.daemon.successor.equipment import Equipment
+from peerllm.daemon.successor.inheritance import Inheritance, InheritedModels, leave
+from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.weight_store import WeightStore
+from peerllm.errors import PeerLLMError, RefusedError
+from peerllm.types import DeploymentId, DeviceId, Stage
+
+FOLLOWERS = 2  # so many devices of a plan keep ready to follow, in its order
+RETURN_S = 2.0  # seconds in which a device that starts hears who goes on with what it served
+LEFT, INHERITED = "left", ".inherited"  # folders: what this device leaves to others, what it has of others
+
+log = logging.getLogger(__name__)
+
+
+class SuccessorParts(Protocol):
+    """What is needed of the daemon."""
+
+    settings: Settings
+    network: Network
+    coordinator: Coordinator
+    worker: Worker
+    digests: Digests
+    store: WeightStore
+    home: Home
+
+
+class Successor:
+    """`handler` goes on with answers that others began; the API sets it."""
+
+    def __init__(self, parts: SuccessorParts) -> None:
+        self._parts = parts
+        self.me: DeviceId = parts.home.me
+        self.handler: Callable[[InheritedAnswer], None] | None = None
+        self._left = parts.settings.data_dir / LEFT
+        self.models = InheritedModels(parts.home.outlines.root / INHERITED, parts.store)
+        self.copies = AnswerCopies(parts.network.tell, self._successor)
+        self._decider = Succession(self.me)
+        self._equipment = Equipment(parts.store, self.models, parts.network.ask, self._equipped)
+        self._held = HeldCopies()
+        self._ready: dict[DeploymentId, set[DeviceId]] = {}  # who has all that it needs to follow this device
+        self._stages: dict[DeploymentId, tuple[Stage, ...]] = {}  # of the last plan that each deployment had
+        self._told: dict[DeviceId, set[DeploymentId]] = {}  # what each device said that it coordinates
+        self._online: set[DeviceId] = set()
+        self._lends = True
+        self._streaming: dict[DeploymentId, bool] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heard = asyncio.Event()  # another device said what it coordinates
+
+    # ---- what happens ---------------------------------------------------------------------------------------------
+
+    def told(self, device: DeviceId, views: Iterable[DeploymentView]) -> None:
+        """A device, perhaps this one, says what it coordinates."""
+        self._see_streams()
+        views = [view for view in views if view.coordinator == device]
+        before, self._told[device] = self._told.get(device, set()), {view.deployment for view in views}
+        for over in before - self._told[device]:
+            self._feed(DeploymentOver(over, device))
+        for view in views:
+            if view.stages and view.state != "stopped":
+                self._stages[view.deployment] = view.stages
+            self._feed(PlanTold(self._plan(view)))
+        self._heard.set()
+        self._see_to_equipment()
+
+    def look(self) -> None:
+        """Something changed on this device."""
+        self.told(self.me, self._parts.coordinator.views())
+
+    def _see_streams(self) -> None:
+        streaming = self._parts.coordinator.streaming
+        for deployment, busy in streaming.items():
+            if busy != self._streaming.get(deployment, False):
+                self._feed(StreamsChanged(deployment, busy))
+        self._streaming = streaming
+
+    def presence(self, device: DeviceId, presence: Presence) -> None:
+        """Another device is heard, silent, or gone."""
+        (self._online.add if presence == "online" else self._online.discard)(device)
+        if presence != "online":
+            self.copies.again(device)
+        self._feed(PresenceChanged(device, presence))
+        self._see_to_equipment()
+
+    def online(self, device: DeviceId) -> bool:
+        """Whether another device is heard."""
+        return device in self._online
+
+    def lends(self, lends: bool) -> None:
+        """Whether this device takes part: one that does not follows in nothing."""
+        if lends != self._lends:
+            self._lends = lends
+            for deployment in self._decider.followed:
+                if self._equipment.get(deployment) is not None:
+                    self._feed(Equipped(deployment, lends))
+
+    def hear(self, device: DeviceId, message: AnswerCopied | AnswerGrew) -> None:
+        """A coordinator tells of answers that this device would go on with."""
+        if self._decider.coordinators.get(message.deployment) == device:
+            self._held.hear(message)
+
+    async def answer(self, device: DeviceId, question: Inherit | Vote) -> Answer:
+        """Raises what stands against it."""
+        match question:
+            case Vote(plan, term):
+                (action,) = self._feed(VoteAsked(device, plan, term))
+                if isinstance(action, Refuse):
+                    raise RefusedError(action.reason)
+                return Answer(0)
+            case Inherit(deployment, complete):
+                return await self._leave(device, deployment, complete)
+
+    async def others_heard(self) -> None:
+        """Returns when all other devices that are here said what they coordinate, or after a bounded time."""
+        try:
+            async with asyncio.timeout(RETURN_S):
+                while self._parts.network.peers().keys() - self._told.keys():
+                    self._heard.clear()
+                    await self._heard.wait()
+        except TimeoutError:
+            pass
+
+    def goes_on(self, deployment: DeploymentId) -> bool:
+        """Whether another device can go on with a deployment that this one coordinates."""
+        return self._successor(deployment) is not None
+
+    async def close(self) -> None:
+        """May be called twice."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.copies.close()
+        await self._equipment.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # ---- events in, actions out -----------------------------------------------------------------------------------
+
+    def _feed(self, event: SuccessionEvent) -> list[SuccessionAction]:
+        actions = self._decider.handle(event, asyncio.get_running_loop().time())
+        for deployment, coordinator in self._decider.coordinators.items():
+            self._parts.worker.obey(deployment, coordinator)
+        for action in actions:
+            self._do(action)
+        self._set_timer()
+        return actions
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        due = self._decider.deadline()
+        self._timer = asyncio.get_running_loop().call_at(due, self._feed, TurnCame()) if due is not None else None
+
+    def _do(self, action: SuccessionAction) -> None:
+        name = self._parts.home.name
+        match action:
+            case AskVotes(plan, term, devices):
+                log.info("%s is lost; asking to go on with %s", name(plan.coordinator), plan.deployment[:8])
+                for device in devices:
+                    self._spawn(self._ask_vote(device, plan, term), "ask for a vote")
+            case TakeOver(deployment, epoch):
+                log.warning("this device goes on with %s", deployment[:8])
+                self._take_over(deployment, epoch)
+            case ServeAnew(deployment):
+                self._spawn(self._serve_anew(deployment), "serve anew")
+            case Drain(deployment, to):
+                self._parts.coordinator.drain(deployment, name(to))
+            case GiveWay(deployment, to):
+                log.warning("%s goes on with %s", name(to), deployment[:8])
+                self._spawn(self._give_way(deployment), "give way")
+            case Obey() | Refuse():
+                pass  # the answer to who asked
+            case _:
+                assert_never(action)
+
+    async def _ask_vote(self, device: DeviceId, plan: CoordinatedPlan, term: int) -> None:
+        try:
+            await self._parts.network.ask(device, Vote(plan, term), VOTE_S)
+        except PeerLLMError as error:
+            log.info("%s does not vote for this device: %s", self._parts.home.name(device), error)
+            granted = False
+        else:
+            granted = True
+        self._feed(VoteCame(device, plan.deployment, term, granted))
+
+    def _take_over(self, deployment: DeploymentId, epoch: int) -> None:
+        parts, model = self._parts, self._equipment.get(deployment)
+        assert model is not None
+        inheritance = model.inheritance
+        parts.coordinator.told(self.me, parts.worker.holdings())
+        parts.coordinator.take_over(inheritance.options, model.at_hand, deployment, epoch, inheritance.created)
+        self._go_on(deployment, deployment)
+
+    async def _serve_anew(self, deployment: DeploymentId) -> None:
+        """If it can be held: what this device holds of the lost deployment makes room for it."""
+        parts, model = self._parts, self._equipment.get(deployment)
+        assert model is not None
+        inheritance, at_hand = model.inheritance, model.at_hand
+        held = {self.me: parts.worker.ledger.promised_to(deployment)}
+        feasible = await parts.coordinator.could_serve(inheritance.options, at_hand, held)
+        if not feasible or self._decider.coordinators.get(deployment) in self._online:
+            return
+        await parts.worker.let_go(deployment)
+        anew = parts.coordinator.serve_anew(inheritance.options, at_hand, deployment, inheritance.created)
+        self._go_on(deployment, anew)
+
+    async def _give_way(self, deployment: DeploymentId) -> None:
+        await self._parts.coordinator.give_way(deployment)
+        await self._parts.worker.let_go(deployment)
+
+    def _go_on(self, deployment: DeploymentId, to: DeploymentId) -> None:
+        """With the answers under way that have a key."""
+        for answer in self._held.take(deployment, to):
+            if self.handler is not None:
+                self.handler(answer)
+
+    # ---- this device follows others ---------------------------------------------------------------------------------
+
+    def _plan(self, view: DeploymentView) -> CoordinatedPlan:
+        """As it is told; what has no stages now keeps the devices that it had."""
+        devices = [stage.device for stage in self._stages.get(view.deployment, ())]
+        serving = view.state == "serving"
+        return CoordinatedPlan(
+            view.deployment, view.coordinator, tuple(dict.fromkeys(devices)), view.epoch, serving, view.succeeds
+        )
+
+    def _see_to_equipment(self) -> None:
+        followed = self._decider.followed
+        for deployment, plan in followed.items():
+            stages = self._stages.get(deployment, ())
+            behind = [device for device in plan.devices if device != plan.coordinator]
+            if self.me in behind[:FOLLOWERS] and plan.coordinator in self._online:
+                if plan.serving:
+                    others = (stage for stage in stages if stage.device != plan.coordinator)
+                    layers = frozenset(i for one in others for i in range(one.first_layer, one.last_layer + 1))
+                    self._equipment.follow(deployment, (plan.coordinator, layers))
+            else:
+                self._equipment.pause(deployment)
+        known = followed.keys() | self._decider.coordinators.keys()
+        for deployment in self._stages.keys() - known:
+            del self._stages[deployment]
+            self._equipment.forget(deployment)
+            self._feed(Equipped(deployment, complete=False))
+            self._held.forget(deployment)
+
+    def _equipped(self, deployment: DeploymentId) -> None:
+        log.info("this device can follow in %s", deployment[:8])
+        self._feed(Equipped(deployment, self._lends))
+
+    # ---- others follow this device ----------------------------------------------------------------------------------
+
+    async def _leave(self, device: DeviceId, deployment: DeploymentId, complete: bool) -> Answer:
+        if device not in {stage.device for stage in self._stages.get(deployment, ())}:
+            raise RefusedError("only a device of its plan follows in a deployment")
+        options, created, model = self._parts.coordinator.left(deployment)
+        if complete:
+            self._ready.setdefault(deployment, set()).add(device)
+            return Answer(0)
+        assert model.inspected is not None
+        assert model.model_dir is not None
+        parts, inheritance = self._parts, Inheritance(options, created, model.form, model.inspected, {})
+        place: Path = self._left / deployment
+        return Answer(0, inherited=await leave(parts.home, parts.digests, place, inheritance, model.model_dir))
+
+    def _successor(self, deployment: DeploymentId) -> DeviceId | None:
+        """The first device of the plan that is ready to follow this one."""
+        ready = self._ready.get(deployment, set()) & self._online
+        return next((stage.device for stage in self._stages.get(deployment, ()) if stage.device in ready), None)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s failed", task.get_name(), exc_info=task.exception())
