@@ -575,6 +575,10 @@ class Daemon:
         """How each device of the household is when this one starts."""
         if self.host.state in AVAILABLE:
             self.coordinator.device_is(self.identity.device, "online")
+        self._note_absent()
+
+    def _note_absent(self) -> None:
+        """Devices of the household that have not said anything: models wait a moment for them."""
         for device, peer in self.network.peers().items():
             if peer.view is None:
                 self.coordinator.device_is(device, "gone", "is not here")
@@ -638,6 +642,7 @@ class Daemon:
 
     def _roster_changed(self, entries: tuple[RosterEntry, ...]) -> None:
         self.host.tell(Trust(self._trusted(entries)))
+        self._note_absent()
         self.poke()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:

@@ -50,7 +50,10 @@ class StruckAnswers:
     def check(self, answers: Sequence[Answer], what: str) -> None:
         """Wait for their ends: the same tokens, and no error."""
         for answer, expected in zip(answers, self.undisturbed, strict=True):
-            over = self.household.listener.wait_over(answer)
+            try:
+                over = self.household.listener.wait_over(answer)
+            except AssertionError as error:
+                raise AssertionError(f"{what}: {error}; {self.household.told()}") from error
             assert over["status"] == 200, f"{what}: {over}"
             assert not over["error"], f"{what}: {over}"
             assert answer.ids == expected, f"{what}: other tokens from {first_difference(answer.ids, expected)}"

@@ -98,18 +98,23 @@ class StruckHousehold:
     """Devices in a laboratory; the first one is read and runs the model, the others are struck."""
 
     def __init__(
-        self, lab: Lab, root: Path, names: Sequence[str], memory: Sequence[int], options: Sequence[str] = ()
+        self,
+        lab: Lab,
+        root: Path,
+        names: Sequence[str],
+        memory: Sequence[int],
+        prefixes: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
+        """`prefixes`: what a host's daemon is started by."""
         self.lab, self.names, self.root = lab, tuple(names), root
         self.devices = [
             Device(
                 root / name,
                 name,
                 memory=str(memory[host]),
-                prefix=lab.argv(host, []),
+                prefix=lab.argv(host, (prefixes or {}).get(host, ())),
                 port=8643,
                 api="127.0.0.1:8642",
-                options=options,
             )
             for host, name in enumerate(names)
         ]
@@ -161,6 +166,11 @@ class StruckHousehold:
         found: dict[str, Any] = self.status()["deployments"][0]
         return found
 
+    def told(self) -> str:
+        """For a test that fails: what the source says of the model, and the ends of all logs."""
+        logs = (f"{device.name}:\n{device.log_tail()}" for device in self.devices if device.data_dir.exists())
+        return "\n".join([f"{self.deployment()}", *logs])
+
     def stages(self) -> list[str]:
         """The devices of the plan, in its order."""
         return [stage["device"] for stage in self.deployment()["plan"]["stages"]]
@@ -173,7 +183,7 @@ class StruckHousehold:
         """Until `condition()` holds; looks again and again, since nothing tells a test of another process's state."""
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s} s: {self.status()}"
+            assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s} s: {self.told()}"
             time.sleep(0.1)
 
     def online(self, host: int) -> bool:
@@ -248,16 +258,19 @@ def serving(
     slots: int = 2,
     context: int = 512,
     exact: bool = False,
+    spare: int = 0,
+    prefixes: Mapping[int, Sequence[str]] | None = None,
 ) -> Iterator[StruckHousehold]:
     """A household that serves a model, the built-in one by default, and takes so many devices to hold it.
 
-    The first one lends what makes it the source and nothing more; any of the others can hold the largest part.
+    The first one lends what makes it the source and nothing more; any of the others can hold the largest part
+    and lends `spare` bytes besides, for other models.
     """
     form = {"dtype": "float32", "quantize": "none"} if exact else {}
     sizes = limits(sizes_of(model or MODEL_DIR, slots, context, **form), holders)
-    memory = [sizes[0], *[max(sizes)] * (len(names) - 1)]
+    memory = [sizes[0], *[max(sizes) + spare] * (len(names) - 1)]
     with Lab(len(names)) as lab:
-        household = StruckHousehold(lab, root, names, memory)
+        household = StruckHousehold(lab, root, names, memory, prefixes)
         try:
             household.start()
             size = ("--slots", str(slots), "--context", str(context))

@@ -31,7 +31,7 @@ from peerllm.daemon.control_messages import (
     Trouble,
 )
 from peerllm.daemon.decide.assignments import Address, check
-from peerllm.daemon.decide.ledger import Ledger
+from peerllm.daemon.decide.ledger import Ledger, added_to
 from peerllm.daemon.decide.membership import GRACE_S
 from peerllm.daemon.deployment.loading.epoch_loading import (
     QUERY_TIMEOUT_S,
@@ -200,7 +200,7 @@ class Worker:
 
     async def _made_room(self, asked: Reserve) -> bool:
         """Whether memory was freed of deployments whose coordinators are away, the one longest away first."""
-        needed = asked.nbytes if asked.added_bytes is None else asked.added_bytes
+        needed = added_to(self.ledger.promised_to(asked.deployment), asked.nbytes, asked.added_bytes)
         graced = [h for h in self._held.values() if h.coordinator in self._away and h.deployment != asked.deployment]
         if self.ledger.leaving or needed > self.ledger.free_bytes + sum(
             self.ledger.promised_to(held.deployment) for held in graced

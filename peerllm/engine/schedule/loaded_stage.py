@@ -79,7 +79,8 @@ class LoadedStage:
             found = one.slots.enter(sequence, opened.slot, position, self.spec.epoch, opened.after, opened.attempt)
             if found < position:
                 opened = opened.lacks(one.last_layer, found)
-        if self.is_head:
+        if self.is_head:  # an OPEN may have ended another sequence, whose RELEASE does not come
+            self._answers = {one: known for one, known in self._answers.items() if one in self}
             self._answers[sequence] = opened.sampling, list(answer)
         return opened
 

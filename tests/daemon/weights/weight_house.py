@@ -53,7 +53,7 @@ class Home:
         self.folder = house.folder / letter
         self.digests = Digests(self.folder / "digests.json")
         self.store = WeightStore(self.folder / "weights", self.me, Peers(house, self.me), max_bytes)
-        self.offers = Offers(self.store, self.digests)
+        self.offers = Offers(self.store, self.digests, lambda request: str(request.remote))
         self.online, self.fault = True, None
         self.sent: Counter[str] = Counter()  # bytes by path
         self.asked: list[tuple[str, str, int, int]] = []  # who, path, offset, length
