@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -180,6 +181,7 @@ async def test_an_event_in_small_pieces_is_looked_at_once() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote_answer, "bytearray", Counted, raising=False)
         here: Any = remote_answer.RemoteAnswer(*[None] * 5)  # type: ignore[arg-type]
+        here.repeat = SimpleNamespace(fleeting=False)
         await here._events(Sink(), RelayedAnswer(200, {}, pieces()))
     assert written == b"data: " + b"x" * 3000 + b"\n\ndata: [DONE]\n\n"
     assert looked < 3 * len(written)

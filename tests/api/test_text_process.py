@@ -120,7 +120,7 @@ async def test_clients_that_leave_before_their_turn_leave_nothing_behind(store: 
     for task in leaving:
         task.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)
-    assert not store._small._asking and not store._waiting
+    assert not store._small._tasks and not store._waiting
     store._small._turn.release()
     assert await asyncio.wait_for(store.prompt(text, HI, CONTEXT), BOUND_S)
 

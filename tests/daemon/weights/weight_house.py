@@ -12,7 +12,8 @@ from aiohttp import web
 
 from peerllm.daemon.control_messages import TensorDigest
 from peerllm.daemon.weights.digests import Digests, hash_range
-from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.exchange.holders import ROUTE
+from peerllm.daemon.weights.offers import Offers
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import LinkError, NotFoundError
