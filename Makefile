@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 API ?= 127.0.0.1:8642
 DEVICES ?= 3
 
-.PHONY: run test lab lab-share check bench soak architectures clean
+.PHONY: run test lab lab-share check bench soak soak-stalls architectures clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/peerllm demo --devices $(DEVICES) --api $(API)
@@ -34,6 +34,10 @@ bench: $(VENV)/dev.stamp
 # Ten minutes of a fixed load: does anything grow?
 soak: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.soak --minutes 10
+
+# Thirty minutes of it, while devices stand still for half a second now and then: is one taken for dead?
+soak-stalls: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.soak --minutes 30 --stalls
 
 architectures: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.engine.architectures --write docs/architectures.md
