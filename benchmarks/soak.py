@@ -61,7 +61,7 @@ async def stall(devices: Sequence[Device], counts: Counter[str]) -> None:
 def taken_for_dead(devices: Sequence[Device]) -> list[str]:
     """What the devices' logs say of devices that went away, though none did."""
     logs = ((device.name, (device.data_dir / "log.txt").read_text(errors="replace")) for device in devices)
-    signs = re.compile(r"is offline|is gone|does not go on")
+    signs = re.compile(r"is offline|is gone")
     return [f"{name}: {line}" for name, log in logs for line in log.splitlines() if signs.search(line)]
 
 

@@ -78,6 +78,7 @@ class FakeEngine:
         self.loaded: list[tuple[int, int]] = []  # shards, in the order in which they were loaded
         self.unloads = 0
         self.fail: Exception | None = None
+        self.failures: list[Exception] = []  # those of the next loads
         self.most: int | None = None  # bytes of one stage; it refuses more
         self.layer_ms = dict(LAYER_MS)  # what timing layers finds, or why it cannot
         self.timing = None  # called with each TimeLayers before it is answered
@@ -114,6 +115,8 @@ class FakeEngine:
                 await self.gate.wait()
                 if self.unloads != before:
                     raise RefusedError("the deployment was stopped while it was loading")
+                if self.failures:
+                    raise self.failures.pop(0)
                 if self.fail is not None:
                     raise self.fail
                 nbytes = self._load(message)

@@ -15,7 +15,7 @@ from peerllm.daemon.decide.demand import draw_up
 from peerllm.daemon.deployment import worker as worker_module
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Connect, LinkLost, LoadStage, Unload
-from peerllm.errors import BadInputError, EngineError, LinkError, RefusedError
+from peerllm.errors import BadInputError, EngineError, LinkError, ModelError, RefusedError
 from peerllm.types import MAX_CUTS, Stage
 from tests.daemon.house import BLOCK, House, inspected
 
@@ -173,6 +173,20 @@ async def test_weights_that_changed_on_the_disk_are_fetched_and_loaded_again_bef
     answer = await worker.answer(A, replace(plan[1], epoch=2))
     assert answer.error == "UnavailableError" and "its disk changes weights" in answer.reason
     assert house.empty()
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+async def test_a_file_that_is_removed_as_changed_while_the_engine_reads_it_is_fetched_again(
+    house, plan, worker, damaged
+):
+    engine, store = house["b"].engine, house["b"].store
+    store.damaged = [damaged, False]
+    engine.failures = [ModelError("a tensor's file cannot be read")]
+    await reserve(worker, plan[0].promises[B])
+    answer = await worker.answer(A, plan[1])
+    assert answer.error == ("" if damaged else "ModelError")
+    kinds = [type(message).__name__ for message in engine.seen if isinstance(message, LoadStage | Unload)]
+    assert kinds == (["LoadStage", "Unload", "LoadStage"] if damaged else ["LoadStage", "Unload"])
 
 
 async def test_an_engine_that_fails_gives_its_reason_and_the_memory_back(house, plan, worker):
