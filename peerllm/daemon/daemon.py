@@ -633,7 +633,8 @@ class Daemon:
             self.coordinator.stir("memory was freed")
         self._free = free
         peers = self.network.peers()
-        self._models.hear(peers, {device: peer.view.deployments for device, peer in peers.items() if peer.view})
+        silent = [device for device, peer in peers.items() if peer.state == "silent"]
+        self._models.hear(peers, {device: peer.view.deployments for device, peer in peers.items() if peer.view}, silent)
         self._look_ahead()
         self.poke()
 

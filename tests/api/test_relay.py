@@ -15,10 +15,11 @@ import aiohttp
 import pytest
 
 from peerllm.api import peer_api
+from peerllm.api.keys import ANSWERS
 from peerllm.api.openai import answer_store, completions, model_wait
 from peerllm.api.peers import remote_answer
 from peerllm.api.server import ApiServer
-from peerllm.daemon.facade import RelayedAnswer, ServedModel
+from peerllm.daemon.facade import InheritedAnswer, RelayedAnswer, ServedModel
 from peerllm.errors import EngineError, OverloadedError
 from tests.api.fake import BOUND_S, FakeHousehold, make_model_dir
 
@@ -454,3 +455,40 @@ async def test_a_stream_leaves_a_silent_device_once_another_answers(
         pair.mini.served = [pair.mini.model]
         last = (await asyncio.wait_for(response.text(), BOUND_S)).removesuffix("\n\n").split("\n\n")[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["status"] == 409
+
+
+async def test_an_answer_without_a_key_goes_on_on_the_device_that_follows(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_answer, "SILENCE_S", 0.05)
+    pair.laptop.middle = asyncio.Event()
+    async with asyncio.timeout(BOUND_S), pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        text = b""
+        while text.count(b"data: ") < 2:  # the role and a few tokens
+            text += await response.content.readuntil(b"\n\n")
+        asked = pair.laptop.requests[0]
+        sampled = asked.prompt, asked.max_tokens, asked.sampling, asked.client, asked.kept
+        pair.mini.inherit(InheritedAnswer(asked.deployment, *sampled, pair.laptop.ids(pair.laptop.reply)[:2]))
+        pair.mini.served = [pair.mini.model]
+        text += await response.content.read()
+    assert text.endswith(b"data: [DONE]\n\n") and b"id: " not in text
+    events = [json.loads(one.removeprefix(b"data: ")) for one in text.split(b"\n\n") if one.startswith(b"data: {")]
+    assert not any("error" in event for event in events)
+    said = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+    assert said == pair.laptop.reply and len({event["id"] for event in events}) == 1
+
+
+async def test_relayed_answers_without_a_key_are_not_kept(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_store, "MAX_KEPT_OF_CLIENT", 2)
+    for _ in range(4):
+        async with pair.session.post(PATH, json=ASK) as response:
+            assert response.status == 200
+    pair.laptop.gate = asyncio.Event()
+    waiting = [asyncio.create_task(pair.session.post(PATH, json=ASK)) for _ in range(4)]
+    while len(pair.laptop.requests) < 8:
+        await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
+        pair.laptop.asked.clear()
+    pair.laptop.gate.set()
+    assert {(await one).status for one in waiting} == {200}
+    assert pair.server._runner is not None
+    assert not pair.server._runner.app[ANSWERS]._answers

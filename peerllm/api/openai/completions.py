@@ -72,15 +72,15 @@ async def _answered(
 ) -> web.StreamResponse:
     """By this device or by the model's source; when that is lost, who goes on is sought, and asked for the rest."""
     until, relayed = None, repeat or fleeting(body)
-    while repeat is None or app[ANSWERS].find(repeat.key, repeat.fingerprint) is None:
+    while app[ANSWERS].find(relayed.key, relayed.fingerprint) is None:
         model = await answering_model(app, chat.model, stream.comment if stream else _silently, bool(caller.device))
         if not model.source:
-            if repeat is None:
-                begun = await _begin(app, chat, model, caller)
-                return await _told(begun.chunks, begun.completion(), begun.objects, stream, None)
-            if app[ANSWERS].find(repeat.key, repeat.fingerprint) is None:
-                if repeat.last is not None:
+            if app[ANSWERS].find(relayed.key, relayed.fingerprint) is None:
+                if relayed.last is not None:
                     raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
+                if repeat is None:
+                    begun = await _begin(app, chat, model, caller)
+                    return await _told(begun.chunks, begun.completion(), begun.objects, stream, None)
                 begin = _begin(app, chat, model, caller, repeat)
                 payer = caller.payer(chat.user)
                 app[ANSWERS].begin(repeat.key, repeat.fingerprint, payer, begin, repeat.fleeting)
@@ -96,12 +96,12 @@ async def _answered(
             if stream is not None:
                 await stream.comment(f"the device of {model.name} is lost, looking for the answer")
             await asyncio.sleep(RETRY_S)
-    kept = app[ANSWERS].find(repeat.key, repeat.fingerprint)
+    kept = app[ANSWERS].find(relayed.key, relayed.fingerprint)
     assert kept is not None
     with app[ANSWERS].reading(kept):
         begun = await kept.started()
         objects = replace(begun.objects, with_ids=chat.return_token_ids, with_usage=chat.include_usage)
-        return await _told(kept.chunks(), begun.completion(), objects, stream, repeat)
+        return await _told(kept.chunks(), begun.completion(), objects, stream, relayed, repeat is not None)
 
 
 def _moved(app: web.Application, model: ServedModel) -> bool:
@@ -142,10 +142,11 @@ async def _told(
     objects: OpenAIObjects,
     stream: Stream | None,
     repeat: Repeat | None,
+    numbered: bool = False,
 ) -> web.StreamResponse:
     if stream is None:
         return await _whole(chunks, answer, objects)
-    await _events(stream, chunks, answer, objects, repeat)
+    await _events(stream, chunks, answer, objects, repeat, numbered)
     return await stream.end()
 
 
@@ -168,8 +169,9 @@ async def _events(
     answer: Completion,
     objects: OpenAIObjects,
     repeat: Repeat | None,
+    numbered: bool,
 ) -> None:
-    """With `repeat`, events have ids, and those that the client has are not sent again."""
+    """With `repeat`, events that the client has are not sent again; `numbered`: they have ids."""
     had = repeat.tokens if repeat is not None else 0
     spoke = repeat is not None and repeat.last is not None
     sent = 0  # token ids
@@ -185,16 +187,16 @@ async def _events(
             text = answer.feed(chunk.ids[known:], chunk.finish, chunk.reused)
             if not spoke:
                 spoke = True
-                await stream.send(objects.role(), "0" if repeat else None)
+                await stream.send(objects.role(), "0" if numbered else None)
             if text:
-                await stream.send(objects.delta(text, answer.ids[sent:]), str(len(answer.ids)) if repeat else None)
+                await stream.send(objects.delta(text, answer.ids[sent:]), str(len(answer.ids)) if numbered else None)
                 sent = len(answer.ids)
             if answer.finish:
                 break
     if answer.finish is None:
         raise EngineError("the answer broke off without a reason; ask again")
     if repeat is None or repeat.last != END:
-        await stream.send(objects.finish(answer.finish, answer.ids[sent:]), END if repeat else None)
+        await stream.send(objects.finish(answer.finish, answer.ids[sent:]), END if numbered else None)
     if objects.with_usage:
         await stream.send(objects.usage(answer))
     await stream.write(b"data: [DONE]\n\n")

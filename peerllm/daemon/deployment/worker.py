@@ -59,6 +59,7 @@ from peerllm.types import DeploymentId, DeviceId
 
 CONNECT_TIMEOUT_S = 20.0
 CARRY_TIMEOUT_S = 60.0
+EVICTABLE_S = 5.0  # a coordinator that is away for less keeps the room of its shards: a blip must not cost a reload
 
 log = logging.getLogger(__name__)
 
@@ -214,9 +215,10 @@ class Worker:
         self._changed()
 
     async def _made_room(self, asked: Reserve) -> bool:
-        """Whether memory was freed of deployments whose coordinators are away, the one longest away first."""
+        """Whether memory was freed of deployments whose coordinators are away for EVICTABLE_S, the longest first."""
         needed = added_to(self.ledger.promised_to(asked.deployment), asked.nbytes, asked.added_bytes)
-        graced = [h for h in self._held.values() if h.coordinator in self._away and h.deployment != asked.deployment]
+        long_away = {device for device, since in self._away.items() if time.monotonic() - since >= EVICTABLE_S}
+        graced = [h for h in self._held.values() if h.coordinator in long_away and h.deployment != asked.deployment]
         if self.ledger.leaving or needed > self.ledger.free_bytes + sum(
             self.ledger.promised_to(held.deployment) for held in graced
         ):

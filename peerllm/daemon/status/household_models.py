@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peerllm.daemon.control_messages import DeploymentView
@@ -27,27 +27,51 @@ class HouseholdModels:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._told: dict[DeviceId, _Told] = {}
-        self._here: frozenset[DeviceId] = frozenset()
+        self._here = self._silent = frozenset[DeviceId]()
+        self._asked: dict[DeploymentId, DeviceId] = {}  # who answers for each
 
-    def hear(self, members: Iterable[DeviceId], views: Mapping[DeviceId, Sequence[DeploymentView]]) -> None:
-        """`views` are of the devices that are here now; of other members the last ones are kept for AWAITED_S."""
+    def hear(
+        self,
+        members: Iterable[DeviceId],
+        views: Mapping[DeviceId, Sequence[DeploymentView]],
+        silent: Collection[DeviceId] = (),
+    ) -> None:
+        """`views` are of the devices that are here now, of which some are `silent`.
+
+        Of other members the last ones are kept for AWAITED_S.
+        """
         now, kept = self._clock(), frozenset(members)
         self._told = {device: told for device, told in self._told.items() if device in kept}
         self._told |= {device: _Told(now, tuple(deployments)) for device, deployments in views.items()}
-        self._here = frozenset(views)
+        self._here, self._silent = frozenset(views), frozenset(silent)
 
     def others(self, name: Callable[[DeviceId], str]) -> list[ServedModel]:
         """Models that other devices answer for; of one whose source is away nobody does, and its state is "waiting"."""
-        now, found = self._clock(), dict[DeploymentId, tuple[tuple[bool, int], ServedModel]]()
+        now, found = self._clock(), dict[DeploymentId, dict[DeviceId, tuple[tuple[bool, int], DeploymentView]]]()
         for device, told in self._told.items():
             here = device in self._here
-            if not here and now - told.at > AWAITED_S:
-                continue
-            for view in told.deployments:
-                rank = here, view.epoch  # of two that tell of it, who is here and has the latest plan
-                if view.deployment not in found or rank > found[view.deployment][0]:
-                    found[view.deployment] = rank, _model(view, device if here else "", name(device))
-        return [model for _, model in found.values()]
+            if here or now - told.at <= AWAITED_S:
+                for view in told.deployments:
+                    found.setdefault(view.deployment, {})[device] = (here, view.epoch), view
+        self._asked = {deployment: self._chosen(deployment, tellers) for deployment, tellers in found.items()}
+        chosen = [(device, found[deployment][device][1]) for deployment, device in self._asked.items()]
+        return [_model(view, device if device in self._here else "", name(device)) for device, view in chosen]
+
+    def _chosen(
+        self, deployment: DeploymentId, tellers: Mapping[DeviceId, tuple[tuple[bool, int], DeploymentView]]
+    ) -> DeviceId:
+        """Who was asked before, while it is heard; else who is here and has the latest plan.
+
+        A device that had no part in the plan cannot have followed: what it claims gets it no prompts.
+        """
+        before = self._asked.get(deployment, "")
+        if before not in tellers:
+            return max(tellers, key=lambda device: tellers[device][0])
+        if before in self._here - self._silent:
+            return before
+        planned = {stage.device for stage in tellers[before][1].stages}
+        able = [device for device in tellers if device == before or device in planned or not planned]
+        return max(able, key=lambda device: tellers[device][0])
 
 
 def _model(view: DeploymentView, source: DeviceId, name: str) -> ServedModel:

@@ -385,7 +385,9 @@ async def test_a_coordinator_that_is_back_within_the_grace_finds_everything_load
     assert house.empty()
 
 
-async def test_who_needs_the_room_gets_that_of_a_coordinator_that_is_away_and_of_no_other(house, plan, worker):
+async def test_who_needs_the_room_gets_that_of_a_coordinator_that_is_away_and_of_no_other(
+    house, plan, worker, monkeypatch
+):
     await loaded(worker, plan)
     other, lent = "e" * 32, house["b"].lent
     assert (await worker.answer(C, Reserve(other, 1, lent, 10))).error == "RefusedError"
@@ -395,6 +397,8 @@ async def test_who_needs_the_room_gets_that_of_a_coordinator_that_is_away_and_of
     free = house["b"].ledger.free_bytes
     assert not (await worker.answer(C, Reserve(other, 1, free, 10))).error and worker.holdings(), "there is room"
     await worker.answer(C, Release(other, 1))
+    assert (await worker.answer(C, Reserve(other, 2, lent, 10))).error, "it may be back in a moment"
+    monkeypatch.setattr(worker_module, "EVICTABLE_S", 0.0)
     assert not (await worker.answer(C, Reserve(other, 2, lent, 10))).error
     assert not worker.holdings() and not house["b"].engine.shards
     await worker.answer(C, Release(other, 2))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from peerllm.daemon.control_messages import DeploymentView
 from peerllm.daemon.status.household_models import AWAITED_S, HouseholdModels
+from peerllm.types import Stage
 
-A, B = "a" * 64, "b" * 64
+A, B, C = "a" * 64, "b" * 64, "c" * 64
 
 
 class Clock:
@@ -46,16 +49,28 @@ def test_a_model_whose_source_is_away_is_waited_for_a_while() -> None:
     assert not listed(models)
 
 
-def test_its_successor_takes_its_place() -> None:
+def test_its_successor_takes_its_place_and_keeps_it() -> None:
     models = HouseholdModels(Clock())
     models.hear([A, B], {A: [view("1")]})
-    models.hear([A, B], {B: [view("1")]})
-    assert listed(models) == [("1", "serving", B)]
-    models.hear([A, B], {A: [view("1", epoch=2)], B: [view("1", "loading", epoch=3)]})
-    assert listed(models) == [("1", "loading", B)], "both are here: the later plan counts"
-    models.hear([A, B], {A: [view("1", "loading", epoch=3)], B: [view("1", epoch=2)]})
-    assert listed(models) == [("1", "loading", A)]
-    models.hear([A, B], {A: [], B: [view("1")]})
+    assert listed(models) == [("1", "serving", A)]
+    models.hear([A, B], {A: [view("1")], B: [view("1", epoch=3)]})
+    assert listed(models) == [("1", "serving", A)], "A is heard: nobody follows it"
+    models.hear([A, B], {A: [view("1")], B: [view("1", "loading", epoch=3)]}, silent=[A])
+    assert listed(models) == [("1", "loading", B)]
+    models.hear([A, B], {A: [view("1", epoch=9)], B: [view("1", epoch=3)]})
+    assert listed(models) == [("1", "serving", B)], "until it gives way"
+    models.hear([A, B], {A: [view("1", epoch=9)], B: []})
+    assert listed(models) == [("1", "serving", A)]
+
+
+def test_who_had_no_part_in_the_plan_cannot_claim_to_follow() -> None:
+    models = HouseholdModels(Clock())
+    planned = replace(view("1"), stages=(Stage(A, 0, 1), Stage(B, 2, 3)))
+    models.hear([A, B, C], {A: [planned]})
+    assert listed(models) == [("1", "serving", A)]
+    models.hear([A, B, C], {A: [planned], C: [view("1", epoch=99)]}, silent=[A])
+    assert listed(models) == [("1", "serving", A)]
+    models.hear([A, B, C], {A: [planned], C: [view("1", epoch=99)], B: [view("1", epoch=2)]}, silent=[A])
     assert listed(models) == [("1", "serving", B)]
 
 
