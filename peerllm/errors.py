@@ -69,6 +69,10 @@ class EngineError(PeerLLMError):
     http_status = 503
 
 
+class EngineDownError(EngineError):
+    """The engine is not running at this moment; it is started again by itself."""
+
+
 class AuthenticationError(PeerLLMError, PermissionError):
     """The other side did not prove its identity, or does not belong to the household."""
 

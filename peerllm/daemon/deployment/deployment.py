@@ -54,6 +54,7 @@ from peerllm.daemon.deployment.shown_deployment import ShownDeployment
 from peerllm.daemon.facade import RunOptions
 from peerllm.errors import (
     BadInputError,
+    EngineDownError,
     EngineError,
     InfeasibleError,
     LinkError,
@@ -392,6 +393,8 @@ class Deployment:
             self._note_failure(error.device, epoch.number, UnavailableError(str(error)))
             return device
         cause = failure_of(error)[1]
+        if isinstance(cause, EngineDownError):  # its engine crashed and starts again: that is no failure of this plan
+            return device
         renewed = self._running is not None and epoch.blueprint is self._running.blueprint
         if (
             device is not None and not isinstance(cause, LinkError) and not renewed

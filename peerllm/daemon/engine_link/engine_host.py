@@ -30,7 +30,7 @@ from peerllm.engine.messages import (
     Trust,
 )
 from peerllm.engine.process.engine_line import Channel, SocketChannel
-from peerllm.errors import EngineError, LinkError, PeerLLMError
+from peerllm.errors import EngineDownError, EngineError, LinkError, PeerLLMError
 
 log = logging.getLogger(__name__)
 
@@ -139,19 +139,19 @@ class EngineHost:
             await asyncio.shield(self._ready)
         channel = self._channel
         if channel is None:
-            raise EngineError(f"the engine is not running ({self._state})")
+            raise EngineDownError(f"the engine is not running ({self._state})")
         return await self._ask(channel, message, timeout_s)
 
     def put(self, message: Any, timeout_s: float) -> Coroutine[Any, Any, Any]:
         """As `ask`, but sent before this returns, ahead of all that is told later. EngineError if no engine runs."""
         if self._channel is None:
-            raise EngineError(f"the engine is not running ({self._state})")
+            raise EngineDownError(f"the engine is not running ({self._state})")
         answer = self._expect(message.request)
         try:
             self._channel.send(message)
         except LinkError as error:
             self._pending.pop(message.request, None)
-            raise EngineError(f"the engine is not running: {error}") from error
+            raise EngineDownError(f"the engine is not running: {error}") from error
         return self._answered(answer, message, timeout_s)
 
     def tell(self, message: ToEngine) -> None:
@@ -162,7 +162,7 @@ class EngineHost:
         channel = self._channel
         try:
             if channel is None:
-                raise EngineError(f"the engine is not running ({self._state})")
+                raise EngineDownError(f"the engine is not running ({self._state})")
             channel.send(message)
         except PeerLLMError as error:
             if isinstance(message, Submit):
@@ -322,7 +322,7 @@ class EngineHost:
             channel.send(message)
         except LinkError as error:
             self._pending.pop(message.request, None)
-            raise EngineError(f"the engine is not running: {error}") from error
+            raise EngineDownError(f"the engine is not running: {error}") from error
         return await self._answered(answer, message, timeout_s)
 
     async def _answered(self, answer: asyncio.Future[Any], message: Any, timeout_s: float) -> Any:

@@ -15,7 +15,7 @@ from peerllm.daemon.deployment.establishing import EpochNegotiation
 from peerllm.daemon.deployment.planning.device_failures import FAILURE_S, DeviceFailures
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import LoadStage
-from peerllm.errors import EngineError, ModelError, RefusedError, UnavailableError
+from peerllm.errors import EngineDownError, EngineError, ModelError, RefusedError, UnavailableError
 from tests.daemon.decide.test_demand import A, B, C, household
 from tests.daemon.house import BLOCK, House, inspected
 
@@ -160,6 +160,23 @@ async def test_the_only_plan_is_not_tried_for_ever_and_the_reason_is_the_devices
     await house.until(lambda: "planning" in states and states[-1] == "waiting")
     a.changed = changed
     assert loads(house, "b") == before + 2 and "on fire" in view(a).reason
+
+
+async def test_an_engine_that_is_starting_again_is_held_against_nobody(houses):
+    house = houses([3, 3, 3], m=inspected("m", 8))
+    a, b = house["a"], house["b"]
+    await a.coordinator.run(RunOptions("m"), quiet)
+    before = loads(house, "b")
+    b.engine.fail = EngineDownError("the engine is not running (crashed)")
+    b.engine.clear()
+    b.worker.engine_lost("killed")
+    for tries in (1, 2, 3):
+        a.coordinator.stir("memory was freed")
+        await house.until(lambda tries=tries: loads(house, "b") >= before + tries)
+    b.engine.fail = None
+    a.coordinator.stir("memory was freed")
+    await house.until(lambda: view(a).state == "serving")
+    assert "b" in used(a)
 
 
 async def test_a_broken_link_is_held_against_nobody(houses):
