@@ -23,6 +23,8 @@ from peerllm.types import DeploymentId
 
 PATIENCE_S = 30.0  # how long a queued sequence waits for a deployment that does not serve
 RUNNING_PATIENCE_S = 600.0  # the same of a sequence that was running
+STALL_S, STALL_STEPS = 30.0, 20.0  # without a token for so long, and for so many usual steps, an answer is stalled
+MAX_STALLS = 3  # of one answer without a token between them, before it ends with an error
 CANCEL_CONFIRM_S = 15.0  # after this the slot of a cancelled sequence counts as free even if the engine is silent
 MEASURED_ANSWERS = 16  # the last answers that `measured` is the mean of
 RETRY_UNKNOWN_S, RETRY_LEAST_S, RETRY_MOST_S = 5.0, 1.0, 60.0  # what one who finds the queue full is told
@@ -44,6 +46,8 @@ class _Sequence:
     answer: list[int] = field(default_factory=list)  # ids so far
     reused: int = 0  # of the prompt's tokens
     until: float | None = None  # when it has waited long enough; None: the deployment serves
+    heard: float = 0.0  # when its last token came, or it was noted as stalled
+    stalls: int = 0  # since its last token
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,26 @@ class Admission:
         """The deployment serves: let in who waits, those first that were running."""
         self._room, self._held_since = room, None
         for sequence in self._all.values():
-            sequence.until = None
+            sequence.until, sequence.heard = None, max(sequence.heard, time.monotonic())
         self._admit()
+
+    def stalled(self) -> bool:
+        """Whether an answer that had begun gets no tokens though the deployment serves; told once for each STALL_S.
+
+        One that has been stalled MAX_STALLS times ends with an error.
+        """
+        if self._room is None:
+            return False
+        now, limit_s = time.monotonic(), max(STALL_S, STALL_STEPS * self.measured.get("step_ms", 0.0) / 1000)
+        begun = [self._all[one] for one in self._running.keys() & self._all.keys() if self._all[one].answer]
+        silent = [sequence for sequence in begun if now - sequence.heard > limit_s]
+        for sequence in silent:
+            sequence.heard, sequence.stalls = now, sequence.stalls + 1
+        given_up = {sequence.number for sequence in silent if sequence.stalls > MAX_STALLS}
+        for number in given_up:
+            self._give_up(number)
+        self._end(given_up, EngineError("the devices of this model give no more tokens of this answer; ask again"))
+        return len(silent) > len(given_up)
 
     def hold(self, reason: str) -> None:
         """The deployment does not go on for now: running sequences wait RUNNING_PATIENCE_S, queued ones PATIENCE_S."""
@@ -175,6 +197,8 @@ class Admission:
         now, ids = time.monotonic(), event.ids[known - event.start :]
         if not sequence.first and ids:
             sequence.first = now
+        if ids:
+            sequence.heard, sequence.stalls = now, 0
         sequence.answer += ids
         sequence.reused = max(sequence.reused, event.reused)
         lost = event.finish == "error" and self._room is None  # it comes of what the deployment waits for

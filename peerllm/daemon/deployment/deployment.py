@@ -66,6 +66,7 @@ from peerllm.types import DeviceId
 
 PASSING = (InfeasibleError, RefusedError, LinkError, UnavailableError, EngineError)  # a later try may succeed
 EPOCHS_AHEAD = 1000  # a restarted deployment goes on so many after the last epoch that was written down
+STALL_LOOK_S = 5.0  # how often it is looked whether answers are stalled
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ class Deployment:
             self._feed(event)
         self._feed(DeadlineReached())
         self._work("watch", self._watch())
+        self._work("watch for stalls", self._watch_stalls())
 
     async def outcome(self) -> None:
         """Returns when it serves; raises why it does not, now or at the end of the attempt under way."""
@@ -348,6 +350,13 @@ class Deployment:
         await read_conditions(
             self._around, self.id, serving, self._search.slower, lambda why: self._feed(ConditionsChanged(why))
         )
+
+    async def _watch_stalls(self) -> None:
+        """An answer that a stage forgot, or an engine that stands still beside a daemon that lives: links made anew."""
+        while True:
+            await asyncio.sleep(STALL_LOOK_S)
+            if self.state == "serving" and self._running is not None and self.sequences.stalled():
+                self._feed(LinksLost(self._around.me, self._running.number, "an answer gets no more tokens"))
 
     # ---- epochs ---------------------------------------------------------------------------------------------------
 

@@ -378,3 +378,26 @@ async def test_serving_ends_the_patience_and_the_next_interruption_begins_anothe
     sequences.open(ServingCapacity(1, 100, 50, ()))
     assert len(told.numbers(Submit)) == 1
     await later.aclose()
+
+
+async def test_an_answer_that_gets_no_more_tokens_is_noticed_and_ends_after_some_tries(sequences, told, monkeypatch):
+    monkeypatch.setattr(module, "STALL_S", 0.0)
+    sequences.open(ServingCapacity(2, 100, 50, ()))
+    stream, other = sequences.generate(ask()), sequences.generate(ask())
+    task, _ = await waiting(stream), await waiting(other)
+    number, prompting = told.numbers(Submit)
+    assert not sequences.stalled(), "prompts take as long as they take"
+    sequences.hear(Tokens(D, number, 0, (10,)))
+    await task
+    for _ in range(module.MAX_STALLS - 1):
+        assert sequences.stalled()
+    sequences.hear(Tokens(D, number, 1, (11,)))
+    assert (await chunk(stream)).ids == (11,)
+    for _ in range(module.MAX_STALLS):
+        assert sequences.stalled(), "a token makes up for what was"
+    assert not sequences.stalled() and told.numbers(Cancel) == [number]
+    with pytest.raises(EngineError, match="no more tokens"):
+        await chunk(stream)
+    monkeypatch.setattr(module, "STALL_S", 60.0)
+    sequences.hear(Tokens(D, prompting, 0, (10,)))
+    assert not sequences.stalled()
