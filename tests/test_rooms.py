@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "peerllm"
-SHARED = {"types", "errors", "codec", "regular_files", "saved_files", "stored_types", "wrapped_models", "__init__"}
+SHARED = {
+    "types", "errors", "codec", "regular_files", "reused_layers", "saved_files", "stored_types",
+    "wrapped_models", "__init__",
+}  # fmt: skip
 ALLOWED = {
     "planner": {"planner"},
     "transport": {"transport"},

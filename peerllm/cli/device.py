@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from peerllm.api.token import TOKEN_FILE
 from peerllm.errors import NotFoundError, PeerLLMError, UnavailableError
 from peerllm.saved_files import replace_file
 
 DAEMON_FILE = "daemon.json"
 DEMO_FILE = "demo.json"
-TOKEN_FILE = "token"  # noqa: S105  a file's name
 START_S, LOOK_S = 15.0, 0.1  # how long a device that begins to start is waited for, and how often it is looked for
 TIMEOUT_S = 180.0  # seconds without a byte; joining and leaving speak to other devices
 RUN_TIMEOUT_S = 3600.0  # seconds between two lines of `run`: a large model may be on its way

@@ -205,7 +205,7 @@ class TensorDigest:
 
 @dataclass(frozen=True, slots=True)
 class StageWork:
-    """One stage a device shall take over, complete but for the weights, which it fetches from the source."""
+    """One stage a device shall take over, complete but for the weights, which it fetches from whoever has them."""
 
     stage: int
     first_layer: int

@@ -20,6 +20,7 @@ from peerllm.daemon.control_messages import (
     AnswerCopied,
     AnswerGrew,
     Control,
+    DeploymentView,
     DeviceView,
     Have,
     Hello,
@@ -70,9 +71,10 @@ from peerllm.daemon.status.status import (
 )
 from peerllm.daemon.successor.successor import Successor
 from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.exchange.holders import ROUTE
 from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
 from peerllm.daemon.weights.hub import token
-from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.offers import Offers
 from peerllm.daemon.weights.stage_weights import StageWeights
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import (
@@ -100,6 +102,15 @@ ECHO_TIMEOUT_S = 10.0  # dialling another device's engine and timing a few frame
 CLOSE_TIMEOUT_S = 8.0  # for letting go of deployments on other devices before this one leaves
 
 log = logging.getLogger(__name__)
+
+
+def may_need_engines(view: DeploymentView) -> bool:
+    """Whether a device without layers of this deployment may need its engine at once.
+
+    An engine takes 100 MB and seconds to start, for which an answer would wait when another device of its plan is lost.
+    """
+    several = len({stage.device for stage in view.stages}) > 1
+    return view.state in ("planning", "loading") or (view.state == "serving" and several)
 
 
 class Daemon:
@@ -511,10 +522,11 @@ class Daemon:
         return await self.host.start()
 
     def _engine_needed(self) -> bool:
-        """Whether layers are held here, or a plan is being made that may soon give this device some."""
+        """Whether layers are held here, or may soon be."""
         if not self._started or self.ledger.promises():
             return True
-        return any(view.state in ("planning", "loading") for view in (*self.coordinator.views(), *self.home.views()))
+        views = (*self.coordinator.views(), *self.home.views())
+        return any(may_need_engines(view) for view in views)
 
     def _trusted(self, entries: tuple[RosterEntry, ...]) -> tuple[Trusted, ...]:
         me = self.identity.device
@@ -590,6 +602,10 @@ class Daemon:
         """How each device of the household is when this one starts."""
         if self.host.state in AVAILABLE:
             self.coordinator.device_is(self.identity.device, "online")
+        self._note_absent()
+
+    def _note_absent(self) -> None:
+        """Devices of the household that have not said anything: models wait a moment for them."""
         for device, peer in self.network.peers().items():
             if peer.view is None:
                 self.coordinator.device_is(device, "gone", "is not here")
@@ -647,8 +663,8 @@ class Daemon:
                 self.worker.away(device)
                 self.coordinator.device_is(device, "silent", f"is {reason}")
             case "offline" | "left":
+                self._relay.vanished(device)
                 if before in LINKED:
-                    self._relay.vanished(device, reason)
                     self.successor.presence(device, "gone")
                 self.worker.away(device)
                 self.coordinator.device_is(device, "gone", f"is gone ({reason})")
@@ -657,6 +673,7 @@ class Daemon:
 
     def _roster_changed(self, entries: tuple[RosterEntry, ...]) -> None:
         self.host.tell(Trust(self._trusted(entries)))
+        self._note_absent()
         self.poke()
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:

@@ -435,6 +435,7 @@ class EngineLoad:
     held_bytes: Mapping[DeploymentId, int] = field(default_factory=dict)  # weights and KV, by deployment
     replayed_tokens: int = 0  # that the stages here computed again, since the engine started
     dropped_frames: int = 0  # runs and tokens that came late, twice or for nobody
+    loaded_layers: int = 0  # since the engine started
 
 
 ToEngine = (

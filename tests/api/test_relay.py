@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -18,7 +19,7 @@ from peerllm.api.keys import ANSWERS
 from peerllm.api.openai import answer_store, completions, model_wait
 from peerllm.api.peers import remote_answer
 from peerllm.api.server import ApiServer
-from peerllm.daemon.facade import InheritedAnswer, ServedModel
+from peerllm.daemon.facade import InheritedAnswer, RelayedAnswer, ServedModel
 from peerllm.errors import EngineError, OverloadedError
 from tests.api.fake import BOUND_S, FakeHousehold, make_model_dir
 
@@ -159,6 +160,34 @@ async def test_an_event_without_an_end_is_bounded(pair: Pair, monkeypatch: pytes
         assert "without an end" in await asyncio.wait_for(response.text(), BOUND_S)
 
 
+async def test_an_event_in_small_pieces_is_looked_at_once() -> None:
+    """Else a source that sends bytes one by one keeps this device busy for the square of their number."""
+    looked, written = 0, b""
+
+    class Counted(bytearray):
+        def rfind(self, what: Any, start: Any = 0) -> int:  # type: ignore[override]
+            nonlocal looked
+            looked += len(self) - start
+            return super().rfind(what, start)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for byte in b"data: " + b"x" * 3000 + b"\n\ndata: [DONE]\n\n":
+            yield bytes([byte])
+
+    class Sink:
+        async def write(self, data: bytes) -> None:
+            nonlocal written
+            written += data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote_answer, "bytearray", Counted, raising=False)
+        here: Any = remote_answer.RemoteAnswer(*[None] * 5)  # type: ignore[arg-type]
+        here.repeat = SimpleNamespace(fleeting=False)
+        await here._events(Sink(), RelayedAnswer(200, {}, pieces()))
+    assert written == b"data: " + b"x" * 3000 + b"\n\ndata: [DONE]\n\n"
+    assert looked < 3 * len(written)
+
+
 async def test_a_large_answer_in_one_piece_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_answer, "MAX_WHOLE_BYTES", 100)
     async with pair.session.post(PATH, json=ASK) as response:
@@ -266,6 +295,20 @@ async def test_one_device_cannot_take_all_streams(pair: Pair, monkeypatch: pytes
     pair.laptop.gate.set()
     assert (await first).status == 200
     async with pair.session.post(PATH, json=ASK) as response:
+        assert response.status == 200
+
+
+async def test_large_bodies_of_one_device_are_bounded_together(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_api, "MAX_BYTES_OF_DEVICE", 9 << 20)
+    pair.laptop.gate = asyncio.Event()
+    large = {**ASK, "user": "u" * 100, "metadata": {"x": "x" * (5 << 20)}}
+    first = asyncio.create_task(pair.session.post(PATH, json=large))
+    await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
+    async with pair.session.post(PATH, json=large) as response:
+        assert response.status == 429 and response.headers["Retry-After"]
+    pair.laptop.gate.set()
+    assert (await first).status == 200
+    async with pair.session.post(PATH, json=large) as response:
         assert response.status == 200
 
 

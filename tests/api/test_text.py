@@ -259,6 +259,21 @@ def test_sampling_follows_the_model_where_it_says_something_usable(tmp_path: Pat
     assert found == {"temperature": 0.7, "top_p": 0.95, **defaults}
 
 
+def test_a_decoder_that_may_take_forever_is_refused(tmp_path: Path) -> None:
+    """It runs on the loop: one token of a hostile model would stop every stream."""
+    make_model_dir(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    evil = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+    file["decoder"] = {"type": "Sequence", "decoders": [evil]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(ModelError, match="regular expression"):
+        ModelText(tmp_path)
+    evil["pattern"] = {"String": '"Regex":'}
+    file["decoder"] = evil
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    ModelText(tmp_path)
+
+
 def test_damaged_files_are_model_errors(tmp_path: Path) -> None:
     make_model_dir(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")

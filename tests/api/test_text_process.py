@@ -111,6 +111,28 @@ async def test_a_client_that_leaves_does_not_mix_up_answers(store: TextStore, tm
     assert "something longer" in byte_tokenizer().decode(ids)
 
 
+async def test_clients_that_leave_before_their_turn_leave_nothing_behind(store: TextStore, tmp_path: Path) -> None:
+    text = await text_of(store, make_model_dir(tmp_path / "model"))
+    await store._small._turn.acquire()  # as if a prompt were being prepared
+    leaving = [asyncio.create_task(store.prompt(text, HI, CONTEXT)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    for task in leaving:
+        task.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    assert not store._small._tasks and not store._waiting
+    store._small._turn.release()
+    assert await asyncio.wait_for(store.prompt(text, HI, CONTEXT), BOUND_S)
+
+
+async def test_it_is_told_no_secrets(store: TextStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PLAIN"):
+        monkeypatch.setenv(name, "x")
+    await text_of(store, make_model_dir(tmp_path / "model"))
+    told = psutil.Process(pid(store)).environ()
+    assert "PLAIN" in told and not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY"} & told.keys()
+
+
 async def test_an_idle_process_ends(store: TextStore, tmp_path: Path) -> None:
     store._small._idle_s = 0.01
     text = await text_of(store, make_model_dir(tmp_path / "model"))

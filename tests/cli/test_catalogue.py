@@ -17,6 +17,7 @@ from peerllm.daemon.weights.known_models import KNOWN, memory_bytes, stored_memo
 from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, weights_of
 from peerllm.planner.cost.byte_sizes import human_bytes
 from tests.daemon.weights.gguf_files import ROWS, gguf_file
+from tests.daemon.weights.gguf_files import SMALL as FREQUENCIES
 
 SMALL = KNOWN[0]
 INT8, INT4 = (memory_bytes(SMALL.millions * 10**6, bits) for bits in (8, 4))
@@ -71,8 +72,9 @@ def test_gguf_files_are_listed_with_quantisation_and_what_they_need_as_they_are(
     assert [one["name"] for one in found["on_disk"]] == ["builtin", SMALL.name, "maker/name-GGUF:Q4_K_M", str(served)]
     assert [one["form"] for one in found["on_disk"]] == ["F16", "Q4_1", "Q4_K_M", "Q8_0"]
     mine = entry({"on_disk": found["on_disk"], "known": []}, str(served))
-    assert mine["bytes"] == served.stat().st_size and mine["stored_bytes"] == int(1.1 * 2 * ROWS * 32 * 9 / 8)
-    assert (mine["fits"], mine["parameters"]) == ("stored", 2 * ROWS * 32)
+    numbers = 2 * ROWS * 32 + FREQUENCIES
+    assert mine["bytes"] == served.stat().st_size and mine["stored_bytes"] == int(1.1 * numbers * 9 / 8)
+    assert (mine["fits"], mine["parameters"]) == ("stored", numbers)
     assert next(one["on_disk"] for one in found["known"] if one["name"] == SMALL.name)
     (line,) = (line for line in text(found).splitlines() if line.startswith("maker/name-GGUF:Q4_K_M "))
     assert line.split()[1:4] == ["Q4_K_M", *human_bytes(cached.stat().st_size).split()] and line.endswith("yes")

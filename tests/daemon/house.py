@@ -11,7 +11,6 @@ from pathlib import Path
 
 from peerllm.daemon.control_messages import Hello
 from peerllm.daemon.decide.device_profiles import Candidate
-from peerllm.daemon.decide.holdings import reused
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment.coordinator import Coordinator
 from peerllm.daemon.deployment.model_files import ModelOnDisk
@@ -34,6 +33,7 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.errors import EngineError, LinkError, NotFoundError, RefusedError
+from peerllm.reused_layers import reused
 from peerllm.types import Layer, ModelProfile, WorkingSpace
 
 BLOCK = 1_000_000  # bytes of one block of the toy models

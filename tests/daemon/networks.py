@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from peerllm.daemon.control_messages import Hello
+from peerllm.daemon.decide.membership import LINKED, State
 from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
 from peerllm.transport.identity import load_or_create
@@ -48,9 +49,13 @@ class Device:
         self.told: list[tuple[str, object]] = []
         self.changed = asyncio.Event()
         self.network.on_change(self.changed.set)
-        self.network.on_vanish(lambda device, reason: self.vanished.append((device, reason)))
-        self.network.on_state(lambda device, _, state, reason, renewed: self.states.append((device, state, renewed)))
+        self.network.on_state(self._state)
         self.network.listen(self._hear)
+
+    def _state(self, device: str, before: State, state: State, reason: str, renewed: bool) -> None:
+        self.states.append((device, state, renewed))
+        if before in LINKED and state not in LINKED:
+            self.vanished.append((device, reason))
 
     def _hear(self, device: str, message: object) -> None:
         self.told.append((device, message))

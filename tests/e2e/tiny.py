@@ -38,13 +38,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 64,
     },
 }
+KEEPING: dict[str, dict[str, Any]] = {  # families whose layers keep something else than all keys and values
+    "mistral": {**_LLAMA_LIKE, "head_dim": 16, "sliding_window": 24},
+    "qwen3_5_text": {
+        **_LLAMA_LIKE,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"] * (BLOCKS // 2),
+    },
+}
 SCALE = 6.0  # at the usual scale a random model repeats one token whatever its layers do
 
 
 def make(family: str, directory: Path, seed: int = 1) -> Path:
     """A model directory in Hugging Face layout, float32."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).float().eval()
+    config = AutoConfig.for_model(family, **(FAMILIES | KEEPING)[family])
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:

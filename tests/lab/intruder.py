@@ -19,7 +19,7 @@ from aiohttp import web
 from peerllm.api.server import create_app
 from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
-from peerllm.daemon.weights.offers import ROUTE as WEIGHTS
+from peerllm.daemon.weights.exchange.holders import ROUTE as WEIGHTS
 from peerllm.transport.identity import load_or_create
 from peerllm.transport.links.echo import ECHO_PATH
 from tests.api.fake import FakeHousehold

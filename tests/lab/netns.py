@@ -12,6 +12,7 @@ Host i is 10.<x>.<y>.<i + 1>/24 on `eth0`, with a link-local IPv6 address; mDNS 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import re
@@ -20,10 +21,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -33,6 +35,10 @@ IPV6_TIMEOUT_S = 5.0
 PREFIX = "peerlab"
 NAME = re.compile(PREFIX + r"-(\d+)-\d+-\w+")
 
+CLONE_NEWNET = 0x40000000
+T = TypeVar("T")
+
+_libc = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count()
 
 
@@ -183,6 +189,18 @@ class Lab:
         return subprocess.run(
             self.argv(host, argv, cpu), capture_output=True, text=True, timeout=timeout_s, check=check, **popen
         )
+
+    def within(self, host: int, do: Callable[[], T]) -> T:
+        """Do it in a thread that is in the host's namespace."""
+
+        def enter() -> T:
+            with Path("/run/netns", self.namespace(host)).open() as namespace:
+                if _libc.setns(namespace.fileno(), CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), f"{self.namespace(host)} cannot be entered")
+            return do()
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(enter).result()
 
     def set_link(self, host: int, up: bool) -> None:
         """Plug a host's cable in or pull it: the host keeps its addresses but nothing passes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from peerllm.builtin import MODEL_DIR
+from peerllm.cli.demo.demo_memory import limits, sizes_of
 from tests.household import Device
 from tests.lab.netns import Lab
 
@@ -59,13 +62,15 @@ class Listener:
         """Until `count` tokens of the answer are there; AssertionError if it ends before."""
         with self._changed:
             assert self._changed.wait_for(lambda: answer.over or len(answer.ids) >= count, timeout_s), (
-                f"{len(answer.ids)} tokens in {timeout_s} s, not {count}")
+                f"{len(answer.ids)} tokens in {timeout_s} s, not {count}"
+            )
         assert len(answer.ids) >= count, f"it ended after {len(answer.ids)} tokens: {answer.over}"
 
     def wait_over(self, answer: Answer, timeout_s: float = WAIT_S) -> dict[str, Any]:
         with self._changed:
             assert self._changed.wait_for(lambda: answer.over is not None, timeout_s), (
-                f"not over after {timeout_s} s: {len(answer.ids)} tokens")
+                f"not over after {timeout_s} s: {len(answer.ids)} tokens"
+            )
         assert answer.over is not None
         return answer.over
 
@@ -92,24 +97,64 @@ class Listener:
 class StruckHousehold:
     """Devices in a laboratory; the first one is read and runs the model, the others are struck."""
 
-    def __init__(self, lab: Lab, root: Path, names: Sequence[str], memory: Sequence[int],
-                 options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        root: Path,
+        names: Sequence[str],
+        memory: Sequence[int],
+        prefixes: Mapping[int, Sequence[str]] | None = None,
+    ) -> None:
+        """`prefixes`: what a host's daemon is started by."""
         self.lab, self.names, self.root = lab, tuple(names), root
         self.devices = [
-            Device(root / name, name, memory=str(memory[host]), prefix=lab.argv(host, []), port=8643,
-                   api="127.0.0.1:8642", options=options) for host, name in enumerate(names)
+            Device(
+                root / name,
+                name,
+                memory=str(memory[host]),
+                prefix=lab.argv(host, (prefixes or {}).get(host, ())),
+                port=8643,
+                api="127.0.0.1:8642",
+            )
+            for host, name in enumerate(names)
         ]
         self.listener: Listener
 
-    def start(self) -> None:
-        for device in self.devices:
+    def start(self, hosts: Sequence[int] | None = None) -> None:
+        """The household of these devices, the first one among them."""
+        devices = [self.devices[host] for host in hosts or range(len(self.devices))]
+        for device in devices:
             device.start()
-        for device in self.devices:
+        for device in devices:
             device.wait_ready()
-        for joiner in self.devices[1:]:
-            code = self.devices[0].cli("invite").stdout.split()[-1]
-            joiner.cli("join", code)
+        for joiner in devices[1:]:
+            self.join(joiner)
         self.listener = Listener(self.lab, 0, self.devices[0])
+
+    def join(self, joiner: Device) -> None:
+        joiner.cli("join", self.devices[0].cli("invite").stdout.split()[-1])
+
+    def get(self, host: int, path: str, body: Any = None) -> tuple[int, Mapping[str, str], Any]:
+        """Status, headers and JSON of what a device's API answers; a POST if there is a body."""
+
+        def ask() -> tuple[int, Mapping[str, str], Any]:
+            connection = http.client.HTTPConnection("127.0.0.1", 8642, timeout=WAIT_S)
+            headers = {"Authorization": f"Bearer {self.devices[host].token()}", "Content-Type": "application/json"}
+            with contextlib.closing(connection):
+                connection.request("GET" if body is None else "POST", path, body and json.dumps(body), headers)
+                response = connection.getresponse()
+                return response.status, dict(response.headers), json.loads(response.read())
+
+        return self.lab.within(host, ask)
+
+    def status(self, host: int = 0) -> dict[str, Any]:
+        found: dict[str, Any] = self.get(host, "/peerllm/v1/status")[2]
+        return found
+
+    def load(self, host: int) -> dict[str, Any]:
+        """What the device's engine holds and has counted."""
+        found: dict[str, Any] = self.get(host, "/peerllm/v1/engine")[2]
+        return found
 
     def stop(self) -> None:
         with contextlib.suppress(AttributeError):
@@ -118,24 +163,37 @@ class StruckHousehold:
             device.stop()
 
     def deployment(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.devices[0].status()["deployments"][0]
+        found: dict[str, Any] = self.status()["deployments"][0]
         return found
+
+    def told(self) -> str:
+        """For a test that fails: what the source says of the model, and the ends of all logs."""
+        logs = (f"{device.name}:\n{device.log_tail()}" for device in self.devices if device.data_dir.exists())
+        return "\n".join([f"{self.deployment()}", *logs])
+
+    def stages(self) -> list[str]:
+        """The devices of the plan, in its order."""
+        return [stage["device"] for stage in self.deployment()["plan"]["stages"]]
 
     def holders(self) -> list[int]:
         """Hosts other than the source that hold a stage now."""
-        stages = self.deployment()["plan"]["stages"]
-        return sorted({self.names.index(stage["device"]) for stage in stages} - {0})
+        return sorted({self.names.index(device) for device in self.stages()} - {0})
 
     def wait(self, what: str, condition: Any, timeout_s: float = WAIT_S) -> None:
         """Until `condition()` holds; looks again and again, since nothing tells a test of another process's state."""
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s} s: {self.devices[0].status()}"
+            assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s} s: {self.told()}"
             time.sleep(0.1)
 
     def online(self, host: int) -> bool:
-        state = {one["name"]: one["state"] for one in self.devices[0].status()["devices"]}
+        state = {one["name"]: one["state"] for one in self.status()["devices"]}
         return state[self.names[host]] == "online"
+
+    def settled(self) -> None:
+        """Wait until everyone is there and the model serves."""
+        self.wait("everyone online", lambda: all(self.online(host) for host in range(1, len(self.names))))
+        self.wait("serving with another device", lambda: self.deployment()["state"] == "serving" and self.holders())
 
     # ---- faults ---------------------------------------------------------------------------------------------------
 
@@ -191,3 +249,32 @@ class StruckHousehold:
             self.lab.set_link(host, up=True)
 
 
+@contextlib.contextmanager
+def serving(
+    root: Path,
+    model: Path | None,
+    names: Sequence[str],
+    holders: int,
+    slots: int = 2,
+    context: int = 512,
+    exact: bool = False,
+    spare: int = 0,
+    prefixes: Mapping[int, Sequence[str]] | None = None,
+) -> Iterator[StruckHousehold]:
+    """A household that serves a model, the built-in one by default, and takes so many devices to hold it.
+
+    The first one lends what makes it the source and nothing more; any of the others can hold the largest part
+    and lends `spare` bytes besides, for other models.
+    """
+    form = {"dtype": "float32", "quantize": "none"} if exact else {}
+    sizes = limits(sizes_of(model or MODEL_DIR, slots, context, **form), holders)
+    memory = [sizes[0], *[max(sizes) + spare] * (len(names) - 1)]
+    with Lab(len(names)) as lab:
+        household = StruckHousehold(lab, root, names, memory, prefixes)
+        try:
+            household.start()
+            size = ("--slots", str(slots), "--context", str(context))
+            household.devices[0].cli("run", str(model or "builtin"), *size, *(["--exact"] if exact else []))
+            yield household
+        finally:
+            household.stop()

@@ -1,25 +1,24 @@
 """Devices are killed, frozen, unplugged and sent away in the middle of answers: every answer ends with the same tokens.
 
 Three hosts on a bridge, any two of which can hold the built-in model. The one that is read is never struck, but its
-engine is.
+engine is. At the end nothing is left of it all.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
 
 import psutil
 import pytest
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo.demo_memory import limits, sizes_of
-from tests.clients import body
-from tests.lab.netns import Lab
-from tests.lab.struck_household import Answer, StruckHousehold
+from peerllm.cli.demo.demo_memory import sizes_of
+from tests.lab.leftovers import Leftovers, leftovers
+from tests.lab.struck_answers import StruckAnswers, requests
+from tests.lab.struck_household import StruckHousehold, serving
 
 FULL = bool(os.environ.get("PEERLLM_FULL"))
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600 if FULL else 900)]
@@ -28,91 +27,66 @@ SLOTS, CONTEXT = 2, 512
 FAULTS = 100 if FULL else 12
 KINDS = ("kill", "kill engine", "kill own engine", "freeze", "blip", "unplug", "farewell")
 SEED = int(os.environ.get("PEERLLM_SEED", "7"))
-FIRST_TOKENS = 6  # a fault strikes when a stream is past its fifth token
-REQUESTS: tuple[dict[str, Any], ...] = (
-    body("Tell me a story about a fox.", 400, stream=True),
-    body("Tell me a story.", 400, stream=True, temperature=0.9, seed=3, frequency_penalty=0.4, presence_penalty=0.2),
-)
 
 
 @pytest.fixture(scope="module")
 def struck(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StruckHousehold]:
-    sizes = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT), 2)
-    with Lab(len(NAMES)) as lab:
-        household = StruckHousehold(lab, tmp_path_factory.mktemp("struck"), NAMES, [sizes[0], max(sizes), max(sizes)])
-        try:
-            household.start()
-            household.devices[0].cli("run", "builtin", "--slots", str(SLOTS), "--context", str(CONTEXT))
-            yield household
-        finally:
-            household.stop()
+    with serving(tmp_path_factory.mktemp("struck"), None, NAMES, 2, SLOTS, CONTEXT) as household:
+        yield household
+
+
+@dataclass
+class Story:
+    answers: StruckAnswers
+    before: Leftovers
+    told: list[str] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(struck: StruckHousehold) -> list[list[int]]:
-    answers = [struck.listener.ask(request) for request in REQUESTS]
-    for answer in answers:
-        assert struck.listener.wait_over(answer)["finish"], answer.over
-    assert all(len(answer.ids) > 100 for answer in answers)
-    return [answer.ids for answer in answers]
-
-
-def begin(struck: StruckHousehold) -> list[Answer]:
-    answers = [struck.listener.ask(request) for request in REQUESTS]
-    for answer in answers:
-        struck.listener.wait_tokens(answer, FIRST_TOKENS)
-    return answers
-
-
-def check(struck: StruckHousehold, answers: list[Answer], undisturbed: list[list[int]], what: str) -> None:
-    for answer, expected in zip(answers, undisturbed, strict=True):
-        over = struck.listener.wait_over(answer)
-        assert over["status"] == 200, f"{what}: {over}"
-        assert not over["error"], f"{what}: {over}"
-        assert answer.ids == expected, f"{what}: other tokens from {_first_difference(answer.ids, expected)}"
-        assert over["finish"], f"{what}: it ended early"
-
-
-def _first_difference(some: list[int], others: list[int]) -> int:
-    return next((at for at, pair in enumerate(zip(some, others, strict=False)) if pair[0] != pair[1]), len(some))
-
-
-def strike(struck: StruckHousehold, kind: str, host: int) -> None:
-    """Do it, and bring the device back where it went away."""
-    match kind:
-        case "kill":
-            struck.kill(host)
-        case "kill engine":
-            psutil.Process(struck.engine(host)).kill()
-        case "kill own engine":
-            psutil.Process(struck.engine(0)).kill()
-        case "freeze" | "blip":
-            with struck.frozen(host):
-                time.sleep(5.0 if kind == "freeze" else 0.7)
-        case "unplug":
-            with struck.unplugged(host):
-                time.sleep(4.0)
-        case "farewell":
-            assert struck.devices[host].stop() == 0
+def story(struck: StruckHousehold) -> Story:
+    answers = StruckAnswers(struck, requests(400))
+    return Story(answers, leftovers(struck, 0))
 
 
 @pytest.mark.parametrize("number", range(FAULTS))
-def test_an_answer_survives(struck: StruckHousehold, undisturbed: list[list[int]], number: int) -> None:
+def test_an_answer_survives(struck: StruckHousehold, story: Story, number: int) -> None:
     dice = random.Random(SEED + number)
     kind = KINDS[number % len(KINDS)]
     struck.wait("a second device in the plan", struck.holders)
     host = dice.choice(struck.holders())
-    answers = begin(struck)
-    strike(struck, kind, host)
-    check(struck, answers, undisturbed, f"{kind} of {NAMES[host]}, seed {SEED + number}")
-    if kind in ("kill", "farewell"):
-        struck.revive(host)
-    struck.wait("everyone online", lambda: all(struck.online(each) for each in range(1, len(NAMES))))
-    struck.wait("serving", lambda: struck.deployment()["state"] == "serving")
+    story.told.append(f"{kind} of {NAMES[host]}")
+    story.answers.survive(kind, host, f"{kind} of {NAMES[host]}, seed {SEED + number}")
 
 
-def test_nothing_is_left_behind(struck: StruckHousehold) -> None:
-    """No zombie process, and no slot or sequence on any engine."""
+def test_what_was_lost_was_computed_again(story: Story) -> None:
+    assert story.answers.moved > len(story.told), "each loss of a stage costs some tokens"
+
+
+def test_nothing_is_left_behind(struck: StruckHousehold, story: Story) -> None:
+    """No zombie process, slot, sequence, link, task, reservation or memory."""
+    struck.settled()
     for host in range(len(NAMES)):
-        children = [psutil.Process(pid) for pid in struck.pids(host)]
-        assert not [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
+        assert not [pid for pid in struck.pids(host) if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE]
+        struck.wait("what is not needed is released", lambda host=host: kept(struck, host))
+        now = leftovers(struck, host)
+        assert now.slots == 0, now
+        assert now.stages == struck.stages().count(NAMES[host]), now
+    now = leftovers(struck, 0)  # the daemon that lived through it all
+    assert now.tasks <= story.before.tasks + 4, (story.before, now)
+    assert now.files <= story.before.files + 8, (story.before, now)
+    assert now.threads <= story.before.threads + 2, (story.before, now)
+    assert now.memory_bytes <= story.before.memory_bytes + (32 << 20), (story.before, now)
+
+
+def kept(struck: StruckHousehold, host: int) -> bool:
+    """Whether no more is promised than the plan and its passes take."""
+    now, working = leftovers(struck, host), sizes_of(MODEL_DIR, SLOTS, CONTEXT).working
+    return now.promised_bytes <= (now.planned_bytes + working if now.planned_bytes else 0)
+
+
+def test_nothing_is_left_of_a_model_that_was_stopped(struck: StruckHousehold, story: Story) -> None:
+    struck.devices[0].cli("stop", "builtin")
+    for host in range(len(NAMES)):
+        struck.wait("no promise is left", lambda host=host: leftovers(struck, host).promised_bytes == 0)
+        now = leftovers(struck, host)
+        assert (now.slots, now.stages, now.engine_bytes) == (0, 0, 0), now

@@ -73,7 +73,7 @@ class RemoteAnswer:
 
     async def _events(self, stream: Stream, answer: RelayedAnswer) -> None:
         """Whole events only, so that one that broke off is not followed by another in its middle."""
-        held, ended, silences = b"", False, 0
+        held, ended, silences = bytearray(), False, 0
         async with aclosing(pulsed(answer.body, SILENCE_S)) as pieces:
             async for piece in pieces:
                 if piece is None:
@@ -85,14 +85,17 @@ class RemoteAnswer:
                     await stream.comment(f"the device of {self.model.name} is silent")
                     continue
                 silences = 0
-                whole, mark, held = (held + piece).rpartition(b"\n\n")
-                if mark:
+                looked = max(0, len(held) - 1)  # in small pieces, too, each byte is looked at once
+                held += piece
+                if (end := held.rfind(b"\n\n", looked)) >= 0:
+                    whole = bytes(held[:end])
+                    del held[: end + 2]
                     last = whole.rpartition(b"\n\n")[2]
                     if last.startswith(b'data: {"error":') and _LEAVING in last:
                         raise LinkError("its device is shutting down")
                     self.begun = self.begun or _DATA.search(whole) is not None
                     ids = _ID.findall(whole)
-                    await stream.write((_IDS.sub(b"", whole) if self.repeat.fleeting else whole) + mark)
+                    await stream.write((_IDS.sub(b"", whole) if self.repeat.fleeting else whole) + b"\n\n")
                     ended = _LAST.search(last) is not None
                     if ids:
                         self.repeat.last = ids[-1].decode()

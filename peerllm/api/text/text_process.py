@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import orjson
 
 import peerllm
 from peerllm.api.text.text_child import LENGTH_BYTES, MAX_MESSAGE_BYTES, framed, memory_text, too_much
-from peerllm.errors import BadInputError
+from peerllm.errors import BadInputError, UnavailableError
 
 MEMORY_BYTES = 3 << 29  # of data that the process may hold: three times what the largest tokenizers in use take
 PREPARE_S = 10.0  # seconds that one question may take once the process works at it ...
 OPEN_S = 60.0  # ... or read a tokenizer
 CLOSE_S = 1.0  # from the closed pipe to SIGKILL
+_SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD|CREDENTIAL")  # variables that foreign code has no use for
 _ROOT = str(Path(peerllm.__file__).resolve().parent.parent)
 
 
@@ -31,7 +33,8 @@ class TextProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._opened: set[str] = set()  # directories that the process has read
         self._rest: asyncio.TimerHandle | None = None
-        self._asking: set[asyncio.Task[dict[str, Any]]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # questions, and the ends of processes that left
+        self._closed = False
 
     @property
     def pid(self) -> int | None:
@@ -40,30 +43,33 @@ class TextProcess:
 
     async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """The answer; BadInputError if the process exceeds its memory or its time over it."""
+        await self._turn.acquire()  # who hangs up before its turn leaves nothing behind
         # A client that hangs up must not leave half a message in the pipe: what was begun is brought to its end.
         task = asyncio.create_task(self._ask(question), name="api: ask the text process")
-        self._asking.add(task)
+        self._tasks.add(task)
         task.add_done_callback(self._done)
+        task.add_done_callback(lambda _: self._turn.release())
         return await asyncio.shield(task)
 
-    def _done(self, task: asyncio.Task[dict[str, Any]]) -> None:
-        self._asking.discard(task)
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # read, also where nobody waits any more
 
     async def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        async with self._turn:
-            if self._rest is not None:
-                self._rest.cancel()
-            if self._process is None or self._process.returncode is not None:
-                await self._start()
-            opening = {"model_dir": question["model_dir"]}
-            if opening != question and question["model_dir"] not in self._opened:
-                await self._within(OPEN_S, opening)
-            answer = await self._within(PREPARE_S if opening != question else OPEN_S, question)
-            self._opened.add(question["model_dir"])
-            self._rest = asyncio.get_running_loop().call_later(self._idle_s, self._leave)
-            return answer
+        if self._closed:
+            raise UnavailableError("this device is shutting down")
+        if self._rest is not None:
+            self._rest.cancel()
+        if self._process is None or self._process.returncode is not None:
+            await self._start()
+        opening = {"model_dir": question["model_dir"]}
+        if opening != question and question["model_dir"] not in self._opened:
+            await self._within(OPEN_S, opening)
+        answer = await self._within(PREPARE_S if opening != question else OPEN_S, question)
+        self._opened.add(question["model_dir"])
+        self._rest = asyncio.get_running_loop().call_later(self._idle_s, self._leave)
+        return answer
 
     async def _within(self, seconds: float, question: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -94,6 +100,7 @@ class TextProcess:
 
     async def _start(self) -> None:
         path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
+        around = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
         # One arena: what a large prompt took goes back to the system, and threads reserve no memory within the limit.
         fixed = {"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
         self._opened.clear()
@@ -103,7 +110,7 @@ class TextProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,  # a traceback could hold what somebody typed
-            env={**os.environ, "PYTHONPATH": path, **fixed},
+            env={**around, "PYTHONPATH": path, **fixed},
         )
 
     def _leave(self) -> None:
@@ -113,11 +120,11 @@ class TextProcess:
             self._process.stdin.close()
             leaving, self._process = self._process, None
             task = asyncio.create_task(self._gone(leaving), name="api: text process ends")
-            self._asking.add(task)
+            self._tasks.add(task)
             task.add_done_callback(self._done)
 
     @staticmethod
-    async def _gone(process: asyncio.subprocess.Process) -> dict[str, Any]:
+    async def _gone(process: asyncio.subprocess.Process) -> None:
         try:
             async with asyncio.timeout(CLOSE_S):
                 await process.wait()
@@ -125,7 +132,6 @@ class TextProcess:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-        return {}
 
     async def _end(self) -> None:
         process, self._process = self._process, None
@@ -136,9 +142,10 @@ class TextProcess:
 
     async def close(self) -> None:
         """End the process, whatever it does. May be called twice."""
+        self._closed = True
         if self._rest is not None:
             self._rest.cancel()
-        for task in self._asking:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._end()

@@ -14,6 +14,7 @@ from typing import Any
 
 LOGIND, PATH, MANAGER = "org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager"
 RULE = f"type='signal',sender='{LOGIND}',path='{PATH}',interface='{MANAGER}',member='PrepareForSleep'"
+BUS = "org.freedesktop.DBus"
 CALL_S = 5.0  # for one answer of the bus
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class SleepWatch:
         self._before, self._after = before, after
         self._bus: Any = None
         self._inhibitor = -1
-        self._signals: asyncio.Queue[bool] = asyncio.Queue(16)
+        self._signals: asyncio.Queue[tuple[str, bool]] = asyncio.Queue(16)  # who says so, and what
         self._following: asyncio.Task[None] | None = None
 
     async def start(self, address: str | None = None) -> None:
@@ -57,9 +58,7 @@ class SleepWatch:
         self._bus = MessageBus(bus_address=address, bus_type=BusType.SYSTEM, negotiate_unix_fd=True)
         await self._bus.connect()
         self._bus.add_message_handler(self._heard)
-        await self._call(
-            "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "AddMatch", "s", [RULE]
-        )
+        await self._ask_bus("AddMatch", RULE)
         await self._inhibit()
         self._following = asyncio.create_task(self._follow(), name="sleep watch")
 
@@ -83,12 +82,15 @@ class SleepWatch:
             and message.signature == "b"
             and not self._signals.full()
         ):
-            self._signals.put_nowait(bool(message.body[0]))
+            self._signals.put_nowait((str(message.sender), bool(message.body[0])))
         return False
 
     async def _follow(self) -> None:
         while True:
-            if await self._signals.get():
+            sender, sleeping = await self._signals.get()
+            if not await self._is_logind(sender):
+                continue
+            if sleeping:
                 log.info("the machine is about to sleep")
                 try:
                     await self._before()
@@ -100,6 +102,12 @@ class SleepWatch:
                 with contextlib.suppress(Exception):  # the next sleep then comes without a farewell
                     await self._inhibit()
 
+    async def _is_logind(self, sender: str) -> bool:
+        """A signal that is addressed to this connection comes whoever sends it, whatever the rule says."""
+        with contextlib.suppress(OSError):
+            return str((await self._ask_bus("GetNameOwner", LOGIND)).body[0]) == sender
+        return False
+
     async def _inhibit(self) -> None:
         self._release()
         words = ["sleep", "peerllm", "hands over what this device computes for others", "delay"]
@@ -110,6 +118,9 @@ class SleepWatch:
         inhibitor, self._inhibitor = self._inhibitor, -1
         if inhibitor >= 0:
             os.close(inhibitor)
+
+    async def _ask_bus(self, member: str, text: str) -> Any:
+        return await self._call(BUS, "/org/freedesktop/DBus", BUS, member, "s", [text])
 
     async def _call(self, where: str, path: str, interface: str, member: str, signature: str, body: list[Any]) -> Any:
         from dbus_fast import Message, MessageType

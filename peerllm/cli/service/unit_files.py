@@ -52,13 +52,8 @@ class UnitFiles:
         """What install writes, for a device that is started with these options of `peerllm up`."""
         template = TEMPLATES / UNIT if self.system else TEMPLATES / "user" / UNIT
         text = template.read_text(encoding="utf-8")
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "peerllm",
-            "up",
-        ]  # -P: what lies in the working directory is not imported
+        # -P: what lies in the working directory is not imported
+        command = [sys.executable, "-P", "-m", "peerllm", "up"]
         line = text.replace(COMMAND, " ".join(map(quoted, command)), 1)
         if options:
             first = next(one for one in line.splitlines() if one.startswith("ExecStart="))

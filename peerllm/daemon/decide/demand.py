@@ -14,7 +14,6 @@ from peerllm.daemon.decide.device_profiles import (
     machine_contention,
     slower_than_estimated,
 )
-from peerllm.daemon.decide.holdings import reused
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Inspected
 from peerllm.errors import BadInputError, InfeasibleError
@@ -29,6 +28,7 @@ from peerllm.planner.scenario.scenario import Scenario
 from peerllm.planner.throughput.throughput_plan import plan_throughput
 from peerllm.planner.transfers.activation_forms import plan_with_forms
 from peerllm.planner.transfers.prompt_chunks import Pipeline, in_chunks
+from peerllm.reused_layers import reused
 from peerllm.types import (
     ACTIVATIONS,
     SCHEDULE_NAMES,

@@ -7,26 +7,10 @@ from collections.abc import Iterable
 
 from peerllm.daemon.control_messages import Holding
 from peerllm.daemon.decide.ledger import EpochSum
+from peerllm.reused_layers import Layers, reused
 from peerllm.types import DeploymentId, DeviceId
 
-Layers = tuple[int, int]  # first and last, both included
 Size = tuple[int, int]  # slots, and tokens of context: shards of one size are no use for another
-
-
-def reused(stage: Layers, loaded: Iterable[Layers]) -> tuple[list[Layers], list[Layers]]:
-    """(loaded shards that lie within the stage, runs of its layers that none of them has), as the engine chooses."""
-    used, missing = list[Layers](), list[Layers]()
-    layer, last = stage
-    for first, end in sorted(loaded, key=lambda one: (one[0], -one[1])):
-        if first < layer or end > last:
-            continue
-        if first > layer:
-            missing.append((layer, first - 1))
-        used.append((first, end))
-        layer = end + 1
-    if layer <= last:
-        missing.append((layer, last))
-    return used, missing
 
 
 class ShardTable:

@@ -30,6 +30,11 @@ class Promise:
     until: float | None
 
 
+def added_to(promised_bytes: int, nbytes: int, added_bytes: int | None) -> int:
+    """What an epoch adds to what earlier ones were promised; what they do not have it cannot share with them."""
+    return nbytes if added_bytes is None or not promised_bytes else max(added_bytes, nbytes - promised_bytes)
+
+
 class EpochSum:
     """What one device holds or will hold for one deployment, all its epochs together; the pure sum behind a ledger."""
 
@@ -45,7 +50,7 @@ class EpochSum:
 
     def add(self, epoch: int, nbytes: int, added_bytes: int | None) -> None:
         """Count an epoch; beside earlier ones only `added_bytes`, where those are told."""
-        added = nbytes if added_bytes is None or not self._epochs else added_bytes
+        added = added_to(self.nbytes if self._epochs else 0, nbytes, added_bytes)
         self._epochs[epoch] = nbytes, added
         self.nbytes += added
 
@@ -109,9 +114,9 @@ class Ledger:
         held = self._promises.get(key)
         if held is not None and held.until is None:
             raise RefusedError("this epoch is already committed here; release it first")
-        others = {one.epoch for one in self._promises.values() if one.deployment == asked.deployment} - {asked.epoch}
-        needed = asked.nbytes if asked.added_bytes is None or not others else asked.added_bytes
-        free = self.free_bytes + (held.added_bytes if held is not None else 0)
+        mine = held.added_bytes if held is not None else 0
+        needed = added_to(self.promised_to(asked.deployment) - mine, asked.nbytes, asked.added_bytes)
+        free = self.free_bytes + mine
         if needed > free:
             lent = human_bytes(self.lent_bytes)
             raise RefusedError(f"{human_bytes(needed)} are asked for, {human_bytes(free)} of {lent} are free")

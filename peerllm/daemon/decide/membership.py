@@ -20,7 +20,9 @@ from peerllm.types import DeviceId
 
 HEARTBEAT_S = 0.25
 SILENT_AFTER_S = 1.0  # without a sign of life: the device is silent
-GRACE_S = 60.0  # without a message over its link: nobody waits for it any longer
+# Without a message over its link for so long, nobody waits for a device any longer. Devices and coordinators keep what
+# is loaded for as long.
+GRACE_S = 60.0
 SLOW = f"busy or hard to reach: it is alive, but has sent nothing over its control link for {SILENT_AFTER_S:g} s"
 STALL_S = 0.25  # a device that itself stood still this long gives the others as much time to be heard
 BACKOFF_FIRST_S = 0.25

@@ -57,10 +57,7 @@ class Home:
         self.outlines = Outlines(parts.settings.data_dir / model_files.OUTLINES)
 
     def name(self, device: DeviceId) -> str:
-        if device == self.me:
-            return self._parts.hello().name
-        peer = self._parts.network.peers().get(device)
-        return peer.name if peer is not None else device[:8]
+        return self._parts.hello().name if device == self.me else self._parts.network.name(device)
 
     def candidates(self) -> dict[DeviceId, Candidate]:
         parts = self._parts

@@ -33,7 +33,8 @@ from peerllm.daemon.control_messages import (
     Vote,
 )
 from peerllm.daemon.decide.assignments import Address, check
-from peerllm.daemon.decide.ledger import Ledger
+from peerllm.daemon.decide.ledger import Ledger, added_to
+from peerllm.daemon.decide.membership import GRACE_S
 from peerllm.daemon.deployment.loading.epoch_loading import (
     QUERY_TIMEOUT_S,
     UNLOAD_TIMEOUT_S,
@@ -56,7 +57,6 @@ from peerllm.engine.messages import (
 from peerllm.errors import EngineError, LinkError, PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId, DeviceId
 
-GRACE_S = 60.0  # what is loaded stays so long after its coordinator was last online
 CONNECT_TIMEOUT_S = 20.0
 CARRY_TIMEOUT_S = 60.0
 
@@ -215,7 +215,7 @@ class Worker:
 
     async def _made_room(self, asked: Reserve) -> bool:
         """Whether memory was freed of deployments whose coordinators are away, the one longest away first."""
-        needed = asked.nbytes if asked.added_bytes is None else asked.added_bytes
+        needed = added_to(self.ledger.promised_to(asked.deployment), asked.nbytes, asked.added_bytes)
         graced = [h for h in self._held.values() if h.coordinator in self._away and h.deployment != asked.deployment]
         if self.ledger.leaving or needed > self.ledger.free_bytes + sum(
             self.ledger.promised_to(held.deployment) for held in graced

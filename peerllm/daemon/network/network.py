@@ -164,6 +164,11 @@ class Network:
         """Every other device of the household, here or away."""
         return {device: self._peer(entry) for device, entry in self._others().items()}
 
+    def name(self, device: DeviceId) -> str:
+        """What people call another device; the start of its id if it is not of the household."""
+        entry = self._others().get(device)
+        return self._peer(entry).name if entry is not None else device[:8]
+
     def roster(self) -> tuple[RosterEntry, ...]:
         """The household's live members, this device among them."""
         return tuple(self._roster.members().values())
@@ -228,10 +233,6 @@ class Network:
     def on_change(self, callback: Callable[[], None]) -> None:
         """Called after peers, their views or the roster changed; several changes at once count as one."""
         self._callbacks.change.append(callback)
-
-    def on_vanish(self, callback: Callable[[DeviceId, str], None]) -> None:
-        """Called when a device that was online or silent is offline or has left, with the reason."""
-        self._callbacks.vanish.append(callback)
 
     def on_state(self, callback: Callable[[DeviceId, m.State, m.State, str, bool], None]) -> None:
         """Called with each change of a device's state: device, state before, state, reason, and whether it is reached
@@ -406,8 +407,6 @@ class Network:
                 self._greet(device)
         if before != state or change.renewed:
             call(self._callbacks.state, device, before, state, reason, change.renewed)
-        if before in m.LINKED and state not in m.LINKED:
-            call(self._callbacks.vanish, device, reason)
         self._callbacks.changed()
 
     def on_message(self, device: DeviceId, message: Control) -> None:

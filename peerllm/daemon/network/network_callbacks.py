@@ -20,7 +20,6 @@ class NetworkCallbacks:
     def __init__(self) -> None:
         self.message: list[Callable[[DeviceId, Control], None]] = []
         self.state: list[Callable[[DeviceId, State, State, str, bool], None]] = []
-        self.vanish: list[Callable[[DeviceId, str], None]] = []
         self.roster: list[Callable[[tuple[RosterEntry, ...]], None]] = []
         self.change: list[Callable[[], None]] = []
         self._due: asyncio.Handle | None = None

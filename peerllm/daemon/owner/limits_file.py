@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from peerllm.daemon.decide.owner_limits import DAY_MINUTES, OwnerLimits
 from peerllm.errors import BadInputError
+from peerllm.saved_files import replace_file
 
 LIMITS_FILE = "limits.json"
 MAX_BYTES = 1 << 50  # of memory
@@ -85,13 +85,9 @@ def recalled(data_dir: Path, given: Mapping[str, Any]) -> OwnerLimits:
 def keep(data_dir: Path, limits: OwnerLimits, given: Mapping[str, Any]) -> None:
     """Remember them for the next start. OSError where the disk is full: they hold until then all the same."""
     file = data_dir / LIMITS_FILE
-    text = json.dumps({"limits": asdict(limits), "started_with": dict(given)}, indent=1)
-    if file.exists() and file.read_text(encoding="utf-8", errors="replace") == text:
-        return
-    fresh = file.with_suffix(".new")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as out:
-        out.write(text)
-    fresh.replace(file)
+    data = json.dumps({"limits": asdict(limits), "started_with": dict(given)}, indent=1).encode()
+    if not file.exists() or file.read_bytes() != data:
+        replace_file(file, data)
 
 
 def _plain(value: Any) -> Any:

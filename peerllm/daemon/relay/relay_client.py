@@ -40,10 +40,10 @@ class RelayClient:
             raise LinkError("the device that answers for it is gone") from error
         finally:
             scopes.discard(scope)
-            if not scopes:
-                self._scopes.pop(device, None)
+            if not scopes and self._scopes.get(device) is scopes:
+                del self._scopes[device]
 
-    def vanished(self, device: DeviceId, reason: str) -> None:
+    def vanished(self, device: DeviceId) -> None:
         """End with a LinkError whatever waits for this device."""
         for scope in self._scopes.pop(device, ()):
             scope.reschedule(0.0)

@@ -44,10 +44,7 @@ class HouseholdModels:
             if not here and now - told.at > AWAITED_S:
                 continue
             for view in told.deployments:
-                rank = (
-                    here,
-                    view.epoch,
-                )  # its successor may tell of it too: who is here and knows the latest plan counts
+                rank = here, view.epoch  # of two that tell of it, who is here and has the latest plan
                 if view.deployment not in found or rank > found[view.deployment][0]:
                     found[view.deployment] = rank, _model(view, device if here else "", name(device))
         return [model for _, model in found.values()]

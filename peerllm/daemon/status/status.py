@@ -155,13 +155,16 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
 
 
 def engine_entry(load: EngineLoad) -> dict[str, Any]:
-    """What an engine holds: stages with the slots in use, bytes, mean milliseconds of a decode step per stage."""
+    """What an engine holds (stages with slots in use, bytes), how long steps take it, and counts since its start."""
     return {
         "stages": [{"deployment": one, "stage": stage, "slots_in_use": used} for one, stage, used in load.stages],
         "weight_bytes": load.weight_bytes,
         "kv_bytes": load.kv_bytes,
         "resident_bytes": load.resident_bytes,
         "decode_ms": dict(load.measured),
+        "replayed_tokens": load.replayed_tokens,
+        "dropped_frames": load.dropped_frames,
+        "loaded_layers": load.loaded_layers,
     }
 
 

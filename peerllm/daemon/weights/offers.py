@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import BinaryIO, Protocol
+from weakref import WeakValueDictionary
 
 from aiohttp import web
 
@@ -11,10 +13,12 @@ from peerllm.daemon.control_messages import Answer, Have
 from peerllm.daemon.weights.exchange.holders import KEY, answer
 from peerllm.engine.messages import TensorAt
 from peerllm.regular_files import open_regular
+from peerllm.transport.tls.contexts import peer_device
+from peerllm.types import DeviceId
 
-ROUTE = "/weights/{sha256}"
 BLOCK_BYTES = 1 << 20
-MAX_TRANSFERS = 16  # tensors sent at once; more wait their turn
+MAX_TRANSFERS = 16  # tensors sent at once; more wait their turn ...
+MAX_TRANSFERS_OF_DEVICE = 4  # ... as they do of one device, which may read as slowly as it likes; it asks for no more
 STALL_TIMEOUT_S = 30.0  # a device that takes not a block for so long gives up its turn
 
 
@@ -35,9 +39,13 @@ class KeptTensors(OwnTensors, Protocol):
 class Offers:
     """Serves byte ranges to members of the household. No request can name anything else of the disk."""
 
-    def __init__(self, kept: KeptTensors, own: OwnTensors) -> None:
-        self._kept, self._own = kept, own
+    def __init__(
+        self, kept: KeptTensors, own: OwnTensors, who: Callable[[web.Request], DeviceId] = peer_device
+    ) -> None:
+        """`who`: the device that asks."""
+        self._kept, self._own, self._who = kept, own, who
         self._turns = asyncio.Semaphore(MAX_TRANSFERS)
+        self._lines: WeakValueDictionary[DeviceId, asyncio.Semaphore] = WeakValueDictionary()
 
     def held(self, key: str) -> str:
         return self._kept.held(key) or (key if self._own.find(key) is not None else "")
@@ -67,7 +75,8 @@ class Offers:
         response.content_length = stop - start
         if partial:
             response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{tensor.nbytes}"
-        async with self._turns:
+        line = self._lines.setdefault(self._who(request), asyncio.Semaphore(MAX_TRANSFERS_OF_DEVICE))
+        async with line, self._turns:
             try:
                 file = await asyncio.to_thread(open_regular, tensor.path)
             except OSError:

@@ -18,6 +18,7 @@ from peerllm.transport.links.channels import KEY_VALUE
 from peerllm.transport.links.link import Link
 
 STALL_S = 30.0  # the receiver takes one turn's parts in far less
+MOST_S = 60.0  # for all of it: nobody waits for longer, and one who takes a little now and then must not add up
 
 
 async def carry(message: CarryState, inbox: Inbox[Event], link: Link) -> None:
@@ -27,10 +28,13 @@ async def carry(message: CarryState, inbox: Inbox[Event], link: Link) -> None:
     """
     export = StateExport(message)
     try:
-        while parts := await _turn(export, inbox):
-            await _send(link, export, parts)
-    except BaseException:
+        async with asyncio.timeout(MOST_S):
+            while parts := await _turn(export, inbox):
+                await _send(link, export, parts)
+    except BaseException as error:
         link.abort("the state could not be carried")
+        if isinstance(error, TimeoutError):
+            raise LinkError(f"{link.device[:8]} did not take all state within {MOST_S:g} s") from error
         raise
     link.close()
     await link.wait_closed()

@@ -268,6 +268,7 @@ class Compute:
             return
         self._deployments[identity] = deployment
         self._shards[identity] = deployment.shards
+        self._counts.loaded_layers += sum(one.last_layer - one.first_layer + 1 for one in event.fresh)
         self._tell(Done(spec.request))
 
     def _unload(self, identity: DeploymentId, epoch: int | None, only: bool, reason: str) -> None:
@@ -299,6 +300,7 @@ class Compute:
             {identity: deployment.held_bytes for identity, deployment in self._deployments.items()},
             self._counts.replayed_tokens,
             self._counts.dropped_frames,
+            self._counts.loaded_layers,
         )
 
 

@@ -17,7 +17,7 @@ from peerllm.engine.free_memory import return_memory
 from peerllm.engine.messages import FromEngine, Inspect, LoadProgress, LoadStage, Measure, TimeLayers
 from peerllm.engine.process.compute import failed
 from peerllm.engine.process.inbox import Inbox
-from peerllm.engine.schedule.held_shard import HeldShard, held_bytes, missing, usable
+from peerllm.engine.schedule.held_shard import HeldShard, chain_of, held_bytes
 from peerllm.errors import PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId
 
@@ -152,8 +152,8 @@ class Loader:
         fresh: list[HeldShard] = []
         try:
             progress(0, max(1, sum(tensor.nbytes for tensor in spec.tensors)))
-            chain = usable(self._held(spec.deployment), spec)
-            for part in missing(chain, spec):
+            chain, missing = chain_of(self._held(spec.deployment), spec)
+            for part in missing:
                 fresh.append(self._load_part(spec, part, held_bytes([*chain, *fresh]), progress))
         except Exception:
             with self._lock:

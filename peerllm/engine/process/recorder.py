@@ -29,7 +29,7 @@ MAX_RECORDED = 8  # deployments recorded at once
 MAX_SECONDS = 600  # a recording that nobody ends ends by itself
 
 Pieces = tuple[tuple[int, int, int, int], ...]
-_KINDS: dict[FrameKind, SpanKind] = {
+_KINDS: dict[FrameKind, SpanKind] = {  # of steps; state that is carried is not recorded
     FrameKind.ACTIVATION: "activation",
     FrameKind.TOKEN: "token",
     FrameKind.RELEASE: "release",
@@ -137,8 +137,9 @@ class Recorder(LinkObserver):
     # ---- from the links ---------------------------------------------------------------------------------------------
 
     def sent(self, to: Destination, number: int, frame: SentFrame, taken_ns: int, written_ns: int) -> None:
-        deployment, device, stage = to
-        kind, pieces = _KINDS[frame.kind], _pieces(frame.runs)
+        if (kind := _KINDS.get(frame.kind)) is None:
+            return
+        (deployment, device, stage), pieces = to, _pieces(frame.runs)
         times = frame.handed_ns, frame.encoded_ns
         self._add(deployment, Span("serialise", *times, kind, stage, device, nbytes=frame.nbytes))
         waited = taken_ns - frame.encoded_ns
@@ -146,7 +147,9 @@ class Recorder(LinkObserver):
         self._add(deployment, Span("send", taken_ns, written_ns, kind, *where, waited, pieces))
 
     def received(self, device: DeviceId, frame: Frame, number: int, nbytes: int, came_ns: int, taken_ns: int) -> None:
-        kind, pieces = _KINDS[frame.kind], _pieces(frame.runs)
+        if (kind := _KINDS.get(frame.kind)) is None:
+            return
+        pieces = _pieces(frame.runs)
         where = frame.stage, device, number, nbytes
         self._add(frame.deployment, Span("receive", came_ns, taken_ns, kind, *where, pieces=pieces))
 

@@ -35,10 +35,11 @@ StageKey = tuple[DeploymentId, int, int]  # deployment, epoch, stage
 
 @dataclass(slots=True)
 class RingCounts:
-    """What became of the tokens that came to an engine's stages."""
+    """Of an engine since its start: what became of the tokens that came to its stages, and what it loaded."""
 
     replayed_tokens: int = 0  # computed again
     dropped_frames: int = 0  # runs and tokens that came late, twice, or of sequences that are not known
+    loaded_layers: int = 0
 
 
 class RingEnd(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ from peerllm.engine.messages import LoadStage
 from peerllm.engine.state.slot_table import SlotTable
 from peerllm.engine.wire.state_frames import CarriedPart
 from peerllm.errors import EngineError, PeerLLMError
+from peerllm.reused_layers import Layers, reused
 
 Form = tuple[str, str, str, int, int]  # config, dtype, quantize, slots, context
 
@@ -90,21 +91,11 @@ class HeldShard:
         self.shard.release(slot)
 
 
-def usable(held: Iterable[HeldShard], spec: LoadStage) -> list[HeldShard]:
-    """Those that can be part of `spec`'s stage, in the order of their layers, none of them overlapping."""
-    chain: list[HeldShard] = []
-    inside = (one for one in held if one.form == form_of(spec) and _is_inside(one, spec))
-    for one in sorted(inside, key=lambda one: (one.first_layer, -one.last_layer)):
-        if not chain or one.first_layer > chain[-1].last_layer:
-            chain.append(one)
-    return chain
-
-
-def missing(chain: Sequence[HeldShard], spec: LoadStage) -> list[tuple[int, int]]:
-    """(first, last) of each run of `spec`'s layers that no shard of the chain has."""
-    firsts = [spec.first_layer, *(one.last_layer + 1 for one in chain)]
-    lasts = [*(one.first_layer - 1 for one in chain), spec.last_layer]
-    return [(first, last) for first, last in zip(firsts, lasts, strict=True) if first <= last]
+def chain_of(held: Iterable[HeldShard], spec: LoadStage) -> tuple[list[HeldShard], list[Layers]]:
+    """(shards that can be part of `spec`'s stage, runs of its layers that none of them has), by first layer."""
+    fitting = {(one.first_layer, one.last_layer): one for one in held if one.form == form_of(spec)}
+    used, missing = reused((spec.first_layer, spec.last_layer), fitting)
+    return [fitting[layers] for layers in used], missing
 
 
 def held_bytes(shards: Iterable[HeldShard]) -> int:
@@ -112,7 +103,3 @@ def held_bytes(shards: Iterable[HeldShard]) -> int:
     every = {id(one): one.shard for one in shards}.values()
     weights = {key: nbytes for shard in every for key, nbytes in shard.weights.items()}
     return sum(weights.values()) + sum(shard.kv_bytes for shard in every)
-
-
-def _is_inside(one: HeldShard, spec: LoadStage) -> bool:
-    return spec.first_layer <= one.first_layer and one.last_layer <= spec.last_layer

@@ -79,7 +79,8 @@ class LoadedStage:
             found = one.slots.enter(sequence, opened.slot, position, self.spec.epoch, opened.after, opened.attempt)
             if found < position:
                 opened = opened.lacks(one.last_layer, found)
-        if self.is_head:
+        if self.is_head:  # an OPEN may have ended another sequence, whose RELEASE does not come
+            self._answers = {one: known for one, known in self._answers.items() if one in self}
             self._answers[sequence] = opened.sampling, list(answer)
         return opened
 
@@ -96,10 +97,7 @@ class LoadedStage:
 
     def extend(self, run: TokenRun) -> bool:
         """Take in a run; False if it is to be dropped, FrameError if its sequence cannot go on (see SlotTable)."""
-        if run.through < 0:
-            taken = [one.slots.extend(run, self.spec.epoch) for one in self.chain]
-        else:
-            taken = [one.slots.extend(run, self.spec.epoch) for one in self._up_to(run.through)]
+        taken = [one.slots.extend(run, self.spec.epoch) for one in self._up_to(run.through)]
         return bool(taken) and all(taken)
 
     def release(self, sequence: int, keep: int = 0) -> bool:
@@ -115,7 +113,7 @@ class LoadedStage:
         """Run a batch through the layers and, at the head, draw the tokens: (what to hand on, which runs failed)."""
         runs, through = batch.runs, batch.runs[0].through
         output = batch.rows
-        for one in self.chain if through < 0 else self._up_to(through):
+        for one in self._up_to(through):
             output = one.shard.forward(output, runs)
             for run in runs:
                 one.slots.computed(run)

@@ -26,7 +26,7 @@ class Logind:
 
     def __init__(self, bus: Any) -> None:
         self.bus, self.asked, self.open_ends = bus, asyncio.Queue[list[Any]](), list[int]()
-        self.refuses = False
+        self.refuses, self.asker = False, ""
         bus.add_message_handler(self._heard)
 
     def _heard(self, message: Any) -> Any:
@@ -35,6 +35,7 @@ class Logind:
         if message.member != "Inhibit" or message.message_type is not MessageType.METHOD_CALL:
             return False
         self.asked.put_nowait(message.body)
+        self.asker = str(message.sender)
         if self.refuses:
             return Message.new_error(message, "org.freedesktop.DBus.Error.AccessDenied", "Permission denied")
         read, write = os.pipe()
@@ -137,6 +138,9 @@ async def test_a_signal_of_somebody_else_puts_nobody_to_sleep(address: str, logi
         await logind.asked.get()
         for path, member in ((PATH, "PrepareForSleep"), (PATH, "PrepareForShutdown"), ("/x", "PrepareForSleep")):
             await stranger.send(Message.new_signal(path, MANAGER, member, "b", [True]))
+        addressed = Message.new_signal(PATH, MANAGER, "PrepareForSleep", "b", [True])
+        addressed.destination = logind.asker  # no rule is asked for what is sent to one connection
+        await stranger.send(addressed)
         await logind.signal(True)
         await logind.signal(False)
         await woken.wait()

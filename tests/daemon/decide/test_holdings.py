@@ -1,16 +1,14 @@
-"""What is loaded and promised where: daemon and engine agree on shards, and sums never fall below what is held."""
+"""What is loaded and promised where: shards that are used again are found, and sums never fall below what is held."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerllm.daemon.control_messages import Holding
-from peerllm.daemon.decide.holdings import HouseholdHoldings, ShardTable, reused
+from peerllm.daemon.decide.holdings import HouseholdHoldings, ShardTable
 from peerllm.daemon.decide.ledger import EpochSum
-from peerllm.engine.schedule.held_shard import Form, HeldShard, missing, usable
+from peerllm.reused_layers import reused
 
 D, A, B = "d" * 32, "a" * 64, "b" * 64
 SIZE = (2, 64)
@@ -19,15 +17,14 @@ LAYERS = st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda ends: (min(e
 
 @given(LAYERS, st.lists(LAYERS, max_size=6))
 @settings(max_examples=300, deadline=None)
-def test_a_daemon_knows_which_shards_its_engine_will_use(stage, loaded):
-    form: Form = ("{}", "float32", "", 2, 64)
-    held = [HeldShard(first, last, form, None, None) for first, last in loaded]
-    spec = SimpleNamespace(
-        config="{}", dtype="float32", quantize="", slots=2, context=64, first_layer=stage[0], last_layer=stage[1]
-    )
-    chain = usable(held, spec)
-    used, new = reused(stage, loaded)
-    assert used == [(one.first_layer, one.last_layer) for one in chain] and new == missing(chain, spec)
+def test_what_is_reused_and_what_is_missing_make_up_a_stage(stage, loaded):
+    used, missing = reused(stage, loaded)
+    parts = sorted([*used, *missing])
+    assert [layer for first, last in parts for layer in range(first, last + 1)] == [*range(stage[0], stage[1] + 1)]
+    assert set(used) <= set(loaded)
+    for first, last in missing:
+        left = range(first, last + 1)
+        assert not any(left.start <= one[0] and one[1] < left.stop for one in loaded), "it could have been reused"
 
 
 @given(

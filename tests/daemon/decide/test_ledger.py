@@ -143,3 +143,17 @@ def test_the_fence_longest_unrenewed_goes_first(monkeypatch):
         with pytest.raises(RefusedError, match="is over"):
             ledger.reserve(Reserve(name, epoch, 1, 10), "a", 0)
     ledger.reserve(Reserve("y", 1, 1, 10), "a", 0)
+
+
+def test_an_epoch_cannot_say_that_it_shares_more_than_was_promised():
+    """Else who promised one byte would load as much as it likes beside it."""
+    ledger = Ledger(100)
+    ledger.reserve(Reserve("x", 1, 10, 10), "a", 0)
+    for added in (0, 80):
+        with pytest.raises(RefusedError, match="91 bytes are asked for, 90 bytes"):
+            ledger.reserve(Reserve("x", 2, 101, 10, added), "a", 0)
+    for _ in range(2):  # asking again renews it
+        ledger.reserve(Reserve("x", 2, 100, 10, 0), "a", 0)
+        assert ledger.promised_bytes == ledger.promised_to("x") == 100
+    ledger.release("x", 1, "a")
+    assert ledger.promised_bytes == 100

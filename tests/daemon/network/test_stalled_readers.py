@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
@@ -14,7 +15,8 @@ from peerllm.daemon.network import peer_http
 from peerllm.daemon.network.peer_http import MAX_PROBE_BYTES, add_probe
 from peerllm.daemon.weights import offers as offers_module
 from peerllm.daemon.weights.digests import Digests
-from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.exchange.holders import ROUTE
+from peerllm.daemon.weights.offers import Offers
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import TensorAt
 
@@ -30,12 +32,17 @@ async def _serve(app: web.Application) -> tuple[web.AppRunner, int]:
     return runner, sock.getsockname()[1]
 
 
-async def _ask_and_sleep(port: int, path: str) -> socket.socket:
+async def _ask(port: int, path: str) -> socket.socket:
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.setblocking(False)
     await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
     await asyncio.get_running_loop().sock_sendall(sock, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    return sock
+
+
+async def _ask_and_sleep(port: int, path: str) -> socket.socket:
+    sock = await _ask(port, path)
     await asyncio.get_running_loop().sock_recv(sock, 1)  # its turn has come
     return sock
 
@@ -62,17 +69,34 @@ async def test_a_probe_gives_up_its_turn(monkeypatch: pytest.MonkeyPatch) -> Non
     await runner.cleanup()
 
 
+async def _offering(tmp_path: Path, sizes: Sequence[int]) -> tuple[web.AppRunner, int, list[str]]:
+    """A device's name is in the request here; paths of tensors of these sizes."""
+    (tmp_path / "file").write_bytes(bytes(LARGE_BYTES))
+    digests = Digests(tmp_path / "digests.json")
+    tensors = [TensorAt("t", "U8", (size,), str(tmp_path / "file"), 0, size) for size in sizes]
+    hashes = (await digests.of(tensors, lambda done, total: None)).values()
+    store = WeightStore(tmp_path / "weights", "a" * 64, None)  # type: ignore[arg-type]
+    app = web.Application()
+    app.router.add_get(ROUTE, Offers(store, digests, lambda request: request.query.get("from", "")).handle)
+    return *await _serve(app), [f"/weights/{sha256}" for sha256 in hashes]
+
+
 async def test_weights_give_up_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offers_module, "MAX_TRANSFERS", 1)
     monkeypatch.setattr(offers_module, "STALL_TIMEOUT_S", 0.3)
-    (tmp_path / "file").write_bytes(bytes(LARGE_BYTES))
-    digests = Digests(tmp_path / "digests.json")
-    tensors = [TensorAt("t", "U8", (size,), str(tmp_path / "file"), 0, size) for size in (LARGE_BYTES, 100)]
-    large, small = (await digests.of(tensors, lambda done, total: None)).values()
-    offers = Offers(WeightStore(tmp_path / "weights", "a" * 64, None), digests)  # type: ignore[arg-type]
-    app = web.Application()
-    app.router.add_get(ROUTE, offers.handle)
-    runner, port = await _serve(app)
-    with await _ask_and_sleep(port, f"/weights/{large}"):
-        assert await _get(port, f"/weights/{small}") == 100
+    runner, port, (large, small) = await _offering(tmp_path, (LARGE_BYTES, 100))
+    with await _ask_and_sleep(port, large):
+        assert await _get(port, small) == 100
+    await runner.cleanup()
+
+
+async def test_a_device_that_reads_slowly_leaves_turns_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offers_module, "MAX_TRANSFERS", 2)
+    monkeypatch.setattr(offers_module, "MAX_TRANSFERS_OF_DEVICE", 1)
+    runner, port, (large, small) = await _offering(tmp_path, (LARGE_BYTES, 100))
+    path = f"{large}?from=slow"
+    with await _ask_and_sleep(port, path), await _ask(port, path), await _ask(port, path):
+        assert await _get(port, f"{small}?from=other") == 100
     await runner.cleanup()

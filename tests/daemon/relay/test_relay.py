@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from peerllm.daemon.decide.membership import LINKED
 from peerllm.daemon.relay import relay_door
 from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.relay.relay_door import RelayDoor
@@ -56,7 +57,7 @@ async def house(tmp_path: Path) -> AsyncIterator[tuple[Device, Device, RelayClie
             await device.network.start()
             stack.push_async_callback(device.network.close)
         client = RelayClient(anna.network.post)
-        anna.network.on_vanish(client.vanished)
+        anna.network.on_state(lambda device, _, state, *__: None if state in LINKED else client.vanished(device))
         await pair(anna, bert)
         yield anna, bert, client, source
 
@@ -127,10 +128,10 @@ async def test_news_that_a_device_is_gone_end_what_a_silent_connection_would_not
 
     task = asyncio.create_task(ask())
     await asyncio.wait_for(source.asked.get(), WAIT_S)
-    client.vanished("c" * 64, "another one")
+    client.vanished("c" * 64)
     await asyncio.sleep(0)
     assert not task.done()
-    client.vanished(bert.id, "silent for 60 s")
+    client.vanished(bert.id)
     with pytest.raises(LinkError, match="gone"):
         await asyncio.wait_for(task, WAIT_S)
     assert not client._scopes

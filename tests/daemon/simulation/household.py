@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from random import Random
 
 from peerllm.daemon.decide.deployment_life import deployment_events as on
+from peerllm.daemon.decide.membership import GRACE_S
 from peerllm.types import DeviceId
 from tests.daemon.simulation.model_coordinator import ModelCoordinator
 from tests.daemon.simulation.model_engine import ModelFrame, Ring, reference
 from tests.daemon.simulation.model_source import ModelSource
-from tests.daemon.simulation.model_worker import DEPLOYMENT, GRACE_S, ModelWorker, Reply
+from tests.daemon.simulation.model_worker import DEPLOYMENT, ModelWorker, Reply
 from tests.daemon.simulation.sight import MembershipSight, PlainSight, Sight
 from tests.daemon.simulation.virtual_time import Machine, Paths, VirtualTime
 

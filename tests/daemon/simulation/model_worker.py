@@ -16,7 +16,6 @@ LAYER_BYTES = 100
 LEASE_S = 30.0
 LOAD_S = 0.15  # a layer
 RESTART_S = 0.6  # an engine
-GRACE_S = 60.0  # without its coordinator a device lets go of what it holds
 
 Reply = Callable[[str], None]  # "": done; else why not
 

@@ -176,4 +176,4 @@ async def test_a_plan_that_others_make_starts_the_engine_ahead_once(
 
 class _View:
     def __init__(self, deployment: str, state: str) -> None:
-        self.deployment, self.state = deployment, state
+        self.deployment, self.state, self.stages = deployment, state, ()

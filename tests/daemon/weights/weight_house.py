@@ -12,7 +12,8 @@ from aiohttp import web
 
 from peerllm.daemon.control_messages import TensorDigest
 from peerllm.daemon.weights.digests import Digests, hash_range
-from peerllm.daemon.weights.offers import ROUTE, Offers
+from peerllm.daemon.weights.exchange.holders import ROUTE
+from peerllm.daemon.weights.offers import Offers
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import LinkError, NotFoundError
@@ -52,7 +53,7 @@ class Home:
         self.folder = house.folder / letter
         self.digests = Digests(self.folder / "digests.json")
         self.store = WeightStore(self.folder / "weights", self.me, Peers(house, self.me), max_bytes)
-        self.offers = Offers(self.store, self.digests)
+        self.offers = Offers(self.store, self.digests, lambda request: str(request.remote))
         self.online, self.fault = True, None
         self.sent: Counter[str] = Counter()  # bytes by path
         self.asked: list[tuple[str, str, int, int]] = []  # who, path, offset, length

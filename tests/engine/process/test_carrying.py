@@ -7,10 +7,15 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from peerllm.engine.base import StatePart
 from peerllm.engine.messages import CarryState, Connect, Done, Hop, Trust, Trusted, Unload
+from peerllm.engine.process import carrying
+from peerllm.engine.wire.state_frames import CarriedPart
 from peerllm.errors import LinkError
 from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
 from peerllm.transport.frames.limits import FrameLimits, TensorLimit
@@ -135,6 +140,34 @@ async def test_recurrent_layers_go_on_from_their_snapshot(model_type: str, tmp_p
 async def test_recurrent_layers_that_cannot_are_computed_again(tmp_path: Path) -> None:
     """Those that are copied on the device have no snapshot: one place for all is the start only."""
     await moved(directory("lfm2"), tmp_path, CUT_ANEW)
+
+
+async def test_who_takes_state_without_end_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it by then, and tasks and links would add up."""
+    monkeypatch.setattr(carrying, "MOST_S", 0.05)
+    about = CarryState(1, "ab" * 16, 1, 1, 2, 2, Hop("d" * 64, ("h",), 1, 1))
+    part = CarriedPart(1, 0, StatePart(2, 0, {"keys": np.zeros((1, 4), np.float32)}))
+
+    class Slow:
+        device, aborted = "d" * 64, ""
+
+        def put(self, turn: Any) -> None:
+            turn.export.form = "graph"
+            turn.reply([part], None)
+
+        def send(self, frame: Frame) -> None: ...
+
+        async def drained(self, channel: object) -> None:
+            await asyncio.sleep(0)  # it takes what is sent, and there is always more
+
+        def abort(self, reason: str) -> None:
+            self.aborted = reason
+
+    slow: Any = Slow()
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(LinkError, match="all state"):
+            await carrying.carry(about, slow, slow)
+    assert slow.aborted
 
 
 # ---- who carries what nobody asked for ------------------------------------------------------------------------------

@@ -89,6 +89,20 @@ async def test_a_stage_that_grows_loads_what_is_new(made: list[Device], model: P
     await deployed.unload()
 
 
+async def test_shards_with_room_for_another_context_are_loaded_anew(made: list[Device], model: Path) -> None:
+    deployed = await deploy(made, model, THREE, context=256)
+    undisturbed = await deployed.generate(prompt(9), LONG)
+    room = [(await device.load()).kv_bytes for device in made[:3]]
+    running = deployed.submit(prompt(9), LONG)
+    await deployed.some(running, 3)
+    await change(deployed, THREE, context=128)
+    assert (await deployed.finished(running))[0] == undisturbed
+    await deployed.unload(deployed.epoch - 1)
+    now = [(await device.load()).kv_bytes for device in made[:3]]
+    assert all(after < before for before, after in zip(room, now, strict=True))
+    await deployed.unload()
+
+
 async def test_four_answers_while_the_plan_goes_to_and_fro(made: list[Device], model: Path) -> None:
     deployed = await deploy(made, model, THREE, context=256)
     samplings = [GREEDY, DRAWN, GREEDY, DRAWN]

@@ -12,7 +12,7 @@ import pytest
 from peerllm.engine.messages import Record, Recorded, Span, Unload
 from peerllm.engine.process.recorder import MAX_PART, MAX_PIECES, MAX_RECORDED, Recorder
 from peerllm.errors import RefusedError
-from peerllm.transport.frames.frame import FrameKind
+from peerllm.transport.frames.frame import Frame, FrameKind
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.transport.links.observer import SentFrame
 from tests.engine.engines import WAIT_S, Cut, deploy, devices
@@ -50,6 +50,14 @@ def test_nothing_is_kept_unless_it_is_asked_for() -> None:
     recorder.lap("idle")
     recorder.start(DEPLOYMENT)
     assert taken(recorder) == ([], 0), "what was before is not in it"
+
+
+def test_state_that_is_carried_meanwhile_is_left_out() -> None:
+    recorder = Recorder()
+    recorder.start(DEPLOYMENT)
+    recorder.sent((DEPLOYMENT, "d", 1), 1, SentFrame(FrameKind.KEY_VALUE, (), 9, 0, 0), 0, 0)
+    recorder.received("d", Frame(FrameKind.KEY_VALUE, DEPLOYMENT, 1, 1, ()), 1, 9, 0, 0)
+    assert taken(recorder) == ([], 0)
 
 
 @pytest.mark.parametrize("count", [0, 1, 99, 100, 101, 2500])

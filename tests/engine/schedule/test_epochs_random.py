@@ -25,7 +25,7 @@ from peerllm.engine.messages import Done, Failed, Hop, LoadStage, Submit, Switch
 from peerllm.engine.schedule import running_sequence
 from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.epoch_ring import RingCounts
-from peerllm.engine.schedule.held_shard import HeldShard, missing, usable
+from peerllm.engine.schedule.held_shard import HeldShard, chain_of
 from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.schedule.running_sequence import chunk_length
@@ -202,8 +202,8 @@ class World:
             ))  # fmt: skip
             first = last + 1
         for spec, (home, _) in zip(specs, cut, strict=True):
-            chain = usable(self.devices[home].deployment.shards, spec)
-            for begin, end in missing(chain, spec):
+            chain, missing = chain_of(self.devices[home].deployment.shards, spec)
+            for begin, end in missing:
                 self.loads += 1
                 part = replace(spec, first_layer=begin, last_layer=end)
                 chain.append(HeldShard.of(part, Layers(self.kind, self.slots, begin, end)))  # type: ignore[arg-type]

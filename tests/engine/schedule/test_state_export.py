@@ -329,3 +329,13 @@ def test_a_shard_takes_parts_for_free_slots_only() -> None:
     household.enters(1, 1, 20)
     with pytest.raises(EngineError, match="in use"):
         household.heir.chain[0].take_part(part(1, 1))
+
+
+def test_sequences_that_an_open_ends_leave_nothing_at_the_head() -> None:
+    """Else whoever sends OPENs fills the head's memory with answers."""
+    spec = stage(1, stage=2, stages=3, first_layer=5, last_layer=6, slots=SLOTS, context=CONTEXT)
+    shard: Any = Kept(5, 6, 2)
+    head = LoadedStage(spec, [HeldShard.of(spec, shard)], lambda logits, draws: [])
+    for sequence in range(1, 100):
+        assert head.open(Opened(sequence, sequence % SLOTS, Sampling(), attempt=sequence), [1] * 20) is not None
+    assert len(head._answers) == SLOTS

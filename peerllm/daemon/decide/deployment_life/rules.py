@@ -49,10 +49,10 @@ from peerllm.daemon.decide.deployment_life.situation import (
     UnderWay,
     Why,
 )
+from peerllm.daemon.decide.membership import GRACE_S
 from peerllm.types import DeviceId
 
 BETTER_PLANNED_ANEW = {("gain", "leave"), ("gain", "loss"), ("leave", "loss")}  # what it is searched for, is needed for
-GRACE_S = 60.0  # what is loaded for a deployment that cannot go on stays loaded for so long
 
 Done = list[DeploymentAction] | None  # None: the rule does not apply
 Rule = Callable[["DeploymentRules", float], Done]

@@ -173,10 +173,6 @@ class HouseholdDevices:
         """All that no plan may use; this device itself is never one of them."""
         return self.of(self._known, "silent", "gone", "leaving") - {self._me}
 
-    def unreachable(self) -> frozenset[DeviceId]:
-        """All that cannot be told anything."""
-        return self.of(self._known, "silent", "gone")
-
     def given_up(self, devices: Collection[DeviceId], now: float) -> frozenset[DeviceId]:
         """Those that are gone, or silent for too long to wait for them."""
         late = {d for d in self.of(devices, "silent") if now >= self.silent_until(d)}

@@ -12,7 +12,7 @@ from peerllm.daemon.decide.assignments import Address, weight_bytes
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment.loading.held_deployment import HeldDeployment, HeldEpoch
 from peerllm.engine.messages import EngineLoad, Hop, LoadStage, QueryLoad, TensorAt, Unload
-from peerllm.errors import RefusedError, UnavailableError
+from peerllm.errors import ModelError, RefusedError, UnavailableError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeploymentId, DeviceId
 
@@ -68,7 +68,11 @@ class EpochLoading:
         check = asyncio.create_task(self._weights.verify(own.values(), lambda *_: None), name=name)
         check.add_done_callback(_seen)
         try:
-            await self._load_stages(held, epoch, own)
+            try:
+                await self._load_stages(held, epoch, own)
+            except ModelError:  # a file may have been removed while the engine read it
+                if await check:
+                    raise
             if not await check:  # what changed on the disk was removed
                 await self._engine.ask(
                     Unload(self._engine.next_request(), held.deployment, epoch.number, only=len(held.epochs) > 1),

@@ -55,10 +55,8 @@ class NextPlan:
         if decision is None and running is not None:
             reason = f"move to serve {work.sequences} answers at once with a context of {work.context} tokens"
         same = running is not None and running.blueprint.plan.stages == stages
-        stay, beside = (
-            asked.compare and same and decision is not None and decision.action == "stay",
-            self._beside(blueprint),
-        )
+        stay = asked.compare and same and decision is not None and decision.action == "stay"
+        beside = self._beside(blueprint)
         if asked.compare and not beside and decision is not None and _share(decision, blueprint) < WORTH_A_PAUSE:
             stay, reason = True, "stay: a better plan does not fit beside this one, and gains too little for a pause"
         return PlanFound(asked.number, stages, stay, beside, reason)

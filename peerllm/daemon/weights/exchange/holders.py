@@ -16,6 +16,7 @@ from peerllm.types import DeviceId
 MAX_KEYS = 1024  # of one question
 HAVE_TIMEOUT_S = 10.0
 KEY = re.compile(r"[0-9a-f]{64}")
+ROUTE = "/weights/{sha256}"  # at the control port
 
 log = logging.getLogger(__name__)
 

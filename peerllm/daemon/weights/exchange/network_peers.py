@@ -20,8 +20,7 @@ class NetworkPeers:
         return [peer.device for peer in sorted(peers, key=lambda one: -(one.mbps or 0.0))]
 
     def name(self, device: DeviceId) -> str:
-        peer = self._network.peers().get(device)
-        return peer.name if peer is not None else device[:8]
+        return self._network.name(device)
 
     async def ask(self, device: DeviceId, question: Have, timeout_s: float) -> Answer:
         return await self._network.ask(device, question, timeout_s)

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
-from peerllm.daemon.weights.exchange.holders import MAX_KEYS, HolderTable, WeightPeers, look
+from peerllm.daemon.weights.exchange.holders import MAX_KEYS, ROUTE, HolderTable, WeightPeers, look
 from peerllm.daemon.weights.exchange.hub_ranges import HubRanges
 from peerllm.daemon.weights.exchange.wanted_tensor import Piece, WantedTensor
 from peerllm.errors import LinkError, ModelError, NotFoundError, UnavailableError
@@ -256,7 +256,7 @@ class TensorFetch:
         """The bytes, and where the first one lies: in the tensor, of the hub's in the file."""
         first, last = pieces[0], pieces[-1]
         if place != HUB:
-            path = f"/weights/{first.tensor.sha256}"
+            path = ROUTE.format(sha256=first.tensor.sha256)
             return self._peers.get(place, path, first.at, first.left), first.at
         assert self._hub is not None
         start = first.tensor.digest.offset + first.at

@@ -266,13 +266,13 @@ def test_a_model_directory_reads_text(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "the house"}]
     for name, content in tokenizer_files(metadata).items():
         (tmp_path / name).write_bytes(content)
-    assert ModelText(tmp_path).prompt(messages) == [1, *spm_ids(" the house"), 2]
+    assert ModelText(tmp_path).prompt(messages, 100) == [1, *spm_ids(" the house"), 2]
     metadata["tokenizer.chat_template"] = (
         "{{ bos_token }}{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}{{ pad_token }}"
     )
     for name, content in tokenizer_files(metadata).items():
         (tmp_path / name).write_bytes(content)
-    assert ModelText(tmp_path).prompt(messages) == [1, *spm_ids(" the house"), 2, 0]
+    assert ModelText(tmp_path).prompt(messages, 100) == [1, *spm_ids(" the house"), 2, 0]
 
 
 def named(*tokens: str, **changes: Any) -> dict[str, Any]:
