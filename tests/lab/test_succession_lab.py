@@ -52,8 +52,10 @@ def test_two_that_were_cut_apart_and_both_serve_are_one_again(apart: StruckHouse
             apart.listener.wait_tokens(kept, len(kept.ids) + 20)
 
             def serving_anew() -> bool:
-                return any(one["state"] == "serving" and one["coordinator"] == "mini-pc"
-                           for one in second.status()["deployments"])
+                return any(
+                    one["state"] == "serving" and one["coordinator"] == "mini-pc"
+                    for one in second.status()["deployments"]
+                )
 
             apart.wait("a deployment of its own", serving_anew)
             here = apart.listener.ask(REQUEST)

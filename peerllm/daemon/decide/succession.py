@@ -18,7 +18,7 @@ from typing import Literal, assert_never
 from peerllm.types import DeploymentId, DeviceId
 
 GONE_S = 1.0  # a coordinator whose process ended may be back at once: a restart takes less than what follows
-SILENT_S = 5.0  # a silent coordinator is waited for this long; its own devices go on without it no sooner
+SILENT_S = 3.0  # a silent coordinator is waited for this long; its own devices go on without it no sooner
 TURN_S = 1.5  # each further device in the plan's order waits this much longer
 VOTE_S = 2.0  # votes that have not come by then count as refused; the next term begins a turn later
 BOUND_S = 5.0  # a vote binds for so long, unless its candidate takes over
