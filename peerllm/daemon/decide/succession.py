@@ -210,6 +210,7 @@ class Succession:
         self._streaming: set[DeploymentId] = set()
         self._yielding: dict[DeploymentId, DeviceId] = {}  # own deployments that drain, and for whom
         self._ended: dict[DeploymentId, None] = {}  # the last ones, first the oldest: nobody is to revive them
+        self._took_part: dict[DeploymentId, set[DeviceId]] = {}  # in plans of coordinators that were this device's own
         self._presence: dict[DeviceId, Presence] = {}
 
     def handle(self, event: SuccessionEvent, now: float) -> list[SuccessionAction]:
@@ -260,8 +261,9 @@ class Succession:
 
     def _own_plan(self, plan: CoordinatedPlan) -> list[SuccessionAction]:
         self._own[plan.deployment] = plan
+        self._take_part(plan)
         here = [known.plan for known in self._followed.values() if known.lost_at is None]
-        return [action for other in here if _related(plan, other) for action in self._met(plan, other)]
+        return [action for other in here if self._rivals(plan, other) for action in self._met(plan, other)]
 
     def _told(self, plan: CoordinatedPlan, now: float) -> list[SuccessionAction]:
         known = self._followed.get(plan.deployment)
@@ -269,14 +271,29 @@ class Succession:
             if len(self._followed) >= MAX_DEPLOYMENTS_KNOWN:
                 return []
             known = self._followed[plan.deployment] = _Followed(plan)
+            if plan.deployment not in self._own:
+                self._take_part(plan)
         elif plan.coordinator == known.plan.coordinator or known.lost_at is not None or self._in_vain(known, now):
             known.plan = plan
             known.voted_at = None
+            if plan.deployment not in self._own:
+                self._take_part(plan)
         known.lost_at = known.due = known.candidacy = None
         if self._presence.get(known.plan.coordinator, "online") != "online":
             self._lose(known, now)
-        rivals = [own for own in self._own.values() if _related(own, plan)]
+        rivals = [own for own in self._own.values() if self._rivals(own, plan)]
         return [action for own in rivals for action in self._met(own, plan)]
+
+    def _take_part(self, plan: CoordinatedPlan) -> None:
+        """The devices of a plan whose coordinator is obeyed here: no others are believed to follow it."""
+        self._took_part.setdefault(plan.deployment, set()).update(plan.devices)
+        while len(self._took_part) > MAX_DEPLOYMENTS_KNOWN:
+            del self._took_part[next(iter(self._took_part))]
+
+    def _rivals(self, own: CoordinatedPlan, other: CoordinatedPlan) -> bool:
+        """Whether both are the same deployment, or begun anew for it, by a device that ever had a part in it."""
+        first = own.succeeds or own.deployment
+        return first == (other.succeeds or other.deployment) and other.coordinator in self._took_part.get(first, ())
 
     @staticmethod
     def _in_vain(known: _Followed, now: float) -> bool:
@@ -438,7 +455,3 @@ class Succession:
         del self._yielding[deployment], self._own[deployment]
         return [GiveWay(deployment, to)]
 
-
-def _related(one: CoordinatedPlan, other: CoordinatedPlan) -> bool:
-    """Whether both are the same deployment, or begun anew for it."""
-    return (one.succeeds or one.deployment) == (other.succeeds or other.deployment)

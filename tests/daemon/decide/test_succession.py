@@ -181,6 +181,15 @@ def test_a_deployment_begun_anew_gives_way_to_the_one_it_was_begun_for() -> None
     assert found == [s.Drain("e", "a"), s.GiveWay("e", "a")]
 
 
+def test_nobody_gives_way_to_a_device_that_had_no_part_in_the_deployment() -> None:
+    a = s.Succession("a")
+    a.handle(s.PlanTold(PLAN), 0.0)
+    assert a.handle(s.PlanTold(replace(PLAN, coordinator="x", epoch=99, devices=("x", "a"))), 1.0) == []
+    a.handle(s.PlanTold(replace(PLAN, devices=("a",), epoch=6)), 2.0)
+    found = a.handle(s.PlanTold(replace(PLAN, coordinator="b", epoch=99)), 3.0)
+    assert found == [s.Drain("d", "b"), s.GiveWay("d", "b")], "b had a part once"
+
+
 class Island:
     """Some devices with a clock; messages are late, lost and reordered, links are cut and devices stop."""
 
