@@ -27,8 +27,10 @@ from peerllm.api.token import load_or_create_token
 from peerllm.daemon.facade import Household
 from peerllm.errors import BadInputError, UnavailableError
 from peerllm.transport.listening.http_acceptor import HttpAcceptor
+from peerllm.transport.listening.waiting_connections import most_waiting
 
 BACKLOG = 512  # connections waiting to be accepted
+CLIENTS_TIMES = 4  # as many connections may wait as at other ports: clients come by the hundred in one instant
 SHUTDOWN_S = 2.0  # seconds that answers under way have when the API closes
 IDLE_S = 75.0  # seconds a connection may stay open without a request
 START_WAIT_S = 60.0  # seconds a request waits for the device to start
@@ -126,7 +128,7 @@ class ApiServer:
         self._data_dir = data_dir
         self._socket: socket.socket | None = None
         self._runner: web.AppRunner | None = None
-        self._acceptor = HttpAcceptor()
+        self._acceptor = HttpAcceptor(most=most_waiting(CLIENTS_TIMES))
 
     async def reserve(self) -> None:
         """BadInputError if this address cannot be had."""

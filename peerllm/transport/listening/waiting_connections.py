@@ -14,16 +14,19 @@ DESCRIPTOR_SHARE = 16  # ... but no more than this part of the descriptors that 
 C = TypeVar("C", bound=Hashable)
 
 
-def most_waiting() -> int:
-    """How many connections may wait at a port, by how many descriptors this process may have."""
+def most_waiting(times: int = 1) -> int:
+    """How many connections may wait at a port, by how many descriptors this process may have.
+
+    `times` as many at a port where hundreds may come in one instant and mean well.
+    """
     if sys.platform == "win32":
-        return MOST_WAITING
+        return times * MOST_WAITING
     import resource
 
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
-        return MOST_WAITING
-    return max(LEAST_WAITING, min(MOST_WAITING, descriptors // DESCRIPTOR_SHARE))
+        return times * MOST_WAITING
+    return times * max(LEAST_WAITING, min(MOST_WAITING, descriptors // DESCRIPTOR_SHARE))
 
 
 def share_of(host: str) -> str:

@@ -64,3 +64,4 @@ def test_few_descriptors_let_few_wait(limit: int, most: int, monkeypatch: pytest
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
     assert module.most_waiting() == most == most_waiting()
+    assert most_waiting(4) == 4 * most
