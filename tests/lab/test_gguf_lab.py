@@ -66,7 +66,7 @@ def said_by_transformers(file: Path) -> list[tuple[list[int], list[int]]]:
     assert not found.unexpected_keys, found
     text, said = ModelText(directory_of(file)), []
     for prompt in ASKED:
-        ids = text.prompt([{"role": "user", "content": prompt}])
+        ids = text.prompt([{"role": "user", "content": prompt}], 1024)
         with torch.inference_mode():
             made = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=TOKENS)
         said.append((ids, made[0, len(ids) :].tolist()))
