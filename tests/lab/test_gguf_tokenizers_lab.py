@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
+from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import ModelText
 from peerllm.daemon.weights.gguf.header import read_gguf
 from peerllm.daemon.weights.gguf.tokenizer_files import tokenizer_files
@@ -76,8 +78,9 @@ def test_answers_come_back_as_text() -> None:
     """Piece by piece, as they are streamed."""
     for name in FILES:
         ours, _ = both(name)
+        decoder = Tokenizer.from_buffer(ours.decoder)
         for text in texts(100):
             plain = text.replace("<|im_end|>", "").replace("<end_of_turn>", "")
-            detokenizer = ours.detokenizer(frozenset())
+            detokenizer = Detokenizer(decoder, special_ids(decoder))
             ids = ours._tokenizer.encode(plain, add_special_tokens=False).ids
             assert "".join(detokenizer.push([one]) for one in ids) + detokenizer.flush() == plain
