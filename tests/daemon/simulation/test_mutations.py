@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from peerllm.daemon.decide import ledger
 from peerllm.daemon.decide.deployment_life import deployment_events as on
 from peerllm.daemon.decide.deployment_life import pacing, situation
 from peerllm.daemon.decide.deployment_life.deployment_decider import DeploymentDecider
@@ -26,7 +27,6 @@ from tests.daemon.simulation.history import History
 from tests.daemon.simulation.model_coordinator import ModelCoordinator
 from tests.daemon.simulation.model_engine import ModelEngine, ModelSlot
 from tests.daemon.simulation.model_source import ModelSource
-from tests.daemon.simulation.model_worker import ModelWorker
 
 MOST_HISTORIES = 400  # until a mistake is caught
 NOISE_S = 600.0
@@ -196,9 +196,7 @@ def promises_what_it_has_not(patch: Patch) -> None:
 
 
 def counts_too_little(patch: Patch) -> None:
-    wrapped(
-        patch, ModelWorker, "reserve", lambda do, self, who, epoch, n, added, reply: do(self, who, epoch, n, 0, reply)
-    )
+    patch.setattr(ledger, "added_to", lambda promised, nbytes, added: 0 if promised else nbytes)
 
 
 def makes_no_room(patch: Patch) -> None:

@@ -51,6 +51,7 @@ class DeploymentDecider:
     def __init__(self, me: DeviceId, lasting: bool, epoch: int) -> None:
         self._rules = DeploymentRules(me, lasting, epoch)
         self._gather_until = -inf
+        self._came_meanwhile = False  # a device that can be used came while a plan was searched
 
     def handle(self, event: DeploymentEvent, now: float) -> list[DeploymentAction]:
         """What is to be done, in this order; `now` is any clock that only rises."""
@@ -140,6 +141,7 @@ class DeploymentDecider:
     def _note_device(self, event: DeviceIs, now: float) -> None:
         rules, device, running = self._rules, event.device, self._rules.running
         joined = rules.devices.note(event, now)
+        self._came_meanwhile |= joined and isinstance(rules.under_way, Planning)
         if event.condition != "online":
             rules.comparisons.away(device)
         elif joined or event.renewed:
@@ -185,6 +187,7 @@ class DeploymentDecider:
 
     def _note_plan(self, work: Planning, found: PlanFound, now: float) -> list[DeploymentAction]:
         rules = self._rules
+        self._came_meanwhile = False
         if found.stay:
             rules.under_way = Idle()
             rules.comparisons.stayed(now)
@@ -193,7 +196,9 @@ class DeploymentDecider:
         return []
 
     def _note_none(self, work: Planning, event: NoPlan, now: float) -> list[DeploymentAction]:
-        rules = self._rules
+        rules, came, self._came_meanwhile = self._rules, self._came_meanwhile, False
+        if came and not event.lasting and not rules.lasting:  # the search may not have known of it
+            return rules.make_plan(work.why, careful=work.careful, now=now)
         if work.careful and rules.doubted(now):
             return rules.make_plan(work.why, careful=False, now=now)
         rules.under_way = Idle()
