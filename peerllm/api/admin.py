@@ -6,15 +6,16 @@ import asyncio
 import os
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar
 
 from aiohttp import web
+from msgspec import Meta, Struct
 
-from peerllm.api.error_answers import error_object, json_response
-from peerllm.api.fields import Fields, read_object
+from peerllm.api.bodies import read_body
+from peerllm.api.error_answers import FieldError, household_error, json_response, refused
 from peerllm.api.guard import is_loopback
 from peerllm.api.keys import EXPECTED, HOUSEHOLD, TASKS
-from peerllm.api.streams import KEEP_ALIVE_S, Stream, each, pulsed
+from peerllm.api.streams import KEEP_ALIVE_S, SSE, Stream, each, pulsed
 from peerllm.daemon.facade import (
     MAX_BENCH_SEQUENCES,
     MAX_BENCH_TOKENS,
@@ -22,7 +23,7 @@ from peerllm.daemon.facade import (
     RunOptions,
     RunProgress,
 )
-from peerllm.types import ACTIVATIONS, QUANTIZE, SCHEDULE_NAMES, Activations, ScheduleName
+from peerllm.types import Activations, Objective, ScheduleName
 
 T = TypeVar("T")
 Note = Callable[[RunProgress], None]
@@ -33,7 +34,57 @@ MAX_PROGRESS = 256  # lines waiting for a client that reads slowly
 MAX_CONTEXT = 2**31 - 1
 MAX_SLOTS = 4096
 MAX_RECORDING = 2**53  # its number
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Line = Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARS)]
+MaybeLine = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)] | None
+BenchTokens = Annotated[int, Meta(ge=1, le=MAX_BENCH_TOKENS)]
+
+
+class NoFields(Struct):
+    """The body of what needs none."""
+
+
+class JoinBody(Struct):
+    code: Line
+    at: MaybeLine = None  # HOST:PORT
+
+
+class DeviceBody(Struct):
+    device: Line  # a name or an id
+
+
+class ModelBody(Struct):
+    model: Line
+
+
+class BenchBody(ModelBody):
+    sequences: Annotated[int, Meta(ge=1, le=MAX_BENCH_SEQUENCES)] | None = None
+    prompt_tokens: BenchTokens | None = None
+    output_tokens: BenchTokens | None = None
+    apart: bool | None = None
+
+
+class TraceBody(ModelBody):
+    recording: Annotated[int, Meta(ge=1, le=MAX_RECORDING)] | None = None
+
+
+class RunBody(ModelBody):
+    """facade.RunOptions; what is absent or null is as there."""
+
+    objective: Objective | None = None
+    context: Annotated[int, Meta(ge=1, le=MAX_CONTEXT)] | None = None
+    slots: Annotated[int, Meta(ge=1, le=MAX_SLOTS)] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    quantize: Literal["auto", "none", "int8", "int4"] | None = None
+    prompt_chunk: Annotated[int, Meta(ge=1, le=MAX_PROMPT_CHUNK)] | None = None
+    private: bool | None = None
+    schedule: ScheduleName | None = None
+    activations: Activations | None = None
+    name: MaybeLine = None
+
+    def options(self) -> RunOptions:
+        said = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+        return RunOptions(**said)
 
 
 async def status(request: web.Request) -> web.Response:
@@ -55,14 +106,14 @@ async def engine(request: web.Request) -> web.Response:
 async def process(request: web.Request) -> web.Response:
     """{"pid", "tasks"}: of this daemon, its asyncio tasks counted; for who sits at this machine."""
     if not is_loopback(request.remote or ""):
-        return json_response(error_object(403, "this is told on the device itself only"), 403)
+        return refused(request, 403, "this is told on the device itself only")
     return json_response({"pid": os.getpid(), "tasks": len(asyncio.all_tasks())})
 
 
 async def events(request: web.Request) -> web.StreamResponse:
     """The status now and after every change, as SSE."""
     household = request.app[HOUSEHOLD]
-    stream = Stream(request, "text/event-stream; charset=utf-8")
+    stream = Stream(request, SSE, household_error)
     with request.app[TASKS].stream():
         async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
@@ -75,7 +126,7 @@ async def events(request: web.Request) -> web.StreamResponse:
 
 async def invite(request: web.Request) -> web.Response:
     """Open the pairing door: {"code", "port", "hosts", "expires_s"}."""
-    await read_object(request)
+    await read_body(request, NoFields)
     code, port = await _change(request, request.app[HOUSEHOLD].invite(), "invite")
     hosts = list(request.app[HOUSEHOLD].hosts())
     return json_response({"code": code, "port": port, "hosts": hosts, "expires_s": INVITE_S})
@@ -83,28 +134,27 @@ async def invite(request: web.Request) -> web.Response:
 
 async def join(request: web.Request) -> web.Response:
     """{"code", "at": "host:port" or null} gives {"name": the inviter's}."""
-    fields = await read_object(request)
-    code = fields.text("code", MAX_TEXT_CHARS)
-    at = _address(fields)
-    return json_response({"name": await _change(request, request.app[HOUSEHOLD].join(code, at), "join")})
+    body = await read_body(request, JoinBody)
+    joining = request.app[HOUSEHOLD].join(body.code, _address(body.at or ""))
+    return json_response({"name": await _change(request, joining, "join")})
 
 
 async def leave(request: web.Request) -> web.Response:
-    await read_object(request)
+    await read_body(request, NoFields)
     await _change(request, request.app[HOUSEHOLD].leave(), "leave")
     return json_response({"ok": True})
 
 
 async def remove(request: web.Request) -> web.Response:
     """{"device": name or id}."""
-    device = (await read_object(request)).text("device", MAX_TEXT_CHARS)
+    device = (await read_body(request, DeviceBody)).device
     await _change(request, request.app[HOUSEHOLD].remove(device), "remove")
     return json_response({"ok": True})
 
 
 async def stop(request: web.Request) -> web.Response:
     """{"model": name}."""
-    model = (await read_object(request)).text("model", MAX_TEXT_CHARS)
+    model = (await read_body(request, ModelBody)).model
     await _change(request, request.app[HOUSEHOLD].stop(model), "stop")
     return json_response({"ok": True})
 
@@ -116,20 +166,17 @@ async def scenario(request: web.Request) -> web.Response:
 
 async def bench(request: web.Request) -> web.Response:
     """{"model", "sequences", "prompt_tokens", "output_tokens", "apart"}: what was measured; ends with its client."""
-    fields = await read_object(request)
-    sequences = fields.integer("sequences", 1, MAX_BENCH_SEQUENCES) or 1
-    prompt, output = (fields.integer(name, 1, MAX_BENCH_TOKENS) or 64 for name in ("prompt_tokens", "output_tokens"))
+    body = await read_body(request, BenchBody)
+    sequences, prompt, output = body.sequences or 1, body.prompt_tokens or 64, body.output_tokens or 64
     with request.app[TASKS].stream():
-        found = await request.app[HOUSEHOLD].bench(
-            fields.text("model", MAX_TEXT_CHARS), sequences, prompt, output, fields.flag("apart")
-        )
+        found = await request.app[HOUSEHOLD].bench(body.model, sequences, prompt, output, bool(body.apart))
     return json_response(found)
 
 
 async def trace(request: web.Request) -> web.Response:
     """{"model"} begins to record and gives {"recording": number}; {"model", "recording"} ends that: Chrome's trace."""
-    fields = await read_object(request)
-    model, recording = fields.text("model", MAX_TEXT_CHARS), fields.integer("recording", 1, MAX_RECORDING)
+    body = await read_body(request, TraceBody)
+    model, recording = body.model, body.recording
     household = request.app[HOUSEHOLD]
     if recording is None:
         return json_response({"recording": await _change(request, household.record(model), "record")})
@@ -139,7 +186,7 @@ async def trace(request: web.Request) -> web.Response:
 
 async def plan(request: web.Request) -> web.StreamResponse:
     """Lines of JSON: every RunProgress, then facade.Household.preview or {"error": ...}."""
-    options = _run_options(await read_object(request))
+    options = (await read_body(request, RunBody)).options()
     household = request.app[HOUSEHOLD]
 
     async def work(note: Note) -> dict[str, Any]:
@@ -153,7 +200,7 @@ async def run(request: web.Request) -> web.StreamResponse:
 
     Hanging up does not stop the loading.
     """
-    options = _run_options(await read_object(request))
+    options = (await read_body(request, RunBody)).options()
     household, expected = request.app[HOUSEHOLD], request.app[EXPECTED]
 
     expected.expect(options.model, options.name)
@@ -179,7 +226,7 @@ async def _lines(
             lines.get_nowait()
         lines.put_nowait(progress)
 
-    stream = Stream(request, "application/x-ndjson")
+    stream = Stream(request, "application/x-ndjson", household_error)
     with tasks.stream():
         task = tasks.start(work(note), name)
         task.add_done_callback(lambda _: lines.put_nowait(None))
@@ -190,29 +237,12 @@ async def _lines(
     return await stream.end()
 
 
-def _run_options(fields: Fields) -> RunOptions:
-    return RunOptions(
-        model=fields.text("model", MAX_TEXT_CHARS),
-        objective="throughput" if fields.choice("objective", ("latency", "throughput")) == "throughput" else "latency",
-        context=fields.integer("context", 1, MAX_CONTEXT),
-        slots=fields.integer("slots", 1, MAX_SLOTS),
-        dtype=fields.choice("dtype", DTYPES),
-        quantize=fields.choice("quantize", QUANTIZE),
-        prompt_chunk=fields.integer("prompt_chunk", 1, MAX_PROMPT_CHUNK),
-        private=fields.flag("private"),
-        schedule=cast("ScheduleName", fields.choice("schedule", SCHEDULE_NAMES)),
-        activations=cast("Activations", fields.choice("activations", ACTIVATIONS)),
-        name=fields.text("name", MAX_TEXT_CHARS, default=""),
-    )
-
-
-def _address(fields: Fields) -> tuple[str, int] | None:
-    at = fields.text("at", MAX_TEXT_CHARS, default="")
+def _address(at: str) -> tuple[str, int] | None:
     if not at:
         return None
     host, _, port = at.rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
-        raise fields.wrong("at", "HOST:PORT, as `peerllm invite` prints it")
+        raise FieldError("at must be HOST:PORT, as `peerllm invite` prints it", "at")
     return host.strip("[]"), int(port)
 
 

@@ -1,11 +1,12 @@
-"""Every refusal as one JSON object, in the shape that OpenAI's clients read."""
+"""Every refusal as one JSON object, in the shape that the clients of its route read."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -25,6 +26,7 @@ _HTTP_LINES = {
     405: "this route does not take that method",
     413: "the body is too large",
 }
+_MORE = ("loading", "missing_bytes")  # how far a model is, and what memory it lacks
 
 
 class FieldError(BadInputError):
@@ -42,25 +44,70 @@ class UnknownModelError(FieldError):
     http_status = 404
 
 
-def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """{"error": {...}} as OpenAI's clients expect it."""
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+@dataclass(frozen=True, slots=True)
+class ErrorFacts:
+    """What is told of an error, whatever the API."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)  # by names of _MORE
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> ErrorFacts:
+        """What another device told (`household_error`)."""
+        status, param, code = told.get("status"), told.get("param"), told.get("code")
+        return cls(
+            status if isinstance(status, int) and 400 <= status < 600 else 500,
+            str(told.get("message", ""))[:MAX_MESSAGE_CHARS],
+            param if isinstance(param, str) else None,
+            code if isinstance(code, str) else None,
+            {name: told[name] for name in _MORE if told.get(name)},
+        )
 
 
-def describe(error: PeerLLMError) -> dict[str, Any]:
-    """The error object of one of our own errors."""
-    found = error_object(
+class RelayedError(PeerLLMError):
+    """Another device's error, told as it told it."""
+
+    def __init__(self, facts: ErrorFacts, retry_after: str = "") -> None:
+        super().__init__(facts.message)
+        self.facts = facts
+        self.retry_after = retry_after
+
+
+ErrorShape = Callable[[ErrorFacts], Any]
+
+
+def household_error(facts: ErrorFacts) -> dict[str, Any]:
+    """{"error": {...}}: what OpenAI's clients read, and other devices."""
+    kind = _TYPES.get(facts.status, "invalid_request_error" if facts.status < 500 else "server_error")
+    told = {"message": facts.message, "type": kind, "param": facts.param, "code": facts.code, "status": facts.status}
+    return {"error": {**told, **facts.more}}
+
+
+# By the beginning of the path, the longest that fits; every other route has `household_error`.
+SHAPES: web.AppKey[Mapping[str, ErrorShape]] = web.AppKey("shapes", dict)
+
+
+def shape_of(request: web.Request) -> ErrorShape:
+    """How the clients of this request's route read errors."""
+    shapes = request.app.get(SHAPES, {})
+    found = [prefix for prefix in shapes if request.path.startswith(prefix)]
+    return shapes[max(found, key=len)] if found else household_error
+
+
+def facts_of(error: PeerLLMError) -> ErrorFacts:
+    """Of one of our own errors."""
+    if isinstance(error, RelayedError):
+        return error.facts
+    return ErrorFacts(
         error.http_status,
         one_line(error, MAX_MESSAGE_CHARS),
         getattr(error, "param", None),
         getattr(error, "code", None),
+        {name: value for name in _MORE if (value := getattr(error, name, None))},
     )
-    found["error"]["status"] = error.http_status
-    for name in ("loading", "missing_bytes"):  # how far a model is, and what memory it lacks
-        if value := getattr(error, name, None):
-            found["error"][name] = value
-    return found
 
 
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -68,14 +115,24 @@ def json_response(body: object, status: int = 200, headers: Mapping[str, str] | 
     return web.Response(body=orjson.dumps(body), status=status, content_type="application/json", headers=headers)
 
 
-def error_response(error: PeerLLMError) -> web.Response:
+def refused(request: web.Request, status: int, message: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    """A refusal that needs no more words."""
+    return json_response(shape_of(request)(ErrorFacts(status, message)), status, headers)
+
+
+def error_response(request: web.Request, error: PeerLLMError) -> web.Response:
     """An error as the answer to a request whose body has not begun."""
+    facts = facts_of(error)
     headers = {}
-    if isinstance(error, OverloadedError):
+    if isinstance(error, RelayedError) and error.retry_after:
+        headers["Retry-After"] = error.retry_after
+    elif isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif error.http_status == web.HTTPServiceUnavailable.status_code:
+    elif facts.status == web.HTTPServiceUnavailable.status_code:
         headers["Retry-After"] = str(RETRY_AFTER_S)
-    return json_response(describe(error), error.http_status, headers)
+    elif facts.status == web.HTTPInternalServerError.status_code:
+        headers["x-should-retry"] = "false"
+    return json_response(shape_of(request)(facts), facts.status, headers)
 
 
 @web.middleware
@@ -84,13 +141,12 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         return await handler(request)
     except PeerLLMError as error:
-        return await _broken_off(request, describe(error)) or error_response(error)
+        return await _broken_off(request, facts_of(error)) or error_response(request, error)
     except web.HTTPException as error:
         if error.status < 400:
             raise
         kept = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        message = _HTTP_LINES.get(error.status, error.reason.lower())
-        return json_response(error_object(error.status, message), error.status, kept)
+        return refused(request, error.status, _HTTP_LINES.get(error.status, error.reason.lower()), kept)
     except ConnectionError:
         stream: Stream | None = request.get(STREAM)
         if stream is None or not stream.started:
@@ -98,19 +154,19 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return stream.response  # the client is gone; there is nobody to tell
     except Exception as error:
         log.exception("%s %s failed: %s", request.method, request.path, type(error).__name__)
-        body = error_object(500, "an internal error; the device's log has the details")
-        return await _broken_off(request, body) or json_response(body, 500, {"x-should-retry": "false"})
+        facts = ErrorFacts(500, "an internal error; the device's log has the details")
+        return await _broken_off(request, facts) or error_response(request, RelayedError(facts))
     finally:
         # The two know each other: left so, every streamed answer would wait for a full collection of garbage.
         request.pop(STREAM, None)
 
 
-async def _broken_off(request: web.Request, body: dict[str, Any]) -> web.StreamResponse | None:
+async def _broken_off(request: web.Request, facts: ErrorFacts) -> web.StreamResponse | None:
     """An answer that has begun ends with the error in its own framing; None if none has."""
     stream: Stream | None = request.get(STREAM)
     if stream is None or not stream.started:
         return None
     with contextlib.suppress(ConnectionError):
-        await stream.send(body)
+        await stream.send(stream.failing(facts))
         await stream.end()
     return stream.response

@@ -3,9 +3,9 @@
 Bound to loopback, whoever has an account on this machine may chat; what must be kept out is the web: a page of another
 origin (its Origin, Sec-Fetch-Site or missing JSON content type gives it away) and a foreign name that resolves to
 127.0.0.1 (DNS rebinding; its Host gives it away). Bound to any other address, every route needs the token, as
-`Authorization: Bearer TOKEN` or as the cookie that `/?token=TOKEN` sets. What changes the household (POST below
-/peerllm/) needs, on top of the rules above, the bearer token or the header `X-PeerLLM`, which a foreign page cannot
-add without a preflight that is never granted.
+`Authorization: Bearer TOKEN`, as `X-Api-Key: TOKEN`, or as the cookie that `/?token=TOKEN` sets. What changes the
+household (POST below /peerllm/) needs, on top of the rules above, the token in one of these headers or the header
+`X-PeerLLM`, which a foreign page cannot add without a preflight that is never granted.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from peerllm.api.error_answers import error_object, json_response
+from peerllm.api.error_answers import refused
 
 ADMIN_PREFIX = "/peerllm/"
 PAGE_PATH = "/"
 PAGE_HEADER = "X-PeerLLM"
+API_KEY_HEADER = "X-Api-Key"  # where Anthropic's clients put the token
 COOKIE_AGE_S = 30 * 24 * 3600  # seconds the page stays signed in
 _READING = ("GET", "HEAD")
 _WHERE = "the file `token` in its data directory"
@@ -118,7 +119,9 @@ class Guard:
 
     def _bearer(self, call: Call) -> bool:
         scheme, _, given = call.headers.get("Authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and self.is_token(given.strip())
+        if scheme.lower() == "bearer" and self.is_token(given.strip()):
+            return True
+        return self.is_token(call.headers.get(API_KEY_HEADER, ""))
 
     def _signed_in(self, call: Call) -> bool:
         if self.is_token(call.cookies.get(self.cookie, "")):
@@ -148,7 +151,7 @@ def guarded(guard: Guard) -> Middleware:
         if refusal is None:
             return await handler(request)
         headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
-        return json_response(error_object(refusal.status, refusal.message), refusal.status, headers)
+        return refused(request, refusal.status, refusal.message, headers)
 
     return check
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from peerllm.api.core.kept.answer_store import AnswerStore
 from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.guard import Guard
-from peerllm.api.openai.answer_store import AnswerStore
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
 from peerllm.daemon.facade import Household

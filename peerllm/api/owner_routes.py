@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from aiohttp import web
 
+from peerllm.api.bodies import read_body
 from peerllm.api.error_answers import json_response
-from peerllm.api.fields import read_object
 from peerllm.api.keys import HOUSEHOLD
 
 
@@ -16,15 +18,15 @@ async def limits(request: web.Request) -> web.Response:
 
 async def set_limits(request: web.Request) -> web.Response:
     """The limits to change, the others stay; gives all."""
-    changes = (await read_object(request)).body
+    changes = await read_body(request, dict[str, Any])
     return json_response(await request.app[HOUSEHOLD].set_limits(changes))
 
 
 async def pause(request: web.Request) -> web.Response:
-    await read_object(request)
+    await read_body(request, dict[str, Any])
     return json_response(await request.app[HOUSEHOLD].set_limits({"paused": True}))
 
 
 async def resume(request: web.Request) -> web.Response:
-    await read_object(request)
+    await read_body(request, dict[str, Any])
     return json_response(await request.app[HOUSEHOLD].set_limits({"paused": False}))

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
 
+import msgspec
 from aiohttp import web
 
-from peerllm.api.error_answers import error_object, error_response, errors_as_json, json_response
-from peerllm.api.fields import MAX_BODY_BYTES
-from peerllm.api.openai.completions import CHAT_PATH, answer_chat
-from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
-from peerllm.api.peers.remote_answer import CLIENT_HEADER
+from peerllm.api.bodies import MAX_BODY_BYTES, read_body
+from peerllm.api.core.answer_events import AnswerFails
+from peerllm.api.core.asking import answer
+from peerllm.api.core.caller import Caller
+from peerllm.api.core.generation import checked
+from peerllm.api.core.kept.repeat import Repeat, fingerprint
+from peerllm.api.core.remote_answer import ANSWER_PATH, LINES, RelayedGeneration
+from peerllm.api.core.telling import ending_well
+from peerllm.api.error_answers import ErrorFacts, error_response, errors_as_json, household_error, refused
+from peerllm.api.keys import TASKS
+from peerllm.api.streams import Stream
 from peerllm.errors import OverloadedError
 from peerllm.types import DeviceId
 
 MAX_OF_DEVICE = 128  # answers under way for one device: a quarter of tasks.MAX_STREAMS
 MAX_BYTES_OF_DEVICE = 64 << 20  # of the bodies of these: parsed, each takes several times its size
-
-Answer = Callable[[web.Application, web.Request, Caller], Awaitable[web.StreamResponse]]
-ROUTES: Mapping[str, Answer] = {CHAT_PATH: answer_chat}
 
 
 class PeerApi:
@@ -31,19 +35,18 @@ class PeerApi:
         self._bytes: Counter[DeviceId] = Counter()
 
     async def __call__(self, request: web.Request, device: DeviceId) -> web.StreamResponse:
-        answer = ROUTES.get("/" + request.match_info["path"])
-        if answer is None or request.method != "POST":
-            return json_response(error_object(404, "this is not answered for other devices"), 404)
+        if "/" + request.match_info["path"] != ANSWER_PATH or request.method != "POST":
+            return refused(request, 404, "this is not answered for other devices")
         if self._under_way[device] >= MAX_OF_DEVICE:
-            return error_response(OverloadedError(f"{MAX_OF_DEVICE} answers for your device are under way already"))
+            error = OverloadedError(f"{MAX_OF_DEVICE} answers for your device are under way already")
+            return error_response(request, error)
         length = request.content_length
         nbytes = MAX_BODY_BYTES if length is None else min(length, MAX_BODY_BYTES)
         if self._bytes[device] + nbytes > MAX_BYTES_OF_DEVICE:
-            return error_response(OverloadedError("too many large requests for your device are under way"))
-        caller = Caller(request.headers.get(CLIENT_HEADER, "")[:MAX_CLIENT_CHARS], device)
+            return error_response(request, OverloadedError("too many large requests for your device are under way"))
 
         async def handler(request: web.Request) -> web.StreamResponse:
-            return await answer(self._app, request, caller)
+            return await self._answer(request, device)
 
         self._under_way[device] += 1
         self._bytes[device] += nbytes
@@ -54,3 +57,18 @@ class PeerApi:
             self._bytes[device] -= nbytes
             if not self._under_way[device]:
                 del self._under_way[device], self._bytes[device]
+
+    async def _answer(self, request: web.Request, device: DeviceId) -> web.StreamResponse:
+        asked = await read_body(request, RelayedGeneration)
+        wanted, caller = checked(asked.generation, {}), Caller(asked.client, device)
+        repeat = Repeat(asked.key, fingerprint(wanted), asked.had, asked.fleeting)
+        stream = Stream(request, LINES, _failing)
+        with self._app[TASKS].stream():
+            async with ending_well(self._app, stream), aclosing(answer(self._app, wanted, caller, repeat)) as events:
+                async for event in events:
+                    await stream.write(msgspec.json.encode(event) + b"\n")
+        return await stream.end()
+
+
+def _failing(facts: ErrorFacts) -> object:
+    return msgspec.to_builtins(AnswerFails(household_error(facts)["error"]))

@@ -13,13 +13,14 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from peerllm.api import admin, owner_routes, page
+from peerllm.api.bodies import MAX_BODY_BYTES
+from peerllm.api.core.kept import inherited_answers
+from peerllm.api.core.kept.answer_store import AnswerStore
 from peerllm.api.error_answers import errors_as_json
 from peerllm.api.expected_model import ExpectedModel
-from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
 from peerllm.api.keys import ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
-from peerllm.api.openai import completions, inherited_answers, models
-from peerllm.api.openai.answer_store import AnswerStore
+from peerllm.api.openai.openai_routes import add_openai
 from peerllm.api.peer_api import PeerApi
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
@@ -64,9 +65,7 @@ def create_app(
     app.on_shutdown.append(_end_streams)
     app.router.add_get("/", page.page)
     app.router.add_get("/static/{name}", page.static)
-    app.router.add_get("/v1/models", models.list_models)
-    app.router.add_get("/v1/models/{id:.+}", models.one_model)
-    app.router.add_post(completions.CHAT_PATH, completions.chat_completions)
+    add_openai(app)
     app.router.add_get("/peerllm/v1/status", admin.status)
     app.router.add_get("/peerllm/v1/engine", admin.engine)
     app.router.add_get("/peerllm/v1/process", admin.process)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import orjson
 from aiohttp import web
 
 T = TypeVar("T")
+SSE = "text/event-stream; charset=utf-8"
 KEEP_ALIVE_S = 5.0  # seconds of silence after which a comment keeps the connection alive
 WRITE_TIMEOUT_S = 30.0  # seconds a client may leave its receive buffer full before it counts as gone
 
@@ -41,6 +42,11 @@ async def pulsed(source: AsyncIterator[T], interval_s: float) -> AsyncGenerator[
             await close()
 
 
+def comment(text: str) -> bytes:
+    """An SSE comment of one line."""
+    return f": {' '.join(text.split())}\n\n".encode()
+
+
 async def each(source: AsyncIterator[None]) -> AsyncGenerator[bool]:
     """True for every event of `source`, so that `pulsed` can tell one from silence."""
     async with aclosing(cast("AsyncGenerator[None]", source)) as events:
@@ -60,11 +66,17 @@ class _EndError(Exception):
 
 
 class Stream:
-    """One streamed answer; writing raises ConnectionError when the client is gone or stopped reading."""
+    """One streamed answer; writing raises ConnectionError when the client is gone or stopped reading.
 
-    def __init__(self, request: web.Request, content_type: str) -> None:
+    `failing` makes of an error's facts what the stream ends with; `named`: SSE events carry the name that is their
+    "type".
+    """
+
+    def __init__(
+        self, request: web.Request, content_type: str, failing: Callable[[Any], object], named: bool = False
+    ) -> None:
         self._request = request
-        self._sse = content_type.startswith("text/event-stream")
+        self._sse, self._named, self.failing = content_type == SSE, named, failing
         request[STREAM] = self  # so that an error is told in the framing that was begun
         self._response = web.StreamResponse(
             headers={"Content-Type": content_type, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -74,14 +86,16 @@ class Stream:
     def started(self) -> bool:
         return self._response.prepared
 
-    async def send(self, body: object, event_id: str | None = None) -> None:
+    async def send(self, body: Any, event_id: str | None = None) -> None:
         """One SSE event of JSON, with its id if it has one, or one line of JSON."""
         data, head = orjson.dumps(body), f"id: {event_id}\n".encode() if event_id is not None else b""
+        if self._named:
+            head += f"event: {body['type']}\n".encode()
         await self.write(head + b"data: " + data + b"\n\n" if self._sse else data + b"\n")
 
     async def comment(self, text: str) -> None:
         """An SSE comment: clients skip it, connections live on."""
-        await self.write(f": {' '.join(text.split())}\n\n".encode())
+        await self.write(comment(text))
 
     async def write(self, data: bytes) -> None:
         try:

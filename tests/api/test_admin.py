@@ -110,7 +110,7 @@ async def test_who_asks_while_the_device_starts_waits_but_sees_that_it_does(
         ("run", {"model": "b", "schedule": "fast"}, 400, "schedule"),
         ("run", {"model": "b", "activations": "int4"}, 400, "one of auto, exact, int8"),
         ("run", {"model": "b", "context": 1.5}, 400, "context"),
-        ("run", {"model": "b", "quantize": "int2"}, 400, "one of auto, none, int8, int4"),
+        ("run", {"model": "b", "quantize": "int2"}, 400, "one of auto, int4, int8, none"),
         ("run", {"model": "b", "dtype": "int8"}, 400, "dtype"),
         ("run", {"model": "b", "private": "no"}, 400, "private"),
         ("run", {"model": "b", "name": 5}, 400, "name"),

@@ -9,9 +9,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api import fields
+from peerllm.api import bodies
+from peerllm.api.core import generation
 from peerllm.api.error_answers import FieldError
-from peerllm.api.openai import chat_request
+from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.server import ApiServer
 from tests.api.fake import BOUND_S, FakeHousehold
 
@@ -42,15 +43,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         ask(messages=[*HI, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         "messages[1].content[0]",
     ),
-    (ask(messages=[{"role": "assistant", "content": None, "tool_calls": [{}]}]), "messages[0].tool_calls"),
+    (ask(messages=[{"role": "assistant", "tool_calls": [{}]}]), "messages[0].tool_calls[0].function"),
+    (ask(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]), "messages[0].tool_calls"),
     (ask(stream="yes"), "stream"),
     (ask(stream=1), "stream"),
     (ask(stream_options=[]), "stream_options"),
     (ask(stream_options={"include_usage": "x"}), "stream_options.include_usage"),
     (ask(stop=""), "stop"),
-    (ask(stop=["a", ""]), "stop"),
-    (ask(stop=["a", "b", "c", "d", "e"]), "stop"),
-    (ask(stop=[1]), "stop"),
+    (ask(stop=["a", ""]), "stop[1]"),
+    (ask(stop=["a"] * 17), "stop"),
+    (ask(stop=[1]), "stop[0]"),
     (ask(stop={"a": 1}), "stop"),
     (ask(stop="x" * 1000), "stop"),
     (ask(temperature="hot"), "temperature"),
@@ -70,12 +72,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (ask(max_tokens="5"), "max_tokens"),
     (ask(max_tokens=-1), "max_tokens"),
     (ask(max_completion_tokens=1.5), "max_completion_tokens"),
-    (ask(n=2), "n"),
+    (ask(n=17), "n"),
+    (ask(n=0), "n"),
     (ask(n="1"), "n"),
     (ask(logprobs=True), "logprobs"),
-    (ask(top_logprobs=3), "top_logprobs"),
+    (ask(top_logprobs=3), "logprobs"),
     (ask(logit_bias={"5": 1}), "logit_bias"),
-    (ask(tools=[{"type": "function"}]), "tools"),
+    (ask(tools=[{"type": "function"}]), "tools[0].function"),
+    (ask(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
     (ask(response_format={"type": "json_object"}), "response_format"),
     (ask(response_format="json"), "response_format"),
     (ask(modalities=["audio"]), "modalities"),
@@ -178,16 +182,16 @@ async def test_nesting_that_parses_is_refused_without_harm(client: aiohttp.Clien
 
 
 async def test_a_body_over_the_limit_is_413(client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = json.dumps(ask(padding="x" * fields.MAX_BODY_BYTES))
+    body = json.dumps(ask(padding="x" * bodies.MAX_BODY_BYTES))
     async with client.post(PATH, data=body, headers={"Content-Type": "application/json"}) as response:
         error = (await response.json())["error"]
     assert response.status == 413
-    assert str(fields.MAX_BODY_BYTES) in error["message"]
+    assert str(bodies.MAX_BODY_BYTES) in error["message"]
 
 
 async def test_a_chunked_body_over_the_limit_is_413(client: aiohttp.ClientSession) -> None:
     async def endless() -> Any:
-        for _ in range(2 * fields.MAX_BODY_BYTES // 65536):
+        for _ in range(2 * bodies.MAX_BODY_BYTES // 65536):
             yield b" " * 65536
 
     async with client.post(PATH, data=endless(), headers={"Content-Type": "application/json"}) as response:
@@ -205,7 +209,7 @@ async def test_a_compressed_body_is_refused(client: aiohttp.ClientSession, encod
 
 
 async def test_a_body_that_never_comes_is_408(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fields, "BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.1)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -292,25 +296,26 @@ async def test_any_64_bit_seed_is_a_seed(
 @pytest.mark.parametrize(
     ("body", "beyond"),
     [
-        (ask(model="m" * chat_request.MAX_NAME_CHARS), ask(model="m" * (chat_request.MAX_NAME_CHARS + 1))),
-        (ask(stop="s" * chat_request.MAX_STOP_CHARS), ask(stop="s" * (chat_request.MAX_STOP_CHARS + 1))),
-        (ask(stop=["s"] * chat_request.MAX_STOPS), ask(stop=["s"] * (chat_request.MAX_STOPS + 1))),
-        (ask(messages=HI * chat_request.MAX_MESSAGES), ask(messages=HI * (chat_request.MAX_MESSAGES + 1))),
-        (ask(max_tokens=chat_request.MAX_TOKENS), ask(max_tokens=chat_request.MAX_TOKENS + 1)),
+        (ask(model="m" * generation.MAX_NAME_CHARS), ask(model="m" * (generation.MAX_NAME_CHARS + 1))),
+        (ask(stop="s" * generation.MAX_STOP_CHARS), ask(stop="s" * (generation.MAX_STOP_CHARS + 1))),
+        (ask(stop=["s"] * generation.MAX_STOPS), ask(stop=["s"] * (generation.MAX_STOPS + 1))),
+        (ask(messages=HI * generation.MAX_MESSAGES), ask(messages=HI * (generation.MAX_MESSAGES + 1))),
+        (ask(max_tokens=generation.MAX_TOKENS), ask(max_tokens=generation.MAX_TOKENS + 1)),
         (ask(seed=2**63 - 1), ask(seed=2**63)),
         (ask(seed=-(2**63)), ask(seed=-(2**63) - 1)),
     ],
 )
 def test_what_is_just_within_a_bound_is_taken_and_what_is_just_beyond_is_not(body: Any, beyond: Any) -> None:
-    assert chat_request.parse_chat(fields.Fields(body)).model == body["model"]
+    (wanted,) = bodies.decoded(json.dumps(body).encode(), ChatBody).generations()
+    assert wanted.model == body["model"]
     with pytest.raises(FieldError):
-        chat_request.parse_chat(fields.Fields(beyond))
+        bodies.decoded(json.dumps(beyond).encode(), ChatBody)
 
 
 async def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(server: ApiServer) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {fields.MAX_BODY_BYTES + 1}\r\n\r\n".encode())
+    writer.write(f"{head}Content-Length: {bodies.MAX_BODY_BYTES + 1}\r\n\r\n".encode())
     status = await asyncio.wait_for(reader.readline(), BOUND_S)
     assert status.split()[1] == b"413"
     writer.close()

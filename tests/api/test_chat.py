@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from peerllm.api import streams
-from peerllm.api.openai import completions, model_wait
+from peerllm.api.core import model_wait, own_answer
 from peerllm.api.server import ApiServer
 from peerllm.errors import EngineError, LinkError, OverloadedError, UnavailableError
 from tests.api.fake import BOUND_S, CONTEXT, END, FakeHousehold
@@ -227,7 +227,7 @@ async def test_a_client_that_does_not_read_is_dropped(
 async def test_keep_alives_and_the_place_in_the_queue(
     client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completions, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(own_answer, "KEEP_ALIVE_S", 0.02)
     household.gate, household.queued = asyncio.Event(), [3, 2]
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         lines = [await response.content.readuntil(b"\n\n") for _ in range(4)]

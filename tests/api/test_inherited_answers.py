@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api.openai import inherited_answers
+from peerllm.api.core.kept import inherited_answers
 from peerllm.api.server import ApiServer
 from peerllm.daemon.facade import InheritedAnswer
 from tests.api.fake import BOUND_S, FakeHousehold
@@ -111,7 +111,7 @@ async def test_it_waits_for_the_model_and_gives_up_after_a_bounded_time(
         assert response.status == 503
 
 
-@pytest.mark.parametrize("kept", ["", "[]", "{}", '{"form":1,"key":"k"}', '{"form":1,"key":"k","fingerprint":"xyz"}'])
+@pytest.mark.parametrize("kept", ["", "[]", "{}", '{"form":2,"key":"k"}', '{"form":2,"key":"k","fingerprint":"xyz"}'])
 async def test_what_makes_no_sense_is_left_alone(
     client: aiohttp.ClientSession, household: FakeHousehold, successor: Any, kept: str
 ) -> None:

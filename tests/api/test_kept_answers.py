@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api.openai import answer_store
+from peerllm.api.core.kept import answer_store
 from peerllm.errors import EngineError
 from tests.api.fake import BOUND_S, END, FakeHousehold
 

@@ -8,16 +8,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import pytest
 
 from peerllm.api import peer_api
+from peerllm.api.core import asking, model_wait, remote_answer, telling
+from peerllm.api.core.kept import answer_store
 from peerllm.api.keys import ANSWERS
-from peerllm.api.openai import answer_store, completions, model_wait
-from peerllm.api.peers import remote_answer
 from peerllm.api.server import ApiServer
 from peerllm.daemon.facade import InheritedAnswer, RelayedAnswer, ServedModel
 from peerllm.errors import EngineError, OverloadedError
@@ -26,6 +25,13 @@ from tests.api.fake import BOUND_S, FakeHousehold, make_model_dir
 PATH = "/v1/chat/completions"
 ASK: Any = {"model": "builtin", "messages": [{"role": "user", "content": "hi"}]}
 LAPTOP, MINI = "a" * 64, "b" * 64
+BEGINS = b'{"type":"begins","id":"0","created":1,"model":"builtin","prompt_tokens":3}\n'
+HI = b'{"type":"text","text":"Hi","ids":[7],"tokens":1}\n'
+
+
+def relayed(**more: Any) -> dict[str, Any]:
+    """What another device sends for one of its clients."""
+    return {"generation": ASK, "client": "127.0.0.1", "key": "k", **more}
 
 
 class Pair:
@@ -129,11 +135,11 @@ class Torn:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n")
         for part in self.parts:
             writer.write(b"%x\r\n%s\r\n" % (len(part), part))
         await writer.drain()
-        if self.parts[-1].endswith((b"end", b"\n\n")):
+        if self.parts[-1].endswith((b"end", b"\n")):
             writer.write(b"0\r\n\r\n")
         elif not self.parts[-1].endswith(b"stay"):
             writer.close()
@@ -143,26 +149,31 @@ class Torn:
         return server, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-@pytest.mark.parametrize("rest", [b'data: {"ha', b"data: the end", b"data: 2\n\n"])
-async def test_a_stream_that_broke_off_ends_with_an_error(pair: Pair, rest: bytes) -> None:
-    """Torn, or brought to an orderly end before its last event."""
-    server, pair.mini.peers[LAPTOP] = await Torn(b'data: {"whole":1}\n\n', rest).start()
+@pytest.mark.parametrize("rest", [b'{"type":"te', b'{"type":"the end', HI, b"nonsense\n", b'{"type":"other"}\n'])
+async def test_a_stream_that_broke_off_ends_with_an_error(
+    pair: Pair, rest: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torn, brought to an orderly end before its last event, or without sense."""
+    monkeypatch.setattr(asking, "RESUME_S", 0.0)
+    server, pair.mini.peers[LAPTOP] = await Torn(BEGINS, rest).start()
     async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
         events = (await response.text()).removesuffix("\n\n").split("\n\n")
-    assert events[0] == 'data: {"whole":1}' and events[1:-1] in ([], ["data: 2"])
+    assert '"role":"assistant"' in events[0]
+    assert [json.loads(one[6:])["choices"][0]["delta"]["content"] for one in events[1:-1]] == ["Hi"] * (rest == HI)
     assert json.loads(events[-1].removeprefix("data: "))["error"]["status"] == 503
 
 
 async def test_an_event_without_an_end_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_answer, "MAX_EVENT_BYTES", 100)
-    server, pair.mini.peers[LAPTOP] = await Torn(b"data: 1\n\n", b"x" * 200, b"stay").start()
+    monkeypatch.setattr(asking, "RESUME_S", 0.0)
+    server, pair.mini.peers[LAPTOP] = await Torn(BEGINS, b"x" * 200, b"stay").start()
     async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
         assert "without an end" in await asyncio.wait_for(response.text(), BOUND_S)
 
 
 async def test_an_event_in_small_pieces_is_looked_at_once() -> None:
     """Else a source that sends bytes one by one keeps this device busy for the square of their number."""
-    looked, written = 0, b""
+    looked, lines = 0, []
 
     class Counted(bytearray):
         def rfind(self, what: Any, start: Any = 0) -> int:  # type: ignore[override]
@@ -171,41 +182,37 @@ async def test_an_event_in_small_pieces_is_looked_at_once() -> None:
             return super().rfind(what, start)
 
     async def pieces() -> AsyncIterator[bytes]:
-        for byte in b"data: " + b"x" * 3000 + b"\n\ndata: [DONE]\n\n":
+        for byte in b"x" * 3000 + b"\nend\n":
             yield bytes([byte])
-
-    class Sink:
-        async def write(self, data: bytes) -> None:
-            nonlocal written
-            written += data
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote_answer, "bytearray", Counted, raising=False)
         here: Any = remote_answer.RemoteAnswer(*[None] * 5)  # type: ignore[arg-type]
-        here.repeat = SimpleNamespace(fleeting=False)
-        await here._events(Sink(), RelayedAnswer(200, {}, pieces()))
-    assert written == b"data: " + b"x" * 3000 + b"\n\ndata: [DONE]\n\n"
-    assert looked < 3 * len(written)
+        async for line in here._lines(RelayedAnswer(200, {}, pieces())):
+            lines.append(line)
+    assert lines == [b"x" * 3000, b"end"]
+    assert looked == 3005
 
 
 async def test_a_large_answer_in_one_piece_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_answer, "MAX_WHOLE_BYTES", 100)
+    monkeypatch.setattr(telling, "MAX_WHOLE_CHARS", 10)
     async with pair.session.post(PATH, json=ASK) as response:
-        assert response.status == 503 and "larger than" in (await response.json())["error"]["message"]
+        assert response.status == 503 and "more than 10 characters" in (await response.json())["error"]["message"]
 
 
 async def test_a_silent_source_keeps_the_client_connected(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_answer, "SILENCE_S", 0.02)
-    server, pair.mini.peers[LAPTOP] = await Torn(b"data: 1\n\n", b"data: stay").start()
+    monkeypatch.setattr(asking, "RESUME_S", 0.0)
+    server, pair.mini.peers[LAPTOP] = await Torn(BEGINS, b"stay").start()
     async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
-        assert await response.content.readuntil(b"\n\n") == b"data: 1\n\n"
+        assert b'"role":"assistant"' in await response.content.readuntil(b"\n\n")
         for _ in range(remote_answer.MAX_SILENCES):
             assert await response.content.readuntil(b"\n\n") == b": the device of builtin is silent\n\n"
         assert b"said nothing" in await response.read(), "but not for ever"
 
 
 async def test_a_source_that_cannot_be_reached_is_503(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completions, "SOUGHT_S", 0.0)
+    monkeypatch.setattr(asking, "SOUGHT_S", 0.0)
     pair.mini.peers.clear()
     async with pair.session.post(PATH, json=ASK) as response:
         assert (response.status, response.headers["Retry-After"]) == (503, "5")
@@ -214,7 +221,7 @@ async def test_a_source_that_cannot_be_reached_is_503(pair: Pair, monkeypatch: p
 async def test_an_answer_of_which_nothing_has_come_is_sought_again_without_a_key(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completions, "RETRY_S", 0.0)
+    monkeypatch.setattr(asking, "RETRY_S", 0.0)
     peers, tries = dict(pair.mini.peers), 0
     relay = pair.mini.relay
 
@@ -264,19 +271,22 @@ async def test_a_relayed_request_is_never_relayed_again(pair: Pair) -> None:
 
 async def test_peers_reach_answers_only(pair: Pair) -> None:
     headers = {"X-Device": MINI, "X-PeerLLM": "page"}
+    path = remote_answer.ANSWER_PATH
     async with aiohttp.ClientSession(headers=headers) as session:
-        for path in ("/peerllm/v1/stop", "/peerllm/v1/run", "/peerllm/v1/status", "/v1/models", "/", "//v1/models",
-                     "/v1/../peerllm/v1/stop", "/v1%2fchat/completions/x"):  # fmt: skip
-            async with session.post(pair.control + path, json={"model": "builtin"}) as response:
-                assert response.status == 404, path
-        async with session.get(pair.control + PATH) as response:
+        for other in ("/peerllm/v1/stop", "/peerllm/v1/run", "/peerllm/v1/status", "/v1/models", "/", "//answer", PATH,
+                      "/answer/../peerllm/v1/stop", "/answer%2fx"):  # fmt: skip
+            async with session.post(pair.control + other, json=relayed()) as response:
+                assert response.status == 404, other
+        async with session.get(pair.control + path) as response:
             assert response.status == 404
-        async with session.post(pair.control + PATH, data=b"x" * (9 << 20)) as response:
+        async with session.post(pair.control + path, data=b"x" * (9 << 20)) as response:
             assert response.status == 413
-        async with session.post(pair.control + PATH, data=chunked(b" " * (1 << 20), 9)) as response:
+        async with session.post(pair.control + path, data=chunked(b" " * (1 << 20), 9)) as response:
             assert response.status == 413, "also where no length was told"
-        async with session.post(pair.control + PATH, data=b"{") as response:
-            assert response.status == 400
+        for wrong in (b"{", b"{}", json.dumps(relayed(key="")).encode(), json.dumps(relayed(had=-1)).encode(),
+                      json.dumps(relayed(generation={**ASK, "sampling": {"top_p": 2}})).encode()):  # fmt: skip
+            async with session.post(pair.control + path, data=wrong) as response:
+                assert response.status == 400, wrong
     assert not pair.laptop.calls and not pair.laptop.runs
 
 
@@ -301,15 +311,16 @@ async def test_one_device_cannot_take_all_streams(pair: Pair, monkeypatch: pytes
 async def test_large_bodies_of_one_device_are_bounded_together(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_api, "MAX_BYTES_OF_DEVICE", 9 << 20)
     pair.laptop.gate = asyncio.Event()
-    large = {**ASK, "user": "u" * 100, "metadata": {"x": "x" * (5 << 20)}}
-    first = asyncio.create_task(pair.session.post(PATH, json=large))
-    await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
-    async with pair.session.post(PATH, json=large) as response:
-        assert response.status == 429 and response.headers["Retry-After"]
-    pair.laptop.gate.set()
-    assert (await first).status == 200
-    async with pair.session.post(PATH, json=large) as response:
-        assert response.status == 200
+    headers, large = {"X-Device": MINI}, relayed(metadata={"x": "x" * (5 << 20)})
+    async with aiohttp.ClientSession(pair.control, headers=headers) as session:
+        first = asyncio.create_task(session.post(remote_answer.ANSWER_PATH, json=large))
+        await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
+        async with session.post(remote_answer.ANSWER_PATH, json={**large, "key": "l"}) as response:
+            assert response.status == 429 and response.headers["Retry-After"]
+        pair.laptop.gate.set()
+        assert (await first).status == 200
+        async with session.post(remote_answer.ANSWER_PATH, json={**large, "key": "l"}) as response:
+            assert response.status == 200
 
 
 async def test_kept_answers_of_a_device_share_its_bound(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,16 +337,14 @@ async def test_a_device_cannot_speak_for_clients_of_another(pair: Pair) -> None:
         await response.read()
     async with pair.session.post(PATH, json={**ASK, "user": "u"}) as response:
         await response.read()
-    forged = {"X-Device": MINI, remote_answer.CLIENT_HEADER: "127.0.0.1" + "x" * 999}
     async with (
-        aiohttp.ClientSession() as session,
-        session.post(pair.control + PATH, json=ASK, headers=forged) as response,
+        aiohttp.ClientSession(pair.control, headers={"X-Device": MINI}) as session,
+        session.post(remote_answer.ANSWER_PATH, json=relayed(client="x" * 999)) as response,
     ):
-        await response.read()
-    local_, relayed, long = (request.client for request in pair.laptop.requests)
+        assert response.status == 400
+    local_, other = (request.client for request in pair.laptop.requests)
     assert local_ == "127.0.0.1/"
-    assert relayed == f"device:{MINI}/127.0.0.1/u"
-    assert long.startswith(f"device:{MINI}/127.0.0.1x") and len(long) < 300
+    assert other == f"device:{MINI}/127.0.0.1/u"
 
 
 async def test_every_device_lists_every_model(pair: Pair) -> None:
@@ -373,10 +382,6 @@ async def test_shutting_down_ends_a_relayed_stream_with_an_error(pair: Pair, tmp
     await asyncio.wait_for(pair.laptop.closed.wait(), BOUND_S)
 
 
-def test_the_path_is_the_one_that_clients_use() -> None:
-    assert completions.CHAT_PATH == PATH
-
-
 KEY = {"Idempotency-Key": "7c0d2b1e"}
 
 
@@ -394,7 +399,7 @@ async def test_an_answer_with_a_key_is_found_through_any_device(pair: Pair) -> N
 
 
 async def test_a_stream_with_a_key_goes_on_after_its_link_broke(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completions, "RETRY_S", 0.01)
+    monkeypatch.setattr(asking, "RETRY_S", 0.01)
     pair.laptop.middle = asyncio.Event()
     async with (
         pair.laptop.control_port() as again,
@@ -419,7 +424,7 @@ async def test_a_stream_with_a_key_goes_on_after_its_link_broke(pair: Pair, monk
 
 async def test_a_source_that_shuts_down_is_sought_elsewhere(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last words are not the end for an answer with a key; nobody has it here, and the stream says so."""
-    monkeypatch.setattr(completions, "RETRY_S", 0.01)
+    monkeypatch.setattr(asking, "RETRY_S", 0.01)
     pair.laptop.endless, pair.laptop.pace_s = True, 0.01
     async with pair.session.post(PATH, json={**ASK, "stream": True}, headers=KEY) as response:
         while b"id: 2\n" not in await response.content.readuntil(b"\n\n"):
@@ -433,8 +438,8 @@ async def test_a_source_that_shuts_down_is_sought_elsewhere(pair: Pair, monkeypa
 
 
 async def test_it_is_sought_for_a_bounded_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completions, "RETRY_S", 0.01)
-    monkeypatch.setattr(completions, "RESUME_S", 0.1)
+    monkeypatch.setattr(asking, "RETRY_S", 0.01)
+    monkeypatch.setattr(asking, "RESUME_S", 0.1)
     pair.mini.peers.clear()
     async with pair.session.post(PATH, json=ASK, headers=KEY) as response:
         assert response.status == 503
@@ -448,10 +453,11 @@ async def test_a_stream_leaves_a_silent_device_once_another_answers(
 ) -> None:
     """The mini PC itself takes the model over, where the answer is not kept: the stream ends with an honest error."""
     monkeypatch.setattr(remote_answer, "SILENCE_S", 0.02)
-    monkeypatch.setattr(completions, "RETRY_S", 0.01)
-    server, pair.mini.peers[LAPTOP] = await Torn(b"id: 1\ndata: 1\n\n", b"data: stay").start()
+    monkeypatch.setattr(asking, "RETRY_S", 0.01)
+    server, pair.mini.peers[LAPTOP] = await Torn(BEGINS + HI, b"stay").start()
     async with server, pair.session.post(PATH, json={**ASK, "stream": True}, headers=KEY) as response:
-        assert await response.content.readuntil(b"\n\n") == b"id: 1\ndata: 1\n\n"
+        assert (await response.content.readuntil(b"\n\n")).startswith(b"id: 0\n")
+        assert (await response.content.readuntil(b"\n\n")).startswith(b"id: 1\n")
         pair.mini.served = [pair.mini.model]
         last = (await asyncio.wait_for(response.text(), BOUND_S)).removesuffix("\n\n").split("\n\n")[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["status"] == 409

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from peerllm.api.openai.answer import Completion
+from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.text import template
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import ModelText
@@ -303,7 +303,7 @@ def test_what_follows_a_stop_string_does_not_count() -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer.encode("one two three", add_special_tokens=False).ids
     for step in (1, 5, len(ids)):
-        answer, text = Completion(Detokenizer(tokenizer, frozenset()), StopScanner(["two"])), ""
+        answer, text = GrowingAnswer(Detokenizer(tokenizer, frozenset()), StopScanner(["two"])), ""
         for start in range(0, len(ids), step):
             text += answer.feed(ids[start : start + step], None)
         assert (text, answer.finish, answer.ids) == ("one ", "stop", ids[:7])

@@ -28,7 +28,7 @@ class Work:
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         assert self.gate.wait(BOUND_S)
-        if "messages" in question:
+        if "prompt" in question:
             return {"ids": [1]}
         self.read.append(question["model_dir"])
         return TOLD

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from peerllm.api import expected_model
-from peerllm.api.openai import model_wait
+from peerllm.api.core import model_wait
 from peerllm.api.server import ApiServer
 from peerllm.errors import BadInputError
 from tests.api.fake import BOUND_S, FakeHousehold

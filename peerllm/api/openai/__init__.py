@@ -1,1 +1,1 @@
-"""OpenAI's routes: the models, and chat completions whole or streamed."""
+"""OpenAI's API: its requests into the shared form, the shared events into its answers."""

@@ -48,23 +48,26 @@ class ModelText:
         self._template = ChatTemplate(source, _special_tokens(config)) if source else None
         self.defaults = _sampling_defaults(_json(model_dir / "generation_config.json"))
 
-    def prompt(self, messages: Sequence[Message], context: int, most_bytes: int | None = None) -> list[int]:
+    def prompt(self, said: Sequence[Message] | str, context: int, most_bytes: int | None = None) -> list[int]:
         """Token ids up to where the answer begins; PromptLengthError if `context` has no room for one more.
 
-        A base model (no chat template) continues the messages' text, joined by line breaks. A text that cannot fit, or
-        is larger than `most_bytes`, is refused before it is encoded.
+        A text is continued as it is. So is that of messages, joined by line breaks, by a base model (no chat template).
+        What cannot fit, or is larger than `most_bytes`, is refused before it is encoded.
         """
-        if self._template is None:
-            text = "\n".join(str(message["content"]) for message in messages)
+        chat = self._template if not isinstance(said, str) else None
+        if isinstance(said, str):
+            text = said
+        elif chat is None:
+            text = "\n".join(str(message["content"]) for message in said)
         else:
-            text = self._template.render(messages)
+            text = chat.render(said)
         if self._bounds.too_long(text, context - 1):
             most = self._bounds.most_bytes(context - 1)
             what = f"the prompt has {len(text.encode())} bytes; a context of {context} tokens holds less than {most}"
             raise PromptLengthError(f"{what}: shorten it")
         if most_bytes is not None and len(text.encode()) > most_bytes:
             raise PromptLengthError(f"the prompt has {len(text.encode())} bytes; this device takes {most_bytes}")
-        ids = list(self._tokenizer.encode(text, add_special_tokens=self._template is None).ids)
+        ids = list(self._tokenizer.encode(text, add_special_tokens=chat is None).ids)
         if not 0 < len(ids) < context:
             what = f"the prompt has {len(ids)} tokens; the model's context holds {context}, answer included"
             raise PromptLengthError(what)

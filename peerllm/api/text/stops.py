@@ -16,7 +16,11 @@ class StopScanner:
             raise ValueError("a stop string is not empty")
         self._stops = tuple(stops)
         self._held = ""
-        self.stopped = False
+        self.found = ""  # the stop string that ended the text
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.found)
 
     def push(self, text: str) -> str:
         """The text that is certain now; "" once stopped."""
@@ -25,10 +29,11 @@ class StopScanner:
         if not self._stops:
             return text
         text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            _, at, self.found = min(found)
+            self._held = ""
+            return text[:at]
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

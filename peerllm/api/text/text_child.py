@@ -34,8 +34,8 @@ class TextWork:
         """What was asked for, or the error's name and words; no question ends the process."""
         try:
             text = self._model(question["model_dir"])
-            if "messages" in question:
-                return {"ids": text.prompt(question["messages"], question["context"], question.get("most_bytes"))}
+            if "prompt" in question:
+                return {"ids": text.prompt(question["prompt"], question["context"], question.get("most_bytes"))}
             return {"decoder": text.decoder.decode(), "defaults": text.defaults}
         except PeerLLMError as error:
             return {"error": type(error).__name__, "message": str(error)}
@@ -58,7 +58,7 @@ def memory_text(nbytes: int) -> str:
 
 def too_much(question: dict[str, Any], what: str) -> str:
     """Why a question that took too much was not answered."""
-    if "messages" in question:
+    if "prompt" in question:
         return f"preparing this prompt takes {what}; shorten it"
     return f"reading the tokenizer in {Path(question['model_dir']).name!r} takes {what}"
 

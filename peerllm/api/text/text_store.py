@@ -41,6 +41,11 @@ class AnswerText:
     decoder: Tokenizer  # knows no merges: it only decodes
     special: frozenset[int]
     defaults: Mapping[str, float]
+    vocabulary: int  # tokens
+
+    def knows(self, token_id: int) -> bool:
+        """Whether the model has such a token."""
+        return 0 <= token_id < self.vocabulary
 
     def detokenizer(self, silent: frozenset[int]) -> Detokenizer:
         """For one answer; ids in `silent` have no text, nor have the special ones."""
@@ -70,14 +75,17 @@ class TextStore:
         self._texts.move_to_end(deployment)
         return self._texts[deployment]
 
-    async def prompt(self, text: AnswerText, messages: Sequence[Message], context: int) -> list[int]:
-        """The prompt's token ids; FieldError if it and one token of an answer do not fit the context."""
+    async def prompt(self, text: AnswerText, said: Sequence[Message] | str, context: int) -> list[int]:
+        """The token ids of a chat, or of a text that is to be continued.
+
+        FieldError if they and one token of an answer do not fit the context.
+        """
         if self._waiting >= MAX_WAITING:
             raise OverloadedError(f"{MAX_WAITING} prompts are being prepared already; ask again in a moment", 1.0)
         self._waiting += 1
         try:
-            size = sum(len(str(message["content"])) for message in messages)
-            question = {"model_dir": str(text.model_dir), "messages": list(messages), "context": context}
+            size = len(said) if isinstance(said, str) else sum(len(str(message["content"])) for message in said)
+            question = {"model_dir": str(text.model_dir), "prompt": said, "context": context}
             ids: list[int] = (await self._ask(question, size))["ids"]
             return ids
         finally:
@@ -92,7 +100,8 @@ class TextStore:
         answer = await asked
         if error := answer.get("error"):
             if error == PromptLengthError.__name__:
-                raise FieldError(answer["message"], "messages", "context_length_exceeded")
+                name = "prompt" if isinstance(question["prompt"], str) else "messages"
+                raise FieldError(answer["message"], name, "context_length_exceeded")
             raise _ERRORS.get(error, BadInputError)(answer["message"])
         return answer
 
@@ -107,4 +116,4 @@ class TextStore:
 
 def _answer_text(model_dir: Path, told: Mapping[str, Any]) -> AnswerText:
     decoder = Tokenizer.from_str(told["decoder"])
-    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"])
+    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"], decoder.get_vocab_size())

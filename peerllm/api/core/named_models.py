@@ -1,29 +1,22 @@
-"""GET /v1/models, and finding the deployment that a client names."""
+"""The models of the household, and the one that a client names."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from aiohttp import web
 
-from peerllm.api.error_answers import UnknownModelError, json_response
+from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import EXPECTED, HOUSEHOLD
 from peerllm.daemon.facade import ServedModel
 
 _GONE = ("failed", "stopped")  # states of deployments that clients need not see
+ANY_TAG = ":latest"  # that Ollama's clients put behind names
 _BEST = ("serving", "loading", "planning", "waiting")  # of several deployments of one name the first is meant
 
 
-async def list_models(request: web.Request) -> web.Response:
+def listed_models(app: web.Application) -> list[ServedModel]:
     """The household's models, the oldest first: the same on every device. Those about to be started here come last."""
-    found = [model for model in _models(request.app) if model.state not in _GONE]
-    found.sort(key=lambda model: (not model.created, model.created, model.name))
-    return json_response({"object": "list", "data": [_object(model) for model in found]})
-
-
-async def one_model(request: web.Request) -> web.Response:
-    """One of them, 404 if there is none of that name."""
-    return json_response(_object(find_model(request.app, request.match_info["id"])))
+    found = [model for model in _models(app) if model.state not in _GONE]
+    return sorted(found, key=lambda model: (not model.created, model.created, model.name))
 
 
 def find_model(app: web.Application, name: str, only_here: bool = False) -> ServedModel:
@@ -32,7 +25,8 @@ def find_model(app: web.Application, name: str, only_here: bool = False) -> Serv
     `only_here`: those whose source is this device.
     """
     models = [model for model in _models(app) if not (only_here and model.source)]
-    found = [model for model in models if name in (model.name, model.model)]
+    names = {name, name.removesuffix(ANY_TAG)}
+    found = [model for model in models if not names.isdisjoint((model.name, model.model))]
     if found:
         return min(found, key=lambda model: _BEST.index(model.state) if model.state in _BEST else len(_BEST))
     served = dict.fromkeys(model.name for model in models if model.state not in _GONE)
@@ -49,19 +43,3 @@ def _models(app: web.Application) -> list[ServedModel]:
     models = app[HOUSEHOLD].models()
     started = {known for one in models if not one.source for known in (one.model, one.name)}
     return [*models, *(one for one in app[EXPECTED].models() if one.model not in started)]
-
-
-def _object(model: ServedModel) -> dict[str, Any]:
-    """OpenAI's model object, with what is ours beside it."""
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": model.created,
-        "owned_by": "peerllm",
-        "model": model.model,
-        "state": model.state,
-        "reason": model.reason,
-        "message": model.message,
-        "progress": model.progress,
-        "context": model.context,
-    }

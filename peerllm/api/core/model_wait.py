@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from aiohttp import web
 
+from peerllm.api.core.answer_events import AnswerWaits
+from peerllm.api.core.named_models import find_model, nothing_served
 from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import HOUSEHOLD
-from peerllm.api.openai.models import find_model, nothing_served
 from peerllm.api.streams import each, pulsed
 from peerllm.daemon.facade import ServedModel
 from peerllm.errors import UnavailableError
@@ -20,8 +21,6 @@ PATIENCE_S: Mapping[str, float] = {"planning": 120.0, "loading": 120.0, "waiting
 PROGRESS_S = 1.0  # seconds between two words to a client that waits
 QUIET_S = 5.0  # seconds in which one that waits for a device hears nothing: it may yet be refused with a status
 UNKNOWN_S = 1.5  # seconds a name may stay unknown while the household has no model: somebody may just have typed `run`
-
-Tell = Callable[[str], Awaitable[None]]
 
 
 class ModelWaitError(UnavailableError):
@@ -35,24 +34,28 @@ class ModelWaitError(UnavailableError):
         self.missing_bytes = model.missing_bytes
 
 
-async def answering_model(app: web.Application, name: str, tell: Tell, only_here: bool = False) -> ServedModel:
+async def awaited_model(
+    app: web.Application, name: str, only_here: bool = False
+) -> AsyncGenerator[AnswerWaits | ServedModel]:
     """The deployment of that name, once it serves here, or at once if another device is its source (it waits there).
 
-    `tell` hears meanwhile what is being done. ModelWaitError with the reason when it takes longer than PATIENCE_S.
+    Before it comes what is being done. ModelWaitError with the reason when it takes longer than PATIENCE_S.
     """
     begun, model = time.monotonic(), await _known(app, name, only_here)
     if model.source or model.state == "serving":
-        return model
+        yield model
+        return
     async with aclosing(pulsed(each(app[HOUSEHOLD].changed()), PROGRESS_S)) as pulse:
         async for _ in pulse:
             model = _still(app, name, only_here, model)
             if model.source or model.state == "serving":
-                return model
+                yield model
+                return
             waited = time.monotonic() - begun
             if waited >= PATIENCE_S.get(model.state, 0.0):
                 break
             if model.state != "waiting" or waited >= QUIET_S:
-                await tell(_progress(model))
+                yield AnswerWaits(_progress(model))
     what = model.reason or model.message
     text = f"the model {name[:200]!r} cannot answer now, it is {model.state}{what and f': {what}'}"
     raise ModelWaitError(text, model)

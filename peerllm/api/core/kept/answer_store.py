@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from peerllm.api.openai.kept_answer import BegunAnswer, KeptAnswer
+from peerllm.api.core.kept.kept_answer import BegunAnswer, KeptAnswer
 from peerllm.errors import BadInputError, OverloadedError, PeerLLMError
 
 KEPT_S = 600.0  # seconds that a finished answer is kept

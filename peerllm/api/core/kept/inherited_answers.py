@@ -6,55 +6,56 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import cast
+from typing import Annotated, Literal, cast
 
-import orjson
+import msgspec
 from aiohttp import web
+from msgspec import Meta, Struct
 
+from peerllm.api.core.answer_events import AnswerBegins
+from peerllm.api.core.kept.kept_answer import BegunAnswer
+from peerllm.api.core.kept.repeat import MAX_KEY_CHARS, Repeat
 from peerllm.api.keys import ANSWERS, HOUSEHOLD, TEXTS
-from peerllm.api.openai.answer import OpenAIObjects
-from peerllm.api.openai.kept_answer import BegunAnswer
-from peerllm.api.repeat import MAX_KEY_CHARS, Repeat
 from peerllm.daemon.facade import Chunk, GenerateRequest, InheritedAnswer, ServedModel
 from peerllm.errors import PeerLLMError, UnavailableError
 from peerllm.types import DeploymentId
 
 MODEL_WAIT_S = 120.0  # seconds until the model must be served here
-FORM = 1  # of what one device's API tells another's
+FORM: Literal[2] = 2  # of what one device's API tells another's
 
 log = logging.getLogger(__name__)
 
 
-def kept_of(repeat: Repeat, payer: str, objects: OpenAIObjects, stops: Sequence[str]) -> str:
+class KeptForm(Struct, frozen=True):
     """What another device's API needs besides tokens to go on with an answer."""
-    told = {
-        "form": FORM, "key": repeat.key, "fingerprint": repeat.fingerprint.hex(), "payer": payer, "stops": list(stops),
-        "model": objects.model, "id": objects.id, "created": objects.created, "fleeting": repeat.fleeting,
-    }  # fmt: skip
-    return orjson.dumps(told).decode()
+
+    form: Literal[2]
+    key: Annotated[str, Meta(max_length=MAX_KEY_CHARS)]
+    fingerprint: bytes
+    payer: str
+    stops: tuple[Annotated[str, Meta(min_length=1)], ...]
+    begins: AnswerBegins
+    fleeting: bool
+
+
+def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, stops: Sequence[str]) -> str:
+    """What is to be kept of an answer: a KeptForm."""
+    kept = KeptForm(FORM, repeat.key, repeat.fingerprint, payer, tuple(stops), begins, repeat.fleeting)
+    return msgspec.json.encode(kept).decode()
 
 
 def go_on(app: web.Application, answer: InheritedAnswer) -> None:
     """Compute it to its end, and keep it for whoever shows its key; what cannot be gone on with is named in the log."""
     try:
-        told = orjson.loads(answer.kept)
-        key, fingerprint = str(told["key"])[:MAX_KEY_CHARS], bytes.fromhex(told["fingerprint"])
-        objects = OpenAIObjects(
-            str(told["model"]), len(answer.prompt), id=str(told["id"]), created=int(told["created"])
-        )
-        stops = [str(one) for one in told["stops"]]
-        if told["form"] != FORM:
-            raise ValueError("another form")
-        if app[ANSWERS].find(key, fingerprint) is None:
-            begin = _begin(app, answer, objects, stops)
-            app[ANSWERS].begin(key, fingerprint, str(told["payer"]), begin, told["fleeting"] is True)
-    except (PeerLLMError, LookupError, TypeError, ValueError) as error:
+        kept = msgspec.json.decode(answer.kept, type=KeptForm)
+        if app[ANSWERS].find(kept.key, kept.fingerprint) is None:
+            begin = _begin(app, answer, kept)
+            app[ANSWERS].begin(kept.key, kept.fingerprint, kept.payer, begin, kept.fleeting)
+    except (PeerLLMError, msgspec.MsgspecError) as error:
         log.warning("an answer that another device began is not gone on with: %s", error)
 
 
-async def _begin(
-    app: web.Application, answer: InheritedAnswer, objects: OpenAIObjects, stops: Sequence[str]
-) -> BegunAnswer:
+async def _begin(app: web.Application, answer: InheritedAnswer, kept: KeptForm) -> BegunAnswer:
     model = await _model(app, answer.deployment)
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
@@ -68,7 +69,7 @@ async def _begin(
         answer=answer.ids,
         kept=answer.kept,
     )
-    return BegunAnswer(_chunks(app, wanted), objects, text, frozenset(model.stop_ids), stops)
+    return BegunAnswer(_chunks(app, wanted), kept.begins, text, frozenset(model.stop_ids), kept.stops)
 
 
 async def _chunks(app: web.Application, wanted: GenerateRequest) -> AsyncIterator[Chunk]:

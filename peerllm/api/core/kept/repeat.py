@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import sys
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
+import msgspec
 from aiohttp import web
 
+from peerllm.api.core.generation import Generation
 from peerllm.api.error_answers import FieldError
 from peerllm.errors import UnavailableError
 
 KEY_HEADER = "Idempotency-Key"
 LAST_HEADER = "Last-Event-ID"
-FLEETING_HEADER = "X-PeerLLM-Fleeting"  # between devices: the key is not the client's, whose hanging up ends the answer
 MAX_KEY_CHARS = 255
 END = "end"  # the id of an answer's last event; the others are numbered by the tokens that they complete
+ALL_TOKENS = 2**53  # more than any answer has
 _MAX_DIGITS = 10
-_FORM = ("stream", "stream_options", "return_token_ids")  # fields that change how an answer is told, not the answer
 
 
 class DeviceLeavingError(UnavailableError):
@@ -31,30 +29,24 @@ class DeviceLeavingError(UnavailableError):
 
 @dataclass(slots=True)
 class Repeat:
-    """`last` is the id of the last event that the client has, None if it has none.
+    """`had`: of how many tokens the client has the text; None: it does not even know that the answer began.
 
-    `fleeting`: the device that relays the answer made the key, to go on if this one is lost; the client knows of none.
+    `fleeting`: the device that relays the answer made the key, to go on if this one is lost; the client knows of none,
+    and its hanging up ends the answer.
     """
 
     key: str
-    fingerprint: bytes  # of the body
-    last: str | None = None
+    fingerprint: bytes  # of the generation
+    had: int | None = None
     fleeting: bool = False
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens the client has the text of."""
-        if self.last is None:
-            return 0
-        return sys.maxsize if self.last == END else int(self.last)
 
-
-def fleeting(body: Any) -> Repeat:
+def fleeting(wanted: Generation) -> Repeat:
     """For an answer that is relayed and has no key."""
-    return Repeat(secrets.token_hex(16), _fingerprint(body), fleeting=True)
+    return Repeat(secrets.token_hex(16), fingerprint(wanted), fleeting=True)
 
 
-def repeat_of(request: web.Request, body: Any) -> Repeat | None:
+def repeat_of(request: web.Request, wanted: Generation) -> Repeat | None:
     """What the headers say, None without a key; FieldError if they cannot be used."""
     key, last = request.headers.get(KEY_HEADER), request.headers.get(LAST_HEADER)
     if key is None:
@@ -63,9 +55,10 @@ def repeat_of(request: web.Request, body: Any) -> Repeat | None:
         raise FieldError(f"{KEY_HEADER} must have 1 to {MAX_KEY_CHARS} printable ASCII characters", KEY_HEADER)
     if last is not None and last != END and not (last.isascii() and last.isdigit() and len(last) <= _MAX_DIGITS):
         raise FieldError(f"{LAST_HEADER} must be an id that this answer's events had", LAST_HEADER)
-    return Repeat(key, _fingerprint(body), last)
+    had = None if last is None else ALL_TOKENS if last == END else int(last)
+    return Repeat(key, fingerprint(wanted), had)
 
 
-def _fingerprint(body: Any) -> bytes:
-    asked = {name: value for name, value in body.items() if name not in _FORM}
-    return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).digest()
+def fingerprint(wanted: Generation) -> bytes:
+    """Equal for equal generations, on every device."""
+    return hashlib.sha256(msgspec.json.encode(wanted, order="deterministic")).digest()

@@ -8,7 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import cast
 
-from peerllm.api.openai.answer import Completion, OpenAIObjects
+from peerllm.api.core.answer_events import AnswerBegins
+from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.text.stops import StopScanner
 from peerllm.api.text.text_store import AnswerText
 from peerllm.daemon.facade import Chunk
@@ -18,17 +19,17 @@ from peerllm.errors import EngineError, UnavailableError
 
 @dataclass(frozen=True, slots=True)
 class BegunAnswer:
-    """An answer whose prompt is encoded: what its tokens come from, and what turns them into text and objects."""
+    """An answer whose prompt is encoded: what its tokens come from, and what turns them into text."""
 
     chunks: AsyncIterator[Chunk]
-    objects: OpenAIObjects
+    begins: AnswerBegins
     text: AnswerText
     silent: frozenset[int]  # ids without text
     stops: Sequence[str]
 
-    def completion(self) -> Completion:
-        """The text of the answer from its first token on."""
-        return Completion(self.text.detokenizer(self.silent), StopScanner(self.stops))
+    def growing(self) -> GrowingAnswer:
+        """The answer from its first token on."""
+        return GrowingAnswer(self.text.detokenizer(self.silent), StopScanner(self.stops))
 
 
 @dataclass(slots=True)
@@ -58,13 +59,13 @@ class KeptAnswer:
         try:
             self.begun = await begin
             self._changed()
-            completion = self.begun.completion()
+            answer = self.begun.growing()
             async with aclosing(cast("AsyncGenerator[Chunk]", self.begun.chunks)) as chunks:
                 async for chunk in chunks:
                     self.queued, self.reused = chunk.queued, max(self.reused, chunk.reused)
                     self.ids += chunk.ids
-                    completion.feed(chunk.ids, chunk.finish)
-                    self.finish = chunk.finish or ("stop" if completion.scanner.stopped else None)
+                    answer.feed(chunk.ids, chunk.finish)
+                    self.finish = chunk.finish or ("stop" if answer.scanner.stopped else None)
                     self._changed()
                     if self.finish is not None:
                         return

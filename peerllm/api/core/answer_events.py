@@ -1,0 +1,66 @@
+"""What happens while an answer is written, in the form that all APIs share; one device tells another in it too."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+
+class Usage(Struct, frozen=True, omit_defaults=True):
+    """Tokens: of the prompt, of the answer, and of the prompt those that were computed for an earlier one."""
+
+    prompt_tokens: int
+    answer_tokens: int
+    reused_tokens: int = 0
+
+
+class Timings(Struct, frozen=True, omit_defaults=True):
+    """Seconds on the device that answers: from the encoded prompt to the first token, and from there to the end."""
+
+    prompt_s: float = 0.0
+    answer_s: float = 0.0
+
+
+class AnswerWaits(Struct, frozen=True, tag="waits"):
+    """A sign of life: what is being done meanwhile, for a person to read."""
+
+    note: str
+
+
+class AnswerBegins(Struct, frozen=True, tag="begins"):
+    """The first token is there. All that is told of one answer has its id and its time (Unix seconds)."""
+
+    id: str
+    created: int
+    model: str
+    prompt_tokens: int
+
+
+class TextDelta(Struct, frozen=True, tag="text"):
+    """More text, the ids of the tokens that it completes, and how many tokens the answer has with them."""
+
+    text: str
+    ids: tuple[int, ...]
+    tokens: int
+
+
+class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):
+    """The answer is complete. `ids` had no text; `stop` is the stop string that ended it."""
+
+    reason: Literal["stop", "length"]
+    usage: Usage
+    ids: tuple[int, ...] = ()
+    stop: str = ""
+    timings: Timings = Timings()
+
+
+class AnswerFails(Struct, frozen=True, tag="fails"):
+    """It breaks off: an error as `household_error` has it. Only between devices; here the error is raised."""
+
+    error: dict[str, Any]
+
+
+AnswerEvent = AnswerWaits | AnswerBegins | TextDelta | AnswerEnds
+TOLD: msgspec.json.Decoder[AnswerEvent | AnswerFails] = msgspec.json.Decoder(AnswerEvent | AnswerFails)

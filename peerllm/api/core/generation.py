@@ -1,0 +1,136 @@
+"""One request in the form that all APIs share; a device hands it to another in this form too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+from msgspec.structs import replace
+
+from peerllm.api.error_answers import FieldError
+from peerllm.types import SAMPLING_LIMITS
+
+MAX_MESSAGES = 4096
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_NAME_CHARS = 512  # of a model, a user
+MAX_TOKENS = 2**31 - 1
+SEED_BITS = 63
+_LIMITS = {name: Meta(ge=low, le=high) for name, low, high in SAMPLING_LIMITS}
+
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+AnySeed = Annotated[int, Meta(ge=-(2**SEED_BITS), le=2**SEED_BITS - 1)]  # as clients count; `seed_of` makes it ours
+Temperature = Annotated[float, _LIMITS["temperature"]]
+TopP = Annotated[float, _LIMITS["top_p"]]
+TopK = Annotated[int, _LIMITS["top_k"]]
+MinP = Annotated[float, _LIMITS["min_p"]]
+RepetitionPenalty = Annotated[float, _LIMITS["repetition_penalty"]]
+PresencePenalty = Annotated[float, _LIMITS["presence_penalty"]]
+FrequencyPenalty = Annotated[float, _LIMITS["frequency_penalty"]]
+Seed = Annotated[int, _LIMITS["seed"]]
+
+
+class SamplingOptions(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What a client said of types.Sampling; the model's defaults fill the rest, and a random seed."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: PresencePenalty | None = None
+    frequency_penalty: FrequencyPenalty | None = None
+    seed: Seed | None = None
+
+    def said(self) -> dict[str, Any]:
+        """The options that were given."""
+        return {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+
+
+class CalledTool(Struct, frozen=True, omit_defaults=True):
+    """A call that the model made in an earlier answer."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+class ChatMessage(Struct, frozen=True, omit_defaults=True):
+    """What the chat template sees of one message."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    tool_calls: tuple[CalledTool, ...] = ()  # of the assistant
+    tool_call_id: str = ""  # of a tool: which call it answers
+    name: str = ""  # of a tool
+
+
+class OfferedTool(Struct, frozen=True, omit_defaults=True):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = {}
+    strict: bool = False
+
+
+class AnswerForm(Struct, frozen=True, omit_defaults=True):
+    """What the answer's text must be: any JSON object, or one that fits `schema`."""
+
+    kind: Literal["json", "schema"]
+    schema: Mapping[str, Any] = {}
+
+
+class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One answer that is asked for: to `messages`, or, where there are none, the continuation of `prompt`.
+
+    An answer depends on nothing else, so equal ones under one key are one answer.
+    """
+
+    model: Name
+    messages: Annotated[tuple[ChatMessage, ...], Meta(max_length=MAX_MESSAGES)] = ()
+    prompt: str | tuple[int, ...] = ""  # a text, or token ids
+    max_tokens: TokenCount | None = None  # None: as many as the context has room for
+    stops: Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOPS)] = ()
+    sampling: SamplingOptions = SamplingOptions()
+    tools: tuple[OfferedTool, ...] = ()
+    tool_choice: str = ""  # "auto", "none", "required" or a tool's name
+    answer_form: AnswerForm | None = None
+    reasoning: bool | str | None = None  # whether, or how much, to reason first; None: as the model likes
+    logprobs: int | None = None  # of so many alternatives for each token
+    keep_alive_s: float | None = None  # how long the model stays loaded after it; below 0: for good
+    user: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
+
+    def another(self, number: int) -> Generation:
+        """The same with another seed, if it has one: further answers to one request are the same every time."""
+        seed = self.sampling.seed
+        if seed is None:
+            return self
+        return replace(self, sampling=replace(self.sampling, seed=seed_of(seed + number)))
+
+
+_NOT_YET = ("tools", "answer_form", "logprobs")
+
+
+def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
+    """`wanted`; FieldError if it asks for what cannot be done, under the name that its API has for it (`names`)."""
+    for field in _NOT_YET:
+        if getattr(wanted, field) not in ((), None):
+            name = names.get(field, field)
+            raise FieldError(f"{name} is not supported", name, "unsupported_parameter")
+    for index, message in enumerate(wanted.messages):
+        if message.tool_calls:
+            name = f"messages[{index}].tool_calls"
+            raise FieldError(f"{name}: tools are not supported", name, "unsupported_parameter")
+    if wanted.reasoning:
+        name = names.get("reasoning", "reasoning")
+        raise FieldError(f"{wanted.model!r} does not support {name}", name, "unsupported_parameter")
+    return wanted
+
+
+def seed_of(given: int | None) -> int | None:
+    """A seed within its bounds, whichever way the client counts."""
+    return None if given is None else given % 2**SEED_BITS

@@ -1,0 +1,1 @@
+"""Answers that outlive their connection: kept for whoever shows their key, gone on with by another device."""

@@ -1,0 +1,94 @@
+"""An answer of a model that is served here: from the request to its tokens, from its tokens to events."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta, Timings, Usage
+from peerllm.api.core.caller import Caller
+from peerllm.api.core.generation import SEED_BITS, Generation, SamplingOptions
+from peerllm.api.core.kept.inherited_answers import kept_of
+from peerllm.api.core.kept.kept_answer import BegunAnswer
+from peerllm.api.core.kept.repeat import Repeat
+from peerllm.api.error_answers import FieldError
+from peerllm.api.keys import HOUSEHOLD, TEXTS
+from peerllm.api.streams import KEEP_ALIVE_S, pulsed
+from peerllm.api.text.text_store import AnswerText
+from peerllm.daemon.facade import Chunk, GenerateRequest, ServedModel
+from peerllm.errors import EngineError
+from peerllm.types import Sampling
+
+
+async def begun_answer(
+    app: web.Application, wanted: Generation, model: ServedModel, caller: Caller, repeat: Repeat | None = None
+) -> BegunAnswer:
+    """Encodes the prompt and asks the model, which serves here."""
+    assert model.model_dir is not None
+    text = await app[TEXTS].model(model.deployment, model.model_dir)
+    prompt = await _prompt(app, text, wanted, model.context)
+    room = model.context - len(prompt)
+    begins = AnswerBegins(secrets.token_hex(12), int(time.time()), model.name, len(prompt))
+    request = GenerateRequest(
+        deployment=model.deployment,
+        prompt=prompt,
+        max_tokens=min(wanted.max_tokens or room, room),
+        sampling=_sampling(wanted.sampling, text.defaults),
+        client=caller.group(wanted.user),
+        kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted.stops) if repeat is not None else "",
+    )
+    return BegunAnswer(app[HOUSEHOLD].generate(request), begins, text, frozenset(model.stop_ids), wanted.stops)
+
+
+async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, context: int) -> list[int]:
+    if wanted.messages:
+        return await app[TEXTS].prompt(text, [msgspec.to_builtins(one) for one in wanted.messages], context)
+    if isinstance(wanted.prompt, str):
+        return await app[TEXTS].prompt(text, wanted.prompt, context)
+    if not all(text.knows(one) for one in wanted.prompt):
+        raise FieldError("prompt has a token id that the model does not know", "prompt")
+    if not 0 < len(wanted.prompt) < context:
+        what = f"the prompt has {len(wanted.prompt)} tokens; the model's context holds {context}, answer included"
+        raise FieldError(what, "prompt", "context_length_exceeded")
+    return list(wanted.prompt)
+
+
+def _sampling(options: SamplingOptions, defaults: Mapping[str, float]) -> Sampling:
+    """What the client said, else the model's defaults; a random seed if none was given."""
+    chosen: dict[str, Any] = {"seed": secrets.randbits(SEED_BITS), **defaults, **options.said()}
+    return Sampling(**chosen)
+
+
+async def told(begun: BegunAnswer, chunks: AsyncIterator[Chunk], had: int | None) -> AsyncGenerator[AnswerEvent]:
+    """`chunks` as events; the text of the first `had` tokens is left out."""
+    answer, begins, since, first = begun.growing(), False, time.monotonic(), 0.0
+    known = had or 0
+    sent = 0  # token ids
+    async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
+        async for chunk in pulse:
+            if chunk is None or (not chunk.ids and chunk.finish is None):
+                yield AnswerWaits(f"queued {chunk.queued}" if chunk is not None and chunk.queued else "working")
+                continue
+            if not begins:
+                begins, first = True, time.monotonic()
+                yield begun.begins
+            skipped = max(0, known - len(answer.ids))
+            answer.feed(chunk.ids[:skipped], None)
+            sent = max(sent, min(known, len(answer.ids)))
+            text = answer.feed(chunk.ids[skipped:], chunk.finish, chunk.reused)
+            if text:
+                yield TextDelta(text, tuple(answer.ids[sent:]), len(answer.ids))
+                sent = len(answer.ids)
+            if answer.finish:
+                break
+    if answer.finish is None:
+        raise EngineError("the answer broke off without a reason; ask again")
+    usage = Usage(begun.begins.prompt_tokens, len(answer.ids), answer.reused)
+    timings = Timings(first - since, time.monotonic() - first)
+    yield AnswerEnds(answer.finish, usage, tuple(answer.ids[sent:]), answer.scanner.found, timings)

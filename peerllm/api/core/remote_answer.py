@@ -1,0 +1,147 @@
+"""The answer of a model that another device is the source of: asked for and heard in the form that all APIs share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta, Struct
+
+from peerllm.api.core.answer_events import (
+    TOLD,
+    AnswerBegins,
+    AnswerEnds,
+    AnswerEvent,
+    AnswerFails,
+    AnswerWaits,
+    TextDelta,
+)
+from peerllm.api.core.caller import MAX_CLIENT_CHARS, Caller
+from peerllm.api.core.generation import Generation
+from peerllm.api.core.kept.repeat import ALL_TOKENS, MAX_KEY_CHARS, DeviceLeavingError, Repeat
+from peerllm.api.error_answers import ErrorFacts, RelayedError
+from peerllm.api.streams import pulsed
+from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
+from peerllm.errors import LinkError
+
+ANSWER_PATH = "/answer"  # of the requests between devices
+LINES = "application/x-ndjson"
+SILENCE_S = 6.0  # seconds after which the client is told that its answer's device is silent; it tells something each 5
+MAX_SILENCES = 15  # in a row: longer than membership waits for a device that is silent altogether
+MAX_REFUSAL_BYTES = 1 << 20
+MAX_EVENT_BYTES = 4 << 20
+_JSON = "application/json"
+
+
+class RelayedGeneration(Struct, frozen=True, omit_defaults=True):
+    """What one device asks another for one of its clients; `key`, `had` and `fleeting` as in Repeat."""
+
+    generation: Generation
+    client: Annotated[str, Meta(max_length=MAX_CLIENT_CHARS)]
+    key: Annotated[str, Meta(min_length=1, max_length=MAX_KEY_CHARS)]
+    had: Annotated[int, Meta(ge=0, le=ALL_TOKENS)] | None = None
+    fleeting: bool = False
+
+
+@dataclass(slots=True)
+class RemoteAnswer:
+    """`moved` says whether another device answers for the model by now."""
+
+    household: Household
+    model: ServedModel
+    caller: Caller
+    repeat: Repeat
+    moved: Callable[[], bool]
+
+    async def events(self, wanted: Generation) -> AsyncGenerator[AnswerEvent]:
+        """What the model's source tells of this answer; its refusals and errors are RelayedErrors.
+
+        LinkError if the source is lost; `repeat` then has what the client got.
+        """
+        repeat, client = self.repeat, self.caller.client[:MAX_CLIENT_CHARS]
+        asked = RelayedGeneration(wanted, client, repeat.key, repeat.had, repeat.fleeting)
+        headers, body = {"Content-Type": _JSON}, msgspec.json.encode(asked)
+        async with self.household.relay(self.model.source, ANSWER_PATH, headers, body) as answer:
+            kind = answer.headers.get("Content-Type", "").partition(";")[0]
+            if kind == _JSON and not 200 <= answer.status < 300:
+                raise _refusal(answer.status, await _whole(answer.body), answer.headers)
+            if kind != LINES:
+                raise LinkError(f"its device answered with HTTP {answer.status} {kind[:40]!r}")
+            async with aclosing(self._lines(answer)) as lines:
+                async for line in lines:
+                    event = _event(line)
+                    if event is None:
+                        yield AnswerWaits(f"the device of {self.model.name} is silent")
+                        continue
+                    if isinstance(event, AnswerBegins):
+                        repeat.had = repeat.had or 0
+                    elif isinstance(event, TextDelta):
+                        repeat.had = event.tokens
+                    yield event
+                    if isinstance(event, AnswerEnds):
+                        return
+        raise LinkError("its device broke it off")
+
+    async def _lines(self, answer: RelayedAnswer) -> AsyncGenerator[bytes | None]:
+        """Whole lines; None after each SILENCE_S without a byte."""
+        held, silences = bytearray(), 0
+        async with aclosing(pulsed(answer.body, SILENCE_S)) as pieces:
+            async for piece in pieces:
+                if piece is None:
+                    if self.moved():
+                        raise LinkError("another device answers for it now")
+                    silences += 1
+                    if silences > MAX_SILENCES:
+                        raise LinkError(f"its device said nothing for {SILENCE_S * MAX_SILENCES:g} s")
+                    yield None
+                    continue
+                silences = 0
+                looked = len(held)  # in small pieces, too, each byte is looked at once
+                held += piece
+                if (end := held.rfind(b"\n", looked)) >= 0:
+                    whole = bytes(held[:end])
+                    del held[: end + 1]
+                    for line in whole.split(b"\n"):
+                        yield line
+                if len(held) > MAX_EVENT_BYTES:
+                    raise LinkError("its device sends an event without an end")
+
+
+def _event(line: bytes | None) -> AnswerEvent | None:
+    """None stays None; the last words of a device that leaves are a LinkError."""
+    if line is None:
+        return None
+    try:
+        event = TOLD.decode(line)
+    except msgspec.MsgspecError as error:
+        raise LinkError(f"its device tells what makes no sense: {error}") from error
+    if not isinstance(event, AnswerFails):
+        return event
+    facts = ErrorFacts.of(event.error)
+    if facts.code == DeviceLeavingError.code:
+        raise LinkError("its device is shutting down")
+    raise RelayedError(facts)
+
+
+def _refusal(status: int, body: bytes, headers: Mapping[str, str]) -> RelayedError:
+    try:
+        error: Any = msgspec.json.decode(body, type=dict[str, Any]).get("error")
+    except msgspec.MsgspecError:
+        error = None
+    if not isinstance(error, dict) or not web.HTTPBadRequest.status_code <= status < 600:
+        raise LinkError(f"its device answered with HTTP {status} and no reason")
+    return RelayedError(ErrorFacts.of({**error, "status": status}), headers.get("Retry-After", ""))
+
+
+async def _whole(body: AsyncIterator[bytes]) -> bytes:
+    pieces, size = [], 0
+    async for piece in body:
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_REFUSAL_BYTES:
+            raise LinkError(f"its refusal is larger than {MAX_REFUSAL_BYTES} bytes")
+    return b"".join(pieces)

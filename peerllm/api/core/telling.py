@@ -1,0 +1,134 @@
+"""An answer to a client of any API: asked for in the shared form, told in that API's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from aiohttp import web
+
+from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta
+from peerllm.api.core.asking import answer
+from peerllm.api.core.caller import caller_of
+from peerllm.api.core.generation import Generation
+from peerllm.api.core.kept.repeat import DeviceLeavingError, Repeat, repeat_of
+from peerllm.api.core.several_answers import merged
+from peerllm.api.error_answers import FieldError, facts_of, json_response, shape_of
+from peerllm.api.keys import TASKS
+from peerllm.api.streams import Stream
+from peerllm.errors import EngineError
+
+MAX_WHOLE_CHARS = 64 << 20  # of answers in one piece
+
+Piece = tuple[object, str | None]  # one event's object (bytes: as they are), and its id
+
+
+@dataclass(slots=True)
+class WholeAnswer:
+    """All of one answer."""
+
+    begins: AnswerBegins
+    ends: AnswerEnds
+    text: str
+    ids: list[int]
+
+
+class ToldForm(Protocol):
+    """How one API tells the answers to one request; `choice` counts them from 0."""
+
+    content_type: str  # of the stream
+    named: bool  # as in Stream
+
+    def whole(self, answers: Sequence[WholeAnswer]) -> object:
+        """All of them in one piece."""
+        ...
+
+    def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
+        """What the stream tells of an event. `repeat`: the client's own, if it sent a key."""
+        ...
+
+    def closing(self) -> Iterator[Piece]:
+        """The last words of the stream, after all answers."""
+        ...
+
+
+async def tell(request: web.Request, wanted: Sequence[Generation], form: ToldForm, stream: bool) -> web.StreamResponse:
+    """Errors before the first sign of life have their own status; after it they end the stream."""
+    repeats = [repeat_of(request, one) for one in wanted]
+    if len(wanted) > 1:
+        for index, repeat in enumerate(repeats):
+            if repeat is not None and repeat.had is not None:
+                raise FieldError("Last-Event-ID: a stream of several answers cannot be resumed", "Last-Event-ID")
+            if repeat is not None:
+                repeat.key = f"{repeat.key}#{index}"
+    caller, told = (
+        caller_of(request),
+        Stream(request, form.content_type, shape_of(request), form.named) if stream else None,
+    )
+    asked = [
+        answer(request.app, one, caller, replace(repeat) if repeat is not None else None)
+        for one, repeat in zip(wanted, repeats, strict=True)
+    ]
+    with request.app[TASKS].stream():
+        async with aclosing(merged(asked)) as events:
+            if told is None:
+                return json_response(form.whole(await _collected(events, len(wanted))))
+            async with ending_well(request.app, told):
+                async for choice, event in _once(events):
+                    for body, event_id in form.pieces(choice, event, repeats[choice]):
+                        await (told.write(body) if isinstance(body, bytes) else told.send(body, event_id))
+                for body, event_id in form.closing():
+                    await (told.write(body) if isinstance(body, bytes) else told.send(body, event_id))
+    return await told.end()
+
+
+@contextlib.asynccontextmanager
+async def ending_well(app: web.Application, stream: Stream) -> AsyncGenerator[None]:
+    """Around a stream: one that the closing of the API cuts off says so."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        if stream.started and app[TASKS].closing:
+            facts = facts_of(DeviceLeavingError("the answer broke off: this device is shutting down"))
+            with contextlib.suppress(ConnectionError):
+                await stream.send(stream.failing(facts))
+                await stream.end()
+        raise
+
+
+async def _once(events: AsyncGenerator[tuple[int, AnswerEvent]]) -> AsyncGenerator[tuple[int, AnswerEvent]]:
+    """Without the second beginnings of answers that go on on another device."""
+    begun = set[int]()
+    async for choice, event in events:
+        if isinstance(event, AnswerBegins):
+            if choice in begun:
+                continue
+            begun.add(choice)
+        yield choice, event
+
+
+async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int) -> list[WholeAnswer]:
+    begins, ends = dict[int, AnswerBegins](), dict[int, AnswerEnds]()
+    texts: list[list[str]] = [[] for _ in range(count)]
+    ids: list[list[int]] = [[] for _ in range(count)]
+    size = 0
+    async for choice, event in events:
+        match event:
+            case AnswerBegins():
+                begins.setdefault(choice, event)
+            case TextDelta():
+                texts[choice].append(event.text)
+                ids[choice] += event.ids
+                size += len(event.text)
+                if size > MAX_WHOLE_CHARS:
+                    raise EngineError(f"the answer has more than {MAX_WHOLE_CHARS} characters")
+            case AnswerEnds():
+                ends[choice] = event
+                ids[choice] += event.ids
+            case AnswerWaits():
+                pass
+    return [WholeAnswer(begins[one], ends[one], "".join(texts[one]), ids[one]) for one in range(count)]

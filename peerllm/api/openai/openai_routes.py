@@ -1,0 +1,60 @@
+"""OpenAI's routes that give answers and list models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from peerllm.api.bodies import read_body
+from peerllm.api.core.named_models import find_model, listed_models
+from peerllm.api.core.telling import tell
+from peerllm.api.error_answers import json_response
+from peerllm.api.openai.chat_answers import ChatAnswers
+from peerllm.api.openai.chat_requests import ChatBody
+from peerllm.api.openai.completion_answers import CompletionAnswers
+from peerllm.api.openai.completion_requests import CompletionBody
+from peerllm.daemon.facade import ServedModel
+
+
+def add_openai(app: web.Application) -> None:
+    app.router.add_get("/v1/models", list_models)
+    app.router.add_get("/v1/models/{id:.+}", one_model)
+    app.router.add_post("/v1/chat/completions", chat_completions)
+    app.router.add_post("/v1/completions", completions)
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    body = await read_body(request, ChatBody)
+    return await tell(request, body.generations(), ChatAnswers(body), bool(body.stream))
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    body = await read_body(request, CompletionBody)
+    return await tell(request, body.generations(), CompletionAnswers(body), bool(body.stream))
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """Those that are about to be started here come last."""
+    return json_response({"object": "list", "data": [_object(model) for model in listed_models(request.app)]})
+
+
+async def one_model(request: web.Request) -> web.Response:
+    """One of them, 404 if there is none of that name."""
+    return json_response(_object(find_model(request.app, request.match_info["id"])))
+
+
+def _object(model: ServedModel) -> dict[str, Any]:
+    """OpenAI's model object, with what is ours beside it."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "peerllm",
+        "model": model.model,
+        "state": model.state,
+        "reason": model.reason,
+        "message": model.message,
+        "progress": model.progress,
+        "context": model.context,
+    }
