@@ -13,13 +13,17 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from peerllm.api import admin, owner_routes, page
+from peerllm.api.anthropic.anthropic_answers import anthropic_error
+from peerllm.api.anthropic.anthropic_routes import MESSAGES_PATH, add_anthropic
 from peerllm.api.bodies import MAX_BODY_BYTES
 from peerllm.api.core.kept import inherited_answers
 from peerllm.api.core.kept.answer_store import AnswerStore
-from peerllm.api.error_answers import errors_as_json
+from peerllm.api.error_answers import SHAPES, errors_as_json
 from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
 from peerllm.api.keys import ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.ollama.ollama_answers import ollama_error
+from peerllm.api.ollama.ollama_routes import add_ollama
 from peerllm.api.openai.openai_routes import add_openai
 from peerllm.api.peer_api import PeerApi
 from peerllm.api.tasks import Tasks
@@ -55,6 +59,7 @@ def create_app(
     app = web.Application(middlewares=[guarded(guard), errors_as_json, when_started], client_max_size=MAX_BODY_BYTES)
     app[HOUSEHOLD] = household
     app[GUARD] = guard
+    app[SHAPES] = {"/api/": ollama_error, MESSAGES_PATH: anthropic_error}
     app[EXPECTED] = ExpectedModel(expected)
     app[page.FILES] = page.load_files()
     app.on_response_prepare.append(add_security_headers)
@@ -66,6 +71,8 @@ def create_app(
     app.router.add_get("/", page.page)
     app.router.add_get("/static/{name}", page.static)
     add_openai(app)
+    add_ollama(app)
+    add_anthropic(app)
     app.router.add_get("/peerllm/v1/status", admin.status)
     app.router.add_get("/peerllm/v1/engine", admin.engine)
     app.router.add_get("/peerllm/v1/process", admin.process)

@@ -1,0 +1,77 @@
+"""Answers of /v1/messages: a message, or the events from its start to its stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta
+from peerllm.api.core.kept.repeat import Repeat
+from peerllm.api.core.telling import Piece, WholeAnswer
+from peerllm.api.error_answers import ErrorFacts
+from peerllm.api.streams import SSE, comment
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class AnthropicAnswers:
+    """A telling.ToldForm with one block of text."""
+
+    content_type = SSE
+    named = True
+
+    def whole(self, answers: Sequence[WholeAnswer]) -> object:
+        (answer,) = answers
+        usage = {
+            "input_tokens": answer.begins.prompt_tokens,
+            "output_tokens": answer.ends.usage.answer_tokens,
+            "cache_read_input_tokens": answer.ends.usage.reused_tokens,
+            "cache_creation_input_tokens": 0,
+        }
+        content = [{"type": "text", "text": answer.text}]
+        return {**_message(answer.begins), "content": content, **_stop(answer.ends), "usage": usage}
+
+    def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
+        match event:
+            case AnswerWaits():
+                yield comment(event.note), None
+                yield {"type": "ping"}, None
+            case AnswerBegins():
+                usage = {"input_tokens": event.prompt_tokens, "output_tokens": 0}
+                empty = {"content": list[Any](), "stop_reason": None, "stop_sequence": None}
+                yield {"type": "message_start", "message": {**_message(event), **empty, "usage": usage}}, None
+                block = {"type": "text", "text": ""}
+                yield {"type": "content_block_start", "index": 0, "content_block": block}, None
+            case TextDelta():
+                delta = {"type": "text_delta", "text": event.text}
+                yield {"type": "content_block_delta", "index": 0, "delta": delta}, None
+            case AnswerEnds():
+                yield {"type": "content_block_stop", "index": 0}, None
+                usage = {"output_tokens": event.usage.answer_tokens}
+                yield {"type": "message_delta", "delta": _stop(event), "usage": usage}, None
+
+    def closing(self) -> Iterator[Piece]:
+        yield {"type": "message_stop"}, None
+
+
+def _message(begins: AnswerBegins) -> dict[str, Any]:
+    return {"id": f"msg_{begins.id}", "type": "message", "role": "assistant", "model": begins.model}
+
+
+def _stop(ends: AnswerEnds) -> dict[str, Any]:
+    if ends.stop:
+        return {"stop_reason": "stop_sequence", "stop_sequence": ends.stop}
+    return {"stop_reason": "max_tokens" if ends.reason == "length" else "end_turn", "stop_sequence": None}
+
+
+def anthropic_error(facts: ErrorFacts) -> dict[str, Any]:
+    """{"type": "error", "error": {"type", "message"}}, with what is ours beside them."""
+    kind = _TYPES.get(facts.status, "invalid_request_error" if facts.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": facts.message, **facts.more}}

@@ -1,0 +1,72 @@
+"""Answers of /api/chat and /api/generate: lines of JSON, the last one with counts and times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta, Timings, Usage
+from peerllm.api.core.kept.repeat import Repeat
+from peerllm.api.core.telling import Piece, WholeAnswer
+from peerllm.api.error_answers import ErrorFacts
+
+_NS = 1e9  # nanoseconds of a second
+
+
+class OllamaAnswers:
+    """A telling.ToldForm. Lines have no place for what is done meanwhile, so those who wait hear nothing."""
+
+    content_type = "application/x-ndjson"
+    named = False
+
+    def __init__(self, model: str, chat: bool) -> None:
+        self._model, self._chat, self._since = model, chat, time.monotonic()
+
+    def whole(self, answers: Sequence[WholeAnswer]) -> object:
+        (answer,) = answers
+        return self._last(answer.text, answer.ends.reason, answer.ends.usage, answer.ends.timings)
+
+    def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
+        match event:
+            case TextDelta():
+                yield self._line(event.text, False), None
+            case AnswerEnds():
+                yield self._last("", event.reason, event.usage, event.timings), None
+            case AnswerWaits() | AnswerBegins():
+                pass
+
+    def closing(self) -> Iterator[Piece]:
+        yield from ()
+
+    def loaded(self) -> dict[str, Any]:
+        """The answer to a request that says nothing: the model can answer."""
+        return {**self._line("", True), "done_reason": "load"}
+
+    def _line(self, text: str, done: bool) -> dict[str, Any]:
+        said = {"message": {"role": "assistant", "content": text}} if self._chat else {"response": text}
+        return {"model": self._model, "created_at": stamp(time.time()), **said, "done": done}
+
+    def _last(self, text: str, reason: str, usage: Usage, timings: Timings) -> dict[str, Any]:
+        whole = time.monotonic() - self._since
+        return {
+            **self._line(text, True),
+            "done_reason": reason,
+            "total_duration": int(whole * _NS),
+            "load_duration": int(max(0.0, whole - timings.prompt_s - timings.answer_s) * _NS),
+            "prompt_eval_count": usage.prompt_tokens,
+            "prompt_eval_duration": int(timings.prompt_s * _NS),
+            "eval_count": usage.answer_tokens,
+            "eval_duration": int(timings.answer_s * _NS),
+        }
+
+
+def stamp(seconds: float) -> str:
+    """A Unix time as Ollama writes times."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def ollama_error(facts: ErrorFacts) -> dict[str, Any]:
+    """{"error": one line}, with what is ours beside it."""
+    return {"error": facts.message, **facts.more}

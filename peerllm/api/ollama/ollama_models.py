@@ -1,0 +1,90 @@
+"""The models of the household as Ollama's clients list them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any
+
+from aiohttp import web
+from msgspec import Meta, Struct
+
+from peerllm.api.core.generation import MAX_NAME_CHARS
+from peerllm.api.core.named_models import ANY_TAG, find_model, listed_models
+from peerllm.api.error_answers import FieldError
+from peerllm.api.keys import HOUSEHOLD
+from peerllm.api.ollama.ollama_answers import stamp
+from peerllm.daemon.facade import ServedModel
+
+FAMILY = "peerllm"  # clients look below this name for the context's length
+CAPABILITIES = ("completion",)
+NEVER = "2318-01-01T00:00:00Z"  # when a model is unloaded that is not; Ollama writes a year like this, too
+
+
+class ShowBody(Struct):
+    """Older clients say `name`."""
+
+    model: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
+    name: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
+
+    def asked(self) -> str:
+        name = self.model or self.name
+        if not name:
+            raise FieldError("model is missing", "model")
+        return name
+
+
+def tags(app: web.Application) -> dict[str, Any]:
+    """Every model of the household."""
+    facts = _deployments(app)
+    return {"models": [_entry(model, facts) for model in listed_models(app)]}
+
+
+def running(app: web.Application) -> dict[str, Any]:
+    """Those that can answer now."""
+    facts = _deployments(app)
+    serving = [model for model in listed_models(app) if model.state == "serving"]
+    return {"models": [{**_entry(model, facts), "expires_at": NEVER, "size_vram": 0} for model in serving]}
+
+
+def shown(app: web.Application, name: str) -> dict[str, Any]:
+    """One of them; UnknownModelError if there is none of that name."""
+    model = find_model(app, name)
+    entry = _entry(model, _deployments(app))
+    information: dict[str, Any] = {"general.architecture": FAMILY, "general.basename": model.name}
+    if model.context:
+        information[f"{FAMILY}.context_length"] = model.context
+    return {
+        "modelfile": f"# {model.model}",
+        "parameters": "",
+        "template": "",
+        "details": entry["details"],
+        "model_info": information,
+        "capabilities": list(CAPABILITIES),
+        "modified_at": entry["modified_at"],
+    }
+
+
+def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    name = model.name if ":" in model.name else model.name + ANY_TAG
+    told = facts.get(model.deployment, {})
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": stamp(model.created),
+        "size": sum(stage["memory_bytes"] for stage in told.get("plan", {}).get("stages", ())),
+        "digest": hashlib.sha256((model.deployment or model.model).encode()).hexdigest(),
+        "details": {
+            "parent_model": "",
+            "format": "",
+            "family": FAMILY,
+            "families": [FAMILY],
+            "parameter_size": "",
+            "quantization_level": told.get("weights", ""),
+        },
+        "context_length": model.context,
+        "capabilities": list(CAPABILITIES),
+    }
+
+
+def _deployments(app: web.Application) -> dict[str, dict[str, Any]]:
+    return {one["id"]: one for one in app[HOUSEHOLD].status()["deployments"]}

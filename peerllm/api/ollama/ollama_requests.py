@@ -1,0 +1,180 @@
+"""The bodies of /api/chat and /api/generate, and what is asked by them. Options that nobody knows are skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from peerllm.api.core.generation import (
+    MAX_MESSAGES,
+    MAX_STOPS,
+    AnswerForm,
+    AnySeed,
+    CalledTool,
+    ChatMessage,
+    FrequencyPenalty,
+    Generation,
+    MinP,
+    Name,
+    OfferedTool,
+    PresencePenalty,
+    RepetitionPenalty,
+    SamplingOptions,
+    StopString,
+    Temperature,
+    TopK,
+    TopP,
+    checked,
+    seed_of,
+)
+from peerllm.api.error_answers import FieldError
+from peerllm.api.ollama.keep_alive import KeepAlive, seconds_of
+
+NAMES: Mapping[str, str] = {"answer_form": "format", "reasoning": "thinking"}
+Format = str | dict[str, Any] | None
+
+
+class OllamaOptions(Struct, kw_only=True):
+    """`num_ctx` is skipped: a household's model has the context that it was planned for."""
+
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+    min_p: MinP | None = None
+    repeat_penalty: RepetitionPenalty | None = None
+    presence_penalty: PresencePenalty | None = None
+    frequency_penalty: FrequencyPenalty | None = None
+    seed: AnySeed | None = None
+    num_predict: int | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
+    keep_alive: KeepAlive = None  # here, and the next, n8n has them
+    format: Format = None
+
+    def sampling(self) -> SamplingOptions:
+        return SamplingOptions(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repeat_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=seed_of(self.seed),
+        )
+
+
+class OllamaFields(Struct, kw_only=True):
+    model: Name
+    stream: bool | None = None
+    options: OllamaOptions | None = None
+    keep_alive: KeepAlive = None
+    format: Format = None
+    think: bool | str | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """What is not said is streamed."""
+        return self.stream is not False
+
+    def shared(self) -> dict[str, Any]:
+        """The fields of a Generation that chats and texts have in common."""
+        options = self.options or OllamaOptions()
+        most, stop = options.num_predict or 0, options.stop
+        return {
+            "model": self.model,
+            "max_tokens": most if most > 0 else None,
+            "stops": (stop,) if isinstance(stop, str) else tuple(stop or ()),
+            "sampling": options.sampling(),
+            "answer_form": _answer_form(self.format or options.format),
+            "reasoning": self.think,
+            "keep_alive_s": seconds_of(options.keep_alive if self.keep_alive is None else self.keep_alive),
+        }
+
+
+class OllamaFunctionCall(Struct):
+    name: str
+    arguments: dict[str, Any] = {}
+
+
+class OllamaToolCall(Struct):
+    function: OllamaFunctionCall
+    id: str = ""
+
+
+class OllamaMessage(Struct):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    images: list[Any] | None = None
+    tool_calls: list[OllamaToolCall] | None = None
+    tool_name: str | None = None
+
+    def message(self, where: str) -> ChatMessage:
+        _no_images(self.images, f"{where}.images")
+        calls = (CalledTool(one.id, one.function.name, one.function.arguments) for one in self.tool_calls or ())
+        return ChatMessage(self.role, self.content or "", tool_calls=tuple(calls), name=self.tool_name or "")
+
+
+class OllamaFunction(Struct):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class OllamaTool(Struct):
+    function: OllamaFunction
+
+    def tool(self) -> OfferedTool:
+        return OfferedTool(self.function.name, self.function.description or "", self.function.parameters or {})
+
+
+class OllamaChatBody(OllamaFields, kw_only=True):
+    messages: Annotated[list[OllamaMessage], Meta(max_length=MAX_MESSAGES)] = []
+    tools: list[OllamaTool] | None = None
+
+    def generation(self) -> Generation | None:
+        """None where nothing is said: the model is only to be loaded."""
+        messages = tuple(one.message(f"messages[{index}]") for index, one in enumerate(self.messages))
+        wanted = Generation(messages=messages, tools=tuple(one.tool() for one in self.tools or ()), **self.shared())
+        return checked(wanted, NAMES) if messages else None
+
+
+class GenerateBody(OllamaFields, kw_only=True):
+    prompt: str | None = None
+    system: str | None = None
+    raw: bool | None = None
+    suffix: str | None = None
+    template: str | None = None
+    context: list[int] | None = None
+    images: list[Any] | None = None
+
+    def generation(self) -> Generation | None:
+        """None where nothing is said: the model is only to be loaded."""
+        _no_images(self.images, "images")
+        for name in ("suffix", "template", "context"):
+            if getattr(self, name):
+                what = "; send the conversation to /api/chat" if name == "context" else ""
+                raise FieldError(f"{name} is not supported{what}", name, "unsupported_parameter")
+        shared = self.shared()
+        if not self.prompt:
+            return None
+        if self.raw:
+            return checked(Generation(prompt=self.prompt, **shared), NAMES)
+        system = [ChatMessage("system", self.system)] if self.system else []
+        return checked(Generation(messages=(*system, ChatMessage("user", self.prompt)), **shared), NAMES)
+
+
+def _answer_form(given: Format) -> AnswerForm | None:
+    if not given:
+        return None
+    if isinstance(given, dict):
+        return AnswerForm("schema", given)
+    if given != "json":
+        raise FieldError('format must be "json" or a JSON schema', "format")
+    return AnswerForm("json")
+
+
+def _no_images(images: list[Any] | None, where: str) -> None:
+    if images:
+        raise FieldError(f"{where} cannot be read: models read text only here", where, "unsupported_content")

@@ -1,0 +1,63 @@
+"""Ollama's routes. HEAD and GET / are the page's."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+
+from aiohttp import web
+
+import peerllm
+from peerllm.api.bodies import read_body
+from peerllm.api.core.model_wait import awaited_model
+from peerllm.api.core.telling import tell
+from peerllm.api.error_answers import json_response
+from peerllm.api.keys import TASKS
+from peerllm.api.ollama.ollama_answers import OllamaAnswers
+from peerllm.api.ollama.ollama_models import ShowBody, running, shown, tags
+from peerllm.api.ollama.ollama_requests import GenerateBody, OllamaChatBody
+
+OLLAMA_VERSION = "0.12.6"  # of Ollama's API: clients ask for a least one
+
+
+def add_ollama(app: web.Application) -> None:
+    app.router.add_get("/api/version", version)
+    app.router.add_get("/api/tags", list_tags)
+    app.router.add_get("/api/ps", list_running)
+    app.router.add_post("/api/show", show)
+    app.router.add_post("/api/chat", chat)
+    app.router.add_post("/api/generate", generate)
+
+
+async def version(_: web.Request) -> web.Response:
+    return json_response({"version": OLLAMA_VERSION, "peerllm": peerllm.__version__})
+
+
+async def list_tags(request: web.Request) -> web.Response:
+    return json_response(tags(request.app))
+
+
+async def list_running(request: web.Request) -> web.Response:
+    return json_response(running(request.app))
+
+
+async def show(request: web.Request) -> web.Response:
+    return json_response(shown(request.app, (await read_body(request, ShowBody)).asked()))
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    return await _answered(request, await read_body(request, OllamaChatBody), chat=True)
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    return await _answered(request, await read_body(request, GenerateBody), chat=False)
+
+
+async def _answered(request: web.Request, body: OllamaChatBody | GenerateBody, chat: bool) -> web.StreamResponse:
+    form, wanted = OllamaAnswers(body.model, chat), body.generation()
+    if wanted is not None:
+        return await tell(request, [wanted], form, body.streamed)
+    with request.app[TASKS].stream():
+        async with aclosing(awaited_model(request.app, body.model)) as steps:
+            async for _ in steps:
+                pass
+    return json_response(form.loaded())

@@ -1,0 +1,189 @@
+"""/v1/messages, with the official client and by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anthropic
+import pytest
+
+from peerllm.api.core import model_wait, own_answer
+from peerllm.api.server import ApiServer
+from peerllm.api.token import load_or_create_token
+from peerllm.errors import EngineError, OverloadedError
+from tests.api.fake import FakeHousehold
+
+PATH = "/v1/messages"
+ASK: Any = {"model": "builtin", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.fixture
+async def claude(server: ApiServer) -> AsyncIterator[anthropic.AsyncAnthropic]:
+    async with anthropic.AsyncAnthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+async def test_a_message_is_answered_whole(claude: anthropic.AsyncAnthropic, household: FakeHousehold) -> None:
+    household.reused = 4
+    system = [{"type": "text", "text": "be"}, {"type": "text", "text": "brief", "cache_control": {"type": "ephemeral"}}]
+    answer = await claude.messages.create(**ASK, system=system, extra_body={"temperature": 0, "top_k": 3})
+    assert (answer.type, answer.role, answer.model, answer.id[:4]) == ("message", "assistant", "builtin", "msg_")
+    assert [(block.type, block.text) for block in answer.content] == [("text", household.reply)]  # type: ignore[union-attr]
+    assert (answer.stop_reason, answer.stop_sequence) == ("end_turn", None)
+    (asked,) = household.requests
+    assert answer.usage.input_tokens == len(asked.prompt)
+    assert answer.usage.output_tokens == len(household.ids(household.reply)) + 1
+    assert answer.usage.cache_read_input_tokens == 4
+    assert (asked.max_tokens, asked.sampling.temperature, asked.sampling.top_k) == (100, 0.0, 3)
+    prompt = household.tokenizer.decode(asked.prompt, skip_special_tokens=False)
+    assert prompt == "<s><|system|>be\nbrief<|end|>\n<|user|>hi<|end|>\n<|assistant|>"
+
+
+async def test_a_message_is_streamed(claude: anthropic.AsyncAnthropic, household: FakeHousehold) -> None:
+    async with claude.messages.stream(**ASK) as stream:
+        text = "".join([piece async for piece in stream.text_stream])
+        final = await stream.get_final_message()
+    assert text == household.reply == final.content[0].text  # type: ignore[union-attr]
+    assert (final.stop_reason, final.usage.input_tokens) == ("end_turn", len(household.requests[0].prompt))
+    assert final.usage.output_tokens == len(household.ids(household.reply)) + 1
+
+
+async def test_every_event_has_its_name_and_its_place(client: aiohttp.ClientSession) -> None:
+    async with client.post(PATH, json={**ASK, "stream": True}) as response:
+        events = (await response.text()).removesuffix("\n\n").split("\n\n")
+    names = []
+    for event in events:
+        name, data = event.split("\n")
+        names.append(json.loads(data.removeprefix("data: "))["type"])
+        assert name == f"event: {names[-1]}"
+    assert names[:2] == ["message_start", "content_block_start"]
+    assert set(names[2:-3]) == {"content_block_delta"}
+    assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_why_it_ended(claude: anthropic.AsyncAnthropic, household: FakeHousehold, stream: bool) -> None:
+    async def asked(**more: Any) -> Any:
+        if not stream:
+            return await claude.messages.create(**{**ASK, **more})
+        async with claude.messages.stream(**{**ASK, **more}) as events:
+            return await events.get_final_message()
+
+    stopped = await asked(stop_sequences=["zzz", "wör"])
+    assert (stopped.content[0].text, stopped.stop_reason, stopped.stop_sequence) == ("Hello, ", "stop_sequence", "wör")
+    cut = await asked(max_tokens=5)
+    assert (cut.content[0].text, cut.stop_reason, cut.stop_sequence) == ("Hello", "max_tokens", None)
+
+
+async def test_conversations_leave_out_what_the_model_thought(
+    claude: anthropic.AsyncAnthropic, household: FakeHousehold
+) -> None:
+    thought: Any = [{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "a"}]
+    messages: Any = [{"role": "user", "content": "q"}, {"role": "assistant", "content": thought}, *ASK["messages"]]
+    await claude.messages.create(**{**ASK, "messages": messages}, thinking={"type": "disabled"})
+    prompt = household.tokenizer.decode(household.requests[0].prompt, skip_special_tokens=False)
+    assert "<|assistant|>a<|end|>" in prompt and "hm" not in prompt
+
+
+async def test_pings_while_nothing_comes(
+    claude: anthropic.AsyncAnthropic,
+    client: aiohttp.ClientSession,
+    household: FakeHousehold,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(own_answer, "KEEP_ALIVE_S", 0.02)
+    household.queued = [3]
+    async with client.post(PATH, json={**ASK, "stream": True}) as response:
+        assert await response.content.readuntil(b"\n\n") == b": queued 3\n\n"
+        assert await response.content.readuntil(b"\n\n") == b'event: ping\ndata: {"type":"ping"}\n\n'
+    async with claude.messages.stream(**ASK) as stream:
+        assert await stream.get_final_text() == household.reply, "the client takes no offence"
+
+
+@pytest.mark.parametrize(
+    ("error", "caught", "kind"),
+    [
+        (OverloadedError("full", 2.0), anthropic.RateLimitError, "rate_limit_error"),
+        (EngineError("died"), anthropic.APIStatusError, "overloaded_error"),
+    ],
+)
+async def test_errors_have_its_shape(
+    claude: anthropic.AsyncAnthropic, household: FakeHousehold, error: Exception, caught: Any, kind: str
+) -> None:
+    household.error_at_once = error
+    for stream in (True, False):
+        with pytest.raises(caught) as found:
+            await claude.messages.create(**ASK, stream=stream)
+        assert found.value.body == {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+async def test_an_error_midway_is_an_event(claude: anthropic.AsyncAnthropic, household: FakeHousehold) -> None:
+    household.error_midway = EngineError("the engine on jetson died")
+    said = ""
+    with pytest.raises(anthropic.APIStatusError, match="jetson died"):  # noqa: PT012
+        async with claude.messages.stream(**ASK) as stream:
+            async for piece in stream.text_stream:
+                said += piece
+    assert said == household.reply[:4]
+
+
+async def test_an_unknown_model_is_404(claude: anthropic.AsyncAnthropic) -> None:
+    with pytest.raises(anthropic.NotFoundError, match="builtin"):
+        await claude.messages.create(**{**ASK, "model": "claude-9"})
+
+
+async def test_a_refusal_says_how_far_the_model_is(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_wait, "PATIENCE_S", {})
+    household.served = [replace(household.model, state="loading", message="loading", progress=0.42)]
+    async with client.post(PATH, json=ASK) as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["type"], error["loading"]["percent"]) == (503, "overloaded_error", 42)
+
+
+async def test_its_key_header_opens_what_is_not_loopback(household: FakeHousehold, tmp_path: Path) -> None:
+    server = ApiServer(household, "0.0.0.0", 0, tmp_path / "exposed", in_process=True)
+    await server.start()
+    try:
+        for key, allowed in ((load_or_create_token(tmp_path / "exposed"), True), ("x" * 43, False)):
+            async with anthropic.AsyncAnthropic(base_url=server.url, api_key=key, max_retries=0) as client:
+                if allowed:
+                    assert (await client.messages.create(**ASK)).stop_reason == "end_turn"
+                else:
+                    with pytest.raises(anthropic.AuthenticationError):
+                        await client.messages.create(**ASK)
+    finally:
+        await server.close()
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"max_tokens": None}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "system", "content": "x"}]}, "one of assistant, user"),
+    ({"messages": [*ASK["messages"], {"role": "assistant", "content": "{"}]}, "end with one of the user"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+    ({"system": 5}, "system"),
+    ({"temperature": 1.5}, "temperature"),
+    ({"stop_sequences": "x"}, "stop_sequences"),
+    ({"tools": [{"name": "f", "input_schema": {}}]}, "tools is not supported"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "does not support thinking"),
+]
+
+
+@pytest.mark.parametrize(("more", "word"), WRONG, ids=range(len(WRONG)))
+async def test_bad_input_is_one_line(
+    client: aiohttp.ClientSession, household: FakeHousehold, more: dict[str, Any], word: str
+) -> None:
+    async with client.post(PATH, json={**ASK, **more}) as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["type"]) == (400, "invalid_request_error")
+    assert word in error["message"] and "\n" not in error["message"]
+    assert not household.requests
