@@ -81,6 +81,39 @@ async def test_an_answer_is_the_sources_own(pair: Pair) -> None:
     assert not pair.mini.requests
 
 
+@pytest.mark.parametrize(("path", "body"), [
+    ("/v1/completions", {"prompt": "hi", "max_tokens": 99}), ("/api/chat", {"messages": ASK["messages"]}),
+    ("/api/generate", {"prompt": "hi"}), ("/v1/messages", {"messages": ASK["messages"], "max_tokens": 99}),
+])  # fmt: skip
+async def test_every_api_relays(pair: Pair, path: str, body: dict[str, Any]) -> None:
+    """Whole and streamed, and the source's refusal in the words of the API."""
+    for stream in (False, True):
+        async with pair.session.post(path, json={"model": "builtin", **body, "stream": stream}) as response:
+            text = await response.text()
+            assert response.status == 200, text
+        if stream:
+            objects = [json.loads(one.removeprefix("data: ")) for one in text.split("\n") if "{" in one]
+        said = "".join(str(_text(one)) for one in (objects if stream else [json.loads(text)]))
+        assert said == pair.laptop.reply
+    pair.laptop.error_at_once = OverloadedError("the queue is full", 2.3)
+    async with pair.session.post(path, json={"model": "builtin", **body}) as response:
+        assert (response.status, response.headers["Retry-After"]) == (429, "3")
+        error = (await response.json())["error"]
+    assert (error if path.startswith("/api/") else error["message"]) == "the queue is full"
+    assert not pair.mini.requests
+
+
+def _text(told: Any) -> str:
+    """Of an object of any API."""
+    for name in ("text", "response"):
+        if isinstance(told, dict) and isinstance(told.get(name), str):
+            return str(told[name])
+    inner = [told[name] for name in ("choices", "message", "content", "delta") if told.get(name)]
+    if inner and isinstance(inner[0], str):
+        return inner[0]
+    return "".join(_text(one) for part in inner[:1] for one in (part if isinstance(part, list) else [part]))
+
+
 async def test_tokens_come_one_by_one(pair: Pair) -> None:
     pair.laptop.endless, pair.laptop.pace_s = True, 0.01
     async with pair.session.post(PATH, json={**ASK, "stream": True}) as response:

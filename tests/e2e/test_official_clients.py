@@ -1,0 +1,83 @@
+"""The official clients of three APIs get the same greedy answer from every device, whole and streamed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import anthropic
+import ollama
+import openai
+import pytest
+
+from tests.household import Device
+
+STORY: Any = [{"role": "user", "content": "Tell me a story."}]
+TOKENS = 24
+LISTED_S = 0.1  # seconds until a list of models must begin to come
+
+
+def by_openai(device: Device, stream: bool) -> str:
+    with openai.OpenAI(base_url=device.url + "/v1", api_key=device.token()) as client:
+        made: Any = client.chat.completions.create(
+            model="builtin", messages=STORY, max_tokens=TOKENS, temperature=0, stream=stream
+        )
+        if not stream:
+            return str(made.choices[0].message.content)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in made)
+
+
+def by_ollama(device: Device, stream: bool) -> str:
+    client = ollama.Client(device.url, headers={"Authorization": f"Bearer {device.token()}"})
+    options = {"num_predict": TOKENS, "temperature": 0}
+    made: Any = client.chat("builtin", STORY, options=options, stream=stream)
+    return "".join(part.message.content for part in made) if stream else str(made.message.content)
+
+
+def by_anthropic(device: Device, stream: bool) -> str:
+    with anthropic.Anthropic(base_url=device.url, api_key=device.token()) as client:
+        asked: Any = {"model": "builtin", "messages": STORY, "max_tokens": TOKENS, "extra_body": {"temperature": 0}}
+        if not stream:
+            made: Any = client.messages.create(**asked)
+            return str(made.content[0].text)
+        with client.messages.stream(**asked) as events:
+            return "".join(events.text_stream)
+
+
+@pytest.mark.parametrize("ask", [by_openai, by_ollama, by_anthropic])
+def test_each_client_gets_the_same_answer_from_each_device(demo: list[Device], ask: Any) -> None:
+    wanted = by_openai(demo[0], False)
+    asked = [(device, stream) for device in demo for stream in (False, True)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        assert list(pool.map(lambda one: ask(*one), asked)) == [wanted] * len(asked)
+    assert len(wanted) > TOKENS
+
+
+def test_models_are_listed_at_once_while_answers_are_written(demo: list[Device]) -> None:
+    """The best of three times, as the machine may stand still by itself."""
+    client = ollama.Client(demo[1].url, headers={"Authorization": f"Bearer {demo[1].token()}"})
+    begun, over = threading.Event(), threading.Event()
+
+    def write() -> None:
+        for _ in client.chat("builtin", STORY, options={"num_predict": 400}, stream=True):
+            begun.set()
+            if over.is_set():
+                return
+
+    with ThreadPoolExecutor(4) as pool:
+        writing = [pool.submit(write) for _ in range(4)]
+        assert begun.wait(60)
+        try:
+            for listed in (client.list, client.ps):
+                took = []
+                for _ in range(3):
+                    since = time.monotonic()
+                    assert [one.model for one in listed().models] == ["builtin:latest"]
+                    took.append(time.monotonic() - since)
+                assert min(took) < LISTED_S, took
+        finally:
+            over.set()
+        for one in writing:
+            one.result(60)
