@@ -290,3 +290,12 @@ async def test_closing_ends_what_nobody_reads(
     await leave_midway(client, household)
     await server.close()
     assert household.closed.is_set()
+
+
+async def test_it_can_be_read_through_another_api(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
+    first = await whole(client)
+    async with client.post("/api/chat", json={**ASK, "stream": False}, headers=KEY) as response:
+        assert (await response.json())["message"]["content"] == first["choices"][0]["message"]["content"]
+    async with client.post("/v1/messages", json={**ASK, "max_tokens": 9}, headers=KEY) as response:
+        assert response.status == 422
+    assert len(household.requests) == 1
