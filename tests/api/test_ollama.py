@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import ollama
 import pytest
 
-from peerllm.api.core import model_wait
+from peerllm.api.core import model_wait, own_answer
 from peerllm.api.error_answers import FieldError
 from peerllm.api.ollama.keep_alive import seconds_of
 from peerllm.api.server import ApiServer
@@ -46,6 +47,16 @@ async def test_a_chat_is_answered_whole(lama: ollama.AsyncClient, household: Fak
     assert answer.total_duration and all(isinstance(one, int) and one >= 0 for one in parts)
     assert sum(one or 0 for one in parts) <= answer.total_duration
     assert household.tokenizer.decode(asked.prompt, skip_special_tokens=False) == "<s><|user|>hi<|end|>\n<|assistant|>"
+
+
+async def test_times_are_told_apart(
+    lama: ollama.AsyncClient, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter((10.0, 12.0, 17.0))  # the prompt is encoded, the first token is there, the last one
+    clock = SimpleNamespace(monotonic=lambda: next(readings), time=lambda: 1.7e9)
+    monkeypatch.setattr(own_answer, "time", clock)
+    answer = await lama.chat(**ASK)
+    assert (answer.prompt_eval_duration, answer.eval_duration) == (2_000_000_000, 5_000_000_000)
 
 
 async def test_a_chat_is_streamed(lama: ollama.AsyncClient, household: FakeHousehold) -> None:

@@ -233,6 +233,14 @@ async def test_a_large_answer_in_one_piece_is_bounded(pair: Pair, monkeypatch: p
         assert response.status == 503 and "more than 10 characters" in (await response.json())["error"]["message"]
 
 
+async def test_a_refusal_without_an_end_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_answer, "MAX_REFUSAL_BYTES", 100)
+    monkeypatch.setattr(asking, "SOUGHT_S", 0.0)
+    pair.laptop.error_at_once = OverloadedError("x" * 200)
+    async with pair.session.post(PATH, json=ASK) as response:
+        assert response.status == 503 and "larger than 100 bytes" in (await response.json())["error"]["message"]
+
+
 async def test_a_silent_source_keeps_the_client_connected(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_answer, "SILENCE_S", 0.02)
     monkeypatch.setattr(asking, "RESUME_S", 0.0)
@@ -515,6 +523,7 @@ async def test_an_answer_without_a_key_goes_on_on_the_device_that_follows(
     assert not any("error" in event for event in events)
     said = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
     assert said == pair.laptop.reply and len({event["id"] for event in events}) == 1
+    assert sum("role" in event["choices"][0]["delta"] for event in events) == 1, "it begins once"
 
 
 async def test_relayed_answers_without_a_key_are_not_kept(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

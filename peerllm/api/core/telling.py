@@ -78,7 +78,12 @@ async def tell(request: web.Request, wanted: Sequence[Generation], form: ToldFor
             if told is None:
                 return json_response(form.whole(await _collected(events, len(wanted))))
             async with ending_well(request.app, told):
-                async for choice, event in _once(events):
+                begun = set[int]()
+                async for choice, event in events:
+                    if isinstance(event, AnswerBegins):
+                        if choice in begun:  # it goes on on another device
+                            continue
+                        begun.add(choice)
                     for body, event_id in form.pieces(choice, event, repeats[choice]):
                         await (told.write(body) if isinstance(body, bytes) else told.send(body, event_id))
                 for body, event_id in form.closing():
@@ -98,17 +103,6 @@ async def ending_well(app: web.Application, stream: Stream) -> AsyncGenerator[No
                 await stream.send(stream.failing(facts))
                 await stream.end()
         raise
-
-
-async def _once(events: AsyncGenerator[tuple[int, AnswerEvent]]) -> AsyncGenerator[tuple[int, AnswerEvent]]:
-    """Without the second beginnings of answers that go on on another device."""
-    begun = set[int]()
-    async for choice, event in events:
-        if isinstance(event, AnswerBegins):
-            if choice in begun:
-                continue
-            begun.add(choice)
-        yield choice, event
 
 
 async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int) -> list[WholeAnswer]:
