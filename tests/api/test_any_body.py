@@ -25,7 +25,7 @@ SAMPLING = {"temperature": 1, "top_p": 0.5, "top_k": 5, "min_p": 0.1, "seed": 7,
 FULL: list[tuple[Any, dict[str, Any]]] = [
     (ChatBody, {**SAMPLING, "model": "m", "n": 2, "stream": True, "stream_options": {"include_usage": True},
                 "messages": [{"role": "user", "content": [{"type": "text", "text": "t"}]},
-                             {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                             {"role": "assistant", "content": None, "tool_calls": []},
                              {"role": "tool", "content": "r", "tool_call_id": "c"}],
                 "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}, "logprobs": True,
                 "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}, "user": "u"}),
