@@ -19,20 +19,17 @@ from peerllm.daemon.control_messages import (
     Answer,
     Assign,
     Carry,
-    Have,
     Holding,
-    Inherit,
+    LoadQuestion,
     Pace,
     Profile,
     Progress,
-    Question,
     Release,
     Reserve,
     Trace,
     Trouble,
-    Vote,
 )
-from peerllm.daemon.decide.assignments import Address, check
+from peerllm.daemon.decide.assignments import MAX_LINKS, Address, check, links_of
 from peerllm.daemon.decide.ledger import Ledger, added_to
 from peerllm.daemon.decide.membership import GRACE_S
 from peerllm.daemon.deployment.loading.epoch_loading import (
@@ -98,7 +95,7 @@ class Worker:
         self._grace: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
-    async def answer(self, sender: DeviceId, question: Question) -> Answer:
+    async def answer(self, sender: DeviceId, question: LoadQuestion) -> Answer:
         """Do what a coordinator asks; what stands against it is the answer's error, never raised."""
         try:
             match question:
@@ -119,8 +116,6 @@ class Worker:
                     return await self._paces(sender, deployment)
                 case Trace():
                     return Answer(0, recorded=await self._record(sender, question))
-                case Have() | Inherit() | Vote():
-                    return Answer(0)  # answered by Offers and Successor
                 case _:
                     assert_never(question)
         except PeerLLMError as error:
@@ -250,6 +245,9 @@ class Worker:
         promise = self.ledger.promise(assign.deployment, assign.epoch)
         if promise is not None and promise.coordinator == sender:
             check(assign, promise.nbytes, sender == self._me)
+            held_links = sum(links_of(one.assign) for one in self._epochs_of(sender))
+            if held_links + links_of(assign) > MAX_LINKS:
+                raise RefusedError(f"{held_links} links are expected for you already; {MAX_LINKS} is the most")
         self.ledger.commit(assign.deployment, assign.epoch, sender, time.monotonic())
         held = self._held.setdefault(assign.deployment, HeldDeployment(assign.deployment, sender))
         epoch = held.epochs[assign.epoch] = HeldEpoch(assign)
@@ -285,6 +283,9 @@ class Worker:
             self._engine.next_request(), asked.deployment, asked.epoch, *layers, to_epoch=asked.to_epoch, to=to
         )
         await self._engine.ask(state, CARRY_TIMEOUT_S)
+
+    def _epochs_of(self, coordinator: DeviceId) -> Iterable[HeldEpoch]:
+        return (one for held in self._held.values() if held.coordinator == coordinator for one in held.epochs.values())
 
     def _loaded(self, sender: DeviceId, deployment: DeploymentId, number: int) -> None:
         """RefusedError unless that epoch is loaded here for the sender."""
