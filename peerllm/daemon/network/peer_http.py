@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 from aiohttp import web
@@ -32,6 +32,8 @@ MAX_CONNECTIONS = 32
 MAX_CONNECTIONS_PER_DEVICE = 4
 MAX_CONTEXTS = 128
 MAX_RELAYED = 512  # answers of other devices under way at once; the API streams no more
+UPLOAD_TIMEOUT_S = 40.0  # until the other device has taken a request's body; it waits less long for one itself
+ANSWER_STALL_S = 100.0  # without a byte of an answer: it is heard of each 5 s, and a silent device is waited for 60 s
 
 _probing = web.AppKey("probing", asyncio.Lock)
 _free: web.AppKey[Callable[[], bool]] = web.AppKey("free")
@@ -85,7 +87,7 @@ class PeerHttp:
         )
         self._relaying = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=MAX_RELAYED),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=ANSWER_STALL_S),
             trust_env=False,
             auto_decompress=False,
         )
@@ -138,15 +140,25 @@ class PeerHttp:
         headers: Mapping[str, str],
         body: bytes,
     ) -> AsyncIterator[RelayedAnswer]:
-        """The answer to a POST, its body as it comes; it may take as long as it likes. LinkError if the link breaks.
+        """The answer to a POST, its body as it comes; it may take as long as it likes, but not without a sign of life.
 
-        An answer that is left before its end is cut off, so that the device stops at once.
+        LinkError if the link breaks or stalls. An answer that is left before its end is cut off, so that the device
+        stops at once.
         """
         assert self._relaying is not None
         url = URL.build(scheme="https", host=host, port=port, path=path)
         context = self._context(certificate_pem)
         try:
-            response = await self._relaying.post(url, ssl=context, headers=headers, data=body, allow_redirects=False)
+            async with asyncio.timeout(UPLOAD_TIMEOUT_S) as upload:
+                response = await self._relaying.post(
+                    url,
+                    ssl=context,
+                    headers={**headers, "Content-Length": str(len(body))},
+                    data=_uploaded(body, upload),
+                    allow_redirects=False,
+                )
+        except TimeoutError as error:
+            raise LinkError("the device that answers for it says nothing") from error
         except (aiohttp.ClientError, OSError) as error:
             raise LinkError("the device that answers for it cannot be reached") from error
         try:
@@ -204,6 +216,14 @@ class PeerHttp:
             start, first = asked, 0
         seconds = max(end - start, 1e-6)
         return (got - first) * 8 / 1e6 / seconds, seconds
+
+
+async def _uploaded(body: bytes, upload: asyncio.Timeout) -> AsyncGenerator[bytes, None]:
+    """The body in pieces; once they are taken, the wait for the answer has a bound of its own."""
+    for start in range(0, len(body), CHUNK_BYTES):
+        yield body[start : start + CHUNK_BYTES]
+    with suppress(RuntimeError):  # the answer came before its body was taken
+        upload.reschedule(None)
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
