@@ -70,6 +70,7 @@ from peerllm.daemon.status.status import (
     starting_status,
 )
 from peerllm.daemon.successor.successor import Successor
+from peerllm.daemon.threads import timed
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.exchange.holders import ROUTE
 from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
@@ -583,7 +584,9 @@ class Daemon:
 
     async def _answer(self, device: DeviceId, question: Question) -> Answer:
         if isinstance(question, Have):
-            return await asyncio.to_thread(self.offers.answer, question)
+            answer, busy_s = await timed(partial(self.offers.answer, question))
+            self.network.kept_busy(device, busy_s)
+            return answer
         if isinstance(question, Inherit | Vote):
             return await self.successor.answer(device, question)
         return await self.worker.answer(device, question)
