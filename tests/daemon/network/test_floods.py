@@ -158,7 +158,7 @@ async def test_large_messages_are_decoded_off_the_loop_one_at_a_time(
     monkeypatch.setattr(control_channel, "_decoded", noted)
     async with besieged(tmp_path) as (anna, _, cleo):
         names.clear()
-        gossip = Gossip(tuple(anna.network._roster.export()) * 300)
+        gossip = Gossip(anna.network._roster.gossip().entries * 300)
         assert len(encode(gossip, Control)) > control_channel.LARGE_BYTES
         cleo.network.tell(anna.id, gossip)
         cleo.network.tell(anna.id, DeviceView(77, 2, "running", ()))
