@@ -15,6 +15,7 @@ RETRY_SETTLE_S = 0.3  # changes come in bursts
 ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
 STABLE_S = 10.0  # a plan that ran for so long was a good one; else repairs follow each other ever more slowly
 QUICK_REPAIRS = 4  # repairs of unstable plans that follow at once
+REPAIR_MOST_S = 5.0  # the longest wait before one: answers wait for it
 RENEWALS = 3  # times that links are made anew before the plan does without a device whose links break ...
 RENEWALS_S = 30.0  # ... in this time
 
@@ -91,7 +92,7 @@ class Attempts:
         self._unstable = self._unstable + 1 if ran_s < STABLE_S else 0
         if self._unstable > QUICK_REPAIRS:
             wait_s = CONTENTION_S * 2.0 ** min(self._unstable - QUICK_REPAIRS, 16)
-            self._not_before = now + min(RETRY_MOST_S, wait_s)
+            self._not_before = now + min(REPAIR_MOST_S, wait_s)
 
     def may_renew(self, now: float) -> bool:
         return not self.failed and not self.shunned and now >= self._not_before

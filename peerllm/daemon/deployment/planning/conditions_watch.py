@@ -1,7 +1,6 @@
 """Which device or link of the running plan has become slower or faster for good, told from noise. Sans-I/O.
 
-Only changes against the running plan's own beginning count: what was wrong with the plan's figures from the start
-stays a constant factor on both sides.
+A change is one against the running plan's own beginning; `beginning` tells how that was.
 """
 
 from __future__ import annotations
@@ -43,6 +42,17 @@ class ConditionsWatch:
                 changed = self._changed(device, told)
                 if changed is not None:
                     result[device] = changed
+        return result
+
+    def beginning(self) -> dict[int, Points]:
+        """What batches took at each stage at first; empty until FIRST looks saw one at every stage."""
+        result = dict[int, Points]()
+        for place, stage in enumerate(self._plan.stages):
+            whole = {n: ms for (key, at, n), ms in self._first.items() if (key, at) == (stage.device, place)}
+            points = tuple((n, median(ms)) for n, ms in sorted(whole.items()) if len(ms) == FIRST)
+            if not points:
+                return {}
+            result[place] = points
         return result
 
     def links(self, now: Links, nbytes: float) -> dict[tuple[DeviceId, DeviceId], float]:
