@@ -72,7 +72,7 @@ class Decider(Protocol):
 
 
 class Deployment:
-    """Owned by the coordinator: `start` it, `stop` it; `outcome` waits for the way it goes.
+    """Owned by the coordinator: `start` it, `stop` it; `outcome` waits until it serves, or fails.
 
     `served` is called whenever it serves, in a new epoch or again.
     """
@@ -190,7 +190,7 @@ class Deployment:
         return epoch.blueprint if epoch is not None else None
 
     def shown(self) -> ShownDeployment:
-        """As others see it now."""
+        """What is told of it to others."""
         running, failure = self._epochs.running, self._epochs.failure
         serving = self.state == "serving" and running is not None and not self.yields_to
         return ShownDeployment(
@@ -218,7 +218,7 @@ class Deployment:
     # ---- events in, actions out -----------------------------------------------------------------------------------
 
     def _feed(self, event: DeploymentEvent) -> None:
-        """Actions that at once cause events do not interrupt those that come after them."""
+        """Let the decider handle an event, and do what it says. Events that actions cause wait for the actions."""
         if self._ended:
             return
         self._events.append(event)
@@ -312,7 +312,7 @@ class Deployment:
         )
 
     async def _watch_stalls(self) -> None:
-        """An answer that a stage forgot, or an engine that stands still beside a daemon that lives: links made anew."""
+        """Have the links made anew where an answer gets no tokens: a stage forgot it, or an engine stands still."""
         while True:
             await asyncio.sleep(STALL_LOOK_S)
             running = self._epochs.running

@@ -50,7 +50,7 @@ class Epoch:
         return self.blueprint.plan.devices
 
     def layers(self, device: DeviceId) -> frozenset[int]:
-        """What the device computes in it."""
+        """The layers that the device computes in this epoch."""
         mine = (stage for stage in self.blueprint.plan.stages if stage.device == device)
         return frozenset(layer for one in mine for layer in range(one.first_layer, one.last_layer + 1))
 
@@ -126,7 +126,7 @@ class EpochNegotiation:
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     async def _reserve_all(self, epoch: Epoch, make_room: bool) -> None:
-        """In the one order that all coordinators use, so that the first of two rivals wins all."""
+        """Reserve on every device, in the one order that all coordinators use: the first of two rivals wins all."""
         for device in sorted(epoch.blueprint.promises):
             answer = await self._reserve(epoch, device)
             if answer.error == "RefusedError" and make_room and device in self.holdings.of_before(epoch.number):
@@ -138,7 +138,7 @@ class EpochNegotiation:
                 raise DeviceRefusedError(reason, device, wanted, answer.free_bytes, away)
 
     def _added_bytes(self, epoch: Epoch, device: DeviceId) -> int:
-        """What the epoch needs there beyond what is loaded."""
+        """What the epoch needs on the device beyond what is loaded there."""
         shards = self.holdings.shards(device, epoch.size)
         return min(epoch.blueprint.promises[device], added_bytes(epoch.blueprint, device, shards))
 
@@ -154,7 +154,7 @@ class EpochNegotiation:
 
 
 def failure_of(error: PeerLLMError) -> tuple[DeviceId | None, PeerLLMError]:
-    """Whose fault it is that an epoch was not established, and what it said."""
+    """The device that kept an epoch from being established, None if it was none, and the error that says why."""
     if isinstance(error, DeviceFailedError):
         return error.device, error.error
     if isinstance(error, DeviceRefusedError):

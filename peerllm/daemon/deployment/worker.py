@@ -125,7 +125,7 @@ class Worker:
     # ---- what happens ---------------------------------------------------------------------------------------------
 
     def obey(self, deployment: DeploymentId, coordinator: DeviceId) -> None:
-        """A deployment has another coordinator, which what is loaded for it obeys from now on."""
+        """A deployment has another coordinator: what is loaded for it obeys that one."""
         held = self._held.find(deployment)
         if held is not None and held.coordinator != coordinator:
             log.info("%s obeys %s now", deployment[:8], coordinator[:8])
@@ -138,11 +138,11 @@ class Worker:
             await self._held.let_go(held)
 
     def away(self, device: DeviceId) -> None:
-        """A device is not heard of any more: what it holds here as a coordinator is kept for GRACE_S."""
+        """A device is silent or gone: what it holds here as a coordinator is kept for GRACE_S."""
         self._grace.away(device)
 
     def back(self, device: DeviceId) -> None:
-        """The device is online: what it holds here is its own again."""
+        """The device is online: its grace ends."""
         self._grace.back(device)
 
     def engine_lost(self, reason: str) -> None:
@@ -177,7 +177,7 @@ class Worker:
             await self._held.let_go(held)
 
     async def let_go_all(self, reason: str) -> None:
-        """The owner's limits allow nothing any more: unload everything and tell the coordinators why."""
+        """The owner's limits allow nothing: unload everything and tell the coordinators why."""
         for held in self._held.all():
             number = held.last_epoch
             for epoch in held.epochs.values():

@@ -26,7 +26,7 @@ class CoordinatorGrace:
         self._tasks = BackgroundTasks()
 
     def away(self, device: DeviceId) -> None:
-        """The device is not heard of any more."""
+        """The device is silent or gone."""
         self._away.setdefault(device, time.monotonic())
         self._look()
 

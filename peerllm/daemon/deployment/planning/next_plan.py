@@ -25,7 +25,7 @@ MAX_PLANS = 4  # found and not established, kept for the decider to choose from
 
 
 class NextPlan:
-    """One deployment's, kept from plan to plan."""
+    """Finds the plans of one deployment; what it learns by one serves the next."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class NextPlan:
         return PlanFound(asked.number, stages, stay, beside, reason)
 
     def loaded(self, nbytes: int, seconds: float) -> None:
-        """A device took so long to load that much."""
+        """Note how long a device took to load so much: the next plans expect that rate."""
         if nbytes > 0 and seconds > 0:
             self._load_mbps = min(DISK_MBPS, nbytes * 8 / 1e6 / seconds)
 
@@ -122,7 +122,7 @@ class NextPlan:
 
 
 def _share(decision: ReplanDecision, blueprint: Blueprint) -> float:
-    """What moving gains, as a share of what is done in the time that it must pay for itself in."""
+    """The gain of moving, as a share of the work in the time in which it must pay for itself."""
     predicted = decision.plan.predicted
     if blueprint.workload.objective == "latency":
         return decision.gain / (USE.requests * predicted.request_ms + decision.gain)

@@ -1,7 +1,7 @@
 """The source's sequences of one deployment: admitted when a slot is free, else queued; their tokens handed on.
 
-Nothing ends because devices come and go: what runs is kept with its prompt and the ids of its answer, and waits, or is
-given to the engine anew after the ids that are known.
+No sequence ends because devices come and go. Its prompt and the ids of its answer are kept, and it waits, or the engine
+gets it again and goes on behind the ids that are known.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Admission:
         self._wake()
 
     def engine_lost(self) -> None:
-        """This device's engine knows none of its sequences any more: each is given to the next one where it stood."""
+        """The engine died: every sequence that it had is given to the next engine, behind the ids that are known."""
         self._resume(sorted(self._running.keys() & self._all.keys(), key=lambda one: self._all[one].submitted))
         self._running.clear()
 
