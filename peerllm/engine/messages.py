@@ -24,6 +24,7 @@ from peerllm.types import (
 
 PASS: LayerKind = "pass"  # noqa: S105  # in layer times: what a batch costs at a stage beside its layers
 FURTHER_TOKENS = 1024
+WORKING_STEPS = 16  # more than are computed of answers that end an engine again each time they go on
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SpanName = Literal[
     "idle", "take in", "pass", "hand on", "another model",  # of the compute thread, consecutive
@@ -439,6 +440,11 @@ class EngineLoad:
     loaded_layers: int = 0  # since the engine started
 
 
+@dataclass(frozen=True, slots=True)
+class Working:
+    """The engine has computed WORKING_STEPS batches of steps, told once: what ends it now is no fault of its start."""
+
+
 ToEngine = (
     Configure
     | Trust
@@ -470,4 +476,5 @@ FromEngine = (
     | LinkTraffic
     | Recorded
     | EngineLoad
+    | Working
 )

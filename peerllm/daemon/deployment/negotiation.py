@@ -9,7 +9,6 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from peerllm import errors
 from peerllm.daemon.control_messages import (
     Activate,
     Answer,
@@ -26,7 +25,7 @@ from peerllm.daemon.decide.hub_places import HubPlaces
 from peerllm.daemon.deployment.model_files import ModelOnDisk, Tell
 from peerllm.daemon.threads import Progress
 from peerllm.engine.messages import Cancel, Inspected, Submit, TensorAt
-from peerllm.errors import LinkError, PeerLLMError
+from peerllm.errors import LinkError, PeerLLMError, error_class
 from peerllm.types import DeploymentId, DeviceId
 
 LEASE_S = 30.0  # from the first reservation to the last assignment
@@ -100,10 +99,7 @@ class Surroundings(Protocol):
 def unless_error(answer: Answer, name: str) -> None:
     """Raise what the device's answer says, as the error class it names."""
     if answer.error:
-        kind = getattr(errors, answer.error, PeerLLMError)
-        if not (isinstance(kind, type) and issubclass(kind, PeerLLMError)):
-            kind = PeerLLMError
-        raise kind(f"{name}: {answer.reason}")
+        raise error_class(answer.error)(f"{name}: {answer.reason}")
 
 
 class DeviceFailedError(PeerLLMError):

@@ -99,8 +99,11 @@ class LoadedStage:
 
     def extend(self, run: TokenRun) -> bool:
         """Take in a run; False if it is to be dropped, FrameError if its sequence cannot go on (see SlotTable)."""
-        taken = [one.slots.extend(run, self.spec.epoch) for one in self._up_to(run.through)]
-        return bool(taken) and all(taken)
+        asked, epoch = self._up_to(run.through), self.spec.epoch
+        if not asked or not all(one.slots.follows(run, epoch) for one in asked):
+            return False
+        # All or none: for one that takes it in though another drops it, the same run comes late when it comes again.
+        return all([one.slots.extend(run, epoch) for one in asked])
 
     def release(self, sequence: int, keep: int = 0) -> bool:
         """Free a sequence's slot, in which its first `keep` tokens stay; False if it is not computed in this epoch."""

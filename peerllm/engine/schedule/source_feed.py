@@ -203,13 +203,9 @@ class SourceFeed:
         except FrameError as error:
             self._finish(opened.sequence, "error", str(error))
             return
-        if again is None:
-            return
-        self._turns.left(opened.sequence)
-        if ring is self.ring:
+        if again is not None:
+            self._turns.left(opened.sequence)
             self._send(ring, *again)
-        else:
-            self.sequences.leave(opened.sequence)
 
     def _send(self, ring: EpochRing, opened: Opened, step: TokenRun | None) -> None:
         """What breaks or comes back within `give` finds the sequence as it is after it."""

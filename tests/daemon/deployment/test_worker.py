@@ -12,7 +12,7 @@ from peerllm.codec import decode, encode
 from peerllm.daemon.control_messages import Activate, Ask, Carry, Control, Release, Reserve, Trouble
 from peerllm.daemon.decide.assignments import MAX_LINKS, assignments, check, travelling
 from peerllm.daemon.decide.demand import draw_up
-from peerllm.daemon.deployment import worker as worker_module
+from peerllm.daemon.deployment.loading import coordinator_grace
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Connect, LinkLost, LoadStage, Unload
 from peerllm.errors import BadInputError, EngineError, LinkError, ModelError, RefusedError
@@ -374,7 +374,7 @@ async def test_state_is_copied_by_the_engine_to_where_this_device_or_the_coordin
 
 
 async def test_a_coordinator_that_is_back_within_the_grace_finds_everything_loaded(house, plan, worker, monkeypatch):
-    monkeypatch.setattr(worker_module, "GRACE_S", 0.05)
+    monkeypatch.setattr(coordinator_grace, "GRACE_S", 0.05)
     await loaded(worker, plan)
     worker.away(A)
     worker.back(A)
@@ -400,7 +400,7 @@ async def test_who_needs_the_room_gets_that_of_a_coordinator_that_is_away_and_of
     assert not (await worker.answer(C, Reserve(other, 1, free, 10))).error and worker.holdings(), "there is room"
     await worker.answer(C, Release(other, 1))
     assert (await worker.answer(C, Reserve(other, 2, lent, 10))).error, "it may be back in a moment"
-    monkeypatch.setattr(worker_module, "EVICTABLE_S", 0.0)
+    monkeypatch.setattr(coordinator_grace, "EVICTABLE_S", 0.0)
     assert not (await worker.answer(C, Reserve(other, 2, lent, 10))).error
     assert not worker.holdings() and not house["b"].engine.shards
     await worker.answer(C, Release(other, 2))

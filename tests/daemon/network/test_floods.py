@@ -28,7 +28,7 @@ from peerllm.daemon.control_messages import (
     Question,
     Release,
 )
-from peerllm.daemon.daemon import Daemon
+from peerllm.daemon.household_events import HouseholdEvents
 from peerllm.daemon.network import control_channel
 from peerllm.daemon.network.control_channel import LAST, MORE, PART_BYTES
 from peerllm.daemon.network.limits import traffic_budget
@@ -171,7 +171,7 @@ async def test_large_messages_are_decoded_off_the_loop_one_at_a_time(
     monkeypatch.setattr(control_channel, "_decoded", noted)
     async with besieged(tmp_path) as (anna, _, cleo):
         names.clear()
-        gossip = Gossip(tuple(anna.network._roster.export()) * 300)
+        gossip = Gossip(anna.network._roster.gossip().entries * 300)
         assert len(encode(gossip, Control)) > control_channel.LARGE_BYTES
         cleo.network.tell(anna.id, gossip)
         cleo.network.tell(anna.id, DeviceView(77, 2, "running", ()))
@@ -195,5 +195,5 @@ async def test_work_for_a_device_in_threads_counts_in_its_budget(tmp_path: Path)
 
         parts: Any = SimpleNamespace(offers=Busy(), network=anna.network)
         before = budget._full_at
-        assert await Daemon._answer(parts, "b" * 64, Have(("0" * 64,))) == Answer(7)
+        assert await HouseholdEvents(parts)._answer("b" * 64, Have(("0" * 64,))) == Answer(7)
         assert budget._full_at - max(before, 0.0) >= 0.02 / traffic_budget.BUSY_SHARE

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from peerllm.daemon.decide.membership import LINKED
+from peerllm.daemon.decide.membership_events import LINKED
 from peerllm.daemon.network import peer_http
 from peerllm.daemon.relay import relay_door
 from peerllm.daemon.relay.relay_client import RelayClient

@@ -1,9 +1,9 @@
 """Fetching tensors from every place that has them at once: other devices, and the hub for what no device has.
 
 Each place has a few lanes. A lane takes the next tensor that its place has; where none is left, it takes over half of
-what another lane has still to bring. So the fast bring more than the slow, and what one that dies leaves is brought by
-the others. Tensors that only the source has, or only the hub, and that several devices need, are brought into the
-household by the one that the manifest names; the others wait for that device.
+what another lane has still to bring. So fast places bring more than slow ones, and what a place that dies had left is
+brought by the others. Tensors that only the source has, or only the hub, and that several devices need, are brought
+into the household by the one that the manifest names; the others wait for that device.
 
 Of a tensor whose hash nobody here knows, devices that fetched it from the hub themselves say one; it counts for this
 fetch alone.
