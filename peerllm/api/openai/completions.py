@@ -123,7 +123,7 @@ async def _begin(
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
-    prompt = await app[TEXTS].prompt(text, chat.messages, model.context)
+    prompt = await app[TEXTS].prompt(text, chat.messages, model.context, caller.asker)
     room = model.context - len(prompt)
     objects = OpenAIObjects(model.name, len(prompt), chat.return_token_ids, chat.include_usage)
     wanted = GenerateRequest(
