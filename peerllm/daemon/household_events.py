@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from peerllm.daemon.control_messages import (
@@ -29,6 +29,7 @@ from peerllm.daemon.network import Network
 from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.status.household_models import HouseholdModels
 from peerllm.daemon.successor.successor import Successor
+from peerllm.daemon.threads import timed
 from peerllm.daemon.weights.offers import Offers
 from peerllm.errors import UnavailableError
 from peerllm.transport.roster.entry import RosterEntry
@@ -120,7 +121,9 @@ class HouseholdEvents:
 
     async def _answer(self, device: DeviceId, question: Question) -> Answer:
         if isinstance(question, Have):
-            return await asyncio.to_thread(self._parts.offers.answer, question)
+            answer, busy_s = await timed(partial(self._parts.offers.answer, question))
+            self._parts.network.kept_busy(device, busy_s)
+            return answer
         if isinstance(question, Inherit | Vote):
             return await self._parts.successor.answer(device, question)
         return await self._parts.worker.answer(device, question)

@@ -9,7 +9,16 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from peerllm.daemon.control_messages import Activate, Answer, Assign, Carry, DeploymentView, Question, Release, Reserve
+from peerllm.daemon.control_messages import (
+    Activate,
+    Answer,
+    Assign,
+    Carry,
+    DeploymentView,
+    LoadQuestion,
+    Release,
+    Reserve,
+)
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.hub_places import HubPlaces
@@ -50,7 +59,7 @@ class Surroundings(Protocol):
         """Where another device's data plane is reached from here."""
         ...
 
-    async def ask(self, device: DeviceId, question: Question, timeout_s: float) -> Answer:
+    async def ask(self, device: DeviceId, question: LoadQuestion, timeout_s: float) -> Answer:
         """LinkError if the device cannot be asked or does not answer in time."""
         ...
 
@@ -153,7 +162,7 @@ async def carry_all(around: Surroundings, carried: Iterable[tuple[DeviceId, Carr
     await asyncio.gather(*(one(device, question) for device, question in carried))
 
 
-async def _done(around: Surroundings, device: DeviceId, question: Question, timeout_s: float) -> None:
+async def _done(around: Surroundings, device: DeviceId, question: LoadQuestion, timeout_s: float) -> None:
     try:
         unless_error(await around.ask(device, question, timeout_s), around.name(device))
     except PeerLLMError as error:

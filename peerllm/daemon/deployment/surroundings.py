@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from peerllm.daemon.control_messages import Answer, DeploymentView, Hello, Question
+from peerllm.daemon.control_messages import Answer, DeploymentView, Hello, LoadQuestion
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.hub_places import HubPlaces, hub_key
@@ -86,7 +86,7 @@ class Home:
         peer = self._parts.network.peers().get(device)
         return (peer.hosts, peer.data_port) if peer is not None else ((), 0)
 
-    async def ask(self, device: DeviceId, question: Question, timeout_s: float) -> Answer:
+    async def ask(self, device: DeviceId, question: LoadQuestion, timeout_s: float) -> Answer:
         if device == self.me:
             return await self._parts.worker.answer(device, question)
         try:

@@ -19,20 +19,17 @@ from peerllm.daemon.control_messages import (
     Answer,
     Assign,
     Carry,
-    Have,
     Holding,
-    Inherit,
+    LoadQuestion,
     Pace,
     Profile,
     Progress,
-    Question,
     Release,
     Reserve,
     Trace,
     Trouble,
-    Vote,
 )
-from peerllm.daemon.decide.assignments import Address, check
+from peerllm.daemon.decide.assignments import MAX_LINKS, Address, check, links_of
 from peerllm.daemon.decide.ledger import Ledger, added_to
 from peerllm.daemon.deployment.loading.coordinator_grace import CoordinatorGrace
 from peerllm.daemon.deployment.loading.device_holdings import DeviceHoldings
@@ -89,7 +86,7 @@ class Worker:
         self._reserving = asyncio.Lock()
         self._lapsing: asyncio.TimerHandle | None = None
 
-    async def answer(self, sender: DeviceId, question: Question) -> Answer:
+    async def answer(self, sender: DeviceId, question: LoadQuestion) -> Answer:
         """Do what a coordinator asks; what stands against it is the answer's error, never raised."""
         try:
             match question:
@@ -110,8 +107,6 @@ class Worker:
                     return await self._paces(sender, deployment)
                 case Trace():
                     return Answer(0, recorded=await self._record(sender, question))
-                case Have() | Inherit() | Vote():
-                    return Answer(0)  # answered by Offers and Successor
                 case _:
                     assert_never(question)
         except PeerLLMError as error:
@@ -237,6 +232,9 @@ class Worker:
         promise = self.ledger.promise(assign.deployment, assign.epoch)
         if promise is not None and promise.coordinator == sender:
             check(assign, promise.nbytes, sender == self._me)
+            links = sum(links_of(epoch.assign) for epoch in self._held.epochs_of(sender))
+            if links + links_of(assign) > MAX_LINKS:
+                raise RefusedError(f"{links} links are expected for you already; {MAX_LINKS} is the most")
         self.ledger.commit(assign.deployment, assign.epoch, sender, time.monotonic())
         held = self._held.begin(assign.deployment, sender)
         epoch = held.epochs[assign.epoch] = HeldEpoch(assign)

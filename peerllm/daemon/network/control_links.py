@@ -105,6 +105,10 @@ class ControlLinks:
     def find(self, device: DeviceId) -> ControlChannel | None:
         return self._using.get(device)
 
+    def spend(self, device: DeviceId, busy_s: float) -> None:
+        """Count work for a device beside what its messages cost when they are read."""
+        self._shares.budget(device).spend(0, busy_s, time.monotonic())
+
     async def accept(self, request: web.Request) -> web.StreamResponse:
         """GET /control/{number}: a device that dialled this one."""
         device = peer_device(request)

@@ -199,6 +199,10 @@ class Network:
         """Answer questions with `handler`; an exception of it becomes an answer that names it."""
         self._asks.answer_with(handler)
 
+    def kept_busy(self, device: DeviceId, seconds: float) -> None:
+        """Answering a device took a processor so long, off the loop: it counts as what it sends does."""
+        self._links.spend(device, seconds)
+
     def tell(self, device: DeviceId, message: Control) -> None:
         """Send a message and forget it; a device that is away misses it."""
         self._messenger.tell(device, message)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import aiohttp
@@ -23,6 +24,8 @@ MAX_CONNECTIONS = 32
 MAX_CONNECTIONS_PER_DEVICE = 4
 MAX_CONTEXTS = 128
 MAX_RELAYED = 512  # answers of other devices under way at once; the API streams no more
+UPLOAD_TIMEOUT_S = 40.0  # until the other device has taken a request's body; it waits less long for one itself
+ANSWER_STALL_S = 100.0  # without a byte of an answer: it is heard of each 5 s, and a silent device is waited for 60 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class PeerHttp:
         )
         self._relaying = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=MAX_RELAYED),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=ANSWER_STALL_S),
             trust_env=False,
             auto_decompress=False,
         )
@@ -93,14 +96,24 @@ class PeerHttp:
     async def post(
         self, device: DeviceId, path: str, headers: Mapping[str, str], body: bytes
     ) -> AsyncIterator[RelayedAnswer]:
-        """The answer to a POST, its body as it comes; it may take as long as it likes. LinkError if the link breaks.
+        """The answer to a POST, its body as it comes; it may take as long as it likes, but not without a sign of life.
 
-        An answer that is left before its end is cut off, so that the device stops at once.
+        LinkError if the link breaks or stalls. An answer that is left before its end is cut off, so that the device
+        stops at once.
         """
         assert self._relaying is not None
         url, context = self._reached(device, path)
         try:
-            response = await self._relaying.post(url, ssl=context, headers=headers, data=body, allow_redirects=False)
+            async with asyncio.timeout(UPLOAD_TIMEOUT_S) as upload:
+                response = await self._relaying.post(
+                    url,
+                    ssl=context,
+                    headers={**headers, "Content-Length": str(len(body))},
+                    data=_uploaded(body, upload),
+                    allow_redirects=False,
+                )
+        except TimeoutError as error:
+            raise LinkError("the device that answers for it says nothing") from error
         except (aiohttp.ClientError, OSError) as error:
             raise LinkError("the device that answers for it cannot be reached") from error
         try:
@@ -117,6 +130,14 @@ class PeerHttp:
                 self._contexts.pop(next(iter(self._contexts)))
             self._contexts[at.certificate_pem] = client_context(self._identity, at.certificate_pem)
         return URL.build(scheme="https", host=at.host, port=at.port, path=path), self._contexts[at.certificate_pem]
+
+
+async def _uploaded(body: bytes, upload: asyncio.Timeout) -> AsyncGenerator[bytes, None]:
+    """The body in pieces; once they are taken, the wait for the answer has a bound of its own."""
+    for start in range(0, len(body), CHUNK_BYTES):
+        yield body[start : start + CHUNK_BYTES]
+    with suppress(RuntimeError):  # the answer came before its body was taken
+        upload.reschedule(None)
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from peerllm.engine.base import Draw, Floats, Sampler
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.schedule.held_shard import HeldShard
-from peerllm.engine.wire.parcels import Drawn, Opened, TokenBatch, quantised
+from peerllm.engine.wire.parcels import Drawn, Opened, TokenBatch, first_attempt, quantised
 from peerllm.engine.wire.state_frames import CarriedPart
-from peerllm.errors import EngineError
+from peerllm.errors import EngineError, FrameError
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
 
@@ -68,9 +68,11 @@ class LoadedStage:
         """Let a sequence in, after the tokens that its slot is to hold; the parcel with what is lacking of them.
 
         None if it came late. `answer`: its ids so far, at the head. `others`: the deployment's shards on this device.
-        FrameError if the slot does not exist.
+        FrameError if the slot does not exist, or its number is of a later epoch: others would come late after it.
         """
         sequence, position = opened.sequence, opened.position
+        if opened.attempt >= first_attempt(self.spec.epoch + 1):
+            raise FrameError(f"OPEN number {opened.attempt} is of a later epoch than {self.spec.epoch}")
         asked = self._up_to(opened.through)
         if any(one.slots.is_late(sequence, opened.slot, opened.attempt) for one in asked):
             return None

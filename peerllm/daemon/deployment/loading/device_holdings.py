@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from peerllm.daemon.control_messages import Holding
 from peerllm.daemon.decide.ledger import Ledger
@@ -34,6 +34,10 @@ class DeviceHoldings:
         """What is held of a deployment, if that device coordinates it."""
         held = self._held.get(deployment)
         return held if held is not None and held.coordinator == coordinator else None
+
+    def epochs_of(self, coordinator: DeviceId) -> Iterator[HeldEpoch]:
+        """All epochs that obey a coordinator."""
+        return (one for held in self._held.values() if held.coordinator == coordinator for one in held.epochs.values())
 
     def begin(self, deployment: DeploymentId, coordinator: DeviceId) -> HeldDeployment:
         """The deployment's place here, a new one if it has none."""
