@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 
 from peerllm.daemon.decide.membership_events import Sighted
 from peerllm.daemon.discovery.advert import Advert
-from peerllm.daemon.discovery.mdns import Discovery, Gone, Seen, interfaces
+from peerllm.daemon.discovery.interfaces import interfaces
+from peerllm.daemon.discovery.mdns import Discovery, Gone, Seen
 from peerllm.daemon.network.peer import Sighting
 
 
