@@ -91,7 +91,7 @@ async def status(request: web.Request) -> web.Response:
     """The object of `peerllm status --json`; with ?wait=1 not before it changes, or after WAIT_S."""
     household = request.app[HOUSEHOLD]
     if request.query.get("wait") in {"1", "true"}:
-        with request.app[TASKS].stream():
+        with request.app[TASKS].stream(request.remote or ""):
             async with aclosing(pulsed(each(household.changed()), WAIT_S)) as changes:
                 await anext(changes, None)  # at once
                 await anext(changes, None)
@@ -114,7 +114,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     """The status now and after every change, as SSE."""
     household = request.app[HOUSEHOLD]
     stream = Stream(request, SSE, household_error)
-    with request.app[TASKS].stream():
+    with request.app[TASKS].stream(request.remote or ""):
         async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
                 if changed:
@@ -168,7 +168,7 @@ async def bench(request: web.Request) -> web.Response:
     """{"model", "sequences", "prompt_tokens", "output_tokens", "apart"}: what was measured; ends with its client."""
     body = await read_body(request, BenchBody)
     sequences, prompt, output = body.sequences or 1, body.prompt_tokens or 64, body.output_tokens or 64
-    with request.app[TASKS].stream():
+    with request.app[TASKS].stream(request.remote or ""):
         found = await request.app[HOUSEHOLD].bench(body.model, sequences, prompt, output, bool(body.apart))
     return json_response(found)
 
@@ -227,7 +227,7 @@ async def _lines(
         lines.put_nowait(progress)
 
     stream = Stream(request, "application/x-ndjson", household_error)
-    with tasks.stream():
+    with tasks.stream(request.remote or ""):
         task = tasks.start(work(note), name)
         task.add_done_callback(lambda _: lines.put_nowait(None))
         while (progress := await lines.get()) is not None:

@@ -128,7 +128,7 @@ def error_response(request: web.Request, error: PeerLLMError) -> web.Response:
         headers["Retry-After"] = error.retry_after
     elif isinstance(error, OverloadedError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif facts.status == web.HTTPServiceUnavailable.status_code:
+    elif facts.status in (429, 503):
         headers["Retry-After"] = str(RETRY_AFTER_S)
     elif facts.status == web.HTTPInternalServerError.status_code:
         headers["x-should-retry"] = "false"

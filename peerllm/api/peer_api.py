@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 from peerllm.api.bodies import MAX_BODY_BYTES, read_body
-from peerllm.api.core.answer_events import AnswerFails
+from peerllm.api.core.answer_events import AnswerFails, AnswerWaits
 from peerllm.api.core.asking import answer
 from peerllm.api.core.caller import Caller
 from peerllm.api.core.generation import checked
@@ -18,12 +18,13 @@ from peerllm.api.core.remote_answer import ANSWER_PATH, LINES, RelayedGeneration
 from peerllm.api.core.telling import ending_well
 from peerllm.api.error_answers import ErrorFacts, error_response, errors_as_json, household_error, refused
 from peerllm.api.keys import TASKS
-from peerllm.api.streams import Stream
+from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.errors import OverloadedError
 from peerllm.types import DeviceId
 
 MAX_OF_DEVICE = 128  # answers under way for one device: a quarter of tasks.MAX_STREAMS
 MAX_BYTES_OF_DEVICE = 64 << 20  # of the bodies of these: parsed, each takes several times its size
+STILL_HERE = AnswerWaits("working")  # said also before an answer begins: a silent device counts as lost
 
 
 class PeerApi:
@@ -63,10 +64,11 @@ class PeerApi:
         wanted, caller = checked(asked.generation, {}), Caller(asked.client, device)
         repeat = Repeat(asked.key, fingerprint(wanted), asked.had, asked.fleeting)
         stream = Stream(request, LINES, _failing)
-        with self._app[TASKS].stream():
-            async with ending_well(self._app, stream), aclosing(answer(self._app, wanted, caller, repeat)) as events:
+        with self._app[TASKS].stream(caller.asker):
+            events = pulsed(answer(self._app, wanted, caller, repeat), KEEP_ALIVE_S)
+            async with ending_well(self._app, stream), aclosing(events):
                 async for event in events:
-                    await stream.write(msgspec.json.encode(event) + b"\n")
+                    await stream.write(msgspec.json.encode(event or STILL_HERE) + b"\n")
         return await stream.end()
 
 

@@ -32,7 +32,7 @@ async def begun_answer(
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
-    prompt = await _prompt(app, text, wanted, model.context)
+    prompt = await _prompt(app, text, wanted, model.context, caller.asker)
     room = model.context - len(prompt)
     begins = AnswerBegins(secrets.token_hex(12), int(time.time()), model.name, len(prompt))
     request = GenerateRequest(
@@ -46,11 +46,11 @@ async def begun_answer(
     return BegunAnswer(app[HOUSEHOLD].generate(request), begins, text, frozenset(model.stop_ids), wanted.stops)
 
 
-async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, context: int) -> list[int]:
+async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, context: int, asker: str) -> list[int]:
     if wanted.messages:
-        return await app[TEXTS].prompt(text, [msgspec.to_builtins(one) for one in wanted.messages], context)
+        return await app[TEXTS].prompt(text, [msgspec.to_builtins(one) for one in wanted.messages], context, asker)
     if isinstance(wanted.prompt, str):
-        return await app[TEXTS].prompt(text, wanted.prompt, context)
+        return await app[TEXTS].prompt(text, wanted.prompt, context, asker)
     if not all(text.knows(one) for one in wanted.prompt):
         raise FieldError("prompt has a token id that the model does not know", "prompt")
     if not 0 < len(wanted.prompt) < context:

@@ -73,7 +73,7 @@ async def tell(request: web.Request, wanted: Sequence[Generation], form: ToldFor
         answer(request.app, one, caller, replace(repeat) if repeat is not None else None)
         for one, repeat in zip(wanted, repeats, strict=True)
     ]
-    with request.app[TASKS].stream():
+    with request.app[TASKS].stream(caller.asker):
         async with aclosing(merged(asked)) as events:
             if told is None:
                 return json_response(form.whole(await _collected(events, len(wanted))))

@@ -8,6 +8,7 @@ from aiohttp import web
 
 import peerllm
 from peerllm.api.bodies import read_body
+from peerllm.api.core.caller import caller_of
 from peerllm.api.core.model_wait import awaited_model
 from peerllm.api.core.telling import tell
 from peerllm.api.error_answers import json_response
@@ -56,7 +57,7 @@ async def _answered(request: web.Request, body: OllamaChatBody | GenerateBody, c
     form, wanted = OllamaAnswers(body.model, chat), body.generation()
     if wanted is not None:
         return await tell(request, [wanted], form, body.streamed)
-    with request.app[TASKS].stream():
+    with request.app[TASKS].stream(caller_of(request).asker):
         async with aclosing(awaited_model(request.app, body.model)) as steps:
             async for _ in steps:
                 pass

@@ -10,7 +10,7 @@ import pytest
 
 from peerllm.daemon.control_messages import Activate, Pace
 from peerllm.daemon.decide.deployment_life import deployment_decider, pacing
-from peerllm.daemon.deployment import worker as worker_module
+from peerllm.daemon.deployment.loading import coordinator_grace
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.daemon.status.status import deployment_entry
 from peerllm.engine.messages import LoadStage, Submit, TimeLayers, Tokens
@@ -268,7 +268,7 @@ async def test_a_coordinator_that_vanishes_leaves_nothing_behind_after_the_grace
     house = houses([3, 3, 3], big=8)
     await house["a"].coordinator.run(RunOptions("big"), quiet)
     assert house["b"].engine.stages and house["c"].engine.stages
-    monkeypatch.setattr(worker_module, "GRACE_S", 0.05)
+    monkeypatch.setattr(coordinator_grace, "GRACE_S", 0.05)
     await house.vanish("a")
     assert house["b"].engine.stages and house["c"].engine.stages, "a short absence costs nothing"
     await house.until(lambda: not any(house[one].engine.stages or house[one].ledger.promised_bytes for one in "bc"))

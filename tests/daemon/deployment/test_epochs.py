@@ -12,7 +12,6 @@ from peerllm.daemon.decide.deployment_life import pacing, situation
 from peerllm.daemon.deployment.planning import conditions_reader
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.engine.messages import Submit, Tokens
-from peerllm.errors import UnavailableError
 from peerllm.types import Sampling
 from tests.daemon.house import BLOCK, House, inspected
 
@@ -206,9 +205,7 @@ async def test_a_coordinator_that_starts_again_goes_on_with_what_others_have_loa
     before, first = loaded(house), view(a)
     await house.until((house.folder / f"{a.me[:4]}.jsonl").exists)
     (deployment,) = a.coordinator._deployments.values()
-    deployment._finish("stopped", UnavailableError("the daemon was killed"))
-    for task in deployment._tasks.values():
-        task.cancel()
+    await deployment.stop(left=True)  # the others are not told anything
     a.engine.clear()
     a.worker.engine_lost("the daemon died")
     again = module_coordinator(a)
