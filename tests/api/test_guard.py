@@ -119,6 +119,8 @@ def test_pages_of_other_sites_cannot_embed_anything(site: str, path: str, allowe
         ({**JSON, "Authorization": "Bearer "}, 401),
         ({**JSON, **BEARER}, 200),
         ({**JSON, **PAGE}, 200),
+        ({**JSON, "X-Api-Key": TOKEN}, 200),
+        ({**JSON, "X-Api-Key": "wrong"}, 401),
         ({**JSON, "Authorization": f"bearer  {TOKEN}"}, 200),
         ({"Content-Type": "Application/JSON; charset=utf-8", **PAGE}, 200),
         ({**PAGE, **BEARER}, 415),

@@ -9,7 +9,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api.core.kept import answer_store
+from peerllm.api.core import generation
+from peerllm.api.core.kept import answer_store, repeat
 from peerllm.errors import EngineError
 from tests.api.fake import BOUND_S, END, FakeHousehold
 
@@ -290,6 +291,14 @@ async def test_closing_ends_what_nobody_reads(
     await leave_midway(client, household)
     await server.close()
     assert household.closed.is_set()
+
+
+def test_the_order_of_a_schema_makes_no_other_answer() -> None:
+    one, other = (
+        generation.Generation(model="m", prompt="p", answer_form=generation.AnswerForm("schema", schema))
+        for schema in ({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    )
+    assert repeat.fingerprint(one) == repeat.fingerprint(other)
 
 
 async def test_it_can_be_read_through_another_api(client: aiohttp.ClientSession, household: FakeHousehold) -> None:

@@ -103,7 +103,9 @@ async def test_options_have_our_names_for_the_sampler(lama: ollama.AsyncClient, 
     options = {"top_k": 5, "top_p": 0.5, "min_p": 0.1, "repeat_penalty": 1.1, "presence_penalty": 0.2,
                "frequency_penalty": 0.3, "num_predict": -1, "seed": -1, "stop": "x"}  # fmt: skip
     await lama.chat(**ASK, options=options)
-    asked = household.requests[0].sampling
+    (request,) = household.requests
+    assert request.max_tokens == household.model.context - len(request.prompt), "-1 is as many as there is room for"
+    asked = request.sampling
     assert (asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty) == (5, 0.5, 0.1, 1.1)
     assert (asked.presence_penalty, asked.frequency_penalty, asked.seed) == (0.2, 0.3, 2**63 - 1)
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.text import template
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import ModelText
+from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.api.text.stops import StopScanner
 from peerllm.api.text.template import ChatTemplate
 from peerllm.errors import BadInputError, ModelError
@@ -227,6 +228,14 @@ def text_of(model_text: ModelText, messages: Any = HI) -> str:
     return byte_tokenizer().decode(model_text.prompt(messages, CONTEXT), skip_special_tokens=False)
 
 
+def test_a_text_begins_as_the_tokenizer_says_and_a_chat_as_the_template_does(tmp_path: Path) -> None:
+    directory, tokenizer = make_model_dir(tmp_path), byte_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 256)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert text_of(ModelText(directory), "hi") == "<|end|>hi"
+    assert text_of(ModelText(directory)).startswith("<s>")
+
+
 def test_the_template_file_comes_first(tmp_path: Path) -> None:
     make_model_dir(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("FILE {{ messages[0].content }}{{ eos_token }}")
@@ -303,7 +312,8 @@ def test_what_follows_a_stop_string_does_not_count() -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer.encode("one two three", add_special_tokens=False).ids
     for step in (1, 5, len(ids)):
-        answer, text = GrowingAnswer(Detokenizer(tokenizer, frozenset()), StopScanner(["two"])), ""
+        plain = ReasoningSplitter(None, False)
+        answer, text = GrowingAnswer(Detokenizer(tokenizer, frozenset()), StopScanner(["two"]), plain), ""
         for start in range(0, len(ids), step):
-            text += answer.feed(ids[start : start + step], None)
+            text += answer.feed(ids[start : start + step], None)[1]
         assert (text, answer.finish, answer.ids) == ("one ", "stop", ids[:7])

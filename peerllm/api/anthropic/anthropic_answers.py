@@ -22,10 +22,13 @@ _TYPES = {
 
 
 class AnthropicAnswers:
-    """A telling.ToldForm with one block of text."""
+    """A telling.ToldForm: what the model thinks is a block, then its answer is one."""
 
     content_type = SSE
     named = True
+
+    def __init__(self) -> None:
+        self._block, self._thinking = 0, False  # which one is open, and of which kind; 0: none
 
     def whole(self, answers: Sequence[WholeAnswer]) -> object:
         (answer,) = answers
@@ -35,7 +38,9 @@ class AnthropicAnswers:
             "cache_read_input_tokens": answer.ends.usage.reused_tokens,
             "cache_creation_input_tokens": 0,
         }
-        content = [{"type": "text", "text": answer.text}]
+        content: list[dict[str, Any]] = [{"type": "text", "text": answer.text}]
+        if answer.thought:
+            content.insert(0, {"type": "thinking", "thinking": answer.thought, "signature": ""})
         return {**_message(answer.begins), "content": content, **_stop(answer.ends), "usage": usage}
 
     def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
@@ -47,15 +52,27 @@ class AnthropicAnswers:
                 usage = {"input_tokens": event.prompt_tokens, "output_tokens": 0}
                 empty = {"content": list[Any](), "stop_reason": None, "stop_sequence": None}
                 yield {"type": "message_start", "message": {**_message(event), **empty, "usage": usage}}, None
-                block = {"type": "text", "text": ""}
-                yield {"type": "content_block_start", "index": 0, "content_block": block}, None
             case TextDelta():
-                delta = {"type": "text_delta", "text": event.text}
-                yield {"type": "content_block_delta", "index": 0, "delta": delta}, None
+                if not self._block or self._thinking != event.thought:
+                    yield from self._next_block(event.thought)
+                if event.thought:
+                    delta = {"type": "thinking_delta", "thinking": event.text}
+                else:
+                    delta = {"type": "text_delta", "text": event.text}
+                yield {"type": "content_block_delta", "index": self._block - 1, "delta": delta}, None
             case AnswerEnds():
-                yield {"type": "content_block_stop", "index": 0}, None
+                if not self._block or self._thinking:
+                    yield from self._next_block(False)
+                yield {"type": "content_block_stop", "index": self._block - 1}, None
                 usage = {"output_tokens": event.usage.answer_tokens}
                 yield {"type": "message_delta", "delta": _stop(event), "usage": usage}, None
+
+    def _next_block(self, thinking: bool) -> Iterator[Piece]:
+        if self._block:
+            yield {"type": "content_block_stop", "index": self._block - 1}, None
+        self._block, self._thinking = self._block + 1, thinking
+        empty = {"type": "thinking", "thinking": "", "signature": ""} if thinking else {"type": "text", "text": ""}
+        yield {"type": "content_block_start", "index": self._block - 1, "content_block": empty}, None
 
     def closing(self) -> Iterator[Piece]:
         yield {"type": "message_stop"}, None

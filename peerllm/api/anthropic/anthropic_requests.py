@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -25,7 +24,6 @@ from peerllm.api.core.generation import (
 from peerllm.api.error_answers import FieldError
 
 MAX_BLOCKS = 1024  # of one message's content
-NAMES: Mapping[str, str] = {"reasoning": "thinking"}
 
 
 class ContentBlock(Struct):
@@ -87,10 +85,10 @@ class AnthropicBody(Struct, kw_only=True):
             stops=tuple(self.stop_sequences or ()),
             sampling=SamplingOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k),
             tools=tuple(tools),
-            reasoning=True if self.thinking is not None and self.thinking.type != "disabled" else None,
+            reasoning=self.thinking is not None and self.thinking.type != "disabled",
             user=(self.metadata.user_id or "") if self.metadata is not None else "",
         )
-        return checked(wanted, NAMES)
+        return checked(wanted, {})
 
 
 def text_of_blocks(content: Content, where: str) -> str:

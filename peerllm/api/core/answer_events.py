@@ -38,12 +38,16 @@ class AnswerBegins(Struct, frozen=True, tag="begins"):
     prompt_tokens: int
 
 
-class TextDelta(Struct, frozen=True, tag="text"):
-    """More text, the ids of the tokens that it completes, and how many tokens the answer has with them."""
+class TextDelta(Struct, frozen=True, omit_defaults=True, tag="text"):
+    """More text, the ids of the tokens that it completes, and how many tokens the answer has with them.
+
+    `thought`: it is what the model thinks before it answers.
+    """
 
     text: str
     ids: tuple[int, ...]
     tokens: int
+    thought: bool = False
 
 
 class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):

@@ -125,9 +125,6 @@ def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
         if message.tool_calls:
             name = f"messages[{index}].tool_calls"
             raise FieldError(f"{name}: tools are not supported", name, "unsupported_parameter")
-    if wanted.reasoning:
-        name = names.get("reasoning", "reasoning")
-        raise FieldError(f"{wanted.model!r} does not support {name}", name, "unsupported_parameter")
     return wanted
 
 

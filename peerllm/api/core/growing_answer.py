@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peerllm.api.text.detokenizer import Detokenizer
+from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.api.text.stops import StopScanner
 from peerllm.engine.messages import FinishReason
 from peerllm.errors import EngineError, UnavailableError
@@ -18,12 +19,13 @@ class GrowingAnswer:
 
     detokenizer: Detokenizer
     scanner: StopScanner
+    splitter: ReasoningSplitter
     finish: Literal["stop", "length"] | None = None
     ids: list[int] = field(default_factory=list)
     reused: int = 0  # tokens of the prompt that were computed for an earlier one
 
-    def feed(self, ids: Sequence[int], finish: FinishReason | None, reused: int = 0) -> str:
-        """The text that is certain now; raises where the answer broke off."""
+    def feed(self, ids: Sequence[int], finish: FinishReason | None, reused: int = 0) -> tuple[str, str]:
+        """What is certain now of what the model thinks, and of its answer; raises where the answer broke off."""
         self.reused = max(self.reused, reused)
         text = ""
         for one in ids:  # singly, so that the text after so many tokens does not depend on how they came
@@ -40,4 +42,8 @@ class GrowingAnswer:
             text += self.scanner.push(self.detokenizer.flush())
             text += self.scanner.flush()
             self.finish = "stop" if self.scanner.stopped else finish
-        return text
+        thought, said = self.splitter.push(text)
+        if self.finish is not None:
+            more_thought, more_said = self.splitter.flush()
+            thought, said = thought + more_thought, said + more_said
+        return thought, said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -14,6 +14,7 @@ from aiohttp import web
 from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta, Timings, Usage
 from peerllm.api.core.caller import Caller
 from peerllm.api.core.generation import SEED_BITS, Generation, SamplingOptions
+from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.core.kept.inherited_answers import kept_of
 from peerllm.api.core.kept.kept_answer import BegunAnswer
 from peerllm.api.core.kept.repeat import Repeat
@@ -22,6 +23,7 @@ from peerllm.api.keys import HOUSEHOLD, TEXTS
 from peerllm.api.streams import KEEP_ALIVE_S, pulsed
 from peerllm.api.text.text_store import AnswerText
 from peerllm.daemon.facade import Chunk, GenerateRequest, ServedModel
+from peerllm.engine.messages import FinishReason
 from peerllm.errors import EngineError
 from peerllm.types import Sampling
 
@@ -32,6 +34,8 @@ async def begun_answer(
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
+    if wanted.reasoning and text.marks is None:
+        raise FieldError(f"{model.name!r} does not support thinking", "reasoning", "unsupported_parameter")
     prompt = await _prompt(app, text, wanted, model.context, caller.asker)
     room = model.context - len(prompt)
     begins = AnswerBegins(secrets.token_hex(12), int(time.time()), model.name, len(prompt))
@@ -41,14 +45,22 @@ async def begun_answer(
         max_tokens=min(wanted.max_tokens or room, room),
         sampling=_sampling(wanted.sampling, text.defaults),
         client=caller.group(wanted.user),
-        kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted.stops) if repeat is not None else "",
+        kept=_kept(wanted, caller, repeat, begins),
     )
-    return BegunAnswer(app[HOUSEHOLD].generate(request), begins, text, frozenset(model.stop_ids), wanted.stops)
+    chunks, silent = app[HOUSEHOLD].generate(request), frozenset(model.stop_ids)
+    return BegunAnswer(chunks, begins, text, silent, wanted.stops, prompt if wanted.messages else None)
+
+
+def _kept(wanted: Generation, caller: Caller, repeat: Repeat | None, begins: AnswerBegins) -> str:
+    if repeat is None:
+        return ""
+    return kept_of(repeat, caller.payer(wanted.user), begins, wanted.stops, bool(wanted.messages))
 
 
 async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, context: int, asker: str) -> list[int]:
     if wanted.messages:
-        return await app[TEXTS].prompt(text, [msgspec.to_builtins(one) for one in wanted.messages], context, asker)
+        messages = [msgspec.to_builtins(one) for one in wanted.messages]
+        return await app[TEXTS].prompt(text, messages, context, asker, wanted.reasoning)
     if isinstance(wanted.prompt, str):
         return await app[TEXTS].prompt(text, wanted.prompt, context, asker)
     if not all(text.knows(one) for one in wanted.prompt):
@@ -81,10 +93,14 @@ async def told(begun: BegunAnswer, chunks: AsyncIterator[Chunk], had: int | None
             skipped = max(0, known - len(answer.ids))
             answer.feed(chunk.ids[:skipped], None)
             sent = max(sent, min(known, len(answer.ids)))
-            text = answer.feed(chunk.ids[skipped:], chunk.finish, chunk.reused)
-            if text:
-                yield TextDelta(text, tuple(answer.ids[sent:]), len(answer.ids))
-                sent = len(answer.ids)
+            for ids, finish in _parts(answer, chunk.ids[skipped:], chunk.finish):
+                thought, text = answer.feed(ids, finish, chunk.reused)
+                if thought:
+                    yield TextDelta(thought, tuple(answer.ids[sent:]), len(answer.ids), thought=True)
+                    sent = len(answer.ids)
+                if text:
+                    yield TextDelta(text, tuple(answer.ids[sent:]), len(answer.ids))
+                    sent = len(answer.ids)
             if answer.finish:
                 break
     if answer.finish is None:
@@ -92,3 +108,14 @@ async def told(begun: BegunAnswer, chunks: AsyncIterator[Chunk], had: int | None
     usage = Usage(begun.begins.prompt_tokens, len(answer.ids), answer.reused)
     timings = Timings(first - since, time.monotonic() - first)
     yield AnswerEnds(answer.finish, usage, tuple(answer.ids[sent:]), answer.scanner.found, timings)
+
+
+def _parts(
+    answer: GrowingAnswer, ids: Sequence[int], finish: FinishReason | None
+) -> Iterator[tuple[Sequence[int], FinishReason | None]]:
+    """Of a chunk: one token after the other while the model may think, so that no event has thoughts and answer."""
+    at = 0
+    while at < len(ids) - 1 and not answer.splitter.done:
+        yield ids[at : at + 1], None
+        at += 1
+    yield ids[at:], finish

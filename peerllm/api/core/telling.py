@@ -33,6 +33,7 @@ class WholeAnswer:
 
     begins: AnswerBegins
     ends: AnswerEnds
+    thought: str
     text: str
     ids: list[int]
 
@@ -108,6 +109,7 @@ async def ending_well(app: web.Application, stream: Stream) -> AsyncGenerator[No
 async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int) -> list[WholeAnswer]:
     begins, ends = dict[int, AnswerBegins](), dict[int, AnswerEnds]()
     texts: list[list[str]] = [[] for _ in range(count)]
+    thoughts: list[list[str]] = [[] for _ in range(count)]
     ids: list[list[int]] = [[] for _ in range(count)]
     size = 0
     async for choice, event in events:
@@ -115,7 +117,7 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
             case AnswerBegins():
                 begins.setdefault(choice, event)
             case TextDelta():
-                texts[choice].append(event.text)
+                (thoughts if event.thought else texts)[choice].append(event.text)
                 ids[choice] += event.ids
                 size += len(event.text)
                 if size > MAX_WHOLE_CHARS:
@@ -125,4 +127,6 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
                 ids[choice] += event.ids
             case AnswerWaits():
                 pass
-    return [WholeAnswer(begins[one], ends[one], "".join(texts[one]), ids[one]) for one in range(count)]
+    parts = zip(thoughts, texts, strict=True)
+    whole = [("".join(thought), "".join(text)) for thought, text in parts]
+    return [WholeAnswer(begins[one], ends[one], *whole[one], ids[one]) for one in range(count)]

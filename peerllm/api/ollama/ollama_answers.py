@@ -26,14 +26,15 @@ class OllamaAnswers:
 
     def whole(self, answers: Sequence[WholeAnswer]) -> object:
         (answer,) = answers
-        return self._last(answer.text, answer.ends.reason, answer.ends.usage, answer.ends.timings)
+        return self._last(answer.text, answer.thought, answer.ends.reason, answer.ends.usage, answer.ends.timings)
 
     def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
         match event:
             case TextDelta():
-                yield self._line(event.text, False), None
+                texts = ("", event.text) if event.thought else (event.text, "")
+                yield self._line(*texts, False), None
             case AnswerEnds():
-                yield self._last("", event.reason, event.usage, event.timings), None
+                yield self._last("", "", event.reason, event.usage, event.timings), None
             case AnswerWaits() | AnswerBegins():
                 pass
 
@@ -42,16 +43,19 @@ class OllamaAnswers:
 
     def loaded(self) -> dict[str, Any]:
         """The answer to a request that says nothing: the model can answer."""
-        return {**self._line("", True), "done_reason": "load"}
+        return {**self._line("", "", True), "done_reason": "load"}
 
-    def _line(self, text: str, done: bool) -> dict[str, Any]:
-        said = {"message": {"role": "assistant", "content": text}} if self._chat else {"response": text}
-        return {"model": self._model, "created_at": stamp(time.time()), **said, "done": done}
+    def _line(self, text: str, thought: str, done: bool) -> dict[str, Any]:
+        said: dict[str, Any] = {"role": "assistant", "content": text} if self._chat else {"response": text}
+        if thought:
+            said["thinking"] = thought
+        told = {"message": said} if self._chat else said
+        return {"model": self._model, "created_at": stamp(time.time()), **told, "done": done}
 
-    def _last(self, text: str, reason: str, usage: Usage, timings: Timings) -> dict[str, Any]:
+    def _last(self, text: str, thought: str, reason: str, usage: Usage, timings: Timings) -> dict[str, Any]:
         whole = time.monotonic() - self._since
         return {
-            **self._line(text, True),
+            **self._line(text, thought, True),
             "done_reason": reason,
             "total_duration": int(whole * _NS),
             "load_duration": int(max(0.0, whole - timings.prompt_s - timings.answer_s) * _NS),

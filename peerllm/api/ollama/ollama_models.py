@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from peerllm.api.core.generation import MAX_NAME_CHARS
 from peerllm.api.core.named_models import ANY_TAG, find_model, listed_models
 from peerllm.api.error_answers import FieldError
-from peerllm.api.keys import HOUSEHOLD
+from peerllm.api.keys import HOUSEHOLD, TEXTS
 from peerllm.api.ollama.ollama_answers import stamp
 from peerllm.daemon.facade import ServedModel
 
@@ -46,9 +46,11 @@ def running(app: web.Application) -> dict[str, Any]:
     return {"models": [{**_entry(model, facts), "expires_at": NEVER, "size_vram": 0} for model in serving]}
 
 
-def shown(app: web.Application, name: str) -> dict[str, Any]:
-    """One of them; UnknownModelError if there is none of that name."""
+async def shown(app: web.Application, name: str) -> dict[str, Any]:
+    """One of them; UnknownModelError if there is none of that name. Only its source knows whether it thinks."""
     model = find_model(app, name)
+    here = await app[TEXTS].model(model.deployment, model.model_dir) if model.model_dir is not None else None
+    thinks = here is not None and here.marks is not None
     entry = _entry(model, _deployments(app))
     information: dict[str, Any] = {"general.architecture": FAMILY, "general.basename": model.name}
     if model.context:
@@ -59,7 +61,7 @@ def shown(app: web.Application, name: str) -> dict[str, Any]:
         "template": "",
         "details": entry["details"],
         "model_info": information,
-        "capabilities": list(CAPABILITIES),
+        "capabilities": [*CAPABILITIES, *(("thinking",) if thinks else ())],
         "modified_at": entry["modified_at"],
     }
 

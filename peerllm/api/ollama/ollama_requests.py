@@ -32,7 +32,7 @@ from peerllm.api.core.generation import (
 from peerllm.api.error_answers import FieldError
 from peerllm.api.ollama.keep_alive import KeepAlive, seconds_of
 
-NAMES: Mapping[str, str] = {"answer_form": "format", "reasoning": "thinking"}
+NAMES: Mapping[str, str] = {"answer_form": "format"}
 Format = str | dict[str, Any] | None
 
 

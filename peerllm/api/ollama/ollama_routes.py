@@ -42,7 +42,7 @@ async def list_running(request: web.Request) -> web.Response:
 
 
 async def show(request: web.Request) -> web.Response:
-    return json_response(shown(request.app, (await read_body(request, ShowBody)).asked()))
+    return json_response(await shown(request.app, (await read_body(request, ShowBody)).asked()))
 
 
 async def chat(request: web.Request) -> web.StreamResponse:

@@ -16,11 +16,13 @@ class ChatAnswers(OpenAIAnswers):
         super().__init__(body.n or 1, bool(body.return_token_ids), body.with_usage)
 
     def choice(self, answer: WholeAnswer, index: int) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+        """`reasoning_content` is not OpenAI's, but what other servers have."""
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        return {"message": {**message, "reasoning_content": answer.thought} if answer.thought else message}
 
     def opening(self, index: int) -> dict[str, Any]:
         """Who speaks, and nothing yet."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+    def delta(self, text: str, thought: bool = False) -> dict[str, Any]:
+        return {"delta": {"reasoning_content" if thought else "content": text} if text else {}}

@@ -107,6 +107,12 @@ class FormatBody(Struct):
         return AnswerForm("json") if self.type == "json_object" else None
 
 
+class TemplateSwitches(Struct):
+    """Not OpenAI's, but what other servers take."""
+
+    enable_thinking: Flag = None
+
+
 class ChatBody(OpenAIFields, kw_only=True):
     messages: Annotated[list[MessageBody], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None
@@ -120,6 +126,14 @@ class ChatBody(OpenAIFields, kw_only=True):
     prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
     modalities: list[str] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: TemplateSwitches | None = None
+
+    def reasoning(self) -> bool | str | None:
+        """Clients send an effort to any model, so only switching it off is sure to be meant."""
+        switches = self.chat_template_kwargs
+        off = self.reasoning_effort == "none" or (switches is not None and switches.enable_thinking is False)
+        return False if off else None
 
     def generations(self) -> list[Generation]:
         """One for each answer that is wanted."""
@@ -138,6 +152,7 @@ class ChatBody(OpenAIFields, kw_only=True):
             tools=tuple(one.tool() for one in self.tools or ()),
             tool_choice=choice.function.name if isinstance(choice, ChosenTool) else choice or "",
             answer_form=self.response_format.form() if self.response_format is not None else None,
+            reasoning=self.reasoning(),
             logprobs=(self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None,
             user=self.user or "",
         )

@@ -23,7 +23,7 @@ class CompletionAnswers(OpenAIAnswers):
         """The prompt, where it is wanted back."""
         return {"text": self._echo(index)} if self._echoed is not None else None
 
-    def delta(self, text: str) -> dict[str, Any]:
+    def delta(self, text: str, thought: bool = False) -> dict[str, Any]:
         return {"text": text}
 
     def _echo(self, index: int) -> str:

@@ -33,7 +33,7 @@ class OpenAIAnswers:
         """What a stream's first chunk of an answer has, None if there is none."""
         raise NotImplementedError
 
-    def delta(self, text: str) -> dict[str, Any]:
+    def delta(self, text: str, thought: bool = False) -> dict[str, Any]:
         """More text in a chunk; "" is the chunk that ends the answer."""
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class OpenAIAnswers:
                     yield self._chunk(choice, opening, (), None), None if repeat is None else "0"
             case TextDelta():
                 number = None if repeat is None else str(event.tokens)
-                yield self._chunk(choice, self.delta(event.text), event.ids, None), number
+                yield self._chunk(choice, self.delta(event.text, event.thought), event.ids, None), number
             case AnswerEnds():
                 self._usages[choice] = event.usage
                 if repeat is None or repeat.had != ALL_TOKENS:

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer
 
+from peerllm.api.text.reasoning import marks_of, thinking_variables
 from peerllm.api.text.template import ChatTemplate, Message
 from peerllm.api.text.text_bounds import bounds_of
 from peerllm.errors import BadInputError, ModelError
@@ -46,9 +47,16 @@ class ModelText:
         config = _json(model_dir / "tokenizer_config.json")
         source = _template_source(model_dir, config)
         self._template = ChatTemplate(source, _special_tokens(config)) if source else None
+        self.marks = marks_of(source or "")
         self.defaults = _sampling_defaults(_json(model_dir / "generation_config.json"))
 
-    def prompt(self, said: Sequence[Message] | str, context: int, most_bytes: int | None = None) -> list[int]:
+    def prompt(
+        self,
+        said: Sequence[Message] | str,
+        context: int,
+        most_bytes: int | None = None,
+        reasoning: bool | str | None = None,
+    ) -> list[int]:
         """Token ids up to where the answer begins; PromptLengthError if `context` has no room for one more.
 
         A text is continued as it is. So is that of messages, joined by line breaks, by a base model (no chat template).
@@ -60,7 +68,7 @@ class ModelText:
         elif chat is None:
             text = "\n".join(str(message["content"]) for message in said)
         else:
-            text = chat.render(said)
+            text = chat.render(said, thinking_variables(reasoning))
         if self._bounds.too_long(text, context - 1):
             most = self._bounds.most_bytes(context - 1)
             what = f"the prompt has {len(text.encode())} bytes; a context of {context} tokens holds less than {most}"

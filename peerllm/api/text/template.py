@@ -98,14 +98,15 @@ class ChatTemplate:
             raise ModelError(f"the model's chat template cannot be read: {error}") from error
         self._variables = dict(variables)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt up to where the answer begins; BadInputError if the template refuses these messages."""
+        known = {**self._variables, **(variables or {})}
         pieces: list[str] = []
         size = 0
         try:
             with _Deadline(RENDER_TIME_S):
                 for piece in self._template.generate(
-                    **self._variables, messages=[dict(one) for one in messages], add_generation_prompt=True
+                    **known, messages=[dict(one) for one in messages], add_generation_prompt=True
                 ):
                     pieces.append(piece)
                     size += len(piece)

@@ -35,8 +35,9 @@ class TextWork:
         try:
             text = self._model(question["model_dir"])
             if "prompt" in question:
-                return {"ids": text.prompt(question["prompt"], question["context"], question.get("most_bytes"))}
-            return {"decoder": text.decoder.decode(), "defaults": text.defaults}
+                options = question["context"], question.get("most_bytes"), question.get("reasoning")
+                return {"ids": text.prompt(question["prompt"], *options)}
+            return {"decoder": text.decoder.decode(), "defaults": text.defaults, "marks": text.marks}
         except PeerLLMError as error:
             return {"error": type(error).__name__, "message": str(error)}
         except MemoryError:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from peerllm.api.error_answers import FieldError
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import PromptLengthError
+from peerllm.api.text.reasoning import Marks, ReasoningSplitter
 from peerllm.api.text.template import Message
 from peerllm.api.text.text_child import TextWork
 from peerllm.api.text.text_process import TextProcess
@@ -31,6 +32,7 @@ MAX_WAITING = 512  # prompts being prepared or waiting for that: all that may be
 LARGE_CHARS = 64 << 10  # prompts larger than this have a process of their own, so that small ones do not wait for them
 IDLE_S, LARGE_IDLE_S = 300.0, 30.0  # seconds after which a process that nobody asks is ended
 MOST_BYTES_IN_PROCESS = 128 << 10  # of a prompt that is encoded in the daemon, which stands still meanwhile: < 0.5 s
+_TAIL = 16  # of a prompt's ids: in these a mark at its end is seen, and space behind it
 _ERRORS: Mapping[str, type[BadInputError]] = {"ModelError": ModelError}
 
 
@@ -43,10 +45,18 @@ class AnswerText:
     special: frozenset[int]
     defaults: Mapping[str, float]
     vocabulary: int  # tokens
+    marks: Marks | None = None  # around what the model thinks; None: it does not
 
     def knows(self, token_id: int) -> bool:
         """Whether the model has such a token."""
         return 0 <= token_id < self.vocabulary
+
+    def splitter(self, chat: Sequence[int] | None) -> ReasoningSplitter:
+        """For one answer to this prompt; None: to a text, whose continuation is not divided."""
+        if self.marks is None or chat is None:
+            return ReasoningSplitter(None, False)
+        end = self.decoder.decode(list(chat[-_TAIL:]), skip_special_tokens=False)
+        return ReasoningSplitter(self.marks, end.rstrip().endswith(self.marks[0]))
 
     def detokenizer(self, silent: frozenset[int]) -> Detokenizer:
         """For one answer; ids in `silent` have no text, nor have the special ones."""
@@ -77,8 +87,15 @@ class TextStore:
         self._texts.move_to_end(deployment)
         return self._texts[deployment]
 
-    async def prompt(self, text: AnswerText, said: Sequence[Message] | str, context: int, asker: str = "") -> list[int]:
-        """The token ids of a chat, or of a text that is to be continued.
+    async def prompt(
+        self,
+        text: AnswerText,
+        said: Sequence[Message] | str,
+        context: int,
+        asker: str = "",
+        reasoning: bool | str | None = None,
+    ) -> list[int]:
+        """The token ids of a chat, or of a text that is to be continued; `reasoning` as in Generation.
 
         FieldError if they and one token of an answer do not fit the context. Small and large prompts of an asker are
         prepared one after the other, so that others wait for one at most.
@@ -88,7 +105,8 @@ class TextStore:
         self._waiting += 1
         try:
             size = len(said) if isinstance(said, str) else sum(len(str(message["content"])) for message in said)
-            question = {"model_dir": str(text.model_dir), "prompt": said, "context": context}
+            question: dict[str, Any] = {"model_dir": str(text.model_dir), "prompt": said, "context": context}
+            question["reasoning"] = reasoning
             async with self._turns.setdefault((asker, size > LARGE_CHARS), asyncio.Lock()):
                 ids: list[int] = (await self._ask(question, size))["ids"]
             return ids
@@ -119,5 +137,6 @@ class TextStore:
 
 
 def _answer_text(model_dir: Path, told: Mapping[str, Any]) -> AnswerText:
-    decoder = Tokenizer.from_str(told["decoder"])
-    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"], decoder.get_vocab_size())
+    decoder, told_marks = Tokenizer.from_str(told["decoder"]), told.get("marks")
+    marks = (str(told_marks[0]), str(told_marks[1])) if told_marks else None
+    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"], decoder.get_vocab_size(), marks)

@@ -35,12 +35,13 @@ class KeptForm(Struct, frozen=True):
     payer: str
     stops: tuple[Annotated[str, Meta(min_length=1)], ...]
     begins: AnswerBegins
+    chat: bool  # as in BegunAnswer
     fleeting: bool
 
 
-def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, stops: Sequence[str]) -> str:
+def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, stops: Sequence[str], chat: bool) -> str:
     """What is to be kept of an answer: a KeptForm."""
-    kept = KeptForm(FORM, repeat.key, repeat.fingerprint, payer, tuple(stops), begins, repeat.fleeting)
+    kept = KeptForm(FORM, repeat.key, repeat.fingerprint, payer, tuple(stops), begins, chat, repeat.fleeting)
     return msgspec.json.encode(kept).decode()
 
 
@@ -69,7 +70,8 @@ async def _begin(app: web.Application, answer: InheritedAnswer, kept: KeptForm) 
         answer=answer.ids,
         kept=answer.kept,
     )
-    return BegunAnswer(_chunks(app, wanted), kept.begins, text, frozenset(model.stop_ids), kept.stops)
+    chat = answer.prompt if kept.chat else None
+    return BegunAnswer(_chunks(app, wanted), kept.begins, text, frozenset(model.stop_ids), kept.stops, chat)
 
 
 async def _chunks(app: web.Application, wanted: GenerateRequest) -> AsyncIterator[Chunk]:

@@ -26,10 +26,11 @@ class BegunAnswer:
     text: AnswerText
     silent: frozenset[int]  # ids without text
     stops: Sequence[str]
+    chat: Sequence[int] | None  # the prompt, where it is no mere text: then the model may think first
 
     def growing(self) -> GrowingAnswer:
         """The answer from its first token on."""
-        return GrowingAnswer(self.text.detokenizer(self.silent), StopScanner(self.stops))
+        return GrowingAnswer(self.text.detokenizer(self.silent), StopScanner(self.stops), self.text.splitter(self.chat))
 
 
 @dataclass(slots=True)
