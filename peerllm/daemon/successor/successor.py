@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, assert_never
@@ -29,6 +29,7 @@ from peerllm.daemon.decide.succession import (
     Equipped,
     GiveWay,
     Obey,
+    ObeyedTold,
     PlanTold,
     Presence,
     PresenceChanged,
@@ -102,8 +103,15 @@ class Successor:
 
     # ---- what happens ---------------------------------------------------------------------------------------------
 
-    def told(self, device: DeviceId, views: Iterable[DeploymentView]) -> None:
-        """A device, perhaps this one, says what it coordinates."""
+    @property
+    def obeyed(self) -> Mapping[DeploymentId, DeviceId]:
+        """As others are told of it."""
+        return self._decider.obeyed
+
+    def told(
+        self, device: DeviceId, views: Iterable[DeploymentView], obeyed: Mapping[DeploymentId, DeviceId] | None = None
+    ) -> None:
+        """A device, perhaps this one, says what it coordinates, and another one whom it obeys."""
         self._see_streams()
         views = [view for view in views if view.coordinator == device]
         before, self._told[device] = self._told.get(device, set()), {view.deployment for view in views}
@@ -113,6 +121,8 @@ class Successor:
             if view.stages and view.state != "stopped":
                 self._stages[view.deployment] = view.stages
             self._feed(PlanTold(self._plan(view)))
+        if obeyed is not None:
+            self._feed(ObeyedTold(device, obeyed))
         self._heard.set()
         self._see_to_equipment()
 
