@@ -17,7 +17,7 @@ import pytest
 
 from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Holding, Question, Release, Trouble
 from peerllm.daemon.decide import membership_events as m
-from peerllm.daemon.discovery.mdns import interfaces
+from peerllm.daemon.discovery.interfaces import interfaces
 from peerllm.daemon.network import Network
 from peerllm.daemon.network.control_links import host_of
 from peerllm.daemon.network.heartbeats.heartbeat_thread import HeartbeatThread

@@ -249,6 +249,24 @@ def test_a_stage_whose_middle_layer_was_lost_takes_in_the_next_step_with_all_its
     story.is_over(1)
 
 
+@pytest.mark.parametrize("said", [0, 3])
+def test_in_a_stage_whose_middle_layer_was_lost_the_layers_after_it_wait(said: int) -> None:
+    """What comes behind an OPEN comes before the source knows what is lacking: a step, or chunks of a prompt."""
+    story = Story(cut=[(0, 1), (1, 2), (0, 3), (2, 4)])
+    story.asks(1, PROMPT, 4)
+    story.all_but()
+    second = [*PROMPT, *story.said(1), *PROMPT]
+    if said:
+        story.asks(2, second)
+        story.all_but(until=said, number=2)
+    story.plan([(0, 3), (2, 4)])
+    if not said:
+        story.asks(2, second)
+    story.all_but(number=2)
+    story.is_over(2, second)
+    assert story.told(2)[0].reused == len(PROMPT) + 3
+
+
 def test_layers_after_the_last_that_was_lost_compute_nothing_again() -> None:
     story = Story(cut=[(0, 0), (1, 1), (2, 3), (3, 4)])
     story.asks(1)
