@@ -8,7 +8,7 @@ from contextlib import aclosing
 import msgspec
 from aiohttp import web
 
-from peerllm.api.bodies import MAX_BODY_BYTES, read_body
+from peerllm.api.bodies import MAX_BODY_BYTES, most_bytes, read_body
 from peerllm.api.core.answer_events import AnswerFails, AnswerWaits
 from peerllm.api.core.asking import answer
 from peerllm.api.core.caller import Caller
@@ -23,7 +23,6 @@ from peerllm.errors import OverloadedError
 from peerllm.types import DeviceId
 
 MAX_OF_DEVICE = 128  # answers under way for one device: a quarter of tasks.MAX_STREAMS
-MAX_BYTES_OF_DEVICE = 64 << 20  # of the bodies of these: parsed, each takes several times its size
 STILL_HERE = AnswerWaits("working")  # said also before an answer begins: a silent device counts as lost
 
 
@@ -33,7 +32,6 @@ class PeerApi:
     def __init__(self, app: web.Application) -> None:
         self._app = app
         self._under_way: Counter[DeviceId] = Counter()
-        self._bytes: Counter[DeviceId] = Counter()
 
     async def __call__(self, request: web.Request, device: DeviceId) -> web.StreamResponse:
         if "/" + request.match_info["path"] != ANSWER_PATH or request.method != "POST":
@@ -41,30 +39,24 @@ class PeerApi:
         if self._under_way[device] >= MAX_OF_DEVICE:
             error = OverloadedError(f"{MAX_OF_DEVICE} answers for your device are under way already")
             return error_response(request, error)
-        length = request.content_length
-        nbytes = MAX_BODY_BYTES if length is None else min(length, MAX_BODY_BYTES)
-        if self._bytes[device] + nbytes > MAX_BYTES_OF_DEVICE:
-            return error_response(request, OverloadedError("too many large requests for your device are under way"))
 
         async def handler(request: web.Request) -> web.StreamResponse:
             return await self._answer(request, device)
 
         self._under_way[device] += 1
-        self._bytes[device] += nbytes
         try:
             return await errors_as_json(request.clone(client_max_size=MAX_BODY_BYTES), handler)
         finally:
             self._under_way[device] -= 1
-            self._bytes[device] -= nbytes
             if not self._under_way[device]:
-                del self._under_way[device], self._bytes[device]
+                del self._under_way[device]
 
     async def _answer(self, request: web.Request, device: DeviceId) -> web.StreamResponse:
-        asked = await read_body(request, RelayedGeneration)
-        wanted, caller = checked(asked.generation, {}), Caller(asked.client, device)
-        repeat = Repeat(asked.key, fingerprint(wanted), asked.had, asked.fleeting)
-        stream = Stream(request, LINES, _failing)
-        with self._app[TASKS].stream(caller.asker):
+        with self._app[TASKS].stream(device, most_bytes(request)):
+            asked = await read_body(request, RelayedGeneration)
+            wanted, caller = checked(asked.generation, {}), Caller(asked.client, device)
+            repeat = Repeat(asked.key, fingerprint(wanted), asked.had, asked.fleeting)
+            stream = Stream(request, LINES, _failing)
             events = pulsed(answer(self._app, wanted, caller, repeat), KEEP_ALIVE_S)
             async with ending_well(self._app, stream), aclosing(events):
                 async for event in events:

@@ -7,7 +7,7 @@ from aiohttp import web
 from peerllm.api.anthropic.anthropic_answers import AnthropicAnswers
 from peerllm.api.anthropic.anthropic_requests import AnthropicBody
 from peerllm.api.bodies import read_body
-from peerllm.api.core.telling import tell
+from peerllm.api.core.telling import taking, tell
 
 MESSAGES_PATH = "/v1/messages"
 
@@ -17,5 +17,6 @@ def add_anthropic(app: web.Application) -> None:
 
 
 async def messages(request: web.Request) -> web.StreamResponse:
-    body = await read_body(request, AnthropicBody)
-    return await tell(request, [body.generation()], AnthropicAnswers(), bool(body.stream))
+    with taking(request):
+        body = await read_body(request, AnthropicBody)
+        return await tell(request, [body.generation()], AnthropicAnswers(), bool(body.stream))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from aiohttp import web
 
+from peerllm.api.bodies import most_bytes
 from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta
 from peerllm.api.core.asking import answer
 from peerllm.api.core.caller import caller_of
@@ -57,8 +58,13 @@ class ToldForm(Protocol):
         ...
 
 
+def taking(request: web.Request) -> AbstractContextManager[None]:
+    """Around reading a request and answering it: OverloadedError where that is too much."""
+    return request.app[TASKS].stream(caller_of(request).asker, most_bytes(request))
+
+
 async def tell(request: web.Request, wanted: Sequence[Generation], form: ToldForm, stream: bool) -> web.StreamResponse:
-    """Errors before the first sign of life have their own status; after it they end the stream."""
+    """Within `taking`. Errors before the first sign of life have their own status; after it they end the stream."""
     repeats = [repeat_of(request, one) for one in wanted]
     if len(wanted) > 1:
         for index, repeat in enumerate(repeats):
@@ -66,29 +72,26 @@ async def tell(request: web.Request, wanted: Sequence[Generation], form: ToldFor
                 raise FieldError("Last-Event-ID: a stream of several answers cannot be resumed", "Last-Event-ID")
             if repeat is not None:
                 repeat.key = f"{repeat.key}#{index}"
-    caller, told = (
-        caller_of(request),
-        Stream(request, form.content_type, shape_of(request), form.named) if stream else None,
-    )
+    caller = caller_of(request)
+    told = Stream(request, form.content_type, shape_of(request), form.named) if stream else None
     asked = [
         answer(request.app, one, caller, replace(repeat) if repeat is not None else None)
         for one, repeat in zip(wanted, repeats, strict=True)
     ]
-    with request.app[TASKS].stream(caller.asker):
-        async with aclosing(merged(asked)) as events:
-            if told is None:
-                return json_response(form.whole(await _collected(events, len(wanted))))
-            async with ending_well(request.app, told):
-                begun = set[int]()
-                async for choice, event in events:
-                    if isinstance(event, AnswerBegins):
-                        if choice in begun:  # it goes on on another device
-                            continue
-                        begun.add(choice)
-                    for body, event_id in form.pieces(choice, event, repeats[choice]):
-                        await (told.write(body) if isinstance(body, bytes) else told.send(body, event_id))
-                for body, event_id in form.closing():
+    async with aclosing(merged(asked)) as events:
+        if told is None:
+            return json_response(form.whole(await _collected(events, len(wanted))))
+        async with ending_well(request.app, told):
+            begun = set[int]()
+            async for choice, event in events:
+                if isinstance(event, AnswerBegins):
+                    if choice in begun:  # it goes on on another device
+                        continue
+                    begun.add(choice)
+                for body, event_id in form.pieces(choice, event, repeats[choice]):
                     await (told.write(body) if isinstance(body, bytes) else told.send(body, event_id))
+            for body, event_id in form.closing():
+                await (told.write(body) if isinstance(body, bytes) else told.send(body, event_id))
     return await told.end()
 
 

@@ -8,11 +8,9 @@ from aiohttp import web
 
 import peerllm
 from peerllm.api.bodies import read_body
-from peerllm.api.core.caller import caller_of
 from peerllm.api.core.model_wait import awaited_model
-from peerllm.api.core.telling import tell
+from peerllm.api.core.telling import taking, tell
 from peerllm.api.error_answers import json_response
-from peerllm.api.keys import TASKS
 from peerllm.api.ollama.ollama_answers import OllamaAnswers
 from peerllm.api.ollama.ollama_models import ShowBody, running, shown, tags
 from peerllm.api.ollama.ollama_requests import GenerateBody, OllamaChatBody
@@ -46,19 +44,20 @@ async def show(request: web.Request) -> web.Response:
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
-    return await _answered(request, await read_body(request, OllamaChatBody), chat=True)
+    with taking(request):
+        return await _answered(request, await read_body(request, OllamaChatBody), chat=True)
 
 
 async def generate(request: web.Request) -> web.StreamResponse:
-    return await _answered(request, await read_body(request, GenerateBody), chat=False)
+    with taking(request):
+        return await _answered(request, await read_body(request, GenerateBody), chat=False)
 
 
 async def _answered(request: web.Request, body: OllamaChatBody | GenerateBody, chat: bool) -> web.StreamResponse:
     form, wanted = OllamaAnswers(body.model, chat), body.generation()
     if wanted is not None:
         return await tell(request, [wanted], form, body.streamed)
-    with request.app[TASKS].stream(caller_of(request).asker):
-        async with aclosing(awaited_model(request.app, body.model)) as steps:
-            async for _ in steps:
-                pass
+    async with aclosing(awaited_model(request.app, body.model)) as steps:
+        async for _ in steps:
+            pass
     return json_response(form.loaded())

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from peerllm.api.bodies import read_body
 from peerllm.api.core.named_models import find_model, listed_models
-from peerllm.api.core.telling import tell
+from peerllm.api.core.telling import taking, tell
 from peerllm.api.error_answers import json_response
 from peerllm.api.openai.chat_answers import ChatAnswers
 from peerllm.api.openai.chat_requests import ChatBody
@@ -25,13 +25,15 @@ def add_openai(app: web.Application) -> None:
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
-    body = await read_body(request, ChatBody)
-    return await tell(request, body.generations(), ChatAnswers(body), bool(body.stream))
+    with taking(request):
+        body = await read_body(request, ChatBody)
+        return await tell(request, body.generations(), ChatAnswers(body), bool(body.stream))
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    body = await read_body(request, CompletionBody)
-    return await tell(request, body.generations(), CompletionAnswers(body), bool(body.stream))
+    with taking(request):
+        body = await read_body(request, CompletionBody)
+        return await tell(request, body.generations(), CompletionAnswers(body), bool(body.stream))
 
 
 async def list_models(request: web.Request) -> web.Response:
