@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -33,3 +34,14 @@ async def client(server: ApiServer) -> AsyncIterator[aiohttp.ClientSession]:
     """No token: as a program on the same machine."""
     async with aiohttp.ClientSession(server.url) as session:
         yield session
+
+
+@pytest.fixture
+async def successor(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[tuple[aiohttp.ClientSession, Any]]:
+    """The device that goes on with the answers of `household`: a client of its API, and its daemon."""
+    made = FakeHousehold(household.model.model_dir or tmp_path)
+    server = ApiServer(made, "127.0.0.1", 0, tmp_path / "successor", in_process=True)
+    await server.start()
+    async with aiohttp.ClientSession(server.url) as session:
+        yield session, made
+    await server.close()

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
 from peerllm.api.core.kept import inherited_answers
-from peerllm.api.server import ApiServer
 from peerllm.daemon.facade import InheritedAnswer
 from tests.api.fake import BOUND_S, FakeHousehold
 from tests.api.test_kept_answers import ASK, KEY, PATH, parsed, stream, tokens, whole
-
-
-@pytest.fixture
-async def successor(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[tuple[aiohttp.ClientSession, Any]]:
-    """The device that goes on with the answers of `household`: a client of its API, and its daemon."""
-    made = FakeHousehold(household.model.model_dir or tmp_path)
-    server = ApiServer(made, "127.0.0.1", 0, tmp_path / "successor", in_process=True)
-    await server.start()
-    async with aiohttp.ClientSession(server.url) as session:
-        yield session, made
-    await server.close()
 
 
 async def begun(client: aiohttp.ClientSession, household: FakeHousehold, **more: Any) -> list[Any]:

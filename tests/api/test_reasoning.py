@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 from peerllm.api.server import ApiServer
 from peerllm.api.text.reasoning import MARKS, ReasoningSplitter, marks_of
 from tests.api.fake import TEMPLATE, FakeHousehold, make_model_dir
-from tests.api.test_kept_answers import KEY, parsed
+from tests.api.test_inherited_answers import left
+from tests.api.test_kept_answers import KEY, parsed, whole
 
 THINKING = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
 ASK: Any = {"model": "builtin", "messages": [{"role": "user", "content": "hi"}]}
@@ -176,3 +178,15 @@ async def test_an_answer_that_is_cut_while_the_model_thinks(server: ApiServer, h
     assert [block.type for block in message.content] == ["thinking", "text"]
     assert (message.content[0].thinking, message.content[1].text) == ("Hm, a gr", "")
     assert message.stop_reason == "max_tokens"
+
+
+async def test_another_device_goes_on_with_it(
+    client: aiohttp.ClientSession, household: FakeHousehold, successor: Any
+) -> None:
+    there, heir = successor
+    heir.reply, household.middle = household.reply, asyncio.Event()
+    async with client.post("/v1/chat/completions", json={**ASK, "stream": True}, headers=KEY) as response:
+        await response.content.readuntil(b"\n\n")
+    heir.inherit(left(household, household.ids(REPLY)[:3]))
+    message = (await whole(there))["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == (THOUGHT, SAID)
