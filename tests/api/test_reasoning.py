@@ -190,3 +190,12 @@ async def test_another_device_goes_on_with_it(
     heir.inherit(left(household, household.ids(REPLY)[:3]))
     message = (await whole(there))["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == (THOUGHT, SAID)
+
+
+async def test_what_only_looked_like_a_thought_comes_out(
+    client: aiohttp.ClientSession, household: FakeHousehold
+) -> None:
+    household.reply, household.finish = "<thi", "length"
+    async with client.post("/v1/chat/completions", json=ASK) as response:
+        message = (await response.json())["choices"][0]["message"]
+    assert message["content"] == "<thi" and "reasoning_content" not in message
