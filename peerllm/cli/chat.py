@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from peerllm.cli.device import LocalDevice
@@ -63,17 +63,33 @@ def only_model(device: LocalDevice) -> str:
     return str(names[0])
 
 
-def answer_pieces(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]]) -> Iterator[str]:
-    """The answer's text as it comes."""
+def answer_pieces(
+    device: LocalDevice,
+    body: dict[str, Any],
+    messages: list[dict[str, str]],
+    thinks: Callable[[str], None] | None = None,
+) -> Iterator[str]:
+    """The answer's text as it comes; `thinks` hears what the model thinks before."""
     for event in device.events(COMPLETIONS, {**body, "messages": messages, "stream": True}):
         for choice in event["choices"]:
+            if thinks is not None and (thought := choice["delta"].get("reasoning_content")):
+                thinks(thought)
             yield choice["delta"].get("content") or ""
 
 
 def _say(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]]) -> str:
-    said = []
+    """What the model thinks goes to standard error."""
+    said, thought = list[str](), list[str]()
+
+    def thinks(text: str) -> None:
+        thought.append(text)
+        print(printable(text), end="", file=sys.stderr, flush=True)
+
     try:
-        for piece in answer_pieces(device, body, messages):
+        for piece in answer_pieces(device, body, messages, thinks):
+            if piece and thought:
+                thought.clear()
+                print("\n", file=sys.stderr, flush=True)
             said.append(piece)
             print(printable(piece), end="", flush=True)
     finally:

@@ -312,6 +312,14 @@ def test_chat_streams_the_answer(peerllm: Run, device: Served) -> None:
     assert (request.max_tokens, request.sampling.temperature) == (50, 0.0)
 
 
+def test_what_the_model_thinks_goes_to_standard_error(peerllm: Run, device: Served) -> None:
+    directory = device.household.model.model_dir
+    assert directory is not None
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}{# </think> #}")
+    device.household.reply = "<think>\na \x1b[2Jgreeting\n</think>\n\nHello"
+    assert peerllm("chat", "hi") == (0, "Hello\n", "a [2Jgreeting\n\n")
+
+
 def test_chat_as_json(peerllm: Run, device: Served) -> None:
     answer = json.loads(peerllm("chat", "hi", "--json")[1])
     assert answer["choices"][0]["message"]["content"] == device.household.reply
