@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -11,18 +10,9 @@ from peerllm.daemon.control_messages import DeploymentView, DeviceView
 from peerllm.daemon.decide.membership_events import State
 from peerllm.daemon.household_events import HouseholdEvents
 from peerllm.errors import UnavailableError
+from tests.daemon.noting import Noting
 
 ME, OTHER = "a" * 64, "b" * 64
-
-
-class Noting:
-    """Whatever is called on it is noted with its arguments."""
-
-    def __init__(self, name: str, calls: list[tuple[object, ...]]) -> None:
-        self._name, self._calls = name, calls
-
-    def __getattr__(self, what: str) -> Any:
-        return lambda *args, **options: self._calls.append((f"{self._name}.{what}", *args, *options.items()))
 
 
 class Household:
