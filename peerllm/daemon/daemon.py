@@ -346,6 +346,7 @@ class Daemon:
             promised + engine.runtime_bytes,
             holdings=self.worker.holdings(),
             leaving=self.ledger.leaving,
+            obeyed=self.successor.obeyed,
         )
 
     def poke(self) -> None:
