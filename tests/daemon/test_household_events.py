@@ -81,12 +81,13 @@ def test_a_device_reached_anew_counts_as_that_once_it_said_what_it_has_loaded() 
     household = Household()
     household.events._device_state(OTHER, "silent", "online", "", True)
     household.taken()
-    view = DeviceView(0, 0, "running", ())
+    obeyed = {"d" * 32: OTHER}
+    view = DeviceView(0, 0, "running", (), obeyed=obeyed)
     for renewed in (True, False):
         household.events._heard(OTHER, view)
         assert household.taken() == [
             ("coordinator.told", OTHER, ()), ("worker.back", OTHER), (*IS, "online", ("renewed", renewed)),
-            ("successor.told", OTHER, ()),
+            ("successor.told", OTHER, (), obeyed),
         ]  # fmt: skip
     household.events._heard(OTHER, DeviceView(0, 0, "running", (), leaving="going down"))
     assert (*IS, "leaving", "is leaving: going down", False) in household.taken()
