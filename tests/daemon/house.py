@@ -179,6 +179,8 @@ class FakeEngine:
                 raise RefusedError(f"a stage of {nbytes} bytes does not fit")
             new += nbytes
         assert spec.limit_bytes >= new, "more is loaded than there is room for"
+        if spec.added_limit_bytes < new:
+            raise RefusedError(f"{new} bytes are asked for, {spec.added_limit_bytes} are promised")
         for first, last in missing:
             nbytes = sum(sizes[first - spec.first_layer : last - spec.first_layer + 1])
             self.shards[spec.deployment, (first, last), size] = nbytes, set()

@@ -10,7 +10,6 @@ from peerllm.daemon.decide.deployment_life import situation
 from peerllm.daemon.deployment.planning import conditions_reader
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.engine.messages import Submit, Tokens
-from peerllm.errors import UnavailableError
 from peerllm.types import Sampling
 from tests.daemon.house import quiet, used, view
 
@@ -171,9 +170,7 @@ async def test_a_coordinator_that_starts_again_goes_on_with_what_others_have_loa
     before, first = loaded(house), view(a)
     await house.until((house.folder / f"{a.me[:4]}.jsonl").exists)
     (deployment,) = a.coordinator._deployments.values()
-    deployment._finish("stopped", UnavailableError("the daemon was killed"))
-    for task in deployment._tasks.values():
-        task.cancel()
+    await deployment.stop(left=True)  # the others are not told anything
     a.engine.clear()
     a.worker.engine_lost("the daemon died")
     again = a.restarted()
