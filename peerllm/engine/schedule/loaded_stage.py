@@ -97,8 +97,10 @@ class LoadedStage:
 
     def extend(self, run: TokenRun) -> bool:
         """Take in a run; False if it is to be dropped, FrameError if its sequence cannot go on (see SlotTable)."""
-        taken = [one.slots.extend(run, self.spec.epoch) for one in self._up_to(run.through)]
-        return bool(taken) and all(taken)
+        asked = self._up_to(run.through)
+        # If one shard drops the run because it lacks tokens, those up to it are opened again before the run is repeated.
+        # Those after it are not: if they took it in now, the repeated run would count there as one that came late.
+        return bool(asked) and all(one.slots.extend(run, self.spec.epoch) for one in asked)
 
     def release(self, sequence: int, keep: int = 0) -> bool:
         """Free a sequence's slot, in which its first `keep` tokens stay; False if it is not computed in this epoch."""

@@ -116,15 +116,16 @@ class SlotTable:
             elif run.position < held.snapshot:
                 held.snapshot = 0
 
-    def adopt(self, sequence: int, slot: int, epoch: int, tokens: int, furthest: int) -> None:
-        """The layers were given a sequence's state after its first `tokens` tokens, by another device's shard.
+    def adopt(self, sequence: int, slot: int, epoch: int, tokens: int, furthest: int, steady: int = 0) -> None:
+        """The layers were given a sequence's state after its first `tokens` tokens, by another shard.
 
-        `furthest` is what that one had held at most. Frames of the sequence are taken in from its next OPEN on.
+        `furthest` is what that one had held at most; of layers that cannot go back, `steady` is where they keep a
+        snapshot. Frames of the sequence are taken in from its next OPEN on.
         """
         for other in (self._held.get(sequence), self._by_slot.get(slot)):
             if other is not None:
                 self._forget(other)
-        made = _HeldSlot(sequence, slot, epoch, tokens, tokens, max(tokens, furthest))
+        made = _HeldSlot(sequence, slot, epoch, tokens, tokens, max(tokens, furthest), steady)
         self._held[sequence] = self._by_slot[slot] = made
 
     def holding(self, epoch: int) -> list[tuple[int, int, int, int]]:
