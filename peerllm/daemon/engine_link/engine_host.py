@@ -222,7 +222,7 @@ class EngineHost:
                 return
             first = False
             pause_s = self._backoff.pause_s()
-            log.error("%s; starting the engine again in %.1f s", why, pause_s)
+            log.error("%s; starting the engine again%s", why, f" in {pause_s:.1f} s" if pause_s else "")
             self._call(self._on_lost if was_ready else self._on_state, str(why))
             await asyncio.sleep(pause_s)
 
