@@ -98,7 +98,7 @@ class LoadedStage:
     def extend(self, run: TokenRun) -> bool:
         """Take in a run; False if it is to be dropped, FrameError if its sequence cannot go on (see SlotTable)."""
         asked = self._up_to(run.through)
-        # If one shard drops the run because it lacks tokens, those up to it are opened again before the run is repeated.
+        # If a shard drops the run for want of tokens, the shards up to it are opened again before the run is repeated.
         # Those after it are not: if they took it in now, the repeated run would count there as one that came late.
         return bool(asked) and all(one.slots.extend(run, self.spec.epoch) for one in asked)
 

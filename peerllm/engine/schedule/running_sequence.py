@@ -12,7 +12,6 @@ from peerllm.transport.frames.token_run import TokenRun
 
 TAIL = 8  # tokens at a prompt's end, after the snapshot: chat templates render the answer's beginning anew next time
 LEAST_BEFORE_SNAPSHOT = 32  # new tokens before a snapshot: for fewer, the extra pass costs more than it spares
-MOST_PARTIAL = 2  # tries to go back to what the stages still hold; then the sequence is computed from its start
 
 
 def chunk_length(left: int, chunk: int) -> int:
@@ -45,8 +44,6 @@ class RunningSequence:
     through: int = -1
     attempt: int = 0  # the number of its last OPEN
     awaited: bool = False  # which is to come back
-    partial: int = 0  # how often it went back to what stages still held since it entered the epoch
-    sure: bool = True  # the stages hold the tokens up to `back`, and none that lack it have gone further
     exact: bool = False  # tokens that are computed again must go through the layers in the same runs as before
 
     def __post_init__(self) -> None:
@@ -107,13 +104,10 @@ class RunningSequence:
 
     def leave(self) -> None:
         """What is under way does not count any more."""
-        if self.fed > self.back:
-            self.sure = False
         self._forget_flight()
-        self.epoch, self.awaited, self.partial = None, False, 0
+        self.epoch, self.awaited = None, False
         if self.back < self.goal:  # the stages are asked anew, for all of it
             self.fed = self.back = self.goal
-            self.sure = False
         self.goal, self.through = 0, -1
 
     def go_back(self, place: int, through: int) -> None:
@@ -123,23 +117,17 @@ class RunningSequence:
         self.goal = max(self.goal, self.back)
         self.fed = self.back = place
         self.through = max(through, self.through)
-        self.sure = False
         if place < snapshot < self.goal:
             self.snapshot = snapshot
-
-    def attempts_left(self) -> bool:
-        """Whether it may go back to a place after its start once more."""
-        self.partial += 1
-        return self.partial <= MOST_PARTIAL
 
     def left_behind(self) -> CachedPrefix:
         """What an ended sequence has left in its slot."""
         order = self.order
         ids = (*order.prompt, *self.answer)[: self.back]
-        settled = self.sure and self.fed == self.back
-        snapshot = self.kept_snapshot if self.sure else 0
         furthest, body = max(self.furthest, self.fed), len(order.prompt) - TAIL
-        return CachedPrefix(order.sequence, order.client, ids, furthest, settled, snapshot, body)
+        return CachedPrefix(
+            order.sequence, order.client, ids, furthest, self.fed == self.back, self.kept_snapshot, body
+        )
 
     def _forget_flight(self) -> None:
         self.furthest = max(self.furthest, self.fed)

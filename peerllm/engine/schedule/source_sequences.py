@@ -131,7 +131,6 @@ class SourceSequences:
         self._running[order.sequence] = running = RunningSequence(order, choice, self.epoch)
         if order.answer:  # the stages may still have all of it
             running.fed = running.back = len(order.prompt) + len(order.answer) - 1
-            running.sure = False
         if self._reach is not None and not self._reach.rewinds and self._reach.snapshots:
             running.plan_snapshot()
         self._cut(running)
@@ -187,9 +186,8 @@ class SourceSequences:
             return None
         running.awaited = False
         if opened.lacking < 0:
-            running.sure = running.sure or running.through < 0
             return None
-        place = opened.held if 0 < opened.held < opened.position and running.attempts_left() else 0
+        place = opened.held if 0 < opened.held < opened.position else 0  # lower each time
         self._under_way -= sum(running.in_flight)
         self._prompts.remove(running.order.client, opened.sequence)
         running.go_back(place, opened.lacking)
@@ -275,7 +273,7 @@ class SourceSequences:
         """A chunk is back that no token was drawn after: the step that may be due now."""
         if running.through < 0 or running.back < running.goal:
             return None
-        running.through, running.sure = -1, True
+        running.through = -1
         return running.feed(1) if running.goal >= len(running.order.prompt) else None
 
     # ---- ending -----------------------------------------------------------------------------------------------------

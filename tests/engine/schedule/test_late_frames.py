@@ -208,6 +208,20 @@ def test_layers_that_are_computed_again_keep_a_snapshot_that_was_there_before() 
     assert story.told(3)[0].reused == 8 and story.replayed() == replayed
 
 
+def test_windows_that_cannot_go_back_to_what_another_stage_still_has_compute_all_again() -> None:
+    """The second device had the sequence some epochs ago; the windows before its layers have slid since."""
+    story = Story("window")
+    story.asks(1, count=14)
+    story.all_but(until=2)
+    story.plan(ELSEWHERE)
+    story.all_but(until=8)
+    before = story.world.devices[1].counts.replayed_tokens
+    story.plan(CUT)
+    story.all_but()
+    story.is_over(1, count=14)
+    assert story.world.devices[1].counts.replayed_tokens - before >= len(PROMPT) + 8
+
+
 @pytest.mark.parametrize("under_way", [False, True])
 def test_recurrent_layers_that_are_cut_anew_and_moved_go_on_from_their_snapshot(under_way: bool) -> None:
     """Layer 2 is loaded anew where it was, 3 and 4 come from two devices to a third."""
