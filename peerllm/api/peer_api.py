@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -12,6 +14,7 @@ from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.openai.completions import CHAT_PATH, answer_chat
 from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
 from peerllm.api.peers.remote_answer import CLIENT_HEADER
+from peerllm.api.streams import KEEP_ALIVE_S, STREAM
 from peerllm.errors import OverloadedError
 from peerllm.types import DeviceId
 
@@ -47,10 +50,23 @@ class PeerApi:
 
         self._under_way[device] += 1
         self._bytes[device] += nbytes
+        taken = request.clone(client_max_size=MAX_BODY_BYTES)
+        patience = asyncio.create_task(_patience(taken), name=f"api: patience of {device[:8]}")
         try:
-            return await errors_as_json(request.clone(client_max_size=MAX_BODY_BYTES), handler)
+            return await errors_as_json(taken, handler)
         finally:
+            patience.cancel()
             self._under_way[device] -= 1
             self._bytes[device] -= nbytes
             if not self._under_way[device]:
                 del self._under_way[device], self._bytes[device]
+
+
+async def _patience(request: web.Request) -> None:
+    """Say from time to time that an answer is being made, until it begins: a silent device counts as lost."""
+    with contextlib.suppress(ConnectionError):
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_S)
+            stream = request.get(STREAM)
+            if stream is not None and not await stream.stay():
+                return

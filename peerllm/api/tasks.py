@@ -20,7 +20,7 @@ class Tasks:
 
     def __init__(self) -> None:
         self._changes: set[asyncio.Task[Any]] = set()
-        self._streams: set[asyncio.Task[Any]] = set()
+        self._streams: dict[asyncio.Task[Any], str] = {}  # and who asks for each
         self.closing = False
 
     def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
@@ -39,17 +39,19 @@ class Tasks:
             task.exception()  # read, since the client that would have heard it may be gone
 
     @contextlib.contextmanager
-    def stream(self) -> Iterator[None]:
-        """Around a long answer: bounded in number, ended at `close`."""
-        if len(self._streams) >= MAX_STREAMS or self.closing:
-            raise OverloadedError(f"{MAX_STREAMS} answers are being streamed already; ask again in a moment")
+    def stream(self, asker: str) -> Iterator[None]:
+        """Around a long answer: bounded in number, ended at `close`; no asker has more than three quarters of all."""
+        own, room = sum(one == asker for one in self._streams.values()), MAX_STREAMS - len(self._streams)
+        if own >= 3 * room or self.closing:
+            text = f"{len(self._streams)} answers are being streamed already, {own} of them to you"
+            raise OverloadedError(f"{text}; ask again in a moment")
         task = asyncio.current_task()
         assert task is not None
-        self._streams.add(task)
+        self._streams[task] = asker
         try:
             yield
         finally:
-            self._streams.discard(task)
+            del self._streams[task]
 
     async def close(self) -> None:
         self.closing = True

@@ -355,7 +355,8 @@ class Vote:
     term: int
 
 
-Question = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace | Have | Inherit | Vote
+LoadQuestion = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace  # of what a device loads
+Question = LoadQuestion | Have | Inherit | Vote
 
 
 @dataclass(frozen=True, slots=True)

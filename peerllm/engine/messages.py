@@ -144,6 +144,7 @@ class LoadStage:
     downstream: Hop | None  # None: the next stage (or the return) is on this device
     head_device: DeviceId  # the device that may send tokens back to the source
     limit_bytes: int | None = None  # the most memory for weights and KV; checked before any is allocated
+    added_limit_bytes: int | None = None  # the same of what comes to the shards of the deployment that are loaded
     quantize: str = ""  # a key of types.MATRIX_BITS: what matrices are rounded to
     micro_batches: int = 1  # for the source: the most batches into which it divides decoding sequences
     schedule: ScheduleName = "no-bubble"  # for the source

@@ -266,3 +266,15 @@ def test_a_model_is_expected_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -
     assert [one.name for one in found.models()] == ["builtin"]
     clock[0] = expected_model.EXPECTED_S
     assert not found.models()
+
+
+def test_models_that_never_came_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(expected_model.time, "monotonic", lambda: now)
+    expected = expected_model.ExpectedModel("")
+    for number in range(expected_model.MAX_EXPECTED + 1):
+        expected.expect(f"model {number}")
+    assert len(expected.models()) == expected_model.MAX_EXPECTED
+    now = expected_model.EXPECTED_S
+    expected.expect("another")
+    assert [one.model for one in expected.models()] == ["another"] and len(expected._until) == 1

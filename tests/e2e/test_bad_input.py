@@ -166,13 +166,8 @@ def test_the_same_data_directory_twice(device: Device) -> None:
     (b'{"model":"nothing","messages":[{"role":"user","content":"x"}]}', 404), (b" " * (64 << 20), 413),
 ])  # fmt: skip
 def test_requests_that_cannot_be_answered(device: Device, body: bytes, status: int) -> None:
-    request = urllib.request.Request(
-        f"{device.url}/v1/chat/completions",
-        body,
-        headers={"Content-Type": "application/json", "Authorization": f"Bearer {device.token()}"},
-    )
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with device.open("/v1/chat/completions", body, timeout=30) as response:
             got, answer = response.status, response.read()
     except urllib.error.HTTPError as error:
         got, answer = error.code, error.read()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 
@@ -48,9 +48,14 @@ async def answer_chat(app: web.Application, request: web.Request, caller: Caller
     if repeat is not None:
         repeat.fleeting = bool(caller.device) and FLEETING_HEADER in request.headers
     stream = Stream(request, "text/event-stream; charset=utf-8") if chat.stream else None
-    with app[TASKS].stream():
+    patient = Stream(request, "application/json") if caller.device and not chat.stream else None
+    with app[TASKS].stream(caller.asker):
         try:
-            return await _answered(app, request, caller, chat, repeat, stream, fields.body)
+            answer = await _answered(app, request, caller, chat, repeat, stream, fields.body)
+            if patient is None or not patient.started or not isinstance(answer, web.Response):
+                return answer
+            await patient.write(bytes(cast("bytes", answer.body)))
+            return await patient.end()
         except asyncio.CancelledError:
             if stream is not None and stream.started and app[TASKS].closing:
                 with contextlib.suppress(ConnectionError):
@@ -118,7 +123,7 @@ async def _begin(
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
-    prompt = await app[TEXTS].prompt(text, chat.messages, model.context)
+    prompt = await app[TEXTS].prompt(text, chat.messages, model.context, caller.asker)
     room = model.context - len(prompt)
     objects = OpenAIObjects(model.name, len(prompt), chat.return_token_ids, chat.include_usage)
     wanted = GenerateRequest(

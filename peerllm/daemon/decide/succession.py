@@ -454,4 +454,3 @@ class Succession:
             self._followed[begun_for].anew = False
         del self._yielding[deployment], self._own[deployment]
         return [GiveWay(deployment, to)]
-

@@ -181,7 +181,7 @@ class Coordinator:
     async def bench(
         self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
     ) -> dict[str, Any]:
-        """Measured now, beside whatever else goes on. BadInputError if it does not fit the deployment's slots."""
+        """Measure how fast it answers, beside whatever else goes on. BadInputError if that does not fit its slots."""
         deployment = self._running(model)
         if deployment.state != "serving" or deployment.blueprint is None or deployment.model.inspected is None:
             raise UnavailableError(f"{model} is {deployment.state}; wait until it serves")
@@ -200,7 +200,7 @@ class Coordinator:
         )
 
     async def record(self, model: str) -> int:
-        """Every device of the plan records what it does, until `recorded`; the recording's number."""
+        """Make every device of the plan record what it does, until `recorded`; returns the recording's number."""
         deployment = self._running(model)
         if deployment.state != "serving" or deployment.blueprint is None:
             raise UnavailableError(f"{model} is {deployment.state}; wait until it serves")
@@ -258,7 +258,7 @@ class Coordinator:
         )
 
     def profiles(self) -> dict[DeploymentId, Mapping[str, Any]]:
-        """What the plans made here went by: device name to its layer times."""
+        """By deployment the layer times that its last plan was made from, by device name."""
         return {deployment.id: deployment.plans.profiles for deployment in self._deployments.values()}
 
     def own_tensors(self, deployment: DeploymentId) -> dict[str, TensorAt]:

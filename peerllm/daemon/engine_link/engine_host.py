@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from peerllm import errors
 from peerllm.daemon.engine_link.engine_child import FIXED, EngineChild
 from peerllm.daemon.engine_link.restart_backoff import RestartBackoff
 from peerllm.engine.messages import (
@@ -32,7 +31,7 @@ from peerllm.engine.messages import (
     Working,
 )
 from peerllm.engine.process.engine_line import Channel, SocketChannel
-from peerllm.errors import EngineDownError, EngineError, LinkError, PeerLLMError
+from peerllm.errors import EngineDownError, EngineError, LinkError, PeerLLMError, error_class
 
 log = logging.getLogger(__name__)
 
@@ -314,7 +313,7 @@ class EngineHost:
         if answer is None or answer.done():  # whoever asked waits no longer
             return
         if isinstance(message, Failed):
-            answer.set_exception(_error(message))
+            answer.set_exception(error_class(message.kind, EngineError)(message.reason))
         else:
             answer.set_result(message)
 
@@ -381,11 +380,3 @@ class _EngineThread:
     async def close(self) -> None:
         self.channel.close()
         await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
-
-
-def _error(message: Failed) -> PeerLLMError:
-    """The error that the engine named, or an EngineError."""
-    kind = getattr(errors, message.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, PeerLLMError)):
-        kind = EngineError
-    return kind(message.reason)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from peerllm.daemon.decide.membership import Sighted
+from peerllm.daemon.decide.membership_events import Sighted
 from peerllm.daemon.discovery.advert import Advert
-from peerllm.daemon.discovery.mdns import Discovery, Gone, Seen, interfaces
+from peerllm.daemon.discovery.interfaces import interfaces
+from peerllm.daemon.discovery.mdns import Discovery, Gone, Seen
 from peerllm.daemon.network.peer import Sighting
 
 

@@ -9,8 +9,9 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from peerllm.codec import MAX_MESSAGE_BYTES, decode, encode
@@ -20,6 +21,7 @@ from peerllm.daemon.decide.hub_places import check_hub, check_place
 from peerllm.daemon.deployment.described_model import ModelAtHand
 from peerllm.daemon.deployment.surroundings import Home
 from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.threads import timed
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.hub_outline import ABOUT
 from peerllm.daemon.weights.weight_store import WeightStore
@@ -89,9 +91,12 @@ class InheritedModel:
 
 
 async def leave(
-    home: Home, digests: Digests, left: Path, inheritance: Inheritance, model_dir: Path
+    home: Home, digests: Digests, left: Path, inheritance: Inheritance, model_dir: Path, busy: Callable[[float], None]
 ) -> tuple[TensorDigest, ...]:
-    """The files that a follower fetches; hashed and offered from now on. `inheritance` has no hashes yet."""
+    """The files that a follower fetches; hashed and offered from now on. `inheritance` has no hashes yet.
+
+    `busy` hears how many seconds a processor worked on it.
+    """
     tensors = list({one.name: one for layer in inheritance.inspected.tensors for one in layer}.values())
     hashes = await home.hashes(tensors, lambda _: None)
     hub = await home.hub_places(tensors)
@@ -103,7 +108,8 @@ async def leave(
         hub=hub.origin if hub is not None else None,
         hub_files={one.name: hub.files[one.path] for one in tensors} if hub is not None else {},
     )
-    data = encode(whole, Inheritance)
+    data, busy_s = await timed(partial(encode, whole, Inheritance))
+    busy(busy_s)
     if len(data) > MAX_MESSAGE_BYTES:
         raise BadInputError(
             f"its manifest has {len(data)} bytes; no device can follow with more than {MAX_MESSAGE_BYTES}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, assert_never
 
@@ -94,6 +95,7 @@ class Successor:
         self._online: set[DeviceId] = set()
         self._lends = True
         self._streaming: dict[DeploymentId, bool] = {}
+        self._leaving = asyncio.Lock()  # what others follow with is made for one of them at a time
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard = asyncio.Event()  # another device said what it coordinates
@@ -148,7 +150,7 @@ class Successor:
     def hear(self, device: DeviceId, message: AnswerCopied | AnswerGrew) -> None:
         """A coordinator tells of answers that this device would go on with."""
         if self._decider.coordinators.get(message.deployment) == device:
-            self._held.hear(message)
+            self._held.hear(device, message)
 
     async def answer(self, device: DeviceId, question: Inherit | Vote) -> Answer:
         """Raises what stands against it."""
@@ -311,7 +313,11 @@ class Successor:
         assert model.model_dir is not None
         parts, inheritance = self._parts, Inheritance(options, created, model.form, model.inspected, {})
         place: Path = self._left / deployment
-        return Answer(0, inherited=await leave(parts.home, parts.digests, place, inheritance, model.model_dir))
+        async with self._leaving:  # a large manifest takes a second to be written
+            files = await leave(
+                parts.home, parts.digests, place, inheritance, model.model_dir, partial(parts.network.kept_busy, device)
+            )
+        return Answer(0, inherited=files)
 
     def _successor(self, deployment: DeploymentId) -> DeviceId | None:
         """The first device of the plan that is ready to follow this one."""

@@ -12,6 +12,7 @@ from peerllm.transport.frames.token_run import TokenRun
 
 TAIL = 8  # tokens at a prompt's end, after the snapshot: chat templates render the answer's beginning anew next time
 LEAST_BEFORE_SNAPSHOT = 32  # new tokens before a snapshot: for fewer, the extra pass costs more than it spares
+MOST_PARTIAL = 2  # tries to go back to what the stages still hold; then the sequence is computed from its start
 
 
 def chunk_length(left: int, chunk: int) -> int:
@@ -44,6 +45,7 @@ class RunningSequence:
     through: int = -1
     attempt: int = 0  # the number of its last OPEN
     awaited: bool = False  # which is to come back
+    partial: int = 0  # how often it went back to what stages still held since it entered the epoch
     exact: bool = False  # tokens that are computed again must go through the layers in the same runs as before
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class RunningSequence:
     def leave(self) -> None:
         """What is under way does not count any more."""
         self._forget_flight()
-        self.epoch, self.awaited = None, False
+        self.epoch, self.awaited, self.partial = None, False, 0
         if self.back < self.goal:  # the stages are asked anew, for all of it
             self.fed = self.back = self.goal
         self.goal, self.through = 0, -1
@@ -119,6 +121,11 @@ class RunningSequence:
         self.through = max(through, self.through)
         if place < snapshot < self.goal:
             self.snapshot = snapshot
+
+    def attempts_left(self) -> bool:
+        """Whether it may go back to a place after its start once more."""
+        self.partial += 1
+        return self.partial <= MOST_PARTIAL
 
     def left_behind(self) -> CachedPrefix:
         """What an ended sequence has left in its slot."""

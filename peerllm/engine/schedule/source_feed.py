@@ -198,7 +198,11 @@ class SourceFeed:
 
     def _opened(self, ring: EpochRing, opened: Opened) -> None:
         """What the stages lack of a sequence is known: it is fed again from where all of them can go on."""
-        again = self.sequences.came_round(opened)
+        try:
+            again = self.sequences.came_round(opened)
+        except FrameError as error:
+            self._finish(opened.sequence, "error", str(error))
+            return
         if again is not None:
             self._turns.left(opened.sequence)
             self._send(ring, *again)

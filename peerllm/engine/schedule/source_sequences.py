@@ -20,7 +20,7 @@ from peerllm.engine.messages import FinishReason, LoadStage, Submit, Tokens
 from peerllm.engine.schedule.prompt_turns import PromptTurns
 from peerllm.engine.schedule.running_sequence import RunningSequence
 from peerllm.engine.state.prefix_cache import PrefixCache
-from peerllm.engine.wire.parcels import Opened
+from peerllm.engine.wire.parcels import Opened, first_attempt
 from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Cuts, DeploymentId, chunk_of
@@ -51,16 +51,19 @@ class SourceSequences:
     ) -> None:
         """`reach` says where idle slots can be taken up again; None: nowhere. No `cuts`: always `chunk` tokens."""
         self._vocabulary, self._deployment = vocabulary, deployment
+        self._opens = (
+            0  # the number of the last OPEN; above those of a source before this one, whose epochs were earlier
+        )
         self._plan(slots, context, chunk, stages, cuts, epoch)
         self._running: dict[int, RunningSequence] = {}
         self._idle, self._reach = PrefixCache(slots, reach), reach
         self._prompts = PromptTurns()
         self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
-        self._opens = epoch << 32  # OPENs sent; above those of a source before this one, whose epochs were earlier
         self._draining: dict[int, tuple[int, int]] = {}  # of those, by ended sequence, until its RELEASE comes back
 
     def _plan(self, slots: int, context: int, chunk: int, stages: int, cuts: Cuts, epoch: int) -> None:
         self.epoch = epoch  # in which sequences are fed
+        self._opens = max(self._opens, first_attempt(epoch))
         self._slots, self.context = slots, context
         self._cuts, self._chunk = cuts or ((1, chunk),), chunk
         self._window = window_tokens(stages, chunk)
@@ -180,14 +183,19 @@ class SourceSequences:
         return self.opened(sequence), self._go_on(running)
 
     def came_round(self, opened: Opened) -> tuple[Opened, TokenRun | None] | None:
-        """An OPEN is back. If stages lack something, the sequence goes back to there: see `enter`."""
+        """An OPEN is back. If stages lack something, the sequence goes back to there: see `enter`.
+
+        FrameError if a stage lacks what it was to begin with: nothing.
+        """
         running = self._running.get(opened.sequence)
         if running is None or not running.awaited or opened.attempt != running.attempt:
             return None
         running.awaited = False
         if opened.lacking < 0:
             return None
-        place = opened.held if 0 < opened.held < opened.position else 0  # lower each time
+        if not running.back:
+            raise FrameError("a device says again and again that it lacks the tokens before this answer's next one")
+        place = opened.held if 0 < opened.held < opened.position and running.attempts_left() else 0
         self._under_way -= sum(running.in_flight)
         self._prompts.remove(running.order.client, opened.sequence)
         running.go_back(place, opened.lacking)

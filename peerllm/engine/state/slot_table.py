@@ -85,8 +85,8 @@ class SlotTable:
         mine.short = found < position
         return found
 
-    def extend(self, run: TokenRun, epoch: int = 0) -> bool:
-        """Take in a run of a sequence; False if it came late, twice or for a sequence that is not computed here.
+    def follows(self, run: TokenRun, epoch: int = 0) -> bool:
+        """Whether a run is due; False if it came late, twice or for a sequence that is not computed here.
 
         FrameError if tokens before it are missing, or the slot is not the sequence's.
         """
@@ -101,8 +101,14 @@ class SlotTable:
             raise FrameError(f"slot {run.slot} holds {held.tokens} tokens; a run from {run.position} does not follow")
         if run.length < 1 or run.position + run.length > self._context:
             raise FrameError(f"positions {run.position}+{run.length} do not fit a context of {self._context}")
-        held.tokens += run.length
         return True
+
+    def extend(self, run: TokenRun, epoch: int = 0) -> bool:
+        """Take in a run, if it `follows`."""
+        due = self.follows(run, epoch)
+        if due:
+            self._held[run.sequence].tokens += run.length
+        return due
 
     def computed(self, run: TokenRun) -> None:
         """A run that was taken in has passed the layers."""

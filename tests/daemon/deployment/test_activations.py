@@ -19,7 +19,7 @@ from peerllm.errors import BadInputError, LinkError
 from peerllm.planner.cost.working_space import working_bytes
 from peerllm.planner.scenario.scenario_parser import parse
 from peerllm.planner.strategies.strategy_plan import plan
-from tests.daemon.house import BLOCK, House, hello, inspected
+from tests.daemon.house import BLOCK, House, hello, inspected, quiet
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 HIDDEN = 4096
@@ -119,10 +119,6 @@ async def house(tmp_path):
         }
     yield made
     await made.close()
-
-
-def quiet(_):
-    pass
 
 
 async def test_what_runs_is_what_was_decided_and_is_shown(house):

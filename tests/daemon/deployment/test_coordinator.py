@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from peerllm.daemon.control_messages import Activate, Pace
-from peerllm.daemon.decide.deployment_life import deployment_decider, pacing
-from peerllm.daemon.deployment import worker as worker_module
+from peerllm.daemon.decide.deployment_life import deployment_decider
+from peerllm.daemon.deployment.loading import coordinator_grace
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.daemon.status.status import deployment_entry
 from peerllm.engine.messages import LoadStage, Submit, TimeLayers, Tokens
@@ -19,38 +19,9 @@ from peerllm.planner.cost.layer_costs import layer_ms
 from peerllm.planner.scenario.scenario_parser import parse
 from peerllm.planner.strategies.strategy_plan import plan
 from peerllm.types import Sampling, Stage
-from tests.daemon.house import BLOCK, House, inspected
+from tests.daemon.house import BLOCK, inspected, quiet, view
 
-SPARE = 100_000  # working space and ends, beside the blocks
-
-
-@pytest.fixture
-async def houses(tmp_path, monkeypatch):
-    monkeypatch.setattr(pacing, "RETRY_SETTLE_S", 0.0)
-    monkeypatch.setattr(pacing, "JOIN_SETTLE_S", 0.0)
-    monkeypatch.setattr(pacing, "SETTLE_S", 0.0)
-    monkeypatch.setattr(pacing, "CONTENTION_S", 0.01)
-    monkeypatch.setattr(pacing, "RETRY_S", 5.0)
-    made = []
-
-    def make(lent, **models):
-        house = House(tmp_path, [n * BLOCK + SPARE for n in lent], {k: inspected(k, n) for k, n in models.items()})
-        made.append(house)
-        return house
-
-    yield make
-    for house in made:
-        await house.close()
-        assert house.empty()
-
-
-def quiet(_):
-    pass
-
-
-def view(device):
-    (only,) = device.coordinator.views()
-    return only
+PACING = {"RETRY_S": 5.0}
 
 
 async def test_a_model_for_three_is_served_by_three(houses):
@@ -268,7 +239,7 @@ async def test_a_coordinator_that_vanishes_leaves_nothing_behind_after_the_grace
     house = houses([3, 3, 3], big=8)
     await house["a"].coordinator.run(RunOptions("big"), quiet)
     assert house["b"].engine.stages and house["c"].engine.stages
-    monkeypatch.setattr(worker_module, "GRACE_S", 0.05)
+    monkeypatch.setattr(coordinator_grace, "GRACE_S", 0.05)
     await house.vanish("a")
     assert house["b"].engine.stages and house["c"].engine.stages, "a short absence costs nothing"
     await house.until(lambda: not any(house[one].engine.stages or house[one].ledger.promised_bytes for one in "bc"))
@@ -326,7 +297,7 @@ async def test_what_served_is_brought_back_after_a_restart(houses):
     await house["a"].coordinator.run(RunOptions("big", slots=2, schedule="bubble"), quiet)
     before = view(house["a"])
     await house["a"].coordinator.close()
-    again = module_coordinator(house["a"])
+    again = house["a"].restarted()
     house.part("c", "gone")
     await again.start()
     await house.until(lambda: again.views() and again.views()[0].state == "waiting")
@@ -338,20 +309,9 @@ async def test_what_served_is_brought_back_after_a_restart(houses):
     assert all({spec.schedule for spec in d.engine.seen if isinstance(spec, LoadStage)} == {"bubble"}
                for d in house.devices.values())  # fmt: skip
     await again.stop("big")
-    forgotten = module_coordinator(house["a"])
+    forgotten = house["a"].restarted()
     await forgotten.start()
     assert not forgotten.views()
-
-
-def module_coordinator(device):
-    from peerllm.daemon.deployment.coordinator import Coordinator
-
-    known = device.coordinator._devices
-    device.coordinator = Coordinator(device, device.house.folder / f"{device.me[:4]}.jsonl")
-    for event in known.values():
-        device.coordinator.device_is(event.device, event.condition, event.reason)
-    device.store._own = device.coordinator.own_tensors
-    return device.coordinator
 
 
 async def test_an_unknown_model_is_told_and_forgotten(houses):

@@ -16,21 +16,15 @@ from peerllm.engine.messages import Record, Span
 from peerllm.errors import NotFoundError, RefusedError
 from peerllm.types import Stage
 from tests import traces
-from tests.daemon.house import BLOCK, House, inspected
+from tests.daemon.house import quiet
 
 MS = 10**6  # ns
 A, B = "a" * 64, "b" * 64
 
 
 @pytest.fixture
-async def house(tmp_path, monkeypatch):
-    made = House(tmp_path, [4 * BLOCK + 100_000] * 2, {"big": inspected("big", 6)})
-    yield made
-    await made.close()
-
-
-def quiet(_):
-    pass
+def house(houses):
+    return houses([4, 4], big=6)
 
 
 async def served(house):

@@ -11,7 +11,7 @@ from peerllm.daemon.control_messages import DeploymentView
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.status.status import deployment_entry, weights_form
 from peerllm.errors import BadInputError
-from tests.daemon.house import House, inspected
+from tests.daemon.house import House, inspected, quiet
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,6 @@ from tests.daemon.house import House, inspected
 def test_words(dtype: str, quantize: str, wanted: str, form: str, words: str) -> None:
     view = DeploymentView("d", "m", "serving", 1, "a" * 64, (), ())
     assert weights_form(replace(view, dtype=dtype, quantize=quantize, quantize_wanted=wanted, form=form)) == words
-
-
-def quiet(_):
-    pass
 
 
 @pytest.fixture

@@ -68,9 +68,11 @@ def model_dir(tmp_path: Path) -> Path:
 async def left(
     tmp_path: Path, model_dir: Path, hub: HubPlaces | None = None
 ) -> tuple[Digests, tuple[TensorDigest, ...]]:
-    digests = Digests(tmp_path / "digests.json")
+    digests, spent = Digests(tmp_path / "digests.json"), list[float]()
     whole = Inheritance(OPTIONS, 7, "", inspected("big", 3), {})
-    return digests, await leave(Home(hub), digests, tmp_path / "left" / DEPLOYMENT, whole, model_dir)
+    files = await leave(Home(hub), digests, tmp_path / "left" / DEPLOYMENT, whole, model_dir, spent.append)
+    assert len(spent) == 1 and spent[0] > 0.0, "whoever asks pays for the work"
+    return digests, files
 
 
 async def adopted(tmp_path: Path, model_dir: Path, hub: HubPlaces | None = None):

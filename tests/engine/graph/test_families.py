@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerllm.engine.base import ROLLBACK_TOKENS
-from peerllm.engine.graph.describe import UnfitError, describe
+from peerllm.engine.graph.config_values import UnfitError
+from peerllm.engine.graph.describe import describe
 from peerllm.engine.graph.rotation import inverse_frequencies, tables
 from peerllm.engine.graph.structure import Rope
 from peerllm.engine.graph.table import FAMILIES

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from peerllm.daemon.control_messages import DeploymentView
-from peerllm.daemon.daemon import may_need_engines
+from peerllm.daemon.engine_events import may_need_engines
 from peerllm.types import Stage
 
 ALONE = DeploymentView("d" * 32, "m", "serving", 1, "a", (Stage("a", 0, 3),), (1,))
