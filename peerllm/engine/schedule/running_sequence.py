@@ -40,7 +40,6 @@ class RunningSequence:
     snapshot: int = 0  # where a chunk of the prompt ends with a new snapshot; 0: nowhere
     answer: list[int] = field(default_factory=list)  # its ids so far, all put into stage 0 but the last
     in_flight: deque[int] = field(default_factory=deque)  # lengths of the chunks under way
-    furthest: int = 0  # see CachedPrefix
     goal: int = 0
     through: int = -1
     attempt: int = 0  # the number of its last OPEN
@@ -50,7 +49,6 @@ class RunningSequence:
 
     def __post_init__(self) -> None:
         self.fed = self.back = self.choice.position
-        self.furthest = self.choice.furthest
         self.answer = list(self.order.answer)
 
     def plan_snapshot(self) -> None:
@@ -131,12 +129,11 @@ class RunningSequence:
         """What an ended sequence has left in its slot."""
         order = self.order
         ids = (*order.prompt, *self.answer)[: self.back]
-        furthest, body = max(self.furthest, self.fed), len(order.prompt) - TAIL
+        furthest, body = max(self.choice.furthest, self.fed), len(order.prompt) - TAIL
         return CachedPrefix(
             order.sequence, order.client, ids, furthest, self.fed == self.back, self.kept_snapshot, body
         )
 
     def _forget_flight(self) -> None:
-        self.furthest = max(self.furthest, self.fed)
         self.fed = self.back
         self.in_flight.clear()

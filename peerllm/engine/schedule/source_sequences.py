@@ -157,8 +157,8 @@ class SourceSequences:
         running.leave()
 
     def leave_behind(self, epoch: int) -> None:
-        """Nothing that ended in an epoch, or in an earlier one, comes back any more."""
-        for sequence in [one for one, (left, _) in self._draining.items() if left <= epoch]:
+        """Nothing that ended in an epoch comes back any more."""
+        for sequence in [one for one, (left, _) in self._draining.items() if left == epoch]:
             self.drained(sequence)
 
     def fits(self, sequence: int) -> bool:
