@@ -18,7 +18,7 @@ MAX_QUEUED = 512  # sequences waiting for a slot, over all clients of a deployme
 
 
 def asker_of(client: str) -> str:
-    """The device or address that asks for a client (api/peers/caller.py): the part that no client can choose."""
+    """The device or address that asks for a client (api/core/caller.py): the part that no client can choose."""
     return client.partition("/")[0]
 
 
