@@ -94,7 +94,7 @@ class KeptAnswer:
             told += len(fresh)
             if fresh or self.finish is not None:
                 yield Chunk(fresh, self.finish, reused=self.reused)
-            elif self.queued and self.queued != queued:
+            elif self.queued != queued:
                 queued = self.queued
                 yield Chunk((), queued=queued)
             if self.finish is not None:

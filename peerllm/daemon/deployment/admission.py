@@ -216,15 +216,19 @@ class Admission:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """Chunks up to the one with `finish`. Closing it early cancels the sequence and frees its slot."""
         sequence = self._accept(request)
-        place = -1
+        told = 0
         try:
             while True:
-                if not sequence.submitted and place != (place := sequence.place) and place:
-                    yield Chunk((), queued=place)
+                if not sequence.submitted and sequence.place != told:
+                    told = sequence.place
+                    yield Chunk((), queued=told)
                     continue
                 event = await sequence.events.get()
-                if event is None:
-                    continue  # the place in the queue changed, or a slot was given
+                if event is None:  # the place in the queue changed, or a slot was given
+                    if told and sequence.submitted and sequence.events.empty():
+                        told = 0
+                        yield Chunk((), queued=0)
+                    continue
                 if isinstance(event, PeerLLMError):
                     raise event
                 ids = list(event.ids)

@@ -39,6 +39,7 @@ from peerllm.daemon.decide.deployment_life.deployment_events import (
     Switched,
     SwitchTo,
 )
+from peerllm.daemon.decide.deployment_life.outage import Outage
 from peerllm.daemon.decide.holdings import HouseholdHoldings
 from peerllm.daemon.deployment.admission import Admission, ServingCapacity
 from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
@@ -118,6 +119,7 @@ class Deployment:
         )
         self.epoch = remembered.epoch + EPOCHS_AHEAD if remembered is not None else 0  # the last number used up
         self._decider = decider(around.me, self.lasting, self.epoch)
+        self._outage = Outage(around.name)
         self._events: deque[DeploymentEvent] = deque()
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
@@ -221,17 +223,21 @@ class Deployment:
     def shown(self) -> ShownDeployment:
         """As others see it now."""
         serving = self.state == "serving" and self._running is not None and not self.yields_to
+        planned = self._running if serving else self._coming
+        reason = self._outage.waits_for(self.reason) if self.state == "waiting" else self.reason
         return ShownDeployment(
             deployment=self.id,
             options=self.options,
             coordinator=self._around.me,
             model=self.model,
             state="stopped" if self.yields_to else self.state,
-            reason=f"{self.yields_to} goes on with it" if self.yields_to else self.reason,
+            reason=f"{self.yields_to} goes on with it" if self.yields_to else reason,
             created=self.created,
             epoch=self._running.number if serving and self._running is not None else self.epoch,
             blueprint=self.blueprint,
-            message=self.report.message,
+            message=self._outage.message(
+                self.state, self.report.message, planned.devices if planned is not None else ()
+            ),
             progress=1.0 if serving else self.report.done,
             missing_bytes=getattr(self._failure, "missing_bytes", 0) if self.state == "waiting" else 0,
             succeeds=self.succeeds,
@@ -249,6 +255,8 @@ class Deployment:
         """Actions that at once cause events do not interrupt those that come after them."""
         if self._ended:
             return
+        if isinstance(event, DeviceIs):
+            self._outage.note(event.device, event.condition)
         self._events.append(event)
         if self._handling:
             return
@@ -296,6 +304,7 @@ class Deployment:
                 self._serve(note)
             case BecomeWaiting(reason):
                 log.warning("%s does not go on for now: %s", self.options.model, reason)
+                self._outage.begin(self._running.devices if self._running is not None else (), reason)
                 self.sequences.hold(reason)
                 self._failure = self._as_error(reason)
                 self._become("waiting", reason)
@@ -451,6 +460,9 @@ class Deployment:
         except PeerLLMError as error:
             self._feed(Switched(epoch.number, f"the engine did not switch: {error}"))
             return
+        if self._running is epoch and self.state == "serving":
+            self._outage.over()
+            self._around.changed()
         self._feed(Switched(epoch.number))
         if self._running is epoch and self._released_before < epoch.number:
             self._release_before(epoch.number)  # what the decider did not know of, or let go of already
@@ -477,6 +489,8 @@ class Deployment:
             log.warning("%s: %s", self.options.name, less)
             self.report.say("serving", less)
         self.lasting = True
+        if "switch" not in self._tasks:  # else running answers are not in this epoch yet
+            self._outage.over()
         self._become("serving", "; ".join(filter(None, (less, note))))
         if began:
             self.report.say("serving", f"{self.options.name} is served")

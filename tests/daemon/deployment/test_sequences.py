@@ -11,7 +11,7 @@ import pytest
 from peerllm.daemon.decide.fair_queue import MAX_QUEUED
 from peerllm.daemon.deployment import admission as module
 from peerllm.daemon.deployment.admission import Admission, ServingCapacity
-from peerllm.daemon.facade import GenerateRequest
+from peerllm.daemon.facade import Chunk, GenerateRequest
 from peerllm.engine.messages import Cancel, Submit, Tokens
 from peerllm.errors import BadInputError, EngineError, OverloadedError, UnavailableError
 from peerllm.types import Sampling
@@ -196,6 +196,20 @@ async def test_lengths_are_checked_and_clamped(sequences, told):
     task = await waiting(sequences.generate(ask(prompt=range(7), most=99)))
     assert told[0].max_tokens == 3
     task.cancel()
+
+
+async def test_who_waited_hears_that_it_has_a_slot(sequences, told):
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    first, second = sequences.generate(ask()), sequences.generate(ask())
+    task = await waiting(first)
+    assert (await chunk(second)).queued == 1
+    after = await waiting(second)
+    sequences.hear(Tokens(D, told.numbers(Submit)[0], 0, (1,), "stop"))
+    assert (await task).ids == (1,)
+    assert await asyncio.wait_for(after, BOUND_S) == Chunk((), queued=0), "before its prompt is computed"
+    after = await waiting(second)
+    sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (4,), "stop"))
+    assert (await asyncio.wait_for(after, BOUND_S)).ids == (4,)
 
 
 async def test_nothing_ends_while_the_deployment_is_held_and_the_engine_keeps_its_sequences(sequences, told):
