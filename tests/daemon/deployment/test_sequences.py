@@ -86,6 +86,7 @@ async def test_a_slot_is_given_when_the_engine_says_so_not_when_the_client_leave
     assert told.numbers(Submit) == [number]  # the slot is still taken
     sequences.hear(Tokens(D, number, 1, (), "cancelled"))
     assert len(told.numbers(Submit)) == 2
+    assert await chunk(second) == Chunk((), queued=0)
     after = await waiting(second)
     sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (5,), "stop"))
     assert (await after).ids == (5,)
@@ -226,6 +227,7 @@ async def test_nothing_ends_while_the_deployment_is_held_and_the_engine_keeps_it
     assert told.numbers(Submit) == [number], "the engine has it"
     sequences.hear(Tokens(D, number, 0, (9, 4), "stop"))  # told again in part
     assert (await second).ids == (4,)
+    assert await chunk(queued) == Chunk((), queued=0)
     after = await waiting(queued)
     sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (4,), "stop"))
     assert (await asyncio.wait_for(after, BOUND_S)).ids == (4,)
