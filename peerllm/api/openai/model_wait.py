@@ -114,4 +114,4 @@ def _still(app: web.Application, name: str, only_here: bool, before: ServedModel
 
 def _progress(model: ServedModel) -> str:
     text = model.message or (model.reason if model.state == "waiting" else "") or model.state
-    return f"{text} ({model.progress:.0%})" if model.progress and "%" not in text else text
+    return f"{text} ({model.progress:.0%})" if 0.0 < model.progress < 1.0 and "%" not in text else text

@@ -36,7 +36,7 @@ NAMES = ("laptop", "mini-pc", "jetson", "phone", "tablet", "desktop", "media-box
 TOGETHER_S = 60.0  # seconds for the devices to see each other once they have paired
 SLOTS = DEFAULT_SLOTS  # which all devices together have room for ...
 FEWER_SLOTS = 2  # ... and with one less, so many
-CONTEXT = 1024  # tokens
+MOST_CONTEXT = 4096  # tokens: the more room answers take, the more evenly the three devices share a small model
 MAX_ANSWER_TOKENS = 80
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         if model.instead:
             say(f"{model.instead}\nSo this is the built-in model, which knows little; it shows that everything works.")
         form = ("float32", "none") if model.exact else ()
-        sizes, fewer = (sizes_of(model.directory, slots, CONTEXT, *form) for slots in (SLOTS, FEWER_SLOTS))
+        sizes, fewer = (sizes_of(model.directory, slots, MOST_CONTEXT, *form) for slots in (SLOTS, FEWER_SLOTS))
         limit = replaceable_limit(sizes, fewer, args.devices)
         say(f"{model.name} takes {human_bytes(sizes.total)} with room for {SLOTS} answers at once.")
         say(f"Starting {args.devices} devices, each of which lends {human_bytes(limit)}, takes up to half a minute.")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             _noted(devices[0], args.json) as option,
         ):
             say("They are ready. Pairing them, then dividing the model over them.")
-            _serve(devices, model, args)
+            _serve(devices, model, sizes.context, args)
             say(f"From a second terminal: peerllm chat{option}   (or peerllm status{option})")
             for device in devices[1:2]:
                 say(f"While an answer is written, try: kill -9 {device.pid}   ({device.name} dies, the answer goes on)")
@@ -117,7 +117,7 @@ def _wait_for_all(first: LocalDevice, names: Sequence[str]) -> None:
         path = "/peerllm/v1/status?wait=1"
 
 
-def _serve(devices: list[DemoDevice], model: DemoModel, args: argparse.Namespace) -> None:
+def _serve(devices: list[DemoDevice], model: DemoModel, context: int, args: argparse.Namespace) -> None:
     """Pair them, divide the model, show who holds what, ask one question."""
     first = LocalDevice(devices[0].data_dir)
     for device in devices[1:]:
@@ -125,7 +125,7 @@ def _serve(devices: list[DemoDevice], model: DemoModel, args: argparse.Namespace
         at = f"127.0.0.1:{invitation['port']}"
         LocalDevice(device.data_dir).post("/peerllm/v1/join", {"code": invitation["code"], "at": at})
     _wait_for_all(first, [device.name for device in devices])
-    body = {"model": model.name, "context": CONTEXT, **(EXACT if model.exact else {})}  # fewer slots when one is lost
+    body = {"model": model.name, "context": context, **(EXACT if model.exact else {})}  # fewer slots when one is lost
     lines = first.lines("/peerllm/v1/run", body)
     if args.json:
         for _ in lines:

@@ -18,6 +18,7 @@ from peerllm.planner.cost.working_space import working_bytes
 from peerllm.types import Workload
 
 SPARE_BLOCKS = 0.75  # of a block's size
+SPARE_SHARE = 8  # devices lend this part of what they could lend more: the less they lend, the evener they share
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class ModelBytes:
     blocks: tuple[int, ...]
     head: int
     working: int  # of a pass, on every device
+    context: int = 0  # tokens of a sequence that there is room for
 
     @property
     def total(self) -> int:
@@ -45,7 +47,7 @@ def replaceable_limit(sizes: ModelBytes, fewer: ModelBytes, devices: int) -> int
     if devices == 1:
         return sizes.total
     least = max(_least_limit(sizes, devices), _least_limit(fewer, devices - 1))
-    return (least + _least_limit(sizes, devices - 1)) // 2
+    return least + (_least_limit(sizes, devices - 1) - least) // SPARE_SHARE
 
 
 def _least_limit(sizes: ModelBytes, devices: int) -> int:
@@ -92,14 +94,18 @@ def even_runs(count: int, parts: int) -> list[tuple[int, int]]:
 
 
 def sizes_of(model_dir: Path, slots: int, context: int, dtype: str = "auto", quantize: str = "auto") -> ModelBytes:
-    """In the form that `peerllm run` computes, by default or as asked; ModelError for what is no model."""
+    """In the form that `peerllm run` computes, by default or as asked; ModelError for what is no model.
+
+    `context` is lessened to what the model can.
+    """
     from peerllm.engine.backends import Backends
     from peerllm.engine.messages import Inspect
 
     dtype = dtype_of(BUILTIN if model_dir == MODEL_DIR else str(model_dir), dtype)
     inspected = Backends().inspect(Inspect(0, str(model_dir), dtype, quantize))
+    context = min(context, inspected.max_context)
     profile, work = inspected.profile, Workload(sequences=slots, context=context)
     tied = profile.layers[-1].tied_to is not None
     sizes = [layer_bytes(profile, number, work, tied) for number in range(len(profile.layers))]
     working = working_bytes(inspected.working, context, slots)
-    return ModelBytes(sizes[0], tuple(sizes[1:-1]), sizes[-1], working)
+    return ModelBytes(sizes[0], tuple(sizes[1:-1]), sizes[-1], working, context)

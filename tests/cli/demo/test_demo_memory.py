@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo.demo import CONTEXT, FEWER_SLOTS, SLOTS
+from peerllm.cli.demo.demo import FEWER_SLOTS, MOST_CONTEXT, SLOTS
 from peerllm.cli.demo.demo_memory import ModelBytes, even_runs, limits, replaceable_limit, sizes_of
 from peerllm.daemon.decide.demand import draw_up
 from peerllm.daemon.decide.device_profiles import Candidate
@@ -84,11 +84,11 @@ def built_in() -> Inspected:
 
 @pytest.mark.parametrize(("here", "slots"), [("abc", SLOTS), ("ab", FEWER_SLOTS), ("ac", FEWER_SLOTS), ("a", 0)])
 def test_the_planner_uses_all_of_three_and_goes_on_with_any_two(built_in: Inspected, here: str, slots: int) -> None:
-    sizes, fewer = (sizes_of(MODEL_DIR, count, CONTEXT) for count in (SLOTS, FEWER_SLOTS))
+    sizes, fewer = (sizes_of(MODEL_DIR, count, MOST_CONTEXT) for count in (SLOTS, FEWER_SLOTS))
     lent = replaceable_limit(sizes, fewer, 3)
     hellos = {device: replace(hello(device, lent), architectures=(built_in.architecture,)) for device in here}
     candidates = {device: Candidate(device, one, lent) for device, one in hellos.items()}
-    options = RunOptions("builtin", context=CONTEXT)
+    options = RunOptions("builtin", context=sizes.context)
     if not slots:
         with pytest.raises(InfeasibleError):
             draw_up(options, built_in, candidates, "a")
@@ -110,6 +110,7 @@ def test_sizes_are_those_of_the_planner() -> None:
     assert all(0 < few < many for few, many in zip(sizes.blocks, more.blocks, strict=True))
     assert 0 < sizes.head == more.head
     assert 0 < sizes.working <= more.working
+    assert (sizes.context, sizes_of(MODEL_DIR, 1, 10**9).context) == (100, 2048)
 
 
 def test_no_model_at_all(tmp_path: Path) -> None:
