@@ -308,7 +308,7 @@ async def test_what_holds_an_answer_up_is_repeated_to_keep_the_connection(
     monkeypatch.setattr(completions, "LOOK_S", 0.01)
     monkeypatch.setattr(model_wait, "KEEP_ALIVE_S", 0.02)
     household.gate = asyncio.Event()
-    async with client.post(PATH, json={**ASK, "stream": True}) as response:
+    async with asyncio.timeout(BOUND_S), client.post(PATH, json={**ASK, "stream": True}) as response:
         for words in (b": working\n\n", b": working\n\n"):
             assert await response.content.readuntil(b"\n\n") == words
         become(household, state="waiting", reason="jetson is gone")
@@ -320,6 +320,25 @@ async def test_what_holds_an_answer_up_is_repeated_to_keep_the_connection(
         assert await response.content.readuntil(b"\n\n") == b": working\n\n", "running answers go on"
         household.gate.set()
         assert (await response.text()).endswith("data: [DONE]\n\n")
+
+
+async def test_the_same_words_are_said_again_when_it_waits_again(
+    household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    class Sink:
+        async def comment(self, text: str) -> None:
+            said.append(text)
+
+    monkeypatch.setattr(model_wait, "find_model", lambda *_, only_here: household.served[0])
+    words: Any = model_wait.WaitingWords(None, "builtin", Sink())  # type: ignore[arg-type]
+    become(household, message="nothing is heard of jetson, answers wait")
+    await words.nothing_came()
+    await words.nothing_came()
+    words.tokens_came()
+    await words.nothing_came()
+    assert said == ["nothing is heard of jetson, answers wait"] * 2
 
 
 async def test_the_reason_why_it_waits_is_said_once(

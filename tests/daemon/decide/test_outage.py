@@ -67,14 +67,23 @@ def test_a_plan_broken_by_something_else_says_by_what(outage):
     assert outage.message("serving", "", "abc") == "computing again the answers so far"
 
 
-def test_the_broken_plan_is_the_first_of_an_outage(outage):
-    """One that was tried meanwhile, and broke, served nobody."""
+def test_another_plan_breaks_before_answers_go_on_in_it(outage):
     outage.note("b", "gone")
     outage.begin("ab", "mini-pc is gone")
     outage.note("c", "gone")
     assert outage.waits_for("x") == "waiting for mini-pc to come back: x", "jetson had no part in it"
+    outage.begin("ac", "jetson is gone")
+    assert outage.waits_for("x") == "waiting for mini-pc and jetson to come back: x"
     outage.begin((), "loading failed")
-    assert outage.waits_for("x") == "waiting for mini-pc to come back: x"
+    assert outage.waits_for("x") == "waiting for mini-pc and jetson to come back: x"
+
+
+def test_an_outage_that_is_over_is_forgotten(outage):
+    outage.note("b", "gone")
+    outage.begin("ab", "mini-pc is gone")
+    outage.over()
+    outage.begin("ac", "jetson: its engine was killed")
+    assert outage.waits_for("x") == "x" and outage.message("serving", "", "ac") == "computing again the answers so far"
 
 
 def test_names_are_listed_as_a_person_does():

@@ -20,9 +20,9 @@ class Outage:
     def __init__(self, name: Callable[[DeviceId], str]) -> None:
         self._name = name
         self._conditions: dict[DeviceId, DeviceCondition] = {}
-        self._reason = ""  # why the last plan does not go on; "": there is no outage
+        self._reason = ""  # why the running plan does not go on; "": there is no outage
         self._plan = frozenset[DeviceId]()  # its devices ...
-        self._lost: dict[DeviceId, None] = {}  # ... and those of them that were away since it began, in that order
+        self._lost: dict[DeviceId, None] = {}  # ... and those of them that were away since then, in that order
 
     def note(self, device: DeviceId, condition: DeviceCondition) -> None:
         self._conditions[device] = condition
@@ -30,9 +30,8 @@ class Outage:
             self._note_lost()
 
     def begin(self, devices: Iterable[DeviceId], reason: str) -> None:
-        """The plan of these devices does not go on."""
-        if not self._reason:
-            self._plan = frozenset(devices)
+        """The plan of these devices does not go on: the one that served, or one that answers were changing to."""
+        self._plan = frozenset(devices) | (self._plan if self._reason else frozenset())
         self._reason = reason
         self._note_lost()
 
