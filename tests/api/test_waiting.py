@@ -281,6 +281,8 @@ async def test_an_answer_that_is_held_up_midway_says_why(
             text += await response.content.readuntil(b"\n\n")
         become(household, state="loading", message=gone, progress=0.5)
         text += await comment(response, gone + " (50%)")
+        become(household, state="loading", message=gone, progress=1.0)
+        text += await comment(response, gone)
         become(household, state="waiting", reason="waiting for mini-pc to come back: 8 MB are missing")
         text += await comment(response, "waiting for mini-pc to come back: 8 MB are missing")
         become(household, message="computing again what mini-pc held")
@@ -291,7 +293,7 @@ async def test_an_answer_that_is_held_up_midway_says_why(
         text += await response.read()
     events = [json.loads(line[6:]) for line in text.split(b"\n") if line.startswith(b"data: {")]
     assert "".join(one["choices"][0]["delta"].get("content", "") for one in events) == household.reply
-    assert text.count(b"\n: ") == 4, "what does not change is not said again"
+    assert text.count(b"\n: ") == 5, "what does not change is not said again"
 
 
 async def comment(response: aiohttp.ClientResponse, words: str) -> bytes:

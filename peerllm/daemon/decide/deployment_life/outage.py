@@ -31,7 +31,7 @@ class Outage:
 
     def begin(self, devices: Iterable[DeviceId], reason: str) -> None:
         """The plan of these devices does not go on: the one that served, or one that answers were changing to."""
-        self._plan = frozenset(devices) | (self._plan if self._reason else frozenset())
+        self._plan = frozenset(devices)
         self._reason = reason
         self._note_lost()
 
