@@ -215,7 +215,8 @@ async def test_a_source_of_which_nothing_is_heard_is_named_at_once(pair: Pair, m
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(response.content.readuntil(b"\n\n"), 0.1)
         pair.mini.devices[1]["state"] = "silent"
-        assert await response.content.readuntil(b"\n\n") == b": nothing is heard of laptop\n\n"
+        async with asyncio.timeout(BOUND_S):
+            assert await response.content.readuntil(b"\n\n") == b": nothing is heard of laptop\n\n"
 
 
 async def test_a_source_that_cannot_be_reached_is_503(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from peerllm.api.server import ApiServer
-from peerllm.cli import terminal
+from peerllm.cli import chat, terminal
 from peerllm.cli.device import LocalDevice, starting, write_daemon_file
 from peerllm.cli.main import main
 from peerllm.cli.progress import show_progress
@@ -334,6 +334,26 @@ def test_chat_says_what_an_answer_waits_for(peerllm: Run, device: Served, monkey
 
 async def set_event(event: asyncio.Event) -> None:
     event.set()
+
+
+def test_a_note_goes_away_when_the_answer_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Note:
+        def show(self, text: str) -> None:
+            shown.append(text)
+
+    def pieces(device: Any, body: Any, messages: Any, comment: Callable[[str], None]) -> Iterator[str]:
+        yield "a"
+        comment("mini-pc is gone")
+        yield "b"
+        comment("jetson is gone")
+        comment("working")
+
+    monkeypatch.setattr(chat, "PassingNote", Note)
+    monkeypatch.setattr(chat, "answer_pieces", pieces)
+    assert chat._say(None, {}, []) == "ab"  # type: ignore[arg-type]
+    assert shown == ["", "mini-pc is gone", "", "jetson is gone", "", ""]
 
 
 def test_chat_as_json(peerllm: Run, device: Served) -> None:
