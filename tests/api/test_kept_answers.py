@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -10,6 +11,8 @@ import aiohttp
 import pytest
 
 from peerllm.api.openai import answer_store
+from peerllm.api.openai.kept_answer import KeptAnswer
+from peerllm.daemon.facade import Chunk
 from peerllm.errors import EngineError
 from tests.api.fake import BOUND_S, END, FakeHousehold
 
@@ -71,6 +74,20 @@ async def test_without_a_key_events_have_no_ids_and_answers_are_not_kept(
         async with client.post(PATH, json={**ASK, "stream": True}) as response:
             assert {number for number, _ in parsed(await response.text())} == {None}
     assert len(household.requests) == 2
+
+
+@pytest.mark.parametrize("error", [None, EngineError("lost")])
+async def test_what_comes_while_its_reader_is_busy_is_told_next(error: EngineError | None) -> None:
+    """The end, too: a reader that missed it would say that the answer broke off."""
+    kept, told = KeptAnswer("key", b"", "client", ids=[1]), list[Chunk]()
+    with contextlib.suppress(EngineError):
+        async for chunk in kept.chunks():
+            told.append(chunk)
+            if not kept.over:
+                kept.ids.append(2)
+                kept.finish, kept.error = None if error else "stop", error
+                kept._changed()
+    assert told == [Chunk((1,)), Chunk((2,), None if error else "stop")]
 
 
 @pytest.mark.parametrize("stop", [None, "🏡!", "dd"])

@@ -125,6 +125,23 @@ async def test_clients_that_leave_before_their_turn_leave_nothing_behind(store: 
     assert await asyncio.wait_for(store.prompt(text, HI, CONTEXT), BOUND_S)
 
 
+async def test_who_asks_much_waits_behind_itself(store: TextStore, tmp_path: Path) -> None:
+    text = await text_of(store, make_model_dir(tmp_path / "model"))
+    done: list[str] = []
+
+    async def ask(asker: str) -> None:
+        await store.prompt(text, HI, CONTEXT, asker)
+        done.append(asker)
+
+    await store._small._turn.acquire()  # as if a prompt were being prepared
+    tasks = [asyncio.create_task(ask(asker)) for asker in ("greedy", "greedy", "greedy", "modest", "greedy")]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    store._small._turn.release()
+    await asyncio.wait_for(asyncio.gather(*tasks), BOUND_S)
+    assert done.index("modest") == 1 and not store._turns
+
+
 async def test_it_is_told_no_secrets(store: TextStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PLAIN"):
         monkeypatch.setenv(name, "x")

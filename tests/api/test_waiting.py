@@ -351,3 +351,15 @@ async def test_the_reason_why_it_waits_is_said_once(
     async with client.post(PATH, json=ASK) as response:
         message = (await response.json())["error"]["message"]
     assert message == "the model 'builtin' cannot answer now, waiting for jetson to come back: 8 MB are missing"
+
+
+def test_models_that_never_came_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(expected_model.time, "monotonic", lambda: now)
+    expected = expected_model.ExpectedModel("")
+    for number in range(expected_model.MAX_EXPECTED + 1):
+        expected.expect(f"model {number}")
+    assert len(expected.models()) == expected_model.MAX_EXPECTED
+    now = expected_model.EXPECTED_S
+    expected.expect("another")
+    assert [one.model for one in expected.models()] == ["another"] and len(expected._until) == 1

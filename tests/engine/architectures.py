@@ -28,7 +28,8 @@ from torch import nn
 
 from peerllm.engine.backends import Backends
 from peerllm.engine.base import Backend, Shard
-from peerllm.engine.graph.describe import UnfitError, describe, family_of
+from peerllm.engine.graph.config_values import UnfitError
+from peerllm.engine.graph.describe import describe, family_of
 from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.messages import Inspect, Inspected, LoadStage
 from peerllm.engine.model.torch_backend import TorchBackend

@@ -63,8 +63,9 @@ def test_a_profile_without_any_time_cannot_be_scaled() -> None:
 
 def seen(a: float, b: float, scale: float = 20.0) -> dict[int, Points]:
     """What the stages take where `a` and `b` are so many times slower than measured; `scale`: of a large model."""
-    times = {name: DeviceProfile(name, name, 99, {k: tuple((n, scale * ms * r) for n, ms in p) for k, p in TIMES.items()})
-             for name, r in (("a", a), ("b", b))}  # fmt: skip
+    stretched = {name: {k: tuple((n, scale * ms * r) for n, ms in p) for k, p in TIMES.items()}
+                 for name, r in (("a", a), ("b", b))}  # fmt: skip
+    times = {name: DeviceProfile(name, name, 99, layer_ms) for name, layer_ms in stretched.items()}
     return {
         place: tuple(
             (n, sum(layer_ms(times[s.device], layer, n) for layer in MODEL.layers[s.first_layer : s.last_layer + 1]))

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from peerllm.api.error_answers import RETRY_AFTER_S
 from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
 from peerllm.api.repeat import FLEETING_HEADER, KEY_HEADER, LAST_HEADER, DeviceLeavingError, Repeat
 from peerllm.api.streams import Stream, pulsed
@@ -65,13 +66,15 @@ class RemoteAnswer:
                 return await stream.end()
             if kind != _JSON or not 200 <= answer.status < 600:
                 raise LinkError(f"its device answered with HTTP {answer.status} {kind[:40]!r}")
-            self.begun = True
-            body = await _whole(answer.body)
+            body = (await self._whole(answer.body)).lstrip()
         if stream is not None and stream.started:
             await stream.send(orjson.Fragment(body))
             return await stream.end()
         kept = {header: answer.headers[header] for header in _KEPT if header in answer.headers}
-        return web.Response(body=body, status=answer.status, content_type=_JSON, headers=kept)
+        status = answer.status
+        if status == web.HTTPOk.status_code and body.startswith(b'{"error":'):  # after signs of life
+            status, kept["Retry-After"] = _status_of(body), str(RETRY_AFTER_S)
+        return web.Response(body=body, status=status, content_type=_JSON, headers=kept)
 
     async def _events(self, stream: Stream, answer: RelayedAnswer) -> None:
         """Whole events only, so that one that broke off is not followed by another in its middle."""
@@ -114,12 +117,20 @@ class RemoteAnswer:
         devices = self.household.status()["devices"]
         return next((one for one in devices if one["id"] == self.model.source), {})
 
+    async def _whole(self, body: AsyncIterator[bytes]) -> bytes:
+        pieces, size = [], 0
+        async for piece in body:
+            self.begun = self.begun or not piece.isspace()
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_WHOLE_BYTES:
+                raise LinkError(f"it is larger than {MAX_WHOLE_BYTES} bytes")
+        return b"".join(pieces)
 
-async def _whole(body: AsyncIterator[bytes]) -> bytes:
-    pieces, size = [], 0
-    async for piece in body:
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_WHOLE_BYTES:
-            raise LinkError(f"it is larger than {MAX_WHOLE_BYTES} bytes")
-    return b"".join(pieces)
+
+def _status_of(error: bytes) -> int:
+    try:
+        status = orjson.loads(error)["error"]["status"]
+    except (ValueError, LookupError, TypeError):
+        status = None
+    return status if isinstance(status, int) and 400 <= status < 600 else web.HTTPServiceUnavailable.status_code

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, assert_never
 
@@ -20,6 +21,7 @@ from peerllm.daemon.control_messages import (
     Vote,
 )
 from peerllm.daemon.decide.succession import (
+    MAX_OF_COORDINATOR,
     VOTE_S,
     AskVotes,
     CoordinatedPlan,
@@ -28,6 +30,7 @@ from peerllm.daemon.decide.succession import (
     Equipped,
     GiveWay,
     Obey,
+    ObeyedTold,
     PlanTold,
     Presence,
     PresenceChanged,
@@ -94,23 +97,34 @@ class Successor:
         self._online: set[DeviceId] = set()
         self._lends = True
         self._streaming: dict[DeploymentId, bool] = {}
+        self._leaving = asyncio.Lock()  # what others follow with is made for one of them at a time
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard = asyncio.Event()  # another device said what it coordinates
 
     # ---- what happens ---------------------------------------------------------------------------------------------
 
-    def told(self, device: DeviceId, views: Iterable[DeploymentView]) -> None:
-        """A device, perhaps this one, says what it coordinates."""
+    @property
+    def obeyed(self) -> Mapping[DeploymentId, DeviceId]:
+        """As others are told of it."""
+        return self._decider.obeyed
+
+    def told(
+        self, device: DeviceId, views: Iterable[DeploymentView], obeyed: Mapping[DeploymentId, DeviceId] | None = None
+    ) -> None:
+        """A device, perhaps this one, says what it coordinates, and another one whom it obeys."""
         self._see_streams()
-        views = [view for view in views if view.coordinator == device]
+        views = [view for view in views if view.coordinator == device][:MAX_OF_COORDINATOR]
         before, self._told[device] = self._told.get(device, set()), {view.deployment for view in views}
         for over in before - self._told[device]:
             self._feed(DeploymentOver(over, device))
         for view in views:
-            if view.stages and view.state != "stopped":
-                self._stages[view.deployment] = view.stages
-            self._feed(PlanTold(self._plan(view)))
+            stages = view.stages if view.state != "stopped" else ()
+            self._feed(PlanTold(self._plan(view, stages or self._stages.get(view.deployment, ()))))
+            if stages and self._decider.coordinators.get(view.deployment) == device:  # no other's claim counts
+                self._stages[view.deployment] = stages
+        if obeyed is not None:
+            self._feed(ObeyedTold(device, obeyed))
         self._heard.set()
         self._see_to_equipment()
 
@@ -148,7 +162,7 @@ class Successor:
     def hear(self, device: DeviceId, message: AnswerCopied | AnswerGrew) -> None:
         """A coordinator tells of answers that this device would go on with."""
         if self._decider.coordinators.get(message.deployment) == device:
-            self._held.hear(message)
+            self._held.hear(device, message)
 
     async def answer(self, device: DeviceId, question: Inherit | Vote) -> Answer:
         """Raises what stands against it."""
@@ -267,9 +281,10 @@ class Successor:
 
     # ---- this device follows others ---------------------------------------------------------------------------------
 
-    def _plan(self, view: DeploymentView) -> CoordinatedPlan:
-        """As it is told; what has no stages now keeps the devices that it had."""
-        devices = [stage.device for stage in self._stages.get(view.deployment, ())]
+    @staticmethod
+    def _plan(view: DeploymentView, stages: Iterable[Stage]) -> CoordinatedPlan:
+        """As it is told; what has no stages now keeps the devices that it had: those of `stages`."""
+        devices = [stage.device for stage in stages]
         serving = view.state == "serving"
         return CoordinatedPlan(
             view.deployment, view.coordinator, tuple(dict.fromkeys(devices)), view.epoch, serving, view.succeeds
@@ -311,7 +326,11 @@ class Successor:
         assert model.model_dir is not None
         parts, inheritance = self._parts, Inheritance(options, created, model.form, model.inspected, {})
         place: Path = self._left / deployment
-        return Answer(0, inherited=await leave(parts.home, parts.digests, place, inheritance, model.model_dir))
+        async with self._leaving:  # a large manifest takes a second to be written
+            files = await leave(
+                parts.home, parts.digests, place, inheritance, model.model_dir, partial(parts.network.kept_busy, device)
+            )
+        return Answer(0, inherited=files)
 
     def _successor(self, deployment: DeploymentId) -> DeviceId | None:
         """The first device of the plan that is ready to follow this one."""

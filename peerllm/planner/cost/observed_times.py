@@ -29,7 +29,8 @@ def with_observed_times(
     result = dict(devices)
     for name, ratios in _ratios(model, devices, stages, observed).items():
         result[name] = replace(
-            devices[name], layer_ms={kind: _stretched(points, ratios) for kind, points in devices[name].layer_ms.items()}
+            devices[name],
+            layer_ms={kind: _stretched(points, ratios) for kind, points in devices[name].layer_ms.items()},
         )
     return result
 
@@ -44,7 +45,9 @@ def slower_than_measured(
 
     What all of the plan's devices take longer than was measured is not counted, nor less than SLIGHT_MS a batch.
     """
-    ratios = {name: median(ratio for _, ratio in told) for name, told in _ratios(model, devices, stages, observed).items()}
+    ratios = {
+        name: median(ratio for _, ratio in told) for name, told in _ratios(model, devices, stages, observed).items()
+    }
     usual = max(1.0, min(ratios.values(), default=1.0))
     result = {}
     for name, ratio in ratios.items():

@@ -20,6 +20,10 @@ from peerllm.daemon.decide.membership import (
     SILENT_AFTER_S,
     SLOW,
     STALL_S,
+    Membership,
+    backoff_s,
+)
+from peerllm.daemon.decide.membership_events import (
     Action,
     Beat,
     Changed,
@@ -34,13 +38,11 @@ from peerllm.daemon.decide.membership import (
     Incompatible,
     LinkName,
     Members,
-    Membership,
     Retire,
     Sighted,
     Tick,
     Up,
     Use,
-    backoff_s,
 )
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64

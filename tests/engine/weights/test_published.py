@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerllm.engine.graph.describe import UnfitError, describe
+from peerllm.engine.graph.config_values import UnfitError
+from peerllm.engine.graph.describe import describe
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.weights.formats.coded_rows import WeightForm
 from peerllm.engine.weights.formats.published import published_forms

@@ -43,7 +43,7 @@ MOST_RULES = 32  # that one event may set off; more is a mistake in the rules
 
 
 class DeploymentDecider:
-    """One deployment's, on its coordinator `me`. `lasting`: it has served, so it waits for devices and never gives up.
+    """Decides for one deployment, on its coordinator `me`. `lasting`: it has served, and waits instead of giving up.
 
     `epoch` is the last number that is used up. The first Asked or DeadlineReached begins it.
     """

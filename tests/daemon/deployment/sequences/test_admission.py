@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from peerllm.daemon.decide.fair_queue import MAX_QUEUED
-from peerllm.daemon.deployment import admission as module
-from peerllm.daemon.deployment.admission import Admission, ServingCapacity
+from peerllm.daemon.deployment.sequences import admission as module
+from peerllm.daemon.deployment.sequences import answer_times
+from peerllm.daemon.deployment.sequences.admission import Admission
+from peerllm.daemon.deployment.sequences.admitted_sequence import ServingCapacity
 from peerllm.daemon.facade import Chunk, GenerateRequest
 from peerllm.engine.messages import Cancel, Submit, Tokens
 from peerllm.errors import BadInputError, EngineError, OverloadedError, UnavailableError
@@ -162,14 +164,14 @@ async def test_long_answers_do_not_keep_the_slots_from_a_client_with_short_ones(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"), [(6.0, 12.0), (1e6, module.RETRY_MOST_S), (1e-6, module.RETRY_LEAST_S)]
+    ("seconds", "expected"), [(6.0, 12.0), (1e6, answer_times.RETRY_MOST_S), (1e-6, answer_times.RETRY_LEAST_S)]
 )
 async def test_a_full_queue_says_when_those_who_wait_will_be_in(sequences, told, monkeypatch, seconds, expected):
     """Two slots, answers of 6 s: four who wait are in within 12 s. Never less than a second, nor more than a minute."""
     now = [100.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))  # the loop keeps its own
     monkeypatch.setattr(sequences, "_queue", module.FairQueue(8))  # half of it for one client
-    assert sequences.retry_after_s == module.RETRY_UNKNOWN_S
+    assert sequences.retry_after_s == answer_times.RETRY_UNKNOWN_S
     sequences.open(ServingCapacity(2, 100, 50, ()))
     first = await waiting(sequences.generate(ask()))
     now[0] += seconds
