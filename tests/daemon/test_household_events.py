@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -11,18 +10,9 @@ from peerllm.daemon.control_messages import DeploymentView, DeviceView
 from peerllm.daemon.decide.membership_events import State
 from peerllm.daemon.household_events import HouseholdEvents
 from peerllm.errors import UnavailableError
+from tests.daemon.noting import Noting
 
 ME, OTHER = "a" * 64, "b" * 64
-
-
-class Noting:
-    """Whatever is called on it is noted with its arguments."""
-
-    def __init__(self, name: str, calls: list[tuple[object, ...]]) -> None:
-        self._name, self._calls = name, calls
-
-    def __getattr__(self, what: str) -> Any:
-        return lambda *args, **options: self._calls.append((f"{self._name}.{what}", *args, *options.items()))
 
 
 class Household:
@@ -91,12 +81,13 @@ def test_a_device_reached_anew_counts_as_that_once_it_said_what_it_has_loaded() 
     household = Household()
     household.events._device_state(OTHER, "silent", "online", "", True)
     household.taken()
-    view = DeviceView(0, 0, "running", ())
+    obeyed = {"d" * 32: OTHER}
+    view = DeviceView(0, 0, "running", (), obeyed=obeyed)
     for renewed in (True, False):
         household.events._heard(OTHER, view)
         assert household.taken() == [
             ("coordinator.told", OTHER, ()), ("worker.back", OTHER), (*IS, "online", ("renewed", renewed)),
-            ("successor.told", OTHER, ()),
+            ("successor.told", OTHER, (), obeyed),
         ]  # fmt: skip
     household.events._heard(OTHER, DeviceView(0, 0, "running", (), leaving="going down"))
     assert (*IS, "leaving", "is leaving: going down", False) in household.taken()

@@ -134,7 +134,6 @@ class SourceSequences:
         self._running[order.sequence] = running = RunningSequence(order, choice, self.epoch)
         if order.answer:  # the stages may still have all of it
             running.fed = running.back = len(order.prompt) + len(order.answer) - 1
-            running.sure = False
         if self._reach is not None and not self._reach.rewinds and self._reach.snapshots:
             running.plan_snapshot()
         self._cut(running)
@@ -158,8 +157,8 @@ class SourceSequences:
         running.leave()
 
     def leave_behind(self, epoch: int) -> None:
-        """Nothing that ended in an epoch, or in an earlier one, comes back any more."""
-        for sequence in [one for one, (left, _) in self._draining.items() if left <= epoch]:
+        """Nothing that ended in an epoch comes back any more."""
+        for sequence in [one for one, (left, _) in self._draining.items() if left == epoch]:
             self.drained(sequence)
 
     def fits(self, sequence: int) -> bool:
@@ -193,7 +192,6 @@ class SourceSequences:
             return None
         running.awaited = False
         if opened.lacking < 0:
-            running.sure = running.sure or running.through < 0
             return None
         if not running.back:
             raise FrameError("a device says again and again that it lacks the tokens before this answer's next one")
@@ -283,7 +281,7 @@ class SourceSequences:
         """A chunk is back that no token was drawn after: the step that may be due now."""
         if running.through < 0 or running.back < running.goal:
             return None
-        running.through, running.sure = -1, True
+        running.through = -1
         return running.feed(1) if running.goal >= len(running.order.prompt) else None
 
     # ---- ending -----------------------------------------------------------------------------------------------------

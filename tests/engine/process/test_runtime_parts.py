@@ -219,6 +219,38 @@ def test_an_answer_ends_where_the_context_is_full() -> None:
     assert step is None and told is not None and (told.ids, told.finish) == ((7,), "length")
 
 
+def test_only_the_answer_to_the_last_open_counts_and_once() -> None:
+    sequences = SourceSequences(
+        DEPLOYMENT, slots=1, context=1000, chunk=4, stages=2, vocabulary=VOCABULARY, reach=Reach(True)
+    )
+    sequences.submit(submit(1, 100))
+    sequences.leave(1)
+    first, _ = sequences.enter(1)
+    assert [feed.position for feed in sequences.feed()] == [0, 4, 8, 12]
+    sequences.leave(1)
+    second, _ = sequences.enter(1)
+    assert [feed.position for feed in sequences.feed()] == [0, 4, 8, 12]
+    assert sequences.came_round(first) is None and sequences.is_late(run(1, 4, 0)), "the second is awaited still"
+    assert sequences.came_round(second) is None and not sequences.is_late(run(1, 4, 0))
+    assert sequences.came_back(run(1, 4, 0), None) == (None, None)
+    assert sequences.came_round(second.lacks(1, 0)) is None, "it came twice"
+    sequences.leave(1)
+    third, _ = sequences.enter(1)
+    sequences.feed()
+    again = sequences.came_round(third.lacks(1, 0))
+    assert again is not None and again[0].position == 0 and again[0].through == 1
+    assert sequences.came_round(again[0]) is None
+    flying, fed = sequences.feed(), list[tuple[int, int, int]]()
+    while flying:
+        due = flying.pop(0)
+        fed.append((due.position, due.length, due.through))
+        step, _ = sequences.came_back(due, 7 if due.sample else None)
+        flying += sequences.feed()
+        if step is not None:
+            break
+    assert fed == [(0, 4, 1), *((at, 4, -1) for at in range(4, 100, 4))] and not sequences.prompting
+
+
 def test_what_was_reused_is_told_with_the_first_token_alone() -> None:
     reach = Reach(rewinds=True)
     sequences = SourceSequences(DEPLOYMENT, slots=1, context=99, chunk=8, stages=1, vocabulary=VOCABULARY, reach=reach)

@@ -53,7 +53,7 @@ def test_a_source_numbers_its_opens_by_the_epoch() -> None:
     assert numbers == [first_attempt(3) + 1, first_attempt(9) + 1, first_attempt(9) + 2]
 
 
-@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize("held", [0, 1, -1])
 def test_a_stage_that_lacks_tokens_again_and_again_ends_the_answer(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     deployment = LocalDeployment(DEPLOYMENT, Scheduler(), told.append)
@@ -61,7 +61,7 @@ def test_a_stage_that_lacks_tokens_again_and_again_ends_the_answer(held: int, mo
 
     def lie(parcel: Opened, *rest: Any) -> Opened:
         asked.append(parcel.position)
-        return parcel.lacks(2, held)
+        return parcel.lacks(2, held if held >= 0 else parcel.position - 1)
 
     monkeypatch.setattr(lying, "open", lie)
     deployment.loaded(lying)

@@ -208,6 +208,72 @@ def test_layers_that_are_computed_again_keep_a_snapshot_that_was_there_before() 
     assert story.told(3)[0].reused == 8 and story.replayed() == replayed
 
 
+def test_a_turn_that_is_cancelled_early_leaves_the_snapshot_that_it_began_with() -> None:
+    story = Story("recurrent")
+    story.asks(1, count=5)
+    story.all_but()
+    story.asks(2, [*PROMPT[:8], *PROMPT, *PROMPT, *PROMPT[1:]], 3)
+    story.world.devices[0].deployment.cancel(2)
+    story.all_but()
+    third = [*PROMPT[:8], 2, 0, 3]
+    story.asks(3, third, 4)
+    story.all_but(number=3)
+    story.is_over(3, third, 4)
+    assert story.told(3)[0].reused == 8
+
+
+def test_what_an_earlier_turn_left_elsewhere_is_no_part_of_one_that_parted_from_it() -> None:
+    """The second device still has the first turn, of which the second turn shares only the beginning."""
+    story, second = Story(), [*PROMPT[:8], 3, 3, 1]
+    story.asks(1, count=5)
+    story.all_but()
+    story.plan(ELSEWHERE)
+    story.asks(2, second)
+    story.all_but(until=3, number=2)
+    assert story.told(2)[0].reused == 8
+    story.plan(CUT)
+    story.all_but(number=2)
+    story.is_over(2, second)
+
+
+def test_a_prompt_that_is_under_way_is_fed_no_further_until_it_changes_its_epoch() -> None:
+    story, prompt = Story(), [*PROMPT, *PROMPT, *PROMPT]
+    story.asks(1, prompt, 5)
+    story.plan(CUT)
+    story.all_but()
+    story.is_over(1, prompt, 5)
+    assert not any(story.dropped(home) for home in range(3))
+
+
+def test_what_was_under_way_when_links_broke_does_not_count_when_they_stand_again() -> None:
+    story = Story(cut=[(0, 1), (1, 4)])
+    story.asks(1)
+    story.all_but(until=3)
+    story.all_but(held=[(1, 1)])
+    assert story.frames((1, 1)) == 1, "a token"
+    late = story.world.wires[1, 1]
+    story.world.devices[0].deployment.rings[1].lost("1" * 64, None, "cut")
+    story.world.devices[0].deployment.linked(1, {0: story.world.wires[1, 0]})
+    story.world.deliver((1, 1))
+    assert not late.frames and story.dropped(0) == 1 and len(story.said(1)) == 3
+    story.all_but()
+    story.is_over(1)
+
+
+def test_windows_that_cannot_go_back_to_what_another_stage_still_has_compute_all_again() -> None:
+    """The second device had the sequence some epochs ago; the windows before its layers have slid since."""
+    story = Story("window")
+    story.asks(1, count=14)
+    story.all_but(until=2)
+    story.plan(ELSEWHERE)
+    story.all_but(until=8)
+    before = story.world.devices[1].counts.replayed_tokens
+    story.plan(CUT)
+    story.all_but()
+    story.is_over(1, count=14)
+    assert story.world.devices[1].counts.replayed_tokens - before >= len(PROMPT) + 8
+
+
 @pytest.mark.parametrize("under_way", [False, True])
 def test_recurrent_layers_that_are_cut_anew_and_moved_go_on_from_their_snapshot(under_way: bool) -> None:
     """Layer 2 is loaded anew where it was, 3 and 4 come from two devices to a third."""
@@ -237,16 +303,6 @@ def test_recurrent_layers_that_are_only_cut_anew_compute_nothing_again() -> None
     story.all_but()
     story.is_over(1)
     assert not story.replayed()
-
-
-def test_a_stage_whose_middle_layer_was_lost_takes_in_the_next_step_with_all_its_layers_or_none() -> None:
-    """The step behind an OPEN comes before the source knows what is lacking; layers that lack nothing wait for it."""
-    story = Story(cut=[(0, 1), (1, 2), (0, 3), (2, 4)])
-    story.asks(1)
-    story.all_but(until=3)
-    story.plan([(0, 3), (2, 4)])
-    story.all_but()
-    story.is_over(1)
 
 
 @pytest.mark.parametrize("said", [0, 3])

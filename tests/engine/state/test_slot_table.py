@@ -74,6 +74,16 @@ def test_a_sequence_that_takes_a_slot_ends_the_one_that_had_it() -> None:
     assert 1 not in table and table.in_use(0) == 1
 
 
+def test_what_was_left_under_a_number_in_use_ends_alone() -> None:
+    table = SlotTable(2, 10, Reach(True))
+    table.enter(1, 0)
+    held(table, 1, 0, 4)
+    table.release(1, keep=4)
+    table.enter(1, 1)
+    table.enter(2, 0)
+    assert table.holds(1, 1) and table.holds(2, 0)
+
+
 def test_what_an_ended_sequence_left_is_for_the_one_that_comes_after_it() -> None:
     table = SlotTable(2, 20, Reach(True))
     table.enter(1, 0)
@@ -119,6 +129,11 @@ def test_a_window_goes_back_as_far_as_its_slack_and_not_again_from_there() -> No
     assert table.enter(1, 0, 8) == 8 and table.enter(1, 0, 7) == 0
     held(table, 1, 0, 9)
     assert table.enter(1, 0, 7) == 7, "it has begun afresh"
+    table.enter(1, 0, 0)
+    held(table, 1, 0, 10)
+    assert table.enter(1, 0, 8) == 8
+    held(table, 1, 0, 1)
+    assert table.enter(1, 0, 7) == 0, "it had held 10 before"
 
 
 def test_a_window_that_lacks_much_goes_on_from_what_it_has() -> None:
