@@ -152,9 +152,10 @@ async def test_it_is_told_no_secrets(store: TextStore, tmp_path: Path, monkeypat
 
 
 async def test_an_idle_process_ends(store: TextStore, tmp_path: Path) -> None:
-    store._small._idle_s = 0.01
     text = await text_of(store, make_model_dir(tmp_path / "model"))
     process = psutil.Process(pid(store))
+    store._small._idle_s = 0.01
+    assert await store.prompt(text, HI, CONTEXT)
     await asyncio.to_thread(process.wait, BOUND_S)
     assert await store.prompt(text, HI, CONTEXT)
 
