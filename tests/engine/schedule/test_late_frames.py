@@ -14,6 +14,7 @@ from peerllm.engine.messages import CarryState, Hop, Submit, Tokens
 from peerllm.engine.schedule import running_sequence
 from peerllm.engine.schedule.source_feed import MOST_PATIENCE_S
 from peerllm.engine.schedule.state_export import StateExport
+from peerllm.engine.wire.parcels import Opened
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT
 from tests.engine.schedule.adding_devices import World, expected
@@ -258,6 +259,20 @@ def test_what_was_under_way_when_links_broke_does_not_count_when_they_stand_agai
     assert not late.frames and story.dropped(0) == 1 and len(story.said(1)) == 3
     story.all_but()
     story.is_over(1)
+
+
+def test_nobody_of_an_epoch_that_was_left_says_what_stages_of_the_next_lack() -> None:
+    story = Story()
+    story.asks(1)
+    story.all_but(until=3)
+    story.plan(CUT)
+    story.waits_long()
+    source = story.world.devices[0].deployment
+    number = source.feed.sequences._running[1].attempt
+    source.rings[1].give(3, Opened(1, 0, Sampling(), attempt=number, lacking=3))
+    story.all_but()
+    story.is_over(1)
+    assert not story.replayed()
 
 
 def test_windows_that_cannot_go_back_to_what_another_stage_still_has_compute_all_again() -> None:
