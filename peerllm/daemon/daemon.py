@@ -267,21 +267,21 @@ class Daemon:
         return await self.coordinator.run(options, progress)
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
-        return await self.coordinator.preview(options, progress)
+        return await self.coordinator.figures.preview(options, progress)
 
     async def scenario(self, model: str) -> dict[str, Any]:
-        return await self.coordinator.scenario(model)
+        return await self.coordinator.figures.scenario(model)
 
     async def bench(
         self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
     ) -> dict[str, Any]:
-        return await self.coordinator.bench(model, sequences, prompt_tokens, output_tokens, apart)
+        return await self.coordinator.figures.bench(model, sequences, prompt_tokens, output_tokens, apart)
 
     async def record(self, model: str) -> int:
-        return await self.coordinator.record(model)
+        return await self.coordinator.figures.record(model)
 
     async def recorded(self, model: str, recording: int) -> bytes:
-        return await self.coordinator.recorded(model, recording)
+        return await self.coordinator.figures.recorded(model, recording)
 
     async def stop(self, model: str) -> None:
         await self.coordinator.stop(model)
@@ -346,6 +346,7 @@ class Daemon:
             promised + engine.runtime_bytes,
             holdings=self.worker.holdings(),
             leaving=self.ledger.leaving,
+            obeyed=self.successor.obeyed,
         )
 
     def poke(self) -> None:

@@ -134,7 +134,7 @@ class HouseholdEvents:
         elif isinstance(message, DeviceView):
             self._parts.coordinator.told(device, message.holdings)
             self._seen(device, message)
-            self._parts.successor.told(device, message.deployments)
+            self._parts.successor.told(device, message.deployments, message.obeyed)
         elif isinstance(message, AnswerCopied | AnswerGrew):
             self._parts.successor.hear(device, message)
 

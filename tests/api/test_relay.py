@@ -299,7 +299,7 @@ async def test_one_device_cannot_take_all_streams(pair: Pair, monkeypatch: pytes
 
 
 async def test_large_bodies_of_one_device_are_bounded_together(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_api, "MAX_BYTES_OF_DEVICE", 9 << 20)
+    monkeypatch.setattr("peerllm.api.tasks.MAX_BYTES", 9 << 20)
     pair.laptop.gate = asyncio.Event()
     large = {**ASK, "user": "u" * 100, "metadata": {"x": "x" * (5 << 20)}}
     first = asyncio.create_task(pair.session.post(PATH, json=large))
@@ -310,6 +310,25 @@ async def test_large_bodies_of_one_device_are_bounded_together(pair: Pair, monke
     assert (await first).status == 200
     async with pair.session.post(PATH, json=large) as response:
         assert response.status == 200
+
+
+async def test_large_bodies_of_one_client_are_bounded_together_before_they_are_read(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerllm.api.tasks.MAX_BYTES", 9 << 20)
+    pair.laptop.gate = asyncio.Event()
+    large = {**ASK, "metadata": {"x": "x" * (5 << 20)}}
+    async with aiohttp.ClientSession(pair.server.url) as local:
+        first = asyncio.create_task(local.post(PATH, json=large))
+        await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
+        async with local.post(PATH, json={**large, "user": "another"}) as response:
+            assert response.status == 429 and "large requests of yours" in (await response.json())["error"]["message"]
+        async with local.post(PATH, json={**ASK, "stream": "no"}) as response:
+            assert response.status == 400, "small ones pass"
+        async with pair.session.post(PATH, json={**ASK, "stream": "no"}) as response:
+            assert response.status == 400
+        pair.laptop.gate.set()
+        assert (await first).status == 200
 
 
 async def test_kept_answers_of_a_device_share_its_bound(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from peerllm.daemon.background_tasks import BackgroundTasks, LatestTasks
 
+WAIT_S = 5.0
+
 
 async def test_what_fails_is_logged_by_its_name_and_what_goes_on_is_ended(caplog: pytest.LogCaptureFixture) -> None:
     tasks, ended, logged = BackgroundTasks(), asyncio.Event(), asyncio.Event()
@@ -26,7 +28,7 @@ async def test_what_fails_is_logged_by_its_name_and_what_goes_on_is_ended(caplog
     with caplog.at_level(logging.ERROR):
         tasks.start(failing(), "tidy up")
         tasks.start(endless(), "wait for ever")
-        await logged.wait()
+        await asyncio.wait_for(logged.wait(), WAIT_S)
         await asyncio.sleep(0)
         await tasks.close()
         await tasks.close()
@@ -50,6 +52,8 @@ async def test_a_new_task_takes_the_place_of_one_of_its_kind_and_hears_that_it_i
 
     async def second() -> None:
         await cancelled.wait()
+        for _ in range(3):  # the first one's end is heard of
+            await asyncio.sleep(0)
         current["second"] = tasks.current("sort")
         current["of no such kind"] = tasks.current("dust")
         done.set()
@@ -57,7 +61,7 @@ async def test_a_new_task_takes_the_place_of_one_of_its_kind_and_hears_that_it_i
     tasks.start("sort", first())
     await asyncio.sleep(0)  # it begins
     tasks.start("sort", second())
-    await done.wait()
+    await asyncio.wait_for(done.wait(), WAIT_S)
     assert current == {"first": False, "second": True, "of no such kind": False}
     await tasks.close()
     assert errors == []
@@ -78,7 +82,7 @@ async def test_what_a_task_raises_is_told_once_and_what_is_cancelled_is_no_error
 
     tasks.start("sort", asyncio.sleep(1000))
     tasks.start("dust", failing())
-    await told.wait()
+    await asyncio.wait_for(told.wait(), WAIT_S)
     tasks.cancel("sort")
     tasks.cancel("sort")
     await tasks.close()

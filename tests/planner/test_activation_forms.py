@@ -161,7 +161,7 @@ def test_a_hop_stays_exact_if_that_loses_a_hundredth_at_most(lost: float, form: 
 def test_random_households_gain_what_they_were_promised() -> None:
     """Over every kind of household: auto is never worse than exact, and its scenario file leads to the same plan."""
     changed = 0
-    for seed in range(120 if FULL else 50):
+    for seed in range(120 if FULL else 25):
         i = instance(seed, *shape(seed))
         objective: Objective = "throughput" if seed % 2 else "latency"
         blocks = [replace(one, output_bytes_per_token=4096) for one in i.model.layers[:-1]]
@@ -192,7 +192,7 @@ def test_random_households_gain_what_they_were_promised() -> None:
         best = worth(decide(scenario, "int8").plan, objective)
         lost = worth(found.plan, objective) / best
         assert lost <= 1 / (1 - SLIGHT) + 1e-9 if objective == "latency" else lost >= 1 / (1 + SLIGHT) - 1e-9, seed
-    assert changed > 4
+    assert changed > 2
 
 
 def test_a_decided_scenario_is_a_plain_scenario_file() -> None:

@@ -24,7 +24,7 @@ from tests.planner.instances import FULL, hub_household
 from tests.planner.problems import least, random_problem
 
 BLOCK = 60  # problems
-BLOCKS = range(100 if FULL else 2)
+BLOCKS = range(100 if FULL else 1)
 
 
 def check(asked: AssignmentProblem, found: Assignment, best: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from aiohttp import web
 
 from peerllm.api.error_answers import UnknownModelError, describe, json_response
-from peerllm.api.fields import read_object
+from peerllm.api.fields import most_bytes, read_object
 from peerllm.api.keys import ANSWERS, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai.answer import Completion, OpenAIObjects
 from peerllm.api.openai.answer_store import NotKeptError
@@ -43,27 +43,29 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 async def answer_chat(app: web.Application, request: web.Request, caller: Caller) -> web.StreamResponse:
     """Errors before the first sign of life have their own status; after it they are an error event, then the end."""
+    with app[TASKS].stream(caller.asker, most_bytes(request)):
+        return await _answer(app, request, caller)
+
+
+async def _answer(app: web.Application, request: web.Request, caller: Caller) -> web.StreamResponse:
     fields = await read_object(request)
     chat, repeat = parse_chat(fields), repeat_of(request, fields.body)
     if repeat is not None:
         repeat.fleeting = bool(caller.device) and FLEETING_HEADER in request.headers
     stream = Stream(request, "text/event-stream; charset=utf-8") if chat.stream else None
     patient = Stream(request, "application/json") if caller.device and not chat.stream else None
-    with app[TASKS].stream(caller.asker):
-        try:
-            answer = await _answered(app, request, caller, chat, repeat, stream, fields.body)
-            if patient is None or not patient.started or not isinstance(answer, web.Response):
-                return answer
-            await patient.write(bytes(cast("bytes", answer.body)))
-            return await patient.end()
-        except asyncio.CancelledError:
-            if stream is not None and stream.started and app[TASKS].closing:
-                with contextlib.suppress(ConnectionError):
-                    await stream.send(
-                        describe(DeviceLeavingError("the answer broke off: this device is shutting down"))
-                    )
-                    await stream.end()
-            raise
+    try:
+        answer = await _answered(app, request, caller, chat, repeat, stream, fields.body)
+        if patient is None or not patient.started or not isinstance(answer, web.Response):
+            return answer
+        await patient.write(bytes(cast("bytes", answer.body)))
+        return await patient.end()
+    except asyncio.CancelledError:
+        if stream is not None and stream.started and app[TASKS].closing:
+            with contextlib.suppress(ConnectionError):
+                await stream.send(describe(DeviceLeavingError("the answer broke off: this device is shutting down")))
+                await stream.end()
+        raise
 
 
 async def _answered(

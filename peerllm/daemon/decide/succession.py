@@ -2,11 +2,11 @@
 
 A deployment's devices, in the order of its plan, follow each other. The first one that is left and has all that a
 source needs asks the others for their votes. A device votes once in a term, only while it does not hear the coordinator
-itself, and from then on obeys whom it voted for. With the votes of a strict majority of the plan's devices the
-candidate takes the deployment over as it is loaded. Without sight of a majority (always so with two devices) it serves
-the model as a new deployment, if it can hold it. When two meet again, one takes no new sequences, ends those that it
-streams, and lets go: of one deployment the coordinator that its devices do not obey any more, which is the one of the
-earlier epoch; else the one that was begun anew, if the other serves.
+itself, and from then on obeys whom it voted for; the others are told. With the votes of a strict majority of the plan's
+devices the candidate takes the deployment over as it is loaded. Without sight of a majority (always so with two
+devices) it serves the model as a new deployment, if it can hold it. When two meet again, one takes no new sequences,
+ends those that it streams, and lets go: of one deployment the coordinator of the earlier epoch, if most devices of its
+plan say that they obeyed the other; else the one that was begun anew, if the other serves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ VOTE_S = 2.0  # votes that have not come by then count as refused; the next term
 BOUND_S = 5.0  # a vote binds for so long, unless its candidate takes over
 ANEW_S = 6.0  # without a majority in sight for so long the model is served as a new deployment
 EPOCHS_OF_TERM = 2000  # more than a coordinator uses up that nobody obeys; one that restarts skips a thousand
-MAX_DEPLOYMENTS_KNOWN = 256
+MAX_DEPLOYMENTS_KNOWN = 1024
+MAX_OF_COORDINATOR = 16  # of those, so that one that tells of many leaves the others room
 
 Presence = Literal["online", "silent", "gone"]
 
@@ -49,6 +50,14 @@ class PlanTold:
     """A coordinator, this device or another, told of a deployment."""
 
     plan: CoordinatedPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ObeyedTold:
+    """Another device says whom it has obeyed in the deployments that it has a part in (`Succession.obeyed`)."""
+
+    device: DeviceId
+    coordinators: Mapping[DeploymentId, DeviceId]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +118,15 @@ class TurnCame:
 
 
 SuccessionEvent = (
-    PlanTold | DeploymentOver | PresenceChanged | Equipped | VoteAsked | VoteCame | StreamsChanged | TurnCame
+    PlanTold
+    | ObeyedTold
+    | DeploymentOver
+    | PresenceChanged
+    | Equipped
+    | VoteAsked
+    | VoteCame
+    | StreamsChanged
+    | TurnCame
 )
 
 
@@ -211,6 +228,13 @@ class Succession:
         self._yielding: dict[DeploymentId, DeviceId] = {}  # own deployments that drain, and for whom
         self._ended: dict[DeploymentId, None] = {}  # the last ones, first the oldest: nobody is to revive them
         self._took_part: dict[DeploymentId, set[DeviceId]] = {}  # in plans of coordinators that were this device's own
+        self._plans_with: dict[
+            DeploymentId, dict[DeviceId, tuple[DeviceId, ...]]
+        ] = {}  # own, the last with each device
+        self._latest: dict[
+            DeploymentId, tuple[int, DeviceId]
+        ] = {}  # the latest epoch that was obeyed, and its coordinator
+        self._obeyed: dict[DeviceId, Mapping[DeploymentId, DeviceId]] = {}  # as each device says
         self._presence: dict[DeviceId, Presence] = {}
 
     def handle(self, event: SuccessionEvent, now: float) -> list[SuccessionAction]:
@@ -218,6 +242,9 @@ class Succession:
         match event:
             case PlanTold(plan):
                 return self._own_plan(plan) if plan.coordinator == self.me else self._told(plan, now)
+            case ObeyedTold(device, coordinators):
+                self._obeyed[device] = coordinators
+                return [action for own in tuple(self._own.values()) for action in self._look_around(own)]
             case DeploymentOver():
                 return self._over(event)
             case PresenceChanged(device, presence):
@@ -253,6 +280,13 @@ class Succession:
         )
 
     @property
+    def obeyed(self) -> Mapping[DeploymentId, DeviceId]:
+        """Whom this device has obeyed at the latest epoch of each deployment that it has a part in: others' proof."""
+        known = self._followed.items()
+        mine = [(deployment, one.plan.coordinator) for deployment, one in known if self.me in one.plan.devices]
+        return {deployment: self._latest.get(deployment, (0, present))[1] for deployment, present in mine}
+
+    @property
     def followed(self) -> Mapping[DeploymentId, CoordinatedPlan]:
         """The deployments that other devices coordinate."""
         return {one: known.plan for one, known in self._followed.items()}
@@ -260,22 +294,30 @@ class Succession:
     # ---- hearing of deployments -----------------------------------------------------------------------------------
 
     def _own_plan(self, plan: CoordinatedPlan) -> list[SuccessionAction]:
+        self._coordinate(plan)
+        return self._look_around(plan)
+
+    def _coordinate(self, plan: CoordinatedPlan) -> None:
         self._own[plan.deployment] = plan
+        self._plans_with.setdefault(plan.deployment, {}).update(dict.fromkeys(plan.devices, plan.devices))
         self._take_part(plan)
+
+    def _look_around(self, own: CoordinatedPlan) -> list[SuccessionAction]:
         here = [known.plan for known in self._followed.values() if known.lost_at is None]
-        return [action for other in here if self._rivals(plan, other) for action in self._met(plan, other)]
+        return [action for other in here if self._rivals(own, other) for action in self._met(own, other)]
 
     def _told(self, plan: CoordinatedPlan, now: float) -> list[SuccessionAction]:
         known = self._followed.get(plan.deployment)
         if known is None:
-            if len(self._followed) >= MAX_DEPLOYMENTS_KNOWN:
+            if not self._has_room(plan.coordinator):
                 return []
             known = self._followed[plan.deployment] = _Followed(plan)
+            self._has_obeyed(plan.deployment, plan.epoch, plan.coordinator)
             if plan.deployment not in self._own:
                 self._take_part(plan)
         elif plan.coordinator == known.plan.coordinator or known.lost_at is not None or self._in_vain(known, now):
-            known.plan = plan
-            known.voted_at = None
+            known.plan, known.voted_at = plan, None
+            self._has_obeyed(plan.deployment, plan.epoch, plan.coordinator)
             if plan.deployment not in self._own:
                 self._take_part(plan)
         known.lost_at = known.due = known.candidacy = None
@@ -283,6 +325,17 @@ class Succession:
             self._lose(known, now)
         rivals = [own for own in self._own.values() if self._rivals(own, plan)]
         return [action for own in rivals for action in self._met(own, plan)]
+
+    def _has_room(self, coordinator: DeviceId) -> bool:
+        """Whether one more deployment can be followed, of that coordinator."""
+        own = sum(known.plan.coordinator == coordinator for known in self._followed.values())
+        return own < MAX_OF_COORDINATOR and len(self._followed) < MAX_DEPLOYMENTS_KNOWN
+
+    def _has_obeyed(self, deployment: DeploymentId, epoch: int, coordinator: DeviceId) -> None:
+        """Kept also where nobody is followed for a while; the longest unheard of are forgotten first."""
+        self._latest[deployment] = max(self._latest.pop(deployment, (-1, "")), (epoch, coordinator))
+        while len(self._latest) > 2 * MAX_DEPLOYMENTS_KNOWN:
+            del self._latest[next(iter(self._latest))]
 
     def _take_part(self, plan: CoordinatedPlan) -> None:
         """The devices of a plan whose coordinator is obeyed here: no others are believed to follow it."""
@@ -303,6 +356,7 @@ class Succession:
     def _over(self, over: DeploymentOver) -> list[SuccessionAction]:
         if over.coordinator == self.me:
             self._own.pop(over.deployment, None)
+            self._plans_with.pop(over.deployment, None)
             self._yielding.pop(over.deployment, None)
             self._streaming.discard(over.deployment)
         elif (known := self._followed.get(over.deployment)) is not None and known.plan.coordinator == over.coordinator:
@@ -383,6 +437,7 @@ class Succession:
             return Refuse(deployment, candidate, reason)
         known = self._followed.setdefault(deployment, _Followed(asked.plan))
         known.term, known.candidacy, known.voted_at = asked.term, None, now
+        self._has_obeyed(deployment, asked.plan.epoch + EPOCHS_OF_TERM * asked.term, candidate)  # if it wins
         self._obey(known, candidate, asked.plan.epoch, now)
         return Obey(deployment, candidate, asked.term)
 
@@ -396,7 +451,7 @@ class Succession:
         if asked.candidate not in asked.plan.devices or self.me not in asked.plan.devices:
             return "not both are of its plan"
         if known is None:
-            return "" if len(self._followed) < MAX_DEPLOYMENTS_KNOWN else "too many deployments are known here"
+            return "" if self._has_room(asked.candidate) else "too many deployments are known here"
         if known.lost_at is None and known.voted_at is None:
             return "its coordinator is heard here"
         if asked.candidate not in known.plan.devices:
@@ -421,7 +476,7 @@ class Succession:
         if not self._majority(known, len(candidacy.votes)):
             return []
         epoch, deployment = known.plan.epoch + EPOCHS_OF_TERM * came.term, came.deployment
-        self._own[deployment] = replace(known.plan, coordinator=self.me, serving=False)
+        self._coordinate(replace(known.plan, coordinator=self.me, serving=False))
         del self._followed[deployment]
         return [TakeOver(deployment, epoch)]
 
@@ -438,12 +493,19 @@ class Succession:
     def _gives_way(self, own: CoordinatedPlan, other: CoordinatedPlan) -> bool:
         """Never both, and never neither once each knows what the other says of itself."""
         if own.deployment == other.deployment:  # a majority obeys the later one, and refuses the other everything
-            return (own.epoch, own.coordinator) < (other.epoch, other.coordinator)
+            later = (own.epoch, own.coordinator) < (other.epoch, other.coordinator)
+            return later and self._is_left_for(own.deployment, other.coordinator)
         if own.serving != other.serving:
             return other.serving
         if bool(own.succeeds) != bool(other.succeeds):
             return bool(own.succeeds)  # what was begun anew gives way to what it was begun for
         return (own.epoch, own.coordinator) < (other.epoch, other.coordinator)
+
+    def _is_left_for(self, deployment: DeploymentId, rival: DeviceId) -> bool:
+        """Whether most devices of the last plan here that the rival was of obey it: its own word is not enough."""
+        devices = self._plans_with.get(deployment, {}).get(rival, (self.me, rival))
+        obeying = [one for one in devices if one == rival or self._obeyed.get(one, {}).get(deployment) == rival]
+        return 2 * len(obeying) > len(devices)
 
     def _drained(self, deployment: DeploymentId) -> list[SuccessionAction]:
         to = self._yielding.get(deployment)
@@ -452,5 +514,5 @@ class Succession:
         begun_for = self._own[deployment].succeeds
         if begun_for in self._followed:
             self._followed[begun_for].anew = False
-        del self._yielding[deployment], self._own[deployment]
+        del self._yielding[deployment], self._own[deployment], self._plans_with[deployment]
         return [GiveWay(deployment, to)]

@@ -27,7 +27,7 @@ from peerllm.daemon.control_messages import (
     Whereabouts,
 )
 from peerllm.daemon.decide import membership_events as m
-from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, Advert, printable_name
+from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, printable_name
 from peerllm.daemon.facade import RelayedAnswer
 from peerllm.daemon.network.asks import Asks, Handler
 from peerllm.daemon.network.control_links import ControlLinks
@@ -42,7 +42,7 @@ from peerllm.daemon.network.peer_http import ControlPort, PeerHttp
 from peerllm.daemon.network.peer_store import PeerStore
 from peerllm.daemon.network.speed.bandwidth_probe import BandwidthProbe, add_probe
 from peerllm.daemon.network.speed.link_monitor import LinkMonitor, LinkProbes
-from peerllm.daemon.network.visible_devices import VisibleDevices
+from peerllm.daemon.network.visible_devices import VisibleDevices, own_advert
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError
 from peerllm.transport.identity import Identity
@@ -92,7 +92,13 @@ class Network:
         reach = LinkProbes(probe.measure_mbps, self._rtts_ms, self._messenger.online, self.broadcast)
         self.link_monitor = LinkMonitor(identity.device, reach, idle, self._callbacks.changed)
         self._peer_store = PeerStore(self._store.known())
-        self._visible = VisibleDevices(settings.mdns, interfaces, self._advert, self._links.feed, self._visible_changed)
+        self._visible = VisibleDevices(
+            settings.mdns,
+            interfaces,
+            lambda: own_advert(identity.device, self.hello(), self.link_monitor.fastest_mbps, self._pairing),
+            self._links.feed,
+            self._visible_changed,
+        )
         self._callbacks.change.append(self._visible.advertise)
         self._tasks = BackgroundTasks()
         self._pairing = HouseholdPairing(
@@ -350,7 +356,7 @@ class Network:
     def certificates(self) -> Mapping[DeviceId, str]:
         return {device: entry.certificate_pem for device, entry in self._roster.others().items()}
 
-    def on_hello(self, device: DeviceId, hello: Hello, host: str) -> None:
+    def on_hello(self, device: DeviceId, hello: Hello) -> None:
         self._peer_store.hellos[device] = hello
 
     def on_up(self, device: DeviceId, address: str) -> None:
@@ -406,18 +412,3 @@ class Network:
     def _visible_changed(self) -> None:
         self._pairing.finder.news()
         self._callbacks.changed()
-
-    def _advert(self) -> Advert:
-        hello = self.hello()
-        return Advert(
-            short_id=self.identity.device[:SHORT_ID_DIGITS],
-            name=printable_name(hello.name),
-            protocol=hello.protocol,
-            port=self.port,
-            memory_bytes=hello.memory_bytes,
-            gbytes_per_s=max(hello.gbytes_per_s.values(), default=0.0),
-            gflops=max(hello.gflops.values(), default=0.0),
-            mbps=self.link_monitor.fastest_mbps,
-            door=self._pairing.name,
-            pairing_port=self._pairing.port,
-        )

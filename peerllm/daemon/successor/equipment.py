@@ -83,7 +83,7 @@ class Equipment:
         files = check_files(answer.inherited)
         found = await self._have(deployment, coordinator, files)
         paths = {name: Path(at.path) for name, at in found.items()}
-        model = await asyncio.to_thread(self._models.adopt, deployment, paths)
+        model = await asyncio.to_thread(self._models.adopt, deployment, paths, frozenset(self._here))
         inheritance = model.inheritance
         # With the files, so that none of both is removed for the other.
         wanted = [*files, *inheritance.digests(without=elsewhere)]

@@ -140,10 +140,11 @@ def _write(manifest: Path, data: bytes) -> None:
     tidy(manifest.parent.parent, manifest.parent)
 
 
-def tidy(root: Path, new: Path) -> None:
-    """Remove the folders that were written longest ago, beyond MOST_KEPT."""
+def tidy(root: Path, new: Path, used: Collection[DeploymentId] = ()) -> None:
+    """Remove the folders that were written longest ago, beyond MOST_KEPT and those of deployments in use."""
     places = sorted(root.glob("[!.]*"), key=lambda place: place.stat().st_mtime)
-    for place in [one for one in places if one != new][: max(0, len(places) - MOST_KEPT)]:
+    others = [place for place in places if place != new and place.name not in used]
+    for place in others[: max(0, len(others) + 1 - MOST_KEPT)]:
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -166,8 +167,10 @@ class InheritedModels:
     def __init__(self, root: Path, store: WeightStore) -> None:
         self._root, self._store = root, store
 
-    def adopt(self, deployment: DeploymentId, files: Mapping[str, Path]) -> InheritedModel:
-        """Make a model directory of files that were fetched; BadInputError, OSError."""
+    def adopt(
+        self, deployment: DeploymentId, files: Mapping[str, Path], used: Collection[DeploymentId] = ()
+    ) -> InheritedModel:
+        """Make a model directory of files that were fetched; BadInputError, OSError. `used` deployments keep theirs."""
         inheritance = self._read(files[MANIFEST])
         inheritance.check()
         place = self._root / deployment
@@ -184,7 +187,7 @@ class InheritedModels:
                 (made / ABOUT).write_text(json.dumps(about), encoding="utf-8")
             shutil.rmtree(place, ignore_errors=True)
             made.rename(place)
-        tidy(self._root, place)
+        tidy(self._root, place, used)
         return self._model(inheritance, place)
 
     def load(self, deployment: DeploymentId) -> InheritedModel:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, assert_never
@@ -21,6 +21,7 @@ from peerllm.daemon.control_messages import (
     Vote,
 )
 from peerllm.daemon.decide.succession import (
+    MAX_OF_COORDINATOR,
     VOTE_S,
     AskVotes,
     CoordinatedPlan,
@@ -29,6 +30,7 @@ from peerllm.daemon.decide.succession import (
     Equipped,
     GiveWay,
     Obey,
+    ObeyedTold,
     PlanTold,
     Presence,
     PresenceChanged,
@@ -102,17 +104,27 @@ class Successor:
 
     # ---- what happens ---------------------------------------------------------------------------------------------
 
-    def told(self, device: DeviceId, views: Iterable[DeploymentView]) -> None:
-        """A device, perhaps this one, says what it coordinates."""
+    @property
+    def obeyed(self) -> Mapping[DeploymentId, DeviceId]:
+        """As others are told of it."""
+        return self._decider.obeyed
+
+    def told(
+        self, device: DeviceId, views: Iterable[DeploymentView], obeyed: Mapping[DeploymentId, DeviceId] | None = None
+    ) -> None:
+        """A device, perhaps this one, says what it coordinates, and another one whom it obeys."""
         self._see_streams()
-        views = [view for view in views if view.coordinator == device]
+        views = [view for view in views if view.coordinator == device][:MAX_OF_COORDINATOR]
         before, self._told[device] = self._told.get(device, set()), {view.deployment for view in views}
         for over in before - self._told[device]:
             self._feed(DeploymentOver(over, device))
         for view in views:
-            if view.stages and view.state != "stopped":
-                self._stages[view.deployment] = view.stages
-            self._feed(PlanTold(self._plan(view)))
+            stages = view.stages if view.state != "stopped" else ()
+            self._feed(PlanTold(self._plan(view, stages or self._stages.get(view.deployment, ()))))
+            if stages and self._decider.coordinators.get(view.deployment) == device:  # no other's claim counts
+                self._stages[view.deployment] = stages
+        if obeyed is not None:
+            self._feed(ObeyedTold(device, obeyed))
         self._heard.set()
         self._see_to_equipment()
 
@@ -269,9 +281,10 @@ class Successor:
 
     # ---- this device follows others ---------------------------------------------------------------------------------
 
-    def _plan(self, view: DeploymentView) -> CoordinatedPlan:
-        """As it is told; what has no stages now keeps the devices that it had."""
-        devices = [stage.device for stage in self._stages.get(view.deployment, ())]
+    @staticmethod
+    def _plan(view: DeploymentView, stages: Iterable[Stage]) -> CoordinatedPlan:
+        """As it is told; what has no stages now keeps the devices that it had: those of `stages`."""
+        devices = [stage.device for stage in stages]
         serving = view.state == "serving"
         return CoordinatedPlan(
             view.deployment, view.coordinator, tuple(dict.fromkeys(devices)), view.epoch, serving, view.succeeds

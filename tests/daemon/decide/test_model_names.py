@@ -57,8 +57,8 @@ async def test_every_request_understands_name_and_path(house):
     assert (served.name, served.model) == ("home", "owner/small")
     for known in ("home", "owner/small"):
         assert await a.run(RunOptions(known), quiet) == "home"
-        assert (await a.preview(RunOptions(known), quiet))["scenario"]["model"]
-        assert (await a.scenario(known))["stages"]
+        assert (await a.figures.preview(RunOptions(known), quiet))["scenario"]["model"]
+        assert (await a.figures.scenario(known))["stages"]
         with pytest.raises(BadInputError, match="started on device-a; stop it there"):
             await house["b"].coordinator.stop(known)
     with pytest.raises(BadInputError, match="already runs as home with other options; `peerllm stop home` first"):

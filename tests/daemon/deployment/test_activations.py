@@ -123,7 +123,7 @@ async def house(tmp_path):
 
 async def test_what_runs_is_what_was_decided_and_is_shown(house):
     coordinator = house["a"].coordinator
-    preview = await coordinator.preview(RunOptions("big"), quiet)
+    preview = await coordinator.figures.preview(RunOptions("big"), quiet)
     await coordinator.run(RunOptions("big"), quiet)
     (view,) = coordinator.views()
     assert preview["rounded_layers"] == [stage.last_layer for stage in view.stages[:-1]]
@@ -140,7 +140,7 @@ async def test_what_runs_is_what_was_decided_and_is_shown(house):
     assert deployment_text(entry).splitlines()[-1] == (
         f"activations travel as int8 to {b}, {c}: the links are the bottleneck"
     )
-    running = await coordinator.scenario("big")
+    running = await coordinator.figures.scenario("big")
     assert running["scenario"] == preview["scenario"], "`bench` predicts with what hops cost"
 
 

@@ -72,7 +72,7 @@ async def test_nothing_is_downloaded_without_a_plan(houses):
     house.to_download = {"huge": 1_000_000, "small": 2_000_000}
     with pytest.raises(InfeasibleError, match="missing"):
         await house["a"].coordinator.run(RunOptions("huge"), quiet)
-    assert (await house["a"].coordinator.preview(RunOptions("small"), quiet))["scenario"]
+    assert (await house["a"].coordinator.figures.preview(RunOptions("small"), quiet))["scenario"]
     assert not house.downloads
     await house["a"].coordinator.run(RunOptions("small"), quiet)
     assert house.downloads == ["small"]
@@ -339,34 +339,34 @@ async def test_submits_reach_the_engine_only_while_serving(houses):
 async def test_a_preview_reserves_nothing_and_counts_what_the_model_holds_already(houses):
     house = houses([3, 3, 3], big=8)
     a = house["a"]
-    before = await a.coordinator.preview(RunOptions("big"), quiet)
+    before = await a.coordinator.figures.preview(RunOptions("big"), quiet)
     assert not any(device.ledger.promised_bytes for device in house.devices.values())
     await a.coordinator.run(RunOptions("big"), quiet)
-    after = await a.coordinator.preview(RunOptions("big"), quiet)
+    after = await a.coordinator.figures.preview(RunOptions("big"), quiet)
     lent = [[one["memory_bytes"] for one in found["scenario"]["devices"]] for found in (before, after)]
     assert lent[0] == lent[1]
-    running = await a.coordinator.scenario("big")
+    running = await a.coordinator.figures.scenario("big")
     assert running["scenario"] == before["scenario"] and running["cuts"][0][1] <= before["most_chunk"]
     planned = plan(parse(running["scenario"]), "edgeshard", "latency")
     assert [(stage.device, stage.first_layer, stage.last_layer) for stage in planned.stages] == [
         (one["device"], one["first_layer"], one["last_layer"]) for one in running["stages"]
     ]
     with pytest.raises(InfeasibleError, match="big"):
-        await a.coordinator.preview(RunOptions("big", slots=200), quiet)
+        await a.coordinator.figures.preview(RunOptions("big", slots=200), quiet)
     with pytest.raises(NotFoundError):
-        await a.coordinator.scenario("other")
+        await a.coordinator.figures.scenario("other")
 
 
 async def test_what_runs_tells_how_its_stages_do_to_its_coordinator_alone(houses):
     house = houses([3, 3, 3], big=8)
     a, b = house["a"], house["b"]
     await a.coordinator.run(RunOptions("big"), quiet)
-    quiet_one = await a.coordinator.scenario("big")
+    quiet_one = await a.coordinator.figures.scenario("big")
     assert quiet_one["paces"] == {} and quiet_one["running"] == quiet_one["scenario"], "nothing was computed yet"
     for device in house.devices.values():
         device.engine.paces = ((1, 7.0, 0.5), (2, 9.0, 0.0))
     b.engine.paces = ((1, -1.0, 0.5),)
-    running = await a.coordinator.scenario("big")
+    running = await a.coordinator.figures.scenario("big")
     stages = [Stage(**stage) for stage in running["stages"]]
     told = [place for place, stage in enumerate(stages) if not stage.device.endswith("b")]
     assert len(told) < len(stages), "b is in it"
@@ -386,7 +386,7 @@ async def test_throughput_is_planned_with_micro_batches(houses):
     house = houses([9, 9, 9], big=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("big", objective="throughput", slots=6), quiet)
-    running = await a.coordinator.scenario("big")
+    running = await a.coordinator.figures.scenario("big")
     planned = plan(parse(running["scenario"]), "edgeshard", "throughput")
     assert planned.optimal
     assert running["micro_batch"] == planned.predicted.micro_batch
@@ -400,6 +400,6 @@ async def test_bench_refuses_what_does_not_fit(houses):
     await coordinator.run(RunOptions("big", slots=2, context=64), quiet)
     for asked in ((3, 8, 8), (1, 60, 8)):
         with pytest.raises(BadInputError, match="slots"):
-            await coordinator.bench("big", *asked)
+            await coordinator.figures.bench("big", *asked)
     with pytest.raises(NotFoundError):
-        await coordinator.bench("other", 1, 8, 8)
+        await coordinator.figures.bench("other", 1, 8, 8)

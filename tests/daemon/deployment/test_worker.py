@@ -444,8 +444,9 @@ async def test_epochs_load_one_after_the_other_so_that_each_knows_its_room(house
         sizes = {"slots": assign.slots + epoch, "micro_batch": 1, "micro_batches": 1}
         work = tuple(other) if epoch == 3 else assign.work
         tasks.append(asyncio.ensure_future(worker.answer(A, replace(assign, epoch=epoch, work=work, **sizes))))
-        engine.loading.clear()
-        await asyncio.wait_for(engine.loading.wait(), 5) if epoch == 2 else await asyncio.sleep(0)
+        for _ in range(50):  # turns of the loop until it waits for the engine, or for the epoch before
+            await asyncio.sleep(0)
+    assert sum(isinstance(one, LoadStage) for one in engine.seen) == 2 * len(assign.work), "the third has to wait"
     engine.gate.set()
     assert sorted(answer.error for answer in await asyncio.gather(*tasks)) == ["", "RefusedError"]
 

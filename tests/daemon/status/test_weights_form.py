@@ -42,7 +42,7 @@ async def house(tmp_path):
 async def test_what_was_decided_is_told_by_the_preview_and_by_what_runs(house):
     coordinator = house["a"].coordinator
     words = "16-bit, rounded to 8 bits (--quantize none keeps them)"
-    assert (await coordinator.preview(RunOptions("big"), quiet))["weights"] == words
+    assert (await coordinator.figures.preview(RunOptions("big"), quiet))["weights"] == words
     await coordinator.run(RunOptions("big"), quiet)
     (view,) = coordinator.views()
     entry = deployment_entry(view, house["a"].name)
@@ -55,7 +55,7 @@ async def test_the_quantisation_of_gguf_files_is_told(house):
     house.models["big"] = replace(inspected("big", 8), quantize="stored")
     house.forms["big"] = "Q4_K_M"
     coordinator = house["a"].coordinator
-    assert (await coordinator.preview(RunOptions("big"), quiet))["weights"] == "Q4_K_M, as in the file"
+    assert (await coordinator.figures.preview(RunOptions("big"), quiet))["weights"] == "Q4_K_M, as in the file"
     await coordinator.run(RunOptions("big"), quiet)
     assert deployment_entry(coordinator.views()[0], house["a"].name)["weights"] == "Q4_K_M, as in the file"
 

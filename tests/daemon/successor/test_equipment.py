@@ -25,7 +25,7 @@ async def test_what_changed_on_the_disk_is_found_named_and_fetched_again(tmp_pat
         named, manifest, adopted = await a.hash(files), await a.hash(weights), []
 
         class Models:
-            def adopt(self, deployment, paths):
+            def adopt(self, deployment, paths, used):
                 adopted.append({name: path.read_bytes() for name, path in paths.items()})
                 return SimpleNamespace(inheritance=SimpleNamespace(digests=lambda without: manifest, hub=None))
 

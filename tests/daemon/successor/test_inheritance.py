@@ -171,4 +171,7 @@ async def test_few_are_kept(tmp_path, model_dir, monkeypatch):
         models.adopt(f"{number}" * 32, fetched)
     assert len(list((tmp_path / "outlines" / ".inherited").iterdir())) == 2
     assert (models.load("3" * 32).at_hand.directory).name == MODEL
+    for number in range(4, 8):
+        models.adopt(f"{number}" * 32, fetched, {"3" * 32})
+    assert models.load("3" * 32) and len(list((tmp_path / "outlines" / ".inherited").iterdir())) == 3, "it is in use"
     assert MANIFEST not in FILES

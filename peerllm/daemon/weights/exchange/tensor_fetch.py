@@ -97,6 +97,7 @@ class TensorFetch:
         self._seen = await look(self._peers, [tensor.key for tensor in self._asked])
         for tensor in self._asked:
             self._hear(tensor)
+        self._asked = [tensor for tensor in self._asked if tensor.key in self._open]
         said = [tensor.sha256 for tensor in self._asked if tensor.sha256 not in ("", tensor.key)]
         by_hash = await look(self._peers, said) if said else HolderTable()  # who has it, though not from the hub
         for tensor in self._asked:
