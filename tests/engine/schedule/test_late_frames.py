@@ -275,6 +275,41 @@ def test_nobody_of_an_epoch_that_was_left_says_what_stages_of_the_next_lack() ->
     assert not story.replayed()
 
 
+def test_a_step_that_waits_for_a_batch_changes_its_epoch_at_once() -> None:
+    story = Story()
+    story.asks(1)
+    story.asks(2, PROMPT[1:])
+    story.all_but(until=1, number=2)
+    assert story.world.devices[0].deployment.feed._turns.waits(2), "the other's step is under way"
+    story.plan(CUT)
+    assert story.world.devices[0].deployment.feed.sequences.epoch_of(2) == 2
+    story.all_but()
+    story.is_over(1)
+    story.is_over(2, PROMPT[1:])
+
+
+def test_what_was_cancelled_in_an_epoch_that_broke_counts_as_under_way_no_more() -> None:
+    story = Story()
+    story.asks(1, [*PROMPT, *PROMPT, *PROMPT])
+    story.world.devices[0].deployment.cancel(1)
+    story.world.break_wire((1, 0))
+    story.plan(CUT)
+    story.asks(2)
+    story.all_but(number=2)
+    story.is_over(2)
+
+
+def test_sequences_of_an_epoch_that_breaks_after_it_was_left_go_on_at_once() -> None:
+    story = Story()
+    story.asks(1)
+    story.all_but(until=3)
+    story.plan(CUT)
+    story.all_but(held=[(1, 0), (1, 1)])
+    story.world.break_wire((1, 0))
+    story.all_but()
+    story.is_over(1)
+
+
 def test_windows_that_cannot_go_back_to_what_another_stage_still_has_compute_all_again() -> None:
     """The second device had the sequence some epochs ago; the windows before its layers have slid since."""
     story = Story("window")
