@@ -23,7 +23,8 @@ from peerllm.errors import OverloadedError
 from peerllm.types import DeviceId
 
 MAX_OF_DEVICE = 128  # answers under way for one device: a quarter of tasks.MAX_STREAMS
-STILL_HERE = AnswerWaits("working")  # said also before an answer begins: a silent device counts as lost
+STILL_HERE_S = KEEP_ALIVE_S + 0.7  # seconds without an event: what an answer waits for is repeated before, but not ...
+STILL_HERE = AnswerWaits("working")  # ... while its prompt is prepared; a silent device counts as lost
 
 
 class PeerApi:
@@ -57,7 +58,7 @@ class PeerApi:
             wanted, caller = checked(asked.generation, {}), Caller(asked.client, device)
             repeat = Repeat(asked.key, fingerprint(wanted), asked.had, asked.fleeting)
             stream = Stream(request, LINES, _failing)
-            events = pulsed(answer(self._app, wanted, caller, repeat), KEEP_ALIVE_S)
+            events = pulsed(answer(self._app, wanted, caller, repeat), STILL_HERE_S)
             async with ending_well(self._app, stream), aclosing(events):
                 async for event in events:
                     await stream.write(msgspec.json.encode(event or STILL_HERE) + b"\n")

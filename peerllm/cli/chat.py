@@ -11,10 +11,11 @@ from typing import Any
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.figures.trace import recording, text
 from peerllm.cli.served import meant
-from peerllm.cli.terminal import printable
+from peerllm.cli.terminal import PassingNote, printable
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
 
 COMPLETIONS = "/v1/chat/completions"
+WORKING = "working"  # the comment that tells nothing (docs/json.md)
 ANSWER_TIMEOUT_S = 3600.0  # seconds a whole answer may take when it is not streamed
 HELP = """\
 /help   this list
@@ -63,36 +64,47 @@ def only_model(device: LocalDevice) -> str:
     return str(names[0])
 
 
+def _unheard(_: str) -> None:
+    """Nobody reads comments, or thoughts."""
+
+
 def answer_pieces(
     device: LocalDevice,
     body: dict[str, Any],
     messages: list[dict[str, str]],
-    thinks: Callable[[str], None] | None = None,
+    comment: Callable[[str], None] = _unheard,
+    thinks: Callable[[str], None] = _unheard,
 ) -> Iterator[str]:
-    """The answer's text as it comes; `thinks` hears what the model thinks before."""
-    for event in device.events(COMPLETIONS, {**body, "messages": messages, "stream": True}):
+    """The answer's text as it comes; `comment` hears what it waits for, `thinks` what the model thinks before."""
+    for event in device.events(COMPLETIONS, {**body, "messages": messages, "stream": True}, comment):
         for choice in event["choices"]:
-            if thinks is not None and (thought := choice["delta"].get("reasoning_content")):
+            if thought := choice["delta"].get("reasoning_content"):
                 thinks(thought)
             yield choice["delta"].get("content") or ""
 
 
 def _say(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]]) -> str:
     """What the model thinks goes to standard error."""
-    said, thought = list[str](), list[str]()
+    said, thought, note = list[str](), list[str](), PassingNote()
+
+    def comment(words: str) -> None:
+        note.show("" if words == WORKING else words)
 
     def thinks(text: str) -> None:
         thought.append(text)
+        note.show("")
         print(printable(text), end="", file=sys.stderr, flush=True)
 
     try:
-        for piece in answer_pieces(device, body, messages, thinks):
+        for piece in answer_pieces(device, body, messages, comment, thinks):
             if piece and thought:
                 thought.clear()
                 print("\n", file=sys.stderr, flush=True)
             said.append(piece)
+            note.show("")
             print(printable(piece), end="", flush=True)
     finally:
+        note.show("")
         print(flush=True)
     return "".join(said)
 

@@ -96,7 +96,8 @@ async def test_pings_while_nothing_comes(
     household: FakeHousehold,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(own_answer, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(own_answer, "LOOK_S", 0.01)
+    monkeypatch.setattr(model_wait, "KEEP_ALIVE_S", 0.02)
     household.queued = [3]
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         assert await response.content.readuntil(b"\n\n") == b": queued 3\n\n"

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from peerllm.api.server import ApiServer
+from peerllm.cli import chat, terminal
 from peerllm.cli.device import LocalDevice, starting, write_daemon_file
 from peerllm.cli.main import main
 from peerllm.cli.progress import show_progress
@@ -318,6 +319,49 @@ def test_what_the_model_thinks_goes_to_standard_error(peerllm: Run, device: Serv
     (directory / "chat_template.jinja").write_text("{{ messages[0].content }}{# </think> #}")
     device.household.reply = "<think>\na \x1b[2Jgreeting\n</think>\n\nHello"
     assert peerllm("chat", "hi") == (0, "Hello\n", "a [2Jgreeting\n\n")
+
+
+def test_chat_says_what_an_answer_waits_for(peerllm: Run, device: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stderr, since its output is no terminal here."""
+    monkeypatch.setattr("peerllm.api.core.own_answer.LOOK_S", 0.01)
+    household, model = device.household, device.household.model
+    household.middle = asyncio.Event()
+
+    tell = terminal.tell
+
+    def told(text: str) -> None:
+        tell(text)
+        household.served = [model]
+        device.on_loop(set_event(household.middle))
+
+    monkeypatch.setattr(terminal, "tell", told)
+    household.served = [replace(model, message="mini-pc is gone; laptop takes over its layers")]
+    code, out, err = peerllm("chat", "hi")
+    assert (code, out, err) == (0, household.reply + "\n", "mini-pc is gone; laptop takes over its layers\n")
+
+
+async def set_event(event: asyncio.Event) -> None:
+    event.set()
+
+
+def test_a_note_goes_away_when_the_answer_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Note:
+        def show(self, text: str) -> None:
+            shown.append(text)
+
+    def pieces(device: Any, body: Any, messages: Any, comment: Callable[[str], None], _: Any) -> Iterator[str]:
+        yield "a"
+        comment("mini-pc is gone")
+        yield "b"
+        comment("jetson is gone")
+        comment("working")
+
+    monkeypatch.setattr(chat, "PassingNote", Note)
+    monkeypatch.setattr(chat, "answer_pieces", pieces)
+    assert chat._say(None, {}, []) == "ab"  # type: ignore[arg-type]
+    assert shown == ["", "mini-pc is gone", "", "jetson is gone", "", ""]
 
 
 def test_chat_as_json(peerllm: Run, device: Served) -> None:

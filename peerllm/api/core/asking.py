@@ -53,7 +53,7 @@ async def answer(
                 raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
             if repeat is None:
                 begun = await begun_answer(app, wanted, model, caller)
-                async with aclosing(told(begun, begun.chunks, None)) as events:
+                async with aclosing(told(app, begun, begun.chunks, None)) as events:
                     async for event in events:
                         yield event
                 return
@@ -76,7 +76,7 @@ async def answer(
     assert kept is not None
     with store.reading(kept):
         begun = await kept.started()
-        async with aclosing(told(begun, kept.chunks(), shown.had)) as events:
+        async with aclosing(told(app, begun, kept.chunks(), shown.had)) as events:
             async for event in events:
                 yield event
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -13,7 +13,7 @@ from peerllm.api.core.answer_events import AnswerWaits
 from peerllm.api.core.named_models import find_model, nothing_served
 from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import HOUSEHOLD
-from peerllm.api.streams import each, pulsed
+from peerllm.api.streams import KEEP_ALIVE_S, each, pulsed
 from peerllm.daemon.facade import ServedModel
 from peerllm.errors import UnavailableError
 
@@ -21,6 +21,7 @@ PATIENCE_S: Mapping[str, float] = {"planning": 120.0, "loading": 120.0, "waiting
 PROGRESS_S = 1.0  # seconds between two words to a client that waits
 QUIET_S = 5.0  # seconds in which one that waits for a device hears nothing: it may yet be refused with a status
 UNKNOWN_S = 1.5  # seconds a name may stay unknown while the household has no model: somebody may just have typed `run`
+WORKING = "working"  # the comment that tells nothing: what was told before holds no more
 
 
 class ModelWaitError(UnavailableError):
@@ -57,8 +58,41 @@ async def awaited_model(
             if model.state != "waiting" or waited >= QUIET_S:
                 yield AnswerWaits(_progress(model))
     what = model.reason or model.message
-    text = f"the model {name[:200]!r} cannot answer now, it is {model.state}{what and f': {what}'}"
-    raise ModelWaitError(text, model)
+    why = what if what.startswith(model.state) else f"it is {model.state}{what and f': {what}'}"
+    raise ModelWaitError(f"the model {name[:200]!r} cannot answer now, {why}", model)
+
+
+class WaitingWords:
+    """What the client of an answer that begins or goes on here is told while no token comes."""
+
+    def __init__(self, app: web.Application, name: str) -> None:
+        self._app, self._name = app, name
+        self._queued = 0
+        self.tokens_came()
+
+    def tokens_came(self) -> None:
+        """The client sees that it goes on."""
+        self._queued, self._said, self._at = 0, WORKING, time.monotonic()
+
+    def queued(self, place: int) -> Iterator[AnswerWaits]:
+        """Its place in the queue has changed; 0: it has a slot."""
+        self._queued = place
+        return self.nothing_came()
+
+    def nothing_came(self) -> Iterator[AnswerWaits]:
+        """What it waits for, when that changed, and every KEEP_ALIVE_S."""
+        words = self._held_up() or (f"queued {self._queued}" if self._queued else WORKING)
+        now = time.monotonic()
+        if words != self._said or now - self._at >= KEEP_ALIVE_S:
+            self._said, self._at = words, now
+            yield AnswerWaits(words)
+
+    def _held_up(self) -> str:
+        try:
+            model = find_model(self._app, self._name, only_here=True)
+        except UnknownModelError:
+            return ""
+        return _progress(model) if model.state in PATIENCE_S else model.message
 
 
 async def _known(app: web.Application, name: str, only_here: bool) -> ServedModel:
@@ -83,4 +117,4 @@ def _still(app: web.Application, name: str, only_here: bool, before: ServedModel
 
 def _progress(model: ServedModel) -> str:
     text = model.message or (model.reason if model.state == "waiting" else "") or model.state
-    return f"{text} ({model.progress:.0%})" if model.progress and "%" not in text else text
+    return f"{text} ({model.progress:.0%})" if 0.0 < model.progress < 1.0 and "%" not in text else text

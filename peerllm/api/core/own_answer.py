@@ -11,21 +11,24 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta, Timings, Usage
+from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, TextDelta, Timings, Usage
 from peerllm.api.core.caller import Caller
 from peerllm.api.core.generation import SEED_BITS, Generation, SamplingOptions
 from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.core.kept.inherited_answers import kept_of
 from peerllm.api.core.kept.kept_answer import BegunAnswer
 from peerllm.api.core.kept.repeat import Repeat
+from peerllm.api.core.model_wait import WaitingWords
 from peerllm.api.error_answers import FieldError
 from peerllm.api.keys import HOUSEHOLD, TEXTS
-from peerllm.api.streams import KEEP_ALIVE_S, pulsed
+from peerllm.api.streams import pulsed
 from peerllm.api.text.text_store import AnswerText
 from peerllm.daemon.facade import Chunk, GenerateRequest, ServedModel
 from peerllm.engine.messages import FinishReason
 from peerllm.errors import EngineError
 from peerllm.types import Sampling
+
+LOOK_S = 0.5  # seconds without a token after which it is looked what an answer waits for
 
 
 async def begun_answer(
@@ -77,16 +80,21 @@ def _sampling(options: SamplingOptions, defaults: Mapping[str, float]) -> Sampli
     return Sampling(**chosen)
 
 
-async def told(begun: BegunAnswer, chunks: AsyncIterator[Chunk], had: int | None) -> AsyncGenerator[AnswerEvent]:
+async def told(
+    app: web.Application, begun: BegunAnswer, chunks: AsyncIterator[Chunk], had: int | None
+) -> AsyncGenerator[AnswerEvent]:
     """`chunks` as events; the text of the first `had` tokens is left out."""
     answer, begins, since, first = begun.growing(), False, time.monotonic(), 0.0
     known = had or 0
     sent = 0  # token ids
-    async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
+    words = WaitingWords(app, begun.begins.model)
+    async with aclosing(pulsed(chunks, LOOK_S)) as pulse:
         async for chunk in pulse:
             if chunk is None or (not chunk.ids and chunk.finish is None):
-                yield AnswerWaits(f"queued {chunk.queued}" if chunk is not None and chunk.queued else "working")
+                for note in words.nothing_came() if chunk is None else words.queued(chunk.queued):
+                    yield note
                 continue
+            words.tokens_came()
             if not begins:
                 begins, first = True, time.monotonic()
                 yield begun.begins

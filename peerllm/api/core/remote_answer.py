@@ -30,8 +30,9 @@ from peerllm.errors import LinkError
 
 ANSWER_PATH = "/answer"  # of the requests between devices
 LINES = "application/x-ndjson"
-SILENCE_S = 6.0  # seconds after which the client is told that its answer's device is silent; it tells something each 5
-MAX_SILENCES = 15  # in a row: longer than membership waits for a device that is silent altogether
+SILENCE_S = 1.0  # seconds without a byte after which it is looked whether the answer's device is heard
+USUAL_SILENCES = 5  # in a row, while it is: it tells something every 5 s
+MAX_SILENCES = 90  # in a row: longer than membership waits for a device that is silent altogether
 MAX_REFUSAL_BYTES = 1 << 20
 MAX_EVENT_BYTES = 4 << 20
 _JSON = "application/json"
@@ -75,7 +76,7 @@ class RemoteAnswer:
                 async for line in lines:
                     event = _event(line)
                     if event is None:
-                        yield AnswerWaits(f"the device of {self.model.name} is silent")
+                        yield AnswerWaits(f"nothing is heard of {self._source().get('name') or self._unnamed}")
                         continue
                     if isinstance(event, AnswerBegins):
                         repeat.had = repeat.had or 0
@@ -86,8 +87,17 @@ class RemoteAnswer:
                         return
         raise LinkError("its device broke it off")
 
+    @property
+    def _unnamed(self) -> str:
+        return f"the device of {self.model.name}"
+
+    def _source(self) -> Mapping[str, Any]:
+        """What is known of the device that answers."""
+        devices = self.household.status()["devices"]
+        return next((one for one in devices if one["id"] == self.model.source), {})
+
     async def _lines(self, answer: RelayedAnswer) -> AsyncGenerator[bytes | None]:
-        """Whole lines; None after each SILENCE_S without a byte."""
+        """Whole lines; None after each SILENCE_S in which nothing was heard of the device."""
         held, silences = bytearray(), 0
         async with aclosing(pulsed(answer.body, SILENCE_S)) as pieces:
             async for piece in pieces:
@@ -97,7 +107,8 @@ class RemoteAnswer:
                     silences += 1
                     if silences > MAX_SILENCES:
                         raise LinkError(f"its device said nothing for {SILENCE_S * MAX_SILENCES:g} s")
-                    yield None
+                    if silences > USUAL_SILENCES or self._source().get("state") == "silent":
+                        yield None
                     continue
                 silences = 0
                 looked = len(held)  # in small pieces, too, each byte is looked at once
