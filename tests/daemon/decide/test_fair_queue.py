@@ -169,7 +169,7 @@ def test_made_up_clients_leave_room_in_the_queue():
     assert not len(queue) and not queue._waiting
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("12")), max_size=40), st.integers(1, 5))
 def test_the_order_is_that_in_which_slots_are_given(asks, slots):
     queue, held, client_of = FairQueue(100), Counter(), {}
