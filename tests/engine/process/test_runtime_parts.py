@@ -244,11 +244,47 @@ def test_only_the_answer_to_the_last_open_counts_and_once() -> None:
     while flying:
         due = flying.pop(0)
         fed.append((due.position, due.length, due.through))
-        step, _ = sequences.came_back(due, 7 if due.sample else None)
+        sequences.came_back(due, 7 if due.sample else None)
         flying += sequences.feed()
-        if step is not None:
-            break
     assert fed == [(0, 4, 1), *((at, 4, -1) for at in range(4, 100, 4))] and not sequences.prompting
+
+
+def again_from_the_start(sequences: SourceSequences) -> list[int]:
+    """The lengths of the runs in which the only sequence is computed again."""
+    (sequence,) = sequences.running
+    sequences.leave(sequence)
+    opened, _ = sequences.enter(sequence)
+    again = sequences.came_round(opened.lacks(1, 0))
+    assert again is not None and sequences.came_round(again[0]) is None
+    lengths, flying = list[int](), sequences.feed()
+    while flying:
+        due = flying.pop(0)
+        lengths.append(due.length)
+        if due.through >= 0:
+            sequences.came_back(due, None)
+        flying += sequences.feed()
+    return lengths
+
+
+def test_what_cannot_be_taken_up_again_is_computed_in_the_same_runs_if_chunks_are_no_smaller_now() -> None:
+    sequences = SourceSequences(DEPLOYMENT, slots=1, context=99, chunk=8, stages=9, vocabulary=VOCABULARY, cuts=CUTS)
+    sequences.submit(submit(1, 8, 9))
+    (due,) = sequences.feed()
+    for _ in range(4):
+        step, _ = sequences.came_back(due, 7)
+        assert step is not None
+        due = step
+    assert again_from_the_start(sequences) == [8, 1, 1, 1], "of 11 tokens the plan would make chunks of 2"
+    sequences.change_to(stage(1, epoch=1, stages=9, slots=1, context=99, chunk=4))
+    assert again_from_the_start(sequences) == [4, 4, 1, 1, 1]
+
+
+def test_a_plan_with_fewer_slots_gives_no_others() -> None:
+    sequences = SourceSequences(DEPLOYMENT, slots=3, context=99, chunk=8, stages=1, vocabulary=VOCABULARY)
+    sequences.change_to(stage(1, epoch=1, slots=1, context=99))
+    assert sequences.submit(submit(1, 3)) == 0
+    with pytest.raises(OverloadedError):
+        sequences.submit(submit(2, 3))
 
 
 def test_what_was_reused_is_told_with_the_first_token_alone() -> None:

@@ -14,6 +14,7 @@ from peerllm.engine.messages import CarryState, Hop, Submit, Tokens
 from peerllm.engine.schedule import running_sequence
 from peerllm.engine.schedule.source_feed import MOST_PATIENCE_S
 from peerllm.engine.schedule.state_export import StateExport
+from peerllm.engine.wire.parcels import Opened
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT
 from tests.engine.schedule.adding_devices import World, expected
@@ -256,6 +257,55 @@ def test_what_was_under_way_when_links_broke_does_not_count_when_they_stand_agai
     story.world.devices[0].deployment.linked(1, {0: story.world.wires[1, 0]})
     story.world.deliver((1, 1))
     assert not late.frames and story.dropped(0) == 1 and len(story.said(1)) == 3
+    story.all_but()
+    story.is_over(1)
+
+
+def test_nobody_of_an_epoch_that_was_left_says_what_stages_of_the_next_lack() -> None:
+    story = Story()
+    story.asks(1)
+    story.all_but(until=3)
+    story.plan(CUT)
+    story.waits_long()
+    source = story.world.devices[0].deployment
+    number = source.feed.sequences._running[1].attempt
+    source.rings[1].give(3, Opened(1, 0, Sampling(), attempt=number, lacking=3))
+    story.all_but()
+    story.is_over(1)
+    assert not story.replayed()
+
+
+def test_a_step_that_waits_for_a_batch_changes_its_epoch_at_once() -> None:
+    story = Story()
+    story.asks(1)
+    story.asks(2, PROMPT[1:])
+    story.all_but(until=1, number=2)
+    assert story.world.devices[0].deployment.feed._turns.waits(2), "the other's step is under way"
+    story.plan(CUT)
+    assert story.world.devices[0].deployment.feed.sequences.epoch_of(2) == 2
+    story.all_but()
+    story.is_over(1)
+    story.is_over(2, PROMPT[1:])
+
+
+def test_what_was_cancelled_in_an_epoch_that_broke_counts_as_under_way_no_more() -> None:
+    story = Story()
+    story.asks(1, [*PROMPT, *PROMPT, *PROMPT])
+    story.world.devices[0].deployment.cancel(1)
+    story.world.break_wire((1, 0))
+    story.plan(CUT)
+    story.asks(2)
+    story.all_but(number=2)
+    story.is_over(2)
+
+
+def test_sequences_of_an_epoch_that_breaks_after_it_was_left_go_on_at_once() -> None:
+    story = Story()
+    story.asks(1)
+    story.all_but(until=3)
+    story.plan(CUT)
+    story.all_but(held=[(1, 0), (1, 1)])
+    story.world.break_wire((1, 0))
     story.all_but()
     story.is_over(1)
 
