@@ -52,6 +52,10 @@ class LatestTasks:
         if (task := self._tasks.pop(kind, None)) is not None:
             task.cancel()
 
+    def going_on(self, kind: str) -> bool:
+        """Whether there is a task of that kind."""
+        return kind in self._tasks
+
     def current(self, kind: str) -> bool:
         """Whether the caller is the task of that kind, and not one that it was put in place of."""
         return self._tasks.get(kind) is asyncio.current_task()

@@ -13,7 +13,7 @@ import pytest
 from peerllm.api.openai import answer_store
 from peerllm.api.openai.kept_answer import KeptAnswer
 from peerllm.daemon.facade import Chunk
-from peerllm.errors import EngineError
+from peerllm.errors import EngineError, OverloadedError
 from tests.api.fake import BOUND_S, END, FakeHousehold
 
 PATH = "/v1/chat/completions"
@@ -307,3 +307,21 @@ async def test_closing_ends_what_nobody_reads(
     await leave_midway(client, household)
     await server.close()
     assert household.closed.is_set()
+
+
+async def test_an_address_that_makes_up_persons_leaves_others_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_store, "MAX_KEPT", 5)
+    monkeypatch.setattr(answer_store, "MAX_KEPT_OF_ASKER", 4)
+    store = answer_store.AnswerStore()
+
+    async def begin() -> Any:
+        await asyncio.Event().wait()
+
+    for number in range(4):
+        store.begin(f"k{number}", b"", f"127.0.0.1/{number}", begin())
+    with pytest.raises(OverloadedError):
+        store.begin("more", b"", "127.0.0.1/4", begin())
+    assert store.begin("other", b"", "a" * 64, begin())
+    for _ in range(3):  # until all have begun
+        await asyncio.sleep(0)
+    await store.close()

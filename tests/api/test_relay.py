@@ -199,9 +199,24 @@ async def test_a_silent_source_keeps_the_client_connected(pair: Pair, monkeypatc
     server, pair.mini.peers[LAPTOP] = await Torn(b"data: 1\n\n", b"data: stay").start()
     async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
         assert await response.content.readuntil(b"\n\n") == b"data: 1\n\n"
-        for _ in range(remote_answer.MAX_SILENCES):
-            assert await response.content.readuntil(b"\n\n") == b": the device of builtin is silent\n\n"
+        for _ in range(remote_answer.MAX_SILENCES - remote_answer.USUAL_SILENCES):
+            assert await response.content.readuntil(b"\n\n") == b": nothing is heard of the device of builtin\n\n"
         assert b"said nothing" in await response.read(), "but not for ever"
+
+
+async def test_a_source_of_which_nothing_is_heard_is_named_at_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_answer, "SILENCE_S", 0.02)
+    monkeypatch.setattr(remote_answer, "USUAL_SILENCES", 10_000)
+    monkeypatch.setattr(remote_answer, "MAX_SILENCES", 10_000)
+    server, pair.mini.peers[LAPTOP] = await Torn(b"data: 1\n\n", b"data: stay").start()
+    pair.mini.devices[1].update(id=LAPTOP, name="laptop", state="online")
+    async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        assert await response.content.readuntil(b"\n\n") == b"data: 1\n\n"
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(response.content.readuntil(b"\n\n"), 0.1)
+        pair.mini.devices[1]["state"] = "silent"
+        async with asyncio.timeout(BOUND_S):
+            assert await response.content.readuntil(b"\n\n") == b": nothing is heard of laptop\n\n"
 
 
 async def test_a_source_that_cannot_be_reached_is_503(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

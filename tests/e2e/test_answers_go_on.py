@@ -37,6 +37,7 @@ class Answer:
         self.ids: list[int] = []
         self.times: list[float] = []
         self.error = self.finish = ""
+        self.comments: list[str] = []
         self._grew = threading.Condition()
         body = {
             "model": "builtin",
@@ -54,6 +55,8 @@ class Answer:
     def _read(self) -> None:
         with self._open() as response:
             for line in response:
+                if line.startswith(b": "):
+                    self.comments.append(line[2:].decode().strip())
                 if not line.startswith(b"data: {"):
                     continue
                 told = json.loads(line[6:])

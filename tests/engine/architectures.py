@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -44,7 +43,6 @@ DISTINCT = 3  # tokens that an answer must hold to be worth comparing
 TOLERANCE = 1e-4
 LAYERS = 6  # embedding, four blocks, head
 SLOTS = 3  # sequences that step together
-FULL = os.environ.get("PEERLLM_FULL") == "1"  # tests take every cut of every family
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -21,7 +21,6 @@ from tests.engine.architectures import (
     ANSWER,
     CONTEXT,
     FAMILIES,
-    FULL,
     LAYERS,
     PROMPT,
     TOLERANCE,
@@ -34,6 +33,7 @@ from tests.engine.architectures import (
 )
 from tests.engine.engines import Deployed, Device, devices, inspect, redeploy
 from tests.engine.recording import FOLDER, recorded
+from tests.sizes import FULL
 
 DEFAULT = {"Llama", "GPT-2", "gpt-oss", "Qwen3-Next"}
 CHUNKS = {2: 4, 3: 5}  # of a prompt of 9, by the number of shards

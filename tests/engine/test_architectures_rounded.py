@@ -16,7 +16,6 @@ from peerllm.types import BITS
 from tests.engine.architectures import (
     EXPERTS,
     FAMILIES,
-    FULL,
     LAYERS,
     VOCABULARY,
     Cut,
@@ -30,6 +29,7 @@ from tests.engine.architectures import (
     walked,
 )
 from tests.engine.kernels.test_rounding import restored
+from tests.sizes import FULL
 
 WIDER = {"hidden_size": 64, "intermediate_size": 128, "n_inner": 128, "head_dim": 16}  # for blocks of 32 and of 128
 EXPERTS_TOO = {**EXPERTS, "moe_intermediate_size": 64}

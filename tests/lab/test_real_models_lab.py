@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,10 @@ from tests.engine.runs import in_slot
 from tests.household import Device
 from tests.lab.netns import Lab
 from tests.lab.smollm2 import smollm2
+from tests.sizes import FULL
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
-COUNTS = (2, 3) if os.environ.get("PEERLLM_FULL") == "1" else (3,)  # hosts
+COUNTS = (2, 3) if FULL else (3,)  # hosts
 NAMES = ("laptop", "mini-pc", "jetson")
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.", "Count from one to ten.")
 TOKENS, SLOTS, CONTEXT = 32, 1, 512

@@ -25,7 +25,8 @@ from peerllm.planner.transfers.activation_forms import (
     rounded,
 )
 from peerllm.types import Activations, DeviceProfile, Layer, LinkProfile, ModelProfile, Objective, Plan, Stage, Workload
-from tests.planner.instances import FULL, instance, shape
+from tests.planner.instances import instance, shape
+from tests.sizes import FULL
 
 HIDDEN = 4096
 ITEMSIZE = 2

@@ -14,7 +14,8 @@ from peerllm.planner.latency.latency_plan import assignment_problem, most_fillab
 from peerllm.planner.latency.mixed_layers.layer_runs import layer_runs
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Plan, Workload
 from tests.planner.brute import assignments, fits, homes_of, least_request_ms, request_ms, requests_ms
-from tests.planner.instances import EVERY_BLOCK, FULL, Instance, hub_household, instance, seeds, shape
+from tests.planner.instances import EVERY_BLOCK, Instance, hub_household, instance, seeds, shape
+from tests.sizes import FULL
 
 
 def check(seed: int) -> Plan | None:

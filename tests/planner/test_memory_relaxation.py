@@ -20,7 +20,8 @@ from peerllm.planner.latency.mixed_layers.memory_relaxation import (
 from peerllm.planner.latency.mixed_layers.relay_hops import placement_over_relays
 from peerllm.planner.latency.mixed_layers.usable_memory import MOST_SUMS, UsableMemory
 from peerllm.planner.routing.bundle_method import BundleMethod
-from tests.planner.instances import FULL, hub_household, instance
+from tests.planner.instances import hub_household, instance
+from tests.sizes import FULL
 
 
 def problem(i) -> AssignmentProblem:

@@ -14,8 +14,9 @@ from peerllm.planner.latency.latency_plan import plan_latency
 from peerllm.types import ModelProfile
 from tests.planner.brute import fits, homes_of, request_ms
 from tests.planner.brute import least_request_ms as brute_request_ms
-from tests.planner.instances import FULL, full_household, instance
+from tests.planner.instances import full_household, instance
 from tests.planner.milp import least_request_ms
+from tests.sizes import FULL
 
 INSTANCES = 50
 QUICK = (1, 7, 13, 18, 28, 33, 49)  # 33 and 49: the planner's hard ones

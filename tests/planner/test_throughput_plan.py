@@ -29,7 +29,8 @@ from tests.planner.brute import (
     rates,
     roomy,
 )
-from tests.planner.instances import EVERY_BLOCK, FULL, Instance, instance, on_air, seeds, shape
+from tests.planner.instances import EVERY_BLOCK, Instance, instance, on_air, seeds, shape
+from tests.sizes import FULL
 
 
 def check_plan(i: Instance, plan: Plan) -> None:

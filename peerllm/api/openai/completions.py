@@ -21,7 +21,7 @@ from peerllm.api.openai.answer_store import NotKeptError
 from peerllm.api.openai.chat_request import ChatRequest, parse_chat
 from peerllm.api.openai.inherited_answers import kept_of
 from peerllm.api.openai.kept_answer import BegunAnswer
-from peerllm.api.openai.model_wait import answering_model
+from peerllm.api.openai.model_wait import WaitingWords, answering_model
 from peerllm.api.openai.models import find_model
 from peerllm.api.peers.caller import Caller, caller_of
 from peerllm.api.peers.remote_answer import RemoteAnswer
@@ -34,6 +34,7 @@ CHAT_PATH = "/v1/chat/completions"
 RESUME_S = 60.0  # seconds in which an answer with a key is sought again after the device that gave it was lost
 SOUGHT_S = 15.0  # the same of one without a key of which nothing has come: longer than another takes to follow
 RETRY_S = 0.5  # seconds between two tries
+LOOK_S = 0.5  # seconds without a token after which it is looked what an answer waits for
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -87,7 +88,7 @@ async def _answered(
                     raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
                 if repeat is None:
                     begun = await _begin(app, chat, model, caller)
-                    return await _told(begun.chunks, begun.completion(), begun.objects, stream, None)
+                    return await _told(app, begun.chunks, begun.completion(), begun.objects, stream, None)
                 begin = _begin(app, chat, model, caller, repeat)
                 payer = caller.payer(chat.user)
                 app[ANSWERS].begin(repeat.key, repeat.fingerprint, payer, begin, repeat.fleeting)
@@ -108,7 +109,7 @@ async def _answered(
     with app[ANSWERS].reading(kept):
         begun = await kept.started()
         objects = replace(begun.objects, with_ids=chat.return_token_ids, with_usage=chat.include_usage)
-        return await _told(kept.chunks(), begun.completion(), objects, stream, relayed, repeat is not None)
+        return await _told(app, kept.chunks(), begun.completion(), objects, stream, relayed, repeat is not None)
 
 
 def _moved(app: web.Application, model: ServedModel) -> bool:
@@ -144,6 +145,7 @@ async def _silently(_: str) -> None:
 
 
 async def _told(
+    app: web.Application,
     chunks: AsyncIterator[Chunk],
     answer: Completion,
     objects: OpenAIObjects,
@@ -153,7 +155,7 @@ async def _told(
 ) -> web.StreamResponse:
     if stream is None:
         return await _whole(chunks, answer, objects)
-    await _events(stream, chunks, answer, objects, repeat, numbered)
+    await _events(app, stream, chunks, answer, objects, repeat, numbered)
     return await stream.end()
 
 
@@ -171,6 +173,7 @@ async def _whole(chunks: AsyncIterator[Chunk], answer: Completion, objects: Open
 
 
 async def _events(
+    app: web.Application,
     stream: Stream,
     chunks: AsyncIterator[Chunk],
     answer: Completion,
@@ -182,12 +185,16 @@ async def _events(
     had = repeat.tokens if repeat is not None else 0
     spoke = repeat is not None and repeat.last is not None
     sent = 0  # token ids
-    async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
+    words = WaitingWords(app, objects.model, stream)
+    async with aclosing(pulsed(chunks, LOOK_S)) as pulse:
         async for chunk in pulse:
-            if chunk is None or (not chunk.ids and chunk.finish is None):
-                queued = 0 if chunk is None else chunk.queued
-                await stream.comment(f"queued {queued}" if queued else "working")
+            if chunk is None:
+                await words.nothing_came()
                 continue
+            if not chunk.ids and chunk.finish is None:
+                await words.queued(chunk.queued)
+                continue
+            words.tokens_came()
             known = max(0, had - len(answer.ids))
             answer.feed(chunk.ids[:known], None)
             sent = max(sent, min(had, len(answer.ids)))

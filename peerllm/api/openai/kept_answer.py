@@ -95,7 +95,7 @@ class KeptAnswer:
             told += len(fresh)
             if fresh or finish is not None:
                 yield Chunk(fresh, finish, reused=self.reused)
-            elif self.queued and self.queued != queued:
+            elif self.queued != queued:
                 queued = self.queued
                 yield Chunk((), queued=queued)
             if finish is not None:

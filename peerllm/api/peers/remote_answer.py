@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -18,8 +19,9 @@ from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
 from peerllm.errors import LinkError
 
 CLIENT_HEADER = "X-PeerLLM-Client"  # which of the relaying device's clients asks
-SILENCE_S = 6.0  # seconds after which the client is told that its answer's device is silent; it tells something each 5
-MAX_SILENCES = 15  # in a row: longer than membership waits for a device that is silent altogether
+SILENCE_S = 1.0  # seconds without a byte after which it is looked whether the answer's device is heard
+USUAL_SILENCES = 5  # in a row, while it is: it tells something every 5 s
+MAX_SILENCES = 90  # in a row: longer than membership waits for a device that is silent altogether
 MAX_WHOLE_BYTES = 64 << 20  # of an answer in one piece
 MAX_EVENT_BYTES = 4 << 20  # of one event of a stream
 _JSON, _EVENTS = "application/json", "text/event-stream"
@@ -85,7 +87,10 @@ class RemoteAnswer:
                     silences += 1
                     if silences > MAX_SILENCES:
                         raise LinkError(f"its device said nothing for {SILENCE_S * MAX_SILENCES:g} s")
-                    await stream.comment(f"the device of {self.model.name} is silent")
+                    source = self._source()
+                    if silences > USUAL_SILENCES or source.get("state") == "silent":
+                        name = source.get("name") or f"the device of {self.model.name}"
+                        await stream.comment(f"nothing is heard of {name}")
                     continue
                 silences = 0
                 looked = max(0, len(held) - 1)  # in small pieces, too, each byte is looked at once
@@ -106,6 +111,11 @@ class RemoteAnswer:
                     raise LinkError("its device sends an event without an end")
         if not ended:
             raise LinkError("its device broke it off")
+
+    def _source(self) -> Mapping[str, Any]:
+        """What is known of the device that answers."""
+        devices = self.household.status()["devices"]
+        return next((one for one in devices if one["id"] == self.model.source), {})
 
     async def _whole(self, body: AsyncIterator[bytes]) -> bytes:
         pieces, size = [], 0

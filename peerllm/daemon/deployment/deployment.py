@@ -32,8 +32,10 @@ from peerllm.daemon.decide.deployment_life.deployment_events import (
     NoPlan,
     ReleaseBefore,
     Renew,
+    Switched,
     SwitchTo,
 )
+from peerllm.daemon.decide.deployment_life.outage import Outage
 from peerllm.daemon.decide.holdings import HouseholdHoldings
 from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
 from peerllm.daemon.deployment.establishing import Epoch, EpochNegotiation
@@ -112,6 +114,7 @@ class Deployment:
             self.id, last, around, self.model, self.sequences, self.plans, talk, self._work, self._feed
         )
         self._decider = decider(around.me, self.lasting, last)
+        self._outage = Outage(around.name)
         self._events: deque[DeploymentEvent] = deque()
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
@@ -193,17 +196,21 @@ class Deployment:
         """What is told of it to others."""
         running, failure = self._epochs.running, self._epochs.failure
         serving = self.state == "serving" and running is not None and not self.yields_to
+        planned = running if serving else self._epochs.coming
+        reason = self._outage.waits_for(self.reason) if self.state == "waiting" else self.reason
         return ShownDeployment(
             deployment=self.id,
             options=self.options,
             coordinator=self._around.me,
             model=self.model,
             state="stopped" if self.yields_to else self.state,
-            reason=f"{self.yields_to} goes on with it" if self.yields_to else self.reason,
+            reason=f"{self.yields_to} goes on with it" if self.yields_to else reason,
             created=self.created,
             epoch=running.number if serving and running is not None else self.epoch,
             blueprint=self.blueprint,
-            message=self.report.message,
+            message=self._outage.message(
+                self.state, self.report.message, planned.devices if planned is not None else ()
+            ),
             progress=1.0 if serving else self.report.done,
             missing_bytes=getattr(failure, "missing_bytes", 0) if self.state == "waiting" else 0,
             succeeds=self.succeeds,
@@ -221,6 +228,7 @@ class Deployment:
         """Let the decider handle an event, and do what it says. Events that actions cause wait for the actions."""
         if self._ended:
             return
+        self._note_for_people(event)
         self._events.append(event)
         if self._handling:
             return
@@ -236,6 +244,14 @@ class Deployment:
         finally:
             self._handling = False
         self._set_timer()
+
+    def _note_for_people(self, event: DeploymentEvent) -> None:
+        running = self._epochs.running
+        if isinstance(event, DeviceIs):
+            self._outage.note(event.device, event.condition)
+        elif self.state == "serving" and running is not None and event == Switched(running.number):
+            self._outage.over()
+            self._around.changed()
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -267,6 +283,7 @@ class Deployment:
                 self._serve(note)
             case BecomeWaiting(reason):
                 log.warning("%s does not go on for now: %s", self.options.model, reason)
+                self._outage.begin(running.devices if (running := self._epochs.running) is not None else (), reason)
                 self.sequences.hold(reason)
                 self._epochs.failure = self._as_error(reason)
                 self._become("waiting", reason)
@@ -339,6 +356,8 @@ class Deployment:
             log.warning("%s: %s", self.options.name, less)
             self.report.say("serving", less)
         self.lasting = True
+        if not self._work.going_on("switch"):  # else running answers are not in this epoch yet
+            self._outage.over()
         self._become("serving", "; ".join(filter(None, (less, note))))
         if began:
             self.report.say("serving", f"{self.options.name} is served")

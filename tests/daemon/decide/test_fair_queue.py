@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from peerllm.daemon.decide.fair_queue import FairQueue, asker_of
 from peerllm.errors import OverloadedError
+from tests.sizes import examples
 
 
 def test_clients_take_turns_and_the_order_is_known_beforehand():
@@ -69,7 +70,7 @@ EVENTS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(EVENTS, st.integers(1, 6))
 def test_no_slot_goes_to_who_holds_more_than_another_who_waits(events, slots):
     queue, client_of = FairQueue(40), {}

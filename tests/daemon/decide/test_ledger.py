@@ -11,6 +11,7 @@ from peerllm.daemon.control_messages import Reserve
 from peerllm.daemon.decide import ledger as module
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.errors import RefusedError
+from tests.sizes import examples
 
 DEPLOYMENTS = st.sampled_from(["x" * 32, "y" * 32, "z" * 32])
 COORDINATORS = st.sampled_from(["a", "b"])
@@ -82,7 +83,7 @@ class Promises(RuleBasedStateMachine):
 
 
 TestPromises = Promises.TestCase
-TestPromises.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestPromises.settings = settings(max_examples=examples(120), stateful_step_count=40, deadline=None)
 
 
 def test_what_is_free_is_said():

@@ -45,6 +45,56 @@ async def test_a_device_that_dies_costs_only_what_it_held(houses):
     await house.until(lambda: {epoch for _, epoch in a.engine.epochs} == {view(a).epoch})
 
 
+async def test_people_read_what_answers_wait_for(houses):
+    house = houses([4, 6, 6], m=8)
+    a, said = house["a"], []
+    changed = a.changed
+    a.changed = lambda: (said.extend((one.state, one.message) for one in a.coordinator.views()), changed())
+    await a.coordinator.run(RunOptions("m"), quiet)
+    (other,) = used(a) - {"a"}
+    third = "bc".replace(other, "")
+    said.clear()
+    house.part(other)
+    house.changed()
+    words = f"nothing is heard of device-{other}, answers wait"
+    assert (view(a).state, view(a).message, a.coordinator.served()[0].message) == ("serving", words, words)
+    await house.come_back(other)
+    assert view(a).message == ""
+    house.switch_gate.clear()
+    await house.vanish(other)
+    await house.until(lambda: view(a).state == "serving" and view(a).epoch > 1)
+    assert view(a).message == f"computing again what device-{other} held"
+    house.switch_gate.set()
+    await house.until(lambda: not view(a).message)
+    assert ("planning", f"device-{other} is gone; planning for 2 devices") in said
+    assert ("loading", f"device-{other} is gone; device-a and device-{third} take over its layers") in said
+    await house.vanish(third)
+    await house.until(lambda: view(a).state == "waiting")
+    assert view(a).reason.startswith(f"waiting for device-{third} to come back: m needs ")
+    assert a.coordinator.served()[0].reason == view(a).reason
+    await house.come_back(third)
+    await house.until(lambda: view(a).state == "serving")
+    assert "missing" not in view(a).reason
+
+
+async def test_a_plan_that_breaks_before_answers_go_on_in_it_does_not_end_the_outage(houses):
+    house = houses([4, 6, 6], m=8)
+    a = house["a"]
+    await a.coordinator.run(RunOptions("m"), quiet)
+    (other,) = used(a) - {"a"}
+    third = "bc".replace(other, "")
+    house.switch_gate.clear()
+    await house.vanish(other)
+    await house.until(lambda: view(a).state == "serving" and view(a).epoch > 1)
+    await house.vanish(third)
+    await house.until(lambda: view(a).state == "waiting")
+    switching = a.coordinator._of(view(a).deployment)._work._tasks["switch"]
+    house.switch_gate.set()
+    await asyncio.wait({switching}, timeout=5)
+    both = " and ".join(f"device-{letter}" for letter in "bc")
+    assert view(a).reason.startswith(f"waiting for {both} to come back: ")
+
+
 async def test_a_silent_device_that_is_back_serves_on_with_what_it_has(houses, monkeypatch):
     monkeypatch.setattr(situation, "GO_ON_S", 0.05)
     house = houses([3, 3, 3], m=8)
@@ -56,7 +106,7 @@ async def test_a_silent_device_that_is_back_serves_on_with_what_it_has(houses, m
     assert "silent" in view(a).reason
     await house.come_back("b")
     await house.until(lambda: view(a).state == "serving")
-    assert (loaded(house), view(a).epoch) == (before, epoch)
+    assert (loaded(house), view(a).epoch, view(a).message) == (before, epoch, "")
 
 
 async def test_a_device_back_after_others_took_over_is_used_again_without_loading(houses):

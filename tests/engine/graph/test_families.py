@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -33,8 +32,8 @@ from tests.engine.graph.variants import (
     make,
 )
 from tests.engine.runs import in_slot
+from tests.sizes import FULL
 
-FULL = os.environ.get("PEERLLM_FULL") == "1"
 TOLERANCE = 1e-4  # of the largest logit
 # The delta rule's heads give almost nothing at some positions, which their norm then makes large: there float32 differs
 # from float64 by up to 5e-4 of the largest logit in transformers and in graphs, and elsewhere by 1e-6.

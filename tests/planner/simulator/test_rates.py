@@ -11,8 +11,8 @@ from peerllm.planner.cost.prediction import Lap, predict_latency
 from peerllm.planner.simulator.run_report import formula_tokens_per_second
 from peerllm.planner.simulator.simulated_schedules import SCHEDULES
 from peerllm.types import Workload
-from tests.planner.instances import FULL
 from tests.planner.simulator.rings import at_random, by_hand
+from tests.sizes import FULL
 
 MS = st.integers(0, 400).map(lambda tenths: tenths / 10)
 

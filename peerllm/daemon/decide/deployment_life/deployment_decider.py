@@ -164,6 +164,7 @@ class DeploymentDecider:
         known = running is not None and bool(running.doubtful)  # a renewal loads it again already
         if running is not None and hit:
             running.engines_lost[device] = reason
+            rules.attempts.conditions_changed(now)  # what it held is free; a search under way may not have known
             if not known:
                 rules.devices.fail(device, now)
         if not isinstance(target, Establishing | Carrying) or all(stage.device != device for stage in target.stages):

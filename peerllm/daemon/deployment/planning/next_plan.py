@@ -54,7 +54,7 @@ class NextPlan:
         decision, work, stages = searched.decision, blueprint.workload, blueprint.plan.stages
         reason = decision.reason if decision is not None else ""
         if decision is None and running is not None:
-            reason = f"move to serve {work.sequences} answers at once with a context of {work.context} tokens"
+            reason = f"making room for {work.sequences} answers at once with a context of {work.context:,} tokens"
         same = running is not None and running.blueprint.plan.stages == stages
         stay = asked.compare and same and decision is not None and decision.action == "stay"
         beside = self._beside(blueprint)

@@ -48,14 +48,18 @@ class AdmittedSequence:
 
     async def chunks(self) -> AsyncGenerator[Chunk]:
         """Its places in the queue, then its tokens up to the chunk with `finish`; raises what ends it otherwise."""
-        place = -1
+        told = 0
         while True:
-            if not self.submitted and place != (place := self.place) and place:
-                yield Chunk((), queued=place)
+            if not self.submitted and self.place != told:
+                told = self.place
+                yield Chunk((), queued=told)
                 continue
             event = await self.events.get()
-            if event is None:
-                continue  # the place in the queue changed, or a slot was given
+            if event is None:  # the place in the queue changed, or a slot was given
+                if told and self.submitted and self.events.empty():
+                    told = 0
+                    yield Chunk((), queued=0)
+                continue
             if isinstance(event, PeerLLMError):
                 raise event
             ids = list(event.ids)

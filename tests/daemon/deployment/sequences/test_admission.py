@@ -13,7 +13,7 @@ from peerllm.daemon.deployment.sequences import admission as module
 from peerllm.daemon.deployment.sequences import answer_times
 from peerllm.daemon.deployment.sequences.admission import Admission
 from peerllm.daemon.deployment.sequences.admitted_sequence import ServingCapacity
-from peerllm.daemon.facade import GenerateRequest
+from peerllm.daemon.facade import Chunk, GenerateRequest
 from peerllm.engine.messages import Cancel, Submit, Tokens
 from peerllm.errors import BadInputError, EngineError, OverloadedError, UnavailableError
 from peerllm.types import Sampling
@@ -88,6 +88,7 @@ async def test_a_slot_is_given_when_the_engine_says_so_not_when_the_client_leave
     assert told.numbers(Submit) == [number]  # the slot is still taken
     sequences.hear(Tokens(D, number, 1, (), "cancelled"))
     assert len(told.numbers(Submit)) == 2
+    assert await chunk(second) == Chunk((), queued=0)
     after = await waiting(second)
     sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (5,), "stop"))
     assert (await after).ids == (5,)
@@ -200,6 +201,20 @@ async def test_lengths_are_checked_and_clamped(sequences, told):
     task.cancel()
 
 
+async def test_who_waited_hears_that_it_has_a_slot(sequences, told):
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    first, second = sequences.generate(ask()), sequences.generate(ask())
+    task = await waiting(first)
+    assert (await chunk(second)).queued == 1
+    after = await waiting(second)
+    sequences.hear(Tokens(D, told.numbers(Submit)[0], 0, (1,), "stop"))
+    assert (await task).ids == (1,)
+    assert await asyncio.wait_for(after, BOUND_S) == Chunk((), queued=0), "before its prompt is computed"
+    after = await waiting(second)
+    sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (4,), "stop"))
+    assert (await asyncio.wait_for(after, BOUND_S)).ids == (4,)
+
+
 async def test_nothing_ends_while_the_deployment_is_held_and_the_engine_keeps_its_sequences(sequences, told):
     sequences.open(ServingCapacity(1, 100, 50, ()))
     running, queued = sequences.generate(ask()), sequences.generate(ask())
@@ -214,6 +229,7 @@ async def test_nothing_ends_while_the_deployment_is_held_and_the_engine_keeps_it
     assert told.numbers(Submit) == [number], "the engine has it"
     sequences.hear(Tokens(D, number, 0, (9, 4), "stop"))  # told again in part
     assert (await second).ids == (4,)
+    assert await chunk(queued) == Chunk((), queued=0)
     after = await waiting(queued)
     sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (4,), "stop"))
     assert (await asyncio.wait_for(after, BOUND_S)).ids == (4,)
