@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import ssl
+
 
 class PeerLLMError(Exception):
     """Base of all errors that peerllm raises on purpose; `http_status` is the API's status for it."""
@@ -91,6 +95,13 @@ class LinkError(PeerLLMError, ConnectionError):
 
 class FrameError(LinkError):
     """The format or the plan does not allow a frame; its link is closed."""
+
+
+def in_words(error: BaseException) -> str:
+    """What the system calls its error ("connection refused"), without number and address; any other error's text."""
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ssl.SSLError | socket.gaierror):
+        return os.strerror(error.errno).lower()
+    return str(error)
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

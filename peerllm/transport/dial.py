@@ -9,7 +9,7 @@ import aiohttp
 from yarl import URL
 
 from peerllm.codec import MAX_MESSAGE_BYTES
-from peerllm.errors import AuthenticationError, LinkError
+from peerllm.errors import AuthenticationError, LinkError, in_words
 from peerllm.transport.identity import Identity
 from peerllm.transport.timeouts import CLOSE_TIMEOUT_S, DIAL_TIMEOUT_S
 from peerllm.transport.tls.contexts import client_context, peer_device
@@ -77,7 +77,7 @@ async def dial(
             raise AuthenticationError(f"{where} is another device, or no longer knows this one") from error
         # aiohttp's own text ends with the TLS context's address in memory.
         why = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-        raise LinkError(f"{where} cannot be reached: {why}") from error
+        raise LinkError(f"{where} cannot be reached: {in_words(why)}") from error
     try:
         found = peer_device(websocket)
     except AuthenticationError as error:  # the connection is gone already

@@ -140,8 +140,12 @@ def test_changed_bytes_in_every_cached_tensor(house: StruckHousehold, answers: S
     house.revive(1)
     answers.check(begun, "cached tensors changed")
     house.settled()
+
+    def fetched_again() -> bool:
+        return all(path.is_file() and path.read_bytes() == data for path, data in good.items())
+
+    house.wait("all that it uses or follows with is good again", fetched_again)
     log = (house.devices[1].data_dir / "log.txt").read_text(errors="replace")
     unnamed = {path.name[:8]: len(good[path]) for path in good if f"changed on this disk ({path})" not in log}
-    assert not unnamed, "what a plan or a follower uses is found"
-    assert all(path.read_bytes() == good[path] for path in good)
+    assert not unnamed, "each was found and named"
     answers.check(answers.begin(), "afterwards")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import aiohttp
 
-from peerllm.errors import AuthenticationError, LinkError
+from peerllm.errors import AuthenticationError, LinkError, in_words
 from peerllm.transport.dial import dial
 from peerllm.transport.identity import Identity
 from peerllm.transport.tls.contexts import client_context, peer_device
@@ -82,7 +82,7 @@ async def who_answers(identity: Identity, pems: Iterable[str], host: str, port: 
     except TimeoutError as error:
         raise LinkError(f"{host}:{port} did not answer within {WHO_TIMEOUT_S:g} s") from error
     except (OSError, ValueError) as error:  # a TLS refusal is an OSError, an impossible host name a ValueError
-        raise LinkError(f"{host}:{port} cannot be used: {error}") from error
+        raise LinkError(f"{host}:{port} cannot be used: {in_words(error)}") from error
     try:
         return peer_device(writer.transport)
     except AuthenticationError as error:

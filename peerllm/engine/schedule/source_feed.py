@@ -228,7 +228,7 @@ class SourceFeed:
     def _feed(self) -> None:
         """Feed the first stage whatever may enter it now."""
         ring, source = self.ring, self.sequences
-        if ring is None or ring.broken:
+        if ring is None:
             return
         for steps in self._turns.steps(source.prompting, source.prompts_under_way):
             ring.give(0, TokenBatch(steps, source.ids(steps)))

@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Iterable
 from http import HTTPStatus
 
-from peerllm.errors import AuthenticationError, LinkError, PeerLLMError
+from peerllm.errors import AuthenticationError, LinkError, PeerLLMError, in_words
 from peerllm.transport.identity import Identity
 from peerllm.transport.links.connection import Connection, handshake, read_head
 from peerllm.transport.timeouts import DIAL_TIMEOUT_S
@@ -48,7 +48,7 @@ async def _dial(
     except PeerLLMError:
         raise
     except (OSError, ValueError, OverflowError) as error:  # an address from another device may be an impossible one
-        raise LinkError(f"{where} cannot be reached: {error}") from error
+        raise LinkError(f"{where} cannot be reached: {in_words(error)}") from error
 
 
 async def _reach(host: str, port: int) -> socket.socket:

@@ -145,6 +145,15 @@ def test_who_makes_up_clients_gets_no_more_slots_than_who_does_not():
     assert given[:6] == [0, 6, 7, 1, 15, 8], "and each client of theirs has its turn"
 
 
+def test_slots_of_other_clients_of_who_asks_count():
+    queue = FairQueue()
+    for number, client in enumerate(("a/new", "b/old", "a/old")):
+        queue.add(number, client)
+    held = {"a/old": 1, "a/gone": 1, "b/old": 1}
+    assert queue.order(held) == [1, 0, 2]
+    assert [queue.next(held), queue.next(held), queue.next(held)] == [1, 0, 2]
+
+
 def test_made_up_clients_leave_room_in_the_queue():
     queue = FairQueue(limit=30)
     for number in range(20):
@@ -161,7 +170,7 @@ def test_made_up_clients_leave_room_in_the_queue():
     assert not len(queue) and not queue._waiting
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("12")), max_size=40), st.integers(1, 5))
 def test_the_order_is_that_in_which_slots_are_given(asks, slots):
     queue, held, client_of = FairQueue(100), Counter(), {}

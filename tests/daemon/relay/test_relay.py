@@ -164,8 +164,8 @@ async def test_a_device_that_says_nothing_of_an_answer_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: str
 ) -> None:
     """Before it has taken what is asked, before its headers, and in the middle; a word now and then is enough."""
-    monkeypatch.setattr(peer_http, "ANSWER_STALL_S", 0.4)
-    monkeypatch.setattr(peer_http, "UPLOAD_TIMEOUT_S", 0.3 if stuck == "body" else 30.0)
+    monkeypatch.setattr(peer_http, "ANSWER_STALL_S", 0.3)
+    monkeypatch.setattr(peer_http, "UPLOAD_TIMEOUT_S", 0.2 if stuck == "body" else 30.0)
     words, never = asyncio.Queue[bytes](), asyncio.Event()
 
     async def quiet(request: web.Request) -> web.StreamResponse:
@@ -191,12 +191,12 @@ async def test_a_device_that_says_nothing_of_an_answer_is_given_up(
             async with client.ask(bert.id, "/quiet", {}, body) as answer:
                 return [piece async for piece in answer.body]
 
-        for number in range(7):
+        for number in range(3):
             asyncio.get_running_loop().call_later(0.1 * number, words.put_nowait, b" ")
         began = time.monotonic()
         with pytest.raises(LinkError, match=r"says nothing|was lost"):
             await asyncio.wait_for(ask(), WAIT_S)
-        assert time.monotonic() - began > (0.95 if stuck == "answer" else 0.25)
+        assert time.monotonic() - began > (0.45 if stuck == "answer" else 0.15)
 
 
 async def test_the_patience_for_a_body_is_not_that_for_an_answer(
@@ -206,6 +206,6 @@ async def test_the_patience_for_a_body_is_not_that_for_an_answer(
     monkeypatch.setattr(peer_http, "UPLOAD_TIMEOUT_S", 0.2)
     source.gate.clear()
     async with asyncio.timeout(WAIT_S):
-        asyncio.get_running_loop().call_later(0.5, source.gate.set)
+        asyncio.get_running_loop().call_later(0.3, source.gate.set)
         async with client.ask(bert.id, PATH, {}, b"x" * (600 << 10)) as answer:
             assert answer.status == 200 and len((await source.asked.get())[2]) == 600 << 10

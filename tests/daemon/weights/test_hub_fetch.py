@@ -177,12 +177,12 @@ async def test_a_device_s_part_of_a_tensor_is_never_taken_for_the_hub_s(hub, hou
     async def gone(path, offset, block):
         if offset + len(block) >= tensor.nbytes:
             house["c"].online = False
+            monkeypatch.setattr(tensor_fetch, "PATIENCE_S", 0.1)  # its bytes came until now
             raise LinkError("it is gone")
         return block
 
     house["c"].fault = gone
     hub.refuse["/"] = 503, "Down"
-    monkeypatch.setattr(tensor_fetch, "PATIENCE_S", 0.3)
     with pytest.raises(UnavailableError):
         await house["a"].fetch(house["b"], [wanted], hub=HUB)
     (left,) = (tmp_path / "a" / "weights" / "partial").iterdir()

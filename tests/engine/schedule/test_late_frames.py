@@ -5,25 +5,16 @@ Each test is a short story told frame by frame, where the random histories (test
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from peerllm.engine import base
-from peerllm.engine.messages import CarryState, Hop, Submit, Tokens
 from peerllm.engine.schedule import running_sequence
-from peerllm.engine.schedule.source_feed import MOST_PATIENCE_S
-from peerllm.engine.schedule.state_export import StateExport
-from peerllm.engine.wire.parcels import Opened
+from peerllm.engine.schedule.source_feed import PATIENCE_LAPS
+from peerllm.engine.wire.parcels import Opened, from_frame
+from peerllm.transport.frames.decoder import decode
 from peerllm.types import Sampling
-from tests.engine.fakes import DEPLOYMENT
-from tests.engine.schedule.adding_devices import World, expected
+from tests.engine.schedule.stories import CUT, ELSEWHERE, PROMPT, Story
 from tests.engine.state.test_reuse_random import SLACK
-
-Wires = Sequence[tuple[int, int]]  # each by its epoch and the stage that sends
-CUT = [(0, 1), (1, 3), (0, 4)]  # (device, last layer): the second device holds layers 2 and 3
-ELSEWHERE = [(0, 1), (2, 3), (0, 4)]
-PROMPT = [1, 2, 3, 1, 0, 2, 2, 3, 1, 1]
 
 
 @pytest.fixture(autouse=True)
@@ -31,67 +22,6 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "ROLLBACK_TOKENS", SLACK)
     monkeypatch.setattr(running_sequence, "TAIL", 2)
     monkeypatch.setattr(running_sequence, "LEAST_BEFORE_SNAPSHOT", 2)
-
-
-class Story:
-    """One household in its first epoch."""
-
-    def __init__(self, kind: str = "full", cut: list[tuple[int, int]] = CUT) -> None:
-        self.world = World(kind, 2)
-        self.world.load(cut)
-
-    def asks(self, number: int, prompt: Sequence[int] = PROMPT, count: int = 8) -> None:
-        order = Submit(DEPLOYMENT, number, tuple(prompt), count, (), Sampling(), "anna")
-        self.world.devices[0].deployment.submit(order)
-
-    def told(self, number: int) -> list[Tokens]:
-        return [one for one in self.world.told if isinstance(one, Tokens) and one.sequence == number]
-
-    def said(self, number: int) -> list[int]:
-        return [token for told in self.told(number) for token in told.ids]
-
-    def all_but(self, held: Wires = (), until: int = 99, number: int = 1) -> None:
-        """Everything goes on, but for frames on `held` wires, until the sequence has said so many tokens."""
-        moved = True
-        while moved and len(self.said(number)) < until:
-            moved = False
-            for key, wire in self.world.wires.items():
-                if wire.frames and key not in held:
-                    self.world.deliver(key)
-                    moved = True
-            moved = any([self.world.compute(home) for home in range(len(self.world.devices))]) or moved
-
-    def frames(self, wire: tuple[int, int]) -> int:
-        return len(self.world.wires[wire].frames)
-
-    def plan(self, cut: list[tuple[int, int]]) -> None:
-        """Another epoch, loaded beside the others, in which sequences are fed from now on."""
-        self.world.load(cut)
-        self.world.switch(self.world.epoch)
-
-    def carries(self, home: int, to: int, layer: int, stage: int) -> None:
-        """What a device keeps in a layer goes to a stage of the last epoch."""
-        epoch, there = self.world.epoch, Hop(str(to) * 64, (), 1, stage)
-        export = StateExport(CarryState(1, DEPLOYMENT, epoch - 1, layer, layer, epoch, there))
-        while parts := export.turn(self.world.devices[home].deployment):
-            for carried in parts:
-                self.world.devices[to].deployment.state_came(epoch, stage, carried)
-
-    def waits_long(self) -> None:
-        """What has not come back from the epoch that is left is given up."""
-        self.world.devices[0].deployment.feed._old_at -= MOST_PATIENCE_S + 1
-        self.world.devices[0].deployment.hurry()
-
-    def dropped(self, home: int) -> int:
-        return self.world.devices[home].counts.dropped_frames
-
-    def replayed(self) -> int:
-        return sum(device.counts.replayed_tokens for device in self.world.devices)
-
-    def is_over(self, number: int, prompt: Sequence[int] = PROMPT, count: int = 8) -> None:
-        """With the tokens that an undisturbed sequence says."""
-        assert self.said(number) == expected(self.world.kind, prompt, count)
-        assert self.told(number)[-1].finish == "length"
 
 
 def test_an_open_of_an_epoch_that_was_left_comes_after_that_of_the_next() -> None:
@@ -308,6 +238,37 @@ def test_sequences_of_an_epoch_that_breaks_after_it_was_left_go_on_at_once() -> 
     story.world.break_wire((1, 0))
     story.all_but()
     story.is_over(1)
+
+
+def test_an_old_epoch_that_still_brings_something_back_is_waited_for() -> None:
+    story, now = Story(), [100.0]
+    feed = story.world.devices[0].deployment.feed
+    feed._clock = lambda: now[0]
+    story.asks(1, [*PROMPT, *PROMPT, *PROMPT], 5)
+    story.all_but(held=[(1, 1)])
+    story.plan(CUT)
+    story.world.deliver((1, 1))  # its OPEN
+    assert story.frames((1, 1)) * 0.2 > PATIENCE_LAPS * 0.3
+    while story.frames((1, 1)):
+        now[0] += 0.2
+        story.world.devices[0].deployment.hurry()
+        assert feed.sequences.epoch_of(1) == 1
+        story.world.deliver((1, 1))
+        story.world.compute(0)
+    story.all_but()
+    assert not any(story.dropped(home) for home in range(3)) and not story.replayed()
+
+
+@pytest.mark.parametrize(("cut", "tells"), [(CUT, False), ([(0, 1), (1, 4)], True)])
+def test_an_open_takes_the_answer_along_only_to_a_head_elsewhere(cut: list[tuple[int, int]], tells: bool) -> None:
+    story = Story(cut=cut)
+    story.asks(1, sampling=Sampling(presence_penalty=1.0))
+    story.all_but(until=3)
+    story.plan(cut)
+    story.waits_long()
+    wire = story.world.wires[2, 0]
+    (opened,) = from_frame(decode(wire.frames[0], wire.limits))
+    assert isinstance(opened, Opened) and list(opened.answer) == (story.said(1) if tells else [])
 
 
 def test_windows_that_cannot_go_back_to_what_another_stage_still_has_compute_all_again() -> None:

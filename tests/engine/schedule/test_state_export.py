@@ -242,6 +242,18 @@ def test_on_the_same_device_a_sequence_takes_along_what_it_needs(layers: tuple[i
         rows_are_right(there, 1, 90)
 
 
+def test_nothing_is_taken_along_from_a_shard_of_another_form() -> None:
+    """Rounded weights make other states."""
+    household = Household(layers=(3, 6))
+    spec = replace(staged(2, (3, 4), WIDTH).spec, quantize="int8")
+    shard: Any = Kept(3, 4)
+    there = LoadedStage(spec, [HeldShard.of(spec, shard)], lambda logits, draws: [])
+    household.old.loaded(there)
+    household.go(1, 1, 100)
+    opened = there.open(Opened(1, 1, Sampling(), 90), (), household.old.shards)
+    assert (opened.lacking, opened.held) == (4, 0)
+
+
 def test_an_epoch_that_has_ended_is_not_carried_on() -> None:
     household, work = Household(width=512), export()
     household.go(1, 1, 400)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerllm.engine import base as module
-from peerllm.engine.base import Reach
+from peerllm.engine.base import Reach, StatePart
+from peerllm.engine.state.arriving_state import ArrivingSlot
 from peerllm.engine.state.kv_slots import Batch, KVSlots
 from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and_values, slot_bytes
 from peerllm.errors import EngineError
@@ -254,3 +255,19 @@ def test_members_of_a_batch_that_lie_side_by_side_stay_where_they_are() -> None:
     places = list(made.slots._place)
     assert made.slots.seek([in_slot(2, 5, 1), in_slot(1, 5, 1)]).order == (1, 0)
     assert made.slots._place == places
+
+
+def test_what_came_before_is_a_snapshot_if_it_is_of_an_earlier_place_in_every_block() -> None:
+    states = dict.fromkeys(range(2), LayerState(fixed=(SequenceArray("recurrent", (1,)),)))
+
+    def snapshot(*parts: tuple[int, int]) -> int:
+        slot = ArrivingSlot(states, 99)
+        for block, position in parts:
+            rows = np.zeros((1, 1), np.float32)
+            slot.place(StatePart(block, position - 1, {"recurrent": rows}))
+        return slot.snapshot
+
+    assert snapshot((0, 5), (1, 5), (0, 9), (1, 9)) == 5
+    assert snapshot((0, 5), (1, 5)) == 0
+    assert snapshot((0, 5), (1, 4), (0, 9), (1, 9)) == 0
+    assert snapshot((0, 9), (1, 9), (0, 5), (1, 5)) == 0
