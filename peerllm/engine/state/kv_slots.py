@@ -215,7 +215,7 @@ class KVSlots:
                     store = self.stores[f"{kept.name} {block}"][self._place[slot]]
                     store[:, : tokens - start - late] = store[:, late : tokens - start].copy()
         self._lengths[slot], self._fixed_at[slot] = tokens, tokens or None
-        self._snapshot_at[slot] = arriving.snapshot if tokens else 0
+        self._snapshot_at[slot] = arriving.snapshot
         for window, group in self.groups.items():
             group.held[slot] = tokens - firsts[window] if tokens else 0
         return tokens, furthest

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from peerllm.engine.messages import Submit, Tokens
@@ -14,8 +15,9 @@ from peerllm.engine.schedule.loaded_stage import LoadedStage
 from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.schedule.running_sequence import MOST_PARTIAL
 from peerllm.engine.schedule.source_sequences import SourceSequences
-from peerllm.engine.wire.parcels import Opened, first_attempt
+from peerllm.engine.wire.parcels import Opened, TokenBatch, first_attempt
 from peerllm.errors import FrameError
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, FakeBackend, FakeShard, stage
 
@@ -71,3 +73,14 @@ def test_a_stage_that_lacks_tokens_again_and_again_ends_the_answer(held: int, mo
     assert end.finish == "error" and "again and again" in end.error
     assert asked[0] == 5 and asked[-1] == 0 and len(asked) <= MOST_PARTIAL + 2
     assert deployment.feed is not None and not deployment.feed.sequences.running
+
+
+def test_of_a_sequence_that_fails_within_a_batch_nothing_of_the_batch_is_computed() -> None:
+    schedule: Scheduler[Any] = Scheduler()
+    deployment = LocalDeployment(DEPLOYMENT, schedule, lambda message: None)
+    deployment.loaded(staged())
+    deployment.linked(3, {})
+    deployment.arrived(3, 0, [opened(1, first_attempt(3) + 1)])
+    runs = [TokenRun(1, 0, 0, 1, True), TokenRun(1, 0, 5, 1, True)]
+    deployment.arrived(3, 0, [TokenBatch(runs, np.zeros(2, np.int64))])
+    assert schedule.next() is None

@@ -271,3 +271,17 @@ def test_what_came_before_is_a_snapshot_if_it_is_of_an_earlier_place_in_every_bl
     assert snapshot((0, 5), (1, 5)) == 0
     assert snapshot((0, 5), (1, 4), (0, 9), (1, 9)) == 0
     assert snapshot((0, 9), (1, 9), (0, 5), (1, 5)) == 0
+
+
+def test_a_snapshot_is_no_more_when_the_slot_begins_afresh() -> None:
+    slots = KVSlots({0: LayerState(fixed=(SequenceArray("recurrent", (1,)),))}, 1, 20)
+    for snapshot in (True, False):
+        run = in_slot(0, 0, 8)
+        slots.check([run])
+        slots.seek([run])
+        slots.advance([run])
+        if snapshot:
+            slots.keep_snapshot(0)
+        assert slots.steady(0) == (8 if snapshot else 0)
+    with pytest.raises(EngineError, match="no state"):
+        slots.fixed_part(0, 0, 5)
