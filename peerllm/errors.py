@@ -41,6 +41,10 @@ class RefusedError(PeerLLMError):
     http_status = 409
 
 
+class PastEpochError(RefusedError):
+    """A device has a later epoch of the deployment than the one that it is asked for."""
+
+
 class DiskFullError(RefusedError):
     """There is no room on a device's disk, or in its owner's bound on cached weights; it goes on when there is."""
 

@@ -24,7 +24,7 @@ _FORM = ("stream", "stream_options", "return_token_ids")  # fields that change h
 
 
 class DeviceLeavingError(UnavailableError):
-    """The device that answers shuts down; with a key the answer may go on elsewhere."""
+    """The device that answers shuts down, or another goes on with the model: so may an answer that has a key."""
 
     code = "device_leaving"
 
@@ -33,7 +33,7 @@ class DeviceLeavingError(UnavailableError):
 class Repeat:
     """`last` is the id of the last event that the client has, None if it has none.
 
-    `fleeting`: the device that relays the answer made the key, to go on if this one is lost; the client knows of none.
+    `fleeting`: the device that the client asked made the key, so that the answer may move; the client knows of none.
     """
 
     key: str
@@ -50,7 +50,7 @@ class Repeat:
 
 
 def fleeting(body: Any) -> Repeat:
-    """For an answer that is relayed and has no key."""
+    """For an answer that the client gave no key."""
     return Repeat(secrets.token_hex(16), _fingerprint(body), fleeting=True)
 
 

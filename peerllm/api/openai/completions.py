@@ -20,7 +20,7 @@ from peerllm.api.openai.answer import Completion, OpenAIObjects
 from peerllm.api.openai.answer_store import NotKeptError
 from peerllm.api.openai.chat_request import ChatRequest, parse_chat
 from peerllm.api.openai.inherited_answers import kept_of
-from peerllm.api.openai.kept_answer import BegunAnswer
+from peerllm.api.openai.kept_answer import BegunAnswer, KeptAnswer
 from peerllm.api.openai.model_wait import answering_model
 from peerllm.api.openai.models import find_model
 from peerllm.api.peers.caller import Caller, caller_of
@@ -28,7 +28,8 @@ from peerllm.api.peers.remote_answer import RemoteAnswer
 from peerllm.api.repeat import END, FLEETING_HEADER, DeviceLeavingError, Repeat, fleeting, repeat_of
 from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.daemon.facade import Chunk, GenerateRequest, ServedModel
-from peerllm.errors import EngineError, LinkError
+from peerllm.errors import EngineError, LinkError, UnavailableError
+from peerllm.types import DeviceId
 
 CHAT_PATH = "/v1/chat/completions"
 RESUME_S = 60.0  # seconds in which an answer with a key is sought again after the device that gave it was lost
@@ -71,49 +72,66 @@ async def _answered(
     body: Any,
 ) -> web.StreamResponse:
     """By this device or by the model's source; when that is lost, who goes on is sought, and asked for the rest."""
-    until, relayed = None, repeat or fleeting(body)
-    while app[ANSWERS].find(relayed.key, relayed.fingerprint) is None:
-        model = await answering_model(app, chat.model, stream.comment if stream else _silently, bool(caller.device))
-        if not model.source:
-            if app[ANSWERS].find(relayed.key, relayed.fingerprint) is None:
-                if relayed.last is not None:
-                    raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
-                if repeat is None:
-                    begun = await _begin(app, chat, model, caller)
-                    return await _told(begun.chunks, begun.completion(), begun.objects, stream, None)
-                begin = _begin(app, chat, model, caller, repeat)
-                payer = caller.payer(chat.user)
-                app[ANSWERS].begin(repeat.key, repeat.fingerprint, payer, begin, repeat.fleeting)
-            break
-        remote = RemoteAnswer(app[HOUSEHOLD], model, caller, relayed, partial(_moved, app, model))
+    until, asked = None, repeat or fleeting(body)
+    while True:
+        if (kept := app[ANSWERS].find(asked.key, asked.fingerprint)) is None:
+            model = await answering_model(app, chat.model, stream.comment if stream else _silently, bool(caller.device))
+            kept = app[ANSWERS].find(asked.key, asked.fingerprint)
+            if kept is None and model.source:
+                moved = partial(_moved, app, model.name, model.source)
+                remote = RemoteAnswer(app[HOUSEHOLD], model, caller, asked, moved)
+                try:
+                    return await remote.pass_on(request, CHAT_PATH, stream)
+                except LinkError as error:
+                    resumed = repeat is not None or asked.last is not None
+                    until = until or time.monotonic() + (RESUME_S if resumed else SOUGHT_S)
+                    if time.monotonic() >= until or (remote.begun and not resumed):
+                        text = f"no answer of {model.name} to its end: {error}; ask again in a moment"
+                        raise LinkError(text) from error
+                    if stream is not None:
+                        await stream.comment(f"the device of {model.name} is lost, looking for the answer")
+                await asyncio.sleep(RETRY_S)
+                continue
+            kept = kept or _kept(app, chat, model, caller, asked)
         try:
-            return await remote.pass_on(request, CHAT_PATH, stream)
-        except LinkError as error:
-            resumed = repeat is not None or relayed.last is not None
-            until = until or time.monotonic() + (RESUME_S if resumed else SOUGHT_S)
-            if time.monotonic() >= until or (remote.begun and not resumed):
-                raise LinkError(f"no answer of {model.name} to its end: {error}; ask again in a moment") from error
-            if stream is not None:
-                await stream.comment(f"the device of {model.name} is lost, looking for the answer")
-            await asyncio.sleep(RETRY_S)
-    kept = app[ANSWERS].find(relayed.key, relayed.fingerprint)
-    assert kept is not None
-    with app[ANSWERS].reading(kept):
-        begun = await kept.started()
-        objects = replace(begun.objects, with_ids=chat.return_token_ids, with_usage=chat.include_usage)
-        return await _told(kept.chunks(), begun.completion(), objects, stream, relayed, repeat is not None)
+            return await _read(app, kept, chat, stream, asked, numbered=repeat is not None)
+        except UnavailableError as error:  # the deployment ended here: whoever goes on with it goes on with the answer
+            if not _moved(app, chat.model, ""):
+                raise
+            if caller.device:
+                raise DeviceLeavingError(str(error)) from error
 
 
-def _moved(app: web.Application, model: ServedModel) -> bool:
-    """Whether another device answers for it now."""
+def _moved(app: web.Application, model: str, source: DeviceId) -> bool:
+    """Whether another device than the source answers for it now."""
     try:
-        return find_model(app, model.name).source != model.source
+        return find_model(app, model).source != source
     except UnknownModelError:
         return False  # it may be listed again in a moment
 
 
+def _kept(app: web.Application, chat: ChatRequest, model: ServedModel, caller: Caller, asked: Repeat) -> KeptAnswer:
+    """A new answer of a model that serves here."""
+    if asked.last is not None:
+        raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
+    begin = _begin(app, chat, model, caller, asked)
+    return app[ANSWERS].begin(asked.key, asked.fingerprint, caller.payer(chat.user), begin, asked.fleeting)
+
+
+async def _read(
+    app: web.Application, kept: KeptAnswer, chat: ChatRequest, stream: Stream | None, asked: Repeat, numbered: bool
+) -> web.StreamResponse:
+    with app[ANSWERS].reading(kept):
+        begun = await kept.started()
+        objects = replace(begun.objects, with_ids=chat.return_token_ids, with_usage=chat.include_usage)
+        if stream is None:
+            return await _whole(kept.chunks(), begun.completion(), objects)
+        await _events(stream, kept.chunks(), begun.completion(), objects, asked, numbered)
+        return await stream.end()
+
+
 async def _begin(
-    app: web.Application, chat: ChatRequest, model: ServedModel, caller: Caller, repeat: Repeat | None = None
+    app: web.Application, chat: ChatRequest, model: ServedModel, caller: Caller, asked: Repeat
 ) -> BegunAnswer:
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
@@ -127,27 +145,13 @@ async def _begin(
         max_tokens=min(chat.max_tokens or room, room),
         sampling=chat.sampling_with(text.defaults),
         client=caller.group(chat.user),
-        kept=kept_of(repeat, caller.payer(chat.user), objects, chat.stops) if repeat is not None else "",
+        kept=kept_of(asked, caller.payer(chat.user), objects, chat.stops),
     )
     return BegunAnswer(app[HOUSEHOLD].generate(wanted), objects, text, frozenset(model.stop_ids), chat.stops)
 
 
 async def _silently(_: str) -> None:
     """Nobody hears of progress before the answer."""
-
-
-async def _told(
-    chunks: AsyncIterator[Chunk],
-    answer: Completion,
-    objects: OpenAIObjects,
-    stream: Stream | None,
-    repeat: Repeat | None,
-    numbered: bool = False,
-) -> web.StreamResponse:
-    if stream is None:
-        return await _whole(chunks, answer, objects)
-    await _events(stream, chunks, answer, objects, repeat, numbered)
-    return await stream.end()
 
 
 async def _whole(chunks: AsyncIterator[Chunk], answer: Completion, objects: OpenAIObjects) -> web.Response:
@@ -168,13 +172,16 @@ async def _events(
     chunks: AsyncIterator[Chunk],
     answer: Completion,
     objects: OpenAIObjects,
-    repeat: Repeat | None,
+    asked: Repeat,
     numbered: bool,
 ) -> None:
-    """With `repeat`, events that the client has are not sent again; `numbered`: they have ids."""
-    had = repeat.tokens if repeat is not None else 0
-    spoke = repeat is not None and repeat.last is not None
-    sent = 0  # token ids
+    """Events that the client has are not sent again; what it has of them is noted. `numbered`: they have ids."""
+
+    async def tell(body: object, event_id: str) -> None:
+        await stream.send(body, event_id if numbered else None)
+        asked.last = event_id
+
+    had, sent = asked.tokens, 0  # token ids
     async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
         async for chunk in pulse:
             if chunk is None or (not chunk.ids and chunk.finish is None):
@@ -185,18 +192,17 @@ async def _events(
             answer.feed(chunk.ids[:known], None)
             sent = max(sent, min(had, len(answer.ids)))
             text = answer.feed(chunk.ids[known:], chunk.finish, chunk.reused)
-            if not spoke:
-                spoke = True
-                await stream.send(objects.role(), "0" if numbered else None)
+            if asked.last is None:
+                await tell(objects.role(), "0")
             if text:
-                await stream.send(objects.delta(text, answer.ids[sent:]), str(len(answer.ids)) if numbered else None)
+                await tell(objects.delta(text, answer.ids[sent:]), str(len(answer.ids)))
                 sent = len(answer.ids)
             if answer.finish:
                 break
     if answer.finish is None:
         raise EngineError("the answer broke off without a reason; ask again")
-    if repeat is None or repeat.last != END:
-        await stream.send(objects.finish(answer.finish, answer.ids[sent:]), END if numbered else None)
+    if asked.last != END:
+        await tell(objects.finish(answer.finish, answer.ids[sent:]), END)
     if objects.with_usage:
         await stream.send(objects.usage(answer))
     await stream.write(b"data: [DONE]\n\n")

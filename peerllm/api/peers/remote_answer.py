@@ -63,8 +63,10 @@ class RemoteAnswer:
                 return await stream.end()
             if kind != _JSON or not 200 <= answer.status < 600:
                 raise LinkError(f"its device answered with HTTP {answer.status} {kind[:40]!r}")
-            self.begun = True
             body = await _whole(answer.body)
+            if answer.status == web.HTTPServiceUnavailable.status_code and _LEAVING in body:
+                raise LinkError("its device does not answer for it any more")
+            self.begun = True
         if stream is not None and stream.started:
             await stream.send(orjson.Fragment(body))
             return await stream.end()
@@ -92,7 +94,7 @@ class RemoteAnswer:
                     del held[: end + 2]
                     last = whole.rpartition(b"\n\n")[2]
                     if last.startswith(b'data: {"error":') and _LEAVING in last:
-                        raise LinkError("its device is shutting down")
+                        raise LinkError("its device does not answer for it any more")
                     self.begun = self.begun or _DATA.search(whole) is not None
                     ids = _ID.findall(whole)
                     await stream.write((_IDS.sub(b"", whole) if self.repeat.fleeting else whole) + b"\n\n")

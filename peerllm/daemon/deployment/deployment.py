@@ -104,6 +104,8 @@ class Deployment:
         self.reason = ""
         self.inherited = remembered.inherited if remembered is not None else ""
         self.succeeds = remembered.succeeds if remembered is not None else ""
+        self.took_part = set(remembered.devices if remembered is not None else ())  # devices of plans that served
+        self.stays = False  # it gives way to no other device that goes on with the same
         self.yields_to = ""  # the name of the device that goes on with it, while this one ends its answers
         self.lasting = remembered is not None  # it has served: from then on it waits for devices instead of giving up
         self.report = ProgressReport(around.me, around.name, around.changed)
@@ -135,8 +137,7 @@ class Deployment:
 
     def start(self, devices: Iterable[DeviceIs], holdings: Mapping[DeviceId, tuple[Holding, ...]]) -> None:
         """`devices`: how each of the household is now; `holdings`: what they have loaded."""
-        for device, told in holdings.items():
-            self._holdings.told(device, [one for one in told if one.deployment == self.id])
+        self._hold(holdings)
         for event in devices:
             self._feed(event)
         self._feed(DeadlineReached())
@@ -157,11 +158,10 @@ class Deployment:
     def drain(self, to: str) -> None:
         """Take no new sequences: device `to` goes on with it. Those that run end, where they can go on."""
         self.yields_to = to
-        reason = f"{to} serves {self.options.name} now; ask again"
         if self.state == "serving":
-            self.sequences.refuse(reason)
+            self.sequences.refuse(self._moved)
         else:
-            self.sequences.close(reason)
+            self.sequences.close(self._moved)
         self._around.changed()
 
     async def stop(self, left: bool = False) -> None:
@@ -212,6 +212,10 @@ class Deployment:
             self.report.loaded(device, event)
 
     @property
+    def _moved(self) -> str:
+        return f"{self.yields_to} serves {self.options.name} now; ask again"
+
+    @property
     def blueprint(self) -> Blueprint | None:
         """The plan that is loaded or that serves; None while there is none."""
         if self.state == "serving" and self._running is not None:
@@ -235,6 +239,7 @@ class Deployment:
             progress=1.0 if serving else self.report.done,
             missing_bytes=getattr(self._failure, "missing_bytes", 0) if self.state == "waiting" else 0,
             succeeds=self.succeeds,
+            stays=self.stays,
         )
 
     async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
@@ -242,6 +247,16 @@ class Deployment:
         inspected = await self.model.describe()
         self._search.free = {d: one.free_bytes + held.get(d, 0) for d, one in self._around.candidates().items()}
         return (await self._search.plan(inspected, frozenset())).blueprint
+
+    async def could_run(self, holdings: Mapping[DeviceId, tuple[Holding, ...]]) -> None:
+        """Raises why no plan works now for what devices have loaded; the deployment is not to be started."""
+        self._hold(holdings)
+        await self.model.describe()
+        await self.plans.find(MakePlan(0, frozenset(), compare=False), None, ())
+
+    def _hold(self, holdings: Mapping[DeviceId, tuple[Holding, ...]]) -> None:
+        for device, told in holdings.items():
+            self._holdings.told(device, [one for one in told if one.deployment == self.id])
 
     # ---- events in, actions out -----------------------------------------------------------------------------------
 
@@ -296,7 +311,10 @@ class Deployment:
                 self._serve(note)
             case BecomeWaiting(reason):
                 log.warning("%s does not go on for now: %s", self.options.model, reason)
-                self.sequences.hold(reason)
+                if self.yields_to:
+                    self.sequences.close(self._moved)
+                else:
+                    self.sequences.hold(reason)
                 self._failure = self._as_error(reason)
                 self._become("waiting", reason)
                 self._resolve(self._as_error(reason))
@@ -386,7 +404,8 @@ class Deployment:
             blamed = self._blamed(device, epoch, error)
             self._epochs.pop(epoch.number, None)
             lasting = device == me and not isinstance(cause, PASSING)
-            self._feed(NotEstablished(epoch.number, blamed, str(cause), lasting))
+            past = isinstance(error, DeviceRefusedError) and error.past
+            self._feed(NotEstablished(epoch.number, blamed, str(cause), lasting, past))
         else:
             self.plans.fetched(epoch)
             self._feed(Established(epoch.number))
@@ -396,6 +415,8 @@ class Deployment:
         if isinstance(error, DeviceRefusedError):
             if error.away:
                 return device
+            if error.past:  # it will do for a later one
+                return None
             if error.wanted_bytes > error.free_bytes:
                 self._search.free[error.device] = error.free_bytes
                 return None
@@ -477,6 +498,7 @@ class Deployment:
             log.warning("%s: %s", self.options.name, less)
             self.report.say("serving", less)
         self.lasting = True
+        self.took_part.update(epoch.devices)
         self._become("serving", "; ".join(filter(None, (less, note))))
         if began:
             self.report.say("serving", f"{self.options.name} is served")
