@@ -115,8 +115,8 @@ def test_a_coordinator_that_comes_back_finds_its_deployment_gone_on_with(three: 
         with three.frozen(0) if how == "frozen" else three.unplugged(0):
             lost = time.monotonic()
             again = there.ask(asked)
-            assert there.wait_over(again)["status"] == 200
-            assert again.ids == expected.ids
+            end = there.wait_over(again)
+            assert (end["status"], end["error"], again.ids) == (200, "", expected.ids), end
             took_s = time.monotonic() - lost
             assert took_s < ANSWER_S, f"answered after {took_s:.1f} s"
             time.sleep(max(0.0, FROZEN_S - took_s))
@@ -135,8 +135,8 @@ def test_a_coordinator_that_comes_back_finds_its_deployment_gone_on_with(three: 
         assert after["coordinator"] in ("mini-pc", "jetson")
         for listener in (there, three.listener):
             last = listener.ask(asked)
-            assert listener.wait_over(last)["status"] == 200
-            assert last.ids == expected.ids
+            end = listener.wait_over(last)
+            assert (end["status"], end["error"], last.ids) == (200, "", expected.ids), three.told()
     finally:
         there.close()
 

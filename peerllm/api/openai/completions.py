@@ -100,6 +100,7 @@ async def _answered(
                 raise
             if caller.device:
                 raise DeviceLeavingError(str(error)) from error
+            await asyncio.sleep(RETRY_S)  # until that one has heard of it
 
 
 def _moved(app: web.Application, model: str, source: DeviceId) -> bool:

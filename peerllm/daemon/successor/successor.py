@@ -51,7 +51,7 @@ from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.facade import InheritedAnswer
 from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
-from peerllm.daemon.successor.answer_copies import AnswerCopies, HeldCopies
+from peerllm.daemon.successor.answer_copies import AnswerCopies, HeldCopies, inherited
 from peerllm.daemon.successor.equipment import Equipment
 from peerllm.daemon.successor.inheritance import Inheritance, InheritedModel, InheritedModels, leave
 from peerllm.daemon.weights.digests import Digests
@@ -87,7 +87,8 @@ class Successor:
         self.handler: Callable[[InheritedAnswer], None] | None = None
         self._left = parts.settings.data_dir / LEFT
         self.models = InheritedModels(parts.home.outlines.root / INHERITED, parts.store)
-        self.copies = AnswerCopies(parts.network.tell, self._successor)
+        self._heirs: dict[DeploymentId, tuple[DeviceId, DeploymentId]] = {}  # of deployments that drain
+        self.copies = AnswerCopies(parts.network.tell, self._successor, self._heirs.get)
         self._decider = Succession(self.me)
         self._equipment = Equipment(parts.store, self.models, parts.network.ask, self._equipped)
         self._held = HeldCopies()
@@ -151,9 +152,11 @@ class Successor:
                     self._feed(Equipped(deployment, lends))
 
     def hear(self, device: DeviceId, message: AnswerCopied | AnswerGrew) -> None:
-        """A coordinator tells of answers that this device would go on with."""
+        """A coordinator tells of answers that this device would go on with, or is to go on with now."""
         if self._decider.coordinators.get(message.deployment) == device:
             self._held.hear(message)
+        elif isinstance(message, AnswerCopied) and self._decider.hands_over(message.deployment, device):
+            self._hand_on(inherited(message))
 
     async def answer(self, device: DeviceId, question: Inherit | Vote) -> Answer:
         """Raises what stands against it."""
@@ -223,7 +226,8 @@ class Successor:
                 self._spawn(self._serve_anew(deployment), "serve anew")
             case Stay(deployment):
                 self._parts.coordinator.stay(deployment)
-            case Drain(deployment, to):
+            case Drain(deployment, to, other):
+                self._heirs[deployment] = to, other
                 self._parts.coordinator.drain(deployment, name(to))
             case GiveWay(deployment, to):
                 log.warning("%s goes on with %s", name(to), deployment[:8])
@@ -279,12 +283,16 @@ class Successor:
             await self._parts.coordinator.give_way(deployment)
         finally:
             self._given_way.discard(deployment)
+            self._heirs.pop(deployment, None)
 
     def _go_on(self, deployment: DeploymentId, to: DeploymentId) -> None:
         """With the answers under way that have a key."""
         for answer in self._held.take(deployment, to):
-            if self.handler is not None:
-                self.handler(answer)
+            self._hand_on(answer)
+
+    def _hand_on(self, answer: InheritedAnswer) -> None:
+        if self.handler is not None:
+            self.handler(answer)
 
     # ---- this device follows others ---------------------------------------------------------------------------------
 

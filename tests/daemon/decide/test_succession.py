@@ -237,7 +237,7 @@ def test_what_another_device_goes_on_with_has_not_ended() -> None:
     a = Succession("a")
     a.handle(s.PlanTold(PLAN), 0.0)
     taken = replace(PLAN, coordinator="b", epoch=9)
-    assert a.handle(s.PlanTold(taken), 20.0) == [s.Drain("d", "b"), s.GiveWay("d", "b")]
+    assert a.handle(s.PlanTold(taken), 20.0) == [s.Drain("d", "b", "d"), s.GiveWay("d", "b")]
     a.handle(s.DeploymentOver("d", "a"), 20.1)
     assert a.coordinators["d"] == "b"
     lose(a, at=30.0)
@@ -273,7 +273,7 @@ def test_whom_the_devices_left_drains_and_gives_way_to_the_one_that_took_over() 
     a.handle(s.PlanTold(PLAN), 0.0)
     a.handle(s.StreamsChanged("d", True), 12.0)
     taken = replace(PLAN, coordinator="b", epoch=9, serving=False)
-    assert a.handle(s.PlanTold(taken), 20.0) == [s.Drain("d", "b")]
+    assert a.handle(s.PlanTold(taken), 20.0) == [s.Drain("d", "b", "d")]
     assert a.handle(s.PlanTold(taken), 21.0) == []  # once
     assert a.handle(s.StreamsChanged("d", False), 25.0) == [s.GiveWay("d", "b")]
     assert a.coordinators["d"] == "b"
@@ -304,7 +304,7 @@ def test_what_was_begun_anew_stays_where_the_one_it_was_begun_for_does_not_serve
     a = Succession("a")
     a.handle(s.PlanTold(WAITS), 0.0)
     assert a.handle(s.PlanTold(ANEW), 1.0) == [], "it may be that the other has heard that it serves"
-    assert a.handle(s.PlanTold(stays), 1.0) == [s.Drain("d", "b"), s.GiveWay("d", "b")]
+    assert a.handle(s.PlanTold(stays), 1.0) == [s.Drain("d", "b", "e"), s.GiveWay("d", "b")]
 
 
 def test_what_does_not_serve_either_does_not_stay() -> None:
@@ -339,7 +339,7 @@ def test_whoever_begins_to_serve_last_looks_at_the_others_again() -> None:
     b = Succession("b")
     b.handle(s.PlanTold(PLAN), 0.0)
     found = b.handle(s.PlanTold(s.CoordinatedPlan("e", "b", ("b",), 1, serving=True, succeeds="d")), 1.0)
-    assert found == [s.Drain("e", "a"), s.GiveWay("e", "a")]
+    assert found == [s.Drain("e", "a", "d"), s.GiveWay("e", "a")]
 
 
 def test_a_deployment_begun_anew_gives_way_to_the_one_it_was_begun_for() -> None:
@@ -347,7 +347,7 @@ def test_a_deployment_begun_anew_gives_way_to_the_one_it_was_begun_for() -> None
     serve_anew(b)
     b.handle(s.PlanTold(s.CoordinatedPlan("e", "b", ("b",), 1, serving=True, succeeds="d")), 20.0)
     found = b.handle(s.PlanTold(replace(PLAN, devices=("a", "b"))), 30.0)
-    assert found == [s.Drain("e", "a"), s.GiveWay("e", "a")]
+    assert found == [s.Drain("e", "a", "d"), s.GiveWay("e", "a")]
 
 
 def test_nobody_gives_way_to_a_device_that_had_no_part_in_the_deployment() -> None:
@@ -356,7 +356,7 @@ def test_nobody_gives_way_to_a_device_that_had_no_part_in_the_deployment() -> No
     assert a.handle(s.PlanTold(replace(PLAN, coordinator="x", epoch=99, devices=("x", "a"))), 1.0) == []
     a.handle(s.PlanTold(replace(PLAN, devices=("a",), epoch=6)), 2.0)
     found = a.handle(s.PlanTold(replace(PLAN, coordinator="b", epoch=99)), 3.0)
-    assert found == [s.Drain("d", "b"), s.GiveWay("d", "b")], "b had a part once"
+    assert found == [s.Drain("d", "b", "d"), s.GiveWay("d", "b")], "b had a part once"
 
 
 class Island:

@@ -12,10 +12,10 @@ import pytest
 from peerllm.daemon.control_messages import Answer, AnswerCopied, AnswerGrew, DeploymentView, Inherit, Vote
 from peerllm.daemon.decide.succession import followed_deployment as when
 from peerllm.daemon.decide.succession.succession_events import CoordinatedPlan
-from peerllm.daemon.facade import InheritedAnswer, RunOptions
+from peerllm.daemon.facade import Chunk, GenerateRequest, InheritedAnswer, RunOptions
 from peerllm.daemon.successor import successor as module
 from peerllm.daemon.successor.successor import Successor
-from peerllm.errors import LinkError, NotFoundError, RefusedError
+from peerllm.errors import LinkError, NotFoundError, RefusedError, UnavailableError
 from peerllm.types import Sampling, Stage
 
 D, OPTIONS = "d" * 32, RunOptions("big", name="big")
@@ -281,6 +281,37 @@ async def test_it_drains_and_gives_way_when_its_answers_have_ended(make):
     around.streaming = {}
     one.look()
     assert around.done[-1] == ("obey", D, "a")
+
+
+async def test_what_breaks_off_where_it_gives_way_is_left_to_the_one_that_goes_on(make):
+    one, around, _ = make("a")
+    around.own, around.streaming = (view(),), {D: True}
+    one.look()
+    request = GenerateRequest(D, (1, 2), 9, Sampling(), client="me", kept="kept")
+
+    async def broken():
+        yield Chunk((7,))
+        one.told("b", [view("b", epoch=EPOCH)])
+        raise UnavailableError("device-b serves it now")
+
+    with pytest.raises(UnavailableError):
+        async for _ in one.copies.copied(request, broken()):
+            pass
+    (told,) = [what[2] for what in around.done if what[:2] == ("tell", "b")]
+    assert (told.deployment, told.prompt, told.ids, told.kept) == (D, (1, 2), (7,), "kept")
+
+
+async def test_answers_are_taken_from_a_device_that_had_a_part_and_gives_way(make):
+    one, around, _ = make()
+    answers: list[InheritedAnswer] = []
+    one.handler = answers.append
+    one.presence("a", "gone")
+    await around.until("take over", OPTIONS, "hand", D, EPOCH, 7)
+    one.hear("x", COPY)
+    one.hear("a", AnswerGrew(D, "one", 0, (7,)))
+    assert answers == []
+    one.hear("a", COPY)
+    assert [(answer.deployment, list(answer.ids)) for answer in answers] == [(D, [7])]
 
 
 async def test_after_a_restart_it_gives_way_to_who_had_a_part_before(make):

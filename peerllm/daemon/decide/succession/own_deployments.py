@@ -29,6 +29,11 @@ class OwnDeployments:
         while len(self._took_part) > MAX_DEPLOYMENTS_KNOWN:
             del self._took_part[next(iter(self._took_part))]
 
+    def had_part(self, deployment: DeploymentId, device: DeviceId) -> bool:
+        """Whether the device ever was of a plan whose coordinator this device obeyed."""
+        plan = self.plans.get(deployment)
+        return plan is not None and device in self._took_part.get(plan.succeeds or deployment, ())
+
     def over(self, deployment: DeploymentId) -> None:
         """This device coordinates it no longer."""
         self.plans.pop(deployment, None)
@@ -53,7 +58,7 @@ class OwnDeployments:
         if not gives_way:
             return []
         self._yielding[own.deployment] = other.coordinator
-        return [Drain(own.deployment, other.coordinator), *self.drained(own.deployment)]
+        return [Drain(own.deployment, other.coordinator, other.deployment), *self.drained(own.deployment)]
 
     def streaming(self, deployment: DeploymentId, streaming: bool) -> list[SuccessionAction]:
         """Whether answers are being streamed by one of them."""
@@ -70,8 +75,8 @@ class OwnDeployments:
 
     def _rivals(self, own: CoordinatedPlan, other: CoordinatedPlan) -> bool:
         """Whether both are the same deployment, or begun anew for it, by a device that ever had a part in it."""
-        first = own.succeeds or own.deployment
-        return first == (other.succeeds or other.deployment) and other.coordinator in self._took_part.get(first, ())
+        same = (own.succeeds or own.deployment) == (other.succeeds or other.deployment)
+        return same and self.had_part(own.deployment, other.coordinator)
 
 
 def _chooses(own: CoordinatedPlan, other: CoordinatedPlan) -> bool:

@@ -98,6 +98,10 @@ class Succession:
         """The deployments that other devices coordinate."""
         return {one: known.plan for one, known in self._followed.items()}
 
+    def hands_over(self, deployment: DeploymentId, device: DeviceId) -> bool:
+        """Whether the device may leave answers to this one, which goes on with the deployment."""
+        return self._own.had_part(deployment, device)
+
     @property
     def _online(self) -> frozenset[DeviceId]:
         return frozenset(device for device, presence in self._presence.items() if presence == "online")

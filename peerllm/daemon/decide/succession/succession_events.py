@@ -164,10 +164,11 @@ class Stay:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Let the deployment take no new sequences: it ends when those that run have ended. `to` goes on with it."""
+    """Let the deployment take no new sequences: it ends when those that run have ended. `to` goes on as `other`."""
 
     deployment: DeploymentId
     to: DeviceId
+    other: DeploymentId
 
 
 @dataclass(frozen=True, slots=True)
