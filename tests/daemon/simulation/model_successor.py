@@ -6,6 +6,7 @@ for long enough, and epochs that nobody used before. What is begun anew is not c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from peerllm.daemon.control_messages import Reserve
@@ -46,6 +47,7 @@ class ModelSuccessor:
         self._stays, self._draining = set[str](), set[str]()
         self._turns = 0
         self._streaming = False
+        self._last: tuple[str, ...] = ()  # the devices of the last plan that was told of
         self._asked: tuple[by.CoordinatedPlan, int] | None = None  # for votes
 
     # ---- what happens ---------------------------------------------------------------------------------------------
@@ -77,7 +79,9 @@ class ModelSuccessor:
         for over in sorted(before - now):
             self.feed(by.DeploymentOver(over, device))
         for view in views:
-            self.feed(by.PlanTold(view))
+            if view.deployment == DEPLOYMENT and view.devices:
+                self._last = view.devices
+            self.feed(by.PlanTold(view if view.devices else replace(view, devices=self._last)))
         self._equip()
 
     def knows(self, name: str) -> bool:
@@ -171,6 +175,7 @@ class ModelSuccessor:
             case by.Drain(deployment):
                 self._draining.add(deployment)
                 self._side.draining |= deployment == DEPLOYMENT
+                self._side.at_source(0.0, lambda: self._house.plan_changed(self._side))
                 self._side.at_source(0.0, self.look)
             case by.GiveWay(deployment):
                 self._give_way(deployment)

@@ -122,6 +122,9 @@ class Around:
         await self.sought.wait()
         return self.feasible
 
+    def stay(self, deployment: str) -> None:
+        self.note("stay", deployment)
+
     def drain(self, *asked: Any) -> None:
         self.note("drain", *asked)
 
@@ -283,21 +286,37 @@ async def test_it_drains_and_gives_way_when_its_answers_have_ended(make):
     assert around.done[-1] == ("obey", D, "a")
 
 
-async def test_what_breaks_off_where_it_gives_way_is_left_to_the_one_that_goes_on(make):
-    one, around, _ = make("a")
-    around.own, around.streaming = (view(),), {D: True}
+async def test_what_was_begun_anew_stays_where_the_other_does_not_serve(make):
+    one, around, _ = make()
+    one.presence("a", "silent")
+    around.own = (view("b", devices="b", deployment="e" * 32, succeeds=D),)
     one.look()
-    request = GenerateRequest(D, (1, 2), 9, Sampling(), client="me", kept="kept")
+    one.presence("a", "online")
+    one.told("a", [view(state="waiting")])
+    assert ("stay", "e" * 32) in around.done
+
+
+@pytest.mark.parametrize(("me", "to", "own", "other"), [
+    ("a", "b", {}, {"epoch": EPOCH}),
+    ("b", "a", {"deployment": "e" * 32, "succeeds": D, "devices": "b"}, {}),
+])  # fmt: skip
+async def test_what_breaks_off_where_it_gives_way_is_left_to_the_one_that_goes_on(make, me, to, own, other):
+    one, around, _ = make(me)
+    one.presence(to, "silent")
+    around.own = (view(me, **own),)
+    around.streaming = {around.own[0].deployment: True}
+    one.look()
+    request = GenerateRequest(around.own[0].deployment, (1, 2), 9, Sampling(), client="me", kept="kept")
 
     async def broken():
         yield Chunk((7,))
-        one.told("b", [view("b", epoch=EPOCH)])
-        raise UnavailableError("device-b serves it now")
+        one.told(to, [view(to, **other)])
+        raise UnavailableError("the other serves it now")
 
     with pytest.raises(UnavailableError):
         async for _ in one.copies.copied(request, broken()):
             pass
-    (told,) = [what[2] for what in around.done if what[:2] == ("tell", "b")]
+    (told,) = [what[2] for what in around.done if what[:2] == ("tell", to)]
     assert (told.deployment, told.prompt, told.ids, told.kept) == (D, (1, 2), (7,), "kept")
 
 
@@ -317,8 +336,8 @@ async def test_answers_are_taken_from_a_device_that_had_a_part_and_gives_way(mak
 async def test_after_a_restart_it_gives_way_to_who_had_a_part_before(make):
     one, around, _ = make("a")
     around.own, around.took_part = (view(devices="", state="planning", epoch=1005),), {D: frozenset("abc")}
-    one.told("x", [view("x", epoch=EPOCH + 1)])
     one.look()
+    one.told("x", [view("x", epoch=EPOCH + 1)])
     assert names(around) == []
     one.told("c", [view("c", epoch=EPOCH)])
     assert ("drain", D, "device-c") in around.done
@@ -351,6 +370,7 @@ async def test_it_has_ready_what_only_the_coordinator_holds_while_that_is_there(
     assert len(equipment.calls) == 2, "what is not planned now keeps its devices"
     one.presence("a", "silent")
     assert equipment.calls[-1] == ("pause", D)
+    one.presence("a", "online")
     one.told("a", [view(devices="xyab")])
     assert equipment.calls[-1] == ("pause", D), f"only {module.FOLLOWERS} follow"
 
