@@ -20,6 +20,7 @@ from statistics import median, quantiles
 import psutil
 
 from peerllm.builtin import BUILTIN
+from peerllm.daemon.decide.deployment_life.pacing import STABLE_S
 from tests.clients import body
 from tests.lab.struck_household import Answer, StruckHousehold, serving
 
@@ -55,6 +56,7 @@ class Trial:
     def struck(self, fault: Callable[[int], None], restore: Callable[[int], None]) -> tuple[float, float]:
         """The pause in seconds, and in usual gaps; SystemExit where the tokens are not the same."""
         self.settled()
+        time.sleep(STABLE_S)  # a plan that breaks sooner than this after the last is mended ever more slowly
         host = self.household.holders()[0]
         answer = self.ask()
         self.listener.wait_tokens(answer, FIRST_TOKENS)
@@ -110,12 +112,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--freeze", type=float, default=5.0, help="seconds that a device is frozen or unplugged")
     parser.add_argument("--holders", type=int, default=2, help="how many of the three devices the model takes")
+    parser.add_argument("--event", default="", help="only the events whose names contain this")
     args = parser.parse_args(argv)
     with (
         tempfile.TemporaryDirectory(prefix="peerllm-bench-") as directory,
         started(Path(directory), args.model, args.holders) as trial,
     ):
         for name, (fault, restore) in faults(trial, args.freeze).items():
+            if args.event not in name:
+                continue
             found = [trial.struck(fault, restore) for _ in range(args.rounds)]
             pauses, gaps = [pause for pause, _ in found], [gap for _, gap in found]
             p95 = quantiles(pauses, n=20)[-1] if len(pauses) > 1 else pauses[0]

@@ -26,12 +26,13 @@ from benchmarks.soak_plots import plot
 from benchmarks.soak_trend import Trend, trend
 from benchmarks.soak_watch import Watch
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo.demo import CONTEXT, NAMES, SLOTS
+from peerllm.cli.demo.demo import NAMES, SLOTS
 from peerllm.cli.demo.demo_memory import limits, sizes_of
 from tests.clients import clients
 from tests.household import Device, household
 
 DEVICES = 3
+CONTEXT = 1024
 EVERY_S = 3.0  # between two samples
 STALL_S = 0.5  # less than the second after which a device counts as silent
 BETWEEN_STALLS_S = (1.0, 5.0)

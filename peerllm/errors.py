@@ -92,8 +92,6 @@ class LinkError(PeerLLMError, ConnectionError):
 
     http_status = 503
 
-    http_status = 503
-
 
 class FrameError(LinkError):
     """The format or the plan does not allow a frame; its link is closed."""
@@ -102,3 +100,9 @@ class FrameError(LinkError):
 def one_line(error: BaseException, most: int = 300) -> str:
     """The text of any error in one line of at most `most` characters."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def error_class(name: str, default: type[PeerLLMError] = PeerLLMError) -> type[PeerLLMError]:
+    """The class that another process names in a message; `default` if this one does not know it."""
+    found = globals().get(name)
+    return found if isinstance(found, type) and issubclass(found, PeerLLMError) else default

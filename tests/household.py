@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import io
 import json
 import os
 import selectors
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,22 +105,47 @@ class Device:
         return done
 
     def status(self) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads(self.cli("status", "--json").stdout)
-        return result
+        """What `peerllm status --json` prints, from the API itself where it can be reached."""
+        found: dict[str, Any]
+        found = json.loads(self.cli("status", "--json").stdout) if self.prefix else self.get("/peerllm/v1/status")
+        return found
 
     def token(self) -> str:
         return (self.data_dir / "token").read_text().strip()
 
-    def post(self, path: str, body: Mapping[str, Any], timeout: float = COMMAND_TIMEOUT_S) -> Any:
-        """JSON in, JSON out, at the device's API (devices outside namespaces)."""
-        request = urllib.request.Request(
-            self.url + path,
-            json.dumps(body).encode(),
-            method="POST",
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.token()}"},
-        )
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+    def open(
+        self, path: str, body: bytes | None = None, timeout: float = COMMAND_TIMEOUT_S
+    ) -> http.client.HTTPResponse:
+        """What the device's API answers to a GET, or to a POST of a body (devices outside namespaces).
+
+        An HTTPError can be read as always, and shows what the device answered and logged where nobody expects it.
+        """
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.token()}"}
+        try:
+            answer: http.client.HTTPResponse = urllib.request.urlopen(
+                urllib.request.Request(self.url + path, body, headers), timeout=timeout
+            )
+        except urllib.error.HTTPError as error:
+            said = error.read()
+            readable = urllib.error.HTTPError(error.url, error.code, error.msg, error.headers, io.BytesIO(said))
+            readable.add_note(f"{self.name} answered {said[:2000].decode(errors='replace')}")
+            readable.add_note(f"and logged:\n{self.log_tail()}")
+            raise readable from None
+        return answer
+
+    def get(self, path: str) -> Any:
+        """JSON from the device's API."""
+        with self.open(path) as response:
             return json.load(response)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """JSON in, JSON out."""
+        with self.open(path, json.dumps(body).encode()) as response:
+            return json.load(response)
+
+    def slots_in_use(self) -> int:
+        """Over all stages in its engine."""
+        return sum(stage["slots_in_use"] for stage in self.get("/peerllm/v1/engine")["stages"])
 
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:

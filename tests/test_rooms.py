@@ -32,7 +32,8 @@ LAZY_ENGINE = {"daemon/engine_link/engine_host.py", "cli/demo/demo_memory.py"}
 MOST_FILES = 15  # side by side in one folder
 
 # Engine modules that a device with graphs alone runs.
-TORCH_FREE = ("peerllm.engine.process.runtime", "peerllm.engine.process.launch", "peerllm.engine.sampler")
+ENGINE = "peerllm.engine.process.runtime, peerllm.engine.process.launch, peerllm.engine.backends"
+TORCH = ("torch", "transformers")
 
 
 def imports(path: Path) -> set[str]:
@@ -65,10 +66,14 @@ def test_imports_follow_the_arrows() -> None:
 
 
 @pytest.mark.parametrize(
-    "modules", ["peerllm.cli.main, peerllm.daemon.daemon, peerllm.api.server", ", ".join(TORCH_FREE)]
+    ("modules", "unused"),
+    [
+        ("peerllm.cli.main, peerllm.daemon.daemon, peerllm.api.server", TORCH),
+        (ENGINE, (*TORCH, "aiohttp")),  # an answer waits for an engine that starts anew
+    ],
 )
-def test_only_the_torch_backend_imports_torch(modules: str) -> None:
-    code = f"import sys, {modules}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+def test_only_the_torch_backend_imports_torch(modules: str, unused: tuple[str, ...]) -> None:
+    code = f"import sys, {modules}; print([m for m in {unused} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]", done.stdout
 

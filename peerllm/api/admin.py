@@ -40,7 +40,7 @@ async def status(request: web.Request) -> web.Response:
     """The object of `peerllm status --json`; with ?wait=1 not before it changes, or after WAIT_S."""
     household = request.app[HOUSEHOLD]
     if request.query.get("wait") in {"1", "true"}:
-        with request.app[TASKS].stream():
+        with request.app[TASKS].stream(request.remote or ""):
             async with aclosing(pulsed(each(household.changed()), WAIT_S)) as changes:
                 await anext(changes, None)  # at once
                 await anext(changes, None)
@@ -63,7 +63,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     """The status now and after every change, as SSE."""
     household = request.app[HOUSEHOLD]
     stream = Stream(request, "text/event-stream; charset=utf-8")
-    with request.app[TASKS].stream():
+    with request.app[TASKS].stream(request.remote or ""):
         async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
                 if changed:
@@ -119,7 +119,7 @@ async def bench(request: web.Request) -> web.Response:
     fields = await read_object(request)
     sequences = fields.integer("sequences", 1, MAX_BENCH_SEQUENCES) or 1
     prompt, output = (fields.integer(name, 1, MAX_BENCH_TOKENS) or 64 for name in ("prompt_tokens", "output_tokens"))
-    with request.app[TASKS].stream():
+    with request.app[TASKS].stream(request.remote or ""):
         found = await request.app[HOUSEHOLD].bench(
             fields.text("model", MAX_TEXT_CHARS), sequences, prompt, output, fields.flag("apart")
         )
@@ -180,7 +180,7 @@ async def _lines(
         lines.put_nowait(progress)
 
     stream = Stream(request, "application/x-ndjson")
-    with tasks.stream():
+    with tasks.stream(request.remote or ""):
         task = tasks.start(work(note), name)
         task.add_done_callback(lambda _: lines.put_nowait(None))
         while (progress := await lines.get()) is not None:

@@ -20,8 +20,10 @@ class ExpectedModel:
 
     def expect(self, model: str, name: str = "") -> None:
         """Somebody has asked to run this model, under this name if one is given."""
+        now = time.monotonic()
+        self._until = {key: until for key, until in self._until.items() if now < until}
         if len(self._until) < MAX_EXPECTED:
-            self._until[model, name or short_name(model)] = time.monotonic() + EXPECTED_S
+            self._until[model, name or short_name(model)] = now + EXPECTED_S
 
     def forget(self, model: str) -> None:
         """This model was run: the household knows more of it."""

@@ -14,6 +14,7 @@ from peerllm.api.error_answers import FieldError
 from peerllm.errors import BadInputError
 
 MAX_BODY_BYTES = 8 << 20  # the text of some million tokens
+MAX_CONTAINERS = 1 << 18  # objects and lists in a body: each takes 60 bytes and more where its text has three
 BODY_TIMEOUT_S = 30.0  # seconds from the headers to the body's last byte
 
 
@@ -35,6 +36,12 @@ class EncodingError(BadInputError):
     http_status = 415
 
 
+def most_bytes(request: web.Request) -> int:
+    """How large the body of a request may be, as far as its headers tell."""
+    length = request.content_length
+    return MAX_BODY_BYTES if length is None else min(length, MAX_BODY_BYTES)
+
+
 async def read_object(request: web.Request) -> Fields:
     """The body as a JSON object; an empty body is an empty object."""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -49,6 +56,8 @@ async def read_object(request: web.Request) -> Fields:
         raise TooLargeError(too_large) from error
     except TimeoutError as error:
         raise SlowBodyError(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from error
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
+        raise TooLargeError(f"the body has more than {MAX_CONTAINERS} brackets and braces")
     try:
         body = orjson.loads(raw) if raw.strip() else {}
     except (ValueError, RecursionError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -12,11 +14,11 @@ from peerllm.api.fields import MAX_BODY_BYTES
 from peerllm.api.openai.completions import CHAT_PATH, answer_chat
 from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
 from peerllm.api.peers.remote_answer import CLIENT_HEADER
+from peerllm.api.streams import KEEP_ALIVE_S, STREAM
 from peerllm.errors import OverloadedError
 from peerllm.types import DeviceId
 
 MAX_OF_DEVICE = 128  # answers under way for one device: a quarter of tasks.MAX_STREAMS
-MAX_BYTES_OF_DEVICE = 64 << 20  # of the bodies of these: parsed, each takes several times its size
 
 Answer = Callable[[web.Application, web.Request, Caller], Awaitable[web.StreamResponse]]
 ROUTES: Mapping[str, Answer] = {CHAT_PATH: answer_chat}
@@ -28,7 +30,6 @@ class PeerApi:
     def __init__(self, app: web.Application) -> None:
         self._app = app
         self._under_way: Counter[DeviceId] = Counter()
-        self._bytes: Counter[DeviceId] = Counter()
 
     async def __call__(self, request: web.Request, device: DeviceId) -> web.StreamResponse:
         answer = ROUTES.get("/" + request.match_info["path"])
@@ -36,21 +37,28 @@ class PeerApi:
             return json_response(error_object(404, "this is not answered for other devices"), 404)
         if self._under_way[device] >= MAX_OF_DEVICE:
             return error_response(OverloadedError(f"{MAX_OF_DEVICE} answers for your device are under way already"))
-        length = request.content_length
-        nbytes = MAX_BODY_BYTES if length is None else min(length, MAX_BODY_BYTES)
-        if self._bytes[device] + nbytes > MAX_BYTES_OF_DEVICE:
-            return error_response(OverloadedError("too many large requests for your device are under way"))
         caller = Caller(request.headers.get(CLIENT_HEADER, "")[:MAX_CLIENT_CHARS], device)
 
         async def handler(request: web.Request) -> web.StreamResponse:
             return await answer(self._app, request, caller)
 
         self._under_way[device] += 1
-        self._bytes[device] += nbytes
+        taken = request.clone(client_max_size=MAX_BODY_BYTES)
+        patience = asyncio.create_task(_patience(taken), name=f"api: patience of {device[:8]}")
         try:
-            return await errors_as_json(request.clone(client_max_size=MAX_BODY_BYTES), handler)
+            return await errors_as_json(taken, handler)
         finally:
+            patience.cancel()
             self._under_way[device] -= 1
-            self._bytes[device] -= nbytes
             if not self._under_way[device]:
-                del self._under_way[device], self._bytes[device]
+                del self._under_way[device]
+
+
+async def _patience(request: web.Request) -> None:
+    """Say from time to time that an answer is being made, until it begins: a silent device counts as lost."""
+    with contextlib.suppress(ConnectionError):
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_S)
+            stream = request.get(STREAM)
+            if stream is not None and not await stream.stay():
+                return

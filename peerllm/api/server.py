@@ -86,7 +86,7 @@ def create_app(
 async def when_started(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Who asks while the device starts waits for it, but for what shows that it does."""
     if request.path != "/" and not request.path.startswith(WHILE_STARTING):
-        with request.app[TASKS].stream():
+        with request.app[TASKS].stream(request.remote or ""):
             try:
                 async with asyncio.timeout(START_WAIT_S):
                     await request.app[HOUSEHOLD].started()

@@ -83,6 +83,13 @@ class Stream:
         """An SSE comment: clients skip it, connections live on."""
         await self.write(f": {' '.join(text.split())}\n\n".encode())
 
+    async def stay(self) -> bool:
+        """A sign of life before an answer: a comment, or white space before JSON. False: events come by now."""
+        if self._sse and self.started:
+            return False
+        await self.write(b": working\n\n" if self._sse else b" ")
+        return True
+
     async def write(self, data: bytes) -> None:
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):

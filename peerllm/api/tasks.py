@@ -13,6 +13,7 @@ T = TypeVar("T")
 MAX_CHANGES = 16  # changes of the household under way at once
 CLOSE_S = 2.0  # seconds that cancelled work has to end
 MAX_STREAMS = 512  # open streams, chats and status together; a deployment's queue is full before
+MAX_BYTES = 64 << 20  # of the bodies of one asker's requests: parsed, each takes several times its size
 
 
 class Tasks:
@@ -20,7 +21,7 @@ class Tasks:
 
     def __init__(self) -> None:
         self._changes: set[asyncio.Task[Any]] = set()
-        self._streams: set[asyncio.Task[Any]] = set()
+        self._streams: dict[asyncio.Task[Any], tuple[str, int]] = {}  # who asks for each, and its body's bytes
         self.closing = False
 
     def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
@@ -39,17 +40,24 @@ class Tasks:
             task.exception()  # read, since the client that would have heard it may be gone
 
     @contextlib.contextmanager
-    def stream(self) -> Iterator[None]:
-        """Around a long answer: bounded in number, ended at `close`."""
-        if len(self._streams) >= MAX_STREAMS or self.closing:
-            raise OverloadedError(f"{MAX_STREAMS} answers are being streamed already; ask again in a moment")
+    def stream(self, asker: str, nbytes: int = 0) -> Iterator[None]:
+        """Around a long answer: bounded in number, ended at `close`; no asker has more than three quarters of all.
+
+        `nbytes`: of what it was asked with, which is bounded for each asker too.
+        """
+        own = [size for one, size in self._streams.values() if one == asker]
+        if len(own) >= 3 * (MAX_STREAMS - len(self._streams)) or self.closing:
+            text = f"{len(self._streams)} answers are being streamed already, {len(own)} of them to you"
+            raise OverloadedError(f"{text}; ask again in a moment")
+        if sum(own) + nbytes > MAX_BYTES:
+            raise OverloadedError("too many large requests of yours are under way; ask again in a moment")
         task = asyncio.current_task()
         assert task is not None
-        self._streams.add(task)
+        self._streams[task] = asker, nbytes
         try:
             yield
         finally:
-            self._streams.discard(task)
+            del self._streams[task]
 
     async def close(self) -> None:
         self.closing = True

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.figures.trace import recording, text
 from peerllm.cli.served import meant
-from peerllm.cli.terminal import printable
+from peerllm.cli.terminal import PassingNote, printable
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
 
 COMPLETIONS = "/v1/chat/completions"
+WORKING = "working"  # the comment that tells nothing (docs/json.md)
 ANSWER_TIMEOUT_S = 3600.0  # seconds a whole answer may take when it is not streamed
 HELP = """\
 /help   this list
@@ -63,20 +64,32 @@ def only_model(device: LocalDevice) -> str:
     return str(names[0])
 
 
-def answer_pieces(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]]) -> Iterator[str]:
-    """The answer's text as it comes."""
-    for event in device.events(COMPLETIONS, {**body, "messages": messages, "stream": True}):
+def _unheard(_: str) -> None:
+    """Nobody reads comments."""
+
+
+def answer_pieces(
+    device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]], comment: Callable[[str], None] = _unheard
+) -> Iterator[str]:
+    """The answer's text as it comes; `comment` hears what it waits for."""
+    for event in device.events(COMPLETIONS, {**body, "messages": messages, "stream": True}, comment):
         for choice in event["choices"]:
             yield choice["delta"].get("content") or ""
 
 
 def _say(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str]]) -> str:
-    said = []
+    said, note = [], PassingNote()
+
+    def comment(words: str) -> None:
+        note.show("" if words == WORKING else words)
+
     try:
-        for piece in answer_pieces(device, body, messages):
+        for piece in answer_pieces(device, body, messages, comment):
             said.append(piece)
+            note.show("")
             print(printable(piece), end="", flush=True)
     finally:
+        note.show("")
         print(flush=True)
     return "".join(said)
 

@@ -7,7 +7,7 @@ import http.client
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,11 +68,16 @@ class LocalDevice:
             while line := response.readline(MAX_LINE_BYTES):
                 yield _checked(_object(line))
 
-    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Every SSE event until [DONE]; raises at an error, and if the stream ends without one or the other."""
+    def events(self, path: str, body: Mapping[str, Any], comment: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+        """Every SSE event until [DONE]; raises at an error, and if the stream ends without one or the other.
+
+        `comment` hears what is said between events.
+        """
         with self._answer("POST", path, body, TIMEOUT_S) as response:
             while line := response.readline(MAX_LINE_BYTES):
-                if line.startswith(b"data:"):
+                if line.startswith(b":"):
+                    comment(line[1:].decode(errors="replace").strip())
+                elif line.startswith(b"data:"):
                     data = line[5:].strip()
                     if data == b"[DONE]":
                         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from peerllm.builtin import BUILTIN
-from peerllm.cli.terminal import printable
+from peerllm.cli.terminal import PERCENT, printable
 from peerllm.daemon.weights.gguf_choice import SUFFIX
-
-_PERCENT = re.compile(r"\d+(\.\d+)? ?%")
 
 
 def as_model(name: str) -> str:
@@ -53,7 +50,7 @@ class ProgressBars:
     def show(self, state: str, message: str, shares: Mapping[str, float]) -> None:
         """`shares`: how much is done, 0 to 1, by the bar's name."""
         message = printable(message)
-        kind = _PERCENT.sub("", message)
+        kind = PERCENT.sub("", message)
         if kind and kind != self._said:
             self._said = kind
             tqdm.write(f"{state}{message}", file=sys.stderr)

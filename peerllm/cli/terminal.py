@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
 
+PERCENT = re.compile(r"\d+(\.\d+)? ?%")  # what differs between two words of the same progress
 _KEPT = "\n\t"
 
 
@@ -17,6 +21,27 @@ def printable(text: str) -> str:
 def tell(text: str) -> None:
     """To the person at the terminal; scripts read standard output."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+class PassingNote:
+    """What an answer waits for, on the line below it, gone when it goes on; to stderr where that cannot be erased."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+        self._erasable = sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+
+    def show(self, text: str) -> None:
+        """In place of the one before; an empty one takes that away."""
+        text = printable(" ".join(text.split()))
+        before, self._shown = self._shown, text
+        if text == before:
+            return
+        if self._erasable:
+            room = shutil.get_terminal_size().columns - 1
+            # Make sure of a line below, remember the place, write there, come back (VT100).
+            print(f"\x1bD\x1bM\x1b7\r\x1bD\x1b[K\x1b[2m{text[:room]}\x1b[0m\x1b8", end="", flush=True)
+        elif PERCENT.sub("", text) not in ("", PERCENT.sub("", before)):
+            tell(text)
 
 
 def human_ms(value: float) -> str:

@@ -150,6 +150,7 @@ class DeviceView:
     used_bytes: int = 0  # what is promised to deployments, and the engine's own size while it runs
     holdings: tuple[Holding, ...] = ()
     leaving: str = ""  # why it asks to hold nothing any more (going down, paused, on battery); "": it does not
+    obeyed: Mapping[DeploymentId, DeviceId] = field(default_factory=dict)  # whom, where it is of another's plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +357,8 @@ class Vote:
     term: int
 
 
-Question = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace | Have | Inherit | Vote
+LoadQuestion = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace  # of what a device loads
+Question = LoadQuestion | Have | Inherit | Vote
 
 
 @dataclass(frozen=True, slots=True)

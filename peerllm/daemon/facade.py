@@ -114,7 +114,7 @@ class InheritedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New token ids; the last chunk has `finish`. `queued`: place in the queue before the first token (0: running)."""
+    """New token ids; the last chunk has `finish`. `queued`: place in the queue, told without ids (0: it has a slot)."""
 
     ids: tuple[int, ...]
     finish: FinishReason | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -31,6 +32,16 @@ async def aside(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="aside", daemon=True).start()
     return await future
+
+
+async def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Do it in a thread; with the seconds that a processor worked on it."""
+
+    def run() -> tuple[T, float]:
+        began = time.thread_time()
+        return work(), time.thread_time() - began
+
+    return await asyncio.to_thread(run)
 
 
 async def halting(progress: Progress, work: Callable[[Progress, threading.Event], T]) -> T:

@@ -13,7 +13,8 @@ import psutil
 from peerllm.engine.base import Progress, Sampler, Shard
 from peerllm.engine.families import FAMILIES
 from peerllm.engine.graph import table
-from peerllm.engine.graph.describe import Described, UnfitError, describe
+from peerllm.engine.graph.config_values import UnfitError
+from peerllm.engine.graph.describe import Described, describe
 from peerllm.engine.graph.graph_inspect import layer_tensors, profile, working
 from peerllm.engine.graph.graph_mockup import GraphOutline
 from peerllm.engine.graph.load import load_shard

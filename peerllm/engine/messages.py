@@ -24,6 +24,7 @@ from peerllm.types import (
 
 PASS: LayerKind = "pass"  # noqa: S105  # in layer times: what a batch costs at a stage beside its layers
 FURTHER_TOKENS = 1024
+WORKING_STEPS = 16  # more than are computed of answers that end an engine again each time they go on
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SpanName = Literal[
     "idle", "take in", "pass", "hand on", "another model",  # of the compute thread, consecutive
@@ -143,6 +144,7 @@ class LoadStage:
     downstream: Hop | None  # None: the next stage (or the return) is on this device
     head_device: DeviceId  # the device that may send tokens back to the source
     limit_bytes: int | None = None  # the most memory for weights and KV; checked before any is allocated
+    added_limit_bytes: int | None = None  # the same of what comes to the shards of the deployment that are loaded
     quantize: str = ""  # a key of types.MATRIX_BITS: what matrices are rounded to
     micro_batches: int = 1  # for the source: the most batches into which it divides decoding sequences
     schedule: ScheduleName = "no-bubble"  # for the source
@@ -438,6 +440,11 @@ class EngineLoad:
     loaded_layers: int = 0  # since the engine started
 
 
+@dataclass(frozen=True, slots=True)
+class Working:
+    """The engine has computed WORKING_STEPS batches of steps, told once: what ends it now is no fault of its start."""
+
+
 ToEngine = (
     Configure
     | Trust
@@ -469,4 +476,5 @@ FromEngine = (
     | LinkTraffic
     | Recorded
     | EngineLoad
+    | Working
 )

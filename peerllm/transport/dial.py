@@ -11,11 +11,9 @@ from yarl import URL
 from peerllm.codec import MAX_MESSAGE_BYTES
 from peerllm.errors import AuthenticationError, LinkError
 from peerllm.transport.identity import Identity
+from peerllm.transport.timeouts import CLOSE_TIMEOUT_S, DIAL_TIMEOUT_S
 from peerllm.transport.tls.contexts import client_context, peer_device
 from peerllm.types import DeviceId
-
-DIAL_TIMEOUT_S = 5.0  # TCP, TLS and the upgrade together
-CLOSE_TIMEOUT_S = 1.0  # how long an orderly end waits for the other side's
 
 
 def dialling_session(limit: int = 0) -> aiohttp.ClientSession:

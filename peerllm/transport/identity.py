@@ -51,7 +51,6 @@ class Identity:
 
     device: DeviceId
     certificate_pem: str
-    certificate_der: bytes = field(repr=False)
     certificate_path: Path
     key_path: Path
     _key: Ed25519PrivateKey = field(repr=False, compare=False)
@@ -86,7 +85,7 @@ def load(certificate_path: Path | str, key_path: Path | str) -> Identity:
         key_path.chmod(FILE_MODE)
     if _raw(key.public_key()) != _raw(public):
         raise BadInputError(f"{key_path} does not belong to {certificate_path}; move both away to get a new identity")
-    return Identity(fingerprint(der), _pem(der), der, certificate_path, key_path, key)
+    return Identity(fingerprint(der), _pem(der), certificate_path, key_path, key)
 
 
 def verify(certificate_pem: str, signature: str, data: bytes) -> None:

@@ -256,6 +256,7 @@ class FakeHousehold:
                 raise self.error_at_once
             for place in self.queued:
                 yield Chunk((), queued=place)
+                await asyncio.sleep(self.pace_s)
             if self.gate is not None:
                 await self.gate.wait()
             ids = self.ids(self.reply)[len(request.answer) :]

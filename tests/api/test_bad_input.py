@@ -314,3 +314,14 @@ async def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(ser
     status = await asyncio.wait_for(reader.readline(), BOUND_S)
     assert status.split()[1] == b"413"
     writer.close()
+
+
+async def test_a_body_of_nothing_but_brackets_is_refused_before_it_is_parsed(client: aiohttp.ClientSession) -> None:
+    """Each takes twenty times the memory that it takes in the body."""
+    data = b'{"model":"builtin","messages":[' + b"[]," * fields.MAX_CONTAINERS + b"[]]}"
+    assert len(data) < fields.MAX_BODY_BYTES
+    async with client.post(PATH, data=data, headers={"Content-Type": "application/json"}) as response:
+        assert response.status == 413 and "brackets" in (await response.json())["error"]["message"]
+    text = "[" * 1000
+    async with client.post(PATH, json=ask(messages=[{"role": "user", "content": text}])) as response:
+        assert response.status == 400 and "brackets" not in (await response.json())["error"]["message"]

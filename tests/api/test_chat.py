@@ -227,14 +227,29 @@ async def test_a_client_that_does_not_read_is_dropped(
 async def test_keep_alives_and_the_place_in_the_queue(
     client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completions, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(completions, "LOOK_S", 0.01)
+    monkeypatch.setattr(model_wait, "KEEP_ALIVE_S", 0.02)
     household.gate, household.queued = asyncio.Event(), [3, 2]
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         lines = [await response.content.readuntil(b"\n\n") for _ in range(4)]
         household.gate.set()
         rest = await response.text()
-    assert lines == [b": queued 2\n\n", *[b": working\n\n"] * 3], "of places that change at once the last"
+    assert lines == [*[b": queued 2\n\n"] * 4], "of places that change at once the last"
     assert rest.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "a long random one"}])
+async def test_who_got_a_slot_has_no_place_in_the_queue(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch, key: dict[str, str]
+) -> None:
+    monkeypatch.setattr(completions, "LOOK_S", 0.01)
+    monkeypatch.setattr(model_wait, "KEEP_ALIVE_S", 0.02)
+    household.gate, household.queued, household.pace_s = asyncio.Event(), [1, 0], 0.1
+    async with client.post(PATH, json={**ASK, "stream": True}, headers=key) as response:
+        lines = [await response.content.readuntil(b"\n\n") for _ in range(20)]
+        household.gate.set()
+    assert lines[0] == b": queued 1\n\n" and lines[-1] == b": working\n\n"
+    assert lines == sorted(lines), "its place, and then none"
 
 
 async def test_an_error_midway_is_an_error_event_and_no_stop(

@@ -138,7 +138,7 @@ async def test_an_answer_without_a_key_ends_where_nobody_comes_to_read_it(
     _, heir = successor
     async with client.post(PATH, json=ASK) as response:
         await response.read()
-    monkeypatch.setattr(answer_store, "ALONE_S", 0.05)
+    monkeypatch.setattr(answer_store, "ALONE_S", 0.5)
     heir.gate = asyncio.Event()
     heir.inherit(left(household, []))
     await asyncio.wait_for(heir.closed.wait(), BOUND_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -10,7 +11,9 @@ import aiohttp
 import pytest
 
 from peerllm.api.openai import answer_store
-from peerllm.errors import EngineError
+from peerllm.api.openai.kept_answer import KeptAnswer
+from peerllm.daemon.facade import Chunk
+from peerllm.errors import EngineError, OverloadedError
 from tests.api.fake import BOUND_S, END, FakeHousehold
 
 PATH = "/v1/chat/completions"
@@ -71,6 +74,20 @@ async def test_without_a_key_events_have_no_ids_and_answers_are_not_kept(
         async with client.post(PATH, json={**ASK, "stream": True}) as response:
             assert {number for number, _ in parsed(await response.text())} == {None}
     assert len(household.requests) == 2
+
+
+@pytest.mark.parametrize("error", [None, EngineError("lost")])
+async def test_what_comes_while_its_reader_is_busy_is_told_next(error: EngineError | None) -> None:
+    """The end, too: a reader that missed it would say that the answer broke off."""
+    kept, told = KeptAnswer("key", b"", "client", ids=[1]), list[Chunk]()
+    with contextlib.suppress(EngineError):
+        async for chunk in kept.chunks():
+            told.append(chunk)
+            if not kept.over:
+                kept.ids.append(2)
+                kept.finish, kept.error = None if error else "stop", error
+                kept._changed()
+    assert told == [Chunk((1,)), Chunk((2,), None if error else "stop")]
 
 
 @pytest.mark.parametrize("stop", [None, "🏡!", "dd"])
@@ -290,3 +307,21 @@ async def test_closing_ends_what_nobody_reads(
     await leave_midway(client, household)
     await server.close()
     assert household.closed.is_set()
+
+
+async def test_an_address_that_makes_up_persons_leaves_others_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_store, "MAX_KEPT", 5)
+    monkeypatch.setattr(answer_store, "MAX_KEPT_OF_ASKER", 4)
+    store = answer_store.AnswerStore()
+
+    async def begin() -> Any:
+        await asyncio.Event().wait()
+
+    for number in range(4):
+        store.begin(f"k{number}", b"", f"127.0.0.1/{number}", begin())
+    with pytest.raises(OverloadedError):
+        store.begin("more", b"", "127.0.0.1/4", begin())
+    assert store.begin("other", b"", "a" * 64, begin())
+    for _ in range(3):  # until all have begun
+        await asyncio.sleep(0)
+    await store.close()

@@ -199,9 +199,24 @@ async def test_a_silent_source_keeps_the_client_connected(pair: Pair, monkeypatc
     server, pair.mini.peers[LAPTOP] = await Torn(b"data: 1\n\n", b"data: stay").start()
     async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
         assert await response.content.readuntil(b"\n\n") == b"data: 1\n\n"
-        for _ in range(remote_answer.MAX_SILENCES):
-            assert await response.content.readuntil(b"\n\n") == b": the device of builtin is silent\n\n"
+        for _ in range(remote_answer.MAX_SILENCES - remote_answer.USUAL_SILENCES):
+            assert await response.content.readuntil(b"\n\n") == b": nothing is heard of the device of builtin\n\n"
         assert b"said nothing" in await response.read(), "but not for ever"
+
+
+async def test_a_source_of_which_nothing_is_heard_is_named_at_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_answer, "SILENCE_S", 0.02)
+    monkeypatch.setattr(remote_answer, "USUAL_SILENCES", 10_000)
+    monkeypatch.setattr(remote_answer, "MAX_SILENCES", 10_000)
+    server, pair.mini.peers[LAPTOP] = await Torn(b"data: 1\n\n", b"data: stay").start()
+    pair.mini.devices[1].update(id=LAPTOP, name="laptop", state="online")
+    async with server, pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        assert await response.content.readuntil(b"\n\n") == b"data: 1\n\n"
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(response.content.readuntil(b"\n\n"), 0.1)
+        pair.mini.devices[1]["state"] = "silent"
+        async with asyncio.timeout(BOUND_S):
+            assert await response.content.readuntil(b"\n\n") == b": nothing is heard of laptop\n\n"
 
 
 async def test_a_source_that_cannot_be_reached_is_503(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +314,7 @@ async def test_one_device_cannot_take_all_streams(pair: Pair, monkeypatch: pytes
 
 
 async def test_large_bodies_of_one_device_are_bounded_together(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_api, "MAX_BYTES_OF_DEVICE", 9 << 20)
+    monkeypatch.setattr("peerllm.api.tasks.MAX_BYTES", 9 << 20)
     pair.laptop.gate = asyncio.Event()
     large = {**ASK, "user": "u" * 100, "metadata": {"x": "x" * (5 << 20)}}
     first = asyncio.create_task(pair.session.post(PATH, json=large))
@@ -310,6 +325,25 @@ async def test_large_bodies_of_one_device_are_bounded_together(pair: Pair, monke
     assert (await first).status == 200
     async with pair.session.post(PATH, json=large) as response:
         assert response.status == 200
+
+
+async def test_large_bodies_of_one_client_are_bounded_together_before_they_are_read(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peerllm.api.tasks.MAX_BYTES", 9 << 20)
+    pair.laptop.gate = asyncio.Event()
+    large = {**ASK, "metadata": {"x": "x" * (5 << 20)}}
+    async with aiohttp.ClientSession(pair.server.url) as local:
+        first = asyncio.create_task(local.post(PATH, json=large))
+        await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
+        async with local.post(PATH, json={**large, "user": "another"}) as response:
+            assert response.status == 429 and "large requests of yours" in (await response.json())["error"]["message"]
+        async with local.post(PATH, json={**ASK, "stream": "no"}) as response:
+            assert response.status == 400, "small ones pass"
+        async with pair.session.post(PATH, json={**ASK, "stream": "no"}) as response:
+            assert response.status == 400
+        pair.laptop.gate.set()
+        assert (await first).status == 200
 
 
 async def test_kept_answers_of_a_device_share_its_bound(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,3 +530,62 @@ async def test_relayed_answers_without_a_key_are_not_kept(pair: Pair, monkeypatc
     assert {(await one).status for one in waiting} == {200}
     assert pair.server._runner is not None
     assert [*pair.server._runner.app[ANSWERS]._answers] == ["mine"]
+
+
+async def test_a_device_that_relays_hears_that_its_answer_is_being_made(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would take a long answer in one piece, or one that waits, for a device that is stuck."""
+    monkeypatch.setattr(peer_api, "KEEP_ALIVE_S", 0.01)
+    async with aiohttp.ClientSession(headers={"X-Device": MINI}) as session, asyncio.timeout(BOUND_S):
+        for stream, sign in ((False, b" "), (True, b": working\n\n")):
+            pair.laptop.gate = asyncio.Event()
+            async with session.post(pair.control + PATH, json={**ASK, "stream": stream}) as response:
+                assert response.status == 200
+                assert await response.content.readexactly(len(sign)) == sign
+                if not stream:
+                    assert await response.content.readexactly(3) == 3 * sign
+                pair.laptop.gate.set()
+                text = await response.text()
+            assert stream or json.loads(text)["choices"][0]["message"]["content"] == pair.laptop.reply
+            assert not stream or text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_refusal_after_signs_of_life_keeps_its_status(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_api, "KEEP_ALIVE_S", 0.01)
+    pair.laptop.gate, pair.laptop.finish = asyncio.Event(), "stop"
+    pair.laptop.error_midway = OverloadedError("no room", 2.0)
+    asking = asyncio.create_task(pair.session.post(PATH, json=ASK))
+    await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
+    asyncio.get_running_loop().call_later(0.05, pair.laptop.gate.set)
+    async with await asking as response:
+        assert (response.status, response.headers["Retry-After"]) == (429, "5")
+        assert (await response.json())["error"]["message"] == "no room"
+
+
+async def test_nothing_comes_between_the_events_of_a_stream(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_api, "KEEP_ALIVE_S", 0.001)
+    pair.laptop.pace_s = 0.005
+    async with pair.session.post(PATH, json={**ASK, "stream": True}) as response:
+        text = await response.text()
+    assert ": working" not in text.partition("data: ")[2] and text.endswith("data: [DONE]\n\n")
+
+
+async def test_one_who_asks_leaves_streams_to_the_others(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peerllm.api.tasks.MAX_STREAMS", 4)
+    pair.laptop.gate = asyncio.Event()
+    tasks = []
+
+    async def begin(session: aiohttp.ClientSession, user: str) -> None:
+        pair.laptop.asked.clear()
+        tasks.append(asyncio.create_task(session.post(PATH, json={**ASK, "user": user})))
+        await asyncio.wait_for(pair.laptop.asked.wait(), BOUND_S)
+
+    async with aiohttp.ClientSession(pair.server.url) as local:
+        for user in "abc":
+            await begin(local, user)
+        async with local.post(PATH, json=ASK) as response:
+            assert response.status == 429 and "3 of them to you" in (await response.json())["error"]["message"]
+        await begin(pair.session, "d")
+        pair.laptop.gate.set()
+        assert [response.status for response in await asyncio.gather(*tasks)] == [200] * 4

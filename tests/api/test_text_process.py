@@ -25,6 +25,7 @@ from peerllm.api.text.text_store import AnswerText, TextStore
 from peerllm.errors import BadInputError, ModelError
 from tests.api.fake import BOUND_S, CONTEXT, FakeHousehold, byte_tokenizer, make_model_dir
 from tests.api.test_text import TOKENIZERS
+from tests.sizes import examples
 
 HI: Any = [{"role": "user", "content": "hi"}]
 DOUBLING = (
@@ -125,6 +126,23 @@ async def test_clients_that_leave_before_their_turn_leave_nothing_behind(store: 
     assert await asyncio.wait_for(store.prompt(text, HI, CONTEXT), BOUND_S)
 
 
+async def test_who_asks_much_waits_behind_itself(store: TextStore, tmp_path: Path) -> None:
+    text = await text_of(store, make_model_dir(tmp_path / "model"))
+    done: list[str] = []
+
+    async def ask(asker: str) -> None:
+        await store.prompt(text, HI, CONTEXT, asker)
+        done.append(asker)
+
+    await store._small._turn.acquire()  # as if a prompt were being prepared
+    tasks = [asyncio.create_task(ask(asker)) for asker in ("greedy", "greedy", "greedy", "modest", "greedy")]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    store._small._turn.release()
+    await asyncio.wait_for(asyncio.gather(*tasks), BOUND_S)
+    assert done.index("modest") == 1 and not store._turns
+
+
 async def test_it_is_told_no_secrets(store: TextStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PLAIN"):
         monkeypatch.setenv(name, "x")
@@ -134,9 +152,10 @@ async def test_it_is_told_no_secrets(store: TextStore, tmp_path: Path, monkeypat
 
 
 async def test_an_idle_process_ends(store: TextStore, tmp_path: Path) -> None:
-    store._small._idle_s = 0.01
     text = await text_of(store, make_model_dir(tmp_path / "model"))
     process = psutil.Process(pid(store))
+    store._small._idle_s = 0.01
+    assert await store.prompt(text, HI, CONTEXT)
     await asyncio.to_thread(process.wait, BOUND_S)
     assert await store.prompt(text, HI, CONTEXT)
 
@@ -184,7 +203,7 @@ async def test_files_are_bounded_before_they_are_read(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["bytes", "byte fallback"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(text=st.text(max_size=200) | st.text(" \n\te\u0301\u1100\u1161\u11a8", max_size=200))
 def test_a_text_that_fits_is_never_refused(kind: str, text: str) -> None:
     tokenizer = TOKENIZERS[kind]
@@ -208,7 +227,7 @@ STRIPPING = byte_tokenizer()
 STRIPPING.add_special_tokens([AddedToken("<|x|>", special=True, lstrip=True, rstrip=True)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(text=st.text("e\u0301\u1100\u1161\u11a8\u0344\u03b1\u0313\u0300\u0345 ", max_size=60))
 def test_composed_characters_are_no_surprise(text: str) -> None:
     bounds = bounds_of(json.loads(NFC.to_str()))
@@ -216,7 +235,7 @@ def test_composed_characters_are_no_surprise(text: str) -> None:
     assert not bounds.too_long(text, len(NFC.encode(text).ids))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(parts=st.lists(st.sampled_from(["<|x|>", " " * 9, "a", "\n"]), max_size=40))
 def test_spaces_that_a_special_token_takes_are_no_surprise(parts: list[str]) -> None:
     bounds, text = bounds_of(json.loads(STRIPPING.to_str())), "".join(parts)

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from peerllm.api import expected_model
-from peerllm.api.openai import model_wait
+from peerllm.api.openai import completions, model_wait
 from peerllm.api.server import ApiServer
 from peerllm.errors import BadInputError
 from tests.api.fake import BOUND_S, FakeHousehold
@@ -266,3 +266,100 @@ def test_a_model_is_expected_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -
     assert [one.name for one in found.models()] == ["builtin"]
     clock[0] = expected_model.EXPECTED_S
     assert not found.models()
+
+
+@pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "a long random one"}])
+async def test_an_answer_that_is_held_up_midway_says_why(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch, key: dict[str, str]
+) -> None:
+    monkeypatch.setattr(completions, "LOOK_S", 0.01)
+    household.middle = asyncio.Event()
+    gone = "mini-pc is gone; laptop and jetson take over its layers"
+    async with asyncio.timeout(BOUND_S), client.post(PATH, json={**ASK, "stream": True}, headers=key) as response:
+        text = b""
+        while text.count(b"data: ") < 2:
+            text += await response.content.readuntil(b"\n\n")
+        become(household, state="loading", message=gone, progress=0.5)
+        text += await comment(response, gone + " (50%)")
+        become(household, state="loading", message=gone, progress=1.0)
+        text += await comment(response, gone)
+        become(household, state="waiting", reason="waiting for mini-pc to come back: 8 MB are missing")
+        text += await comment(response, "waiting for mini-pc to come back: 8 MB are missing")
+        become(household, message="computing again what mini-pc held")
+        text += await comment(response, "computing again what mini-pc held")
+        become(household)
+        text += await comment(response, "working")
+        household.middle.set()
+        text += await response.read()
+    events = [json.loads(line[6:]) for line in text.split(b"\n") if line.startswith(b"data: {")]
+    assert "".join(one["choices"][0]["delta"].get("content", "") for one in events) == household.reply
+    assert text.count(b"\n: ") == 5, "what does not change is not said again"
+
+
+async def comment(response: aiohttp.ClientResponse, words: str) -> bytes:
+    """What comes up to this comment."""
+    text = b""
+    while not text.endswith(f": {words}\n\n".encode()):
+        text += await response.content.readuntil(b"\n\n")
+    return text
+
+
+async def test_what_holds_an_answer_up_is_repeated_to_keep_the_connection(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completions, "LOOK_S", 0.01)
+    monkeypatch.setattr(model_wait, "KEEP_ALIVE_S", 0.02)
+    household.gate = asyncio.Event()
+    async with asyncio.timeout(BOUND_S), client.post(PATH, json={**ASK, "stream": True}) as response:
+        for words in (b": working\n\n", b": working\n\n"):
+            assert await response.content.readuntil(b"\n\n") == words
+        become(household, state="waiting", reason="jetson is gone")
+        await comment(response, "jetson is gone")
+        assert await response.content.readuntil(b"\n\n") == b": jetson is gone\n\n"
+        become(household, state="stopped", reason="mini-pc goes on with it")
+        await comment(response, "working")
+        household.served = []
+        assert await response.content.readuntil(b"\n\n") == b": working\n\n", "running answers go on"
+        household.gate.set()
+        assert (await response.text()).endswith("data: [DONE]\n\n")
+
+
+async def test_the_same_words_are_said_again_when_it_waits_again(
+    household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    class Sink:
+        async def comment(self, text: str) -> None:
+            said.append(text)
+
+    monkeypatch.setattr(model_wait, "find_model", lambda *_, only_here: household.served[0])
+    words: Any = model_wait.WaitingWords(None, "builtin", Sink())  # type: ignore[arg-type]
+    become(household, message="nothing is heard of jetson, answers wait")
+    await words.nothing_came()
+    await words.nothing_came()
+    words.tokens_came()
+    await words.nothing_came()
+    assert said == ["nothing is heard of jetson, answers wait"] * 2
+
+
+async def test_the_reason_why_it_waits_is_said_once(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_wait, "PATIENCE_S", {})
+    become(household, state="waiting", reason="waiting for jetson to come back: 8 MB are missing")
+    async with client.post(PATH, json=ASK) as response:
+        message = (await response.json())["error"]["message"]
+    assert message == "the model 'builtin' cannot answer now, waiting for jetson to come back: 8 MB are missing"
+
+
+def test_models_that_never_came_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(expected_model.time, "monotonic", lambda: now)
+    expected = expected_model.ExpectedModel("")
+    for number in range(expected_model.MAX_EXPECTED + 1):
+        expected.expect(f"model {number}")
+    assert len(expected.models()) == expected_model.MAX_EXPECTED
+    now = expected_model.EXPECTED_S
+    expected.expect("another")
+    assert [one.model for one in expected.models()] == ["another"] and len(expected._until) == 1

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from peerllm.api.server import ApiServer
+from peerllm.cli import chat, terminal
 from peerllm.cli.device import LocalDevice, starting, write_daemon_file
 from peerllm.cli.main import main
 from peerllm.cli.progress import show_progress
@@ -310,6 +311,49 @@ def test_chat_streams_the_answer(peerllm: Run, device: Served) -> None:
     prompt = device.household.tokenizer.decode(list(request.prompt), skip_special_tokens=False)
     assert prompt == "<s><|system|>be brief<|end|>\n<|user|>hi<|end|>\n<|assistant|>"
     assert (request.max_tokens, request.sampling.temperature) == (50, 0.0)
+
+
+def test_chat_says_what_an_answer_waits_for(peerllm: Run, device: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stderr, since its output is no terminal here."""
+    monkeypatch.setattr("peerllm.api.openai.completions.LOOK_S", 0.01)
+    household, model = device.household, device.household.model
+    household.middle = asyncio.Event()
+
+    tell = terminal.tell
+
+    def told(text: str) -> None:
+        tell(text)
+        household.served = [model]
+        device.on_loop(set_event(household.middle))
+
+    monkeypatch.setattr(terminal, "tell", told)
+    household.served = [replace(model, message="mini-pc is gone; laptop takes over its layers")]
+    code, out, err = peerllm("chat", "hi")
+    assert (code, out, err) == (0, household.reply + "\n", "mini-pc is gone; laptop takes over its layers\n")
+
+
+async def set_event(event: asyncio.Event) -> None:
+    event.set()
+
+
+def test_a_note_goes_away_when_the_answer_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Note:
+        def show(self, text: str) -> None:
+            shown.append(text)
+
+    def pieces(device: Any, body: Any, messages: Any, comment: Callable[[str], None]) -> Iterator[str]:
+        yield "a"
+        comment("mini-pc is gone")
+        yield "b"
+        comment("jetson is gone")
+        comment("working")
+
+    monkeypatch.setattr(chat, "PassingNote", Note)
+    monkeypatch.setattr(chat, "answer_pieces", pieces)
+    assert chat._say(None, {}, []) == "ab"  # type: ignore[arg-type]
+    assert shown == ["", "mini-pc is gone", "", "jetson is gone", "", ""]
 
 
 def test_chat_as_json(peerllm: Run, device: Served) -> None:

@@ -32,7 +32,7 @@ from peerllm.engine.messages import (
     TimeLayers,
     Unload,
 )
-from peerllm.errors import EngineError, LinkError, NotFoundError, RefusedError
+from peerllm.errors import LinkError, NotFoundError, RefusedError
 from peerllm.reused_layers import reused
 from peerllm.types import Layer, ModelProfile, WorkingSpace
 
@@ -179,6 +179,8 @@ class FakeEngine:
                 raise RefusedError(f"a stage of {nbytes} bytes does not fit")
             new += nbytes
         assert spec.limit_bytes >= new, "more is loaded than there is room for"
+        if spec.added_limit_bytes < new:
+            raise RefusedError(f"{new} bytes are asked for, {spec.added_limit_bytes} are promised")
         for first, last in missing:
             nbytes = sum(sizes[first - spec.first_layer : last - spec.first_layer + 1])
             self.shards[spec.deployment, (first, last), size] = nbytes, set()
@@ -245,7 +247,7 @@ class Device:
     def __post_init__(self):
         self.ledger = Ledger(self.lent)
         self.engine = FakeEngine(self.house, self.me)
-        self.coordinator = Coordinator(self, self.house.folder / f"{self.me[:4]}.jsonl")
+        self.coordinator = self._coordinator()
         self.store = FakeStore(self.coordinator.own_tensors, self.me)
         self.worker = Worker(
             self.me,
@@ -342,6 +344,17 @@ class Device:
 
         return done()
 
+    def _coordinator(self):
+        return Coordinator(self, self.house.folder / f"{self.me[:4]}.jsonl")
+
+    def restarted(self):
+        """A new coordinator, which knows of the old one's deployments what the file says."""
+        known, self.coordinator = self.coordinator._devices, self._coordinator()
+        for event in known.values():
+            self.coordinator.device_is(event.device, event.condition, event.reason)
+        self.store._own = self.coordinator.own_tensors
+        return self.coordinator
+
     def views(self):
         return [v for d in self.house.devices.values() if d is not self for v in d.coordinator.views()]
 
@@ -436,4 +449,16 @@ class House:
             await device.worker.close()
 
 
-__all__ = ["BLOCK", "EngineError", "House", "hello", "inspected"]
+def quiet(_):
+    """Whoever is told of progress does not care."""
+
+
+def view(device):
+    """The one deployment that runs from this device."""
+    (only,) = device.coordinator.views()
+    return only
+
+
+def used(device):
+    """The letters of the devices that it uses."""
+    return {stage.device[0] for stage in view(device).stages}

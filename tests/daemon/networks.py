@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from peerllm.daemon.control_messages import Hello
-from peerllm.daemon.decide.membership import LINKED, State
+from peerllm.daemon.decide.membership_events import LINKED, State
 from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
 from peerllm.transport.identity import load_or_create

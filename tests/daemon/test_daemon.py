@@ -385,7 +385,7 @@ async def test_of_a_hub_model_each_device_fetches_its_own_and_damage_on_a_disk_i
         await laptop.run(RunOptions("maker/small"), quiet)
         assert "changed on this disk" in caplog.text or "sent other bytes" in caplog.text, "nobody noticed"
         assert await answer(laptop, "maker/small", [1, 50, 60, 70], 12) == ids
-        assert hub.bodies["model.safetensors"] < total, "more came again than was damaged"
+        assert hub.bodies.get("model.safetensors", 0) < total, "more came again than was damaged"
         await laptop.stop("maker/small")
         await until(daemons, lambda: nothing_left(daemons))
 

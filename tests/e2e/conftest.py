@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.cli.demo.demo import CONTEXT, NAMES, SLOTS
+from peerllm.cli.demo.demo import NAMES, SLOTS
 from peerllm.cli.demo.demo_memory import limits, sizes_of
 from tests.household import Device, household
+
+CONTEXT = 1024
 
 
 @pytest.fixture(scope="package")

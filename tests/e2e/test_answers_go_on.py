@@ -10,8 +10,8 @@ import os
 import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Answer:
         self.ids: list[int] = []
         self.times: list[float] = []
         self.error = self.finish = ""
+        self.comments: list[str] = []
         self._grew = threading.Condition()
         body = {
             "model": "builtin",
@@ -47,17 +48,15 @@ class Answer:
             "messages": [{"role": "user", "content": "Tell me a long story about a lighthouse."}],
             **(sampling or {"temperature": 0}),
         }
-        self._request = urllib.request.Request(
-            f"{device.url}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {device.token()}"},
-        )
+        self._open = partial(device.open, "/v1/chat/completions", json.dumps(body).encode(), ANSWER_S)
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
-        with urllib.request.urlopen(self._request, timeout=ANSWER_S) as response:
+        with self._open() as response:
             for line in response:
+                if line.startswith(b": "):
+                    self.comments.append(line[2:].decode().strip())
                 if not line.startswith(b"data: {"):
                     continue
                 told = json.loads(line[6:])

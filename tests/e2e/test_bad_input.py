@@ -141,7 +141,7 @@ def test_a_port_in_use(device: Device, tmp_path: Path, option: str) -> None:
             second.stop()
 
 
-@pytest.mark.parametrize("options", [[], ["--in-process"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["--in-process"], marks=pytest.mark.slow)])
 def test_an_accelerator_that_is_not_there(tmp_path: Path, options: list[str]) -> None:
     given = ["--no-mdns", "--compute", "cuda:99", *options]
     device = Device(tmp_path / "device", "device", memory="1MB", options=given).start()
@@ -166,13 +166,8 @@ def test_the_same_data_directory_twice(device: Device) -> None:
     (b'{"model":"nothing","messages":[{"role":"user","content":"x"}]}', 404), (b" " * (64 << 20), 413),
 ])  # fmt: skip
 def test_requests_that_cannot_be_answered(device: Device, body: bytes, status: int) -> None:
-    request = urllib.request.Request(
-        f"{device.url}/v1/chat/completions",
-        body,
-        headers={"Content-Type": "application/json", "Authorization": f"Bearer {device.token()}"},
-    )
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with device.open("/v1/chat/completions", body, timeout=30) as response:
             got, answer = response.status, response.read()
     except urllib.error.HTTPError as error:
         got, answer = error.code, error.read()
@@ -187,6 +182,7 @@ def test_garbage_on_every_port(device: Device) -> None:
     """Plain bytes, half a TLS handshake, nothing at all."""
     import psutil
 
+    refused(device, "run", "builtin")  # for which an idle engine is started
     assert device.process is not None
     family = [psutil.Process(device.process.pid), *psutil.Process(device.process.pid).children(recursive=True)]
     ports = {c.laddr.port for one in family for c in one.net_connections("tcp") if c.status == "LISTEN"}

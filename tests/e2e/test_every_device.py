@@ -23,12 +23,6 @@ STORY = "Tell me a story."
 TOLD_S = 10.0  # seconds until all devices know what one of them does
 
 
-def get(device: Device, path: str) -> Any:
-    request = urllib.request.Request(device.url + path, headers={"Authorization": f"Bearer {device.token()}"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
-
-
 def said(device: Device, **more: Any) -> Any:
     messages = [{"role": "user", "content": STORY}]
     body = {"model": "builtin", "messages": messages, "max_tokens": 40, "temperature": 0, "return_token_ids": True}
@@ -37,7 +31,7 @@ def said(device: Device, **more: Any) -> Any:
 
 def test_each_lists_the_same_models(demo: list[Device]) -> None:
     deadline = time.monotonic() + TOLD_S
-    while (lists := [get(device, "/v1/models") for device in demo]) != [lists[0]] * 3:
+    while (lists := [device.get("/v1/models") for device in demo]) != [lists[0]] * 3:
         assert time.monotonic() < deadline, f"the devices list different models: {lists}"
     assert [(one["id"], one["state"]) for one in lists[0]["data"]] == [("builtin", "serving")]
 
@@ -115,7 +109,7 @@ def test_a_paired_device_reaches_answers_only(demo: list[Device]) -> None:
     for path, wanted in ALLOWED.items():
         done = subprocess.run([*curl, base + path], capture_output=True, text=True, timeout=30, check=False)
         assert done.stdout == wanted, path
-    assert get(demo[0], "/v1/models")["data"][0]["state"] == "serving"
+    assert demo[0].get("/v1/models")["data"][0]["state"] == "serving"
 
 
 async def test_an_answer_goes_on_at_another_device(demo: list[Device]) -> None:

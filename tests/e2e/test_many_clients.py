@@ -8,7 +8,7 @@ import pytest
 
 from peerllm.cli.demo.demo import SLOTS
 from peerllm.daemon.decide.fair_queue import MAX_QUEUED
-from peerllm.daemon.deployment.admission import RETRY_LEAST_S, RETRY_MOST_S
+from peerllm.daemon.deployment.sequences.answer_times import RETRY_LEAST_S, RETRY_MOST_S
 from tests.clients import Heard, clients, stream
 from tests.household import Device
 

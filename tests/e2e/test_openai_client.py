@@ -6,9 +6,7 @@ import json
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 from tests import traces
 from tests.household import Device
@@ -26,18 +24,8 @@ def talk(device: Device, tokens: int) -> subprocess.Popen[str]:
     )
 
 
-def engine(device: Device) -> dict[str, Any]:
-    request = urllib.request.Request(
-        f"{device.url}/peerllm/v1/engine", headers={"Authorization": f"Bearer {device.token()}"}
-    )
-    with urllib.request.urlopen(request, timeout=30) as response:
-        found: dict[str, Any] = json.load(response)
-    return found
-
-
 def slots_in_use(devices: list[Device]) -> list[int]:
-    """Over all stages of each device."""
-    return [sum(stage["slots_in_use"] for stage in engine(device)["stages"]) for device in devices]
+    return [device.slots_in_use() for device in devices]
 
 
 def test_the_official_client_streams(demo: list[Device]) -> None:
@@ -68,7 +56,7 @@ def test_an_answer_is_traced(demo: list[Device], tmp_path: Path) -> None:
 def test_killing_the_client_cancels_everywhere(demo: list[Device], tmp_path: Path) -> None:
     """The story would go on for hundreds of tokens; its slots are free again long before."""
     for device in demo:
-        assert engine(device)["stages"], f"{device.name} holds no stage"
+        assert device.get("/peerllm/v1/engine")["stages"], f"{device.name} holds no stage"
     with talk(demo[0], LONG) as talker:
         assert talker.stdout is not None
         assert talker.stdout.readline()

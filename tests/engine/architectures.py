@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -28,7 +27,8 @@ from torch import nn
 
 from peerllm.engine.backends import Backends
 from peerllm.engine.base import Backend, Shard
-from peerllm.engine.graph.describe import UnfitError, describe, family_of
+from peerllm.engine.graph.config_values import UnfitError
+from peerllm.engine.graph.describe import describe, family_of
 from peerllm.engine.graph.graph_shard import GraphShard
 from peerllm.engine.messages import Inspect, Inspected, LoadStage
 from peerllm.engine.model.torch_backend import TorchBackend
@@ -43,7 +43,6 @@ DISTINCT = 3  # tokens that an answer must hold to be worth comparing
 TOLERANCE = 1e-4
 LAYERS = 6  # embedding, four blocks, head
 SLOTS = 3  # sequences that step together
-FULL = os.environ.get("PEERLLM_FULL") == "1"  # tests take every cut of every family
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

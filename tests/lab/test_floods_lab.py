@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,14 +56,11 @@ class Stream(threading.Thread):
             "temperature": 0,
             "max_tokens": TOKENS,
         }
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {device.token()}"}
-        self._request = urllib.request.Request(
-            device.url + "/v1/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
+        self._open = partial(device.open, "/v1/chat/completions", json.dumps(body).encode(), 120)
 
     def run(self) -> None:
         last = time.monotonic()
-        with urllib.request.urlopen(self._request, timeout=120) as response:
+        with self._open() as response:
             for line in response:
                 if line.startswith(b"data: {"):
                     now = time.monotonic()

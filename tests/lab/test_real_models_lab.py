@@ -22,8 +22,10 @@ from tests.engine.runs import in_slot
 from tests.household import Device
 from tests.lab.netns import Lab
 from tests.lab.smollm2 import smollm2
+from tests.sizes import FULL
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+COUNTS = (2, 3) if FULL else (3,)  # hosts
 NAMES = ("laptop", "mini-pc", "jetson")
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.", "Count from one to ten.")
 TOKENS, SLOTS, CONTEXT = 32, 1, 512
@@ -127,7 +129,7 @@ def without_end(ids: Sequence[int], directory: Path) -> list[int]:
     return [token for token in ids if token not in prompts(directory)[1]]
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize(
     ("name", "options"), [("smollm2", ()), ("smollm2", EXACT), ("builtin", ())], ids=["smollm2", "exact", "builtin"]
 )

@@ -25,7 +25,8 @@ from peerllm.planner.transfers.activation_forms import (
     rounded,
 )
 from peerllm.types import Activations, DeviceProfile, Layer, LinkProfile, ModelProfile, Objective, Plan, Stage, Workload
-from tests.planner.instances import FULL, instance, shape
+from tests.planner.instances import instance, shape
+from tests.sizes import FULL
 
 HIDDEN = 4096
 ITEMSIZE = 2
@@ -161,7 +162,7 @@ def test_a_hop_stays_exact_if_that_loses_a_hundredth_at_most(lost: float, form: 
 def test_random_households_gain_what_they_were_promised() -> None:
     """Over every kind of household: auto is never worse than exact, and its scenario file leads to the same plan."""
     changed = 0
-    for seed in range(120 if FULL else 50):
+    for seed in range(120 if FULL else 25):
         i = instance(seed, *shape(seed))
         objective: Objective = "throughput" if seed % 2 else "latency"
         blocks = [replace(one, output_bytes_per_token=4096) for one in i.model.layers[:-1]]
@@ -192,7 +193,7 @@ def test_random_households_gain_what_they_were_promised() -> None:
         best = worth(decide(scenario, "int8").plan, objective)
         lost = worth(found.plan, objective) / best
         assert lost <= 1 / (1 - SLIGHT) + 1e-9 if objective == "latency" else lost >= 1 / (1 + SLIGHT) - 1e-9, seed
-    assert changed > 4
+    assert changed > 2
 
 
 def test_a_decided_scenario_is_a_plain_scenario_file() -> None:

@@ -20,11 +20,12 @@ from peerllm.planner.latency.mixed_layers.label_setting import LabelSetting
 from peerllm.planner.latency.mixed_layers.layer_runs import layer_runs
 from peerllm.planner.latency.mixed_layers.memory_relaxation import initial_memory_price, memory_bound, visit_table
 from peerllm.planner.latency.mixed_layers.usable_memory import UsableMemory
-from tests.planner.instances import FULL, hub_household
+from tests.planner.instances import hub_household
 from tests.planner.problems import least, random_problem
+from tests.sizes import FULL
 
 BLOCK = 60  # problems
-BLOCKS = range(100 if FULL else 2)
+BLOCKS = range(100 if FULL else 1)
 
 
 def check(asked: AssignmentProblem, found: Assignment, best: float) -> None:

@@ -14,11 +14,12 @@ from peerllm.planner.latency.latency_plan import plan_latency
 from peerllm.types import ModelProfile
 from tests.planner.brute import fits, homes_of, request_ms
 from tests.planner.brute import least_request_ms as brute_request_ms
-from tests.planner.instances import FULL, full_household, instance
+from tests.planner.instances import full_household, instance
 from tests.planner.milp import least_request_ms
+from tests.sizes import FULL
 
 INSTANCES = 50
-QUICK = (1, 2, 4, 7, 11, 13, 14, 18, 20, 23, 28, 33, 39, 49)  # 33 and 49: the planner's hard ones
+QUICK = (1, 7, 13, 18, 28, 33, 49)  # 33 and 49: the planner's hard ones
 WITHIN = 1e-8  # relative; HiGHS stops at a gap of 1e-9
 
 
@@ -37,8 +38,8 @@ def test_agrees_with_the_program(seed):
 
 def test_the_program_agrees_with_brute_force():
     """Neither is wrong in the same way: one lists assignments, the other solves for visits."""
-    feasible = 0
-    for seed in range(60):
+    feasible, seeds = 0, range(60 if FULL else 30)
+    for seed in seeds:
         i = instance(seed, 3 + seed % 6, 2 + seed % 3)
         model = ModelProfile("untied", tuple(replace(layer, tied_to=None) for layer in i.model.layers))
         asked = (model, *i.asked[1:])
@@ -47,4 +48,4 @@ def test_the_program_agrees_with_brute_force():
         assert status == ("Infeasible" if math.isinf(expected) else "Optimal"), f"seed {seed}"
         assert found == pytest.approx(expected, rel=WITHIN), f"seed {seed}"
         feasible += math.isfinite(expected)
-    assert 20 < feasible < 60
+    assert len(seeds) // 3 < feasible < len(seeds)

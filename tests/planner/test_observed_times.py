@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peerllm.planner.cost.layer_costs import layer_ms
-from peerllm.planner.cost.observed_times import Points, with_observed_times
+from peerllm.planner.cost.observed_times import MISJUDGED, SLIGHT_MS, Points, slower_than_measured, with_observed_times
 from peerllm.types import DeviceProfile, Layer, ModelProfile, Stage
 
 MODEL = ModelProfile("m", (
@@ -59,3 +59,41 @@ def test_a_device_with_a_silent_stage_stays_as_profiled() -> None:
 def test_a_profile_without_any_time_cannot_be_scaled() -> None:
     idle = {name: DeviceProfile(name, name, 99, dict.fromkeys(TIMES, ((1, 0.0),))) for name in "abc"}
     assert with_observed_times(MODEL, idle, STAGES, {1: ((1, 4.0),)}) == idle
+
+
+def seen(a: float, b: float, scale: float = 20.0) -> dict[int, Points]:
+    """What the stages take where `a` and `b` are so many times slower than measured; `scale`: of a large model."""
+    stretched = {name: {k: tuple((n, scale * ms * r) for n, ms in p) for k, p in TIMES.items()}
+                 for name, r in (("a", a), ("b", b))}  # fmt: skip
+    times = {name: DeviceProfile(name, name, 99, layer_ms) for name, layer_ms in stretched.items()}
+    return {
+        place: tuple(
+            (n, sum(layer_ms(times[s.device], layer, n) for layer in MODEL.layers[s.first_layer : s.last_layer + 1]))
+            for n in (1, 4)
+        )
+        for place, s in enumerate(STAGES)
+    }
+
+
+def large(scale: float = 20.0) -> dict[str, DeviceProfile]:
+    scaled = {kind: tuple((n, scale * ms) for n, ms in points) for kind, points in TIMES.items()}
+    return {name: DeviceProfile(name, name, 99, scaled) for name in "abc"}
+
+
+def test_a_device_much_slower_than_measured_is_told_and_how_many_times() -> None:
+    def told(a: float, b: float) -> dict[str, float]:
+        found = slower_than_measured(MODEL, large(), STAGES, seen(a, b))
+        return {name: round(times, 3) for name, times in found.items()}
+
+    assert told(1, 3) == {"b": 3} and told(3, 1) == {"a": 3}
+    assert told(1, MISJUDGED - 0.1) == {}
+    assert told(4, 4) == {} and told(2, 6) == {"b": 3}, "all are slower: the machine is, or the measurement"
+    assert told(0.2, 1) == {}, "one that is faster than measured makes no other slow"
+
+
+def test_what_is_slight_or_was_not_observed_is_not_told() -> None:
+    slight = SLIGHT_MS / 4  # b's two blocks are measured at twice that
+    assert not slower_than_measured(MODEL, large(slight), STAGES, seen(1, 2.5, slight))
+    assert slower_than_measured(MODEL, large(slight), STAGES, seen(1, 4, slight)).keys() == {"b"}
+    assert not slower_than_measured(MODEL, large(), STAGES, {1: seen(1, 9)[1]}), "nothing to compare it with"
+    assert not slower_than_measured(MODEL, large(), STAGES, {})

@@ -23,6 +23,7 @@ from peerllm.planner.transfers.prompt_chunks import (
 )
 from peerllm.types import MAX_CUTS, DeviceProfile, LinkProfile, Plan, Workload, chunk_of, pieces_of
 from tests.planner.simulator.rings import Ring, at_random, by_hand
+from tests.sizes import examples
 
 SHAPES = st.sampled_from(["once", "head"])
 SEEDS = st.integers(0, 10_000)
@@ -48,7 +49,7 @@ def paced(computes: list[float], each: list[float], hops: list[float], nbytes: i
     return Pipeline(ring.model, devices, links, ring.stages)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(SEEDS, SHAPES, st.integers(1, 300), st.integers(1, 300))
 def test_the_recurrence_is_what_the_simulator_does(seed, shape, prompt, chunk):
     ring, *_ = at_random(seed, shape)

@@ -21,7 +21,8 @@ from peerllm.planner.replan.replan_decision import replan
 from peerllm.planner.throughput.throughput_plan import plan_throughput
 from peerllm.types import DeviceProfile, Layer, LinkProfile, ModelProfile, Plan, Workload
 from tests.planner.brute import divides, fits, rate, request_ms, room_of
-from tests.planner.instances import FULL, instance
+from tests.planner.instances import instance
+from tests.sizes import FULL
 
 HUB = 2.0  # Mbps: slow, so that fetching from each other matters
 DISK = 40.0

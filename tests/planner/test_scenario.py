@@ -20,6 +20,7 @@ from peerllm.planner.scenario.scenario_export import scenario_file
 from peerllm.planner.scenario.scenario_parser import parse
 from peerllm.planner.strategies.strategy_plan import plan
 from peerllm.types import LinkProfile, Medium
+from tests.sizes import examples
 
 Raw = dict[str, Any]
 SPEED = {"block": {"1": 5.2, "32": 9.0}, "embedding": {"1": 0.1}, "head": {"1": 1.0}}
@@ -344,13 +345,13 @@ def hold(raw: object) -> Scenario | None:
 
 
 @given(VALUES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_anything_else_is_refused(raw: object) -> None:
     assert hold(raw) is None
 
 
 @given(st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_a_mutated_scenario_parses_or_is_refused(data: st.DataObject) -> None:
     raw = valid()
     for _ in range(data.draw(st.integers(1, 2))):

@@ -17,7 +17,8 @@ from peerllm.planner.strategies import published_algorithms
 from peerllm.planner.strategies.strategy_plan import SINGLE, even, plan, value
 from peerllm.types import DeviceProfile, Layer, LinkProfile, Medium, ModelProfile, Workload
 from tests.planner.brute import fits, rate, request_ms
-from tests.planner.instances import FULL, instance
+from tests.planner.instances import instance
+from tests.sizes import FULL
 
 NEAR = 1e-9
 

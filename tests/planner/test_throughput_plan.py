@@ -29,7 +29,8 @@ from tests.planner.brute import (
     rates,
     roomy,
 )
-from tests.planner.instances import EVERY_BLOCK, FULL, Instance, instance, on_air, seeds, shape
+from tests.planner.instances import EVERY_BLOCK, Instance, instance, on_air, seeds, shape
+from tests.sizes import FULL
 
 
 def check_plan(i: Instance, plan: Plan) -> None:
@@ -71,7 +72,7 @@ def test_agrees_with_brute_force(block):
 
 def test_shared_media_are_not_forgotten():
     """Where optimality is claimed it holds, and where not the bound does; and media do change the answer."""
-    plans = [(seed, check(on_air(seed, *shape(seed)))) for seed in range(400 if FULL else 150)]
+    plans = [(seed, check(on_air(seed, *shape(seed)))) for seed in range(400 if FULL else 80)]
     found = [(seed, plan) for seed, plan in plans if plan is not None]
     assert any(plan.optimal for _, plan in found)
     slower = 0
@@ -79,7 +80,7 @@ def test_shared_media_are_not_forgotten():
         i = on_air(seed, *shape(seed))
         free = most_tokens_per_second(*i.asked, working=i.working, head_on_source=i.head_on_source)
         slower += plan.predicted.tokens_per_second < free * (1 - 1e-9)
-    assert slower > 5
+    assert slower > 2
 
 
 @pytest.mark.parametrize("seed", range(12))

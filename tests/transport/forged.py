@@ -17,7 +17,7 @@ from peerllm.transport.identity import Identity
 def issued_by(issuer: Identity, context: ssl.SSLContext) -> None:
     """Load into `context` a fresh key whose certificate `issuer` signed."""
     key = Ed25519PrivateKey.generate()
-    authority = x509.load_der_x509_certificate(issuer.certificate_der)
+    authority = x509.load_pem_x509_certificate(issuer.certificate_pem.encode())
     certificate = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([]))

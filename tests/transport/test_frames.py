@@ -14,6 +14,7 @@ from peerllm.transport.frames.encoder import encode_buffers
 from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
 from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule, TensorLimit
 from peerllm.transport.frames.token_run import TokenRun
+from tests.sizes import examples
 from tests.transport.frames_support import DEPLOYMENT, HIDDEN, LIMITS, encode, frames
 
 DATA = bytes(range(2 * HIDDEN * 4 % 256)) + bytes(2 * HIDDEN * 4 - 2 * HIDDEN * 4 % 256)
@@ -27,7 +28,7 @@ ACTIVATION = Frame(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(frames())
 def test_what_is_encoded_comes_back(frame: Frame) -> None:
     data = encode(frame)

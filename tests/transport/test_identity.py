@@ -31,7 +31,7 @@ def test_it_is_made_once_and_only_its_owner_can_read_the_key(tmp_path: Path) -> 
     identity = load_or_create(tmp_path / "a" / "identity")
     assert load_or_create(tmp_path / "a" / "identity") == identity
     assert load(identity.certificate_path, identity.key_path) == identity
-    assert identity.device == fingerprint(identity.certificate_der)
+    assert identity.device == fingerprint(ssl.PEM_cert_to_DER_cert(identity.certificate_pem))
     assert len(identity.device) == 64
     assert stat.S_IMODE(identity.key_path.stat().st_mode) == 0o600
     assert stat.S_IMODE(identity.key_path.parent.stat().st_mode) == 0o700
@@ -91,13 +91,13 @@ def test_signatures(alice: Identity, bob: Identity) -> None:
 
 
 def test_the_certificate_is_for_all_times_and_both_roles(alice: Identity) -> None:
-    certificate = x509.load_der_x509_certificate(alice.certificate_der)
+    certificate = x509.load_pem_x509_certificate(alice.certificate_pem.encode())
     assert certificate.not_valid_before_utc.replace(tzinfo=None) == datetime(1970, 1, 1)
     assert certificate.not_valid_after_utc.replace(tzinfo=None) == datetime(9999, 12, 31, 23, 59, 59)
     usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert {usage.dotted_string for usage in usages} == {"1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"}
     assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    assert ssl.DER_cert_to_PEM_cert(alice.certificate_der).split() == alice.certificate_pem.split()
+    assert ssl.DER_cert_to_PEM_cert(certificate.public_bytes(Encoding.DER)).split() == alice.certificate_pem.split()
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,9 @@ def test_the_certificate_is_for_all_times_and_both_roles(alice: Identity) -> Non
     ],
 )
 def test_odd_certificates_are_refused(alice: Identity, there: str, instead: str) -> None:
-    der = alice.certificate_der.replace(bytes.fromhex(there), bytes.fromhex(instead))
-    assert der != alice.certificate_der
+    right = ssl.PEM_cert_to_DER_cert(alice.certificate_pem)
+    der = right.replace(bytes.fromhex(there), bytes.fromhex(instead))
+    assert der != right
     with pytest.raises(BadInputError):
         parse_certificate(ssl.DER_cert_to_PEM_cert(der))
 

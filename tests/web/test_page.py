@@ -145,6 +145,67 @@ async def test_the_queue_and_a_lost_device_are_told(page: Browser, household: Fa
     assert await page.run("return document.querySelector('#send').disabled")
 
 
+async def test_an_answer_that_waits_says_why_until_it_goes_on(page: Browser, household: FakeHousehold) -> None:
+    household.middle = asyncio.Event()
+    gone = "mini-pc is gone; laptop and jetson take over its layers"
+    cursor = "return getComputedStyle(document.querySelector('.writing .text'), '::after').content"
+    await page.type("#prompt", "hi" + ENTER)
+    await page.until("return document.querySelector('.text')?.innerText == 'Hell'", "some of the answer")
+    assert await page.text(".waiting") == "" and await page.run("return document.body.classList.contains('busy')")
+    assert await page.run(cursor) != "none"
+    household.devices[1]["state"] = "offline"
+    household.served = [replace(household.model, state="loading", message=gone, progress=0.5)]
+    household.deployments[0].update(state="loading", message=gone, progress=0.5)
+    household.touch()
+    await page.until(f"return document.querySelector('.waiting').innerText == '{gone} (50%) …'", "why")
+    assert await page.run("return document.querySelector('.text').innerText") == "Hell"
+    assert await page.run(cursor) == "none", "no cursor that only stands still"
+    assert not await page.run("return document.body.classList.contains('busy')"), "no light runs over the layers"
+    await page.until("return document.querySelector('#deployments').innerText.includes('take over')", "the same words")
+    assert gone in await page.text("#banner")
+    waits = "waiting for mini-pc to come back: 8 MB are missing"
+    household.served = [replace(household.model, state="waiting", reason=waits)]
+    household.touch()
+    await page.until(f"return document.querySelector('#banner').innerText == 'builtin is {waits}'", "the banner")
+    await page.until(f"return document.querySelector('.waiting').innerText == '{waits} …'", "what it waits for")
+    household.devices[1]["state"] = "online"
+    household.served = [household.model]
+    household.touch()
+    await page.until("return document.querySelector('.waiting').innerText == ''", "nothing to wait for")
+    household.middle.set()
+    await page.until(ANSWERED.format(1), "the answer")
+    assert await page.text(".message.assistant .text") == household.reply
+    assert await page.run("return document.querySelectorAll('.waiting, .held').length") == 0
+
+
+async def test_a_note_goes_away_with_the_next_token(page: Browser, household: FakeHousehold) -> None:
+    household.middle = asyncio.Event()
+    await page.type("#prompt", "hi" + ENTER)
+    await page.until("return document.querySelector('.text')?.innerText == 'Hell'", "some of the answer")
+    household.served = [replace(household.model, message="computing again what mini-pc held")]
+    await page.until("return document.querySelector('.held .waiting')?.innerText.startsWith('computing')", "the note")
+    household.pace_s, household.endless = 0.05, False
+    household.middle.set()
+    await page.until("return document.querySelector('.writing .text')?.innerText.length > 5", "the next tokens")
+    assert await page.run("return document.querySelectorAll('.held').length") == 0
+    assert await page.text(".waiting") == ""
+    await page.until(ANSWERED.format(1), "the answer")
+
+
+async def test_an_error_or_a_stop_ends_the_waiting(page: Browser, household: FakeHousehold) -> None:
+    household.middle = asyncio.Event()
+    household.served = [replace(household.model, message="nothing is heard of jetson, answers wait")]
+    await page.type("#prompt", "hi" + ENTER)
+    await page.until("return document.querySelector('.held .waiting')?.innerText.includes('jetson')", "the note")
+    await page.click("#stop")
+    await page.until(ANSWERED.format(1), "the end")
+    assert await page.run("return document.querySelectorAll('.waiting, .held').length") == 0
+    household.served, household.middle = [household.model], None
+    await page.type("#prompt", "again" + ENTER)
+    await page.until("return document.body.classList.contains('busy') || !document.querySelector('.writing')", "light")
+    await page.until(ANSWERED.format(2), "the second answer")
+
+
 async def test_invite_shows_the_code(page: Browser) -> None:
     await page.click("#invite")
     await page.until("return document.querySelector('.code')?.innerText == 'K7-4PQ9MX'", "the code")

@@ -13,6 +13,7 @@ from peerllm.errors import BadInputError, OverloadedError, PeerLLMError
 KEPT_S = 600.0  # seconds that a finished answer is kept
 ALONE_S = 60.0  # seconds that an answer is computed on without anybody who reads it
 MAX_KEPT = 256  # answers ...
+MAX_KEPT_OF_ASKER = 192  # ... of one device or address, whatever clients it tells of ...
 MAX_KEPT_OF_CLIENT = 32  # ... and of one client
 MAX_KEPT_TOKENS = 1 << 20  # of all finished answers
 
@@ -101,9 +102,11 @@ class AnswerStore:
 
     def _make_room(self, client: str) -> None:
         everyone = [kept for kept in self._answers.values() if not kept.fleeting]
-        own = [kept for kept in everyone if kept.client == client]
-        crowd = own if len(own) >= MAX_KEPT_OF_CLIENT else everyone
-        if len(own) < MAX_KEPT_OF_CLIENT and len(crowd) < MAX_KEPT:
+        theirs = [kept for kept in everyone if kept.client.partition("/")[0] == client.partition("/")[0]]
+        own = [kept for kept in theirs if kept.client == client]
+        shares = (own, MAX_KEPT_OF_CLIENT), (theirs, MAX_KEPT_OF_ASKER), (everyone, MAX_KEPT)
+        crowd = next((crowd for crowd, most in shares if len(crowd) >= most), None)
+        if crowd is None:
             return
         oldest = next((kept for kept in crowd if kept.over and not kept.readers), None)
         if oldest is None:

@@ -9,19 +9,19 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 
 from peerllm.api.error_answers import UnknownModelError, describe, json_response
-from peerllm.api.fields import read_object
+from peerllm.api.fields import most_bytes, read_object
 from peerllm.api.keys import ANSWERS, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.openai.answer import Completion, OpenAIObjects
 from peerllm.api.openai.answer_store import NotKeptError
 from peerllm.api.openai.chat_request import ChatRequest, parse_chat
 from peerllm.api.openai.inherited_answers import kept_of
 from peerllm.api.openai.kept_answer import BegunAnswer, KeptAnswer
-from peerllm.api.openai.model_wait import answering_model
+from peerllm.api.openai.model_wait import WaitingWords, answering_model
 from peerllm.api.openai.models import find_model
 from peerllm.api.peers.caller import Caller, caller_of
 from peerllm.api.peers.remote_answer import RemoteAnswer
@@ -35,6 +35,7 @@ CHAT_PATH = "/v1/chat/completions"
 RESUME_S = 60.0  # seconds in which an answer with a key is sought again after the device that gave it was lost
 SOUGHT_S = 15.0  # the same of one without a key of which nothing has come: longer than another takes to follow
 RETRY_S = 0.5  # seconds between two tries
+LOOK_S = 0.5  # seconds without a token after which it is looked what an answer waits for
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -44,22 +45,29 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 async def answer_chat(app: web.Application, request: web.Request, caller: Caller) -> web.StreamResponse:
     """Errors before the first sign of life have their own status; after it they are an error event, then the end."""
+    with app[TASKS].stream(caller.asker, most_bytes(request)):
+        return await _answer(app, request, caller)
+
+
+async def _answer(app: web.Application, request: web.Request, caller: Caller) -> web.StreamResponse:
     fields = await read_object(request)
     chat, repeat = parse_chat(fields), repeat_of(request, fields.body)
     if repeat is not None:
         repeat.fleeting = bool(caller.device) and FLEETING_HEADER in request.headers
     stream = Stream(request, "text/event-stream; charset=utf-8") if chat.stream else None
-    with app[TASKS].stream():
-        try:
-            return await _answered(app, request, caller, chat, repeat, stream, fields.body)
-        except asyncio.CancelledError:
-            if stream is not None and stream.started and app[TASKS].closing:
-                with contextlib.suppress(ConnectionError):
-                    await stream.send(
-                        describe(DeviceLeavingError("the answer broke off: this device is shutting down"))
-                    )
-                    await stream.end()
-            raise
+    patient = Stream(request, "application/json") if caller.device and not chat.stream else None
+    try:
+        answer = await _answered(app, request, caller, chat, repeat, stream, fields.body)
+        if patient is None or not patient.started or not isinstance(answer, web.Response):
+            return answer
+        await patient.write(bytes(cast("bytes", answer.body)))
+        return await patient.end()
+    except asyncio.CancelledError:
+        if stream is not None and stream.started and app[TASKS].closing:
+            with contextlib.suppress(ConnectionError):
+                await stream.send(describe(DeviceLeavingError("the answer broke off: this device is shutting down")))
+                await stream.end()
+        raise
 
 
 async def _answered(
@@ -127,7 +135,7 @@ async def _read(
         objects = replace(begun.objects, with_ids=chat.return_token_ids, with_usage=chat.include_usage)
         if stream is None:
             return await _whole(kept.chunks(), begun.completion(), objects)
-        await _events(stream, kept.chunks(), begun.completion(), objects, asked, numbered)
+        await _events(app, stream, kept.chunks(), begun.completion(), objects, asked, numbered)
         return await stream.end()
 
 
@@ -137,7 +145,7 @@ async def _begin(
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
-    prompt = await app[TEXTS].prompt(text, chat.messages, model.context)
+    prompt = await app[TEXTS].prompt(text, chat.messages, model.context, caller.asker)
     room = model.context - len(prompt)
     objects = OpenAIObjects(model.name, len(prompt), chat.return_token_ids, chat.include_usage)
     wanted = GenerateRequest(
@@ -169,6 +177,7 @@ async def _whole(chunks: AsyncIterator[Chunk], answer: Completion, objects: Open
 
 
 async def _events(
+    app: web.Application,
     stream: Stream,
     chunks: AsyncIterator[Chunk],
     answer: Completion,
@@ -183,12 +192,16 @@ async def _events(
         asked.last = event_id
 
     had, sent = asked.tokens, 0  # token ids
-    async with aclosing(pulsed(chunks, KEEP_ALIVE_S)) as pulse:
+    words = WaitingWords(app, objects.model, stream)
+    async with aclosing(pulsed(chunks, LOOK_S)) as pulse:
         async for chunk in pulse:
-            if chunk is None or (not chunk.ids and chunk.finish is None):
-                queued = 0 if chunk is None else chunk.queued
-                await stream.comment(f"queued {queued}" if queued else "working")
+            if chunk is None:
+                await words.nothing_came()
                 continue
+            if not chunk.ids and chunk.finish is None:
+                await words.queued(chunk.queued)
+                continue
+            words.tokens_came()
             known = max(0, had - len(answer.ids))
             answer.feed(chunk.ids[:known], None)
             sent = max(sent, min(had, len(answer.ids)))

@@ -90,17 +90,18 @@ class KeptAnswer:
         """All tokens from the first on, then those that come; as facade.Household.generate gives them."""
         told, queued = 0, 0
         while True:
-            seen, fresh = self._changes, tuple(self.ids[told:])
+            # As it is now: what comes while the reader deals with a chunk is the next chunk's, its end above all.
+            seen, fresh, finish, error = self._changes, tuple(self.ids[told:]), self.finish, self.error
             told += len(fresh)
-            if fresh or self.finish is not None:
-                yield Chunk(fresh, self.finish, reused=self.reused)
-            elif self.queued and self.queued != queued:
+            if fresh or finish is not None:
+                yield Chunk(fresh, finish, reused=self.reused)
+            elif self.queued != queued:
                 queued = self.queued
                 yield Chunk((), queued=queued)
-            if self.finish is not None:
+            if finish is not None:
                 return
-            if self.error is not None:
-                raise self.error
+            if error is not None:
+                raise error
             await self._next(seen)
 
     def _changed(self) -> None:

@@ -12,7 +12,7 @@ from aiohttp import web
 from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import HOUSEHOLD
 from peerllm.api.openai.models import find_model, nothing_served
-from peerllm.api.streams import each, pulsed
+from peerllm.api.streams import KEEP_ALIVE_S, Stream, each, pulsed
 from peerllm.daemon.facade import ServedModel
 from peerllm.errors import UnavailableError
 
@@ -20,6 +20,7 @@ PATIENCE_S: Mapping[str, float] = {"planning": 120.0, "loading": 120.0, "waiting
 PROGRESS_S = 1.0  # seconds between two words to a client that waits
 QUIET_S = 5.0  # seconds in which one that waits for a device hears nothing: it may yet be refused with a status
 UNKNOWN_S = 1.5  # seconds a name may stay unknown while the household has no model: somebody may just have typed `run`
+WORKING = "working"  # the comment that tells nothing: what was told before holds no more
 
 Tell = Callable[[str], Awaitable[None]]
 
@@ -54,8 +55,41 @@ async def answering_model(app: web.Application, name: str, tell: Tell, only_here
             if model.state != "waiting" or waited >= QUIET_S:
                 await tell(_progress(model))
     what = model.reason or model.message
-    text = f"the model {name[:200]!r} cannot answer now, it is {model.state}{what and f': {what}'}"
-    raise ModelWaitError(text, model)
+    why = what if what.startswith(model.state) else f"it is {model.state}{what and f': {what}'}"
+    raise ModelWaitError(f"the model {name[:200]!r} cannot answer now, {why}", model)
+
+
+class WaitingWords:
+    """What the client of an answer that begins or goes on here is told, as comments, while no token comes."""
+
+    def __init__(self, app: web.Application, name: str, stream: Stream) -> None:
+        self._app, self._name, self._stream = app, name, stream
+        self._queued = 0
+        self.tokens_came()
+
+    def tokens_came(self) -> None:
+        """The client sees that it goes on."""
+        self._queued, self._said, self._at = 0, WORKING, time.monotonic()
+
+    async def queued(self, place: int) -> None:
+        """Its place in the queue has changed; 0: it has a slot."""
+        self._queued = place
+        await self.nothing_came()
+
+    async def nothing_came(self) -> None:
+        """Says what it waits for when that changed, and every KEEP_ALIVE_S."""
+        words = self._held_up() or (f"queued {self._queued}" if self._queued else WORKING)
+        now = time.monotonic()
+        if words != self._said or now - self._at >= KEEP_ALIVE_S:
+            self._said, self._at = words, now
+            await self._stream.comment(words)
+
+    def _held_up(self) -> str:
+        try:
+            model = find_model(self._app, self._name, only_here=True)
+        except UnknownModelError:
+            return ""
+        return _progress(model) if model.state in PATIENCE_S else model.message
 
 
 async def _known(app: web.Application, name: str, only_here: bool) -> ServedModel:
@@ -80,4 +114,4 @@ def _still(app: web.Application, name: str, only_here: bool, before: ServedModel
 
 def _progress(model: ServedModel) -> str:
     text = model.message or (model.reason if model.state == "waiting" else "") or model.state
-    return f"{text} ({model.progress:.0%})" if model.progress and "%" not in text else text
+    return f"{text} ({model.progress:.0%})" if 0.0 < model.progress < 1.0 and "%" not in text else text

@@ -16,6 +16,11 @@ class Caller:
     client: str
     device: str = ""
 
+    @property
+    def asker(self) -> str:
+        """Whose share of what there is for all is used: an address of this device's clients, or another device."""
+        return self.device or self.client
+
     def payer(self, user: str) -> str:
         """Whose share of what is kept for clients is used: of another device's clients that device's."""
         return self.device or self.group(user)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from aiohttp import web
 
+from peerllm.api.error_answers import RETRY_AFTER_S
 from peerllm.api.peers.caller import MAX_CLIENT_CHARS, Caller
 from peerllm.api.repeat import FLEETING_HEADER, KEY_HEADER, LAST_HEADER, DeviceLeavingError, Repeat
 from peerllm.api.streams import Stream, pulsed
@@ -17,8 +19,9 @@ from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
 from peerllm.errors import LinkError
 
 CLIENT_HEADER = "X-PeerLLM-Client"  # which of the relaying device's clients asks
-SILENCE_S = 6.0  # seconds after which the client is told that its answer's device is silent; it tells something each 5
-MAX_SILENCES = 15  # in a row: longer than membership waits for a device that is silent altogether
+SILENCE_S = 1.0  # seconds without a byte after which it is looked whether the answer's device is heard
+USUAL_SILENCES = 5  # in a row, while it is: it tells something every 5 s
+MAX_SILENCES = 90  # in a row: longer than membership waits for a device that is silent altogether
 MAX_WHOLE_BYTES = 64 << 20  # of an answer in one piece
 MAX_EVENT_BYTES = 4 << 20  # of one event of a stream
 _JSON, _EVENTS = "application/json", "text/event-stream"
@@ -63,15 +66,19 @@ class RemoteAnswer:
                 return await stream.end()
             if kind != _JSON or not 200 <= answer.status < 600:
                 raise LinkError(f"its device answered with HTTP {answer.status} {kind[:40]!r}")
-            body = await _whole(answer.body)
-            if answer.status == web.HTTPServiceUnavailable.status_code and _LEAVING in body:
+            body = (await self._whole(answer.body)).lstrip()
+            if body.startswith(b'{"error":') and _LEAVING in body:
+                self.begun = False
                 raise LinkError("its device does not answer for it any more")
             self.begun = True
         if stream is not None and stream.started:
             await stream.send(orjson.Fragment(body))
             return await stream.end()
         kept = {header: answer.headers[header] for header in _KEPT if header in answer.headers}
-        return web.Response(body=body, status=answer.status, content_type=_JSON, headers=kept)
+        status = answer.status
+        if status == web.HTTPOk.status_code and body.startswith(b'{"error":'):  # after signs of life
+            status, kept["Retry-After"] = _status_of(body), str(RETRY_AFTER_S)
+        return web.Response(body=body, status=status, content_type=_JSON, headers=kept)
 
     async def _events(self, stream: Stream, answer: RelayedAnswer) -> None:
         """Whole events only, so that one that broke off is not followed by another in its middle."""
@@ -84,7 +91,10 @@ class RemoteAnswer:
                     silences += 1
                     if silences > MAX_SILENCES:
                         raise LinkError(f"its device said nothing for {SILENCE_S * MAX_SILENCES:g} s")
-                    await stream.comment(f"the device of {self.model.name} is silent")
+                    source = self._source()
+                    if silences > USUAL_SILENCES or source.get("state") == "silent":
+                        name = source.get("name") or f"the device of {self.model.name}"
+                        await stream.comment(f"nothing is heard of {name}")
                     continue
                 silences = 0
                 looked = max(0, len(held) - 1)  # in small pieces, too, each byte is looked at once
@@ -106,12 +116,25 @@ class RemoteAnswer:
         if not ended:
             raise LinkError("its device broke it off")
 
+    def _source(self) -> Mapping[str, Any]:
+        """What is known of the device that answers."""
+        devices = self.household.status()["devices"]
+        return next((one for one in devices if one["id"] == self.model.source), {})
 
-async def _whole(body: AsyncIterator[bytes]) -> bytes:
-    pieces, size = [], 0
-    async for piece in body:
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_WHOLE_BYTES:
-            raise LinkError(f"it is larger than {MAX_WHOLE_BYTES} bytes")
-    return b"".join(pieces)
+    async def _whole(self, body: AsyncIterator[bytes]) -> bytes:
+        pieces, size = [], 0
+        async for piece in body:
+            self.begun = self.begun or not piece.isspace()
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_WHOLE_BYTES:
+                raise LinkError(f"it is larger than {MAX_WHOLE_BYTES} bytes")
+        return b"".join(pieces)
+
+
+def _status_of(error: bytes) -> int:
+    try:
+        status = orjson.loads(error)["error"]["status"]
+    except (ValueError, LookupError, TypeError):
+        status = None
+    return status if isinstance(status, int) and 400 <= status < 600 else web.HTTPServiceUnavailable.status_code

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from tokenizers import Tokenizer
 
@@ -57,6 +58,9 @@ class TextStore:
         self._work = TextWork() if in_process else None
         self._small, self._large = TextProcess(IDLE_S), TextProcess(LARGE_IDLE_S)
         self._waiting = 0
+        self._turns: WeakValueDictionary[tuple[str, bool], asyncio.Lock] = (
+            WeakValueDictionary()
+        )  # by who asks, and size
 
     async def model(self, deployment: DeploymentId, model_dir: Path) -> AnswerText:
         """The text of a deployment's model, read once."""
@@ -70,15 +74,19 @@ class TextStore:
         self._texts.move_to_end(deployment)
         return self._texts[deployment]
 
-    async def prompt(self, text: AnswerText, messages: Sequence[Message], context: int) -> list[int]:
-        """The prompt's token ids; FieldError if it and one token of an answer do not fit the context."""
+    async def prompt(self, text: AnswerText, messages: Sequence[Message], context: int, asker: str = "") -> list[int]:
+        """The prompt's token ids; FieldError if it and one token of an answer do not fit the context.
+
+        Small and large prompts of an asker are prepared one after the other, so that others wait for one at most.
+        """
         if self._waiting >= MAX_WAITING:
             raise OverloadedError(f"{MAX_WAITING} prompts are being prepared already; ask again in a moment", 1.0)
         self._waiting += 1
         try:
             size = sum(len(str(message["content"])) for message in messages)
             question = {"model_dir": str(text.model_dir), "messages": list(messages), "context": context}
-            ids: list[int] = (await self._ask(question, size))["ids"]
+            async with self._turns.setdefault((asker, size > LARGE_CHARS), asyncio.Lock()):
+                ids: list[int] = (await self._ask(question, size))["ids"]
             return ids
         finally:
             self._waiting -= 1

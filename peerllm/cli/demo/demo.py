@@ -17,14 +17,16 @@ from typing import Any
 
 from peerllm.cli.chat import answer_pieces
 from peerllm.cli.demo.demo_devices import DemoDevice
-from peerllm.cli.demo.demo_memory import limits, sizes_of
+from peerllm.cli.demo.demo_memory import replaceable_limit, sizes_of
 from peerllm.cli.demo.demo_model import DemoModel, demo_model
+from peerllm.cli.demo.demo_watch import DemoWatch
 from peerllm.cli.device import LocalDevice, demo_note
 from peerllm.cli.exactness import EXACT
 from peerllm.cli.look import deployment_text, devices_text
 from peerllm.cli.parser import default_data_dir
 from peerllm.cli.progress import show_progress
 from peerllm.cli.terminal import printable
+from peerllm.daemon.decide.demand import DEFAULT_SLOTS
 from peerllm.daemon.deployment.model_files import GGUF_CACHE
 from peerllm.daemon.engine_link.machine import processors
 from peerllm.errors import UnavailableError
@@ -32,8 +34,9 @@ from peerllm.planner.cost.byte_sizes import human_bytes
 
 NAMES = ("laptop", "mini-pc", "jetson", "phone", "tablet", "desktop", "media-box", "old-laptop")
 TOGETHER_S = 60.0  # seconds for the devices to see each other once they have paired
-SLOTS = 4
-CONTEXT = 1024  # tokens
+SLOTS = DEFAULT_SLOTS  # which all devices together have room for ...
+FEWER_SLOTS = 2  # ... and with one less, so many
+MOST_CONTEXT = 4096  # tokens: the more room answers take, the more evenly the three devices share a small model
 MAX_ANSWER_TOKENS = 80
 
 
@@ -48,20 +51,22 @@ def run(args: argparse.Namespace) -> None:
         model = demo_model(args.model, Path(directory) / NAMES[0] / GGUF_CACHE, args.json)
         if model.instead:
             say(f"{model.instead}\nSo this is the built-in model, which knows little; it shows that everything works.")
-        sizes = sizes_of(model.directory, SLOTS, CONTEXT, *(("float32", "none") if model.exact else ()))
-        memory = limits(sizes, args.devices)
-        say(f"{model.name} takes {human_bytes(sizes.total)} with room for {SLOTS} sequences.")
-        say(f"Starting {args.devices} devices, which takes up to half a minute:")
-        for name, limit in zip(NAMES, memory, strict=False):
-            say(f"  {name:<12} lends {human_bytes(limit)}")
+        form = ("float32", "none") if model.exact else ()
+        sizes, fewer = (sizes_of(model.directory, slots, MOST_CONTEXT, *form) for slots in (SLOTS, FEWER_SLOTS))
+        limit = replaceable_limit(sizes, fewer, args.devices)
+        say(f"{model.name} takes {human_bytes(sizes.total)} with room for {SLOTS} answers at once.")
+        say(f"Starting {args.devices} devices, each of which lends {human_bytes(limit)}, takes up to half a minute.")
         with (
-            _devices(Path(directory), memory, args.api, model.name) as devices,
+            _devices(Path(directory), [limit] * args.devices, args.api, model.name) as devices,
             _noted(devices[0], args.json) as option,
         ):
             say("They are ready. Pairing them, then dividing the model over them.")
-            _serve(devices, model, args)
-            say(f"From a second terminal: peerllm chat{option}   (or peerllm status{option})\nStop with Ctrl-C.")
-            devices[0].wait()
+            _serve(devices, model, sizes.context, args)
+            say(f"From a second terminal: peerllm chat{option}   (or peerllm status{option})")
+            for device in devices[1:2]:
+                say(f"While an answer is written, try: kill -9 {device.pid}   ({device.name} dies, the answer goes on)")
+            say("Stop with Ctrl-C.")
+            DemoWatch(devices, say).run()
 
 
 @contextlib.contextmanager
@@ -75,7 +80,7 @@ def _noted(device: DemoDevice, quiet: bool) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _devices(directory: Path, memory: list[int], api: tuple[str, int], model: str) -> Iterator[list[DemoDevice]]:
+def _devices(directory: Path, memory: Sequence[int], api: tuple[str, int], model: str) -> Iterator[list[DemoDevice]]:
     """The devices, started and ready, the first told what `model` comes; ended when the block is left, in any way."""
     threads = max(1, processors() // len(memory))
     with contextlib.ExitStack() as stack:
@@ -112,7 +117,7 @@ def _wait_for_all(first: LocalDevice, names: Sequence[str]) -> None:
         path = "/peerllm/v1/status?wait=1"
 
 
-def _serve(devices: list[DemoDevice], model: DemoModel, args: argparse.Namespace) -> None:
+def _serve(devices: list[DemoDevice], model: DemoModel, context: int, args: argparse.Namespace) -> None:
     """Pair them, divide the model, show who holds what, ask one question."""
     first = LocalDevice(devices[0].data_dir)
     for device in devices[1:]:
@@ -120,7 +125,7 @@ def _serve(devices: list[DemoDevice], model: DemoModel, args: argparse.Namespace
         at = f"127.0.0.1:{invitation['port']}"
         LocalDevice(device.data_dir).post("/peerllm/v1/join", {"code": invitation["code"], "at": at})
     _wait_for_all(first, [device.name for device in devices])
-    body = {"model": model.name, "slots": SLOTS, "context": CONTEXT, **(EXACT if model.exact else {})}
+    body = {"model": model.name, "context": context, **(EXACT if model.exact else {})}  # fewer slots when one is lost
     lines = first.lines("/peerllm/v1/run", body)
     if args.json:
         for _ in lines:
@@ -138,7 +143,7 @@ def _serve(devices: list[DemoDevice], model: DemoModel, args: argparse.Namespace
                     "question": model.question,
                     "answer": "".join(pieces),
                     "status": status,
-                    "devices": [{"name": one.name, "data": str(one.data_dir)} for one in devices],
+                    "devices": [{"name": one.name, "data": str(one.data_dir), "pid": one.pid} for one in devices],
                 }
             ),
             flush=True,

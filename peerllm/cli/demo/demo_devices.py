@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -24,13 +25,25 @@ class DemoDevice:
         self.data_dir, self.name = data_dir, name
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         host = f"[{api[0]}]" if ":" in api[0] else api[0]
-        command = [
+        self._command = [
             sys.executable, "-m", "peerllm", "up", "--data", str(data_dir), "--name", name, "--port", "0",
             "--api", f"{host}:{api[1]}", "--memory", str(memory_bytes), "--threads", str(threads),
             "--no-mdns", "--loopback", "--exit-with-parent", "--expect", expected,
         ]  # fmt: skip
-        with self._log_path.open("wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)  # noqa: S603
+        self._process = self._started()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        with self._log_path.open("ab") as log:
+            return subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)  # noqa: S603
+
+    def start_again(self) -> None:
+        """It has ended; the new process has its data, so it belongs to the household."""
+        self._close_pipes()
+        self._process = self._started()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def _log_path(self) -> Path:
@@ -55,10 +68,10 @@ class DemoDevice:
         lines = self._log_path.read_text(errors="replace")[-MAX_LOG_CHARS:].strip().splitlines()
         return lines[-1].removeprefix("peerllm: ") if lines else "it said nothing"
 
-    def wait(self) -> None:
-        """Until it ends; UnavailableError, since nobody asked it to."""
-        self._process.wait()
-        raise UnavailableError(f"the device {self.name} ended: {self._last_words()}")
+    def wait(self) -> str:
+        """Until it ends; how it did."""
+        status = self._process.wait()
+        return "was killed" if status == -signal.SIGKILL else f"ended: {self._last_words()}"
 
     def ask_to_end(self) -> None:
         if self._process.poll() is None:
@@ -67,11 +80,14 @@ class DemoDevice:
     def end(self) -> None:
         """Waits for it, and kills it if it does not heed."""
         self.ask_to_end()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._close_pipes()
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()

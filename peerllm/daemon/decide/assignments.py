@@ -10,7 +10,7 @@ from math import prod
 from peerllm.daemon.control_messages import Assign, Carry, StageWork, TensorDigest
 from peerllm.daemon.decide.demand import MAX_SLOTS, Blueprint
 from peerllm.daemon.decide.device_profiles import ITEMSIZE
-from peerllm.daemon.decide.hub_places import HubPlaces, check_hub, check_place
+from peerllm.daemon.decide.hub_places import SHA256, HubPlaces, check_hub, check_place
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import BadInputError, RefusedError
 from peerllm.planner.cost.byte_sizes import human_bytes
@@ -21,9 +21,9 @@ from peerllm.types import MATRIX_BITS, MAX_CUTS, MAX_STAGES, SCHEDULE_NAMES, Cut
 MAX_CONTEXT = 1 << 20  # tokens
 MAX_TENSORS = 65536  # of one assignment
 MAX_DIMENSIONS = 8  # of one tensor
+MAX_LINKS = 256  # that a device expects for all that one coordinator has it load
 MAX_EPOCH = 2**32 - 1  # a frame has no room for more
 DEPLOYMENT = re.compile(r"[0-9a-f]{32}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 Address = tuple[tuple[str, ...], int]  # hosts, the best first, and the data plane's port
 HERE = ""  # stands for the hash of a tensor that the source itself loads: it never travels
 
@@ -160,6 +160,11 @@ def weight_bytes(tensors: Sequence[TensorDigest], dtype: str, quantize: str) -> 
     return sum(sizes.values())
 
 
+def links_of(assign: Assign) -> int:
+    """How many links of other devices the stages of an assignment may expect at most."""
+    return sum(1 + len(work.state_from) for work in assign.work)
+
+
 def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
     """RefusedError or BadInputError unless the assignment makes sense and stays within its reservation."""
     if not DEPLOYMENT.fullmatch(assign.deployment) or not 0 <= assign.epoch <= MAX_EPOCH:
@@ -177,6 +182,7 @@ def check(assign: Assign, reserved_bytes: int, own: bool) -> None:
         ("stages", assign.stages, MAX_STAGES),
         ("work", len(assign.work), assign.stages),
         ("tensors", sum(len(work.tensors) for work in assign.work), MAX_TENSORS),
+        ("links", links_of(assign), MAX_LINKS),
     )
     for name, value, most in limits:
         if not 1 <= value <= most:

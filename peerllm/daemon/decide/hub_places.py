@@ -13,6 +13,7 @@ from peerllm.errors import BadInputError
 MAX_FILES = 1000  # of one model
 MAX_OFFSET = 1 << 62
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+SHA256 = re.compile(r"[0-9a-f]{64}")  # of a tensor's bytes, or of its place
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FILE = re.compile(r"(?:[A-Za-z0-9_][\w.+-]{0,127}/){0,4}[A-Za-z0-9_][\w.+-]{0,191}\.(?:safetensors|gguf)", re.ASCII)
 

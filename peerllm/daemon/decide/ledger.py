@@ -13,9 +13,9 @@ from peerllm.errors import PastEpochError, RefusedError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeploymentId, DeviceId
 
-MAX_PROMISES = 256  # deployments and epochs a device promises memory to at once
+MAX_PROMISES = 32  # epochs of one coordinator that memory is promised to at once
 MAX_LEASE_S = 600.0  # an uncommitted promise lives no longer, whatever the coordinator asks
-MAX_FENCES = 1024  # released deployments remembered, so that a late question cannot revive one
+MAX_FENCES = 64  # released deployments of one coordinator remembered, so that a late question cannot revive one
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Ledger:
         self.full = False  # the machine has no memory for more than is promised already
         self._promises: dict[tuple[DeploymentId, int], Promise] = {}
         self._sums: dict[DeploymentId, EpochSum] = {}
-        self._fences: OrderedDict[tuple[DeploymentId, DeviceId], int] = OrderedDict()
+        self._fences: dict[DeviceId, OrderedDict[DeploymentId, int]] = {}  # epochs, by coordinator
 
     @property
     def promised_bytes(self) -> int:
@@ -120,8 +120,9 @@ class Ledger:
         if needed > free:
             lent = human_bytes(self.lent_bytes)
             raise RefusedError(f"{human_bytes(needed)} are asked for, {human_bytes(free)} of {lent} are free")
-        if held is None and len(self._promises) >= MAX_PROMISES:
-            raise RefusedError(f"{MAX_PROMISES} promises are given already; stop a model first")
+        given = sum(one.coordinator == coordinator for one in self._promises.values())
+        if held is None and given >= MAX_PROMISES:
+            raise RefusedError(f"{MAX_PROMISES} promises are given to you already; stop a model first")
         if held is not None:
             self._drop(held)
         self._sums.setdefault(asked.deployment, EpochSum()).add(asked.epoch, asked.nbytes, asked.added_bytes)
@@ -153,10 +154,10 @@ class Ledger:
             over = held.epoch == epoch if only else held.epoch <= epoch
             if held.deployment == deployment and over and held.coordinator == coordinator:
                 self._drop(held)
-        fence = (deployment, coordinator)
-        self._fences[fence] = max(epoch, self._fences.pop(fence, epoch))
-        while len(self._fences) > MAX_FENCES:
-            self._fences.popitem(last=False)
+        fences = self._fences.setdefault(coordinator, OrderedDict())
+        fences[deployment] = max(epoch, fences.pop(deployment, epoch))
+        while len(fences) > MAX_FENCES:
+            fences.popitem(last=False)
 
     def hand_over(self, deployment: DeploymentId, coordinator: DeviceId) -> None:
         """A deployment has another coordinator: what was kept for it stays, what was only reserved is dropped."""
@@ -182,7 +183,7 @@ class Ledger:
             del self._sums[promise.deployment]
 
     def _check_turn(self, deployment: DeploymentId, epoch: int, coordinator: DeviceId) -> None:
-        if epoch <= self._fences.get((deployment, coordinator), -1):
+        if coordinator in self._fences and epoch <= self._fences[coordinator].get(deployment, -1):
             raise RefusedError(f"epoch {epoch} of this deployment is over; ask with a later one")
         for promise in self._promises.values():
             if promise.deployment == deployment:

@@ -14,19 +14,15 @@ from peerllm.daemon.control_messages import DeploymentView, Holding, Progress, T
 from peerllm.daemon.decide.deployment_life.deployment_events import ConditionsChanged, DeviceCondition, DeviceIs
 from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.deployment.deployment import Deployment
+from peerllm.daemon.deployment.deployment_figures import DeploymentFigures
 from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
 from peerllm.daemon.deployment.negotiation import Surroundings
-from peerllm.daemon.deployment.planning.live_scenario import as_it_runs
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
 from peerllm.daemon.deployment.remembered import RememberedDeployment, recall, remember
-from peerllm.daemon.deployment.tracing import Traces
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
-from peerllm.daemon.status.serving_speed import measured
-from peerllm.daemon.status.status import weights_form
 from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, note_directories
 from peerllm.engine.messages import TensorAt, Tokens
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError, UnavailableError
-from peerllm.planner.scenario.scenario_export import scenario_file
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_DEPLOYMENTS = 16  # models started on one device at once
@@ -35,12 +31,12 @@ log = logging.getLogger(__name__)
 
 
 class Coordinator:
-    """`remembered` is the file that lists what was serving; `start` brings it back."""
+    """`remembered` is the file that lists what was serving; `start` brings it back. `figures`: of what runs here."""
 
     def __init__(self, around: Surroundings, remembered: Path) -> None:
         self._around = around
         self._timings = ProfileRequests(around)
-        self._traces = Traces(around)
+        self.figures = DeploymentFigures(around, self._timings, self._find)
         self._file = remembered
         self._deployments: dict[str, Deployment] = {}  # by what `run` was told: a path, a hub id or "builtin"
         self._devices: dict[DeviceId, DeviceIs] = {}  # how each device of the household is
@@ -169,68 +165,6 @@ class Coordinator:
         await self._remember()
         return deployment.options.name
 
-    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
-        """What `run` would plan for now (facade.Household.preview); nothing is reserved or loaded.
-
-        What the same model holds already counts as free.
-        """
-        options = self._meant(options)
-        deployment = Deployment(options, self._around, self._timings)
-        deployment.report.watchers.append(progress)
-        running = self._deployments.get(options.model)
-        held = running.blueprint.promises if running is not None and running.blueprint is not None else {}
-        found = await deployment.preview(held)
-        view = deployment.shown().view({})
-        return {
-            "scenario": scenario_file(found.scenario),
-            "most_chunk": found.chunk,
-            "rounded_layers": list(found.rounded_layers),
-            "weights": weights_form(view),
-        }
-
-    async def scenario(self, model: str) -> dict[str, Any]:
-        """What a running deployment was planned for, and its plan; "running" is that with all times as of now.
-
-        NotFoundError if none was started here.
-        """
-        deployment = self._running(model)
-        blueprint = deployment.blueprint
-        if blueprint is None:
-            raise UnavailableError(f"{model} has no plan yet")
-        return await as_it_runs(self._around, deployment.id, blueprint)
-
-    async def bench(
-        self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
-    ) -> dict[str, Any]:
-        """Measured now, beside whatever else goes on. BadInputError if it does not fit the deployment's slots."""
-        deployment = self._running(model)
-        if deployment.state != "serving" or deployment.blueprint is None or deployment.model.inspected is None:
-            raise UnavailableError(f"{model} is {deployment.state}; wait until it serves")
-        work = deployment.blueprint.workload
-        if sequences > work.sequences or prompt_tokens + output_tokens > work.context:
-            room = f"{work.sequences} slots of {work.context} tokens"
-            raise BadInputError(f"{model} has {room}; ask for fewer sequences or tokens")
-        return await measured(
-            deployment.sequences.generate,
-            deployment.id,
-            deployment.model.inspected.vocabulary,
-            sequences=sequences,
-            prompt=prompt_tokens,
-            output=output_tokens,
-            apart=apart,
-        )
-
-    async def record(self, model: str) -> int:
-        """Every device of the plan records what it does, until `recorded`; the recording's number."""
-        deployment = self._running(model)
-        if deployment.state != "serving" or deployment.blueprint is None:
-            raise UnavailableError(f"{model} is {deployment.state}; wait until it serves")
-        return await self._traces.begin(deployment.id, deployment.blueprint)
-
-    async def recorded(self, model: str, number: int) -> bytes:
-        """The trace, as the file that chrome://tracing opens. RefusedError if that recording is over."""
-        return await self._traces.end(number, self._running(model).id, model)
-
     def _find(self, model: str) -> Deployment | None:
         """By name, path or hub id: no name is another's path."""
         known = (held for held in self._deployments.values() if model in (held.options.name, held.options.model))
@@ -240,12 +174,6 @@ class Coordinator:
         """The options with the path or hub id of a model that was asked for by its name."""
         held = self._find(options.model)
         return options if held is None else replace(options, model=held.options.model)
-
-    def _running(self, model: str) -> Deployment:
-        deployment = self._find(model)
-        if deployment is None:
-            raise NotFoundError(f"{model} does not run from here; `peerllm status` lists what does")
-        return deployment
 
     async def stop(self, model: str) -> None:
         """NotFoundError if no such model was started here."""
@@ -279,7 +207,7 @@ class Coordinator:
         )
 
     def profiles(self) -> dict[DeploymentId, Mapping[str, Any]]:
-        """What the plans made here went by: device name to its layer times."""
+        """By deployment the layer times that its last plan was made from, by device name."""
         return {deployment.id: deployment.plans.profiles for deployment in self._deployments.values()}
 
     def own_tensors(self, deployment: DeploymentId) -> dict[str, TensorAt]:

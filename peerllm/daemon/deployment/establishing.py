@@ -55,7 +55,7 @@ class Epoch:
         return self.blueprint.plan.devices
 
     def layers(self, device: DeviceId) -> frozenset[int]:
-        """What the device computes in it."""
+        """The layers that the device computes in this epoch."""
         mine = (stage for stage in self.blueprint.plan.stages if stage.device == device)
         return frozenset(layer for one in mine for layer in range(one.first_layer, one.last_layer + 1))
 
@@ -77,7 +77,7 @@ class EpochNegotiation:
         loaded: Callable[[int, float], None],
     ) -> None:
         self._around, self._deployment = around, deployment
-        self._holdings, self._say, self._reserved, self._loaded = holdings, say, reserved, loaded
+        self.holdings, self._say, self._reserved, self._loaded = holdings, say, reserved, loaded
         self._ending: dict[DeviceId, set[asyncio.Task[object]]] = {}  # releases that devices have not answered yet
 
     async def establish(
@@ -109,7 +109,7 @@ class EpochNegotiation:
         await assign_all(around, work)
         self._loaded(fresh, time.monotonic() - began)
         for stage in blueprint.plan.stages:
-            self._holdings.load(stage.device, epoch.number, (stage.first_layer, stage.last_layer), epoch.size)
+            self.holdings.load(stage.device, epoch.number, (stage.first_layer, stage.last_layer), epoch.size)
         self._say("connecting", None)
         await activate_all(around, self._deployment, epoch.number, epoch.devices)
 
@@ -124,17 +124,17 @@ class EpochNegotiation:
         ending.add(task)
         try:
             if await release(self._around, device, self._deployment, number, only):
-                self._holdings.end(device, number, only)
+                self.holdings.end(device, number, only)
         finally:
             ending.discard(task)
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     async def _reserve_all(self, epoch: Epoch, make_room: bool) -> None:
-        """In the one order that all coordinators use, so that the first of two rivals wins all."""
+        """Reserve on every device, in the one order that all coordinators use: the first of two rivals wins all."""
         for device in sorted(epoch.blueprint.promises):
             answer = await self._reserve(epoch, device)
-            if answer.error == "RefusedError" and make_room and device in self._holdings.of_before(epoch.number):
+            if answer.error == "RefusedError" and make_room and device in self.holdings.of_before(epoch.number):
                 await self.let_go(epoch.number - 1, (device,))
                 answer = await self._reserve(epoch, device)
             if answer.error:
@@ -144,23 +144,23 @@ class EpochNegotiation:
                 raise DeviceRefusedError(reason, device, wanted, answer.free_bytes, away, past)
 
     def _added_bytes(self, epoch: Epoch, device: DeviceId) -> int:
-        """What the epoch needs there beyond what is loaded."""
-        shards = self._holdings.shards(device, epoch.size)
+        """What the epoch needs on the device beyond what is loaded there."""
+        shards = self.holdings.shards(device, epoch.size)
         return min(epoch.blueprint.promises[device], added_bytes(epoch.blueprint, device, shards))
 
     async def _reserve(self, epoch: Epoch, device: DeviceId) -> Answer:
         if ending := self._ending.get(device):
             await asyncio.wait(ending)
-        nbytes, holdings = epoch.blueprint.promises[device], self._holdings
+        nbytes = epoch.blueprint.promises[device]
         added = self._added_bytes(epoch, device)
         answer = await reserve(self._around, device, self._deployment, epoch.number, nbytes, added)
         if not answer.error:
-            holdings.promise(device, epoch.number, nbytes, added)
+            self.holdings.promise(device, epoch.number, nbytes, added)
         return answer
 
 
 def failure_of(error: PeerLLMError) -> tuple[DeviceId | None, PeerLLMError]:
-    """Whose fault it is that an epoch was not established, and what it said."""
+    """The device that kept an epoch from being established, None if it was none, and the error that says why."""
     if isinstance(error, DeviceFailedError):
         return error.device, error.error
     if isinstance(error, DeviceRefusedError):

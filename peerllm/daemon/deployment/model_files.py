@@ -117,7 +117,7 @@ async def _on_disk(paths: Paths, cache: Path, missing_bytes: int = 0) -> ModelOn
 
 
 async def _directory(paths: Paths, cache: Path) -> Path:
-    """A model directory; of GGUF files one is made, which takes seconds where the vocabulary is large."""
+    """The model's directory. For GGUF files one is made, which takes seconds where the vocabulary is large."""
     if not any(path.suffix.lower() == SUFFIX for path in paths):
         if (paths[0] / TENSOR_LIST).exists():  # only a list that this daemon wrote may name files of this disk
             raise ModelError(f"{paths[0]} has a {TENSOR_LIST}, which is for GGUF files: name the .gguf file itself")
@@ -126,7 +126,7 @@ async def _directory(paths: Paths, cache: Path) -> Path:
 
 
 def _local(model: str) -> Paths:
-    """Where it lies on this disk, if it was not named as the hub does; NotFoundError for what is no name at all."""
+    """The model's files on this disk; () for a name of the hub that is not here. NotFoundError for what is no name."""
     if model == BUILTIN:
         return (Path(MODEL_DIR),)
     path = Path(model).expanduser()
@@ -153,7 +153,7 @@ def _plain(model: str) -> str:
 
 
 async def _asked(model: str) -> hub.Repository:
-    """What the hub has; UnavailableError where it does not answer. Whoever is slow is not waited for."""
+    """What the hub has; UnavailableError where it does not answer within a bounded time."""
     repository, tag = hub_name(_plain(model))
     one = known(model)
     here = await asyncio.to_thread(cached, repository, tag)

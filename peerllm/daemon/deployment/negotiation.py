@@ -9,15 +9,23 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from peerllm import errors
-from peerllm.daemon.control_messages import Activate, Answer, Assign, Carry, DeploymentView, Question, Release, Reserve
+from peerllm.daemon.control_messages import (
+    Activate,
+    Answer,
+    Assign,
+    Carry,
+    DeploymentView,
+    LoadQuestion,
+    Release,
+    Reserve,
+)
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.hub_places import HubPlaces
 from peerllm.daemon.deployment.model_files import ModelOnDisk, Tell
 from peerllm.daemon.threads import Progress
 from peerllm.engine.messages import Cancel, Inspected, Submit, TensorAt
-from peerllm.errors import LinkError, PeerLLMError
+from peerllm.errors import LinkError, PeerLLMError, error_class
 from peerllm.types import DeploymentId, DeviceId
 
 LEASE_S = 30.0  # from the first reservation to the last assignment
@@ -51,7 +59,7 @@ class Surroundings(Protocol):
         """Where another device's data plane is reached from here."""
         ...
 
-    async def ask(self, device: DeviceId, question: Question, timeout_s: float) -> Answer:
+    async def ask(self, device: DeviceId, question: LoadQuestion, timeout_s: float) -> Answer:
         """LinkError if the device cannot be asked or does not answer in time."""
         ...
 
@@ -91,10 +99,7 @@ class Surroundings(Protocol):
 def unless_error(answer: Answer, name: str) -> None:
     """Raise what the device's answer says, as the error class it names."""
     if answer.error:
-        kind = getattr(errors, answer.error, PeerLLMError)
-        if not (isinstance(kind, type) and issubclass(kind, PeerLLMError)):
-            kind = PeerLLMError
-        raise kind(f"{name}: {answer.reason}")
+        raise error_class(answer.error)(f"{name}: {answer.reason}")
 
 
 class DeviceFailedError(PeerLLMError):
@@ -157,7 +162,7 @@ async def carry_all(around: Surroundings, carried: Iterable[tuple[DeviceId, Carr
     await asyncio.gather(*(one(device, question) for device, question in carried))
 
 
-async def _done(around: Surroundings, device: DeviceId, question: Question, timeout_s: float) -> None:
+async def _done(around: Surroundings, device: DeviceId, question: LoadQuestion, timeout_s: float) -> None:
     try:
         unless_error(await around.ask(device, question, timeout_s), around.name(device))
     except PeerLLMError as error:

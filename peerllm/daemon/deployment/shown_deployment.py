@@ -10,8 +10,6 @@ from peerllm.daemon.deployment.described_model import DescribedModel
 from peerllm.daemon.facade import RunOptions, ServedModel
 from peerllm.types import DeploymentId, DeviceId
 
-UNDER_WAY = ("planning", "loading")  # states in which there is progress to tell
-
 
 @dataclass(frozen=True, slots=True)
 class ShownDeployment:
@@ -41,7 +39,7 @@ class ShownDeployment:
             model=options.model,
             name=options.name,
             context=self._context,
-            message=self._message,
+            message=self.message,
             state=self.state,
             epoch=self.epoch,
             coordinator=self.coordinator,
@@ -77,14 +75,10 @@ class ShownDeployment:
             model_dir=self.model.model_dir,
             context=self._context,
             stop_ids=self.model.inspected.stop_ids if self.model.inspected is not None else (),
-            message=self._message,
+            message=self.message,
             progress=self.progress,
             missing_bytes=self.missing_bytes,
         )
-
-    @property
-    def _message(self) -> str:
-        return self.message if self.state in UNDER_WAY else ""
 
     @property
     def _context(self) -> int:

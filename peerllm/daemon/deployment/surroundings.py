@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from peerllm.daemon.control_messages import Answer, DeploymentView, Hello, Question
+from peerllm.daemon.control_messages import Answer, DeploymentView, Hello, LoadQuestion
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.hub_places import HubPlaces, hub_key
@@ -48,7 +48,7 @@ class Parts(Protocol):
 
 
 class Home:
-    """Questions to this device itself are answered by its own worker, as for any coordinator, without a link."""
+    """The surroundings of a real device. Questions to this device itself go to its own worker, without a link."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -86,7 +86,7 @@ class Home:
         peer = self._parts.network.peers().get(device)
         return (peer.hosts, peer.data_port) if peer is not None else ((), 0)
 
-    async def ask(self, device: DeviceId, question: Question, timeout_s: float) -> Answer:
+    async def ask(self, device: DeviceId, question: LoadQuestion, timeout_s: float) -> Answer:
         if device == self.me:
             return await self._parts.worker.answer(device, question)
         try:
@@ -126,7 +126,7 @@ class Home:
         return await asyncio.to_thread(self.outlines.places, {tensor.path for tensor in tensors})
 
     def own_tensors(self, tensors: Mapping[str, TensorAt]) -> dict[str, TensorAt]:
-        """Those of them that have bytes in files of this device: an outline has none."""
+        """The tensors whose bytes lie in files of this device; those of an outline do not."""
         return {name: tensor for name, tensor in tensors.items() if not self.outlines.holds(tensor.path)}
 
     def tell_engine(self, message: Submit | Cancel) -> None:

@@ -38,7 +38,7 @@ class _Begun:
 
 
 class Traces:
-    """One recording per deployment: the latest; ending an earlier one raises RefusedError."""
+    """Keeps the latest recording of each deployment; ending an earlier one raises RefusedError."""
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
@@ -46,7 +46,7 @@ class Traces:
         self._begun: dict[int, _Begun] = {}
 
     async def begin(self, deployment: DeploymentId, blueprint: Blueprint) -> int:
-        """Every device of the plan records from now on; raises why one does not. The recording's number."""
+        """Make every device of the plan record; raises why one does not. Returns the recording's number."""
         devices = blueprint.plan.devices
         clocks = _all(await self._each(devices, lambda device: self._clock(device, deployment)))
         began = time.perf_counter_ns()
@@ -60,7 +60,7 @@ class Traces:
         return number
 
     async def end(self, number: int, deployment: DeploymentId, model: str) -> bytes:
-        """Ends a recording on every device; the file. A device that does not tell is named in it."""
+        """End a recording on every device; returns the file, which names the devices that did not tell."""
         begun = self._begun.get(number)
         if begun is None or begun.deployment != deployment:
             raise RefusedError("this recording is over: another one of the same model has taken its place")
@@ -142,5 +142,5 @@ def _unless(found: T | PeerLLMError) -> T:
 
 
 def _all(found: dict[DeviceId, T | PeerLLMError]) -> dict[DeviceId, T]:
-    """Raises the first error."""
+    """Wait for all; raises the first error."""
     return {device: _unless(one) for device, one in found.items()}

@@ -6,19 +6,16 @@ import asyncio
 import logging
 import re
 import secrets
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
 from time import monotonic
 
-import ifaddr
-import psutil
 from zeroconf import DNSQuestionType, ServiceListener, Zeroconf
 from zeroconf import Error as ZeroconfError
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from peerllm.daemon.discovery.advert import SERIAL_KEY, Advert, from_txt, serial_of, to_txt
+from peerllm.daemon.discovery.interfaces import MAX_ADDRESSES, Interfaces, dialable, interfaces, rank
 
 SERVICE = "_peerllm._tcp.local."
 INTERFACE_CHECK_S = 5.0  # how often the machine's addresses are looked at
@@ -27,10 +24,8 @@ RETRY_MOST_S = 60.0  # where mDNS does not work at all, it is tried again at lea
 RESOLVE_TIMEOUT_MS = 3000
 MAX_SIGHTINGS = 256  # devices remembered; further ones are not looked at
 MAX_RESOLVING = 32
-MAX_ADDRESSES = 16  # per device
 LATE_SERIALS = 1024  # an advert at most so many behind the newest came late; a restart draws its serial anew ...
 LATE_S = 10.0  # ... and for so long: who forges a high one hides the device no longer than that
-LOCAL_PROBE = ("192.0.2.1", 9)  # documentation address (RFC 5737): a UDP socket "connects" without sending
 _INSTANCE = re.compile(r"([0-9a-f]{16})\._peerllm\._tcp\.local\.")
 
 log = logging.getLogger(__name__)
@@ -49,14 +44,6 @@ class Gone:
     """A device's advert ended or ran out."""
 
     short_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Interfaces:
-    """What to open sockets on (`bind`, for zeroconf) and what to tell others (`addresses`)."""
-
-    bind: tuple[str | int, ...]
-    addresses: tuple[str, ...]
 
 
 class Discovery(ServiceListener):
@@ -155,8 +142,8 @@ class Discovery(ServiceListener):
         except ValueError as error:
             log.debug("the advert of %s is ignored: %s", short_id, error)
             return
-        addresses = tuple(a for a in info.parsed_scoped_addresses() if _dialable(a))
-        seen = Seen(advert, tuple(dict.fromkeys(sorted(addresses, key=_rank)))[:MAX_ADDRESSES])
+        addresses = tuple(a for a in info.parsed_scoped_addresses() if dialable(a))
+        seen = Seen(advert, tuple(dict.fromkeys(sorted(addresses, key=rank)))[:MAX_ADDRESSES])
         if not seen.addresses:
             return
         if serial != newest or not came:
@@ -248,74 +235,3 @@ class Discovery(ServiceListener):
                 await zeroconf.async_close()
         except (OSError, ZeroconfError) as error:
             log.debug("mDNS did not close cleanly: %s", error)
-
-
-def interfaces(only: Sequence[str] | None = None) -> Interfaces:
-    """The interfaces that are up, loopback only where there is nothing else; `only` names their addresses instead.
-
-    OSError if the machine has no address at all.
-    """
-    if only is not None:
-        return Interfaces(tuple(only), tuple(only))
-    try:
-        adapters = list(ifaddr.get_adapters())
-    except OSError:  # Android denies it
-        address = local_address()
-        return Interfaces((address,), (address,))
-    up = _up()
-    found: dict[str, str | int] = {}
-    loopback: dict[str, str | int] = {}
-    for adapter in adapters:
-        if up is not None and adapter.name not in up:
-            continue
-        for ip in adapter.ips:
-            address = ip.ip if isinstance(ip.ip, str) else ip.ip[0].partition("%")[0]
-            bind = address if isinstance(ip.ip, str) else adapter.index
-            if bind is None:
-                continue
-            (loopback if ip_address(address).is_loopback else found)[address] = bind
-    found = found or loopback
-    if not found:
-        raise OSError("no network interface is up")
-    used = _used()  # a bridge of containers has an address too, but nobody else reaches that
-    addresses = tuple(sorted(found, key=lambda address: (address != used, _rank(address))))[:MAX_ADDRESSES]
-    return Interfaces(tuple(dict.fromkeys(found[a] for a in addresses)), addresses)
-
-
-def local_address() -> str:
-    """The address this machine would send from, without looking at its interfaces. OSError if it has none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(LOCAL_PROBE)
-        return str(probe.getsockname()[0])
-
-
-def _used() -> str:
-    """The address this machine would send from, "" where it has no way out."""
-    try:
-        return local_address()
-    except OSError:
-        return ""
-
-
-def _up() -> set[str] | None:
-    """Names of the interfaces that are up; None where that cannot be known."""
-    try:
-        return {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    except (OSError, RuntimeError):
-        return None
-
-
-def _dialable(address: str) -> bool:
-    try:
-        ip = ip_address(address)
-    except ValueError:
-        return False
-    # A link-local IPv6 address says nothing without the interface it was heard on.
-    zoned = not (ip.version == 6 and ip.is_link_local) or "%" in address
-    return not ip.is_multicast and not ip.is_unspecified and zoned
-
-
-def _rank(address: str) -> tuple[int, str]:
-    """IPv4 first, link-local and loopback addresses last."""
-    ip = ip_address(address)
-    return (4 * ip.is_loopback + 2 * ip.is_link_local + (ip.version == 6), address)

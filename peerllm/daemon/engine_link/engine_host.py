@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from peerllm import errors
 from peerllm.daemon.engine_link.engine_child import FIXED, EngineChild
+from peerllm.daemon.engine_link.restart_backoff import RestartBackoff
 from peerllm.engine.messages import (
     Configure,
     Configured,
@@ -28,15 +28,14 @@ from peerllm.engine.messages import (
     ToEngine,
     Tokens,
     Trust,
+    Working,
 )
 from peerllm.engine.process.engine_line import Channel, SocketChannel
-from peerllm.errors import EngineDownError, EngineError, LinkError, PeerLLMError
+from peerllm.errors import EngineDownError, EngineError, LinkError, PeerLLMError, error_class
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 180.0  # libraries on a small board, from a slow card
-RESTART_FIRST_S, RESTART_MOST_S = 0.5, 30.0  # pause before a restart; doubles each time
-HEALTHY_S = 60.0  # an engine that lived so long starts again after the first pause
 IDLE_S = 60.0  # an engine that holds nothing and was asked nothing for so long is ended
 MAX_PENDING = 1024  # questions the engine has not answered
 STOP_TIMEOUT_S = 10.0  # for the threads of an engine in this process
@@ -85,6 +84,7 @@ class EngineHost:
         self._ready: asyncio.Future[Configured] | None = None  # the start that is awaited
         self._wanted = asyncio.Event()  # an idle engine is asked for
         self._used = 0.0  # when something was last asked of the engine
+        self._backoff = RestartBackoff(time.monotonic)
         self._state = STOPPED
 
     @property
@@ -197,14 +197,14 @@ class EngineHost:
             self._ready.exception()  # whoever waits may be gone
 
     async def _supervise(self, idle: bool) -> None:
-        pause_s, first = RESTART_FIRST_S, not idle
+        first = not idle
         while True:
             if idle:
                 await self._wanted.wait()
                 self._wanted.clear()
             else:
                 self._state = STARTING
-            started = time.monotonic()
+            self._backoff.started()
             why: PeerLLMError = EngineError("the engine ended")
             try:
                 await self._live()
@@ -220,12 +220,10 @@ class EngineHost:
             if first and not was_ready:
                 return
             first = False
-            if time.monotonic() - started >= HEALTHY_S:
-                pause_s = RESTART_FIRST_S
-            log.error("%s; starting the engine again in %.1f s", why, pause_s)
+            pause_s = self._backoff.pause_s()
+            log.error("%s; starting the engine again%s", why, f" in {pause_s:.1f} s" if pause_s else "")
             self._call(self._on_lost if was_ready else self._on_state, str(why))
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, RESTART_MOST_S)
 
     async def _live(self) -> None:
         """One engine from its start to its end: returns if it became idle, else raises why it ended."""
@@ -308,11 +306,14 @@ class EngineHost:
         if isinstance(message, Tokens | LoadProgress | LinkLost | LinkTraffic):
             self._call(self._on_event, message)
             return
+        if isinstance(message, Working):
+            self._backoff.working()
+            return
         answer = self._pending.pop(message.request, None)
         if answer is None or answer.done():  # whoever asked waits no longer
             return
         if isinstance(message, Failed):
-            answer.set_exception(_error(message))
+            answer.set_exception(error_class(message.kind, EngineError)(message.reason))
         else:
             answer.set_result(message)
 
@@ -379,11 +380,3 @@ class _EngineThread:
     async def close(self) -> None:
         self.channel.close()
         await asyncio.to_thread(self._thread.join, STOP_TIMEOUT_S)
-
-
-def _error(message: Failed) -> PeerLLMError:
-    """The error that the engine named, or an EngineError."""
-    kind = getattr(errors, message.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, PeerLLMError)):
-        kind = EngineError
-    return kind(message.reason)

@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from peerllm import errors
 from peerllm.daemon.control_messages import Answer, Ask, Question
-from peerllm.errors import LinkError, OverloadedError, PeerLLMError
+from peerllm.errors import LinkError, OverloadedError, PeerLLMError, UnavailableError, error_class
 from peerllm.types import DeviceId
 
 MAX_PENDING = 1024  # questions this device waits for
@@ -29,10 +28,7 @@ log = logging.getLogger(__name__)
 
 def named_error(answer: Answer) -> PeerLLMError:
     """The error that an answer names, with its `free_bytes`; a plain PeerLLMError if its class is unknown here."""
-    kind = getattr(errors, answer.error, None)
-    if not (isinstance(kind, type) and issubclass(kind, PeerLLMError)):
-        kind = PeerLLMError
-    error = kind(answer.reason or answer.error)
+    error = error_class(answer.error)(answer.reason or answer.error)
     error.free_bytes = answer.free_bytes  # type: ignore[attr-defined]
     return error
 
@@ -114,7 +110,7 @@ class Asks:
     async def _answer(self, device: DeviceId, ask: Ask) -> None:
         try:
             if self._handler is None:
-                raise errors.UnavailableError("this device answers no questions yet")
+                raise UnavailableError("this device answers no questions yet")
             answer = await self._handler(device, ask.body)
             reply = replace(answer, number=ask.number, reason=answer.reason[:MAX_REASON_CHARS])
         except PeerLLMError as error:

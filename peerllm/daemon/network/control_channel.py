@@ -19,7 +19,7 @@ from aiohttp import web
 
 from peerllm.codec import MAX_MESSAGE_BYTES, decode, encode
 from peerllm.daemon.control_messages import Ask, Control, Heartbeat, Hello
-from peerllm.daemon.decide.membership import LinkName
+from peerllm.daemon.decide.membership_events import LinkName
 from peerllm.daemon.network.limits.message_sizes import MOST_OPENING_BYTES, check_class, check_size
 from peerllm.daemon.network.limits.traffic_budget import TrafficBudget
 from peerllm.errors import LinkError

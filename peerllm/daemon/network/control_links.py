@@ -15,7 +15,8 @@ import aiohttp
 from aiohttp import web
 
 from peerllm.daemon.control_messages import Control, DeviceView, Goodbye, Hello, LinkTable
-from peerllm.daemon.decide import membership as m
+from peerllm.daemon.decide import membership_events as m
+from peerllm.daemon.decide.membership import Membership
 from peerllm.daemon.network.control_channel import (
     CLOSE_TIMEOUT_S,
     FRAME_BYTES,
@@ -53,7 +54,7 @@ class LinkListener(Protocol):
 
     def hello(self) -> Hello: ...
     def certificates(self) -> Mapping[DeviceId, str]: ...
-    def on_hello(self, device: DeviceId, hello: Hello, host: str) -> None: ...
+    def on_hello(self, device: DeviceId, hello: Hello) -> None: ...
     def on_up(self, device: DeviceId, address: str) -> None: ...
     def on_member(self, change: m.Changed) -> None: ...
     def on_message(self, device: DeviceId, message: Control) -> None: ...
@@ -63,7 +64,7 @@ class ControlLinks:
     """Keeps one channel in use per device. Feed it what happens; it does what membership answers."""
 
     def __init__(self, identity: Identity, static: tuple[m.Address, ...], watcher: LinkListener) -> None:
-        self.membership = m.Membership(identity.device, static)
+        self.membership = Membership(identity.device, static)
         self.problems: dict[m.Address, str] = {}  # of `--peer` addresses that cannot be used
         self._identity = identity
         self._watcher = watcher
@@ -103,6 +104,10 @@ class ControlLinks:
 
     def find(self, device: DeviceId) -> ControlChannel | None:
         return self._using.get(device)
+
+    def spend(self, device: DeviceId, busy_s: float) -> None:
+        """Count work for a device beside what its messages cost when they are read."""
+        self._shares.budget(device).spend(0, busy_s, time.monotonic())
 
     async def accept(self, request: web.Request) -> web.StreamResponse:
         """GET /control/{number}: a device that dialled this one."""
@@ -265,7 +270,7 @@ class ControlLinks:
         self._largest[device] = max(self._largest.get(device, 0), link.number)
         self._none_left.clear()
         try:
-            self._watcher.on_hello(device, hello, host)
+            self._watcher.on_hello(device, hello)
             self.feed(m.Up(link, device, host, hello.control_port, target))
             if self._using.get(device) is channel:
                 address = host_of(websocket.get_extra_info("peername"))

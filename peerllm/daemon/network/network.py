@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
 from aiohttp import web
 
+from peerllm.daemon.background_tasks import BackgroundTasks
 from peerllm.daemon.control_messages import (
     Answer,
     Ask,
@@ -25,26 +26,28 @@ from peerllm.daemon.control_messages import (
     Question,
     Whereabouts,
 )
-from peerllm.daemon.decide import membership as m
-from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, Advert, printable_name
+from peerllm.daemon.decide import membership_events as m
+from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, printable_name
 from peerllm.daemon.facade import RelayedAnswer
 from peerllm.daemon.network.asks import Asks, Handler
 from peerllm.daemon.network.control_links import ControlLinks
 from peerllm.daemon.network.heartbeats.heartbeat_thread import HeartbeatThread
-from peerllm.daemon.network.household_pairing import HouseholdPairing
+from peerllm.daemon.network.household_roster import HouseholdRoster
+from peerllm.daemon.network.messenger import Messenger
 from peerllm.daemon.network.network_callbacks import NetworkCallbacks, call
 from peerllm.daemon.network.network_files import Known, NetworkFiles
+from peerllm.daemon.network.pairing.household_pairing import HouseholdPairing
 from peerllm.daemon.network.peer import Peer, Sighting
-from peerllm.daemon.network.peer_http import PeerHttp, add_probe
-from peerllm.daemon.network.peer_store import PeerStore, whereabouts
+from peerllm.daemon.network.peer_http import ControlPort, PeerHttp
+from peerllm.daemon.network.peer_store import PeerStore
+from peerllm.daemon.network.speed.bandwidth_probe import BandwidthProbe, add_probe
 from peerllm.daemon.network.speed.link_monitor import LinkMonitor, LinkProbes
-from peerllm.daemon.network.visible_devices import VisibleDevices
+from peerllm.daemon.network.visible_devices import VisibleDevices, own_advert
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError, LinkError, NotFoundError, PairingError
 from peerllm.transport.identity import Identity
 from peerllm.transport.pairing.code import normalise
 from peerllm.transport.roster.entry import RosterEntry
-from peerllm.transport.roster.roster import Roster
 from peerllm.transport.tls.tls_server import TlsServer
 from peerllm.types import DeviceId
 
@@ -79,27 +82,35 @@ class Network:
         self._links = ControlLinks(identity, settings.peers, self)
         self._heartbeats = HeartbeatThread(identity.device, lambda device: self._links.feed(m.HeartbeatHeard(device)))
         self._asks = Asks(lambda device, message: self._links.channel(device).send(message))
-        self._http = PeerHttp(identity)
+        self._http = PeerHttp(identity, self._where)
         self._store = NetworkFiles(settings.data_dir)
         self._callbacks = NetworkCallbacks()
-        reach = LinkProbes(self._measure, self._rtts_ms, self._online, self.broadcast)
+        name = printable_name(settings.name)
+        self._roster = HouseholdRoster(identity, name, self._store.roster(identity, name))
+        self._messenger = Messenger(self._links, self._roster, self._heartbeats)
+        probe = BandwidthProbe(self._http.get)
+        reach = LinkProbes(probe.measure_mbps, self._rtts_ms, self._messenger.online, self.broadcast)
         self.link_monitor = LinkMonitor(identity.device, reach, idle, self._callbacks.changed)
-        self._roster = self._store.roster(identity, printable_name(settings.name))
         self._peer_store = PeerStore(self._store.known())
-        self._view: DeviceView | None = None
-        self._visible = VisibleDevices(settings.mdns, interfaces, self._advert, self._links.feed, self._visible_changed)
+        self._visible = VisibleDevices(
+            settings.mdns,
+            interfaces,
+            lambda: own_advert(identity.device, self.hello(), self.link_monitor.fastest_mbps, self._pairing),
+            self._links.feed,
+            self._visible_changed,
+        )
         self._callbacks.change.append(self._visible.advertise)
+        self._tasks = BackgroundTasks()
         self._pairing = HouseholdPairing(
             settings,
             identity,
-            lambda: self._roster,
+            lambda: self._roster.roster,
             self.sightings,
-            lambda: self._spawn(self._apply_roster(), "paired"),
+            lambda: self._tasks.start(self._apply_roster(), "network-paired"),
             self._visible.advertise,
         )
         self._applying = asyncio.Lock()
         self._trusting: frozenset[DeviceId] = frozenset()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._listening = False
         self._closed = False
         self._app.router.add_get("/control/{number}", self._links.accept)
@@ -133,9 +144,7 @@ class Network:
         await self._visible.close()
         await self._asks.close()
         await self.link_monitor.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await self._http.close()
         await self._server.close()
         await self._save()
@@ -162,11 +171,11 @@ class Network:
 
     def peers(self) -> Mapping[DeviceId, Peer]:
         """Every other device of the household, here or away."""
-        return {device: self._peer(entry) for device, entry in self._others().items()}
+        return {device: self._peer(entry) for device, entry in self._roster.others().items()}
 
     def name(self, device: DeviceId) -> str:
         """What people call another device; the start of its id if it is not of the household."""
-        entry = self._others().get(device)
+        entry = self._roster.others().get(device)
         return self._peer(entry).name if entry is not None else device[:8]
 
     def roster(self) -> tuple[RosterEntry, ...]:
@@ -177,19 +186,13 @@ class Network:
         """Devices heard of by mDNS that are not of the household."""
         return self._visible.strangers({device[:SHORT_ID_DIGITS] for device in self._roster.members()})
 
-    def _others(self) -> dict[DeviceId, RosterEntry]:
-        return {device: e for device, e in self._roster.members().items() if device != self.identity.device}
-
-    def _online(self) -> Iterable[DeviceId]:
-        return [device for device, one in self._links.membership.members.items() if one.state == "online"]
-
     def _peer(self, entry: RosterEntry) -> Peer:
         member, channel = self._links.membership.members.get(entry.device), self._links.find(entry.device)
         rtt_ms = channel.rtt_ms if channel else None
         return self._peer_store.peer(entry, member, rtt_ms, self.link_monitor.mbps(entry.device))
 
     def _rtts_ms(self) -> dict[DeviceId, float]:
-        channels = ((device, self._links.find(device)) for device in self._online())
+        channels = ((device, self._links.find(device)) for device in self._messenger.online())
         return {device: one.rtt_ms for device, one in channels if one is not None and one.rtt_ms is not None}
 
     # ---- talking ----
@@ -202,23 +205,21 @@ class Network:
         """Answer questions with `handler`; an exception of it becomes an answer that names it."""
         self._asks.answer_with(handler)
 
+    def kept_busy(self, device: DeviceId, seconds: float) -> None:
+        """Answering a device took a processor so long, off the loop: it counts as what it sends does."""
+        self._links.spend(device, seconds)
+
     def tell(self, device: DeviceId, message: Control) -> None:
         """Send a message and forget it; a device that is away misses it."""
-        try:
-            self._links.channel(device).send(message)
-        except LinkError as error:
-            log.debug("a %s was not told: %s", type(message).__name__, error)
+        self._messenger.tell(device, message)
 
     def broadcast(self, message: Control) -> None:
         """Tell every device that is here. The last DeviceView is also told to those that come later."""
-        if isinstance(message, DeviceView):
-            self._view = message
-        for device in self._online():
-            self.tell(device, message)
+        self._messenger.broadcast(message)
 
     async def say_goodbye(self, reason: str) -> None:
         """End all links for now, so that nobody waits for this device; they come back by themselves."""
-        await self._links.last_words(self._online(), Goodbye(reason), reason)
+        await self._links.last_words(self._messenger.online(), Goodbye(reason), reason)
 
     def set_hello_changed(self) -> None:
         """What this device says of itself has changed: say it again, to the household and by mDNS."""
@@ -245,33 +246,25 @@ class Network:
 
     async def get(self, device: DeviceId, path: str, offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """Exactly `length` bytes of a path on the device from `offset` on. LinkError if it breaks, NotFoundError."""
-        host, port, pem = self._where(device)
         async with (
-            aclosing(self._http.get(device, pem, host, port, path, offset, length)) as blocks,
+            aclosing(self._http.get(device, path, offset, length)) as blocks,
             aclosing(self.link_monitor.metered(device, blocks)) as metered,
         ):
             async for chunk in metered:
                 yield chunk
 
-    @asynccontextmanager
-    async def post(
+    def post(
         self, device: DeviceId, path: str, headers: Mapping[str, str], body: bytes
-    ) -> AsyncIterator[RelayedAnswer]:
+    ) -> AbstractAsyncContextManager[RelayedAnswer]:
         """What the device answers to a POST at its control port. LinkError if it is away or the link breaks."""
-        host, port, pem = self._where(device)
-        async with self._http.post(device, pem, host, port, path, headers, body) as answer:
-            yield answer
+        return self._http.post(device, path, headers, body)
 
-    def _where(self, device: DeviceId) -> tuple[str, int, str]:
+    def _where(self, device: DeviceId) -> ControlPort:
         channel = self._links.channel(device)
-        member, entry = self._links.membership.members.get(device), self._others().get(device)
+        member, entry = self._links.membership.members.get(device), self._roster.others().get(device)
         if member is None or entry is None:
             raise LinkError(f"{device[:8]} is no longer of the household")
-        return channel.host, member.port, entry.certificate_pem
-
-    async def _measure(self, device: DeviceId) -> float:
-        host, port, pem = self._where(device)
-        return await self._http.measure_mbps(device, pem, host, port)
+        return ControlPort(channel.host, member.port, entry.certificate_pem)
 
     # ---- pairing ----
 
@@ -282,45 +275,45 @@ class Network:
     async def join(self, code: str, at: tuple[str, int] | None) -> str:
         """Join the household whose door the code opens; returns the inviter's name. PairingError says why not."""
         code = normalise(code)
-        if others := self._others():
+        if others := self._roster.others():
             name = next(iter(others.values())).name
             raise PairingError(f"this device is in a household with {name} already; run `peerllm leave` first")
         joined = await self._pairing.join(code, at, self._visible.blind)
         inviter = joined.result.device
-        self._roster.merge(joined.result.entries)
+        self._roster.roster.merge(joined.result.entries)
         self._peer_store.known[inviter] = Known(inviter, joined.result.name, (joined.host,), joined.control_port, 0)
         await self._apply_roster()
         return joined.result.name
 
     async def leave(self) -> None:
         """Leave the household; the others are told. BadInputError if this device is in none."""
-        if not self._others():
+        if not self._roster.others():
             raise BadInputError("this device is in no household")
-        self._roster.remove(self.identity, self.identity.device)
-        await self._links.last_words(self._online(), Gossip(self._roster.export()), "left the household")
+        self._roster.remove(self.identity.device)
+        await self._links.last_words(self._messenger.online(), self._roster.gossip(), "left the household")
         await self._start_anew()
 
     async def remove(self, device: DeviceId) -> None:
         """Put a device out of the household. NotFoundError if it is not in it."""
         if device == self.identity.device:
             return await self.leave()
-        if device not in self._others():
+        if device not in self._roster.others():
             raise NotFoundError(f"no device {device[:8]} belongs to this household")
-        self._roster.remove(self.identity, device)
-        await self._links.last_words((device,), Gossip(self._roster.export()), "removed from the household")
+        self._roster.remove(device)
+        await self._links.last_words((device,), self._roster.gossip(), "removed from the household")
         await self._apply_roster()
 
     # ---- the roster ----
 
     async def _start_anew(self) -> None:
         async with self._applying:
-            self._roster = Roster.create(self.identity, printable_name(self._settings.name))
+            self._roster.start_anew()
         await self._apply_roster()
 
     async def _apply_roster(self) -> None:
         """Bring everything in line with the roster: trust, links, memory of others, disk, callbacks, the others."""
         async with self._applying:
-            others = self._others()
+            others = self._roster.others()
             changed, self._trusting = self._trusting != others.keys(), frozenset(others)
             self._peer_store.keep_only(others)
             self.link_monitor.keep_only(others)
@@ -330,36 +323,28 @@ class Network:
                 call(self._callbacks.roster, self.roster())  # first of all: engines cut the links of who was removed
             await self._server.set_trusted(entry.certificate_pem for entry in others.values())
             self._recall(others)
-            self.broadcast(Gossip(self._roster.export()))
+            self.broadcast(self._roster.gossip())
             self._callbacks.changed()
         await self._save()
 
     def _recall(self, devices: Iterable[DeviceId]) -> None:
         """Tell membership where devices were last and where they are seen now."""
         for device in devices:
-            prefix = device[:SHORT_ID_DIGITS]
-            if (known := self._peer_store.known.get(device)) is not None:
-                self._links.feed(m.Sighted(prefix, known.hosts, known.control_port))
-            if (sighted := self._visible.sighted(prefix)) is not None:
-                self._links.feed(sighted)
+            for sighted in (self._peer_store.sighted(device), self._visible.sighted(device[:SHORT_ID_DIGITS])):
+                if sighted is not None:
+                    self._links.feed(sighted)
 
     def _gossip(self, device: DeviceId, gossip: Gossip) -> None:
-        before = self._roster.export()
-        try:
-            change = self._roster.merge(gossip.entries)
-        except BadInputError as error:
-            log.warning("the roster of %s is not taken: %s", device[:8], error)
-            return
-        for reason in change.refused:
-            log.info("of the roster of %s: %s", device[:8], reason)
-        if not self._roster.is_member(self.identity.device):
-            log.warning("this device was removed from the household")
-            self._spawn(self._start_anew(), "start-anew")
-        elif self._roster.export() != before:
-            self._spawn(self._apply_roster(), "apply-roster")
+        match self._roster.hear(device, gossip):
+            case "removed":
+                self._tasks.start(self._start_anew(), "network-start-anew")
+            case "changed":
+                self._tasks.start(self._apply_roster(), "network-apply-roster")
+            case "same":
+                pass
 
     async def _save(self) -> None:
-        await self._store.save_roster(self._roster)
+        await self._store.save_roster(self._roster.roster)
         await self._store.save_known(self._peer_store.where(self._links.membership.members, self._roster.members()))
 
     # ---- what the links and mDNS report ----
@@ -369,27 +354,18 @@ class Network:
         return replace(self._hello(), control_port=self.port)
 
     def certificates(self) -> Mapping[DeviceId, str]:
-        return {device: entry.certificate_pem for device, entry in self._others().items()}
+        return {device: entry.certificate_pem for device, entry in self._roster.others().items()}
 
-    def on_hello(self, device: DeviceId, hello: Hello, host: str) -> None:
+    def on_hello(self, device: DeviceId, hello: Hello) -> None:
         self._peer_store.hellos[device] = hello
 
     def on_up(self, device: DeviceId, address: str) -> None:
         self._heartbeats.set_address(device, address, self._links.membership.members[device].port)
         self._greet(device)
-        self._spawn(self._save(), "save-peers")
+        self._tasks.start(self._save(), "network-save-peers")
 
     def _greet(self, device: DeviceId) -> None:
-        """Tell a device that is here all that it may have missed."""
-        self.tell(device, HeartbeatKey(self._heartbeats.half_for(device)))
-        self.tell(device, Gossip(self._roster.export()))
-        if self._view is not None:
-            self.tell(device, self._view)
-        members = self._links.membership.members
-        others = [members[other] for other in self._online() if other != device]
-        self.tell(device, whereabouts(others))
-        for other in others:
-            self.tell(other.device, whereabouts([members[device]]))
+        self._messenger.greet(device)
         if (table := self.link_monitor.connected(device)) is not None:
             self.tell(device, table)
 
@@ -416,7 +392,7 @@ class Network:
             case HeartbeatKey():
                 self._heartbeats.set_key(device, message.half)
             case Whereabouts():
-                for hint in self._peer_store.hinted(message, self._others()):
+                for hint in self._peer_store.hinted(message, self._roster.others()):
                     self._links.feed(hint)
             case Ask():
                 self._asks.asked(device, message)
@@ -436,30 +412,3 @@ class Network:
     def _visible_changed(self) -> None:
         self._pairing.finder.news()
         self._callbacks.changed()
-
-    def _advert(self) -> Advert:
-        hello = self.hello()
-        return Advert(
-            short_id=self.identity.device[:SHORT_ID_DIGITS],
-            name=printable_name(hello.name),
-            protocol=hello.protocol,
-            port=self.port,
-            memory_bytes=hello.memory_bytes,
-            gbytes_per_s=max(hello.gbytes_per_s.values(), default=0.0),
-            gflops=max(hello.gflops.values(), default=0.0),
-            mbps=self.link_monitor.fastest_mbps,
-            door=self._pairing.name,
-            pairing_port=self._pairing.port,
-        )
-
-    # ---- tasks ----
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = asyncio.create_task(work, name=f"network-{name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s failed", task.get_name(), exc_info=error)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from peerllm.daemon.control_messages import Control
-from peerllm.daemon.decide.membership import State
+from peerllm.daemon.decide.membership_events import State
 from peerllm.transport.roster.entry import RosterEntry
 from peerllm.types import DeviceId
 

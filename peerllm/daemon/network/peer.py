@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peerllm.daemon.control_messages import DeviceView, Hello
-from peerllm.daemon.decide.membership import State
+from peerllm.daemon.decide.membership_events import State
 from peerllm.types import DeviceId
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from peerllm.daemon.control_messages import DeviceView, Hello, Place, Whereabouts
-from peerllm.daemon.decide.membership import Member, Sighted
+from peerllm.daemon.decide.membership import Member
+from peerllm.daemon.decide.membership_events import Sighted
 from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, printable_name
 from peerllm.daemon.network.network_files import Known
 from peerllm.daemon.network.peer import Peer
@@ -45,6 +46,11 @@ class PeerStore:
                     device, names[device].name, member.hosts, member.port, self._data_port(device)
                 )
         return tuple(self.known[device] for device in sorted(self.known))
+
+    def sighted(self, device: DeviceId) -> Sighted | None:
+        """Where the device was last."""
+        known = self.known.get(device)
+        return Sighted(device[:SHORT_ID_DIGITS], known.hosts, known.control_port) if known is not None else None
 
     def hinted(self, said: Whereabouts, members: Mapping[DeviceId, RosterEntry]) -> list[Sighted]:
         """Another device's hints about members, to be tried; remembered for those never reached."""

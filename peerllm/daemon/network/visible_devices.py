@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
-from peerllm.daemon.decide.membership import Sighted
-from peerllm.daemon.discovery.advert import Advert
-from peerllm.daemon.discovery.mdns import Discovery, Gone, Seen, interfaces
+from peerllm.daemon.control_messages import Hello
+from peerllm.daemon.decide.membership_events import Sighted
+from peerllm.daemon.discovery.advert import SHORT_ID_DIGITS, Advert, printable_name
+from peerllm.daemon.discovery.interfaces import interfaces
+from peerllm.daemon.discovery.mdns import Discovery, Gone, Seen
 from peerllm.daemon.network.peer import Sighting
+from peerllm.types import DeviceId
+
+
+class OpenDoor(Protocol):
+    """This device's pairing door; "" and 0 while it is shut."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+
+
+def own_advert(device: DeviceId, hello: Hello, mbps: float, door: OpenDoor) -> Advert:
+    """What this device advertises; `mbps`: of its fastest link."""
+    return Advert(
+        short_id=device[:SHORT_ID_DIGITS],
+        name=printable_name(hello.name),
+        protocol=hello.protocol,
+        port=hello.control_port,
+        memory_bytes=hello.memory_bytes,
+        gbytes_per_s=max(hello.gbytes_per_s.values(), default=0.0),
+        gflops=max(hello.gflops.values(), default=0.0),
+        mbps=mbps,
+        door=door.name,
+        pairing_port=door.port,
+    )
 
 
 class VisibleDevices:

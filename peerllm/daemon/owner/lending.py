@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, assert_never
 
+from peerllm.daemon.background_tasks import BackgroundTasks
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.decide.owner_limits import (
     Elapsed,
@@ -67,8 +68,7 @@ class Lending:
     ) -> None:
         self._lender, self._data_dir, self._given, self._read = lender, data_dir, given, read
         self._decider = OwnerDecider(limits)
-        self._doing: set[asyncio.Task[None]] = set()
-        self._watching: asyncio.Task[None] | None = None
+        self._tasks = BackgroundTasks()
         self._timer: asyncio.TimerHandle | None = None
         self._going = False
         self._looked = asyncio.Event()
@@ -91,16 +91,13 @@ class Lending:
         """Returns when the machine was looked at once: a device that may not lend does not begin to."""
         await self._look_at_machine()
         self.look()
-        self._watching = asyncio.create_task(self._watch(), name="owner's limits")
+        self._tasks.start(self._watch(), "owner's limits")
 
     async def close(self) -> None:
         """May be called twice."""
         if self._timer is not None:
             self._timer.cancel()
-        tasks = {task for task in (self._watching, *self._doing) if task is not None}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
 
     async def change(self, changes: Mapping[str, Any]) -> None:
         """Set some limits, for now and for later starts. BadInputError names what is no limit."""
@@ -166,9 +163,10 @@ class Lending:
                     self._lender.ledger.full = held
                     self._lender.lending_changed()
                 case LetGo(reason):
-                    self._do(self._lender.let_go(reason), "let go")
+                    self._tasks.start(self._lender.let_go(reason), "owner's limits: let go")
                 case StartEngineAnew():
-                    self._do(self._lender.restart_engine(self.limits.threads), "start the engine anew")
+                    again = self._lender.restart_engine(self.limits.threads)
+                    self._tasks.start(again, "owner's limits: start the engine anew")
                 case _:
                     assert_never(action)
         self._wait()
@@ -179,14 +177,3 @@ class Lending:
         due = self._decider.deadline()
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(max(0.0, due - time.monotonic()), self._handle, Elapsed()) if due else None
-
-    def _do(self, work: Awaitable[None], name: str) -> None:
-        async def done() -> None:
-            try:
-                await work
-            except Exception:
-                log.exception("%s failed", name)
-
-        task = asyncio.create_task(done(), name=f"owner's limits: {name}")
-        self._doing.add(task)
-        task.add_done_callback(self._doing.discard)

@@ -1,4 +1,4 @@
-"""What the machine is like now, as far as its owner's limits ask: clock, battery, heat, memory. Blocking, but quick."""
+"""Reads what owners set limits for: the time of day, battery, temperature, free memory. Blocking, but quick."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEAST_CELSIUS, MOST_CELSIUS = 1.0, 130.0  # a sensor that says more or less is b
 
 
 def read_machine(limits: OwnerLimits, memory: bool = True) -> MachineRead:
-    """Only what a limit is set for is read, and what memory is available."""
+    """Read the free memory and what there are limits for."""
     now = time.localtime()
     return MachineRead(
         minute=now.tm_hour * 60 + now.tm_min,
@@ -25,7 +25,7 @@ def read_machine(limits: OwnerLimits, memory: bool = True) -> MachineRead:
 
 
 def battery_percent() -> float | None:
-    """How full it is while the machine lives on it; None on mains, and where there is none."""
+    """The charge of the battery that the machine runs on; None on mains power, or without a battery."""
     sensors = getattr(psutil, "sensors_battery", None)
     try:
         battery = sensors() if sensors is not None else None
@@ -37,7 +37,7 @@ def battery_percent() -> float | None:
 
 
 def hottest_celsius() -> float | None:
-    """Of the processor and the board; None where no sensor says anything that can be true."""
+    """The highest temperature of processor and board; None where no sensor gives a plausible one."""
     sensors = getattr(psutil, "sensors_temperatures", None)
     try:
         found = sensors() if sensors is not None else {}

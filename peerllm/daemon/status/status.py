@@ -38,27 +38,55 @@ def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None)
     }
 
 
-def starting_status(device: DeviceId, settings: Settings, doing: str) -> dict[str, Any]:
-    """The status object while this device starts: its name is known, and `doing` says what it waits for."""
-    me = {
-        **device_entry(device, None, None),
+def own_entry(
+    device: DeviceId,
+    settings: Settings,
+    hello: Hello | None = None,
+    view: DeviceView | None = None,
+    *,
+    state: str = "online",
+    address: str = "",
+    problem: str = "",
+) -> dict[str, Any]:
+    """This device itself."""
+    return {
+        **device_entry(device, hello, view),
         "name": settings.name,
-        "state": "starting",
+        "state": state,
         "rtt_ms": 0.0,
         "mbps": None,
-        "address": "",
-        "problem": f"is {doing}",
+        "address": address,
+        "problem": problem,
     }
+
+
+def status_object(
+    me: dict[str, Any],
+    settings: Settings,
+    network: dict[str, Any],
+    *,
+    peers: Iterable[Peer] = (),
+    links: Sequence[dict[str, Any]] = (),
+    deployments: Sequence[dict[str, Any]] = (),
+    sightings: Iterable[Sighting] = (),
+) -> dict[str, Any]:
+    """`me`: this device's entry; `network`: its control port, and what keeps it from finding others."""
     return {
-        "device": {"id": device, "name": settings.name},
-        "devices": [me],
-        "links": [],
-        "deployments": [],
+        "device": {"id": me["id"], "name": me["name"]},
+        "devices": [me, *(peer_entry(peer) for peer in peers)],
+        "links": list(links),
+        "deployments": list(deployments),
         "version": __version__,
         "api": f"{settings.api_host}:{settings.api_port}",
-        "network": {"port": settings.port, "problem": ""},
-        "nearby": [],
+        "network": network,
+        "nearby": [sighting_entry(sighting) for sighting in sightings],
     }
+
+
+def starting_status(device: DeviceId, settings: Settings, doing: str) -> dict[str, Any]:
+    """The status object while this device starts: its name is known, and `doing` says what it waits for."""
+    me = own_entry(device, settings, state="starting", problem=f"is {doing}")
+    return status_object(me, settings, {"port": settings.port, "problem": ""})
 
 
 def peer_entry(peer: Peer) -> dict[str, Any]:

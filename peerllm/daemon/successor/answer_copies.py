@@ -19,8 +19,8 @@ from peerllm.types import DeploymentId, DeviceId
 
 FLUSH_S = 0.1  # between two tellings of ids
 MAX_PROMPT_TOKENS = 1 << 18  # an answer to a longer prompt is not copied
-MAX_COPIES = 256  # held here, of all deployments; the oldest go first
-MAX_TOKENS = 4 << 20  # of all of them, their prompts counted
+MAX_COPIES = 256  # held here, of all coordinators, and half as many of one; the oldest go first
+MAX_TOKENS = 4 << 20  # of all of them, their prompts counted, and half as many of one coordinator
 
 Tell = Callable[[DeviceId, AnswerCopied | AnswerGrew], None]
 
@@ -123,17 +123,20 @@ class HeldCopies:
 
     def __init__(self) -> None:
         self._held: dict[tuple[DeploymentId, str], InheritedAnswer] = {}  # the oldest first
+        self._of: dict[DeploymentId, DeviceId] = {}  # its coordinator
 
-    def hear(self, message: AnswerCopied | AnswerGrew) -> None:
+    def hear(self, device: DeviceId, message: AnswerCopied | AnswerGrew) -> None:
         """From the deployment's coordinator. Ids that do not follow those that are here are left out."""
         key = message.deployment, message.answer
         if isinstance(message, AnswerCopied):
             self._held[key] = inherited(message)
-            self._bound()
+            self._of[message.deployment] = device
+            self._bound(device)
         elif message.over:
             self._held.pop(key, None)
         elif (held := self._held.get(key)) is not None and message.start == len(held.ids):
             cast("list[int]", held.ids).extend(message.ids)
+            self._bound(device)
 
     def take(self, deployment: DeploymentId, to: DeploymentId) -> list[InheritedAnswer]:
         """All of a deployment, as answers of the deployment `to` that goes on with them."""
@@ -143,9 +146,15 @@ class HeldCopies:
 
     def forget(self, deployment: DeploymentId) -> None:
         self._held = {key: one for key, one in self._held.items() if key[0] != deployment}
+        self._of.pop(deployment, None)
 
-    def _bound(self) -> None:
-        tokens = sum(len(one.prompt) + len(one.ids) for one in self._held.values())
-        while len(self._held) > 1 and (len(self._held) > MAX_COPIES or tokens > MAX_TOKENS):
-            oldest = self._held.pop(next(iter(self._held)))
-            tokens -= len(oldest.prompt) + len(oldest.ids)
+    def _bound(self, device: DeviceId) -> None:
+        own = [key for key in self._held if self._of[key[0]] == device]
+        for keys, share in ((own, 2), (list(self._held), 1)):
+            sizes = {key: len(self._held[key].prompt) + len(self._held[key].ids) for key in keys if key in self._held}
+            count, tokens = len(sizes), sum(sizes.values())
+            for key, size in sizes.items():
+                if count <= MAX_COPIES // share and tokens <= MAX_TOKENS // share:
+                    break
+                del self._held[key]
+                count, tokens = count - 1, tokens - size

@@ -7,14 +7,16 @@ import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from peerllm.daemon.control_messages import Answer, Inherit
+from peerllm.daemon.control_messages import Answer, HubFiles, Inherit, TensorDigest
 from peerllm.daemon.successor.inheritance import InheritedModel, InheritedModels, check_files
 from peerllm.daemon.weights.weight_store import WeightStore
-from peerllm.errors import PeerLLMError
+from peerllm.engine.messages import TensorAt
+from peerllm.errors import PeerLLMError, UnavailableError
 from peerllm.types import DeploymentId, DeviceId
 
 INHERIT_TIMEOUT_S = 300.0  # the source may have to hash all of its tensors
 RETRY_S = 15.0  # after a failure
+MAX_TRIES = 2  # to have on this disk what is fetched
 
 Need = tuple[DeviceId, frozenset[int]]  # the coordinator, and layers that other devices hold
 
@@ -79,16 +81,26 @@ class Equipment:
     async def _fetch(self, deployment: DeploymentId, coordinator: DeviceId, elsewhere: frozenset[int]) -> None:
         answer = await self._ask(coordinator, Inherit(deployment), INHERIT_TIMEOUT_S)
         files = check_files(answer.inherited)
-        found = await self._store.fetch(_of(deployment), coordinator, files, lambda *_: None)
+        found = await self._have(deployment, coordinator, files)
         paths = {name: Path(at.path) for name, at in found.items()}
-        model = await asyncio.to_thread(self._models.adopt, deployment, paths)
+        model = await asyncio.to_thread(self._models.adopt, deployment, paths, frozenset(self._here))
         inheritance = model.inheritance
         # With the files, so that none of both is removed for the other.
         wanted = [*files, *inheritance.digests(without=elsewhere)]
-        await self._store.fetch(_of(deployment), coordinator, wanted, lambda *_: None, inheritance.hub)
+        await self._have(deployment, coordinator, wanted, inheritance.hub)
         self._here[deployment] = model
         await self._ask(coordinator, Inherit(deployment, complete=True), INHERIT_TIMEOUT_S)
         self._equipped(deployment)
+
+    async def _have(
+        self, deployment: DeploymentId, coordinator: DeviceId, tensors: list[TensorDigest], hub: HubFiles | None = None
+    ) -> dict[str, TensorAt]:
+        """All of them on this disk. What changed there is fetched again now: later nobody else might have it."""
+        for _ in range(MAX_TRIES):
+            found = await self._store.fetch(_of(deployment), coordinator, tensors, lambda *_: None, hub)
+            if not await self._store.verify(found.values(), lambda *_: None):
+                return found
+        raise UnavailableError("its disk changes what it keeps")
 
 
 def _of(deployment: DeploymentId) -> str:

@@ -9,8 +9,9 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from peerllm.codec import MAX_MESSAGE_BYTES, decode, encode
@@ -20,6 +21,7 @@ from peerllm.daemon.decide.hub_places import check_hub, check_place
 from peerllm.daemon.deployment.described_model import ModelAtHand
 from peerllm.daemon.deployment.surroundings import Home
 from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.threads import timed
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.hub_outline import ABOUT
 from peerllm.daemon.weights.weight_store import WeightStore
@@ -89,9 +91,12 @@ class InheritedModel:
 
 
 async def leave(
-    home: Home, digests: Digests, left: Path, inheritance: Inheritance, model_dir: Path
+    home: Home, digests: Digests, left: Path, inheritance: Inheritance, model_dir: Path, busy: Callable[[float], None]
 ) -> tuple[TensorDigest, ...]:
-    """The files that a follower fetches; hashed and offered from now on. `inheritance` has no hashes yet."""
+    """The files that a follower fetches; hashed and offered from now on. `inheritance` has no hashes yet.
+
+    `busy` hears how many seconds a processor worked on it.
+    """
     tensors = list({one.name: one for layer in inheritance.inspected.tensors for one in layer}.values())
     hashes = await home.hashes(tensors, lambda _: None)
     hub = await home.hub_places(tensors)
@@ -103,7 +108,8 @@ async def leave(
         hub=hub.origin if hub is not None else None,
         hub_files={one.name: hub.files[one.path] for one in tensors} if hub is not None else {},
     )
-    data = encode(whole, Inheritance)
+    data, busy_s = await timed(partial(encode, whole, Inheritance))
+    busy(busy_s)
     if len(data) > MAX_MESSAGE_BYTES:
         raise BadInputError(
             f"its manifest has {len(data)} bytes; no device can follow with more than {MAX_MESSAGE_BYTES}"
@@ -134,10 +140,11 @@ def _write(manifest: Path, data: bytes) -> None:
     tidy(manifest.parent.parent, manifest.parent)
 
 
-def tidy(root: Path, new: Path) -> None:
-    """Remove the folders that were written longest ago, beyond MOST_KEPT."""
+def tidy(root: Path, new: Path, used: Collection[DeploymentId] = ()) -> None:
+    """Remove the folders that were written longest ago, beyond MOST_KEPT and those of deployments in use."""
     places = sorted(root.glob("[!.]*"), key=lambda place: place.stat().st_mtime)
-    for place in [one for one in places if one != new][: max(0, len(places) - MOST_KEPT)]:
+    others = [place for place in places if place != new and place.name not in used]
+    for place in others[: max(0, len(others) + 1 - MOST_KEPT)]:
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -160,8 +167,10 @@ class InheritedModels:
     def __init__(self, root: Path, store: WeightStore) -> None:
         self._root, self._store = root, store
 
-    def adopt(self, deployment: DeploymentId, files: Mapping[str, Path]) -> InheritedModel:
-        """Make a model directory of files that were fetched; BadInputError, OSError."""
+    def adopt(
+        self, deployment: DeploymentId, files: Mapping[str, Path], used: Collection[DeploymentId] = ()
+    ) -> InheritedModel:
+        """Make a model directory of files that were fetched; BadInputError, OSError. `used` deployments keep theirs."""
         inheritance = self._read(files[MANIFEST])
         inheritance.check()
         place = self._root / deployment
@@ -178,7 +187,7 @@ class InheritedModels:
                 (made / ABOUT).write_text(json.dumps(about), encoding="utf-8")
             shutil.rmtree(place, ignore_errors=True)
             made.rename(place)
-        tidy(self._root, place)
+        tidy(self._root, place, used)
         return self._model(inheritance, place)
 
     def load(self, deployment: DeploymentId) -> InheritedModel:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, assert_never
 
@@ -20,7 +21,7 @@ from peerllm.daemon.control_messages import (
     Vote,
 )
 from peerllm.daemon.decide.succession.followed_deployment import VOTE_S
-from peerllm.daemon.decide.succession.succession_decider import Succession
+from peerllm.daemon.decide.succession.succession_decider import MAX_OF_COORDINATOR, Succession
 from peerllm.daemon.decide.succession.succession_events import (
     AskVotes,
     CoordinatedPlan,
@@ -29,6 +30,7 @@ from peerllm.daemon.decide.succession.succession_events import (
     Equipped,
     GiveWay,
     Obey,
+    ObeyedTold,
     PlanTold,
     Presence,
     PresenceChanged,
@@ -99,24 +101,36 @@ class Successor:
         self._lends = True
         self._given_way: set[DeploymentId] = set()  # and not ended here yet
         self._streaming: dict[DeploymentId, bool] = {}
+        self._leaving = asyncio.Lock()  # what others follow with is made for one of them at a time
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard = asyncio.Event()  # another device said what it coordinates
 
     # ---- what happens ---------------------------------------------------------------------------------------------
 
-    def told(self, device: DeviceId, views: Iterable[DeploymentView]) -> None:
-        """A device, perhaps this one, says what it coordinates."""
+    @property
+    def obeyed(self) -> Mapping[DeploymentId, DeviceId]:
+        """As others are told of it."""
+        return self._decider.obeyed
+
+    def told(
+        self, device: DeviceId, views: Iterable[DeploymentView], obeyed: Mapping[DeploymentId, DeviceId] | None = None
+    ) -> None:
+        """A device, perhaps this one, says what it coordinates, and another one whom it obeys."""
         self._see_streams()
         ending = self._given_way if device == self.me else ()
         views = [view for view in views if view.coordinator == device and view.deployment not in ending]
+        views = views[:MAX_OF_COORDINATOR]
         before, self._told[device] = self._told.get(device, set()), {view.deployment for view in views}
         for over in before - self._told[device]:
             self._feed(DeploymentOver(over, device))
         for view in views:
-            if view.stages and view.state != "stopped":
-                self._stages[view.deployment] = view.stages
-            self._feed(PlanTold(self._plan(view)))
+            stages = view.stages if view.state != "stopped" else ()
+            self._feed(PlanTold(self._plan(view, stages or self._stages.get(view.deployment, ()))))
+            if stages and self._decider.coordinators.get(view.deployment) == device:  # no other's claim counts
+                self._stages[view.deployment] = stages
+        if obeyed is not None:
+            self._feed(ObeyedTold(device, obeyed))
         self._heard.set()
         self._see_to_equipment()
 
@@ -154,7 +168,7 @@ class Successor:
     def hear(self, device: DeviceId, message: AnswerCopied | AnswerGrew) -> None:
         """A coordinator tells of answers that this device would go on with, or is to go on with now."""
         if self._decider.coordinators.get(message.deployment) == device:
-            self._held.hear(message)
+            self._held.hear(device, message)
         elif isinstance(message, AnswerCopied) and self._decider.hands_over(message.deployment, device):
             self._hand_on(inherited(message))
 
@@ -296,9 +310,9 @@ class Successor:
 
     # ---- this device follows others ---------------------------------------------------------------------------------
 
-    def _plan(self, view: DeploymentView) -> CoordinatedPlan:
-        """As it is told; what has no stages now keeps the devices that it had, before a restart, too."""
-        devices = [stage.device for stage in self._stages.get(view.deployment, ())]
+    def _plan(self, view: DeploymentView, stages: Iterable[Stage]) -> CoordinatedPlan:
+        """As it is told; what has no stages now keeps the devices that it had: `stages`, or those before a restart."""
+        devices = [stage.device for stage in stages]
         if not devices and view.coordinator == self.me:
             devices = sorted(self._parts.coordinator.took_part.get(view.deployment, ()))
         serving = view.state == "serving"
@@ -349,7 +363,11 @@ class Successor:
         assert model.model_dir is not None
         parts, inheritance = self._parts, Inheritance(options, created, model.form, model.inspected, {})
         place: Path = self._left / deployment
-        return Answer(0, inherited=await leave(parts.home, parts.digests, place, inheritance, model.model_dir))
+        async with self._leaving:  # a large manifest takes a second to be written
+            files = await leave(
+                parts.home, parts.digests, place, inheritance, model.model_dir, partial(parts.network.kept_busy, device)
+            )
+        return Answer(0, inherited=files)
 
     def _successor(self, deployment: DeploymentId) -> DeviceId | None:
         """The first device of the plan that is ready to follow this one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 
 from peerllm.daemon.weights.known_models import suggestion
@@ -11,21 +10,9 @@ from peerllm.errors import ModelError, NotFoundError, PeerLLMError, UnavailableE
 
 CLIENTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2"})  # modules whose errors mean: no connection
 
-log = logging.getLogger(__name__)
-
 
 class HaltedError(Exception):
     """Nobody waits for this download any more."""
-
-
-@contextlib.contextmanager
-def quietly(model: str) -> Iterator[None]:
-    """Whatever the hub refuses here, the download refuses too, or does without: its error is the one to show."""
-    try:
-        with errors_of(model):
-            yield
-    except PeerLLMError as error:
-        log.debug("before its download: %s", error)
 
 
 @contextlib.contextmanager

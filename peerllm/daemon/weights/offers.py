@@ -10,7 +10,8 @@ from weakref import WeakValueDictionary
 from aiohttp import web
 
 from peerllm.daemon.control_messages import Answer, Have
-from peerllm.daemon.weights.exchange.holders import KEY, answer
+from peerllm.daemon.decide.hub_places import SHA256
+from peerllm.daemon.weights.exchange.holders import answer
 from peerllm.engine.messages import TensorAt
 from peerllm.regular_files import open_regular
 from peerllm.transport.tls.contexts import peer_device
@@ -59,7 +60,7 @@ class Offers:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """GET with an optional Range of one part; the listener has already proved that a member asks."""
         sha256 = request.match_info["sha256"]
-        tensor = (self._kept.find(sha256) or self._own.find(sha256)) if KEY.fullmatch(sha256) else None
+        tensor = (self._kept.find(sha256) or self._own.find(sha256)) if SHA256.fullmatch(sha256) else None
         if tensor is None:
             raise web.HTTPNotFound(text="no such tensor is here")
         try:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from peerllm.daemon.control_messages import HubFiles, TensorDigest
-from peerllm.daemon.decide.hub_places import hub_key
+from peerllm.daemon.decide.hub_places import SHA256, hub_key
 from peerllm.daemon.weights.digests import Stat, hash_all, hash_range, identity
-from peerllm.daemon.weights.exchange.holders import KEY, WeightPeers
+from peerllm.daemon.weights.exchange.holders import WeightPeers
 from peerllm.daemon.weights.exchange.hub_ranges import HubRanges
 from peerllm.daemon.weights.exchange.known_hashes import KnownHashes
 from peerllm.daemon.weights.exchange.tensor_fetch import HUB, TensorFetch
@@ -46,9 +46,10 @@ class WeightStore:
         self._me, self._peers = me, peers
         self._max_bytes = MAX_STORE_BYTES if max_bytes is None else max_bytes
         self._used: dict[DeploymentId, frozenset[str]] = {}
-        self._coming: dict[str, asyncio.Future[None]] = {}  # by key
+        self._coming: dict[str, tuple[asyncio.Future[None], WantedTensor]] = {}  # by key
         self._checked: dict[str, Stat] = {}  # by SHA-256: what this process has hashed
-        self._known = KnownHashes(directory / "hub.txt")
+        self._known = KnownHashes(directory / "hub.txt")  # what this device itself had from the hub
+        self._heard = KnownHashes(directory / "heard.txt")  # what others said of it, for the deployment it was said in
         try:
             self._partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:  # the disk is full: told where there is something to be fetched
@@ -64,7 +65,7 @@ class WeightStore:
     def find(self, sha256: str) -> TensorAt | None:
         """Where a tensor of that hash lies; None if it is not here."""
         try:
-            nbytes = self.path(sha256).stat().st_size if KEY.fullmatch(sha256) else -1
+            nbytes = self.path(sha256).stat().st_size if SHA256.fullmatch(sha256) else -1
         except OSError:
             return None
         return TensorAt("", "U8", (nbytes,), str(self.path(sha256)), 0, nbytes) if nbytes >= 0 else None
@@ -78,7 +79,7 @@ class WeightStore:
         return key in self._coming
 
     def known(self, key: str) -> str:
-        """The SHA-256 of a tensor by its key on the hub; "" until some device has fetched it."""
+        """The SHA-256 of a tensor by its key on the hub; "" until this device has fetched it from there."""
         return self._known.get(key)
 
     async def fetch(
@@ -94,7 +95,8 @@ class WeightStore:
 
         `verify` tells whether those that were here before are still good.
         """
-        wanted = {tensor.key: tensor for tensor in (self._wanted(tensor, hub) for tensor in tensors)}
+        scope = f"{deployment} {source}"
+        wanted = {tensor.key: tensor for tensor in (self._wanted(tensor, hub, scope) for tensor in tensors)}
         self._used[deployment] = frozenset(wanted) | {tensor.sha256 for tensor in wanted.values()}
         missing = await asyncio.to_thread(self._missing, wanted.values())
         total = bytes_of(wanted.values())
@@ -110,8 +112,9 @@ class WeightStore:
             mine = [tensor for tensor in missing if tensor.key not in self._coming]
             if mine:
                 await self._fetch(mine, source, hub, token, count)
+                await asyncio.to_thread(self._note, mine, scope)
             else:  # for another deployment
-                await asyncio.wait({self._coming[tensor.key] for tensor in missing})
+                await asyncio.wait({self._coming[tensor.key][0] for tensor in missing})
             before, missing = missing, await asyncio.to_thread(self._missing, missing)
             if not mine:
                 count(bytes_of(before) - bytes_of(missing))
@@ -152,19 +155,31 @@ class WeightStore:
             return tensor.sha256
         return hub_key(hub, tensor.file, tensor.offset, tensor.nbytes)
 
-    def _wanted(self, digest: TensorDigest, hub: HubFiles | None) -> WantedTensor:
-        tensor = WantedTensor(digest, self._key(digest, hub), self._partial)
-        tensor.sha256 = tensor.sha256 or self._known.get(tensor.key)
+    def _wanted(self, digest: TensorDigest, hub: HubFiles | None, scope: str) -> WantedTensor:
+        key = self._key(digest, hub)
+        tensor = WantedTensor(digest, key, self._partial, self._known.get(key))
+        if not tensor.sure:
+            tensor.sha256 = self._heard.get(_heard_key(scope, key))
         return tensor
+
+    def _note(self, tensors: Iterable[WantedTensor], scope: str) -> None:
+        """Remember what others said of these tensors, for this deployment and its source."""
+        for tensor in tensors:
+            if not tensor.sure and self._heard.get(_heard_key(scope, tensor.key)) != tensor.sha256:
+                self._heard.add(_heard_key(scope, tensor.key), tensor.sha256)
 
     def _missing(self, wanted: Iterable[WantedTensor]) -> list[WantedTensor]:
         missing = []
         for tensor in wanted:
-            tensor.sha256 = tensor.sha256 or self._known.get(tensor.key)
-            found = self.find(tensor.sha256)
-            if found is None or found.nbytes != tensor.nbytes:
+            if not tensor.sure and (known := self._known.get(tensor.key)):
+                tensor.sha256, tensor.sure = known, True
+            if not self._here(tensor):
                 missing.append(tensor)
         return missing
+
+    def _here(self, tensor: WantedTensor) -> bool:
+        found = self.find(tensor.sha256)
+        return found is not None and found.nbytes == tensor.nbytes
 
     async def _fetch(
         self,
@@ -175,12 +190,13 @@ class WeightStore:
         count: Callable[[int], None],
     ) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._coming |= dict.fromkeys((tensor.key for tensor in missing), done)
+        self._coming |= {tensor.key: (done, tensor) for tensor in missing}
         ranges = HubRanges(hub, token) if hub is not None else None
         try:
             await asyncio.to_thread(self._check_room, missing, self._in_use())
             count(await asyncio.to_thread(lambda: sum(tensor.resume() for tensor in missing)))
-            await TensorFetch(self._me, source, missing, self._peers, ranges, self._finish, count).run()
+            fetch = TensorFetch(self._me, source, missing, self._peers, ranges, self._finish, count, self._here)
+            await fetch.run()
         except OSError as error:
             if error.errno is None:  # an error of ours, which is an OSError too
                 raise
@@ -195,23 +211,25 @@ class WeightStore:
     async def _finish(self, tensor: WantedTensor) -> bool:
         """A tensor's bytes are complete: keep them if they are the right ones."""
         sha256 = await asyncio.to_thread(hash_range, tensor.path, 0, tensor.nbytes) if tensor.nbytes else EMPTY
+        of_hub = not tensor.digest.sha256 and (not tensor.sha256 or tensor.senders == {HUB})
         if tensor.sha256 != sha256:
-            if tensor.digest.sha256 or (tensor.sha256 and tensor.senders != {HUB}):
+            if not of_hub:
                 return False
             if tensor.sha256:
-                log.warning("the hub's bytes of tensor %s are others than a device said", tensor.digest.name)
-            tensor.sha256 = sha256
-        await asyncio.to_thread(self._keep, tensor)
+                log.warning("the hub's bytes of tensor %s are others than was said of them", tensor.digest.name)
+        await asyncio.to_thread(self._keep, tensor, sha256, of_hub)
         return True
 
-    def _keep(self, tensor: WantedTensor) -> None:
-        place = self.path(tensor.sha256)
+    def _keep(self, tensor: WantedTensor, sha256: str, of_hub: bool) -> None:
+        """Put a tensor in its place; `of_hub`: this device had all of it from there, and knows its hash from now on."""
+        place = self.path(sha256)
         if not tensor.nbytes:
             tensor.path.touch()
         tensor.path.replace(place)
-        self._checked[tensor.sha256] = identity(place)
-        if tensor.key != tensor.sha256:
-            self._known.add(tensor.key, tensor.sha256)
+        self._checked[sha256] = identity(place)
+        tensor.sha256, tensor.sure = sha256, tensor.sure or of_hub
+        if of_hub:
+            self._known.add(tensor.key, sha256)
 
     def _touch(self, used: Iterable[str]) -> None:
         """They were used now: removed last. That changes a file's times, but not what was found of it."""
@@ -249,7 +267,8 @@ class WeightStore:
     # ---- room ----------------------------------------------------------------------------------------------------
 
     def _in_use(self) -> frozenset[str]:
-        return frozenset[str]().union(self._coming, *self._used.values())
+        partial = (tensor.path.name for _, tensor in self._coming.values())
+        return frozenset[str]().union(self._coming, partial, *self._used.values())
 
     def _check_room(self, missing: Sequence[WantedTensor], used: frozenset[str]) -> None:
         try:
@@ -277,7 +296,7 @@ class WeightStore:
         found = []
         for folder in (self._directory, self._partial):
             for file in folder.iterdir():
-                if KEY.fullmatch(file.name):
+                if SHA256.fullmatch(file.name):
                     try:
                         found.append((file.stat(), file))
                     except FileNotFoundError:
@@ -299,3 +318,8 @@ class WeightStore:
                 file.unlink(missing_ok=True)
                 freed += stat.st_size
         return freed
+
+
+def _heard_key(scope: str, key: str) -> str:
+    """Under what it is remembered that a tensor's hash was said in a deployment."""
+    return hashlib.sha256(f"{scope} {key}".encode()).hexdigest()

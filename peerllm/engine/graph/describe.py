@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from peerllm.engine.graph.blocks.delta_rule import read_delta_rule
 from peerllm.engine.graph.blocks.latent_attention import read_latent_attention
 from peerllm.engine.graph.blocks.short_convolution import read_convolution
 from peerllm.engine.graph.blocks.state_space import read_state_space
+from peerllm.engine.graph.config_values import MAX_SIZE, MOST_SHOWN, ConfigValues, UnfitError
 from peerllm.engine.graph.matrix_product import Part, Product
 from peerllm.engine.graph.rotation import KNOWN, inverse_frequencies
 from peerllm.engine.graph.structure import (
@@ -30,16 +30,14 @@ from peerllm.engine.graph.structure import (
     Rope,
 )
 from peerllm.engine.graph.table import FAMILIES
-from peerllm.engine.graph.table.family import COMMON, Family
+from peerllm.engine.graph.table.family import Family
 from peerllm.engine.graph.weights import BlockWeights, OwnInputs
 from peerllm.engine.weights.checkpoint import STACKED_EXPERTS_KEY
 from peerllm.engine.weights.formats import forms_of
 from peerllm.errors import ModelError
 
-MOST_SHOWN = 100  # characters of a value or a reason in a message
 EVEN = 8  # the attention operator needs heads whose width is a multiple of this
 MAX_BLOCKS = 1022  # with embedding and head this is the most stages that a plan can have
-MAX_SIZE = 1 << 24  # of any count in a configuration, since lists and tables get that long
 MAX_WIDTH = 1 << 12  # of a head
 MAX_EXPERTS = 1 << 12
 MAX_ROW = 1 << 20  # numbers that travel for a token
@@ -49,10 +47,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2", "quick_gelu": "quick_gelu",
 }  # fmt: skip
-
-
-class UnfitError(Exception):
-    """The graph engine does not compute this model; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,43 +86,6 @@ class Described:
         return self.stored.formed(Part(name, self.model.vocabulary))
 
 
-class Values:
-    """The values that a family reads from config.json, by our names; transformers' defaults for missing ones."""
-
-    def __init__(self, config: Mapping[str, Any], family: Family) -> None:
-        self._config, self._keys, self._known = config, family.keys, family.values
-        self._defaults = {**COMMON, **family.defaults}
-
-    def including(self, known: Mapping[str, Any]) -> Values:
-        """These values, but for those that are known to be others."""
-        made = copy(self)
-        made._known = {**self._known, **known}
-        return made
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value called `name`; `default` if it is null or the family does not read it."""
-        if name in self._known:
-            value = self._known[name]
-            return default if value is None else value
-        key = self._keys.get(name, name)
-        value = self._config[key] if name in self._defaults and key in self._config else self._defaults.get(name)
-        return default if value is None else value
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        """The value as a whole number above zero; UnfitError if it is none."""
-        value = self.get(name, default)
-        if type(value) is not int or not 1 <= value <= MAX_SIZE:
-            raise UnfitError(f"config.json's {name} is {str(value)[:MOST_SHOWN]}")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        """The value as a finite number; UnfitError if it is none."""
-        value = float(self.get(name, default))
-        if not math.isfinite(value):
-            raise UnfitError(f"config.json's {name} is {value}")
-        return value
-
-
 def family_of(config: Mapping[str, Any]) -> Family | None:
     """The table's line for a model; None if the table does not have its family."""
     return FAMILIES.get(str(config.get("model_type")))
@@ -144,7 +101,7 @@ def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
         raise UnfitError(f"architecture {config.get('model_type')!r} is not in the graph engine's table")
     if config.get("per_layer_config") and "per_layer_config" not in family.defaults:
         raise UnfitError("layers with configurations of their own")
-    values = Values(config, family)
+    values = ConfigValues(config, family)
     try:
         family = replace(family, **family.by(values))
         if config.get(STACKED_EXPERTS_KEY) and family.experts == "each":
@@ -157,7 +114,7 @@ def describe(config: Mapping[str, Any], kept: bool = False) -> Described:
         family = replace(family, values={**family.values, **stored.recurrent})
         if stored.stacked:
             family = _in_gguf(family)
-        return _described(Values(config, family), family, str(config["model_type"]), stored)
+        return _described(ConfigValues(config, family), family, str(config["model_type"]), stored)
     except ModelError as error:
         raise UnfitError(str(error)) from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -185,7 +142,7 @@ def _in_gguf(family: Family) -> Family:
     return replace(family, names=names, merged="stacked", turned=False)
 
 
-def _described(values: Values, family: Family, name: str, stored: Stored) -> Described:
+def _described(values: ConfigValues, family: Family, name: str, stored: Stored) -> Described:
     hidden, vocabulary, count = (values.whole(key) for key in ("hidden_size", "vocab_size", "num_hidden_layers"))
     if count > MAX_BLOCKS:
         raise UnfitError(f"{count} layers; at most {MAX_BLOCKS} are taken")
@@ -220,11 +177,11 @@ def _described(values: Values, family: Family, name: str, stored: Stored) -> Des
     return Described(model, weights, names["embedding"], positions, final, output, tied, stored, own)
 
 
-def _norm(values: Values, family: Family) -> Norm:
+def _norm(values: ConfigValues, family: Family) -> Norm:
     return Norm(family.norm, values.number("norm_eps", 1e-5), family.offset, family.weighted)
 
 
-def _block(values: Values, family: Family, number: int, kind: str, hidden: int) -> Block:
+def _block(values: ConfigValues, family: Family, number: int, kind: str, hidden: int) -> Block:
     if kind not in family.mixers:
         raise UnfitError(f"layers of kind {kind!r}")
     norm, values = _norm(values, family), values.including(family.by_block(values, number, kind))
@@ -242,7 +199,7 @@ def _block(values: Values, family: Family, number: int, kind: str, hidden: int) 
     )
 
 
-def _mixer(values: Values, family: Family, number: int, kind: str, hidden: int) -> Mixer:
+def _mixer(values: ConfigValues, family: Family, number: int, kind: str, hidden: int) -> Mixer:
     match family.mixers[kind]:
         case "attention":
             return _attention(values, family, number, kind, hidden)
@@ -257,7 +214,7 @@ def _mixer(values: Values, family: Family, number: int, kind: str, hidden: int) 
             return read_state_space(values)
 
 
-def _attention(values: Values, family: Family, number: int, kind: str, hidden: int) -> Attention:
+def _attention(values: ConfigValues, family: Family, number: int, kind: str, hidden: int) -> Attention:
     heads = values.whole("num_attention_heads")
     groups = family.groups or values.whole("num_key_value_heads", heads)
     width = values.whole("head_dim", hidden // heads)
@@ -283,7 +240,7 @@ def _attention(values: Values, family: Family, number: int, kind: str, hidden: i
     )  # fmt: skip
 
 
-def _scale(values: Values, number: int, width: int) -> float:
+def _scale(values: ConfigValues, number: int, width: int) -> float:
     """The factor that products of queries and keys are multiplied by."""
     scale = values.number("attention_multiplier", float(values.get("query_pre_attn_scalar", width)) ** -0.5)
     if not values.get("scale_attn_weights", True):
@@ -291,7 +248,7 @@ def _scale(values: Values, number: int, width: int) -> float:
     return scale / (number + 1) if values.get("scale_attn_by_inverse_layer_idx") else scale
 
 
-def _rope(values: Values, family: Family, number: int, kind: str, width: int) -> Rope | None:
+def _rope(values: ConfigValues, family: Family, number: int, kind: str, width: int) -> Rope | None:
     if not family.rotates(values, number, kind):
         return None
     about = _rope_parameters(values, family, kind)
@@ -323,7 +280,7 @@ def _rope(values: Values, family: Family, number: int, kind: str, width: int) ->
     return rope
 
 
-def _rope_parameters(values: Values, family: Family, kind: str) -> dict[str, Any]:
+def _rope_parameters(values: ConfigValues, family: Family, kind: str) -> dict[str, Any]:
     """The rotation's parameters for a kind of layer: in config.json for all layers, by kind, or in older keys."""
     about, older = values.get("rope_parameters", {}), values.get("rope_scaling", {})
     if family.local_theta is not None:
@@ -341,7 +298,7 @@ def _rope_parameters(values: Values, family: Family, kind: str) -> dict[str, Any
     return about
 
 
-def _feed_forward(values: Values, family: Family, number: int, hidden: int) -> FeedForward:
+def _feed_forward(values: ConfigValues, family: Family, number: int, hidden: int) -> FeedForward:
     name = family.activation or str(values.get("hidden_act"))
     if name not in ACTIVATIONS:
         raise UnfitError(f"activation {name!r}")
@@ -351,7 +308,7 @@ def _feed_forward(values: Values, family: Family, number: int, hidden: int) -> F
     return FeedForward(values.whole("intermediate_size", 4 * hidden), ACTIVATIONS[name], family.gated, experts)
 
 
-def _experts(values: Values, family: Family, number: int) -> Experts | None:
+def _experts(values: ConfigValues, family: Family, number: int) -> Experts | None:
     if not family.experts or number in values.get("mlp_only_layers", ()) or not family.sparse(values, number):
         return None
     if (number + 1) % values.get("decoder_sparse_step", 1):

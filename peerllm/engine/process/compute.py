@@ -14,6 +14,7 @@ import psutil
 from peerllm.engine.base import Backend
 from peerllm.engine.free_memory import return_memory
 from peerllm.engine.messages import (
+    WORKING_STEPS,
     Cancel,
     Done,
     EngineLoad,
@@ -25,6 +26,7 @@ from peerllm.engine.messages import (
     Switch,
     Tokens,
     Unload,
+    Working,
 )
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.process.recorder import Recorder
@@ -140,6 +142,7 @@ class Compute:
         self._shards: dict[DeploymentId, tuple[HeldShard, ...]] = {}  # for other threads to read
         self._counts = RingCounts()
         self.batches = 0  # computed so far
+        self._steps = 0  # batches of steps that went well
 
     def shards(self, deployment: DeploymentId) -> tuple[HeldShard, ...]:
         """What is loaded of a deployment."""
@@ -188,6 +191,10 @@ class Compute:
             if self._recorder.on:
                 self._recorder.lap("hand on", identity)
             stage.paced(batch.runs, time.perf_counter() - started)
+            if steps_only(batch.runs):
+                self._steps += 1
+                if self._steps == WORKING_STEPS:
+                    self._tell(Working())
 
     def _handle(self, event: Event) -> None:
         match event:

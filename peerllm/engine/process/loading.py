@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from peerllm.engine.base import Backend, Progress
@@ -154,7 +154,7 @@ class Loader:
             progress(0, max(1, sum(tensor.nbytes for tensor in spec.tensors)))
             chain, missing = chain_of(self._held(spec.deployment), spec)
             for part in missing:
-                fresh.append(self._load_part(spec, part, held_bytes([*chain, *fresh]), progress))
+                fresh.append(self._load_part(spec, part, _limit(spec, chain, fresh), progress))
         except Exception:
             with self._lock:
                 self._wanted.pop(spec.request, None)
@@ -164,9 +164,16 @@ class Loader:
         whole = sorted([*chain, *fresh], key=lambda one: one.first_layer)
         self._finished(spec, tuple(whole), tuple(fresh))
 
-    def _load_part(self, spec: LoadStage, part: tuple[int, int], taken_bytes: int, progress: Progress) -> HeldShard:
-        """Layers of a stage that are missing; the stage's other shards take `taken_bytes` of what is promised."""
-        limit = None if spec.limit_bytes is None else spec.limit_bytes - taken_bytes
+    def _load_part(
+        self, spec: LoadStage, part: tuple[int, int], limit_bytes: int | None, progress: Progress
+    ) -> HeldShard:
+        """Layers of a stage that are missing."""
         first, last = part
-        wanted = replace(spec, first_layer=first, last_layer=last, limit_bytes=limit)
+        wanted = replace(spec, first_layer=first, last_layer=last, limit_bytes=limit_bytes)
         return HeldShard.of(wanted, self._backend.load(wanted, progress))
+
+
+def _limit(spec: LoadStage, chain: Sequence[HeldShard], fresh: Sequence[HeldShard]) -> int | None:
+    """What the next part of a stage may take, of whose shards `chain` were loaded before and `fresh` are by now."""
+    limits = (spec.limit_bytes, [*chain, *fresh]), (spec.added_limit_bytes, fresh)
+    return min((limit - held_bytes(taken) for limit, taken in limits if limit is not None), default=None)

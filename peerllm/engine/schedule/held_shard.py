@@ -68,7 +68,7 @@ class HeldShard:
             del self.arriving[slot]
             tokens, furthest = self.shard.settle(slot)
             if tokens:
-                self.slots.adopt(sequence, slot, epoch, tokens, furthest)
+                self.slots.adopt(sequence, slot, epoch, tokens, furthest, self.shard.steady(slot))
         elif slot in self.arriving:
             self.forget(slot)
 
@@ -81,9 +81,11 @@ class HeldShard:
                 if held.start < stop:
                     part = one.shard.export_part(slot, block, held.start, stop)
                     self.take_part(CarriedPart(sequence, slot, part))
-            for block in mine.fixed.keys() & theirs.fixed.keys():
-                part = one.shard.export_fixed(slot, block, position)
-                self.take_part(CarriedPart(sequence, slot, part))
+            # Layers that know the last position alone take their snapshot along: other stages may lack what follows it.
+            for place in sorted({one.shard.steady(slot), position}):
+                for block in mine.fixed.keys() & theirs.fixed.keys() if 0 < place <= position else ():
+                    part = one.shard.export_fixed(slot, block, place)
+                    self.take_part(CarriedPart(sequence, slot, part))
 
     def forget(self, slot: int) -> None:
         """Drop what was carried here for a slot."""

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from peerllm.engine.base import Draw, Floats, Sampler
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.schedule.held_shard import HeldShard
-from peerllm.engine.wire.parcels import Drawn, Opened, TokenBatch, quantised
+from peerllm.engine.wire.parcels import Drawn, Opened, TokenBatch, first_attempt, quantised
 from peerllm.engine.wire.state_frames import CarriedPart
-from peerllm.errors import EngineError
+from peerllm.errors import EngineError, FrameError
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
 
 MEASURED_SIZES = 16  # sizes of batches told apart; the one not met for longest is forgotten
 PACE_GAIN = 1 / 32  # weight of a new pass in the mean of its size, once there are as many
+GONE_BACK = 1  # epochs that a source may have been in and left again: its OPENs are numbered on from there
 NOT_FINITE = "the model computed hidden states that are no finite numbers; try --exact"
 
 Failures = list[tuple[TokenRun, str]]  # runs of a batch whose sequences cannot go on, and why
@@ -68,9 +69,11 @@ class LoadedStage:
         """Let a sequence in, after the tokens that its slot is to hold; the parcel with what is lacking of them.
 
         None if it came late. `answer`: its ids so far, at the head. `others`: the deployment's shards on this device.
-        FrameError if the slot does not exist.
+        FrameError if the slot does not exist, or its number is of a much later epoch: others would come late after it.
         """
         sequence, position = opened.sequence, opened.position
+        if opened.attempt >= first_attempt(self.spec.epoch + 1 + GONE_BACK):
+            raise FrameError(f"OPEN number {opened.attempt} is of a later epoch than {self.spec.epoch}")
         asked = self._up_to(opened.through)
         if any(one.slots.is_late(sequence, opened.slot, opened.attempt) for one in asked):
             return None
@@ -97,8 +100,10 @@ class LoadedStage:
 
     def extend(self, run: TokenRun) -> bool:
         """Take in a run; False if it is to be dropped, FrameError if its sequence cannot go on (see SlotTable)."""
-        taken = [one.slots.extend(run, self.spec.epoch) for one in self._up_to(run.through)]
-        return bool(taken) and all(taken)
+        asked = self._up_to(run.through)
+        # If one shard drops the run because it lacks tokens, those up to it are opened again before it is repeated.
+        # Those after it are not: if they took it in now, the repeated run would count there as one that came late.
+        return bool(asked) and all(one.slots.extend(run, self.spec.epoch) for one in asked)
 
     def release(self, sequence: int, keep: int = 0) -> bool:
         """Free a sequence's slot, in which its first `keep` tokens stay; False if it is not computed in this epoch."""

@@ -40,18 +40,15 @@ class RunningSequence:
     snapshot: int = 0  # where a chunk of the prompt ends with a new snapshot; 0: nowhere
     answer: list[int] = field(default_factory=list)  # its ids so far, all put into stage 0 but the last
     in_flight: deque[int] = field(default_factory=deque)  # lengths of the chunks under way
-    furthest: int = 0  # see CachedPrefix
     goal: int = 0
     through: int = -1
     attempt: int = 0  # the number of its last OPEN
     awaited: bool = False  # which is to come back
     partial: int = 0  # how often it went back to what stages still held since it entered the epoch
-    sure: bool = True  # the stages hold the tokens up to `back`, and none that lack it have gone further
     exact: bool = False  # tokens that are computed again must go through the layers in the same runs as before
 
     def __post_init__(self) -> None:
         self.fed = self.back = self.choice.position
-        self.furthest = self.choice.furthest
         self.answer = list(self.order.answer)
 
     def plan_snapshot(self) -> None:
@@ -107,13 +104,10 @@ class RunningSequence:
 
     def leave(self) -> None:
         """What is under way does not count any more."""
-        if self.fed > self.back:
-            self.sure = False
         self._forget_flight()
         self.epoch, self.awaited, self.partial = None, False, 0
         if self.back < self.goal:  # the stages are asked anew, for all of it
             self.fed = self.back = self.goal
-            self.sure = False
         self.goal, self.through = 0, -1
 
     def go_back(self, place: int, through: int) -> None:
@@ -123,7 +117,6 @@ class RunningSequence:
         self.goal = max(self.goal, self.back)
         self.fed = self.back = place
         self.through = max(through, self.through)
-        self.sure = False
         if place < snapshot < self.goal:
             self.snapshot = snapshot
 
@@ -136,12 +129,11 @@ class RunningSequence:
         """What an ended sequence has left in its slot."""
         order = self.order
         ids = (*order.prompt, *self.answer)[: self.back]
-        settled = self.sure and self.fed == self.back
-        snapshot = self.kept_snapshot if self.sure else 0
-        furthest, body = max(self.furthest, self.fed), len(order.prompt) - TAIL
-        return CachedPrefix(order.sequence, order.client, ids, furthest, settled, snapshot, body)
+        furthest, body = max(self.choice.furthest, self.fed), len(order.prompt) - TAIL
+        return CachedPrefix(
+            order.sequence, order.client, ids, furthest, self.fed == self.back, self.kept_snapshot, body
+        )
 
     def _forget_flight(self) -> None:
-        self.furthest = max(self.furthest, self.fed)
         self.fed = self.back
         self.in_flight.clear()

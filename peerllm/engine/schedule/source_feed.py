@@ -198,14 +198,14 @@ class SourceFeed:
 
     def _opened(self, ring: EpochRing, opened: Opened) -> None:
         """What the stages lack of a sequence is known: it is fed again from where all of them can go on."""
-        again = self.sequences.came_round(opened)
-        if again is None:
+        try:
+            again = self.sequences.came_round(opened)
+        except FrameError as error:
+            self._finish(opened.sequence, "error", str(error))
             return
-        self._turns.left(opened.sequence)
-        if ring is self.ring:
+        if again is not None:
+            self._turns.left(opened.sequence)
             self._send(ring, *again)
-        else:
-            self.sequences.leave(opened.sequence)
 
     def _send(self, ring: EpochRing, opened: Opened, step: TokenRun | None) -> None:
         """What breaks or comes back within `give` finds the sequence as it is after it."""

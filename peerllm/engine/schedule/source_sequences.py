@@ -20,7 +20,7 @@ from peerllm.engine.messages import FinishReason, LoadStage, Submit, Tokens
 from peerllm.engine.schedule.prompt_turns import PromptTurns
 from peerllm.engine.schedule.running_sequence import RunningSequence
 from peerllm.engine.state.prefix_cache import PrefixCache
-from peerllm.engine.wire.parcels import Opened
+from peerllm.engine.wire.parcels import Opened, first_attempt
 from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Cuts, DeploymentId, chunk_of
@@ -51,16 +51,19 @@ class SourceSequences:
     ) -> None:
         """`reach` says where idle slots can be taken up again; None: nowhere. No `cuts`: always `chunk` tokens."""
         self._vocabulary, self._deployment = vocabulary, deployment
+        self._opens = (
+            0  # the number of the last OPEN; above those of a source before this one, whose epochs were earlier
+        )
         self._plan(slots, context, chunk, stages, cuts, epoch)
         self._running: dict[int, RunningSequence] = {}
         self._idle, self._reach = PrefixCache(slots, reach), reach
         self._prompts = PromptTurns()
         self._under_way = 0  # prompt tokens between stage 0 and the head, or not known to have left
-        self._opens = epoch << 32  # OPENs sent; above those of a source before this one, whose epochs were earlier
         self._draining: dict[int, tuple[int, int]] = {}  # of those, by ended sequence, until its RELEASE comes back
 
     def _plan(self, slots: int, context: int, chunk: int, stages: int, cuts: Cuts, epoch: int) -> None:
         self.epoch = epoch  # in which sequences are fed
+        self._opens = max(self._opens, first_attempt(epoch))
         self._slots, self.context = slots, context
         self._cuts, self._chunk = cuts or ((1, chunk),), chunk
         self._window = window_tokens(stages, chunk)
@@ -131,7 +134,6 @@ class SourceSequences:
         self._running[order.sequence] = running = RunningSequence(order, choice, self.epoch)
         if order.answer:  # the stages may still have all of it
             running.fed = running.back = len(order.prompt) + len(order.answer) - 1
-            running.sure = False
         if self._reach is not None and not self._reach.rewinds and self._reach.snapshots:
             running.plan_snapshot()
         self._cut(running)
@@ -155,8 +157,8 @@ class SourceSequences:
         running.leave()
 
     def leave_behind(self, epoch: int) -> None:
-        """Nothing that ended in an epoch, or in an earlier one, comes back any more."""
-        for sequence in [one for one, (left, _) in self._draining.items() if left <= epoch]:
+        """Nothing that ended in an epoch comes back any more."""
+        for sequence in [one for one, (left, _) in self._draining.items() if left == epoch]:
             self.drained(sequence)
 
     def fits(self, sequence: int) -> bool:
@@ -181,14 +183,18 @@ class SourceSequences:
         return self.opened(sequence), self._go_on(running)
 
     def came_round(self, opened: Opened) -> tuple[Opened, TokenRun | None] | None:
-        """An OPEN is back. If stages lack something, the sequence goes back to there: see `enter`."""
+        """An OPEN is back. If stages lack something, the sequence goes back to there: see `enter`.
+
+        FrameError if a stage lacks what it was to begin with: nothing.
+        """
         running = self._running.get(opened.sequence)
         if running is None or not running.awaited or opened.attempt != running.attempt:
             return None
         running.awaited = False
         if opened.lacking < 0:
-            running.sure = running.sure or running.through < 0
             return None
+        if not running.back:
+            raise FrameError("a device says again and again that it lacks the tokens before this answer's next one")
         place = opened.held if 0 < opened.held < opened.position and running.attempts_left() else 0
         self._under_way -= sum(running.in_flight)
         self._prompts.remove(running.order.client, opened.sequence)
@@ -275,7 +281,7 @@ class SourceSequences:
         """A chunk is back that no token was drawn after: the step that may be due now."""
         if running.through < 0 or running.back < running.goal:
             return None
-        running.through, running.sure = -1, True
+        running.through = -1
         return running.feed(1) if running.goal >= len(running.order.prompt) else None
 
     # ---- ending -----------------------------------------------------------------------------------------------------

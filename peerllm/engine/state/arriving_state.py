@@ -52,6 +52,7 @@ class ArrivingSlot:
         self._states, self._context = states, context
         self._ranges: dict[int, range] = {}  # the first row of a block's room is of the range's first token
         self._fixed = {number: 0 for number, state in states.items() if state.fixed}
+        self._before = dict(self._fixed)  # the same of what came before that
 
     def place(self, part: StatePart) -> tuple[int, int] | None:
         """Take note of a part: (rows to drop from the front of the block's room, row at which the part goes then).
@@ -59,7 +60,7 @@ class ArrivingSlot:
         None: it is of what the block keeps once. BadInputError if it does not fit or follow what came before.
         """
         if check_part(self._states, part, self._context):
-            self._fixed[part.block] = part.start + 1
+            self._before[part.block], self._fixed[part.block] = self._fixed[part.block], part.start + 1
             return None
         state = self._states[part.block]
         known, start, stop = self._ranges.get(part.block, range(0)), part.start, part.start + part.length
@@ -70,6 +71,12 @@ class ArrivingSlot:
         kept = min(start - known.start, state.room(self._context) - part.length)
         self._ranges[part.block] = range(start - kept, stop)
         return start - known.start - kept, kept
+
+    @property
+    def snapshot(self) -> int:
+        """After which token every block had what it keeps once, before that of a later one came; 0: there is none."""
+        places = {place if place <= self._fixed[number] else 0 for number, place in self._before.items()}
+        return places.pop() if len(places) == 1 else 0
 
     def settle(self) -> tuple[int, int, dict[int, int]]:
         """How many tokens every block holds, what Reach.allows takes as the furthest, by block the room's first token.

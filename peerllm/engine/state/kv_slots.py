@@ -186,7 +186,8 @@ class KVSlots:
         if where is None:
             self._fixed_at[slot] = None  # until all of it has come
             for name, rows in part.rows.items():
-                store = self.stores[f"{name} {part.block}"]
+                store, copies = self.stores[f"{name} {part.block}"], self._snapshot_of[f"{name} {part.block}"]
+                copies[slot] = store[place]
                 store[place] = rows.reshape(store.shape[1:])
             return
         (dropped, row), group = where, self.groups[self.states[part.block].window]
@@ -214,6 +215,7 @@ class KVSlots:
                     store = self.stores[f"{kept.name} {block}"][self._place[slot]]
                     store[:, : tokens - start - late] = store[:, late : tokens - start].copy()
         self._lengths[slot], self._fixed_at[slot] = tokens, tokens or None
+        self._snapshot_at[slot] = arriving.snapshot if tokens else 0
         for window, group in self.groups.items():
             group.held[slot] = tokens - firsts[window] if tokens else 0
         return tokens, furthest

@@ -18,7 +18,7 @@ class CachedPrefix:
 
     sequence: int
     client: str
-    ids: tuple[int, ...]  # computed at every stage
+    ids: tuple[int, ...]  # computed at every stage; those that were lost meanwhile are found out when it is taken up
     furthest: int  # the most tokens, these and later ones, that a stage may have held since the slot began afresh
     settled: bool = True  # no stage has computed a token beyond `ids`
     snapshot: int = 0  # the position of which every stage keeps a snapshot; 0: none

@@ -85,8 +85,8 @@ class SlotTable:
         mine.short = found < position
         return found
 
-    def extend(self, run: TokenRun, epoch: int = 0) -> bool:
-        """Take in a run of a sequence; False if it came late, twice or for a sequence that is not computed here.
+    def follows(self, run: TokenRun, epoch: int = 0) -> bool:
+        """Whether a run is due; False if it came late, twice or for a sequence that is not computed here.
 
         FrameError if tokens before it are missing, or the slot is not the sequence's.
         """
@@ -101,8 +101,14 @@ class SlotTable:
             raise FrameError(f"slot {run.slot} holds {held.tokens} tokens; a run from {run.position} does not follow")
         if run.length < 1 or run.position + run.length > self._context:
             raise FrameError(f"positions {run.position}+{run.length} do not fit a context of {self._context}")
-        held.tokens += run.length
         return True
+
+    def extend(self, run: TokenRun, epoch: int = 0) -> bool:
+        """Take in a run, if it `follows`."""
+        due = self.follows(run, epoch)
+        if due:
+            self._held[run.sequence].tokens += run.length
+        return due
 
     def computed(self, run: TokenRun) -> None:
         """A run that was taken in has passed the layers."""
@@ -116,15 +122,16 @@ class SlotTable:
             elif run.position < held.snapshot:
                 held.snapshot = 0
 
-    def adopt(self, sequence: int, slot: int, epoch: int, tokens: int, furthest: int) -> None:
-        """The layers were given a sequence's state after its first `tokens` tokens, by another device's shard.
+    def adopt(self, sequence: int, slot: int, epoch: int, tokens: int, furthest: int, steady: int = 0) -> None:
+        """The layers were given a sequence's state after its first `tokens` tokens, by another shard.
 
-        `furthest` is what that one had held at most. Frames of the sequence are taken in from its next OPEN on.
+        `furthest` is what that one had held at most; of layers that cannot go back, `steady` is where they keep a
+        snapshot. Frames of the sequence are taken in from its next OPEN on.
         """
         for other in (self._held.get(sequence), self._by_slot.get(slot)):
             if other is not None:
                 self._forget(other)
-        made = _HeldSlot(sequence, slot, epoch, tokens, tokens, max(tokens, furthest))
+        made = _HeldSlot(sequence, slot, epoch, tokens, tokens, max(tokens, furthest), steady)
         self._held[sequence] = self._by_slot[slot] = made
 
     def holding(self, epoch: int) -> list[tuple[int, int, int, int]]:

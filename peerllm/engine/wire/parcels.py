@@ -50,7 +50,7 @@ class Opened:
     position: int = 0
     after: int = 0  # the ended sequence that left those tokens in the slot; 0: they are its own
     through: int = -1  # only layers up to this one are asked; -1: all
-    attempt: int = 0  # rises with each that the source sends, of all sequences
+    attempt: int = 0  # rises with each that the source sends, of all sequences; from `first_attempt` of its epoch on
     lacking: int = -1  # the last layer of the last shard that cannot go on from `position`; -1: there is none
     held: int = 0  # where all shards can go on that cannot go on from `position`
     answer: Sequence[int] = ()  # the answer so far, if the head counts its tokens and is not on the source
@@ -105,6 +105,11 @@ class Released:
 
 
 Parcel = Opened | TokenBatch | Drawn | Released
+
+
+def first_attempt(epoch: int) -> int:
+    """The number before that of an epoch's first OPEN: whatever was sent in an earlier epoch came before."""
+    return epoch << 32
 
 
 def quantised(batch: TokenBatch) -> tuple[TokenBatch | None, list[TokenRun]]:

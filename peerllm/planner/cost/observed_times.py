@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 
 from peerllm.planner.cost.layer_costs import batch_ms, layer_ms
 from peerllm.types import DeviceId, DeviceProfile, ModelProfile, Stage
 
 Points = tuple[tuple[int, float], ...]  # (tokens in a batch, milliseconds), rising in tokens
+MISJUDGED = 2.0  # times as long as measured, beside the plan's other devices: its measurement was wrong
+SLIGHT_MS = 2.0  # a batch that takes so little longer matters to nobody
 
 
 def with_observed_times(
@@ -24,6 +27,44 @@ def with_observed_times(
     than any observed (prompts) stay as they are.
     """
     result = dict(devices)
+    for name, ratios in _ratios(model, devices, stages, observed).items():
+        result[name] = replace(
+            devices[name],
+            layer_ms={kind: _stretched(points, ratios) for kind, points in devices[name].layer_ms.items()},
+        )
+    return result
+
+
+def slower_than_measured(
+    model: ModelProfile,
+    devices: Mapping[DeviceId, DeviceProfile],
+    stages: Sequence[Stage],
+    observed: Mapping[int, Points],
+) -> dict[DeviceId, float]:
+    """The devices that take MISJUDGED times as long as their profiles say, and how many times.
+
+    What all of the plan's devices take longer than was measured is not counted, nor less than SLIGHT_MS a batch.
+    """
+    ratios = {
+        name: median(ratio for _, ratio in told) for name, told in _ratios(model, devices, stages, observed).items()
+    }
+    usual = max(1.0, min(ratios.values(), default=1.0))
+    result = {}
+    for name, ratio in ratios.items():
+        least = sum(min(ms for _, ms in observed[i]) for i, stage in enumerate(stages) if stage.device == name)
+        if ratio >= MISJUDGED * usual and least * (1 - usual / ratio) >= SLIGHT_MS:
+            result[name] = ratio / usual
+    return result
+
+
+def _ratios(
+    model: ModelProfile,
+    devices: Mapping[DeviceId, DeviceProfile],
+    stages: Sequence[Stage],
+    observed: Mapping[int, Points],
+) -> dict[DeviceId, list[tuple[int, float]]]:
+    """For each device whose stages were all observed: (tokens in a batch, times as long as its profile says)."""
+    result = {}
     for name, device in devices.items():
         places = [place for place, stage in enumerate(stages) if stage.device == name]
         if not places or any(not observed.get(place) for place in places):
@@ -35,9 +76,7 @@ def with_observed_times(
             if said > 0:
                 ratios.append((size, sum(times[size] for times in seen) / said))
         if ratios:
-            result[name] = replace(
-                device, layer_ms={kind: _stretched(points, ratios) for kind, points in device.layer_ms.items()}
-            )
+            result[name] = ratios
     return result
 
 

@@ -27,8 +27,7 @@ class ReplanDecision:
     action: Literal["stay", "move"]
     plan: Plan
     gain: float
-    move_ms: float  # until the switch, if all devices load at once
-    pause_ms: float  # the part of move_ms in which nothing is served
+    pause_ms: float  # until the switch: the time in which nothing is served
     load_bytes: Mapping[DeviceId, int]
     kv_bytes: int
     reason: str
@@ -91,10 +90,10 @@ def _decide(problem: ReplanProblem, choice: ReplanChoice, least_gain: float) -> 
         plan = Plan(stages, before, same, limit(choice.plan.bound, value))
         none = "no other plan is worth its moving" if placement == s.placement or gain <= 0 else ""
         reason = f"stay: {none or _least(problem, gain, least_gain)}"
-        return ReplanDecision("stay", plan, 0.0, 0.0, 0.0, {}, 0, reason, optimal, max(0.0, bound))
+        return ReplanDecision("stay", plan, 0.0, 0.0, {}, 0, reason, optimal, max(0.0, bound))
     migration = s.migration(placement)
     return ReplanDecision(
-        "move", choice.plan, gain, migration.ready_ms, migration.pause_ms, migration.load_bytes, migration.kv_bytes,
+        "move", choice.plan, gain, migration.pause_ms, migration.load_bytes, migration.kv_bytes,
         _why(problem, choice, migration, gain), optimal, bound,
     )  # fmt: skip
 

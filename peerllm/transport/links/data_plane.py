@@ -24,7 +24,7 @@ from peerllm.transport.websocket.upgrade import DeclinedError
 from peerllm.types import DeploymentId, DeviceId
 
 PATH = re.compile(r"/(data|state)/([0-9a-f]{32})/([0-9]{1,10})/([0-9]{1,5})")  # deployment, epoch, stage
-MAX_EXPECTED = 1024  # links this device expects at once; a plan has no more stages
+MAX_EXPECTED = 16_384  # links this device expects at once; each of 64 coordinators has its share, of 256
 MAX_TIMED = 64  # timings of one echo that wait to be read
 
 OnLost = Callable[[Link], None]

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from http import HTTPStatus
 
 from peerllm.errors import AuthenticationError, LinkError, PeerLLMError
-from peerllm.transport.dial import DIAL_TIMEOUT_S
 from peerllm.transport.identity import Identity
 from peerllm.transport.links.connection import Connection, handshake, read_head
+from peerllm.transport.timeouts import DIAL_TIMEOUT_S
 from peerllm.transport.tls.contexts import client_context, peer_device
 from peerllm.transport.websocket.upgrade import END, MAX_HEAD_BYTES, read_answer, request
 from peerllm.types import DeviceId

@@ -10,7 +10,6 @@ from time import perf_counter, perf_counter_ns
 from typing import Any
 
 from peerllm.errors import FrameError, PeerLLMError
-from peerllm.transport.dial import CLOSE_TIMEOUT_S
 from peerllm.transport.frames.encoder import encode_buffers
 from peerllm.transport.frames.frame import Frame
 from peerllm.transport.links import liveness
@@ -21,6 +20,7 @@ from peerllm.transport.links.inbound import Inbound
 from peerllm.transport.links.observer import NO_OBSERVER, LinkObserver, SentFrame
 from peerllm.transport.links.outbox import Outbox
 from peerllm.transport.links.poller import Poller
+from peerllm.transport.timeouts import CLOSE_TIMEOUT_S
 from peerllm.transport.websocket.framing import (
     BINARY,
     CLOSE,

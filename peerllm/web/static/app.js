@@ -35,7 +35,8 @@ function whatToKnow() {
   if (!state.status) return "Connecting to this device …";
   if (!model || model.state === "serving") return "";
   const detail = model.reason || model.message;
-  return `${model.id} is ${model.state}${detail ? `: ${detail}` : ""}${ready() ? ". You can ask now; the answer comes when it serves." : ""}`;
+  const is = detail.startsWith(model.state) ? "" : `${model.state}${detail && ": "}`; // "is waiting for mini-pc to come back"
+  return `${model.id} is ${is}${detail}${ready() ? ". You can ask now; the answer comes when it serves." : ""}`;
 }
 
 function refresh() {
@@ -45,7 +46,7 @@ function refresh() {
   byId("stop").hidden = !writing;
   byId("new").disabled = !conversation.messages.length;
   field.placeholder = ready() ? "Write a message" : chosen() ? "The model cannot answer now" : "No model is serving yet";
-  document.body.classList.toggle("busy", writing); // light runs over the layers
+  document.body.classList.toggle("busy", writing && !conversation.held); // light runs over the layers
   const away = (state.status?.devices ?? []).filter((device) => ["offline", "lost"].includes(device.state)).map((device) => device.name);
   banner(whatToKnow() || (away.length ? `Not here now: ${away.join(", ")}` : ""));
   if (state.status) welcome();

@@ -7,12 +7,13 @@ const BURST_MS = 50; // tokens that come closer together than this tell nothing 
 const NEAR_END_PX = 80; // closer than this to the end, the view follows the answer
 
 export class Conversation {
-  /** `changed(writing)` is called when an answer begins and ends. */
+  /** `changed` is called when an answer begins, waits, goes on and ends. */
   constructor(changed) {
     this.log = byId("log");
     this.changed = changed;
     this.messages = [];
     this.abort = null;
+    this.held = ""; // what the answer that is being written waits for
   }
 
   get writing() { return this.abort !== null; }
@@ -42,22 +43,30 @@ export class Conversation {
     const abort = new AbortController();
     const mine = this.messages;
     this.abort = abort;
+    this.held = "";
     mine.push({ role: "user", content: prompt });
     this.#show("user", prompt);
     const text = document.createTextNode("");
     const waiting = make("span", { className: "waiting" }, "thinking …");
     const stats = make("span", { className: "stats" });
-    const message = this.#show("assistant", make("span", { className: "who" }, model), waiting, make("span", { className: "text" }, text), stats);
+    const message = this.#show("assistant", make("span", { className: "who" }, model), make("span", { className: "text" }, text), waiting, stats);
     message.classList.add("writing");
     this.log.setAttribute("aria-busy", "true");
-    this.changed(true);
+    this.changed();
+    const wait = (words) => { // "": it goes on
+      waiting.textContent = words ? `${words} …` : text.data || pending ? "" : "thinking …";
+      message.classList.toggle("held", Boolean(words));
+      if (this.held === words || this.abort !== abort) return;
+      this.held = words;
+      this.#follow();
+      this.changed();
+    };
     const clock = new Clock();
     let ending = "";
     let pending = "";
     let frame = 0;
     const paint = () => { // once a frame, however fast the tokens come
       frame = 0;
-      if (pending) waiting.remove();
       text.appendData(pending);
       pending = "";
       stats.textContent = clock.text() + ending;
@@ -66,13 +75,14 @@ export class Conversation {
     try {
       for await (const chunk of chat({ model, messages: mine, return_token_ids: true }, abort.signal)) {
         if (chunk.comment) {
-          if (chunk.comment.startsWith("queued")) waiting.textContent = `waiting, place ${chunk.comment.slice(7)} in the queue …`;
-          else waiting.textContent = chunk.comment === "working" ? "thinking …" : `${chunk.comment} …`;
+          const place = /^queued (\d+)$/.exec(chunk.comment)?.[1];
+          wait(chunk.comment === "working" ? "" : place ? `waiting, place ${place} in the queue` : chunk.comment);
           continue;
         }
         const choice = chunk.choices[0];
         clock.tokens(choice.token_ids?.length ?? 0);
         pending += choice.delta.content ?? "";
+        if (pending || text.data) wait("");
         if (choice.finish_reason === "length") ending = " · cut at the length limit";
         frame ||= requestAnimationFrame(paint);
       }
@@ -80,6 +90,7 @@ export class Conversation {
       if (abort.signal.aborted) ending = " · stopped";
       else message.append(make("span", { className: "error", role: "alert" }, error.message));
     } finally {
+      wait("");
       if (this.abort === abort) this.abort = null;
       cancelAnimationFrame(frame);
       paint();
@@ -89,7 +100,7 @@ export class Conversation {
       if (text.data) mine.push({ role: "assistant", content: text.data });
       else mine.pop(); // an unanswered question is not sent again
       this.#follow();
-      this.changed(this.writing);
+      this.changed();
     }
   }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,10 +20,14 @@ SERVE_S = 240  # seconds until the demo serves, on a busy machine
 END_S = 40
 
 
-def demo(directory: Path, *args: str, model: str | None = "builtin") -> subprocess.Popen[str]:
+def demo(
+    directory: Path, *args: str, model: str | None = "builtin", stdin: int | None = subprocess.DEVNULL
+) -> subprocess.Popen[str]:
     argv = [sys.executable, "-m", "peerllm", "demo", "--api", "127.0.0.1:0", "--json", *args]
     argv += ["--model", model] if model else []
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(directory)})
+    return subprocess.Popen(
+        argv, stdin=stdin, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(directory)}
+    )
 
 
 def ended(children: list[psutil.Process]) -> bool:
@@ -46,6 +51,9 @@ def test_every_device_holds_a_part_and_ends_with_the_demo(tmp_path: Path, device
             assert len(status["devices"]) == devices
             whole = sum(stage["memory_bytes"] for stage in stages)
             assert all(one["lent_bytes"] < whole for one in status["devices"])
+            assert [one["pid"] for one in found["devices"]] == [
+                child.pid for child in psutil.Process(process.pid).children()
+            ]
             assert "built-in model" in found["answer"]
         finally:
             process.send_signal(number)
@@ -89,8 +97,13 @@ def test_a_second_terminal_reaches_it_without_options(tmp_path: Path) -> None:
                 if line == "Stop with Ctrl-C.\n":
                     break
             assert "From a second terminal: peerllm chat   (or peerllm status)\n" in said
+            killed = psutil.Process(int(re.search(r"kill -9 (\d+)   \(mini-pc dies", said)[1]))  # type: ignore[index]
+            assert "mini-pc" in killed.cmdline()
             status = json.loads(second("status", "--json").stdout)
             assert [one["name"] for one in status["devices"]] == ["laptop", "mini-pc"]
+            assert "built-in model" in second("chat", "What are you?", "--temperature", "0").stdout
+            killed.kill()
+            assert "mini-pc was killed. The others go on" in process.stdout.readline()
             assert "built-in model" in second("chat", "What are you?", "--temperature", "0").stdout
         finally:
             process.terminate()

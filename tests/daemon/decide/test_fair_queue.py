@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerllm.daemon.decide.fair_queue import FairQueue
+from peerllm.daemon.decide.fair_queue import FairQueue, asker_of
 from peerllm.errors import OverloadedError
+from tests.sizes import examples
 
 
 def test_clients_take_turns_and_the_order_is_known_beforehand():
@@ -69,7 +70,7 @@ EVENTS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(EVENTS, st.integers(1, 6))
 def test_no_slot_goes_to_who_holds_more_than_another_who_waits(events, slots):
     queue, client_of = FairQueue(40), {}
@@ -126,3 +127,56 @@ def test_of_equals_the_one_that_waited_longest_for_its_turn_is_next():
         queue.add(number, client)
     assert [queue.next({}) for _ in range(5)] == [0, 2, 4, 1, 3], "whatever they hold, for all hold the same"
     assert queue.next({}) is None
+
+
+def test_who_makes_up_clients_gets_no_more_slots_than_who_does_not():
+    """A device that relays tells the names of its clients, and a client that of its person."""
+    queue, held = FairQueue(), Counter()
+    clients = [f"device:mallory/{n}/{n}" for n in range(6)] + ["device:anna/1/", "192.168.1.7/bert", "192.168.1.7/cleo"]
+    for number in range(18):
+        queue.add(number, clients[number % 9])
+    foreseen, given = queue.order(held), []
+    for _ in range(18):
+        given.append(queue.next(held))
+        held[clients[given[-1] % 9]] += 1
+    assert given == foreseen and sorted(given) == list(range(18))
+    first = Counter(asker_of(clients[number % 9]) for number in given[:6])
+    assert first == {"device:mallory": 2, "device:anna": 2, "192.168.1.7": 2}
+    assert given[:6] == [0, 6, 7, 1, 15, 8], "and each client of theirs has its turn"
+
+
+def test_made_up_clients_leave_room_in_the_queue():
+    queue = FairQueue(limit=30)
+    for number in range(20):
+        queue.add(number, f"device:mallory/{number}/")
+    with pytest.raises(OverloadedError, match="20 answers of yours"):
+        queue.add(20, "device:mallory/20/")
+    for number in range(100, 105):
+        queue.add(number, "device:anna/1/")
+    with pytest.raises(OverloadedError, match="5 answers of yours"):
+        queue.add(105, "device:anna/1/")
+    queue.add(106, "device:bert/1/")
+    for number in (*range(20), *range(100, 105), 106):
+        queue.remove(number)
+    assert not len(queue) and not queue._waiting
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("12")), max_size=40), st.integers(1, 5))
+def test_the_order_is_that_in_which_slots_are_given(asks, slots):
+    queue, held, client_of = FairQueue(100), Counter(), {}
+    for number, (asker, client) in enumerate(asks):
+        client_of[number] = f"{asker}/{client}"
+        queue.add(number, client_of[number])
+    for _ in range(min(slots, len(asks))):
+        held[client_of[queue.next(held)]] += 1
+    foreseen = queue.order(held)
+    for number in foreseen:
+        assert queue.next(held) == number
+        askers = Counter()
+        for client, count in held.items():
+            askers[asker_of(client)] += count
+        waiting = {asker_of(client_of[one]) for one in foreseen[foreseen.index(number) :]}
+        assert askers[asker_of(client_of[number])] == min(askers[one] for one in waiting)
+        held[client_of[number]] += 1
+    assert queue.next(held) is None

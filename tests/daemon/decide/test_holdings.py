@@ -9,6 +9,7 @@ from peerllm.daemon.control_messages import Holding
 from peerllm.daemon.decide.holdings import HouseholdHoldings, ShardTable
 from peerllm.daemon.decide.ledger import EpochSum
 from peerllm.reused_layers import reused
+from tests.sizes import examples
 
 D, A, B = "d" * 32, "a" * 64, "b" * 64
 SIZE = (2, 64)
@@ -16,7 +17,7 @@ LAYERS = st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda ends: (min(e
 
 
 @given(LAYERS, st.lists(LAYERS, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_what_is_reused_and_what_is_missing_make_up_a_stage(stage, loaded):
     used, missing = reused(stage, loaded)
     parts = sorted([*used, *missing])
@@ -30,7 +31,7 @@ def test_what_is_reused_and_what_is_missing_make_up_a_stage(stage, loaded):
 @given(
     st.lists(st.tuples(st.frozensets(st.integers(0, 12), min_size=1), st.booleans(), st.integers(0, 4)), max_size=12)
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_a_sum_is_never_less_than_what_the_epochs_hold_together(history):
     """Epochs as sets of layers of one byte each: they come one after another, and end in any order."""
     total, standing = EpochSum(), dict[int, frozenset[int]]()

@@ -11,6 +11,7 @@ from peerllm.daemon.control_messages import Reserve
 from peerllm.daemon.decide import ledger as module
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.errors import RefusedError
+from tests.sizes import examples
 
 DEPLOYMENTS = st.sampled_from(["x" * 32, "y" * 32, "z" * 32])
 COORDINATORS = st.sampled_from(["a", "b"])
@@ -82,7 +83,7 @@ class Promises(RuleBasedStateMachine):
 
 
 TestPromises = Promises.TestCase
-TestPromises.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestPromises.settings = settings(max_examples=examples(120), stateful_step_count=40, deadline=None)
 
 
 def test_what_is_free_is_said():
@@ -131,7 +132,24 @@ def test_promises_and_fences_are_bounded(monkeypatch):
         ledger.reserve(Reserve("w", 1, 1, 10), "a", 0)
     for name in "xyz":
         ledger.release(name, 1, "a")
-    assert len(ledger._fences) == 2
+    assert len(ledger._fences["a"]) == 2
+
+
+def test_each_coordinator_has_its_share_of_promises_and_fences(monkeypatch):
+    """Else one that reserves nothing, again and again, keeps all others out."""
+    monkeypatch.setattr(module, "MAX_PROMISES", 3)
+    monkeypatch.setattr(module, "MAX_FENCES", 2)
+    ledger = Ledger(100)
+    ledger.release("mine", 7, "b")
+    for name in "xyz":
+        ledger.reserve(Reserve(name, 1, 0, 10), "a", 0)
+        ledger.release(f"not {name}", 1, "a")
+    with pytest.raises(RefusedError, match="given to you"):
+        ledger.reserve(Reserve("w", 1, 0, 10), "a", 0)
+    ledger.reserve(Reserve("x", 1, 0, 20), "a", 0)  # renewed
+    ledger.reserve(Reserve("w", 1, 1, 10), "b", 0)
+    with pytest.raises(RefusedError, match="is over"):
+        ledger.reserve(Reserve("mine", 7, 1, 10), "b", 0)
 
 
 def test_the_fence_longest_unrenewed_goes_first(monkeypatch):

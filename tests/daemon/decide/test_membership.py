@@ -20,6 +20,10 @@ from peerllm.daemon.decide.membership import (
     SILENT_AFTER_S,
     SLOW,
     STALL_S,
+    Membership,
+    backoff_s,
+)
+from peerllm.daemon.decide.membership_events import (
     Action,
     Beat,
     Changed,
@@ -34,14 +38,13 @@ from peerllm.daemon.decide.membership import (
     Incompatible,
     LinkName,
     Members,
-    Membership,
     Retire,
     Sighted,
     Tick,
     Up,
     Use,
-    backoff_s,
 )
+from tests.sizes import examples
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 HOST = "192.0.2.9"
@@ -480,7 +483,7 @@ class World:
 choices = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 7), st.booleans()), max_size=80)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(choices, st.booleans())
 def test_two_machines_always_end_with_exactly_one_link(script: list[tuple[int, int, bool]], swapped: bool) -> None:
     world = World(ids=(B, A) if swapped else (A, B))

@@ -9,18 +9,14 @@ import pytest
 from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.facade import RunOptions
 from peerllm.errors import BadInputError, NotFoundError, RefusedError
-from tests.daemon.deployment.test_coordinator import SPARE, module_coordinator, quiet, view
-from tests.daemon.house import BLOCK, House, inspected
+from tests.daemon.house import quiet, view
 
 BOTH = ("owner/small", "other/small")
 
 
 @pytest.fixture
-async def house(tmp_path):
-    found = {name: inspected(name, 2) for name in (*BOTH, "small")}
-    one = House(tmp_path, [9 * BLOCK + SPARE] * 2, found)
-    yield one
-    await one.close()
+def house(houses):
+    return houses([9, 9], **dict.fromkeys((*BOTH, "small"), 2))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +57,8 @@ async def test_every_request_understands_name_and_path(house):
     assert (served.name, served.model) == ("home", "owner/small")
     for known in ("home", "owner/small"):
         assert await a.run(RunOptions(known), quiet) == "home"
-        assert (await a.preview(RunOptions(known), quiet))["scenario"]["model"]
-        assert (await a.scenario(known))["stages"]
+        assert (await a.figures.preview(RunOptions(known), quiet))["scenario"]["model"]
+        assert (await a.figures.scenario(known))["stages"]
         with pytest.raises(BadInputError, match="started on device-a; stop it there"):
             await house["b"].coordinator.stop(known)
     with pytest.raises(BadInputError, match="already runs as home with other options; `peerllm stop home` first"):
@@ -99,13 +95,13 @@ async def test_a_remembered_name_stays_and_is_numbered_where_it_was_taken(house)
     await house["a"].coordinator.run(RunOptions("owner/small", name="home"), quiet)
     await house["a"].coordinator.close()
     await house["b"].coordinator.run(RunOptions("other/small", name="home"), quiet)
-    again = module_coordinator(house["a"])
+    again = house["a"].restarted()
     await again.start()
     await house.until(lambda: again.views()[0].state == "serving")
     assert [one.name for one in again.served()] == ["home-2"]
     await house["b"].coordinator.stop("home")
     await again.close()
-    again = module_coordinator(house["a"])
+    again = house["a"].restarted()
     await again.start()
     assert [one.name for one in again.served()] == ["home"], "free again"
 

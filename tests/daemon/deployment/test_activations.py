@@ -19,7 +19,7 @@ from peerllm.errors import BadInputError, LinkError
 from peerllm.planner.cost.working_space import working_bytes
 from peerllm.planner.scenario.scenario_parser import parse
 from peerllm.planner.strategies.strategy_plan import plan
-from tests.daemon.house import BLOCK, House, hello, inspected
+from tests.daemon.house import BLOCK, House, hello, inspected, quiet
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 HIDDEN = 4096
@@ -121,13 +121,9 @@ async def house(tmp_path):
     await made.close()
 
 
-def quiet(_):
-    pass
-
-
 async def test_what_runs_is_what_was_decided_and_is_shown(house):
     coordinator = house["a"].coordinator
-    preview = await coordinator.preview(RunOptions("big"), quiet)
+    preview = await coordinator.figures.preview(RunOptions("big"), quiet)
     await coordinator.run(RunOptions("big"), quiet)
     (view,) = coordinator.views()
     assert preview["rounded_layers"] == [stage.last_layer for stage in view.stages[:-1]]
@@ -144,7 +140,7 @@ async def test_what_runs_is_what_was_decided_and_is_shown(house):
     assert deployment_text(entry).splitlines()[-1] == (
         f"activations travel as int8 to {b}, {c}: the links are the bottleneck"
     )
-    running = await coordinator.scenario("big")
+    running = await coordinator.figures.scenario("big")
     assert running["scenario"] == preview["scenario"], "`bench` predicts with what hops cost"
 
 

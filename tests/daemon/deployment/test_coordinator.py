@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from peerllm.daemon.control_messages import Activate, Pace
-from peerllm.daemon.decide.deployment_life import deployment_decider, pacing
-from peerllm.daemon.deployment import worker as worker_module
+from peerllm.daemon.decide.deployment_life import deployment_decider
+from peerllm.daemon.deployment.loading import coordinator_grace
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.daemon.status.status import deployment_entry
 from peerllm.engine.messages import LoadStage, Submit, TimeLayers, Tokens
@@ -19,38 +19,9 @@ from peerllm.planner.cost.layer_costs import layer_ms
 from peerllm.planner.scenario.scenario_parser import parse
 from peerllm.planner.strategies.strategy_plan import plan
 from peerllm.types import Sampling, Stage
-from tests.daemon.house import BLOCK, House, inspected
+from tests.daemon.house import BLOCK, inspected, quiet, view
 
-SPARE = 100_000  # working space and ends, beside the blocks
-
-
-@pytest.fixture
-async def houses(tmp_path, monkeypatch):
-    monkeypatch.setattr(pacing, "RETRY_SETTLE_S", 0.0)
-    monkeypatch.setattr(pacing, "JOIN_SETTLE_S", 0.0)
-    monkeypatch.setattr(pacing, "SETTLE_S", 0.0)
-    monkeypatch.setattr(pacing, "CONTENTION_S", 0.01)
-    monkeypatch.setattr(pacing, "RETRY_S", 5.0)
-    made = []
-
-    def make(lent, **models):
-        house = House(tmp_path, [n * BLOCK + SPARE for n in lent], {k: inspected(k, n) for k, n in models.items()})
-        made.append(house)
-        return house
-
-    yield make
-    for house in made:
-        await house.close()
-        assert house.empty()
-
-
-def quiet(_):
-    pass
-
-
-def view(device):
-    (only,) = device.coordinator.views()
-    return only
+PACING = {"RETRY_S": 5.0}
 
 
 async def test_a_model_for_three_is_served_by_three(houses):
@@ -101,7 +72,7 @@ async def test_nothing_is_downloaded_without_a_plan(houses):
     house.to_download = {"huge": 1_000_000, "small": 2_000_000}
     with pytest.raises(InfeasibleError, match="missing"):
         await house["a"].coordinator.run(RunOptions("huge"), quiet)
-    assert (await house["a"].coordinator.preview(RunOptions("small"), quiet))["scenario"]
+    assert (await house["a"].coordinator.figures.preview(RunOptions("small"), quiet))["scenario"]
     assert not house.downloads
     await house["a"].coordinator.run(RunOptions("small"), quiet)
     assert house.downloads == ["small"]
@@ -268,7 +239,7 @@ async def test_a_coordinator_that_vanishes_leaves_nothing_behind_after_the_grace
     house = houses([3, 3, 3], big=8)
     await house["a"].coordinator.run(RunOptions("big"), quiet)
     assert house["b"].engine.stages and house["c"].engine.stages
-    monkeypatch.setattr(worker_module, "GRACE_S", 0.05)
+    monkeypatch.setattr(coordinator_grace, "GRACE_S", 0.05)
     await house.vanish("a")
     assert house["b"].engine.stages and house["c"].engine.stages, "a short absence costs nothing"
     await house.until(lambda: not any(house[one].engine.stages or house[one].ledger.promised_bytes for one in "bc"))
@@ -326,7 +297,7 @@ async def test_what_served_is_brought_back_after_a_restart(houses):
     await house["a"].coordinator.run(RunOptions("big", slots=2, schedule="bubble"), quiet)
     before = view(house["a"])
     await house["a"].coordinator.close()
-    again = module_coordinator(house["a"])
+    again = house["a"].restarted()
     house.part("c", "gone")
     await again.start()
     await house.until(lambda: again.views() and again.views()[0].state == "waiting")
@@ -338,20 +309,9 @@ async def test_what_served_is_brought_back_after_a_restart(houses):
     assert all({spec.schedule for spec in d.engine.seen if isinstance(spec, LoadStage)} == {"bubble"}
                for d in house.devices.values())  # fmt: skip
     await again.stop("big")
-    forgotten = module_coordinator(house["a"])
+    forgotten = house["a"].restarted()
     await forgotten.start()
     assert not forgotten.views()
-
-
-def module_coordinator(device):
-    from peerllm.daemon.deployment.coordinator import Coordinator
-
-    known = device.coordinator._devices
-    device.coordinator = Coordinator(device, device.house.folder / f"{device.me[:4]}.jsonl")
-    for event in known.values():
-        device.coordinator.device_is(event.device, event.condition, event.reason)
-    device.store._own = device.coordinator.own_tensors
-    return device.coordinator
 
 
 async def test_an_unknown_model_is_told_and_forgotten(houses):
@@ -379,34 +339,34 @@ async def test_submits_reach_the_engine_only_while_serving(houses):
 async def test_a_preview_reserves_nothing_and_counts_what_the_model_holds_already(houses):
     house = houses([3, 3, 3], big=8)
     a = house["a"]
-    before = await a.coordinator.preview(RunOptions("big"), quiet)
+    before = await a.coordinator.figures.preview(RunOptions("big"), quiet)
     assert not any(device.ledger.promised_bytes for device in house.devices.values())
     await a.coordinator.run(RunOptions("big"), quiet)
-    after = await a.coordinator.preview(RunOptions("big"), quiet)
+    after = await a.coordinator.figures.preview(RunOptions("big"), quiet)
     lent = [[one["memory_bytes"] for one in found["scenario"]["devices"]] for found in (before, after)]
     assert lent[0] == lent[1]
-    running = await a.coordinator.scenario("big")
+    running = await a.coordinator.figures.scenario("big")
     assert running["scenario"] == before["scenario"] and running["cuts"][0][1] <= before["most_chunk"]
     planned = plan(parse(running["scenario"]), "edgeshard", "latency")
     assert [(stage.device, stage.first_layer, stage.last_layer) for stage in planned.stages] == [
         (one["device"], one["first_layer"], one["last_layer"]) for one in running["stages"]
     ]
     with pytest.raises(InfeasibleError, match="big"):
-        await a.coordinator.preview(RunOptions("big", slots=200), quiet)
+        await a.coordinator.figures.preview(RunOptions("big", slots=200), quiet)
     with pytest.raises(NotFoundError):
-        await a.coordinator.scenario("other")
+        await a.coordinator.figures.scenario("other")
 
 
 async def test_what_runs_tells_how_its_stages_do_to_its_coordinator_alone(houses):
     house = houses([3, 3, 3], big=8)
     a, b = house["a"], house["b"]
     await a.coordinator.run(RunOptions("big"), quiet)
-    quiet_one = await a.coordinator.scenario("big")
+    quiet_one = await a.coordinator.figures.scenario("big")
     assert quiet_one["paces"] == {} and quiet_one["running"] == quiet_one["scenario"], "nothing was computed yet"
     for device in house.devices.values():
         device.engine.paces = ((1, 7.0, 0.5), (2, 9.0, 0.0))
     b.engine.paces = ((1, -1.0, 0.5),)
-    running = await a.coordinator.scenario("big")
+    running = await a.coordinator.figures.scenario("big")
     stages = [Stage(**stage) for stage in running["stages"]]
     told = [place for place, stage in enumerate(stages) if not stage.device.endswith("b")]
     assert len(told) < len(stages), "b is in it"
@@ -426,7 +386,7 @@ async def test_throughput_is_planned_with_micro_batches(houses):
     house = houses([9, 9, 9], big=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("big", objective="throughput", slots=6), quiet)
-    running = await a.coordinator.scenario("big")
+    running = await a.coordinator.figures.scenario("big")
     planned = plan(parse(running["scenario"]), "edgeshard", "throughput")
     assert planned.optimal
     assert running["micro_batch"] == planned.predicted.micro_batch
@@ -440,6 +400,6 @@ async def test_bench_refuses_what_does_not_fit(houses):
     await coordinator.run(RunOptions("big", slots=2, context=64), quiet)
     for asked in ((3, 8, 8), (1, 60, 8)):
         with pytest.raises(BadInputError, match="slots"):
-            await coordinator.bench("big", *asked)
+            await coordinator.figures.bench("big", *asked)
     with pytest.raises(NotFoundError):
-        await coordinator.bench("other", 1, 8, 8)
+        await coordinator.figures.bench("other", 1, 8, 8)

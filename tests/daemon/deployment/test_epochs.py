@@ -5,49 +5,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-import pytest
-
 from peerllm.daemon.control_messages import Carry, Release, Trouble
-from peerllm.daemon.decide.deployment_life import pacing, situation
+from peerllm.daemon.decide.deployment_life import situation
 from peerllm.daemon.deployment.planning import conditions_reader
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.engine.messages import Submit, Tokens
-from peerllm.errors import UnavailableError
 from peerllm.types import Sampling
-from tests.daemon.house import BLOCK, House, inspected
+from tests.daemon.house import quiet, used, view
 
-SPARE = 100_000
-
-
-@pytest.fixture
-async def houses(tmp_path, monkeypatch):
-    for name in ("RETRY_SETTLE_S", "JOIN_SETTLE_S", "SETTLE_S", "COMPARE_EVERY_S"):
-        monkeypatch.setattr(pacing, name, 0.0)
-    monkeypatch.setattr(pacing, "CONTENTION_S", 0.01)
-    made = []
-
-    def make(lent, blocks=8):
-        house = House(tmp_path, [int(n * BLOCK) + SPARE for n in lent], {"m": inspected("m", blocks)})
-        made.append(house)
-        return house
-
-    yield make
-    for house in made:
-        await house.close()
-        assert house.empty()
-
-
-def quiet(_):
-    pass
-
-
-def view(device):
-    (only,) = device.coordinator.views()
-    return only
-
-
-def used(device):
-    return {stage.device[0] for stage in view(device).stages}
+PACING = {"COMPARE_EVERY_S": 0.0}
 
 
 def loaded(house):
@@ -66,7 +32,7 @@ async def answering(house, device, ids=(3, 4)):
 
 
 async def test_a_device_that_dies_costs_only_what_it_held(houses):
-    house = houses([4, 6, 6])
+    house = houses([4, 6, 6], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     (other,) = used(a) - {"a"}
@@ -79,9 +45,59 @@ async def test_a_device_that_dies_costs_only_what_it_held(houses):
     await house.until(lambda: {epoch for _, epoch in a.engine.epochs} == {view(a).epoch})
 
 
+async def test_people_read_what_answers_wait_for(houses):
+    house = houses([4, 6, 6], m=8)
+    a, said = house["a"], []
+    changed = a.changed
+    a.changed = lambda: (said.extend((one.state, one.message) for one in a.coordinator.views()), changed())
+    await a.coordinator.run(RunOptions("m"), quiet)
+    (other,) = used(a) - {"a"}
+    third = "bc".replace(other, "")
+    said.clear()
+    house.part(other)
+    house.changed()
+    words = f"nothing is heard of device-{other}, answers wait"
+    assert (view(a).state, view(a).message, a.coordinator.served()[0].message) == ("serving", words, words)
+    await house.come_back(other)
+    assert view(a).message == ""
+    house.switch_gate.clear()
+    await house.vanish(other)
+    await house.until(lambda: view(a).state == "serving" and view(a).epoch > 1)
+    assert view(a).message == f"computing again what device-{other} held"
+    house.switch_gate.set()
+    await house.until(lambda: not view(a).message)
+    assert ("planning", f"device-{other} is gone; planning for 2 devices") in said
+    assert ("loading", f"device-{other} is gone; device-a and device-{third} take over its layers") in said
+    await house.vanish(third)
+    await house.until(lambda: view(a).state == "waiting")
+    assert view(a).reason.startswith(f"waiting for device-{third} to come back: m needs ")
+    assert a.coordinator.served()[0].reason == view(a).reason
+    await house.come_back(third)
+    await house.until(lambda: view(a).state == "serving")
+    assert "missing" not in view(a).reason
+
+
+async def test_a_plan_that_breaks_before_answers_go_on_in_it_does_not_end_the_outage(houses):
+    house = houses([4, 6, 6], m=8)
+    a = house["a"]
+    await a.coordinator.run(RunOptions("m"), quiet)
+    (other,) = used(a) - {"a"}
+    third = "bc".replace(other, "")
+    house.switch_gate.clear()
+    await house.vanish(other)
+    await house.until(lambda: view(a).state == "serving" and view(a).epoch > 1)
+    await house.vanish(third)
+    await house.until(lambda: view(a).state == "waiting")
+    switching = a.coordinator._of(view(a).deployment)._work._tasks["switch"]
+    house.switch_gate.set()
+    await asyncio.wait({switching}, timeout=5)
+    both = " and ".join(f"device-{letter}" for letter in "bc")
+    assert view(a).reason.startswith(f"waiting for {both} to come back: ")
+
+
 async def test_a_silent_device_that_is_back_serves_on_with_what_it_has(houses, monkeypatch):
     monkeypatch.setattr(situation, "GO_ON_S", 0.05)
-    house = houses([3, 3, 3])
+    house = houses([3, 3, 3], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     before, epoch = loaded(house), view(a).epoch
@@ -90,11 +106,11 @@ async def test_a_silent_device_that_is_back_serves_on_with_what_it_has(houses, m
     assert "silent" in view(a).reason
     await house.come_back("b")
     await house.until(lambda: view(a).state == "serving")
-    assert (loaded(house), view(a).epoch) == (before, epoch)
+    assert (loaded(house), view(a).epoch, view(a).message) == (before, epoch, "")
 
 
 async def test_a_device_back_after_others_took_over_is_used_again_without_loading(houses):
-    house = houses([4, 6, 6])
+    house = houses([4, 6, 6], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     (other,) = used(a) - {"a"}
@@ -115,7 +131,7 @@ async def test_a_device_back_after_others_took_over_is_used_again_without_loadin
 
 
 async def test_a_device_that_lost_what_it_had_is_noticed_by_what_it_says(houses):
-    house = houses([3, 3, 3])
+    house = houses([3, 3, 3], m=8)
     a, b = house["a"], house["b"]
     await a.coordinator.run(RunOptions("m"), quiet)
     b.engine.clear()
@@ -127,7 +143,7 @@ async def test_a_device_that_lost_what_it_had_is_noticed_by_what_it_says(houses)
 
 
 async def test_the_sources_engine_gets_running_answers_again_with_what_is_known(houses):
-    house = houses([4, 6, 6])
+    house = houses([4, 6, 6], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     stream, number = await answering(house, a)
@@ -144,7 +160,7 @@ async def test_the_sources_engine_gets_running_answers_again_with_what_is_known(
 
 
 async def test_a_device_that_leaves_hands_over_what_it_keeps_before_it_is_let_go(houses):
-    house = houses([4, 6, 6])
+    house = houses([4, 6, 6], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     stream, _ = await answering(house, a)
@@ -169,7 +185,7 @@ async def test_a_device_that_leaves_hands_over_what_it_keeps_before_it_is_let_go
 
 async def test_a_device_that_became_slow_is_relieved_and_one_that_did_not_is_not(houses, monkeypatch):
     monkeypatch.setattr(conditions_reader, "EVERY_S", 0.01)
-    house = houses([4, 9, 9])
+    house = houses([4, 9, 9], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     stream, _ = await answering(house, a)
@@ -198,20 +214,16 @@ async def test_a_device_that_became_slow_is_relieved_and_one_that_did_not_is_not
 
 
 async def test_a_coordinator_that_starts_again_goes_on_with_what_others_have_loaded(houses):
-    from tests.daemon.deployment.test_coordinator import module_coordinator
-
-    house = houses([3, 3, 3])
+    house = houses([3, 3, 3], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     before, first = loaded(house), view(a)
     await house.until((house.folder / f"{a.me[:4]}.jsonl").exists)
     (deployment,) = a.coordinator._deployments.values()
-    deployment._finish("stopped", UnavailableError("the daemon was killed"))
-    for task in deployment._tasks.values():
-        task.cancel()
+    await deployment.stop(left=True)  # the others are not told anything
     a.engine.clear()
     a.worker.engine_lost("the daemon died")
-    again = module_coordinator(a)
+    again = a.restarted()
     for letter in "bc":
         again.told(house[letter].me, house[letter].worker.holdings())
     await again.start()

@@ -7,37 +7,15 @@ import asyncio
 import pytest
 
 from peerllm.daemon.control_messages import Reserve
-from peerllm.daemon.decide.deployment_life import pacing
 from peerllm.daemon.deployment.described_model import ModelAtHand
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.engine.messages import Submit, Tokens
 from peerllm.errors import UnavailableError
 from peerllm.types import Sampling
-from tests.daemon.house import BLOCK, House, inspected
+from tests.daemon.house import view
 
-SPARE = 100_000
 OPTIONS = RunOptions("big", name="big")
 AHEAD = 2000
-
-
-@pytest.fixture
-async def houses(tmp_path, monkeypatch):
-    monkeypatch.setattr(pacing, "SETTLE_S", 0.0)
-    made = []
-
-    def make(lent, **models):
-        house = House(tmp_path, [n * BLOCK + SPARE for n in lent], {k: inspected(k, n) for k, n in models.items()})
-        made.append(house)
-        return house
-
-    yield make
-    for house in made:
-        await house.close()
-
-
-def view(device):
-    (only,) = device.coordinator.views()
-    return only
 
 
 def at_hand(house, tmp_path):
@@ -90,6 +68,7 @@ async def test_until_the_votes_are_given_the_others_refuse_who_would_take_over(h
     assert not (await house["c"].worker.answer(house["b"].me, asked)).error
     old = await house["c"].worker.answer(house["a"].me, Reserve(before.deployment, before.epoch + AHEAD + 1, 1, 10.0))
     assert "obeys another coordinator" in old.reason
+    hand_over(house, before.deployment, "a", "c")  # which lets go of it
 
 
 async def test_what_was_only_reserved_is_dropped_when_the_coordinator_changes(houses):

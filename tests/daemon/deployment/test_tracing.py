@@ -16,21 +16,15 @@ from peerllm.engine.messages import Record, Span
 from peerllm.errors import NotFoundError, RefusedError
 from peerllm.types import Stage
 from tests import traces
-from tests.daemon.house import BLOCK, House, inspected
+from tests.daemon.house import quiet
 
 MS = 10**6  # ns
 A, B = "a" * 64, "b" * 64
 
 
 @pytest.fixture
-async def house(tmp_path, monkeypatch):
-    made = House(tmp_path, [4 * BLOCK + 100_000] * 2, {"big": inspected("big", 6)})
-    yield made
-    await made.close()
-
-
-def quiet(_):
-    pass
+def house(houses):
+    return houses([4, 4], big=6)
 
 
 async def served(house):
@@ -47,7 +41,7 @@ async def test_clocks_far_apart_are_put_beside_each_other(house):
     coordinator, deployment = await served(house)
     b = house["b"].engine
     b.clock_ahead_ns = 10**15
-    number = await coordinator.record("big")
+    number = await coordinator.figures.record("big")
     asked = [message for message in b.seen if isinstance(message, Record)]
     assert [one.want for one in asked[-2:]] == ["clock", "start"]
     now = time.perf_counter_ns()
@@ -57,7 +51,7 @@ async def test_clocks_far_apart_are_put_beside_each_other(house):
     house["a"].engine.recorded[deployment] = [(lap(now, 50, "idle"),)]
     while time.perf_counter_ns() < now + 1000:
         pass
-    trace = json.loads(await coordinator.recorded("big", number))
+    trace = json.loads(await coordinator.figures.recorded("big", number))
     traces.check(trace, ["device-a", "device-b"])
     (mine,), theirs = traces.of(trace, "device-a"), traces.of(trace, "device-b")
     assert len(theirs) == 5, "both parts"
@@ -78,33 +72,33 @@ async def test_only_its_coordinator_records_a_deployment(house):
         assert answer.error == "RefusedError"
     assert not any(isinstance(message, Record) for message in b.engine.seen), "the engine is not even asked"
     with pytest.raises(NotFoundError):
-        await b.coordinator.record("big")
+        await b.coordinator.figures.record("big")
     with pytest.raises(RefusedError, match="another"):
-        await coordinator.recorded("big", 99)
+        await coordinator.figures.recorded("big", 99)
 
 
 async def test_the_newest_recording_counts(house):
     coordinator, _ = await served(house)
-    first = await coordinator.record("big")
-    second = await coordinator.record("big")
+    first = await coordinator.figures.record("big")
+    second = await coordinator.figures.record("big")
     with pytest.raises(RefusedError, match="another"):
-        await coordinator.recorded("big", first)
-    assert json.loads(await coordinator.recorded("big", second))["otherData"]["model"] == "big"
+        await coordinator.figures.recorded("big", first)
+    assert json.loads(await coordinator.figures.recorded("big", second))["otherData"]["model"] == "big"
     with pytest.raises(RefusedError):
-        await coordinator.recorded("big", second)
+        await coordinator.figures.recorded("big", second)
 
 
 async def test_a_device_that_tells_nothing_is_named_and_all_is_an_error(house):
     coordinator, deployment = await served(house)
-    number = await coordinator.record("big")
+    number = await coordinator.figures.record("big")
     house["b"].engine.recorded[deployment] = RefusedError("nothing is recorded here")
-    trace = json.loads(await coordinator.recorded("big", number))
+    trace = json.loads(await coordinator.figures.recorded("big", number))
     assert set(trace["otherData"]["missing"]) == {"device-b"}
     traces.check(trace, ["device-a"])
-    number = await coordinator.record("big")
+    number = await coordinator.figures.record("big")
     house["a"].engine.recorded[deployment] = RefusedError("nothing is recorded here")
     with pytest.raises(RefusedError, match="nothing"):
-        await coordinator.recorded("big", number)
+        await coordinator.figures.recorded("big", number)
 
 
 async def test_a_device_that_tells_without_end_is_cut_short(house, monkeypatch):
@@ -112,11 +106,11 @@ async def test_a_device_that_tells_without_end_is_cut_short(house, monkeypatch):
     monkeypatch.setattr(tracing, "MAX_SPANS", 40)
     monkeypatch.setattr(tracing, "MAX_PIECES", 400)
     for pieces, most in ((1, 40 + 9), (100, 4 + 10)):
-        number = await coordinator.record("big")
+        number = await coordinator.figures.record("big")
         now = time.perf_counter_ns()
         spans = tuple(lap(now + i, 0, stage=1, pieces=((1, i, 1, 1),) * pieces) for i in range(10))
         house["b"].engine.recorded[deployment] = [spans] * 10_000
-        trace = json.loads(await coordinator.recorded("big", number))
+        trace = json.loads(await coordinator.figures.recorded("big", number))
         assert 0 < len(traces.passes(trace, "device-b")) <= most
         assert len(house["b"].engine.recorded[deployment]) > 9_000
 

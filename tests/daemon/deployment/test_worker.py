@@ -10,12 +10,14 @@ import pytest
 
 from peerllm.codec import decode, encode
 from peerllm.daemon.control_messages import Activate, Ask, Carry, Control, Release, Reserve, Trouble
-from peerllm.daemon.decide.assignments import assignments, check, travelling
+from peerllm.daemon.decide.assignments import MAX_LINKS, assignments, check, travelling
 from peerllm.daemon.decide.demand import draw_up
-from peerllm.daemon.deployment import worker as worker_module
+from peerllm.daemon.deployment.loading import coordinator_grace
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Connect, LinkLost, LoadStage, Unload
 from peerllm.errors import BadInputError, EngineError, LinkError, ModelError, RefusedError
+from peerllm.transport.links.data_plane import MAX_EXPECTED
+from peerllm.transport.roster.roster import MAX_MEMBERS
 from peerllm.types import MAX_CUTS, Stage
 from tests.daemon.house import BLOCK, House, inspected
 
@@ -372,7 +374,7 @@ async def test_state_is_copied_by_the_engine_to_where_this_device_or_the_coordin
 
 
 async def test_a_coordinator_that_is_back_within_the_grace_finds_everything_loaded(house, plan, worker, monkeypatch):
-    monkeypatch.setattr(worker_module, "GRACE_S", 0.05)
+    monkeypatch.setattr(coordinator_grace, "GRACE_S", 0.05)
     await loaded(worker, plan)
     worker.away(A)
     worker.back(A)
@@ -398,7 +400,7 @@ async def test_who_needs_the_room_gets_that_of_a_coordinator_that_is_away_and_of
     assert not (await worker.answer(C, Reserve(other, 1, free, 10))).error and worker.holdings(), "there is room"
     await worker.answer(C, Release(other, 1))
     assert (await worker.answer(C, Reserve(other, 2, lent, 10))).error, "it may be back in a moment"
-    monkeypatch.setattr(worker_module, "EVICTABLE_S", 0.0)
+    monkeypatch.setattr(coordinator_grace, "EVICTABLE_S", 0.0)
     assert not (await worker.answer(C, Reserve(other, 2, lent, 10))).error
     assert not worker.holdings() and not house["b"].engine.shards
     await worker.answer(C, Release(other, 2))
@@ -412,3 +414,54 @@ async def test_a_dead_engine_is_told_for_each_epoch(house, plan, worker):
     worker.engine_lost("killed")
     assert told == [Trouble(D, epoch, "killed", engine_died=True) for epoch in (1, 2)]
     assert house.empty() and not worker.holdings()
+
+
+async def test_what_an_epoch_says_that_it_shares_and_does_not_is_not_loaded_beside_the_other(house, plan, worker):
+    """Its promise counts once what both need; other layers than those that are loaded have no room there."""
+    await loaded(worker, plan)
+    blueprint, assign = plan
+    engine, ledger = house["b"].engine, house["b"].ledger
+    before = engine.held
+    lie = [replace(work, first_layer=work.first_layer - 1, last_layer=work.last_layer - 1) for work in assign.work]
+    assert not (await worker.answer(A, Reserve(D, 2, blueprint.promises[B], 10, 0))).error
+    answer = await worker.answer(A, replace(assign, epoch=2, work=tuple(lie)))
+    assert answer.error == "RefusedError" and "are promised" in answer.reason
+    assert engine.held == before and ledger.promised_bytes == blueprint.promises[B]
+    assert not (await worker.answer(A, Activate(D, 1))).error, "the first one stands"
+
+
+async def test_epochs_load_one_after_the_other_so_that_each_knows_its_room(house, plan, worker):
+    await loaded(worker, plan)
+    blueprint, assign = plan
+    engine = house["b"].engine
+    other = [replace(work, first_layer=work.first_layer - 1, last_layer=work.last_layer - 1) for work in assign.work]
+    engine.gate.clear()
+    tasks, lent = [], house["b"].lent
+    house["b"].ledger.lent_bytes = house["b"].lent = 3 * lent
+    for epoch in (2, 3):  # each says that it shares what the one before has
+        added = blueprint.promises[B] if epoch == 2 else 0
+        assert not (await worker.answer(A, Reserve(D, epoch, blueprint.promises[B], 10, added))).error
+        sizes = {"slots": assign.slots + epoch, "micro_batch": 1, "micro_batches": 1}
+        work = tuple(other) if epoch == 3 else assign.work
+        tasks.append(asyncio.ensure_future(worker.answer(A, replace(assign, epoch=epoch, work=work, **sizes))))
+        for _ in range(50):  # turns of the loop until it waits for the engine, or for the epoch before
+            await asyncio.sleep(0)
+    assert sum(isinstance(one, LoadStage) for one in engine.seen) == 2 * len(assign.work), "the third has to wait"
+    engine.gate.set()
+    assert sorted(answer.error for answer in await asyncio.gather(*tasks)) == ["", "RefusedError"]
+
+
+async def test_links_that_a_coordinator_has_expected_are_its_own_share(house, plan, worker):
+    blueprint, assign = plan
+    many = tuple(f"{n:064x}" for n in range(MAX_LINKS))
+    greedy = replace(assign, work=(replace(assign.work[0], state_from=many), *assign.work[1:]))
+    with pytest.raises(BadInputError, match="links"):
+        check(greedy, 1 << 40, own=False)
+    greedy = replace(assign, work=(replace(assign.work[0], state_from=many[: MAX_LINKS - 4]), *assign.work[1:]))
+    house["b"].ledger.lent_bytes = house["b"].lent = 10 * blueprint.promises[B]
+    for deployment, sender, error in ((D, A, ""), ("e" * 32, A, "RefusedError"), ("f" * 32, C, "")):
+        await worker.answer(sender, Reserve(deployment, 1, blueprint.promises[B], 10))
+        answer = await worker.answer(sender, replace(greedy, deployment=deployment))
+        assert answer.error == error, answer.reason
+        await worker.answer(sender, Release(deployment, 0))
+    assert MAX_LINKS * MAX_MEMBERS <= MAX_EXPECTED, "engines have room for the shares of all"

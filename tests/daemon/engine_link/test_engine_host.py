@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from peerllm.daemon.engine_link import engine_child, engine_host
+from peerllm.daemon.engine_link import engine_child, engine_host, restart_backoff
 from peerllm.daemon.engine_link.engine_child import diagnose, oom_kills
-from peerllm.engine.messages import Inspect, Measure, QueryLoad, Submit
+from peerllm.engine.messages import WORKING_STEPS, Inspect, Measure, QueryLoad, Submit
 from peerllm.errors import BadInputError, EngineError, ModelError
 from tests.engine.engines import GREEDY, WAIT_S, Device, deploy, devices
 from tests.engine.tiny import make_llama, prompt, reference
@@ -54,17 +54,23 @@ async def test_answers_errors_and_timeouts(tmp_path: Path) -> None:
 async def test_a_dead_engine_fails_what_was_asked_and_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_host, "RESTART_FIRST_S", 0.05)
+    """At once, if it was working; else after a pause."""
+    monkeypatch.setattr(restart_backoff, "RESTART_FIRST_S", 9999.0)
     async with devices(1, tmp_path) as (device,):
         host, model = device.host, make_llama(tmp_path / "model")
-        for number in range(2):
+        deployed = await deploy([device], model, ((0, 0, 5),))
+        await deployed.generate(prompt(9), WORKING_STEPS + 1)
+        monkeypatch.setattr(restart_backoff, "RESTART_FIRST_S", 0.05)
+        os.kill(host.pid, signal.SIGKILL)
+        await device.until(lambda: len(device.ready) == 2)
+        for number in range(1, 3):
             assert host.pid is not None
             os.kill(host.pid, signal.SIGSTOP)
             asking = asyncio.create_task(host.ask(QueryLoad(host.next_request()), WAIT_S))
             await asyncio.sleep(0)
-            os.kill(host.pid, signal.SIGKILL if number else signal.SIGSEGV)
+            os.kill(host.pid, signal.SIGKILL if number == 1 else signal.SIGSEGV)
             os.kill(host.pid, signal.SIGCONT)
-            with pytest.raises(EngineError, match="SIGKILL" if number else "SIGSEGV"):
+            with pytest.raises(EngineError, match="SIGKILL" if number == 1 else "SIGSEGV"):
                 await asking
             await device.until(lambda count=number + 1: len(device.lost) == count)
             assert host.state.startswith("crashed: ")
@@ -123,7 +129,7 @@ async def test_in_process(tmp_path: Path) -> None:
 async def test_an_engine_in_process_that_fails_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peerllm.engine.process.compute import Compute
 
-    monkeypatch.setattr(engine_host, "RESTART_FIRST_S", 0.05)
+    monkeypatch.setattr(restart_backoff, "RESTART_FIRST_S", 0.05)
     async with devices(1, tmp_path, in_process=True) as (device,):
         with monkeypatch.context() as broken:
             broken.setattr(Compute, "_load", lambda self, request: 1 // 0)

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from peerllm.codec import MAX_MESSAGE_BYTES
-from peerllm.daemon.engine_link import engine_facts, engine_host, machine
+from peerllm.daemon.engine_link import engine_facts, engine_host, machine, restart_backoff
 from peerllm.daemon.engine_link.engine_host import EngineHost
 from peerllm.engine.messages import Configure, Configured, Measure, QueryLoad, Trust, Trusted
 from peerllm.errors import EngineError
@@ -170,7 +170,7 @@ async def test_waking_ahead_starts_it_once(owner: Owner) -> None:
 async def test_a_start_on_demand_that_fails_is_told_and_tried_again(
     owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_host, "RESTART_FIRST_S", 0.05)
+    monkeypatch.setattr(restart_backoff, "RESTART_FIRST_S", 0.05)
     owner.needed = True
     owner.configure = lambda request: 1 // 0  # type: ignore[assignment, return-value]
     owner.host.start_idle()
@@ -197,7 +197,7 @@ async def test_who_waits_for_a_start_hears_that_the_host_is_closed(owner: Owner)
 
 
 async def test_an_engine_that_was_woken_and_dies_is_restarted(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_host, "RESTART_FIRST_S", 0.05)
+    monkeypatch.setattr(restart_backoff, "RESTART_FIRST_S", 0.05)
     owner.needed = True
     owner.host.start_idle()
     await owner.load()
@@ -224,7 +224,7 @@ async def test_an_engine_in_this_process_is_kept(tmp_path: Path, monkeypatch: py
 async def test_an_engine_that_cannot_be_told_of_a_removal_does_not_go_on(
     owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_host, "RESTART_FIRST_S", 0.05)
+    monkeypatch.setattr(restart_backoff, "RESTART_FIRST_S", 0.05)
     owner.needed = True
     await owner.host.start()
     owner.host.tell(Trust((Trusted("a" * 64, "x" * (MAX_MESSAGE_BYTES + 1)),)))

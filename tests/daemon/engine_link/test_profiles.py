@@ -30,28 +30,10 @@ from peerllm.daemon.status.status import deployments_of
 from peerllm.engine.messages import LayersTimed, TimeLayers
 from peerllm.errors import BadInputError, EngineError, InfeasibleError, OverloadedError, UnavailableError
 from peerllm.types import Workload
-from tests.daemon.house import BLOCK, CONFIG, LAYER_MS, House, hello, inspected
+from tests.daemon.house import BLOCK, CONFIG, LAYER_MS, hello, inspected
 
 KINDS = ("pass", "embedding", "block", "head", "attention:block")
 QUESTION = Profile(CONFIG, "float32", KINDS, measure=True)
-
-
-@pytest.fixture
-async def houses(tmp_path):
-    made = []
-
-    def make(lent, machines="", **models):
-        lents = [n * BLOCK + 100_000 for n in lent]
-        house = House(tmp_path, lents, {k: inspected(k, n) for k, n in models.items()})
-        for device, name in zip(house.devices.values(), machines, strict=False):
-            device.machine = name
-        made.append(house)
-        return house
-
-    yield make
-    for house in made:
-        await house.close()
-        assert house.empty()
 
 
 class Engine:

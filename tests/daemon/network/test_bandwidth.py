@@ -10,25 +10,23 @@ import pytest
 from aiohttp import web
 
 from peerllm.daemon.network import peer_http
-from peerllm.daemon.network.peer_http import FAST_PROBE_S, PROBE_AIR_S, PeerHttp
-from peerllm.daemon.network.speed import link_monitor, probe_scheduler
+from peerllm.daemon.network.speed import bandwidth_probe, link_monitor, probe_scheduler
+from peerllm.daemon.network.speed.bandwidth_probe import FAST_PROBE_S, PROBE_AIR_S, BandwidthProbe
 from peerllm.daemon.network.speed.link_monitor import LARGE_FRAME_S, SMALL_FRAME_S, frame_sizes
 from peerllm.errors import LinkError, UnavailableError
 from tests.daemon.networks import WAIT_S, Device, devices, pair
 
-OF = ("d" * 64, "pem", "host", 1)
+OF = "d" * 64
 
 
-class Wire(PeerHttp):
+class Wire(BandwidthProbe):
     """A link of a known rate; the first `stalls` probes take as long as a busy processor makes them."""
 
     def __init__(self, mbps: float, stalls: int = 0) -> None:
         self.mbps, self.stalls = mbps, stalls
         self.probes: list[tuple[int, float]] = []
 
-    async def _probe(
-        self, device: str, certificate_pem: str, host: str, port: int, nbytes: int, air_s: float
-    ) -> tuple[float, float]:
+    async def _probe(self, device: str, nbytes: int, air_s: float) -> tuple[float, float]:
         seconds = nbytes * 8e-6 / self.mbps
         if len(self.probes) < self.stalls:
             seconds += 2 * FAST_PROBE_S
@@ -41,14 +39,14 @@ class Wire(PeerHttp):
 @pytest.mark.parametrize("mbps", [0.05, 1.0, 5.0, 30.0, 100.0, 1000.0, 40_000.0])
 async def test_probes_are_as_short_as_the_link_is_slow(mbps: float) -> None:
     wire = Wire(mbps)
-    assert await wire.measure_mbps(*OF) == pytest.approx(mbps)
+    assert await wire.measure_mbps(OF) == pytest.approx(mbps)
     assert sum(seconds for _, seconds in wire.probes) <= PROBE_AIR_S + 1e-9
-    assert len(wire.probes) <= 5 and max(nbytes for nbytes, _ in wire.probes) <= peer_http.MAX_PROBE_BYTES
+    assert len(wire.probes) <= 5 and max(nbytes for nbytes, _ in wire.probes) <= bandwidth_probe.MAX_PROBE_BYTES
 
 
 @pytest.mark.parametrize("mbps", [5.0, 100.0, 10_000.0])
 async def test_one_stall_is_not_taken_for_a_slow_link(mbps: float) -> None:
-    assert await Wire(mbps, stalls=1).measure_mbps(*OF) == pytest.approx(mbps)
+    assert await Wire(mbps, stalls=1).measure_mbps(OF) == pytest.approx(mbps)
 
 
 @pytest.mark.parametrize("mbps", [0.1, 1.0, 10.0, 1000.0])
@@ -70,8 +68,8 @@ async def test_a_probe_that_is_cut_short_frees_the_link_at_once(
         await asyncio.Event().wait()
         return response
 
-    monkeypatch.setattr(peer_http, "_serve_probe", crawl)
-    monkeypatch.setattr(peer_http, "PROBE_AIR_S", 0.1)
+    monkeypatch.setattr(bandwidth_probe, "_serve_probe", crawl)
+    monkeypatch.setattr(bandwidth_probe, "PROBE_AIR_S", 0.1)
     async with devices(tmp_path, "anna", "bert") as (anna, bert):
         aborted = asyncio.Event()
         monkeypatch.setattr(peer_http, "_abort", lambda response, was=peer_http._abort: (was(response), aborted.set()))
@@ -84,18 +82,18 @@ async def test_a_probe_that_is_cut_short_frees_the_link_at_once(
 async def test_a_busy_device_is_not_probed_and_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_scheduler, "BUSY_S", 0.05)
     busy, refused = [True], asyncio.Event()
+    measure = BandwidthProbe.measure_mbps
+
+    async def noted(probe: BandwidthProbe, device: str) -> float:
+        try:
+            return await measure(probe, device)
+        except UnavailableError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(BandwidthProbe, "measure_mbps", noted)
     async with devices(tmp_path, "anna", "bert") as (anna, bert):
         monkeypatch.setattr(bert.network.link_monitor, "_idle", lambda: not busy[0])
-        measure = anna.network._http.measure_mbps
-
-        async def noted(*where: object) -> float:
-            try:
-                return await measure(*where)  # type: ignore[arg-type]
-            except UnavailableError:
-                refused.set()
-                raise
-
-        monkeypatch.setattr(anna.network._http, "measure_mbps", noted)
         await pair(anna, bert)
         async with asyncio.timeout(WAIT_S):
             await refused.wait()

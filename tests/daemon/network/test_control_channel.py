@@ -11,7 +11,7 @@ import pytest
 
 from peerllm.codec import decode
 from peerllm.daemon.control_messages import Answer, Control, DeviceView, Goodbye, Heartbeat
-from peerllm.daemon.decide.membership import LinkName
+from peerllm.daemon.decide.membership_events import LinkName
 from peerllm.daemon.network import control_channel as module
 from peerllm.daemon.network.control_channel import LAST, MORE, PART_BYTES, ControlChannel
 from peerllm.daemon.network.limits.message_sizes import SMALL_BYTES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peerllm.daemon.decide import membership as m
+from peerllm.daemon.decide import membership_events as m
 from peerllm.daemon.network.control_links import ControlLinks
 from peerllm.transport.identity import load_or_create
 

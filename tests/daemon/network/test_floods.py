@@ -10,12 +10,25 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import pytest
 
 from peerllm.codec import encode
-from peerllm.daemon.control_messages import Answer, Ask, Control, DeviceView, Gossip, Heartbeat, Question, Release
+from peerllm.daemon.control_messages import (
+    Answer,
+    Ask,
+    Control,
+    DeviceView,
+    Gossip,
+    Have,
+    Heartbeat,
+    Question,
+    Release,
+)
+from peerllm.daemon.household_events import HouseholdEvents
 from peerllm.daemon.network import control_channel
 from peerllm.daemon.network.control_channel import LAST, MORE, PART_BYTES
 from peerllm.daemon.network.limits import traffic_budget
@@ -158,7 +171,7 @@ async def test_large_messages_are_decoded_off_the_loop_one_at_a_time(
     monkeypatch.setattr(control_channel, "_decoded", noted)
     async with besieged(tmp_path) as (anna, _, cleo):
         names.clear()
-        gossip = Gossip(tuple(anna.network._roster.export()) * 300)
+        gossip = Gossip(anna.network._roster.gossip().entries * 300)
         assert len(encode(gossip, Control)) > control_channel.LARGE_BYTES
         cleo.network.tell(anna.id, gossip)
         cleo.network.tell(anna.id, DeviceView(77, 2, "running", ()))
@@ -166,3 +179,21 @@ async def test_large_messages_are_decoded_off_the_loop_one_at_a_time(
         assert any(not name.startswith("MainThread") for name in names)
         assert names.count("MainThread") >= 1
         assert anna.state(cleo) == "online"
+
+
+async def test_work_for_a_device_in_threads_counts_in_its_budget(tmp_path: Path) -> None:
+    """Questions about weights are answered off the loop, where no message is read meanwhile."""
+    async with devices(tmp_path, "anna") as (anna,):
+        budget = anna.network._links._shares.budget("b" * 64)
+
+        class Busy:
+            def answer(self, question: Question) -> Answer:
+                began = time.thread_time()
+                while time.thread_time() - began < 0.02:
+                    pass
+                return Answer(7)
+
+        parts: Any = SimpleNamespace(offers=Busy(), network=anna.network)
+        before = budget._full_at
+        assert await HouseholdEvents(parts)._answer("b" * 64, Have(("0" * 64,))) == Answer(7)
+        assert budget._full_at - max(before, 0.0) >= 0.02 / traffic_budget.BUSY_SHARE

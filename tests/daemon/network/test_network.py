@@ -16,8 +16,8 @@ import ifaddr
 import pytest
 
 from peerllm.daemon.control_messages import Answer, DeviceView, Goodbye, Holding, Question, Release, Trouble
-from peerllm.daemon.decide import membership as m
-from peerllm.daemon.discovery.mdns import interfaces
+from peerllm.daemon.decide import membership_events as m
+from peerllm.daemon.discovery.interfaces import interfaces
 from peerllm.daemon.network import Network
 from peerllm.daemon.network.control_links import host_of
 from peerllm.daemon.network.heartbeats.heartbeat_thread import HeartbeatThread
@@ -147,7 +147,7 @@ async def test_mdns_finds_the_door_and_then_the_devices(tmp_path: Path) -> None:
 async def test_a_door_that_is_not_there_is_named_with_what_was_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peerllm.daemon.network.door_finder.FIND_DOOR_S", 0.5)
+    monkeypatch.setattr("peerllm.daemon.network.pairing.door_finder.FIND_DOOR_S", 0.5)
     async with devices(tmp_path, "anna", "bert", mdns=True) as (_, bert):
         await bert.until(bert.network.sightings)
         with pytest.raises(PairingError, match=r"saw only anna \(127.0.0.1\).*--at"):

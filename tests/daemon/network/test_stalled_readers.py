@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from peerllm.daemon.network import peer_http
-from peerllm.daemon.network.peer_http import MAX_PROBE_BYTES, add_probe
+from peerllm.daemon.network.speed import bandwidth_probe
+from peerllm.daemon.network.speed.bandwidth_probe import MAX_PROBE_BYTES, add_probe
 from peerllm.daemon.weights import offers as offers_module
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.exchange.holders import ROUTE
@@ -57,8 +57,8 @@ async def _get(port: int, path: str) -> int:
 
 
 async def test_a_probe_gives_up_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_http, "PROBE_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(peer_http, "MAX_PROBE_BYTES", LARGE_BYTES)
+    monkeypatch.setattr(bandwidth_probe, "PROBE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(bandwidth_probe, "MAX_PROBE_BYTES", LARGE_BYTES)
     app = web.Application()
     add_probe(app, lambda: True)
     runner, port = await _serve(app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from peerllm.daemon.decide.membership import LINKED
+from peerllm.daemon.decide.membership_events import LINKED
+from peerllm.daemon.network import peer_http
 from peerllm.daemon.relay import relay_door
 from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.relay.relay_door import RelayDoor
@@ -155,3 +157,55 @@ async def test_before_there_is_an_api_it_is_503(house: tuple[Device, Device, Rel
     door = RelayDoor()
     with pytest.raises(web.HTTPServiceUnavailable):
         await door.handle(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stuck", ["body", "headers", "answer"])
+async def test_a_device_that_says_nothing_of_an_answer_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: str
+) -> None:
+    """Before it has taken what is asked, before its headers, and in the middle; a word now and then is enough."""
+    monkeypatch.setattr(peer_http, "ANSWER_STALL_S", 0.4)
+    monkeypatch.setattr(peer_http, "UPLOAD_TIMEOUT_S", 0.3 if stuck == "body" else 30.0)
+    words, never = asyncio.Queue[bytes](), asyncio.Event()
+
+    async def quiet(request: web.Request) -> web.StreamResponse:
+        if stuck != "body":
+            await request.clone(client_max_size=1 << 30).read()
+        response = web.StreamResponse()
+        if stuck != "answer":
+            await never.wait()
+        await response.prepare(request)
+        while True:
+            await response.write(await words.get())
+
+    async with AsyncExitStack() as stack:
+        anna, bert = (Device(tmp_path, name) for name in ("anna", "bert"))
+        bert.network.add_route("POST", "/api/quiet", quiet)
+        for device in (anna, bert):
+            await device.network.start()
+            stack.push_async_callback(device.network.close)
+        await pair(anna, bert)
+        client, body = RelayClient(anna.network.post), bytes(64 << 20 if stuck == "body" else 10)
+
+        async def ask() -> list[bytes]:
+            async with client.ask(bert.id, "/quiet", {}, body) as answer:
+                return [piece async for piece in answer.body]
+
+        for number in range(7):
+            asyncio.get_running_loop().call_later(0.1 * number, words.put_nowait, b" ")
+        began = time.monotonic()
+        with pytest.raises(LinkError, match=r"says nothing|was lost"):
+            await asyncio.wait_for(ask(), WAIT_S)
+        assert time.monotonic() - began > (0.95 if stuck == "answer" else 0.25)
+
+
+async def test_the_patience_for_a_body_is_not_that_for_an_answer(
+    house: tuple[Device, Device, RelayClient, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, bert, client, source = house
+    monkeypatch.setattr(peer_http, "UPLOAD_TIMEOUT_S", 0.2)
+    source.gate.clear()
+    async with asyncio.timeout(WAIT_S):
+        asyncio.get_running_loop().call_later(0.5, source.gate.set)
+        async with client.ask(bert.id, PATH, {}, b"x" * (600 << 10)) as answer:
+            assert answer.status == 200 and len((await source.asked.get())[2]) == 600 << 10

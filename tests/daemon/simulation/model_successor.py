@@ -6,6 +6,7 @@ for long enough, and epochs that nobody used before. What is begun anew is not c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ class ModelSuccessor:
         self._told: dict[str, set[str]] = {}
         self._views: tuple[by.CoordinatedPlan, ...] = ()
         self._lost_at: dict[str, float] = {}
+        self._obeyed: dict[str, str] = {}
         self._stays, self._draining = set[str](), set[str]()
         self._turns = 0
         self._streaming = False
@@ -65,15 +67,15 @@ class ModelSuccessor:
 
     def look(self) -> None:
         """What this device coordinates may have changed: everyone hears of it."""
-        views = self._seen()
-        if views != self._views:
-            self._views = views
+        views, obeyed = self._seen(), dict(self.decider.obeyed)
+        if views != self._views or obeyed != self._obeyed:
+            self._views, self._obeyed = views, obeyed
             self.told(self.me, views)
             for name in self._side.machines:
                 if name != self.me:
                     self._tell(name)
 
-    def told(self, device: str, views: tuple[by.CoordinatedPlan, ...]) -> None:
+    def told(self, device: str, views: tuple[by.CoordinatedPlan, ...], obeyed: Mapping[str, str] | None = None) -> None:
         before, now = self._told.get(device, set()), {view.deployment for view in views}
         self._told[device] = now
         for over in sorted(before - now):
@@ -82,11 +84,24 @@ class ModelSuccessor:
             if view.deployment == DEPLOYMENT and view.devices:
                 self._last = view.devices
             self.feed(by.PlanTold(view if view.devices else replace(view, devices=self._last)))
+        if obeyed is not None:
+            self.feed(by.ObeyedTold(device, obeyed))
+        if dict(self.decider.obeyed) != self._obeyed:
+            self._side.at_source(0.0, self.look)
         self._equip()
 
     def knows(self, name: str) -> bool:
-        """Whether the device had a part in the deployment, as far as this one heard."""
-        return name in self.decider._own._took_part.get(DEPLOYMENT, ())
+        """Whether the device had a part in the deployment, and most of its devices follow it, as this one heard."""
+        own, both = self.decider._own, self._house.coordinators
+        part = name in own._took_part.get(DEPLOYMENT, ())
+        if not part or self.me not in both or name not in both or DEPLOYMENT not in own.plans:
+            return part
+        epochs = [self._house.successors[one].told_epoch for one in (self.me, name)]
+        return epochs[0] > epochs[1] or own._is_left_for(DEPLOYMENT, name)
+
+    @property
+    def told_epoch(self) -> int:
+        return max((view.epoch for view in self._views if view.deployment == DEPLOYMENT), default=0)
 
     def streams(self, streaming: bool) -> None:
         """Whether answers are being streamed by this device's deployment."""
@@ -113,8 +128,8 @@ class ModelSuccessor:
         self._side.at_source(RETURN_S, begin)
 
     def _tell(self, name: str) -> None:
-        views, other = self._views, self._house
-        self._side.control(self.me, name, lambda: other.successors[name].told(self.me, views))
+        views, obeyed, other = self._views, self._obeyed, self._house
+        self._side.control(self.me, name, lambda: other.successors[name].told(self.me, views, obeyed))
 
     def _seen(self) -> tuple[by.CoordinatedPlan, ...]:
         views, coordinator = [], self._side.coordinator
@@ -142,6 +157,8 @@ class ModelSuccessor:
         for action in actions:
             self._house.story.append(f"{self._side.time.now:8.3f} {self.me}: {event} -> {action}")
             self._do(action)
+        if dict(self.decider.obeyed) != self._obeyed:
+            self._side.at_source(0.0, self.look)
         self._turns += 1
         number, due = self._turns, self.decider.deadline()
         if due is not None:

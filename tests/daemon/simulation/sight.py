@@ -5,14 +5,15 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
-from peerllm.daemon.decide import membership as by
+from peerllm.daemon.decide import membership_events as by
 from peerllm.daemon.decide.deployment_life import deployment_events as on
-from peerllm.daemon.decide.membership import LinkName, Membership
+from peerllm.daemon.decide.membership import GRACE_S, SILENT_AFTER_S, Membership
+from peerllm.daemon.decide.membership_events import LinkName
 
 if TYPE_CHECKING:
     from tests.daemon.simulation.coordinating_device import CoordinatingDevice
 
-SILENT_S, OFFLINE_S = by.SILENT_AFTER_S, by.GRACE_S
+SILENT_S, OFFLINE_S = SILENT_AFTER_S, GRACE_S
 DIAL_S = 0.5  # until nobody answers
 
 

@@ -10,7 +10,6 @@ time, or needed, is not followed. "terms": no two use one epoch. "one left": at 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +33,7 @@ from tests.daemon.simulation.history import LONG, LOSSES, History
 from tests.daemon.simulation.model_coordinator import ModelCoordinator
 from tests.daemon.simulation.model_engine import ModelEngine, ModelSlot
 from tests.daemon.simulation.model_source import ModelSource
+from tests.sizes import FULL
 
 MOST_HISTORIES = 400  # until a mistake is caught
 NOISE_S = 600.0
@@ -402,5 +402,5 @@ def test_each_invariant_has_two_mistakes() -> None:
 
 @pytest.mark.parametrize("history", [short_silences, noise, refusals, scarce_memory, losses])
 def test_nothing_is_caught_without_a_mistake(history: Callable[[int], None]) -> None:
-    for seed in range(500 if os.environ.get("PEERLLM_FULL") == "1" else 8):
+    for seed in range(500 if FULL else 8):
         history(seed)

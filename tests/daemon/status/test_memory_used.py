@@ -115,7 +115,7 @@ async def test_engines_run_while_layers_are_held_and_plans_are_made_without_them
         await until(daemons, lambda: all(shown(d, n)["engine"] == "running" for d in daemons for n in ("anna", "bert")))
         for daemon in daemons:
             assert daemon.host.pid is not None
-            own = daemon._configured.runtime_bytes  # type: ignore[union-attr]
+            own = daemon.device_engine.configured.runtime_bytes
             entry = shown(daemon, daemon.settings.name)
             assert entry["used_bytes"] == daemon.ledger.promised_bytes + own > own > 50 << 20
             assert entry["resident_bytes"] == pytest.approx(psutil.Process(daemon.host.pid).memory_info().rss, rel=0.5)
@@ -155,20 +155,22 @@ async def test_a_plan_that_others_make_starts_the_engine_ahead_once(
     woken: list[str] = []
     try:
         await daemon.start()
+        watcher = daemon.device_engine.watcher
+        assert watcher is not None
         monkeypatch.setattr(daemon.host, "wake", lambda: woken.append("now"))
         views: list[object] = []
         monkeypatch.setattr(daemon.home, "views", lambda: views)
 
         def told(*states: str) -> int:
             views[:] = [_View(str(number), state) for number, state in enumerate(states)]
-            daemon._household_changed()
+            daemon.household_events.changed()
             return len(woken)
 
-        assert told("serving") == 0 and not daemon._engine_needed()
-        assert told("serving", "planning") == 1 and daemon._engine_needed()
+        assert told("serving") == 0 and not watcher.needed()
+        assert told("serving", "planning") == 1 and watcher.needed()
         assert told("serving", "planning") == 1, "the same plan"
-        assert told("serving", "loading") == 1 and daemon._engine_needed()
-        assert told("serving", "waiting") == 1 and not daemon._engine_needed()
+        assert told("serving", "loading") == 1 and watcher.needed()
+        assert told("serving", "waiting") == 1 and not watcher.needed()
         assert told("serving", "waiting", "planning") == 2
     finally:
         await daemon.close()

@@ -11,7 +11,7 @@ from peerllm.daemon.control_messages import DeploymentView
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.status.status import deployment_entry, weights_form
 from peerllm.errors import BadInputError
-from tests.daemon.house import House, inspected
+from tests.daemon.house import House, inspected, quiet
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,6 @@ def test_words(dtype: str, quantize: str, wanted: str, form: str, words: str) ->
     assert weights_form(replace(view, dtype=dtype, quantize=quantize, quantize_wanted=wanted, form=form)) == words
 
 
-def quiet(_):
-    pass
-
-
 @pytest.fixture
 async def house(tmp_path):
     made = House(tmp_path, [10**9], {"big": replace(inspected("big", 8), quantize="int8")})
@@ -46,7 +42,7 @@ async def house(tmp_path):
 async def test_what_was_decided_is_told_by_the_preview_and_by_what_runs(house):
     coordinator = house["a"].coordinator
     words = "16-bit, rounded to 8 bits (--quantize none keeps them)"
-    assert (await coordinator.preview(RunOptions("big"), quiet))["weights"] == words
+    assert (await coordinator.figures.preview(RunOptions("big"), quiet))["weights"] == words
     await coordinator.run(RunOptions("big"), quiet)
     (view,) = coordinator.views()
     entry = deployment_entry(view, house["a"].name)
@@ -59,7 +55,7 @@ async def test_the_quantisation_of_gguf_files_is_told(house):
     house.models["big"] = replace(inspected("big", 8), quantize="stored")
     house.forms["big"] = "Q4_K_M"
     coordinator = house["a"].coordinator
-    assert (await coordinator.preview(RunOptions("big"), quiet))["weights"] == "Q4_K_M, as in the file"
+    assert (await coordinator.figures.preview(RunOptions("big"), quiet))["weights"] == "Q4_K_M, as in the file"
     await coordinator.run(RunOptions("big"), quiet)
     assert deployment_entry(coordinator.views()[0], house["a"].name)["weights"] == "Q4_K_M, as in the file"
 

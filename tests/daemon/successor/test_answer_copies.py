@@ -33,7 +33,7 @@ class Source:
         self.told.append((device, message))
         self.spoke.set()
         if not self.lost:
-            self.held[device].hear(message)
+            self.held[device].hear("a", message)
 
     async def chunks(self):
         while True:
@@ -172,25 +172,49 @@ async def test_a_prompt_beyond_the_bound_is_not_copied(source, monkeypatch):
     task.cancel()
 
 
-def copied(number: int, tokens: int = 1) -> AnswerCopied:
-    return AnswerCopied(DEPLOYMENT, str(number), (1,) * tokens, 9, Sampling(), "", "", ())
+def copied(number: int, tokens: int = 1, deployment: str = DEPLOYMENT) -> AnswerCopied:
+    return AnswerCopied(deployment, str(number), (1,) * tokens, 9, Sampling(), "", "", ())
 
 
 def test_the_oldest_copies_go_where_there_are_too_many(monkeypatch):
-    monkeypatch.setattr(answer_copies, "MAX_COPIES", 3)
+    monkeypatch.setattr(answer_copies, "MAX_COPIES", 6)
     held = HeldCopies()
     for number in range(5):
-        held.hear(copied(number))
+        held.hear("a", copied(number))
     assert len(taken(held)) == 3
-    monkeypatch.setattr(answer_copies, "MAX_TOKENS", 10)
+    monkeypatch.setattr(answer_copies, "MAX_TOKENS", 20)
     for number in range(3):
-        held.hear(copied(number, 4))
+        held.hear("a", copied(number, 4))
     assert len(taken(held)) == 2
+
+
+def test_no_coordinator_takes_more_than_half_of_the_room(monkeypatch):
+    """With new copies, with one that grows without end, or under the names of several deployments."""
+    monkeypatch.setattr(answer_copies, "MAX_COPIES", 8)
+    monkeypatch.setattr(answer_copies, "MAX_TOKENS", 80)
+    held = HeldCopies()
+    for number in range(3):
+        held.hear("b", copied(number, deployment=OTHER))
+    for number in range(20):
+        held.hear("a", copied(number, deployment=f"{number % 2}" * 32))
+    held.hear("a", copied(99))
+    start = 0
+    while start < 30:
+        held.hear("a", AnswerGrew(DEPLOYMENT, "99", start, (7,) * 5))
+        start += 5
+    grown = taken(held)
+    assert len(grown) == 1 and len(grown[0].ids) == 30
+    held.hear("a", copied(99))
+    for start in range(0, 200, 5):
+        held.hear("a", AnswerGrew(DEPLOYMENT, "99", start, (7,) * 5))
+    assert not taken(held), "it has grown beyond all bounds, and is no use"
+    assert len(taken(held, OTHER)) == 3
+    assert not any(taken(held, f"{n}" * 32) for n in (0, 1)), "its others made way"
 
 
 def test_copies_of_one_deployment_are_not_anothers():
     held = HeldCopies()
-    held.hear(copied(1))
+    held.hear("a", copied(1))
     assert not taken(held, OTHER)
     held.forget(DEPLOYMENT)
     assert not taken(held)

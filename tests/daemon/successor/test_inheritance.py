@@ -68,9 +68,11 @@ def model_dir(tmp_path: Path) -> Path:
 async def left(
     tmp_path: Path, model_dir: Path, hub: HubPlaces | None = None
 ) -> tuple[Digests, tuple[TensorDigest, ...]]:
-    digests = Digests(tmp_path / "digests.json")
+    digests, spent = Digests(tmp_path / "digests.json"), list[float]()
     whole = Inheritance(OPTIONS, 7, "", inspected("big", 3), {})
-    return digests, await leave(Home(hub), digests, tmp_path / "left" / DEPLOYMENT, whole, model_dir)
+    files = await leave(Home(hub), digests, tmp_path / "left" / DEPLOYMENT, whole, model_dir, spent.append)
+    assert len(spent) == 1 and spent[0] > 0.0, "whoever asks pays for the work"
+    return digests, files
 
 
 async def adopted(tmp_path: Path, model_dir: Path, hub: HubPlaces | None = None):
@@ -169,4 +171,7 @@ async def test_few_are_kept(tmp_path, model_dir, monkeypatch):
         models.adopt(f"{number}" * 32, fetched)
     assert len(list((tmp_path / "outlines" / ".inherited").iterdir())) == 2
     assert (models.load("3" * 32).at_hand.directory).name == MODEL
+    for number in range(4, 8):
+        models.adopt(f"{number}" * 32, fetched, {"3" * 32})
+    assert models.load("3" * 32) and len(list((tmp_path / "outlines" / ".inherited").iterdir())) == 3, "it is in use"
     assert MANIFEST not in FILES

@@ -93,6 +93,8 @@ class Around:
     def peers(self) -> dict[str, None]:
         return self.others
 
+    def kept_busy(self, device: str, seconds: float) -> None: ...
+
     def tell(self, device: str, message: Any) -> None:
         self.note("tell", device, message)
 
@@ -267,6 +269,7 @@ async def test_it_drains_and_gives_way_when_its_answers_have_ended(make):
     around.own, around.streaming = (view(),), {D: True}
     one.look()
     one.told("b", [view("b", epoch=EPOCH)])
+    one.told("c", [], {D: "b"})
     assert ("drain", D, "device-b") in around.done
     await turns()
     assert "let go" not in names(around)
@@ -310,7 +313,9 @@ async def test_what_breaks_off_where_it_gives_way_is_left_to_the_one_that_goes_o
 
     async def broken():
         yield Chunk((7,))
+        one.presence(to, "online")
         one.told(to, [view(to, **other)])
+        one.told("c", [], {D: to})
         raise UnavailableError("the other serves it now")
 
     with pytest.raises(UnavailableError):
@@ -340,6 +345,7 @@ async def test_after_a_restart_it_gives_way_to_who_had_a_part_before(make):
     one.told("x", [view("x", epoch=EPOCH + 1)])
     assert names(around) == []
     one.told("c", [view("c", epoch=EPOCH)])
+    one.told("b", [], {D: "c"})
     assert ("drain", D, "device-c") in around.done
 
 
@@ -387,7 +393,7 @@ async def test_a_device_that_lends_nothing_does_not_follow(make):
 
 
 async def test_it_leaves_what_it_has_to_devices_of_the_plan_alone(make, monkeypatch):
-    async def leave(home, digests, place, inheritance, model_dir):
+    async def leave(home, digests, place, inheritance, model_dir, busy):
         assert (place.name, inheritance.options, model_dir) == (D, OPTIONS, Path("/model"))
         return ("files",)
 

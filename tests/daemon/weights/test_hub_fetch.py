@@ -20,7 +20,7 @@ from peerllm.daemon.weights.exchange.wanted_tensor import Piece, WantedTensor
 from peerllm.daemon.weights.stage_weights import StageWeights
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.engine.weights.checkpoint import read_tensors
-from peerllm.errors import BadInputError, ModelError
+from peerllm.errors import BadInputError, LinkError, ModelError, UnavailableError
 from tests.daemon.weights.hub_server import COMMIT, hub_server
 from tests.daemon.weights.weight_house import DEPLOYMENT, Peers, WeightHouse, checkpoint, digest, held, quiet
 
@@ -91,11 +91,10 @@ async def test_each_byte_crosses_the_uplink_once_whoever_needs_it(hub, house):
     await asyncio.gather(*(house[one].fetch(house["a"], assigned(one), hub=HUB) for one in "abc"))
     assert hub.bodies[WEIGHTS] == total(tensors)
     # Later another plan: the others have all that "a" lacks, so the hub is not asked again.
-    await house["a"].fetch(house["a"], manifest(), hub=HUB, deployment="e" * 32)
+    found = await house["a"].fetch(house["a"], manifest(), hub=HUB, deployment="e" * 32)
     assert hub.bodies[WEIGHTS] == total(tensors)
-    for wanted, tensor in zip(manifest(), tensors, strict=True):
-        key = hub_key(HUB, 0, wanted.offset, wanted.nbytes)
-        assert house["a"].store.path(house["a"].store.known(key)).read_bytes() == held(tensor)
+    for tensor in tensors:
+        assert held(found[tensor.name]) == held(tensor)
 
 
 async def test_a_download_that_broke_goes_on_where_it_was(hub, house, tmp_path):
@@ -129,23 +128,110 @@ async def test_what_was_fetched_once_is_known_by_its_hash_after_a_restart_too(hu
     assert other[one.name].nbytes == one.nbytes
 
 
-async def test_a_device_that_lies_about_a_hash_is_found_out_by_its_bytes_or_by_the_hub(hub, house, tmp_path, caplog):
-    """It says that a tensor has the hash of other bytes: what others say differs, so the hub decides."""
+async def lie(house, letter, tensor, tmp_path):
+    """That device has other bytes, and says that they are what the hub has at the tensor's place; their hash."""
+    (other,) = checkpoint(tmp_path / f"other {letter}", [tensor.nbytes])
+    (told,) = await house[letter].hash([other])
+    house[letter].offers.held = lambda asked: told.sha256
+    return told.sha256
+
+
+async def test_where_devices_differ_about_a_hash_the_hub_decides(hub, house, tmp_path):
+    tensor = own_tensors()[3]
+    (wanted,) = manifest([tensor])
+    await house["a"].fetch(house["a"], [wanted], hub=HUB)
+    await lie(house, "c", tensor, tmp_path)
+    found = await house["b"].fetch(house["a"], [wanted], hub=HUB)
+    assert held(found[tensor.name]) == held(tensor)
+    assert hub.bodies[WEIGHTS] == 2 * tensor.nbytes
+    honest = hash_range(tensor.path, tensor.offset, tensor.nbytes)
+    await house["c"].fetch(house["a"], [replace(wanted, sha256=honest)], hub=HUB)
+    assert house["c"].store.path(honest).read_bytes() == held(tensor), "a hash of the manifest is never another's"
+
+
+async def test_what_a_device_alone_says_of_a_place_counts_for_that_deployment_only(hub, house, tmp_path):
     tensor = own_tensors()[3]
     (wanted,) = manifest([tensor])
     key = hub_key(HUB, 0, wanted.offset, wanted.nbytes)
-    (other,) = checkpoint(tmp_path / "other", [tensor.nbytes])
-    await house["c"].hash([other])
-    lie = digest(other).sha256
-    house["c"].store._known.add(key, lie)
-    house["c"].offers.held = lambda asked: lie
-    await house["a"].fetch(house["a"], [wanted], hub=HUB)
-    house["a"].store._known = KnownHashes(tmp_path / "none")
-    (house["a"].folder / "weights" / lie).unlink(missing_ok=True)
-    await house["a"].fetch(house["a"], [wanted], hub=HUB, deployment="e" * 32)
-    honest = hash_range(tensor.path, tensor.offset, tensor.nbytes)
-    await house["b"].fetch(house["a"], [replace(wanted, sha256=honest)], hub=HUB)
-    assert house["b"].store.path(honest).read_bytes() == held(tensor), "a hash of the manifest is never another's"
+    told = await lie(house, "c", tensor, tmp_path)
+    found = await house["a"].fetch(house["c"], [wanted], hub=HUB)
+    assert found[tensor.name].path.endswith(told), "nobody else says anything"
+    assert house["a"].store.known(key) == house["a"].offers.held(key) == "", "nobody hears it from this device"
+    house["c"].online = False
+    again = WeightStore(tmp_path / "a" / "weights", house["a"].me, Peers(house, house["a"].me))
+    assert await again.fetch(DEPLOYMENT, house["c"].me, [wanted], quiet, HUB) == found and not hub.bodies
+    for deployment, source in ((DEPLOYMENT, "b"), ("e" * 32, "c")):
+        again._known = KnownHashes(tmp_path / f"unknown to {source}")
+        hub.bodies.clear()
+        other = await again.fetch(deployment, house[source].me, [wanted], quiet, HUB)
+        assert held(other[tensor.name]) == held(tensor) and hub.bodies[WEIGHTS] == tensor.nbytes
+    assert again.held(key) == again.known(key) != ""
+
+
+async def test_a_device_s_part_of_a_tensor_is_never_taken_for_the_hub_s(hub, house, tmp_path, monkeypatch):
+    """It sends all but the last bytes, and is gone; in a new process as well."""
+    tensor = max(own_tensors(), key=lambda one: one.nbytes)
+    (wanted,) = manifest([tensor])
+    await lie(house, "c", tensor, tmp_path)
+
+    async def gone(path, offset, block):
+        if offset + len(block) >= tensor.nbytes:
+            house["c"].online = False
+            raise LinkError("it is gone")
+        return block
+
+    house["c"].fault = gone
+    hub.refuse["/"] = 503, "Down"
+    monkeypatch.setattr(tensor_fetch, "PATIENCE_S", 0.3)
+    with pytest.raises(UnavailableError):
+        await house["a"].fetch(house["b"], [wanted], hub=HUB)
+    (left,) = (tmp_path / "a" / "weights" / "partial").iterdir()
+    assert 0 < left.stat().st_size < tensor.nbytes
+    hub.refuse.clear()
+    again = WeightStore(tmp_path / "a" / "weights", house["a"].me, Peers(house, house["a"].me))
+    found = await again.fetch(DEPLOYMENT, house["b"].me, [wanted], quiet, HUB)
+    assert held(found[tensor.name]) == held(tensor) and hub.bodies[WEIGHTS] == tensor.nbytes
+
+
+async def test_what_lies_here_already_is_not_fetched_once_its_hash_is_said(hub, house):
+    tensors = own_tensors()[:4]
+    await house["b"].fetch(house["a"], manifest(tensors), hub=HUB)
+    known = [replace(one, sha256=hash_range(at.path, at.offset, at.nbytes))
+             for one, at in zip(manifest(tensors), tensors, strict=True)]  # fmt: skip
+    await house["a"].fetch(house["b"], known)
+    sent, seen = house["b"].sent.total(), []
+    await house["a"].fetch(house["b"], manifest(tensors), lambda *done: seen.append(done), HUB, "e" * 32)
+    assert house["b"].sent.total() == sent and hub.bodies[WEIGHTS] == total(tensors)
+    assert seen[-1] == (total(tensors), total(tensors))
+
+
+async def test_who_has_it_from_another_device_sends_it_too(hub, house):
+    """Once its hash is said it is asked for by that: so the source sends each byte once."""
+    tensors = own_tensors()[:4]
+    await house["b"].fetch(house["b"], manifest(tensors), hub=HUB)
+    await house["c"].fetch(house["b"], manifest(tensors), hub=HUB)
+    sent = house["b"].sent.total()
+    await house["a"].fetch(house["b"], manifest(tensors), hub=HUB)
+    assert house["b"].sent.total() == sent and house["c"].sent.total() == total(tensors)
+
+
+async def test_no_credentials_of_a_file_go_to_the_hub_and_the_environment_s_proxy_is_used(
+    hub, house, tmp_path, monkeypatch
+):
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text("default login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    sent = []
+    real = hub._file
+    monkeypatch.setattr(hub, "_file", lambda asked, *rest: (sent.append(asked.headers), real(asked, *rest)))
+    await house["a"].fetch(house["a"], manifest()[:1], hub=HUB)
+    monkeypatch.setenv("http_proxy", hub.url.replace("//", "//me:word@"))
+    template = "http://hub.invalid/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    await house["b"].store.fetch(DEPLOYMENT, house["b"].me, manifest()[1:2], quiet, HUB, "token")
+    assert [one.get("Authorization") for one in sent] == [None, "Bearer token"]
+    assert [one.get("Proxy-Authorization") for one in sent] == [None, "Basic bWU6d29yZA=="]
 
 
 async def test_a_hub_whose_bytes_are_others_than_the_manifest_s_is_named(hub, house, tmp_path):

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peerllm.engine.graph.describe import UnfitError, describe
+from peerllm.engine.graph.config_values import UnfitError
+from peerllm.engine.graph.describe import describe
 from peerllm.engine.graph.rotation import inverse_frequencies, tables
 from peerllm.engine.graph.structure import Rope
 

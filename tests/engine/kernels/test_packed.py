@@ -15,8 +15,9 @@ from peerllm.engine.model.packed import Packed
 from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.engine.model.torch_shard import load_shard
 from peerllm.errors import BadInputError, RefusedError
-from tests.engine.architectures import FAMILIES, FULL, quiet, save, stage, tiny_model
+from tests.engine.architectures import FAMILIES, quiet, save, stage, tiny_model
 from tests.engine.runs import in_slot
+from tests.sizes import FULL
 
 # Turned weights, biases, fused matrices, ties and scaled embeddings, experts, latent attention, recurrent layers.
 SHARE = (

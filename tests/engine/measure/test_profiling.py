@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from peerllm.engine.backends import Backends
-from peerllm.engine.graph.describe import UnfitError, describe
+from peerllm.engine.graph.config_values import UnfitError
+from peerllm.engine.graph.describe import describe
 from peerllm.engine.graph.graph_inspect import block_kinds
 from peerllm.engine.measure import layer_times
 from peerllm.engine.measure.layer_times import STEPS, net, time_layers

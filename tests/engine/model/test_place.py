@@ -23,9 +23,10 @@ from peerllm.engine.model.torch_inspect import inspect_model
 from peerllm.engine.model.torch_shard import TorchShard, load_shard
 from peerllm.engine.weights.rounding import rounded
 from peerllm.errors import BadInputError
-from tests.engine.architectures import FAMILIES, FULL, Family, quiet, save, stage, tiny_model
+from tests.engine.architectures import FAMILIES, Family, quiet, save, stage, tiny_model
 from tests.engine.pretend import CPU, DEVICE, Pretend, a_pass, accelerator
 from tests.engine.runs import in_slot
+from tests.sizes import FULL
 
 SLOTS, CONTEXT, CUT = 2, 32, 3
 PROMPTS = [3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5]

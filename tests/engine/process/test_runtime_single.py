@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from peerllm.engine.messages import WORKING_STEPS, Done, QueryLoad, Working
 from tests.engine.engines import deploy, devices
+from tests.engine.fakes import FakeBackend, engine, stage
 from tests.engine.tiny import make_llama, prompt, reference
 
 pytestmark = pytest.mark.timeout(120)
@@ -28,3 +30,18 @@ async def test_greedy_equals_transformers(model: Path, tmp_path: Path) -> None:
             assert answer == reference(model, case, 12)
             assert len(set(answer)) > 2
         await deployed.until_free()
+
+
+async def test_an_engine_tells_once_that_it_is_working(tmp_path: Path) -> None:
+    async with engine(tmp_path, FakeBackend()) as line:
+
+        async def working_after(sequence: int, count: int) -> int:
+            line.submit(sequence, [1, 2, 3], count)
+            await line.finished(sequence)
+            await line.ask(QueryLoad(line.request()))
+            return sum(isinstance(message, Working) for message in line.heard)
+
+        assert isinstance(await line.ask(stage(line.request())), Done)
+        assert await working_after(1, WORKING_STEPS) == 0, "the first token comes after the prompt"
+        assert await working_after(2, 2) == 1
+        assert await working_after(3, 2 * WORKING_STEPS) == 1

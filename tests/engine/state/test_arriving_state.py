@@ -28,6 +28,7 @@ from peerllm.errors import BadInputError, EngineError
 from peerllm.planner.cost.layer_costs import kv_bytes
 from tests.engine.architectures import FAMILIES, quiet, save, stage, tiny_model
 from tests.engine.runs import in_slot
+from tests.sizes import examples
 
 SLOTS, CONTEXT, SLACK, HEAD = 3, 60, 4, 5
 WINDOW = 5  # of ministral's
@@ -344,7 +345,7 @@ def test_a_part_that_does_not_fit_changes_nothing(wrong: StatePart) -> None:
 JUMPS = st.sampled_from([0, 0, 0, 0, 0, 0, -3, 2, 17])  # from where the block's last part ended
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.lists(st.tuples(st.sampled_from(sorted(STATES)), JUMPS, st.integers(1, 8)), max_size=25))
 def test_every_row_is_its_tokens_whatever_arrives_in_whatever_order(parts: list[tuple[int, int, int]]) -> None:
     """The number in each row is its token's position. What counts as held lies there, and is enough for the windows."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import numpy as np
 import pytest
@@ -17,8 +16,9 @@ from peerllm.engine.state.state_kinds import LayerState, SequenceArray, keys_and
 from peerllm.errors import EngineError
 from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.runs import in_slot
+from tests.sizes import FULL
 
-EXAMPLES = 1500 if os.environ.get("PEERLLM_FULL") == "1" else 150
+EXAMPLES = 1500 if FULL else 60
 SLOTS, CONTEXT, ROLLBACK = 4, 48, 3
 WINDOWS = (None, 5, 9, 60)  # a window wider than the context never slides
 REACH = Reach(True, 5 + 2 * ROLLBACK, ROLLBACK)

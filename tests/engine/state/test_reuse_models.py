@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -25,8 +24,9 @@ from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT, stage
 from tests.engine.runs import in_slot
 from tests.engine.state.test_arriving_state import load
+from tests.sizes import FULL
 
-EXAMPLES = 300 if os.environ.get("PEERLLM_FULL") == "1" else 12
+EXAMPLES = 300 if FULL else 12
 SLOTS, CONTEXT, HEAD = 3, 60, 5
 CUTS = ((0,), (0, 3), (0, 1, 4))  # the first layers of stages
 # Windows beside full layers, convolutions, recurrent states; all of a layer in torch; latent vectors.

@@ -259,7 +259,7 @@ class Household(RuleBasedStateMachine):
             self.check(number, settled=True)
         for place, deployment in enumerate(self.plan.deployments):
             held = deployment.rings[1].stages[place].chain[0].slots
-            assert held.in_use(1) == 0
+            assert self.went_wrong or held.in_use(1) == 0, "a RELEASE that was lost with a link is not sent again"
             for slot, remains in self.source._idle._remains.items():
                 assert self.went_wrong or held.kept(slot) == len(remains.ids)
         self._patched.undo()

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerllm.engine.graph.describe import UnfitError, describe
+from peerllm.engine.graph.config_values import UnfitError
+from peerllm.engine.graph.describe import describe
 from peerllm.engine.messages import TensorAt
 from peerllm.engine.weights.formats.coded_rows import WeightForm
 from peerllm.engine.weights.formats.published import published_forms
 from peerllm.engine.weights.settled import settled
 from peerllm.errors import ModelError
 from tests.engine.weights.packers import METHODS, MXFP4, Array, Method, Stored, mxfp4
+from tests.sizes import examples
 
 ROWS, COLUMNS = 40, 192
 LAYER = "layers.0.self_attn.q_proj"
@@ -227,7 +229,7 @@ def test_an_order_that_was_not_kept_is_the_files() -> None:
     np.testing.assert_array_equal(floats, plain.weights.astype(np.float32))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.data())
 def test_damaged_tensors_get_a_line(data: st.DataObject) -> None:
     method = METHODS[data.draw(st.sampled_from(sorted(METHODS)))]
@@ -260,7 +262,7 @@ def test_damaged_tensors_get_a_line(data: st.DataObject) -> None:
     assert what == "shape" or made_of.shape == (ROWS, COLUMNS)  # shapes are compared before weights are read
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(about=st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([4, 8, 32, -1]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(

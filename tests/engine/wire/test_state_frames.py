@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -32,9 +31,10 @@ from peerllm.transport.frames.frame import FrameKind, NamedTensor
 from peerllm.transport.frames.limits import FrameLimits, FrameRefused, Rule
 from peerllm.transport.frames.token_run import TokenRun
 from tests.engine.fakes import DEPLOYMENT, stage
+from tests.sizes import FULL
 from tests.transport.frames_support import encode
 
-EXAMPLES = 3000 if os.environ.get("PEERLLM_FULL") == "1" else 300
+EXAMPLES = 3000 if FULL else 100
 SLOTS, CONTEXT = 3, 50
 STATES = {
     2: keys_and_values(2, 4, "float32"),

@@ -12,11 +12,12 @@ from peerllm.planner.simulator.run_report import formula_tokens_per_second
 from peerllm.planner.simulator.simulated_schedules import SCHEDULES
 from peerllm.types import Workload
 from tests.planner.simulator.rings import at_random, by_hand
+from tests.sizes import FULL
 
 MS = st.integers(0, 400).map(lambda tenths: tenths / 10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 if FULL else 30, deadline=None)
 @given(st.lists(st.tuples(MS, MS), min_size=1, max_size=6), st.integers(1, 9), st.sampled_from(sorted(SCHEDULES)))
 def test_each_resource_once_a_lap_reaches_the_formula(stations, groups, schedule):
     ring = by_hand([compute + 0.1 for compute, _ in stations], [hop for _, hop in stations])
@@ -27,7 +28,7 @@ def test_each_resource_once_a_lap_reaches_the_formula(stations, groups, schedule
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_random_rings_of_batches_reach_the_formula(schedule):
-    for seed in range(50):
+    for seed in range(50 if FULL else 15):
         ring, batch, groups = at_random(seed)
         run = ring.run(schedule=schedule, micro_batch=batch, micro_batches=groups, steps=60, prefill=False)
         expected = formula_tokens_per_second(ring.lap(batch), schedule, groups)
@@ -35,7 +36,7 @@ def test_random_rings_of_batches_reach_the_formula(schedule):
 
 
 def test_head_on_the_source_earlier_stage_first_reaches_the_formula():
-    for seed in [129, 195, 377, 399, *range(40)]:  # the first four lose up to 27 % by arrival
+    for seed in [129, 195, 377, 399, *range(40 if FULL else 8)]:  # the first four lose up to 27 % by arrival
         ring, batch, groups = at_random(seed, "head")
         run = ring.run(micro_batch=batch, micro_batches=groups, steps=80, prefill=False, order="stage")
         expected = formula_tokens_per_second(ring.lap(batch), "no-bubble", groups)
@@ -51,14 +52,14 @@ def test_two_visits_in_order_of_arrival_may_lose_as_documented():
 
 @pytest.mark.parametrize(("shape", "shared"), [("head", False), ("once", True), ("head", True)])
 def test_no_pipeline_beats_the_formula(shape, shared):
-    exact = 0
-    for seed in range(40):
+    exact, seeds = 0, range(40 if FULL else 16)
+    for seed in seeds:
         ring, batch, groups = at_random(seed, shape, shared)
         run = ring.run(micro_batch=batch, micro_batches=groups, steps=60, prefill=False)
         reached = run.steady_tokens_per_second / formula_tokens_per_second(ring.lap(batch), "no-bubble", groups)
         assert 0.5 < reached < 1.01, f"seed {seed}"
         exact += reached > 0.99
-    assert exact >= 30
+    assert exact >= 0.75 * len(seeds)
 
 
 @pytest.mark.parametrize("chunk", [None, 8, 5])

@@ -44,7 +44,7 @@ MOST_RULES = 32  # that one event may set off; more is a mistake in the rules
 
 
 class DeploymentDecider:
-    """One deployment's, on its coordinator `me`. `lasting`: it has served, so it waits for devices and never gives up.
+    """Decides for one deployment, on its coordinator `me`. `lasting`: it has served, and waits instead of giving up.
 
     `epoch` is the last number that is used up. The first Asked or DeadlineReached begins it.
     """
@@ -166,6 +166,7 @@ class DeploymentDecider:
         known = running is not None and bool(running.doubtful)  # a renewal loads it again already
         if running is not None and hit:
             running.engines_lost[device] = reason
+            rules.attempts.conditions_changed(now)  # what it held is free; a search under way may not have known
             if not known:
                 rules.devices.fail(device, now)
         if not isinstance(target, Establishing | Carrying) or all(stage.device != device for stage in target.stages):

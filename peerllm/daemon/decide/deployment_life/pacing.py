@@ -15,6 +15,7 @@ RETRY_SETTLE_S = 0.3  # changes come in bursts
 ECHO_S = 1.0  # what we let go of ourselves is told back to us as free memory within this
 STABLE_S = 10.0  # a plan that ran for so long was a good one; else repairs follow each other ever more slowly
 QUICK_REPAIRS = 4  # repairs of unstable plans that follow at once
+REPAIR_MOST_S = 5.0  # the longest wait before one: answers wait for it
 RENEWALS = 3  # times that links are made anew before the plan does without a device whose links break ...
 RENEWALS_S = 30.0  # ... in this time
 
@@ -44,7 +45,7 @@ class Attempts:
         self._renewed: deque[float] = deque(maxlen=RENEWALS)
 
     def forget(self) -> None:
-        """It serves."""
+        """The deployment serves: what failed before counts no more."""
         self.failed, self._waits, self._hopeless, self.reason = 0, 0, None, ""
         self.shunned.clear()
 
@@ -79,7 +80,7 @@ class Attempts:
         self._retry_at = min(self._retry_at, max(now, self._given_up_at + ECHO_S))
 
     def hopeless(self, without: frozenset[DeviceId]) -> bool:
-        """Whether the last plan that was searched without these devices was not to be found."""
+        """Whether the last search without these devices found no plan."""
         return self._hopeless == without
 
     def next_at(self, without: frozenset[DeviceId]) -> float:
@@ -87,11 +88,11 @@ class Attempts:
         return max(self._not_before, self._retry_at if self.hopeless(without) else 0.0)
 
     def repair_after(self, ran_s: float, now: float) -> None:
-        """A plan that ran for so long needs repair."""
+        """Note that a plan which ran for so long needs repair, and when that may begin."""
         self._unstable = self._unstable + 1 if ran_s < STABLE_S else 0
         if self._unstable > QUICK_REPAIRS:
             wait_s = CONTENTION_S * 2.0 ** min(self._unstable - QUICK_REPAIRS, 16)
-            self._not_before = now + min(RETRY_MOST_S, wait_s)
+            self._not_before = now + min(REPAIR_MOST_S, wait_s)
 
     def may_renew(self, now: float) -> bool:
         return not self.failed and not self.shunned and now >= self._not_before
@@ -100,7 +101,7 @@ class Attempts:
         self._renewed.append(now)
 
     def renewed_in_vain(self, now: float) -> bool:
-        """Whether links broke again and again though they were made anew; once told, it counts from the start."""
+        """Whether links broke again each time that they were made anew; a yes starts the count again."""
         vain = len(self._renewed) == RENEWALS and now - self._renewed[0] < RENEWALS_S
         if vain:
             self._renewed.clear()
@@ -132,7 +133,7 @@ class Comparisons:
         self._conditions_due = min(self._conditions_due, now + SETTLE_S)
 
     def at(self) -> float:
-        """When the next is due."""
+        """When the next comparison is due."""
         ration = self._moved[0] + MOVES_S if len(self._moved) == MOVES else 0.0
         due = min([max(self._conditions_due, ration, self._failed_until), *self._joins.values()])
         return max(due, self._after)

@@ -25,7 +25,7 @@ Why = Literal["start", "loss", "leave", "gain"]
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Nothing is."""
+    """Nothing is under way."""
 
 
 @dataclass(frozen=True, slots=True)

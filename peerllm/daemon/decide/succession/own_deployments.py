@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from peerllm.daemon.decide.succession.succession_events import (
     CoordinatedPlan,
     Drain,
@@ -11,7 +13,7 @@ from peerllm.daemon.decide.succession.succession_events import (
 )
 from peerllm.types import DeploymentId, DeviceId
 
-MAX_DEPLOYMENTS_KNOWN = 256
+MAX_DEPLOYMENTS_KNOWN = 1024
 
 
 class OwnDeployments:
@@ -21,7 +23,21 @@ class OwnDeployments:
         self.plans: dict[DeploymentId, CoordinatedPlan] = {}
         self._streaming: set[DeploymentId] = set()
         self._yielding: dict[DeploymentId, DeviceId] = {}  # those that drain, and for whom
+        self._plans_with: dict[
+            DeploymentId, dict[DeviceId, tuple[DeviceId, ...]]
+        ] = {}  # own, the last with each device
+        self._obeyed: dict[DeviceId, Mapping[DeploymentId, DeviceId]] = {}  # as each device says
         self._took_part: dict[DeploymentId, set[DeviceId]] = {}  # in plans of coordinators that were this device's own
+
+    def coordinate(self, plan: CoordinatedPlan) -> None:
+        """This device coordinates it, by that plan."""
+        self.plans[plan.deployment] = plan
+        self._plans_with.setdefault(plan.deployment, {}).update(dict.fromkeys(plan.devices, plan.devices))
+        self.obeyed(plan)
+
+    def obeyed_told(self, device: DeviceId, coordinators: Mapping[DeploymentId, DeviceId]) -> None:
+        """Another device says whom it has obeyed."""
+        self._obeyed[device] = coordinators
 
     def obeyed(self, plan: CoordinatedPlan) -> None:
         """This device obeys the plan's coordinator: no devices but those of its plans are believed to follow it."""
@@ -37,6 +53,7 @@ class OwnDeployments:
     def over(self, deployment: DeploymentId) -> None:
         """This device coordinates it no longer."""
         self.plans.pop(deployment, None)
+        self._plans_with.pop(deployment, None)
         self._yielding.pop(deployment, None)
         self._streaming.discard(deployment)
 
@@ -48,7 +65,7 @@ class OwnDeployments:
         if own.deployment in self._yielding or not self._rivals(own, other):
             return []
         if own.deployment == other.deployment:
-            gives_way = _chooses(own, other)
+            gives_way = _chooses(own, other) and self._is_left_for(own.deployment, other.coordinator)
         elif not _chooses(own, other):
             gives_way = other.stays and not own.stays
         elif other.serving:
@@ -70,8 +87,15 @@ class OwnDeployments:
         to = self._yielding.get(deployment)
         if to is None or deployment in self._streaming or deployment not in self.plans:
             return []
-        del self._yielding[deployment], self.plans[deployment]
+        del self._yielding[deployment], self.plans[deployment], self._plans_with[deployment]
         return [GiveWay(deployment, to)]
+
+    def _is_left_for(self, deployment: DeploymentId, rival: DeviceId) -> bool:
+        """Whether most devices of the last plan here that the rival was of obey it: its own word is not enough."""
+        me = self.plans[deployment].coordinator
+        devices = self._plans_with.get(deployment, {}).get(rival, (me, rival))
+        obeying = [one for one in devices if one == rival or self._obeyed.get(one, {}).get(deployment) == rival]
+        return 2 * len(obeying) > len(devices)
 
     def _rivals(self, own: CoordinatedPlan, other: CoordinatedPlan) -> bool:
         """Whether both are the same deployment, or begun anew for it, by a device that ever had a part in it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,14 @@ class PlanTold:
     """A coordinator, this device or another, told of a deployment."""
 
     plan: CoordinatedPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ObeyedTold:
+    """Another device says whom it has obeyed in the deployments that it has a part in (`Succession.obeyed`)."""
+
+    device: DeviceId
+    coordinators: Mapping[DeploymentId, DeviceId]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +107,8 @@ class TurnCame:
 
 
 SuccessionEvent = (
-    PlanTold | DeploymentOver | PresenceChanged | Equipped | VoteAsked | VoteCame | ServiceSought | StreamsChanged
-    | TurnCame
+    PlanTold | ObeyedTold | DeploymentOver | PresenceChanged | Equipped | VoteAsked | VoteCame | ServiceSought
+    | StreamsChanged | TurnCame
 )  # fmt: skip
 
 

@@ -92,18 +92,21 @@ class EpochLoading:
         here: set[str] = set()  # tensors loaded for it
         promise = self._ledger.promise(assign.deployment, assign.epoch)
         room = promise.nbytes if promise is not None else 0  # for all of the epoch, what it takes over counted too
-        before = taken = await self._taken(assign.deployment)
+        added = 0  # bytes that the engine holds for this epoch and did not before
         for work in assign.work:
             again = [tensor for tensor in work.tensors if tensor.name in here]  # which a later stage shares
-            limit = room - (taken - before) + weight_bytes(again, assign.dtype, assign.quantize)
-            spec = self._spec(assign, work, own, limit)
-            epoch.load = asyncio.create_task(
-                self._engine.ask(spec, LOAD_TIMEOUT_S), name=f"engine load {assign.deployment[:8]}/{work.stage}"
-            )
-            epoch.load.add_done_callback(_seen)
-            await asyncio.shield(epoch.load)
-            held.shards.load(assign.epoch, (work.first_layer, work.last_layer), (assign.slots, assign.context))
-            taken = await self._taken(assign.deployment)
+            shared = weight_bytes(again, assign.dtype, assign.quantize)
+            async with held.loading:
+                before = await self._taken(assign.deployment)
+                beside = self._ledger.promised_to(assign.deployment) - before  # the epochs that stand here counted
+                spec = self._spec(assign, work, own, room - added + shared, beside + shared)
+                epoch.load = asyncio.create_task(
+                    self._engine.ask(spec, LOAD_TIMEOUT_S), name=f"engine load {assign.deployment[:8]}/{work.stage}"
+                )
+                epoch.load.add_done_callback(_seen)
+                await asyncio.shield(epoch.load)
+                held.shards.load(assign.epoch, (work.first_layer, work.last_layer), (assign.slots, assign.context))
+                added += await self._taken(assign.deployment) - before
             here |= {tensor.name for tensor in work.tensors}
 
     def progressed(self, held: HeldDeployment, stage: int, done_bytes: int) -> None:
@@ -144,7 +147,7 @@ class EpochLoading:
         epoch.total_bytes = total
         return own
 
-    def _spec(self, assign: Assign, work: StageWork, own: Mapping[str, TensorAt], limit: int) -> LoadStage:
+    def _spec(self, assign: Assign, work: StageWork, own: Mapping[str, TensorAt], limit: int, added: int) -> LoadStage:
         hop = None
         if work.downstream is not None and work.downstream != self._me:
             hop = self.hop(work.downstream, work.downstream_hosts, work.downstream_port, work.downstream_stage)
@@ -169,6 +172,7 @@ class EpochLoading:
             downstream=hop,
             head_device=assign.head_device,
             limit_bytes=limit,
+            added_limit_bytes=added,
             quantize=assign.quantize,
             cuts=assign.cuts,
             upstream_activations=work.upstream_activations,

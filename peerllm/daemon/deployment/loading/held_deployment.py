@@ -36,6 +36,7 @@ class HeldDeployment:
     coordinator: DeviceId
     epochs: dict[int, HeldEpoch] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one stage at a time, so that each knows its room
     shards: ShardTable = field(default_factory=ShardTable)
 
     @property

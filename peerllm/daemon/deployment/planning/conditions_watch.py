@@ -1,7 +1,6 @@
 """Which device or link of the running plan has become slower or faster for good, told from noise. Sans-I/O.
 
-Only changes against the running plan's own beginning count: what was wrong with the plan's figures from the start
-stays a constant factor on both sides.
+A change is one against the running plan's own beginning; `beginning` tells how that was.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Key = DeviceId | tuple[DeviceId, DeviceId]
 
 
 class ConditionsWatch:
-    """One epoch's: a look at all devices and links every EVERY_S while sequences run."""
+    """Compares what an epoch's devices and links take with what they took at its beginning, every EVERY_S."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -33,7 +32,7 @@ class ConditionsWatch:
         self._last: dict[Key, object] = {}
 
     def devices(self, paces: Mapping[int, Points]) -> dict[DeviceId, float]:
-        """`paces`: milliseconds of passes by stage and batch size. The devices that changed, and how many times."""
+        """The devices that changed, and how many times as long passes take. `paces`: ms by stage and batch size."""
         result = {}
         for device in self._plan.devices:
             places = [i for i, stage in enumerate(self._plan.stages) if stage.device == device and i in paces]
@@ -45,8 +44,19 @@ class ConditionsWatch:
                     result[device] = changed
         return result
 
+    def beginning(self) -> dict[int, Points]:
+        """What batches took at each stage at first; empty until FIRST looks saw one at every stage."""
+        result = dict[int, Points]()
+        for place, stage in enumerate(self._plan.stages):
+            whole = {n: ms for (key, at, n), ms in self._first.items() if (key, at) == (stage.device, place)}
+            points = tuple((n, median(ms)) for n, ms in sorted(whole.items()) if len(ms) == FIRST)
+            if not points:
+                return {}
+            result[place] = points
+        return result
+
     def links(self, now: Links, nbytes: float) -> dict[tuple[DeviceId, DeviceId], float]:
-        """The plan's hops between devices that changed for `nbytes` bytes, and how many times."""
+        """The hops of the plan that changed, and how many times as long `nbytes` bytes take there."""
         result = {}
         stages = self._plan.stages
         for place, stage in enumerate(stages):
@@ -60,7 +70,7 @@ class ConditionsWatch:
         return result
 
     def _changed(self, key: Key, told: Mapping[tuple[int, int], float], least_ms: float = 0.0) -> float | None:
-        """How many times what it was, once AGREEING looks have said so; it is compared with the new times then."""
+        """How many times as long it takes, once AGREEING looks say so; later looks are compared with these."""
         ratios = []
         for (place, size), ms in told.items():
             first = self._first.setdefault((key, place, size), [])

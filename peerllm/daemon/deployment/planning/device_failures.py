@@ -28,14 +28,14 @@ class _Failure:
 
 
 class DeviceFailures:
-    """Those of one deployment; `now` is any clock that only rises. The source itself is never left out of a plan."""
+    """Remembers one deployment's. `now` is any clock that only rises. The source is never left out of a plan."""
 
     def __init__(self, source: DeviceId) -> None:
         self._source = source
         self._failures: dict[DeviceId, _Failure] = {}
 
     def note(self, device: DeviceId, epoch: int, promised_bytes: int, error: PeerLLMError, now: float) -> None:
-        """The device failed in the plan of that epoch, where it was promised so much; told twice it counts once."""
+        """Remember that the device failed in an epoch that promised so much of it. Told twice, it counts once."""
         self._forget(now)
         before = self._failures.get(device)
         if before is not None and before.epoch == epoch:
@@ -45,13 +45,13 @@ class DeviceFailures:
         self._failures[device] = _Failure(epoch, count, now + FAILURE_S, error, most)
 
     def usable(self, candidates: Mapping[DeviceId, Candidate], now: float) -> list[dict[DeviceId, Candidate]]:
-        """What to plan with, the most careful choice first; the last leaves out only what failed repeatedly."""
+        """The candidates to plan with, the most careful choice first; the last leaves out who failed repeatedly."""
         self._forget(now)
         choices = [self._without(candidates, least) for least in (1, REPEATED)]
         return choices if choices[0] != choices[1] else choices[:1]
 
     def repeated(self, now: float) -> PeerLLMError | None:
-        """The last failure of those that no plan may ignore."""
+        """The latest failure of a device that no plan may use; None if there is none."""
         self._forget(now)
         counted = [failure for failure in self._failures.values() if failure.count >= REPEATED]
         return max(counted, key=lambda failure: failure.until).error if counted else None

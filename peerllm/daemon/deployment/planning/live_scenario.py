@@ -50,7 +50,7 @@ async def as_it_runs(around: Surroundings, deployment: DeploymentId, blueprint: 
 
 
 async def stage_paces(around: Surroundings, deployment: DeploymentId, blueprint: Blueprint) -> tuple[_Told, _Told]:
-    """For the devices that answer: what a batch of steps takes there of late, and its deviation as a share of that."""
+    """What a batch of steps takes of late on each device that answers, and its deviation as a share of that."""
     stages = blueprint.plan.stages
     devices = tuple(dict.fromkeys(stage.device for stage in stages))
     answers = await asyncio.gather(

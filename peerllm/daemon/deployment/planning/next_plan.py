@@ -25,7 +25,7 @@ MAX_PLANS = 4  # found and not established, kept for the decider to choose from
 
 
 class NextPlan:
-    """One deployment's, kept from plan to plan."""
+    """Finds the plans of one deployment; what it learns by one serves the next."""
 
     def __init__(
         self,
@@ -36,7 +36,8 @@ class NextPlan:
         model: DescribedModel,
     ) -> None:
         self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
-        self._options, self._around, self._search = options, around, search
+        self.search = search
+        self._options, self._around = options, around
         self._holdings, self._model = holdings, model
         self._load_mbps = DISK_MBPS
         self._found: dict[int, Blueprint] = {}  # by the number of their MakePlan
@@ -53,7 +54,7 @@ class NextPlan:
         decision, work, stages = searched.decision, blueprint.workload, blueprint.plan.stages
         reason = decision.reason if decision is not None else ""
         if decision is None and running is not None:
-            reason = f"move to serve {work.sequences} answers at once with a context of {work.context} tokens"
+            reason = f"making room for {work.sequences} answers at once with a context of {work.context:,} tokens"
         same = running is not None and running.blueprint.plan.stages == stages
         stay = asked.compare and same and decision is not None and decision.action == "stay"
         beside = self._beside(blueprint)
@@ -62,7 +63,7 @@ class NextPlan:
         return PlanFound(asked.number, stages, stay, beside, reason)
 
     def loaded(self, nbytes: int, seconds: float) -> None:
-        """A device took so long to load that much."""
+        """Note how long a device took to load so much: the next plans expect that rate."""
         if nbytes > 0 and seconds > 0:
             self._load_mbps = min(DISK_MBPS, nbytes * 8 / 1e6 / seconds)
 
@@ -77,7 +78,7 @@ class NextPlan:
 
     def contended(self) -> bool:
         """Whether memory that the household lends is promised to other models, which may be about to let go."""
-        self._search.free.clear()
+        self.search.free.clear()
         found = self._around.candidates()
         return any(c.free_bytes + self._holdings.promised_bytes(d) < c.hello.lent_bytes for d, c in found.items())
 
@@ -100,9 +101,9 @@ class NextPlan:
             current = running.blueprint.plan if running is not None else None
             moving = Moving(current, size, loaded, cached, in_flight, asked.compare, self._load_mbps)
         try:
-            searched = await self._search.plan(inspected, asked.without, moving, held)
+            searched = await self.search.plan(inspected, asked.without, moving, held)
         except InfeasibleError as error:
-            raise await self._search.explained(inspected, error, asked.without, held) from error
+            raise await self.search.explained(inspected, error, asked.without, held) from error
         self.profiles = {
             self._around.name(device): shown(one, inspected.profile, inspected.dtype)
             for device, one in searched.candidates.items()
@@ -114,14 +115,14 @@ class NextPlan:
         free = self._around.candidates()
         size = blueprint.workload.sequences, blueprint.workload.context
         for device in blueprint.promises:
-            room = self._search.free.get(device, free[device].free_bytes if device in free else 0)
+            room = self.search.free.get(device, free[device].free_bytes if device in free else 0)
             if added_bytes(blueprint, device, self._holdings.shards(device, size)) > room:
                 return False
         return True
 
 
 def _share(decision: ReplanDecision, blueprint: Blueprint) -> float:
-    """What moving gains, as a share of what is done in the time that it must pay for itself in."""
+    """The gain of moving, as a share of the work in the time in which it must pay for itself."""
     predicted = decision.plan.predicted
     if blueprint.workload.objective == "latency":
         return decision.gain / (USE.requests * predicted.request_ms + decision.gain)

@@ -32,7 +32,7 @@ class PlanSearched:
 
 
 class PlanSearch:
-    """One deployment's, kept from plan to plan; `say` tells people what is being done."""
+    """Searches the plans of one deployment; `say` tells people what is being done."""
 
     def __init__(
         self, options: RunOptions, around: Surroundings, timings: ProfileRequests, say: Callable[[str], None]
@@ -82,7 +82,7 @@ class PlanSearch:
         return self._with_absent(error)
 
     def served(self, work: Workload) -> str:
-        """A plan for this workload serves. What it gives less of than an earlier one did, for people; "" if nothing."""
+        """Note that a plan for this workload serves. For people: what it gives less of than an earlier one, or ""."""
         (slots, context), self._had = self._had, (max(self._had[0], work.sequences), max(self._had[1], work.context))
         less = [f"a context of {work.context} tokens instead of {context}"] if work.context < context else []
         less += [f"{work.sequences} answers at once instead of {slots}"] if work.sequences < slots else []
@@ -93,7 +93,7 @@ class PlanSearch:
     async def _best(
         self, inspected: Inspected, candidates: dict[DeviceId, Candidate], moving: Moving | None
     ) -> PlanSearched:
-        """With the context it had, if that is feasible at all; of such plans one that avoids what failed of late."""
+        """The best plan, with the context that it had and without devices that failed where that is feasible."""
         failure: InfeasibleError | None = None
         usable = self._failures.usable(candidates, asyncio.get_running_loop().time())
         if moving is not None and moving.compare:  # a plan that serves is not left for a device's first failure
@@ -136,7 +136,7 @@ class PlanSearch:
         }
 
     def _candidates(self, absent: frozenset[DeviceId], held: Mapping[DeviceId, int]) -> dict[DeviceId, Candidate]:
-        """With what is free of their memory; UnavailableError if this device is not among them."""
+        """The devices that could take part, with their free memory; UnavailableError if this one is not among them."""
         around = self._around
         candidates = {
             device: replace(one, free_bytes=self._free(one) + held.get(device, 0))

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class ProfileRequests:
-    """One coordinator's; its deployments share it, and only one of them at a time has devices measured."""
+    """All deployments of a coordinator share it; only one of them at a time has devices measured."""
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
@@ -50,7 +50,7 @@ class ProfileRequests:
     async def of(
         self, inspected: Inspected, candidates: Mapping[DeviceId, Candidate], say: Say
     ) -> dict[DeviceId, MeasuredLayers]:
-        """What each candidate measured, now where that is unknown; "estimated" where it cannot be. Raises nothing."""
+        """Each candidate's layer times, measured now where they are unknown; "estimated" where they cannot be."""
         fit = [one for one in candidates.values() if able(one, inspected.architecture, inspected.dtype)]
         machines: dict[str, list[Candidate]] = {}
         for one in sorted(fit, key=lambda one: one.device):
@@ -116,7 +116,7 @@ class ProfileRequests:
         return key not in self._failed
 
     def _get(self, key: Key, one: Candidate) -> tuple[LayerTimes, Source] | None:
-        """None also where the device computes by something else now."""
+        """The known times; None where there are none, or the device has other libraries or speeds since."""
         abilities, times, source = self._known.get(key, ("", {}, "estimated"))
         return (times, source) if times and abilities == _abilities(one.hello) else None
 
@@ -130,6 +130,6 @@ def _key(inspected: Inspected, one: Candidate) -> Key:
 
 
 def _abilities(hello: Hello) -> str:
-    """Differs where a device's old times do not hold any more."""
+    """What a device's layer times depend on: times that were measured with another hold no longer."""
     figures = sorted(hello.gbytes_per_s.items()), sorted(hello.gflops.items())
     return repr((hello.place, sorted(hello.libraries.items()), *figures))

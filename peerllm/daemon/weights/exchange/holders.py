@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from peerllm.daemon.control_messages import Answer, Have
+from peerllm.daemon.decide.hub_places import SHA256
 from peerllm.errors import BadInputError, PeerLLMError
 from peerllm.types import DeviceId
 
 MAX_KEYS = 1024  # of one question
 HAVE_TIMEOUT_S = 10.0
-KEY = re.compile(r"[0-9a-f]{64}")
 ROUTE = "/weights/{sha256}"  # at the control port
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ class TensorStock(Protocol):
 
 def answer(stock: TensorStock, question: Have) -> Answer:
     """What a household's device is told of this one's tensors."""
-    if len(question.keys) > MAX_KEYS or not all(map(KEY.fullmatch, question.keys)):
+    if len(question.keys) > MAX_KEYS or not all(map(SHA256.fullmatch, question.keys)):
         raise BadInputError(f"a question names 1 to {MAX_KEYS} tensors by SHA-256")
     held = tuple(map(stock.held, question.keys))
     coming = tuple(n for n, key in enumerate(question.keys) if not held[n] and stock.coming(key))
@@ -76,7 +75,7 @@ async def look(household: WeightPeers, keys: Sequence[str]) -> HolderTable:
             except PeerLLMError as error:
                 log.debug("%s does not say which weights it has: %s", household.name(device), error)
                 return
-            if len(told.held) != len(asked) or not all(one == "" or KEY.fullmatch(one) for one in told.held):
+            if len(told.held) != len(asked) or not all(one == "" or SHA256.fullmatch(one) for one in told.held):
                 log.warning("%s answers nonsense about its weights", household.name(device))
                 return
             for key, sha256 in zip(asked, told.held, strict=True):

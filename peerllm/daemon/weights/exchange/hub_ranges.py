@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+from yarl import URL
 
 from peerllm.daemon.control_messages import HubFiles
 from peerllm.errors import LinkError, NotFoundError, UnavailableError
@@ -33,7 +36,7 @@ class HubRanges:
 
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S)
-            self._session = aiohttp.ClientSession(timeout=timeout, trust_env=True, auto_decompress=False)
+            self._session = aiohttp.ClientSession(timeout=timeout, auto_decompress=False, middlewares=(by_proxy,))
         name = self._hub.files[file]
         url = hf_hub_url(self._hub.model, name, revision=self._hub.commit)
         headers = build_hf_headers(token=self._token or False)
@@ -54,6 +57,23 @@ class HubRanges:
             raise LinkError(f"the Hugging Face hub cannot be reached: {error or type(error).__name__}") from error
         if got != length:
             raise LinkError(f"the hub ended {name} after {got} of {length} bytes")
+
+
+async def by_proxy(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Go by the environment's proxy, wherever a redirect leads. `trust_env` would also send what `.netrc` holds."""
+    if (proxy := await asyncio.to_thread(_proxy_of, request.url)) is not None:
+        login = {}
+        if proxy.user is not None:
+            login["Proxy-Authorization"] = aiohttp.encode_basic_auth(proxy.user, proxy.password or "")
+        request.update_proxy(proxy.with_user(None), None, login if request.is_ssl() else None)
+        if not request.is_ssl():
+            request.headers.update(login)
+    return await handler(request)
+
+
+def _proxy_of(url: URL) -> URL | None:
+    proxy = getproxies().get(url.scheme)
+    return URL(proxy) if proxy and url.host is not None and not proxy_bypass(url.host) else None
 
 
 def _check(status: int, model: str, name: str) -> None:

@@ -6,7 +6,7 @@ import logging
 import threading
 from pathlib import Path
 
-from peerllm.daemon.weights.exchange.holders import KEY
+from peerllm.daemon.decide.hub_places import SHA256
 from peerllm.saved_files import replace_file
 
 MAX_KNOWN = 1 << 17  # tensors; the longest known are forgotten first
@@ -55,6 +55,6 @@ class KnownHashes:
                 lines = []
             for line in lines:  # one that was cut short by a full disk or a crash is none
                 key, _, sha256 = line.partition(" ")
-                if KEY.fullmatch(key) and KEY.fullmatch(sha256):
+                if SHA256.fullmatch(key) and SHA256.fullmatch(sha256):
                     self._known[key] = sha256
         return self._known

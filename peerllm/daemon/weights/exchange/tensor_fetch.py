@@ -1,9 +1,12 @@
 """Fetching tensors from every place that has them at once: other devices, and the hub for what no device has.
 
 Each place has a few lanes. A lane takes the next tensor that its place has; where none is left, it takes over half of
-what another lane has still to bring. So the fast bring more than the slow, and what one that dies leaves is brought by
-the others. Tensors that only the source has, or only the hub, and that several devices need, are brought into the
-household by the one that the manifest names; the others wait for that device.
+what another lane has still to bring. So fast places bring more than slow ones, and what a place that dies had left is
+brought by the others. Tensors that only the source has, or only the hub, and that several devices need, are brought
+into the household by the one that the manifest names; the others wait for that device.
+
+Of a tensor whose hash nobody here knows, devices that fetched it from the hub themselves say one; it counts for this
+fetch alone.
 """
 
 from __future__ import annotations
@@ -54,7 +57,10 @@ class TensorFetch:
         hub: HubRanges | None,
         finish: Finish,
         count: Callable[[int], None],
+        here: Callable[[WantedTensor], bool] = lambda tensor: False,
     ) -> None:
+        """`here`: whether a tensor's bytes lie on this disk already, now that it is said what they hash to."""
+        self._here = here
         self._me, self._source, self._peers, self._hub = me, source, peers, hub
         self._finish, self._count = finish, count
         mine_first = sorted(tensors, key=lambda one: one.digest.fetcher not in ("", me))
@@ -90,18 +96,32 @@ class TensorFetch:
         self._asked = [tensor for tensor in self._open.values() if not tensor.finishing][:MAX_ASKED]
         self._seen = await look(self._peers, [tensor.key for tensor in self._asked])
         for tensor in self._asked:
+            self._hear(tensor)
+        self._asked = [tensor for tensor in self._asked if tensor.key in self._open]
+        said = [tensor.sha256 for tensor in self._asked if tensor.sha256 not in ("", tensor.key)]
+        by_hash = await look(self._peers, said) if said else HolderTable()  # who has it, though not from the hub
+        for tensor in self._asked:
             if tensor.finishing or tensor.key not in self._open:
                 continue
-            told = self._seen.held.get(tensor.key, {})
-            told = {device: sha for device, sha in told.items() if device not in tensor.unfit}
-            if not tensor.digest.sha256 and not tensor.running:  # where the others differ, the hub decides
-                said = set(told.values())
-                tensor.sha256 = said.pop() if len(said) == 1 else ""
-            tensor.places = {device for device, sha in told.items() if sha == tensor.sha256}
+            told = self._seen.held.get(tensor.key, {}) | by_hash.held.get(tensor.sha256, {})
+            tensor.places = {device for device, sha in told.items() if sha == tensor.sha256} - tensor.unfit.keys()
             if tensor.whole:  # an earlier fetch left all of it
                 group.create_task(self._completed(tensor), name=f"check {tensor.digest.name}")
         self._out = {place: until for place, until in self._out.items() if until > time.monotonic()}
         self._queue()
+
+    def _hear(self, tensor: WantedTensor) -> None:
+        """Go by what devices say that fetched the tensor from the hub; where they differ, the hub decides."""
+        if tensor.sure or tensor.running or tensor.finishing or tensor.key not in self._open:
+            return
+        told = self._seen.held.get(tensor.key, {})
+        said = {sha for device, sha in told.items() if device not in tensor.unfit}
+        sha256 = said.pop() if len(said) == 1 and tensor.nbytes else ""
+        if sha256 != tensor.sha256:
+            self._count(tensor.believe(sha256))
+            if sha256 and self._here(tensor):
+                self._count(sum(piece.left for piece in tensor.free))
+                del self._open[tensor.key]
 
     def _queue(self) -> None:
         """For each place the tensors that it should bring: what few have first, in an order of each device's own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,12 +27,16 @@ class Piece:
 
 
 class WantedTensor:
-    """`key` names the partial file, which keeps the tensor's beginning over a restart."""
+    """`sha256` is what its bytes must hash to. The manifest or `known`, what this device found before, make it `sure`;
+    else it is what other devices say of a place on the hub, "" where they say nothing.
 
-    def __init__(self, digest: TensorDigest, key: str, folder: Path) -> None:
-        self.digest, self.key = digest, key
-        self.sha256 = digest.sha256
-        self.path = folder / key
+    A partial file keeps the tensor's beginning over a restart.
+    """
+
+    def __init__(self, digest: TensorDigest, key: str, folder: Path, known: str = "") -> None:
+        self.digest, self.key, self._folder = digest, key, folder
+        self.sha256 = digest.sha256 or known
+        self.sure = bool(self.sha256)
         self.free: list[Piece] = []
         self.running: list[Piece] = []
         self.places: set[str] = set()  # devices that have it
@@ -43,6 +48,20 @@ class WantedTensor:
     @property
     def nbytes(self) -> int:
         return self.digest.nbytes
+
+    @property
+    def path(self) -> Path:
+        """The partial file. Of a place on the hub, what devices send lies apart from what the hub alone has sent."""
+        if self.digest.sha256 or not self.sha256:
+            return self._folder / self.key
+        return self._folder / hashlib.sha256(f"{self.key} {self.sha256}".encode()).hexdigest()
+
+    def believe(self, sha256: str) -> int:
+        """Go by what other devices say now, or by nothing (""); returns by how much what is here grew or shrank."""
+        before = self.nbytes - sum(piece.left for piece in self.free)
+        self.sha256 = sha256
+        self.senders.clear()
+        return self.resume() - before
 
     def resume(self) -> int:
         """Plan for what is missing; the bytes that are there from before."""

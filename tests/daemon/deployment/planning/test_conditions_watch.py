@@ -51,6 +51,19 @@ def test_old_figures_of_an_idle_device_say_nothing():
     assert not any(looked(watch, *[burst] * 20)), "one look, told twenty times"
 
 
+def test_the_beginning_is_told_once_every_stage_was_looked_at_often_enough():
+    watch = ConditionsWatch(PLAN)
+    for i in range(FIRST):
+        assert watch.beginning() == {}
+        watch.devices(paces(10 + i, 20 + i))
+    assert watch.beginning() == {0: ((1, 11.0),), 1: ((1, 21.0), (2, 31.5)), 2: ((1, 1.0),)}
+    watch.devices(paces(50, 60))
+    assert watch.beginning()[0] == ((1, 11.0),)
+    half = ConditionsWatch(PLAN)
+    looked(half, *({1: ((1, 20.0 + i),)} for i in range(FIRST)))
+    assert half.beginning() == {}, "the stages of one device only"
+
+
 def test_a_link_that_became_slow_is_told_and_one_that_changed_by_a_trifle_is_not():
     watch = ConditionsWatch(PLAN)
 

@@ -17,44 +17,9 @@ from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import LoadStage
 from peerllm.errors import EngineDownError, EngineError, ModelError, RefusedError, UnavailableError
 from tests.daemon.decide.test_demand import A, B, C, household
-from tests.daemon.house import BLOCK, House, inspected
+from tests.daemon.house import BLOCK, inspected, quiet, used, view
 
-SPARE = 100_000
-
-
-@pytest.fixture
-async def houses(tmp_path, monkeypatch):
-    monkeypatch.setattr(pacing, "RETRY_SETTLE_S", 0.0)
-    monkeypatch.setattr(pacing, "JOIN_SETTLE_S", 0.0)
-    monkeypatch.setattr(pacing, "SETTLE_S", 0.0)
-    monkeypatch.setattr(pacing, "CONTENTION_S", 0.01)
-    monkeypatch.setattr(pacing, "ECHO_S", 0.0)
-    monkeypatch.setattr(pacing, "QUICK_REPAIRS", 99)
-    monkeypatch.setattr(pacing, "COMPARE_EVERY_S", 0.05)
-    made = []
-
-    def make(lent, **models):
-        house = House(tmp_path, [int(n * BLOCK) + SPARE for n in lent], models)
-        made.append(house)
-        return house
-
-    yield make
-    for house in made:
-        await house.close()
-        assert house.empty()
-
-
-def quiet(_):
-    pass
-
-
-def view(device):
-    (only,) = device.coordinator.views()
-    return only
-
-
-def used(device):
-    return {stage.device[0] for stage in view(device).stages}
+PACING = {"ECHO_S": 0.0, "QUICK_REPAIRS": 99, "COMPARE_EVERY_S": 0.05}
 
 
 def loads(house, letter):
@@ -120,7 +85,7 @@ def test_the_last_of_several_failures_is_the_one_that_is_told():
     "error", [EngineError("the processor cannot do it"), ModelError("tensor x is damaged"), UnavailableError("no way")]
 )
 async def test_a_device_that_fails_is_avoided_by_the_next_plan(houses, error):
-    house = houses([4, 6, 6], m=inspected("m", 8))
+    house = houses([4, 6, 6], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     (bad,) = used(a) - {"a"}
@@ -131,7 +96,7 @@ async def test_a_device_that_fails_is_avoided_by_the_next_plan(houses, error):
 
 
 async def test_a_device_with_less_room_than_it_promised_gets_less(houses):
-    house = houses([5, 5, 5], m=inspected("m", 8))
+    house = houses([5, 5, 5], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     others = used(a) - {"a"}
@@ -144,7 +109,7 @@ async def test_a_device_with_less_room_than_it_promised_gets_less(houses):
 
 
 async def test_the_only_plan_is_not_tried_for_ever_and_the_reason_is_the_devices(houses):
-    house = houses([3, 3, 3], m=inspected("m", 8))
+    house = houses([3, 3, 3], m=8)
     a, b = house["a"], house["b"]
     await a.coordinator.run(RunOptions("m"), quiet)
     before = loads(house, "b")
@@ -163,7 +128,7 @@ async def test_the_only_plan_is_not_tried_for_ever_and_the_reason_is_the_devices
 
 
 async def test_an_engine_that_is_starting_again_is_held_against_nobody(houses):
-    house = houses([3, 3, 3], m=inspected("m", 8))
+    house = houses([3, 3, 3], m=8)
     a, b = house["a"], house["b"]
     await a.coordinator.run(RunOptions("m"), quiet)
     before = loads(house, "b")
@@ -180,7 +145,7 @@ async def test_an_engine_that_is_starting_again_is_held_against_nobody(houses):
 
 
 async def test_a_broken_link_is_held_against_nobody(houses):
-    house = houses([4, 6, 6], m=inspected("m", 8))
+    house = houses([4, 6, 6], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     (other,) = used(a) - {"a"}
@@ -192,7 +157,7 @@ async def test_a_broken_link_is_held_against_nobody(houses):
 
 
 async def test_a_device_that_refuses_though_it_has_room_is_avoided(houses):
-    house = houses([4, 6, 6], m=inspected("m", 8))
+    house = houses([4, 6, 6], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     (bad,) = used(a) - {"a"}
@@ -210,7 +175,7 @@ async def test_a_device_that_refuses_though_it_has_room_is_avoided(houses):
 
 
 async def test_trouble_of_an_earlier_epoch_or_of_a_stranger_is_none(houses):
-    house = houses([4, 6, 6], m=inspected("m", 8))
+    house = houses([4, 6, 6], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     (other,) = used(a) - {"a"}
@@ -228,7 +193,7 @@ async def test_trouble_of_an_earlier_epoch_or_of_a_stranger_is_none(houses):
 
 
 async def test_of_two_alarms_at_once_the_first_is_the_reason_and_one_plan_answers_both(houses):
-    house = houses([3, 3, 3], m=inspected("m", 8))
+    house = houses([3, 3, 3], m=8)
     a = house["a"]
     await a.coordinator.run(RunOptions("m"), quiet)
     epoch, reasons = view(a).epoch, []
@@ -242,7 +207,7 @@ async def test_of_two_alarms_at_once_the_first_is_the_reason_and_one_plan_answer
 
 
 async def test_trouble_at_the_moment_when_all_is_connected_is_not_lost(houses):
-    house = houses([4, 6, 6], m=inspected("m", 8))
+    house = houses([4, 6, 6], m=8)
     a, ask = house["a"], house["a"].ask
 
     async def asking(device, question, timeout_s):
@@ -257,7 +222,7 @@ async def test_trouble_at_the_moment_when_all_is_connected_is_not_lost(houses):
 
 
 async def test_trouble_that_comes_while_a_plan_is_given_up_does_not_end_the_next(houses):
-    house = houses([3, 3, 3], m=inspected("m", 8))
+    house = houses([3, 3, 3], m=8)
     a, b, ask = house["a"], house["b"], house["a"].ask
     b.engine.gate.clear()
     late = []
@@ -277,7 +242,7 @@ async def test_trouble_that_comes_while_a_plan_is_given_up_does_not_end_the_next
 
 
 async def test_progress_counts_for_its_epoch_and_never_falls(houses):
-    house = houses([3, 3, 3], m=inspected("m", 8))
+    house = houses([3, 3, 3], m=8)
     a, b = house["a"], house["b"]
     b.engine.gate.clear()
     running = asyncio.ensure_future(a.coordinator.run(RunOptions("m"), quiet))
@@ -299,7 +264,7 @@ async def test_progress_counts_for_its_epoch_and_never_falls(houses):
 
 
 async def test_plans_that_are_refused_are_tried_so_often_and_no_more(houses, monkeypatch):
-    house, tried = houses([9], m=inspected("m", 4)), []
+    house, tried = houses([9], m=4), []
 
     async def refused(*_):
         tried.append(1)

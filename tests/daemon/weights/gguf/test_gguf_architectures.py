@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from tests.engine.graph.variants import (
 )
 from tests.engine.runs import in_slot
 
-FULL = os.environ.get("PEERLLM_FULL") == "1"
 TOLERANCE = 1e-4  # of the largest logit
 LENGTH = 100
 FEW = {"num_hidden_layers": 2}

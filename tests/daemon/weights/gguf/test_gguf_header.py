@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import struct
 import tracemalloc
@@ -33,8 +32,8 @@ from tests.daemon.weights.gguf.gguf_bytes import (
     text,
     written,
 )
+from tests.sizes import FULL
 
-FULL = os.environ.get("PEERLLM_FULL") == "1"
 HUGE = [2**64 - 1, 2**63, 2**62, 2**40, 2**32, 2**31, 10**6, 4097]
 # Python's objects for what a file holds: a string of two bytes takes ten in the file and 60 in a list.
 MEMORY_PER_BYTE, MEMORY_BESIDE = 12, 128 << 10

@@ -19,6 +19,7 @@ from peerllm.daemon.weights.gguf import merges, token_table
 from peerllm.daemon.weights.gguf.token_table import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from peerllm.daemon.weights.gguf.tokenizer_files import stop_ids, tokenizer_files
 from peerllm.errors import ModelError
+from tests.sizes import examples
 
 CORPUS = (
     "The house at the sea: 3 rooms, 12 windows and 2026 books. It's there, isn't it? IT'S HERE!",
@@ -97,7 +98,7 @@ def rebuilt(pre: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("pre", ORIGINALS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(pieces=st.lists(st.one_of(TEXT, st.sampled_from(["<|im_end|>", "<think>", "   "])), max_size=5))
 def test_byte_level_ids_are_the_originals(pre: str, pieces: list[str]) -> None:
     text = "".join(pieces)
@@ -189,7 +190,7 @@ def spm_tokenizer(prefix: bool) -> Tokenizer:
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(text=TEXT, after=TEXT)
 def test_sentence_piece_ids_are_those_of_its_rule(prefix: bool, text: str, after: str) -> None:
     tokenizer, space = spm_tokenizer(prefix), " " * prefix
@@ -379,7 +380,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.dictionaries(st.sampled_from([*GPT2, *spm_metadata(), "tokenizer.chat_template"]), VALUES), st.booleans())
 def test_metadata_of_any_kind_is_read_or_refused(changes: dict[str, Any], scored: bool) -> None:
     try:

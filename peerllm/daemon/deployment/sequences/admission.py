@@ -1,7 +1,7 @@
 """The source's sequences of one deployment: admitted when a slot is free, else queued; their tokens handed on.
 
-Nothing ends because devices come and go: what runs is kept with its prompt and the ids of its answer, and waits, or is
-given to the engine anew after the ids that are known.
+No sequence ends because devices come and go. Its prompt and the ids of its answer are kept, and it waits, or the engine
+gets it again and goes on behind the ids that are known.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from statistics import fmean
+from contextlib import aclosing
 
 from peerllm.daemon.decide.fair_queue import FairQueue
+from peerllm.daemon.deployment.sequences.admitted_sequence import AdmittedSequence, ServingCapacity
+from peerllm.daemon.deployment.sequences.answer_times import AnswerTimes
 from peerllm.daemon.facade import Chunk, GenerateRequest
 from peerllm.engine.messages import Cancel, Submit, Tokens
 from peerllm.errors import BadInputError, EngineError, PeerLLMError, UnavailableError
@@ -26,38 +27,8 @@ RUNNING_PATIENCE_S = 600.0  # the same of a sequence that was running
 STALL_S, STALL_STEPS = 30.0, 20.0  # without a token for so long, and for so many usual steps, an answer is stalled
 MAX_STALLS = 3  # of one answer without a token between them, before it ends with an error
 CANCEL_CONFIRM_S = 15.0  # after this the slot of a cancelled sequence counts as free even if the engine is silent
-MEASURED_ANSWERS = 16  # the last answers that `measured` is the mean of
-RETRY_UNKNOWN_S, RETRY_LEAST_S, RETRY_MOST_S = 5.0, 1.0, 60.0  # what one who finds the queue full is told
 # Stages keep what they computed for a sequence's number: one of an earlier start of this daemon must not come again.
 _numbers = itertools.count(secrets.randbits(48))
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """One generation; `events` holds at most one entry per token and one for the end."""
-
-    number: int
-    request: GenerateRequest
-    max_tokens: int
-    events: asyncio.Queue[Tokens | PeerLLMError | None] = field(default_factory=asyncio.Queue)
-    submitted: float = 0.0  # 0: still queued
-    place: int = 0  # in the queue, from 1
-    first: float = 0.0
-    answer: list[int] = field(default_factory=list)  # ids so far
-    reused: int = 0  # of the prompt's tokens
-    until: float | None = None  # when it has waited long enough; None: the deployment serves
-    heard: float = 0.0  # when its last token came, or it was noted as stalled
-    stalls: int = 0  # since its last token
-
-
-@dataclass(frozen=True, slots=True)
-class ServingCapacity:
-    """What a serving deployment offers its sequences."""
-
-    slots: int
-    context: int
-    vocabulary: int
-    stop_ids: tuple[int, ...]
 
 
 class Admission:
@@ -69,7 +40,7 @@ class Admission:
         self._deployment = deployment
         self._tell, self._changed = tell, changed
         self._queue = FairQueue()
-        self._all: dict[int, _Sequence] = {}  # queued, running and to be resumed
+        self._all: dict[int, AdmittedSequence] = {}  # queued, running and to be resumed
         self._running: dict[int, str] = {}  # slots and their clients; cancelled ones until the engine confirms
         self._resumed: deque[int] = deque()  # they ran, and the engine does not have them any more
         self._room: ServingCapacity | None = None
@@ -77,19 +48,12 @@ class Admission:
         self._reason = "the model is being loaded"
         self._held_since: float | None = None  # that it does not serve; None: it serves, or nobody has waited yet
         self._patience: asyncio.TimerHandle | None = None
-        self._answers: deque[tuple[float, float]] = deque(maxlen=MEASURED_ANSWERS)  # first token ms, step ms
-        self._held_s: deque[float] = deque(maxlen=MEASURED_ANSWERS)  # how long those answers held their slots
+        self._times = AnswerTimes()
 
     @property
     def measured(self) -> dict[str, float]:
         """Means over the last answers; empty before the first."""
-        if not self._answers:
-            return {}
-        result = {"time_to_first_token_ms": fmean(first for first, _ in self._answers)}
-        steps = [step for _, step in self._answers if step > 0]
-        if steps:
-            result |= {"step_ms": fmean(steps), "tokens_per_second": 1000 / fmean(steps)}
-        return result
+        return self._times.means
 
     @property
     def running(self) -> int:
@@ -107,10 +71,7 @@ class Admission:
     @property
     def retry_after_s(self) -> float:
         """Seconds until those who wait now have slots, if answers take as long as they did of late; bounded."""
-        if not self._held_s or self._room is None:
-            return RETRY_UNKNOWN_S
-        seconds = len(self._queue) * fmean(self._held_s) / self._room.slots
-        return min(max(seconds, RETRY_LEAST_S), RETRY_MOST_S)
+        return self._times.retry_after_s(len(self._queue), self._room.slots if self._room is not None else 0)
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -152,7 +113,7 @@ class Admission:
         self._wake()
 
     def engine_lost(self) -> None:
-        """This device's engine knows none of its sequences any more: each is given to the next one where it stood."""
+        """The engine died: every sequence that it had is given to the next engine, behind the ids that are known."""
         self._resume(sorted(self._running.keys() & self._all.keys(), key=lambda one: self._all[one].submitted))
         self._running.clear()
 
@@ -188,7 +149,7 @@ class Admission:
         if event.finish is not None:
             self._admit()
 
-    def _take(self, sequence: _Sequence, event: Tokens) -> None:
+    def _take(self, sequence: AdmittedSequence, event: Tokens) -> None:
         known = len(sequence.answer)
         if event.start > known:
             self._end({event.sequence}, EngineError(f"the engine's tokens jump from {known} to {event.start}"))
@@ -216,51 +177,27 @@ class Admission:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """Chunks up to the one with `finish`. Closing it early cancels the sequence and frees its slot."""
         sequence = self._accept(request)
-        place = -1
         try:
-            while True:
-                if not sequence.submitted and place != (place := sequence.place) and place:
-                    yield Chunk((), queued=place)
-                    continue
-                event = await sequence.events.get()
-                if event is None:
-                    continue  # the place in the queue changed, or a slot was given
-                if isinstance(event, PeerLLMError):
-                    raise event
-                ids = list(event.ids)
-                while event.finish is None and not sequence.events.empty():
-                    later = sequence.events.get_nowait()
-                    if isinstance(later, PeerLLMError):
-                        sequence.events.put_nowait(later)
-                        break
-                    if later is not None:
-                        ids += later.ids
-                        event = later
-                if event.finish == "error":
-                    if ids:
-                        yield Chunk(tuple(ids), reused=sequence.reused)
-                    raise EngineError(event.error or "the engine could not go on")
-                if ids or event.finish is not None:
-                    yield Chunk(tuple(ids), event.finish, reused=sequence.reused)
-                if event.finish is not None:
-                    return
+            async with aclosing(sequence.chunks()) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         finally:
             self._leave(sequence)
             self._changed()
 
-    def _accept(self, request: GenerateRequest) -> _Sequence:
+    def _accept(self, request: GenerateRequest) -> AdmittedSequence:
         if self._closed is not None:
             raise UnavailableError(str(self._closed))
         if not request.prompt or request.max_tokens < 1:
             raise BadInputError("the prompt is empty" if not request.prompt else "max_tokens must be at least 1")
         now = time.monotonic()
         if self._room is not None:
-            self._check(request, self._room)
+            self._room.check(request)
         elif self._held_since is None:
             self._held_since = now
         elif request.patience_s is None and now >= self._held_since + PATIENCE_S:  # others waited in vain
             raise UnavailableError(self._reason)
-        sequence = _Sequence(next(_numbers), request, request.max_tokens, answer=list(request.answer))
+        sequence = AdmittedSequence(next(_numbers), request, request.max_tokens, answer=list(request.answer))
         self._queue.add(sequence.number, request.client, self.retry_after_s)
         self._all[sequence.number] = sequence
         if self._room is None:
@@ -268,14 +205,6 @@ class Admission:
             self._wake()
         self._admit()
         return sequence
-
-    @staticmethod
-    def _check(request: GenerateRequest, room: ServingCapacity) -> None:
-        if len(request.prompt) >= room.context:
-            count = len(request.prompt)
-            raise BadInputError(f"the prompt has {count} tokens, it and its answer must fit {room.context}; shorten it")
-        if not 0 <= min(request.prompt) <= max(request.prompt) < room.vocabulary:
-            raise BadInputError(f"the prompt holds a token id outside 0..{room.vocabulary - 1}")
 
     def _admit(self) -> None:
         """Give free slots to who is next; those come first that had one before."""
@@ -289,10 +218,10 @@ class Admission:
             self._submit(self._all[number], self._room)
         self._number()
 
-    def _submit(self, sequence: _Sequence, room: ServingCapacity) -> None:
+    def _submit(self, sequence: AdmittedSequence, room: ServingCapacity) -> None:
         request, known = sequence.request, tuple(sequence.answer)
         try:
-            self._check(request, room)
+            room.check(request)
         except BadInputError as error:  # the context was not known, or was larger
             self._end({sequence.number}, error)
             return
@@ -323,7 +252,7 @@ class Admission:
                 if sequence.events.empty():
                     sequence.events.put_nowait(None)
 
-    def _leave(self, sequence: _Sequence) -> None:
+    def _leave(self, sequence: AdmittedSequence) -> None:
         """The client is gone or has all of its answer."""
         if self._all.pop(sequence.number, None) is None:
             return
@@ -353,17 +282,15 @@ class Admission:
                 self._resumed.remove(number)
             self._all.pop(number).events.put_nowait(error)
 
-    def _note(self, sequence: _Sequence, now: float) -> None:
+    def _note(self, sequence: AdmittedSequence, now: float) -> None:
         count = len(sequence.answer) - len(sequence.request.answer)
         if count and sequence.first and sequence.submitted:
-            step = 1000 * (now - sequence.first) / (count - 1) if count > 1 else 0.0
-            self._answers.append((1000 * (sequence.first - sequence.submitted), step))
-            self._held_s.append(now - sequence.submitted)
+            self._times.note(sequence.submitted, sequence.first, now, count)
             self._changed()
 
     # ---- how long sequences wait for a deployment that does not serve ------------------------------------------------
 
-    def _bound(self, sequence: _Sequence) -> None:
+    def _bound(self, sequence: AdmittedSequence) -> None:
         asked = sequence.request.patience_s
         patience_s = RUNNING_PATIENCE_S if sequence.submitted else PATIENCE_S if asked is None else asked
         sequence.until = time.monotonic() + patience_s

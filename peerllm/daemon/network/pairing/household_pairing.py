@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peerllm.daemon.discovery.advert import printable_name
-from peerllm.daemon.network.door_finder import DoorFinder, Place
+from peerllm.daemon.network.pairing.door_finder import DoorFinder, Place
 from peerllm.daemon.network.peer import Sighting
 from peerllm.daemon.settings import CONTROL_PORT, Settings
 from peerllm.errors import BadInputError, PairingError

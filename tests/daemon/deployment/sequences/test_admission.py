@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from peerllm.daemon.decide.fair_queue import MAX_QUEUED
-from peerllm.daemon.deployment import admission as module
-from peerllm.daemon.deployment.admission import Admission, ServingCapacity
-from peerllm.daemon.facade import GenerateRequest
+from peerllm.daemon.deployment.sequences import admission as module
+from peerllm.daemon.deployment.sequences import answer_times
+from peerllm.daemon.deployment.sequences.admission import Admission
+from peerllm.daemon.deployment.sequences.admitted_sequence import ServingCapacity
+from peerllm.daemon.facade import Chunk, GenerateRequest
 from peerllm.engine.messages import Cancel, Submit, Tokens
 from peerllm.errors import BadInputError, EngineError, OverloadedError, UnavailableError
 from peerllm.types import Sampling
@@ -86,6 +88,7 @@ async def test_a_slot_is_given_when_the_engine_says_so_not_when_the_client_leave
     assert told.numbers(Submit) == [number]  # the slot is still taken
     sequences.hear(Tokens(D, number, 1, (), "cancelled"))
     assert len(told.numbers(Submit)) == 2
+    assert await chunk(second) == Chunk((), queued=0)
     after = await waiting(second)
     sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (5,), "stop"))
     assert (await after).ids == (5,)
@@ -161,14 +164,14 @@ async def test_long_answers_do_not_keep_the_slots_from_a_client_with_short_ones(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"), [(6.0, 12.0), (1e6, module.RETRY_MOST_S), (1e-6, module.RETRY_LEAST_S)]
+    ("seconds", "expected"), [(6.0, 12.0), (1e6, answer_times.RETRY_MOST_S), (1e-6, answer_times.RETRY_LEAST_S)]
 )
 async def test_a_full_queue_says_when_those_who_wait_will_be_in(sequences, told, monkeypatch, seconds, expected):
     """Two slots, answers of 6 s: four who wait are in within 12 s. Never less than a second, nor more than a minute."""
     now = [100.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))  # the loop keeps its own
     monkeypatch.setattr(sequences, "_queue", module.FairQueue(8))  # half of it for one client
-    assert sequences.retry_after_s == module.RETRY_UNKNOWN_S
+    assert sequences.retry_after_s == answer_times.RETRY_UNKNOWN_S
     sequences.open(ServingCapacity(2, 100, 50, ()))
     first = await waiting(sequences.generate(ask()))
     now[0] += seconds
@@ -198,6 +201,20 @@ async def test_lengths_are_checked_and_clamped(sequences, told):
     task.cancel()
 
 
+async def test_who_waited_hears_that_it_has_a_slot(sequences, told):
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    first, second = sequences.generate(ask()), sequences.generate(ask())
+    task = await waiting(first)
+    assert (await chunk(second)).queued == 1
+    after = await waiting(second)
+    sequences.hear(Tokens(D, told.numbers(Submit)[0], 0, (1,), "stop"))
+    assert (await task).ids == (1,)
+    assert await asyncio.wait_for(after, BOUND_S) == Chunk((), queued=0), "before its prompt is computed"
+    after = await waiting(second)
+    sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (4,), "stop"))
+    assert (await asyncio.wait_for(after, BOUND_S)).ids == (4,)
+
+
 async def test_nothing_ends_while_the_deployment_is_held_and_the_engine_keeps_its_sequences(sequences, told):
     sequences.open(ServingCapacity(1, 100, 50, ()))
     running, queued = sequences.generate(ask()), sequences.generate(ask())
@@ -212,6 +229,7 @@ async def test_nothing_ends_while_the_deployment_is_held_and_the_engine_keeps_it
     assert told.numbers(Submit) == [number], "the engine has it"
     sequences.hear(Tokens(D, number, 0, (9, 4), "stop"))  # told again in part
     assert (await second).ids == (4,)
+    assert await chunk(queued) == Chunk((), queued=0)
     after = await waiting(queued)
     sequences.hear(Tokens(D, told.numbers(Submit)[1], 0, (4,), "stop"))
     assert (await asyncio.wait_for(after, BOUND_S)).ids == (4,)

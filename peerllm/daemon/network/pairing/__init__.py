@@ -1,0 +1,1 @@
+"""Pairing as one device does it: opening its door, finding another one's."""
