@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import ssl
 
 
 class PeerLLMError(Exception):
@@ -43,6 +41,10 @@ class RefusedError(PeerLLMError):
     """A device declined a reservation: its memory is promised elsewhere, or it cannot compute this."""
 
     http_status = 409
+
+
+class PastEpochError(RefusedError):
+    """A device has a later epoch of the deployment than the one that it is asked for."""
 
 
 class DiskFullError(RefusedError):
@@ -99,7 +101,8 @@ class FrameError(LinkError):
 
 def in_words(error: BaseException) -> str:
     """What the system calls its error ("connection refused"), without number and address; any other error's text."""
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ssl.SSLError | socket.gaierror):
+    plain = type(error).__module__ == OSError.__module__  # those of name resolution and TLS have numbers of their own
+    if plain and isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno).lower()
     return str(error)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peerllm.daemon.decide.succession import CoordinatedPlan
+from peerllm.daemon.decide.succession.succession_events import CoordinatedPlan
 from peerllm.engine.messages import Recorded
 from peerllm.transport.roster.entry import RosterEntry
 from peerllm.types import (
@@ -121,6 +121,7 @@ class DeploymentView:
     created: int = 0  # unix seconds
     missing_bytes: int = 0  # memory that the household lacks for it; 0: none, or it is not known
     succeeds: DeploymentId = ""  # the deployment that this one was begun anew for
+    stays: bool = False  # its coordinator gives way to no other that goes on with the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +351,7 @@ class Inherit:
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """Obey me in this deployment, whose coordinator is lost: the answer is the vote (decide/succession.py)."""
+    """Obey me in this deployment, whose coordinator is lost: the answer is the vote (decide/succession/)."""
 
     plan: CoordinatedPlan
     term: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -98,10 +99,11 @@ async def test_pings_while_nothing_comes(
 ) -> None:
     monkeypatch.setattr(own_answer, "LOOK_S", 0.01)
     monkeypatch.setattr(model_wait, "KEEP_ALIVE_S", 0.02)
-    household.queued = [3]
+    household.gate, household.queued = asyncio.Event(), [3]
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         assert await response.content.readuntil(b"\n\n") == b": queued 3\n\n"
         assert await response.content.readuntil(b"\n\n") == b'event: ping\ndata: {"type":"ping"}\n\n'
+        household.gate.set()
     async with claude.messages.stream(**ASK) as stream:
         assert await stream.get_final_text() == household.reply, "the client takes no offence"
 

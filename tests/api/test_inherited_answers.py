@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from peerllm.api.core.kept import inherited_answers
+from peerllm.api.core.kept import answer_store, inherited_answers
 from peerllm.daemon.facade import InheritedAnswer
 from tests.api.fake import BOUND_S, FakeHousehold
 from tests.api.test_kept_answers import ASK, KEY, PATH, parsed, stream, tokens, whole
@@ -118,9 +118,14 @@ async def test_a_key_that_is_used_here_already_keeps_its_answer(
     assert len(heir.requests) == 1
 
 
-async def test_an_answer_without_a_key_is_not_to_be_copied(
-    client: aiohttp.ClientSession, household: FakeHousehold
+async def test_an_answer_without_a_key_ends_where_nobody_comes_to_read_it(
+    client: aiohttp.ClientSession, household: FakeHousehold, successor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _, heir = successor
     async with client.post(PATH, json=ASK) as response:
         await response.read()
-    assert household.requests[0].kept == ""
+    monkeypatch.setattr(answer_store, "ALONE_S", 0.5)
+    heir.gate = asyncio.Event()
+    heir.inherit(left(household, []))
+    await asyncio.wait_for(heir.closed.wait(), BOUND_S)
+    assert len(heir.requests) == 1

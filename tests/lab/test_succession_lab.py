@@ -13,7 +13,7 @@ import pytest
 from tests.clients import body
 from tests.daemon.test_coordinator_loss import CONTEXT, SLOTS, memory
 from tests.lab.netns import Lab
-from tests.lab.struck_household import Listener, StruckHousehold
+from tests.lab.struck_household import Listener, StruckHousehold, serving
 
 FULL = bool(os.environ.get("PEERLLM_FULL"))
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
@@ -23,6 +23,8 @@ REQUEST: dict[str, Any] = body("Tell me a story about a fox.", TOKENS, stream=Tr
 FIRST_TOKENS = 6
 SETTLE_S = 60.0
 FROZEN_S = 10.0
+MOMENT_S = 5.0  # after four seconds others go on where they can
+NAMES = ("laptop", "mini-pc", "jetson")
 ANSWER_S = 10.0  # another device answers within this
 
 
@@ -83,9 +85,8 @@ def test_two_that_were_cut_apart_and_both_serve_are_one_again(apart: StruckHouse
 @pytest.fixture
 def three(tmp_path: Path) -> Iterator[StruckHousehold]:
     """All three are needed, and the last two without the first."""
-    names = ("laptop", "mini-pc", "jetson")
     with Lab(3) as lab:
-        household = StruckHousehold(lab, tmp_path, names, memory())
+        household = StruckHousehold(lab, tmp_path, NAMES, memory())
         try:
             household.start()
             household.devices[0].cli("run", "builtin", "--slots", str(SLOTS), "--context", str(CONTEXT))
@@ -103,19 +104,26 @@ def test_a_coordinator_that_comes_back_finds_its_deployment_gone_on_with(three: 
     three.wait("followers", lambda: all("can follow" in device.log_tail() for device in (second, third)))
     (before,) = third.status()["deployments"]
     asked = body("Tell me a story about a fox.", 40, stream=True)
-    expected = three.listener.ask(asked)
-    assert three.listener.wait_over(expected)["status"] == 200
+    longer = body("Tell me a story about a fox.", CONTEXT - 100, stream=True, ignore_eos=True)
+    expected, whole = three.listener.ask(asked), three.listener.ask(longer)
+    for answer in (expected, whole):
+        assert three.listener.wait_over(answer)["status"] == 200
     there = Listener(three.lab, 2, third)
     try:
+        local = three.listener.ask(longer)  # without a key, read on the coordinator itself
+        three.listener.wait_tokens(local, FIRST_TOKENS)
         with three.frozen(0) if how == "frozen" else three.unplugged(0):
             lost = time.monotonic()
             again = there.ask(asked)
-            assert there.wait_over(again)["status"] == 200
-            assert again.ids == expected.ids
+            end = there.wait_over(again)
+            assert (end["status"], end["error"], again.ids) == (200, "", expected.ids), end
             took_s = time.monotonic() - lost
             assert took_s < ANSWER_S, f"answered after {took_s:.1f} s"
             time.sleep(max(0.0, FROZEN_S - took_s))
         three.wait("everyone online", lambda: three.online(1) and three.online(2))
+        end = three.listener.wait_over(local)
+        assert (end["status"], end["error"]) == (200, ""), end
+        assert local.ids == whole.ids
 
         def one_left() -> bool:
             told = [device.status()["deployments"] for device in three.devices]
@@ -127,7 +135,29 @@ def test_a_coordinator_that_comes_back_finds_its_deployment_gone_on_with(three: 
         assert after["coordinator"] in ("mini-pc", "jetson")
         for listener in (there, three.listener):
             last = listener.ask(asked)
-            assert listener.wait_over(last)["status"] == 200
-            assert last.ids == expected.ids
+            end = listener.wait_over(last)
+            assert (end["status"], end["error"], last.ids) == (200, "", expected.ids), three.told()
     finally:
         there.close()
+
+
+def test_a_coordinator_that_stands_still_is_waited_for_where_the_others_cannot_hold_the_model(tmp_path: Path) -> None:
+    with serving(tmp_path, None, NAMES, holders=3) as house:
+
+        def loaded() -> list[tuple[int, int]]:
+            return [(house.engine(host), house.load(host)["loaded_layers"]) for host in range(3)]
+
+        house.wait("followers", lambda: all("can follow" in device.log_tail() for device in house.devices[1:]))
+        asked = body("Tell me a story about a fox.", 300, stream=True, ignore_eos=True)
+        whole = house.listener.ask(asked)
+        assert house.listener.wait_over(whole)["status"] == 200
+        before, local = loaded(), house.listener.ask(asked)
+        house.listener.wait_tokens(local, FIRST_TOKENS)
+        with house.frozen(0):
+            time.sleep(MOMENT_S)
+        end = house.listener.wait_over(local)
+        assert (end["status"], end["error"], local.ids) == (200, "", whole.ids), end
+        house.settled()
+        assert loaded() == before
+        (told,) = house.devices[2].status()["deployments"]
+        assert told["coordinator"] == "laptop"

@@ -14,7 +14,7 @@ from peerllm.api.core.answer_events import AnswerEvent, AnswerWaits
 from peerllm.api.core.caller import Caller
 from peerllm.api.core.generation import Generation
 from peerllm.api.core.kept.answer_store import NotKeptError
-from peerllm.api.core.kept.repeat import Repeat, fleeting
+from peerllm.api.core.kept.repeat import DeviceLeavingError, Repeat, fleeting
 from peerllm.api.core.model_wait import awaited_model
 from peerllm.api.core.named_models import find_model
 from peerllm.api.core.own_answer import begun_answer, told
@@ -22,7 +22,8 @@ from peerllm.api.core.remote_answer import RemoteAnswer
 from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import ANSWERS, HOUSEHOLD
 from peerllm.daemon.facade import ServedModel
-from peerllm.errors import LinkError
+from peerllm.errors import LinkError, UnavailableError
+from peerllm.types import DeviceId
 
 RESUME_S = 60.0  # seconds in which an answer with a key is sought again after the device that gave it was lost
 SOUGHT_S = 15.0  # the same of one without a key of which nothing has come: longer than another takes to follow
@@ -34,56 +35,62 @@ async def answer(
 ) -> AsyncGenerator[AnswerEvent]:
     """By this device or by the model's source; when that is lost, who goes on is sought, and asked for the rest.
 
-    Closing it cancels the sequence on every device, unless the client has a key.
+    When the device that computes it is lost, or gives the model to another, it goes on there. Closing it cancels the
+    sequence on every device, unless the client has a key.
     """
-    until, shown, store = None, repeat or fleeting(wanted), app[ANSWERS]
-    while store.find(shown.key, shown.fingerprint) is None:
-        model: ServedModel | None = None
-        async with aclosing(awaited_model(app, wanted.model, bool(caller.device))) as steps:
-            async for step in steps:
-                if isinstance(step, ServedModel):
-                    model = step
-                else:
-                    yield step
-        assert model is not None
-        if not model.source:
-            if store.find(shown.key, shown.fingerprint) is not None:
-                break
-            if shown.had is not None:
+    until, asked, store = None, repeat or fleeting(wanted), app[ANSWERS]
+    while True:
+        if (kept := store.find(asked.key, asked.fingerprint)) is None:
+            model: ServedModel | None = None
+            async with aclosing(awaited_model(app, wanted.model, bool(caller.device))) as steps:
+                async for step in steps:
+                    if isinstance(step, ServedModel):
+                        model = step
+                    else:
+                        yield step
+            assert model is not None
+            kept = store.find(asked.key, asked.fingerprint)
+            if kept is None and model.source:
+                moved = partial(_moved, app, model.name, model.source)
+                remote = RemoteAnswer(app[HOUSEHOLD], model, caller, asked, moved)
+                try:
+                    async with aclosing(remote.events(wanted)) as events:
+                        async for event in events:
+                            asked.note(event)
+                            yield event
+                    return
+                except LinkError as error:
+                    until = until or time.monotonic() + (SOUGHT_S if repeat is None and asked.had is None else RESUME_S)
+                    if time.monotonic() >= until:
+                        what = f"no answer of {model.name} to its end: {error}; ask again in a moment"
+                        raise LinkError(what) from error
+                yield AnswerWaits(f"the device of {model.name} is lost, looking for the answer")
+                await asyncio.sleep(RETRY_S)
+                continue
+            if kept is None and asked.had is not None:
                 raise NotKeptError("this answer is not kept any more; ask again without Last-Event-ID")
-            if repeat is None:
-                begun = await begun_answer(app, wanted, model, caller)
-                async with aclosing(told(app, begun, begun.chunks, None)) as events:
-                    async for event in events:
-                        yield event
-                return
-            begin = begun_answer(app, wanted, model, caller, repeat)
-            store.begin(repeat.key, repeat.fingerprint, caller.payer(wanted.user), begin, repeat.fleeting)
-            break
-        remote = RemoteAnswer(app[HOUSEHOLD], model, caller, shown, partial(_moved, app, model))
+            if kept is None:
+                begin = begun_answer(app, wanted, model, caller, asked)
+                kept = store.begin(asked.key, asked.fingerprint, caller.payer(wanted.user), begin, asked.fleeting)
         try:
-            async with aclosing(remote.events(wanted)) as events:
-                async for event in events:
-                    yield event
+            with store.reading(kept):
+                begun = await kept.started()
+                async with aclosing(told(app, begun, kept.chunks(), asked.had)) as events:
+                    async for event in events:
+                        asked.note(event)
+                        yield event
             return
-        except LinkError as error:
-            until = until or time.monotonic() + (SOUGHT_S if repeat is None and shown.had is None else RESUME_S)
-            if time.monotonic() >= until:
-                raise LinkError(f"no answer of {model.name} to its end: {error}; ask again in a moment") from error
-        yield AnswerWaits(f"the device of {model.name} is lost, looking for the answer")
-        await asyncio.sleep(RETRY_S)
-    kept = store.find(shown.key, shown.fingerprint)
-    assert kept is not None
-    with store.reading(kept):
-        begun = await kept.started()
-        async with aclosing(told(app, begun, kept.chunks(), shown.had)) as events:
-            async for event in events:
-                yield event
+        except UnavailableError as error:  # the deployment ended here: whoever goes on with it goes on with the answer
+            if not _moved(app, wanted.model, ""):
+                raise
+            if caller.device:
+                raise DeviceLeavingError(str(error)) from error
+            await asyncio.sleep(RETRY_S)  # until that one has heard of it
 
 
-def _moved(app: web.Application, model: ServedModel) -> bool:
-    """Whether another device answers for it now."""
+def _moved(app: web.Application, model: str, source: DeviceId) -> bool:
+    """Whether another device than the source answers for it now."""
     try:
-        return find_model(app, model.name).source != model.source
+        return find_model(app, model).source != source
     except UnknownModelError:
         return False  # it may be listed again in a moment

@@ -32,7 +32,7 @@ LOOK_S = 0.5  # seconds without a token after which it is looked what an answer 
 
 
 async def begun_answer(
-    app: web.Application, wanted: Generation, model: ServedModel, caller: Caller, repeat: Repeat | None = None
+    app: web.Application, wanted: Generation, model: ServedModel, caller: Caller, repeat: Repeat
 ) -> BegunAnswer:
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
@@ -48,16 +48,10 @@ async def begun_answer(
         max_tokens=min(wanted.max_tokens or room, room),
         sampling=_sampling(wanted.sampling, text.defaults),
         client=caller.group(wanted.user),
-        kept=_kept(wanted, caller, repeat, begins),
+        kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted.stops, bool(wanted.messages)),
     )
     chunks, silent = app[HOUSEHOLD].generate(request), frozenset(model.stop_ids)
     return BegunAnswer(chunks, begins, text, silent, wanted.stops, prompt if wanted.messages else None)
-
-
-def _kept(wanted: Generation, caller: Caller, repeat: Repeat | None, begins: AnswerBegins) -> str:
-    if repeat is None:
-        return ""
-    return kept_of(repeat, caller.payer(wanted.user), begins, wanted.stops, bool(wanted.messages))
 
 
 async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, context: int, asker: str) -> list[int]:

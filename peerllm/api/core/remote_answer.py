@@ -13,12 +13,10 @@ from msgspec import Meta, Struct
 
 from peerllm.api.core.answer_events import (
     TOLD,
-    AnswerBegins,
     AnswerEnds,
     AnswerEvent,
     AnswerFails,
     AnswerWaits,
-    TextDelta,
 )
 from peerllm.api.core.caller import MAX_CLIENT_CHARS, Caller
 from peerllm.api.core.generation import Generation
@@ -26,7 +24,7 @@ from peerllm.api.core.kept.repeat import ALL_TOKENS, MAX_KEY_CHARS, DeviceLeavin
 from peerllm.api.error_answers import ErrorFacts, RelayedError
 from peerllm.api.streams import pulsed
 from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
-from peerllm.errors import LinkError
+from peerllm.errors import LinkError, PeerLLMError
 
 ANSWER_PATH = "/answer"  # of the requests between devices
 LINES = "application/x-ndjson"
@@ -61,7 +59,7 @@ class RemoteAnswer:
     async def events(self, wanted: Generation) -> AsyncGenerator[AnswerEvent]:
         """What the model's source tells of this answer; its refusals and errors are RelayedErrors.
 
-        LinkError if the source is lost; `repeat` then has what the client got.
+        LinkError if the source is lost, or does not answer for it any more.
         """
         repeat, client = self.repeat, self.caller.client[:MAX_CLIENT_CHARS]
         asked = RelayedGeneration(wanted, client, repeat.key, repeat.had, repeat.fleeting)
@@ -78,10 +76,6 @@ class RemoteAnswer:
                     if event is None:
                         yield AnswerWaits(f"nothing is heard of {self._source().get('name') or self._unnamed}")
                         continue
-                    if isinstance(event, AnswerBegins):
-                        repeat.had = repeat.had or 0
-                    elif isinstance(event, TextDelta):
-                        repeat.had = event.tokens
                     yield event
                     if isinstance(event, AnswerEnds):
                         return
@@ -123,7 +117,7 @@ class RemoteAnswer:
 
 
 def _event(line: bytes | None) -> AnswerEvent | None:
-    """None stays None; the last words of a device that leaves are a LinkError."""
+    """None stays None; an error that is told is raised."""
     if line is None:
         return None
     try:
@@ -132,20 +126,24 @@ def _event(line: bytes | None) -> AnswerEvent | None:
         raise LinkError(f"its device tells what makes no sense: {error}") from error
     if not isinstance(event, AnswerFails):
         return event
-    facts = ErrorFacts.of(event.error)
+    raise _told_error(ErrorFacts.of(event.error))
+
+
+def _told_error(facts: ErrorFacts, retry_after: str = "") -> PeerLLMError:
+    """The last words of a device that leaves are a LinkError: the answer is sought elsewhere."""
     if facts.code == DeviceLeavingError.code:
-        raise LinkError("its device is shutting down")
-    raise RelayedError(facts)
+        return LinkError("its device does not answer for it any more")
+    return RelayedError(facts, retry_after)
 
 
-def _refusal(status: int, body: bytes, headers: Mapping[str, str]) -> RelayedError:
+def _refusal(status: int, body: bytes, headers: Mapping[str, str]) -> PeerLLMError:
     try:
         error: Any = msgspec.json.decode(body, type=dict[str, Any]).get("error")
     except msgspec.MsgspecError:
         error = None
     if not isinstance(error, dict) or not web.HTTPBadRequest.status_code <= status < 600:
         raise LinkError(f"its device answered with HTTP {status} and no reason")
-    return RelayedError(ErrorFacts.of({**error, "status": status}), headers.get("Retry-After", ""))
+    return _told_error(ErrorFacts.of({**error, "status": status}), headers.get("Retry-After", ""))
 
 
 async def _whole(body: AsyncIterator[bytes]) -> bytes:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 from peerllm.daemon.control_messages import Reserve
-from peerllm.errors import RefusedError
+from peerllm.errors import PastEpochError, RefusedError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import DeploymentId, DeviceId
 
@@ -190,4 +190,4 @@ class Ledger:
                 if promise.coordinator != coordinator:
                     raise RefusedError("this deployment obeys another coordinator")
                 if promise.epoch > epoch:
-                    raise RefusedError(f"epoch {epoch} of this deployment is over; ask with a later one")
+                    raise PastEpochError(f"epoch {epoch} of this deployment is over; ask with a later one")

@@ -77,24 +77,40 @@ class Coordinator:
         """Coordinate a deployment of another device from now on, with epochs after `epoch`."""
         remembered = RememberedDeployment(options, deployment, epoch, inherited=deployment)
         self._begin(options, remembered, at_hand, created)
+        self._note_served()  # by the one before, which may forget it now
 
     def serve_anew(
-        self, options: RunOptions, at_hand: ModelAtHand, succeeds: DeploymentId, created: int
+        self,
+        options: RunOptions,
+        at_hand: ModelAtHand,
+        succeeds: DeploymentId,
+        created: int,
+        devices: tuple[DeviceId, ...],
     ) -> DeploymentId:
-        """Serve what another device served as a deployment of its own; its id."""
+        """Serve what another device served, with these `devices`, as a deployment of its own; its id."""
         anew = secrets.token_hex(16)
-        remembered = RememberedDeployment(options, anew, 0, inherited=succeeds, succeeds=succeeds)
+        remembered = RememberedDeployment(options, anew, 0, inherited=succeeds, succeeds=succeeds, devices=devices)
         self._begin(options, remembered, at_hand, created)
+        self._note_served()
         return anew
 
-    async def could_serve(self, options: RunOptions, at_hand: ModelAtHand, held: Mapping[DeviceId, int]) -> bool:
-        """Whether there is a plan for a model if `held` bytes were free besides."""
+    async def could_serve(self, options: RunOptions, at_hand: ModelAtHand, deployment: DeploymentId) -> bool:
+        """Whether the devices that are here can hold another device's deployment, of which some is loaded already."""
+        remembered = RememberedDeployment(options, deployment, 0, inherited=deployment)
         try:
-            await Deployment(options, self._around, self._timings, at_hand=at_hand).preview(held)
+            await Deployment(options, self._around, self._timings, remembered=remembered, at_hand=at_hand).could_run(
+                self._holdings
+            )
         except PeerLLMError as error:
             log.info("%s cannot be served from here: %s", options.name, error)
             return False
         return True
+
+    def stay(self, deployment: DeploymentId) -> None:
+        """The deployment gives way to no other device that goes on with the same."""
+        if (held := self._of(deployment)) is not None:
+            held.stays = True
+            self._around.changed()
 
     def drain(self, deployment: DeploymentId, to: str) -> None:
         """The deployment takes no new sequences: device `to` goes on with it."""
@@ -113,6 +129,11 @@ class Coordinator:
         if held is None or held.model.inspected is None or held.model.model_dir is None:
             raise NotFoundError("no such deployment runs here")
         return held.options, held.created, held.model
+
+    @property
+    def took_part(self) -> dict[DeploymentId, frozenset[DeviceId]]:
+        """For each deployment here the devices that had a part in it, also before this device started."""
+        return {held.id: frozenset(held.took_part) for held in self._deployments.values()}
 
     @property
     def streaming(self) -> dict[DeploymentId, bool]:
@@ -290,7 +311,14 @@ class Coordinator:
                 return
             lasting = [held for held in self._deployments.values() if held.lasting]
             remembered = [
-                RememberedDeployment(held.remembered_as, held.id, held.epoch, held.inherited, held.succeeds)
+                RememberedDeployment(
+                    held.remembered_as,
+                    held.id,
+                    held.epoch,
+                    held.inherited,
+                    held.succeeds,
+                    tuple(sorted(held.took_part)),
+                )
                 for held in lasting
             ]
             own = [held.options.model for held in lasting if not held.inherited]

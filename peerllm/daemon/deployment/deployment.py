@@ -98,6 +98,8 @@ class Deployment:
         self.reason = ""
         self.inherited = remembered.inherited if remembered is not None else ""
         self.succeeds = remembered.succeeds if remembered is not None else ""
+        self.took_part = set(remembered.devices if remembered is not None else ())  # devices of plans that served
+        self.stays = False  # it gives way to no other device that goes on with the same
         self.yields_to = ""  # the name of the device that goes on with it, while this one ends its answers
         self.lasting = remembered is not None  # it has served: from then on it waits for devices instead of giving up
         self.report = ProgressReport(around.me, around.name, around.changed)
@@ -148,11 +150,10 @@ class Deployment:
     def drain(self, to: str) -> None:
         """Take no new sequences: device `to` goes on with it. Those that run end, where they can go on."""
         self.yields_to = to
-        reason = f"{to} serves {self.options.name} now; ask again"
         if self.state == "serving":
-            self.sequences.refuse(reason)
+            self.sequences.refuse(self._moved)
         else:
-            self.sequences.close(reason)
+            self.sequences.close(self._moved)
         self._around.changed()
 
     async def stop(self, left: bool = False) -> None:
@@ -179,6 +180,10 @@ class Deployment:
         coming = self._epochs.coming
         if coming is not None and event.epoch == coming.number and self.state == "loading":
             self.report.loaded(device, event)
+
+    @property
+    def _moved(self) -> str:
+        return f"{self.yields_to} serves {self.options.name} now; ask again"
 
     @property
     def epoch(self) -> int:
@@ -214,6 +219,7 @@ class Deployment:
             progress=1.0 if serving else self.report.done,
             missing_bytes=getattr(failure, "missing_bytes", 0) if self.state == "waiting" else 0,
             succeeds=self.succeeds,
+            stays=self.stays,
         )
 
     async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
@@ -221,6 +227,13 @@ class Deployment:
         inspected = await self.model.describe()
         self._search.free = {d: one.free_bytes + held.get(d, 0) for d, one in self._around.candidates().items()}
         return (await self._search.plan(inspected, frozenset())).blueprint
+
+    async def could_run(self, holdings: Mapping[DeviceId, tuple[Holding, ...]]) -> None:
+        """Raises why no plan works now for what devices have loaded; the deployment is not to be started."""
+        for device, told in holdings.items():
+            self.told(device, told)
+        await self.model.describe()
+        await self.plans.find(MakePlan(0, frozenset(), compare=False), None, ())
 
     # ---- events in, actions out -----------------------------------------------------------------------------------
 
@@ -284,7 +297,10 @@ class Deployment:
             case BecomeWaiting(reason):
                 log.warning("%s does not go on for now: %s", self.options.model, reason)
                 self._outage.begin(running.devices if (running := self._epochs.running) is not None else (), reason)
-                self.sequences.hold(reason)
+                if self.yields_to:
+                    self.sequences.close(self._moved)
+                else:
+                    self.sequences.hold(reason)
                 self._epochs.failure = self._as_error(reason)
                 self._become("waiting", reason)
                 self._resolve(self._epochs.failure)
@@ -356,6 +372,7 @@ class Deployment:
             log.warning("%s: %s", self.options.name, less)
             self.report.say("serving", less)
         self.lasting = True
+        self.took_part.update(epoch.devices)
         if not self._work.going_on("switch"):  # else running answers are not in this epoch yet
             self._outage.over()
         self._become("serving", "; ".join(filter(None, (less, note))))

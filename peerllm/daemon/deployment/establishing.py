@@ -26,11 +26,16 @@ from peerllm.types import DeploymentId, DeviceId, Stage
 
 
 class DeviceRefusedError(RefusedError):
-    """A device does not promise the memory; it says how much it could lend. `away`: it cannot be asked."""
+    """A device does not promise the memory; it says how much it could lend.
 
-    def __init__(self, message: str, device: DeviceId, wanted_bytes: int, free_bytes: int, away: bool) -> None:
+    `away`: it cannot be asked. `past`: it has a later epoch of the deployment, which another coordinator began.
+    """
+
+    def __init__(
+        self, message: str, device: DeviceId, wanted_bytes: int, free_bytes: int, away: bool, past: bool = False
+    ) -> None:
         super().__init__(message)
-        self.device, self.away = device, away
+        self.device, self.away, self.past = device, away, past
         self.wanted_bytes, self.free_bytes = wanted_bytes, free_bytes
 
 
@@ -135,7 +140,8 @@ class EpochNegotiation:
             if answer.error:
                 reason = f"{self._around.name(device)} cannot take part: {answer.reason}"
                 wanted, away = self._added_bytes(epoch, device), answer.error == "LinkError"
-                raise DeviceRefusedError(reason, device, wanted, answer.free_bytes, away)
+                past = answer.error == "PastEpochError"
+                raise DeviceRefusedError(reason, device, wanted, answer.free_bytes, away, past)
 
     def _added_bytes(self, epoch: Epoch, device: DeviceId) -> int:
         """What the epoch needs on the device beyond what is loaded there."""

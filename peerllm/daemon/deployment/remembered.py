@@ -11,7 +11,7 @@ from peerllm.codec import decode, encode
 from peerllm.daemon.facade import RunOptions
 from peerllm.errors import LinkError
 from peerllm.saved_files import replace_file
-from peerllm.types import DeploymentId
+from peerllm.types import DeploymentId, DeviceId
 
 MAX_REMEMBERED = 64  # lines read
 
@@ -23,6 +23,7 @@ class RememberedDeployment:
     """A deployment that served; `epoch` is the last that did when this was written.
 
     `inherited`: of the deployment whose model this device inherited; "": the options say where the model is.
+    `devices` had a part in it, so one of them may go on with it.
     """
 
     options: RunOptions
@@ -30,6 +31,7 @@ class RememberedDeployment:
     epoch: int
     inherited: DeploymentId = ""
     succeeds: DeploymentId = ""
+    devices: tuple[DeviceId, ...] = ()
 
 
 def recall(file: Path) -> list[RememberedDeployment]:

@@ -28,6 +28,7 @@ class ShownDeployment:
     progress: float
     missing_bytes: int
     succeeds: DeploymentId = ""
+    stays: bool = False
 
     def view(self, measured: dict[str, float]) -> DeploymentView:
         """For every device of the household; no text, no token ids."""
@@ -59,6 +60,7 @@ class ShownDeployment:
             created=self.created,
             missing_bytes=self.missing_bytes,
             succeeds=self.succeeds,
+            stays=self.stays,
         )
 
     def served(self) -> ServedModel:

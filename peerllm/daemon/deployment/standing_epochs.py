@@ -161,7 +161,8 @@ class StandingEpochs:
             blamed = self._blamed(device, epoch, error)
             self._epochs.pop(epoch.number, None)
             lasting = device == me and not isinstance(cause, PASSING)
-            self._feed(NotEstablished(epoch.number, blamed, str(cause), lasting))
+            past = isinstance(error, DeviceRefusedError) and error.past
+            self._feed(NotEstablished(epoch.number, blamed, str(cause), lasting, past))
         else:
             self._plans.fetched(epoch)
             self._feed(Established(epoch.number))
@@ -171,6 +172,8 @@ class StandingEpochs:
         if isinstance(error, DeviceRefusedError):
             if error.away:
                 return device
+            if error.past:  # it will do for a later one
+                return None
             if error.wanted_bytes > error.free_bytes:
                 self._search.free[error.device] = error.free_bytes
                 return None

@@ -14,6 +14,7 @@ from typing import cast
 
 from peerllm.daemon.control_messages import AnswerCopied, AnswerGrew
 from peerllm.daemon.facade import Chunk, GenerateRequest, InheritedAnswer
+from peerllm.errors import UnavailableError
 from peerllm.types import DeploymentId, DeviceId
 
 FLUSH_S = 0.1  # between two tellings of ids
@@ -34,10 +35,18 @@ class _UnderWay:
 
 
 class AnswerCopies:
-    """On the source. `successor` says who follows in a deployment now, None: nobody is ready to."""
+    """On the source. `successor` says who follows in a deployment now, None: nobody is ready to.
 
-    def __init__(self, tell: Tell, successor: Callable[[DeploymentId], DeviceId | None]) -> None:
-        self._tell, self._successor = tell, successor
+    `heir` says who goes on with one that gives way, as which deployment: what breaks off here is left to that device.
+    """
+
+    def __init__(
+        self,
+        tell: Tell,
+        successor: Callable[[DeploymentId], DeviceId | None],
+        heir: Callable[[DeploymentId], tuple[DeviceId, DeploymentId] | None] = lambda _: None,
+    ) -> None:
+        self._tell, self._successor, self._heir = tell, successor, heir
         self._under_way: dict[str, _UnderWay] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.going = False  # this device goes down: who follows may go on with what breaks off here
@@ -52,6 +61,10 @@ class AnswerCopies:
                 async for chunk in inner:
                     answer.ids += chunk.ids
                     yield chunk
+        except UnavailableError:
+            if (heir := self._heir(request.deployment)) is not None:
+                self._copy(answer, *heir)
+            raise
         finally:
             if self._under_way.get(digest) is answer:
                 del self._under_way[digest]
@@ -71,14 +84,18 @@ class AnswerCopies:
             if to is None or len(request.prompt) > MAX_PROMPT_TOKENS:
                 continue
             if to != answer.told_to:
-                self._tell(to, AnswerCopied(
-                    request.deployment, answer.name, tuple(request.prompt), request.max_tokens, request.sampling,
-                    request.client, request.kept, tuple(answer.ids),
-                ))  # fmt: skip
+                self._copy(answer, to, request.deployment)
             elif len(answer.ids) > answer.told:
                 fresh = tuple(answer.ids[answer.told :])
                 self._tell(to, AnswerGrew(request.deployment, answer.name, answer.told, fresh))
             answer.told_to, answer.told = to, len(answer.ids)
+
+    def _copy(self, answer: _UnderWay, to: DeviceId, deployment: DeploymentId) -> None:
+        request = answer.request
+        self._tell(to, AnswerCopied(
+            deployment, answer.name, tuple(request.prompt), request.max_tokens, request.sampling, request.client,
+            request.kept, tuple(answer.ids),
+        ))  # fmt: skip
 
     def close(self) -> None:
         if self._timer is not None:
@@ -95,6 +112,12 @@ class AnswerCopies:
             self._see_to_timer()
 
 
+def inherited(copy: AnswerCopied) -> InheritedAnswer:
+    """As the API goes on with it."""
+    sampled = copy.prompt, copy.max_tokens, copy.sampling, copy.client, copy.kept
+    return InheritedAnswer(copy.deployment, *sampled, list(copy.ids))
+
+
 class HeldCopies:
     """On the successor."""
 
@@ -106,8 +129,7 @@ class HeldCopies:
         """From the deployment's coordinator. Ids that do not follow those that are here are left out."""
         key = message.deployment, message.answer
         if isinstance(message, AnswerCopied):
-            sampled = message.prompt, message.max_tokens, message.sampling, message.client, message.kept
-            self._held[key] = InheritedAnswer(message.deployment, *sampled, list(message.ids))
+            self._held[key] = inherited(message)
             self._of[message.deployment] = device
             self._bound(device)
         elif message.over:

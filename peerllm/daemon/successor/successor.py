@@ -1,6 +1,6 @@
 """This device's part when coordinators are lost and found: what happens goes to its decider, what that wants is done.
 
-The decider is pure (decide/succession.py); questions, fetching, loading and answers are here.
+The decider is pure (decide/succession/); questions, fetching, loading and answers are here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from peerllm.daemon.control_messages import (
     Inherit,
     Vote,
 )
-from peerllm.daemon.decide.succession import (
-    MAX_OF_COORDINATOR,
-    VOTE_S,
+from peerllm.daemon.decide.succession.followed_deployment import VOTE_S
+from peerllm.daemon.decide.succession.succession_decider import MAX_OF_COORDINATOR, Succession
+from peerllm.daemon.decide.succession.succession_events import (
     AskVotes,
     CoordinatedPlan,
     DeploymentOver,
@@ -35,9 +35,11 @@ from peerllm.daemon.decide.succession import (
     Presence,
     PresenceChanged,
     Refuse,
+    SeekService,
     ServeAnew,
+    ServiceSought,
+    Stay,
     StreamsChanged,
-    Succession,
     SuccessionAction,
     SuccessionEvent,
     TakeOver,
@@ -51,9 +53,9 @@ from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.facade import InheritedAnswer
 from peerllm.daemon.network import Network
 from peerllm.daemon.settings import Settings
-from peerllm.daemon.successor.answer_copies import AnswerCopies, HeldCopies
+from peerllm.daemon.successor.answer_copies import AnswerCopies, HeldCopies, inherited
 from peerllm.daemon.successor.equipment import Equipment
-from peerllm.daemon.successor.inheritance import Inheritance, InheritedModels, leave
+from peerllm.daemon.successor.inheritance import Inheritance, InheritedModel, InheritedModels, leave
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.weight_store import WeightStore
 from peerllm.errors import PeerLLMError, RefusedError
@@ -87,7 +89,8 @@ class Successor:
         self.handler: Callable[[InheritedAnswer], None] | None = None
         self._left = parts.settings.data_dir / LEFT
         self.models = InheritedModels(parts.home.outlines.root / INHERITED, parts.store)
-        self.copies = AnswerCopies(parts.network.tell, self._successor)
+        self._heirs: dict[DeploymentId, tuple[DeviceId, DeploymentId]] = {}  # of deployments that drain
+        self.copies = AnswerCopies(parts.network.tell, self._successor, self._heirs.get)
         self._decider = Succession(self.me)
         self._equipment = Equipment(parts.store, self.models, parts.network.ask, self._equipped)
         self._held = HeldCopies()
@@ -96,6 +99,7 @@ class Successor:
         self._told: dict[DeviceId, set[DeploymentId]] = {}  # what each device said that it coordinates
         self._online: set[DeviceId] = set()
         self._lends = True
+        self._given_way: set[DeploymentId] = set()  # and not ended here yet
         self._streaming: dict[DeploymentId, bool] = {}
         self._leaving = asyncio.Lock()  # what others follow with is made for one of them at a time
         self._timer: asyncio.TimerHandle | None = None
@@ -114,7 +118,9 @@ class Successor:
     ) -> None:
         """A device, perhaps this one, says what it coordinates, and another one whom it obeys."""
         self._see_streams()
-        views = [view for view in views if view.coordinator == device][:MAX_OF_COORDINATOR]
+        ending = self._given_way if device == self.me else ()
+        views = [view for view in views if view.coordinator == device and view.deployment not in ending]
+        views = views[:MAX_OF_COORDINATOR]
         before, self._told[device] = self._told.get(device, set()), {view.deployment for view in views}
         for over in before - self._told[device]:
             self._feed(DeploymentOver(over, device))
@@ -160,9 +166,11 @@ class Successor:
                     self._feed(Equipped(deployment, lends))
 
     def hear(self, device: DeviceId, message: AnswerCopied | AnswerGrew) -> None:
-        """A coordinator tells of answers that this device would go on with."""
+        """A coordinator tells of answers that this device would go on with, or is to go on with now."""
         if self._decider.coordinators.get(message.deployment) == device:
             self._held.hear(device, message)
+        elif isinstance(message, AnswerCopied) and self._decider.hands_over(message.deployment, device):
+            self._hand_on(inherited(message))
 
     async def answer(self, device: DeviceId, question: Inherit | Vote) -> Answer:
         """Raises what stands against it."""
@@ -219,6 +227,8 @@ class Successor:
     def _do(self, action: SuccessionAction) -> None:
         name = self._parts.home.name
         match action:
+            case SeekService(deployment):
+                self._spawn(self._seek_service(deployment), "seek service")
             case AskVotes(plan, term, devices):
                 log.info("%s is lost; asking to go on with %s", name(plan.coordinator), plan.deployment[:8])
                 for device in devices:
@@ -228,10 +238,14 @@ class Successor:
                 self._take_over(deployment, epoch)
             case ServeAnew(deployment):
                 self._spawn(self._serve_anew(deployment), "serve anew")
-            case Drain(deployment, to):
+            case Stay(deployment):
+                self._parts.coordinator.stay(deployment)
+            case Drain(deployment, to, other):
+                self._heirs[deployment] = to, other
                 self._parts.coordinator.drain(deployment, name(to))
             case GiveWay(deployment, to):
                 log.warning("%s goes on with %s", name(to), deployment[:8])
+                self._given_way.add(deployment)
                 self._spawn(self._give_way(deployment), "give way")
             case Obey() | Refuse():
                 pass  # the answer to who asked
@@ -248,46 +262,68 @@ class Successor:
             granted = True
         self._feed(VoteCame(device, plan.deployment, term, granted))
 
+    async def _seek_service(self, deployment: DeploymentId) -> None:
+        inherited = self._inherited(deployment)
+        options, at_hand = inherited.inheritance.options, inherited.at_hand
+        feasible = await self._parts.coordinator.could_serve(options, at_hand, deployment)
+        self._feed(ServiceSought(deployment, feasible))
+
     def _take_over(self, deployment: DeploymentId, epoch: int) -> None:
-        parts, model = self._parts, self._equipment.get(deployment)
-        assert model is not None
-        inheritance = model.inheritance
-        parts.coordinator.told(self.me, parts.worker.holdings())
-        parts.coordinator.take_over(inheritance.options, model.at_hand, deployment, epoch, inheritance.created)
+        inherited = self._inherited(deployment)
+        options, created = inherited.inheritance.options, inherited.inheritance.created
+        self._parts.coordinator.take_over(options, inherited.at_hand, deployment, epoch, created)
         self._go_on(deployment, deployment)
 
     async def _serve_anew(self, deployment: DeploymentId) -> None:
-        """If it can be held: what this device holds of the lost deployment makes room for it."""
-        parts, model = self._parts, self._equipment.get(deployment)
-        assert model is not None
-        inheritance, at_hand = model.inheritance, model.at_hand
-        held = {self.me: parts.worker.ledger.promised_to(deployment)}
-        feasible = await parts.coordinator.could_serve(inheritance.options, at_hand, held)
-        if not feasible or self._decider.coordinators.get(deployment) in self._online:
-            return
-        await parts.worker.let_go(deployment)
-        anew = parts.coordinator.serve_anew(inheritance.options, at_hand, deployment, inheritance.created)
+        """What this device holds of the lost deployment makes room for it."""
+        inherited = self._inherited(deployment)
+        options, created = inherited.inheritance.options, inherited.inheritance.created
+        await self._parts.worker.let_go(deployment)
+        devices = tuple(dict.fromkeys(stage.device for stage in self._stages.get(deployment, ())))
+        anew = self._parts.coordinator.serve_anew(options, inherited.at_hand, deployment, created, devices)
         self._go_on(deployment, anew)
 
+    def _inherited(self, deployment: DeploymentId) -> InheritedModel:
+        """What a source needs of it. This device's own shards are known to it as the others' are."""
+        self._parts.coordinator.told(self.me, self._parts.worker.holdings())
+        model = self._equipment.get(deployment)
+        assert model is not None
+        return model
+
     async def _give_way(self, deployment: DeploymentId) -> None:
-        await self._parts.coordinator.give_way(deployment)
-        await self._parts.worker.let_go(deployment)
+        """First of all of what is loaded: soon the other may load its own here."""
+        try:
+            await self._parts.worker.let_go(deployment)
+            await self._parts.coordinator.give_way(deployment)
+        finally:
+            self._given_way.discard(deployment)
+            self._heirs.pop(deployment, None)
 
     def _go_on(self, deployment: DeploymentId, to: DeploymentId) -> None:
         """With the answers under way that have a key."""
         for answer in self._held.take(deployment, to):
-            if self.handler is not None:
-                self.handler(answer)
+            self._hand_on(answer)
+
+    def _hand_on(self, answer: InheritedAnswer) -> None:
+        if self.handler is not None:
+            self.handler(answer)
 
     # ---- this device follows others ---------------------------------------------------------------------------------
 
-    @staticmethod
-    def _plan(view: DeploymentView, stages: Iterable[Stage]) -> CoordinatedPlan:
-        """As it is told; what has no stages now keeps the devices that it had: those of `stages`."""
+    def _plan(self, view: DeploymentView, stages: Iterable[Stage]) -> CoordinatedPlan:
+        """As it is told; what has no stages now keeps the devices that it had: `stages`, or those before a restart."""
         devices = [stage.device for stage in stages]
+        if not devices and view.coordinator == self.me:
+            devices = sorted(self._parts.coordinator.took_part.get(view.deployment, ()))
         serving = view.state == "serving"
         return CoordinatedPlan(
-            view.deployment, view.coordinator, tuple(dict.fromkeys(devices)), view.epoch, serving, view.succeeds
+            view.deployment,
+            view.coordinator,
+            tuple(dict.fromkeys(devices)),
+            view.epoch,
+            serving,
+            view.succeeds,
+            view.stays,
         )
 
     def _see_to_equipment(self) -> None:
@@ -306,6 +342,7 @@ class Successor:
         for deployment in self._stages.keys() - known:
             del self._stages[deployment]
             self._equipment.forget(deployment)
+            self._ready.pop(deployment, None)
             self._feed(Equipped(deployment, complete=False))
             self._held.forget(deployment)
 

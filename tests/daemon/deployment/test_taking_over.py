@@ -161,6 +161,8 @@ async def test_what_was_inherited_comes_back_after_a_restart(houses, tmp_path):
     b = house["b"].coordinator
     b.told(house["b"].me, house["b"].worker.holdings())
     b.take_over(OPTIONS, at_hand(house, tmp_path), before.deployment, before.epoch + AHEAD, created=7)
+    await b._remembering
+    assert before.deployment in (tmp_path / "bbbb.jsonl").read_text(), "before it serves"
     await house.until(lambda: view(house["b"]).state == "serving")
     await b._remembering
     asked = []
@@ -180,3 +182,59 @@ async def test_what_was_inherited_comes_back_after_a_restart(houses, tmp_path):
     finally:
         await again.close()
         await b.close()
+
+
+async def test_who_had_a_part_is_remembered_over_a_restart(houses, tmp_path):
+    house = houses([2, 4, 5], big=8)
+    await served(house)
+    a = house["a"].coordinator
+    again = type(a)(house["a"], tmp_path / "aaaa.jsonl")
+    house["a"].coordinator = type(a)(house["a"], tmp_path / "none.jsonl")
+    await a.close()
+    await again.start()
+    try:
+        assert again.took_part == {before: frozenset(house.devices) for before in again.took_part}
+        assert len(again.took_part) == 1
+    finally:
+        await again.close()
+
+
+async def test_whether_the_others_could_serve_counts_what_they_have_loaded(houses, tmp_path):
+    house = houses([3, 5, 5], big=8)
+    before = await served(house)
+    house.part("a")
+    b = house["b"].coordinator
+    assert not await b.could_serve(OPTIONS, at_hand(house, tmp_path), "e" * 32), "its memory is promised"
+    for letter in "bc":
+        b.told(house[letter].me, house[letter].worker.holdings())
+    assert await b.could_serve(OPTIONS, at_hand(house, tmp_path), before.deployment)
+    assert [one.views() for one in (b,)] == [()], "nothing is begun"
+    house.part("c")
+    assert not await b.could_serve(OPTIONS, at_hand(house, tmp_path), before.deployment)
+
+
+async def test_what_drains_ends_its_answers_when_it_cannot_go_on(houses):
+    house = houses([3, 6], big=8)
+    before = await served(house)
+    request = GenerateRequest(before.deployment, (1, 2, 3), 5, Sampling())
+    running = asyncio.ensure_future(house["a"].coordinator.generate(request).__anext__())
+    await house.until(lambda: any(isinstance(one, Submit) for one in house["a"].told))
+    house["a"].coordinator.drain(before.deployment, "device-b")
+    assert not running.done()
+    await house.vanish("b")
+    await asyncio.wait({running})
+    assert "device-b serves big now" in str(running.exception())
+
+
+async def test_a_coordinator_whose_devices_followed_another_for_a_while_goes_beyond_its_epochs(houses):
+    house = houses([2, 4, 5], big=8)
+    before = await served(house)
+    b, c = house["b"], house["c"]
+    c.worker.obey(before.deployment, b.me)
+    asked = Reserve(before.deployment, before.epoch + AHEAD, 1000, 600.0, 0)
+    assert not (await c.worker.answer(b.me, asked)).error
+    c.ledger.commit(before.deployment, before.epoch + AHEAD, b.me, 0.0)
+    c.worker.obey(before.deployment, house["a"].me)
+    await house.vanish("b")
+    await house.come_back("b")
+    await house.until(lambda: view(house["a"]).state == "serving" and view(house["a"]).epoch > before.epoch + AHEAD)

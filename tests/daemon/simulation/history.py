@@ -15,6 +15,8 @@ FAULTS_S = 30.0  # faults happen until then
 HEAL_S = 2.0  # after which all that was broken is mended
 RECURRENT = 0.25  # share of the models that cannot go back
 MEMBERSHIP = 8  # one history in so many has the real membership
+SUCCESSION = 6  # ... and one in so many has devices that follow a coordinator, which may die
+ONE_LEFT_S = 40.0  # within which one coordinator is left
 SERVES_S = 20.0  # within which it serves again, and all answers end
 
 
@@ -22,13 +24,15 @@ class WrongHistoryError(AssertionError):
     """What happened when it went wrong, for whoever replays the seed."""
 
 
-def household(random: Random, real_membership: bool) -> SimulatedHousehold:
+def household(random: Random, real_membership: bool, succession: bool) -> SimulatedHousehold:
     """Two to six devices that can hold the model together."""
     layers, count = random.randint(4, 6), random.randint(2, 6)
+    least, most = (2, 3 if count > 2 else layers) if succession else (1, layers)  # so that plans have several devices
     while True:
-        lent = [random.randint(1, layers) for _ in range(count)]
+        lent = [random.randint(least, most) for _ in range(count)]
         if sum(lent) >= layers:
-            return SimulatedHousehold(random, layers, lent, random.random() < RECURRENT, real_membership)
+            recurrent = random.random() < RECURRENT
+            return SimulatedHousehold(random, layers, lent, recurrent, real_membership, succession)
 
 
 # kind of fault, and how often it comes
@@ -36,6 +40,8 @@ FAULTS = {
     "blip": 4, "one_way": 2, "freeze": 4, "die": 4, "engine": 3, "reset": 3, "leave": 2, "memory": 1, "refusal": 2,
     "stubborn": 1, "conditions": 2, "rival": 1, "partition": 1, "cancel": 1,
 }  # fmt: skip
+LOSSES = {"blip": 3, "one_way": 1, "freeze": 6, "die": 8, "reset": 1, "partition": 6, "leave": 1, "memory": 1}
+LONG = (0.9, 4.0, 8.0, 15.0)
 SECONDS = (0.3, 0.9, 1.5, 2.5, 4.0, 12.0)
 
 
@@ -48,10 +54,11 @@ class History:
     def __init__(
         self, seed: int, faults: Mapping[str, int] = FAULTS, seconds: Sequence[float] = SECONDS,
         least: int = 1, most: int = 12, until: float = FAULTS_S, apart_s: float = 0.0, resets: bool = True,
+        succession: bool = False,
     ) -> None:  # fmt: skip
-        self.random = Random(seed)
-        self.house = household(self.random, real_membership=seed % MEMBERSHIP == 0)
-        self.story: list[str] = []
+        self.random, self._succession = Random(seed), succession
+        self.house = household(self.random, seed % MEMBERSHIP == 0 and not succession, succession)
+        self.story = self.house.story
         self._kinds, self._seconds, self._until, self._resets = faults, seconds, until, resets
         self._foreign = 0
         random, house = self.random, self.house
@@ -69,19 +76,34 @@ class History:
         try:
             house.start()
             house.time.at(self._until + HEAL_S, self._heal)
+            if self._succession:
+                house.time.run(self._until + HEAL_S + ONE_LEFT_S, self._one_is_left)
+                if house.served:
+                    house.check_one_left()
+                return
             house.time.run(self._until + HEAL_S + SERVES_S, self._ended)
             if house.coordinator.gave_up:  # which it may only if it never served
                 return
             assert house.coordinator.serving, "it does not serve again, though nothing stands in its way"
             assert all(answer.done for answer in house.answers), "an answer does not end"
         except AssertionError as error:
-            story = "\n".join([*self.story, *house.coordinator.log])
+            logs = [side.coordinator.log for side in house.sides.values() if side.coordinator is not None]
+            story = "\n".join([*self.story, *(line for log in logs for line in log)])
             raise WrongHistoryError(f"{error}\n{story}") from error
 
     def _ended(self) -> bool:
         coordinator = self.house.coordinator
         done = coordinator.serving and all(answer.done for answer in self.house.answers)
         return coordinator.gave_up or (done and self.house.time.now > self._until + HEAL_S + 1)
+
+    def _one_is_left(self) -> bool:
+        if self.house.time.now <= self._until + HEAL_S + 1:
+            return False
+        try:
+            self.house.check_one_left()
+        except AssertionError:
+            return False
+        return True
 
     # ---- faults ---------------------------------------------------------------------------------------------------
 
@@ -90,6 +112,8 @@ class History:
         kind = random.choices(list(self._kinds), self._kinds.values())[0]
         fault: Callable[[str, float], None] = getattr(self, f"_{kind}")
         others = [name for name in house.machines if name != house.source_name]
+        if self._succession and random.random() < 0.7:  # one that coordinates
+            others = house.coordinators or list(house.machines)
         fault(random.choice(others), random.choice(self._seconds))
 
     def _note(self, text: str) -> None:
@@ -132,11 +156,11 @@ class History:
         side = self.random.sample(names, self.random.randint(1, len(names) - 1))
         self._note(f"{side} are cut off for {seconds} s")
         for a in side:
-            for b in set(names) - set(side):
+            for b in sorted(set(names) - set(side)):
                 self._cut(a, b, seconds, ways=2)
 
     def _freeze(self, name: str, seconds: float) -> None:
-        if self.random.random() < 0.2:
+        if self.random.random() < 0.2 and not self._succession:
             name, seconds = self.house.source_name, min(seconds, 2.5)
         self._note(f"{name} stands still for {seconds} s")
         machine, house = self.house.machines[name], self.house
@@ -153,7 +177,7 @@ class History:
         house.time.after(seconds, thaw)
 
     def _look_all(self, name: str) -> None:
-        for one in self.house.machines if name == self.house.source_name else (name,):
+        for one in self.house.machines if name == self.house.source_name and not self._succession else (name,):
             self.house.look(one)
 
     def _die(self, name: str, seconds: float) -> None:
@@ -205,8 +229,9 @@ class History:
         self.house.time.after(seconds, relent)
 
     def _conditions(self, *_: object) -> None:
-        house = self.house
-        house.control(house.source_name, house.source_name, lambda: house.coordinator.feed(on.ConditionsChanged("")))
+        for name, side in self.house.sides.items():
+            if (coordinator := side.coordinator) is not None:
+                side.control(name, name, lambda one=coordinator: one.feed(on.ConditionsChanged("")))
 
     def _rival(self, name: str, _: float) -> None:
         """Another device gives orders for the deployment; a device that obeys one coordinator refuses."""

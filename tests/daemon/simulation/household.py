@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from random import Random
 
 from peerllm.daemon.decide.deployment_life import deployment_events as on
-from peerllm.daemon.decide.membership import GRACE_S
-from peerllm.types import DeviceId
+from peerllm.daemon.decide.succession.succession_events import CoordinatedPlan
+from tests.daemon.simulation.coordinating_device import CoordinatingDevice
 from tests.daemon.simulation.model_coordinator import ModelCoordinator
 from tests.daemon.simulation.model_engine import ModelFrame, Ring, reference
-from tests.daemon.simulation.model_source import ModelSource
+from tests.daemon.simulation.model_successor import ModelSuccessor
 from tests.daemon.simulation.model_worker import DEPLOYMENT, ModelWorker, Reply
-from tests.daemon.simulation.sight import MembershipSight, PlainSight, Sight
 from tests.daemon.simulation.virtual_time import Machine, Paths, VirtualTime
 
 CONNECT_S = 2.0  # a data link that does not come about by then does not
-SLOTS = 3
+NUMBERS_APART = 1000  # of the sequences of two coordinators
 DOUBLED = 0.02  # share of frames that arrive a second time, late
 
 
@@ -27,21 +27,26 @@ class ModelAnswer:
 
     number: int
     prompt: tuple[int, ...]
-    seed: int
     expected: list[int]
+    seed: int
     ids: list[int] = field(default_factory=list)
-    slot: int = -1
+    taken: bool = False  # by a coordinator
     cancelled: bool = False
+    moved: bool = False  # to what was begun anew
 
     @property
     def done(self) -> bool:
-        return self.cancelled or len(self.ids) == len(self.expected)
+        return self.cancelled or self.moved or len(self.ids) == len(self.expected)
 
 
 class SimulatedHousehold:
+    """`succession`: every device may coordinate; else the first does whatever happens, as it never dies."""
+
     deployment = DEPLOYMENT
 
-    def __init__(self, random: Random, layers: int, lent: list[int], recurrent: bool, real_membership: bool) -> None:
+    def __init__(
+        self, random: Random, layers: int, lent: list[int], recurrent: bool, real_membership: bool, succession: bool
+    ) -> None:
         self.random, self.layers, self.recurrent = random, layers, recurrent
         self.time = VirtualTime()
         names = [f"{number:08x}" for number in range(len(lent))]
@@ -50,17 +55,30 @@ class SimulatedHousehold:
         self.paths = Paths(self.time, random, self.machines)
         self.lent = dict(zip(names, lent, strict=True))
         self.workers = {name: self._worker(name) for name in names}
-        self.source = self._source()
         self.leaving: set[str] = set()
         self._links: dict[tuple[int, str, str], int] = {}  # epoch, from, to: the breaks before it was made
         self.answers: list[ModelAnswer] = []
-        self.coordinator = ModelCoordinator(self, random)
-        self.sight: Sight = MembershipSight(self) if real_membership else PlainSight(self)
+        self.story: list[str] = []
+        self._numbers = count(0, NUMBERS_APART)
+        able = names if succession else names[:1]
+        self.sides = {name: CoordinatingDevice(self, name, real_membership) for name in able}
+        self.successors = {name: ModelSuccessor(self, side) for name, side in self.sides.items() if succession}
+        self.remembered: dict[str, tuple[int, tuple[str, ...]]] = {}  # who served in which epoch, and with whom
+        self.served = False  # at any time
+        self._claimed: dict[int, str] = {}  # epochs, and whose they are
+        self._votes: dict[tuple[str, int, int, int], str] = {}  # voter, its life, epoch and term: for whom
 
     def start(self) -> None:
-        self.coordinator.feed(on.DeviceIs(self.source_name, "online"))
-        self.sight.start()
-        self.coordinator.feed(on.Asked())
+        for side in self.sides.values():
+            side.sight.start()
+        self.sides[self.source_name].begin()
+
+    @property
+    def coordinator(self) -> ModelCoordinator:
+        """The first device's."""
+        found = self.sides[self.source_name].coordinator
+        assert found is not None
+        return found
 
     # ---- devices --------------------------------------------------------------------------------------------------
 
@@ -73,8 +91,12 @@ class SimulatedHousehold:
                 return
             if what == "engine":
                 self._engine_gone(name, epoch)
+            elif what == "unloaded":
+                for other in self.machines if self.successors else ():
+                    if other != name and self.paths.open(name, other):
+                        self._link_lost(other, name, epoch)
             else:
-                self.control(name, self.source_name, lambda: self._ready(name))
+                self._tell(name, lambda side: self._ready(side, name))
 
         worker = ModelWorker(
             name, self.lent[name], self.recurrent, self.time, self.random,
@@ -82,13 +104,18 @@ class SimulatedHousehold:
         )  # fmt: skip
         return worker
 
-    def usable(self, name: str) -> bool:
-        """Whether it could take part in a plan, as far as the source knows."""
-        return name not in self.leaving and (name != self.source_name or self.workers[name].engine is not None)
+    def _tell(self, name: str, call: Callable[[CoordinatingDevice], None]) -> None:
+        """A device tells the coordinator that it obeys."""
+        obeyed = self.successors[name].decider.coordinators.get(DEPLOYMENT) if self.successors else self.source_name
+        if obeyed is not None:
+            side = self.sides[obeyed]
+            side.control(name, obeyed, lambda: call(side))
 
     def kill(self, name: str) -> None:
         """The daemon and its engine die; a connection that is not cut breaks at once."""
         self.machines[name].die()
+        if name in self.sides:
+            self.sides[name].end()
         self._break_links(name)
         self.look(name)
 
@@ -101,23 +128,28 @@ class SimulatedHousehold:
             if other != name:
                 self.paths.reset(name, other)
         self.workers[name] = self._worker(name)
+        if self.successors:
+            anew, devices = self.successors[name].anew, self.successors[name].anew_devices
+            side = self.sides[name] = CoordinatingDevice(self, name, real_membership=False)
+            self.successors[name] = ModelSuccessor(self, side)
+            self.successors[name].anew, self.successors[name].anew_devices = anew, devices
+            side.sight.start()
+            if name in self.remembered:
+                self.successors[name].come_back(*self.remembered[name])
+            self.successors[name].look()
         self.look(name)
 
     def crash_engine(self, name: str) -> None:
         if self.machines[name].alive:
             self.workers[name].crash_engine()
 
-    def _ready(self, name: str) -> None:
+    def _ready(self, side: CoordinatingDevice, name: str) -> None:
         """Its engine runs again."""
-        if name == self.source_name or self.sight.condition(name) == "online":
-            self.become(name, "online")
+        if name == side.source_name or side.sight.condition(name) == "online":
+            side.become(name, "online")
 
     def _engine_gone(self, name: str, epoch: int) -> None:
-        if name == self.source_name:
-            self.source = self._source()
-            self.at_source(0.001, lambda: self.coordinator.engine_lost(name, epoch))
-        else:
-            self.control(name, self.source_name, lambda: self.coordinator.engine_lost(name, epoch))
+        self._tell(name, lambda side: side.engine_gone(name, epoch))
         self._break_links(name)
 
     # ---- data links -----------------------------------------------------------------------------------------------
@@ -145,14 +177,14 @@ class SimulatedHousehold:
     def forward(self, name: str, worker: ModelWorker, ring: Ring, stage: int, frame: ModelFrame) -> None:
         if self.workers[name] is not worker:
             return  # an earlier life's
-        to = ring[stage][0] if stage < len(ring) else self.source_name
+        to = ring[stage][0] if stage < len(ring) else ring[0][0]
         back = frame.kind == "replay" and stage == len(ring)  # which may go back over a link that comes from there
         if to != name and not back and self._links.get((frame.epoch, name, to)) != self.paths.resets(name, to):
             return  # the link broke
 
         def arrive() -> None:
             if stage == len(ring):
-                self.source.hear(frame)
+                self.sides[to].source.hear(frame)
             elif (engine := self.workers[to].engine) is not None:
                 engine.hear(stage, frame)
 
@@ -166,14 +198,16 @@ class SimulatedHousehold:
             if other != name and self.paths.open(name, other):
                 self._link_lost(other, name)
 
-    def _link_lost(self, name: str, to: str) -> None:
+    def _link_lost(self, name: str, to: str, only: int | None = None) -> None:
         engine = self.workers[name].engine
         for epoch, ring in list(engine.rings.items()) if engine is not None and self.machines[name].alive else []:
+            if only not in (None, epoch):
+                continue
             order = [device for device, _, _ in ring]
             pairs = {frozenset((a, b)) for a, b in zip(order, [*order[1:], order[0]], strict=True)}
             if frozenset((name, to)) in pairs:
                 event = on.LinksLost(name, epoch, f"{name} lost its link to {to}", to)
-                self.control(name, self.source_name, lambda event=event: self.coordinator.feed(event))
+                self._tell(name, lambda side, event=event: side.coordinator and side.coordinator.feed(event))
 
     def reset(self, a: str, b: str) -> None:
         """All connections between two devices break."""
@@ -183,141 +217,102 @@ class SimulatedHousehold:
         for name in (a, b):
             self.look(name)
 
-    # ---- what the source hears ------------------------------------------------------------------------------------
-
-    def connected(self, name: str) -> bool:
-        return name == self.source_name or self.sight.connected(name)
-
-    def control(self, a: str, b: str, call: Callable[[], None]) -> None:
-        """A message over the control connection with the source, if that stands."""
-        if self.connected(b if a == self.source_name else a):
-            self.paths.send(a, b, call)
+    # ---- what devices hear ----------------------------------------------------------------------------------------
 
     def look(self, name: str) -> None:
-        """Something changed that decides whether the source hears the device."""
-        if name != self.source_name:
-            self.sight.look(name)
+        """Something changed that decides who hears the device, and whom it hears."""
+        for side in self.sides.values():
+            side.look(name)
+        if self.successors:
+            for other in self.machines:
+                self.sides[name].look(other)
 
-    def become(self, name: str, condition: on.DeviceCondition, reason: str = "", renewed: bool = False) -> None:
-        """The source's membership says so."""
-        if condition == "gone" or renewed:
-            self.coordinator.lost(name)
-        if condition == "online" and name in self.leaving:
-            condition = "leaving"
-        self.coordinator.feed(on.DeviceIs(name, condition, reason or f"{name} is {condition}", renewed))
-        if renewed and self.random.random() < 0.5:  # else it is not told in time
-            self._tell_holdings(name)
-        worker, life = self.workers[name], self.machines[name].born
-        if condition == "gone":  # the device counts for itself, too
-
-            def grace() -> None:
-                if self.machines[name].born == life and self.sight.condition(name) == "gone":
-                    worker.drop()
-
-            self.time.after(GRACE_S, lambda: self.machines[name].do(grace))
-
-    def _tell_holdings(self, name: str) -> None:
-        """Over its new connection the device says what it has loaded."""
-
-        def told(layers: frozenset[int], born: int) -> None:
-            running = self.coordinator.running
-            if running is None or self.machines[name].born != born:
-                return
-            own = {n for d, a, b in self.coordinator.epochs[running].ring if d == name for n in range(a, b + 1)}
-            if own - layers:
-                self.coordinator.feed(on.EngineLost(name, running, f"{name} no longer has what it had loaded"))
-
-        def tell() -> None:
-            engine, born = self.workers[name].engine, self.machines[name].born
-            layers = frozenset(engine.slots) if engine is not None else frozenset[int]()
-            self.control(name, self.source_name, lambda: told(layers, born))
-
-        self.control(self.source_name, name, tell)
+    def heard(self, side: CoordinatingDevice, name: str, condition: on.DeviceCondition, renewed: bool) -> None:
+        if self.successors:
+            self.successors[side.source_name].presence(name, condition, renewed)
 
     def leave(self, name: str, leaving: bool) -> None:
         (self.leaving.add if leaving else self.leaving.discard)(name)
-        if self.sight.condition(name) == "online":
-            self.become(name, "online")
+        for side in self.sides.values():
+            if name != side.source_name and side.sight.condition(name) == "online":
+                side.become(name, "online")
 
-    def at_source(self, delay: float, call: Callable[[], None]) -> None:
-        self.time.after(delay, lambda: self.machines[self.source_name].do(call))
+    # ---- coordinators ---------------------------------------------------------------------------------------------
+
+    def next_number(self) -> int:
+        return next(self._numbers)
+
+    def claim(self, epoch: int, coordinator: str) -> None:
+        assert self._claimed.setdefault(epoch, coordinator) == coordinator, f"two coordinators use epoch {epoch}"
+
+    @property
+    def coordinators(self) -> list[str]:
+        """Those that live."""
+        return [name for name, side in self.sides.items() if side.coordinator is not None]
+
+    def plan_changed(self, side: CoordinatingDevice) -> None:
+        coordinator = side.coordinator
+        if self.successors and coordinator is not None:
+            if coordinator.serving and coordinator.running is not None:
+                self.served = True
+                _, before = self.remembered.get(side.source_name, (0, ()))
+                devices = (*before, *(device for device, _, _ in coordinator.told_ring))
+                self.remembered[side.source_name] = coordinator.running, tuple(dict.fromkeys(devices))
+            if side.draining and not coordinator.serving:
+                side.wanted.clear()  # whoever goes on with the deployment goes on with them
+            self.successors[side.source_name].look()
+            streaming = any(not self.answers[number].done for number in side.wanted)
+            self.successors[side.source_name].streams(streaming)
+
+    def vote(self, voter: str, plan: CoordinatedPlan, term: int, candidate: str) -> None:
+        """A vote is given."""
+        key = voter, self.machines[voter].born, plan.epoch, term
+        assert self._votes.setdefault(key, candidate) == candidate, f"{voter} votes twice in term {term}"
+
+    def check_votes(self, candidate: str, plan: CoordinatedPlan, term: int) -> None:
+        """A candidate takes over."""
+        given = {key[0] for key, to in self._votes.items() if key[2:] == (plan.epoch, term) and to == candidate}
+        votes = given & set(plan.devices)
+        assert 2 * len(votes) > len(plan.devices), f"{candidate} takes over with {len(votes)} of {len(plan.devices)}"
+
+    def check_one_left(self) -> None:
+        """After all that happened one device coordinates, which all obey and which serves.
+
+        But one that never heard that another had a part in the deployment does not believe it, and is not asked here.
+        """
+        sides = [self.sides[name] for name in self.coordinators]
+        left = [*self.coordinators, *(name for name, one in self.successors.items() if one.anew)]
+        if any(a != b and not self.successors[a].knows(b) for a in left for b in left):
+            return
+        assert len(left) == 1, f"{left} coordinate"
+        for side in sides:
+            obeyed = {one.decider.coordinators.get(DEPLOYMENT) for one in self.successors.values()}
+            assert obeyed == {side.source_name}, f"{obeyed} are obeyed"
+            assert side.coordinator is not None and side.coordinator.serving, "it does not serve again"
+            assert all(self.answers[number].done for number in side.wanted), "an answer does not end"
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
     def ask(self, prompt: tuple[int, ...], seed: int, tokens: int) -> None:
-        number = len(self.answers)
-        self.answers.append(ModelAnswer(number, prompt, seed, reference(self.layers, prompt, seed, tokens)))
-        self.admit()
+        self.answers.append(ModelAnswer(len(self.answers), prompt, reference(self.layers, prompt, seed, tokens), seed))
+        for side in self.sides.values():
+            side.admit()
+
+    def route(self, side: CoordinatingDevice) -> None:
+        """A coordinator that serves takes the answers that no other has taken."""
+        for answer in self.answers:
+            if not answer.taken:
+                answer.taken = True
+                side.wanted[answer.number] = []
+
+    def token_came(self, side: CoordinatingDevice, number: int) -> None:
+        if self.successors:
+            self.successors[side.source_name].copy(number)
+            if self.answers[number].done:
+                self.plan_changed(side)
 
     def cancel(self, number: int) -> None:
         if number < len(self.answers):
             self.answers[number].cancelled = True
-            self.source.cancel(number)
-            self.admit()
-
-    def admit(self) -> None:
-        """Whoever waits gets a slot, if one is free and the deployment serves."""
-        if not self.coordinator.serving or self.workers[self.source_name].engine is None:
-            return
-        for answer in self.answers:
-            if answer.done or answer.number in self.source.sequences:
-                continue
-            taken = {one.slot for one in self.source.sequences.values()}
-            free = [slot for slot in range(SLOTS) if slot not in taken]
-            if free:
-                ids = [*answer.prompt, *answer.ids]
-                left = len(answer.expected) - len(answer.ids)
-                self.source.submit(answer.number, free[0], answer.seed, ids, left)
-
-    def switch(self, epoch: int, done: Callable[[], None]) -> None:
-        self.source.switch(epoch, done)
-        self.admit()
-
-    def carry(self, before: Ring, epoch: int, after: Ring) -> None:
-        """Layers that change their device: what their slots keep is copied, while decoding goes on."""
-        home = {n: device for device, first, last in before for n in range(first, last + 1)}
-        new = {n: device for device, first, last in after for n in range(first, last + 1)}
-        waiting = {n for n in home if home[n] != new[n]}
-
-        def done(number: int) -> None:
-            waiting.discard(number)
-            if not waiting:
-                self.coordinator.feed(on.Carried(epoch))
-
-        if not waiting:
-            self.at_source(0.0, lambda: done(-1))
-        for number in sorted(waiting):
-            self._carry(number, home[number], new[number], epoch, lambda number=number: done(number))
-
-    def _carry(self, number: int, old: DeviceId, new: DeviceId, epoch: int, done: Callable[[], None]) -> None:
-        def export() -> None:
-            engine = self.workers[old].engine
-            slots = engine.slots.get(number, {}) if engine is not None else {}
-            kept = {slot: (one.sequence, list(one.kept)) for slot, one in slots.items()}
-            self.paths.send(old, new, lambda: take(kept), f"carry {epoch}")
-
-        def take(kept: dict[int, tuple[int, list[int]]]) -> None:
-            engine = self.workers[new].engine
-            if engine is not None and epoch in engine.rings:
-                engine.take(number, epoch, kept)
-            self.control(new, self.source_name, done)
-
-        self.control(self.source_name, old, export)
-
-    def _source(self) -> ModelSource:
-        def send(frame: ModelFrame) -> None:
-            worker = self.workers[self.source_name]
-            if worker.engine is not None and frame.epoch in worker.engine.rings:
-                self.forward(self.source_name, worker, worker.engine.rings[frame.epoch], 0, frame)
-
-        def tell(number: int, position: int, token: int) -> None:
-            if self.source is source:
-                answer = self.answers[number]
-                assert position == len(answer.prompt) + len(answer.ids) - 1, "a position is repeated or skipped"
-                assert token == answer.expected[len(answer.ids)], f"answer {number} has a wrong token at {position}"
-                answer.ids.append(token)
-                if answer.done:
-                    self.admit()
-
-        source = ModelSource(send, tell)
-        return source
+            for side in self.sides.values():
+                side.cancel(number)

@@ -18,7 +18,7 @@ from tests.daemon.simulation.model_engine import Ring
 from tests.daemon.simulation.model_worker import LAYER_BYTES, ModelWorker, Reply
 
 if TYPE_CHECKING:
-    from tests.daemon.simulation.household import SimulatedHousehold
+    from tests.daemon.simulation.coordinating_device import CoordinatingDevice
 
 RESERVE_S, ACTIVATE_S, RELEASE_S, CARRY_S, SWITCH_S = 5.0, 10.0, 30.0, 10.0, 10.0  # that an answer is waited for
 ASSIGN_S = 120.0
@@ -37,9 +37,9 @@ class ModelEpoch:
 
 
 class ModelCoordinator:
-    def __init__(self, house: SimulatedHousehold, random: Random) -> None:
+    def __init__(self, house: CoordinatingDevice, random: Random, decider: DeploymentDecider) -> None:
         self._house, self._random, self.me = house, random, house.source_name
-        self.decider = DeploymentDecider(self.me, lasting=False, epoch=0)
+        self.decider, self.over = decider, False
         self.conditions: dict[str, str] = {}  # as the decider was told
         self.plans: dict[int, tuple[Ring, bool]] = {}
         self.epochs: dict[int, ModelEpoch] = {}
@@ -57,7 +57,7 @@ class ModelCoordinator:
     # ---- events in, actions out -----------------------------------------------------------------------------------
 
     def feed(self, event: on.DeploymentEvent) -> None:
-        if self.gave_up:
+        if self.gave_up or self.over:
             return
         now = self._house.time.now
         if isinstance(event, on.DeviceIs):
@@ -71,6 +71,7 @@ class ModelCoordinator:
             hasty = len(self._acted) == MOST_ACTIONS and now - self._acted[0] < RATE_S
             assert not hasty, f"{MOST_ACTIONS} actions in {RATE_S} s: it never rests"
             self._do(action)
+        self._house.house.plan_changed(self._house)
         self._deadlines += 1
         number, due = self._deadlines, self.decider.deadline()
         if due is not None:
@@ -78,7 +79,7 @@ class ModelCoordinator:
             self._house.time.at(due, lambda: self._house.machines[self.me].do(lambda: self._reached(number)))
 
     def _reached(self, number: int) -> None:
-        if number == self._deadlines:
+        if number == self._deadlines and not self.over:
             self.feed(on.DeadlineReached())
 
     def _do(self, action: on.DeploymentAction) -> None:
@@ -130,7 +131,11 @@ class ModelCoordinator:
                 self.gave_up = True
 
     def _later(self, delay: float, call: Callable[[], None]) -> None:
-        self._house.time.after(delay, lambda: self._house.machines[self.me].do(call))
+        def then() -> None:
+            if not self.over:
+                call()
+
+        self._house.time.after(delay, lambda: self._house.machines[self.me].do(then))
 
     # ---- asking devices -------------------------------------------------------------------------------------------
 
@@ -141,7 +146,7 @@ class ModelCoordinator:
 
         def settle(reason: str) -> None:
             nonlocal settled
-            if not settled:
+            if not settled and not self.over:
                 settled = True
                 done(reason)
 
@@ -162,6 +167,15 @@ class ModelCoordinator:
             self._later(0.0, lambda settle=settle: settle(AWAY))
 
     # ---- plans ----------------------------------------------------------------------------------------------------
+
+    def could_serve(self) -> bool:
+        """Whether there is a plan for the devices that are here."""
+        return self._plan((), compare=True) is not None
+
+    @property
+    def told_ring(self) -> Ring:
+        """The last plan that is told of; () before the first."""
+        return self.epochs[self.running].ring if self.running is not None else ()
 
     def _plan(self, without: Iterable[str], compare: bool) -> Ring | None:
         """Any plan that fits what devices can lend now, as far as is known here; None if there is none."""
@@ -218,6 +232,7 @@ class ModelCoordinator:
 
     def _begin(self, epoch: int, ring: Ring) -> None:
         assert epoch > max(self.epochs, default=0), "epochs only grow"
+        self._house.house.claim(epoch, self.me)
         self.epochs[epoch] = ModelEpoch(ring)
 
     def _reserve(self, epoch: int, devices: list[str]) -> None:
@@ -277,8 +292,9 @@ class ModelCoordinator:
             now = self._house.time.now
             self._failed.append(now)
             assert len(self._failed) < MOST_FAILED or now - self._failed[0] > RATE_S, "it tries without a wait"
-            blamed = None if "are free" in reason else name
-            self.feed(on.NotEstablished(epoch, blamed, reason))
+            past = "ask with a later one" in reason
+            blamed = None if past or "are free" in reason else name
+            self.feed(on.NotEstablished(epoch, blamed, reason, past=past))
 
         self.ask(name, question, timeout_s, done)
 

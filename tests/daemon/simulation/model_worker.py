@@ -78,7 +78,10 @@ class ModelWorker:
             reply("this deployment obeys another coordinator")
             return
         if self.engine is not None:
+            over = [one for one in self.engine.rings if (one == epoch if only else one <= epoch)]
             self.engine.unload(epoch if only else 0, epoch)
+            for one in over:
+                self._told("unloaded", one)
         self.ledger.release(DEPLOYMENT, epoch, coordinator, only)
         reply("")
 

@@ -1,4 +1,4 @@
-"""What the source hears of the other devices: by the real membership, or by a plain model of it that is faster."""
+"""What a device hears of the others: by the real membership, or by a plain model of it that is faster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peerllm.daemon.decide.membership import GRACE_S, SILENT_AFTER_S, Membership
 from peerllm.daemon.decide.membership_events import LinkName
 
 if TYPE_CHECKING:
-    from tests.daemon.simulation.household import SimulatedHousehold
+    from tests.daemon.simulation.coordinating_device import CoordinatingDevice
 
 SILENT_S, OFFLINE_S = SILENT_AFTER_S, GRACE_S
 DIAL_S = 0.5  # until nobody answers
@@ -32,16 +32,20 @@ class Sight(Protocol):
 class PlainSight:
     """Silent after a second, gone after a minute or when the connection breaks, online when it answers again."""
 
-    def __init__(self, house: SimulatedHousehold) -> None:
+    def __init__(self, house: CoordinatingDevice) -> None:
         self._house = house
         self._others = [name for name in house.machines if name != house.source_name]
-        self._condition: dict[str, on.DeviceCondition] = dict.fromkeys(self._others, "online")
+        first: on.DeviceCondition = "gone" if house.machines[house.source_name].born else "online"
+        self._condition = dict.fromkeys(self._others, first)
         self._unheard: dict[str, float | None] = dict.fromkeys(self._others)  # since when
-        self._resets = dict.fromkeys(self._others, 0)  # before its connection stood
+        self._resets = {name: house.paths.resets(name, house.source_name) for name in self._others}
 
     def start(self) -> None:
         for name in self._others:
-            self._house.coordinator.feed(on.DeviceIs(name, "online"))
+            if self._condition[name] == "online":
+                self._house.become(name, "online")
+            else:
+                self.look(name)
 
     def condition(self, name: str) -> on.DeviceCondition:
         return self._condition[name]
@@ -93,7 +97,7 @@ class PlainSight:
 class MembershipSight:
     """The real one of the source; devices answer its heartbeats and dials, and dial nobody themselves."""
 
-    def __init__(self, house: SimulatedHousehold) -> None:
+    def __init__(self, house: CoordinatingDevice) -> None:
         self._house, self._me = house, house.source_name
         self._membership = Membership(self._me)
         self._numbers = count(1)

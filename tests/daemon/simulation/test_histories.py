@@ -6,17 +6,21 @@ import os
 
 import pytest
 
-from tests.daemon.simulation.history import History, WrongHistoryError
+from tests.daemon.simulation.history import LONG, LOSSES, SUCCESSION, History, WrongHistoryError
 
 QUICK = 60
 SHARE = 1_000
 FULL = 10_000
 
 
+def history(seed: int) -> History:
+    return History(seed, LOSSES, LONG, succession=True) if seed % SUCCESSION == 1 else History(seed)
+
+
 def run(seeds: range) -> None:
     for seed in seeds:
         try:
-            History(seed).run()
+            history(seed).run()
         except WrongHistoryError as error:
             pytest.fail(f"PEERLLM_SEED={seed}: {error}")
 

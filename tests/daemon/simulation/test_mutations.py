@@ -3,6 +3,9 @@
 The numbers are those of the design's invariants: 1 the same tokens, 2 one coordinator, 3 frames of their epoch only,
 4 no silent end, 6 bounds, 8 no more memory than lent. "epochs": they grow, one switch at a time, nothing in use is let
 go of. "pause": what is back in time is not replaced. "noise": plans do not flap.
+
+Of a coordinator that is lost: "votes": a strict majority, one of each device in a term. "patience": one that is back in
+time, or needed, is not followed. "terms": no two use one epoch. "one left": at the end one coordinates, whom all obey.
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ from peerllm.daemon.decide.deployment_life.pacing import Attempts, Comparisons
 from peerllm.daemon.decide.deployment_life.rules import DeploymentRules
 from peerllm.daemon.decide.deployment_life.situation import Establishing, HouseholdDevices, PlanInHand
 from peerllm.daemon.decide.ledger import Ledger
-from tests.daemon.simulation.history import History
+from peerllm.daemon.decide.succession import followed_deployment, own_deployments
+from peerllm.daemon.decide.succession.followed_deployment import FollowedDeployment
+from peerllm.daemon.decide.succession.own_deployments import OwnDeployments
+from peerllm.daemon.decide.succession.succession_decider import Succession
+from tests.daemon.simulation.history import LONG, LOSSES, History
 from tests.daemon.simulation.model_coordinator import ModelCoordinator
 from tests.daemon.simulation.model_engine import ModelEngine, ModelSlot
 from tests.daemon.simulation.model_source import ModelSource
@@ -60,6 +67,11 @@ def refusals(seed: int) -> None:
 
 def anything(seed: int) -> None:
     History(seed).run()
+
+
+def losses(seed: int) -> None:
+    """Whoever coordinates dies, stands still or is cut off, and comes back."""
+    History(seed, LOSSES, LONG, succession=True).run()
 
 
 def wrapped(patch: Patch, owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -269,6 +281,54 @@ def counts_moves_for_a_minute(patch: Patch) -> None:
     patch.setattr(pacing, "MOVES_S", 60.0)
 
 
+def takes_half_for_a_majority(patch: Patch) -> None:
+    patch.setattr(FollowedDeployment, "_majority", lambda self, count: 2 * count >= len(self.plan.devices))
+
+
+def takes_a_refusal_for_a_vote(patch: Patch) -> None:
+    wrapped(patch, FollowedDeployment, "counted", lambda do, self, came: do(self, replace(came, granted=True)))
+
+
+def waits_for_no_coordinator(patch: Patch) -> None:
+    patch.setattr(followed_deployment, "SILENT_S", 0.0)
+    patch.setattr(followed_deployment, "GONE_S", 0.0)
+
+
+def does_not_ask_whether_it_can_serve(patch: Patch) -> None:
+    wrapped(patch, FollowedDeployment, "sought", lambda do, self, feasible, *more: do(self, True, *more))
+
+
+def stands_though_its_coordinator_is_back(patch: Patch) -> None:
+    def present(do: Any, self: Succession, device: str, presence: Any, now: float) -> Any:
+        before = {one: (known.lost_at, known.due) for one, known in self._followed.items()}
+        done = do(self, device, presence, now)
+        for one, (lost_at, due) in before.items() if presence == "online" else ():
+            self._followed[one].lost_at, self._followed[one].due = lost_at, due
+        return done
+
+    wrapped(patch, Succession, "_present", present)
+
+
+def goes_on_with_the_same_epochs(patch: Patch) -> None:
+    patch.setattr(followed_deployment, "EPOCHS_OF_TERM", 0)
+
+
+def goes_one_epoch_further(patch: Patch) -> None:
+    patch.setattr(followed_deployment, "EPOCHS_OF_TERM", 1)
+
+
+def gives_way_to_nobody(patch: Patch) -> None:
+    patch.setattr(OwnDeployments, "met", lambda self, own, other: [])
+
+
+def gives_way_both_ways(patch: Patch) -> None:
+    patch.setattr(own_deployments, "_chooses", lambda own, other: True)
+
+
+def obeys_whom_it_voted_for_in_vain(patch: Patch) -> None:
+    patch.setattr(FollowedDeployment, "vote_ended", lambda self, now: False)
+
+
 MISTAKES: list[tuple[str, Callable[[Patch], None], Callable[[int], None]]] = [
     ("1", replays_one_layer_too_few, anything),
     ("1", replays_one_token_too_few, anything),
@@ -298,10 +358,23 @@ MISTAKES: list[tuple[str, Callable[[Patch], None], Callable[[int], None]]] = [
     ("pause", moves_away_at_once, short_silences),
     ("noise", moves_as_often_as_it_likes, noise),
     ("noise", counts_moves_for_a_minute, noise),
+    ("votes", takes_half_for_a_majority, losses),
+    ("votes", takes_a_refusal_for_a_vote, losses),
+    ("patience", waits_for_no_coordinator, losses),
+    ("patience", does_not_ask_whether_it_can_serve, losses),
+    ("patience", stands_though_its_coordinator_is_back, losses),
+    ("terms", goes_on_with_the_same_epochs, losses),
+    ("terms", goes_one_epoch_further, losses),
+    ("one left", gives_way_to_nobody, losses),
+    ("one left", gives_way_both_ways, losses),
+    ("one left", obeys_whom_it_voted_for_in_vain, losses),
 ]
 
 
-RARE = {forgets_broken_links, forgets_lost_engines, tries_at_once_again, counts_too_little}  # caught late, so slowly
+RARE = {
+    forgets_broken_links, forgets_lost_engines, tries_at_once_again, counts_too_little, goes_one_epoch_further,
+    obeys_whom_it_voted_for_in_vain,
+}  # caught late, so slowly  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -327,7 +400,7 @@ def test_each_invariant_has_two_mistakes() -> None:
     assert min(Counter(kind for kind, _, _ in MISTAKES).values()) >= 2
 
 
-@pytest.mark.parametrize("history", [short_silences, noise, refusals, scarce_memory])
+@pytest.mark.parametrize("history", [short_silences, noise, refusals, scarce_memory, losses])
 def test_nothing_is_caught_without_a_mistake(history: Callable[[int], None]) -> None:
     for seed in range(500 if FULL else 8):
         history(seed)

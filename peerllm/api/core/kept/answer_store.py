@@ -64,6 +64,8 @@ class AnswerStore:
             begin.close()
             raise
         kept = self._answers[key] = KeptAnswer(key, fingerprint, client, fleeting)
+        if fleeting:
+            self._later(ALONE_S, kept)  # one that was inherited may never find its reader
         task = asyncio.create_task(self._compute(kept, begin), name="api: kept answer")
         self._tasks[key] = task
         task.add_done_callback(lambda _: self._tasks.pop(key, None))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import msgspec
 from aiohttp import web
 
+from peerllm.api.core.answer_events import AnswerBegins, AnswerEvent, TextDelta
 from peerllm.api.core.generation import Generation
 from peerllm.api.error_answers import FieldError
 from peerllm.errors import UnavailableError
@@ -22,7 +23,7 @@ _MAX_DIGITS = 10
 
 
 class DeviceLeavingError(UnavailableError):
-    """The device that answers shuts down; with a key the answer may go on elsewhere."""
+    """The device that answers shuts down, or another goes on with the model: so may an answer that has a key."""
 
     code = "device_leaving"
 
@@ -31,7 +32,7 @@ class DeviceLeavingError(UnavailableError):
 class Repeat:
     """`had`: of how many tokens the client has the text; None: it does not even know that the answer began.
 
-    `fleeting`: the device that relays the answer made the key, to go on if this one is lost; the client knows of none,
+    `fleeting`: the device that the client asked made the key, so that the answer may move; the client knows of none,
     and its hanging up ends the answer.
     """
 
@@ -40,9 +41,16 @@ class Repeat:
     had: int | None = None
     fleeting: bool = False
 
+    def note(self, event: AnswerEvent) -> None:
+        """The client is told this now."""
+        if isinstance(event, AnswerBegins):
+            self.had = self.had or 0
+        elif isinstance(event, TextDelta):
+            self.had = event.tokens
+
 
 def fleeting(wanted: Generation) -> Repeat:
-    """For an answer that is relayed and has no key."""
+    """For an answer that the client gave no key."""
     return Repeat(secrets.token_hex(16), fingerprint(wanted), fleeting=True)
 
 

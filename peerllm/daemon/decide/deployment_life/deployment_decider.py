@@ -39,6 +39,7 @@ from peerllm.daemon.decide.deployment_life.situation import (
 from peerllm.types import DeviceId
 
 GATHER_S = 5.0  # how long a model too large for the devices here waits at first for those that have not arrived
+EPOCHS_OF_OTHERS = 2500  # past a term of those that followed this device for a while, and none of another's beginnings
 MOST_RULES = 32  # that one event may set off; more is a mistake in the rules
 
 
@@ -123,8 +124,9 @@ class DeploymentDecider:
                 return self._note_none(work, event, now) if isinstance(work, Planning) and work.number == number else []
             case Established(epoch):
                 return self._note_stands(work, now) if isinstance(work, Establishing) and work.epoch == epoch else []
-            case NotEstablished(epoch, device, reason, lasting):
+            case NotEstablished(epoch, device, reason, lasting, past):
                 if isinstance(work, Establishing) and work.epoch == epoch:
+                    rules.epoch += EPOCHS_OF_OTHERS if past else 0
                     return rules.fail(work, device, reason, now, lasting)
             case Carried(epoch):
                 return rules.switch(work, now) if isinstance(work, Carrying) and work.epoch == epoch else []

@@ -99,13 +99,14 @@ class NotEstablished:
     """Answers Establish and Renew: that failed, and nothing is left of the epoch.
 
     The next plans do without the `device` if they can. None: none is to blame, or the one that refused can be used for
-    less, which the search for plans knows.
+    less, which the search for plans knows. `past`: a device has later epochs, which another coordinator began.
     """
 
     epoch: int
     device: DeviceId | None
     reason: str
     lasting: bool = False
+    past: bool = False
 
 
 @dataclass(frozen=True, slots=True)
