@@ -145,12 +145,12 @@ class Successor:
                 self._feed(StreamsChanged(deployment, busy))
         self._streaming = streaming
 
-    def presence(self, device: DeviceId, presence: Presence) -> None:
-        """Another device is heard, silent, or gone."""
+    def presence(self, device: DeviceId, presence: Presence, renewed: bool = False) -> None:
+        """Another device is heard, silent, or gone; `renewed`: over another connection than before."""
         (self._online.add if presence == "online" else self._online.discard)(device)
         if presence != "online":
             self.copies.again(device)
-        self._feed(PresenceChanged(device, presence))
+        self._feed(PresenceChanged(device, presence, renewed))
         self._see_to_equipment()
 
     def online(self, device: DeviceId) -> bool:

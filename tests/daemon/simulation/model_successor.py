@@ -57,7 +57,7 @@ class ModelSuccessor:
     def presence(self, name: str, condition: DeviceCondition, renewed: bool) -> None:
         if condition in ("online", "leaving"):
             self._lost_at.pop(name, None)
-            self.feed(by.PresenceChanged(name, "online"))
+            self.feed(by.PresenceChanged(name, "online", renewed))
             if renewed:
                 self._tell(name)
         else:

@@ -52,10 +52,11 @@ class DeploymentOver:
 
 @dataclass(frozen=True, slots=True)
 class PresenceChanged:
-    """Another device is heard, silent, or gone."""
+    """Another device is heard, silent, or gone. `renewed`: over another connection, over which it tells all anew."""
 
     device: DeviceId
     presence: Presence
+    renewed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
