@@ -27,6 +27,7 @@ from peerllm.daemon.decide.succession.succession_events import (
     CoordinatedPlan,
     DeploymentOver,
     Drain,
+    DrainNoMore,
     Equipped,
     GiveWay,
     Obey,
@@ -243,6 +244,9 @@ class Successor:
             case Drain(deployment, to, other):
                 self._heirs[deployment] = to, other
                 self._parts.coordinator.drain(deployment, name(to))
+            case DrainNoMore(deployment):
+                self._heirs.pop(deployment, None)
+                self._parts.coordinator.drain(deployment, "")
             case GiveWay(deployment, to):
                 log.warning("%s goes on with %s", name(to), deployment[:8])
                 self._given_way.add(deployment)

@@ -320,6 +320,20 @@ def test_whom_the_devices_left_drains_and_gives_way_to_the_one_that_took_over() 
     assert a.coordinators["d"] == "b"
 
 
+def test_who_drains_goes_on_when_the_one_it_drains_for_has_let_go() -> None:
+    a = Succession("a")
+    a.handle(s.PlanTold(PLAN), 0.0)
+    a.handle(s.StreamsChanged("d", True), 12.0)
+    taken = replace(PLAN, coordinator="b", epoch=9)
+    a.handle(s.ObeyedTold("c", {"d": "b"}), 19.0)
+    assert a.handle(s.PlanTold(taken), 20.0) == [s.Drain("d", "b", "d")]
+    assert a.handle(s.DeploymentOver("d", "c"), 21.0) == []
+    assert a.handle(s.DeploymentOver("d", "b"), 21.0) == [s.DrainNoMore("d")]
+    assert a.handle(s.StreamsChanged("d", False), 25.0) == []
+    assert a.coordinators["d"] == "a"
+    assert a.handle(s.PlanTold(taken), 30.0) == [s.Drain("d", "b", "d"), s.GiveWay("d", "b")], "it began again"
+
+
 def test_who_took_over_goes_on_whatever_the_old_coordinator_says() -> None:
     b = follower("b")
     lose(b)

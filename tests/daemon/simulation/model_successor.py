@@ -194,6 +194,11 @@ class ModelSuccessor:
                 self._side.draining |= deployment == DEPLOYMENT
                 self._side.at_source(0.0, lambda: self._house.plan_changed(self._side))
                 self._side.at_source(0.0, self.look)
+            case by.DrainNoMore(deployment):
+                self._draining.discard(deployment)
+                self._side.draining &= deployment != DEPLOYMENT
+                self._side.at_source(0.0, self._side.admit)
+                self._side.at_source(0.0, self.look)
             case by.GiveWay(deployment):
                 self._give_way(deployment)
             case by.Obey() | by.Refuse():

@@ -66,7 +66,8 @@ class Succession:
                 own = tuple(self._own.plans.values())
                 return [action for one in own for action in self._look_around(one)]
             case DeploymentOver():
-                return self._over(event, now)
+                self._over(event, now)
+                return self._own.other_over(event)
             case PresenceChanged(device, presence, renewed):
                 if presence != "online":
                     self._outdated.add(device)
@@ -166,7 +167,7 @@ class Succession:
         while len(self._latest) > 2 * MAX_DEPLOYMENTS_KNOWN:
             del self._latest[next(iter(self._latest))]
 
-    def _over(self, over: DeploymentOver, now: float) -> list[SuccessionAction]:
+    def _over(self, over: DeploymentOver, now: float) -> None:
         deployment, known = over.deployment, self._followed.get(over.deployment)
         claims = self._claims.get(deployment, {})
         claims.pop(over.coordinator, None)
@@ -176,11 +177,11 @@ class Succession:
         elif known is None or known.plan.coordinator != over.coordinator:
             if known is not None and known.former is not None and known.former.coordinator == over.coordinator:
                 known.former_over = True
-            return []
+            return
         elif claims:  # another device goes on with it
             known.obey(max(claims.values(), key=lambda plan: (plan.epoch, plan.coordinator)))
             self._find_lost(known, now)
-            return []
+            return
         else:
             del self._followed[deployment]
             self._claims.pop(deployment, None)
@@ -188,7 +189,6 @@ class Succession:
             self._ended[deployment] = None
         while len(self._ended) > MAX_DEPLOYMENTS_KNOWN:
             del self._ended[next(iter(self._ended))]
-        return []
 
     def _obey_again(self, known: FollowedDeployment, now: float) -> None:
         """The vote for another was in vain, and whom this device obeyed before may have let go meanwhile."""

@@ -182,6 +182,13 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainNoMore:
+    """Let the deployment take new sequences again: who was to go on with it has let go."""
+
+    deployment: DeploymentId
+
+
+@dataclass(frozen=True, slots=True)
 class GiveWay:
     """Stop coordinating the deployment here: `to` goes on with it."""
 
@@ -189,4 +196,6 @@ class GiveWay:
     to: DeviceId
 
 
-SuccessionAction = SeekService | AskVotes | Obey | Refuse | TakeOver | ServeAnew | Stay | Drain | GiveWay
+SuccessionAction = (
+    SeekService | AskVotes | Obey | Refuse | TakeOver | ServeAnew | Stay | Drain | DrainNoMore | GiveWay
+)  # fmt: skip
