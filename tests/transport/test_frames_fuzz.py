@@ -1,6 +1,6 @@
 """The decoder under fire: no input crashes it, none makes it take memory beyond the plan's, every refusal is reached.
 
-PEERLLM_FUZZ_INPUTS sets how many inputs (5000 unless told, `make lab` runs 60000); half are valid frames with one to
+PEERLLM_FUZZ_INPUTS sets how many inputs (10000 unless told, `make lab` runs 60000); half are valid frames with one to
 three fields changed. PEERLLM_FUZZ_SEED=random draws other inputs each time.
 """
 
@@ -19,7 +19,7 @@ from peerllm.transport.frames.frame import Frame
 from peerllm.transport.frames.limits import FrameRefused, Rule
 from tests.transport.frames_support import LIMITS, changed_frames, encode, frames
 
-INPUTS = int(os.environ.get("PEERLLM_FUZZ_INPUTS", "5000"))
+INPUTS = int(os.environ.get("PEERLLM_FUZZ_INPUTS", "10000"))
 DERANDOMIZE = os.environ.get("PEERLLM_FUZZ_SEED") != "random"
 OBJECTS_BYTES = 8 << 10  # Python's own objects for the segments and tensors that the plan allows, and one error
 MOST_BYTES = LIMITS.max_bytes + OBJECTS_BYTES
