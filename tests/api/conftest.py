@@ -9,6 +9,7 @@ import pytest
 
 from peerllm.api.server import ApiServer
 from tests.api.fake import FakeHousehold, make_model_dir
+from tests.api.relay_pair import Pair, relay_pair
 
 
 @pytest.fixture
@@ -45,3 +46,9 @@ async def successor(household: FakeHousehold, tmp_path: Path) -> AsyncIterator[t
     async with aiohttp.ClientSession(server.url) as session:
         yield session, made
     await server.close()
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
+    async with relay_pair(tmp_path) as made:
+        yield made

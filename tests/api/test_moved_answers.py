@@ -15,13 +15,14 @@ from peerllm.api.core import asking
 from peerllm.daemon.facade import InheritedAnswer
 from peerllm.errors import UnavailableError
 from tests.api.fake import BOUND_S
-from tests.api.test_relay import ASK, KEY, MINI, PATH, Pair, pair  # noqa: F401 (the fixture)
+from tests.api.relay_pair import ASK, MINI, PATH, Pair
+from tests.api.test_relay import KEY
 
 MOVED = UnavailableError("mini-pc serves builtin now; ask again")
 
 
 @pytest.fixture
-async def left(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:  # noqa: F811
+async def left(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
     """The mini PC computes until the laptop takes over, which has the first three tokens of what it computes."""
     monkeypatch.setattr(asking, "RETRY_S", 0.01)
     mini, laptop = pair.mini, pair.laptop
@@ -31,7 +32,7 @@ async def left(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pai
     assert len(mini.requests) == 1 and len(laptop.requests) <= 1
 
 
-def take_over(pair: Pair) -> None:  # noqa: F811
+def take_over(pair: Pair) -> None:
     asked = pair.mini.requests[0]
     sampled = asked.prompt, asked.max_tokens, asked.sampling, asked.client, asked.kept
     pair.laptop.inherit(InheritedAnswer(asked.deployment, *sampled, pair.mini.ids(pair.mini.reply)[:3]))
@@ -88,7 +89,7 @@ async def test_what_nobody_goes_on_with_ends_with_its_error(left: Pair) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_device_that_relays_looks_for_the_one_that_goes_on(
-    pair: Pair,  # noqa: F811
+    pair: Pair,
     monkeypatch: pytest.MonkeyPatch,
     stream: bool,
 ) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from peerllm.api.core import asking, model_wait, remote_answer, telling
 from peerllm.api.core.kept import answer_store
 from peerllm.api.keys import ANSWERS
 from peerllm.api.server import ApiServer
-from peerllm.daemon.facade import InheritedAnswer, RelayedAnswer, ServedModel
+from peerllm.daemon.facade import InheritedAnswer, RelayedAnswer
 from peerllm.errors import EngineError, OverloadedError
-from tests.api.fake import BOUND_S, FakeHousehold, make_model_dir
+from tests.api.fake import BOUND_S
+from tests.api.relay_pair import ASK, LAPTOP, MINI, PATH, Pair
 
-PATH = "/v1/chat/completions"
-ASK: Any = {"model": "builtin", "messages": [{"role": "user", "content": "hi"}]}
-LAPTOP, MINI = "a" * 64, "b" * 64
 BEGINS = b'{"type":"begins","id":"0","created":1,"model":"builtin","prompt_tokens":3}\n'
 HI = b'{"type":"text","text":"Hi","ids":[7],"tokens":1}\n'
 
@@ -32,40 +29,6 @@ HI = b'{"type":"text","text":"Hi","ids":[7],"tokens":1}\n'
 def relayed(**more: Any) -> dict[str, Any]:
     """What another device sends for one of its clients."""
     return {"generation": ASK, "client": "127.0.0.1", "key": "k", **more}
-
-
-class Pair:
-    """The laptop serves the model, the mini PC relays."""
-
-    def __init__(self, laptop: FakeHousehold, mini: FakeHousehold, here: str, control: str, server: ApiServer) -> None:
-        self.laptop, self.mini, self.here, self.control, self.server = laptop, mini, here, control, server
-        self.session: aiohttp.ClientSession
-        self.cut: Callable[[], Awaitable[None]]  # closes the laptop's control port
-
-    def elsewhere(self, **what: Any) -> ServedModel:
-        """The laptop's model as the mini PC sees it."""
-        return replace(self.laptop.model, model_dir=None, stop_ids=(), source=LAPTOP, **what)
-
-
-@pytest.fixture
-async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
-    async with AsyncExitStack() as stack:
-        laptop, mini = (FakeHousehold(make_model_dir(tmp_path / name)) for name in ("laptop", "mini"))
-        mini.id = MINI
-        servers = [
-            ApiServer(one, "127.0.0.1", 0, tmp_path / f"data{index}", in_process=True)
-            for index, one in enumerate((laptop, mini))
-        ]
-        for server in servers:
-            await server.start()
-            stack.push_async_callback(server.close)
-        ports = await stack.enter_async_context(AsyncExitStack())
-        control = await ports.enter_async_context(laptop.control_port())
-        found = Pair(laptop, mini, servers[1].url, control, servers[0])
-        mini.served, mini.peers = [found.elsewhere()], {LAPTOP: control}
-        found.cut = ports.aclose
-        found.session = await stack.enter_async_context(aiohttp.ClientSession(found.here))
-        yield found
 
 
 async def test_an_answer_is_the_sources_own(pair: Pair) -> None:
