@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -251,6 +252,31 @@ async def test_a_bad_copy_is_fetched_elsewhere_and_its_device_named(house, manif
     assert all(b.has(wanted, one) for wanted, one in zip(manifest, tensors, strict=True))
     assert "device-c sent other bytes for tensor t3" in caplog.text and caplog.text.count("other bytes") == 1
     assert len([one for one in c.asked if one[1].endswith(manifest[3].sha256)]) == 1
+
+
+async def test_looks_go_on_while_a_slow_disk_throws_damaged_bytes_away(house, manifest, tensors, monkeypatch):
+    """What is about to be begun anew is whole by count: a look must not have it checked a second time."""
+    a, b, c = house["a"], house["b"], house["c"]
+    await c.fetch(a, manifest)
+    c.fault = Fault(spoil=1000)
+    looked, restart, restarts = threading.Event(), wanted_tensor.WantedTensor.restart, []
+    look = tensor_fetch.TensorFetch._look
+
+    async def told_look(fetch, group):
+        await look(fetch, group)
+        if restarts:
+            looked.set()
+
+    def slow_restart(tensor):
+        restarts.append(tensor.path)
+        tensor.path.unlink()
+        assert looked.wait(10)
+        restart(tensor)
+
+    monkeypatch.setattr(tensor_fetch.TensorFetch, "_look", told_look)
+    monkeypatch.setattr(wanted_tensor.WantedTensor, "restart", slow_restart)
+    await b.fetch(a, manifest[3:])
+    assert restarts and b.has(manifest[3], tensors[3])
 
 
 async def test_of_two_that_sent_parts_the_one_that_lies_is_found(house, tmp_path, monkeypatch, caplog):

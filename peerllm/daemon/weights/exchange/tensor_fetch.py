@@ -311,21 +311,25 @@ class TensorFetch:
 
     async def _completed(self, tensor: WantedTensor) -> None:
         """All bytes are there: keep the tensor if they are the right ones, else find out who sends others."""
-        tensor.finishing = True
+        tensor.finishing = True  # until it is in its place or begun anew: a look between would check it twice
         try:
             right = await self._finish(tensor)
+            if not right:
+                self._count(-tensor.nbytes)
+                self._blame(tensor)
+                await asyncio.to_thread(tensor.restart)
         finally:
             tensor.finishing = False
         if right:
             self._open.pop(tensor.key, None)
-            if not self._open:
-                self._stirred.set()
+        if not right or not self._open:
+            self._stirred.set()
+
+    def _blame(self, tensor: WantedTensor) -> None:
+        """Of bytes that only one place sent, it is known who sends others."""
+        if len(tensor.senders) != 1 or "" in tensor.senders:
             return
-        self._count(-tensor.nbytes)
-        if len(tensor.senders) == 1 and "" not in tensor.senders:
-            (place,) = tensor.senders
-            tensor.unfit[place] = "sent other bytes than the manifest says"
-            log.warning("%s sent other bytes for tensor %s than the manifest says; it is not asked for it again",
-                        self._named(place), tensor.digest.name)  # fmt: skip
-        await asyncio.to_thread(tensor.restart)
-        self._stirred.set()
+        (place,) = tensor.senders
+        tensor.unfit[place] = "sent other bytes than the manifest says"
+        log.warning("%s sent other bytes for tensor %s than the manifest says; it is not asked for it again",
+                    self._named(place), tensor.digest.name)  # fmt: skip

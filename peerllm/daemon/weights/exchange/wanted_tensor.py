@@ -79,11 +79,11 @@ class WantedTensor:
 
     def restart(self) -> None:
         """Throw away what came; from now on one place sends all of it."""
+        self.alone = True
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
         self.senders.clear()
         self.resume()
-        self.alone = True
 
     def take(self, place: str) -> Piece | None:
         """A range for that place to send."""
