@@ -35,9 +35,15 @@ class TextWork:
         try:
             text = self._model(question["model_dir"])
             if "prompt" in question:
-                options = question["context"], question.get("most_bytes"), question.get("reasoning")
+                options = (
+                    question["context"],
+                    question.get("most_bytes"),
+                    question.get("reasoning"),
+                    question.get("tools", ()),
+                )
                 return {"ids": text.prompt(question["prompt"], *options)}
-            return {"decoder": text.decoder.decode(), "defaults": text.defaults, "marks": text.marks}
+            told = {"decoder": text.decoder.decode(), "defaults": text.defaults, "marks": text.marks}
+            return {**told, "form": text.form.name if text.form is not None else None}
         except PeerLLMError as error:
             return {"error": type(error).__name__, "message": str(error)}
         except MemoryError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 from aiohttp import web
 
-from peerllm.api.core.answer_events import AnswerBegins, AnswerEvent, TextDelta
+from peerllm.api.core.answer_events import AnswerBegins, AnswerEvent, TextDelta, ToolCallBegins, ToolCallDelta
 from peerllm.api.core.generation import Generation
 from peerllm.api.error_answers import FieldError
 from peerllm.errors import UnavailableError
@@ -45,7 +45,7 @@ class Repeat:
         """The client is told this now."""
         if isinstance(event, AnswerBegins):
             self.had = self.had or 0
-        elif isinstance(event, TextDelta):
+        elif isinstance(event, TextDelta | ToolCallBegins | ToolCallDelta):
             self.had = event.tokens
 
 
