@@ -38,6 +38,7 @@ class TemplateAbilities:
     results: bool = False  # ... and what came of them
     several: bool = False  # calls in one message
     strings: bool = False  # it expects arguments as text, not as an object
+    responses: bool = False  # it expects results within the message with the calls, as Gemma 4's
 
     @classmethod
     def of(cls, template: ChatTemplate) -> TemplateAbilities:
@@ -82,6 +83,7 @@ class TemplateAbilities:
             results=written(as_text if strings else as_object, "proberesult0"),
             several=written(talk({}, {}) if not strings else talk("{}", "{}"), "probefirst0", "probefirst1"),
             strings=strings and any(read.values()),
+            responses="tool_responses" in template.source,
         )
 
 
@@ -107,7 +109,11 @@ def shaped(
                 waiting.remove(call)
             call_id, known = call or (wanted or _id("", f"{len(found)}", short_ids), name)
             result = _result(call_id, name or known, str(message["content"]))
-            found.append(result if can.results else _told_result(result))
+            if can.responses and call is not None and "tool_calls" in found[-1]:
+                response = {"name": result["name"], "response": _object_or_text(result["content"])}
+                found[-1] = {**found[-1], "tool_responses": [*found[-1].get("tool_responses", ()), response]}
+            else:
+                found.append(result if can.results else _told_result(result))
         else:
             found.append({"role": message["role"], "content": message["content"]})
     if not can.results:
@@ -169,6 +175,14 @@ def _result(call_id: str, name: str, content: str) -> dict[str, Any]:
 
 def _told_result(result: Message) -> Message:
     return {"role": "user", "content": f"<tool_response>\n{result['content']}\n</tool_response>"}
+
+
+def _object_or_text(content: str) -> Any:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    return found if isinstance(found, dict) else content
 
 
 def _merged(messages: Sequence[Message]) -> list[Message]:

@@ -104,9 +104,10 @@ class JsonBody:
 
 
 class ListBody:
-    """[{"name": ...}, ...], or one such object alone, or Mistral's `name[ARGS]{...}`."""
+    """[{"name": ...}, ...], or one such object alone, or Mistral's `name[ARGS]{...}`. `one`: the first is all."""
 
-    def __init__(self) -> None:
+    def __init__(self, one: bool = False) -> None:
+        self._one = one
         self._call: CallBody | None = None
         self._next: JsonBody | None = None  # of which it is not certain yet that it is one
         self._state: Literal["start", "listed", "between", "alone"] = "start"
@@ -141,7 +142,7 @@ class ListBody:
         return self._then(Taken(taken.parts, taken.chars + skipped, taken.state))
 
     def _then(self, taken: Taken) -> Taken:
-        if taken.state == "done" and self._state == "listed":
+        if taken.state == "done" and self._state == "listed" and not self._one:
             self._state = "between"
             return Taken(taken.parts, taken.chars)
         return taken
@@ -158,11 +159,11 @@ class ListBody:
 class WholeBody:
     """Everything up to the closing mark, which `read` turns into calls; ValueError: it is none.
 
-    `closed`: there must be one.
+    `closed`: there must be one. `one`: the first call is all.
     """
 
-    def __init__(self, close: str, read: ReadCalls, known: Known = None, closed: bool = False) -> None:
-        self._close, self._read, self._known, self._closed = close, read, known, closed
+    def __init__(self, close: str, read: ReadCalls, closed: bool = False, one: bool = False) -> None:
+        self._close, self._read, self._closed, self._one = close, read, closed, one
         self._looked = 0
 
     def take(self, text: str, last: bool) -> Taken:
@@ -178,9 +179,10 @@ class WholeBody:
             calls = self._read(text[:end])
         except (ValueError, RecursionError):
             return NO_CALL
-        if self._known is not None and any(name not in self._known for name, _ in calls):
-            return NO_CALL
-        parts = [(CallName(name), CallText(msgspec.json.encode(given).decode())) for name, given in calls]
+        parts = [
+            (CallName(name), CallText(msgspec.json.encode(given).decode()))
+            for name, given in calls[: 1 if self._one else None]
+        ]
         return Taken(tuple(one for pair in parts for one in pair), end, "done")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from peerllm.api.text.calls.answer_parts import Schemas
-from peerllm.api.text.calls.call_bodies import CallBody, ChosenBody, JsonBody, ListBody, WholeBody, loose
+from peerllm.api.text.calls.call_bodies import CallBody, ChosenBody, JsonBody, ListBody, ReadCalls, WholeBody, loose
 from peerllm.api.text.calls.harmony_reader import HARMONY_MARKS
 from peerllm.api.text.calls.tagged_call import FUNCTION, FUNCTION_END, keyed_call, tagged_calls
 
@@ -35,23 +35,23 @@ class CallForm:
         """Special tokens that must be seen in the text."""
         return frozenset({*self.marks, *self.marks.values(), self.quote, "[ARGS]", "[CALL_ID]"} - {""})
 
-    def body(self, mark: str, schemas: Schemas) -> CallBody:
-        """What reads the text behind `mark`."""
+    def body(self, mark: str, schemas: Schemas, one: bool) -> CallBody:
+        """What reads the text behind `mark`; `one`: up to the first call."""
         close = self.marks[mark]
         if mark == FUNCTION:
             return WholeBody(close, lambda text: tagged_calls(FUNCTION + text + FUNCTION_END, schemas), closed=True)
         if self.kind == "loose":
-            return WholeBody(close, loose(self.quote))
+            return WholeBody(close, loose(self.quote), one=one)
         if self.kind == "list":
-            return ListBody()
+            return ListBody(one)
         if mark in TAGS:
-            return ChosenBody(lambda text: _tagged(text, close, schemas))
+            return ChosenBody(lambda text: _tagged(text, close, schemas, one))
         if mark.startswith(_FENCE):
-            return ChosenBody(lambda text: _fenced(text, close, schemas))
+            return ChosenBody(lambda text: _fenced(text, close, schemas, one))
         return JsonBody(schemas)
 
 
-def _tagged(text: str, close: str, schemas: Schemas) -> CallBody | None:
+def _tagged(text: str, close: str, schemas: Schemas, one: bool) -> CallBody | None:
     """An object, Qwen's tags, or GLM's name and tags."""
     begun = text.lstrip()
     if not begun or (begun != FUNCTION and FUNCTION.startswith(begun)):
@@ -59,15 +59,27 @@ def _tagged(text: str, close: str, schemas: Schemas) -> CallBody | None:
     if begun.startswith("{"):
         return JsonBody()
     if begun.startswith(FUNCTION):
-        return WholeBody(close, lambda text: tagged_calls(text, schemas))
+        return WholeBody(close, lambda text: tagged_calls(text, schemas), one=one)
     return WholeBody(close, lambda text: keyed_call(text, schemas), closed=True)
 
 
-def _fenced(text: str, close: str, schemas: Schemas) -> CallBody | None:
+def _fenced(text: str, close: str, schemas: Schemas, one: bool) -> CallBody | None:
     begun = text.lstrip()
     if not begun:
         return None
-    return JsonBody(schemas) if begun.startswith("{") else WholeBody(close, loose(""), schemas)
+    return JsonBody(schemas) if begun.startswith("{") else WholeBody(close, _known(schemas), one=one)
+
+
+def _known(schemas: Schemas) -> ReadCalls:
+    """Calls of the tools that there are, and of nothing else."""
+
+    def read(text: str) -> list[tuple[str, dict[str, Any]]]:
+        calls = loose("")(text)
+        if any(name not in schemas for name, _ in calls):
+            raise ValueError("no call of a tool")
+        return calls
+
+    return read
 
 
 _FENCE = "```"

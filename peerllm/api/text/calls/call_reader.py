@@ -65,7 +65,7 @@ class CallReader:
             at, mark = min(found)
             self._say(parts, self._held[:at])
             self._mark, self._close, self._state = mark, self._form.marks[mark], "call"
-            self._held, self._body = self._held[at + len(mark) :], self._form.body(mark, self._schemas)
+            self._held, self._body = self._held[at + len(mark) :], self._form.body(mark, self._schemas, self._one)
             return True
         keep = 0 if last else max((overlap(self._held, mark) for mark in self._form.marks), default=0)
         self._say(parts, self._held[: len(self._held) - keep])
