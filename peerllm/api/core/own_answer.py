@@ -86,9 +86,9 @@ def _sampling(options: SamplingOptions, defaults: Mapping[str, float]) -> Sampli
 
 
 async def told(
-    app: web.Application, begun: BegunAnswer, chunks: AsyncIterator[Chunk], had: int | None
+    app: web.Application, begun: BegunAnswer, chunks: AsyncIterator[Chunk], had: int | None, beyond: int = 0
 ) -> AsyncGenerator[AnswerEvent]:
-    """`chunks` as events; the text of the first `had` tokens is left out."""
+    """`chunks` as events; what the first `had` tokens complete is left out, and so many events `beyond`."""
     answer, begins, since, first = begun.growing(), False, time.monotonic(), 0.0
     known = had or 0
     parts = PartEvents(begun.begins.id)
@@ -109,7 +109,10 @@ async def told(
             parts.sent = max(parts.sent, min(known, len(answer.ids)))
             for ids, finish in _parts(answer, chunk.ids[skipped:], chunk.finish):
                 for event in parts.of(answer.feed(ids, finish, chunk.reused), answer.ids):
-                    yield event
+                    if beyond > 0:
+                        beyond -= 1
+                    else:
+                        yield event
             if answer.finish:
                 break
     if answer.finish is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from peerllm.api.core.answer_events import (
@@ -33,6 +34,7 @@ class OpenAIAnswers:
         self._per_prompt, self._with_ids, self._with_usage = prompts, with_ids, with_usage
         self._begins: AnswerBegins | None = None
         self._usages: dict[int, Usage] = {}
+        self._places: dict[int, Repeat] = {}
 
     def choice(self, answer: WholeAnswer, index: int) -> dict[str, Any]:
         """The part of a whole object that is one answer."""
@@ -62,7 +64,10 @@ class OpenAIAnswers:
         return {**self._head(answers[0].begins, self.whole_kind), "choices": choices, "usage": self._usage()}
 
     def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
-        """With a key, events have ids: the number of tokens that they complete."""
+        """With a key, events have ids: where in the answer they end."""
+        if repeat is not None:
+            place = self._places.setdefault(choice, replace(repeat))
+            place.note(event)
         match event:
             case AnswerWaits():
                 yield comment(event.note), None
@@ -72,10 +77,10 @@ class OpenAIAnswers:
                 if opening is not None and (repeat is None or repeat.had is None):
                     yield self._chunk(choice, opening, (), None), None if repeat is None else "0"
             case TextDelta():
-                number = None if repeat is None else str(event.tokens)
+                number = None if repeat is None else self._places[choice].place
                 yield self._chunk(choice, self.delta(event.text, event.thought), event.ids, None), number
             case ToolCallBegins() | ToolCallDelta():
-                number = None if repeat is None else str(event.tokens)
+                number = None if repeat is None else self._places[choice].place
                 yield self._chunk(choice, self.call(event), event.ids, None), number
             case AnswerEnds():
                 self._usages[choice] = event.usage
