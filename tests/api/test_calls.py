@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from peerllm.api.text.calls.answer_parts import AnswerPart, AnswerReader, CallName, CallText, Words, joined
 from peerllm.api.text.calls.call_forms import FORMS, form_of
+from peerllm.api.text.calls.call_patterns import call_patterns
 from peerllm.api.text.calls.call_reader import CallReader
 from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
@@ -239,7 +240,8 @@ def test_a_call_behind_a_thought() -> None:
     ("{{ tools }}<tool_call>{name}\n<arg_key>", [], "tagged keys"),
     ('{{ tools }}{"name": , "parameters": }', ["<|python_tag|>"], "llama"),
     ('{{ tools }}{"name": , "parameters": }', [], "llama"),
-    ("{{ tools }}[TOOL_CALLS]", [], "mistral"),
+    ("{{ tools }}[TOOL_CALLS]", ["[ARGS]"], "mistral"),
+    ("{{ tools }}[TOOL_CALLS]{{ name }}[ARGS]", [], "mistral named"),
     ("{{ tools }}", ["[TOOL_CALLS]"], "mistral"),
     ("{{ tools }}<|tool_call>call:", [], "gemma 4"),
     ("{{ tools }}<start_function_call>", [], "functiongemma"),
@@ -250,6 +252,17 @@ def test_a_call_behind_a_thought() -> None:
 ])  # fmt: skip
 def test_the_template_and_the_tokens_show_the_form(template: str, tokens: list[str], form: str) -> None:
     assert form_of(template, tokens).name == form
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_patterns_are_read_as_calls(form: str) -> None:
+    """What a mask makes of a choice is a call of that tool, with nothing around it."""
+    patterns = call_patterns(FORMS[form], SCHEMAS)
+    assert [one.name for one in patterns] in ([], list(SCHEMAS))
+    assert bool(patterns) == (form not in {"gemma 4", "functiongemma", "lfm", "tagged functions", "tagged keys"})
+    for one in patterns:
+        assert one.schema is SCHEMAS[one.name]
+        assert heard(form, f"{one.before}{json.dumps(PARIS)}{one.behind}") == [(one.name, PARIS)]
 
 
 def test_long_arguments_take_no_time() -> None:

@@ -168,6 +168,13 @@ async def test_other_choices_are_answered(ai: openai.AsyncOpenAI, choice: Any) -
     assert made.choices[0].finish_reason == "tool_calls"
 
 
+async def test_of_several_tools_the_chosen_one(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:
+    tools: Any = [*OPENAI, {"type": "function", "function": {"name": "now"}}]
+    choice: Any = {"type": "function", "function": {"name": "weather"}}
+    await ai.chat.completions.create(model="builtin", messages=HI, tools=tools, tool_choice=choice)
+    assert '"weather"' in prompt(household) and '"now"' not in prompt(household)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_one_call_at_a_time(
     ai: openai.AsyncOpenAI, claude: anthropic.AsyncAnthropic, household: FakeHousehold, stream: bool

@@ -116,8 +116,12 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
     user: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
 
     def calls(self) -> CallsWanted:
-        """What the model is told of tools; a choice of one or any is for masks to hold to (calls/call_patterns.py)."""
-        return CallsWanted(() if self.tool_choice == "none" else self.tools, self.parallel_calls)
+        """What the model is told of tools: of all, of none, or of the one that is chosen.
+
+        That it calls one is for masks to see to (text/calls/call_patterns.py).
+        """
+        chosen = tuple(tool for tool in self.tools if tool.name == self.tool_choice)
+        return CallsWanted(() if self.tool_choice == "none" else chosen or self.tools, self.parallel_calls)
 
     def another(self, number: int) -> Generation:
         """The same with another seed, if it has one: further answers to one request are the same every time."""

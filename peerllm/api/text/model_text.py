@@ -98,7 +98,7 @@ class ModelText:
         assert template is not None
         if calling:
             self._can = self._can or TemplateAbilities.of(template)
-            said, tools = shaped(said, tools, self._can, self.form is FORMS["mistral"])
+            said, tools = shaped(said, tools, self._can, self.form is not None and self.form.short_ids)
         return template.render(said, {**variables, "tools": list(tools) or None, "documents": None})
 
 

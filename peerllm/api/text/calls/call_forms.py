@@ -29,6 +29,7 @@ class CallForm:
     hidden: bool = False
     bare: bool = False
     quote: str = ""  # around strings, where arguments are no JSON
+    short_ids: bool = False  # its template takes no other ids of calls
 
     @property
     def tokens(self) -> frozenset[str]:
@@ -92,7 +93,8 @@ FORMS: Mapping[str, CallForm] = {
             "functiongemma", {"<start_function_call>": "<end_function_call>"}, "loose", hidden=True, quote="<escape>"
         ),
         CallForm("lfm", {"<|tool_call_start|>": "<|tool_call_end|>"}, "loose", hidden=True),
-        CallForm("mistral", {"[TOOL_CALLS]": ""}, "list", hidden=True),
+        CallForm("mistral", {"[TOOL_CALLS]": ""}, "list", hidden=True, short_ids=True),
+        CallForm("mistral named", {"[TOOL_CALLS]": ""}, "list", hidden=True, short_ids=True),
         CallForm("listed", {"<|tool_call|>": "<|/tool_call|>"}, "list", hidden=True),
         CallForm("tagged functions", {**TAGS, FUNCTION: FUNCTION_END}),
         CallForm("tagged keys", TAGS),
@@ -109,6 +111,7 @@ _SIGNS: tuple[tuple[str, str], ...] = (  # what a template has where its model c
     ("<|tool_call>", "gemma 4"),
     ("<start_function_call>", "functiongemma"),
     ("<|tool_call_start|>", "lfm"),
+    ("[ARGS]", "mistral named"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|tool_call|>", "listed"),
     (FUNCTION, "tagged functions"),
