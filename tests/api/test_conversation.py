@@ -134,6 +134,7 @@ def test_results_find_their_calls() -> None:
     (templates.GEMMA_4, TemplateAbilities(True, True, True, True, True, False, True)),
     (templates.DEEPSEEK, TemplateAbilities(True, True, True, True, True, True)),
     (templates.GEMMA_3, TemplateAbilities(True)),
+    ("{% for one in messages %}{{ one.role + one.content }}{% endfor %}", TemplateAbilities(True)),
     (templates.NO_SYSTEM, TemplateAbilities(False)),
     ("{{ raise_exception('no') }}", TemplateAbilities()),
 ])  # fmt: skip

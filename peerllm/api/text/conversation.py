@@ -80,7 +80,7 @@ class TemplateAbilities:
             system=written([{"role": "system", "content": "probesystem"}, user], "probesystem"),
             tools=written([user], "probetool"),
             calls=any(read.values()),
-            results=written(as_text if strings else as_object, "proberesult0"),
+            results=any(read.values()) and written(as_text if strings else as_object, "proberesult0"),
             several=written(talk({}, {}) if not strings else talk("{}", "{}"), "probefirst0", "probefirst1"),
             strings=strings and any(read.values()),
             responses="tool_responses" in template.source,
