@@ -44,7 +44,7 @@ def heard(form: str, text: str, cuts: list[int] | None = None, one: bool = False
             case Words():
                 found.append(("?" if part.thought else "", part.text))
             case CallName():
-                found.append((part.name, {}))
+                found.append((part.name, None))
             case CallText():
                 found[-1] = found[-1][0], _object(part.text)
     return found
@@ -156,6 +156,9 @@ CASES: list[tuple[str, str, Heard]] = [
     ("harmony", "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary "
      'to=functions.weather <|constrain|>json<|message|>{"city": "Paris", "days": 3}<|call|>', [("", "I look."), CALL]),
     ("harmony", ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Paris", "days": 3}', [CALL]),
+    ("harmony", "<|channel|>commentary to=functions.now<|message|><|call|><|start|>assistant<|message|>x",
+     [JUST_NOW, ("", "x")]),
+    ("harmony", "<|channel|>commentary to=functions.now<|message|>", [JUST_NOW]),
     ("harmony", "<|channel|>final<|message|>cut <|en", [("", "cut <|en")]),
     ("harmony", "<|channel|>anal", []),
     ("harmony", "No channel <|message|> here", [("", "No channel <|message|> here")]),

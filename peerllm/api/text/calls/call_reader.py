@@ -24,7 +24,6 @@ class CallReader:
         self._state = "bare" if form.bare else "words"
         self._mark = self._close = ""
         self._body: CallBody = JsonBody()
-        self._certain = False  # that what is read is a call
         self._blank = ""  # space that is left out if a call comes next
         self._trim = False  # space that comes next is left out
         self.stopped = False
@@ -74,17 +73,16 @@ class CallReader:
 
     def _call(self, parts: list[AnswerPart], last: bool) -> bool:
         taken = self._body.take(self._held, last)
-        if taken.state == "no call" and not self._certain:
+        if taken.state == "no call":
             self._say(parts, "" if self._form.hidden else self._mark)
             self._state = "words"
             return True
-        self._certain = self._certain or bool(taken.parts)
         if any(isinstance(part, CallName) for part in taken.parts):
             self._blank = ""
         parts.extend(taken.parts)
         self._held = self._held[taken.chars :]
         if taken.state != "more" or (last and not taken.chars):
-            self._state, self._certain, self._trim = "close", False, True
+            self._state, self._trim = "close", True
             return True
         return bool(taken.chars)
 

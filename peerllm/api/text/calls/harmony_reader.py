@@ -28,6 +28,7 @@ class HarmonyReader:
         self._held = ""
         self._state = "head"
         self._kind = "said"
+        self._empty = False  # a call has no arguments so far
         self.stopped = False
 
     def push(self, text: str) -> list[AnswerPart]:
@@ -58,7 +59,7 @@ class HarmonyReader:
         to = _TO.search(head)
         channel = head.partition(CHANNEL)[2].split(None, 1)[:1]
         if to is not None and self._calls:
-            self._kind = "call"
+            self._kind, self._empty = "call", True
             parts.append(CallName(to[1]))
         else:
             self._kind = "thought" if channel and channel[0].startswith("analysis") else "said"
@@ -73,7 +74,10 @@ class HarmonyReader:
         text = self._held[:at]
         self._held = self._held[at + len(mark) :]
         if self._kind == "call":
-            parts.append(CallText(text))
+            self._empty = self._empty and not text
+            over = bool(mark) or (last and not self._held)
+            parts.append(CallText("{}" if self._empty and over else text))
+            self._empty = self._empty and not over
         else:
             parts.append(Words(text, self._kind == "thought"))
         if not mark:
