@@ -32,6 +32,7 @@ ARGUMENTS = '{"city": "Paris é"}', '{"city": "Rome"}'
 CALLS = "\n".join(f'<tool_call>\n{{"name": "weather", "arguments": {one}}}\n</tool_call>' for one in ARGUMENTS)
 SAID = "Let me look."
 GIVEN = [json.loads(one) for one in ARGUMENTS]
+JSON = {"Content-Type": "application/json"}
 CONTEXT = 8192
 
 
@@ -249,6 +250,27 @@ async def test_families_whose_marks_are_tokens(tmp_path: Path, family: str) -> N
                 assert shown == "Plain words", "special tokens stay unseen where no tools are offered"
     finally:
         await server.close()
+
+
+@pytest.mark.parametrize("depth", [1, 90, 400, 900, 990, 5000])
+async def test_odd_values_are_taken_or_refused(
+    client: aiohttp.ClientSession, household: FakeHousehold, depth: int
+) -> None:
+    """Numbers of any size, and objects within each other, in schemas, in earlier calls and in answers."""
+    odd = '{"a": ' * depth + str(2**70) + "}" * depth
+    household.reply = f'<tool_call>{{"name": "weather", "arguments": {odd}}}</tool_call>'
+    function = f'{{"type": "function", "function": {{"name": "weather", "parameters": {odd}}}}}'
+    call = f'{{"function": {{"name": "weather", "arguments": {odd}}}}}'
+    talk = f'{{"role": "user", "content": "hi"}}, {{"role": "assistant", "tool_calls": [{call}]}}'
+    last = '{"role": "tool", "content": "wet"}'
+    body = f'{{"model": "builtin", "tools": [{function}], "messages": [{talk}, {last}], "stream": %s}}'
+    for stream in ("false", "true"):
+        async with client.post("/api/chat", data=body % stream, headers=JSON) as response:
+            text = await response.text()
+        assert response.status in (200, 400, 413), text
+        assert response.status == 200 or depth > 1
+        if response.status == 200:
+            assert "1.1805916207174113e+21" in text or depth > 1
 
 
 async def test_harmony_without_tools(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import msgspec
+import orjson
 from aiohttp import web
 
 from peerllm.api.bodies import most_bytes
@@ -48,9 +48,10 @@ class WholeCall:
     def given(self) -> dict[str, Any] | None:
         """The arguments as an object; None where they are none, as when the answer was cut."""
         try:
-            return msgspec.json.decode(self.arguments or "{}", type=dict[str, Any])
-        except (msgspec.MsgspecError, RecursionError, UnicodeError):
+            found = orjson.loads(self.arguments or "{}")
+        except ValueError:
             return None
+        return found if isinstance(found, dict) else None
 
 
 @dataclass(slots=True)

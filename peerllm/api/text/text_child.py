@@ -12,6 +12,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import orjson
 
 from peerllm.api.text.model_text import ModelText
@@ -80,7 +81,7 @@ def read(stream: IO[bytes]) -> dict[str, Any] | None:
 
 
 def framed(message: dict[str, Any]) -> bytes:
-    data = orjson.dumps(message)
+    data = msgspec.json.encode(message)  # whole numbers of any size, which orjson refuses
     return len(data).to_bytes(LENGTH_BYTES, "big") + data
 
 

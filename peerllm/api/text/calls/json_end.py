@@ -24,9 +24,8 @@ class JsonEnd:
             if at < begin:
                 continue
             if sign == "\\":
-                if self._quoted:
-                    begin = at + 2
-                    self._escaped = begin > len(text)
+                begin = at + 2
+                self._escaped = begin > len(text)
             elif sign == '"':
                 self._quoted = not self._quoted
             elif not self._quoted:
