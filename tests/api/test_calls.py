@@ -104,6 +104,9 @@ CASES: list[tuple[str, str, Heard]] = [
     ("tagged keys", GLM, [CALL]),
     ("tagged keys", f"Hm.{GLM}<tool_call>now</tool_call>", [("", "Hm."), CALL, JUST_NOW]),
     ("tagged keys", "<tool_call>two words</tool_call>", [("", "<tool_call>two words</tool_call>")]),
+    ("tagged keys", GLM.removesuffix("\n</tool_call>"), [("", GLM.removesuffix("\n</tool_call>"))]),
+    ("tagged functions", "<function=weather><parameter=city>a</parameter>",
+     [("", "<function=weather><parameter=city>a</parameter>")]),
     # Llama 3
     ("llama", LLAMA, [CALL]),
     ("llama", f"\n{LLAMA}; {LLAMA}", [CALL, CALL]),
@@ -142,6 +145,7 @@ CASES: list[tuple[str, str, Heard]] = [
      [("weather", {"city": "it's", "where": {"a": [1, 2]}})]),
     ("lfm", f"<|tool_call_start|>[now(a={'[' * 99})]<|tool_call_end|>",
      [("", f"[now(a={'[' * 99})]<|tool_call_end|>")]),
+    ("lfm", f"<|tool_call_start|>[now(a={'[' * 40}{']' * 40})]", [("", f"[now(a={'[' * 40}{']' * 40})]")]),
     # models that know no tools, Gemma 3 among them
     ("plain", HERMES, [CALL]),
     ("plain", f"Sure:\n```json\n{OBJECT}\n```\nDone.", [("", "Sure:"), CALL, ("", "Done.")]),
@@ -210,6 +214,16 @@ def test_arguments_come_as_they_are_written() -> None:
     assert seen[0] == CallName("weather")
     assert "".join(part.text for part in seen[1:] if isinstance(part, CallText)) == '{"city": "Paris"'
     assert len(seen) > 10
+
+
+def test_where_no_tools_are_offered_a_call_is_said() -> None:
+    text = "<|channel|>commentary to=functions.now<|message|>{}<|call|>"
+    assert parts(HarmonyReader(False), text, []) == [Words("{}")]
+
+
+def test_what_is_certainly_no_call_is_not_held_back() -> None:
+    for form, text in (("mistral", "[TOOL_CALLS]" + "a" * 2000), ("harmony", "assistant" + "a" * 2000)):
+        assert reader(form).push(text), form
 
 
 @pytest.mark.parametrize("form", ["tagged objects", "tagged functions", "llama", "mistral", "lfm", "harmony"])
