@@ -90,6 +90,16 @@ def test_mistral_has_short_ids(tmp_path: Path) -> None:
     ]
 
 
+def test_short_ids_are_letters_and_digits() -> None:
+    can = TemplateAbilities(tools=True, calls=True, results=True, several=True)
+    for given, kept in (("call_0001", False), ("aB3456789", True), ("x", False)):
+        said = [USER, calling({**call(0), "id": given}), {**result("wet"), "tool_call_id": given}]
+        found, _ = shaped(said, [], can, short_ids=True)
+        made = found[1]["tool_calls"][0]["id"]
+        assert made == found[2]["tool_call_id"] and len(made) == SHORT_ID_CHARS and made.isalnum()
+        assert (made == given) == kept
+
+
 def test_gemma_has_results_within_the_turn(tmp_path: Path) -> None:
     text = prompt(tmp_path, templates.GEMMA_4, [USER, calling(call(0, **PARIS)), result('{"sky": "blue"}', 0)])
     assert text.endswith(
@@ -120,6 +130,8 @@ def test_results_find_their_calls() -> None:
     calls = [{**call(0), "name": "a"}, {**call(1), "name": "b"}, {**call(2), "name": "c"}]
     answers = [result("of b", 1), {**result("of c"), "name": "c"}, result("of a"), result("of none", 9)]
     found, _ = shaped([USER, calling(*calls), *answers], [], can, short_ids=False)
+    in_turn, _ = shaped([USER, calling(*calls), answers[0], result("of a"), result("of c")], [], can, short_ids=False)
+    assert [one["name"] for one in in_turn[2:]] == ["b", "a", "c"]
     assert [(one["content"], one["tool_call_id"], one["name"]) for one in found[2:]] == [
         ("of b", "call_1", "b"), ("of c", "call_2", "c"), ("of a", "call_0", "a"), ("of none", "call_9", "")
     ]  # fmt: skip

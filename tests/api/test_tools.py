@@ -287,6 +287,18 @@ async def test_harmony_without_tools(tmp_path: Path) -> None:
         await server.close()
 
 
+async def test_marks_of_thoughts_may_be_tokens_too(tmp_path: Path) -> None:
+    household = with_marks(tmp_path / "model", templates.GEMMA_4 + "{# <channel|> #}", ("<|channel>", "<channel|>"))
+    household.reply = "<|channel>thought\nHm.<channel|>Hello!"
+    server = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", in_process=True)
+    await server.start()
+    try:
+        message = (await ollama.AsyncClient(server.url).chat("builtin", HI, think=True)).message
+        assert (message.thinking, message.content) == ("Hm.", "Hello!")
+    finally:
+        await server.close()
+
+
 async def test_a_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
     household = FakeHousehold(make_model_dir(tmp_path / "base", template=None))
     server = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", in_process=True)
