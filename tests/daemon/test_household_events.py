@@ -62,9 +62,9 @@ IS = ("coordinator.device_is", OTHER)
 
 
 @pytest.mark.parametrize(("before", "state", "renewed", "calls"), [
-    ("silent", "online", False, [ONLINE, ("worker.back", OTHER), (*IS, "online")]),
-    ("silent", "online", True, [ONLINE]),
-    ("connecting", "online", True, [ONLINE]),
+    ("silent", "online", False, [(*ONLINE, False), ("worker.back", OTHER), (*IS, "online")]),
+    ("silent", "online", True, [(*ONLINE, True)]),
+    ("connecting", "online", True, [(*ONLINE, True)]),
     ("online", "silent", False, [SILENT, AWAY, (*IS, "silent", "is cut")]),
     ("silent", "offline", False, [VANISHED, GONE, AWAY, (*IS, "gone", "is gone (cut)")]),
     ("online", "left", False, [VANISHED, GONE, AWAY, (*IS, "gone", "is gone (cut)")]),
