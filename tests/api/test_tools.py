@@ -16,7 +16,9 @@ import openai
 import pytest
 from tokenizers import AddedToken
 
+from peerllm.api.core.part_events import PartEvents
 from peerllm.api.server import ApiServer
+from peerllm.api.text.calls.answer_parts import CallName, CallText, Words
 from peerllm.api.text.calls.harmony_reader import HARMONY_MARKS
 from tests.api import templates
 from tests.api.fake import TEMPLATE, FakeHousehold, byte_tokenizer, make_model_dir
@@ -359,3 +361,11 @@ async def test_the_relayed_answer_has_the_same_calls(
             assert [one.input for one in message.content[1:]] == GIVEN and message.stop_reason == "tool_use"
         finally:
             await relay.close()
+
+
+def test_of_several_events_to_a_token_the_last_has_it() -> None:
+    events = PartEvents("a")
+    first: Any = list(events.of([Words("x"), CallName("f"), CallText("{}")], [7, 8]))
+    assert [(one.ids, one.tokens) for one in first] == [((), 0), ((), 0), ((7, 8), 2)]
+    second: Any = list(events.of([CallName("f")], [7, 8, 9]))
+    assert [(one.index, one.id, one.ids, one.tokens) for one in second] == [(1, "call_a1", (9,), 3)]
