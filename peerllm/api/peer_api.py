@@ -56,7 +56,7 @@ class PeerApi:
         with self._app[TASKS].stream(device, most_bytes(request)):
             asked = await read_body(request, RelayedGeneration)
             wanted, caller = checked(asked.generation, {}), Caller(asked.client, device)
-            repeat = Repeat(asked.key, fingerprint(wanted), asked.had, asked.fleeting)
+            repeat = Repeat(asked.key, fingerprint(wanted), asked.had, asked.fleeting, asked.beyond)
             stream = Stream(request, LINES, _failing)
             events = pulsed(answer(self._app, wanted, caller, repeat), STILL_HERE_S)
             async with ending_well(self._app, stream), aclosing(events):

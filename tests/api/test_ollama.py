@@ -142,7 +142,7 @@ async def test_models_are_listed_and_shown(lama: ollama.AsyncClient, household: 
     assert running.expires_at is not None and running.expires_at.year > 2100
     for name in ("builtin", BUILTIN):
         shown = await lama.show(name)
-        assert shown.capabilities == ["completion"]
+        assert shown.capabilities == ["completion", "tools"]
         information: Any = shown.modelinfo
         family = information["general.architecture"]
         assert information[f"{family}.context_length"] == household.model.context
@@ -211,7 +211,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"format": "json"}, "format is not supported"),
     ("chat", {"format": "yaml"}, "format must be"),
     ("chat", {"options": {"format": "json"}}, "format is not supported"),
-    ("chat", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
+    ("chat", {"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name is missing"),
     ("chat", {"options": {"temperature": "hot"}}, "options.temperature"),
     ("chat", {"options": {"top_p": 2}}, "options.top_p"),
     ("chat", {"options": {"keep_alive": "soon"}}, "keep_alive"),

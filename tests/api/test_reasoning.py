@@ -94,7 +94,7 @@ async def test_ollama(server: ApiServer) -> None:
     for think in (None, True, "low"):
         whole = (await client.chat(**ASK, think=think)).message  # type: ignore[call-overload]
         assert (whole.thinking, whole.content) == (THOUGHT, SAID)
-    assert (await client.show("builtin")).capabilities == ["completion", "thinking"]
+    assert (await client.show("builtin")).capabilities == ["completion", "tools", "thinking"]
     parts = [part async for part in await client.generate("builtin", "hi", think=True, stream=True)]
     assert "".join(part.thinking or "" for part in parts) == THOUGHT
     assert "".join(part.response for part in parts) == SAID

@@ -14,6 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.text import template
+from peerllm.api.text.calls.answer_parts import text_in
+from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import ModelText
 from peerllm.api.text.reasoning import ReasoningSplitter
@@ -313,8 +315,8 @@ def test_what_follows_a_stop_string_does_not_count() -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer.encode("one two three", add_special_tokens=False).ids
     for step in (1, 5, len(ids)):
-        plain = ReasoningSplitter(None, False)
+        plain = ThinkingReader(ReasoningSplitter(None, False))
         answer, text = GrowingAnswer(Detokenizer(tokenizer, frozenset()), StopScanner(["two"]), plain), ""
         for start in range(0, len(ids), step):
-            text += answer.feed(ids[start : start + step], None)[1]
+            text += text_in(answer.feed(ids[start : start + step], None))
         assert (text, answer.finish, answer.ids) == ("one ", "stop", ids[:7])

@@ -321,3 +321,10 @@ async def server_texts_forget(server: ApiServer) -> None:
     texts = server._runner.app[TEXTS]
     texts._texts.clear()
     await texts._small._end()
+
+
+async def test_numbers_of_any_size_reach_the_process(store: TextStore, tmp_path: Path) -> None:
+    text = await text_of(store, make_model_dir(tmp_path / "model", template="{{ tools }}"))
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {"most": 2**70}}}]
+    ids = await store.prompt(text, HI, 10_000, tools=tools)
+    assert "1.1805916207174113e+21" in byte_tokenizer().decode(ids)

@@ -55,6 +55,25 @@ def test_each_client_gets_the_same_answer_from_each_device(demo: list[Device], a
     assert len(wanted) > TOKENS
 
 
+def test_tools_are_told_to_the_model_from_each_device(demo: list[Device]) -> None:
+    """The built-in model knows no tools, so they stand in its prompt in words."""
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    tools: Any = [{"type": "function", "function": function}]
+
+    def asked(device: Device, **more: Any) -> Any:
+        with openai.OpenAI(base_url=device.url + "/v1", api_key=device.token()) as client:
+            return client.chat.completions.create(
+                model="builtin", messages=STORY, max_tokens=TOKENS, temperature=0, **more
+            )
+
+    without = asked(demo[0], tools=tools, tool_choice="none")
+    answers = [asked(device, tools=tools) for device in demo]
+    for answer in answers:
+        assert answer.usage.prompt_tokens > without.usage.prompt_tokens + 100
+        assert answer.choices[0].message == answers[0].choices[0].message
+    assert without.choices[0].message.content == by_openai(demo[0], False)
+
+
 def test_models_are_listed_at_once_while_answers_are_written(demo: list[Device]) -> None:
     """The best of three times, as the machine may stand still by itself."""
     client = ollama.Client(demo[1].url, headers={"Authorization": f"Bearer {demo[1].token()}"})

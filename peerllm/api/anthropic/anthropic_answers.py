@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta
+from peerllm.api.core.answer_events import (
+    AnswerBegins,
+    AnswerEnds,
+    AnswerEvent,
+    AnswerWaits,
+    TextDelta,
+    ToolCallBegins,
+    ToolCallDelta,
+)
 from peerllm.api.core.kept.repeat import Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer
 from peerllm.api.error_answers import ErrorFacts
@@ -22,13 +30,13 @@ _TYPES = {
 
 
 class AnthropicAnswers:
-    """A telling.ToldForm: what the model thinks is a block, then its answer is one."""
+    """A telling.ToldForm: what the model thinks is a block, its answer is one, and so is each call of a tool."""
 
     content_type = SSE
     named = True
 
     def __init__(self) -> None:
-        self._block, self._thinking = 0, False  # which one is open, and of which kind; 0: none
+        self._blocks, self._kind = 0, ""  # how many were begun, and which one is open
 
     def whole(self, answers: Sequence[WholeAnswer]) -> object:
         (answer,) = answers
@@ -38,9 +46,16 @@ class AnthropicAnswers:
             "cache_read_input_tokens": answer.ends.usage.reused_tokens,
             "cache_creation_input_tokens": 0,
         }
-        content: list[dict[str, Any]] = [{"type": "text", "text": answer.text}]
+        content: list[dict[str, Any]] = []
         if answer.thought:
-            content.insert(0, {"type": "thinking", "thinking": answer.thought, "signature": ""})
+            content.append({"type": "thinking", "thinking": answer.thought, "signature": ""})
+        cut = [one for one in answer.calls if one.given() is None]
+        text = answer.text + "".join(f"{one.name}({one.arguments}" for one in cut)
+        if text or not answer.calls:
+            content.append({"type": "text", "text": text})
+        for one in answer.calls:
+            if one not in cut:
+                content.append({**_tool_use(one.id, one.name), "input": one.given()})
         return {**_message(answer.begins), "content": content, **_stop(answer.ends), "usage": usage}
 
     def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
@@ -53,26 +68,30 @@ class AnthropicAnswers:
                 empty = {"content": list[Any](), "stop_reason": None, "stop_sequence": None}
                 yield {"type": "message_start", "message": {**_message(event), **empty, "usage": usage}}, None
             case TextDelta():
-                if not self._block or self._thinking != event.thought:
-                    yield from self._next_block(event.thought)
-                if event.thought:
-                    delta = {"type": "thinking_delta", "thinking": event.text}
-                else:
-                    delta = {"type": "text_delta", "text": event.text}
-                yield {"type": "content_block_delta", "index": self._block - 1, "delta": delta}, None
+                kind = "thinking" if event.thought else "text"
+                if self._kind != kind:
+                    block: dict[str, Any] = {"type": kind, kind: "", **({"signature": ""} if event.thought else {})}
+                    yield from self._next_block(kind, block)
+                yield self._delta({"type": f"{kind}_delta", kind: event.text}), None
+            case ToolCallBegins():
+                yield from self._next_block("tool_use", {**_tool_use(event.id, event.name), "input": {}})
+            case ToolCallDelta():
+                yield self._delta({"type": "input_json_delta", "partial_json": event.arguments}), None
             case AnswerEnds():
-                if not self._block or self._thinking:
-                    yield from self._next_block(False)
-                yield {"type": "content_block_stop", "index": self._block - 1}, None
+                if self._kind not in ("text", "tool_use"):
+                    yield from self._next_block("text", {"type": "text", "text": ""})
+                yield {"type": "content_block_stop", "index": self._blocks - 1}, None
                 usage = {"output_tokens": event.usage.answer_tokens}
                 yield {"type": "message_delta", "delta": _stop(event), "usage": usage}, None
 
-    def _next_block(self, thinking: bool) -> Iterator[Piece]:
-        if self._block:
-            yield {"type": "content_block_stop", "index": self._block - 1}, None
-        self._block, self._thinking = self._block + 1, thinking
-        empty = {"type": "thinking", "thinking": "", "signature": ""} if thinking else {"type": "text", "text": ""}
-        yield {"type": "content_block_start", "index": self._block - 1, "content_block": empty}, None
+    def _next_block(self, kind: str, empty: dict[str, Any]) -> Iterator[Piece]:
+        if self._blocks:
+            yield {"type": "content_block_stop", "index": self._blocks - 1}, None
+        self._blocks, self._kind = self._blocks + 1, kind
+        yield {"type": "content_block_start", "index": self._blocks - 1, "content_block": empty}, None
+
+    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": self._blocks - 1, "delta": delta}
 
     def closing(self) -> Iterator[Piece]:
         yield {"type": "message_stop"}, None
@@ -82,10 +101,15 @@ def _message(begins: AnswerBegins) -> dict[str, Any]:
     return {"id": f"msg_{begins.id}", "type": "message", "role": "assistant", "model": begins.model}
 
 
+def _tool_use(call_id: str, name: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call_id, "name": name}
+
+
 def _stop(ends: AnswerEnds) -> dict[str, Any]:
     if ends.stop:
         return {"stop_reason": "stop_sequence", "stop_sequence": ends.stop}
-    return {"stop_reason": "max_tokens" if ends.reason == "length" else "end_turn", "stop_sequence": None}
+    reason = "max_tokens" if ends.reason == "length" else "tool_use" if ends.calls else "end_turn"
+    return {"stop_reason": reason, "stop_sequence": None}
 
 
 def anthropic_error(facts: ErrorFacts) -> dict[str, Any]:

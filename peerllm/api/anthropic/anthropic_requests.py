@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -10,6 +11,8 @@ from peerllm.api.core.generation import (
     MAX_MESSAGES,
     MAX_NAME_CHARS,
     MAX_STOPS,
+    MAX_TOOLS,
+    CalledTool,
     ChatMessage,
     Generation,
     Name,
@@ -17,6 +20,7 @@ from peerllm.api.core.generation import (
     SamplingOptions,
     StopString,
     TokenCount,
+    ToolName,
     TopK,
     TopP,
     checked,
@@ -26,9 +30,21 @@ from peerllm.api.error_answers import FieldError
 MAX_BLOCKS = 1024  # of one message's content
 
 
-class ContentBlock(Struct):
+class ResultPart(Struct):
     type: str
     text: str | None = None
+
+
+class ContentBlock(Struct):
+    """One of several kinds: text, a call of a tool (`id`, `name`, `input`), or what came of one."""
+
+    type: str
+    text: str | None = None
+    id: str = ""
+    name: str = ""
+    input: dict[str, Any] = {}
+    tool_use_id: str = ""
+    content: str | Annotated[list[ResultPart], Meta(max_length=MAX_BLOCKS)] | None = None
 
 
 Content = str | Annotated[list[ContentBlock], Meta(max_length=MAX_BLOCKS)]
@@ -37,6 +53,27 @@ Content = str | Annotated[list[ContentBlock], Meta(max_length=MAX_BLOCKS)]
 class AnthropicMessage(Struct):
     role: Literal["user", "assistant"]
     content: Content
+
+    def messages(self, where: str) -> list[ChatMessage]:
+        """What came of calls, each in a message of its own, then what is said."""
+        if isinstance(self.content, str):
+            return [ChatMessage(self.role, self.content)]
+        calls, results, others = [], [], []
+        for index, block in enumerate(self.content):
+            place = f"{where}[{index}]"
+            if block.type == "tool_use" and self.role == "assistant":
+                if not block.name:
+                    raise FieldError(f"{place}.name is missing", f"{place}.name")
+                calls.append(CalledTool(block.id, block.name, block.input))
+            elif block.type == "tool_result" and self.role == "user":
+                text = _text_of_result(block.content, f"{place}.content")
+                results.append(ChatMessage("tool", text, tool_call_id=block.tool_use_id))
+            else:
+                others.append((place, block))
+        text = _joined(others)
+        if results and not text:
+            return results
+        return [*results, ChatMessage(self.role, text, tool_calls=tuple(calls))]
 
 
 class RequestMetadata(Struct):
@@ -48,9 +85,28 @@ class ThinkingBody(Struct):
 
 
 class AnthropicTool(Struct):
-    name: str
+    name: ToolName
+    type: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] = {}
+
+    def tool(self, where: str) -> OfferedTool:
+        if self.type not in (None, "custom"):
+            what = f"{where}: tools of type {self.type[:40]!r} are not supported, only functions of your own"
+            raise FieldError(what, where, "unsupported_parameter")
+        return OfferedTool(self.name, self.description or "", self.input_schema)
+
+
+class AnthropicChoice(Struct):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str = ""
+    disable_parallel_tool_use: bool | None = None
+
+    def choice(self) -> str:
+        """As a Generation has it."""
+        if self.type == "tool" and not self.name:
+            raise FieldError("tool_choice.name is missing", "tool_choice.name")
+        return self.name if self.type == "tool" else "required" if self.type == "any" else self.type
 
 
 class AnthropicBody(Struct, kw_only=True):
@@ -64,8 +120,8 @@ class AnthropicBody(Struct, kw_only=True):
     top_p: TopP | None = None
     top_k: TopK | None = None
     metadata: RequestMetadata | None = None
-    tools: list[AnthropicTool] | None = None
-    tool_choice: dict[str, Any] | None = None
+    tools: Annotated[list[AnthropicTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: AnthropicChoice | None = None
     thinking: ThinkingBody | None = None
 
     def generation(self) -> Generation:
@@ -76,8 +132,9 @@ class AnthropicBody(Struct, kw_only=True):
         system = text_of_blocks(self.system or "", "system")
         messages = [ChatMessage("system", system)] if system else []
         for index, one in enumerate(self.messages):
-            messages.append(ChatMessage(one.role, text_of_blocks(one.content, f"messages[{index}].content")))
-        tools = (OfferedTool(one.name, one.description or "", one.input_schema) for one in self.tools or ())
+            messages += one.messages(f"messages[{index}].content")
+        tools = (one.tool(f"tools[{index}]") for index, one in enumerate(self.tools or ()))
+        choice = self.tool_choice
         wanted = Generation(
             model=self.model,
             messages=tuple(messages),
@@ -85,6 +142,8 @@ class AnthropicBody(Struct, kw_only=True):
             stops=tuple(self.stop_sequences or ()),
             sampling=SamplingOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k),
             tools=tuple(tools),
+            tool_choice=choice.choice() if choice is not None else "",
+            parallel_calls=choice is None or not choice.disable_parallel_tool_use,
             reasoning=self.thinking is not None and self.thinking.type != "disabled",
             user=(self.metadata.user_id or "") if self.metadata is not None else "",
         )
@@ -95,14 +154,24 @@ def text_of_blocks(content: Content, where: str) -> str:
     """The text of a message, what the model thought before left out; FieldError for blocks of another kind."""
     if isinstance(content, str):
         return content
+    return _joined([(f"{where}[{index}]", block) for index, block in enumerate(content)])
+
+
+def _text_of_result(content: str | list[ResultPart] | None, where: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return _joined([(f"{where}[{index}]", part) for index, part in enumerate(content)])
+
+
+def _joined(blocks: Sequence[tuple[str, ContentBlock | ResultPart]]) -> str:
     texts = []
-    for index, block in enumerate(content):
+    for where, block in blocks:
         if block.type in ("thinking", "redacted_thinking"):
             continue
         if block.type != "text":
-            what = f"{where}[{index}]: blocks of type {block.type[:40]!r} cannot be read: models read text only here"
-            raise FieldError(what, f"{where}[{index}]", "unsupported_content")
+            what = f"{where}: blocks of type {block.type[:40]!r} cannot be read: models read text only here"
+            raise FieldError(what, where, "unsupported_content")
         if block.text is None:
-            raise FieldError(f"{where}[{index}].text must be a string", f"{where}[{index}].text")
+            raise FieldError(f"{where}.text must be a string", f"{where}.text")
         texts.append(block.text)
     return "\n".join(texts)

@@ -50,14 +50,34 @@ class TextDelta(Struct, frozen=True, omit_defaults=True, tag="text"):
     thought: bool = False
 
 
+class ToolCallBegins(Struct, frozen=True, omit_defaults=True, tag="call"):
+    """The model calls a tool; calls are counted from 0. `ids` and `tokens` as in TextDelta."""
+
+    index: int
+    id: str
+    name: str
+    ids: tuple[int, ...]
+    tokens: int
+
+
+class ToolCallDelta(Struct, frozen=True, omit_defaults=True, tag="arguments"):
+    """More of the arguments of the call that began last: a piece of a JSON object's text."""
+
+    index: int
+    arguments: str
+    ids: tuple[int, ...]
+    tokens: int
+
+
 class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):
-    """The answer is complete. `ids` had no text; `stop` is the stop string that ended it."""
+    """The answer is complete. `ids` had no text; `stop` is the stop string that ended it; it has so many `calls`."""
 
     reason: Literal["stop", "length"]
     usage: Usage
     ids: tuple[int, ...] = ()
     stop: str = ""
     timings: Timings = Timings()
+    calls: int = 0
 
 
 class AnswerFails(Struct, frozen=True, tag="fails"):
@@ -66,5 +86,5 @@ class AnswerFails(Struct, frozen=True, tag="fails"):
     error: dict[str, Any]
 
 
-AnswerEvent = AnswerWaits | AnswerBegins | TextDelta | AnswerEnds
+AnswerEvent = AnswerWaits | AnswerBegins | TextDelta | ToolCallBegins | ToolCallDelta | AnswerEnds
 TOLD: msgspec.json.Decoder[AnswerEvent | AnswerFails] = msgspec.json.Decoder(AnswerEvent | AnswerFails)

@@ -75,7 +75,7 @@ async def answer(
         try:
             with store.reading(kept):
                 begun = await kept.started()
-                async with aclosing(told(app, begun, kept.chunks(), asked.had)) as events:
+                async with aclosing(told(app, begun, kept.chunks(), asked.had, asked.beyond)) as events:
                     async for event in events:
                         asked.note(event)
                         yield event

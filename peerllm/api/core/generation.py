@@ -16,11 +16,14 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_NAME_CHARS = 512  # of a model, a user
 MAX_TOKENS = 2**31 - 1
+MAX_TOOLS = 512
+MAX_TOOL_NAME_CHARS = 256
 SEED_BITS = 63
 _LIMITS = {name: Meta(ge=low, le=high) for name, low, high in SAMPLING_LIMITS}
 
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+ToolName = Annotated[str, Meta(min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 AnySeed = Annotated[int, Meta(ge=-(2**SEED_BITS), le=2**SEED_BITS - 1)]  # as clients count; `seed_of` makes it ours
 Temperature = Annotated[float, _LIMITS["temperature"]]
@@ -71,10 +74,17 @@ class ChatMessage(Struct, frozen=True, omit_defaults=True):
 class OfferedTool(Struct, frozen=True, omit_defaults=True):
     """A function that the model may call; `parameters` is a JSON schema."""
 
-    name: str
+    name: ToolName
     description: str = ""
     parameters: Mapping[str, Any] = {}
     strict: bool = False
+
+
+class CallsWanted(Struct, frozen=True, omit_defaults=True):
+    """The calls that an answer may have: of these tools, and only one where they are not `parallel`."""
+
+    tools: tuple[OfferedTool, ...] = ()
+    parallel: bool = True
 
 
 class AnswerForm(Struct, frozen=True, omit_defaults=True):
@@ -96,13 +106,22 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
     max_tokens: TokenCount | None = None  # None: as many as the context has room for
     stops: Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOPS)] = ()
     sampling: SamplingOptions = SamplingOptions()
-    tools: tuple[OfferedTool, ...] = ()
+    tools: Annotated[tuple[OfferedTool, ...], Meta(max_length=MAX_TOOLS)] = ()
     tool_choice: str = ""  # "auto", "none", "required" or a tool's name
+    parallel_calls: bool = True
     answer_form: AnswerForm | None = None
     reasoning: bool | str | None = None  # whether, or how much, to reason first; None: as the model likes
     logprobs: int | None = None  # of so many alternatives for each token
     keep_alive_s: float | None = None  # how long the model stays loaded after it; below 0: for good
     user: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
+
+    def calls(self) -> CallsWanted:
+        """What the model is told of tools: of all, of none, or of the one that is chosen.
+
+        That it calls one is for masks to see to (text/calls/call_patterns.py).
+        """
+        chosen = tuple(tool for tool in self.tools if tool.name == self.tool_choice)
+        return CallsWanted(() if self.tool_choice == "none" else chosen or self.tools, self.parallel_calls)
 
     def another(self, number: int) -> Generation:
         """The same with another seed, if it has one: further answers to one request are the same every time."""
@@ -112,7 +131,7 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
         return replace(self, sampling=replace(self.sampling, seed=seed_of(seed + number)))
 
 
-_NOT_YET = ("tools", "answer_form", "logprobs")
+_NOT_YET = ("answer_form", "logprobs")
 
 
 def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
@@ -121,10 +140,11 @@ def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
         if getattr(wanted, field) not in ((), None):
             name = names.get(field, field)
             raise FieldError(f"{name} is not supported", name, "unsupported_parameter")
-    for index, message in enumerate(wanted.messages):
-        if message.tool_calls:
-            name = f"messages[{index}].tool_calls"
-            raise FieldError(f"{name}: tools are not supported", name, "unsupported_parameter")
+    offered = [tool.name for tool in wanted.tools]
+    if len(set(offered)) < len(offered):
+        raise FieldError("tools: two have the same name", "tools")
+    if wanted.tool_choice not in ("", "auto", "none", *(("required",) if offered else ()), *offered):
+        raise FieldError(f"tool_choice: there is no tool {wanted.tool_choice[:80]!r} among the tools", "tool_choice")
     return wanted
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, TextDelta, Timings, Usage
+from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, Timings, Usage
 from peerllm.api.core.caller import Caller
-from peerllm.api.core.generation import SEED_BITS, Generation, SamplingOptions
+from peerllm.api.core.generation import SEED_BITS, Generation, OfferedTool, SamplingOptions
 from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.core.kept.inherited_answers import kept_of
 from peerllm.api.core.kept.kept_answer import BegunAnswer
 from peerllm.api.core.kept.repeat import Repeat
 from peerllm.api.core.model_wait import WaitingWords
+from peerllm.api.core.part_events import PartEvents
 from peerllm.api.error_answers import FieldError
 from peerllm.api.keys import HOUSEHOLD, TEXTS
 from peerllm.api.streams import pulsed
@@ -37,7 +38,9 @@ async def begun_answer(
     """Encodes the prompt and asks the model, which serves here."""
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
-    if wanted.reasoning and text.marks is None:
+    if wanted.tools and not text.chats:
+        raise FieldError(f"{model.name!r} does not support tools", "tools", "unsupported_parameter")
+    if wanted.reasoning and not text.thinks:
         raise FieldError(f"{model.name!r} does not support thinking", "reasoning", "unsupported_parameter")
     prompt = await _prompt(app, text, wanted, model.context, caller.asker)
     room = model.context - len(prompt)
@@ -48,16 +51,18 @@ async def begun_answer(
         max_tokens=min(wanted.max_tokens or room, room),
         sampling=_sampling(wanted.sampling, text.defaults),
         client=caller.group(wanted.user),
-        kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted.stops, bool(wanted.messages)),
+        kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted),
     )
     chunks, silent = app[HOUSEHOLD].generate(request), frozenset(model.stop_ids)
-    return BegunAnswer(chunks, begins, text, silent, wanted.stops, prompt if wanted.messages else None)
+    chat = prompt if wanted.messages else None
+    return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, wanted.calls())
 
 
 async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, context: int, asker: str) -> list[int]:
     if wanted.messages:
         messages = [msgspec.to_builtins(one) for one in wanted.messages]
-        return await app[TEXTS].prompt(text, messages, context, asker, wanted.reasoning)
+        tools = [_function(tool) for tool in wanted.calls().tools]
+        return await app[TEXTS].prompt(text, messages, context, asker, wanted.reasoning, tools)
     if isinstance(wanted.prompt, str):
         return await app[TEXTS].prompt(text, wanted.prompt, context, asker)
     if not all(text.knows(one) for one in wanted.prompt):
@@ -68,6 +73,12 @@ async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, co
     return list(wanted.prompt)
 
 
+def _function(tool: OfferedTool) -> dict[str, Any]:
+    """As chat templates expect it."""
+    function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
+    return {"type": "function", "function": function}
+
+
 def _sampling(options: SamplingOptions, defaults: Mapping[str, float]) -> Sampling:
     """What the client said, else the model's defaults; a random seed if none was given."""
     chosen: dict[str, Any] = {"seed": secrets.randbits(SEED_BITS), **defaults, **options.said()}
@@ -75,12 +86,12 @@ def _sampling(options: SamplingOptions, defaults: Mapping[str, float]) -> Sampli
 
 
 async def told(
-    app: web.Application, begun: BegunAnswer, chunks: AsyncIterator[Chunk], had: int | None
+    app: web.Application, begun: BegunAnswer, chunks: AsyncIterator[Chunk], had: int | None, beyond: int = 0
 ) -> AsyncGenerator[AnswerEvent]:
-    """`chunks` as events; the text of the first `had` tokens is left out."""
+    """`chunks` as events; what the first `had` tokens complete is left out, and so many events `beyond`."""
     answer, begins, since, first = begun.growing(), False, time.monotonic(), 0.0
     known = had or 0
-    sent = 0  # token ids
+    parts = PartEvents(begun.begins.id)
     words = WaitingWords(app, begun.begins.model)
     async with aclosing(pulsed(chunks, LOOK_S)) as pulse:
         async for chunk in pulse:
@@ -93,31 +104,31 @@ async def told(
                 begins, first = True, time.monotonic()
                 yield begun.begins
             skipped = max(0, known - len(answer.ids))
-            answer.feed(chunk.ids[:skipped], None)
-            sent = max(sent, min(known, len(answer.ids)))
+            for _ in parts.of(answer.feed(chunk.ids[:skipped], None), answer.ids):
+                pass
+            parts.sent = max(parts.sent, min(known, len(answer.ids)))
             for ids, finish in _parts(answer, chunk.ids[skipped:], chunk.finish):
-                thought, text = answer.feed(ids, finish, chunk.reused)
-                if thought:
-                    yield TextDelta(thought, tuple(answer.ids[sent:]), len(answer.ids), thought=True)
-                    sent = len(answer.ids)
-                if text:
-                    yield TextDelta(text, tuple(answer.ids[sent:]), len(answer.ids))
-                    sent = len(answer.ids)
+                for event in parts.of(answer.feed(ids, finish, chunk.reused), answer.ids):
+                    if beyond > 0:
+                        beyond -= 1
+                    else:
+                        yield event
             if answer.finish:
                 break
     if answer.finish is None:
         raise EngineError("the answer broke off without a reason; ask again")
     usage = Usage(begun.begins.prompt_tokens, len(answer.ids), answer.reused)
     timings = Timings(first - since, time.monotonic() - first)
-    yield AnswerEnds(answer.finish, usage, tuple(answer.ids[sent:]), answer.scanner.found, timings)
+    ids = tuple(answer.ids[parts.sent :])
+    yield AnswerEnds(answer.finish, usage, ids, answer.scanner.found, timings, parts.calls)
 
 
 def _parts(
     answer: GrowingAnswer, ids: Sequence[int], finish: FinishReason | None
 ) -> Iterator[tuple[Sequence[int], FinishReason | None]]:
-    """Of a chunk: one token after the other while the model may think, so that no event has thoughts and answer."""
+    """Of a chunk: one token after the other where there may be more than words, so that few come with the same one."""
     at = 0
-    while at < len(ids) - 1 and not answer.splitter.done:
+    while at < len(ids) - 1 and not answer.reader.done:
         yield ids[at : at + 1], None
         at += 1
     yield ids[at:], finish

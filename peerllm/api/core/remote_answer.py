@@ -37,13 +37,14 @@ _JSON = "application/json"
 
 
 class RelayedGeneration(Struct, frozen=True, omit_defaults=True):
-    """What one device asks another for one of its clients; `key`, `had` and `fleeting` as in Repeat."""
+    """What one device asks another for one of its clients; the rest as in Repeat."""
 
     generation: Generation
     client: Annotated[str, Meta(max_length=MAX_CLIENT_CHARS)]
     key: Annotated[str, Meta(min_length=1, max_length=MAX_KEY_CHARS)]
     had: Annotated[int, Meta(ge=0, le=ALL_TOKENS)] | None = None
     fleeting: bool = False
+    beyond: Annotated[int, Meta(ge=0, le=ALL_TOKENS)] = 0
 
 
 @dataclass(slots=True)
@@ -62,7 +63,7 @@ class RemoteAnswer:
         LinkError if the source is lost, or does not answer for it any more.
         """
         repeat, client = self.repeat, self.caller.client[:MAX_CLIENT_CHARS]
-        asked = RelayedGeneration(wanted, client, repeat.key, repeat.had, repeat.fleeting)
+        asked = RelayedGeneration(wanted, client, repeat.key, repeat.had, repeat.fleeting, repeat.beyond)
         headers, body = {"Content-Type": _JSON}, msgspec.json.encode(asked)
         async with self.household.relay(self.model.source, ANSWER_PATH, headers, body) as answer:
             kind = answer.headers.get("Content-Type", "").partition(";")[0]

@@ -7,12 +7,21 @@ import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import orjson
 from aiohttp import web
 
 from peerllm.api.bodies import most_bytes
-from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta
+from peerllm.api.core.answer_events import (
+    AnswerBegins,
+    AnswerEnds,
+    AnswerEvent,
+    AnswerWaits,
+    TextDelta,
+    ToolCallBegins,
+    ToolCallDelta,
+)
 from peerllm.api.core.asking import answer
 from peerllm.api.core.caller import caller_of
 from peerllm.api.core.generation import Generation
@@ -29,6 +38,23 @@ Piece = tuple[object, str | None]  # one event's object (bytes: as they are), an
 
 
 @dataclass(slots=True)
+class WholeCall:
+    """A call of a tool, with all of its arguments."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+    def given(self) -> dict[str, Any] | None:
+        """The arguments as an object; None where they are none, as when the answer was cut."""
+        try:
+            found = orjson.loads(self.arguments or "{}")
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+
+@dataclass(slots=True)
 class WholeAnswer:
     """All of one answer."""
 
@@ -36,6 +62,7 @@ class WholeAnswer:
     ends: AnswerEnds
     thought: str
     text: str
+    calls: list[WholeCall]
     ids: list[int]
 
 
@@ -113,6 +140,7 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
     begins, ends = dict[int, AnswerBegins](), dict[int, AnswerEnds]()
     texts: list[list[str]] = [[] for _ in range(count)]
     thoughts: list[list[str]] = [[] for _ in range(count)]
+    calls: list[list[WholeCall]] = [[] for _ in range(count)]
     ids: list[list[int]] = [[] for _ in range(count)]
     size = 0
     async for choice, event in events:
@@ -123,13 +151,21 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
                 (thoughts if event.thought else texts)[choice].append(event.text)
                 ids[choice] += event.ids
                 size += len(event.text)
-                if size > MAX_WHOLE_CHARS:
-                    raise EngineError(f"the answer has more than {MAX_WHOLE_CHARS} characters")
+            case ToolCallBegins():
+                calls[choice].append(WholeCall(event.id, event.name))
+                ids[choice] += event.ids
+            case ToolCallDelta():
+                arguments = calls[choice][event.index]
+                arguments.arguments += event.arguments
+                ids[choice] += event.ids
+                size += len(event.arguments)
             case AnswerEnds():
                 ends[choice] = event
                 ids[choice] += event.ids
             case AnswerWaits():
                 pass
+        if size > MAX_WHOLE_CHARS:
+            raise EngineError(f"the answer has more than {MAX_WHOLE_CHARS} characters")
     parts = zip(thoughts, texts, strict=True)
     whole = [("".join(thought), "".join(text)) for thought, text in parts]
-    return [WholeAnswer(begins[one], ends[one], *whole[one], ids[one]) for one in range(count)]
+    return [WholeAnswer(begins[one], ends[one], *whole[one], calls[one], ids[one]) for one in range(count)]

@@ -7,34 +7,58 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta, Timings, Usage
+from peerllm.api.core.answer_events import (
+    AnswerBegins,
+    AnswerEnds,
+    AnswerEvent,
+    AnswerWaits,
+    TextDelta,
+    ToolCallBegins,
+    ToolCallDelta,
+)
 from peerllm.api.core.kept.repeat import Repeat
-from peerllm.api.core.telling import Piece, WholeAnswer
+from peerllm.api.core.telling import Piece, WholeAnswer, WholeCall
 from peerllm.api.error_answers import ErrorFacts
 
 _NS = 1e9  # nanoseconds of a second
 
 
 class OllamaAnswers:
-    """A telling.ToldForm. Lines have no place for what is done meanwhile, so those who wait hear nothing."""
+    """A telling.ToldForm. Lines have no place for what is done meanwhile, so those who wait hear nothing.
+
+    A call is told when it is complete, since arguments are an object; one that is cut comes as text.
+    """
 
     content_type = "application/x-ndjson"
     named = False
 
     def __init__(self, model: str, chat: bool) -> None:
         self._model, self._chat, self._since = model, chat, time.monotonic()
+        self._call: WholeCall | None = None  # being written
 
     def whole(self, answers: Sequence[WholeAnswer]) -> object:
         (answer,) = answers
-        return self._last(answer.text, answer.thought, answer.ends.reason, answer.ends.usage, answer.ends.timings)
+        told = [(one, _told(one)) for one in answer.calls]
+        text = answer.text + "".join(_as_text(one) for one, call in told if call is None)
+        calls = [call for _, call in told if call is not None]
+        return self._last(text, answer.thought, answer.ends, calls)
 
     def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
+        if self._call is not None and not isinstance(event, ToolCallDelta | AnswerWaits):
+            told, text = _told(self._call), _as_text(self._call)
+            yield self._line("" if told else text, "", False, [told] if told else []), None
+            self._call = None
         match event:
+            case ToolCallBegins():
+                self._call = WholeCall(event.id, event.name)
+            case ToolCallDelta():
+                if self._call is not None:
+                    self._call.arguments += event.arguments
             case TextDelta():
                 texts = ("", event.text) if event.thought else (event.text, "")
                 yield self._line(*texts, False), None
             case AnswerEnds():
-                yield self._last("", "", event.reason, event.usage, event.timings), None
+                yield self._last("", "", event), None
             case AnswerWaits() | AnswerBegins():
                 pass
 
@@ -45,18 +69,20 @@ class OllamaAnswers:
         """The answer to a request that says nothing: the model can answer."""
         return {**self._line("", "", True), "done_reason": "load"}
 
-    def _line(self, text: str, thought: str, done: bool) -> dict[str, Any]:
+    def _line(self, text: str, thought: str, done: bool, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         said: dict[str, Any] = {"role": "assistant", "content": text} if self._chat else {"response": text}
         if thought:
             said["thinking"] = thought
+        if calls:
+            said["tool_calls"] = list(calls)
         told = {"message": said} if self._chat else said
         return {"model": self._model, "created_at": stamp(time.time()), **told, "done": done}
 
-    def _last(self, text: str, thought: str, reason: str, usage: Usage, timings: Timings) -> dict[str, Any]:
-        whole = time.monotonic() - self._since
+    def _last(self, text: str, thought: str, ends: AnswerEnds, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        whole, usage, timings = time.monotonic() - self._since, ends.usage, ends.timings
         return {
-            **self._line(text, thought, True),
-            "done_reason": reason,
+            **self._line(text, thought, True, calls),
+            "done_reason": ends.reason,
             "total_duration": int(whole * _NS),
             "load_duration": int(max(0.0, whole - timings.prompt_s - timings.answer_s) * _NS),
             "prompt_eval_count": usage.prompt_tokens,
@@ -64,6 +90,15 @@ class OllamaAnswers:
             "eval_count": usage.answer_tokens,
             "eval_duration": int(timings.answer_s * _NS),
         }
+
+
+def _told(call: WholeCall) -> dict[str, Any] | None:
+    given = call.given()
+    return None if given is None else {"id": call.id, "function": {"name": call.name, "arguments": given}}
+
+
+def _as_text(call: WholeCall) -> str:
+    return f"{call.name}({call.arguments}"
 
 
 def stamp(seconds: float) -> str:

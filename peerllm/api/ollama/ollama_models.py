@@ -47,10 +47,10 @@ def running(app: web.Application) -> dict[str, Any]:
 
 
 async def shown(app: web.Application, name: str) -> dict[str, Any]:
-    """One of them; UnknownModelError if there is none of that name. Only its source knows whether it thinks."""
+    """One of them; UnknownModelError if there is none of that name. Only its source knows what it can do."""
     model = find_model(app, name)
     here = await app[TEXTS].model(model.deployment, model.model_dir) if model.model_dir is not None else None
-    thinks = here is not None and here.marks is not None
+    more = () if here is None else (("tools", here.chats), ("thinking", here.thinks))
     entry = _entry(model, _deployments(app))
     information: dict[str, Any] = {"general.architecture": FAMILY, "general.basename": model.name}
     if model.context:
@@ -61,7 +61,7 @@ async def shown(app: web.Application, name: str) -> dict[str, Any]:
         "template": "",
         "details": entry["details"],
         "model_info": information,
-        "capabilities": [*CAPABILITIES, *(("thinking",) if thinks else ())],
+        "capabilities": [*CAPABILITIES, *(name for name, can in more if can)],
         "modified_at": entry["modified_at"],
     }
 

@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 from peerllm.api.core.generation import (
     MAX_MESSAGES,
     MAX_STOPS,
+    MAX_TOOLS,
     AnswerForm,
     AnySeed,
     CalledTool,
@@ -24,6 +25,7 @@ from peerllm.api.core.generation import (
     SamplingOptions,
     StopString,
     Temperature,
+    ToolName,
     TopK,
     TopP,
     checked,
@@ -109,15 +111,22 @@ class OllamaMessage(Struct):
     images: list[Any] | None = None
     tool_calls: list[OllamaToolCall] | None = None
     tool_name: str | None = None
+    tool_call_id: str | None = None
 
     def message(self, where: str) -> ChatMessage:
         _no_images(self.images, f"{where}.images")
         calls = (CalledTool(one.id, one.function.name, one.function.arguments) for one in self.tool_calls or ())
-        return ChatMessage(self.role, self.content or "", tool_calls=tuple(calls), name=self.tool_name or "")
+        return ChatMessage(
+            self.role,
+            self.content or "",
+            tool_calls=tuple(calls),
+            tool_call_id=self.tool_call_id or "",
+            name=self.tool_name or "",
+        )
 
 
 class OllamaFunction(Struct):
-    name: str
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
@@ -131,7 +140,7 @@ class OllamaTool(Struct):
 
 class OllamaChatBody(OllamaFields, kw_only=True):
     messages: Annotated[list[OllamaMessage], Meta(max_length=MAX_MESSAGES)] = []
-    tools: list[OllamaTool] | None = None
+    tools: Annotated[list[OllamaTool], Meta(max_length=MAX_TOOLS)] | None = None
 
     def generation(self) -> Generation | None:
         """None where nothing is said: the model is only to be loaded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peerllm.api.core.answer_events import ToolCallBegins, ToolCallDelta
 from peerllm.api.core.telling import WholeAnswer
 from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.openai.openai_answers import OpenAIAnswers
@@ -17,8 +18,13 @@ class ChatAnswers(OpenAIAnswers):
 
     def choice(self, answer: WholeAnswer, index: int) -> dict[str, Any]:
         """`reasoning_content` is not OpenAI's, but what other servers have."""
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        return {"message": {**message, "reasoning_content": answer.thought} if answer.thought else message}
+        text = answer.text or None if answer.calls else answer.text
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if answer.thought:
+            message["reasoning_content"] = answer.thought
+        if answer.calls:
+            message["tool_calls"] = [_call(one.id, one.name, one.arguments) for one in answer.calls]
+        return {"message": message}
 
     def opening(self, index: int) -> dict[str, Any]:
         """Who speaks, and nothing yet."""
@@ -26,3 +32,12 @@ class ChatAnswers(OpenAIAnswers):
 
     def delta(self, text: str, thought: bool = False) -> dict[str, Any]:
         return {"delta": {"reasoning_content" if thought else "content": text} if text else {}}
+
+    def call(self, event: ToolCallBegins | ToolCallDelta) -> dict[str, Any]:
+        if isinstance(event, ToolCallBegins):
+            return {"delta": {"tool_calls": [{"index": event.index, **_call(event.id, event.name, "")}]}}
+        return {"delta": {"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments}}]}}
+
+
+def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}

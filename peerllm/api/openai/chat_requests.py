@@ -9,12 +9,14 @@ from msgspec import Meta, Struct
 
 from peerllm.api.core.generation import (
     MAX_MESSAGES,
+    MAX_TOOLS,
     AnswerForm,
     CalledTool,
     ChatMessage,
     Generation,
     OfferedTool,
     TokenCount,
+    ToolName,
     checked,
 )
 from peerllm.api.error_answers import FieldError
@@ -67,7 +69,7 @@ class MessageBody(Struct):
 
 
 class FunctionBody(Struct):
-    name: str
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -116,7 +118,8 @@ class TemplateSwitches(Struct):
 class ChatBody(OpenAIFields, kw_only=True):
     messages: Annotated[list[MessageBody], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None
-    tools: list[ToolBody] | None = None
+    tools: Annotated[list[ToolBody], Meta(max_length=MAX_TOOLS)] | None = None
+    parallel_tool_calls: Flag = None
     tool_choice: str | ChosenTool | None = None
     response_format: FormatBody | None = None
     logprobs: Flag = None
@@ -151,6 +154,7 @@ class ChatBody(OpenAIFields, kw_only=True):
             sampling=self.sampling(),
             tools=tuple(one.tool() for one in self.tools or ()),
             tool_choice=choice.function.name if isinstance(choice, ChosenTool) else choice or "",
+            parallel_calls=self.parallel_tool_calls is not False,
             answer_form=self.response_format.form() if self.response_format is not None else None,
             reasoning=self.reasoning(),
             logprobs=(self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None,

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from peerllm.api.core.answer_events import AnswerBegins, AnswerEnds, AnswerEvent, AnswerWaits, TextDelta, Usage
+from peerllm.api.core.answer_events import (
+    AnswerBegins,
+    AnswerEnds,
+    AnswerEvent,
+    AnswerWaits,
+    TextDelta,
+    ToolCallBegins,
+    ToolCallDelta,
+    Usage,
+)
 from peerllm.api.core.kept.repeat import ALL_TOKENS, END, Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer
 from peerllm.api.streams import SSE, comment
@@ -24,6 +34,7 @@ class OpenAIAnswers:
         self._per_prompt, self._with_ids, self._with_usage = prompts, with_ids, with_usage
         self._begins: AnswerBegins | None = None
         self._usages: dict[int, Usage] = {}
+        self._places: dict[int, Repeat] = {}
 
     def choice(self, answer: WholeAnswer, index: int) -> dict[str, Any]:
         """The part of a whole object that is one answer."""
@@ -37,19 +48,26 @@ class OpenAIAnswers:
         """More text in a chunk; "" is the chunk that ends the answer."""
         raise NotImplementedError
 
+    def call(self, event: ToolCallBegins | ToolCallDelta) -> dict[str, Any]:
+        """A call of a tool in a chunk, or more of its arguments."""
+        raise NotImplementedError
+
     def whole(self, answers: Sequence[WholeAnswer]) -> object:
         self._usages = {index: one.ends.usage for index, one in enumerate(answers)}
         choices = []
         for index, answer in enumerate(answers):
             choice = {"index": index, **self.choice(answer, index), "logprobs": None}
-            choice["finish_reason"] = answer.ends.reason
+            choice["finish_reason"] = _reason(answer.ends)
             if self._with_ids:
                 choice["token_ids"] = answer.ids
             choices.append(choice)
         return {**self._head(answers[0].begins, self.whole_kind), "choices": choices, "usage": self._usage()}
 
     def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
-        """With a key, events have ids: the number of tokens that they complete."""
+        """With a key, events have ids: where in the answer they end."""
+        if repeat is not None:
+            place = self._places.setdefault(choice, replace(repeat))
+            place.note(event)
         match event:
             case AnswerWaits():
                 yield comment(event.note), None
@@ -59,12 +77,15 @@ class OpenAIAnswers:
                 if opening is not None and (repeat is None or repeat.had is None):
                     yield self._chunk(choice, opening, (), None), None if repeat is None else "0"
             case TextDelta():
-                number = None if repeat is None else str(event.tokens)
+                number = None if repeat is None else self._places[choice].place
                 yield self._chunk(choice, self.delta(event.text, event.thought), event.ids, None), number
+            case ToolCallBegins() | ToolCallDelta():
+                number = None if repeat is None else self._places[choice].place
+                yield self._chunk(choice, self.call(event), event.ids, None), number
             case AnswerEnds():
                 self._usages[choice] = event.usage
                 if repeat is None or repeat.had != ALL_TOKENS:
-                    chunk = self._chunk(choice, self.delta(""), event.ids, event.reason)
+                    chunk = self._chunk(choice, self.delta(""), event.ids, _reason(event))
                     yield chunk, None if repeat is None else END
 
     def closing(self) -> Iterator[Piece]:
@@ -98,3 +119,8 @@ class OpenAIAnswers:
         said = sum(usage.answer_tokens for usage in self._usages.values())
         counts = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
         return {**counts, "prompt_tokens_details": {"cached_tokens": sum(one.reused_tokens for one in prompts)}}
+
+
+def _reason(ends: AnswerEnds) -> str:
+    """An answer that was cut says so, whatever it was about to call."""
+    return "tool_calls" if ends.calls and ends.reason == "stop" else ends.reason

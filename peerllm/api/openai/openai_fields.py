@@ -32,7 +32,7 @@ Stops = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | N
 Answers = Annotated[int, Meta(ge=1, le=MAX_ANSWERS)]
 Flag = bool | None
 # What OpenAI calls a Generation's fields.
-NAMES: Mapping[str, str] = {"answer_form": "response_format"}
+NAMES: Mapping[str, str] = {"answer_form": "response_format", "parallel_calls": "parallel_tool_calls"}
 
 
 class StreamOptions(Struct):

@@ -20,12 +20,14 @@ class Detokenizer:
     """Decodes a window that starts at the last piece given out, so that spacing depends on what stood before.
 
     Held back: an unfinished character, and a run of byte tokens, whose text a later byte may still change.
+    `shown`: special ids that have a text all the same; then `silent` names the others.
     """
 
-    def __init__(self, tokenizer: Tokenizer, silent: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, silent: frozenset[int], shown: frozenset[int] = frozenset()) -> None:
         self._decode: Callable[..., str] = tokenizer.decode
         self._name: Callable[[int], str | None] = tokenizer.id_to_token
         self._silent = silent  # ids without text
+        self._hides = not shown
         self._window: list[int] = []
         self._given_ids = 0  # of the window: decoded and given out
         self._given_text = ""  # what those decode to
@@ -45,7 +47,7 @@ class Detokenizer:
         return self._advance(self._text(self._window))
 
     def _text(self, ids: list[int]) -> str:
-        return self._decode(ids, skip_special_tokens=True)
+        return self._decode(ids, skip_special_tokens=self._hides)
 
     def _advance(self, text: str) -> str:
         piece = text[len(self._given_text) :]

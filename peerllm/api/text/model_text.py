@@ -9,6 +9,8 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer
 
+from peerllm.api.text.calls.call_forms import FORMS, CallForm, form_of
+from peerllm.api.text.conversation import TemplateAbilities, shaped
 from peerllm.api.text.reasoning import marks_of, thinking_variables
 from peerllm.api.text.template import ChatTemplate, Message
 from peerllm.api.text.text_bounds import bounds_of
@@ -45,9 +47,17 @@ class ModelText:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         config = _json(model_dir / "tokenizer_config.json")
-        source = _template_source(model_dir, config)
+        source, with_tools = _template_sources(model_dir, config)
         self._template = ChatTemplate(source, _special_tokens(config)) if source else None
+        self._with_tools = ChatTemplate(with_tools, _special_tokens(config)) if with_tools else self._template
         self.marks = marks_of(source or "")
+        self.form: CallForm | None = None
+        self._can: TemplateAbilities | None = None  # asked when it is first of use
+        if self._with_tools is not None:
+            added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+            self.form = form_of(with_tools or source or "", added)
+        if self.form is FORMS["harmony"]:
+            self.marks = None  # it has channels
         self.defaults = _sampling_defaults(_json(model_dir / "generation_config.json"))
 
     def prompt(
@@ -56,6 +66,7 @@ class ModelText:
         context: int,
         most_bytes: int | None = None,
         reasoning: bool | str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Token ids up to where the answer begins; PromptLengthError if `context` has no room for one more.
 
@@ -68,7 +79,7 @@ class ModelText:
         elif chat is None:
             text = "\n".join(str(message["content"]) for message in said)
         else:
-            text = chat.render(said, thinking_variables(reasoning))
+            text = self._chat(said, tools, thinking_variables(reasoning))
         if self._bounds.too_long(text, context - 1):
             most = self._bounds.most_bytes(context - 1)
             what = f"the prompt has {len(text.encode())} bytes; a context of {context} tokens holds less than {most}"
@@ -80,6 +91,15 @@ class ModelText:
             what = f"the prompt has {len(ids)} tokens; the model's context holds {context}, answer included"
             raise PromptLengthError(what)
         return ids
+
+    def _chat(self, said: Sequence[Message], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        calling = bool(tools) or any(one.get("tool_calls") or one["role"] == "tool" for one in said)
+        template = self._with_tools if calling else self._template
+        assert template is not None
+        if calling:
+            self._can = self._can or TemplateAbilities.of(template)
+            said, tools = shaped(said, tools, self._can, self.form is not None and self.form.short_ids)
+        return template.render(said, {**variables, "tools": list(tools) or None, "documents": None})
 
 
 def _decoder(parts: Mapping[str, Any]) -> bytes:
@@ -113,16 +133,22 @@ def _json(path: Path) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _template_source(model_dir: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, chat_template.json or tokenizer_config.json; of several the one named "default"."""
+def _template_sources(model_dir: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """chat_template.jinja, chat_template.json or tokenizer_config.json; of several the one named "default".
+
+    And the one that is for chats with tools, if it is another.
+    """
     path = model_dir / "chat_template.jinja"
     if path.is_file():
-        return _read(path).decode("utf-8", "replace")
+        return _read(path).decode("utf-8", "replace"), None
     found = _json(model_dir / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(found, list):
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+        both = named.get("default"), named.get("tool_use")
+    else:
+        both = found, None
+    default, with_tools = (one if isinstance(one, str) else None for one in both)
+    return default, with_tools
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from peerllm.api.text.stops import overlap
 
 Marks = tuple[str, str]  # before and behind what is thought
-MARKS: tuple[Marks, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+MARKS: tuple[Marks, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"))
 
 
 def marks_of(template: str) -> Marks | None:

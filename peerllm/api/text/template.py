@@ -97,6 +97,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise ModelError(f"the model's chat template cannot be read: {error}") from error
         self._variables = dict(variables)
+        self.source = source
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt up to where the answer begins; BadInputError if the template refuses these messages."""

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import orjson
 
 from peerllm.api.text.model_text import ModelText
@@ -35,9 +36,15 @@ class TextWork:
         try:
             text = self._model(question["model_dir"])
             if "prompt" in question:
-                options = question["context"], question.get("most_bytes"), question.get("reasoning")
+                options = (
+                    question["context"],
+                    question.get("most_bytes"),
+                    question.get("reasoning"),
+                    question.get("tools", ()),
+                )
                 return {"ids": text.prompt(question["prompt"], *options)}
-            return {"decoder": text.decoder.decode(), "defaults": text.defaults, "marks": text.marks}
+            told = {"decoder": text.decoder.decode(), "defaults": text.defaults, "marks": text.marks}
+            return {**told, "form": text.form.name if text.form is not None else None}
         except PeerLLMError as error:
             return {"error": type(error).__name__, "message": str(error)}
         except MemoryError:
@@ -74,7 +81,7 @@ def read(stream: IO[bytes]) -> dict[str, Any] | None:
 
 
 def framed(message: dict[str, Any]) -> bytes:
-    data = orjson.dumps(message)
+    data = msgspec.json.encode(message)  # whole numbers of any size, which orjson refuses
     return len(data).to_bytes(LENGTH_BYTES, "big") + data
 
 

@@ -18,6 +18,11 @@ from weakref import WeakValueDictionary
 from tokenizers import Tokenizer
 
 from peerllm.api.error_answers import FieldError
+from peerllm.api.text.calls.answer_parts import AnswerReader, Schemas
+from peerllm.api.text.calls.call_forms import FORMS, CallForm
+from peerllm.api.text.calls.call_reader import CallReader
+from peerllm.api.text.calls.harmony_reader import HarmonyReader
+from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import PromptLengthError
 from peerllm.api.text.reasoning import Marks, ReasoningSplitter
@@ -45,22 +50,45 @@ class AnswerText:
     special: frozenset[int]
     defaults: Mapping[str, float]
     vocabulary: int  # tokens
-    marks: Marks | None = None  # around what the model thinks; None: it does not
+    marks: Marks | None = None  # around what the model thinks; None: it does not, or not between marks
+    form: CallForm | None = None  # in which it calls tools; None: it has no chat template
 
     def knows(self, token_id: int) -> bool:
         """Whether the model has such a token."""
         return 0 <= token_id < self.vocabulary
 
-    def splitter(self, chat: Sequence[int] | None) -> ReasoningSplitter:
-        """For one answer to this prompt; None: to a text, whose continuation is not divided."""
-        if self.marks is None or chat is None:
-            return ReasoningSplitter(None, False)
-        end = self.decoder.decode(list(chat[-_TAIL:]), skip_special_tokens=False)
-        return ReasoningSplitter(self.marks, end.rstrip().endswith(self.marks[0]))
+    @property
+    def chats(self) -> bool:
+        return self.form is not None
 
-    def detokenizer(self, silent: frozenset[int]) -> Detokenizer:
-        """For one answer; ids in `silent` have no text, nor have the special ones."""
-        return Detokenizer(self.decoder, silent | self.special)
+    @property
+    def thinks(self) -> bool:
+        return self.marks is not None or self.form is FORMS["harmony"]
+
+    def reader(self, chat: Sequence[int] | None, schemas: Schemas, one_call: bool = False) -> AnswerReader:
+        """For one answer to this prompt, with these tools; None: to a text, whose continuation is not divided."""
+        if chat is None or self.form is None:
+            return ThinkingReader(ReasoningSplitter(None, False))
+        if self.form is FORMS["harmony"]:
+            return HarmonyReader(bool(schemas), one_call)
+        calls = CallReader(self.form, schemas, one_call) if schemas else None
+        if self.marks is None:
+            return ThinkingReader(ReasoningSplitter(None, False), calls)
+        end = self.decoder.decode(list(chat[-_TAIL:]), skip_special_tokens=False)
+        return ThinkingReader(ReasoningSplitter(self.marks, end.rstrip().endswith(self.marks[0].rstrip())), calls)
+
+    def detokenizer(self, silent: frozenset[int], chat: bool = False, tools: bool = False) -> Detokenizer:
+        """For one answer; ids in `silent` have no text, nor have special ones, but marks that a reader looks for."""
+        shown: set[str] = set()
+        if chat and self.form is not None and (tools or self.form is FORMS["harmony"]):
+            shown |= self.form.tokens
+        added = self.decoder.get_added_tokens_decoder().items() if chat else ()
+        marks = frozenset(
+            number
+            for number, token in added
+            if token.content in shown or (chat and any(token.content in mark for mark in self.marks or ()))
+        )
+        return Detokenizer(self.decoder, silent | (self.special - marks), marks - silent)
 
 
 class TextStore:
@@ -94,8 +122,11 @@ class TextStore:
         context: int,
         asker: str = "",
         reasoning: bool | str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
-        """The token ids of a chat, or of a text that is to be continued; `reasoning` as in Generation.
+        """The token ids of a chat, or of a text that is to be continued.
+
+        `reasoning` as in Generation, `tools` as templates expect them.
 
         FieldError if they and one token of an answer do not fit the context. Small and large prompts of an asker are
         prepared one after the other, so that others wait for one at most.
@@ -104,9 +135,11 @@ class TextStore:
             raise OverloadedError(f"{MAX_WAITING} prompts are being prepared already; ask again in a moment", 1.0)
         self._waiting += 1
         try:
-            size = len(said) if isinstance(said, str) else sum(len(str(message["content"])) for message in said)
+            parts = [(one["content"], one.get("tool_calls", "")) for one in said if not isinstance(one, str)]
+            size = len(said) if isinstance(said, str) else sum(len(str(part)) for pair in parts for part in pair)
+            size += sum(len(str(tool)) for tool in tools)
             question: dict[str, Any] = {"model_dir": str(text.model_dir), "prompt": said, "context": context}
-            question["reasoning"] = reasoning
+            question |= {"reasoning": reasoning, "tools": tools}
             async with self._turns.setdefault((asker, size > LARGE_CHARS), asyncio.Lock()):
                 ids: list[int] = (await self._ask(question, size))["ids"]
             return ids
@@ -139,4 +172,5 @@ class TextStore:
 def _answer_text(model_dir: Path, told: Mapping[str, Any]) -> AnswerText:
     decoder, told_marks = Tokenizer.from_str(told["decoder"]), told.get("marks")
     marks = (str(told_marks[0]), str(told_marks[1])) if told_marks else None
-    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"], decoder.get_vocab_size(), marks)
+    form, vocabulary = FORMS.get(told.get("form") or ""), decoder.get_vocab_size()
+    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"], vocabulary, marks, form)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Literal, cast
 
@@ -13,6 +13,7 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from peerllm.api.core.answer_events import AnswerBegins
+from peerllm.api.core.generation import CallsWanted, Generation
 from peerllm.api.core.kept.kept_answer import BegunAnswer
 from peerllm.api.core.kept.repeat import MAX_KEY_CHARS, Repeat
 from peerllm.api.keys import ANSWERS, HOUSEHOLD, TEXTS
@@ -37,11 +38,13 @@ class KeptForm(Struct, frozen=True):
     begins: AnswerBegins
     chat: bool  # as in BegunAnswer
     fleeting: bool
+    calls: CallsWanted = CallsWanted()
 
 
-def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, stops: Sequence[str], chat: bool) -> str:
+def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, wanted: Generation) -> str:
     """What is to be kept of an answer: a KeptForm."""
-    kept = KeptForm(FORM, repeat.key, repeat.fingerprint, payer, tuple(stops), begins, chat, repeat.fleeting)
+    chat, calls = bool(wanted.messages), wanted.calls()
+    kept = KeptForm(FORM, repeat.key, repeat.fingerprint, payer, wanted.stops, begins, chat, repeat.fleeting, calls)
     return msgspec.json.encode(kept).decode()
 
 
@@ -71,7 +74,8 @@ async def _begin(app: web.Application, answer: InheritedAnswer, kept: KeptForm) 
         kept=answer.kept,
     )
     chat = answer.prompt if kept.chat else None
-    return BegunAnswer(_chunks(app, wanted), kept.begins, text, frozenset(model.stop_ids), kept.stops, chat)
+    chunks, silent = _chunks(app, wanted), frozenset(model.stop_ids)
+    return BegunAnswer(chunks, kept.begins, text, silent, kept.stops, chat, kept.calls)
 
 
 async def _chunks(app: web.Application, wanted: GenerateRequest) -> AsyncIterator[Chunk]:

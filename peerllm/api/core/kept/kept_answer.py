@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from peerllm.api.core.answer_events import AnswerBegins
+from peerllm.api.core.generation import CallsWanted
 from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.text.stops import StopScanner
 from peerllm.api.text.text_store import AnswerText
@@ -26,11 +27,15 @@ class BegunAnswer:
     text: AnswerText
     silent: frozenset[int]  # ids without text
     stops: Sequence[str]
-    chat: Sequence[int] | None  # the prompt, where it is no mere text: then the model may think first
+    chat: Sequence[int] | None  # the prompt, where it is no mere text: then the model may think first, and call tools
+    calls: CallsWanted
 
     def growing(self) -> GrowingAnswer:
         """The answer from its first token on."""
-        return GrowingAnswer(self.text.detokenizer(self.silent), StopScanner(self.stops), self.text.splitter(self.chat))
+        schemas = {tool.name: tool.parameters for tool in self.calls.tools}
+        detokenizer = self.text.detokenizer(self.silent, self.chat is not None, bool(schemas))
+        reader = self.text.reader(self.chat, schemas, not self.calls.parallel)
+        return GrowingAnswer(detokenizer, StopScanner(self.stops), reader)
 
 
 @dataclass(slots=True)
@@ -56,7 +61,7 @@ class KeptAnswer:
         return self.finish is not None or self.error is not None
 
     async def compute(self, begin: asyncio.Future[BegunAnswer]) -> None:
-        """Fill it up to its end, or to the first stop string."""
+        """Fill it up to its end, or to where nothing of use comes behind it."""
         try:
             self.begun = await begin
             self._changed()
@@ -66,7 +71,7 @@ class KeptAnswer:
                     self.queued, self.reused = chunk.queued, max(self.reused, chunk.reused)
                     self.ids += chunk.ids
                     answer.feed(chunk.ids, chunk.finish)
-                    self.finish = chunk.finish or ("stop" if answer.scanner.stopped else None)
+                    self.finish = chunk.finish or ("stop" if answer.stopped else None)
                     self._changed()
                     if self.finish is not None:
                         return

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from dataclasses import dataclass
 
 import msgspec
 from aiohttp import web
 
-from peerllm.api.core.answer_events import AnswerBegins, AnswerEvent, TextDelta
+from peerllm.api.core.answer_events import AnswerBegins, AnswerEvent, TextDelta, ToolCallBegins, ToolCallDelta
 from peerllm.api.core.generation import Generation
 from peerllm.api.error_answers import FieldError
 from peerllm.errors import UnavailableError
@@ -17,9 +18,9 @@ from peerllm.errors import UnavailableError
 KEY_HEADER = "Idempotency-Key"
 LAST_HEADER = "Last-Event-ID"
 MAX_KEY_CHARS = 255
-END = "end"  # the id of an answer's last event; the others are numbered by the tokens that they complete
+END = "end"  # the id of an answer's last event; the others are numbered (`Repeat.place`)
 ALL_TOKENS = 2**53  # more than any answer has
-_MAX_DIGITS = 10
+_PLACE = re.compile(r"([0-9]{1,10})(?:\.([0-9]{1,4}))?")
 
 
 class DeviceLeavingError(UnavailableError):
@@ -30,8 +31,9 @@ class DeviceLeavingError(UnavailableError):
 
 @dataclass(slots=True)
 class Repeat:
-    """`had`: of how many tokens the client has the text; None: it does not even know that the answer began.
+    """`had`: of how many tokens the client has all; None: it does not even know that the answer began.
 
+    `beyond`: and how many events of the next token, which may have several.
     `fleeting`: the device that the client asked made the key, so that the answer may move; the client knows of none,
     and its hanging up ends the answer.
     """
@@ -40,13 +42,20 @@ class Repeat:
     fingerprint: bytes  # of the generation
     had: int | None = None
     fleeting: bool = False
+    beyond: int = 0
 
     def note(self, event: AnswerEvent) -> None:
         """The client is told this now."""
         if isinstance(event, AnswerBegins):
             self.had = self.had or 0
-        elif isinstance(event, TextDelta):
+        elif isinstance(event, TextDelta | ToolCallBegins | ToolCallDelta):
+            self.beyond = self.beyond + 1 if event.tokens == self.had else 0
             self.had = event.tokens
+
+    @property
+    def place(self) -> str:
+        """The id of the event that was noted last."""
+        return f"{self.had or 0}.{self.beyond}" if self.beyond else str(self.had or 0)
 
 
 def fleeting(wanted: Generation) -> Repeat:
@@ -61,10 +70,11 @@ def repeat_of(request: web.Request, wanted: Generation) -> Repeat | None:
         return None
     if not 1 <= len(key) <= MAX_KEY_CHARS or not key.isascii() or not key.isprintable():
         raise FieldError(f"{KEY_HEADER} must have 1 to {MAX_KEY_CHARS} printable ASCII characters", KEY_HEADER)
-    if last is not None and last != END and not (last.isascii() and last.isdigit() and len(last) <= _MAX_DIGITS):
+    place = _PLACE.fullmatch(last or "")
+    if last is not None and last != END and place is None:
         raise FieldError(f"{LAST_HEADER} must be an id that this answer's events had", LAST_HEADER)
-    had = None if last is None else ALL_TOKENS if last == END else int(last)
-    return Repeat(key, fingerprint(wanted), had)
+    had = None if last is None else ALL_TOKENS if place is None else int(place[1])
+    return Repeat(key, fingerprint(wanted), had, beyond=int(place[2] or 0) if place is not None else 0)
 
 
 def fingerprint(wanted: Generation) -> bytes:

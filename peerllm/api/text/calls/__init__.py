@@ -1,0 +1,1 @@
+"""Calls of tools in a model's text: which form they have, and what of a growing text is one. No I/O."""

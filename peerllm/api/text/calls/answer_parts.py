@@ -1,0 +1,78 @@
+"""What a growing answer consists of: words, and calls of tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Schemas = Mapping[str, Mapping[str, Any]]  # of the arguments of each tool that is offered, by its name
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """`thought`: what the model thinks before it answers."""
+
+    text: str
+    thought: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CallName:
+    """A call of this tool begins."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallText:
+    """More of the arguments of the call that began last: a piece of a JSON object."""
+
+    text: str
+
+
+AnswerPart = Words | CallName | CallText
+
+
+class AnswerReader(Protocol):
+    """Reads a text that arrives in pieces of any size; what comes out, joined, does not depend on the pieces."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all that comes are words of the answer."""
+        ...
+
+    @property
+    def stopped(self) -> bool:
+        """Whether what comes is of no use."""
+        ...
+
+    def push(self, text: str) -> list[AnswerPart]:
+        """What is certain now."""
+        ...
+
+    def flush(self) -> list[AnswerPart]:
+        """The rest: no more text comes."""
+        ...
+
+
+def joined(parts: Iterable[AnswerPart]) -> list[AnswerPart]:
+    """Neighbours of a kind as one, what is empty left out."""
+    found: list[AnswerPart] = []
+    for part in parts:
+        last = found[-1] if found else None
+        if isinstance(part, Words):
+            if isinstance(last, Words) and last.thought == part.thought:
+                found[-1] = Words(last.text + part.text, part.thought)
+            elif part.text:
+                found.append(part)
+        elif isinstance(part, CallText) and isinstance(last, CallText):
+            found[-1] = CallText(last.text + part.text)
+        elif isinstance(part, CallName) or part.text:
+            found.append(part)
+    return found
+
+
+def text_in(parts: Sequence[AnswerPart], thought: bool = False) -> str:
+    """The words among them."""
+    return "".join(part.text for part in parts if isinstance(part, Words) and part.thought == thought)
