@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
@@ -16,6 +17,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_NAME_CHARS = 512  # of a model, a user
 MAX_TOKENS = 2**31 - 1
+MAX_FORM_BYTES = 64 << 10  # of a schema or grammar
 SEED_BITS = 63
 _LIMITS = {name: Meta(ge=low, le=high) for name, low, high in SAMPLING_LIMITS}
 
@@ -78,10 +80,16 @@ class OfferedTool(Struct, frozen=True, omit_defaults=True):
 
 
 class AnswerForm(Struct, frozen=True, omit_defaults=True):
-    """What the answer's text must be: any JSON object, or one that fits `schema`."""
+    """What the answer's text must be: any JSON object, JSON that fits `schema`, or what `grammar` says.
 
-    kind: Literal["json", "schema"]
+    `before` and `after` stand literally around it, as the calls of tools have them.
+    """
+
+    kind: Literal["json", "schema", "regex", "lark"]
     schema: Mapping[str, Any] = {}
+    grammar: str = ""  # a regular expression, or a grammar in llguidance's Lark
+    before: str = ""
+    after: str = ""
 
 
 class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -112,7 +120,7 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
         return replace(self, sampling=replace(self.sampling, seed=seed_of(seed + number)))
 
 
-_NOT_YET = ("tools", "answer_form", "logprobs")
+_NOT_YET = ("tools", "logprobs")
 
 
 def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
@@ -125,6 +133,10 @@ def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
         if message.tool_calls:
             name = f"messages[{index}].tool_calls"
             raise FieldError(f"{name}: tools are not supported", name, "unsupported_parameter")
+    form = wanted.answer_form
+    if form is not None and len(msgspec.json.encode(form)) > MAX_FORM_BYTES:
+        name = names.get("answer_form", "answer_form")
+        raise FieldError(f"{name} is larger than {MAX_FORM_BYTES >> 10} KiB", name)
     return wanted
 
 

@@ -21,7 +21,7 @@ from peerllm.errors import PeerLLMError, UnavailableError
 from peerllm.types import DeploymentId
 
 MODEL_WAIT_S = 120.0  # seconds until the model must be served here
-FORM: Literal[2] = 2  # of what one device's API tells another's
+FORM: Literal[3] = 3  # of what one device's API tells another's
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class KeptForm(Struct, frozen=True):
     """What another device's API needs besides tokens to go on with an answer."""
 
-    form: Literal[2]
+    form: Literal[3]
     key: Annotated[str, Meta(max_length=MAX_KEY_CHARS)]
     fingerprint: bytes
     payer: str
@@ -37,11 +37,14 @@ class KeptForm(Struct, frozen=True):
     begins: AnswerBegins
     chat: bool  # as in BegunAnswer
     fleeting: bool
+    grammar: str = ""  # of a constrained answer
 
 
-def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, stops: Sequence[str], chat: bool) -> str:
+def kept_of(
+    repeat: Repeat, payer: str, begins: AnswerBegins, stops: Sequence[str], chat: bool, grammar: str = ""
+) -> str:
     """What is to be kept of an answer: a KeptForm."""
-    kept = KeptForm(FORM, repeat.key, repeat.fingerprint, payer, tuple(stops), begins, chat, repeat.fleeting)
+    kept = KeptForm(FORM, repeat.key, repeat.fingerprint, payer, tuple(stops), begins, chat, repeat.fleeting, grammar)
     return msgspec.json.encode(kept).decode()
 
 
@@ -69,6 +72,7 @@ async def _begin(app: web.Application, answer: InheritedAnswer, kept: KeptForm) 
         patience_s=MODEL_WAIT_S,
         answer=answer.ids,
         kept=answer.kept,
+        constraint=text.constraint(kept.grammar),
     )
     chat = answer.prompt if kept.chat else None
     return BegunAnswer(_chunks(app, wanted), kept.begins, text, frozenset(model.stop_ids), kept.stops, chat)
