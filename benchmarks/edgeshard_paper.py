@@ -133,9 +133,7 @@ def planned(
     return best
 
 
-def cell(
-    name: str, strategy: str, *, source: SourceKind = "agx", mbps: float = CLOUD_MBPS, slope: float = 0.0
-) -> Cell:
+def cell(name: str, strategy: str, *, source: SourceKind = "agx", mbps: float = CLOUD_MBPS, slope: float = 0.0) -> Cell:
     """Both objectives of one strategy."""
     try:
         _, quick = planned(name, strategy, "latency", source, mbps)
@@ -181,9 +179,7 @@ def results() -> Results:
         name: {mbps: {strategy: cell(name, strategy, mbps=mbps) for strategy in STRATEGIES} for mbps in SWEEP_MBPS}
         for name in SWEPT
     }
-    bubbles = {
-        name: {s: schedules(name, s) for s in STRATEGIES if main[name][s].tokens_per_second} for name in MODELS
-    }
+    bubbles = {name: {s: schedules(name, s) for s in STRATEGIES if main[name][s].tokens_per_second} for name in MODELS}
     findings = [
         *saturation(sweep), *thirteen(sweep), *seventy(main), *nx_source(main, nx), *no_bubbles(bubbles),
     ]  # fmt: skip
@@ -296,6 +292,7 @@ def seventy(main: Mapping[str, Mapping[str, Cell]]) -> list[Finding]:
 
 def nx_source(main: Mapping[str, Mapping[str, Cell]], nx: Mapping[str, Mapping[str, Cell]]) -> list[Finding]:
     """An Orin NX instead of an AGX as the source, at the main table's 1 Mbps."""
+
     def fate(strategy: str) -> tuple[bool, str]:
         out = {name: by[strategy].ms_per_token is None for name, by in nx.items()}
         fits = [f"{name} fits ({_memory(name, strategy)})" for name, gone in out.items() if not gone]

@@ -50,9 +50,7 @@ def kinds(layers: int, devices: int, kinds: int, seed: int, sequences: int | Non
         speed, weight = profiles[i % kinds]
         household[name] = DeviceProfile(name, name, max(int(weight * share), needed[0] + needed[1]), speed)
     wires = [[_link(r) for _ in range(kinds)] for _ in range(kinds)]
-    links = {
-        (a, b): wires[i % kinds][j % kinds] for i, a in enumerate(names) for j, b in enumerate(names) if a != b
-    }
+    links = {(a, b): wires[i % kinds][j % kinds] for i, a in enumerate(names) for j, b in enumerate(names) if a != b}
     return model, household, links, source, work
 
 
