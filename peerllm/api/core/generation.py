@@ -82,7 +82,7 @@ class OfferedTool(Struct, frozen=True, omit_defaults=True):
 class AnswerForm(Struct, frozen=True, omit_defaults=True):
     """What the answer's text must be: any JSON object, JSON that fits `schema`, or what `grammar` says.
 
-    `before` and `after` stand literally around it, as the calls of tools have them.
+    `before` and `after` stand literally around it, as around a tool's call. In Lark, `%json {...}` is JSON that fits.
     """
 
     kind: Literal["json", "schema", "regex", "lark"]
