@@ -72,7 +72,7 @@ class RunningSequence:
     def due_mask(self) -> bytes | None:
         """The mask for what is drawn next, once the tokens before it were fed; None: it is not there, or not due."""
         count, mask = self.mask or (-1, None)
-        return mask if count == len(self.answer) and self.fed == len(self.order.prompt) + count else None
+        return mask if self.fed == len(self.order.prompt) + count else None
 
     @property
     def end(self) -> int:

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from peerllm.engine.base import Tensor
 from peerllm.engine.masks.mask_maker import MadeMask
 from peerllm.engine.messages import Constraint, Submit, Tokens
 from peerllm.engine.sampler import SeededSampler
+from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT
-from tests.engine.schedule.adding_devices import LAYERS, World, sums
+from tests.engine.schedule.adding_devices import LAYERS, Layers, World, sums
 from tests.engine.state.test_reuse_random import WORDS
 from tests.sizes import FULL
 
@@ -117,6 +119,39 @@ def test_nothing_is_drawn_before_its_mask_is_there() -> None:
     assert house.masks.ended == [1]
 
 
+def test_a_mask_that_comes_twice_draws_once() -> None:
+    house = House(CUTS[0])
+    house.settle()
+    house.hand_over()
+    back = house.world.ways_back[1]
+    back.frames.append(back.frames[0])
+    house.world.deliver_back(1)
+    house.world.deliver_back(1)
+    house.settle()
+    assert house.said() == expected()[:1] and house.world.devices[0].counts.dropped_frames == 0
+
+
+def test_logits_that_wait_are_the_heads_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard may write its next output to where the last one was."""
+    outputs = list[Tensor]()
+    forward = Layers.forward
+
+    def noting(self: Layers, inputs: Tensor, runs: Sequence[TokenRun]) -> Tensor:
+        outputs.append(forward(self, inputs, runs))
+        return outputs[-1]
+
+    monkeypatch.setattr(Layers, "forward", noting)
+    house = House(CUTS[0])
+    house.settle()
+    for output in outputs:
+        output[...] = 0
+        output[:, 2 % output.shape[1]] = 9
+    house.hand_over()
+    house.world.deliver_back(1)
+    house.settle()
+    assert house.said() == expected()[:1] != [0]
+
+
 def test_a_mask_may_overtake_all_that_it_is_for() -> None:
     """Straight to the head it comes before the OPEN, which goes through the stages between."""
     house = House(CUTS[0])
@@ -134,7 +169,7 @@ def test_a_mask_may_overtake_all_that_it_is_for() -> None:
 def test_a_mask_goes_along_into_another_epoch(moment: str) -> None:
     house = House(CUTS[0])
     house.settle()
-    house.masks.waiting and house.hand_over()
+    house.hand_over()
     if moment != "waiting":
         house.world.deliver_back(1)
         house.settle()
@@ -167,7 +202,6 @@ def test_a_way_back_that_comes_late_gets_what_is_known() -> None:
 @pytest.mark.parametrize(("error", "finish"), [("too complex", "error"), ("", "stop")])
 def test_an_error_ends_the_answer_and_so_does_a_mask_of_nothing(error: str, finish: str) -> None:
     house = House(CUTS[0])
-    house.masks_arrive_once = None  # type: ignore[attr-defined]
     house.settle()
     house.world.devices[0].deployment.mask_made(MadeMask(DEPLOYMENT, 1, 0, b"\0", error))
     house.settle()
