@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from peerllm.engine.messages import FinishReason
+from peerllm.engine.messages import Constraint, FinishReason
 from peerllm.types import Activations, DeploymentId, DeviceId, Objective, Sampling, ScheduleName
 
 MAX_PROMPT_CHUNK = 4096
@@ -97,6 +97,7 @@ class GenerateRequest:
     patience_s: float | None = None  # how long it waits for a deployment that does not serve; None: as usual
     answer: Sequence[int] = ()  # ids of the answer that are known already: it goes on after them
     kept: str = ""  # what the API needs to go on with the answer on another device; "": it ends with this one
+    constraint: Constraint | None = None  # what the answer's text must be
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Draw:
     sampling: Sampling
     position: int
     answer: Sequence[int]
+    mask: bytes | None = None  # a bit for each token id, the lowest first: whether it may be picked; None: all may
 
 
 @dataclass(frozen=True, slots=True)

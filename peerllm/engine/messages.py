@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peerllm.types import (
     ActivationForm,
@@ -24,6 +24,15 @@ from peerllm.types import (
 
 PASS: LayerKind = "pass"  # noqa: S105  # in layer times: what a batch costs at a stage beside its layers
 FURTHER_TOKENS = 1024
+# What a grammar may take, as llguidance counts: of memory some 40 MB, of time some milliseconds a token.
+GRAMMAR_LIMITS: Mapping[str, Any] = {
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 100_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 50_000,
+    "verbose_errors": False,  # errors name no parts of the answer
+}
 WORKING_STEPS = 16  # more than are computed of answers that end an engine again each time they go on
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SpanName = Literal[
@@ -31,7 +40,7 @@ SpanName = Literal[
     "serialise",  # of the compute thread, inside those
     "send", "receive",  # of a link
 ]  # fmt: skip
-SpanKind = Literal["", "step", "prompt", "activation", "token", "release", "open"]
+SpanKind = Literal["", "step", "prompt", "activation", "token", "release", "open", "mask"]
 
 
 def attention(kind: LayerKind) -> LayerKind:
@@ -207,6 +216,14 @@ class Unload:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer's text must be: a grammar of llguidance's over the tokens of a tokenizer.json on this device."""
+
+    grammar: str
+    tokenizer: str  # its path
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """On the source: start a sequence. A slot must be free (the daemon counts them)."""
 
@@ -218,6 +235,7 @@ class Submit:
     sampling: Sampling
     client: str = ""  # only sequences of the same client may reuse what a slot keeps
     answer: tuple[int, ...] = ()  # ids of the answer that are known already: it goes on after them
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

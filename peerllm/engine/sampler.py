@@ -1,7 +1,7 @@
 """From logits to a token. The random number depends on seed and position alone, so a replay draws the same token.
 
-The order is transformers': penalties, temperature, top-k, top-p, min-p. Penalties count the answer's own tokens, since
-the head may be on another device than the source, and only the source may know the prompt.
+The order is transformers': penalties, the mask, temperature, top-k, top-p, min-p. Penalties count the answer's own
+tokens, since the head may be on another device than the source, and only the source may know the prompt.
 """
 
 from __future__ import annotations
@@ -43,9 +43,30 @@ def pick(row: npt.NDArray[np.float32], draw: Draw) -> int:
         raise EngineError("the model computed logits that are no finite numbers; try --exact")
     sampling = draw.sampling
     scores = penalise(row.astype(np.float64), sampling, draw.answer)
+    allowed = None if draw.mask is None else allowed_ids(draw.mask, len(row))
+    if allowed is not None:
+        scores = scores[allowed]  # the others do not count at all: not as likely ones, nor as parts of a sum
     if sampling.temperature == 0.0 or sampling.top_k == 1:
-        return int(scores.argmax())  # the first of equals
-    return _draw((scores - scores.max()) / sampling.temperature, sampling, uniform(sampling.seed, draw.position))
+        picked = int(scores.argmax())  # the first of equals
+    else:
+        even = (scores - scores.max()) / sampling.temperature
+        picked = _draw(even, sampling, uniform(sampling.seed, draw.position))
+    return picked if allowed is None else int(allowed[picked])
+
+
+def allowed_ids(mask: bytes, vocabulary: int) -> npt.NDArray[np.int64]:
+    """The token ids that a mask allows, rising; EngineError if it is of another vocabulary, or allows none."""
+    if len(mask) != mask_bytes(vocabulary):
+        raise EngineError(f"a mask of {len(mask)} bytes came for {vocabulary} tokens")
+    allowed = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), count=vocabulary, bitorder="little"))
+    if not len(allowed):
+        raise EngineError("a mask came that allows no token")
+    return allowed
+
+
+def mask_bytes(vocabulary: int) -> int:
+    """How long a mask is."""
+    return (vocabulary + 7) // 8
 
 
 def penalises(sampling: Sampling) -> bool:

@@ -66,6 +66,16 @@ async def test_stop_strings_go_with_it(client: aiohttp.ClientSession, household:
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
+async def test_its_form_goes_with_it(client: aiohttp.ClientSession, household: FakeHousehold, successor: Any) -> None:
+    there, heir = successor
+    form = {"response_format": {"type": "regex", "grammar": "a|b"}}
+    await begun(client, household, **form)
+    heir.inherit(left(household, []))
+    await whole(there, **form)
+    (asked,) = heir.requests
+    assert asked.constraint is not None and "/a|b/" in asked.constraint.grammar
+
+
 async def test_another_body_under_the_same_key_is_refused_here_too(
     client: aiohttp.ClientSession, household: FakeHousehold, successor: Any
 ) -> None:
@@ -97,7 +107,7 @@ async def test_it_waits_for_the_model_and_gives_up_after_a_bounded_time(
         assert response.status == 503
 
 
-@pytest.mark.parametrize("kept", ["", "[]", "{}", '{"form":2,"key":"k"}', '{"form":2,"key":"k","fingerprint":"xyz"}'])
+@pytest.mark.parametrize("kept", ["", "[]", "{}", '{"form":3,"key":"k"}', '{"form":3,"key":"k","fingerprint":"xyz"}'])
 async def test_what_makes_no_sense_is_left_alone(
     client: aiohttp.ClientSession, household: FakeHousehold, successor: Any, kept: str
 ) -> None:

@@ -17,6 +17,7 @@ from peerllm.engine.messages import (
     Configure,
     Configured,
     Connect,
+    Constraint,
     EngineLoad,
     FromEngine,
     Hop,
@@ -153,11 +154,29 @@ class Deployed:
         stop_ids: Sequence[int] = (),
         client: str = "",
         answer: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> int:
-        sequence = next(_sequences)
-        order = Submit(self.id, sequence, tuple(prompt), max_tokens, tuple(stop_ids), sampling, client, tuple(answer))
-        self.source.host.tell(order)
+        sequence, ids = next(_sequences), tuple(prompt)
+        how = tuple(stop_ids), sampling, client, tuple(answer), constraint
+        self.source.host.tell(Submit(self.id, sequence, ids, max_tokens, *how))
         return sequence
+
+    def said(self, sequence: int) -> list[int]:
+        """The ids that were told so far of an answer, whichever its first one was."""
+        events = [one for one in self.source.events if isinstance(one, Tokens) and one.sequence == sequence]
+        return [token for event in events for token in event.ids]
+
+    async def ended(self, sequence: int) -> Tokens:
+        """The message that ends an answer."""
+
+        def end() -> Tokens | None:
+            events = (one for one in self.source.events if isinstance(one, Tokens) and one.sequence == sequence)
+            return next((one for one in events if one.finish is not None), None)
+
+        await self.source.until(lambda: end() is not None)
+        found = end()
+        assert found is not None
+        return found
 
     async def finished(self, sequence: int, timeout_s: float = WAIT_S) -> tuple[list[int], Tokens]:
         await self.source.until(lambda: self.source.tokens(sequence)[1] is not None, timeout_s)

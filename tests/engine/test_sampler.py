@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
+from random import Random
 
 import numpy as np
 import pytest
@@ -50,6 +52,35 @@ def test_draws_follow_the_distribution():
     seen = Counter(pick(logits, draw(p, temperature=1.0)) for p in range(4000))
     for token, share in enumerate((0.5, 0.25, 0.125, 0.125)):
         assert abs(seen[token] / 4000 - share) < 4 * math.sqrt(share * (1 - share) / 4000)
+
+
+def bits(allowed: Collection[int], vocabulary: int) -> bytes:
+    return np.packbits([one in allowed for one in range(vocabulary)], bitorder="little").tobytes()
+
+
+def test_a_mask_is_a_smaller_vocabulary() -> None:
+    """Whatever else is asked for, tokens that it does not allow count no more than those that a model does not have."""
+    for seed in range(300):
+        chance = Random(seed)
+        vocabulary = chance.randint(1, 40)
+        row = np.array([chance.choice([chance.gauss(0, 3), 1.5]) for _ in range(vocabulary)], np.float32)
+        allowed = sorted(chance.sample(range(vocabulary), chance.randint(1, vocabulary)))
+        top_k, top_p = chance.randint(0, 6), chance.uniform(0.1, 1)
+        how = Sampling(temperature=chance.choice([0, 0.5, 1, 2]), top_k=top_k, top_p=top_p, seed=seed)
+        picked = pick(row, Draw(how, 5, (), bits(allowed, vocabulary)))
+        assert picked == allowed[pick(row[allowed], Draw(how, 5, ()))]
+        assert pick(row, Draw(how, 5, (), bits(range(vocabulary), vocabulary))) == pick(row, Draw(how, 5, ()))
+
+
+def test_penalties_count_what_a_mask_allows():
+    row, how = np.array([2.0, 1.9, 5.0], np.float32), Sampling(frequency_penalty=0.2)
+    assert [pick(row, Draw(how, 0, answer, bits({0, 1}, 3))) for answer in ([], [0], [0, 1], [2, 2])] == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("mask", [b"", b"\0", b"\1\0", b"\xf8"], ids=["short", "none", "long", "beyond"])
+def test_a_mask_of_another_vocabulary_or_of_nothing_draws_no_token(mask: bytes) -> None:
+    with pytest.raises(EngineError, match="mask"):
+        pick(np.zeros(3, np.float32), Draw(Sampling(), 0, (), mask))
 
 
 def warped(logits: np.ndarray, sampling: Sampling) -> np.ndarray:

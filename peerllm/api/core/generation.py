@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
@@ -18,6 +19,7 @@ MAX_NAME_CHARS = 512  # of a model, a user
 MAX_TOKENS = 2**31 - 1
 MAX_TOOLS = 512
 MAX_TOOL_NAME_CHARS = 256
+MAX_FORM_BYTES = 64 << 10  # of a schema or grammar
 SEED_BITS = 63
 _LIMITS = {name: Meta(ge=low, le=high) for name, low, high in SAMPLING_LIMITS}
 
@@ -88,10 +90,16 @@ class CallsWanted(Struct, frozen=True, omit_defaults=True):
 
 
 class AnswerForm(Struct, frozen=True, omit_defaults=True):
-    """What the answer's text must be: any JSON object, or one that fits `schema`."""
+    """What the answer's text must be: any JSON object, JSON that fits `schema`, or what `grammar` says.
 
-    kind: Literal["json", "schema"]
+    `before` and `after` stand literally around it, as around a tool's call. In Lark, `%json {...}` is JSON that fits.
+    """
+
+    kind: Literal["json", "schema", "regex", "lark"]
     schema: Mapping[str, Any] = {}
+    grammar: str = ""  # a regular expression, or a grammar in llguidance's Lark
+    before: str = ""
+    after: str = ""
 
 
 class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -131,7 +139,7 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
         return replace(self, sampling=replace(self.sampling, seed=seed_of(seed + number)))
 
 
-_NOT_YET = ("answer_form", "logprobs")
+_NOT_YET = ("logprobs",)
 
 
 def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
@@ -145,6 +153,10 @@ def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
         raise FieldError("tools: two have the same name", "tools")
     if wanted.tool_choice not in ("", "auto", "none", *(("required",) if offered else ()), *offered):
         raise FieldError(f"tool_choice: there is no tool {wanted.tool_choice[:80]!r} among the tools", "tool_choice")
+    form = wanted.answer_form
+    if form is not None and len(msgspec.json.encode(form)) > MAX_FORM_BYTES:
+        name = names.get("answer_form", "answer_form")
+        raise FieldError(f"{name} is larger than {MAX_FORM_BYTES >> 10} KiB", name)
     return wanted
 
 

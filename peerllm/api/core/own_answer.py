@@ -43,6 +43,9 @@ async def begun_answer(
     if wanted.reasoning and not text.thinks:
         raise FieldError(f"{model.name!r} does not support thinking", "reasoning", "unsupported_parameter")
     prompt = await _prompt(app, text, wanted, model.context, caller.asker)
+    grammar = (
+        "" if wanted.answer_form is None else await app[TEXTS].grammar(text, wanted.answer_form, text.opened(prompt))
+    )
     room = model.context - len(prompt)
     begins = AnswerBegins(secrets.token_hex(12), int(time.time()), model.name, len(prompt))
     request = GenerateRequest(
@@ -51,7 +54,8 @@ async def begun_answer(
         max_tokens=min(wanted.max_tokens or room, room),
         sampling=_sampling(wanted.sampling, text.defaults),
         client=caller.group(wanted.user),
-        kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted),
+        kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted, grammar),
+        constraint=text.constraint(grammar),
     )
     chunks, silent = app[HOUSEHOLD].generate(request), frozenset(model.stop_ids)
     chat = prompt if wanted.messages else None

@@ -98,14 +98,21 @@ class SchemaBody(Struct):
 
 
 class FormatBody(Struct):
-    type: Literal["text", "json_object", "json_schema"] | None = None
+    """`regex` and `lark` are not OpenAI's; their text is in `grammar`."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "lark"] | None = None
     json_schema: SchemaBody | None = None
+    grammar: str | None = None
 
     def form(self) -> AnswerForm | None:
         if self.type == "json_schema":
             if self.json_schema is None:
                 raise FieldError("response_format.json_schema is missing", "response_format.json_schema")
             return AnswerForm("schema", self.json_schema.schema)
+        if self.type in ("regex", "lark"):
+            if not self.grammar:
+                raise FieldError("response_format.grammar is missing", "response_format.grammar")
+            return AnswerForm(self.type, grammar=self.grammar)
         return AnswerForm("json") if self.type == "json_object" else None
 
 

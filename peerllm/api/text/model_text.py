@@ -101,6 +101,19 @@ class ModelText:
             said, tools = shaped(said, tools, self._can, self.form is not None and self.form.short_ids)
         return template.render(said, {**variables, "tools": list(tools) or None, "documents": None})
 
+    def grammar(self, form: Mapping[str, Any], opened: bool) -> str:
+        """See answer_grammar; `opened`: the answer begins within a thought."""
+        from peerllm.api.text.answer_grammar import grammar_of
+
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = [token.content for token in added.values() if token.special]
+        end = self.marks[1] if opened and self.marks is not None else ""
+        if end in special:
+            end = f"<[{self._tokenizer.token_to_id(end)}]>"
+        elif end:
+            end = orjson.dumps(end).decode()
+        return grammar_of(form, special, end)
+
 
 def _decoder(parts: Mapping[str, Any]) -> bytes:
     """What of a tokenizer.json turns ids into text, as one: it loads in a fraction of the time and memory."""

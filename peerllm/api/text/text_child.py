@@ -6,6 +6,7 @@ Standard input and output carry messages: four bytes of length, then JSON. It en
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 from collections import OrderedDict
@@ -43,6 +44,8 @@ class TextWork:
                     question.get("tools", ()),
                 )
                 return {"ids": text.prompt(question["prompt"], *options)}
+            if "form" in question:
+                return {"grammar": text.grammar(json.loads(question["form"]), question["opened"])}
             told = {"decoder": text.decoder.decode(), "defaults": text.defaults, "marks": text.marks}
             return {**told, "form": text.form.name if text.form is not None else None}
         except PeerLLMError as error:
@@ -66,6 +69,8 @@ def memory_text(nbytes: int) -> str:
 
 def too_much(question: dict[str, Any], what: str) -> str:
     """Why a question that took too much was not answered."""
+    if "form" in question:
+        return f"reading the answer's form takes {what}; ask for a simpler one"
     if "prompt" in question:
         return f"preparing this prompt takes {what}; shorten it"
     return f"reading the tokenizer in {Path(question['model_dir']).name!r} takes {what}"

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import msgspec
+from msgspec import Struct
 from tokenizers import Tokenizer
 
 from peerllm.api.error_answers import FieldError
@@ -29,6 +31,7 @@ from peerllm.api.text.reasoning import Marks, ReasoningSplitter
 from peerllm.api.text.template import Message
 from peerllm.api.text.text_child import TextWork
 from peerllm.api.text.text_process import TextProcess
+from peerllm.engine.messages import Constraint
 from peerllm.errors import BadInputError, ModelError, OverloadedError
 from peerllm.types import DeploymentId
 
@@ -61,6 +64,17 @@ class AnswerText:
     def chats(self) -> bool:
         return self.form is not None
 
+    def opened(self, chat: Sequence[int]) -> bool:
+        """Whether a prompt ends where the model begins to think."""
+        if self.marks is None:
+            return False
+        end = self.decoder.decode(list(chat[-_TAIL:]), skip_special_tokens=False)
+        return bool(end.rstrip().endswith(self.marks[0].rstrip()))
+
+    def constraint(self, grammar: str) -> Constraint | None:
+        """What the engine needs of a grammar of `TextStore.grammar`; "": no grammar."""
+        return Constraint(grammar, str(self.model_dir / "tokenizer.json")) if grammar else None
+
     @property
     def thinks(self) -> bool:
         return self.marks is not None or self.form is FORMS["harmony"]
@@ -74,8 +88,7 @@ class AnswerText:
         calls = CallReader(self.form, schemas, one_call) if schemas else None
         if self.marks is None:
             return ThinkingReader(ReasoningSplitter(None, False), calls)
-        end = self.decoder.decode(list(chat[-_TAIL:]), skip_special_tokens=False)
-        return ThinkingReader(ReasoningSplitter(self.marks, end.rstrip().endswith(self.marks[0].rstrip())), calls)
+        return ThinkingReader(ReasoningSplitter(self.marks, self.opened(chat)), calls)
 
     def detokenizer(self, silent: frozenset[int], chat: bool = False, tools: bool = False) -> Detokenizer:
         """For one answer; ids in `silent` have no text, nor have special ones, but marks that a reader looks for."""
@@ -146,6 +159,13 @@ class TextStore:
         finally:
             self._waiting -= 1
 
+    async def grammar(self, text: AnswerText, form: Struct, opened: bool) -> str:
+        """What keeps an answer in its form (generation.AnswerForm); FieldError with the reason if nothing can."""
+        data = msgspec.json.encode(form).decode()
+        question = {"model_dir": str(text.model_dir), "form": data, "opened": opened}
+        answer: str = (await self._ask(question, len(data)))["grammar"]
+        return answer
+
     async def _ask(self, question: dict[str, Any], size: int) -> dict[str, Any]:
         asked: Awaitable[dict[str, Any]]
         if self._work is not None:
@@ -157,6 +177,8 @@ class TextStore:
             if error == PromptLengthError.__name__:
                 name = "prompt" if isinstance(question["prompt"], str) else "messages"
                 raise FieldError(answer["message"], name, "context_length_exceeded")
+            if "form" in question:
+                raise FieldError(answer["message"], "response_format", "invalid_schema")
             raise _ERRORS.get(error, BadInputError)(answer["message"])
         return answer
 

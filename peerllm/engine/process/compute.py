@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -13,6 +14,7 @@ import psutil
 
 from peerllm.engine.base import Backend
 from peerllm.engine.free_memory import return_memory
+from peerllm.engine.masks.mask_maker import MadeMask, MaskMaker
 from peerllm.engine.messages import (
     WORKING_STEPS,
     Cancel,
@@ -38,7 +40,7 @@ from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.schedule.state_export import StateExport
 from peerllm.engine.wire.parcels import Parcel, TokenBatch
 from peerllm.engine.wire.state_frames import CarriedPart
-from peerllm.errors import PeerLLMError, RefusedError, one_line
+from peerllm.errors import OverloadedError, PeerLLMError, RefusedError, one_line
 from peerllm.transport.links.channels import Delivery
 from peerllm.transport.links.link import Link
 from peerllm.types import DeploymentId, DeviceId
@@ -63,6 +65,13 @@ class Linked:
     deployment: DeploymentId
     epoch: int
     outlets: Mapping[int, Link]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadLinked:
+    """The head of an epoch whose source is here has dialled: `link` goes both ways."""
+
+    link: Link
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +122,8 @@ class CarryTurn:
 
 
 Event = (
-    Loaded | Linked | Arrived | Lost | Echoed | Hurry | StateCame | CarryTurn | Switch | Unload | Submit | Cancel
+    Loaded | Linked | HeadLinked | MadeMask
+    | Arrived | Lost | Echoed | Hurry | StateCame | CarryTurn | Switch | Unload | Submit | Cancel
     | QueryLoad
 )  # fmt: skip
 
@@ -141,6 +151,7 @@ class Compute:
         self._deployments: dict[DeploymentId, LocalDeployment] = {}
         self._shards: dict[DeploymentId, tuple[HeldShard, ...]] = {}  # for other threads to read
         self._counts = RingCounts()
+        self._masks = MaskMaker(self._mask_made)
         self.batches = 0  # computed so far
         self._steps = 0  # batches of steps that went well
 
@@ -167,6 +178,12 @@ class Compute:
         for deployment in self._deployments.values():
             deployment.close("the engine is stopping")
         self._deployments.clear()
+        self._masks.close()
+
+    def _mask_made(self, made: MadeMask) -> None:
+        """In the mask maker's threads; each running sequence has one on the way at most."""
+        with contextlib.suppress(OverloadedError):  # the engine is stopping
+            self.inbox.put(made, always=True)
 
     def _compute(self, key: StageKey, batch: TokenBatch, started: float) -> None:
         """Compute a batch and hand its result on; whatever is raised there ends these sequences, not the engine."""
@@ -215,6 +232,12 @@ class Compute:
                     reply([], error)
                 else:
                     reply(parts, None)
+            case MadeMask(identity):
+                if (deployment := self._deployments.get(identity)) is not None:
+                    deployment.mask_made(event)
+            case HeadLinked(link):
+                if (deployment := self._deployments.get(link.deployment)) is not None:
+                    deployment.head_linked(link.epoch, link)
             case Submit(identity, sequence):
                 try:
                     self._deployment(identity).submit(event)
@@ -266,7 +289,7 @@ class Compute:
             if not there.issuperset(event.chain):
                 raise RefusedError("layers that were loaded already were unloaded meanwhile; ask again")
             if deployment is None:
-                deployment = LocalDeployment(identity, self._schedule, self._tell, self._counts)
+                deployment = LocalDeployment(identity, self._schedule, self._tell, self._counts, self._masks)
             deployment.loaded(LoadedStage(spec, event.chain, self._backend.sampler))
         except PeerLLMError as error:
             for one in event.fresh:

@@ -26,10 +26,10 @@ from peerllm.engine.messages import (
     Trusted,
 )
 from peerllm.engine.process.carrying import carry
-from peerllm.engine.process.compute import Arrived, Echoed, Event, Linked, Lost, StateCame
+from peerllm.engine.process.compute import Arrived, Echoed, Event, HeadLinked, Linked, Lost, StateCame
 from peerllm.engine.process.inbox import Inbox
 from peerllm.engine.schedule.source_sequences import window_tokens
-from peerllm.engine.wire.parcels import from_frame, source_limits, stage_limits
+from peerllm.engine.wire.parcels import from_frame, head_limits, source_limits, stage_limits
 from peerllm.engine.wire.state_frames import from_state_frame, state_limits
 from peerllm.errors import AuthenticationError, BadInputError, LinkError, RefusedError
 from peerllm.transport.identity import load
@@ -112,7 +112,8 @@ class DataLinks:
         if spec.upstream not in (None, self._device):
             self._plane.expect(spec.upstream, Inlet(STEP, stage_limits(spec, hidden_size), self._deliver))
         if spec.stage == 0 and spec.head_device != self._device:
-            self._plane.expect(spec.head_device, Inlet(STEP, source_limits(spec), self._deliver))
+            inlet = Inlet(STEP, source_limits(spec), self._deliver)
+            self._plane.expect(spec.head_device, inlet, accepted=self._head_linked)
 
         kept = [shard.state_forms(spec.first_layer, spec.last_layer) for shard in fresh if spec.state_from]
         forms = StateForms(*({block: arrays for one in some for block, arrays in one.items()}
@@ -137,16 +138,23 @@ class DataLinks:
         if known is None:
             raise RefusedError(f"epoch {message.epoch} of this deployment is not loaded here")
         wanted = {
-            stage: (spec.downstream, most_under_way(spec, known.hidden_size))
+            stage: (spec, spec.downstream, most_under_way(spec, known.hidden_size))
             for stage, spec in known.specs.items()
             if spec.downstream is not None and (stage not in known.links or known.links[stage].closed)
         }
         dials = [
             asyncio.create_task(
-                self._dial(hop, message.deployment, message.epoch, partial(self._timed, hop.device), {STEP: bound}),
+                self._dial(
+                    hop,
+                    message.deployment,
+                    message.epoch,
+                    partial(self._timed, hop.device),
+                    {STEP: bound},
+                    [Inlet(STEP, head_limits(spec), self._deliver)] if spec.stage == spec.stages - 1 else (),
+                ),
                 name=f"dial stage {hop.stage} {message.deployment[:8]}",
             )
-            for hop, bound in wanted.values()
+            for spec, hop, bound in wanted.values()
         ]
         try:
             links = await asyncio.gather(*dials)
@@ -202,6 +210,9 @@ class DataLinks:
                 if asyncio.get_running_loop().time() >= deadline:
                     raise
             await asyncio.sleep(CONNECT_PAUSE_S)
+
+    def _head_linked(self, link: Link) -> None:
+        self._inbox.put(HeadLinked(link), always=True)
 
     def _deliver(self, delivery: Delivery) -> None:
         """Into the inbox, on whichever thread reads; the channel's credit bounds how many frames wait there."""

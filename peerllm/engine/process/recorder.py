@@ -34,6 +34,7 @@ _KINDS: dict[FrameKind, SpanKind] = {  # of steps; state that is carried is not 
     FrameKind.TOKEN: "token",
     FrameKind.RELEASE: "release",
     FrameKind.OPEN: "open",
+    FrameKind.MASK: "mask",
 }
 
 

@@ -6,6 +6,7 @@ Compute thread only. What leaves the device goes to a Link, what reaches the end
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from peerllm.engine.wire.parcels import (
     ALL_SEQUENCES,
     DTYPES,
     Drawn,
+    Masked,
     Opened,
     Parcel,
     Released,
@@ -80,6 +82,7 @@ class EpochRing:
         self._schedule, self._tell, self._counts, self._void = schedule, tell, counts, void
         self._shards = shards
         self._outlets: dict[int, Link] = {}  # by the stage that sends
+        self._way_back: Link | None = None  # from the head on another device, which can also be told something on it
         self._reported: set[DeviceId] = set()  # told to the daemon as lost
 
     @property
@@ -127,11 +130,26 @@ class EpochRing:
                 if stage.release(sequence, 0 if reason else keep):
                     self._schedule.drop((self.id, self.epoch, index), sequence)
                 self._pass_on(index, parcel)
+            case Masked():
+                self.computed(index, *stage.masked(parcel))
             case Drawn(runs, tokens):
                 if all(run.through >= 0 and token is None for run, token in zip(runs, tokens, strict=True)):
                     self._pass_on(index, parcel)
                 else:
                     self._counts.dropped_frames += len(runs)
+
+    def tell_head(self, masked: Masked) -> None:
+        """To the stage that draws, past those between; if it cannot be told now, it is told when its link stands."""
+        head = self.count - 1
+        if head in self.stages:
+            self.give(head, masked)
+        elif self._way_back is not None:
+            with suppress(LinkError):  # whoever reads the link tells that it is lost
+                self._way_back.send(to_frame(masked, self.id, self.epoch, head))
+
+    def head_linked(self, link: Link) -> None:
+        """On the source: the head on another device has dialled."""
+        self._way_back = link
 
     def computed(self, index: int, result: TokenBatch | Drawn | None, failed: Failures) -> None:
         """Hand on what a stage computed; the sequences that failed there end."""

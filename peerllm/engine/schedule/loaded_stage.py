@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from peerllm.engine.base import Draw, Floats, Sampler
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.schedule.held_shard import HeldShard
-from peerllm.engine.wire.parcels import Drawn, Opened, TokenBatch, first_attempt, quantised
+from peerllm.engine.wire.parcels import Drawn, Masked, Opened, TokenBatch, first_attempt, quantised
 from peerllm.engine.wire.state_frames import CarriedPart
 from peerllm.errors import EngineError, FrameError
 from peerllm.transport.frames.token_run import TokenRun
@@ -22,6 +23,15 @@ NOT_FINITE = "the model computed hidden states that are no finite numbers; try -
 Failures = list[tuple[TokenRun, str]]  # runs of a batch whose sequences cannot go on, and why
 
 
+@dataclass(slots=True)
+class _Drawing:
+    """What the head knows of one sequence."""
+
+    sampling: Sampling
+    ids: list[int]  # the answer so far
+    undrawn: tuple[TokenRun, Floats] | None = None  # logits [1, vocabulary] after this run, whose mask is not there
+
+
 class LoadedStage:
     """The layers of one LoadStage: shards, one after the other, that stages of other epochs may use too."""
 
@@ -29,7 +39,8 @@ class LoadedStage:
         self.spec, self.chain = spec, tuple(chain)
         self.is_head = spec.stage == spec.stages - 1
         self._sampler = sampler
-        self._answers: dict[int, tuple[Sampling, list[int]]] = {}  # at the head, by sequence: its ids so far
+        self._answers: dict[int, _Drawing] = {}  # at the head, by sequence
+        self._masks: dict[int, Masked] = {}  # at the head, by slot: the last; it may come before its sequence's OPEN
         # By sequences in a batch of steps: passes, mean ms, variance in ms².
         self._paces: dict[int, tuple[int, float, float]] = {}
 
@@ -84,7 +95,7 @@ class LoadedStage:
                 opened = opened.lacks(one.last_layer, found)
         if self.is_head:  # an OPEN may have ended another sequence, whose RELEASE does not come
             self._answers = {one: known for one, known in self._answers.items() if one in self}
-            self._answers[sequence] = opened.sampling, list(answer)
+            self._answers[sequence] = _Drawing(opened.sampling, list(answer))
         return opened
 
     def take_part(self, carried: CarriedPart) -> None:
@@ -143,21 +154,45 @@ class LoadedStage:
             raise EngineError(f"the shard gave {logits.shape[0]} rows of logits for {asked} tokens to draw")
         drawn: list[tuple[TokenRun, int | None]] = []
         failed: Failures = []
-        row = 0
+        row = -1
         for run in runs:
             if not run.sample:
                 drawn.append((run, None))
                 continue
-            sampling, ids = self._answers[run.sequence]
+            row += 1
+            own = logits[row : row + 1]
+            if run.masked and self._mask(run) is None:
+                self._answers[run.sequence].undrawn = run, own.copy()
+                continue
             try:
-                (token,) = self._sampler(logits[row : row + 1], [Draw(sampling, run.position + run.length, ids)])
+                drawn.append((run, self._pick(run, own)))
             except EngineError as error:
                 failed.append((run, str(error)))
-            else:
-                ids.append(token)
-                drawn.append((run, token))
-            row += 1
         return (Drawn(*zip(*drawn, strict=True)) if drawn else None), failed
+
+    def masked(self, masked: Masked) -> tuple[Drawn | None, Failures]:
+        """At the head: a mask has come. What was computed before it is drawn now."""
+        self._masks[masked.slot] = masked
+        known = self._answers.get(masked.sequence)
+        if known is None or known.undrawn is None or self._mask(known.undrawn[0]) is None:
+            return None, []
+        (run, logits), known.undrawn = known.undrawn, None
+        try:
+            return Drawn([run], [self._pick(run, logits)]), []
+        except EngineError as error:
+            return None, [(run, str(error))]
+
+    def _mask(self, run: TokenRun) -> bytes | None:
+        """That for the token after a run, if it is there."""
+        masked = self._masks.get(run.slot)
+        place = run.sequence, run.position + run.length
+        return masked.mask if masked is not None and (masked.sequence, masked.position) == place else None
+
+    def _pick(self, run: TokenRun, logits: Floats) -> int:
+        known, mask = self._answers[run.sequence], self._mask(run) if run.masked else None
+        (token,) = self._sampler(logits, [Draw(known.sampling, run.position + run.length, known.ids, mask)])
+        known.ids.append(token)
+        return token
 
 
 def steps_only(runs: Sequence[TokenRun]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from peerllm.engine.masks.mask_maker import MadeMask, MaskMaker
 from peerllm.engine.messages import FromEngine, Submit, Switch
 from peerllm.engine.schedule.batching import Scheduler
 from peerllm.engine.schedule.epoch_ring import EpochRing, RingCounts, StageKey
@@ -29,10 +30,12 @@ class LocalDeployment:
         schedule: Scheduler[StageKey],
         tell: Callable[[FromEngine], None],
         counts: RingCounts | None = None,
+        masks: MaskMaker | None = None,
     ) -> None:
+        """`masks` makes those of constrained answers."""
         self.id, self.rings = identity, dict[int, EpochRing]()
         self.feed: SourceFeed | None = None  # on the source
-        self._schedule, self._tell, self._counts = schedule, tell, counts or RingCounts()
+        self._schedule, self._tell, self._counts, self._masks = schedule, tell, counts or RingCounts(), masks
 
     @property
     def shards(self) -> tuple[HeldShard, ...]:
@@ -73,6 +76,14 @@ class LocalDeployment:
         if ring is not None:
             ring.arrived(stage, parcels)
 
+    def head_linked(self, epoch: int, link: Link) -> None:
+        """The head of an epoch, on another device, has dialled this one, which is its source."""
+        ring = self.rings.get(epoch)
+        if ring is not None:
+            ring.head_linked(link)
+            if self.feed is not None:
+                self.feed.head_linked(ring)
+
     def state_came(self, epoch: int, stage: int, carried: CarriedPart) -> None:
         """A part of a sequence's state came for a stage of an epoch; it is dropped if it is of no use there."""
         try:
@@ -112,6 +123,11 @@ class LocalDeployment:
             raise BadInputError("sequences start on the device that holds the embedding; this one does not")
         self.feed.submit(order)
 
+    def mask_made(self, made: MadeMask) -> None:
+        """A constrained answer's next mask is there."""
+        if self.feed is not None:
+            self.feed.mask_made(made)
+
     def cancel(self, sequence: int) -> None:
         if self.feed is not None:
             self.feed.cancel(sequence)
@@ -130,7 +146,7 @@ class LocalDeployment:
     def _take_in(self, ring: EpochRing) -> None:
         """The first stage of an epoch is here. Without another epoch, sequences are fed in it at once."""
         if self.feed is None:
-            self.feed = SourceFeed(ring, self.rings, self._tell, self._counts)
+            self.feed = SourceFeed(ring, self.rings, self._tell, self._counts, masks=self._masks)
         ring.end = self.feed
         if self.feed.ring is None:
             self.feed.feed_in(ring)

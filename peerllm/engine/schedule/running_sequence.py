@@ -45,6 +45,7 @@ class RunningSequence:
     attempt: int = 0  # the number of its last OPEN
     awaited: bool = False  # which is to come back
     partial: int = 0  # how often it went back to what stages still held since it entered the epoch
+    mask: tuple[int, bytes] | None = None  # the last: for the place after so many ids of the answer
     exact: bool = False  # tokens that are computed again must go through the layers in the same runs as before
 
     def __post_init__(self) -> None:
@@ -64,7 +65,14 @@ class RunningSequence:
         again, kept = start < self.goal, self.fed == self.snapshot
         ends = self.fed >= len(self.order.prompt) and not again
         through = self.through if again else -1
-        return TokenRun(self.order.sequence, self.choice.slot, start, length, ends, kept, through)
+        masked = ends and self.order.constraint is not None
+        return TokenRun(self.order.sequence, self.choice.slot, start, length, ends, kept, through, masked)
+
+    @property
+    def due_mask(self) -> bytes | None:
+        """The mask for what is drawn next, once the tokens before it were fed; None: it is not there, or not due."""
+        count, mask = self.mask or (-1, None)
+        return mask if self.fed == len(self.order.prompt) + count else None
 
     @property
     def end(self) -> int:

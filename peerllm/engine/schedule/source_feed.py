@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 
+from peerllm.engine.masks.mask_maker import MadeMask, MaskMaker
 from peerllm.engine.messages import Done, Failed, FinishReason, FromEngine, Submit, Switch, Tokens
 from peerllm.engine.sampler import penalises
 from peerllm.engine.schedule.epoch_ring import EpochRing, RingCounts
@@ -39,6 +40,7 @@ class SourceFeed:
         tell: Callable[[FromEngine], None],
         counts: RingCounts,
         clock: Callable[[], float] = perf_counter,
+        masks: MaskMaker | None = None,
     ) -> None:
         first = ring.stages[0]
         spec, shard = first.spec, first.chain[0].shard
@@ -46,6 +48,7 @@ class SourceFeed:
         self.ring: EpochRing | None = ring
         self.sequences = SourceSequences(spec.deployment, *sizes, shard.reach, spec.cuts, spec.epoch)
         self._id, self._rings, self._tell, self._counts, self._clock = spec.deployment, rings, tell, counts, clock
+        self._masks, self._vocabulary = masks, shard.vocabulary
         self._turns = SCHEDULES[spec.schedule](spec.micro_batch, spec.micro_batches)
         self._switches: list[Switch] = []  # not answered yet
         self._fed_at = self._old_at = clock()  # when a sequence entered, or something came back; from an old epoch
@@ -63,9 +66,25 @@ class SourceFeed:
         except PeerLLMError as error:
             self._tell(Tokens(self._id, order.sequence, len(order.answer), (), "error", str(error)))
             return
+        if order.constraint is not None and self._masks is not None:
+            about = order.constraint, self._vocabulary, order.stop_ids, order.answer
+            self._masks.begin((self._id, order.sequence), *about)
         self.sequences.leave(order.sequence)
         self._enter_waiting()
         self._feed()
+
+    def mask_made(self, made: MadeMask) -> None:
+        """Which tokens a sequence may go on with is known; its step is on the way, or waits at the head for this."""
+        sequence = made.sequence
+        if sequence not in self.sequences.running:
+            return
+        if made.error or not any(made.mask):
+            self._finish(sequence, "error" if made.error else "stop", made.error)
+            self._answer_switches()
+            self._feed()
+        else:
+            self.sequences.take_mask(sequence, made.count, made.mask)
+            self._tell_head(sequence)
 
     def cancel(self, sequence: int) -> None:
         if sequence in self.sequences.running:
@@ -110,6 +129,7 @@ class SourceFeed:
     def close(self, reason: str) -> None:
         """End all sequences."""
         for sequence in self.sequences.running:
+            self._end_masks(sequence)
             tokens = self.sequences.end(sequence, "error", reason)
             if tokens is not None:
                 self._tell(tokens)
@@ -164,6 +184,12 @@ class SourceFeed:
         if ring is self.ring:
             self._enter_waiting()
             self._feed()
+
+    def head_linked(self, ring: EpochRing) -> None:
+        """The head can be told something now; what it waits for may have been lost."""
+        for sequence in self.sequences.running:
+            if self.sequences.epoch_of(sequence) == ring.epoch:
+                self._tell_head(sequence)
 
     def unloaded(self, ring: EpochRing) -> None:
         """The epoch has ended here."""
@@ -232,8 +258,22 @@ class SourceFeed:
             return
         for steps in self._turns.steps(source.prompting, source.prompts_under_way):
             ring.give(0, TokenBatch(steps, source.ids(steps)))
+            self._tell_head(*[step.sequence for step in steps if step.masked])
         for chunk in source.feed(self._turns.chunks(source.prompts_under_way)):
             ring.give(0, TokenBatch([chunk], source.ids([chunk])))
+            if chunk.masked:
+                self._tell_head(chunk.sequence)
+
+    def _tell_head(self, *sequences: int) -> None:
+        """What is known already of the masks that the head needs for what was fed."""
+        for sequence in sequences:
+            masked, ring = self.sequences.due_mask(sequence), self._rings.get(self.sequences.epoch_of(sequence) or 0)
+            if masked is not None and ring is not None:
+                ring.tell_head(masked)
+
+    def _end_masks(self, sequence: int) -> None:
+        if self._masks is not None:
+            self._masks.end((self._id, sequence))
 
     def _came_back(self, ring: EpochRing, run: TokenRun, token: int | None) -> None:
         sequence, source = run.sequence, self.sequences
@@ -248,7 +288,10 @@ class SourceFeed:
         self._turns.left(sequence)
         if tokens is not None:
             self._tell(tokens)
+        if run.masked and token is not None and sequence in source.running and self._masks is not None:
+            self._masks.advance((self._id, sequence), token)
         if sequence not in source.running:
+            self._end_masks(sequence)
             ring.give(0, Released(sequence, run.slot, keep=source.kept(run.slot)))
         elif step is not None and ring is self.ring:
             self._turns.due(step)
@@ -259,6 +302,7 @@ class SourceFeed:
         source = self.sequences
         slot, epoch = source.slot(sequence), source.epoch_of(sequence)
         self._turns.left(sequence)
+        self._end_masks(sequence)
         tokens = source.end(sequence, finish, error)
         if tokens is not None:
             self._tell(tokens)

@@ -20,7 +20,7 @@ from peerllm.engine.messages import FinishReason, LoadStage, Submit, Tokens
 from peerllm.engine.schedule.prompt_turns import PromptTurns
 from peerllm.engine.schedule.running_sequence import RunningSequence
 from peerllm.engine.state.prefix_cache import PrefixCache
-from peerllm.engine.wire.parcels import Opened, first_attempt
+from peerllm.engine.wire.parcels import Masked, Opened, first_attempt
 from peerllm.errors import BadInputError, FrameError, OverloadedError
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Cuts, DeploymentId, chunk_of
@@ -112,6 +112,19 @@ class SourceSequences:
     def kept(self, slot: int) -> int:
         """How many tokens the stages are to keep in a slot whose sequence has ended."""
         return self._idle.kept(slot)
+
+    def take_mask(self, sequence: int, count: int, mask: bytes) -> None:
+        """Which tokens a sequence may go on with after so many ids of its answer."""
+        if (running := self._running.get(sequence)) is not None:
+            running.mask = count, mask
+
+    def due_mask(self, sequence: int) -> Masked | None:
+        """What the head must know to draw after what was fed of a sequence last; None: nothing, or not known yet."""
+        running = self._running.get(sequence)
+        mask = None if running is None or running.epoch is None else running.due_mask
+        if running is None or mask is None:
+            return None
+        return Masked(sequence, running.choice.slot, running.fed, mask)
 
     def submit(self, order: Submit) -> int:
         """Takes a sequence in and returns its slot; BadInputError or OverloadedError says why it cannot."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
@@ -30,6 +31,7 @@ from peerllm.types import Sampling
 ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment
 NO_TOKEN = -1  # in a TOKEN: the run passed the head, which was not to draw
 MAX_REASON_BYTES = 512
+MAX_MASK_BYTES = 128 << 10  # of a mask: a million tokens
 
 DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
 _Entry = tuple[int, int, int, int, int]
@@ -104,7 +106,20 @@ class Released:
     keep: int = 0
 
 
-Parcel = Opened | TokenBatch | Drawn | Released
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """Which tokens the head may draw for the place `position` of a sequence: a bit for each id, the lowest first.
+
+    It goes from the source straight to the head, past the stages between: a mask tells much of the answer's text.
+    """
+
+    sequence: int
+    slot: int
+    position: int
+    mask: bytes
+
+
+Parcel = Opened | TokenBatch | Drawn | Released | Masked
 
 
 def first_attempt(epoch: int) -> int:
@@ -151,6 +166,10 @@ def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
             kind, runs = FrameKind.RELEASE, (TokenRun(sequence, slot, keep, 0),)
             text = reason.encode(errors="replace")[:MAX_REASON_BYTES]
             tensors = (NamedTensor.of("reason", "U8", (len(text),), text),) if text else ()
+        case Masked(sequence, slot, position, mask):
+            kind, runs = FrameKind.MASK, (TokenRun(sequence, slot, position, 0),)
+            small = zlib.compress(mask, 1)  # mostly to some tens of bytes, and never to much more than it was
+            tensors = (NamedTensor.of("mask", "U8", (len(small),), small),)
     return Frame(kind, deployment, epoch, stage, runs, tensors)
 
 
@@ -182,6 +201,9 @@ def from_frame(frame: Frame) -> list[Parcel]:
             reason = frame.tensor("reason")
             text = "" if reason is None else bytes(reason.data).decode(errors="replace")
             return [Released(run.sequence, run.slot, text, run.position) for run in frame.runs]
+        case FrameKind.MASK:
+            mask = _inflated(_require(frame, "mask"))
+            return [Masked(run.sequence, run.slot, run.position, mask) for run in frame.runs]
         case _:
             raise FrameError(f"{frame.kind.name} is no frame of a step")
 
@@ -198,12 +220,20 @@ def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
         **scale,
         "answer": TensorLimit(("I64",), 1, max_elements=spec.context, kinds=(FrameKind.OPEN,)),
     }
-    return _limits(spec, spec.stage, tuple(STEP.kinds), tensors)
+    return _limits(spec, spec.stage, tuple(kind for kind in STEP.kinds if kind is not FrameKind.MASK), tensors)
 
 
 def source_limits(spec: LoadStage) -> FrameLimits:
     """What the link from the head back to the source may carry."""
     return _limits(spec, spec.stages, (FrameKind.TOKEN, FrameKind.RELEASE, FrameKind.OPEN), {})
+
+
+def head_limits(spec: LoadStage) -> FrameLimits:
+    """What the source may send to the head of `spec` on the link that brings it tokens."""
+    mask = TensorLimit(("U8",), 1, max_elements=MAX_MASK_BYTES, required=True, kinds=(FrameKind.MASK,))
+    return FrameLimits(
+        spec.deployment, spec.epoch, spec.stage, (FrameKind.MASK,), 1, spec.slots, spec.context, 1, {"mask": mask}
+    )
 
 
 def _limits(spec: LoadStage, stage: int, kinds: tuple[FrameKind, ...], tensors: dict[str, TensorLimit]) -> FrameLimits:
@@ -251,6 +281,17 @@ def _read_sampling(frame: Frame, row: int) -> Sampling:
         return Sampling(temperature, top_p, int(top_k), min_p, repetition, presence, frequency, seed)
     except (ValueError, OverflowError) as error:
         raise FrameError(f"bad sampling: {error}") from error
+
+
+def _inflated(small: NamedTensor) -> bytes:
+    inflating = zlib.decompressobj()
+    try:
+        mask = inflating.decompress(small.data, MAX_MASK_BYTES)
+    except zlib.error as error:
+        raise FrameError(f"a mask that cannot be inflated: {error}") from error
+    if not inflating.eof or inflating.unused_data:
+        raise FrameError("a mask that is too long, or not whole")
+    return mask
 
 
 def _require(frame: Frame, name: str) -> NamedTensor:

@@ -15,6 +15,7 @@ from peerllm.transport.frames.layout import (
     HEADER,
     KIND_AT,
     MAGIC,
+    MASKED,
     RUN,
     SAMPLE,
     SIZE,
@@ -97,11 +98,11 @@ def _runs(head: memoryview, count: int, kind: FrameKind, limits: FrameLimits) ->
             raise FrameRefused(Rule.EMPTY_RUN, f"slot {slot}")
         if position + length > limits.context:
             raise FrameRefused(Rule.CONTEXT, f"{position} + {length} tokens of {limits.context}")
-        if flags & ~(SAMPLE | SNAPSHOT):
+        if flags & ~(SAMPLE | SNAPSHOT | MASKED):
             raise FrameRefused(Rule.FLAGS, f"{flags:#x}")
         slots.add(slot)
         sample, snapshot = bool(flags & SAMPLE), bool(flags & SNAPSHOT)
-        runs.append(TokenRun(sequence, slot, position, length, sample, snapshot, after - 1))
+        runs.append(TokenRun(sequence, slot, position, length, sample, snapshot, after - 1, bool(flags & MASKED)))
     return tuple(runs)
 
 

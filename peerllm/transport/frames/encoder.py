@@ -5,7 +5,7 @@ from __future__ import annotations
 from struct import error as StructError
 
 from peerllm.transport.frames.frame import DTYPE_CODES, Frame
-from peerllm.transport.frames.layout import HEADER, MAGIC, RUN, SAMPLE, SIZE, SNAPSHOT, TENSOR, VERSION, padding
+from peerllm.transport.frames.layout import HEADER, MAGIC, MASKED, RUN, SAMPLE, SIZE, SNAPSHOT, TENSOR, VERSION, padding
 
 
 def encode_buffers(frame: Frame) -> list[bytes | memoryview]:
@@ -27,7 +27,7 @@ def _head(frame: Frame) -> bytes:
         raise ValueError(f"deployment {frame.deployment!r} is not 32 hex digits")
     table = bytearray()
     for run in frame.runs:
-        flags = SAMPLE * run.sample | SNAPSHOT * run.snapshot
+        flags = SAMPLE * run.sample | SNAPSHOT * run.snapshot | MASKED * run.masked
         table += RUN.pack(run.sequence, run.slot, run.position, run.length, flags, run.through + 1)
     for tensor in frame.tensors:
         name = tensor.name.encode("ascii")

@@ -26,6 +26,7 @@ class FrameKind(IntEnum):
     KEY_VALUE = 6  # what a slot keeps, on its way to another device
     GRADIENT = 7  # of hidden states, on the way back through the stages
     ECHO = 8  # nothing but bytes, to time a link with
+    MASK = 9  # which tokens the head may pick, from the source
 
 
 # Element types, named as in safetensors; on the wire they are counted from 1.

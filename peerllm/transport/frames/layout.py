@@ -12,7 +12,7 @@ ALIGNMENT = 8  # bytes; header and every payload end on a multiple
 HEADER = Struct("<4sBBHI16sHHII")
 KIND_AT = 5
 RUN = Struct("<QIIIHH")  # sequence, slot, position, length, flags, 1 + the last layer that computes it (0: all do)
-SAMPLE, SNAPSHOT = 1, 2  # flags of a run
+SAMPLE, SNAPSHOT, MASKED = 1, 2, 4  # flags of a run
 TENSOR = Struct("<BBBB")  # name bytes, dtype code, rank, reserved (0); then rank sizes, then the name
 SIZE = Struct("<I")
 

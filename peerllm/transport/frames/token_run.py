@@ -20,6 +20,7 @@ class TokenRun:
     sample: bool = False  # the head picks a token after the run's last position
     snapshot: bool = False  # every stage keeps a copy of its recurrent states after it, in place of an earlier one
     through: int = -1  # computed again, by layers up to this one, whose stage answers in the head's place; -1: by all
+    masked: bool = False  # the head picks among the tokens that a mask allows, which comes to it by another way
 
     @property
     def is_step(self) -> bool:

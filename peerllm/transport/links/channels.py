@@ -40,7 +40,7 @@ class LinkChannel:
 STEP = LinkChannel(
     number=1,
     name="step",
-    kinds=(FrameKind.ACTIVATION, FrameKind.TOKEN, FrameKind.RELEASE, FrameKind.OPEN),
+    kinds=(FrameKind.ACTIVATION, FrameKind.TOKEN, FrameKind.RELEASE, FrameKind.OPEN, FrameKind.MASK),
     credit_bytes=64 << 20,
     bound_bytes=64 << 20,  # an engine sets it to what its plan lets be under way
     reader="compute",

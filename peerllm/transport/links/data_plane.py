@@ -28,6 +28,7 @@ MAX_EXPECTED = 16_384  # links this device expects at once; each of 64 coordinat
 MAX_TIMED = 64  # timings of one echo that wait to be read
 
 OnLost = Callable[[Link], None]
+OnAccepted = Callable[[Link], None]
 # Deployment, epoch, stage; and the sender, if it brings slots' state, which several may.
 Key = tuple[DeploymentId, int, int] | tuple[DeploymentId, int, int, DeviceId]
 ECHO_KEY: Key = (NOBODY, 0, 0)
@@ -55,7 +56,7 @@ class DataPlane:
         self._observer = observer
         self._on_lost = on_lost or (lambda link: None)
         self._on_echo = on_echo or (lambda delivery: delivery.taken())
-        self._expected: dict[Key, tuple[DeviceId, Sequence[Inlet]]] = {}
+        self._expected: dict[Key, tuple[DeviceId, Sequence[Inlet], OnAccepted]] = {}
         self._accepted: dict[Key | DeviceId, Link] = {}  # by what they were expected for; echoes by device
         self._links: set[Link] = set()  # both ways; also those that only say goodbye
         loop = asyncio.get_running_loop()
@@ -93,10 +94,12 @@ class DataPlane:
                 link.abort("the device was removed from the household")
         self._acceptor.set_trusted(trusted)
 
-    def expect(self, sender: DeviceId, *inlets: Inlet, carries: bool = False) -> None:
+    def expect(
+        self, sender: DeviceId, *inlets: Inlet, carries: bool = False, accepted: OnAccepted | None = None
+    ) -> None:
         """From now on `sender` may dial the link that the inlets' limits name, and its frames are taken in there.
 
-        `carries`: it brings state, as other senders may.
+        `carries`: it brings state, as other senders may. `accepted` gets each link that is dialled, to send on it, too.
         """
         limits = inlets[0].limits
         key: Key = (limits.deployment, limits.epoch, limits.stage)
@@ -104,7 +107,7 @@ class DataPlane:
             key = (*key, sender)
         if key not in self._expected and len(self._expected) >= MAX_EXPECTED:
             raise BadInputError(f"this device already expects {MAX_EXPECTED} links")
-        self._expected[key] = (sender, inlets)
+        self._expected[key] = (sender, inlets, accepted or (lambda link: None))
 
     async def forget(self, deployment: DeploymentId, epoch: int | None = None, only: bool = False) -> None:
         """End the links of a deployment, both ways; none is reported lost.
@@ -177,12 +180,19 @@ class DataPlane:
             key = (*key, device)
         if (expected := self._expected.get(key)) is None:
             raise DeclinedError(HTTPStatus.NOT_FOUND)
-        sender, inlets = expected
+        sender, inlets, accepted = expected
         if device != sender:
             raise DeclinedError(HTTPStatus.FORBIDDEN)
-        return partial(self._accept, key, inlets, self._observer)
+        return partial(self._accept, key, inlets, self._observer, accepted=accepted)
 
-    def _accept(self, key: Key, inlets: Sequence[Inlet], observer: LinkObserver, connection: Connection) -> None:
+    def _accept(
+        self,
+        key: Key,
+        inlets: Sequence[Inlet],
+        observer: LinkObserver,
+        connection: Connection,
+        accepted: OnAccepted = lambda link: None,
+    ) -> None:
         """It takes the place of the one before."""
         place = connection.device if key == ECHO_KEY else key
         previous = self._accepted.get(place)
@@ -198,6 +208,7 @@ class DataPlane:
         self._accepted[place] = self._kept(link)
         if previous is not None:
             previous.replace()
+        accepted(link)
 
     def _dialled(self, connection: Connection, key: Key, inlets: Sequence[Inlet] = (), **how: Any) -> Link:
         """Where no frames come back the loop reads: grants and PONGs must not wake who waits for frames."""

@@ -24,7 +24,7 @@ from peerllm.engine.schedule.local_deployment import LocalDeployment
 from peerllm.engine.schedule.running_sequence import chunk_length
 from peerllm.engine.state.arriving_state import ArrivingSlot, state_forms
 from peerllm.engine.state.state_kinds import LayerState, TokenArray
-from peerllm.engine.wire.parcels import from_frame, source_limits, stage_limits
+from peerllm.engine.wire.parcels import from_frame, head_limits, source_limits, stage_limits
 from peerllm.errors import LinkError
 from peerllm.transport.frames.decoder import decode
 from peerllm.transport.frames.frame import Frame
@@ -165,18 +165,20 @@ class Wire:
 
 
 class Device:
-    def __init__(self, tell: Any) -> None:
+    def __init__(self, tell: Any, masks: Any = None) -> None:
         self.schedule: Scheduler[Any] = Scheduler()
         self.counts = RingCounts()
-        self.deployment = LocalDeployment(DEPLOYMENT, self.schedule, tell, self.counts)
+        self.deployment = LocalDeployment(DEPLOYMENT, self.schedule, tell, self.counts, masks)
         self.frozen = False
 
 
 class World:
-    def __init__(self, kind: str, slots: int) -> None:
-        self.kind, self.slots = kind, slots
+    def __init__(self, kind: str, slots: int, masks: Any = None, sampler: Any = None) -> None:
+        """`masks` are made at the first device, its `sampler` minds them."""
+        self.kind, self.slots, self.sampler = kind, slots, sampler or _greedy
         self.told: list[Any] = []
-        self.devices = [Device(self.told.append) for _ in range(DEVICES)]
+        self.devices = [Device(self.told.append, None if number else masks) for number in range(DEVICES)]
+        self.ways_back: dict[int, Wire] = {}  # by epoch, from the source to a head elsewhere
         self.wires: dict[tuple[int, int], Wire] = {}  # by epoch and the stage that sends
         self.epoch = 0
         self.cuts: dict[int, list[tuple[int, int]]] = {}
@@ -202,7 +204,7 @@ class World:
                 part = replace(spec, first_layer=begin, last_layer=end)
                 chain.append(HeldShard.of(part, Layers(self.kind, self.slots, begin, end)))  # type: ignore[arg-type]
             chain.sort(key=lambda one: one.first_layer)
-            self.devices[home].deployment.loaded(LoadedStage(spec, chain, _greedy))
+            self.devices[home].deployment.loaded(LoadedStage(spec, chain, self.sampler))
         outlets: dict[int, dict[int, Wire]] = {}
         for spec, (home, _) in zip(specs, cut, strict=True):
             if spec.downstream is not None:
@@ -210,6 +212,9 @@ class World:
                 limits = stage_limits(specs[place + 1], 1) if place + 1 < len(cut) else source_limits(specs[0])
                 wire = self.wires[self.epoch, place] = Wire(home, cut[(place + 1) % len(cut)][0], limits)
                 outlets.setdefault(home, {})[place] = wire
+        if cut[-1][0] != cut[0][0]:
+            back = self.ways_back[self.epoch] = Wire(cut[0][0], cut[-1][0], head_limits(specs[-1]))
+            self.devices[cut[0][0]].deployment.head_linked(self.epoch, back)  # type: ignore[arg-type]
         for home in {home for home, _ in cut}:
             self.devices[home].deployment.linked(self.epoch, outlets.get(home, {}))  # type: ignore[arg-type]
 
@@ -217,6 +222,11 @@ class World:
         wire, (epoch, place) = self.wires[key], key
         frame = decode(wire.frames.popleft(), wire.limits)
         self.devices[wire.ends[1]].deployment.arrived(epoch, place + 1, from_frame(frame))
+
+    def deliver_back(self, epoch: int) -> None:
+        wire = self.ways_back[epoch]
+        frame = decode(wire.frames.popleft(), wire.limits)
+        self.devices[wire.ends[1]].deployment.arrived(epoch, frame.stage, from_frame(frame))
 
     def compute(self, home: int) -> bool:
         device = self.devices[home]

@@ -22,7 +22,7 @@ from peerllm.errors import PeerLLMError, UnavailableError
 from peerllm.types import DeploymentId
 
 MODEL_WAIT_S = 120.0  # seconds until the model must be served here
-FORM: Literal[2] = 2  # of what one device's API tells another's
+FORM: Literal[3] = 3  # of what one device's API tells another's
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class KeptForm(Struct, frozen=True):
     """What another device's API needs besides tokens to go on with an answer."""
 
-    form: Literal[2]
+    form: Literal[3]
     key: Annotated[str, Meta(max_length=MAX_KEY_CHARS)]
     fingerprint: bytes
     payer: str
@@ -39,12 +39,14 @@ class KeptForm(Struct, frozen=True):
     chat: bool  # as in BegunAnswer
     fleeting: bool
     calls: CallsWanted = CallsWanted()
+    grammar: str = ""  # of a constrained answer
 
 
-def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, wanted: Generation) -> str:
+def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, wanted: Generation, grammar: str = "") -> str:
     """What is to be kept of an answer: a KeptForm."""
     chat, calls = bool(wanted.messages), wanted.calls()
-    kept = KeptForm(FORM, repeat.key, repeat.fingerprint, payer, wanted.stops, begins, chat, repeat.fleeting, calls)
+    key, fingerprint, fleeting = repeat.key, repeat.fingerprint, repeat.fleeting
+    kept = KeptForm(FORM, key, fingerprint, payer, wanted.stops, begins, chat, fleeting, calls, grammar)
     return msgspec.json.encode(kept).decode()
 
 
@@ -72,6 +74,7 @@ async def _begin(app: web.Application, answer: InheritedAnswer, kept: KeptForm) 
         patience_s=MODEL_WAIT_S,
         answer=answer.ids,
         kept=answer.kept,
+        constraint=text.constraint(kept.grammar),
     )
     chat = answer.prompt if kept.chat else None
     chunks, silent = _chunks(app, wanted), frozenset(model.stop_ids)

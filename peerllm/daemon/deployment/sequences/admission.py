@@ -237,10 +237,8 @@ class Admission:
         sequence.submitted = sequence.submitted or time.monotonic()
         self._running[sequence.number] = request.client
         stop_ids = () if request.ignore_stop else room.stop_ids
-        prompt, sampling = tuple(request.prompt), request.sampling
-        self._tell(
-            Submit(self._deployment, sequence.number, prompt, fits, stop_ids, sampling, request.client, answer=known)
-        )
+        prompt, how = tuple(request.prompt), (stop_ids, request.sampling, request.client, known, request.constraint)
+        self._tell(Submit(self._deployment, sequence.number, prompt, fits, *how))
         sequence.events.put_nowait(None)
 
     def _resume(self, numbers: list[int]) -> None:
