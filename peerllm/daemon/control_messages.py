@@ -122,6 +122,17 @@ class DeploymentView:
     missing_bytes: int = 0  # memory that the household lacks for it; 0: none, or it is not known
     succeeds: DeploymentId = ""  # the deployment that this one was begun anew for
     stays: bool = False  # its coordinator gives way to no other that goes on with the same
+    expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
+
+
+@dataclass(frozen=True, slots=True)
+class DiskModel:
+    """A model whose files a device has, so that it can be started there; `made`: unix seconds."""
+
+    name: str
+    model: str  # as `run` is told it
+    nbytes: int
+    made: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +162,7 @@ class DeviceView:
     holdings: tuple[Holding, ...] = ()
     leaving: str = ""  # why it asks to hold nothing any more (going down, paused, on battery); "": it does not
     obeyed: Mapping[DeploymentId, DeviceId] = field(default_factory=dict)  # whom, where it is of another's plan
+    on_disk: tuple[DiskModel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from peerllm.daemon.control_messages import DeviceView, Hello
+from peerllm.daemon.control_messages import DeviceView, DiskModel, Hello
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_names import device_called
 from peerllm.daemon.decide.device_profiles import link_profiles
@@ -42,7 +42,7 @@ from peerllm.daemon.owner.machine_reading import read_machine
 from peerllm.daemon.relay import relay_door
 from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
-from peerllm.daemon.status.household_models import HouseholdModels
+from peerllm.daemon.status.household_models import HouseholdModels, idle_models
 from peerllm.daemon.status.status import (
     deployments_of,
     engine_entry,
@@ -53,6 +53,7 @@ from peerllm.daemon.status.status import (
 )
 from peerllm.daemon.successor.successor import Successor
 from peerllm.daemon.weights.digests import Digests
+from peerllm.daemon.weights.disk_models import DiskModels
 from peerllm.daemon.weights.exchange.holders import ROUTE
 from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
 from peerllm.daemon.weights.hub import token
@@ -104,6 +105,7 @@ class Daemon:
         self.digests = Digests(data / "digests.json")
         peers, most = NetworkPeers(network), self.settings.cache_bytes
         self.store = await asyncio.to_thread(WeightStore, data / "weights", me, peers, most)
+        self.disk_models = DiskModels(data, self.poke)
         self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
@@ -156,11 +158,13 @@ class Daemon:
         await engine.measure()
         await self._assemble(limits)
         self._started = True
+        self._closing.push_async_callback(self.disk_models.close)
         self._closing.push_async_callback(self._let_go)
         self._closing.push_async_callback(self.lending.close)
         await self.lending.start()
         await self.network.start()
         await self.store.prune()
+        await self.disk_models.refresh()
         self.household_events.first_look()
         await self.successor.others_heard()
         await self.coordinator.start(lambda deployment: self.successor.models.load(deployment).at_hand)
@@ -242,7 +246,12 @@ class Daemon:
         own = self.coordinator.served()
         here = {model.deployment for model in own if model.state != "stopped"}
         others = self.household_models.others(self.home.name)
-        return [*own, *(model for model in others if model.deployment not in here)]
+        running = [*own, *(model for model in others if model.deployment not in here)]
+        self.disk_models.look()
+        peers = self.network.peers().items()
+        disks = [(d, peer.view.on_disk) for d, peer in peers if peer.state == "online" and peer.view is not None]
+        asleep = [DiskModel(one.name, one.model, 0, 0) for one in self.coordinator.asleep]
+        return [*running, *idle_models(running, [("", asleep), ("", self.disk_models.listed), *disks])]
 
     def relay(
         self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes
@@ -265,6 +274,12 @@ class Daemon:
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
         return await self.coordinator.run(options, progress)
+
+    async def start_model(self, model: str) -> None:
+        await self.coordinator.wake(model)
+
+    async def keep(self, deployment: DeploymentId, keep_alive_s: float | None) -> None:
+        await self.coordinator.keep(deployment, keep_alive_s)
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         return await self.coordinator.figures.preview(options, progress)
@@ -347,6 +362,7 @@ class Daemon:
             holdings=self.worker.holdings(),
             leaving=self.ledger.leaving,
             obeyed=self.successor.obeyed,
+            on_disk=self.disk_models.listed,
         )
 
     def poke(self) -> None:

@@ -27,6 +27,9 @@ def short_name(model: str) -> str:
     return _PART.sub("", name[: -len(_GGUF)]) if name.lower().endswith(_GGUF) and len(name) > len(_GGUF) else name
 
 
+IDLE_MODEL = "idle"  # the state of a model that is on a disk and does not run
+
+
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """What `peerllm run` asks for. `context` and `slots` None: chosen by the coordinator."""
@@ -42,6 +45,7 @@ class RunOptions:
     schedule: ScheduleName = "no-bubble"  # the others are there to compare with
     activations: Activations = "auto"  # how hidden states travel
     name: str = ""  # what the deployment is to be called; "": its `short_name`
+    on_demand: bool = False  # a request started it, and no person: it is unloaded when nobody asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,10 @@ class RunProgress:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A deployment of the household as the API needs it; only its source has `model_dir` and `stop_ids`."""
+    """A deployment of the household as the API needs it; only its source has `model_dir` and `stop_ids`.
+
+    One that is on a disk and not running has the state IDLE_MODEL and no deployment.
+    """
 
     deployment: DeploymentId
     name: str  # what clients put in "model"; `model` is understood as well
@@ -70,6 +77,9 @@ class ServedModel:
     progress: float = 0.0  # ... and how much of that is done, 0 to 1
     missing_bytes: int = 0  # memory that the household lacks for it
     source: DeviceId = ""  # the device that answers for it; "": this one, or none now
+    names: frozenset[str] = frozenset()  # in lower case, all by which it is understood besides
+    expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
+    disk_bytes: int = 0  # of its files, where it is known only as a model on a disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,7 @@ class GenerateRequest:
     patience_s: float | None = None  # how long it waits for a deployment that does not serve; None: as usual
     answer: Sequence[int] = ()  # ids of the answer that are known already: it goes on after them
     kept: str = ""  # what the API needs to go on with the answer on another device; "": it ends with this one
+    keep_alive_s: float | None = None  # how long the model stays loaded after it; below 0: for good, None: as usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +179,14 @@ class Household(Protocol):
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
         """The deployment's name, when it serves (at once if it does already); raises with the reason if it will not."""
+        ...
+
+    async def start_model(self, model: str) -> None:
+        """Start a model that is on this disk, for requests; returns when it serves, raises why it does not."""
+        ...
+
+    async def keep(self, deployment: DeploymentId, keep_alive_s: float | None) -> None:
+        """A request that says only how long the model stays loaded; 0: it is unloaded when this returns."""
         ...
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:

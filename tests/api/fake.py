@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +299,22 @@ class FakeHousehold:
             return options.name or options.model.rpartition("/")[2]
         finally:
             self.run_done.set()
+
+    async def start_model(self, model: str) -> None:
+        self.calls.append(("start", model))
+        self.asked.set()
+        if self.run_gate is not None:
+            await self.run_gate.wait()
+        if self.run_error:
+            raise self.run_error
+        self.served = [
+            replace(self.model, name=one.name, model=one.model, names=one.names) if one.model == model else one
+            for one in self.served
+        ]
+        self.touch()
+
+    async def keep(self, deployment: str, keep_alive_s: float | None) -> None:
+        self.calls.append(("keep", deployment, keep_alive_s))
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         self.calls.append(("preview", options))

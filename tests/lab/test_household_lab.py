@@ -33,8 +33,17 @@ def devices(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list
     """Default ports; the second device offers its API to the whole LAN."""
     root = tmp_path_factory.mktemp("lab")
     memory = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT), len(NAMES))
-    made = [Device(root / name, name, memory=str(memory[host]), prefix=lab.argv(host, []), port=8643,
-                   api="0.0.0.0:8642" if host == 1 else "127.0.0.1:8642") for host, name in enumerate(NAMES)]
+    made = [
+        Device(
+            root / name,
+            name,
+            memory=str(memory[host]),
+            prefix=lab.argv(host, []),
+            port=8643,
+            api="0.0.0.0:8642" if host == 1 else "127.0.0.1:8642",
+        )
+        for host, name in enumerate(NAMES)
+    ]
     try:
         for device in made:
             device.start()
@@ -48,15 +57,22 @@ def devices(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list
 
 def intrude(lab: Lab, directory: Path, hosts: list[int]) -> dict[str, dict[str, str]]:
     directory.mkdir(parents=True, exist_ok=True)
-    done = lab.run(INTRUDER, [sys.executable, "-m", "tests.lab.intruder", directory,
-                              *(lab.address(host) for host in hosts)], timeout_s=300)
+    done = lab.run(
+        INTRUDER,
+        [sys.executable, "-m", "tests.lab.intruder", directory, *(lab.address(host) for host in hosts)],
+        timeout_s=300,
+    )
     found: dict[str, dict[str, str]] = json.loads(done.stdout)
     return found
 
 
 def holes(found: dict[str, dict[str, str]]) -> list[str]:
-    return [f"{host} {what}: {came}" for host, attempts in found.items() for what, came in attempts.items()
-            if not came.startswith(("closed", "tls", "4xx"))]
+    return [
+        f"{host} {what}: {came}"
+        for host, attempts in found.items()
+        for what, came in attempts.items()
+        if not came.startswith(("closed", "tls", "4xx"))
+    ]
 
 
 def test_they_pair_by_the_code_alone_and_answer(devices: list[Device]) -> None:
@@ -83,8 +99,14 @@ def test_an_unpaired_host_gets_nothing_anywhere(lab: Lab, devices: list[Device],
     assert kinds["clo"] and kinds["tls"] and kinds["4xx"], kinds  # each way of refusing was met
     offered = {what: came for what, came in found[lab.address(1)].items() if what.startswith("api plain")}
     assert all(came.startswith("4xx 401") for came in offered.values()), offered
-    for path in ("/v1/chat/completions", "/peerllm/v1/run", "/control/1", f"/weights/{'0' * 64}",
-                 "/probe/1024", f"/data/{'0' * 32}/1/0"):
+    for path in (
+        "/v1/chat/completions",
+        "/peerllm/v1/run",
+        "/control/1",
+        f"/weights/{'0' * 64}",
+        "/probe/1024",
+        f"/data/{'0' * 32}/1/0",
+    ):
         assert any(what.endswith(path) for what in offered), f"{path} was not tried"
 
 
@@ -102,8 +124,9 @@ def test_a_wrong_code_gets_a_stranger_nowhere(lab: Lab, devices: list[Device], t
     """A fourth daemon with a guessed code: one clear line, exit 1, and three tries close the door."""
     code = devices[0].cli("invite").stdout.split()[-1]
     port = json.loads(devices[0].cli("invite", "--json").stdout)["port"]
-    stranger = Device(tmp_path / "stranger", "stranger", memory="1MB", prefix=lab.argv(INTRUDER, []), port=8643,
-                      api="127.0.0.1:8642").start()
+    stranger = Device(
+        tmp_path / "stranger", "stranger", memory="1MB", prefix=lab.argv(INTRUDER, []), port=8643, api="127.0.0.1:8642"
+    ).start()
     try:
         stranger.wait_ready()
         wrong = code[:-6] + ("222222" if not code.endswith("222222") else "333333")

@@ -51,9 +51,12 @@ class TextDelta(Struct, frozen=True, omit_defaults=True, tag="text"):
 
 
 class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):
-    """The answer is complete. `ids` had no text; `stop` is the stop string that ended it."""
+    """The answer is complete. `ids` had no text; `stop` is the stop string that ended it.
 
-    reason: Literal["stop", "length"]
+    "load" and "unload" end one to which nothing was to be said.
+    """
+
+    reason: Literal["stop", "length", "load", "unload"]
     usage: Usage
     ids: tuple[int, ...] = ()
     stop: str = ""

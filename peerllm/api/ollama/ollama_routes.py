@@ -8,7 +8,9 @@ from aiohttp import web
 
 import peerllm
 from peerllm.api.bodies import read_body
-from peerllm.api.core.model_wait import awaited_model
+from peerllm.api.core.answer_events import AnswerEnds
+from peerllm.api.core.asking import answer
+from peerllm.api.core.caller import caller_of
 from peerllm.api.core.telling import taking, tell
 from peerllm.api.error_answers import json_response
 from peerllm.api.ollama.ollama_answers import OllamaAnswers
@@ -55,9 +57,10 @@ async def generate(request: web.Request) -> web.StreamResponse:
 
 async def _answered(request: web.Request, body: OllamaChatBody | GenerateBody, chat: bool) -> web.StreamResponse:
     form, wanted = OllamaAnswers(body.model, chat), body.generation()
-    if wanted is not None:
+    if not wanted.load_only:
         return await tell(request, [wanted], form, body.streamed)
-    async with aclosing(awaited_model(request.app, body.model)) as steps:
-        async for _ in steps:
-            pass
-    return json_response(form.loaded())
+    reason = ""
+    async with aclosing(answer(request.app, wanted, caller_of(request), None)) as events:
+        async for event in events:
+            reason = event.reason if isinstance(event, AnswerEnds) else reason
+    return json_response(form.loaded(reason))

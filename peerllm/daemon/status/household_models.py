@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from peerllm.daemon.control_messages import DeploymentView
-from peerllm.daemon.facade import ServedModel
+from peerllm.daemon.control_messages import DeploymentView, DiskModel
+from peerllm.daemon.facade import IDLE_MODEL, ServedModel
+from peerllm.daemon.weights.known_models import all_names
 from peerllm.types import DeploymentId, DeviceId
 
 AWAITED_S = 60.0  # seconds that a model is still listed, as waiting, after its source was last here
@@ -89,4 +90,40 @@ def _model(view: DeploymentView, source: DeviceId, name: str) -> ServedModel:
         progress=view.progress if source else 0.0,
         missing_bytes=view.missing_bytes,
         source=source,
+        names=all_names(view.name, view.model),
+        expires=view.expires if source else 0,
+    )
+
+
+def idle_models(
+    running: Iterable[ServedModel], disks: Iterable[tuple[DeviceId, Iterable[DiskModel]]]
+) -> list[ServedModel]:
+    """The models on the disks of devices, this one's ("") first: each once, and none that runs."""
+    seen = set[str]()
+    for model in running:
+        seen |= {model.name.lower(), *all_names(model.name, model.model)}
+    found = []
+    for device, models in disks:
+        for one in models:
+            names = all_names(one.name, one.model)
+            if seen.isdisjoint(names):
+                found.append(_idle(one, device, names))
+        seen |= {name for model in found for name in model.names}
+    return found
+
+
+def _idle(one: DiskModel, device: DeviceId, names: frozenset[str]) -> ServedModel:
+    return ServedModel(
+        deployment="",
+        name=one.name,
+        model=one.model,
+        state=IDLE_MODEL,
+        reason="",
+        created=one.made,
+        model_dir=None,
+        context=0,
+        stop_ids=(),
+        source=device,
+        names=names,
+        disk_bytes=one.nbytes,
     )

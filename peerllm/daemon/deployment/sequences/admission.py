@@ -11,7 +11,7 @@ import itertools
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from peerllm.daemon.decide.fair_queue import FairQueue
@@ -174,7 +174,7 @@ class Admission:
             del self._all[sequence.number]
             self._note(sequence, now)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk]:
         """Chunks up to the one with `finish`. Closing it early cancels the sequence and frees its slot."""
         sequence = self._accept(request)
         try:
