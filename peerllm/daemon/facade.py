@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from peerllm.engine.messages import FinishReason
-from peerllm.types import Activations, DeploymentId, DeviceId, Objective, Sampling, ScheduleName
+from peerllm.types import Activations, DeploymentId, DeviceId, Objective, Pooling, Sampling, ScheduleName
 
 MAX_PROMPT_CHUNK = 4096
 MAX_BENCH_SEQUENCES = 256
@@ -107,6 +107,7 @@ class GenerateRequest:
     patience_s: float | None = None  # how long it waits for a deployment that does not serve; None: as usual
     answer: Sequence[int] = ()  # ids of the answer that are known already: it goes on after them
     kept: str = ""  # what the API needs to go on with the answer on another device; "": it ends with this one
+    pool: Pooling | None = None  # there is no answer: the last chunk has the prompt's hidden states as one vector
     keep_alive_s: float | None = None  # how long the model stays loaded after it; below 0: for good, None: as usual
 
 
@@ -131,6 +132,7 @@ class Chunk:
     finish: FinishReason | None = None
     queued: int = 0
     reused: int = 0  # tokens of the prompt that were computed for an earlier sequence of this client
+    vector: tuple[float, ...] = ()  # of a request with `pool`, float32
 
 
 class Household(Protocol):

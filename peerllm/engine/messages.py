@@ -17,6 +17,7 @@ from peerllm.types import (
     DeviceId,
     LayerKind,
     ModelProfile,
+    Pooling,
     Sampling,
     ScheduleName,
     WorkingSpace,
@@ -218,6 +219,7 @@ class Submit:
     sampling: Sampling
     client: str = ""  # only sequences of the same client may reuse what a slot keeps
     answer: tuple[int, ...] = ()  # ids of the answer that are known already: it goes on after them
+    pool: Pooling | None = None  # there is no answer: the prompt's hidden states become one vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +365,7 @@ class Tokens:
     finish: FinishReason | None = None
     error: str = ""
     reused: int = 0  # only with `start` 0: how many tokens of the prompt the slot held already
+    vector: tuple[float, ...] = ()  # what was asked for in place of tokens, float32; ends the sequence
 
 
 @dataclass(frozen=True, slots=True)

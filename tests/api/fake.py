@@ -259,6 +259,9 @@ class FakeHousehold:
                 await asyncio.sleep(self.pace_s)
             if self.gate is not None:
                 await self.gate.wait()
+            if request.pool:
+                yield Chunk((), "stop", vector=(float(len(request.prompt)), float(request.prompt[-1]), 2.0, -4.0))
+                return
             ids = self.ids(self.reply)[len(request.answer) :]
             while self.endless:
                 self.produced += 1

@@ -7,7 +7,7 @@ import itertools
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.transport.identity import load_or_create
-from peerllm.types import Sampling
+from peerllm.types import Pooling, Sampling
 
 WAIT_S = 60.0  # two cores are shared by all
 
@@ -153,9 +153,11 @@ class Deployed:
         stop_ids: Sequence[int] = (),
         client: str = "",
         answer: Sequence[int] = (),
+        pool: Pooling | None = None,
     ) -> int:
         sequence = next(_sequences)
         order = Submit(self.id, sequence, tuple(prompt), max_tokens, tuple(stop_ids), sampling, client, tuple(answer))
+        order = replace(order, pool=pool)
         self.source.host.tell(order)
         return sequence
 

@@ -63,11 +63,18 @@ class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):
     timings: Timings = Timings()
 
 
+class Embedded(Struct, frozen=True, tag="embedded"):
+    """What was asked for in place of an answer: 32-bit numbers, the least significant byte first."""
+
+    vector: bytes
+    model: str
+
+
 class AnswerFails(Struct, frozen=True, tag="fails"):
     """It breaks off: an error as `household_error` has it. Only between devices; here the error is raised."""
 
     error: dict[str, Any]
 
 
-AnswerEvent = AnswerWaits | AnswerBegins | TextDelta | AnswerEnds
+AnswerEvent = AnswerWaits | AnswerBegins | TextDelta | AnswerEnds | Embedded
 TOLD: msgspec.json.Decoder[AnswerEvent | AnswerFails] = msgspec.json.Decoder(AnswerEvent | AnswerFails)

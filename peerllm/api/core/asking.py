@@ -18,6 +18,7 @@ from peerllm.api.core.kept.repeat import DeviceLeavingError, Repeat, fleeting
 from peerllm.api.core.model_wait import awaited_model
 from peerllm.api.core.named_models import find_model
 from peerllm.api.core.own_answer import begun_answer, told
+from peerllm.api.core.own_embedding import embedding
 from peerllm.api.core.remote_answer import RemoteAnswer
 from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import ANSWERS, HOUSEHOLD
@@ -58,6 +59,11 @@ async def answer(
             if wanted.load_only and not model.source:
                 await app[HOUSEHOLD].keep(model.deployment, wanted.keep_alive_s)
                 yield AnswerEnds("load", Usage(0, 0))
+                return
+            if wanted.embeds and not model.source:
+                async with aclosing(embedding(app, wanted, model, caller)) as events:
+                    async for event in events:
+                        yield event
                 return
             kept = store.find(asked.key, asked.fingerprint)
             if kept is None and model.source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import aclosing
 
 from aiohttp import web
@@ -11,8 +12,11 @@ from peerllm.api.bodies import read_body
 from peerllm.api.core.answer_events import AnswerEnds
 from peerllm.api.core.asking import answer
 from peerllm.api.core.caller import caller_of
+from peerllm.api.core.embeddings import vectors_of
+from peerllm.api.core.generation import Generation
 from peerllm.api.core.telling import taking, tell
 from peerllm.api.error_answers import json_response
+from peerllm.api.ollama.embed_requests import EmbedBody, OlderEmbedBody
 from peerllm.api.ollama.ollama_answers import OllamaAnswers
 from peerllm.api.ollama.ollama_models import ShowBody, running, shown, tags
 from peerllm.api.ollama.ollama_requests import GenerateBody, OllamaChatBody
@@ -27,6 +31,8 @@ def add_ollama(app: web.Application) -> None:
     app.router.add_post("/api/show", show)
     app.router.add_post("/api/chat", chat)
     app.router.add_post("/api/generate", generate)
+    app.router.add_post("/api/embed", embed)
+    app.router.add_post("/api/embeddings", older_embed)
 
 
 async def version(_: web.Request) -> web.Response:
@@ -59,8 +65,31 @@ async def _answered(request: web.Request, body: OllamaChatBody | GenerateBody, c
     form, wanted = OllamaAnswers(body.model, chat), body.generation()
     if not wanted.load_only:
         return await tell(request, [wanted], form, body.streamed)
+    return json_response(form.loaded(await _loaded(request, wanted)))
+
+
+async def _loaded(request: web.Request, wanted: Generation) -> str:
+    """Why a request ended that says nothing: "load" or "unload"."""
     reason = ""
     async with aclosing(answer(request.app, wanted, caller_of(request), None)) as events:
         async for event in events:
             reason = event.reason if isinstance(event, AnswerEnds) else reason
-    return json_response(form.loaded(reason))
+    return reason
+
+
+async def embed(request: web.Request) -> web.Response:
+    with taking(request):
+        return await _embedded(request, await read_body(request, EmbedBody))
+
+
+async def older_embed(request: web.Request) -> web.Response:
+    with taking(request):
+        return await _embedded(request, await read_body(request, OlderEmbedBody))
+
+
+async def _embedded(request: web.Request, body: EmbedBody | OlderEmbedBody) -> web.Response:
+    since, wanted = time.monotonic(), body.generations()
+    if not wanted:
+        await _loaded(request, body.loading())
+        return json_response(body.answer(None, since))
+    return json_response(body.answer(await vectors_of(request.app, wanted, caller_of(request)), since))

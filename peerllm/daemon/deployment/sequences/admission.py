@@ -166,7 +166,7 @@ class Admission:
         if ids or (event.finish is not None and not lost):
             finish = None if lost else event.finish
             sequence.events.put_nowait(
-                Tokens(self._deployment, sequence.number, known, ids, finish, event.error, event.reused)
+                Tokens(self._deployment, sequence.number, known, ids, finish, event.error, event.reused, event.vector)
             )
         if lost:
             self._resume([sequence.number])
@@ -235,7 +235,9 @@ class Admission:
         stop_ids = () if request.ignore_stop else room.stop_ids
         prompt, sampling = tuple(request.prompt), request.sampling
         self._tell(
-            Submit(self._deployment, sequence.number, prompt, fits, stop_ids, sampling, request.client, answer=known)
+            Submit(
+                self._deployment, sequence.number, prompt, fits, stop_ids, sampling, request.client, known, request.pool
+            )
         )
         sequence.events.put_nowait(None)
 
