@@ -10,7 +10,7 @@ from typing import Any
 
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.terminal import printable, table
-from peerllm.daemon.weights.disk_models import places_on_disk
+from peerllm.daemon.shelf.disk_models import places_on_disk
 from peerllm.daemon.weights.known_models import KNOWN, memory_bytes, stored_memory_bytes
 from peerllm.daemon.weights.on_disk import weights_of
 from peerllm.errors import PeerLLMError

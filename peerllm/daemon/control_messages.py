@@ -127,12 +127,16 @@ class DeploymentView:
 
 @dataclass(frozen=True, slots=True)
 class DiskModel:
-    """A model whose files a device has, so that it can be started there; `made`: unix seconds."""
+    """A model whose files a device has, so that it can be started there; `made`: unix seconds.
+
+    `alias`: no files, but another name for a model of the household.
+    """
 
     name: str
     model: str  # as `run` is told it
     nbytes: int
     made: int
+    alias: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from peerllm.daemon.owner.machine_reading import read_machine
 from peerllm.daemon.relay import relay_door
 from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
+from peerllm.daemon.shelf.model_shelf import ModelShelf
 from peerllm.daemon.status.household_models import HouseholdModels, idle_models
 from peerllm.daemon.status.status import (
     deployments_of,
@@ -53,7 +54,6 @@ from peerllm.daemon.status.status import (
 )
 from peerllm.daemon.successor.successor import Successor
 from peerllm.daemon.weights.digests import Digests
-from peerllm.daemon.weights.disk_models import DiskModels
 from peerllm.daemon.weights.exchange.holders import ROUTE
 from peerllm.daemon.weights.exchange.network_peers import NetworkPeers
 from peerllm.daemon.weights.hub import token
@@ -105,9 +105,9 @@ class Daemon:
         self.digests = Digests(data / "digests.json")
         peers, most = NetworkPeers(network), self.settings.cache_bytes
         self.store = await asyncio.to_thread(WeightStore, data / "weights", me, peers, most)
-        self.disk_models = DiskModels(data, self.poke)
         self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
+        self.shelf = ModelShelf(data, self.home, self._running_names, self.poke)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
         self.relays = RelayClient(network.post)
         self.household_events = HouseholdEvents(self)
@@ -158,13 +158,13 @@ class Daemon:
         await engine.measure()
         await self._assemble(limits)
         self._started = True
-        self._closing.push_async_callback(self.disk_models.close)
+        self._closing.push_async_callback(self.shelf.close)
         self._closing.push_async_callback(self._let_go)
         self._closing.push_async_callback(self.lending.close)
         await self.lending.start()
         await self.network.start()
         await self.store.prune()
-        await self.disk_models.refresh()
+        await self.shelf.disk.refresh()
         self.household_events.first_look()
         await self.successor.others_heard()
         await self.coordinator.start(lambda deployment: self.successor.models.load(deployment).at_hand)
@@ -247,11 +247,17 @@ class Daemon:
         here = {model.deployment for model in own if model.state != "stopped"}
         others = self.household_models.others(self.home.name)
         running = [*own, *(model for model in others if model.deployment not in here)]
-        self.disk_models.look()
         peers = self.network.peers().items()
         disks = [(d, peer.view.on_disk) for d, peer in peers if peer.state == "online" and peer.view is not None]
-        asleep = [DiskModel(one.name, one.model, 0, 0) for one in self.coordinator.asleep]
-        return [*running, *idle_models(running, [("", asleep), ("", self.disk_models.listed), *disks])]
+        return [*running, *idle_models(running, [("", self._on_disk()), *disks])]
+
+    def _on_disk(self) -> tuple[DiskModel, ...]:
+        """What can be started here; what a person started before, by the name that it had."""
+        asleep = {one.model: one.name for one in self.coordinator.asleep}
+        listed = [replace(one, name=asleep.get(one.model, one.name)) for one in self.shelf.listed]
+        there = {one.model for one in listed}
+        gone = (DiskModel(name, model, 0, 0) for model, name in asleep.items() if model not in there)
+        return (*gone, *listed)
 
     def relay(
         self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes
@@ -280,6 +286,19 @@ class Daemon:
 
     async def keep(self, deployment: DeploymentId, keep_alive_s: float | None) -> None:
         await self.coordinator.keep(deployment, keep_alive_s)
+
+    async def pull(self, name: str, told: Callable[[int, int], None]) -> None:
+        await self.shelf.pull(name, told)
+
+    async def alias(self, name: str, model: str) -> None:
+        await self.shelf.alias(name, model)
+
+    async def delete(self, name: str) -> None:
+        await self.shelf.delete(name)
+
+    def _running_names(self) -> set[str]:
+        running = [one for one in self.models() if one.deployment]
+        return {name for one in running for name in (one.name.lower(), one.model.lower(), *one.names)}
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         return await self.coordinator.figures.preview(options, progress)
@@ -362,7 +381,7 @@ class Daemon:
             holdings=self.worker.holdings(),
             leaving=self.ledger.leaving,
             obeyed=self.successor.obeyed,
-            on_disk=self.disk_models.listed,
+            on_disk=self._on_disk(),
         )
 
     def poke(self) -> None:

@@ -191,6 +191,18 @@ class Household(Protocol):
         """A request that says only how long the model stays loaded; 0: it is unloaded when this returns."""
         ...
 
+    async def pull(self, name: str, told: Callable[[int, int], None]) -> None:
+        """Fetch a model to this disk; `told`: bytes done, and in all (0: not known). Cancelling ends it."""
+        ...
+
+    async def alias(self, name: str, model: str) -> None:
+        """Let clients call a model by this name, too."""
+        ...
+
+    async def delete(self, name: str) -> None:
+        """Delete such a name, or a model that was pulled; BadInputError says why that is not done."""
+        ...
+
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         """What `run` would plan for now; nothing is reserved or loaded.
 

@@ -26,7 +26,7 @@ from peerllm.daemon.facade import (
     ServedModel,
 )
 from peerllm.daemon.owner.limits_file import changed
-from peerllm.errors import InfeasibleError, LinkError, NotFoundError, PairingError, RefusedError
+from peerllm.errors import BadInputError, InfeasibleError, LinkError, NotFoundError, PairingError, RefusedError
 
 DEPLOYMENT = "d" * 32
 CONTEXT = 256
@@ -318,6 +318,27 @@ class FakeHousehold:
 
     async def keep(self, deployment: str, keep_alive_s: float | None) -> None:
         self.calls.append(("keep", deployment, keep_alive_s))
+
+    async def pull(self, name: str, told: Callable[[int, int], None]) -> None:
+        self.calls.append(("pull", name))
+        try:
+            if name == "unknown":
+                raise NotFoundError("no model 'unknown'")
+            told(250, 1000)
+            if self.run_gate is not None:
+                await self.run_gate.wait()
+            if self.run_error:
+                raise self.run_error
+        finally:
+            self.run_done.set()
+
+    async def alias(self, name: str, model: str) -> None:
+        self.calls.append(("alias", name, model))
+
+    async def delete(self, name: str) -> None:
+        self.calls.append(("delete", name))
+        if name == "builtin":
+            raise BadInputError("builtin is a part of peerllm and cannot be deleted")
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         self.calls.append(("preview", options))

@@ -121,3 +121,6 @@ def test_a_model_that_was_unloaded_comes_back_for_a_request(demo: list[Device]) 
     assert loaded.expires_at is not None and 500 < loaded.expires_at.timestamp() - time.time() <= 600
     assert there.chat("builtin", STORY, options=options, keep_alive=0).message.content == before
     assert eventually(lambda: not any(one.status()["deployments"] for one in demo))
+    assert by_openai(demo[0], False) == before, "where a person had started it, it comes back as that"
+    (loaded,) = here.ps().models
+    assert loaded.expires_at is not None and loaded.expires_at.timestamp() > time.time() + 1e9

@@ -43,7 +43,7 @@ def tags(app: web.Application) -> dict[str, Any]:
 def running(app: web.Application) -> dict[str, Any]:
     """Those that can answer now."""
     facts = _deployments(app)
-    serving = [model for model in listed_models(app) if model.state == "serving"]
+    serving = {model.deployment: model for model in reversed(listed_models(app)) if model.state == "serving"}
     accelerated = {one["name"] for one in app[HOUSEHOLD].status()["devices"] if _accelerated(one)}
     return {
         "models": [
@@ -56,7 +56,7 @@ def running(app: web.Application) -> dict[str, Any]:
                     if one["device"] in accelerated
                 ),
             }
-            for model in serving
+            for model in reversed(serving.values())
         ]
     }
 

@@ -20,6 +20,7 @@ from peerllm.api.ollama.embed_requests import EmbedBody, OlderEmbedBody
 from peerllm.api.ollama.ollama_answers import OllamaAnswers
 from peerllm.api.ollama.ollama_models import ShowBody, running, shown, tags
 from peerllm.api.ollama.ollama_requests import GenerateBody, OllamaChatBody
+from peerllm.api.ollama.shelf_routes import add_shelf
 
 OLLAMA_VERSION = "0.12.6"  # of Ollama's API: clients ask for a least one
 
@@ -29,6 +30,7 @@ def add_ollama(app: web.Application) -> None:
     app.router.add_get("/api/tags", list_tags)
     app.router.add_get("/api/ps", list_running)
     app.router.add_post("/api/show", show)
+    add_shelf(app)
     app.router.add_post("/api/chat", chat)
     app.router.add_post("/api/generate", generate)
     app.router.add_post("/api/embed", embed)

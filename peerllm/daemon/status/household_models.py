@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peerllm.daemon.control_messages import DeploymentView, DiskModel
 from peerllm.daemon.facade import IDLE_MODEL, ServedModel
@@ -98,17 +98,27 @@ def _model(view: DeploymentView, source: DeviceId, name: str) -> ServedModel:
 def idle_models(
     running: Iterable[ServedModel], disks: Iterable[tuple[DeviceId, Iterable[DiskModel]]]
 ) -> list[ServedModel]:
-    """The models on the disks of devices, this one's ("") first: each once, and none that runs."""
+    """The models on the disks of devices, this one's ("") first: each once, and none that runs.
+
+    Then those of both kinds that have been given another name, by that name.
+    """
+    running, told = list(running), [(device, list(models)) for device, models in disks]
     seen = set[str]()
     for model in running:
         seen |= {model.name.lower(), *all_names(model.name, model.model)}
-    found = []
-    for device, models in disks:
+    found = list[ServedModel]()
+    for device, models in told:
         for one in models:
             names = all_names(one.name, one.model)
-            if seen.isdisjoint(names):
+            if not one.alias and seen.isdisjoint(names):
                 found.append(_idle(one, device, names))
         seen |= {name for model in found for name in model.names}
+    aliases = {one.name: one.model.lower() for _, models in reversed(told) for one in models if one.alias}
+    every = [*running, *found]
+    for name, meant in aliases.items():
+        target = next((one for one in every if meant in (one.model.lower(), one.name.lower(), *one.names)), None)
+        if target is not None and name.lower() not in seen:
+            found.append(replace(target, name=name, names=frozenset({name.lower()})))
     return found
 
 

@@ -74,7 +74,7 @@ def _found(data_dir: Path) -> tuple[DiskModel, ...]:
     found = []
     for model, paths in places_on_disk(data_dir).items():
         try:
-            files = [one for path in paths for one in _weights(path)]
+            files = [one for path in paths for one in weight_files(path)]
             if files:
                 about = [one.stat() for one in files]
                 size, made = sum(one.st_size for one in about), max(int(one.st_mtime) for one in about)
@@ -84,7 +84,8 @@ def _found(data_dir: Path) -> tuple[DiskModel, ...]:
     return tuple(found[:MAX_LISTED])
 
 
-def _weights(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """Of a model's directory, or the file itself."""
     if not path.is_dir():
         return [path]
     return list(path.glob("*.safetensors")) if holds_safetensors(path) else []
