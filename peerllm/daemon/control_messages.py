@@ -129,7 +129,8 @@ class DeploymentView:
 class DiskModel:
     """A model whose files a device has, so that it can be started there; `made`: unix seconds.
 
-    `alias`: no files, but another name for a model of the household.
+    `alias`: no files, but another name for a model of the household. `asleep`: a person ran it there, in a way that the
+    device remembers.
     """
 
     name: str
@@ -137,6 +138,7 @@ class DiskModel:
     nbytes: int
     made: int
     alias: bool = False
+    asleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ from peerllm.daemon.relay import relay_door
 from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
 from peerllm.daemon.shelf.model_shelf import ModelShelf
-from peerllm.daemon.status.household_models import HouseholdModels, idle_models
+from peerllm.daemon.status.household_models import HouseholdModels, idle_models, with_asleep
 from peerllm.daemon.status.status import (
     deployments_of,
     engine_entry,
@@ -253,11 +253,7 @@ class Daemon:
 
     def _on_disk(self) -> tuple[DiskModel, ...]:
         """What can be started here; what a person started before, by the name that it had."""
-        asleep = {one.model: one.name for one in self.coordinator.asleep}
-        listed = [replace(one, name=asleep.get(one.model, one.name)) for one in self.shelf.listed]
-        there = {one.model for one in listed}
-        gone = (DiskModel(name, model, 0, 0) for model, name in asleep.items() if model not in there)
-        return (*gone, *listed)
+        return with_asleep(self.shelf.listed, {one.model: one.name for one in self.coordinator.asleep})
 
     def relay(
         self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes

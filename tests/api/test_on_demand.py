@@ -12,7 +12,7 @@ import pytest
 from peerllm.api.server import ApiServer
 from peerllm.daemon.control_messages import DiskModel
 from peerllm.daemon.facade import IDLE_MODEL, ServedModel
-from peerllm.daemon.status.household_models import idle_models
+from peerllm.daemon.status.household_models import idle_models, with_asleep
 from peerllm.daemon.weights.known_models import all_names
 from peerllm.errors import InfeasibleError
 from tests.api.fake import FakeHousehold
@@ -122,3 +122,15 @@ def test_all_names(name: str, model: str, called: set[str]) -> None:
 
 def test_another_quantisation_is_another_model() -> None:
     assert "qwen3-0.6b" not in all_names("x", "Qwen/Qwen3-0.6B-GGUF:Q4_0")
+
+
+def test_where_a_person_ran_it_it_is_started_as_that() -> None:
+    here = [DiskModel("smollm2", "smollm2", 5, 6)]
+    there = with_asleep([*here, DiskModel("gpt", "smollm2", 0, 0, alias=True)], {"smollm2": "mine", "/gone": "own"})
+    found = idle_models([], [("", here), ("b" * 64, there)])
+    assert [(one.name, one.source, one.disk_bytes) for one in found] == [
+        ("mine", "b" * 64, 5),
+        ("own", "b" * 64, 0),
+        ("gpt", "b" * 64, 5),
+    ]
+    assert "smollm2" in found[0].names

@@ -100,19 +100,21 @@ def idle_models(
 ) -> list[ServedModel]:
     """The models on the disks of devices, this one's ("") first: each once, and none that runs.
 
-    Then those of both kinds that have been given another name, by that name.
+    A device that remembers how a person ran a model is preferred. Then those of both kinds that have been given another
+    name, by that name.
     """
     running, told = list(running), [(device, list(models)) for device, models in disks]
     seen = set[str]()
     for model in running:
         seen |= {model.name.lower(), *all_names(model.name, model.model)}
     found = list[ServedModel]()
-    for device, models in told:
-        for one in models:
-            names = all_names(one.name, one.model)
-            if not one.alias and seen.isdisjoint(names):
-                found.append(_idle(one, device, names))
-        seen |= {name for model in found for name in model.names}
+    for asleep in (True, False):
+        for device, models in told:
+            for one in models:
+                names = all_names(one.name, one.model)
+                if one.asleep is asleep and not one.alias and seen.isdisjoint(names):
+                    found.append(_idle(one, device, names))
+            seen |= {name for model in found for name in model.names}
     aliases = {one.name: one.model.lower() for _, models in reversed(told) for one in models if one.alias}
     every = [*running, *found]
     for name, meant in aliases.items():
@@ -120,6 +122,16 @@ def idle_models(
         if target is not None and name.lower() not in seen:
             found.append(replace(target, name=name, names=frozenset({name.lower()})))
     return found
+
+
+def with_asleep(listed: Sequence[DiskModel], asleep: Mapping[str, str]) -> tuple[DiskModel, ...]:
+    """What can be started on a device; those that a person ran there (`asleep`: name by model) by the name they had."""
+    kept = {one.model: one for one in listed if not one.alias}
+    woken = [
+        replace(kept.get(model) or DiskModel(name, model, 0, 0), name=name, asleep=True)
+        for model, name in asleep.items()
+    ]
+    return (*woken, *(one for one in listed if one.alias or one.model not in asleep))
 
 
 def _idle(one: DiskModel, device: DeviceId, names: frozenset[str]) -> ServedModel:

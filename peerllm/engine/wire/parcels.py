@@ -95,15 +95,14 @@ class Drawn:
     vectors: Sequence[Floats] = ()
 
     def each(self) -> Iterator[tuple[TokenRun, int | None, Floats | None]]:
-        """Every run with its token and its vector; FrameError if the vectors are not as many as the runs that ask."""
-        asking = [
-            run.sample and run.through < 0 and token is None for run, token in zip(self.runs, self.tokens, strict=True)
-        ]
-        if sum(asking) != len(self.vectors):
-            raise FrameError(f"{len(self.vectors)} vectors came for {sum(asking)} prompts")
+        """Every run with its token and its vector."""
         vectors = iter(self.vectors)
-        for run, token, asks in zip(self.runs, self.tokens, asking, strict=True):
-            yield run, token, next(vectors) if asks else None
+        for run, token in zip(self.runs, self.tokens, strict=True):
+            yield run, token, next(vectors, None) if _may_have_vector(run, token) else None
+
+
+def _may_have_vector(run: TokenRun, token: int | None) -> bool:
+    return run.sample and run.through < 0 and token is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +202,10 @@ def from_frame(frame: Frame) -> list[Parcel]:
                 raise FrameError(f"{min(ids)} is no token id")
             vectors = frame.tensor("vectors")
             pooled = () if vectors is None else tuple(to_array(vectors))
-            return [Drawn(frame.runs, [None if token == NO_TOKEN else token for token in ids], pooled)]
+            tokens = [None if token == NO_TOKEN else token for token in ids]
+            if len(pooled) > sum(map(_may_have_vector, frame.runs, tokens)):
+                raise FrameError(f"{len(pooled)} vectors came for prompts that are not there")
+            return [Drawn(frame.runs, tokens, pooled)]
         case FrameKind.RELEASE:
             reason = frame.tensor("reason")
             text = "" if reason is None else bytes(reason.data).decode(errors="replace")
