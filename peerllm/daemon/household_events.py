@@ -157,7 +157,7 @@ class HouseholdEvents:
             self._renewed.add(device)
         match state:
             case "online":
-                parts.successor.presence(device, "online")
+                parts.successor.presence(device, "online", renewed)
                 if before == "silent" and not renewed:
                     parts.worker.back(device)
                     parts.coordinator.device_is(device, "online")

@@ -70,7 +70,7 @@ EMOJI_BYTES = [8 + byte for byte in "🏡é".encode()]  # as ids of the byte fal
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=examples(400), deadline=None)
+@settings(max_examples=examples(400))
 @given(data=st.data())
 def test_pieces_joined_are_the_whole(kind: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[kind]
@@ -88,7 +88,7 @@ def test_pieces_joined_are_the_whole(kind: str, data: st.DataObject) -> None:
     assert text + detokenizer.flush() == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300))
 @given(st.text(max_size=60))
 def test_real_text_comes_out_at_once_and_unharmed(text: str) -> None:
     """Each character as soon as its last byte is there, and no replacement character on the way."""
@@ -121,7 +121,7 @@ def cut_at_first_stop(text: str, stops: list[str]) -> str:
     return text[: min(ends)[1]] if ends else text
 
 
-@settings(max_examples=examples(1000), deadline=None)
+@settings(max_examples=examples(1000))
 @given(
     text=st.text("ab", max_size=40),
     stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
@@ -141,7 +141,7 @@ def test_stops_do_not_depend_on_the_pieces(text: str, stops: list[str], cuts: li
     assert scanner.stopped == any(stop in text for stop in stops)
 
 
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300))
 @given(ids=st.lists(st.integers(0, 260), max_size=30), stops=st.lists(st.text(min_size=1, max_size=3), max_size=3))
 def test_detokenizer_and_stops_together(ids: list[int], stops: list[str]) -> None:
     tokenizer = TOKENIZERS["bytes"]

@@ -203,7 +203,7 @@ async def test_files_are_bounded_before_they_are_read(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["bytes", "byte fallback"])
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(150))
 @given(text=st.text(max_size=200) | st.text(" \n\te\u0301\u1100\u1161\u11a8", max_size=200))
 def test_a_text_that_fits_is_never_refused(kind: str, text: str) -> None:
     tokenizer = TOKENIZERS[kind]
@@ -227,7 +227,7 @@ STRIPPING = byte_tokenizer()
 STRIPPING.add_special_tokens([AddedToken("<|x|>", special=True, lstrip=True, rstrip=True)])
 
 
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100))
 @given(text=st.text("e\u0301\u1100\u1161\u11a8\u0344\u03b1\u0313\u0300\u0345 ", max_size=60))
 def test_composed_characters_are_no_surprise(text: str) -> None:
     bounds = bounds_of(json.loads(NFC.to_str()))
@@ -235,7 +235,7 @@ def test_composed_characters_are_no_surprise(text: str) -> None:
     assert not bounds.too_long(text, len(NFC.encode(text).ids))
 
 
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100))
 @given(parts=st.lists(st.sampled_from(["<|x|>", " " * 9, "a", "\n"]), max_size=40))
 def test_spaces_that_a_special_token_takes_are_no_surprise(parts: list[str]) -> None:
     bounds, text = bounds_of(json.loads(STRIPPING.to_str())), "".join(parts)

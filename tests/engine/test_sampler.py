@@ -71,7 +71,7 @@ def warped(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return torch.softmax(scores, dim=-1)[0].numpy()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1000),
     temperature=st.sampled_from([0.3, 1.0, 2.5]),
@@ -91,7 +91,7 @@ def test_filters_keep_what_transformers_keeps(seed, temperature, top_k, top_p, m
         assert pick(logits, Draw(sampling, position, ())) == order[int(np.searchsorted(sums, number, side="right"))]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 1000),
     temperature=st.sampled_from([0.5, 1.0, 30.0]),

@@ -49,14 +49,14 @@ def paced(computes: list[float], each: list[float], hops: list[float], nbytes: i
     return Pipeline(ring.model, devices, links, ring.stages)
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(150))
 @given(SEEDS, SHAPES, st.integers(1, 300), st.integers(1, 300))
 def test_the_recurrence_is_what_the_simulator_does(seed, shape, prompt, chunk):
     ring, *_ = at_random(seed, shape)
     assert pipeline(ring).first_token_ms(prompt, chunk) == pytest.approx(simulated(ring, prompt, chunk))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(SEEDS, st.integers(1, 120), st.integers(1, 60))
 def test_where_devices_are_visited_again_it_stays_between_the_bounds(seed, prompt, chunk):
     ring, *_ = at_random(seed, "visits")
@@ -66,7 +66,7 @@ def test_where_devices_are_visited_again_it_stays_between_the_bounds(seed, promp
     assert found >= pass_ms(*ring.where, pieces[-1:]) * (1 - 1e-9), "the last chunk goes all the way"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, SHAPES, st.integers(1, 400), st.integers(1, 200))
 def test_the_chosen_chunk_is_the_largest_that_is_close_to_the_best_of_all(seed, shape, prompt, most):
     ring, *_ = at_random(seed, shape)
@@ -77,7 +77,7 @@ def test_the_chosen_chunk_is_the_largest_that_is_close_to_the_best_of_all(seed, 
     assert all(ms > enough * (1 - 1e-9) for size, ms in times.items() if size > chosen)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(1, 200), st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=4),
     st.integers(1, 700),
@@ -89,7 +89,7 @@ def test_no_chunk_at_all_is_much_better(stages, prompt):
     assert chosen <= 1.5 * min(made.first_token_ms(prompt, chunk) for chunk in range(MIN_CHUNK, MAX_CHUNK + 1))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, SHAPES, st.integers(1, 3000), st.integers(1, MAX_CHUNK))
 def test_cuts_hold_for_all_prompts_and_are_bounded(seed, shape, longest, most):
     ring, *_ = at_random(seed, shape)

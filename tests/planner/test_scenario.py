@@ -345,13 +345,13 @@ def hold(raw: object) -> Scenario | None:
 
 
 @given(VALUES)
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100))
 def test_anything_else_is_refused(raw: object) -> None:
     assert hold(raw) is None
 
 
 @given(st.data())
-@settings(max_examples=examples(400), deadline=None)
+@settings(max_examples=examples(400))
 def test_a_mutated_scenario_parses_or_is_refused(data: st.DataObject) -> None:
     raw = valid()
     for _ in range(data.draw(st.integers(1, 2))):

@@ -28,7 +28,7 @@ ACTIVATION = Frame(
 )
 
 
-@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow])
 @given(frames())
 def test_what_is_encoded_comes_back(frame: Frame) -> None:
     data = encode(frame)

@@ -62,7 +62,6 @@ def test_no_input_crashes_or_takes_memory_beyond_the_plan() -> None:
     # Shrinking would call `check` again on inputs nobody counted; the first failure is told as it is.
     fuzz = settings(
         max_examples=INPUTS // 2,
-        deadline=None,
         database=None,
         derandomize=DERANDOMIZE,
         phases=[Phase.generate],

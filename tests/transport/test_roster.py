@@ -364,7 +364,6 @@ def live(identities: list[Identity], history: list[tuple[str, int, int]]) -> lis
 
 HISTORY_SETTINGS = settings(
     max_examples=HISTORIES,
-    deadline=None,
     database=None,
     derandomize="PEERLLM_ROSTER_HISTORIES" not in os.environ,
     suppress_health_check=list(HealthCheck),

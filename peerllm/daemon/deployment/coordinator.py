@@ -122,7 +122,7 @@ class Coordinator:
             self._around.changed()
 
     def drain(self, deployment: DeploymentId, to: str) -> None:
-        """The deployment takes no new sequences: device `to` goes on with it."""
+        """The deployment takes no new sequences: device `to` goes on with it; "": it takes them again."""
         if (held := self._of(deployment)) is not None:
             held.drain(to)
 

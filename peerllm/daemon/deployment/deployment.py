@@ -154,9 +154,11 @@ class Deployment:
         await future
 
     def drain(self, to: str) -> None:
-        """Take no new sequences: device `to` goes on with it. Those that run end, where they can go on."""
+        """Take no new sequences: device `to` goes on with it. Those that run end, if they can. "": take new ones."""
         self.yields_to = to
-        if self.state == "serving":
+        if not to:
+            self.sequences.accept()
+        elif self.state == "serving":
             self.sequences.refuse(self._moved)
         else:
             self.sequences.close(self._moved)

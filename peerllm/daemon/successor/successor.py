@@ -27,6 +27,7 @@ from peerllm.daemon.decide.succession.succession_events import (
     CoordinatedPlan,
     DeploymentOver,
     Drain,
+    DrainNoMore,
     Equipped,
     GiveWay,
     Obey,
@@ -145,12 +146,12 @@ class Successor:
                 self._feed(StreamsChanged(deployment, busy))
         self._streaming = streaming
 
-    def presence(self, device: DeviceId, presence: Presence) -> None:
-        """Another device is heard, silent, or gone."""
+    def presence(self, device: DeviceId, presence: Presence, renewed: bool = False) -> None:
+        """Another device is heard, silent, or gone; `renewed`: over another connection than before."""
         (self._online.add if presence == "online" else self._online.discard)(device)
         if presence != "online":
             self.copies.again(device)
-        self._feed(PresenceChanged(device, presence))
+        self._feed(PresenceChanged(device, presence, renewed))
         self._see_to_equipment()
 
     def online(self, device: DeviceId) -> bool:
@@ -243,6 +244,9 @@ class Successor:
             case Drain(deployment, to, other):
                 self._heirs[deployment] = to, other
                 self._parts.coordinator.drain(deployment, name(to))
+            case DrainNoMore(deployment):
+                self._heirs.pop(deployment, None)
+                self._parts.coordinator.drain(deployment, "")
             case GiveWay(deployment, to):
                 log.warning("%s goes on with %s", name(to), deployment[:8])
                 self._given_way.add(deployment)

@@ -70,7 +70,7 @@ EVENTS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(150))
 @given(EVENTS, st.integers(1, 6))
 def test_no_slot_goes_to_who_holds_more_than_another_who_waits(events, slots):
     queue, client_of = FairQueue(40), {}
@@ -170,7 +170,7 @@ def test_made_up_clients_leave_room_in_the_queue():
     assert not len(queue) and not queue._waiting
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("12")), max_size=40), st.integers(1, 5))
 def test_the_order_is_that_in_which_slots_are_given(asks, slots):
     queue, held, client_of = FairQueue(100), Counter(), {}

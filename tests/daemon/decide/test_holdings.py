@@ -17,7 +17,7 @@ LAYERS = st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda ends: (min(e
 
 
 @given(LAYERS, st.lists(LAYERS, max_size=6))
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300))
 def test_what_is_reused_and_what_is_missing_make_up_a_stage(stage, loaded):
     used, missing = reused(stage, loaded)
     parts = sorted([*used, *missing])
@@ -31,7 +31,7 @@ def test_what_is_reused_and_what_is_missing_make_up_a_stage(stage, loaded):
 @given(
     st.lists(st.tuples(st.frozensets(st.integers(0, 12), min_size=1), st.booleans(), st.integers(0, 4)), max_size=12)
 )
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300))
 def test_a_sum_is_never_less_than_what_the_epochs_hold_together(history):
     """Epochs as sets of layers of one byte each: they come one after another, and end in any order."""
     total, standing = EpochSum(), dict[int, frozenset[int]]()

@@ -83,7 +83,7 @@ class Promises(RuleBasedStateMachine):
 
 
 TestPromises = Promises.TestCase
-TestPromises.settings = settings(max_examples=examples(120), stateful_step_count=40, deadline=None)
+TestPromises.settings = settings(max_examples=examples(120), stateful_step_count=40)
 
 
 def test_what_is_free_is_said():

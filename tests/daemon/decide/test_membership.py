@@ -483,7 +483,7 @@ class World:
 choices = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 7), st.booleans()), max_size=80)
 
 
-@settings(max_examples=examples(200), deadline=None)
+@settings(max_examples=examples(200))
 @given(choices, st.booleans())
 def test_two_machines_always_end_with_exactly_one_link(script: list[tuple[int, int, bool]], swapped: bool) -> None:
     world = World(ids=(B, A) if swapped else (A, B))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 
 import pytest
 
+from peerllm.daemon.decide.deployment_life.deployment_decider import EPOCHS_OF_OTHERS
 from peerllm.daemon.decide.succession import followed_deployment as when
 from peerllm.daemon.decide.succession import succession_events as s
 from peerllm.daemon.decide.succession.own_deployments import MAX_DEPLOYMENTS_KNOWN
 from peerllm.daemon.decide.succession.succession_decider import MAX_OF_COORDINATOR, Succession
+from peerllm.daemon.deployment.deployment import EPOCHS_AHEAD
 from peerllm.transport.roster.roster import MAX_MEMBERS
 from tests.sizes import FULL
 
@@ -124,6 +127,31 @@ def test_who_voted_in_vain_for_one_that_is_lost_stands_itself() -> None:
     assert asked.term == 2
 
 
+def test_who_voted_in_vain_obeys_nobody_again_that_has_let_go_meanwhile() -> None:
+    c = follower("c")
+    lose(c)
+    c.handle(s.VoteAsked("b", PLAN, 1), 11.0)
+    c.handle(s.PresenceChanged("a", "online", renewed=True), 11.5)
+    c.handle(s.DeploymentOver("d", "a"), 12.0)
+    assert c.coordinators["d"] == "b"
+    c.handle(s.TurnCame(), 11.0 + when.BOUND_S)
+    assert "d" not in c.coordinators
+    taken = replace(PLAN, coordinator="b", epoch=2006)
+    c.handle(s.PlanTold(taken), 17.0)
+    assert c.followed["d"] == taken, "the candidate took over after all"
+
+
+def test_who_voted_in_vain_obeys_the_former_coordinator_that_has_begun_again() -> None:
+    c = follower("c")
+    lose(c)
+    c.handle(s.VoteAsked("b", PLAN, 1), 11.0)
+    c.handle(s.DeploymentOver("d", "a"), 12.0)
+    again = replace(PLAN, epoch=1005)
+    c.handle(s.PlanTold(again), 13.0)
+    c.handle(s.TurnCame(), 11.0 + when.BOUND_S)
+    assert c.followed["d"] == again
+
+
 def test_a_vote_for_one_that_takes_over_is_kept() -> None:
     c = follower("c")
     lose(c)
@@ -159,6 +187,14 @@ def test_what_was_begun_anew_is_not_begun_a_second_time_while_it_is_served() -> 
     b.handle(s.PresenceChanged("a", "gone"), 21.0)
     assert b.handle(s.TurnCame(), 40.0) == []
     assert b.deadline() is None, "nor does it look for its turn again and again"
+
+
+@pytest.mark.parametrize("steps", range(1, 10))
+def test_an_old_coordinator_that_skips_others_epochs_meets_none_of_their_beginnings(steps: int) -> None:
+    """It skips from a thousand, as it started again; those that followed it began at terms, or started again too."""
+    assert EPOCHS_OF_OTHERS > when.EPOCHS_OF_TERM
+    assert EPOCHS_AHEAD % 1000 == when.EPOCHS_OF_TERM % 1000 == 0
+    assert 100 <= steps * EPOCHS_OF_OTHERS % 1000 <= 900
 
 
 def test_who_cannot_hold_the_model_waits_for_a_silent_coordinator() -> None:
@@ -284,6 +320,20 @@ def test_whom_the_devices_left_drains_and_gives_way_to_the_one_that_took_over() 
     assert a.coordinators["d"] == "b"
 
 
+def test_who_drains_goes_on_when_the_one_it_drains_for_has_let_go() -> None:
+    a = Succession("a")
+    a.handle(s.PlanTold(PLAN), 0.0)
+    a.handle(s.StreamsChanged("d", True), 12.0)
+    taken = replace(PLAN, coordinator="b", epoch=9)
+    a.handle(s.ObeyedTold("c", {"d": "b"}), 19.0)
+    assert a.handle(s.PlanTold(taken), 20.0) == [s.Drain("d", "b", "d")]
+    assert a.handle(s.DeploymentOver("d", "c"), 21.0) == []
+    assert a.handle(s.DeploymentOver("d", "b"), 21.0) == [s.DrainNoMore("d")]
+    assert a.handle(s.StreamsChanged("d", False), 25.0) == []
+    assert a.coordinators["d"] == "a"
+    assert a.handle(s.PlanTold(taken), 30.0) == [s.Drain("d", "b", "d"), s.GiveWay("d", "b")], "it began again"
+
+
 def test_who_took_over_goes_on_whatever_the_old_coordinator_says() -> None:
     b = follower("b")
     lose(b)
@@ -310,6 +360,44 @@ def test_what_was_begun_anew_stays_where_the_one_it_was_begun_for_does_not_serve
     a.handle(s.PlanTold(WAITS), 0.0)
     assert a.handle(s.PlanTold(ANEW), 1.0) == [], "it may be that the other has heard that it serves"
     assert a.handle(s.PlanTold(stays), 1.0) == [s.Drain("d", "b", "e"), s.GiveWay("d", "b")]
+
+
+@pytest.mark.parametrize("before", ["silent", "gone"])
+def test_what_a_device_told_over_its_last_connection_is_no_reason_to_give_way(before: s.Presence) -> None:
+    b = Succession("b")
+    b.handle(s.PlanTold(PLAN), 0.0)
+    b.handle(s.PresenceChanged("a", before), 1.0)
+    b.handle(s.PlanTold(ANEW), 10.0)
+    b.handle(s.PresenceChanged("a", "online", renewed=True), 20.0)
+    assert b.handle(s.PlanTold(ANEW), 20.1) == [], "it may have started again, and coordinate nothing"
+    ended = copy.deepcopy(b)
+    ended.handle(s.DeploymentOver("d", "a"), 20.2)
+    ended.handle(s.ObeyedTold("a", {}), 20.2)
+    assert ended.handle(s.PlanTold(ANEW), 20.3) == []
+    assert b.handle(s.PlanTold(PLAN), 20.2) == [s.Drain("e", "a", "d"), s.GiveWay("e", "a")]
+
+
+def test_what_a_device_told_before_it_was_silent_counts_once_it_is_heard_over_the_same_connection() -> None:
+    b = Succession("b")
+    b.handle(s.PlanTold(PLAN), 0.0)
+    b.handle(s.PresenceChanged("a", "silent"), 1.0)
+    b.handle(s.PlanTold(ANEW), 10.0)
+    b.handle(s.PresenceChanged("a", "online"), 20.0)
+    assert b.handle(s.PlanTold(ANEW), 20.1) == [s.Drain("e", "a", "d"), s.GiveWay("e", "a")]
+
+
+@pytest.mark.parametrize("first", ["told", "heard"])
+def test_a_device_that_has_told_anew_is_believed_when_this_ones_own_plan_changes(first: str) -> None:
+    b = Succession("b")
+    waits = replace(ANEW, stays=True)
+    b.handle(s.PlanTold(PLAN), 0.0)
+    b.handle(s.PresenceChanged("a", "gone"), 1.0)
+    b.handle(s.PlanTold(waits), 10.0)
+    told = [s.PlanTold(PLAN), s.ObeyedTold("a", {})]
+    heard = [s.PresenceChanged("a", "online", renewed=True)]
+    for event in [*told, *heard] if first == "told" else [*heard, *told]:
+        b.handle(event, 20.0)
+    assert b.handle(s.PlanTold(ANEW), 20.2) == [s.Drain("e", "a", "d"), s.GiveWay("e", "a")]
 
 
 def test_what_does_not_serve_either_does_not_stay() -> None:

@@ -106,6 +106,36 @@ async def test_a_deployment_that_drains_ends_its_answers_and_refuses_others(hous
     assert a.views() == ()
 
 
+async def test_a_deployment_that_drains_no_more_takes_new_sequences(houses):
+    house = houses([9, 9], big=8)
+    before = await served(house)
+    a = house["a"].coordinator
+    a.drain(before.deployment, "device-b")
+    a.drain(before.deployment, "")
+    assert view(house["a"]).state == "serving"
+    running = a.generate(GenerateRequest(before.deployment, (1, 2, 3), 5, Sampling()))
+    task = asyncio.ensure_future(running.__anext__())
+    await house.until(lambda: any(isinstance(one, Submit) for one in house["a"].told))
+    (submit,) = [one for one in house["a"].told if isinstance(one, Submit)]
+    a.tokens(Tokens(before.deployment, submit.sequence, 0, (5, 6), "stop"))
+    assert (await task).ids == (5, 6)
+    await running.aclose()
+
+
+async def test_what_does_not_serve_lets_new_sequences_wait_when_it_drains_no_more(houses):
+    house = houses([3, 6], big=8)
+    before = await served(house)
+    await house.vanish("b")
+    await house.until(lambda: view(house["a"]).state == "waiting")
+    a = house["a"].coordinator
+    a.drain(before.deployment, "device-b")
+    a.drain(before.deployment, "")
+    running = a.generate(GenerateRequest(before.deployment, (1, 2, 3), 5, Sampling()))
+    assert (await running.__anext__()).queued == 1, "it waits for the device that is gone"
+    assert a.streaming[before.deployment]
+    await running.aclose()
+
+
 async def test_what_does_not_serve_ends_its_answers_at_once_when_another_goes_on_with_it(houses):
     house = houses([3, 6], big=8)
     before = await served(house)

@@ -59,7 +59,7 @@ async def test_a_dead_engine_fails_what_was_asked_and_comes_back(
     async with devices(1, tmp_path) as (device,):
         host, model = device.host, make_llama(tmp_path / "model")
         deployed = await deploy([device], model, ((0, 0, 5),))
-        await deployed.generate(prompt(9), WORKING_STEPS + 1)
+        await deployed.generate(prompt(9), WORKING_STEPS + 8)
         monkeypatch.setattr(restart_backoff, "RESTART_FIRST_S", 0.05)
         os.kill(host.pid, signal.SIGKILL)
         await device.until(lambda: len(device.ready) == 2)

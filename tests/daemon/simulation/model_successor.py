@@ -57,7 +57,7 @@ class ModelSuccessor:
     def presence(self, name: str, condition: DeviceCondition, renewed: bool) -> None:
         if condition in ("online", "leaving"):
             self._lost_at.pop(name, None)
-            self.feed(by.PresenceChanged(name, "online"))
+            self.feed(by.PresenceChanged(name, "online", renewed))
             if renewed:
                 self._tell(name)
         else:
@@ -193,6 +193,11 @@ class ModelSuccessor:
                 self._draining.add(deployment)
                 self._side.draining |= deployment == DEPLOYMENT
                 self._side.at_source(0.0, lambda: self._house.plan_changed(self._side))
+                self._side.at_source(0.0, self.look)
+            case by.DrainNoMore(deployment):
+                self._draining.discard(deployment)
+                self._side.draining &= deployment != DEPLOYMENT
+                self._side.at_source(0.0, self._side.admit)
                 self._side.at_source(0.0, self.look)
             case by.GiveWay(deployment):
                 self._give_way(deployment)

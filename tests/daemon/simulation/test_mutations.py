@@ -325,6 +325,14 @@ def gives_way_both_ways(patch: Patch) -> None:
     patch.setattr(own_deployments, "_chooses", lambda own, other: True)
 
 
+def gives_way_to_what_a_lost_device_told(patch: Patch) -> None:
+    def look_around(do: Any, self: Succession, own: Any) -> Any:
+        self._outdated.clear()
+        return do(self, own)
+
+    wrapped(patch, Succession, "_look_around", look_around)
+
+
 def obeys_whom_it_voted_for_in_vain(patch: Patch) -> None:
     patch.setattr(FollowedDeployment, "vote_ended", lambda self, now: False)
 
@@ -367,13 +375,14 @@ MISTAKES: list[tuple[str, Callable[[Patch], None], Callable[[int], None]]] = [
     ("terms", goes_one_epoch_further, losses),
     ("one left", gives_way_to_nobody, losses),
     ("one left", gives_way_both_ways, losses),
+    ("one left", gives_way_to_what_a_lost_device_told, losses),
     ("one left", obeys_whom_it_voted_for_in_vain, losses),
 ]
 
 
 RARE = {
     forgets_broken_links, forgets_lost_engines, tries_at_once_again, counts_too_little, goes_one_epoch_further,
-    obeys_whom_it_voted_for_in_vain,
+    gives_way_to_what_a_lost_device_told, obeys_whom_it_voted_for_in_vain,
 }  # caught late, so slowly  # fmt: skip
 
 

@@ -264,6 +264,21 @@ async def test_a_vote_is_obeyed_at_once(make):
     assert around.done[-1] == ("obey", D, "b")
 
 
+async def test_it_goes_on_when_whom_it_drains_for_has_let_go(make):
+    one, around, _ = make("a")
+    around.own, around.streaming = (view(),), {D: True}
+    one.look()
+    one.told("b", [view("b", epoch=EPOCH)])
+    one.told("c", [], {D: "b"})
+    assert ("drain", D, "device-b") in around.done
+    one.told("b", [])
+    assert around.done[-1] == ("drain", D, "")
+    around.streaming = {D: False}
+    one.look()
+    await turns()
+    assert "give way" not in names(around)
+
+
 async def test_it_drains_and_gives_way_when_its_answers_have_ended(make):
     one, around, _ = make("a")
     around.own, around.streaming = (view(),), {D: True}

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peerllm.engine.graph.nodes import make_pool
@@ -35,7 +35,6 @@ def restored(codes: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
 
 
 @given(shapes, st.sampled_from([4, 8]), st.integers(0, 2**31), st.sampled_from([1e-6, 0.02, 300.0]))
-@settings(deadline=None)
 def test_rounding_moves_a_weight_by_no_more_than_a_step(shape, bits, seed, size):
     rows = random(shape, seed, size)
     rows[:, : shape[1] // 2] *= np.abs(rows[:, : shape[1] // 2]) > size  # some blocks of zeros

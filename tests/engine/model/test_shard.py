@@ -76,7 +76,7 @@ steps = st.lists(
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps, seed=st.integers(0, 2**20))
 def test_slots_do_not_disturb_each_other(model_type, steps, seed, monkeypatch):
     monkeypatch.setattr(base, "ROLLBACK_TOKENS", 3)  # so that windows slide within the test's lengths

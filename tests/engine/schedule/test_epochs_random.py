@@ -203,7 +203,7 @@ class Epochs(RuleBasedStateMachine):
 
 
 Epochs.TestCase.settings = settings(
-    max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow],
+    max_examples=EXAMPLES, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False,
 )  # fmt: skip
 TestEpochs = Epochs.TestCase

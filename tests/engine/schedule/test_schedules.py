@@ -109,7 +109,7 @@ class Circling(RuleBasedStateMachine):
 
 
 TestCircling = Circling.TestCase
-TestCircling.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCircling.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9))

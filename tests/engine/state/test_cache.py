@@ -37,7 +37,7 @@ def tokens(start: int, count: int, width: int) -> torch.Tensor:
     return torch.arange(start, start + count, dtype=torch.float32).view(1, 1, -1, 1).expand(1, 2, count, width)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(window=st.sampled_from([None, 1, 2, 5, 16]), counts=st.lists(st.integers(1, 30), max_size=12))
 def test_same_as_transformers(window, counts):
     base.ROLLBACK_TOKENS = 4
@@ -59,7 +59,7 @@ def test_same_as_transformers(window, counts):
         position += count
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     window=st.sampled_from([None, 2, 5, 16]),
     moves=st.lists(st.tuples(st.integers(1, 25), st.integers(0, 4)), max_size=14),

@@ -149,7 +149,7 @@ def told(tokens: tuple[int, ...], number: int) -> float:
     return float(hash(tokens) % 2**20 + number)
 
 
-@settings(max_examples=EXAMPLES // 2, deadline=None)
+@settings(max_examples=EXAMPLES // 2)
 @given(data=st.data())
 def test_sequences_keep_their_recurrent_states(data: st.DataObject) -> None:
     made = Recurrences()
@@ -212,7 +212,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROLLBACK_TOKENS", ROLLBACK)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_sequences_keep_their_keys_and_values(data: st.DataObject) -> None:
     made = Sequences()

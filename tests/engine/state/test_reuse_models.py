@@ -102,7 +102,7 @@ def test_answers_are_those_of_a_fresh_run(model_type: str, engine: str, monkeypa
     monkeypatch.setattr(running_sequence, "LEAST_BEFORE_SNAPSHOT", 3)
     whole, reused_tokens = load(model_type, engine), 0
 
-    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+    @settings(max_examples=EXAMPLES, derandomize=True)
     @given(cut=st.sampled_from(CUTS), laps=st.lists(st.lists(TURN, min_size=1, max_size=SLOTS), max_size=6))
     def talk(cut: tuple[int, ...], laps: list[list[Any]]) -> None:
         nonlocal reused_tokens

@@ -361,11 +361,11 @@ class Household(RuleBasedStateMachine):
             self.check(number)
 
 
-Household.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+Household.TestCase.settings = settings(max_examples=30, stateful_step_count=40)
 TestHousehold = Household.TestCase
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     slots=st.integers(1, 4),

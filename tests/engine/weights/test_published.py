@@ -229,7 +229,7 @@ def test_an_order_that_was_not_kept_is_the_files() -> None:
     np.testing.assert_array_equal(floats, plain.weights.astype(np.float32))
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(150))
 @given(st.data())
 def test_damaged_tensors_get_a_line(data: st.DataObject) -> None:
     method = METHODS[data.draw(st.sampled_from(sorted(METHODS)))]
@@ -262,7 +262,7 @@ def test_damaged_tensors_get_a_line(data: st.DataObject) -> None:
     assert what == "shape" or made_of.shape == (ROWS, COLUMNS)  # shapes are compared before weights are read
 
 
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300))
 @given(about=st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([4, 8, 32, -1]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(

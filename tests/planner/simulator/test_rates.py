@@ -17,7 +17,7 @@ from tests.sizes import FULL
 MS = st.integers(0, 400).map(lambda tenths: tenths / 10)
 
 
-@settings(max_examples=60 if FULL else 30, deadline=None)
+@settings(max_examples=60 if FULL else 30)
 @given(st.lists(st.tuples(MS, MS), min_size=1, max_size=6), st.integers(1, 9), st.sampled_from(sorted(SCHEDULES)))
 def test_each_resource_once_a_lap_reaches_the_formula(stations, groups, schedule):
     ring = by_hand([compute + 0.1 for compute, _ in stations], [hop for _, hop in stations])

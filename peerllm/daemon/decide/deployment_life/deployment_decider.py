@@ -39,7 +39,8 @@ from peerllm.daemon.decide.deployment_life.situation import (
 from peerllm.types import DeviceId
 
 GATHER_S = 5.0  # how long a model too large for the devices here waits at first for those that have not arrived
-EPOCHS_OF_OTHERS = 2500  # past a term of those that followed this device for a while, and none of another's beginnings
+# Past a term of those that followed this device. Others begin at thousands, which ten steps of this stay away from.
+EPOCHS_OF_OTHERS = 2700
 MOST_RULES = 32  # that one event may set off; more is a mistake in the rules
 
 

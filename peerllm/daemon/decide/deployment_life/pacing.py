@@ -68,8 +68,8 @@ class Attempts:
         self._changed = False
 
     def hope(self) -> None:
-        """A device came, so the next attempt may begin at once."""
-        self._hopeless = None
+        """A device came, so the next attempt may begin at once, and waits begin anew: another may follow it soon."""
+        self._hopeless, self._waits = None, 0
 
     def conditions_changed(self, now: float) -> None:
         self._changed = True

@@ -45,7 +45,8 @@ class FollowedDeployment:
     lost_at: float | None = None  # since when its coordinator is not heard
     gone: bool = False  # the coordinator's process ended; else it is only silent
     voted_at: float | None = None  # when this device voted for the coordinator, which has not told of a plan since
-    former: CoordinatedPlan | None = None  # which this device obeys again if that was in vain
+    former: CoordinatedPlan | None = None  # which this device obeys again if that was in vain ...
+    former_over: bool = False  # ... unless its coordinator has said since that it is over
     term: int = 0  # the last one that this device voted in, for itself or another
     due: float | None = None  # when this device's turn comes
     seeking: bool = False  # it is being found out whether the devices that are here can hold the model
@@ -67,7 +68,7 @@ class FollowedDeployment:
             self.obey(plan)
             return True
         if self.voted_at is not None:
-            self.former = plan
+            self.former, self.former_over = plan, False
         self.heard()
         return False
 
@@ -189,7 +190,7 @@ class FollowedDeployment:
     def vote(self, asked: VoteAsked, now: float) -> None:
         """Obey the candidate from now on."""
         if self.plan.coordinator != asked.candidate and self.voted_at is None:
-            self.former = self.plan
+            self.former, self.former_over = self.plan, False
         self.term, self.voted_at = asked.term, now
         self.plan = replace(self.plan, coordinator=asked.candidate, epoch=asked.plan.epoch, serving=False)
         self.heard()

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from peerllm.daemon.decide.succession.succession_events import (
     CoordinatedPlan,
+    DeploymentOver,
     Drain,
+    DrainNoMore,
     GiveWay,
     Stay,
     SuccessionAction,
@@ -22,7 +24,7 @@ class OwnDeployments:
     def __init__(self) -> None:
         self.plans: dict[DeploymentId, CoordinatedPlan] = {}
         self._streaming: set[DeploymentId] = set()
-        self._yielding: dict[DeploymentId, DeviceId] = {}  # those that drain, and for whom
+        self._yielding: dict[DeploymentId, CoordinatedPlan] = {}  # those that drain, and for which
         self._plans_with: dict[
             DeploymentId, dict[DeviceId, tuple[DeviceId, ...]]
         ] = {}  # own, the last with each device
@@ -74,7 +76,7 @@ class OwnDeployments:
             return [Stay(own.deployment)] if own.serving and not own.stays else []
         if not gives_way:
             return []
-        self._yielding[own.deployment] = other.coordinator
+        self._yielding[own.deployment] = other
         return [Drain(own.deployment, other.coordinator, other.deployment), *self.drained(own.deployment)]
 
     def streaming(self, deployment: DeploymentId, streaming: bool) -> list[SuccessionAction]:
@@ -84,11 +86,19 @@ class OwnDeployments:
 
     def drained(self, deployment: DeploymentId) -> list[SuccessionAction]:
         """A deployment that drains gives way once its answers have ended."""
-        to = self._yielding.get(deployment)
-        if to is None or deployment in self._streaming or deployment not in self.plans:
+        other = self._yielding.get(deployment)
+        if other is None or deployment in self._streaming or deployment not in self.plans:
             return []
         del self._yielding[deployment], self.plans[deployment], self._plans_with[deployment]
-        return [GiveWay(deployment, to)]
+        return [GiveWay(deployment, other.coordinator)]
+
+    def other_over(self, over: DeploymentOver) -> list[SuccessionAction]:
+        """Another device's deployment is over: what drains for it goes on here."""
+        ended = over.deployment, over.coordinator
+        kept = [own for own, other in self._yielding.items() if (other.deployment, other.coordinator) == ended]
+        for own in kept:
+            del self._yielding[own]
+        return [DrainNoMore(own) for own in kept]
 
     def _is_left_for(self, deployment: DeploymentId, rival: DeviceId) -> bool:
         """Whether most devices of the last plan here that the rival was of obey it: its own word is not enough."""

@@ -53,6 +53,7 @@ class Succession:
         self._ended: dict[DeploymentId, None] = {}  # the last ones, first the oldest: nobody is to revive them
         self._latest: dict[DeploymentId, tuple[int, DeviceId]] = {}  # the latest epoch that was obeyed, and whose
         self._presence: dict[DeviceId, Presence] = {}
+        self._outdated: set[DeviceId] = set()  # devices that were lost, and have told nothing since
 
     def handle(self, event: SuccessionEvent, now: float) -> list[SuccessionAction]:
         """Take one event; returns what is to be done, in order."""
@@ -60,12 +61,18 @@ class Succession:
             case PlanTold(plan):
                 return self._own_plan(plan) if plan.coordinator == self.me else self._told(plan, now)
             case ObeyedTold(device, coordinators):
+                self._outdated.discard(device)  # it has told of its deployments just before
                 self._own.obeyed_told(device, coordinators)
                 own = tuple(self._own.plans.values())
                 return [action for one in own for action in self._look_around(one)]
             case DeploymentOver():
-                return self._over(event, now)
-            case PresenceChanged(device, presence):
+                self._over(event, now)
+                return self._own.other_over(event)
+            case PresenceChanged(device, presence, renewed):
+                if presence != "online":
+                    self._outdated.add(device)
+                elif not renewed:  # what it told while it was not heard still comes
+                    self._outdated.discard(device)
                 return self._present(device, presence, now)
             case Equipped(deployment, complete):
                 (self._equipped.add if complete else self._equipped.discard)(deployment)
@@ -82,9 +89,9 @@ class Succession:
             case StreamsChanged(deployment, streaming):
                 return self._own.streaming(deployment, streaming)
             case TurnCame():
-                for known in self._followed.values():
+                for known in tuple(self._followed.values()):
                     if known.vote_ended(now):
-                        self._find_lost(known, now)
+                        self._obey_again(known, now)
                 served = {one for plan in self._own.plans.values() for one in (plan.deployment, plan.succeeds)}
                 followed = tuple(self._followed.items())
                 return [done for of, one in followed for done in one.turn(of in served, self._online, now)]
@@ -130,8 +137,8 @@ class Succession:
 
     def _look_around(self, own: CoordinatedPlan) -> list[SuccessionAction]:
         told = [plan for claims in self._claims.values() for plan in claims.values()]
-        here = [plan for plan in told if self._presence.get(plan.coordinator, "online") == "online"]
-        return [action for other in here for action in self._own.met(own, other)]
+        away = self._outdated | {device for device, presence in self._presence.items() if presence != "online"}
+        return [action for one in told if one.coordinator not in away for action in self._own.met(own, one)]
 
     def _told(self, plan: CoordinatedPlan, now: float) -> list[SuccessionAction]:
         known = self._followed.get(plan.deployment)
@@ -160,7 +167,7 @@ class Succession:
         while len(self._latest) > 2 * MAX_DEPLOYMENTS_KNOWN:
             del self._latest[next(iter(self._latest))]
 
-    def _over(self, over: DeploymentOver, now: float) -> list[SuccessionAction]:
+    def _over(self, over: DeploymentOver, now: float) -> None:
         deployment, known = over.deployment, self._followed.get(over.deployment)
         claims = self._claims.get(deployment, {})
         claims.pop(over.coordinator, None)
@@ -168,11 +175,13 @@ class Succession:
         if over.coordinator == self.me:
             self._own.over(deployment)
         elif known is None or known.plan.coordinator != over.coordinator:
-            return []
+            if known is not None and known.former is not None and known.former.coordinator == over.coordinator:
+                known.former_over = True
+            return
         elif claims:  # another device goes on with it
             known.obey(max(claims.values(), key=lambda plan: (plan.epoch, plan.coordinator)))
             self._find_lost(known, now)
-            return []
+            return
         else:
             del self._followed[deployment]
             self._claims.pop(deployment, None)
@@ -180,7 +189,13 @@ class Succession:
             self._ended[deployment] = None
         while len(self._ended) > MAX_DEPLOYMENTS_KNOWN:
             del self._ended[next(iter(self._ended))]
-        return []
+
+    def _obey_again(self, known: FollowedDeployment, now: float) -> None:
+        """The vote for another was in vain, and whom this device obeyed before may have let go meanwhile."""
+        if known.former_over:
+            self._over(DeploymentOver(known.plan.deployment, known.plan.coordinator), now)
+        else:
+            self._find_lost(known, now)
 
     # ---- losing a coordinator -------------------------------------------------------------------------------------
 

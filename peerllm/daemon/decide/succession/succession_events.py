@@ -52,10 +52,11 @@ class DeploymentOver:
 
 @dataclass(frozen=True, slots=True)
 class PresenceChanged:
-    """Another device is heard, silent, or gone."""
+    """Another device is heard, silent, or gone. `renewed`: over another connection, over which it tells all anew."""
 
     device: DeviceId
     presence: Presence
+    renewed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,13 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainNoMore:
+    """Let the deployment take new sequences again: who was to go on with it has let go."""
+
+    deployment: DeploymentId
+
+
+@dataclass(frozen=True, slots=True)
 class GiveWay:
     """Stop coordinating the deployment here: `to` goes on with it."""
 
@@ -188,4 +196,6 @@ class GiveWay:
     to: DeviceId
 
 
-SuccessionAction = SeekService | AskVotes | Obey | Refuse | TakeOver | ServeAnew | Stay | Drain | GiveWay
+SuccessionAction = (
+    SeekService | AskVotes | Obey | Refuse | TakeOver | ServeAnew | Stay | Drain | DrainNoMore | GiveWay
+)  # fmt: skip

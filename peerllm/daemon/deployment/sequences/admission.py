@@ -139,6 +139,10 @@ class Admission:
         """Refuse every later sequence; those that are here go on."""
         self._closed = UnavailableError(reason)
 
+    def accept(self) -> None:
+        """Refuse no longer."""
+        self._closed = None
+
     def hear(self, event: Tokens) -> None:
         """New tokens from the engine. What repeats known ones is ignored."""
         if event.finish is not None:

@@ -209,7 +209,7 @@ def test_no_damage_does_harm(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
 
-        @settings(max_examples=600 if FULL else 40, deadline=None, database=None)
+        @settings(max_examples=600 if FULL else 40, database=None)
         @given(seed=st.integers(0, 2**64))
         def ten(seed: int) -> None:
             draw = random.Random(seed)

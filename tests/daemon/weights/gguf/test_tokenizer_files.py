@@ -98,7 +98,7 @@ def rebuilt(pre: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("pre", ORIGINALS)
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100))
 @given(pieces=st.lists(st.one_of(TEXT, st.sampled_from(["<|im_end|>", "<think>", "   "])), max_size=5))
 def test_byte_level_ids_are_the_originals(pre: str, pieces: list[str]) -> None:
     text = "".join(pieces)
@@ -190,7 +190,7 @@ def spm_tokenizer(prefix: bool) -> Tokenizer:
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100))
 @given(text=TEXT, after=TEXT)
 def test_sentence_piece_ids_are_those_of_its_rule(prefix: bool, text: str, after: str) -> None:
     tokenizer, space = spm_tokenizer(prefix), " " * prefix
@@ -380,7 +380,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100))
 @given(st.dictionaries(st.sampled_from([*GPT2, *spm_metadata(), "tokenizer.chat_template"]), VALUES), st.booleans())
 def test_metadata_of_any_kind_is_read_or_refused(changes: dict[str, Any], scored: bool) -> None:
     try:
