@@ -123,6 +123,7 @@ class DeploymentView:
     succeeds: DeploymentId = ""  # the deployment that this one was begun anew for
     stays: bool = False  # its coordinator gives way to no other that goes on with the same
     expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
+    idle_since: int = 0  # unix seconds, where it makes room for others; 0: it is used, or a person's
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,8 +376,15 @@ class Vote:
     term: int
 
 
+@dataclass(frozen=True, slots=True)
+class MakeWay:
+    """Unload a deployment that you coordinate, if a request started it and nobody uses it: another needs its memory."""
+
+    deployment: DeploymentId
+
+
 LoadQuestion = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace  # of what a device loads
-Question = LoadQuestion | Have | Inherit | Vote
+Question = LoadQuestion | Have | Inherit | Vote | MakeWay
 
 
 @dataclass(frozen=True, slots=True)

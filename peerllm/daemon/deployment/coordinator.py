@@ -19,14 +19,14 @@ from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.deployment.deployment import Deployment
 from peerllm.daemon.deployment.deployment_figures import DeploymentFigures
 from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
-from peerllm.daemon.deployment.loading.idle_models import IdleModels
+from peerllm.daemon.deployment.loading.idle_models import IdleModels, leavers
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
 from peerllm.daemon.deployment.remembered import RememberedDeployment, recall, remember
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, note_directories
 from peerllm.engine.messages import TensorAt, Tokens
-from peerllm.errors import BadInputError, NotFoundError, PeerLLMError, UnavailableError
+from peerllm.errors import BadInputError, NotFoundError, PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_DEPLOYMENTS = 16  # models started on one device at once
@@ -44,7 +44,12 @@ class Coordinator:
         self._file = remembered
         self._deployments: dict[str, Deployment] = {}  # by what `run` was told: a path, a hub id or "builtin"
         self._asleep: dict[str, RunOptions] = {}  # the same of those that a person started and nobody asked for
-        self._idle = IdleModels[Deployment](lambda: list(self._deployments.values()), self._unload, time.monotonic)
+        self._idle = IdleModels[Deployment](
+            lambda: list(self._deployments.values()),
+            self._unload,
+            time.monotonic,
+            lambda: leavers(around, time.monotonic()),
+        )
         self._devices: dict[DeviceId, DeviceIs] = {}  # how each device of the household is
         self._holdings: dict[DeviceId, tuple[Holding, ...]] = {}  # what each has loaded
         self._remembering: asyncio.Task[None] | None = None
@@ -194,6 +199,12 @@ class Coordinator:
             await self._unload(held)
         self.look_for_idle()
 
+    async def make_way(self, deployment: DeploymentId) -> None:
+        """Unload it, where another device's model needs its memory; RefusedError if somebody uses it."""
+        held = self._of(deployment)
+        if held is not None and not await self._idle.make_way(held):
+            raise RefusedError(f"{held.name} is used")
+
     def look_for_idle(self) -> None:
         """Unload the models that nobody has asked for so long, now and later."""
         self._idle.look()
@@ -212,8 +223,7 @@ class Coordinator:
 
     def _gives_way(self, deployment: Deployment, options: RunOptions) -> bool:
         """Whether it is idle and on demand, and a person wants it in another way."""
-        idle = deployment.idle.on_demand and not deployment.busy and not deployment.idle.answers
-        return idle and not options.on_demand and not same_demand(deployment.options, options)
+        return deployment.makes_way and not options.on_demand and not same_demand(deployment.options, options)
 
     def _find(self, model: str) -> Deployment | None:
         """By name, path or hub id: no name is another's path."""

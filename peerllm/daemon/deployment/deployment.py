@@ -229,6 +229,7 @@ class Deployment:
             succeeds=self.succeeds,
             stays=self.stays,
             expires=expiry(self.idle, time.monotonic()),
+            idle_since=int(time.time() - (time.monotonic() - self.idle.since)) if self.makes_way else 0,
         )
 
     @property
@@ -239,6 +240,12 @@ class Deployment:
     def busy(self) -> bool:
         """Whether a sequence runs or waits, or somebody waits for it to serve."""
         return self.sequences.busy or bool(self._outcomes)
+
+    @property
+    def makes_way(self) -> bool:
+        """Whether a request started it and nobody uses it."""
+        idle = not self.busy and not self.idle.answers and self.state in ("serving", "waiting")
+        return self.idle.on_demand and idle
 
     def belongs_to_person(self) -> None:
         """A person wants what a request started: it stays."""

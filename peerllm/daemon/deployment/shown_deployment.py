@@ -31,6 +31,7 @@ class ShownDeployment:
     succeeds: DeploymentId = ""
     stays: bool = False
     expires: int = 0
+    idle_since: int = 0
 
     def view(self, measured: dict[str, float]) -> DeploymentView:
         """For every device of the household; no text, no token ids."""
@@ -64,6 +65,7 @@ class ShownDeployment:
             succeeds=self.succeeds,
             stays=self.stays,
             expires=self.expires,
+            idle_since=self.idle_since,
         )
 
     def served(self) -> ServedModel:

@@ -31,7 +31,7 @@ ANY_TAG = ":latest"
 PullProgress = Callable[[int, int], None]  # bytes done, bytes in all (0: not known)
 
 
-class ModelFiles(Protocol):
+class FetchingModels(Protocol):
     """How a model comes to this disk, as in deployment/negotiation.Surroundings."""
 
     def looked_up(self, model: str, tell: Tell) -> AbstractAsyncContextManager[ModelOnDisk]: ...
@@ -43,7 +43,7 @@ class ModelShelf:
     """`listed` are the models here, and other names for models of the household. `running` are names in lower case."""
 
     def __init__(
-        self, data_dir: Path, files: ModelFiles, running: Callable[[], Iterable[str]], changed: Callable[[], None]
+        self, data_dir: Path, files: FetchingModels, running: Callable[[], Iterable[str]], changed: Callable[[], None]
     ) -> None:
         self._data_dir, self._files, self._running, self._changed = data_dir, files, running, changed
         self.disk = DiskModels(data_dir, changed)

@@ -11,7 +11,7 @@ import pytest
 from peerllm.daemon.deployment.loading import idle_models
 from peerllm.daemon.facade import GenerateRequest, RunOptions
 from peerllm.engine.messages import Submit, Tokens
-from peerllm.errors import BadInputError, InfeasibleError
+from peerllm.errors import BadInputError, InfeasibleError, RefusedError
 from peerllm.types import Sampling
 from tests.daemon.house import quiet, used
 
@@ -105,6 +105,25 @@ async def test_none_goes_in_vain_and_none_that_answers(houses):
     of(a, "one").idle.over(1e9)
     await a.coordinator.wake("three")
     assert names(a) == {"three"}
+
+
+async def test_models_of_another_device_make_way_too(houses):
+    house = houses([6, 6], one=4, two=4, three=8)
+    a, b = house["a"], house["b"]
+    await a.coordinator.wake("one")
+    await b.coordinator.wake("two")
+    assert a.coordinator.views()[0].idle_since
+    of(b, "two").idle.asked(None, 1e9)
+    with pytest.raises(InfeasibleError):
+        await a.coordinator.wake("three")
+    assert names(a) == {"one"} and names(b) == {"two"}, "two is used"
+    assert not b.coordinator.views()[0].idle_since
+    with pytest.raises(RefusedError, match="two is used"):
+        await b.coordinator.make_way(of(b, "two").id)
+    of(b, "two").idle.over(1e9)
+    await a.coordinator.wake("three")
+    assert names(a) == {"three"} and not names(b)
+    await b.coordinator.make_way("d" * 32)
 
 
 async def test_a_person_takes_over_what_a_request_started(houses):

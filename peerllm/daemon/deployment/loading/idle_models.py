@@ -6,11 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from peerllm.daemon.background_tasks import BackgroundTasks
-from peerllm.daemon.control_messages import DeploymentState
+from peerllm.daemon.control_messages import DeploymentState, DeploymentView
 from peerllm.daemon.decide.idle_time import IdleTime
+from peerllm.daemon.deployment.negotiation import Surroundings
+from peerllm.errors import PeerLLMError
 from peerllm.types import DeviceId
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,11 @@ class IdleDeployment(Protocol):
     def state(self) -> DeploymentState: ...
 
     @property
+    def makes_way(self) -> bool:
+        """Whether a request started it and nobody uses it."""
+        ...
+
+    @property
     def busy(self) -> bool:
         """Whether an answer of it is under way."""
         ...
@@ -37,6 +45,15 @@ class IdleDeployment(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Leaver:
+    """A model that would make room: idle since then, by this clock; `leave` says whether it did."""
+
+    since: float
+    promised: dict[DeviceId, int]
+    leave: Callable[[], Awaitable[bool]]
+
+
 D = TypeVar("D", bound=IdleDeployment)
 
 
@@ -44,9 +61,14 @@ class IdleModels(Generic[D]):
     """`look` whenever something changed; `unload` ends a deployment."""
 
     def __init__(
-        self, held: Callable[[], Iterable[D]], unload: Callable[[D], Awaitable[None]], clock: Callable[[], float]
+        self,
+        held: Callable[[], Iterable[D]],
+        unload: Callable[[D], Awaitable[None]],
+        clock: Callable[[], float],
+        others: Callable[[], Iterable[Leaver]] = tuple,
     ) -> None:
-        self._held, self._unload, self._clock = held, unload, clock
+        """`others`: those that other devices coordinate."""
+        self._held, self._unload, self._clock, self._others = held, unload, clock, others
         self._timer: asyncio.TimerHandle | None = None
         self._tasks = BackgroundTasks()
         self._ending: list[D] = []
@@ -72,21 +94,27 @@ class IdleModels(Generic[D]):
     async def make_room(self, fits: Callable[[dict[DeviceId, int]], Awaitable[bool]]) -> bool:
         """Unload models that requests started and nobody uses, the longest idle first, until `fits` with their memory.
 
-        False, and none is unloaded, where all of them would not do.
+        False, and none is unloaded, where all of them would not do; False, too, where somebody asks for one meanwhile.
         """
-        freed, leaving = dict[DeviceId, int](), list[D]()
-        for one in self._idle():
+        freed, leaving = dict[DeviceId, int](), list[Leaver]()
+        for one in sorted([*map(self._leaver, self._idle()), *self._others()], key=lambda one: one.since):
             leaving.append(one)
-            for device, nbytes in one.promised().items():
+            for device, nbytes in one.promised.items():
                 freed[device] = freed.get(device, 0) + nbytes
             if await fits(freed):
-                still = [left for left in leaving if left in self._idle()]
-                if len(still) < len(leaving):  # somebody asked for one meanwhile
-                    return False
-                self._ending += still
-                await asyncio.gather(*(self._end(left, "another model needs its memory") for left in still))
-                return True
+                return all(await asyncio.gather(*(left.leave() for left in leaving)))
         return False
+
+    async def make_way(self, one: D) -> bool:
+        """Unload this one for another that needs its memory; False if it is used, or does not make way."""
+        if one not in self._idle():
+            return False
+        self._ending.append(one)
+        await self._end(one, "another model needs its memory")
+        return True
+
+    def _leaver(self, one: D) -> Leaver:
+        return Leaver(one.idle.since, one.promised(), lambda: self.make_way(one))
 
     async def one_less(self) -> bool:
         """Unload the one that has been idle longest; False where there is none."""
@@ -97,9 +125,8 @@ class IdleModels(Generic[D]):
         return False
 
     def _idle(self) -> list[D]:
-        found = [one for one in self._held() if one.idle.on_demand and not one.busy and not one.idle.answers]
-        served = [one for one in found if one.state in ("serving", "waiting") and one not in self._ending]
-        return sorted(served, key=lambda one: one.idle.since)
+        found = [one for one in self._held() if one.makes_way]
+        return sorted((one for one in found if one not in self._ending), key=lambda one: one.idle.since)
 
     async def _end(self, one: D, why: str) -> None:
         log.info("%s is unloaded: %s", one.name, why)
@@ -118,3 +145,27 @@ class IdleModels(Generic[D]):
 def expiry(idle: IdleTime, now: float) -> int:
     """Unix seconds at which a model is unloaded if nobody asks again; 0: never."""
     return 0 if idle.kept_s < 0 else int(time.time() + idle.since + idle.kept_s - now)
+
+
+def leavers(around: Surroundings, now: float) -> list[Leaver]:
+    """The models of other devices that make way."""
+
+    def asked(view: DeploymentView) -> Callable[[], Awaitable[bool]]:
+        async def leave() -> bool:
+            try:
+                await around.make_way(view.coordinator, view.deployment)
+            except PeerLLMError as error:
+                log.info("%s does not make way: %s", view.name, error)
+                return False
+            return True
+
+        return leave
+
+    found = []
+    for view in around.views():
+        if view.idle_since:
+            promised = dict[DeviceId, int]()
+            for stage, nbytes in zip(view.stages, view.stage_memory_bytes, strict=False):
+                promised[stage.device] = promised.get(stage.device, 0) + nbytes
+            found.append(Leaver(now - max(0.0, time.time() - view.idle_since), promised, asked(view)))
+    return found
