@@ -167,10 +167,9 @@ class Coordinator:
             if len(self._deployments) >= MAX_DEPLOYMENTS and not await self._idle.one_less():
                 raise BadInputError(f"{MAX_DEPLOYMENTS} models run from this device already; stop one first")
             deployment = self._begin(options, None)
-        else:
+        elif not options.on_demand:  # a request takes it as it is
             refuse_other(deployment.options, options)
-            if deployment.idle.on_demand and not options.on_demand:
-                deployment.belongs_to_person()
+            deployment.belongs_to_person()
         deployment.report.watchers.append(progress)
         try:
             await deployment.outcome()

@@ -248,7 +248,9 @@ class Deployment:
         return self.idle.on_demand and idle
 
     def belongs_to_person(self) -> None:
-        """A person wants what a request started: it stays."""
+        """A person wants what a request may have started: it stays."""
+        if not self.idle.on_demand:
+            return
         self.options = replace(self.options, on_demand=False)
         self.remembered_as = replace(self.remembered_as, on_demand=False)
         self.idle.on_demand, self.idle.keep_s = False, None

@@ -108,7 +108,7 @@ def idle_models(
     for model in running:
         seen |= {model.name.lower(), *all_names(model.name, model.model)}
     found = list[ServedModel]()
-    for asleep in (False, True):
+    for asleep in (True, False):
         for device, models in told:
             for one in models:
                 names = all_names(one.name, one.model)

@@ -87,7 +87,7 @@ class LoadedStage:
         if self.is_head:  # an OPEN may have ended another sequence, whose RELEASE does not come
             self._answers = {one: known for one, known in self._answers.items() if one in self}
             self._answers[sequence] = opened.sampling, list(answer)
-            self._pools = {one: known for one, known in self._pools.items() if one in self and one != sequence}
+            self._pools = {one: known for one, known in self._pools.items() if one in self}
             if opened.pool is not None:
                 self._pools[sequence] = Pool(opened.pool)
         return opened

@@ -139,6 +139,7 @@ async def test_a_person_takes_over_what_a_request_started(houses):
     assert names(a) == {"mine"}
     with pytest.raises(BadInputError, match="other options"):
         await a.coordinator.run(RunOptions("small", name="other"), quiet)
+    assert await a.coordinator.wake("small") == "mine", "a request takes it as it is"
 
 
 def test_when_it_goes_is_told_as_a_time_of_day(monkeypatch):
