@@ -165,3 +165,10 @@ async def test_other_names(hub, shelf, tmp_path):
 def test_a_damaged_file_is_an_empty_one(hub, tmp_path, said):
     (tmp_path / FILE).write_text(said)
     assert not ModelShelf(tmp_path, hub, set, lambda: None)._aliases
+
+
+async def test_what_is_here_already_is_not_fetched(hub, shelf):
+    put(hub.cache, "owner/other")
+    told = []
+    await shelf.pull("owner/other:latest", lambda *far: told.append(far))
+    assert not hub.fetched and not told
