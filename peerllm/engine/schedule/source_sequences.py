@@ -130,7 +130,7 @@ class SourceSequences:
             raise BadInputError(f"an answer has at least 1 token, not {order.max_tokens}")
         taken = {running.choice.slot for running in self._running.values()}
         # What becomes a vector is computed from its first token on, and leaves nothing behind.
-        choice = self._idle.take(taken, order.prompt, order.client)
+        choice = self._idle.take(taken, order.prompt, order.client if order.pool is None else NOBODY)
         if choice is None:
             raise OverloadedError(f"all {self._slots} slots are taken; wait for a sequence to end")
         self._running[order.sequence] = running = RunningSequence(order, choice, self.epoch)

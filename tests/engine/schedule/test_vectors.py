@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peerllm.engine.base import Reach
 from peerllm.engine.messages import Submit
 from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.loaded_stage import LoadedStage
@@ -141,3 +142,37 @@ def test_a_head_that_lies_ends_the_sequence(pool: Pooling | None, token: int | N
     (run,) = source.feed()
     with pytest.raises(FrameError):
         source.came_back(run, token, None if vector is None else np.array(vector, np.float32))
+
+
+def source_of(*orders: Submit, reach: Reach | None = None) -> SourceSequences:
+    source = SourceSequences(DEPLOYMENT, 2, 64, 2, 1, 9, reach, epoch=3)
+    for order in orders:
+        source.submit(order)
+    return source
+
+
+def test_in_another_epoch_it_begins_at_its_first_token() -> None:
+    source = source_of(Submit(DEPLOYMENT, 1, (1, 2, 3, 4, 5, 6), 1, (), Sampling(), pool="mean"))
+    (run, *_) = source.feed()
+    source.came_back(run, None)
+    source.leave(1)
+    opened, step = source.enter(1)
+    assert (opened.position, opened.pool, step) == (0, "mean", None)
+    source.came_round(opened)
+    assert [one.position for one in source.feed()] == [0, 2]
+
+
+@pytest.mark.parametrize(("first", "then"), [(None, "mean"), ("last", None), (None, None)])
+def test_it_takes_up_no_slot_and_leaves_none(first: Pooling | None, then: Pooling | None) -> None:
+    ids = (1, 2, 3, 4, 5, 6)
+    order = Submit(DEPLOYMENT, 1, ids, 1, (), Sampling(), "me", pool=first)
+    source = source_of(order, reach=Reach(True))
+    source.leave(1)
+    source.came_round(source.enter(1)[0])
+    while source.running:
+        for run in source.feed():
+            ends = (7, None) if first is None else (None, np.ones(WIDTH, np.float32))
+            source.came_back(run, *(ends if run.sample else (None, None)))
+    source.drained(1)
+    source.submit(Submit(DEPLOYMENT, 2, ids, 1, (), Sampling(), "me", pool=then))
+    assert bool(source.reused(2)) is (first is None and then is None)
