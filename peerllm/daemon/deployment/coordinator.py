@@ -6,9 +6,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.deployment.deployment import Deployment
 from peerllm.daemon.deployment.deployment_figures import DeploymentFigures
 from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
-from peerllm.daemon.deployment.loading.idle_models import IdleModels, leavers
+from peerllm.daemon.deployment.loading.idle_models import IdleModels, kept_loaded, leavers
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
 from peerllm.daemon.deployment.remembered import RememberedDeployment, recall, remember
@@ -44,12 +44,7 @@ class Coordinator:
         self._file = remembered
         self._deployments: dict[str, Deployment] = {}  # by what `run` was told: a path, a hub id or "builtin"
         self._asleep: dict[str, RunOptions] = {}  # the same of those that a person started and nobody asked for
-        self._idle = IdleModels[Deployment](
-            lambda: list(self._deployments.values()),
-            self._unload,
-            time.monotonic,
-            lambda: leavers(around, time.monotonic()),
-        )
+        self._idle = IdleModels[Deployment](self._deployments.values, self._unload, partial(leavers, around))
         self._devices: dict[DeviceId, DeviceIs] = {}  # how each device of the household is
         self._holdings: dict[DeviceId, tuple[Holding, ...]] = {}  # what each has loaded
         self._remembering: asyncio.Task[None] | None = None
@@ -259,18 +254,8 @@ class Coordinator:
         deployment = self._of(request.deployment)
         if deployment is None:
             raise NotFoundError("this model is not served any more; `peerllm status` lists what is")
-        return self._noted(deployment, request)
-
-    async def _noted(self, deployment: Deployment, request: GenerateRequest) -> AsyncGenerator[Chunk]:
-        """The answer; the deployment stays loaded meanwhile, and for a while."""
-        deployment.idle.asked(request.keep_alive_s, time.monotonic())
-        try:
-            async with aclosing(deployment.sequences.generate(request)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        finally:
-            deployment.idle.over(time.monotonic())
-            self.look_for_idle()
+        chunks = deployment.sequences.generate(request)
+        return kept_loaded(deployment.idle, request.keep_alive_s, chunks, self.look_for_idle)
 
     @property
     def busy(self) -> bool:

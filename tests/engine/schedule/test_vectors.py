@@ -64,6 +64,8 @@ def test_vectors_and_answers_in_one_pass() -> None:
     made = computed(stage, *steps)
     assert made[0] == (None, [3.0] * WIDTH) and made[2] == (None, [8.0] * WIDTH)
     assert made[1] == (7, None) and made[3] == (9, None)
+    stage.release(1, keep=1)
+    assert stage.chain[0].slots.kept(1)
 
 
 def test_a_sequence_that_enters_again_begins_anew() -> None:

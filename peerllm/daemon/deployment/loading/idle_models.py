@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -13,6 +14,7 @@ from peerllm.daemon.background_tasks import BackgroundTasks
 from peerllm.daemon.control_messages import DeploymentState, DeploymentView
 from peerllm.daemon.decide.idle_time import IdleTime
 from peerllm.daemon.deployment.negotiation import Surroundings
+from peerllm.daemon.facade import Chunk
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeviceId
 
@@ -64,8 +66,8 @@ class IdleModels(Generic[D]):
         self,
         held: Callable[[], Iterable[D]],
         unload: Callable[[D], Awaitable[None]],
-        clock: Callable[[], float],
         others: Callable[[], Iterable[Leaver]] = tuple,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`others`: those that other devices coordinate."""
         self._held, self._unload, self._clock, self._others = held, unload, clock, others
@@ -147,7 +149,21 @@ def expiry(idle: IdleTime, now: float) -> int:
     return 0 if idle.kept_s < 0 else int(time.time() + idle.since + idle.kept_s - now)
 
 
-def leavers(around: Surroundings, now: float) -> list[Leaver]:
+async def kept_loaded(
+    idle: IdleTime, keep_s: float | None, chunks: AsyncGenerator[Chunk], look: Callable[[], None]
+) -> AsyncGenerator[Chunk]:
+    """An answer, meanwhile and after which its deployment stays; `look` is called at its end."""
+    idle.asked(keep_s, time.monotonic())
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+    finally:
+        idle.over(time.monotonic())
+        look()
+
+
+def leavers(around: Surroundings) -> list[Leaver]:
     """The models of other devices that make way."""
 
     def asked(view: DeploymentView) -> Callable[[], Awaitable[bool]]:
@@ -161,7 +177,7 @@ def leavers(around: Surroundings, now: float) -> list[Leaver]:
 
         return leave
 
-    found = []
+    found, now = [], time.monotonic()
     for view in around.views():
         if view.idle_since:
             promised = dict[DeviceId, int]()
