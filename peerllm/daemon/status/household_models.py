@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from peerllm.daemon.control_messages import DeploymentView, DiskModel
 from peerllm.daemon.facade import IDLE_MODEL, ServedModel
@@ -110,11 +111,10 @@ def idle_models(
     found = list[ServedModel]()
     for asleep in (True, False):
         for device, models in told:
-            for one in models:
-                names = all_names(one.name, one.model)
-                if one.asleep is asleep and not one.alias and seen.isdisjoint(names):
-                    found.append(_idle(one, device, names))
-            seen |= {name for model in found for name in model.names}
+            mine = [one for one in models if one.asleep is asleep and not one.alias]
+            fresh = [one for one in mine if seen.isdisjoint(all_names(one.name, one.model))]
+            found += [_idle(one, device) for one in fresh]
+            seen.update(*(all_names(one.name, one.model) for one in fresh))
     aliases = {one.name: one.model.lower() for _, models in reversed(told) for one in models if one.alias}
     every = [*running, *found]
     for name, meant in aliases.items():
@@ -134,7 +134,8 @@ def with_asleep(listed: Sequence[DiskModel], asleep: Mapping[str, str]) -> tuple
     return (*woken, *(one for one in listed if one.alias or one.model not in asleep))
 
 
-def _idle(one: DiskModel, device: DeviceId, names: frozenset[str]) -> ServedModel:
+@lru_cache(maxsize=1024)
+def _idle(one: DiskModel, device: DeviceId) -> ServedModel:
     return ServedModel(
         deployment="",
         name=one.name,
@@ -146,6 +147,6 @@ def _idle(one: DiskModel, device: DeviceId, names: frozenset[str]) -> ServedMode
         context=0,
         stop_ids=(),
         source=device,
-        names=names,
+        names=all_names(one.name, one.model),
         disk_bytes=one.nbytes,
     )
