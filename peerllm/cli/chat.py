@@ -12,10 +12,10 @@ from peerllm.cli.device import LocalDevice
 from peerllm.cli.figures.trace import recording, text
 from peerllm.cli.served import meant
 from peerllm.cli.terminal import PassingNote, printable
-from peerllm.daemon.facade import IDLE_MODEL
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
 
 COMPLETIONS = "/v1/chat/completions"
+IDLE = "idle"  # the state of a model that is on a disk and does not run
 WORKING = "working"  # the comment that tells nothing (docs/json.md)
 ANSWER_TIMEOUT_S = 3600.0  # seconds a whole answer may take when it is not streamed
 HELP = """\
@@ -57,7 +57,7 @@ def _ask(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str
 
 def only_model(device: LocalDevice) -> str:
     """The one model of the household; NotFoundError if there is none, or a choice to be made."""
-    names = [one["id"] for one in device.get("/v1/models")["data"] if one["state"] != IDLE_MODEL]
+    names = [one["id"] for one in device.get("/v1/models")["data"] if one["state"] != IDLE]
     if not names:
         raise NotFoundError("the household has no model; start one with: peerllm run builtin")
     if len(names) > 1:
