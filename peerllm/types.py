@@ -188,6 +188,7 @@ def batches_of(sequences: int, micro_batch: int, micro_batches: int) -> int:
     return max(min(sequences, micro_batches), -(-sequences // micro_batch))
 
 
+Pooling = Literal["mean", "last"]  # how a prompt's hidden states become one vector
 Cuts = tuple[tuple[int, int], ...]  # (least new prompt tokens, tokens of a chunk), rising; the first is for 1
 MAX_CUTS = 64
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from peerllm.errors import OverloadedError
@@ -21,6 +21,7 @@ class Tasks:
 
     def __init__(self) -> None:
         self._changes: set[asyncio.Task[Any]] = set()
+        self._waking: dict[str, asyncio.Task[None]] = {}  # by model
         self._streams: dict[asyncio.Task[Any], tuple[str, int]] = {}  # who asks for each, and its body's bytes
         self.closing = False
 
@@ -32,6 +33,13 @@ class Tasks:
         task = asyncio.create_task(work, name=name)
         self._changes.add(task)
         task.add_done_callback(self._done)
+        return task
+
+    def waking(self, model: str, wake: Callable[[str], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        """The one start of a model for all requests that wait for it."""
+        if (task := self._waking.get(model)) is None or task.done():
+            self._waking = {name: one for name, one in self._waking.items() if not one.done()}
+            task = self._waking[model] = self.start(wake(model), f"start {model} for a request")
         return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:

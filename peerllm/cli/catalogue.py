@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peerllm.builtin import BUILTIN, MODEL_DIR
 from peerllm.cli.device import LocalDevice
 from peerllm.cli.terminal import printable, table
+from peerllm.daemon.shelf.disk_models import places_on_disk
 from peerllm.daemon.weights.known_models import KNOWN, memory_bytes, stored_memory_bytes
-from peerllm.daemon.weights.on_disk import (
-    DIRECTORIES_FILE,
-    Paths,
-    in_hub_cache,
-    model_at,
-    served_directories,
-    weights_of,
-)
-from peerllm.errors import ModelError, PeerLLMError
+from peerllm.daemon.weights.on_disk import weights_of
+from peerllm.errors import PeerLLMError
 from peerllm.planner.cost.byte_sizes import human_bytes
 from peerllm.types import BITS
 
@@ -44,14 +36,7 @@ def household(data_dir: Path) -> dict[str, int] | None:
 
 def catalogue(data_dir: Path, lent: Mapping[str, int] | None) -> dict[str, Any]:
     """The object of `peerllm models --json`."""
-    short = {one.hub_id: one.name for one in KNOWN}
-    cached = in_hub_cache()
-    places: dict[str, Paths] = {BUILTIN: (MODEL_DIR,)}
-    places |= {one.name: (one.package.path,) for one in KNOWN if one.package is not None and one.package.here}
-    places |= {short.get(name, name): paths for name, paths in cached.items()}
-    for name in served_directories(data_dir / DIRECTORIES_FILE):
-        with contextlib.suppress(ModelError):
-            places |= {name: paths} if (paths := model_at(Path(name))) else {}
+    places = places_on_disk(data_dir)
     on_disk = []
     for name, paths in places.items():
         held = weights_of(paths)

@@ -15,6 +15,7 @@ from peerllm.cli.terminal import PassingNote, printable
 from peerllm.errors import BadInputError, NotFoundError, PeerLLMError
 
 COMPLETIONS = "/v1/chat/completions"
+IDLE = "idle"  # the state of a model that is on a disk and does not run
 WORKING = "working"  # the comment that tells nothing (docs/json.md)
 ANSWER_TIMEOUT_S = 3600.0  # seconds a whole answer may take when it is not streamed
 HELP = """\
@@ -56,7 +57,7 @@ def _ask(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str
 
 def only_model(device: LocalDevice) -> str:
     """The one model of the household; NotFoundError if there is none, or a choice to be made."""
-    names = [one["id"] for one in device.get("/v1/models")["data"]]
+    names = [one["id"] for one in device.get("/v1/models")["data"] if one["state"] != IDLE]
     if not names:
         raise NotFoundError("the household has no model; start one with: peerllm run builtin")
     if len(names) > 1:

@@ -122,6 +122,24 @@ class DeploymentView:
     missing_bytes: int = 0  # memory that the household lacks for it; 0: none, or it is not known
     succeeds: DeploymentId = ""  # the deployment that this one was begun anew for
     stays: bool = False  # its coordinator gives way to no other that goes on with the same
+    expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
+    idle_since: int = 0  # unix seconds, where it makes room for others; 0: it is used, or a person's
+
+
+@dataclass(frozen=True, slots=True)
+class DiskModel:
+    """A model whose files a device has, so that it can be started there; `made`: unix seconds.
+
+    `alias`: no files, but another name for a model of the household. `asleep`: a person ran it there, in a way that the
+    device remembers.
+    """
+
+    name: str
+    model: str  # as `run` is told it
+    nbytes: int
+    made: int
+    alias: bool = False
+    asleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +169,7 @@ class DeviceView:
     holdings: tuple[Holding, ...] = ()
     leaving: str = ""  # why it asks to hold nothing any more (going down, paused, on battery); "": it does not
     obeyed: Mapping[DeploymentId, DeviceId] = field(default_factory=dict)  # whom, where it is of another's plan
+    on_disk: tuple[DiskModel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,8 +376,15 @@ class Vote:
     term: int
 
 
+@dataclass(frozen=True, slots=True)
+class MakeWay:
+    """Unload a deployment that you coordinate, if a request started it and nobody uses it: another needs its memory."""
+
+    deployment: DeploymentId
+
+
 LoadQuestion = Reserve | Assign | Activate | Carry | Release | Profile | Pace | Trace  # of what a device loads
-Question = LoadQuestion | Have | Inherit | Vote
+Question = LoadQuestion | Have | Inherit | Vote | MakeWay
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from peerllm.daemon.control_messages import DeviceView, Hello
+from peerllm.daemon.control_messages import DeviceView, DiskModel, Hello
 from peerllm.daemon.debounce import Debounce
 from peerllm.daemon.decide.device_names import device_called
 from peerllm.daemon.decide.device_profiles import link_profiles
@@ -42,7 +42,8 @@ from peerllm.daemon.owner.machine_reading import read_machine
 from peerllm.daemon.relay import relay_door
 from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
-from peerllm.daemon.status.household_models import HouseholdModels
+from peerllm.daemon.shelf.model_shelf import ModelShelf
+from peerllm.daemon.status.household_models import HouseholdModels, idle_models, with_asleep
 from peerllm.daemon.status.status import (
     deployments_of,
     engine_entry,
@@ -106,6 +107,7 @@ class Daemon:
         self.store = await asyncio.to_thread(WeightStore, data / "weights", me, peers, most)
         self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
+        self.shelf = ModelShelf(data, self.home, self._running_names, self.poke)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
         self.relays = RelayClient(network.post)
         self.household_events = HouseholdEvents(self)
@@ -156,11 +158,13 @@ class Daemon:
         await engine.measure()
         await self._assemble(limits)
         self._started = True
+        self._closing.push_async_callback(self.shelf.close)
         self._closing.push_async_callback(self._let_go)
         self._closing.push_async_callback(self.lending.close)
         await self.lending.start()
         await self.network.start()
         await self.store.prune()
+        await self.shelf.disk.refresh()
         self.household_events.first_look()
         await self.successor.others_heard()
         await self.coordinator.start(lambda deployment: self.successor.models.load(deployment).at_hand)
@@ -242,7 +246,14 @@ class Daemon:
         own = self.coordinator.served()
         here = {model.deployment for model in own if model.state != "stopped"}
         others = self.household_models.others(self.home.name)
-        return [*own, *(model for model in others if model.deployment not in here)]
+        running = [*own, *(model for model in others if model.deployment not in here)]
+        peers = self.network.peers().items()
+        disks = [(d, peer.view.on_disk) for d, peer in peers if peer.state == "online" and peer.view is not None]
+        return [*running, *idle_models(running, [("", self._on_disk()), *disks])]
+
+    def _on_disk(self) -> tuple[DiskModel, ...]:
+        """What can be started here; what a person started before, by the name that it had."""
+        return with_asleep(self.shelf.listed, {one.model: one.name for one in self.coordinator.asleep})
 
     def relay(
         self, source: DeviceId, path: str, headers: Mapping[str, str], body: bytes
@@ -265,6 +276,25 @@ class Daemon:
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
         return await self.coordinator.run(options, progress)
+
+    async def start_model(self, model: str) -> None:
+        await self.coordinator.wake(model)
+
+    async def keep(self, deployment: DeploymentId, keep_alive_s: float | None) -> None:
+        await self.coordinator.keep(deployment, keep_alive_s)
+
+    async def pull(self, name: str, told: Callable[[int, int], None]) -> None:
+        await self.shelf.pull(name, told)
+
+    async def alias(self, name: str, model: str) -> None:
+        await self.shelf.alias(name, model)
+
+    async def delete(self, name: str) -> None:
+        await self.shelf.delete(name)
+
+    def _running_names(self) -> set[str]:
+        running = [one for one in self.models() if one.deployment]
+        return {name for one in running for name in (one.name.lower(), one.model.lower(), *one.names)}
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         return await self.coordinator.figures.preview(options, progress)
@@ -347,6 +377,7 @@ class Daemon:
             holdings=self.worker.holdings(),
             leaving=self.ledger.leaving,
             obeyed=self.successor.obeyed,
+            on_disk=self._on_disk(),
         )
 
     def poke(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from peerllm.engine.messages import Constraint, FinishReason
-from peerllm.types import Activations, DeploymentId, DeviceId, Objective, Sampling, ScheduleName
+from peerllm.types import Activations, DeploymentId, DeviceId, Objective, Pooling, Sampling, ScheduleName
 
 MAX_PROMPT_CHUNK = 4096
 MAX_BENCH_SEQUENCES = 256
@@ -25,6 +25,9 @@ def short_name(model: str) -> str:
     """What a model is called where nobody names it: the last part of its path or hub id, of a GGUF file its stem."""
     name = PurePath(model).name or model
     return _PART.sub("", name[: -len(_GGUF)]) if name.lower().endswith(_GGUF) and len(name) > len(_GGUF) else name
+
+
+IDLE_MODEL = "idle"  # the state of a model that is on a disk and does not run
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class RunOptions:
     schedule: ScheduleName = "no-bubble"  # the others are there to compare with
     activations: Activations = "auto"  # how hidden states travel
     name: str = ""  # what the deployment is to be called; "": its `short_name`
+    on_demand: bool = False  # a request started it, and no person: it is unloaded when nobody asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,10 @@ class RunProgress:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A deployment of the household as the API needs it; only its source has `model_dir` and `stop_ids`."""
+    """A deployment of the household as the API needs it; only its source has `model_dir` and `stop_ids`.
+
+    One that is on a disk and not running has the state IDLE_MODEL and no deployment.
+    """
 
     deployment: DeploymentId
     name: str  # what clients put in "model"; `model` is understood as well
@@ -70,6 +77,9 @@ class ServedModel:
     progress: float = 0.0  # ... and how much of that is done, 0 to 1
     missing_bytes: int = 0  # memory that the household lacks for it
     source: DeviceId = ""  # the device that answers for it; "": this one, or none now
+    names: frozenset[str] = frozenset()  # in lower case, all by which it is understood besides
+    expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
+    disk_bytes: int = 0  # of its files, where it is known only as a model on a disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +108,8 @@ class GenerateRequest:
     answer: Sequence[int] = ()  # ids of the answer that are known already: it goes on after them
     kept: str = ""  # what the API needs to go on with the answer on another device; "": it ends with this one
     constraint: Constraint | None = None  # what the answer's text must be
+    pool: Pooling | None = None  # there is no answer: the last chunk has the prompt's hidden states as one vector
+    keep_alive_s: float | None = None  # how long the model stays loaded after it; below 0: for good, None: as usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +133,7 @@ class Chunk:
     finish: FinishReason | None = None
     queued: int = 0
     reused: int = 0  # tokens of the prompt that were computed for an earlier sequence of this client
+    vector: tuple[float, ...] = ()  # of a request with `pool`, float32
 
 
 class Household(Protocol):
@@ -169,6 +182,26 @@ class Household(Protocol):
 
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
         """The deployment's name, when it serves (at once if it does already); raises with the reason if it will not."""
+        ...
+
+    async def start_model(self, model: str) -> None:
+        """Start a model that is on this disk, for requests; returns when it serves, raises why it does not."""
+        ...
+
+    async def keep(self, deployment: DeploymentId, keep_alive_s: float | None) -> None:
+        """A request that says only how long the model stays loaded; 0: it is unloaded when this returns."""
+        ...
+
+    async def pull(self, name: str, told: Callable[[int, int], None]) -> None:
+        """Fetch a model to this disk; `told`: bytes done, and in all (0: not known). Cancelling ends it."""
+        ...
+
+    async def alias(self, name: str, model: str) -> None:
+        """Let clients call a model by this name, too."""
+        ...
+
+    async def delete(self, name: str) -> None:
+        """Delete such a name, or a model that was pulled; BadInputError says why that is not done."""
         ...
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:

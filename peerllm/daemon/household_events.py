@@ -14,6 +14,7 @@ from peerllm.daemon.control_messages import (
     DeviceView,
     Have,
     Inherit,
+    MakeWay,
     Progress,
     Question,
     Trouble,
@@ -126,6 +127,9 @@ class HouseholdEvents:
             return answer
         if isinstance(question, Inherit | Vote):
             return await self._parts.successor.answer(device, question)
+        if isinstance(question, MakeWay):
+            await self._parts.coordinator.make_way(question.deployment)
+            return Answer(0)
         return await self._parts.worker.answer(device, question)
 
     def _heard(self, device: DeviceId, message: Control) -> None:

@@ -17,6 +17,7 @@ from peerllm.types import (
     DeviceId,
     LayerKind,
     ModelProfile,
+    Pooling,
     Sampling,
     ScheduleName,
     WorkingSpace,
@@ -236,6 +237,7 @@ class Submit:
     client: str = ""  # only sequences of the same client may reuse what a slot keeps
     answer: tuple[int, ...] = ()  # ids of the answer that are known already: it goes on after them
     constraint: Constraint | None = None
+    pool: Pooling | None = None  # there is no answer: the prompt's hidden states become one vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +383,7 @@ class Tokens:
     finish: FinishReason | None = None
     error: str = ""
     reused: int = 0  # only with `start` 0: how many tokens of the prompt the slot held already
+    vector: tuple[float, ...] = ()  # what was asked for in place of tokens, float32; ends the sequence
 
 
 @dataclass(frozen=True, slots=True)

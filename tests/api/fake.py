@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from peerllm.daemon.facade import (
     ServedModel,
 )
 from peerllm.daemon.owner.limits_file import changed
-from peerllm.errors import InfeasibleError, LinkError, NotFoundError, PairingError, RefusedError
+from peerllm.errors import BadInputError, InfeasibleError, LinkError, NotFoundError, PairingError, RefusedError
 
 DEPLOYMENT = "d" * 32
 CONTEXT = 256
@@ -259,6 +259,9 @@ class FakeHousehold:
                 await asyncio.sleep(self.pace_s)
             if self.gate is not None:
                 await self.gate.wait()
+            if request.pool:
+                yield Chunk((), "stop", vector=(float(len(request.prompt)), float(request.prompt[-1]), 2.0, -4.0))
+                return
             ids = self.ids(self.reply)[len(request.answer) :]
             while self.endless:
                 self.produced += 1
@@ -299,6 +302,43 @@ class FakeHousehold:
             return options.name or options.model.rpartition("/")[2]
         finally:
             self.run_done.set()
+
+    async def start_model(self, model: str) -> None:
+        self.calls.append(("start", model))
+        self.asked.set()
+        if self.run_gate is not None:
+            await self.run_gate.wait()
+        if self.run_error:
+            raise self.run_error
+        self.served = [
+            replace(self.model, name=one.name, model=one.model, names=one.names) if one.model == model else one
+            for one in self.served
+        ]
+        self.touch()
+
+    async def keep(self, deployment: str, keep_alive_s: float | None) -> None:
+        self.calls.append(("keep", deployment, keep_alive_s))
+
+    async def pull(self, name: str, told: Callable[[int, int], None]) -> None:
+        self.calls.append(("pull", name))
+        try:
+            if name == "unknown":
+                raise NotFoundError("no model 'unknown'")
+            told(250, 1000)
+            if self.run_gate is not None:
+                await self.run_gate.wait()
+            if self.run_error:
+                raise self.run_error
+        finally:
+            self.run_done.set()
+
+    async def alias(self, name: str, model: str) -> None:
+        self.calls.append(("alias", name, model))
+
+    async def delete(self, name: str) -> None:
+        self.calls.append(("delete", name))
+        if name == "builtin":
+            raise BadInputError("builtin is a part of peerllm and cannot be deleted")
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
         self.calls.append(("preview", options))

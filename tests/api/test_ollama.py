@@ -116,7 +116,7 @@ async def test_who_says_nothing_waits_until_the_model_is_loaded(
 ) -> None:
     household.served = [replace(household.model, state="loading")]
     household.watched.clear()
-    asking = asyncio.create_task(client.post(path, json={"model": BUILTIN, "keep_alive": 0}))
+    asking = asyncio.create_task(client.post(path, json={"model": BUILTIN, "keep_alive": "5m"}))
     await asyncio.wait_for(household.watched.wait(), BOUND_S)
     assert not asking.done()
     household.served = [household.model]

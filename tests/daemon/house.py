@@ -308,6 +308,9 @@ class Device:
             answering.cancel()
             leaving.cancel()
 
+    async def make_way(self, device, deployment):
+        await self.house.devices[device].coordinator.make_way(deployment)
+
     @asynccontextmanager
     async def looked_up(self, model, tell):
         if model not in self.house.models:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,14 @@ from tests.household import Device
 STORY: Any = [{"role": "user", "content": "Tell me a story."}]
 TOKENS = 24
 LISTED_S = 0.1  # seconds until a list of models must begin to come
+
+
+def eventually(there: Callable[[], bool], within_s: float = 30.0) -> bool:
+    """Whether it is so before long."""
+    until = time.monotonic() + within_s
+    while not (found := there()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
 
 
 def by_openai(device: Device, stream: bool) -> str:
@@ -93,10 +102,44 @@ def test_models_are_listed_at_once_while_answers_are_written(demo: list[Device])
                 took = []
                 for _ in range(3):
                     since = time.monotonic()
-                    assert [one.model for one in listed().models] == ["builtin:latest"]
+                    assert next(iter(listed().models)).model == "builtin:latest"
                     took.append(time.monotonic() - since)
                 assert min(took) < LISTED_S, took
         finally:
             over.set()
         for one in writing:
             one.result(60)
+
+
+def test_each_device_gives_the_same_vectors(demo: list[Device]) -> None:
+    texts = ["a small house", "a large house", "rain"]
+    found = []
+    for device in demo:
+        with openai.OpenAI(base_url=device.url + "/v1", api_key=device.token()) as client:
+            made = client.embeddings.create(model="builtin", input=texts)
+        lama = ollama.Client(device.url, headers={"Authorization": f"Bearer {device.token()}"})
+        assert lama.embed("builtin", texts).embeddings == [one.embedding for one in made.data]
+        found.append([one.embedding for one in made.data])
+    assert found[0] == found[1] == found[2]
+    near, far = (sum(a * b for a, b in zip(found[0][0], other, strict=True)) for other in found[0][1:])
+    assert 1 > near > far
+    assert eventually(lambda: not any(device.slots_in_use() for device in demo))
+
+
+def test_a_model_that_was_unloaded_comes_back_for_a_request(demo: list[Device]) -> None:
+    """As `ollama stop` says it, at another device than the one that a person started it on."""
+    here, there = (ollama.Client(one.url, headers={"Authorization": f"Bearer {one.token()}"}) for one in demo[1:3])
+    before = by_openai(demo[0], False)
+    assert here.generate("builtin", keep_alive=0).done_reason == "unload"
+    assert eventually(lambda: not here.ps().models and not there.ps().models)
+    assert [one.model for one in here.list().models].count("builtin:latest") == 1
+    options = {"num_predict": TOKENS, "temperature": 0}
+    made = there.chat("Builtin:latest", STORY, options=options, keep_alive="10m")
+    assert made.message.content == before
+    (loaded,) = there.ps().models
+    assert loaded.expires_at is not None and 500 < loaded.expires_at.timestamp() - time.time() <= 600
+    assert there.chat("builtin", STORY, options=options, keep_alive=0).message.content == before
+    assert eventually(lambda: not any(one.status()["deployments"] for one in demo))
+    assert by_openai(demo[0], False) == before, "where a person had started it, it comes back as that"
+    (loaded,) = here.ps().models
+    assert loaded.expires_at is not None and loaded.expires_at.timestamp() > time.time() + 1e9

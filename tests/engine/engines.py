@@ -35,7 +35,7 @@ from peerllm.engine.messages import (
     Unload,
 )
 from peerllm.transport.identity import load_or_create
-from peerllm.types import Sampling
+from peerllm.types import Pooling, Sampling
 
 WAIT_S = 60.0  # two cores are shared by all
 
@@ -155,9 +155,10 @@ class Deployed:
         client: str = "",
         answer: Sequence[int] = (),
         constraint: Constraint | None = None,
+        pool: Pooling | None = None,
     ) -> int:
         sequence, ids = next(_sequences), tuple(prompt)
-        how = tuple(stop_ids), sampling, client, tuple(answer), constraint
+        how = tuple(stop_ids), sampling, client, tuple(answer), constraint, pool
         self.source.host.tell(Submit(self.id, sequence, ids, max_tokens, *how))
         return sequence
 

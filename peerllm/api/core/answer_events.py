@@ -70,14 +70,25 @@ class ToolCallDelta(Struct, frozen=True, omit_defaults=True, tag="arguments"):
 
 
 class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):
-    """The answer is complete. `ids` had no text; `stop` is the stop string that ended it; it has so many `calls`."""
+    """The answer is complete. `ids` had no text; `stop` is the stop string that ended it; it has so many `calls`.
 
-    reason: Literal["stop", "length"]
+
+    "load" and "unload" end one to which nothing was to be said.
+    """
+
+    reason: Literal["stop", "length", "load", "unload"]
     usage: Usage
     ids: tuple[int, ...] = ()
     stop: str = ""
     timings: Timings = Timings()
     calls: int = 0
+
+
+class Embedded(Struct, frozen=True, tag="embedded"):
+    """What was asked for in place of an answer: 32-bit numbers, the least significant byte first."""
+
+    vector: bytes
+    model: str
 
 
 class AnswerFails(Struct, frozen=True, tag="fails"):
@@ -86,5 +97,5 @@ class AnswerFails(Struct, frozen=True, tag="fails"):
     error: dict[str, Any]
 
 
-AnswerEvent = AnswerWaits | AnswerBegins | TextDelta | ToolCallBegins | ToolCallDelta | AnswerEnds
+AnswerEvent = AnswerWaits | AnswerBegins | TextDelta | ToolCallBegins | ToolCallDelta | AnswerEnds | Embedded
 TOLD: msgspec.json.Decoder[AnswerEvent | AnswerFails] = msgspec.json.Decoder(AnswerEvent | AnswerFails)

@@ -10,7 +10,7 @@ from functools import partial
 
 from aiohttp import web
 
-from peerllm.api.core.answer_events import AnswerEvent, AnswerWaits
+from peerllm.api.core.answer_events import AnswerEnds, AnswerEvent, AnswerWaits, Usage
 from peerllm.api.core.caller import Caller
 from peerllm.api.core.generation import Generation
 from peerllm.api.core.kept.answer_store import NotKeptError
@@ -18,10 +18,11 @@ from peerllm.api.core.kept.repeat import DeviceLeavingError, Repeat, fleeting
 from peerllm.api.core.model_wait import awaited_model
 from peerllm.api.core.named_models import find_model
 from peerllm.api.core.own_answer import begun_answer, told
+from peerllm.api.core.own_embedding import embedding
 from peerllm.api.core.remote_answer import RemoteAnswer
 from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import ANSWERS, HOUSEHOLD
-from peerllm.daemon.facade import ServedModel
+from peerllm.daemon.facade import IDLE_MODEL, ServedModel
 from peerllm.errors import LinkError, UnavailableError
 from peerllm.types import DeviceId
 
@@ -39,7 +40,13 @@ async def answer(
     sequence on every device, unless the client has a key.
     """
     until, asked, store = None, repeat or fleeting(wanted), app[ANSWERS]
+    unload = wanted.load_only and wanted.keep_alive_s == 0
     while True:
+        if unload and not (there := find_model(app, wanted.model, bool(caller.device))).source:
+            if there.state != IDLE_MODEL:
+                await app[HOUSEHOLD].keep(there.deployment, 0.0)
+            yield AnswerEnds("unload", Usage(0, 0))
+            return
         if (kept := store.find(asked.key, asked.fingerprint)) is None:
             model: ServedModel | None = None
             async with aclosing(awaited_model(app, wanted.model, bool(caller.device))) as steps:
@@ -49,6 +56,15 @@ async def answer(
                     else:
                         yield step
             assert model is not None
+            if wanted.load_only and not model.source:
+                await app[HOUSEHOLD].keep(model.deployment, wanted.keep_alive_s)
+                yield AnswerEnds("load", Usage(0, 0))
+                return
+            if wanted.embeds and not model.source:
+                async with aclosing(embedding(app, wanted, model, caller)) as events:
+                    async for event in events:
+                        yield event
+                return
             kept = store.find(asked.key, asked.fingerprint)
             if kept is None and model.source:
                 moved = partial(_moved, app, model.name, model.source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
@@ -12,12 +13,17 @@ from aiohttp import web
 from peerllm.api.core.answer_events import AnswerWaits
 from peerllm.api.core.named_models import find_model, nothing_served
 from peerllm.api.error_answers import UnknownModelError
-from peerllm.api.keys import HOUSEHOLD
+from peerllm.api.keys import HOUSEHOLD, TASKS
 from peerllm.api.streams import KEEP_ALIVE_S, each, pulsed
-from peerllm.daemon.facade import ServedModel
+from peerllm.daemon.facade import IDLE_MODEL, ServedModel
 from peerllm.errors import UnavailableError
 
-PATIENCE_S: Mapping[str, float] = {"planning": 120.0, "loading": 120.0, "waiting": 30.0}  # seconds, by a model's state
+PATIENCE_S: Mapping[str, float] = {
+    "planning": 120.0,
+    "loading": 120.0,
+    "waiting": 30.0,
+    IDLE_MODEL: 120.0,
+}  # seconds, by a model's state
 PROGRESS_S = 1.0  # seconds between two words to a client that waits
 QUIET_S = 5.0  # seconds in which one that waits for a device hears nothing: it may yet be refused with a status
 UNKNOWN_S = 1.5  # seconds a name may stay unknown while the household has no model: somebody may just have typed `run`
@@ -46,9 +52,15 @@ async def awaited_model(
     if model.source or model.state == "serving":
         yield model
         return
+    waking: asyncio.Task[None] | None = None
     async with aclosing(pulsed(each(app[HOUSEHOLD].changed()), PROGRESS_S)) as pulse:
         async for _ in pulse:
+            if waking is not None and waking.done():
+                waking.result()  # raises why it was not started
+                waking = None
             model = _still(app, name, only_here, model)
+            if model.state == IDLE_MODEL and not model.source and waking is None:
+                waking = app[TASKS].waking(model.model, app[HOUSEHOLD].start_model)
             if model.source or model.state == "serving":
                 yield model
                 return

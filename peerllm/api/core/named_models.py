@@ -6,40 +6,54 @@ from aiohttp import web
 
 from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import EXPECTED, HOUSEHOLD
-from peerllm.daemon.facade import ServedModel
+from peerllm.daemon.facade import IDLE_MODEL, ServedModel
 
 _GONE = ("failed", "stopped")  # states of deployments that clients need not see
 ANY_TAG = ":latest"  # that Ollama's clients put behind names
-_BEST = ("serving", "loading", "planning", "waiting")  # of several deployments of one name the first is meant
+_BEST = (
+    "serving",
+    "loading",
+    "planning",
+    "waiting",
+    IDLE_MODEL,
+)  # of several deployments of one name the first is meant
 
 
 def listed_models(app: web.Application) -> list[ServedModel]:
-    """The household's models, the oldest first: the same on every device. Those about to be started here come last."""
+    """The household's models, the oldest first: the same on every device. Those about to be started here come after
+    them, and last those that are on a disk only.
+    """
     found = [model for model in _models(app) if model.state not in _GONE]
-    return sorted(found, key=lambda model: (not model.created, model.created, model.name))
+    return sorted(found, key=lambda one: (one.state == IDLE_MODEL, not one.created, one.created, one.name))
 
 
 def find_model(app: web.Application, name: str, only_here: bool = False) -> ServedModel:
-    """The deployment of that name, path or hub id; UnknownModelError names what there is instead.
+    """The model of that name, path or hub id, or else in another way of calling it; UnknownModelError names what runs.
 
     `only_here`: those whose source is this device.
     """
     models = [model for model in _models(app) if not (only_here and model.source)]
     names = {name, name.removesuffix(ANY_TAG)}
     found = [model for model in models if not names.isdisjoint((model.name, model.model))]
+    if not found or all(model.state in (*_GONE, IDLE_MODEL) for model in found):
+        called = {name.lower().removeprefix("hf.co/").removeprefix("huggingface.co/").removesuffix(ANY_TAG)}
+        found += [model for model in models if not called.isdisjoint(model.names)]
     if found:
         return min(found, key=lambda model: _BEST.index(model.state) if model.state in _BEST else len(_BEST))
-    served = dict.fromkeys(model.name for model in models if model.state not in _GONE)
+    served = dict.fromkeys(model.name for model in models if model.state not in (*_GONE, IDLE_MODEL))
     there = f"the household serves: {', '.join(served)}" if served else "start one with: peerllm run MODEL"
     raise UnknownModelError(f"no model {name[:200]!r} here; {there}", "model", "model_not_found")
 
 
 def nothing_served(app: web.Application) -> bool:
     """Whether the household has no model at all, not even one under way."""
-    return all(model.state in _GONE for model in _models(app))
+    return all(model.state in (*_GONE, IDLE_MODEL) for model in _models(app))
 
 
 def _models(app: web.Application) -> list[ServedModel]:
     models = app[HOUSEHOLD].models()
-    started = {known for one in models if not one.source for known in (one.model, one.name)}
-    return [*models, *(one for one in app[EXPECTED].models() if one.model not in started)]
+    running = [one for one in models if not one.source and one.state != IDLE_MODEL]
+    started = {known for one in running for known in (one.model, one.name)}
+    expected = [one for one in app[EXPECTED].models() if one.model not in started]
+    coming = {known for one in expected for known in (one.model, one.name)}
+    return [*(one for one in models if one.state != IDLE_MODEL or coming.isdisjoint((one.model, one.name))), *expected]

@@ -54,6 +54,7 @@ async def begun_answer(
         max_tokens=min(wanted.max_tokens or room, room),
         sampling=_sampling(wanted.sampling, text.defaults),
         client=caller.group(wanted.user),
+        keep_alive_s=wanted.keep_alive_s,
         kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted, grammar),
         constraint=text.constraint(grammar),
     )

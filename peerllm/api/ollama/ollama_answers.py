@@ -65,9 +65,9 @@ class OllamaAnswers:
     def closing(self) -> Iterator[Piece]:
         yield from ()
 
-    def loaded(self) -> dict[str, Any]:
-        """The answer to a request that says nothing: the model can answer."""
-        return {**self._line("", "", True), "done_reason": "load"}
+    def loaded(self, reason: str) -> dict[str, Any]:
+        """The answer to a request that says nothing: the model can answer, or ("unload") is not loaded any more."""
+        return {**self._line("", "", True), "done_reason": reason}
 
     def _line(self, text: str, thought: str, done: bool, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         said: dict[str, Any] = {"role": "assistant", "content": text} if self._chat else {"response": text}

@@ -15,6 +15,7 @@ from peerllm.api.keys import HOUSEHOLD, TEXTS
 from peerllm.api.ollama.ollama_answers import stamp
 from peerllm.daemon.facade import ServedModel
 
+CPU = "cpu"  # the place of a device without an accelerator
 FAMILY = "peerllm"  # clients look below this name for the context's length
 CAPABILITIES = ("completion",)
 NEVER = "2318-01-01T00:00:00Z"  # when a model is unloaded that is not; Ollama writes a year like this, too
@@ -42,8 +43,27 @@ def tags(app: web.Application) -> dict[str, Any]:
 def running(app: web.Application) -> dict[str, Any]:
     """Those that can answer now."""
     facts = _deployments(app)
-    serving = [model for model in listed_models(app) if model.state == "serving"]
-    return {"models": [{**_entry(model, facts), "expires_at": NEVER, "size_vram": 0} for model in serving]}
+    serving = {model.deployment: model for model in reversed(listed_models(app)) if model.state == "serving"}
+    accelerated = {one["name"] for one in app[HOUSEHOLD].status()["devices"] if _accelerated(one)}
+    return {
+        "models": [
+            {
+                **_entry(model, facts),
+                "expires_at": stamp(model.expires) if model.expires else NEVER,
+                "size_vram": sum(
+                    one["memory_bytes"]
+                    for one in facts.get(model.deployment, {}).get("plan", {}).get("stages", ())
+                    if one["device"] in accelerated
+                ),
+            }
+            for model in reversed(serving.values())
+        ]
+    }
+
+
+def _accelerated(device: dict[str, Any]) -> bool:
+    place: str = device.get("compute", {}).get("place", CPU)
+    return place != CPU
 
 
 async def shown(app: web.Application, name: str) -> dict[str, Any]:
@@ -73,7 +93,7 @@ def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> dict[str, An
         "name": name,
         "model": name,
         "modified_at": stamp(model.created),
-        "size": sum(stage["memory_bytes"] for stage in told.get("plan", {}).get("stages", ())),
+        "size": sum(stage["memory_bytes"] for stage in told.get("plan", {}).get("stages", ())) or model.disk_bytes,
         "digest": hashlib.sha256((model.deployment or model.model).encode()).hexdigest(),
         "details": {
             "parent_model": "",

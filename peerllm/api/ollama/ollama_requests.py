@@ -94,6 +94,10 @@ class OllamaFields(Struct, kw_only=True):
             "keep_alive_s": seconds_of(options.keep_alive if self.keep_alive is None else self.keep_alive),
         }
 
+    def loading(self) -> Generation:
+        """What is asked where nothing is said."""
+        return Generation(model=self.model, keep_alive_s=self.shared()["keep_alive_s"], load_only=True)
+
 
 class OllamaFunctionCall(Struct):
     name: str
@@ -142,11 +146,11 @@ class OllamaChatBody(OllamaFields, kw_only=True):
     messages: Annotated[list[OllamaMessage], Meta(max_length=MAX_MESSAGES)] = []
     tools: Annotated[list[OllamaTool], Meta(max_length=MAX_TOOLS)] | None = None
 
-    def generation(self) -> Generation | None:
-        """None where nothing is said: the model is only to be loaded."""
+    def generation(self) -> Generation:
+        """Where nothing is said, the model is only to be loaded."""
         messages = tuple(one.message(f"messages[{index}]") for index, one in enumerate(self.messages))
         wanted = Generation(messages=messages, tools=tuple(one.tool() for one in self.tools or ()), **self.shared())
-        return checked(wanted, NAMES) if messages else None
+        return checked(wanted, NAMES) if messages else self.loading()
 
 
 class GenerateBody(OllamaFields, kw_only=True):
@@ -158,8 +162,8 @@ class GenerateBody(OllamaFields, kw_only=True):
     context: list[int] | None = None
     images: list[Any] | None = None
 
-    def generation(self) -> Generation | None:
-        """None where nothing is said: the model is only to be loaded."""
+    def generation(self) -> Generation:
+        """Where nothing is said, the model is only to be loaded."""
         _no_images(self.images, "images")
         for name in ("suffix", "template", "context"):
             if getattr(self, name):
@@ -167,7 +171,7 @@ class GenerateBody(OllamaFields, kw_only=True):
                 raise FieldError(f"{name} is not supported{what}", name, "unsupported_parameter")
         shared = self.shared()
         if not self.prompt:
-            return None
+            return self.loading()
         if self.raw:
             return checked(Generation(prompt=self.prompt, **shared), NAMES)
         system = [ChatMessage("system", self.system)] if self.system else []

@@ -7,6 +7,8 @@ from typing import Any
 from aiohttp import web
 
 from peerllm.api.bodies import read_body
+from peerllm.api.core.caller import caller_of
+from peerllm.api.core.embeddings import vectors_of
 from peerllm.api.core.named_models import find_model, listed_models
 from peerllm.api.core.telling import taking, tell
 from peerllm.api.error_answers import json_response
@@ -14,6 +16,7 @@ from peerllm.api.openai.chat_answers import ChatAnswers
 from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.openai.completion_answers import CompletionAnswers
 from peerllm.api.openai.completion_requests import CompletionBody
+from peerllm.api.openai.embedding_requests import EmbeddingBody
 from peerllm.daemon.facade import ServedModel
 
 
@@ -22,6 +25,7 @@ def add_openai(app: web.Application) -> None:
     app.router.add_get("/v1/models/{id:.+}", one_model)
     app.router.add_post("/v1/chat/completions", chat_completions)
     app.router.add_post("/v1/completions", completions)
+    app.router.add_post("/v1/embeddings", embeddings)
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -34,6 +38,12 @@ async def completions(request: web.Request) -> web.StreamResponse:
     with taking(request):
         body = await read_body(request, CompletionBody)
         return await tell(request, body.generations(), CompletionAnswers(body), bool(body.stream))
+
+
+async def embeddings(request: web.Request) -> web.Response:
+    with taking(request):
+        body = await read_body(request, EmbeddingBody)
+        return json_response(body.answer(await vectors_of(request.app, body.generations(), caller_of(request))))
 
 
 async def list_models(request: web.Request) -> web.Response:

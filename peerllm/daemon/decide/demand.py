@@ -330,3 +330,25 @@ def _check_sum(
         f"{human_bytes(needed - free)} are missing",
         needed - free,
     )
+
+
+def same_demand(a: RunOptions, b: RunOptions) -> bool:
+    """Whether a deployment that runs with `a` satisfies `b`; any value satisfies an option that `b` leaves open."""
+    return (
+        a.objective == b.objective
+        and a.private == b.private
+        and b.dtype in ("auto", a.dtype)
+        and b.quantize in ("auto", a.quantize)
+        and a.schedule == b.schedule
+        and b.activations in ("auto", a.activations)
+        and b.context in (None, a.context)
+        and b.slots in (None, a.slots)
+        and b.prompt_chunk in (None, a.prompt_chunk)
+        and b.name in ("", a.name)
+    )
+
+
+def refuse_other(a: RunOptions, b: RunOptions) -> None:
+    """BadInputError where a model already runs with other options."""
+    if not same_demand(a, b):
+        raise BadInputError(f"{a.model} already runs as {a.name} with other options; `peerllm stop {a.name}` first")

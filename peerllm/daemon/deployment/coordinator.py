@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peerllm.daemon.control_messages import DeploymentView, Holding, Progress, Trouble
+from peerllm.daemon.decide.demand import refuse_other, same_demand
 from peerllm.daemon.decide.deployment_life.deployment_events import ConditionsChanged, DeviceCondition, DeviceIs
 from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.deployment.deployment import Deployment
 from peerllm.daemon.deployment.deployment_figures import DeploymentFigures
 from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
+from peerllm.daemon.deployment.loading.idle_models import IdleModels, kept_loaded, leavers
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
 from peerllm.daemon.deployment.remembered import RememberedDeployment, recall, remember
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
 from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, note_directories
 from peerllm.engine.messages import TensorAt, Tokens
-from peerllm.errors import BadInputError, NotFoundError, PeerLLMError, UnavailableError
+from peerllm.errors import BadInputError, NotFoundError, PeerLLMError, RefusedError, UnavailableError
 from peerllm.types import DeploymentId, DeviceId
 
 MAX_DEPLOYMENTS = 16  # models started on one device at once
@@ -39,6 +43,8 @@ class Coordinator:
         self.figures = DeploymentFigures(around, self._timings, self._find)
         self._file = remembered
         self._deployments: dict[str, Deployment] = {}  # by what `run` was told: a path, a hub id or "builtin"
+        self._asleep: dict[str, RunOptions] = {}  # the same of those that a person started and nobody asked for
+        self._idle = IdleModels[Deployment](self._deployments.values, self._unload, partial(leavers, around))
         self._devices: dict[DeviceId, DeviceIs] = {}  # how each device of the household is
         self._holdings: dict[DeviceId, tuple[Holding, ...]] = {}  # what each has loaded
         self._remembering: asyncio.Task[None] | None = None
@@ -52,6 +58,9 @@ class Coordinator:
         """
         remembered = await asyncio.to_thread(recall, self._file)
         for one in remembered:
+            if one.asleep:
+                self._asleep[one.options.model] = one.options
+                continue
             if self.elsewhere(one.deployment) or len(self._deployments) >= MAX_DEPLOYMENTS:
                 log.info("%s is not started again: another device goes on with it", one.options.name)
                 continue
@@ -64,7 +73,7 @@ class Coordinator:
                 self._begin(one.options, one, at_hand)
             elif one.options.model not in self._deployments:
                 self._begin(one.options, one)
-        if len(remembered) > len(self._deployments):
+        if len(remembered) > len(self._deployments) + len(self._asleep):
             await self._remember()
 
     def elsewhere(self, deployment: DeploymentId) -> bool:
@@ -143,16 +152,19 @@ class Coordinator:
     async def run(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> str:
         """The deployment's name, when it serves; raises why it does not. A model that runs is not started again."""
         options = self._meant(options)
-        while (deployment := self._deployments.get(options.model)) is not None and deployment.state == "failed":
+        while (deployment := self._deployments.get(options.model)) is not None and (
+            deployment.state == "failed" or self._gives_way(deployment, options)
+        ):
             await self._end(deployment)  # somebody else may have started it again meanwhile
         if self._closing:
             raise BadInputError("this device is being stopped")
         if deployment is None:
-            if len(self._deployments) >= MAX_DEPLOYMENTS:
+            if len(self._deployments) >= MAX_DEPLOYMENTS and not await self._idle.one_less():
                 raise BadInputError(f"{MAX_DEPLOYMENTS} models run from this device already; stop one first")
             deployment = self._begin(options, None)
-        else:
+        elif not options.on_demand:  # a request takes it as it is
             refuse_other(deployment.options, options)
+            deployment.belongs_to_person()
         deployment.report.watchers.append(progress)
         try:
             await deployment.outcome()
@@ -162,8 +174,50 @@ class Coordinator:
             raise
         finally:
             deployment.report.watchers.remove(progress)
+        self._asleep.pop(options.model, None)
         await self._remember()
         return deployment.options.name
+
+    async def wake(self, model: str) -> str:
+        """As `run`, for a request, with the options that a person gave when it was started before."""
+        return await self.run(self._asleep.get(model) or RunOptions(model, on_demand=True), lambda _: None)
+
+    async def keep(self, deployment: DeploymentId, keep_alive_s: float | None) -> None:
+        """A request that says only how long the deployment stays; 0: it is unloaded now, if no answer is under way."""
+        if (held := self._of(deployment)) is None:
+            return
+        now = time.monotonic()
+        held.idle.asked(keep_alive_s, now)
+        held.idle.over(now)
+        if keep_alive_s == 0 and not held.busy and not held.idle.answers:
+            await self._unload(held)
+        self.look_for_idle()
+
+    async def make_way(self, deployment: DeploymentId) -> None:
+        """Unload it, where another device's model needs its memory; RefusedError if somebody uses it."""
+        held = self._of(deployment)
+        if held is not None and not await self._idle.make_way(held):
+            raise RefusedError(f"{held.name} is used")
+
+    def look_for_idle(self) -> None:
+        """Unload the models that nobody has asked for so long, now and later."""
+        self._idle.look()
+        self._around.changed()
+
+    @property
+    def asleep(self) -> list[RunOptions]:
+        """What a person started, and was unloaded because nobody asked for it."""
+        return list(self._asleep.values())
+
+    async def _unload(self, deployment: Deployment) -> None:
+        if not deployment.idle.on_demand and not deployment.inherited:
+            self._asleep[deployment.options.model] = deployment.options
+        await self._end(deployment)
+        await self._remember()
+
+    def _gives_way(self, deployment: Deployment, options: RunOptions) -> bool:
+        """Whether it is idle and on demand, and a person wants it in another way."""
+        return deployment.makes_way and not options.on_demand and not same_demand(deployment.options, options)
 
     def _find(self, model: str) -> Deployment | None:
         """By name, path or hub id: no name is another's path."""
@@ -173,11 +227,17 @@ class Coordinator:
     def _meant(self, options: RunOptions) -> RunOptions:
         """The options with the path or hub id of a model that was asked for by its name."""
         held = self._find(options.model)
-        return options if held is None else replace(options, model=held.options.model)
+        known = held.options.model if held is not None else self._asleep_as(options.model)
+        return options if known is None else replace(options, model=known)
 
     async def stop(self, model: str) -> None:
         """NotFoundError if no such model was started here."""
         deployment = self._find(model)
+        if deployment is None and (asleep := self._asleep_as(model)) is not None:
+            del self._asleep[asleep]
+            await self._remember()
+            self._around.changed()
+            return
         if deployment is None:
             for view in self._around.views():
                 if model in (view.name, view.model):
@@ -187,11 +247,15 @@ class Coordinator:
         await self._end(deployment)
         await self._remember()
 
+    def _asleep_as(self, model: str) -> str | None:
+        return next((key for key, one in self._asleep.items() if model in (key, one.name)), None)
+
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         deployment = self._of(request.deployment)
         if deployment is None:
             raise NotFoundError("this model is not served any more; `peerllm status` lists what is")
-        return deployment.sequences.generate(request)
+        chunks = deployment.sequences.generate(request)
+        return kept_loaded(deployment.idle, request.keep_alive_s, chunks, self.look_for_idle)
 
     @property
     def busy(self) -> bool:
@@ -257,6 +321,7 @@ class Coordinator:
     async def close(self, left: Callable[[DeploymentId], bool] = lambda _: False) -> None:
         """Stop all deployments; they stay remembered. Other devices keep what they go on with (`left`). Idempotent."""
         self._closing = True
+        await self._idle.close()
         deployments = list(self._deployments.values())
         self._deployments.clear()
         await asyncio.gather(*(deployment.stop(left(deployment.id)) for deployment in deployments))
@@ -281,6 +346,7 @@ class Coordinator:
             options, self._around, self._timings, remembered=remembered, at_hand=at_hand, served=self._note_served
         )
         deployment.created = created or deployment.created
+        deployment.make_room = self._idle.make_room
         key = options.model if options.model not in self._deployments else deployment.id
         self._deployments[key] = deployment
         deployment.start(self._devices.values(), self._holdings)
@@ -303,13 +369,14 @@ class Coordinator:
 
     def _note_served(self) -> None:
         """A deployment serves, perhaps in a later epoch than what is written down."""
+        self._idle.look()
         self._remembering = asyncio.create_task(self._remember(), name="remember deployments")
 
     async def _remember(self) -> None:
         async with self._writing:
             if self._closing:
                 return
-            lasting = [held for held in self._deployments.values() if held.lasting]
+            lasting = [held for held in self._deployments.values() if held.lasting and not held.idle.on_demand]
             remembered = [
                 RememberedDeployment(
                     held.remembered_as,
@@ -321,6 +388,7 @@ class Coordinator:
                 )
                 for held in lasting
             ]
+            remembered += [RememberedDeployment(options, "", 0, asleep=True) for options in self._asleep.values()]
             own = [held.options.model for held in lasting if not held.inherited]
             served = [model for model in own if Path(model).is_absolute()]
             try:
@@ -328,25 +396,3 @@ class Coordinator:
                 await asyncio.to_thread(remember, self._file, remembered)
             except OSError as error:  # the model serves all the same
                 log.warning("what runs here cannot be remembered for the next start: %s", error)
-
-
-def same_demand(a: RunOptions, b: RunOptions) -> bool:
-    """Whether a deployment that runs with `a` satisfies `b`; any value satisfies an option that `b` leaves open."""
-    return (
-        a.objective == b.objective
-        and a.private == b.private
-        and b.dtype in ("auto", a.dtype)
-        and b.quantize in ("auto", a.quantize)
-        and a.schedule == b.schedule
-        and b.activations in ("auto", a.activations)
-        and b.context in (None, a.context)
-        and b.slots in (None, a.slots)
-        and b.prompt_chunk in (None, a.prompt_chunk)
-        and b.name in ("", a.name)
-    )
-
-
-def refuse_other(a: RunOptions, b: RunOptions) -> None:
-    """BadInputError where a model already runs with other options."""
-    if not same_demand(a, b):
-        raise BadInputError(f"{a.model} already runs as {a.name} with other options; `peerllm stop {a.name}` first")

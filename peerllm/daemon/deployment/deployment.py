@@ -7,7 +7,8 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol, assert_never
 
 from peerllm.daemon.background_tasks import LatestTasks
@@ -30,6 +31,7 @@ from peerllm.daemon.decide.deployment_life.deployment_events import (
     LinksLost,
     MakePlan,
     NoPlan,
+    PlanFound,
     ReleaseBefore,
     Renew,
     Switched,
@@ -37,8 +39,10 @@ from peerllm.daemon.decide.deployment_life.deployment_events import (
 )
 from peerllm.daemon.decide.deployment_life.outage import Outage
 from peerllm.daemon.decide.holdings import HouseholdHoldings
+from peerllm.daemon.decide.idle_time import IdleTime
 from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
 from peerllm.daemon.deployment.establishing import Epoch, EpochNegotiation
+from peerllm.daemon.deployment.loading.idle_models import expiry
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.conditions_reader import read_conditions
 from peerllm.daemon.deployment.planning.next_plan import NextPlan
@@ -105,9 +109,11 @@ class Deployment:
         self.report = ProgressReport(around.me, around.name, around.changed)
         self.model = DescribedModel(options, around, self._tell, at_hand)
         self.sequences = Admission(self.id, around.tell_engine, around.changed)
+        self.idle = IdleTime(options.on_demand, time.monotonic())
+        self.make_room: Callable[[Callable[[dict[DeviceId, int]], Awaitable[bool]]], Awaitable[bool]] | None = None
         self._around, self._served = around, served
         self._search = PlanSearch(options, around, timings, self._tell)
-        holdings = HouseholdHoldings()
+        holdings = self._holdings = HouseholdHoldings()
         self.plans = NextPlan(options, around, self._search, holdings, self.model)
         talk = EpochNegotiation(around, self.id, holdings, self._tell, self._loading, self.plans.loaded)
         self._work = LatestTasks(options.model, self._broken)
@@ -222,7 +228,36 @@ class Deployment:
             missing_bytes=getattr(failure, "missing_bytes", 0) if self.state == "waiting" else 0,
             succeeds=self.succeeds,
             stays=self.stays,
+            expires=expiry(self.idle, time.monotonic()),
+            idle_since=int(time.time() - (time.monotonic() - self.idle.since)) if self.makes_way else 0,
         )
+
+    @property
+    def name(self) -> str:
+        return self.options.name
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sequence runs or waits, or somebody waits for it to serve."""
+        return self.sequences.busy or bool(self._outcomes)
+
+    @property
+    def makes_way(self) -> bool:
+        """Whether a request started it and nobody uses it."""
+        idle = not self.busy and not self.idle.answers and self.state in ("serving", "waiting")
+        return self.idle.on_demand and idle
+
+    def belongs_to_person(self) -> None:
+        """A person wants what a request may have started: it stays."""
+        if not self.idle.on_demand:
+            return
+        self.options = replace(self.options, on_demand=False)
+        self.remembered_as = replace(self.remembered_as, on_demand=False)
+        self.idle.on_demand, self.idle.keep_s = False, None
+
+    def promised(self) -> dict[DeviceId, int]:
+        """Bytes that devices would have free without it."""
+        return {device: self._holdings.promised_bytes(device) for device in self._holdings.devices}
 
     async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
         """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
@@ -325,10 +360,10 @@ class Deployment:
         running = self._epochs.running
         try:
             await self.model.describe()
-            found = await self.plans.find(asked, running, self.sequences.in_flight)
+            found = await self._found(asked, running)
             if self.model.model_dir is None:
                 await self.model.fetch()
-                found = await self.plans.find(asked, running, self.sequences.in_flight)  # much may have changed
+                found = await self._found(asked, running)  # much may have changed
         except PeerLLMError as error:
             self._epochs.failure = error
             contended = isinstance(error, InfeasibleError) and self.plans.contended()
@@ -337,6 +372,15 @@ class Deployment:
                 self._become("waiting", str(error))
             return
         self._feed(found)
+
+    async def _found(self, asked: MakePlan, running: Epoch | None) -> PlanFound:
+        """The plan, for which models that nobody uses make room where it needs that."""
+        try:
+            return await self.plans.find(asked, running, self.sequences.in_flight)
+        except InfeasibleError:
+            if asked.compare or self.make_room is None or not await self.make_room(self.plans.fits):
+                raise
+            return await self.plans.find(asked, running, self.sequences.in_flight)
 
     async def _watch(self) -> None:
         def serving() -> Epoch | None:
@@ -377,6 +421,7 @@ class Deployment:
         self.took_part.update(epoch.devices)
         if not self._work.going_on("switch"):  # else running answers are not in this epoch yet
             self._outage.over()
+        self.idle.served(time.monotonic())
         self._become("serving", "; ".join(filter(None, (less, note))))
         if began:
             self.report.say("serving", f"{self.options.name} is served")

@@ -18,7 +18,7 @@ from peerllm.daemon.weights.gguf.model_directory import model_directory
 from peerllm.daemon.weights.gguf_choice import SUFFIX, quantisation
 from peerllm.daemon.weights.hub_download import download
 from peerllm.daemon.weights.hub_outline import GGUF, Outlines
-from peerllm.daemon.weights.known_models import hub_name, known, suggestion
+from peerllm.daemon.weights.known_models import PREFIXES, hub_name, known, suggestion
 from peerllm.daemon.weights.on_disk import Paths, cached, gguf_file, model_at
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
 from peerllm.planner.cost.byte_sizes import human_bytes
@@ -28,7 +28,6 @@ BUILTIN_DTYPE = "float32"  # exact whatever its file holds
 GGUF_CACHE = "gguf"  # in the data directory: the model directories that GGUF files became
 OUTLINES = "outlines"  # beside it: models of the hub without their weights
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(:\w[\w./-]{0,199})?")
-PREFIXES = ("hf.co/", "huggingface.co/")  # which other programs want before a hub id
 PATIENCE_S = 4.0  # seconds until the hub must have answered, where the model is to be had elsewhere too
 ALONE_S = 30.0  # the same where only the hub has it
 

@@ -63,6 +63,10 @@ class Surroundings(Protocol):
         """LinkError if the device cannot be asked or does not answer in time."""
         ...
 
+    async def make_way(self, device: DeviceId, deployment: DeploymentId) -> None:
+        """Have a device unload what it coordinates and nobody uses; PeerLLMError if it does not."""
+        ...
+
     def looked_up(self, model: str, tell: Tell) -> AbstractAsyncContextManager[ModelOnDisk]:
         """What is needed to inspect a model, for as long as the block runs; its weights are not downloaded for that."""
         ...

@@ -23,7 +23,7 @@ class RememberedDeployment:
     """A deployment that served; `epoch` is the last that did when this was written.
 
     `inherited`: of the deployment whose model this device inherited; "": the options say where the model is.
-    `devices` had a part in it, so one of them may go on with it.
+    `devices` had a part in it, so one of them may go on with it. `asleep`: it was unloaded, and comes when asked for.
     """
 
     options: RunOptions
@@ -32,6 +32,7 @@ class RememberedDeployment:
     inherited: DeploymentId = ""
     succeeds: DeploymentId = ""
     devices: tuple[DeviceId, ...] = ()
+    asleep: bool = False
 
 
 def recall(file: Path) -> list[RememberedDeployment]:

@@ -8,6 +8,7 @@ from peerllm.daemon.control_messages import DeploymentState, DeploymentView
 from peerllm.daemon.decide.demand import Blueprint
 from peerllm.daemon.deployment.described_model import DescribedModel
 from peerllm.daemon.facade import RunOptions, ServedModel
+from peerllm.daemon.weights.known_models import all_names
 from peerllm.types import DeploymentId, DeviceId
 
 
@@ -29,6 +30,8 @@ class ShownDeployment:
     missing_bytes: int
     succeeds: DeploymentId = ""
     stays: bool = False
+    expires: int = 0
+    idle_since: int = 0
 
     def view(self, measured: dict[str, float]) -> DeploymentView:
         """For every device of the household; no text, no token ids."""
@@ -61,6 +64,8 @@ class ShownDeployment:
             missing_bytes=self.missing_bytes,
             succeeds=self.succeeds,
             stays=self.stays,
+            expires=self.expires,
+            idle_since=self.idle_since,
         )
 
     def served(self) -> ServedModel:
@@ -78,6 +83,8 @@ class ShownDeployment:
             message=self.message,
             progress=self.progress,
             missing_bytes=self.missing_bytes,
+            names=all_names(self.options.name, self.options.model),
+            expires=self.expires,
         )
 
     @property

@@ -8,13 +8,14 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from peerllm.daemon.control_messages import Answer, DeploymentView, Hello, LoadQuestion
+from peerllm.daemon.control_messages import Answer, DeploymentView, Hello, LoadQuestion, MakeWay
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.hub_places import HubPlaces, hub_key
 from peerllm.daemon.decide.ledger import Ledger
 from peerllm.daemon.deployment import model_files
 from peerllm.daemon.deployment.model_files import ModelOnDisk, Tell
+from peerllm.daemon.deployment.negotiation import RELEASE_TIMEOUT_S, unless_error
 from peerllm.daemon.deployment.worker import Worker
 from peerllm.daemon.engine_link.engine_host import AVAILABLE, EngineHost
 from peerllm.daemon.network import Network
@@ -28,6 +29,7 @@ from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, DeviceId, LinkProfile
 
 INSPECT_TIMEOUT_S = 300.0
+MAKE_WAY_TIMEOUT_S = RELEASE_TIMEOUT_S + 5.0
 SWITCH_TIMEOUT_S = 600.0  # long prompts may have to be computed again
 
 
@@ -96,6 +98,9 @@ class Home:
             if free is None:  # not the device's answer: the way to it is the trouble
                 raise
             return Answer(0, type(error).__name__, str(error), free)
+
+    async def make_way(self, device: DeviceId, deployment: DeploymentId) -> None:
+        unless_error(await self._parts.network.ask(device, MakeWay(deployment), MAKE_WAY_TIMEOUT_S), self.name(device))
 
     def looked_up(self, model: str, tell: Tell) -> AbstractAsyncContextManager[ModelOnDisk]:
         return model_files.looked_up(model, self._gguf_cache, tell)

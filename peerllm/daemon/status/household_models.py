@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from peerllm.daemon.control_messages import DeploymentView
-from peerllm.daemon.facade import ServedModel
+from peerllm.daemon.control_messages import DeploymentView, DiskModel
+from peerllm.daemon.facade import IDLE_MODEL, ServedModel
+from peerllm.daemon.weights.known_models import all_names
 from peerllm.types import DeploymentId, DeviceId
 
 AWAITED_S = 60.0  # seconds that a model is still listed, as waiting, after its source was last here
@@ -89,4 +91,62 @@ def _model(view: DeploymentView, source: DeviceId, name: str) -> ServedModel:
         progress=view.progress if source else 0.0,
         missing_bytes=view.missing_bytes,
         source=source,
+        names=all_names(view.name, view.model),
+        expires=view.expires if source else 0,
+    )
+
+
+def idle_models(
+    running: Iterable[ServedModel], disks: Iterable[tuple[DeviceId, Iterable[DiskModel]]]
+) -> list[ServedModel]:
+    """The models on the disks of devices, this one's ("") first: each once, and none that runs.
+
+    A device that remembers how a person ran a model is preferred. Then those of both kinds that have been given another
+    name, by that name.
+    """
+    running, told = list(running), [(device, list(models)) for device, models in disks]
+    seen = set[str]()
+    for model in running:
+        seen |= {model.name.lower(), *all_names(model.name, model.model)}
+    found = list[ServedModel]()
+    for asleep in (True, False):
+        for device, models in told:
+            mine = [one for one in models if one.asleep is asleep and not one.alias]
+            fresh = [one for one in mine if seen.isdisjoint(all_names(one.name, one.model))]
+            found += [_idle(one, device) for one in fresh]
+            seen.update(*(all_names(one.name, one.model) for one in fresh))
+    aliases = {one.name: one.model.lower() for _, models in reversed(told) for one in models if one.alias}
+    every = [*running, *found]
+    for name, meant in aliases.items():
+        target = next((one for one in every if meant in (one.model.lower(), one.name.lower(), *one.names)), None)
+        if target is not None and name.lower() not in seen:
+            found.append(replace(target, name=name, names=frozenset({name.lower()})))
+    return found
+
+
+def with_asleep(listed: Sequence[DiskModel], asleep: Mapping[str, str]) -> tuple[DiskModel, ...]:
+    """What can be started on a device; those that a person ran there (`asleep`: name by model) by the name they had."""
+    kept = {one.model: one for one in listed if not one.alias}
+    woken = [
+        replace(kept.get(model) or DiskModel(name, model, 0, 0), name=name, asleep=True)
+        for model, name in asleep.items()
+    ]
+    return (*woken, *(one for one in listed if one.alias or one.model not in asleep))
+
+
+@lru_cache(maxsize=1024)
+def _idle(one: DiskModel, device: DeviceId) -> ServedModel:
+    return ServedModel(
+        deployment="",
+        name=one.name,
+        model=one.model,
+        state=IDLE_MODEL,
+        reason="",
+        created=one.made,
+        model_dir=None,
+        context=0,
+        stop_ids=(),
+        source=device,
+        names=all_names(one.name, one.model),
+        disk_bytes=one.nbytes,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 
 from peerllm.builtin import BUILTIN
 from peerllm.daemon.weights.data_package import DataPackage
@@ -13,6 +14,7 @@ from peerllm.daemon.weights.on_disk import WeightFiles, in_hub_cache
 SCALE_BITS = 1.0  # of each rounded number: 64 to 128 of them share 12 bytes
 SPARE = 1.1  # of the weights: norms, what a pass works with, and a little room for keys and values
 MAX_SUGGESTIONS = 3
+PREFIXES = ("hf.co/", "huggingface.co/")  # which other programs want before a hub id
 LIKENESS = 0.6  # from which a name may be meant
 # Bits of a number in files of a form, and in memory where it is computed as it is stored: scales and minima of blocks
 # take more room there. "": a safetensors repository of 16-bit numbers.
@@ -137,6 +139,27 @@ def hub_name(model: str) -> tuple[str, str]:
         return name, tag
     repository, _, own = one.hub_id.partition(":")
     return repository, tag or own
+
+
+@lru_cache(maxsize=1024)
+def all_names(name: str, model: str) -> frozenset[str]:
+    """In lower case, all that clients may call a model that was started as `model` and is called `name`.
+
+    Of a path only its name; of a well-known model and of a hub id the short name, the id, and its last part, with and
+    without the quantisation. Ollama's way, family:size, is understood for well-known ones.
+    """
+    found = {name, model}
+    repository, tag = hub_name(next((model.removeprefix(one) for one in PREFIXES if model.startswith(one)), model))
+    if model.count("/") <= 1 and not model.startswith("/"):
+        last = repository.rpartition("/")[2]
+        found |= {repository, last}
+        if tag:
+            found |= {f"{repository}:{tag}", f"{last}:{tag}"}
+        for one in KNOWN:
+            if one.hub_id in (repository, f"{repository}:{tag}"):
+                family, dash, size = one.name.rpartition("-")
+                found |= {one.name, f"{family}:{size}" if dash else one.name}
+    return frozenset(one.lower() for one in found)
 
 
 def nearest(model: str, others: Iterable[str] = ()) -> list[str]:

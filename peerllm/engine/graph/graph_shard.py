@@ -47,14 +47,19 @@ class GraphShard:
     def __init__(
         self, model: Model, states: Mapping[int, LayerState], slots: int, context: int,
         embedding: Embedding | None, spans: Sequence[BlockRange], head: Sequence[Any], weight_bytes: int, chunk: int,
+        norm: Any = None,
     ) -> None:  # fmt: skip
-        """`head`: the sessions that compute logits (last shard only); `states`: what each block keeps."""
+        """`head`: the sessions that compute logits (last shard only); `states`: what each block keeps.
+
+        `norm`: the session of the norm before the head alone.
+        """
         first = min(states, default=len(model.blocks))
         self.hidden_size, self.vocabulary = model.width(0 if embedding else first), model.vocabulary
         self.weight_bytes = weight_bytes
         self.weights: Mapping[int, int] = {id(self): weight_bytes}
         self.reach: Reach | None = reach_of(model.states())
         self._model, self._embedding, self._spans, self._head = model, embedding, spans, head
+        self._norm = norm
         self._slots = KVSlots(states, slots, context)
         self.kv_bytes = self._slots.nbytes
         self._windows = tuple(self._slots.groups)
@@ -67,6 +72,29 @@ class GraphShard:
         self._check(inputs, runs)
         if len(runs) == 1 and runs[0].length > self._slots.longest:
             return self._in_pieces(inputs, runs[0])
+        hidden, order = self._through(inputs, runs)
+        if not self._head:
+            out = np.empty_like(hidden)
+            out[order if len(runs) > 1 else slice(None)] = hidden
+            return out
+        length = runs[0].length
+        ends = {row: (place + 1) * length - 1 for place, row in enumerate(order)}
+        wanted = [ends[row] for row, run in enumerate(runs) if run.sample]
+        return self._logits(hidden[wanted])
+
+    def last_states(self, inputs: npt.NDArray[Any], run: TokenRun) -> Floats:
+        """See base.Shard."""
+        self._check(inputs, [run])
+        outs, longest = [], self._slots.longest
+        for start in range(0, run.length, longest):
+            part = self._part(run, start, min(longest, run.length - start))
+            hidden, _ = self._through(inputs[start : start + part.length], [part])
+            x = np.ascontiguousarray(hidden)[None]
+            outs.append(x[0].copy() if self._norm is None else self._norm.run(None, {"x": x})[0][0])
+        return np.concatenate(outs)
+
+    def _through(self, inputs: npt.NDArray[Any], runs: Sequence[TokenRun]) -> tuple[Floats, list[int]]:
+        """Hidden states [b·n, hidden] after this shard's blocks, which the next pass overwrites, and their order."""
         batch = self._slots.seek(runs)
         order, length = list(batch.order), runs[0].length
         rows = inputs if len(runs) == 1 else inputs[order]
@@ -77,13 +105,7 @@ class GraphShard:
         for run in runs:
             if run.snapshot:
                 self._slots.keep_snapshot(run.slot)
-        if not self._head:
-            out = np.empty_like(hidden)
-            out[order if len(runs) > 1 else slice(None)] = hidden
-            return out
-        ends = {row: (place + 1) * length - 1 for place, row in enumerate(order)}
-        wanted = [ends[row] for row, run in enumerate(runs) if run.sample]
-        return self._logits(hidden[wanted])
+        return hidden, order
 
     def state_forms(self, first_layer: int, last_layer: int) -> StateForms:
         """See base.Shard."""
@@ -120,7 +142,7 @@ class GraphShard:
     def close(self) -> None:
         """Free weights and KV; may be called twice."""
         self._bound.clear()
-        self._spans, self._head, self._embedding = (), (), None
+        self._spans, self._head, self._embedding, self._norm = (), (), None, None
         self._slots.close()
 
     def _check(self, inputs: npt.NDArray[Any], runs: Sequence[TokenRun]) -> None:
@@ -139,12 +161,14 @@ class GraphShard:
         """A chunk longer than a window's room takes."""
         outs, longest = [], self._slots.longest
         for start in range(0, whole.length, longest):
-            length = min(longest, whole.length - start)
-            last = start + length == whole.length
-            after = {"sample": whole.sample and last, "snapshot": whole.snapshot and last}
-            part = replace(whole, position=whole.position + start, length=length, **after)
-            outs.append(self.forward(inputs[start : start + length], [part]))
+            part = self._part(whole, start, min(longest, whole.length - start))
+            outs.append(self.forward(inputs[start : start + part.length], [part]))
         return outs[-1] if self._head else np.concatenate(outs)
+
+    def _part(self, whole: TokenRun, start: int, length: int) -> TokenRun:
+        last = start + length == whole.length
+        after = {"sample": whole.sample and last, "snapshot": whole.snapshot and last}
+        return replace(whole, position=whole.position + start, length=length, **after)
 
     def _blocks(self, rows: npt.NDArray[Any], places: npt.NDArray[np.int64], batch: Batch) -> Floats:
         """Rows through this shard's blocks: [b·n, hidden]. The next pass overwrites the result."""
@@ -263,6 +287,18 @@ def make_span(
         graph.add("Identity", x, output="y")
     graph.output("y", "b", "n", leaving)
     return BlockRange(numbers.start, numbers.stop - 1, graph.session())
+
+
+def make_norm(about: Head, hidden: int, norm: str, tensors: Tensors) -> Any:
+    """Build the session of the norm before the head: x [1, k, hidden] to the same shape; None where there is none."""
+    if about.norm is None:
+        return None
+    graph = Graph()
+    x = graph.input("x", 1, "k", hidden)
+    made = norm_weights(graph, tensors, about.norm, norm, (hidden,))
+    graph.add("Identity", normalise(graph, x, about.norm, *made), output="y")
+    graph.output("y", 1, "k", hidden)
+    return graph.session()
 
 
 def make_head(about: Head, hidden: int, product: Product, norm: str, tensors: Tensors, bits: int) -> Any:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from peerllm.engine.base import Progress
 from peerllm.engine.free_memory import trim
 from peerllm.engine.graph.describe import Described
-from peerllm.engine.graph.graph_shard import BlockRange, GraphShard, make_head, make_span
+from peerllm.engine.graph.graph_shard import BlockRange, GraphShard, make_head, make_norm, make_span
 from peerllm.engine.graph.matrix_product import Part, Product, check, require
 from peerllm.engine.graph.nodes import make_pool
 from peerllm.engine.graph.row_maker import Embedding, make_own_inputs
@@ -179,10 +179,13 @@ def build(shape: ShardForm, tensors: Tensors, embedding: Embedding | None, threa
         own = [described.blocks[number] for number in run]
         spans.append(make_span(described.model, run, own, tensors, bits, shape.context))
         trim()
-    head = []
+    head, norm = [], None
     for product in shape.head_parts():
         head.append(make_head(described.model.head, described.model.hidden, product, described.norm, tensors, bits))
         trim()
+    if head:
+        norm = make_norm(described.model.head, described.model.hidden, described.norm, tensors)
     return GraphShard(
-        described.model, shape.states, shape.slots, shape.context, embedding, spans, head, shape.weight_bytes, chunk
+        described.model, shape.states, shape.slots, shape.context, embedding, spans, head, shape.weight_bytes, chunk,
+        norm,
     )  # fmt: skip

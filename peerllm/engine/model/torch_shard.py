@@ -91,17 +91,31 @@ class TorchShard:
 
     def forward(self, inputs: NDArray[Any], runs: Sequence[TokenRun]) -> NDArray[Any]:
         """Token ids int64 [n] or hidden states [n, hidden] in; hidden states, or float32 logits per sample, out."""
-        if self._model is None:
-            raise EngineError("the shard is closed")
-        self._check(inputs, runs)
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
+        self._begin(inputs, runs)
         outputs, start, rows = [], 0, as_tensor(inputs)
         with torch.inference_mode(), self._turn:
             for run in runs:
                 outputs.append(as_array(self._compute(rows[start : start + run.length], run)))
                 start += run.length
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
+
+    def last_states(self, inputs: NDArray[Any], run: TokenRun) -> NDArray[np.float32]:
+        """See base.Shard."""
+        self._begin(inputs, [run])
+        with torch.inference_mode(), self._turn:
+            cache = self._caches[run.slot]
+            cache.seek(run.position)
+            output = self._run(as_tensor(inputs), run, cache, whole=True)
+            cache.advance(run.length)
+            made: NDArray[np.float32] = as_array(output.float())
+            return made
+
+    def _begin(self, inputs: NDArray[Any], runs: Sequence[TokenRun]) -> None:
+        if self._model is None:
+            raise EngineError("the shard is closed")
+        self._check(inputs, runs)
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
 
     def _check(self, inputs: NDArray[Any], runs: Sequence[TokenRun]) -> None:
         total = sum(run.length for run in runs)
@@ -133,9 +147,12 @@ class TorchShard:
         """int64 [n]: where each of its tokens stands in the sequence."""
         return torch.arange(run.position, run.position + run.length)
 
-    def _run(self, inputs: torch.Tensor, run: TokenRun, cache: SlotCache) -> torch.Tensor:
-        """[n] or [n, hidden] through the model: float32 logits [1, vocabulary] for a sample, else [n, hidden]."""
-        wanted = self._has_head and run.sample
+    def _run(self, inputs: torch.Tensor, run: TokenRun, cache: SlotCache, whole: bool = False) -> torch.Tensor:
+        """[n] or [n, hidden] through the model: float32 logits [1, vocabulary] for a sample, else [n, hidden].
+
+        `whole`: the hidden states that the head is given, of all tokens.
+        """
+        wanted = self._has_head and run.sample and not whole
         model = self._model if wanted else self._base
         given: dict[str, Any] = {
             "position_ids": self.positions(run).to(self._device).unsqueeze(0),
@@ -161,7 +178,7 @@ class TorchShard:
         if wanted:
             told: torch.Tensor = output.logits[0, -1:].float()
         else:
-            told = output[0][0] if self._rows is None else self._rows.made()
+            told = output[0][0] if self._rows is None or whole else self._rows.made()
         return told.to(CPU).contiguous()
 
     def state_forms(self, first_layer: int, last_layer: int) -> StateForms:

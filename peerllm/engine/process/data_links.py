@@ -112,7 +112,7 @@ class DataLinks:
         if spec.upstream not in (None, self._device):
             self._plane.expect(spec.upstream, Inlet(STEP, stage_limits(spec, hidden_size), self._deliver))
         if spec.stage == 0 and spec.head_device != self._device:
-            inlet = Inlet(STEP, source_limits(spec), self._deliver)
+            inlet = Inlet(STEP, source_limits(spec, hidden_size), self._deliver)
             self._plane.expect(spec.head_device, inlet, accepted=self._head_linked)
 
         kept = [shard.state_forms(spec.first_layer, spec.last_layer) for shard in fresh if spec.state_from]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from peerllm.engine.base import Draw, Floats, Sampler
 from peerllm.engine.messages import LoadStage
 from peerllm.engine.schedule.held_shard import HeldShard
+from peerllm.engine.schedule.pooling import Pool
 from peerllm.engine.wire.parcels import Drawn, Masked, Opened, TokenBatch, first_attempt, quantised
 from peerllm.engine.wire.state_frames import CarriedPart
 from peerllm.errors import EngineError, FrameError
@@ -41,6 +42,7 @@ class LoadedStage:
         self._sampler = sampler
         self._answers: dict[int, _Drawing] = {}  # at the head, by sequence
         self._masks: dict[int, Masked] = {}  # at the head, by slot: the last; it may come before its sequence's OPEN
+        self._pools: dict[int, Pool] = {}  # at the head, by sequence whose prompt becomes a vector
         # By sequences in a batch of steps: passes, mean ms, variance in ms².
         self._paces: dict[int, tuple[int, float, float]] = {}
 
@@ -96,6 +98,9 @@ class LoadedStage:
         if self.is_head:  # an OPEN may have ended another sequence, whose RELEASE does not come
             self._answers = {one: known for one, known in self._answers.items() if one in self}
             self._answers[sequence] = _Drawing(opened.sampling, list(answer))
+            self._pools = {one: known for one, known in self._pools.items() if one in self}
+            if opened.pool is not None:
+                self._pools[sequence] = Pool(opened.pool)
         return opened
 
     def take_part(self, carried: CarriedPart) -> None:
@@ -119,6 +124,7 @@ class LoadedStage:
     def release(self, sequence: int, keep: int = 0) -> bool:
         """Free a sequence's slot, in which its first `keep` tokens stay; False if it is not computed in this epoch."""
         self._answers.pop(sequence, None)
+        self._pools.pop(sequence, None)
         free = [(one, one.slots.release(sequence, keep, self.spec.epoch)) for one in self.chain]
         for one, slot in free:
             if slot is not None and not one.slots.kept(slot):
@@ -129,7 +135,10 @@ class LoadedStage:
         """Run a batch through the layers and, at the head, draw the tokens: (what to hand on, which runs failed)."""
         runs, through = batch.runs, batch.runs[0].through
         output = batch.rows
+        pooled = [run for run in runs if run.sequence in self._pools]
         for one in self._up_to(through):
+            if pooled and one is self.chain[-1]:
+                return self._pool(one, TokenBatch(runs, output), pooled)
             output = one.shard.forward(output, runs)
             for run in runs:
                 one.slots.computed(run)
@@ -146,6 +155,32 @@ class LoadedStage:
     def _up_to(self, layer: int) -> list[HeldShard]:
         """The shards whose layers are not after `layer`; all if that is -1."""
         return [one for one in self.chain if layer < 0 or one.last_layer <= layer]
+
+    def _pool(self, last: HeldShard, batch: TokenBatch, pooled: Sequence[TokenRun]) -> tuple[Drawn | None, Failures]:
+        """The last shard's part of a batch of which some runs are `pooled`, and the others are drawn after."""
+        drawn: list[tuple[TokenRun, int | None]] = []
+        vectors: list[Floats] = []
+        failed: Failures = []
+        for run in pooled:
+            pool = self._pools[run.sequence]
+            pool.add(last.shard.last_states(batch.only([run]).rows, run))
+            last.slots.computed(run)
+            try:
+                vectors += [pool.vector()] if run.sample else []
+            except EngineError as error:
+                failed.append((run, str(error)))
+            else:
+                drawn.append((run, None))
+        others = [run for run in batch.runs if run not in pooled]
+        if others:
+            logits = last.shard.forward(batch.only(others).rows, others)
+            for run in others:
+                last.slots.computed(run)
+            made, lost = self._draw(others, logits)
+            failed += lost
+            drawn += zip(made.runs, made.tokens, strict=True) if made is not None else ()
+        whole = Drawn([run for run, _ in drawn], [token for _, token in drawn], vectors)
+        return (whole if drawn else None), failed
 
     def _draw(self, runs: Sequence[TokenRun], logits: Floats) -> tuple[Drawn | None, Failures]:
         """`logits` are float32 [runs to sample after, vocabulary]. A row that gives no token fails its run alone."""

@@ -117,6 +117,8 @@ class RunningSequence:
         if self.back < self.goal:  # the stages are asked anew, for all of it
             self.fed = self.back = self.goal
         self.goal, self.through = 0, -1
+        if self.order.pool is not None:  # the head that made a sum of what came before may be another's
+            self.fed = self.back = 0
 
     def go_back(self, place: int, through: int) -> None:
         """Tokens from `place` on are to be computed again, by layers up to `through`, or as far as they are already."""

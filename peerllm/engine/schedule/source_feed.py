@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 
+from peerllm.engine.base import Floats
 from peerllm.engine.masks.mask_maker import MadeMask, MaskMaker
 from peerllm.engine.messages import Done, Failed, FinishReason, FromEngine, Submit, Switch, Tokens
 from peerllm.engine.sampler import penalises
@@ -142,10 +143,10 @@ class SourceFeed:
     def came_round(self, ring: EpochRing, parcel: Parcel) -> None:
         """See RingEnd."""
         match parcel:
-            case Drawn(runs, drawn):
+            case Drawn():
                 self._note_return(ring)
-                for run, token in zip(runs, drawn, strict=True):
-                    self._came_back(ring, run, token)
+                for run, token, vector in parcel.each():
+                    self._came_back(ring, run, token, vector)
             case Opened(sequence):
                 if self.sequences.epoch_of(sequence) == ring.epoch:
                     self._opened(ring, parcel)
@@ -275,13 +276,13 @@ class SourceFeed:
         if self._masks is not None:
             self._masks.end((self._id, sequence))
 
-    def _came_back(self, ring: EpochRing, run: TokenRun, token: int | None) -> None:
+    def _came_back(self, ring: EpochRing, run: TokenRun, token: int | None, vector: Floats | None) -> None:
         sequence, source = run.sequence, self.sequences
         if source.epoch_of(sequence) != ring.epoch or source.is_late(run):
             self._counts.dropped_frames += 1
             return
         try:
-            step, tokens = source.came_back(run, token)
+            step, tokens = source.came_back(run, token, vector)
         except FrameError as error:
             self._finish(sequence, "error", str(error))
             return

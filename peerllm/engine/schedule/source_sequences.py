@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from peerllm.engine.base import Reach, Tensor
+from peerllm.engine.base import Floats, Reach, Tensor
 from peerllm.engine.messages import FinishReason, LoadStage, Submit, Tokens
 from peerllm.engine.schedule.prompt_turns import PromptTurns
 from peerllm.engine.schedule.running_sequence import RunningSequence
@@ -26,6 +26,7 @@ from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Cuts, DeploymentId, chunk_of
 
 CHUNKS_PER_STAGE_IN_FLIGHT = 2  # one being computed, one waiting
+NOBODY = "\0"  # a client that no sequence is of
 MAX_DRAINING = 1024  # ended sequences whose RELEASE has not come back to the source
 
 
@@ -141,13 +142,14 @@ class SourceSequences:
         if order.max_tokens < 1:
             raise BadInputError(f"an answer has at least 1 token, not {order.max_tokens}")
         taken = {running.choice.slot for running in self._running.values()}
-        choice = self._idle.take(taken, order.prompt, order.client)
+        # What becomes a vector is computed from its first token on, and leaves nothing behind.
+        choice = self._idle.take(taken, order.prompt, order.client if order.pool is None else NOBODY)
         if choice is None:
             raise OverloadedError(f"all {self._slots} slots are taken; wait for a sequence to end")
         self._running[order.sequence] = running = RunningSequence(order, choice, self.epoch)
         if order.answer:  # the stages may still have all of it
             running.fed = running.back = len(order.prompt) + len(order.answer) - 1
-        if self._reach is not None and not self._reach.rewinds and self._reach.snapshots:
+        if self._reach is not None and not self._reach.rewinds and self._reach.snapshots and order.pool is None:
             running.plan_snapshot()
         self._cut(running)
         if running.left:
@@ -187,7 +189,7 @@ class SourceSequences:
         order, choice = running.order, running.choice
         after = choice.after if running.back == choice.position else 0
         where = running.back, after, running.through, running.attempt
-        return Opened(order.sequence, choice.slot, order.sampling, *where)
+        return Opened(order.sequence, choice.slot, order.sampling, *where, pool=order.pool)
 
     def enter(self, sequence: int) -> tuple[Opened, TokenRun | None]:
         """A sequence that had left its epoch is fed again in the present one: what goes round, and its step if due."""
@@ -257,8 +259,12 @@ class SourceSequences:
         """The token ids of runs that were fed and whose sequences still run: int64 [tokens]."""
         return np.array([one for run in runs for one in self._running[run.sequence].ids(run)], np.int64)
 
-    def came_back(self, run: TokenRun, token: int | None) -> tuple[TokenRun | None, Tokens | None]:
+    def came_back(
+        self, run: TokenRun, token: int | None, vector: Floats | None = None
+    ) -> tuple[TokenRun | None, Tokens | None]:
         """A run passed the head, which drew `token` after it (None after a chunk that is not the prompt's last).
+
+        Or, where that was asked for, made a `vector` of the whole prompt.
 
         Returns the step to feed at once and what to tell the daemon; both None for a sequence that has ended, and for
         what came late. FrameError if the run is not the one that is due, or the token is none.
@@ -271,13 +277,21 @@ class SourceSequences:
         if position != running.back or length != due or position + length > running.fed:
             raise FrameError(f"positions {position}+{length} came back, {running.back}+{due} were due")
         sampled = position + length >= max(len(running.order.prompt), running.goal + 1)
-        if sampled != (token is not None):
+        pool = running.order.pool
+        if (vector is not None) != (sampled and pool is not None):
+            raise FrameError(f"the head made {'no' if vector is None else 'a'} vector at position {position + length}")
+        if (sampled and pool is None) != (token is not None):
             raise FrameError(f"the head {'drew no' if sampled else 'drew a'} token at position {position + length}")
         if token is not None and not 0 <= token < self._vocabulary:
             raise FrameError(f"the head drew {token}, which is no token id; they go from 0 to {self._vocabulary - 1}")
         if running.in_flight:
             self._under_way -= running.in_flight.popleft()
         running.back += length
+        if vector is not None:
+            if not np.isfinite(vector).all():
+                raise FrameError("the head made a vector that has no finite numbers")
+            ended = self.end(sequence, "stop")
+            return None, replace(ended, vector=tuple(vector.tolist())) if ended is not None else None
         if token is None:
             return self._passed(running), None
         if token in running.order.stop_ids:
@@ -307,7 +321,7 @@ class SourceSequences:
         if running.epoch is not None:
             self._draining[sequence] = running.epoch, sum(running.in_flight)
         self._prompts.remove(running.order.client, sequence)
-        if finish != "error":
+        if finish != "error" and running.order.pool is None:
             self._idle.keep(running.choice.slot, running.left_behind())
         return Tokens(self._deployment, sequence, len(running.answer), (), finish, error, running.reused)
 

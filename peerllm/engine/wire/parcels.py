@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 from typing import Any, cast
@@ -26,7 +26,7 @@ from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
 from peerllm.transport.frames.limits import FrameLimits, TensorLimit
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.transport.links.channels import STEP
-from peerllm.types import Sampling
+from peerllm.types import Pooling, Sampling
 
 ALL_SEQUENCES = 2**64 - 1  # in a RELEASE: every sequence of the deployment
 NO_TOKEN = -1  # in a TOKEN: the run passed the head, which was not to draw
@@ -34,8 +34,9 @@ MAX_REASON_BYTES = 512
 MAX_MASK_BYTES = 128 << 10  # of a mask: a million tokens
 
 DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
-_Entry = tuple[int, int, int, int, int]
-_ENTRY = struct.Struct("<Qqqqq")  # after, through, attempt, lacking, held
+_Entry = tuple[int, int, int, int, int, int]
+_ENTRY = struct.Struct("<Qqqqqq")  # after, through, attempt, lacking, held, pool
+_POOLS: tuple[Pooling | None, ...] = (None, "mean", "last")
 _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
 
 
@@ -56,6 +57,7 @@ class Opened:
     lacking: int = -1  # the last layer of the last shard that cannot go on from `position`; -1: there is none
     held: int = 0  # where all shards can go on that cannot go on from `position`
     answer: Sequence[int] = ()  # the answer so far, if the head counts its tokens and is not on the source
+    pool: Pooling | None = None  # the head gives one vector of the prompt's hidden states, and no token
 
     def lacks(self, layer: int, held: int) -> Opened:
         """With a shard added, whose last layer is `layer` and which can go on from `held` only."""
@@ -87,10 +89,22 @@ class Drawn:
     """Runs that passed the head, each with the token drawn after it; None after all but a prompt's last chunk.
 
     Runs that are computed again pass the last layer that needs them instead, and then go round to the source as these.
+    `vectors`, in the runs' order: of those that end a prompt whose states were pooled, and which have no token.
     """
 
     runs: Sequence[TokenRun]
     tokens: Sequence[int | None]
+    vectors: Sequence[Floats] = ()
+
+    def each(self) -> Iterator[tuple[TokenRun, int | None, Floats | None]]:
+        """Every run with its token and its vector."""
+        vectors = iter(self.vectors)
+        for run, token in zip(self.runs, self.tokens, strict=True):
+            yield run, token, next(vectors, None) if _may_have_vector(run, token) else None
+
+
+def _may_have_vector(run: TokenRun, token: int | None) -> bool:
+    return run.sample and run.through < 0 and token is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +172,11 @@ def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
         case TokenBatch(given, rows, scales):
             kind, runs = FrameKind.ACTIVATION, tuple(given)
             tensors = (to_tensor("hidden", rows), *(() if scales is None else (to_tensor("scale", scales),)))
-        case Drawn(given, tokens):
+        case Drawn(given, tokens, vectors):
             kind, runs = FrameKind.TOKEN, tuple(given)
             ids = struct.pack(f"<{len(tokens)}q", *(NO_TOKEN if token is None else token for token in tokens))
-            tensors = (NamedTensor.of("ids", "I64", (len(tokens),), ids),)
+            pooled = (to_tensor("vectors", np.stack(vectors)),) if vectors else ()
+            tensors = (NamedTensor.of("ids", "I64", (len(tokens),), ids), *pooled)
         case Released(sequence, slot, reason, keep):
             kind, runs = FrameKind.RELEASE, (TokenRun(sequence, slot, keep, 0),)
             text = reason.encode(errors="replace")[:MAX_REASON_BYTES]
@@ -181,8 +196,16 @@ def from_frame(frame: Frame) -> list[Parcel]:
             answer = frame.tensor("answer")
             ids = () if answer is None else tuple(to_array(answer).tolist())
             return [
-                Opened(run.sequence, run.slot, _read_sampling(frame, row), run.position, *cast(_Entry, entry), ids)
-                for row, (run, entry) in enumerate(zip(frame.runs, entries, strict=True))
+                Opened(
+                    run.sequence,
+                    run.slot,
+                    _read_sampling(frame, row),
+                    run.position,
+                    *entry[:5],
+                    ids,
+                    _pooling(entry[5]),
+                )
+                for row, (run, entry) in enumerate(zip(frame.runs, cast(Iterator[_Entry], entries), strict=True))
             ]
         case FrameKind.ACTIVATION:
             hidden = _require(frame, "hidden")
@@ -196,7 +219,12 @@ def from_frame(frame: Frame) -> list[Parcel]:
             ids = struct.unpack(f"<{len(frame.runs)}q", _require(frame, "ids").data)
             if min(ids) < NO_TOKEN:
                 raise FrameError(f"{min(ids)} is no token id")
-            return [Drawn(frame.runs, [None if token == NO_TOKEN else token for token in ids])]
+            vectors = frame.tensor("vectors")
+            pooled = () if vectors is None else tuple(to_array(vectors))
+            tokens = [None if token == NO_TOKEN else token for token in ids]
+            if len(pooled) > sum(map(_may_have_vector, frame.runs, tokens)):
+                raise FrameError(f"{len(pooled)} vectors came for prompts that are not there")
+            return [Drawn(frame.runs, tokens, pooled)]
         case FrameKind.RELEASE:
             reason = frame.tensor("reason")
             text = "" if reason is None else bytes(reason.data).decode(errors="replace")
@@ -223,9 +251,11 @@ def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
     return _limits(spec, spec.stage, tuple(kind for kind in STEP.kinds if kind is not FrameKind.MASK), tensors)
 
 
-def source_limits(spec: LoadStage) -> FrameLimits:
-    """What the link from the head back to the source may carry."""
-    return _limits(spec, spec.stages, (FrameKind.TOKEN, FrameKind.RELEASE, FrameKind.OPEN), {})
+def source_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
+    """What the link from the head back to the source may carry; no vector has more numbers than `hidden_size`."""
+    most = spec.micro_batch * hidden_size
+    vectors = {"vectors": TensorLimit(("F32",), 2, max_elements=most, kinds=(FrameKind.TOKEN,))}
+    return _limits(spec, spec.stages, (FrameKind.TOKEN, FrameKind.RELEASE, FrameKind.OPEN), vectors)
 
 
 def head_limits(spec: LoadStage) -> FrameLimits:
@@ -240,7 +270,7 @@ def _limits(spec: LoadStage, stage: int, kinds: tuple[FrameKind, ...], tensors: 
     tensors = tensors | {
         "sampling": TensorLimit(("F64",), 2, 7, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
         "seed": TensorLimit(("I64",), 1, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
-        "entry": TensorLimit(("I64",), 2, 5, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
+        "entry": TensorLimit(("I64",), 2, 6, per_run=True, required=True, kinds=(FrameKind.OPEN,)),
         "ids": TensorLimit(("I64",), 1, per_run=True, required=True, kinds=(FrameKind.TOKEN,)),
         "reason": TensorLimit(("U8",), 1, max_elements=MAX_REASON_BYTES, kinds=(FrameKind.RELEASE,)),
     }
@@ -266,10 +296,17 @@ def _sampling_tensors(sampling: Sampling) -> tuple[NamedTensor, ...]:
 
 
 def _entry_tensors(opened: Opened) -> list[NamedTensor]:
-    entry = _ENTRY.pack(opened.after, opened.through, opened.attempt, opened.lacking, opened.held)
+    pool = _POOLS.index(opened.pool)
+    entry = _ENTRY.pack(opened.after, opened.through, opened.attempt, opened.lacking, opened.held, pool)
     ids = struct.pack(f"<{len(opened.answer)}q", *opened.answer)
     answer = [NamedTensor.of("answer", "I64", (len(opened.answer),), ids)] if opened.answer else []
-    return [NamedTensor.of("entry", "I64", (1, 5), entry), *answer]
+    return [NamedTensor.of("entry", "I64", (1, 6), entry), *answer]
+
+
+def _pooling(number: int) -> Pooling | None:
+    if not 0 <= number < len(_POOLS):
+        raise FrameError(f"{number} is no way of pooling")
+    return _POOLS[number]
 
 
 def _read_sampling(frame: Frame, row: int) -> Sampling:

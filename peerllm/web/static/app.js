@@ -129,7 +129,7 @@ async function attempt(what, work) {
 const stop = (model) => attempt(`stop ${model}`, () => post("/peerllm/v1/stop", { model }));
 
 async function refreshModels() {
-  state.models = (await get("/v1/models")).data;
+  state.models = (await get("/v1/models")).data.filter((one) => one.state !== "idle");
   drawModels();
 }
 

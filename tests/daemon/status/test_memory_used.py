@@ -71,7 +71,7 @@ def idle(daemons: list[Daemon]) -> bool:
 
 
 async def answer(daemon: Daemon) -> list[int]:
-    (served,) = daemon.models()
+    (served,) = (one for one in daemon.models() if one.deployment)
     ids: list[int] = []
     async with asyncio.timeout(BOUND_S):
         async for chunk in daemon.generate(GenerateRequest(served.deployment, (1, 50, 60), 8, Sampling())):

@@ -111,6 +111,25 @@ def test_logits_equal_those_of_transformers(model_type: str, number: int, made: 
         assert model_type not in NORMED_HEADS or np.median([0.0, *found]) <= MOSTLY
 
 
+@pytest.mark.parametrize(("model_type", "number"), CASES if FULL else [one for one in CASES if not one[1]])
+def test_last_states_equal_those_of_transformers(
+    model_type: str, number: int, made: Callable[[str, int], Made]
+) -> None:
+    model = made(model_type, number)
+    for shard in model.shards:
+        shard.release(0)
+    found = []
+    for start, length in ((0, 40), (40, 1), (41, CONTEXT - 41)):
+        part = in_slot(0, start, length, start > 0)
+        rows: Any = model.ids[0, start : start + length]
+        for shard in model.shards[:-1]:
+            rows = shard.forward(rows, [part])
+        found.append(model.shards[-1].last_states(rows, part))
+    got, tolerance = np.concatenate(found), RARELY if model_type in NORMED_HEADS else TOLERANCE
+    assert got.shape == model.states.shape
+    assert np.abs(got - model.states).max() <= tolerance * np.abs(model.states).max()
+
+
 def test_every_family_has_a_variant() -> None:
     assert set(VARIANTS) == set(FAMILIES)
 

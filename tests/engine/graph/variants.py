@@ -209,12 +209,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {  # by model type: what each 
 
 @dataclass(frozen=True)
 class Made:
-    """A model's description, its two shards, and for sequences of token ids [SLOTS, CONTEXT] their logits."""
+    """A model's description, its two shards, and for sequences of token ids [SLOTS, CONTEXT] their logits.
+
+    `states`: what the matrix of the head is given of the first sequence.
+    """
 
     described: Described
     shards: tuple[GraphShard, GraphShard]
     ids: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32]
+    states: npt.NDArray[np.float32]
 
 
 def config_of(model_type: str, **values: Any) -> Any:
@@ -259,11 +263,13 @@ def make(model_type: str, number: int, values: dict[str, Any], directory: Path) 
     ids = np.random.default_rng(number).integers(0, model.config.vocab_size, (SLOTS, CONTEXT))
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
+        states = model.base_model(torch.from_numpy(ids[:1]), use_cache=False)[0][0].numpy()
     described = describe(json.loads((directory / "config.json").read_text()))
     last = len(described.model.units) + 1
     cut = number % last
     spans = (0, cut), (cut + 1, last)
-    return Made(described, (load(described, directory, *spans[0]), load(described, directory, *spans[1])), ids, logits)
+    both = load(described, directory, *spans[0]), load(described, directory, *spans[1])
+    return Made(described, both, ids, logits, states)
 
 
 def load(described: Described, directory: Path, first: int, last: int) -> GraphShard:

@@ -289,3 +289,21 @@ def test_scaled_rotary_embeddings(rope, tmp_path):
             want = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
         got = run(shards, ids, [in_slot(0, 0, length, True)])
         torch.testing.assert_close(got[0], want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("firsts", [(0,), (0, 2), (0, 2, "head")])
+def test_last_states_are_what_the_head_is_given(model_type, firsts):
+    head = len(whole(model_type)[1].profile.layers) - 1
+    shards = chain(model_type, *(head if first == "head" else first for first in firsts))
+    ids = [(7 * place + 3) % VOCABULARY for place in range(20)]
+    with torch.inference_mode():
+        wanted = whole(model_type)[0].base_model(torch.tensor([ids]), use_cache=False)[0][0].float().numpy()
+    found = []
+    for start, length in ((0, 8), (8, 1), (9, 11)):
+        part = in_slot(1, start, length, True)
+        rows = np.array(ids[start : start + length])
+        for shard in shards[:-1]:
+            rows = shard.forward(rows, [part])
+        found.append(shards[-1].last_states(rows, part))
+    np.testing.assert_allclose(np.concatenate(found), wanted, rtol=1e-4, atol=1e-5)

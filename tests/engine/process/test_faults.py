@@ -124,10 +124,10 @@ async def test_a_fault_while_handing_on_ends_these_sequences_and_not_the_engine(
 ) -> None:
     came_back = SourceSequences.came_back
 
-    def faulty(source: SourceSequences, run: TokenRun, token: int | None) -> Any:
+    def faulty(source: SourceSequences, run: TokenRun, *more: Any) -> Any:
         if run.sequence == 1 and run.position >= 8:
             raise ZeroDivisionError("a fault\nof ours")
-        return came_back(source, run, token)
+        return came_back(source, run, *more)
 
     monkeypatch.setattr(SourceSequences, "came_back", faulty)
     async with engine(tmp_path, FakeBackend()) as line:

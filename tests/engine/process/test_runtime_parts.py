@@ -337,7 +337,7 @@ def test_the_inbox_is_bounded_and_ends() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_parcels_survive_the_wire(dtype: str) -> None:
     spec = stage(1, stage=1, stages=3, dtype=dtype, context=100)
-    into, back = stage_limits(spec, 4), source_limits(spec)
+    into, back = stage_limits(spec, 4), source_limits(spec, 4)
     hidden = np.random.default_rng(1).standard_normal((6, 4)).astype(DTYPES[dtype])
     runs = [TokenRun(2**60, 3, 7, 2), run(1, 4, 90)]
 

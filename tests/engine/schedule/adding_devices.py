@@ -209,7 +209,7 @@ class World:
         for spec, (home, _) in zip(specs, cut, strict=True):
             if spec.downstream is not None:
                 place = spec.stage
-                limits = stage_limits(specs[place + 1], 1) if place + 1 < len(cut) else source_limits(specs[0])
+                limits = stage_limits(specs[place + 1], 1) if place + 1 < len(cut) else source_limits(specs[0], 1)
                 wire = self.wires[self.epoch, place] = Wire(home, cut[(place + 1) % len(cut)][0], limits)
                 outlets.setdefault(home, {})[place] = wire
         if cut[-1][0] != cut[0][0]:

@@ -190,7 +190,7 @@ class Plan:
             self.deployments.append(LocalDeployment(DEPLOYMENT, self.schedules[place], self._hear))
             self.shards.append(Adder(kind, slots, place == STAGES - 1))
             self.deployments[place].loaded(LoadedStage(spec, [HeldShard.of(spec, self.shards[place])], _greedy))
-            self.limits.append(stage_limits(spec, 1) if place else source_limits(spec))
+            self.limits.append(stage_limits(spec, 1) if place else source_limits(spec, 1))
         self.link()
 
     def _hear(self, message: Any) -> None:

@@ -82,6 +82,21 @@ class NextPlan:
         found = self._around.candidates()
         return any(c.free_bytes + self._holdings.promised_bytes(d) < c.hello.lent_bytes for d, c in found.items())
 
+    async def fits(self, freed: dict[DeviceId, int]) -> bool:
+        """Whether there is a plan with so many more bytes free on devices; then they count as free."""
+        inspected = self._model.inspected
+        assert inspected is not None
+        before, candidates = self.search.free, self._around.candidates()
+        free = {d: before.get(d, one.free_bytes) for d, one in candidates.items()}
+        self.search.free = {d: nbytes + freed.get(d, 0) for d, nbytes in free.items()}
+        held = {d: self._holdings.promised_bytes(d) for d in self._holdings.devices}
+        try:
+            await self.search.plan(inspected, frozenset(), held=held)
+        except InfeasibleError:
+            self.search.free = before
+            return False
+        return True
+
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     async def _searched(

@@ -11,7 +11,7 @@ import itertools
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from peerllm.daemon.decide.fair_queue import FairQueue
@@ -170,7 +170,7 @@ class Admission:
         if ids or (event.finish is not None and not lost):
             finish = None if lost else event.finish
             sequence.events.put_nowait(
-                Tokens(self._deployment, sequence.number, known, ids, finish, event.error, event.reused)
+                Tokens(self._deployment, sequence.number, known, ids, finish, event.error, event.reused, event.vector)
             )
         if lost:
             self._resume([sequence.number])
@@ -178,7 +178,7 @@ class Admission:
             del self._all[sequence.number]
             self._note(sequence, now)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk]:
         """Chunks up to the one with `finish`. Closing it early cancels the sequence and frees its slot."""
         sequence = self._accept(request)
         try:
@@ -237,7 +237,8 @@ class Admission:
         sequence.submitted = sequence.submitted or time.monotonic()
         self._running[sequence.number] = request.client
         stop_ids = () if request.ignore_stop else room.stop_ids
-        prompt, how = tuple(request.prompt), (stop_ids, request.sampling, request.client, known, request.constraint)
+        prompt, client = tuple(request.prompt), request.client
+        how = (stop_ids, request.sampling, client, known, request.constraint, request.pool)
         self._tell(Submit(self._deployment, sequence.number, prompt, fits, *how))
         sequence.events.put_nowait(None)
 

@@ -76,6 +76,6 @@ class AdmittedSequence:
                     yield Chunk(tuple(ids), reused=self.reused)
                 raise EngineError(event.error or "the engine could not go on")
             if ids or event.finish is not None:
-                yield Chunk(tuple(ids), event.finish, reused=self.reused)
+                yield Chunk(tuple(ids), event.finish, reused=self.reused, vector=event.vector)
             if event.finish is not None:
                 return

@@ -1,0 +1,49 @@
+"""The body of POST /v1/embeddings, and what is answered to it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, as_base64, unit
+from peerllm.api.core.generation import MAX_NAME_CHARS, Generation, Name
+from peerllm.api.error_answers import FieldError
+
+TokenIds = Annotated[list[int], Meta(min_length=1)]
+Inputs = Annotated[list[str | TokenIds | int], Meta(min_length=1)]
+
+
+class EmbeddingBody(Struct, kw_only=True):
+    """`input` is a text, token ids, or a list of either."""
+
+    model: Name
+    input: str | Inputs
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    user: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
+
+    def generations(self) -> list[Generation]:
+        return [Generation(model=self.model, prompt=one, embeds=True, user=self.user or "") for one in self._inputs()]
+
+    def _inputs(self) -> list[str | tuple[int, ...]]:
+        given = [self.input] if isinstance(self.input, str) else self.input
+        ids = [one for one in given if isinstance(one, int)]
+        if ids:
+            if len(ids) < len(given):
+                raise FieldError("input must be a text, token ids, or a list of either", "input")
+            return [tuple(ids)]
+        if len(given) > MAX_INPUTS:
+            raise FieldError(f"input: at most {MAX_INPUTS} texts", "input")
+        return [tuple(one) if isinstance(one, list) else str(one) for one in given]
+
+    def answer(self, made: Vectors) -> dict[str, Any]:
+        """OpenAI's list of vectors of length 1."""
+        vectors = [unit(vector, self.dimensions) for vector in made.vectors]
+        coded = [as_base64(one) if self.encoding_format == "base64" else one for one in vectors]
+        return {
+            "object": "list",
+            "data": [{"object": "embedding", "index": place, "embedding": one} for place, one in enumerate(coded)],
+            "model": made.model,
+            "usage": {"prompt_tokens": made.tokens, "total_tokens": made.tokens},
+        }

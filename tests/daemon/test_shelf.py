@@ -1,0 +1,174 @@
+"""Models on a disk: fetched, called by other names, deleted, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from peerllm.daemon.deployment.model_files import ModelOnDisk
+from peerllm.daemon.facade import IDLE_MODEL
+from peerllm.daemon.shelf.model_shelf import FILE, MAX_ALIASES, MAX_PULLS, ModelShelf, meant
+from peerllm.daemon.status.household_models import idle_models
+from peerllm.errors import BadInputError, NotFoundError, OverloadedError, UnavailableError
+
+SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class Hub:
+    """Puts a model into the hub's cache, as the hub's own client lays it out."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache, self.fetched = cache, list[str]()
+        self.gate, self.begun = asyncio.Event(), asyncio.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+
+    @asynccontextmanager
+    async def looked_up(self, model, tell):
+        if self.error:
+            raise self.error
+        yield ModelOnDisk(self.cache, 4000)
+
+    async def resolve(self, model, progress, total_bytes):
+        self.begun.set()
+        progress(0.5)
+        await self.gate.wait()
+        self.fetched.append(model)
+        return put(self.cache, SMOL if model == "smollm2" else model)
+
+
+def put(cache: Path, model: str) -> Path:
+    repository = cache / f"models--{model.replace('/', '--')}"
+    place = repository / "snapshots" / "c0ffee"
+    place.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee")
+    for name in ("config.json", "model.safetensors"):
+        (repository / "blobs" / name[:5]).write_bytes(b"{}" * 10)
+        (place / name).symlink_to(repository / "blobs" / name[:5])
+    return place
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Hub(tmp_path / "hub")
+
+
+@pytest.fixture
+async def shelf(hub, tmp_path):
+    one = ModelShelf(tmp_path / "data", hub, set, lambda: None)
+    yield one
+    await one.close()
+
+
+def listed(shelf):
+    return {one.name for one in shelf.listed if not one.alias}
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("smollm2", "smollm2"), ("SmolLM2:latest", "smollm2"), (SMOL, "smollm2"), ("qwen3:0.6b", "qwen3-0.6b"),
+     ("owner/name", "owner/name"), (f"hf.co/{SMOL}", "smollm2")],
+)  # fmt: skip
+def test_what_a_name_means(name, model):
+    assert meant(name) == model
+
+
+async def test_a_model_is_fetched_once_and_can_be_deleted(hub, shelf, tmp_path):
+    told = []
+    hub.gate.clear()
+    both = [asyncio.ensure_future(shelf.pull(name, lambda *far: told.append(far))) for name in ("smollm2:latest", SMOL)]
+    await hub.begun.wait()
+    hub.gate.set()
+    await asyncio.gather(*both)
+    assert hub.fetched == ["smollm2"] and told == [(0, 4000), (2000, 4000)]
+    assert listed(shelf) == {"builtin", "smollm2"}
+    again = ModelShelf(tmp_path / "data", hub, {"smollm2"}.copy, lambda: None)
+    with pytest.raises(BadInputError, match=r"smollm2 runs; .*stop"):
+        await again.delete("smollm2")
+    await again.close()
+    again = ModelShelf(tmp_path / "data", hub, set, lambda: None)
+    await again.delete("SmolLM2-135M-Instruct")
+    assert listed(again) == {"builtin"}
+    assert not [one for one in hub.cache.rglob("*") if one.name.startswith("model") and "models--" not in one.name]
+    with pytest.raises(NotFoundError):
+        await again.delete("smollm2")
+    await again.close()
+
+
+async def test_what_is_not_deleted(hub, shelf, tmp_path):
+    place = put(hub.cache, "owner/other")
+    own = tmp_path / "mine"
+    own.mkdir()
+    (own / "config.json").write_text("{}")
+    (own / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "directories.txt").write_text(f"{own}\n")
+    for name, why in (("builtin", "part of peerllm"), ("owner/other", "yours to delete"), ("mine", "yours to delete")):
+        with pytest.raises(BadInputError, match=why):
+            await shelf.delete(name)
+    assert (place / "model.safetensors").exists() and (own / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["/etc", "~/x", "../x", "a b", "no/such/thing/at/all", "", "."])
+async def test_what_is_no_model_is_not_fetched(hub, shelf, name):
+    with pytest.raises(NotFoundError):
+        await shelf.pull(name, lambda *_: None)
+    assert not hub.fetched and not shelf._turns
+
+
+async def test_fetches_are_bounded_end_with_who_asked_and_fail_in_words(hub, shelf):
+    hub.gate.clear()
+    under_way = [asyncio.ensure_future(shelf.pull(f"owner/m{n}", lambda *_: None)) for n in range(MAX_PULLS)]
+    await hub.begun.wait()
+    with pytest.raises(OverloadedError, match="are being fetched"):
+        await shelf.pull("owner/more", lambda *_: None)
+    for one in under_way:
+        one.cancel()
+    await asyncio.gather(*under_way, return_exceptions=True)
+    assert not shelf._turns
+    hub.error = UnavailableError("the hub does not answer")
+    with pytest.raises(UnavailableError):
+        await shelf.pull("owner/more", lambda *_: None)
+    assert not shelf._turns
+
+
+async def test_other_names(hub, shelf, tmp_path):
+    await shelf.disk.refresh()
+    await shelf.alias("gpt-4:latest", "builtin")
+    again = ModelShelf(tmp_path / "data", hub, set, lambda: None)
+    await again.disk.refresh()
+    models = idle_models([], [("", again.listed)])
+    assert [(one.name, one.model, one.state) for one in models] == [
+        ("builtin", "builtin", IDLE_MODEL), ("gpt-4", "builtin", IDLE_MODEL),
+    ]  # fmt: skip
+    for name, why in (("a/b", "no name"), ("", "no name"), ("Builtin", "already"), ("x" * 65, "no name")):
+        with pytest.raises(BadInputError, match=why):
+            await again.alias(name, "builtin")
+    await again.delete("gpt-4")
+    assert not any(one.alias for one in again.listed)
+    for number in range(MAX_ALIASES):
+        await again.alias(f"n{number}", "builtin")
+    with pytest.raises(BadInputError, match="delete one"):
+        await again.alias("more", "builtin")
+    await again.close()
+
+
+@pytest.mark.parametrize("said", ["{", "[]", '{"aliases": 3, "pulled": []}', "null", json.dumps({"aliases": {}})])
+def test_a_damaged_file_is_an_empty_one(hub, tmp_path, said):
+    (tmp_path / FILE).write_text(said)
+    assert not ModelShelf(tmp_path, hub, set, lambda: None)._aliases
+
+
+async def test_what_is_here_already_is_not_fetched(hub, shelf):
+    put(hub.cache, "owner/other")
+    told = []
+    await shelf.pull("owner/other:latest", lambda *far: told.append(far))
+    assert not hub.fetched and not told
