@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "peerllm"
 SHARED = {
     "types", "errors", "codec", "regular_files", "reused_layers", "saved_files", "stored_types",
-    "wrapped_models", "__init__",
+    "wrapped_models", "request_ids", "__init__",
 }  # fmt: skip
 ALLOWED = {
     "planner": {"planner"},

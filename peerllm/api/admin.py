@@ -6,15 +6,17 @@ import asyncio
 import os
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from aiohttp import web
 from msgspec import Meta, Struct
 
 from peerllm.api.bodies import read_body
+from peerllm.api.core.named_models import device_name
 from peerllm.api.error_answers import FieldError, household_error, json_response, refused
 from peerllm.api.guard import is_loopback
-from peerllm.api.keys import EXPECTED, HOUSEHOLD, TASKS
+from peerllm.api.keys import ACCOUNTS, ANSWERS, EXPECTED, HOUSEHOLD, TASKS
 from peerllm.api.streams import KEEP_ALIVE_S, SSE, Stream, each, pulsed
 from peerllm.daemon.facade import (
     MAX_BENCH_SEQUENCES,
@@ -95,7 +97,11 @@ async def status(request: web.Request) -> web.Response:
             async with aclosing(pulsed(each(household.changed()), WAIT_S)) as changes:
                 await anext(changes, None)  # at once
                 await anext(changes, None)
-    return json_response(household.status())
+    return json_response(_status(request.app))
+
+
+def _status(app: web.Application) -> dict[str, Any]:
+    return {**app[HOUSEHOLD].status(), "asking": app[ACCOUNTS].told(partial(device_name, app))}
 
 
 async def engine(request: web.Request) -> web.Response:
@@ -104,10 +110,11 @@ async def engine(request: web.Request) -> web.Response:
 
 
 async def process(request: web.Request) -> web.Response:
-    """{"pid", "tasks"}: of this daemon, its asyncio tasks counted; for who sits at this machine."""
+    """{"pid", "tasks", "answers"}: of this daemon, its asyncio tasks and kept answers counted; at this machine only."""
     if not is_loopback(request.remote or ""):
         return refused(request, 403, "this is told on the device itself only")
-    return json_response({"pid": os.getpid(), "tasks": len(asyncio.all_tasks())})
+    counts = {"tasks": len(asyncio.all_tasks()), "answers": len(request.app[ANSWERS])}
+    return json_response({"pid": os.getpid(), **counts})
 
 
 async def events(request: web.Request) -> web.StreamResponse:
@@ -118,7 +125,7 @@ async def events(request: web.Request) -> web.StreamResponse:
         async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
                 if changed:
-                    await stream.send(household.status())
+                    await stream.send(_status(request.app))
                 else:
                     await stream.comment("unchanged")
     return await stream.end()

@@ -44,9 +44,10 @@ async def page(request: web.Request) -> web.StreamResponse:
     """The page; with ?token=TOKEN it also signs the browser in (the page takes the token out of the address bar)."""
     response = _answer(request, "index.html")
     guard = request.app[GUARD]
-    if guard.is_token(request.query.get("token", "")):
+    token = request.query.get("token", "")
+    if guard.opens(token):
         response.set_cookie(
-            guard.cookie, guard.token, max_age=COOKIE_AGE_S, httponly=True, samesite="Strict", path="/",
+            guard.cookie, token, max_age=COOKIE_AGE_S, httponly=True, samesite="Strict", path="/",
             secure=request.secure,
         )  # fmt: skip
     return response

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from peerllm import request_ids
 from peerllm.api.core.answer_events import (
     AnswerBegins,
     AnswerEnds,
@@ -113,6 +114,7 @@ def _stop(ends: AnswerEnds) -> dict[str, Any]:
 
 
 def anthropic_error(facts: ErrorFacts) -> dict[str, Any]:
-    """{"type": "error", "error": {"type", "message"}}, with what is ours beside them."""
+    """{"type": "error", "error": {"type", "message"}, "request_id"}, with what is ours beside them."""
     kind = _TYPES.get(facts.status, "invalid_request_error" if facts.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": facts.message, **facts.more}}
+    told = {"type": "error", "error": {"type": kind, "message": facts.message, **facts.more}}
+    return {**told, "request_id": request_ids.current()}

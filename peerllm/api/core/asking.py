@@ -21,7 +21,7 @@ from peerllm.api.core.own_answer import begun_answer, told
 from peerllm.api.core.own_embedding import embedding
 from peerllm.api.core.remote_answer import RemoteAnswer
 from peerllm.api.error_answers import UnknownModelError
-from peerllm.api.keys import ANSWERS, HOUSEHOLD
+from peerllm.api.keys import ACCOUNTS, ANSWERS, HOUSEHOLD
 from peerllm.daemon.facade import IDLE_MODEL, ServedModel
 from peerllm.errors import LinkError, UnavailableError
 from peerllm.types import DeviceId
@@ -31,7 +31,14 @@ SOUGHT_S = 15.0  # the same of one without a key of which nothing has come: long
 RETRY_S = 0.5  # seconds between two tries
 
 
-async def answer(
+def answer(
+    app: web.Application, wanted: Generation, caller: Caller, repeat: Repeat | None
+) -> AsyncGenerator[AnswerEvent]:
+    """By this device or by the model's source, counted for whoever asks; closing it cancels the sequence everywhere."""
+    return app[ACCOUNTS].counted(caller, _answer(app, wanted, caller, repeat))
+
+
+async def _answer(
     app: web.Application, wanted: Generation, caller: Caller, repeat: Repeat | None
 ) -> AsyncGenerator[AnswerEvent]:
     """By this device or by the model's source; when that is lost, who goes on is sought, and asked for the rest.

@@ -180,6 +180,7 @@ class Coordinator:
 
     async def wake(self, model: str) -> str:
         """As `run`, for a request, with the options that a person gave when it was started before."""
+        log.info("%s is started for a request", model)
         return await self.run(self._asleep.get(model) or RunOptions(model, on_demand=True), lambda _: None)
 
     async def keep(self, deployment: DeploymentId, keep_alive_s: float | None) -> None:

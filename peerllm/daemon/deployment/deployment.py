@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol, assert_never
 
+from peerllm import request_ids
 from peerllm.daemon.background_tasks import LatestTasks
 from peerllm.daemon.control_messages import DeploymentState, Holding, Progress, Trouble
 from peerllm.daemon.decide.demand import Blueprint
@@ -52,6 +53,7 @@ from peerllm.daemon.deployment.progress_report import ProgressReport
 from peerllm.daemon.deployment.remembered import RememberedDeployment
 from peerllm.daemon.deployment.sequences.admission import Admission
 from peerllm.daemon.deployment.sequences.admitted_sequence import ServingCapacity
+from peerllm.daemon.deployment.sequences.caused_sequences import CausedSequences
 from peerllm.daemon.deployment.shown_deployment import ShownDeployment
 from peerllm.daemon.deployment.standing_epochs import PASSING, StandingEpochs
 from peerllm.daemon.facade import RunOptions
@@ -108,7 +110,8 @@ class Deployment:
         self.lasting = remembered is not None  # it has served: from then on it waits for devices instead of giving up
         self.report = ProgressReport(around.me, around.name, around.changed)
         self.model = DescribedModel(options, around, self._tell, at_hand)
-        self.sequences = Admission(self.id, around.tell_engine, around.changed)
+        caused = CausedSequences(self.id, around, lambda: self._epochs.running.devices if self._epochs.running else ())
+        self.sequences = Admission(self.id, around.tell_engine, around.changed, caused.begins)
         self.idle = IdleTime(options.on_demand, time.monotonic())
         self.make_room: Callable[[Callable[[dict[DeviceId, int]], Awaitable[bool]]], Awaitable[bool]] | None = None
         self._around, self._served = around, served
@@ -139,8 +142,9 @@ class Deployment:
         for event in devices:
             self._feed(event)
         self._feed(DeadlineReached())
-        self._work.start("watch", self._watch())
-        self._work.start("watch for stalls", self._watch_stalls())
+        with request_ids.caused_by(""):
+            self._work.start("watch", self._watch())
+            self._work.start("watch for stalls", self._watch_stalls())
 
     async def outcome(self) -> None:
         """Returns when it serves; raises why it does not, now or at the end of the attempt under way."""
@@ -280,8 +284,11 @@ class Deployment:
             return
         self._note_for_people(event)
         self._events.append(event)
-        if self._handling:
-            return
+        if not self._handling:
+            with request_ids.caused_by(""):  # it goes on long after a request that may have begun it
+                self._handle_all()
+
+    def _handle_all(self) -> None:
         self._handling = True
         try:
             while self._events:

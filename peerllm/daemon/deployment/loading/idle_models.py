@@ -16,6 +16,7 @@ from peerllm.daemon.decide.idle_time import IdleTime
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.facade import Chunk
 from peerllm.errors import PeerLLMError
+from peerllm.request_ids import caused_by
 from peerllm.types import DeviceId
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ class IdleModels(Generic[D]):
                 continue
             if due <= now:
                 self._ending.append(one)
-                self._tasks.start(self._end(one, "nobody asks for it"), f"unload {one.name}")
+                with caused_by(""):
+                    self._tasks.start(self._end(one, "nobody asks for it"), f"unload {one.name}")
             else:
                 next_due = due if next_due is None else min(due, next_due)
         if next_due is not None:
