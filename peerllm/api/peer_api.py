@@ -25,7 +25,7 @@ from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
 from peerllm.errors import OverloadedError
 from peerllm.types import DeviceId
 
-MAX_OF_DEVICE = 128  # answers under way for one device: a quarter of tasks.MAX_STREAMS
+MAX_OF_DEVICE = 256  # answers under way for one device: half of tasks.MAX_STREAMS, and as many as may wait for slots
 STILL_HERE_S = KEEP_ALIVE_S + 0.7  # seconds without an event: what an answer waits for is repeated before, but not ...
 STILL_HERE = AnswerWaits("working")  # ... while its prompt is prepared; a silent device counts as lost
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from peerllm.api.text.calls.call_forms import FORMS, CallForm, form_of
 from peerllm.api.text.conversation import TemplateAbilities, shaped
+from peerllm.api.text.decoding_table import facts_of, tokens_from
 from peerllm.api.text.reasoning import marks_of, thinking_variables
 from peerllm.api.text.template import ChatTemplate, Message
 from peerllm.api.text.text_bounds import bounds_of
@@ -39,7 +40,7 @@ class ModelText:
         try:
             parts = orjson.loads(data)
             self._bounds = bounds_of(parts)
-            self.decoder = _decoder(parts)
+            self._shell = _shell(parts)
             del parts  # it takes more memory than the tokenizer
             self._tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exceptions
@@ -59,6 +60,14 @@ class ModelText:
         if self.form is FORMS["harmony"]:
             self.marks = None  # it has channels
         self.defaults = _sampling_defaults(_json(model_dir / "generation_config.json"))
+
+    def table(self) -> dict[str, Any]:
+        """The facts of a DecodingTable."""
+        return facts_of(self._tokenizer, self._shell)
+
+    def tokens(self, first: int) -> list[str | None]:
+        """A slice of its tokens."""
+        return tokens_from(self._tokenizer, first)
 
     def prompt(
         self,
@@ -115,15 +124,13 @@ class ModelText:
         return grammar_of(form, special, end)
 
 
-def _decoder(parts: Mapping[str, Any]) -> bytes:
-    """What of a tokenizer.json turns ids into text, as one: it loads in a fraction of the time and memory."""
+def _shell(parts: Mapping[str, Any]) -> str:
+    """A tokenizer.json with the decoder of this one, and nothing else."""
     if b'"Regex":' in orjson.dumps(parts.get("decoder")):  # decoding is done on the loop, where all would wait for it
         raise ModelError("its decoder has a regular expression, which may take forever")
-    model = dict(parts["model"])
-    if model.get("type") == "BPE":
-        model["merges"] = []
     unused = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "truncation", "padding"))
-    return orjson.dumps({**parts, **unused, "model": model})
+    empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+    return orjson.dumps({**parts, **unused, **empty}).decode()
 
 
 def _read(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:

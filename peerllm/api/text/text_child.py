@@ -46,7 +46,9 @@ class TextWork:
                 return {"ids": text.prompt(question["prompt"], *options)}
             if "form" in question:
                 return {"grammar": text.grammar(json.loads(question["form"]), question["opened"])}
-            told = {"decoder": text.decoder.decode(), "defaults": text.defaults, "marks": text.marks}
+            if "tokens" in question:
+                return {"tokens": text.tokens(question["tokens"])}
+            told = {"table": text.table(), "defaults": text.defaults, "marks": text.marks}
             return {**told, "form": text.form.name if text.form is not None else None}
         except PeerLLMError as error:
             return {"error": type(error).__name__, "message": str(error)}
