@@ -78,6 +78,14 @@ def decoded(raw: bytes, kind: type[T]) -> T:
         raise BadInputError(f"the body is not valid JSON: {error}") from error
 
 
+def read_query(request: web.Request, kind: type[T]) -> T:
+    """The query as `kind`, a msgspec.Struct; FieldError names what in it does not fit."""
+    try:
+        return msgspec.convert(dict(request.query), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error), kind) from error
+
+
 @cache
 def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind)

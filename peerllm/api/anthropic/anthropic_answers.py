@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from peerllm.api.core.answer_events import (
     AnswerBegins,
@@ -16,7 +16,7 @@ from peerllm.api.core.answer_events import (
 )
 from peerllm.api.core.kept.repeat import Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer
-from peerllm.api.error_answers import ErrorFacts
+from peerllm.api.error_answers import ErrorFacts, ErrorMore
 from peerllm.api.streams import SSE, comment
 
 _TYPES = {
@@ -112,7 +112,17 @@ def _stop(ends: AnswerEnds) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": None}
 
 
-def anthropic_error(facts: ErrorFacts) -> dict[str, Any]:
+class AnthropicErrorPart(ErrorMore):
+    type: str
+    message: str
+
+
+class AnthropicError(TypedDict):
+    type: Literal["error"]
+    error: AnthropicErrorPart
+
+
+def anthropic_error(facts: ErrorFacts) -> AnthropicError:
     """{"type": "error", "error": {"type", "message"}}, with what is ours beside them."""
     kind = _TYPES.get(facts.status, "invalid_request_error" if facts.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": facts.message, **facts.more}}

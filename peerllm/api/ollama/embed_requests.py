@@ -61,6 +61,6 @@ class OlderEmbedBody(EmbedFields, kw_only=True):
         """None where nothing is said: the model is only to be loaded."""
         return [self.of(self.prompt)] if self.prompt else []
 
-    def answer(self, made: Vectors | None, since: float) -> dict[str, Any]:
+    def answer(self, made: Vectors | None) -> dict[str, Any]:
         """One vector, as long as it is."""
         return {"embedding": made.vectors[0].tolist() if made is not None else []}

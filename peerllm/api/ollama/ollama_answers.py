@@ -18,7 +18,7 @@ from peerllm.api.core.answer_events import (
 )
 from peerllm.api.core.kept.repeat import Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer, WholeCall
-from peerllm.api.error_answers import ErrorFacts
+from peerllm.api.error_answers import ErrorFacts, ErrorMore
 
 _NS = 1e9  # nanoseconds of a second
 
@@ -106,6 +106,10 @@ def stamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def ollama_error(facts: ErrorFacts) -> dict[str, Any]:
+class OllamaError(ErrorMore):
+    error: str
+
+
+def ollama_error(facts: ErrorFacts) -> OllamaError:
     """{"error": one line}, with what is ours beside it."""
     return {"error": facts.message, **facts.more}

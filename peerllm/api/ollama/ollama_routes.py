@@ -4,63 +4,72 @@ from __future__ import annotations
 
 import time
 from contextlib import aclosing
+from typing import Any
 
 from aiohttp import web
 
 import peerllm
-from peerllm.api.bodies import read_body
 from peerllm.api.core.answer_events import AnswerEnds
 from peerllm.api.core.asking import answer
 from peerllm.api.core.caller import caller_of
-from peerllm.api.core.embeddings import vectors_of
+from peerllm.api.core.embeddings import Vectors, vectors_of
 from peerllm.api.core.generation import Generation
-from peerllm.api.core.telling import taking, tell
+from peerllm.api.core.telling import tell
 from peerllm.api.error_answers import json_response
 from peerllm.api.ollama.embed_requests import EmbedBody, OlderEmbedBody
 from peerllm.api.ollama.ollama_answers import OllamaAnswers
 from peerllm.api.ollama.ollama_models import ShowBody, running, shown, tags
 from peerllm.api.ollama.ollama_requests import GenerateBody, OllamaChatBody
 from peerllm.api.ollama.shelf_routes import add_shelf
+from peerllm.api.routes.api_route import JSON, ApiRoute, add_routes
+from peerllm.api.streams import LINES
 
 OLLAMA_VERSION = "0.12.6"  # of Ollama's API: clients ask for a least one
 
 
 def add_ollama(app: web.Application) -> None:
-    app.router.add_get("/api/version", version)
-    app.router.add_get("/api/tags", list_tags)
-    app.router.add_get("/api/ps", list_running)
-    app.router.add_post("/api/show", show)
     add_shelf(app)
-    app.router.add_post("/api/chat", chat)
-    app.router.add_post("/api/generate", generate)
-    app.router.add_post("/api/embed", embed)
-    app.router.add_post("/api/embeddings", older_embed)
+    add_routes(
+        app,
+        ApiRoute("GET", "/api/version", version),
+        ApiRoute("GET", "/api/tags", list_tags),
+        ApiRoute("GET", "/api/ps", list_running),
+        ApiRoute("POST", "/api/show", show, refuses=(404,)),
+        ApiRoute("POST", "/api/chat", chat, {JSON: dict[str, Any], LINES: dict[str, Any]}, asks=True),
+        ApiRoute("POST", "/api/generate", generate, {JSON: dict[str, Any], LINES: dict[str, Any]}, asks=True),
+        ApiRoute("POST", "/api/embed", embed, asks=True),
+        ApiRoute("POST", "/api/embeddings", older_embed, asks=True),
+    )
 
 
-async def version(_: web.Request) -> web.Response:
-    return json_response({"version": OLLAMA_VERSION, "peerllm": peerllm.__version__})
+async def version(_: web.Request) -> dict[str, Any]:
+    """The version of Ollama's API that is followed, and beside it ours."""
+    return {"version": OLLAMA_VERSION, "peerllm": peerllm.__version__}
 
 
-async def list_tags(request: web.Request) -> web.Response:
-    return json_response(tags(request.app))
+async def list_tags(request: web.Request) -> dict[str, Any]:
+    """The models of the household."""
+    return tags(request.app)
 
 
-async def list_running(request: web.Request) -> web.Response:
-    return json_response(running(request.app))
+async def list_running(request: web.Request) -> dict[str, Any]:
+    """The models that can answer now."""
+    return running(request.app)
 
 
-async def show(request: web.Request) -> web.Response:
-    return json_response(await shown(request.app, (await read_body(request, ShowBody)).asked()))
+async def show(request: web.Request, body: ShowBody) -> dict[str, Any]:
+    """What a model can do."""
+    return await shown(request.app, body.asked())
 
 
-async def chat(request: web.Request) -> web.StreamResponse:
-    with taking(request):
-        return await _answered(request, await read_body(request, OllamaChatBody), chat=True)
+async def chat(request: web.Request, body: OllamaChatBody) -> web.StreamResponse:
+    """The model's answer to a chat; one without messages loads the model, or unloads it."""
+    return await _answered(request, body, chat=True)
 
 
-async def generate(request: web.Request) -> web.StreamResponse:
-    with taking(request):
-        return await _answered(request, await read_body(request, GenerateBody), chat=False)
+async def generate(request: web.Request, body: GenerateBody) -> web.StreamResponse:
+    """The model's answer to a prompt; without one the model is loaded, or unloaded."""
+    return await _answered(request, body, chat=False)
 
 
 async def _answered(request: web.Request, body: OllamaChatBody | GenerateBody, chat: bool) -> web.StreamResponse:
@@ -79,19 +88,20 @@ async def _loaded(request: web.Request, wanted: Generation) -> str:
     return reason
 
 
-async def embed(request: web.Request) -> web.Response:
-    with taking(request):
-        return await _embedded(request, await read_body(request, EmbedBody))
+async def embed(request: web.Request, body: EmbedBody) -> dict[str, Any]:
+    """The vectors of texts, of length 1."""
+    since = time.monotonic()
+    return body.answer(await _vectors(request, body), since)
 
 
-async def older_embed(request: web.Request) -> web.Response:
-    with taking(request):
-        return await _embedded(request, await read_body(request, OlderEmbedBody))
+async def older_embed(request: web.Request, body: OlderEmbedBody) -> dict[str, Any]:
+    """The vector of a text, as long as the model has it."""
+    return body.answer(await _vectors(request, body))
 
 
-async def _embedded(request: web.Request, body: EmbedBody | OlderEmbedBody) -> web.Response:
-    since, wanted = time.monotonic(), body.generations()
-    if not wanted:
-        await _loaded(request, body.loading())
-        return json_response(body.answer(None, since))
-    return json_response(body.answer(await vectors_of(request.app, wanted, caller_of(request)), since))
+async def _vectors(request: web.Request, body: EmbedBody | OlderEmbedBody) -> Vectors | None:
+    wanted = body.generations()
+    if wanted:
+        return await vectors_of(request.app, wanted, caller_of(request))
+    await _loaded(request, body.loading())
+    return None
